@@ -1,0 +1,54 @@
+"""Centralized training, decentralized execution: one Flax model, trained over many devices.
+
+To read the package top to bottom, follow the walk:
+
+    config -> devices -> replica -> data -> models -> tasks -> optimizers -> aggregate -> state -> round -> evaluate
+           -> log -> loop -> report -> train
+
+Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctde_jax import aggregate, data, devices, log, models, optimizers, replica, report, tasks
+    from ctde_jax.aggregate import Strategy
+    from ctde_jax.errors import InputError, NonFiniteLoss
+    from ctde_jax.loop import Trained, fit
+    from ctde_jax.tasks import Task
+
+__all__ = [
+    "InputError",
+    "NonFiniteLoss",
+    "Strategy",
+    "Task",
+    "Trained",
+    "aggregate",
+    "data",
+    "devices",
+    "fit",
+    "log",
+    "models",
+    "optimizers",
+    "replica",
+    "report",
+    "tasks",
+]
+
+_HOME = {
+    "InputError": "errors",
+    "NonFiniteLoss": "errors",
+    "Strategy": "aggregate",
+    "Task": "tasks",
+    "Trained": "loop",
+    "fit": "loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return import_module(f"{__name__}.{name}")

@@ -1,0 +1,147 @@
+"""Which examples a device sees at which step: a pure function of the seed and the step, never of what ran before.
+
+A batch is written as indices into the training split, `int32[replica, per_replica]`, in which -1 stands for no example.
+So the last batch of an epoch is short instead of dropped, and whoever has run out of data has a row of -1.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ctde_jax.data.dataset import Split
+from ctde_jax.errors import InputError
+
+NO_EXAMPLE = -1
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The order in which the replicas see the examples."""
+
+    split: Split
+    """What the devices hold: the whole training split, or a row `[replica, longest_part, ...]` for each replica."""
+
+    axis: int | None
+    """None where every device holds all of `split`, 0 where each holds its own row."""
+
+    steps_per_epoch: int
+    epoch: Callable[[int], np.ndarray]
+    """`epoch(number) -> int32[steps_per_epoch, replica, per_replica]`, every example exactly once."""
+
+    def steps(self, start: int, stop: int) -> np.ndarray:
+        """Returns the batches of these steps, counted over all epochs: `int32[stop - start, replica, per_replica]`."""
+        first, last = start // self.steps_per_epoch, -(-stop // self.steps_per_epoch)
+        epochs = np.concatenate([self.epoch(number) for number in range(first, max(last, first + 1))])
+        return epochs[start - first * self.steps_per_epoch : stop - first * self.steps_per_epoch]
+
+
+def deal(
+    split: Split, replicas: int, batch_size: int, seed: int, partition: Sequence[np.ndarray] | None = None
+) -> Batches:
+    """Deals the examples to the replicas.
+
+    Without a partition every epoch is a new permutation of all examples, and the global batch of a step is the same on
+    any number of replicas. With one, every replica goes through its own examples, in a new order in every epoch; an
+    epoch lasts until the largest part is through, and the other replicas have no examples meanwhile.
+
+    Args:
+        split: The training examples.
+        replicas: How many there are.
+        batch_size: Examples of one step over all replicas together.
+        seed: Of all permutations.
+        partition: For each replica the indices of its own examples.
+
+    Raises:
+        InputError: The batch size does not divide over the replicas or is larger than the data, or the partition does
+            not give each example to exactly one replica.
+    """
+    steps = steps_per_epoch(len(split.inputs), replicas, batch_size, partition)
+    per_replica = batch_size // replicas
+    if partition is None:
+        return _reshuffled(split, replicas, per_replica, steps, seed)
+    return _kept(split, partition, per_replica, steps, seed)
+
+
+def steps_per_epoch(
+    examples: int, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None = None
+) -> int:
+    """Returns after how many steps every example has been seen; the arguments and errors are those of `deal`."""
+    _check_batch_size(batch_size, replicas, examples)
+    if partition is None:
+        return -(-examples // batch_size)
+    if len(partition) != replicas or not np.array_equal(np.sort(np.concatenate(partition)), np.arange(examples)):
+        raise InputError(
+            "partition",
+            f"must give each of the {examples:,} training examples to exactly one of the {replicas} devices, "
+            f"got {len(partition)} parts with {sum(map(len, partition)):,} examples.",
+        )
+    return -(-max(map(len, partition)) // (batch_size // replicas))
+
+
+def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed: int) -> Batches:
+    examples = len(split.inputs)
+
+    def epoch(number: int) -> np.ndarray:
+        order = np.full(steps * per_replica * replicas, NO_EXAMPLE, np.int32)
+        order[:examples] = np.random.default_rng((seed, number)).permutation(examples)
+        return order.reshape(steps, per_replica, replicas).swapaxes(1, 2)
+
+    return Batches(split, None, steps, lru_cache(maxsize=2)(epoch))
+
+
+def _kept(split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: int, seed: int) -> Batches:
+    replicas, longest = len(parts), max(map(len, parts))
+
+    def rows(array: np.ndarray) -> np.ndarray:
+        own = np.zeros((replicas, longest, *array.shape[1:]), array.dtype)
+        for row, part in zip(own, parts, strict=True):
+            row[: len(part)] = array[part]
+        return own
+
+    def epoch(number: int) -> np.ndarray:
+        order = np.full((replicas, steps * per_replica), NO_EXAMPLE, np.int32)
+        for row, part, own in zip(order, parts, range(replicas), strict=True):
+            row[: len(part)] = np.random.default_rng((seed, number, own)).permutation(len(part))
+        return order.reshape(replicas, steps, per_replica).swapaxes(0, 1)
+
+    return Batches(Split(rows(split.inputs), rows(split.labels)), 0, steps, lru_cache(maxsize=2)(epoch))
+
+
+def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
+    """Returns the optimizer steps of a run, which is so many epochs or so many steps long."""
+    if (epochs is None) == (steps is None):
+        raise InputError("epochs", f"or steps must be given, and not both, got epochs={epochs} and steps={steps}.")
+    for option, count in [("epochs", epochs), ("steps", steps)]:
+        if count is not None and count < 1:
+            raise InputError(option, f"must be at least 1, got {count}.")
+    return steps or an_epoch * (epochs or 0)
+
+
+def dispatches(batches: Batches, inner_steps: int, rounds: int, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Cuts the steps from `start` to `stop` into equal pieces of whole rounds, the last filled up with empty steps.
+
+    Yields:
+        `int32[replica, rounds, inner_steps, per_replica]`
+    """
+    size = rounds * inner_steps
+    for first in range(start, stop, size):
+        steps = batches.steps(first, min(first + size, stop))
+        missing = np.full((size - len(steps), *steps.shape[1:]), NO_EXAMPLE, np.int32)
+        steps = np.concatenate([steps, missing]).reshape(rounds, inner_steps, *steps.shape[1:])
+        yield np.ascontiguousarray(np.moveaxis(steps, 2, 0))
+
+
+def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
+    if batch_size < 1 or batch_size % replicas:
+        nearest = max(replicas, round(batch_size / replicas) * replicas)
+        raise InputError(
+            "batch_size", f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do."
+        )
+    if batch_size > examples:
+        raise InputError(
+            "batch_size",
+            f"must be at most the {examples:,} training examples, got {batch_size}; "
+            f"{examples // replicas * replicas} would do.",
+        )

@@ -1,0 +1,169 @@
+"""A data set: arrays for training and testing, checked once, and how raw inputs become numbers near zero.
+
+Inputs stay as they were stored (a picture is uint8), so that a data set takes a quarter of the room on the devices; the
+model subtracts `shift` and multiplies by `scale` there.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ctde_jax.errors import InputError
+
+TEST_FRACTION = 0.2
+
+
+class Split(NamedTuple):
+    """Examples with their labels."""
+
+    inputs: np.ndarray  # [examples, ...], uint8 or float32
+    labels: np.ndarray  # int32[examples], or float32[examples, ...] for targets that are no classes
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test examples; the model sees `(inputs - shift) * scale`."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    """The label names, in the order of the labels; empty where labels are real-valued targets."""
+
+    shift: np.ndarray  # float32, broadcasts against one example
+    scale: np.ndarray  # float32, broadcasts against one example
+    notes: tuple[str, ...] = ()
+    """What was decided for the user, one sentence each."""
+
+
+def from_arrays(
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_test: np.ndarray | None = None,
+    y_test: np.ndarray | None = None,
+    *,
+    name: str = "arrays",
+    classes: tuple[str, ...] | None = None,
+) -> Dataset:
+    """Makes a data set of the user's own arrays.
+
+    Unsigned bytes are divided by 255 on the device; other inputs become float32 and are used as they are. Without test
+    arrays, a random fifth of the examples (always the same) becomes the test split, and the data set's notes say so.
+
+    Args:
+        x_train: Inputs, `[examples, ...]`.
+        y_train: Labels, integers from 0 in `[examples]`; or floating-point targets, for a task of the user's own.
+        x_test: Test inputs, shaped like the training inputs.
+        y_test: Test labels.
+        name: What to call the data set.
+        classes: Label names; by default the numbers from 0 to the largest training label.
+
+    Raises:
+        InputError: Lengths differ, values are NaN or infinite, or labels are not among the classes.
+    """
+    if (x_test is None) != (y_test is None):
+        missing, present = ("x_test", "y_test") if x_test is None else ("y_test", "x_test")
+        raise InputError(missing, f"is missing although {present} is given; pass both or neither.")
+    inputs, labels = _checked_inputs("x_train", x_train), _checked_labels("y_train", y_train)
+    if classes is None:
+        integers = np.issubdtype(labels.dtype, np.integer)
+        classes = tuple(str(i) for i in range(int(labels.max(initial=0)) + 1)) if integers else ()
+    _check_pair("train", inputs, labels, classes)
+
+    notes: tuple[str, ...] = ()
+    if x_test is None or y_test is None:
+        train, test, notes = *split_off_test(Split(inputs, labels)), (_split_note(len(inputs)),)
+    else:
+        train = Split(inputs, labels)
+        test = Split(_checked_inputs("x_test", x_test), _checked_labels("y_test", y_test))
+        _check_pair("test", test.inputs, test.labels, classes)
+        if test.inputs.shape[1:] != inputs.shape[1:]:
+            raise InputError(
+                "x_test",
+                f"must have examples of the training shape {inputs.shape[1:]}, got {test.inputs.shape[1:]}.",
+            )
+    scale = np.float32(1 / 255 if inputs.dtype == np.uint8 else 1)
+    return Dataset(name, train, test, classes, np.zeros((), np.float32), np.asarray(scale), notes)
+
+
+def standardized(dataset: Dataset) -> Dataset:
+    """Gives every feature zero mean and unit variance over the training split; a constant feature becomes zero."""
+    inputs = dataset.train.inputs.astype(np.float64)
+    deviation = inputs.std(axis=0)
+    scale = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 0)
+    note = "Every feature is standardized by the training split's mean and deviation."
+    return replace(
+        dataset,
+        shift=inputs.mean(axis=0).astype(np.float32),
+        scale=scale.astype(np.float32),
+        notes=(*dataset.notes, note),
+    )
+
+
+def split_off_test(split: Split) -> tuple[Split, Split]:
+    """Moves a random fifth of the examples, always the same ones, into a test split."""
+    order = np.random.default_rng(0).permutation(len(split.inputs))
+    test = max(1, round(TEST_FRACTION * len(order)))
+    train_rows, test_rows = np.sort(order[test:]), np.sort(order[:test])
+    return (
+        Split(split.inputs[train_rows], split.labels[train_rows]),
+        Split(split.inputs[test_rows], split.labels[test_rows]),
+    )
+
+
+def _split_note(examples: int) -> str:
+    test = max(1, round(TEST_FRACTION * examples))
+    return f"There is no test split, so {test:,} of the {examples:,} examples were set aside at random for testing."
+
+
+def _checked_inputs(option: str, inputs: np.ndarray) -> np.ndarray:
+    inputs = np.asarray(inputs)
+    if inputs.ndim < 2:
+        raise InputError(option, f"must have the shape [examples, ...], got {inputs.shape}.")
+    if len(inputs) == 0:
+        raise InputError(option, f"must hold at least one example, got the shape {inputs.shape}.")
+    if inputs.dtype == np.uint8:
+        return inputs
+    if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_) or np.iscomplexobj(inputs):
+        raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
+    inputs = inputs.astype(np.float32)
+    if not np.isfinite(inputs).all():
+        where = ", ".join(str(i) for i in np.argwhere(~np.isfinite(inputs))[0])
+        raise InputError(
+            option,
+            f"must be finite in float32, got NaN or infinity at [{where}]; remove or fill in such examples.",
+        )
+    return inputs
+
+
+def _checked_labels(option: str, labels: np.ndarray) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.dtype == np.bool_ or np.issubdtype(labels.dtype, np.integer):
+        if labels.ndim != 1:
+            raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
+        if labels.size and int(labels.max()) > np.iinfo(np.int32).max:
+            raise InputError(option, f"must fit in int32, got {labels.max()}.")
+        return labels.astype(np.int32)
+    if np.issubdtype(labels.dtype, np.floating):
+        if not np.isfinite(labels).all():
+            raise InputError(option, "must be finite, got NaN or infinity; remove or fill in such examples.")
+        return labels.astype(np.float32)
+    raise InputError(option, f"must hold integers from 0, or real-valued targets, got the type {labels.dtype}.")
+
+
+def _check_pair(split: str, inputs: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+    if len(inputs) != len(labels):
+        raise InputError(
+            f"y_{split}", f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} labels."
+        )
+    if not classes:
+        return
+    outside = (labels < 0) | (labels >= len(classes))
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        raise InputError(
+            f"y_{split}",
+            f"must lie from 0 to {len(classes) - 1}, one for each of the {len(classes)} classes, "
+            f"got {labels[row]} for example {row}.",
+        )

@@ -1,0 +1,214 @@
+"""The user's own file: arrays that numpy saved, or a table in which each line is an example."""
+
+import csv
+import io
+import math
+import zipfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from ctde_jax.data.dataset import Dataset, from_arrays, standardized
+from ctde_jax.errors import InputError, check_known
+
+REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def from_npz(path: Path | str) -> Dataset:
+    """Loads the arrays `x_train` and `y_train` of a .npz file, and `x_test` and `y_test` if it has them.
+
+    Nothing is ever unpickled.
+
+    Raises:
+        InputError: The file is no whole .npz file, or what it holds makes no data set.
+    """
+    path = Path(path).expanduser()
+    arrays = _arrays(path)
+    for name in ("y_train", "y_test"):
+        if name in arrays and arrays[name].dtype.kind not in "iub":
+            raise _fault(
+                path,
+                f"has labels of the type {arrays[name].dtype} in {name}",
+                "save them as integers from 0, one for each class",
+            )
+    train, test = (arrays["x_train"], arrays["y_train"]), (arrays.get("x_test"), arrays.get("y_test"))
+    try:
+        return from_arrays(*train, *test, name=path.stem)
+    except InputError as error:
+        raise InputError("data_file", f"names {path}, whose arrays make no data set: {error}") from error
+
+
+def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
+    """Loads a table of numbers with one column of labels, and standardizes the features.
+
+    The first line holds the column names if one of its feature cells is not a number. Labels may be words or
+    numbers; sorted, they are the classes.
+
+    Args:
+        path: A CSV file in UTF-8.
+        label_column: The name of the column that holds the labels; by default the last column.
+
+    Raises:
+        InputError: The file is no table, a feature is not a finite number, or there are not two classes.
+    """
+    path = Path(path).expanduser()
+    table = _table(path, label_column)
+    classes, labels = _classes(path, table)
+    inputs = np.array([_features(path, table, row) for row in table.rows], np.float32)
+    dataset = standardized(from_arrays(inputs, labels, name=path.stem, classes=classes))
+    return replace(dataset, notes=(table.note, *dataset.notes))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with _opened(path) as file, zipfile.ZipFile(file) as archive:
+            present = [member.removesuffix(".npy") for member in archive.namelist()]
+            missing = [name for name in REQUIRED if name not in present]
+            if missing:
+                raise _fault(
+                    path,
+                    f"lacks {' and '.join(missing)} and has {', '.join(present) or 'no array'}",
+                    "save the arrays with numpy.savez(path, x_train=..., y_train=...)",
+                )
+            return {name: _array(path, archive, name) for name in REQUIRED + OPTIONAL if name in present}
+    except zipfile.BadZipFile as error:
+        raise _fault(
+            path, f"is not a whole .npz file ({error})", "save the arrays with numpy.savez, or copy it again"
+        ) from error
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    try:
+        with archive.open(f"{name}.npy") as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+        if "Object arrays" in str(error):
+            raise _fault(
+                path,
+                f"has Python objects in {name}, which are never unpickled",
+                "save a plain array of numbers, with examples of one shape",
+            ) from error
+        raise _fault(path, f"is damaged in {name} ({error})", "save or copy the file again") from error
+
+
+class _Row(NamedTuple):
+    line: int  # in the file, counted from 1
+    cells: list[str]
+
+
+class _Table(NamedTuple):
+    columns: list[str]  # as a sentence names them
+    label: int
+    rows: list[_Row]
+    note: str
+
+
+def _table(path: Path, label_column: str | None) -> _Table:
+    rows = _rows(path)
+    first = rows[0].cells
+    label = first.index(label_column) if label_column in first else len(first) - 1
+    has_header = any(_number(cell) is None for i, cell in enumerate(first) if i != label)
+    if label_column is not None:
+        if not has_header:
+            raise InputError(
+                "label_column",
+                f"must name a column, got {label_column!r}, but {path} has no header line: add one, "
+                "or put the labels into the last column and leave label_column out.",
+            )
+        check_known("label_column", label_column, first)
+    columns = [repr(cell) if has_header else str(i + 1) for i, cell in enumerate(first)]
+    if has_header:
+        note = f"Line {rows[0].line} holds the column names; the labels are in the column {columns[label]}."
+        rows = rows[1:]
+    else:
+        note = f"There is no line of column names; the labels are in the last column, {columns[label]}."
+    if not rows:
+        raise _fault(path, "has a header line and no examples", "add one line for each example")
+    return _Table(columns, label, rows, note)
+
+
+def _rows(path: Path) -> list[_Row]:
+    rows, line = [], 1
+    with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for cells in reader:
+                if cells:
+                    rows.append(_Row(line, [cell.strip() for cell in cells]))
+                line = reader.line_num + 1  # a quoted cell may go on over several lines
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise _fault(path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8") from error
+        except csv.Error as error:
+            raise _fault(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
+    if not rows:
+        raise _fault(path, "is empty", "give a file with one line for each example")
+    width = len(rows[0].cells)
+    if width < 2:
+        raise _fault(path, "has a single column", "separate the features and the label by commas")
+    for row in rows:
+        if len(row.cells) != width:
+            raise _fault(
+                path,
+                f"has {len(row.cells)} cells in line {row.line} and {width} in line {rows[0].line}",
+                "give every line the same number of cells",
+            )
+    return rows
+
+
+def _features(path: Path, table: _Table, row: _Row) -> list[float]:
+    features = []
+    for i, cell in enumerate(row.cells):
+        if i == table.label:
+            continue
+        number = _number(cell)
+        if number is None or not abs(number) <= LARGEST:
+            raise _fault(
+                path,
+                f"has {repr(cell) if cell else 'an empty cell'} in line {row.line}, "
+                f"column {table.columns[i]}, and not a finite float32 number",
+                "correct the cell, or remove the line",
+            )
+        features.append(number)
+    return features
+
+
+def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
+    cells = [row.cells[table.label] for row in table.rows]
+    column = table.columns[table.label]
+    if "" in cells:
+        line = table.rows[cells.index("")].line
+        raise _fault(
+            path,
+            f"has an empty label in line {line}, column {column}",
+            "fill in the cell, or remove the line",
+        )
+    numbers = [_number(cell) for cell in cells]
+    words = any(number is None or not math.isfinite(number) for number in numbers)
+    values = np.array(cells if words else numbers)
+    _, first, labels = np.unique(values, return_index=True, return_inverse=True)
+    if len(first) < 2:
+        raise _fault(path, f"has only the label {cells[0]!r} in column {column}", "give at least two classes")
+    return tuple(cells[i] for i in first), labels
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise _fault(path, f"cannot be opened ({error.strerror})", "give the path of a readable file") from error
+
+
+def _fault(path: Path, fault: str, way_out: str) -> InputError:
+    return InputError("data_file", f"names {path}, which {fault}: {way_out}.")

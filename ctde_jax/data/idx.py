@@ -1,0 +1,166 @@
+"""The IDX format, and the two data sets of 28 x 28 pictures that are published in it.
+
+Files that are already in the folder are the user's own and are used as they are; a file that is not there is
+downloaded.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from platformdirs import user_cache_path
+
+from ctde_jax.data.dataset import Dataset, from_arrays
+from ctde_jax.data.download import content_of, damaged, fetch
+from ctde_jax.errors import InputError
+
+PICTURE = (28, 28)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Four IDX files that make up a data set, and where they can be had."""
+
+    name: str
+    classes: tuple[str, ...]
+    mirrors: tuple[str, ...]
+    sha256: Mapping[str, str]
+    """Of each file's decompressed content: training pictures and labels, then those for testing."""
+
+
+MNIST = Published(
+    name="mnist",
+    classes=tuple("0123456789"),
+    mirrors=(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        "http://yann.lecun.com/exdb/mnist/",
+    ),
+    sha256={
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+)
+
+FASHION_MNIST = Published(
+    name="fashion_mnist",
+    classes=(
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    mirrors=(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+    ),
+    sha256={
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+)
+
+
+def mnist(data_dir: Path | str | None = None) -> Dataset:
+    """Loads the handwritten digits of LeCun et al. (1998).
+
+    Args:
+        data_dir: An existing folder with the IDX files, plain or .gz; by default the user's cache folder.
+            A file that is missing is downloaded into it.
+
+    Raises:
+        InputError: There is no such folder, a file in it is damaged, or one is missing and no mirror gave it.
+    """
+    return _load(MNIST, data_dir)
+
+
+def fashion_mnist(data_dir: Path | str | None = None) -> Dataset:
+    """Loads the pictures of clothes of Xiao et al. (2017), in the format of MNIST; see `mnist`."""
+    return _load(FASHION_MNIST, data_dir)
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Reads an IDX file of unsigned bytes, plain or .gz.
+
+    Raises:
+        InputError: The file is damaged, is no IDX file, or has another number of dimensions.
+    """
+    return _parse(b"".join(content_of(path)), path, dimensions)
+
+
+def _load(published: Published, data_dir: Path | str | None) -> Dataset:
+    folder = _folder(published.name, data_dir)
+    arrays, unpublished = [], []
+    for name, sha256 in published.sha256.items():
+        urls = [f"{mirror}{name}.gz" for mirror in published.mirrors]
+        path = _local(folder, name) or fetch(urls, folder / f"{name}.gz", sha256)
+        content = b"".join(content_of(path))
+        if hashlib.sha256(content).hexdigest() != sha256:
+            unpublished.append(path.name)
+        arrays.append(_pictures(content, path) if "images" in name else _parse(content, path, 1))
+    try:
+        dataset = from_arrays(*arrays, name=published.name, classes=published.classes)
+    except InputError as error:
+        raise InputError(
+            "data_dir",
+            f"holds in {folder} files that make no {published.name} data set: {error} "
+            "Remove the files that are not the published ones to have those downloaded.",
+        ) from error
+    if not unpublished:
+        return dataset
+    note = f"{', '.join(unpublished)} in {folder} differ by checksum from the published {published.name}."
+    return replace(dataset, notes=(*dataset.notes, note))
+
+
+def _folder(name: str, data_dir: Path | str | None) -> Path:
+    cache = user_cache_path("ctde_jax") / name
+    if data_dir is None:
+        return cache
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise InputError(
+            "data_dir",
+            f"must be an existing folder, got {folder}; create it to have {name} downloaded into it, "
+            f"or leave data_dir out to use {cache}.",
+        )
+    return folder
+
+
+def _local(folder: Path, name: str) -> Path | None:
+    spellings = (name, name.replace("-idx", ".idx"))
+    paths = (folder / f"{spelling}{suffix}" for spelling in spellings for suffix in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _pictures(content: bytes, path: Path) -> np.ndarray:
+    pictures = _parse(content, path, 3)
+    if pictures.shape[1:] != PICTURE:
+        raise damaged(path, f"has pictures of the size {pictures.shape[1:]} instead of {PICTURE}")
+    return pictures
+
+
+def _parse(content: bytes, path: Path, dimensions: int) -> np.ndarray:
+    magic = bytes((0, 0, 8, dimensions))  # 8 stands for unsigned bytes
+    header = len(magic) + 4 * dimensions  # each length is a big-endian uint32
+    got = len(content) - header
+    if not content:
+        raise damaged(path, "is empty")
+    if content[:3] != magic[:3]:
+        start = content[:4].hex(" ")
+        raise damaged(path, f"starts with {start} instead of the magic number {magic.hex(' ')}")
+    if content[3:4] not in (b"", magic[3:]):
+        raise damaged(path, f"has {content[3]} dimensions instead of {dimensions}")
+    if got < 0:
+        raise damaged(path, f"is truncated in its header of {header} bytes")
+    shape = struct.unpack_from(f">{dimensions}I", content, len(magic))
+    announced = math.prod(shape)
+    if got != announced:
+        fault = "is truncated" if got < announced else "has trailing bytes"
+        raise damaged(path, f"{fault}: its shape {shape} takes {announced:,} bytes, and it has {got:,}")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

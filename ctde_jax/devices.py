@@ -1,0 +1,70 @@
+"""Which devices train: GPU and TPU as they are, fake CPU devices where there is neither.
+
+XLA's CPU collectives wait inside a thread pool that has as many threads as the machine has cores. With too few threads
+for the fake devices, these wait for each other for ever, and the process aborts after 40 seconds. The pool's size is
+read from the environment variable `NPROC` at the moment when JAX starts its CPU backend, so it is set here first.
+"""
+
+import os
+
+import jax
+from jax.extend.backend import clear_backends
+
+from ctde_jax.errors import InputError
+
+FAKE_DEVICES = 4
+_THREADS_A_DEVICE = 2  # measured: with fewer than two threads a device, collectives can wait for ever
+
+
+def start(count: int | None = None) -> list[jax.Device]:
+    """Starts JAX where needed and returns the devices to train on.
+
+    A CPU backend that is already up with too few devices or too few threads (a notebook that has used JAX before) is
+    started anew; arrays made before stay readable, but belong to the old devices.
+
+    Args:
+        count: How many devices; by default all accelerators, or 4 fake CPU devices where there is none.
+
+    Raises:
+        InputError: There are fewer accelerators than `count`.
+    """
+    if count is not None and count < 1:
+        raise InputError("devices", f"must be at least 1, got {count}.")
+    wanted = count or FAKE_DEVICES
+    try:
+        _request_fake_devices(wanted)
+    except RuntimeError:  # the backend is up, and JAX no longer takes the number of CPU devices
+        if jax.default_backend() == "cpu" and (len(jax.devices()) < wanted or not _threads_suffice(wanted)):
+            clear_backends()
+            _request_fake_devices(wanted)
+
+    devices = jax.devices()
+    if count is None:
+        return devices if devices[0].platform != "cpu" else devices[:FAKE_DEVICES]
+    if count > len(devices):
+        raise InputError(
+            "devices",
+            f"must be at most {len(devices)}, the {devices[0].platform.upper()} devices of this machine, got {count}; "
+            "to train on fake CPU devices instead, set the environment variable JAX_PLATFORMS=cpu.",
+        )
+    return devices[:count]
+
+
+def check(devices: list[jax.Device]) -> None:
+    """Raises InputError for fake CPU devices whose collectives would wait for each other for ever."""
+    if devices[0].platform == "cpu" and len(devices) > 1 and not _threads_suffice(len(devices)):
+        raise InputError(
+            "devices",
+            f"are {len(devices)} fake CPU devices on a thread pool that was started too small for them; get them from "
+            f"ctde_jax.devices.start({len(devices)}), which starts the CPU backend anew.",
+        )
+
+
+def _request_fake_devices(count: int) -> None:
+    jax.config.update("jax_num_cpu_devices", count)
+    threads = max(_THREADS_A_DEVICE * count, os.cpu_count() or 1, int(os.environ.get("NPROC", 0)))
+    os.environ["NPROC"] = str(threads)
+
+
+def _threads_suffice(count: int) -> bool:
+    return int(os.environ.get("NPROC", os.cpu_count() or 1)) >= _THREADS_A_DEVICE * count

@@ -1,0 +1,76 @@
+"""Exact averages over a split: every example is counted once, on any number of devices and for any batch size."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax import replica
+from ctde_jax.data import Split
+from ctde_jax.models import Model
+from ctde_jax.replica import AXIS, PyTree
+from ctde_jax.tasks import Task
+
+Averages = dict[str, float]
+"""`loss` and each metric as means over the examples, and `examples`, how many there were."""
+
+
+def make_evaluate(
+    model: Model,
+    task: Task,
+    split: Split,
+    devices: Sequence[jax.Device],
+    params: PyTree,
+    model_state: PyTree,
+    batch_size: int = 1024,
+) -> Callable[[PyTree, PyTree], Averages]:
+    """Puts the split on the devices, a part on each, and makes the function that averages over it in one dispatch.
+
+    Args:
+        model: Evaluated without a key, that is in inference mode.
+        task: Its loss and metrics are averaged.
+        split: At least one example.
+        devices: One replica on each.
+        params: Replicated on the devices; the function is compiled for parameters like these.
+        model_state: Likewise.
+        batch_size: Examples computed at once on all devices together; rounded up to a multiple of them.
+
+    Returns:
+        `evaluate(params, model_state)`.
+    """
+    examples = len(split.inputs)
+    per_replica = min(-(-batch_size // len(devices)), -(-examples // len(devices)))
+    batches = -(-examples // (per_replica * len(devices)))
+
+    def rows(array: np.ndarray) -> np.ndarray:
+        padded = np.zeros((len(devices) * batches * per_replica, *array.shape[1:]), array.dtype)
+        padded[:examples] = array
+        return padded.reshape(len(devices), batches, per_replica, *array.shape[1:])
+
+    parts = replica.shard(jax.tree.map(rows, split), devices)
+
+    def sum_up(params: PyTree, model_state: PyTree, part: Split) -> dict[str, jax.Array]:
+        first = lax.axis_index(AXIS) * batches * per_replica
+        is_example = first + jnp.arange(batches * per_replica).reshape(batches, per_replica) < examples
+
+        def add_batch(sums, batch_and_mask):
+            batch, is_example = batch_and_mask
+            outputs, _ = model.apply(params, model_state, batch.inputs, None)
+            measured = {**task.measure(outputs, batch.labels), "examples": jnp.ones(per_replica)}
+            return jax.tree.map(lambda total, x: total + jnp.sum(x, where=is_example), sums, measured), None
+
+        zeros = dict.fromkeys(["loss", *task.metrics, "examples"], jnp.float32(0))
+        sums, _ = lax.scan(add_batch, zeros, (part, is_example))
+        return lax.psum(sums, AXIS)
+
+    sum_up = replica.parallel(sum_up, devices, in_axes=(None, None, 0), out_axes=None)
+    compiled = sum_up.lower(params, model_state, parts).compile()
+
+    def evaluate(params: PyTree, model_state: PyTree) -> Averages:
+        sums = jax.device_get(compiled(params, model_state, parts))
+        assert sums["examples"] == examples, f"counted {sums['examples']} of {examples} examples"
+        return {name: float(sums[name]) / examples for name in ("loss", *task.metrics)} | {"examples": examples}
+
+    return evaluate

@@ -1,0 +1,145 @@
+"""What a person sees of a run: a progress bar, a line of JSON for every measurement, and the curves.
+
+A measurement is a row, a flat dict: `split` ("train" or "test"), `step`, `epoch`, `loss`, the task's metrics,
+`examples`, and for training also `examples_per_second`.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ctde_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Log:
+    """Keeps the rows of a run, writes each as soon as it is known, and shows how far the run is.
+
+    Made by `open_log`.
+    """
+
+    def __init__(self, total_steps: int, folder: Path | None, file: TextIO | None, progress: Progress):
+        self.rows: list[Row] = []
+        self._total_steps, self._folder, self._file, self._progress = total_steps, folder, file, progress
+        self._task = progress.add_task("training", total=total_steps, summary="")
+        self._last_line = time.perf_counter()
+        self._latest: dict[str, str] = {}  # by split
+
+    def add(self, row: Row) -> None:
+        """Keeps, writes and shows one measurement."""
+        self.rows.append(row)
+        if self._folder and self._file:
+            with writing_to(self._folder):
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+
+        self._latest[row["split"]] = _summary(row)
+        summary = "  ".join(self._latest.values())
+        self._progress.update(self._task, completed=row["step"], summary=summary)
+        long_ago = time.perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES
+        if self._progress.disable and (row["split"] == "test" or long_ago):
+            self._last_line = time.perf_counter()
+            self._progress.console.print(f"step {row['step']:,} of {self._total_steps:,}  {summary}")
+
+
+def console(quiet: bool = False) -> Console:
+    """Returns the screen on which a run is shown; lines are never broken."""
+    return Console(quiet=quiet, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def open_log(total_steps: int, folder: Path | None = None, show: bool = True) -> Iterator[Log]:
+    """Opens the log of a run, and closes it however the run ends, the curves drawn.
+
+    Args:
+        total_steps: Optimizer steps of the whole run.
+        folder: Where `metrics.jsonl` and `curves.png` go; None writes no files.
+        show: Shows a bar in a terminal or notebook, and plain lines elsewhere.
+
+    Raises:
+        InputError: The folder cannot be written to.
+    """
+    screen = console(quiet=not show)
+    bar = Progress(
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[summary]}"),
+        TimeRemainingColumn(),
+        console=screen,
+        disable=not show or not (screen.is_terminal or screen.is_jupyter),
+    )
+    if folder is None:
+        with bar:
+            yield Log(total_steps, None, None, bar)
+        return
+
+    with writing_to(folder):
+        file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+    log = Log(total_steps, folder, file, bar)
+    try:
+        with file, bar:
+            yield log
+    finally:
+        if log.rows:
+            with writing_to(folder):
+                plot_curves(log.rows).savefig(folder / "curves.png", dpi=120)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Says in a sentence that a folder cannot be written to, or is full.
+
+    Raises:
+        InputError: Instead of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "run_dir",
+            f"must be a folder that can be written to and has room, but writing to {folder} failed: {error.strerror}; "
+            "choose another folder.",
+        ) from error
+
+
+def plot_curves(rows: Sequence[Row]) -> "Figure":
+    """Draws the loss and every metric over the steps, for training and test."""
+    from matplotlib.figure import Figure
+
+    names = list(_measured(rows[0]))
+    figure = Figure(figsize=(4.8 * len(names), 3.6), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        for split, style in [("train", {"color": "tab:gray", "lw": 1}), ("test", {"color": "tab:blue", "marker": "."})]:
+            points = [(row["step"], row[name]) for row in rows if row["split"] == split]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=split, **style)
+        axes.set(xlabel="optimizer step", title=name)
+        axes.set_yscale("log" if name == "loss" and all(row["loss"] > 0 for row in rows) else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def _measured(row: Row) -> dict[str, float]:
+    """Picks the loss and the metrics out of a row."""
+    about = ("split", "step", "epoch", "examples", "examples_per_second")
+    return {name: value for name, value in row.items() if name not in about}
+
+
+def _summary(row: Row) -> str:
+    words = [row["split"], *(f"{name} {value:.4f}" for name, value in _measured(row).items())]
+    if "examples_per_second" in row:
+        words.append(f"{row['examples_per_second']:,.0f} examples/s")
+    return " ".join(words)

@@ -1,0 +1,245 @@
+"""The walk from a model and data to a trained model: `fit`."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from ctde_jax import devices as available
+from ctde_jax import replica, state
+from ctde_jax.aggregate import Strategy
+from ctde_jax.data import Dataset, Split, count_steps, deal, dispatches
+from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax.evaluate import Averages, make_evaluate
+from ctde_jax.log import Row, open_log
+from ctde_jax.models import Model, with_raw_inputs
+from ctde_jax.replica import PyTree
+from ctde_jax.round import Sums, make_round, make_rounds
+from ctde_jax.tasks import Task, classification
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The aggregated model, and what was measured while it was trained."""
+
+    model: Model
+    """Takes inputs as the data set stores them."""
+
+    params: PyTree  # numpy arrays
+    model_state: PyTree  # numpy arrays
+    history: list[Row]
+    """One row for each measurement, as `log.py` describes it."""
+
+    seconds: dict[str, float]
+    """Wall time by part: `start-up`, `compile`, `train`, `evaluate`."""
+
+    interrupted: bool
+    """Whether Ctrl-C ended the training before its last step."""
+
+    task: Task
+    devices: Sequence[jax.Device]
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """Runs the model alone on one device: `[examples, ...]` to its outputs, float32."""
+        outputs, _ = jax.jit(self.model.apply)(self.params, self.model_state, inputs, None)
+        return np.asarray(outputs)
+
+    def evaluate(self, split: Split) -> Averages:
+        """Averages loss and metrics over all examples of a split, on all devices of the training."""
+        params, model_state = replica.replicate((self.params, self.model_state), self.devices)
+        return make_evaluate(self.model, self.task, split, self.devices, params, model_state)(params, model_state)
+
+
+def fit(
+    model: Model,
+    data: Dataset,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy = Strategy(),
+    *,
+    task: Task = classification,
+    batch_size: int,
+    epochs: int | None = None,
+    steps: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    partition: Sequence[np.ndarray] | None = None,
+    seed: int = 0,
+    eval_every: int | None = None,
+    log_every: int = 20,
+    folder: Path | None = None,
+    show: bool = True,
+) -> Trained:
+    """Trains one central model on many devices.
+
+    Ctrl-C ends the training after the dispatch at hand, and what has been trained is returned; a second Ctrl-C ends at
+    once.
+
+    Args:
+        model: Such as `models.mlp`, or a module of the user's own through `models.from_nnx` or `models.from_linen`.
+        data: Training and test examples.
+        optimizer: Any optax transformation.
+        strategy: How the devices agree.
+        task: What is minimized and what is reported.
+        batch_size: The global one, over all devices together.
+        epochs: How often to go through the data; give this or `steps`.
+        steps: How many optimizer steps to take.
+        devices: One replica on each; by default what `devices.start()` returns.
+        partition: For each device the indices of the examples that never leave it; by default all examples are dealt
+            anew in every epoch.
+        seed: Of the model's start, the data order and dropout.
+        eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
+        log_every: At most so many steps lie between two rows of the history; so many go out in one dispatch.
+        folder: Where `metrics.jsonl` and `curves.png` go; None writes no files.
+        show: Whether to show progress.
+
+    Raises:
+        InputError: An argument breaks a rule; nothing has been computed yet.
+        NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
+    """
+    clock = _Clock()
+    devices = list(devices or available.start())
+    available.check(devices)
+    if task is classification and not data.classes:
+        raise InputError("task", "must be a loss of your own where labels are real-valued targets, got classification.")
+    batches = deal(data.train, len(devices), batch_size, seed, partition)
+    total_steps = count_steps(batches.steps_per_epoch, epochs, steps)
+    eval_every = batches.steps_per_epoch if eval_every is None else eval_every
+    cut = _cut(strategy.inner_steps, eval_every, log_every, total_steps)
+
+    model = with_raw_inputs(model, data.shift, data.scale)
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    train_state = state.create(model, optimizer, strategy, data.train.inputs[:1], init_key, devices)
+    place = replica.replicate if batches.axis is None else replica.shard
+    examples, key = place(batches.split, devices), replica.replicate(train_key, devices)
+    clock.lap("start-up")
+
+    state_axes = state.axes(strategy)
+    train_rounds = replica.parallel(
+        make_rounds(make_round(model, task, optimizer, strategy)),
+        devices,
+        in_axes=(state_axes, batches.axis, 0, None),
+        out_axes=(state_axes, None),
+        donate=(0,),
+    )
+    indices = jax.ShapeDtypeStruct((len(devices), cut.rounds, cut.round_steps, batch_size // len(devices)), np.int32)
+    train_rounds = train_rounds.lower(train_state, examples, indices, key).compile()
+    evaluate = make_evaluate(model, task, data.test, devices, train_state.params, train_state.model_state)
+    clock.lap("compile")
+
+    meter = _Meter(batches.steps_per_epoch)
+    with open_log(total_steps, folder, show) as log, _deferred_interrupt() as interrupted:
+        for start in range(0, total_steps, cut.interval):
+            stop = min(start + cut.interval, total_steps)
+            meter.start()
+            unread: list[Sums] = []  # the sums of a dispatch are fetched while the next one runs
+            for indices in dispatches(batches, cut.round_steps, cut.rounds, start, stop):
+                train_state, sums = train_rounds(train_state, examples, replica.shard(indices, devices), key)
+                unread.append(sums)
+                if len(unread) > 1:
+                    log.add(meter.read(unread.pop(0)))
+                if interrupted.is_set():
+                    break
+            log.add(meter.read(unread.pop()))
+            clock.lap("train")
+
+            averages = evaluate(train_state.params, train_state.model_state)
+            log.add({"split": "test", **meter.position(), **averages})
+            clock.lap("evaluate")
+            if interrupted.is_set():
+                break
+
+    params, model_state = jax.device_get((train_state.params, train_state.model_state))
+    return Trained(model, params, model_state, log.rows, clock.seconds, interrupted.is_set(), task, devices)
+
+
+class _Cut(NamedTuple):
+    """How a run is cut: rounds of so many steps, so many rounds a dispatch, and evaluations so many steps apart."""
+
+    round_steps: int
+    rounds: int
+    interval: int
+
+
+def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> _Cut:
+    for option, value in [("eval_every", eval_every), ("log_every", log_every)]:
+        if value < 1:
+            raise InputError(option, f"must be at least 1, got {value}.")
+    round_steps = max(1, inner_steps)
+    rounds_an_interval = -(-min(eval_every, total_steps) // round_steps)
+    dispatches_an_interval = -(-rounds_an_interval // max(1, log_every // round_steps))
+    return _Cut(round_steps, -(-rounds_an_interval // dispatches_an_interval), rounds_an_interval * round_steps)
+
+
+class _Clock:
+    """Splits the wall time into named parts."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Counts the time since the last lap towards this part."""
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+class _Meter:
+    """Turns the sums of dispatches into rows of the history."""
+
+    def __init__(self, steps_per_epoch: int):
+        self._step, self._steps_per_epoch, self._last = 0, steps_per_epoch, 0.0
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def position(self) -> dict[str, float]:
+        return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}
+
+    def read(self, sums: Sums) -> Row:
+        """Waits for the dispatch that computes these sums.
+
+        Raises:
+            NonFiniteLoss: The loss of one of its steps is NaN or infinite.
+        """
+        sums = jax.device_get(sums)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        bad = ~np.isfinite(sums["loss"])
+        if bad.any():
+            raise NonFiniteLoss(self._step + int(np.argmax(bad)) + 1)
+
+        self._step += int((sums["examples"] > 0).sum())
+        totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
+        examples = totals.pop("examples")
+        means = {name: totals[name] / examples for name in ("loss", *totals)}
+        speed = {"examples": int(examples), "examples_per_second": round(examples / seconds, 1)}
+        return {"split": "train", **self.position(), **means, **speed}
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Lets the first Ctrl-C set the event instead of breaking off the work at hand; a second one ends at once."""
+    interrupted = threading.Event()
+
+    def note(signal_number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield interrupted
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)

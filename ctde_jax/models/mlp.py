@@ -1,0 +1,45 @@
+"""The multilayer perceptron."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from ctde_jax.errors import InputError, check_known
+from ctde_jax.models.base import Model, from_nnx
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": jnp.tanh,
+    "relu": nnx.relu,
+    "gelu": nnx.gelu,
+    "silu": nnx.silu,
+}
+
+
+class MLP(nnx.Module):
+    """Dense layers with an activation between them; an input of any shape is flattened."""
+
+    def __init__(self, widths: Sequence[int], activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(widths)])
+        self.activation = activation
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Maps `[examples, ...]` to `[examples, widths[-1]]`."""
+        x = inputs.reshape(len(inputs), -1)
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+def mlp(widths: Sequence[int], activation: str = "tanh") -> Model:
+    """Builds a perceptron of these widths, from the input's to the number of classes: `mlp([784, 128, 10])`.
+
+    Raises:
+        InputError: The activation's name is not known, or a width is less than 1.
+    """
+    if min(widths) < 1:
+        raise InputError("widths", f"must be at least 1, got {min(widths)}.")
+    check_known("activation", activation, ACTIVATIONS)
+    return from_nnx(lambda rngs: MLP(widths, ACTIVATIONS[activation], rngs=rngs))

@@ -1,0 +1,82 @@
+"""What the command line says before and after a run: the plan, and the result."""
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from ctde_jax.config import Config
+from ctde_jax.data import Dataset
+from ctde_jax.loop import Trained
+from ctde_jax.models import Model, count_params
+
+
+def plan(
+    config: Config,
+    devices: Sequence[jax.Device],
+    data: Dataset,
+    partition: Sequence[np.ndarray] | None,
+    model: Model,
+    steps_per_epoch: int,
+    steps: int,
+    folder: Path,
+) -> Table:
+    """Says what is about to be trained on what, and where the results go."""
+    network, optimization, sync_every = config.model, config.optimization, config.aggregation.sync_every
+    kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
+    widths = [prod(data.train.inputs.shape[1:]), *network.widths, len(data.classes)]
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
+    learning_rate = f"learning rate {optimization.learning_rate:g}, {optimization.schedule}"
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("devices", f"{len(devices)} {kind} devices")
+    table.add_row(
+        "data",
+        f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, "
+        f"{len(data.classes)} classes",
+    )
+    for note in data.notes:
+        table.add_row("", note)
+    if partition is None:
+        table.add_row("split", "dealt anew to the devices in every epoch")
+    else:
+        sizes = ", ".join(f"{len(part):,}" for part in partition)
+        table.add_row("split", f"{config.data.partition}: {sizes} examples stay on their device (partition.png)")
+    table.add_row(
+        "model",
+        f"{network.model} {'-'.join(map(str, widths))} with {network.activation}, {network.precision}, "
+        f"{count_params(params):,} parameters",
+    )
+    table.add_row(
+        "batch", f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on each device"
+    )
+    table.add_row("steps", f"{steps:,}, {steps_per_epoch:,} an epoch")
+    table.add_row("optimizer", f"{optimization.optimizer}, {learning_rate}, {optimization.warmup_steps} warm-up steps")
+    table.add_row(
+        "strategy",
+        f"the mean of the parameters after every {sync_every} steps alone"
+        if sync_every
+        else "the mean of the gradients at every step",
+    )
+    table.add_row("results", str(folder))
+    return table
+
+
+def result(trained: Trained, folder: Path) -> Table:
+    """Says what came of a run, and where its time went."""
+    last = next(row for row in reversed(trained.history) if row["split"] == "test")
+    title = f"interrupted at step {last['step']:,}" if trained.interrupted else f"after {last['step']:,} steps"
+    table = Table(title=title, show_header=False)
+    table.add_row("test accuracy", f"{last['accuracy']:.2%}")
+    table.add_row("test loss", f"{last['loss']:.4f}")
+    table.add_row("examples evaluated", f"{last['examples']:,}")
+    table.add_section()
+    for part, seconds in trained.seconds.items():
+        table.add_row(part, f"{seconds:.2f} s")
+    table.add_row("wall time", f"{sum(trained.seconds.values()):.2f} s")
+    table.add_section()
+    table.add_row("curves", str(folder / "curves.png"))
+    return table

@@ -1,0 +1,110 @@
+"""One round, as one replica sees it: compute on its own examples, then agree. The heart of the trainer."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax.aggregate import Strategy, weighted_mean
+from ctde_jax.data import Split
+from ctde_jax.models import Model
+from ctde_jax.replica import AXIS, PyTree
+from ctde_jax.state import TrainState
+from ctde_jax.tasks import Task
+
+Sums = dict[str, jax.Array]
+"""Over the examples of each step: `loss`, each metric, and their number `examples`; float32[steps] each."""
+
+Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
+"""`train_round(state, split, batches, key) -> (state, sums over all replicas)`
+
+`split` is what the device holds, `batches` is `int32[steps, per_replica]` with -1 for no example.
+"""
+
+
+def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation, strategy: Strategy) -> Round:
+    """Makes the round of a strategy. It uses collectives, so it runs under `replica.parallel`.
+
+    A step for which a replica has no examples leaves that replica as it is; a round without any examples changes
+    nothing. So a run may be cut into rounds of one shape, filled up at its end.
+    """
+    reduce = optax.with_extra_args_support(strategy.reduce)
+
+    def differentiate(params, model_state, split, indices, key) -> tuple[PyTree, PyTree, Sums]:
+        """Returns the gradient of the mean loss over the replica's own examples."""
+        inputs, labels, is_example = split.inputs[indices], split.labels[indices], indices >= 0
+
+        def mean_loss(params):
+            outputs, new_model_state = model.apply(params, model_state, inputs, key)
+            measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices))}
+            sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
+            return sums["loss"] / jnp.maximum(sums["examples"], 1), (new_model_state, sums)
+
+        grads, (model_state, sums) = jax.grad(mean_loss, has_aux=True)(params)
+        return grads, model_state, sums
+
+    def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        (indices,) = batches
+        key = jax.random.fold_in(key, state.step)
+        grads, model_state, sums = differentiate(state.params, state.model_state, split, indices, key)
+
+        grads, reduce_state = reduce.update(grads, state.reduce_state, state.params, weight=sums["examples"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+        return state._replace(
+            params=optax.apply_updates(state.params, updates),
+            model_state=weighted_mean(model_state, sums["examples"]),
+            opt_state=opt_state,
+            reduce_state=reduce_state,
+        ), jax.tree.map(lambda x: x[None], sums)
+
+    def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        def local_step(own, step_and_indices):
+            params, model_state, opt_state = own
+            step, indices = step_and_indices
+            grads, model_state, sums = differentiate(params, model_state, split, indices, jax.random.fold_in(key, step))
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            moved = (optax.apply_updates(params, updates), model_state, opt_state)
+            return optax.tree.where(sums["examples"] > 0, moved, own), sums
+
+        steps = state.step + jnp.arange(len(batches))
+        own = (state.params, state.model_state, state.opt_state)
+        (params, model_state, opt_state), sums = lax.scan(local_step, own, (steps, batches))
+        examples = sums["examples"].sum()
+
+        outer_grads = optax.tree.sub(state.params, params)
+        outer_grads, reduce_state = reduce.update(outer_grads, state.reduce_state, state.params, weight=examples)
+        updates, outer_state = strategy.outer.update(outer_grads, state.outer_state, state.params)
+
+        return state._replace(
+            params=optax.apply_updates(state.params, updates),
+            model_state=weighted_mean(model_state, examples),
+            opt_state=opt_state,
+            reduce_state=reduce_state,
+            outer_state=outer_state,
+        ), sums
+
+    advance = local if strategy.inner_steps else synchronous
+
+    def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        key = jax.random.fold_in(key, lax.axis_index(AXIS))
+        advanced, sums = advance(state, split, batches, key)
+        sums = lax.psum(sums, AXIS)
+
+        steps = jnp.sum(sums["examples"] > 0, dtype=jnp.int32)
+        advanced = advanced._replace(step=state.step + steps)
+        return optax.tree.where(steps > 0, advanced, state), sums
+
+    return train_round
+
+
+def make_rounds(train_round: Round) -> Round:
+    """Makes several rounds into one: `batches` is `int32[rounds, steps, per_replica]`, the sums `[rounds * steps]`."""
+
+    def train_rounds(state, split, batches, key):
+        state, sums = lax.scan(lambda state, batch: train_round(state, split, batch, key), state, batches)
+        return state, jax.tree.map(jnp.ravel, sums)
+
+    return train_rounds

@@ -1,0 +1,328 @@
+"""A file arrives whole and verified, or not at all, however badly its mirrors behave."""
+
+import gzip
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctde_jax.data.download import RESUMES, fetch, sha256_of
+from ctde_jax.errors import InputError
+
+CONTENT = np.random.default_rng(0).bytes(3000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+PACKED = gzip.compress(CONTENT, mtime=0)
+TIMEOUT = 0.3
+
+Behavior = Callable[["Handler", bytes, int | None], None]  # the file, and where the requested range starts
+
+
+class Mirror(ThreadingHTTPServer):
+    """A server that answers each request with the next behavior, and the last one ever after."""
+
+    def __init__(self, *behaviors: Behavior, file: bytes = PACKED):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behaviors, self.file = list(behaviors), file
+        self.ranges: list[str | None] = []
+        self.closing = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}/file.gz"
+
+    def handle_error(self, request, client_address):
+        """Keeps quiet when the client has gone away."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Mirror
+
+    def do_GET(self):
+        mirror, asked = self.server, self.headers["Range"]
+        mirror.ranges.append(asked)
+        behavior = mirror.behaviors.pop(0) if len(mirror.behaviors) > 1 else mirror.behaviors[0]
+        behavior(self, mirror.file, int(asked.removeprefix("bytes=").removesuffix("-")) if asked else None)
+
+    def head(self, status: int, length: int, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def log_message(self, format, *args):
+        """Keeps quiet."""
+
+
+def partial(handler: Handler, file: bytes, start: int | None, limit: int | None = None, shift: int = 0) -> None:
+    """Answers a range with 206, or 416 beyond the end; sends at most `limit` bytes of it."""
+    if start is None:
+        handler.head(200, len(file))
+    elif start >= len(file):
+        return handler.head(416, 0)
+    else:
+        first = start + shift
+        handler.head(206, len(file) - first, Content_Range=f"bytes {first}-{len(file) - 1}/{len(file)}")
+        file = file[first:]
+    handler.wfile.write(file[:limit])
+
+
+def whole(handler: Handler, file: bytes, start: int | None) -> None:
+    """Knows nothing of ranges."""
+    partial(handler, file, None)
+
+
+def breaks_off_after(limit: int) -> Behavior:
+    return lambda handler, file, start: partial(handler, file, start, limit)
+
+
+def whole_breaks_off_after(limit: int) -> Behavior:
+    return lambda handler, file, start: partial(handler, file, None, limit)
+
+
+def wrong_range(handler: Handler, file: bytes, start: int | None) -> None:
+    partial(handler, file, start, shift=7)
+
+
+def stalls_after(limit: int) -> Behavior:
+    def stall(handler: Handler, file: bytes, start: int | None) -> None:
+        partial(handler, file, start, limit)
+        handler.server.closing.wait()
+
+    return stall
+
+
+def trickles(handler: Handler, file: bytes, start: int | None) -> None:
+    partial(handler, file, start, 10)
+    while not handler.server.closing.wait(TIMEOUT / 5):
+        handler.wfile.write(b"x")
+
+
+def silent(handler: Handler, file: bytes, start: int | None) -> None:
+    handler.server.closing.wait()
+
+
+def not_found(handler: Handler, file: bytes, start: int | None) -> None:
+    handler.head(404, 0)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mirror]]:
+    """Starts mirrors, and stops them after the test."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    mirrors, threads = [], []
+
+    def start(*behaviors: Behavior, file: bytes = PACKED) -> Mirror:
+        mirrors.append(Mirror(*behaviors, file=file))
+        threads.append(threading.Thread(target=mirrors[-1].serve_forever, args=(0.01,)))
+        threads[-1].start()
+        return mirrors[-1]
+
+    yield start
+    for mirror, thread in zip(mirrors, threads, strict=True):
+        mirror.closing.set()
+        mirror.shutdown()
+        thread.join()
+        mirror.server_close()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "file.gz"
+
+
+def part_of(target: Path) -> Path:
+    return target.with_name("file.gz.part")
+
+
+def begin(target: Path, arrived: bytes) -> None:
+    target.parent.mkdir()
+    part_of(target).write_bytes(arrived)
+
+
+@pytest.mark.parametrize("behavior", [partial, whole])
+def test_file_arrives_byte_for_byte(serve, target: Path, behavior: Behavior):
+    assert fetch([serve(behavior).url], target, SHA256) == target
+    assert target.read_bytes() == PACKED
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_file_that_is_there_is_not_asked_for(serve, target: Path):
+    mirror = serve(whole)
+    target.parent.mkdir()
+    target.write_bytes(b"the user's own")
+
+    assert fetch([mirror.url], target, SHA256).read_bytes() == b"the user's own"
+    assert mirror.ranges == []
+
+
+def test_one_plain_line_says_what_is_downloaded(serve, target: Path, capsys: pytest.CaptureFixture[str]):
+    fetch([serve(whole).url], target, SHA256)
+    assert capsys.readouterr().err == "Downloading file.gz\n"
+
+
+def test_terminal_gets_a_progress_bar(
+    serve, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    fetch([serve(whole).url], target, SHA256)
+
+    assert f"{len(PACKED) / 1000:.1f}/{len(PACKED) / 1000:.1f} kB" in capsys.readouterr().err
+
+
+def test_broken_connection_is_resumed_where_it_broke_off(serve, target: Path):
+    mirror = serve(breaks_off_after(1000))
+
+    assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
+    assert mirror.ranges == [None, "bytes=1000-", "bytes=2000-", "bytes=3000-"]
+
+
+def test_mirror_without_ranges_is_left_when_it_makes_no_progress(serve, target: Path):
+    broken, good = serve(whole_breaks_off_after(1000)), serve(partial)
+
+    assert fetch([broken.url, good.url], target, SHA256).read_bytes() == PACKED
+    assert broken.ranges == [None, "bytes=1000-"]
+    assert good.ranges == ["bytes=1000-"]
+
+
+def test_mirror_that_keeps_breaking_off_is_left(serve, target: Path):
+    broken, good = serve(breaks_off_after(10)), serve(partial)
+
+    assert fetch([broken.url, good.url], target, SHA256).read_bytes() == PACKED
+    assert len(broken.ranges) == 1 + RESUMES
+    assert good.ranges == [f"bytes={10 * (1 + RESUMES)}-"]
+
+
+def test_part_of_an_earlier_run_is_resumed(serve, target: Path):
+    mirror = serve(partial)
+    begin(target, PACKED[:1234])
+
+    assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
+    assert mirror.ranges == ["bytes=1234-"]
+
+
+@pytest.mark.parametrize(
+    ("behavior", "arrived", "ranges"),
+    [
+        pytest.param(whole, PACKED[:100], ["bytes=100-"], id="200 instead of 206"),
+        pytest.param(partial, PACKED + b"more", [f"bytes={len(PACKED) + 4}-", None], id="416"),
+        pytest.param(wrong_range, PACKED[:100], ["bytes=100-", None], id="206 of another range"),
+        pytest.param(partial, b"something else", ["bytes=14-", None], id="wrong part"),
+    ],
+)
+def test_part_that_cannot_be_resumed_is_started_over(
+    serve, target: Path, behavior: Behavior, arrived: bytes, ranges: list[str | None]
+):
+    mirror = serve(behavior)
+    begin(target, arrived)
+
+    assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
+    assert mirror.ranges == ranges
+
+
+@pytest.mark.parametrize("wrong", [gzip.compress(b"wrong"), b"<html>no gzip</html>", PACKED[:-9], b""])
+def test_wrong_content_is_dropped_for_the_next_mirror(serve, target: Path, wrong: bytes):
+    lying, good = serve(whole, file=wrong), serve(partial)
+
+    assert fetch([lying.url, good.url], target, SHA256).read_bytes() == PACKED
+    assert good.ranges == [None]
+
+
+@pytest.mark.parametrize("behavior", [stalls_after(1000), trickles, silent])
+def test_mirror_that_stalls_is_left_after_the_timeout(serve, target: Path, behavior: Behavior):
+    slow, good = serve(behavior), serve(partial)
+    start = time.monotonic()
+
+    assert fetch([slow.url, good.url], target, SHA256, timeout=TIMEOUT).read_bytes() == PACKED
+    assert time.monotonic() - start >= TIMEOUT
+    assert slow.ranges == [None]
+
+
+def test_what_a_stalled_mirror_sent_is_kept(serve, target: Path):
+    slow, good = serve(stalls_after(1000)), serve(partial)
+    fetch([slow.url, good.url], target, SHA256, timeout=TIMEOUT)
+    assert good.ranges == ["bytes=1000-"]
+
+
+def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, target: Path):
+    gone = Mirror(whole)
+    gone.server_close()
+    mirrors = {
+        serve(not_found).url: "answered 404 Not Found",
+        serve(whole, file=gzip.compress(b"wrong")).url: "sent something other than the published file",
+        serve(silent).url: "did not answer within 0.3 s",
+        serve(trickles).url: "sent too little within 0.3 s",
+        serve(whole_breaks_off_after(5)).url: f"broke off after 5 of {len(PACKED):,} bytes",
+        gone.url: "could not be reached",
+    }
+    with pytest.raises(InputError) as caught:
+        fetch(list(mirrors), target, SHA256, timeout=TIMEOUT)
+
+    sentence = str(caught.value)
+    assert sentence.startswith("data_dir has no file.gz, and it could not be downloaded: ")
+    for url, reason in mirrors.items():
+        assert f"{url} {reason}" in sentence
+    assert sentence.endswith(f"Put the file into {target.parent} by hand, or pass as data_dir a folder that has it.")
+
+
+@pytest.mark.parametrize(
+    ("behavior", "kept"), [(stalls_after(1000), PACKED[:1000]), (whole_breaks_off_after(5), PACKED[:5])]
+)
+def test_after_failure_there_is_the_part_and_no_target(serve, target: Path, behavior: Behavior, kept: bytes):
+    with pytest.raises(InputError):
+        fetch([serve(behavior).url], target, SHA256, timeout=TIMEOUT)
+
+    assert list(target.parent.iterdir()) == [part_of(target)]
+    assert part_of(target).read_bytes() == kept
+
+
+def test_after_wrong_content_there_is_nothing(serve, target: Path):
+    with pytest.raises(InputError):
+        fetch([serve(whole, file=gzip.compress(b"wrong")).url], target, SHA256)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_folder_that_cannot_be_written_to_is_named(serve, target: Path):
+    target.parent.write_text("a file where the folder should be")
+    mirror = serve(whole)
+
+    with pytest.raises(InputError, match="data_dir must be a folder that can be written to") as caught:
+        fetch([mirror.url], target, SHA256)
+
+    assert str(target.parent) in str(caught.value)
+    assert "pass another folder" in str(caught.value)
+    assert mirror.ranges == []
+
+
+def test_checksum_is_that_of_the_decompressed_content(tmp_path: Path):
+    (tmp_path / "plain").write_bytes(CONTENT)
+    (tmp_path / "packed.gz").write_bytes(PACKED)
+    (tmp_path / "packed").write_bytes(PACKED)
+
+    assert sha256_of(tmp_path / "plain") == sha256_of(tmp_path / "packed.gz") == SHA256
+    assert sha256_of(tmp_path / "packed") == hashlib.sha256(PACKED).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("stored", "fault"),
+    [
+        pytest.param(PACKED[:-100], "is a truncated gzip file", id="truncated"),
+        pytest.param(b"\0" + PACKED[1:], "is a corrupt gzip file", id="corrupt start"),
+        pytest.param(PACKED[:20] + b"\xff" * 40 + PACKED[60:], "is a corrupt gzip file", id="corrupt middle"),
+        pytest.param(PACKED[:-8] + bytes(8), "is a corrupt gzip file", id="corrupt end"),
+        pytest.param(None, "cannot be read (No such file or directory)", id="missing"),
+    ],
+)
+def test_damaged_file_has_no_checksum(tmp_path: Path, stored: bytes | None, fault: str):
+    path = tmp_path / "file.gz"
+    if stored is not None:
+        path.write_bytes(stored)
+
+    with pytest.raises(InputError) as caught:
+        sha256_of(path)
+
+    assert str(caught.value).startswith(f"data_dir holds {path}, which {fault}")
+    assert str(caught.value).endswith("replace it, or remove it to have the published file downloaded.")

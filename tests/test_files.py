@@ -1,0 +1,288 @@
+"""The user's own file becomes a data set, or a sentence that says where it is not one."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctde_jax.data.files import from_csv, from_npz
+from ctde_jax.errors import InputError
+
+X = np.arange(24.0).reshape(6, 4)
+Y = np.array([0, 1, 2, 0, 1, 2])
+IRIS = "length,width,species\n1,2.5,setosa\n2,3.5,virginica\n3,1.5,setosa\n4,0.5,virginica\n"
+
+
+def save(folder: Path, stored: str | bytes) -> Path:
+    path = folder / "mine.csv"
+    path.write_bytes(stored.encode() if isinstance(stored, str) else stored)
+    return path
+
+
+def examples(dataset) -> dict[tuple[float, ...], str]:
+    """Returns each example's label by its inputs, wherever the split has put it."""
+    return {
+        tuple(example.tolist()): dataset.classes[label]
+        for split in (dataset.train, dataset.test)
+        for example, label in zip(*split, strict=True)
+    }
+
+
+def fault_of(read, *args) -> str:
+    with pytest.raises(InputError) as caught:
+        read(*args)
+    return str(caught.value)
+
+
+# .npz
+
+
+def test_npz_with_a_test_split_is_used_as_it_is(tmp_path: Path):
+    path = tmp_path / "mine.npz"
+    np.savez_compressed(path, x_train=X, y_train=Y, x_test=X + 1, y_test=Y, unrelated=Y)
+
+    dataset = from_npz(str(path))
+
+    np.testing.assert_array_equal(dataset.train.inputs, X)
+    np.testing.assert_array_equal(dataset.test.inputs, X + 1)
+    np.testing.assert_array_equal(dataset.train.labels, Y)
+    assert (dataset.name, dataset.classes, dataset.notes) == ("mine", ("0", "1", "2"), ())
+
+
+def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, x_train=X.astype(np.uint8), y_train=Y)
+
+    dataset = from_npz(path)
+
+    assert (len(dataset.train.inputs), len(dataset.test.inputs)) == (5, 1)
+    assert dataset.train.inputs.dtype == np.uint8
+    assert "set aside at random" in dataset.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "fault"),
+    [
+        ({"X_train": X, "labels": Y}, "which lacks x_train and y_train and has X_train, labels: "),
+        (
+            {"x_train": X},
+            "which lacks y_train and has x_train: save the arrays with numpy.savez(path, x_train=",
+        ),
+        (
+            {"x_train": X, "y_train": Y / 2},
+            "which has labels of the type float64 in y_train: save them as int",
+        ),
+        ({"x_train": X, "y_train": Y.astype(str)}, "which has labels of the type <U21 in y_train: save them"),
+        (
+            {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y / 2},
+            "the type float64 in y_test: save them as",
+        ),
+        (
+            {"x_train": X, "y_train": Y[:5]},
+            "whose arrays make no data set: y_train must have one label for each",
+        ),
+        ({"x_train": X, "y_train": Y, "x_test": X}, "whose arrays make no data set: y_test is missing"),
+        (
+            {"x_train": X + np.inf, "y_train": Y},
+            "whose arrays make no data set: x_train must be finite in float32",
+        ),
+        ({"x_train": X, "y_train": Y - 1}, "whose arrays make no data set: y_train must lie from 0 to 1"),
+        ({"x_train": X.astype(str), "y_train": Y}, "make no data set: x_train must hold real numbers"),
+    ],
+)
+def test_npz_without_a_data_set_says_what_is_missing(tmp_path: Path, arrays: dict, fault: str):
+    path = tmp_path / "mine.npz"
+    np.savez(path, **arrays)
+
+    sentence = fault_of(from_npz, path)
+
+    assert sentence.startswith(f"data_file names {path}, ")
+    assert fault in sentence
+
+
+class Bomb:
+    """Makes a mark on the disk if anyone unpickles it."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_npz_is_never_unpickled(tmp_path: Path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, x_train=np.array([Bomb(tmp_path / "exploded")] * 6), y_train=Y)
+
+    sentence = fault_of(from_npz, path)
+
+    assert not (tmp_path / "exploded").exists()
+    assert sentence == (
+        f"data_file names {path}, which has Python objects in x_train, which are never unpickled: "
+        "save a plain array of numbers, with examples of one shape."
+    )
+
+
+def npz_bytes(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return buffer.getvalue()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+WHOLE = npz_bytes(x_train=npy_bytes(X), y_train=npy_bytes(Y))
+
+
+@pytest.mark.parametrize(
+    ("stored", "fault"),
+    [
+        pytest.param(b"", "is not a whole .npz file", id="empty"),
+        pytest.param(b"1,2,a\n", "is not a whole .npz file", id="no zip"),
+        pytest.param(npy_bytes(X), "is not a whole .npz file", id="npy"),
+        pytest.param(WHOLE[:-30], "is not a whole .npz file", id="truncated file"),
+        pytest.param(npz_bytes(), "lacks x_train and y_train and has no array", id="no members"),
+        pytest.param(WHOLE.replace(X.tobytes(), X[::-1].tobytes()), "is damaged in x_train (", id="wrong CRC"),
+        pytest.param(
+            npz_bytes(x_train=npy_bytes(X)[:-8], y_train=npy_bytes(Y)),
+            "is damaged in x_train (",
+            id="truncated member",
+        ),
+        pytest.param(npz_bytes(x_train=b"", y_train=npy_bytes(Y)), "is damaged in x_train (", id="empty member"),
+    ],
+)
+def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault: str):
+    path = save(tmp_path, stored)
+    sentence = fault_of(from_npz, path)
+    assert sentence.startswith(f"data_file names {path}, which {fault}")
+    assert "): save " in sentence or "array: save " in sentence
+
+
+@pytest.mark.parametrize("read", [from_npz, from_csv])
+def test_path_that_is_no_file_is_named(tmp_path: Path, read):
+    for path, reason in ((tmp_path / "absent", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert fault_of(read, path) == (
+            f"data_file names {path}, which cannot be opened ({reason}): give the path of a readable file."
+        )
+
+
+# .csv
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        pytest.param(IRIS, id="plain"),
+        pytest.param("\ufeff" + IRIS, id="byte order mark"),
+        pytest.param(IRIS.replace("\n", "\r\n"), id="Windows line ends"),
+        pytest.param(IRIS + "\n\n", id="blank lines"),
+        pytest.param(IRIS.replace(",", " , "), id="spaces"),
+        pytest.param(IRIS.replace("setosa", '"setosa"').replace("1.5", '"1.5"'), id="quotes"),
+        pytest.param(IRIS.partition("\n")[2], id="no header"),
+    ],
+)
+def test_table_is_read_however_it_is_written(tmp_path: Path, stored: str):
+    dataset = from_csv(str(save(tmp_path, stored)))
+
+    assert examples(dataset) == {
+        (1, 2.5): "setosa",
+        (2, 3.5): "virginica",
+        (3, 1.5): "setosa",
+        (4, 0.5): "virginica",
+    }
+    assert (dataset.name, dataset.classes) == ("mine", ("setosa", "virginica"))
+    assert dataset.train.inputs.dtype == np.float32
+
+
+def test_features_of_the_training_split_are_standardized(tmp_path: Path):
+    dataset = from_csv(save(tmp_path, IRIS))
+    seen = (dataset.train.inputs - dataset.shift) * dataset.scale
+    np.testing.assert_allclose(seen.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(seen.std(axis=0), 1, atol=1e-6)
+
+
+def test_what_was_decided_is_noted(tmp_path: Path):
+    named, split, standardized = from_csv(save(tmp_path, IRIS)).notes
+    assert named == "Line 1 holds the column names; the labels are in the column 'species'."
+    assert "set aside at random" in split
+    assert "standardized" in standardized
+
+    without_header = from_csv(save(tmp_path, IRIS.partition("\n")[2]))
+    assert without_header.notes[0] == "There is no line of column names; the labels are in the last column, 3."
+
+
+def test_label_column_is_chosen_by_name(tmp_path: Path):
+    path = save(tmp_path, "kind,a,b\nx,1,2\ny,3,4\nx,5,6\n")
+    assert examples(from_csv(path, "kind")) == {(1, 2): "x", (3, 4): "y", (5, 6): "x"}
+
+
+def test_labels_of_digits_alone_need_no_word_in_the_header(tmp_path: Path):
+    path = save(tmp_path, "a,1\n1,0\n2,1\n")
+    assert from_csv(path).notes[0].startswith("Line 1 holds the column names")
+
+
+def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path):
+    rows = "1,10\n2,9\n3,-1\n4,9.0\n"
+    dataset = from_csv(save(tmp_path, rows))
+    assert dataset.classes == ("-1", "9", "10")
+    assert examples(dataset) == {(1,): "10", (2,): "9", (3,): "-1", (4,): "9"}
+
+
+def test_words_and_numbers_as_labels_are_sorted_as_words(tmp_path: Path):
+    assert from_csv(save(tmp_path, "1,10\n2,9\n3,none\n4,nan\n")).classes == ("10", "9", "nan", "none")
+
+
+def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
+    path = save(tmp_path, '"a, b",label\n1,"x ""y"""\n2,"two\nlines"\n3,"x ""y"""\n')
+    assert examples(from_csv(path)) == {(1,): 'x "y"', (2,): "two\nlines", (3,): 'x "y"'}
+
+
+@pytest.mark.parametrize(
+    ("stored", "fault"),
+    [
+        pytest.param("", "is empty: give a file with one line for each example", id="empty"),
+        pytest.param("\n\n", "is empty: give a file with one line for each example", id="blank"),
+        pytest.param("a,b\n", "has a header line and no examples: add one line", id="header only"),
+        pytest.param("a;b\n1;2\n", "has a single column: separate the features and the label by", id="semicolons"),
+        pytest.param("1,2,x\n3,y\n", "has 2 cells in line 2 and 3 in line 1: give every line", id="ragged"),
+        pytest.param("1,2,x\n\n3,4,y,\n", "has 4 cells in line 3 and 3 in line 1: give every", id="too many"),
+        pytest.param(
+            "w,h,l\n1,2,x\n3,tall,y\n",
+            "has 'tall' in line 3, column 'h', and not a finite float32 number: correct the cell, or remove",
+            id="word",
+        ),
+        pytest.param("1,2,x\n3,,y\n", "has an empty cell in line 2, column 2, and not a finite", id="empty cell"),
+        pytest.param("1,nan,x\n3,4,y\n", "has 'nan' in line 1, column 2, and not a finite", id="nan"),
+        pytest.param("1,2,x\n-inf,4,y\n", "has '-inf' in line 2, column 1, and not a finite", id="infinite"),
+        pytest.param("1,2,x\n3,1e39,y\n", "has '1e39' in line 2, column 2, and not a finite", id="too large"),
+        pytest.param('a,"b\nc",l\n1,2,x\n3,?,y\n', "has '?' in line 4, column 'b\\nc', and not", id="line number"),
+        pytest.param("1,2,x\n3,4,\n", "has an empty label in line 2, column 3: fill in the cell", id="no label"),
+        pytest.param("1,2,x\n3,4,x\n", "has only the label 'x' in column 3: give at least two", id="one class"),
+        pytest.param(b"1,2,caf\xe9\n3,4,x\n", "has the byte 0xe9, which is not UTF-8: save it in", id="Latin-1"),
+        pytest.param('1,2,x\n3,4,"y\n', "is no CSV file at line 2 (unexpected end of data): correct", id="quote"),
+    ],
+)
+def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str):
+    path = save(tmp_path, stored)
+    assert fault_of(from_csv, path).startswith(f"data_file names {path}, which {fault}")
+
+
+def test_misspelled_label_column_is_corrected(tmp_path: Path):
+    sentence = fault_of(from_csv, save(tmp_path, IRIS), "specie")
+    assert sentence == ("label_column must be one of length, width, species, got 'specie'; did you mean 'species'?")
+
+
+def test_label_column_needs_a_header(tmp_path: Path):
+    path = save(tmp_path, "1,2,x\n3,4,y\n")
+    assert fault_of(from_csv, path, "species") == (
+        f"label_column must name a column, got 'species', but {path} has no header line: add one, "
+        "or put the labels into the last column and leave label_column out."
+    )
