@@ -116,7 +116,8 @@ def fit(
 
     model = with_raw_inputs(model, data.shift, data.scale)
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    train_state = state.create(model, optimizer, strategy, data.train.inputs[:1], init_key, devices)
+    train_state = state.create(model, optimizer, strategy, data.train.inputs[:1], init_key)
+    train_state = state.place(state.stack(train_state, strategy, len(devices)), strategy, devices)
     place = replica.replicate if batches.axis is None else replica.shard
     examples, key = place(batches.split, devices), replica.replicate(train_key, devices)
     clock.lap("start-up")

@@ -36,20 +36,18 @@ def create(
     strategy: Strategy,
     inputs: jax.typing.ArrayLike,
     key: jax.Array,
-    devices: Sequence[jax.Device],
 ) -> TrainState:
-    """Initializes the model once, at the centre, and puts the state on the devices.
+    """Initializes the model and everything around it once, at the centre.
 
     Args:
         model: Its `init` is run with the key and the inputs.
         optimizer: The optimizer of every step.
-        strategy: Says whose the states are.
+        strategy: Has states of its own.
         inputs: `[examples, ...]`, one example will do.
-        key: The model's start.
-        devices: One replica on each.
+        key: Of the model's start.
     """
     params, model_state = jax.jit(model.init)(key, inputs)
-    state = TrainState(
+    return TrainState(
         step=jnp.int32(0),
         params=params,
         model_state=model_state,
@@ -58,9 +56,20 @@ def create(
         outer_state=strategy.outer.init(params),
     )
 
-    def place(part: PyTree, axis: int | None) -> PyTree:
-        if axis is None:
-            return replica.replicate(part, devices)
-        return replica.shard(jax.tree.map(lambda x: jnp.stack([x] * len(devices)), part), devices)
 
-    return TrainState(*map(place, state, axes(strategy)))
+def stack(state: TrainState, strategy: Strategy, replicas: int) -> TrainState:
+    """Gives every replica its own copy of what is to be its own, as rows of a leading axis."""
+
+    def copies(part: PyTree, axis: int | None) -> PyTree:
+        return part if axis is None else jax.tree.map(lambda x: jnp.stack([x] * replicas), part)
+
+    return TrainState(*map(copies, state, axes(strategy)))
+
+
+def place(state: TrainState, strategy: Strategy, devices: Sequence[jax.Device]) -> TrainState:
+    """Puts a stacked state on the devices."""
+
+    def put(part: PyTree, axis: int | None) -> PyTree:
+        return replica.replicate(part, devices) if axis is None else replica.shard(part, devices)
+
+    return TrainState(*map(put, state, axes(strategy)))

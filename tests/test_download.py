@@ -37,15 +37,23 @@ class Mirror(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Mirror
+    """Hands each request to the mirror's behavior."""
+
+    @property
+    def mirror(self) -> Mirror:
+        """Returns the server by its own type."""
+        assert isinstance(self.server, Mirror)
+        return self.server
 
     def do_GET(self):
-        mirror, asked = self.server, self.headers["Range"]
+        """Notes the range that is asked for, and behaves."""
+        mirror, asked = self.mirror, self.headers["Range"]
         mirror.ranges.append(asked)
         behavior = mirror.behaviors.pop(0) if len(mirror.behaviors) > 1 else mirror.behaviors[0]
         behavior(self, mirror.file, int(asked.removeprefix("bytes=").removesuffix("-")) if asked else None)
 
     def head(self, status: int, length: int, **headers: str) -> None:
+        """Sends the status line and the headers."""
         self.send_response(status)
         self.send_header("Content-Length", str(length))
         for name, value in headers.items():
@@ -56,7 +64,9 @@ class Handler(BaseHTTPRequestHandler):
         """Keeps quiet."""
 
 
-def partial(handler: Handler, file: bytes, start: int | None, limit: int | None = None, shift: int = 0) -> None:
+def partial(
+    handler: Handler, file: bytes, start: int | None, limit: int | None = None, shift: int = 0
+) -> None:
     """Answers a range with 206, or 416 beyond the end; sends at most `limit` bytes of it."""
     if start is None:
         handler.head(200, len(file))
@@ -75,36 +85,44 @@ def whole(handler: Handler, file: bytes, start: int | None) -> None:
 
 
 def breaks_off_after(limit: int) -> Behavior:
+    """Promises the whole range and closes the connection early."""
     return lambda handler, file, start: partial(handler, file, start, limit)
 
 
 def whole_breaks_off_after(limit: int) -> Behavior:
+    """Breaks off at the same byte every time, as it knows nothing of ranges."""
     return lambda handler, file, start: partial(handler, file, None, limit)
 
 
 def wrong_range(handler: Handler, file: bytes, start: int | None) -> None:
+    """Answers with a range that starts a few bytes late."""
     partial(handler, file, start, shift=7)
 
 
 def stalls_after(limit: int) -> Behavior:
+    """Holds the connection open and sends no more."""
+
     def stall(handler: Handler, file: bytes, start: int | None) -> None:
         partial(handler, file, start, limit)
-        handler.server.closing.wait()
+        handler.mirror.closing.wait()
 
     return stall
 
 
 def trickles(handler: Handler, file: bytes, start: int | None) -> None:
+    """Sends a byte now and then, each well within the timeout."""
     partial(handler, file, start, 10)
-    while not handler.server.closing.wait(TIMEOUT / 5):
+    while not handler.mirror.closing.wait(TIMEOUT / 5):
         handler.wfile.write(b"x")
 
 
 def silent(handler: Handler, file: bytes, start: int | None) -> None:
-    handler.server.closing.wait()
+    """Takes the request and never answers."""
+    handler.mirror.closing.wait()
 
 
 def not_found(handler: Handler, file: bytes, start: int | None) -> None:
+    """Answers that there is no such file."""
     handler.head(404, 0)
 
 
@@ -130,26 +148,31 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mirror]]:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
+    """Returns a path in a folder that is still to be made."""
     return tmp_path / "data" / "file.gz"
 
 
 def part_of(target: Path) -> Path:
+    """Returns where the beginning of a file is kept."""
     return target.with_name("file.gz.part")
 
 
 def begin(target: Path, arrived: bytes) -> None:
+    """Leaves what an earlier run would have."""
     target.parent.mkdir()
     part_of(target).write_bytes(arrived)
 
 
 @pytest.mark.parametrize("behavior", [partial, whole])
 def test_file_arrives_byte_for_byte(serve, target: Path, behavior: Behavior):
+    """The folder is made, and holds the file as the mirror has it and nothing else."""
     assert fetch([serve(behavior).url], target, SHA256) == target
     assert target.read_bytes() == PACKED
     assert list(target.parent.iterdir()) == [target]
 
 
 def test_file_that_is_there_is_not_asked_for(serve, target: Path):
+    """Whatever it holds, it is the user's."""
     mirror = serve(whole)
     target.parent.mkdir()
     target.write_bytes(b"the user's own")
@@ -159,6 +182,7 @@ def test_file_that_is_there_is_not_asked_for(serve, target: Path):
 
 
 def test_one_plain_line_says_what_is_downloaded(serve, target: Path, capsys: pytest.CaptureFixture[str]):
+    """A log is not filled with the frames of a bar."""
     fetch([serve(whole).url], target, SHA256)
     assert capsys.readouterr().err == "Downloading file.gz\n"
 
@@ -166,6 +190,7 @@ def test_one_plain_line_says_what_is_downloaded(serve, target: Path, capsys: pyt
 def test_terminal_gets_a_progress_bar(
     serve, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    """The bar ends at what was to be fetched."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     fetch([serve(whole).url], target, SHA256)
@@ -174,6 +199,7 @@ def test_terminal_gets_a_progress_bar(
 
 
 def test_broken_connection_is_resumed_where_it_broke_off(serve, target: Path):
+    """Every request asks for what is not yet here, and no byte comes twice."""
     mirror = serve(breaks_off_after(1000))
 
     assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
@@ -181,6 +207,7 @@ def test_broken_connection_is_resumed_where_it_broke_off(serve, target: Path):
 
 
 def test_mirror_without_ranges_is_left_when_it_makes_no_progress(serve, target: Path):
+    """Starting over gets as far as before, so a third time would too."""
     broken, good = serve(whole_breaks_off_after(1000)), serve(partial)
 
     assert fetch([broken.url, good.url], target, SHA256).read_bytes() == PACKED
@@ -189,6 +216,7 @@ def test_mirror_without_ranges_is_left_when_it_makes_no_progress(serve, target: 
 
 
 def test_mirror_that_keeps_breaking_off_is_left(serve, target: Path):
+    """Progress alone does not bind the user to a bad mirror forever."""
     broken, good = serve(breaks_off_after(10)), serve(partial)
 
     assert fetch([broken.url, good.url], target, SHA256).read_bytes() == PACKED
@@ -197,6 +225,7 @@ def test_mirror_that_keeps_breaking_off_is_left(serve, target: Path):
 
 
 def test_part_of_an_earlier_run_is_resumed(serve, target: Path):
+    """An interrupted program costs only the rest."""
     mirror = serve(partial)
     begin(target, PACKED[:1234])
 
@@ -216,6 +245,7 @@ def test_part_of_an_earlier_run_is_resumed(serve, target: Path):
 def test_part_that_cannot_be_resumed_is_started_over(
     serve, target: Path, behavior: Behavior, arrived: bytes, ranges: list[str | None]
 ):
+    """One mirror is enough to recover from a part of no use."""
     mirror = serve(behavior)
     begin(target, arrived)
 
@@ -225,6 +255,7 @@ def test_part_that_cannot_be_resumed_is_started_over(
 
 @pytest.mark.parametrize("wrong", [gzip.compress(b"wrong"), b"<html>no gzip</html>", PACKED[:-9], b""])
 def test_wrong_content_is_dropped_for_the_next_mirror(serve, target: Path, wrong: bytes):
+    """The next mirror is asked for the whole, not for the end of something else."""
     lying, good = serve(whole, file=wrong), serve(partial)
 
     assert fetch([lying.url, good.url], target, SHA256).read_bytes() == PACKED
@@ -233,6 +264,7 @@ def test_wrong_content_is_dropped_for_the_next_mirror(serve, target: Path, wrong
 
 @pytest.mark.parametrize("behavior", [stalls_after(1000), trickles, silent])
 def test_mirror_that_stalls_is_left_after_the_timeout(serve, target: Path, behavior: Behavior):
+    """It is asked once, and the next one gives the file."""
     slow, good = serve(behavior), serve(partial)
     start = time.monotonic()
 
@@ -242,12 +274,14 @@ def test_mirror_that_stalls_is_left_after_the_timeout(serve, target: Path, behav
 
 
 def test_what_a_stalled_mirror_sent_is_kept(serve, target: Path):
+    """The next mirror sends only the rest."""
     slow, good = serve(stalls_after(1000)), serve(partial)
     fetch([slow.url, good.url], target, SHA256, timeout=TIMEOUT)
     assert good.ranges == ["bytes=1000-"]
 
 
 def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, target: Path):
+    """The user learns what was tried and what to do by hand."""
     gone = Mirror(whole)
     gone.server_close()
     mirrors = {
@@ -265,13 +299,16 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     assert sentence.startswith("data_dir has no file.gz, and it could not be downloaded: ")
     for url, reason in mirrors.items():
         assert f"{url} {reason}" in sentence
-    assert sentence.endswith(f"Put the file into {target.parent} by hand, or pass as data_dir a folder that has it.")
+    assert sentence.endswith(
+        f"Put the file into {target.parent} by hand, or pass as data_dir a folder that has it."
+    )
 
 
 @pytest.mark.parametrize(
     ("behavior", "kept"), [(stalls_after(1000), PACKED[:1000]), (whole_breaks_off_after(5), PACKED[:5])]
 )
 def test_after_failure_there_is_the_part_and_no_target(serve, target: Path, behavior: Behavior, kept: bytes):
+    """Who finds the target finds it whole."""
     with pytest.raises(InputError):
         fetch([serve(behavior).url], target, SHA256, timeout=TIMEOUT)
 
@@ -280,12 +317,14 @@ def test_after_failure_there_is_the_part_and_no_target(serve, target: Path, beha
 
 
 def test_after_wrong_content_there_is_nothing(serve, target: Path):
+    """Content known to be wrong is no beginning."""
     with pytest.raises(InputError):
         fetch([serve(whole, file=gzip.compress(b"wrong")).url], target, SHA256)
     assert list(target.parent.iterdir()) == []
 
 
 def test_folder_that_cannot_be_written_to_is_named(serve, target: Path):
+    """Nothing is fetched that could not be kept."""
     target.parent.write_text("a file where the folder should be")
     mirror = serve(whole)
 
@@ -298,6 +337,7 @@ def test_folder_that_cannot_be_written_to_is_named(serve, target: Path):
 
 
 def test_checksum_is_that_of_the_decompressed_content(tmp_path: Path):
+    """The name decides whether there is anything to decompress."""
     (tmp_path / "plain").write_bytes(CONTENT)
     (tmp_path / "packed.gz").write_bytes(PACKED)
     (tmp_path / "packed").write_bytes(PACKED)
@@ -317,6 +357,7 @@ def test_checksum_is_that_of_the_decompressed_content(tmp_path: Path):
     ],
 )
 def test_damaged_file_has_no_checksum(tmp_path: Path, stored: bytes | None, fault: str):
+    """The sentence tells truncated from corrupt."""
     path = tmp_path / "file.gz"
     if stored is not None:
         path.write_bytes(stored)

@@ -16,6 +16,7 @@ IRIS = "length,width,species\n1,2.5,setosa\n2,3.5,virginica\n3,1.5,setosa\n4,0.5
 
 
 def save(folder: Path, stored: str | bytes) -> Path:
+    """Writes a file of the user's."""
     path = folder / "mine.csv"
     path.write_bytes(stored.encode() if isinstance(stored, str) else stored)
     return path
@@ -31,6 +32,7 @@ def examples(dataset) -> dict[tuple[float, ...], str]:
 
 
 def fault_of(read, *args) -> str:
+    """Returns the sentence that reading ends with."""
     with pytest.raises(InputError) as caught:
         read(*args)
     return str(caught.value)
@@ -40,6 +42,7 @@ def fault_of(read, *args) -> str:
 
 
 def test_npz_with_a_test_split_is_used_as_it_is(tmp_path: Path):
+    """Other arrays in the file do no harm."""
     path = tmp_path / "mine.npz"
     np.savez_compressed(path, x_train=X, y_train=Y, x_test=X + 1, y_test=Y, unrelated=Y)
 
@@ -52,6 +55,7 @@ def test_npz_with_a_test_split_is_used_as_it_is(tmp_path: Path):
 
 
 def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
+    """Bytes stay bytes."""
     path = tmp_path / "mine.npz"
     np.savez(path, x_train=X.astype(np.uint8), y_train=Y)
 
@@ -93,6 +97,7 @@ def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
     ],
 )
 def test_npz_without_a_data_set_says_what_is_missing(tmp_path: Path, arrays: dict, fault: str):
+    """The sentence names the file, the array and the rule."""
     path = tmp_path / "mine.npz"
     np.savez(path, **arrays)
 
@@ -113,6 +118,7 @@ class Bomb:
 
 
 def test_npz_is_never_unpickled(tmp_path: Path):
+    """A file from a stranger runs no code."""
     path = tmp_path / "mine.npz"
     np.savez(path, x_train=np.array([Bomb(tmp_path / "exploded")] * 6), y_train=Y)
 
@@ -126,6 +132,7 @@ def test_npz_is_never_unpickled(tmp_path: Path):
 
 
 def npz_bytes(**members: bytes) -> bytes:
+    """Packs members that need not be arrays."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
@@ -134,6 +141,7 @@ def npz_bytes(**members: bytes) -> bytes:
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
+    """Returns an array as numpy saves it."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
@@ -150,16 +158,21 @@ WHOLE = npz_bytes(x_train=npy_bytes(X), y_train=npy_bytes(Y))
         pytest.param(npy_bytes(X), "is not a whole .npz file", id="npy"),
         pytest.param(WHOLE[:-30], "is not a whole .npz file", id="truncated file"),
         pytest.param(npz_bytes(), "lacks x_train and y_train and has no array", id="no members"),
-        pytest.param(WHOLE.replace(X.tobytes(), X[::-1].tobytes()), "is damaged in x_train (", id="wrong CRC"),
+        pytest.param(
+            WHOLE.replace(X.tobytes(), X[::-1].tobytes()), "is damaged in x_train (", id="wrong CRC"
+        ),
         pytest.param(
             npz_bytes(x_train=npy_bytes(X)[:-8], y_train=npy_bytes(Y)),
             "is damaged in x_train (",
             id="truncated member",
         ),
-        pytest.param(npz_bytes(x_train=b"", y_train=npy_bytes(Y)), "is damaged in x_train (", id="empty member"),
+        pytest.param(
+            npz_bytes(x_train=b"", y_train=npy_bytes(Y)), "is damaged in x_train (", id="empty member"
+        ),
     ],
 )
 def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault: str):
+    """No trace of zip or numpy internals is left to the user."""
     path = save(tmp_path, stored)
     sentence = fault_of(from_npz, path)
     assert sentence.startswith(f"data_file names {path}, which {fault}")
@@ -168,6 +181,7 @@ def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault:
 
 @pytest.mark.parametrize("read", [from_npz, from_csv])
 def test_path_that_is_no_file_is_named(tmp_path: Path, read):
+    """An absent file and a folder are told apart."""
     for path, reason in ((tmp_path / "absent", "No such file or directory"), (tmp_path, "Is a directory")):
         assert fault_of(read, path) == (
             f"data_file names {path}, which cannot be opened ({reason}): give the path of a readable file."
@@ -190,6 +204,7 @@ def test_path_that_is_no_file_is_named(tmp_path: Path, read):
     ],
 )
 def test_table_is_read_however_it_is_written(tmp_path: Path, stored: str):
+    """All these spellings are one table."""
     dataset = from_csv(str(save(tmp_path, stored)))
 
     assert examples(dataset) == {
@@ -203,6 +218,7 @@ def test_table_is_read_however_it_is_written(tmp_path: Path, stored: str):
 
 
 def test_features_of_the_training_split_are_standardized(tmp_path: Path):
+    """The model sees zero mean and unit variance."""
     dataset = from_csv(save(tmp_path, IRIS))
     seen = (dataset.train.inputs - dataset.shift) * dataset.scale
     np.testing.assert_allclose(seen.mean(axis=0), 0, atol=1e-6)
@@ -210,26 +226,32 @@ def test_features_of_the_training_split_are_standardized(tmp_path: Path):
 
 
 def test_what_was_decided_is_noted(tmp_path: Path):
+    """A first line taken for a header is said, as it could have been an example."""
     named, split, standardized = from_csv(save(tmp_path, IRIS)).notes
     assert named == "Line 1 holds the column names; the labels are in the column 'species'."
     assert "set aside at random" in split
     assert "standardized" in standardized
 
     without_header = from_csv(save(tmp_path, IRIS.partition("\n")[2]))
-    assert without_header.notes[0] == "There is no line of column names; the labels are in the last column, 3."
+    assert (
+        without_header.notes[0] == "There is no line of column names; the labels are in the last column, 3."
+    )
 
 
 def test_label_column_is_chosen_by_name(tmp_path: Path):
+    """It may stand anywhere."""
     path = save(tmp_path, "kind,a,b\nx,1,2\ny,3,4\nx,5,6\n")
     assert examples(from_csv(path, "kind")) == {(1, 2): "x", (3, 4): "y", (5, 6): "x"}
 
 
-def test_labels_of_digits_alone_need_no_word_in_the_header(tmp_path: Path):
+def test_one_word_among_the_features_makes_a_header(tmp_path: Path):
+    """The name of the label column may be a number."""
     path = save(tmp_path, "a,1\n1,0\n2,1\n")
     assert from_csv(path).notes[0].startswith("Line 1 holds the column names")
 
 
 def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path):
+    """Two spellings of one number are one class, called as it was spelled first."""
     rows = "1,10\n2,9\n3,-1\n4,9.0\n"
     dataset = from_csv(save(tmp_path, rows))
     assert dataset.classes == ("-1", "9", "10")
@@ -237,10 +259,12 @@ def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path):
 
 
 def test_words_and_numbers_as_labels_are_sorted_as_words(tmp_path: Path):
+    """One word makes words of all; nan is one."""
     assert from_csv(save(tmp_path, "1,10\n2,9\n3,none\n4,nan\n")).classes == ("10", "9", "nan", "none")
 
 
 def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
+    """The usual rules of quoting hold."""
     path = save(tmp_path, '"a, b",label\n1,"x ""y"""\n2,"two\nlines"\n3,"x ""y"""\n')
     assert examples(from_csv(path)) == {(1,): 'x "y"', (2,): "two\nlines", (3,): 'x "y"'}
 
@@ -251,7 +275,9 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
         pytest.param("", "is empty: give a file with one line for each example", id="empty"),
         pytest.param("\n\n", "is empty: give a file with one line for each example", id="blank"),
         pytest.param("a,b\n", "has a header line and no examples: add one line", id="header only"),
-        pytest.param("a;b\n1;2\n", "has a single column: separate the features and the label by", id="semicolons"),
+        pytest.param(
+            "a;b\n1;2\n", "has a single column: separate the features and the label by", id="semicolons"
+        ),
         pytest.param("1,2,x\n3,y\n", "has 2 cells in line 2 and 3 in line 1: give every line", id="ragged"),
         pytest.param("1,2,x\n\n3,4,y,\n", "has 4 cells in line 3 and 3 in line 1: give every", id="too many"),
         pytest.param(
@@ -259,28 +285,45 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
             "has 'tall' in line 3, column 'h', and not a finite float32 number: correct the cell, or remove",
             id="word",
         ),
-        pytest.param("1,2,x\n3,,y\n", "has an empty cell in line 2, column 2, and not a finite", id="empty cell"),
+        pytest.param(
+            "1,2,x\n3,,y\n", "has an empty cell in line 2, column 2, and not a finite", id="empty cell"
+        ),
         pytest.param("1,nan,x\n3,4,y\n", "has 'nan' in line 1, column 2, and not a finite", id="nan"),
         pytest.param("1,2,x\n-inf,4,y\n", "has '-inf' in line 2, column 1, and not a finite", id="infinite"),
         pytest.param("1,2,x\n3,1e39,y\n", "has '1e39' in line 2, column 2, and not a finite", id="too large"),
-        pytest.param('a,"b\nc",l\n1,2,x\n3,?,y\n', "has '?' in line 4, column 'b\\nc', and not", id="line number"),
-        pytest.param("1,2,x\n3,4,\n", "has an empty label in line 2, column 3: fill in the cell", id="no label"),
-        pytest.param("1,2,x\n3,4,x\n", "has only the label 'x' in column 3: give at least two", id="one class"),
-        pytest.param(b"1,2,caf\xe9\n3,4,x\n", "has the byte 0xe9, which is not UTF-8: save it in", id="Latin-1"),
-        pytest.param('1,2,x\n3,4,"y\n', "is no CSV file at line 2 (unexpected end of data): correct", id="quote"),
+        pytest.param(
+            'a,"b\nc",l\n1,2,x\n3,?,y\n', "has '?' in line 4, column 'b\\nc', and not", id="line number"
+        ),
+        pytest.param(
+            "1,2,x\n3,4,\n", "has an empty label in line 2, column 3: fill in the cell", id="no label"
+        ),
+        pytest.param(
+            "1,2,x\n3,4,x\n", "has only the label 'x' in column 3: give at least two", id="one class"
+        ),
+        pytest.param(
+            b"1,2,caf\xe9\n3,4,x\n", "has the byte 0xe9, which is not UTF-8: save it in", id="Latin-1"
+        ),
+        pytest.param(
+            '1,2,x\n3,4,"y\n', "is no CSV file at line 2 (unexpected end of data): correct", id="quote"
+        ),
     ],
 )
 def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str):
+    """The user can go to the line and the column, and knows what to do there."""
     path = save(tmp_path, stored)
     assert fault_of(from_csv, path).startswith(f"data_file names {path}, which {fault}")
 
 
 def test_misspelled_label_column_is_corrected(tmp_path: Path):
+    """The sentence lists the columns and suggests one."""
     sentence = fault_of(from_csv, save(tmp_path, IRIS), "specie")
-    assert sentence == ("label_column must be one of length, width, species, got 'specie'; did you mean 'species'?")
+    assert sentence == (
+        "label_column must be one of length, width, species, got 'specie'; did you mean 'species'?"
+    )
 
 
 def test_label_column_needs_a_header(tmp_path: Path):
+    """Without names there is nothing to choose by."""
     path = save(tmp_path, "1,2,x\n3,4,y\n")
     assert fault_of(from_csv, path, "species") == (
         f"label_column must name a column, got 'species', but {path} has no header line: add one, "

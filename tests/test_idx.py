@@ -35,6 +35,7 @@ def tiny(train: int = 3, test: int = 2) -> dict[str, np.ndarray]:
 
 
 def write(folder: Path, arrays: dict[str, np.ndarray], spelling: Callable[[str], str] = str) -> None:
+    """Puts arrays into a folder as IDX files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         content = packed_idx(array)
@@ -59,6 +60,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path, st
 @pytest.mark.parametrize("name", ["file", "file.gz"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (0, 28, 28)])
 def test_array_survives_the_format(tmp_path: Path, name: str, shape: tuple[int, ...]):
+    """What is written by the rules of the format is read back equal, packed or not."""
     array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     write(tmp_path, {name: array})
 
@@ -89,6 +91,7 @@ GOOD = packed_idx(np.arange(6).reshape(1, 2, 3))
     ],
 )
 def test_damaged_file_is_said_in_a_sentence(tmp_path: Path, name: str, stored: bytes, fault: str):
+    """It names the file, what is wrong with it, and the way out."""
     path = tmp_path / name
     path.write_bytes(stored)
 
@@ -111,6 +114,7 @@ def test_damaged_file_is_said_in_a_sentence(tmp_path: Path, name: str, stored: b
 )
 @pytest.mark.parametrize("name", LOADERS)
 def test_own_files_are_used_as_they_are(tmp_path: Path, name: str, spelling: Callable[[str], str]):
+    """Every usual spelling of the names is found, and nothing is downloaded."""
     arrays = tiny()
     write(tmp_path, arrays, spelling)
 
@@ -125,12 +129,14 @@ def test_own_files_are_used_as_they_are(tmp_path: Path, name: str, spelling: Cal
 
 
 def test_files_other_than_the_published_ones_are_noted(tmp_path: Path):
+    """A subset may be trained on, but not unknowingly."""
     write(tmp_path, tiny())
     (note,) = mnist(str(tmp_path)).notes
     assert note == f"{', '.join(MNIST.sha256)} in {tmp_path} differ by checksum from the published mnist."
 
 
 def test_classes_are_digits_or_garments():
+    """They stand in the order of the labels."""
     assert MNIST.classes == tuple("0123456789")
     assert len(FASHION_MNIST.classes) == 10
     assert (FASHION_MNIST.classes[0], FASHION_MNIST.classes[9]) == ("T-shirt/top", "Ankle boot")
@@ -138,6 +144,7 @@ def test_classes_are_digits_or_garments():
 
 @pytest.mark.parametrize("source", [MNIST, FASHION_MNIST], ids=lambda source: source.name)
 def test_each_file_has_a_checksum_of_its_own(source: idx.Published):
+    """The four files come in the order that the data set is made of."""
     assert list(source.sha256) == list(tiny())
     assert len({*source.sha256.values()}) == 4
     assert all(len(bytes.fromhex(sha256)) == 32 for sha256 in source.sha256.values())
@@ -145,6 +152,7 @@ def test_each_file_has_a_checksum_of_its_own(source: idx.Published):
 
 @pytest.mark.parametrize("source", [MNIST, FASHION_MNIST], ids=lambda source: source.name)
 def test_absent_file_is_downloaded_into_the_given_folder(tmp_path: Path, published, source: idx.Published):
+    """The files that are there stay, and only the missing one is asked for."""
     arrays = tiny()
     absent = "t10k-labels-idx1-ubyte"
     write(tmp_path, {name: array for name, array in arrays.items() if name != absent})
@@ -160,20 +168,25 @@ def test_absent_file_is_downloaded_into_the_given_folder(tmp_path: Path, publish
 def test_files_are_kept_in_the_cache_folder_by_default(
     tmp_path: Path, published, monkeypatch: pytest.MonkeyPatch, name: str
 ):
+    """They are downloaded the first time and found the second."""
     monkeypatch.setattr(idx, "user_cache_path", tmp_path.joinpath)
     LOADERS[name]()
     LOADERS[name]()
 
-    assert [target for _, target, _ in published] == [tmp_path / "ctde_jax" / name / f"{f}.gz" for f in tiny()]
+    assert [target for _, target, _ in published] == [
+        tmp_path / "ctde_jax" / name / f"{f}.gz" for f in tiny()
+    ]
 
 
 def test_downloaded_file_is_the_published_one(tmp_path: Path, published, monkeypatch: pytest.MonkeyPatch):
+    """There is nothing to note about it."""
     sha256 = {name: hashlib.sha256(packed_idx(array)).hexdigest() for name, array in tiny().items()}
     monkeypatch.setattr(idx, "MNIST", idx.Published("mnist", MNIST.classes, MNIST.mirrors, sha256))
     assert mnist(tmp_path).notes == ()
 
 
 def test_folder_that_does_not_exist_is_named(tmp_path: Path):
+    """A misspelled folder is not made."""
     with pytest.raises(InputError) as caught:
         mnist(tmp_path / "nowhere")
 
@@ -202,13 +215,16 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
         ),
     ],
 )
-def test_files_that_do_not_fit_together_name_the_folder(tmp_path: Path, name: str, array: np.ndarray, fault: str):
+def test_files_that_do_not_fit_together_name_the_folder(
+    tmp_path: Path, name: str, array: np.ndarray, fault: str
+):
+    """The user passed data_dir, so the sentence is about data_dir."""
     write(tmp_path, {**tiny(), name: array})
 
     with pytest.raises(InputError) as caught:
         mnist(tmp_path)
 
-    assert str(caught.value).startswith(f"data_dir holds in {tmp_path}") or "which has pictures" in fault
+    assert str(caught.value).startswith("data_dir holds ")
     assert str(tmp_path) in str(caught.value)
     assert fault in str(caught.value)
     assert "downloaded." in str(caught.value)
@@ -216,6 +232,7 @@ def test_files_that_do_not_fit_together_name_the_folder(tmp_path: Path, name: st
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MNIST is not in ../shared/data/mnist")
 def test_real_mnist_is_the_published_one():
+    """Checksums, sizes and label counts are those that the world knows."""
     dataset = mnist(REAL)
 
     assert dataset.train.inputs.shape == (60_000, 28, 28)

@@ -31,8 +31,8 @@ class Dataset:
     classes: tuple[str, ...]
     """The label names, in the order of the labels; empty where labels are real-valued targets."""
 
-    shift: np.ndarray  # float32, broadcasts against one example
-    scale: np.ndarray  # float32, broadcasts against one example
+    shift: np.ndarray  # float32[] or float32[1, ...]
+    scale: np.ndarray  # float32[] or float32[1, ...]
     notes: tuple[str, ...] = ()
     """What was decided for the user, one sentence each."""
 
@@ -90,12 +90,12 @@ def from_arrays(
 def standardized(dataset: Dataset) -> Dataset:
     """Gives every feature zero mean and unit variance over the training split; a constant feature becomes zero."""
     inputs = dataset.train.inputs.astype(np.float64)
-    deviation = inputs.std(axis=0)
+    deviation = inputs.std(axis=0, keepdims=True)
     scale = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 0)
     note = "Every feature is standardized by the training split's mean and deviation."
     return replace(
         dataset,
-        shift=inputs.mean(axis=0).astype(np.float32),
+        shift=inputs.mean(axis=0, keepdims=True).astype(np.float32),
         scale=scale.astype(np.float32),
         notes=(*dataset.notes, note),
     )

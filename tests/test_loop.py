@@ -1,0 +1,300 @@
+"""Whole runs: any number of devices, any way of cutting the run, anything of the user's own."""
+
+import json
+import signal
+import threading
+import time
+
+import flax.linen
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+import ctde_jax as ctde
+from ctde_jax import data, devices, models
+from ctde_jax.data import batches
+from ctde_jax.tasks import is_correct
+
+MODEL = models.mlp([64, 16, 10])
+LOCAL = ctde.Strategy(inner_steps=4)
+
+
+def losses(trained: ctde.Trained) -> list[float]:
+    return [row["loss"] for row in trained.history if row["split"] == "train"]
+
+
+def assert_same_bits(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def plain_loop(dataset: data.Dataset, steps: int, batch_size: int, seed: int) -> list[float]:
+    """Fifty steps as one would write them by hand for one device."""
+    optimizer = optax.adam(0.01)
+    params, _ = MODEL.init(jax.random.split(jax.random.key(seed))[0], jnp.zeros((1, 64)))
+    opt_state = optimizer.init(params)
+    order = batches.deal(dataset.train, 1, batch_size, seed).steps(0, steps)[:, 0]
+
+    @jax.jit
+    def step(params, opt_state, inputs, labels):
+        def loss_of(params):
+            outputs = jnp.tanh(inputs @ params["layers"][0]["kernel"] + params["layers"][0]["bias"][None])
+            outputs = outputs @ params["layers"][1]["kernel"] + params["layers"][1]["bias"][None]
+            return -jax.nn.log_softmax(outputs)[jnp.arange(len(labels)), labels].mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    found = []
+    for row in order:
+        present = row[row >= 0]
+        inputs = dataset.train.inputs[present].reshape(len(present), 64) / np.float32(16)
+        params, opt_state, loss = step(params, opt_state, inputs, dataset.train.labels[present])
+        found.append(float(loss))
+    return found
+
+
+def test_any_number_of_devices_gives_the_losses_of_a_plain_loop(digits):
+    """Fifty steps over two epochs, the short last batch of the first among them."""
+    expected = plain_loop(digits, steps=50, batch_size=64, seed=3)
+    for count in (1, 2, 4, 8):
+        trained = ctde.fit(
+            MODEL,
+            digits,
+            optax.adam(0.01),
+            devices=devices.start(count),
+            batch_size=64,
+            steps=50,
+            seed=3,
+            log_every=1,
+            show=False,
+        )
+        np.testing.assert_allclose(losses(trained), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
+def test_run_does_not_depend_on_how_it_is_cut(digits, strategy):
+    """One round a dispatch, several, and a last dispatch that is not full: the same bits."""
+    runs = [
+        ctde.fit(
+            MODEL,
+            digits,
+            optax.adam(0.01),
+            strategy,
+            devices=devices.start(4),
+            batch_size=64,
+            steps=36,
+            eval_every=eval_every,
+            log_every=log_every,
+            show=False,
+        )
+        for eval_every, log_every in [(36, 1), (36, 36), (36, 20), (16, 8)]
+    ]
+    for run in runs[1:]:
+        assert_same_bits(run.params, runs[0].params)
+    assert {run.history[-1]["loss"] for run in runs} == {runs[0].history[-1]["loss"]}
+
+
+def test_every_function_is_traced_once_in_a_run(digits):
+    """Full and partly filled dispatches, several epochs and evaluations: one trace to train, one to evaluate."""
+    traces = []
+
+    def loss(outputs, labels):
+        traces.append(outputs.shape)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+    ctde.fit(
+        MODEL,
+        digits,
+        optax.sgd(0.1),
+        task=ctde.Task(loss),
+        devices=devices.start(2),
+        batch_size=100,
+        steps=40,
+        log_every=4,
+        show=False,
+    )
+
+    assert traces == [(50, 10), (180, 10)]
+
+
+def test_parts_of_unequal_size_are_all_seen_once_an_epoch(digits):
+    """The sums of an epoch count every example once, though one device has many and one has few."""
+    order = np.random.default_rng(0).permutation(len(digits.train.inputs))
+    parts = np.split(order, [1000, 1400, 1420])
+    trained = ctde.fit(
+        MODEL,
+        digits,
+        optax.sgd(0.1),
+        LOCAL,
+        devices=devices.start(4),
+        batch_size=64,
+        epochs=2,
+        partition=parts,
+        show=False,
+    )
+    seen = sum(row["examples"] for row in trained.history if row["split"] == "train")
+    assert seen == 2 * len(digits.train.inputs)
+    assert trained.history[-1]["step"] == 2 * -(-1000 // 16)
+
+
+def test_data_that_stays_on_one_device_is_that_of_one_device(digits):
+    """Where one replica has all the data, local training is training on that replica alone."""
+    parts = [np.arange(len(digits.train.inputs)), *[np.zeros(0, int)] * 3]
+    options = {"steps": 12, "show": False, "seed": 1}
+    four = ctde.fit(
+        MODEL, digits, optax.sgd(0.1), LOCAL, devices=devices.start(4), batch_size=64, partition=parts, **options
+    )
+    one = ctde.fit(
+        MODEL, digits, optax.sgd(0.1), LOCAL, devices=devices.start(1), batch_size=16, partition=parts[:1], **options
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), four.params, one.params)
+
+
+class OwnNnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(2, 32, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, rngs=rngs)
+        self.out = nnx.Linear(32, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.norm(self.hidden(x))))
+
+
+class OwnLinen(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x, train: bool):
+        x = flax.linen.relu(flax.linen.Dense(32)(x))
+        x = flax.linen.Dropout(0.1, deterministic=not train)(x)
+        return flax.linen.Dense(2)(x)
+
+
+@pytest.mark.parametrize("model", [models.from_nnx(OwnNnx), models.from_linen(OwnLinen())], ids=["nnx", "linen"])
+@pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
+def test_own_model_arrays_loss_and_optax_chain_learn(model, strategy):
+    """Points inside or outside a ring, by nothing that the package brings."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(1200, 2)).astype(np.float32)
+    labels = (np.linalg.norm(points, axis=1) < 1.2).astype(np.int64)
+    dataset = data.from_arrays(points[:1000], labels[:1000], points[1000:], labels[1000:])
+    hinge = ctde.Task(
+        loss=lambda outputs, labels: optax.hinge_loss(outputs[:, 1] - outputs[:, 0], 2.0 * labels - 1),
+        metrics={"accuracy": is_correct},
+    )
+    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01))
+
+    trained = ctde.fit(
+        model,
+        dataset,
+        chain,
+        strategy,
+        task=hinge,
+        devices=devices.start(4),
+        batch_size=40,
+        epochs=12,
+        show=False,
+    )
+
+    measured = trained.evaluate(dataset.test)
+    assert measured["accuracy"] > 0.93
+    assert measured["examples"] == 200
+    predicted = trained.predict(dataset.test.inputs).argmax(-1)
+    assert (predicted == dataset.test.labels).mean() == pytest.approx(measured["accuracy"])
+
+
+def test_real_valued_targets_need_a_task_and_then_learn():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(400, 3)).astype(np.float32)
+    dataset = data.from_arrays(inputs, inputs @ np.float32([[1.0], [-2.0], [0.5]]))
+    arguments = {"devices": devices.start(2), "batch_size": 20, "epochs": 20, "show": False}
+    with pytest.raises(ctde.InputError, match="task must be a loss of your own"):
+        ctde.fit(models.mlp([3, 1]), dataset, optax.sgd(0.1), **arguments)
+
+    task = ctde.Task(lambda outputs, targets: optax.squared_error(outputs, targets).mean(-1))
+    trained = ctde.fit(models.mlp([3, 1]), dataset, optax.sgd(0.1), task=task, **arguments)
+
+    assert trained.history[-1]["loss"] < 1e-6
+
+
+def test_loss_that_is_averaged_by_the_user_is_refused(digits):
+    task = ctde.Task(lambda outputs, labels: optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean())
+    with pytest.raises(ctde.InputError, match=r"one loss for each example.*\(32,\), got the shape \(\)"):
+        ctde.fit(MODEL, digits, optax.sgd(0.1), task=task, devices=devices.start(2), batch_size=64, steps=1)
+
+
+def test_non_finite_loss_stops_and_names_the_first_step(tmp_path, digits):
+    """The loss is made infinite by a learning rate that becomes infinite at the fifth step."""
+    optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
+    with pytest.raises(ctde.NonFiniteLoss, match="step 6") as caught:
+        ctde.fit(
+            MODEL,
+            digits,
+            optimizer,
+            devices=devices.start(2),
+            batch_size=64,
+            steps=40,
+            log_every=2,
+            folder=tmp_path,
+            show=False,
+        )
+    assert caught.value.step == 6
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):
+    """The signal comes while the run is under way; the folder then holds what the result holds."""
+    metrics = tmp_path / "metrics.jsonl"
+
+    def interrupt():
+        while not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    presser = threading.Thread(target=interrupt)
+    presser.start()
+    trained = ctde.fit(
+        MODEL,
+        digits,
+        optax.adam(0.01),
+        devices=devices.start(2),
+        batch_size=64,
+        epochs=100_000,
+        folder=tmp_path,
+        show=False,
+    )
+    presser.join()
+
+    assert trained.interrupted
+    assert trained.history[-1]["split"] == "test"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert rows == trained.history
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits):
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.raises(ctde.InputError, match=r"thread pool .* ctde_jax.devices.start\(4\)"):
+        ctde.fit(MODEL, digits, optax.sgd(0.1), devices=jax.devices()[:4], batch_size=64, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"batch_size": 66, "steps": 1}, "batch_size must be a multiple of the 4 devices, got 66; 64 would do."),
+        ({"batch_size": 1440, "steps": 1}, "at most the 1,438 training examples, got 1440; 1436 would do."),
+        ({"batch_size": 64}, "epochs or steps must be given, and not both, got epochs=None and steps=None."),
+        ({"batch_size": 64, "epochs": 0}, "epochs must be at least 1, got 0."),
+        ({"batch_size": 64, "steps": 1, "eval_every": 0}, "eval_every must be at least 1, got 0."),
+        ({"batch_size": 64, "steps": 1, "log_every": 0}, "log_every must be at least 1, got 0."),
+        ({"batch_size": 64, "steps": 1, "partition": [np.arange(9)] * 4}, "partition must give each"),
+    ],
+)
+def test_wrong_argument_is_named(digits, arguments, sentence):
+    with pytest.raises(ctde.InputError) as caught:
+        ctde.fit(MODEL, digits, optax.sgd(0.1), devices=devices.start(4), **arguments)
+    assert sentence in str(caught.value)
