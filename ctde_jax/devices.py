@@ -10,7 +10,7 @@ import os
 import jax
 from jax.extend.backend import clear_backends
 
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, check_positive
 
 FAKE_DEVICES = 4
 _THREADS_A_DEVICE = 2  # measured: with fewer than two threads a device, collectives can wait for ever
@@ -28,8 +28,7 @@ def start(count: int | None = None) -> list[jax.Device]:
     Raises:
         InputError: There are fewer accelerators than `count`.
     """
-    if count is not None and count < 1:
-        raise InputError("devices", f"must be at least 1, got {count}.")
+    check_positive(devices=count)
     wanted = count or FAKE_DEVICES
     try:
         _request_fake_devices(wanted)

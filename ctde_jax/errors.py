@@ -46,6 +46,13 @@ def check_known(option: str, name: str, known: Iterable[str]) -> None:
         )
 
 
+def check_positive(**options: int | None) -> None:
+    """Raises InputError for a count that is less than 1; None is a default yet to be chosen."""
+    for option, count in options.items():
+        if count is not None and count < 1:
+            raise InputError(option, f"must be at least 1, got {count}.")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns the known name that is spelled most like this one."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]

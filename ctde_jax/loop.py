@@ -18,7 +18,7 @@ from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Dataset, Split, count_steps, deal, dispatches
-from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax.errors import InputError, NonFiniteLoss, check_positive
 from ctde_jax.evaluate import Averages, make_evaluate
 from ctde_jax.log import Row, open_log
 from ctde_jax.models import Model, with_raw_inputs
@@ -170,9 +170,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> _Cut:
-    for option, value in [("eval_every", eval_every), ("log_every", log_every)]:
-        if value < 1:
-            raise InputError(option, f"must be at least 1, got {value}.")
+    check_positive(eval_every=eval_every, log_every=log_every)
     round_steps = max(1, inner_steps)
     rounds_an_interval = -(-min(eval_every, total_steps) // round_steps)
     dispatches_an_interval = -(-rounds_an_interval // max(1, log_every // round_steps))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax.errors import InputError, NonFiniteLoss, check_positive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,11 +55,12 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
 
     chosen = config.optimization
     epoch = ctde.data.steps_per_epoch(len(data.train.inputs), len(devices), chosen.batch_size, partition)
-    steps = ctde.data.count_steps(epoch, None if chosen.steps else chosen.epochs, chosen.steps)
+    steps = ctde.data.count_steps(epoch, chosen.epochs if chosen.steps is None else None, chosen.steps)
     optimizer = ctde.optimizers.build(
         chosen.optimizer, chosen.learning_rate, chosen.schedule, chosen.warmup_steps, steps
     )
 
+    check_positive(eval_every=config.run.eval_every, log_every=config.run.log_every)
     folder = config.run.run_dir or _new_folder(config)
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
     with ctde.log.writing_to(folder):
@@ -68,7 +69,8 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
             raise InputError("run_dir", f"must be a new or empty folder, but {folder} has files in it; name another.")
         options.save(config, folder / "config.json")
         if partition is not None:
-            ctde.data.partition.plot(data.train.labels, partition, data.classes, folder / "partition.png")
+            picture = ctde.data.partition.plot(data.train.labels, partition, data.classes)
+            picture.savefig(folder / "partition.png", dpi=120)
 
     console = ctde.log.console()
     console.print(ctde.report.plan(config, devices, data, partition, model, epoch, steps, folder))

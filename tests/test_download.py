@@ -64,9 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         """Keeps quiet."""
 
 
-def partial(
-    handler: Handler, file: bytes, start: int | None, limit: int | None = None, shift: int = 0
-) -> None:
+def partial(handler: Handler, file: bytes, start: int | None, limit: int | None = None, shift: int = 0) -> None:
     """Answers a range with 206, or 416 beyond the end; sends at most `limit` bytes of it."""
     if start is None:
         handler.head(200, len(file))
@@ -97,6 +95,11 @@ def whole_breaks_off_after(limit: int) -> Behavior:
 def wrong_range(handler: Handler, file: bytes, start: int | None) -> None:
     """Answers with a range that starts a few bytes late."""
     partial(handler, file, start, shift=7)
+
+
+def always_partial(handler: Handler, file: bytes, start: int | None) -> None:
+    """Answers with a range although none was asked for."""
+    partial(handler, file, start or 0, shift=7)
 
 
 def stalls_after(limit: int) -> Behavior:
@@ -206,6 +209,14 @@ def test_broken_connection_is_resumed_where_it_broke_off(serve, target: Path):
     assert mirror.ranges == [None, "bytes=1000-", "bytes=2000-", "bytes=3000-"]
 
 
+def test_wrong_range_within_a_download_is_started_over(serve, target: Path):
+    """The bytes that do not follow are not taken, so the only mirror still gives the file."""
+    mirror = serve(breaks_off_after(1000), wrong_range, partial)
+
+    assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
+    assert mirror.ranges == [None, "bytes=1000-", None]
+
+
 def test_mirror_without_ranges_is_left_when_it_makes_no_progress(serve, target: Path):
     """Starting over gets as far as before, so a third time would too."""
     broken, good = serve(whole_breaks_off_after(1000)), serve(partial)
@@ -287,6 +298,7 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     mirrors = {
         serve(not_found).url: "answered 404 Not Found",
         serve(whole, file=gzip.compress(b"wrong")).url: "sent something other than the published file",
+        serve(always_partial).url: "sent another part of the file than it was asked for",
         serve(silent).url: "did not answer within 0.3 s",
         serve(trickles).url: "sent too little within 0.3 s",
         serve(whole_breaks_off_after(5)).url: f"broke off after 5 of {len(PACKED):,} bytes",
@@ -299,9 +311,7 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     assert sentence.startswith("data_dir has no file.gz, and it could not be downloaded: ")
     for url, reason in mirrors.items():
         assert f"{url} {reason}" in sentence
-    assert sentence.endswith(
-        f"Put the file into {target.parent} by hand, or pass as data_dir a folder that has it."
-    )
+    assert sentence.endswith(f"Put the file into {target.parent} by hand, or pass as data_dir a folder that has it.")
 
 
 @pytest.mark.parametrize(

@@ -158,17 +158,13 @@ WHOLE = npz_bytes(x_train=npy_bytes(X), y_train=npy_bytes(Y))
         pytest.param(npy_bytes(X), "is not a whole .npz file", id="npy"),
         pytest.param(WHOLE[:-30], "is not a whole .npz file", id="truncated file"),
         pytest.param(npz_bytes(), "lacks x_train and y_train and has no array", id="no members"),
-        pytest.param(
-            WHOLE.replace(X.tobytes(), X[::-1].tobytes()), "is damaged in x_train (", id="wrong CRC"
-        ),
+        pytest.param(WHOLE.replace(X.tobytes(), X[::-1].tobytes()), "is damaged in x_train (", id="wrong CRC"),
         pytest.param(
             npz_bytes(x_train=npy_bytes(X)[:-8], y_train=npy_bytes(Y)),
             "is damaged in x_train (",
             id="truncated member",
         ),
-        pytest.param(
-            npz_bytes(x_train=b"", y_train=npy_bytes(Y)), "is damaged in x_train (", id="empty member"
-        ),
+        pytest.param(npz_bytes(x_train=b"", y_train=npy_bytes(Y)), "is damaged in x_train (", id="empty member"),
     ],
 )
 def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault: str):
@@ -233,9 +229,7 @@ def test_what_was_decided_is_noted(tmp_path: Path):
     assert "standardized" in standardized
 
     without_header = from_csv(save(tmp_path, IRIS.partition("\n")[2]))
-    assert (
-        without_header.notes[0] == "There is no line of column names; the labels are in the last column, 3."
-    )
+    assert without_header.notes[0] == "There is no line of column names; the labels are in the last column, 3."
 
 
 def test_label_column_is_chosen_by_name(tmp_path: Path):
@@ -275,9 +269,7 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
         pytest.param("", "is empty: give a file with one line for each example", id="empty"),
         pytest.param("\n\n", "is empty: give a file with one line for each example", id="blank"),
         pytest.param("a,b\n", "has a header line and no examples: add one line", id="header only"),
-        pytest.param(
-            "a;b\n1;2\n", "has a single column: separate the features and the label by", id="semicolons"
-        ),
+        pytest.param("a;b\n1;2\n", "has a single column: separate the features and the label by", id="semicolons"),
         pytest.param("1,2,x\n3,y\n", "has 2 cells in line 2 and 3 in line 1: give every line", id="ragged"),
         pytest.param("1,2,x\n\n3,4,y,\n", "has 4 cells in line 3 and 3 in line 1: give every", id="too many"),
         pytest.param(
@@ -285,27 +277,15 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
             "has 'tall' in line 3, column 'h', and not a finite float32 number: correct the cell, or remove",
             id="word",
         ),
-        pytest.param(
-            "1,2,x\n3,,y\n", "has an empty cell in line 2, column 2, and not a finite", id="empty cell"
-        ),
+        pytest.param("1,2,x\n3,,y\n", "has an empty cell in line 2, column 2, and not a finite", id="empty cell"),
         pytest.param("1,nan,x\n3,4,y\n", "has 'nan' in line 1, column 2, and not a finite", id="nan"),
         pytest.param("1,2,x\n-inf,4,y\n", "has '-inf' in line 2, column 1, and not a finite", id="infinite"),
         pytest.param("1,2,x\n3,1e39,y\n", "has '1e39' in line 2, column 2, and not a finite", id="too large"),
-        pytest.param(
-            'a,"b\nc",l\n1,2,x\n3,?,y\n', "has '?' in line 4, column 'b\\nc', and not", id="line number"
-        ),
-        pytest.param(
-            "1,2,x\n3,4,\n", "has an empty label in line 2, column 3: fill in the cell", id="no label"
-        ),
-        pytest.param(
-            "1,2,x\n3,4,x\n", "has only the label 'x' in column 3: give at least two", id="one class"
-        ),
-        pytest.param(
-            b"1,2,caf\xe9\n3,4,x\n", "has the byte 0xe9, which is not UTF-8: save it in", id="Latin-1"
-        ),
-        pytest.param(
-            '1,2,x\n3,4,"y\n', "is no CSV file at line 2 (unexpected end of data): correct", id="quote"
-        ),
+        pytest.param('a,"b\nc",l\n1,2,x\n3,?,y\n', "has '?' in line 4, column 'b\\nc', and not", id="line number"),
+        pytest.param("1,2,x\n3,4,\n", "has an empty label in line 2, column 3: fill in the cell", id="no label"),
+        pytest.param("1,2,x\n3,4,x\n", "has only the label 'x' in column 3: give at least two", id="one class"),
+        pytest.param(b"1,2,caf\xe9\n3,4,x\n", "has the byte 0xe9, which is not UTF-8: save it in", id="Latin-1"),
+        pytest.param('1,2,x\n3,4,"y\n', "is no CSV file at line 2 (unexpected end of data): correct", id="quote"),
     ],
 )
 def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str):
@@ -317,9 +297,7 @@ def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str)
 def test_misspelled_label_column_is_corrected(tmp_path: Path):
     """The sentence lists the columns and suggests one."""
     sentence = fault_of(from_csv, save(tmp_path, IRIS), "specie")
-    assert sentence == (
-        "label_column must be one of length, width, species, got 'specie'; did you mean 'species'?"
-    )
+    assert sentence == ("label_column must be one of length, width, species, got 'specie'; did you mean 'species'?")
 
 
 def test_label_column_needs_a_header(tmp_path: Path):

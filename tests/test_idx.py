@@ -173,9 +173,7 @@ def test_files_are_kept_in_the_cache_folder_by_default(
     LOADERS[name]()
     LOADERS[name]()
 
-    assert [target for _, target, _ in published] == [
-        tmp_path / "ctde_jax" / name / f"{f}.gz" for f in tiny()
-    ]
+    assert [target for _, target, _ in published] == [tmp_path / "ctde_jax" / name / f"{f}.gz" for f in tiny()]
 
 
 def test_downloaded_file_is_the_published_one(tmp_path: Path, published, monkeypatch: pytest.MonkeyPatch):
@@ -215,9 +213,7 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
         ),
     ],
 )
-def test_files_that_do_not_fit_together_name_the_folder(
-    tmp_path: Path, name: str, array: np.ndarray, fault: str
-):
+def test_files_that_do_not_fit_together_name_the_folder(tmp_path: Path, name: str, array: np.ndarray, fault: str):
     """The user passed data_dir, so the sentence is about data_dir."""
     write(tmp_path, {**tiny(), name: array})
 

@@ -144,7 +144,7 @@ def test_forgotten_reduction_is_caught(split, key):
     strategy = Strategy(reduce=optax.identity())
     train_round = under_vmap(make_round(MODEL, classification, OPTIMIZER, strategy), strategy)
 
-    with pytest.raises(ValueError, match="mapped output .* but out_axes is None"):
+    with pytest.raises(ValueError, match=r"mapped output .* but out_axes is None"):
         train_round(begin(MODEL, strategy, key), split, steps_of(strategy), key)
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from ctde_jax.data.dataset import Split
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, check_positive
 
 NO_EXAMPLE = -1
 
@@ -113,9 +113,7 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
     """Returns the optimizer steps of a run, which is so many epochs or so many steps long."""
     if (epochs is None) == (steps is None):
         raise InputError("epochs", f"or steps must be given, and not both, got epochs={epochs} and steps={steps}.")
-    for option, count in [("epochs", epochs), ("steps", steps)]:
-        if count is not None and count < 1:
-            raise InputError(option, f"must be at least 1, got {count}.")
+    check_positive(epochs=epochs, steps=steps)
     return steps or an_epoch * (epochs or 0)
 
 

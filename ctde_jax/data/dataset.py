@@ -127,7 +127,8 @@ def _checked_inputs(option: str, inputs: np.ndarray) -> np.ndarray:
         return inputs
     if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_) or np.iscomplexobj(inputs):
         raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
-    inputs = inputs.astype(np.float32)
+    with np.errstate(over="ignore"):  # what does not fit in float32 becomes infinite, and is refused as such
+        inputs = inputs.astype(np.float32)
     if not np.isfinite(inputs).all():
         where = ", ".join(str(i) for i in np.argwhere(~np.isfinite(inputs))[0])
         raise InputError(

@@ -142,9 +142,7 @@ def _rows(path: Path) -> list[_Row]:
                 line = reader.line_num + 1  # a quoted cell may go on over several lines
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            raise _fault(
-                path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8"
-            ) from error
+            raise _fault(path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8") from error
         except csv.Error as error:
             raise _fault(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
     if not rows:
@@ -209,9 +207,7 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise _fault(
-            path, f"cannot be opened ({error.strerror})", "give the path of a readable file"
-        ) from error
+        raise _fault(path, f"cannot be opened ({error.strerror})", "give the path of a readable file") from error
 
 
 def _fault(path: Path, fault: str, way_out: str) -> InputError:

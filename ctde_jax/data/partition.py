@@ -5,11 +5,14 @@ the examples are dealt anew to all devices in every epoch (see `batches.py`).
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ctde_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def iid(labels: np.ndarray, replicas: int, seed: int = 0) -> list[np.ndarray]:
@@ -54,7 +57,7 @@ def count_labels(labels: np.ndarray, parts: Sequence[np.ndarray], classes: int) 
     return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
 
 
-def plot(labels: np.ndarray, parts: Sequence[np.ndarray], classes: Sequence[str], path: Path | str) -> None:
+def plot(labels: np.ndarray, parts: Sequence[np.ndarray], classes: Sequence[str]) -> "Figure":
     """Draws who holds which labels: a row for each device, a column for each class, a number in every cell."""
     from matplotlib.figure import Figure
 
@@ -70,4 +73,4 @@ def plot(labels: np.ndarray, parts: Sequence[np.ndarray], classes: Sequence[str]
         color = "white" if count > counts.max() / 2 else "black"
         axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image)
-    figure.savefig(path, dpi=120)
+    return figure

@@ -93,9 +93,8 @@ def in_bfloat16(model: Model) -> Model:
     """Makes the model compute in bfloat16; parameters, state and outputs stay float32."""
 
     def apply(params, model_state, inputs, key):
-        outputs, new_state = model.apply(_cast(params), _cast(model_state), _cast(inputs), key)
-        new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, model_state)
-        return outputs.astype(jnp.float32), new_state
+        outputs, model_state = model.apply(_cast(params), model_state, _cast(inputs), key)
+        return outputs.astype(jnp.float32), model_state
 
     return Model(model.init, apply)
 

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from ctde_jax.errors import InputError, check_known
+from ctde_jax.errors import check_known, check_positive
 from ctde_jax.models.base import Model, from_nnx
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -39,7 +39,6 @@ def mlp(widths: Sequence[int], activation: str = "tanh") -> Model:
     Raises:
         InputError: The activation's name is not known, or a width is less than 1.
     """
-    if min(widths) < 1:
-        raise InputError("widths", f"must be at least 1, got {min(widths)}.")
+    check_positive(widths=min(widths))
     check_known("activation", activation, ACTIVATIONS)
     return from_nnx(lambda rngs: MLP(widths, ACTIVATIONS[activation], rngs=rngs))

@@ -1,0 +1,78 @@
+"""Every option is explained, checked, and saved so that it can be read again."""
+
+from dataclasses import fields
+
+import pytest
+
+from ctde_jax import config
+from ctde_jax.errors import InputError
+
+GROUPS = [field.default_factory for field in fields(config.Config)]
+OPTIONS = [option.name for group in GROUPS for option in fields(group)]
+
+
+def test_help_explains_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        config.parse(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for option in OPTIONS:
+        assert f"--{option.replace('_', '-')}" in text
+    assert text.count("(default:") == len(OPTIONS)
+
+
+def test_saved_configuration_is_read_back_and_the_command_line_wins(tmp_path):
+    chosen = config.parse(["--widths", "32", "16", "--steps", "7", "--learning-rate", "0.25", "--run-dir", "x"])
+    config.save(chosen, tmp_path / "config.json")
+
+    again = config.parse(["--config", str(tmp_path / "config.json"), "--seed", "5"])
+
+    assert (again.model, again.data, again.aggregation) == (chosen.model, chosen.data, chosen.aggregation)
+    assert (again.optimization.steps, again.optimization.learning_rate, again.optimization.seed) == (7, 0.25, 5)
+    assert again.run.run_dir is None, "a repeated run has a folder of its own"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--batchsize", "8"], "--batchsize is no option; did you mean --batch-size? --help lists them all."),
+        (["--dataset", "mnits"], "--dataset must be one of digits, mnist, fashion_mnist, npz, csv, got 'mnits'; did"),
+        (["--optimizer=adm"], "did you mean 'adam'?"),
+        (["--activation"], "--activation must be one of tanh, relu, gelu, silu, got ''"),
+        (["--config", "nowhere.json"], "config must name the config.json of a run, but nowhere.json could not be read"),
+    ],
+)
+def test_unknown_name_gets_the_nearest_known_one(arguments, sentence):
+    with pytest.raises(InputError) as caught:
+        config.parse(arguments)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "sentence"),
+    [
+        ('{"epochs": 3', "config must name the config.json of a run, but"),
+        ("[1, 2]", "config must name a JSON object of options, but"),
+        ('{"epoch": 3}', "--epoch is no option; did you mean --epochs?"),
+        ('{"model": "mpl"}', "--model must be one of mlp, got 'mpl'"),
+    ],
+)
+def test_broken_saved_configuration_is_refused_in_a_sentence(tmp_path, saved, sentence):
+    (tmp_path / "config.json").write_text(saved)
+    with pytest.raises(InputError) as caught:
+        config.parse(["--config", str(tmp_path / "config.json")])
+    assert sentence in str(caught.value)
+
+
+def test_value_of_the_wrong_type_exits_with_status_2(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"epochs": "many"}')
+    with pytest.raises(SystemExit) as ended:
+        config.parse(["--config", str(tmp_path / "config.json")])
+    assert ended.value.code == 2
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_argument_of_the_library_is_named_as_the_option_that_sets_it():
+    assert config.flag("batch_size") == "--batch-size"
+    assert config.flag("inner_steps") == "--sync-every"
+    assert config.flag("x_train") == "x_train"

@@ -1,0 +1,168 @@
+"""Data sets are checked once; every epoch shows every example exactly once to exactly one replica."""
+
+import numpy as np
+import pytest
+
+from ctde_jax import data
+from ctde_jax.data import partition
+from ctde_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(0, 10, 1000, dtype=np.int32)
+SPLIT = data.Split(RNG.normal(size=(1000, 3)).astype(np.float32), LABELS)
+PARTITIONS = {
+    "iid": lambda replicas: partition.iid(LABELS, replicas),
+    "by_label": lambda replicas: partition.by_label(LABELS, replicas),
+    "dirichlet": lambda replicas: partition.dirichlet(LABELS, replicas, alpha=0.1),
+}
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("replicas", [1, 4, 7])
+def test_partition_gives_every_example_to_one_replica(name, replicas):
+    parts = PARTITIONS[name](replicas)
+    assert len(parts) == replicas
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(1000))
+    np.testing.assert_array_equal(
+        partition.count_labels(LABELS, parts, 10).sum(axis=0), np.bincount(LABELS, minlength=10)
+    )
+
+
+def test_iid_parts_are_equal_and_alike():
+    counts = partition.count_labels(LABELS, partition.iid(LABELS, 4), 10)
+    assert set(counts.sum(axis=1)) == {250}
+    assert (counts > 0).all()
+
+
+def test_by_label_leaves_few_labels_on_each_replica():
+    """Two shards touch at most two labels each, less the ends that they share."""
+    counts = partition.count_labels(LABELS, partition.by_label(LABELS, 10, shards=2), 10)
+    assert (counts > 0).sum(axis=1).max() <= 4
+
+
+def test_dirichlet_goes_from_uneven_to_even_with_alpha():
+    def unevenness(alpha: float) -> float:
+        counts = partition.count_labels(LABELS, partition.dirichlet(LABELS, 4, alpha), 10)
+        return float((counts / counts.sum(axis=0)).std())
+
+    assert unevenness(0.05) > unevenness(1.0) > unevenness(1000.0)
+    assert unevenness(1000.0) < 0.02
+
+
+def test_picture_of_the_partition_says_every_count():
+    parts = partition.dirichlet(LABELS, 4)
+    axes = partition.plot(LABELS, parts, [str(i) for i in range(10)]).axes[0]
+    assert [int(text.get_text()) for text in axes.texts] == list(partition.count_labels(LABELS, parts, 10).flat)
+
+
+@pytest.mark.parametrize("name", [None, *PARTITIONS])
+@pytest.mark.parametrize("batch_size", [4, 64, 1000])
+def test_epoch_shows_every_example_once(name, batch_size):
+    parts = None if name is None else PARTITIONS[name](4)
+    batches = data.deal(SPLIT, 4, batch_size, seed=0, partition=parts)
+    for number in range(2):
+        epoch = batches.epoch(number)
+        assert epoch.shape == (batches.steps_per_epoch, 4, batch_size // 4)
+        seen = []
+        for replica in range(4):
+            own = epoch[:, replica]
+            inputs = batches.split.inputs if parts is None else batches.split.inputs[replica]
+            seen.append(inputs[own[own >= 0]])
+        np.testing.assert_array_equal(np.sort(np.concatenate(seen), axis=0), np.sort(SPLIT.inputs, axis=0))
+
+
+def test_global_batch_is_the_same_on_any_number_of_replicas():
+    orders = [data.deal(SPLIT, replicas, 48, seed=5).steps(0, 30) for replicas in (1, 2, 4, 8)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order.reshape(30, -1)), np.sort(orders[0].reshape(30, -1)))
+
+
+def test_short_batch_is_shared_evenly():
+    """1,000 examples in batches of 48 leave 40 for the last, 10 for each of 4 replicas."""
+    last = data.deal(SPLIT, 4, 48, seed=0).epoch(0)[-1]
+    assert ((last >= 0).sum(axis=1) == 10).all()
+
+
+def test_order_changes_with_the_seed_and_the_epoch_and_with_nothing_else():
+    first = data.deal(SPLIT, 4, 64, seed=0)
+    np.testing.assert_array_equal(first.steps(20, 40), data.deal(SPLIT, 4, 64, seed=0).steps(20, 40))
+    assert (first.epoch(0) != first.epoch(1)).any()
+    assert (first.epoch(0) != data.deal(SPLIT, 4, 64, seed=1).epoch(0)).any()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 16), (5, 40), (16, 17), (31, 33)])
+def test_steps_go_on_from_one_epoch_to_the_next(start, stop):
+    batches = data.deal(SPLIT, 4, 64, seed=0)
+    whole = np.concatenate([batches.epoch(number) for number in range(3)])
+    np.testing.assert_array_equal(batches.steps(start, stop), whole[start:stop])
+
+
+def test_dispatches_cut_the_steps_into_rounds_and_fill_up_the_last():
+    batches = data.deal(SPLIT, 4, 64, seed=0)
+    cut = list(data.dispatches(batches, inner_steps=3, rounds=2, start=0, stop=16))
+    assert [piece.shape for piece in cut] == [(4, 2, 3, 16)] * 3
+    steps = np.concatenate([np.moveaxis(piece.reshape(4, 6, 16), 0, 1) for piece in cut])
+    np.testing.assert_array_equal(steps[:16], batches.steps(0, 16))
+    assert (steps[16:] == -1).all()
+
+
+def test_digits_are_whole(digits):
+    assert len(digits.train.inputs) + len(digits.test.inputs) == 1797
+    assert digits.train.inputs.dtype == np.uint8
+    assert digits.train.inputs.max() * digits.scale == 1
+    assert "359 of the 1,797" in digits.notes[0]
+
+
+def test_split_that_is_made_is_disjoint_and_always_the_same():
+    first, second = (data.from_arrays(SPLIT.inputs, LABELS) for _ in range(2))
+    np.testing.assert_array_equal(first.test.inputs, second.test.inputs)
+    both = np.concatenate([first.train.inputs, first.test.inputs])
+    np.testing.assert_array_equal(np.sort(both, axis=0), np.sort(SPLIT.inputs, axis=0))
+
+
+def test_standardized_features_have_zero_mean_and_unit_deviation():
+    inputs = np.column_stack([RNG.normal(7, 3, 500), RNG.normal(-100, 50, 500), np.full(500, 4.0)])
+    dataset = data.standardized(data.from_arrays(inputs, LABELS[:500]))
+    seen = (dataset.train.inputs - dataset.shift) * dataset.scale
+    np.testing.assert_allclose(seen.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(seen.std(axis=0), [1, 1, 0], atol=1e-5)
+
+
+BYTES = np.zeros((4, 2), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ((BYTES, [0, 1, 2]), "y_train must have one label for each of the 4 examples, got 3 labels."),
+        ((BYTES, [0, 1, 2, -1]), "y_train must lie from 0 to 2, one for each of the 3 classes, got -1 for example 3."),
+        ((BYTES, [0, 1, 0, 1], BYTES, [0, 1, 2, 0]), "y_test must lie from 0 to 1"),
+        ((BYTES, [0, 1, 0, 1], BYTES), "y_test is missing although x_test is given"),
+        ((BYTES, [0, 1, 0, 1], np.zeros((2, 3)), [0, 1]), "x_test must have examples of the training shape (2,)"),
+        (([[1.0], [np.nan]], [0, 1]), "x_train must be finite in float32, got NaN or infinity at [1, 0]"),
+        (([[1e300], [0.0]], [0, 1]), "x_train must be finite in float32, got NaN or infinity at [0, 0]"),
+        (([["a"], ["b"]], [0, 1]), "x_train must hold real numbers, got the type <U1."),
+        (([0.0, 1.0], [0, 1]), "x_train must have the shape [examples, ...], got (2,)."),
+        ((np.zeros((0, 2)), []), "x_train must hold at least one example"),
+        ((BYTES, ["a", "b", "c", "d"]), "y_train must hold integers from 0, or real-valued targets, got the type <U1."),
+        ((BYTES, [0.0, 1.0, np.inf, 0.0]), "y_train must be finite, got NaN or infinity"),
+        ((BYTES, [[0], [1], [0], [1]]), "y_train must have the shape [examples], got (4, 1)."),
+    ],
+)
+def test_wrong_arrays_are_refused_in_a_sentence(arrays, sentence):
+    with pytest.raises(InputError) as caught:
+        data.from_arrays(*arrays)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("share_out", "sentence"),
+    [
+        (lambda: partition.by_label(LABELS, 4, 251), "label_shards must be from 1 to 250"),
+        (lambda: partition.by_label(LABELS, 4, 0), "label_shards must be from 1 to 250"),
+        (lambda: partition.dirichlet(LABELS, 4, 0.0), "dirichlet_alpha must be greater than 0, got 0.0."),
+    ],
+)
+def test_wrong_partition_is_refused_in_a_sentence(share_out, sentence):
+    with pytest.raises(InputError, match=sentence):
+        share_out()

@@ -1,0 +1,93 @@
+"""Fake CPU devices start whatever has happened before, and survive what they are used for."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from ctde_jax import devices
+from ctde_jax.errors import InputError
+
+LOOP = """
+step = jax.pmap(lambda x: jax.lax.pmean(x, "replica") * 1.0001, axis_name="replica", donate_argnums=0)
+x = jnp.ones((COUNT, 1000))
+for _ in range(2000):
+    x = step(x)
+assert jnp.isfinite(x).all()
+print("survived on", len(x), "devices")
+"""
+
+
+def run(program: str, **environment: str) -> str:
+    """Runs a program in a process of its own, where JAX has not started yet."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**clean, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
+def test_fake_devices_survive_two_thousand_asynchronous_steps(count):
+    start = f"import jax, jax.numpy as jnp, ctde_jax; COUNT = len(ctde_jax.devices.start({count}))"
+    assert f"survived on {count} devices" in run(start + LOOP)
+
+
+def test_backend_that_is_already_up_is_started_anew():
+    """As in a notebook that has used JAX before; what it made stays readable."""
+    program = """
+import jax, jax.numpy as jnp
+old = jnp.arange(3.0)
+assert len(jax.devices()) == 1
+import ctde_jax
+COUNT = len(ctde_jax.devices.start(8))
+assert old.sum() == 3
+"""
+    assert "survived on 8 devices" in run(program + LOOP)
+
+
+def test_backend_with_enough_devices_but_too_few_threads_is_started_anew():
+    program = """
+import jax, jax.numpy as jnp
+assert len(jax.devices()) == 4
+import ctde_jax
+COUNT = len(ctde_jax.devices.start(4))
+"""
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "2"}
+    assert "survived on 4 devices" in run(program + LOOP, **environment)
+
+
+def test_four_fake_devices_are_the_default():
+    program = "import ctde_jax; print(len(ctde_jax.devices.start()), len(ctde_jax.devices.start(2)))"
+    assert run(program) == "4 2\n"
+
+
+def test_importing_the_package_imports_no_jax():
+    assert run("import sys, ctde_jax; print('jax' in sys.modules)") == "False\n"
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_less_than_one_device_is_refused(count):
+    with pytest.raises(InputError, match=f"devices must be at least 1, got {count}"):
+        devices.start(count)
+
+
+def test_more_accelerators_than_exist_are_refused(monkeypatch):
+    """On a machine that says it has two GPUs."""
+    gpus = [SimpleNamespace(platform="gpu", id=number) for number in range(2)]
+    monkeypatch.setattr(jax, "devices", lambda: gpus)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    assert devices.start() == gpus
+    assert devices.start(1) == gpus[:1]
+    with pytest.raises(InputError, match=r"at most 2, the GPU devices .* got 3; .* JAX_PLATFORMS=cpu"):
+        devices.start(3)

@@ -1,0 +1,232 @@
+"""The command line, as a person uses it: good runs, and every mistake in one sentence."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctde_jax import data, train
+
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+QUICK = ["--devices", "2", "--steps", "4", "--log-every", "2"]
+
+
+def command(*arguments: str, cwd: Path | None = None, shell_limit: str = "true") -> subprocess.Popen[str]:
+    """Starts the command in a process of its own, from a shell that may have set a limit before."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
+    return subprocess.Popen(
+        ["bash", "-c", f'{shell_limit} && exec "$@"', "-", sys.executable, "-m", "ctde_jax.train", *arguments],
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_default_command_reaches_97_percent_and_leaves_its_results(tmp_path):
+    process = command(cwd=tmp_path)
+    output, errors = process.communicate(timeout=300)
+
+    assert (process.returncode, errors) == (0, "")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "curves.png", "metrics.jsonl"]
+    assert (folder / "curves.png").stat().st_size > 10_000
+    last = rows_of(folder)[-1]
+    assert last["split"] == "test"
+    assert last["accuracy"] >= 0.97
+    assert last["examples"] == 359
+    plan = ["4 fake CPU devices", "1,438 training and 359 test", "mlp 64-128-10 with tanh", "9,610 parameters"]
+    plan += ["64 examples a step, 16 on each device", "the mean of the gradients", str(folder.relative_to(tmp_path))]
+    table = ["test accuracy", f"{last['accuracy']:.2%}", "start-up", "compile", "train", "evaluate", "wall time"]
+    for words in [*plan, *table]:
+        assert words in output
+    assert "step 230 of 230" in output, "plain lines where the output is no terminal"
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="needs the MNIST files in ../shared/data/mnist")
+def test_mnist_reaches_97_5_percent_in_ten_epochs(tmp_path):
+    arguments = ["--dataset", "mnist", "--data-dir", str(MNIST), "--devices", "4", "--run-dir", str(tmp_path)]
+    assert train.main([*arguments, "--eval-every", "4690"]) == 0
+    last = rows_of(tmp_path)[-1]
+    assert last["epoch"] <= 10
+    assert last["accuracy"] >= 0.975
+    assert last["examples"] == 10_000
+
+
+def test_run_is_repeated_bit_for_bit_from_its_configuration(tmp_path):
+    options = ["--widths", "24", "--sync-every", "2", "--partition", "dirichlet", "--seed", "3", "--precision", "bf16"]
+    assert train.main([*QUICK, *options, "--run-dir", str(tmp_path / "first")]) == 0
+    config = str(tmp_path / "first" / "config.json")
+    assert train.main(["--config", config, "--run-dir", str(tmp_path / "second")]) == 0
+
+    first, second = rows_of(tmp_path / "first"), rows_of(tmp_path / "second")
+    for row in [*first, *second]:
+        row.pop("examples_per_second", None)
+    assert first == second
+    assert (tmp_path / "first" / "partition.png").exists()
+
+
+@pytest.mark.parametrize("partition", ["iid", "by_label"])
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_partitions_and_schedules_run(tmp_path, partition, schedule):
+    options = ["--partition", partition, "--schedule", schedule, "--optimizer", "momentum", "--warmup-steps", "2"]
+    assert train.main([*QUICK, *options, "--run-dir", str(tmp_path)]) == 0
+
+
+def test_own_csv_and_npz_run(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    table = "\n".join(f"{x:.3f},{y:.3f},{'in' if x * x + y * y < 1 else 'out'}" for x, y in rng.normal(size=(300, 2)))
+    (tmp_path / "ring.csv").write_text("x,y,side\n" + table)
+    np.savez(tmp_path / "own.npz", x_train=rng.normal(size=(200, 3)), y_train=rng.integers(0, 2, 200))
+    for name in ("ring.csv", "own.npz"):
+        kind = ["--dataset", name[-3:], "--data-file", str(tmp_path / name)]
+        assert train.main([*QUICK, *kind, "--run-dir", str(tmp_path / name[:-4])]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "60 of the 300 examples" in output
+    assert "standardized" in output
+
+
+def test_ctrl_c_ends_cleanly_with_what_was_measured(tmp_path):
+    process = command("--epochs", "1000000", "--schedule", "constant", "--run-dir", str(tmp_path))
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+
+    assert (process.returncode, errors) == (130, "")
+    assert "interrupted at step" in output
+    assert rows_of(tmp_path)[-1]["split"] == "test"
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_full_disk_gets_a_sentence(tmp_path):
+    """A limit on the size of files stands for the disk: the first lines fit, and a later one does not."""
+    process = command("--run-dir", str(tmp_path / "run"), shell_limit="ulimit -f 2")
+    _, errors = process.communicate(timeout=120)
+
+    assert process.returncode == 2
+    assert errors.startswith("error: --run-dir must be a folder that can be written to and has room, but writing to")
+    assert errors.count("\n") == 1
+    *whole_lines, _ = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(whole_lines[0])["step"] > 0
+
+
+def write_bad_files(folder: Path) -> None:
+    images, labels = np.zeros((4, 28, 28), np.uint8), np.zeros(3, np.uint8)
+    header = {"images": b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in images.shape)}
+    header["labels"] = b"\0\0\x08\x01" + len(labels).to_bytes(4, "big")
+    for kind in ("short", "magic", "lengths", "gz"):
+        (folder / kind).mkdir()
+        for part in ("train", "t10k"):
+            pictures, marks = header["images"] + images.tobytes(), header["labels"] + labels.tobytes()
+            if kind == "short":
+                pictures = pictures[:-5]
+            if kind == "magic":
+                pictures = b"\1" + pictures[1:]
+            name = folder / kind / f"{part}-images-idx3-ubyte"
+            if kind == "gz":
+                name.with_name(name.name + ".gz").write_bytes(gzip.compress(pictures)[:-9])
+            else:
+                name.write_bytes(pictures)
+            (folder / kind / f"{part}-labels-idx1-ubyte").write_bytes(marks)
+    np.savez(folder / "pickled.npz", x_train=np.array([{}], object), y_train=np.array([0]))
+    np.savez(folder / "lengths.npz", x_train=np.zeros((4, 2)), y_train=np.array([0, 1]))
+    np.savez(folder / "nan.npz", x_train=np.array([[0.0], [np.nan]]), y_train=np.array([0, 1]))
+    np.savez(
+        folder / "outside.npz",
+        x_train=np.zeros((4, 2)),
+        y_train=np.array([0, 1, 0, 1]),
+        x_test=np.zeros((1, 2)),
+        y_test=np.array([7]),
+    )
+    (folder / "corrupt.npz").write_bytes((folder / "nan.npz").read_bytes()[:100])
+    (folder / "words.csv").write_text("a,b\n1,2\nhello,3\n4,5\n")
+    (folder / "file").write_text("")
+    (folder / "used").mkdir()
+    (folder / "used" / "metrics.jsonl").write_text("")
+
+
+MISTAKES = {
+    "--batch-size 66 --devices 4": "--batch-size must be a multiple of the 4 devices, got 66; 64 would do.",
+    "--batch-size 4000": "--batch-size must be at most the 1,438 training examples, got 4000; 1436 would do.",
+    "--devices 0": "--devices must be at least 1, got 0.",
+    "--epochs 0": "--epochs must be at least 1, got 0.",
+    "--steps 0": "--steps must be at least 1, got 0.",
+    "--eval-every 0": "--eval-every must be at least 1, got 0.",
+    "--sync-every -1": "--sync-every must be at least 0, got -1.",
+    "--learning-rate -1": "--learning-rate must be greater than 0, got -1.0.",
+    "--warmup-steps 900": "--warmup-steps must be fewer than the 230 steps of the run, got 900.",
+    "--widths 0": "--widths must be at least 1, got 0.",
+    "--dataset mnits": "did you mean 'mnist'?",
+    "--batchsize 3": "--batchsize is no option; did you mean --batch-size?",
+    "--dataset npz": "--data-file must name your file for --dataset npz, got none.",
+    "--dataset csv --data-file nowhere.csv": "--data-file .*nowhere.csv",
+    "--data-file words.csv": "--data-file goes with --dataset npz or csv, got --dataset digits.",
+    "--dataset mnist --data-dir nowhere": "--data-dir .*nowhere",
+    "--dataset mnist --data-dir short": "--data-dir .*train-images",
+    "--dataset mnist --data-dir magic": "--data-dir .*train-images.*magic",
+    "--dataset mnist --data-dir lengths": "--data-dir .*must have one label for each of the 4 examples, got 3 labels",
+    "--dataset mnist --data-dir gz": "--data-dir .*train-images",
+    "--dataset npz --data-file pickled.npz": "--data-file .*pickled.npz",
+    "--dataset npz --data-file corrupt.npz": "--data-file .*corrupt.npz",
+    "--dataset npz --data-file lengths.npz": "--data-file .*one label for each of the 4 examples, got 2 labels",
+    "--dataset npz --data-file nan.npz": "--data-file .*NaN or infinity",
+    "--dataset npz --data-file outside.npz": "--data-file .*y_test must lie from 0 to 1.* got 7",
+    "--dataset csv --data-file words.csv": "--data-file .*words.csv.*hello",
+    "--dataset csv --data-file words.csv --label-column c": "--label-column must be one of a, b, got 'c'",
+    "--run-dir file/run": "--run-dir must be a folder that can be written to and has room, .*Not a directory",
+    "--run-dir used": "--run-dir must be a new or empty folder, but used has files in it; name another.",
+    "--optimizer sgd --schedule constant --learning-rate 1e38": "the loss is not finite at step 2, so training stopped",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, mistake):
+    monkeypatch.chdir(tmp_path)
+    write_bad_files(tmp_path)
+
+    assert train.main(mistake.split()) == 2
+
+    errors = capsys.readouterr().err
+    assert re.search(MISTAKES[mistake].replace("?", r"\?"), errors), errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1, "one sentence, no traceback"
+    runs = tmp_path / "runs"
+    assert not runs.exists() or "finite" in errors, "nothing is left behind by a run that never started"
+
+
+def test_read_only_run_folder_gets_a_sentence(tmp_path, monkeypatch, capsys):
+    """Simulated: the tests may run as root, whom no permission stops."""
+
+    def refuse(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert train.main([*QUICK, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "--run-dir must be a folder that can be written to and has room" in capsys.readouterr().err
+
+
+def test_mistake_costs_no_import_of_jax():
+    """An unknown option is answered at once."""
+    program = "import sys; from ctde_jax import train; print(train.main(['--epoch', '3']), 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+
+
+def test_library_loads_what_the_command_names():
+    assert train.load_data(train.options.Data()).name == data.digits().name
