@@ -2,8 +2,8 @@
 
 To read the package top to bottom, follow the walk:
 
-    config -> devices -> replica -> data -> models -> tasks -> optimizers -> aggregate -> state -> round -> evaluate
-           -> log -> loop -> report -> train
+    errors -> config -> devices -> replica -> data -> models -> tasks -> optimizers -> aggregate -> state -> round
+           -> evaluate -> log -> loop -> report -> train
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """

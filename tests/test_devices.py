@@ -42,6 +42,32 @@ def test_fake_devices_survive_two_thousand_asynchronous_steps(count):
     assert f"survived on {count} devices" in run(start + LOOP)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
+def test_fake_devices_survive_two_thousand_training_rounds_that_nobody_waits_for(count):
+    """The real round, one a dispatch, with nothing fetched before the end."""
+    program = f"""
+import ctde_jax, jax, numpy as np, optax
+from ctde_jax import replica, state
+from ctde_jax.round import make_round
+from ctde_jax.tasks import classification
+devices = ctde_jax.devices.start({count})
+split = replica.replicate(ctde_jax.data.digits().train, devices)
+model, optimizer, strategy = ctde_jax.models.mlp([64, 128, 10]), optax.adam(0.01), ctde_jax.Strategy()
+center = state.create(model, optimizer, strategy, np.zeros((1, 64)), jax.random.key(0))
+here, axes = state.place(center, strategy, devices), state.axes(strategy)
+train_round = replica.parallel(
+    make_round(model, classification, optimizer, strategy), devices, (axes, None, 0, None), (axes, None), donate=(0,)
+)
+batches = replica.shard(np.arange({count} * 8, dtype=np.int32).reshape({count}, 1, 8), devices)
+key = replica.replicate(jax.random.key(1), devices)
+for _ in range(2000):
+    here, sums = train_round(here, split, batches, key)
+print("survived", int(here.step), "rounds")
+"""
+    assert run(program) == "survived 2000 rounds\n"
+
+
 def test_backend_that_is_already_up_is_started_anew():
     """As in a notebook that has used JAX before; what it made stays readable."""
     program = """

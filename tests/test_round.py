@@ -8,7 +8,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from ctde_jax import models, replica, state
-from ctde_jax.aggregate import Strategy, mean
+from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
 from ctde_jax.round import make_round, make_rounds
 from ctde_jax.tasks import classification
@@ -213,18 +213,3 @@ def test_several_rounds_in_one_are_as_many_rounds_one_by_one(split, key):
 
     assert_close(together, one_by_one)
     np.testing.assert_allclose(sums["loss"], np.concatenate(losses), rtol=1e-5)
-
-
-def test_mean_is_weighted_and_keeps_what_all_agree_on(key):
-    reduce = mean()
-    messages = jax.random.normal(key, (REPLICAS, 3))
-    weights = jnp.asarray([1.0, 0.0, 2.0, 5.0])
-
-    def agree(message, weight):
-        return reduce.update(message, reduce.init(message), weight=weight)[0]
-
-    agreed = jax.vmap(agree, axis_name=replica.AXIS, out_axes=None)
-
-    np.testing.assert_allclose(agreed(messages, weights), np.average(messages, axis=0, weights=weights), rtol=1e-6)
-    same = jnp.broadcast_to(messages[0], messages.shape)
-    np.testing.assert_allclose(agreed(same, weights), messages[0], rtol=1e-6)

@@ -1,0 +1,74 @@
+"""Rows reach the file at once, the screen in plain lines or a bar, and the curves at the end."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from ctde_jax import log
+from ctde_jax.errors import InputError
+
+TRAIN = {"split": "train", "step": 5, "epoch": 0.5, "loss": 0.5, "accuracy": 0.8, "examples": 320}
+TRAIN["examples_per_second"] = 1234.5
+TEST = {"split": "test", "step": 10, "epoch": 1.0, "loss": 0.4, "accuracy": 0.9, "examples": 100}
+
+
+def test_row_is_in_the_file_before_the_next_one_comes(tmp_path):
+    with log.open_log(10, tmp_path, show=False) as opened:
+        opened.add(TRAIN)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == TRAIN
+        opened.add(TEST)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [TRAIN, TEST]
+    assert opened.rows == [TRAIN, TEST]
+
+
+def test_curves_are_drawn_also_when_the_run_fails(tmp_path):
+    def failing_run():
+        with log.open_log(10, tmp_path, show=False) as opened:
+            opened.add(TRAIN)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing_run()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with log.open_log(10, show=False) as opened:
+        opened.add(TRAIN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_lines_where_the_output_is_no_terminal(capsys):
+    with log.open_log(10) as opened:
+        opened.add(TRAIN)
+        opened.add(TEST)
+    assert capsys.readouterr().out == (
+        "step 10 of 10  train loss 0.5000 accuracy 0.8000 1,234 examples/s  test loss 0.4000 accuracy 0.9000\n"
+    )
+
+
+def test_bar_in_a_terminal_has_loss_accuracy_speed_and_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(log, "console", lambda quiet=False: Console(force_terminal=True, width=150, quiet=quiet))
+    with log.open_log(10) as opened:
+        for step in range(6):
+            opened.add(TRAIN | {"step": step})
+    shown = capsys.readouterr().out
+    for words in ("━", "5/10", "loss 0.5000", "accuracy 0.8000", "1,234 examples/s", "0:00"):
+        assert words in shown
+
+
+def test_curves_have_a_panel_for_the_loss_and_every_metric():
+    figure = log.plot_curves([TRAIN, TEST])
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "accuracy"]
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines] == ["train", "test"]
+        assert [list(line.get_xdata()) for line in axes.lines] == [[5], [10]]
+
+
+def test_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    sentence = r"run_dir must be a folder .* writing to .*file failed: Not a directory"
+    with pytest.raises(InputError, match=sentence), log.open_log(10, tmp_path / "file", show=False):
+        pass
