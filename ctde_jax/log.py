@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from ctde_jax.errors import InputError
 
@@ -73,10 +74,11 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
     """
     screen = console(quiet=not show)
     bar = Progress(
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[summary]}"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[summary]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        expand=True,
         console=screen,
         disable=not show or not (screen.is_terminal or screen.is_jupyter),
     )
@@ -139,7 +141,7 @@ def _measured(row: Row) -> dict[str, float]:
 
 
 def _summary(row: Row) -> str:
-    words = [row["split"], *(f"{name} {value:.4f}" for name, value in _measured(row).items())]
-    if "examples_per_second" in row:
-        words.append(f"{row['examples_per_second']:,.0f} examples/s")
-    return " ".join(words)
+    words = [f"{name} {value:.4f}" for name, value in _measured(row).items()]
+    if row["split"] == "train":
+        return " ".join([*words, f"{row['examples_per_second']:,.0f} examples/s"])
+    return " ".join(["test", *words])

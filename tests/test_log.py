@@ -45,7 +45,7 @@ def test_plain_lines_where_the_output_is_no_terminal(capsys):
         opened.add(TRAIN)
         opened.add(TEST)
     assert capsys.readouterr().out == (
-        "step 10 of 10  train loss 0.5000 accuracy 0.8000 1,234 examples/s  test loss 0.4000 accuracy 0.9000\n"
+        "step 10 of 10  loss 0.5000 accuracy 0.8000 1,234 examples/s  test loss 0.4000 accuracy 0.9000\n"
     )
 
 

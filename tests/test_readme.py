@@ -1,0 +1,65 @@
+"""What the README shows is what happens."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def shape(output: str) -> list[str]:
+    """The output with its numbers blanked out, as they depend on the machine."""
+    return [re.sub(r"\d", "0", line.rstrip()) for line in output.strip().splitlines()]
+
+
+def in_shell(command: str, folder: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    environment |= {"JAX_PLATFORMS": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_transcript_is_what_the_first_command_prints(tmp_path):
+    install, command = blocks(README, "bash")[0].strip().split(" && ")
+    assert install == "pip install ."
+    blank_speeds = re.compile(r"[\d,.]+ (?=examples/s|s )")
+    transcript, output = (
+        blank_speeds.sub("", text) for text in (blocks(README, "text")[0], in_shell(command, tmp_path))
+    )
+    assert shape(output) == shape(transcript)
+
+
+def test_other_commands_run(tmp_path):
+    commands = [block.strip() for block in blocks(README, "bash") if block.startswith("python -m ctde_jax")]
+    assert commands
+    for command in commands:
+        assert "test accuracy" in in_shell(command, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_python_blocks_run(name):
+    for block in blocks((ROOT / name).read_text(), "python"):
+        exec(block, {})
+
+
+def test_tree_names_every_module():
+    tree = blocks(README, "text")[-1]
+    named = re.findall(r"^ +(\w+\.py) ", tree, flags=re.MULTILINE)
+    assert set(named) == {path.name for path in (ROOT / "ctde_jax").rglob("*.py")}
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = [block.strip() for block in blocks(README, "bash") if "pytest" in block]
+    assert len(commands) == 1
+    assert commands[0] in (ROOT / ".ci" / "run").read_text()
