@@ -17,8 +17,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def shape(output: str) -> list[str]:
-    """The output with its numbers blanked out, as they depend on the machine."""
-    return [re.sub(r"\d", "0", line.rstrip()) for line in output.strip().splitlines()]
+    """The output with its numbers blanked out, as they depend on the machine, and so do the spaces around them."""
+    return [re.sub(r"\d[\d,.]*", "0", " ".join(line.split())) for line in output.strip().splitlines()]
 
 
 def in_shell(command: str, folder: Path) -> str:
@@ -33,11 +33,7 @@ def in_shell(command: str, folder: Path) -> str:
 def test_transcript_is_what_the_first_command_prints(tmp_path):
     install, command = blocks(README, "bash")[0].strip().split(" && ")
     assert install == "pip install ."
-    blank_speeds = re.compile(r"[\d,.]+ (?=examples/s|s )")
-    transcript, output = (
-        blank_speeds.sub("", text) for text in (blocks(README, "text")[0], in_shell(command, tmp_path))
-    )
-    assert shape(output) == shape(transcript)
+    assert shape(in_shell(command, tmp_path)) == shape(blocks(README, "text")[0])
 
 
 def test_other_commands_run(tmp_path):
