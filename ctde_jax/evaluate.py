@@ -1,6 +1,7 @@
 """Exact averages over a split: every example is counted once, on any number of devices and for any batch size."""
 
 from collections.abc import Callable, Sequence
+from math import ceil
 
 import jax
 import numpy as np
@@ -41,8 +42,8 @@ def make_evaluate(
         `evaluate(params, model_state)`.
     """
     examples = len(split.inputs)
-    per_replica = min(-(-batch_size // len(devices)), -(-examples // len(devices)))
-    batches = -(-examples // (per_replica * len(devices)))
+    per_replica = ceil(min(batch_size, examples) / len(devices))
+    batches = ceil(examples / (per_replica * len(devices)))
 
     def rows(array: np.ndarray) -> np.ndarray:
         padded = np.zeros((len(devices) * batches * per_replica, *array.shape[1:]), array.dtype)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+METRICS = "metrics.jsonl"
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -66,7 +68,7 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
 
     Args:
         total_steps: Optimizer steps of the whole run.
-        folder: Where `metrics.jsonl` and `curves.png` go; None writes no files.
+        folder: Where `metrics.jsonl` and `curves.png` go, made by `make_run_folder`; None writes no files.
         show: Shows a bar in a terminal or notebook, and plain lines elsewhere.
 
     Raises:
@@ -88,7 +90,7 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
         return
 
     with writing_to(folder):
-        file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        file = (folder / METRICS).open("w", encoding="utf-8")
     log = Log(total_steps, folder, file, bar)
     try:
         with file, bar:
@@ -97,6 +99,20 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
         if log.rows:
             with writing_to(folder):
                 plot_curves(log.rows).savefig(folder / "curves.png", dpi=120)
+
+
+def make_run_folder(folder: Path) -> None:
+    """Makes a folder for the results of a run.
+
+    Raises:
+        InputError: It cannot be written to, or holds a run already.
+    """
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / METRICS).exists():
+            raise InputError(
+                "run_dir", f"must not hold a run already, but {folder} has {METRICS}; name another folder."
+            )
 
 
 @contextmanager

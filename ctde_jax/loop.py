@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Dataset, Split, count_steps, deal, dispatches
 from ctde_jax.errors import InputError, NonFiniteLoss, check_positive
 from ctde_jax.evaluate import Averages, make_evaluate
-from ctde_jax.log import Row, open_log
+from ctde_jax.log import Row, make_run_folder, open_log
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.replica import PyTree
 from ctde_jax.round import Sums, make_round, make_rounds
@@ -74,7 +75,7 @@ def fit(
     seed: int = 0,
     eval_every: int | None = None,
     log_every: int = 20,
-    folder: Path | None = None,
+    run_dir: Path | None = None,
     show: bool = True,
 ) -> Trained:
     """Trains one central model on many devices.
@@ -97,7 +98,7 @@ def fit(
         seed: Of the model's start, the data order and dropout.
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
         log_every: At most so many steps lie between two rows of the history; so many go out in one dispatch.
-        folder: Where `metrics.jsonl` and `curves.png` go; None writes no files.
+        run_dir: The folder for `metrics.jsonl` and `curves.png`, made where it is not there; None writes no files.
         show: Whether to show progress.
 
     Raises:
@@ -112,6 +113,8 @@ def fit(
     batches = deal(data.train, len(devices), batch_size, seed, partition)
     total_steps = count_steps(batches.steps_per_epoch, epochs, steps)
     eval_every = batches.steps_per_epoch if eval_every is None else eval_every
+    if run_dir is not None:
+        make_run_folder(run_dir)
     cut = _cut(strategy.inner_steps, eval_every, log_every, total_steps)
 
     model = with_raw_inputs(model, data.shift, data.scale)
@@ -136,7 +139,7 @@ def fit(
     clock.lap("compile")
 
     meter = _Meter(batches.steps_per_epoch)
-    with open_log(total_steps, folder, show) as log, _deferred_interrupt() as interrupted:
+    with open_log(total_steps, run_dir, show) as log, _deferred_interrupt() as interrupted:
         for start in range(0, total_steps, cut.interval):
             stop = min(start + cut.interval, total_steps)
             meter.start()
@@ -145,14 +148,14 @@ def fit(
                 train_state, sums = train_rounds(train_state, examples, replica.shard(indices, devices), key)
                 unread.append(sums)
                 if len(unread) > 1:
-                    log.add(meter.read(unread.pop(0)))
+                    log.add(meter.train_row(unread.pop(0)))
                 if interrupted.is_set():
                     break
-            log.add(meter.read(unread.pop()))
+            log.add(meter.train_row(unread.pop()))
             clock.lap("train")
 
             averages = evaluate(train_state.params, train_state.model_state)
-            log.add({"split": "test", **meter.position(), **averages})
+            log.add(meter.test_row(averages))
             clock.lap("evaluate")
             if interrupted.is_set():
                 break
@@ -172,9 +175,9 @@ class _Cut(NamedTuple):
 def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> _Cut:
     check_positive(eval_every=eval_every, log_every=log_every)
     round_steps = max(1, inner_steps)
-    rounds_an_interval = -(-min(eval_every, total_steps) // round_steps)
-    dispatches_an_interval = -(-rounds_an_interval // max(1, log_every // round_steps))
-    return _Cut(round_steps, -(-rounds_an_interval // dispatches_an_interval), rounds_an_interval * round_steps)
+    rounds_an_interval = ceil(min(eval_every, total_steps) / round_steps)
+    dispatches_an_interval = ceil(rounds_an_interval / max(1, log_every // round_steps))
+    return _Cut(round_steps, ceil(rounds_an_interval / dispatches_an_interval), rounds_an_interval * round_steps)
 
 
 class _Clock:
@@ -200,10 +203,13 @@ class _Meter:
     def start(self) -> None:
         self._last = time.perf_counter()
 
-    def position(self) -> dict[str, float]:
-        return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}
+    def test_row(self, averages: Averages) -> Row:
+        """Raises NonFiniteLoss where the last step, whose loss was finite, has spoilt the parameters."""
+        if not np.isfinite(averages["loss"]):
+            raise NonFiniteLoss(self._step)
+        return {"split": "test", **self._position(), **averages}
 
-    def read(self, sums: Sums) -> Row:
+    def train_row(self, sums: Sums) -> Row:
         """Waits for the dispatch that computes these sums.
 
         Raises:
@@ -221,7 +227,10 @@ class _Meter:
         examples = totals.pop("examples")
         means = {name: totals[name] / examples for name in ("loss", *totals)}
         speed = {"examples": int(examples), "examples_per_second": round(examples / seconds, 1)}
-        return {"split": "train", **self.position(), **means, **speed}
+        return {"split": "train", **self._position(), **means, **speed}
+
+    def _position(self) -> Row:
+        return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}
 
 
 @contextmanager

@@ -63,10 +63,8 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     check_positive(eval_every=config.run.eval_every, log_every=config.run.log_every)
     folder = config.run.run_dir or _new_folder(config)
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
+    ctde.log.make_run_folder(folder)
     with ctde.log.writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise InputError("run_dir", f"must be a new or empty folder, but {folder} has files in it; name another.")
         options.save(config, folder / "config.json")
         if partition is not None:
             picture = ctde.data.partition.plot(data.train.labels, partition, data.classes)
@@ -87,7 +85,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         seed=chosen.seed,
         eval_every=config.run.eval_every,
         log_every=config.run.log_every,
-        folder=folder,
+        run_dir=folder,
     )
     trained.seconds["start-up"] += before
     console.print(ctde.report.result(trained, folder))

@@ -237,13 +237,27 @@ def test_non_finite_loss_stops_and_names_the_first_step(tmp_path, digits):
             batch_size=64,
             steps=40,
             log_every=2,
-            folder=tmp_path,
+            run_dir=tmp_path,
             show=False,
         )
     assert caught.value.step == 6
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_last_step_that_spoils_the_parameters_is_noticed(digits):
+    """The loss of every step is finite; only the evaluation sees what the last update did."""
+    optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
+    with pytest.raises(ctde.NonFiniteLoss, match="step 5"):
+        ctde.fit(MODEL, digits, optimizer, devices=devices.start(2), batch_size=64, steps=5, show=False)
+
+
+def test_folder_that_holds_a_run_is_refused(tmp_path, digits):
+    arguments = {"devices": devices.start(2), "batch_size": 64, "steps": 2, "run_dir": tmp_path / "new", "show": False}
+    ctde.fit(MODEL, digits, optax.sgd(0.1), **arguments)
+    with pytest.raises(ctde.InputError, match="run_dir must not hold a run already"):
+        ctde.fit(MODEL, digits, optax.sgd(0.1), **arguments)
 
 
 def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):
@@ -264,7 +278,7 @@ def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):
         devices=devices.start(2),
         batch_size=64,
         epochs=100_000,
-        folder=tmp_path,
+        run_dir=tmp_path,
         show=False,
     )
     presser.join()

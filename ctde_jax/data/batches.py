@@ -7,6 +7,7 @@ So the last batch of an epoch is short instead of dropped, and whoever has run o
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 import numpy as np
 
@@ -32,8 +33,8 @@ class Batches:
 
     def steps(self, start: int, stop: int) -> np.ndarray:
         """Returns the batches of these steps, counted over all epochs: `int32[stop - start, replica, per_replica]`."""
-        first, last = start // self.steps_per_epoch, -(-stop // self.steps_per_epoch)
-        epochs = np.concatenate([self.epoch(number) for number in range(first, max(last, first + 1))])
+        first, last = start // self.steps_per_epoch, ceil(stop / self.steps_per_epoch)
+        epochs = np.concatenate([self.epoch(number) for number in range(first, last)])
         return epochs[start - first * self.steps_per_epoch : stop - first * self.steps_per_epoch]
 
 
@@ -70,14 +71,14 @@ def steps_per_epoch(
     """Returns after how many steps every example has been seen; the arguments and errors are those of `deal`."""
     _check_batch_size(batch_size, replicas, examples)
     if partition is None:
-        return -(-examples // batch_size)
+        return ceil(examples / batch_size)
     if len(partition) != replicas or not np.array_equal(np.sort(np.concatenate(partition)), np.arange(examples)):
         raise InputError(
             "partition",
             f"must give each of the {examples:,} training examples to exactly one of the {replicas} devices, "
             f"got {len(partition)} parts with {sum(map(len, partition)):,} examples.",
         )
-    return -(-max(map(len, partition)) // (batch_size // replicas))
+    return ceil(max(map(len, partition)) / (batch_size // replicas))
 
 
 def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed: int) -> Batches:
