@@ -3,6 +3,7 @@
 It does with options what a notebook does with calls, and reads the same.
 """
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -143,4 +144,5 @@ def _new_folder(config: options.Config) -> Path:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C has nothing to save
     sys.exit(main(sys.argv[1:]))

@@ -32,6 +32,14 @@ def command(*arguments: str, cwd: Path | None = None, shell_limit: str = "true")
     )
 
 
+def wait_for(path: Path) -> None:
+    """Waits until there is something in this file."""
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline, f"{path.name} did not come"
+        time.sleep(0.02)
+
+
 def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -101,10 +109,7 @@ def test_own_csv_and_npz_run(tmp_path, capsys):
 
 def test_ctrl_c_ends_cleanly_with_what_was_measured(tmp_path):
     process = command("--epochs", "1000000", "--schedule", "constant", "--run-dir", str(tmp_path))
-    metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(tmp_path / "metrics.jsonl")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
 
@@ -112,6 +117,16 @@ def test_ctrl_c_ends_cleanly_with_what_was_measured(tmp_path):
     assert "interrupted at step" in output
     assert rows_of(tmp_path)[-1]["split"] == "test"
     assert (tmp_path / "curves.png").exists()
+
+
+def test_ctrl_c_before_training_ends_at_once(tmp_path):
+    """While programs are compiled there is nothing to keep."""
+    process = command("--epochs", "1000000", "--run-dir", str(tmp_path))
+    wait_for(tmp_path / "config.json")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
 
 
 def test_full_disk_gets_a_sentence(tmp_path):
