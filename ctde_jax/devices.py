@@ -32,7 +32,7 @@ def start(count: int | None = None) -> list[jax.Device]:
     wanted = count or FAKE_DEVICES
     try:
         _request_fake_devices(wanted)
-    except RuntimeError:  # the backend is up, and JAX no longer takes the number of CPU devices
+    except RuntimeError:
         if jax.default_backend() == "cpu" and (len(jax.devices()) < wanted or not _threads_suffice(wanted)):
             clear_backends()
             _request_fake_devices(wanted)
@@ -60,7 +60,9 @@ def check(devices: list[jax.Device]) -> None:
 
 
 def _request_fake_devices(count: int) -> None:
-    jax.config.update("jax_num_cpu_devices", count)
+    """Raises RuntimeError where a backend is up already."""
+    for value in (count + 1, count):  # one of them is a change, and JAX refuses changes once its backend is up
+        jax.config.update("jax_num_cpu_devices", value)
     threads = max(_THREADS_A_DEVICE * count, os.cpu_count() or 1, int(os.environ.get("NPROC", 0)))
     os.environ["NPROC"] = str(threads)
 

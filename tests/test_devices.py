@@ -81,15 +81,22 @@ assert old.sum() == 3
     assert "survived on 8 devices" in run(program + LOOP)
 
 
-def test_backend_with_enough_devices_but_too_few_threads_is_started_anew():
+@pytest.mark.parametrize(
+    ("before", "environment"),
+    [
+        ("", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "2"}),
+        ("import jax; jax.config.update('jax_num_cpu_devices', 4)", {}),
+    ],
+    ids=["by a flag", "by JAX's own option"],
+)
+def test_backend_with_enough_devices_but_too_few_threads_is_started_anew(before, environment):
     program = """
 import jax, jax.numpy as jnp
 assert len(jax.devices()) == 4
 import ctde_jax
 COUNT = len(ctde_jax.devices.start(4))
 """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "2"}
-    assert "survived on 4 devices" in run(program + LOOP, **environment)
+    assert "survived on 4 devices" in run(before + program + LOOP, **environment)
 
 
 def test_four_fake_devices_are_the_default():
