@@ -1,5 +1,7 @@
 """A round is one function for all strategies; here it is held against routes that know nothing of replicas."""
 
+import re
+
 import jax
 import numpy as np
 import optax
@@ -213,3 +215,15 @@ def test_several_rounds_in_one_are_as_many_rounds_one_by_one(split, key):
 
     assert_close(together, one_by_one)
     np.testing.assert_allclose(sums["loss"], np.concatenate(losses), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_round_talks_once(split, key, name):
+    """Message, weights and metrics go out in one collective, whatever the number of steps before it."""
+    strategy, devices = STRATEGIES[name], jax.devices()[:REPLICAS]
+    axes = state.axes(strategy)
+    on_devices = replica.parallel(
+        make_round(MODEL, classification, OPTIMIZER, strategy), devices, (axes, None, 0, None), (axes, None)
+    )
+    compiled = on_devices.lower(begin(MODEL, strategy, key), split, steps_of(strategy), key).compile()
+    assert len(re.findall(r"\) all-\w+\(|\) collective-\w+\(", compiled.as_text())) == 1
