@@ -7,17 +7,19 @@ own, so it passes the same checks, and what the user types wins.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from itertools import zip_longest
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from ctde_jax.errors import InputError, check_known, nearest
+from ctde_jax.errors import InputError, check_known, did_you_mean
 
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
-Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
-Count = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+# The help of an option without a value of its own says in words what happens by default.
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Data:
     """Folder with the IDX files of the MNIST family, plain or gz; by default your cache folder."""
 
     data_file: File = None
-    """Your .npz file (x_train, y_train and maybe x_test, y_test) or .csv file."""
+    """Your .npz file (x_train, y_train and maybe x_test, y_test) or .csv file; by default none."""
 
-    label_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    label_column: Name = None
     """Name of the csv column that holds the label; by default the last one."""
 
     partition: Literal["reshuffled", "iid", "by_label", "dirichlet"] = "reshuffled"
@@ -86,7 +88,7 @@ class Optimization:
     """How often to go through the training data."""
 
     steps: Count = None
-    """Optimizer steps to take, instead of --epochs."""
+    """Optimizer steps to take, instead of --epochs; by default those of the epochs."""
 
     seed: int = 0
     """Of the model's start, the data's order and dropout."""
@@ -108,7 +110,7 @@ class Run:
     """Where the results go, and how often something is measured."""
 
     config: File = None
-    """The config.json of a run that is to be repeated; options on the command line replace the saved ones."""
+    """The config.json of a run to be repeated, its options replaced by those given here; by default none."""
 
     run_dir: Folder = None
     """A new folder for configuration, metrics and curves; by default runs/ with data set, model and time."""
@@ -134,17 +136,17 @@ class Config:
 def parse(arguments: Sequence[str]) -> Config:
     """Reads a command line, and the saved configuration that it names.
 
-    A value of the wrong type, and `--help`, end the process as command lines do.
+    `--help` prints the options and ends the process.
 
     Raises:
-        InputError: An option or a name is not known, or the saved configuration cannot be read.
+        InputError: An option, a name or a value is wrong, or the saved configuration cannot be read.
     """
-    _check_names(arguments)
+    _check(arguments)
     chosen = _parse(arguments)
     if chosen.run.config is None:
         return chosen
     saved = _saved_arguments(chosen.run.config)
-    _check_names(saved)
+    _check(saved)
     return _parse([*saved, *arguments])
 
 
@@ -170,12 +172,12 @@ def _parse(arguments: Sequence[str]) -> Config:
 def _saved_arguments(path: Path) -> list[str]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            "config", f"must name the config.json of a run, but {path} could not be read: {error}."
-        ) from error
+    except OSError as error:
+        raise _bad_config(path, f"cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise _bad_config(path, f"is no JSON ({error})") from error
     if not isinstance(saved, dict):
-        raise InputError("config", f"must name a JSON object of options, but {path} holds a {type(saved).__name__}.")
+        raise _bad_config(path, f"holds a {type(saved).__name__} instead of an object")
     arguments: list[str] = []
     for name, value in saved.items():
         if value is not None:
@@ -184,17 +186,46 @@ def _saved_arguments(path: Path) -> list[str]:
     return arguments
 
 
-def _check_names(arguments: Sequence[str]) -> None:
-    """Suggests the nearest known name for an option, or a name given to an option, that is not known."""
-    hints = {_as_flag(name): hint for name, hint in _option_types().items()}
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    for word, following in zip_longest(words, words[1:], fillvalue=""):
-        if word.startswith("--"):
-            flag = word.replace("_", "-")
-            if flag not in {*hints, "--help"}:
-                raise InputError(word, f"is no option; did you mean {nearest(flag, hints)}? --help lists them all.")
-            if get_origin(hints.get(flag)) is Literal:
-                check_known(flag, following, get_args(hints[flag]))
+def _bad_config(path: Path, fault: str) -> InputError:
+    return InputError("config", f"must name the config.json that a run has left in its folder, but {path} {fault}.")
+
+
+def _check(arguments: Sequence[str]) -> None:
+    """Says in one sentence what is wrong with an option's name or value, which tyro would say in a box."""
+    types = {_as_flag(name): kind for name, kind in _option_types().items()}
+    given: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        if word.startswith("--") or not given:
+            name, *value = word.split("=", 1)
+            given.append((name, value))
+        else:
+            given[-1][1].append(word)
+    for name, values in given:
+        if name in ("-h", "--help"):
+            return
+        option = name.replace("_", "-")
+        if option not in types:
+            raise InputError(name, f"is no option{did_you_mean(option, types)} --help lists them all.")
+        _check_values(option, types[option], values)
+
+
+def _check_values(option: str, kind: Any, values: list[str]) -> None:
+    optional = isinstance(kind, UnionType)
+    if get_origin(kind) is tuple or optional:
+        many, kind = not optional, get_args(kind)[0]
+    else:
+        many = False
+    if len(values) != 1 and not many:
+        raise InputError(option, f"takes one value, got {' '.join(values) or 'none'}.")
+    if get_origin(kind) is Literal:
+        check_known(option, values[0], get_args(kind))
+    for value in values:
+        if kind in (int, float) and not (optional and value == "None"):
+            try:
+                kind(value)
+            except ValueError as error:
+                rule = "a whole number" if kind is int else "a number"
+                raise InputError(option, f"must be {rule}, got {value!r}.") from error
 
 
 def _option_types() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import jax
 from jax.extend.backend import clear_backends
 
-from ctde_jax.errors import InputError, check_positive
+from ctde_jax.errors import InputError, check_at_least
 
 FAKE_DEVICES = 4
 _THREADS_A_DEVICE = 2  # measured: with fewer than two threads a device, collectives can wait for ever
@@ -28,7 +28,7 @@ def start(count: int | None = None) -> list[jax.Device]:
     Raises:
         InputError: There are fewer accelerators than `count`.
     """
-    check_positive(devices=count)
+    check_at_least(1, devices=count)
     wanted = count or FAKE_DEVICES
     try:
         _request_fake_devices(wanted)

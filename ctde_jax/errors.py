@@ -41,18 +41,17 @@ def check_known(option: str, name: str, known: Iterable[str]) -> None:
     """Raises InputError for a name that is not among the known ones, and suggests the nearest of them."""
     names = list(known)
     if name not in names:
-        raise InputError(
-            option, f"must be one of {', '.join(names)}, got {name!r}; did you mean {nearest(name, names)!r}?"
-        )
+        raise InputError(option, f"must be one of {', '.join(names)}, got {name!r}{did_you_mean(name, names)}")
 
 
-def check_positive(**options: int | None) -> None:
-    """Raises InputError for a count that is less than 1; None is a default yet to be chosen."""
-    for option, count in options.items():
-        if count is not None and count < 1:
-            raise InputError(option, f"must be at least 1, got {count}.")
+def check_at_least(least: int, **options: int | None) -> None:
+    """Raises InputError for an option that is less than this; None is a default yet to be chosen."""
+    for option, value in options.items():
+        if value is not None and value < least:
+            raise InputError(option, f"must be at least {least}, got {value}.")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the known name that is spelled most like this one."""
-    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ends a sentence with the known name that is spelled most like this one, where there is one like it."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -82,7 +83,7 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
         TextColumn("{task.fields[summary]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         expand=True,
         console=screen,
-        disable=not show or not (screen.is_terminal or screen.is_jupyter),
+        disable=not show or not (screen.is_terminal or (screen.is_jupyter and find_spec("ipywidgets"))),
     )
     if folder is None:
         with bar:
@@ -101,18 +102,19 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
                 plot_curves(log.rows).savefig(folder / "curves.png", dpi=120)
 
 
-def make_run_folder(folder: Path) -> None:
-    """Makes a folder for the results of a run.
+def make_run_folder(folder: Path) -> Path:
+    """Makes a folder for the results of a run, and returns it.
 
     Raises:
         InputError: It cannot be written to, or holds a run already.
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / METRICS).exists():
+        if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
             raise InputError(
                 "run_dir", f"must not hold a run already, but {folder} has {METRICS}; name another folder."
             )
+    return folder
 
 
 @contextmanager
@@ -139,10 +141,11 @@ def plot_curves(rows: Sequence[Row]) -> "Figure":
     names = list(_measured(rows[0]))
     figure = Figure(figsize=(4.8 * len(names), 3.6), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        for split, style in [("train", {"color": "tab:gray", "lw": 1}), ("test", {"color": "tab:blue", "marker": "."})]:
+        for split, color in [("train", "tab:gray"), ("test", "tab:blue")]:
             points = [(row["step"], row[name]) for row in rows if row["split"] == split]
             if points:
-                axes.plot(*zip(*points, strict=True), label=split, **style)
+                marker = "." if len(points) <= 30 else ""
+                axes.plot(*zip(*points, strict=True), label=split, color=color, marker=marker)
         axes.set(xlabel="optimizer step", title=name)
         axes.set_yscale("log" if name == "loss" and all(row["loss"] > 0 for row in rows) else "linear")
         axes.grid(alpha=0.3)

@@ -19,7 +19,7 @@ from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Dataset, Split, count_steps, deal, dispatches
-from ctde_jax.errors import InputError, NonFiniteLoss, check_positive
+from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least
 from ctde_jax.evaluate import Averages, make_evaluate
 from ctde_jax.log import Row, make_run_folder, open_log
 from ctde_jax.models import Model, with_raw_inputs
@@ -28,7 +28,7 @@ from ctde_jax.round import Sums, make_round, make_rounds
 from ctde_jax.tasks import Task, classification
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trained:
     """The aggregated model, and what was measured while it was trained."""
 
@@ -48,6 +48,10 @@ class Trained:
 
     task: Task
     devices: Sequence[jax.Device]
+
+    def __repr__(self) -> str:
+        last = ", ".join(f"{name} {value:.4g}" for name, value in self.history[-1].items() if name != "split")
+        return f"Trained({'interrupted, ' if self.interrupted else ''}{last})"
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Runs the model alone on one device: `[examples, ...]` to its outputs, float32."""
@@ -75,7 +79,7 @@ def fit(
     seed: int = 0,
     eval_every: int | None = None,
     log_every: int = 20,
-    run_dir: Path | None = None,
+    run_dir: Path | str | None = None,
     show: bool = True,
 ) -> Trained:
     """Trains one central model on many devices.
@@ -106,6 +110,8 @@ def fit(
         NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
     """
     clock = _Clock()
+    _check_types(model=model, data=data, optimizer=optimizer, strategy=strategy, task=task)
+    check_at_least(0, seed=seed)
     devices = list(devices or available.start())
     available.check(devices)
     if task is classification and not data.classes:
@@ -113,11 +119,12 @@ def fit(
     batches = deal(data.train, len(devices), batch_size, seed, partition)
     total_steps = count_steps(batches.steps_per_epoch, epochs, steps)
     eval_every = batches.steps_per_epoch if eval_every is None else eval_every
-    if run_dir is not None:
-        make_run_folder(run_dir)
     cut = _cut(strategy.inner_steps, eval_every, log_every, total_steps)
 
     model = with_raw_inputs(model, data.shift, data.scale)
+    if task is classification:
+        _check_outputs(model, data)
+    run_dir = None if run_dir is None else make_run_folder(Path(run_dir))
     init_key, train_key = jax.random.split(jax.random.key(seed))
     train_state = state.create(model, optimizer, strategy, data.train.inputs[:1], init_key)
     train_state = state.place(state.stack(train_state, strategy, len(devices)), strategy, devices)
@@ -164,6 +171,35 @@ def fit(
     return Trained(model, params, model_state, log.rows, clock.seconds, interrupted.is_set(), task, devices)
 
 
+_MADE_BY = {
+    "model": (Model, "models.mlp(...), models.from_nnx(YourModule) or models.from_linen(YourModule())"),
+    "data": (Dataset, "data.digits() or data.from_arrays(...)"),
+    "optimizer": (optax.GradientTransformation, "optax, such as optax.adam(0.001)"),
+    "strategy": (Strategy, "Strategy(...)"),
+    "task": (Task, "Task(your_loss, {...})"),
+}
+
+
+def _check_types(**arguments: object) -> None:
+    for name, value in arguments.items():
+        kind, maker = _MADE_BY[name]
+        if not isinstance(value, kind):
+            raise InputError(name, f"must be made by {maker}, got {type(value).__name__} {value!r:.60}.")
+
+
+def _check_outputs(model: Model, data: Dataset) -> None:
+    """Raises InputError for a model that does not give one output for each class."""
+    inputs = data.train.inputs[:1]
+    params, model_state = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
+    if outputs.shape != (1, len(data.classes)):
+        raise InputError(
+            "model",
+            f"must give outputs of the shape [examples, {len(data.classes)}], one for each class, "
+            f"got {list(outputs.shape)} for one example.",
+        )
+
+
 class _Cut(NamedTuple):
     """How a run is cut: rounds of so many steps, so many rounds a dispatch, and evaluations so many steps apart."""
 
@@ -173,7 +209,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> _Cut:
-    check_positive(eval_every=eval_every, log_every=log_every)
+    check_at_least(1, eval_every=eval_every, log_every=log_every)
     round_steps = max(1, inner_steps)
     rounds_an_interval = ceil(min(eval_every, total_steps) / round_steps)
     dispatches_an_interval = ceil(rounds_an_interval / max(1, log_every // round_steps))

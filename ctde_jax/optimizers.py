@@ -1,8 +1,10 @@
 """Optimizers and learning-rate schedules by name, all of them optax's."""
 
+from math import inf
+
 import optax
 
-from ctde_jax.errors import InputError, check_known
+from ctde_jax.errors import InputError, check_at_least, check_known
 
 OPTIMIZERS = {
     "sgd": optax.sgd,
@@ -37,10 +39,9 @@ def build_schedule(
 ) -> optax.Schedule:
     """Builds the function from the optimizer step to the learning rate."""
     check_known("schedule", schedule, SCHEDULES)
-    if not learning_rate > 0:
-        raise InputError("learning_rate", f"must be greater than 0, got {learning_rate}.")
-    if warmup_steps < 0:
-        raise InputError("warmup_steps", f"must be at least 0, got {warmup_steps}.")
+    if not 0 < learning_rate < inf:
+        raise InputError("learning_rate", f"must be greater than 0 and finite, got {learning_rate}.")
+    check_at_least(0, warmup_steps=warmup_steps)
     decay_steps = total_steps - warmup_steps
     if schedule != "constant" and decay_steps < 1:
         raise InputError("warmup_steps", f"must be fewer than the {total_steps} steps of the run, got {warmup_steps}.")

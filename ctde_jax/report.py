@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from ctde_jax.config import Config
 from ctde_jax.data import Dataset
@@ -40,6 +41,7 @@ def plan(
     )
     for note in data.notes:
         table.add_row("", note)
+    table.add_row("inputs", _describe_inputs(data))
     if partition is None:
         table.add_row("split", "dealt anew to the devices in every epoch")
     else:
@@ -65,6 +67,13 @@ def plan(
     return table
 
 
+def _describe_inputs(data: Dataset) -> str:
+    shape = " x ".join(map(str, data.train.inputs.shape[1:]))
+    scaling = "as they are" if np.all(data.scale == 1) else f"divided by {1 / data.scale.flat[0]:g}"
+    seen = "standardized" if data.scale.ndim else scaling
+    return f"{shape} {data.train.inputs.dtype}, which reach the model {seen}"
+
+
 def result(trained: Trained, folder: Path) -> Table:
     """Says what came of a run, and where its time went."""
     last = next(row for row in reversed(trained.history) if row["split"] == "test")
@@ -78,5 +87,5 @@ def result(trained: Trained, folder: Path) -> Table:
         table.add_row(part, f"{seconds:.2f} s")
     table.add_row("wall time", f"{sum(trained.seconds.values()):.2f} s")
     table.add_section()
-    table.add_row("curves", str(folder / "curves.png"))
+    table.add_row("curves", Text(str(folder / "curves.png"), overflow="fold"))
     return table

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax.errors import InputError, NonFiniteLoss, check_positive
+from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +61,8 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         chosen.optimizer, chosen.learning_rate, chosen.schedule, chosen.warmup_steps, steps
     )
 
-    check_positive(eval_every=config.run.eval_every, log_every=config.run.log_every)
+    check_at_least(1, eval_every=config.run.eval_every, log_every=config.run.log_every)
+    check_at_least(0, seed=chosen.seed)
     folder = config.run.run_dir or _new_folder(config)
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
     ctde.log.make_run_folder(folder)

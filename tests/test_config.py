@@ -18,7 +18,8 @@ def test_help_explains_every_option_with_its_default(capsys):
     assert ended.value.code == 0
     for option in OPTIONS:
         assert f"--{option.replace('_', '-')}" in text
-    assert text.count("(default:") == len(OPTIONS)
+    text = " ".join(text.replace("│", " ").split())
+    assert text.count("(default:") + text.count("by default") == len(OPTIONS)
 
 
 def test_saved_configuration_is_read_back_and_the_command_line_wins(tmp_path):
@@ -35,11 +36,21 @@ def test_saved_configuration_is_read_back_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--batchsize", "8"], "--batchsize is no option; did you mean --batch-size? --help lists them all."),
+        (["--batchsize", "8"], "--batchsize is no option; did you mean '--batch-size'? --help lists them all."),
         (["--dataset", "mnits"], "--dataset must be one of digits, mnist, fashion_mnist, npz, csv, got 'mnits'; did"),
         (["--optimizer=adm"], "did you mean 'adam'?"),
-        (["--activation"], "--activation must be one of tanh, relu, gelu, silu, got ''"),
-        (["--config", "nowhere.json"], "config must name the config.json of a run, but nowhere.json could not be read"),
+        (["--activation"], "--activation takes one value, got none."),
+        (["--seed", "1", "-e", "3"], "--seed takes one value, got 1 -e 3."),
+        (["extra"], "extra is no option."),
+        (["--model", "cnn"], "--model must be one of mlp, got 'cnn'."),
+        (["--epochs", "many"], "--epochs must be a whole number, got 'many'."),
+        (["--steps", "2.5"], "--steps must be a whole number, got '2.5'."),
+        (["--learning-rate", "1e"], "--learning-rate must be a number, got '1e'."),
+        (["--widths", "12,34"], "--widths must be a whole number, got '12,34'."),
+        (
+            ["--config", "nowhere.json"],
+            "config must name the config.json that a run has left in its folder, but nowhere.json cannot be read",
+        ),
     ],
 )
 def test_unknown_name_gets_the_nearest_known_one(arguments, sentence):
@@ -51,9 +62,10 @@ def test_unknown_name_gets_the_nearest_known_one(arguments, sentence):
 @pytest.mark.parametrize(
     ("saved", "sentence"),
     [
-        ('{"epochs": 3', "config must name the config.json of a run, but"),
-        ("[1, 2]", "config must name a JSON object of options, but"),
-        ('{"epoch": 3}', "--epoch is no option; did you mean --epochs?"),
+        ('{"epochs": 3', "is no JSON (Expecting"),
+        ("[1, 2]", "holds a list instead of an object."),
+        ('{"epoch": 3}', "--epoch is no option; did you mean '--epochs'?"),
+        ('{"epochs": "many"}', "--epochs must be a whole number, got 'many'."),
         ('{"model": "mpl"}', "--model must be one of mlp, got 'mpl'"),
     ],
 )
@@ -62,14 +74,6 @@ def test_broken_saved_configuration_is_refused_in_a_sentence(tmp_path, saved, se
     with pytest.raises(InputError) as caught:
         config.parse(["--config", str(tmp_path / "config.json")])
     assert sentence in str(caught.value)
-
-
-def test_value_of_the_wrong_type_exits_with_status_2(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"epochs": "many"}')
-    with pytest.raises(SystemExit) as ended:
-        config.parse(["--config", str(tmp_path / "config.json")])
-    assert ended.value.code == 2
-    assert "--epochs" in capsys.readouterr().err
 
 
 def test_argument_of_the_library_is_named_as_the_option_that_sets_it():

@@ -135,7 +135,7 @@ BYTES = np.zeros((4, 2), np.uint8)
     ("arrays", "sentence"),
     [
         ((BYTES, [0, 1, 2]), "y_train must have one label for each of the 4 examples, got 3 labels."),
-        ((BYTES, [0, 1, 2, -1]), "y_train must lie from 0 to 2, one for each of the 3 classes, got -1 for example 3."),
+        ((BYTES, [0, 1, 2, -1]), "y_train must count the classes from 0, got -1 for example 3."),
         ((BYTES, [0, 1, 0, 1], BYTES, [0, 1, 2, 0]), "y_test must lie from 0 to 1"),
         ((BYTES, [0, 1, 0, 1], BYTES), "y_test is missing although x_test is given"),
         ((BYTES, [0, 1, 0, 1], np.zeros((2, 3)), [0, 1]), "x_test must have examples of the training shape (2,)"),

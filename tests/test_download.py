@@ -311,7 +311,7 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     assert sentence.startswith("data_dir has no file.gz, and it could not be downloaded: ")
     for url, reason in mirrors.items():
         assert f"{url} {reason}" in sentence
-    assert sentence.endswith(f"Put the file into {target.parent} by hand, or pass as data_dir a folder that has it.")
+    assert sentence.endswith(f"Put the file into {target.parent} by hand, or name a folder that has it.")
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,10 @@ def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
             {"x_train": X + np.inf, "y_train": Y},
             "whose arrays make no data set: x_train must be finite in float32",
         ),
-        ({"x_train": X, "y_train": Y - 1}, "whose arrays make no data set: y_train must lie from 0 to 1"),
+        (
+            {"x_train": X, "y_train": Y - 1},
+            "make no data set: y_train must count the classes from 0, got -1",
+        ),
         ({"x_train": X.astype(str), "y_train": Y}, "make no data set: x_train must hold real numbers"),
     ],
 )
@@ -300,10 +303,16 @@ def test_misspelled_label_column_is_corrected(tmp_path: Path):
     assert sentence == ("label_column must be one of length, width, species, got 'specie'; did you mean 'species'?")
 
 
+def test_csv_with_measurements_for_labels_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n1,0.5\n2,0.25\n3,0.75\n")
+    with pytest.raises(InputError, match=r"labels such as '0.5' in column 'b', which are measurements and no classes"):
+        from_csv(tmp_path / "t.csv")
+
+
 def test_label_column_needs_a_header(tmp_path: Path):
     """Without names there is nothing to choose by."""
     path = save(tmp_path, "1,2,x\n3,4,y\n")
     assert fault_of(from_csv, path, "species") == (
         f"label_column must name a column, got 'species', but {path} has no header line: add one, "
-        "or put the labels into the last column and leave label_column out."
+        "or put the labels into the last column and leave the option out."
     )

@@ -189,7 +189,7 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
         mnist(tmp_path / "nowhere")
 
     assert str(caught.value).startswith(f"data_dir must be an existing folder, got {tmp_path / 'nowhere'}")
-    assert "create it to have mnist downloaded into it, or leave data_dir out" in str(caught.value)
+    assert "create it to have mnist downloaded into it, or leave the option out" in str(caught.value)
 
 
 @pytest.mark.parametrize(

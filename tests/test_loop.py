@@ -297,6 +297,31 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("model", OwnNnx, r"model must be made by models.mlp\(...\), models.from_nnx\(YourModule\)"),
+        ("model", models.mlp([64, 5]), r"model must give outputs of the shape \[examples, 10\].* got \[1, 5\]"),
+        ("model", models.mlp([10, 10]), "widths must start with the 64 numbers of an input, got 10"),
+        ("optimizer", optax.adam, r"optimizer must be made by optax, such as optax.adam\(0.001\), got function"),
+        ("strategy", 8, r"strategy must be made by Strategy\(...\), got int 8"),
+        ("task", is_correct, r"task must be made by Task\("),
+        ("data", (1, 2), r"data must be made by data.digits\(\)"),
+        ("seed", -1, "seed must be at least 0, got -1"),
+    ],
+)
+def test_argument_of_the_wrong_kind_is_named(digits, name, value, sentence):
+    arguments = {"model": MODEL, "data": digits, "optimizer": optax.sgd(0.1), "batch_size": 64, "steps": 1}
+    with pytest.raises(ctde.InputError, match=sentence):
+        ctde.fit(**arguments | {name: value}, devices=devices.start(4))
+
+
+def test_data_and_results_are_shown_in_a_line(digits):
+    trained = ctde.fit(MODEL, digits, optax.sgd(0.1), batch_size=64, steps=2, devices=devices.start(2), show=False)
+    assert repr(digits) == "Dataset('digits', 1,438 training and 359 test examples, 10 classes)"
+    assert repr(trained).startswith("Trained(step 2, epoch 0.087, loss 2.")
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({"batch_size": 66, "steps": 1}, "batch_size must be a multiple of the 4 devices, got 66; 64 would do."),

@@ -32,8 +32,8 @@ def test_optimizer_goes_downhill(name):
     [
         (("adm", 0.1), "optimizer must be one of sgd, momentum, adam, adamw, got 'adm'; did you mean 'adam'"),
         (("sgd", 0.1, "cosin"), "did you mean 'cosine'"),
-        (("sgd", 0.0), "learning_rate must be greater than 0, got 0.0"),
-        (("sgd", float("nan")), "learning_rate must be greater than 0, got nan"),
+        (("sgd", 0.0), "learning_rate must be greater than 0 and finite, got 0.0"),
+        (("sgd", float("nan")), "learning_rate must be greater than 0 and finite, got nan"),
         (("sgd", 0.1, "constant", -1), "warmup_steps must be at least 0, got -1"),
         (("sgd", 0.1, "cosine", 10, 10), "warmup_steps must be fewer than the 10 steps of the run, got 10"),
     ],

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import optax
 
 from ctde_jax.aggregate.mean import mean
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, check_at_least
 
 AVERAGE = optax.sgd(1.0)
 """The outer optimizer that makes the shared parameters the average of the replicas' own."""
@@ -34,8 +34,7 @@ class Strategy:
     """The centre's optimizer, applied to the agreed outer gradient where there are inner steps."""
 
     def __post_init__(self):
-        if self.inner_steps < 0:
-            raise InputError("inner_steps", f"must be at least 0, got {self.inner_steps}.")
+        check_at_least(0, inner_steps=self.inner_steps)
         if self.inner_steps == 0 and self.outer is not AVERAGE:
             raise InputError(
                 "outer", "needs inner_steps of at least 1, got 0, where the optimizer is the centre's own."

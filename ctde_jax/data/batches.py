@@ -12,7 +12,7 @@ from math import ceil
 import numpy as np
 
 from ctde_jax.data.dataset import Split
-from ctde_jax.errors import InputError, check_positive
+from ctde_jax.errors import InputError, check_at_least
 
 NO_EXAMPLE = -1
 
@@ -114,7 +114,7 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
     """Returns the optimizer steps of a run, which is so many epochs or so many steps long."""
     if (epochs is None) == (steps is None):
         raise InputError("epochs", f"or steps must be given, and not both, got epochs={epochs} and steps={steps}.")
-    check_positive(epochs=epochs, steps=steps)
+    check_at_least(1, epochs=epochs, steps=steps)
     return steps or an_epoch * (epochs or 0)
 
 

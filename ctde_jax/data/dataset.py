@@ -21,7 +21,7 @@ class Split(NamedTuple):
     labels: np.ndarray  # int32[examples], or float32[examples, ...] for targets that are no classes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """Training and test examples; the model sees `(inputs - shift) * scale`."""
 
@@ -36,6 +36,10 @@ class Dataset:
     notes: tuple[str, ...] = ()
     """What was decided for the user, one sentence each."""
 
+    def __repr__(self) -> str:
+        train, test = len(self.train.inputs), len(self.test.inputs)
+        return f"Dataset({self.name!r}, {train:,} training and {test:,} test examples, {len(self.classes)} classes)"
+
 
 def from_arrays(
     x_train: np.ndarray,
@@ -48,8 +52,8 @@ def from_arrays(
 ) -> Dataset:
     """Makes a data set of the user's own arrays.
 
-    Unsigned bytes are divided by 255 on the device; other inputs become float32 and are used as they are. Without test
-    arrays, a random fifth of the examples (always the same) becomes the test split, and the data set's notes say so.
+    Unsigned bytes reach the model divided by 255; other inputs become float32 and reach it as they are. Without test
+    arrays, a random fifth of the examples (always the same) becomes the test split. The data set's notes say so.
 
     Args:
         x_train: Inputs, `[examples, ...]`.
@@ -73,7 +77,8 @@ def from_arrays(
 
     notes: tuple[str, ...] = ()
     if x_test is None or y_test is None:
-        train, test, notes = *split_off_test(Split(inputs, labels)), (_split_note(len(inputs)),)
+        train, test = split_off_test(Split(inputs, labels))
+        notes = (_split_note(len(inputs)),)
     else:
         train = Split(inputs, labels)
         test = Split(_checked_inputs("x_test", x_test), _checked_labels("y_test", y_test))
@@ -92,7 +97,7 @@ def standardized(dataset: Dataset) -> Dataset:
     inputs = dataset.train.inputs.astype(np.float64)
     deviation = inputs.std(axis=0, keepdims=True)
     scale = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 0)
-    note = "Every feature is standardized by the training split's mean and deviation."
+    note = "Every feature is standardized by the training split's mean and deviation before it reaches the model."
     return replace(
         dataset,
         shift=inputs.mean(axis=0, keepdims=True).astype(np.float32),
@@ -160,7 +165,10 @@ def _check_pair(split: str, inputs: np.ndarray, labels: np.ndarray, classes: tup
         )
     if not classes:
         return
-    outside = (labels < 0) | (labels >= len(classes))
+    if labels.min() < 0:
+        row = int(np.argmin(labels))
+        raise InputError(f"y_{split}", f"must count the classes from 0, got {labels[row]} for example {row}.")
+    outside = labels >= len(classes)
     if outside.any():
         row = int(np.flatnonzero(outside)[0])
         raise InputError(

@@ -13,4 +13,4 @@ def digits() -> Dataset:
 
     images, labels = load_digits(return_X_y=True)
     dataset = from_arrays(images.reshape(-1, 8, 8).astype(np.uint8), labels, name="digits")
-    return replace(dataset, scale=np.float32(1 / 16))  # a pixel is a number from 0 to 16
+    return replace(dataset, scale=np.asarray(1 / 16, np.float32))  # a pixel is a number from 0 to 16

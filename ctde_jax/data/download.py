@@ -64,7 +64,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0)
     raise InputError(
         "data_dir",
         f"has no {target.name}, and it could not be downloaded: {'; '.join(reasons)}. "
-        f"Put the file into {target.parent} by hand, or pass as data_dir a folder that has it.",
+        f"Put the file into {target.parent} by hand, or name a folder that has it.",
     )
 
 

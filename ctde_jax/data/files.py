@@ -117,7 +117,7 @@ def _table(path: Path, label_column: str | None) -> _Table:
             raise InputError(
                 "label_column",
                 f"must name a column, got {label_column!r}, but {path} has no header line: add one, "
-                "or put the labels into the last column and leave label_column out.",
+                "or put the labels into the last column and leave the option out.",
             )
         check_known("label_column", label_column, first)
     columns = [repr(cell) if has_header else str(i + 1) for i, cell in enumerate(first)]
@@ -189,6 +189,12 @@ def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
         )
     numbers = [_number(cell) for cell in cells]
     words = any(number is None or not math.isfinite(number) for number in numbers)
+    if not words and not all(float(number).is_integer() for number in numbers if number is not None):
+        raise _fault(
+            path,
+            f"has labels such as {cells[0]!r} in column {column}, which are measurements and no classes",
+            "name the column that holds the classes as the label column",
+        )
     values = np.array(cells if words else numbers)
     _, first, labels = np.unique(values, return_index=True, return_inverse=True)
     if len(first) < 2:

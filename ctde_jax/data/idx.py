@@ -127,7 +127,7 @@ def _folder(name: str, data_dir: Path | str | None) -> Path:
         raise InputError(
             "data_dir",
             f"must be an existing folder, got {folder}; create it to have {name} downloaded into it, "
-            f"or leave data_dir out to use {cache}.",
+            f"or leave the option out to use {cache}.",
         )
     return folder
 

@@ -58,18 +58,24 @@ def count_labels(labels: np.ndarray, parts: Sequence[np.ndarray], classes: int) 
 
 
 def plot(labels: np.ndarray, parts: Sequence[np.ndarray], classes: Sequence[str]) -> "Figure":
-    """Draws who holds which labels: a row for each device, a column for each class, a number in every cell."""
+    """Draws who holds which labels: a row for each device, a column for each class.
+
+    Up to 25 classes, the classes are named and every cell has its number.
+    """
     from matplotlib.figure import Figure
 
     counts = count_labels(labels, parts, len(classes))
-    figure = Figure(figsize=(2 + 0.6 * len(classes), 1.4 + 0.4 * len(parts)), layout="constrained")
+    few = len(classes) <= 25
+    width = 2 + 0.6 * len(classes) if few else 17
+    figure = Figure(figsize=(width, 1.4 + 0.4 * len(parts)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(counts, cmap="Blues", vmin=0, aspect="auto")
-    axes.set_xticks(range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 4 else 45)
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 4 else 45)
     axes.set_yticks(range(len(parts)), [f"device {i}: {len(part):,}" for i, part in enumerate(parts)])
     axes.set_xlabel("label")
     axes.set_title("examples of each label on each device")
-    for (row, column), count in np.ndenumerate(counts):
+    for (row, column), count in np.ndenumerate(counts) if few else ():
         color = "white" if count > counts.max() / 2 else "black"
         axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image)

@@ -8,6 +8,7 @@ import jax
 from flax import linen, nnx
 from jax import numpy as jnp
 
+from ctde_jax.errors import InputError
 from ctde_jax.replica import PyTree
 
 
@@ -26,7 +27,13 @@ class Model(NamedTuple):
 
 
 def from_nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-    """Makes a model of a function that builds an nnx module, such as `lambda rngs: MyNet(64, rngs=rngs)`."""
+    """Makes a model of a function that builds an nnx module, such as `lambda rngs: MyNet(64, rngs=rngs)`.
+
+    Raises:
+        InputError: It is given a module that is already built.
+    """
+    if isinstance(make, nnx.Module):
+        raise InputError("make", f"must be a function that builds the module, got a built {type(make).__name__}.")
 
     def split(rngs: nnx.Rngs):
         return nnx.split(make(rngs), nnx.Param, nnx.RngState, ...)
@@ -52,7 +59,12 @@ def from_linen(module: linen.Module) -> Model:
     """Makes a model of a linen module.
 
     Whether it trains is passed as the argument that its `__call__` has for it: `train`, `training` or `deterministic`.
+
+    Raises:
+        InputError: It is given a class.
     """
+    if not isinstance(module, linen.Module):
+        raise InputError("module", f"must be a linen module such as MyNet(64), got {module!r:.60}.")
     arguments = signature(module.__call__).parameters
 
     def mode(train: bool) -> dict[str, Any]:

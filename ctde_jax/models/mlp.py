@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from ctde_jax.errors import check_known, check_positive
+from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import Model, from_nnx
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -28,6 +28,9 @@ class MLP(nnx.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps `[examples, ...]` to `[examples, widths[-1]]`."""
         x = inputs.reshape(len(inputs), -1)
+        if x.shape[1] != self.layers[0].in_features:
+            width = self.layers[0].in_features
+            raise InputError("widths", f"must start with the {x.shape[1]} numbers of an input, got {width}.")
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
@@ -39,6 +42,8 @@ def mlp(widths: Sequence[int], activation: str = "tanh") -> Model:
     Raises:
         InputError: The activation's name is not known, or a width is less than 1.
     """
-    check_positive(widths=min(widths))
+    if len(widths) < 2:
+        raise InputError("widths", f"must name at least those of the input and the output, got {list(widths)}.")
+    check_at_least(1, widths=min(widths))
     check_known("activation", activation, ACTIVATIONS)
     return from_nnx(lambda rngs: MLP(widths, ACTIVATIONS[activation], rngs=rngs))
