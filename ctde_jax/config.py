@@ -62,7 +62,7 @@ class Model:
     """The function between two layers."""
 
     precision: Literal["f32", "bf16"] = "f32"
-    """What the network computes in; parameters and their updates are always f32."""
+    """What the network computes in, by JAX's default matrix products; parameters and updates are always f32."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class Run:
     """A new folder for configuration, metrics and curves; by default runs/ with data set, model and time."""
 
     eval_every: Count = None
-    """Optimizer steps between two evaluations on the test data; by default an epoch."""
+    """Optimizer steps between two evaluations, which wait for the end of a round; by default an epoch."""
 
     log_every: int = 20
-    """At most so many optimizer steps lie between two lines of metrics."""
+    """At most so many optimizer steps, or a round where that is longer, lie between two lines of metrics."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,16 @@ def parse(arguments: Sequence[str]) -> Config:
     Raises:
         InputError: An option, a name or a value is wrong, or the saved configuration cannot be read.
     """
-    _check(arguments)
+    typed = _check(arguments)
+    if {"--epochs", "--steps"} <= typed:
+        raise InputError("epochs", "and --steps exclude each other; give one.")
     chosen = _parse(arguments)
     if chosen.run.config is None:
         return chosen
-    saved = _saved_arguments(chosen.run.config)
+    options = _load(chosen.run.config)
+    if "--epochs" in typed:
+        options.pop("steps", None)
+    saved = _as_arguments(options)
     _check(saved)
     return _parse([*saved, *arguments])
 
@@ -155,7 +160,7 @@ def save(config: Config, path: Path) -> None:
     groups = [getattr(config, group.name) for group in fields(config)]
     chosen = {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
     del chosen["config"], chosen["run_dir"]
-    path.write_text(json.dumps(chosen, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8")
 
 
 def flag(argument: str) -> str:
@@ -169,7 +174,7 @@ def _parse(arguments: Sequence[str]) -> Config:
     return tyro.cli(flat, prog="python -m ctde_jax.train", args=arguments)
 
 
-def _saved_arguments(path: Path) -> list[str]:
+def _load(path: Path) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -178,8 +183,12 @@ def _saved_arguments(path: Path) -> list[str]:
         raise _bad_config(path, f"is no JSON ({error})") from error
     if not isinstance(saved, dict):
         raise _bad_config(path, f"holds a {type(saved).__name__} instead of an object")
+    return saved
+
+
+def _as_arguments(options: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
-    for name, value in saved.items():
+    for name, value in options.items():
         if value is not None:
             values = value if isinstance(value, list) else [value]
             arguments += [_as_flag(name), *map(str, values)]
@@ -190,8 +199,11 @@ def _bad_config(path: Path, fault: str) -> InputError:
     return InputError("config", f"must name the config.json that a run has left in its folder, but {path} {fault}.")
 
 
-def _check(arguments: Sequence[str]) -> None:
-    """Says in one sentence what is wrong with an option's name or value, which tyro would say in a box."""
+def _check(arguments: Sequence[str]) -> set[str]:
+    """Returns the options of a command line, and says in one sentence what is wrong with a name or a value.
+
+    The parser would say it, too, but in a box.
+    """
     types = {_as_flag(name): kind for name, kind in _option_types().items()}
     given: list[tuple[str, list[str]]] = []
     for word in arguments:
@@ -202,11 +214,12 @@ def _check(arguments: Sequence[str]) -> None:
             given[-1][1].append(word)
     for name, values in given:
         if name in ("-h", "--help"):
-            return
+            break
         option = name.replace("_", "-")
         if option not in types:
             raise InputError(name, f"is no option{did_you_mean(option, types)} --help lists them all.")
         _check_values(option, types[option], values)
+    return {name.replace("_", "-") for name, _ in given}
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:

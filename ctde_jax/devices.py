@@ -63,9 +63,16 @@ def _request_fake_devices(count: int) -> None:
     """Raises RuntimeError where a backend is up already."""
     for value in (count + 1, count):  # one of them is a change, and JAX refuses changes once its backend is up
         jax.config.update("jax_num_cpu_devices", value)
-    threads = max(_THREADS_A_DEVICE * count, os.cpu_count() or 1, int(os.environ.get("NPROC", 0)))
-    os.environ["NPROC"] = str(threads)
+    os.environ["NPROC"] = str(max(_THREADS_A_DEVICE * count, _threads()))
 
 
 def _threads_suffice(count: int) -> bool:
-    return int(os.environ.get("NPROC", os.cpu_count() or 1)) >= _THREADS_A_DEVICE * count
+    return _threads() >= _THREADS_A_DEVICE * count
+
+
+def _threads() -> int:
+    """The size of the thread pool of a CPU backend that would start now."""
+    chosen = os.environ.get("NPROC", "")
+    if chosen.isdecimal():
+        return int(chosen)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

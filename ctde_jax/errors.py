@@ -51,6 +51,12 @@ def check_at_least(least: int, **options: int | None) -> None:
             raise InputError(option, f"must be at least {least}, got {value}.")
 
 
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that is not from 0 to 2**32 - 1."""
+    if not 0 <= seed < 2**32:
+        raise InputError("seed", f"must be from 0 to {2**32 - 1}, got {seed}.")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Ends a sentence with the known name that is spelled most like this one, where there is one like it."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

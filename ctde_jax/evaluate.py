@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from ctde_jax import replica
 from ctde_jax.data import Split
+from ctde_jax.errors import InputError
 from ctde_jax.models import Model
 from ctde_jax.replica import AXIS, PyTree
 from ctde_jax.tasks import Task
@@ -40,15 +41,19 @@ def make_evaluate(
 
     Returns:
         `evaluate(params, model_state)`.
+
+    Raises:
+        InputError: The split is empty, or examples and labels differ in number.
     """
     examples = len(split.inputs)
+    if not examples or len(split.labels) != examples:
+        raise InputError("split", f"must have one label for each example, got {len(split.labels)} for {examples}.")
     per_replica = ceil(min(batch_size, examples) / len(devices))
     batches = ceil(examples / (per_replica * len(devices)))
 
     def rows(array: np.ndarray) -> np.ndarray:
-        padded = np.zeros((len(devices) * batches * per_replica, *array.shape[1:]), array.dtype)
-        padded[:examples] = array
-        return padded.reshape(len(devices), batches, per_replica, *array.shape[1:])
+        filled_up = array[np.arange(len(devices) * batches * per_replica) % examples]
+        return filled_up.reshape(len(devices), batches, per_replica, *array.shape[1:])
 
     parts = replica.shard(jax.tree.map(rows, split), devices)
 
@@ -59,10 +64,10 @@ def make_evaluate(
         def add_batch(sums, batch_and_mask):
             batch, is_example = batch_and_mask
             outputs, _ = model.apply(params, model_state, batch.inputs, None)
-            measured = {**task.measure(outputs, batch.labels), "examples": jnp.ones(per_replica)}
+            measured = {**task.measure(outputs, batch.labels), "examples": jnp.ones(per_replica, jnp.int32)}
             return jax.tree.map(lambda total, x: total + jnp.sum(x, where=is_example), sums, measured), None
 
-        zeros = dict.fromkeys(["loss", *task.metrics, "examples"], jnp.float32(0))
+        zeros = dict.fromkeys(["loss", *task.metrics], jnp.float32(0)) | {"examples": jnp.int32(0)}
         sums, _ = lax.scan(add_batch, zeros, (part, is_example))
         return lax.psum(sums, AXIS)
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from ctde_jax.errors import InputError
+from ctde_jax.tasks import ABOUT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +95,7 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
         file = (folder / METRICS).open("w", encoding="utf-8")
     log = Log(total_steps, folder, file, bar)
     try:
-        with file, bar:
+        with writing_to(folder), file, bar:
             yield log
     finally:
         if log.rows:
@@ -155,8 +156,7 @@ def plot_curves(rows: Sequence[Row]) -> "Figure":
 
 def _measured(row: Row) -> dict[str, float]:
     """Picks the loss and the metrics out of a row."""
-    about = ("split", "step", "epoch", "examples", "examples_per_second")
-    return {name: value for name, value in row.items() if name not in about}
+    return {name: value for name, value in row.items() if name not in ABOUT}
 
 
 def _summary(row: Row) -> str:

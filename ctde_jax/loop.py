@@ -19,7 +19,7 @@ from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Dataset, Split, count_steps, deal, dispatches
-from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least
+from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least, check_seed
 from ctde_jax.evaluate import Averages, make_evaluate
 from ctde_jax.log import Row, make_run_folder, open_log
 from ctde_jax.models import Model, with_raw_inputs
@@ -101,7 +101,8 @@ def fit(
             anew in every epoch.
         seed: Of the model's start, the data order and dropout.
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
-        log_every: At most so many steps lie between two rows of the history; so many go out in one dispatch.
+        log_every: At most so many steps, or a round where that is longer, lie between two rows of the history; so many
+            go out in one dispatch.
         run_dir: The folder for `metrics.jsonl` and `curves.png`, made where it is not there; None writes no files.
         show: Whether to show progress.
 
@@ -111,7 +112,7 @@ def fit(
     """
     clock = _Clock()
     _check_types(model=model, data=data, optimizer=optimizer, strategy=strategy, task=task)
-    check_at_least(0, seed=seed)
+    check_seed(seed)
     devices = list(devices or available.start())
     available.check(devices)
     if task is classification and not data.classes:
@@ -146,7 +147,7 @@ def fit(
     clock.lap("compile")
 
     meter = _Meter(batches.steps_per_epoch)
-    with open_log(total_steps, run_dir, show) as log, _deferred_interrupt() as interrupted:
+    with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log:
         for start in range(0, total_steps, cut.interval):
             stop = min(start + cut.interval, total_steps)
             meter.start()

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax import lax
+from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "replica"
@@ -41,14 +43,33 @@ def parallel(
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Copies a tree onto every device."""
-    return jax.device_put(tree, _sharding(devices, PartitionSpec()), may_alias=False)
+    """Copies a tree onto every device; no copy shares memory with the original or with another leaf."""
+    return _put(tree, devices, PartitionSpec())
 
 
 def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Gives every device its own row of each array `[replica, ...]`."""
-    return jax.device_put(tree, _sharding(devices, PartitionSpec(AXIS)), may_alias=False)
+    """Copies to every device its own row of each array `[replica, ...]`."""
+    return _put(tree, devices, PartitionSpec(AXIS))
 
 
-def _sharding(devices: Sequence[jax.Device], spec: PartitionSpec) -> NamedSharding:
-    return NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec)
+def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike) -> PyTree:
+    """Averages over the replicas, each counted as often as its weight says.
+
+    A replica without weight does not count at all, not even with a NaN; where nobody has weight the mean is zero.
+    Counters and other integers, which have no mean, become the largest of the replicas'.
+    """
+    total = lax.psum(weight, AXIS)
+
+    def mean(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return lax.pmax(x, AXIS)
+        weighted = jnp.where(jnp.asarray(weight) > 0, x * weight, 0)
+        return (lax.psum(weighted, AXIS) / jnp.where(total > 0, total, 1)).astype(x.dtype)
+
+    return jax.tree.map(mean, tree)
+
+
+def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> PyTree:
+    # device_put shares memory where it can, whatever may_alias says; a donated leaf must not be shared.
+    copies = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else jnp.copy(x), tree)
+    return jax.device_put(copies, NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec))

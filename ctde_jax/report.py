@@ -33,7 +33,7 @@ def plan(
     learning_rate = f"learning rate {optimization.learning_rate:g}, {optimization.schedule}"
 
     table = Table.grid(padding=(0, 2))
-    table.add_row("devices", f"{len(devices)} {kind} devices")
+    table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}")
     table.add_row(
         "data",
         f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, "
@@ -43,7 +43,9 @@ def plan(
         table.add_row("", note)
     table.add_row("inputs", _describe_inputs(data))
     if partition is None:
-        table.add_row("split", "dealt anew to the devices in every epoch")
+        table.add_row(
+            "split", f"dealt anew in every epoch, {len(data.train.inputs) / len(devices):,.0f} examples to each device"
+        )
     else:
         sizes = ", ".join(f"{len(part):,}" for part in partition)
         table.add_row("split", f"{config.data.partition}: {sizes} examples stay on their device (partition.png)")

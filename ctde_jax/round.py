@@ -7,10 +7,10 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate import Strategy, weighted_mean
+from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
 from ctde_jax.models import Model
-from ctde_jax.replica import AXIS, PyTree
+from ctde_jax.replica import AXIS, PyTree, weighted_mean
 from ctde_jax.state import TrainState
 from ctde_jax.tasks import Task
 
@@ -20,7 +20,7 @@ Sums = dict[str, jax.Array]
 Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
 """`train_round(state, split, batches, key) -> (state, sums over all replicas)`
 
-`split` is what the device holds, `batches` is `int32[steps, per_replica]` with -1 for no example.
+`split` is what the device holds, `batches` is `int32[steps, per_replica]`, negative where there is no example.
 """
 
 
@@ -34,11 +34,13 @@ def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation
 
     def differentiate(params, model_state, split, indices, key) -> tuple[PyTree, PyTree, Sums]:
         """Returns the gradient of the mean loss over the replica's own examples."""
-        inputs, labels, is_example = split.inputs[indices], split.labels[indices], indices >= 0
+        is_example = indices >= 0
+        rows = jnp.where(is_example, indices, ~indices)
+        inputs, labels = split.inputs[rows], split.labels[rows]
 
         def mean_loss(params):
             outputs, new_model_state = model.apply(params, model_state, inputs, key)
-            measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices))}
+            measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
             sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
             return sums["loss"] / jnp.maximum(sums["examples"], 1), (new_model_state, sums)
 

@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
     step: PyTree  # int32[], optimizer steps taken
     params: PyTree
     model_state: PyTree  # what the model keeps beside its parameters, such as batch statistics
-    opt_state: PyTree  # of the optimizer: the centre's, or with inner steps each replica's own
+    opt_state: PyTree  # of the optimizer: the center's, or with inner steps each replica's own
     reduce_state: PyTree  # of the strategy's reducer, each replica's own
     outer_state: PyTree  # of the strategy's outer optimizer
 
@@ -37,7 +37,7 @@ def create(
     inputs: jax.typing.ArrayLike,
     key: jax.Array,
 ) -> TrainState:
-    """Initializes the model and everything around it once, at the centre.
+    """Initializes the model and everything around it once, at the center.
 
     Args:
         model: Its `init` is run with the key and the inputs.

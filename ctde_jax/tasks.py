@@ -17,6 +17,10 @@ PerExample = Callable[[PyTree, jax.Array], jax.Array]
 """`function(outputs [examples, ...], labels [examples, ...]) -> float32[examples]`"""
 
 
+ABOUT = ("split", "step", "epoch", "examples", "examples_per_second")
+"""What a row of the history says beside the loss and the metrics."""
+
+
 class Task(NamedTuple):
     """A loss to be minimized, and metrics to be reported beside it."""
 
@@ -27,8 +31,11 @@ class Task(NamedTuple):
         """Returns the loss and every metric by name, `float32[examples]` each.
 
         Raises:
-            InputError: One of them is not one number for each example.
+            InputError: One of them is not one number for each example, or a metric bears a name of the history's own.
         """
+        taken = {"loss", *ABOUT} & set(self.metrics)
+        if taken:
+            raise InputError("task", f"must not call a metric {' or '.join(sorted(taken))}; rename it.")
         measured = {name: function(outputs, labels) for name, function in [("loss", self.loss), *self.metrics.items()]}
         for name, values in measured.items():
             if jnp.shape(values) != labels.shape[:1]:

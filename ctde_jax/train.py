@@ -3,6 +3,7 @@
 It does with options what a notebook does with calls, and reads the same.
 """
 
+import os
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least
+from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least, check_seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before there was anything to keep", file=sys.stderr)
+        print("interrupted twice; what was measured is in the run's folder", file=sys.stderr)
         return 130
 
 
@@ -62,10 +63,9 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     )
 
     check_at_least(1, eval_every=config.run.eval_every, log_every=config.run.log_every)
-    check_at_least(0, seed=chosen.seed)
-    folder = config.run.run_dir or _new_folder(config)
+    check_seed(chosen.seed)
+    folder = ctde.log.make_run_folder(config.run.run_dir or _new_folder(config))
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
-    ctde.log.make_run_folder(folder)
     with ctde.log.writing_to(folder):
         options.save(config, folder / "config.json")
         if partition is not None:
@@ -141,7 +141,8 @@ def _data_file(chosen: options.Data) -> Path:
 
 
 def _new_folder(config: options.Config) -> Path:
-    return Path("runs") / f"{config.data.dataset}-{config.model.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    now = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"  # the process, as two may start in one second
+    return Path("runs") / f"{config.data.dataset}-{config.model.model}-{now}"
 
 
 if __name__ == "__main__":

@@ -77,6 +77,18 @@ def test_mean_counts_every_replica_by_its_examples(key):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), agree(mean(), rows), expected)
 
 
+def test_mean_does_not_see_whoever_has_no_weight(key):
+    rows = messages(key)
+    spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
+    jax.tree.map(np.testing.assert_array_equal, agree(mean(), spoilt), agree(mean(), rows))
+
+
+def test_mean_leaves_counters_whole():
+    counters = jnp.full(REPLICAS, 16_777_217)  # not a float32
+    mean_of = jax.vmap(replica.weighted_mean, axis_name=replica.AXIS, out_axes=None)
+    assert mean_of(counters, WEIGHTS) == 16_777_217
+
+
 def test_mean_of_nobodys_examples_is_zero(key):
     agreed = agree(mean(), messages(key), jnp.zeros(REPLICAS))
     assert not any(leaf.any() for leaf in jax.tree.leaves(agreed))

@@ -33,6 +33,18 @@ def test_saved_configuration_is_read_back_and_the_command_line_wins(tmp_path):
     assert again.run.run_dir is None, "a repeated run has a folder of its own"
 
 
+def test_epochs_on_the_command_line_win_over_saved_steps(tmp_path):
+    config.save(config.parse(["--steps", "7"]), tmp_path / "config.json")
+    again = config.parse(["--config", str(tmp_path / "config.json"), "--epochs", "3"])
+    assert (again.optimization.epochs, again.optimization.steps) == (3, None)
+
+
+def test_saved_paths_hold_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.save(config.parse(["--dataset", "csv", "--data-file", "mine.csv"]), tmp_path / "config.json")
+    assert config.parse(["--config", "config.json"]).data.data_file == tmp_path / "mine.csv"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

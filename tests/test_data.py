@@ -83,6 +83,20 @@ def test_short_batch_is_shared_evenly():
     assert ((last >= 0).sum(axis=1) == 10).all()
 
 
+def test_short_batch_is_filled_up_with_its_own_examples():
+    """Batch statistics see no example of another batch."""
+    last = data.deal(SPLIT, 4, 48, seed=0).epoch(0)[-1]
+    assert set(~last[last < 0]) <= set(last[last >= 0])
+
+
+def test_device_that_has_run_out_repeats_its_own_examples():
+    parts = [np.arange(990), np.arange(990, 1000)]
+    batches = data.deal(SPLIT, 2, 40, seed=0, partition=parts)
+    second = batches.epoch(0)[:, 1]
+    rows = batches.split.inputs[1][np.where(second < 0, ~second, second)]
+    assert (rows[..., None, :] == SPLIT.inputs[990:]).all(-1).any(-1).all()
+
+
 def test_order_changes_with_the_seed_and_the_epoch_and_with_nothing_else():
     first = data.deal(SPLIT, 4, 64, seed=0)
     np.testing.assert_array_equal(first.steps(20, 40), data.deal(SPLIT, 4, 64, seed=0).steps(20, 40))
@@ -138,7 +152,15 @@ BYTES = np.zeros((4, 2), np.uint8)
         ((BYTES, [0, 1, 2, -1]), "y_train must count the classes from 0, got -1 for example 3."),
         ((BYTES, [0, 1, 0, 1], BYTES, [0, 1, 2, 0]), "y_test must lie from 0 to 1"),
         ((BYTES, [0, 1, 0, 1], BYTES), "y_test is missing although x_test is given"),
-        ((BYTES, [0, 1, 0, 1], np.zeros((2, 3)), [0, 1]), "x_test must have examples of the training shape (2,)"),
+        (
+            (BYTES, [0, 1, 0, 1], np.zeros((2, 2)), [0, 1]),
+            "x_test must be uint8 like x_train, got float32",
+        ),
+        ((BYTES[:1], [0]), "x_train must hold at least two examples where there is no test split, got one."),
+        (
+            (BYTES, [0, 1, 0, 1], np.zeros((2, 3), np.uint8), [0, 1]),
+            "x_test must have examples of the training shape (2,)",
+        ),
         (([[1.0], [np.nan]], [0, 1]), "x_train must be finite in float32, got NaN or infinity at [1, 0]"),
         (([[1e300], [0.0]], [0, 1]), "x_train must be finite in float32, got NaN or infinity at [0, 0]"),
         (([["a"], ["b"]], [0, 1]), "x_train must hold real numbers, got the type <U1."),
@@ -155,12 +177,20 @@ def test_wrong_arrays_are_refused_in_a_sentence(arrays, sentence):
     assert sentence in str(caught.value)
 
 
+def test_more_devices_than_examples_are_refused():
+    with pytest.raises(InputError, match="devices must be at most the 1000 training examples, got 1001"):
+        data.deal(SPLIT, 1001, 1001, seed=0)
+
+
 @pytest.mark.parametrize(
     ("share_out", "sentence"),
     [
         (lambda: partition.by_label(LABELS, 4, 251), "label_shards must be from 1 to 250"),
         (lambda: partition.by_label(LABELS, 4, 0), "label_shards must be from 1 to 250"),
-        (lambda: partition.dirichlet(LABELS, 4, 0.0), "dirichlet_alpha must be greater than 0, got 0.0."),
+        (
+            lambda: partition.dirichlet(LABELS, 4, 0.0),
+            "dirichlet_alpha must be greater than 0 and at most 1e6",
+        ),
     ],
 )
 def test_wrong_partition_is_refused_in_a_sentence(share_out, sentence):

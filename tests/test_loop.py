@@ -225,6 +225,47 @@ def test_loss_that_is_averaged_by_the_user_is_refused(digits):
         ctde.fit(MODEL, digits, optax.sgd(0.1), task=task, devices=devices.start(2), batch_size=64, steps=1)
 
 
+def test_metric_that_would_hide_a_column_of_the_history_is_refused(digits):
+    task = ctde.Task(optax.softmax_cross_entropy_with_integer_labels, {"loss": is_correct, "step": is_correct})
+    with pytest.raises(ctde.InputError, match="task must not call a metric loss or step; rename it"):
+        ctde.fit(MODEL, digits, optax.sgd(0.1), task=task, devices=devices.start(2), batch_size=64, steps=1)
+
+
+def test_what_the_user_passed_in_survives(digits):
+    """An optimizer whose state is the parameters, and one whose state is the user's own array, on donated memory."""
+    anchor = jnp.ones(3)
+
+    def init(params):
+        return params, anchor
+
+    chain = optax.chain(optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state)))
+    for strategy in (ctde.Strategy(), LOCAL):
+        ctde.fit(
+            MODEL,
+            digits,
+            optax.chain(chain, optax.sgd(0.1)),
+            strategy,
+            devices=devices.start(2),
+            batch_size=64,
+            steps=8,
+            show=False,
+        )
+    np.testing.assert_array_equal(anchor, np.ones(3))
+
+
+def test_state_is_donated_and_bytes_stay_bytes(digits, monkeypatch):
+    """What is on the devices while training: one copy of the state, and the examples as they are stored."""
+    placed = []
+    replicate = ctde.replica.replicate
+    monkeypatch.setattr(ctde.replica, "replicate", lambda tree, d: placed.append(replicate(tree, d)) or placed[-1])
+    ctde.fit(MODEL, digits, optax.adam(0.1), devices=devices.start(2), batch_size=64, steps=8, log_every=2, show=False)
+
+    examples = [tree for tree in placed if isinstance(tree, data.Split)]
+    assert [tree.inputs.dtype for tree in examples] == [np.uint8]
+    assert not examples[0].inputs.is_deleted()
+    assert any(leaf.is_deleted() for tree in placed for leaf in jax.tree.leaves(tree)), "the first state is used up"
+
+
 def test_non_finite_loss_stops_and_names_the_first_step(tmp_path, digits):
     """The loss is made infinite by a learning rate that becomes infinite at the fifth step."""
     optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
@@ -306,7 +347,7 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
         ("strategy", 8, r"strategy must be made by Strategy\(...\), got int 8"),
         ("task", is_correct, r"task must be made by Task\("),
         ("data", (1, 2), r"data must be made by data.digits\(\)"),
-        ("seed", -1, "seed must be at least 0, got -1"),
+        ("seed", -1, "seed must be from 0 to 4294967295, got -1"),
     ],
 )
 def test_argument_of_the_wrong_kind_is_named(digits, name, value, sentence):

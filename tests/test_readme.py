@@ -17,8 +17,9 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def shape(output: str) -> list[str]:
-    """The output with its numbers blanked out, as they depend on the machine, and so do the spaces around them."""
-    return [re.sub(r"\d[\d,.]*", "0", " ".join(line.split())) for line in output.strip().splitlines()]
+    """The output without its numbers, which depend on the machine, and without the spaces and lines that fit them."""
+    lines = (re.sub("─+", "─", " ".join(line.split())) for line in output.strip().splitlines())
+    return [re.sub(r"\d[\d,.]*", "0", line) for line in lines]
 
 
 def in_shell(command: str, folder: Path) -> str:

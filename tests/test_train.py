@@ -129,9 +129,11 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path):
     assert (process.returncode, errors) == (-signal.SIGINT, "")
 
 
-def test_full_disk_gets_a_sentence(tmp_path):
-    """A limit on the size of files stands for the disk: the first lines fit, and a later one does not."""
-    process = command("--run-dir", str(tmp_path / "run"), shell_limit="ulimit -f 2")
+@pytest.mark.parametrize("blocks", [2, 96])
+def test_full_disk_gets_a_sentence(tmp_path, blocks):
+    """A limit on the size of files stands for the disk: the first lines fit, a later one does not, the curves may."""
+    many_rows = ["--devices", "1", "--epochs", "60", "--log-every", "1"]
+    process = command(*many_rows, "--run-dir", str(tmp_path / "run"), shell_limit=f"ulimit -f {blocks}")
     _, errors = process.communicate(timeout=120)
 
     assert process.returncode == 2
@@ -173,7 +175,7 @@ def write_bad_files(folder: Path) -> None:
     (folder / "words.csv").write_text("a,b\n1,2\nhello,3\n4,5\n")
     (folder / "file").write_text("")
     (folder / "used").mkdir()
-    (folder / "used" / "metrics.jsonl").write_text("")
+    (folder / "used" / "metrics.jsonl").write_text("{}\n")
 
 
 MISTAKES = {
@@ -186,7 +188,10 @@ MISTAKES = {
     "--sync-every -1": "--sync-every must be at least 0, got -1.",
     "--learning-rate -1": "--learning-rate must be greater than 0 and finite, got -1.0.",
     "--warmup-steps 900": "--warmup-steps must be fewer than the 230 steps of the run, got 900.",
-    "--seed -1": "--seed must be at least 0, got -1.",
+    "--seed -1": "--seed must be from 0 to 4294967295, got -1.",
+    "--seed 99999999999999999999": "--seed must be from 0 to 4294967295",
+    "--dirichlet-alpha inf --partition dirichlet": "--dirichlet-alpha must be greater than 0 and at most 1e6, got inf.",
+    "--epochs 3 --steps 4": "--epochs and --steps exclude each other",
     "--epochs many": "--epochs must be a whole number, got 'many'.",
     "--widths 0": "--widths must be at least 1, got 0.",
     "--dataset mnits": "did you mean 'mnist'?",

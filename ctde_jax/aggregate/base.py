@@ -1,4 +1,4 @@
-"""A strategy says when replicas talk, what they send, and what the centre does with it."""
+"""A strategy says when replicas talk, what they send, and what the center does with it."""
 
 from dataclasses import dataclass, field
 
@@ -31,11 +31,11 @@ class Strategy:
     """
 
     outer: optax.GradientTransformation = AVERAGE
-    """The centre's optimizer, applied to the agreed outer gradient where there are inner steps."""
+    """The center's optimizer, applied to the agreed outer gradient where there are inner steps."""
 
     def __post_init__(self):
         check_at_least(0, inner_steps=self.inner_steps)
         if self.inner_steps == 0 and self.outer is not AVERAGE:
             raise InputError(
-                "outer", "needs inner_steps of at least 1, got 0, where the optimizer is the centre's own."
+                "outer", "needs inner_steps of at least 1, got 0, where the optimizer is the center's own."
             )

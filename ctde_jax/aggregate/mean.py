@@ -2,17 +2,8 @@
 
 import jax
 import optax
-from jax import lax
-from jax import numpy as jnp
 
-from ctde_jax.replica import AXIS, PyTree
-
-
-def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike) -> PyTree:
-    """Averages over the replicas, each counted as often as its weight says; zero where nobody has any weight."""
-    total = lax.psum(weight, AXIS)
-    sums = lax.psum(jax.tree.map(lambda x: x * weight, tree), AXIS)
-    return jax.tree.map(lambda x, total_x: (total_x / jnp.where(total > 0, total, 1)).astype(x.dtype), tree, sums)
+from ctde_jax.replica import weighted_mean
 
 
 def mean() -> optax.GradientTransformationExtraArgs:
@@ -22,7 +13,7 @@ def mean() -> optax.GradientTransformationExtraArgs:
     for outer gradients it is federated averaging (McMahan et al., 2017).
     """
 
-    def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0):
+    def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
         return weighted_mean(updates, weight), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,7 +1,9 @@
 """Which examples a device sees at which step: a pure function of the seed and the step, never of what ran before.
 
-A batch is written as indices into the training split, `int32[replica, per_replica]`, in which -1 stands for no example.
-So the last batch of an epoch is short instead of dropped, and whoever has run out of data has a row of -1.
+A batch is written as indices into the training split, `int32[replica, per_replica]`. Where there are fewer examples
+than places, the rest is filled up with repetitions that do not count: `~i`, a negative number, repeats example `i` of
+the same batch or device. So the last batch of an epoch is short instead of dropped, whoever has run out of data has a
+row of negative numbers, and a model never sees anything but real examples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +15,6 @@ import numpy as np
 
 from ctde_jax.data.dataset import Split
 from ctde_jax.errors import InputError, check_at_least
-
-NO_EXAMPLE = -1
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,14 @@ class Batches:
     """`epoch(number) -> int32[steps_per_epoch, replica, per_replica]`, every example exactly once."""
 
     def steps(self, start: int, stop: int) -> np.ndarray:
-        """Returns the batches of these steps, counted over all epochs: `int32[stop - start, replica, per_replica]`."""
-        first, last = start // self.steps_per_epoch, ceil(stop / self.steps_per_epoch)
-        epochs = np.concatenate([self.epoch(number) for number in range(first, last)])
-        return epochs[start - first * self.steps_per_epoch : stop - first * self.steps_per_epoch]
+        """Returns the batches of these steps, at least one, counted over all epochs.
+
+        Shape and type: `int32[stop - start, replica, per_replica]`.
+        """
+        length = self.steps_per_epoch
+        numbers = range(start // length, ceil(stop / length))
+        pieces = [self.epoch(n)[max(0, start - n * length) : stop - n * length] for n in numbers]
+        return np.concatenate(pieces)
 
 
 def deal(
@@ -85,8 +89,10 @@ def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed:
     examples = len(split.inputs)
 
     def epoch(number: int) -> np.ndarray:
-        order = np.full(steps * per_replica * replicas, NO_EXAMPLE, np.int32)
-        order[:examples] = np.random.default_rng((seed, number)).permutation(examples)
+        order = np.random.default_rng((seed, number)).permutation(examples).astype(np.int32)
+        missing = steps * per_replica * replicas - examples
+        last_batch = order[(steps - 1) * per_replica * replicas :]
+        order = np.concatenate([order, np.resize(~last_batch, missing)])
         return order.reshape(steps, per_replica, replicas).swapaxes(1, 2)
 
     return Batches(split, None, steps, lru_cache(maxsize=2)(epoch))
@@ -96,15 +102,18 @@ def _kept(split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: in
     replicas, longest = len(parts), max(map(len, parts))
 
     def rows(array: np.ndarray) -> np.ndarray:
-        own = np.zeros((replicas, longest, *array.shape[1:]), array.dtype)
+        own = np.repeat(np.repeat(array[None, :1], longest, axis=1), replicas, axis=0)  # never all zeros
         for row, part in zip(own, parts, strict=True):
             row[: len(part)] = array[part]
         return own
 
     def epoch(number: int) -> np.ndarray:
-        order = np.full((replicas, steps * per_replica), NO_EXAMPLE, np.int32)
+        order = np.full((replicas, steps * per_replica), ~0, np.int32)
         for row, part, own in zip(order, parts, range(replicas), strict=True):
-            row[: len(part)] = np.random.default_rng((seed, number, own)).permutation(len(part))
+            if len(part):
+                own_order = np.random.default_rng((seed, number, own)).permutation(len(part))
+                row[:] = np.resize(~own_order, len(row))
+                row[: len(part)] = own_order
         return order.reshape(replicas, steps, per_replica).swapaxes(0, 1)
 
     return Batches(Split(rows(split.inputs), rows(split.labels)), 0, steps, lru_cache(maxsize=2)(epoch))
@@ -127,14 +136,16 @@ def dispatches(batches: Batches, inner_steps: int, rounds: int, start: int, stop
     size = rounds * inner_steps
     for first in range(start, stop, size):
         steps = batches.steps(first, min(first + size, stop))
-        missing = np.full((size - len(steps), *steps.shape[1:]), NO_EXAMPLE, np.int32)
+        missing = np.full((size - len(steps), *steps.shape[1:]), ~0, np.int32)
         steps = np.concatenate([steps, missing]).reshape(rounds, inner_steps, *steps.shape[1:])
         yield np.ascontiguousarray(np.moveaxis(steps, 2, 0))
 
 
 def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
+    if examples < replicas:
+        raise InputError("devices", f"must be at most the {examples} training examples, got {replicas}.")
     if batch_size < 1 or batch_size % replicas:
-        nearest = max(replicas, round(batch_size / replicas) * replicas)
+        nearest = min(max(1, round(batch_size / replicas)), examples // replicas) * replicas
         raise InputError(
             "batch_size", f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do."
         )

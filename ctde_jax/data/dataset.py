@@ -77,12 +77,16 @@ def from_arrays(
 
     notes: tuple[str, ...] = ()
     if x_test is None or y_test is None:
+        if len(inputs) < 2:
+            raise InputError("x_train", "must hold at least two examples where there is no test split, got one.")
         train, test = split_off_test(Split(inputs, labels))
         notes = (_split_note(len(inputs)),)
     else:
         train = Split(inputs, labels)
         test = Split(_checked_inputs("x_test", x_test), _checked_labels("y_test", y_test))
         _check_pair("test", test.inputs, test.labels, classes)
+        if test.inputs.dtype != inputs.dtype:
+            raise InputError("x_test", f"must be {inputs.dtype} like x_train, got {test.inputs.dtype}; convert one.")
         if test.inputs.shape[1:] != inputs.shape[1:]:
             raise InputError(
                 "x_test",

@@ -204,7 +204,7 @@ def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
 
 def _number(cell: str) -> float | None:
     try:
-        return float(cell)
+        return None if "_" in cell else float(cell)
     except ValueError:
         return None
 

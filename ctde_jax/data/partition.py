@@ -39,8 +39,8 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float = 0.5, seed: int =
 
     A small alpha leaves most of a label with one replica; a large one is nearly `iid`.
     """
-    if not alpha > 0:
-        raise InputError("dirichlet_alpha", f"must be greater than 0, got {alpha}.")
+    if not 0 < alpha <= 1e6:
+        raise InputError("dirichlet_alpha", f"must be greater than 0 and at most 1e6, got {alpha}.")
     rng = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[] for _ in range(replicas)]
     for label in np.unique(labels):

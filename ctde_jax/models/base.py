@@ -50,7 +50,7 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         module.eval() if key is None else module.train()
         outputs = module(inputs)
         _, _, model_state = nnx.state(module, nnx.Param, nnx.RngState, ...)
-        return outputs.astype(jnp.float32), nnx.to_pure_dict(model_state)
+        return jnp.asarray(outputs, jnp.float32), nnx.to_pure_dict(model_state)
 
     return Model(init, apply)
 
@@ -58,7 +58,8 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 def from_linen(module: linen.Module) -> Model:
     """Makes a model of a linen module.
 
-    Whether it trains is passed as the argument that its `__call__` has for it: `train`, `training` or `deterministic`.
+    Whether it trains is passed as the argument that its `__call__` has for it: `train`, `training`, `is_training`,
+    `deterministic` or `use_running_average`. Its random stream is `dropout`.
 
     Raises:
         InputError: It is given a class.
@@ -68,7 +69,8 @@ def from_linen(module: linen.Module) -> Model:
     arguments = signature(module.__call__).parameters
 
     def mode(train: bool) -> dict[str, Any]:
-        says = {"train": train, "training": train, "deterministic": not train}
+        says = {"train": train, "training": train, "is_training": train}
+        says |= {"deterministic": not train, "use_running_average": not train}
         return {name: value for name, value in says.items() if name in arguments}
 
     def init(key, inputs):
