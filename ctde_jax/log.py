@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from ctde_jax.errors import InputError
-from ctde_jax.tasks import ABOUT
+from ctde_jax.tasks import RESERVED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,11 +95,11 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
         file = (folder / METRICS).open("w", encoding="utf-8")
     log = Log(total_steps, folder, file, bar)
     try:
-        with writing_to(folder), file, bar:
+        with bar:
             yield log
     finally:
-        if log.rows:
-            with writing_to(folder):
+        with writing_to(folder), file:
+            if log.rows:
                 plot_curves(log.rows).savefig(folder / "curves.png", dpi=120)
 
 
@@ -156,7 +156,7 @@ def plot_curves(rows: Sequence[Row]) -> "Figure":
 
 def _measured(row: Row) -> dict[str, float]:
     """Picks the loss and the metrics out of a row."""
-    return {name: value for name, value in row.items() if name not in ABOUT}
+    return {name: value for name, value in row.items() if name not in RESERVED}
 
 
 def _summary(row: Row) -> str:

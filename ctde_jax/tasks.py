@@ -17,8 +17,8 @@ PerExample = Callable[[PyTree, jax.Array], jax.Array]
 """`function(outputs [examples, ...], labels [examples, ...]) -> float32[examples]`"""
 
 
-ABOUT = ("split", "step", "epoch", "examples", "examples_per_second")
-"""What a row of the history says beside the loss and the metrics."""
+RESERVED = ("split", "step", "epoch", "examples", "examples_per_second")
+"""What a row of the history says beside the loss and the metrics, which must not bear these names."""
 
 
 class Task(NamedTuple):
@@ -33,7 +33,7 @@ class Task(NamedTuple):
         Raises:
             InputError: One of them is not one number for each example, or a metric bears a name of the history's own.
         """
-        taken = {"loss", *ABOUT} & set(self.metrics)
+        taken = {"loss", *RESERVED} & set(self.metrics)
         if taken:
             raise InputError("task", f"must not call a metric {' or '.join(sorted(taken))}; rename it.")
         measured = {name: function(outputs, labels) for name, function in [("loss", self.loss), *self.metrics.items()]}
