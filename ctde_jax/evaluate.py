@@ -65,7 +65,11 @@ def make_evaluate(
             batch, is_example = batch_and_mask
             outputs, _ = model.apply(params, model_state, batch.inputs, None)
             measured = {**task.measure(outputs, batch.labels), "examples": jnp.ones(per_replica, jnp.int32)}
-            return jax.tree.map(lambda total, x: total + jnp.sum(x, where=is_example), sums, measured), None
+
+            def add(total, values):
+                return total + jnp.sum(values, where=is_example, dtype=total.dtype)
+
+            return jax.tree.map(add, sums, measured), None
 
         zeros = dict.fromkeys(["loss", *task.metrics], jnp.float32(0)) | {"examples": jnp.int32(0)}
         sums, _ = lax.scan(add_batch, zeros, (part, is_example))

@@ -19,11 +19,11 @@ MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 QUICK = ["--devices", "2", "--steps", "4", "--log-every", "2"]
 
 
-def command(*arguments: str, cwd: Path | None = None, shell_limit: str = "true") -> subprocess.Popen[str]:
-    """Starts the command in a process of its own, from a shell that may have set a limit before."""
+def command(*arguments: str, cwd: Path | None = None, before: str = "true") -> subprocess.Popen[str]:
+    """Starts the command in a process of its own, from a shell that may have set something before."""
     environment = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
     return subprocess.Popen(
-        ["bash", "-c", f'{shell_limit} && exec "$@"', "-", sys.executable, "-m", "ctde_jax.train", *arguments],
+        ["bash", "-c", f'{before} && exec "$@"', "-", sys.executable, "-m", "ctde_jax.train", *arguments],
         env={**environment, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -94,6 +94,14 @@ def test_partitions_and_schedules_run(tmp_path, partition, schedule):
     assert train.main([*QUICK, *options, "--run-dir", str(tmp_path)]) == 0
 
 
+@pytest.mark.parametrize("sync_every", ["0", "2"])
+def test_run_works_where_jax_counts_in_64_bits(tmp_path, sync_every):
+    """As for users who have set `jax_enable_x64`; the command itself computes in 32 bits."""
+    process = command(*QUICK, "--sync-every", sync_every, "--run-dir", str(tmp_path), before="export JAX_ENABLE_X64=1")
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+
+
 def test_own_csv_and_npz_run(tmp_path, capsys):
     rng = np.random.default_rng(0)
     table = "\n".join(f"{x:.3f},{y:.3f},{'in' if x * x + y * y < 1 else 'out'}" for x, y in rng.normal(size=(300, 2)))
@@ -133,7 +141,7 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path):
 def test_full_disk_gets_a_sentence(tmp_path, blocks):
     """A limit on the size of files stands for the disk: the first lines fit, a later one does not, the curves may."""
     many_rows = ["--devices", "1", "--epochs", "60", "--log-every", "1"]
-    process = command(*many_rows, "--run-dir", str(tmp_path / "run"), shell_limit=f"ulimit -f {blocks}")
+    process = command(*many_rows, "--run-dir", str(tmp_path / "run"), before=f"ulimit -f {blocks}")
     _, errors = process.communicate(timeout=120)
 
     assert process.returncode == 2
