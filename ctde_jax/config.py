@@ -223,11 +223,9 @@ def _check(arguments: Sequence[str]) -> set[str]:
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:
-    optional = isinstance(kind, UnionType)
-    if get_origin(kind) is tuple or optional:
-        many, kind = not optional, get_args(kind)[0]
-    else:
-        many = False
+    many, optional = get_origin(kind) is tuple, isinstance(kind, UnionType)
+    if many or optional:
+        kind = get_args(kind)[0]
     if len(values) != 1 and not many:
         raise InputError(option, f"takes one value, got {' '.join(values) or 'none'}.")
     if get_origin(kind) is Literal:

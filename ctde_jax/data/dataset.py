@@ -79,8 +79,9 @@ def from_arrays(
     if x_test is None or y_test is None:
         if len(inputs) < 2:
             raise InputError("x_train", "must hold at least two examples where there is no test split, got one.")
-        train, test = split_off_test(Split(inputs, labels))
-        notes = (_split_note(len(inputs)),)
+        train, test = _split_off_test(Split(inputs, labels))
+        held_out = f"{len(test.inputs):,} of the {len(inputs):,} examples were set aside at random for testing"
+        notes = (f"There is no test split, so {held_out}.",)
     else:
         train = Split(inputs, labels)
         test = Split(_checked_inputs("x_test", x_test), _checked_labels("y_test", y_test))
@@ -110,7 +111,7 @@ def standardized(dataset: Dataset) -> Dataset:
     )
 
 
-def split_off_test(split: Split) -> tuple[Split, Split]:
+def _split_off_test(split: Split) -> tuple[Split, Split]:
     """Moves a random fifth of the examples, always the same ones, into a test split."""
     order = np.random.default_rng(0).permutation(len(split.inputs))
     test = max(1, round(TEST_FRACTION * len(order)))
@@ -119,11 +120,6 @@ def split_off_test(split: Split) -> tuple[Split, Split]:
         Split(split.inputs[train_rows], split.labels[train_rows]),
         Split(split.inputs[test_rows], split.labels[test_rows]),
     )
-
-
-def _split_note(examples: int) -> str:
-    test = max(1, round(TEST_FRACTION * examples))
-    return f"There is no test split, so {test:,} of the {examples:,} examples were set aside at random for testing."
 
 
 def _checked_inputs(option: str, inputs: np.ndarray) -> np.ndarray:
