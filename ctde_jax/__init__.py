@@ -2,8 +2,8 @@
 
 To read the package top to bottom, follow the walk:
 
-    errors -> config -> devices -> replica -> data -> models -> tasks -> optimizers -> aggregate -> state -> round
-           -> evaluate -> log -> loop -> report -> train
+    errors -> presets -> config -> devices -> replica -> data -> models -> tasks -> optimizers -> aggregate -> build
+           -> state -> round -> hlo -> collectives -> targets -> wire -> evaluate -> log -> loop -> report -> train
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctde_jax import aggregate, data, devices, log, models, optimizers, replica, report, tasks
+    from ctde_jax import aggregate, build, data, devices, log, models, optimizers, replica, report, tasks, wire
     from ctde_jax.aggregate import Strategy
+    from ctde_jax.build import strategy
     from ctde_jax.errors import InputError, NonFiniteLoss
     from ctde_jax.loop import Trained, fit
     from ctde_jax.tasks import Task
@@ -25,6 +26,7 @@ __all__ = [
     "Task",
     "Trained",
     "aggregate",
+    "build",
     "data",
     "devices",
     "fit",
@@ -33,7 +35,9 @@ __all__ = [
     "optimizers",
     "replica",
     "report",
+    "strategy",
     "tasks",
+    "wire",
 ]
 
 _HOME = {
@@ -43,6 +47,7 @@ _HOME = {
     "Task": "tasks",
     "Trained": "loop",
     "fit": "loop",
+    "strategy": "build",
 }
 
 

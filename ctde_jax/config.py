@@ -14,12 +14,18 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from ctde_jax.errors import InputError, check_known, did_you_mean
+from ctde_jax.presets import PRESETS, describe
 
 # The help of an option without a value of its own says in words what happens by default.
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Strategy = Annotated[
+    Literal[tuple(PRESETS)],  # pyright: ignore[reportInvalidTypeForm]
+    tyro.conf.arg(help=f"A published method: default values for the options below and --optimizer.\n{describe()}"),
+]
+Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class Data:
 
     label_shards: int = 2
     """Shards of the examples sorted by label that each device keeps, for the partition by_label."""
+
+    clients: Count = None
+    """Parts of the partition, of which each device trains one, drawn anew in every round; by default one a device."""
 
     dirichlet_alpha: float = 0.5
     """How even each label's shares are, for the partition dirichlet: small is uneven, large is even."""
@@ -69,7 +78,7 @@ class Model:
 class Optimization:
     """How each step goes downhill."""
 
-    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adam"
+    optimizer: Literal["sgd", "momentum", "adam", "adamw", "muon"] = "adam"
     """The rule that turns gradients into updates."""
 
     learning_rate: float = 0.008
@@ -101,8 +110,78 @@ class Aggregation:
     devices: Count = None
     """Devices to train on; by default all accelerators, or 4 fake CPU devices where there is none."""
 
+    strategy: Strategy = "ddp"
+
     sync_every: int = 0
-    """Steps that a device takes alone before the parameters are averaged; 0 averages the gradients of every step."""
+    """Steps that a device takes alone before they agree on parameters; 0 agrees on the gradient of every step."""
+
+    synchronous_steps: int = 0
+    """Steps at the start of the run at which the gradients are averaged, before --sync-every begins."""
+
+    reduce: Literal["mean", "int8", "int4", "int2", "sign", "top_k", "random_k", "power_sgd"] = "mean"
+    """What is sent: numbers in float32 or fewer bits, the largest or random ones only, or products of low rank."""
+
+    combine: Literal[
+        "average", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centered_clipping"
+    ] = "average"
+    """What is made of what arrives: the average by examples, or a rule that bears bad devices."""
+
+    exchange: Literal["two_phase", "gathered"] = "two_phase"
+    """How compressed messages travel: through the owner of each slice, or from everybody to everybody."""
+
+    error_feedback: bool = False
+    """Whether to send with the next message what this one could not say."""
+
+    feedback_decay: float = 1.0
+    """The part of it that is still sent, from 0 to 1."""
+
+    levels: Literal["linear", "statistical"] = "linear"
+    """The values that few bits can say: evenly spaced, or the best for normally distributed numbers."""
+
+    keep: int = 128
+    """Numbers that top_k and random_k keep in each chunk."""
+
+    chunk: int = 4096
+    """Numbers in a chunk."""
+
+    kept_as: Literal["f32", "int8", "int4", "int2", "sign"] = "f32"
+    """How the kept numbers are written."""
+
+    rank: int = 4
+    """Rank of the products that power_sgd sends."""
+
+    byzantine: int = 1
+    """How many bad devices trimmed_mean, krum and multi_krum must bear."""
+
+    clip_radius: float = 1.0
+    """How far from the last message centered_clipping follows a device, in the norm of a whole message."""
+
+    clip_norm: Number = None
+    """Norm to which each device's message is clipped, for differential privacy; by default none."""
+
+    noise_multiplier: float = 0.0
+    """Standard deviation of the noise on the sum of clipped messages, in units of --clip-norm."""
+
+    outer: Literal["average", "momentum", "nesterov", "adam"] = "average"
+    """What the center does with the agreed change: follow it, or an optimizer's step."""
+
+    outer_learning_rate: float = 1.0
+    """Of the outer optimizer."""
+
+    outer_momentum: float = 0.9
+    """Of the outer optimizers momentum and nesterov."""
+
+    isotropic: bool = False
+    """Whether to give the agreed change of each matrix equal singular values before the outer optimizer."""
+
+    proximal: float = 0.0
+    """How strongly a device is pulled to the round's first parameters while it is alone."""
+
+    fragments: int = 1
+    """Parts of the model that are agreed on in turn, one a round, during the next round's steps."""
+
+    graph: Literal["none", "ring", "exponential", "pairs"] = "none"
+    """The neighbors with whom each device mixes its own parameters, instead of a center."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +224,18 @@ def parse(arguments: Sequence[str]) -> Config:
     if {"--epochs", "--steps"} <= typed:
         raise InputError("epochs", "and --steps exclude each other; give one.")
     chosen = _parse(arguments)
-    if chosen.run.config is None:
-        return chosen
-    options = _load(chosen.run.config)
-    if "--epochs" in typed:
-        options.pop("steps", None)
-    saved = _as_arguments(options)
-    _check(saved)
-    return _parse([*saved, *arguments])
+    options: dict[str, Any] = {}
+    if chosen.run.config is not None:
+        options = _load(chosen.run.config)
+        if "--epochs" in typed:
+            options.pop("steps", None)
+    if "--strategy" in typed:
+        agreed = {option.name for option in fields(Aggregation)} - {"devices"}
+        options = {name: value for name, value in options.items() if name not in agreed}
+        options |= PRESETS[chosen.aggregation.strategy].options
+    before = _as_arguments(options)
+    _check(before)
+    return _parse([*before, *arguments])
 
 
 def save(config: Config, path: Path) -> None:
@@ -165,8 +248,18 @@ def save(config: Config, path: Path) -> None:
 
 def flag(argument: str) -> str:
     """Writes an argument of the library as the option that sets it, where there is one."""
-    option = {"inner_steps": "sync_every"}.get(argument, argument)
+    option = _OPTION_OF.get(argument, argument)
     return _as_flag(option) if option in _option_types() else argument
+
+
+_OPTION_OF = {
+    "inner_steps": "sync_every",
+    "k": "keep",
+    "decay": "feedback_decay",
+    "radius": "clip_radius",
+    "strength": "proximal",
+}
+"""The options that bear another name than the argument they set."""
 
 
 def _parse(arguments: Sequence[str]) -> Config:
@@ -189,7 +282,9 @@ def _load(path: Path) -> dict[str, Any]:
 def _as_arguments(options: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for name, value in options.items():
-        if value is not None:
+        if isinstance(value, bool):
+            arguments.append(_as_flag(name if value else f"no_{name}"))
+        elif value is not None:
             values = value if isinstance(value, list) else [value]
             arguments += [_as_flag(name), *map(str, values)]
     return arguments
@@ -205,6 +300,7 @@ def _check(arguments: Sequence[str]) -> set[str]:
     The parser would say it, too, but in a box.
     """
     types = {_as_flag(name): kind for name, kind in _option_types().items()}
+    types |= {_as_flag(f"no_{name}"): bool for name, kind in _option_types().items() if kind is bool}
     given: list[tuple[str, list[str]]] = []
     for word in arguments:
         if word.startswith("--") or not given:
@@ -223,6 +319,10 @@ def _check(arguments: Sequence[str]) -> set[str]:
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:
+    if kind is bool:
+        if values:
+            raise InputError(option, f"takes no value, got {' '.join(values)}.")
+        return
     many, optional = get_origin(kind) is tuple, isinstance(kind, UnionType)
     if many or optional:
         kind = get_args(kind)[0]

@@ -1,7 +1,7 @@
 """What a person sees of a run: a progress bar, a line of JSON for every measurement, and the curves.
 
 A measurement is a row, a flat dict: `split` ("train" or "test"), `step`, `epoch`, `loss`, the task's metrics,
-`examples`, and for training also `examples_per_second`.
+`examples`, and for training also `examples_per_second` and `bytes_sent`, what each device has sent since the start.
 """
 
 import json

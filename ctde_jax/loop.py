@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from jax import lax
 
 from ctde_jax import devices as available
 from ctde_jax import replica, state
@@ -21,11 +22,12 @@ from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Dataset, Split, count_steps, deal, dispatches
 from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least, check_seed
 from ctde_jax.evaluate import Averages, make_evaluate
-from ctde_jax.log import Row, make_run_folder, open_log
-from ctde_jax.models import Model, with_raw_inputs
-from ctde_jax.replica import PyTree
-from ctde_jax.round import Sums, make_round, make_rounds
+from ctde_jax.log import Row, console, make_run_folder, open_log
+from ctde_jax.models import Model, count_params, with_raw_inputs
+from ctde_jax.replica import AXIS, PyTree
+from ctde_jax.round import Sums, parallel_rounds
 from ctde_jax.tasks import Task, classification
+from ctde_jax.wire import Traffic, measure, summary
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,6 +50,8 @@ class Trained:
 
     task: Task
     devices: Sequence[jax.Device]
+    traffic: Traffic
+    """What each device sends in a round, counted in the compiled program."""
 
     def __repr__(self) -> str:
         last = ", ".join(f"{name} {value:.4g}" for name, value in self.history[-1].items() if name != "split")
@@ -117,59 +121,69 @@ def fit(
     available.check(devices)
     if task is classification and not data.classes:
         raise InputError("task", "must be a loss of your own where labels are real-valued targets, got classification.")
-    batches = deal(data.train, len(devices), batch_size, seed, partition)
+    batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
     total_steps = count_steps(batches.steps_per_epoch, epochs, steps)
     eval_every = batches.steps_per_epoch if eval_every is None else eval_every
-    cut = _cut(strategy.inner_steps, eval_every, log_every, total_steps)
+    phases = _phases(strategy, total_steps, eval_every, log_every)
 
     model = with_raw_inputs(model, data.shift, data.scale)
     if task is classification:
         _check_outputs(model, data)
+    _check_strategy(model, data, strategy, len(devices))
     run_dir = None if run_dir is None else make_run_folder(Path(run_dir))
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    train_state = state.create(model, optimizer, strategy, data.train.inputs[:1], init_key)
-    train_state = state.place(state.stack(train_state, strategy, len(devices)), strategy, devices)
+    center = jax.jit(model.init)(init_key, data.train.inputs[:1])
+    train_state = state.place(*center, optimizer, phases[0].strategy, devices)
     place = replica.replicate if batches.axis is None else replica.shard
     examples, key = place(batches.split, devices), replica.replicate(train_key, devices)
     clock.lap("start-up")
 
-    state_axes = state.axes(strategy)
-    train_rounds = replica.parallel(
-        make_rounds(make_round(model, task, optimizer, strategy)),
-        devices,
-        in_axes=(state_axes, batches.axis, 0, None),
-        out_axes=(state_axes, None),
-        donate=(0,),
-    )
-    indices = jax.ShapeDtypeStruct((len(devices), cut.rounds, cut.round_steps, batch_size // len(devices)), np.int32)
-    train_rounds = train_rounds.lower(train_state, examples, indices, key).compile()
-    evaluate = make_evaluate(model, task, data.test, devices, train_state.params, train_state.model_state)
+    programs, shapes = [], train_state
+    for phase in phases:
+        if programs:
+            shapes = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), shapes)
+        indices = (len(devices), phase.cut.rounds, phase.cut.round_steps, batch_size // len(devices))
+        rounds = parallel_rounds(model, task, optimizer, phase.strategy, devices, batches.axis)
+        programs.append(rounds.lower(shapes, examples, jax.ShapeDtypeStruct(indices, np.int32), key).compile())
+    evaluate = make_evaluate(model, task, data.test, devices, *replica.replicate(center, devices))
+    hosts = [device.process_index for device in devices]
+    traffic = [
+        measure(program.as_text(), phase.cut.rounds, phase.strategy.inner_steps, hosts)
+        for program, phase in zip(programs, phases, strict=True)
+    ]
+    console(quiet=not show).print(f"wire       {summary(traffic[-1], count_params(center[0]), len(devices))}")
     clock.lap("compile")
 
     meter = _Meter(batches.steps_per_epoch)
     with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log:
-        for start in range(0, total_steps, cut.interval):
-            stop = min(start + cut.interval, total_steps)
-            meter.start()
-            unread: list[Sums] = []  # the sums of a dispatch are fetched while the next one runs
-            for indices in dispatches(batches, cut.round_steps, cut.rounds, start, stop):
-                train_state, sums = train_rounds(train_state, examples, replica.shard(indices, devices), key)
-                unread.append(sums)
-                if len(unread) > 1:
-                    log.add(meter.train_row(unread.pop(0)))
+        for phase, train_rounds, sent in zip(phases, programs, traffic, strict=True):
+            if phase.start:
+                train_state = phase.begin(train_state, devices)
+            for start in range(phase.start, phase.stop, phase.cut.interval):
+                stop = min(start + phase.cut.interval, phase.stop)
+                meter.start()
+                unread: list[Sums] = []  # the sums of a dispatch are fetched while the next one runs
+                for indices in dispatches(batches, phase.cut.round_steps, phase.cut.rounds, start, stop):
+                    train_state, sums = train_rounds(train_state, examples, replica.shard(indices, devices), key)
+                    unread.append(sums)
+                    if len(unread) > 1:
+                        log.add(meter.train_row(unread.pop(0), sent))
+                    if interrupted.is_set():
+                        break
+                log.add(meter.train_row(unread.pop(), sent))
+                clock.lap("train")
+
+                params = phase.center(train_state.params, devices)
+                log.add(meter.test_row(evaluate(params, train_state.model_state)))
+                clock.lap("evaluate")
                 if interrupted.is_set():
                     break
-            log.add(meter.train_row(unread.pop()))
-            clock.lap("train")
-
-            averages = evaluate(train_state.params, train_state.model_state)
-            log.add(meter.test_row(averages))
-            clock.lap("evaluate")
             if interrupted.is_set():
                 break
 
-    params, model_state = jax.device_get((train_state.params, train_state.model_state))
-    return Trained(model, params, model_state, log.rows, clock.seconds, interrupted.is_set(), task, devices)
+    params, model_state = jax.device_get((params, train_state.model_state))
+    stopped = interrupted.is_set()
+    return Trained(model, params, model_state, log.rows, clock.seconds, stopped, task, devices, traffic[-1])
 
 
 _MADE_BY = {
@@ -201,6 +215,13 @@ def _check_outputs(model: Model, data: Dataset) -> None:
         )
 
 
+def _check_strategy(model: Model, data: Dataset, strategy: Strategy, replicas: int) -> None:
+    """Raises InputError for a reducer that these replicas cannot run, before anything is compiled."""
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
+    init = jax.vmap(strategy.reduce.init, in_axes=None, axis_name=AXIS, axis_size=replicas)
+    jax.eval_shape(init, params)
+
+
 class _Cut(NamedTuple):
     """How a run is cut: rounds of so many steps, so many rounds a dispatch, and evaluations so many steps apart."""
 
@@ -209,8 +230,38 @@ class _Cut(NamedTuple):
     interval: int
 
 
-def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> _Cut:
+class _Phase(NamedTuple):
+    """A part of a run in which one strategy is at work."""
+
+    strategy: Strategy
+    start: int
+    stop: int
+    cut: _Cut
+
+    def begin(self, train_state: state.TrainState, devices: Sequence[jax.Device]) -> state.TrainState:
+        """Goes over from the synchronous phase before this one."""
+        return state.go_over(train_state, Strategy(), self.strategy, devices)
+
+    def center(self, params: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+        """Returns the central parameters, replicated."""
+        if not self.strategy.diverges:
+            return params
+        mean = replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
+        return mean(params)
+
+
+def _phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int) -> list[_Phase]:
     check_at_least(1, eval_every=eval_every, log_every=log_every)
+    switch = min(strategy.synchronous_steps, total_steps)
+    spans = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
+    return [
+        _Phase(own, start, stop, _cut(own.inner_steps, eval_every, log_every, stop - start))
+        for own, start, stop in spans
+        if start < stop
+    ]
+
+
+def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> _Cut:
     round_steps = max(1, inner_steps)
     rounds_an_interval = ceil(min(eval_every, total_steps) / round_steps)
     dispatches_an_interval = ceil(rounds_an_interval / max(1, log_every // round_steps))
@@ -235,7 +286,7 @@ class _Meter:
     """Turns the sums of dispatches into rows of the history."""
 
     def __init__(self, steps_per_epoch: int):
-        self._step, self._steps_per_epoch, self._last = 0, steps_per_epoch, 0.0
+        self._step, self._steps_per_epoch, self._last, self._sent = 0, steps_per_epoch, 0.0, 0.0
 
     def start(self) -> None:
         self._last = time.perf_counter()
@@ -246,8 +297,8 @@ class _Meter:
             raise NonFiniteLoss(self._step)
         return {"split": "test", **self._position(), **averages}
 
-    def train_row(self, sums: Sums) -> Row:
-        """Waits for the dispatch that computes these sums.
+    def train_row(self, sums: Sums, traffic: Traffic) -> Row:
+        """Waits for the dispatch that computes these sums, which has sent what each of its rounds sends.
 
         Raises:
             NonFiniteLoss: The loss of one of its steps is NaN or infinite.
@@ -264,7 +315,8 @@ class _Meter:
         examples = totals.pop("examples")
         means = {name: totals[name] / examples for name in ("loss", *totals)}
         speed = {"examples": int(examples), "examples_per_second": round(examples / seconds, 1)}
-        return {"split": "train", **self._position(), **means, **speed}
+        self._sent += traffic.sent * traffic.rounds
+        return {"split": "train", **self._position(), **means, **speed, "bytes_sent": round(self._sent)}
 
     def _position(self) -> Row:
         return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}

@@ -3,6 +3,7 @@
 from math import inf
 
 import optax
+import optax.contrib
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 
@@ -11,6 +12,7 @@ OPTIMIZERS = {
     "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
     "adam": optax.adam,
     "adamw": optax.adamw,
+    "muon": optax.contrib.muon,
 }
 SCHEDULES = ("constant", "cosine", "linear")
 

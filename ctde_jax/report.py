@@ -6,10 +6,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ctde_jax.config import Config
+from ctde_jax.config import Aggregation, Config
 from ctde_jax.data import Dataset
 from ctde_jax.loop import Trained
 from ctde_jax.models import Model, count_params
@@ -26,7 +27,7 @@ def plan(
     folder: Path,
 ) -> Table:
     """Says what is about to be trained on what, and where the results go."""
-    network, optimization, sync_every = config.model, config.optimization, config.aggregation.sync_every
+    network, optimization = config.model, config.optimization
     kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
     widths = [prod(data.train.inputs.shape[1:]), *network.widths, len(data.classes)]
     params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
@@ -59,14 +60,34 @@ def plan(
     )
     table.add_row("steps", f"{steps:,}, {steps_per_epoch:,} an epoch")
     table.add_row("optimizer", f"{optimization.optimizer}, {learning_rate}, {optimization.warmup_steps} warm-up steps")
-    table.add_row(
-        "strategy",
-        f"the mean of the parameters after every {sync_every} steps alone"
-        if sync_every
-        else "the mean of the gradients at every step",
-    )
+    table.add_row("strategy", describe_strategy(config.aggregation))
     table.add_row("results", str(folder))
     return table
+
+
+def describe_strategy(chosen: Aggregation) -> str:
+    """Says when the devices talk, what they send, and what is made of it."""
+    combined = "the mean" if chosen.combine == "average" else f"the {chosen.combine.replace('_', ' ')}"
+    words = [f"{combined} of the gradients at every step"]
+    if chosen.sync_every:
+        words = [f"{combined} of the parameters after every {chosen.sync_every} steps alone"]
+    if chosen.synchronous_steps:
+        words.append(f"after {chosen.synchronous_steps} synchronous steps")
+    if chosen.reduce != "mean":
+        feedback = " with error feedback" if chosen.error_feedback else ""
+        words.append(f"sent as {chosen.reduce}{feedback}")
+    if chosen.graph != "none":
+        words.append(f"with the neighbors in a graph of {chosen.graph}, every device on its own")
+    if chosen.fragments > 1:
+        words.append(f"one of {chosen.fragments} fragments at a time")
+    if chosen.clip_norm is not None:
+        words.append(f"clipped to {chosen.clip_norm:g} with noise of {chosen.noise_multiplier:g}")
+    if chosen.proximal:
+        words.append(f"pulled to the center by {chosen.proximal:g}")
+    if chosen.outer != "average":
+        words.append(f"the center follows by {chosen.outer}, learning rate {chosen.outer_learning_rate:g}")
+    name = "" if chosen.strategy == "ddp" else f"{chosen.strategy}: "
+    return name + ", ".join(words)
 
 
 def _describe_inputs(data: Dataset) -> str:
@@ -84,6 +105,8 @@ def result(trained: Trained, folder: Path) -> Table:
     table.add_row("test accuracy", f"{last['accuracy']:.2%}")
     table.add_row("test loss", f"{last['loss']:.4f}")
     table.add_row("examples evaluated", f"{last['examples']:,}")
+    sent = max(row.get("bytes_sent", 0) for row in trained.history)
+    table.add_row("sent by each device", decimal(sent))
     table.add_section()
     for part, seconds in trained.seconds.items():
         table.add_row(part, f"{seconds:.2f} s")

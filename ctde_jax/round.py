@@ -1,17 +1,18 @@
 """One round, as one replica sees it: compute on its own examples, then agree. The heart of the trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
 
+from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
 from ctde_jax.models import Model
 from ctde_jax.replica import AXIS, PyTree, weighted_mean
-from ctde_jax.state import TrainState
+from ctde_jax.state import TrainState, axes
 from ctde_jax.tasks import Task
 
 Sums = dict[str, jax.Array]
@@ -30,7 +31,7 @@ def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation
     A step for which a replica has no examples leaves that replica as it is; a round without any examples changes
     nothing. So a run may be cut into rounds of one shape, filled up at its end.
     """
-    reduce = optax.with_extra_args_support(strategy.reduce)
+    optimizer, reduce = strategy.local(optimizer), optax.with_extra_args_support(strategy.reduce)
 
     def differentiate(params, model_state, split, indices, key) -> tuple[PyTree, PyTree, Sums]:
         """Returns the gradient of the mean loss over the replica's own examples."""
@@ -49,10 +50,12 @@ def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation
 
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
-        key = jax.random.fold_in(key, state.step)
-        grads, model_state, sums = differentiate(state.params, state.model_state, split, indices, key)
+        shared_key, own_key = _keys(key, state.step)
+        grads, model_state, sums = differentiate(state.params, state.model_state, split, indices, own_key)
 
-        grads, reduce_state = reduce.update(grads, state.reduce_state, state.params, weight=sums["examples"])
+        grads, reduce_state = reduce.update(
+            grads, state.reduce_state, state.params, weight=sums["examples"], key=shared_key
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
 
         return state._replace(
@@ -66,8 +69,8 @@ def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = differentiate(params, model_state, split, indices, jax.random.fold_in(key, step))
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            grads, model_state, sums = differentiate(params, model_state, split, indices, _keys(key, step)[1])
+            updates, opt_state = optimizer.update(grads, opt_state, params, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
             return optax.tree.where(sums["examples"] > 0, moved, own), sums
 
@@ -77,7 +80,9 @@ def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation
         examples = sums["examples"].sum()
 
         outer_grads = optax.tree.sub(state.params, params)
-        outer_grads, reduce_state = reduce.update(outer_grads, state.reduce_state, state.params, weight=examples)
+        outer_grads, reduce_state = reduce.update(
+            outer_grads, state.reduce_state, state.params, weight=examples, key=_keys(key, state.step)[0]
+        )
         updates, outer_state = strategy.outer.update(outer_grads, state.outer_state, state.params)
 
         return state._replace(
@@ -91,7 +96,6 @@ def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation
     advance = local if strategy.inner_steps else synchronous
 
     def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
-        key = jax.random.fold_in(key, lax.axis_index(AXIS))
         advanced, sums = advance(state, split, batches, key)
         sums = lax.psum(sums, AXIS)
 
@@ -110,3 +114,36 @@ def make_rounds(train_round: Round) -> Round:
         return state, jax.tree.map(jnp.ravel, sums)
 
     return train_rounds
+
+
+def parallel_rounds(
+    model: Model,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    devices: Sequence[jax.Device],
+    split_axis: int | None,
+) -> jax.stages.Wrapped:
+    """Puts several rounds on the devices, as one program that takes over the memory of the state it is given.
+
+    Args:
+        model: What is trained.
+        task: What for.
+        optimizer: Of every step.
+        strategy: How the replicas agree.
+        devices: One replica on each.
+        split_axis: None where every device holds the whole split, 0 where each holds its own row.
+    """
+    return replica.parallel(
+        make_rounds(make_round(model, task, optimizer, strategy)),
+        devices,
+        in_axes=(axes(strategy), split_axis, 0, None),
+        out_axes=(axes(strategy), None),
+        donate=(0,),
+    )
+
+
+def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the key of a step that all replicas share, and this replica's own."""
+    shared, own = jax.random.split(jax.random.fold_in(key, step))
+    return shared, jax.random.fold_in(own, lax.axis_index(AXIS))

@@ -10,16 +10,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ctde_jax as ctde
 from ctde_jax import config as options
 from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least, check_seed
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,10 +45,10 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         started: When the command began, by `time.perf_counter`.
     """
     devices = ctde.devices.start(config.aggregation.devices)
-    data = load_data(config.data)
-    partition = make_partition(config, data, len(devices))
-    model = build_model(config.model, data)
-    strategy = ctde.Strategy(inner_steps=config.aggregation.sync_every)
+    data = ctde.build.load_data(config.data)
+    partition = ctde.build.make_partition(config.data, data.train.labels, len(devices), config.optimization.seed)
+    model = ctde.build.build_model(config.model, data)
+    strategy = ctde.build.build_strategy(config.aggregation)
 
     chosen = config.optimization
     epoch = ctde.data.steps_per_epoch(len(data.train.inputs), len(devices), chosen.batch_size, partition)
@@ -92,52 +87,6 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     trained.seconds["start-up"] += before
     console.print(ctde.report.result(trained, folder))
     return trained
-
-
-def load_data(chosen: options.Data) -> "ctde.data.Dataset":
-    """Loads the data set that the options name."""
-    goes_with = {"data_dir": ("mnist", "fashion_mnist"), "data_file": ("npz", "csv"), "label_column": ("csv",)}
-    for option, datasets in goes_with.items():
-        if getattr(chosen, option) is not None and chosen.dataset not in datasets:
-            raise InputError(option, f"goes with --dataset {' or '.join(datasets)}, got --dataset {chosen.dataset}.")
-    match chosen.dataset:
-        case "digits":
-            return ctde.data.digits()
-        case "mnist":
-            return ctde.data.mnist(chosen.data_dir)
-        case "fashion_mnist":
-            return ctde.data.fashion_mnist(chosen.data_dir)
-        case "npz":
-            return ctde.data.from_npz(_data_file(chosen))
-        case "csv":
-            return ctde.data.from_csv(_data_file(chosen), chosen.label_column)
-
-
-def make_partition(config: options.Config, data: "ctde.data.Dataset", replicas: int) -> "list[np.ndarray] | None":
-    """Shares the training examples out to the devices for good, or not at all."""
-    labels, chosen, seed = data.train.labels, config.data, config.optimization.seed
-    match chosen.partition:
-        case "reshuffled":
-            return None
-        case "iid":
-            return ctde.data.partition.iid(labels, replicas, seed)
-        case "by_label":
-            return ctde.data.partition.by_label(labels, replicas, chosen.label_shards, seed)
-        case "dirichlet":
-            return ctde.data.partition.dirichlet(labels, replicas, chosen.dirichlet_alpha, seed)
-
-
-def build_model(chosen: options.Model, data: "ctde.data.Dataset") -> "ctde.models.Model":
-    """Builds the network between the data's inputs and its classes."""
-    widths = [prod(data.train.inputs.shape[1:]), *chosen.widths, len(data.classes)]
-    model = ctde.models.mlp(widths, chosen.activation)
-    return ctde.models.in_bfloat16(model) if chosen.precision == "bf16" else model
-
-
-def _data_file(chosen: options.Data) -> Path:
-    if chosen.data_file is None:
-        raise InputError("data_file", f"must name your file for --dataset {chosen.dataset}, got none.")
-    return chosen.data_file
 
 
 def _new_folder(config: options.Config) -> Path:

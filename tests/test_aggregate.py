@@ -1,5 +1,7 @@
-"""What every reducer promises, and what makes each one special."""
+"""What every reducer promises, what it sends, and what makes each one special."""
 
+from functools import partial
+from math import ceil
 from typing import NamedTuple
 
 import jax
@@ -8,12 +10,26 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from ctde_jax import replica
-from ctde_jax.aggregate import Strategy, mean
+from ctde_jax import aggregate, collectives, replica
+from ctde_jax.aggregate import (
+    Strategy,
+    error_feedback,
+    exact,
+    gathered,
+    hierarchical_mean,
+    mean,
+    power_sgd,
+    quantize,
+    random_k,
+    sign,
+    top_k,
+    two_phase,
+)
 from ctde_jax.errors import InputError
 
 REPLICAS = 4
 WEIGHTS = jnp.asarray([3.0, 0.0, 1.0, 4.0])
+KEY = jax.random.key(7)
 
 
 class Contract(NamedTuple):
@@ -23,7 +39,35 @@ class Contract(NamedTuple):
     tolerance: float
 
 
-REDUCERS = {"mean": Contract(mean(), 1e-6)}
+REDUCERS = {
+    "mean": Contract(mean(), 1e-6),
+    "two-phase f32": Contract(two_phase(), 1e-6),
+    "gathered f32": Contract(gathered(exact()), 1e-6),
+    "int8": Contract(two_phase(quantize(8)), 15 / 127),
+    "int4": Contract(two_phase(quantize(4)), 15 / 7),
+    "int4, statistical": Contract(two_phase(quantize(4, "statistical")), 4),
+    "all of top-k": Contract(two_phase(top_k(16, 16)), 1e-6),
+    "all of random-k": Contract(gathered(random_k(16, 16)), 1e-6),
+    "power-sgd of full rank": Contract(power_sgd(2), 1e-5),
+    "median": Contract(two_phase(combine=aggregate.median()), 1e-6),
+    "trimmed mean": Contract(two_phase(combine=aggregate.trimmed_mean(1)), 1e-6),
+    "multi-krum": Contract(two_phase(combine=aggregate.multi_krum(0)), 1e-6),
+    "geometric median": Contract(two_phase(combine=aggregate.geometric_median()), 1e-4),
+    "centered clipping": Contract(two_phase(combine=aggregate.centered_clipping(1e6)), 1e-5),
+}
+
+TRIVIAL = ["two-phase f32", "gathered f32", "all of top-k", "all of random-k"]
+"""Those that are the mean in another way, weights and all."""
+
+FORGETFUL = {
+    "int2": quantize(2),
+    "int2, statistical": quantize(2, "statistical"),
+    "sign": sign(8),
+    "top-k": top_k(2, 8),
+    "top-k in 2 bits": top_k(8, 16, quantize(2, "statistical", 8)),
+    "random-k": random_k(4, 8),
+}
+"""Codecs that lose much, and are meant for error feedback."""
 
 
 def messages(key: jax.Array) -> dict[str, jax.Array]:
@@ -31,11 +75,22 @@ def messages(key: jax.Array) -> dict[str, jax.Array]:
     return {"w": jax.random.normal(key, (REPLICAS, 3, 2)), "b": jnp.arange(4.0 * REPLICAS).reshape(REPLICAS, 4)}
 
 
-def agree(reduce: optax.GradientTransformation, rows, weights: jax.Array = WEIGHTS):
-    def update(message, weight):
-        return optax.with_extra_args_support(reduce).update(message, reduce.init(message), weight=weight)[0]
+def average(rows, weights: jax.Array = WEIGHTS):
+    return jax.tree.map(lambda x: np.average(x, axis=0, weights=weights), rows)
 
-    return jax.vmap(update, axis_name=replica.AXIS, out_axes=None)(rows, weights)
+
+def agree(reduce: optax.GradientTransformation, rows, weights: jax.Array = WEIGHTS):
+    """One round on virtual replicas, which must come to the same."""
+
+    def update(message, weight):
+        extra = {"weight": weight, "key": KEY}
+        return optax.with_extra_args_support(reduce).update(message, reduce.init(message), **extra)[0]
+
+    return jax.jit(jax.vmap(update, axis_name=replica.AXIS, out_axes=None))(rows, weights)
+
+
+def assert_close(tree, other, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), tree, other)
 
 
 @pytest.mark.parametrize("name", REDUCERS)
@@ -55,26 +110,59 @@ def test_agreement_keeps_shapes_and_dtypes(name, key):
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-def test_agreement_is_the_same_on_real_devices(name, key):
-    reduce = REDUCERS[name].reduce
+def test_agreement_is_the_same_bits_on_all_real_devices(name, key):
+    reduce = optax.with_extra_args_support(REDUCERS[name].reduce)
     on_devices = replica.parallel(
-        lambda message, weight: reduce.update(message, reduce.init(message), weight=weight)[0],
+        lambda message, weight: reduce.update(message, reduce.init(message), weight=weight, key=KEY)[0],
         jax.devices()[:REPLICAS],
         in_axes=(0, 0),
-        out_axes=None,
+        out_axes=0,
     )
     rows = messages(key)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-        agree(reduce, rows),
-        on_devices(rows, WEIGHTS),
-    )
+    agreed = jax.device_get(on_devices(rows, WEIGHTS))
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.stack([x[0]] * REPLICAS)), agreed)
+    assert_close(jax.tree.map(lambda x: x[0], agreed), agree(reduce, rows))
+
+
+@pytest.mark.parametrize("name", TRIVIAL)
+def test_trivial_setting_is_the_mean(name, key):
+    rows = messages(key)
+    assert_close(agree(REDUCERS[name].reduce, rows), average(rows))
+
+
+@pytest.mark.parametrize("name", ["two-phase f32", "gathered f32"])
+def test_whoever_has_no_weight_is_not_heard(name, key):
+    """Not even with a NaN; and where nobody has weight the mean is zero."""
+    rows = messages(key)
+    spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
+    assert_close(agree(REDUCERS[name].reduce, spoilt), average(rows))
+    nothing = agree(REDUCERS[name].reduce, rows, jnp.zeros(REPLICAS))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+
+
+@pytest.mark.parametrize("exchange", [two_phase, gathered])
+def test_one_replica_keeps_its_message(exchange, key):
+    rows = jax.tree.map(lambda x: x[:1], messages(key))
+    assert_close(agree(exchange(exact()), rows, jnp.ones(1)), jax.tree.map(lambda x: x[0], rows))
 
 
 def test_mean_counts_every_replica_by_its_examples(key):
     rows = messages(key)
-    expected = jax.tree.map(lambda x: np.average(x, axis=0, weights=WEIGHTS), rows)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), agree(mean(), rows), expected)
+    assert_close(agree(mean(), rows), average(rows))
+
+
+def test_mean_by_hosts_is_the_mean(key):
+    """On real devices, as virtual ones cannot talk in groups; replica 1 has no weight and says nonsense."""
+    rows = messages(key)
+    spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
+    by_hosts = replica.parallel(
+        lambda message, weight: hierarchical_mean(2).update(message, optax.EmptyState(), weight=weight)[0],
+        jax.devices()[:REPLICAS],
+        in_axes=(0, 0),
+        out_axes=0,
+    )
+    for own in range(REPLICAS):
+        assert_close(jax.tree.map(lambda x, own=own: x[own], jax.device_get(by_hosts(spoilt, WEIGHTS))), average(rows))
 
 
 def test_mean_does_not_see_whoever_has_no_weight(key):
@@ -94,13 +182,178 @@ def test_mean_of_nobodys_examples_is_zero(key):
     assert not any(leaf.any() for leaf in jax.tree.leaves(agreed))
 
 
+@pytest.mark.parametrize("exchange", [two_phase, gathered])
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_error_feedback_says_everything_in_the_end(name, exchange, key):
+    """What is agreed on in T rounds is T times the mean, up to a rest that does not grow."""
+    reduce, rows, weights = exchange(error_feedback(FORGETFUL[name])), messages(key), jnp.ones(REPLICAS)
+
+    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.vmap, in_axes=((0, None), None, 0), out_axes=(0, None), axis_name=replica.AXIS)
+    def one_round(carry, key, message):
+        state, total = carry
+        agreed, state = reduce.update(message, state, weight=1.0, key=key)
+        return state, optax.tree.add(total, agreed)
+
+    state = jax.vmap(reduce.init, axis_name=replica.AXIS)(rows)
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), rows)
+    for number in range(400):
+        if number == 200:
+            after_200 = jax.device_get(total)
+        state, total = one_round((state, total), jax.random.fold_in(key, number), rows)
+    after_400 = jax.device_get(total)
+
+    expected = average(rows, weights)
+    assert_close(optax.tree.scale(1 / 200, optax.tree.sub(after_400, after_200)), expected, rtol=0.05, atol=0.5)
+    assert_close(optax.tree.scale(1 / 400, after_400), expected, rtol=0.05, atol=0.5)
+
+
+def test_replica_without_weight_keeps_what_nobody_has_heard(key):
+    """Its residual is as it was, on real rows of weights that differ from round to round."""
+    reduce, rows = two_phase(error_feedback(sign(8))), messages(key)
+
+    def twice(message, weights):
+        _, first = reduce.update(message, reduce.init(message), weight=weights[0], key=KEY)
+        _, second = reduce.update(message, first, weight=weights[1], key=KEY)
+        return first.sender.residual, second.sender.residual
+
+    weights = jnp.ones((REPLICAS, 2)).at[1, 1].set(0.0)
+    first, second = jax.vmap(twice, axis_name=replica.AXIS)(rows, weights)
+    np.testing.assert_array_equal(first[1], second[1])
+    assert (first[0] != second[0]).any()
+
+
+def int_bytes(bits: int, block: int = 256):
+    return lambda n: ceil(n / block) * (block * bits // 8 + 4)
+
+
+def sparse_bytes(k: int, chunk: int, position_bits: int, values):
+    return lambda n: ceil(ceil(n / chunk) * k * position_bits / 8) + values(ceil(n / chunk) * k)
+
+
+def through_owners(codec_bytes):
+    return lambda n, replicas: (replicas - 1) * (2 * codec_bytes(ceil(n / replicas)) + 4)
+
+
+def to_everybody(codec_bytes):
+    return lambda n, replicas: (replicas - 1) * (codec_bytes(n) + 4)
+
+
+def four(n: int) -> int:
+    return 4 * n
+
+
+def ring(n: float, replicas: int) -> float:
+    return 2 * (replicas - 1) / replicas * n
+
+
+def in_and_across_hosts(n: int, replicas: int) -> float:
+    """Two devices a host."""
+    even = 2 * ceil((n + 1) / 2)
+    return ring(4 * even, 2) + ring(4 * even / 2, replicas // 2)
+
+
+BYTES = {
+    "mean": (mean(), lambda n, r: ring(4 * (n + 1), r)),
+    "hierarchical mean": (hierarchical_mean(2), in_and_across_hosts),
+    "two-phase f32": (two_phase(), through_owners(four)),
+    "gathered f32": (gathered(exact()), to_everybody(four)),
+    **{f"int{b}": (two_phase(quantize(b)), through_owners(int_bytes(b))) for b in (8, 4, 2)},
+    "int4 in small blocks": (two_phase(error_feedback(quantize(4, block=64))), through_owners(int_bytes(4, 64))),
+    "int2, statistical": (gathered(quantize(2, "statistical")), to_everybody(int_bytes(2))),
+    "sign": (two_phase(sign()), through_owners(int_bytes(1))),
+    "top-k": (two_phase(top_k(5, 100)), through_owners(sparse_bytes(5, 100, 7, four))),
+    "sparse-loco": (
+        gathered(error_feedback(top_k(32, 1024, quantize(2, "statistical", 32)))),
+        to_everybody(sparse_bytes(32, 1024, 10, int_bytes(2, 32))),
+    ),
+    "random-k": (two_phase(random_k(5, 100)), through_owners(sparse_bytes(5, 100, 0, four))),
+    "median": (two_phase(combine=aggregate.median()), through_owners(four)),
+    "krum": (
+        two_phase(combine=aggregate.krum(1)),
+        lambda n, r: through_owners(four)(n, r) + ring(4 * r * r, r),
+    ),
+    "ring": (aggregate.gossip("ring"), lambda n, r: 2 * 4 * n),
+    "exponential": (aggregate.gossip("exponential"), lambda n, r: 4 * n),
+    "pairs": (aggregate.gossip("pairs"), lambda n, r: 4 * n),
+    "streaming int4": (
+        aggregate.streaming(3, two_phase(quantize(4))),
+        lambda n, r: through_owners(int_bytes(4))(ceil(n / 3), r),
+    ),
+}
+
+
+def sent_bytes(reduce: optax.GradientTransformation, n: int, replicas: int) -> float:
+    """What a device sends in one round, read off the compiled program."""
+    reduce = optax.with_extra_args_support(reduce)
+
+    def update(message, params, state, weight):
+        return reduce.update(message, state, params, weight=weight, key=KEY)
+
+    devices = jax.devices()[:replicas]
+    rows = {"w": jnp.zeros((replicas, n - 7)), "b": jnp.zeros((replicas, 7))}
+    init = replica.parallel(reduce.init, devices, in_axes=(0,), out_axes=0)
+    compiled = (
+        replica.parallel(update, devices, in_axes=(0, 0, 0, 0), out_axes=0)
+        .lower(rows, rows, jax.eval_shape(init, rows), jnp.zeros(replicas))
+        .compile()
+    )
+    return sum(one.sent * one.times for one in collectives.read(compiled.as_text()))
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_in_the_compiled_program_are_those_of_the_formula(name):
+    reduce, formula = BYTES[name]
+    assert sent_bytes(reduce, 5001, 8) == pytest.approx(formula(5001, 8), rel=1e-12)
+
+
+def test_int8_sends_a_quarter_of_f32():
+    """At 8 devices 1.75 bytes a parameter and the scales, against 7.00."""
+    n = 8 * 256 * 5
+    scales, weights = 2 * 7 * 5 * 4, 7 * 4
+    assert sent_bytes(two_phase(quantize(8)), n, 8) == 1.75 * n + scales + weights
+    assert sent_bytes(mean(), n, 8) == pytest.approx(7.00 * (n + 1))
+
+
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
         (lambda: Strategy(inner_steps=-1), "inner_steps must be at least 0, got -1"),
         (lambda: Strategy(outer=optax.sgd(0.7)), "outer needs inner_steps of at least 1, got 0"),
+        (lambda: Strategy(inner=aggregate.proximal(1.0)), "inner needs inner_steps of at least 1, got 0"),
+        (lambda: Strategy(synchronous_steps=8), "synchronous_steps needs inner_steps of at least 1, got 0"),
+        (lambda: Strategy(diverges=True), "diverges needs inner_steps of at least 1, got 0"),
+        (lambda: quantize(3), "bits must be 8, 4 or 2, got 3"),
+        (lambda: quantize(4, "cubic"), "levels must be one of linear, statistical, got 'cubic'"),
+        (lambda: quantize(4, block=12), "block must be a multiple of 8, got 12"),
+        (lambda: sign(4), "block must be at least 8, got 4"),
+        (lambda: top_k(0), "k must be from 1 to the 4096 numbers of a chunk, got 0"),
+        (lambda: top_k(12, 64, sign(8)), "k must be a multiple of 8, the block of the numbers that are kept, got 12"),
+        (lambda: random_k(9, 8), "k must be from 1 to the 8 numbers of a chunk, got 9"),
+        (lambda: error_feedback(sign(), 1.5), "decay must be from 0 to 1, got 1.5"),
+        (lambda: hierarchical_mean(0), "per_host must be at least 1, got 0"),
+        (lambda: power_sgd(0), "rank must be at least 1, got 0"),
+        (lambda: aggregate.proximal(-1.0), "strength must be at least 0, got -1.0"),
+        (lambda: aggregate.streaming(0), "fragments must be at least 1, got 0"),
+        (lambda: aggregate.streaming(2, mix=2.0), "mix must be from 0 to 1, got 2.0"),
+        (lambda: aggregate.gossip("star"), "graph must be one of ring, exponential, pairs, got 'star'"),
+        (lambda: aggregate.gossip(pull=-1), "pull must be from 0 to 1, got -1"),
     ],
 )
 def test_strategy_that_makes_no_sense_is_refused(build, sentence):
     with pytest.raises(InputError, match=sentence):
         build()
+
+
+@pytest.mark.parametrize(
+    ("reduce", "replicas", "sentence"),
+    [
+        (aggregate.gossip(), 1, "devices must be at least 2 for gossip, which needs a neighbor, got 1"),
+        (two_phase(combine=aggregate.krum(1)), 4, "byzantine must be at most 0 for Krum of 4 replicas, got 1"),
+        (two_phase(combine=aggregate.trimmed_mean(2)), 4, "byzantine must be at most 1 .* of 4 replicas, got 2"),
+        (hierarchical_mean(3), 4, "per_host must divide the 4 devices, got 3"),
+    ],
+)
+def test_too_few_replicas_are_refused(reduce, replicas, sentence):
+    with pytest.raises(InputError, match=sentence):
+        jax.eval_shape(jax.vmap(reduce.init, axis_name=replica.AXIS), jnp.zeros((replicas, 8)))

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ctde_jax"
 WALK = [
-    *("errors", "config", "devices", "replica", "data", "models", "tasks", "optimizers", "aggregate"),
-    *("state", "round", "evaluate", "log", "loop", "report", "train"),
+    *("errors", "presets", "config", "devices", "replica", "data", "models", "tasks", "optimizers", "aggregate"),
+    *("build", "state", "round", "hlo", "collectives", "targets", "wire", "evaluate", "log", "loop", "report", "train"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

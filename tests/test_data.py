@@ -61,7 +61,7 @@ def test_epoch_shows_every_example_once(name, batch_size):
     parts = None if name is None else PARTITIONS[name](4)
     batches = data.deal(SPLIT, 4, batch_size, seed=0, partition=parts)
     for number in range(2):
-        epoch = batches.epoch(number)
+        epoch = batches.draw(number)
         assert epoch.shape == (batches.steps_per_epoch, 4, batch_size // 4)
         seen = []
         for replica in range(4):
@@ -79,20 +79,20 @@ def test_global_batch_is_the_same_on_any_number_of_replicas():
 
 def test_short_batch_is_shared_evenly():
     """1,000 examples in batches of 48 leave 40 for the last, 10 for each of 4 replicas."""
-    last = data.deal(SPLIT, 4, 48, seed=0).epoch(0)[-1]
+    last = data.deal(SPLIT, 4, 48, seed=0).draw(0)[-1]
     assert ((last >= 0).sum(axis=1) == 10).all()
 
 
 def test_short_batch_is_filled_up_with_its_own_examples():
     """Batch statistics see no example of another batch."""
-    last = data.deal(SPLIT, 4, 48, seed=0).epoch(0)[-1]
+    last = data.deal(SPLIT, 4, 48, seed=0).draw(0)[-1]
     assert set(~last[last < 0]) <= set(last[last >= 0])
 
 
 def test_device_that_has_run_out_repeats_its_own_examples():
     parts = [np.arange(990), np.arange(990, 1000)]
     batches = data.deal(SPLIT, 2, 40, seed=0, partition=parts)
-    second = batches.epoch(0)[:, 1]
+    second = batches.draw(0)[:, 1]
     rows = batches.split.inputs[1][np.where(second < 0, ~second, second)]
     assert (rows[..., None, :] == SPLIT.inputs[990:]).all(-1).any(-1).all()
 
@@ -100,14 +100,14 @@ def test_device_that_has_run_out_repeats_its_own_examples():
 def test_order_changes_with_the_seed_and_the_epoch_and_with_nothing_else():
     first = data.deal(SPLIT, 4, 64, seed=0)
     np.testing.assert_array_equal(first.steps(20, 40), data.deal(SPLIT, 4, 64, seed=0).steps(20, 40))
-    assert (first.epoch(0) != first.epoch(1)).any()
-    assert (first.epoch(0) != data.deal(SPLIT, 4, 64, seed=1).epoch(0)).any()
+    assert (first.draw(0) != first.draw(1)).any()
+    assert (first.draw(0) != data.deal(SPLIT, 4, 64, seed=1).draw(0)).any()
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 16), (5, 40), (16, 17), (31, 33)])
 def test_steps_go_on_from_one_epoch_to_the_next(start, stop):
     batches = data.deal(SPLIT, 4, 64, seed=0)
-    whole = np.concatenate([batches.epoch(number) for number in range(3)])
+    whole = np.concatenate([batches.draw(number) for number in range(3)])
     np.testing.assert_array_equal(batches.steps(start, stop), whole[start:stop])
 
 

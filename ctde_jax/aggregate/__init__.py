@@ -1,6 +1,48 @@
-"""Ways for replicas to agree: a strategy, and the reducers that it is made of."""
+"""Ways for replicas to agree: a strategy, and the reducers, exchanges, codecs and rules that it is made of."""
 
-from ctde_jax.aggregate.base import Strategy
-from ctde_jax.aggregate.mean import mean
+from ctde_jax.aggregate.base import AVERAGE, UNCHANGED, Strategy
+from ctde_jax.aggregate.codec import Codec, error_feedback, exact
+from ctde_jax.aggregate.combine import Combine, average
+from ctde_jax.aggregate.exchange import gathered, two_phase
+from ctde_jax.aggregate.gossip import gossip
+from ctde_jax.aggregate.isotropic import isotropic
+from ctde_jax.aggregate.mean import hierarchical_mean, mean
+from ctde_jax.aggregate.power_sgd import power_sgd
+from ctde_jax.aggregate.private import epsilon, private
+from ctde_jax.aggregate.proximal import proximal
+from ctde_jax.aggregate.quantize import quantize, sign
+from ctde_jax.aggregate.robust import centered_clipping, geometric_median, krum, median, multi_krum, trimmed_mean
+from ctde_jax.aggregate.sparse import random_k, top_k
+from ctde_jax.aggregate.streaming import streaming
 
-__all__ = ["Strategy", "mean"]
+__all__ = [
+    "AVERAGE",
+    "UNCHANGED",
+    "Codec",
+    "Combine",
+    "Strategy",
+    "average",
+    "centered_clipping",
+    "epsilon",
+    "error_feedback",
+    "exact",
+    "gathered",
+    "geometric_median",
+    "gossip",
+    "hierarchical_mean",
+    "isotropic",
+    "krum",
+    "mean",
+    "median",
+    "multi_krum",
+    "power_sgd",
+    "private",
+    "proximal",
+    "quantize",
+    "random_k",
+    "sign",
+    "streaming",
+    "top_k",
+    "trimmed_mean",
+    "two_phase",
+]

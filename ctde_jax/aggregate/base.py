@@ -10,6 +10,8 @@ from ctde_jax.errors import InputError, check_at_least
 AVERAGE = optax.sgd(1.0)
 """The outer optimizer that makes the shared parameters the average of the replicas' own."""
 
+UNCHANGED = optax.identity()
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -26,16 +28,38 @@ class Strategy:
     reduce: optax.GradientTransformation = field(default_factory=mean)
     """Turns a replica's message into the agreed one by collectives over `replica.AXIS`.
 
-    Its `update` is also given `weight`, float32[]: the number of examples behind this replica's message. Its state is
-    each replica's own.
+    Its `update` is also given `weight`, float32[], the number of examples behind this replica's message, and `key`,
+    equal on all replicas and new in every round. Its `init`, too, runs on every replica. Its state is each replica's
+    own.
     """
 
     outer: optax.GradientTransformation = AVERAGE
     """The center's optimizer, applied to the agreed outer gradient where there are inner steps."""
 
+    inner: optax.GradientTransformation = UNCHANGED
+    """What a replica does to its own gradients before the optimizer of its inner steps.
+
+    Its `update` is also given `anchor`, the parameters with which the round began.
+    """
+
+    synchronous_steps: int = 0
+    """Steps at the start of a run at which the gradients are averaged, before this strategy begins."""
+
+    diverges: bool = False
+    """Whether every replica keeps parameters of its own; what is evaluated and returned is their mean."""
+
     def __post_init__(self):
-        check_at_least(0, inner_steps=self.inner_steps)
-        if self.inner_steps == 0 and self.outer is not AVERAGE:
-            raise InputError(
-                "outer", "needs inner_steps of at least 1, got 0, where the optimizer is the center's own."
-            )
+        check_at_least(0, inner_steps=self.inner_steps, synchronous_steps=self.synchronous_steps)
+        if self.inner_steps == 0:
+            self._needs_inner_steps("outer", self.outer is not AVERAGE, "where the optimizer is the center's own")
+            self._needs_inner_steps("inner", self.inner is not UNCHANGED, "where no step is a replica's own")
+            self._needs_inner_steps("synchronous_steps", self.synchronous_steps > 0, "where every step is synchronous")
+            self._needs_inner_steps("diverges", self.diverges, "where no step is a replica's own")
+
+    def local(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+        """Returns the optimizer of a replica's steps: `inner`, and then the run's."""
+        return optax.with_extra_args_support(optax.chain(self.inner, optimizer))
+
+    def _needs_inner_steps(self, part: str, given: bool, reason: str) -> None:
+        if given:
+            raise InputError(part, f"needs inner_steps of at least 1, got 0, {reason}.")

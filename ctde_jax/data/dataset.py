@@ -1,10 +1,12 @@
 """A data set: arrays for training and testing, checked once, and how raw inputs become numbers near zero.
 
 Inputs stay as they were stored (a picture is uint8), so that a data set takes a quarter of the room on the devices; the
-model subtracts `shift` and multiplies by `scale` there.
+model subtracts `shift` and multiplies by `scale` there, in their type. For tokens that is int32, so they stay numbers
+of a vocabulary.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +19,8 @@ TEST_FRACTION = 0.2
 class Split(NamedTuple):
     """Examples with their labels."""
 
-    inputs: np.ndarray  # [examples, ...], uint8 or float32
-    labels: np.ndarray  # int32[examples], or float32[examples, ...] for targets that are no classes
+    inputs: np.ndarray  # [examples, ...], uint8, int32 or float32
+    labels: np.ndarray  # int32[examples]; or int32 or float32[examples, ...] for targets that are no classes
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,10 +31,10 @@ class Dataset:
     train: Split
     test: Split
     classes: tuple[str, ...]
-    """The label names, in the order of the labels; empty where labels are real-valued targets."""
+    """The label names, in the order of the labels; empty where labels are targets that are no classes."""
 
-    shift: np.ndarray  # float32[] or float32[1, ...]
-    scale: np.ndarray  # float32[] or float32[1, ...]
+    shift: np.ndarray  # float32[] or float32[1, ...]; int32[] for integer inputs
+    scale: np.ndarray  # likewise
     notes: tuple[str, ...] = ()
     """What was decided for the user, one sentence each."""
 
@@ -52,16 +54,19 @@ def from_arrays(
 ) -> Dataset:
     """Makes a data set of the user's own arrays.
 
-    Unsigned bytes reach the model divided by 255; other inputs become float32 and reach it as they are. Without test
-    arrays, a random fifth of the examples (always the same) becomes the test split. The data set's notes say so.
+    Unsigned bytes are pixels, and reach the model divided by 255. Other integers, such as the tokens of a text, reach
+    it as they are in int32, and everything else as it is in float32. Without test arrays, a random fifth of the
+    examples (always the same) becomes the test split. The data set's notes say so.
 
     Args:
         x_train: Inputs, `[examples, ...]`.
-        y_train: Labels, integers from 0 in `[examples]`; or floating-point targets, for a task of the user's own.
+        y_train: Labels, integers from 0 in `[examples]`; or targets for a task of the user's own, such as the next
+            token at every place in `[examples, length]`, or floating-point numbers.
         x_test: Test inputs, shaped like the training inputs.
         y_test: Test labels.
         name: What to call the data set.
-        classes: Label names; by default the numbers from 0 to the largest training label.
+        classes: Label names; by default the numbers from 0 to the largest training label, where there is one label
+            for each example.
 
     Raises:
         InputError: Lengths differ, values are NaN or infinite, or labels are not among the classes.
@@ -71,8 +76,8 @@ def from_arrays(
         raise InputError(missing, f"is missing although {present} is given; pass both or neither.")
     inputs, labels = _checked_inputs("x_train", x_train), _checked_labels("y_train", y_train)
     if classes is None:
-        integers = np.issubdtype(labels.dtype, np.integer)
-        classes = tuple(str(i) for i in range(int(labels.max(initial=0)) + 1)) if integers else ()
+        are_classes = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1
+        classes = tuple(str(i) for i in range(int(labels.max(initial=0)) + 1)) if are_classes else ()
     _check_pair("train", inputs, labels, classes)
 
     notes: tuple[str, ...] = ()
@@ -93,8 +98,9 @@ def from_arrays(
                 "x_test",
                 f"must have examples of the training shape {inputs.shape[1:]}, got {test.inputs.shape[1:]}.",
             )
-    scale = np.float32(1 / 255 if inputs.dtype == np.uint8 else 1)
-    return Dataset(name, train, test, classes, np.zeros((), np.float32), np.asarray(scale), notes)
+    seen_as = np.int32 if inputs.dtype == np.int32 else np.float32
+    scale = np.asarray(1 / 255 if inputs.dtype == np.uint8 else 1, seen_as)
+    return Dataset(name, train, test, classes, np.zeros((), seen_as), scale, notes)
 
 
 def standardized(dataset: Dataset) -> Dataset:
@@ -132,6 +138,8 @@ def _checked_inputs(option: str, inputs: np.ndarray) -> np.ndarray:
         return inputs
     if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_) or np.iscomplexobj(inputs):
         raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
+    if np.issubdtype(inputs.dtype, np.integer):
+        return _as_int32(option, inputs)
     with np.errstate(over="ignore"):  # what does not fit in float32 becomes infinite, and is refused as such
         inputs = inputs.astype(np.float32)
     if not np.isfinite(inputs).all():
@@ -146,11 +154,9 @@ def _checked_inputs(option: str, inputs: np.ndarray) -> np.ndarray:
 def _checked_labels(option: str, labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.dtype == np.bool_ or np.issubdtype(labels.dtype, np.integer):
-        if labels.ndim != 1:
+        if labels.ndim != 1 and prod(labels.shape[1:]) == 1:
             raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
-        if labels.size and int(labels.max()) > np.iinfo(np.int32).max:
-            raise InputError(option, f"must fit in int32, got {labels.max()}.")
-        return labels.astype(np.int32)
+        return _as_int32(option, labels)
     if np.issubdtype(labels.dtype, np.floating):
         if not np.isfinite(labels).all():
             raise InputError(option, "must be finite, got NaN or infinity; remove or fill in such examples.")
@@ -166,13 +172,20 @@ def _check_pair(split: str, inputs: np.ndarray, labels: np.ndarray, classes: tup
     if not classes:
         return
     if labels.min() < 0:
-        row = int(np.argmin(labels))
-        raise InputError(f"y_{split}", f"must count the classes from 0, got {labels[row]} for example {row}.")
+        place = np.unravel_index(np.argmin(labels), labels.shape)
+        raise InputError(f"y_{split}", f"must count the classes from 0, got {labels[place]} for example {place[0]}.")
     outside = labels >= len(classes)
     if outside.any():
-        row = int(np.flatnonzero(outside)[0])
+        place = tuple(np.argwhere(outside)[0])
         raise InputError(
             f"y_{split}",
             f"must lie from 0 to {len(classes) - 1}, one for each of the {len(classes)} classes, "
-            f"got {labels[row]} for example {row}.",
+            f"got {labels[place]} for example {place[0]}.",
         )
+
+
+def _as_int32(option: str, integers: np.ndarray) -> np.ndarray:
+    for value in (integers.min(initial=0), integers.max(initial=0)):
+        if not np.iinfo(np.int32).min <= int(value) <= np.iinfo(np.int32).max:
+            raise InputError(option, f"must fit in int32, got {value}; convert measurements to floating point.")
+    return integers.astype(np.int32)

@@ -92,10 +92,13 @@ def from_linen(module: linen.Module) -> Model:
 
 
 def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> Model:
-    """Makes the model take inputs as they are stored, and see `(inputs - shift) * scale` in float32."""
+    """Makes the model take inputs as they are stored, and see `(inputs - shift) * scale` in the type of the scale.
+
+    Tokens have an integer scale of 1, and stay integers.
+    """
 
     def normalize(inputs):
-        return (jnp.asarray(inputs, jnp.float32) - shift) * scale
+        return (jnp.asarray(inputs, jnp.result_type(scale)) - shift) * scale
 
     return Model(
         init=lambda key, inputs: model.init(key, normalize(inputs)),

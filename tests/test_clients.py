@@ -1,0 +1,169 @@
+"""More parts than devices are clients, of whom some are drawn in every round."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+import ctde_jax as ctde
+from ctde_jax import data, models
+from ctde_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+SIZES = [7, 20, 1, 12, 0, 24]
+LABELS = RNG.integers(0, 3, sum(SIZES), dtype=np.int32)
+INPUTS = RNG.normal(size=(sum(SIZES), 4)).astype(np.float32)
+SPLIT = data.Split(INPUTS, LABELS)
+CLIENTS = np.split(RNG.permutation(sum(SIZES)), np.cumsum(SIZES)[:-1])
+CLIENT_EPOCH = 6  # steps in which the largest client is through, four examples at a time
+EVEN = np.split(np.arange(64), 8)
+
+
+def deal(epochs: int = 1, seed: int = 0) -> data.Batches:
+    return data.deal(SPLIT, 2, 8, seed, CLIENTS, inner_steps=epochs * CLIENT_EPOCH)
+
+
+def client_of(rows: np.ndarray) -> int:
+    """The client whose examples, real ones and repetitions alike, these rows are."""
+    (client,) = [i for i, own in enumerate(CLIENTS) if set(np.where(rows < 0, ~rows, rows).flat) <= set(own)]
+    return client
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_client_sees_each_of_its_examples_once_in_each_of_its_epochs(epochs):
+    batches = deal(epochs)
+    for number in range(8):
+        for rows in batches.draw(number).swapaxes(0, 1):
+            own = CLIENTS[client_of(rows)]
+            for an_epoch in rows.reshape(epochs, -1):
+                np.testing.assert_array_equal(np.sort(an_epoch[an_epoch >= 0]), np.sort(own))
+
+
+def test_examples_of_a_client_fill_its_batches_from_the_front():
+    """So a client takes as many steps as it has batches, and rests until the largest is through."""
+    for rows in deal().draw(0).swapaxes(0, 1):
+        assert (np.diff((rows >= 0).ravel().astype(int)) <= 0).all()
+
+
+def test_every_pass_has_an_order_of_its_own():
+    """In another round, in another epoch of the round, and on another client."""
+    batches = data.deal(SPLIT, 2, 16, seed=0, partition=np.split(np.arange(64), 4), inner_steps=4)
+    passes = [rows for number in range(6) for rows in batches.draw(number).swapaxes(0, 1).reshape(4, 16)]
+    assert len({tuple(rows % 16) for rows in passes}) == 24
+
+
+def test_round_that_is_no_whole_epoch_starts_at_the_beginning_of_a_new_one():
+    """Nine steps are an epoch of six and the first half of the next; the next round has nothing to do with that."""
+    nine, twelve = data.deal(SPLIT, 2, 8, 0, CLIENTS, inner_steps=9), deal(epochs=2)
+    for number in range(3):
+        np.testing.assert_array_equal(nine.draw(number), twelve.draw(number)[:9])
+        np.testing.assert_array_equal(nine.steps(number * 9, number * 9 + 9), nine.draw(number))
+
+
+def test_draws_depend_on_the_seed_and_the_round_and_on_nothing_else():
+    batches, again = deal(), deal()
+    backwards = [again.draw(number) for number in reversed(range(6))]
+    np.testing.assert_array_equal(batches.steps(0, 36), np.concatenate(backwards[::-1]))
+    assert any((batches.draw(number) != deal(seed=1).draw(number)).any() for number in range(3))
+
+
+def test_clients_are_drawn_without_replacement_and_equally_often():
+    """Each of 8 clients is among the 2 of a round with probability 1/4, each pair with 1/28: within five deviations."""
+    batches, rounds = data.deal(SPLIT, 2, 16, 0, EVEN), 2000
+    first = batches.steps(0, rounds)[:, :, 0]  # [round, replica]
+    drawn = np.where(first < 0, ~first, first) // 8
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+
+    together = np.zeros((8, 8))
+    np.add.at(together, (drawn[:, 0], drawn[:, 1]), 1)
+    pairs = (together + together.T)[np.triu_indices(8, 1)]
+    for counts, probability in [(np.bincount(drawn.ravel()), 1 / 4), (pairs, 1 / 28)]:
+        deviation = np.sqrt(rounds * probability * (1 - probability))
+        assert abs(counts - rounds * probability).max() < 5 * deviation
+
+
+def test_client_without_examples_is_never_drawn():
+    batches = deal()
+    assert {client_of(rows) for number in range(50) for rows in batches.draw(number).swapaxes(0, 1)} == {0, 1, 2, 3, 5}
+
+
+def test_every_example_is_seen_once_an_epoch_on_average():
+    """Eight clients on two devices: four rounds of one client's epoch, or as many steps of any other round."""
+    batches = data.deal(SPLIT, 2, 8, 0, EVEN, inner_steps=2)
+    assert batches.steps_per_epoch == 8
+    epochs = 500
+    counts = sum(np.bincount(rows[rows >= 0], minlength=64) for rows in batches.steps(0, 8 * epochs))
+    assert counts.mean() == epochs
+    assert abs(counts - epochs).max() < 5 * np.sqrt(4 * epochs * 3 / 16)
+
+
+def test_clients_leave_the_whole_split_on_every_device_and_devices_keep_their_own():
+    assert deal().axis is None
+    assert deal().split is SPLIT
+    assert data.deal(SPLIT, 8, 8, 0, EVEN).axis == 0
+
+
+def softmax_regression(params: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The gradient of the mean loss over these examples, in closed form."""
+    outputs = INPUTS[rows] @ params["kernel"] + params["bias"][None]
+    probabilities = np.exp(outputs) / np.exp(outputs).sum(axis=1, keepdims=True)
+    error = (probabilities - np.eye(3)[LABELS[rows]]) / len(rows)
+    return {"kernel": INPUTS[rows].T @ error, "bias": error.sum(axis=0)}
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_fit_with_clients_is_federated_averaging(epochs):
+    """Against Algorithm 1 of McMahan et al. (2017) as one would write it by hand, in float64."""
+    batches, learning_rate, rounds = deal(epochs, seed=3), 0.3, 7
+    center = {"kernel": np.zeros((4, 3)), "bias": np.zeros(3)}
+    for number in range(rounds):
+        returned, sizes = [], []
+        for rows in batches.draw(number).swapaxes(0, 1):
+            own = center
+            for step in rows:
+                if (step >= 0).any():
+                    grads = softmax_regression(own, step[step >= 0])
+                    own = {name: own[name] - learning_rate * grads[name] for name in own}
+            returned.append(own)
+            sizes.append(len(CLIENTS[client_of(rows)]))
+        center = {name: np.average([own[name] for own in returned], axis=0, weights=sizes) for name in center}
+
+    def apply(params, model_state, inputs, key):
+        return inputs @ params["kernel"] + params["bias"][None], model_state
+
+    trained = ctde.fit(
+        models.Model(lambda key, inputs: ({"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}, {}), apply),
+        data.from_arrays(INPUTS, LABELS, INPUTS[:8], LABELS[:8]),
+        optax.sgd(learning_rate),
+        ctde.Strategy(inner_steps=epochs * CLIENT_EPOCH),
+        batch_size=8,
+        steps=rounds * epochs * CLIENT_EPOCH,
+        partition=CLIENTS,
+        devices=jax.devices()[:2],
+        seed=3,
+        show=False,
+    )
+    for name, wanted in center.items():
+        np.testing.assert_allclose(trained.params[name], wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("clients", "sentence"),
+    [
+        (np.split(np.arange(64), 2), "must have a part for each of the 4 devices, or more, .* got 2"),
+        ([*np.split(np.arange(64), 2), *[np.arange(0)] * 4], "must have examples in at least 4 parts, .* got 2"),
+        (
+            [*EVEN[:-1], np.arange(48, 64)],
+            "must give each of the 64 training examples to exactly one part, got 8",
+        ),
+    ],
+)
+def test_partition_that_does_not_fit_is_refused_in_a_sentence(clients, sentence):
+    with pytest.raises(InputError, match=f"partition {sentence}"):
+        data.deal(SPLIT, 4, 8, 0, clients)
+
+
+def test_round_without_steps_is_refused():
+    with pytest.raises(InputError, match="inner_steps must be at least 1, got 0"):
+        data.deal(SPLIT, 2, 8, 0, CLIENTS, inner_steps=0)

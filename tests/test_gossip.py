@@ -1,0 +1,88 @@
+"""Replicas without a center: the mean stays, the spread shrinks by what the graph is known for."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+from ctde_jax import replica
+from ctde_jax.aggregate import gossip
+from ctde_jax.aggregate.gossip import tournament
+
+
+def mix(reduce: optax.GradientTransformation, params: jax.Array, rounds: int) -> np.ndarray:
+    """Parameters `[round, replica, size]` of replicas that do nothing but mix."""
+
+    def on_replica(params):
+        def one(carry, key):
+            params, state = carry
+            outer_grads, state = reduce.update(jnp.zeros_like(params), state, params, key=key)
+            params = params - outer_grads
+            return (params, state), params
+
+        keys = jax.random.split(jax.random.key(5), rounds)
+        return jax.lax.scan(one, (params, reduce.init(params)), keys)[1]
+
+    return np.asarray(jax.jit(jax.vmap(on_replica, axis_name=replica.AXIS, out_axes=1))(params))
+
+
+@pytest.mark.parametrize("graph", ["ring", "exponential", "pairs"])
+@pytest.mark.parametrize("replicas", [2, 3, 4, 7, 8])
+def test_mean_stays(graph, replicas, key):
+    params = jax.random.normal(key, (replicas, 5))
+    for mixed in mix(gossip(graph), params, 6):
+        np.testing.assert_allclose(mixed.mean(axis=0), params.mean(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("replicas", [3, 5, 8])
+def test_spread_in_a_ring_shrinks_by_the_second_eigenvalue(replicas):
+    """The slowest wave around the ring is an eigenvector, so it shrinks by exactly that factor."""
+    wave = jnp.cos(2 * jnp.pi * jnp.arange(replicas) / replicas)[:, None]
+    rate = (1 + 2 * np.cos(2 * np.pi / replicas)) / 3
+    after = mix(gossip("ring"), wave, 4)
+    for number, mixed in enumerate(after, start=1):
+        np.testing.assert_allclose(mixed, rate**number * wave, atol=1e-6)
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_exponential_graph_agrees_exactly_after_log2_rounds(replicas, key):
+    params = jax.random.normal(key, (replicas, 5))
+    rounds = replicas.bit_length() - 1
+    after = mix(gossip("exponential"), params, rounds)
+    np.testing.assert_allclose(after[-1], np.tile(params.mean(axis=0), (replicas, 1)), atol=1e-6)
+    if rounds > 1:
+        assert np.ptp(after[-2], axis=0).min() > 1e-3
+
+
+def test_random_pairs_shrink_the_squared_spread_as_expected(key):
+    """In expectation by (1 - 1 / (R - 1)) / 2 in every round."""
+    replicas, size = 8, 20_000
+    params = jax.random.normal(key, (replicas, size))
+    spread = [
+        np.var(params, axis=0).mean(),
+        *(np.var(mixed, axis=0).mean() for mixed in mix(gossip("pairs"), params, 2)),
+    ]
+    np.testing.assert_allclose(spread[1] / spread[0], (1 - 1 / 7) / 2, rtol=0.02)
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 6, 9])
+def test_everybody_meets_everybody_once(replicas):
+    rounds = np.array(tournament(replicas))
+    own = np.arange(replicas)
+    for partners in rounds:
+        np.testing.assert_array_equal(partners[partners], own)
+    met = [set(rounds[:, i]) - {i} for i in own]
+    assert met == [set(own) - {i} for i in own]
+
+
+def test_local_steps_are_mixed_with_the_parameters(key):
+    """With d the outer gradients, a replica ends at the mix of everybody's `params - d`."""
+    params, steps = jax.random.normal(key, (2, 4, 3))
+    reduce = gossip("exponential")
+
+    def on_replica(step, params):
+        return params - reduce.update(step, reduce.init(params), params, key=key)[0]
+
+    moved = np.asarray(jax.vmap(on_replica, axis_name=replica.AXIS)(steps, params))
+    np.testing.assert_allclose(moved, (params - steps + jnp.roll(params - steps, -1, axis=0)) / 2, atol=1e-6)

@@ -1,0 +1,61 @@
+"""Fragments in turn, one round late."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+from ctde_jax import replica
+from ctde_jax.aggregate import streaming
+
+REPLICAS, SIZE, FRAGMENTS = 3, 10, 4
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_streaming_is_the_loop_that_the_paper_describes(mix, key):
+    """Against numpy: fragments, late answers, outer steps with momentum, and mixing, over three turns."""
+    outer = optax.sgd(0.7, momentum=0.9)
+    reduce = streaming(FRAGMENTS, outer=outer, mix=mix)
+    rounds = 3 * FRAGMENTS
+    steps = jax.random.normal(key, (REPLICAS, rounds, SIZE))
+    start = jnp.arange(1.0, SIZE + 1)
+
+    def on_replica(params, state, step):
+        outer_grads, state = reduce.update({"p": step}, state, {"p": params}, weight=1.0, key=key)
+        return params - outer_grads["p"], state
+
+    own_round = jax.jit(jax.vmap(on_replica, axis_name=replica.AXIS))
+    params = jnp.stack([start] * REPLICAS)
+    state = jax.vmap(reduce.init, axis_name=replica.AXIS)({"p": params})
+
+    padded = np.zeros((FRAGMENTS, 3), np.float32)
+    padded.ravel()[:SIZE] = start
+    own, center, momentum = np.stack([padded] * REPLICAS), padded.copy(), np.zeros_like(padded)
+    message = None
+    for number in range(rounds):
+        own.reshape(REPLICAS, -1)[:, :SIZE] -= steps[:, number]
+        if message is not None:
+            late = (number - 1) % FRAGMENTS
+            momentum[late] = 0.9 * momentum[late] + message.mean(axis=0)
+            center[late] -= 0.7 * momentum[late]
+            own[:, late] = mix * own[:, late] + (1 - mix) * center[late]
+        message = center[number % FRAGMENTS] - own[:, number % FRAGMENTS]
+        params, state = own_round(params, state, steps[:, number])
+        np.testing.assert_allclose(params, own.reshape(REPLICAS, -1)[:, :SIZE], atol=1e-4)
+        for replicas_center in state.center:
+            np.testing.assert_array_equal(replicas_center, state.center[0])  # the same bits everywhere
+            np.testing.assert_allclose(replicas_center, center, atol=1e-4)
+
+
+def test_message_does_not_wait_for_the_local_steps(key):
+    """What is reduced in a round depends on nothing of that round, so it may travel meanwhile."""
+    reduce = streaming(2)
+    params = jnp.ones(6)
+
+    def agreed(step, state):
+        return reduce.update(step, state, params, weight=1.0, key=key)[1].center
+
+    state = jax.vmap(reduce.init, axis_name=replica.AXIS)(jnp.ones((2, 6)))
+    slope = jax.jacobian(jax.vmap(agreed, axis_name=replica.AXIS))(jnp.ones((2, 6)), state)
+    assert not slope.any()

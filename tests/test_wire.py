@@ -1,0 +1,393 @@
+"""Bytes are counted from programs written by hand, from programs compiled here, and against real sockets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import indent
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import ALL_DEVICES
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax import Strategy, collectives, data, hlo, models, replica, targets, wire
+from ctde_jax.errors import InputError
+from ctde_jax.replica import AXIS
+from ctde_jax.tasks import classification
+
+REPLICAS = 4
+DEVICES = ALL_DEVICES[:REPLICAS]
+GROUPS = "replica_groups={{0,1,2,3}}"
+
+SUM = """
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+"""
+
+
+def module(body: str, devices: int = REPLICAS, before: str = "") -> str:
+    """A program whose entry has `%x = f32[100]`, `%u = u8[80]` and these lines."""
+    return f"""HloModule by_hand, is_scheduled=true, num_partitions={devices}
+{SUM}{before}
+ENTRY %main (x: f32[100], u: u8[80]) -> f32[] {{
+  %x = f32[100]{{0}} parameter(0), metadata={{op_name="x (one), replica_groups=no"}}
+  %u = u8[80]{{0:T(1024)(128)(4,1)S(1)}} parameter(1)
+{indent(body, "  ")}
+  ROOT %result = f32[] constant(0)
+}}
+"""
+
+
+def computation(name: str, body: str) -> str:
+    """A computation with `%p.NAME = f32[100]` and this line, which defines `%r.NAME`."""
+    return f"""
+%{name} (p: f32[100]) -> f32[100] {{
+  %p.{name} = f32[100]{{0}} parameter(0)
+  {body}
+  ROOT %out.{name} = f32[100]{{0}} copy(%p.{name})
+}}
+"""
+
+
+def reduce_in(name: str, group: str = GROUPS) -> str:
+    return computation(name, f"%r.{name} = f32[100]{{0}} all-reduce(%p.{name}), {group}, to_apply=%sum")
+
+
+LINES = {
+    "all-reduce": (f"%r = f32[100]{{0}} all-reduce(%x), channel_id=1, {GROUPS}, to_apply=%sum", 400, 600),
+    "reduce-scatter": (f"%r = f32[25]{{0}} reduce-scatter(%x), {GROUPS}, dimensions={{0}}, to_apply=%sum", 400, 300),
+    "all-gather": (f"%r = u8[320]{{0}} all-gather(%u), {GROUPS}, dimensions={{0}}", 80, 240),
+    "all-to-all": (f"%r = u8[80]{{0}} all-to-all(%u), {GROUPS}, dimensions={{0}}", 80, 60),
+    "collective-permute": ("%r = f32[100]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 400, 400),
+}
+
+
+@pytest.mark.parametrize("op", LINES)
+def test_each_collective_sends_what_its_formula_says(op: str):
+    line, payload, sent = LINES[op]
+
+    (one,) = collectives.read(module(line))
+
+    assert (one.op, one.payload, one.sent, one.times, one.certain) == (op, payload, sent, 1, True)
+
+
+def test_group_of_one_and_permutation_onto_itself_send_nothing():
+    alone = "%r = f32[100]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3}}, to_apply=%sum"
+    itself = "%s = f32[100]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}"
+
+    assert collectives.read(module(f"{alone}\n{itself}")) == []
+
+
+def test_asynchronous_collective_is_counted_where_it_starts():
+    lines = f"""
+  %start = (f32[100]{{0}}, f32[400]{{0}}) all-gather-start(%x), {GROUPS}, dimensions={{0}}
+  %done = f32[400]{{0}} all-gather-done(%start)
+  %shift = (f32[100]{{0}}, f32[100]{{0}}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{{{0,1}}}}
+  %shifted = f32[100]{{0}} collective-permute-done(%shift)
+  %wrapped = ((f32[100]{{0}}), f32[100]{{0}}, s32[]) async-start(%x), calls=%wrap
+  %waiting = ((f32[100]{{0}}), f32[100]{{0}}, s32[]) async-update(%wrapped), calls=%wrap
+  %unwrapped = f32[100]{{0}} async-done(%waiting), calls=%wrap"""
+
+    found = collectives.read(module(lines, before=reduce_in("wrap")))
+
+    assert [(one.op, one.sent) for one in found] == [
+        ("all-gather", 1200),
+        ("collective-permute", 400),
+        ("all-reduce", 600),
+    ]
+
+
+def test_merged_collective_counts_all_its_operands():
+    line = f"%r = (f32[100]{{0}}, /*index=1*/u8[80]{{0}}) all-reduce(%x, /*index=1*/%u), {GROUPS}, to_apply=%sum"
+
+    (one,) = collectives.read(module(line))
+
+    assert (one.dtypes, one.payload) == (("f32", "u8"), 480)
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "crossing"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4, 0),
+        ("[2,4]<=[8]", 4, 0),
+        ("[4,2]<=[2,4]T(1,0)", 2, 1),  # {0,4}, {1,5}, {2,6}, {3,7}
+        ("[1,8]<=[8]", 8, 2 / 8),  # the ring leaves the first host once, and the second once
+        ("{}", 8, 2 / 8),
+        ("{{0,4,1,5},{2,6,3,7}}", 4, 1),
+    ],
+)
+def test_groups_say_what_leaves_a_host(groups: str, size: int, crossing: float):
+    line = f"%r = f32[100]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%sum"
+
+    (one,) = collectives.read(module(line, devices=8), hosts=[0] * 4 + [1] * 4)
+
+    assert one.group_size == size
+    assert one.sent == pytest.approx(2 * (size - 1) / size * 400)
+    assert (one.total, one.across) == pytest.approx((8 * one.sent, crossing * 8 * one.sent))
+
+
+def test_all_to_all_crosses_hosts_by_pairs():
+    (one,) = collectives.read(module(LINES["all-to-all"][0]), hosts=[0, 0, 1, 1])
+
+    assert one.across / one.total == pytest.approx(2 / 3)  # of three others, two are on the other host
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("s4[9]{0:E(4)}", 5),
+        ("s4[9]{0}", 9),
+        ("bf16[3,5]{1,0:T(8,128)(2,1)}", 30),
+        ("pred[7]{0}", 7),
+        ("f8e4m3fn[6]", 6),
+        ("c64[]", 8),
+        ("f32[0,3]{1,0}", 0),
+        ("(f32[2]{0}, (u8[3]{0}, token[]))", 11),
+    ],
+)
+def test_shapes_have_the_bytes_of_their_elements(shape: str, size: int):
+    assert hlo.count_bytes(shape) == size
+
+
+def loop(name: str, around: str, turns: int | None) -> str:
+    """The line that turns the computations of `counted`; without `turns` only they say how often."""
+    known = "" if turns is None else f', backend_config={{"known_trip_count":{{"n":"{turns}"}}}}'
+    return f"%loop.{name} = (s32[], f32[100]{{0}}) while(%{around}), condition=%test.{name}, body=%body.{name}{known}"
+
+
+def counted(name: str, inside: str, step: int, limit: str = "constant(17)") -> str:
+    """A loop's computations, which count the state's first element up by `step` to 17."""
+    return f"""
+%body.{name} (s: (s32[], f32[100])) -> (s32[], f32[100]) {{
+  %s = (s32[]{{:T(128)}}, f32[100]{{0}}) parameter(0)
+  %i = s32[]{{:T(128)}} get-tuple-element(%s), index=0
+  %y = f32[100]{{0}} get-tuple-element(%s), index=1
+  %by = s32[]{{:T(128)}} constant({step})
+  %next = s32[]{{:T(128)}} add(%i, %by)
+  {inside}
+  ROOT %t = (s32[], f32[100]{{0}}) tuple(%next, %y)
+}}
+
+%test.{name} (s: (s32[], f32[100])) -> pred[] {{
+  %s = (s32[], f32[100]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %limit = s32[] {limit}
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}}
+"""
+
+
+def start_at(first: str) -> str:
+    return f"%first = s32[] {first}\n  %t = (s32[], f32[100]{{0}}) tuple(%first, %x)\n"
+
+
+REDUCE_Y = f"%r = f32[100]{{0}} all-reduce(%y), {GROUPS}, to_apply=%sum"
+
+
+def test_nested_loops_multiply():
+    inner = "%t2 = (s32[], f32[100]{0}) tuple(%i, %y)\n  " + loop("in", "t2", 5)
+    computations = counted("in", REDUCE_Y, 1) + counted("out", inner, 1)
+
+    (one,) = collectives.read(module(start_at("constant(0)") + loop("out", "t", 3), before=computations))
+
+    assert (one.loops, one.times) == ((3, 5), 15)
+
+
+@pytest.mark.parametrize(("first", "step", "turns"), [(0, 1, 17), (3, 1, 14), (0, 4, 5), (17, 1, 0)])
+def test_counting_loop_is_read_where_the_backend_does_not_say(first: int, step: int, turns: int):
+    program = module(start_at(f"constant({first})") + loop("it", "t", None), before=counted("it", REDUCE_Y, step))
+
+    assert sum(one.times for one in collectives.read(program)) == turns
+
+
+@pytest.mark.parametrize(
+    ("first", "limit"), [("constant(0)", "custom-call()"), ("custom-call()", "constant(17)")], ids=["limit", "start"]
+)
+def test_loop_of_unknown_length_is_an_error_only_with_collectives_in_it(first: str, limit: str):
+    def program(inside: str) -> str:
+        return module(start_at(first) + loop("it", "t", None), before=counted("it", inside, 1, limit))
+
+    assert collectives.read(program("")) == []
+    with pytest.raises(InputError, match=r"%loop.it turns until a condition holds; use lax.scan"):
+        collectives.read(program(REDUCE_Y))
+
+
+CONDITIONAL = "%c = f32[100]{0} conditional(%x, %x, %x), "
+
+
+def test_conditional_counts_its_largest_branch():
+    before = reduce_in("large") + reduce_in("small", "replica_groups={{0,1},{2,3}}") + computation("none", "")
+    line = CONDITIONAL + "branch_computations={%small, %large, %none}"
+
+    traffic = wire.measure(module(line, before=before), rounds=1, inner_steps=0)
+
+    assert (traffic.sent, traffic.certain) == (600, False)
+    assert "at most" in wire.summary(traffic, 100, REPLICAS)
+
+
+def test_conditional_with_equal_branches_is_certain():
+    line = CONDITIONAL + "true_computation=%one, false_computation=%other"
+
+    traffic = wire.measure(module(line, before=reduce_in("one") + reduce_in("other")), rounds=1, inner_steps=0)
+
+    assert (traffic.sent, traffic.certain) == (600, True)
+
+
+def test_fusions_and_calls_are_followed():
+    lines = "%f = f32[100]{0} fusion(%x), kind=kCustom, calls=%one, control-predecessors={%x}\n"
+    lines += "%g = f32[100]{0} call(%x), to_apply=%other"
+
+    assert len(collectives.read(module(lines, before=reduce_in("one") + reduce_in("other")))) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            "%r = f32[100]{0} ragged-all-to-all(%x, %x)",
+            "hlo_text must send what can be counted .* ragged-all-to-all %r",
+        ),
+        ("%r = (f32[100]{0}, token[]) send(%x)", "hlo_text must send what can be counted"),
+    ],
+)
+def test_uncountable_collective_is_an_error(line: str, sentence: str):
+    with pytest.raises(InputError, match=sentence):
+        collectives.read(module(line))
+
+
+def test_message_to_the_host_is_none_on_the_wire():
+    assert collectives.read(module("%r = (f32[100]{0}, token[]) send(%x), is_host_transfer=true")) == []
+
+
+def test_text_that_is_no_program_is_an_error():
+    with pytest.raises(InputError, match="hlo_text must be one HLO module, got a text with 0 ENTRY"):
+        collectives.read("nothing")
+    with pytest.raises(InputError, match="hosts must name the host of each of 4 devices, got 2"):
+        collectives.read(module(""), hosts=[0, 1])
+
+
+def next_one(x: jax.Array) -> jax.Array:
+    return lax.ppermute(x, AXIS, [(i, (i + 1) % REPLICAS) for i in range(REPLICAS)])
+
+
+COMPILED = {
+    "psum": (lambda x: lax.psum(x, AXIS), jnp.float32, 6),
+    "psum_scatter": (lambda x: lax.psum_scatter(x, AXIS, tiled=True), jnp.float32, 3),
+    "all_gather": (lambda x: lax.all_gather(x, AXIS), jnp.uint8, 3),
+    "all_to_all": (lambda x: lax.all_to_all(x, AXIS, 0, 0, tiled=True), jnp.uint8, 0.75),
+    "ppermute in a scan of 5": (
+        lambda x: lax.scan(lambda x, _: (next_one(x) + 1, None), x, None, 5)[0],
+        jnp.float32,
+        20,
+    ),
+    "psum of bfloat16 is widened": (lambda x: lax.psum(x, AXIS), jnp.bfloat16, 6),
+    "psum in pairs": (lambda x: lax.psum(x, AXIS, axis_index_groups=[[0, 2], [1, 3]]), jnp.float32, 4),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_program_sends_exactly(name: str):
+    """Bytes that leave each of four devices, for each element."""
+    function, dtype, bytes_an_element = COMPILED[name]
+    program = replica.parallel(function, DEVICES, in_axes=(0,), out_axes=0)
+
+    text = program.lower(jax.ShapeDtypeStruct((REPLICAS, 4096), dtype)).compile().as_text() or ""
+
+    assert wire.measure(text, rounds=1, inner_steps=0).sent == bytes_an_element * 4096
+
+
+STRATEGIES = {
+    "synchronous": Strategy(),
+    "local": Strategy(inner_steps=3),
+    "diloco": Strategy(inner_steps=3, outer=optax.sgd(0.7, momentum=0.9, nesterov=True)),
+}
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_mean_sends_the_parameters_its_weight_and_the_metrics(name: str, rounds: int, digits):
+    """Metrics are loss, accuracy and number of examples of each step."""
+    strategy = STRATEGIES[name]
+    steps = max(1, strategy.inner_steps)
+
+    traffic = compiled(strategy, rounds, digits)
+
+    numbers = PARAMS + 1 + 3 * steps
+    assert traffic.sent == traffic.peak == 2 * 3 / 4 * 4 * numbers
+    assert traffic.sent_a_step == traffic.sent / steps
+    assert (traffic.total, traffic.across, traffic.within) == (4 * traffic.sent, 0, 4 * traffic.sent)
+    assert traffic.launches == 1
+    assert traffic.certain
+    assert wire.in_local_steps(traffic) == []
+
+
+def test_collective_in_the_local_steps_is_found(digits):
+    """A loss that asks the others is the mistake that the check is there for."""
+    chatty = models.Model(MODEL.init, lambda params, *rest: MODEL.apply(lax.pmean(params, AXIS), *rest))
+
+    traffic = compiled(STRATEGIES["local"], 5, digits, model=chatty)
+
+    assert {one.loops for one in wire.in_local_steps(traffic)} == {(5, 3)}
+    assert traffic.peak < traffic.sent
+
+
+MODEL = models.mlp([64, 8, 10])
+PARAMS = 64 * 8 + 8 + 8 * 10 + 10
+
+
+def compiled(strategy: Strategy, rounds: int, digits, model: models.Model = MODEL) -> wire.Traffic:
+    batches = data.deal(digits.train, REPLICAS, 16, seed=0)
+    model = models.with_raw_inputs(model, digits.shift, digits.scale)
+    text = targets.compile_rounds(
+        model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES, rounds=rounds, batch_size=16
+    )
+    return wire.measure(text, rounds, strategy.inner_steps)
+
+
+def test_command_prints_the_table(capsys):
+    assert wire.main(["--devices", "4", "--widths", "8", "--sync-every", "3"]) == 0
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{2 * 3 * (PARAMS + 1 + 3 * 3):,}" in shown
+    assert "every 3 steps in 1 launch, 2.95 times fewer bytes" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--target", "tpu"], "error: --target must be such as tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4"),
+        (["--target"], "got none."),
+        (["--target=gpu:b1:2x4"], "got gpu:b1:2x4."),
+        (["--sync-evry", "3"], "error: --sync-evry is no option"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments: list[str], sentence: str, capsys):
+    assert wire.main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_target_without_its_plugin_is_an_error(monkeypatch):
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"target must be one whose plugin is installed \(pip install 'jax\[tpu\]'\)"):
+        targets.devices("tpu:v5e:2x4")
+
+
+def test_sockets_agree():
+    """Three real processes send within 3 % of what the compiled programs say."""
+    names = "all-reduce,all-gather u8,all-to-all u8,collective-permute,diloco"
+    script = Path(__file__).parents[1] / "benchmarks" / "sockets.py"
+    command = [sys.executable, script, "--json", "--processes", "3", "--only", names, "--size", "98304"]
+
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    rows = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert [row["name"] for row in rows] == names.split(",")
+    np.testing.assert_allclose([row["sockets"] for row in rows], [row["wire"] for row in rows], rtol=0.03)
