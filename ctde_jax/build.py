@@ -10,7 +10,7 @@ import optax
 from ctde_jax import aggregate, config, data, models
 from ctde_jax.aggregate import Codec, Combine, Strategy
 from ctde_jax.data import Dataset
-from ctde_jax.errors import InputError, check_known
+from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models import Model
 from ctde_jax.presets import PRESETS
 
@@ -83,6 +83,7 @@ def build_strategy(chosen: config.Aggregation) -> Strategy:
     """
     reduce, outer = _build_reduce(chosen), _build_outer(chosen)
     inner = aggregate.proximal(chosen.proximal) if chosen.proximal else aggregate.UNCHANGED
+    check_at_least(1, fragments=chosen.fragments)
     if chosen.graph != "none":
         for option in ("reduce", "combine", "clip_norm"):
             if getattr(chosen, option) != getattr(_DEFAULT, option):
@@ -100,6 +101,9 @@ _DEFAULT = config.Aggregation()
 
 def _build_reduce(chosen: config.Aggregation) -> optax.GradientTransformation:
     combine = _build_combine(chosen)
+    if chosen.combine != "average" and (chosen.reduce == "power_sgd" or chosen.exchange == "gathered"):
+        how = "--reduce power_sgd" if chosen.reduce == "power_sgd" else "--exchange gathered"
+        raise InputError("combine", f"must be average with {how}, which has no owners, got {chosen.combine}.")
     if chosen.reduce == "power_sgd":
         reduce = aggregate.power_sgd(chosen.rank)
     elif chosen.reduce == "mean" and chosen.combine == "average":

@@ -40,7 +40,7 @@ PRESETS = {
         "fedavg with Adam at the center (Reddi et al., 2021); --outer-learning-rate of 0.001 to 0.1",
     ),
     "slowmo": Preset(
-        {"sync_every": 12, "outer": "momentum", "outer_learning_rate": 1.0, "outer_momentum": 0.7},
+        {"sync_every": 12, "outer": "momentum", "outer_learning_rate": 1.0, "outer_momentum": 0.5},
         "local SGD with slow momentum (Wang et al., 2020); --outer-momentum of 0.4 to 0.8, 12 to 48 steps",
     ),
     "diloco": Preset(

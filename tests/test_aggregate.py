@@ -323,6 +323,10 @@ def test_int8_sends_a_quarter_of_f32():
         (lambda: Strategy(inner=aggregate.proximal(1.0)), "inner needs inner_steps of at least 1, got 0"),
         (lambda: Strategy(synchronous_steps=8), "synchronous_steps needs inner_steps of at least 1, got 0"),
         (lambda: Strategy(diverges=True), "diverges needs inner_steps of at least 1, got 0"),
+        (
+            lambda: Strategy(inner_steps=16, synchronous_steps=40),
+            "synchronous_steps must be a multiple of the 16 inner steps of a round, got 40",
+        ),
         (lambda: quantize(3), "bits must be 8, 4 or 2, got 3"),
         (lambda: quantize(4, "cubic"), "levels must be one of linear, statistical, got 'cubic'"),
         (lambda: quantize(4, block=12), "block must be a multiple of 8, got 12"),

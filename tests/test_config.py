@@ -45,9 +45,34 @@ def test_saved_paths_hold_from_any_folder(tmp_path, monkeypatch):
     assert config.parse(["--config", "config.json"]).data.data_file == tmp_path / "mine.csv"
 
 
+def test_preset_gives_defaults_that_the_command_line_replaces():
+    chosen = config.parse(["--strategy", "diloco", "--sync-every", "64", "--reduce", "int4", "--error-feedback"])
+    agreed = chosen.aggregation
+    assert (agreed.strategy, agreed.sync_every, agreed.reduce, agreed.error_feedback) == ("diloco", 64, "int4", True)
+    assert (agreed.outer, agreed.outer_learning_rate, agreed.outer_momentum) == ("nesterov", 0.7, 0.9)
+    assert config.parse(["--outer-momentum", "0.5", "--strategy", "diloco"]).aggregation.outer_momentum == 0.5
+    assert config.parse(["--strategy", "mu-loco"]).optimization.optimizer == "muon"
+    assert config.parse(["--strategy", "mu-loco", "--optimizer", "adamw"]).optimization.optimizer == "adamw"
+    assert not config.parse(["--strategy", "sparse-loco", "--no-error-feedback"]).aggregation.error_feedback
+
+
+def test_preset_replaces_a_saved_way_to_agree(tmp_path):
+    saved = config.parse(["--strategy", "sparse-loco", "--devices", "2", "--batch-size", "32"])
+    config.save(saved, tmp_path / "config.json")
+    path = ["--config", str(tmp_path / "config.json")]
+    assert config.parse(path).aggregation == saved.aggregation
+    again = config.parse([*path, "--strategy", "local-sgd"])
+    assert again.aggregation == config.parse(["--strategy", "local-sgd", "--devices", "2"]).aggregation
+    assert again.optimization.batch_size == 32
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--strategy", "dilco"], "got 'dilco'; did you mean 'diloco'?"),
+        (["--error-feedback", "yes"], "--error-feedback takes no value, got yes."),
+        (["--no-error-feedbak"], "--no-error-feedbak is no option; did you mean '--no-error-feedback'?"),
+        (["--clip-norm", "one"], "--clip-norm must be a number, got 'one'."),
         (["--batchsize", "8"], "--batchsize is no option; did you mean '--batch-size'? --help lists them all."),
         (["--dataset", "mnits"], "--dataset must be one of digits, mnist, fashion_mnist, npz, csv, got 'mnits'; did"),
         (["--optimizer=adm"], "did you mean 'adam'?"),
@@ -91,4 +116,5 @@ def test_broken_saved_configuration_is_refused_in_a_sentence(tmp_path, saved, se
 def test_argument_of_the_library_is_named_as_the_option_that_sets_it():
     assert config.flag("batch_size") == "--batch-size"
     assert config.flag("inner_steps") == "--sync-every"
+    assert config.flag("k") == "--keep"
     assert config.flag("x_train") == "x_train"

@@ -30,7 +30,7 @@ def test_optimizer_goes_downhill(name):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("adm", 0.1), "optimizer must be one of sgd, momentum, adam, adamw, got 'adm'; did you mean 'adam'"),
+        (("adm", 0.1), "optimizer must be one of sgd, momentum, adam, adamw, muon, got 'adm'; did you mean 'adam'"),
         (("sgd", 0.1, "cosin"), "did you mean 'cosine'"),
         (("sgd", 0.0), "learning_rate must be greater than 0 and finite, got 0.0"),
         (("sgd", float("nan")), "learning_rate must be greater than 0 and finite, got nan"),

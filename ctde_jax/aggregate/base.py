@@ -43,7 +43,8 @@ class Strategy:
     """
 
     synchronous_steps: int = 0
-    """Steps at the start of a run at which the gradients are averaged, before this strategy begins."""
+    """Steps at the start of a run at which the gradients are averaged, before this strategy's rounds begin; whole
+    rounds of them."""
 
     diverges: bool = False
     """Whether every replica keeps parameters of its own; what is evaluated and returned is their mean."""
@@ -55,6 +56,9 @@ class Strategy:
             self._needs_inner_steps("inner", self.inner is not UNCHANGED, "where no step is a replica's own")
             self._needs_inner_steps("synchronous_steps", self.synchronous_steps > 0, "where every step is synchronous")
             self._needs_inner_steps("diverges", self.diverges, "where no step is a replica's own")
+        elif self.synchronous_steps % self.inner_steps:
+            rule = f"must be a multiple of the {self.inner_steps} inner steps of a round"
+            raise InputError("synchronous_steps", f"{rule}, got {self.synchronous_steps}.")
 
     def local(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """Returns the optimizer of a replica's steps: `inner`, and then the run's."""

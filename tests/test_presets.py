@@ -1,0 +1,71 @@
+"""Every published method can be had by its name, says whose it is, and trains."""
+
+import re
+
+import optax
+import optax.contrib
+import pytest
+
+import ctde_jax as ctde
+from ctde_jax import config, presets
+from ctde_jax.errors import InputError
+
+MODEL = ctde.models.mlp([64, 32, 10])
+OF_ITS_OWN_NAME = {"ddp", "gossip"}
+
+
+def test_the_methods_are_those_of_the_literature():
+    assert list(presets.PRESETS) == [
+        *("ddp", "local-sgd", "post-local-sgd", "fedavg", "fedprox", "fedadam", "slowmo", "diloco"),
+        *("streaming-diloco", "mu-loco", "sparse-loco", "iso-loco", "gossip", "no-loco"),
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in presets.PRESETS if name != "ddp"])
+def test_help_names_the_paper_of_every_method(name, capsys):
+    with pytest.raises(SystemExit):
+        config.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert re.search(rf"{name}: [^;]+\((after )?[A-Z]\w+ (et al\.|and \w+)?,? ?\d{{4}}\)", text)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_method_learns_the_digits(name, digits):
+    """Four devices, five epochs; a guess would be right once in ten times."""
+    inner = optax.contrib.muon(0.02) if "optimizer" in presets.PRESETS[name].options else optax.adam(0.01)
+    strategy = ctde.strategy(
+        name, sync_every=0 if name == "ddp" else 4, synchronous_steps=8 * (name == "post-local-sgd")
+    )
+    devices = ctde.devices.start(4)
+    trained = ctde.fit(MODEL, digits, inner, strategy, devices=devices, batch_size=64, epochs=5, show=False)
+    assert trained.history[-1]["accuracy"] > 0.9
+
+
+def test_command_line_and_python_mean_the_same():
+    arguments = ["--strategy", "fedadam", "--sync-every", "7"]
+    by_command = ctde.build.build_strategy(config.parse(arguments).aggregation)
+    by_name = ctde.strategy("fedadam", sync_every=7)
+    params = {"w": optax.tree.zeros_like([1.0])}
+    assert (by_command.inner_steps, by_command.diverges) == (by_name.inner_steps, by_name.diverges) == (7, False)
+    assert by_command.outer.init(params) == by_name.outer.init(params)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: ctde.strategy("dilco"), "strategy must be one of .* got 'dilco'; did you mean 'diloco'"),
+        (lambda: ctde.strategy("diloco", inner_steps=4), "strategy's option must be one of .* got 'inner_steps'"),
+        (lambda: ctde.strategy("ddp", outer="nesterov"), "outer needs inner_steps of at least 1, got 0"),
+        (lambda: ctde.strategy("gossip", reduce="int4"), "reduce must be left out with --graph ring"),
+        (lambda: ctde.strategy("gossip", combine="median"), "combine must be left out with --graph ring"),
+        (lambda: ctde.strategy("ddp", reduce="top_k", keep=5000), "k must be from 1 to the 4096 numbers of a chunk"),
+        (lambda: ctde.strategy("ddp", reduce="power_sgd", rank=0), "rank must be at least 1, got 0"),
+        (lambda: ctde.strategy("ddp", reduce="power_sgd", combine="median"), "combine must be average"),
+        (lambda: ctde.strategy("ddp", reduce="int4", exchange="gathered", combine="krum"), "combine must be average"),
+        (lambda: ctde.strategy("ddp", combine="trimmed_mean", byzantine=-1), "byzantine must be at least 0, got -1"),
+        (lambda: ctde.strategy("local-sgd", fragments=0), "fragments must be at least 1, got 0"),
+    ],
+)
+def test_strategy_that_makes_no_sense_is_refused(make, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make()
