@@ -132,8 +132,8 @@ def fit(
     _check_strategy(model, data, strategy, len(devices))
     run_dir = None if run_dir is None else make_run_folder(Path(run_dir))
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    center = jax.jit(model.init)(init_key, data.train.inputs[:1])
-    train_state = state.place(*center, optimizer, phases[0].strategy, devices)
+    params, model_state = jax.jit(model.init)(init_key, data.train.inputs[:1])
+    train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices)
     place = replica.replicate if batches.axis is None else replica.shard
     examples, key = place(batches.split, devices), replica.replicate(train_key, devices)
     clock.lap("start-up")
@@ -145,13 +145,13 @@ def fit(
         indices = (len(devices), phase.cut.rounds, phase.cut.round_steps, batch_size // len(devices))
         rounds = parallel_rounds(model, task, optimizer, phase.strategy, devices, batches.axis)
         programs.append(rounds.lower(shapes, examples, jax.ShapeDtypeStruct(indices, np.int32), key).compile())
-    evaluate = make_evaluate(model, task, data.test, devices, *replica.replicate(center, devices))
+    evaluate = make_evaluate(model, task, data.test, devices, *replica.replicate((params, model_state), devices))
     hosts = [device.process_index for device in devices]
     traffic = [
         measure(program.as_text(), phase.cut.rounds, phase.strategy.inner_steps, hosts)
         for program, phase in zip(programs, phases, strict=True)
     ]
-    console(quiet=not show).print(f"wire       {summary(traffic[-1], count_params(center[0]), len(devices))}")
+    console(quiet=not show).print(f"wire       {summary(traffic[-1], count_params(params), len(devices))}")
     clock.lap("compile")
 
     meter = _Meter(batches.steps_per_epoch)

@@ -21,7 +21,7 @@ def agree(reduce, rows, key, weights=None):
         return reduce.update(message, reduce.init(message), weight=weight, key=key)[0]
 
     weights = jnp.ones(REPLICAS) if weights is None else weights
-    return jax.vmap(update, axis_name=AXIS, out_axes=None)(rows, weights)
+    return jax.jit(jax.vmap(update, axis_name=AXIS, out_axes=None))(rows, weights)
 
 
 def messages(key: jax.Array) -> dict[str, jax.Array]:

@@ -109,7 +109,7 @@ def test_weights_buy_no_influence(name, key):
         def update(message, weight):
             return reduce.update(message, reduce.init(message), weight=weight, key=key)[0]
 
-        return jax.vmap(update, axis_name=AXIS, out_axes=None)(rows, weights)
+        return jax.jit(jax.vmap(update, axis_name=AXIS, out_axes=None))(rows, weights)
 
     np.testing.assert_array_equal(agreed(jnp.ones(8)), agreed(jnp.full(8, 1.0).at[3].set(1e6)))
     np.testing.assert_allclose(agreed(jnp.ones(8)), RULES[name].reference(np.asarray(rows)), rtol=1e-4, atol=1e-5)

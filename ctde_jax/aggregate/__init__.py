@@ -11,6 +11,7 @@ from ctde_jax.aggregate.power_sgd import power_sgd
 from ctde_jax.aggregate.private import epsilon, private
 from ctde_jax.aggregate.proximal import proximal
 from ctde_jax.aggregate.quantize import quantize, sign
+from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.aggregate.robust import centered_clipping, geometric_median, krum, median, multi_krum, trimmed_mean
 from ctde_jax.aggregate.sparse import random_k, top_k
 from ctde_jax.aggregate.streaming import streaming
@@ -40,6 +41,7 @@ __all__ = [
     "proximal",
     "quantize",
     "random_k",
+    "reducer",
     "sign",
     "streaming",
     "top_k",

@@ -26,12 +26,7 @@ class Strategy:
     """Optimizer steps that a replica takes alone between two aggregations; 0 aggregates every gradient."""
 
     reduce: optax.GradientTransformation = field(default_factory=mean)
-    """Turns a replica's message into the agreed one by collectives over `replica.AXIS`.
-
-    Its `update` is also given `weight`, float32[], the number of examples behind this replica's message, and `key`,
-    equal on all replicas and new in every round. Its `init`, too, runs on every replica. Its state is each replica's
-    own.
-    """
+    """Turns a replica's message into the agreed one; see `reducer.py`."""
 
     outer: optax.GradientTransformation = AVERAGE
     """The center's optimizer, applied to the agreed outer gradient where there are inner steps."""

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.codec import Codec, exact, from_bytes, to_bytes
 from ctde_jax.aggregate.combine import Combine, average
+from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.replica import AXIS, PyTree
 
 
@@ -56,7 +57,7 @@ def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.Gra
         sender = optax.tree.where(jnp.asarray(weight) > 0, sender, state.sender)
         return as_tree(agreed.ravel(), updates), TwoPhaseState(sender, owner, combine_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return reducer(init, update)
 
 
 def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
@@ -82,7 +83,7 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
         agreed, _ = lax.scan(add, jnp.zeros(size), (payloads, shares))
         return as_tree(agreed, updates), optax.tree.where(jnp.asarray(weight) > 0, sender, state)
 
-    return optax.GradientTransformationExtraArgs(lambda params: codec.init((padded_size(params),)), update)
+    return reducer(lambda params: codec.init((padded_size(params),)), update)
 
 
 def as_vector(tree: PyTree, size: int | None = None) -> jax.Array:

@@ -9,6 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import as_tree, as_vector
+from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.errors import InputError, check_known
 from ctde_jax.replica import AXIS, PyTree
 
@@ -59,7 +60,7 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
         agreed = jax.tree.map(lambda m, p: (m + pull * p).astype(m.dtype), mixed, params)
         return agreed, GossipState(state.rounds + 1)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return reducer(init, update)
 
 
 def _ring(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import as_tree, as_vector
+from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.errors import InputError, check_at_least
 from ctde_jax.replica import AXIS, weighted_mean
 
@@ -21,7 +22,7 @@ def mean() -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
         return weighted_mean(updates, weight), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return reducer(lambda params: optax.EmptyState(), update)
 
 
 def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
@@ -58,4 +59,4 @@ def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
 
         return as_tree(vector[:-1] / jnp.where(vector[-1] > 0, vector[-1], 1), updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return reducer(init, update)

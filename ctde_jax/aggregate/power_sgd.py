@@ -9,6 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import as_tree, as_vector
+from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.errors import check_at_least
 from ctde_jax.replica import AXIS
 
@@ -80,7 +81,7 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
         answer = [x.reshape(leaf.shape).astype(leaf.dtype) for x, leaf in zip(answer, leaves, strict=True)]
         return structure.unflatten(answer), PowerSGDState(residual, q)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return reducer(init, update)
 
 
 def _matrix_shape(leaf: jax.Array) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.mean import mean
+from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.errors import InputError, check_at_least
 from ctde_jax.replica import AXIS
 
@@ -57,7 +58,7 @@ def private(
         noisy = [(x.astype(jnp.float32) + z).astype(x.dtype) for x, z in zip(leaves, noise, strict=True)]
         return structure.unflatten(noisy), state
 
-    return optax.GradientTransformationExtraArgs(reduce.init, update)
+    return reducer(reduce.init, update)
 
 
 def epsilon(noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, delta: float = 1e-5) -> float:

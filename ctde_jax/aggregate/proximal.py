@@ -4,6 +4,7 @@ import jax
 import optax
 
 from ctde_jax.errors import InputError
+from ctde_jax.replica import PyTree
 
 
 def proximal(strength: float) -> optax.GradientTransformationExtraArgs:
@@ -18,7 +19,7 @@ def proximal(strength: float) -> optax.GradientTransformationExtraArgs:
     if not strength >= 0:
         raise InputError("strength", f"must be at least 0, got {strength}.")
 
-    def update(updates, state, params=None, *, anchor, **extra_args):
+    def update(updates, state, params=None, *, anchor: PyTree = None, **extra_args):
         return jax.tree.map(lambda g, p, a: g + strength * (p - a), updates, params, anchor), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -76,14 +76,12 @@ def normal_levels(bits: int) -> np.ndarray:
 
     Lloyd's iteration: each border lies midway between two levels, each level is the mean of what lies around it.
     """
-    levels = norm.ppf((np.arange(2**bits) + 0.5) / 2**bits)
-    for _ in range(20_000):
+    levels, moved = norm.ppf((np.arange(2**bits) + 0.5) / 2**bits), np.inf
+    while moved > 1e-7:
         borders = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
         better = -np.diff(norm.pdf(borders)) / np.diff(norm.cdf(borders))
-        if np.abs(better - levels).max() < 1e-7:
-            break
-        levels = better
-    return better.astype(np.float32)
+        levels, moved = better, np.abs(better - levels).max()
+    return levels.astype(np.float32)
 
 
 def _blockwise(

@@ -8,6 +8,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import as_tree, as_vector, two_phase
+from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.errors import InputError, check_at_least
 from ctde_jax.replica import PyTree
 
@@ -50,7 +51,7 @@ def streaming(
     check_at_least(1, fragments=fragments)
     if not 0 <= mix <= 1:
         raise InputError("mix", f"must be from 0 to 1, got {mix}.")
-    reducer = optax.with_extra_args_support(reduce or two_phase())
+    exchange = optax.with_extra_args_support(reduce or two_phase())
     optimizer = outer or optax.sgd(0.7, momentum=0.9, nesterov=True)
 
     def cut(vector: jax.Array) -> jax.Array:
@@ -67,7 +68,7 @@ def streaming(
             center=center,
             message=jnp.zeros_like(center[0]),
             weight=jnp.float32(0),
-            reduce=rows(reducer.init(center[0])),
+            reduce=rows(exchange.init(center[0])),
             outer=rows(optimizer.init(center[0])),
         )
 
@@ -77,7 +78,7 @@ def streaming(
         sent, sending = (state.rounds - 1) % fragments, state.rounds % fragments
 
         at_sent = _row(state.center, sent)
-        agreed, reduce_state = reducer.update(
+        agreed, reduce_state = exchange.update(
             state.message, _row(state.reduce, sent), at_sent, weight=state.weight, key=key
         )
         step, outer_state = optimizer.update(agreed, _row(state.outer, sent), at_sent)
@@ -99,7 +100,7 @@ def streaming(
             weight=jnp.asarray(weight, jnp.float32),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return reducer(init, update)
 
 
 def _row(tree: PyTree, index: jax.Array) -> PyTree:

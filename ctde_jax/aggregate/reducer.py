@@ -1,0 +1,21 @@
+"""A reducer turns every replica's message into the one that all agree on."""
+
+from collections.abc import Callable
+
+import optax
+
+from ctde_jax.replica import PyTree
+
+
+def reducer(
+    init: optax.TransformInitFn, update: Callable[..., tuple[PyTree, PyTree]]
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a reducer, which is an optax transformation whose functions run on every replica and talk over the axis.
+
+    Args:
+        init: `init(params) -> state`; each replica's own.
+        update: `update(message, state, params=None, *, weight, key, **extra_args) -> (agreed, state)`. `weight`,
+            float32[], is the number of examples behind this replica's message; `key` is equal on all replicas and new
+            in every round. What is agreed has the shapes and types of the message.
+    """
+    return optax.GradientTransformationExtraArgs(init, update)
