@@ -26,7 +26,7 @@ from rich.table import Table
 from transformer import mean_cross_entropy, text_windows, transformer
 
 import ctde_jax as ctde
-from ctde_jax.aggregate import Codec, error_feedback, quantize, sign, two_phase
+from ctde_jax.aggregate import Codec, error_feedback, quantize, sign, top_k, two_phase
 from ctde_jax.aggregate import mean as exact_mean
 
 RESULTS = Path(__file__).parent / "results"
@@ -113,34 +113,32 @@ def optimizer(settings: Settings, problem: Problem) -> optax.GradientTransformat
         case "adamw":
             return optax.adamw(learning_rate)
         case "muon":  # scaled to AdamW's root mean square, so that both parts have one rate (Liu et al., 2025)
-            return optax.contrib.muon(
-                learning_rate, consistent_rms=0.2, muon_weight_dimension_numbers=matrices_of_blocks
-            )
+            return optax.contrib.muon(learning_rate, consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
         case unknown:
             raise ValueError(f"optimizer must be adamw or muon, got {unknown!r}.")
 
 
-def matrices_of_blocks(params: ctde.replica.PyTree) -> ctde.replica.PyTree:
-    """Says which parameters Muon moves: matrices between hidden layers. Embeddings and the output are AdamW's."""
+def matrices(params: ctde.replica.PyTree) -> ctde.replica.PyTree:
+    """Says what Muon moves: all matrices but embeddings and the transformer's output, which are AdamW's."""
 
     def dimensions(path: tuple, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        hidden = any(getattr(key, "key", None) == "blocks" for key in path)
-        return optax.contrib.MuonDimensionNumbers() if hidden and x.ndim == 2 else None
+        names = {getattr(key, "key", None) for key in path}
+        if x.ndim == 2 and not names & {"tokens", "places", "out"}:
+            return optax.contrib.MuonDimensionNumbers()
+        return None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-BASELINE = "synchronous"
+BASELINES = ("synchronous, AdamW", "synchronous, Muon")
+"""Those that send float32 gradients at every step; every arm is compared with both."""
+
+TEXT_ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.006, 0.012, 0.024]}
+TEXT_MUON = {"optimizer": ["muon"], "learning_rate": [0.012, 0.024, 0.048]}
+DIGITS_ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.005, 0.01, 0.02]}
+DIGITS_MUON = {"optimizer": ["muon"], "learning_rate": [0.003, 0.006, 0.012]}
 AVERAGED = {"outer_learning_rate": [1.0], "outer_momentum": [0.0]}
-OUTER_MOMENTUM = {"outer_learning_rate": [1.0], "outer_momentum": [0.3, 0.6]}
-ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.006, 0.012, 0.024]}
-MUON = {"optimizer": ["muon"], "learning_rate": [0.015, 0.03]}
-DENSE = {"optimizer": ["adamw"], "learning_rate": [0.002, 0.005, 0.01]}
-
-
-def int2() -> Codec:
-    """Writes two bits for each number, which are the best for normally distributed ones, and keeps what is left."""
-    return error_feedback(quantize(2, "statistical"))
+NESTEROV = {"outer_learning_rate": [1.0], "outer_momentum": [0.3, 0.6]}
 
 
 def int4() -> Codec:
@@ -148,24 +146,49 @@ def int4() -> Codec:
     return error_feedback(quantize(4))
 
 
+def int2() -> Codec:
+    """Writes two bits for each number, for the best levels of normally distributed ones, and keeps what is left."""
+    return error_feedback(quantize(2, "statistical"))
+
+
+def one_bit() -> Codec:
+    """Writes signs, and keeps what is left."""
+    return error_feedback(sign())
+
+
+def sparse() -> Codec:
+    """Writes one number of 32 in two bits, and keeps what is left."""
+    return error_feedback(top_k(32, 1024, quantize(2, "statistical", block=32)))
+
+
 ARMS: dict[str, dict[str, Arm]] = {
     "transformer": {
-        BASELINE: Arm(combinations(**ADAMW) + combinations(**MUON)),
-        "int2": Arm(combinations(**MUON), codec=int2()),
-        "sign": Arm(combinations(**MUON), codec=error_feedback(sign())),
-        "averaging H=15": Arm(combinations(**ADAMW, **AVERAGED), 15),
-        "DiLoCo H=15": Arm(combinations(**ADAMW, **OUTER_MOMENTUM), 15),
-        "DiLoCo H=15 int4": Arm(combinations(**ADAMW, **OUTER_MOMENTUM), 15, int4()),
-        "Muon H=7": Arm(combinations(**MUON, **AVERAGED), 7),
-        "Muon H=7 int2": Arm(combinations(**MUON, **AVERAGED), 7, int2()),
-        "Muon H=15 int4": Arm(combinations(**MUON, **AVERAGED), 15, int4()),
-        "Muon H=30 int2": Arm(combinations(**MUON, **AVERAGED), 30, int2()),
+        "synchronous, AdamW": Arm(combinations(**TEXT_ADAMW)),
+        "synchronous, Muon": Arm(combinations(**TEXT_MUON)),
+        "synchronous, AdamW, int4": Arm(combinations(**TEXT_ADAMW), codec=int4()),
+        "synchronous, AdamW, sign": Arm(combinations(**TEXT_ADAMW), codec=one_bit()),
+        "averaging, AdamW, H=15": Arm(combinations(**TEXT_ADAMW, **AVERAGED), 15),
+        "DiLoCo, AdamW, H=15": Arm(combinations(**TEXT_ADAMW, **NESTEROV), 15),
+        "DiLoCo, AdamW, H=15, int4": Arm(combinations(**TEXT_ADAMW, **NESTEROV), 15, int4()),
+        "averaging, Muon, H=8": Arm(combinations(**TEXT_MUON, **AVERAGED), 8),
+        "averaging, Muon, H=8, int2": Arm(combinations(**TEXT_MUON, **AVERAGED), 8, int2()),
+        "averaging, Muon, H=4, sign": Arm(combinations(**TEXT_MUON, **AVERAGED), 4, one_bit()),
+        "averaging, Muon, H=15, int4": Arm(combinations(**TEXT_MUON, **AVERAGED), 15, int4()),
+        "averaging, Muon, H=8, sparse": Arm(combinations(**TEXT_MUON, **AVERAGED), 8, sparse()),
+        "averaging, Muon, H=30, int2": Arm(combinations(**TEXT_MUON, **AVERAGED), 30, int2()),
+        "averaging, Muon, H=100, sign": Arm(combinations(**TEXT_MUON, **AVERAGED), 100, one_bit()),
+        "averaging, Muon, H=200, sparse": Arm(combinations(**TEXT_MUON, **AVERAGED), 200, sparse()),
     },
     "mnist": {
-        BASELINE: Arm(combinations(**DENSE)),
-        "averaging H=64 int4": Arm(combinations(**DENSE, **AVERAGED), 64, int4()),
-        "averaging H=128 int2": Arm(combinations(**DENSE, **AVERAGED), 128, int2()),
-        "averaging H=1152 int4": Arm(combinations(**DENSE, **AVERAGED), 1152, int4()),
+        "synchronous, AdamW": Arm(combinations(**DIGITS_ADAMW)),
+        "synchronous, Muon": Arm(combinations(**DIGITS_MUON)),
+        "averaging, AdamW, H=64": Arm(combinations(**DIGITS_ADAMW, **AVERAGED), 64),
+        "DiLoCo, AdamW, H=64, int4": Arm(combinations(**DIGITS_ADAMW, **NESTEROV), 64, int4()),
+        "averaging, Muon, H=64, int4": Arm(combinations(**DIGITS_MUON, **AVERAGED), 64, int4()),
+        "averaging, Muon, H=128, int2": Arm(combinations(**DIGITS_MUON, **AVERAGED), 128, int2()),
+        "averaging, Muon, H=288, sparse": Arm(combinations(**DIGITS_MUON, **AVERAGED), 288, sparse()),
+        "averaging, Muon, H=576, sign": Arm(combinations(**DIGITS_MUON, **AVERAGED), 576, one_bit()),
+        "averaging, Muon, H=1152, int2": Arm(combinations(**DIGITS_MUON, **AVERAGED), 1152, int2()),
     },
 }
 
@@ -276,22 +299,26 @@ def ladder(task: str) -> list[Rung]:
 
 
 def table(task: str, rungs: list[Rung]) -> Table:
-    """Shows what every arm has reached, and the bytes beside the synchronous arm's."""
-    measure, synchronous = PROBLEMS[task][1], next(rung for rung in rungs if rung.arm == BASELINE)
-    shown = Table(
-        "arm", measure.name, "spread", "seeds", "than synchronous", "sent", "times fewer", "settings", title=task
-    )
+    """Shows what every arm has reached, beside what the two synchronous ones have."""
+    measure, baselines = PROBLEMS[task][1], [rung for rung in rungs if rung.arm in BASELINES]
+
+    def difference(rung: Rung, baseline: Rung) -> str:
+        value, standard = mean(rung.values), mean(baseline.values)
+        return f"{value / standard - 1:+.2%}" if measure.sign == 1 else f"{100 * (value - standard):+.2f} points"
+
+    shown = Table("arm", f"test {measure.name}", "spread", "seeds", "sent", "times fewer", title=task)
+    for baseline in baselines:
+        shown.add_column(f"to {baseline.arm}")
+    shown.add_column("settings")
     for rung in rungs:
-        value, standard = mean(rung.values), mean(synchronous.values)
-        difference = f"{value / standard - 1:+.2%}" if measure.sign == 1 else f"{100 * (value - standard):+.2f} points"
         shown.add_row(
             rung.arm,
-            f"{value:.4f}",
+            f"{mean(rung.values):.4f}",
             f"{rung.spread:.4f}",
             f"{len(rung.values)}",
-            difference,
-            f"{rung.bytes / 1e6:,.2f} MB",
-            f"{synchronous.bytes / rung.bytes:,.1f}",
+            f"{rung.bytes / 1e6:,.3f} MB",
+            f"{baselines[0].bytes / rung.bytes:,.0f}",
+            *(difference(rung, baseline) for baseline in baselines),
             ", ".join(f"{name} {value}" for name, value in rung.settings.items()),
         )
     return shown
@@ -306,22 +333,26 @@ def markdown(shown: Table) -> str:
 
 def report() -> None:
     """Prints a table of each task, and saves them as Markdown and as a picture of the measure over bytes."""
-    ladders = {task: ladder(task) for task in ARMS if any(rung.arm == BASELINE for rung in ladder(task))}
+    ladders = {task: rungs for task in ARMS if len(rungs := ladder(task)) > 1 and rungs[0].arm in BASELINES}
+    if not ladders:
+        print("nothing to compare yet: a synchronous arm and another one must be finished")
+        return
     tables = {task: table(task, rungs) for task, rungs in ladders.items()}
     for shown in tables.values():
         Console(width=180).print(shown)
     text = [f"## {task}\n\n{markdown(shown)}\n" for task, shown in tables.items()]
     (RESULTS / "communication.md").write_text("\n".join(text))
 
-    figure, panels = pyplot.subplots(1, len(ladders), figsize=(7 * len(ladders), 5), squeeze=False, layout="tight")
+    figure, panels = pyplot.subplots(1, len(ladders), figsize=(7 * len(ladders), 7), squeeze=False, layout="tight")
     for axes, (task, rungs) in zip(panels[0], ladders.items(), strict=True):
+        axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for rung in rungs:
             value = mean(rung.values)
-            axes.errorbar(rung.bytes, value, yerr=rung.spread, fmt="o", capsize=3)
-            axes.annotate(rung.arm, (rung.bytes, value), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        standard = mean(next(rung for rung in rungs if rung.arm == BASELINE).values)
-        axes.axhline(standard, color="gray", linewidth=0.8, linestyle="dotted")
+            axes.errorbar(rung.bytes, value, yerr=rung.spread, fmt="o", capsize=3, label=rung.arm)
+            if rung.arm in BASELINES:
+                axes.axhline(value, color="gray", linewidth=0.8, linestyle="dotted")
         axes.set(xscale="log", title=task, xlabel="bytes that a device sends", ylabel=f"test {PROBLEMS[task][1].name}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8, frameon=False)
     figure.savefig(RESULTS / "communication.png", dpi=120)
 
 

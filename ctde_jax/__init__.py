@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctde_jax import aggregate, build, data, devices, log, models, optimizers, replica, report, tasks, wire
+    from ctde_jax import aggregate, build, data, devices, log, models, optimizers, replica, report, state, tasks, wire
     from ctde_jax.aggregate import Strategy
     from ctde_jax.build import strategy
     from ctde_jax.errors import InputError, NonFiniteLoss
@@ -35,6 +35,7 @@ __all__ = [
     "optimizers",
     "replica",
     "report",
+    "state",
     "strategy",
     "tasks",
     "wire",

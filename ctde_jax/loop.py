@@ -129,7 +129,7 @@ def fit(
     model = with_raw_inputs(model, data.shift, data.scale)
     if task is classification:
         _check_outputs(model, data)
-    _check_strategy(model, data, strategy, len(devices))
+    state.check(model, data.train.inputs[:1], strategy, len(devices))
     run_dir = None if run_dir is None else make_run_folder(Path(run_dir))
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params, model_state = jax.jit(model.init)(init_key, data.train.inputs[:1])
@@ -205,7 +205,7 @@ def _check_types(**arguments: object) -> None:
 def _check_outputs(model: Model, data: Dataset) -> None:
     """Raises InputError for a model that does not give one output for each class."""
     inputs = data.train.inputs[:1]
-    params, model_state = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    params, model_state = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), inputs)
     outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
     if outputs.shape != (1, len(data.classes)):
         raise InputError(
@@ -213,13 +213,6 @@ def _check_outputs(model: Model, data: Dataset) -> None:
             f"must give outputs of the shape [examples, {len(data.classes)}], one for each class, "
             f"got {list(outputs.shape)} for one example.",
         )
-
-
-def _check_strategy(model: Model, data: Dataset, strategy: Strategy, replicas: int) -> None:
-    """Raises InputError for a reducer that these replicas cannot run, before anything is compiled."""
-    params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
-    init = jax.vmap(strategy.reduce.init, in_axes=None, axis_name=AXIS, axis_size=replicas)
-    jax.eval_shape(init, params)
 
 
 class _Cut(NamedTuple):

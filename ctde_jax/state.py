@@ -11,7 +11,8 @@ from jax import numpy as jnp
 
 from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
-from ctde_jax.replica import PyTree
+from ctde_jax.models import Model
+from ctde_jax.replica import AXIS, PyTree
 
 
 class TrainState(NamedTuple):
@@ -30,6 +31,13 @@ def axes(strategy: Strategy) -> TrainState:
     alone = 0 if strategy.inner_steps else None
     astray = 0 if strategy.diverges else None
     return TrainState(step=None, params=astray, model_state=None, opt_state=alone, reduce_state=0, outer_state=astray)
+
+
+def check(model: Model, inputs: jax.typing.ArrayLike, strategy: Strategy, replicas: int) -> None:
+    """Raises InputError for a strategy that cannot run on so many replicas, before anything is compiled."""
+    params, _ = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), inputs)
+    on_replicas = jax.vmap(strategy.reduce.init, in_axes=None, axis_name=AXIS, axis_size=replicas)
+    jax.eval_shape(on_replicas, params)
 
 
 def create(

@@ -59,6 +59,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
 
     check_at_least(1, eval_every=config.run.eval_every, log_every=config.run.log_every)
     check_seed(chosen.seed)
+    ctde.state.check(model, data.train.inputs[:1], strategy, len(devices))
     folder = ctde.log.make_run_folder(config.run.run_dir or _new_folder(config))
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
     with ctde.log.writing_to(folder):

@@ -16,6 +16,7 @@ from jax import numpy as jnp
 import ctde_jax as ctde
 from ctde_jax import data, devices, models
 from ctde_jax.data import batches
+from ctde_jax.errors import InputError
 from ctde_jax.tasks import is_correct
 
 MODEL = models.mlp([64, 16, 10])
@@ -73,6 +74,66 @@ def test_any_number_of_devices_gives_the_losses_of_a_plain_loop(digits):
             show=False,
         )
         np.testing.assert_allclose(losses(trained), expected, rtol=1e-5)
+
+
+def test_two_replicas_that_gossip_are_two_that_average(digits):
+    """Half of each is the mean, so gossip is local SGD by another route, with parameters of each replica's own."""
+    local, gossip = (
+        ctde.fit(
+            MODEL,
+            digits,
+            optax.adam(0.01),
+            ctde.strategy(name, sync_every=4, **options),
+            devices=devices.start(2),
+            batch_size=64,
+            steps=20,  # whole rounds of full batches
+            eval_every=20,
+            show=False,
+        )
+        for name, options in [("local-sgd", {}), ("gossip", {"graph": "exponential"})]
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), gossip.params, local.params)
+    assert gossip.history[-1]["loss"] == pytest.approx(local.history[-1]["loss"], rel=1e-4)
+
+
+def test_strategy_begins_after_its_synchronous_steps(digits):
+    """Until then every loss is that of synchronous training; then the optimizer goes on with its state."""
+
+    def losses_of(strategy: ctde.Strategy, steps: int) -> list[float]:
+        arguments = {"devices": devices.start(2), "batch_size": 64, "eval_every": 8, "log_every": 4}
+        return losses(ctde.fit(MODEL, digits, optax.adam(0.01), strategy, steps=steps, show=False, **arguments))
+
+    synchronous = losses_of(ctde.Strategy(), 16)
+    later = losses_of(ctde.Strategy(inner_steps=4, synchronous_steps=8), 16)
+    np.testing.assert_array_equal(later[:2], synchronous[:2])
+    assert later[2:] != synchronous[2:]
+    np.testing.assert_allclose(later[2:], synchronous[2:], rtol=0.1)
+    assert losses_of(ctde.Strategy(inner_steps=4, synchronous_steps=8), 6) == losses_of(ctde.Strategy(), 6)
+
+
+def test_history_counts_the_bytes_that_each_device_has_sent(digits):
+    """Two rounds of synchronous gradients: the parameters, the weight, and three numbers of metrics in each."""
+    arguments = {"devices": devices.start(4), "batch_size": 64, "steps": 2, "log_every": 1, "show": False}
+    trained = ctde.fit(MODEL, digits, optax.adam(0.01), **arguments)
+    a_round = 2 * 3 / 4 * 4 * (64 * 16 + 16 + 16 * 10 + 10 + 1 + 3)
+    assert [row["bytes_sent"] for row in trained.history if row["split"] == "train"] == [a_round, 2 * a_round]
+    assert trained.traffic.sent == a_round
+
+
+def test_strategy_that_cannot_run_is_refused_before_anything_is_compiled(digits):
+    strategy = ctde.strategy("ddp", combine="krum", byzantine=2)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        with pytest.raises(InputError, match="byzantine must be at most 0 for Krum of 4 replicas, got 2"):
+            ctde.fit(MODEL, digits, optax.adam(0.01), strategy, devices=jax.devices()[:4], batch_size=64, epochs=1)
+        assert not compiled
+        jax.jit(lambda x: x + len(compiled))(1.0)
+        assert compiled, "the listener hears"
+    finally:
+        jax.monitoring.clear_event_listeners()
 
 
 @pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
