@@ -316,15 +316,17 @@ def test_what_the_user_passed_in_survives(digits):
 
 def test_state_is_donated_and_bytes_stay_bytes(digits, monkeypatch):
     """What is on the devices while training: one copy of the state, and the examples as they are stored."""
-    placed = []
-    replicate = ctde.replica.replicate
-    monkeypatch.setattr(ctde.replica, "replicate", lambda tree, d: placed.append(replicate(tree, d)) or placed[-1])
+    placed, states = [], []
+    replicate, place = ctde.replica.replicate, ctde.state.place
+    monkeypatch.setattr(ctde.replica, "replicate", lambda *a: placed.append(replicate(*a)) or placed[-1])
+    monkeypatch.setattr(ctde.state, "place", lambda *a: states.append(place(*a)) or states[-1])
     ctde.fit(MODEL, digits, optax.adam(0.1), devices=devices.start(2), batch_size=64, steps=8, log_every=2, show=False)
 
     examples = [tree for tree in placed if isinstance(tree, data.Split)]
     assert [tree.inputs.dtype for tree in examples] == [np.uint8]
     assert not examples[0].inputs.is_deleted()
-    assert any(leaf.is_deleted() for tree in placed for leaf in jax.tree.leaves(tree)), "the first state is used up"
+    (first,) = states
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.params, first.opt_state))), "it is used up"
 
 
 def test_non_finite_loss_stops_and_names_the_first_step(tmp_path, digits):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctde_jax import data, train
+from ctde_jax import build, config, data, train
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 QUICK = ["--devices", "2", "--steps", "4", "--log-every", "2"]
@@ -267,4 +267,4 @@ def test_mistake_costs_no_import_of_jax():
 
 
 def test_library_loads_what_the_command_names():
-    assert train.load_data(train.options.Data()).name == data.digits().name
+    assert build.load_data(config.Data()).name == data.digits().name
