@@ -35,6 +35,7 @@ from rich.table import Table
 import ctde_jax as ctde
 from ctde_jax import replica, state, wire
 from ctde_jax.data import deal
+from ctde_jax.presets import PRESETS
 from ctde_jax.replica import AXIS
 from ctde_jax.round import parallel_rounds
 
@@ -59,10 +60,23 @@ COLLECTIVES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "all-reduce bf16": lambda x: lax.psum(x.astype(jnp.bfloat16), AXIS),
 }
 
-STRATEGIES: dict[str, ctde.Strategy] = {
-    "synchronous": ctde.Strategy(),
-    "local-sgd": ctde.Strategy(inner_steps=4),
-    "diloco": ctde.Strategy(inner_steps=4, outer=optax.sgd(0.7, momentum=0.9, nesterov=True)),
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{f"diloco {bits}": {"reduce": bits, "error_feedback": True} for bits in ("int8", "int4", "int2", "sign")},
+    "diloco top_k": {"reduce": "top_k"},
+    "diloco top_k gathered": {"reduce": "top_k", "exchange": "gathered"},
+    "diloco random_k": {"reduce": "random_k", "error_feedback": True},
+    "diloco power_sgd": {"reduce": "power_sgd"},
+    **{f"diloco {rule}": {"combine": rule, "byzantine": 0} for rule in ("median", "trimmed_mean", "krum")},
+    **{f"diloco {rule}": {"combine": rule} for rule in ("geometric_median", "centered_clipping")},
+    "diloco private": {"clip_norm": 1.0, "noise_multiplier": 1.0},
+    "gossip exponential": {"graph": "exponential"},
+    "streaming-diloco int4": {"reduce": "int4"},
+}
+"""Variants of the presets, by a preset's name and a word."""
+
+STRATEGIES = {
+    **{name: ctde.strategy(name, sync_every=4 * (name != "ddp"), synchronous_steps=0) for name in PRESETS},
+    **{name: ctde.strategy(name.split()[0], **{"sync_every": 4, **options}) for name, options in OPTIONS.items()},
 }
 
 Program = tuple[Callable[[], object], wire.Traffic]

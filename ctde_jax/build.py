@@ -60,7 +60,7 @@ def build_model(chosen: config.Model, dataset: Dataset) -> Model:
 def strategy(name: str, **options: Any) -> Strategy:
     """Makes a published strategy, its options replaced by those given: `strategy("diloco", sync_every=64)`.
 
-    The optimizer of the inner steps is not part of it: for `mu-loco`, which is DiLoCo with Muon inside, give `fit` that.
+    The optimizer of the inner steps is not part of it: `mu-loco` is DiLoCo with Muon inside, so give `fit` that.
 
     Args:
         name: One of `presets.PRESETS`.

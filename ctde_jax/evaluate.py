@@ -57,7 +57,8 @@ def make_evaluate(
 
     parts = replica.shard(jax.tree.map(rows, split), devices)
 
-    def sum_up(params: PyTree, model_state: PyTree, part: Split) -> dict[str, jax.Array]:
+    def sum_up(center: tuple[PyTree, PyTree], part: Split) -> dict[str, jax.Array]:
+        params, model_state = center
         first = lax.axis_index(AXIS) * batches * per_replica
         is_example = first + jnp.arange(batches * per_replica).reshape(batches, per_replica) < examples
 
@@ -75,11 +76,12 @@ def make_evaluate(
         sums, _ = lax.scan(add_batch, zeros, (part, is_example))
         return lax.psum(sums, AXIS)
 
-    sum_up = replica.parallel(sum_up, devices, in_axes=(None, None, 0), out_axes=None)
-    compiled = sum_up.lower(params, model_state, parts).compile()
+    # of three arguments with three leaves in all, pmap would take in_axes leaf by leaf
+    sum_up = replica.parallel(sum_up, devices, in_axes=(None, 0), out_axes=None)
+    compiled = sum_up.lower((params, model_state), parts).compile()
 
     def evaluate(params: PyTree, model_state: PyTree) -> Averages:
-        sums = jax.device_get(compiled(params, model_state, parts))
+        sums = jax.device_get(compiled((params, model_state), parts))
         assert sums["examples"] == examples, f"counted {sums['examples']} of {examples} examples"
         return {name: float(sums[name]) / examples for name in ("loss", *task.metrics)} | {"examples": examples}
 

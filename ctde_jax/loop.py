@@ -101,8 +101,9 @@ def fit(
         epochs: How often to go through the data; give this or `steps`.
         steps: How many optimizer steps to take.
         devices: One replica on each; by default what `devices.start()` returns.
-        partition: For each device the indices of the examples that never leave it; by default all examples are dealt
-            anew in every epoch.
+        partition: For each device the indices of the examples that never leave it. With more parts than devices the
+            parts are clients, of whom as many as there are devices are drawn for every round. By default all examples
+            are dealt anew in every epoch.
         seed: Of the model's start, the data order and dropout.
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
         log_every: At most so many steps, or a round where that is longer, lie between two rows of the history; so many

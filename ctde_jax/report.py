@@ -47,6 +47,10 @@ def plan(
         table.add_row(
             "split", f"dealt anew in every epoch, {len(data.train.inputs) / len(devices):,.0f} examples to each device"
         )
+    elif len(partition) > len(devices):
+        sizes = f"{min(map(len, partition)):,} to {max(map(len, partition)):,}"
+        clients = f"{config.data.partition}: {len(partition)} clients keep {sizes} examples each (partition.png)"
+        table.add_row("split", f"{clients}, and {len(devices)} of them, drawn anew, train in each round")
     else:
         sizes = ", ".join(f"{len(part):,}" for part in partition)
         table.add_row("split", f"{config.data.partition}: {sizes} examples stay on their device (partition.png)")

@@ -111,6 +111,22 @@ def test_strategy_begins_after_its_synchronous_steps(digits):
     assert losses_of(ctde.Strategy(inner_steps=4, synchronous_steps=8), 6) == losses_of(ctde.Strategy(), 6)
 
 
+def test_model_of_a_single_parameter_trains(digits):
+    """One leaf and no state, so that there are as many leaves as arguments in places."""
+
+    class Lines(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.lines = nnx.Linear(64, 10, use_bias=False, rngs=rngs)
+
+        def __call__(self, x):
+            return self.lines(x.reshape(len(x), -1))
+
+    arguments = {"devices": devices.start(2), "batch_size": 64, "epochs": 3, "show": False}
+    for strategy in (ctde.Strategy(), LOCAL):
+        trained = ctde.fit(models.from_nnx(Lines), digits, optax.adam(0.01), strategy, **arguments)
+        assert trained.history[-1]["accuracy"] > 0.85
+
+
 def test_history_counts_the_bytes_that_each_device_has_sent(digits):
     """Two rounds of synchronous gradients: the parameters, the weight, and three numbers of metrics in each."""
     arguments = {"devices": devices.start(4), "batch_size": 64, "steps": 2, "log_every": 1, "show": False}

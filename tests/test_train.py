@@ -186,6 +186,14 @@ def write_bad_files(folder: Path) -> None:
     (folder / "used" / "metrics.jsonl").write_text("{}\n")
 
 
+def test_clients_take_turns_on_the_devices(tmp_path, capsys):
+    clients = ["--strategy", "fedavg", "--sync-every", "2", "--partition", "by_label", "--clients", "12"]
+    assert train.main([*QUICK, *clients, "--run-dir", str(tmp_path)]) == 0
+    plan = " ".join(capsys.readouterr().out.split())
+    assert "by_label: 12 clients keep 119 to 120 examples each (partition.png), and 2 of them, drawn anew" in plan
+    assert "fedavg: the mean of the parameters after every 2 steps alone" in plan
+
+
 MISTAKES = {
     "--batch-size 66 --devices 4": "--batch-size must be a multiple of the 4 devices, got 66; 64 would do.",
     "--batch-size 4000": "--batch-size must be at most the 1,438 training examples, got 4000; 1436 would do.",
