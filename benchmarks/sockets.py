@@ -1,4 +1,4 @@
-"""Holds the bytes that `ctde_jax.wire` reads off compiled programs against the machine's own count of bytes sent.
+"""Holds the bytes that `traffic.py` reads off compiled programs against the machine's own count of bytes sent.
 
 Real processes on this machine, one CPU device each, talk over loopback sockets through Gloo. What `/proc/net/dev` says
 was sent through `lo`, minus what the same barriers send without a program between them, is what went over the wire:
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ctde_jax as ctde
-from ctde_jax import replica, state, wire
+from ctde_jax import replica, state, traffic
 from ctde_jax.data import deal
 from ctde_jax.presets import PRESETS
 from ctde_jax.replica import AXIS
@@ -79,7 +79,7 @@ STRATEGIES = {
     **{name: ctde.strategy(name.split()[0], **{"sync_every": 4, **options}) for name, options in OPTIONS.items()},
 }
 
-Program = tuple[Callable[[], object], wire.Traffic]
+Program = tuple[Callable[[], object], traffic.Traffic]
 """One call of it runs one round; and what the ruler says of it."""
 
 
@@ -88,7 +88,7 @@ def collective(function: Callable[[jax.Array], jax.Array], size: int) -> Program
     devices = jax.devices()
     message = replica.shard(np.ones((len(devices), size - size % len(devices)), np.float32), devices)
     program = replica.parallel(function, devices, in_axes=(0,), out_axes=0).lower(message).compile()
-    return lambda: program(message), wire.measure(program.as_text() or "", 1, 0, hosts())
+    return lambda: program(message), traffic.measure(program.as_text() or "", 1, 0, hosts())
 
 
 def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
@@ -116,7 +116,7 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
         train_state, sums = program(train_state, examples, indices, key)
         return sums
 
-    return run, wire.measure(program.as_text() or "", 1, strategy.inner_steps, hosts())
+    return run, traffic.measure(program.as_text() or "", 1, strategy.inner_steps, hosts())
 
 
 def on_all_hosts(created: state.TrainState, strategy: ctde.Strategy, devices: list[jax.Device]) -> state.TrainState:
@@ -163,14 +163,14 @@ def process(index: int, processes: int, port: int, names: list[str], size: int) 
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
     for name in names:
         if name in COLLECTIVES:
-            run, traffic = collective(COLLECTIVES[name], size)
+            run, measured = collective(COLLECTIVES[name], size)
         else:
-            run, traffic = strategy_round(STRATEGIES[name], size)
+            run, measured = strategy_round(STRATEGIES[name], size)
         jax.block_until_ready(run())  # opens the sockets
         idle = count(run, 0)
         socket_bytes = (count(run, REPEATS) - idle) / REPEATS
         if index == 0:
-            print(json.dumps({"name": name, "wire": traffic.across, "sockets": socket_bytes}), flush=True)
+            print(json.dumps({"name": name, "wire": measured.across, "sockets": socket_bytes}), flush=True)
     jax.distributed.shutdown()
 
 

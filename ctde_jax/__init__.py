@@ -3,7 +3,8 @@
 To read the package top to bottom, follow the walk:
 
     errors -> presets -> config -> devices -> replica -> data -> models -> tasks -> optimizers -> aggregate -> build
-           -> state -> round -> hlo -> collectives -> targets -> wire -> evaluate -> log -> loop -> report -> train
+           -> state -> round -> hlo -> collectives -> traffic -> evaluate -> log -> loop -> report -> targets -> wire
+           -> train
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -12,7 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctde_jax import aggregate, build, data, devices, log, models, optimizers, replica, report, state, tasks, wire
+    from ctde_jax import (
+        aggregate,
+        build,
+        data,
+        devices,
+        log,
+        models,
+        optimizers,
+        replica,
+        report,
+        state,
+        tasks,
+        traffic,
+    )
     from ctde_jax.aggregate import Strategy
     from ctde_jax.build import strategy
     from ctde_jax.errors import InputError, NonFiniteLoss
@@ -38,7 +52,7 @@ __all__ = [
     "state",
     "strategy",
     "tasks",
-    "wire",
+    "traffic",
 ]
 
 _HOME = {

@@ -1,8 +1,8 @@
 """From options to objects: the data, the partition, the model and the strategy that a configuration names."""
 
-from math import prod
+from math import inf, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import optax
@@ -38,7 +38,8 @@ def make_partition(chosen: config.Data, labels: np.ndarray, replicas: int, seed:
     """Shares the training examples out to the devices, or to clients, for good; or not at all."""
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError("clients", "need a --partition that stays, such as iid, got --partition reshuffled.")
-    parts = replicas if chosen.clients is None else chosen.clients
+    check_at_least(replicas, clients=chosen.clients)
+    parts = chosen.clients or replicas
     match chosen.partition:
         case "reshuffled":
             return None
@@ -70,10 +71,12 @@ def strategy(name: str, **options: Any) -> Strategy:
         InputError: The name or an option is not known, or options exclude each other.
     """
     check_known("strategy", name, PRESETS)
-    known = config.Aggregation.__dataclass_fields__
-    for option in options:
-        check_known("strategy's option", option, known)
-    preset = {option: value for option, value in PRESETS[name].options.items() if option in known}
+    kinds = get_type_hints(config.Aggregation)
+    for option, value in options.items():
+        check_known("strategy's option", option, kinds)
+        if get_origin(kinds[option]) is Literal:
+            check_known(option, value, get_args(kinds[option]))
+    preset = {option: value for option, value in PRESETS[name].options.items() if option in kinds}
     return build_strategy(config.Aggregation(**{**preset, **options}))
 
 
@@ -83,32 +86,57 @@ def build_strategy(chosen: config.Aggregation) -> Strategy:
     Raises:
         InputError: An option is out of its range, or options exclude each other.
     """
+    _check(chosen)
     reduce, outer = _build_reduce(chosen), _build_outer(chosen)
-    inner = aggregate.proximal(chosen.proximal) if chosen.proximal else aggregate.UNCHANGED
-    check_at_least(1, fragments=chosen.fragments)
     if chosen.graph != "none":
-        for option in ("reduce", "combine", "clip_norm"):
-            if getattr(chosen, option) != getattr(_DEFAULT, option):
-                raise InputError(option, f"must be left out with --graph {chosen.graph}, which sends parameters.")
         reduce = aggregate.gossip(chosen.graph)
-    diverges = chosen.graph != "none" or chosen.fragments > 1
     if chosen.fragments > 1:
-        streamed = None if chosen.reduce == "mean" and chosen.combine == "average" else reduce
-        reduce, outer = aggregate.streaming(chosen.fragments, streamed, outer), aggregate.AVERAGE
+        reduce, outer = aggregate.streaming(chosen.fragments, reduce, outer), aggregate.AVERAGE
+    inner = aggregate.proximal(chosen.proximal) if chosen.proximal else aggregate.UNCHANGED
+    diverges = chosen.graph != "none" or chosen.fragments > 1
     return Strategy(chosen.sync_every, reduce, outer, inner, chosen.synchronous_steps, diverges)
 
 
-_DEFAULT = config.Aggregation()
+def _check(chosen: config.Aggregation) -> None:
+    """Raises InputError for options that exclude each other, so that none is passed over in silence."""
+    default = config.Aggregation()
+
+    def differs(*options: str) -> list[str]:
+        return [option for option in options if getattr(chosen, option) != getattr(default, option)]
+
+    check_at_least(1, fragments=chosen.fragments)
+    for option in differs("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"):
+        if chosen.sync_every < 1:
+            raise InputError(option, f"needs steps alone (sync_every) of at least 1, got {chosen.sync_every}.")
+    if chosen.graph != "none":
+        for option in differs("reduce", "combine", "clip_norm", "fragments"):
+            raise InputError(option, f"must be left out with graph {chosen.graph}, which sends parameters.")
+    if chosen.fragments > 1:
+        if chosen.reduce == "power_sgd":
+            raise InputError("reduce", "must not be power_sgd with fragments, which cut matrices into vectors.")
+        for option in differs("isotropic"):
+            raise InputError(option, "must be left out with fragments, which cut matrices into vectors.")
+    if chosen.combine != "average":
+        if chosen.reduce == "power_sgd" or chosen.exchange == "gathered":
+            raise InputError("combine", f"must be average where messages have no owners, got {chosen.combine}.")
+        for option in differs("synchronous_steps"):
+            raise InputError(option, f"must be 0 with combine {chosen.combine}, as they take the plain mean.")
+    if chosen.clip_norm is None:
+        for option in differs("noise_multiplier"):
+            raise InputError(option, "needs a clip_norm, got none.")
+        return
+    for option in differs("synchronous_steps"):
+        raise InputError(option, "must be 0 with clip_norm, as they send gradients as they are.")
+    if chosen.noise_multiplier:
+        for option in differs("reduce", "combine"):
+            raise InputError(option, "must be left out with noise, which is measured for the exact average.")
 
 
 def _build_reduce(chosen: config.Aggregation) -> optax.GradientTransformation:
     combine = _build_combine(chosen)
-    if chosen.combine != "average" and (chosen.reduce == "power_sgd" or chosen.exchange == "gathered"):
-        how = "--reduce power_sgd" if chosen.reduce == "power_sgd" else "--exchange gathered"
-        raise InputError("combine", f"must be average with {how}, which has no owners, got {chosen.combine}.")
     if chosen.reduce == "power_sgd":
         reduce = aggregate.power_sgd(chosen.rank)
-    elif chosen.reduce == "mean" and chosen.combine == "average":
+    elif chosen.reduce == "mean" and chosen.combine == "average" and chosen.fragments == 1:
         reduce = aggregate.mean()
     else:
         codec = _build_codec(chosen)
@@ -133,15 +161,17 @@ def _build_codec(chosen: config.Aggregation) -> Codec:
 
 
 def _build_values(chosen: config.Aggregation) -> Codec:
-    """Builds what writes the numbers that a sparse codec keeps, in blocks as large as one chunk's or smaller."""
-    block = 8 * max(1, min(chosen.keep, 256) // 8)
-    match chosen.kept_as:
-        case "f32":
-            return aggregate.exact()
-        case "sign":
-            return aggregate.sign(block)
-        case bits:
-            return aggregate.quantize(int(bits.removeprefix("int")), chosen.levels, block)
+    """Builds what writes the numbers that a sparse codec keeps, in blocks that divide each chunk's."""
+    if chosen.kept_as == "f32":
+        return aggregate.exact()
+    if chosen.keep % 8:
+        raise InputError(
+            "keep", f"must be a multiple of 8 where numbers are kept as {chosen.kept_as}, got {chosen.keep}."
+        )
+    block = max(size for size in range(8, min(chosen.keep, 256) + 1, 8) if chosen.keep % size == 0)
+    if chosen.kept_as == "sign":
+        return aggregate.sign(block)
+    return aggregate.quantize(int(chosen.kept_as.removeprefix("int")), chosen.levels, block)
 
 
 def _build_combine(chosen: config.Aggregation) -> Combine:
@@ -164,11 +194,15 @@ def _build_combine(chosen: config.Aggregation) -> Combine:
 
 def _build_outer(chosen: config.Aggregation) -> optax.GradientTransformation:
     rate, momentum = chosen.outer_learning_rate, chosen.outer_momentum
+    if not 0 < rate < inf:
+        raise InputError("outer_learning_rate", f"must be greater than 0 and finite, got {rate}.")
+    if not 0 <= momentum < 1:
+        raise InputError("outer_momentum", f"must be at least 0 and less than 1, got {momentum}.")
     outers = {
         "average": lambda: aggregate.AVERAGE,
         "momentum": lambda: optax.sgd(rate, momentum=momentum),
         "nesterov": lambda: optax.sgd(rate, momentum=momentum, nesterov=True),
-        "adam": lambda: optax.adam(rate, b2=0.99, eps=1e-3),  # as Reddi et al., 2021
+        "adam": lambda: optax.adam(rate, b2=0.99, eps=1e-3),  # the values of Reddi et al., 2021; optax corrects bias
     }
     outer = outers[chosen.outer]()
     return optax.chain(aggregate.isotropic(), outer) if chosen.isotropic else outer

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from ctde_jax.errors import InputError, check_known, did_you_mean
-from ctde_jax.presets import PRESETS, describe
+from ctde_jax.presets import PRESETS, as_flag, describe
 
 # The help of an option without a value of its own says in words what happens by default.
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
@@ -229,13 +229,17 @@ def parse(arguments: Sequence[str]) -> Config:
         options = _load(chosen.run.config)
         if "--epochs" in typed:
             options.pop("steps", None)
+        _check(_as_arguments(options))
     if "--strategy" in typed:
         agreed = {option.name for option in fields(Aggregation)} - {"devices"}
-        options = {name: value for name, value in options.items() if name not in agreed}
-        options |= PRESETS[chosen.aggregation.strategy].options
-    before = _as_arguments(options)
-    _check(before)
-    return _parse([*before, *arguments])
+        earlier = PRESETS[options.get("strategy", "ddp")].options
+        options = {name: value for name, value in options.items() if name not in agreed and name not in earlier}
+        options = {**PRESETS[chosen.aggregation.strategy].options, **options}
+    else:
+        options = {**PRESETS[options.get("strategy", "ddp")].options, **options}
+    parsed = _parse([*_as_arguments(options), *arguments])
+    _check_effect(typed, parsed)
+    return parsed
 
 
 def save(config: Config, path: Path) -> None:
@@ -249,7 +253,7 @@ def save(config: Config, path: Path) -> None:
 def flag(argument: str) -> str:
     """Writes an argument of the library as the option that sets it, where there is one."""
     option = _OPTION_OF.get(argument, argument)
-    return _as_flag(option) if option in _option_types() else argument
+    return as_flag(option) if option in _option_types() else argument
 
 
 _OPTION_OF = {
@@ -283,10 +287,10 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for name, value in options.items():
         if isinstance(value, bool):
-            arguments.append(_as_flag(name if value else f"no_{name}"))
+            arguments.append(as_flag(name if value else f"no_{name}"))
         elif value is not None:
             values = value if isinstance(value, list) else [value]
-            arguments += [_as_flag(name), *map(str, values)]
+            arguments += [as_flag(name), *map(str, values)]
     return arguments
 
 
@@ -299,8 +303,8 @@ def _check(arguments: Sequence[str]) -> set[str]:
 
     The parser would say it, too, but in a box.
     """
-    types = {_as_flag(name): kind for name, kind in _option_types().items()}
-    types |= {_as_flag(f"no_{name}"): bool for name, kind in _option_types().items() if kind is bool}
+    types = {as_flag(name): kind for name, kind in _option_types().items()}
+    types |= {as_flag(f"no_{name}"): bool for name, kind in _option_types().items() if kind is bool}
     given: list[tuple[str, list[str]]] = []
     for word in arguments:
         if word.startswith("--") or not given:
@@ -316,6 +320,36 @@ def _check(arguments: Sequence[str]) -> set[str]:
             raise InputError(name, f"is no option{did_you_mean(option, types)} --help lists them all.")
         _check_values(option, types[option], values)
     return {name.replace("_", "-") for name, _ in given}
+
+
+_COMPRESSED = ("int8", "int4", "int2", "sign", "top_k", "random_k")
+_GOES_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "keep": ("reduce", ("top_k", "random_k")),
+    "chunk": ("reduce", ("top_k", "random_k")),
+    "kept_as": ("reduce", ("top_k", "random_k")),
+    "levels": ("reduce", ("int8", "int4", "int2", "top_k", "random_k")),
+    "rank": ("reduce", ("power_sgd",)),
+    "error_feedback": ("reduce", _COMPRESSED),
+    "feedback_decay": ("error_feedback", (True,)),
+    "exchange": ("reduce", _COMPRESSED),
+    "byzantine": ("combine", ("trimmed_mean", "krum", "multi_krum")),
+    "clip_radius": ("combine", ("centered_clipping",)),
+    "outer_learning_rate": ("outer", ("momentum", "nesterov", "adam")),
+    "outer_momentum": ("outer", ("momentum", "nesterov")),
+    "label_shards": ("partition", ("by_label",)),
+    "dirichlet_alpha": ("partition", ("dirichlet",)),
+}
+"""Options that do nothing unless another one has one of these values."""
+
+
+def _check_effect(typed: set[str], parsed: Config) -> None:
+    """Raises InputError for an option that was typed and would do nothing."""
+    groups = [getattr(parsed, group.name) for group in fields(parsed)]
+    values = {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
+    for option, (other, allowed) in _GOES_WITH.items():
+        if as_flag(option) in typed and values[other] not in allowed:
+            names = " or ".join(as_flag(other) if value is True else f"{as_flag(other)} {value}" for value in allowed)
+            raise InputError(option, f"goes with {names}.")
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:
@@ -342,7 +376,3 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
 def _option_types() -> dict[str, Any]:
     groups = get_type_hints(Config).values()
     return {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-
-
-def _as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

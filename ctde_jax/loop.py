@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -27,7 +27,7 @@ from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.replica import AXIS, PyTree
 from ctde_jax.round import Sums, parallel_rounds
 from ctde_jax.tasks import Task, classification
-from ctde_jax.wire import Traffic, measure, summary
+from ctde_jax.traffic import Traffic, measure, summary
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,7 +152,9 @@ def fit(
         measure(program.as_text(), phase.cut.rounds, phase.strategy.inner_steps, hosts)
         for program, phase in zip(programs, phases, strict=True)
     ]
-    console(quiet=not show).print(f"wire       {summary(traffic[-1], count_params(params), len(devices))}")
+    at_first = f", after {phases[0].stop} synchronous steps" if len(phases) > 1 else ""
+    says = summary(traffic[-1], count_params(params), len(devices)) + at_first
+    console(quiet=not show).print(f"wire       {says}")
     clock.lap("compile")
 
     meter = _Meter(batches.steps_per_epoch)
@@ -160,6 +162,7 @@ def fit(
         for phase, train_rounds, sent in zip(phases, programs, traffic, strict=True):
             if phase.start:
                 train_state = phase.begin(train_state, devices)
+            center = phase.make_center(devices)
             for start in range(phase.start, phase.stop, phase.cut.interval):
                 stop = min(start + phase.cut.interval, phase.stop)
                 meter.start()
@@ -174,7 +177,7 @@ def fit(
                 log.add(meter.train_row(unread.pop(), sent))
                 clock.lap("train")
 
-                params = phase.center(train_state.params, devices)
+                params = center(train_state.params)
                 log.add(meter.test_row(evaluate(params, train_state.model_state)))
                 clock.lap("evaluate")
                 if interrupted.is_set():
@@ -236,12 +239,11 @@ class _Phase(NamedTuple):
         """Goes over from the synchronous phase before this one."""
         return state.go_over(train_state, Strategy(), self.strategy, devices)
 
-    def center(self, params: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-        """Returns the central parameters, replicated."""
+    def make_center(self, devices: Sequence[jax.Device]) -> Callable[[PyTree], PyTree]:
+        """Makes the function from the state's parameters to the central ones, replicated."""
         if not self.strategy.diverges:
-            return params
-        mean = replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
-        return mean(params)
+            return lambda params: params
+        return replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
 
 
 def _phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int) -> list[_Phase]:

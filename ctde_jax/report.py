@@ -74,22 +74,31 @@ def describe_strategy(chosen: Aggregation) -> str:
     combined = "the mean" if chosen.combine == "average" else f"the {chosen.combine.replace('_', ' ')}"
     words = [f"{combined} of the gradients at every step"]
     if chosen.sync_every:
-        words = [f"{combined} of the parameters after every {chosen.sync_every} steps alone"]
+        steps = "every step" if chosen.sync_every == 1 else f"every {chosen.sync_every} steps"
+        words = [f"{combined} of the parameters after {steps} alone"]
     if chosen.synchronous_steps:
         words.append(f"after {chosen.synchronous_steps} synchronous steps")
     if chosen.reduce != "mean":
         feedback = " with error feedback" if chosen.error_feedback else ""
-        words.append(f"sent as {chosen.reduce}{feedback}")
+        kept = (
+            f", {chosen.keep} of {chosen.chunk} as {chosen.kept_as}" if chosen.reduce in ("top_k", "random_k") else ""
+        )
+        words.append(f"sent as {chosen.reduce}{kept}{feedback}")
+    if chosen.exchange == "gathered":
+        words.append("from everybody to everybody")
     if chosen.graph != "none":
-        words.append(f"with the neighbors in a graph of {chosen.graph}, every device on its own")
+        neighbors = {"ring": "in a ring", "exponential": "in an exponential graph", "pairs": "in random pairs"}
+        words.append(f"with the neighbors {neighbors[chosen.graph]}, and no center")
     if chosen.fragments > 1:
         words.append(f"one of {chosen.fragments} fragments at a time")
     if chosen.clip_norm is not None:
         words.append(f"clipped to {chosen.clip_norm:g} with noise of {chosen.noise_multiplier:g}")
     if chosen.proximal:
         words.append(f"pulled to the center by {chosen.proximal:g}")
+    if chosen.isotropic:
+        words.append("the change made isotropic")
     if chosen.outer != "average":
-        words.append(f"the center follows by {chosen.outer}, learning rate {chosen.outer_learning_rate:g}")
+        words.append(f"followed by {chosen.outer}, learning rate {chosen.outer_learning_rate:g}")
     name = "" if chosen.strategy == "ddp" else f"{chosen.strategy}: "
     return name + ", ".join(words)
 

@@ -59,6 +59,9 @@ REDUCERS = {
 TRIVIAL = ["two-phase f32", "gathered f32", "all of top-k", "all of random-k"]
 """Those that are the mean in another way, weights and all."""
 
+NEED_OTHERS = ["trimmed mean", "multi-krum"]
+"""Those that bear bad replicas among several."""
+
 FORGETFUL = {
     "int2": quantize(2),
     "int2, statistical": quantize(2, "statistical"),
@@ -140,10 +143,16 @@ def test_whoever_has_no_weight_is_not_heard(name, key):
     assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
 
 
-@pytest.mark.parametrize("exchange", [two_phase, gathered])
-def test_one_replica_keeps_its_message(exchange, key):
+@pytest.mark.parametrize("name", [name for name in (*REDUCERS, *FORGETFUL) if name not in NEED_OTHERS])
+def test_one_replica_keeps_its_message(name, key):
+    """Nothing is lost where nothing has to travel."""
+    reduce = REDUCERS[name].reduce if name in REDUCERS else two_phase(error_feedback(FORGETFUL[name]))
     rows = jax.tree.map(lambda x: x[:1], messages(key))
-    assert_close(agree(exchange(exact()), rows, jnp.ones(1)), jax.tree.map(lambda x: x[0], rows))
+
+    def update(message):
+        return reduce.update(message, reduce.init(message), weight=1.0, key=KEY)[0]
+
+    assert_close(jax.vmap(update, axis_name=replica.AXIS)(rows), rows, atol=1e-5)
 
 
 def test_mean_counts_every_replica_by_its_examples(key):
@@ -221,6 +230,17 @@ def test_replica_without_weight_keeps_what_nobody_has_heard(key):
     first, second = jax.vmap(twice, axis_name=replica.AXIS)(rows, weights)
     np.testing.assert_array_equal(first[1], second[1])
     assert (first[0] != second[0]).any()
+
+
+def test_rule_that_hears_everybody_leaves_nobody_with_what_was_said(key):
+    """Without weights, a replica without examples is heard too, so its residual moves on like all others."""
+    reduce, rows = two_phase(error_feedback(sign(8)), aggregate.median()), messages(key)
+
+    def once(message, weight):
+        return reduce.update(message, reduce.init(message), weight=weight, key=KEY)[1].sender.residual
+
+    residual = jax.vmap(once, axis_name=replica.AXIS)(rows, WEIGHTS)
+    assert residual[1].any()
 
 
 def int_bytes(bits: int, block: int = 256):

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctde_jax"
 WALK = [
     *("errors", "presets", "config", "devices", "replica", "data", "models", "tasks", "optimizers", "aggregate"),
-    *("build", "state", "round", "hlo", "collectives", "targets", "wire", "evaluate", "log", "loop", "report", "train"),
+    *("build", "state", "round", "hlo", "collectives", "traffic", "evaluate", "log", "loop", "report"),
+    *("targets", "wire", "train"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -61,9 +61,17 @@ def test_preset_replaces_a_saved_way_to_agree(tmp_path):
     config.save(saved, tmp_path / "config.json")
     path = ["--config", str(tmp_path / "config.json")]
     assert config.parse(path).aggregation == saved.aggregation
+    assert config.parse(path).optimization.optimizer == "adamw"
     again = config.parse([*path, "--strategy", "local-sgd"])
+    assert again.optimization.optimizer == "adam", "the optimizer was the first strategy's"
     assert again.aggregation == config.parse(["--strategy", "local-sgd", "--devices", "2"]).aggregation
     assert again.optimization.batch_size == 32
+
+
+def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
+    (tmp_path / "config.json").write_text('{"strategy": "diloco", "sync_every": 8}')
+    chosen = config.parse(["--config", str(tmp_path / "config.json")])
+    assert chosen.aggregation == config.parse(["--strategy", "diloco", "--sync-every", "8"]).aggregation
 
 
 @pytest.mark.parametrize(

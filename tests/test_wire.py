@@ -14,7 +14,7 @@ from conftest import ALL_DEVICES
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax import Strategy, collectives, data, hlo, models, replica, targets, wire
+from ctde_jax import Strategy, collectives, data, hlo, models, replica, targets, traffic, wire
 from ctde_jax.errors import InputError
 from ctde_jax.replica import AXIS
 from ctde_jax.tasks import classification
@@ -226,18 +226,18 @@ def test_conditional_counts_its_largest_branch():
     before = reduce_in("large") + reduce_in("small", "replica_groups={{0,1},{2,3}}") + computation("none", "")
     line = CONDITIONAL + "branch_computations={%small, %large, %none}"
 
-    traffic = wire.measure(module(line, before=before), rounds=1, inner_steps=0)
+    measured = traffic.measure(module(line, before=before), rounds=1, inner_steps=0)
 
-    assert (traffic.sent, traffic.certain) == (600, False)
-    assert "at most" in wire.summary(traffic, 100, REPLICAS)
+    assert (measured.sent, measured.certain) == (600, False)
+    assert "at most" in traffic.summary(measured, 100, REPLICAS)
 
 
 def test_conditional_with_equal_branches_is_certain():
     line = CONDITIONAL + "true_computation=%one, false_computation=%other"
 
-    traffic = wire.measure(module(line, before=reduce_in("one") + reduce_in("other")), rounds=1, inner_steps=0)
+    measured = traffic.measure(module(line, before=reduce_in("one") + reduce_in("other")), rounds=1, inner_steps=0)
 
-    assert (traffic.sent, traffic.certain) == (600, True)
+    assert (measured.sent, measured.certain) == (600, True)
 
 
 def test_fusions_and_calls_are_followed():
@@ -300,7 +300,7 @@ def test_compiled_program_sends_exactly(name: str):
 
     text = program.lower(jax.ShapeDtypeStruct((REPLICAS, 4096), dtype)).compile().as_text() or ""
 
-    assert wire.measure(text, rounds=1, inner_steps=0).sent == bytes_an_element * 4096
+    assert traffic.measure(text, rounds=1, inner_steps=0).sent == bytes_an_element * 4096
 
 
 STRATEGIES = {
@@ -317,38 +317,38 @@ def test_mean_sends_the_parameters_its_weight_and_the_metrics(name: str, rounds:
     strategy = STRATEGIES[name]
     steps = max(1, strategy.inner_steps)
 
-    traffic = compiled(strategy, rounds, digits)
+    measured = compiled(strategy, rounds, digits)
 
     numbers = PARAMS + 1 + 3 * steps
-    assert traffic.sent == traffic.peak == 2 * 3 / 4 * 4 * numbers
-    assert traffic.sent_a_step == traffic.sent / steps
-    assert (traffic.total, traffic.across, traffic.within) == (4 * traffic.sent, 0, 4 * traffic.sent)
-    assert traffic.launches == 1
-    assert traffic.certain
-    assert wire.in_local_steps(traffic) == []
+    assert measured.sent == measured.peak == 2 * 3 / 4 * 4 * numbers
+    assert measured.sent_a_step == measured.sent / steps
+    assert (measured.total, measured.across, measured.within) == (4 * measured.sent, 0, 4 * measured.sent)
+    assert measured.launches == 1
+    assert measured.certain
+    assert traffic.in_local_steps(measured) == []
 
 
 def test_collective_in_the_local_steps_is_found(digits):
     """A loss that asks the others is the mistake that the check is there for."""
     chatty = models.Model(MODEL.init, lambda params, *rest: MODEL.apply(lax.pmean(params, AXIS), *rest))
 
-    traffic = compiled(STRATEGIES["local"], 5, digits, model=chatty)
+    measured = compiled(STRATEGIES["local"], 5, digits, model=chatty)
 
-    assert {one.loops for one in wire.in_local_steps(traffic)} == {(5, 3)}
-    assert traffic.peak < traffic.sent
+    assert {one.loops for one in traffic.in_local_steps(measured)} == {(5, 3)}
+    assert measured.peak < measured.sent
 
 
 MODEL = models.mlp([64, 8, 10])
 PARAMS = 64 * 8 + 8 + 8 * 10 + 10
 
 
-def compiled(strategy: Strategy, rounds: int, digits, model: models.Model = MODEL) -> wire.Traffic:
+def compiled(strategy: Strategy, rounds: int, digits, model: models.Model = MODEL) -> traffic.Traffic:
     batches = data.deal(digits.train, REPLICAS, 16, seed=0)
     model = models.with_raw_inputs(model, digits.shift, digits.scale)
     text = targets.compile_rounds(
         model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES, rounds=rounds, batch_size=16
     )
-    return wire.measure(text, rounds, strategy.inner_steps)
+    return traffic.measure(text, rounds, strategy.inner_steps)
 
 
 def test_command_prints_the_table(capsys):

@@ -21,6 +21,9 @@ class Combine(NamedTuple):
     update: Callable[[jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
     """`update(rows float32[replica, size], weights float32[replica], state) -> (float32[size], state)`"""
 
+    weighted: bool = False
+    """Whether a row without weight is not heard; otherwise every row counts once."""
+
 
 def average() -> Combine:
     """Averages the rows by their weights; a row without weight does not count, not even with a NaN."""
@@ -29,4 +32,4 @@ def average() -> Combine:
         shares = weights / jnp.where(weights.sum() > 0, weights.sum(), 1)
         return shares @ jnp.where(weights[:, None] > 0, rows, 0), state
 
-    return Combine(lambda size: (), update)
+    return Combine(lambda size: (), update, weighted=True)

@@ -46,6 +46,9 @@ def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.Gra
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
         size = slice_size(updates)
         slices = as_vector(updates, size * lax.axis_size(AXIS)).reshape(-1, size)
+        if len(slices) == 1:  # who is alone sends nothing, so nothing has to be written
+            own, combine_state = combine.update(slices, jnp.asarray(weight, jnp.float32)[None], state.combine)
+            return as_tree(own, updates), state._replace(combine=combine_state)
 
         payload, _, sender = codec.encode(slices, state.sender, key)
         payload, weights = split_weights(lax.all_to_all(with_weight(payload, weight), AXIS, 0, 0, tiled=True))
@@ -53,8 +56,8 @@ def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.Gra
 
         payload, _, owner = codec.encode(own, state.owner, key)
         agreed = codec.decode(lax.all_gather(payload, AXIS), size, key)
-        # nobody has heard what a replica without weight has said
-        sender = optax.tree.where(jnp.asarray(weight) > 0, sender, state.sender)
+        if combine.weighted:  # then nobody has heard what a replica without weight has said
+            sender = optax.tree.where(jnp.asarray(weight) > 0, sender, state.sender)
         return as_tree(agreed.ravel(), updates), TwoPhaseState(sender, owner, combine_state)
 
     return reducer(init, update)
@@ -71,6 +74,8 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
         return codec.block * ceil(_count(tree) / codec.block)
 
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
+        if lax.axis_size(AXIS) == 1:
+            return updates, state
         size = padded_size(updates)
         payload, _, sender = codec.encode(as_vector(updates, size), state, key)
         payloads, weights = split_weights(lax.all_gather(with_weight(payload, weight), AXIS))

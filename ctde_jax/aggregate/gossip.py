@@ -27,8 +27,8 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
 
     With W the symmetric or circulant, doubly stochastic mixing matrix, p the parameters before the round and d the
     outer gradients, replica i gets `sum_j W_ij d_j + pull * (p_i - sum_j W_ij p_j)`. With `pull=1` and the plain
-    average as the outer optimizer its parameters become `sum_j W_ij (p_j - d_j)`: gossip (Lian et al., 2017). The mean
-    over the replicas is that of their local steps, always. The spread shrinks in every round by
+    average as the outer optimizer its parameters become `sum_j W_ij (p_j - d_j)`: gossip (Lian et al., 2017), and their
+    mean over the replicas is that of the local steps. The spread shrinks in every round by
 
     - `ring`, both neighbors and oneself in thirds: `(1 + 2 cos(2 pi / R)) / 3` for R of 3 and more;
     - `exponential`, in round t half of oneself and half of whoever is `2**(t mod log2 R)` further (Ying et al., 2021):
@@ -36,7 +36,7 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
     - `pairs`, halves with one random partner, drawn from the shared key in every round (Kolehmainen et al., 2025):
       the squared spread by `(1 - 1 / (R - 1)) / 2` in expectation, for even R.
 
-    Every replica sends its n numbers in float32 to each neighbor: `2 * 4 n` bytes in a ring, else `4 n`.
+    Every replica sends its n numbers in float32 to each neighbor: `2 * 4 n` bytes in a ring of 3 and more, else `4 n`.
 
     Args:
         graph: Who mixes with whom.

@@ -3,8 +3,9 @@
 What is protected is one replica's whole message in every round: whoever sees the trained model can hardly tell whether
 the replica has sent its messages or zeros (central differential privacy on the level of clients). The replicas
 themselves are trusted, as they see each other's sums and all draw the noise from the run's seed, which must stay among
-them. Only messages are protected, not batch statistics, nor the losses and metrics that a run prints. Nor does it
-say anything about a single person where the data are dealt anew to the replicas: let every replica keep its own.
+them: whoever knows it (it is in a run's config.json) can take the noise away. Only messages are protected, not batch
+statistics, nor the losses and metrics that a run prints. Nor does it say anything about a single person where the data
+are dealt anew to the replicas: let every replica keep its own.
 """
 
 import math
@@ -71,7 +72,7 @@ def epsilon(noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, de
         noise_multiplier: As in `private`, at least 0.1: below that nothing is protected worth accounting.
         rounds: How often the replicas agree.
         sampling_rate: The probability with which a client takes part in a round, independently of all others; 1 where
-            all take part in all.
+            all take part in all. (Where a fixed number of clients is drawn, as `fit` does, this is an approximation.)
         delta: The probability with which the promise may fail; should be much less than one over the clients.
 
     Raises:
