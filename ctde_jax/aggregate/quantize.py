@@ -1,7 +1,6 @@
 """A few bits for each number: blocks of numbers share a scale, which travels in the same bytes."""
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Literal
 
 import jax
@@ -39,7 +38,7 @@ def quantize(bits: int, levels: Levels = "linear", block: int = 256) -> Codec:
         return _blockwise(
             bits=bits,
             block=block,
-            scale=lambda blocks: jnp.max(jnp.abs(blocks), axis=-1) / largest,
+            scale=lambda blocks: _largest(jnp.abs(blocks)) / largest,
             code=lambda scaled: jnp.floor(scaled + (largest + 0.5)),
             level=lambda code: code.astype(jnp.float32) - largest,
         )
@@ -95,32 +94,39 @@ def _blockwise(
 
     def encode(values, state, key):
         blocks = values.reshape(*values.shape[:-1], -1, block)
-        scales = scale(blocks)
-        inverse = jnp.where(scales > 0, 1 / scales, 0)
-        codes = code(blocks * inverse[..., None])
-        packed = pack(codes.astype(jnp.uint8), bits).reshape(*values.shape[:-1], -1)
-        said = level(codes) * scales[..., None]
-        return jnp.concatenate([packed, to_bytes(scales)], axis=-1), said.reshape(values.shape), state
+        scales = scale(blocks)[..., None]
+        codes = code(blocks * jnp.where(scales > 0, 1 / scales, 0))
+        written = jnp.concatenate([pack(codes, bits), to_bytes(scales)], axis=-1)
+        said = level(codes) * scales
+        return written.reshape(*values.shape[:-1], -1), said.reshape(values.shape), state
 
     def decode(payload, size, key):
-        border = -4 * (size // block)
-        packed, scales = payload[..., :border], from_bytes(payload[..., border:])
-        codes = unpack(packed.reshape(*scales.shape, -1), bits)
-        return (level(codes) * scales[..., None]).reshape(*payload.shape[:-1], size)
+        written = payload.reshape(*payload.shape[:-1], size // block, -1)
+        codes, scales = unpack(written[..., :-4], bits), from_bytes(written[..., -4:])
+        return (level(codes) * scales).reshape(*payload.shape[:-1], size)
 
     return Codec(block, lambda shape: (), encode, decode)
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Packs `uint8[..., n]` of 1, 2, 4 or 8 bits each into `uint8[..., n * bits / 8]`."""
-    parts = jnp.split(codes, 8 // bits, axis=-1)
-    return reduce(jnp.bitwise_or, [part << jnp.uint8(bits * place) for place, part in enumerate(parts)])
+    """Packs whole numbers `[..., n]` of 1, 2, 4 or 8 bits each, of any type, into `uint8[..., n * bits / 8]`."""
+    packed, *parts = jnp.split(codes, 8 // bits, axis=-1)
+    for place, part in enumerate(parts, start=1):
+        packed = packed + part * 2 ** (bits * place)
+    return packed.astype(jnp.uint8)
 
 
 def unpack(packed: jax.Array, bits: int) -> jax.Array:
-    """Undoes `pack`."""
+    """Undoes `pack`, to uint8."""
     places = [packed >> jnp.uint8(bits * place) for place in range(8 // bits)]
     return jnp.concatenate(places, axis=-1) & jnp.uint8(2**bits - 1)
+
+
+def _largest(blocks: jax.Array) -> jax.Array:
+    """Takes the maximum of each row; by halves first, which a CPU compares in vectors and not one by one."""
+    while blocks.shape[-1] > 16 and blocks.shape[-1] % 2 == 0:
+        blocks = jnp.maximum(*jnp.split(blocks, 2, axis=-1))
+    return jnp.max(blocks, axis=-1)
 
 
 def _check_block(block: int) -> None:
