@@ -49,20 +49,19 @@ def test_fake_devices_survive_two_thousand_training_rounds_that_nobody_waits_for
     program = f"""
 import ctde_jax, jax, numpy as np, optax
 from ctde_jax import replica, state
-from ctde_jax.round import make_round
+from ctde_jax.round import parallel_rounds
 from ctde_jax.tasks import classification
 devices = ctde_jax.devices.start({count})
-split = replica.replicate(ctde_jax.data.digits().train, devices)
+train = ctde_jax.data.digits().train
 model, optimizer, strategy = ctde_jax.models.mlp([64, 128, 10]), optax.adam(0.01), ctde_jax.Strategy()
-center = state.create(model, optimizer, strategy, np.zeros((1, 64)), jax.random.key(0))
-here, axes = state.place(center, strategy, devices), state.axes(strategy)
-train_round = replica.parallel(
-    make_round(model, classification, optimizer, strategy), devices, (axes, None, 0, None), (axes, None), donate=(0,)
-)
-batches = replica.shard(np.arange({count} * 8, dtype=np.int32).reshape({count}, 1, 8), devices)
-key = replica.replicate(jax.random.key(1), devices)
+params, model_state = model.init(jax.random.key(0), train.inputs[:1])
+here = state.place(params, model_state, optimizer, strategy, devices)
+train_rounds = parallel_rounds(model, classification, optimizer, strategy, devices, None)
+indices = np.arange({count} * 8, dtype=np.int32).reshape({count}, 1, 1, 8)
+split, key = replica.replicate((train, jax.random.key(1)), devices)
+batches = replica.shard(indices, devices)
 for _ in range(2000):
-    here, sums = train_round(here, split, batches, key)
+    here, sums = train_rounds(here, split, batches, key)
 print("survived", int(here.step), "rounds")
 """
     assert run(program) == "survived 2000 rounds\n"
