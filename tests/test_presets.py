@@ -30,6 +30,7 @@ def test_help_names_the_paper_of_every_method(name, capsys):
     assert said, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_method_learns_the_digits(name, digits):
     """Four devices, five epochs; a guess would be right once in ten times."""

@@ -272,12 +272,14 @@ def of_the_mean(digits) -> dict[str, float]:
     return accuracies(average(), digits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["sign flip", "large noise", "not a number"])
 def test_plain_mean_falls_to_two_bad_replicas_of_eight(of_the_mean, attack):
     assert of_the_mean["none"] > 96
     assert of_the_mean[attack] < 70
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED_BY)
 def test_training_survives_two_bad_replicas_of_eight(of_the_mean, digits, name):
     """Within 2 points of the clean accuracy of the mean, under every attack and under none."""

@@ -182,10 +182,9 @@ def test_one_inner_step_of_sgd_is_a_synchronous_step(split, key):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("model", [MODEL, models.from_nnx(Noisy)], ids=["mlp", "noisy"])
-def test_vmap_and_pmap_agree(split, key, name, model):
+def test_vmap_and_pmap_agree(split, key, name):
     """The same per-replica code, dropout and batch statistics included, on virtual and on real replicas."""
-    strategy = STRATEGIES[name]
+    strategy, model = STRATEGIES[name], models.from_nnx(Noisy)
     devices = jax.devices()[:REPLICAS]
     train_round = make_round(model, classification, OPTIMIZER, strategy)
     axes = state.axes(strategy)

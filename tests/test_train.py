@@ -64,6 +64,7 @@ def test_default_command_reaches_97_percent_and_leaves_its_results(tmp_path):
     assert "step 230 of 230" in output, "plain lines where the output is no terminal"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MNIST.exists(), reason="needs the MNIST files in ../shared/data/mnist")
 def test_mnist_reaches_97_5_percent_in_ten_epochs(tmp_path):
     arguments = ["--dataset", "mnist", "--data-dir", str(MNIST), "--devices", "4", "--run-dir", str(tmp_path)]

@@ -379,6 +379,7 @@ def test_target_without_its_plugin_is_an_error(monkeypatch):
         targets.devices("tpu:v5e:2x4")
 
 
+@pytest.mark.slow
 def test_sockets_agree():
     """Three real processes send within 3 % of what the compiled programs say."""
     names = "all-reduce,all-gather u8,all-to-all u8,collective-permute,diloco"
