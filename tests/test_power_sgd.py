@@ -52,13 +52,13 @@ def test_rank_that_saves_nothing_is_the_mean(key):
     assert state.residual == []
 
 
-def test_factors_of_the_messages_rank_are_the_mean(key):
-    """Messages of rank 2 have a mean of rank up to 8, which fits into one round's factors."""
+def test_factors_that_hold_the_whole_mean_say_it_at_once(key):
+    """Messages of rank 2 have a mean of rank 8; two columns more keep a random start well conditioned."""
     left, right = (jax.random.normal(k, (REPLICAS, 40, 2)) for k in jax.random.split(key))
     rows = {"kernel": jnp.einsum("rik,rjk->rij", left, right)}
-    agreed, state = agree(power_sgd(rank=8), rows, 1, key)
-    np.testing.assert_allclose(agreed["kernel"][0], average(rows)["kernel"], atol=1e-4)
-    np.testing.assert_allclose(state.residual[0], 0, atol=1e-4)
+    agreed, state = agree(power_sgd(rank=10), rows, 1, key)
+    np.testing.assert_allclose(agreed["kernel"][0], average(rows)["kernel"], atol=2e-5)
+    np.testing.assert_allclose(state.residual[0], 0, atol=2e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
