@@ -21,6 +21,7 @@ import ctde_jax as ctde
 from ctde_jax import replica, state
 from ctde_jax.aggregate import error_feedback, power_sgd, quantize, sign, top_k, two_phase
 from ctde_jax.data import Split
+from ctde_jax.gradient import make_gradient
 from ctde_jax.round import parallel_rounds
 from ctde_jax.tasks import classification
 
@@ -50,7 +51,7 @@ def make_turn(strategy: ctde.Strategy, devices: list[jax.Device]) -> Callable[[]
     here = state.place(*center, optimizer, strategy, devices)
     examples, key = replica.replicate((split, jax.random.key(1)), devices)
     indices = replica.shard(indices, devices)
-    run = parallel_rounds(model, classification, optimizer, strategy, devices, None)
+    run = parallel_rounds(make_gradient(model, classification), optimizer, strategy, devices, None)
     run = run.lower(here, examples, indices, key).compile()
 
     def turn() -> float:

@@ -23,7 +23,6 @@ import tyro
 from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
-from transformer import mean_cross_entropy, text_windows, transformer
 
 import ctde_jax as ctde
 from ctde_jax.aggregate import Codec, error_feedback, quantize, sign, top_k, two_phase
@@ -50,9 +49,9 @@ class Problem(NamedTuple):
 
 def learn_text(folder: Path) -> Problem:
     """Predicts the next character of Shakespeare, 64 windows of 64 characters a step."""
-    data, vocabulary = text_windows(folder / "text" / "tinyshakespeare.txt", length=64, stride=16)
-    task = ctde.Task(mean_cross_entropy)
-    return Problem(transformer(len(vocabulary), 64), data, task, batch_size=64, steps=600, warmup_steps=30)
+    data = ctde.data.from_text(folder / "text" / "tinyshakespeare.txt", length=64, stride=16)
+    model = ctde.models.transformer(len(data.vocabulary), 64)
+    return Problem(model, data, ctde.tasks.language_modeling, batch_size=64, steps=600, warmup_steps=30)
 
 
 def learn_digits(folder: Path) -> Problem:

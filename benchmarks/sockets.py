@@ -35,6 +35,7 @@ from rich.table import Table
 import ctde_jax as ctde
 from ctde_jax import replica, state, traffic
 from ctde_jax.data import deal
+from ctde_jax.gradient import make_gradient
 from ctde_jax.presets import PRESETS
 from ctde_jax.replica import AXIS
 from ctde_jax.round import parallel_rounds
@@ -106,7 +107,7 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
     steps = max(1, strategy.inner_steps)
     indices = replica.shard(batches.steps(0, steps).swapaxes(0, 1)[:, None], devices)  # [replica, round, step, example]
     program = (
-        parallel_rounds(model, ctde.tasks.classification, optimizer, strategy, devices, batches.axis)
+        parallel_rounds(make_gradient(model, ctde.tasks.classification), optimizer, strategy, devices, batches.axis)
         .lower(train_state, examples, indices, key)
         .compile()
     )

@@ -2,9 +2,9 @@
 
 To read the package top to bottom, follow the walk:
 
-    errors -> presets -> config -> devices -> replica -> data -> models -> tasks -> optimizers -> aggregate -> build
-           -> state -> round -> hlo -> collectives -> traffic -> evaluate -> log -> loop -> report -> targets -> wire
-           -> train
+    errors -> presets -> config -> devices -> replica -> data -> augment -> models -> initializers -> mup
+           -> tasks -> optimizers -> aggregate -> build -> state -> gradient -> round -> hlo -> collectives
+           -> traffic -> evaluate -> reestimate -> generation -> log -> loop -> report -> targets -> wire -> train
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctde_jax import (
         aggregate,
+        augment,
         build,
         data,
         devices,
+        initializers,
         log,
         models,
+        mup,
         optimizers,
         replica,
         report,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from ctde_jax.aggregate import Strategy
     from ctde_jax.build import strategy
     from ctde_jax.errors import InputError, NonFiniteLoss
+    from ctde_jax.generation import generate
     from ctde_jax.loop import Trained, fit
     from ctde_jax.tasks import Task
 
@@ -40,12 +44,16 @@ __all__ = [
     "Task",
     "Trained",
     "aggregate",
+    "augment",
     "build",
     "data",
     "devices",
     "fit",
+    "generate",
+    "initializers",
     "log",
     "models",
+    "mup",
     "optimizers",
     "replica",
     "report",
@@ -62,6 +70,7 @@ _HOME = {
     "Task": "tasks",
     "Trained": "loop",
     "fit": "loop",
+    "generate": "generation",
     "strategy": "build",
 }
 

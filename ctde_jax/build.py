@@ -1,5 +1,6 @@
 """From options to objects: the data, the partition, the model and the strategy that a configuration names."""
 
+from dataclasses import replace
 from math import inf, prod
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -7,20 +8,34 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import optax
 
-from ctde_jax import aggregate, config, data, models
+from ctde_jax import aggregate, augment, config, data, initializers, models, optimizers
 from ctde_jax.aggregate import Codec, Combine, Strategy
+from ctde_jax.augment import Augment
 from ctde_jax.data import Dataset
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models import Model
+from ctde_jax.mup import mup, scale_learning_rates
 from ctde_jax.presets import PRESETS
+from ctde_jax.tasks import Task, classification, language_modeling, smoothed
 
 
-def load_data(chosen: config.Data) -> Dataset:
-    """Loads the data set that the options name."""
-    goes_with = {"data_dir": ("mnist", "fashion_mnist"), "data_file": ("npz", "csv"), "label_column": ("csv",)}
+def load_data(chosen: config.Data, seed: int) -> Dataset:
+    """Loads the data set that the options name; the seed decides what is set aside for validation."""
+    goes_with = {
+        "data_dir": ("mnist", "fashion_mnist", "cifar10"),
+        "data_file": ("text", "npz", "csv"),
+        "label_column": ("csv",),
+    }
     for option, datasets in goes_with.items():
         if getattr(chosen, option) is not None and chosen.dataset not in datasets:
             raise InputError(option, f"goes with --dataset {' or '.join(datasets)}, got --dataset {chosen.dataset}.")
+    dataset = _load(chosen)
+    if chosen.sequence != "none":
+        dataset = data.as_sequence(dataset, chosen.sequence)
+    return data.hold_out(dataset, chosen.validation_share, seed) if chosen.validation_share else dataset
+
+
+def _load(chosen: config.Data) -> Dataset:
     match chosen.dataset:
         case "digits":
             return data.digits()
@@ -28,10 +43,32 @@ def load_data(chosen: config.Data) -> Dataset:
             return data.mnist(chosen.data_dir)
         case "fashion_mnist":
             return data.fashion_mnist(chosen.data_dir)
+        case "cifar10":
+            return data.cifar10(chosen.data_dir)
+        case "text":
+            return data.from_text(_data_file(chosen), chosen.window, chosen.stride)
         case "npz":
             return data.from_npz(_data_file(chosen))
         case "csv":
             return data.from_csv(_data_file(chosen), chosen.label_column)
+
+
+def build_task(chosen: config.Optimization, dataset: Dataset) -> Task:
+    """Builds what the data are for: the class of an example, or the next character of a text."""
+    return smoothed(language_modeling if dataset.vocabulary else classification, chosen.label_smoothing)
+
+
+def build_augment(chosen: config.Data) -> Augment | None:
+    """Chains the augmentations of the options, or returns None where there is none."""
+    check_at_least(0, shift=chosen.shift, cutout=chosen.cutout)
+    parts = [
+        *([augment.shift(chosen.shift)] if chosen.shift else []),
+        *([augment.flip()] if chosen.flip else []),
+        *([augment.cutout(chosen.cutout)] if chosen.cutout else []),
+    ]
+    if parts and chosen.sequence != "none":
+        raise InputError("sequence", "must be none where pictures are augmented: they are no pictures any more.")
+    return augment.chain(*parts) if parts else None
 
 
 def make_partition(chosen: config.Data, labels: np.ndarray, replicas: int, seed: int) -> list[np.ndarray] | None:
@@ -39,6 +76,10 @@ def make_partition(chosen: config.Data, labels: np.ndarray, replicas: int, seed:
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError("clients", "need a --partition that stays, such as iid, got --partition reshuffled.")
     check_at_least(replicas, clients=chosen.clients)
+    if labels.ndim > 1 and chosen.partition in ("by_label", "dirichlet"):
+        raise InputError(
+            "partition", f"must be reshuffled or iid where examples have no class, got {chosen.partition}."
+        )
     parts = chosen.clients or replicas
     match chosen.partition:
         case "reshuffled":
@@ -52,10 +93,89 @@ def make_partition(chosen: config.Data, labels: np.ndarray, replicas: int, seed:
 
 
 def build_model(chosen: config.Model, dataset: Dataset) -> Model:
-    """Builds the network between the data's inputs and its classes."""
-    widths = [prod(dataset.train.inputs.shape[1:]), *chosen.widths, len(dataset.classes)]
-    model = models.mlp(widths, chosen.activation)
+    """Builds the network between the data's inputs and its classes or characters, and says how its weights start.
+
+    Raises:
+        InputError: The network does not go with the data, or an option is out of range.
+    """
+    model = _build_network(chosen, dataset)
+    base = _build_base(chosen, dataset)
+    model = initializers.initialize(model, chosen.init) if base is None else mup(model, base)
     return models.in_bfloat16(model) if chosen.precision == "bf16" else model
+
+
+def build_optimizer(chosen: config.Config, dataset: Dataset, total_steps: int) -> optax.GradientTransformation:
+    """Builds the optimizer of a run of so many steps."""
+    options = chosen.optimization
+    optimizer = optimizers.build(
+        options.optimizer,
+        options.learning_rate,
+        options.schedule,
+        options.warmup_steps,
+        total_steps,
+        options.weight_decay,
+        options.max_grad_norm,
+    )
+    base = _build_base(chosen.model, dataset)
+    if base is None:
+        return optimizer
+    if options.optimizer not in ("adam", "adamw", "lion"):
+        raise InputError("optimizer", f"must be adam, adamw or lion with --init mup, got {options.optimizer}.")
+    return optax.chain(optimizer, scale_learning_rates(base, dataset.train.inputs[:1]))
+
+
+def _build_base(chosen: config.Model, dataset: Dataset) -> Model | None:
+    """Builds the network at the base width where the weights start in the maximal update parametrization."""
+    if chosen.init != "mup":
+        return None
+    check_at_least(1, base_width=chosen.base_width)
+    base = chosen.base_width
+    if base is None:
+        raise InputError("base_width", "must say at which width the learning rate was found for --init mup, got none.")
+    match chosen.model:
+        case "mlp":
+            return _build_network(replace(chosen, widths=(base,) * len(chosen.widths)), dataset)
+        case "lstm" | "gru":
+            return _build_network(replace(chosen, width=base), dataset)
+        case "transformer":
+            if base * chosen.heads % chosen.width:
+                raise InputError("base_width", f"must be a multiple of {chosen.width // chosen.heads}, a head's width.")
+            return _build_network(replace(chosen, width=base, heads=base * chosen.heads // chosen.width), dataset)
+        case _:
+            raise InputError("init", f"must not be mup for {chosen.model}, whose widths do not grow together.")
+
+
+def _build_network(chosen: config.Model, dataset: Dataset) -> Model:
+    shape, classes = dataset.train.inputs.shape[1:], len(dataset.classes)
+    if dataset.vocabulary:
+        return _build_language_model(chosen, dataset)
+    match chosen.model:
+        case "mlp":
+            return models.mlp([prod(shape), *chosen.widths, classes], chosen.activation)
+        case "cnn":
+            return models.cnn(shape, classes, chosen.dropout)
+        case "resnet":
+            return models.resnet(shape, classes, chosen.widths, chosen.layers, chosen.norm, chosen.batch_statistics)
+        case "lstm" | "gru":
+            if len(shape) != 2:
+                way_out = "; give --sequence rows or pixels" if len(shape) == 3 else ""
+                raise InputError(
+                    "model", f"{chosen.model} reads sequences [length, features], got examples of {shape}{way_out}."
+                )
+            return models.rnn_classifier(shape[-1], classes, chosen.width, chosen.layers, chosen.model, chosen.dropout)
+        case _:
+            raise InputError("model", f"{chosen.model} reads texts (--dataset text), got the data set {dataset.name}.")
+
+
+def _build_language_model(chosen: config.Model, dataset: Dataset) -> Model:
+    vocabulary, length = len(dataset.vocabulary), dataset.train.inputs.shape[1]
+    match chosen.model:
+        case "lstm" | "gru":
+            return models.rnn_language_model(vocabulary, chosen.width, chosen.layers, chosen.model, chosen.dropout)
+        case "transformer":
+            return models.transformer(vocabulary, length, chosen.width, chosen.layers, chosen.heads, chosen.dropout)
+        case _:
+            raise InputError("model", f"must be lstm, gru or transformer for a text, got {chosen.model}.")
 
 
 def strategy(name: str, **options: Any) -> Strategy:

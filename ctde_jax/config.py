@@ -5,7 +5,7 @@ own, so it passes the same checks, and what the user types wins.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -14,16 +14,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from ctde_jax.errors import InputError, check_known, did_you_mean
-from ctde_jax.presets import PRESETS, as_flag, describe
+from ctde_jax.presets import MODELS, PRESETS, Preset, as_flag, describe
 
 # The help of an option without a value of its own says in words what happens by default.
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 Strategy = Annotated[
     Literal[tuple(PRESETS)],  # pyright: ignore[reportInvalidTypeForm]
-    tyro.conf.arg(help=f"A published method: default values for the options below and --optimizer.\n{describe()}"),
+    tyro.conf.arg(
+        help=f"A published method: default values for the options below and --optimizer.\n{describe(PRESETS)}"
+    ),
 ]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 
@@ -32,14 +35,37 @@ Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hi
 class Data:
     """Which examples there are, and which device gets them."""
 
-    dataset: Literal["digits", "mnist", "fashion_mnist", "npz", "csv"] = "digits"
-    """Digits come with scikit-learn, the MNIST family is downloaded where absent, npz and csv are your --data-file."""
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "text", "npz", "csv"] = "digits"
+    """Digits come with scikit-learn; the MNIST family and CIFAR-10 are downloaded where absent; text, npz and csv are
+    your --data-file."""
 
     data_dir: Folder = None
-    """Folder with the IDX files of the MNIST family, plain or gz; by default your cache folder."""
+    """Folder with the files of the MNIST family (IDX, plain or gz) or of CIFAR-10 (binary); by default your cache
+    folder."""
 
     data_file: File = None
-    """Your .npz file (x_train, y_train and maybe x_test, y_test) or .csv file; by default none."""
+    """Your text in UTF-8, .npz file (x_train, y_train and maybe x_test, y_test) or .csv file; by default none."""
+
+    window: int = 128
+    """Characters of a text that make up an example."""
+
+    stride: Count = None
+    """Characters from the start of a training window to the start of the next; by default those of a window."""
+
+    sequence: Literal["none", "rows", "pixels"] = "none"
+    """Whether pictures are read as sequences, row by row or pixel by pixel."""
+
+    shift: int = 0
+    """Pixels by which a training picture is moved at random, at most, anew in every epoch."""
+
+    flip: bool = False
+    """Whether to mirror training pictures at random, left to right."""
+
+    cutout: int = 0
+    """Side of a square that is cut out of training pictures at random, in pixels."""
+
+    validation_share: float = 0.0
+    """Share of the training examples that is set aside to say when to stop; see --patience."""
 
     label_column: Name = None
     """Name of the csv column that holds the label; by default the last one."""
@@ -61,14 +87,44 @@ class Data:
 class Model:
     """What is trained."""
 
-    model: Literal["mlp"] = "mlp"
-    """The network."""
+    model: Annotated[
+        Literal[tuple(MODELS)],  # pyright: ignore[reportInvalidTypeForm]
+        tyro.conf.arg(help=f"The network, and default values for the options of its kind.\n{describe(MODELS)}"),
+    ] = "mlp"
 
     widths: tuple[int, ...] = (128,)
-    """Widths of the hidden layers; the input's and the output's are the data's."""
+    """Widths of an mlp's hidden layers, the input's and the output's being the data's; or the channels of a resnet's
+    stages."""
 
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
-    """The function between two layers."""
+    """The function between two layers of an mlp."""
+
+    width: int = 128
+    """Numbers in the state of a recurrent layer, or in the vector of a transformer's token."""
+
+    layers: int = 1
+    """Recurrent layers, blocks of a transformer, or blocks in each stage of a resnet."""
+
+    heads: int = 4
+    """Parts of a vector that a transformer's attention looks at by themselves."""
+
+    dropout: float = 0.0
+    """Share of the numbers that are left out at random in training."""
+
+    norm: Literal["group", "batch"] = "group"
+    """What a resnet normalizes over: groups of channels of one example, or all examples."""
+
+    batch_statistics: Literal["averaged", "synchronized"] = "averaged"
+    """Over which examples --norm batch takes its statistics: those of a device, whose running averages are averaged
+    when devices agree, or those of the whole batch, for which devices talk within every step."""
+
+    init: Literal["flax", "glorot", "he", "orthogonal", "delta_orthogonal", "recurrent", "residual", "lsuv", "mup"] = (
+        "flax"
+    )
+    """How the weights start."""
+
+    base_width: Count = None
+    """Width at which the learning rate of --init mup was found; by default none."""
 
     precision: Literal["f32", "bf16"] = "f32"
     """What the network computes in, by JAX's default matrix products; parameters and updates are always f32."""
@@ -78,7 +134,7 @@ class Model:
 class Optimization:
     """How each step goes downhill."""
 
-    optimizer: Literal["sgd", "momentum", "adam", "adamw", "muon"] = "adam"
+    optimizer: Literal["sgd", "momentum", "adam", "adamw", "lion", "muon"] = "adam"
     """The rule that turns gradients into updates."""
 
     learning_rate: float = 0.008
@@ -90,8 +146,28 @@ class Optimization:
     warmup_steps: int = 0
     """Optimizer steps in which the learning rate rises from zero."""
 
+    weight_decay: Number = None
+    """Share of the kernels that a step takes off, in units of the learning rate; by default 0.0001 for adamw, 0.001 for
+    lion, and 0 for muon."""
+
+    max_grad_norm: Number = None
+    """Norm to which longer gradients are shortened; by default they are not."""
+
+    label_smoothing: float = 0.0
+    """Share of the uniform distribution in the labels that training aims at."""
+
     batch_size: int = 64
     """Examples of one optimizer step, over all devices together."""
+
+    accumulate: int = 1
+    """Groups in which a device computes its part of a batch, one after another, to save memory."""
+
+    ema_decay: Number = None
+    """Share that an exponential moving average of the parameters keeps of itself when devices agree; then that average
+    is evaluated and returned; by default there is none."""
+
+    patience: Count = None
+    """Evaluations in a row that may fail to lower the validation loss before training ends; by default any number."""
 
     epochs: int = 10
     """How often to go through the training data."""
@@ -200,6 +276,16 @@ class Run:
     log_every: int = 20
     """At most so many optimizer steps, or a round where that is longer, lie between two lines of metrics."""
 
+    reestimate_batches: int = 0
+    """Training batches over which --norm batch takes its statistics anew before every evaluation."""
+
+    prompt: Text = None
+    """How the text starts that a language model writes at every evaluation; by default with the first character of its
+    training text."""
+
+    sample_length: int = 200
+    """Characters of that text; 0 for none."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -230,13 +316,14 @@ def parse(arguments: Sequence[str]) -> Config:
         if "--epochs" in typed:
             options.pop("steps", None)
         _check(_as_arguments(options))
+    model, strategy = options.get("model", "mlp"), options.get("strategy", "ddp")
+    if "--model" in typed:
+        options = _without(options, Model, MODELS[model])
+        model = chosen.model.model
     if "--strategy" in typed:
-        agreed = {option.name for option in fields(Aggregation)} - {"devices"}
-        earlier = PRESETS[options.get("strategy", "ddp")].options
-        options = {name: value for name, value in options.items() if name not in agreed and name not in earlier}
-        options = {**PRESETS[chosen.aggregation.strategy].options, **options}
-    else:
-        options = {**PRESETS[options.get("strategy", "ddp")].options, **options}
+        options = _without(options, Aggregation, PRESETS[strategy], keep={"devices"})
+        strategy = chosen.aggregation.strategy
+    options = {**MODELS[model].options, **PRESETS[strategy].options, **options}
     parsed = _parse([*_as_arguments(options), *arguments])
     _check_effect(typed, parsed)
     return parsed
@@ -262,6 +349,9 @@ _OPTION_OF = {
     "decay": "feedback_decay",
     "radius": "clip_radius",
     "strength": "proximal",
+    "length": "window",
+    "pixels": "shift",
+    "size": "cutout",
 }
 """The options that bear another name than the argument they set."""
 
@@ -283,13 +373,19 @@ def _load(path: Path) -> dict[str, Any]:
     return saved
 
 
+def _without(options: dict[str, Any], group: type, preset: Preset, keep: Collection[str] = ()) -> dict[str, Any]:
+    """Leaves out what belongs to a choice that is made anew."""
+    dropped = {option.name for option in fields(group)} | preset.options.keys()
+    return {name: value for name, value in options.items() if name in keep or name not in dropped}
+
+
 def _as_arguments(options: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for name, value in options.items():
         if isinstance(value, bool):
             arguments.append(as_flag(name if value else f"no_{name}"))
         elif value is not None:
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, (list, tuple)) else [value]
             arguments += [as_flag(name), *map(str, values)]
     return arguments
 
@@ -336,6 +432,20 @@ _GOES_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "clip_radius": ("combine", ("centered_clipping",)),
     "outer_learning_rate": ("outer", ("momentum", "nesterov", "adam")),
     "outer_momentum": ("outer", ("momentum", "nesterov")),
+    "window": ("dataset", ("text",)),
+    "stride": ("dataset", ("text",)),
+    "prompt": ("dataset", ("text",)),
+    "sample_length": ("dataset", ("text",)),
+    "widths": ("model", ("mlp", "resnet")),
+    "activation": ("model", ("mlp",)),
+    "width": ("model", ("lstm", "gru", "transformer")),
+    "layers": ("model", ("resnet", "lstm", "gru", "transformer")),
+    "heads": ("model", ("transformer",)),
+    "dropout": ("model", ("cnn", "lstm", "gru", "transformer")),
+    "norm": ("model", ("resnet",)),
+    "batch_statistics": ("norm", ("batch",)),
+    "reestimate_batches": ("norm", ("batch",)),
+    "weight_decay": ("optimizer", ("adamw", "lion", "muon")),
     "label_shards": ("partition", ("by_label",)),
     "dirichlet_alpha": ("partition", ("dirichlet",)),
 }

@@ -16,7 +16,7 @@ from ctde_jax.replica import AXIS, PyTree
 from ctde_jax.tasks import Task
 
 Averages = dict[str, float]
-"""`loss` and each metric as means over the examples, and `examples`, how many there were."""
+"""`loss`, each metric and what is a function of the loss, as means over the examples, and `examples`, their number."""
 
 
 def make_evaluate(
@@ -83,6 +83,6 @@ def make_evaluate(
     def evaluate(params: PyTree, model_state: PyTree) -> Averages:
         sums = jax.device_get(compiled((params, model_state), parts))
         assert sums["examples"] == examples, f"counted {sums['examples']} of {examples} examples"
-        return {name: float(sums[name]) / examples for name in ("loss", *task.metrics)} | {"examples": examples}
+        return task.averages(sums, examples) | {"examples": examples}
 
     return evaluate

@@ -1,7 +1,8 @@
 """What a person sees of a run: a progress bar, a line of JSON for every measurement, and the curves.
 
-A measurement is a row, a flat dict: `split` ("train" or "test"), `step`, `epoch`, `loss`, the task's metrics,
-`examples`, and for training also `examples_per_second` and `bytes_sent`, what each device has sent since the start.
+A measurement is a row, a flat dict: `split` ("train", "validation" or "test"), `step`, `epoch`, `loss`, the task's
+metrics, `examples`, and for training also `examples_per_second` and `bytes_sent`, what each device has sent since the
+start.
 """
 
 import json
@@ -57,6 +58,10 @@ class Log:
         if self._progress.disable and (row["split"] == "test" or long_ago):
             self._last_line = time.perf_counter()
             self._progress.console.print(f"step {row['step']:,} of {self._total_steps:,}  {summary}")
+
+    def say(self, text: str) -> None:
+        """Shows a text as it is."""
+        self._progress.console.print(text, markup=False, highlight=False)
 
 
 def console(quiet: bool = False) -> Console:
@@ -142,7 +147,7 @@ def plot_curves(rows: Sequence[Row]) -> "Figure":
     names = list(_measured(rows[0]))
     figure = Figure(figsize=(4.8 * len(names), 3.6), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        for split, color in [("train", "tab:gray"), ("test", "tab:blue")]:
+        for split, color in [("train", "tab:gray"), ("validation", "tab:orange"), ("test", "tab:blue")]:
             points = [(row["step"], row[name]) for row in rows if row["split"] == split]
             if points:
                 marker = "." if len(points) <= 30 else ""
@@ -163,4 +168,4 @@ def _summary(row: Row) -> str:
     words = [f"{name} {value:.4f}" for name, value in _measured(row).items()]
     if row["split"] == "train":
         return " ".join([*words, f"{row['examples_per_second']:,.0f} examples/s"])
-    return " ".join(["test", *words])
+    return " ".join([row["split"], *words])

@@ -19,14 +19,17 @@ from jax import lax
 from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import Dataset, Split, count_steps, deal, dispatches
+from ctde_jax.augment import Augment
+from ctde_jax.data import Batches, Dataset, Split, count_steps, deal, dispatches
 from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least, check_seed
 from ctde_jax.evaluate import Averages, make_evaluate
+from ctde_jax.gradient import Sums, make_gradient
 from ctde_jax.log import Row, console, make_run_folder, open_log
 from ctde_jax.models import Model, count_params, with_raw_inputs
+from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import AXIS, PyTree
-from ctde_jax.round import Sums, parallel_rounds
-from ctde_jax.tasks import Task, classification
+from ctde_jax.round import parallel_rounds
+from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import Traffic, measure, summary
 
 
@@ -39,6 +42,7 @@ class Trained:
 
     params: PyTree  # numpy arrays
     model_state: PyTree  # numpy arrays
+    step: int  # optimizer steps that these parameters have seen
     history: list[Row]
     """One row for each measurement, as `log.py` describes it."""
 
@@ -48,14 +52,22 @@ class Trained:
     interrupted: bool
     """Whether Ctrl-C ended the training before its last step."""
 
+    stopped_early: bool
+    """Whether its patience ended the training, and the parameters are those of the lowest validation loss."""
+
     task: Task
     devices: Sequence[jax.Device]
     traffic: Traffic
     """What each device sends in a round, counted in the compiled program."""
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{name} {value:.4g}" for name, value in self.history[-1].items() if name != "split")
-        return f"Trained({'interrupted, ' if self.interrupted else ''}{last})"
+        says = ", ".join(f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split")
+        return f"Trained({'interrupted, ' if self.interrupted else ''}{says})"
+
+    @property
+    def tested(self) -> Row:
+        """The row of the history with the test averages of these parameters."""
+        return next(row for row in self.history if row["split"] == "test" and row["step"] == self.step)
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Runs the model alone on one device: `[examples, ...]` to its outputs, float32."""
@@ -74,17 +86,23 @@ def fit(
     optimizer: optax.GradientTransformation,
     strategy: Strategy = Strategy(),
     *,
-    task: Task = classification,
+    task: Task | None = None,
     batch_size: int,
     epochs: int | None = None,
     steps: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     partition: Sequence[np.ndarray] | None = None,
     seed: int = 0,
+    augment: Augment | None = None,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    reestimate_batches: int = 0,
+    patience: int | None = None,
     eval_every: int | None = None,
     log_every: int = 20,
     run_dir: Path | str | None = None,
     show: bool = True,
+    describe: Callable[[PyTree, PyTree], str] | None = None,
 ) -> Trained:
     """Trains one central model on many devices.
 
@@ -96,7 +114,7 @@ def fit(
         data: Training and test examples.
         optimizer: Any optax transformation.
         strategy: How the devices agree.
-        task: What is minimized and what is reported.
+        task: What is minimized and what is reported; by default classification, or language modeling of a text.
         batch_size: The global one, over all devices together.
         epochs: How often to go through the data; give this or `steps`.
         steps: How many optimizer steps to take.
@@ -104,49 +122,71 @@ def fit(
         partition: For each device the indices of the examples that never leave it. With more parts than devices the
             parts are clients, of whom as many as there are devices are drawn for every round. By default all examples
             are dealt anew in every epoch.
-        seed: Of the model's start, the data order and dropout.
+        seed: Of the model's start, the data order, augmentation and dropout.
+        augment: Changes every training example before the model sees it; see `augment.py`.
+        accumulate: Groups in which a device computes its part of a batch, one after another, to save memory.
+        ema_decay: Keeps an exponential moving average of the parameters, whose own share in every aggregation this is;
+            then that average is evaluated and returned.
+        reestimate_batches: Training batches over which batch statistics are estimated anew before every evaluation.
+        patience: Training ends after so many evaluations in a row that have not lowered the validation loss, and the
+            parameters of the lowest are returned; needs data with a validation split.
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
         log_every: At most so many steps, or a round where that is longer, lie between two rows of the history; so many
             go out in one dispatch.
         run_dir: The folder for `metrics.jsonl` and `curves.png`, made where it is not there; None writes no files.
         show: Whether to show progress.
+        describe: What to print of the parameters and model state (numpy arrays) at every evaluation, such as a text
+            that the model has written.
 
     Raises:
         InputError: An argument breaks a rule; nothing has been computed yet.
         NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
     """
     clock = _Clock()
-    _check_types(model=model, data=data, optimizer=optimizer, strategy=strategy, task=task)
+    _check_types(model=model, data=data, optimizer=optimizer, strategy=strategy)
+    task = _default_task(data) if task is None else task
+    _check_types(task=task)
     check_seed(seed)
     devices = list(devices or available.start())
     available.check(devices)
-    if task is classification and not data.classes:
-        raise InputError("task", "must be a loss of your own where labels are real-valued targets, got classification.")
     batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
+    _check_groups(accumulate, batch_size, len(devices))
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
+    best = _Best(patience, data)
     total_steps = count_steps(batches.steps_per_epoch, epochs, steps)
     eval_every = batches.steps_per_epoch if eval_every is None else eval_every
     phases = _phases(strategy, total_steps, eval_every, log_every)
 
     model = with_raw_inputs(model, data.shift, data.scale)
-    if task is classification:
-        _check_outputs(model, data)
+    _check_outputs(model, data, task)
+    _check_augment(augment, data)
     state.check(model, data.train.inputs[:1], strategy, len(devices))
     run_dir = None if run_dir is None else make_run_folder(Path(run_dir))
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    params, model_state = jax.jit(model.init)(init_key, data.train.inputs[:1])
-    train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices)
+    params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
+    if reestimate_batches and not jax.tree.leaves(model_state):
+        raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
+    keeps_average = ema_decay is not None
+    train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
     place = replica.replicate if batches.axis is None else replica.shard
     examples, key = place(batches.split, devices), replica.replicate(train_key, devices)
     clock.lap("start-up")
 
+    gradient = make_gradient(model, task, augment, accumulate)
     programs, shapes = [], train_state
     for phase in phases:
         if programs:
             shapes = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), shapes)
         indices = (len(devices), phase.cut.rounds, phase.cut.round_steps, batch_size // len(devices))
-        rounds = parallel_rounds(model, task, optimizer, phase.strategy, devices, batches.axis)
+        rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
         programs.append(rounds.lower(shapes, examples, jax.ShapeDtypeStruct(indices, np.int32), key).compile())
-    evaluate = make_evaluate(model, task, data.test, devices, *replica.replicate((params, model_state), devices))
+    center = replica.replicate((params, model_state), devices)
+    splits = {"validation": data.validation, "test": data.test}
+    evaluate = {
+        name: make_evaluate(model, task, split, devices, *center) for name, split in splits.items() if split is not None
+    }
+    reestimate = _make_reestimate(model, batches, devices, reestimate_batches, examples, key)
     hosts = [device.process_index for device in devices]
     traffic = [
         measure(program.as_text(), phase.cut.rounds, phase.strategy.inner_steps, hosts)
@@ -157,12 +197,12 @@ def fit(
     console(quiet=not show).print(f"wire       {says}")
     clock.lap("compile")
 
-    meter = _Meter(batches.steps_per_epoch)
+    meter = _Meter(batches.steps_per_epoch, task)
     with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log:
         for phase, train_rounds, sent in zip(phases, programs, traffic, strict=True):
             if phase.start:
                 train_state = phase.begin(train_state, devices)
-            center = phase.make_center(devices)
+            center_of = phase.make_center(devices)
             for start in range(phase.start, phase.stop, phase.cut.interval):
                 stop = min(start + phase.cut.interval, phase.stop)
                 meter.start()
@@ -177,17 +217,34 @@ def fit(
                 log.add(meter.train_row(unread.pop(), sent))
                 clock.lap("train")
 
-                params = center(train_state.params)
-                log.add(meter.test_row(evaluate(params, train_state.model_state)))
+                params = center_of(train_state.ema_params if keeps_average else train_state.params)
+                model_state = reestimate(params, train_state.model_state)
+                rows = [meter.row(name, averages(params, model_state)) for name, averages in evaluate.items()]
+                for row in rows:
+                    log.add(row)
+                best.update(rows[0], params, model_state)
+                if describe is not None:
+                    log.say(describe(*jax.device_get((params, model_state))))
                 clock.lap("evaluate")
-                if interrupted.is_set():
+                if interrupted.is_set() or best.is_over:
                     break
-            if interrupted.is_set():
+            if interrupted.is_set() or best.is_over:
                 break
 
-    params, model_state = jax.device_get((params, train_state.model_state))
-    stopped = interrupted.is_set()
-    return Trained(model, params, model_state, log.rows, clock.seconds, stopped, task, devices, traffic[-1])
+    params, model_state = best.center or jax.device_get((params, model_state))
+    return Trained(
+        model=model,
+        params=params,
+        model_state=model_state,
+        step=best.step or log.rows[-1]["step"],
+        history=log.rows,
+        seconds=clock.seconds,
+        interrupted=interrupted.is_set(),
+        stopped_early=best.is_over,
+        task=task,
+        devices=devices,
+        traffic=traffic[-1],
+    )
 
 
 _MADE_BY = {
@@ -206,17 +263,97 @@ def _check_types(**arguments: object) -> None:
             raise InputError(name, f"must be made by {maker}, got {type(value).__name__} {value!r:.60}.")
 
 
-def _check_outputs(model: Model, data: Dataset) -> None:
-    """Raises InputError for a model that does not give one output for each class."""
+def _default_task(data: Dataset) -> Task:
+    if data.vocabulary:
+        return language_modeling
+    if data.classes:
+        return classification
+    raise InputError("task", "must be a loss of your own where labels are neither classes nor a text, got none.")
+
+
+def _check_outputs(model: Model, data: Dataset, task: Task) -> None:
+    """Raises InputError for a model that does not give the outputs that the task predicts."""
     inputs = data.train.inputs[:1]
+    classes = len(data.vocabulary or data.classes)
+    match task.predicts:
+        case "anything":
+            return
+        case "classes":
+            wanted, says = (1, classes), f"[examples, {classes}], one for each class"
+        case "tokens":
+            places = data.train.labels.shape[1:]
+            wanted, says = (1, *places, classes), f"[examples, length, {classes}], one for each character"
+    if not classes:
+        raise InputError("task", "must be a loss of your own where labels are real-valued targets.")
     params, model_state = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), inputs)
     outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
-    if outputs.shape != (1, len(data.classes)):
+    if outputs.shape != wanted:
         raise InputError(
             "model",
-            f"must give outputs of the shape [examples, {len(data.classes)}], one for each class, "
-            f"got {list(outputs.shape)} for one example.",
+            f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.",
         )
+
+
+def _check_groups(accumulate: int, batch_size: int, devices: int) -> None:
+    check_at_least(1, accumulate=accumulate)
+    if batch_size % (devices * accumulate):
+        raise InputError(
+            "accumulate",
+            f"must cut the {batch_size // devices} examples that each device has of a batch into equal groups, "
+            f"got {accumulate}.",
+        )
+
+
+def _check_augment(augment: Augment | None, data: Dataset) -> None:
+    if augment is None:
+        return
+    example = jax.ShapeDtypeStruct(data.train.inputs.shape[1:], data.train.inputs.dtype)
+    augmented = jax.eval_shape(augment, jax.eval_shape(jax.random.key, 0), example)
+    if (augmented.shape, augmented.dtype) != (example.shape, example.dtype):
+        raise InputError(
+            "augment",
+            f"must keep the shape {example.shape} and the type {example.dtype} of an example, "
+            f"got {augmented.shape} and {augmented.dtype}.",
+        )
+
+
+def _make_reestimate(
+    model: Model, batches: Batches, devices: Sequence[jax.Device], steps: int, examples: Split, key: jax.Array
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """Makes the function from central parameters and the model state to the state to evaluate them with."""
+    check_at_least(0, reestimate_batches=steps)
+    if not steps:
+        return lambda params, model_state: model_state
+    indices = replica.shard(np.ascontiguousarray(batches.steps(0, steps).swapaxes(0, 1)), devices)
+    run = make_reestimate(model, devices, batches.axis)
+    return lambda params, model_state: run(params, model_state, examples, indices, key)
+
+
+class _Best:
+    """Keeps the parameters of the lowest validation loss where there is patience, and says when it has run out."""
+
+    def __init__(self, patience: int | None, data: Dataset):
+        check_at_least(1, patience=patience)
+        if patience is not None and data.validation is None:
+            raise InputError("patience", "needs data with a validation split, such as data.hold_out(...) makes.")
+        self._patience, self._loss, self._in_vain = patience, np.inf, 0
+        self.center: tuple[PyTree, PyTree] | None = None
+        self.step = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether too many evaluations in a row were in vain."""
+        return self._patience is not None and self._in_vain >= self._patience
+
+    def update(self, validated: Row, params: PyTree, model_state: PyTree) -> None:
+        """Takes note of an evaluation."""
+        if self._patience is None:
+            return
+        if validated["loss"] < self._loss:
+            self._loss, self.step, self._in_vain = validated["loss"], validated["step"], 0
+            self.center = jax.device_get((params, model_state))
+        else:
+            self._in_vain += 1
 
 
 class _Cut(NamedTuple):
@@ -281,17 +418,17 @@ class _Clock:
 class _Meter:
     """Turns the sums of dispatches into rows of the history."""
 
-    def __init__(self, steps_per_epoch: int):
-        self._step, self._steps_per_epoch, self._last, self._sent = 0, steps_per_epoch, 0.0, 0.0
+    def __init__(self, steps_per_epoch: int, task: Task):
+        self._step, self._steps_per_epoch, self._task, self._last, self._sent = 0, steps_per_epoch, task, 0.0, 0.0
 
     def start(self) -> None:
         self._last = time.perf_counter()
 
-    def test_row(self, averages: Averages) -> Row:
+    def row(self, split: str, averages: Averages) -> Row:
         """Raises NonFiniteLoss where the last step, whose loss was finite, has spoilt the parameters."""
         if not np.isfinite(averages["loss"]):
             raise NonFiniteLoss(self._step)
-        return {"split": "test", **self._position(), **averages}
+        return {"split": split, **self._position(), **averages}
 
     def train_row(self, sums: Sums, traffic: Traffic) -> Row:
         """Waits for the dispatch that computes these sums, which has sent what each of its rounds sends.
@@ -308,8 +445,8 @@ class _Meter:
 
         self._step += int((sums["examples"] > 0).sum())
         totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
-        examples = totals.pop("examples")
-        means = {name: totals[name] / examples for name in ("loss", *totals)}
+        examples = totals["examples"]
+        means = self._task.averages(totals, examples)
         speed = {"examples": int(examples), "examples_per_second": round(examples / seconds, 1)}
         self._sent += traffic.sent * traffic.rounds
         return {"split": "train", **self._position(), **means, **speed, "bytes_sent": round(self._sent)}

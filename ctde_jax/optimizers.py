@@ -2,23 +2,37 @@
 
 from math import inf
 
+import jax
 import optax
 import optax.contrib
 
 from ctde_jax.errors import InputError, check_at_least, check_known
+from ctde_jax.replica import PyTree
 
 OPTIMIZERS = {
     "sgd": optax.sgd,
     "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
     "adam": optax.adam,
-    "adamw": optax.adamw,
-    "muon": optax.contrib.muon,
+    "adamw": lambda learning_rate, decay=1e-4: optax.adamw(learning_rate, weight_decay=decay, mask=is_decayed),
+    "lion": lambda learning_rate, decay=1e-3: optax.lion(learning_rate, weight_decay=decay, mask=is_decayed),
+    "muon": lambda learning_rate, decay=0.0: optax.contrib.muon(learning_rate, weight_decay=decay),
 }
+"""Functions of the learning rate, and where they know it of the decoupled weight decay."""
+
+DECAYING = ("adamw", "lion", "muon")
+"""The optimizers with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
 SCHEDULES = ("constant", "cosine", "linear")
 
 
 def build(
-    name: str, learning_rate: float, schedule: str = "constant", warmup_steps: int = 0, total_steps: int = 0
+    name: str,
+    learning_rate: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int = 0,
+    weight_decay: float | None = None,
+    max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """Builds an optimizer whose learning rate rises linearly for the warm-up steps and then follows the schedule.
 
@@ -28,12 +42,36 @@ def build(
         schedule: `constant`; `cosine` or `linear`, which reach zero at `total_steps`.
         warmup_steps: Optimizer steps.
         total_steps: Optimizer steps of the whole run, warm-up included; only read by schedules that decay.
+        weight_decay: Share of the weights that a step takes off, in units of the learning rate; biases and the scales
+            of norms keep theirs. By default the optimizer's own.
+        max_grad_norm: Longer gradients are shortened to this norm, all parameters together.
 
     Raises:
         InputError: A name is not known, or a number is out of its range.
     """
     check_known("optimizer", name, OPTIMIZERS)
-    return OPTIMIZERS[name](build_schedule(learning_rate, schedule, warmup_steps, total_steps))
+    rate = build_schedule(learning_rate, schedule, warmup_steps, total_steps)
+    if weight_decay is None:
+        optimizer = OPTIMIZERS[name](rate)
+    elif name not in DECAYING:
+        raise InputError("weight_decay", f"goes with {', '.join(DECAYING)}, got the optimizer {name}.")
+    elif not 0 <= weight_decay < inf:
+        raise InputError("weight_decay", f"must be at least 0 and finite, got {weight_decay}.")
+    else:
+        optimizer = OPTIMIZERS[name](rate, weight_decay)
+    if max_grad_norm is None:
+        return optimizer
+    if not 0 < max_grad_norm < inf:
+        raise InputError("max_grad_norm", f"must be greater than 0 and finite, got {max_grad_norm}.")
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def is_decayed(params: PyTree) -> PyTree:
+    """Says of each parameter whether weight decay takes hold of it: of kernels, and not of biases and norms.
+
+    Muon decays the matrices alone, which are those that it orthogonalizes.
+    """
+    return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
 def build_schedule(

@@ -1,7 +1,7 @@
-"""Published ways to agree, each as the options that it stands for.
+"""Published ways to agree, and the networks, each as the options that it stands for.
 
-A preset is nothing but default values: `--strategy diloco` reads the options below, and whatever else is given replaces
-them. `ctde_jax.strategy("diloco")` makes the same strategy in Python.
+A preset is nothing but default values: `--strategy diloco` or `--model cnn` reads the options below, and whatever else
+is given replaces them. `ctde_jax.strategy("diloco")` makes the same strategy in Python.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
-    """A published method."""
+    """A published method or network."""
 
     options: Mapping[str, Any]
-    """Fields of `config.Aggregation`, and where the method says so, `optimizer` and `learning_rate`."""
+    """Fields of `config`: of `Aggregation` or `Model`, and of `Optimization` where the method or network says so."""
 
     says: str
     """What it is, its paper, and the values that are recommended."""
@@ -89,16 +89,38 @@ PRESETS = {
 }
 
 
+MODELS = {
+    "mlp": Preset({}, "dense layers"),
+    "cnn": Preset({"learning_rate": 0.001}, "two convolutions and two dense layers (McMahan et al., 2017)"),
+    "resnet": Preset(
+        {"learning_rate": 0.002, "widths": (16, 32, 64)}, "residual blocks that normalize first (He et al., 2016)"
+    ),
+    "lstm": Preset(
+        {"learning_rate": 0.002, "max_grad_norm": 1.0},
+        "long short-term memory (Hochreiter and Schmidhuber, 1997), which reads a sequence or writes on a text",
+    ),
+    "gru": Preset({"learning_rate": 0.002, "max_grad_norm": 1.0}, "gated recurrent units (Cho et al., 2014), likewise"),
+    "transformer": Preset(
+        {"optimizer": "adamw", "learning_rate": 0.001, "max_grad_norm": 1.0, "layers": 2, "warmup_steps": 50},
+        "a decoder that writes on a text (Vaswani et al., 2017)",
+    ),
+}
+"""The networks; options that are not named have their own default values."""
+
+
 def as_flag(option: str) -> str:
     """Writes a field as the option of the command line."""
     return "--" + option.replace("_", "-")
 
 
-def describe() -> str:
+def describe(presets: Mapping[str, Preset]) -> str:
     """Says of every preset what it is, whose, what is recommended and what it sets, one line each."""
-    return "\n".join(f"{name}: {preset.says}{_settings(preset)}." for name, preset in PRESETS.items())
+    return "\n".join(f"{name}: {preset.says}{_settings(preset)}." for name, preset in presets.items())
 
 
 def _settings(preset: Preset) -> str:
-    flags = [as_flag(name) if value is True else f"{as_flag(name)} {value}" for name, value in preset.options.items()]
+    flags = [
+        f"{as_flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".removesuffix(" True")
+        for name, value in preset.options.items()
+    ]
     return f"; sets {' '.join(flags)}" if flags else ""

@@ -17,6 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "replica"
 
+SHARD = "shard"
+"""The axis of the shards that a replica cuts its batch into; see `gradient.py`."""
+
 PyTree: TypeAlias = Any
 """Any nesting of containers with arrays at its leaves."""
 
@@ -52,19 +55,19 @@ def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     return _put(tree, devices, PartitionSpec(AXIS))
 
 
-def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike) -> PyTree:
-    """Averages over the replicas, each counted as often as its weight says.
+def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) -> PyTree:
+    """Averages over the replicas, or the shards of one, each counted as often as its weight says.
 
-    A replica without weight does not count at all, not even with a NaN; where nobody has weight the mean is zero.
-    Counters and other integers, which have no mean, become the largest of the replicas'.
+    Who has no weight does not count at all, not even with a NaN; where nobody has weight the mean is zero. Counters and
+    other integers, which have no mean, become the largest of all.
     """
-    total = lax.psum(weight, AXIS)
+    total = lax.psum(weight, axis)
 
     def mean(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            return lax.pmax(x, AXIS)
+            return lax.pmax(x, axis)
         weighted = jnp.where(jnp.asarray(weight) > 0, x * weight, 0)
-        return (lax.psum(weighted, AXIS) / jnp.where(total > 0, total, 1)).astype(x.dtype)
+        return (lax.psum(weighted, axis) / jnp.where(total > 0, total, 1)).astype(x.dtype)
 
     return jax.tree.map(mean, tree)
 

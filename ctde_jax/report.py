@@ -10,7 +10,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ctde_jax.config import Aggregation, Config
+from ctde_jax import config as options
+from ctde_jax.config import Aggregation, Config, Optimization
 from ctde_jax.data import Dataset
 from ctde_jax.loop import Trained
 from ctde_jax.models import Model, count_params
@@ -29,16 +30,14 @@ def plan(
     """Says what is about to be trained on what, and where the results go."""
     network, optimization = config.model, config.optimization
     kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
-    widths = [prod(data.train.inputs.shape[1:]), *network.widths, len(data.classes)]
     params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
-    learning_rate = f"learning rate {optimization.learning_rate:g}, {optimization.schedule}"
 
     table = Table.grid(padding=(0, 2))
     table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}")
     table.add_row(
         "data",
         f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, "
-        f"{len(data.classes)} classes",
+        + (f"{len(data.vocabulary)} characters" if data.vocabulary else f"{len(data.classes)} classes"),
     )
     for note in data.notes:
         table.add_row("", note)
@@ -54,19 +53,55 @@ def plan(
     else:
         sizes = ", ".join(f"{len(part):,}" for part in partition)
         table.add_row("split", f"{config.data.partition}: {sizes} examples stay on their device (partition.png)")
+    table.add_row("model", f"{describe_network(network, data)}, {count_params(params):,} parameters")
+    groups = f" in {optimization.accumulate} groups" if optimization.accumulate > 1 else ""
     table.add_row(
-        "model",
-        f"{network.model} {'-'.join(map(str, widths))} with {network.activation}, {network.precision}, "
-        f"{count_params(params):,} parameters",
-    )
-    table.add_row(
-        "batch", f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on each device"
+        "batch",
+        f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on each device{groups}",
     )
     table.add_row("steps", f"{steps:,}, {steps_per_epoch:,} an epoch")
-    table.add_row("optimizer", f"{optimization.optimizer}, {learning_rate}, {optimization.warmup_steps} warm-up steps")
+    table.add_row("optimizer", describe_optimization(optimization))
     table.add_row("strategy", describe_strategy(config.aggregation))
     table.add_row("results", str(folder))
     return table
+
+
+def describe_network(chosen: options.Model, data: Dataset) -> str:
+    """Says what the network is, and how it starts."""
+    shape = data.train.inputs.shape[1:]
+    match chosen.model:
+        case "mlp":
+            words = [f"{'-'.join(map(str, (prod(shape), *chosen.widths, len(data.classes))))} with {chosen.activation}"]
+        case "resnet":
+            words = [f"{chosen.layers} a stage of {', '.join(map(str, chosen.widths))} channels, {chosen.norm} norm"]
+        case "cnn":
+            words = [f"on {' x '.join(map(str, shape))}"]
+        case "transformer":
+            words = [f"{chosen.layers} blocks of width {chosen.width}, {chosen.heads} heads"]
+        case _:
+            words = [f"{chosen.layers} layer{'s' * (chosen.layers > 1)} of width {chosen.width}"]
+    if chosen.dropout:
+        words.append(f"dropout {chosen.dropout:g}")
+    if chosen.init != "flax":
+        words.append(f"{chosen.init} start")
+    return ", ".join([f"{chosen.model} {words[0]}", *words[1:], chosen.precision])
+
+
+def describe_optimization(chosen: Optimization) -> str:
+    """Says how each step goes downhill."""
+    words = [
+        f"{chosen.optimizer}, learning rate {chosen.learning_rate:g}, {chosen.schedule}, "
+        f"{chosen.warmup_steps} warm-up steps"
+    ]
+    if chosen.weight_decay is not None:
+        words.append(f"weight decay {chosen.weight_decay:g}")
+    if chosen.max_grad_norm is not None:
+        words.append(f"gradients of at most norm {chosen.max_grad_norm:g}")
+    if chosen.label_smoothing:
+        words.append(f"labels smoothed by {chosen.label_smoothing:g}")
+    if chosen.ema_decay is not None:
+        words.append(f"averaged with decay {chosen.ema_decay:g}")
+    return ", ".join(words)
 
 
 def describe_strategy(chosen: Aggregation) -> str:
@@ -112,12 +147,16 @@ def _describe_inputs(data: Dataset) -> str:
 
 def result(trained: Trained, folder: Path) -> Table:
     """Says what came of a run, and where its time went."""
-    last = next(row for row in reversed(trained.history) if row["split"] == "test")
-    title = f"interrupted at step {last['step']:,}" if trained.interrupted else f"after {last['step']:,} steps"
+    tested = trained.tested
+    title = f"interrupted at step {trained.step:,}" if trained.interrupted else f"after {trained.step:,} steps"
+    if trained.stopped_early:
+        title += ", the best of those evaluated"
     table = Table(title=title, show_header=False)
-    table.add_row("test accuracy", f"{last['accuracy']:.2%}")
-    table.add_row("test loss", f"{last['loss']:.4f}")
-    table.add_row("examples evaluated", f"{last['examples']:,}")
+    table.add_row("test accuracy", f"{tested['accuracy']:.2%}")
+    table.add_row("test loss", f"{tested['loss']:.4f}")
+    for name in trained.task.of_the_loss:
+        table.add_row(f"test {name.replace('_', ' ')}", f"{tested[name]:.4f}")
+    table.add_row("examples evaluated", f"{tested['examples']:,}")
     sent = max(row.get("bytes_sent", 0) for row in trained.history)
     table.add_row("sent by each device", decimal(sent))
     table.add_section()

@@ -10,51 +10,43 @@ from jax import numpy as jnp
 from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
-from ctde_jax.models import Model
-from ctde_jax.replica import AXIS, PyTree, weighted_mean
+from ctde_jax.gradient import Gradient, Sums
+from ctde_jax.replica import AXIS, weighted_mean
 from ctde_jax.state import TrainState, axes
-from ctde_jax.tasks import Task
-
-Sums = dict[str, jax.Array]
-"""Over the examples of each step: `loss`, each metric, and their number `examples`; float32[steps] each."""
 
 Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
-"""`train_round(state, split, batches, key) -> (state, sums over all replicas)`
+"""`train_round(state, split, batches, key) -> (state, sums over all replicas, float32[steps])`
 
 `split` is what the device holds, `batches` is `int32[steps, per_replica]`, negative where there is no example.
 """
 
 
-def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation, strategy: Strategy) -> Round:
+def make_round(
+    gradient: Gradient,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    ema_decay: float | None = None,
+) -> Round:
     """Makes the round of a strategy. It uses collectives, so it runs under `replica.parallel`.
 
     A step for which a replica has no examples leaves that replica as it is; a round without any examples changes
     nothing. So a run may be cut into rounds of one shape, filled up at its end.
+
+    Args:
+        gradient: Made by `gradient.make_gradient`.
+        optimizer: Of every step.
+        strategy: How the replicas agree.
+        ema_decay: What the exponential moving average of the parameters keeps of itself in a round.
     """
     optimizer, reduce = strategy.local(optimizer), optax.with_extra_args_support(strategy.reduce)
 
-    def differentiate(params, model_state, split, indices, key) -> tuple[PyTree, PyTree, Sums]:
-        """Returns the gradient of the mean loss over the replica's own examples."""
-        is_example = indices >= 0
-        rows = jnp.where(is_example, indices, ~indices)
-        inputs, labels = split.inputs[rows], split.labels[rows]
-
-        def mean_loss(params):
-            outputs, new_model_state = model.apply(params, model_state, inputs, key)
-            measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
-            sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
-            return sums["loss"] / jnp.maximum(sums["examples"], 1), (new_model_state, sums)
-
-        grads, (model_state, sums) = jax.grad(mean_loss, has_aux=True)(params)
-        return grads, model_state, sums
-
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
-        shared_key, own_key = _keys(key, state.step)
-        grads, model_state, sums = differentiate(state.params, state.model_state, split, indices, own_key)
+        reduce_key, step_key = _keys(key, state.step)
+        grads, model_state, sums = gradient(state.params, state.model_state, split, indices, step_key)
 
         grads, reduce_state = reduce.update(
-            grads, state.reduce_state, state.params, weight=sums["examples"], key=shared_key
+            grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
 
@@ -69,7 +61,7 @@ def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = differentiate(params, model_state, split, indices, _keys(key, step)[1])
+            grads, model_state, sums = gradient(params, model_state, split, indices, _keys(key, step)[1])
             updates, opt_state = optimizer.update(grads, opt_state, params, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
             return optax.tree.where(sums["examples"] > 0, moved, own), sums
@@ -101,6 +93,9 @@ def make_round(model: Model, task: Task, optimizer: optax.GradientTransformation
 
         steps = jnp.sum(sums["examples"] > 0, dtype=jnp.int32)
         advanced = advanced._replace(step=state.step + steps)
+        if ema_decay is not None:
+            ema_params = optax.incremental_update(advanced.params, state.ema_params, 1 - ema_decay)
+            advanced = advanced._replace(ema_params=ema_params)
         return optax.tree.where(steps > 0, advanced, state), sums
 
     return train_round
@@ -117,25 +112,25 @@ def make_rounds(train_round: Round) -> Round:
 
 
 def parallel_rounds(
-    model: Model,
-    task: Task,
+    gradient: Gradient,
     optimizer: optax.GradientTransformation,
     strategy: Strategy,
     devices: Sequence[jax.Device],
     split_axis: int | None,
+    ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
     """Puts several rounds on the devices, as one program that takes over the memory of the state it is given.
 
     Args:
-        model: What is trained.
-        task: What for.
+        gradient: Made by `gradient.make_gradient`.
         optimizer: Of every step.
         strategy: How the replicas agree.
         devices: One replica on each.
         split_axis: None where every device holds the whole split, 0 where each holds its own row.
+        ema_decay: What the average of the parameters keeps of itself in a round, where there is one.
     """
     return replica.parallel(
-        make_rounds(make_round(model, task, optimizer, strategy)),
+        make_rounds(make_round(gradient, optimizer, strategy, ema_decay)),
         devices,
         in_axes=(axes(strategy), split_axis, 0, None),
         out_axes=(axes(strategy), None),
@@ -144,6 +139,6 @@ def parallel_rounds(
 
 
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the key of a step that all replicas share, and this replica's own."""
-    shared, own = jax.random.split(jax.random.fold_in(key, step))
-    return shared, jax.random.fold_in(own, lax.axis_index(AXIS))
+    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share."""
+    reduce_key, gradient_key = jax.random.split(jax.random.fold_in(key, step))
+    return reduce_key, gradient_key

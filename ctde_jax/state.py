@@ -24,13 +24,22 @@ class TrainState(NamedTuple):
     opt_state: PyTree  # of the optimizer: the center's, or with inner steps each replica's own
     reduce_state: PyTree  # of the strategy's reducer, each replica's own
     outer_state: PyTree  # of the strategy's outer optimizer, whose parameters it shares
+    ema_params: PyTree = ()  # the exponential moving average of the parameters, where one is kept
 
 
 def axes(strategy: Strategy) -> TrainState:
     """Says which parts of the state are a replica's own: 0 for those, None for what is equal on all."""
     alone = 0 if strategy.inner_steps else None
     astray = 0 if strategy.diverges else None
-    return TrainState(step=None, params=astray, model_state=None, opt_state=alone, reduce_state=0, outer_state=astray)
+    return TrainState(
+        step=None,
+        params=astray,
+        model_state=None,
+        opt_state=alone,
+        reduce_state=0,
+        outer_state=astray,
+        ema_params=astray,
+    )
 
 
 def check(model: Model, inputs: jax.typing.ArrayLike, strategy: Strategy, replicas: int) -> None:
@@ -41,7 +50,11 @@ def check(model: Model, inputs: jax.typing.ArrayLike, strategy: Strategy, replic
 
 
 def create(
-    params: PyTree, model_state: PyTree, optimizer: optax.GradientTransformation, strategy: Strategy
+    params: PyTree,
+    model_state: PyTree,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    ema: bool = False,
 ) -> TrainState:
     """Makes the first state of a replica; on the replica axis, so that reducers may ask how many replicas there are."""
     return TrainState(
@@ -51,6 +64,7 @@ def create(
         opt_state=strategy.local(optimizer).init(params),
         reduce_state=strategy.reduce.init(params),
         outer_state=strategy.outer.init(params),
+        ema_params=params if ema else (),
     )
 
 
@@ -60,9 +74,10 @@ def place(
     optimizer: optax.GradientTransformation,
     strategy: Strategy,
     devices: Sequence[jax.Device],
+    ema: bool = False,
 ) -> TrainState:
     """Sends what has been initialized at the center to the devices, and makes the first state there."""
-    make = partial(create, optimizer=optimizer, strategy=strategy)
+    make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
     center = replica.replicate((params, model_state), devices)
     return _on_replicas(make, center, (None, None), axes(strategy), devices)
 

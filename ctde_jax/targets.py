@@ -18,6 +18,7 @@ from ctde_jax import state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Batches, Dataset
 from ctde_jax.errors import InputError
+from ctde_jax.gradient import make_gradient
 from ctde_jax.models import Model
 from ctde_jax.replica import AXIS
 from ctde_jax.round import parallel_rounds
@@ -91,7 +92,7 @@ def compile_rounds(
         jax.ShapeDtypeStruct(indices, np.int32),
         jax.eval_shape(jax.random.key, 0),
     )
-    train_rounds = parallel_rounds(model, task, optimizer, strategy, devices, batches.axis)
+    train_rounds = parallel_rounds(make_gradient(model, task), optimizer, strategy, devices, batches.axis)
     return train_rounds.lower(*arguments).compile().as_text() or ""
 
 

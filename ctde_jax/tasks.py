@@ -4,7 +4,8 @@ Averages are made of these by whoever counts the examples, so they are right for
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from math import exp, log
+from typing import Literal, NamedTuple
 
 import jax
 import optax
@@ -27,29 +28,93 @@ class Task(NamedTuple):
     loss: PerExample
     metrics: Mapping[str, PerExample] = {}
 
+    of_the_loss: Mapping[str, Callable[[float], float]] = {}
+    """What is reported as a function of the average loss, such as the perplexity."""
+
+    objective: PerExample | None = None
+    """What is minimized where it is not the loss that is reported."""
+
+    predicts: Literal["anything", "classes", "tokens"] = "anything"
+    """What outputs the model must have: `[examples, classes]`, `[examples, length, vocabulary]`, or any."""
+
     def measure(self, outputs: PyTree, labels: jax.Array) -> dict[str, jax.Array]:
         """Returns the loss and every metric by name, `float32[examples]` each.
 
         Raises:
             InputError: One of them is not one number for each example, or a metric bears a name of the history's own.
         """
-        taken = {"loss", *RESERVED} & set(self.metrics)
+        taken = {"loss", *RESERVED} & {*self.metrics, *self.of_the_loss}
         if taken:
             raise InputError("task", f"must not call a metric {' or '.join(sorted(taken))}; rename it.")
-        measured = {name: function(outputs, labels) for name, function in [("loss", self.loss), *self.metrics.items()]}
-        for name, values in measured.items():
-            if jnp.shape(values) != labels.shape[:1]:
-                raise InputError(
-                    "task",
-                    f"must give one {name} for each example, an array of the shape {labels.shape[:1]}, got the shape "
-                    f"{jnp.shape(values)}; leave out the mean over the batch.",
-                )
-        return measured
+        functions = {"loss": self.loss, **self.metrics}
+        return {name: _per_example(name, function, outputs, labels) for name, function in functions.items()}
+
+    def minimized(self, outputs: PyTree, labels: jax.Array, measured: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns what is minimized, `float32[examples]`, where `measure` has returned this; raises as that does."""
+        if self.objective is None:
+            return measured["loss"]
+        return _per_example("objective", self.objective, outputs, labels)
+
+    def averages(self, sums: Mapping[str, float], examples: float) -> dict[str, float]:
+        """Returns the averages of sums over so many examples, and what is a function of the loss."""
+        means = {name: float(sums[name]) / examples for name in ("loss", *self.metrics)}
+        return means | {name: function(means["loss"]) for name, function in self.of_the_loss.items()}
 
 
 def is_correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Says 1 where the largest output is the label's, else 0."""
-    return (outputs.argmax(-1) == labels).astype(jnp.float32)
+    """Says 1 where the largest output is the label's, else 0; of several labels, the share that is right."""
+    return _mean_over_places((outputs.argmax(-1) == labels).astype(jnp.float32))
 
 
-classification = Task(optax.softmax_cross_entropy_with_integer_labels, {"accuracy": is_correct})
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the negative log-probability of the labels in nats, averaged over the places of an example.
+
+    Logits are `[examples, classes]` with labels `int32[examples]`, or `[examples, length, vocabulary]` with labels
+    `int32[examples, length]`.
+    """
+    return _mean_over_places(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def smoothed(task: Task, amount: float) -> Task:
+    """Makes the task minimize the cross-entropy to labels that are mixed with the uniform distribution.
+
+    What is reported stays the task's own loss, so that runs can be compared (Szegedy et al., 2016).
+
+    Args:
+        task: One whose loss is the cross-entropy.
+        amount: The uniform distribution's share, from 0 to less than 1.
+    """
+    if not 0 <= amount < 1:
+        raise InputError("label_smoothing", f"must be at least 0 and less than 1, got {amount}.")
+
+    def objective(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        to_uniform = -_mean_over_places(jax.nn.log_softmax(logits).mean(axis=-1))
+        return (1 - amount) * task.loss(logits, labels) + amount * to_uniform
+
+    return task._replace(objective=objective) if amount else task
+
+
+def _mean_over_places(values: jax.Array) -> jax.Array:
+    return values.reshape(len(values), -1).mean(axis=1)
+
+
+def _per_example(name: str, function: PerExample, outputs: PyTree, labels: jax.Array) -> jax.Array:
+    values = function(outputs, labels)
+    if jnp.shape(values) != labels.shape[:1]:
+        raise InputError(
+            "task",
+            f"must give one {name} for each example, an array of the shape {labels.shape[:1]}, got the shape "
+            f"{jnp.shape(values)}; leave out the mean over the batch.",
+        )
+    return values
+
+
+classification = Task(cross_entropy, {"accuracy": is_correct}, predicts="classes")
+
+language_modeling = Task(
+    cross_entropy,
+    {"accuracy": is_correct},
+    {"bits_per_character": lambda loss: loss / log(2), "perplexity": exp},
+    predicts="tokens",
+)
+"""The next token at every place of a window; each window is one example, and all its places count alike."""

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+
+import jax
 
 import ctde_jax as ctde
 from ctde_jax import config as options
@@ -45,7 +47,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         started: When the command began, by `time.perf_counter`.
     """
     devices = ctde.devices.start(config.aggregation.devices)
-    data = ctde.build.load_data(config.data)
+    data = ctde.build.load_data(config.data, config.optimization.seed)
     partition = ctde.build.make_partition(config.data, data.train.labels, len(devices), config.optimization.seed)
     model = ctde.build.build_model(config.model, data)
     strategy = ctde.build.build_strategy(config.aggregation)
@@ -53,9 +55,10 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     chosen = config.optimization
     epoch = ctde.data.steps_per_epoch(len(data.train.inputs), len(devices), chosen.batch_size, partition)
     steps = ctde.data.count_steps(epoch, chosen.epochs if chosen.steps is None else None, chosen.steps)
-    optimizer = ctde.optimizers.build(
-        chosen.optimizer, chosen.learning_rate, chosen.schedule, chosen.warmup_steps, steps
-    )
+    optimizer = ctde.build.build_optimizer(config, data, steps)
+    task = ctde.build.build_task(chosen, data)
+    augment = ctde.build.build_augment(config.data)
+    describe = _sampler(config.run, model, data, chosen.seed)
 
     check_at_least(1, eval_every=config.run.eval_every, log_every=config.run.log_every)
     check_seed(chosen.seed)
@@ -76,18 +79,53 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         data,
         optimizer,
         strategy,
+        task=task,
         devices=devices,
         batch_size=chosen.batch_size,
         steps=steps,
         partition=partition,
         seed=chosen.seed,
+        augment=augment,
+        accumulate=chosen.accumulate,
+        ema_decay=chosen.ema_decay,
+        reestimate_batches=config.run.reestimate_batches,
+        patience=chosen.patience,
         eval_every=config.run.eval_every,
         log_every=config.run.log_every,
         run_dir=folder,
+        describe=describe,
     )
     trained.seconds["start-up"] += before
     console.print(ctde.report.result(trained, folder))
     return trained
+
+
+def _sampler(
+    chosen: options.Run, model: "ctde.models.Model", data: "ctde.data.Dataset", seed: int
+) -> Callable[["ctde.replica.PyTree", "ctde.replica.PyTree"], str] | None:
+    """Makes the function that lets a language model write a text, or None for another model."""
+    check_at_least(0, sample_length=chosen.sample_length)
+    if not data.vocabulary or not chosen.sample_length:
+        return None
+    start = data.vocabulary[data.train.inputs[0, 0]] if chosen.prompt is None else chosen.prompt
+    try:
+        prompt = ctde.data.encode(start, data.vocabulary)
+    except InputError as error:
+        raise InputError("prompt", error.sentence) from error
+
+    def sample(params, model_state) -> str:
+        tokens = ctde.generate(
+            model,
+            params,
+            model_state,
+            prompt,
+            chosen.sample_length,
+            jax.random.key(seed),
+            window=data.train.inputs.shape[1],
+        )
+        return start + ctde.data.decode(tokens, data.vocabulary)
+
+    return sample
 
 
 def _new_folder(config: options.Config) -> Path:

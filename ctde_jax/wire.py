@@ -6,16 +6,16 @@ python -m ctde_jax.wire --sync-every 16 --target tpu:v5e:2x4     # compiled for 
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 from rich.console import Console
 
-from ctde_jax import build, config, optimizers, targets
+from ctde_jax import build, config, targets
 from ctde_jax import devices as available
 from ctde_jax.data import deal
 from ctde_jax.errors import InputError
 from ctde_jax.models import count_params, with_raw_inputs
-from ctde_jax.tasks import classification
 from ctde_jax.traffic import measure, table
 
 _ROUNDS = 2  # in one program, so that what a compiler does only once is not mistaken for what a round does
@@ -53,14 +53,16 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         jax.config.update("jax_platforms", "cpu")  # nothing runs, and the plugin would look for its hardware
         devices = targets.devices(target)
     batch_size, seed = chosen.optimization.batch_size, chosen.optimization.seed
-    data = build.load_data(chosen.data)
+    data = build.load_data(chosen.data, seed)
     model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
     strategy = build.build_strategy(chosen.aggregation)
     partition = build.make_partition(chosen.data, data.train.labels, len(devices), seed)
     batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
-    optimizer = optimizers.build(chosen.optimization.optimizer, chosen.optimization.learning_rate, "constant", 0, 1)
+    constant = replace(chosen.optimization, schedule="constant", warmup_steps=0)
+    optimizer = build.build_optimizer(replace(chosen, optimization=constant), data, total_steps=1)
+    task = build.build_task(chosen.optimization, data)
     text = targets.compile_rounds(
-        model, data, classification, optimizer, strategy, batches, devices, rounds=_ROUNDS, batch_size=batch_size
+        model, data, task, optimizer, strategy, batches, devices, rounds=_ROUNDS, batch_size=batch_size
     )
     traffic = measure(text, _ROUNDS, strategy.inner_steps, [device.process_index for device in devices])
     params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])

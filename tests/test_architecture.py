@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ctde_jax"
 WALK = [
-    *("errors", "presets", "config", "devices", "replica", "data", "models", "tasks", "optimizers", "aggregate"),
-    *("build", "state", "round", "hlo", "collectives", "traffic", "evaluate", "log", "loop", "report"),
-    *("targets", "wire", "train"),
+    *("errors", "presets", "config", "devices", "replica", "data", "augment", "models", "initializers", "mup", "tasks"),
+    *("optimizers", "aggregate", "build", "state", "gradient", "round", "hlo", "collectives", "traffic", "evaluate"),
+    *("reestimate", "generation", "log", "loop", "report", "targets", "wire", "train"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,10 +1,11 @@
 """Every option is explained, checked, and saved so that it can be read again."""
 
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 
-from ctde_jax import config
+from ctde_jax import config, initializers, presets
 from ctde_jax.errors import InputError
 
 GROUPS = [field.default_factory for field in fields(config.Config)]
@@ -68,6 +69,24 @@ def test_preset_replaces_a_saved_way_to_agree(tmp_path):
     assert again.optimization.batch_size == 32
 
 
+def test_network_gives_defaults_that_the_command_line_replaces(tmp_path):
+    saved = config.parse(["--model", "transformer", "--strategy", "fedavg", "--layers", "5", "--seed", "3"])
+    assert (saved.model.layers, saved.optimization.warmup_steps, saved.optimization.optimizer) == (5, 50, "sgd")
+    config.save(saved, tmp_path / "config.json")
+    path = ["--config", str(tmp_path / "config.json")]
+    assert config.parse(path).model == saved.model
+    again = config.parse([*path, "--model", "resnet"])
+    assert again.model == config.parse(["--model", "resnet"]).model
+    assert (again.optimization.warmup_steps, again.optimization.seed) == (0, 3)
+    assert again.aggregation == saved.aggregation
+
+
+def test_options_name_every_start_and_network():
+    assert set(get_args(get_type_hints(config.Model)["init"])) == {*initializers.INITIALIZERS, "mup"}
+    for name, preset in presets.MODELS.items():
+        assert preset.options.keys() <= set(OPTIONS), name
+
+
 def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
     (tmp_path / "config.json").write_text('{"strategy": "diloco", "sync_every": 8}')
     chosen = config.parse(["--config", str(tmp_path / "config.json")])
@@ -82,12 +101,21 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         (["--no-error-feedbak"], "--no-error-feedbak is no option; did you mean '--no-error-feedback'?"),
         (["--clip-norm", "one"], "--clip-norm must be a number, got 'one'."),
         (["--batchsize", "8"], "--batchsize is no option; did you mean '--batch-size'? --help lists them all."),
-        (["--dataset", "mnits"], "--dataset must be one of digits, mnist, fashion_mnist, npz, csv, got 'mnits'; did"),
+        (["--dataset", "mnits"], "fashion_mnist, cifar10, text, npz, csv, got 'mnits'; did you mean 'mnist'?"),
         (["--optimizer=adm"], "did you mean 'adam'?"),
         (["--activation"], "--activation takes one value, got none."),
         (["--seed", "1", "-e", "3"], "--seed takes one value, got 1 -e 3."),
         (["extra"], "extra is no option."),
-        (["--model", "cnn"], "--model must be one of mlp, got 'cnn'."),
+        (
+            ["--model", "ccn"],
+            "--model must be one of mlp, cnn, resnet, lstm, gru, transformer, got 'ccn'; did you mean",
+        ),
+        (["--width", "8"], "width goes with --model lstm or --model gru or --model transformer."),
+        (["--model", "resnet", "--batch-statistics", "averaged"], "batch_statistics goes with --norm batch."),
+        (
+            ["--weight-decay", "0.1"],
+            "weight_decay goes with --optimizer adamw or --optimizer lion or --optimizer muon.",
+        ),
         (["--epochs", "many"], "--epochs must be a whole number, got 'many'."),
         (["--steps", "2.5"], "--steps must be a whole number, got '2.5'."),
         (["--learning-rate", "1e"], "--learning-rate must be a number, got '1e'."),
@@ -111,7 +139,7 @@ def test_unknown_name_gets_the_nearest_known_one(arguments, sentence):
         ("[1, 2]", "holds a list instead of an object."),
         ('{"epoch": 3}', "--epoch is no option; did you mean '--epochs'?"),
         ('{"epochs": "many"}', "--epochs must be a whole number, got 'many'."),
-        ('{"model": "mpl"}', "--model must be one of mlp, got 'mpl'"),
+        ('{"model": "mpl"}', "got 'mpl'; did you mean 'mlp'?"),
     ],
 )
 def test_broken_saved_configuration_is_refused_in_a_sentence(tmp_path, saved, sentence):

@@ -196,3 +196,18 @@ def test_more_devices_than_examples_are_refused():
 def test_wrong_partition_is_refused_in_a_sentence(share_out, sentence):
     with pytest.raises(InputError, match=sentence):
         share_out()
+
+
+def test_held_out_examples_are_training_examples_that_train_no_more(digits):
+    held = data.hold_out(digits, 0.25, seed=3)
+    together = np.concatenate([held.train.inputs, held.validation.inputs]).reshape(-1, 64)
+    assert len(held.validation.inputs) == round(0.25 * len(digits.train.inputs))
+    np.testing.assert_array_equal(np.sort(together, axis=0), np.sort(digits.train.inputs.reshape(-1, 64), axis=0))
+    assert held.test is digits.test
+    assert "set aside at random for validation" in held.notes[-1]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 1e-6])
+def test_share_that_leaves_nothing_is_refused(digits, share):
+    with pytest.raises(InputError, match="validation_share must leave some of the 1,438 training examples"):
+        data.hold_out(digits, share)

@@ -49,6 +49,7 @@ def test_fake_devices_survive_two_thousand_training_rounds_that_nobody_waits_for
     program = f"""
 import ctde_jax, jax, numpy as np, optax
 from ctde_jax import replica, state
+from ctde_jax.gradient import make_gradient
 from ctde_jax.round import parallel_rounds
 from ctde_jax.tasks import classification
 devices = ctde_jax.devices.start({count})
@@ -56,7 +57,7 @@ train = ctde_jax.data.digits().train
 model, optimizer, strategy = ctde_jax.models.mlp([64, 128, 10]), optax.adam(0.01), ctde_jax.Strategy()
 params, model_state = model.init(jax.random.key(0), train.inputs[:1])
 here = state.place(params, model_state, optimizer, strategy, devices)
-train_rounds = parallel_rounds(model, classification, optimizer, strategy, devices, None)
+train_rounds = parallel_rounds(make_gradient(model, classification), optimizer, strategy, devices, None)
 indices = np.arange({count} * 8, dtype=np.int32).reshape({count}, 1, 1, 8)
 split, key = replica.replicate((train, jax.random.key(1)), devices)
 batches = replica.shard(indices, devices)

@@ -298,7 +298,7 @@ def test_real_valued_targets_need_a_task_and_then_learn():
 
 def test_loss_that_is_averaged_by_the_user_is_refused(digits):
     task = ctde.Task(lambda outputs, labels: optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean())
-    with pytest.raises(ctde.InputError, match=r"one loss for each example.*\(32,\), got the shape \(\)"):
+    with pytest.raises(ctde.InputError, match=r"one loss for each example.*\(8,\), got the shape \(\)"):
         ctde.fit(MODEL, digits, optax.sgd(0.1), task=task, devices=devices.start(2), batch_size=64, steps=1)
 
 
@@ -421,6 +421,10 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
     [
         ("model", OwnNnx, r"model must be made by models.mlp\(...\), models.from_nnx\(YourModule\)"),
         ("model", models.mlp([64, 5]), r"model must give outputs of the shape \[examples, 10\].* got \[1, 5\]"),
+        ("accumulate", 3, "accumulate must cut the 16 examples that each device has of a batch into equal"),
+        ("ema_decay", 1.0, "ema_decay must be at least 0 and less than 1, got 1.0"),
+        ("patience", 2, "patience needs data with a validation split"),
+        ("reestimate_batches", 4, "reestimate_batches goes with a model that has batch statistics; leave it out"),
         ("model", models.mlp([10, 10]), "widths must start with the 64 numbers of an input, got 10"),
         ("optimizer", optax.adam, r"optimizer must be made by optax, such as optax.adam\(0.001\), got function"),
         ("strategy", 8, r"strategy must be made by Strategy\(...\), got int 8"),
@@ -457,3 +461,54 @@ def test_wrong_argument_is_named(digits, arguments, sentence):
     with pytest.raises(ctde.InputError) as caught:
         ctde.fit(MODEL, digits, optax.sgd(0.1), devices=devices.start(4), **arguments)
     assert sentence in str(caught.value)
+
+
+def test_average_of_the_parameters_is_what_is_evaluated_and_returned(digits):
+    """Of a decay of 0 the average is the parameters; of one near 1 the start, which knows nothing."""
+    arguments = {"batch_size": 64, "steps": 46, "devices": devices.start(2), "show": False}
+    plain = ctde.fit(MODEL, digits, optax.adam(0.01), **arguments)
+    same = ctde.fit(MODEL, digits, optax.adam(0.01), ema_decay=0.0, **arguments)
+    start = ctde.fit(MODEL, digits, optax.adam(0.01), ema_decay=0.99999, **arguments)
+    assert same.tested["loss"] == pytest.approx(plain.tested["loss"], rel=1e-5)
+    assert losses(start) == losses(plain), "the average must not change the training"
+    assert start.tested["accuracy"] < 0.5 < plain.tested["accuracy"]
+    assert start.evaluate(digits.test)["loss"] == pytest.approx(start.tested["loss"], rel=1e-5)
+
+
+def test_patience_ends_the_training_and_returns_the_best(digits):
+    """A learning rate that is too high soon makes the validation loss rise."""
+    held = data.hold_out(digits, 0.2)
+    too_fast = optax.sgd(optax.piecewise_constant_schedule(0.1, {40: 100.0}))
+    options = {"batch_size": 64, "epochs": 20, "eval_every": 8, "patience": 3, "devices": devices.start(2)}
+    trained = ctde.fit(MODEL, held, too_fast, LOCAL, show=False, **options)
+    validated = {row["step"]: row["loss"] for row in trained.history if row["split"] == "validation"}
+    assert trained.stopped_early
+    assert trained.step == min(validated, key=validated.get)
+    assert trained.history[-1]["step"] == trained.step + 3 * 8
+    assert trained.evaluate(held.validation)["loss"] == pytest.approx(validated[trained.step], rel=1e-5)
+    assert trained.tested["step"] == trained.step
+
+
+def test_run_without_a_reason_to_stop_goes_to_its_end(digits):
+    held = data.hold_out(digits, 0.2)
+    trained = ctde.fit(MODEL, held, optax.sgd(0.01), batch_size=64, epochs=2, patience=5, show=False)
+    assert not trained.stopped_early
+    assert trained.step == trained.history[-1]["step"] == 2 * 18
+
+
+def test_description_of_the_model_is_shown_at_every_evaluation(digits, capsys):
+    def describe(params, model_state):
+        return f"norm {np.linalg.norm(params['layers'][1]['bias'])}"
+
+    ctde.fit(MODEL, digits, optax.adam(0.01), batch_size=64, epochs=2, describe=describe)
+    assert capsys.readouterr().out.count("norm ") == 2
+
+
+def test_statistics_estimated_anew_are_those_that_are_evaluated(digits):
+    """After few steps the running averages still hold the start; the test loss says so."""
+    model = models.resnet((8, 8), 10, widths=(8,), norm="batch")
+    arguments = {"batch_size": 64, "steps": 20, "devices": devices.start(2), "show": False}
+    running = ctde.fit(model, digits, optax.adam(0.01), **arguments)
+    anew = ctde.fit(model, digits, optax.adam(0.01), reestimate_batches=10, **arguments)
+    assert losses(anew) == losses(running)
+    assert anew.tested["loss"] < running.tested["loss"]

@@ -1,5 +1,6 @@
-"""Schedules have their documented values at their corners."""
+"""Schedules have their documented values at their corners; decay and clipping do what they say."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -30,7 +31,13 @@ def test_optimizer_goes_downhill(name):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("adm", 0.1), "optimizer must be one of sgd, momentum, adam, adamw, muon, got 'adm'; did you mean 'adam'"),
+        (
+            ("adm", 0.1),
+            "optimizer must be one of sgd, momentum, adam, adamw, lion, muon, got 'adm'; did you mean 'adam'",
+        ),
+        (("sgd", 0.1, "constant", 0, 0, 0.1), "weight_decay goes with adamw, lion, muon, got the optimizer sgd"),
+        (("adamw", 0.1, "constant", 0, 0, -1.0), "weight_decay must be at least 0 and finite, got -1.0"),
+        (("adamw", 0.1, "constant", 0, 0, None, 0.0), "max_grad_norm must be greater than 0 and finite, got 0.0"),
         (("sgd", 0.1, "cosin"), "did you mean 'cosine'"),
         (("sgd", 0.0), "learning_rate must be greater than 0 and finite, got 0.0"),
         (("sgd", float("nan")), "learning_rate must be greater than 0 and finite, got nan"),
@@ -41,3 +48,22 @@ def test_optimizer_goes_downhill(name):
 def test_wrong_setting_is_refused_in_a_sentence(arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         optimizers.build(*arguments)
+
+
+@pytest.mark.parametrize("name", optimizers.DECAYING)
+def test_decay_takes_off_kernels_and_leaves_biases(name):
+    """Where the gradient is zero, a step is the decay alone: learning rate times decay times weight."""
+    params = {"kernel": jnp.full((3, 2), 2.0), "bias": jnp.full(2, 2.0)}
+    optimizer = optimizers.build(name, 0.1, weight_decay=0.5)
+    updates, _ = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params)
+    assert jnp.allclose(updates["kernel"], -0.1 * 0.5 * 2.0)
+    assert not updates["bias"].any()
+
+
+@pytest.mark.parametrize(("norm", "length"), [(1.0, 1.0), (10.0, 5.0)])
+def test_longer_gradients_are_shortened_to_the_norm(norm, length):
+    optimizer = optimizers.build("sgd", 1.0, max_grad_norm=norm)
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    assert float(optax.tree.norm(updates)) == pytest.approx(length)
+    assert jax.tree.all(jax.tree.map(lambda u, g: bool(jnp.allclose(u / -length, g / 5.0)), updates, grads))

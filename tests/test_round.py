@@ -22,6 +22,7 @@ from ctde_jax.aggregate import (
     two_phase,
 )
 from ctde_jax.data import Split
+from ctde_jax.gradient import make_gradient
 from ctde_jax.round import make_round, make_rounds
 from ctde_jax.tasks import classification
 
@@ -69,9 +70,9 @@ def steps_of(strategy: Strategy, per_replica: int = 2) -> np.ndarray:
     return (np.arange(REPLICAS * steps * per_replica, dtype=np.int32) % 40).reshape(REPLICAS, steps, per_replica)
 
 
-def begin(model, strategy, key, optimizer=OPTIMIZER, replicas=REPLICAS) -> state.TrainState:
+def begin(model, strategy, key, optimizer=OPTIMIZER, replicas=REPLICAS, ema=False) -> state.TrainState:
     """The first state of virtual replicas."""
-    create = partial(state.create, optimizer=optimizer, strategy=strategy)
+    create = partial(state.create, optimizer=optimizer, strategy=strategy, ema=ema)
     on_replicas = jax.vmap(
         create, in_axes=None, out_axes=state.axes(strategy), axis_name=replica.AXIS, axis_size=replicas
     )
@@ -101,7 +102,7 @@ def test_synchronous_round_is_one_step_on_the_whole_batch(split, key, missing):
     batches.flat[:missing] = -1
     before = begin(MODEL, strategy, key)
 
-    after, sums = under_vmap(make_round(MODEL, classification, OPTIMIZER, strategy), strategy)(
+    after, sums = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)(
         before, split, batches, key
     )
 
@@ -124,7 +125,7 @@ def test_local_rounds_are_loops_on_each_replica_and_outer_steps(split, key, name
     opt_states = [OPTIMIZER.init(params)] * REPLICAS
 
     for number in range(2):
-        here, _ = under_vmap(make_round(MODEL, classification, OPTIMIZER, strategy), strategy)(
+        here, _ = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)(
             here, split, batches[number], key
         )
         ends = []
@@ -156,7 +157,7 @@ def test_reducer_keeps_a_state_of_its_own_from_round_to_round(split, key):
     still = optax.sgd(0.0)  # parameters do not move, so every round has the same gradient
     center = here = begin(MODEL, strategy, key, still)
     axes = state.axes(strategy)
-    train_round = under_vmap(make_round(MODEL, classification, still, strategy), strategy)
+    train_round = under_vmap(make_round(make_gradient(MODEL, classification), still, strategy), strategy)
     batches = steps_of(strategy)
 
     for _ in range(2):
@@ -174,7 +175,7 @@ def test_one_inner_step_of_sgd_is_a_synchronous_step(split, key):
     optimizer = optax.sgd(0.1)
     results = []
     for strategy in (Strategy(), Strategy(inner_steps=1)):
-        train_round = under_vmap(make_round(MODEL, classification, optimizer, strategy), strategy)
+        train_round = under_vmap(make_round(make_gradient(MODEL, classification), optimizer, strategy), strategy)
         batches = np.arange(8, dtype=np.int32).reshape(REPLICAS, 1, 2)
         before = begin(MODEL, strategy, key, optimizer)
         results.append(train_round(before, split, batches, key)[0].params)
@@ -186,7 +187,7 @@ def test_vmap_and_pmap_agree(split, key, name):
     """The same per-replica code, dropout and batch statistics included, on virtual and on real replicas."""
     strategy, model = STRATEGIES[name], models.from_nnx(Noisy)
     devices = jax.devices()[:REPLICAS]
-    train_round = make_round(model, classification, OPTIMIZER, strategy)
+    train_round = make_round(make_gradient(model, classification), OPTIMIZER, strategy)
     axes = state.axes(strategy)
     before, batches = begin(model, strategy, key), steps_of(strategy, per_replica=8)
 
@@ -201,7 +202,7 @@ def test_vmap_and_pmap_agree(split, key, name):
 def test_forgotten_reduction_is_caught(split, key):
     """A reducer that does not reduce leaves the replicas with different parameters, which vmap refuses to return."""
     strategy = Strategy(reduce=optax.identity())
-    train_round = under_vmap(make_round(MODEL, classification, OPTIMIZER, strategy), strategy)
+    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)
 
     with pytest.raises(ValueError, match=r"mapped output .* but out_axes is None"):
         train_round(begin(MODEL, strategy, key), split, steps_of(strategy), key)
@@ -210,7 +211,7 @@ def test_forgotten_reduction_is_caught(split, key):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_round_without_examples_changes_nothing(split, key, name):
     strategy = STRATEGIES[name]
-    train_round = under_vmap(make_round(MODEL, classification, OPTIMIZER, strategy), strategy)
+    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)
     before, _ = train_round(begin(MODEL, strategy, key), split, steps_of(strategy), key)
 
     after, sums = train_round(before, split, np.full_like(steps_of(strategy), -1), key)
@@ -224,7 +225,7 @@ def test_replica_without_examples_does_not_count(split, key):
     strategy = STRATEGIES["local sgd"]
     batches = steps_of(strategy)
     batches[2:] = -1
-    train_round = make_round(MODEL, classification, OPTIMIZER, strategy)
+    train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
     four = under_vmap(train_round, strategy)(begin(MODEL, strategy, key), split, batches, key)[0]
 
     two = under_vmap(train_round, strategy)(begin(MODEL, strategy, key, replicas=2), split, batches[:2], key)[0]
@@ -236,7 +237,7 @@ def test_replica_without_examples_does_not_count(split, key):
 def test_dropout_differs_between_steps_and_replicas_and_repeats_with_the_key(split, key, name):
     """Without learning, the losses of equal batches differ only by their masks."""
     strategy, model, still = STRATEGIES[name], models.from_nnx(Noisy), optax.sgd(0.0)
-    train_round = under_vmap(make_round(model, classification, still, strategy), strategy)
+    train_round = under_vmap(make_round(make_gradient(model, classification), still, strategy), strategy)
     before = begin(model, strategy, key, still)
     same_examples = np.tile(np.arange(8, dtype=np.int32), (REPLICAS, max(1, strategy.inner_steps), 1))
 
@@ -257,7 +258,9 @@ def test_model_state_is_averaged_over_the_examples(split, key):
     before, batches = begin(model, strategy, key), steps_of(strategy, per_replica=4)
     batches[1, 0, 2:] = ~batches[1, 0, :2]
 
-    after, _ = under_vmap(make_round(model, classification, OPTIMIZER, strategy), strategy)(before, split, batches, key)
+    after, _ = under_vmap(make_round(make_gradient(model, classification), OPTIMIZER, strategy), strategy)(
+        before, split, batches, key
+    )
 
     rows = np.where(batches < 0, ~batches, batches)
     own = [model.apply(before.params, before.model_state, split.inputs[row[0]], key)[1] for row in rows]
@@ -275,7 +278,7 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
     batches = np.full((REPLICAS, 3, 2), ~0, np.int32)
     batches[0] = [[1, 2], [3, 4], [5, 6]]
 
-    after, sums = under_vmap(make_round(model, classification, OPTIMIZER, strategy), strategy)(
+    after, sums = under_vmap(make_round(make_gradient(model, classification), OPTIMIZER, strategy), strategy)(
         begin(model, strategy, key), split, batches, key
     )
 
@@ -285,7 +288,7 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
 
 def test_several_rounds_in_one_are_as_many_rounds_one_by_one(split, key):
     strategy = STRATEGIES["local sgd"]
-    train_round = make_round(MODEL, classification, OPTIMIZER, strategy)
+    train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
     batches = np.stack([(steps_of(strategy) + shift) % 40 for shift in (0, 7, 11)], axis=1)  # [replica, round, ...]
 
     together, sums = under_vmap(make_rounds(train_round), strategy)(begin(MODEL, strategy, key), split, batches, key)
@@ -318,7 +321,10 @@ def test_round_talks_once(split, key, name):
     strategy, devices = STRATEGIES[name], jax.devices()[:REPLICAS]
     axes = state.axes(strategy)
     on_devices = replica.parallel(
-        make_round(MODEL, classification, OPTIMIZER, strategy), devices, (axes, None, 0, None), (axes, None)
+        make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy),
+        devices,
+        (axes, None, 0, None),
+        (axes, None),
     )
     compiled = on_devices.lower(begin(MODEL, strategy, key), split, steps_of(strategy), key).compile()
     found = collectives.read(compiled.as_text())
@@ -332,7 +338,7 @@ def test_all_replicas_hold_the_same_bits_after_every_round(split, key, name):
     strategy, devices = STRATEGIES[name], jax.devices()[:REPLICAS]
     axes = state.axes(strategy)
     all_copies = axes._replace(params=0, outer_state=0, model_state=0)
-    train_round = make_round(models.from_nnx(Noisy), classification, OPTIMIZER, strategy)
+    train_round = make_round(make_gradient(models.from_nnx(Noisy), classification), OPTIMIZER, strategy)
     first = replica.parallel(train_round, devices, (axes, None, 0, None), (all_copies, None))
     second = replica.parallel(train_round, devices, (all_copies, None, 0, None), (all_copies, None))
     center = models.from_nnx(Noisy).init(key, jnp.zeros((1, FEATURES)))
@@ -350,7 +356,7 @@ def test_all_replicas_hold_the_same_bits_after_every_round(split, key, name):
 def test_saved_and_restored_state_goes_on_with_the_same_bits(tmp_path, split, key, name):
     """Residuals, fragments on their way and all: through a file of plain arrays."""
     strategy = STRATEGIES[name]
-    train_round = under_vmap(make_round(MODEL, classification, OPTIMIZER, strategy), strategy)
+    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)
     batches = steps_of(strategy)
     here, _ = train_round(begin(MODEL, strategy, key), split, batches, key)
 
@@ -362,3 +368,17 @@ def test_saved_and_restored_state_goes_on_with_the_same_bits(tmp_path, split, ke
     again, _ = train_round(restored, split, (batches + 7) % 40, key)
     here, _ = train_round(here, split, (batches + 7) % 40, key)
     jax.tree.map(np.testing.assert_array_equal, again, here)
+
+
+@pytest.mark.parametrize("name", ["synchronous", "diloco", "gossip"])
+def test_average_of_the_parameters_is_its_closed_form(split, key, name):
+    """After n rounds: d^n of the start, and (1 - d) d^(n - i) of the parameters after round i."""
+    strategy, decay, rounds = STRATEGIES[name], 0.8, 5
+    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy, decay), strategy)
+    here = begin(MODEL, strategy, key, ema=True)
+    expected = jax.tree.map(lambda p: decay**rounds * p, here.params)
+    for number in range(rounds):
+        here, _ = train_round(here, split, steps_of(strategy), key)
+        share = (1 - decay) * decay ** (rounds - 1 - number)
+        expected = jax.tree.map(lambda e, p, share=share: e + share * p, expected, here.params)
+    assert_close(here.ema_params, expected)

@@ -46,6 +46,13 @@ class Batches:
         pieces = [self.draw(n)[max(0, start - n * length) : stop - n * length] for n in numbers]
         return np.concatenate(pieces)
 
+    def inputs(self, step: int) -> np.ndarray:
+        """Returns the inputs of the batch of a step, of all replicas together: `[examples, ...]`."""
+        (indices,) = self.steps(step, step + 1)
+        own, place = np.nonzero(indices >= 0)
+        rows = indices[own, place]
+        return self.split.inputs[rows] if self.axis is None else self.split.inputs[own, rows]
+
 
 def deal(
     split: Split,

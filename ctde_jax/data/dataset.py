@@ -38,9 +38,16 @@ class Dataset:
     notes: tuple[str, ...] = ()
     """What was decided for the user, one sentence each."""
 
+    vocabulary: tuple[str, ...] = ()
+    """The characters of a text, in the order of their tokens."""
+
+    validation: Split | None = None
+    """Examples set aside from training that say when to stop; see `hold_out`."""
+
     def __repr__(self) -> str:
         train, test = len(self.train.inputs), len(self.test.inputs)
-        return f"Dataset({self.name!r}, {train:,} training and {test:,} test examples, {len(self.classes)} classes)"
+        kinds = f"{len(self.vocabulary)} characters" if self.vocabulary else f"{len(self.classes)} classes"
+        return f"Dataset({self.name!r}, {train:,} training and {test:,} test examples, {kinds})"
 
 
 def from_arrays(
@@ -103,6 +110,32 @@ def from_arrays(
     return Dataset(name, train, test, classes, np.zeros((), seen_as), scale, notes)
 
 
+def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
+    """Sets a random share of the training examples aside for validation.
+
+    Examples that overlap, such as windows of a text with a small stride, leave hardly anything unseen to validate on.
+
+    Raises:
+        InputError: The share is not between 0 and 1, or leaves no example for training or for validation.
+    """
+    examples = len(dataset.train.inputs)
+    held_out = round(share * examples)
+    if not (0 < share < 1 and 0 < held_out < examples):
+        raise InputError(
+            "validation_share",
+            f"must leave some of the {examples:,} training examples for training and some for validation, got {share}.",
+        )
+    order = np.random.default_rng(seed).permutation(examples)
+    kept, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
+    note = f"{held_out:,} of the {examples:,} training examples are set aside at random for validation."
+    return replace(
+        dataset,
+        train=_rows(dataset.train, kept),
+        validation=_rows(dataset.train, validation),
+        notes=(*dataset.notes, note),
+    )
+
+
 def standardized(dataset: Dataset) -> Dataset:
     """Gives every feature zero mean and unit variance over the training split; a constant feature becomes zero."""
     inputs = dataset.train.inputs.astype(np.float64)
@@ -122,10 +155,11 @@ def _split_off_test(split: Split) -> tuple[Split, Split]:
     order = np.random.default_rng(0).permutation(len(split.inputs))
     test = max(1, round(TEST_FRACTION * len(order)))
     train_rows, test_rows = np.sort(order[test:]), np.sort(order[:test])
-    return (
-        Split(split.inputs[train_rows], split.labels[train_rows]),
-        Split(split.inputs[test_rows], split.labels[test_rows]),
-    )
+    return _rows(split, train_rows), _rows(split, test_rows)
+
+
+def _rows(split: Split, rows: np.ndarray) -> Split:
+    return Split(split.inputs[rows], split.labels[rows])
 
 
 def _checked_inputs(option: str, inputs: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Fetching a published file: any mirror may send it, and only its checksum makes it believed.
 
 What has arrived stays in `<target>.part`, so a connection that breaks off costs no more than the rest. The
-checksum is that of the decompressed content, which is the same however a mirror packed it.
+checksum is that of the decompressed content, which is the same however a mirror packed it; only an archive, `.tar.gz`,
+is checked and read as it is.
 """
 
 import gzip
@@ -35,7 +36,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0)
     Args:
         urls: The same file at several mirrors, tried in turn.
         target: Where the file shall be; it appears there whole and verified, or not at all.
-        sha256: The checksum of the file's decompressed content.
+        sha256: The checksum of the file's decompressed content, or of an archive as it is.
         timeout: Seconds within which a mirror has to answer, and then to send each further 64 KiB.
 
     Raises:
@@ -69,7 +70,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0)
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the checksum of a file's content, decompressed if its name ends in .gz."""
+    """Returns the checksum of what `content_of` yields."""
     digest = hashlib.sha256()
     for block in content_of(path):
         digest.update(block)
@@ -77,12 +78,13 @@ def sha256_of(path: Path) -> str:
 
 
 def content_of(path: Path) -> Iterator[bytes]:
-    """Yields a file's content block by block, decompressed if its name ends in .gz.
+    """Yields a file's content block by block, decompressed if its name ends in .gz and not in .tar.gz.
 
     Raises:
         InputError: The file cannot be read, or is not whole.
     """
-    packed = path.name.removesuffix(PART).endswith(".gz")
+    name = path.name.removesuffix(PART)
+    packed = name.endswith(".gz") and not name.endswith(".tar.gz")
     try:
         with gzip.open(path) if packed else path.open("rb") as file:
             while block := file.read(BLOCK):

@@ -30,7 +30,7 @@ def from_npz(path: Path | str) -> Dataset:
     arrays = _arrays(path)
     for name in ("y_train", "y_test"):
         if name in arrays and arrays[name].dtype.kind not in "iub":
-            raise _fault(
+            raise faulty(
                 path,
                 f"has labels of the type {arrays[name].dtype} in {name}",
                 "save them as integers from 0, one for each class",
@@ -65,18 +65,18 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with _opened(path) as file, zipfile.ZipFile(file) as archive:
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
             present = [member.removesuffix(".npy") for member in archive.namelist()]
             missing = [name for name in REQUIRED if name not in present]
             if missing:
-                raise _fault(
+                raise faulty(
                     path,
                     f"lacks {' and '.join(missing)} and has {', '.join(present) or 'no array'}",
                     "save the arrays with numpy.savez(path, x_train=..., y_train=...)",
                 )
             return {name: _array(path, archive, name) for name in REQUIRED + OPTIONAL if name in present}
     except zipfile.BadZipFile as error:
-        raise _fault(
+        raise faulty(
             path, f"is not a whole .npz file ({error})", "save the arrays with numpy.savez, or copy it again"
         ) from error
 
@@ -87,12 +87,12 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
             return np.lib.format.read_array(member, allow_pickle=False)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
         if "Object arrays" in str(error):
-            raise _fault(
+            raise faulty(
                 path,
                 f"has Python objects in {name}, which are never unpickled",
                 "save a plain array of numbers, with examples of one shape",
             ) from error
-        raise _fault(path, f"is damaged in {name} ({error})", "save or copy the file again") from error
+        raise faulty(path, f"is damaged in {name} ({error})", "save or copy the file again") from error
 
 
 class _Row(NamedTuple):
@@ -127,13 +127,13 @@ def _table(path: Path, label_column: str | None) -> _Table:
     else:
         note = f"There is no line of column names; the labels are in the last column, {columns[label]}."
     if not rows:
-        raise _fault(path, "has a header line and no examples", "add one line for each example")
+        raise faulty(path, "has a header line and no examples", "add one line for each example")
     return _Table(columns, label, rows, note)
 
 
 def _rows(path: Path) -> list[_Row]:
     rows, line = [], 1
-    with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             for cells in reader:
@@ -142,17 +142,17 @@ def _rows(path: Path) -> list[_Row]:
                 line = reader.line_num + 1  # a quoted cell may go on over several lines
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            raise _fault(path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8") from error
+            raise faulty(path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8") from error
         except csv.Error as error:
-            raise _fault(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
+            raise faulty(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
     if not rows:
-        raise _fault(path, "is empty", "give a file with one line for each example")
+        raise faulty(path, "is empty", "give a file with one line for each example")
     width = len(rows[0].cells)
     if width < 2:
-        raise _fault(path, "has a single column", "separate the features and the label by commas")
+        raise faulty(path, "has a single column", "separate the features and the label by commas")
     for row in rows:
         if len(row.cells) != width:
-            raise _fault(
+            raise faulty(
                 path,
                 f"has {len(row.cells)} cells in line {row.line} and {width} in line {rows[0].line}",
                 "give every line the same number of cells",
@@ -167,7 +167,7 @@ def _features(path: Path, table: _Table, row: _Row) -> list[float]:
             continue
         number = _number(cell)
         if number is None or not abs(number) <= LARGEST:
-            raise _fault(
+            raise faulty(
                 path,
                 f"has {repr(cell) if cell else 'an empty cell'} in line {row.line}, "
                 f"column {table.columns[i]}, and not a finite float32 number",
@@ -182,7 +182,7 @@ def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
     column = table.columns[table.label]
     if "" in cells:
         line = table.rows[cells.index("")].line
-        raise _fault(
+        raise faulty(
             path,
             f"has an empty label in line {line}, column {column}",
             "fill in the cell, or remove the line",
@@ -190,7 +190,7 @@ def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
     numbers = [_number(cell) for cell in cells]
     words = any(number is None or not math.isfinite(number) for number in numbers)
     if not words and not all(float(number).is_integer() for number in numbers if number is not None):
-        raise _fault(
+        raise faulty(
             path,
             f"has labels such as {cells[0]!r} in column {column}, which are measurements and no classes",
             "name the column that holds the classes as the label column",
@@ -198,7 +198,7 @@ def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
     values = np.array(cells if words else numbers)
     _, first, labels = np.unique(values, return_index=True, return_inverse=True)
     if len(first) < 2:
-        raise _fault(path, f"has only the label {cells[0]!r} in column {column}", "give at least two classes")
+        raise faulty(path, f"has only the label {cells[0]!r} in column {column}", "give at least two classes")
     return tuple(cells[i] for i in first), labels
 
 
@@ -209,12 +209,14 @@ def _number(cell: str) -> float | None:
         return None
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """Opens the user's file for reading, or raises InputError."""
     try:
         return path.open("rb")
     except OSError as error:
-        raise _fault(path, f"cannot be opened ({error.strerror})", "give the path of a readable file") from error
+        raise faulty(path, f"cannot be opened ({error.strerror})", "give the path of a readable file") from error
 
 
-def _fault(path: Path, fault: str, way_out: str) -> InputError:
+def faulty(path: Path, fault: str, way_out: str) -> InputError:
+    """Says what is wrong with the user's file, and the way out."""
     return InputError("data_file", f"names {path}, which {fault}: {way_out}.")

@@ -4,33 +4,19 @@ Files that are already in the folder are the user's own and are used as they are
 downloaded.
 """
 
-import hashlib
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from platformdirs import user_cache_path
 
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.download import content_of, damaged, fetch
+from ctde_jax.data.published import Published
 from ctde_jax.errors import InputError
 
 PICTURE = (28, 28)
-
-
-@dataclass(frozen=True)
-class Published:
-    """Four IDX files that make up a data set, and where they can be had."""
-
-    name: str
-    classes: tuple[str, ...]
-    mirrors: tuple[str, ...]
-    sha256: Mapping[str, str]
-    """Of each file's decompressed content: training pictures and labels, then those for testing."""
-
 
 MNIST = Published(
     name="mnist",
@@ -95,14 +81,12 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _load(published: Published, data_dir: Path | str | None) -> Dataset:
-    folder = _folder(published.name, data_dir)
-    arrays, unpublished = [], []
+    folder = published.folder(data_dir)
+    arrays, contents = [], {}
     for name, sha256 in published.sha256.items():
         urls = [f"{mirror}{name}.gz" for mirror in published.mirrors]
         path = _local(folder, name) or fetch(urls, folder / f"{name}.gz", sha256)
-        content = b"".join(content_of(path))
-        if hashlib.sha256(content).hexdigest() != sha256:
-            unpublished.append(path.name)
+        contents[name] = content = b"".join(content_of(path))
         arrays.append(_pictures(content, path) if "images" in name else _parse(content, path, 1))
     try:
         dataset = from_arrays(*arrays, name=published.name, classes=published.classes)
@@ -112,24 +96,7 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
             f"holds in {folder} files that make no {published.name} data set: {error} "
             "Remove the files that are not the published ones to have those downloaded.",
         ) from error
-    if not unpublished:
-        return dataset
-    note = f"{', '.join(unpublished)} in {folder} differ by checksum from the published {published.name}."
-    return replace(dataset, notes=(*dataset.notes, note))
-
-
-def _folder(name: str, data_dir: Path | str | None) -> Path:
-    cache = user_cache_path("ctde_jax") / name
-    if data_dir is None:
-        return cache
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise InputError(
-            "data_dir",
-            f"must be an existing folder, got {folder}; create it to have {name} downloaded into it, "
-            f"or leave the option out to use {cache}.",
-        )
-    return folder
+    return replace(dataset, notes=published.notes(folder, contents))
 
 
 def _local(folder: Path, name: str) -> Path | None:

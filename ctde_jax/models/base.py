@@ -1,22 +1,30 @@
 """A model is two pure functions. Any nnx or linen module becomes one; wrapping one gives another."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import linen, nnx
+from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.errors import InputError
-from ctde_jax.replica import PyTree
+from ctde_jax.replica import AXIS, SHARD, PyTree
+
+KeyPath = tuple[Hashable, ...]
+"""The keys that lead to a part of nested dictionaries."""
 
 
 class Model(NamedTuple):
     """A network as the trainer sees it."""
 
     init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
-    """`init(key, inputs) -> (params, model_state)`; `inputs` is `[examples, ...]` and serves only for its shape."""
+    """`init(key, inputs) -> (params, model_state)`; `inputs` is `[examples, ...]`, some of the training examples.
+
+    Most models read only its shape; a start that looks at the data reads all of it.
+    """
 
     apply: Callable[[PyTree, PyTree, jax.Array, jax.Array | None], tuple[jax.Array, PyTree]]
     """`apply(params, model_state, inputs, key) -> (outputs, model_state)`, outputs in float32.
@@ -25,9 +33,30 @@ class Model(NamedTuple):
     infers: the same inputs always give the same outputs, and the state stays as it is.
     """
 
+    layers: Callable[[PyTree, PyTree, jax.Array], OrderedDict[KeyPath, jax.Array]] | None = None
+    """`layers(params, model_state, inputs) -> {path: output}`: what each layer with a `kernel` says in inference.
 
-def from_nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    A path leads to the layer's part of `params`; the order is that of execution, and a layer that is called twice is
+    heard the first time. Layers of a recurrent cell, which run once for every place, are left out. None where a model
+    does not show its layers.
+    """
+
+
+BatchStatistics = Literal["averaged", "synchronized"]
+"""Over which examples batch normalization takes its mean and variance in training.
+
+`averaged`: over those of a device; the running averages are averaged at every aggregation. `synchronized`: over the
+whole batch, so that the number of devices changes nothing; devices then talk in the midst of every step, also in steps
+that they otherwise take alone.
+"""
+
+
+def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStatistics = "averaged") -> Model:
     """Makes a model of a function that builds an nnx module, such as `lambda rngs: MyNet(64, rngs=rngs)`.
+
+    Args:
+        make: Is given the random streams that the module's parts draw from.
+        batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` of its own keeps that.
 
     Raises:
         InputError: It is given a module that is already built.
@@ -48,18 +77,32 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         streams = _reseed(random_state, jax.random.key(0) if key is None else key)
         module = nnx.merge(graph, params, streams, model_state)
         module.eval() if key is None else module.train()
+        for _, layer in nnx.iter_modules(module):
+            if isinstance(layer, nnx.BatchNorm):
+                layer.axis_name = layer.axis_name or _axes(batch_statistics)  # pyright: ignore[reportAttributeAccessIssue]
         outputs = module(inputs)
         _, _, model_state = nnx.state(module, nnx.Param, nnx.RngState, ...)
         return jnp.asarray(outputs, jnp.float32), nnx.to_pure_dict(model_state)
 
-    return Model(init, apply)
+    def layers(params, model_state, inputs):
+        module = nnx.merge(graph, params, _reseed(random_state, jax.random.key(0)), model_state)
+        module.eval()
+        heard = _listen(module)
+        module(inputs)
+        return heard
+
+    return Model(init, apply, layers)
 
 
-def from_linen(module: linen.Module) -> Model:
+def from_linen(module: linen.Module, batch_statistics: BatchStatistics = "averaged") -> Model:
     """Makes a model of a linen module.
 
     Whether it trains is passed as the argument that its `__call__` has for it: `train`, `training`, `is_training`,
     `deterministic` or `use_running_average`. Its random stream is `dropout`.
+
+    Args:
+        module: Such as `MyNet(64)`.
+        batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` of its own keeps that.
 
     Raises:
         InputError: It is given a class.
@@ -78,17 +121,37 @@ def from_linen(module: linen.Module) -> Model:
         params = model_state.pop("params", {})
         return params, model_state
 
+    def share_statistics(call, args, kwargs, context):
+        if isinstance(context.module, linen.BatchNorm) and context.module.axis_name is None:
+            object.__setattr__(context.module, "axis_name", _axes(batch_statistics))
+        return call(*args, **kwargs)
+
     def apply(params, model_state, inputs, key):
         variables = {"params": params, **model_state}
         if key is None:
             outputs = module.apply(variables, inputs, **mode(train=False))
         else:
-            outputs, model_state = module.apply(
-                variables, inputs, **mode(train=True), rngs={"dropout": key}, mutable=list(model_state)
-            )
+            with linen.intercept_methods(share_statistics):
+                outputs, model_state = module.apply(
+                    variables, inputs, **mode(train=True), rngs={"dropout": key}, mutable=list(model_state)
+                )
         return jnp.asarray(outputs, jnp.float32), model_state
 
-    return Model(init, apply)
+    def layers(params, model_state, inputs):
+        heard = OrderedDict()
+
+        def listen(call, args, kwargs, context):
+            outputs, layer = call(*args, **kwargs), context.module
+            in_cell = isinstance(layer.parent, linen.RNNCellBase)
+            if context.method_name == "__call__" and layer.has_variable("params", "kernel") and not in_cell:
+                heard.setdefault(layer.path, outputs)
+            return outputs
+
+        with linen.intercept_methods(listen):
+            module.apply({"params": params, **model_state}, inputs, **mode(train=False))
+        return heard
+
+    return Model(init, apply, layers)
 
 
 def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> Model:
@@ -100,9 +163,11 @@ def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing
     def normalize(inputs):
         return (jnp.asarray(inputs, jnp.result_type(scale)) - shift) * scale
 
+    layers = model.layers
     return Model(
         init=lambda key, inputs: model.init(key, normalize(inputs)),
         apply=lambda params, model_state, inputs, key: model.apply(params, model_state, normalize(inputs), key),
+        layers=layers and (lambda params, model_state, inputs: layers(params, model_state, normalize(inputs))),
     )
 
 
@@ -113,12 +178,52 @@ def in_bfloat16(model: Model) -> Model:
         outputs, model_state = model.apply(_cast(params), model_state, _cast(inputs), key)
         return outputs.astype(jnp.float32), model_state
 
-    return Model(model.init, apply)
+    layers = model.layers
+    return Model(
+        init=model.init,
+        apply=apply,
+        layers=layers and (lambda params, model_state, inputs: layers(_cast(params), model_state, _cast(inputs))),
+    )
 
 
 def count_params(params: PyTree) -> int:
     """Counts the numbers in the parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
+    """Makes the layers of a module write down what they say; returns the dictionary into which they write."""
+    heard = OrderedDict()
+
+    def listening(kind: Any, path: KeyPath) -> Any:
+        def call(self, *args, **kwargs):
+            outputs = kind.__call__(self, *args, **kwargs)
+            heard.setdefault(path, outputs)
+            return outputs
+
+        return type(kind)(kind.__name__, (kind,), {"__call__": call})
+
+    parts = list(nnx.iter_modules(module))
+    cells = {path for path, part in parts if isinstance(part, nnx.RNNCellBase)}
+    for path, part in parts:
+        in_cell = any(path[:depth] in cells for depth in range(len(path)))
+        if isinstance(getattr(part, "kernel", None), nnx.Param) and not in_cell:
+            part.__class__ = listening(type(part), path)
+    return heard
+
+
+def _axes(batch_statistics: BatchStatistics) -> tuple[str, ...] | None:
+    """Names the axes over which examples lie that share statistics, of those that exist where a model is applied."""
+
+    def exists(axis: str) -> bool:
+        try:
+            lax.axis_size(axis)
+        except NameError:
+            return False
+        return True
+
+    axes = (SHARD, AXIS) if batch_statistics == "synchronized" else (SHARD,)
+    return tuple(filter(exists, axes)) or None
 
 
 def _cast(tree: PyTree) -> PyTree:

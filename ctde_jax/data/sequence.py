@@ -1,0 +1,51 @@
+"""Pictures read as sequences, for models that go through an example step by step."""
+
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from ctde_jax.data.dataset import Dataset, Split
+from ctde_jax.errors import InputError, check_known
+
+VIEWS = ("rows", "pixels")
+
+
+def as_sequence(dataset: Dataset, view: str) -> Dataset:
+    """Reads each picture from its top: row by row, or pixel by pixel (Le et al., 2015).
+
+    A picture `[height, width]` or `[height, width, channels]` becomes `[height, width * channels]` by rows, and
+    `[height * width, channels]` by pixels, where a picture without channels has one. Types and labels stay.
+
+    Args:
+        dataset: Its inputs are pictures.
+        view: `rows` or `pixels`.
+
+    Raises:
+        InputError: The view is not known, or the inputs are no pictures.
+    """
+    check_known("sequence", view, VIEWS)
+    picture = dataset.train.inputs.shape[1:]
+    if len(picture) not in (2, 3):
+        raise InputError(
+            "sequence",
+            "needs pictures of the shape [height, width] or [height, width, channels], "
+            f"got {dataset.name} with examples of the shape {list(picture)}.",
+        )
+    steps = picture[0] if view == "rows" else picture[0] * picture[1]
+    sequence = (steps, prod(picture) // steps)
+
+    def reshaped(split: Split) -> Split:
+        return split._replace(inputs=split.inputs.reshape(-1, *sequence))
+
+    def reshaped_feature(values: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(values, (1, *picture)).reshape(1, *sequence) if values.ndim else values
+
+    return replace(
+        dataset,
+        train=reshaped(dataset.train),
+        test=reshaped(dataset.test),
+        validation=dataset.validation and reshaped(dataset.validation),
+        shift=reshaped_feature(dataset.shift),
+        scale=reshaped_feature(dataset.scale),
+    )

@@ -1,0 +1,134 @@
+"""A text, character by character: each window of it is an example, and the characters that follow are its labels."""
+
+import codecs
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ctde_jax.data.dataset import Dataset, Split
+from ctde_jax.data.files import faulty, opened
+from ctde_jax.errors import InputError, check_at_least
+
+TRAINING_TENTHS = 9
+
+
+def from_text(path: Path | str, length: int = 128, stride: int | None = None) -> Dataset:
+    """Loads a text in UTF-8, cut into windows: the first nine tenths for training, the rest for testing.
+
+    A character's token is its place among the sorted characters of the whole text, the data set's vocabulary. Inputs
+    and labels are `int32[examples, length]`; a label is the token after its input.
+
+    By default every character is predicted once in an epoch, always in the same window. A smaller stride shows it in
+    several, which helps where a small text is read often, and multiplies memory and the steps of an epoch.
+
+    Args:
+        path: Any text file.
+        length: Characters in a window.
+        stride: Characters from the start of a training window to the start of the next; by default the length, so
+            that windows do not overlap. Test windows never do.
+
+    Raises:
+        InputError: The file cannot be opened, is not UTF-8, or has a part that is shorter than a window and its last
+            label; or the length or the stride is less than 1.
+    """
+    check_at_least(1, length=length, stride=stride)
+    path = Path(path).expanduser()
+    text = _read(path)
+    vocabulary = tuple(sorted(set(text)))
+    tokens = encode(text, vocabulary)
+    train, test = np.split(tokens, [len(tokens) * TRAINING_TENTHS // 10])
+    _check_long_enough(path, length, training=len(train), test=len(test))
+
+    stride = stride or length
+    unused = len(train) - _covered(len(train), length, stride), len(test) - _covered(len(test), length, length)
+    notes = (
+        f"The first {len(train):,} characters are for training and the other {len(test):,} for testing.",
+        f"The windows leave out {unused[0]:,} characters of the training part and {unused[1]:,} of the test part.",
+    )
+    return Dataset(
+        name=path.stem,
+        train=_windows(train, length, stride),
+        test=_windows(test, length, length),
+        classes=(),
+        shift=np.zeros((), np.int32),
+        scale=np.ones((), np.int32),
+        notes=notes if any(unused) else notes[:1],
+        vocabulary=vocabulary,
+    )
+
+
+def encode(text: str, vocabulary: Sequence[str]) -> np.ndarray:
+    """Writes a text as tokens, `int32[characters]`.
+
+    Raises:
+        InputError: A character is not in the vocabulary.
+    """
+    token_of = np.full(sys.maxunicode + 1, -1, np.int32)
+    token_of[_code_points("".join(vocabulary))] = np.arange(len(vocabulary))
+    tokens = token_of[_code_points(text)]
+    unknown = tokens < 0
+    if unknown.any():
+        place = int(unknown.argmax())
+        raise InputError(
+            "text",
+            f"must be written in the {len(vocabulary)} characters of the vocabulary, got {text[place]!r} "
+            f"at place {place:,}; leave it out or replace it.",
+        )
+    return tokens
+
+
+def decode(tokens: np.typing.ArrayLike, vocabulary: Sequence[str]) -> str:
+    """Reads tokens, `int[characters]`, as a text.
+
+    Raises:
+        InputError: A token is not a place in the vocabulary.
+    """
+    tokens = np.asarray(tokens)
+    outside = (tokens < 0) | (tokens >= len(vocabulary))
+    if outside.any():
+        raise InputError("tokens", f"must lie from 0 to {len(vocabulary) - 1}, got {tokens[outside][0]}.")
+    return "".join(vocabulary[int(token)] for token in tokens)
+
+
+def _read(path: Path) -> str:
+    with opened(path) as file:
+        stored = file.read()
+    try:
+        text = stored.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        offset = len(stored) - len(error.object) + error.start
+        fault = f"has the byte 0x{stored[offset]:02x} at the offset {offset:,}, which is not UTF-8"
+        raise faulty(path, fault, "save it in UTF-8") from error
+    if not text:
+        raise faulty(path, "is empty", "give a file with a text")
+    return text
+
+
+def _check_long_enough(path: Path, length: int, **characters: int) -> None:
+    """Raises InputError where a part has less than a window and the label of its last character."""
+    part, shortest = min(characters.items(), key=lambda item: item[1])
+    if shortest <= length:
+        longest = shortest - 1
+        raise faulty(
+            path,
+            f"has {shortest:,} of the {length + 1:,} characters that a window with its last label needs "
+            f"in the {part} part",
+            f"give a longer text{f', or a window of at most {longest:,}' if longest > 0 else ''}",
+        )
+
+
+def _windows(tokens: np.ndarray, length: int, stride: int) -> Split:
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::stride]
+    return Split(np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:]))
+
+
+def _covered(characters: int, length: int, stride: int) -> int:
+    """Counts the characters that are in a window or a label."""
+    others = (characters - length - 1) // stride
+    return others * min(stride, length + 1) + length + 1
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

@@ -1,0 +1,96 @@
+"""A replica's own gradient: of the mean loss over its examples, cut into shards that know nothing of devices.
+
+A batch is cut into *shards*, and what is random is drawn for each shard from (seed, step, shard): so the number of
+devices changes no dropout mask. The shards of a replica are computed at once, or in groups one after another.
+"""
+
+from collections.abc import Callable
+from math import lcm
+
+import jax
+import optax
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax.augment import Augment, apply_to
+from ctde_jax.data import Split
+from ctde_jax.models import Model
+from ctde_jax.replica import AXIS, SHARD, PyTree, weighted_mean
+from ctde_jax.tasks import Task
+
+SHARDS = 8
+"""A batch is cut into so many shards where devices, groups and batch size allow, else into one for each device and
+group."""
+
+Sums = dict[str, jax.Array]
+"""Over examples: `loss`, each metric, and their number `examples`; float32."""
+
+Gradient = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], tuple[PyTree, PyTree, Sums]]
+"""`gradient(params, model_state, split, indices, key) -> (grads, model_state, sums over the replica's own examples)`
+
+`indices` is `int32[per_replica]`, negative where there is no example; the key is the same on all replicas.
+"""
+
+
+def make_gradient(model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1) -> Gradient:
+    """Makes the function that differentiates the mean loss over a replica's examples.
+
+    Args:
+        model: What is trained.
+        task: What for.
+        augment: Changes each training example, by a key of its own, before the model sees it.
+        accumulate: Groups that a replica's examples are computed in, one after another. The gradient is that of all
+            of them together; the memory that activations take is that of one group.
+    """
+
+    def on_shard(params, model_state, split, indices, shard, key) -> tuple[jax.Array, PyTree, Sums]:
+        is_example = indices >= 0
+        rows = jnp.where(is_example, indices, ~indices)
+        inputs, labels = split.inputs[rows], split.labels[rows]
+        augment_key, model_key = jax.random.split(key)
+        if augment is not None:
+            inputs = apply_to(augment, augment_key, inputs, rows)
+
+        outputs, model_state = model.apply(params, model_state, inputs, jax.random.fold_in(model_key, shard))
+        measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
+        sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
+        objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
+        return lax.psum(objective, SHARD), weighted_mean(model_state, sums["examples"], SHARD), lax.psum(sums, SHARD)
+
+    on_shards = jax.vmap(on_shard, in_axes=(None, None, None, 0, 0, None), out_axes=None, axis_name=SHARD)
+
+    def gradient(params, model_state, split, indices, key):
+        def add_group(so_far, group):
+            grads, model_state, sums = so_far
+            examples, shards = group
+
+            def objective(params):
+                total, new_model_state, group_sums = on_shards(params, model_state, split, examples, shards, key)
+                return total, (new_model_state, group_sums)
+
+            group_grads, (new_model_state, group_sums) = jax.grad(objective, has_aux=True)(params)
+            model_state = optax.tree.where(group_sums["examples"] > 0, new_model_state, model_state)
+            return (optax.tree.add(grads, group_grads), model_state, optax.tree.add(sums, group_sums)), None
+
+        zeros = dict.fromkeys(["loss", *task.metrics, "examples"], jnp.float32(0))
+        start = (optax.tree.zeros_like(params), model_state, zeros)
+        (grads, model_state, sums), _ = lax.scan(add_group, start, _cut(indices, accumulate))
+        examples = jnp.maximum(sums["examples"], 1)
+        return jax.tree.map(lambda g: g / examples, grads), model_state, sums
+
+    return gradient
+
+
+def _cut(indices: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts a replica's examples into shards, of which it has every one whose number leaves its own.
+
+    Returns:
+        The examples `int32[groups, shards, per_shard]`, and the numbers of the shards `int32[groups, shards]`.
+    """
+    replicas = lax.axis_size(AXIS)
+    shards = lcm(SHARDS, replicas * groups)
+    if len(indices) * replicas % shards:
+        shards = replicas * groups
+    own = shards // replicas
+    numbers = jnp.arange(own) * replicas + lax.axis_index(AXIS)
+    return indices.reshape(-1, own).T.reshape(groups, own // groups, -1), numbers.reshape(groups, -1)

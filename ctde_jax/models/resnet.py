@@ -1,0 +1,114 @@
+"""A small residual network for small pictures, whose blocks normalize before they compute (He et al., 2016).
+
+Group normalization (Wu and He, 2018) is the default: an example's answer then depends on no other example, so splitting
+a batch over devices changes nothing. Batch normalization (Ioffe and Szegedy, 2015) couples the examples of a batch.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+from flax import nnx
+
+from ctde_jax.errors import InputError, check_at_least, check_known
+from ctde_jax.models.base import BatchStatistics, Model, from_nnx
+from ctde_jax.models.layers import as_images, check_image_shape, count_channels
+
+GROUPS = 8
+
+NORMS: dict[str, Callable[..., nnx.Module]] = {
+    "group": partial(nnx.GroupNorm, num_groups=GROUPS),
+    "batch": partial(nnx.BatchNorm, momentum=0.9),  # 0.99, the default, would lag by hundreds of steps
+}
+
+
+class Block(nnx.Module):
+    """Adds to its input what two convolutions make of it, each after a norm and a ReLU."""
+
+    def __init__(self, before: int, width: int, stride: int, norm: str, *, rngs: nnx.Rngs):
+        self.first_norm = NORMS[norm](before, rngs=rngs)
+        self.first = _convolution(before, width, stride, rngs=rngs)
+        self.second_norm = NORMS[norm](width, rngs=rngs)
+        self.second = _convolution(width, width, rngs=rngs)
+        same = before == width and stride == 1
+        self.shortcut = None if same else _convolution(before, width, stride, size=1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[examples, height, width, channels]` to as many pixels divided by the stride."""
+        active = _activate(self.first_norm, x)
+        kept = x if self.shortcut is None else self.shortcut(active)
+        return kept + self.second(_activate(self.second_norm, self.first(active)))
+
+
+class ResNet(nnx.Module):
+    """A convolution, stages of blocks that halve the picture from one to the next, and a mean over what is left."""
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        classes: int,
+        widths: Sequence[int],
+        blocks: int,
+        norm: str,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.image_shape = tuple(image_shape)
+        self.stem = _convolution(count_channels(image_shape), widths[0], rngs=rngs)
+        self.blocks = nnx.List([])
+        before = widths[0]
+        for stage, width in enumerate(widths):
+            for i in range(blocks):
+                halves = stage > 0 and i == 0
+                self.blocks.append(Block(before, width, 2 if halves else 1, norm, rngs=rngs))
+                before = width
+        self.norm = NORMS[norm](before, rngs=rngs)
+        self.out = nnx.Linear(before, classes, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Maps pictures `[examples, *image_shape]` to `[examples, classes]`."""
+        x = self.stem(as_images(inputs, self.image_shape))
+        for block in self.blocks:
+            x = block(x)
+        return self.out(_activate(self.norm, x).mean(axis=(1, 2)))
+
+
+def resnet(
+    image_shape: Sequence[int],
+    classes: int,
+    widths: Sequence[int] = (16, 32, 64),
+    blocks: int = 1,
+    norm: str = "group",
+    batch_statistics: BatchStatistics = "averaged",
+) -> Model:
+    """Builds a residual network of `2 * blocks * len(widths) + 2` layers.
+
+    Args:
+        image_shape: `(height, width)` or `(height, width, channels)`, as the data set stores a picture.
+        classes: The numbers that come out.
+        widths: The channels of each stage.
+        blocks: The blocks of each stage.
+        norm: "group" or "batch".
+        batch_statistics: Over which examples batch normalization takes its mean and variance.
+
+    Raises:
+        InputError: It is no picture or too small a one, a width is not a multiple of the groups of group
+            normalization, or another option is out of range.
+    """
+    if not widths:
+        raise InputError("widths", "must name the channels of at least one stage, got none.")
+    check_at_least(1, classes=classes, widths=min(widths), blocks=blocks)
+    check_known("norm", norm, NORMS)
+    uneven = [width for width in widths if width % GROUPS]
+    if norm == "group" and uneven:
+        raise InputError("widths", f"must be multiples of the {GROUPS} groups of a norm, got {uneven[0]}.")
+    check_image_shape(image_shape, halvings=len(widths) - 1)
+    return from_nnx(lambda rngs: ResNet(image_shape, classes, widths, blocks, norm, rngs=rngs), batch_statistics)
+
+
+def _convolution(before: int, after: int, stride: int = 1, size: int = 3, *, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(before, after, (size, size), strides=stride, use_bias=False, rngs=rngs)
+
+
+def _activate(norm: nnx.Module, x: jax.Array) -> jax.Array:
+    return nnx.relu(norm(x)).astype(x.dtype)  # a batch norm in bfloat16 gives float32, the type of its statistics

@@ -1,0 +1,85 @@
+"""A small decoder-only transformer (Vaswani et al., 2017).
+
+Blocks normalize before they compute, attention looks back only, and positions are learned.
+"""
+
+import jax
+from flax import nnx
+
+from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.models.base import Model, from_nnx
+from ctde_jax.models.layers import Dropout, embed
+
+
+class Block(nnx.Module):
+    """Causal attention, then a perceptron at every place, each added to what came in."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.query, self.key, self.value, self.mix = (
+            nnx.Linear(width, width, use_bias=False, rngs=rngs) for _ in range(4)
+        )
+        self.perceptron_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.expand = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.contract = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
+        """Maps `[examples, length, width]` to the same shape; dropout falls on what is added."""
+
+        def split_heads(x: jax.Array) -> jax.Array:
+            return x.reshape(*x.shape[:2], self.heads, -1)
+
+        normed = self.attention_norm(x)
+        query, key, value = (split_heads(layer(normed)) for layer in (self.query, self.key, self.value))
+        seen = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + dropout(self.mix(seen.reshape(x.shape)))
+        return x + dropout(self.contract(nnx.gelu(self.expand(self.perceptron_norm(x)))))
+
+
+class Transformer(nnx.Module):
+    """Predicts the next token at every place of a window."""
+
+    def __init__(
+        self, vocabulary: int, length: int, width: int, blocks: int, heads: int, dropout: float, *, rngs: nnx.Rngs
+    ):
+        start = nnx.initializers.normal(0.02)
+        self.tokens = nnx.Embed(vocabulary, width, embedding_init=start, rngs=rngs)
+        self.places = nnx.Embed(length, width, embedding_init=start, rngs=rngs)
+        self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(blocks)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.out = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
+        self.dropout = Dropout(dropout, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`."""
+        x = embed(tokens, self.tokens)
+        length, longest = x.shape[1], self.places.num_embeddings
+        if length > longest:
+            raise InputError("length", f"must be at least the {length} tokens of an input, got {longest}.")
+        x = self.dropout(x + self.places.embedding[None, :length])
+        for block in self.blocks:
+            x = block(x, self.dropout)
+        return self.out(self.norm(x))
+
+
+def transformer(
+    vocabulary: int, length: int, width: int = 96, blocks: int = 2, heads: int = 4, dropout: float = 0.0
+) -> Model:
+    """Builds the decoder over the tokens from 0 to `vocabulary - 1`.
+
+    Args:
+        vocabulary: How many tokens there are.
+        length: The tokens of the longest window.
+        width: The numbers in the vector of a token.
+        blocks: How many there are.
+        heads: The parts that attention splits a vector into.
+        dropout: Which share is left out in training, of the embedding and of what each block adds.
+
+    Raises:
+        InputError: The heads do not divide the width, or a number is out of range.
+    """
+    check_at_least(1, vocabulary=vocabulary, length=length, width=width, blocks=blocks, heads=heads)
+    if width % heads:
+        raise InputError("heads", f"must divide the width of {width}, got {heads}.")
+    return from_nnx(lambda rngs: Transformer(vocabulary, length, width, blocks, heads, dropout, rngs=rngs))

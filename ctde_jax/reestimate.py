@@ -1,0 +1,61 @@
+"""Batch statistics of the final parameters instead of running averages over the parameters' past."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax import replica
+from ctde_jax.data import Split
+from ctde_jax.models import Model
+from ctde_jax.replica import SHARD, PyTree, weighted_mean
+
+Reestimate = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], PyTree]
+"""`reestimate(params, model_state, split, batches, key) -> model_state`
+
+`batches` is `int32[replica, steps, per_replica]`, of which places without an example count like those that they repeat.
+"""
+
+
+def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int | None) -> Reestimate:
+    """Makes the function that estimates batch statistics anew, as their mean over batches (Wu and Johnson, 2021).
+
+    A running average `s` becomes `m s + (1 - m) b` in a batch whose statistic is `b`, whatever the module that keeps
+    it. So two starts, 0 and 1, tell both `m` and `b`. State that is no running average stays as it is.
+
+    Args:
+        model: Any whose state has running averages.
+        devices: One replica on each.
+        split_axis: None where every device holds the whole split, 0 where each holds its own row.
+    """
+
+    def of_batch(params, model_state, inputs, key) -> PyTree:
+        def after(start: float) -> PyTree:
+            state = jax.tree.map(lambda x: jnp.full_like(x, start) if _is_average(x) else x, model_state)
+            return model.apply(params, state, inputs, key)[1]
+
+        def statistic(before, from_zero, from_one):
+            kept = from_one - from_zero
+            return jnp.where(kept < 0.9999, from_zero / (1 - kept), before) if _is_average(before) else before
+
+        return jax.tree.map(statistic, model_state, after(0), after(1))
+
+    def reestimate(center, split, batches, key):
+        params, model_state = center
+
+        def of_step(indices):
+            rows = jnp.where(indices >= 0, indices, ~indices)
+            one_shard = jax.vmap(of_batch, in_axes=(None, None, 0, None), axis_name=SHARD)
+            return one_shard(params, model_state, split.inputs[rows][None], key)
+
+        every_step = lax.map(of_step, batches)
+        means = jax.tree.map(lambda x, own: x.mean((0, 1)) if _is_average(own) else own, every_step, model_state)
+        return weighted_mean(means, 1.0)
+
+    run = replica.parallel(reestimate, devices, in_axes=(None, split_axis, 0, None), out_axes=None)
+    return lambda params, model_state, split, batches, key: run((params, model_state), split, batches, key)
+
+
+def _is_average(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)

@@ -1,0 +1,208 @@
+"""Files of records become color pictures, wherever they lie; a damaged one becomes a sentence."""
+
+import gzip
+import hashlib
+import io
+import tarfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctde_jax.data import cifar, cifar10
+from ctde_jax.data.cifar import ARCHIVE, CIFAR10, RECORD, UNPACKED
+from ctde_jax.errors import InputError
+
+TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
+RNG = np.random.default_rng(0)
+PICTURES = {name: RNG.integers(0, 256, (2, 32, 32, 3), np.uint8) for name in [*TRAIN, "test_batch.bin"]}
+LABELS = {name: RNG.integers(0, 10, 2, np.uint8) for name in PICTURES}
+
+
+def packed_records(name: str) -> bytes:
+    """Writes the pictures of a file in the published format: the label, then all reds, greens and blues."""
+    pairs = zip(LABELS[name], PICTURES[name], strict=True)
+    return b"".join(bytes([label]) + b"".join(picture[..., c].tobytes() for c in range(3)) for label, picture in pairs)
+
+
+FILES = {name: packed_records(name) for name in PICTURES}
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Puts files into a folder."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def packed(files: Mapping[str, bytes]) -> bytes:
+    """Makes an archive as the published one is made, with a file in it that nobody asks for."""
+    stored = io.BytesIO()
+    with tarfile.open(fileobj=stored, mode="w:gz") as archive:
+        folder = tarfile.TarInfo(UNPACKED)
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in {"readme.html": b"<html>", **files}.items():
+            member = tarfile.TarInfo(f"{UNPACKED}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stored.getvalue()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, format, *args):
+        """Keeps quiet."""
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Serves a tiny archive as the published one, and returns the list of what was asked for."""
+    archive, asked = packed(FILES), []
+    write(tmp_path / "mirror", {ARCHIVE: archive})
+
+    class Noting(Quiet):
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Noting, directory=str(tmp_path / "mirror")))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
+    tiny = replace(CIFAR10, mirrors=(f"http://127.0.0.1:{server.server_port}/",), sha256=sha256)
+    monkeypatch.setattr(cifar, "CIFAR10", tiny)
+    monkeypatch.setattr(cifar, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
+    yield asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Returns an empty folder."""
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def fault_of(folder: Path) -> str:
+    """Returns the sentence that loading ends with."""
+    with pytest.raises(InputError) as caught:
+        cifar10(folder)
+    assert caught.value.option == "data_dir"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("where", [".", UNPACKED])
+def test_own_files_are_used_as_they_are(folder: Path, mirror: list[str], where: str):
+    """Nothing is downloaded, whether the files lie in the folder or in that of the archive."""
+    write(folder / where, FILES)
+
+    dataset = cifar10(str(folder))
+
+    np.testing.assert_array_equal(dataset.train.inputs, np.concatenate([PICTURES[name] for name in TRAIN]))
+    np.testing.assert_array_equal(dataset.train.labels, np.concatenate([LABELS[name] for name in TRAIN]))
+    np.testing.assert_array_equal(dataset.test.inputs, PICTURES["test_batch.bin"])
+    np.testing.assert_array_equal(dataset.test.labels, LABELS["test_batch.bin"])
+    assert [array.dtype for array in (*dataset.train, *dataset.test)] == [np.uint8, np.int32, np.uint8, np.int32]
+    assert dataset.train.inputs.flags.c_contiguous
+    assert (dataset.name, dataset.shift, dataset.scale, dataset.notes) == ("cifar10", 0, np.float32(1 / 255), ())
+    assert mirror == []
+
+
+def test_files_other_than_the_published_ones_are_noted(folder: Path):
+    """A subset may be trained on, but not unknowingly."""
+    write(folder, FILES)
+    (note,) = cifar10(folder).notes
+    assert note == f"{', '.join(FILES)} in {folder} differ by checksum from the published cifar10."
+
+
+def test_absent_archive_is_downloaded_once(folder: Path, mirror: list[str]):
+    """It is kept as it came, nothing is unpacked, and what it holds is the data."""
+    first, second = cifar10(folder), cifar10(folder)
+
+    assert mirror == [f"/{ARCHIVE}"]
+    assert [path.name for path in folder.iterdir()] == [ARCHIVE]
+    write(folder, FILES)
+    own = cifar10(folder)
+    for dataset in (first, second):
+        assert dataset.notes == ()
+        for array, same in zip((*dataset.train, *dataset.test), (*own.train, *own.test), strict=True):
+            np.testing.assert_array_equal(array, same)
+
+
+def test_only_missing_files_are_read_from_the_archive(folder: Path, mirror: list[str]):
+    """The user's own file is not replaced by the published one."""
+    write(folder, {"test_batch.bin": FILES["data_batch_1.bin"]})
+    dataset = cifar10(folder)
+    np.testing.assert_array_equal(dataset.test.inputs, PICTURES["data_batch_1.bin"])
+    assert dataset.notes == (f"test_batch.bin in {folder} differ by checksum from the published cifar10.",)
+    assert mirror == [f"/{ARCHIVE}"]
+
+
+def test_archive_of_other_content_is_not_believed(folder: Path, mirror: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cifar, "ARCHIVE_SHA256", CIFAR10.sha256["test_batch.bin"])
+    assert "sent something other than the published file (the checksum differs)" in fault_of(folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "has 0 bytes{} instead of one or more records of 3,073"),
+        (bytes(RECORD - 1), "has 3,072 bytes{} instead of one or more records of 3,073"),
+        (bytes(2 * RECORD + 1), "has 6,147 bytes{} instead of one or more records of 3,073"),
+        (bytes(RECORD) + b"\x0a" + bytes(RECORD - 1), "has the label 10{} in record 1, while labels lie from 0 to 9"),
+    ],
+)
+def test_damaged_records_are_said_in_a_sentence(folder: Path, content: bytes, fault: str):
+    """The file on the disk is named, and within an archive the one in it."""
+    broken = {**FILES, "data_batch_3.bin": content}
+    way_out = "; replace it, or remove it to have the published file downloaded."
+
+    write(folder, {ARCHIVE: packed(broken)})
+    assert (
+        fault_of(folder) == f"data_dir holds {folder / ARCHIVE}, which {fault.format(' in data_batch_3.bin')}{way_out}"
+    )
+    write(folder, broken)
+    assert fault_of(folder) == f"data_dir holds {folder / 'data_batch_3.bin'}, which {fault.format('')}{way_out}"
+
+
+@pytest.mark.parametrize(
+    ("archive", "fault"),
+    [
+        pytest.param(packed(FILES)[:-5000], "is no whole .tar.gz archive (", id="truncated"),
+        pytest.param(gzip.compress(b"no archive"), "is no whole .tar.gz archive (", id="no tar"),
+        pytest.param(b"no gzip", "is no whole .tar.gz archive (", id="no gzip"),
+        pytest.param(b"", "is no whole .tar.gz archive (", id="empty"),
+        pytest.param(
+            packed({name: FILES[name] for name in TRAIN[:4]}),
+            "lacks data_batch_5.bin, test_batch.bin;",
+            id="incomplete",
+        ),
+    ],
+)
+def test_damaged_archive_is_said_in_a_sentence(folder: Path, archive: bytes, fault: str):
+    write(folder, {ARCHIVE: archive})
+    assert fault_of(folder).startswith(f"data_dir holds {folder / ARCHIVE}, which {fault}")
+
+
+def test_folder_that_does_not_exist_is_named(tmp_path: Path):
+    assert fault_of(tmp_path / "nowhere").startswith(f"data_dir must be an existing folder, got {tmp_path / 'nowhere'}")
+
+
+def test_each_published_file_has_a_checksum_of_its_own():
+    """The files come in the order that the data set is made of."""
+    checksums = [*CIFAR10.sha256.values(), cifar.ARCHIVE_SHA256]
+    assert list(CIFAR10.sha256) == list(FILES)
+    assert {len(bytes.fromhex(sha256)) for sha256 in checksums} == {32}
+    assert len(set(checksums)) == 7
+    assert len(CIFAR10.classes) == 10

@@ -1,0 +1,163 @@
+"""A replica's gradient, and what must not depend on the number of devices: masks, statistics, augmentation."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from jax import numpy as jnp
+
+from ctde_jax import models, replica, tasks
+from ctde_jax.augment import shift
+from ctde_jax.data import Split
+from ctde_jax.gradient import make_gradient
+from ctde_jax.tasks import classification
+
+FEATURES, CLASSES, BATCH = 5, 3, 16
+
+
+class Noisy(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(FEATURES, 8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(jnp.tanh(self.first(x.reshape(len(x), -1)))))
+
+
+class Normed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(FEATURES, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+        self.last = nnx.Linear(8, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(jnp.tanh(self.norm(self.first(x))))
+
+
+class LinenNormed(linen.Module):
+    @linen.compact
+    def __call__(self, x, train: bool):
+        x = linen.BatchNorm(use_running_average=not train, momentum=0.9)(linen.Dense(8)(x))
+        return linen.Dense(CLASSES)(jnp.tanh(x))
+
+
+NOISY = models.from_nnx(Noisy)
+NORMED = {
+    "nnx": partial(models.from_nnx, Normed),
+    "linen": partial(models.from_linen, LinenNormed()),
+}
+
+
+@pytest.fixture
+def split() -> Split:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(40, FEATURES)).astype(np.float32)
+    return Split(jnp.asarray(inputs), jnp.asarray(rng.integers(0, CLASSES, 40), jnp.int32))
+
+
+def dealt(batch: np.ndarray, replicas: int) -> np.ndarray:
+    """Deals a global batch as the trainer does: `int32[replica, per_replica]`."""
+    return batch.reshape(-1, replicas).T
+
+
+def on_replicas(gradient, params, model_state, split, indices, key):
+    """The mean gradient over virtual replicas, and what else each returns."""
+
+    def on_one(indices):
+        grads, model_state_, sums = gradient(params, model_state, split, indices, key)
+        return replica.weighted_mean(grads, sums["examples"]), replica.weighted_mean(model_state_, sums["examples"])
+
+    return jax.jit(jax.vmap(on_one, axis_name=replica.AXIS, out_axes=None))(indices)
+
+
+def assert_close(tree, other, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), tree, other)
+
+
+def differs(tree, other) -> bool:
+    return any(not np.allclose(x, y, atol=1e-4) for x, y in zip(*map(jax.tree.leaves, (tree, other)), strict=True))
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_dropout_masks_do_not_depend_on_the_number_of_devices(split, key, replicas):
+    params, model_state = NOISY.init(key, split.inputs[:1])
+    gradient, batch = make_gradient(NOISY, classification), np.arange(BATCH, dtype=np.int32)
+    alone, _ = on_replicas(gradient, params, model_state, split, dealt(batch, 1), key)
+    together, _ = on_replicas(gradient, params, model_state, split, dealt(batch, replicas), key)
+    other_key, _ = on_replicas(gradient, params, model_state, split, dealt(batch, replicas), jax.random.key(1))
+    assert_close(together, alone)
+    assert differs(other_key, alone)
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_one_after_another_give_the_gradient_of_the_whole_batch(split, key, groups, missing):
+    """Also with dropout, and where the last group has fewer examples."""
+    params, model_state = NOISY.init(key, split.inputs[:1])
+    batch = np.arange(BATCH, dtype=np.int32)
+    batch[BATCH - missing :] = ~batch[0]
+    arguments = (params, model_state, split, dealt(batch, 2), key)
+    whole, _ = on_replicas(make_gradient(NOISY, classification), *arguments)
+    grouped, _ = on_replicas(make_gradient(NOISY, classification, accumulate=groups), *arguments)
+    assert_close(grouped, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("door", NORMED)
+def test_synchronized_statistics_do_not_depend_on_the_number_of_devices(split, key, door):
+    model = NORMED[door]("synchronized")
+    params, model_state = model.init(key, split.inputs[:1])
+    gradient, batch = make_gradient(model, classification), np.arange(BATCH, dtype=np.int32)
+
+    def mean_loss(params):
+        outputs, after = model.apply(params, model_state, split.inputs[:BATCH], key)
+        return classification.loss(outputs, split.labels[:BATCH]).mean(), after
+
+    grads, after = jax.grad(mean_loss, has_aux=True)(params)
+    for replicas in (1, 4):
+        assert_close(on_replicas(gradient, params, model_state, split, dealt(batch, replicas), key), (grads, after))
+
+
+@pytest.mark.parametrize("door", NORMED)
+def test_averaged_statistics_are_means_over_devices(split, key, door):
+    model = NORMED[door]()
+    params, model_state = model.init(key, split.inputs[:1])
+    gradient, indices = make_gradient(model, classification), dealt(np.arange(BATCH, dtype=np.int32), 4)
+    own = [model.apply(params, model_state, split.inputs[rows], key)[1] for rows in indices]
+    mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *own)
+    assert_close(on_replicas(gradient, params, model_state, split, indices, key)[1], mean)
+
+
+def test_augmentation_follows_the_example_and_not_its_place(key):
+    """A model that sums up what it sees; shifting pictures with one bright corner tells whether it has moved."""
+    pictures = jnp.zeros((40, 4, 4)).at[:, 0, 0].set(1.0)
+    split = Split(pictures, jnp.zeros(40, jnp.int32))
+    model = models.mlp([16, CLASSES])
+    params, model_state = model.init(key, pictures[:1])
+    gradient, batch = make_gradient(model, classification, shift(1)), np.arange(BATCH, dtype=np.int32)
+    whole, _ = on_replicas(gradient, params, model_state, split, dealt(batch, 1), key)
+    other_order, _ = on_replicas(gradient, params, model_state, split, dealt(batch[::-1].copy(), 4), key)
+    plain, _ = on_replicas(make_gradient(model, classification), params, model_state, split, dealt(batch, 1), key)
+    assert_close(other_order, whole)
+    assert differs(whole, plain)
+
+
+def test_smoothed_labels_are_what_is_minimized_and_not_what_is_reported(split, key):
+    model, task = models.mlp([FEATURES, CLASSES]), tasks.smoothed(classification, 0.3)
+    params, model_state = model.init(key, split.inputs[:1])
+    batch = np.arange(BATCH, dtype=np.int32)
+
+    def mean_loss(params):
+        outputs, _ = model.apply(params, model_state, split.inputs[:BATCH], None)
+        labels = optax.smooth_labels(jax.nn.one_hot(split.labels[:BATCH], CLASSES), 0.3)
+        return optax.softmax_cross_entropy(outputs, labels).mean()
+
+    grads, _ = on_replicas(make_gradient(model, task), params, model_state, split, dealt(batch, 2), key)
+    assert_close(grads, jax.grad(mean_loss)(params))
+    outputs, _ = model.apply(params, model_state, split.inputs, None)
+    np.testing.assert_array_equal(
+        task.measure(outputs, split.labels)["loss"], classification.loss(outputs, split.labels)
+    )

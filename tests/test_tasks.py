@@ -1,0 +1,47 @@
+"""Losses and metrics are one number for each example, and averages are exact."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from ctde_jax import tasks
+from ctde_jax.errors import InputError
+
+
+def test_language_modeling_counts_every_place_alike(key):
+    logits, labels = jax.random.normal(key, (2, 3, 5)), jnp.array([[0, 1, 2], [4, 4, 0]])
+    chances = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    of_labels = np.take_along_axis(chances, np.asarray(labels)[..., None], axis=-1)[..., 0]
+
+    measured = tasks.language_modeling.measure(logits, labels)
+    averages = tasks.language_modeling.averages({name: values.sum() for name, values in measured.items()}, 2)
+
+    np.testing.assert_allclose(measured["loss"], -np.log(of_labels).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(measured["accuracy"], (np.argmax(logits, -1) == labels).mean(axis=1), rtol=1e-6)
+    assert averages["loss"] == pytest.approx(-np.log(of_labels).mean(), rel=1e-5)
+    assert averages["bits_per_character"] == pytest.approx(-np.log2(of_labels).mean(), rel=1e-5)
+    assert averages["perplexity"] == pytest.approx(np.exp(-np.log(of_labels).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("amount", [-0.1, 1.0])
+def test_smoothing_out_of_range_is_refused(amount):
+    with pytest.raises(InputError, match=f"label_smoothing must be at least 0 and less than 1, got {amount}"):
+        tasks.smoothed(tasks.classification, amount)
+
+
+def test_smoothing_by_nothing_is_the_task_itself():
+    assert tasks.smoothed(tasks.classification, 0.0) is tasks.classification
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        (tasks.Task(lambda outputs, labels: jnp.mean(outputs)), "must give one loss for each example"),
+        (tasks.Task(tasks.cross_entropy, {"step": tasks.is_correct}), "must not call a metric step; rename it"),
+        (tasks.Task(tasks.cross_entropy, of_the_loss={"loss": abs}), "must not call a metric loss; rename it"),
+    ],
+)
+def test_wrong_task_is_refused_in_a_sentence(task, sentence):
+    with pytest.raises(InputError, match=sentence):
+        task.measure(jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32))
