@@ -23,9 +23,13 @@ Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 BRANCH_ENDS = ("mix", "contract", "second")
 """The layers with which the residual branches end, in a list named `blocks`: here and in a module of your own."""
 
-RECURRENT: dict[Hashable, str] = {"dense_h": "dense_i", "h": "i", **dict.fromkeys(("hi", "hf", "hg", "ho"), "ii")}
-RECURRENT |= dict.fromkeys(("hr", "hz", "hn"), "ir")
-"""The layers of flax's cells that read the cell's own last output, and the one that stands beside and reads the input.
+RECURRENT: dict[Hashable, str] = {
+    "dense_h": "dense_i",
+    "h": "i",
+    **dict.fromkeys(("hi", "hf", "hg", "ho"), "ii"),
+    **dict.fromkeys(("hr", "hz", "hn"), "ir"),
+}
+"""The layers of flax's cells that read the cell's own last output, and one beside each that reads the input.
 
 `dense_h` and `dense_i` compute all gates at once, the others one each.
 """
@@ -102,6 +106,8 @@ def recurrent(model: Model) -> Model:
     def draw(kernel: Kernel) -> Draw:
         return nn.initializers.orthogonal() if kernel.recurrent else nn.initializers.glorot_uniform()
 
+    drawn = _draw_kernels(model, draw, check)
+
     def init(key, inputs):
         params, model_state = drawn.init(key, inputs)
         kernels = find_kernels(params)
@@ -116,12 +122,11 @@ def recurrent(model: Model) -> Model:
 
         return map_with_path(open_forget_gate, params), model_state
 
-    drawn = _draw_kernels(model, draw, check)
     return model._replace(init=init)
 
 
 def residual(model: Model) -> Model:
-    """Lets every residual block start as the identity: the last layer of each of its branches is zero.
+    """Lets every residual block start as its shortcut, mostly the identity: the last layer of each branch is zero.
 
     So the scale at the start is that of any depth (Goyal et al., 2017; Zhang et al., 2019; Bachlechner et al., 2020).
     All else starts as the module says.
@@ -131,7 +136,7 @@ def residual(model: Model) -> Model:
     """
 
     def ends_branch(path: KeyPath) -> bool:
-        return "blocks" in path and path[-2] in BRANCH_ENDS
+        return "blocks" in path[:-2] and path[-2] in BRANCH_ENDS
 
     def init(key, inputs):
         params, model_state = model.init(key, inputs)
@@ -151,7 +156,8 @@ def lsuv(model: Model) -> Model:
     """Gives each layer's output a variance of one on the inputs at hand (Mishkin and Matas, 2016).
 
     Kernels start orthogonal. One after the other, in the order of execution, they are divided by the deviation of what
-    their layer says, which is exact as biases are zero. Layers of recurrent cells stay orthogonal.
+    their layer says, which is exact as biases are zero. That takes one pass through the network for each layer. Layers
+    of recurrent cells stay orthogonal.
 
     Raises:
         InputError: The model does not show its layers.

@@ -88,21 +88,12 @@ def assert_equal(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        (model, name)
-        for name in INITIALIZERS
-        for model in ("mlp", "resnet", "linen")
-        if model in SUITED.get(name, MODELS)
-    ],
-)
-def test_same_key_gives_the_same_start_and_another_key_another(model, name):
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_same_key_gives_the_same_start_and_another_key_another(name):
+    model = "lstm" if name == "recurrent" else "resnet"
     first, second, other = (start(model, name, seed) for seed in (1, 1, 2))
     assert_equal(first, second)
-    assert jax.tree.map(jnp.shape, first) == jax.tree.map(
-        jnp.shape, MODELS[model][0].init(jax.random.key(0), MODELS[model][1])[0]
-    )
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, start(model, "flax"))
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
 
 
@@ -156,13 +147,10 @@ def test_orthogonal_kernels_are_for_each_gate(model):
             assert_orthonormal(matrix)
 
 
-def test_gates_are_counted(key):
-    gates = {
-        model: {path[-1]: len(found) for path, found in matrices(start(model, "flax")).items()} for model in MODELS
-    }
-    assert gates["lstm"] == {"dense_h": 4, "dense_i": 4, "out": 1}
-    assert gates["gru"] == {"dense_h": 3, "dense_i": 3, "out": 1}
-    assert set(gates["lstm cell"].values()) == set(gates["linen"].values()) == {1}
+@pytest.mark.parametrize(("model", "gates"), [("lstm", 4), ("gru", 3), ("simple cell", 1)])
+def test_gates_that_lie_side_by_side_are_counted(model, gates):
+    found = {path[-1]: kernel.gates for path, kernel in find_kernels(start(model, "flax")).items()}
+    assert found == {"dense_h": gates, "dense_i": gates, "out": 1}
 
 
 @pytest.mark.parametrize("model", sorted(SUITED["delta_orthogonal"]))
@@ -311,10 +299,9 @@ def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(di
 
     found = train(jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
     accuracy = dict(zip(names, (found == digits.test.labels[None]).mean(axis=1), strict=True))
-    print(accuracy)
     assert accuracy["flax"] < 0.3
-    assert accuracy["orthogonal"] > 0.6
-    assert accuracy["lsuv"] > 0.6
+    assert accuracy["orthogonal"] > 0.5
+    assert accuracy["lsuv"] > 0.5
 
 
 @pytest.mark.parametrize(

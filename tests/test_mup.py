@@ -74,13 +74,13 @@ def test_embeddings_have_the_size_of_the_base_and_logits_shrink(name, key):
 
 
 def slopes(build, key) -> np.ndarray:
-    """How fast the change of each layer in four steps of Adam grows with the width: 1 is in proportion, 0 not at all."""
+    """How fast each layer changes in eight steps of Adam, by width: 1 is in proportion to it, 0 not at all."""
     widths = np.array([64, 128, 256, 512])
     labels = jax.random.randint(jax.random.key(8), (64,), 0, 10)
 
     def sizes(width: int) -> list[float]:
         model, scale = build(int(width))
-        optimizer = optax.chain(optax.adam(0.001), scale)
+        optimizer = optax.chain(optax.adam(0.002), scale)
         params, _ = model.init(key, INPUTS)
         before, state = model.layers(params, {}, INPUTS), optimizer.init(params)
 
@@ -93,7 +93,7 @@ def slopes(build, key) -> np.ndarray:
             updates, state = optimizer.update(jax.grad(loss)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        for _ in range(4):
+        for _ in range(8):
             params, state = step(params, state)
         after = model.layers(params, {}, INPUTS)
         return [float(jnp.abs(after[path] - before[path]).mean()) for path in after]
@@ -107,9 +107,8 @@ def test_activations_move_alike_at_all_widths_and_without_it_the_more_the_wider(
     base = perceptron(BASE)
     flat = slopes(lambda width: (mup(perceptron(width), base), scale_learning_rates(base, INPUTS)), key)
     steep = slopes(lambda width: (perceptron(width), optax.identity()), key)
-    print(flat, steep)
     assert np.abs(flat).max() < 0.2
-    assert (steep[1:] > 0.5).all()
+    assert (steep[1:] > 0.4).all()
 
 
 @pytest.mark.parametrize("other", [models.mlp([16, 64, 10]), models.from_linen(linen.Dense(10))])

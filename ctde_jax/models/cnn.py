@@ -7,6 +7,7 @@ from flax import nnx
 
 from ctde_jax.errors import check_at_least
 from ctde_jax.models.base import Model, from_nnx
+from ctde_jax.models.convolution import Conv
 from ctde_jax.models.layers import Dropout, as_images, check_image_shape, count_channels
 
 CONVOLUTIONS = (32, 64)
@@ -19,8 +20,8 @@ class CNN(nnx.Module):
     def __init__(self, image_shape: Sequence[int], classes: int, dropout: float, *, rngs: nnx.Rngs):
         self.image_shape = tuple(image_shape)
         first, second = CONVOLUTIONS
-        self.first = nnx.Conv(count_channels(image_shape), first, (5, 5), rngs=rngs)
-        self.second = nnx.Conv(first, second, (5, 5), rngs=rngs)
+        self.first = Conv(count_channels(image_shape), first, (5, 5), rngs=rngs)
+        self.second = Conv(first, second, (5, 5), rngs=rngs)
         height, width = (side // 4 for side in image_shape[:2])
         self.hidden = nnx.Linear(height * width * second, HIDDEN, rngs=rngs)
         self.out = nnx.Linear(HIDDEN, classes, rngs=rngs)

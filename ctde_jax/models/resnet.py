@@ -12,6 +12,7 @@ from flax import nnx
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import BatchStatistics, Model, from_nnx
+from ctde_jax.models.convolution import Conv
 from ctde_jax.models.layers import as_images, check_image_shape, count_channels
 
 GROUPS = 8
@@ -106,8 +107,8 @@ def resnet(
     return from_nnx(lambda rngs: ResNet(image_shape, classes, widths, blocks, norm, rngs=rngs), batch_statistics)
 
 
-def _convolution(before: int, after: int, stride: int = 1, size: int = 3, *, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(before, after, (size, size), strides=stride, use_bias=False, rngs=rngs)
+def _convolution(before: int, after: int, stride: int = 1, size: int = 3, *, rngs: nnx.Rngs) -> Conv:
+    return Conv(before, after, (size, size), strides=stride, use_bias=False, rngs=rngs)
 
 
 def _activate(norm: nnx.Module, x: jax.Array) -> jax.Array:

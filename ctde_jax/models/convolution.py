@@ -1,0 +1,105 @@
+"""Convolutions that are fast in a loop on a CPU, where fake devices train.
+
+XLA brings a convolution into the form that its CPU library knows only where no loop is around it. Training is a loop,
+and there the gradient of a kernel takes 30 times as long (https://github.com/jax-ml/jax/issues/12868). So on a CPU the
+gradients are written here: that of the inputs as a convolution in that form already, that of the kernel as a product of
+matrices for each tap.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+from jax import numpy as jnp
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+"""The form that the CPU's library knows: examples, height, width, channels."""
+
+
+class Conv(nnx.Conv):
+    """An `nnx.Conv` over pictures, `[examples, height, width, channels]`, without groups or dilation."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: tuple[int, int],
+        strides: int = 1,
+        use_bias: bool = True,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        options = {"strides": strides, "use_bias": use_bias, "conv_general_dilated": convolve}
+        super().__init__(in_features, out_features, kernel_size, **options, rngs=rngs)
+
+
+def convolve(inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str, **layout: Any) -> jax.Array:
+    """Convolves `[examples, height, width, before]` with `[*taps, before, after]`, as `lax.conv_general_dilated` does.
+
+    Args:
+        inputs: Pictures.
+        kernel: Of the same type.
+        strides: For height and width.
+        padding: "SAME" or "VALID".
+        **layout: What else flax gives to that function; read only where there is no CPU.
+    """
+    sides = lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], strides, padding)
+    on_cpu = partial(_convolve_on_cpu, strides=tuple(strides), sides=tuple(sides))
+    elsewhere = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **layout)
+    return lax.platform_dependent(inputs, kernel, cpu=on_cpu, default=elsewhere)
+
+
+Sides = tuple[tuple[int, int], ...]
+"""How many zeros are put before and after the height, and the width."""
+
+
+@partial(jax.custom_vjp, nondiff_argnames=("strides", "sides"))
+def _convolve_on_cpu(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides) -> jax.Array:
+    return lax.conv_general_dilated(inputs, kernel, strides, sides, dimension_numbers=LAYOUT)
+
+
+def _forward(inputs, kernel, strides, sides):
+    return _convolve_on_cpu(inputs, kernel, strides, sides), (inputs, kernel)
+
+
+def _backward(strides, sides, seen, grads):
+    inputs, kernel = seen
+    to_inputs = _grads_of_inputs(inputs.shape, kernel, strides, sides, grads)
+    return to_inputs, _grads_of_kernel(inputs, kernel, strides, sides, grads)
+
+
+_convolve_on_cpu.defvjp(_forward, _backward)
+
+
+def _grads_of_inputs(
+    shape: tuple[int, ...], kernel: jax.Array, strides: tuple[int, ...], sides: Sides, grads: jax.Array
+) -> jax.Array:
+    before = [taps - 1 - zeros for taps, (zeros, _) in zip(kernel.shape[:2], sides, strict=True)]
+    reach = [stride * (places - 1) + 1 for stride, places in zip(strides, grads.shape[1:3], strict=True)]
+    after = [
+        length + taps - 1 - spread - zeros
+        for length, taps, spread, zeros in zip(shape[1:3], kernel.shape[:2], reach, before, strict=True)
+    ]
+    mirrored = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    around = tuple(zip(before, after, strict=True))
+    return lax.conv_general_dilated(grads, mirrored, (1, 1), around, lhs_dilation=strides, dimension_numbers=LAYOUT)
+
+
+def _grads_of_kernel(
+    inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides, grads: jax.Array
+) -> jax.Array:
+    padded = jnp.pad(inputs, [(0, 0), *sides, (0, 0)])
+
+    def at_tap(tap: tuple[int, ...]) -> jax.Array:
+        rows, columns = (
+            slice(first, first + stride * (places - 1) + 1, stride)
+            for first, stride, places in zip(tap, strides, grads.shape[1:3], strict=True)
+        )
+        return jnp.einsum("nhwi,nhwo->io", padded[:, rows, columns], grads)
+
+    taps = product(*map(range, kernel.shape[:2]))
+    return jnp.stack([at_tap(tap) for tap in taps]).reshape(kernel.shape)

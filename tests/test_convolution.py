@@ -1,0 +1,49 @@
+"""A convolution with gradients of its own has those of flax."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+from ctde_jax.models.convolution import Conv
+
+
+@pytest.mark.parametrize("strides", [1, 2, 3])
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 4)])
+@pytest.mark.parametrize("sides", [(7, 9), (8, 6)])
+def test_convolution_and_its_gradients_are_those_of_flax(key, sides, size, strides):
+    """The same parameters, outputs and gradients; also of several batches at once."""
+    pictures = jax.random.normal(key, (2, 3, *sides, 4))
+    own, theirs = (kind(4, 6, size, strides=strides, rngs=nnx.Rngs(0)) for kind in (Conv, nnx.Conv))
+
+    def outputs_and_grads(layer):
+        graph, params = nnx.split(layer)
+
+        def outputs(params, pictures):
+            return jax.vmap(nnx.merge(graph, params))(pictures)
+
+        def loss(params, pictures):
+            return jnp.sin(outputs(params, pictures)).sum()
+
+        return outputs(params, pictures), *jax.jit(jax.grad(loss, (0, 1)))(params, pictures)
+
+    found, right = outputs_and_grads(own), outputs_and_grads(theirs)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, right)
+
+
+def test_program_for_a_cpu_has_no_gradient_in_a_form_that_loops_slow_down(key):
+    """All its convolutions have the channels last; those for other hardware are as JAX writes them."""
+    layer = Conv(3, 2, (3, 3), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    grads = jax.grad(lambda params, x: jnp.sin(nnx.merge(graph, params)(x)).sum(), (0, 1))
+    traced = jax.jit(grads).trace(params, jnp.zeros((2, 8, 8, 3)))
+
+    def forms(platform: str) -> set[str]:
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        return set(re.findall(r"dim_numbers = (.*?), window", program))
+
+    assert forms("cpu") == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+    assert len(forms("tpu")) > 1
