@@ -19,7 +19,7 @@ from ctde_jax.presets import PRESETS
 from ctde_jax.tasks import Task, classification, language_modeling, smoothed
 
 
-def load_data(chosen: config.Data, seed: int) -> Dataset:
+def load_data(chosen: config.Data, seed: int = 0) -> Dataset:
     """Loads the data set that the options name; the seed decides what is set aside for validation."""
     goes_with = {
         "data_dir": ("mnist", "fashion_mnist", "cifar10"),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ from jax import lax
 from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
-from ctde_jax.augment import Augment
+from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Batches, Dataset, Split, count_steps, deal, dispatches
 from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least, check_seed
 from ctde_jax.evaluate import Averages, make_evaluate
@@ -144,30 +145,35 @@ def fit(
     """
     clock = _Clock()
     _check_types(model=model, data=data, optimizer=optimizer, strategy=strategy)
-    task = _default_task(data) if task is None else task
-    _check_types(task=task)
-    check_seed(seed)
     devices = list(devices or available.start())
     available.check(devices)
+    task = _default_task(data) if task is None else task
     batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
-    _check_groups(accumulate, batch_size, len(devices))
-    if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
-    best = _Best(patience, data)
     total_steps = count_steps(batches.steps_per_epoch, epochs, steps)
     eval_every = batches.steps_per_epoch if eval_every is None else eval_every
+    check(
+        model,
+        data,
+        strategy,
+        task,
+        len(devices),
+        batch_size=batch_size,
+        seed=seed,
+        augment=augment,
+        accumulate=accumulate,
+        ema_decay=ema_decay,
+        reestimate_batches=reestimate_batches,
+        patience=patience,
+        eval_every=eval_every,
+        log_every=log_every,
+    )
     phases = _phases(strategy, total_steps, eval_every, log_every)
+    best, keeps_average = _Best(patience), ema_decay is not None
 
     model = with_raw_inputs(model, data.shift, data.scale)
-    _check_outputs(model, data, task)
-    _check_augment(augment, data)
-    state.check(model, data.train.inputs[:1], strategy, len(devices))
     run_dir = None if run_dir is None else make_run_folder(Path(run_dir))
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
-    if reestimate_batches and not jax.tree.leaves(model_state):
-        raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
-    keeps_average = ema_decay is not None
     train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
     place = replica.replicate if batches.axis is None else replica.shard
     examples, key = place(batches.split, devices), replica.replicate(train_key, devices)
@@ -247,6 +253,49 @@ def fit(
     )
 
 
+def check(
+    model: Model,
+    data: Dataset,
+    strategy: Strategy,
+    task: Task,
+    replicas: int,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: Augment | None,
+    accumulate: int,
+    ema_decay: float | None,
+    reestimate_batches: int,
+    patience: int | None,
+    eval_every: int | None,
+    log_every: int,
+) -> None:
+    """Raises InputError for arguments of `fit` that break a rule, before anything is computed or written."""
+    _check_types(task=task)
+    check_seed(seed)
+    check_at_least(1, accumulate=accumulate, patience=patience, eval_every=eval_every, log_every=log_every)
+    check_at_least(0, reestimate_batches=reestimate_batches)
+    if batch_size % (replicas * accumulate):
+        own = batch_size // replicas
+        rule = f"must cut the {own} examples that each device has of a batch into equal groups"
+        raise InputError("accumulate", f"{rule}, got {accumulate}.")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
+    if patience is not None and data.validation is None:
+        raise InputError("patience", "needs data with a validation split (hold_out, or --validation-share).")
+
+    model, inputs = with_raw_inputs(model, data.shift, data.scale), data.train.inputs[:1]
+    state.check(model, inputs, strategy, replicas)
+    key = jax.eval_shape(jax.random.key, 0)
+    params, model_state = jax.eval_shape(model.init, key, inputs)
+    outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
+    _check_outputs(outputs, data, task)
+    if reestimate_batches and not jax.tree.leaves(model_state):
+        raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
+    if augment is not None:
+        jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
+
+
 _MADE_BY = {
     "model": (Model, "models.mlp(...), models.from_nnx(YourModule) or models.from_linen(YourModule())"),
     "data": (Dataset, "data.digits() or data.from_arrays(...)"),
@@ -271,9 +320,8 @@ def _default_task(data: Dataset) -> Task:
     raise InputError("task", "must be a loss of your own where labels are neither classes nor a text, got none.")
 
 
-def _check_outputs(model: Model, data: Dataset, task: Task) -> None:
-    """Raises InputError for a model that does not give the outputs that the task predicts."""
-    inputs = data.train.inputs[:1]
+def _check_outputs(outputs: PyTree, data: Dataset, task: Task) -> None:
+    """Raises InputError for a model that does not give the outputs for one example that the task predicts."""
     classes = len(data.vocabulary or data.classes)
     match task.predicts:
         case "anything":
@@ -284,44 +332,15 @@ def _check_outputs(model: Model, data: Dataset, task: Task) -> None:
             places = data.train.labels.shape[1:]
             wanted, says = (1, *places, classes), f"[examples, length, {classes}], one for each character"
     if not classes:
-        raise InputError("task", "must be a loss of your own where labels are real-valued targets.")
-    params, model_state = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), inputs)
-    outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
+        raise InputError("task", "must be a loss of your own where labels are neither classes nor a text.")
     if outputs.shape != wanted:
-        raise InputError(
-            "model",
-            f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.",
-        )
-
-
-def _check_groups(accumulate: int, batch_size: int, devices: int) -> None:
-    check_at_least(1, accumulate=accumulate)
-    if batch_size % (devices * accumulate):
-        raise InputError(
-            "accumulate",
-            f"must cut the {batch_size // devices} examples that each device has of a batch into equal groups, "
-            f"got {accumulate}.",
-        )
-
-
-def _check_augment(augment: Augment | None, data: Dataset) -> None:
-    if augment is None:
-        return
-    example = jax.ShapeDtypeStruct(data.train.inputs.shape[1:], data.train.inputs.dtype)
-    augmented = jax.eval_shape(augment, jax.eval_shape(jax.random.key, 0), example)
-    if (augmented.shape, augmented.dtype) != (example.shape, example.dtype):
-        raise InputError(
-            "augment",
-            f"must keep the shape {example.shape} and the type {example.dtype} of an example, "
-            f"got {augmented.shape} and {augmented.dtype}.",
-        )
+        raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.")
 
 
 def _make_reestimate(
     model: Model, batches: Batches, devices: Sequence[jax.Device], steps: int, examples: Split, key: jax.Array
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """Makes the function from central parameters and the model state to the state to evaluate them with."""
-    check_at_least(0, reestimate_batches=steps)
     if not steps:
         return lambda params, model_state: model_state
     indices = replica.shard(np.ascontiguousarray(batches.steps(0, steps).swapaxes(0, 1)), devices)
@@ -332,10 +351,7 @@ def _make_reestimate(
 class _Best:
     """Keeps the parameters of the lowest validation loss where there is patience, and says when it has run out."""
 
-    def __init__(self, patience: int | None, data: Dataset):
-        check_at_least(1, patience=patience)
-        if patience is not None and data.validation is None:
-            raise InputError("patience", "needs data with a validation split, such as data.hold_out(...) makes.")
+    def __init__(self, patience: int | None):
         self._patience, self._loss, self._in_vain = patience, np.inf, 0
         self.center: tuple[PyTree, PyTree] | None = None
         self.step = 0
@@ -384,7 +400,6 @@ class _Phase(NamedTuple):
 
 
 def _phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int) -> list[_Phase]:
-    check_at_least(1, eval_every=eval_every, log_every=log_every)
     switch = min(strategy.synchronous_steps, total_steps)
     spans = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
     return [

@@ -12,11 +12,9 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import jax
-
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least, check_seed
+from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,9 +58,18 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     augment = ctde.build.build_augment(config.data)
     describe = _sampler(config.run, model, data, chosen.seed)
 
-    check_at_least(1, eval_every=config.run.eval_every, log_every=config.run.log_every)
-    check_seed(chosen.seed)
-    ctde.state.check(model, data.train.inputs[:1], strategy, len(devices))
+    habits = {
+        "batch_size": chosen.batch_size,
+        "seed": chosen.seed,
+        "augment": augment,
+        "accumulate": chosen.accumulate,
+        "ema_decay": chosen.ema_decay,
+        "reestimate_batches": config.run.reestimate_batches,
+        "patience": chosen.patience,
+        "eval_every": config.run.eval_every,
+        "log_every": config.run.log_every,
+    }
+    ctde.loop.check(model, data, strategy, task, len(devices), **habits)
     folder = ctde.log.make_run_folder(config.run.run_dir or _new_folder(config))
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
     with ctde.log.writing_to(folder):
@@ -81,19 +88,11 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         strategy,
         task=task,
         devices=devices,
-        batch_size=chosen.batch_size,
         steps=steps,
         partition=partition,
-        seed=chosen.seed,
-        augment=augment,
-        accumulate=chosen.accumulate,
-        ema_decay=chosen.ema_decay,
-        reestimate_batches=config.run.reestimate_batches,
-        patience=chosen.patience,
-        eval_every=config.run.eval_every,
-        log_every=config.run.log_every,
         run_dir=folder,
         describe=describe,
+        **habits,
     )
     trained.seconds["start-up"] += before
     console.print(ctde.report.result(trained, folder))
@@ -104,6 +103,8 @@ def _sampler(
     chosen: options.Run, model: "ctde.models.Model", data: "ctde.data.Dataset", seed: int
 ) -> Callable[["ctde.replica.PyTree", "ctde.replica.PyTree"], str] | None:
     """Makes the function that lets a language model write a text, or None for another model."""
+    import jax  # here, so that a mistake in the options costs no import of it
+
     check_at_least(0, sample_length=chosen.sample_length)
     if not data.vocabulary or not chosen.sample_length:
         return None

@@ -183,6 +183,10 @@ def write_bad_files(folder: Path) -> None:
     (folder / "corrupt.npz").write_bytes((folder / "nan.npz").read_bytes()[:100])
     (folder / "words.csv").write_text("a,b\n1,2\nhello,3\n4,5\n")
     (folder / "file").write_text("")
+    (folder / "some.txt").write_text("To be, or not to be. " * 800)
+    (folder / "short.txt").write_text("To be.")
+    (folder / "latin.txt").write_bytes("Weiß".encode("latin-1"))
+    (folder / "table.csv").write_text("1,2,0\n3,4,1\n" * 200)
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text("{}\n")
 
@@ -226,7 +230,33 @@ MISTAKES = {
     "--batchsize 3": "--batchsize is no option; did you mean '--batch-size'?",
     "--dataset npz": "--data-file must name your file for --dataset npz, got none.",
     "--dataset csv --data-file nowhere.csv": "--data-file .*nowhere.csv",
-    "--data-file words.csv": "--data-file goes with --dataset npz or csv, got --dataset digits.",
+    "--data-file words.csv": "--data-file goes with --dataset text or npz or csv, got --dataset digits.",
+    "--dataset text --data-file latin.txt --model lstm": "--data-file .*latin.txt.*0xdf at the offset 3, .*not UTF-8",
+    "--dataset text --data-file short.txt --model lstm": "--data-file .*short.txt, which has 1 of the 129",
+    "--dataset text --data-file file --model lstm": "--data-file .*file, which is empty: give a file with a text.",
+    "--dataset text --data-file some.txt": "--model must be lstm, gru or transformer for a text, got mlp.",
+    "--dataset text --data-file some.txt --model lstm --prompt X": "--prompt must be written in the 10 characters of",
+    "--dataset text --data-file some.txt --model lstm --partition dirichlet": "--partition must be reshuffled or iid",
+    "--dataset text --data-file some.txt --model transformer --heads 3": "--heads must divide the width of 128, got 3.",
+    "--model transformer": "--model transformer reads texts .--dataset text., got the data set digits.",
+    "--dataset csv --data-file table.csv --model cnn": "image_shape must be .height, width. or .* got .2,.",
+    "--dataset csv --data-file table.csv --model lstm": "--model lstm reads sequences .length, features., got examples",
+    "--dataset csv --data-file table.csv --sequence rows": "--sequence needs pictures of the shape .height, width.",
+    "--model resnet --widths 16 20": "--widths must be multiples of the 8 groups of a norm, got 20.",
+    "--model resnet --widths 8 8 8 8 8": "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8.",
+    "--model cnn --init recurrent": "--init must not be recurrent for a model without a recurrent cell",
+    "--init mup": "--base-width must say at which width the learning rate was found for --init mup, got none.",
+    "--init mup --base-width 8 --optimizer sgd": "--optimizer must be adam, adamw or lion with --init mup, got sgd.",
+    "--model cnn --dropout 1": "--dropout must be at least 0 and less than 1, got 1.0.",
+    "--shift 8": "--shift must be less than the shorter side of a picture of 8 x 8, got 8.",
+    "--cutout 9": "--cutout must be at most the shorter side of a picture of 8 x 8, got 9.",
+    "--flip --sequence rows": "--sequence must be none where pictures are augmented: they are no pictures any more.",
+    "--accumulate 3 --devices 4": "--accumulate must cut the 16 examples that each device has of a batch into equal",
+    "--ema-decay 1": "--ema-decay must be at least 0 and less than 1, got 1.0.",
+    "--patience 2": "--patience needs data with a validation split .hold_out, or --validation-share.",
+    "--validation-share 1": "--validation-share must leave some of the 1,438 training examples for training",
+    "--label-smoothing 1": "--label-smoothing must be at least 0 and less than 1, got 1.0.",
+    "--max-grad-norm 0": "--max-grad-norm must be greater than 0 and finite, got 0.0.",
     "--dataset mnist --data-dir nowhere": "--data-dir .*nowhere",
     "--dataset mnist --data-dir short": "--data-dir .*train-images",
     "--dataset mnist --data-dir magic": "--data-dir .*train-images.*magic",
