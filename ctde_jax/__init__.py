@@ -4,7 +4,8 @@ To read the package top to bottom, follow the walk:
 
     errors -> presets -> config -> devices -> replica -> data -> augment -> models -> initializers -> mup
            -> tasks -> optimizers -> aggregate -> build -> state -> gradient -> round -> hlo -> collectives
-           -> traffic -> evaluate -> reestimate -> generation -> log -> loop -> report -> targets -> wire -> train
+           -> traffic -> evaluate -> reestimate -> generation -> checks -> log -> loop -> report -> targets
+           -> wire -> train
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
         aggregate,
         augment,
         build,
+        checks,
         data,
         devices,
         initializers,
         log,
-        loop,
         models,
         mup,
         optimizers,
@@ -47,13 +48,13 @@ __all__ = [
     "aggregate",
     "augment",
     "build",
+    "checks",
     "data",
     "devices",
     "fit",
     "generate",
     "initializers",
     "log",
-    "loop",
     "models",
     "mup",
     "optimizers",

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import ceil
 from pathlib import Path
 from types import FrameType
@@ -20,9 +19,10 @@ from jax import lax
 from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
-from ctde_jax.augment import Augment, apply_to
+from ctde_jax.augment import Augment
+from ctde_jax.checks import check_run, check_types
 from ctde_jax.data import Batches, Dataset, Split, count_steps, deal, dispatches
-from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least, check_seed
+from ctde_jax.errors import InputError, NonFiniteLoss
 from ctde_jax.evaluate import Averages, make_evaluate
 from ctde_jax.gradient import Sums, make_gradient
 from ctde_jax.log import Row, console, make_run_folder, open_log
@@ -144,14 +144,14 @@ def fit(
         NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
     """
     clock = _Clock()
-    _check_types(model=model, data=data, optimizer=optimizer, strategy=strategy)
+    check_types(model=model, data=data, optimizer=optimizer, strategy=strategy)
     devices = list(devices or available.start())
     available.check(devices)
     task = _default_task(data) if task is None else task
     batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
     total_steps = count_steps(batches.steps_per_epoch, epochs, steps)
     eval_every = batches.steps_per_epoch if eval_every is None else eval_every
-    check(
+    check_run(
         model,
         data,
         strategy,
@@ -253,88 +253,12 @@ def fit(
     )
 
 
-def check(
-    model: Model,
-    data: Dataset,
-    strategy: Strategy,
-    task: Task,
-    replicas: int,
-    *,
-    batch_size: int,
-    seed: int,
-    augment: Augment | None,
-    accumulate: int,
-    ema_decay: float | None,
-    reestimate_batches: int,
-    patience: int | None,
-    eval_every: int | None,
-    log_every: int,
-) -> None:
-    """Raises InputError for arguments of `fit` that break a rule, before anything is computed or written."""
-    _check_types(task=task)
-    check_seed(seed)
-    check_at_least(1, accumulate=accumulate, patience=patience, eval_every=eval_every, log_every=log_every)
-    check_at_least(0, reestimate_batches=reestimate_batches)
-    if batch_size % (replicas * accumulate):
-        own = batch_size // replicas
-        rule = f"must cut the {own} examples that each device has of a batch into equal groups"
-        raise InputError("accumulate", f"{rule}, got {accumulate}.")
-    if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
-    if patience is not None and data.validation is None:
-        raise InputError("patience", "needs data with a validation split (hold_out, or --validation-share).")
-
-    model, inputs = with_raw_inputs(model, data.shift, data.scale), data.train.inputs[:1]
-    state.check(model, inputs, strategy, replicas)
-    key = jax.eval_shape(jax.random.key, 0)
-    params, model_state = jax.eval_shape(model.init, key, inputs)
-    outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
-    _check_outputs(outputs, data, task)
-    if reestimate_batches and not jax.tree.leaves(model_state):
-        raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
-    if augment is not None:
-        jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
-
-
-_MADE_BY = {
-    "model": (Model, "models.mlp(...), models.from_nnx(YourModule) or models.from_linen(YourModule())"),
-    "data": (Dataset, "data.digits() or data.from_arrays(...)"),
-    "optimizer": (optax.GradientTransformation, "optax, such as optax.adam(0.001)"),
-    "strategy": (Strategy, "Strategy(...)"),
-    "task": (Task, "Task(your_loss, {...})"),
-}
-
-
-def _check_types(**arguments: object) -> None:
-    for name, value in arguments.items():
-        kind, maker = _MADE_BY[name]
-        if not isinstance(value, kind):
-            raise InputError(name, f"must be made by {maker}, got {type(value).__name__} {value!r:.60}.")
-
-
 def _default_task(data: Dataset) -> Task:
     if data.vocabulary:
         return language_modeling
     if data.classes:
         return classification
     raise InputError("task", "must be a loss of your own where labels are neither classes nor a text, got none.")
-
-
-def _check_outputs(outputs: PyTree, data: Dataset, task: Task) -> None:
-    """Raises InputError for a model that does not give the outputs for one example that the task predicts."""
-    classes = len(data.vocabulary or data.classes)
-    match task.predicts:
-        case "anything":
-            return
-        case "classes":
-            wanted, says = (1, classes), f"[examples, {classes}], one for each class"
-        case "tokens":
-            places = data.train.labels.shape[1:]
-            wanted, says = (1, *places, classes), f"[examples, length, {classes}], one for each character"
-    if not classes:
-        raise InputError("task", "must be a loss of your own where labels are neither classes nor a text.")
-    if outputs.shape != wanted:
-        raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.")
 
 
 def _make_reestimate(

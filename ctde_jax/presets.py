@@ -96,12 +96,12 @@ MODELS = {
         {"learning_rate": 0.002, "widths": (16, 32, 64)}, "residual blocks that normalize first (He et al., 2016)"
     ),
     "lstm": Preset(
-        {"learning_rate": 0.002, "max_grad_norm": 1.0},
+        {"learning_rate": 0.003, "max_grad_norm": 1.0},
         "long short-term memory (Hochreiter and Schmidhuber, 1997), which reads a sequence or writes on a text",
     ),
-    "gru": Preset({"learning_rate": 0.002, "max_grad_norm": 1.0}, "gated recurrent units (Cho et al., 2014), likewise"),
+    "gru": Preset({"learning_rate": 0.003, "max_grad_norm": 1.0}, "gated recurrent units (Cho et al., 2014), likewise"),
     "transformer": Preset(
-        {"optimizer": "adamw", "learning_rate": 0.001, "max_grad_norm": 1.0, "layers": 2, "warmup_steps": 50},
+        {"optimizer": "adamw", "learning_rate": 0.001, "max_grad_norm": 1.0, "layers": 2},
         "a decoder that writes on a text (Vaswani et al., 2017)",
     ),
 }

@@ -69,7 +69,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "eval_every": config.run.eval_every,
         "log_every": config.run.log_every,
     }
-    ctde.loop.check(model, data, strategy, task, len(devices), **habits)
+    ctde.checks.check_run(model, data, strategy, task, len(devices), **habits)
     folder = ctde.log.make_run_folder(config.run.run_dir or _new_folder(config))
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
     with ctde.log.writing_to(folder):

@@ -71,13 +71,13 @@ def test_preset_replaces_a_saved_way_to_agree(tmp_path):
 
 def test_network_gives_defaults_that_the_command_line_replaces(tmp_path):
     saved = config.parse(["--model", "transformer", "--strategy", "fedavg", "--layers", "5", "--seed", "3"])
-    assert (saved.model.layers, saved.optimization.warmup_steps, saved.optimization.optimizer) == (5, 50, "sgd")
+    assert (saved.model.layers, saved.optimization.max_grad_norm, saved.optimization.optimizer) == (5, 1.0, "sgd")
     config.save(saved, tmp_path / "config.json")
     path = ["--config", str(tmp_path / "config.json")]
     assert config.parse(path).model == saved.model
     again = config.parse([*path, "--model", "resnet"])
     assert again.model == config.parse(["--model", "resnet"]).model
-    assert (again.optimization.warmup_steps, again.optimization.seed) == (0, 3)
+    assert (again.optimization.max_grad_norm, again.optimization.seed) == (None, 3)
     assert again.aggregation == saved.aggregation
 
 

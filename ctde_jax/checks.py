@@ -1,0 +1,93 @@
+"""What `fit` refuses, in sentences, before anything is computed or written."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+
+from ctde_jax import state
+from ctde_jax.aggregate import Strategy
+from ctde_jax.augment import Augment, apply_to
+from ctde_jax.data import Dataset
+from ctde_jax.errors import InputError, check_at_least, check_seed
+from ctde_jax.models import Model, with_raw_inputs
+from ctde_jax.replica import PyTree
+from ctde_jax.tasks import Task
+
+
+def check_run(
+    model: Model,
+    data: Dataset,
+    strategy: Strategy,
+    task: Task,
+    replicas: int,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: Augment | None,
+    accumulate: int,
+    ema_decay: float | None,
+    reestimate_batches: int,
+    patience: int | None,
+    eval_every: int | None,
+    log_every: int,
+) -> None:
+    """Raises InputError for arguments of `fit` that break a rule, before anything is computed or written."""
+    check_types(task=task)
+    check_seed(seed)
+    check_at_least(1, accumulate=accumulate, patience=patience, eval_every=eval_every, log_every=log_every)
+    check_at_least(0, reestimate_batches=reestimate_batches)
+    if batch_size % (replicas * accumulate):
+        own = batch_size // replicas
+        rule = f"must cut the {own} examples that each device has of a batch into equal groups"
+        raise InputError("accumulate", f"{rule}, got {accumulate}.")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
+    if patience is not None and data.validation is None:
+        raise InputError("patience", "needs data with a validation split (hold_out, or --validation-share).")
+
+    model, inputs = with_raw_inputs(model, data.shift, data.scale), data.train.inputs[:1]
+    state.check(model, inputs, strategy, replicas)
+    key = jax.eval_shape(jax.random.key, 0)
+    params, model_state = jax.eval_shape(model.init, key, inputs)
+    outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
+    _check_outputs(outputs, data, task)
+    if reestimate_batches and not jax.tree.leaves(model_state):
+        raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
+    if augment is not None:
+        jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
+
+
+_MADE_BY = {
+    "model": (Model, "models.mlp(...), models.from_nnx(YourModule) or models.from_linen(YourModule())"),
+    "data": (Dataset, "data.digits() or data.from_arrays(...)"),
+    "optimizer": (optax.GradientTransformation, "optax, such as optax.adam(0.001)"),
+    "strategy": (Strategy, "Strategy(...)"),
+    "task": (Task, "Task(your_loss, {...})"),
+}
+
+
+def check_types(**arguments: object) -> None:
+    """Raises InputError for an argument that is not what its name says, such as a module in place of a model."""
+    for name, value in arguments.items():
+        kind, maker = _MADE_BY[name]
+        if not isinstance(value, kind):
+            raise InputError(name, f"must be made by {maker}, got {type(value).__name__} {value!r:.60}.")
+
+
+def _check_outputs(outputs: PyTree, data: Dataset, task: Task) -> None:
+    """Raises InputError for a model that does not give the outputs for one example that the task predicts."""
+    classes = len(data.vocabulary or data.classes)
+    match task.predicts:
+        case "anything":
+            return
+        case "classes":
+            wanted, says = (1, classes), f"[examples, {classes}], one for each class"
+        case "tokens":
+            places = data.train.labels.shape[1:]
+            wanted, says = (1, *places, classes), f"[examples, length, {classes}], one for each character"
+    if not classes:
+        raise InputError("task", "must be a loss of your own where labels are neither classes nor a text.")
+    if outputs.shape != wanted:
+        raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.")
