@@ -9,7 +9,7 @@ in the fewest steps goes on to the seeds 1, 2 and 3, and only these are reported
 step, or where the loss is no longer finite. One device, constant learning rates, no regularization.
 
 The second part trains a perceptron of several widths over a grid of learning rates, in the standard and in the maximal
-update parametrization: in the second one the best learning rate should stay where it is.
+update parametrization: in the second one the best learning rate should stay where it is. Means of seeds 1, 2 and 3.
 """
 
 import json
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, NamedTuple
@@ -107,7 +108,7 @@ def perceptron(depth: int, folder: Path) -> Problem:
         target=0.95,
         initializers=ANY,
         optimizer=optax.trace(0.9),
-        learning_rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+        learning_rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
         batch_size=128,
         steps=600,
         every=5,
@@ -141,7 +142,7 @@ def recurrent(folder: Path) -> Problem:
         target=0.9,
         initializers=(*ANY, "recurrent"),
         optimizer=optax.scale_by_adam(),
-        learning_rates=(0.001, 0.003, 0.01, 0.03),
+        learning_rates=(0.001, 0.003, 0.01, 0.03, 0.1),
         batch_size=64,
         steps=600,
         every=5,
@@ -320,18 +321,20 @@ def compare_widths(folder: Path, log: Log) -> None:
             step = make_step(model, ctde.tasks.classification, optimizer, train, batch_size=128)
 
             @jax.jit
-            def losses(rate: float, model: Any = model, step: Any = step, optimizer: Any = optimizer) -> jax.Array:
-                init_key, train_key = jax.random.split(jax.random.key(TUNING_SEED))
+            def losses(
+                rate: float, seed: int, model: Any = model, step: Any = step, optimizer: Any = optimizer
+            ) -> jax.Array:
+                init_key, train_key = jax.random.split(jax.random.key(seed))
                 params, _ = model.init(init_key, first)
                 keys = jax.random.split(train_key, WIDE_STEPS)
                 return lax.scan(partial(step, rate), (params, optimizer.init(params)), keys)[1]
 
-            def run(rate: float, losses: Callable[[float], jax.Array] = losses) -> Row:
-                final = float(losses(rate)[-LAST_STEPS:].mean())
+            def run(rate: float, seed: int, losses: Callable[[float, int], jax.Array] = losses) -> Row:
+                final = float(losses(rate, seed)[-LAST_STEPS:].mean())
                 return {"loss": final if math.isfinite(final) else None}
 
-            for rate in WIDE_LEARNING_RATES:
-                log.make(partial(run, rate), model="mup", way=way, width=width, learning_rate=rate)
+            for rate, seed in product(WIDE_LEARNING_RATES, SEEDS):
+                log.make(partial(run, rate, seed), model="mup", way=way, width=width, learning_rate=rate, seed=seed)
 
 
 class Arm(NamedTuple):
@@ -355,11 +358,15 @@ class Arm(NamedTuple):
 def arms(log: Log, folder: Path) -> Iterator[Arm]:
     """Returns the arms all of whose seeds are there."""
     for model, build in PROBLEMS.items():
-        for init in build(folder).initializers if log.find(model=model) else ():
-            runs = [row for row in log.find(model=model, init=init) if row["seed"] != TUNING_SEED]
+        problem = build(folder)
+        for init in problem.initializers if log.find(model=model) else ():
+            tried = log.find(model=model, init=init, seed=TUNING_SEED)
+            if len(tried) < len(problem.learning_rates):
+                continue
+            best = best_rate(tried, problem.measure)
+            runs = [row for row in log.find(model=model, init=init, learning_rate=best) if row["seed"] in SEEDS]
             if len(runs) == len(SEEDS):
-                steps = [row["steps"] for row in runs if row["steps"] is not None]
-                yield Arm(model, init, runs[0]["learning_rate"], steps)
+                yield Arm(model, init, best, [row["steps"] for row in runs if row["steps"] is not None])
 
 
 def saving(arm: Arm, found: Sequence[Arm]) -> str:
@@ -404,6 +411,12 @@ def report_initializers(found: Sequence[Arm], results: Path, folder: Path) -> No
     pyplot.close(figure)
 
 
+def mean_losses(rows: Sequence[Row]) -> dict[float, float]:
+    """Returns the mean loss of each learning rate all of whose seeds stayed finite."""
+    by_rate = {rate: [row["loss"] for row in rows if row["learning_rate"] == rate] for rate in WIDE_LEARNING_RATES}
+    return {rate: mean(losses) for rate, losses in by_rate.items() if len(losses) == len(SEEDS) and None not in losses}
+
+
 def report_widths(rows: Sequence[Row], results: Path) -> None:
     """Prints the best learning rate of every width, and draws the final loss over the learning rates."""
     ways = {"standard": "standard", "mup": "maximal update"}
@@ -412,13 +425,10 @@ def report_widths(rows: Sequence[Row], results: Path) -> None:
     best: dict[int, list[str]] = {width: [] for width in WIDTHS}
     for panel, (way, title) in zip(panels, ways.items(), strict=True):
         for width in WIDTHS:
-            runs = [row for row in rows if (row["way"], row["width"]) == (way, width) and row["loss"] is not None]
-            runs.sort(key=lambda row: row["learning_rate"])
-            panel.plot([row["learning_rate"] for row in runs], [row["loss"] for row in runs], "o-", label=str(width))
-            least = min(runs, key=lambda row: row["loss"], default=None)
-            best[width].append(
-                "-" if least is None else f"2^{math.log2(least['learning_rate']):.0f}, {least['loss']:.4f}"
-            )
+            means = mean_losses([row for row in rows if (row["way"], row["width"]) == (way, width)])
+            panel.plot(means.keys(), means.values(), "o-", label=str(width))
+            least = min(means, key=lambda rate: means[rate])
+            best[width].append(f"2^{math.log2(least):.0f}, {means[least]:.4f}")
         panel.set(title=title, xlabel="learning rate")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")

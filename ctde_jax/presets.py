@@ -91,17 +91,19 @@ PRESETS = {
 
 MODELS = {
     "mlp": Preset({}, "dense layers"),
-    "cnn": Preset({"learning_rate": 0.001}, "two convolutions and two dense layers (McMahan et al., 2017)"),
+    "cnn": Preset(
+        {"learning_rate": 0.001, "init": "orthogonal"}, "two convolutions and two dense layers (McMahan et al., 2017)"
+    ),
     "resnet": Preset(
         {"learning_rate": 0.002, "widths": (16, 32, 64)}, "residual blocks that normalize first (He et al., 2016)"
     ),
     "lstm": Preset(
-        {"learning_rate": 0.003, "max_grad_norm": 1.0},
+        {"learning_rate": 0.003, "max_grad_norm": 1.0, "init": "he"},
         "long short-term memory (Hochreiter and Schmidhuber, 1997), which reads a sequence or writes on a text",
     ),
     "gru": Preset({"learning_rate": 0.003, "max_grad_norm": 1.0}, "gated recurrent units (Cho et al., 2014), likewise"),
     "transformer": Preset(
-        {"optimizer": "adamw", "learning_rate": 0.001, "max_grad_norm": 1.0, "layers": 2},
+        {"optimizer": "adamw", "learning_rate": 0.001, "max_grad_norm": 1.0, "layers": 2, "init": "lsuv"},
         "a decoder that writes on a text (Vaswani et al., 2017)",
     ),
 }
