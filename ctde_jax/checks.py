@@ -87,7 +87,9 @@ def _check_outputs(outputs: PyTree, data: Dataset, task: Task) -> None:
         case "tokens":
             places = data.train.labels.shape[1:]
             wanted, says = (1, *places, classes), f"[examples, length, {classes}], one for each character"
-    if not classes:
+    if not classes and task.predicts == "tokens":
+        wanted, says = (*wanted[:-1], *outputs.shape[-1:]), "[examples, length, tokens], one for each token"
+    elif not classes:
         raise InputError("task", "must be a loss of your own where labels are neither classes nor a text.")
     if outputs.shape != wanted:
         raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.")

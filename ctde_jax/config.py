@@ -5,7 +5,7 @@ own, so it passes the same checks, and what the user types wins.
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -163,8 +163,8 @@ class Optimization:
     """Groups in which a device computes its part of a batch, one after another, to save memory."""
 
     ema_decay: Number = None
-    """Share that an exponential moving average of the parameters keeps of itself when devices agree; then that average
-    is evaluated and returned; by default there is none."""
+    """Share that an exponential moving average of the parameters keeps of itself whenever devices agree, from the first
+    parameters on; then that average is evaluated and returned; by default there is none."""
 
     patience: Count = None
     """Evaluations in a row that may fail to lower the validation loss before training ends; by default any number."""
@@ -318,10 +318,10 @@ def parse(arguments: Sequence[str]) -> Config:
         _check(_as_arguments(options))
     model, strategy = options.get("model", "mlp"), options.get("strategy", "ddp")
     if "--model" in typed:
-        options = _without(options, Model, MODELS[model])
+        options = _without(options, Model, MODELS[model], MODELS[chosen.model.model])
         model = chosen.model.model
     if "--strategy" in typed:
-        options = _without(options, Aggregation, PRESETS[strategy], keep={"devices"})
+        options = _without(options, Aggregation, PRESETS[strategy], PRESETS[chosen.aggregation.strategy])
         strategy = chosen.aggregation.strategy
     options = {**MODELS[model].options, **PRESETS[strategy].options, **options}
     parsed = _parse([*_as_arguments(options), *arguments])
@@ -352,6 +352,7 @@ _OPTION_OF = {
     "length": "window",
     "pixels": "shift",
     "size": "cutout",
+    "blocks": "layers",
 }
 """The options that bear another name than the argument they set."""
 
@@ -373,10 +374,10 @@ def _load(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _without(options: dict[str, Any], group: type, preset: Preset, keep: Collection[str] = ()) -> dict[str, Any]:
-    """Leaves out what belongs to a choice that is made anew."""
-    dropped = {option.name for option in fields(group)} | preset.options.keys()
-    return {name: value for name, value in options.items() if name in keep or name not in dropped}
+def _without(options: dict[str, Any], group: type, before: Preset, after: Preset) -> dict[str, Any]:
+    """Leaves out what belongs to a choice that is made anew: the group's options, and what a preset says of others."""
+    dropped = {option.name for option in fields(group)} | before.options.keys() | after.options.keys()
+    return {name: value for name, value in options.items() if name == "devices" or name not in dropped}
 
 
 def _as_arguments(options: dict[str, Any]) -> list[str]:
@@ -445,6 +446,7 @@ _GOES_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "norm": ("model", ("resnet",)),
     "batch_statistics": ("norm", ("batch",)),
     "reestimate_batches": ("norm", ("batch",)),
+    "base_width": ("init", ("mup",)),
     "weight_decay": ("optimizer", ("adamw", "lion", "muon")),
     "label_shards": ("partition", ("by_label",)),
     "dirichlet_alpha": ("partition", ("dirichlet",)),

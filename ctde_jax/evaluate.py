@@ -1,7 +1,7 @@
 """Exact averages over a split: every example is counted once, on any number of devices and for any batch size."""
 
 from collections.abc import Callable, Sequence
-from math import ceil
+from math import ceil, prod
 
 import jax
 import numpy as np
@@ -18,6 +18,9 @@ from ctde_jax.tasks import Task
 Averages = dict[str, float]
 """`loss`, each metric and what is a function of the loss, as means over the examples, and `examples`, their number."""
 
+LABELS_AT_ONCE = 2**16
+"""So long windows of a text are evaluated a few at a time."""
+
 
 def make_evaluate(
     model: Model,
@@ -26,7 +29,7 @@ def make_evaluate(
     devices: Sequence[jax.Device],
     params: PyTree,
     model_state: PyTree,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
 ) -> Callable[[PyTree, PyTree], Averages]:
     """Puts the split on the devices, a part on each, and makes the function that averages over it in one dispatch.
 
@@ -37,7 +40,8 @@ def make_evaluate(
         devices: One replica on each.
         params: Replicated on the devices; the function is compiled for parameters like these.
         model_state: Likewise.
-        batch_size: Examples computed at once on all devices together; rounded up to a multiple of them.
+        batch_size: Examples computed at once on all devices together, rounded up to a multiple of them; by default
+            `LABELS_AT_ONCE` labels of them, and at most 1,024.
 
     Returns:
         `evaluate(params, model_state)`.
@@ -48,6 +52,7 @@ def make_evaluate(
     examples = len(split.inputs)
     if not examples or len(split.labels) != examples:
         raise InputError("split", f"must have one label for each example, got {len(split.labels)} for {examples}.")
+    batch_size = batch_size or min(1024, max(1, LABELS_AT_ONCE // prod(split.labels.shape[1:])))
     per_replica = ceil(min(batch_size, examples) / len(devices))
     batches = ceil(examples / (per_replica * len(devices)))
 

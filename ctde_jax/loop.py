@@ -54,7 +54,7 @@ class Trained:
     """Whether Ctrl-C ended the training before its last step."""
 
     stopped_early: bool
-    """Whether its patience ended the training, and the parameters are those of the lowest validation loss."""
+    """Whether its patience ended the training; with patience the parameters are those of the lowest validation loss."""
 
     task: Task
     devices: Sequence[jax.Device]
@@ -127,10 +127,12 @@ def fit(
         augment: Changes every training example before the model sees it; see `augment.py`.
         accumulate: Groups in which a device computes its part of a batch, one after another, to save memory.
         ema_decay: Keeps an exponential moving average of the parameters, whose own share in every aggregation this is;
-            then that average is evaluated and returned.
+            then that average is evaluated and returned. It starts at the first parameters, so it needs several times
+            1 / (1 - ema_decay) aggregations to forget them. Batch statistics are those of the parameters themselves,
+            unless they are estimated anew.
         reestimate_batches: Training batches over which batch statistics are estimated anew before every evaluation.
-        patience: Training ends after so many evaluations in a row that have not lowered the validation loss, and the
-            parameters of the lowest are returned; needs data with a validation split.
+        patience: Training ends after so many evaluations in a row that have not lowered the validation loss. However
+            it ends, the parameters of the lowest are returned. Needs data with a validation split.
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
         log_every: At most so many steps, or a round where that is longer, lie between two rows of the history; so many
             go out in one dispatch.

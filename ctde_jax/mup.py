@@ -61,7 +61,8 @@ def scale_learning_rates(base: Model, inputs: jax.typing.ArrayLike) -> optax.Gra
     """Divides the updates of hidden and output-like kernels by how many times more inputs they have than at base.
 
     It is chained after an optimizer of Adam's family, whose updates have the learning rate's size whatever the
-    gradient's: `optax.chain(optax.adam(0.01), scale_learning_rates(base, inputs))`.
+    gradient's: `optax.chain(optax.adam(0.01), scale_learning_rates(base, inputs))`. Decoupled weight decay, which is
+    in units of the learning rate, is divided with it.
 
     Args:
         base: The same network at the width for which the learning rate was tuned.

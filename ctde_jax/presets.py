@@ -98,7 +98,7 @@ MODELS = {
         {"learning_rate": 0.002, "widths": (16, 32, 64)}, "residual blocks that normalize first (He et al., 2016)"
     ),
     "lstm": Preset(
-        {"learning_rate": 0.003, "max_grad_norm": 1.0, "init": "he"},
+        {"learning_rate": 0.003, "max_grad_norm": 1.0, "init": "recurrent"},
         "long short-term memory (Hochreiter and Schmidhuber, 1997), which reads a sequence or writes on a text",
     ),
     "gru": Preset({"learning_rate": 0.003, "max_grad_norm": 1.0}, "gated recurrent units (Cho et al., 2014), likewise"),

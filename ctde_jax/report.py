@@ -32,6 +32,7 @@ def plan(
     kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
     params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
 
+    picture = " (partition.png)" if data.classes else ""
     table = Table.grid(padding=(0, 2))
     table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}")
     table.add_row(
@@ -48,11 +49,11 @@ def plan(
         )
     elif len(partition) > len(devices):
         sizes = f"{min(map(len, partition)):,} to {max(map(len, partition)):,}"
-        clients = f"{config.data.partition}: {len(partition)} clients keep {sizes} examples each (partition.png)"
+        clients = f"{config.data.partition}: {len(partition)} clients keep {sizes} examples each{picture}"
         table.add_row("split", f"{clients}, and {len(devices)} of them, drawn anew, train in each round")
     else:
         sizes = ", ".join(f"{len(part):,}" for part in partition)
-        table.add_row("split", f"{config.data.partition}: {sizes} examples stay on their device (partition.png)")
+        table.add_row("split", f"{config.data.partition}: {sizes} examples stay on their device{picture}")
     table.add_row("model", f"{describe_network(network, data)}, {count_params(params):,} parameters")
     groups = f" in {optimization.accumulate} groups" if optimization.accumulate > 1 else ""
     table.add_row(
@@ -149,7 +150,7 @@ def result(trained: Trained, folder: Path) -> Table:
     """Says what came of a run, and where its time went."""
     tested = trained.tested
     title = f"interrupted at step {trained.step:,}" if trained.interrupted else f"after {trained.step:,} steps"
-    if trained.stopped_early:
+    if trained.step < trained.history[-1]["step"]:
         title += ", the best of those evaluated"
     table = Table(title=title, show_header=False)
     table.add_row("test accuracy", f"{tested['accuracy']:.2%}")

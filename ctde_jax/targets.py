@@ -75,6 +75,7 @@ def compile_rounds(
     *,
     rounds: int,
     batch_size: int,
+    accumulate: int = 1,
 ) -> str:
     """Compiles rounds as `fit` would run them, also for devices that are not here, and returns the program's text."""
     center = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
@@ -92,7 +93,8 @@ def compile_rounds(
         jax.ShapeDtypeStruct(indices, np.int32),
         jax.eval_shape(jax.random.key, 0),
     )
-    train_rounds = parallel_rounds(make_gradient(model, task), optimizer, strategy, devices, batches.axis)
+    gradient = make_gradient(model, task, accumulate=accumulate)
+    train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
     return train_rounds.lower(*arguments).compile().as_text() or ""
 
 

@@ -109,12 +109,15 @@ def _per_example(name: str, function: PerExample, outputs: PyTree, labels: jax.A
     return values
 
 
+LARGEST_LOSS = 700.0
+"""Of a larger one, in a run that goes astray, the perplexity is not a floating-point number any more."""
+
 classification = Task(cross_entropy, {"accuracy": is_correct}, predicts="classes")
 
 language_modeling = Task(
     cross_entropy,
     {"accuracy": is_correct},
-    {"bits_per_character": lambda loss: loss / log(2), "perplexity": exp},
+    {"bits_per_character": lambda loss: loss / log(2), "perplexity": lambda loss: exp(min(loss, LARGEST_LOSS))},
     predicts="tokens",
 )
 """The next token at every place of a window; each window is one example, and all its places count alike."""

@@ -74,7 +74,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
     with ctde.log.writing_to(folder):
         options.save(config, folder / "config.json")
-        if partition is not None:
+        if partition is not None and data.classes:
             picture = ctde.data.partition.plot(data.train.labels, partition, data.classes)
             picture.savefig(folder / "partition.png", dpi=120)
 
@@ -109,6 +109,8 @@ def _sampler(
     if not data.vocabulary or not chosen.sample_length:
         return None
     start = data.vocabulary[data.train.inputs[0, 0]] if chosen.prompt is None else chosen.prompt
+    if not start:
+        raise InputError("prompt", "must be at least one character, got none.")
     try:
         prompt = ctde.data.encode(start, data.vocabulary)
     except InputError as error:

@@ -62,7 +62,16 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
     optimizer = build.build_optimizer(replace(chosen, optimization=constant), data, total_steps=1)
     task = build.build_task(chosen.optimization, data)
     text = targets.compile_rounds(
-        model, data, task, optimizer, strategy, batches, devices, rounds=_ROUNDS, batch_size=batch_size
+        model,
+        data,
+        task,
+        optimizer,
+        strategy,
+        batches,
+        devices,
+        rounds=_ROUNDS,
+        batch_size=batch_size,
+        accumulate=chosen.optimization.accumulate,
     )
     traffic = measure(text, _ROUNDS, strategy.inner_steps, [device.process_index for device in devices])
     params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])

@@ -81,6 +81,19 @@ def test_network_gives_defaults_that_the_command_line_replaces(tmp_path):
     assert again.aggregation == saved.aggregation
 
 
+def test_new_choice_over_a_saved_configuration_brings_its_own_defaults(tmp_path):
+    config.save(config.parse(["--seed", "3"]), tmp_path / "config.json")
+    path = ["--config", str(tmp_path / "config.json")]
+    chosen = config.parse([*path, "--model", "lstm", "--strategy", "diloco"])
+    fresh = config.parse(["--model", "lstm", "--strategy", "diloco", "--seed", "3"])
+    assert (chosen.model, chosen.optimization, chosen.aggregation) == (
+        fresh.model,
+        fresh.optimization,
+        fresh.aggregation,
+    )
+    assert (chosen.optimization.max_grad_norm, chosen.optimization.optimizer) == (1.0, "adamw")
+
+
 def test_options_name_every_start_and_network():
     assert set(get_args(get_type_hints(config.Model)["init"])) == {*initializers.INITIALIZERS, "mup"}
     for name, preset in presets.MODELS.items():

@@ -24,6 +24,10 @@ def test_language_modeling_counts_every_place_alike(key):
     assert averages["perplexity"] == pytest.approx(np.exp(-np.log(of_labels).mean()), rel=1e-5)
 
 
+def test_perplexity_of_a_run_that_goes_astray_is_still_a_number():
+    assert np.isfinite(tasks.language_modeling.averages({"loss": 1e30, "accuracy": 0.0}, 1)["perplexity"])
+
+
 @pytest.mark.parametrize("amount", [-0.1, 1.0])
 def test_smoothing_out_of_range_is_refused(amount):
     with pytest.raises(InputError, match=f"label_smoothing must be at least 0 and less than 1, got {amount}"):

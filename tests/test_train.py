@@ -199,6 +199,18 @@ def test_clients_take_turns_on_the_devices(tmp_path, capsys):
     assert "fedavg: the mean of the parameters after every 2 steps alone" in plan
 
 
+def test_text_is_kept_by_devices_and_sampled(tmp_path, capsys):
+    (tmp_path / "some.txt").write_text("To be, or not to be, that is the question. " * 120)
+    text = ["--dataset", "text", "--data-file", str(tmp_path / "some.txt"), "--model", "transformer", "--window", "16"]
+    small = ["--width", "16", "--heads", "2", "--layers", "1", "--steps", "20", "--devices", "2", "--partition", "iid"]
+    sample = ["--prompt", "To be", "--sample-length", "20", "--eval-every", "10", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*text, *small, *sample]) == 0
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^To be.{20}$", shown, flags=re.MULTILINE | re.DOTALL)) == 2
+    assert "test perplexity" in shown
+    assert "partition.png" not in shown
+
+
 MISTAKES = {
     "--batch-size 66 --devices 4": "--batch-size must be a multiple of the 4 devices, got 66; 64 would do.",
     "--batch-size 4000": "--batch-size must be at most the 1,438 training examples, got 4000; 1436 would do.",
@@ -236,6 +248,7 @@ MISTAKES = {
     "--dataset text --data-file file --model lstm": "--data-file .*file, which is empty: give a file with a text.",
     "--dataset text --data-file some.txt": "--model must be lstm, gru or transformer for a text, got mlp.",
     "--dataset text --data-file some.txt --model lstm --prompt X": "--prompt must be written in the 10 characters of",
+    "--dataset text --data-file some.txt --model lstm --prompt=": "--prompt must be at least one character, got none.",
     "--dataset text --data-file some.txt --model lstm --partition dirichlet": "--partition must be reshuffled or iid",
     "--dataset text --data-file some.txt --model transformer --heads 3": "--heads must divide the width of 128, got 3.",
     "--model transformer": "--model transformer reads texts .--dataset text., got the data set digits.",
@@ -245,6 +258,8 @@ MISTAKES = {
     "--model resnet --widths 16 20": "--widths must be multiples of the 8 groups of a norm, got 20.",
     "--model resnet --widths 8 8 8 8 8": "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8.",
     "--model cnn --init recurrent": "--init must not be recurrent for a model without a recurrent cell",
+    "--model resnet --layers 0": "--layers must be at least 1, got 0.",
+    "--base-width 8": "--base-width goes with --init mup.",
     "--init mup": "--base-width must say at which width the learning rate was found for --init mup, got none.",
     "--init mup --base-width 8 --optimizer sgd": "--optimizer must be adam, adamw or lion with --init mup, got sgd.",
     "--model cnn --dropout 1": "--dropout must be at least 0 and less than 1, got 1.0.",

@@ -47,7 +47,7 @@ BatchStatistics = Literal["averaged", "synchronized"]
 
 `averaged`: over those of a device; the running averages are averaged at every aggregation. `synchronized`: over the
 whole batch, so that the number of devices changes nothing; devices then talk in the midst of every step, also in steps
-that they otherwise take alone.
+that they otherwise take alone. Where a batch is computed in groups, one after another, a group stands for the batch.
 """
 
 
