@@ -271,6 +271,7 @@ def test_layers_of_cells_run_once_for_every_place_and_are_not_shown(model, shown
     assert [path[-1] for path in said] == shown
 
 
+@pytest.mark.slow
 def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(digits):
     """Tanh layers of 32, 300 steps of plain SGD: products of 50 random matrices lose almost all directions."""
     inputs = jnp.asarray((digits.train.inputs - digits.shift) * digits.scale, jnp.float32).reshape(-1, 64)

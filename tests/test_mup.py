@@ -102,6 +102,7 @@ def slopes(build, key) -> np.ndarray:
     return np.polyfit(np.log2(widths), logs, 1)[0]
 
 
+@pytest.mark.slow
 def test_activations_move_alike_at_all_widths_and_without_it_the_more_the_wider(key):
     """The coordinate check (Yang et al., 2022, Appendix D.1)."""
     base = perceptron(BASE)

@@ -16,6 +16,7 @@ def test_notebook_is_committed_without_outputs(path):
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
 def test_notebook_runs_and_learns(path, monkeypatch):

@@ -37,6 +37,7 @@ def test_transcript_is_what_the_first_command_prints(tmp_path):
     assert shape(in_shell(command, tmp_path)) == shape(blocks(README, "text")[0])
 
 
+@pytest.mark.slow
 def test_other_commands_run(tmp_path):
     (tmp_path / "mine.txt").write_text(README[:6000])
     commands = [block.strip() for block in blocks(README, "bash") if block.startswith("python -m ctde_jax")]
