@@ -17,6 +17,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ALL_DEVICES = devices.start(8)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Thousands of small programs, all kept, would take gigabytes and Python's garbage collector minutes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)

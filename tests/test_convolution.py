@@ -11,8 +11,8 @@ from jax import numpy as jnp
 from ctde_jax.models.convolution import Conv
 
 
-@pytest.mark.parametrize("strides", [1, 2, 3])
-@pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 4)])
+@pytest.mark.parametrize("strides", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (5, 4)])
 @pytest.mark.parametrize("sides", [(7, 9), (8, 6)])
 def test_convolution_and_its_gradients_are_those_of_flax(key, sides, size, strides):
     """The same parameters, outputs and gradients; also of several batches at once."""
