@@ -76,7 +76,6 @@ def losses(name: str, data_sets: dict[str, data.Dataset], strategy: ctde.Strateg
     return [row["loss"] for row in trained.history if row["split"] == "train"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_are_those_of_one_device(name, data_sets):
     """With dropout, and with batch statistics over the whole batch."""
