@@ -1,6 +1,7 @@
 """Every network trains under every strategy, and alike on any number of devices."""
 
 import flax.linen
+import jax
 import numpy as np
 import optax
 import pytest
@@ -47,6 +48,13 @@ MODELS = {
     "own nnx": (models.from_nnx(OwnNnx), PICTURES),
     "own linen": (models.from_linen(OwnLinen(), batch_statistics="synchronized"), PICTURES),
 }
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Every training compiles programs of its own, and a process can map only so many of them into memory."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
