@@ -48,9 +48,9 @@ def check_run(
         raise InputError("patience", "needs data with a validation split (hold_out, or --validation-share).")
 
     model, inputs = with_raw_inputs(model, data.shift, data.scale), data.train.inputs[:1]
-    state.check(model, inputs, strategy, replicas)
     key = jax.eval_shape(jax.random.key, 0)
     params, model_state = jax.eval_shape(model.init, key, inputs)
+    state.check(params, strategy, replicas)
     outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
     _check_outputs(outputs, data, task)
     if reestimate_batches and not jax.tree.leaves(model_state):
@@ -78,18 +78,15 @@ def check_types(**arguments: object) -> None:
 
 def _check_outputs(outputs: PyTree, data: Dataset, task: Task) -> None:
     """Raises InputError for a model that does not give the outputs for one example that the task predicts."""
+    if task.predicts == "anything":
+        return
     classes = len(data.vocabulary or data.classes)
-    match task.predicts:
-        case "anything":
-            return
-        case "classes":
-            wanted, says = (1, classes), f"[examples, {classes}], one for each class"
-        case "tokens":
-            places = data.train.labels.shape[1:]
-            wanted, says = (1, *places, classes), f"[examples, length, {classes}], one for each character"
-    if not classes and task.predicts == "tokens":
-        wanted, says = (*wanted[:-1], *outputs.shape[-1:]), "[examples, length, tokens], one for each token"
-    elif not classes:
+    if task.predicts == "tokens":
+        places, tokens = data.train.labels.shape[1:], classes or outputs.shape[-1]
+        wanted, says = (1, *places, tokens), f"[examples, length, {tokens}], one for each token"
+    elif classes:
+        wanted, says = (1, classes), f"[examples, {classes}], one for each class"
+    else:
         raise InputError("task", "must be a loss of your own where labels are neither classes nor a text.")
     if outputs.shape != wanted:
         raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.")

@@ -37,8 +37,7 @@ def plan(
     table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}")
     table.add_row(
         "data",
-        f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, "
-        + (f"{len(data.vocabulary)} characters" if data.vocabulary else f"{len(data.classes)} classes"),
+        f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, {data.kinds}",
     )
     for note in data.notes:
         table.add_row("", note)

@@ -11,7 +11,6 @@ from jax import numpy as jnp
 
 from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
-from ctde_jax.models import Model
 from ctde_jax.replica import AXIS, PyTree
 
 
@@ -42,9 +41,11 @@ def axes(strategy: Strategy) -> TrainState:
     )
 
 
-def check(model: Model, inputs: jax.typing.ArrayLike, strategy: Strategy, replicas: int) -> None:
-    """Raises InputError for a strategy that cannot run on so many replicas, before anything is compiled."""
-    params, _ = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), inputs)
+def check(params: PyTree, strategy: Strategy, replicas: int) -> None:
+    """Raises InputError for a strategy that cannot run on so many replicas, before anything is compiled.
+
+    Of the parameters only shapes and types are read.
+    """
     on_replicas = jax.vmap(strategy.reduce.init, in_axes=None, axis_name=AXIS, axis_size=replicas)
     jax.eval_shape(on_replicas, params)
 

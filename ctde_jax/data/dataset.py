@@ -46,8 +46,12 @@ class Dataset:
 
     def __repr__(self) -> str:
         train, test = len(self.train.inputs), len(self.test.inputs)
-        kinds = f"{len(self.vocabulary)} characters" if self.vocabulary else f"{len(self.classes)} classes"
-        return f"Dataset({self.name!r}, {train:,} training and {test:,} test examples, {kinds})"
+        return f"Dataset({self.name!r}, {train:,} training and {test:,} test examples, {self.kinds})"
+
+    @property
+    def kinds(self) -> str:
+        """Says how many different labels there are: characters of a text, or classes."""
+        return f"{len(self.vocabulary)} characters" if self.vocabulary else f"{len(self.classes)} classes"
 
 
 def from_arrays(
