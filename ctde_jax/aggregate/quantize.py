@@ -1,12 +1,12 @@
 """A few bits for each number: blocks of numbers share a scale, which travels in the same bytes."""
 
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Literal
 
 import jax
 import numpy as np
 from jax import numpy as jnp
-from scipy.stats import norm
 
 from ctde_jax.aggregate.codec import Codec, from_bytes, to_bytes
 from ctde_jax.errors import InputError, check_at_least, check_known
@@ -75,10 +75,11 @@ def normal_levels(bits: int) -> np.ndarray:
 
     Lloyd's iteration: each border lies midway between two levels, each level is the mean of what lies around it.
     """
-    levels, moved = norm.ppf((np.arange(2**bits) + 0.5) / 2**bits), np.inf
+    quantile, density, below = map(np.vectorize, (NormalDist().inv_cdf, NormalDist().pdf, NormalDist().cdf))
+    levels, moved = quantile((np.arange(2**bits) + 0.5) / 2**bits), np.inf
     while moved > 1e-7:
         borders = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
-        better = -np.diff(norm.pdf(borders)) / np.diff(norm.cdf(borders))
+        better = -np.diff(density(borders)) / np.diff(below(borders))
         levels, moved = better, np.abs(better - levels).max()
     return levels.astype(np.float32)
 
