@@ -6,9 +6,13 @@ read from the environment variable `NPROC` at the moment when JAX starts its CPU
 """
 
 import os
+import platform
+from hashlib import sha256
+from pathlib import Path
 
 import jax
 from jax.extend.backend import clear_backends
+from platformdirs import user_cache_path
 
 from ctde_jax.errors import InputError, check_at_least
 
@@ -25,10 +29,14 @@ def start(count: int | None = None) -> list[jax.Device]:
     Args:
         count: How many devices; by default all accelerators, or 4 fake CPU devices where there is none.
 
+    What is compiled is kept for later starts, at most 1 GiB of it, in the user's cache folder; or as the user has set
+    JAX's compilation cache.
+
     Raises:
         InputError: There are fewer accelerators than `count`.
     """
     check_at_least(1, devices=count)
+    _keep_programs()
     wanted = count or FAKE_DEVICES
     try:
         _request_fake_devices(wanted)
@@ -57,6 +65,22 @@ def check(devices: list[jax.Device]) -> None:
             f"are {len(devices)} fake CPU devices on a thread pool that was started too small for them; get them from "
             f"ctde_jax.devices.start({len(devices)}), which starts the CPU backend anew.",
         )
+
+
+def _keep_programs() -> None:
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    jax.config.update("jax_compilation_cache_dir", str(user_cache_path("ctde_jax") / "programs" / _kind_of_machine()))
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _kind_of_machine() -> str:
+    """Names what machine code depends on, for JAX does not: a home folder may be on machines of several kinds."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    abilities = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    return f"{platform.machine()}-{sha256(abilities.encode()).hexdigest()[:12]}"
 
 
 def _request_fake_devices(count: int) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from ctde_jax import data, devices
 
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # for the processes that tests start
+jax.config.update("jax_enable_compilation_cache", False)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -62,10 +62,30 @@ indices = np.arange({count} * 8, dtype=np.int32).reshape({count}, 1, 1, 8)
 split, key = replica.replicate((train, jax.random.key(1)), devices)
 batches = replica.shard(indices, devices)
 for _ in range(2000):
-    here, sums = train_rounds(here, split, batches, key)
+    here, sums = train_rounds(here, split, batches, np.int32(1), key)
 print("survived", int(here.step), "rounds")
 """
     assert run(program) == "survived 2000 rounds\n"
+
+
+def test_second_start_finds_the_programs_of_the_first(tmp_path):
+    """In the user's cache folder, or where JAX has been told to keep them."""
+    program = """
+import ctde_jax, jax
+ctde_jax.devices.start(2)
+found = []
+jax.monitoring.register_event_listener(lambda event, **facts: found.append(event.split("/")[-1]))
+jax.jit(lambda x: x * 2 + 1)(3.0)
+print(jax.config.jax_compilation_cache_dir, "cache_hits" in found)
+"""
+    own, cache = tmp_path / "own", {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
+    told = cache | {"JAX_COMPILATION_CACHE_DIR": str(own)}
+
+    starts = [run(program, **cache).split() for _ in range(2)]
+
+    assert [start[1] for start in starts] == ["False", "True"]
+    assert starts[0][0].startswith(str(tmp_path / "ctde_jax" / "programs"))
+    assert run(program, **told).split()[0] == str(own)
 
 
 def test_backend_that_is_already_up_is_started_anew():
