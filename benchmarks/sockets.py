@@ -89,7 +89,7 @@ def collective(function: Callable[[jax.Array], jax.Array], size: int) -> Program
     devices = jax.devices()
     message = replica.shard(np.ones((len(devices), size - size % len(devices)), np.float32), devices)
     program = replica.parallel(function, devices, in_axes=(0,), out_axes=0).lower(message).compile()
-    return lambda: program(message), traffic.measure(program.as_text() or "", 1, 0, hosts())
+    return lambda: program(message), traffic.measure(program.as_text() or "", 0, hosts())
 
 
 def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
@@ -108,16 +108,16 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
     indices = replica.shard(batches.steps(0, steps).swapaxes(0, 1)[:, None], devices)  # [replica, round, step, example]
     program = (
         parallel_rounds(make_gradient(model, ctde.tasks.classification), optimizer, strategy, devices, batches.axis)
-        .lower(train_state, examples, indices, key)
+        .lower(train_state, examples, indices, np.int32(1), key)
         .compile()
     )
 
     def run() -> object:
         nonlocal train_state
-        train_state, sums = program(train_state, examples, indices, key)
+        train_state, sums = program(train_state, examples, indices, np.int32(1), key)
         return sums
 
-    return run, traffic.measure(program.as_text() or "", 1, strategy.inner_steps, hosts())
+    return run, traffic.measure(program.as_text() or "", strategy.inner_steps, hosts())
 
 
 def on_all_hosts(created: state.TrainState, strategy: ctde.Strategy, devices: list[jax.Device]) -> state.TrainState:

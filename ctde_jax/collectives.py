@@ -41,7 +41,7 @@ class Collective(NamedTuple):
     """Devices that exchange with each other; for a permutation those that send."""
 
     loops: tuple[int, ...]
-    """How often each of the loops around it turns, the outermost first."""
+    """How often each of the loops around it turns, the outermost first; the loop over rounds counts as one turn."""
 
     certain: bool
     """False where a conditional may send something else instead, at most as much."""
@@ -57,19 +57,22 @@ class Collective(NamedTuple):
 
     @property
     def times(self) -> int:
-        """Launches in one call of the program."""
+        """Launches in one call of the program, or in a round where it loops over rounds."""
         return prod(self.loops)
 
 
 def read(hlo_text: str, hosts: Sequence[int] | None = None) -> list[Collective]:
     """Lists the collectives of a compiled program that send something.
 
+    An outermost loop that turns as often as the program is told is the one over rounds, of which one is counted.
+
     Args:
         hlo_text: `compiled.as_text()`.
         hosts: The process of each device; by default all are on one host.
 
     Raises:
-        InputError: A loop with collectives turns an unknown number of times, or a collective's bytes cannot be known.
+        InputError: Another loop with collectives turns an unknown number of times, or a collective's bytes cannot be
+            known.
     """
     program = hlo.parse(hlo_text)
     hosts = [0] * program.devices if hosts is None else hosts
@@ -106,10 +109,11 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
 
 def _loop(loop: hlo.Instruction, frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> list[Collective]:
     turns = hlo.trip_count(loop, frame)
+    counted = int(not loops) if turns is None else turns
     found: list[Collective] = []
-    for name, times in zip(loop.called("body", "condition"), (turns or 0, (turns or 0) + 1), strict=True):
+    for name, times in zip(loop.called("body", "condition"), (counted, counted + 1), strict=True):
         found += _walk(frame.enter(name, loop), (*loops, times), hosts)
-    if found and turns is None:
+    if found and turns is None and loops:
         raise InputError(
             "hlo_text",
             f"must say how often its loops with collectives turn, but %{loop.name} turns until a condition holds; "

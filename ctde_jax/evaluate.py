@@ -83,7 +83,7 @@ def make_evaluate(
 
     # of three arguments with three leaves in all, pmap would take in_axes leaf by leaf
     sum_up = replica.parallel(sum_up, devices, in_axes=(None, 0), out_axes=None)
-    compiled = sum_up.lower((params, model_state), parts).compile()
+    compiled = replica.compiled(sum_up, devices, (params, model_state), parts)
 
     def evaluate(params: PyTree, model_state: PyTree) -> Averages:
         sums = jax.device_get(compiled((params, model_state), parts))

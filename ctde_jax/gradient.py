@@ -1,7 +1,8 @@
 """A replica's own gradient: of the mean loss over its examples, cut into shards that know nothing of devices.
 
-A batch is cut into *shards*, and what is random is drawn for each shard from (seed, step, shard): so the number of
-devices changes no dropout mask. The shards of a replica are computed at once, or in groups one after another.
+Where a model draws random numbers, a batch is cut into *shards*, and they are drawn for each shard from (seed, step,
+shard): so the number of devices changes no dropout mask. The shards of a replica are computed at once, or in groups one
+after another.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jax.extend.core import Var
 
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Split
@@ -19,8 +21,8 @@ from ctde_jax.replica import AXIS, SHARD, PyTree, weighted_mean
 from ctde_jax.tasks import Task
 
 SHARDS = 8
-"""A batch is cut into so many shards where devices, groups and batch size allow, else into one for each device and
-group."""
+"""A batch is cut into so many shards where the model draws random numbers, and devices, groups and batch size allow;
+else into one for each device and group."""
 
 Sums = dict[str, jax.Array]
 """Over examples: `loss`, each metric, and their number `examples`; float32."""
@@ -60,13 +62,17 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
     on_shards = jax.vmap(on_shard, in_axes=(None, None, None, 0, 0, None), out_axes=None, axis_name=SHARD)
 
     def gradient(params, model_state, split, indices, key):
+        inputs = jax.ShapeDtypeStruct((len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype)
+        shards = SHARDS if draws(model, params, model_state, inputs) else 1
+        own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
+
         def add_group(so_far, group):
             grads, model_state, sums = so_far
             examples, shards = group
 
             def objective(params):
                 total, new_model_state, group_sums = on_shards(params, model_state, split, examples, shards, key)
-                return total, (new_model_state, group_sums)
+                return total / own_examples, (new_model_state, group_sums)
 
             group_grads, (new_model_state, group_sums) = jax.grad(objective, has_aux=True)(params)
             model_state = optax.tree.where(group_sums["examples"] > 0, new_model_state, model_state)
@@ -74,21 +80,33 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
 
         zeros = dict.fromkeys(["loss", *task.metrics, "examples"], jnp.float32(0))
         start = (optax.tree.zeros_like(params), model_state, zeros)
-        (grads, model_state, sums), _ = lax.scan(add_group, start, _cut(indices, accumulate))
-        examples = jnp.maximum(sums["examples"], 1)
-        return jax.tree.map(lambda g: g / examples, grads), model_state, sums
+        (grads, model_state, sums), _ = lax.scan(add_group, start, _cut(indices, accumulate, shards))
+        return grads, model_state, sums
 
     return gradient
 
 
-def _cut(indices: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
+    """Says whether anything that the model returns in training depends on its key."""
+    key = jax.eval_shape(jax.random.key, 0)
+    program = jax.make_jaxpr(model.apply)(params, model_state, inputs, key).jaxpr
+    random = {program.invars[-1]}
+    for equation in program.eqns:
+        if not random.isdisjoint(x for x in equation.invars if isinstance(x, Var)):
+            random.update(equation.outvars)
+    return not random.isdisjoint(x for x in program.outvars if isinstance(x, Var))
+
+
+def _cut(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.Array, jax.Array]:
     """Cuts a replica's examples into shards, of which it has every one whose number leaves its own.
+
+    In all there are `wanted` shards, or as few more as give each replica and group as many.
 
     Returns:
         The examples `int32[groups, shards, per_shard]`, and the numbers of the shards `int32[groups, shards]`.
     """
     replicas = lax.axis_size(AXIS)
-    shards = lcm(SHARDS, replicas * groups)
+    shards = lcm(wanted, replicas * groups)
     if len(indices) * replicas % shards:
         shards = replicas * groups
     own = shards // replicas

@@ -188,7 +188,8 @@ def fit(
             shapes = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), shapes)
         indices = (len(devices), phase.cut.rounds, phase.cut.round_steps, batch_size // len(devices))
         rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
-        programs.append(rounds.lower(shapes, examples, jax.ShapeDtypeStruct(indices, np.int32), key).compile())
+        indices = jax.ShapeDtypeStruct(indices, np.int32)
+        programs.append(replica.compiled(rounds, devices, shapes, examples, indices, np.int32(0), key))
     center = replica.replicate((params, model_state), devices)
     splits = {"validation": data.validation, "test": data.test}
     evaluate = {
@@ -197,7 +198,7 @@ def fit(
     reestimate = _make_reestimate(model, batches, devices, reestimate_batches, examples, key)
     hosts = [device.process_index for device in devices]
     traffic = [
-        measure(program.as_text(), phase.cut.rounds, phase.strategy.inner_steps, hosts)
+        measure(program.as_text(), phase.strategy.inner_steps, hosts)
         for program, phase in zip(programs, phases, strict=True)
     ]
     at_first = f", after {phases[0].stop} synchronous steps" if len(phases) > 1 else ""
@@ -214,15 +215,16 @@ def fit(
             for start in range(phase.start, phase.stop, phase.cut.interval):
                 stop = min(start + phase.cut.interval, phase.stop)
                 meter.start()
-                unread: list[Sums] = []  # the sums of a dispatch are fetched while the next one runs
-                for indices in dispatches(batches, phase.cut.round_steps, phase.cut.rounds, start, stop):
-                    train_state, sums = train_rounds(train_state, examples, replica.shard(indices, devices), key)
-                    unread.append(sums)
+                unread: list[tuple[Sums, float]] = []  # the sums of a dispatch are fetched while the next one runs
+                for indices, rounds in dispatches(batches, phase.cut.round_steps, phase.cut.rounds, start, stop):
+                    indices = replica.shard(indices, devices)
+                    train_state, sums = train_rounds(train_state, examples, indices, rounds, key)
+                    unread.append((sums, rounds * sent.sent))
                     if len(unread) > 1:
-                        log.add(meter.train_row(unread.pop(0), sent))
+                        log.add(meter.train_row(*unread.pop(0)))
                     if interrupted.is_set():
                         break
-                log.add(meter.train_row(unread.pop(), sent))
+                log.add(meter.train_row(*unread.pop()))
                 clock.lap("train")
 
                 params = center_of(train_state.ema_params if keeps_average else train_state.params)
@@ -371,8 +373,8 @@ class _Meter:
             raise NonFiniteLoss(self._step)
         return {"split": split, **self._position(), **averages}
 
-    def train_row(self, sums: Sums, traffic: Traffic) -> Row:
-        """Waits for the dispatch that computes these sums, which has sent what each of its rounds sends.
+    def train_row(self, sums: Sums, sent: float) -> Row:
+        """Waits for the dispatch that computes these sums, in which each device has sent so many bytes.
 
         Raises:
             NonFiniteLoss: The loss of one of its steps is NaN or infinite.
@@ -389,7 +391,7 @@ class _Meter:
         examples = totals["examples"]
         means = self._task.averages(totals, examples)
         speed = {"examples": int(examples), "examples_per_second": round(examples / seconds, 1)}
-        self._sent += traffic.sent * traffic.rounds
+        self._sent += sent
         return {"split": "train", **self._position(), **means, **speed, "bytes_sent": round(self._sent)}
 
     def _position(self) -> Row:

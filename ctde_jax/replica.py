@@ -20,6 +20,7 @@ AXIS = "replica"
 SHARD = "shard"
 """The axis of the shards that a replica cuts its batch into; see `gradient.py`."""
 
+_SMALL = 2**14  # numbers
 PyTree: TypeAlias = Any
 """Any nesting of containers with arrays at its leaves."""
 
@@ -45,6 +46,16 @@ def parallel(
     )
 
 
+def compiled(program: jax.stages.Wrapped, devices: Sequence[jax.Device], *arguments: PyTree) -> jax.stages.Compiled:
+    """Compiles what `parallel` has made for arguments like these, arrays or their shapes.
+
+    Several fake devices take one thread each, for they share the cores; one alone takes all of them.
+    """
+    share_cores = devices[0].platform == "cpu" and len(devices) > 1
+    options: dict[str, str | bool] | None = {"xla_cpu_multi_thread_eigen": False} if share_cores else None
+    return program.lower(*arguments).compile(compiler_options=options)
+
+
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """Copies a tree onto every device; no copy shares memory with the original or with another leaf."""
     return _put(tree, devices, PartitionSpec())
@@ -55,21 +66,45 @@ def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     return _put(tree, devices, PartitionSpec(AXIS))
 
 
+def add_up(tree: PyTree, axis: str = AXIS) -> PyTree:
+    """Sums float32 arrays over the replicas, or the shards of one, in one all-reduce.
+
+    A replica that is alone copies nothing. Small arrays travel in one piece, as fake devices meet once for every piece.
+    """
+    if axis == SHARD:
+        return lax.psum(tree, axis)
+    if _is_alone():
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    small = [leaf for leaf in leaves if leaf.size <= _SMALL]
+    large = [leaf for leaf in leaves if leaf.size > _SMALL]
+    together, large = lax.psum((jnp.concatenate([jnp.ravel(leaf) for leaf in [*small, jnp.zeros(0)]]), large), axis)
+    parts, wholes = iter(jnp.split(together, np.cumsum([leaf.size for leaf in small]))), iter(large)
+    return structure.unflatten(
+        next(parts).reshape(leaf.shape) if leaf.size <= _SMALL else next(wholes) for leaf in leaves
+    )
+
+
 def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) -> PyTree:
     """Averages over the replicas, or the shards of one, each counted as often as its weight says.
 
     Who has no weight does not count at all, not even with a NaN; where nobody has weight the mean is zero. Counters and
     other integers, which have no mean, become the largest of all.
     """
-    total = lax.psum(weight, axis)
+    weight, alone = jnp.asarray(weight, jnp.float32), axis == AXIS and _is_alone()
+    leaves, structure = jax.tree.flatten(tree)
+    floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    weighted = [jnp.where(weight > 0, leaf if alone else leaf * weight, 0) for leaf in floats]
+    sums, total = add_up((weighted, jnp.float32(1) if alone else weight), axis)
+    means = iter([x / jnp.where(total > 0, total, 1) for x in sums])
+    return structure.unflatten(
+        next(means).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else lax.pmax(leaf, axis)
+        for leaf in leaves
+    )
 
-    def mean(x: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return lax.pmax(x, axis)
-        weighted = jnp.where(jnp.asarray(weight) > 0, x * weight, 0)
-        return (lax.psum(weighted, axis) / jnp.where(total > 0, total, 1)).astype(x.dtype)
 
-    return jax.tree.map(mean, tree)
+def _is_alone() -> bool:
+    return lax.axis_size(AXIS) == 1
 
 
 def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> PyTree:

@@ -11,13 +11,20 @@ from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
 from ctde_jax.gradient import Gradient, Sums
-from ctde_jax.replica import AXIS, weighted_mean
+from ctde_jax.replica import add_up, weighted_mean
 from ctde_jax.state import TrainState, axes
 
 Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
 """`train_round(state, split, batches, key) -> (state, sums over all replicas, float32[steps])`
 
 `split` is what the device holds, `batches` is `int32[steps, per_replica]`, negative where there is no example.
+"""
+
+Rounds = Callable[[TrainState, Split, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]
+"""`train_rounds(state, split, batches, rounds, key) -> (state, sums over all replicas, float32[most * steps])`
+
+`batches` is `int32[most, steps, per_replica]`, of which the first `rounds`, an `int32[]`, are gone through; the sums of
+the others are zero.
 """
 
 
@@ -29,8 +36,8 @@ def make_round(
 ) -> Round:
     """Makes the round of a strategy. It uses collectives, so it runs under `replica.parallel`.
 
-    A step for which a replica has no examples leaves that replica as it is; a round without any examples changes
-    nothing. So a run may be cut into rounds of one shape, filled up at its end.
+    A local step for which a replica has no examples leaves that replica as it is. A round begins with a step for which
+    some replica has examples.
 
     Args:
         gradient: Made by `gradient.make_gradient`.
@@ -89,23 +96,31 @@ def make_round(
 
     def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         advanced, sums = advance(state, split, batches, key)
-        sums = lax.psum(sums, AXIS)
+        sums = add_up(sums)
 
         steps = jnp.sum(sums["examples"] > 0, dtype=jnp.int32)
         advanced = advanced._replace(step=state.step + steps)
         if ema_decay is not None:
             ema_params = optax.incremental_update(advanced.params, state.ema_params, 1 - ema_decay)
             advanced = advanced._replace(ema_params=ema_params)
-        return optax.tree.where(steps > 0, advanced, state), sums
+        return advanced, sums
 
     return train_round
 
 
-def make_rounds(train_round: Round) -> Round:
-    """Makes several rounds into one: `batches` is `int32[rounds, steps, per_replica]`, the sums `[rounds * steps]`."""
+def make_rounds(train_round: Round) -> Rounds:
+    """Makes a program that goes through as many rounds as it is told, so that one serves every piece of a run."""
+    train_round = jax.jit(train_round, inline=True)  # traced once, for its shapes and for the loop
 
-    def train_rounds(state, split, batches, key):
-        state, sums = lax.scan(lambda state, batch: train_round(state, split, batch, key), state, batches)
+    def train_rounds(state, split, batches, rounds, key):
+        def add_round(number, so_far):
+            state, sums = so_far
+            state, new_sums = train_round(state, split, batches[number], key)
+            return state, jax.tree.map(lambda all_sums, new: all_sums.at[number].set(new), sums, new_sums)
+
+        _, shapes = jax.eval_shape(train_round, state, split, batches[0], key)
+        sums = jax.tree.map(lambda shape: jnp.zeros((len(batches), *shape.shape), shape.dtype), shapes)
+        state, sums = lax.fori_loop(0, rounds, add_round, (state, sums))
         return state, jax.tree.map(jnp.ravel, sums)
 
     return train_rounds
@@ -132,7 +147,7 @@ def parallel_rounds(
     return replica.parallel(
         make_rounds(make_round(gradient, optimizer, strategy, ema_decay)),
         devices,
-        in_axes=(axes(strategy), split_axis, 0, None),
+        in_axes=(axes(strategy), split_axis, 0, None, None),
         out_axes=(axes(strategy), None),
         donate=(0,),
     )

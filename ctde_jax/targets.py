@@ -73,7 +73,6 @@ def compile_rounds(
     batches: Batches,
     devices: Sequence[jax.Device],
     *,
-    rounds: int,
     batch_size: int,
     accumulate: int = 1,
 ) -> str:
@@ -86,11 +85,12 @@ def compile_rounds(
         axis_name=AXIS,
         axis_size=len(devices),
     )
-    indices = (len(devices), rounds, max(1, strategy.inner_steps), batch_size // len(devices))
+    indices = (len(devices), 1, max(1, strategy.inner_steps), batch_size // len(devices))
     arguments = (
         jax.eval_shape(create, *center),
         jax.eval_shape(lambda: batches.split),
         jax.ShapeDtypeStruct(indices, np.int32),
+        jax.ShapeDtypeStruct((), np.int32),
         jax.eval_shape(jax.random.key, 0),
     )
     gradient = make_gradient(model, task, accumulate=accumulate)

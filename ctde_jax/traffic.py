@@ -14,26 +14,24 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ctde_jax.collectives import Collective, read
-from ctde_jax.errors import check_at_least
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a compiled program of some rounds sends; averages over its rounds."""
+    """What a round sends."""
 
     collectives: tuple[Collective, ...]
-    rounds: int
     round_steps: int
 
     @property
-    def launches(self) -> float:
-        """Collectives that a device takes part in, a round; a compiler may leave one for all rounds together."""
-        return sum(one.times for one in self.collectives) / self.rounds
+    def launches(self) -> int:
+        """Collectives that a device takes part in, a round."""
+        return sum(one.times for one in self.collectives)
 
     @property
     def sent(self) -> float:
         """Bytes that leave a device, a round."""
-        return sum(one.sent * one.times for one in self.collectives) / self.rounds
+        return sum(one.sent * one.times for one in self.collectives)
 
     @property
     def sent_a_step(self) -> float:
@@ -43,18 +41,18 @@ class Traffic:
     @property
     def peak(self) -> float:
         """Bytes that leave a device between two optimizer steps, where they are most: at the end of a round."""
-        during = sum(one.sent * one.times for one in in_local_steps(self)) / self.rounds
+        during = sum(one.sent * one.times for one in in_local_steps(self))
         return self.sent - during + during / self.round_steps
 
     @property
     def total(self) -> float:
         """Bytes that leave all devices together, a round."""
-        return sum(one.total * one.times for one in self.collectives) / self.rounds
+        return sum(one.total * one.times for one in self.collectives)
 
     @property
     def across(self) -> float:
         """Those of the total that leave a host."""
-        return sum(one.across * one.times for one in self.collectives) / self.rounds
+        return sum(one.across * one.times for one in self.collectives)
 
     @property
     def within(self) -> float:
@@ -67,17 +65,15 @@ class Traffic:
         return all(one.certain for one in self.collectives)
 
 
-def measure(hlo_text: str, rounds: int, inner_steps: int, hosts: Sequence[int] | None = None) -> Traffic:
-    """Counts what a compiled program sends.
+def measure(hlo_text: str, inner_steps: int, hosts: Sequence[int] | None = None) -> Traffic:
+    """Counts what a round of a compiled program sends.
 
     Args:
         hlo_text: `compiled.as_text()` of rounds that `round.make_rounds` has put together.
-        rounds: How many of them.
         inner_steps: Of the strategy.
         hosts: The process of each device; by default all are on one host.
     """
-    check_at_least(1, rounds=rounds)
-    return Traffic(tuple(read(hlo_text, hosts)), rounds, max(1, inner_steps))
+    return Traffic(tuple(read(hlo_text, hosts)), max(1, inner_steps))
 
 
 def in_local_steps(traffic: Traffic) -> list[Collective]:
@@ -86,8 +82,7 @@ def in_local_steps(traffic: Traffic) -> list[Collective]:
     That is the loop within a round that turns as often as there are steps, at least two; a rule that asks again and
     again has another.
     """
-    depth = int(traffic.rounds > 1)
-    return [one for one in traffic.collectives if one.loops[depth : depth + 1] == (traffic.round_steps,)]
+    return [one for one in traffic.collectives if one.loops[1:2] == (traffic.round_steps,)]
 
 
 def synchronous_bytes(params: int, replicas: int) -> float:
@@ -104,19 +99,19 @@ def table(traffic: Traffic, params: int, replicas: int) -> Table:
     for column in ("payload", "devices", "times", "bytes sent", "across hosts"):
         shown.add_column(column, justify="right")
     for one, copies in Counter(traffic.collectives).items():
-        times = copies * one.times / traffic.rounds
+        times = copies * one.times
         shown.add_row(
             one.op,
             " ".join(one.dtypes),
             f"{one.payload:,}",
             f"{one.group_size}",
-            f"{times:,.4g}",
+            f"{times:,}",
             f"{'' if one.certain else 'at most '}{one.sent * times:,.0f}",
             f"{one.across / one.total:.0%}",
         )
     shown.add_section()
     across = f"{traffic.across / traffic.total:.0%}" if traffic.total else ""
-    shown.add_row("a round", "", "", "", f"{traffic.launches:,.4g}", f"{traffic.sent:,.0f}", across)
+    shown.add_row("a round", "", "", "", f"{traffic.launches:,}", f"{traffic.sent:,.0f}", across)
     shown.add_row("a step, on average", "", "", "", "", f"{traffic.sent_a_step:,.0f}")
     shown.add_row("a step, at most", "", "", "", "", f"{traffic.peak:,.0f}")
     return shown
@@ -128,7 +123,7 @@ def summary(traffic: Traffic, params: int, replicas: int) -> str:
         return "one device sends nothing"
     fewer = synchronous_bytes(params, replicas) / traffic.sent_a_step
     often = f"every {traffic.round_steps} steps" if traffic.round_steps > 1 else "at every step"
-    launches = f"{traffic.launches:,.4g} launch{'es' if traffic.launches > 1 else ''}"
+    launches = f"{traffic.launches:,} launch{'es' if traffic.launches > 1 else ''}"
     most = "" if traffic.certain else "at most "
     return (
         f"each device sends {most}{decimal(round(traffic.sent))} {often} in {launches}, "

@@ -18,8 +18,6 @@ from ctde_jax.errors import InputError
 from ctde_jax.models import count_params, with_raw_inputs
 from ctde_jax.traffic import measure, table
 
-_ROUNDS = 2  # in one program, so that what a compiler does only once is not mistaken for what a round does
-
 
 def main(arguments: Sequence[str]) -> int:
     """Prints what a run with these options would send; returns the exit status, 2 for a mistake in the options."""
@@ -69,11 +67,10 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         strategy,
         batches,
         devices,
-        rounds=_ROUNDS,
         batch_size=batch_size,
         accumulate=chosen.optimization.accumulate,
     )
-    traffic = measure(text, _ROUNDS, strategy.inner_steps, [device.process_index for device in devices])
+    traffic = measure(text, strategy.inner_steps, [device.process_index for device in devices])
     params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
     Console().print(table(traffic, count_params(params), len(devices)))
 

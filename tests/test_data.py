@@ -113,11 +113,12 @@ def test_steps_go_on_from_one_epoch_to_the_next(start, stop):
 
 def test_dispatches_cut_the_steps_into_rounds_and_fill_up_the_last():
     batches = data.deal(SPLIT, 4, 64, seed=0)
-    cut = list(data.dispatches(batches, inner_steps=3, rounds=2, start=0, stop=16))
+    cut, rounds = zip(*data.dispatches(batches, inner_steps=3, most=2, start=0, stop=14), strict=True)
+    assert rounds == (2, 2, 1)
     assert [piece.shape for piece in cut] == [(4, 2, 3, 16)] * 3
     steps = np.concatenate([np.moveaxis(piece.reshape(4, 6, 16), 0, 1) for piece in cut])
-    np.testing.assert_array_equal(steps[:16], batches.steps(0, 16))
-    assert (steps[16:] == -1).all()
+    np.testing.assert_array_equal(steps[:14], batches.steps(0, 14))
+    assert (steps[14:] == -1).all()
 
 
 def test_digits_are_whole(digits):

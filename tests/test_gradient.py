@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from ctde_jax import models, replica, tasks
 from ctde_jax.augment import shift
 from ctde_jax.data import Split
-from ctde_jax.gradient import make_gradient
+from ctde_jax.gradient import draws, make_gradient
 from ctde_jax.tasks import classification
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
@@ -59,6 +59,24 @@ def split() -> Split:
     return Split(jnp.asarray(inputs), jnp.asarray(rng.integers(0, CLASSES, 40), jnp.int32))
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "random"),
+    [
+        (NOISY, (2, FEATURES), True),
+        (models.mlp([FEATURES, 4, CLASSES]), (2, FEATURES), False),
+        (models.from_linen(LinenNormed()), (2, FEATURES), False),
+        (models.from_linen(linen.Dropout(0.5)), (2, FEATURES), True),
+        (models.rnn_classifier(1, CLASSES, width=4, dropout=0.0), (2, FEATURES, 1), False),
+        (models.rnn_classifier(1, CLASSES, width=4, dropout=0.1), (2, FEATURES, 1), True),
+    ],
+    ids=["nnx dropout", "mlp", "linen", "linen dropout", "no dropout", "dropout"],
+)
+def test_only_a_model_whose_outputs_depend_on_its_key_draws(model, shape, random):
+    inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
+    params, model_state = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), inputs)
+    assert draws(model, params, model_state, inputs) == random
+
+
 def dealt(batch: np.ndarray, replicas: int) -> np.ndarray:
     """Deals a global batch as the trainer does: `int32[replica, per_replica]`."""
     return batch.reshape(-1, replicas).T
@@ -71,7 +89,7 @@ def on_replicas(gradient, params, model_state, split, indices, key):
         grads, model_state_, sums = gradient(params, model_state, split, indices, key)
         return replica.weighted_mean(grads, sums["examples"]), replica.weighted_mean(model_state_, sums["examples"])
 
-    return jax.jit(jax.vmap(on_one, axis_name=replica.AXIS, out_axes=None))(indices)
+    return jax.tree.map(lambda x: x[0], jax.jit(jax.vmap(on_one, axis_name=replica.AXIS))(indices))
 
 
 def assert_close(tree, other, rtol=1e-5, atol=1e-6):

@@ -210,13 +210,21 @@ def test_counting_loop_is_read_where_the_backend_does_not_say(first: int, step: 
 @pytest.mark.parametrize(
     ("first", "limit"), [("constant(0)", "custom-call()"), ("custom-call()", "constant(17)")], ids=["limit", "start"]
 )
-def test_loop_of_unknown_length_is_an_error_only_with_collectives_in_it(first: str, limit: str):
+def test_loop_of_unknown_length_is_that_over_rounds_and_an_error_within_a_round(first: str, limit: str):
+    """Only where collectives are in it."""
+
     def program(inside: str) -> str:
         return module(start_at(first) + loop("it", "t", None), before=counted("it", inside, 1, limit))
 
-    assert collectives.read(program("")) == []
-    with pytest.raises(InputError, match=r"%loop.it turns until a condition holds; use lax.scan"):
-        collectives.read(program(REDUCE_Y))
+    def in_a_round(inside: str) -> str:
+        inner = start_at(first).replace("%t ", "%t2 ").replace("%x", "%y")
+        before = counted("in", inside, 1, limit) + counted("out", f"{inner}  {loop('in', 't2', None)}", 1)
+        return module(start_at("constant(0)") + loop("out", "t", 3), before=before)
+
+    assert collectives.read(program("")) == collectives.read(in_a_round("")) == []
+    assert [one.loops for one in collectives.read(program(REDUCE_Y))] == [(1,)]
+    with pytest.raises(InputError, match=r"%loop.in turns until a condition holds; use lax.scan"):
+        collectives.read(in_a_round(REDUCE_Y))
 
 
 CONDITIONAL = "%c = f32[100]{0} conditional(%x, %x, %x), "
@@ -226,7 +234,7 @@ def test_conditional_counts_its_largest_branch():
     before = reduce_in("large") + reduce_in("small", "replica_groups={{0,1},{2,3}}") + computation("none", "")
     line = CONDITIONAL + "branch_computations={%small, %large, %none}"
 
-    measured = traffic.measure(module(line, before=before), rounds=1, inner_steps=0)
+    measured = traffic.measure(module(line, before=before), inner_steps=0)
 
     assert (measured.sent, measured.certain) == (600, False)
     assert "at most" in traffic.summary(measured, 100, REPLICAS)
@@ -235,7 +243,7 @@ def test_conditional_counts_its_largest_branch():
 def test_conditional_with_equal_branches_is_certain():
     line = CONDITIONAL + "true_computation=%one, false_computation=%other"
 
-    measured = traffic.measure(module(line, before=reduce_in("one") + reduce_in("other")), rounds=1, inner_steps=0)
+    measured = traffic.measure(module(line, before=reduce_in("one") + reduce_in("other")), inner_steps=0)
 
     assert (measured.sent, measured.certain) == (600, True)
 
@@ -300,7 +308,7 @@ def test_compiled_program_sends_exactly(name: str):
 
     text = program.lower(jax.ShapeDtypeStruct((REPLICAS, 4096), dtype)).compile().as_text() or ""
 
-    assert traffic.measure(text, rounds=1, inner_steps=0).sent == bytes_an_element * 4096
+    assert traffic.measure(text, inner_steps=0).sent == bytes_an_element * 4096
 
 
 STRATEGIES = {
@@ -310,14 +318,13 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("rounds", [1, 5])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_mean_sends_the_parameters_its_weight_and_the_metrics(name: str, rounds: int, digits):
+def test_mean_sends_the_parameters_its_weight_and_the_metrics(name: str, digits):
     """Metrics are loss, accuracy and number of examples of each step."""
     strategy = STRATEGIES[name]
     steps = max(1, strategy.inner_steps)
 
-    measured = compiled(strategy, rounds, digits)
+    measured = compiled(strategy, digits)
 
     numbers = PARAMS + 1 + 3 * steps
     assert measured.sent == measured.peak == 2 * 3 / 4 * 4 * numbers
@@ -332,9 +339,9 @@ def test_collective_in_the_local_steps_is_found(digits):
     """A loss that asks the others is the mistake that the check is there for."""
     chatty = models.Model(MODEL.init, lambda params, *rest: MODEL.apply(lax.pmean(params, AXIS), *rest))
 
-    measured = compiled(STRATEGIES["local"], 5, digits, model=chatty)
+    measured = compiled(STRATEGIES["local"], digits, model=chatty)
 
-    assert {one.loops for one in traffic.in_local_steps(measured)} == {(5, 3)}
+    assert {one.loops for one in traffic.in_local_steps(measured)} == {(1, 3)}
     assert measured.peak < measured.sent
 
 
@@ -342,13 +349,13 @@ MODEL = models.mlp([64, 8, 10])
 PARAMS = 64 * 8 + 8 + 8 * 10 + 10
 
 
-def compiled(strategy: Strategy, rounds: int, digits, model: models.Model = MODEL) -> traffic.Traffic:
+def compiled(strategy: Strategy, digits, model: models.Model = MODEL) -> traffic.Traffic:
     batches = data.deal(digits.train, REPLICAS, 16, seed=0)
     model = models.with_raw_inputs(model, digits.shift, digits.scale)
     text = targets.compile_rounds(
-        model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES, rounds=rounds, batch_size=16
+        model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES, batch_size=16
     )
-    return traffic.measure(text, rounds, strategy.inner_steps)
+    return traffic.measure(text, strategy.inner_steps)
 
 
 def test_command_prints_the_table(capsys):

@@ -188,18 +188,21 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
     return steps or an_epoch * (epochs or 0)
 
 
-def dispatches(batches: Batches, inner_steps: int, rounds: int, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Cuts the steps from `start` to `stop` into equal pieces of whole rounds, the last filled up with empty steps.
+def dispatches(
+    batches: Batches, inner_steps: int, most: int, start: int, stop: int
+) -> Iterator[tuple[np.ndarray, np.int32]]:
+    """Cuts the steps from `start` to `stop` into pieces of `most` rounds, the last of what is left.
 
     Yields:
-        `int32[replica, rounds, inner_steps, per_replica]`
+        `int32[replica, most, inner_steps, per_replica]`, and how many of these rounds there are. A last round that is
+        short of steps is filled up with empty ones.
     """
-    size = rounds * inner_steps
-    for first in range(start, stop, size):
-        steps = batches.steps(first, min(first + size, stop))
-        missing = np.full((size - len(steps), *steps.shape[1:]), ~0, np.int32)
-        steps = np.concatenate([steps, missing]).reshape(rounds, inner_steps, *steps.shape[1:])
-        yield np.ascontiguousarray(np.moveaxis(steps, 2, 0))
+    for first in range(start, stop, most * inner_steps):
+        steps = batches.steps(first, min(first + most * inner_steps, stop))
+        filled = np.full((most * inner_steps, *steps.shape[1:]), ~0, np.int32)
+        filled[: len(steps)] = steps
+        pieces = filled.reshape(most, inner_steps, *steps.shape[1:])
+        yield np.ascontiguousarray(np.moveaxis(pieces, 2, 0)), np.int32(ceil(len(steps) / inner_steps))
 
 
 def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
