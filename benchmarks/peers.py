@@ -472,6 +472,7 @@ def as_markdown(table: Table) -> str:
 
 def main(options: Options) -> int:
     """Does what the options say; the exit status is 1 where contestants have not reached the same accuracy."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and the contestants with it
     log = Log(options.results / "peers.jsonl")
     agree = True
     if not options.report:
