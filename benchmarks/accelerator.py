@@ -188,8 +188,8 @@ class TorchTraining:
         self._model = torch.compile(self._network, dynamic=False) if how == "compiled" else self._network
         graph = how == "CUDA graph"
         self._optimizer = torch.optim.Adam(self._network.parameters(), LEARNING_RATE, fused=True, capturable=graph)
-        self._inputs = torch.from_numpy(work.data.train.inputs).to(self._device)
-        self._labels = torch.from_numpy(work.data.train.labels).long().to(self._device)
+        self._inputs = torch.tensor(work.data.train.inputs).to(self._device)
+        self._labels = torch.tensor(work.data.train.labels).long().to(self._device)
         self._batches: Iterator[Any] = iter(())
         self._take_step = self._captured() if graph else self._step
 
@@ -206,7 +206,7 @@ class TorchTraining:
         """Returns the share of pictures that is labeled right."""
         torch = self._torch
         with torch.inference_mode():
-            parts = torch.from_numpy(split.inputs).to(self._device).split(1000)
+            parts = torch.tensor(split.inputs).to(self._device).split(1000)
             labels = torch.cat([self._network(part.float() / 255).argmax(-1) for part in parts]).cpu().numpy()
         return float((labels == split.labels).mean())
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -436,7 +437,8 @@ def machine() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "torch", "keras", "numpy"))
+    names = [name for name in ("jax", "flax", "optax", "torch", "keras", "numpy") if find_spec(name)]
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
     return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {packages}."
 
 
