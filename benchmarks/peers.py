@@ -426,7 +426,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         colors = ["tab:blue" if row["contestant"] == OURS else "tab:gray" for row in shown]
         names = [title(row["contestant"], row["devices"]) for row in shown]
         axes.barh(names, middle, xerr=(middle - low, high - middle), color=colors)
-        axes.set(title=f"{panel[0]}, batch {panel[1]}", xlabel="seconds an epoch", xscale="log")
+        axes.set(title=f"{panel[0]}, batch {panel[1]}", xlabel="seconds an epoch")
         axes.tick_params(axis="y", labelsize=7)
         axes.grid(alpha=0.3, axis="x")
     return figure
