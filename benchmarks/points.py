@@ -1,0 +1,106 @@
+"""A benchmark made of points: each is measured in a process of its own, and written down as soon as it is known.
+
+A process of its own, because the number of devices is fixed when JAX starts, the peak of memory is one for a whole
+process, and one point that fails or never ends must not take the others with it. What is in the file is not measured
+again; delete the file to begin anew.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+def known(name: str) -> list[Row]:
+    """Returns the rows of `results/name.jsonl`, in the order in which they were measured."""
+    file = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def measure(name: str, script: str, points: Iterable[Row], limit: float) -> None:
+    """Measures the points that are not in `results/name.jsonl` yet, and writes down each.
+
+    Args:
+        name: Of the file.
+        script: Is run with `--point` and the point as JSON, and prints what it measures as its last line, in JSON.
+        points: What a row of the file must say to be that point's.
+        limit: Seconds, after which a process is ended.
+    """
+    rows = known(name)
+    missing = [point for point in points if not any(point.items() <= row.items() for row in rows)]
+    RESULTS.mkdir(exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True)) as progress:
+        task = progress.add_task("measuring", total=len(missing))
+        for point in missing:
+            progress.update(task, description=" ".join(map(str, point.values())))
+            row = {**point, **run(script, point, limit), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+            with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+                print(json.dumps(row), file=file)
+            if "failed" in row:
+                progress.console.print(f"{point} failed: {row['failed']}", markup=False)
+            progress.advance(task)
+
+
+def run(script: str, point: Row, limit: float) -> Row:
+    """Measures one point in a new process; where that does not work out, `failed` says why."""
+    command = [sys.executable, script, "--point", json.dumps(point)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {limit:g} s"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return {"failed": f"exit status {done.returncode}: {last[:200]}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def quartiles(values: Sequence[float], digits: str = ".2f") -> str:
+    """Writes the median, and the first and third quartile in parentheses."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return f"{middle:{digits}} ({low:{digits}}-{high:{digits}})"
+
+
+def publish(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
+    """Prints a table, and writes it to `results/name.md`."""
+    shown = Table(*header, title=title, caption=note, caption_justify="left")
+    for cells in rows:
+        shown.add_row(*cells)
+    width = 20 + sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True))
+    screen = Console()
+    Console(width=max(screen.width, min(width, 200))).print(shown)
+
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(f"## {title}\n\n{text}\n\n{note}\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """Says what the figures were measured on, and with what."""
+    processor = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":")[1].strip() if names else processor
+    packages = ", ".join(f"{package} {version(package)}" for package in ("jax", "flax", "optax", "numpy"))
+    return f"{cores()} cores of {processor}, Python {platform.python_version()}, {packages}"
+
+
+def cores() -> int:
+    """Returns how many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
