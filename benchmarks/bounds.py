@@ -93,6 +93,16 @@ class Case(NamedTuple):
     def task(self) -> ctde.Task:
         return ctde.tasks.language_modeling if self.learns_text else ctde.tasks.classification
 
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return -(-self.examples // self.batch_size)
+
+    @property
+    def step_examples(self) -> float:
+        """Examples of a step, on average: the last batch of an epoch is filled up with some that do not count."""
+        return self.examples / self.steps
+
     def inputs(self, examples: int) -> np.ndarray:
         """Draws random pictures, or tokens."""
         rng, shape = np.random.default_rng(0), (examples, *self.input_shape)

@@ -5,8 +5,8 @@
     python benchmarks/limit.py --report               # the table and the picture of what has been measured
 
 What a step has to compute and to move is counted by the formulas of `bounds.py`. The ceiling of arithmetic is the
-fastest product of square float32 matrices, by numpy or by JAX, with all cores; that of memory the fastest copy or triad,
-by numpy or by JAX: in main memory, or in the last-level cache where what a step touches fits in there.
+fastest product of square float32 matrices, by numpy or by JAX, with all cores; that of memory the faster of numpy's
+copy and JAX's triad: in main memory, or in the last-level cache where what a step touches fits in there.
 
 The columns "by XLA" hold both counts against XLA's own, of one step as it is compiled: operations of the gradient
 alone, which have the activations in them, and bytes that its instructions read and write, wherever those are. XLA
@@ -90,11 +90,10 @@ def time_fit(name: str, devices: int) -> Row:
         epochs=1 + case.epochs,
         show=False,
     )
-    steps = -(-case.examples // case.batch_size)
     seconds = np.zeros(1 + case.epochs)
     for row in trained.history:
         if row["split"] == "train":
-            seconds[int(np.ceil(row["epoch"])) - 1] += row["examples"] / row["examples_per_second"] / steps
+            seconds[int(np.ceil(row["epoch"])) - 1] += row["examples"] / row["examples_per_second"] / case.steps
     return {"step_seconds": [round(value, 7) for value in seconds[1:]]}
 
 
@@ -210,7 +209,7 @@ class Measured(NamedTuple):
     @property
     def flop(self) -> float:
         """Operations of a step."""
-        return self.counted["operations"] * CASES[self.name].batch_size
+        return self.counted["operations"] * CASES[self.name].step_examples
 
 
 def everything(rows: list[Row]) -> list[Measured]:
@@ -223,7 +222,7 @@ def everything(rows: list[Row]) -> list[Measured]:
             continue
         seconds, peak, memory, cached = np.array(turns).T
         fits = counts[name]["working_set"] <= ceilings_of(rows)[0]["cache_bytes"]
-        arithmetic = counts[name]["operations"] * CASES[name].batch_size / peak
+        arithmetic = counts[name]["operations"] * CASES[name].step_examples / peak
         moving = counts[name]["bytes"] / (cached if fits else memory)
         measured.append(Measured(name, devices, counts[name], seconds, arithmetic, moving))
     return measured

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,9 @@ def known(name: str) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def measure(name: str, script: str, points: Iterable[Row], limit: float) -> None:
+def measure(
+    name: str, script: str, points: Iterable[Row], limit: float, can: Callable[[Row], bool] = lambda point: True
+) -> None:
     """Measures the points that are not in `results/name.jsonl` yet, and writes down each.
 
     Args:
@@ -40,6 +42,7 @@ def measure(name: str, script: str, points: Iterable[Row], limit: float) -> None
         script: Is run with `--point` and the point as JSON, and prints what it measures as its last line, in JSON.
         points: What a row of the file must say to be that point's.
         limit: Seconds, after which a process is ended.
+        can: Is asked before each point whether it can be measured; else it is left out.
     """
     rows = known(name)
     missing = [point for point in points if not any(point.items() <= row.items() for row in rows)]
@@ -49,6 +52,9 @@ def measure(name: str, script: str, points: Iterable[Row], limit: float) -> None
         task = progress.add_task("measuring", total=len(missing))
         for point in missing:
             progress.update(task, description=" ".join(map(str, point.values())))
+            if not can(point):
+                progress.advance(task)
+                continue
             row = {**point, **run(script, point, limit), "time": datetime.now(UTC).isoformat(timespec="seconds")}
             with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
                 print(json.dumps(row), file=file)
