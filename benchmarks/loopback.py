@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from itertools import product
 
 import jax
 import numpy as np
@@ -56,11 +57,11 @@ def time_program(program: sockets.Program) -> float:
         for _ in range(repeats):
             jax.block_until_ready(run())
         seconds.append((time.perf_counter() - before) / repeats)
-    return float(np.median(seconds))
+    return min(seconds)  # a stall of the network or the machine can only make it longer
 
 
-def measure_all(processes: int) -> list[Row]:
-    """Times every program on these processes; a single process has nothing to exchange, but it trains and encodes."""
+def measure_all(part: str, processes: int) -> list[Row]:
+    """Times the plain collectives, or the rounds; a single process exchanges nothing, but it encodes."""
     sockets.BATCH_SIZE = BATCH_SIZE * processes
     rows: list[Row] = []
 
@@ -69,9 +70,10 @@ def measure_all(processes: int) -> list[Row]:
         rows.append({**says, "launches": launches(program[1]), "seconds": time_program(program)})
         print(f"{rows[-1]}, {time.perf_counter() - before:.1f} s", file=sys.stderr, flush=True)
 
-    for name in PLAIN if processes > 1 else ():
-        for size in SIZES:
+    if part == "plain":
+        for name, size in product(PLAIN, SIZES):
             add(sockets.collective(sockets.COLLECTIVES[name], size), name=name, size=size)
+        return rows
     for name, way in WAYS.items():
         add(sockets.strategy_round(way.strategy, PARAMETERS), name=name)
     if processes == 1:
@@ -79,24 +81,24 @@ def measure_all(processes: int) -> list[Row]:
     return rows
 
 
-def measure_point(processes: int) -> Row:
+def measure_point(part: str, processes: int) -> Row:
     """Starts the other processes, and is the first of them itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ExitStack() as at_end:
         for index in range(1, processes):
-            command = [sys.executable, __file__, "--follow", str(index), str(processes), str(port)]
+            command = [sys.executable, __file__, "--follow", part, str(index), str(processes), str(port)]
             quiet = subprocess.DEVNULL
             follower = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
             at_end.callback(follower.wait)
             at_end.callback(follower.kill)
         cores = points.cores()
         join(0, processes, port)
-        return {"cores": cores, "programs": measure_all(processes)}
+        return {"cores": cores, "programs": measure_all(part, processes)}
 
 
-def follow(index: int, processes: int, port: int) -> None:
+def follow(part: str, index: int, processes: int, port: int) -> None:
     """Is one of the other processes, and ends at once when the first one is gone."""
 
     def end_with_first() -> None:
@@ -105,18 +107,19 @@ def follow(index: int, processes: int, port: int) -> None:
 
     threading.Thread(target=end_with_first, daemon=True).start()
     join(index, processes, port)
-    measure_all(processes)
+    measure_all(part, processes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--point", type=json.loads, default={"processes": 2}, help="such as '{\"processes\": 2}'")
-    parser.add_argument("--follow", nargs=3, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--point", type=json.loads, default={"part": "plain", "processes": 2}, help="what, in JSON")
+    parser.add_argument("--follow", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.follow:
-        follow(*chosen.follow)
+        part, *numbers = chosen.follow
+        follow(part, *map(int, numbers))
     else:
-        print(json.dumps(measure_point(chosen.point["processes"])))
+        print(json.dumps(measure_point(chosen.point["part"], chosen.point["processes"])))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ PARAMETERS, BATCH_SIZE = 10_000_000, 64
 DEVICES = tuple(2**exponent for exponent in range(3, 13))
 COMPILED, COMPILED_AGAIN = 8, 32
 TURNS = 3
-PROCESSES = (1, 2, 4, 8)
+PROCESSES = (2, 4, 8)
 FITTED_PROCESSES, FITTED_SIZES = (2, 4), (2**10, 2**14, 2**18, 2**22)
 
 
@@ -166,9 +166,10 @@ class Held(NamedTuple):
 
 def check() -> tuple[list[Held], np.ndarray]:
     """Fits the model's three numbers to plain collectives, and foretells what they were not fitted to."""
-    groups = {row["processes"]: row for row in known(what="loopback")}
-    alone = {row["name"]: row for row in groups.pop(1)["programs"]}
-    cores = next(iter(groups.values()))["cores"]
+    measured = known(what="loopback")
+    alone = {program["name"]: program for row in measured if row["processes"] == 1 for program in row["programs"]}
+    programs = [(row["processes"], program) for row in measured if row["processes"] > 1 for program in row["programs"]]
+    cores = measured[0]["cores"]
 
     def features(processes: int, program: Row) -> np.ndarray:
         messages = [Launch(*one) for one in program["launches"]]
@@ -176,9 +177,7 @@ def check() -> tuple[list[Held], np.ndarray]:
         counts = (turns, sum(one.gloo_messages for one in messages), sum(one.sent for one in messages) * processes)
         return np.array(counts)
 
-    plain = [
-        (processes, program) for processes, row in groups.items() for program in row["programs"] if "size" in program
-    ]
+    plain = [(n, one) for n, one in programs if "size" in one]
     fitted = [(n, one) for n, one in plain if n in FITTED_PROCESSES and one["size"] in FITTED_SIZES]
     seconds = np.array([one["seconds"] for _, one in fitted])
     rows = np.stack([features(n, one) for n, one in fitted])
@@ -189,15 +188,14 @@ def check() -> tuple[list[Held], np.ndarray]:
         for n, one in plain
         if (n, one) not in fitted
     ]
-    for n, row in groups.items():
-        for program in row["programs"]:
-            if "size" in program:
-                continue
-            way = WAYS[program["name"]]
-            timed = alone.get(way.codec, {"encode": 0.0, "decode": 0.0})
-            busy = alone[program["name"]]["seconds"] + codec_seconds(timed["encode"], timed["decode"], n)
-            exchange = float(features(n, program)[1:] @ numbers[1:])
-            held.append(Held(f"a round, {program['name']}", n, program["seconds"], busy * max(1, n / cores) + exchange))
+    for n, program in programs:
+        if "size" in program:
+            continue
+        name = program["name"]
+        codec = alone.get(WAYS[name].codec, {"encode": 0.0, "decode": 0.0})
+        busy = alone[name]["seconds"] + codec_seconds(codec["encode"], codec["decode"], n)
+        exchange = float(features(n, program)[1:] @ numbers[1:])
+        held.append(Held(f"a round, {name}", n, program["seconds"], busy * max(1, n / cores) + exchange))
     return held, numbers
 
 
@@ -220,8 +218,8 @@ def report_model() -> None:
     alone = Alone.of(Way()).step
     note = (
         f"A step, and the share of it that a device would also take alone: {alone * 1e3:.1f} ms where it is "
-        f"synchronous. {PARAMETERS:,} parameters, {BATCH_SIZE} examples a device. Bytes on {COMPILED_AGAIN} devices as foretold "
-        f"from {COMPILED}, to those compiled: {', '.join(errors)}. {points.machine()}."
+        f"synchronous. {PARAMETERS:,} parameters, {BATCH_SIZE} examples a device. Bytes on {COMPILED_AGAIN} devices, "
+        f"as foretold from {COMPILED}, to those compiled: {', '.join(errors)}. {points.machine()}."
     )
     points.publish(NAME, "Steps on many devices, as the model has it", MODEL_HEADER, lines, note)
 
@@ -269,7 +267,8 @@ def main() -> None:
         print(json.dumps(measure_point(chosen.point)))
         return
     if not chosen.report:
-        over_loopback = [{"what": "loopback", "processes": processes} for processes in PROCESSES]
+        parts = [("rounds", 1), *((part, processes) for processes in PROCESSES for part in ("plain", "rounds"))]
+        over_loopback = [{"what": "loopback", "part": part, "processes": processes} for part, processes in parts]
         points.measure(NAME, str(Path(__file__).parent / "loopback.py"), over_loopback, LIMIT)
         points.measure(NAME, __file__, wanted(), LIMIT)
     report_check()
