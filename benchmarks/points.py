@@ -2,7 +2,7 @@
 
 A process of its own, because the number of devices is fixed when JAX starts, the peak of memory is one for a whole
 process, and one point that fails or never ends must not take the others with it. What is in the file is not measured
-again; delete the file to begin anew.
+again, nor what has failed; delete a line, or the file, to do so.
 """
 
 import json
