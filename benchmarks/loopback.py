@@ -95,7 +95,9 @@ def measure_point(part: str, processes: int) -> Row:
             at_end.callback(follower.kill)
         cores = points.cores()
         join(0, processes, port)
-        return {"cores": cores, "programs": measure_all(part, processes)}
+        programs = measure_all(part, processes)
+        jax.distributed.shutdown()  # together with the others, or it would wait for them at the end
+        return {"cores": cores, "programs": programs}
 
 
 def follow(part: str, index: int, processes: int, port: int) -> None:
@@ -108,6 +110,7 @@ def follow(part: str, index: int, processes: int, port: int) -> None:
     threading.Thread(target=end_with_first, daemon=True).start()
     join(index, processes, port)
     measure_all(part, processes)
+    jax.distributed.shutdown()
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from ctde_jax.data import deal
 from ctde_jax.targets import compile_rounds
 
 NAME = "scale_model"
-LIMIT = 600  # seconds for one point
+LIMIT = 1200  # seconds for one point
 PARAMETERS, BATCH_SIZE = 10_000_000, 64
 DEVICES = tuple(2**exponent for exponent in range(3, 13))
 COMPILED, COMPILED_AGAIN = 8, 32
