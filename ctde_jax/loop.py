@@ -169,7 +169,7 @@ def fit(
         eval_every=eval_every,
         log_every=log_every,
     )
-    phases = _phases(strategy, total_steps, eval_every, log_every)
+    phases = make_phases(strategy, total_steps, eval_every, log_every)
     best, keeps_average = _Best(patience), ema_decay is not None
 
     model = with_raw_inputs(model, data.shift, data.scale)
@@ -300,7 +300,7 @@ class _Best:
             self._in_vain += 1
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """How a run is cut: rounds of so many steps, so many rounds a dispatch, and evaluations so many steps apart."""
 
     round_steps: int
@@ -308,13 +308,13 @@ class _Cut(NamedTuple):
     interval: int
 
 
-class _Phase(NamedTuple):
+class Phase(NamedTuple):
     """A part of a run in which one strategy is at work."""
 
     strategy: Strategy
     start: int
     stop: int
-    cut: _Cut
+    cut: Cut
 
     def begin(self, train_state: state.TrainState, devices: Sequence[jax.Device]) -> state.TrainState:
         """Goes over from the synchronous phase before this one."""
@@ -327,21 +327,22 @@ class _Phase(NamedTuple):
         return replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
 
 
-def _phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int) -> list[_Phase]:
+def make_phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int) -> list[Phase]:
+    """Cuts a run into its phases: where a strategy is synchronous at first, two."""
     switch = min(strategy.synchronous_steps, total_steps)
     spans = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
     return [
-        _Phase(own, start, stop, _cut(own.inner_steps, eval_every, log_every, stop - start))
+        Phase(own, start, stop, _cut(own.inner_steps, eval_every, log_every, stop - start))
         for own, start, stop in spans
         if start < stop
     ]
 
 
-def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> _Cut:
+def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> Cut:
     round_steps = max(1, inner_steps)
     rounds_an_interval = ceil(min(eval_every, total_steps) / round_steps)
     dispatches_an_interval = ceil(rounds_an_interval / max(1, log_every // round_steps))
-    return _Cut(round_steps, ceil(rounds_an_interval / dispatches_an_interval), rounds_an_interval * round_steps)
+    return Cut(round_steps, ceil(rounds_an_interval / dispatches_an_interval), rounds_an_interval * round_steps)
 
 
 class _Clock:
