@@ -337,6 +337,28 @@ def save(config: Config, path: Path) -> None:
     path.write_text(json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8")
 
 
+def take(option: str, arguments: Sequence[str], rule: str) -> tuple[str | None, list[str]]:
+    """Takes an option that only one command has, with its value, out of a command line of the options of a run.
+
+    Args:
+        option: Its name, as a field would be written.
+        arguments: The command line.
+        rule: What its value must be, as a sentence about it says.
+
+    Raises:
+        InputError: It has no value.
+    """
+    flag = as_flag(option)
+    flat = [part for word in arguments for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
+    if flag not in flat:
+        return None, flat
+    at = flat.index(flag)
+    value = flat[at + 1 : at + 2]
+    if not value or not value[0] or value[0].startswith("--"):
+        raise InputError(option, f"must {rule}, got none.")
+    return value[0], flat[:at] + flat[at + 2 :]
+
+
 def flag(argument: str) -> str:
     """Writes an argument of the library as the option that sets it, where there is one."""
     option = _OPTION_OF.get(argument, argument)

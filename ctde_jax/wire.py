@@ -24,24 +24,13 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(f"--target TARGET  compile for {targets.EXAMPLES}; all other options are those of a run:")
     try:
-        target, arguments = _take_target(list(arguments))
+        target, arguments = config.take("target", arguments, f"be such as {targets.EXAMPLES}")
         _print_table(config.parse(arguments), target)
         return 0
     except InputError as error:
         option = "--target" if error.option == "target" else config.flag(error.option)
         print(f"error: {option} {error.sentence}", file=sys.stderr)
         return 2
-
-
-def _take_target(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Takes `--target TARGET` out of the options, which else are those of a run."""
-    flat = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--target=") else [word])]
-    if "--target" not in flat:
-        return None, arguments
-    at = flat.index("--target")
-    if at + 1 == len(flat):
-        raise InputError("target", f"must be such as {targets.EXAMPLES}, got none.")
-    return flat[at + 1], flat[:at] + flat[at + 2 :]
 
 
 def _print_table(chosen: config.Config, target: str | None) -> None:
