@@ -5,7 +5,7 @@ To read the package top to bottom, follow the walk:
     errors -> presets -> config -> devices -> replica -> data -> augment -> models -> initializers -> mup
            -> tasks -> optimizers -> aggregate -> build -> state -> gradient -> round -> hlo -> collectives
            -> traffic -> evaluate -> reestimate -> generation -> checks -> log -> loop -> report -> targets
-           -> wire -> train
+           -> wire -> stopwatch -> profile -> train
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """

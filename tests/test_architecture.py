@@ -9,7 +9,19 @@ PACKAGE = Path(__file__).parents[1] / "ctde_jax"
 WALK = [
     *("errors", "presets", "config", "devices", "replica", "data", "augment", "models", "initializers", "mup", "tasks"),
     *("optimizers", "aggregate", "build", "state", "gradient", "round", "hlo", "collectives", "traffic", "evaluate"),
-    *("reestimate", "generation", "checks", "log", "loop", "report", "targets", "wire", "train"),
+    *(
+        "reestimate",
+        "generation",
+        "checks",
+        "log",
+        "loop",
+        "report",
+        "targets",
+        "wire",
+        "stopwatch",
+        "profile",
+        "train",
+    ),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,357 @@
+"""The command `python -m ctde_jax.profile`: why a training with these options is not faster.
+
+python -m ctde_jax.profile --model cnn                       # takes the options of ctde_jax.train
+python -m ctde_jax.profile --model cnn --trace runs/trace    # and writes a trace of a few steps
+
+`stopwatch.py` measures; here the options come in, and what was measured is said in tables, a picture and sentences.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+import ctde_jax as ctde
+from ctde_jax import config as options
+from ctde_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ctde_jax.stopwatch import Profile, Spread
+
+SECONDS = 10.0
+"""The turns take about so long, and longer where a few turns do."""
+
+_BAR = 20  # characters
+_COLORS = {"input": "tab:orange", "dispatch": "tab:red", "compute": "tab:blue", "aggregation": "tab:purple"}
+
+# where a sentence is called for
+_SMALL_BATCH = 0.8  # of the time of a step, with half its batch
+_LONG_EVALUATION = 0.1  # of the time between two evaluations
+_LONG_AGGREGATION = 1 / 3  # of a step
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Profiles a training with these options.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in options or data.
+    """
+    started = time.perf_counter()
+    if {"-h", "--help"} & set(arguments):
+        print(
+            "--trace FOLDER  write a trace of a few steps for XProf and Perfetto; all other options are those of a run:"
+        )
+    try:
+        trace, rest = options.take("trace", arguments, "name a folder")
+        _profile(options.parse(rest), None if trace is None else Path(trace), started)
+        return 0
+    except InputError as error:
+        option = "--trace" if error.option == "trace" else options.flag(error.option)
+        print(f"error: {option} {error.sentence}", file=sys.stderr)
+        return 2
+
+
+def _profile(config: options.Config, trace: Path | None, started: float) -> None:
+    from ctde_jax.stopwatch import Training, measure  # here, so that the import of JAX is measured
+
+    imported = time.perf_counter()
+    devices = ctde.devices.start(config.aggregation.devices)
+    on = time.perf_counter()
+    chosen, seed = config.optimization, config.optimization.seed
+    data = ctde.build.load_data(config.data, seed)
+    loaded = time.perf_counter()
+    once = {"imports": imported - started, "devices": on - imported, "data": loaded - on}
+
+    partition = partial(ctde.build.make_partition, config.data, data.train.labels, seed=seed)
+    epoch = ctde.data.steps_per_epoch(
+        len(data.train.inputs), len(devices), chosen.batch_size, partition(replicas=len(devices))
+    )
+    steps = ctde.data.count_steps(epoch, chosen.epochs if chosen.steps is None else None, chosen.steps)
+    training = Training(
+        model=ctde.build.build_model(config.model, data),
+        data=data,
+        optimizer=ctde.build.build_optimizer(config, data, steps),
+        strategy=ctde.build.build_strategy(config.aggregation),
+        task=ctde.build.build_task(chosen, data),
+        batch_size=chosen.batch_size,
+        steps=steps,
+        eval_every=config.run.eval_every or epoch,
+        log_every=config.run.log_every,
+        partition=lambda replicas: partition(replicas=replicas),
+        seed=seed,
+        augment=ctde.build.build_augment(config.data),
+        accumulate=chosen.accumulate,
+        ema_decay=chosen.ema_decay,
+        reestimate_batches=config.run.reestimate_batches,
+    )
+    ctde.checks.check_run(
+        training.model,
+        data,
+        training.strategy,
+        training.task,
+        len(devices),
+        batch_size=chosen.batch_size,
+        seed=seed,
+        augment=training.augment,
+        accumulate=chosen.accumulate,
+        ema_decay=chosen.ema_decay,
+        reestimate_batches=training.reestimate_batches,
+        patience=chosen.patience,
+        eval_every=config.run.eval_every,
+        log_every=config.run.log_every,
+    )
+    if trace is not None:
+        _make_trace_folder(trace)
+    now = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    name = f"profile-{config.data.dataset}-{config.model.model}-{now}"
+    folder = ctde.log.make_run_folder(config.run.run_dir or Path("runs") / name)
+
+    screen = ctde.log.console()
+    title = (
+        f"{config.model.model} on {data.name}, {_count(len(devices), 'device')}, {chosen.batch_size} examples a step"
+    )
+    with screen.status("starting") as status:
+        measured = measure(training, devices, SECONDS, trace, status.update)
+    measured = replace(measured, once={**once, **measured.once})
+    with ctde.log.writing_to(folder):
+        plot(measured, title).savefig(folder / "profile.png", dpi=120)
+    for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):
+        screen.print(table)
+    for sentence in advice(measured):
+        screen.print(f"- {sentence}")
+    screen.print(f"picture    {folder / 'profile.png'}")
+    if trace is not None:
+        screen.print(
+            f"trace      {trace}: open perfetto_trace.json.gz in its deepest folder at https://ui.perfetto.dev, or run "
+            f"pip install xprof && xprof --logdir {trace}"
+        )
+
+
+def _make_trace_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("trace", f"must name a folder to write to, but {folder} failed: {error.strerror}.") from error
+
+
+def advice(profile: "Profile") -> list[str]:
+    """Says in sentences what makes a training slow, and what helps."""
+    return [
+        *_about_cores(profile),
+        *_about_batch(profile),
+        *_about_dispatch(profile),
+        *_about_input(profile),
+        *_about_aggregation(profile),
+        *_about_compilation(profile),
+        *_about_evaluation(profile),
+    ] or [f"Nothing stands out: {_share(profile, 'compute'):.0%} of a step is compute."]
+
+
+def _about_cores(profile: "Profile") -> Iterable[str]:
+    if profile.cores is None or profile.replicas == 1:
+        return
+    yield (
+        f"{profile.replicas} fake devices share {_count(profile.cores, 'core')} with each other and with the host: "
+        "they show how devices agree, and cannot be faster than the cores are. Of dispatch and compute, which run into "
+        "each other there, only the sum is certain. Where speed matters, compare --devices 1."
+    )
+
+
+def _about_batch(profile: "Profile") -> Iterable[str]:
+    if profile.half_batch is None or profile.half_batch.median < _SMALL_BATCH:
+        return
+    own = profile.batch_size // profile.replicas
+    yield (
+        f"With half the batch a step takes {profile.half_batch.median:.0%} of its time: {own} examples on a device are "
+        "too few to keep it busy. A larger --batch-size costs little time, or fewer --devices suffice."
+    )
+
+
+def _about_dispatch(profile: "Profile") -> Iterable[str]:
+    if profile.steps_per_dispatch == 1 < profile.steps:
+        yield (
+            "The host stands between any two steps, as each is a dispatch of its own: with larger --log-every and "
+            "--eval-every many go out at once."
+        )
+
+
+def _about_input(profile: "Profile") -> Iterable[str]:
+    parts = profile.parts
+    device = parts["compute"].median + parts["aggregation"].median
+    if parts["input"].median > device:
+        yield (
+            f"Input takes {_time(parts['input'].median)} a step, the devices take {_time(device)}: they wait for it. "
+            "More steps in a dispatch (--log-every) or larger batches make it cheaper."
+        )
+
+
+def _about_aggregation(profile: "Profile") -> Iterable[str]:
+    share = _share(profile, "aggregation")
+    if profile.replicas > 1 and share > _LONG_AGGREGATION:
+        yield (
+            f"Aggregation is {share:.0%} of a step, waiting for the slowest device included: let the devices talk less "
+            "often (--sync-every), or compute more between two talks (--batch-size)."
+        )
+
+
+def _about_compilation(profile: "Profile") -> Iterable[str]:
+    compiling = sum(profile.once[part] for part in ("trace", "lower", "compile", "compile evaluation"))
+    training = profile.steps * profile.step.median
+    if compiling > training:
+        yield (
+            f"Compilation takes {_time(compiling)}, and all {profile.steps:,} steps {_time(training)}: a run this "
+            "short does not become faster by faster steps."
+        )
+
+
+def _about_evaluation(profile: "Profile") -> Iterable[str]:
+    between = profile.steps_per_evaluation * profile.step.median
+    share = profile.evaluation.median / (between + profile.evaluation.median)
+    if share > _LONG_EVALUATION:
+        yield (
+            f"Evaluation takes {share:.0%} of the time from one evaluation to the next, which come every "
+            f"{profile.steps_per_evaluation:,} steps: a larger --eval-every asks less often."
+        )
+
+
+def step_table(profile: "Profile", title: str) -> Table:
+    """Shows where the time of a step goes."""
+    table = Table(title=f"a step of {title}", title_justify="left", caption_justify="left")
+    _add_columns(table, "part", "ms, median", "quartiles", "share", "")
+    for part, spread in profile.parts.items():
+        share = _share(profile, part)
+        table.add_row(part, *_milliseconds(spread), f"{share:.0%}", _bar(share))
+    table.add_section()
+    table.add_row("one after another", f"{_sum(profile) * 1e3:,.3f}", "", "100%")
+    table.add_row("in training", *_milliseconds(profile.step), "")
+    table.caption = (
+        f"{profile.turns} turns, {profile.steps_per_dispatch} steps a dispatch. Compute is a difference: steps alone, "
+        "less dispatch. So is aggregation: steps of the strategy, less steps alone."
+    )
+    return table
+
+
+def run_table(profile: "Profile") -> Table:
+    """Shows where the time of the whole run would go, if it went on as measured."""
+    evaluations = -(-profile.steps // profile.steps_per_evaluation)
+    seconds = {
+        **profile.once,
+        f"{_count(profile.steps, 'step')}, estimated": profile.steps * profile.step.median,
+        f"{_count(evaluations, 'evaluation')}, estimated": evaluations * profile.evaluation.median,
+    }
+    total = sum(seconds.values())
+    table = Table(title="the whole run", title_justify="left")
+    _add_columns(table, "part", "seconds", "share", "")
+    for part, taken in seconds.items():
+        table.add_row(part, f"{taken:,.2f}", f"{taken / total:.0%}", _bar(taken / total))
+    table.add_section()
+    table.add_row("together", f"{total:,.2f}", "100%")
+    return table
+
+
+def scaling_table(profile: "Profile") -> Table:
+    """Shows what more devices are worth, for the same global batch."""
+    table = Table(title=f"steps of {profile.batch_size} examples on more devices", title_justify="left")
+    _add_columns(table, "devices", "ms, median", "quartiles", "examples/s", "speed-up", "efficiency")
+    for (count, spread), faster in zip(profile.scaling.items(), _speed_ups(profile), strict=True):
+        table.add_row(
+            f"{count}",
+            *_milliseconds(spread),
+            f"{profile.batch_size / spread.median:,.0f}",
+            f"{faster:.2f}",
+            f"{faster / count:.0%}",
+        )
+    return table
+
+
+def plot(profile: "Profile", title: str) -> "Figure":
+    """Draws where the time of a step goes, and what more devices are worth."""
+    import numpy as np  # not before the import of JAX is measured
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+
+    parts = list(profile.parts)
+    milliseconds = [1e3 * profile.parts[part].median for part in parts]
+    low = [1e3 * (spread.median - spread.low) for spread in profile.parts.values()]
+    high = [1e3 * (spread.high - spread.median) for spread in profile.parts.values()]
+    left.barh(parts, milliseconds, xerr=(low, high), color=[_COLORS[part] for part in parts], capsize=3)
+    left.axvline(1e3 * profile.step.median, color="tab:gray", linestyle="--", label="a step in training")
+    left.invert_yaxis()
+    left.set(xlabel="ms a step", title="where the time goes")
+    left.legend()
+
+    counts = list(profile.scaling)
+    slow, middle, fast = (
+        np.array([profile.batch_size / seconds for seconds in bounds])
+        for bounds in zip(*((one.high, one.median, one.low) for one in profile.scaling.values()), strict=True)
+    )
+    speed_ups = np.array(_speed_ups(profile))
+    right.errorbar(
+        counts, middle, (middle - slow, fast - middle), marker="o", capsize=3, label="measured, with efficiency"
+    )
+    right.plot(counts, middle / speed_ups * counts, color="tab:gray", linestyle="--", label="in proportion to devices")
+    for count, speed, faster in zip(counts, middle, speed_ups, strict=True):
+        right.annotate(f"{faster / count:.0%}", (count, speed), (0, 7), textcoords="offset points", ha="center")
+    right.set(xlabel="devices", title="examples/s", ylim=(0, None), xticks=counts)
+    right.yaxis.set_major_formatter("{x:,.0f}")
+    right.margins(x=0.1)
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _add_columns(table: Table, *names: str) -> None:
+    for name in names:
+        table.add_column(name, justify="left" if name in ("part", "") else "right")
+
+
+def _speed_ups(profile: "Profile") -> list[float]:
+    """Returns how many times as fast as one device each number of them is.
+
+    Where one cannot run alone, the fewest that can count as in proportion to it.
+    """
+    fewest = min(profile.scaling)
+    return [fewest * profile.scaling[fewest].median / spread.median for spread in profile.scaling.values()]
+
+
+def _sum(profile: "Profile") -> float:
+    return sum(spread.median for spread in profile.parts.values())
+
+
+def _share(profile: "Profile", part: str) -> float:
+    return profile.parts[part].median / _sum(profile)
+
+
+def _milliseconds(spread: "Spread") -> tuple[str, str]:
+    return f"{spread.median * 1e3:,.3f}", f"{spread.low * 1e3:,.3f}-{spread.high * 1e3:,.3f}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.3g} ms"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number > 1)}"
+
+
+def _bar(share: float) -> str:
+    return "█" * round(share * _BAR)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
+    sys.exit(main(sys.argv[1:]))

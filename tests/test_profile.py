@@ -1,0 +1,190 @@
+"""Where the time goes: parts of a step, sentences that follow from numbers, and the command. No time is held."""
+
+import re
+from dataclasses import replace
+
+import optax
+import pytest
+from conftest import ALL_DEVICES
+from rich.console import Console
+
+from ctde_jax import Strategy, data, models, profile, stopwatch
+from ctde_jax.aggregate import gossip
+from ctde_jax.stopwatch import Profile, Spread, Training, measure, spread
+from ctde_jax.tasks import classification
+
+
+def exactly(seconds: float) -> Spread:
+    return Spread(seconds, seconds, seconds)
+
+
+def parts(**milliseconds: float) -> dict[str, Spread]:
+    """A step that is nearly all compute, but for these parts."""
+    usual = {"input": 0.1, "dispatch": 0.1, "compute": 9.0, "aggregation": 0.8}
+    return {part: exactly(time / 1e3) for part, time in {**usual, **milliseconds}.items()}
+
+
+FAST = Profile(
+    replicas=4,
+    cores=None,
+    batch_size=256,
+    steps=1000,
+    steps_per_dispatch=20,
+    steps_per_evaluation=100,
+    once={"imports": 1.0, "trace": 0.5, "lower": 0.5, "compile": 3.0, "compile evaluation": 1.0},
+    parts=parts(),
+    scaling={1: exactly(0.038), 2: exactly(0.019), 4: exactly(0.010)},
+    evaluation=exactly(0.05),
+    half_batch=exactly(0.55),
+    turns=9,
+)
+
+
+def test_nothing_stands_out_where_a_step_is_compute():
+    assert profile.advice(FAST) == ["Nothing stands out: 90% of a step is compute."]
+
+
+SLOW = {
+    "4 fake devices share 2 cores with each other and with the host: they": {"cores": 2},
+    "4 fake devices share 1 core with": {"cores": 1},
+    "With half the batch a step takes 93% of its time: 64 examples on a device are too few": {
+        "half_batch": exactly(0.93)
+    },
+    "The host stands between any two steps, as each is a dispatch of its own": {"steps_per_dispatch": 1},
+    "Input takes 12 ms a step, the devices take 9.8 ms: they wait for it.": {"parts": parts(input=12)},
+    "Aggregation is 53% of a step, waiting for the slowest device included": {"parts": parts(aggregation=10.2)},
+    "Compilation takes 5.00 s, and all 100 steps 1.00 s: a run this short": {"steps": 100},
+    "Evaluation takes 25% of the time from one evaluation to the next, which come every 3 steps": {
+        "steps_per_evaluation": 3,
+        "evaluation": exactly(0.01),
+    },
+}
+
+
+@pytest.mark.parametrize("sentence", SLOW)
+def test_what_makes_it_slow_is_said(sentence: str):
+    (said,) = profile.advice(replace(FAST, **SLOW[sentence]))
+    assert said.startswith(sentence)
+
+
+@pytest.mark.parametrize("changes", [{"cores": 2}, {"parts": parts(aggregation=10.2)}])
+def test_single_device_is_no_crowd(changes: dict):
+    alone = replace(FAST, replicas=1, scaling={1: exactly(0.010)}, **changes)
+    assert profile.advice(alone)[0].startswith("Nothing stands out")
+
+
+def test_batch_that_cannot_be_halved_is_not_called_small():
+    assert profile.advice(replace(FAST, half_batch=None)) == profile.advice(FAST)
+
+
+def shown(table) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_shares_of_a_step_are_of_its_parts_one_after_another():
+    text = shown(profile.step_table(FAST, "a network"))
+    assert [int(share) for share in re.findall(r"(\d+)%", text)] == [1, 1, 90, 8, 100]
+    assert "one after another │     10.000" in text
+    assert "9 turns, 20 steps a dispatch. Compute is a difference" in text
+
+
+def test_run_is_what_happens_once_and_all_steps_and_evaluations():
+    text = shown(profile.run_table(FAST))
+    assert "1,000 steps, estimated    │   10.00" in text
+    assert "10 evaluations, estimated │    0.50" in text
+    assert "together                  │   16.50" in text
+
+
+def test_speed_up_is_counted_from_one_device():
+    text = shown(profile.scaling_table(FAST))
+    assert re.search(r"1 │.* 1.00 │ +100%", text)
+    assert re.search(r"4 │.* 25,600 │ +3.80 │ +95%", text)
+
+
+def test_where_one_device_cannot_run_two_count_as_two():
+    text = shown(profile.scaling_table(replace(FAST, scaling={2: exactly(0.02), 4: exactly(0.01)})))
+    assert re.search(r"2 │.* 2.00 │ +100%", text)
+    assert re.search(r"4 │.* 4.00 │ +100%", text)
+
+
+def test_spread_has_quartiles_and_no_negative_time():
+    assert spread([5, 1, 2, 3, 4]) == (3, 2, 4)
+    assert spread([-3, -2, -1, 1, 2]) == (0, 0, 1)
+
+
+def test_every_part_is_measured_where_devices_keep_data_and_cannot_be_alone(digits: data.Dataset):
+    """Gossip needs a neighbor, so one device is left out; so is half of a batch of two examples."""
+    training = Training(
+        model=models.mlp([64, 10]),
+        data=digits,
+        optimizer=optax.adam(0.001),
+        strategy=Strategy(2, gossip("ring"), diverges=True, synchronous_steps=2),
+        task=classification,
+        batch_size=2,
+        steps=8,
+        eval_every=4,
+        log_every=4,
+        partition=lambda replicas: data.partition.iid(digits.train.labels, replicas, 0),
+        ema_decay=0.9,
+    )
+
+    measured = measure(training, ALL_DEVICES[:2], seconds=0, say=lambda text: None)
+
+    assert tuple(measured.parts) == stopwatch.PARTS
+    for one in [*measured.parts.values(), measured.evaluation, measured.step]:
+        assert 0 <= one.low <= one.median <= one.high
+    assert min(measured.once.values()) > 0
+    assert list(measured.scaling) == [2]
+    assert measured.half_batch is None
+    assert (measured.steps_per_dispatch, measured.steps_per_evaluation) == (4, 4)
+    assert measured.cores
+
+
+def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profile, "SECONDS", 0)
+    folder, trace = tmp_path / "run", tmp_path / "trace"
+
+    options = ["--devices", "2", "--widths", "8", "--log-every", "4", "--run-dir", str(folder), f"--trace={trace}"]
+    assert profile.main(options) == 0
+
+    assert (folder / "profile.png").stat().st_size > 10_000
+    assert list(trace.rglob("*.xplane.pb"))
+    assert list(trace.rglob("perfetto_trace.json.gz"))
+    output = capsys.readouterr().out
+    for words in ["mlp on digits, 2 devices, 64 examples", *stopwatch.PARTS, "together", "efficiency"]:
+        assert words in output
+    assert "2 fake devices share" in output
+    assert f"trace      {trace}: open perfetto_trace.json.gz" in output
+
+
+MISTAKES = {
+    "--trace": "--trace must name a folder, got none.",
+    "--trace --devices 2": "--trace must name a folder, got none.",
+    "--trace file/trace": "--trace must name a folder to write to, but file/trace failed: Not a directory.",
+    "--eval-every 0": "--eval-every must be at least 1, got 0.",
+    "--batch-size 66 --devices 4": "--batch-size must be a multiple of the 4 devices, got 66; 64 would do.",
+    "--run-dir file/run": "--run-dir must be a folder that can be written to and has room",
+    "--trase x": "--trase is no option",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, mistake: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+
+    assert profile.main(mistake.split()) == 2
+
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {MISTAKES[mistake]}")
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_names_the_option_of_its_own_and_those_of_a_run(capsys):
+    with pytest.raises(SystemExit):
+        profile.main(["--help"])
+    assert re.search(r"--trace FOLDER .*--batch-size", capsys.readouterr().out, flags=re.DOTALL)
