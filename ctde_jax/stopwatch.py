@@ -6,6 +6,9 @@ until its results are there: without the host's call that is compute. By how muc
 takes is aggregation: what is encoded, sent and combined, and waiting for the slowest device. The loop of training does
 some of this at the same time, so the parts may come to more than a step of that loop, which is measured, too.
 
+Fake CPU devices share the cores with the host, whose call may return only after they have begun: there the sum of
+dispatch and compute is more certain than either.
+
 The contestants take turns in one process, so that whatever else the machine does meets them all.
 """
 
