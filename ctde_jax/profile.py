@@ -161,9 +161,8 @@ def _about_cores(profile: "Profile") -> Iterable[str]:
     if profile.cores is None or profile.replicas == 1:
         return
     yield (
-        f"{profile.replicas} fake devices share {_count(profile.cores, 'core')} with each other and with the host: "
-        "they show how devices agree, and cannot be faster than the cores are. Of dispatch and compute, which run into "
-        "each other there, only the sum is certain. Where speed matters, compare --devices 1."
+        f"{profile.replicas} fake devices share {_count(profile.cores, 'core')}: they show how devices agree, and "
+        "cannot be faster than the cores are. Where speed matters, compare --devices 1."
     )
 
 
@@ -186,11 +185,11 @@ def _about_dispatch(profile: "Profile") -> Iterable[str]:
 
 
 def _about_input(profile: "Profile") -> Iterable[str]:
-    parts = profile.parts
-    device = parts["compute"].median + parts["aggregation"].median
-    if parts["input"].median > device:
+    taken = profile.parts["input"].median
+    rest = _sum(profile) - taken
+    if taken > rest:
         yield (
-            f"Input takes {_time(parts['input'].median)} a step, the devices take {_time(device)}: they wait for it. "
+            f"Input takes {_time(taken)} a step, all else {_time(rest)}: the devices wait for it. "
             "More steps in a dispatch (--log-every) or larger batches make it cheaper."
         )
 
@@ -238,6 +237,8 @@ def step_table(profile: "Profile", title: str) -> Table:
         f"{profile.turns} turns, {profile.steps_per_dispatch} steps a dispatch. Compute is a difference: steps alone, "
         "less dispatch. So is aggregation: steps of the strategy, less steps alone."
     )
+    if profile.cores is not None:
+        table.caption += " On a CPU host and devices share cores: of dispatch and compute only the sum is certain."
     return table
 
 

@@ -45,13 +45,13 @@ def test_nothing_stands_out_where_a_step_is_compute():
 
 
 SLOW = {
-    "4 fake devices share 2 cores with each other and with the host: they": {"cores": 2},
-    "4 fake devices share 1 core with": {"cores": 1},
+    "4 fake devices share 2 cores: they show how devices agree": {"cores": 2},
+    "4 fake devices share 1 core: they": {"cores": 1},
     "With half the batch a step takes 93% of its time: 64 examples on a device are too few": {
         "half_batch": exactly(0.93)
     },
     "The host stands between any two steps, as each is a dispatch of its own": {"steps_per_dispatch": 1},
-    "Input takes 12 ms a step, the devices take 9.8 ms: they wait for it.": {"parts": parts(input=12)},
+    "Input takes 12 ms a step, all else 9.9 ms: the devices wait for it.": {"parts": parts(input=12)},
     "Aggregation is 53% of a step, waiting for the slowest device included": {"parts": parts(aggregation=10.2)},
     "Compilation takes 5.00 s, and all 100 steps 1.00 s: a run this short": {"steps": 100},
     "Evaluation takes 25% of the time from one evaluation to the next, which come every 3 steps": {
@@ -89,6 +89,8 @@ def test_shares_of_a_step_are_of_its_parts_one_after_another():
     assert [int(share) for share in re.findall(r"(\d+)%", text)] == [1, 1, 90, 8, 100]
     assert "one after another │     10.000" in text
     assert "9 turns, 20 steps a dispatch. Compute is a difference" in text
+    assert "only the sum is certain" not in text
+    assert "only the sum is certain" in shown(profile.step_table(replace(FAST, cores=2), "a network"))
 
 
 def test_run_is_what_happens_once_and_all_steps_and_evaluations():
