@@ -52,7 +52,7 @@ def make_turn(strategy: ctde.Strategy, devices: list[jax.Device]) -> Callable[[]
     examples, key = replica.replicate((split, jax.random.key(1)), devices)
     indices = replica.shard(indices, devices)
     run = parallel_rounds(make_gradient(model, classification), optimizer, strategy, devices, None)
-    run = replica.compiled(run, devices, here, examples, indices, np.int32(rounds), key)
+    run = replica.compiled(run.lower(here, examples, indices, np.int32(rounds), key), devices)
 
     def turn() -> float:
         nonlocal here

@@ -33,7 +33,7 @@ from matplotlib import pyplot
 from points import Row
 
 import ctde_jax as ctde
-from ctde_jax import state
+from ctde_jax import replica, state
 from ctde_jax.aggregate import error_feedback, quantize, two_phase
 from ctde_jax.data import deal
 from ctde_jax.gradient import make_gradient
@@ -129,10 +129,12 @@ def device_memory(
         jax.eval_shape(lambda center: state.place(*center, optimizer, strategy, around), center),
         jax.eval_shape(lambda: batches.split),
         jax.ShapeDtypeStruct((devices, 16 // round_steps, round_steps, batch_size // devices), np.int32),
+        jax.ShapeDtypeStruct((), np.int32),
         jax.eval_shape(jax.random.key, 0),
     )
     gradient = make_gradient(model, ctde.tasks.classification)
-    program = parallel_rounds(gradient, optimizer, strategy, around, batches.axis).lower(*arguments).compile()
+    rounds = parallel_rounds(gradient, optimizer, strategy, around, batches.axis)
+    program = replica.compiled(rounds.lower(*arguments), around)
     needs = program.memory_analysis()
     return {
         "arguments": needs.argument_size_in_bytes,

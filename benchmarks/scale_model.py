@@ -81,10 +81,8 @@ def count_launches(way: Way, devices: int) -> Row:
         way.strategy,
         deal(data.train, devices, devices * BATCH_SIZE, seed=0),
         ctde.devices.start(devices),
-        rounds=2,
-        batch_size=devices * BATCH_SIZE,
     )
-    return {"launches": launches(traffic.measure(text, 2, way.inner_steps))}
+    return {"launches": launches(traffic.measure(text, way.inner_steps))}
 
 
 def time_alone(inner_steps: int) -> Row:

@@ -82,7 +82,7 @@ class Launch(NamedTuple):
 
 def launches(counted: traffic.Traffic) -> list[Launch]:
     """Returns the collectives of a round."""
-    return [Launch(one.op, one.payload, one.group_size, one.times / counted.rounds) for one in counted.collectives]
+    return [Launch(one.op, one.payload, one.group_size, one.times) for one in counted.collectives]
 
 
 def time_codec(codec: Codec, numbers: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 To read the package top to bottom, follow the walk:
 
-    errors -> presets -> config -> devices -> replica -> data -> augment -> models -> initializers -> mup
+    errors -> presets -> config -> devices -> replica -> data -> feed -> augment -> models -> initializers -> mup
            -> tasks -> optimizers -> aggregate -> build -> state -> gradient -> round -> hlo -> collectives
            -> traffic -> evaluate -> reestimate -> generation -> checks -> log -> loop -> report -> targets
            -> wire -> stopwatch -> profile -> train

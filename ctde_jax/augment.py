@@ -18,13 +18,14 @@ Augment: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def apply_to(augment: Augment, key: jax.Array, inputs: jax.Array, examples: jax.Array) -> jax.Array:
-    """Augments each example by the key and its number in what the device holds, wherever it stands in a batch.
+    """Augments each example by the key and its number, wherever it stands in a batch.
 
     Args:
         augment: For a single example.
         key: Of the step.
         inputs: `[examples, ...]`
-        examples: The number of each example, `int32[examples]`; where devices keep their own data, among those.
+        examples: The number of each example in the training split, `int32[examples]`; in its batch, where batches come
+            one after another.
 
     Raises:
         InputError: The augmentation changes the shape or the type of an example.

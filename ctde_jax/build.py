@@ -11,7 +11,7 @@ import optax
 from ctde_jax import aggregate, augment, config, data, initializers, models, optimizers
 from ctde_jax.aggregate import Codec, Combine, Strategy
 from ctde_jax.augment import Augment
-from ctde_jax.data import Dataset
+from ctde_jax.data import Dataset, DiskArray
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models import Model
 from ctde_jax.mup import mup, scale_learning_rates
@@ -71,7 +71,9 @@ def build_augment(chosen: config.Data) -> Augment | None:
     return augment.chain(*parts) if parts else None
 
 
-def make_partition(chosen: config.Data, labels: np.ndarray, replicas: int, seed: int) -> list[np.ndarray] | None:
+def make_partition(
+    chosen: config.Data, labels: np.ndarray | DiskArray, replicas: int, seed: int
+) -> list[np.ndarray] | None:
     """Shares the training examples out to the devices, or to clients, for good; or not at all."""
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError("clients", "need a --partition that stays, such as iid, got --partition reshuffled.")
@@ -87,9 +89,9 @@ def make_partition(chosen: config.Data, labels: np.ndarray, replicas: int, seed:
         case "iid":
             return data.partition.iid(labels, parts, seed)
         case "by_label":
-            return data.partition.by_label(labels, parts, chosen.label_shards, seed)
+            return data.partition.by_label(np.asarray(labels), parts, chosen.label_shards, seed)
         case "dirichlet":
-            return data.partition.dirichlet(labels, parts, chosen.dirichlet_alpha, seed)
+            return data.partition.dirichlet(np.asarray(labels), parts, chosen.dirichlet_alpha, seed)
 
 
 def build_model(chosen: config.Model, dataset: Dataset) -> Model:

@@ -44,7 +44,8 @@ class Data:
     folder."""
 
     data_file: File = None
-    """Your text in UTF-8, .npz file (x_train, y_train and maybe x_test, y_test) or .csv file; by default none."""
+    """Your text in UTF-8, .npz file (x_train, y_train and maybe x_test, y_test) or folder of .npy files of these names,
+    or .csv file; by default none."""
 
     window: int = 128
     """Characters of a text that make up an example."""

@@ -1,6 +1,8 @@
 """Exact averages over a split: every example is counted once, on any number of devices and for any batch size."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from math import ceil, prod
 
 import jax
@@ -11,6 +13,7 @@ from jax import numpy as jnp
 from ctde_jax import replica
 from ctde_jax.data import Split
 from ctde_jax.errors import InputError
+from ctde_jax.feed import prefetched
 from ctde_jax.models import Model
 from ctde_jax.replica import AXIS, PyTree
 from ctde_jax.tasks import Task
@@ -20,6 +23,9 @@ Averages = dict[str, float]
 
 LABELS_AT_ONCE = 2**16
 """So long windows of a text are evaluated a few at a time."""
+
+BYTES_AT_ONCE = 2**25
+"""A split on disk is evaluated in pieces of so many bytes, or of a batch where that is more."""
 
 
 def make_evaluate(
@@ -31,7 +37,10 @@ def make_evaluate(
     model_state: PyTree,
     batch_size: int | None = None,
 ) -> Callable[[PyTree, PyTree], Averages]:
-    """Puts the split on the devices, a part on each, and makes the function that averages over it in one dispatch.
+    """Makes the function that averages over a split.
+
+    The devices hold the split, a part on each, and average in one dispatch. Of a split on disk they get some batches at
+    a time, read while they compute those before.
 
     Args:
         model: Evaluated without a key, that is in inference mode.
@@ -55,17 +64,19 @@ def make_evaluate(
     batch_size = batch_size or min(1024, max(1, LABELS_AT_ONCE // prod(split.labels.shape[1:])))
     per_replica = ceil(min(batch_size, examples) / len(devices))
     batches = ceil(examples / (per_replica * len(devices)))
+    if split.is_on_disk:
+        example_bytes = sum(array.dtype.itemsize * prod(array.shape[1:]) for array in split)
+        batches = min(batches, ceil(BYTES_AT_ONCE / (example_bytes * per_replica * len(devices))))
+    shape = (len(devices), batches, per_replica)
 
-    def rows(array: np.ndarray) -> np.ndarray:
-        filled_up = array[np.arange(len(devices) * batches * per_replica) % examples]
-        return filled_up.reshape(len(devices), batches, per_replica, *array.shape[1:])
+    def piece(first: int) -> tuple[Split, jax.Array]:
+        """Returns as many examples as there are places from this one on, and which places have one."""
+        numbers = np.arange(first, first + prod(shape))
+        inputs, labels = (array[numbers % examples].reshape(*shape, *array.shape[1:]) for array in split)
+        return replica.shard((Split(inputs, labels), (numbers < examples).reshape(shape)), devices)
 
-    parts = replica.shard(jax.tree.map(rows, split), devices)
-
-    def sum_up(center: tuple[PyTree, PyTree], part: Split) -> dict[str, jax.Array]:
+    def sum_up(center: tuple[PyTree, PyTree], part: tuple[Split, jax.Array]) -> dict[str, jax.Array]:
         params, model_state = center
-        first = lax.axis_index(AXIS) * batches * per_replica
-        is_example = first + jnp.arange(batches * per_replica).reshape(batches, per_replica) < examples
 
         def add_batch(sums, batch_and_mask):
             batch, is_example = batch_and_mask
@@ -78,15 +89,19 @@ def make_evaluate(
             return jax.tree.map(add, sums, measured), None
 
         zeros = dict.fromkeys(["loss", *task.metrics], jnp.float32(0)) | {"examples": jnp.int32(0)}
-        sums, _ = lax.scan(add_batch, zeros, (part, is_example))
+        sums, _ = lax.scan(add_batch, zeros, part)
         return lax.psum(sums, AXIS)
 
     # of three arguments with three leaves in all, pmap would take in_axes leaf by leaf
     sum_up = replica.parallel(sum_up, devices, in_axes=(None, 0), out_axes=None)
-    compiled = replica.compiled(sum_up, devices, (params, model_state), parts)
+    held = [piece(0)]
+    compiled = replica.compiled(sum_up.lower((params, model_state), held[0]), devices)
 
     def evaluate(params: PyTree, model_state: PyTree) -> Averages:
-        sums = jax.device_get(compiled((params, model_state), parts))
+        rest = (piece(first) for first in range(prod(shape), examples, prod(shape)))
+        with prefetched(rest) if split.is_on_disk else nullcontext(rest) as rest_of_pieces:
+            parts = [jax.device_get(compiled((params, model_state), each)) for each in chain(held, rest_of_pieces)]
+        sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
         assert sums["examples"] == examples, f"counted {sums['examples']} of {examples} examples"
         return task.averages(sums, examples) | {"examples": examples}
 

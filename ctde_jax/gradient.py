@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from jax.extend.core import Var
 
 from ctde_jax.augment import Augment, apply_to
-from ctde_jax.data import Split
+from ctde_jax.data import Drawn, Split
 from ctde_jax.models import Model
 from ctde_jax.replica import AXIS, SHARD, PyTree, weighted_mean
 from ctde_jax.tasks import Task
@@ -51,7 +51,7 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
         inputs, labels = split.inputs[rows], split.labels[rows]
         augment_key, model_key = jax.random.split(key)
         if augment is not None:
-            inputs = apply_to(augment, augment_key, inputs, rows)
+            inputs = apply_to(augment, augment_key, inputs, split.numbers[rows] if isinstance(split, Drawn) else rows)
 
         outputs, model_state = model.apply(params, model_state, inputs, jax.random.fold_in(model_key, shard))
         measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}

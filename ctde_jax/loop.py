@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from types import FrameType
@@ -21,9 +22,10 @@ from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
 from ctde_jax.checks import check_run, check_types
-from ctde_jax.data import Batches, Dataset, Split, count_steps, deal, dispatches
+from ctde_jax.data import Dataset, Split, count_steps, deal, deal_stream
 from ctde_jax.errors import InputError, NonFiniteLoss
 from ctde_jax.evaluate import Averages, make_evaluate
+from ctde_jax.feed import Feed, Span, make_feed, shapes
 from ctde_jax.gradient import Sums, make_gradient
 from ctde_jax.log import Row, console, make_run_folder, open_log
 from ctde_jax.models import Model, count_params, with_raw_inputs
@@ -72,7 +74,7 @@ class Trained:
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Runs the model alone on one device: `[examples, ...]` to its outputs, float32."""
-        outputs, _ = jax.jit(self.model.apply)(self.params, self.model_state, inputs, None)
+        outputs, _ = jax.jit(self.model.apply)(self.params, self.model_state, np.asarray(inputs), None)
         return np.asarray(outputs)
 
     def evaluate(self, split: Split) -> Averages:
@@ -150,7 +152,10 @@ def fit(
     devices = list(devices or available.start())
     available.check(devices)
     task = _default_task(data) if task is None else task
-    batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
+    if data.stream is not None:
+        batches = deal_stream(data.stream, len(devices), batch_size, partition)
+    else:
+        batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
     total_steps = count_steps(batches.steps_per_epoch, epochs, steps)
     eval_every = batches.steps_per_epoch if eval_every is None else eval_every
     check_run(
@@ -177,49 +182,45 @@ def fit(
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
     train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
-    place = replica.replicate if batches.axis is None else replica.shard
-    examples, key = place(batches.split, devices), replica.replicate(train_key, devices)
+    feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
     clock.lap("start-up")
 
     gradient = make_gradient(model, task, augment, accumulate)
-    programs, shapes = [], train_state
+    programs, like = [], train_state
     for phase in phases:
         if programs:
-            shapes = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), shapes)
-        indices = (len(devices), phase.cut.rounds, phase.cut.round_steps, batch_size // len(devices))
+            like = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), like)
         rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
-        indices = jax.ShapeDtypeStruct(indices, np.int32)
-        programs.append(replica.compiled(rounds, devices, shapes, examples, indices, np.int32(0), key))
+        programs.append(replica.compiled(rounds.lower(like, *shapes(batches, phase.spans[0]), key), devices))
     center = replica.replicate((params, model_state), devices)
     splits = {"validation": data.validation, "test": data.test}
     evaluate = {
         name: make_evaluate(model, task, split, devices, *center) for name, split in splits.items() if split is not None
     }
-    reestimate = _make_reestimate(model, batches, devices, reestimate_batches, examples, key)
+    reestimate = _make_reestimate(model, feed, devices, batches.axis, reestimate_batches, key)
     hosts = [device.process_index for device in devices]
     traffic = [
         measure(program.as_text(), phase.strategy.inner_steps, hosts)
         for program, phase in zip(programs, phases, strict=True)
     ]
-    at_first = f", after {phases[0].stop} synchronous steps" if len(phases) > 1 else ""
+    at_first = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
     says = summary(traffic[-1], count_params(params), len(devices)) + at_first
     console(quiet=not show).print(f"wire       {says}")
     clock.lap("compile")
 
     meter = _Meter(batches.steps_per_epoch, task)
-    with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log:
+    spans = [span for phase in phases for span in phase.spans]
+    with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log, feed(spans) as dispatches:
         for phase, train_rounds, sent in zip(phases, programs, traffic, strict=True):
             if phase.start:
                 train_state = phase.begin(train_state, devices)
             center_of = phase.make_center(devices)
-            for start in range(phase.start, phase.stop, phase.cut.interval):
-                stop = min(start + phase.cut.interval, phase.stop)
+            for span in phase.spans:
                 meter.start()
                 unread: list[tuple[Sums, float]] = []  # the sums of a dispatch are fetched while the next one runs
-                for indices, rounds in dispatches(batches, phase.cut.round_steps, phase.cut.rounds, start, stop):
-                    indices = replica.shard(indices, devices)
-                    train_state, sums = train_rounds(train_state, examples, indices, rounds, key)
-                    unread.append((sums, rounds * sent.sent))
+                for examples, indices, count in islice(dispatches, span.dispatches):
+                    train_state, sums = train_rounds(train_state, examples, indices, count, key)
+                    unread.append((sums, count * sent.sent))
                     if len(unread) > 1:
                         log.add(meter.train_row(*unread.pop(0)))
                     if interrupted.is_set():
@@ -266,13 +267,14 @@ def _default_task(data: Dataset) -> Task:
 
 
 def _make_reestimate(
-    model: Model, batches: Batches, devices: Sequence[jax.Device], steps: int, examples: Split, key: jax.Array
+    model: Model, feed: Feed, devices: Sequence[jax.Device], split_axis: int | None, steps: int, key: jax.Array
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """Makes the function from central parameters and the model state to the state to evaluate them with."""
     if not steps:
         return lambda params, model_state: model_state
-    indices = replica.shard(np.ascontiguousarray(batches.steps(0, steps).swapaxes(0, 1)), devices)
-    run = make_reestimate(model, devices, batches.axis)
+    with feed([Span(0, steps, steps, 1)]) as dispatches:
+        examples, indices, _ = next(dispatches)
+    run = make_reestimate(model, devices, split_axis)
     return lambda params, model_state: run(params, model_state, examples, indices, key)
 
 
@@ -300,21 +302,13 @@ class _Best:
             self._in_vain += 1
 
 
-class Cut(NamedTuple):
-    """How a run is cut: rounds of so many steps, so many rounds a dispatch, and evaluations so many steps apart."""
-
-    round_steps: int
-    rounds: int
-    interval: int
-
-
 class Phase(NamedTuple):
     """A part of a run in which one strategy is at work."""
 
     strategy: Strategy
     start: int
-    stop: int
-    cut: Cut
+    spans: list[Span]
+    """From one evaluation to the next, all cut alike."""
 
     def begin(self, train_state: state.TrainState, devices: Sequence[jax.Device]) -> state.TrainState:
         """Goes over from the synchronous phase before this one."""
@@ -330,19 +324,23 @@ class Phase(NamedTuple):
 def make_phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int) -> list[Phase]:
     """Cuts a run into its phases: where a strategy is synchronous at first, two."""
     switch = min(strategy.synchronous_steps, total_steps)
-    spans = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
+    phases = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
     return [
-        Phase(own, start, stop, _cut(own.inner_steps, eval_every, log_every, stop - start))
-        for own, start, stop in spans
+        Phase(own, start, _cut(own.inner_steps, eval_every, log_every, start, stop))
+        for own, start, stop in phases
         if start < stop
     ]
 
 
-def _cut(inner_steps: int, eval_every: int, log_every: int, total_steps: int) -> Cut:
+def _cut(inner_steps: int, eval_every: int, log_every: int, start: int, stop: int) -> list[Span]:
     round_steps = max(1, inner_steps)
-    rounds_an_interval = ceil(min(eval_every, total_steps) / round_steps)
-    dispatches_an_interval = ceil(rounds_an_interval / max(1, log_every // round_steps))
-    return Cut(round_steps, ceil(rounds_an_interval / dispatches_an_interval), rounds_an_interval * round_steps)
+    rounds = ceil(min(eval_every, stop - start) / round_steps)
+    dispatches = ceil(rounds / max(1, log_every // round_steps))
+    interval = rounds * round_steps
+    return [
+        Span(first, min(first + interval, stop), round_steps, ceil(rounds / dispatches))
+        for first in range(start, stop, interval)
+    ]
 
 
 class _Clock:

@@ -14,7 +14,7 @@ from ctde_jax.replica import SHARD, PyTree, weighted_mean
 Reestimate = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], PyTree]
 """`reestimate(params, model_state, split, batches, key) -> model_state`
 
-`batches` is `int32[replica, steps, per_replica]`, of which places without an example count like those that they repeat.
+`batches` is `int32[replica, ..., per_replica]`, of which places without an example count like those that they repeat.
 """
 
 
@@ -49,7 +49,7 @@ def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int
             one_shard = jax.vmap(of_batch, in_axes=(None, None, 0, None), axis_name=SHARD)
             return one_shard(params, model_state, split.inputs[rows][None], key)
 
-        every_step = lax.map(of_step, batches)
+        every_step = lax.map(of_step, batches.reshape(-1, batches.shape[-1]))
         means = jax.tree.map(lambda x, own: x.mean((0, 1)) if _is_average(own) else own, every_step, model_state)
         return weighted_mean(means, 1.0)
 

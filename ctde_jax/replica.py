@@ -46,14 +46,14 @@ def parallel(
     )
 
 
-def compiled(program: jax.stages.Wrapped, devices: Sequence[jax.Device], *arguments: PyTree) -> jax.stages.Compiled:
-    """Compiles what `parallel` has made for arguments like these, arrays or their shapes.
+def compiled(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+    """Compiles what `parallel` has made, lowered for its arguments.
 
     Several fake devices take one thread each, for they share the cores; one alone takes all of them.
     """
     share_cores = devices[0].platform == "cpu" and len(devices) > 1
     options: dict[str, str | bool] | None = {"xla_cpu_multi_thread_eigen": False} if share_cores else None
-    return program.lower(*arguments).compile(compiler_options=options)
+    return lowered.compile(compiler_options=options)
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:

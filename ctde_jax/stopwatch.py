@@ -30,8 +30,9 @@ from ctde_jax.augment import Augment
 from ctde_jax.data import Batches, Dataset, deal, dispatches
 from ctde_jax.errors import InputError
 from ctde_jax.evaluate import make_evaluate
+from ctde_jax.feed import Span
 from ctde_jax.gradient import Sums, make_gradient
-from ctde_jax.loop import Cut, make_phases
+from ctde_jax.loop import make_phases
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
@@ -132,7 +133,7 @@ def measure(
         say: Is told what is being done.
     """
     phase = make_phases(training.strategy, training.steps, training.eval_every, training.log_every)[-1]
-    strategy, cut = phase.strategy, phase.cut
+    strategy, cut = phase.strategy, phase.spans[0]
     steps = cut.rounds * cut.round_steps
     before = time.perf_counter()
     model = with_raw_inputs(training.model, training.data.shift, training.data.scale)
@@ -144,7 +145,7 @@ def measure(
     say(f"compiling for {len(devices)} devices")
     own = _Contestant(training, model, center, strategy, cut, devices, training.batch_size)
     lonely = Strategy(steps, optax.identity(), inner=strategy.inner)
-    alone = _Contestant(training, model, center, lonely, Cut(steps, 1, 0), devices, training.batch_size, own)
+    alone = _Contestant(training, model, center, lonely, Span(0, steps, steps, 1), devices, training.batch_size, own)
     half = None
     if training.batch_size % (2 * len(devices) * training.accumulate) == 0:
         half = _Contestant(training, model, center, strategy, cut, devices, training.batch_size // 2, own)
@@ -195,7 +196,7 @@ def measure(
         batch_size=training.batch_size,
         steps=training.steps,
         steps_per_dispatch=steps,
-        steps_per_evaluation=min(cut.interval, training.steps),
+        steps_per_evaluation=cut.stop - cut.start,
         once={"start of the model": started, **own.once, "compile evaluation": compiled_evaluation},
         parts={part: measured[part] for part in PARTS},
         scaling={count: spread(loops[count]) for count in sorted(loops)},
@@ -230,7 +231,7 @@ class _Contestant:
         model: Model,
         center: tuple[PyTree, PyTree],
         strategy: Strategy,
-        cut: Cut,
+        cut: Span,
         devices: Sequence[jax.Device],
         batch_size: int,
         beside: "_Contestant | None" = None,
@@ -249,13 +250,13 @@ class _Contestant:
         placed = time.perf_counter()
         gradient = make_gradient(model, training.task, training.augment, training.accumulate)
         rounds = parallel_rounds(gradient, training.optimizer, strategy, devices, self.batches.axis, training.ema_decay)
-        arguments = (self._state, self.examples, replica.shard(next(self._indices), devices), self.key)
+        arguments = (self._state, self.examples, *self._input(), self.key)
         ready = time.perf_counter()
         jax.eval_shape(rounds, *arguments)
         traced = time.perf_counter()
         lowered = rounds.lower(*arguments)
         is_lowered = time.perf_counter()
-        self._run = lowered.compile()
+        self._run = replica.compiled(lowered, devices)
         self.once = {
             "state and data on the devices": placed - before,
             "trace": traced - ready,
@@ -265,9 +266,9 @@ class _Contestant:
 
     def dispatch(self) -> _Dispatch:
         """Runs the program once, its input there already."""
-        indices = jax.block_until_ready(replica.shard(next(self._indices), self.devices))
+        indices = jax.block_until_ready(self._input())
         before = time.perf_counter()
-        sums = self._advance(indices)
+        sums = self._advance(*indices)
         returned = time.perf_counter()
         jax.block_until_ready((self._state, sums))
         return _Dispatch((returned - before) / self._steps, (time.perf_counter() - before) / self._steps)
@@ -276,7 +277,7 @@ class _Contestant:
         """Runs the program so many times as training does, and returns the seconds that a step has taken."""
         before, unread = time.perf_counter(), None
         for _ in range(length):
-            sums = self._advance(replica.shard(next(self._indices), self.devices))
+            sums = self._advance(*self._input())
             if unread is not None:
                 jax.device_get(unread)  # of the dispatch before, while this one runs
             unread = sums
@@ -294,7 +295,7 @@ class _Contestant:
             self._fresh.draw(turn)
         drawn = time.perf_counter()
         start = turn * max(drawn_steps, self._steps)
-        indices = next(dispatches(self._fresh, self._cut.round_steps, self._cut.rounds, start, start + self._steps))
+        indices, _ = next(dispatches(self._fresh, self._cut.round_steps, self._cut.rounds, start, start + self._steps))
         jax.block_until_ready(replica.shard(indices, self.devices))
         return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / self._steps
 
@@ -305,8 +306,12 @@ class _Contestant:
                 with jax.profiler.StepTraceAnnotation("dispatch", step_num=number):
                     self.dispatch()
 
-    def _advance(self, indices: jax.Array) -> Sums:
-        self._state, sums = self._run(self._state, self.examples, indices, self.key)
+    def _input(self) -> tuple[jax.Array, np.int32]:
+        indices, rounds = next(self._indices)
+        return replica.shard(indices, self.devices), rounds
+
+    def _advance(self, indices: jax.Array, rounds: np.int32) -> Sums:
+        self._state, sums = self._run(self._state, self.examples, indices, rounds, self.key)
         return sums
 
 

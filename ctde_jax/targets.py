@@ -10,7 +10,6 @@ from functools import partial
 from importlib.util import find_spec
 
 import jax
-import numpy as np
 import optax
 from jax.experimental import topologies
 
@@ -18,6 +17,7 @@ from ctde_jax import state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Batches, Dataset
 from ctde_jax.errors import InputError
+from ctde_jax.feed import Span, shapes
 from ctde_jax.gradient import make_gradient
 from ctde_jax.models import Model
 from ctde_jax.replica import AXIS
@@ -73,7 +73,6 @@ def compile_rounds(
     batches: Batches,
     devices: Sequence[jax.Device],
     *,
-    batch_size: int,
     accumulate: int = 1,
 ) -> str:
     """Compiles rounds as `fit` would run them, also for devices that are not here, and returns the program's text."""
@@ -85,14 +84,9 @@ def compile_rounds(
         axis_name=AXIS,
         axis_size=len(devices),
     )
-    indices = (len(devices), 1, max(1, strategy.inner_steps), batch_size // len(devices))
-    arguments = (
-        jax.eval_shape(create, *center),
-        jax.eval_shape(lambda: batches.split),
-        jax.ShapeDtypeStruct(indices, np.int32),
-        jax.ShapeDtypeStruct((), np.int32),
-        jax.eval_shape(jax.random.key, 0),
-    )
+    round_steps = max(1, strategy.inner_steps)
+    dispatch = shapes(batches, Span(0, round_steps, round_steps, 1))
+    arguments = (jax.eval_shape(create, *center), *dispatch, jax.eval_shape(jax.random.key, 0))
     gradient = make_gradient(model, task, accumulate=accumulate)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
     return train_rounds.lower(*arguments).compile().as_text() or ""

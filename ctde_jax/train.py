@@ -12,6 +12,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
+
 import ctde_jax as ctde
 from ctde_jax import config as options
 from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least
@@ -75,7 +77,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     with ctde.log.writing_to(folder):
         options.save(config, folder / "config.json")
         if partition is not None and data.classes:
-            picture = ctde.data.partition.plot(data.train.labels, partition, data.classes)
+            picture = ctde.data.partition.plot(np.asarray(data.train.labels), partition, data.classes)
             picture.savefig(folder / "partition.png", dpi=120)
 
     console = ctde.log.console()
@@ -108,7 +110,7 @@ def _sampler(
     check_at_least(0, sample_length=chosen.sample_length)
     if not data.vocabulary or not chosen.sample_length:
         return None
-    start = data.vocabulary[data.train.inputs[0, 0]] if chosen.prompt is None else chosen.prompt
+    start = data.vocabulary[data.train.inputs[0][0]] if chosen.prompt is None else chosen.prompt
     if not start:
         raise InputError("prompt", "must be at least one character, got none.")
     try:

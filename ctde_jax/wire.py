@@ -56,7 +56,6 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         strategy,
         batches,
         devices,
-        batch_size=batch_size,
         accumulate=chosen.optimization.accumulate,
     )
     traffic = measure(text, strategy.inner_steps, [device.process_index for device in devices])

@@ -7,7 +7,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ctde_jax"
 WALK = [
-    *("errors", "presets", "config", "devices", "replica", "data", "augment", "models", "initializers", "mup", "tasks"),
+    *(
+        "errors",
+        "presets",
+        "config",
+        "devices",
+        "replica",
+        "data",
+        "feed",
+        "augment",
+        "models",
+        "initializers",
+        "mup",
+        "tasks",
+    ),
     *("optimizers", "aggregate", "build", "state", "gradient", "round", "hlo", "collectives", "traffic", "evaluate"),
     *(
         "reestimate",

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ctde_jax import data
+from ctde_jax.data import files
 from ctde_jax.data.files import from_csv, from_npz
 from ctde_jax.errors import InputError
 
@@ -181,7 +183,8 @@ def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault:
 @pytest.mark.parametrize("read", [from_npz, from_csv])
 def test_path_that_is_no_file_is_named(tmp_path: Path, read):
     """An absent file and a folder are told apart."""
-    for path, reason in ((tmp_path / "absent", "No such file or directory"), (tmp_path, "Is a directory")):
+    folder = [(tmp_path, "Is a directory")] if read is from_csv else []  # from_npz reads a folder, too
+    for path, reason in [(tmp_path / "absent", "No such file or directory"), *folder]:
         assert fault_of(read, path) == (
             f"data_file names {path}, which cannot be opened ({reason}): give the path of a readable file."
         )
@@ -316,3 +319,54 @@ def test_label_column_needs_a_header(tmp_path: Path):
         f"label_column must name a column, got 'species', but {path} has no header line: add one, "
         "or put the labels into the last column and leave the option out."
     )
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_large_arrays_stay_in_their_file(tmp_path, monkeypatch, kind):
+    """Whole, they are the same data set; `.npz` is a zip of what the folder has."""
+    x, y = np.arange(600, dtype=np.int64).reshape(50, 3, 4), np.arange(50) % 3
+    np.savez(tmp_path / "arrays.npz", first=x, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    path = tmp_path / "arrays.npz"
+    if kind == "folder":
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(tmp_path / "arrays")
+        path = tmp_path / "arrays"
+    loaded = data.from_npz(path)
+    monkeypatch.setattr(files, "STREAMED_FROM", x[:9].nbytes + 1)
+    large = data.from_npz(path)
+
+    assert isinstance(large.train.inputs, data.DiskArray)
+    assert not isinstance(large.test.inputs, data.DiskArray)
+    assert large.notes == (
+        "x_train takes 4.8 kB, and stays in its file, from which it is read while training goes on.",
+    )
+    assert loaded.notes == ()
+    for array, expected in zip((*large.train, *large.test), (*loaded.train, *loaded.test), strict=True):
+        np.testing.assert_array_equal(np.asarray(array), expected)
+
+
+@pytest.mark.parametrize("how", ["compressed", "by columns"])
+def test_large_array_that_cannot_stay_in_its_file_is_loaded_and_said(tmp_path, monkeypatch, how):
+    x = np.arange(600).reshape(50, 3, 4)
+    save, x = (np.savez_compressed, x) if how == "compressed" else (np.savez, np.asfortranarray(x))
+    save(tmp_path / "arrays.npz", x_train=x, y_train=np.arange(50) % 3)
+    monkeypatch.setattr(files, "STREAMED_FROM", 4000)
+    dataset = data.from_npz(tmp_path / "arrays.npz")
+    assert isinstance(dataset.train.inputs, np.ndarray)
+    assert "x_train takes 4.8 kB, and was loaded, as it is compressed or stored by columns" in dataset.notes[0]
+
+
+def test_folder_without_the_arrays_is_refused(tmp_path):
+    np.save(tmp_path / "x_train.npy", np.zeros((3, 2)))
+    with pytest.raises(InputError, match=r"is a folder without y_train.npy: save the arrays there with numpy.save"):
+        data.from_npz(tmp_path)
+
+
+def test_large_array_that_is_cut_off_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "STREAMED_FROM", 1)
+    np.save(tmp_path / "x_train.npy", np.zeros((50, 20)))
+    np.save(tmp_path / "y_train.npy", np.zeros(50, int))
+    with (tmp_path / "x_train.npy").open("r+b") as file:
+        file.truncate(500)
+    with pytest.raises(InputError, match=r"is damaged in x_train .it is shorter than its header says"):
+        data.from_npz(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctde_jax.data import idx
+from ctde_jax.data import DiskArray, idx
 from ctde_jax.data.idx import FASHION_MNIST, MNIST, fashion_mnist, mnist, read_idx
 from ctde_jax.errors import InputError
 
@@ -246,3 +246,23 @@ def test_real_mnist_is_the_published_one():
         1009,
     ]
     assert dataset.notes == ()
+
+
+def test_large_file_is_read_while_training_goes_on(tmp_path, monkeypatch):
+    """It is the same data set; a packed one is loaded."""
+    write(tmp_path, tiny(40, 30))
+    write(tmp_path / "packed", tiny(40, 30), "{}.gz".format)
+    loaded = mnist(tmp_path)
+    monkeypatch.setattr(idx, "STREAMED_FROM", 25_000)
+    large = mnist(tmp_path)
+    assert isinstance(large.train.inputs, DiskArray)
+    assert not isinstance(large.test.inputs, DiskArray)
+    assert "so it is read while training goes on" in large.notes[0]
+    np.testing.assert_array_equal(large.train.inputs[:], loaded.train.inputs)
+    np.testing.assert_array_equal(large.train.labels, loaded.train.labels)
+    assert isinstance(mnist(tmp_path / "packed").train.inputs, np.ndarray)
+
+    with (tmp_path / "train-images-idx3-ubyte").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match="has trailing bytes"):
+        mnist(tmp_path)

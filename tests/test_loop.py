@@ -298,7 +298,7 @@ def test_real_valued_targets_need_a_task_and_then_learn():
 
 def test_loss_that_is_averaged_by_the_user_is_refused(digits):
     task = ctde.Task(lambda outputs, labels: optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean())
-    with pytest.raises(ctde.InputError, match=r"one loss for each example.*\(8,\), got the shape \(\)"):
+    with pytest.raises(ctde.InputError, match=r"one loss for each example.*\(32,\), got the shape \(\)"):
         ctde.fit(MODEL, digits, optax.sgd(0.1), task=task, devices=devices.start(2), batch_size=64, steps=1)
 
 

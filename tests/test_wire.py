@@ -352,9 +352,7 @@ PARAMS = 64 * 8 + 8 + 8 * 10 + 10
 def compiled(strategy: Strategy, digits, model: models.Model = MODEL) -> traffic.Traffic:
     batches = data.deal(digits.train, REPLICAS, 16, seed=0)
     model = models.with_raw_inputs(model, digits.shift, digits.scale)
-    text = targets.compile_rounds(
-        model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES, batch_size=16
-    )
+    text = targets.compile_rounds(model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES)
     return traffic.measure(text, strategy.inner_steps)
 
 

@@ -13,7 +13,8 @@ from math import ceil
 
 import numpy as np
 
-from ctde_jax.data.dataset import Split
+from ctde_jax.data.dataset import Drawn, Split
+from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_at_least
 
 
@@ -21,11 +22,12 @@ from ctde_jax.errors import InputError, check_at_least
 class Batches:
     """The order in which the replicas see the examples."""
 
-    split: Split
-    """What the devices hold: the whole training split, or a row `[replica, longest_part, ...]` for each replica."""
+    split: Split | Drawn
+    """What the indices count: the whole training split, or a row `[replica, longest_part, ...]` for each replica."""
 
     axis: int | None
-    """None where every device holds all of `split`, 0 where each holds its own row."""
+    """None where every device holds all of `split`, 0 where each holds its own row of it, or, where the split is on
+    disk, what was drawn for it."""
 
     steps_per_epoch: int
     """After so many steps every example has been seen once; where clients are sampled, once on average."""
@@ -35,6 +37,11 @@ class Batches:
 
     draw: Callable[[int], np.ndarray]
     """`draw(number) -> int32[steps_per_draw, replica, per_replica]`"""
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether examples are read when it is their turn."""
+        return isinstance(self.split, Split) and self.split.is_on_disk
 
     def steps(self, start: int, stop: int) -> np.ndarray:
         """Returns the batches of these steps, at least one, counted from the start of training.
@@ -51,7 +58,8 @@ class Batches:
         (indices,) = self.steps(step, step + 1)
         own, place = np.nonzero(indices >= 0)
         rows = indices[own, place]
-        return self.split.inputs[rows] if self.axis is None else self.split.inputs[own, rows]
+        inputs = self.split.inputs
+        return inputs[rows] if self.axis is None or isinstance(inputs, DiskArray) else inputs[own, rows]
 
 
 def deal(
@@ -120,11 +128,11 @@ def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed:
         order = np.concatenate([order, np.resize(~last_batch, missing)])
         return order.reshape(steps, per_replica, replicas).swapaxes(1, 2)
 
-    return Batches(split, None, steps, steps, lru_cache(maxsize=2)(epoch))
+    return Batches(split, 0 if split.is_on_disk else None, steps, steps, lru_cache(maxsize=2)(epoch))
 
 
 def _kept(split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: int, seed: int) -> Batches:
-    replicas, longest = len(parts), max(map(len, parts))
+    replicas, longest, counts_all = len(parts), max(map(len, parts)), split.is_on_disk
 
     def rows(array: np.ndarray) -> np.ndarray:
         own = np.repeat(np.repeat(array[None, :1], longest, axis=1), replicas, axis=0)  # never all zeros
@@ -136,10 +144,14 @@ def _kept(split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: in
         order = np.full((replicas, steps * per_replica), ~0, np.int32)
         for row, part, own in zip(order, parts, range(replicas), strict=True):
             if len(part):
-                row[:] = _filled_up(np.random.default_rng((seed, number, own)).permutation(len(part)), len(row))
+                own_order = np.random.default_rng((seed, number, own)).permutation(len(part))
+                row[:] = _filled_up(part[own_order] if counts_all else own_order, len(row))
         return order.reshape(replicas, steps, per_replica).swapaxes(0, 1)
 
-    return Batches(Split(rows(split.inputs), rows(split.labels)), 0, steps, steps, lru_cache(maxsize=2)(epoch))
+    held = split
+    if not isinstance(split.inputs, DiskArray) and not isinstance(split.labels, DiskArray):
+        held = Drawn(rows(split.inputs), rows(split.labels), rows(np.arange(len(split.labels), dtype=np.int32)))
+    return Batches(held, 0, steps, steps, lru_cache(maxsize=2)(epoch))
 
 
 def _sampled(
@@ -166,7 +178,7 @@ def _sampled(
         drawn = np.random.default_rng((seed, number)).choice(with_examples, replicas, replace=False)
         return np.stack([local_steps(client, number) for client in drawn], axis=1)
 
-    return Batches(split, None, steps, inner_steps, lru_cache(maxsize=2)(a_round))
+    return Batches(split, 0 if split.is_on_disk else None, steps, inner_steps, lru_cache(maxsize=2)(a_round))
 
 
 def _part_epoch(parts: Sequence[np.ndarray], per_replica: int) -> int:

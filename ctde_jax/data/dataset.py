@@ -7,20 +7,38 @@ of a vocabulary.
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ctde_jax.data.disk import DiskArray, on_disk, pieces, stays_on_disk
 from ctde_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from ctde_jax.data.stream import Stream
 
 TEST_FRACTION = 0.2
 
 
 class Split(NamedTuple):
-    """Examples with their labels."""
+    """Examples with their labels, in memory, or in a file of which rows are read when they are needed."""
 
-    inputs: np.ndarray  # [examples, ...], uint8, int32 or float32
-    labels: np.ndarray  # int32[examples]; or int32 or float32[examples, ...] for targets that are no classes
+    inputs: np.ndarray | DiskArray  # [examples, ...], uint8, int32 or float32
+    labels: np.ndarray | DiskArray  # int32[examples]; or int32 or float32[examples, ...] for targets, no classes
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether examples are read when they are needed."""
+        return any(isinstance(array, DiskArray) for array in self)
+
+
+class Drawn(NamedTuple):
+    """Examples that were drawn from a split, with their numbers there, by which they are augmented."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    numbers: np.ndarray  # int32[examples]
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,9 +62,18 @@ class Dataset:
     validation: Split | None = None
     """Examples set aside from training that say when to stop; see `hold_out`."""
 
+    stream: "Stream | None" = None
+    """Where the training examples come in batches, one after another; then `train` is the first of them."""
+
     def __repr__(self) -> str:
+        of_each = "training examples in a batch" if self.stream else "training"
         train, test = len(self.train.inputs), len(self.test.inputs)
-        return f"Dataset({self.name!r}, {train:,} training and {test:,} test examples, {self.kinds})"
+        return f"Dataset({self.name!r}, {train:,} {of_each} and {test:,} test examples, {self.kinds})"
+
+    def check_arrays(self, option: str) -> None:
+        """Raises InputError for an option that goes through all training examples where they come in batches."""
+        if self.stream is not None:
+            raise InputError(option, f"goes with arrays, and {self.name} comes in batches; do it where they are made.")
 
     @property
     def kinds(self) -> str:
@@ -55,10 +82,10 @@ class Dataset:
 
 
 def from_arrays(
-    x_train: np.ndarray,
-    y_train: np.ndarray,
-    x_test: np.ndarray | None = None,
-    y_test: np.ndarray | None = None,
+    x_train: np.ndarray | DiskArray,
+    y_train: np.ndarray | DiskArray,
+    x_test: np.ndarray | DiskArray | None = None,
+    y_test: np.ndarray | DiskArray | None = None,
     *,
     name: str = "arrays",
     classes: tuple[str, ...] | None = None,
@@ -68,6 +95,9 @@ def from_arrays(
     Unsigned bytes are pixels, and reach the model divided by 255. Other integers, such as the tokens of a text, reach
     it as they are in int32, and everything else as it is in float32. Without test arrays, a random fifth of the
     examples (always the same) becomes the test split. The data set's notes say so.
+
+    A memory map (`np.load(path, mmap_mode="r")`, or `np.memmap`) may be larger than memory: it stays in its file, and
+    what trains on it reads each batch when it is its turn.
 
     Args:
         x_train: Inputs, `[examples, ...]`.
@@ -87,9 +117,8 @@ def from_arrays(
         raise InputError(missing, f"is missing although {present} is given; pass both or neither.")
     inputs, labels = _checked_inputs("x_train", x_train), _checked_labels("y_train", y_train)
     if classes is None:
-        are_classes = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1
-        classes = tuple(str(i) for i in range(int(labels.max(initial=0)) + 1)) if are_classes else ()
-    _check_pair("train", inputs, labels, classes)
+        classes = numbered(labels)
+    _check_pair("y_train", inputs, labels, len(classes))
 
     notes: tuple[str, ...] = ()
     if x_test is None or y_test is None:
@@ -101,7 +130,7 @@ def from_arrays(
     else:
         train = Split(inputs, labels)
         test = Split(_checked_inputs("x_test", x_test), _checked_labels("y_test", y_test))
-        _check_pair("test", test.inputs, test.labels, classes)
+        _check_pair("y_test", test.inputs, test.labels, len(classes))
         if test.inputs.dtype != inputs.dtype:
             raise InputError("x_test", f"must be {inputs.dtype} like x_train, got {test.inputs.dtype}; convert one.")
         if test.inputs.shape[1:] != inputs.shape[1:]:
@@ -122,6 +151,7 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
     Raises:
         InputError: The share is not between 0 and 1, or leaves no example for training or for validation.
     """
+    dataset.check_arrays("validation_share")
     examples = len(dataset.train.inputs)
     held_out = round(share * examples)
     if not (0 < share < 1 and 0 < held_out < examples):
@@ -142,16 +172,36 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
 
 def standardized(dataset: Dataset) -> Dataset:
     """Gives every feature zero mean and unit variance over the training split; a constant feature becomes zero."""
-    inputs = dataset.train.inputs.astype(np.float64)
-    deviation = inputs.std(axis=0, keepdims=True)
+    dataset.check_arrays("standardized")
+    inputs, total, squares = dataset.train.inputs, np.zeros(()), np.zeros(())
+    for _, piece in pieces(inputs):
+        total = total + piece.sum(axis=0, keepdims=True, dtype=np.float64)
+    mean = total / len(inputs)
+    for _, piece in pieces(inputs):
+        squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
+    deviation = np.sqrt(squares / len(inputs))
     scale = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 0)
     note = "Every feature is standardized by the training split's mean and deviation before it reaches the model."
     return replace(
         dataset,
-        shift=inputs.mean(axis=0, keepdims=True).astype(np.float32),
+        shift=mean.astype(np.float32),
         scale=scale.astype(np.float32),
         notes=(*dataset.notes, note),
     )
+
+
+def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) -> Split:
+    """Makes a split of a batch, with types and checks as in `from_arrays`."""
+    batch = Split(_checked_inputs(f"inputs of {name}", inputs), _checked_labels(f"labels of {name}", labels))
+    _check_pair(f"labels of {name}", *batch, classes)
+    return batch
+
+
+def numbered(labels: np.ndarray | DiskArray) -> tuple[str, ...]:
+    """Names the classes from 0 to the largest label, where there is one integer for each example."""
+    if isinstance(labels, DiskArray) or labels.dtype != np.int32 or labels.ndim != 1:
+        return ()
+    return tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
 
 
 def _split_off_test(split: Split) -> tuple[Split, Split]:
@@ -163,67 +213,81 @@ def _split_off_test(split: Split) -> tuple[Split, Split]:
 
 
 def _rows(split: Split, rows: np.ndarray) -> Split:
-    return Split(split.inputs[rows], split.labels[rows])
+    inputs, labels = (array.select(rows) if isinstance(array, DiskArray) else array[rows] for array in split)
+    return Split(inputs, labels)
 
 
-def _checked_inputs(option: str, inputs: np.ndarray) -> np.ndarray:
-    inputs = np.asarray(inputs)
+def _checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
+    inputs = _stored(option, inputs)
     if inputs.ndim < 2:
         raise InputError(option, f"must have the shape [examples, ...], got {inputs.shape}.")
     if len(inputs) == 0:
         raise InputError(option, f"must hold at least one example, got the shape {inputs.shape}.")
     if inputs.dtype == np.uint8:
         return inputs
-    if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_) or np.iscomplexobj(inputs):
+    if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_) or inputs.dtype.kind == "c":
         raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
     if np.issubdtype(inputs.dtype, np.integer):
         return _as_int32(option, inputs)
     with np.errstate(over="ignore"):  # what does not fit in float32 becomes infinite, and is refused as such
-        inputs = inputs.astype(np.float32)
-    if not np.isfinite(inputs).all():
-        where = ", ".join(str(i) for i in np.argwhere(~np.isfinite(inputs))[0])
-        raise InputError(
-            option,
-            f"must be finite in float32, got NaN or infinity at [{where}]; remove or fill in such examples.",
-        )
-    return inputs
+        for first, piece in pieces(inputs):
+            is_finite = np.isfinite(piece.astype(np.float32, copy=False))
+            if not is_finite.all():
+                row, *place = np.argwhere(~is_finite)[0]
+                where = ", ".join(map(str, (first + row, *place)))
+                raise InputError(
+                    option,
+                    f"must be finite in float32, got NaN or infinity at [{where}]; remove or fill in such examples.",
+                )
+        return inputs.astype(np.float32)
 
 
-def _checked_labels(option: str, labels: np.ndarray) -> np.ndarray:
-    labels = np.asarray(labels)
+def _checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
+    labels = _stored(option, labels)
+    if labels.ndim == 1:
+        labels = np.asarray(labels)
     if labels.dtype == np.bool_ or np.issubdtype(labels.dtype, np.integer):
         if labels.ndim != 1 and prod(labels.shape[1:]) == 1:
             raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
         return _as_int32(option, labels)
     if np.issubdtype(labels.dtype, np.floating):
-        if not np.isfinite(labels).all():
+        if not all(np.isfinite(piece).all() for _, piece in pieces(labels)):
             raise InputError(option, "must be finite, got NaN or infinity; remove or fill in such examples.")
         return labels.astype(np.float32)
     raise InputError(option, f"must hold integers from 0, or real-valued targets, got the type {labels.dtype}.")
 
 
-def _check_pair(split: str, inputs: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+def _stored(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
+    array = array if isinstance(array, DiskArray) else np.asarray(array)
+    return on_disk(option, array) if array.ndim and stays_on_disk(array) else array
+
+
+def _check_pair(option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray | DiskArray, classes: int) -> None:
     if len(inputs) != len(labels):
         raise InputError(
-            f"y_{split}", f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} labels."
+            option, f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} labels."
         )
-    if not classes:
-        return
-    if labels.min() < 0:
-        place = np.unravel_index(np.argmin(labels), labels.shape)
-        raise InputError(f"y_{split}", f"must count the classes from 0, got {labels[place]} for example {place[0]}.")
-    outside = labels >= len(classes)
-    if outside.any():
-        place = tuple(np.argwhere(outside)[0])
-        raise InputError(
-            f"y_{split}",
-            f"must lie from 0 to {len(classes) - 1}, one for each of the {len(classes)} classes, "
-            f"got {labels[place]} for example {place[0]}.",
-        )
+    for first, piece in pieces(labels) if classes else ():
+        if piece.min() < 0:
+            place = np.unravel_index(np.argmin(piece), piece.shape)
+            example = first + place[0]
+            raise InputError(option, f"must count the classes from 0, got {piece[place]} for example {example}.")
+        outside = piece >= classes
+        if outside.any():
+            place = tuple(np.argwhere(outside)[0])
+            raise InputError(
+                option,
+                f"must lie from 0 to {classes - 1}, one for each of the {classes} classes, "
+                f"got {piece[place]} for example {first + place[0]}.",
+            )
 
 
-def _as_int32(option: str, integers: np.ndarray) -> np.ndarray:
-    for value in (integers.min(initial=0), integers.max(initial=0)):
-        if not np.iinfo(np.int32).min <= int(value) <= np.iinfo(np.int32).max:
-            raise InputError(option, f"must fit in int32, got {value}; convert measurements to floating point.")
+def _as_int32(option: str, integers: np.ndarray | DiskArray) -> np.ndarray | DiskArray:
+    bounds = np.iinfo(np.int32)
+    stored = integers.dtype
+    if stored.kind != "b" and not (np.iinfo(stored).min >= bounds.min and np.iinfo(stored).max <= bounds.max):
+        for _, piece in pieces(integers):
+            for value in (piece.min(initial=0), piece.max(initial=0)):
+                if not bounds.min <= int(value) <= bounds.max:
+                    raise InputError(option, f"must fit in int32, got {value}; convert measurements to floating point.")
     return integers.astype(np.int32)

@@ -1,33 +1,43 @@
-"""The user's own file: arrays that numpy saved, or a table in which each line is an example."""
+"""The user's own file: arrays that numpy saved, or a table in which each line is an example.
+
+Arrays that are large stay in their file, where it holds their numbers as they are.
+"""
 
 import csv
 import io
 import math
+import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
+from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, from_arrays, standardized
+from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file
 from ctde_jax.errors import InputError, check_known
 
 REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
+Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
 LARGEST = float(np.finfo(np.float32).max)
 
 
 def from_npz(path: Path | str) -> Dataset:
     """Loads the arrays `x_train` and `y_train` of a .npz file, and `x_test` and `y_test` if it has them.
 
-    Nothing is ever unpickled.
+    Instead of a .npz file it may be a folder with `x_train.npy` and so on. What takes more than a gigabyte stays in its
+    file and is read while training goes on, unless it is compressed; the notes say so. Nothing is ever unpickled.
 
     Raises:
         InputError: The file is no whole .npz file, or what it holds makes no data set.
     """
     path = Path(path).expanduser()
-    arrays = _arrays(path)
+    arrays = _arrays_of_folder(path) if path.is_dir() else _arrays(path)
     for name in ("y_train", "y_test"):
         if name in arrays and arrays[name].dtype.kind not in "iub":
             raise faulty(
@@ -37,9 +47,25 @@ def from_npz(path: Path | str) -> Dataset:
             )
     train, test = (arrays["x_train"], arrays["y_train"]), (arrays.get("x_test"), arrays.get("y_test"))
     try:
-        return from_arrays(*train, *test, name=path.stem)
+        dataset = from_arrays(*train, *test, name=path.stem)
     except InputError as error:
         raise InputError("data_file", f"names {path}, whose arrays make no data set: {error}") from error
+    return replace(dataset, notes=(*_notes(arrays), *dataset.notes))
+
+
+def _notes(arrays: Arrays) -> list[str]:
+    """Says of large arrays whether they stay in their file."""
+    sizes = {name: array.dtype.itemsize * math.prod(array.shape) for name, array in arrays.items()}
+    return [
+        f"{name} takes {decimal(sizes[name])}, and "
+        + (
+            "stays in its file, from which it is read while training goes on."
+            if isinstance(array, DiskArray)
+            else "was loaded, as it is compressed or stored by columns: numpy.savez of a contiguous array would not be."
+        )
+        for name, array in arrays.items()
+        if sizes[name] >= STREAMED_FROM and array.ndim > 1
+    ]
 
 
 def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
@@ -63,7 +89,20 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     return replace(dataset, notes=(table.note, *dataset.notes))
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays_of_folder(folder: Path) -> Arrays:
+    paths = {name: folder / f"{name}.npy" for name in REQUIRED + OPTIONAL}
+    missing = [paths[name].name for name in REQUIRED if not paths[name].is_file()]
+    if missing:
+        raise faulty(folder, f"is a folder without {' and '.join(missing)}", "save the arrays there with numpy.save")
+    arrays = {}
+    for name, path in paths.items():
+        if path.is_file():
+            with opened(path) as file, _reading(path, name):
+                arrays[name] = _array(path, file, 0)
+    return arrays
+
+
+def _arrays(path: Path) -> Arrays:
     try:
         with opened(path) as file, zipfile.ZipFile(file) as archive:
             present = [member.removesuffix(".npy") for member in archive.namelist()]
@@ -74,17 +113,47 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
                     f"lacks {' and '.join(missing)} and has {', '.join(present) or 'no array'}",
                     "save the arrays with numpy.savez(path, x_train=..., y_train=...)",
                 )
-            return {name: _array(path, archive, name) for name in REQUIRED + OPTIONAL if name in present}
+            return {name: _member(path, file, archive, name) for name in REQUIRED + OPTIONAL if name in present}
     except zipfile.BadZipFile as error:
         raise faulty(
             path, f"is not a whole .npz file ({error})", "save the arrays with numpy.savez, or copy it again"
         ) from error
 
 
-def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _member(path: Path, file: BinaryIO, archive: zipfile.ZipFile, name: str) -> np.ndarray | DiskArray:
+    with _reading(path, name), archive.open(f"{name}.npy") as member:
+        info = archive.getinfo(f"{name}.npy")
+        return _array(path, member, _start(file, info) if info.compress_type == zipfile.ZIP_STORED else None)
+
+
+def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
+    """Returns where in a zip file the content of a member starts, after its header, its name and its extra field."""
+    place = file.tell()
+    file.seek(member.header_offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))
+    file.seek(place)
+    return member.header_offset + 30 + sum(lengths)
+
+
+def _array(path: Path, content: IO[bytes], start: int | None) -> np.ndarray | DiskArray:
+    """Reads an array, or leaves it on disk if it is large and its bytes are in the file as they are from `start` on."""
+    if start is not None:
+        version = np.lib.format.read_magic(content)
+        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])
+        shape, by_columns, dtype = read_header(content) if read_header else ((), False, np.dtype(object))
+        if math.prod(shape) * dtype.itemsize >= STREAMED_FROM and not by_columns and not dtype.hasobject:
+            array = in_file(path, start + content.tell(), dtype, shape)
+            if array.offset + array.stride * len(array) > path.stat().st_size:
+                raise EOFError("it is shorter than its header says")
+            return array
+        content.seek(0)
+    return np.lib.format.read_array(content, allow_pickle=False)
+
+
+@contextmanager
+def _reading(path: Path, name: str) -> Iterator[None]:
     try:
-        with archive.open(f"{name}.npy") as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
+        yield
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
         if "Object arrays" in str(error):
             raise faulty(

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, from_arrays
+from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file
 from ctde_jax.data.download import content_of, damaged, fetch
 from ctde_jax.data.published import Published
 from ctde_jax.errors import InputError
@@ -82,12 +84,18 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def _load(published: Published, data_dir: Path | str | None) -> Dataset:
     folder = published.folder(data_dir)
-    arrays, contents = [], {}
+    arrays, contents, large = [], {}, []
     for name, sha256 in published.sha256.items():
         urls = [f"{mirror}{name}.gz" for mirror in published.mirrors]
         path = _local(folder, name) or fetch(urls, folder / f"{name}.gz", sha256)
-        contents[name] = content = b"".join(content_of(path))
-        arrays.append(_pictures(content, path) if "images" in name else _parse(content, path, 1))
+        if path.suffix != ".gz" and path.stat().st_size >= STREAMED_FROM:
+            arrays.append(_on_disk(path, 3 if "images" in name else 1))
+            large.append(f"{path} takes {decimal(path.stat().st_size)}, so it is read while training goes on.")
+        else:
+            contents[name] = b"".join(content_of(path))
+            arrays.append(_parse(contents[name], path, 3 if "images" in name else 1))
+        if "images" in name and arrays[-1].shape[1:] != PICTURE:
+            raise damaged(path, f"has pictures of the size {arrays[-1].shape[1:]} instead of {PICTURE}")
     try:
         dataset = from_arrays(*arrays, name=published.name, classes=published.classes)
     except InputError as error:
@@ -96,7 +104,7 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
             f"holds in {folder} files that make no {published.name} data set: {error} "
             "Remove the files that are not the published ones to have those downloaded.",
         ) from error
-    return replace(dataset, notes=published.notes(folder, contents))
+    return replace(dataset, notes=(*large, *published.notes(folder, contents)))
 
 
 def _local(folder: Path, name: str) -> Path | None:
@@ -105,17 +113,26 @@ def _local(folder: Path, name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _pictures(content: bytes, path: Path) -> np.ndarray:
-    pictures = _parse(content, path, 3)
-    if pictures.shape[1:] != PICTURE:
-        raise damaged(path, f"has pictures of the size {pictures.shape[1:]} instead of {PICTURE}")
-    return pictures
+def _on_disk(path: Path, dimensions: int) -> DiskArray:
+    header = next(content_of(path), b"")[: _header_bytes(dimensions)]
+    shape = _shape(header, path, dimensions, path.stat().st_size)
+    return in_file(path, len(header), np.dtype(np.uint8), shape)
 
 
 def _parse(content: bytes, path: Path, dimensions: int) -> np.ndarray:
+    shape = _shape(content, path, dimensions, len(content))
+    return np.frombuffer(content, np.uint8, offset=_header_bytes(dimensions)).reshape(shape)
+
+
+def _header_bytes(dimensions: int) -> int:
+    return 4 + 4 * dimensions  # the magic number, and each length as a big-endian uint32
+
+
+def _shape(content: bytes, path: Path, dimensions: int, size: int) -> tuple[int, ...]:
+    """Reads the shape from the start of a file of so many bytes, and checks that these hold it."""
     magic = bytes((0, 0, 8, dimensions))  # 8 stands for unsigned bytes
-    header = len(magic) + 4 * dimensions  # each length is a big-endian uint32
-    got = len(content) - header
+    header = _header_bytes(dimensions)
+    got = size - header
     if not content:
         raise damaged(path, "is empty")
     if content[:3] != magic[:3]:
@@ -130,4 +147,4 @@ def _parse(content: bytes, path: Path, dimensions: int) -> np.ndarray:
     if got != announced:
         fault = "is truncated" if got < announced else "has trailing bytes"
         raise damaged(path, f"{fault}: its shape {shape} takes {announced:,} bytes, and it has {got:,}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return shape

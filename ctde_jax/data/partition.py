@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def iid(labels: np.ndarray, replicas: int, seed: int = 0) -> list[np.ndarray]:
+def iid(labels: np.ndarray | DiskArray, replicas: int, seed: int = 0) -> list[np.ndarray]:
     """Gives every replica an equal random share."""
     order = np.random.default_rng(seed).permutation(len(labels))
     return [np.sort(part) for part in np.array_split(order, replicas)]

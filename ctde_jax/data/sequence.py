@@ -25,6 +25,7 @@ def as_sequence(dataset: Dataset, view: str) -> Dataset:
         InputError: The view is not known, or the inputs are no pictures.
     """
     check_known("sequence", view, VIEWS)
+    dataset.check_arrays("sequence")
     picture = dataset.train.inputs.shape[1:]
     if len(picture) not in (2, 3):
         raise InputError(

@@ -1,0 +1,157 @@
+"""How examples reach the devices: all of them once, or those of a dispatch while the devices compute the one before.
+
+Where the training split is in memory, the devices hold it, and a dispatch is indices alone. Where it is on disk, or
+comes in batches, a dispatch has examples of its own, which a thread draws and puts on the devices, one dispatch ahead.
+The round is the same: its indices count what the device holds.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import ceil
+from queue import SimpleQueue
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import jax
+import numpy as np
+
+from ctde_jax import replica
+from ctde_jax.data import Arrivals, Batches, Drawn, Split, check_size, dispatches
+from ctde_jax.replica import PyTree
+
+T = TypeVar("T")
+
+
+class Span(NamedTuple):
+    """Steps that are computed without a break, in dispatches of so many rounds of so many steps."""
+
+    start: int
+    stop: int
+    round_steps: int
+    rounds: int
+
+    @property
+    def dispatches(self) -> int:
+        """How many they are; the last is filled up with empty steps."""
+        return ceil((self.stop - self.start) / (self.rounds * self.round_steps))
+
+
+Dispatch: TypeAlias = tuple[PyTree, jax.Array, np.int32]
+"""A `Split` or `Drawn` on the devices, the indices `int32[replica, most, round_steps, per_replica]` into it, and how
+many of these rounds there are."""
+
+Feed: TypeAlias = Callable[[Iterable[Span]], AbstractContextManager[Iterator[Dispatch]]]
+"""Opens the dispatches of spans that follow each other from step 0, and closes them with what draws them."""
+
+
+def make_feed(batches: Batches | Arrivals, devices: Sequence[jax.Device]) -> Feed:
+    """Puts on the devices what stays there, and makes what gives them every dispatch."""
+    if isinstance(batches, Arrivals):
+        return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in _from_stream(batches, spans))
+    if batches.is_on_disk:
+        return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in _from_disk(batches, spans))
+    place = replica.replicate if batches.axis is None else replica.shard
+    held = place(batches.split, devices)
+    return lambda spans: nullcontext((held, replica.shard(own, devices), n) for own, n in _indices(batches, spans))
+
+
+def shapes(batches: Batches | Arrivals, span: Span) -> tuple[PyTree, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Says what shapes and types a dispatch has."""
+    if isinstance(batches, Arrivals):
+        replicas, per_replica, split = batches.replicas, batches.batch_size // batches.replicas, batches.stream.like
+    else:
+        (_, replicas, per_replica), split = batches.steps(0, 1).shape, batches.split
+    indices = jax.ShapeDtypeStruct((replicas, span.rounds, span.round_steps, per_replica), np.int32)
+    count = jax.ShapeDtypeStruct((), np.int32)
+    if isinstance(batches, Batches) and not batches.is_on_disk:
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), split), indices, count
+    own = (replicas, span.rounds * span.round_steps * per_replica)
+    like = [(split.inputs.shape[1:], split.inputs.dtype), (split.labels.shape[1:], split.labels.dtype), ((), np.int32)]
+    leaves = [jax.ShapeDtypeStruct((*own, *shape), dtype) for shape, dtype in like]
+    return Drawn._make(leaves), indices, count
+
+
+@contextmanager
+def prefetched(items: Generator[T]) -> Iterator[Iterator[T]]:
+    """Draws items in a thread, one ahead of who takes them.
+
+    What goes wrong in the thread is raised where its item would have been taken. With the context the thread ends,
+    after the item at hand; only a KeyboardInterrupt does not wait for that.
+    """
+    ready: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    wanted, is_over = threading.Semaphore(1), threading.Event()
+
+    def draw() -> None:
+        try:
+            while wanted.acquire() and not is_over.is_set():
+                ready.put((next(items), None))
+            items.close()
+        except BaseException as error:  # whatever it is, it is the taker's
+            ready.put((None, error))
+
+    def taken() -> Iterator[T]:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            wanted.release()
+            yield item  # pyright: ignore[reportReturnType]
+
+    thread = threading.Thread(target=draw, name="feed", daemon=True)
+    thread.start()
+    waits = True
+    try:
+        yield taken()
+    except KeyboardInterrupt:
+        waits = False
+        raise
+    finally:
+        is_over.set()
+        wanted.release()
+        if waits:
+            thread.join()
+
+
+def _indices(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[np.ndarray, np.int32]]:
+    for span in spans:
+        yield from dispatches(batches, span.round_steps, span.rounds, span.start, span.stop)
+
+
+def _from_disk(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, np.int32]]:
+    """Reads the examples of each dispatch."""
+    for indices, rounds in _indices(batches, spans):
+        numbers = np.where(indices >= 0, indices, ~indices).reshape(len(indices), -1)
+        drawn = Drawn(batches.split.inputs[numbers], batches.split.labels[numbers], numbers)
+        yield drawn, _places(indices >= 0), rounds
+
+
+def _from_stream(arrivals: Arrivals, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, np.int32]]:
+    """Draws the batches of each dispatch."""
+    steps = arrivals.stream.steps()
+    for span in spans:
+        size = span.rounds * span.round_steps
+        for first in range(span.start, span.stop, size):
+            dealt = [_dealt(next(steps), arrivals) for _ in range(min(size, span.stop - first))]
+            rounds = np.int32(ceil(len(dealt) / span.round_steps))
+            empty = (dealt[0][0], np.zeros_like(dealt[0][1]))
+            dealt += [empty] * (size - len(dealt))
+            drawn, is_example = jax.tree.map(lambda *own: np.concatenate(own, axis=1), *dealt)
+            yield drawn, _places(is_example.reshape(arrivals.replicas, span.rounds, span.round_steps, -1)), rounds
+
+
+def _dealt(batch: Split, arrivals: Arrivals) -> tuple[Drawn, np.ndarray]:
+    """Deals a batch as `data.deal` deals arrays, filled up with itself, and says which places are examples."""
+    check_size(len(batch.inputs), arrivals.batch_size)
+    order = np.arange(len(batch.inputs), dtype=np.int32)
+    order = np.concatenate([order, np.resize(~order, arrivals.batch_size - len(order))])
+    order = order.reshape(-1, arrivals.replicas).T
+    numbers = np.where(order >= 0, order, ~order)
+    return Drawn(batch.inputs[numbers], batch.labels[numbers], numbers), order >= 0
+
+
+def _places(is_example: np.ndarray) -> np.ndarray:
+    """Counts the places that each replica has; `[replica, rounds, round_steps, per_replica]`."""
+    places = np.arange(is_example[0].size, dtype=np.int32).reshape(is_example.shape[1:])
+    return np.where(is_example, places, ~places)
