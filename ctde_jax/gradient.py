@@ -45,7 +45,7 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
             of them together; the memory that activations take is that of one group.
     """
 
-    def on_shard(params, model_state, split, indices, shard, key) -> tuple[jax.Array, PyTree, Sums]:
+    def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
         is_example = indices >= 0
         rows = jnp.where(is_example, indices, ~indices)
         inputs, labels = split.inputs[rows], split.labels[rows]
@@ -57,9 +57,18 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
         measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
         sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
         objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
-        return lax.psum(objective, SHARD), weighted_mean(model_state, sums["examples"], SHARD), lax.psum(sums, SHARD)
+        return objective, model_state, sums
 
-    on_shards = jax.vmap(on_shard, in_axes=(None, None, None, 0, 0, None), out_axes=None, axis_name=SHARD)
+    def on_shards(indices, shards, *common) -> tuple[jax.Array, PyTree, Sums]:
+        if len(shards) == 1:  # an axis of one shard would make XLA transpose
+            return on_shard(indices[0], shards[0], *common)
+
+        def on_each(indices, shard) -> tuple[jax.Array, PyTree, Sums]:
+            objective, model_state, sums = on_shard(indices, shard, *common)
+            model_state = weighted_mean(model_state, sums["examples"], SHARD)
+            return lax.psum(objective, SHARD), model_state, lax.psum(sums, SHARD)
+
+        return jax.vmap(on_each, out_axes=None, axis_name=SHARD)(indices, shards)
 
     def gradient(params, model_state, split, indices, key):
         inputs = jax.ShapeDtypeStruct((len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype)
@@ -71,7 +80,7 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
             examples, shards = group
 
             def objective(params):
-                total, new_model_state, group_sums = on_shards(params, model_state, split, examples, shards, key)
+                total, new_model_state, group_sums = on_shards(examples, shards, params, model_state, split, key)
                 return total / own_examples, (new_model_state, group_sums)
 
             group_grads, (new_model_state, group_sums) = jax.grad(objective, has_aux=True)(params)
