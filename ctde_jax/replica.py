@@ -57,12 +57,12 @@ def compiled(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> jax.
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Copies a tree onto every device; no copy shares memory with the original or with another leaf."""
+    """Puts a tree onto every device, where it may share memory with the original: it is not to be donated."""
     return _put(tree, devices, PartitionSpec())
 
 
 def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Copies to every device its own row of each array `[replica, ...]`."""
+    """Puts onto every device its own row of each array `[replica, ...]`, which is not to be donated either."""
     return _put(tree, devices, PartitionSpec(AXIS))
 
 
@@ -108,6 +108,4 @@ def _is_alone() -> bool:
 
 
 def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> PyTree:
-    # device_put shares memory where it can, whatever may_alias says; a donated leaf must not be shared.
-    copies = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else jnp.copy(x), tree)
-    return jax.device_put(copies, NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec))
+    return jax.device_put(tree, NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec))
