@@ -337,9 +337,14 @@ def take_turns(part: str, contestants: dict[str, tuple[Callable[..., float], str
                 cached = Path(folder) / f"cache-{number}"
                 if cache == "cold":
                     shutil.rmtree(cached, ignore_errors=True)
-                environment = {} if cache == "none" else {"JAX_COMPILATION_CACHE_DIR": str(cached)}
-                if OURS not in name:  # as a user does who wants small programs cached too
-                    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+                environment = {
+                    "none": {},
+                    "ours": {"XDG_CACHE_HOME": str(cached)},
+                    "theirs": {
+                        "JAX_COMPILATION_CACHE_DIR": str(cached),
+                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # small programs, too
+                    },
+                }["none" if cache == "none" else "ours" if OURS in name else "theirs"]
                 try:
                     measured = run(environment, Path(folder) / f"run-{number}-{turn}")
                 except Failed as failure:
