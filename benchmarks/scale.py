@@ -263,9 +263,13 @@ def growth() -> str:
 
 
 def draw() -> None:
-    """Draws memory above time, over each of the three sizes."""
-    figure, panels = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained", sharex="col")
-    for axis, (memory, times) in zip(("parameters", "devices", "examples"), panels.T, strict=True):
+    """Draws memory above time, over each of the three sizes that is measured."""
+    sizes = [axis for axis in ("parameters", "devices", "examples") if rows_of(axis)]
+    if not sizes:
+        return
+    shape = {"figsize": (1 + 4 * len(sizes), 7), "layout": "constrained", "sharex": "col", "squeeze": False}
+    figure, panels = pyplot.subplots(2, len(sizes), **shape)
+    for axis, (memory, times) in zip(sizes, panels.T, strict=True):
         rows = rows_of(axis)
         for i, name in enumerate(AGREEMENTS if axis == "devices" else [None]):
             own = [row for row in rows if row.get("strategy") == name]
