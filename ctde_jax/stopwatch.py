@@ -131,7 +131,14 @@ def measure(
         seconds: The turns end after about so long, but not before there are enough for a median.
         trace: A folder for a trace of a few dispatches, or None.
         say: Is told what is being done.
+
+    Raises:
+        InputError: The training data are not in memory.
     """
+    if training.data.train.is_on_disk or training.data.stream is not None:
+        raise InputError(
+            "dataset", f"must be in memory to be profiled, got {training.data.name}, which is not; profile part of it."
+        )
     phase = make_phases(training.strategy, training.steps, training.eval_every, training.log_every)[-1]
     strategy, cut = phase.strategy, phase.spans[0]
     steps = cut.rounds * cut.round_steps

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import optax
 import pytest
 from conftest import ALL_DEVICES
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from ctde_jax import Strategy, data, models, profile, stopwatch
 from ctde_jax.aggregate import gossip
+from ctde_jax.errors import InputError
 from ctde_jax.stopwatch import Profile, Spread, Training, measure, spread
 from ctde_jax.tasks import classification
 
@@ -143,6 +145,26 @@ def test_every_part_is_measured_where_devices_keep_data_and_cannot_be_alone(digi
     assert measured.half_batch is None
     assert (measured.steps_per_dispatch, measured.steps_per_evaluation) == (4, 4)
     assert measured.cores
+
+
+def test_data_on_disk_are_refused_in_a_sentence(digits: data.Dataset, tmp_path):
+    np.save(tmp_path / "x.npy", digits.train.inputs)
+    pictures = np.load(tmp_path / "x.npy", mmap_mode="r")
+    training = Training(
+        model=models.mlp([64, 10]),
+        data=data.from_arrays(pictures, digits.train.labels, *digits.test),
+        optimizer=optax.adam(0.001),
+        strategy=Strategy(),
+        task=classification,
+        batch_size=8,
+        steps=8,
+        eval_every=4,
+        log_every=4,
+        partition=lambda replicas: None,
+    )
+
+    with pytest.raises(InputError, match="dataset must be in memory to be profiled, got arrays, which is not"):
+        measure(training, ALL_DEVICES[:2], seconds=0)
 
 
 def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, monkeypatch, capsys):
