@@ -17,7 +17,6 @@ The data are random, in the shape of MNIST and of windows of text, which makes n
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -311,13 +310,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7, help="turns of each contestant, those of earlier runs included")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 4], help="how many, one number after another")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.point:
-        print(json.dumps(measure_point(chosen.point)))
-        return
-
+    chosen = points.parse(parser, measure_point)
     wanted: list[Row] = [{"what": "count", "case": name} for name in chosen.only]
     for turn in range(chosen.turns):
         wanted.append({"what": "ceilings", "turn": turn})

@@ -337,14 +337,13 @@ def take_turns(part: str, contestants: dict[str, tuple[Callable[..., float], str
                 cached = Path(folder) / f"cache-{number}"
                 if cache == "cold":
                     shutil.rmtree(cached, ignore_errors=True)
-                environment = {
-                    "none": {},
-                    "ours": {"XDG_CACHE_HOME": str(cached)},
-                    "theirs": {
-                        "JAX_COMPILATION_CACHE_DIR": str(cached),
-                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # small programs, too
-                    },
-                }["none" if cache == "none" else "ours" if OURS in name else "theirs"]
+                if cache == "none":
+                    environment = {}
+                elif OURS in name:
+                    environment = {"XDG_CACHE_HOME": str(cached)}
+                else:
+                    environment = {"JAX_COMPILATION_CACHE_DIR": str(cached)}
+                    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small programs, too
                 try:
                     measured = run(environment, Path(folder) / f"run-{number}-{turn}")
                 except Failed as failure:

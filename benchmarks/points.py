@@ -5,6 +5,7 @@ process, and one point that fails or never ends must not take the others with it
 again, nor what has failed; delete a line, or the file, to do so.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -24,6 +25,17 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
+
+
+def parse(parser: argparse.ArgumentParser, measure_point: Callable[[Row], Row]) -> argparse.Namespace:
+    """Parses a benchmark's options and `--report`; in a process that `measure` has started, measures and ends."""
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.point:
+        print(json.dumps(measure_point(chosen.point)))
+        sys.exit()
+    return chosen
 
 
 def known(name: str) -> list[Row]:

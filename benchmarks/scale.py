@@ -18,7 +18,6 @@ resident memory; fake devices are all in one process, so it has every device's c
 """
 
 import argparse
-import json
 import resource
 import sys
 from math import sqrt
@@ -305,12 +304,7 @@ def main() -> None:
     parser.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES), help="what grows")
     parser.add_argument("--largest", type=float, default=1e8, help="the largest point of an axis that is measured")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one point")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.point:
-        print(json.dumps(measure_point(chosen.point)))
-        return
+    chosen = points.parse(parser, measure_point)
     if not chosen.report:
         wanted = [point for axis in chosen.axis for point in AXES[axis] if point.get(axis, 0) <= chosen.largest]
         points.measure(NAME, __file__, wanted, chosen.limit, will_fit)

@@ -24,7 +24,6 @@ links inside a machine, and that an accelerator would compute sooner.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,12 +257,7 @@ def report_check() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.point:
-        print(json.dumps(measure_point(chosen.point)))
-        return
+    chosen = points.parse(parser, measure_point)
     if not chosen.report:
         parts = [("rounds", 1), *((part, processes) for processes in PROCESSES for part in ("plain", "rounds"))]
         over_loopback = [{"what": "loopback", "part": part, "processes": processes} for part, processes in parts]

@@ -5,8 +5,10 @@ own, so it passes the same checks, and what the user types wins.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -336,6 +338,12 @@ def save(config: Config, path: Path) -> None:
     chosen = {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
     del chosen["config"], chosen["run_dir"]
     path.write_text(json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8")
+
+
+def new_run_folder(config: Config, prefix: str = "") -> Path:
+    """Names a folder for a run that none is named for: by data, model, time and process, as two may start at once."""
+    now = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    return Path("runs") / f"{prefix}{config.data.dataset}-{config.model.model}-{now}"
 
 
 def take(option: str, arguments: Sequence[str], rule: str) -> tuple[str | None, list[str]]:

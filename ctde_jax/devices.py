@@ -26,11 +26,11 @@ def start(count: int | None = None) -> list[jax.Device]:
     A CPU backend that is already up with too few devices or too few threads (a notebook that has used JAX before) is
     started anew; arrays made before stay readable, but belong to the old devices.
 
-    Args:
-        count: How many devices; by default all accelerators, or 4 fake CPU devices where there is none.
-
     What is compiled is kept for later starts, at most 1 GiB of it, in the user's cache folder; or as the user has set
     JAX's compilation cache.
+
+    Args:
+        count: How many devices; by default all accelerators, or 4 fake CPU devices where there is none.
 
     Raises:
         InputError: There are fewer accelerators than `count`.
@@ -67,6 +67,11 @@ def check(devices: list[jax.Device]) -> None:
         )
 
 
+def count_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _keep_programs() -> None:
     if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
@@ -99,4 +104,4 @@ def _threads() -> int:
     chosen = os.environ.get("NPROC", "")
     if chosen.isdecimal():
         return int(chosen)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return count_cores()

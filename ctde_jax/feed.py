@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ctde_jax import replica
-from ctde_jax.data import Arrivals, Batches, Drawn, Split, check_size, dispatches
+from ctde_jax.data import Arrivals, Batches, Drawn, Split, check_size, dispatches, filled_up
 from ctde_jax.replica import PyTree
 
 T = TypeVar("T")
@@ -144,9 +144,7 @@ def _from_stream(arrivals: Arrivals, spans: Iterable[Span]) -> Iterator[tuple[Dr
 def _dealt(batch: Split, arrivals: Arrivals) -> tuple[Drawn, np.ndarray]:
     """Deals a batch as `data.deal` deals arrays, filled up with itself, and says which places are examples."""
     check_size(len(batch.inputs), arrivals.batch_size)
-    order = np.arange(len(batch.inputs), dtype=np.int32)
-    order = np.concatenate([order, np.resize(~order, arrivals.batch_size - len(order))])
-    order = order.reshape(-1, arrivals.replicas).T
+    order = filled_up(np.arange(len(batch.inputs)), arrivals.batch_size).reshape(-1, arrivals.replicas).T
     numbers = np.where(order >= 0, order, ~order)
     return Drawn(batch.inputs[numbers], batch.labels[numbers], numbers), order >= 0
 

@@ -6,13 +6,11 @@ python -m ctde_jax.profile --model cnn --trace runs/trace    # and writes a trac
 `stopwatch.py` measures; here the options come in, and what was measured is said in tables, a picture and sentences.
 """
 
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,9 +110,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     )
     if trace is not None:
         _make_trace_folder(trace)
-    now = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    name = f"profile-{config.data.dataset}-{config.model.model}-{now}"
-    folder = ctde.log.make_run_folder(config.run.run_dir or Path("runs") / name)
+    folder = ctde.log.make_run_folder(config.run.run_dir or options.new_run_folder(config, "profile-"))
 
     screen = ctde.log.console()
     title = (

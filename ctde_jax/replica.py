@@ -66,19 +66,17 @@ def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     return _put(tree, devices, PartitionSpec(AXIS))
 
 
-def add_up(tree: PyTree, axis: str = AXIS) -> PyTree:
-    """Sums float32 arrays over the replicas, or the shards of one, in one all-reduce.
+def add_up(tree: PyTree) -> PyTree:
+    """Sums float32 arrays over the replicas, in one all-reduce.
 
     A replica that is alone copies nothing. Small arrays travel in one piece, as fake devices meet once for every piece.
     """
-    if axis == SHARD:
-        return lax.psum(tree, axis)
-    if _is_alone():
+    if lax.axis_size(AXIS) == 1:
         return tree
     leaves, structure = jax.tree.flatten(tree)
     small = [leaf for leaf in leaves if leaf.size <= _SMALL]
     large = [leaf for leaf in leaves if leaf.size > _SMALL]
-    together, large = lax.psum((jnp.concatenate([jnp.ravel(leaf) for leaf in [*small, jnp.zeros(0)]]), large), axis)
+    together, large = lax.psum((jnp.concatenate([jnp.ravel(leaf) for leaf in [*small, jnp.zeros(0)]]), large), AXIS)
     parts, wholes = iter(jnp.split(together, np.cumsum([leaf.size for leaf in small]))), iter(large)
     return structure.unflatten(
         next(parts).reshape(leaf.shape) if leaf.size <= _SMALL else next(wholes) for leaf in leaves
@@ -91,20 +89,18 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
     Who has no weight does not count at all, not even with a NaN; where nobody has weight the mean is zero. Counters and
     other integers, which have no mean, become the largest of all.
     """
-    weight, alone = jnp.asarray(weight, jnp.float32), axis == AXIS and _is_alone()
-    leaves, structure = jax.tree.flatten(tree)
+    weight, leaves, structure = jnp.asarray(weight, jnp.float32), *jax.tree.flatten(tree)
     floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    weighted = [jnp.where(weight > 0, leaf if alone else leaf * weight, 0) for leaf in floats]
-    sums, total = add_up((weighted, jnp.float32(1) if alone else weight), axis)
-    means = iter([x / jnp.where(total > 0, total, 1) for x in sums])
+    if axis == AXIS and lax.axis_size(AXIS) == 1:
+        means = iter([jnp.where(weight > 0, leaf, 0) for leaf in floats])
+    else:
+        weighted = [jnp.where(weight > 0, leaf * weight, 0) for leaf in floats]
+        sums, total = add_up((weighted, weight)) if axis == AXIS else lax.psum((weighted, weight), axis)
+        means = iter([x / jnp.where(total > 0, total, 1) for x in sums])
     return structure.unflatten(
         next(means).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else lax.pmax(leaf, axis)
         for leaf in leaves
     )
-
-
-def _is_alone() -> bool:
-    return lax.axis_size(AXIS) == 1
 
 
 def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> PyTree:

@@ -12,7 +12,6 @@ dispatch and compute is more certain than either.
 The contestants take turns in one process, so that whatever else the machine does meets them all.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 import optax
 
+from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
@@ -199,7 +199,7 @@ def measure(
     measured = {name: spread([turn[name] for turn in turns]) for name in turns[0]}
     return Profile(
         replicas=len(devices),
-        cores=_cores() if devices[0].platform == "cpu" else None,
+        cores=available.count_cores() if devices[0].platform == "cpu" else None,
         batch_size=training.batch_size,
         steps=training.steps,
         steps_per_dispatch=steps,
@@ -355,7 +355,3 @@ def _make_evaluation(
 def _fewer(devices: int) -> list[int]:
     """Counts 1, 2, 4, ... up to less than all devices."""
     return [2**power for power in range((devices - 1).bit_length())]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

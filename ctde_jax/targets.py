@@ -13,7 +13,7 @@ import jax
 import optax
 from jax.experimental import topologies
 
-from ctde_jax import state
+from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Batches, Dataset
 from ctde_jax.errors import InputError
@@ -89,7 +89,7 @@ def compile_rounds(
     arguments = (jax.eval_shape(create, *center), *dispatch, jax.eval_shape(jax.random.key, 0))
     gradient = make_gradient(model, task, accumulate=accumulate)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
-    return train_rounds.lower(*arguments).compile().as_text() or ""
+    return replica.compiled(train_rounds.lower(*arguments), devices).as_text() or ""
 
 
 def _plugin_is_installed(platform: str) -> bool:

@@ -3,14 +3,11 @@
 It does with options what a notebook does with calls, and reads the same.
 """
 
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 
@@ -72,7 +69,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "log_every": config.run.log_every,
     }
     ctde.checks.check_run(model, data, strategy, task, len(devices), **habits)
-    folder = ctde.log.make_run_folder(config.run.run_dir or _new_folder(config))
+    folder = ctde.log.make_run_folder(config.run.run_dir or options.new_run_folder(config))
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
     with ctde.log.writing_to(folder):
         options.save(config, folder / "config.json")
@@ -131,11 +128,6 @@ def _sampler(
         return start + ctde.data.decode(tokens, data.vocabulary)
 
     return sample
-
-
-def _new_folder(config: options.Config) -> Path:
-    now = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"  # the process, as two may start in one second
-    return Path("runs") / f"{config.data.dataset}-{config.model.model}-{now}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Data sets, who keeps which examples, and who sees them when."""
 
 from ctde_jax.data import partition
-from ctde_jax.data.batches import Batches, count_steps, deal, dispatches, steps_per_epoch
+from ctde_jax.data.batches import Batches, count_steps, deal, dispatches, filled_up, steps_per_epoch
 from ctde_jax.data.cifar import cifar10
 from ctde_jax.data.dataset import Dataset, Drawn, Split, from_arrays, hold_out, standardized
 from ctde_jax.data.digits import digits
@@ -30,6 +30,7 @@ __all__ = [
     "dispatches",
     "encode",
     "fashion_mnist",
+    "filled_up",
     "from_arrays",
     "from_batches",
     "from_csv",

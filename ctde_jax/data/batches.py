@@ -145,7 +145,7 @@ def _kept(split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: in
         for row, part, own in zip(order, parts, range(replicas), strict=True):
             if len(part):
                 own_order = np.random.default_rng((seed, number, own)).permutation(len(part))
-                row[:] = _filled_up(part[own_order] if counts_all else own_order, len(row))
+                row[:] = filled_up(part[own_order] if counts_all else own_order, len(row))
         return order.reshape(replicas, steps, per_replica).swapaxes(0, 1)
 
     held = split
@@ -169,7 +169,7 @@ def _sampled(
     def local_steps(client: int, number: int) -> np.ndarray:
         rng = np.random.default_rng((seed, number, 1 + client))  # numpy takes (seed, number, 0) for (seed, number)
         epochs = [
-            _filled_up(rng.permutation(clients[client]), epoch_steps * per_replica)
+            filled_up(rng.permutation(clients[client]), epoch_steps * per_replica)
             for _ in range(ceil(inner_steps / epoch_steps))
         ]
         return np.concatenate(epochs).reshape(-1, per_replica)[:inner_steps]
@@ -185,7 +185,7 @@ def _part_epoch(parts: Sequence[np.ndarray], per_replica: int) -> int:
     return ceil(max(map(len, parts)) / per_replica)
 
 
-def _filled_up(order: np.ndarray, places: int) -> np.ndarray:
+def filled_up(order: np.ndarray, places: int) -> np.ndarray:
     """Repeats the order until the places are taken; what is repeated does not count."""
     filled = np.resize(~order, places).astype(np.int32)
     filled[: len(order)] = order
