@@ -1,8 +1,8 @@
-"""How examples reach the devices: all of them once, or those of a dispatch while the devices compute the one before.
+"""How examples reach the devices: all of them once, or those of a piece while the devices compute the one before.
 
-Where the training split is in memory, the devices hold it, and a dispatch is indices alone. Where it is on disk, or
-comes in batches, a dispatch has examples of its own, which a thread draws and puts on the devices, one dispatch ahead.
-The round is the same: its indices count what the device holds.
+Where the training split is in memory, the devices hold it, and a piece is indices alone. Where it is on disk, or comes
+in batches, a piece has examples of its own, which a thread draws and puts on the devices, one piece ahead. The round is
+the same: its indices count what the device holds.
 """
 
 import threading
@@ -16,36 +16,42 @@ import jax
 import numpy as np
 
 from ctde_jax import replica
-from ctde_jax.data import Arrivals, Batches, Drawn, Split, check_size, dispatches, filled_up
+from ctde_jax.data import Arrivals, Batches, Drawn, Split, check_size, filled_up, pieces
 from ctde_jax.replica import PyTree
 
 T = TypeVar("T")
+_PLACES = 2**20
+"""So many indices, of all devices together, are put on the devices at once where they hold the examples; 4 MiB."""
 
 
 class Span(NamedTuple):
-    """Steps that are computed without a break, in dispatches of so many rounds of so many steps."""
+    """Steps that are computed without a break: rounds of so many steps, which make up rows, which make up pieces."""
 
     start: int
     stop: int
     round_steps: int
-    rounds: int
+    row_rounds: int = 1
+    """Of a row of the history."""
+
+    piece_rounds: int = 1
+    """Of what reaches the devices at once: whole rows."""
 
     @property
-    def dispatches(self) -> int:
-        """How many they are; the last is filled up with empty steps."""
-        return ceil((self.stop - self.start) / (self.rounds * self.round_steps))
+    def pieces(self) -> int:
+        """How many there are; the last is filled up with empty steps."""
+        return ceil((self.stop - self.start) / (self.piece_rounds * self.round_steps))
 
 
-Dispatch: TypeAlias = tuple[PyTree, jax.Array, np.int32]
+Piece: TypeAlias = tuple[PyTree, jax.Array, int]
 """A `Split` or `Drawn` on the devices, the indices `int32[replica, most, round_steps, per_replica]` into it, and how
 many of these rounds there are."""
 
-Feed: TypeAlias = Callable[[Iterable[Span]], AbstractContextManager[Iterator[Dispatch]]]
-"""Opens the dispatches of spans that follow each other from step 0, and closes them with what draws them."""
+Feed: TypeAlias = Callable[[Iterable[Span]], AbstractContextManager[Iterator[Piece]]]
+"""Opens the pieces of spans that follow each other from step 0, and closes them with what draws them."""
 
 
 def make_feed(batches: Batches | Arrivals, devices: Sequence[jax.Device]) -> Feed:
-    """Puts on the devices what stays there, and makes what gives them every dispatch."""
+    """Puts on the devices what stays there, and makes what gives them every piece."""
     if isinstance(batches, Arrivals):
         return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in _from_stream(batches, spans))
     if batches.is_on_disk:
@@ -55,20 +61,26 @@ def make_feed(batches: Batches | Arrivals, devices: Sequence[jax.Device]) -> Fee
     return lambda spans: nullcontext((held, replica.shard(own, devices), n) for own, n in _indices(batches, spans))
 
 
-def shapes(batches: Batches | Arrivals, span: Span) -> tuple[PyTree, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Says what shapes and types a dispatch has."""
+def steps_a_piece(batches: Batches | Arrivals) -> int:
+    """Says of how many steps indices may be put on the devices at once; 1 where their examples travel with them."""
+    if isinstance(batches, Arrivals) or batches.is_on_disk:
+        return 1
+    return max(1, _PLACES // batches.steps(0, 1).size)
+
+
+def shapes(batches: Batches | Arrivals, span: Span) -> tuple[PyTree, jax.ShapeDtypeStruct]:
+    """Says what shapes and types the arrays of a piece have."""
     if isinstance(batches, Arrivals):
         replicas, per_replica, split = batches.replicas, batches.batch_size // batches.replicas, batches.stream.like
     else:
         (_, replicas, per_replica), split = batches.steps(0, 1).shape, batches.split
-    indices = jax.ShapeDtypeStruct((replicas, span.rounds, span.round_steps, per_replica), np.int32)
-    count = jax.ShapeDtypeStruct((), np.int32)
+    indices = jax.ShapeDtypeStruct((replicas, span.piece_rounds, span.round_steps, per_replica), np.int32)
     if isinstance(batches, Batches) and not batches.is_on_disk:
-        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), split), indices, count
-    own = (replicas, span.rounds * span.round_steps * per_replica)
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), split), indices
+    own = (replicas, span.piece_rounds * span.round_steps * per_replica)
     like = [(split.inputs.shape[1:], split.inputs.dtype), (split.labels.shape[1:], split.labels.dtype), ((), np.int32)]
     leaves = [jax.ShapeDtypeStruct((*own, *shape), dtype) for shape, dtype in like]
-    return Drawn._make(leaves), indices, count
+    return Drawn._make(leaves), indices
 
 
 @contextmanager
@@ -114,31 +126,31 @@ def prefetched(items: Generator[T]) -> Iterator[Iterator[T]]:
             thread.join()
 
 
-def _indices(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[np.ndarray, np.int32]]:
+def _indices(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[np.ndarray, int]]:
     for span in spans:
-        yield from dispatches(batches, span.round_steps, span.rounds, span.start, span.stop)
+        yield from pieces(batches, span.round_steps, span.piece_rounds, span.start, span.stop)
 
 
-def _from_disk(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, np.int32]]:
-    """Reads the examples of each dispatch."""
+def _from_disk(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
+    """Reads the examples of each piece."""
     for indices, rounds in _indices(batches, spans):
         numbers = np.where(indices >= 0, indices, ~indices).reshape(len(indices), -1)
         drawn = Drawn(batches.split.inputs[numbers], batches.split.labels[numbers], numbers)
         yield drawn, _places(indices >= 0), rounds
 
 
-def _from_stream(arrivals: Arrivals, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, np.int32]]:
-    """Draws the batches of each dispatch."""
+def _from_stream(arrivals: Arrivals, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
+    """Draws the batches of each piece."""
     steps = arrivals.stream.steps()
     for span in spans:
-        size = span.rounds * span.round_steps
+        size = span.piece_rounds * span.round_steps
         for first in range(span.start, span.stop, size):
             dealt = [_dealt(next(steps), arrivals) for _ in range(min(size, span.stop - first))]
-            rounds = np.int32(ceil(len(dealt) / span.round_steps))
+            rounds = ceil(len(dealt) / span.round_steps)
             empty = (dealt[0][0], np.zeros_like(dealt[0][1]))
             dealt += [empty] * (size - len(dealt))
             drawn, is_example = jax.tree.map(lambda *own: np.concatenate(own, axis=1), *dealt)
-            yield drawn, _places(is_example.reshape(arrivals.replicas, span.rounds, span.round_steps, -1)), rounds
+            yield drawn, _places(is_example.reshape(arrivals.replicas, span.piece_rounds, span.round_steps, -1)), rounds
 
 
 def _dealt(batch: Split, arrivals: Arrivals) -> tuple[Drawn, np.ndarray]:

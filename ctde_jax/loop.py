@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 from jax import lax
+from jax.experimental import multihost_utils
 
 from ctde_jax import devices as available
 from ctde_jax import replica, state
@@ -25,7 +26,7 @@ from ctde_jax.checks import check_run, check_types
 from ctde_jax.data import Dataset, Split, count_steps, deal, deal_stream
 from ctde_jax.errors import InputError, NonFiniteLoss
 from ctde_jax.evaluate import Averages, make_evaluate
-from ctde_jax.feed import Feed, Span, make_feed, shapes
+from ctde_jax.feed import Feed, Piece, Span, make_feed, shapes, steps_a_piece
 from ctde_jax.gradient import Sums, make_gradient
 from ctde_jax.log import Row, console, make_run_folder, open_log
 from ctde_jax.models import Model, count_params, with_raw_inputs
@@ -34,6 +35,9 @@ from ctde_jax.replica import AXIS, PyTree
 from ctde_jax.round import parallel_rounds
 from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import Traffic, measure, summary
+
+_DISPATCH_SECONDS = 0.1
+"""What a dispatch should take: long beside the millisecond that it costs, short for who waits or stops it."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,8 +140,8 @@ def fit(
         patience: Training ends after so many evaluations in a row that have not lowered the validation loss. However
             it ends, the parameters of the lowest are returned. Needs data with a validation split.
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
-        log_every: At most so many steps, or a round where that is longer, lie between two rows of the history; so many
-            go out in one dispatch.
+        log_every: At most so many steps, or a round where that is longer, lie between two rows of the history. One
+            dispatch computes as many rows as take a tenth of a second, at least one.
         run_dir: The folder for `metrics.jsonl` and `curves.png`, made where it is not there; None writes no files.
         show: Whether to show progress.
         describe: What to print of the parameters and model state (numpy arrays) at every evaluation, such as a text
@@ -174,7 +178,7 @@ def fit(
         eval_every=eval_every,
         log_every=log_every,
     )
-    phases = make_phases(strategy, total_steps, eval_every, log_every)
+    phases = make_phases(strategy, total_steps, eval_every, log_every, steps_a_piece(batches))
     best, keeps_average = _Best(patience), ema_decay is not None
 
     model = with_raw_inputs(model, data.shift, data.scale)
@@ -191,7 +195,8 @@ def fit(
         if programs:
             like = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), like)
         rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
-        programs.append(replica.compiled(rounds.lower(like, *shapes(batches, phase.spans[0]), key), devices))
+        arguments = (like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
+        programs.append(replica.compiled(rounds.lower(*arguments), devices))
     center = replica.replicate((params, model_state), devices)
     splits = {"validation": data.validation, "test": data.test}
     evaluate = {
@@ -210,22 +215,26 @@ def fit(
 
     meter = _Meter(batches.steps_per_epoch, task)
     spans = [span for phase in phases for span in phase.spans]
-    with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log, feed(spans) as dispatches:
+    with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log, feed(spans) as pieces:
         for phase, train_rounds, sent in zip(phases, programs, traffic, strict=True):
             if phase.start:
                 train_state = phase.begin(train_state, devices)
             center_of = phase.make_center(devices)
             for span in phase.spans:
-                meter.start()
-                unread: list[tuple[Sums, float]] = []  # the sums of a dispatch are fetched while the next one runs
-                for examples, indices, count in islice(dispatches, span.dispatches):
-                    train_state, sums = train_rounds(train_state, examples, indices, count, key)
-                    unread.append((sums, count * sent.sent))
+                meter.start(span, sent.sent)
+                unread: list[tuple[Sums, int, int]] = []  # the sums of a dispatch are fetched while the next one runs
+                for examples, indices, first, last in cut(islice(pieces, span.pieces), meter.pace):
+                    train_state, sums = train_rounds(
+                        train_state, examples, indices, np.int32(first), np.int32(last), key
+                    )
+                    unread.append((sums, first, last))
                     if len(unread) > 1:
-                        log.add(meter.train_row(*unread.pop(0)))
+                        for row in meter.rows(*unread.pop(0)):
+                            log.add(row)
                     if interrupted.is_set():
                         break
-                log.add(meter.train_row(*unread.pop()))
+                for row in meter.rows(*unread.pop()):
+                    log.add(row)
                 clock.lap("train")
 
                 params = center_of(train_state.ema_params if keeps_average else train_state.params)
@@ -272,8 +281,8 @@ def _make_reestimate(
     """Makes the function from central parameters and the model state to the state to evaluate them with."""
     if not steps:
         return lambda params, model_state: model_state
-    with feed([Span(0, steps, steps, 1)]) as dispatches:
-        examples, indices, _ = next(dispatches)
+    with feed([Span(0, steps, steps)]) as pieces:
+        examples, indices, _ = next(pieces)
     run = make_reestimate(model, devices, split_axis)
     return lambda params, model_state: run(params, model_state, examples, indices, key)
 
@@ -321,26 +330,41 @@ class Phase(NamedTuple):
         return replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
 
 
-def make_phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int) -> list[Phase]:
-    """Cuts a run into its phases: where a strategy is synchronous at first, two."""
+def make_phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int, piece_steps: int) -> list[Phase]:
+    """Cuts a run into its phases: where a strategy is synchronous at first, two.
+
+    The names and meanings are those of `fit`; a piece has at most so many steps, or those of a row.
+    """
     switch = min(strategy.synchronous_steps, total_steps)
     phases = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
     return [
-        Phase(own, start, _cut(own.inner_steps, eval_every, log_every, start, stop))
+        Phase(own, start, _spans(own.inner_steps, eval_every, log_every, piece_steps, start, stop))
         for own, start, stop in phases
         if start < stop
     ]
 
 
-def _cut(inner_steps: int, eval_every: int, log_every: int, start: int, stop: int) -> list[Span]:
+def _spans(inner_steps: int, eval_every: int, log_every: int, piece_steps: int, start: int, stop: int) -> list[Span]:
     round_steps = max(1, inner_steps)
     rounds = ceil(min(eval_every, stop - start) / round_steps)
-    dispatches = ceil(rounds / max(1, log_every // round_steps))
+    rows = ceil(rounds / max(1, log_every // round_steps))
+    row_rounds = ceil(rounds / rows)
+    piece_rounds = row_rounds * min(rows, max(1, piece_steps // (row_rounds * round_steps)))
     interval = rounds * round_steps
     return [
-        Span(first, min(first + interval, stop), round_steps, ceil(rounds / dispatches))
+        Span(first, min(first + interval, stop), round_steps, row_rounds, piece_rounds)
         for first in range(start, stop, interval)
     ]
+
+
+def cut(pieces: Iterable[Piece], pace: Callable[[], int]) -> Iterator[tuple[PyTree, jax.Array, int, int]]:
+    """Cuts pieces into dispatches, of so many rounds as the pace says: from a first one up to a last, not included."""
+    for examples, indices, rounds in pieces:
+        first = 0
+        while first < rounds:
+            last = min(first + pace(), rounds)
+            yield examples, indices, first, last
+            first = last
 
 
 class _Clock:
@@ -357,14 +381,25 @@ class _Clock:
         self._last = now
 
 
+def rows_a_dispatch(seconds: float) -> int:
+    """Returns how many rows of so many seconds one dispatch computes; on several hosts all do as the first says."""
+    return max(1, int(_DISPATCH_SECONDS / multihost_utils.broadcast_one_to_all(np.float32(seconds))))
+
+
 class _Meter:
-    """Turns the sums of dispatches into rows of the history."""
+    """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
 
     def __init__(self, steps_per_epoch: int, task: Task):
-        self._step, self._steps_per_epoch, self._task, self._last, self._sent = 0, steps_per_epoch, task, 0.0, 0.0
+        self._step, self._steps_per_epoch, self._task, self._sent = 0, steps_per_epoch, task, 0.0
+        self._last, self._rows_a_dispatch = 0.0, 1
 
-    def start(self) -> None:
-        self._last = time.perf_counter()
+    def start(self, span: Span, sent: float) -> None:
+        """Begins a span, in whose rounds each device sends so many bytes."""
+        self._span, self._sent_a_round, self._dispatches, self._last = span, sent, 0, time.perf_counter()
+
+    def pace(self) -> int:
+        """Returns how many rounds the next dispatch should have."""
+        return self._rows_a_dispatch * self._span.row_rounds
 
     def row(self, split: str, averages: Averages) -> Row:
         """Raises NonFiniteLoss where the last step, whose loss was finite, has spoilt the parameters."""
@@ -372,26 +407,37 @@ class _Meter:
             raise NonFiniteLoss(self._step)
         return {"split": split, **self._position(), **averages}
 
-    def train_row(self, sums: Sums, sent: float) -> Row:
-        """Waits for the dispatch that computes these sums, in which each device has sent so many bytes.
+    def rows(self, sums: Sums, first: int, last: int) -> Iterator[Row]:
+        """Waits for the dispatch that computes these rounds of a piece, and yields its rows, all of the same speed.
 
         Raises:
             NonFiniteLoss: The loss of one of its steps is NaN or infinite.
         """
-        sums = jax.device_get(sums)
+        round_steps, row_rounds = self._span.round_steps, self._span.row_rounds
+        sums = {name: all_sums[first * round_steps :] for name, all_sums in jax.device_get(sums).items()}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        self._dispatches += 1
+        if self._dispatches == 2:  # the first one waited for an evaluation, or for threads to start
+            self._rows_a_dispatch = rows_a_dispatch(seconds / ceil((last - first) / row_rounds))
+
+        speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
+        for start in range(0, last - first, row_rounds):
+            yield self._row(sums, round_steps * start, min(row_rounds, last - first - start), speed)
+
+    def _row(self, sums: Sums, start: int, rounds: int, speed: float) -> Row:
+        """Makes a row of so many rounds, whose sums begin at this place."""
+        sums = {name: all_sums[start : start + rounds * self._span.round_steps] for name, all_sums in sums.items()}
         bad = ~np.isfinite(sums["loss"])
         if bad.any():
             raise NonFiniteLoss(self._step + int(np.argmax(bad)) + 1)
 
         self._step += int((sums["examples"] > 0).sum())
         totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
-        examples = totals["examples"]
-        means = self._task.averages(totals, examples)
-        speed = {"examples": int(examples), "examples_per_second": round(examples / seconds, 1)}
-        self._sent += sent
-        return {"split": "train", **self._position(), **means, **speed, "bytes_sent": round(self._sent)}
+        means = self._task.averages(totals, totals["examples"])
+        self._sent += rounds * self._sent_a_round
+        counts = {"examples": int(totals["examples"]), "examples_per_second": speed, "bytes_sent": round(self._sent)}
+        return {"split": "train", **self._position(), **means, **counts}
 
     def _position(self) -> Row:
         return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}

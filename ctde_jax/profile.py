@@ -173,10 +173,10 @@ def _about_batch(profile: "Profile") -> Iterable[str]:
 
 
 def _about_dispatch(profile: "Profile") -> Iterable[str]:
-    if profile.steps_per_dispatch == 1 < profile.steps:
+    if profile.steps_per_evaluation == 1 < profile.steps:
         yield (
-            "The host stands between any two steps, as each is a dispatch of its own: with larger --log-every and "
-            "--eval-every many go out at once."
+            "The host stands between any two steps, as each is evaluated: with a larger --eval-every many go out at "
+            "once."
         )
 
 
@@ -186,7 +186,7 @@ def _about_input(profile: "Profile") -> Iterable[str]:
     if taken > rest:
         yield (
             f"Input takes {_time(taken)} a step, all else {_time(rest)}: the devices wait for it. "
-            "More steps in a dispatch (--log-every) or larger batches make it cheaper."
+            "Larger batches make it cheaper."
         )
 
 

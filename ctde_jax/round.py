@@ -20,11 +20,11 @@ Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Su
 `split` is what the device holds, `batches` is `int32[steps, per_replica]`, negative where there is no example.
 """
 
-Rounds = Callable[[TrainState, Split, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]
-"""`train_rounds(state, split, batches, rounds, key) -> (state, sums over all replicas, float32[most * steps])`
+Rounds = Callable[[TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]
+"""`train_rounds(state, split, batches, first, last, key) -> (state, sums over all replicas, float32[most * steps])`
 
-`batches` is `int32[most, steps, per_replica]`, of which the first `rounds`, an `int32[]`, are gone through; the sums of
-the others are zero.
+`batches` is `int32[most, steps, per_replica]`, of which those from `first` up to but not including `last`, both
+`int32[]`, are gone through; the sums of the others are zero.
 """
 
 
@@ -109,10 +109,10 @@ def make_round(
 
 
 def make_rounds(train_round: Round) -> Rounds:
-    """Makes a program that goes through as many rounds as it is told, so that one serves every piece of a run."""
+    """Makes a program that goes through the rounds that it is told, so that one serves a whole run."""
     train_round = jax.jit(train_round, inline=True)  # traced once, for its shapes and for the loop
 
-    def train_rounds(state, split, batches, rounds, key):
+    def train_rounds(state, split, batches, first, last, key):
         def add_round(number, so_far):
             state, sums = so_far
             state, new_sums = train_round(state, split, batches[number], key)
@@ -120,7 +120,7 @@ def make_rounds(train_round: Round) -> Rounds:
 
         _, shapes = jax.eval_shape(train_round, state, split, batches[0], key)
         sums = jax.tree.map(lambda shape: jnp.zeros((len(batches), *shape.shape), shape.dtype), shapes)
-        state, sums = lax.fori_loop(0, rounds, add_round, (state, sums))
+        state, sums = lax.fori_loop(first, last, add_round, (state, sums))
         return state, jax.tree.map(jnp.ravel, sums)
 
     return train_rounds
@@ -147,7 +147,7 @@ def parallel_rounds(
     return replica.parallel(
         make_rounds(make_round(gradient, optimizer, strategy, ema_decay)),
         devices,
-        in_axes=(axes(strategy), split_axis, 0, None, None),
+        in_axes=(axes(strategy), split_axis, 0, None, None, None),
         out_axes=(axes(strategy), None),
         donate=(0,),
     )

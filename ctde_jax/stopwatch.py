@@ -14,7 +14,7 @@ The contestants take turns in one process, so that whatever else the machine doe
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +27,12 @@ from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
-from ctde_jax.data import Batches, Dataset, deal, dispatches
+from ctde_jax.data import Batches, Dataset, deal, pieces
 from ctde_jax.errors import InputError
 from ctde_jax.evaluate import make_evaluate
-from ctde_jax.feed import Span
+from ctde_jax.feed import Span, steps_a_piece
 from ctde_jax.gradient import Sums, make_gradient
-from ctde_jax.loop import make_phases
+from ctde_jax.loop import make_phases, rows_a_dispatch
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
@@ -139,9 +139,9 @@ def measure(
         raise InputError(
             "dataset", f"must be in memory to be profiled, got {training.data.name}, which is not; profile part of it."
         )
-    phase = make_phases(training.strategy, training.steps, training.eval_every, training.log_every)[-1]
-    strategy, cut = phase.strategy, phase.spans[0]
-    steps = cut.rounds * cut.round_steps
+    piece_steps = steps_a_piece(_deal(training, len(devices), training.batch_size))
+    phase = make_phases(training.strategy, training.steps, training.eval_every, training.log_every, piece_steps)[-1]
+    strategy, span = phase.strategy, phase.spans[0]
     before = time.perf_counter()
     model = with_raw_inputs(training.model, training.data.shift, training.data.scale)
     first = training.data.train.inputs[: training.batch_size]
@@ -150,12 +150,16 @@ def measure(
     started = time.perf_counter() - before
 
     say(f"compiling for {len(devices)} devices")
-    own = _Contestant(training, model, center, strategy, cut, devices, training.batch_size)
+    own = _Contestant(training, model, center, strategy, span, devices, training.batch_size)
+    own.dispatch()  # which starts the threads
+    rows = rows_a_dispatch(own.dispatch().ready * span.row_rounds * span.round_steps)
+    own.rounds = min(rows * span.row_rounds, span.piece_rounds)
+    steps = own.rounds * span.round_steps
     lonely = Strategy(steps, optax.identity(), inner=strategy.inner)
-    alone = _Contestant(training, model, center, lonely, Span(0, steps, steps, 1), devices, training.batch_size, own)
+    alone = _Contestant(training, model, center, lonely, Span(0, steps, steps), devices, training.batch_size, own)
     half = None
     if training.batch_size % (2 * len(devices) * training.accumulate) == 0:
-        half = _Contestant(training, model, center, strategy, cut, devices, training.batch_size // 2, own)
+        half = _Contestant(training, model, center, strategy, span, devices, training.batch_size // 2, own)
     before = time.perf_counter()
     evaluate = _make_evaluation(training, model, center, own)
     compiled_evaluation = time.perf_counter() - before
@@ -163,13 +167,15 @@ def measure(
     for count in _fewer(len(devices)):
         say(f"compiling for {count} of {len(devices)} devices")
         try:
-            scaling[count] = _Contestant(training, model, center, strategy, cut, devices[:count], training.batch_size)
+            scaling[count] = _Contestant(training, model, center, strategy, span, devices[:count], training.batch_size)
         except InputError:
             continue  # a strategy, a batch or a partition that does not go with so few devices
 
     say("warming up")
-    for contestant in (alone, *([half] if half else []), *scaling.values()):
+    for contestant in (*([half] if half else []), *scaling.values()):
+        contestant.rounds = own.rounds
         contestant.dispatch()
+    alone.dispatch()
     evaluate()
     dispatched = own.dispatch().ready * steps
     length = int(np.clip(_LOOP_SECONDS / dispatched, _LEAST_LOOP, _MOST_LOOP))
@@ -203,7 +209,7 @@ def measure(
         batch_size=training.batch_size,
         steps=training.steps,
         steps_per_dispatch=steps,
-        steps_per_evaluation=cut.stop - cut.start,
+        steps_per_evaluation=span.stop - span.start,
         once={"start of the model": started, **own.once, "compile evaluation": compiled_evaluation},
         parts={part: measured[part] for part in PARTS},
         scaling={count: spread(loops[count]) for count in sorted(loops)},
@@ -238,15 +244,15 @@ class _Contestant:
         model: Model,
         center: tuple[PyTree, PyTree],
         strategy: Strategy,
-        cut: Span,
+        span: Span,
         devices: Sequence[jax.Device],
         batch_size: int,
         beside: "_Contestant | None" = None,
     ):
-        self.devices, self._cut, self._steps = devices, cut, cut.rounds * cut.round_steps
+        self.devices, self._span, self.rounds = devices, span, span.row_rounds
         state.check(center[0], strategy, len(devices))
         self.batches, self._fresh = (_deal(training, len(devices), batch_size) for _ in range(2))
-        self._indices = dispatches(self.batches, cut.round_steps, cut.rounds, 0, sys.maxsize)
+        self._inputs = self._draw()
 
         before = time.perf_counter()
         self._state = state.place(*center, training.optimizer, strategy, devices, training.ema_decay is not None)
@@ -257,7 +263,7 @@ class _Contestant:
         placed = time.perf_counter()
         gradient = make_gradient(model, training.task, training.augment, training.accumulate)
         rounds = parallel_rounds(gradient, training.optimizer, strategy, devices, self.batches.axis, training.ema_decay)
-        arguments = (self._state, self.examples, *self._input(), self.key)
+        arguments = (self._state, self.examples, *next(self._inputs), self.key)
         ready = time.perf_counter()
         jax.eval_shape(rounds, *arguments)
         traced = time.perf_counter()
@@ -273,38 +279,38 @@ class _Contestant:
 
     def dispatch(self) -> _Dispatch:
         """Runs the program once, its input there already."""
-        indices = jax.block_until_ready(self._input())
+        drawn, steps = jax.block_until_ready(next(self._inputs)), self.rounds * self._span.round_steps
         before = time.perf_counter()
-        sums = self._advance(*indices)
+        sums = self._advance(*drawn)
         returned = time.perf_counter()
         jax.block_until_ready((self._state, sums))
-        return _Dispatch((returned - before) / self._steps, (time.perf_counter() - before) / self._steps)
+        return _Dispatch((returned - before) / steps, (time.perf_counter() - before) / steps)
 
     def loop(self, length: int) -> float:
         """Runs the program so many times as training does, and returns the seconds that a step has taken."""
         before, unread = time.perf_counter(), None
         for _ in range(length):
-            sums = self._advance(*self._input())
+            sums = self._advance(*next(self._inputs))
             if unread is not None:
                 jax.device_get(unread)  # of the dispatch before, while this one runs
             unread = sums
         jax.device_get(unread)
-        return (time.perf_counter() - before) / (length * self._steps)
+        return (time.perf_counter() - before) / (length * self.rounds * self._span.round_steps)
 
     def input(self, turn: int) -> float:
-        """Makes the batches of a dispatch and puts them on the devices; returns the seconds that a step of it takes.
+        """Makes the batches of a piece and puts them on the devices; returns the seconds that a step of it takes.
 
         Where the order is drawn for more steps than these, each of those bears its share of it.
         """
-        drawn_steps = self._fresh.steps_per_draw
+        drawn_steps, steps = self._fresh.steps_per_draw, self._span.piece_rounds * self._span.round_steps
         before = time.perf_counter()
-        if drawn_steps > self._steps:
+        if drawn_steps > steps:
             self._fresh.draw(turn)
         drawn = time.perf_counter()
-        start = turn * max(drawn_steps, self._steps)
-        indices, _ = next(dispatches(self._fresh, self._cut.round_steps, self._cut.rounds, start, start + self._steps))
-        jax.block_until_ready(replica.shard(indices, self.devices))
-        return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / self._steps
+        start = turn * max(drawn_steps, steps)
+        cut = pieces(self._fresh, self._span.round_steps, self._span.piece_rounds, start, start + steps)
+        jax.block_until_ready(replica.shard(next(cut)[0], self.devices))
+        return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / steps
 
     def trace(self, folder: Path) -> None:
         """Writes what host and devices do in a few dispatches, for XProf and Perfetto."""
@@ -313,12 +319,16 @@ class _Contestant:
                 with jax.profiler.StepTraceAnnotation("dispatch", step_num=number):
                     self.dispatch()
 
-    def _input(self) -> tuple[jax.Array, np.int32]:
-        indices, rounds = next(self._indices)
-        return replica.shard(indices, self.devices), rounds
+    def _draw(self) -> Iterator[tuple[jax.Array, np.int32, np.int32]]:
+        """Yields the indices of a piece with the first and the last round of each dispatch, all of them full."""
+        for indices, _ in pieces(self.batches, self._span.round_steps, self._span.piece_rounds, 0, sys.maxsize):
+            indices, first = replica.shard(indices, self.devices), 0
+            while first + self.rounds <= self._span.piece_rounds:
+                yield indices, np.int32(first), np.int32(first + self.rounds)
+                first += self.rounds
 
-    def _advance(self, indices: jax.Array, rounds: np.int32) -> Sums:
-        self._state, sums = self._run(self._state, self.examples, indices, rounds, self.key)
+    def _advance(self, indices: jax.Array, first: np.int32, last: np.int32) -> Sums:
+        self._state, sums = self._run(self._state, self.examples, indices, first, last, self.key)
         return sums
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import topologies
 
@@ -85,8 +86,8 @@ def compile_rounds(
         axis_size=len(devices),
     )
     round_steps = max(1, strategy.inner_steps)
-    dispatch = shapes(batches, Span(0, round_steps, round_steps, 1))
-    arguments = (jax.eval_shape(create, *center), *dispatch, jax.eval_shape(jax.random.key, 0))
+    piece, number = shapes(batches, Span(0, round_steps, round_steps)), jax.ShapeDtypeStruct((), np.int32)
+    arguments = (jax.eval_shape(create, *center), *piece, number, number, jax.eval_shape(jax.random.key, 0))
     gradient = make_gradient(model, task, accumulate=accumulate)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
     return replica.compiled(train_rounds.lower(*arguments), devices).as_text() or ""

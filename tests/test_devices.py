@@ -62,7 +62,7 @@ indices = np.arange({count} * 8, dtype=np.int32).reshape({count}, 1, 1, 8)
 split, key = replica.replicate((train, jax.random.key(1)), devices)
 batches = replica.shard(indices, devices)
 for _ in range(2000):
-    here, sums = train_rounds(here, split, batches, np.int32(1), key)
+    here, sums = train_rounds(here, split, batches, np.int32(0), np.int32(1), key)
 print("survived", int(here.step), "rounds")
 """
     assert run(program) == "survived 2000 rounds\n"

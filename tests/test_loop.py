@@ -14,7 +14,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 import ctde_jax as ctde
-from ctde_jax import data, devices, models
+from ctde_jax import data, devices, feed, loop, models
 from ctde_jax.data import batches
 from ctde_jax.errors import InputError
 from ctde_jax.tasks import is_correct
@@ -153,26 +153,23 @@ def test_strategy_that_cannot_run_is_refused_before_anything_is_compiled(digits)
 
 
 @pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
-def test_run_does_not_depend_on_how_it_is_cut(digits, strategy):
-    """One round a dispatch, several, and a last dispatch that is not full: the same bits."""
-    runs = [
-        ctde.fit(
-            MODEL,
-            digits,
-            optax.adam(0.01),
-            strategy,
-            devices=devices.start(4),
-            batch_size=64,
-            steps=36,
-            eval_every=eval_every,
-            log_every=log_every,
-            show=False,
-        )
-        for eval_every, log_every in [(36, 1), (36, 36), (36, 20), (16, 8)]
-    ]
-    for run in runs[1:]:
-        assert_same_bits(run.params, runs[0].params)
-    assert {run.history[-1]["loss"] for run in runs} == {runs[0].history[-1]["loss"]}
+def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
+    """One round a dispatch, several, a last dispatch that is not full, and pieces of few rows: the same bits."""
+
+    def run(eval_every: int, log_every: int, seconds: float, places: int = 2**20) -> ctde.Trained:
+        monkeypatch.setattr(loop, "_DISPATCH_SECONDS", seconds)
+        monkeypatch.setattr(feed, "_PLACES", places)
+        cut = {"eval_every": eval_every, "log_every": log_every}
+        arguments = {"devices": devices.start(4), "batch_size": 64, "steps": 36, "show": False, **cut}
+        return ctde.fit(MODEL, digits, optax.adam(0.01), strategy, **arguments)
+
+    first = run(36, 4, seconds=0)
+    for other in (run(36, 4, seconds=100), run(36, 4, 100, places=64 * 12), run(36, 36, 0), run(36, 20, 0.1)):
+        assert_same_bits(other.params, first.params)
+        assert other.history[-1]["loss"] == first.history[-1]["loss"]
+    rows = [[(row["step"], row["loss"]) for row in run(16, 8, seconds).history] for seconds in (0, 100)]
+    assert rows[0] == rows[1]
+    assert [step for step, _ in rows[0]] == [8, 16, 16, 24, 32, 32, 36, 36]
 
 
 def test_every_function_is_traced_once_in_a_run(digits):

@@ -52,7 +52,10 @@ SLOW = {
     "With half the batch a step takes 93% of its time: 64 examples on a device are too few": {
         "half_batch": exactly(0.93)
     },
-    "The host stands between any two steps, as each is a dispatch of its own": {"steps_per_dispatch": 1},
+    "The host stands between any two steps, as each is evaluated": {
+        "steps_per_evaluation": 1,
+        "evaluation": exactly(0),
+    },
     "Input takes 12 ms a step, all else 9.9 ms: the devices wait for it.": {"parts": parts(input=12)},
     "Aggregation is 53% of a step, waiting for the slowest device included": {"parts": parts(aggregation=10.2)},
     "Compilation takes 5.00 s, and all 100 steps 1.00 s: a run this short": {"steps": 100},

@@ -274,26 +274,29 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
 
 
-@pytest.mark.parametrize("rounds", [0, 2, 3])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_program_of_three_rounds_does_as_many_as_it_is_told_one_by_one(split, key, name, rounds):
+def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, name):
     strategy = STRATEGIES[name]
     train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
     batches = np.stack([(steps_of(strategy) + shift) % 40 for shift in (0, 7, 11)], axis=1)  # [replica, round, ...]
 
     axes = state.axes(strategy)
     program = jax.vmap(
-        make_rounds(train_round), in_axes=(axes, None, 0, None, None), out_axes=(axes, None), axis_name=replica.AXIS
+        make_rounds(train_round),
+        in_axes=(axes, None, 0, None, None, None),
+        out_axes=(axes, None),
+        axis_name=replica.AXIS,
     )
-    together, sums = jax.jit(program)(begin(MODEL, strategy, key), split, batches, np.int32(rounds), key)
-    one_by_one, losses = begin(MODEL, strategy, key), []
-    for number in range(rounds):
-        one_by_one, own_sums = under_vmap(train_round, strategy)(one_by_one, split, batches[:, number], key)
-        losses.append(own_sums["loss"])
+    train_rounds, one_round = jax.jit(program), under_vmap(train_round, strategy)
+    for first, last in [(0, 0), (0, 2), (2, 3), (0, 3)]:
+        together, sums = train_rounds(begin(MODEL, strategy, key), split, batches, np.int32(first), np.int32(last), key)
+        one_by_one, losses = begin(MODEL, strategy, key), np.zeros((3, max(1, strategy.inner_steps)))
+        for number in range(first, last):
+            one_by_one, own_sums = one_round(one_by_one, split, batches[:, number], key)
+            losses[number] = own_sums["loss"]
 
-    assert_close(together, one_by_one)
-    nothing = np.zeros((3 - rounds) * max(1, strategy.inner_steps))
-    np.testing.assert_allclose(sums["loss"], np.concatenate([*losses, nothing]), rtol=1e-5)
+        assert_close(together, one_by_one)
+        np.testing.assert_allclose(sums["loss"], losses.ravel(), rtol=1e-5)
 
 
 MEAN = ["all-reduce"]

@@ -1,7 +1,7 @@
 """Data sets, who keeps which examples, and who sees them when."""
 
 from ctde_jax.data import partition
-from ctde_jax.data.batches import Batches, count_steps, deal, dispatches, filled_up, steps_per_epoch
+from ctde_jax.data.batches import Batches, count_steps, deal, filled_up, pieces, steps_per_epoch
 from ctde_jax.data.cifar import cifar10
 from ctde_jax.data.dataset import Dataset, Drawn, Split, from_arrays, hold_out, standardized
 from ctde_jax.data.digits import digits
@@ -27,7 +27,6 @@ __all__ = [
     "deal_stream",
     "decode",
     "digits",
-    "dispatches",
     "encode",
     "fashion_mnist",
     "filled_up",
@@ -39,6 +38,7 @@ __all__ = [
     "hold_out",
     "mnist",
     "partition",
+    "pieces",
     "standardized",
     "steps_per_epoch",
 ]

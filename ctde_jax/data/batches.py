@@ -200,9 +200,7 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
     return steps or an_epoch * (epochs or 0)
 
 
-def dispatches(
-    batches: Batches, inner_steps: int, most: int, start: int, stop: int
-) -> Iterator[tuple[np.ndarray, np.int32]]:
+def pieces(batches: Batches, inner_steps: int, most: int, start: int, stop: int) -> Iterator[tuple[np.ndarray, int]]:
     """Cuts the steps from `start` to `stop` into pieces of `most` rounds, the last of what is left.
 
     Yields:
@@ -213,8 +211,8 @@ def dispatches(
         steps = batches.steps(first, min(first + most * inner_steps, stop))
         filled = np.full((most * inner_steps, *steps.shape[1:]), ~0, np.int32)
         filled[: len(steps)] = steps
-        pieces = filled.reshape(most, inner_steps, *steps.shape[1:])
-        yield np.ascontiguousarray(np.moveaxis(pieces, 2, 0)), np.int32(ceil(len(steps) / inner_steps))
+        rounds = filled.reshape(most, inner_steps, *steps.shape[1:])
+        yield np.ascontiguousarray(np.moveaxis(rounds, 2, 0)), ceil(len(steps) / inner_steps)
 
 
 def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
