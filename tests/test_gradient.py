@@ -1,6 +1,6 @@
 """A replica's gradient, and what must not depend on the number of devices: masks, statistics, augmentation."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from ctde_jax import models, replica, tasks
 from ctde_jax.augment import shift
 from ctde_jax.data import Split
-from ctde_jax.gradient import draws, make_gradient
+from ctde_jax.gradient import Gradient, draws, make_gradient
 from ctde_jax.tasks import classification
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
@@ -46,6 +46,7 @@ class LinenNormed(linen.Module):
 
 
 NOISY = models.from_nnx(Noisy)
+GRADIENT_OF_NOISY = make_gradient(NOISY, classification)
 NORMED = {
     "nnx": partial(models.from_nnx, Normed),
     "linen": partial(models.from_linen, LinenNormed()),
@@ -82,14 +83,19 @@ def dealt(batch: np.ndarray, replicas: int) -> np.ndarray:
     return batch.reshape(-1, replicas).T
 
 
-def on_replicas(gradient, params, model_state, split, indices, key):
-    """The mean gradient over virtual replicas, and what else each returns."""
-
-    def on_one(indices):
+@cache
+def compiled(gradient: Gradient):
+    def on_one(params, model_state, split, indices, key):
         grads, model_state_, sums = gradient(params, model_state, split, indices, key)
         return replica.weighted_mean(grads, sums["examples"]), replica.weighted_mean(model_state_, sums["examples"])
 
-    return jax.tree.map(lambda x: x[0], jax.jit(jax.vmap(on_one, axis_name=replica.AXIS))(indices))
+    return jax.jit(jax.vmap(on_one, in_axes=(None, None, None, 0, None), axis_name=replica.AXIS))
+
+
+def on_replicas(gradient, params, model_state, split, indices, key):
+    """The mean gradient over virtual replicas, and what else each returns."""
+    returned = compiled(gradient)(params, model_state, split, indices, key)
+    return jax.tree.map(lambda x: x[0], returned)
 
 
 def assert_close(tree, other, rtol=1e-5, atol=1e-6):
@@ -103,7 +109,7 @@ def differs(tree, other) -> bool:
 @pytest.mark.parametrize("replicas", [2, 4, 8])
 def test_dropout_masks_do_not_depend_on_the_number_of_devices(split, key, replicas):
     params, model_state = NOISY.init(key, split.inputs[:1])
-    gradient, batch = make_gradient(NOISY, classification), np.arange(BATCH, dtype=np.int32)
+    gradient, batch = GRADIENT_OF_NOISY, np.arange(BATCH, dtype=np.int32)
     alone, _ = on_replicas(gradient, params, model_state, split, dealt(batch, 1), key)
     together, _ = on_replicas(gradient, params, model_state, split, dealt(batch, replicas), key)
     other_key, _ = on_replicas(gradient, params, model_state, split, dealt(batch, replicas), jax.random.key(1))
@@ -119,7 +125,7 @@ def test_groups_one_after_another_give_the_gradient_of_the_whole_batch(split, ke
     batch = np.arange(BATCH, dtype=np.int32)
     batch[BATCH - missing :] = ~batch[0]
     arguments = (params, model_state, split, dealt(batch, 2), key)
-    whole, _ = on_replicas(make_gradient(NOISY, classification), *arguments)
+    whole, _ = on_replicas(GRADIENT_OF_NOISY, *arguments)
     grouped, _ = on_replicas(make_gradient(NOISY, classification, accumulate=groups), *arguments)
     assert_close(grouped, whole, rtol=0, atol=1e-6)
 

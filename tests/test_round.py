@@ -123,11 +123,10 @@ def test_local_rounds_are_loops_on_each_replica_and_outer_steps(split, key, name
     here = begin(MODEL, strategy, key)
     params, outer_state = here.params, here.outer_state
     opt_states = [OPTIMIZER.init(params)] * REPLICAS
+    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)
 
     for number in range(2):
-        here, _ = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)(
-            here, split, batches[number], key
-        )
+        here, _ = train_round(here, split, batches[number], key)
         ends = []
         for own, own_batches in enumerate(batches[number]):
             end = params
