@@ -52,12 +52,12 @@ def make_turn(strategy: ctde.Strategy, devices: list[jax.Device]) -> Callable[[]
     examples, key = replica.replicate((split, jax.random.key(1)), devices)
     indices = replica.shard(indices, devices)
     run = parallel_rounds(make_gradient(model, classification), optimizer, strategy, devices, None)
-    run = replica.compiled(run.lower(here, examples, indices, np.int32(rounds), key), devices)
+    run = replica.compiled(run.lower(here, examples, indices, np.int32(0), np.int32(rounds), key), devices)
 
     def turn() -> float:
         nonlocal here
         before = time.perf_counter()
-        here, _ = run(here, examples, indices, np.int32(rounds), key)
+        here, _ = run(here, examples, indices, np.int32(0), np.int32(rounds), key)
         jax.block_until_ready(here)
         return (time.perf_counter() - before) / (rounds * round_steps)
 

@@ -128,7 +128,7 @@ def device_memory(
         jax.eval_shape(lambda center: state.place(*center, optimizer, strategy, around), center),
         jax.eval_shape(lambda: batches.split),
         jax.ShapeDtypeStruct((devices, 16 // round_steps, round_steps, batch_size // devices), np.int32),
-        jax.ShapeDtypeStruct((), np.int32),
+        *[jax.ShapeDtypeStruct((), np.int32)] * 2,
         jax.eval_shape(jax.random.key, 0),
     )
     gradient = make_gradient(model, ctde.tasks.classification)

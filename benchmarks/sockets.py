@@ -108,13 +108,13 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
     indices = replica.shard(batches.steps(0, steps).swapaxes(0, 1)[:, None], devices)  # [replica, round, step, example]
     program = (
         parallel_rounds(make_gradient(model, ctde.tasks.classification), optimizer, strategy, devices, batches.axis)
-        .lower(train_state, examples, indices, np.int32(1), key)
+        .lower(train_state, examples, indices, np.int32(0), np.int32(1), key)
         .compile()
     )
 
     def run() -> object:
         nonlocal train_state
-        train_state, sums = program(train_state, examples, indices, np.int32(1), key)
+        train_state, sums = program(train_state, examples, indices, np.int32(0), np.int32(1), key)
         return sums
 
     return run, traffic.measure(program.as_text() or "", strategy.inner_steps, hosts())

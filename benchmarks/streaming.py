@@ -110,19 +110,20 @@ def make_turn(case: Case, split: Split, devices: list[jax.Device]) -> Callable[[
     model = ctde.models.with_raw_inputs(case.model, np.float32(0), np.float32(1 / 255))
     feed, key = make_feed(batches, devices), replica.replicate(jax.random.key(1), devices)
     rounds = parallel_rounds(make_gradient(model, classification), optimizer, ctde.Strategy(), devices, batches.axis)
-    run = replica.compiled(rounds.lower(here, *shapes(batches, Span(0, a_turn, 1, STEPS)), key), devices)
+    arguments = (*shapes(batches, Span(0, a_turn, 1, STEPS, STEPS)), np.int32(0), np.int32(STEPS), key)
+    run = replica.compiled(rounds.lower(here, *arguments), devices)
     start = 0
 
     def turn() -> float:
         nonlocal here, start
-        span = Span(start, start + a_turn + STEPS, 1, STEPS)
+        span = Span(start, start + a_turn + STEPS, 1, STEPS, STEPS)
         start += a_turn
-        with feed([span]) as dispatches:
-            dispatch = next(dispatches)
+        with feed([span]) as pieces:
+            examples, indices, rounds = next(pieces)
             before = time.perf_counter()
             for _ in range(case.dispatches):
-                here, sums = run(here, *dispatch, key)
-                dispatch = next(dispatches)  # while it computes
+                here, sums = run(here, examples, indices, np.int32(0), np.int32(rounds), key)
+                examples, indices, rounds = next(pieces)  # while it computes
                 jax.block_until_ready(sums)
             return a_turn * case.batch_size / (time.perf_counter() - before)
 

@@ -32,7 +32,7 @@ from ctde_jax.log import Row, console, make_run_folder, open_log
 from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import AXIS, PyTree
-from ctde_jax.round import parallel_rounds
+from ctde_jax.round import add_up_sums, parallel_rounds
 from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import Traffic, measure, summary
 
@@ -186,7 +186,7 @@ def fit(
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
     train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
-    feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
+    feed, key, add_up = make_feed(batches, devices), replica.replicate(train_key, devices), add_up_sums(devices)
     clock.lap("start-up")
 
     gradient = make_gradient(model, task, augment, accumulate)
@@ -227,7 +227,7 @@ def fit(
                     train_state, sums = train_rounds(
                         train_state, examples, indices, np.int32(first), np.int32(last), key
                     )
-                    unread.append((sums, first, last))
+                    unread.append((add_up(sums), first, last))
                     if len(unread) > 1:
                         for row in meter.rows(*unread.pop(0)):
                             log.add(row)

@@ -11,17 +11,17 @@ from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
 from ctde_jax.gradient import Gradient, Sums
-from ctde_jax.replica import add_up, weighted_mean
+from ctde_jax.replica import weighted_mean
 from ctde_jax.state import TrainState, axes
 
 Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
-"""`train_round(state, split, batches, key) -> (state, sums over all replicas, float32[steps])`
+"""`train_round(state, split, batches, key) -> (state, sums over the replica's own examples, float32[steps])`
 
 `split` is what the device holds, `batches` is `int32[steps, per_replica]`, negative where there is no example.
 """
 
 Rounds = Callable[[TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]
-"""`train_rounds(state, split, batches, first, last, key) -> (state, sums over all replicas, float32[most * steps])`
+"""`train_rounds(state, split, batches, first, last, key) -> (state, sums over own examples, float32[most * steps])`
 
 `batches` is `int32[most, steps, per_replica]`, of which those from `first` up to but not including `last`, both
 `int32[]`, are gone through; the sums of the others are zero.
@@ -96,10 +96,7 @@ def make_round(
 
     def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         advanced, sums = advance(state, split, batches, key)
-        sums = add_up(sums)
-
-        steps = jnp.sum(sums["examples"] > 0, dtype=jnp.int32)
-        advanced = advanced._replace(step=state.step + steps)
+        advanced = advanced._replace(step=state.step + len(batches))
         if ema_decay is not None:
             ema_params = optax.incremental_update(advanced.params, state.ema_params, 1 - ema_decay)
             advanced = advanced._replace(ema_params=ema_params)
@@ -136,6 +133,8 @@ def parallel_rounds(
 ) -> jax.stages.Wrapped:
     """Puts several rounds on the devices, as one program that takes over the memory of the state it is given.
 
+    Its sums are `float32[replica, most * steps]`; `add_up_sums` adds up those of all replicas.
+
     Args:
         gradient: Made by `gradient.make_gradient`.
         optimizer: Of every step.
@@ -148,9 +147,14 @@ def parallel_rounds(
         make_rounds(make_round(gradient, optimizer, strategy, ema_decay)),
         devices,
         in_axes=(axes(strategy), split_axis, 0, None, None, None),
-        out_axes=(axes(strategy), None),
+        out_axes=(axes(strategy), 0),
         donate=(0,),
     )
+
+
+def add_up_sums(devices: Sequence[jax.Device]) -> jax.stages.Wrapped:
+    """Makes the program that adds up what `parallel_rounds` has summed, over all replicas: apart, as once is enough."""
+    return replica.parallel(replica.add_up, devices, in_axes=(0,), out_axes=None)
 
 
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

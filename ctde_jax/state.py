@@ -17,7 +17,7 @@ from ctde_jax.replica import AXIS, PyTree
 class TrainState(NamedTuple):
     """The whole state of training; `params` are the one central model, or where a strategy diverges a replica's own."""
 
-    step: PyTree  # int32[], optimizer steps taken
+    step: PyTree  # int32[], steps gone through, also such for which nobody had examples
     params: PyTree
     model_state: PyTree  # what the model keeps beside its parameters, such as batch statistics
     opt_state: PyTree  # of the optimizer: the center's, or with inner steps each replica's own

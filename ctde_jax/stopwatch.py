@@ -36,7 +36,7 @@ from ctde_jax.loop import make_phases, rows_a_dispatch
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
-from ctde_jax.round import parallel_rounds
+from ctde_jax.round import add_up_sums, parallel_rounds
 from ctde_jax.tasks import Task
 
 PARTS = ("input", "dispatch", "compute", "aggregation")
@@ -269,7 +269,7 @@ class _Contestant:
         traced = time.perf_counter()
         lowered = rounds.lower(*arguments)
         is_lowered = time.perf_counter()
-        self._run = replica.compiled(lowered, devices)
+        self._run, self._add_up = replica.compiled(lowered, devices), add_up_sums(devices)
         self.once = {
             "state and data on the devices": placed - before,
             "trace": traced - ready,
@@ -290,7 +290,7 @@ class _Contestant:
         """Runs the program so many times as training does, and returns the seconds that a step has taken."""
         before, unread = time.perf_counter(), None
         for _ in range(length):
-            sums = self._advance(*next(self._inputs))
+            sums = self._add_up(self._advance(*next(self._inputs)))
             if unread is not None:
                 jax.device_get(unread)  # of the dispatch before, while this one runs
             unread = sums

@@ -3,7 +3,8 @@
 What is written is not what travels: a compiler widens small types, merges messages, moves them out of loops. So bytes
 are counted in the optimized program alone, in which every collective says what each device puts in and who takes part,
 and its loops say how often. `benchmarks/sockets.py` holds the count against what sockets have sent. Training rounds are
-counted, with the averages of metrics and batch statistics that they take; evaluation is not.
+counted, with the averages of batch statistics that they take; evaluation is not, nor are the sums of metrics, a few
+numbers a step, which go out apart, once for many rounds.
 """
 
 from collections import Counter

@@ -84,7 +84,10 @@ def losses(name: str, data_sets: dict[str, data.Dataset], strategy: ctde.Strateg
     return [row["loss"] for row in trained.history if row["split"] == "train"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("cnn", "resnet", "gru") else name for name in MODELS],
+)
 def test_losses_are_those_of_one_device(name, data_sets):
     """With dropout, and with batch statistics over the whole batch."""
     alone, together = (losses(name, data_sets, ctde.Strategy(), devices, steps=16) for devices in (1, 4))
