@@ -48,7 +48,7 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
     def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
         is_example = indices >= 0
         rows = jnp.where(is_example, indices, ~indices)
-        inputs, labels = split.inputs[rows], split.labels[rows]
+        inputs, labels = _take(split.inputs, rows), _take(split.labels, rows)
         augment_key, model_key = jax.random.split(key)
         if augment is not None:
             inputs = apply_to(augment, augment_key, inputs, split.numbers[rows] if isinstance(split, Drawn) else rows)
@@ -104,6 +104,11 @@ def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDt
         if not random.isdisjoint(x for x in equation.invars if isinstance(x, Var)):
             random.update(equation.outvars)
     return not random.isdisjoint(x for x in program.outvars if isinstance(x, Var))
+
+
+def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
+    """Takes rows of an array `[examples, ...]` as flat ones, for which XLA needs no division to find each number."""
+    return array.reshape(len(array), -1)[rows].reshape(len(rows), *array.shape[1:])
 
 
 def _cut(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.Array, jax.Array]:
