@@ -186,7 +186,7 @@ def fit(
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
     train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
-    feed, key, add_up = make_feed(batches, devices), replica.replicate(train_key, devices), add_up_sums(devices)
+    feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
     clock.lap("start-up")
 
     gradient = make_gradient(model, task, augment, accumulate)
@@ -195,8 +195,9 @@ def fit(
         if programs:
             like = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), like)
         rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
-        arguments = (like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
-        programs.append(replica.compiled(rounds.lower(*arguments), devices))
+        lowered = rounds.lower(like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
+        add_up = add_up_sums(devices).lower(lowered.out_info[1])
+        programs.append((replica.compiled(lowered, devices), replica.compiled(add_up, devices)))
     center = replica.replicate((params, model_state), devices)
     splits = {"validation": data.validation, "test": data.test}
     evaluate = {
@@ -206,7 +207,7 @@ def fit(
     hosts = [device.process_index for device in devices]
     traffic = [
         measure(program.as_text(), phase.strategy.inner_steps, hosts)
-        for program, phase in zip(programs, phases, strict=True)
+        for (program, _), phase in zip(programs, phases, strict=True)
     ]
     at_first = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
     says = summary(traffic[-1], count_params(params), len(devices)) + at_first
@@ -216,14 +217,14 @@ def fit(
     meter = _Meter(batches.steps_per_epoch, task)
     spans = [span for phase in phases for span in phase.spans]
     with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log, feed(spans) as pieces:
-        for phase, train_rounds, sent in zip(phases, programs, traffic, strict=True):
+        for phase, (train_rounds, add_up), sent in zip(phases, programs, traffic, strict=True):
             if phase.start:
                 train_state = phase.begin(train_state, devices)
             center_of = phase.make_center(devices)
             for span in phase.spans:
                 meter.start(span, sent.sent)
                 unread: list[tuple[Sums, int, int]] = []  # the sums of a dispatch are fetched while the next one runs
-                for examples, indices, first, last in cut(islice(pieces, span.pieces), meter.pace):
+                for examples, indices, first, last in _cut(islice(pieces, span.pieces), meter.pace):
                     train_state, sums = train_rounds(
                         train_state, examples, indices, np.int32(first), np.int32(last), key
                     )
@@ -357,7 +358,7 @@ def _spans(inner_steps: int, eval_every: int, log_every: int, piece_steps: int, 
     ]
 
 
-def cut(pieces: Iterable[Piece], pace: Callable[[], int]) -> Iterator[tuple[PyTree, jax.Array, int, int]]:
+def _cut(pieces: Iterable[Piece], pace: Callable[[], int]) -> Iterator[tuple[PyTree, jax.Array, int, int]]:
     """Cuts pieces into dispatches, of so many rounds as the pace says: from a first one up to a last, not included."""
     for examples, indices, rounds in pieces:
         first = 0
