@@ -3,9 +3,9 @@
 To read the package top to bottom, follow the walk:
 
     errors -> presets -> config -> devices -> replica -> data -> feed -> augment -> models -> initializers -> mup
-           -> tasks -> optimizers -> aggregate -> build -> state -> gradient -> round -> hlo -> collectives
-           -> traffic -> evaluate -> reestimate -> generation -> checks -> log -> loop -> report -> targets
-           -> wire -> stopwatch -> profile -> train
+           -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient -> round -> hlo -> collectives
+           -> traffic -> evaluate -> reestimate -> generation -> checks -> run_folder -> log -> meter -> checkpoint
+           -> resume -> stop -> loop -> report -> targets -> wire -> stopwatch -> profile -> train
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
         optimizers,
         replica,
         report,
+        run_folder,
         state,
         tasks,
         traffic,
     )
     from ctde_jax.aggregate import Strategy
     from ctde_jax.build import strategy
-    from ctde_jax.errors import InputError, NonFiniteLoss
+    from ctde_jax.errors import InputError, NonFiniteLoss, Preempted
     from ctde_jax.generation import generate
     from ctde_jax.loop import Trained, fit
     from ctde_jax.tasks import Task
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "InputError",
     "NonFiniteLoss",
+    "Preempted",
     "Strategy",
     "Task",
     "Trained",
@@ -60,6 +62,7 @@ __all__ = [
     "optimizers",
     "replica",
     "report",
+    "run_folder",
     "state",
     "strategy",
     "tasks",
@@ -69,6 +72,7 @@ __all__ = [
 _HOME = {
     "InputError": "errors",
     "NonFiniteLoss": "errors",
+    "Preempted": "errors",
     "Strategy": "aggregate",
     "Task": "tasks",
     "Trained": "loop",

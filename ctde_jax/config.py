@@ -271,7 +271,20 @@ class Run:
     """The config.json of a run to be repeated, its options replaced by those given here; by default none."""
 
     run_dir: Folder = None
-    """A new folder for configuration, metrics and curves; by default runs/ with data set, model and time."""
+    """The folder for configuration, metrics, curves and checkpoints; by default runs/ with data set, model and time."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """Whether to go on with the run that --run-dir has; never wants a folder without one."""
+
+    branch_from: Folder = None
+    """The checkpoint of another run, from which this one goes on with other options; by default none."""
+
+    save_every: Count = None
+    """At most so many optimizer steps, or a round where that is longer, lie between two checkpoints; by default those
+    of about a minute."""
+
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
 
     eval_every: Count = None
     """Optimizer steps between two evaluations, which wait for the end of a round; by default an epoch."""
@@ -333,11 +346,33 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes the options as a JSON object that `--config` takes; the folder is left out, as each run has its own."""
-    groups = [getattr(config, group.name) for group in fields(config)]
-    chosen = {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
-    del chosen["config"], chosen["run_dir"]
+    """Writes the options as a JSON object that `--config` takes, without those that each run has for itself."""
+    chosen = {name: value for name, value in _flat(config).items() if name not in _OF_ONE_RUN}
     path.write_text(json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8")
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """Returns the options that decide the numbers of a run, by name."""
+    return {name: value for name, value in _flat(config).items() if name not in _OF_ONE_RUN + _DECIDE_NOTHING}
+
+
+_OF_ONE_RUN = ("config", "run_dir", "resume", "branch_from")
+_DECIDE_NOTHING = (
+    "devices",
+    "data_dir",
+    "data_file",
+    "epochs",
+    "save_every",
+    "keep_checkpoints",
+    "prompt",
+    "sample_length",
+)
+"""Another number of devices, or another place of the data, is the same run; epochs count as steps."""
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    groups = [getattr(config, group.name) for group in fields(config)]
+    return {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
 
 
 def new_run_folder(config: Config, prefix: str = "") -> Path:
@@ -487,8 +522,7 @@ _GOES_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 def _check_effect(typed: set[str], parsed: Config) -> None:
     """Raises InputError for an option that was typed and would do nothing."""
-    groups = [getattr(parsed, group.name) for group in fields(parsed)]
-    values = {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
+    values = _flat(parsed)
     for option, (other, allowed) in _GOES_WITH.items():
         if as_flag(option) in typed and values[other] not in allowed:
             names = " or ".join(as_flag(other) if value is True else f"{as_flag(other)} {value}" for value in allowed)

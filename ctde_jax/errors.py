@@ -37,6 +37,18 @@ class NonFiniteLoss(ArithmeticError):
         self.step = step
 
 
+class Preempted(Exception):
+    """SIGTERM has ended the training; the same command on the same folder goes on.
+
+    Args:
+        step: The steps that the checkpoint has gone through.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"SIGTERM ended the training at step {step:,}, which is saved; the same command goes on.")
+        self.step = step
+
+
 def check_known(option: str, name: str, known: Iterable[str]) -> None:
     """Raises InputError for a name that is not among the known ones, and suggests the nearest of them."""
     names = list(known)

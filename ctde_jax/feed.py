@@ -47,7 +47,7 @@ Piece: TypeAlias = tuple[PyTree, jax.Array, int]
 many of these rounds there are."""
 
 Feed: TypeAlias = Callable[[Iterable[Span]], AbstractContextManager[Iterator[Piece]]]
-"""Opens the pieces of spans that follow each other from step 0, and closes them with what draws them."""
+"""Opens the pieces of spans that follow each other, and closes them with what draws them."""
 
 
 def make_feed(batches: Batches | Arrivals, devices: Sequence[jax.Device]) -> Feed:
@@ -141,7 +141,8 @@ def _from_disk(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[Drawn,
 
 def _from_stream(arrivals: Arrivals, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
     """Draws the batches of each piece."""
-    steps = arrivals.stream.steps()
+    spans = list(spans)
+    steps = arrivals.stream.steps(spans[0].start if spans else 0)
     for span in spans:
         size = span.piece_rounds * span.round_steps
         for first in range(span.start, span.stop, size):

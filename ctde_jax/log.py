@@ -18,14 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from ctde_jax.errors import InputError
+from ctde_jax.run_folder import METRICS, writing_to
 from ctde_jax.tasks import RESERVED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-
-METRICS = "metrics.jsonl"
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -36,10 +35,11 @@ class Log:
     Made by `open_log`.
     """
 
-    def __init__(self, total_steps: int, folder: Path | None, file: TextIO | None, progress: Progress):
-        self.rows: list[Row] = []
+    def __init__(self, total_steps: int, rows: list[Row], folder: Path | None, file: TextIO | None, progress: Progress):
+        self.rows = rows
         self._total_steps, self._folder, self._file, self._progress = total_steps, folder, file, progress
-        self._task = progress.add_task("training", total=total_steps, summary="")
+        done = rows[-1]["step"] if rows else 0
+        self._task = progress.add_task("training", total=total_steps, completed=done, summary="")
         self._last_line = time.perf_counter()
         self._latest: dict[str, str] = {}  # by split
 
@@ -70,16 +70,17 @@ def console(quiet: bool = False) -> Console:
 
 
 @contextmanager
-def open_log(total_steps: int, folder: Path | None = None, show: bool = True) -> Iterator[Log]:
+def open_log(total_steps: int, folder: Path | None = None, show: bool = True, kept: int = 0) -> Iterator[Log]:
     """Opens the log of a run, and closes it however the run ends, the curves drawn.
 
     Args:
         total_steps: Optimizer steps of the whole run.
-        folder: Where `metrics.jsonl` and `curves.png` go, made by `make_run_folder`; None writes no files.
+        folder: Where `metrics.jsonl` and `curves.png` go; None writes no files.
         show: Shows a bar in a terminal or notebook, and plain lines elsewhere.
+        kept: The run goes on after so many of the rows that the folder has; those after them are taken out.
 
     Raises:
-        InputError: The folder cannot be written to.
+        InputError: The folder cannot be written to, or has fewer rows.
     """
     screen = console(quiet=not show)
     bar = Progress(
@@ -93,12 +94,13 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
     )
     if folder is None:
         with bar:
-            yield Log(total_steps, None, None, bar)
+            yield Log(total_steps, [], None, None, bar)
         return
 
     with writing_to(folder):
-        file = (folder / METRICS).open("w", encoding="utf-8")
-    log = Log(total_steps, folder, file, bar)
+        file = (folder / METRICS).open("a+", encoding="utf-8")
+        rows = _keep(kept, file)
+    log = Log(total_steps, rows, folder, file, bar)
     try:
         with bar:
             yield log
@@ -108,36 +110,18 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True) ->
                 plot_curves(log.rows).savefig(folder / "curves.png", dpi=120)
 
 
-def make_run_folder(folder: Path) -> Path:
-    """Makes a folder for the results of a run, and returns it.
-
-    Raises:
-        InputError: It cannot be written to, or holds a run already.
-    """
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
-            raise InputError(
-                "run_dir", f"must not hold a run already, but {folder} has {METRICS}; name another folder."
-            )
-    return folder
-
-
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Says in a sentence that a folder cannot be written to, or is full.
-
-    Raises:
-        InputError: Instead of any OSError.
-    """
-    try:
-        yield
-    except OSError as error:
+def _keep(kept: int, file: TextIO) -> list[Row]:
+    """Returns the first so many rows of a file, and cuts it off behind them."""
+    file.seek(0)
+    lines = [line for line in (file.readline() for _ in range(kept)) if line.endswith("\n")]
+    if len(lines) < kept:
         raise InputError(
             "run_dir",
-            f"must be a folder that can be written to and has room, but writing to {folder} failed: {error.strerror}; "
-            "choose another folder.",
-        ) from error
+            f"must have the {kept} rows in {file.name} that were there when its checkpoint was written, got "
+            f"{len(lines)}; name another folder.",
+        )
+    file.truncate(file.tell())
+    return [json.loads(line) for line in lines]
 
 
 def plot_curves(rows: Sequence[Row]) -> "Figure":

@@ -1,43 +1,41 @@
 """The walk from a model and data to a trained model: `fit`."""
 
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from math import ceil
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax import lax
-from jax.experimental import multihost_utils
 
 from ctde_jax import devices as available
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
+from ctde_jax.checkpoint import Checkpoint, Saver, Tensors, open_saver
 from ctde_jax.checks import check_run, check_types
 from ctde_jax.data import Dataset, Split, count_steps, deal, deal_stream
-from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax.errors import InputError, Preempted, check_at_least
 from ctde_jax.evaluate import Averages, make_evaluate
 from ctde_jax.feed import Feed, Piece, Span, make_feed, shapes, steps_a_piece
 from ctde_jax.gradient import Sums, make_gradient
-from ctde_jax.log import Row, console, make_run_folder, open_log
+from ctde_jax.log import Log, Row, console, open_log
+from ctde_jax.meter import Clock, Meter, Position
 from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.reestimate import make_reestimate
-from ctde_jax.replica import AXIS, PyTree
+from ctde_jax.replica import PyTree
+from ctde_jax.resume import branch, find
 from ctde_jax.round import add_up_sums, parallel_rounds
+from ctde_jax.run_folder import CHECKPOINTS, METRICS, check_new, claimed
+from ctde_jax.schedule import cut, make_phases, unfinished
+from ctde_jax.stop import Stop, deferred
 from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import Traffic, measure, summary
 
-_DISPATCH_SECONDS = 0.1
-"""What a dispatch should take: long beside the millisecond that it costs, short for who waits or stops it."""
+_BEST = "best"
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,13 +106,19 @@ def fit(
     eval_every: int | None = None,
     log_every: int = 20,
     run_dir: Path | str | None = None,
+    resume: bool = True,
+    branch_from: Path | str | None = None,
+    save_every: int | None = None,
+    keep_checkpoints: int = 2,
+    options: Mapping[str, Any] = {},
     show: bool = True,
     describe: Callable[[PyTree, PyTree], str] | None = None,
 ) -> Trained:
     """Trains one central model on many devices.
 
     Ctrl-C ends the training after the dispatch at hand, and what has been trained is returned; a second Ctrl-C ends at
-    once.
+    once. With a `run_dir`, the same call goes on where it was ended, by whatever; its numbers are then those of a run
+    that nothing has ended. It may go on with other devices, and another number of them.
 
     Args:
         model: Such as `models.mlp`, or a module of the user's own through `models.from_nnx` or `models.from_linen`.
@@ -142,7 +146,14 @@ def fit(
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
         log_every: At most so many steps, or a round where that is longer, lie between two rows of the history. One
             dispatch computes as many rows as take a tenth of a second, at least one.
-        run_dir: The folder for `metrics.jsonl` and `curves.png`, made where it is not there; None writes no files.
+        run_dir: The folder for `metrics.jsonl`, `curves.png` and checkpoints, made where it is not there; None writes
+            no files.
+        resume: Whether to go on with the run that the folder has; else it must have none.
+        branch_from: The checkpoint of another run, from which a new one goes on with other arguments.
+        save_every: At most so many steps, or a round where that is longer, lie between two checkpoints; by default
+            those of about a minute. The last step always has one.
+        keep_checkpoints: How many of the newest stay.
+        options: What else decides the numbers of the run, by name; it only goes on where that is the same.
         show: Whether to show progress.
         describe: What to print of the parameters and model state (numpy arrays) at every evaluation, such as a text
             that the model has written.
@@ -150,8 +161,9 @@ def fit(
     Raises:
         InputError: An argument breaks a rule; nothing has been computed yet.
         NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
+        Preempted: SIGTERM has ended the training, which is saved. Without a `run_dir` it ends the process.
     """
-    clock = _Clock()
+    clock = Clock()
     check_types(model=model, data=data, optimizer=optimizer, strategy=strategy)
     devices = list(devices or available.start())
     available.check(devices)
@@ -178,79 +190,118 @@ def fit(
         eval_every=eval_every,
         log_every=log_every,
     )
-    phases = make_phases(strategy, total_steps, eval_every, log_every, steps_a_piece(batches))
-    best, keeps_average = _Best(patience), ema_decay is not None
-
-    model = with_raw_inputs(model, data.shift, data.scale)
-    run_dir = None if run_dir is None else make_run_folder(Path(run_dir))
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
-    train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
-    feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
-    clock.lap("start-up")
-
-    gradient = make_gradient(model, task, augment, accumulate)
-    programs, like = [], train_state
-    for phase in phases:
-        if programs:
-            like = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), like)
-        rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
-        lowered = rounds.lower(like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
-        add_up = add_up_sums(devices).lower(lowered.out_info[1])
-        programs.append((replica.compiled(lowered, devices), replica.compiled(add_up, devices)))
-    center = replica.replicate((params, model_state), devices)
-    splits = {"validation": data.validation, "test": data.test}
-    evaluate = {
-        name: make_evaluate(model, task, split, devices, *center) for name, split in splits.items() if split is not None
+    check_at_least(1, save_every=save_every, keep_checkpoints=keep_checkpoints)
+    if branch_from is not None and run_dir is None:
+        raise InputError("branch_from", "needs a run_dir, the folder of the new run.")
+    row_steps = min(log_every, save_every or log_every)
+    phases = make_phases(strategy, total_steps, eval_every, row_steps, steps_a_piece(batches))
+    told = {
+        **options,
+        "data": f"{data.name}, {'batches' if data.stream else f'{len(data.train.inputs):,} training examples'}",
+        "parts": None if partition is None else len(partition),
+        "steps": total_steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "accumulate": accumulate,
+        "ema_decay": ema_decay,
+        "reestimate_batches": reestimate_batches,
+        "patience": patience,
+        "eval_every": eval_every,
+        "log_every": row_steps,
     }
-    reestimate = _make_reestimate(model, feed, devices, batches.axis, reestimate_batches, key)
-    hosts = [device.process_index for device in devices]
-    traffic = [
-        measure(program.as_text(), phase.strategy.inner_steps, hosts)
-        for (program, _), phase in zip(programs, phases, strict=True)
-    ]
-    at_first = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
-    says = summary(traffic[-1], count_params(params), len(devices)) + at_first
-    console(quiet=not show).print(f"wire       {says}")
-    clock.lap("compile")
+    screen = console(quiet=not show)
+    with nullcontext() if run_dir is None else claimed(Path(run_dir)) as folder:
+        found = _find(folder, resume, branch_from, told, screen.print)
+        position = Position() if found is None else Position(**found.facts["position"])
+        phases = unfinished(phases, position.gone_through)
 
-    meter = _Meter(batches.steps_per_epoch, task)
-    spans = [span for phase in phases for span in phase.spans]
-    with _deferred_interrupt() as interrupted, open_log(total_steps, run_dir, show) as log, feed(spans) as pieces:
-        for phase, (train_rounds, add_up), sent in zip(phases, programs, traffic, strict=True):
-            if phase.start:
-                train_state = phase.begin(train_state, devices)
-            center_of = phase.make_center(devices)
-            for span in phase.spans:
-                meter.start(span, sent.sent)
-                unread: list[tuple[Sums, int, int]] = []  # the sums of a dispatch are fetched while the next one runs
-                for examples, indices, first, last in _cut(islice(pieces, span.pieces), meter.pace):
-                    train_state, sums = train_rounds(
-                        train_state, examples, indices, np.int32(first), np.int32(last), key
-                    )
-                    unread.append((add_up(sums), first, last))
-                    if len(unread) > 1:
-                        for row in meter.rows(*unread.pop(0)):
-                            log.add(row)
-                    if interrupted.is_set():
+        model = with_raw_inputs(model, data.shift, data.scale)
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
+        best, keeps_average = _Best(patience), ema_decay is not None
+        train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
+        if found is not None:
+            rest = best.restore(found, (params, model_state))
+            train_state = state.from_tensors(rest, train_state, phases[0].strategy, found.facts["replicas"], devices)
+        feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
+        clock.lap("start-up")
+
+        gradient = make_gradient(model, task, augment, accumulate)
+        programs, like = [], train_state
+        for phase in phases:
+            if programs:
+                like = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), like)
+            rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
+            lowered = rounds.lower(like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
+            add_up = add_up_sums(devices).lower(lowered.out_info[1])
+            programs.append((replica.compiled(lowered, devices), replica.compiled(add_up, devices)))
+        center = replica.replicate((params, model_state), devices)
+        splits = {"validation": data.validation, "test": data.test}
+        evaluate = {
+            name: make_evaluate(model, task, split, devices, *center)
+            for name, split in splits.items()
+            if split is not None
+        }
+        reestimate = _make_reestimate(model, feed, devices, batches.axis, reestimate_batches, key)
+        hosts = [device.process_index for device in devices]
+        traffic = [
+            measure(program.as_text(), phase.strategy.inner_steps, hosts)
+            for (program, _), phase in zip(programs, phases, strict=True)
+        ]
+        at_first = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
+        says = summary(traffic[-1], count_params(params), len(devices)) + at_first
+        screen.print(f"wire       {says}")
+        clock.lap("compile")
+
+        meter = Meter(batches.steps_per_epoch, task, save_every, position)
+        kept = 0 if found is None or branch_from is not None else found.facts["rows"]
+        left = [phase.after(position.gone_through) for phase in phases]
+        with (
+            deferred(saves=folder is not None) as stop,
+            open_log(total_steps, folder, show, kept) as log,
+            feed([span for spans in left for span in spans]) as pieces,
+            nullcontext()
+            if folder is None
+            else open_saver(folder / CHECKPOINTS, keep_checkpoints, folder / METRICS) as saver,
+        ):
+            facts = {"replicas": len(devices), "options": told}
+            run = _Run(train_state, key, meter, best, log, saver, facts, stop)
+            if saver is not None and (found is None or branch_from is not None):
+                run.save()
+                saver.wait()  # no row stands in a folder that has no checkpoint
+            for phase, spans, program, sent in zip(phases, left, programs, traffic, strict=True):
+                if spans and spans[0].start == phase.start > 0:
+                    run.train_state = phase.begin(run.train_state, devices)
+                make_center = phase.make_center(devices)
+                for span in spans:
+                    if stop or best.is_over:
                         break
-                for row in meter.rows(*unread.pop()):
-                    log.add(row)
-                clock.lap("train")
+                    meter.start(span, sent.sent)
+                    run.go_through(islice(pieces, span.pieces), *program)
+                    clock.lap("train")
+                    if not meter.is_at_end:  # what is measured here is not measured in a run that nothing stops
+                        run.save()
+                        if stop.is_preemption:
+                            break
 
-                params = center_of(train_state.ema_params if keeps_average else train_state.params)
-                model_state = reestimate(params, train_state.model_state)
-                rows = [meter.row(name, averages(params, model_state)) for name, averages in evaluate.items()]
-                for row in rows:
-                    log.add(row)
-                best.update(rows[0], params, model_state)
-                if describe is not None:
-                    log.say(describe(*jax.device_get((params, model_state))))
-                clock.lap("evaluate")
-                if interrupted.is_set() or best.is_over:
-                    break
-            if interrupted.is_set() or best.is_over:
-                break
+                    params = make_center(run.own_params)
+                    model_state = reestimate(params, run.train_state.model_state)
+                    rows = [meter.row(name, averages(params, model_state)) for name, averages in evaluate.items()]
+                    for row in rows:
+                        log.add(row)
+                    best.update(rows[0], params, model_state)
+                    if describe is not None:
+                        log.say(describe(*jax.device_get((params, model_state))))
+                    if meter.is_at_end and (stop or best.is_over or span.stop == total_steps or meter.is_save_due):
+                        run.save()
+                    clock.lap("evaluate")
+            if not any(left):
+                params = phases[-1].make_center(devices)(run.own_params)
+                model_state = reestimate(params, run.train_state.model_state)
+            if saver is not None:
+                saver.wait()
+            if stop.is_preemption and meter.position.gone_through < total_steps:
+                raise Preempted(meter.position.step)
 
     params, model_state = best.center or jax.device_get((params, model_state))
     return Trained(
@@ -260,7 +311,7 @@ def fit(
         step=best.step or log.rows[-1]["step"],
         history=log.rows,
         seconds=clock.seconds,
-        interrupted=interrupted.is_set(),
+        interrupted=bool(stop),
         stopped_early=best.is_over,
         task=task,
         devices=devices,
@@ -288,6 +339,25 @@ def _make_reestimate(
     return lambda params, model_state: run(params, model_state, examples, indices, key)
 
 
+def _find(
+    folder: Path | None,
+    resume: bool,
+    branch_from: Path | str | None,
+    told: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Checkpoint | None:
+    """Finds what the run goes on from, where there is something."""
+    if folder is None:
+        return None
+    if branch_from is not None or not resume:
+        check_new(folder)
+        return None if branch_from is None else branch(Path(branch_from), told, say)
+    found = find(folder, told, say)
+    if found is not None:
+        say(f"resume     {found.path}")
+    return found
+
+
 class _Best:
     """Keeps the parameters of the lowest validation loss where there is patience, and says when it has run out."""
 
@@ -301,6 +371,27 @@ class _Best:
         """Whether too many evaluations in a row were in vain."""
         return self._patience is not None and self._in_vain >= self._patience
 
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """What a checkpoint says of it, beside the tensors."""
+        if self.center is None:
+            return None
+        return {"loss": self._loss, "step": self.step, "in_vain": self._in_vain}
+
+    @property
+    def tensors(self) -> Tensors:
+        """What a checkpoint has of it."""
+        return {} if self.center is None else state.to_tensors({_BEST: self.center})
+
+    def restore(self, found: Checkpoint, like: tuple[PyTree, PyTree]) -> Tensors:
+        """Goes on from a checkpoint, and returns the tensors in it that are another's."""
+        own = {name: tensor for name, tensor in found.tensors.items() if name.startswith(f"{_BEST}/")}
+        if self._patience is not None and own:
+            facts = found.facts["best"]
+            self._loss, self.step, self._in_vain = facts["loss"], facts["step"], facts["in_vain"]
+            self.center = state.center_from_tensors(own, {_BEST: like})[_BEST]
+        return {name: tensor for name, tensor in found.tensors.items() if name not in own}
+
     def update(self, validated: Row, params: PyTree, model_state: PyTree) -> None:
         """Takes note of an evaluation."""
         if self._patience is None:
@@ -312,153 +403,55 @@ class _Best:
             self._in_vain += 1
 
 
-class Phase(NamedTuple):
-    """A part of a run in which one strategy is at work."""
+@dataclass
+class _Run:
+    """A run under way: the state on the devices, and what has to be told of it."""
 
-    strategy: Strategy
-    start: int
-    spans: list[Span]
-    """From one evaluation to the next, all cut alike."""
+    train_state: state.TrainState
+    key: jax.Array
+    meter: Meter
+    best: _Best
+    log: Log
+    saver: Saver | None
+    facts: Mapping[str, Any]
+    stop: Stop
 
-    def begin(self, train_state: state.TrainState, devices: Sequence[jax.Device]) -> state.TrainState:
-        """Goes over from the synchronous phase before this one."""
-        return state.go_over(train_state, Strategy(), self.strategy, devices)
+    @property
+    def own_params(self) -> PyTree:
+        """The parameters to evaluate: the moving average where one is kept."""
+        average = self.train_state.ema_params
+        return average if jax.tree.leaves(average) else self.train_state.params
 
-    def make_center(self, devices: Sequence[jax.Device]) -> Callable[[PyTree], PyTree]:
-        """Makes the function from the state's parameters to the central ones, replicated."""
-        if not self.strategy.diverges:
-            return lambda params: params
-        return replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
+    def go_through(self, pieces: Iterable[Piece], train_rounds: jax.stages.Compiled, add_up: jax.stages.Compiled):
+        """Computes the dispatches of a span, or those until it is stopped, and logs their rows."""
+        unread: list[tuple[Sums, int, int]] = []  # the sums of a dispatch are fetched while the next one runs
+        for examples, indices, first, last in cut(pieces, self.meter.pace):
+            self.train_state, sums = train_rounds(
+                self.train_state, examples, indices, np.int32(first), np.int32(last), self.key
+            )
+            unread.append((add_up(sums), first, last))
+            self.meter.dispatched(last - first)
+            if len(unread) > 1:
+                self._read(unread.pop(0))
+            if self.saver is not None:
+                self.saver.check()
+                if self.meter.is_save_due and not self.meter.is_at_end:
+                    self._read(unread.pop())
+                    self.save()
+            if self.stop:
+                break
+        for dispatch in unread:
+            self._read(dispatch)
 
+    def save(self) -> None:
+        """Begins to write a checkpoint; all rows up to here have been logged."""
+        if self.saver is None:
+            return
+        facts = {"position": self.meter.position._asdict(), "rows": len(self.log.rows), "best": self.best.facts}
+        tensors = state.to_tensors(self.train_state) | self.best.tensors
+        self.saver.save(self.meter.position.gone_through, tensors, {**facts, **self.facts})
+        self.meter.saved()
 
-def make_phases(strategy: Strategy, total_steps: int, eval_every: int, log_every: int, piece_steps: int) -> list[Phase]:
-    """Cuts a run into its phases: where a strategy is synchronous at first, two.
-
-    The names and meanings are those of `fit`; a piece has at most so many steps, or those of a row.
-    """
-    switch = min(strategy.synchronous_steps, total_steps)
-    phases = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
-    return [
-        Phase(own, start, _spans(own.inner_steps, eval_every, log_every, piece_steps, start, stop))
-        for own, start, stop in phases
-        if start < stop
-    ]
-
-
-def _spans(inner_steps: int, eval_every: int, log_every: int, piece_steps: int, start: int, stop: int) -> list[Span]:
-    round_steps = max(1, inner_steps)
-    rounds = ceil(min(eval_every, stop - start) / round_steps)
-    rows = ceil(rounds / max(1, log_every // round_steps))
-    row_rounds = ceil(rounds / rows)
-    piece_rounds = row_rounds * min(rows, max(1, piece_steps // (row_rounds * round_steps)))
-    interval = rounds * round_steps
-    return [
-        Span(first, min(first + interval, stop), round_steps, row_rounds, piece_rounds)
-        for first in range(start, stop, interval)
-    ]
-
-
-def _cut(pieces: Iterable[Piece], pace: Callable[[], int]) -> Iterator[tuple[PyTree, jax.Array, int, int]]:
-    """Cuts pieces into dispatches, of so many rounds as the pace says: from a first one up to a last, not included."""
-    for examples, indices, rounds in pieces:
-        first = 0
-        while first < rounds:
-            last = min(first + pace(), rounds)
-            yield examples, indices, first, last
-            first = last
-
-
-class _Clock:
-    """Splits the wall time into named parts."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """Counts the time since the last lap towards this part."""
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
-        self._last = now
-
-
-def rows_a_dispatch(seconds: float) -> int:
-    """Returns how many rows of so many seconds one dispatch computes; on several hosts all do as the first says."""
-    return max(1, int(_DISPATCH_SECONDS / multihost_utils.broadcast_one_to_all(np.float32(seconds))))
-
-
-class _Meter:
-    """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
-
-    def __init__(self, steps_per_epoch: int, task: Task):
-        self._step, self._steps_per_epoch, self._task, self._sent = 0, steps_per_epoch, task, 0.0
-        self._last, self._rows_a_dispatch = 0.0, 1
-
-    def start(self, span: Span, sent: float) -> None:
-        """Begins a span, in whose rounds each device sends so many bytes."""
-        self._span, self._sent_a_round, self._dispatches, self._last = span, sent, 0, time.perf_counter()
-
-    def pace(self) -> int:
-        """Returns how many rounds the next dispatch should have."""
-        return self._rows_a_dispatch * self._span.row_rounds
-
-    def row(self, split: str, averages: Averages) -> Row:
-        """Raises NonFiniteLoss where the last step, whose loss was finite, has spoilt the parameters."""
-        if not np.isfinite(averages["loss"]):
-            raise NonFiniteLoss(self._step)
-        return {"split": split, **self._position(), **averages}
-
-    def rows(self, sums: Sums, first: int, last: int) -> Iterator[Row]:
-        """Waits for the dispatch that computes these rounds of a piece, and yields its rows, all of the same speed.
-
-        Raises:
-            NonFiniteLoss: The loss of one of its steps is NaN or infinite.
-        """
-        round_steps, row_rounds = self._span.round_steps, self._span.row_rounds
-        sums = {name: all_sums[first * round_steps :] for name, all_sums in jax.device_get(sums).items()}
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        self._dispatches += 1
-        if self._dispatches == 2:  # the first one waited for an evaluation, or for threads to start
-            self._rows_a_dispatch = rows_a_dispatch(seconds / ceil((last - first) / row_rounds))
-
-        speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
-        for start in range(0, last - first, row_rounds):
-            yield self._row(sums, round_steps * start, min(row_rounds, last - first - start), speed)
-
-    def _row(self, sums: Sums, start: int, rounds: int, speed: float) -> Row:
-        """Makes a row of so many rounds, whose sums begin at this place."""
-        sums = {name: all_sums[start : start + rounds * self._span.round_steps] for name, all_sums in sums.items()}
-        bad = ~np.isfinite(sums["loss"])
-        if bad.any():
-            raise NonFiniteLoss(self._step + int(np.argmax(bad)) + 1)
-
-        self._step += int((sums["examples"] > 0).sum())
-        totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
-        means = self._task.averages(totals, totals["examples"])
-        self._sent += rounds * self._sent_a_round
-        counts = {"examples": int(totals["examples"]), "examples_per_second": speed, "bytes_sent": round(self._sent)}
-        return {"split": "train", **self._position(), **means, **counts}
-
-    def _position(self) -> Row:
-        return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Lets the first Ctrl-C set the event instead of breaking off the work at hand; a second one ends at once."""
-    interrupted = threading.Event()
-
-    def note(signal_number: int, frame: FrameType | None) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
-        yield interrupted
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    def _read(self, dispatch: tuple[Sums, int, int]) -> None:
+        for row in self.meter.rows(*dispatch):
+            self.log.add(row)

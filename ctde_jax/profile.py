@@ -110,7 +110,9 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     )
     if trace is not None:
         _make_trace_folder(trace)
-    folder = ctde.log.make_run_folder(config.run.run_dir or options.new_run_folder(config, "profile-"))
+    folder = config.run.run_dir or options.new_run_folder(config, "profile-")
+    with ctde.run_folder.claimed(folder):
+        ctde.run_folder.check_new(folder)
 
     screen = ctde.log.console()
     title = (
@@ -119,7 +121,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     with screen.status("starting") as status:
         measured = measure(training, devices, SECONDS, trace, status.update)
     measured = replace(measured, once={**once, **measured.once})
-    with ctde.log.writing_to(folder):
+    with ctde.run_folder.writing_to(folder):
         plot(measured, title).savefig(folder / "profile.png", dpi=120)
     for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):
         screen.print(table)

@@ -1,6 +1,6 @@
 """What training remembers from one round to the next, and which part of it is whose."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ from jax import numpy as jnp
 
 from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
+from ctde_jax.aggregate.exchange import TwoPhaseState, recut
+from ctde_jax.errors import InputError
 from ctde_jax.replica import AXIS, PyTree
 
 
@@ -95,6 +97,130 @@ def go_over(state: TrainState, before: Strategy, after: Strategy, devices: Seque
         )
 
     return _on_replicas(begin, (state,), (axes(before),), axes(after), devices)
+
+
+def to_tensors(tree: PyTree) -> dict[str, np.ndarray]:
+    """Copies a tree to the host, each leaf under the name of its place, such as `params/layers/0/kernel`.
+
+    A replica's own leaves have a row for each replica.
+    """
+    return {name: np.array(_raw(leaf)) for name, leaf in _named(tree).items()}
+
+
+def from_tensors(
+    tensors: Mapping[str, np.ndarray],
+    like: TrainState,
+    strategy: Strategy,
+    replicas: int,
+    devices: Sequence[jax.Device],
+) -> TrainState:
+    """Puts a state that `to_tensors` has named onto the devices.
+
+    On another number of replicas, what is a replica's own begins as the mean of all that there were (of integers, the
+    largest): its optimizer's moments, its parameters where the strategy diverges, what it has yet to say. What an owner
+    of a slice remembers goes along with the numbers of its slice.
+
+    Args:
+        tensors: By name.
+        like: A state of the same model, optimizer and strategy on these devices; only shapes and types are read.
+        strategy: At work when the state was named.
+        replicas: How many there were then.
+        devices: One replica on each.
+
+    Raises:
+        InputError: The tensors are not those of such a state; lists all differences.
+    """
+    raw = jax.tree.map(_raw_shape, like)
+    saved = _in_place(tensors, raw)
+    if replicas != len(devices):
+        saved = _spread(saved, raw, strategy)
+    _check_shapes(saved, raw)
+    placed = TrainState(
+        *(
+            replica.replicate(part, devices) if axis is None else replica.shard(part, devices)
+            for part, axis in zip(saved, axes(strategy), strict=True)
+        )
+    )
+    return _copied(jax.tree.map(_as_key, placed, like))
+
+
+def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
+    """Returns arrays on the host that `to_tensors` has named, for a tree that has no keys; raises as `from_tensors`."""
+    saved = _in_place(tensors, like)
+    _check_shapes(saved, like)
+    return saved
+
+
+def _in_place(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
+    """Puts tensors where their names say."""
+    wanted = _named(like)
+    missing = [f"{name} is missing" for name in wanted if name not in tensors]
+    _raise_if(missing + [f"{name} is not known" for name in tensors if name not in wanted])
+    return jax.tree.structure(like).unflatten([tensors[name] for name in wanted])
+
+
+def _check_shapes(saved: PyTree, like: PyTree) -> None:
+    _raise_if(
+        [
+            f"{name} is {tensor.dtype}{list(tensor.shape)} there and {leaf.dtype}{list(leaf.shape)} here"
+            for (name, leaf), tensor in zip(_named(like).items(), jax.tree.leaves(saved), strict=True)
+            if (tensor.shape, tensor.dtype) != (leaf.shape, leaf.dtype)
+        ]
+    )
+
+
+def _raise_if(differences: Sequence[str]) -> None:
+    if differences:
+        raise InputError(
+            "run_dir",
+            f"holds a checkpoint of another model, optimizer or strategy: {'; '.join(differences)}; "
+            "name another folder.",
+        )
+
+
+def _named(tree: PyTree) -> dict[str, jax.Array]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _raw(leaf: jax.Array) -> jax.Array:
+    """Sees a key as the integers that it is made of."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _raw_shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(_raw, leaf)
+
+
+def _as_key(raw: jax.Array, like: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return raw
+    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(like))
+
+
+def _spread(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainState:
+    """Gives another number of replicas what is their own."""
+
+    def is_cut(part: PyTree) -> bool:
+        return isinstance(part, TwoPhaseState)
+
+    def spread(part: PyTree, like: PyTree) -> PyTree:
+        return recut(part, like) if is_cut(part) else _mean_of_all(part, like)
+
+    return TrainState(
+        *(
+            part if axis is None else jax.tree.map(spread, part, own, is_leaf=is_cut)
+            for part, own, axis in zip(saved, like, axes(strategy), strict=True)
+        )
+    )
+
+
+def _mean_of_all(rows: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+    if rows.shape[1:] != like.shape[1:]:
+        return rows
+    is_float = jnp.issubdtype(rows.dtype, jnp.floating)
+    one = rows.mean(axis=0, dtype=np.float32).astype(rows.dtype) if is_float else rows.max(axis=0)
+    return np.broadcast_to(one, like.shape)
 
 
 def _on_replicas(

@@ -3,6 +3,7 @@
 It does with options what a notebook does with calls, and reads the same.
 """
 
+import os
 import signal
 import sys
 import time
@@ -13,14 +14,15 @@ import numpy as np
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax.errors import InputError, NonFiniteLoss, check_at_least
+from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least
 
 
 def main(arguments: Sequence[str]) -> int:
     """Trains as the options say.
 
     Returns:
-        The exit status: 0, 2 for a mistake in options or data or a loss that is not finite, 130 after Ctrl-C.
+        The exit status: 0, 2 for a mistake in options or data or a loss that is not finite, 75 after SIGTERM, 130 after
+        Ctrl-C.
     """
     started = time.perf_counter()
     try:
@@ -31,6 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Preempted as error:
+        print(error, file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("interrupted twice; what was measured is in the run's folder", file=sys.stderr)
         return 130
@@ -69,30 +74,38 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "log_every": config.run.log_every,
     }
     ctde.checks.check_run(model, data, strategy, task, len(devices), **habits)
-    folder = ctde.log.make_run_folder(config.run.run_dir or options.new_run_folder(config))
+    folder = config.run.run_dir or options.new_run_folder(config)
+    deciding = options.deciding(config)
     config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
-    with ctde.log.writing_to(folder):
-        options.save(config, folder / "config.json")
-        if partition is not None and data.classes:
-            picture = ctde.data.partition.plot(np.asarray(data.train.labels), partition, data.classes)
-            picture.savefig(folder / "partition.png", dpi=120)
-
     console = ctde.log.console()
-    console.print(ctde.report.plan(config, devices, data, partition, model, epoch, steps, folder))
-    before = time.perf_counter() - started
-    trained = ctde.fit(
-        model,
-        data,
-        optimizer,
-        strategy,
-        task=task,
-        devices=devices,
-        steps=steps,
-        partition=partition,
-        run_dir=folder,
-        describe=describe,
-        **habits,
-    )
+    with ctde.run_folder.claimed(folder):
+        if ctde.run_folder.is_new(folder):
+            with ctde.run_folder.writing_to(folder):
+                options.save(config, folder / "config.json")
+                if partition is not None and data.classes:
+                    picture = ctde.data.partition.plot(np.asarray(data.train.labels), partition, data.classes)
+                    picture.savefig(folder / "partition.png", dpi=120)
+
+        console.print(ctde.report.plan(config, devices, data, partition, model, epoch, steps, folder))
+        before = time.perf_counter() - started
+        trained = ctde.fit(
+            model,
+            data,
+            optimizer,
+            strategy,
+            task=task,
+            devices=devices,
+            steps=steps,
+            partition=partition,
+            run_dir=folder,
+            resume=config.run.resume == "auto",
+            branch_from=config.run.branch_from,
+            save_every=config.run.save_every,
+            keep_checkpoints=config.run.keep_checkpoints,
+            options=deciding,
+            describe=describe,
+            **habits,
+        )
     trained.seconds["start-up"] += before
     console.print(ctde.report.result(trained, folder))
     return trained

@@ -21,20 +21,9 @@ WALK = [
         "mup",
         "tasks",
     ),
-    *("optimizers", "aggregate", "build", "state", "gradient", "round", "hlo", "collectives", "traffic", "evaluate"),
-    *(
-        "reestimate",
-        "generation",
-        "checks",
-        "log",
-        "loop",
-        "report",
-        "targets",
-        "wire",
-        "stopwatch",
-        "profile",
-        "train",
-    ),
+    *("optimizers", "aggregate", "build", "state", "schedule", "gradient", "round", "hlo", "collectives", "traffic"),
+    *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "checkpoint", "resume", "stop"),
+    *("loop", "report", "targets", "wire", "stopwatch", "profile", "train"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,6 +9,7 @@ from math import ceil
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax import lax
 from jax import numpy as jnp
@@ -61,6 +62,38 @@ def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.Gra
         return as_tree(agreed.ravel(), updates), TwoPhaseState(sender, owner, combine_state)
 
     return reducer(init, update)
+
+
+def recut(state: TwoPhaseState, like: TwoPhaseState) -> TwoPhaseState:
+    """Cuts the state of all replicas anew for another number of replicas, who own other slices.
+
+    A sender's residual becomes the mean of all, so that what all together have yet to say stays the same; what an owner
+    remembers goes along with its numbers.
+
+    Args:
+        state: Arrays `[replica, ...]` of what was.
+        like: Arrays, or shapes and types, of what is to be.
+    """
+
+    def owned(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        return np.moveaxis(_slices(np.moveaxis(x, 0, -2), like.shape[0], like.shape[-1]), -2, 0)
+
+    def sent(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        mean = _slices(x.mean(axis=0, dtype=np.float32), *like.shape[-2:])
+        return np.broadcast_to(mean, like.shape)
+
+    return TwoPhaseState(
+        jax.tree.map(sent, state.sender, like.sender),
+        jax.tree.map(owned, state.owner, like.owner),
+        jax.tree.map(owned, state.combine, like.combine),
+    )
+
+
+def _slices(x: np.ndarray, count: int, size: int) -> np.ndarray:
+    """Cuts the vectors `[..., slice, size]` into so many slices of another size, filled up with zeros."""
+    vectors = x.reshape(*x.shape[:-2], -1)[..., : count * size]
+    missing = count * size - vectors.shape[-1]
+    return np.pad(vectors, [(0, 0)] * (vectors.ndim - 1) + [(0, missing)]).reshape(*x.shape[:-2], count, size)
 
 
 def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:

@@ -29,16 +29,19 @@ class Stream(NamedTuple):
     classes: int
     """How many the labels may name; 0 where they are no classes."""
 
-    def steps(self) -> Generator[Split]:
+    def steps(self, start: int = 0) -> Generator[Split]:
         """Draws the batches of one epoch after the other, each checked.
+
+        Those before the start are left out; of its epoch they have to be drawn.
 
         Raises:
             InputError: A batch is not like the first one, or an epoch has too few.
         """
-        for epoch in count():
-            drawn = 0
+        for epoch in count(start // self.steps_per_epoch):
+            drawn, left_out = 0, max(0, start - epoch * self.steps_per_epoch)
             for drawn, batch in enumerate(islice(self.batches(epoch), self.steps_per_epoch), 1):
-                yield self._checked(batch, f"batch {drawn - 1} of epoch {epoch}")
+                if drawn > left_out:
+                    yield self._checked(batch, f"batch {drawn - 1} of epoch {epoch}")
             if drawn < self.steps_per_epoch:
                 raise InputError(
                     "steps_per_epoch",

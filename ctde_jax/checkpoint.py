@@ -1,0 +1,252 @@
+"""Checkpoints: a folder for each step, in which every damaged bit is noticed.
+
+    checkpoints/step-00000460/
+        tensors.safetensors   arrays by name
+        manifest.json         the step, what else a run needs to go on, versions, and the SHA-256 of every tensor
+        SHA256SUMS            of the two files, as `sha256sum --check` reads it
+
+A checkpoint is written under a temporary name, brought to the disk, and only then renamed; so a name that is there
+stands for a whole checkpoint, whenever the process was killed. What the arrays mean is the business of `state.py`.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from hashlib import file_digest, sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ctde_jax.errors import InputError
+from ctde_jax.run_folder import writing_to
+
+TENSORS, MANIFEST, SUMS = "tensors.safetensors", "manifest.json", "SHA256SUMS"
+FORMAT = 1
+_ROOM = 2**20
+"""Bytes that are left free for the manifest, metrics and curves."""
+
+Tensors = dict[str, np.ndarray]
+Facts = dict[str, Any]
+"""What a run needs to know beside its arrays, as JSON can write it."""
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written; says which file or which tensors differ."""
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    path: Path
+    tensors: Tensors
+    facts: Facts
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Names the checkpoint of a step."""
+    return folder / f"step-{step:08d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """Returns the steps that have a checkpoint, the newest first."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [re.fullmatch(r"step-(\d{8,})", name) for name in names]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
+    """Writes a checkpoint, in place of the one of that name where there is one.
+
+    Raises:
+        OSError: The folder cannot be written to, or has no room; then it is as it was before.
+    """
+    partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + _ROOM)
+    try:
+        partial.mkdir()
+        try:
+            save_file(dict(tensors), partial / TENSORS)
+        except SafetensorError as error:  # of the operating system's, in words of its own
+            raise OSError(None, str(error)) from error
+        manifest = {
+            "format": FORMAT,
+            **facts,
+            "versions": {name: version(name) for name in ("ctde_jax", "jax", "flax", "optax", "numpy")},
+            "tensors": {name: _describe(tensor) for name, tensor in sorted(tensors.items())},
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(partial / MANIFEST, partial / TENSORS)  # which safetensors makes the owner's alone
+        (partial / SUMS).write_text(_sums(partial), encoding="utf-8")
+        for name in (TENSORS, MANIFEST, SUMS, "."):
+            bring_to_disk(partial / name)
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        bring_to_disk(path.parent)
+    finally:
+        for left in (partial, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint of which every bit is as it was written.
+
+    Raises:
+        Damaged: A file is missing or differs from its checksum.
+        InputError: It was written by a newer version of this library.
+    """
+    try:
+        if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):
+            raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] > FORMAT:
+            raise InputError(
+                "run_dir",
+                f"holds the checkpoint {path} of format {manifest['format']}, and this version reads up to {FORMAT}; "
+                "install a newer ctde_jax.",
+            )
+        with safe_open(path / TENSORS, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Checkpoint(path, tensors, manifest)
+    except OSError as error:
+        name = Path(str(error.filename)).name
+        raise Damaged(
+            f"{path}: {name} {'is missing' if isinstance(error, FileNotFoundError) else 'cannot be read'}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path}: {SUMS} is no text any more") from error
+
+
+def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """Reads the newest checkpoint of a folder that is intact, and says which newer ones are not.
+
+    Returns None where the folder has no checkpoint.
+
+    Raises:
+        InputError: None of them is intact.
+    """
+    found = steps(folder)
+    for step in found:
+        try:
+            return read(path_of(folder, step))
+        except Damaged as error:
+            say(f"damaged    {error}; going back to an older checkpoint")
+    if found:
+        raise InputError("run_dir", f"has no checkpoint that is intact in {folder}; name another folder.")
+    return None
+
+
+class Saver:
+    """Writes checkpoints in a thread, one after another, and keeps the newest. Made by `open_saver`."""
+
+    def __init__(self, folder: Path, keep: int, beside: Path, thread: ThreadPoolExecutor):
+        self._folder, self._keep, self._beside, self._thread = folder, keep, beside, thread
+        self._last: Future[None] | None = None
+
+    def save(self, step: int, tensors: Tensors, facts: Facts) -> None:
+        """Waits for the checkpoint before this one, and begins to write this one.
+
+        The arrays must not change any more.
+
+        Raises:
+            InputError: The one before could not be written.
+        """
+        self.wait()
+        self._last = self._thread.submit(self._write, step, tensors, facts)
+
+    def check(self) -> None:
+        """Raises InputError where a checkpoint could not be written."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written, and raises InputError where it could not be."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+    def _write(self, step: int, tensors: Tensors, facts: Facts) -> None:
+        with writing_to(self._folder):
+            if self._beside.exists():
+                bring_to_disk(self._beside)  # a checkpoint counts its lines
+            write(path_of(self._folder, step), tensors, facts)
+            for old in steps(self._folder)[self._keep :]:
+                shutil.rmtree(path_of(self._folder, old))
+
+
+@contextmanager
+def open_saver(folder: Path, keep: int, beside: Path) -> Iterator[Saver]:
+    """Opens the thread that writes checkpoints, and waits for its last one.
+
+    What a killed process has left half-written is removed; so the folder must be this process's own.
+
+    Args:
+        folder: Of the checkpoints.
+        keep: How many of the newest stay.
+        beside: A file that is brought to the disk before each of them.
+    """
+    with writing_to(folder):
+        for left in folder.glob(".step-*") if folder.is_dir() else ():
+            shutil.rmtree(left)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
+        saver = Saver(folder, keep, beside, thread)
+        yield saver
+        saver.wait()
+
+
+def bring_to_disk(path: Path) -> None:
+    """Waits until the disk has what was written to a file, or which names a folder has."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(None, f"a checkpoint takes {size:,} bytes, and {free:,} are free")
+
+
+def _sums(path: Path) -> str:
+    lines = []
+    for name in (TENSORS, MANIFEST):
+        with (path / name).open("rb") as file:
+            lines.append(f"{file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def _describe(tensor: np.ndarray) -> Facts:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": _digest(tensor)}
+
+
+def _digest(tensor: np.ndarray) -> str:
+    return sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _find_damage(path: Path) -> str:
+    """Names the tensors, or the files, in which something differs from what was written."""
+    said, found = (path / SUMS).read_text(encoding="utf-8").splitlines(), _sums(path).splitlines()
+    if found[1] not in said:
+        return f"{MANIFEST}, or what {SUMS} says of it,"
+    if found[0] in said:
+        return SUMS
+    described = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tensors"]
+    try:
+        with safe_open(path / TENSORS, framework="numpy") as file:
+            tensors = [name for name in described if _describe(file.get_tensor(name)) != described[name]]
+    except SafetensorError:
+        return f"the header or the length of {TENSORS}"
+    if not tensors:
+        return f"the header of {TENSORS}, or what {SUMS} says of it,"
+    return f"{', '.join(tensors)} in {TENSORS}"

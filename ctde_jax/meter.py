@@ -1,0 +1,153 @@
+"""How far a run is, what it has measured, and how fast: the rows of its history, and the pace of its dispatches."""
+
+import time
+from collections.abc import Iterator
+from math import ceil
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ctde_jax.errors import NonFiniteLoss
+from ctde_jax.evaluate import Averages
+from ctde_jax.feed import Span
+from ctde_jax.gradient import Sums
+from ctde_jax.log import Row
+from ctde_jax.tasks import Task
+
+_DISPATCH_SECONDS = 0.1
+"""What a dispatch should take: long beside the millisecond that it costs, short for who waits or stops it."""
+
+_SAVE_SECONDS = 60.0
+"""What lies between two checkpoints, about, where no number of steps is given."""
+
+
+class Clock:
+    """Splits the wall time into named parts."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Counts the time since the last lap towards this part."""
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+def rows_a_dispatch(row_seconds: float) -> int:
+    """Returns how many rows of so many seconds one dispatch computes."""
+    return max(1, int(_DISPATCH_SECONDS / row_seconds))
+
+
+class Position(NamedTuple):
+    """How far a run is."""
+
+    gone_through: int = 0
+    """Steps, also such for which nobody had examples."""
+
+    step: int = 0
+    """Those for which somebody had: optimizer steps."""
+
+    sent: float = 0.0
+    """Bytes by each device."""
+
+
+class Meter:
+    """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
+
+    def __init__(self, steps_per_epoch: int, task: Task, save_every: int | None, position: Position):
+        self._steps_per_epoch, self._task = steps_per_epoch, task
+        self._save_every, self._saved, self._gone_through = save_every, position.gone_through, position.gone_through
+        self._step, self._sent = position.step, position.sent
+        self._last, self._rows_a_dispatch, self._rows_a_save = 0.0, 1, 2**60  # until a row has been measured
+
+    @property
+    def position(self) -> Position:
+        """How far the run is; of a span, all dispatches have been turned into rows."""
+        return Position(self._gone_through, self._step, self._sent)
+
+    def start(self, span: Span, sent: float) -> None:
+        """Begins a span, in whose rounds each device sends so many bytes."""
+        self._span, self._sent_a_round, self._dispatches, self._last = span, sent, 0, time.perf_counter()
+
+    def pace(self) -> int:
+        """Returns how many rounds the next dispatch should have, lest a checkpoint is late."""
+        until_save = self._steps_until_save() // self._row_steps
+        return max(1, min(self._rows_a_dispatch, until_save)) * self._span.row_rounds
+
+    def dispatched(self, rounds: int) -> None:
+        """Takes note of a dispatch."""
+        self._gone_through = min(self._gone_through + rounds * self._span.round_steps, self._span.stop)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the span is whole."""
+        return self._gone_through == self._span.stop
+
+    @property
+    def is_save_due(self) -> bool:
+        """Says whether another row would make too many steps without a checkpoint."""
+        return self._steps_until_save() < self._row_steps
+
+    def saved(self) -> None:
+        """Takes note of a checkpoint."""
+        self._saved = self._gone_through
+
+    def row(self, split: str, averages: Averages) -> Row:
+        """Raises NonFiniteLoss where the last step, whose loss was finite, has spoilt the parameters."""
+        if not np.isfinite(averages["loss"]):
+            raise NonFiniteLoss(self._step)
+        return {"split": split, **self._where(), **averages}
+
+    def rows(self, sums: Sums, first: int, last: int) -> Iterator[Row]:
+        """Waits for the dispatch that computes these rounds of a piece, and yields its rows, all of the same speed.
+
+        Raises:
+            NonFiniteLoss: The loss of one of its steps is NaN or infinite.
+        """
+        round_steps, row_rounds = self._span.round_steps, self._span.row_rounds
+        sums = {name: all_sums[first * round_steps :] for name, all_sums in jax.device_get(sums).items()}
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._dispatches += 1
+        if self._dispatches == 2:  # the first one waited for an evaluation, or for threads to start
+            row_seconds = _of_the_first_host(seconds / ceil((last - first) / row_rounds))
+            self._rows_a_dispatch = rows_a_dispatch(row_seconds)
+            self._rows_a_save = max(1, int(_SAVE_SECONDS / row_seconds))
+
+        speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
+        for start in range(0, last - first, row_rounds):
+            yield self._row(sums, round_steps * start, min(row_rounds, last - first - start), speed)
+
+    @property
+    def _row_steps(self) -> int:
+        return self._span.row_rounds * self._span.round_steps
+
+    def _steps_until_save(self) -> int:
+        period = self._rows_a_save * self._row_steps if self._save_every is None else self._save_every
+        return self._saved + period - self._gone_through
+
+    def _row(self, sums: Sums, start: int, rounds: int, speed: float) -> Row:
+        """Makes a row of so many rounds, whose sums begin at this place."""
+        sums = {name: all_sums[start : start + rounds * self._span.round_steps] for name, all_sums in sums.items()}
+        bad = ~np.isfinite(sums["loss"])
+        if bad.any():
+            raise NonFiniteLoss(self._step + int(np.argmax(bad)) + 1)
+
+        self._step += int((sums["examples"] > 0).sum())
+        totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
+        means = self._task.averages(totals, totals["examples"])
+        self._sent += rounds * self._sent_a_round
+        counts = {"examples": int(totals["examples"]), "examples_per_second": speed, "bytes_sent": round(self._sent)}
+        return {"split": "train", **self._where(), **means, **counts}
+
+    def _where(self) -> Row:
+        return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}
+
+
+def _of_the_first_host(seconds: float) -> float:
+    """Returns the same number on all hosts, so that all cut their dispatches alike."""
+    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))

@@ -1,0 +1,196 @@
+"""A checkpoint is whole or not there, and no damaged bit of it is ever loaded."""
+
+import json
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ctde_jax import checkpoint
+from ctde_jax.checkpoint import FORMAT, MANIFEST, SUMS, TENSORS, Damaged, newest_intact, open_saver, path_of, read
+from ctde_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "params/layers/0/kernel": RNG.normal(size=(5, 3)).astype(np.float32),
+    "params/layers/0/bias": RNG.normal(size=3).astype(ml_dtypes.bfloat16),
+    "step": np.array(7, np.int32),
+    "seen": np.array([True, False]),
+    "nothing": np.zeros((0, 4), np.float32),
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = path_of(tmp_path, 7)
+    checkpoint.write(path, ARRAYS, {"rows": 3})
+    return path
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_what_is_read_is_what_was_written(saved):
+    found = read(saved)
+    assert found.facts["rows"] == 3
+    assert found.tensors.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert found.tensors[name].dtype == array.dtype
+        np.testing.assert_array_equal(found.tensors[name], array)
+
+
+def test_system_can_check_the_sums(saved):
+    subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=saved, check=True, capture_output=True)
+
+
+def test_manifest_names_versions_and_tensors(saved):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    assert manifest["format"] == FORMAT
+    assert manifest["versions"].keys() == {"ctde_jax", "jax", "flax", "optax", "numpy"}
+    assert manifest["tensors"]["params/layers/0/bias"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST, SUMS])
+def test_every_flipped_bit_is_noticed(saved, name):
+    whole = (saved / name).read_bytes()
+    for bit in RNG.choice(8 * len(whole), size=140, replace=False):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (saved / name).write_bytes(flipped)
+        with pytest.raises(Damaged, match=rf"{name}|{SUMS}"):
+            read(saved)
+    (saved / name).write_bytes(whole)
+    read(saved)
+
+
+def test_damaged_tensor_is_named(saved):
+    whole = bytearray((saved / TENSORS).read_bytes())
+    place = whole.index(ARRAYS["params/layers/0/kernel"].tobytes())
+    whole[place + 9] ^= 4
+    (saved / TENSORS).write_bytes(whole)
+    with pytest.raises(Damaged, match=f"params/layers/0/kernel in {TENSORS} differs from its SHA-256"):
+        read(saved)
+
+
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST, SUMS])
+def test_truncated_or_missing_file_is_named(saved, name):
+    whole = (saved / name).read_bytes()
+    for length in (0, 1, 7, 8, len(whole) // 2, len(whole) - 1):
+        (saved / name).write_bytes(whole[:length])
+        with pytest.raises(Damaged, match=rf"{name}|{SUMS}"):
+            read(saved)
+    (saved / name).unlink()
+    with pytest.raises(Damaged, match=f"{name} is missing"):
+        read(saved)
+
+
+def test_newest_intact_one_is_taken_and_the_damaged_one_is_named(tmp_path):
+    for step in (5, 10, 15):
+        checkpoint.write(path_of(tmp_path, step), ARRAYS, {"at": step})
+    (path_of(tmp_path, 15) / TENSORS).write_bytes(b"")
+    said = []
+    found = newest_intact(tmp_path, said.append)
+    assert found is not None
+    assert found.facts["at"] == 10
+    assert len(said) == 1
+    assert "step-00000015" in said[0]
+    assert TENSORS in said[0]
+
+
+def test_run_is_not_begun_anew_where_all_are_damaged(tmp_path):
+    checkpoint.write(path_of(tmp_path, 5), ARRAYS, {})
+    (path_of(tmp_path, 5) / MANIFEST).unlink()
+    with pytest.raises(InputError, match="no checkpoint that is intact"):
+        newest_intact(tmp_path, print)
+
+
+def test_newer_format_is_refused(saved, monkeypatch):
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", FORMAT + 1)
+        checkpoint.write(saved, ARRAYS, {})
+    with pytest.raises(InputError, match=f"format {FORMAT + 1}, and this version reads up to {FORMAT}"):
+        read(saved)
+
+
+def test_step_that_is_written_again_is_replaced(saved):
+    checkpoint.write(saved, ARRAYS, {"rows": 4})
+    assert read(saved).facts["rows"] == 4
+    assert names(saved.parent) == {saved.name}
+
+
+@pytest.mark.parametrize("part", ["save_file", "bring_to_disk", "_sums"])
+def test_failed_write_leaves_the_folder_as_it_was(saved, monkeypatch, part):
+    def fail(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, part, fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write(path_of(saved.parent, 8), ARRAYS, {})
+    monkeypatch.undo()
+    assert names(saved.parent) == {saved.name}
+    read(saved)
+
+
+def test_room_is_looked_for_first(saved, monkeypatch):
+    usage = checkpoint.shutil.disk_usage(saved)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(OSError, match="1,000 are free"):
+        checkpoint.write(path_of(saved.parent, 8), ARRAYS, {})
+    assert names(saved.parent) == {saved.name}
+
+
+def test_saver_keeps_the_newest_and_removes_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".step-00000003.partial").mkdir()
+    with open_saver(tmp_path, 2, tmp_path / "metrics.jsonl") as saver:
+        for step in (1, 2, 3, 4):
+            saver.save(step, ARRAYS, {})
+    assert names(tmp_path) == {"step-00000003", "step-00000004"}
+
+
+@pytest.mark.parametrize("fault", ["blocked", "vanished"])
+def test_fault_of_the_thread_is_raised_at_the_next_step(tmp_path, fault):
+    folder = tmp_path / "run" / "checkpoints"
+    with open_saver(folder, 2, tmp_path / "metrics.jsonl") as saver:
+        saver.save(1, ARRAYS, {})
+        saver.wait()
+        if fault == "vanished":
+            folder.rename(tmp_path / "gone")
+            folder.parent.rmdir()
+            (tmp_path / "run").write_text("no folder any more")
+        else:
+            (folder / ".step-00000002.partial").write_text("in the way")
+        saver.save(2, ARRAYS, {})
+        with pytest.raises(InputError, match="run_dir must be a folder that can be written to"):
+            check_until_it_raises(saver)
+
+
+def check_until_it_raises(saver):
+    while True:
+        saver.check()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
+def test_checkpoint_of_a_killed_process_is_whole_or_not_there(tmp_path):
+    script = (
+        "import sys, numpy as np; from pathlib import Path; from ctde_jax import checkpoint as c\n"
+        "a = {'x': np.arange(300_000, dtype=np.float32)}\n"
+        "print('ready', flush=True)\n"
+        "for step in range(10**6): c.write(c.path_of(Path(sys.argv[1]), step), a, {})"
+    )
+    for moment in range(8):
+        folder = tmp_path / str(moment)
+        process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            process.wait(timeout=0.02 + 0.013 * moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        for step in checkpoint.steps(folder):
+            read(path_of(folder, step))

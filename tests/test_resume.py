@@ -1,0 +1,312 @@
+"""A run that was ended, by whatever and wherever, goes on as if nothing had happened: same bits, same rows."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import ctde_jax as ctde
+from ctde_jax import checkpoint, data, devices, models
+from ctde_jax.log import Log
+
+
+class Dropping(nnx.Module):
+    """Draws random numbers, and keeps batch statistics."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first, self.last = nnx.Linear(64, 8, rngs=rngs), nnx.Linear(8, 10, rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(self.norm(self.first(x.reshape(len(x), -1)))))
+
+
+MODEL = models.mlp([64, 8, 10])
+RUNS: dict[str, dict] = {
+    "ddp": {},
+    "rows and evaluations that do not divide": {"log_every": 7, "eval_every": 11, "steps": 41},
+    "random numbers and batch statistics": {"model": models.from_nnx(Dropping)},
+    "average of the parameters": {"ema_decay": 0.9},
+    "int4 with feedback": {"strategy": ctde.strategy("ddp", reduce="int4", error_feedback=True)},
+    "power_sgd": {"strategy": ctde.strategy("ddp", reduce="power_sgd", rank=1)},
+    "diloco": {"strategy": ctde.strategy("diloco", sync_every=4), "steps": 42},
+    "diloco int4": {"strategy": ctde.strategy("diloco", sync_every=4, reduce="int4", error_feedback=True)},
+    "centered clipping": {"strategy": ctde.strategy("diloco", sync_every=4, combine="centered_clipping")},
+    "sparse-loco": {"strategy": ctde.strategy("sparse-loco", sync_every=3)},
+    "streaming-diloco": {"strategy": ctde.strategy("streaming-diloco", sync_every=2, reduce="int8")},
+    "post-local-sgd": {"strategy": ctde.strategy("post-local-sgd", sync_every=4, synchronous_steps=12)},
+    "gossip": {"strategy": ctde.strategy("gossip")},
+    "no-loco": {"strategy": ctde.strategy("no-loco", sync_every=4)},
+}
+QUICK = ["ddp", "diloco int4", "post-local-sgd"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def small(digits) -> data.Dataset:
+    return data.from_arrays(
+        digits.train.inputs[:320], digits.train.labels[:320], digits.test.inputs[:40], digits.test.labels[:40]
+    )
+
+
+def fit(small: data.Dataset, folder: Path, count: int = 2, **more) -> ctde.Trained:
+    arguments = {"model": MODEL, "optimizer": optax.adam(0.01), "batch_size": 32, "steps": 40, "log_every": 4}
+    arguments |= {"devices": devices.start(count), "save_every": 4, "run_dir": folder, "show": False} | more
+    return ctde.fit(data=small, **arguments)
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    """The last checkpoint of a run."""
+    newest = checkpoint.steps(folder / "checkpoints")[0]
+    found = checkpoint.read(checkpoint.path_of(folder / "checkpoints", newest))
+    return {name: tensor.tobytes() for name, tensor in found.tensors.items()}
+
+
+def rows(folder: Path) -> list[dict]:
+    """The rows of a run, but for its speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+
+
+def killed_after(monkeypatch, lines: int, run) -> None:
+    """Runs until so many rows have been written."""
+    add = Log.add
+
+    def add_or_die(log: Log, row):
+        if len(log.rows) == lines:
+            raise Killed
+        add(log, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "add", add_or_die)
+        with pytest.raises(Killed):
+            run()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS])
+def test_run_killed_at_several_moments_ends_with_the_same_bits(name, small, tmp_path, monkeypatch):
+    run = partial(fit, small, **RUNS[name])
+    whole = run(tmp_path / "whole")
+    for lines in (1, 4, len(whole.history) - 2):
+        killed_after(monkeypatch, lines, partial(run, tmp_path / "killed"))
+    again = run(tmp_path / "killed")
+
+    assert tensors(tmp_path / "killed") == tensors(tmp_path / "whole")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
+    assert again.tested == whole.tested
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS])
+def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monkeypatch):
+    """8 -> 2 -> 4; synchronous float32 aggregation is the same on any number of them."""
+    run = partial(fit, small, **RUNS[name])
+    killed_after(monkeypatch, 4, partial(run, tmp_path / "run", 8))
+    killed_after(monkeypatch, 7, partial(run, tmp_path / "run", 2))
+    run(tmp_path / "run", 4)
+    whole = run(tmp_path / "whole", 4)
+
+    assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "whole")]
+    own, last = rows(tmp_path / "run")[-1], whole.history[-1]
+    if name in ("ddp", "rows and evaluations that do not divide", "average of the parameters"):
+        for part, tensor in checkpoint.read(_last(tmp_path / "run")).tensors.items():
+            other = checkpoint.read(_last(tmp_path / "whole")).tensors[part]
+            np.testing.assert_allclose(tensor, other, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(own["loss"], last["loss"], rtol=0.3)
+
+
+def _last(folder: Path) -> Path:
+    return checkpoint.path_of(folder / "checkpoints", checkpoint.steps(folder / "checkpoints")[0])
+
+
+def test_patience_goes_on(small, tmp_path, monkeypatch):
+    """The best parameters so far, and how often nothing better came, are in the checkpoint."""
+    run = partial(fit, data.hold_out(small, 0.2, 0), patience=2, eval_every=4, optimizer=optax.adam(0.2), steps=200)
+    whole = run(tmp_path / "whole")
+    assert whole.stopped_early
+    killed_after(monkeypatch, len(whole.history) - 3, partial(run, tmp_path / "killed"))
+    again = run(tmp_path / "killed")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert again.step == whole.step < again.history[-1]["step"]
+    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+
+
+def test_batches_that_come_one_after_another_go_on(small, tmp_path, monkeypatch):
+    """They are drawn again up to the place."""
+    x, y = small.train
+
+    def batches(epoch: int):
+        order = np.random.default_rng(epoch).permutation(len(x)).reshape(-1, 32)
+        return ((x[own], y[own]) for own in order)
+
+    stream = data.from_batches(batches, 10, *small.test)
+    whole = fit(stream, tmp_path / "whole")
+    killed_after(monkeypatch, 6, partial(fit, stream, tmp_path / "killed"))
+    again = fit(stream, tmp_path / "killed")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert again.tested == whole.tested
+
+
+def test_finished_run_is_read_and_not_repeated(small, tmp_path):
+    whole = fit(small, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
+    again = fit(small, tmp_path)
+    assert again.history == whole.history
+    assert again.tested == whole.tested
+    np.testing.assert_array_equal(again.predict(small.test.inputs), whole.predict(small.test.inputs))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")} == before
+
+
+def test_work_lost_is_at_most_save_every_steps(small, tmp_path, monkeypatch):
+    """Wherever the run is killed, its newest checkpoint has at least the steps of the rows less save_every."""
+    for lines in range(1, 12):
+        folder = tmp_path / str(lines)
+        killed_after(monkeypatch, lines, partial(fit, small, folder, save_every=6, log_every=3, eval_every=10))
+        seen = rows(folder)[-1]["step"]
+        assert checkpoint.steps(folder / "checkpoints")[0] >= seen - 6
+
+
+def test_damaged_checkpoint_is_passed_over(small, tmp_path, monkeypatch, capsys):
+    fit(small, tmp_path / "whole")
+    killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed"))
+    newest = _last(tmp_path / "killed") / checkpoint.TENSORS
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    fit(small, tmp_path / "killed", show=True)
+    assert f"damaged    {newest.parent}" in capsys.readouterr().out
+    assert tensors(tmp_path / "killed") == tensors(tmp_path / "whole")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_other_options_are_listed(small, tmp_path):
+    fit(small, tmp_path, options={"learning_rate": 0.01})
+    before = tensors(tmp_path)
+    sentence = (
+        r"run_dir holds a run with other options: learning_rate 0.01 there and 0.02 here; seed 0 there and 1 here"
+    )
+    with pytest.raises(ctde.InputError, match=sentence):
+        fit(small, tmp_path, seed=1, options={"learning_rate": 0.02})
+    assert tensors(tmp_path) == before
+
+
+def test_every_parameter_of_another_model_is_listed(small, tmp_path):
+    fit(small, tmp_path)
+    with pytest.raises(ctde.InputError, match="another model, optimizer or strategy") as caught:
+        fit(small, tmp_path, model=models.mlp([64, 9, 10]))
+    for part in ("0/bias is float32[8] there and float32[9] here", "0/kernel is float32[64, 8] there", "1/kernel is"):
+        assert part in str(caught.value)
+
+
+def test_every_tensor_of_another_optimizer_is_listed(small, tmp_path):
+    fit(small, tmp_path)
+    with pytest.raises(ctde.InputError, match=r"opt_state/.*mu/.* is not known"):
+        fit(small, tmp_path, optimizer=optax.sgd(0.1))
+
+
+def test_folder_with_a_run_is_refused_where_none_is_to_go_on(small, tmp_path):
+    fit(small, tmp_path)
+    with pytest.raises(ctde.InputError, match="run_dir must not hold a run already"):
+        fit(small, tmp_path, resume=False)
+
+
+def test_branch_goes_on_from_a_checkpoint_with_other_options(small, tmp_path, capsys):
+    fit(small, tmp_path / "trunk", keep_checkpoints=20)
+    start = checkpoint.path_of(tmp_path / "trunk" / "checkpoints", 20)
+    branch = fit(small, tmp_path / "branch", branch_from=start, seed=1, show=True)
+    assert "seed 0 there and 1 here" in capsys.readouterr().out
+    assert branch.history[0]["step"] == 24
+    assert branch.history[-1]["step"] == 40
+    same = fit(small, tmp_path / "same", branch_from=start)
+    assert same.tested == fit(small, tmp_path / "trunk", keep_checkpoints=20).tested
+
+
+def test_branch_needs_an_intact_checkpoint(small, tmp_path):
+    with pytest.raises(ctde.InputError, match="branch_from must name the folder of an intact checkpoint"):
+        fit(small, tmp_path / "branch", branch_from=tmp_path / "nowhere")
+
+
+def test_second_trainer_on_a_folder_is_refused(small, tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from ctde_jax import run_folder\n"
+        "with run_folder.claimed(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ctde.InputError, match="run_dir must not be used by two trainers at once"):
+            fit(small, tmp_path)
+        other.kill()
+    fit(small, tmp_path)
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    shared = ["--steps", "600", "--batch-size", "32", "--save-every", "20", "--log-every", "10", "--eval-every", "50"]
+    return [sys.executable, "-m", "ctde_jax.train", "--devices", "2", "--run-dir", str(folder), *shared, *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [(), ("--strategy", "diloco", "--sync-every", "5", "--reduce", "int4", "--error-feedback")]
+)
+def test_command_killed_at_30_random_moments_ends_with_the_same_bits(tmp_path, more):
+    """Moments during start, compilation, training and saving; a run that has ended begins anew in another folder."""
+    subprocess.run(command(tmp_path / "whole", *more), check=True, capture_output=True)
+    draw, kills, number = random.Random(0), 0, 0
+    while kills < 30:
+        folder = tmp_path / str(number)
+        process = subprocess.Popen(command(folder, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wait_for_checkpoint = draw.random() < 0.8
+        while wait_for_checkpoint and process.poll() is None and not checkpoint.steps(folder / "checkpoints"):
+            time.sleep(0.005)
+        try:
+            process.wait(draw.uniform(0, 0.6))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        if process.returncode == 0:
+            assert tensors(folder) == tensors(tmp_path / "whole")
+            assert rows(folder) == rows(tmp_path / "whole")
+            number += 1
+    subprocess.run(command(folder, *more), check=True, capture_output=True)
+    assert tensors(folder) == tensors(tmp_path / "whole")
+    assert rows(folder) == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    more = ("--steps", "20000")
+    process = subprocess.Popen(
+        command(tmp_path / "run", *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == os.EX_TEMPFAIL == 75
+    assert "SIGTERM ended the training at step" in errors
+    step = checkpoint.steps(tmp_path / "run" / "checkpoints")[0]
+    assert step == rows(tmp_path / "run")[-1]["step"]
+
+    after = subprocess.run(command(tmp_path / "run", *more), check=True, capture_output=True, text=True)
+    assert f"step-{step:08d}" in after.stdout
+    subprocess.run(command(tmp_path / "whole", *more), check=True, capture_output=True)
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
