@@ -3,9 +3,9 @@
 To read the package top to bottom, follow the walk:
 
     errors -> presets -> config -> devices -> replica -> data -> feed -> augment -> models -> initializers -> mup
-           -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient -> round -> hlo -> collectives
-           -> traffic -> evaluate -> reestimate -> generation -> checks -> run_folder -> log -> meter -> checkpoint
-           -> resume -> stop -> loop -> report -> targets -> wire -> stopwatch -> profile -> train
+           -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient -> guard -> round -> hlo
+           -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks -> run_folder -> log -> meter
+           -> checkpoint -> resume -> stop -> loop -> report -> targets -> wire -> stopwatch -> profile -> train
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from ctde_jax.aggregate import Strategy
     from ctde_jax.build import strategy
-    from ctde_jax.errors import InputError, NonFiniteLoss, Preempted
+    from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged
     from ctde_jax.generation import generate
     from ctde_jax.loop import Trained, fit
     from ctde_jax.tasks import Task
@@ -44,6 +44,7 @@ __all__ = [
     "InputError",
     "NonFiniteLoss",
     "Preempted",
+    "ReplicasDiverged",
     "Strategy",
     "Task",
     "Trained",
@@ -73,6 +74,7 @@ _HOME = {
     "InputError": "errors",
     "NonFiniteLoss": "errors",
     "Preempted": "errors",
+    "ReplicasDiverged": "errors",
     "Strategy": "aggregate",
     "Task": "tasks",
     "Trained": "loop",

@@ -104,6 +104,8 @@ def read(path: Path) -> Checkpoint:
         Damaged: A file is missing or differs from its checksum.
         InputError: It was written by a newer version of this library.
     """
+    if not path.is_dir():
+        raise Damaged(f"{path} is no folder")
     try:
         if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")

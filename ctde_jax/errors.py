@@ -37,6 +37,26 @@ class NonFiniteLoss(ArithmeticError):
         self.step = step
 
 
+class ReplicasDiverged(RuntimeError):
+    """Devices that must hold the same do not, so training stopped; checkpoints from before are kept.
+
+    Args:
+        leaves: The names of what differs.
+        apart: The replicas that hold something else than most.
+        since: After this step all were alike.
+        until: After this step they were not.
+    """
+
+    def __init__(self, leaves: list[str], apart: list[int], since: int, until: int):
+        more = f" and {len(leaves) - 1} more" if len(leaves) > 1 else ""
+        super().__init__(
+            f"{leaves[0]}{more} should be the same on all devices, but differs on {', '.join(map(str, apart))} "
+            f"(counted from 0) since a step from {since + 1} to {until}, so training stopped. A reduction is "
+            "missing in the strategy, or a device computes wrongly; older checkpoints are as they were."
+        )
+        self.leaves, self.apart, self.since, self.until = leaves, apart, since, until
+
+
 class Preempted(Exception):
     """SIGTERM has ended the training; the same command on the same folder goes on.
 

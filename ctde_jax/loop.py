@@ -5,14 +5,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
 from ctde_jax import devices as available
-from ctde_jax import replica, state
+from ctde_jax import guard, replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
 from ctde_jax.checkpoint import Checkpoint, Saver, Tensors, open_saver
@@ -28,7 +28,7 @@ from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
 from ctde_jax.resume import branch, find
-from ctde_jax.round import add_up_sums, parallel_rounds
+from ctde_jax.round import parallel_rounds
 from ctde_jax.run_folder import CHECKPOINTS, METRICS, check_new, claimed
 from ctde_jax.schedule import cut, make_phases, unfinished
 from ctde_jax.stop import Stop, deferred
@@ -233,8 +233,8 @@ def fit(
                 like = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), like)
             rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
             lowered = rounds.lower(like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
-            add_up = add_up_sums(devices).lower(lowered.out_info[1])
-            programs.append((replica.compiled(lowered, devices), replica.compiled(add_up, devices)))
+            look = guard.make_look(devices, phase.strategy).lower(lowered.out_info[1], like)
+            programs.append((replica.compiled(lowered, devices), replica.compiled(look, devices)))
         center = replica.replicate((params, model_state), devices)
         splits = {"validation": data.validation, "test": data.test}
         evaluate = {
@@ -269,15 +269,16 @@ def fit(
             if saver is not None and (found is None or branch_from is not None):
                 run.save()
                 saver.wait()  # no row stands in a folder that has no checkpoint
-            for phase, spans, program, sent in zip(phases, left, programs, traffic, strict=True):
+            for phase, spans, (train_rounds, look), sent in zip(phases, left, programs, traffic, strict=True):
                 if spans and spans[0].start == phase.start > 0:
                     run.train_state = phase.begin(run.train_state, devices)
                 make_center = phase.make_center(devices)
+                shared = list(guard.shared(run.train_state, phase.strategy))
                 for span in spans:
                     if stop or best.is_over:
                         break
                     meter.start(span, sent.sent)
-                    run.go_through(islice(pieces, span.pieces), *program)
+                    run.go_through(islice(pieces, span.pieces), train_rounds, look, shared)
                     clock.lap("train")
                     if not meter.is_at_end:  # what is measured here is not measured in a run that nothing stops
                         run.save()
@@ -403,6 +404,17 @@ class _Best:
             self._in_vain += 1
 
 
+class _Dispatch(NamedTuple):
+    """Rounds of a piece that have been dispatched, and the steps that they begin after and end with."""
+
+    sums: Sums
+    digests: jax.Array
+    first: int
+    last: int
+    since: int
+    until: int
+
+
 @dataclass
 class _Run:
     """A run under way: the state on the devices, and what has to be told of it."""
@@ -422,26 +434,42 @@ class _Run:
         average = self.train_state.ema_params
         return average if jax.tree.leaves(average) else self.train_state.params
 
-    def go_through(self, pieces: Iterable[Piece], train_rounds: jax.stages.Compiled, add_up: jax.stages.Compiled):
-        """Computes the dispatches of a span, or those until it is stopped, and logs their rows."""
-        unread: list[tuple[Sums, int, int]] = []  # the sums of a dispatch are fetched while the next one runs
+    def go_through(
+        self,
+        pieces: Iterable[Piece],
+        train_rounds: jax.stages.Compiled,
+        look: jax.stages.Compiled,
+        shared: Sequence[str],
+    ) -> None:
+        """Computes the dispatches of a span, or those until it is stopped, and logs their rows.
+
+        Args:
+            pieces: Of the span.
+            train_rounds: The program of the phase.
+            look: Adds up what a dispatch has summed, and digests what it leaves behind.
+            shared: The names of what must be equal on all devices.
+        """
+        unread: list[_Dispatch] = []  # what a dispatch has to tell is fetched while the next one runs
         for examples, indices, first, last in cut(pieces, self.meter.pace):
             self.train_state, sums = train_rounds(
                 self.train_state, examples, indices, np.int32(first), np.int32(last), self.key
             )
-            unread.append((add_up(sums), first, last))
+            since = self.meter.position.gone_through
             self.meter.dispatched(last - first)
+            until = self.meter.position.gone_through
+            sums, digests = look(sums, self.train_state)
+            unread.append(_Dispatch(sums, digests, first, last, since, until))
             if len(unread) > 1:
-                self._read(unread.pop(0))
+                self._read(unread.pop(0), shared)
             if self.saver is not None:
                 self.saver.check()
                 if self.meter.is_save_due and not self.meter.is_at_end:
-                    self._read(unread.pop())
+                    self._read(unread.pop(), shared)
                     self.save()
             if self.stop:
                 break
         for dispatch in unread:
-            self._read(dispatch)
+            self._read(dispatch, shared)
 
     def save(self) -> None:
         """Begins to write a checkpoint; all rows up to here have been logged."""
@@ -452,6 +480,7 @@ class _Run:
         self.saver.save(self.meter.position.gone_through, tensors, {**facts, **self.facts})
         self.meter.saved()
 
-    def _read(self, dispatch: tuple[Sums, int, int]) -> None:
-        for row in self.meter.rows(*dispatch):
+    def _read(self, dispatch: _Dispatch, shared: Sequence[str]) -> None:
+        guard.check(jax.device_get(dispatch.digests), shared, dispatch.since, dispatch.until)
+        for row in self.meter.rows(dispatch.sums, dispatch.first, dispatch.last):
             self.log.add(row)

@@ -90,7 +90,8 @@ class Meter:
     @property
     def is_save_due(self) -> bool:
         """Says whether another row would make too many steps without a checkpoint."""
-        return self._steps_until_save() < self._row_steps
+        next_row = min(self._row_steps, (self._span.stop - self._gone_through) or self._row_steps)
+        return self._steps_until_save() < next_row
 
     def saved(self) -> None:
         """Takes note of a checkpoint."""

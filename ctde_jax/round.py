@@ -133,7 +133,7 @@ def parallel_rounds(
 ) -> jax.stages.Wrapped:
     """Puts several rounds on the devices, as one program that takes over the memory of the state it is given.
 
-    Its sums are `float32[replica, most * steps]`; `add_up_sums` adds up those of all replicas.
+    Its sums are `float32[replica, most * steps]`; `guard.make_look` adds up those of all replicas.
 
     Args:
         gradient: Made by `gradient.make_gradient`.
@@ -150,11 +150,6 @@ def parallel_rounds(
         out_axes=(axes(strategy), 0),
         donate=(0,),
     )
-
-
-def add_up_sums(devices: Sequence[jax.Device]) -> jax.stages.Wrapped:
-    """Makes the program that adds up what `parallel_rounds` has summed, over all replicas: apart, as once is enough."""
-    return replica.parallel(replica.add_up, devices, in_axes=(0,), out_axes=None)
 
 
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -100,11 +100,8 @@ def go_over(state: TrainState, before: Strategy, after: Strategy, devices: Seque
 
 
 def to_tensors(tree: PyTree) -> dict[str, np.ndarray]:
-    """Copies a tree to the host, each leaf under the name of its place, such as `params/layers/0/kernel`.
-
-    A replica's own leaves have a row for each replica.
-    """
-    return {name: np.array(_raw(leaf)) for name, leaf in _named(tree).items()}
+    """Copies a tree to the host, each leaf by its name; a replica's own leaves have a row for each replica."""
+    return {name: np.array(_raw(leaf)) for name, leaf in named(tree).items()}
 
 
 def from_tensors(
@@ -153,7 +150,7 @@ def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTr
 
 def _in_place(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
     """Puts tensors where their names say."""
-    wanted = _named(like)
+    wanted = named(like)
     missing = [f"{name} is missing" for name in wanted if name not in tensors]
     _raise_if(missing + [f"{name} is not known" for name in tensors if name not in wanted])
     return jax.tree.structure(like).unflatten([tensors[name] for name in wanted])
@@ -163,7 +160,7 @@ def _check_shapes(saved: PyTree, like: PyTree) -> None:
     _raise_if(
         [
             f"{name} is {tensor.dtype}{list(tensor.shape)} there and {leaf.dtype}{list(leaf.shape)} here"
-            for (name, leaf), tensor in zip(_named(like).items(), jax.tree.leaves(saved), strict=True)
+            for (name, leaf), tensor in zip(named(like).items(), jax.tree.leaves(saved), strict=True)
             if (tensor.shape, tensor.dtype) != (leaf.shape, leaf.dtype)
         ]
     )
@@ -178,7 +175,8 @@ def _raise_if(differences: Sequence[str]) -> None:
         )
 
 
-def _named(tree: PyTree) -> dict[str, jax.Array]:
+def named(tree: PyTree) -> dict[str, jax.Array]:
+    """Names each leaf by its place, such as `params/layers/0/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

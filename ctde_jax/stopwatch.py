@@ -32,11 +32,12 @@ from ctde_jax.errors import InputError
 from ctde_jax.evaluate import make_evaluate
 from ctde_jax.feed import Span, steps_a_piece
 from ctde_jax.gradient import Sums, make_gradient
+from ctde_jax.guard import make_look
 from ctde_jax.meter import rows_a_dispatch
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
-from ctde_jax.round import add_up_sums, parallel_rounds
+from ctde_jax.round import parallel_rounds
 from ctde_jax.schedule import make_phases
 from ctde_jax.tasks import Task
 
@@ -270,7 +271,7 @@ class _Contestant:
         traced = time.perf_counter()
         lowered = rounds.lower(*arguments)
         is_lowered = time.perf_counter()
-        self._run, self._add_up = replica.compiled(lowered, devices), add_up_sums(devices)
+        self._run, self._look = replica.compiled(lowered, devices), make_look(devices, strategy)
         self.once = {
             "state and data on the devices": placed - before,
             "trace": traced - ready,
@@ -291,7 +292,7 @@ class _Contestant:
         """Runs the program so many times as training does, and returns the seconds that a step has taken."""
         before, unread = time.perf_counter(), None
         for _ in range(length):
-            sums = self._add_up(self._advance(*next(self._inputs)))
+            sums = self._look(self._advance(*next(self._inputs)), self._state)
             if unread is not None:
                 jax.device_get(unread)  # of the dispatch before, while this one runs
             unread = sums

@@ -14,15 +14,15 @@ import numpy as np
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least
+from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_at_least
 
 
 def main(arguments: Sequence[str]) -> int:
     """Trains as the options say.
 
     Returns:
-        The exit status: 0, 2 for a mistake in options or data or a loss that is not finite, 75 after SIGTERM, 130 after
-        Ctrl-C.
+        The exit status: 0, 2 for a mistake in options or data or a loss that is not finite, 70 where devices that must
+        hold the same do not, 75 after SIGTERM, 130 after Ctrl-C.
     """
     started = time.perf_counter()
     try:
@@ -33,6 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ReplicasDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return os.EX_SOFTWARE
     except Preempted as error:
         print(error, file=sys.stderr)
         return os.EX_TEMPFAIL

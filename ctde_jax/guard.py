@@ -1,0 +1,72 @@
+"""Whether the replicas still agree: every leaf that they share is digested on every device, and the digests compared.
+
+A reduction that was forgotten in a strategy, or a device that computes wrongly, would otherwise go on unnoticed: what
+is replicated is only ever read from the first device.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax import replica
+from ctde_jax.aggregate import Strategy
+from ctde_jax.errors import ReplicasDiverged
+from ctde_jax.gradient import Sums
+from ctde_jax.replica import AXIS
+from ctde_jax.state import TrainState, axes, named
+
+
+def shared(state: TrainState, strategy: Strategy) -> dict[str, jax.Array]:
+    """Returns, by name, the leaves that must be equal on all replicas."""
+    parts = zip(state._fields, state, axes(strategy), strict=True)
+    return {name: leaf for field, part, axis in parts if axis is None for name, leaf in named({field: part}).items()}
+
+
+def digest(leaf: jax.Array) -> jax.Array:
+    """Sums the bits of a leaf, each number's times another odd number, modulo 2^32; uint32[].
+
+    One number that differs is always seen; several escape with a chance of one in some billions.
+    """
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    bits = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).ravel().astype(jnp.uint32)
+    return jnp.sum(bits * (2 * lax.iota(jnp.uint32, bits.size) + 1), dtype=jnp.uint32)
+
+
+def make_look(devices: Sequence[jax.Device], strategy: Strategy) -> jax.stages.Wrapped:
+    """Makes the program that looks at what a dispatch has left behind.
+
+    `look(sums [replica, steps], state) -> (sums [steps] over all replicas, digests uint32[replica, leaf])`; alone, a
+    replica digests nothing.
+    """
+
+    def look(sums: Sums, state: TrainState) -> tuple[Sums, jax.Array]:
+        leaves = shared(state, strategy).values() if len(devices) > 1 else ()
+        own = jnp.stack([jnp.uint32(0), *map(digest, leaves)])[1:]
+        return replica.add_up(sums), lax.all_gather(own, AXIS)
+
+    return replica.parallel(look, devices, in_axes=(0, axes(strategy)), out_axes=None)
+
+
+def check(digests: np.ndarray, names: Sequence[str], since: int, until: int) -> None:
+    """Raises ReplicasDiverged where the digests of a leaf are not the same on all devices.
+
+    Args:
+        digests: `uint32[replica, leaf]`.
+        names: Of the leaves.
+        since: The step after which they were last compared.
+        until: The step after which they were made.
+    """
+    differs = (digests != digests[0]).any(axis=0)
+    if not differs.any():
+        return
+    leaf = int(np.argmax(differs))
+    values, counts = np.unique(digests[:, leaf], return_counts=True)
+    usual = digests[0, leaf] if counts.max() == 1 else values[np.argmax(counts)]
+    apart = np.flatnonzero(digests[:, leaf] != usual).tolist()
+    raise ReplicasDiverged([name for name, is_one in zip(names, differs, strict=True) if is_one], apart, since, until)

@@ -1,0 +1,94 @@
+"""Replicas that should hold the same and do not are noticed at the next dispatch, and what differs is named."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+import ctde_jax as ctde
+from ctde_jax import checkpoint, devices, guard, models, replica, round
+from ctde_jax.errors import ReplicasDiverged
+
+MODEL = models.mlp([64, 8, 10])
+ARRAYS = {
+    "float32": np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32),
+    "bfloat16": np.random.default_rng(0).normal(size=(7, 5)).astype(ml_dtypes.bfloat16),
+    "int32": np.arange(12, dtype=np.int32),
+    "bool": np.array([True, False, True]),
+    "scalar": np.float32(3),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_digest_sees_every_single_bit(name):
+    array = np.atleast_1d(ARRAYS[name])
+    raw = np.frombuffer(array.tobytes(), np.uint8)
+    bits = range(8 * len(raw)) if array.dtype != bool else range(0, 8 * len(raw), 8)
+    flipped = np.stack([raw] * len(bits))
+    for row, bit in enumerate(bits):
+        flipped[row, bit // 8] ^= 1 << bit % 8
+    flipped = flipped.view(array.dtype).reshape(len(bits), *array.shape)
+    digests = np.asarray(jax.vmap(guard.digest)(jnp.asarray(flipped)))
+    assert not (digests == np.asarray(guard.digest(jnp.asarray(array)))).any()
+
+
+def test_digest_sees_two_numbers_that_have_changed_places():
+    a = np.arange(10, dtype=np.float32)
+    b = a.copy()
+    b[[2, 7]] = b[[7, 2]]
+    assert guard.digest(jnp.asarray(a)) != guard.digest(jnp.asarray(b))
+
+
+def test_those_that_differ_from_most_are_named():
+    digests = np.array([[1, 5], [1, 6], [1, 5], [1, 7]], np.uint32)
+    with pytest.raises(ReplicasDiverged, match=r"^b should be .* differs on 1, 3 .* a step from 21 to 40") as caught:
+        guard.check(digests, ["a", "b"], 20, 40)
+    assert (caught.value.leaves, caught.value.apart) == (["b"], [1, 3])
+    guard.check(digests[:, :1], ["a"], 20, 40)
+
+
+def fit(digits, folder=None, **more):
+    arguments = {"batch_size": 64, "steps": 40, "log_every": 4, "save_every": 4, "run_dir": folder, "show": False}
+    return ctde.fit(MODEL, digits, optax.adam(0.01), **{"devices": devices.start(4), **arguments, **more})
+
+
+@pytest.mark.parametrize("inner_steps", [0, 4])
+def test_forgotten_reduction_stops_at_the_first_row(digits, tmp_path, inner_steps):
+    forgetful = ctde.Strategy(inner_steps=inner_steps, reduce=optax.identity())
+    with pytest.raises(ReplicasDiverged, match=r"^params/.* differs on .* a step from 1 to 4,") as caught:
+        fit(digits, tmp_path, strategy=forgetful)
+    assert len(caught.value.leaves) >= 4
+    assert checkpoint.steps(tmp_path / "checkpoints") == [0], "nothing that differs is saved"
+
+
+def test_statistics_that_were_not_averaged_are_named(digits, monkeypatch):
+    """Where the round forgets to average what the model keeps beside its parameters."""
+    model = models.resnet((8, 8), 10, widths=(4,), norm="batch")
+    monkeypatch.setattr(round, "weighted_mean", lambda tree, weight: tree)
+    with pytest.raises(ReplicasDiverged, match=r"^model_state/") as caught:
+        ctde.fit(model, digits, optax.sgd(0.01), devices=devices.start(2), batch_size=64, steps=8, show=False)
+    assert all(leaf.startswith("model_state/") for leaf in caught.value.leaves if "params" not in leaf)
+
+
+def test_device_that_computes_wrongly_is_named(digits, monkeypatch):
+    """Replica 2 alone gets another sum, once, in step 20."""
+    from jax import lax
+
+    add_up = replica.add_up
+
+    def wrong(tree):
+        return jax.tree.map(
+            lambda x: x + jnp.where(lax.axis_index(replica.AXIS) == 2, 1e-3, 0).astype(x.dtype), add_up(tree)
+        )
+
+    monkeypatch.setattr(replica, "add_up", wrong)
+    with pytest.raises(ReplicasDiverged) as caught:
+        fit(digits)
+    assert caught.value.apart == [2]
+
+
+def test_every_strategy_keeps_its_replicas_alike(digits):
+    for name in ("diloco", "gossip", "streaming-diloco", "sparse-loco"):
+        fit(digits, strategy=ctde.strategy(name, sync_every=2), steps=8)
