@@ -264,7 +264,7 @@ def test_part_that_cannot_be_resumed_is_started_over(
     assert mirror.ranges == ranges
 
 
-@pytest.mark.parametrize("wrong", [gzip.compress(b"wrong"), b"<html>no gzip</html>", PACKED[:-9], b""])
+@pytest.mark.parametrize("wrong", [gzip.compress(b"wrong", mtime=0), b"<html>no gzip</html>", PACKED[:-9], b""])
 def test_wrong_content_is_dropped_for_the_next_mirror(serve, target: Path, wrong: bytes):
     """The next mirror is asked for the whole, not for the end of something else."""
     lying, good = serve(whole, file=wrong), serve(partial)
@@ -297,7 +297,7 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     gone.server_close()
     mirrors = {
         serve(not_found).url: "answered 404 Not Found",
-        serve(whole, file=gzip.compress(b"wrong")).url: "sent something other than the published file",
+        serve(whole, file=gzip.compress(b"wrong", mtime=0)).url: "sent something other than the published file",
         serve(always_partial).url: "sent another part of the file than it was asked for",
         serve(silent).url: "did not answer within 0.3 s",
         serve(trickles).url: "sent too little within 0.3 s",
@@ -329,7 +329,7 @@ def test_after_failure_there_is_the_part_and_no_target(serve, target: Path, beha
 def test_after_wrong_content_there_is_nothing(serve, target: Path):
     """Content known to be wrong is no beginning."""
     with pytest.raises(InputError):
-        fetch([serve(whole, file=gzip.compress(b"wrong")).url], target, SHA256)
+        fetch([serve(whole, file=gzip.compress(b"wrong", mtime=0)).url], target, SHA256)
     assert list(target.parent.iterdir()) == []
 
 

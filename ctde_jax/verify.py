@@ -1,0 +1,172 @@
+"""The command `python -m ctde_jax.verify`: what this library promises, proved on the user's own machine.
+
+    python -m ctde_jax.verify resume               # a run that is killed again and again ends with the same bits
+    python -m ctde_jax.verify replicas             # all devices hold the same after every dispatch
+    python -m ctde_jax.verify eval                 # every test example counts once
+    python -m ctde_jax.verify checkpoint FOLDER    # every bit of a run's checkpoints is as it was written
+
+The first three take the options of a run.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from ctde_jax import build, checkpoint, config
+from ctde_jax.checkpoint import Checkpoint, Damaged
+from ctde_jax.errors import InputError, NonFiniteLoss, ReplicasDiverged, check_known
+from ctde_jax.log import Row, console
+from ctde_jax.run_folder import CHECKPOINTS, METRICS
+from ctde_jax.train import train
+
+KILLS = 5
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Proves what the first argument names; returns the exit status, 1 where it does not hold, 2 for a mistake."""
+    proofs = {"resume": _resume, "replicas": _replicas, "eval": _eval, "checkpoint": _checkpoint}
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    what, *rest = arguments
+    try:
+        check_known("verify", what, proofs)
+        wrong, right = proofs[what](rest)
+    except InputError as error:
+        print(f"error: {config.flag(error.option)} {error.sentence}", file=sys.stderr)
+        return 2
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for difference in wrong:
+        print(f"wrong: {difference}", file=sys.stderr)
+    if not wrong:
+        console().print(f"holds: {right}")
+    return 1 if wrong else 0
+
+
+Verdict = tuple[list[str], str]
+"""What does not hold, and what holds where nothing does not."""
+
+
+def _resume(arguments: Sequence[str]) -> Verdict:
+    """Runs the command of a run to its end, and again, killed at random moments."""
+    chosen, screen, draw = config.parse(arguments), console(), random.Random()
+    if chosen.run.run_dir is not None:
+        raise InputError("run_dir", "must be left out, as the runs that are compared have folders of their own.")
+    with TemporaryDirectory() as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        command = [sys.executable, "-m", "ctde_jax.train", *arguments, "--run-dir"]
+        with screen.status("training without a break"):
+            before = time.perf_counter()
+            _end([*command, str(whole)])
+            seconds = time.perf_counter() - before
+        for _ in range(KILLS):
+            with screen.status("training, to be killed"):
+                is_killed = _kill([*command, str(killed)], draw.uniform(0.2, 1) * seconds)
+            steps = checkpoint.steps(killed / CHECKPOINTS)
+            saved = f"its newest checkpoint is that of step {steps[0]:,}" if steps else "before its first checkpoint"
+            screen.print(f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}")
+        with screen.status("training to the end"):
+            _end([*command, str(killed)])
+        one, other = _newest(whole), _newest(killed)
+        wrong = [
+            name
+            for name in one.tensors
+            if one.tensors[name].tobytes() != other.tensors.get(name, np.zeros(0)).tobytes()
+        ]
+        rows = [_rows(whole), _rows(killed)]
+    differences = [f"the bits of {name} differ" for name in wrong]
+    differences += [] if rows[0] == rows[1] else [f"the rows of {METRICS} differ"]
+    return differences, f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has killed"
+
+
+def _replicas(arguments: Sequence[str]) -> Verdict:
+    """Trains; what the devices share is compared after every dispatch."""
+    chosen = config.parse(arguments)
+    if chosen.aggregation.devices == 1:
+        raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
+    try:
+        trained = train(chosen, time.perf_counter())
+    except ReplicasDiverged as error:
+        return [str(error)], ""
+    devices = f"{len(trained.devices)} devices"
+    return [], f"what the {devices} share was the same on all of them after every dispatch of {trained.step:,} steps"
+
+
+def _eval(arguments: Sequence[str]) -> Verdict:
+    """Trains, and counts the test examples again, one after another on one device."""
+    chosen = config.parse(arguments)
+    trained = train(chosen, time.perf_counter())
+    test = build.load_data(chosen.data, chosen.optimization.seed).test
+    inputs, labels = np.asarray(test.inputs), np.asarray(test.labels)
+    infer = jax.jit(trained.model.apply)
+    outputs = [infer(trained.params, trained.model_state, inputs[i : i + 1], None)[0] for i in range(len(inputs))]
+    measured = jax.device_get(trained.task.measure(jnp.concatenate(outputs), jnp.asarray(labels)))
+    alone = {name: float(values.mean(dtype=np.float64)) for name, values in measured.items()}
+    tested = trained.tested
+    differences = [
+        f"the test {name} is {tested[name]:.6f} on all devices, and {value:.6f} one by one"
+        for name, value in alone.items()
+        if not np.isclose(tested[name], value, rtol=1e-4, atol=1e-6)
+    ]
+    if tested["examples"] != len(inputs):
+        differences.append(f"{tested['examples']:,} examples were counted, of {len(inputs):,}")
+    return differences, f"all {len(inputs):,} test examples count once, one by one as on {len(trained.devices)} devices"
+
+
+def _checkpoint(arguments: Sequence[str]) -> Verdict:
+    """Reads every checkpoint of a run, or one."""
+    if len(arguments) != 1:
+        raise InputError("verify", "checkpoint wants the folder of a run or of a checkpoint, and nothing else.")
+    folder = Path(arguments[0])
+    within = folder / CHECKPOINTS
+    paths = [checkpoint.path_of(within, step) for step in checkpoint.steps(within)] if within.is_dir() else [folder]
+    if not paths:
+        raise InputError("verify", f"found no checkpoint in {within}.")
+    damaged, tensors = [], 0
+    for path in paths:
+        try:
+            tensors += len(checkpoint.read(path).tensors)
+        except Damaged as error:
+            damaged.append(str(error))
+    return damaged, f"{tensors} tensors in {', '.join(path.name for path in paths)} have their SHA-256"
+
+
+def _end(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError("verify", f"could not train: {done.stderr.strip()}")
+
+
+def _kill(command: Sequence[str], seconds: float) -> bool:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            process.wait(seconds)
+            return False
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return True
+
+
+def _newest(folder: Path) -> Checkpoint:
+    return checkpoint.read(checkpoint.path_of(folder / CHECKPOINTS, checkpoint.steps(folder / CHECKPOINTS)[0]))
+
+
+def _rows(folder: Path) -> list[Row]:
+    """The rows of a run, but for its speed."""
+    rows = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
+    return [{name: value for name, value in row.items() if name != "examples_per_second"} for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

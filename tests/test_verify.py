@@ -1,0 +1,80 @@
+"""The commands that prove the promises say so where they hold, and notice where they do not."""
+
+import numpy as np
+import pytest
+
+import ctde_jax as ctde
+from ctde_jax import checkpoint, config, verify
+from ctde_jax.errors import ReplicasDiverged
+
+RUN = ["--devices", "2", "--steps", "60"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_examples_count_once(capsys):
+    assert verify.main(["eval", *RUN]) == 0
+    assert "all 359 test examples count once, one by one as on 2 devices" in capsys.readouterr().out
+
+
+def test_examples_that_count_twice_are_noticed(monkeypatch, capsys):
+    def twice(self):
+        row = next(row for row in self.history if row["split"] == "test")
+        return row | {"examples": 2 * row["examples"], "accuracy": 0.5}
+
+    monkeypatch.setattr(ctde.Trained, "tested", property(twice))
+    assert verify.main(["eval", *RUN]) == 1
+    said = capsys.readouterr().err
+    assert "the test accuracy is 0.500000 on all devices, and 0.9" in said
+    assert "718 examples were counted, of 359" in said
+
+
+def test_devices_that_hold_the_same_are_told(capsys):
+    assert verify.main(["replicas", *RUN]) == 0
+    assert "what the 2 devices share was the same on all of them after every dispatch of 60 steps" in (
+        capsys.readouterr().out
+    )
+
+
+def test_devices_that_do_not_are_told(monkeypatch, capsys):
+    def diverge(chosen: config.Config, started: float):
+        raise ReplicasDiverged(["params/w"], [1], 0, 20)
+
+    monkeypatch.setattr(verify, "train", diverge)
+    assert verify.main(["replicas", *RUN]) == 1
+    assert "wrong: params/w should be the same on all devices, but differs on 1" in capsys.readouterr().err
+
+
+def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
+    for step in (3, 9):
+        checkpoint.write(checkpoint.path_of(tmp_path / "checkpoints", step), {"x": np.zeros(3)}, {})
+    assert verify.main(["checkpoint", str(tmp_path)]) == 0
+    assert "2 tensors in step-00000009, step-00000003 have their SHA-256" in capsys.readouterr().out
+    damaged = checkpoint.path_of(tmp_path / "checkpoints", 3) / checkpoint.TENSORS
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"1")
+    assert verify.main(["checkpoint", str(tmp_path)]) == 1
+    assert f"wrong: {damaged.parent}: x in tensors.safetensors differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["resum"], "verify must be one of resume, replicas, eval, checkpoint, got 'resum'; did you mean 'resume'?"),
+        (["checkpoint"], "verify checkpoint wants the folder of a run or of a checkpoint, and nothing else."),
+        (["replicas", "--devices", "1"], "--devices must be at least 2 where they are to be compared, got 1."),
+        (["eval", "--lr", "3"], "--lr is no option"),
+        (["resume", "--run-dir", "x"], "--run-dir must be left out"),
+    ],
+)
+def test_mistakes_are_sentences(arguments, sentence, capsys):
+    assert verify.main(arguments) == 2
+    assert f"error: {sentence}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_run_ends_with_the_same_bits(capsys):
+    assert verify.main(["resume", *RUN, "--save-every", "5"]) == 0
+    assert "tensors and 9 rows are those of the run nobody has killed" in capsys.readouterr().out
