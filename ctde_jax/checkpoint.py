@@ -42,6 +42,10 @@ class Damaged(Exception):
     """A checkpoint is not what was written; says which file or which tensors differ."""
 
 
+_OWN = ("format", "versions", "tensors")
+"""What every manifest has of itself."""
+
+
 class Checkpoint(NamedTuple):
     """What a checkpoint holds."""
 
@@ -69,12 +73,15 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
         OSError: The folder cannot be written to, or has no room; then it is as it was before.
     """
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+    tensors = {
+        name: np.asarray(tensor, order="C") for name, tensor in tensors.items()
+    }  # safetensors reads memory as is
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_room(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + _ROOM)
     try:
         partial.mkdir()
         try:
-            save_file(dict(tensors), partial / TENSORS)
+            save_file(tensors, partial / TENSORS)
         except SafetensorError as error:  # of the operating system's, in words of its own
             raise OSError(None, str(error)) from error
         manifest = {
@@ -118,7 +125,7 @@ def read(path: Path) -> Checkpoint:
             )
         with safe_open(path / TENSORS, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Checkpoint(path, tensors, manifest)
+        return Checkpoint(path, tensors, {name: fact for name, fact in manifest.items() if name not in _OWN})
     except OSError as error:
         name = Path(str(error.filename)).name
         raise Damaged(
@@ -233,7 +240,7 @@ def _describe(tensor: np.ndarray) -> Facts:
 
 
 def _digest(tensor: np.ndarray) -> str:
-    return sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
+    return sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _find_damage(path: Path) -> str:

@@ -172,6 +172,10 @@ class Optimization:
     patience: Count = None
     """Evaluations in a row that may fail to lower the validation loss before training ends; by default any number."""
 
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do where loss or parameters become NaN or infinite: stop; leave out that round on all devices; or go back
+    to the newest checkpoint and halve all updates, at most three times."""
+
     epochs: int = 10
     """How often to go through the training data."""
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import jax
 import numpy as np
@@ -18,16 +19,17 @@ from ctde_jax.augment import Augment
 from ctde_jax.checkpoint import Checkpoint, Saver, Tensors, open_saver
 from ctde_jax.checks import check_run, check_types
 from ctde_jax.data import Dataset, Split, count_steps, deal, deal_stream
-from ctde_jax.errors import InputError, Preempted, check_at_least
+from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least, check_known
 from ctde_jax.evaluate import Averages, make_evaluate
 from ctde_jax.feed import Feed, Piece, Span, make_feed, shapes, steps_a_piece
 from ctde_jax.gradient import Sums, make_gradient
 from ctde_jax.log import Log, Row, console, open_log
 from ctde_jax.meter import Clock, Meter, Position
 from ctde_jax.models import Model, count_params, with_raw_inputs
+from ctde_jax.optimizers import shrunk
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
-from ctde_jax.resume import branch, find
+from ctde_jax.resume import branch, find, roll_back
 from ctde_jax.round import parallel_rounds
 from ctde_jax.run_folder import CHECKPOINTS, METRICS, check_new, claimed
 from ctde_jax.schedule import cut, make_phases, unfinished
@@ -35,6 +37,7 @@ from ctde_jax.stop import Stop, deferred
 from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import Traffic, measure, summary
 
+P = ParamSpec("P")
 _BEST = "best"
 
 
@@ -85,6 +88,24 @@ class Trained:
         return make_evaluate(self.model, self.task, split, self.devices, params, model_state)(params, model_state)
 
 
+def _rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
+    """Fits again, with smaller updates, where the loss became NaN or infinite and `on_nonfinite` is rollback."""
+
+    @wraps(fit)
+    def fit_until_finite(*arguments: P.args, **options: P.kwargs) -> Trained:
+        while True:
+            try:
+                return fit(*arguments, **options)
+            except NonFiniteLoss as error:
+                if options.get("on_nonfinite") != "rollback":
+                    raise
+                roll_back(Path(str(options["run_dir"])), error, console(quiet=not options.get("show", True)).print)
+                options.update(resume=True, branch_from=None)
+
+    return fit_until_finite
+
+
+@_rolling_back
 def fit(
     model: Model,
     data: Dataset,
@@ -103,6 +124,7 @@ def fit(
     ema_decay: float | None = None,
     reestimate_batches: int = 0,
     patience: int | None = None,
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop",
     eval_every: int | None = None,
     log_every: int = 20,
     run_dir: Path | str | None = None,
@@ -143,6 +165,9 @@ def fit(
         reestimate_batches: Training batches over which batch statistics are estimated anew before every evaluation.
         patience: Training ends after so many evaluations in a row that have not lowered the validation loss. However
             it ends, the parameters of the lowest are returned. Needs data with a validation split.
+        on_nonfinite: What becomes of a run whose loss or parameters become NaN or infinite: it stops; or all devices
+            together leave out the rounds in which that happens, unless they are all of a row; or it goes back to the
+            newest checkpoint and on with updates half as large, at most three times.
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
         log_every: At most so many steps, or a round where that is longer, lie between two rows of the history. One
             dispatch computes as many rows as take a tenth of a second, at least one.
@@ -193,6 +218,11 @@ def fit(
     check_at_least(1, save_every=save_every, keep_checkpoints=keep_checkpoints)
     if branch_from is not None and run_dir is None:
         raise InputError("branch_from", "needs a run_dir, the folder of the new run.")
+    check_known("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
+    if on_nonfinite == "rollback":
+        optimizer = shrunk(optimizer)
+        if run_dir is None:
+            raise InputError("on_nonfinite", "needs a run_dir for rollback, as it goes back to a checkpoint.")
     row_steps = min(log_every, save_every or log_every)
     phases = make_phases(strategy, total_steps, eval_every, row_steps, steps_a_piece(batches))
     told = {
@@ -206,6 +236,7 @@ def fit(
         "ema_decay": ema_decay,
         "reestimate_batches": reestimate_batches,
         "patience": patience,
+        "on_nonfinite": on_nonfinite,
         "eval_every": eval_every,
         "log_every": row_steps,
     }
@@ -231,7 +262,9 @@ def fit(
         for phase in phases:
             if programs:
                 like = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), like)
-            rounds = parallel_rounds(gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay)
+            rounds = parallel_rounds(
+                gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay, on_nonfinite == "skip"
+            )
             lowered = rounds.lower(like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
             look = guard.make_look(devices, phase.strategy).lower(lowered.out_info[1], like)
             programs.append((replica.compiled(lowered, devices), replica.compiled(look, devices)))
@@ -253,7 +286,7 @@ def fit(
         screen.print(f"wire       {says}")
         clock.lap("compile")
 
-        meter = Meter(batches.steps_per_epoch, task, save_every, position)
+        meter = Meter(batches.steps_per_epoch, task, save_every, on_nonfinite == "skip", position)
         kept = 0 if found is None or branch_from is not None else found.facts["rows"]
         left = [phase.after(position.gone_through) for phase in phases]
         with (
@@ -472,11 +505,13 @@ class _Run:
             self._read(dispatch, shared)
 
     def save(self) -> None:
-        """Begins to write a checkpoint; all rows up to here have been logged."""
+        """Begins to write a checkpoint of parameters that are finite; all rows up to here have been logged."""
         if self.saver is None:
             return
         facts = {"position": self.meter.position._asdict(), "rows": len(self.log.rows), "best": self.best.facts}
         tensors = state.to_tensors(self.train_state) | self.best.tensors
+        if not all(np.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("params/")):
+            return  # the next row will say so
         self.saver.save(self.meter.position.gone_through, tensors, {**facts, **self.facts})
         self.meter.saved()
 

@@ -58,8 +58,8 @@ class Position(NamedTuple):
 class Meter:
     """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
 
-    def __init__(self, steps_per_epoch: int, task: Task, save_every: int | None, position: Position):
-        self._steps_per_epoch, self._task = steps_per_epoch, task
+    def __init__(self, steps_per_epoch: int, task: Task, save_every: int | None, skips: bool, position: Position):
+        self._steps_per_epoch, self._task, self._skips = steps_per_epoch, task, skips
         self._save_every, self._saved, self._gone_through = save_every, position.gone_through, position.gone_through
         self._step, self._sent = position.step, position.sent
         self._last, self._rows_a_dispatch, self._rows_a_save = 0.0, 1, 2**60  # until a row has been measured
@@ -138,12 +138,15 @@ class Meter:
         if bad.any():
             raise NonFiniteLoss(self._step + int(np.argmax(bad)) + 1)
 
+        skipped = rounds - int((sums["examples"][:: self._span.round_steps] > 0).sum())
+        if skipped == rounds:
+            raise NonFiniteLoss(self._step + 1)
         self._step += int((sums["examples"] > 0).sum())
         totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
         means = self._task.averages(totals, totals["examples"])
         self._sent += rounds * self._sent_a_round
         counts = {"examples": int(totals["examples"]), "examples_per_second": speed, "bytes_sent": round(self._sent)}
-        return {"split": "train", **self._where(), **means, **counts}
+        return {"split": "train", **self._where(), **means, **counts, **({"skipped": skipped} if self._skips else {})}
 
     def _where(self) -> Row:
         return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}

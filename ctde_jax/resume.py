@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ctde_jax import run_folder
-from ctde_jax.checkpoint import Checkpoint, Damaged, newest_intact, read
-from ctde_jax.errors import InputError
+from ctde_jax.checkpoint import Checkpoint, Damaged, newest_intact, read, write
+from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax.run_folder import CHECKPOINTS, check_new, writing_to
+
+ROLLBACKS = 3
+"""How often a run is rolled back at most."""
 
 Options = Mapping[str, Any]
 """What a run was told, by name; only what decides its numbers."""
@@ -19,9 +22,9 @@ def find(folder: Path, options: Options, say: Callable[[str], None]) -> Checkpoi
     Raises:
         InputError: The folder has the run of other options, of which all are listed, or a run without a checkpoint.
     """
-    found = newest_intact(folder / run_folder.CHECKPOINTS, say)
+    found = newest_intact(folder / CHECKPOINTS, say)
     if found is None:
-        run_folder.check_new(folder)
+        check_new(folder)
         return None
     different = differences(found.facts["options"], options)
     if different:
@@ -46,6 +49,24 @@ def branch(path: Path, options: Options, say: Callable[[str], None]) -> Checkpoi
     different = differences(found.facts["options"], options)
     say(f"branch     {path}, {'with ' + '; '.join(different) if different else 'with the same options'}")
     return found
+
+
+def roll_back(folder: Path, error: NonFiniteLoss, say: Callable[[str], None]) -> None:
+    """Halves all updates from the newest checkpoint of a run's folder on, in the checkpoint.
+
+    Raises:
+        NonFiniteLoss: That has been done too often; raises the error.
+    """
+    found = newest_intact(folder / CHECKPOINTS, say)
+    if found is None:
+        raise error
+    factors = {name: tensor / 2 for name, tensor in found.tensors.items() if name.endswith("/update_factor")}
+    factor = min(float(tensor.min()) for tensor in factors.values())
+    if factor < 2.0**-ROLLBACKS:
+        raise error
+    say(f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all updates times {factor:g}")
+    with writing_to(folder):
+        write(found.path, {**found.tensors, **factors}, found.facts)
 
 
 def differences(before: Options, now: Options) -> list[str]:

@@ -105,6 +105,23 @@ def make_round(
     return train_round
 
 
+def skipping(train_round: Round) -> Round:
+    """Leaves out a round that would put NaN or infinity into the state of any replica; its sums are zero."""
+
+    def sound_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        advanced, sums = train_round(state, split, batches, key)
+        is_spoilt = jnp.zeros((), bool)
+        for new, old in zip(jax.tree.leaves((advanced, sums["loss"])), jax.tree.leaves((state, 0.0)), strict=True):
+            if jnp.issubdtype(new.dtype, jnp.floating):
+                is_spoilt |= jnp.any(~jnp.isfinite(new) & jnp.isfinite(old))
+        if lax.axis_size(replica.AXIS) > 1:
+            is_spoilt = lax.pmax(is_spoilt.astype(jnp.int32), replica.AXIS) > 0
+        kept = optax.tree.where(is_spoilt, state._replace(step=advanced.step), advanced)
+        return kept, jax.tree.map(lambda x: jnp.where(is_spoilt, 0, x), sums)
+
+    return sound_round
+
+
 def make_rounds(train_round: Round) -> Rounds:
     """Makes a program that goes through the rounds that it is told, so that one serves a whole run."""
     train_round = jax.jit(train_round, inline=True)  # traced once, for its shapes and for the loop
@@ -130,6 +147,7 @@ def parallel_rounds(
     devices: Sequence[jax.Device],
     split_axis: int | None,
     ema_decay: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> jax.stages.Wrapped:
     """Puts several rounds on the devices, as one program that takes over the memory of the state it is given.
 
@@ -142,9 +160,11 @@ def parallel_rounds(
         devices: One replica on each.
         split_axis: None where every device holds the whole split, 0 where each holds its own row.
         ema_decay: What the average of the parameters keeps of itself in a round, where there is one.
+        skip_nonfinite: Leaves out, on all replicas together, a round that would spoil the state.
     """
+    train_round = make_round(gradient, optimizer, strategy, ema_decay)
     return replica.parallel(
-        make_rounds(make_round(gradient, optimizer, strategy, ema_decay)),
+        make_rounds(skipping(train_round) if skip_nonfinite else train_round),
         devices,
         in_axes=(axes(strategy), split_axis, 0, None, None, None),
         out_axes=(axes(strategy), 0),

@@ -18,7 +18,7 @@ PerExample = Callable[[PyTree, jax.Array], jax.Array]
 """`function(outputs [examples, ...], labels [examples, ...]) -> float32[examples]`"""
 
 
-RESERVED = ("split", "step", "epoch", "examples", "examples_per_second", "bytes_sent")
+RESERVED = ("split", "step", "epoch", "examples", "examples_per_second", "bytes_sent", "skipped")
 """What a row of the history says beside the loss and the metrics, which must not bear these names."""
 
 

@@ -103,6 +103,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
             run_dir=folder,
             resume=config.run.resume == "auto",
             branch_from=config.run.branch_from,
+            on_nonfinite=chosen.on_nonfinite,
             save_every=config.run.save_every,
             keep_checkpoints=config.run.keep_checkpoints,
             options=deciding,

@@ -20,6 +20,7 @@ ARRAYS = {
     "step": np.array(7, np.int32),
     "seen": np.array([True, False]),
     "nothing": np.zeros((0, 4), np.float32),
+    "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
 }
 
 
