@@ -14,7 +14,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 import ctde_jax as ctde
-from ctde_jax import data, devices, feed, loop, models
+from ctde_jax import data, devices, feed, meter, models
 from ctde_jax.data import batches
 from ctde_jax.errors import InputError
 from ctde_jax.tasks import is_correct
@@ -157,7 +157,7 @@ def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
     """One round a dispatch, several, a last dispatch that is not full, and pieces of few rows: the same bits."""
 
     def run(eval_every: int, log_every: int, seconds: float, places: int = 2**20) -> ctde.Trained:
-        monkeypatch.setattr(loop, "_DISPATCH_SECONDS", seconds)
+        monkeypatch.setattr(meter, "_DISPATCH_SECONDS", seconds)
         monkeypatch.setattr(feed, "_PLACES", places)
         cut = {"eval_every": eval_every, "log_every": log_every}
         arguments = {"devices": devices.start(4), "batch_size": 64, "steps": 36, "show": False, **cut}
@@ -368,13 +368,6 @@ def test_last_step_that_spoils_the_parameters_is_noticed(digits):
     optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
     with pytest.raises(ctde.NonFiniteLoss, match="step 5"):
         ctde.fit(MODEL, digits, optimizer, devices=devices.start(2), batch_size=64, steps=5, show=False)
-
-
-def test_folder_that_holds_a_run_is_refused(tmp_path, digits):
-    arguments = {"devices": devices.start(2), "batch_size": 64, "steps": 2, "run_dir": tmp_path / "new", "show": False}
-    ctde.fit(MODEL, digits, optax.sgd(0.1), **arguments)
-    with pytest.raises(ctde.InputError, match="run_dir must not hold a run already"):
-        ctde.fit(MODEL, digits, optax.sgd(0.1), **arguments)
 
 
 def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):

@@ -49,7 +49,7 @@ RUNS: dict[str, dict] = {
     "gossip": {"strategy": ctde.strategy("gossip")},
     "no-loco": {"strategy": ctde.strategy("no-loco", sync_every=4)},
 }
-QUICK = ["ddp", "diloco int4", "post-local-sgd"]
+QUICK = ["ddp", "diloco int4"]
 
 
 class Killed(BaseException):
@@ -173,7 +173,7 @@ def test_finished_run_is_read_and_not_repeated(small, tmp_path):
 
 def test_work_lost_is_at_most_save_every_steps(small, tmp_path, monkeypatch):
     """Wherever the run is killed, its newest checkpoint has at least the steps of the rows less save_every."""
-    for lines in range(1, 12):
+    for lines in (2, 5, 9):
         folder = tmp_path / str(lines)
         killed_after(monkeypatch, lines, partial(fit, small, folder, save_every=6, log_every=3, eval_every=10))
         seen = rows(folder)[-1]["step"]

@@ -50,7 +50,8 @@ def test_default_command_reaches_97_percent_and_leaves_its_results(tmp_path):
 
     assert (process.returncode, errors) == (0, "")
     (folder,) = (tmp_path / "runs").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "curves.png", "metrics.jsonl"]
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    assert names == ["checkpoints", "config.json", "curves.png", "metrics.jsonl"]
     assert (folder / "curves.png").stat().st_size > 10_000
     last = rows_of(folder)[-1]
     assert last["split"] == "test"
@@ -138,9 +139,9 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path):
     assert (process.returncode, errors) == (-signal.SIGINT, "")
 
 
-@pytest.mark.parametrize("blocks", [2, 96])
+@pytest.mark.parametrize("blocks", [2, 160])
 def test_full_disk_gets_a_sentence(tmp_path, blocks):
-    """A limit on the size of files stands for the disk: the first lines fit, a later one does not, the curves may."""
+    """A limit on the size of files stands for the disk: no checkpoint fits, or only the first lines do."""
     many_rows = ["--devices", "1", "--epochs", "60", "--log-every", "1"]
     process = command(*many_rows, "--run-dir", str(tmp_path / "run"), before=f"ulimit -f {blocks}")
     _, errors = process.communicate(timeout=120)
@@ -148,8 +149,13 @@ def test_full_disk_gets_a_sentence(tmp_path, blocks):
     assert process.returncode == 2
     assert errors.startswith("error: --run-dir must be a folder that can be written to and has room, but writing to")
     assert errors.count("\n") == 1
-    *whole_lines, _ = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(whole_lines[0])["step"] > 0
+    lines, saved = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(), tmp_path / "run" / "checkpoints"
+    if blocks == 2:
+        assert not lines
+        assert not list(saved.iterdir()), "nothing half-written is left"
+    else:
+        assert json.loads(lines[0])["step"] > 0
+        assert [path.name for path in saved.iterdir()] == ["step-00000000"]
 
 
 def write_bad_files(folder: Path) -> None:
