@@ -4,8 +4,8 @@
     python benchmarks/checkpoints.py --folder FOLDER  # where the checkpoints go, to measure that disk
 
 The state is that of a perceptron under Adam on four fake devices, so three numbers for each parameter. Training waits
-for the copy to the host; the rest is done in a thread, which shares the cores with it. By default a run saves about once
-a minute: the last column says what share of a minute both take together.
+for the copy to the host; the rest is done in a thread, which shares the cores with it. By default a run saves about
+once a minute: the last column says what share of a minute both take together.
 """
 
 import argparse

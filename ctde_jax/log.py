@@ -2,7 +2,7 @@
 
 A measurement is a row, a flat dict: `split` ("train", "validation" or "test"), `step`, `epoch`, `loss`, the task's
 metrics, `examples`, and for training also `examples_per_second` and `bytes_sent`, what each device has sent since the
-start.
+start, and where rounds that are not finite are left out, `skipped`, their number since the start.
 """
 
 import json

@@ -166,7 +166,7 @@ def fit(
         patience: Training ends after so many evaluations in a row that have not lowered the validation loss. However
             it ends, the parameters of the lowest are returned. Needs data with a validation split.
         on_nonfinite: What becomes of a run whose loss or parameters become NaN or infinite: it stops; or all devices
-            together leave out the rounds in which that happens, unless they are all of a row; or it goes back to the
+            together leave out the rounds in which that happens, unless these are ten in a row; or it goes back to the
             newest checkpoint and on with updates half as large, at most three times.
         eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
         log_every: At most so many steps, or a round where that is longer, lie between two rows of the history. One

@@ -23,6 +23,10 @@ _SAVE_SECONDS = 60.0
 """What lies between two checkpoints, about, where no number of steps is given."""
 
 
+MOST_SKIPPED = 10
+"""So many rounds in a row that were left out end a run all the same."""
+
+
 class Clock:
     """Splits the wall time into named parts."""
 
@@ -54,6 +58,9 @@ class Position(NamedTuple):
     sent: float = 0.0
     """Bytes by each device."""
 
+    skipped: int = 0
+    """Rounds that were left out because they were not finite."""
+
 
 class Meter:
     """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
@@ -61,13 +68,18 @@ class Meter:
     def __init__(self, steps_per_epoch: int, task: Task, save_every: int | None, skips: bool, position: Position):
         self._steps_per_epoch, self._task, self._skips = steps_per_epoch, task, skips
         self._save_every, self._saved, self._gone_through = save_every, position.gone_through, position.gone_through
-        self._step, self._sent = position.step, position.sent
+        self._step, self._sent, self._skipped, self._skipped_in_a_row = (
+            position.step,
+            position.sent,
+            position.skipped,
+            0,
+        )
         self._last, self._rows_a_dispatch, self._rows_a_save = 0.0, 1, 2**60  # until a row has been measured
 
     @property
     def position(self) -> Position:
         """How far the run is; of a span, all dispatches have been turned into rows."""
-        return Position(self._gone_through, self._step, self._sent)
+        return Position(self._gone_through, self._step, self._sent, self._skipped)
 
     def start(self, span: Span, sent: float) -> None:
         """Begins a span, in whose rounds each device sends so many bytes."""
@@ -121,7 +133,9 @@ class Meter:
 
         speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
         for start in range(0, last - first, row_rounds):
-            yield self._row(sums, round_steps * start, min(row_rounds, last - first - start), speed)
+            row = self._row(sums, round_steps * start, min(row_rounds, last - first - start), speed)
+            if row["examples"]:
+                yield row
 
     @property
     def _row_steps(self) -> int:
@@ -132,21 +146,29 @@ class Meter:
         return self._saved + period - self._gone_through
 
     def _row(self, sums: Sums, start: int, rounds: int, speed: float) -> Row:
-        """Makes a row of so many rounds, whose sums begin at this place."""
+        """Makes a row of so many rounds, whose sums begin at this place; of no examples where all were left out."""
         sums = {name: all_sums[start : start + rounds * self._span.round_steps] for name, all_sums in sums.items()}
         bad = ~np.isfinite(sums["loss"])
         if bad.any():
             raise NonFiniteLoss(self._step + int(np.argmax(bad)) + 1)
 
-        skipped = rounds - int((sums["examples"][:: self._span.round_steps] > 0).sum())
-        if skipped == rounds:
-            raise NonFiniteLoss(self._step + 1)
+        for examples in sums["examples"][:: self._span.round_steps]:  # a round begins with a step that has some
+            self._skipped += int(examples == 0)
+            self._skipped_in_a_row = 0 if examples else self._skipped_in_a_row + 1
+            if self._skipped_in_a_row == MOST_SKIPPED:
+                raise NonFiniteLoss(self._step + 1)
         self._step += int((sums["examples"] > 0).sum())
         totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
-        means = self._task.averages(totals, totals["examples"])
+        means = self._task.averages(totals, totals["examples"] or 1)
         self._sent += rounds * self._sent_a_round
         counts = {"examples": int(totals["examples"]), "examples_per_second": speed, "bytes_sent": round(self._sent)}
-        return {"split": "train", **self._where(), **means, **counts, **({"skipped": skipped} if self._skips else {})}
+        return {
+            "split": "train",
+            **self._where(),
+            **means,
+            **counts,
+            **({"skipped": self._skipped} if self._skips else {}),
+        }
 
     def _where(self) -> Row:
         return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}

@@ -72,7 +72,7 @@ def _resume(arguments: Sequence[str]) -> Verdict:
             seconds = time.perf_counter() - before
         for _ in range(KILLS):
             with screen.status("training, to be killed"):
-                is_killed = _kill([*command, str(killed)], draw.uniform(0.2, 1) * seconds)
+                is_killed = _kill([*command, str(killed)], killed / CHECKPOINTS, draw.uniform(0, 0.1) * seconds)
             steps = checkpoint.steps(killed / CHECKPOINTS)
             saved = f"its newest checkpoint is that of step {steps[0]:,}" if steps else "before its first checkpoint"
             screen.print(f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}")
@@ -148,8 +148,12 @@ def _end(command: Sequence[str]) -> None:
         raise InputError("verify", f"could not train: {done.stderr.strip()}")
 
 
-def _kill(command: Sequence[str], seconds: float) -> bool:
+def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
+    """Kills a process so many seconds after its first new checkpoint; returns whether it was still alive."""
+    before = checkpoint.steps(folder)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and checkpoint.steps(folder) == before:
+            time.sleep(0.001)
         try:
             process.wait(seconds)
             return False

@@ -38,7 +38,7 @@ def test_bad_batch_is_left_out_by_all_devices(name, with_a_bad_example):
     options = {"ddp": {"reduce": "int8", "error_feedback": True}, "local-sgd": {"sync_every": 2}, "gossip": {}}[name]
     trained = fit(with_a_bad_example, strategy=ctde.strategy(name, **options), on_nonfinite="skip")
     rows = [row for row in trained.history if row["split"] == "train"]
-    assert sum(row["skipped"] for row in rows) == 3
+    assert rows[-1]["skipped"] == 3
     left_out = 32 * max(1, options.get("sync_every", 1))
     assert sum(row["examples"] for row in rows) == 3 * (320 - left_out)
     assert trained.tested["loss"] < trained.history[0]["loss"]
@@ -74,7 +74,7 @@ def test_left_out_step_is_as_if_it_had_not_been(with_a_bad_example):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one.params, params)
 
 
-def test_row_of_nothing_but_bad_batches_stops_all_the_same(digits):
+def test_ten_bad_batches_in_a_row_stop_all_the_same(digits):
     optimizer = optax.sgd(lambda count: jnp.where(count >= 12, jnp.inf, 0.01))
     with pytest.raises(ctde.NonFiniteLoss, match="step 13"):
         fit(digits, optimizer=optimizer, on_nonfinite="skip", log_every=4)

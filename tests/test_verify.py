@@ -77,4 +77,4 @@ def test_mistakes_are_sentences(arguments, sentence, capsys):
 @pytest.mark.slow
 def test_killed_run_ends_with_the_same_bits(capsys):
     assert verify.main(["resume", *RUN, "--save-every", "5"]) == 0
-    assert "tensors and 9 rows are those of the run nobody has killed" in capsys.readouterr().out
+    assert "tensors and 16 rows are those of the run nobody has killed" in capsys.readouterr().out
