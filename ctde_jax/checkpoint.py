@@ -33,6 +33,9 @@ FORMAT = 1
 _ROOM = 2**20
 """Bytes that are left free for the manifest, metrics and curves."""
 
+_OWN = ("format", "versions", "tensors")
+"""What every manifest has of itself."""
+
 Tensors = dict[str, np.ndarray]
 Facts = dict[str, Any]
 """What a run needs to know beside its arrays, as JSON can write it."""
@@ -40,10 +43,6 @@ Facts = dict[str, Any]
 
 class Damaged(Exception):
     """A checkpoint is not what was written; says which file or which tensors differ."""
-
-
-_OWN = ("format", "versions", "tensors")
-"""What every manifest has of itself."""
 
 
 class Checkpoint(NamedTuple):
@@ -64,6 +63,11 @@ def steps(folder: Path) -> list[int]:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     found = [re.fullmatch(r"step-(\d{8,})", name) for name in names]
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def newest(folder: Path) -> Path:
+    """Names the newest checkpoint of a folder that has one."""
+    return path_of(folder, steps(folder)[0])
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
@@ -100,8 +104,8 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
         partial.rename(path)
         bring_to_disk(path.parent)
     finally:
-        for left in (partial, replaced):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        _put_back(path.parent)
 
 
 def read(path: Path) -> Checkpoint:
@@ -126,11 +130,10 @@ def read(path: Path) -> Checkpoint:
         with safe_open(path / TENSORS, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Checkpoint(path, tensors, {name: fact for name, fact in manifest.items() if name not in _OWN})
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
     except OSError as error:
-        name = Path(str(error.filename)).name
-        raise Damaged(
-            f"{path}: {name} {'is missing' if isinstance(error, FileNotFoundError) else 'cannot be read'}"
-        ) from error
+        raise InputError("run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise Damaged(f"{path}: {SUMS} is no text any more") from error
 
@@ -143,6 +146,7 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
     Raises:
         InputError: None of them is intact.
     """
+    _put_back(folder)
     found = steps(folder)
     for step in found:
         try:
@@ -188,8 +192,11 @@ class Saver:
             if self._beside.exists():
                 bring_to_disk(self._beside)  # a checkpoint counts its lines
             write(path_of(self._folder, step), tensors, facts)
-            for old in steps(self._folder)[self._keep :]:
-                shutil.rmtree(path_of(self._folder, old))
+            there = steps(self._folder)
+            kept = [number for number in there if number <= step][: self._keep]
+            for number in set(there) - set(kept):  # also those that a damaged newer one has left behind
+                old = path_of(self._folder, number)
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
 
 
 @contextmanager
@@ -204,12 +211,23 @@ def open_saver(folder: Path, keep: int, beside: Path) -> Iterator[Saver]:
         beside: A file that is brought to the disk before each of them.
     """
     with writing_to(folder):
+        _put_back(folder)
         for left in folder.glob(".step-*") if folder.is_dir() else ():
             shutil.rmtree(left)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
         saver = Saver(folder, keep, beside, thread)
         yield saver
         saver.wait()
+
+
+def _put_back(folder: Path) -> None:
+    """Undoes a replacement that was broken off, and removes what a whole one has replaced."""
+    for replaced in folder.glob(".step-*.replaced"):
+        path = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(path)
 
 
 def bring_to_disk(path: Path) -> None:

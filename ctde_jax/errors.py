@@ -5,6 +5,7 @@ A library user catches these as ordinary exceptions; the command line prints the
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -42,31 +43,35 @@ class ReplicasDiverged(RuntimeError):
 
     Args:
         leaves: The names of what differs.
-        apart: The replicas that hold something else than most.
+        groups: The replicas that hold the same of the first of them, the largest group first.
         since: After this step all were alike.
         until: After this step they were not.
     """
 
-    def __init__(self, leaves: list[str], apart: list[int], since: int, until: int):
+    def __init__(self, leaves: list[str], groups: list[list[int]], since: int, until: int):
         more = f" and {len(leaves) - 1} more" if len(leaves) > 1 else ""
         super().__init__(
-            f"{leaves[0]}{more} should be the same on all devices, but differs on {', '.join(map(str, apart))} "
-            f"(counted from 0) since a step from {since + 1} to {until}, so training stopped. A reduction is "
-            "missing in the strategy, or a device computes wrongly; older checkpoints are as they were."
+            f"{leaves[0]}{more} should be the same on all devices, but differs between the devices "
+            f"{' and '.join(map(str, groups))} since a step from {since + 1} to {until}, so training stopped. A "
+            "reduction is missing in the strategy, or a device computes wrongly; older checkpoints are as they were."
         )
-        self.leaves, self.apart, self.since, self.until = leaves, apart, since, until
+        self.leaves, self.groups, self.since, self.until = leaves, groups, since, until
 
 
 class Preempted(Exception):
-    """SIGTERM has ended the training; the same command on the same folder goes on.
+    """SIGTERM has ended the training, and a checkpoint is written.
 
     Args:
-        step: The steps that the checkpoint has gone through.
+        step: The optimizer steps that it has gone through.
+        folder: Of the run, with which the same command goes on.
     """
 
-    def __init__(self, step: int):
-        super().__init__(f"SIGTERM ended the training at step {step:,}, which is saved; the same command goes on.")
-        self.step = step
+    def __init__(self, step: int, folder: Path):
+        super().__init__(
+            f"SIGTERM ended the training at step {step:,}, which is saved; the same command with --run-dir {folder} "
+            "goes on."
+        )
+        self.step, self.folder = step, folder
 
 
 def check_known(option: str, name: str, known: Iterable[str]) -> None:

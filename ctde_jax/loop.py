@@ -29,9 +29,9 @@ from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.optimizers import shrunk
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
-from ctde_jax.resume import branch, find, roll_back
+from ctde_jax.resume import find, plain, roll_back
 from ctde_jax.round import parallel_rounds
-from ctde_jax.run_folder import CHECKPOINTS, METRICS, check_new, claimed
+from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed
 from ctde_jax.schedule import cut, make_phases, unfinished
 from ctde_jax.stop import Stop, deferred
 from ctde_jax.tasks import Task, classification, language_modeling
@@ -186,6 +186,7 @@ def fit(
     Raises:
         InputError: An argument breaks a rule; nothing has been computed yet.
         NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
+        ReplicasDiverged: Devices do not hold alike what they share.
         Preempted: SIGTERM has ended the training, which is saved. Without a `run_dir` it ends the process.
     """
     clock = Clock()
@@ -216,33 +217,42 @@ def fit(
         log_every=log_every,
     )
     check_at_least(1, save_every=save_every, keep_checkpoints=keep_checkpoints)
+    check_known("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
     if branch_from is not None and run_dir is None:
         raise InputError("branch_from", "needs a run_dir, the folder of the new run.")
-    check_known("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
     if on_nonfinite == "rollback":
         optimizer = shrunk(optimizer)
         if run_dir is None:
             raise InputError("on_nonfinite", "needs a run_dir for rollback, as it goes back to a checkpoint.")
     row_steps = min(log_every, save_every or log_every)
     phases = make_phases(strategy, total_steps, eval_every, row_steps, steps_a_piece(batches))
-    told = {
-        **options,
-        "data": f"{data.name}, {'batches' if data.stream else f'{len(data.train.inputs):,} training examples'}",
-        "parts": None if partition is None else len(partition),
-        "steps": total_steps,
-        "batch_size": batch_size,
-        "seed": seed,
-        "accumulate": accumulate,
-        "ema_decay": ema_decay,
-        "reestimate_batches": reestimate_batches,
-        "patience": patience,
-        "on_nonfinite": on_nonfinite,
-        "eval_every": eval_every,
-        "log_every": row_steps,
-    }
+    parts = "clients" if partition is not None and len(partition) > len(devices) else "on their devices"
+    told = plain(
+        {
+            **options,
+            "data": f"{data.name}, {len(data.test.inputs):,} test examples",
+            "training examples": None if data.stream else len(data.train.inputs),
+            "partition": None if partition is None else f"{len(partition)} parts, {parts}",
+            "steps": total_steps,
+            "sync_every": strategy.inner_steps,
+            "synchronous_steps": strategy.synchronous_steps,
+            "batch_size": batch_size,
+            "seed": seed,
+            "accumulate": accumulate,
+            "ema_decay": ema_decay,
+            "reestimate_batches": reestimate_batches,
+            "patience": patience,
+            "on_nonfinite": on_nonfinite,
+            "eval_every": eval_every,
+            "log_every": log_every,
+            "save_every": save_every if row_steps < log_every or on_nonfinite == "rollback" else None,
+        }
+    )
     screen = console(quiet=not show)
     with nullcontext() if run_dir is None else claimed(Path(run_dir)) as folder:
-        found = _find(folder, resume, branch_from, told, screen.print)
+        trunk = None if branch_from is None else Path(branch_from)
+        found = None if folder is None else find(folder, resume, trunk, told, screen.print)
+        is_branch = found is not None and folder not in found.path.parents
         position = Position() if found is None else Position(**found.facts["position"])
         phases = unfinished(phases, position.gone_through)
 
@@ -252,8 +262,11 @@ def fit(
         best, keeps_average = _Best(patience), ema_decay is not None
         train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
         if found is not None:
-            rest = best.restore(found, (params, model_state))
-            train_state = state.from_tensors(rest, train_state, phases[0].strategy, found.facts["replicas"], devices)
+            if not is_branch:
+                best.restore(found, (params, model_state))
+            tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(_BEST)}
+            replicas, where = found.facts["replicas"], "branch_from" if is_branch else "run_dir"
+            train_state = state.from_tensors(tensors, train_state, phases[0].strategy, replicas, devices, where)
         feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
         clock.lap("start-up")
 
@@ -287,7 +300,7 @@ def fit(
         clock.lap("compile")
 
         meter = Meter(batches.steps_per_epoch, task, save_every, on_nonfinite == "skip", position)
-        kept = 0 if found is None or branch_from is not None else found.facts["rows"]
+        kept = 0 if found is None or is_branch else found.facts["rows"]
         left = [phase.after(position.gone_through) for phase in phases]
         with (
             deferred(saves=folder is not None) as stop,
@@ -298,11 +311,14 @@ def fit(
             else open_saver(folder / CHECKPOINTS, keep_checkpoints, folder / METRICS) as saver,
         ):
             facts = {"replicas": len(devices), "options": told}
-            run = _Run(train_state, key, meter, best, log, saver, facts, stop)
-            if saver is not None and (found is None or branch_from is not None):
+            run = _Run(train_state, key, meter, best, log, saver, facts, stop, evaluate, reestimate, describe)
+            if saver is not None and (found is None or is_branch):
                 run.save()
                 saver.wait()  # no row stands in a folder that has no checkpoint
+            make_center = phases[0].make_center(devices)
             for phase, spans, (train_rounds, look), sent in zip(phases, left, programs, traffic, strict=True):
+                if stop or best.is_over:
+                    break
                 if spans and spans[0].start == phase.start > 0:
                     run.train_state = phase.begin(run.train_state, devices)
                 make_center = phase.make_center(devices)
@@ -313,31 +329,23 @@ def fit(
                     meter.start(span, sent.sent)
                     run.go_through(islice(pieces, span.pieces), train_rounds, look, shared)
                     clock.lap("train")
-                    if not meter.is_at_end:  # what is measured here is not measured in a run that nothing stops
-                        run.save()
-                        if stop.is_preemption:
-                            break
-
-                    params = make_center(run.own_params)
-                    model_state = reestimate(params, run.train_state.model_state)
-                    rows = [meter.row(name, averages(params, model_state)) for name, averages in evaluate.items()]
-                    for row in rows:
-                        log.add(row)
-                    best.update(rows[0], params, model_state)
-                    if describe is not None:
-                        log.say(describe(*jax.device_get((params, model_state))))
-                    if meter.is_at_end and (stop or best.is_over or span.stop == total_steps or meter.is_save_due):
+                    if meter.is_at_end:
+                        run.evaluate(make_center)
+                        if stop or best.is_over or span.stop == total_steps or meter.is_save_due():
+                            run.save()
+                    else:
                         run.save()
                     clock.lap("evaluate")
-            if not any(left):
-                params = phases[-1].make_center(devices)(run.own_params)
-                model_state = reestimate(params, run.train_state.model_state)
             if saver is not None:
                 saver.wait()
-            if stop.is_preemption and meter.position.gone_through < total_steps:
-                raise Preempted(meter.position.step)
+            is_whole = meter.position.gone_through == total_steps or best.is_over
+            if stop.is_preemption and folder is not None and not is_whole:
+                raise Preempted(meter.position.step, folder)
+            if best.center is None and not run.is_evaluated:
+                run.evaluate(make_center)  # where Ctrl-C came: rows that are cut off again when the run goes on
+                clock.lap("evaluate")
 
-    params, model_state = best.center or jax.device_get((params, model_state))
+    params, model_state = best.center or jax.device_get(run.center)
     return Trained(
         model=model,
         params=params,
@@ -345,7 +353,7 @@ def fit(
         step=best.step or log.rows[-1]["step"],
         history=log.rows,
         seconds=clock.seconds,
-        interrupted=bool(stop),
+        interrupted=bool(stop) and not is_whole,
         stopped_early=best.is_over,
         task=task,
         devices=devices,
@@ -373,25 +381,6 @@ def _make_reestimate(
     return lambda params, model_state: run(params, model_state, examples, indices, key)
 
 
-def _find(
-    folder: Path | None,
-    resume: bool,
-    branch_from: Path | str | None,
-    told: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> Checkpoint | None:
-    """Finds what the run goes on from, where there is something."""
-    if folder is None:
-        return None
-    if branch_from is not None or not resume:
-        check_new(folder)
-        return None if branch_from is None else branch(Path(branch_from), told, say)
-    found = find(folder, told, say)
-    if found is not None:
-        say(f"resume     {found.path}")
-    return found
-
-
 class _Best:
     """Keeps the parameters of the lowest validation loss where there is patience, and says when it has run out."""
 
@@ -417,14 +406,13 @@ class _Best:
         """What a checkpoint has of it."""
         return {} if self.center is None else state.to_tensors({_BEST: self.center})
 
-    def restore(self, found: Checkpoint, like: tuple[PyTree, PyTree]) -> Tensors:
-        """Goes on from a checkpoint, and returns the tensors in it that are another's."""
-        own = {name: tensor for name, tensor in found.tensors.items() if name.startswith(f"{_BEST}/")}
-        if self._patience is not None and own:
+    def restore(self, found: Checkpoint, like: tuple[PyTree, PyTree]) -> None:
+        """Goes on from a checkpoint of this run."""
+        own = {name: tensor for name, tensor in found.tensors.items() if name.startswith(_BEST)}
+        if own:
             facts = found.facts["best"]
             self._loss, self.step, self._in_vain = facts["loss"], facts["step"], facts["in_vain"]
-            self.center = state.center_from_tensors(own, {_BEST: like})[_BEST]
-        return {name: tensor for name, tensor in found.tensors.items() if name not in own}
+            _, self.center = state.center_from_tensors(own, {_BEST: like}).popitem()
 
     def update(self, validated: Row, params: PyTree, model_state: PyTree) -> None:
         """Takes note of an evaluation."""
@@ -460,12 +448,13 @@ class _Run:
     saver: Saver | None
     facts: Mapping[str, Any]
     stop: Stop
+    averages: Mapping[str, Callable[[PyTree, PyTree], Averages]]
+    """By split."""
 
-    @property
-    def own_params(self) -> PyTree:
-        """The parameters to evaluate: the moving average where one is kept."""
-        average = self.train_state.ema_params
-        return average if jax.tree.leaves(average) else self.train_state.params
+    reestimate: Callable[[PyTree, PyTree], PyTree]
+    describe: Callable[[PyTree, PyTree], str] | None
+    center: tuple[PyTree, PyTree] | None = None
+    """The central parameters and model state that were evaluated last."""
 
     def go_through(
         self,
@@ -496,7 +485,7 @@ class _Run:
                 self._read(unread.pop(0), shared)
             if self.saver is not None:
                 self.saver.check()
-                if self.meter.is_save_due and not self.meter.is_at_end:
+                if not self.meter.is_at_end and self.meter.is_save_due():
                     self._read(unread.pop(), shared)
                     self.save()
             if self.stop:
@@ -504,15 +493,39 @@ class _Run:
         for dispatch in unread:
             self._read(dispatch, shared)
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the log has the test averages of the parameters as they are, and these are at hand."""
+        tested = [row["step"] for row in self.log.rows if row["split"] == "test"]
+        return self.center is not None and tested[-1:] == [self.meter.position.step]
+
+    def evaluate(self, make_center: Callable[[PyTree], PyTree]) -> None:
+        """Averages over the splits what the replicas agree on, and logs it, where the log does not have it yet."""
+        average = self.train_state.ema_params
+        params = make_center(average if jax.tree.leaves(average) else self.train_state.params)
+        self.center = (params, self.reestimate(params, self.train_state.model_state))
+        if self.is_evaluated:
+            return
+        rows = [self.meter.row(name, averages(*self.center)) for name, averages in self.averages.items()]
+        for row in rows:
+            self.log.add(row)
+        self.best.update(rows[0], *self.center)
+        if self.describe is not None:
+            self.log.say(self.describe(*jax.device_get(self.center)))
+
     def save(self) -> None:
-        """Begins to write a checkpoint of parameters that are finite; all rows up to here have been logged."""
+        """Begins to write a checkpoint; all rows up to here have been logged.
+
+        Raises:
+            NonFiniteLoss: The last step has spoilt the parameters.
+        """
         if self.saver is None:
             return
-        facts = {"position": self.meter.position._asdict(), "rows": len(self.log.rows), "best": self.best.facts}
-        tensors = state.to_tensors(self.train_state) | self.best.tensors
+        tensors = state.to_tensors(self.train_state)
         if not all(np.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("params/")):
-            return  # the next row will say so
-        self.saver.save(self.meter.position.gone_through, tensors, {**facts, **self.facts})
+            raise NonFiniteLoss(self.meter.position.step)
+        facts = {"position": self.meter.position._asdict(), "rows": len(self.log.rows), "best": self.best.facts}
+        self.saver.save(self.meter.position.gone_through, {**tensors, **self.best.tensors}, {**facts, **self.facts})
         self.meter.saved()
 
     def _read(self, dispatch: _Dispatch, shared: Sequence[str]) -> None:

@@ -61,25 +61,20 @@ class Position(NamedTuple):
     skipped: int = 0
     """Rounds that were left out because they were not finite."""
 
+    skipped_in_a_row: int = 0
+    """How many of them came last."""
+
 
 class Meter:
     """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
 
     def __init__(self, steps_per_epoch: int, task: Task, save_every: int | None, skips: bool, position: Position):
         self._steps_per_epoch, self._task, self._skips = steps_per_epoch, task, skips
-        self._save_every, self._saved, self._gone_through = save_every, position.gone_through, position.gone_through
-        self._step, self._sent, self._skipped, self._skipped_in_a_row = (
-            position.step,
-            position.sent,
-            position.skipped,
-            0,
-        )
-        self._last, self._rows_a_dispatch, self._rows_a_save = 0.0, 1, 2**60  # until a row has been measured
+        self.position = position
+        """How far the run is; steps gone through count when they are dispatched, all else when rows are made."""
 
-    @property
-    def position(self) -> Position:
-        """How far the run is; of a span, all dispatches have been turned into rows."""
-        return Position(self._gone_through, self._step, self._sent, self._skipped)
+        self._save_every, self._saved, self._saved_at = save_every, position.gone_through, time.perf_counter()
+        self._last, self._rows_a_dispatch = 0.0, 1
 
     def start(self, span: Span, sent: float) -> None:
         """Begins a span, in whose rounds each device sends so many bytes."""
@@ -87,32 +82,36 @@ class Meter:
 
     def pace(self) -> int:
         """Returns how many rounds the next dispatch should have, lest a checkpoint is late."""
-        until_save = self._steps_until_save() // self._row_steps
-        return max(1, min(self._rows_a_dispatch, until_save)) * self._span.row_rounds
+        rows = self._rows_a_dispatch
+        if self._save_every is not None:
+            rows = max(1, min(rows, self._steps_until(self._save_every) // self._row_steps))
+        return rows * self._span.row_rounds
 
     def dispatched(self, rounds: int) -> None:
         """Takes note of a dispatch."""
-        self._gone_through = min(self._gone_through + rounds * self._span.round_steps, self._span.stop)
+        gone_through = min(self.position.gone_through + rounds * self._span.round_steps, self._span.stop)
+        self.position = self.position._replace(gone_through=gone_through)
 
     @property
     def is_at_end(self) -> bool:
         """Whether the span is whole."""
-        return self._gone_through == self._span.stop
+        return self.position.gone_through == self._span.stop
 
-    @property
     def is_save_due(self) -> bool:
-        """Says whether another row would make too many steps without a checkpoint."""
-        next_row = min(self._row_steps, (self._span.stop - self._gone_through) or self._row_steps)
-        return self._steps_until_save() < next_row
+        """Says whether a minute has gone by, or another row would make too many steps without a checkpoint."""
+        if self._save_every is None:
+            return _of_the_first_host(time.perf_counter() - self._saved_at) > _SAVE_SECONDS
+        next_row = min(self._row_steps, (self._span.stop - self.position.gone_through) or self._row_steps)
+        return self._steps_until(self._save_every) < next_row
 
     def saved(self) -> None:
         """Takes note of a checkpoint."""
-        self._saved = self._gone_through
+        self._saved, self._saved_at = self.position.gone_through, time.perf_counter()
 
     def row(self, split: str, averages: Averages) -> Row:
         """Raises NonFiniteLoss where the last step, whose loss was finite, has spoilt the parameters."""
         if not np.isfinite(averages["loss"]):
-            raise NonFiniteLoss(self._step)
+            raise NonFiniteLoss(self.position.step)
         return {"split": split, **self._where(), **averages}
 
     def rows(self, sums: Sums, first: int, last: int) -> Iterator[Row]:
@@ -127,9 +126,7 @@ class Meter:
         seconds, self._last = now - self._last, now
         self._dispatches += 1
         if self._dispatches == 2:  # the first one waited for an evaluation, or for threads to start
-            row_seconds = _of_the_first_host(seconds / ceil((last - first) / row_rounds))
-            self._rows_a_dispatch = rows_a_dispatch(row_seconds)
-            self._rows_a_save = max(1, int(_SAVE_SECONDS / row_seconds))
+            self._rows_a_dispatch = rows_a_dispatch(_of_the_first_host(seconds / ceil((last - first) / row_rounds)))
 
         speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
         for start in range(0, last - first, row_rounds):
@@ -141,37 +138,38 @@ class Meter:
     def _row_steps(self) -> int:
         return self._span.row_rounds * self._span.round_steps
 
-    def _steps_until_save(self) -> int:
-        period = self._rows_a_save * self._row_steps if self._save_every is None else self._save_every
-        return self._saved + period - self._gone_through
+    def _steps_until(self, period: int) -> int:
+        """Returns how many are left of so many after the last checkpoint."""
+        return self._saved + period - self.position.gone_through
 
     def _row(self, sums: Sums, start: int, rounds: int, speed: float) -> Row:
         """Makes a row of so many rounds, whose sums begin at this place; of no examples where all were left out."""
         sums = {name: all_sums[start : start + rounds * self._span.round_steps] for name, all_sums in sums.items()}
+        step, skipped, in_a_row = self.position.step, self.position.skipped, self.position.skipped_in_a_row
         bad = ~np.isfinite(sums["loss"])
         if bad.any():
-            raise NonFiniteLoss(self._step + int(np.argmax(bad)) + 1)
+            raise NonFiniteLoss(step + int(np.argmax(bad)) + 1)
 
         for examples in sums["examples"][:: self._span.round_steps]:  # a round begins with a step that has some
-            self._skipped += int(examples == 0)
-            self._skipped_in_a_row = 0 if examples else self._skipped_in_a_row + 1
-            if self._skipped_in_a_row == MOST_SKIPPED:
-                raise NonFiniteLoss(self._step + 1)
-        self._step += int((sums["examples"] > 0).sum())
+            skipped, in_a_row = (skipped, 0) if examples else (skipped + 1, in_a_row + 1)
+            if in_a_row == MOST_SKIPPED:
+                raise NonFiniteLoss(step + 1)
+        self.position = self.position._replace(
+            step=step + int((sums["examples"] > 0).sum()),
+            sent=self.position.sent + rounds * self._sent_a_round,
+            skipped=skipped,
+            skipped_in_a_row=in_a_row,
+        )
         totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
         means = self._task.averages(totals, totals["examples"] or 1)
-        self._sent += rounds * self._sent_a_round
-        counts = {"examples": int(totals["examples"]), "examples_per_second": speed, "bytes_sent": round(self._sent)}
-        return {
-            "split": "train",
-            **self._where(),
-            **means,
-            **counts,
-            **({"skipped": self._skipped} if self._skips else {}),
-        }
+        counts = {"examples": int(totals["examples"]), "examples_per_second": speed}
+        counts["bytes_sent"] = round(self.position.sent)
+        if self._skips:
+            counts["skipped"] = skipped
+        return {"split": "train", **self._where(), **means, **counts}
 
     def _where(self) -> Row:
-        return {"step": self._step, "epoch": round(self._step / self._steps_per_epoch, 4)}
+        return {"step": self.position.step, "epoch": round(self.position.step / self._steps_per_epoch, 4)}
 
 
 def _of_the_first_host(seconds: float) -> float:

@@ -5,73 +5,87 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ctde_jax.checkpoint import Checkpoint, Damaged, newest_intact, read, write
 from ctde_jax.errors import InputError, NonFiniteLoss
-from ctde_jax.run_folder import CHECKPOINTS, check_new, writing_to
+from ctde_jax.run_folder import CHECKPOINTS, check_new, claimed, writing_to
 
 ROLLBACKS = 3
 """How often a run is rolled back at most."""
 
-Options = Mapping[str, Any]
-"""What a run was told, by name; only what decides its numbers."""
+Options = dict[str, Any]
+"""What decides the numbers of a run, by name; as JSON has it."""
+
+Say = Callable[[str], None]
 
 
-def find(folder: Path, options: Options, say: Callable[[str], None]) -> Checkpoint | None:
-    """Returns the newest intact checkpoint of a run's folder, or None where the folder has no run yet.
+def plain(options: Mapping[str, Any]) -> Options:
+    """Writes options as JSON has them, so that they can be compared with those of a checkpoint."""
+
+    def as_json(value: object) -> object:
+        return value.item() if isinstance(value, np.generic) else str(value)
+
+    return json.loads(json.dumps(options, default=as_json))
+
+
+def find(folder: Path, resume: bool, branch_from: Path | None, options: Options, say: Say) -> Checkpoint | None:
+    """Returns what a run goes on from: its newest intact checkpoint, or where it has none yet, another run's.
 
     Raises:
-        InputError: The folder has the run of other options, of which all are listed, or a run without a checkpoint.
+        InputError: The folder has the run of other options, of which all are listed, or a run that is not to go on; or
+            the other run's checkpoint is damaged.
     """
-    found = newest_intact(folder / CHECKPOINTS, say)
+    found = newest_intact(folder / CHECKPOINTS, say) if resume else None
     if found is None:
         check_new(folder)
-        return None
-    different = differences(found.facts["options"], options)
+        return None if branch_from is None else _branch(branch_from, options, say)
+    different = _differences(found.facts["options"], options)
     if different:
         raise InputError(
             "run_dir",
             f"holds a run with other options: {'; '.join(different)}; name another folder, or branch off from "
             f"{found.path}.",
         )
+    say(f"resume     {found.path}")
     return found
 
 
-def branch(path: Path, options: Options, say: Callable[[str], None]) -> Checkpoint:
-    """Returns a checkpoint of another run, and says which of its options are different now.
-
-    Raises:
-        InputError: It is no checkpoint, or is damaged.
-    """
-    try:
-        found = read(path)
-    except Damaged as error:
-        raise InputError("branch_from", f"must name the folder of an intact checkpoint, but {error}.") from error
-    different = differences(found.facts["options"], options)
-    say(f"branch     {path}, {'with ' + '; '.join(different) if different else 'with the same options'}")
-    return found
-
-
-def roll_back(folder: Path, error: NonFiniteLoss, say: Callable[[str], None]) -> None:
+def roll_back(folder: Path, error: NonFiniteLoss, say: Say) -> None:
     """Halves all updates from the newest checkpoint of a run's folder on, in the checkpoint.
 
     Raises:
         NonFiniteLoss: That has been done too often; raises the error.
     """
-    found = newest_intact(folder / CHECKPOINTS, say)
-    if found is None:
-        raise error
-    factors = {name: tensor / 2 for name, tensor in found.tensors.items() if name.endswith("/update_factor")}
-    factor = min(float(tensor.min()) for tensor in factors.values())
-    if factor < 2.0**-ROLLBACKS:
-        raise error
-    say(f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all updates times {factor:g}")
-    with writing_to(folder):
+    with claimed(folder), writing_to(folder):
+        found = newest_intact(folder / CHECKPOINTS, say)
+        if found is None:
+            raise error
+        factors = {name: tensor / 2 for name, tensor in found.tensors.items() if name.endswith("/update_factor")}
+        factor = min(float(tensor.min()) for tensor in factors.values())
+        if factor < 2.0**-ROLLBACKS:
+            raise error
+        say(
+            f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all updates times {factor:g}"
+        )
         write(found.path, {**found.tensors, **factors}, found.facts)
 
 
-def differences(before: Options, now: Options) -> list[str]:
+def _branch(path: Path, options: Options, say: Say) -> Checkpoint:
+    try:
+        found = read(path)
+    except Damaged as error:
+        raise InputError("branch_from", f"must name the folder of an intact checkpoint, but {error}.") from error
+    gone_through = found.facts["position"]["gone_through"]
+    if options["steps"] <= gone_through:
+        raise InputError("steps", f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}.")
+    different = _differences(found.facts["options"], options)
+    say(f"branch     {path}, with {'; '.join(different) or 'the same options'}")
+    return found
+
+
+def _differences(before: Options, now: Options) -> list[str]:
     """Says which options are different, what they were, and what they are."""
-    now = json.loads(json.dumps(now, default=str))
     names = [*before, *(name for name in now if name not in before)]
     return [
         f"{name} {before.get(name, 'not known')} there and {now.get(name, 'not known')} here"

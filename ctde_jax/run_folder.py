@@ -35,15 +35,18 @@ def claimed(folder: Path) -> Iterator[Path]:
 
 
 def is_new(folder: Path) -> bool:
-    """Says whether no run has written its metrics to the folder yet."""
-    metrics = folder / METRICS
-    return not (metrics.exists() and metrics.stat().st_size)
+    """Says whether no run has written metrics or a checkpoint to the folder yet."""
+    metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
+    return not (metrics.exists() and metrics.stat().st_size) and not (
+        checkpoints.exists() and any(checkpoints.glob("step-*"))
+    )
 
 
 def check_new(folder: Path) -> None:
     """Raises InputError for a folder that holds a run already."""
     if not is_new(folder):
-        raise InputError("run_dir", f"must not hold a run already, but {folder} has {METRICS}; name another folder.")
+        fault = f"but {folder} has {METRICS} or {CHECKPOINTS}"
+        raise InputError("run_dir", f"must not hold a run already, {fault}; name another folder.")
 
 
 @contextmanager

@@ -110,6 +110,7 @@ def from_tensors(
     strategy: Strategy,
     replicas: int,
     devices: Sequence[jax.Device],
+    option: str,
 ) -> TrainState:
     """Puts a state that `to_tensors` has named onto the devices.
 
@@ -123,15 +124,16 @@ def from_tensors(
         strategy: At work when the state was named.
         replicas: How many there were then.
         devices: One replica on each.
+        option: Which has named them, for errors.
 
     Raises:
         InputError: The tensors are not those of such a state; lists all differences.
     """
     raw = jax.tree.map(_raw_shape, like)
-    saved = _in_place(tensors, raw)
+    saved = _in_place(tensors, raw, option)
     if replicas != len(devices):
         saved = _spread(saved, raw, strategy)
-    _check_shapes(saved, raw)
+    _check_shapes(saved, raw, option)
     placed = TrainState(
         *(
             replica.replicate(part, devices) if axis is None else replica.shard(part, devices)
@@ -143,36 +145,32 @@ def from_tensors(
 
 def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
     """Returns arrays on the host that `to_tensors` has named, for a tree that has no keys; raises as `from_tensors`."""
-    saved = _in_place(tensors, like)
-    _check_shapes(saved, like)
+    saved = _in_place(tensors, like, "run_dir")
+    _check_shapes(saved, like, "run_dir")
     return saved
 
 
-def _in_place(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
+def _in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:
     """Puts tensors where their names say."""
     wanted = named(like)
     missing = [f"{name} is missing" for name in wanted if name not in tensors]
-    _raise_if(missing + [f"{name} is not known" for name in tensors if name not in wanted])
+    _raise_if(missing + [f"{name} is not known" for name in tensors if name not in wanted], option)
     return jax.tree.structure(like).unflatten([tensors[name] for name in wanted])
 
 
-def _check_shapes(saved: PyTree, like: PyTree) -> None:
-    _raise_if(
-        [
-            f"{name} is {tensor.dtype}{list(tensor.shape)} there and {leaf.dtype}{list(leaf.shape)} here"
-            for (name, leaf), tensor in zip(named(like).items(), jax.tree.leaves(saved), strict=True)
-            if (tensor.shape, tensor.dtype) != (leaf.shape, leaf.dtype)
-        ]
-    )
+def _check_shapes(saved: PyTree, like: PyTree, option: str) -> None:
+    differences = [
+        f"{name} is {tensor.dtype}{list(tensor.shape)} there and {leaf.dtype}{list(leaf.shape)} here"
+        for (name, leaf), tensor in zip(named(like).items(), jax.tree.leaves(saved), strict=True)
+        if (tensor.shape, tensor.dtype) != (leaf.shape, leaf.dtype)
+    ]
+    _raise_if(differences, option)
 
 
-def _raise_if(differences: Sequence[str]) -> None:
+def _raise_if(differences: Sequence[str], option: str) -> None:
     if differences:
-        raise InputError(
-            "run_dir",
-            f"holds a checkpoint of another model, optimizer or strategy: {'; '.join(differences)}; "
-            "name another folder.",
-        )
+        rule = "must lead to a checkpoint of the same model, optimizer and strategy"
+        raise InputError(option, f"{rule}, but {'; '.join(differences)}.")
 
 
 def named(tree: PyTree) -> dict[str, jax.Array]:

@@ -24,7 +24,7 @@ class Stop:
 
 @contextmanager
 def deferred(saves: bool) -> Iterator[Stop]:
-    """Lets a first signal be noted only; a second Ctrl-C ends at once.
+    """Lets a first signal be noted only; Ctrl-C after it ends at once.
 
     Args:
         saves: Whether there are checkpoints; without them SIGTERM ends the process as ever.
@@ -32,7 +32,7 @@ def deferred(saves: bool) -> Iterator[Stop]:
     stop = Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stop.asked_by is signal.SIGINT:
+        if number == signal.SIGINT and stop:
             raise KeyboardInterrupt
         stop.asked_by = stop.asked_by or signal.Signals(number)
 

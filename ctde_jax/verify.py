@@ -9,6 +9,7 @@ The first three take the options of a run.
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -22,8 +23,9 @@ import numpy as np
 from jax import numpy as jnp
 
 from ctde_jax import build, checkpoint, config
+from ctde_jax import devices as available
 from ctde_jax.checkpoint import Checkpoint, Damaged
-from ctde_jax.errors import InputError, NonFiniteLoss, ReplicasDiverged, check_known
+from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known
 from ctde_jax.log import Row, console
 from ctde_jax.run_folder import CHECKPOINTS, METRICS
 from ctde_jax.train import train
@@ -47,6 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ReplicasDiverged as error:
+        wrong, right = [str(error)], ""
+    except Preempted as error:
+        print(error, file=sys.stderr)
+        return os.EX_TEMPFAIL
     for difference in wrong:
         print(f"wrong: {difference}", file=sys.stderr)
     if not wrong:
@@ -60,9 +67,8 @@ Verdict = tuple[list[str], str]
 
 def _resume(arguments: Sequence[str]) -> Verdict:
     """Runs the command of a run to its end, and again, killed at random moments."""
-    chosen, screen, draw = config.parse(arguments), console(), random.Random()
-    if chosen.run.run_dir is not None:
-        raise InputError("run_dir", "must be left out, as the runs that are compared have folders of their own.")
+    _parse(arguments)  # which says what is wrong
+    screen, draw = console(), random.Random()
     with TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         command = [sys.executable, "-m", "ctde_jax.train", *arguments, "--run-dir"]
@@ -92,20 +98,17 @@ def _resume(arguments: Sequence[str]) -> Verdict:
 
 def _replicas(arguments: Sequence[str]) -> Verdict:
     """Trains; what the devices share is compared after every dispatch."""
-    chosen = config.parse(arguments)
-    if chosen.aggregation.devices == 1:
+    chosen = _parse(arguments)
+    if len(available.start(chosen.aggregation.devices)) == 1:
         raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
-    try:
-        trained = train(chosen, time.perf_counter())
-    except ReplicasDiverged as error:
-        return [str(error)], ""
-    devices = f"{len(trained.devices)} devices"
-    return [], f"what the {devices} share was the same on all of them after every dispatch of {trained.step:,} steps"
+    trained = train(chosen, time.perf_counter())
+    devices, steps = f"{len(trained.devices)} devices", trained.history[-1]["step"]
+    return [], f"what the {devices} share was the same on all of them after every dispatch of {steps:,} steps"
 
 
 def _eval(arguments: Sequence[str]) -> Verdict:
     """Trains, and counts the test examples again, one after another on one device."""
-    chosen = config.parse(arguments)
+    chosen = _parse(arguments)
     trained = train(chosen, time.perf_counter())
     test = build.load_data(chosen.data, chosen.optimization.seed).test
     inputs, labels = np.asarray(test.inputs), np.asarray(test.labels)
@@ -130,9 +133,10 @@ def _checkpoint(arguments: Sequence[str]) -> Verdict:
         raise InputError("verify", "checkpoint wants the folder of a run or of a checkpoint, and nothing else.")
     folder = Path(arguments[0])
     within = folder / CHECKPOINTS
-    paths = [checkpoint.path_of(within, step) for step in checkpoint.steps(within)] if within.is_dir() else [folder]
-    if not paths:
-        raise InputError("verify", f"found no checkpoint in {within}.")
+    paths = [checkpoint.path_of(within, step) for step in checkpoint.steps(within)]
+    if not paths and not (folder / checkpoint.MANIFEST).exists():
+        raise InputError("verify", f"checkpoint wants the folder of a run or of a checkpoint, and {folder} is neither.")
+    paths = paths or [folder]
     damaged, tensors = [], 0
     for path in paths:
         try:
@@ -140,6 +144,13 @@ def _checkpoint(arguments: Sequence[str]) -> Verdict:
         except Damaged as error:
             damaged.append(str(error))
     return damaged, f"{tensors} tensors in {', '.join(path.name for path in paths)} have their SHA-256"
+
+
+def _parse(arguments: Sequence[str]) -> config.Config:
+    chosen = config.parse(arguments)
+    if chosen.run.run_dir is not None:
+        raise InputError("run_dir", "must be left out, as a run that is there already proves nothing.")
+    return chosen
 
 
 def _end(command: Sequence[str]) -> None:
@@ -163,7 +174,7 @@ def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
 
 
 def _newest(folder: Path) -> Checkpoint:
-    return checkpoint.read(checkpoint.path_of(folder / CHECKPOINTS, checkpoint.steps(folder / CHECKPOINTS)[0]))
+    return checkpoint.read(checkpoint.newest(folder / CHECKPOINTS))
 
 
 def _rows(folder: Path) -> list[Row]:

@@ -144,6 +144,40 @@ def test_room_is_looked_for_first(saved, monkeypatch):
     assert names(saved.parent) == {saved.name}
 
 
+def test_replacement_that_was_broken_off_is_undone(saved):
+    """A kill between the two renames."""
+    saved.rename(saved.with_name(f".{saved.name}.replaced"))
+    saved.with_name(f".{saved.name}.partial").mkdir()
+    found = newest_intact(saved.parent, print)
+    assert found is not None
+    assert found.facts["rows"] == 3
+
+
+def test_failed_replacement_keeps_what_was_there(saved, monkeypatch):
+    rename = checkpoint.Path.rename
+
+    def fail_second(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(checkpoint.Path, "rename", fail_second)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.write(saved, ARRAYS, {"rows": 4})
+    monkeypatch.undo()
+    assert names(saved.parent) == {saved.name}
+    assert read(saved).facts["rows"] == 3
+
+
+def test_newer_ones_that_were_given_up_are_removed(tmp_path):
+    """A run that has gone back to step 3 saves step 4, and step 9 is no part of it any more."""
+    checkpoint.write(path_of(tmp_path, 9), ARRAYS, {})
+    checkpoint.write(path_of(tmp_path, 3), ARRAYS, {})
+    with open_saver(tmp_path, 2, tmp_path / "metrics.jsonl") as saver:
+        saver.save(4, ARRAYS, {})
+    assert names(tmp_path) == {"step-00000003", "step-00000004"}
+
+
 def test_saver_keeps_the_newest_and_removes_what_a_killed_one_left(tmp_path):
     (tmp_path / ".step-00000003.partial").mkdir()
     with open_saver(tmp_path, 2, tmp_path / "metrics.jsonl") as saver:

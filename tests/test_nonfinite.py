@@ -74,10 +74,12 @@ def test_left_out_step_is_as_if_it_had_not_been(with_a_bad_example):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one.params, params)
 
 
-def test_ten_bad_batches_in_a_row_stop_all_the_same(digits):
+def test_ten_bad_batches_in_a_row_stop_all_the_same(digits, tmp_path):
+    """Also in a run that goes on."""
     optimizer = optax.sgd(lambda count: jnp.where(count >= 12, jnp.inf, 0.01))
-    with pytest.raises(ctde.NonFiniteLoss, match="step 13"):
-        fit(digits, optimizer=optimizer, on_nonfinite="skip", log_every=4)
+    for _ in range(3):
+        with pytest.raises(ctde.NonFiniteLoss, match="step 13"):
+            fit(digits, optimizer=optimizer, on_nonfinite="skip", log_every=4, save_every=4, run_dir=tmp_path)
 
 
 LINE = data.from_arrays(np.ones((64, 1), np.float32), np.ones(64, np.float32))

@@ -17,8 +17,9 @@ import pytest
 from flax import nnx
 
 import ctde_jax as ctde
-from ctde_jax import checkpoint, data, devices, models
+from ctde_jax import checkpoint, data, devices, meter, models
 from ctde_jax.log import Log
+from ctde_jax.schedule import Phase
 
 
 class Dropping(nnx.Module):
@@ -71,8 +72,7 @@ def fit(small: data.Dataset, folder: Path, count: int = 2, **more) -> ctde.Train
 
 def tensors(folder: Path) -> dict[str, bytes]:
     """The last checkpoint of a run."""
-    newest = checkpoint.steps(folder / "checkpoints")[0]
-    found = checkpoint.read(checkpoint.path_of(folder / "checkpoints", newest))
+    found = checkpoint.read(checkpoint.newest(folder / "checkpoints"))
     return {name: tensor.tobytes() for name, tensor in found.tensors.items()}
 
 
@@ -123,14 +123,10 @@ def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monke
     assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "whole")]
     own, last = rows(tmp_path / "run")[-1], whole.history[-1]
     if name in ("ddp", "rows and evaluations that do not divide", "average of the parameters"):
-        for part, tensor in checkpoint.read(_last(tmp_path / "run")).tensors.items():
-            other = checkpoint.read(_last(tmp_path / "whole")).tensors[part]
+        for part, tensor in checkpoint.read(checkpoint.newest(tmp_path / "run" / "checkpoints")).tensors.items():
+            other = checkpoint.read(checkpoint.newest(tmp_path / "whole" / "checkpoints")).tensors[part]
             np.testing.assert_allclose(tensor, other, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(own["loss"], last["loss"], rtol=0.3)
-
-
-def _last(folder: Path) -> Path:
-    return checkpoint.path_of(folder / "checkpoints", checkpoint.steps(folder / "checkpoints")[0])
 
 
 def test_patience_goes_on(small, tmp_path, monkeypatch):
@@ -183,7 +179,7 @@ def test_work_lost_is_at_most_save_every_steps(small, tmp_path, monkeypatch):
 def test_damaged_checkpoint_is_passed_over(small, tmp_path, monkeypatch, capsys):
     fit(small, tmp_path / "whole")
     killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed"))
-    newest = _last(tmp_path / "killed") / checkpoint.TENSORS
+    newest = checkpoint.newest(tmp_path / "killed" / "checkpoints") / checkpoint.TENSORS
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     fit(small, tmp_path / "killed", show=True)
     assert f"damaged    {newest.parent}" in capsys.readouterr().out
@@ -204,7 +200,7 @@ def test_other_options_are_listed(small, tmp_path):
 
 def test_every_parameter_of_another_model_is_listed(small, tmp_path):
     fit(small, tmp_path)
-    with pytest.raises(ctde.InputError, match="another model, optimizer or strategy") as caught:
+    with pytest.raises(ctde.InputError, match="run_dir must lead to a checkpoint of the same model") as caught:
         fit(small, tmp_path, model=models.mlp([64, 9, 10]))
     for part in ("0/bias is float32[8] there and float32[9] here", "0/kernel is float32[64, 8] there", "1/kernel is"):
         assert part in str(caught.value)
@@ -236,6 +232,114 @@ def test_branch_goes_on_from_a_checkpoint_with_other_options(small, tmp_path, ca
 def test_branch_needs_an_intact_checkpoint(small, tmp_path):
     with pytest.raises(ctde.InputError, match="branch_from must name the folder of an intact checkpoint"):
         fit(small, tmp_path / "branch", branch_from=tmp_path / "nowhere")
+
+
+def test_branch_that_was_killed_goes_on_by_the_same_call(small, tmp_path, monkeypatch):
+    fit(small, tmp_path / "trunk", keep_checkpoints=20)
+    start = checkpoint.path_of(tmp_path / "trunk" / "checkpoints", 20)
+    branch = partial(fit, small, branch_from=start, seed=1)
+    whole = branch(tmp_path / "whole")
+    killed_after(monkeypatch, 2, partial(branch, tmp_path / "killed"))
+    assert branch(tmp_path / "killed").tested == whole.tested
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_branch_off_a_run_that_patience_ended_has_patience_anew(small, tmp_path):
+    held = data.hold_out(small, 0.2, 0)
+    run = partial(fit, held, patience=2, eval_every=4, optimizer=optax.adam(0.2), steps=200)
+    trunk = run(tmp_path / "trunk")
+    branch = run(tmp_path / "branch", branch_from=checkpoint.newest(tmp_path / "trunk" / "checkpoints"), seed=1)
+    assert branch.history[0]["step"] > trunk.history[-1]["step"]
+    assert branch.tested["step"] == branch.step
+
+
+def test_branch_must_have_steps_left(small, tmp_path):
+    fit(small, tmp_path / "trunk")
+    with pytest.raises(ctde.InputError, match="steps must be more than the 40 of"):
+        fit(small, tmp_path / "branch", branch_from=checkpoint.newest(tmp_path / "trunk" / "checkpoints"))
+
+
+@pytest.mark.parametrize("rows_before", [0, 5])
+def test_ctrl_c_before_the_first_step_returns_what_there_is(small, tmp_path, monkeypatch, rows_before):
+    """At the start of a run, and of one that goes on."""
+    whole = fit(small, tmp_path / "whole")
+    if rows_before:
+        killed_after(monkeypatch, rows_before, partial(fit, small, tmp_path / "run"))
+    make_center = Phase.make_center
+
+    def interrupt(phase, devices):
+        signal.raise_signal(signal.SIGINT)
+        return make_center(phase, devices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Phase, "make_center", interrupt)
+        trained = fit(small, tmp_path / "run")
+    assert trained.interrupted
+    assert trained.tested["step"] == trained.step < 40
+    assert fit(small, tmp_path / "run").tested == whole.tested
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_signal_in_the_last_evaluation_ends_a_run_that_is_done(small, tmp_path):
+    def describe(params, model_state) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return ""
+
+    trained = fit(small, tmp_path, eval_every=40, describe=describe)
+    assert not trained.interrupted
+    assert trained.step == 40
+
+
+def test_sigterm_within_a_span_and_at_its_end(small, tmp_path, monkeypatch):
+    """The same call goes on from where the signal came."""
+    whole = fit(small, tmp_path / "whole")
+    add = Log.add
+    for moment in (4, 11):  # the third row of the second span, whose end is step 20, and the evaluation after it
+
+        def add_and_signal(log: Log, row, moment=moment):
+            add(log, row)
+            if len(log.rows) == moment:
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Log, "add", add_and_signal)
+            with pytest.raises(ctde.Preempted, match=f"--run-dir {tmp_path / 'run'} goes on"):
+                fit(small, tmp_path / "run")
+    assert fit(small, tmp_path / "run").tested == whole.tested
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_by_default_a_checkpoint_comes_after_a_minute(small, tmp_path, monkeypatch):
+    """Also where every span is one row, and so one dispatch."""
+    fit(small, tmp_path / "soon", save_every=None, keep_checkpoints=20)
+    assert checkpoint.steps(tmp_path / "soon" / "checkpoints") == [40, 0]
+    monkeypatch.setattr(meter, "_SAVE_SECONDS", 0)
+    fit(small, tmp_path / "late", save_every=None, keep_checkpoints=20, eval_every=4, log_every=20)
+    assert checkpoint.steps(tmp_path / "late" / "checkpoints") == [*range(40, -1, -4)]
+
+
+def test_options_may_be_numbers_of_numpy_and_paths(small, tmp_path):
+    options = {"learning_rate": np.float32(0.1), "where": tmp_path}
+    for _ in range(2):
+        fit(small, tmp_path, options=options, seed=np.int64(3), steps=np.int64(8))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ({"strategy": ctde.Strategy(4)}, {"strategy": ctde.Strategy(5)}, "sync_every 4 there and 5 here"),
+        (
+            {"partition": np.array_split(np.arange(320), 4), "count": 4},
+            {"partition": np.array_split(np.arange(320), 4), "eval_every": 10},
+            "partition 4 parts, on their devices there and 4 parts, clients here",
+        ),
+        ({"save_every": 2}, {"save_every": 3}, "save_every 2 there and 3 here"),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(small, tmp_path, before, after, sentence):
+    fit(small, tmp_path, **{"eval_every": 10, **before})
+    with pytest.raises(ctde.InputError, match=sentence):
+        fit(small, tmp_path, **{"eval_every": 10, **after})
 
 
 def test_second_trainer_on_a_folder_is_refused(small, tmp_path):

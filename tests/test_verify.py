@@ -41,11 +41,14 @@ def test_devices_that_hold_the_same_are_told(capsys):
 
 def test_devices_that_do_not_are_told(monkeypatch, capsys):
     def diverge(chosen: config.Config, started: float):
-        raise ReplicasDiverged(["params/w"], [1], 0, 20)
+        raise ReplicasDiverged(["params/w"], [[0], [1]], 0, 20)
 
     monkeypatch.setattr(verify, "train", diverge)
     assert verify.main(["replicas", *RUN]) == 1
-    assert "wrong: params/w should be the same on all devices, but differs on 1" in capsys.readouterr().err
+    assert (
+        "wrong: params/w should be the same on all devices, but differs between the devices [0] and [1]"
+        in capsys.readouterr().err
+    )
 
 
 def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
@@ -67,6 +70,10 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
         (["replicas", "--devices", "1"], "--devices must be at least 2 where they are to be compared, got 1."),
         (["eval", "--lr", "3"], "--lr is no option"),
         (["resume", "--run-dir", "x"], "--run-dir must be left out"),
+        (
+            ["checkpoint", "nowhere"],
+            "verify checkpoint wants the folder of a run or of a checkpoint, and nowhere is neither.",
+        ),
     ],
 )
 def test_mistakes_are_sentences(arguments, sentence, capsys):

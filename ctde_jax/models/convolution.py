@@ -100,14 +100,14 @@ def _grads_of_kernel(
     size = ceil(pictures / groups)
 
     def add_group(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + _grads_of_taps(*group, kernel.shape, strides, sides), None
+        return total + _grads_of_taps(*group, kernel.shape, strides, sides).astype(jnp.float32), None
 
     def cut(array: jax.Array) -> jax.Array:
         filled = jnp.pad(array, [(0, groups * size - pictures), (0, 0), (0, 0), (0, 0)])
         return filled.reshape(groups, size, *array.shape[1:])
 
-    total, _ = lax.scan(add_group, jnp.zeros_like(kernel), (cut(inputs), cut(grads)))
-    return total
+    total, _ = lax.scan(add_group, jnp.zeros(kernel.shape), (cut(inputs), cut(grads)))
+    return total.astype(kernel.dtype)
 
 
 def _grads_of_taps(
