@@ -252,7 +252,7 @@ def fit(
     with nullcontext() if run_dir is None else claimed(Path(run_dir)) as folder:
         trunk = None if branch_from is None else Path(branch_from)
         found = None if folder is None else find(folder, resume, trunk, told, screen.print)
-        is_branch = found is not None and folder not in found.path.parents
+        is_branch = found is not None and folder is not None and found.path.parent != folder / CHECKPOINTS
         position = Position() if found is None else Position(**found.facts["position"])
         phases = unfinished(phases, position.gone_through)
 

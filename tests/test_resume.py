@@ -221,11 +221,11 @@ def test_folder_with_a_run_is_refused_where_none_is_to_go_on(small, tmp_path):
 def test_branch_goes_on_from_a_checkpoint_with_other_options(small, tmp_path, capsys):
     fit(small, tmp_path / "trunk", keep_checkpoints=20)
     start = checkpoint.path_of(tmp_path / "trunk" / "checkpoints", 20)
-    branch = fit(small, tmp_path / "branch", branch_from=start, seed=1, show=True)
+    branch = fit(small, tmp_path / "trunk" / "branch", branch_from=start, seed=1, show=True)
     assert "seed 0 there and 1 here" in capsys.readouterr().out
     assert branch.history[0]["step"] == 24
     assert branch.history[-1]["step"] == 40
-    same = fit(small, tmp_path / "same", branch_from=start)
+    same = fit(small, tmp_path, branch_from=start)  # which has the trunk within it
     assert same.tested == fit(small, tmp_path / "trunk", keep_checkpoints=20).tested
 
 
