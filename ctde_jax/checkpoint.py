@@ -121,6 +121,8 @@ def read(path: Path) -> Checkpoint:
         if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+            raise Damaged(f"{path}: {MANIFEST} is none of a checkpoint")
         if manifest["format"] > FORMAT:
             raise InputError(
                 "run_dir",
@@ -136,6 +138,10 @@ def read(path: Path) -> Checkpoint:
         raise InputError("run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise Damaged(f"{path}: {SUMS} is no text any more") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: {MANIFEST} is no JSON ({error})") from error
+    except SafetensorError as error:
+        raise Damaged(f"{path}: {TENSORS} is malformed ({error})") from error
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ctde_jax.checkpoint import Checkpoint, Damaged, newest_intact, read, write
 from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax.meter import Position
 from ctde_jax.run_folder import CHECKPOINTS, check_new, claimed, writing_to
 
 ROLLBACKS = 3
@@ -40,6 +41,7 @@ def find(folder: Path, resume: bool, branch_from: Path | None, options: Options,
     if found is None:
         check_new(folder)
         return None if branch_from is None else _branch(branch_from, options, say)
+    _check_facts(found, "run_dir")
     different = _differences(found.facts["options"], options)
     if different:
         raise InputError(
@@ -76,12 +78,22 @@ def _branch(path: Path, options: Options, say: Say) -> Checkpoint:
         found = read(path)
     except Damaged as error:
         raise InputError("branch_from", f"must name the folder of an intact checkpoint, but {error}.") from error
+    _check_facts(found, "branch_from")
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
         raise InputError("steps", f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}.")
     different = _differences(found.facts["options"], options)
     say(f"branch     {path}, with {'; '.join(different) or 'the same options'}")
     return found
+
+
+def _check_facts(found: Checkpoint, option: str) -> None:
+    kinds = {"position": dict, "rows": int, "replicas": int, "options": dict}
+    for name, kind in kinds.items():
+        if not isinstance(found.facts.get(name), kind):
+            raise InputError(option, f"leads to the checkpoint {found.path}, whose manifest does not say its {name}.")
+    if found.facts["position"].keys() != {*Position._fields}:
+        raise InputError(option, f"leads to the checkpoint {found.path}, whose position is not that of a run.")
 
 
 def _differences(before: Options, now: Options) -> list[str]:

@@ -89,6 +89,39 @@ def test_truncated_or_missing_file_is_named(saved, name):
         read(saved)
 
 
+HEADER = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+MALFORMED = {
+    "empty": b"",
+    "shorter than its length": (8).to_bytes(8, "little"),
+    "a header of exabytes": (2**62).to_bytes(8, "little") + HEADER,
+    "a header of no JSON": (4).to_bytes(8, "little") + b"nope",
+    "a header that is a list": (2).to_bytes(8, "little") + b"[]",
+    "no data": len(HEADER).to_bytes(8, "little") + HEADER,
+    "too much data": len(HEADER).to_bytes(8, "little") + HEADER + bytes(9),
+    "offsets outside": (54).to_bytes(8, "little") + HEADER.replace(b"[0,8]", b"[8,0]") + bytes(8),
+    "an unknown type": (54).to_bytes(8, "little") + HEADER.replace(b"F32", b"X32") + bytes(8),
+    "a negative shape": (55).to_bytes(8, "little") + HEADER.replace(b"[2]", b"[-2]") + bytes(8),
+    "a shape of more than there is": (63).to_bytes(8, "little") + HEADER.replace(b"[2]", b"[999999999]") + bytes(8),
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_tensors_with_the_right_sum_are_refused(saved, content):
+    """Somebody has made the checksums, too: nothing is loaded, and nothing large allocated."""
+    (saved / TENSORS).write_bytes(content)
+    (saved / SUMS).write_text(checkpoint._sums(saved))
+    with pytest.raises(Damaged, match=f"{TENSORS} is malformed"):
+        read(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": "1"}', "[" * 100_000])
+def test_malformed_manifest_with_the_right_sum_is_refused(saved, text):
+    (saved / MANIFEST).write_text(text)
+    (saved / SUMS).write_text(checkpoint._sums(saved))
+    with pytest.raises(Damaged, match=f"{MANIFEST} is no"):
+        read(saved)
+
+
 def test_newest_intact_one_is_taken_and_the_damaged_one_is_named(tmp_path):
     for step in (5, 10, 15):
         checkpoint.write(path_of(tmp_path, step), ARRAYS, {"at": step})

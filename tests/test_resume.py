@@ -229,6 +229,15 @@ def test_branch_goes_on_from_a_checkpoint_with_other_options(small, tmp_path, ca
     assert same.tested == fit(small, tmp_path / "trunk", keep_checkpoints=20).tested
 
 
+@pytest.mark.parametrize("fact", ["position", "rows", "replicas", "options"])
+def test_checkpoint_that_is_none_of_a_run_is_refused(small, tmp_path, fact):
+    fit(small, tmp_path)
+    found = checkpoint.read(checkpoint.newest(tmp_path / "checkpoints"))
+    checkpoint.write(found.path, found.tensors, {name: x for name, x in found.facts.items() if name != fact})
+    with pytest.raises(ctde.InputError, match=f"does not say its {fact}"):
+        fit(small, tmp_path)
+
+
 def test_branch_needs_an_intact_checkpoint(small, tmp_path):
     with pytest.raises(ctde.InputError, match="branch_from must name the folder of an intact checkpoint"):
         fit(small, tmp_path / "branch", branch_from=tmp_path / "nowhere")
