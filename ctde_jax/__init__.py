@@ -5,8 +5,8 @@ To read the package top to bottom, follow the walk:
     errors -> presets -> config -> devices -> replica -> data -> feed -> augment -> models -> initializers -> mup
            -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient -> guard -> round -> hlo
            -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks -> run_folder -> log -> meter
-           -> checkpoint -> resume -> stop -> loop -> report -> targets -> wire -> stopwatch -> profile -> train
-           -> verify
+           -> checkpoint -> resume -> stop -> run -> trained -> loop -> report -> targets -> wire -> stopwatch
+           -> profile -> train -> verify
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from ctde_jax.build import strategy
     from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged
     from ctde_jax.generation import generate
-    from ctde_jax.loop import Trained, fit
+    from ctde_jax.loop import fit
     from ctde_jax.tasks import Task
+    from ctde_jax.trained import Trained
 
 __all__ = [
     "InputError",
@@ -78,7 +79,7 @@ _HOME = {
     "ReplicasDiverged": "errors",
     "Strategy": "aggregate",
     "Task": "tasks",
-    "Trained": "loop",
+    "Trained": "trained",
     "fit": "loop",
     "generate": "generation",
     "strategy": "build",

@@ -1,12 +1,11 @@
 """The walk from a model and data to a trained model: `fit`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import jax
 import numpy as np
@@ -16,14 +15,14 @@ from ctde_jax import devices as available
 from ctde_jax import guard, replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
-from ctde_jax.checkpoint import Checkpoint, Saver, Tensors, open_saver
+from ctde_jax.checkpoint import open_saver
 from ctde_jax.checks import check_run, check_types
-from ctde_jax.data import Dataset, Split, count_steps, deal, deal_stream
+from ctde_jax.data import Dataset, count_steps, deal, deal_stream
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least, check_known
-from ctde_jax.evaluate import Averages, make_evaluate
-from ctde_jax.feed import Feed, Piece, Span, make_feed, shapes, steps_a_piece
-from ctde_jax.gradient import Sums, make_gradient
-from ctde_jax.log import Log, Row, console, open_log
+from ctde_jax.evaluate import make_evaluate
+from ctde_jax.feed import Feed, Span, make_feed, shapes, steps_a_piece
+from ctde_jax.gradient import make_gradient
+from ctde_jax.log import console, open_log
 from ctde_jax.meter import Clock, Meter, Position
 from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.optimizers import shrunk
@@ -31,61 +30,15 @@ from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
 from ctde_jax.resume import find, plain, roll_back
 from ctde_jax.round import parallel_rounds
+from ctde_jax.run import BEST, Best, Run
 from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed
-from ctde_jax.schedule import cut, make_phases, unfinished
-from ctde_jax.stop import Stop, deferred
+from ctde_jax.schedule import make_phases, unfinished
+from ctde_jax.stop import deferred
 from ctde_jax.tasks import Task, classification, language_modeling
-from ctde_jax.traffic import Traffic, measure, summary
+from ctde_jax.traffic import measure, summary
+from ctde_jax.trained import Trained
 
 P = ParamSpec("P")
-_BEST = "best"
-
-
-@dataclass(frozen=True, repr=False)
-class Trained:
-    """The aggregated model, and what was measured while it was trained."""
-
-    model: Model
-    """Takes inputs as the data set stores them."""
-
-    params: PyTree  # numpy arrays
-    model_state: PyTree  # numpy arrays
-    step: int  # optimizer steps that these parameters have seen
-    history: list[Row]
-    """One row for each measurement, as `log.py` describes it."""
-
-    seconds: dict[str, float]
-    """Wall time by part: `start-up`, `compile`, `train`, `evaluate`."""
-
-    interrupted: bool
-    """Whether Ctrl-C ended the training before its last step."""
-
-    stopped_early: bool
-    """Whether its patience ended the training; with patience the parameters are those of the lowest validation loss."""
-
-    task: Task
-    devices: Sequence[jax.Device]
-    traffic: Traffic
-    """What each device sends in a round, counted in the compiled program."""
-
-    def __repr__(self) -> str:
-        says = ", ".join(f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split")
-        return f"Trained({'interrupted, ' if self.interrupted else ''}{says})"
-
-    @property
-    def tested(self) -> Row:
-        """The row of the history with the test averages of these parameters."""
-        return next(row for row in self.history if row["split"] == "test" and row["step"] == self.step)
-
-    def predict(self, inputs: np.ndarray) -> np.ndarray:
-        """Runs the model alone on one device: `[examples, ...]` to its outputs, float32."""
-        outputs, _ = jax.jit(self.model.apply)(self.params, self.model_state, np.asarray(inputs), None)
-        return np.asarray(outputs)
-
-    def evaluate(self, split: Split) -> Averages:
-        """Averages loss and metrics over all examples of a split, on all devices of the training."""
-        params, model_state = replica.replicate((self.params, self.model_state), self.devices)
-        return make_evaluate(self.model, self.task, split, self.devices, params, model_state)(params, model_state)
 
 
 def _rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
@@ -259,12 +212,12 @@ def fit(
         model = with_raw_inputs(model, data.shift, data.scale)
         init_key, train_key = jax.random.split(jax.random.key(seed))
         params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
-        best, keeps_average = _Best(patience), ema_decay is not None
+        best, keeps_average = Best(patience), ema_decay is not None
         train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
         if found is not None:
             if not is_branch:
                 best.restore(found, (params, model_state))
-            tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(_BEST)}
+            tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(BEST)}
             replicas, where = found.facts["replicas"], "branch_from" if is_branch else "run_dir"
             train_state = state.from_tensors(tensors, train_state, phases[0].strategy, replicas, devices, where)
         feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
@@ -311,7 +264,7 @@ def fit(
             else open_saver(folder / CHECKPOINTS, keep_checkpoints, folder / METRICS) as saver,
         ):
             facts = {"replicas": len(devices), "options": told}
-            run = _Run(train_state, key, meter, best, log, saver, facts, stop, evaluate, reestimate, describe)
+            run = Run(train_state, key, meter, best, log, saver, facts, stop, evaluate, reestimate, describe)
             if saver is not None and (found is None or is_branch):
                 run.save()
                 saver.wait()  # no row stands in a folder that has no checkpoint
@@ -379,156 +332,3 @@ def _make_reestimate(
         examples, indices, _ = next(pieces)
     run = make_reestimate(model, devices, split_axis)
     return lambda params, model_state: run(params, model_state, examples, indices, key)
-
-
-class _Best:
-    """Keeps the parameters of the lowest validation loss where there is patience, and says when it has run out."""
-
-    def __init__(self, patience: int | None):
-        self._patience, self._loss, self._in_vain = patience, np.inf, 0
-        self.center: tuple[PyTree, PyTree] | None = None
-        self.step = 0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether too many evaluations in a row were in vain."""
-        return self._patience is not None and self._in_vain >= self._patience
-
-    @property
-    def facts(self) -> dict[str, Any] | None:
-        """What a checkpoint says of it, beside the tensors."""
-        if self.center is None:
-            return None
-        return {"loss": self._loss, "step": self.step, "in_vain": self._in_vain}
-
-    @property
-    def tensors(self) -> Tensors:
-        """What a checkpoint has of it."""
-        return {} if self.center is None else state.to_tensors({_BEST: self.center})
-
-    def restore(self, found: Checkpoint, like: tuple[PyTree, PyTree]) -> None:
-        """Goes on from a checkpoint of this run."""
-        own = {name: tensor for name, tensor in found.tensors.items() if name.startswith(_BEST)}
-        if own:
-            facts = found.facts["best"]
-            self._loss, self.step, self._in_vain = facts["loss"], facts["step"], facts["in_vain"]
-            _, self.center = state.center_from_tensors(own, {_BEST: like}).popitem()
-
-    def update(self, validated: Row, params: PyTree, model_state: PyTree) -> None:
-        """Takes note of an evaluation."""
-        if self._patience is None:
-            return
-        if validated["loss"] < self._loss:
-            self._loss, self.step, self._in_vain = validated["loss"], validated["step"], 0
-            self.center = jax.device_get((params, model_state))
-        else:
-            self._in_vain += 1
-
-
-class _Dispatch(NamedTuple):
-    """Rounds of a piece that have been dispatched, and the steps that they begin after and end with."""
-
-    sums: Sums
-    digests: jax.Array
-    first: int
-    last: int
-    since: int
-    until: int
-
-
-@dataclass
-class _Run:
-    """A run under way: the state on the devices, and what has to be told of it."""
-
-    train_state: state.TrainState
-    key: jax.Array
-    meter: Meter
-    best: _Best
-    log: Log
-    saver: Saver | None
-    facts: Mapping[str, Any]
-    stop: Stop
-    averages: Mapping[str, Callable[[PyTree, PyTree], Averages]]
-    """By split."""
-
-    reestimate: Callable[[PyTree, PyTree], PyTree]
-    describe: Callable[[PyTree, PyTree], str] | None
-    center: tuple[PyTree, PyTree] | None = None
-    """The central parameters and model state that were evaluated last."""
-
-    def go_through(
-        self,
-        pieces: Iterable[Piece],
-        train_rounds: jax.stages.Compiled,
-        look: jax.stages.Compiled,
-        shared: Sequence[str],
-    ) -> None:
-        """Computes the dispatches of a span, or those until it is stopped, and logs their rows.
-
-        Args:
-            pieces: Of the span.
-            train_rounds: The program of the phase.
-            look: Adds up what a dispatch has summed, and digests what it leaves behind.
-            shared: The names of what must be equal on all devices.
-        """
-        unread: list[_Dispatch] = []  # what a dispatch has to tell is fetched while the next one runs
-        for examples, indices, first, last in cut(pieces, self.meter.pace):
-            self.train_state, sums = train_rounds(
-                self.train_state, examples, indices, np.int32(first), np.int32(last), self.key
-            )
-            since = self.meter.position.gone_through
-            self.meter.dispatched(last - first)
-            until = self.meter.position.gone_through
-            sums, digests = look(sums, self.train_state)
-            unread.append(_Dispatch(sums, digests, first, last, since, until))
-            if len(unread) > 1:
-                self._read(unread.pop(0), shared)
-            if self.saver is not None:
-                self.saver.check()
-                if not self.meter.is_at_end and self.meter.is_save_due():
-                    self._read(unread.pop(), shared)
-                    self.save()
-            if self.stop:
-                break
-        for dispatch in unread:
-            self._read(dispatch, shared)
-
-    @property
-    def is_evaluated(self) -> bool:
-        """Whether the log has the test averages of the parameters as they are, and these are at hand."""
-        tested = [row["step"] for row in self.log.rows if row["split"] == "test"]
-        return self.center is not None and tested[-1:] == [self.meter.position.step]
-
-    def evaluate(self, make_center: Callable[[PyTree], PyTree]) -> None:
-        """Averages over the splits what the replicas agree on, and logs it, where the log does not have it yet."""
-        average = self.train_state.ema_params
-        params = make_center(average if jax.tree.leaves(average) else self.train_state.params)
-        self.center = (params, self.reestimate(params, self.train_state.model_state))
-        if self.is_evaluated:
-            return
-        rows = [self.meter.row(name, averages(*self.center)) for name, averages in self.averages.items()]
-        for row in rows:
-            self.log.add(row)
-        self.best.update(rows[0], *self.center)
-        if self.describe is not None:
-            self.log.say(self.describe(*jax.device_get(self.center)))
-
-    def save(self) -> None:
-        """Begins to write a checkpoint; all rows up to here have been logged.
-
-        Raises:
-            NonFiniteLoss: The last step has spoilt the parameters.
-        """
-        if self.saver is None:
-            return
-        tensors = state.to_tensors(self.train_state)
-        if not all(np.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("params/")):
-            raise NonFiniteLoss(self.meter.position.step)
-        facts = {"position": self.meter.position._asdict(), "rows": len(self.log.rows), "best": self.best.facts}
-        self.saver.save(self.meter.position.gone_through, {**tensors, **self.best.tensors}, {**facts, **self.facts})
-        self.meter.saved()
-
-    def _read(self, dispatch: _Dispatch, shared: Sequence[str]) -> None:
-        guard.check(jax.device_get(dispatch.digests), shared, dispatch.since, dispatch.until)
-        for row in self.meter.rows(dispatch.sums, dispatch.first, dispatch.last):
-            self.log.add(row)

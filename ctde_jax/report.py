@@ -13,8 +13,8 @@ from rich.text import Text
 from ctde_jax import config as options
 from ctde_jax.config import Aggregation, Config, Optimization
 from ctde_jax.data import Dataset
-from ctde_jax.loop import Trained
 from ctde_jax.models import Model, count_params
+from ctde_jax.trained import Trained
 
 
 def plan(

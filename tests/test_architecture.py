@@ -35,7 +35,7 @@ WALK = [
         "traffic",
     ),
     *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "checkpoint", "resume", "stop"),
-    *("loop", "report", "targets", "wire", "stopwatch", "profile", "train", "verify"),
+    *("run", "trained", "loop", "report", "targets", "wire", "stopwatch", "profile", "train", "verify"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

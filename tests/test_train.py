@@ -291,7 +291,7 @@ MISTAKES = {
     "--dataset csv --data-file words.csv": "--data-file .*words.csv.*hello",
     "--dataset csv --data-file words.csv --label-column c": "--label-column must be one of a, b, got 'c'",
     "--run-dir file/run": "--run-dir must be a folder that can be written to and has room, .*Not a directory",
-    "--run-dir used": "--run-dir must not hold a run already, but used has metrics.jsonl or checkpoints; name another folder.",
+    "--run-dir used": "--run-dir must not hold a run already, but used has metrics.jsonl or checkpoints; name another",
     "--optimizer sgd --schedule constant --learning-rate 1e38": "the loss is not finite at step 2, so training stopped",
 }
 
