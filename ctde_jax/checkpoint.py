@@ -120,28 +120,18 @@ def read(path: Path) -> Checkpoint:
     try:
         if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
-            raise Damaged(f"{path}: {MANIFEST} is none of a checkpoint")
-        if manifest["format"] > FORMAT:
-            raise InputError(
-                "run_dir",
-                f"holds the checkpoint {path} of format {manifest['format']}, and this version reads up to {FORMAT}; "
-                "install a newer ctde_jax.",
-            )
+        manifest = _parsed(path)
         with safe_open(path / TENSORS, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Checkpoint(path, tensors, {name: fact for name, fact in manifest.items() if name not in _OWN})
     except FileNotFoundError as error:
         raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
     except OSError as error:
         raise InputError("run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise Damaged(f"{path}: {SUMS} is no text any more") from error
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: {MANIFEST} is no JSON ({error})") from error
     except SafetensorError as error:
         raise Damaged(f"{path}: {TENSORS} is malformed ({error})") from error
+    return Checkpoint(path, tensors, {name: fact for name, fact in manifest.items() if name not in _OWN})
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -249,6 +239,23 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(None, f"a checkpoint takes {size:,} bytes, and {free:,} are free")
+
+
+def _parsed(path: Path) -> Facts:
+    """Returns what the manifest says, where it is one that this version can read."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: {MANIFEST} is no JSON ({error})") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise Damaged(f"{path}: {MANIFEST} is none of a checkpoint")
+    if manifest["format"] > FORMAT:
+        raise InputError(
+            "run_dir",
+            f"holds the checkpoint {path} of format {manifest['format']}, and this version reads up to {FORMAT}; "
+            "install a newer ctde_jax.",
+        )
+    return manifest
 
 
 def _sums(path: Path) -> str:
