@@ -2,11 +2,11 @@
 
 To read the package top to bottom, follow the walk:
 
-    errors -> presets -> config -> devices -> replica -> data -> feed -> augment -> models -> initializers -> mup
-           -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient -> guard -> round -> hlo
-           -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks -> run_folder -> log -> meter
-           -> checkpoint -> resume -> stop -> run -> trained -> loop -> report -> targets -> wire -> stopwatch
-           -> profile -> train -> verify
+    errors -> presets -> config -> hosts -> devices -> replica -> data -> feed -> augment -> models -> initializers
+           -> mup -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient -> guard -> round
+           -> hlo -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks -> run_folder -> log
+           -> meter -> checkpoint -> resume -> stop -> run -> trained -> loop -> report -> targets -> wire
+           -> stopwatch -> profile -> supervisor -> train -> verify
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         checks,
         data,
         devices,
+        hosts,
         initializers,
         log,
         models,
@@ -31,18 +32,20 @@ if TYPE_CHECKING:
         report,
         run_folder,
         state,
+        supervisor,
         tasks,
         traffic,
     )
     from ctde_jax.aggregate import Strategy
     from ctde_jax.build import strategy
-    from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged
+    from ctde_jax.errors import HostLost, InputError, NonFiniteLoss, Preempted, ReplicasDiverged
     from ctde_jax.generation import generate
     from ctde_jax.loop import fit
     from ctde_jax.tasks import Task
     from ctde_jax.trained import Trained
 
 __all__ = [
+    "HostLost",
     "InputError",
     "NonFiniteLoss",
     "Preempted",
@@ -58,6 +61,7 @@ __all__ = [
     "devices",
     "fit",
     "generate",
+    "hosts",
     "initializers",
     "log",
     "models",
@@ -68,11 +72,13 @@ __all__ = [
     "run_folder",
     "state",
     "strategy",
+    "supervisor",
     "tasks",
     "traffic",
 ]
 
 _HOME = {
+    "HostLost": "errors",
     "InputError": "errors",
     "NonFiniteLoss": "errors",
     "Preempted": "errors",

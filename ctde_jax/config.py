@@ -191,7 +191,8 @@ class Aggregation:
     """How the devices agree."""
 
     devices: Count = None
-    """Devices to train on; by default all accelerators, or 4 fake CPU devices where there is none."""
+    """Devices to train on, of each host; by default all accelerators, or where there is none 4 fake CPU devices, and of
+    several hosts 1 each."""
 
     strategy: Strategy = "ddp"
 
@@ -308,6 +309,28 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    """Where several hosts meet, each of which runs this command; by default what Slurm, MPI or a TPU pod says."""
+
+    coordinator: Text = None
+    """Address and port of host 0, which it opens and all others reach, such as 10.0.0.1:1234; by default that of the
+    launcher."""
+
+    num_processes: Count = None
+    """How many hosts there are; by default as many as the launcher has started."""
+
+    process_id: Count = None
+    """Which of them this is, from 0; by default as the launcher says."""
+
+    coordinator_bind: Text = None
+    """Address and port that host 0 opens where it is another than --coordinator, such as 0.0.0.0:1234; nobody who
+    reaches it is asked who they are."""
+
+    join_timeout: int = 300
+    """Seconds that the hosts may take to come."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Trains one model centrally over many devices, and evaluates what they agreed on."""
 
@@ -316,6 +339,7 @@ class Config:
     optimization: Optimization = field(default_factory=Optimization)
     aggregation: Aggregation = field(default_factory=Aggregation)
     run: Run = field(default_factory=Run)
+    hosts: Hosts = field(default_factory=Hosts)
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -360,7 +384,7 @@ def deciding(config: Config) -> dict[str, Any]:
     return {name: value for name, value in _flat(config).items() if name not in _OF_ONE_RUN + _DECIDE_NOTHING}
 
 
-_OF_ONE_RUN = ("config", "run_dir", "resume", "branch_from")
+_OF_ONE_RUN = ("config", "run_dir", "resume", "branch_from", *(option.name for option in fields(Hosts)))
 _DECIDE_NOTHING = (
     "devices",
     "data_dir",

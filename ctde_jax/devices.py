@@ -30,40 +30,47 @@ def start(count: int | None = None) -> list[jax.Device]:
     JAX's compilation cache.
 
     Args:
-        count: How many devices; by default all accelerators, or 4 fake CPU devices where there is none.
+        count: How many devices of each host; by default all accelerators, or where there is none 4 fake CPU devices,
+            and of several hosts 1 each, which wait less for each other.
+
+    Returns:
+        The devices of all hosts, those of host 0 first.
 
     Raises:
         InputError: There are fewer accelerators than `count`.
     """
     check_at_least(1, devices=count)
     _keep_programs()
-    wanted = count or FAKE_DEVICES
+    wanted = count or (1 if jax.distributed.is_initialized() else FAKE_DEVICES)
     try:
         _request_fake_devices(wanted)
     except RuntimeError:
-        if jax.default_backend() == "cpu" and (len(jax.devices()) < wanted or not _threads_suffice(wanted)):
+        if jax.default_backend() == "cpu" and (jax.local_device_count() < wanted or not _threads_suffice(wanted)):
             clear_backends()
             _request_fake_devices(wanted)
 
-    devices = jax.devices()
-    if count is None:
-        return devices if devices[0].platform != "cpu" else devices[:FAKE_DEVICES]
-    if count > len(devices):
+    hosts = range(jax.process_count())
+    by_host = [[device for device in jax.devices() if device.process_index == host] for host in hosts]
+    here, kind = len(by_host[jax.process_index()]), by_host[0][0].platform
+    if count is None and kind == "cpu":
+        count = wanted
+    if count is not None and count > here:
         raise InputError(
             "devices",
-            f"must be at most {len(devices)}, the {devices[0].platform.upper()} devices of this machine, got {count}; "
+            f"must be at most {here}, the {kind.upper()} devices of this machine, got {count}; "
             "to train on fake CPU devices instead, set the environment variable JAX_PLATFORMS=cpu.",
         )
-    return devices[:count]
+    return [device for devices in by_host for device in devices[:count]]
 
 
 def check(devices: list[jax.Device]) -> None:
     """Raises InputError for fake CPU devices whose collectives would wait for each other for ever."""
-    if devices[0].platform == "cpu" and len(devices) > 1 and not _threads_suffice(len(devices)):
+    here = sum(device.process_index == jax.process_index() for device in devices)
+    if devices[0].platform == "cpu" and len(devices) > 1 and not _threads_suffice(here):
         raise InputError(
             "devices",
-            f"are {len(devices)} fake CPU devices on a thread pool that was started too small for them; get them from "
-            f"ctde_jax.devices.start({len(devices)}), which starts the CPU backend anew.",
+            f"are {here} fake CPU devices on a thread pool that was started too small for them; get them from "
+            f"ctde_jax.devices.start({here}), which starts the CPU backend anew.",
         )
 
 

@@ -74,6 +74,10 @@ class Preempted(Exception):
         self.step, self.folder = step, folder
 
 
+class HostLost(RuntimeError):
+    """Another host does not come where this one waits for it; says which, and where."""
+
+
 def check_known(option: str, name: str, known: Iterable[str]) -> None:
     """Raises InputError for a name that is not among the known ones, and suggests the nearest of them."""
     names = list(known)

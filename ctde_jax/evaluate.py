@@ -67,13 +67,15 @@ def make_evaluate(
     if split.is_on_disk:
         example_bytes = sum(array.dtype.itemsize * prod(array.shape[1:]) for array in split)
         batches = min(batches, ceil(BYTES_AT_ONCE / (example_bytes * per_replica * len(devices))))
-    shape = (len(devices), batches, per_replica)
+    shape, here = (len(devices), batches, per_replica), replica.own(devices)
 
     def piece(first: int) -> tuple[Split, jax.Array]:
         """Returns as many examples as there are places from this one on, and which places have one."""
-        numbers = np.arange(first, first + prod(shape))
-        inputs, labels = (array[numbers % examples].reshape(*shape, *array.shape[1:]) for array in split)
-        return replica.shard((Split(inputs, labels), (numbers < examples).reshape(shape)), devices)
+        numbers = np.arange(first, first + prod(shape)).reshape(shape)[here]
+        inputs, labels = (
+            array[numbers.ravel() % examples].reshape(*numbers.shape, *array.shape[1:]) for array in split
+        )
+        return replica.shard((Split(inputs, labels), numbers < examples), devices)
 
     def sum_up(center: tuple[PyTree, PyTree], part: tuple[Split, jax.Array]) -> dict[str, jax.Array]:
         params, model_state = center
@@ -95,7 +97,7 @@ def make_evaluate(
     # of three arguments with three leaves in all, pmap would take in_axes leaf by leaf
     sum_up = replica.parallel(sum_up, devices, in_axes=(None, 0), out_axes=None)
     held = [piece(0)]
-    compiled = replica.compiled(sum_up.lower((params, model_state), held[0]), devices)
+    compiled = replica.compiled(replica.lowered(sum_up, (params, model_state), held[0]), devices)
 
     def evaluate(params: PyTree, model_state: PyTree) -> Averages:
         rest = (piece(first) for first in range(prod(shape), examples, prod(shape)))

@@ -8,6 +8,7 @@ the same: its indices count what the device holds.
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from math import ceil
 from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -51,11 +52,17 @@ Feed: TypeAlias = Callable[[Iterable[Span]], AbstractContextManager[Iterator[Pie
 
 
 def make_feed(batches: Batches | Arrivals, devices: Sequence[jax.Device]) -> Feed:
-    """Puts on the devices what stays there, and makes what gives them every piece."""
+    """Puts on the devices what stays there, and makes what gives them every piece.
+
+    Of what is on disk, a host reads only what its own devices get.
+    """
+    here = replica.own(devices)
     if isinstance(batches, Arrivals):
-        return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in _from_stream(batches, spans))
+        read = partial(_from_stream, batches, here)
+        return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in read(spans))
     if batches.is_on_disk:
-        return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in _from_disk(batches, spans))
+        read = partial(_from_disk, batches, here)
+        return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in read(spans))
     place = replica.replicate if batches.axis is None else replica.shard
     held = place(batches.split, devices)
     return lambda spans: nullcontext((held, replica.shard(own, devices), n) for own, n in _indices(batches, spans))
@@ -131,16 +138,17 @@ def _indices(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[np.ndarr
         yield from pieces(batches, span.round_steps, span.piece_rounds, span.start, span.stop)
 
 
-def _from_disk(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
-    """Reads the examples of each piece."""
+def _from_disk(batches: Batches, here: list[int], spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
+    """Reads the examples that these replicas have of each piece."""
     for indices, rounds in _indices(batches, spans):
+        indices = indices[here]
         numbers = np.where(indices >= 0, indices, ~indices).reshape(len(indices), -1)
         drawn = Drawn(batches.split.inputs[numbers], batches.split.labels[numbers], numbers)
         yield drawn, _places(indices >= 0), rounds
 
 
-def _from_stream(arrivals: Arrivals, spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
-    """Draws the batches of each piece."""
+def _from_stream(arrivals: Arrivals, here: list[int], spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
+    """Draws the batches of each piece, and keeps what these replicas have of them."""
     spans = list(spans)
     steps = arrivals.stream.steps(spans[0].start if spans else 0)
     for span in spans:
@@ -150,8 +158,8 @@ def _from_stream(arrivals: Arrivals, spans: Iterable[Span]) -> Iterator[tuple[Dr
             rounds = ceil(len(dealt) / span.round_steps)
             empty = (dealt[0][0], np.zeros_like(dealt[0][1]))
             dealt += [empty] * (size - len(dealt))
-            drawn, is_example = jax.tree.map(lambda *own: np.concatenate(own, axis=1), *dealt)
-            yield drawn, _places(is_example.reshape(arrivals.replicas, span.piece_rounds, span.round_steps, -1)), rounds
+            drawn, is_example = jax.tree.map(lambda *own: np.concatenate(own, axis=1)[here], *dealt)
+            yield drawn, _places(is_example.reshape(len(here), span.piece_rounds, span.round_steps, -1)), rounds
 
 
 def _dealt(batch: Split, arrivals: Arrivals) -> tuple[Drawn, np.ndarray]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from ctde_jax import hosts
 from ctde_jax.errors import InputError
 from ctde_jax.run_folder import METRICS, writing_to
 from ctde_jax.tasks import RESERVED
@@ -65,8 +66,8 @@ class Log:
 
 
 def console(quiet: bool = False) -> Console:
-    """Returns the screen on which a run is shown; lines are never broken."""
-    return Console(quiet=quiet, soft_wrap=True, highlight=False)
+    """Returns the screen on which a run is shown, of several hosts that of host 0; lines are never broken."""
+    return Console(quiet=quiet or hosts.index() > 0, soft_wrap=True, highlight=False)
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True, ke
 
     Args:
         total_steps: Optimizer steps of the whole run.
-        folder: Where `metrics.jsonl` and `curves.png` go; None writes no files.
+        folder: Where host 0 writes `metrics.jsonl` and `curves.png`; None writes no files.
         show: Shows a bar in a terminal or notebook, and plain lines elsewhere.
         kept: The run goes on after so many of the rows that the folder has; those after them are taken out.
 
@@ -90,24 +91,27 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True, ke
         TextColumn("{task.fields[summary]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         expand=True,
         console=screen,
-        disable=not show or not (screen.is_terminal or (screen.is_jupyter and find_spec("ipywidgets"))),
+        disable=screen.quiet or not (screen.is_terminal or (screen.is_jupyter and find_spec("ipywidgets"))),
     )
-    if folder is None:
-        with bar:
-            yield Log(total_steps, [], None, None, bar)
-        return
+    files: list[TextIO] = []  # of host 0
 
-    with writing_to(folder):
-        file = (folder / METRICS).open("a+", encoding="utf-8")
-        rows = _keep(kept, file)
-    log = Log(total_steps, rows, folder, file, bar)
+    def read_kept() -> list[Row]:
+        assert folder is not None
+        with writing_to(folder):
+            files.append((folder / METRICS).open("a+", encoding="utf-8"))
+            return _keep(kept, files[0])
+
+    rows = [] if folder is None else hosts.of_the_first(read_kept)
+    log = Log(total_steps, rows, folder, files[0] if files else None, bar)
     try:
         with bar:
             yield log
     finally:
-        with writing_to(folder), file:
-            if log.rows:
-                plot_curves(log.rows).savefig(folder / "curves.png", dpi=120)
+        for file in files:
+            assert folder is not None
+            with writing_to(folder), file:
+                if log.rows:
+                    plot_curves(log.rows).savefig(folder / "curves.png", dpi=120)
 
 
 def _keep(kept: int, file: TextIO) -> list[Row]:

@@ -1,8 +1,8 @@
 """The walk from a model and data to a trained model: `fit`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import wraps
+from contextlib import ExitStack, nullcontext
+from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
@@ -12,10 +12,10 @@ import numpy as np
 import optax
 
 from ctde_jax import devices as available
-from ctde_jax import guard, replica, state
+from ctde_jax import guard, hosts, replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
-from ctde_jax.checkpoint import open_saver
+from ctde_jax.checkpoint import Checkpoint, open_saver
 from ctde_jax.checks import check_run, check_types
 from ctde_jax.data import Dataset, count_steps, deal, deal_stream
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least, check_known
@@ -28,7 +28,7 @@ from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.optimizers import shrunk
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
-from ctde_jax.resume import find, plain, roll_back
+from ctde_jax.resume import find, found_by_the_first, plain, roll_back
 from ctde_jax.round import parallel_rounds
 from ctde_jax.run import BEST, Best, Run
 from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed
@@ -52,7 +52,9 @@ def _rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
             except NonFiniteLoss as error:
                 if options.get("on_nonfinite") != "rollback":
                     raise
-                roll_back(Path(str(options["run_dir"])), error, console(quiet=not options.get("show", True)).print)
+                folder, say = Path(str(options["run_dir"])), console(quiet=not options.get("show", True)).print
+                if not hosts.of_the_first(lambda error=error, folder=folder, say=say: roll_back(folder, error, say)):
+                    raise
                 options.update(resume=True, branch_from=None)
 
     return fit_until_finite
@@ -201,17 +203,23 @@ def fit(
             "save_every": save_every if row_steps < log_every or on_nonfinite == "rollback" else None,
         }
     )
-    screen = console(quiet=not show)
-    with nullcontext() if run_dir is None else claimed(Path(run_dir)) as folder:
-        trunk = None if branch_from is None else Path(branch_from)
-        found = None if folder is None else find(folder, resume, trunk, told, screen.print)
+    hosts.compare({**told, **hosts.platform()})
+    screen, is_first = console(quiet=not show), hosts.index() == 0
+    folder, trunk = (None if path is None else Path(path) for path in (run_dir, branch_from))
+    with ExitStack() as at_end:
+
+        def claim(folder: Path) -> Checkpoint | None:
+            at_end.enter_context(claimed(folder))
+            return find(folder, resume, trunk, told, screen.print)
+
+        found = None if folder is None else found_by_the_first(partial(claim, folder))
         is_branch = found is not None and folder is not None and found.path.parent != folder / CHECKPOINTS
         position = Position() if found is None else Position(**found.facts["position"])
         phases = unfinished(phases, position.gone_through)
 
         model = with_raw_inputs(model, data.shift, data.scale)
         init_key, train_key = jax.random.split(jax.random.key(seed))
-        params, model_state = jax.jit(model.init)(init_key, batches.inputs(0))
+        params, model_state = hosts.arrays_of_the_first(jax.jit(model.init)(init_key, batches.inputs(0)))
         best, keeps_average = Best(patience), ema_decay is not None
         train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
         if found is not None:
@@ -227,12 +235,12 @@ def fit(
         programs, like = [], train_state
         for phase in phases:
             if programs:
-                like = jax.eval_shape(lambda state, phase=phase: phase.begin(state, devices), like)
+                like = phase.like_begun(like, devices)
             rounds = parallel_rounds(
                 gradient, optimizer, phase.strategy, devices, batches.axis, ema_decay, on_nonfinite == "skip"
             )
-            lowered = rounds.lower(like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
-            look = guard.make_look(devices, phase.strategy).lower(lowered.out_info[1], like)
+            lowered = replica.lowered(rounds, like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
+            look = replica.lowered(guard.make_look(devices, phase.strategy), lowered.out_info[1], like)
             programs.append((replica.compiled(lowered, devices), replica.compiled(look, devices)))
         center = replica.replicate((params, model_state), devices)
         splits = {"validation": data.validation, "test": data.test}
@@ -242,9 +250,9 @@ def fit(
             if split is not None
         }
         reestimate = _make_reestimate(model, feed, devices, batches.axis, reestimate_batches, key)
-        hosts = [device.process_index for device in devices]
+        host_of_each = [device.process_index for device in devices]
         traffic = [
-            measure(program.as_text(), phase.strategy.inner_steps, hosts)
+            measure(program.as_text(), phase.strategy.inner_steps, host_of_each)
             for (program, _), phase in zip(programs, phases, strict=True)
         ]
         at_first = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
@@ -260,14 +268,15 @@ def fit(
             open_log(total_steps, folder, show, kept) as log,
             feed([span for spans in left for span in spans]) as pieces,
             nullcontext()
-            if folder is None
+            if folder is None or not is_first
             else open_saver(folder / CHECKPOINTS, keep_checkpoints, folder / METRICS) as saver,
         ):
             facts = {"replicas": len(devices), "options": told}
-            run = Run(train_state, key, meter, best, log, saver, facts, stop, evaluate, reestimate, describe)
-            if saver is not None and (found is None or is_branch):
+            saves, describe = folder is not None, describe if is_first else None
+            run = Run(train_state, key, meter, best, log, saves, saver, facts, stop, evaluate, reestimate, describe)
+            if saves and (found is None or is_branch):
                 run.save()
-                saver.wait()  # no row stands in a folder that has no checkpoint
+                run.wait()  # no row stands in a folder that has no checkpoint
             make_center = phases[0].make_center(devices)
             for phase, spans, (train_rounds, look), sent in zip(phases, left, programs, traffic, strict=True):
                 if stop or best.is_over:
@@ -289,8 +298,7 @@ def fit(
                     else:
                         run.save()
                     clock.lap("evaluate")
-            if saver is not None:
-                saver.wait()
+            run.wait()
             is_whole = meter.position.gone_through == total_steps or best.is_over
             if stop.is_preemption and folder is not None and not is_whole:
                 raise Preempted(meter.position.step, folder)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from ctde_jax import hosts
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.evaluate import Averages
 from ctde_jax.feed import Span
@@ -174,4 +174,4 @@ class Meter:
 
 def _of_the_first_host(seconds: float) -> float:
     """Returns the same number on all hosts, so that all cut their dispatches alike."""
-    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+    return float(hosts.arrays_of_the_first(np.float32(seconds)))

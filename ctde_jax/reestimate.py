@@ -53,7 +53,8 @@ def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int
         means = jax.tree.map(lambda x, own: x.mean((0, 1)) if _is_average(own) else own, every_step, model_state)
         return weighted_mean(means, 1.0)
 
-    run = replica.parallel(reestimate, devices, in_axes=(None, split_axis, 0, None), out_axes=None)
+    mean = replica.parallel(reestimate, devices, in_axes=(None, split_axis, 0, None), out_axes=None)
+    run = replica.compiled_once(mean, devices)
     return lambda params, model_state, split, batches, key: run((params, model_state), split, batches, key)
 
 

@@ -7,12 +7,14 @@ reduction is an error instead of a silent use of the first device's value; that 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "replica"
@@ -46,24 +48,68 @@ def parallel(
     )
 
 
-def compiled(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+def lowered(function: jax.stages.Wrapped, *like: PyTree) -> jax.stages.Lowered:
+    """Lowers what `parallel` has made, for arrays of all hosts, or shapes and types, such as these."""
+    leaves, structure = jax.tree.flatten(like)
+    abstract = jax.make_jaxpr(lambda *leaves: leaves)(*leaves).in_avals  # of which pmap knows that they are global
+    return function.lower(*structure.unflatten(abstract))
+
+
+def compiled(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> "Program":
     """Compiles what `parallel` has made, lowered for its arguments.
 
-    Several fake devices take one thread each, for they share the cores; one alone takes all of them.
+    Several fake devices take one thread each, for they share the cores; one alone takes all of them. Where these are
+    of several hosts, a call waits for its result, as two programs at once would wait for each other for ever.
     """
     share_cores = devices[0].platform == "cpu" and len(devices) > 1
     options: dict[str, str | bool] | None = {"xla_cpu_multi_thread_eigen": False} if share_cores else None
-    return lowered.compile(compiler_options=options)
+    program = lowered.compile(compiler_options=options)
+    return Waiting(program) if share_cores and is_spread(devices) else program
+
+
+def compiled_once(function: jax.stages.Wrapped, devices: Sequence[jax.Device]) -> Callable[..., PyTree]:
+    """Compiles what `parallel` has made at its first call, for arguments like those of this call."""
+    program: list[Program] = []
+
+    def call(*arguments: PyTree) -> PyTree:
+        if not program:
+            program.append(compiled(lowered(function, *arguments), devices))
+        return program[0](*arguments)
+
+    return call
+
+
+def is_spread(devices: Sequence[jax.Device]) -> bool:
+    """Says whether the devices are those of several hosts."""
+    return len({device.process_index for device in devices}) > 1
+
+
+def own(devices: Sequence[jax.Device]) -> list[int]:
+    """Returns which replicas are on this host."""
+    return [replica for replica, device in enumerate(devices) if device.process_index == jax.process_index()]
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Puts a tree onto every device, where it may share memory with the original: it is not to be donated."""
+    """Puts a tree onto every device, where it may share memory with the original: it is not to be donated.
+
+    Every host gives the whole tree.
+    """
     return _put(tree, devices, PartitionSpec())
 
 
 def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Puts onto every device its own row of each array `[replica, ...]`, which is not to be donated either."""
+    """Puts onto every device its own row of each array `[replica, ...]`, which is not to be donated either.
+
+    Every host gives the rows of all replicas, or those alone that are its `own`.
+    """
     return _put(tree, devices, PartitionSpec(AXIS))
+
+
+def gathered(leaf: jax.typing.ArrayLike) -> np.ndarray:
+    """Copies an array to every host, where each has the whole of it or some rows."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(leaf)
 
 
 def add_up(tree: PyTree) -> PyTree:
@@ -103,5 +149,41 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
     )
 
 
+class Waiting:
+    """A program that several hosts run at once; a call waits for its result."""
+
+    def __init__(self, program: jax.stages.Compiled):
+        self._program = program
+
+    def __call__(self, *arguments: PyTree) -> PyTree:
+        """Runs the program to its end."""
+        return jax.block_until_ready(self._program(*arguments))
+
+    def as_text(self) -> str | None:
+        """Returns the program as XLA has optimized it."""
+        return self._program.as_text()
+
+
+Program: TypeAlias = jax.stages.Compiled | Waiting
+"""What runs on the devices; called with arrays, and of several hosts by all of them in the same order."""
+
+
 def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> PyTree:
-    return jax.device_put(tree, NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec))
+    sharding = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec)
+    if not is_spread(devices):
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(partial(_put_leaf, sharding=sharding, devices=devices), tree)
+
+
+def _put_leaf(leaf: jax.typing.ArrayLike, sharding: NamedSharding, devices: Sequence[jax.Device]) -> jax.Array:
+    """Puts an array onto the devices of this host, which do not see the others' rows."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raw = _put_leaf(jax.random.key_data(leaf), sharding, devices)
+        return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(leaf))
+    rows = np.asarray(leaf)
+    if sharding.spec == PartitionSpec():
+        return jax.make_array_from_process_local_data(sharding, rows, rows.shape)
+    here = own(devices)
+    return jax.make_array_from_process_local_data(
+        sharding, rows if len(rows) == len(here) else rows[here], (len(devices), *rows.shape[1:])
+    )

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ctde_jax.checkpoint import Checkpoint, Damaged, newest_intact, read, write
+from ctde_jax import hosts
+from ctde_jax.checkpoint import Checkpoint, Damaged, Facts, newest_intact, read, write
 from ctde_jax.errors import InputError, NonFiniteLoss
 from ctde_jax.meter import Position
 from ctde_jax.run_folder import CHECKPOINTS, check_new, claimed, writing_to
@@ -53,24 +54,43 @@ def find(folder: Path, resume: bool, branch_from: Path | None, options: Options,
     return found
 
 
-def roll_back(folder: Path, error: NonFiniteLoss, say: Say) -> None:
+def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """Returns on all hosts the checkpoint that host 0 finds, which alone must see its folder."""
+    found: list[Checkpoint] = []
+
+    def describe() -> Facts | None:
+        checkpoint = find()
+        if checkpoint is None:
+            return None
+        found.append(checkpoint)
+        tensors = {name: [tensor.shape, str(tensor.dtype)] for name, tensor in checkpoint.tensors.items()}
+        return {"path": str(checkpoint.path), "tensors": tensors, "facts": checkpoint.facts}
+
+    told = hosts.of_the_first(describe)
+    if told is None:
+        return None
+    like = found[0].tensors if found else {name: np.zeros(*each) for name, each in told["tensors"].items()}
+    return Checkpoint(Path(told["path"]), hosts.arrays_of_the_first(like), told["facts"])
+
+
+def roll_back(folder: Path, error: NonFiniteLoss, say: Say) -> bool:
     """Halves all updates from the newest checkpoint of a run's folder on, in the checkpoint.
 
-    Raises:
-        NonFiniteLoss: That has been done too often; raises the error.
+    Returns False where that has been done too often.
     """
     with claimed(folder), writing_to(folder):
         found = newest_intact(folder / CHECKPOINTS, say)
         if found is None:
-            raise error
+            return False
         factors = {name: tensor / 2 for name, tensor in found.tensors.items() if name.endswith("/update_factor")}
         factor = min(float(tensor.min()) for tensor in factors.values())
         if factor < 2.0**-ROLLBACKS:
-            raise error
+            return False
         say(
             f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all updates times {factor:g}"
         )
         write(found.path, {**found.tensors, **factors}, found.facts)
+    return True
 
 
 def _branch(path: Path, options: Options, say: Say) -> Checkpoint:

@@ -15,7 +15,7 @@ from ctde_jax.feed import Piece
 from ctde_jax.gradient import Sums
 from ctde_jax.log import Log, Row
 from ctde_jax.meter import Meter
-from ctde_jax.replica import PyTree
+from ctde_jax.replica import Program, PyTree
 from ctde_jax.schedule import cut
 from ctde_jax.stop import Stop
 
@@ -87,7 +87,12 @@ class Run:
     meter: Meter
     best: Best
     log: Log
+    saves: bool
+    """Whether there are checkpoints."""
+
     saver: Saver | None
+    """What writes them, on host 0."""
+
     facts: Mapping[str, Any]
     stop: Stop
     averages: Mapping[str, Callable[[PyTree, PyTree], Averages]]
@@ -101,8 +106,8 @@ class Run:
     def go_through(
         self,
         pieces: Iterable[Piece],
-        train_rounds: jax.stages.Compiled,
-        look: jax.stages.Compiled,
+        train_rounds: Program,
+        look: Program,
         shared: Sequence[str],
     ) -> None:
         """Computes the dispatches of a span, or those until it is stopped, and logs their rows.
@@ -127,9 +132,10 @@ class Run:
                 self._read(unread.pop(0), shared)
             if self.saver is not None:
                 self.saver.check()
-                if not self.meter.is_at_end and self.meter.is_save_due():
-                    self._read(unread.pop(), shared)
-                    self.save()
+            if self.saves and not self.meter.is_at_end and self.meter.is_save_due():
+                self._read(unread.pop(), shared)
+                self.save()
+            self.stop.agree()
             if self.stop:
                 break
         for dispatch in unread:
@@ -161,14 +167,20 @@ class Run:
         Raises:
             NonFiniteLoss: The last step has spoilt the parameters.
         """
-        if self.saver is None:
+        if not self.saves:
             return
         tensors = state.to_tensors(self.train_state)
         if not all(np.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("params/")):
             raise NonFiniteLoss(self.meter.position.step)
         facts = {"position": self.meter.position._asdict(), "rows": len(self.log.rows), "best": self.best.facts}
-        self.saver.save(self.meter.position.gone_through, {**tensors, **self.best.tensors}, {**facts, **self.facts})
+        if self.saver is not None:
+            self.saver.save(self.meter.position.gone_through, {**tensors, **self.best.tensors}, {**facts, **self.facts})
         self.meter.saved()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written; raises InputError where it could not be."""
+        if self.saver is not None:
+            self.saver.wait()
 
     def _read(self, dispatch: _Dispatch, shared: Sequence[str]) -> None:
         guard.check(jax.device_get(dispatch.digests), shared, dispatch.since, dispatch.until)

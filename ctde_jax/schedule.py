@@ -29,11 +29,16 @@ class Phase(NamedTuple):
         """Goes over from the synchronous phase before this one."""
         return state.go_over(train_state, Strategy(), self.strategy, devices)
 
+    def like_begun(self, train_state: state.TrainState, devices: Sequence[jax.Device]) -> state.TrainState:
+        """Says what shapes and types `begin` makes of a state, of which only these are read."""
+        return state.like_after(train_state, Strategy(), self.strategy, devices)
+
     def make_center(self, devices: Sequence[jax.Device]) -> Callable[[PyTree], PyTree]:
         """Makes the function from the state's parameters to the central ones, replicated."""
         if not self.strategy.diverges:
             return lambda params: params
-        return replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
+        mean = replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
+        return replica.compiled_once(mean, devices)
 
     def after(self, step: int) -> list[Span]:
         """Returns what is left of the spans after this step, which is the end of a row."""

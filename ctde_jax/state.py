@@ -82,12 +82,22 @@ def place(
     """Sends what has been initialized at the center to the devices, and makes the first state there."""
     make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
     center = replica.replicate((params, model_state), devices)
-    return _on_replicas(make, center, (None, None), axes(strategy), devices)
+    return _run(_on_replicas(make, center, (None, None), axes(strategy), devices), center, devices)
 
 
 def go_over(state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]) -> TrainState:
     """Goes over from one strategy's state to another's; the optimizer's state goes along."""
+    return _run(_going_over(state, before, after, devices), (state,), devices)
 
+
+def like_after(state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]) -> TrainState:
+    """Says what shapes and types `go_over` makes of a state, of which only these are read."""
+    return _going_over(state, before, after, devices).out_info
+
+
+def _going_over(
+    state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
+) -> jax.stages.Lowered:
     def begin(state: TrainState) -> TrainState:
         _, opt_state = state.opt_state
         return state._replace(
@@ -100,8 +110,8 @@ def go_over(state: TrainState, before: Strategy, after: Strategy, devices: Seque
 
 
 def to_tensors(tree: PyTree) -> dict[str, np.ndarray]:
-    """Copies a tree to the host, each leaf by its name; a replica's own leaves have a row for each replica."""
-    return {name: np.array(_raw(leaf)) for name, leaf in named(tree).items()}
+    """Copies a tree to every host, each leaf by its name; a replica's own leaves have a row for each replica."""
+    return {name: replica.gathered(_raw(leaf)) for name, leaf in named(tree).items()}
 
 
 def from_tensors(
@@ -221,15 +231,20 @@ def _mean_of_all(rows: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
 
 def _on_replicas(
     make: Callable[..., TrainState],
-    arguments: tuple[PyTree, ...],
+    like: tuple[PyTree, ...],
     in_axes: tuple[PyTree, ...],
     out_axes: TrainState,
     devices: Sequence[jax.Device],
-) -> TrainState:
+) -> jax.stages.Lowered:
+    row = jax.ShapeDtypeStruct((len(devices),), np.int32)  # pmap insists on an argument with a row for each replica
+    on_replicas = replica.parallel(lambda _, *rest: make(*rest), devices, (0, *in_axes), out_axes)
+    return replica.lowered(on_replicas, row, *like)
+
+
+def _run(making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Sequence[jax.Device]) -> TrainState:
     """Makes a state of which no two leaves share the memory that is to be donated with them."""
-    rows = replica.shard(np.arange(len(devices)), devices)  # pmap insists on an argument with a row for each replica
-    made = replica.parallel(lambda _, *rest: make(*rest), devices, (0, *in_axes), out_axes)(rows, *arguments)
-    return _copied(made)
+    rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)
+    return _copied(replica.compiled(making, devices)(rows, *arguments))
 
 
 @jax.jit

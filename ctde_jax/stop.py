@@ -6,15 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ctde_jax import hosts
+
 
 class Stop:
-    """Which signal has asked for the end, if any."""
+    """Which signal has asked for the end, if any; of several hosts, all end where they have agreed to."""
 
     def __init__(self):
         self.asked_by: signal.Signals | None = None
+        self._noted: signal.Signals | None = None
 
     def __bool__(self) -> bool:
         return self.asked_by is not None
+
+    def note(self, asked_by: signal.Signals) -> bool:
+        """Takes note of a signal of this host; returns whether it is the first."""
+        is_first, self._noted = self._noted is None, self._noted or asked_by
+        if hosts.count() == 1:
+            self.asked_by = self._noted
+        return is_first
+
+    def agree(self) -> None:
+        """Makes the signal of any host that of all, which must all call this after the same dispatch."""
+        number = hosts.largest(self._noted or 0)
+        self.asked_by = signal.Signals(number) if number else None
 
     @property
     def is_preemption(self) -> bool:
@@ -32,9 +47,8 @@ def deferred(saves: bool) -> Iterator[Stop]:
     stop = Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stop:
+        if not stop.note(signal.Signals(number)) and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.asked_by = stop.asked_by or signal.Signals(number)
 
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield stop

@@ -7,8 +7,11 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -18,30 +21,57 @@ from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverg
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Trains as the options say.
+    """Trains as the options say; on one of several hosts, in a process of its own under this one.
 
     Returns:
-        The exit status: 0, 2 for a mistake in options or data or a loss that is not finite, 70 where devices that must
-        hold the same do not, 75 after SIGTERM, 130 after Ctrl-C.
+        The exit status: 0, 2 for a mistake in options or data or a loss that is not finite, 69 where another host is
+        lost, 70 where devices that must hold the same do not, 75 after SIGTERM, 130 after Ctrl-C.
     """
     started = time.perf_counter()
     try:
-        return 130 if train(options.parse(arguments), started).interrupted else 0
+        config = options.parse(arguments)
+        meeting = ctde.hosts.find_meeting(config.hosts)
     except InputError as error:
         print(f"error: {options.flag(error.option)} {error.sentence}", file=sys.stderr)
         return 2
+    if meeting is None:
+        status, sentence = _outcome(config, started)
+    elif not ctde.supervisor.is_child():
+        return ctde.supervisor.run("ctde_jax.train", arguments, meeting)
+    else:
+        ctde.supervisor.follow_supervisor()
+        status, sentence = _outcome(config, started, meeting)
+    if sentence:
+        print(sentence, file=sys.stderr, flush=True)
+    if meeting is not None:
+        ctde.hosts.part() if status in (0, os.EX_TEMPFAIL) else ctde.hosts.leave(status, sentence)
+    return status
+
+
+def _outcome(config: options.Config, started: float, meeting: "ctde.hosts.Meeting | None" = None) -> tuple[int, str]:
+    """Trains, and returns the exit status and what there is to say of it."""
+    host = "" if meeting is None else f"host {meeting.index}: "
+    try:
+        if meeting is not None:
+            ctde.hosts.join(meeting)
+        return (130 if train(config, started).interrupted else 0), ""
+    except InputError as error:
+        return 2, f"error: {host}{options.flag(error.option)} {error.sentence}"
     except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2, f"error: {host}{error}"
     except ReplicasDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return os.EX_SOFTWARE
+        return os.EX_SOFTWARE, f"error: {host}{error}"
     except Preempted as error:
-        print(error, file=sys.stderr)
-        return os.EX_TEMPFAIL
+        return os.EX_TEMPFAIL, f"{host}{error}"
     except KeyboardInterrupt:
-        print("interrupted twice; what was measured is in the run's folder", file=sys.stderr)
-        return 130
+        return 130, f"{host}interrupted twice; what was measured is in the run's folder"
+    except Exception as error:
+        if meeting is None:
+            raise
+        if not ctde.hosts.is_loss(error):
+            traceback.print_exc()
+            return 1, f"error: {host}{type(error).__name__}: {error}"
+        return ctde.hosts.LOST, f"error: {host}{ctde.hosts.wait_for_verdict(error)}"
 
 
 def train(config: options.Config, started: float) -> "ctde.Trained":
@@ -52,6 +82,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         started: When the command began, by `time.perf_counter`.
     """
     devices = ctde.devices.start(config.aggregation.devices)
+    ctde.hosts.compare({**ctde.hosts.platform(), **options.deciding(config)})
     data = ctde.build.load_data(config.data, config.optimization.seed)
     partition = ctde.build.make_partition(config.data, data.train.labels, len(devices), config.optimization.seed)
     model = ctde.build.build_model(config.model, data)
@@ -77,18 +108,24 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "log_every": config.run.log_every,
     }
     ctde.checks.check_run(model, data, strategy, task, len(devices), **habits)
-    folder = config.run.run_dir or options.new_run_folder(config)
     deciding = options.deciding(config)
-    config = replace(config, aggregation=replace(config.aggregation, devices=len(devices)))
+    here = len(ctde.replica.own(devices))
+    config = replace(config, aggregation=replace(config.aggregation, devices=here))
     console = ctde.log.console()
-    with ctde.run_folder.claimed(folder):
-        if ctde.run_folder.is_new(folder):
-            with ctde.run_folder.writing_to(folder):
-                options.save(config, folder / "config.json")
-                if partition is not None and data.classes:
-                    picture = ctde.data.partition.plot(np.asarray(data.train.labels), partition, data.classes)
-                    picture.savefig(folder / "partition.png", dpi=120)
+    with ExitStack() as at_end:
 
+        def prepare() -> str:
+            folder = config.run.run_dir or options.new_run_folder(config)
+            at_end.enter_context(ctde.run_folder.claimed(folder))
+            if ctde.run_folder.is_new(folder):
+                with ctde.run_folder.writing_to(folder):
+                    options.save(config, folder / "config.json")
+                    if partition is not None and data.classes:
+                        picture = ctde.data.partition.plot(np.asarray(data.train.labels), partition, data.classes)
+                        picture.savefig(folder / "partition.png", dpi=120)
+            return str(folder)
+
+        folder = Path(ctde.hosts.of_the_first(prepare))
         console.print(ctde.report.plan(config, devices, data, partition, model, epoch, steps, folder))
         before = time.perf_counter() - started
         trained = ctde.fit(

@@ -11,6 +11,7 @@ WALK = [
         "errors",
         "presets",
         "config",
+        "hosts",
         "devices",
         "replica",
         "data",
@@ -35,7 +36,7 @@ WALK = [
         "traffic",
     ),
     *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "checkpoint", "resume", "stop"),
-    *("run", "trained", "loop", "report", "targets", "wire", "stopwatch", "profile", "train", "verify"),
+    *("run", "trained", "loop", "report", "targets", "wire", "stopwatch", "profile", "supervisor", "train", "verify"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -136,7 +136,7 @@ def test_less_than_one_device_is_refused(count):
 
 def test_more_accelerators_than_exist_are_refused(monkeypatch):
     """On a machine that says it has two GPUs."""
-    gpus = [SimpleNamespace(platform="gpu", id=number) for number in range(2)]
+    gpus = [SimpleNamespace(platform="gpu", id=number, process_index=0) for number in range(2)]
     monkeypatch.setattr(jax, "devices", lambda: gpus)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 

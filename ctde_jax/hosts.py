@@ -1,0 +1,304 @@
+"""Several hosts: the same command on each, under the launcher that is there; JAX's coordinator brings them together.
+
+Each process is a host. Host 0 has the coordinator, through whose store of keys and values the others learn what it has
+to say before there are arrays, and at which address they all meet. Nothing here starts a process on another machine.
+"""
+
+import ipaddress
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import count as numbers
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import jax
+import numpy as np
+from jax._src.clusters import ClusterEnv  # JAX has no public way to what its detection of launchers finds,
+from jax._src.distributed import global_state  # nor to the coordinator's keys and values
+from jax.experimental import multihost_utils
+
+from ctde_jax.config import Hosts
+from ctde_jax.errors import HostLost, InputError, check_at_least
+
+T = TypeVar("T")
+PyTree: TypeAlias = Any
+HEARTBEAT_SECONDS = 10
+"""A host that has not answered for so long is given up, and with it the run."""
+
+LOST = os.EX_UNAVAILABLE
+"""The exit status of a run that has lost a host, or never had all of them."""
+
+_LOOK_SECONDS = 1.0
+_PATIENCE_SECONDS = 3600
+"""For a host that is there, and reads its data or a checkpoint."""
+
+_PIECE = 2**20
+_ENDED = "ctde_jax/ended"
+_calls = numbers()
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the hosts of a run meet, and which of them this process is."""
+
+    coordinator: str
+    """Address and port of host 0."""
+
+    count: int
+    index: int
+    listens_on: str
+    """Address and port that host 0 opens."""
+
+    patience: int
+    """Seconds that the hosts may take to come."""
+
+    local_devices: list[int] | None = None
+    """Of this host, the accelerators that are this process's own; by default all."""
+
+
+def find_meeting(chosen: Hosts) -> Meeting | None:
+    """Reads where the hosts meet from the options, or from the environment of the launcher; None for one host alone.
+
+    Raises:
+        InputError: The options are not all given, or an address is none at which all hosts could meet.
+    """
+    given = {"coordinator": chosen.coordinator, "num_processes": chosen.num_processes, "process_id": chosen.process_id}
+    missing = [name for name, value in given.items() if value is None]
+    check_at_least(1, num_processes=chosen.num_processes, join_timeout=chosen.join_timeout)
+    check_at_least(0, process_id=chosen.process_id)
+    if 0 < len(missing) < len(given):
+        raise InputError(missing[0], "goes with coordinator, num_processes and process_id; give all three or none.")
+    address, count, index = chosen.coordinator, chosen.num_processes, chosen.process_id
+    local_devices = None
+    if address is None:
+        address, count, index, local_devices = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, chosen.join_timeout
+        )
+    if address is None or count is None or index is None or count == 1:
+        return None
+    if index >= count:
+        raise InputError("process_id", f"must be less than the {count} of --num-processes, got {index}.")
+    if _listens_everywhere(_parts("coordinator", address)[0]):
+        raise InputError("coordinator", f"must be the address of host 0 that all hosts reach, got {address}.")
+    listens_on = chosen.coordinator_bind or address
+    _parts("coordinator_bind", listens_on)
+    return Meeting(
+        address, count, index, listens_on, chosen.join_timeout, None if local_devices is None else [*local_devices]
+    )
+
+
+def join(meeting: Meeting) -> None:
+    """Makes this process one of several hosts; before JAX starts. Waits for all of them.
+
+    From here on this process ends when another one has said why it ends.
+
+    Raises:
+        InputError: Host 0 cannot open its port.
+    """
+    if meeting.index == 0:
+        _check_port(meeting.listens_on)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours, see stop.py
+    jax.distributed.initialize(
+        meeting.coordinator,
+        meeting.count,
+        meeting.index,
+        meeting.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=meeting.patience,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        coordinator_bind_address=meeting.listens_on,
+    )
+    threading.Thread(target=_end_with_others, name="hosts", daemon=True).start()
+
+
+def count() -> int:
+    """Returns how many hosts there are."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def index() -> int:
+    """Returns which of them this is; host 0 writes and shows."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
+def platform() -> dict[str, Any]:
+    """Says what a host brings to a run: versions, and its devices; all hosts must bring the same."""
+    here = jax.local_devices()
+    versions = {f"the version of {name}": version(name) for name in ("ctde_jax", "jax", "jaxlib", "flax", "optax")}
+    return {**versions, "the kind of the devices": here[0].device_kind, "the number of devices": len(here)}
+
+
+def compare(facts: Mapping[str, Any]) -> None:
+    """Checks that all hosts have the same facts, through the coordinator, so that no collective can hang.
+
+    Args:
+        facts: What JSON can write, by name.
+
+    Raises:
+        InputError: On every host; names the fact, what it is on host 0, and on another one.
+        HostLost: A host has not come here within an hour.
+    """
+    if count() == 1:
+        return
+    told = _exchange(json.dumps(facts))
+    first = json.loads(told[0])
+    for host, text in sorted(told.items()):
+        others = json.loads(text)
+        for name in [*first, *(name for name in others if name not in first)]:
+            if first.get(name) != others.get(name):
+                raise InputError(
+                    name,
+                    f"must be the same on all hosts, but is {first.get(name, 'not known')} on host 0 and "
+                    f"{others.get(name, 'not known')} on host {host}.",
+                )
+
+
+def of_the_first(make: Callable[[], T]) -> T:
+    """Returns on all hosts what JSON can write of the result of host 0, where alone it is made.
+
+    Raises:
+        InputError: On all hosts where it was raised on host 0.
+        HostLost: Host 0 has not made it within an hour.
+    """
+    if count() == 1:
+        return make()
+    key = f"ctde_jax/{next(_calls)}"
+    if index() == 0:
+        try:
+            made = make()
+        except InputError as error:
+            _tell(key, {"option": error.option, "sentence": error.sentence})
+            raise
+        _tell(key, {"made": made})
+        return made
+    pieces = int(_wait_for(0, key))
+    told = json.loads("".join(_wait_for(0, f"{key}/{number}") for number in range(pieces)))
+    if "sentence" in told:
+        raise InputError(told["option"], told["sentence"])
+    return told["made"]
+
+
+def arrays_of_the_first(arrays: PyTree) -> PyTree:
+    """Returns on all hosts the arrays of host 0, bit for bit; the others give arrays of the same shapes and types."""
+    if count() == 1:
+        return arrays
+    leaves, structure = jax.tree.flatten(arrays)
+    own = [np.asarray(leaf) for leaf in leaves]
+    words = [np.frombuffer(leaf.tobytes() + b"\0" * (-leaf.nbytes % 4), np.uint32) for leaf in own]
+    sent = [np.asarray(leaf).tobytes() for leaf in multihost_utils.broadcast_one_to_all(words)]
+    return structure.unflatten(
+        np.frombuffer(raw[: leaf.nbytes], leaf.dtype).reshape(leaf.shape) for raw, leaf in zip(sent, own, strict=True)
+    )
+
+
+def largest(value: int) -> int:
+    """Returns the largest of all hosts' values; every host must ask at the same moment of its run."""
+    return int(multihost_utils.process_allgather(np.int32(value)).max()) if count() > 1 else value
+
+
+def part() -> None:
+    """Leaves the other hosts at the end of a run, together with them."""
+    if jax.distributed.is_initialized():
+        _is_over.set()
+        jax.distributed.shutdown()
+
+
+def leave(status: int, sentence: str) -> NoReturn:
+    """Ends this process, and tells the other hosts why, who end as well."""
+    _is_over.set()
+    try:
+        told = json.dumps({"host": index(), "status": status, "sentence": sentence})
+        _store().key_value_set(_ENDED, told)
+    except jax.errors.JaxRuntimeError:
+        pass  # another host was faster
+    if index() == 0:
+        threading.Event().wait(2.5 * _LOOK_SECONDS)  # the others look, for with host 0 goes what they look at
+    os._exit(status)
+
+
+def is_loss(error: Exception) -> bool:
+    """Says whether an error is that of a collective in which another host is missing, or of a wait for it."""
+    return isinstance(error, HostLost | jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+
+
+def wait_for_verdict(error: Exception) -> str:
+    """Waits for the coordinator, which ends this process where it misses a host; else returns what there is to say."""
+    threading.Event().wait(1.5 * HEARTBEAT_SECONDS)
+    return str(error) if isinstance(error, HostLost) else f"the hosts could not compute together: {error}"
+
+
+_is_over = threading.Event()
+
+
+def _store() -> Any:
+    """The coordinator's keys and values."""
+    return global_state.client
+
+
+def _end_with_others() -> None:
+    while not _is_over.wait(_LOOK_SECONDS):
+        try:
+            told = json.loads(_store().key_value_try_get(_ENDED))
+        except jax.errors.JaxRuntimeError:
+            continue
+        if not _is_over.is_set():
+            print(f"error: host {told['host']} has ended the run: {told['sentence']}", file=sys.stderr, flush=True)
+            os._exit(told["status"])
+
+
+def _exchange(text: str) -> dict[int, str]:
+    folder = f"ctde_jax/{next(_calls)}"
+    _store().key_value_set(f"{folder}/{index()}", text)
+    return {host: _wait_for(host, f"{folder}/{host}") for host in range(count())}
+
+
+def _tell(key: str, fact: Any) -> None:
+    """Writes what JSON can write, in pieces that a message may have."""
+    text = json.dumps(fact)
+    pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
+    for number, piece in enumerate(pieces):
+        _store().key_value_set(f"{key}/{number}", piece)
+    _store().key_value_set(key, str(len(pieces)))
+
+
+def _wait_for(host: int, key: str) -> str:
+    try:
+        return _store().blocking_key_value_get(key, 1000 * _PATIENCE_SECONDS)
+    except jax.errors.JaxRuntimeError as error:
+        raise HostLost(f"host {host} is there, but has not come to where the others wait for it.") from error
+
+
+def _parts(option: str, address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InputError(option, f"must be an address and a port, such as 10.0.0.1:1234, got {address}.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _listens_everywhere(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return host == "*"
+
+
+def _check_port(address: str) -> None:
+    """Raises InputError where a port cannot be opened, for JAX would crash."""
+    host, port = _parts("coordinator_bind", address)
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(place)
+    except OSError as error:
+        raise InputError(
+            "coordinator",
+            f"must name an address of host 0 and a free port of it, but {address} cannot be opened ({error.strerror}).",
+        ) from error
