@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -213,13 +214,14 @@ def part() -> None:
 def leave(status: int, sentence: str) -> NoReturn:
     """Ends this process, and tells the other hosts why, who end as well."""
     _is_over.set()
-    try:
-        told = json.dumps({"host": index(), "status": status, "sentence": sentence})
-        _store().key_value_set(_ENDED, told)
-    except jax.errors.JaxRuntimeError:
-        pass  # another host was faster
-    if index() == 0:
-        threading.Event().wait(2.5 * _LOOK_SECONDS)  # the others look, for with host 0 goes what they look at
+    if jax.distributed.is_initialized():
+        try:
+            told = json.dumps({"host": index(), "status": status, "sentence": sentence})
+            _store().key_value_set(_ENDED, told)
+        except jax.errors.JaxRuntimeError:
+            pass  # another host was faster
+        if index() == 0:
+            time.sleep(2.5 * _LOOK_SECONDS)  # the others look, for with host 0 goes what they look at
     os._exit(status)
 
 
@@ -230,7 +232,7 @@ def is_loss(error: Exception) -> bool:
 
 def wait_for_verdict(error: Exception) -> str:
     """Waits for the coordinator, which ends this process where it misses a host; else returns what there is to say."""
-    threading.Event().wait(1.5 * HEARTBEAT_SECONDS)
+    time.sleep(1.5 * HEARTBEAT_SECONDS)
     return str(error) if isinstance(error, HostLost) else f"the hosts could not compute together: {error}"
 
 
