@@ -34,7 +34,9 @@ def plan(
 
     picture = " (partition.png)" if data.classes else ""
     table = Table.grid(padding=(0, 2))
-    table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}")
+    count = len({device.process_index for device in devices})
+    spread = f" on {count} hosts" if count > 1 else ""
+    table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}")
     table.add_row(
         "data",
         f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, {data.kinds}",

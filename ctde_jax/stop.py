@@ -59,4 +59,4 @@ def deferred(saves: bool) -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: JAX's, for several hosts

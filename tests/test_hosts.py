@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -360,6 +361,54 @@ def test_hosts_that_slurm_has_started_find_each_other(job):
         job.spawn([*QUICK, "--run-dir", str(job.folder)], own)
     assert [ended.status for ended in job.end()] == [0, 0]
     assert rows(job.folder)[-1]["step"] == 46
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun, such as that of Debian's openmpi-bin")
+def test_hosts_that_mpirun_has_started_find_each_other(tmp_path):
+    loopback = ["--mca", "oob_tcp_if_include", "lo", "--mca", "btl", "self,vader"]
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", *loopback, sys.executable]
+    subprocess.run(
+        [*command, "-m", "ctde_jax.train", "--run-dir", str(tmp_path / "run"), *QUICK],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert rows(tmp_path / "run")[-1]["step"] == 46
+
+
+PROGRAM = """
+import sys
+import jax, optax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import ctde_jax as ctde
+trained = ctde.fit(
+    ctde.models.mlp([64, 16, 10]), ctde.data.digits(), optax.adam(0.01), devices=ctde.devices.start(2), batch_size=64,
+    epochs=2, run_dir=sys.argv[3], show=False,
+)
+print(len(trained.devices), trained.history[-1]["step"], trained.tested["accuracy"])
+"""
+
+
+@pytest.mark.slow
+def test_fit_takes_the_hosts_that_others_have_brought_together(tmp_path):
+    """As Ray Train or a notebook would; both return the same."""
+    address, folder = f"127.0.0.1:{free_port()}", str(tmp_path / "run")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, address, str(index), folder],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    said = [process.communicate(timeout=120) for process in started]
+    lines = [output.splitlines()[-1] for output, _ in said]
+    assert lines[0] == lines[1]
+    assert lines[0].startswith("4 46 0.9"), said
 
 
 @pytest.mark.parametrize(

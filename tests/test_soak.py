@@ -1,8 +1,11 @@
 """Long runs on fake devices neither hang nor abort, and do not grow."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +13,26 @@ import pytest
 
 from ctde_jax import checkpoint
 
-STEPS = 100_000
+STEPS, STEPS_OF_HOSTS = 100_000, 40_000
+OFTEN = ["--log-every", "500", "--eval-every", "2000", "--save-every", "5000"]
 
 
-def resident(process: subprocess.Popen) -> int:
+def resident(pid: int) -> int:
     """Bytes of memory that a process has now."""
-    pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+on_linux = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="needs Linux, which says how much memory a process has"
 )
+
+
+@pytest.mark.slow
+@on_linux
 def test_100_000_steps_on_eight_fake_devices(tmp_path):
     """With rows, evaluations and checkpoints; from a fifth of the run on, memory grows by less than 5 %."""
-    often = ["--log-every", "500", "--eval-every", "2000", "--save-every", "5000"]
-    command = [sys.executable, "-m", "ctde_jax.train", "--devices", "8", "--steps", str(STEPS), *often]
+    command = [sys.executable, "-m", "ctde_jax.train", "--devices", "8", "--steps", str(STEPS), *OFTEN]
     sizes = []
     with subprocess.Popen(
         [*command, "--run-dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -35,9 +41,49 @@ def test_100_000_steps_on_eight_fake_devices(tmp_path):
             try:
                 process.wait(0.5)
             except subprocess.TimeoutExpired:
-                sizes.append((checkpoint.steps(tmp_path / "checkpoints")[:1], resident(process)))
+                sizes.append((checkpoint.steps(tmp_path / "checkpoints")[:1], resident(process.pid)))
         assert process.stderr is not None
         assert (process.returncode, process.stderr.read()) == (0, "")
-    early = [size for step, size in sizes if step and STEPS // 5 <= step[0] < STEPS // 2]
-    late = [size for step, size in sizes if step and step[0] >= 4 * STEPS // 5]
+    check_growth(sizes, STEPS)
+
+
+def check_growth(sizes: list[tuple[list[int], int]], steps: int) -> None:
+    """Of the newest checkpoint and the memory at many moments."""
+    early = [size for step, size in sizes if step and steps // 5 <= step[0] < steps // 2]
+    late = [size for step, size in sizes if step and step[0] >= 4 * steps // 5]
     assert np.median(late) < 1.05 * np.median(early)
+
+
+@pytest.mark.slow
+@on_linux
+def test_two_hosts_for_long(tmp_path):
+    """Each with two fake devices; neither grows, and both end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ctde_jax.train", "--devices", "2", "--steps", str(STEPS_OF_HOSTS), *OFTEN]
+    command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--run-dir", str(tmp_path)]
+    with ExitStack() as at_end:
+        hosts = [
+            at_end.enter_context(
+                subprocess.Popen(
+                    [*command, "--process-id", str(index)],
+                    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for index in (0, 1)
+        ]
+        sizes: list[list[tuple[list[int], int]]] = [[], []]
+        while any(host.poll() is None for host in hosts):
+            time.sleep(0.5)
+            for host, own in zip(hosts, sizes, strict=True):
+                children = Path(f"/proc/{host.pid}/task/{host.pid}/children")
+                if children.exists() and (child := children.read_text().split()):
+                    own.append((checkpoint.steps(tmp_path / "checkpoints")[:1], resident(int(child[0]))))
+        said = [(host.returncode, host.stderr.read()) for host in hosts]
+    assert said == [(0, ""), (0, "")]
+    for own in sizes:
+        check_growth(own, STEPS_OF_HOSTS)
