@@ -209,6 +209,8 @@ def build_strategy(chosen: config.Aggregation) -> Strategy:
         InputError: An option is out of its range, or options exclude each other.
     """
     _check(chosen)
+    if chosen.exact:
+        return Strategy(reduce=aggregate.IN_ORDER)
     reduce, outer = _build_reduce(chosen), _build_outer(chosen)
     if chosen.graph != "none":
         reduce = aggregate.gossip(chosen.graph)
@@ -227,6 +229,9 @@ def _check(chosen: config.Aggregation) -> None:
         return [option for option in options if getattr(chosen, option) != getattr(default, option)]
 
     check_at_least(1, fragments=chosen.fragments)
+    if chosen.exact:
+        for option in differs("sync_every", "reduce", "combine", "clip_norm"):
+            raise InputError(option, "must be left out with exact, which sums the gradient of every step as it is.")
     for option in differs("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"):
         if chosen.sync_every < 1:
             raise InputError(option, f"needs steps alone (sync_every) of at least 1, got {chosen.sync_every}.")

@@ -11,6 +11,7 @@ from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Dataset
 from ctde_jax.errors import InputError, check_at_least, check_seed
+from ctde_jax.gradient import SHARDS
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.replica import PyTree
 from ctde_jax.tasks import Task
@@ -42,6 +43,8 @@ def check_run(
         own = batch_size // replicas
         rule = f"must cut the {own} examples that each device has of a batch into equal groups"
         raise InputError("accumulate", f"{rule}, got {accumulate}.")
+    if strategy.is_exact:
+        _check_exact(replicas, batch_size, accumulate)
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
     if patience is not None and data.validation is None:
@@ -57,6 +60,18 @@ def check_run(
         raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
     if augment is not None:
         jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
+
+
+def _check_exact(replicas: int, batch_size: int, accumulate: int) -> None:
+    """Raises InputError where a batch cannot be cut into the same shards on any number of devices."""
+    if SHARDS % replicas:
+        raise InputError("devices", f"must divide the {SHARDS} shards whose sum is exact, got {replicas}.")
+    if batch_size % SHARDS:
+        raise InputError(
+            "batch_size", f"must be a multiple of the {SHARDS} shards whose sum is exact, got {batch_size}."
+        )
+    if accumulate > 1:
+        raise InputError("accumulate", f"must be 1 where shards are computed one after another, got {accumulate}.")
 
 
 _MADE_BY = {

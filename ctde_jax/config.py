@@ -199,6 +199,10 @@ class Aggregation:
     sync_every: int = 0
     """Steps that a device takes alone before they agree on parameters; 0 agrees on the gradient of every step."""
 
+    exact: bool = False
+    """Whether the training has the same bits on 1, 2, 4 and 8 devices: 8 shards of each batch are computed one after
+    another, and their gradients summed in one order by every device."""
+
     synchronous_steps: int = 0
     """Steps at the start of the run at which the gradients are averaged, before --sync-every begins."""
 
@@ -555,6 +559,8 @@ def _check_effect(typed: set[str], parsed: Config) -> None:
         if as_flag(option) in typed and values[other] not in allowed:
             names = " or ".join(as_flag(other) if value is True else f"{as_flag(other)} {value}" for value in allowed)
             raise InputError(option, f"goes with {names}.")
+    if parsed.aggregation.exact and parsed.model.batch_statistics == "synchronized":
+        raise InputError("exact", "sums shards that know nothing of each other: it goes with averaged statistics.")
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:

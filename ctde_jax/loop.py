@@ -21,7 +21,7 @@ from ctde_jax.data import Dataset, count_steps, deal, deal_stream
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least, check_known
 from ctde_jax.evaluate import make_evaluate
 from ctde_jax.feed import Feed, Span, make_feed, shapes, steps_a_piece
-from ctde_jax.gradient import make_gradient
+from ctde_jax.gradient import make_exact_gradient, make_gradient
 from ctde_jax.log import console, open_log
 from ctde_jax.meter import Clock, Meter, Position
 from ctde_jax.models import Model, count_params, with_raw_inputs
@@ -191,6 +191,7 @@ def fit(
             "steps": total_steps,
             "sync_every": strategy.inner_steps,
             "synchronous_steps": strategy.synchronous_steps,
+            "exact": strategy.is_exact,
             "batch_size": batch_size,
             "seed": seed,
             "accumulate": accumulate,
@@ -231,7 +232,10 @@ def fit(
         feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
         clock.lap("start-up")
 
-        gradient = make_gradient(model, task, augment, accumulate)
+        is_exact = strategy.is_exact
+        gradient = (
+            make_exact_gradient(model, task, augment) if is_exact else make_gradient(model, task, augment, accumulate)
+        )
         programs, like = [], train_state
         for phase in phases:
             if programs:
@@ -241,7 +245,7 @@ def fit(
             )
             lowered = replica.lowered(rounds, like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
             look = replica.lowered(guard.make_look(devices, phase.strategy), lowered.out_info[1], like)
-            programs.append((replica.compiled(lowered, devices), replica.compiled(look, devices)))
+            programs.append((replica.compiled(lowered, devices, is_exact), replica.compiled(look, devices)))
         center = replica.replicate((params, model_state), devices)
         splits = {"validation": data.validation, "test": data.test}
         evaluate = {

@@ -55,16 +55,21 @@ def lowered(function: jax.stages.Wrapped, *like: PyTree) -> jax.stages.Lowered:
     return function.lower(*structure.unflatten(abstract))
 
 
-def compiled(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> "Program":
+def compiled(lowered: jax.stages.Lowered, devices: Sequence[jax.Device], exact: bool = False) -> "Program":
     """Compiles what `parallel` has made, lowered for its arguments.
 
-    Several fake devices take one thread each, for they share the cores; one alone takes all of them. Where these are
-    of several hosts, a call waits for its result, as two programs at once would wait for each other for ever.
+    Several fake devices take one thread each, for they share the cores; one alone takes all of them, unless the bits
+    must be exactly those of several. Where these are of several hosts, a call waits for its result, as two programs at
+    once would wait for each other for ever.
     """
-    share_cores = devices[0].platform == "cpu" and len(devices) > 1
-    options: dict[str, str | bool] | None = {"xla_cpu_multi_thread_eigen": False} if share_cores else None
-    program = lowered.compile(compiler_options=options)
-    return Waiting(program) if share_cores and is_spread(devices) else program
+    is_fake = devices[0].platform == "cpu"
+    options: dict[str, str | bool] = {}
+    if is_fake and (exact or len(devices) > 1):
+        options["xla_cpu_multi_thread_eigen"] = False
+    if is_fake and exact:
+        options["xla_disable_hlo_passes"] = "algsimp"  # which rewrites divisions on one device, and not on several
+    program = lowered.compile(compiler_options=options or None)
+    return Waiting(program) if is_fake and is_spread(devices) else program
 
 
 def compiled_once(function: jax.stages.Wrapped, devices: Sequence[jax.Device]) -> Callable[..., PyTree]:

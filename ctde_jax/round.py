@@ -59,7 +59,7 @@ def make_round(
 
         return state._replace(
             params=optax.apply_updates(state.params, updates),
-            model_state=weighted_mean(model_state, sums["examples"]),
+            model_state=model_state if strategy.is_exact else weighted_mean(model_state, sums["examples"]),
             opt_state=opt_state,
             reduce_state=reduce_state,
         ), jax.tree.map(lambda x: x[None], sums)

@@ -1,6 +1,6 @@
 """Ways for replicas to agree: a strategy, and the reducers, exchanges, codecs and rules that it is made of."""
 
-from ctde_jax.aggregate.base import AVERAGE, UNCHANGED, Strategy
+from ctde_jax.aggregate.base import AVERAGE, IN_ORDER, UNCHANGED, Strategy
 from ctde_jax.aggregate.codec import Codec, error_feedback, exact
 from ctde_jax.aggregate.combine import Combine, average
 from ctde_jax.aggregate.exchange import gathered, two_phase
@@ -18,6 +18,7 @@ from ctde_jax.aggregate.streaming import streaming
 
 __all__ = [
     "AVERAGE",
+    "IN_ORDER",
     "UNCHANGED",
     "Codec",
     "Combine",

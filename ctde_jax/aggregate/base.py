@@ -12,6 +12,10 @@ AVERAGE = optax.sgd(1.0)
 
 UNCHANGED = optax.identity()
 
+IN_ORDER = optax.GradientTransformation(*optax.identity())
+"""The reducer of gradients that are agreed on already: those of 8 shards of the batch, which every replica has got and
+summed in the same order. So all bits of the training are the same on 1, 2, 4 and 8 devices; see `gradient.py`."""
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -46,6 +50,8 @@ class Strategy:
 
     def __post_init__(self):
         check_at_least(0, inner_steps=self.inner_steps, synchronous_steps=self.synchronous_steps)
+        if self.is_exact and self.inner_steps:
+            raise InputError("reduce", f"can be in order for the gradient of every step only, got {self.inner_steps}.")
         if self.inner_steps == 0:
             self._needs_inner_steps("outer", self.outer is not AVERAGE, "where the optimizer is the center's own")
             self._needs_inner_steps("inner", self.inner is not UNCHANGED, "where no step is a replica's own")
@@ -54,6 +60,11 @@ class Strategy:
         elif self.synchronous_steps % self.inner_steps:
             rule = f"must be a multiple of the {self.inner_steps} inner steps of a round"
             raise InputError("synchronous_steps", f"{rule}, got {self.synchronous_steps}.")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the bits of the training do not depend on the number of devices."""
+        return self.reduce is IN_ORDER
 
     def local(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """Returns the optimizer of a replica's steps: `inner`, and then the run's."""
