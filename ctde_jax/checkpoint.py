@@ -13,9 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,12 @@ _OWN = ("format", "versions", "tensors")
 Tensors = dict[str, np.ndarray]
 Facts = dict[str, Any]
 """What a run needs to know beside its arrays, as JSON can write it."""
+
+MEASURED = "measured"
+"""The fact that says what an evaluation has measured of a checkpoint; None where there was none."""
+
+Choose = Callable[[Sequence[Facts]], int | None]
+"""Returns the place of the best among what was measured, of equal ones the first; None where there is none."""
 
 
 class Damaged(Exception):
@@ -117,20 +123,12 @@ def read(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise Damaged(f"{path} is no folder")
-    try:
+    with _reading(path):
         if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
         manifest = _parsed(path)
         with safe_open(path / TENSORS, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
-    except OSError as error:
-        raise InputError("run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise Damaged(f"{path}: {SUMS} is no text any more") from error
-    except SafetensorError as error:
-        raise Damaged(f"{path}: {TENSORS} is malformed ({error})") from error
     return Checkpoint(path, tensors, {name: fact for name, fact in manifest.items() if name not in _OWN})
 
 
@@ -155,10 +153,10 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
 
 
 class Saver:
-    """Writes checkpoints in a thread, one after another, and keeps the newest. Made by `open_saver`."""
+    """Writes checkpoints in a thread, one after another; keeps the newest, and the best. Made by `open_saver`."""
 
-    def __init__(self, folder: Path, keep: int, beside: Path, thread: ThreadPoolExecutor):
-        self._folder, self._keep, self._beside, self._thread = folder, keep, beside, thread
+    def __init__(self, folder: Path, keep: int, choose: Choose | None, beside: Path, thread: ThreadPoolExecutor):
+        self._folder, self._keep, self._choose, self._beside, self._thread = folder, keep, choose, beside, thread
         self._last: Future[None] | None = None
 
     def save(self, step: int, tensors: Tensors, facts: Facts) -> None:
@@ -183,20 +181,37 @@ class Saver:
             last, self._last = self._last, None
             last.result()
 
+    @property
+    def best(self) -> Path | None:
+        """The best of the checkpoints that are there, where the best stays."""
+        self.wait()
+        return self._best(steps(self._folder))
+
     def _write(self, step: int, tensors: Tensors, facts: Facts) -> None:
         with writing_to(self._folder):
             if self._beside.exists():
                 bring_to_disk(self._beside)  # a checkpoint counts its lines
             write(path_of(self._folder, step), tensors, facts)
             there = steps(self._folder)
-            kept = [number for number in there if number <= step][: self._keep]
-            for number in set(there) - set(kept):  # also those that a damaged newer one has left behind
+            past = [number for number in there if number <= step]
+            kept = {path_of(self._folder, number) for number in past[: self._keep]} | {self._best(past)}
+            for number in there:  # also those that a damaged newer one has left behind
                 old = path_of(self._folder, number)
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
+                if old not in kept:
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
+
+    def _best(self, among: Sequence[int]) -> Path | None:
+        """Names the best of these checkpoints, by what their manifests say was measured; of equal ones the oldest."""
+        if self._choose is None:
+            return None
+        paths = [path_of(self._folder, number) for number in sorted(among)]
+        measured = [(path, row) for path in paths if (row := _measured(path)) is not None]
+        place = self._choose([row for _, row in measured])
+        return None if place is None else measured[place][0]
 
 
 @contextmanager
-def open_saver(folder: Path, keep: int, beside: Path) -> Iterator[Saver]:
+def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> Iterator[Saver]:
     """Opens the thread that writes checkpoints, and waits for its last one.
 
     What a killed process has left half-written is removed; so the folder must be this process's own.
@@ -204,6 +219,7 @@ def open_saver(folder: Path, keep: int, beside: Path) -> Iterator[Saver]:
     Args:
         folder: Of the checkpoints.
         keep: How many of the newest stay.
+        choose: Which one stays beside them as the best, by what was measured of each; None where none does.
         beside: A file that is brought to the disk before each of them.
     """
     with writing_to(folder):
@@ -211,7 +227,7 @@ def open_saver(folder: Path, keep: int, beside: Path) -> Iterator[Saver]:
         for left in folder.glob(".step-*") if folder.is_dir() else ():
             shutil.rmtree(left)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
-        saver = Saver(folder, keep, beside, thread)
+        saver = Saver(folder, keep, choose, beside, thread)
         yield saver
         saver.wait()
 
@@ -241,6 +257,29 @@ def _check_room(folder: Path, size: int) -> None:
         raise OSError(None, f"a checkpoint takes {size:,} bytes, and {free:,} are free")
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Says of a file that is missing or malformed that the checkpoint is damaged."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
+    except OSError as error:
+        raise InputError("run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path}: {SUMS} is no text any more") from error
+    except SafetensorError as error:
+        raise Damaged(f"{path}: {TENSORS} is malformed ({error})") from error
+
+
+def _measured(path: Path) -> Facts | None:
+    """Returns what was measured of a checkpoint, where something was and its manifest is intact."""
+    with suppress(Damaged), _reading(path):
+        if _sum(path, MANIFEST) in (path / SUMS).read_text(encoding="utf-8").splitlines():
+            return _parsed(path).get(MEASURED)
+    return None
+
+
 def _parsed(path: Path) -> Facts:
     """Returns what the manifest says, where it is one that this version can read."""
     try:
@@ -259,11 +298,12 @@ def _parsed(path: Path) -> Facts:
 
 
 def _sums(path: Path) -> str:
-    lines = []
-    for name in (TENSORS, MANIFEST):
-        with (path / name).open("rb") as file:
-            lines.append(f"{file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return "".join(lines)
+    return "".join(f"{_sum(path, name)}\n" for name in (TENSORS, MANIFEST))
+
+
+def _sum(path: Path, name: str) -> str:
+    with (path / name).open("rb") as file:
+        return f"{file_digest(file, 'sha256').hexdigest()}  {name}"
 
 
 def _describe(tensor: np.ndarray) -> Facts:
