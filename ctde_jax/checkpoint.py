@@ -98,7 +98,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
             "format": FORMAT,
             **facts,
             "versions": {name: version(name) for name in ("ctde_jax", "jax", "flax", "optax", "numpy")},
-            "tensors": {name: _describe(tensor) for name, tensor in sorted(tensors.items())},
+            "tensors": {name: describe(tensor) for name, tensor in sorted(tensors.items())},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.copymode(partial / MANIFEST, partial / TENSORS)  # which safetensors makes the owner's alone
@@ -126,10 +126,38 @@ def read(path: Path) -> Checkpoint:
     with _reading(path):
         if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
-        manifest = _parsed(path)
+        facts, _ = parse((path / MANIFEST).read_bytes(), path)
         with safe_open(path / TENSORS, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Checkpoint(path, tensors, {name: fact for name, fact in manifest.items() if name not in _OWN})
+    return Checkpoint(path, tensors, facts)
+
+
+def parse(manifest: bytes, place: Path | str) -> tuple[Facts, dict[str, Facts]]:
+    """Returns what a manifest says that is found at this place: the facts, and what each tensor is.
+
+    Raises:
+        Damaged: It is no manifest.
+        InputError: It was written by a newer version of this library.
+    """
+    try:
+        says = json.loads(manifest)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{place}: {MANIFEST} is no JSON ({error})") from error
+    if not isinstance(says, dict) or not isinstance(says.get("format"), int):
+        raise Damaged(f"{place}: {MANIFEST} is none of a checkpoint")
+    if says["format"] > FORMAT:
+        raise InputError(
+            "run_dir",
+            f"holds the checkpoint {place} of format {says['format']}, and this version reads up to {FORMAT}; "
+            "install a newer ctde_jax.",
+        )
+    return {name: fact for name, fact in says.items() if name not in _OWN}, says.get("tensors", {})
+
+
+def describe(tensor: np.ndarray) -> Facts:
+    """Says of a tensor what a manifest does: its shape, its type, and the SHA-256 of its bits."""
+    digest = sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -276,25 +304,8 @@ def _measured(path: Path) -> Facts | None:
     """Returns what was measured of a checkpoint, where something was and its manifest is intact."""
     with suppress(Damaged), _reading(path):
         if _sum(path, MANIFEST) in (path / SUMS).read_text(encoding="utf-8").splitlines():
-            return _parsed(path).get(MEASURED)
+            return parse((path / MANIFEST).read_bytes(), path)[0].get(MEASURED)
     return None
-
-
-def _parsed(path: Path) -> Facts:
-    """Returns what the manifest says, where it is one that this version can read."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: {MANIFEST} is no JSON ({error})") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
-        raise Damaged(f"{path}: {MANIFEST} is none of a checkpoint")
-    if manifest["format"] > FORMAT:
-        raise InputError(
-            "run_dir",
-            f"holds the checkpoint {path} of format {manifest['format']}, and this version reads up to {FORMAT}; "
-            "install a newer ctde_jax.",
-        )
-    return manifest
 
 
 def _sums(path: Path) -> str:
@@ -306,14 +317,6 @@ def _sum(path: Path, name: str) -> str:
         return f"{file_digest(file, 'sha256').hexdigest()}  {name}"
 
 
-def _describe(tensor: np.ndarray) -> Facts:
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": _digest(tensor)}
-
-
-def _digest(tensor: np.ndarray) -> str:
-    return sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
-
-
 def _find_damage(path: Path) -> str:
     """Names the tensors, or the files, in which something differs from what was written."""
     said, found = (path / SUMS).read_text(encoding="utf-8").splitlines(), _sums(path).splitlines()
@@ -321,10 +324,10 @@ def _find_damage(path: Path) -> str:
         return f"{MANIFEST}, or what {SUMS} says of it,"
     if found[0] in said:
         return SUMS
-    described = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tensors"]
+    _, described = parse((path / MANIFEST).read_bytes(), path)
     try:
         with safe_open(path / TENSORS, framework="numpy") as file:
-            tensors = [name for name in described if _describe(file.get_tensor(name)) != described[name]]
+            tensors = [name for name in described if describe(file.get_tensor(name)) != described[name]]
     except SafetensorError:
         return f"the header or the length of {TENSORS}"
     if not tensors:

@@ -35,7 +35,7 @@ WALK = [
         "traffic",
     ),
     *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "checkpoint", "resume", "stop"),
-    *("run", "trained", "loop", "report", "targets", "wire", "stopwatch", "profile", "train", "verify"),
+    *("run", "trained", "loop", "report", "targets", "wire", "stopwatch", "profile", "train", "verify", "object_store"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
