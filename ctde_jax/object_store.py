@@ -84,7 +84,7 @@ def put(folder: Path, place: str, say: Callable[[str], None] = print) -> Path:
         InputError: There is no such checkpoint, or something is there already, or the place cannot be written to.
     """
     is_run = (folder / CHECKPOINTS).is_dir()
-    if not is_run and not (folder / MANIFEST).exists():
+    if not is_run and not ((folder / MANIFEST).exists() and folder.absolute().parent.name == CHECKPOINTS):
         raise InputError(
             "run_dir", f"must be the folder of a run or of one of its checkpoints, and {folder} is neither."
         )
@@ -97,15 +97,14 @@ def put(folder: Path, place: str, say: Callable[[str], None] = print) -> Path:
         files = {MANIFEST: (found.path / MANIFEST).read_bytes(), METRICS: _rows(run_folder, found.facts["rows"])}
         if (run_folder / CONFIG).exists():
             files[CONFIG] = (run_folder / CONFIG).read_bytes()
+    arrays = {name: tensor for name, tensor in found.tensors.items() if tensor.size}  # Orbax refuses empty ones
     orbax, there = _orbax(), _located(place)
     with _writing_to(place):
         if there.exists():
             raise InputError("place", f"must be one where nothing is yet, but there is {place}; name another one.")
         there.mkdir(parents=True)
         with orbax.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(
-                there / TENSORS, {name: x for name, x in found.tensors.items() if x.size}
-            )  # Orbax refuses others
+            checkpointer.save(there / TENSORS, arrays)
         for name, content in files.items():
             (there / name).write_bytes(content)
         (there / SUMS).write_text("".join(_sums(files)))
@@ -212,18 +211,21 @@ def _sums(files: Mapping[str, bytes]) -> list[str]:
 
 @contextmanager
 def _writing_to(place: str) -> Iterator[None]:
+    """Says in a sentence that a place cannot be written to, which object stores say in exceptions of their own."""
     try:
         yield
-    except (OSError, ImportError) as error:  # an object store may need a package of its own
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError("place", f"must be one that Orbax can write to, but {place} failed: {error}.") from error
 
 
 @contextmanager
 def _reading(place: str) -> Iterator[None]:
-    """Calls damaged what Orbax, TensorStore and object stores refuse to read, each in exceptions of its own."""
+    """Calls damaged what cannot be read, which Orbax and object stores say in exceptions of their own."""
     try:
         yield
-    except ImportError as error:
+    except ImportError as error:  # of what an object store needs beside Orbax
         raise InputError("place", f"must be one that Orbax can read, but {place} failed: {error}.") from error
     except Exception as error:
         says = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0]
