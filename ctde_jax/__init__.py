@@ -6,7 +6,7 @@ To read the package top to bottom, follow the walk:
            -> mup -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient -> guard -> round
            -> hlo -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks -> run_folder -> log
            -> meter -> checkpoint -> resume -> stop -> run -> trained -> loop -> report -> targets -> wire
-           -> stopwatch -> profile -> supervisor -> train -> verify
+           -> stopwatch -> profile -> supervisor -> train -> verify -> object_store
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """

@@ -13,9 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,12 @@ _OWN = ("format", "versions", "tensors")
 Tensors = dict[str, np.ndarray]
 Facts = dict[str, Any]
 """What a run needs to know beside its arrays, as JSON can write it."""
+
+MEASURED = "measured"
+"""The fact that says what an evaluation has measured of a checkpoint; None where there was none."""
+
+Choose = Callable[[Sequence[Facts]], int | None]
+"""Returns the place of the best among what was measured, of equal ones the first; None where there is none."""
 
 
 class Damaged(Exception):
@@ -92,7 +98,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
             "format": FORMAT,
             **facts,
             "versions": {name: version(name) for name in ("ctde_jax", "jax", "flax", "optax", "numpy")},
-            "tensors": {name: _describe(tensor) for name, tensor in sorted(tensors.items())},
+            "tensors": {name: describe(tensor) for name, tensor in sorted(tensors.items())},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.copymode(partial / MANIFEST, partial / TENSORS)  # which safetensors makes the owner's alone
@@ -117,21 +123,41 @@ def read(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise Damaged(f"{path} is no folder")
-    try:
+    with _reading(path):
         if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
-        manifest = _parsed(path)
+        facts, _ = parse((path / MANIFEST).read_bytes(), path)
         with safe_open(path / TENSORS, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
-    except OSError as error:
-        raise InputError("run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise Damaged(f"{path}: {SUMS} is no text any more") from error
-    except SafetensorError as error:
-        raise Damaged(f"{path}: {TENSORS} is malformed ({error})") from error
-    return Checkpoint(path, tensors, {name: fact for name, fact in manifest.items() if name not in _OWN})
+    return Checkpoint(path, tensors, facts)
+
+
+def parse(manifest: bytes, place: Path | str) -> tuple[Facts, dict[str, Facts]]:
+    """Returns what a manifest says that is found at this place: the facts, and what each tensor is.
+
+    Raises:
+        Damaged: It is no manifest.
+        InputError: It was written by a newer version of this library.
+    """
+    try:
+        says = json.loads(manifest)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{place}: {MANIFEST} is no JSON ({error})") from error
+    if not isinstance(says, dict) or not isinstance(says.get("format"), int):
+        raise Damaged(f"{place}: {MANIFEST} is none of a checkpoint")
+    if says["format"] > FORMAT:
+        raise InputError(
+            "run_dir",
+            f"holds the checkpoint {place} of format {says['format']}, and this version reads up to {FORMAT}; "
+            "install a newer ctde_jax.",
+        )
+    return {name: fact for name, fact in says.items() if name not in _OWN}, says.get("tensors", {})
+
+
+def describe(tensor: np.ndarray) -> Facts:
+    """Says of a tensor what a manifest does: its shape, its type, and the SHA-256 of its bits."""
+    digest = sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -155,10 +181,10 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
 
 
 class Saver:
-    """Writes checkpoints in a thread, one after another, and keeps the newest. Made by `open_saver`."""
+    """Writes checkpoints in a thread, one after another; keeps the newest, and the best. Made by `open_saver`."""
 
-    def __init__(self, folder: Path, keep: int, beside: Path, thread: ThreadPoolExecutor):
-        self._folder, self._keep, self._beside, self._thread = folder, keep, beside, thread
+    def __init__(self, folder: Path, keep: int, choose: Choose | None, beside: Path, thread: ThreadPoolExecutor):
+        self._folder, self._keep, self._choose, self._beside, self._thread = folder, keep, choose, beside, thread
         self._last: Future[None] | None = None
 
     def save(self, step: int, tensors: Tensors, facts: Facts) -> None:
@@ -183,20 +209,37 @@ class Saver:
             last, self._last = self._last, None
             last.result()
 
+    @property
+    def best(self) -> Path | None:
+        """The best of the checkpoints that are there, where the best stays."""
+        self.wait()
+        return self._best(steps(self._folder))
+
     def _write(self, step: int, tensors: Tensors, facts: Facts) -> None:
         with writing_to(self._folder):
             if self._beside.exists():
                 bring_to_disk(self._beside)  # a checkpoint counts its lines
             write(path_of(self._folder, step), tensors, facts)
             there = steps(self._folder)
-            kept = [number for number in there if number <= step][: self._keep]
-            for number in set(there) - set(kept):  # also those that a damaged newer one has left behind
+            past = [number for number in there if number <= step]
+            kept = {path_of(self._folder, number) for number in past[: self._keep]} | {self._best(past)}
+            for number in there:  # also those that a damaged newer one has left behind
                 old = path_of(self._folder, number)
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
+                if old not in kept:
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
+
+    def _best(self, among: Sequence[int]) -> Path | None:
+        """Names the best of these checkpoints, by what their manifests say was measured; of equal ones the oldest."""
+        if self._choose is None:
+            return None
+        paths = [path_of(self._folder, number) for number in sorted(among)]
+        measured = [(path, row) for path in paths if (row := _measured(path)) is not None]
+        place = self._choose([row for _, row in measured])
+        return None if place is None else measured[place][0]
 
 
 @contextmanager
-def open_saver(folder: Path, keep: int, beside: Path) -> Iterator[Saver]:
+def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> Iterator[Saver]:
     """Opens the thread that writes checkpoints, and waits for its last one.
 
     What a killed process has left half-written is removed; so the folder must be this process's own.
@@ -204,6 +247,7 @@ def open_saver(folder: Path, keep: int, beside: Path) -> Iterator[Saver]:
     Args:
         folder: Of the checkpoints.
         keep: How many of the newest stay.
+        choose: Which one stays beside them as the best, by what was measured of each; None where none does.
         beside: A file that is brought to the disk before each of them.
     """
     with writing_to(folder):
@@ -211,7 +255,7 @@ def open_saver(folder: Path, keep: int, beside: Path) -> Iterator[Saver]:
         for left in folder.glob(".step-*") if folder.is_dir() else ():
             shutil.rmtree(left)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
-        saver = Saver(folder, keep, beside, thread)
+        saver = Saver(folder, keep, choose, beside, thread)
         yield saver
         saver.wait()
 
@@ -241,37 +285,36 @@ def _check_room(folder: Path, size: int) -> None:
         raise OSError(None, f"a checkpoint takes {size:,} bytes, and {free:,} are free")
 
 
-def _parsed(path: Path) -> Facts:
-    """Returns what the manifest says, where it is one that this version can read."""
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Says of a file that is missing or malformed that the checkpoint is damaged."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: {MANIFEST} is no JSON ({error})") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
-        raise Damaged(f"{path}: {MANIFEST} is none of a checkpoint")
-    if manifest["format"] > FORMAT:
-        raise InputError(
-            "run_dir",
-            f"holds the checkpoint {path} of format {manifest['format']}, and this version reads up to {FORMAT}; "
-            "install a newer ctde_jax.",
-        )
-    return manifest
+        yield
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
+    except OSError as error:
+        raise InputError("run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path}: {SUMS} is no text any more") from error
+    except SafetensorError as error:
+        raise Damaged(f"{path}: {TENSORS} is malformed ({error})") from error
+
+
+def _measured(path: Path) -> Facts | None:
+    """Returns what was measured of a checkpoint, where something was and its manifest is intact."""
+    with suppress(Damaged), _reading(path):
+        if _sum(path, MANIFEST) in (path / SUMS).read_text(encoding="utf-8").splitlines():
+            return parse((path / MANIFEST).read_bytes(), path)[0].get(MEASURED)
+    return None
 
 
 def _sums(path: Path) -> str:
-    lines = []
-    for name in (TENSORS, MANIFEST):
-        with (path / name).open("rb") as file:
-            lines.append(f"{file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return "".join(lines)
+    return "".join(f"{_sum(path, name)}\n" for name in (TENSORS, MANIFEST))
 
 
-def _describe(tensor: np.ndarray) -> Facts:
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": _digest(tensor)}
-
-
-def _digest(tensor: np.ndarray) -> str:
-    return sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
+def _sum(path: Path, name: str) -> str:
+    with (path / name).open("rb") as file:
+        return f"{file_digest(file, 'sha256').hexdigest()}  {name}"
 
 
 def _find_damage(path: Path) -> str:
@@ -281,10 +324,10 @@ def _find_damage(path: Path) -> str:
         return f"{MANIFEST}, or what {SUMS} says of it,"
     if found[0] in said:
         return SUMS
-    described = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tensors"]
+    _, described = parse((path / MANIFEST).read_bytes(), path)
     try:
         with safe_open(path / TENSORS, framework="numpy") as file:
-            tensors = [name for name in described if _describe(file.get_tensor(name)) != described[name]]
+            tensors = [name for name in described if describe(file.get_tensor(name)) != described[name]]
     except SafetensorError:
         return f"the header or the length of {TENSORS}"
     if not tensors:

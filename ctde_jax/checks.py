@@ -10,7 +10,7 @@ from ctde_jax import state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Dataset
-from ctde_jax.errors import InputError, check_at_least, check_seed
+from ctde_jax.errors import InputError, check_at_least, check_known, check_seed
 from ctde_jax.gradient import SHARDS
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.replica import PyTree
@@ -33,6 +33,7 @@ def check_run(
     patience: int | None,
     eval_every: int | None,
     log_every: int,
+    keep_best: str | None,
 ) -> None:
     """Raises InputError for arguments of `fit` that break a rule, before anything is computed or written."""
     check_types(task=task)
@@ -49,6 +50,8 @@ def check_run(
         raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
     if patience is not None and data.validation is None:
         raise InputError("patience", "needs data with a validation split (hold_out, or --validation-share).")
+    if keep_best is not None:
+        check_known("keep_best", keep_best, task.names)
 
     model, inputs = with_raw_inputs(model, data.shift, data.scale), data.train.inputs[:1]
     key = jax.eval_shape(jax.random.key, 0)

@@ -295,6 +295,11 @@ class Run:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
 
+    keep_best: Name = None
+    """The loss, or the metric such as accuracy, whose best checkpoint stays beside the newest, as measured on the
+    validation split or else the test split; whatever is the best so far is saved at once; by default only the newest
+    stay."""
+
     eval_every: Count = None
     """Optimizer steps between two evaluations, which wait for the end of a round; by default an epoch."""
 
@@ -396,6 +401,7 @@ _DECIDE_NOTHING = (
     "epochs",
     "save_every",
     "keep_checkpoints",
+    "keep_best",
     "prompt",
     "sample_length",
 )

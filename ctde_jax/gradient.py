@@ -113,9 +113,8 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None = None
             return lax.optimization_barrier((grads, new_model_state, sums))
 
         center = (params, model_state)
-        if jax.tree.leaves(model_state):  # which must not be synchronized over the axis
-            of_shard = _alone(of_shard)
-        grads, states, sums = _of_all_shards(_one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0)))
+        compute = _alone(of_shard) if jax.tree.leaves(model_state) else of_shard  # alone, nothing is synchronized
+        grads, states, sums = _of_all_shards(_one_after_another(compute, (examples, numbers), jnp.any(indices >= 0)))
         weights, sums = sums["examples"], jax.tree.map(_sum_in_order, sums)
         total = jnp.maximum(sums["examples"], 1)
 

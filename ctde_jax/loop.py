@@ -87,6 +87,7 @@ def fit(
     branch_from: Path | str | None = None,
     save_every: int | None = None,
     keep_checkpoints: int = 2,
+    keep_best: str | None = None,
     options: Mapping[str, Any] = {},
     show: bool = True,
     describe: Callable[[PyTree, PyTree], str] | None = None,
@@ -133,6 +134,8 @@ def fit(
         save_every: At most so many steps, or a round where that is longer, lie between two checkpoints; by default
             those of about a minute. The last step always has one.
         keep_checkpoints: How many of the newest stay.
+        keep_best: The loss, or the name of the metric, whose best checkpoint stays beside them, as measured on the
+            validation split or else the test split. Whatever is the best so far is saved at once.
         options: What else decides the numbers of the run, by name; it only goes on where that is the same.
         show: Whether to show progress.
         describe: What to print of the parameters and model state (numpy arrays) at every evaluation, such as a text
@@ -170,11 +173,14 @@ def fit(
         patience=patience,
         eval_every=eval_every,
         log_every=log_every,
+        keep_best=keep_best,
     )
     check_at_least(1, save_every=save_every, keep_checkpoints=keep_checkpoints)
     check_known("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
     if branch_from is not None and run_dir is None:
         raise InputError("branch_from", "needs a run_dir, the folder of the new run.")
+    if keep_best is not None and run_dir is None:
+        raise InputError("keep_best", "needs a run_dir, where checkpoints are kept.")
     if on_nonfinite == "rollback":
         optimizer = shrunk(optimizer)
         if run_dir is None:
@@ -202,6 +208,7 @@ def fit(
             "eval_every": eval_every,
             "log_every": log_every,
             "save_every": save_every if row_steps < log_every or on_nonfinite == "rollback" else None,
+            "keep_best": keep_best if on_nonfinite == "rollback" else None,
         }
     )
     hosts.compare({**told, **hosts.platform()})
@@ -264,6 +271,7 @@ def fit(
         screen.print(f"wire       {says}")
         clock.lap("compile")
 
+        choose = None if keep_best is None else partial(task.best, keep_best)
         meter = Meter(batches.steps_per_epoch, task, save_every, on_nonfinite == "skip", position)
         kept = 0 if found is None or is_branch else found.facts["rows"]
         left = [phase.after(position.gone_through) for phase in phases]
@@ -273,12 +281,25 @@ def fit(
             feed([span for spans in left for span in spans]) as pieces,
             nullcontext()
             if folder is None or not is_first
-            else open_saver(folder / CHECKPOINTS, keep_checkpoints, folder / METRICS) as saver,
+            else open_saver(folder / CHECKPOINTS, keep_checkpoints, choose, folder / METRICS) as saver,
         ):
             facts = {"replicas": len(devices), "options": told}
-            saves, describe = folder is not None, describe if is_first else None
-            run = Run(train_state, key, meter, best, log, saves, saver, facts, stop, evaluate, reestimate, describe)
-            if saves and (found is None or is_branch):
+            run = Run(
+                train_state,
+                key,
+                meter,
+                best,
+                log,
+                folder is not None,
+                saver,
+                facts,
+                stop,
+                evaluate,
+                reestimate,
+                describe if is_first else None,
+                choose,
+            )
+            if folder is not None and (found is None or is_branch):
                 run.save()
                 run.wait()  # no row stands in a folder that has no checkpoint
             make_center = phases[0].make_center(devices)
@@ -297,12 +318,14 @@ def fit(
                     clock.lap("train")
                     if meter.is_at_end:
                         run.evaluate(make_center)
-                        if stop or best.is_over or span.stop == total_steps or meter.is_save_due():
+                        if stop or best.is_over or span.stop == total_steps or meter.is_save_due() or run.is_best:
                             run.save()
                     else:
                         run.save()
                     clock.lap("evaluate")
             run.wait()
+            if saver is not None and saver.best is not None:
+                log.say(f"best       {saver.best}, by {keep_best}")
             is_whole = meter.position.gone_through == total_steps or best.is_over
             if stop.is_preemption and folder is not None and not is_whole:
                 raise Preempted(meter.position.step, folder)

@@ -107,6 +107,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
         patience=chosen.patience,
         eval_every=config.run.eval_every,
         log_every=config.run.log_every,
+        keep_best=config.run.keep_best,
     )
     if trace is not None:
         _make_trace_folder(trace)

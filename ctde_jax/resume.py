@@ -42,7 +42,7 @@ def find(folder: Path, resume: bool, branch_from: Path | None, options: Options,
     if found is None:
         check_new(folder)
         return None if branch_from is None else _branch(branch_from, options, say)
-    _check_facts(found, "run_dir")
+    check_facts(found, "run_dir")
     different = _differences(found.facts["options"], options)
     if different:
         raise InputError(
@@ -98,7 +98,7 @@ def _branch(path: Path, options: Options, say: Say) -> Checkpoint:
         found = read(path)
     except Damaged as error:
         raise InputError("branch_from", f"must name the folder of an intact checkpoint, but {error}.") from error
-    _check_facts(found, "branch_from")
+    check_facts(found, "branch_from")
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
         raise InputError("steps", f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}.")
@@ -107,7 +107,8 @@ def _branch(path: Path, options: Options, say: Say) -> Checkpoint:
     return found
 
 
-def _check_facts(found: Checkpoint, option: str) -> None:
+def check_facts(found: Checkpoint, option: str) -> None:
+    """Raises InputError for a checkpoint that does not say what a run needs to go on."""
     kinds = {"position": dict, "rows": int, "replicas": int, "options": dict}
     for name, kind in kinds.items():
         if not isinstance(found.facts.get(name), kind):

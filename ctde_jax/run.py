@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ctde_jax import guard, state
-from ctde_jax.checkpoint import Checkpoint, Saver, Tensors
+from ctde_jax.checkpoint import MEASURED, Checkpoint, Choose, Saver, Tensors
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.evaluate import Averages
 from ctde_jax.feed import Piece
@@ -96,10 +96,13 @@ class Run:
     facts: Mapping[str, Any]
     stop: Stop
     averages: Mapping[str, Callable[[PyTree, PyTree], Averages]]
-    """By split."""
+    """By split, validation first where there is one."""
 
     reestimate: Callable[[PyTree, PyTree], PyTree]
     describe: Callable[[PyTree, PyTree], str] | None
+    choose: Choose | None
+    """Which of all evaluations is the best, where its checkpoint stays."""
+
     center: tuple[PyTree, PyTree] | None = None
     """The central parameters and model state that were evaluated last."""
 
@@ -143,9 +146,16 @@ class Run:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the log has the test averages of the parameters as they are, and these are at hand."""
-        tested = next((row["step"] for row in reversed(self.log.rows) if row["split"] == "test"), None)
-        return self.center is not None and tested == self.meter.position.step
+        """Whether the log has the averages of the parameters as they are, and these are at hand."""
+        return self.center is not None and self._measured is not None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether no evaluation before the last was as good, where the best checkpoint stays."""
+        if self.choose is None:
+            return False
+        judged = [row for row in self.log.rows if row["split"] == self._judge]
+        return self.choose(judged) == len(judged) - 1
 
     def evaluate(self, make_center: Callable[[PyTree], PyTree]) -> None:
         """Averages over the splits what the replicas agree on, and logs it, where the log does not have it yet."""
@@ -173,6 +183,7 @@ class Run:
         if not all(np.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("params/")):
             raise NonFiniteLoss(self.meter.position.step)
         facts = {"position": self.meter.position._asdict(), "rows": len(self.log.rows), "best": self.best.facts}
+        facts[MEASURED] = self._measured
         if self.saver is not None:
             self.saver.save(self.meter.position.gone_through, {**tensors, **self.best.tensors}, {**facts, **self.facts})
         self.meter.saved()
@@ -181,6 +192,17 @@ class Run:
         """Waits for the checkpoint that is being written; raises InputError where it could not be."""
         if self.saver is not None:
             self.saver.wait()
+
+    @property
+    def _judge(self) -> str:
+        """The split by which the best is told: validation, or where there is none, test."""
+        return next(iter(self.averages))
+
+    @property
+    def _measured(self) -> Row | None:
+        """What the log has of the parameters as they are on that split."""
+        last = next((row for row in reversed(self.log.rows) if row["split"] == self._judge), None)
+        return None if last is None or last["step"] != self.meter.position.step else last
 
     def _read(self, dispatch: _Dispatch, shared: Sequence[str]) -> None:
         guard.check(jax.device_get(dispatch.digests), shared, dispatch.since, dispatch.until)

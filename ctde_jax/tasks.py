@@ -3,9 +3,9 @@
 Averages are made of these by whoever counts the examples, so they are right for any split into batches and devices.
 """
 
-from collections.abc import Callable, Mapping
-from math import exp, log
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import exp, isnan, log, nan
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -37,15 +37,22 @@ class Task(NamedTuple):
     predicts: Literal["anything", "classes", "tokens"] = "anything"
     """What outputs the model must have: `[examples, classes]`, `[examples, length, vocabulary]`, or any."""
 
+    lower_is_better: Collection[str] = ()
+    """The metrics of which less is better, as of the loss and its functions; of the others more is better."""
+
     def measure(self, outputs: PyTree, labels: jax.Array) -> dict[str, jax.Array]:
         """Returns the loss and every metric by name, `float32[examples]` each.
 
         Raises:
-            InputError: One of them is not one number for each example, or a metric bears a name of the history's own.
+            InputError: One of them is not one number for each example, a metric bears a name of the history's own, or
+                less is better of a metric that there is not.
         """
         taken = {"loss", *RESERVED} & {*self.metrics, *self.of_the_loss}
         if taken:
             raise InputError("task", f"must not call a metric {' or '.join(sorted(taken))}; rename it.")
+        unknown = {*self.lower_is_better} - {*self.metrics}
+        if unknown:
+            raise InputError("task", f"must say lower_is_better of its metrics only, got {', '.join(sorted(unknown))}.")
         functions = {"loss": self.loss, **self.metrics}
         return {name: _per_example(name, function, outputs, labels) for name, function in functions.items()}
 
@@ -54,6 +61,21 @@ class Task(NamedTuple):
         if self.objective is None:
             return measured["loss"]
         return _per_example("objective", self.objective, outputs, labels)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is reported: the loss, the metrics, and what is a function of the loss."""
+        return ("loss", *self.metrics, *self.of_the_loss)
+
+    def best(self, name: str, rows: Sequence[Mapping[str, Any]]) -> int | None:
+        """Returns the place of the row that is best by the loss or a metric, of equal ones the first.
+
+        A row in which it is NaN, or missing, is never best; returns None where there is no other.
+        """
+        values = [row.get(name, nan) for row in rows]
+        places = [place for place, value in enumerate(values) if not isnan(value)]
+        first = max if name in self.metrics and name not in self.lower_is_better else min
+        return first(places, key=values.__getitem__, default=None)
 
     def averages(self, sums: Mapping[str, float], examples: float) -> dict[str, float]:
         """Returns the averages of sums over so many examples, and what is a function of the loss."""

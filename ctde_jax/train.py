@@ -106,6 +106,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "patience": chosen.patience,
         "eval_every": config.run.eval_every,
         "log_every": config.run.log_every,
+        "keep_best": config.run.keep_best,
     }
     ctde.checks.check_run(model, data, strategy, task, len(devices), **habits)
     deciding = options.deciding(config)

@@ -1,11 +1,12 @@
 """The command `python -m ctde_jax.verify`: what this library promises, proved on the user's own machine.
 
     python -m ctde_jax.verify resume               # a run that is killed again and again ends with the same bits
+    python -m ctde_jax.verify exact                # 1, 2, 4 and 8 devices train to the same bits
     python -m ctde_jax.verify replicas             # all devices hold the same after every dispatch
     python -m ctde_jax.verify eval                 # every test example counts once
     python -m ctde_jax.verify checkpoint FOLDER    # every bit of a run's checkpoints is as it was written
 
-The first three take the options of a run.
+The first four take the options of a run.
 """
 
 import json
@@ -35,7 +36,7 @@ KILLS = 5
 
 def main(arguments: Sequence[str]) -> int:
     """Proves what the first argument names; returns the exit status, 1 where it does not hold, 2 for a mistake."""
-    proofs = {"resume": _resume, "replicas": _replicas, "eval": _eval, "checkpoint": _checkpoint}
+    proofs = {"resume": _resume, "exact": _exact, "replicas": _replicas, "eval": _eval, "checkpoint": _checkpoint}
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
@@ -84,16 +85,32 @@ def _resume(arguments: Sequence[str]) -> Verdict:
             screen.print(f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}")
         with screen.status("training to the end"):
             _end([*command, str(killed)])
-        one, other = _newest(whole), _newest(killed)
-        wrong = [
-            name
-            for name in one.tensors
-            if one.tensors[name].tobytes() != other.tensors.get(name, np.zeros(0)).tobytes()
-        ]
+        one, wrong = _newest(whole), _differing(whole, killed)
         rows = [_rows(whole), _rows(killed)]
     differences = [f"the bits of {name} differ" for name in wrong]
     differences += [] if rows[0] == rows[1] else [f"the rows of {METRICS} differ"]
     return differences, f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has killed"
+
+
+def _exact(arguments: Sequence[str]) -> Verdict:
+    """Runs the command of a run with `--exact` on 1, 2, 4 and 8 devices, or as many as there are."""
+    arguments = ["--exact", *(word for word in arguments if word != "--exact")]
+    if _parse(arguments).aggregation.devices is not None:
+        raise InputError("devices", "must be left out, as their number is what changes.")
+    here = available.start()
+    counts = [count for count in (1, 2, 4, 8) if here[0].platform == "cpu" or count <= len(here)]
+    screen, wrong = console(), []
+    with TemporaryDirectory() as folder:
+        folders = {count: Path(folder) / str(count) for count in counts}
+        for count, own in folders.items():
+            with screen.status(f"training on {count}"):
+                command = [sys.executable, "-m", "ctde_jax.train", *arguments]
+                _end([*command, "--devices", str(count), "--run-dir", str(own)])
+            differing = _differing(folders[1], own)
+            screen.print(f"{count} devices: {len(differing)} tensors differ from those of one")
+            wrong += [f"the bits of {name} differ on {count} devices" for name in differing]
+        tensors = len(_newest(folders[1]).tensors)
+    return wrong, f"all {tensors} tensors are the same on {', '.join(map(str, counts))} devices"
 
 
 def _replicas(arguments: Sequence[str]) -> Verdict:
@@ -175,6 +192,16 @@ def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
 
 def _newest(folder: Path) -> Checkpoint:
     return checkpoint.read(checkpoint.newest(folder / CHECKPOINTS))
+
+
+def _differing(one: Path, other: Path) -> list[str]:
+    """Names the tensors of which two runs have not the same bits."""
+    those = _newest(other).tensors
+    return [
+        name
+        for name, tensor in _newest(one).tensors.items()
+        if tensor.tobytes() != those.get(name, np.zeros(0)).tobytes()
+    ]
 
 
 def _rows(folder: Path) -> list[Row]:

@@ -37,6 +37,7 @@ WALK = [
     ),
     *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "checkpoint", "resume", "stop"),
     *("run", "trained", "loop", "report", "targets", "wire", "stopwatch", "profile", "supervisor", "train", "verify"),
+    "object_store",
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

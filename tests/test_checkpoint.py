@@ -206,23 +206,66 @@ def test_newer_ones_that_were_given_up_are_removed(tmp_path):
     """A run that has gone back to step 3 saves step 4, and step 9 is no part of it any more."""
     checkpoint.write(path_of(tmp_path, 9), ARRAYS, {})
     checkpoint.write(path_of(tmp_path, 3), ARRAYS, {})
-    with open_saver(tmp_path, 2, tmp_path / "metrics.jsonl") as saver:
+    with open_saver(tmp_path, 2, None, tmp_path / "metrics.jsonl") as saver:
         saver.save(4, ARRAYS, {})
     assert names(tmp_path) == {"step-00000003", "step-00000004"}
 
 
 def test_saver_keeps_the_newest_and_removes_what_a_killed_one_left(tmp_path):
     (tmp_path / ".step-00000003.partial").mkdir()
-    with open_saver(tmp_path, 2, tmp_path / "metrics.jsonl") as saver:
+    with open_saver(tmp_path, 2, None, tmp_path / "metrics.jsonl") as saver:
         for step in (1, 2, 3, 4):
             saver.save(step, ARRAYS, {})
     assert names(tmp_path) == {"step-00000003", "step-00000004"}
 
 
+def largest(measured) -> int | None:
+    return max(range(len(measured)), key=lambda place: measured[place]["x"], default=None)
+
+
+def save(folder, values: dict[int, float | None], keep: int = 2):
+    """Saves these steps, of which this was measured."""
+    with open_saver(folder, keep, largest, folder / "metrics.jsonl") as saver:
+        for step, value in values.items():
+            saver.save(step, ARRAYS, {"measured": None if value is None else {"x": value}})
+        return saver.best
+
+
+def test_best_stays_beside_the_newest(tmp_path):
+    best = save(tmp_path, {1: 0.3, 2: 0.9, 3: 0.5, 4: None, 5: 0.9, 6: 0.1, 7: None})
+    assert best == path_of(tmp_path, 2)
+    assert names(tmp_path) == {"step-00000002", "step-00000006", "step-00000007"}
+    assert save(tmp_path, {8: 0.91, 9: 0.2}) == path_of(tmp_path, 8)
+    assert names(tmp_path) == {"step-00000008", "step-00000009"}
+
+
+def test_there_may_be_no_best(tmp_path):
+    assert save(tmp_path, {1: None, 2: None, 3: None}) is None
+    assert names(tmp_path) == {"step-00000002", "step-00000003"}
+
+
+def test_best_is_none_of_those_that_were_given_up(tmp_path):
+    save(tmp_path, {3: 0.3, 9: 0.9})
+    assert save(tmp_path, {4: 0.4}) == path_of(tmp_path, 4)
+    assert names(tmp_path) == {"step-00000003", "step-00000004"}
+
+
+@pytest.mark.parametrize("loss", [MANIFEST, SUMS, "all"])
+def test_where_the_best_is_lost_the_best_of_the_others_stays(tmp_path, loss):
+    best = save(tmp_path, {1: 0.9, 2: 0.3, 3: 0.2})
+    assert best == path_of(tmp_path, 1)
+    if loss == "all":
+        checkpoint.shutil.rmtree(best)
+    else:
+        (best / loss).write_bytes(b"\xff" + (best / loss).read_bytes()[1:])
+    assert save(tmp_path, {4: 0.1, 5: 0.1}) == path_of(tmp_path, 2)
+    assert names(tmp_path) == {"step-00000002", "step-00000004", "step-00000005"}
+
+
 @pytest.mark.parametrize("fault", ["blocked", "vanished"])
 def test_fault_of_the_thread_is_raised_at_the_next_step(tmp_path, fault):
     folder = tmp_path / "run" / "checkpoints"
-    with open_saver(folder, 2, tmp_path / "metrics.jsonl") as saver:
+    with open_saver(folder, 2, None, tmp_path / "metrics.jsonl") as saver:
         saver.save(1, ARRAYS, {})
         saver.wait()
         if fault == "vanished":

@@ -42,7 +42,13 @@ def test_other_commands_run(tmp_path):
     (tmp_path / "mine.txt").write_text(README[:6000])
     commands = [block.strip() for block in blocks(README, "bash") if block.startswith("python -m ctde_jax")]
     assert commands
-    says = {"train": "test accuracy", "wire": "a round", "profile": "speed-up", "verify": "holds:"}
+    says = {
+        "train": "test accuracy",
+        "wire": "a round",
+        "profile": "speed-up",
+        "verify": "holds:",
+        "object_store": "got",
+    }
     for command in commands:
         name = re.search(r"ctde_jax\.(\w+)", command)[1]
         assert says[name] in in_shell(command, tmp_path)

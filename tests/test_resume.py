@@ -141,6 +141,60 @@ def test_patience_goes_on(small, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
 
+THERE_AND_BACK = {"optimizer": optax.adam(lambda step: 0.2 - 0.3 * (step >= 20)), "eval_every": 4, "save_every": 12}
+"""A run that goes uphill after step 20."""
+
+
+@pytest.mark.parametrize(("name", "first"), [("loss", min), ("accuracy", max)])
+def test_best_checkpoint_stays_and_killing_the_run_does_not_change_which(name, first, small, tmp_path, monkeypatch):
+    run = partial(fit, data.hold_out(small, 0.2, 0), **THERE_AND_BACK, keep_best=name)
+    whole = run(tmp_path / "whole")
+    validated = [row for row in whole.history if row["split"] == "validation"]
+    best = first(validated, key=lambda row: row[name])
+    assert [40, best["step"]] == checkpoint.steps(tmp_path / "whole" / "checkpoints")[::2]
+    kept = checkpoint.read(checkpoint.path_of(tmp_path / "whole" / "checkpoints", best["step"]))
+    assert kept.facts["measured"] == best
+
+    for lines in (3, 14, len(whole.history) - 2):
+        killed_after(monkeypatch, lines, partial(run, tmp_path / "killed"))
+    run(tmp_path / "killed")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert tensors(tmp_path / "killed") == tensors(tmp_path / "whole")
+    again = checkpoint.read(checkpoint.path_of(tmp_path / "killed" / "checkpoints", best["step"]))
+    jax.tree.map(np.testing.assert_array_equal, again.tensors, kept.tensors)
+
+
+def test_keeping_the_best_changes_no_row_and_may_begin_in_the_middle(small, tmp_path, monkeypatch, capsys):
+    whole = fit(small, tmp_path / "whole", **THERE_AND_BACK)
+    killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed", **THERE_AND_BACK))
+    again = fit(small, tmp_path / "killed", **THERE_AND_BACK, keep_best="accuracy", show=True)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert again.tested == whole.tested
+    assert f"best       {tmp_path / 'killed' / 'checkpoints' / 'step-'}" in capsys.readouterr().out
+
+
+def test_branch_off_the_best_has_its_parameters(small, tmp_path):
+    run = partial(fit, small, **THERE_AND_BACK | {"keep_best": "accuracy"})
+    trunk = run(tmp_path / "trunk")
+    step = checkpoint.steps(tmp_path / "trunk" / "checkpoints")[-1]
+    branch = run(
+        tmp_path / "branch",
+        branch_from=checkpoint.path_of(tmp_path / "trunk" / "checkpoints", step),
+        optimizer=optax.adam(lambda step: 0.0),
+        steps=step + 4,
+    )
+    tested = {row["step"]: row["accuracy"] for row in trunk.history if row["split"] == "test"}
+    assert branch.tested["accuracy"] == tested[step] == max(tested.values())
+
+
+def test_best_by_an_unknown_metric_is_refused_before_anything_is_written(small, tmp_path):
+    with pytest.raises(ctde.InputError, match="keep_best must be one of loss, accuracy, got 'acuracy'; did you mean"):
+        fit(small, tmp_path / "run", keep_best="acuracy")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ctde.InputError, match="keep_best needs a run_dir"):
+        fit(small, None, save_every=None, keep_best="loss")
+
+
 def test_batches_that_come_one_after_another_go_on(small, tmp_path, monkeypatch):
     """They are drawn again up to the place."""
     x, y = small.train
@@ -343,6 +397,11 @@ def test_options_may_be_numbers_of_numpy_and_paths(small, tmp_path):
             "partition 4 parts, on their devices there and 4 parts, clients here",
         ),
         ({"save_every": 2}, {"save_every": 3}, "save_every 2 there and 3 here"),
+        (
+            {"on_nonfinite": "rollback", "keep_best": "loss"},
+            {"on_nonfinite": "rollback"},
+            "keep_best loss there and None here",
+        ),
     ],
 )
 def test_what_would_change_the_numbers_is_refused(small, tmp_path, before, after, sentence):

@@ -43,9 +43,27 @@ def test_smoothing_by_nothing_is_the_task_itself():
     [
         (tasks.Task(lambda outputs, labels: jnp.mean(outputs)), "must give one loss for each example"),
         (tasks.Task(tasks.cross_entropy, {"step": tasks.is_correct}), "must not call a metric step; rename it"),
+        (
+            tasks.Task(tasks.cross_entropy, lower_is_better=["mae"]),
+            "must say lower_is_better of its metrics only, got mae",
+        ),
         (tasks.Task(tasks.cross_entropy, of_the_loss={"loss": abs}), "must not call a metric loss; rename it"),
     ],
 )
 def test_wrong_task_is_refused_in_a_sentence(task, sentence):
     with pytest.raises(InputError, match=sentence):
         task.measure(jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("loss", 1), ("perplexity", 1), ("accuracy", 2), ("error", 3), ("lost", None)]
+)
+def test_best_is_the_least_loss_or_the_most_of_a_metric(name, place):
+    task = tasks.language_modeling._replace(
+        metrics={"accuracy": tasks.is_correct, "error": tasks.is_correct}, lower_is_better=["error"]
+    )
+    columns = {"loss": [2, 1, 1, 3], "accuracy": [0.1, np.nan, 0.5, 0.5], "error": [np.nan, 3, 2, 1]}
+    columns |= {"perplexity": np.exp(columns["loss"]), "lost": [np.nan] * 4}
+    assert (
+        task.best(name, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]) == place
+    )

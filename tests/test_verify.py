@@ -65,9 +65,13 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["resum"], "verify must be one of resume, replicas, eval, checkpoint, got 'resum'; did you mean 'resume'?"),
+        (
+            ["resum"],
+            "verify must be one of resume, exact, replicas, eval, checkpoint, got 'resum'; did you mean 'resume'?",
+        ),
         (["checkpoint"], "verify checkpoint wants the folder of a run or of a checkpoint, and nothing else."),
         (["replicas", "--devices", "1"], "--devices must be at least 2 where they are to be compared, got 1."),
+        (["exact", "--devices", "2"], "--devices must be left out, as their number is what changes."),
         (["eval", "--lr", "3"], "--lr is no option"),
         (["resume", "--run-dir", "x"], "--run-dir must be left out"),
         (
@@ -85,3 +89,9 @@ def test_mistakes_are_sentences(arguments, sentence, capsys):
 def test_killed_run_ends_with_the_same_bits(capsys):
     assert verify.main(["resume", *RUN, "--save-every", "5"]) == 0
     assert "tensors and 16 rows are those of the run nobody has killed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bits_on_any_number_of_devices_are_the_same(capsys):
+    assert verify.main(["exact", *(word for word in RUN if word not in ("--devices", "4", "2"))]) == 0
+    assert "tensors are the same on 1, 2, 4, 8 devices" in capsys.readouterr().out

@@ -1,0 +1,172 @@
+"""The same bits on any number of devices, where a strategy asks for them."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_resume import Dropping, killed_after, rows
+
+import ctde_jax as ctde
+from ctde_jax import aggregate, build, checkpoint, config, data, devices, models
+from ctde_jax.errors import InputError
+
+EXACT = ctde.Strategy(reduce=aggregate.IN_ORDER)
+COUNTS = (1, 2, 4, 8)
+
+
+@pytest.fixture
+def small(digits) -> data.Dataset:
+    """Of 300 examples, so that the last batch of an epoch is not full."""
+    return data.from_arrays(
+        digits.train.inputs[:300], digits.train.labels[:300], digits.test.inputs[:40], digits.test.labels[:40]
+    )
+
+
+def sequences(small: data.Dataset) -> data.Dataset:
+    return data.as_sequence(small, "rows")
+
+
+def text(small: data.Dataset, folder: Path) -> data.Dataset:
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and so on. " * 100)
+    return data.from_text(folder / "text.txt", 16, None)
+
+
+def fit(dataset: data.Dataset, folder: Path, count: int, **more) -> ctde.Trained:
+    arguments = {"model": models.mlp([64, 16, 10]), "optimizer": optax.adam(0.01), "batch_size": 32, "steps": 20}
+    arguments |= {"strategy": EXACT, "devices": devices.start(count), "log_every": 4, "run_dir": folder, "show": False}
+    return ctde.fit(data=dataset, **arguments | more)
+
+
+def digest(folder: Path) -> str:
+    """Of parameters, model state and optimizer state."""
+    tensors = checkpoint.read(checkpoint.newest(folder / "checkpoints")).tensors
+    return sha256(b"".join(tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
+
+
+def trained_rows(folder: Path) -> list[dict]:
+    """What training measured; the bytes sent are those of the number of devices."""
+    return [{k: v for k, v in row.items() if k != "bytes_sent"} for row in rows(folder) if row["split"] == "train"]
+
+
+RUNS: dict[str, dict] = {
+    "mlp": {},
+    "random numbers and batch statistics": {"model": models.from_nnx(Dropping)},
+    "average, clipping, left out rounds": {
+        "ema_decay": 0.9,
+        "optimizer": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01)),
+        "on_nonfinite": "skip",
+    },
+    "pictures moved at random": {"augment": ctde.augment.shift(1)},
+    "residual network": {"model": models.resnet((8, 8), 10, (4, 8), 1, "batch", "averaged")},
+    "lstm": {"model": models.rnn_classifier(8, 10, 16, 1, "lstm", 0.1), "dataset": sequences},
+    "transformer": {"dataset": text},
+}
+QUICK = ["mlp", "random numbers and batch statistics"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS])
+def test_bits_are_the_same_on_any_number_of_devices(name, small, tmp_path):
+    more = dict(RUNS[name])
+    make = more.pop("dataset", lambda dataset: dataset)
+    dataset = text(small, tmp_path) if make is text else make(small)
+    if name == "transformer":
+        more["model"] = models.transformer(len(dataset.vocabulary), 16, 16, 2, 2, 0.1)
+    for count in COUNTS:
+        fit(dataset, tmp_path / str(count), count, **more)
+    assert len({digest(tmp_path / str(count)) for count in COUNTS}) == 1
+    assert all(trained_rows(tmp_path / str(count)) == trained_rows(tmp_path / "1") for count in COUNTS)
+
+
+def test_without_it_they_are_not(small, tmp_path):
+    """Or the test above would prove nothing."""
+    for count in COUNTS:
+        fit(small, tmp_path / str(count), count, strategy=ctde.Strategy())
+    assert len({digest(tmp_path / str(count)) for count in COUNTS}) == len(COUNTS)
+
+
+def test_bits_are_the_same_where_a_run_goes_on_with_other_devices(small, tmp_path, monkeypatch):
+    """8 -> 2 -> 4."""
+    run = partial(fit, small, model=models.from_nnx(Dropping), save_every=4)
+    killed_after(monkeypatch, 2, partial(run, tmp_path / "run", 8))
+    killed_after(monkeypatch, 4, partial(run, tmp_path / "run", 2))
+    run(tmp_path / "run", 4)
+    run(tmp_path / "whole", 1)
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    assert trained_rows(tmp_path / "run") == trained_rows(tmp_path / "whole")
+
+
+def test_exact_gradient_is_the_gradient(small, tmp_path):
+    """Of the mean over the batch, to what rounding allows; also of a last batch of 12 examples."""
+    exact = fit(small, tmp_path / "exact", 4, optimizer=optax.sgd(0.1))
+    plain = fit(small, tmp_path / "plain", 4, optimizer=optax.sgd(0.1), strategy=ctde.Strategy())
+    for one, other in zip(jax.tree.leaves(exact.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert [row["examples"] for row in exact.history] == [row["examples"] for row in plain.history]
+
+
+class Synchronized(nnx.Module):
+    """Takes its batch statistics over whatever axes there are."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.last, self.norm = nnx.Linear(64, 10, rngs=rngs), nnx.BatchNorm(64, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.norm(x.reshape(len(x), -1)))
+
+
+def test_statistics_of_a_module_that_synchronizes_them_are_those_of_a_shard(small, tmp_path):
+    model = models.from_nnx(Synchronized, batch_statistics="synchronized")
+    for count in (1, 4):
+        fit(small, tmp_path / str(count), count, model=model)
+    assert digest(tmp_path / "1") == digest(tmp_path / "4")
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"batch_size": 36, "devices": 4}, "batch_size must be a multiple of the 8 shards"),
+        ({"devices": 3, "batch_size": 24}, "devices must divide the 8 shards"),
+        ({"accumulate": 2}, "accumulate must be 1"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(more, sentence, small, tmp_path):
+    more = {**more, "devices": devices.start(more.get("devices", 4))}
+    with pytest.raises(InputError, match=sentence):
+        fit(small, tmp_path / "run", 4, **more)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("other", [["--sync-every", "4"], ["--reduce", "int8"], ["--combine", "median"]])
+def test_option_that_would_do_nothing_beside_it_is_refused(other):
+    with pytest.raises(InputError, match="must be left out with exact"):
+        build.build_strategy(config.parse(["--exact", *other]).aggregation)
+
+
+def test_only_the_gradient_of_every_step_can_be_in_order():
+    with pytest.raises(InputError, match="reduce can be in order for the gradient of every step only"):
+        ctde.Strategy(inner_steps=4, reduce=aggregate.IN_ORDER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [["mlp"], ["resnet", "--norm", "batch"], ["lstm", "--sequence", "rows"]])
+def test_command_has_the_same_bits(model, tmp_path):
+    """As users run it, with XLA's own optimizations."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    for count in COUNTS:
+        folder = ["--run-dir", str(tmp_path / str(count))]
+        command = [sys.executable, "-m", "ctde_jax.train", "--exact", "--epochs", "2", "--devices", str(count)]
+        subprocess.run(
+            [*command, *folder, "--model", *model],
+            env={**environment, "JAX_PLATFORMS": "cpu"},
+            check=True,
+            capture_output=True,
+        )
+    assert len({digest(tmp_path / str(count)) for count in COUNTS}) == 1
