@@ -1,8 +1,8 @@
 """What the same bits on any number of devices cost: steps with `--exact` beside steps without, in turns.
 
-    python benchmarks/exact.py       # three minutes; results/exact.md
+    python benchmarks/exact.py       # two minutes; results/exact.md
 
-Both take the same batches of random pictures, in dispatches of some tenths of a second, in one process. Ratios are those
+Both take the same batches of random pictures, in dispatches of some tenths of a second, in one process. A ratio is that
 of one turn.
 """
 
