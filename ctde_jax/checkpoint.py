@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, on_one_line
 from ctde_jax.run_folder import writing_to
 
 TENSORS, MANIFEST, SUMS = "tensors.safetensors", "manifest.json", "SHA256SUMS"
@@ -43,6 +43,9 @@ Facts = dict[str, Any]
 
 class Damaged(Exception):
     """A checkpoint is not what was written; says which file or which tensors differ."""
+
+    def __init__(self, sentence: str):
+        super().__init__(on_one_line(sentence))
 
 
 class Checkpoint(NamedTuple):
