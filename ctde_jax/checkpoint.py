@@ -125,7 +125,7 @@ def read(path: Path) -> Checkpoint:
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
         manifest = _parsed(path)
         with safe_open(path / TENSORS, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
     except OSError as error:
@@ -261,6 +261,13 @@ def _parsed(path: Path) -> Facts:
     return manifest
 
 
+def _tensor(file: safe_open, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError, ValueError) as error:  # it has a type or a shape that numpy has not
+        raise SafetensorError(str(error)) from error
+
+
 def _sums(path: Path) -> str:
     lines = []
     for name in (TENSORS, MANIFEST):
@@ -284,10 +291,12 @@ def _find_damage(path: Path) -> str:
         return f"{MANIFEST}, or what {SUMS} says of it,"
     if found[0] in said:
         return SUMS
-    described = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["tensors"]
+    described = _parsed(path).get("tensors")
+    if not isinstance(described, dict):
+        return TENSORS
     try:
         with safe_open(path / TENSORS, framework="numpy") as file:
-            tensors = [name for name in described if _describe(file.get_tensor(name)) != described[name]]
+            tensors = [name for name in described if _describe(_tensor(file, name)) != described[name]]
     except SafetensorError:
         return f"the header or the length of {TENSORS}"
     if not tensors:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, TypeAlias
+from typing import IO, Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from rich.filesize import decimal
@@ -285,7 +285,7 @@ def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
             f"has labels such as {quoted(cells[0])} in column {column}, which are measurements and no classes",
             "name the column that holds the classes as the label column",
         )
-    values = cells if words else numbers
+    values: list[Any] = cells if words else numbers
     spelled = dict(zip(reversed(values), reversed(cells), strict=True))  # as it is in the first of its lines
     if len(spelled) < 2:
         raise faulty(path, f"has only the label {quoted(cells[0])} in column {column}", "give at least two classes")
