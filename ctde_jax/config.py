@@ -593,10 +593,25 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
     for value in values:
         if kind in (int, float) and not (optional and value == "None"):
             try:
-                kind(value)
+                number = kind(value)
             except ValueError as error:
                 rule = "a whole number" if kind is int else "a number"
                 raise InputError(option, f"must be {rule}, got {quoted(value)}.") from error
+            if kind is int and abs(number) >= _LARGEST:
+                raise InputError(option, f"must be less than {_LARGEST}, got {quoted(value)}.")
+        if kind is Path and not _can_be_path(value):
+            raise InputError(option, f"must be a path, got {quoted(value)}.")
+
+
+_LARGEST = 2**32
+"""Whole numbers are less, as JAX counts with 32 bits."""
+
+
+def _can_be_path(value: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _option_types() -> dict[str, Any]:

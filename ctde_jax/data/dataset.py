@@ -155,8 +155,8 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
     """
     dataset.check_arrays("validation_share")
     examples = len(dataset.train.inputs)
-    held_out = round(share * examples)
-    if not (0 < share < 1 and 0 < held_out < examples):
+    held_out = round(share * examples) if 0 < share < 1 else 0
+    if not 0 < held_out < examples:
         raise InputError(
             "validation_share",
             f"must leave some of the {examples:,} training examples for training and some for validation, got {share}.",

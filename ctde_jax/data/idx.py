@@ -13,7 +13,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, from_arrays
-from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file
+from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.data.download import content_of, damaged, fetch
 from ctde_jax.data.published import Published
 from ctde_jax.errors import InputError
@@ -125,6 +125,9 @@ def _content(path: Path, dimensions: int) -> bytes:
     blocks = content_of(path)
     read = [next(blocks, b"")]
     shape = _shape(read[0], path, dimensions)
+    size = path.stat().st_size
+    if path.suffix == ".gz" and math.prod(shape) > most_unpacked(size):
+        raise damaged(path, f"takes {decimal(size)}, and the shape {shape} in its header {decimal(math.prod(shape))}")
     got = len(read[0]) - _header_bytes(dimensions)
     while got <= math.prod(shape) and (block := next(blocks, b"")):
         read.append(block)
