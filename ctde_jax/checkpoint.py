@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, on_one_line
 from ctde_jax.run_folder import writing_to
 
 TENSORS, MANIFEST, SUMS = "tensors.safetensors", "manifest.json", "SHA256SUMS"
@@ -49,6 +49,9 @@ Choose = Callable[[Sequence[Facts]], int | None]
 
 class Damaged(Exception):
     """A checkpoint is not what was written; says which file or which tensors differ."""
+
+    def __init__(self, sentence: str):
+        super().__init__(on_one_line(sentence))
 
 
 class Checkpoint(NamedTuple):
@@ -128,7 +131,7 @@ def read(path: Path) -> Checkpoint:
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
         facts, _ = parse((path / MANIFEST).read_bytes(), path)
         with safe_open(path / TENSORS, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
     return Checkpoint(path, tensors, facts)
 
 
@@ -143,7 +146,7 @@ def parse(manifest: bytes, place: Path | str) -> tuple[Facts, dict[str, Facts]]:
         says = json.loads(manifest)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{place}: {MANIFEST} is no JSON ({error})") from error
-    if not isinstance(says, dict) or not isinstance(says.get("format"), int):
+    if not (isinstance(says, dict) and isinstance(says.get("format"), int) and isinstance(says.get("tensors"), dict)):
         raise Damaged(f"{place}: {MANIFEST} is none of a checkpoint")
     if says["format"] > FORMAT:
         raise InputError(
@@ -151,7 +154,7 @@ def parse(manifest: bytes, place: Path | str) -> tuple[Facts, dict[str, Facts]]:
             f"holds the checkpoint {place} of format {says['format']}, and this version reads up to {FORMAT}; "
             "install a newer ctde_jax.",
         )
-    return {name: fact for name, fact in says.items() if name not in _OWN}, says.get("tensors", {})
+    return {name: fact for name, fact in says.items() if name not in _OWN}, says["tensors"]
 
 
 def describe(tensor: np.ndarray) -> Facts:
@@ -308,6 +311,13 @@ def _measured(path: Path) -> Facts | None:
     return None
 
 
+def _tensor(file: safe_open, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError, ValueError) as error:  # it has a type or a shape that numpy has not
+        raise SafetensorError(str(error)) from error
+
+
 def _sums(path: Path) -> str:
     return "".join(f"{_sum(path, name)}\n" for name in (TENSORS, MANIFEST))
 
@@ -327,7 +337,7 @@ def _find_damage(path: Path) -> str:
     _, described = parse((path / MANIFEST).read_bytes(), path)
     try:
         with safe_open(path / TENSORS, framework="numpy") as file:
-            tensors = [name for name in described if describe(file.get_tensor(name)) != described[name]]
+            tensors = [name for name in described if describe(_tensor(file, name)) != described[name]]
     except SafetensorError:
         return f"the header or the length of {TENSORS}"
     if not tensors:

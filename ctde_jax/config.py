@@ -6,7 +6,7 @@ own, so it passes the same checks, and what the user types wins.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from ctde_jax.errors import InputError, check_known, did_you_mean
+from ctde_jax.errors import InputError, check_known, did_you_mean, quoted
 from ctde_jax.presets import MODELS, PRESETS, Preset, as_flag, describe
 
 # The help of an option without a value of its own says in words what happens by default.
@@ -471,11 +471,26 @@ def _load(path: Path) -> dict[str, Any]:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _bad_config(path, f"cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _bad_config(path, f"is no JSON ({error})") from error
     if not isinstance(saved, dict):
         raise _bad_config(path, f"holds a {type(saved).__name__} instead of an object")
+    types = _option_types()
+    for name, value in saved.items():
+        if name not in types:
+            raise _unknown(as_flag(name), map(as_flag, types))
+        if not _is_saved(value, types[name]):
+            raise _bad_config(path, f"has for {name} the value {quoted(value)}, which none of its values is saved as")
     return saved
+
+
+def _is_saved(value: Any, kind: Any) -> bool:
+    """Says whether a JSON value may stand for an option; what it says is checked as if it had been typed."""
+    if value is None:
+        return isinstance(kind, UnionType)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(isinstance(each, (int, float)) for each in value)
+    return isinstance(value, (str, int, float))
 
 
 def _without(options: dict[str, Any], group: type, before: Preset, after: Preset) -> dict[str, Any]:
@@ -489,14 +504,20 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if isinstance(value, bool):
             arguments.append(as_flag(name if value else f"no_{name}"))
+        elif isinstance(value, (list, tuple)):
+            arguments += [as_flag(name), *map(str, value)]
         elif value is not None:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            arguments += [as_flag(name), *map(str, values)]
+            arguments.append(f"{as_flag(name)}={value}")  # a value is one, also where it looks like an option
     return arguments
 
 
 def _bad_config(path: Path, fault: str) -> InputError:
     return InputError("config", f"must name the config.json that a run has left in its folder, but {path} {fault}.")
+
+
+def _unknown(name: str, known: Iterable[str]) -> InputError:
+    suggestion = did_you_mean(name.replace("_", "-"), known)
+    return InputError(quoted(name)[1:-1], f"is no option{suggestion} --help lists them all.")
 
 
 def _check(arguments: Sequence[str]) -> set[str]:
@@ -518,7 +539,7 @@ def _check(arguments: Sequence[str]) -> set[str]:
             break
         option = name.replace("_", "-")
         if option not in types:
-            raise InputError(name, f"is no option{did_you_mean(option, types)} --help lists them all.")
+            raise _unknown(name, types)
         _check_values(option, types[option], values)
     return {name.replace("_", "-") for name, _ in given}
 
@@ -584,10 +605,25 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
     for value in values:
         if kind in (int, float) and not (optional and value == "None"):
             try:
-                kind(value)
+                number = kind(value)
             except ValueError as error:
                 rule = "a whole number" if kind is int else "a number"
-                raise InputError(option, f"must be {rule}, got {value!r}.") from error
+                raise InputError(option, f"must be {rule}, got {quoted(value)}.") from error
+            if kind is int and abs(number) >= _LARGEST:
+                raise InputError(option, f"must be less than {_LARGEST}, got {quoted(value)}.")
+        if kind is Path and not _can_be_path(value):
+            raise InputError(option, f"must be a path, got {quoted(value)}.")
+
+
+_LARGEST = 2**32
+"""Whole numbers are less, as JAX counts with 32 bits."""
+
+
+def _can_be_path(value: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _option_types() -> dict[str, Any]:

@@ -4,6 +4,7 @@ A library user catches these as ordinary exceptions; the command line prints the
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,9 +19,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, option: str, sentence: str):
-        super().__init__(f"{option} {sentence}")
-        self.option = option
-        self.sentence = sentence
+        self.option, self.sentence = on_one_line(option), on_one_line(sentence)
+        super().__init__(f"{self.option} {self.sentence}")
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -78,11 +78,27 @@ class HostLost(RuntimeError):
     """Another host does not come where this one waits for it; says which, and where."""
 
 
+def on_one_line(text: str) -> str:
+    """Escapes what cannot be printed, such as line ends, so that no content of a file breaks a sentence."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def quoted(text: str) -> str:
+    """Quotes what a file or a user has said, without its middle where it is long."""
+    return _QUOTING.repr(text)
+
+
+_QUOTING = reprlib.Repr()
+_QUOTING.maxstring = 100
+
+
 def check_known(option: str, name: str, known: Iterable[str]) -> None:
     """Raises InputError for a name that is not among the known ones, and suggests the nearest of them."""
     names = list(known)
     if name not in names:
-        raise InputError(option, f"must be one of {', '.join(names)}, got {name!r}{did_you_mean(name, names)}")
+        raise InputError(option, f"must be one of {', '.join(names)}, got {quoted(name)}{did_you_mean(name, names)}")
 
 
 def check_at_least(least: int, **options: int | None) -> None:

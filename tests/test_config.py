@@ -118,7 +118,7 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         (["--optimizer=adm"], "did you mean 'adam'?"),
         (["--activation"], "--activation takes one value, got none."),
         (["--seed", "1", "-e", "3"], "--seed takes one value, got 1 -e 3."),
-        (["extra"], "extra is no option."),
+        (["word"], "word is no option."),
         (
             ["--model", "ccn"],
             "--model must be one of mlp, cnn, resnet, lstm, gru, transformer, got 'ccn'; did you mean",

@@ -84,7 +84,7 @@ GOOD = packed_idx(np.arange(6).reshape(1, 2, 3))
         ("f", GOOD[:3], "is truncated in its header of 16 bytes"),
         ("f", GOOD[:15], "is truncated in its header of 16 bytes"),
         ("f", GOOD[:-1], "is truncated: its shape (1, 2, 3) takes 6 bytes, and it has 5"),
-        ("f", GOOD + b"\0\0", "has trailing bytes: its shape (1, 2, 3) takes 6 bytes, and it has 8"),
+        ("f", GOOD + b"\0\0", "has trailing bytes: its shape (1, 2, 3) takes 6 bytes, and it has at least 8"),
         ("f.gz", gzip.compress(GOOD, mtime=0)[:-4], "is a truncated gzip file"),
         ("f.gz", GOOD, "is a corrupt gzip file"),
         ("f.gz", gzip.compress(GOOD, mtime=0) + b"more", "is a corrupt gzip file"),

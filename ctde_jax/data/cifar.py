@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, Split, from_arrays
+from ctde_jax.data.disk import most_unpacked
 from ctde_jax.data.download import content_of, damaged, fetch
 from ctde_jax.data.published import Published
 
@@ -76,6 +78,8 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
         with tarfile.open(archive, "r:gz") as members:
             for member in members:
                 name = PurePosixPath(member.name).name
+                if name in names and member.size > most_unpacked(archive.stat().st_size):
+                    raise damaged(archive, f"says that {name} takes {decimal(member.size)}, far more than it does")
                 if name in names and member.isfile() and (file := members.extractfile(member)):
                     contents[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:

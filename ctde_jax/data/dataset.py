@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ctde_jax.data.stream import Stream
 
 TEST_FRACTION = 0.2
+CLASSES = 2**16
+"""Labels may count so many classes, or as many as there are labels, if that is more; each class gets a name."""
 
 
 class Split(NamedTuple):
@@ -153,8 +155,8 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
     """
     dataset.check_arrays("validation_share")
     examples = len(dataset.train.inputs)
-    held_out = round(share * examples)
-    if not (0 < share < 1 and 0 < held_out < examples):
+    held_out = round(share * examples) if 0 < share < 1 else 0
+    if not 0 < held_out < examples:
         raise InputError(
             "validation_share",
             f"must leave some of the {examples:,} training examples for training and some for validation, got {share}.",
@@ -180,7 +182,8 @@ def standardized(dataset: Dataset) -> Dataset:
     for _, piece in pieces(inputs):
         squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
     deviation = np.sqrt(squares / len(inputs))
-    scale = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 0)
+    varies = deviation >= np.finfo(np.float32).tiny  # of less there is no reciprocal in float32
+    scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
     note = "Every feature is standardized by the training split's mean and deviation before it reaches the model."
     return replace(
         dataset,
@@ -198,10 +201,21 @@ def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) 
 
 
 def numbered(labels: np.ndarray | DiskArray) -> tuple[str, ...]:
-    """Names the classes from 0 to the largest label, where there is one integer for each example."""
+    """Names the classes from 0 to the largest label, where there is one integer for each example.
+
+    Raises:
+        InputError: The largest label is no class's number.
+    """
     if isinstance(labels, DiskArray) or labels.dtype != np.int32 or labels.ndim != 1:
         return ()
-    return tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
+    largest = int(labels.max(initial=0))
+    if largest >= max(CLASSES, len(labels)):
+        raise InputError(
+            "y_train",
+            f"must count the classes from 0, got {largest} for example {labels.argmax()}, and there are only "
+            f"{len(labels):,} labels; number the classes without gaps.",
+        )
+    return tuple(str(i) for i in range(largest + 1))
 
 
 def _split_off_test(split: Split) -> tuple[Split, Split]:

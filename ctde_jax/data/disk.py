@@ -21,6 +21,10 @@ from ctde_jax.errors import InputError
 STREAMED_FROM = 2**30
 """An array of a file that takes so many bytes stays there; a smaller one is loaded, and kept on the devices."""
 
+MOST_PACKED = 100
+"""What is as large as `STREAMED_FROM` when it is decompressed, and shrinks by more than this, is not loaded: nothing
+that was measured is so empty, and a small file could fill the memory."""
+
 PIECE_BYTES = 2**24
 """What goes through a whole array takes so many bytes at a time."""
 
@@ -140,6 +144,11 @@ def pieces(array: np.ndarray | DiskArray) -> Iterator[tuple[int, np.ndarray]]:
     rows = max(1, PIECE_BYTES // max(1, array.dtype.itemsize * prod(array.shape[1:])))
     for first in range(0, len(array), rows):
         yield first, array[first : first + rows]
+
+
+def most_unpacked(size: int) -> int:
+    """Returns how many bytes a compressed file of a size may decompress to."""
+    return max(STREAMED_FROM, MOST_PACKED * size)
 
 
 def _map_of(array: np.ndarray) -> np.memmap | None:

@@ -7,20 +7,20 @@ import csv
 import io
 import math
 import struct
+import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, TypeAlias
+from typing import IO, Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, from_arrays, standardized
-from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file
-from ctde_jax.errors import InputError, check_known
+from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
+from ctde_jax.errors import InputError, check_known, quoted
 
 REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
@@ -98,23 +98,28 @@ def _arrays_of_folder(folder: Path) -> Arrays:
     for name, path in paths.items():
         if path.is_file():
             with opened(path) as file, _reading(path, name):
-                arrays[name] = _array(path, file, 0)
+                arrays[name] = _array(path, file, 0, path.stat().st_size)
     return arrays
 
 
 def _arrays(path: Path) -> Arrays:
+    with opened(path) as file, _archive(path, file) as archive:
+        present = [member.removesuffix(".npy") for member in archive.namelist()]
+        missing = [name for name in REQUIRED if name not in present]
+        if missing:
+            more = f" and {len(present) - _NAMED:,} more" if len(present) > _NAMED else ""
+            raise faulty(
+                path,
+                f"lacks {' and '.join(missing)} and has {', '.join(present[:_NAMED]) or 'no array'}{more}",
+                "save the arrays with numpy.savez(path, x_train=..., y_train=...)",
+            )
+        return {name: _member(path, file, archive, name) for name in REQUIRED + OPTIONAL if name in present}
+
+
+def _archive(path: Path, file: BinaryIO) -> zipfile.ZipFile:
     try:
-        with opened(path) as file, zipfile.ZipFile(file) as archive:
-            present = [member.removesuffix(".npy") for member in archive.namelist()]
-            missing = [name for name in REQUIRED if name not in present]
-            if missing:
-                raise faulty(
-                    path,
-                    f"lacks {' and '.join(missing)} and has {', '.join(present) or 'no array'}",
-                    "save the arrays with numpy.savez(path, x_train=..., y_train=...)",
-                )
-            return {name: _member(path, file, archive, name) for name in REQUIRED + OPTIONAL if name in present}
-    except zipfile.BadZipFile as error:
+        return zipfile.ZipFile(file)
+    except Exception as error:  # a malformed directory makes zipfile stumble in many ways
         raise faulty(
             path, f"is not a whole .npz file ({error})", "save the arrays with numpy.savez, or copy it again"
         ) from error
@@ -123,7 +128,8 @@ def _arrays(path: Path) -> Arrays:
 def _member(path: Path, file: BinaryIO, archive: zipfile.ZipFile, name: str) -> np.ndarray | DiskArray:
     with _reading(path, name), archive.open(f"{name}.npy") as member:
         info = archive.getinfo(f"{name}.npy")
-        return _array(path, member, _start(file, info) if info.compress_type == zipfile.ZIP_STORED else None)
+        start = _start(file, info) if info.compress_type == zipfile.ZIP_STORED else None
+        return _array(path, member, start, info.file_size)
 
 
 def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
@@ -135,26 +141,41 @@ def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
     return member.header_offset + 30 + sum(lengths)
 
 
-def _array(path: Path, content: IO[bytes], start: int | None) -> np.ndarray | DiskArray:
-    """Reads an array, or leaves it on disk if it is large and its bytes are in the file as they are from `start` on."""
-    if start is not None:
-        version = np.lib.format.read_magic(content)
-        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])
-        shape, by_columns, dtype = read_header(content) if read_header else ((), False, np.dtype(object))
-        if math.prod(shape) * dtype.itemsize >= STREAMED_FROM and not by_columns and not dtype.hasobject:
+def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.ndarray | DiskArray:
+    """Reads an array, or leaves it on disk if it is large and its bytes are in the file as they are from `start` on.
+
+    As numpy makes room for what the header says before it reads, the header is held against the size first.
+    """
+    version = np.lib.format.read_magic(content)
+    if version not in _HEADERS:
+        raise ValueError(f"it is in version {version} of the format, which no array of numbers needs")
+    shape, by_columns, dtype = _HEADERS[version](content)
+    takes, there = math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if not dtype.hasobject:
+        if min(shape, default=0) < 0 or takes > size - content.tell() or (start is not None and size > there):
+            raise EOFError("it is shorter than its header says")
+        if start is None and takes > most_unpacked(there):
+            raise ValueError(f"it would take {decimal(takes)} of memory, and the file takes {decimal(there)}")
+        if start is not None and takes >= STREAMED_FROM and not by_columns:
             array = in_file(path, start + content.tell(), dtype, shape)
-            if array.offset + array.stride * len(array) > path.stat().st_size:
+            if array.offset + takes > there:
                 raise EOFError("it is shorter than its header says")
             return array
-        content.seek(0)
+    content.seek(0)
     return np.lib.format.read_array(content, allow_pickle=False)
+
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_NAMED = 10
+"""Arrays that a sentence names at most."""
 
 
 @contextmanager
 def _reading(path: Path, name: str) -> Iterator[None]:
     try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of a header that is Python in odd ways
+            yield
+    except Exception as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
         if "Object arrays" in str(error):
             raise faulty(
                 path,
@@ -189,7 +210,7 @@ def _table(path: Path, label_column: str | None) -> _Table:
                 "or put the labels into the last column and leave the option out.",
             )
         check_known("label_column", label_column, first)
-    columns = [repr(cell) if has_header else str(i + 1) for i, cell in enumerate(first)]
+    columns = [quoted(cell) if has_header else str(i + 1) for i, cell in enumerate(first)]
     if has_header:
         note = f"Line {rows[0].line} holds the column names; the labels are in the column {columns[label]}."
         rows = rows[1:]
@@ -238,7 +259,7 @@ def _features(path: Path, table: _Table, row: _Row) -> list[float]:
         if number is None or not abs(number) <= LARGEST:
             raise faulty(
                 path,
-                f"has {repr(cell) if cell else 'an empty cell'} in line {row.line}, "
+                f"has {quoted(cell) if cell else 'an empty cell'} in line {row.line}, "
                 f"column {table.columns[i]}, and not a finite float32 number",
                 "correct the cell, or remove the line",
             )
@@ -261,14 +282,16 @@ def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
     if not words and not all(float(number).is_integer() for number in numbers if number is not None):
         raise faulty(
             path,
-            f"has labels such as {cells[0]!r} in column {column}, which are measurements and no classes",
+            f"has labels such as {quoted(cells[0])} in column {column}, which are measurements and no classes",
             "name the column that holds the classes as the label column",
         )
-    values = np.array(cells if words else numbers)
-    _, first, labels = np.unique(values, return_index=True, return_inverse=True)
-    if len(first) < 2:
-        raise faulty(path, f"has only the label {cells[0]!r} in column {column}", "give at least two classes")
-    return tuple(cells[i] for i in first), labels
+    values: list[Any] = cells if words else numbers
+    spelled = dict(zip(reversed(values), reversed(cells), strict=True))  # as it is in the first of its lines
+    if len(spelled) < 2:
+        raise faulty(path, f"has only the label {quoted(cells[0])} in column {column}", "give at least two classes")
+    ordered = sorted(spelled)
+    place = {value: number for number, value in enumerate(ordered)}
+    return tuple(spelled[value] for value in ordered), np.array([place[value] for value in values])
 
 
 def _number(cell: str) -> float | None:
@@ -282,8 +305,9 @@ def opened(path: Path) -> BinaryIO:
     """Opens the user's file for reading, or raises InputError."""
     try:
         return path.open("rb")
-    except OSError as error:
-        raise faulty(path, f"cannot be opened ({error.strerror})", "give the path of a readable file") from error
+    except (OSError, ValueError) as error:  # the latter for what no path can hold
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise faulty(path, f"cannot be opened ({reason})", "give the path of a readable file") from error
 
 
 def faulty(path: Path, fault: str, way_out: str) -> InputError:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, from_arrays
-from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file
+from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.data.download import content_of, damaged, fetch
 from ctde_jax.data.published import Published
 from ctde_jax.errors import InputError
@@ -79,7 +79,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     Raises:
         InputError: The file is damaged, is no IDX file, or has another number of dimensions.
     """
-    return _parse(b"".join(content_of(path)), path, dimensions)
+    return _parse(_content(path, dimensions), dimensions)
 
 
 def _load(published: Published, data_dir: Path | str | None) -> Dataset:
@@ -92,8 +92,8 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
             arrays.append(_on_disk(path, 3 if "images" in name else 1))
             large.append(f"{path} takes {decimal(path.stat().st_size)}, so it is read while training goes on.")
         else:
-            contents[name] = b"".join(content_of(path))
-            arrays.append(_parse(contents[name], path, 3 if "images" in name else 1))
+            contents[name] = _content(path, 3 if "images" in name else 1)
+            arrays.append(_parse(contents[name], 3 if "images" in name else 1))
         if "images" in name and arrays[-1].shape[1:] != PICTURE:
             raise damaged(path, f"has pictures of the size {arrays[-1].shape[1:]} instead of {PICTURE}")
     try:
@@ -115,24 +115,44 @@ def _local(folder: Path, name: str) -> Path | None:
 
 def _on_disk(path: Path, dimensions: int) -> DiskArray:
     header = next(content_of(path), b"")[: _header_bytes(dimensions)]
-    shape = _shape(header, path, dimensions, path.stat().st_size)
+    shape = _shape(header, path, dimensions)
+    _check_size(path, shape, path.stat().st_size - len(header))
     return in_file(path, len(header), np.dtype(np.uint8), shape)
 
 
-def _parse(content: bytes, path: Path, dimensions: int) -> np.ndarray:
-    shape = _shape(content, path, dimensions, len(content))
-    return np.frombuffer(content, np.uint8, offset=_header_bytes(dimensions)).reshape(shape)
+def _content(path: Path, dimensions: int) -> bytes:
+    """Reads a file that holds what its header says, and no further, however much a .gz file would unpack to."""
+    blocks = content_of(path)
+    read = [next(blocks, b"")]
+    shape = _shape(read[0], path, dimensions)
+    size = path.stat().st_size
+    if path.suffix == ".gz" and math.prod(shape) > most_unpacked(size):
+        raise damaged(path, f"takes {decimal(size)}, and the shape {shape} in its header {decimal(math.prod(shape))}")
+    got = len(read[0]) - _header_bytes(dimensions)
+    while got <= math.prod(shape) and (block := next(blocks, b"")):
+        read.append(block)
+        got += len(block)
+    _check_size(path, shape, got)
+    return b"".join(read)
+
+
+def _parse(content: bytes, dimensions: int) -> np.ndarray:
+    header = _header_bytes(dimensions)
+    return np.frombuffer(content, np.uint8, offset=header).reshape(_lengths(content, dimensions))
 
 
 def _header_bytes(dimensions: int) -> int:
     return 4 + 4 * dimensions  # the magic number, and each length as a big-endian uint32
 
 
-def _shape(content: bytes, path: Path, dimensions: int, size: int) -> tuple[int, ...]:
-    """Reads the shape from the start of a file of so many bytes, and checks that these hold it."""
+def _lengths(content: bytes, dimensions: int) -> tuple[int, ...]:
+    return struct.unpack_from(f">{dimensions}I", content, 4)
+
+
+def _shape(content: bytes, path: Path, dimensions: int) -> tuple[int, ...]:
+    """Reads the shape from the start of a file."""
     magic = bytes((0, 0, 8, dimensions))  # 8 stands for unsigned bytes
     header = _header_bytes(dimensions)
-    got = size - header
     if not content:
         raise damaged(path, "is empty")
     if content[:3] != magic[:3]:
@@ -140,11 +160,14 @@ def _shape(content: bytes, path: Path, dimensions: int, size: int) -> tuple[int,
         raise damaged(path, f"starts with {start} instead of the magic number {magic.hex(' ')}")
     if content[3:4] not in (b"", magic[3:]):
         raise damaged(path, f"has {content[3]} dimensions instead of {dimensions}")
-    if got < 0:
+    if len(content) < header:
         raise damaged(path, f"is truncated in its header of {header} bytes")
-    shape = struct.unpack_from(f">{dimensions}I", content, len(magic))
+    return _lengths(content, dimensions)
+
+
+def _check_size(path: Path, shape: tuple[int, ...], got: int) -> None:
+    """Raises InputError where other than the bytes of this shape follow the header; the first too many are enough."""
     announced = math.prod(shape)
     if got != announced:
-        fault = "is truncated" if got < announced else "has trailing bytes"
-        raise damaged(path, f"{fault}: its shape {shape} takes {announced:,} bytes, and it has {got:,}")
-    return shape
+        fault, many = ("is truncated", "") if got < announced else ("has trailing bytes", "at least ")
+        raise damaged(path, f"{fault}: its shape {shape} takes {announced:,} bytes, and it has {many}{got:,}")
