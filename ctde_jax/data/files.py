@@ -149,6 +149,9 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
     version = np.lib.format.read_magic(content)
     if version not in _HEADERS:
         raise ValueError(f"it is in version {version} of the format, which no array of numbers needs")
+    if version == (2, 0) and int.from_bytes(content.read(4), "little") > _LONGEST_HEADER:
+        raise ValueError("its header is longer than that of any array of numbers")
+    content.seek(np.lib.format.MAGIC_LEN)
     shape, by_columns, dtype = _HEADERS[version](content)
     takes, there = math.prod(shape) * dtype.itemsize, path.stat().st_size
     if not dtype.hasobject:
@@ -166,6 +169,7 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
 
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_LONGEST_HEADER = 2**16
 _NAMED = 10
 """Arrays that a sentence names at most."""
 
