@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ctde_jax.errors import InputError, on_one_line
+from ctde_jax.errors import InputError, on_one_line, shortened
 from ctde_jax.run_folder import writing_to
 
 TENSORS, MANIFEST, SUMS = "tensors.safetensors", "manifest.json", "SHA256SUMS"
@@ -133,7 +133,7 @@ def read(path: Path) -> Checkpoint:
     except UnicodeDecodeError as error:
         raise Damaged(f"{path}: {SUMS} is no text any more") from error
     except SafetensorError as error:
-        raise Damaged(f"{path}: {TENSORS} is malformed ({error})") from error
+        raise Damaged(f"{path}: {TENSORS} is malformed ({shortened(str(error))})") from error
     return Checkpoint(path, tensors, {name: fact for name, fact in manifest.items() if name not in _OWN})
 
 

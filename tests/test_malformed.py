@@ -264,7 +264,7 @@ def test_valid_file_of_each_kind_is_read(kind: Kind, tmp_path: Path):
 def test_mutated_file_is_read_or_refused_in_a_sentence(kind: Kind, tmp_path: Path):
     path = kind.make(tmp_path)
 
-    @settings(MUTATIONS, max_examples=200 if kind.traces else 50)
+    @settings(MUTATIONS, max_examples=100 if kind.traces else 30)
     @given(mutations(path.read_bytes()))
     def check(content: bytes) -> None:
         path.write_bytes(content)

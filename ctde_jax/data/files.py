@@ -20,7 +20,7 @@ from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, from_arrays, standardized
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
-from ctde_jax.errors import InputError, check_known, quoted
+from ctde_jax.errors import InputError, check_known, quoted, shortened
 
 REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
@@ -121,7 +121,9 @@ def _archive(path: Path, file: BinaryIO) -> zipfile.ZipFile:
         return zipfile.ZipFile(file)
     except Exception as error:  # a malformed directory makes zipfile stumble in many ways
         raise faulty(
-            path, f"is not a whole .npz file ({error})", "save the arrays with numpy.savez, or copy it again"
+            path,
+            f"is not a whole .npz file ({shortened(str(error))})",
+            "save the arrays with numpy.savez, or copy it again",
         ) from error
 
 
@@ -186,7 +188,7 @@ def _reading(path: Path, name: str) -> Iterator[None]:
                 f"has Python objects in {name}, which are never unpickled",
                 "save a plain array of numbers, with examples of one shape",
             ) from error
-        raise faulty(path, f"is damaged in {name} ({error})", "save or copy the file again") from error
+        raise faulty(path, f"is damaged in {name} ({shortened(str(error))})", "save or copy the file again") from error
 
 
 class _Row(NamedTuple):
