@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ctde_jax.errors import InputError, on_one_line
+from ctde_jax.errors import InputError, on_one_line, shortened
 from ctde_jax.run_folder import writing_to
 
 TENSORS, MANIFEST, SUMS = "tensors.safetensors", "manifest.json", "SHA256SUMS"
@@ -300,7 +300,7 @@ def _reading(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise Damaged(f"{path}: {SUMS} is no text any more") from error
     except SafetensorError as error:
-        raise Damaged(f"{path}: {TENSORS} is malformed ({error})") from error
+        raise Damaged(f"{path}: {TENSORS} is malformed ({shortened(str(error))})") from error
 
 
 def _measured(path: Path) -> Facts | None:

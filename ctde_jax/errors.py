@@ -4,7 +4,6 @@ A library user catches these as ordinary exceptions; the command line prints the
 """
 
 import difflib
-import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -85,13 +84,14 @@ def on_one_line(text: str) -> str:
     )
 
 
-def quoted(text: str) -> str:
+def quoted(value: object) -> str:
     """Quotes what a file or a user has said, without its middle where it is long."""
-    return _QUOTING.repr(text)
+    return shortened(repr(value))
 
 
-_QUOTING = reprlib.Repr()
-_QUOTING.maxstring = 100
+def shortened(text: str) -> str:
+    """Leaves out the middle of a long text, such as what another library says of a file by quoting it."""
+    return text if len(text) <= 200 else f"{text[:120]}...{text[-77:]}"
 
 
 def check_known(option: str, name: str, known: Iterable[str]) -> None:

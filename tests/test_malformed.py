@@ -35,7 +35,6 @@ from ctde_jax.data.text import from_text
 from ctde_jax.errors import InputError
 
 MUTATIONS = settings(
-    max_examples=60,
     derandomize=True,
     deadline=None,
     database=None,
@@ -44,7 +43,7 @@ MUTATIONS = settings(
 ROOM = 2**24
 """Bytes that reading a file of some kilobytes may take; a small file that lies would claim more."""
 
-GIGABYTES = 2**34
+GIGABYTES = 2**32 - 2**16
 
 X = np.arange(24.0, dtype=np.float32).reshape(6, 4)
 Y = np.array([0, 1, 2, 0, 1, 2])
@@ -177,7 +176,7 @@ KINDS = {
     "config": Kind(make_config, parse_config, traces=False),
     "tensors": Kind(lambda f: make_checkpoint(f, TENSORS), lambda path: read_checkpoint(path.parent)),
     "manifest": Kind(lambda f: make_checkpoint(f, MANIFEST), lambda path: read_checkpoint(path.parent)),
-    "manifest of damaged tensors": Kind(
+    "manifest of damaged tensors": Kind(  # which is never whole, and the last of these
         lambda f: make_checkpoint(f, MANIFEST), lambda path: read_with_damaged_tensors(path.parent)
     ),
 }
@@ -257,16 +256,15 @@ def mutations(content: bytes) -> st.SearchStrategy[bytes]:
     )
 
 
+@pytest.mark.parametrize("kind", list(KINDS.values())[:-1], ids=list(KINDS)[:-1])
 def test_valid_file_of_each_kind_is_read(kind: Kind, tmp_path: Path):
-    if kind is KINDS["manifest of damaged tensors"]:
-        pytest.skip("it is never whole")
     assert sentence_of(kind.read, kind.make(tmp_path), kind.traces) == ""
 
 
 def test_mutated_file_is_read_or_refused_in_a_sentence(kind: Kind, tmp_path: Path):
     path = kind.make(tmp_path)
 
-    @MUTATIONS
+    @settings(MUTATIONS, max_examples=100 if kind.traces else 30)
     @given(mutations(path.read_bytes()))
     def check(content: bytes) -> None:
         path.write_bytes(content)
@@ -435,6 +433,7 @@ BAD_NPY = {
     "header of no UTF-8": npy_of(b"\xff\xfe" * 50, CONTENT),
     "header of bytes": npy_of(b"{b'descr': b'<f4'}", CONTENT),
     "header longer than the file": npy_of(header_of((6, 4)), CONTENT)[:40],
+    "long header": npy_of(header_of((6, 4)) + " " * 2**17, CONTENT, version=(2, 0)),
     "header of 2**32 bytes": b"\x93NUMPY\x02\x00\xff\xff\xff\xff",
     "version 3": npy_of(header_of((6, 4)), CONTENT, version=(3, 0)),
     "version 9": npy_of(header_of((6, 4)), CONTENT, version=(9, 9)),
@@ -502,8 +501,6 @@ def test_pickle_is_never_executed(tmp_path: Path, name: str, stored: str):
         sentence = sentence_of(from_npz, path)
     assert f"has Python objects in {name}, which are never unpickled" in sentence
     assert not mark.exists()
-    with pytest.raises(FileNotFoundError):
-        mark.stat()
     np.load(io.BytesIO(loaded), allow_pickle=True)
     assert mark.exists(), "the payload would have worked"
 
@@ -529,19 +526,30 @@ BAD_ZIPS = {
     "method 12 of another": directory_with(10, b"\x0c\x00"),
     "method 14 of another": directory_with(10, b"\x0e\x00"),
     "method that is unknown": directory_with(10, b"\x63\x00"),
-    "4 GB in the directory": directory_with(24, b"\xfe\xff\xff\xff"),
-    "packed to 4 GB in the directory": directory_with(20, b"\xfe\xff\xff\xff"),
-    "more than 64 bits": directory_with(24, b"\xff\xff\xff\xff"),
     "begins behind the end": directory_with(42, b"\xfe\xff\xff\xff"),
     "extra field that is not there": directory_with(30, b"\xff\xff"),
     "wrong checksum": directory_with(16, b"\0\0\0\0"),
     "directory of 4 GB": WHOLE[:-10] + b"\xfe\xff\xff\xff" + WHOLE[-6:],
-    "65,535 members": WHOLE[:-14] + b"\xff\xff\xff\xff" + WHOLE[-10:],
     "name without .npy": WHOLE.replace(b"x_train.npy", b"/x_train.np"),
     "thousands of other members": npz_bytes(npy_bytes(X), **{f"a{i}": b"" for i in range(3000)}).replace(
         b"x_train.npy", b"z_train.npy"
     ),
 }
+
+HARMLESS_ZIPS = {
+    "4 GB in the directory": directory_with(24, b"\xfe\xff\xff\xff"),
+    "packed to 4 GB in the directory": directory_with(20, b"\xfe\xff\xff\xff"),
+    "more than 64 bits": directory_with(24, b"\xff\xff\xff\xff"),
+    "65,535 members": WHOLE[:-14] + b"\xff\xff\xff\xff" + WHOLE[-10:],
+}
+
+
+@pytest.mark.parametrize("content", HARMLESS_ZIPS.values(), ids=HARMLESS_ZIPS)
+def test_zip_whose_lie_is_of_no_use_is_read(tmp_path: Path, content: bytes):
+    """How long an array is, its own header says."""
+    path = tmp_path / "mine.npz"
+    path.write_bytes(content)
+    assert sentence_of(from_npz, path) == ""
 
 
 @pytest.mark.parametrize("content", BAD_ZIPS.values(), ids=BAD_ZIPS)
@@ -787,14 +795,13 @@ def test_manifest_that_describes_no_tensors_still_names_the_damage(tmp_path: Pat
 
 # In a process of its own, whose memory is limited by the system
 
-
 BOMBED = """
+import resource
 import sys
 from pathlib import Path
 from ctde_jax.data.files import from_npz
 from ctde_jax.data.idx import mnist
 from ctde_jax.errors import InputError
-import resource
 path = Path(sys.argv[1])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
@@ -806,7 +813,7 @@ except InputError as error:
 
 
 def bomb(path: Path) -> None:
-    """Writes an .npz file of 16 GB of zeros that takes 16 MB, and whose header and directory agree on that."""
+    """Writes an .npz file of some kilobytes whose header and directory agree that it unpacks to 4 GB."""
     header = npy_of(header_of((GIGABYTES // 4, 1)))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("y_train.npy", npy_bytes(Y))
@@ -814,8 +821,8 @@ def bomb(path: Path) -> None:
     content = path.read_bytes()
     size = struct.pack("<I", len(header) + 2**24)
     directory = content.rindex(b"PK\x01\x02")
-    wrong = content[:directory] + content[directory:].replace(size, b"\xf0\xff\xff\xff", 1)
-    path.write_bytes(wrong)
+    assert size in content[directory:]
+    path.write_bytes(content[:directory] + content[directory:].replace(size, b"\xfe\xff\xff\xff", 1))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is that of Linux")
@@ -831,7 +838,8 @@ def test_bomb_fills_no_memory(tmp_path: Path, name: str):
     )
     assert done.returncode == 1
     assert len(done.stderr.decode().splitlines()) == 1
-    assert str(path) in done.stderr.decode()
+    assert f"{path}, which " in done.stderr.decode()
+    assert "4.3 GB of memory" in done.stderr.decode() or "26.3 GB" in done.stderr.decode()
 
 
 # The command
@@ -875,9 +883,16 @@ def test_command_refuses_a_malformed_idx_file(tmp_path: Path, capsys, content: b
     check_command(["--dataset", "mnist", "--data-dir", str(tmp_path)], capsys, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["deep objects", "help", "newline in a name", "NUL in a folder", "null for a model"])
-def test_command_refuses_a_malformed_configuration(tmp_path: Path, capsys, name: str):
-    (tmp_path / "config.json").write_text(BAD_CONFIGS[name])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *map(BAD_CONFIGS.get, ["deep objects", "help", "newline in a name", "NUL in a folder", "null for a model"]),
+        '{"validation_share": NaN}',
+        '{"learning_rate": 1e999}',
+    ],
+)
+def test_command_refuses_a_malformed_configuration(tmp_path: Path, capsys, content: str):
+    (tmp_path / "config.json").write_text(content)
     check_command(["--config", str(tmp_path / "config.json")], capsys, tmp_path)
 
 

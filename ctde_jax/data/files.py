@@ -20,7 +20,7 @@ from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, from_arrays, standardized
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
-from ctde_jax.errors import InputError, check_known, quoted
+from ctde_jax.errors import InputError, check_known, quoted, shortened
 
 REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
@@ -121,7 +121,9 @@ def _archive(path: Path, file: BinaryIO) -> zipfile.ZipFile:
         return zipfile.ZipFile(file)
     except Exception as error:  # a malformed directory makes zipfile stumble in many ways
         raise faulty(
-            path, f"is not a whole .npz file ({error})", "save the arrays with numpy.savez, or copy it again"
+            path,
+            f"is not a whole .npz file ({shortened(str(error))})",
+            "save the arrays with numpy.savez, or copy it again",
         ) from error
 
 
@@ -149,6 +151,9 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
     version = np.lib.format.read_magic(content)
     if version not in _HEADERS:
         raise ValueError(f"it is in version {version} of the format, which no array of numbers needs")
+    if version == (2, 0) and int.from_bytes(content.read(4), "little") > _LONGEST_HEADER:
+        raise ValueError("its header is longer than that of any array of numbers")
+    content.seek(np.lib.format.MAGIC_LEN)
     shape, by_columns, dtype = _HEADERS[version](content)
     takes, there = math.prod(shape) * dtype.itemsize, path.stat().st_size
     if not dtype.hasobject:
@@ -166,6 +171,7 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
 
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_LONGEST_HEADER = 2**16
 _NAMED = 10
 """Arrays that a sentence names at most."""
 
@@ -182,7 +188,7 @@ def _reading(path: Path, name: str) -> Iterator[None]:
                 f"has Python objects in {name}, which are never unpickled",
                 "save a plain array of numbers, with examples of one shape",
             ) from error
-        raise faulty(path, f"is damaged in {name} ({error})", "save or copy the file again") from error
+        raise faulty(path, f"is damaged in {name} ({shortened(str(error))})", "save or copy the file again") from error
 
 
 class _Row(NamedTuple):
