@@ -102,7 +102,7 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None = None
         (examples,), (numbers,) = _cut(indices, 1, SHARDS)
 
         def of_shard(shard):
-            # the barriers keep what is computed within them from being fused with what differs on more devices
+            # the barriers keep XLA from rewriting this together with what differs on more devices
             (examples, number), params, start = lax.optimization_barrier((shard, *center))
 
             def objective(params):

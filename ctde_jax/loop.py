@@ -181,6 +181,10 @@ def fit(
         raise InputError("branch_from", "needs a run_dir, the folder of the new run.")
     if keep_best is not None and run_dir is None:
         raise InputError("keep_best", "needs a run_dir, where checkpoints are kept.")
+    if strategy.is_exact and partition is not None:
+        raise InputError(
+            "partition", "must be reshuffled where bits are exact: else devices decide what a batch holds."
+        )
     if on_nonfinite == "rollback":
         optimizer = shrunk(optimizer)
         if run_dir is None:

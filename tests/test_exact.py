@@ -135,6 +135,7 @@ def test_statistics_of_a_module_that_synchronizes_them_are_those_of_a_shard(smal
         ({"batch_size": 36, "devices": 4}, "batch_size must be a multiple of the 8 shards"),
         ({"devices": 3, "batch_size": 24}, "devices must divide the 8 shards"),
         ({"accumulate": 2}, "accumulate must be 1"),
+        ({"partition": np.split(np.arange(300), 4)}, "partition must be reshuffled"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(more, sentence, small, tmp_path):
