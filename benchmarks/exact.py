@@ -19,7 +19,7 @@ import ctde_jax as ctde
 from ctde_jax import feed, replica, state
 from ctde_jax.aggregate import IN_ORDER
 from ctde_jax.data import deal
-from ctde_jax.gradient import make_exact_gradient, make_gradient
+from ctde_jax.gradient import make_gradient
 from ctde_jax.round import parallel_rounds
 from ctde_jax.traffic import measure
 
@@ -40,7 +40,6 @@ class Contestant:
     def __init__(self, case: Case, strategy: ctde.Strategy, examples: ctde.data.Split):
         devices = ctde.devices.start(case.devices)
         task, optimizer, key = ctde.tasks.classification, optax.adam(1e-3), jax.random.key(0)
-        make = make_exact_gradient if strategy.is_exact else make_gradient
         batches = deal(examples, case.devices, case.batch_size, seed=0)
         span = feed.Span(0, MOST, 1, piece_rounds=MOST)
         with feed.make_feed(batches, devices)([span]) as pieces:
@@ -48,7 +47,8 @@ class Contestant:
         center = jax.jit(case.model.init)(key, batches.inputs(0))
         self._state = state.place(*center, optimizer, strategy, devices)
         self._key = replica.replicate(key, devices)
-        rounds = parallel_rounds(make(case.model, task), optimizer, strategy, devices, batches.axis)
+        gradient = make_gradient(case.model, task, exact=strategy.is_exact)
+        rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
         arguments = (self._state, self._split, self._indices, np.int32(0), np.int32(MOST), self._key)
         self._program = replica.compiled(replica.lowered(rounds, *arguments), devices, strategy.is_exact)
         self.sent = measure(self._program.as_text() or "", 0).sent

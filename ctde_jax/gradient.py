@@ -34,7 +34,9 @@ Gradient = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], tuple[PyTree,
 """
 
 
-def make_gradient(model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1) -> Gradient:
+def make_gradient(
+    model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1, exact: bool = False
+) -> Gradient:
     """Makes the function that differentiates the mean loss over a replica's examples.
 
     Args:
@@ -43,7 +45,11 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
         augment: Changes each training example, by a key of its own, before the model sees it.
         accumulate: Groups that a replica's examples are computed in, one after another. The gradient is that of all
             of them together; the memory that activations take is that of one group.
+        exact: Whether to differentiate the mean loss over the examples of all replicas instead, to the same bits on any
+            number of them.
     """
+    if exact:
+        return _make_exact_gradient(model, task, augment)
     on_shard = _make_on_shard(model, task, augment)
 
     def on_shards(indices, shards, *common) -> tuple[jax.Array, PyTree, Sums]:
@@ -82,19 +88,45 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
     return gradient
 
 
-def make_exact_gradient(model: Model, task: Task, augment: Augment | None = None) -> Gradient:
-    """Makes the function that differentiates the mean loss over the examples of all replicas, to the same bits on each.
+def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
+    """Says whether anything that the model returns in training depends on its key."""
+    key = jax.eval_shape(jax.random.key, 0)
+    program = jax.make_jaxpr(model.apply)(params, model_state, inputs, key).jaxpr
+    random = {program.invars[-1]}
+    for equation in program.eqns:
+        if not random.isdisjoint(x for x in equation.invars if isinstance(x, Var)):
+            random.update(equation.outvars)
+    return not random.isdisjoint(x for x in program.outvars if isinstance(x, Var))
+
+
+def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
+    """Makes the function that sums what is minimized, and all that is measured, over a shard."""
+
+    def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
+        is_example = indices >= 0
+        rows = jnp.where(is_example, indices, ~indices)
+        inputs, labels = _take(split.inputs, rows), _take(split.labels, rows)
+        augment_key, model_key = jax.random.split(key)
+        if augment is not None:
+            inputs = apply_to(augment, augment_key, inputs, split.numbers[rows] if isinstance(split, Drawn) else rows)
+
+        outputs, model_state = model.apply(params, model_state, inputs, jax.random.fold_in(model_key, shard))
+        measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
+        sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
+        objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
+        return objective, model_state, sums
+
+    return on_shard
+
+
+def _make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gradient:
+    """Makes the gradient of the examples of all replicas, whose bits do not depend on how many there are.
 
     A batch is always cut into `SHARDS` shards, of which a replica computes its own, one after another. Then every
     replica gets the gradients of all and sums them by pairs, so in an order that never changes. The sums over examples
     are told by the first replica, and zero on the others. Batch statistics are those of a shard.
 
     Each replica sends its shards' gradients to all others: `8 (R - 1) / R * 4 n` bytes for n numbers.
-
-    Args:
-        model: What is trained.
-        task: What for.
-        augment: Changes each training example, by a key of its own, before the model sees it.
     """
     on_shard = _make_on_shard(model, task, augment)
 
@@ -132,37 +164,6 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None = None
         return lax.optimization_barrier((*agreed, told))
 
     return gradient
-
-
-def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
-    """Says whether anything that the model returns in training depends on its key."""
-    key = jax.eval_shape(jax.random.key, 0)
-    program = jax.make_jaxpr(model.apply)(params, model_state, inputs, key).jaxpr
-    random = {program.invars[-1]}
-    for equation in program.eqns:
-        if not random.isdisjoint(x for x in equation.invars if isinstance(x, Var)):
-            random.update(equation.outvars)
-    return not random.isdisjoint(x for x in program.outvars if isinstance(x, Var))
-
-
-def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
-    """Makes the function that sums what is minimized, and all that is measured, over a shard."""
-
-    def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
-        is_example = indices >= 0
-        rows = jnp.where(is_example, indices, ~indices)
-        inputs, labels = _take(split.inputs, rows), _take(split.labels, rows)
-        augment_key, model_key = jax.random.split(key)
-        if augment is not None:
-            inputs = apply_to(augment, augment_key, inputs, split.numbers[rows] if isinstance(split, Drawn) else rows)
-
-        outputs, model_state = model.apply(params, model_state, inputs, jax.random.fold_in(model_key, shard))
-        measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
-        sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
-        objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
-        return objective, model_state, sums
-
-    return on_shard
 
 
 def _one_after_another(function: Callable[[PyTree], PyTree], arguments: PyTree, is_wanted: jax.Array) -> PyTree:

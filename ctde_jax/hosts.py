@@ -93,6 +93,13 @@ def find_meeting(chosen: Hosts) -> Meeting | None:
     )
 
 
+def check_alone(chosen: Hosts) -> None:
+    """Raises InputError for a command that runs on one host, where several are meant."""
+    meeting = find_meeting(chosen)
+    if meeting is not None:
+        raise InputError("num_processes", f"must be 1 for this command, which runs on one host, got {meeting.count}.")
+
+
 def join(meeting: Meeting) -> None:
     """Makes this process one of several hosts; before JAX starts. Waits for all of them.
 

@@ -21,7 +21,7 @@ from ctde_jax.data import Dataset, count_steps, deal, deal_stream
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least, check_known
 from ctde_jax.evaluate import make_evaluate
 from ctde_jax.feed import Feed, Span, make_feed, shapes, steps_a_piece
-from ctde_jax.gradient import make_exact_gradient, make_gradient
+from ctde_jax.gradient import make_gradient
 from ctde_jax.log import console, open_log
 from ctde_jax.meter import Clock, Meter, Position
 from ctde_jax.models import Model, count_params, with_raw_inputs
@@ -244,9 +244,7 @@ def fit(
         clock.lap("start-up")
 
         is_exact = strategy.is_exact
-        gradient = (
-            make_exact_gradient(model, task, augment) if is_exact else make_gradient(model, task, augment, accumulate)
-        )
+        gradient = make_gradient(model, task, augment, accumulate, is_exact)
         programs, like = [], train_state
         for phase in phases:
             if programs:

@@ -88,9 +88,9 @@ def compile_rounds(
     round_steps = max(1, strategy.inner_steps)
     piece, number = shapes(batches, Span(0, round_steps, round_steps)), jax.ShapeDtypeStruct((), np.int32)
     arguments = (jax.eval_shape(create, *center), *piece, number, number, jax.eval_shape(jax.random.key, 0))
-    gradient = make_gradient(model, task, accumulate=accumulate)
+    gradient = make_gradient(model, task, accumulate=accumulate, exact=strategy.is_exact)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
-    return replica.compiled(train_rounds.lower(*arguments), devices).as_text() or ""
+    return replica.compiled(train_rounds.lower(*arguments), devices, strategy.is_exact).as_text() or ""
 
 
 def _plugin_is_installed(platform: str) -> bool:

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from ctde_jax import build, checkpoint, config
+from ctde_jax import build, checkpoint, config, hosts
 from ctde_jax import devices as available
 from ctde_jax.checkpoint import Checkpoint, Damaged
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known
@@ -165,6 +165,7 @@ def _checkpoint(arguments: Sequence[str]) -> Verdict:
 
 def _parse(arguments: Sequence[str]) -> config.Config:
     chosen = config.parse(arguments)
+    hosts.check_alone(chosen.hosts)
     if chosen.run.run_dir is not None:
         raise InputError("run_dir", "must be left out, as a run that is there already proves nothing.")
     return chosen

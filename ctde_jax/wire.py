@@ -11,7 +11,7 @@ from dataclasses import replace
 import jax
 from rich.console import Console
 
-from ctde_jax import build, config, targets
+from ctde_jax import build, config, hosts, targets
 from ctde_jax import devices as available
 from ctde_jax.data import deal
 from ctde_jax.errors import InputError
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _print_table(chosen: config.Config, target: str | None) -> None:
+    hosts.check_alone(chosen.hosts)
     if target is None:
         devices = available.start(chosen.aggregation.devices)
     else:

@@ -15,7 +15,7 @@ from flax import nnx
 from test_resume import Dropping, killed_after, rows
 
 import ctde_jax as ctde
-from ctde_jax import aggregate, build, checkpoint, config, data, devices, models
+from ctde_jax import aggregate, build, checkpoint, config, data, devices, models, profile, wire
 from ctde_jax.errors import InputError
 
 EXACT = ctde.Strategy(reduce=aggregate.IN_ORDER)
@@ -149,6 +149,17 @@ def test_what_cannot_be_exact_is_refused(more, sentence, small, tmp_path):
 def test_option_that_would_do_nothing_beside_it_is_refused(other):
     with pytest.raises(InputError, match="must be left out with exact"):
         build.build_strategy(config.parse(["--exact", *other]).aggregation)
+
+
+def test_wire_counts_what_a_run_sends(capsys):
+    """Each of 4 devices sends its two shards' gradients, of 9,610 parameters, and three sums to three others."""
+    assert wire.main(["--exact", "--devices", "4"]) == 0
+    assert f"{2 * 3 * 4 * (9610 + 3):,}" in capsys.readouterr().out
+
+
+def test_profile_refuses_it(capsys):
+    assert profile.main(["--exact"]) == 2
+    assert "error: --exact must be left out" in capsys.readouterr().err
 
 
 def test_only_the_gradient_of_every_step_can_be_in_order():

@@ -72,6 +72,10 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
         (["checkpoint"], "verify checkpoint wants the folder of a run or of a checkpoint, and nothing else."),
         (["replicas", "--devices", "1"], "--devices must be at least 2 where they are to be compared, got 1."),
         (["exact", "--devices", "2"], "--devices must be left out, as their number is what changes."),
+        (
+            ["eval", "--coordinator", "127.0.0.1:1234", "--num-processes", "2", "--process-id", "0"],
+            "--num-processes must be 1 for this command, which runs on one host, got 2.",
+        ),
         (["eval", "--lr", "3"], "--lr is no option"),
         (["resume", "--run-dir", "x"], "--run-dir must be left out"),
         (
