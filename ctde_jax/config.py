@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from ctde_jax.errors import InputError, check_known, did_you_mean, quoted
+from ctde_jax.errors import InputError, check_known, check_seed, did_you_mean, quoted
 from ctde_jax.presets import MODELS, PRESETS, Preset, as_flag, describe
 
 # The help of an option without a value of its own says in words what happens by default.
@@ -609,14 +609,16 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
             except ValueError as error:
                 rule = "a whole number" if kind is int else "a number"
                 raise InputError(option, f"must be {rule}, got {quoted(value)}.") from error
-            if kind is int and abs(number) >= _LARGEST:
-                raise InputError(option, f"must be less than {_LARGEST}, got {quoted(value)}.")
+            if option == "--seed":
+                check_seed(int(number))
+            elif kind is int and abs(number) > _LARGEST:
+                raise InputError(option, f"must be at most {_LARGEST}, got {quoted(value)}.")
         if kind is Path and not _can_be_path(value):
             raise InputError(option, f"must be a path, got {quoted(value)}.")
 
 
 _LARGEST = 2**32
-"""Whole numbers are less, as JAX counts with 32 bits."""
+"""Whole numbers are at most this, as JAX counts with 32 bits."""
 
 
 def _can_be_path(value: str) -> bool:
