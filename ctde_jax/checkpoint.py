@@ -124,7 +124,7 @@ def read(path: Path) -> Checkpoint:
         Damaged: A file is missing or differs from its checksum.
         InputError: It was written by a newer version of this library.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False also for what no path can be
         raise Damaged(f"{path} is no folder")
     with _reading(path):
         if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):

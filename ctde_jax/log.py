@@ -8,7 +8,7 @@ start, and where rounds that are not finite are left out, `skipped`, their numbe
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -62,12 +62,12 @@ class Log:
 
     def say(self, text: str) -> None:
         """Shows a text as it is."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(text)
 
 
 def console(quiet: bool = False) -> Console:
     """Returns the screen on which a run is shown, of several hosts that of host 0; lines are never broken."""
-    return Console(quiet=quiet or hosts.index() > 0, soft_wrap=True, highlight=False)
+    return Console(quiet=quiet or hosts.index() > 0, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -98,8 +98,14 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True, ke
     def read_kept() -> list[Row]:
         assert folder is not None
         with writing_to(folder):
-            files.append((folder / METRICS).open("a+", encoding="utf-8"))
-            return _keep(kept, files[0])
+            file = (folder / METRICS).open("a+", encoding="utf-8")
+            try:
+                rows = _keep(kept, file)
+            except InputError:
+                file.close()
+                raise
+            files.append(file)
+            return rows
 
     rows = [] if folder is None else hosts.of_the_first(read_kept)
     log = Log(total_steps, rows, folder, files[0] if files else None, bar)
@@ -117,15 +123,22 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True, ke
 def _keep(kept: int, file: TextIO) -> list[Row]:
     """Returns the first so many rows of a file, and cuts it off behind them."""
     file.seek(0)
-    lines = [line for line in (file.readline() for _ in range(kept)) if line.endswith("\n")]
-    if len(lines) < kept:
+    rows: list[Row] = []
+    with suppress(ValueError):  # a line that is no JSON, or no text, is no row
+        while len(rows) < kept and (line := file.readline()).endswith("\n") and _is_row(row := json.loads(line)):
+            rows.append(row)
+    if len(rows) < kept:
         raise InputError(
             "run_dir",
             f"must have the {kept} rows in {file.name} that were there when its checkpoint was written, got "
-            f"{len(lines)}; name another folder.",
+            f"{len(rows)}; name another folder.",
         )
     file.truncate(file.tell())
-    return [json.loads(line) for line in lines]
+    return rows
+
+
+def _is_row(said: object) -> bool:
+    return isinstance(said, dict) and {"split", "step", "loss"} <= said.keys()
 
 
 def plot_curves(rows: Sequence[Row]) -> "Figure":

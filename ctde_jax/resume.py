@@ -113,6 +113,8 @@ def check_facts(found: Checkpoint, option: str) -> None:
     for name, kind in kinds.items():
         if not isinstance(found.facts.get(name), kind):
             raise InputError(option, f"leads to the checkpoint {found.path}, whose manifest does not say its {name}.")
+    if not isinstance(found.facts.get("best"), dict | None):
+        raise InputError(option, f"leads to the checkpoint {found.path}, whose best is not that of a run.")
     position = found.facts["position"]
     if position.keys() != {*Position._fields} or not all(isinstance(value, int | float) for value in position.values()):
         raise InputError(option, f"leads to the checkpoint {found.path}, whose position is not that of a run.")

@@ -24,15 +24,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctde_jax import checkpoint, config, train
+from ctde_jax import checkpoint, config, data, train
 from ctde_jax.checkpoint import MANIFEST, SUMS, TENSORS, Checkpoint, Damaged
 from ctde_jax.config import Config
 from ctde_jax.data import Dataset
-from ctde_jax.data.cifar import ARCHIVE, RECORD, cifar10
+from ctde_jax.data.cifar import ARCHIVE, RECORD, _members, cifar10
 from ctde_jax.data.files import from_csv, from_npz
 from ctde_jax.data.idx import mnist
 from ctde_jax.data.text import from_text
 from ctde_jax.errors import InputError
+from ctde_jax.log import open_log
 
 MUTATIONS = settings(
     derandomize=True,
@@ -909,3 +910,57 @@ def test_command_refuses_a_malformed_checkpoint(tmp_path: Path, capsys, name: st
     assert said.err.startswith("error: --branch-from must name the folder of an intact checkpoint, but ")
     assert said.err.count("\n") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# What has no numbers, or none that can be computed with
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"x_train": np.zeros((6, 0), np.float32)},
+        {"y_train": np.zeros((6, 0), np.int64)},
+        {"x_train": np.zeros((6, 4), "m8[s]")},
+        {"y_train": np.zeros(6, "m8[s]")},
+        {"x_train": np.frombuffer(b"\1\0\0\0\0\0\xf0\x7f" * 24).reshape(6, 4)},
+    ],
+    ids=["inputs of no numbers", "labels of no numbers", "spans of time", "labels of time", "signaling NaN"],
+)
+def test_arrays_of_no_usable_numbers_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]):
+    path = tmp_path / "mine.npz"
+    whole = {"x_train": np.eye(6, 4, dtype=np.float32), "y_train": np.array([0, 1, 2, 0, 1, 2])}
+    np.savez(path, **{**whole, **arrays})
+    assert sentence_of(data.from_npz, path)
+
+
+def test_header_of_rows_without_numbers_is_not_gone_through(tmp_path: Path):
+    header = repr({"descr": "<f4", "fortran_order": False, "shape": (2**59, 0)}).encode()
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        archive.writestr("x_train.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header)
+        archive.writestr("y_train.npy", b"")
+    assert sentence_of(data.from_npz, tmp_path / "mine.npz")
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/mine.npz", "x" * 5000])
+def test_path_that_cannot_be_is_refused(path: str):
+    for read in (data.from_npz, data.mnist, lambda path: data.from_text(path, 8, None)):
+        with pytest.raises(InputError):
+            read(path)
+    with pytest.raises(Damaged):
+        checkpoint.read(Path(path))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", "{}", "\x00", '{"split": "test"}'])
+def test_rows_that_are_none_are_not_gone_on_with(tmp_path: Path, line: str):
+    (tmp_path / "metrics.jsonl").write_text('{"split": "train", "step": 1, "loss": 1.0}\n' + line + "\n")
+    with pytest.raises(InputError, match=r"must have the 2 rows .*, got 1; name"), open_log(9, tmp_path, False, 2):
+        pass
+
+
+def test_archive_whose_header_claims_gigabytes_is_refused(tmp_path: Path):
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, 2**32
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(gzip.compress(member.tobuf() + bytes(2**20)))
+    with pytest.raises(InputError, match="is no whole"):
+        _members(path, ["test_batch.bin"])

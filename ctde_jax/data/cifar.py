@@ -4,6 +4,7 @@ Files that are already in the folder are the user's own and are used as they are
 the published archive, which is downloaded where it is not there either. Nothing is unpacked onto the disk.
 """
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ctde_jax.data.dataset import Dataset, Split, from_arrays
 from ctde_jax.data.disk import most_unpacked
 from ctde_jax.data.download import content_of, damaged, fetch
 from ctde_jax.data.published import Published
+from ctde_jax.errors import shortened
 
 CHANNELS_FIRST = (3, 32, 32)
 RECORD = 1 + 3 * 32 * 32
@@ -75,7 +77,7 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
     """Reads files of an archive, in whatever folder they are there."""
     contents = {}
     try:
-        with tarfile.open(archive, "r:gz") as members:
+        with _Unpacked(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as members:
             for member in members:
                 name = PurePosixPath(member.name).name
                 if name in names and member.size > most_unpacked(archive.stat().st_size):
@@ -83,11 +85,24 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
                 if name in names and member.isfile() and (file := members.extractfile(member)):
                     contents[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise damaged(archive, f"is no whole .tar.gz archive ({error})") from error
+        raise damaged(archive, f"is no whole .tar.gz archive ({shortened(str(error))})") from error
     missing = [name for name in names if name not in contents]
     if missing:
         raise damaged(archive, f"lacks {', '.join(missing)}")
     return contents
+
+
+class _Unpacked(gzip.GzipFile):
+    """What an archive unpacks to, of which nobody reads more at once than it may be in all, whatever a header says."""
+
+    def __init__(self, archive: Path):
+        super().__init__(archive, "rb")
+        self._most = most_unpacked(archive.stat().st_size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > self._most:
+            raise EOFError(f"a header says that {decimal(size)} follow")
+        return super().read(size)
 
 
 def _split(name: str, content: bytes, path: Path) -> Split:

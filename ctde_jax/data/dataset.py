@@ -235,15 +235,15 @@ def _checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | 
     inputs = _stored(option, inputs)
     if inputs.ndim < 2:
         raise InputError(option, f"must have the shape [examples, ...], got {inputs.shape}.")
-    if len(inputs) == 0:
-        raise InputError(option, f"must hold at least one example, got the shape {inputs.shape}.")
+    if 0 in inputs.shape:
+        raise InputError(option, f"must hold at least one number of an example, got the shape {inputs.shape}.")
     if inputs.dtype == np.uint8:
         return inputs
-    if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_) or inputs.dtype.kind == "c":
+    if inputs.dtype.kind not in "biuf":
         raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
     if np.issubdtype(inputs.dtype, np.integer):
         return _as_int32(option, inputs)
-    with np.errstate(over="ignore"):  # what does not fit in float32 becomes infinite, and is refused as such
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit in float32 becomes infinite, and is refused
         for first, piece in pieces(inputs):
             is_finite = np.isfinite(piece.astype(np.float32, copy=False))
             if not is_finite.all():
@@ -258,6 +258,8 @@ def _checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | 
 
 def _checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
     labels = _stored(option, labels)
+    if labels.ndim == 0 or 0 in labels.shape[1:] or labels.dtype.kind == "m":
+        raise InputError(option, f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.")
     if labels.ndim == 1:
         labels = np.asarray(labels)
     if labels.dtype == np.bool_ or np.issubdtype(labels.dtype, np.integer):

@@ -55,7 +55,7 @@ class DiskArray:
             numbers = np.where(numbers < 0, numbers + len(self), numbers)
         in_file = numbers.ravel() if self.numbers is None else self.numbers[numbers.ravel()]
         wanted, places = np.unique(in_file, return_inverse=True)
-        with np.errstate(over="ignore"):  # as where arrays in memory are checked
+        with np.errstate(over="ignore", invalid="ignore"):  # as where arrays in memory are checked
             found = self._read(wanted).astype(self.dtype, copy=False)
         return found[places].reshape(*numbers.shape, *self.shape[1:])
 

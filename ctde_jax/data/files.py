@@ -6,6 +6,7 @@ Arrays that are large stay in their file, where it holds their numbers as they a
 import csv
 import io
 import math
+import os
 import struct
 import warnings
 import zipfile
@@ -36,8 +37,8 @@ def from_npz(path: Path | str) -> Dataset:
     Raises:
         InputError: The file is no whole .npz file, or what it holds makes no data set.
     """
-    path = Path(path).expanduser()
-    arrays = _arrays_of_folder(path) if path.is_dir() else _arrays(path)
+    path = Path(os.path.expanduser(path))
+    arrays = _arrays_of_folder(path) if os.path.isdir(path) else _arrays(path)
     for name in ("y_train", "y_test"):
         if name in arrays and arrays[name].dtype.kind not in "iub":
             raise faulty(
@@ -81,7 +82,7 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     Raises:
         InputError: The file is no table, a feature is not a finite number, or there are not two classes.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     table = _table(path, label_column)
     classes, labels = _classes(path, table)
     inputs = np.array([_features(path, table, row) for row in table.rows], np.float32)

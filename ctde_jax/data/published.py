@@ -1,6 +1,7 @@
 """A data set as it is published: where its files are kept, and whether those that are there are the published ones."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ class Published:
         cache = user_cache_path("ctde_jax") / self.name
         if data_dir is None:
             return cache
-        folder = Path(data_dir).expanduser()
-        if not folder.is_dir():
+        folder = Path(os.path.expanduser(data_dir))
+        if not os.path.isdir(folder):
             raise InputError(
                 "data_dir",
                 f"must be an existing folder, got {folder}; create it to have {self.name} downloaded into it, "

@@ -1,6 +1,7 @@
 """A text, character by character: each window of it is an example, and the characters that follow are its labels."""
 
 import codecs
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
             label; or the length or the stride is less than 1.
     """
     check_at_least(1, length=length, stride=stride)
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     text = _read(path)
     vocabulary = tuple(sorted(set(text)))
     tokens = encode(text, vocabulary)
