@@ -45,7 +45,7 @@ def check_run(
         rule = f"must cut the {own} examples that each device has of a batch into equal groups"
         raise InputError("accumulate", f"{rule}, got {accumulate}.")
     if strategy.is_exact:
-        _check_exact(replicas, batch_size, accumulate)
+        check_exact(replicas, batch_size, accumulate)
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
     if patience is not None and data.validation is None:
@@ -65,7 +65,7 @@ def check_run(
         jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
 
 
-def _check_exact(replicas: int, batch_size: int, accumulate: int) -> None:
+def check_exact(replicas: int, batch_size: int, accumulate: int) -> None:
     """Raises InputError where a batch cannot be cut into the same shards on any number of devices."""
     if SHARDS % replicas:
         raise InputError("devices", f"must divide the {SHARDS} shards whose sum is exact, got {replicas}.")

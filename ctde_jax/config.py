@@ -200,8 +200,8 @@ class Aggregation:
     """Steps that a device takes alone before they agree on parameters; 0 agrees on the gradient of every step."""
 
     exact: bool = False
-    """Whether the training has the same bits on 1, 2, 4 and 8 devices: 8 shards of each batch are computed one after
-    another, and their gradients summed in one order by every device."""
+    """Whether the training has the same bits on 1, 2, 4 and 8 fake CPU devices: 8 shards of each batch are computed one
+    after another, and their gradients summed in one order by every device."""
 
     synchronous_steps: int = 0
     """Steps at the start of the run at which the gradients are averaged, before --sync-every begins."""

@@ -69,6 +69,8 @@ def find_meeting(chosen: Hosts) -> Meeting | None:
         InputError: The options are not all given, or an address is none at which all hosts could meet.
     """
     given = {"coordinator": chosen.coordinator, "num_processes": chosen.num_processes, "process_id": chosen.process_id}
+    if chosen.num_processes == 1:
+        return None
     missing = [name for name, value in given.items() if value is None]
     check_at_least(1, num_processes=chosen.num_processes, join_timeout=chosen.join_timeout)
     check_at_least(0, process_id=chosen.process_id)
@@ -77,9 +79,16 @@ def find_meeting(chosen: Hosts) -> Meeting | None:
     address, count, index = chosen.coordinator, chosen.num_processes, chosen.process_id
     local_devices = None
     if address is None:
-        address, count, index, local_devices = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, chosen.join_timeout
-        )
+        try:
+            address, count, index, local_devices = ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, None, chosen.join_timeout
+            )
+        except Exception as error:  # of a launcher that JAX knows, in an environment that it cannot read
+            raise InputError(
+                "coordinator",
+                f"could not be found in the environment of the launcher ({error}); give it with --num-processes and "
+                "--process-id, or --num-processes 1 for one host alone.",
+            ) from error
     if address is None or count is None or index is None or count == 1:
         return None
     if index >= count:
@@ -109,7 +118,7 @@ def join(meeting: Meeting) -> None:
         InputError: Host 0 cannot open its port.
     """
     if meeting.index == 0:
-        _check_port(meeting.listens_on)
+        _check_port(meeting.listens_on, meeting.patience)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours, see stop.py
     jax.distributed.initialize(
@@ -120,10 +129,10 @@ def join(meeting: Meeting) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=meeting.patience,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         coordinator_bind_address=meeting.listens_on,
     )
-    threading.Thread(target=_end_with_others, name="hosts", daemon=True).start()
+    _watch.append(threading.Thread(target=_end_with_others, name="hosts", daemon=True))
+    _watch[0].start()
 
 
 def count() -> int:
@@ -173,7 +182,7 @@ def of_the_first(make: Callable[[], T]) -> T:
 
     Raises:
         InputError: On all hosts where it was raised on host 0.
-        HostLost: Host 0 has not made it within an hour.
+        HostLost: Host 0 has failed otherwise, or has not made it within an hour.
     """
     if count() == 1:
         return make()
@@ -184,12 +193,17 @@ def of_the_first(make: Callable[[], T]) -> T:
         except InputError as error:
             _tell(key, {"option": error.option, "sentence": error.sentence})
             raise
+        except Exception as error:
+            _tell(key, {"failed": f"host 0 has failed: {error}"})
+            raise
         _tell(key, {"made": made})
         return made
     pieces = int(_wait_for(0, key))
     told = json.loads("".join(_wait_for(0, f"{key}/{number}") for number in range(pieces)))
     if "sentence" in told:
         raise InputError(told["option"], told["sentence"])
+    if "failed" in told:
+        raise HostLost(told["failed"])
     return told["made"]
 
 
@@ -197,13 +211,7 @@ def arrays_of_the_first(arrays: PyTree) -> PyTree:
     """Returns on all hosts the arrays of host 0, bit for bit; the others give arrays of the same shapes and types."""
     if count() == 1:
         return arrays
-    leaves, structure = jax.tree.flatten(arrays)
-    own = [np.asarray(leaf) for leaf in leaves]
-    words = [np.frombuffer(leaf.tobytes() + b"\0" * (-leaf.nbytes % 4), np.uint32) for leaf in own]
-    sent = [np.asarray(leaf).tobytes() for leaf in multihost_utils.broadcast_one_to_all(words)]
-    return structure.unflatten(
-        np.frombuffer(raw[: leaf.nbytes], leaf.dtype).reshape(leaf.shape) for raw, leaf in zip(sent, own, strict=True)
-    )
+    return jax.tree.map(_array_of_the_first, arrays)
 
 
 def largest(value: int) -> int:
@@ -212,15 +220,18 @@ def largest(value: int) -> int:
 
 
 def part() -> None:
-    """Leaves the other hosts at the end of a run, together with them."""
-    if jax.distributed.is_initialized():
-        _is_over.set()
+    """Leaves the other hosts at the end of a run, when all of them have come here."""
+    if count() > 1:
+        _exchange("")
+        _end_watch()
         jax.distributed.shutdown()
 
 
 def leave(status: int, sentence: str) -> NoReturn:
-    """Ends this process, and tells the other hosts why, who end as well."""
-    _is_over.set()
+    """Ends this process with a sentence, and tells the other hosts why, who end as well."""
+    _end_watch()
+    if sentence:
+        print(f"error: host {index()}: {sentence}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         try:
             told = json.dumps({"host": index(), "status": status, "sentence": sentence})
@@ -232,18 +243,24 @@ def leave(status: int, sentence: str) -> NoReturn:
     os._exit(status)
 
 
-def is_loss(error: Exception) -> bool:
-    """Says whether an error is that of a collective in which another host is missing, or of a wait for it."""
+def wait_for_verdict() -> None:
+    """Waits for the coordinator, which ends this process where it misses another host."""
+    time.sleep(1.5 * HEARTBEAT_SECONDS)
+
+
+def may_be_lost(error: Exception) -> bool:
+    """Says whether an error may be that of a collective in which another host is missing, or of a wait for it."""
     return isinstance(error, HostLost | jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
-def wait_for_verdict(error: Exception) -> str:
-    """Waits for the coordinator, which ends this process where it misses a host; else returns what there is to say."""
-    time.sleep(1.5 * HEARTBEAT_SECONDS)
-    return str(error) if isinstance(error, HostLost) else f"the hosts could not compute together: {error}"
-
-
 _is_over = threading.Event()
+_watch: list[threading.Thread] = []
+
+
+def _end_watch() -> None:
+    _is_over.set()
+    for thread in _watch:
+        thread.join()
 
 
 def _store() -> Any:
@@ -258,7 +275,8 @@ def _end_with_others() -> None:
         except jax.errors.JaxRuntimeError:
             continue
         if not _is_over.is_set():
-            print(f"error: host {told['host']} has ended the run: {told['sentence']}", file=sys.stderr, flush=True)
+            why = told["sentence"] or "its output says why"
+            print(f"error: host {index()}: host {told['host']} has ended the run: {why}", file=sys.stderr, flush=True)
             os._exit(told["status"])
 
 
@@ -266,6 +284,15 @@ def _exchange(text: str) -> dict[int, str]:
     folder = f"ctde_jax/{next(_calls)}"
     _store().key_value_set(f"{folder}/{index()}", text)
     return {host: _wait_for(host, f"{folder}/{host}") for host in range(count())}
+
+
+def _array_of_the_first(array: jax.typing.ArrayLike) -> np.ndarray:
+    """Sends an array in pieces of one size, for each of which devices need room."""
+    own = np.asarray(array)
+    words = np.frombuffer(own.tobytes() + b"\0" * (-own.nbytes % 4), np.uint32)
+    pieces = [words[start : start + _PIECE] for start in range(0, len(words), _PIECE)]
+    sent = b"".join(np.asarray(multihost_utils.broadcast_one_to_all(piece)).tobytes() for piece in pieces)
+    return np.frombuffer(sent[: own.nbytes], own.dtype).reshape(own.shape)
 
 
 def _tell(key: str, fact: Any) -> None:
@@ -298,11 +325,19 @@ def _listens_everywhere(host: str) -> bool:
         return host == "*"
 
 
-def _check_port(address: str) -> None:
-    """Raises InputError where a port cannot be opened, for JAX would crash."""
+def _check_port(address: str, patience: float) -> None:
+    """Raises InputError where a port cannot be opened, for JAX would crash; a name may take a while to be known."""
     host, port = _parts("coordinator_bind", address)
+    deadline = time.monotonic() + patience
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        while True:
+            try:
+                family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+                break
+            except socket.gaierror:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
         with socket.socket(family, kind, protocol) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(place)

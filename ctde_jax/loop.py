@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
+from zlib import crc32
 
 import jax
 import numpy as np
@@ -151,6 +152,10 @@ def fit(
     check_types(model=model, data=data, optimizer=optimizer, strategy=strategy)
     devices = list(devices or available.start())
     available.check(devices)
+    if len(devices) != len(replica.own(devices)) * hosts.count():
+        raise InputError(
+            "devices", f"must be as many of each of the {hosts.count()} hosts, such as devices.start() returns."
+        )
     task = _default_task(data) if task is None else task
     if data.stream is not None:
         batches = deal_stream(data.stream, len(devices), batch_size, partition)
@@ -215,7 +220,8 @@ def fit(
             "keep_best": keep_best if on_nonfinite == "rollback" else None,
         }
     )
-    hosts.compare({**told, **hosts.platform()})
+    saving = {"save_every": save_every, "keep_best": keep_best, "run_dir": None if run_dir is None else str(run_dir)}
+    hosts.compare({**told, **saving, **hosts.platform(), "the labels and their partition": _checksum(data, partition)})
     screen, is_first = console(quiet=not show), hosts.index() == 0
     folder, trunk = (None if path is None else Path(path) for path in (run_dir, branch_from))
     with ExitStack() as at_end:
@@ -349,6 +355,16 @@ def fit(
         devices=devices,
         traffic=traffic[-1],
     )
+
+
+def _checksum(data: Dataset, partition: Sequence[np.ndarray] | None) -> int:
+    """Tells data that are in memory from others of the same name and size."""
+    parts = [data.train.labels, data.test.labels, *(partition or ())]
+    return reduce(lambda sum, part: crc32(part.tobytes(), sum), filter(_is_in_memory, parts), 0)
+
+
+def _is_in_memory(array: object) -> bool:
+    return isinstance(array, np.ndarray)
 
 
 def _default_task(data: Dataset) -> Task:

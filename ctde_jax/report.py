@@ -111,7 +111,7 @@ def describe_strategy(chosen: Aggregation) -> str:
     combined = "the mean" if chosen.combine == "average" else f"the {chosen.combine.replace('_', ' ')}"
     words = [f"{combined} of the gradients at every step"]
     if chosen.exact:
-        words.append("of 8 shards in one order, so that all bits are those of one device")
+        words.append("of 8 shards in one order, so that bits do not depend on the number of devices")
     if chosen.sync_every:
         steps = "every step" if chosen.sync_every == 1 else f"every {chosen.sync_every} steps"
         words = [f"{combined} of the parameters after {steps} alone"]

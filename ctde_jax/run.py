@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ctde_jax import guard, state
+from ctde_jax import guard, hosts, state
 from ctde_jax.checkpoint import MEASURED, Checkpoint, Choose, Saver, Tensors
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.evaluate import Averages
@@ -189,9 +189,8 @@ class Run:
         self.meter.saved()
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written; raises InputError where it could not be."""
-        if self.saver is not None:
-            self.saver.wait()
+        """Waits on all hosts for the checkpoint that host 0 is writing; raises InputError where it could not be."""
+        hosts.of_the_first(lambda: None if self.saver is None else self.saver.wait())
 
     @property
     def _judge(self) -> str:

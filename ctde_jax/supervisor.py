@@ -32,21 +32,30 @@ def is_child() -> bool:
 def run(module: str, arguments: Sequence[str], meeting: Meeting) -> int:
     """Runs a command as a child to its end, and returns its exit status.
 
-    An end that the coordinator has brought about is told in a sentence, of status `hosts.LOST`.
+    An end that the coordinator has brought about is told in a sentence, of status `hosts.LOST`; another signal's is 128
+    and its number, as in a shell.
     """
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, _MARK: "1"}, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, _MARK: "1"},
+        text=True,
+        errors="replace",
+        process_group=0,  # so that a terminal's Ctrl-C comes to it once, from here
     ) as child:
         assert child.stderr is not None
-        signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the child as well
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: child.send_signal(number))
         said = _listen(child.stderr)
         status = child.wait()
     if status >= 0:
         return status
-    print(f"error: host {meeting.index}: {_sentence(said, -status, meeting)}", file=sys.stderr)
-    return LOST
+    sentence = _sentence(said, meeting)
+    why = sentence or f"{signal.Signals(-status).name} has ended the training. {said}"
+    print(f"error: host {meeting.index}: {why}", file=sys.stderr)
+    return LOST if sentence else 128 - status
 
 
 def follow_supervisor() -> None:
@@ -76,8 +85,8 @@ def _listen(errors: IO[str]) -> str:
     return "".join(own)
 
 
-def _sentence(said: str, number: int, meeting: Meeting) -> str:
-    """Says what ended the child."""
+def _sentence(said: str, meeting: Meeting) -> str:
+    """Says for what the coordinator has ended the child; nothing where it has not."""
     unhealthy = re.findall(r"stopped sending heartbeats\):\n((?:\d+\n)+)", said)
     if unhealthy:
         lost = [host for host in unhealthy[0].split() if int(host) != meeting.index] or unhealthy[0].split()
@@ -102,4 +111,4 @@ def _sentence(said: str, number: int, meeting: Meeting) -> str:
             f"host 0 at {meeting.coordinator} is gone or does not answer, so the run ended; the same command on all "
             "hosts goes on from its newest checkpoint."
         )
-    return f"the training was ended by {signal.Signals(number).name}. {said}"
+    return ""

@@ -17,7 +17,7 @@ import numpy as np
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_at_least
+from ctde_jax.errors import HostLost, InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_at_least
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         The exit status: 0, 2 for a mistake in options or data or a loss that is not finite, 69 where another host is
-        lost, 70 where devices that must hold the same do not, 75 after SIGTERM, 130 after Ctrl-C.
+        lost, 70 where devices that must hold the same do not, 75 after SIGTERM, 130 after Ctrl-C, and on several hosts
+        128 and its number for a signal that has ended the training at once.
     """
     started = time.perf_counter()
     try:
@@ -36,42 +37,46 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if meeting is None:
         status, sentence = _outcome(config, started)
-    elif not ctde.supervisor.is_child():
+        if sentence:
+            print(sentence if status == os.EX_TEMPFAIL else f"error: {sentence}", file=sys.stderr)
+        return status
+    if not ctde.supervisor.is_child():
         return ctde.supervisor.run("ctde_jax.train", arguments, meeting)
-    else:
-        ctde.supervisor.follow_supervisor()
-        status, sentence = _outcome(config, started, meeting)
+    ctde.supervisor.follow_supervisor()
+    status, sentence = _outcome(config, started, meeting)
+    if sentence and status != os.EX_TEMPFAIL:
+        ctde.hosts.leave(status, sentence)
     if sentence:
-        print(sentence, file=sys.stderr, flush=True)
-    if meeting is not None:
-        ctde.hosts.part() if status in (0, os.EX_TEMPFAIL) else ctde.hosts.leave(status, sentence)
+        print(f"host {meeting.index}: {sentence}", file=sys.stderr)
+    ctde.hosts.part()
     return status
 
 
 def _outcome(config: options.Config, started: float, meeting: "ctde.hosts.Meeting | None" = None) -> tuple[int, str]:
     """Trains, and returns the exit status and what there is to say of it."""
-    host = "" if meeting is None else f"host {meeting.index}: "
     try:
         if meeting is not None:
             ctde.hosts.join(meeting)
         return (130 if train(config, started).interrupted else 0), ""
     except InputError as error:
-        return 2, f"error: {host}{options.flag(error.option)} {error.sentence}"
+        return 2, f"{options.flag(error.option)} {error.sentence}"
     except NonFiniteLoss as error:
-        return 2, f"error: {host}{error}"
+        return 2, str(error)
     except ReplicasDiverged as error:
-        return os.EX_SOFTWARE, f"error: {host}{error}"
+        return os.EX_SOFTWARE, str(error)
     except Preempted as error:
-        return os.EX_TEMPFAIL, f"{host}{error}"
+        return os.EX_TEMPFAIL, str(error)
+    except HostLost as error:
+        return ctde.hosts.LOST, str(error)
     except KeyboardInterrupt:
-        return 130, f"{host}interrupted twice; what was measured is in the run's folder"
+        return 130, "interrupted twice; what was measured is in the run's folder"
     except Exception as error:
         if meeting is None:
             raise
-        if not ctde.hosts.is_loss(error):
-            traceback.print_exc()
-            return 1, f"error: {host}{type(error).__name__}: {error}"
-        return ctde.hosts.LOST, f"error: {host}{ctde.hosts.wait_for_verdict(error)}"
+        if ctde.hosts.may_be_lost(error):
+            ctde.hosts.wait_for_verdict()
+        traceback.print_exc()  # nobody was lost
+        return 1, f"{type(error).__name__}: {error}"
 
 
 def train(config: options.Config, started: float) -> "ctde.Trained":

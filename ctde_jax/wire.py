@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ctde_jax import build, config, hosts, targets
 from ctde_jax import devices as available
+from ctde_jax.checks import check_exact
 from ctde_jax.data import deal
 from ctde_jax.errors import InputError
 from ctde_jax.models import count_params, with_raw_inputs
@@ -44,6 +45,8 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
     data = build.load_data(chosen.data, seed)
     model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
     strategy = build.build_strategy(chosen.aggregation)
+    if strategy.is_exact:
+        check_exact(len(devices), batch_size, chosen.optimization.accumulate)
     partition = build.make_partition(chosen.data, data.train.labels, len(devices), seed)
     batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
     constant = replace(chosen.optimization, schedule="constant", warmup_steps=0)

@@ -17,8 +17,8 @@
 srun python -m ctde_jax.train --dataset mnist --model cnn --run-dir runs/slurm-cnn
 status=$?
 
-# 75: ended by SIGTERM, 69: a host was lost. Both go on with the same command.
-if [ $status -eq 75 ] || [ $status -eq 69 ]; then
+# 75: ended by SIGTERM, 69: a host was lost. Both go on with the same command, but not for ever.
+if { [ $status -eq 75 ] || [ $status -eq 69 ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

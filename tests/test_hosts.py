@@ -59,8 +59,13 @@ class Job:
         )
 
     def signal(self, index: int, number: signal.Signals) -> None:
-        """To the command and its child, as if the whole machine were meant."""
-        os.killpg(self.processes[index].pid, number)
+        """To the command, which hands it on; what nobody can hand on also to its child, as if the machine were gone."""
+        pid = self.processes[index].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        if number in (signal.SIGKILL, signal.SIGSTOP) and children.exists():
+            for child in children.read_text().split():
+                os.kill(int(child), number)
+        os.kill(pid, number)
 
     def saved(self) -> int | None:
         """The newest step that has a checkpoint."""
@@ -84,7 +89,7 @@ class Job:
             try:
                 output, errors = process.communicate(timeout=patience)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                self.signal(index, signal.SIGKILL)
                 output, errors = process.communicate()
             ended[index] = Ended(process.returncode, output, errors, time.monotonic() - since)
 
@@ -242,6 +247,70 @@ def test_sigterm_saves_the_same_step_on_all_hosts(told, job, tmp_path):
     assert {name: tensor.tobytes() for name, tensor in one.items()} == {
         name: tensor.tobytes() for name, tensor in other.items()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--validation-share", "0.2", "--patience", "100"]])
+def test_ctrl_c_on_one_host_saves_and_ends_all(more, job):
+    """Host 0 shows and writes its results, though the other has less to do."""
+    for index in (0, 1):
+        job.start(index, *LONG, "--save-every", "200", *more)
+    job.until(lambda: (job.saved() or 0) > 400)
+    job.signal(1, signal.SIGINT)
+    first, second = job.end(30)
+    assert (first.status, first.errors, second.status, second.errors) == (130, "", 130, "")
+    assert "test accuracy" in first.output
+    assert (job.folder / "curves.png").exists()
+    assert job.saved() == next(row["step"] for row in reversed(rows(job.folder)) if row["split"] == "train")
+
+
+@pytest.mark.slow
+def test_command_that_is_killed_takes_its_training_along(job):
+    """Only the process that listens is killed; the other host is told the same as where both are."""
+    for index in (0, 1):
+        job.start(index, *LONG, "--save-every", "200")
+    job.until(lambda: (job.saved() or 0) > 400)
+    os.kill(job.processes[1].pid, signal.SIGKILL)
+    first, _ = job.end(30)
+    assert first.status == LOST
+    assert "host 1 has not answered" in one_sentence(first)
+
+
+@pytest.mark.slow
+def test_fault_in_writing_ends_all_with_its_sentence(job):
+    """The folder vanishes, and cannot be made anew."""
+    for index in (0, 1):
+        job.start(index, *LONG, "--save-every", "200")
+    job.until(lambda: (job.saved() or 0) > 400)
+    job.folder.rename(job.folder.with_name("elsewhere"))
+    job.folder.write_text("a file")
+    for ended in job.end(60):
+        assert ended.status == 2
+        assert "--run-dir must be a folder that can be written to" in one_sentence(ended)
+
+
+@pytest.mark.slow
+def test_run_goes_on_with_other_numbers_of_hosts(job, tmp_path):
+    """2 -> 1, 2 and 4, with the same bits as --exact promises."""
+    arguments = ["--exact", "--eval-every", "23", "--save-every", "23", "--batch-size", "48"]
+    for index in (0, 1):
+        job.start(index, *arguments, "--steps", "200000")
+    job.until(lambda: (job.saved() or 0) >= 46)
+    job.signal(0, signal.SIGTERM)
+    assert [ended.status for ended in job.end(30)] == [PREEMPTED, PREEMPTED]
+    step = checkpoint.steps(job.folder / "checkpoints")[0]
+    branch = ["--branch-from", str(checkpoint.newest(job.folder / "checkpoints"))]
+    more = [*arguments, *branch, "--steps", str(step + 60)]
+    for folder, count in (("four", 4), ("two", 2)):
+        again = Job(tmp_path / folder)
+        for index in range(count):
+            again.start(index, *more, count=count)
+        assert [ended.status for ended in again.end()] == [0] * count
+    train(tmp_path / "one", *more, "--devices", "1")
+    digests = {
+        tuple(tensor.tobytes() for tensor in tensors(tmp_path / folder).values()) for folder in ("one", "two", "four")
+    }
+    assert len(digests) == 1
 
 
 @pytest.mark.slow
