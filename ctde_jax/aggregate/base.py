@@ -14,7 +14,7 @@ UNCHANGED = optax.identity()
 
 IN_ORDER = optax.GradientTransformation(*optax.identity())
 """The reducer of gradients that are agreed on already: those of 8 shards of the batch, which every replica has got and
-summed in the same order. So the bits of a training are the same on 1, 2, 4 and 8 fake CPU devices; see `gradient.py`."""
+summed in the same order. So a training has the same bits on 1, 2, 4 and 8 fake CPU devices; see `gradient.py`."""
 
 
 @dataclass(frozen=True)
