@@ -326,13 +326,13 @@ def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
             while job.saved() == before and job.processes[0].poll() is None:
                 time.sleep(0.001)
             time.sleep(kill_after)
-            lost = draw.randrange(2)
-            job.signal(lost, signal.SIGKILL)
+            for lost in draw.choice([[0], [1], [0, 1]]):
+                job.signal(lost, signal.SIGKILL)
         return job.end()
 
     draw = random.Random(0)
     run(tmp_path / "whole", None)
-    for _ in range(6):
+    for _ in range(15):
         run(tmp_path / "killed", draw.uniform(0, 1.5))
     assert [ended.status for ended in run(tmp_path / "killed", None)] == [0, 0]
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
