@@ -88,6 +88,18 @@ def make_gradient(
     return gradient
 
 
+def compiled_apart(
+    function: Callable[..., PyTree], has_examples: jax.Array, *arguments: PyTree, otherwise: PyTree
+) -> PyTree:
+    """Calls a function where there are examples, and returns something like its result where there are none.
+
+    The compiler, which cannot know where, compiles the function apart from what stands around it, and that differs with
+    the number of devices. Together they would be rounded otherwise: of a product and a sum that meet in one kernel a
+    CPU makes one operation. (For CPUs, XLA takes optimization barriers away before it makes kernels.)
+    """
+    return lax.cond(has_examples, function, lambda *_: otherwise, *arguments)
+
+
 def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
     """Says whether anything that the model returns in training depends on its key."""
     key = jax.eval_shape(jax.random.key, 0)
@@ -124,7 +136,7 @@ def _make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> G
 
     A batch is always cut into `SHARDS` shards, of which a replica computes its own, one after another. Then every
     replica gets the gradients of all and sums them by pairs, so in an order that never changes. The sums over examples
-    are told by the first replica, and zero on the others. Batch statistics are those of a shard.
+    are those of all replicas, too. Batch statistics are those of a shard.
 
     Each replica sends its shards' gradients to all others: `8 (R - 1) / R * 4 n` bytes for n numbers.
     """
@@ -160,8 +172,7 @@ def _make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> G
             return jnp.where(sums["examples"] > 0, mean, before)
 
         agreed = jax.tree.map(lambda x: _sum_in_order(x) / total, grads), jax.tree.map(mean_state, states, model_state)
-        told = jax.tree.map(lambda x: jnp.where(lax.axis_index(AXIS) == 0, x, 0), sums)
-        return lax.optimization_barrier((*agreed, told))
+        return lax.optimization_barrier((*agreed, sums))
 
     return gradient
 

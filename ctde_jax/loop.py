@@ -237,7 +237,9 @@ def fit(
 
         model = with_raw_inputs(model, data.shift, data.scale)
         init_key, train_key = jax.random.split(jax.random.key(seed))
-        params, model_state = hosts.arrays_of_the_first(jax.jit(model.init)(init_key, batches.inputs(0)))
+        first = batches.inputs(0)
+        init = replica.compiled(jax.jit(model.init).lower(init_key, first), jax.local_devices()[:1], strategy.is_exact)
+        params, model_state = hosts.arrays_of_the_first(init(init_key, first))
         best, keeps_average = Best(patience), ema_decay is not None
         train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
         if found is not None:

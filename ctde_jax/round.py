@@ -10,8 +10,8 @@ from jax import numpy as jnp
 from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
-from ctde_jax.gradient import Gradient, Sums
-from ctde_jax.replica import weighted_mean
+from ctde_jax.gradient import Gradient, Sums, compiled_apart
+from ctde_jax.replica import PyTree, weighted_mean
 from ctde_jax.state import TrainState, axes
 
 Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
@@ -47,6 +47,15 @@ def make_round(
     """
     optimizer, reduce = strategy.local(optimizer), optax.with_extra_args_support(strategy.reduce)
 
+    def step(state: TrainState, grads: PyTree) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return averaged(state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state))
+
+    def averaged(state: TrainState) -> TrainState:
+        if ema_decay is None:
+            return state
+        return state._replace(ema_params=optax.incremental_update(state.params, state.ema_params, 1 - ema_decay))
+
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
         reduce_key, step_key = _keys(key, state.step)
@@ -55,14 +64,15 @@ def make_round(
         grads, reduce_state = reduce.update(
             grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-
-        return state._replace(
-            params=optax.apply_updates(state.params, updates),
-            model_state=model_state if strategy.is_exact else weighted_mean(model_state, sums["examples"]),
-            opt_state=opt_state,
-            reduce_state=reduce_state,
-        ), jax.tree.map(lambda x: x[None], sums)
+        if strategy.is_exact:
+            state = state._replace(model_state=model_state)
+            state = compiled_apart(step, sums["examples"] > 0, state, grads, otherwise=state)
+            is_first = lax.axis_index(replica.AXIS) == 0
+            sums = jax.tree.map(lambda x: jnp.where(is_first, x, 0), sums)
+        else:
+            model_state = weighted_mean(model_state, sums["examples"])
+            state = step(state._replace(model_state=model_state, reduce_state=reduce_state), grads)
+        return state, jax.tree.map(lambda x: x[None], sums)
 
     def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         def local_step(own, step_and_indices):
@@ -84,23 +94,20 @@ def make_round(
         )
         updates, outer_state = strategy.outer.update(outer_grads, state.outer_state, state.params)
 
-        return state._replace(
+        state = state._replace(
             params=optax.apply_updates(state.params, updates),
             model_state=weighted_mean(model_state, examples),
             opt_state=opt_state,
             reduce_state=reduce_state,
             outer_state=outer_state,
-        ), sums
+        )
+        return averaged(state), sums
 
     advance = local if strategy.inner_steps else synchronous
 
     def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         advanced, sums = advance(state, split, batches, key)
-        advanced = advanced._replace(step=state.step + len(batches))
-        if ema_decay is not None:
-            ema_params = optax.incremental_update(advanced.params, state.ema_params, 1 - ema_decay)
-            advanced = advanced._replace(ema_params=ema_params)
-        return advanced, sums
+        return advanced._replace(step=state.step + len(batches)), sums
 
     return train_round
 

@@ -68,6 +68,7 @@ RUNS: dict[str, dict] = {
     "residual network": {"model": models.resnet((8, 8), 10, (4, 8), 1, "batch", "averaged")},
     "lstm": {"model": models.rnn_classifier(8, 10, 16, 1, "lstm", 0.1), "dataset": sequences},
     "transformer": {"dataset": text},
+    "a start that looks at the data": {"model": ctde.initializers.initialize(models.mlp([64, 16, 10]), "lsuv")},
 }
 QUICK = ["mlp", "random numbers and batch statistics"]
 
@@ -168,7 +169,16 @@ def test_only_the_gradient_of_every_step_can_be_in_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [["mlp"], ["resnet", "--norm", "batch"], ["lstm", "--sequence", "rows"]])
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["mlp"],
+        ["mlp", "--init", "lsuv"],
+        ["mlp", "--ema-decay", "0.9", "--on-nonfinite", "skip", "--max-grad-norm", "1"],
+        ["resnet", "--norm", "batch"],
+        ["lstm", "--sequence", "rows"],
+    ],
+)
 def test_command_has_the_same_bits(model, tmp_path):
     """As users run it, with XLA's own optimizations."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -54,9 +54,12 @@ class Batches:
         return np.concatenate(pieces)
 
     def inputs(self, step: int) -> np.ndarray:
-        """Returns the inputs of the batch of a step, of all replicas together: `[examples, ...]`."""
+        """Returns the inputs of the batch of a step, of all replicas together: `[examples, ...]`.
+
+        Where the examples are dealt anew in every epoch, their order is the same on any number of replicas.
+        """
         (indices,) = self.steps(step, step + 1)
-        own, place = np.nonzero(indices >= 0)
+        place, own = np.nonzero(indices.T >= 0)
         rows = indices[own, place]
         inputs = self.split.inputs
         return inputs[rows] if self.axis is None or isinstance(inputs, DiskArray) else inputs[own, rows]
