@@ -236,7 +236,9 @@ def _checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | 
     if inputs.ndim < 2:
         raise InputError(option, f"must have the shape [examples, ...], got {inputs.shape}.")
     if 0 in inputs.shape:
-        raise InputError(option, f"must hold at least one number of an example, got the shape {inputs.shape}.")
+        raise InputError(
+            option, f"must hold at least one example, of at least one number, got the shape {inputs.shape}."
+        )
     if inputs.dtype == np.uint8:
         return inputs
     if inputs.dtype.kind not in "biuf":
@@ -258,7 +260,9 @@ def _checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | 
 
 def _checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
     labels = _stored(option, labels)
-    if labels.ndim == 0 or 0 in labels.shape[1:] or labels.dtype.kind == "m":
+    if labels.ndim == 0:
+        raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
+    if 0 in labels.shape[1:] or labels.dtype.kind == "m":
         raise InputError(option, f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.")
     if labels.ndim == 1:
         labels = np.asarray(labels)
