@@ -152,11 +152,11 @@ def platform() -> dict[str, Any]:
     return {**versions, "the kind of the devices": here[0].device_kind, "the number of devices": len(here)}
 
 
-def compare(facts: Mapping[str, Any]) -> None:
+def compare(tell: Callable[[], Mapping[str, Any]]) -> None:
     """Checks that all hosts have the same facts, through the coordinator, so that no collective can hang.
 
     Args:
-        facts: What JSON can write, by name.
+        tell: Returns what JSON can write, by name; asked only where there are several hosts.
 
     Raises:
         InputError: On every host; names the fact, what it is on host 0, and on another one.
@@ -164,7 +164,7 @@ def compare(facts: Mapping[str, Any]) -> None:
     """
     if count() == 1:
         return
-    told = _exchange(json.dumps(facts))
+    told = _exchange(json.dumps(tell()))
     first = json.loads(told[0])
     for host, text in sorted(told.items()):
         others = json.loads(text)

@@ -221,7 +221,8 @@ def fit(
         }
     )
     saving = {"save_every": save_every, "keep_best": keep_best, "run_dir": None if run_dir is None else str(run_dir)}
-    hosts.compare({**told, **saving, **hosts.platform(), "the labels and their partition": _checksum(data, partition)})
+    labels = "the labels and their partition"
+    hosts.compare(lambda: {**told, **saving, **hosts.platform(), labels: _checksum(data, partition)})
     screen, is_first = console(quiet=not show), hosts.index() == 0
     folder, trunk = (None if path is None else Path(path) for path in (run_dir, branch_from))
     with ExitStack() as at_end:

@@ -87,7 +87,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         started: When the command began, by `time.perf_counter`.
     """
     devices = ctde.devices.start(config.aggregation.devices)
-    ctde.hosts.compare({**ctde.hosts.platform(), **options.deciding(config)})
+    ctde.hosts.compare(lambda: {**ctde.hosts.platform(), **options.deciding(config)})
     data = ctde.build.load_data(config.data, config.optimization.seed)
     partition = ctde.build.make_partition(config.data, data.train.labels, len(devices), config.optimization.seed)
     model = ctde.build.build_model(config.model, data)
