@@ -147,7 +147,8 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
     else:
         weighted = [jnp.where(weight > 0, leaf * weight, 0) for leaf in floats]
         sums, total = add_up((weighted, weight)) if axis == AXIS else lax.psum((weighted, weight), axis)
-        means = iter([x / jnp.where(total > 0, total, 1) for x in sums])
+        share = 1 / jnp.where(total > 0, total, 1)  # a product, unlike a quotient, is fused with what reads it
+        means = iter([x * share for x in sums])
     return structure.unflatten(
         next(means).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else lax.pmax(leaf, axis)
         for leaf in leaves
