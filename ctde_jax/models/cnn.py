@@ -32,7 +32,7 @@ class CNN(nnx.Module):
         x = as_images(inputs, self.image_shape)
         for convolution in (self.first, self.second):
             x = nnx.relu(_halve(convolution(x)))  # the same as pooling after the ReLU, with a quarter of the work
-        x = nnx.relu(self.hidden(x.reshape(len(x), -1)))
+        x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
         return self.out(self.dropout(x))
 
 

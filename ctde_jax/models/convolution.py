@@ -47,34 +47,40 @@ def convolve(inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], paddi
         kernel: Of the same type.
         strides: For height and width.
         padding: "SAME" or "VALID".
-        **layout: What else flax gives to that function; read only where there is no CPU.
+        **layout: What else flax gives to that function, which is always the same here.
     """
     sides = lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], strides, padding)
-    on_cpu = partial(_convolve_on_cpu, strides=tuple(strides), sides=tuple(sides))
-    elsewhere = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **layout)
-    return lax.platform_dependent(inputs, kernel, cpu=on_cpu, default=elsewhere)
+    return _convolve(inputs, kernel, tuple(strides), tuple(sides))
 
 
 Sides = tuple[tuple[int, int], ...]
 """How many zeros are put before and after the height, and the width."""
 
 
-@partial(jax.custom_vjp, nondiff_argnames=("strides", "sides"))
-def _convolve_on_cpu(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides) -> jax.Array:
+def _plain(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides) -> jax.Array:
     return lax.conv_general_dilated(inputs, kernel, strides, sides, dimension_numbers=LAYOUT)
 
 
+_convolve = jax.custom_vjp(_plain, nondiff_argnums=(2, 3))
+
+
 def _forward(inputs, kernel, strides, sides):
-    return _convolve_on_cpu(inputs, kernel, strides, sides), (inputs, kernel)
+    return _convolve(inputs, kernel, strides, sides), (inputs, kernel)
 
 
 def _backward(strides, sides, seen, grads):
-    inputs, kernel = seen
-    to_inputs = _grads_of_inputs(inputs.shape, kernel, strides, sides, grads)
-    return to_inputs, _grads_of_kernel(inputs, kernel, strides, sides, grads)
+    def on_cpu(inputs: jax.Array, kernel: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+        to_inputs = _grads_of_inputs(inputs.shape, kernel, strides, sides, grads)
+        return to_inputs, _grads_of_kernel(inputs, kernel, strides, sides, grads)
+
+    def elsewhere(inputs: jax.Array, kernel: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, pull_back = jax.vjp(partial(_plain, strides=strides, sides=sides), inputs, kernel)
+        return pull_back(grads)
+
+    return lax.platform_dependent(*seen, grads, cpu=on_cpu, default=elsewhere)
 
 
-_convolve_on_cpu.defvjp(_forward, _backward)
+_convolve.defvjp(_forward, _backward)
 
 
 def _grads_of_inputs(

@@ -27,7 +27,7 @@ class MLP(nnx.Module):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps `[examples, ...]` to `[examples, widths[-1]]`."""
-        x = inputs.reshape(len(inputs), -1)
+        x = inputs.reshape(inputs.shape[0], -1)
         if x.shape[1] != self.layers[0].in_features:
             width = self.layers[0].in_features
             raise InputError("widths", f"must start with the {x.shape[1]} numbers of an input, got {width}.")
