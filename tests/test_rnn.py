@@ -56,6 +56,34 @@ def test_language_model_knows_the_past_and_not_the_future(cell, key):
     assert (logits[:, 3:] != other[:, 3:]).any(axis=2).all()
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_step_by_step_says_what_the_whole_sequence_says(cell, precision, key):
+    """Of raw inputs, at every place of a text and at the last place of a sequence; dropout is off in both."""
+    wrap = models.in_bfloat16 if precision == "bf16" else lambda model: model
+    pixels = jax.random.randint(key, (2, 5, 3), 0, 256).astype(jnp.uint8)
+    for model, sequence in [
+        (models.rnn_classifier(3, 6, 4, 2, cell, 0.5), pixels),
+        (models.rnn_language_model(256, 4, 2, cell, 0.5), pixels[..., 0].astype(jnp.int32)),
+    ]:
+        scale = jnp.float32(1 / 255) if sequence.ndim == 3 else jnp.int32(1)
+        model = models.with_raw_inputs(wrap(model), jnp.zeros((), scale.dtype), scale)
+        params, model_state = model.init(key, sequence)
+        step, carry, says = jax.jit(model.stream.step), model.stream.start(2), []
+        for place in range(5):
+            outputs, carry = step(params, model_state, carry, sequence[:, place])
+            says.append(outputs)
+        whole, _ = jax.jit(model.apply)(params, model_state, sequence, None)
+        right = jnp.stack(says, axis=1) if whole.ndim == 3 else says[-1]
+        np.testing.assert_allclose(whole, right, atol=1e-5 if precision == "f32" else 0.01)
+
+
+def test_only_what_can_be_read_place_by_place_has_a_stream(key):
+    assert models.mlp([4, 2]).stream is None
+    standardized = models.with_raw_inputs(models.rnn_classifier(3, 6), jnp.zeros((1, 5, 3)), jnp.ones((1, 5, 3)))
+    assert standardized.stream is None  # a place does not know which one it is
+
+
 def test_dropout_spares_the_way_from_place_to_place():
     """With zeroed inputs the dropped share is all that differs: the states below are those without dropout."""
     recurrent, plain = (Recurrent(3, 8, 1, "lstm", dropout, rngs=nnx.Rngs(0)) for dropout in (0.5, 0.0))

@@ -6,6 +6,7 @@ from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import jax
+import optax
 from flax import linen, nnx
 from jax import lax
 from jax import numpy as jnp
@@ -15,6 +16,22 @@ from ctde_jax.replica import AXIS, SHARD, PyTree
 
 KeyPath = tuple[Hashable, ...]
 """The keys that lead to a part of nested dictionaries."""
+
+
+class Stream(NamedTuple):
+    """A network that reads a sequence place by place, with what it has read as a state of fixed size.
+
+    Only for inference. What it says at the last place, or at every place, is what `Model.apply` says of the sequence.
+    """
+
+    start: Callable[[int], PyTree]
+    """`start(examples) -> carry`, the state before the first place; `[examples, ...]`, float32."""
+
+    step: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+    """`step(params, model_state, carry, inputs) -> (outputs, carry)`; inputs are those of one place.
+
+    Outputs are float32.
+    """
 
 
 class Model(NamedTuple):
@@ -41,6 +58,9 @@ class Model(NamedTuple):
     does not show its layers.
     """
 
+    stream: Stream | None = None
+    """How it reads a sequence place by place, where it can."""
+
 
 BatchStatistics = Literal["averaged", "synchronized"]
 """Over which examples batch normalization takes its mean and variance in training.
@@ -54,6 +74,9 @@ that they otherwise take alone. Where a batch is computed in groups, one after a
 def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStatistics = "averaged") -> Model:
     """Makes a model of a function that builds an nnx module, such as `lambda rngs: MyNet(64, rngs=rngs)`.
 
+    A module that has the methods `start(examples) -> carry` and `step(carry, inputs) -> (outputs, carry)` also reads a
+    sequence place by place.
+
     Args:
         make: Is given the random streams that the module's parts draw from.
         batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` of its own keeps that.
@@ -64,19 +87,24 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStat
     if isinstance(make, nnx.Module):
         raise InputError("make", f"must be a function that builds the module, got a built {type(make).__name__}.")
 
-    def split(rngs: nnx.Rngs):
-        return nnx.split(make(rngs), nnx.Param, nnx.RngState, ...)
+    def split(module: nnx.Module):
+        return nnx.split(module, nnx.Param, nnx.RngState, ...)
 
-    graph, _, random_state, _ = nnx.eval_shape(lambda: split(nnx.Rngs(0)))
+    abstract: Any = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    graph, _, random_state, _ = split(abstract)
 
-    def init(key, inputs):
-        _, params, _, model_state = split(nnx.Rngs(key))
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
-
-    def apply(params, model_state, inputs, key):
+    def merge(params, model_state, key) -> Any:
         streams = _reseed(random_state, jax.random.key(0) if key is None else key)
         module = nnx.merge(graph, params, streams, model_state)
         module.eval() if key is None else module.train()
+        return module
+
+    def init(key, inputs):
+        _, params, _, model_state = split(make(nnx.Rngs(key)))
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
+
+    def apply(params, model_state, inputs, key):
+        module = merge(params, model_state, key)
         for _, layer in nnx.iter_modules(module):
             if isinstance(layer, nnx.BatchNorm):
                 layer.axis_name = layer.axis_name or _axes(batch_statistics)  # pyright: ignore[reportAttributeAccessIssue]
@@ -85,13 +113,18 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStat
         return jnp.asarray(outputs, jnp.float32), nnx.to_pure_dict(model_state)
 
     def layers(params, model_state, inputs):
-        module = nnx.merge(graph, params, _reseed(random_state, jax.random.key(0)), model_state)
-        module.eval()
+        module = merge(params, model_state, None)
         heard = _listen(module)
         module(inputs)
         return heard
 
-    return Model(init, apply, layers)
+    def step(params, model_state, carry, inputs):
+        outputs, carry = merge(params, model_state, None).step(carry, inputs)
+        return jnp.asarray(outputs, jnp.float32), optax.tree.cast(carry, jnp.float32)
+
+    if not (hasattr(abstract, "start") and hasattr(abstract, "step")):
+        return Model(init, apply, layers)
+    return Model(init, apply, layers, Stream(abstract.start, step))
 
 
 def from_linen(module: linen.Module, batch_statistics: BatchStatistics = "averaged") -> Model:
@@ -157,17 +190,23 @@ def from_linen(module: linen.Module, batch_statistics: BatchStatistics = "averag
 def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> Model:
     """Makes the model take inputs as they are stored, and see `(inputs - shift) * scale` in the type of the scale.
 
-    Tokens have an integer scale of 1, and stay integers.
+    Tokens have an integer scale of 1, and stay integers. Where each number of an input has a scale of its own, a
+    sequence is not read place by place.
     """
 
     def normalize(inputs):
         return (jnp.asarray(inputs, jnp.result_type(scale)) - shift) * scale
 
-    layers = model.layers
+    layers, stream = model.layers, None if jnp.ndim(scale) else model.stream
+
     return Model(
         init=lambda key, inputs: model.init(key, normalize(inputs)),
         apply=lambda params, model_state, inputs, key: model.apply(params, model_state, normalize(inputs), key),
         layers=layers and (lambda params, model_state, inputs: layers(params, model_state, normalize(inputs))),
+        stream=stream
+        and stream._replace(
+            step=lambda params, model_state, carry, inputs: stream.step(params, model_state, carry, normalize(inputs))
+        ),
     )
 
 
@@ -178,11 +217,18 @@ def in_bfloat16(model: Model) -> Model:
         outputs, model_state = model.apply(_cast(params), model_state, _cast(inputs), key)
         return outputs.astype(jnp.float32), model_state
 
-    layers = model.layers
+    layers, stream = model.layers, model.stream
+
     return Model(
         init=model.init,
         apply=apply,
         layers=layers and (lambda params, model_state, inputs: layers(_cast(params), model_state, _cast(inputs))),
+        stream=stream
+        and stream._replace(
+            step=lambda params, model_state, carry, inputs: stream.step(
+                _cast(params), model_state, _cast(carry), _cast(inputs)
+            )
+        ),
     )
 
 

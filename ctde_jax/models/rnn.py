@@ -5,13 +5,18 @@ al., 2014). Dropout falls between the layers and never on the way from place to 
 """
 
 from itertools import pairwise
+from typing import TypeAlias
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import Model, from_nnx
 from ctde_jax.models.layers import Dropout, embed
+
+Carry: TypeAlias = tuple[jax.Array, jax.Array] | jax.Array
+"""What a cell remembers, `[examples, width]`: memory and output of an LSTM, or the output of a GRU."""
 
 CELLS = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell}
 
@@ -28,8 +33,20 @@ class Recurrent(nnx.Module):
         """Maps `[examples, length, features]` to `[examples, length, width]`."""
         x = self.dropout(x)
         for layer in self.layers:
-            x = self.dropout(layer(x, initial_carry=_empty(layer, x)))
+            x = self.dropout(layer(x, initial_carry=_empty(layer.cell, x.shape[0], x.dtype)))
         return x
+
+    def start(self, examples: int) -> list[Carry]:
+        """Returns the states of all layers before the first place."""
+        return [_empty(layer.cell, examples, jnp.float32) for layer in self.layers]
+
+    def step(self, carry: list[Carry], x: jax.Array) -> tuple[jax.Array, list[Carry]]:
+        """Maps the states and `[examples, features]` to `[examples, width]` and the next states, in inference."""
+        after: list[Carry] = []
+        for layer, before in zip(self.layers, carry, strict=True):
+            state, x = layer.cell(before, x)
+            after.append(state)
+        return x, after
 
 
 class RNNClassifier(nnx.Module):
@@ -50,6 +67,15 @@ class RNNClassifier(nnx.Module):
             )
         return self.out(self.recurrent(inputs)[:, -1])
 
+    def start(self, examples: int) -> list[Carry]:
+        """Returns the states before the first place."""
+        return self.recurrent.start(examples)
+
+    def step(self, carry: list[Carry], inputs: jax.Array) -> tuple[jax.Array, list[Carry]]:
+        """Maps the states and one place `[examples, features]` to `[examples, classes]` and the next states."""
+        x, carry = self.recurrent.step(carry, inputs)
+        return self.out(x), carry
+
 
 class RNNLanguageModel(nnx.Module):
     """Predicts the next token at every place, from the state up to there."""
@@ -62,6 +88,15 @@ class RNNLanguageModel(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`."""
         return self.out(self.recurrent(embed(tokens, self.tokens)))
+
+    def start(self, examples: int) -> list[Carry]:
+        """Returns the states before the first token."""
+        return self.recurrent.start(examples)
+
+    def step(self, carry: list[Carry], tokens: jax.Array) -> tuple[jax.Array, list[Carry]]:
+        """Maps the states and one token `int32[examples]` to logits `[examples, vocabulary]` and the next states."""
+        x, carry = self.recurrent.step(carry, embed(tokens[:, None], self.tokens)[:, 0])
+        return self.out(x), carry
 
 
 def rnn_classifier(
@@ -105,7 +140,7 @@ def rnn_language_model(
     return from_nnx(lambda rngs: RNNLanguageModel(vocabulary, width, layers, cell, dropout, rngs=rngs))
 
 
-def _empty(layer: nnx.RNN, x: jax.Array) -> tuple[jax.Array, jax.Array] | jax.Array:
+def _empty(cell: nnx.RNNCellBase, examples: int, dtype: jax.typing.DTypeLike) -> Carry:
     """The state before the first place, in the type of the inputs: a float32 one would make all that follows so."""
-    state = layer.cell.initialize_carry(x[:, 0].shape, layer.rngs)
-    return jax.tree.map(lambda part: part.astype(x.dtype), state)
+    like = jax.eval_shape(lambda: cell.initialize_carry((examples, 1), nnx.Rngs(0)))
+    return jax.tree.map(lambda part: jnp.zeros(part.shape, dtype), like)
