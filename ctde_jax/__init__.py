@@ -2,11 +2,12 @@
 
 To read the package top to bottom, follow the walk:
 
-    errors -> presets -> config -> hosts -> devices -> replica -> data -> feed -> augment -> models -> initializers
-           -> mup -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient -> guard -> round
-           -> hlo -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks -> run_folder -> log
-           -> meter -> checkpoint -> resume -> stop -> run -> trained -> loop -> report -> targets -> wire
-           -> stopwatch -> profile -> supervisor -> train -> verify -> object_store
+    errors -> bundle -> presets -> config -> hosts -> devices -> replica -> data -> feed -> augment -> models
+           -> initializers -> mup -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient
+           -> guard -> round -> hlo -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks
+           -> run_folder -> log -> meter -> checkpoint -> resume -> stop -> run -> trained -> loop -> loading
+           -> report -> targets -> wire -> stopwatch -> profile -> supervisor -> train -> proofs -> export
+           -> execute -> verify -> object_store
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         aggregate,
         augment,
         build,
+        bundle,
         checks,
         data,
         devices,
@@ -38,8 +40,11 @@ if TYPE_CHECKING:
     )
     from ctde_jax.aggregate import Strategy
     from ctde_jax.build import strategy
+    from ctde_jax.bundle import open_bundle
     from ctde_jax.errors import HostLost, InputError, NonFiniteLoss, Preempted, ReplicasDiverged
+    from ctde_jax.export import write_bundle, write_page
     from ctde_jax.generation import generate
+    from ctde_jax.loading import load_run
     from ctde_jax.loop import fit
     from ctde_jax.tasks import Task
     from ctde_jax.trained import Trained
@@ -56,6 +61,7 @@ __all__ = [
     "aggregate",
     "augment",
     "build",
+    "bundle",
     "checks",
     "data",
     "devices",
@@ -63,9 +69,11 @@ __all__ = [
     "generate",
     "hosts",
     "initializers",
+    "load_run",
     "log",
     "models",
     "mup",
+    "open_bundle",
     "optimizers",
     "replica",
     "report",
@@ -75,6 +83,8 @@ __all__ = [
     "supervisor",
     "tasks",
     "traffic",
+    "write_bundle",
+    "write_page",
 ]
 
 _HOME = {
@@ -88,7 +98,11 @@ _HOME = {
     "Trained": "trained",
     "fit": "loop",
     "generate": "generation",
+    "load_run": "loading",
+    "open_bundle": "bundle",
     "strategy": "build",
+    "write_bundle": "export",
+    "write_page": "export",
 }
 
 

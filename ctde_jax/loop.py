@@ -21,13 +21,13 @@ from ctde_jax.checks import check_run, check_types
 from ctde_jax.data import Dataset, count_steps, deal, deal_stream
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least, check_known
 from ctde_jax.evaluate import make_evaluate
-from ctde_jax.feed import Feed, Span, make_feed, shapes, steps_a_piece
+from ctde_jax.feed import make_feed, shapes, steps_a_piece
 from ctde_jax.gradient import make_gradient
 from ctde_jax.log import console, open_log
 from ctde_jax.meter import Clock, Meter, Position
 from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.optimizers import shrunk
-from ctde_jax.reestimate import make_reestimate
+from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
 from ctde_jax.resume import find, found_by_the_first, plain, roll_back
 from ctde_jax.round import parallel_rounds
@@ -271,7 +271,7 @@ def fit(
             for name, split in splits.items()
             if split is not None
         }
-        reestimate = _make_reestimate(model, feed, devices, batches.axis, reestimate_batches, key)
+        reestimate = of_first_steps(model, feed, devices, batches.axis, reestimate_batches, key)
         host_of_each = [device.process_index for device in devices]
         traffic = [
             measure(program.as_text(), phase.strategy.inner_steps, host_of_each)
@@ -376,15 +376,3 @@ def _default_task(data: Dataset) -> Task:
     if data.classes:
         return classification
     raise InputError("task", "must be a loss of your own where labels are neither classes nor a text, got none.")
-
-
-def _make_reestimate(
-    model: Model, feed: Feed, devices: Sequence[jax.Device], split_axis: int | None, steps: int, key: jax.Array
-) -> Callable[[PyTree, PyTree], PyTree]:
-    """Makes the function from central parameters and the model state to the state to evaluate them with."""
-    if not steps:
-        return lambda params, model_state: model_state
-    with feed([Span(0, steps, steps)]) as pieces:
-        examples, indices, _ = next(pieces)
-    run = make_reestimate(model, devices, split_axis)
-    return lambda params, model_state: run(params, model_state, examples, indices, key)

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from ctde_jax import replica
 from ctde_jax.data import Split
+from ctde_jax.feed import Feed, Span
 from ctde_jax.models import Model
 from ctde_jax.replica import SHARD, PyTree, weighted_mean
 
@@ -16,6 +17,21 @@ Reestimate = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], PyTree]
 
 `batches` is `int32[replica, ..., per_replica]`, of which places without an example count like those that they repeat.
 """
+
+
+def of_first_steps(
+    model: Model, feed: Feed, devices: Sequence[jax.Device], split_axis: int | None, steps: int, key: jax.Array
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """Makes the function from central parameters and the model state to the state to evaluate them with.
+
+    It is estimated over the batches of so many steps, the first of a run; over none it stays as it is.
+    """
+    if not steps:
+        return lambda params, model_state: model_state
+    with feed([Span(0, steps, steps)]) as pieces:
+        examples, indices, _ = next(pieces)
+    run = make_reestimate(model, devices, split_axis)
+    return lambda params, model_state: run(params, model_state, examples, indices, key)
 
 
 def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int | None) -> Reestimate:

@@ -40,8 +40,8 @@ class Trained:
 
     task: Task
     devices: Sequence[jax.Device]
-    traffic: Traffic
-    """What each device sends in a round, counted in the compiled program."""
+    traffic: Traffic | None
+    """What each device sends in a round, counted in the compiled program; None where it was loaded from a folder."""
 
     def __repr__(self) -> str:
         says = ", ".join(f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split")

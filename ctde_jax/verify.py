@@ -5,45 +5,39 @@
     python -m ctde_jax.verify replicas             # all devices hold the same after every dispatch
     python -m ctde_jax.verify eval                 # every test example counts once
     python -m ctde_jax.verify checkpoint FOLDER    # every bit of a run's checkpoints is as it was written
+    python -m ctde_jax.verify bundle FOLDER        # a bundle says here what the trained model said
 
-The first four take the options of a run.
+The first four take the options of a run. The last takes --input FILE, labeled test examples to score, and --expect
+SHA256, how that of the card must begin; on a node it needs numpy and the runtimes that it is to prove.
 """
 
-import json
 import os
-import random
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import jax
-import numpy as np
-from jax import numpy as jnp
-
-from ctde_jax import build, checkpoint, config, hosts
-from ctde_jax import devices as available
-from ctde_jax.checkpoint import Checkpoint, Damaged
+from ctde_jax.bundle import open_bundle, parity
+from ctde_jax.bundle.command import Parser, run
+from ctde_jax.bundle.inputs import LABELS, read
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known
-from ctde_jax.log import Row, console
-from ctde_jax.run_folder import CHECKPOINTS, METRICS
-from ctde_jax.train import train
-
-KILLS = 5
 
 
 def main(arguments: Sequence[str]) -> int:
     """Proves what the first argument names; returns the exit status, 1 where it does not hold, 2 for a mistake."""
-    proofs = {"resume": _resume, "exact": _exact, "replicas": _replicas, "eval": _eval, "checkpoint": _checkpoint}
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     what, *rest = arguments
+    return _bundle(rest) if what == "bundle" else _training(what, rest)
+
+
+def _training(what: str, arguments: Sequence[str]) -> int:
+    from ctde_jax import config  # here, as a node has none of it
+    from ctde_jax.proofs import PROOFS
+
     try:
-        check_known("verify", what, proofs)
-        wrong, right = proofs[what](rest)
+        check_known("verify", what, [*PROOFS, "bundle"])
+        wrong, right = PROOFS[what](arguments)
     except InputError as error:
         print(f"error: {config.flag(error.option)} {error.sentence}", file=sys.stderr)
         return 2
@@ -55,160 +49,49 @@ def main(arguments: Sequence[str]) -> int:
     except Preempted as error:
         print(error, file=sys.stderr)
         return os.EX_TEMPFAIL
+    return _say(wrong, right)
+
+
+def _bundle(arguments: Sequence[str]) -> int:
+    parser = Parser("ctde_jax.verify bundle", "Proves that a bundle says here what the trained model said.")
+    parser.add_argument("bundle", type=Path, metavar="FOLDER", help="of the bundle")
+    parser.add_argument("--input", type=Path, metavar="FILE", help=".npz or .csv with labels, to score")
+    parser.add_argument("--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin")
+    chosen = parser.parse_args(arguments)
+    status = 0
+
+    def prove() -> None:
+        nonlocal status
+        bundle = open_bundle(chosen.bundle, chosen.expect)
+        examples = None if chosen.input is None else read([chosen.input], bundle.card)
+        if examples is not None and examples.labels is None:
+            raise InputError("input", f"needs labels: {LABELS} in a .npz file, or a last column in a .csv file.")
+        tried, wrong = [], []
+        for name, found in parity.repeat(bundle).items():
+            if found is None:
+                print(f"{name}: not installed here, so not tried")
+                continue
+            says = f"{name}: differs by {found.relative:.1e} in {found.examples:,} examples"
+            if examples is not None:
+                says += f", and is right in {parity.score(bundle, name, examples):.4f} of {len(examples.inputs):,}"
+            receipt = bundle.card.artifacts[name].receipt["measured"]
+            print(f"{says}; its receipt says {', '.join(f'{what} {mean:.4f}' for what, mean in receipt.items())}")
+            tried.append(name)
+            if not found.holds:
+                wrong.append(f"{name} differs from the trained model by more than {parity.PARITY:g}")
+        if not tried:
+            raise InputError("runtime", "must be installed, at least one of those of the bundle.")
+        status = _say(wrong, f"every file is as it was written, and {', '.join(tried)} say what the model said")
+
+    return run(prove, places=("bundle",)) or status
+
+
+def _say(wrong: Sequence[str], right: str) -> int:
     for difference in wrong:
         print(f"wrong: {difference}", file=sys.stderr)
     if not wrong:
-        console().print(f"holds: {right}")
+        print(f"holds: {right}")
     return 1 if wrong else 0
-
-
-Verdict = tuple[list[str], str]
-"""What does not hold, and what holds where nothing does not."""
-
-
-def _resume(arguments: Sequence[str]) -> Verdict:
-    """Runs the command of a run to its end, and again, killed at random moments."""
-    _parse(arguments)  # which says what is wrong
-    screen, draw = console(), random.Random()
-    with TemporaryDirectory() as folder:
-        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        command = [sys.executable, "-m", "ctde_jax.train", *arguments, "--run-dir"]
-        with screen.status("training without a break"):
-            before = time.perf_counter()
-            _end([*command, str(whole)])
-            seconds = time.perf_counter() - before
-        for _ in range(KILLS):
-            with screen.status("training, to be killed"):
-                is_killed = _kill([*command, str(killed)], killed / CHECKPOINTS, draw.uniform(0, 0.1) * seconds)
-            steps = checkpoint.steps(killed / CHECKPOINTS)
-            saved = f"its newest checkpoint is that of step {steps[0]:,}" if steps else "before its first checkpoint"
-            screen.print(f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}")
-        with screen.status("training to the end"):
-            _end([*command, str(killed)])
-        one, wrong = _newest(whole), _differing(whole, killed)
-        rows = [_rows(whole), _rows(killed)]
-    differences = [f"the bits of {name} differ" for name in wrong]
-    differences += [] if rows[0] == rows[1] else [f"the rows of {METRICS} differ"]
-    return differences, f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has killed"
-
-
-def _exact(arguments: Sequence[str]) -> Verdict:
-    """Runs the command of a run with `--exact` on 1, 2, 4 and 8 devices, or as many as there are."""
-    arguments = ["--exact", *(word for word in arguments if word != "--exact")]
-    if _parse(arguments).aggregation.devices is not None:
-        raise InputError("devices", "must be left out, as their number is what changes.")
-    here = available.start()
-    counts = [count for count in (1, 2, 4, 8) if here[0].platform == "cpu" or count <= len(here)]
-    screen, wrong = console(), []
-    with TemporaryDirectory() as folder:
-        folders = {count: Path(folder) / str(count) for count in counts}
-        for count, own in folders.items():
-            with screen.status(f"training on {count}"):
-                command = [sys.executable, "-m", "ctde_jax.train", *arguments]
-                _end([*command, "--devices", str(count), "--run-dir", str(own)])
-            differing = _differing(folders[1], own)
-            screen.print(f"{count} devices: {len(differing)} tensors differ from those of one")
-            wrong += [f"the bits of {name} differ on {count} devices" for name in differing]
-        tensors = len(_newest(folders[1]).tensors)
-    return wrong, f"all {tensors} tensors are the same on {', '.join(map(str, counts))} devices"
-
-
-def _replicas(arguments: Sequence[str]) -> Verdict:
-    """Trains; what the devices share is compared after every dispatch."""
-    chosen = _parse(arguments)
-    if len(available.start(chosen.aggregation.devices)) == 1:
-        raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
-    trained = train(chosen, time.perf_counter())
-    devices, steps = f"{len(trained.devices)} devices", trained.history[-1]["step"]
-    return [], f"what the {devices} share was the same on all of them after every dispatch of {steps:,} steps"
-
-
-def _eval(arguments: Sequence[str]) -> Verdict:
-    """Trains, and counts the test examples again, one after another on one device."""
-    chosen = _parse(arguments)
-    trained = train(chosen, time.perf_counter())
-    test = build.load_data(chosen.data, chosen.optimization.seed).test
-    inputs, labels = np.asarray(test.inputs), np.asarray(test.labels)
-    infer = jax.jit(trained.model.apply)
-    outputs = [infer(trained.params, trained.model_state, inputs[i : i + 1], None)[0] for i in range(len(inputs))]
-    measured = jax.device_get(trained.task.measure(jnp.concatenate(outputs), jnp.asarray(labels)))
-    alone = {name: float(values.mean(dtype=np.float64)) for name, values in measured.items()}
-    tested = trained.tested
-    differences = [
-        f"the test {name} is {tested[name]:.6f} on all devices, and {value:.6f} one by one"
-        for name, value in alone.items()
-        if not np.isclose(tested[name], value, rtol=1e-4, atol=1e-6)
-    ]
-    if tested["examples"] != len(inputs):
-        differences.append(f"{tested['examples']:,} examples were counted, of {len(inputs):,}")
-    return differences, f"all {len(inputs):,} test examples count once, one by one as on {len(trained.devices)} devices"
-
-
-def _checkpoint(arguments: Sequence[str]) -> Verdict:
-    """Reads every checkpoint of a run, or one."""
-    if len(arguments) != 1:
-        raise InputError("verify", "checkpoint wants the folder of a run or of a checkpoint, and nothing else.")
-    folder = Path(arguments[0])
-    within = folder / CHECKPOINTS
-    paths = [checkpoint.path_of(within, step) for step in checkpoint.steps(within)]
-    if not paths and not (folder / checkpoint.MANIFEST).exists():
-        raise InputError("verify", f"checkpoint wants the folder of a run or of a checkpoint, and {folder} is neither.")
-    paths = paths or [folder]
-    damaged, tensors = [], 0
-    for path in paths:
-        try:
-            tensors += len(checkpoint.read(path).tensors)
-        except Damaged as error:
-            damaged.append(str(error))
-    return damaged, f"{tensors} tensors in {', '.join(path.name for path in paths)} have their SHA-256"
-
-
-def _parse(arguments: Sequence[str]) -> config.Config:
-    chosen = config.parse(arguments)
-    hosts.check_alone(chosen.hosts)
-    if chosen.run.run_dir is not None:
-        raise InputError("run_dir", "must be left out, as a run that is there already proves nothing.")
-    return chosen
-
-
-def _end(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError("verify", f"could not train: {done.stderr.strip()}")
-
-
-def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
-    """Kills a process so many seconds after its first new checkpoint; returns whether it was still alive."""
-    before = checkpoint.steps(folder)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and checkpoint.steps(folder) == before:
-            time.sleep(0.001)
-        try:
-            process.wait(seconds)
-            return False
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return True
-
-
-def _newest(folder: Path) -> Checkpoint:
-    return checkpoint.read(checkpoint.newest(folder / CHECKPOINTS))
-
-
-def _differing(one: Path, other: Path) -> list[str]:
-    """Names the tensors of which two runs have not the same bits."""
-    those = _newest(other).tensors
-    return [
-        name
-        for name, tensor in _newest(one).tensors.items()
-        if tensor.tobytes() != those.get(name, np.zeros(0)).tobytes()
-    ]
-
-
-def _rows(folder: Path) -> list[Row]:
-    """The rows of a run, but for its speed."""
-    rows = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
-    return [{name: value for name, value in row.items() if name != "examples_per_second"} for row in rows]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "ctde_jax"
 WALK = [
     *(
         "errors",
+        "bundle",
         "presets",
         "config",
         "hosts",
@@ -36,8 +37,8 @@ WALK = [
         "traffic",
     ),
     *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "checkpoint", "resume", "stop"),
-    *("run", "trained", "loop", "report", "targets", "wire", "stopwatch", "profile", "supervisor", "train", "verify"),
-    "object_store",
+    *("run", "trained", "loop", "loading", "report", "targets", "wire", "stopwatch", "profile", "supervisor", "train"),
+    *("proofs", "export", "execute", "verify", "object_store"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ctde_jax as ctde
-from ctde_jax import checkpoint, config, verify
+from ctde_jax import checkpoint, config, proofs, verify
 from ctde_jax.errors import ReplicasDiverged
 
 RUN = ["--devices", "2", "--steps", "60"]
@@ -43,7 +43,7 @@ def test_devices_that_do_not_are_told(monkeypatch, capsys):
     def diverge(chosen: config.Config, started: float):
         raise ReplicasDiverged(["params/w"], [[0], [1]], 0, 20)
 
-    monkeypatch.setattr(verify, "train", diverge)
+    monkeypatch.setattr(proofs, "train", diverge)
     assert verify.main(["replicas", *RUN]) == 1
     assert (
         "wrong: params/w should be the same on all devices, but differs between the devices [0] and [1]"
@@ -65,10 +65,7 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (
-            ["resum"],
-            "verify must be one of resume, exact, replicas, eval, checkpoint, got 'resum'; did you mean 'resume'?",
-        ),
+        (["resum"], "verify must be one of resume, exact, replicas, eval, checkpoint, bundle, got 'resum'; did you"),
         (["checkpoint"], "verify checkpoint wants the folder of a run or of a checkpoint, and nothing else."),
         (["replicas", "--devices", "1"], "--devices must be at least 2 where they are to be compared, got 1."),
         (["exact", "--devices", "2"], "--devices must be left out, as their number is what changes."),

@@ -1,0 +1,199 @@
+"""Files as examples: arrays that numpy saved, tables of numbers, and pictures."""
+
+import csv
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ctde_jax.bundle.card import Card
+from ctde_jax.errors import InputError, quoted, shortened
+
+INPUTS, LABELS = "x_test", "y_test"
+"""What these arrays of a .npz file are called, as where they come from for training."""
+
+_MOST_BYTES = 2**33
+
+
+class Examples(NamedTuple):
+    """What was read."""
+
+    inputs: np.ndarray  # [examples, ...], as the card says
+    labels: np.ndarray | None  # int32[examples] or int32[examples, length]
+
+
+def read(paths: Sequence[Path], card: Card, label_column: str | None = None) -> Examples:
+    """Reads examples from one file of arrays or numbers, or from several pictures.
+
+    Raises:
+        InputError: A file cannot be read, or what it holds does not fit the card.
+    """
+    kinds = {path.suffix.lower() for path in paths}
+    if len(paths) > 1 and kinds != {".png"}:
+        raise InputError("input", f"must be one file, or several .png files, got {', '.join(map(str, paths))}.")
+    if label_column is not None and kinds != {".csv"}:
+        raise InputError("label_column", f"goes with a .csv file, got {paths[0]}.")
+    match kinds.pop():
+        case ".npy":
+            return Examples(_fitting(paths[0], _array(paths[0]), card), None)
+        case ".npz":
+            return _of_npz(paths[0], card)
+        case ".csv":
+            return _of_csv(paths[0], card, label_column)
+        case ".png":
+            return Examples(np.stack([_of_png(path, card) for path in paths]), None)
+        case other:
+            raise InputError("input", f"must be a .npy, .npz, .csv or .png file, got {quoted(other or str(paths[0]))}.")
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise _faulty(path, "holds no array", "save one with numpy.save")
+            return array
+    except InputError:
+        raise
+    except Exception as error:  # of a malformed header
+        raise _faulty(path, f"is no whole .npy file ({shortened(str(error))})", "save it with numpy.save") from error
+
+
+def _of_npz(path: Path, card: Card) -> Examples:
+    try:
+        with warnings.catch_warnings(action="ignore"), np.load(path, allow_pickle=False) as archive:
+            if sum(member.file_size for member in archive.zip.infolist()) > _MOST_BYTES:
+                raise _faulty(path, "would take more than 8 GiB of memory", "split it into several files")
+            names = archive.files
+            inputs = INPUTS if INPUTS in names else names[0] if len(names) == 1 else None
+            if inputs is None:
+                raise _faulty(path, f"has the arrays {', '.join(names[:9]) or 'none'}", f"call its inputs {INPUTS}")
+            arrays = archive[inputs], archive[LABELS] if LABELS in names else None
+    except InputError:
+        raise
+    except Exception as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
+        raise _faulty(path, f"is no whole .npz file ({shortened(str(error))})", "save it with numpy.savez") from error
+    return Examples(_fitting(path, arrays[0], card), None if arrays[1] is None else _labels(path, arrays[1], card))
+
+
+def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
+    wanted = card.output_shape[:-1]
+    highest = card.output_shape[-1]
+    if labels.dtype.kind not in "iu" or labels.shape[1:] != wanted:
+        raise _faulty(path, f"has labels of {labels.dtype} {list(labels.shape)}", f"give int32 [examples, {wanted}]")
+    if labels.size and not (labels.min() >= 0 and labels.max() < highest):
+        raise _faulty(path, f"has labels from {labels.min()} to {labels.max()}", f"give them from 0 to {highest - 1}")
+    return labels.astype(np.int32)
+
+
+def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
+    """Brings an array to the card's shape and type, where no number changes by that."""
+    shape, dtype = card.input_shape, np.dtype(card.input_dtype)
+    if array.shape == shape:
+        array = array[None]
+    if array.shape[1:] != shape or not array.ndim:
+        raise _faulty(path, f"has the shape {list(array.shape)}", f"give examples of the shape {list(shape)}")
+    if array.dtype.kind not in "biuf":
+        raise _faulty(path, f"holds {array.dtype}", f"give numbers of the type {dtype}")
+    if not len(array):
+        raise _faulty(path, "holds no example", "give at least one")
+    with np.errstate(all="ignore"):
+        converted = array.astype(dtype, copy=False)
+    if dtype.kind != "f" and not np.array_equal(converted, array):
+        raise _faulty(path, f"holds numbers that are no {dtype}", f"give whole numbers, as {dtype} has them")
+    if dtype.kind == "f" and not np.isfinite(converted).all():
+        raise _faulty(path, "holds NaN or infinity", "remove or fill in such examples")
+    return _checked_tokens(path, converted, card)
+
+
+def _checked_tokens(path: Path, inputs: np.ndarray, card: Card) -> np.ndarray:
+    """Tokens are places in the vocabulary; a runtime would take another one without a word."""
+    if card.vocabulary and not (inputs.min() >= 0 and inputs.max() < len(card.vocabulary)):
+        fault = f"holds tokens from {inputs.min()} to {inputs.max()}"
+        raise _faulty(path, fault, f"give them from 0 to {len(card.vocabulary) - 1}")
+    return inputs
+
+
+def _of_csv(path: Path, card: Card, label_column: str | None) -> Examples:
+    rows = _rows(path)
+    width = math.prod(card.input_shape)
+    header = rows[0] if any(_number(cell) is None for cell in rows[0][:width]) else None
+    if header is not None and len(rows) == 1:
+        raise _faulty(path, "has a header line and no examples", "add one line for each example")
+    names = header or []
+    if label_column is not None and label_column not in names:
+        raise InputError("label_column", f"must name a column of {path}, got {quoted(label_column)}.")
+    if len(rows[0]) not in (width, width + 1):
+        fault = f"has {len(rows[0])} columns"
+        raise _faulty(path, fault, f"give the {width} numbers of an example in each line, and maybe its label")
+    label = None
+    if len(rows[0]) == width + 1:
+        label = names.index(label_column) if label_column is not None else width
+    examples = rows[1:] if header else rows
+    inputs = [[cell for place, cell in enumerate(cells) if place != label] for cells in examples]
+    for line, cells in enumerate(inputs, start=1 + bool(header)):
+        for cell in cells:
+            if _number(cell) is None:
+                raise _faulty(path, f"has {quoted(cell)} in example {line - bool(header)}", "give a number")
+    numbers = np.array([[_number(cell) for cell in cells] for cells in inputs]).reshape(-1, *card.input_shape)
+    labels = None if label is None else _labels_of_words(path, [cells[label] for cells in examples], card)
+    return Examples(_fitting(path, numbers, card), labels)
+
+
+def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
+    place = {name: number for number, name in enumerate(card.classes)}
+    unknown = [word for word in words if word not in place]
+    if unknown:
+        raise _faulty(path, f"has the label {quoted(unknown[0])}", f"give one of {', '.join(card.classes[:20])}")
+    return np.array([place[word] for word in words], np.int32)
+
+
+def _rows(path: Path) -> list[list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise _faulty(path, f"is no CSV file in UTF-8 ({shortened(str(error))})", "correct it") from error
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise _faulty(path, "has lines of different lengths, or none", "give every line the same number of cells")
+    return rows
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def _of_png(path: Path, card: Card) -> np.ndarray:
+    """Reads a picture in the size, the channels and the range of the training pictures."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError("input", "needs Pillow for .png files; `pip install pillow`, or give a .npy file.") from error
+    shape = card.input_shape
+    channels = shape[2] if len(shape) == 3 else 1
+    if card.input_dtype != "uint8" or len(shape) not in (2, 3) or channels not in (1, 3):
+        raise InputError(
+            "input", f"must be a .npy, .npz or .csv file, as the model reads {card.input_dtype} {list(shape)}."
+        )
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            if (picture.height, picture.width) != shape[:2]:
+                fault = f"has {picture.height} x {picture.width} pixels"
+                raise _faulty(path, fault, f"give a picture of {shape[0]} x {shape[1]}")
+            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.float64)
+    except InputError:
+        raise
+    except Exception as error:  # of a malformed picture
+        raise _faulty(path, f"is no whole PNG picture ({shortened(str(error))})", "save it again") from error
+    return np.rint(pixels * card.highest / 255).astype(np.uint8).reshape(shape)
+
+
+def _faulty(path: Path, fault: str, way_out: str) -> InputError:
+    return InputError("input", f"names {path}, which {fault}: {way_out}.")

@@ -1,0 +1,49 @@
+"""A chain of dense layers with numpy: what it takes to run a perceptron is a product of matrices."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ctde_jax.bundle.card import Activation, Layers
+
+SHIFT, SCALE = "inputs/shift", "inputs/scale"
+"""Where the weights have what brings raw inputs to the scale of the model: `(inputs - shift) * scale`."""
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x**3)))
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-np.maximum(x, -80)))
+
+
+ACTIVATIONS: Mapping[Activation, Callable[[np.ndarray], np.ndarray]] = {
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": _gelu,
+    "silu": _silu,
+}
+
+
+def make_predict(layers: Layers, weights: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Makes the function from raw inputs `[examples, ...]` to outputs, float32 `[examples, outputs]`.
+
+    Raises:
+        KeyError: The weights lack a layer.
+    """
+    activate, shift, scale = ACTIVATIONS[layers.activation], weights[SHIFT], weights[SCALE]
+    dense = [(weights[name], weights.get(_bias(name))) for name in layers.kernels]
+
+    def predict(inputs: np.ndarray) -> np.ndarray:
+        x = ((inputs.astype(np.float32) - shift) * scale).reshape(len(inputs), -1)
+        for number, (kernel, bias) in enumerate(dense):
+            x = (activate(x) if number else x) @ kernel
+            x = x if bias is None else x + bias
+        return x
+
+    return predict
+
+
+def _bias(kernel: str) -> str:
+    return kernel.removesuffix("kernel") + "bias"

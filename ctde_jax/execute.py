@@ -1,0 +1,179 @@
+"""The command `python -m ctde_jax.execute`: a bundle runs on a node, alone.
+
+    python -m ctde_jax.execute BUNDLE --input pictures.npy
+    python -m ctde_jax.execute BUNDLE --input table.csv --score
+    python -m ctde_jax.execute BUNDLE --prompt "ROMEO:"
+
+It needs numpy, and the runtime that it is asked for: nothing of what trained the model, no other node, no network.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctde_jax.bundle import RUNTIMES, Bundle, answers, load, open_bundle, pick
+from ctde_jax.bundle.command import Parser, run
+from ctde_jax.bundle.inputs import LABELS, Examples, read
+from ctde_jax.bundle.runtimes import Predict, traceable
+from ctde_jax.errors import InputError, check_at_least
+
+_SHOWN = 8
+"""Numbers of an output that a line of the table shows at most."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a bundle as the options say; returns the exit status, 2 for a mistake or a bundle that is not in order."""
+    return run(lambda: _execute(_parse(arguments)), places=("bundle",))
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Parser("ctde_jax.execute", __doc__ or "")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder of a bundle")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--input", type=Path, nargs="+", metavar="FILE", help=".npy, .npz, .csv, or .png files")
+    what.add_argument("--prompt", metavar="TEXT", help="how a text begins that a language model goes on with")
+    runtimes = ", ".join(RUNTIMES)
+    parser.add_argument(
+        "--runtime", metavar="NAME", help=f"{runtimes}; by default the first that is in the bundle and installed"
+    )
+    parser.add_argument("--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin")
+    parser.add_argument(
+        "--score", action="store_true", help="compare with labels: y_test of a .npz, a column of a .csv"
+    )
+    parser.add_argument(
+        "--label-column", metavar="NAME", help="the column of a .csv that has the labels; by default the last"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="examples that are computed at once (64)"
+    )
+    parser.add_argument("--all-devices", action="store_true", help="with jax: a copy of the model on each device")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each example, instead of a table")
+    parser.add_argument("--length", type=int, default=200, metavar="N", help="characters to write (200)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides what is drawn (0)")
+    return parser.parse_args(arguments)
+
+
+def _execute(chosen: Namespace) -> None:
+    check_at_least(1, batch_size=chosen.batch_size)
+    bundle = open_bundle(chosen.bundle, chosen.expect)
+    runtime = chosen.runtime or ("jax" if chosen.all_devices else pick(bundle))
+    if chosen.prompt is not None:
+        text = answers.write(bundle, runtime, chosen.prompt, chosen.length, chosen.temperature, chosen.seed)
+        for part in chain([chosen.prompt], text, ["\n"]):
+            print(part, end="", flush=True)
+        return
+    examples, size = read(chosen.input, bundle.card, chosen.label_column), chosen.batch_size
+    if chosen.all_devices:
+        predict, size = _on_all_devices(bundle, runtime, size)
+    else:
+        predict = load(bundle, runtime)
+    outputs = (predict(examples.inputs[first : first + size]) for first in range(0, len(examples.inputs), size))
+    if chosen.score:
+        _show_score(bundle, examples, outputs, chosen.json)
+    else:
+        _show(bundle, outputs, chosen.json)
+
+
+def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, int]:
+    """Puts a copy of the model on each device of this machine, and deals the examples of a batch out to them.
+
+    The copies do not talk to each other, which their compiled program shows.
+
+    Returns:
+        The function from inputs to outputs, and how many examples it takes at once.
+    """
+    if runtime != "jax":
+        raise InputError("all_devices", f"goes with the runtime jax, got {runtime}.")
+    load(bundle, runtime)  # which says what is missing
+    import jax
+
+    from ctde_jax import collectives, devices, replica
+
+    here, card = devices.start(), bundle.card
+    each = ceil(size / len(here))
+    call = traceable(bundle, bundle.read(card.artifacts[runtime].file))
+    copies = replica.parallel(call, here, in_axes=(0,), out_axes=0)
+    like = jax.ShapeDtypeStruct((len(here), each, *card.input_shape), card.input_dtype)
+    program = replica.compiled(replica.lowered(copies, like), here)
+    talk = collectives.read(program.as_text() or "")
+    assert not talk, f"copies that run alone send {talk}"
+    print(f"{len(here)} independent copies, no collective in their program", file=sys.stderr)
+
+    def predict(inputs: np.ndarray) -> np.ndarray:
+        filled = np.resize(inputs, like.shape)  # repeated where there are fewer examples than places
+        (outputs,) = map(np.asarray, program(replica.shard(filled, here)))
+        return outputs.reshape(-1, *outputs.shape[2:])[: len(inputs)]
+
+    return predict, each * len(here)
+
+
+def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
+    """Prints a line for each example as soon as it is known."""
+    describe = {"classes": _class, "tokens": _token, "anything": _numbers}[bundle.card.predicts]
+    first = 0
+    for batch in outputs:
+        for example, said in enumerate(batch, start=first):
+            row = {"example": example, **describe(bundle, said)}
+            if as_json:
+                print(json.dumps(row))
+                continue
+            if not example:
+                print("  ".join(f"{name:>11}" for name in row))
+            print("  ".join(f"{_cell(value):>11}" for value in row.values()))
+        first += len(batch)
+
+
+def _class(bundle: Bundle, logits: np.ndarray) -> dict[str, Any]:
+    best = int(logits.argmax())
+    return {"label": bundle.card.classes[best], "probability": float(np.exp(answers.log_probabilities(logits)[best]))}
+
+
+def _token(bundle: Bundle, logits: np.ndarray) -> dict[str, Any]:
+    last = logits[-1]
+    best = int(last.argmax())
+    probability = float(np.exp(answers.log_probabilities(last)[best]))
+    return {"next": repr(bundle.card.vocabulary[best]), "probability": probability}
+
+
+def _numbers(bundle: Bundle, outputs: np.ndarray) -> dict[str, Any]:
+    return {"outputs": outputs.tolist()}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, list):
+        flat = np.ravel(value)
+        more = f" and {len(flat) - _SHOWN} more" if len(flat) > _SHOWN else ""
+        return " ".join(f"{number:.5g}" for number in flat[:_SHOWN]) + more
+    return str(value)
+
+
+def _show_score(bundle: Bundle, examples: Examples, outputs: Iterator[np.ndarray], as_json: bool) -> None:
+    """Prints what share of the labels was found, and the cross-entropy; every example counts once."""
+    if bundle.card.predicts == "anything":
+        raise InputError("score", "goes with classes or texts, and what this model is scored by only its author knows.")
+    if examples.labels is None:
+        raise InputError("score", f"needs labels: {LABELS} in a .npz file, or a last column in a .csv file.")
+    done, loss, right = 0, 0.0, 0.0
+    for batch in outputs:
+        labels = examples.labels[done : done + len(batch)]
+        losses, is_right = answers.score(batch, labels)
+        done, loss, right = done + len(batch), loss + losses.sum(), right + is_right.sum()
+    row = {"examples": done, "accuracy": right / done, "loss": loss / done}
+    if as_json:
+        print(json.dumps(row))
+    else:
+        print(f"examples {done:,}  accuracy {right / done:.2%}  loss {loss / done:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

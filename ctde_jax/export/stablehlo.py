@@ -1,0 +1,13 @@
+"""A program as StableHLO, the form in which JAX gives programs away: versioned, and for hardware that is not here."""
+
+import jax
+from jax import export
+
+from ctde_jax.export.program import Program
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def to_stablehlo(program: Program) -> bytes:
+    """Writes a program as `jax.export.deserialize` reads it."""
+    return bytes(export.export(jax.jit(program.run), platforms=PLATFORMS)(*program.like).serialize())

@@ -1,0 +1,95 @@
+"""A folder of static files in which a browser runs a model: no server but one for files, and no network behind it.
+
+The page is in `page/`. What computes is onnxruntime-web, as npm has it: fetched once by npm, held against the SHA-512
+that is pinned here, and kept in the user's cache folder.
+"""
+
+import io
+import shutil
+import subprocess
+import tarfile
+from hashlib import sha512
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from platformdirs import user_cache_path
+
+from ctde_jax.bundle import Bundle
+from ctde_jax.bundle.card import CARD
+from ctde_jax.errors import InputError
+
+PACKAGE = "onnxruntime-web@1.30.0"
+SHA512 = (
+    "ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca"
+    "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
+)
+RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+"""Of the package: what a page imports, what that loads, and the machine code, for one thread or several."""
+
+PAGE = ("index.html", "page.css", "page.mjs")
+
+
+def write_page(bundle: Bundle, folder: Path | str) -> Path:
+    """Writes the page for a model whose bundle has an ONNX file.
+
+    Args:
+        bundle: Of a model that reads pictures of uint8 or texts.
+        folder: Is made; what is there of these names is replaced.
+
+    Returns:
+        The folder. A browser must get its files from a server, such as `python -m http.server`.
+
+    Raises:
+        InputError: The bundle has no ONNX file, its model reads something else, npm is not there or cannot fetch the
+            runtime, or the folder cannot be written to.
+    """
+    card, folder = bundle.card, Path(folder)
+    if "onnx" not in card.artifacts:
+        raise InputError("web", "needs the format onnx, which the bundle does not have.")
+    is_picture = card.predicts == "classes" and card.input_dtype == "uint8" and len(card.input_shape) in (2, 3)
+    if not (is_picture or card.vocabulary):
+        raise InputError("web", f"goes with pictures and texts, and the model reads {card.input_dtype}.")
+    artifact = card.artifacts["onnx"]
+    files = [CARD, artifact.file, *([artifact.step] if artifact.step else [])]
+    contents = {name: (bundle.folder / CARD).read_bytes() if name == CARD else bundle.read(name) for name in files}
+    contents |= {name: (Path(__file__).parent / "page" / name).read_bytes() for name in PAGE}
+    contents |= {f"ort/{name}": content for name, content in _runtime().items()}
+    try:
+        (folder / "ort").mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        raise InputError(
+            "web", f"must be a folder that can be written to, and {folder} is none: {error.strerror}."
+        ) from error
+    return folder
+
+
+def _runtime() -> dict[str, bytes]:
+    """Takes the files of the runtime out of its package, which is fetched where the cache does not have it."""
+    kept = user_cache_path("ctde_jax") / "npm" / f"{PACKAGE.replace('@', '-')}.tgz"
+    if not kept.exists() or sha512(kept.read_bytes()).hexdigest() != SHA512:
+        _fetch(kept)
+    with tarfile.open(fileobj=io.BytesIO(kept.read_bytes())) as package:
+        members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
+        return {name: member.read() for name, member in members.items() if member is not None}
+
+
+def _fetch(kept: Path) -> None:
+    """Lets npm fetch the package, and keeps it if it is the one that is pinned."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise InputError("web", f"needs npm, of https://nodejs.org, to fetch {PACKAGE} once; it is not installed here.")
+    with TemporaryDirectory() as folder:
+        done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, text=True)
+        (fetched,) = list(Path(folder).glob("*.tgz")) or [None]
+        if done.returncode or fetched is None:
+            said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise InputError("web", f"needs {PACKAGE}, which npm could not fetch: {said}.")
+        content = fetched.read_bytes()
+    if sha512(content).hexdigest() != SHA512:
+        raise InputError("web", f"needs {PACKAGE} as it was published, and what npm fetched has another SHA-512.")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    new = kept.with_suffix(".new")
+    new.write_bytes(content)
+    new.replace(kept)

@@ -1,0 +1,60 @@
+"""The parameters by name, and how they make a perceptron, where they do."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import jax
+import numpy as np
+from safetensors.numpy import save
+
+from ctde_jax.bundle import perceptron
+from ctde_jax.bundle.card import Layers
+from ctde_jax.data import Dataset
+from ctde_jax.state import named
+from ctde_jax.trained import Trained
+
+Weights = dict[str, np.ndarray]
+
+
+def gather(trained: Trained, data: Dataset) -> Weights:
+    """Names the parameters, the model's state, and what brings raw inputs to the model's scale."""
+    center = named({"params": trained.params, "model_state": trained.model_state})
+    scaling = {perceptron.SHIFT: data.shift, perceptron.SCALE: data.scale}
+    return {name: np.ascontiguousarray(array) for name, array in {**center, **scaling}.items()}
+
+
+def to_safetensors(weights: Mapping[str, np.ndarray]) -> bytes:
+    """Writes arrays by name."""
+    return save(dict(weights))
+
+
+def find_layers(trained: Trained, weights: Mapping[str, np.ndarray], inputs: np.ndarray) -> Layers | None:
+    """Finds out whether a model is dense layers one after another, with one activation between them.
+
+    Its layers say in which order they run and what their kernels are; which activation it is, the outputs tell.
+
+    Args:
+        trained: The model.
+        weights: As `gather` names them.
+        inputs: Some examples, `[examples, ...]`.
+
+    Returns:
+        How numpy computes the model, or None where it is something else.
+    """
+    if trained.model.layers is None or jax.tree.leaves(trained.model_state):
+        return None
+    in_order = jax.eval_shape(trained.model.layers, trained.params, trained.model_state, inputs)
+    kernels = tuple("/".join(["params", *map(str, path), "kernel"]) for path in in_order)
+    biases = {name.removesuffix("kernel") + "bias" for name in kernels}
+    params = {name for name in weights if name.startswith("params/")}
+    if not kernels or not params <= {*kernels, *biases} or any(weights[name].ndim != 2 for name in kernels):
+        return None
+    widths = [weights[name].shape for name in kernels]
+    if any(before[1] != after[0] for before, after in pairwise(widths)):
+        return None
+    right = trained.predict(inputs)
+    for layers in (Layers(activation, kernels) for activation in perceptron.ACTIVATIONS):
+        found = perceptron.make_predict(layers, weights)(inputs)
+        if found.shape == right.shape and np.allclose(found, right, rtol=1e-4, atol=1e-4):
+            return layers
+    return None

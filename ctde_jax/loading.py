@@ -1,0 +1,147 @@
+"""A run's folder as a trained model again: what it agreed on, without training."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ctde_jax import build, checkpoint, config, replica, state
+from ctde_jax import devices as available
+from ctde_jax.checkpoint import Checkpoint, Damaged, newest_intact
+from ctde_jax.data import Dataset, deal
+from ctde_jax.errors import InputError
+from ctde_jax.feed import make_feed
+from ctde_jax.log import Row, console
+from ctde_jax.models import Model, with_raw_inputs
+from ctde_jax.reestimate import of_first_steps
+from ctde_jax.replica import PyTree
+from ctde_jax.resume import check_facts
+from ctde_jax.run import BEST
+from ctde_jax.run_folder import CHECKPOINTS, METRICS
+from ctde_jax.trained import Trained
+
+CONFIG = "config.json"
+
+
+class Loaded(NamedTuple):
+    """A run as it was read from its folder."""
+
+    trained: Trained
+    data: Dataset
+    config: config.Config
+
+
+def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
+    """Loads what a run of the command line has trained, up to its newest checkpoint, or one that is named.
+
+    Args:
+        path: The folder of the run, or of one of its checkpoints. For the whole run parameters are those that `fit`
+            would return, with patience the best; for a checkpoint its own.
+        options: As the command line has them, such as `["--data-dir", "elsewhere"]` where the data have moved.
+
+    Raises:
+        InputError: The folder is that of no run of the command line, has no intact checkpoint, or the options or data
+            do not go with it.
+    """
+    path = Path(path)
+    is_checkpoint = (path / checkpoint.MANIFEST).exists()
+    folder = path.parent.parent if is_checkpoint else path
+    if not (folder / CONFIG).is_file():
+        raise InputError(
+            "run_dir",
+            f"must be the folder of a run of python -m ctde_jax.train, or of its checkpoint, and {path} has no "
+            f"{CONFIG}; what fit has returned in Python need not be loaded.",
+        )
+    chosen = config.parse(["--config", str(folder / CONFIG), *options])
+    found = _read(path) if is_checkpoint else newest_intact(folder / CHECKPOINTS, console().print)
+    if found is None:
+        raise InputError("run_dir", f"must have a checkpoint, and {folder} has none yet.")
+    check_facts(found, "run_dir")
+
+    data = build.load_data(chosen.data, chosen.optimization.seed)
+    model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
+    devices = available.start(chosen.aggregation.devices if chosen.run.reestimate_batches else 1)
+    (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
+    if chosen.run.reestimate_batches and not is_best:
+        model_state = _reestimated(chosen, model, data, devices, params, model_state)
+    rows = (folder / METRICS).read_text(encoding="utf-8").splitlines()[: found.facts["rows"]]
+    position, best = found.facts["position"], found.facts["best"] or {}
+    patience = chosen.optimization.patience
+    is_over = is_best and patience is not None and best["in_vain"] >= patience
+    trained = Trained(
+        model=model,
+        params=params,
+        model_state=model_state,
+        step=best["step"] if is_best else position["step"],
+        history=[json.loads(row) for row in rows],
+        seconds={},
+        interrupted=position["gone_through"] < found.facts["options"]["steps"] and not is_over,
+        stopped_early=is_over,
+        task=build.build_task(chosen.optimization, data),
+        devices=devices,
+        traffic=None,
+    )
+    trained.history.extend(_tested(trained, data))
+    return Loaded(trained, data, chosen)
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        return checkpoint.read(path)
+    except Damaged as error:
+        raise InputError("run_dir", f"must lead to an intact checkpoint, but {error}.") from error
+
+
+def _center(found: Checkpoint, model: Model, data: Dataset, may_be_best: bool) -> tuple[tuple[PyTree, PyTree], bool]:
+    """Returns central parameters and model state, and whether they are the best of all evaluations."""
+    like = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), data.train.inputs[:1])
+    best = _beginning(found, f"{BEST}/")
+    if best and may_be_best:
+        _, center = state.center_from_tensors(best, {BEST: like}).popitem()
+        return center, True
+    averaged = _beginning(found, "ema_params/")
+    params = averaged or _beginning(found, "params/")
+    whole = {"ema_params" if averaged else "params": like[0]}
+    wanted = state.named(whole)
+    agreed = {
+        name: tensor.mean(axis=0, dtype=np.float32).astype(tensor.dtype)
+        if name in wanted and tensor.shape[1:] == wanted[name].shape
+        else tensor
+        for name, tensor in params.items()
+    }
+    _, params = state.center_from_tensors(agreed, whole).popitem()
+    kept = state.center_from_tensors(_beginning(found, "model_state/"), {"model_state": like[1]})
+    return (params, kept["model_state"]), False
+
+
+def _beginning(found: Checkpoint, prefix: str) -> dict[str, np.ndarray]:
+    return {name: tensor for name, tensor in found.tensors.items() if name.startswith(prefix)}
+
+
+def _reestimated(
+    chosen: config.Config,
+    model: Model,
+    data: Dataset,
+    devices: Sequence[jax.Device],
+    params: PyTree,
+    model_state: PyTree,
+) -> PyTree:
+    """Estimates batch statistics as the run did before every evaluation."""
+    seed, batch_size = chosen.optimization.seed, chosen.optimization.batch_size
+    partition = build.make_partition(chosen.data, data.train.labels, len(devices), seed)
+    inner_steps = build.build_strategy(chosen.aggregation).inner_steps
+    batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, inner_steps))
+    _, train_key = jax.random.split(jax.random.key(seed))
+    feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
+    reestimate = of_first_steps(model, feed, devices, batches.axis, chosen.run.reestimate_batches, key)
+    return jax.device_get(reestimate(*replica.replicate((params, model_state), devices)))
+
+
+def _tested(trained: Trained, data: Dataset) -> list[Row]:
+    """Returns the test row of these parameters where the history has none."""
+    if any(row["split"] == "test" and row["step"] == trained.step for row in trained.history):
+        return []
+    return [{"split": "test", "step": trained.step, **trained.evaluate(data.test)}]

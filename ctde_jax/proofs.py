@@ -1,0 +1,182 @@
+"""What a training promises, proved on the user's own machine; see `verify.py`."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from ctde_jax import build, checkpoint, config, hosts
+from ctde_jax import devices as available
+from ctde_jax.checkpoint import Checkpoint, Damaged
+from ctde_jax.errors import InputError
+from ctde_jax.log import Row, console
+from ctde_jax.run_folder import CHECKPOINTS, METRICS
+from ctde_jax.train import train
+
+KILLS = 5
+
+Verdict = tuple[list[str], str]
+"""What does not hold, and what holds where nothing does not."""
+
+
+def prove_resume(arguments: Sequence[str]) -> Verdict:
+    """Runs the command of a run to its end, and again, killed at random moments."""
+    _parse(arguments)  # which says what is wrong
+    screen, draw = console(), random.Random()
+    with TemporaryDirectory() as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        command = [sys.executable, "-m", "ctde_jax.train", *arguments, "--run-dir"]
+        with screen.status("training without a break"):
+            before = time.perf_counter()
+            _end([*command, str(whole)])
+            seconds = time.perf_counter() - before
+        for _ in range(KILLS):
+            with screen.status("training, to be killed"):
+                is_killed = _kill([*command, str(killed)], killed / CHECKPOINTS, draw.uniform(0, 0.1) * seconds)
+            steps = checkpoint.steps(killed / CHECKPOINTS)
+            saved = f"its newest checkpoint is that of step {steps[0]:,}" if steps else "before its first checkpoint"
+            screen.print(f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}")
+        with screen.status("training to the end"):
+            _end([*command, str(killed)])
+        one, wrong = _newest(whole), _differing(whole, killed)
+        rows = [_rows(whole), _rows(killed)]
+    differences = [f"the bits of {name} differ" for name in wrong]
+    differences += [] if rows[0] == rows[1] else [f"the rows of {METRICS} differ"]
+    return differences, f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has killed"
+
+
+def prove_exact(arguments: Sequence[str]) -> Verdict:
+    """Runs the command of a run with `--exact` on 1, 2, 4 and 8 devices, or as many as there are."""
+    arguments = ["--exact", *(word for word in arguments if word != "--exact")]
+    if _parse(arguments).aggregation.devices is not None:
+        raise InputError("devices", "must be left out, as their number is what changes.")
+    here = available.start()
+    counts = [count for count in (1, 2, 4, 8) if here[0].platform == "cpu" or count <= len(here)]
+    screen, wrong = console(), []
+    with TemporaryDirectory() as folder:
+        folders = {count: Path(folder) / str(count) for count in counts}
+        for count, own in folders.items():
+            with screen.status(f"training on {count}"):
+                command = [sys.executable, "-m", "ctde_jax.train", *arguments]
+                _end([*command, "--devices", str(count), "--run-dir", str(own)])
+            differing = _differing(folders[1], own)
+            screen.print(f"{count} devices: {len(differing)} tensors differ from those of one")
+            wrong += [f"the bits of {name} differ on {count} devices" for name in differing]
+        tensors = len(_newest(folders[1]).tensors)
+    return wrong, f"all {tensors} tensors are the same on {', '.join(map(str, counts))} devices"
+
+
+def prove_replicas(arguments: Sequence[str]) -> Verdict:
+    """Trains; what the devices share is compared after every dispatch."""
+    chosen = _parse(arguments)
+    if len(available.start(chosen.aggregation.devices)) == 1:
+        raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
+    trained = train(chosen, time.perf_counter())
+    devices, steps = f"{len(trained.devices)} devices", trained.history[-1]["step"]
+    return [], f"what the {devices} share was the same on all of them after every dispatch of {steps:,} steps"
+
+
+def prove_eval(arguments: Sequence[str]) -> Verdict:
+    """Trains, and counts the test examples again, one after another on one device."""
+    chosen = _parse(arguments)
+    trained = train(chosen, time.perf_counter())
+    test = build.load_data(chosen.data, chosen.optimization.seed).test
+    inputs, labels = np.asarray(test.inputs), np.asarray(test.labels)
+    infer = jax.jit(trained.model.apply)
+    outputs = [infer(trained.params, trained.model_state, inputs[i : i + 1], None)[0] for i in range(len(inputs))]
+    measured = jax.device_get(trained.task.measure(jnp.concatenate(outputs), jnp.asarray(labels)))
+    alone = {name: float(values.mean(dtype=np.float64)) for name, values in measured.items()}
+    tested = trained.tested
+    differences = [
+        f"the test {name} is {tested[name]:.6f} on all devices, and {value:.6f} one by one"
+        for name, value in alone.items()
+        if not np.isclose(tested[name], value, rtol=1e-4, atol=1e-6)
+    ]
+    if tested["examples"] != len(inputs):
+        differences.append(f"{tested['examples']:,} examples were counted, of {len(inputs):,}")
+    return differences, f"all {len(inputs):,} test examples count once, one by one as on {len(trained.devices)} devices"
+
+
+def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
+    """Reads every checkpoint of a run, or one."""
+    if len(arguments) != 1:
+        raise InputError("verify", "checkpoint wants the folder of a run or of a checkpoint, and nothing else.")
+    folder = Path(arguments[0])
+    within = folder / CHECKPOINTS
+    paths = [checkpoint.path_of(within, step) for step in checkpoint.steps(within)]
+    if not paths and not (folder / checkpoint.MANIFEST).exists():
+        raise InputError("verify", f"checkpoint wants the folder of a run or of a checkpoint, and {folder} is neither.")
+    paths = paths or [folder]
+    damaged, tensors = [], 0
+    for path in paths:
+        try:
+            tensors += len(checkpoint.read(path).tensors)
+        except Damaged as error:
+            damaged.append(str(error))
+    return damaged, f"{tensors} tensors in {', '.join(path.name for path in paths)} have their SHA-256"
+
+
+def _parse(arguments: Sequence[str]) -> config.Config:
+    chosen = config.parse(arguments)
+    hosts.check_alone(chosen.hosts)
+    if chosen.run.run_dir is not None:
+        raise InputError("run_dir", "must be left out, as a run that is there already proves nothing.")
+    return chosen
+
+
+def _end(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError("verify", f"could not train: {done.stderr.strip()}")
+
+
+def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
+    """Kills a process so many seconds after its first new checkpoint; returns whether it was still alive."""
+    before = checkpoint.steps(folder)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and checkpoint.steps(folder) == before:
+            time.sleep(0.001)
+        try:
+            process.wait(seconds)
+            return False
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return True
+
+
+def _newest(folder: Path) -> Checkpoint:
+    return checkpoint.read(checkpoint.newest(folder / CHECKPOINTS))
+
+
+def _differing(one: Path, other: Path) -> list[str]:
+    """Names the tensors of which two runs have not the same bits."""
+    those = _newest(other).tensors
+    return [
+        name
+        for name, tensor in _newest(one).tensors.items()
+        if tensor.tobytes() != those.get(name, np.zeros(0)).tobytes()
+    ]
+
+
+def _rows(folder: Path) -> list[Row]:
+    """The rows of a run, but for its speed."""
+    rows = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
+    return [{name: value for name, value in row.items() if name != "examples_per_second"} for row in rows]
+
+
+PROOFS: Mapping[str, Callable[[Sequence[str]], Verdict]] = {
+    "resume": prove_resume,
+    "exact": prove_exact,
+    "replicas": prove_replicas,
+    "eval": prove_eval,
+    "checkpoint": prove_checkpoint,
+}
+"""By what the command line calls them."""

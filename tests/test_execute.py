@@ -1,0 +1,316 @@
+"""A bundle runs alone: right answers from every kind of file, in every runtime, and a sentence for every mistake."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import bundles
+import numpy as np
+import pytest
+from jax import random
+
+import ctde_jax as ctde
+from ctde_jax import bundle as node
+from ctde_jax import execute, verify
+from ctde_jax.bundle import answers
+from ctde_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def digits() -> Path:
+    return bundles.written("mlp").bundle.folder
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return bundles.trained("mlp")[1].test.inputs
+
+
+@pytest.fixture(scope="module")
+def labels() -> np.ndarray:
+    return bundles.trained("mlp")[1].test.labels
+
+
+def run(capsys, *arguments: object) -> list[str]:
+    """Executes, and returns the lines that were printed."""
+    assert execute.main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Executes what is a mistake, and returns the sentence."""
+    assert execute.main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.startswith("error: ")
+    assert said.err.endswith((".\n", "?\n"))
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def predicted(images: np.ndarray) -> tuple[list[str], np.ndarray]:
+    probabilities = bundles.probabilities(bundles.trained("mlp")[0].predict(images))
+    return [str(label) for label in probabilities.argmax(-1)], probabilities.max(-1)
+
+
+@pytest.mark.parametrize("runtime", [None, "numpy", "onnx", "jax"])
+@pytest.mark.parametrize("kind", ["npy", "npz", "csv", "png"])
+def test_files_of_every_kind_are_read_and_answered(kind, runtime, digits, images, tmp_path, capsys):
+    files = [tmp_path / f"x.{kind}"]
+    if kind == "npy":
+        np.save(files[0], images[:4])
+    elif kind == "npz":
+        np.savez(files[0], x_test=images[:4])
+    elif kind == "csv":
+        np.savetxt(files[0], images[:4].reshape(4, -1), "%d", ",")
+    else:
+        image = pytest.importorskip("PIL.Image")
+        files = [tmp_path / f"{number}.png" for number in range(4)]
+        for file, picture in zip(files, images, strict=False):
+            image.fromarray(np.rint(picture * (255 / 16)).astype(np.uint8)).save(file)
+    chosen = [] if runtime is None else ["--runtime", runtime]
+    rows = [json.loads(line) for line in run(capsys, digits, "--input", *files, "--json", *chosen)]
+    names, probabilities = predicted(images[:4])
+    assert [row["label"] for row in rows] == names
+    assert [row["example"] for row in rows] == [0, 1, 2, 3]
+    np.testing.assert_allclose([row["probability"] for row in rows], probabilities, atol=1e-5)
+
+
+def test_table_is_for_people(digits, images, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", images[:3])
+    lines = run(capsys, digits, "--input", tmp_path / "x.npy")
+    names, probabilities = predicted(images[:3])
+    assert lines[0].split() == ["example", "label", "probability"]
+    right = [[str(i), name, f"{p:.4f}"] for i, (name, p) in enumerate(zip(names, probabilities, strict=True))]
+    assert [line.split() for line in lines[1:]] == right
+
+
+@pytest.mark.parametrize("runtime", ["numpy", "onnx", "jax"])
+def test_score_is_that_of_evaluation(runtime, digits, images, labels, tmp_path, capsys):
+    """Whatever the batch size, to the example."""
+    right = bundles.trained("mlp")[0].evaluate(bundles.trained("mlp")[1].test)
+    np.savez(tmp_path / "x.npz", x_test=images, y_test=labels)
+    for size in (1, 50, 1000):
+        arguments = ["--score", "--json", "--runtime", runtime, "--batch-size", size]
+        (line,) = run(capsys, digits, "--input", tmp_path / "x.npz", *arguments)
+        score = json.loads(line)
+        assert score["examples"] == right["examples"]
+        assert round(score["accuracy"] * 359) == round(right["accuracy"] * 359)
+        assert score["loss"] == pytest.approx(right["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("label_column", [None, "digit"])
+def test_table_of_numbers_may_have_labels(label_column, digits, images, labels, tmp_path, capsys):
+    """In the last column, or in a named one."""
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        names = [f"pixel {number}" for number in range(64)]
+        writer.writerow([*names, "digit"] if label_column is None else ["digit", *names])
+        for picture, label in zip(images.reshape(-1, 64), labels, strict=True):
+            writer.writerow([*picture, label] if label_column is None else [label, *picture])
+    chosen = [] if label_column is None else ["--label-column", label_column]
+    (line,) = run(capsys, digits, "--input", tmp_path / "x.csv", "--score", *chosen)
+    accuracy = bundles.trained("mlp")[0].tested["accuracy"]
+    assert f"examples 359  accuracy {accuracy:.2%}" in line
+
+
+def test_copies_on_all_devices_do_not_talk_and_say_the_same(digits, images, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", images[:21])
+    execute.main([str(digits), "--input", str(tmp_path / "x.npy"), "--json", "--all-devices", "--batch-size", "10"])
+    said = capsys.readouterr()
+    assert "independent copies, no collective in their program" in said.err
+    assert [json.loads(line)["label"] for line in said.out.splitlines()] == predicted(images[:21])[0]
+
+
+@pytest.mark.parametrize("name", ["lstm-text", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runtime", ["onnx", "jax"])
+def test_text_without_chance_is_that_of_generate(name, runtime, capsys):
+    """Place by place with a state, or in a window; both beyond the window."""
+    trained, data = bundles.trained(name)
+    window = bundles.WINDOW if name == "transformer" else None
+    prompt, length = "To be", 3 * bundles.WINDOW
+    tokens = ctde.generate(
+        trained.model,
+        trained.params,
+        trained.model_state,
+        ctde.data.encode(prompt, data.vocabulary),
+        length,
+        random.key(0),
+        temperature=0,
+        window=window,
+    )
+    options = ["--prompt", prompt, "--length", length, "--temperature", 0, "--runtime", runtime]
+    lines = run(capsys, bundles.written(name).bundle.folder, *options)
+    assert "\n".join(lines) == prompt + ctde.data.decode(tokens, data.vocabulary)
+
+
+def test_seed_decides_the_text(capsys):
+    folder = bundles.written("lstm-text").bundle.folder
+    texts = [run(capsys, folder, "--prompt", "T", "--seed", seed, "--temperature", 2) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_draws_follow_the_probabilities():
+    """At a temperature of 1 the share of each first character is its probability."""
+    bundle = bundles.written("lstm-text").bundle
+    trained, data = bundles.trained("lstm-text")
+    tokens = ctde.data.encode("To be", data.vocabulary)
+    logits = trained.predict(tokens[None])[0, -1]
+    drawn = [next(answers.write(bundle, "onnx", "To be", 1, 1.0, seed)) for seed in range(400)]
+    shares = np.array([drawn.count(character) / 400 for character in data.vocabulary])
+    np.testing.assert_allclose(shares, bundles.probabilities(logits), atol=0.1)
+
+
+def test_next_character_of_tokens_is_told(tmp_path, capsys):
+    trained, data = bundles.trained("lstm-text")
+    np.save(tmp_path / "x.npy", data.test.inputs[:2])
+    lines = run(capsys, bundles.written("lstm-text").bundle.folder, "--input", tmp_path / "x.npy", "--json")
+    best = trained.predict(data.test.inputs[:2])[:, -1].argmax(-1)
+    assert [json.loads(line)["next"] for line in lines] == [repr(data.vocabulary[token]) for token in best]
+
+
+def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
+    import optax
+
+    points = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    data = ctde.data.from_arrays(points, points[:, 0] + points[:, 1])
+    task = ctde.Task(lambda outputs, targets: optax.squared_error(outputs[:, 0], targets))
+    options = {"devices": ctde.devices.start(1), "batch_size": 20, "steps": 3, "show": False}
+    trained = ctde.fit(ctde.models.mlp([2, 4, 1]), data, optax.adam(0.01), task=task, **options)
+    written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False)
+    assert written.bundle.card.artifacts["numpy"].receipt["measured"].keys() == {"loss"}
+    np.save(tmp_path / "x.npy", points[:2])
+    lines = run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--json")
+    found = np.array([json.loads(line)["outputs"] for line in lines])
+    np.testing.assert_allclose(found, trained.predict(points[:2]), atol=1e-5)
+    said = refused(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--score")
+    assert "--score goes with classes or texts" in said
+
+
+def test_node_imports_nothing_of_the_trainer(digits, images, tmp_path):
+    """Neither JAX nor flax nor what draws progress bars; only numpy, and the runtime that is asked for."""
+    np.save(tmp_path / "x.npy", images[:1])
+    trainer = {"jax", "jaxlib", "flax", "optax", "rich", "tyro", "sklearn", "safetensors"}
+    for runtime in ("numpy", "onnx"):
+        arguments = [str(digits), "--input", str(tmp_path / "x.npy"), "--runtime", runtime]
+        code = (
+            "import sys; from ctde_jax import execute\n"
+            f"assert execute.main({arguments}) == 0\n"
+            f"print(sorted({trainer} & {{*sys.modules}}))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
+    bundle = node.open_bundle(digits)
+    assert node.pick(bundle) == "numpy"
+    monkeypatch.setattr(node.runtimes, "find_spec", lambda name: None if name == "numpy" else name)
+    assert node.pick(bundle) == "onnx"
+    monkeypatch.setattr(node.runtimes, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs `pip install numpy` or `pip install onnxruntime` or"):
+        node.pick(bundle)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--input", "x.npy", "--runtime", "onyx"], "--runtime must be one of numpy, onnx"),
+        (["--input", "x.npy", "--runtime", "litert"], "--runtime must be one that .* has an artifact for (numpy, onnx"),
+        (["--input", "x.npy", "--expect", "0123"], "--expect must be eight or more of the first digits"),
+        (["--input", "x.npy", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--input", "x.npy", "--score"], "--score needs labels: y_test in a .npz file"),
+        (["--input", "x.npy", "--label-column", "digit"], "--label-column goes with a .csv file"),
+        (["--input", "x.npy", "--all-devices", "--runtime", "onnx"], "--all-devices goes with the runtime jax"),
+        (["--input", "x.npy", "x.npz"], "--input must be one file, or several .png files"),
+        (["--input", "x.jpg"], "--input must be a .npy, .npz, .csv or .png file, got '.jpg'"),
+        (["--input", "missing.npy"], "--input names missing.npy, which is no whole .npy file"),
+        (["--input", "floats.npy"], "which holds numbers that are no uint8"),
+        (["--input", "large.npy"], "which has the shape [2, 9, 8]: give examples of the shape [8, 8]"),
+        (["--input", "none.npy"], "which holds no example"),
+        (["--input", "words.npy"], "which holds <U3"),
+        (["--input", "pickle.npy"], "which is no whole .npy file (Array can't be memory-mapped: Python objects"),
+        (["--input", "empty.csv"], "which has lines of different lengths, or none"),
+        (["--input", "short.csv"], "which has 3 columns: give the 64 numbers of an example in each line"),
+        (["--input", "word.csv"], "which has 'x' in example"),
+        (["--input", "odd.png"], "is no whole PNG picture"),
+        (["--input", "size.png"], "which has 9 x 8 pixels: give a picture of 8 x 8"),
+        (["--input", "labels.npz", "--score"], "which has labels from 0 to 10: give them from 0 to 9"),
+        (["--prompt", "To be"], "--prompt goes with a language model"),
+    ],
+)
+def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", images[:2])
+    np.savez("x.npz", x_test=images[:2])
+    np.save("floats.npy", images[:2] + 0.5)
+    np.save("large.npy", np.zeros((2, 9, 8), np.uint8))
+    np.save("none.npy", images[:0])
+    np.save("words.npy", np.full((1, 8, 8), "one"))
+    np.save("pickle.npy", np.full((1, 8, 8), None), allow_pickle=True)
+    Path("empty.csv").write_text("")
+    Path("short.csv").write_text("1,2,3\n")
+    Path("word.csv").write_text(",".join(["0"] * 64) + "\n" + ",".join(["x"] * 64) + "\n")
+    Path("odd.png").write_bytes(b"\x89PNG and no more")
+    image.fromarray(np.zeros((9, 8), np.uint8)).save("size.png")
+    np.savez("labels.npz", x_test=images[:2], y_test=[0, 10])
+    said = refused(capsys, digits, *arguments)
+    for part in sentence.split(".*"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--prompt", ""], "--prompt must be one or more of the model's"),
+        (["--prompt", "To be ☃"], "got '☃', which is none of them"),
+        (["--prompt", "To", "--length", "0"], "--length must be at least 1, got 0"),
+        (["--prompt", "To", "--temperature", "-1"], "--temperature must be at least 0 and finite, got -1.0"),
+        (["--prompt", "To", "--seed", "-1"], "--seed must be at least 0, got -1"),
+    ],
+)
+def test_mistake_in_a_prompt_is_a_sentence(arguments, sentence, capsys):
+    assert execute.main([str(bundles.written("lstm-text").bundle.folder), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_no_command_line_is_a_sentence(capsys):
+    with pytest.raises(SystemExit) as end:
+        execute.main(["bundle"])
+    assert end.value.code == 2
+    assert "one of the arguments --input --prompt is required; --help explains" in capsys.readouterr().err
+
+
+def test_receipt_is_repeated_where_the_bundle_is(digits, images, labels, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", x_test=images, y_test=labels)
+    sha256 = node.open_bundle(digits).sha256
+    assert verify.main(["bundle", str(digits), "--input", str(tmp_path / "x.npz"), "--expect", sha256[:10]]) == 0
+    said = capsys.readouterr().out
+    accuracy = bundles.trained("mlp")[0].tested["accuracy"]
+    for name in ("numpy", "onnx", "jax"):
+        assert f"{name}: differs by" in said
+    assert said.count(f"is right in {accuracy:.4f} of 359; its receipt says loss") == 3
+    assert "holds: every file is as it was written, and numpy, onnx, jax say what the model said" in said
+
+
+def test_artifact_that_says_something_else_here_is_told(digits, monkeypatch, capsys):
+    """Such as a runtime that computes wrongly on this machine."""
+
+    def wrongly(layers, weights):
+        predict = make_predict(layers, weights)
+        return lambda inputs: predict(inputs) + np.float32(1e-3)
+
+    make_predict = node.perceptron.make_predict
+    monkeypatch.setattr(node.perceptron, "make_predict", wrongly)
+    assert verify.main(["bundle", str(digits)]) == 1
+    assert "wrong: numpy differs from the trained model by more than 1e-05" in capsys.readouterr().err
+
+
+def test_bundle_that_came_without_examples_says_what_is_missing(tmp_path, capsys):
+    trained, data = bundles.trained("mlp")
+    ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], examples=0, show=False)
+    assert verify.main(["bundle", str(tmp_path / "bundle")]) == 2
+    assert "came without examples" in capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""What leaves is what was trained: every form, at every batch size, to the example."""
+
+import json
+import subprocess
+
+import bundles
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+import ctde_jax as ctde
+from ctde_jax import bundle as node
+from ctde_jax.bundle import parity
+from ctde_jax.errors import InputError
+from ctde_jax.export import int8, onnx, write
+from ctde_jax.export.program import LeftOut, make_program
+
+SOON = ("mlp", "linen", "lstm-text")
+"""Models that the default suite exports; the others are slow."""
+
+EXPORTED = [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in bundles.MODELS]
+PERCEPTRONS = ("mlp", "linen")
+READ_PLACE_BY_PLACE = ("lstm", "gru", "lstm-text", "gru-text")
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_every_form_says_what_the_model_says(name):
+    """Over the whole test split, at every batch size; and what is right is right in all of them, to the example."""
+    (trained, data), written = bundles.trained(name), bundles.written(name)
+    card = written.bundle.card
+    assert {*card.artifacts} == ({"numpy", "onnx", "jax"} if name in PERCEPTRONS else {"onnx", "jax"})
+    assert written.left_out.keys() == ({*()} if name in PERCEPTRONS else {"numpy"})
+    right = trained.evaluate(data.test)
+    assert card.facts["trained_model"]["measured"] == right
+    for artifact in card.artifacts.values():
+        receipt = artifact.receipt
+        assert receipt["largest_difference"].keys() == {"1", "3", "7", "64"}
+        assert 0 <= receipt["relative"] <= 1e-5
+        assert round(receipt["measured"]["accuracy"] * right["examples"], 3) == round(
+            right["accuracy"] * right["examples"], 3
+        )
+        assert receipt["measured"]["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        assert (artifact.step is not None) == (name in READ_PLACE_BY_PLACE)
+        assert receipt.get("place_by_place", 0) <= 1e-5
+        assert all(low <= middle <= high for low, middle, high in receipt["milliseconds"].values())
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_artifacts_take_raw_inputs_in_any_number(name):
+    (trained, data), written = bundles.trained(name), bundles.written(name)
+    inputs = data.test.inputs[:5]
+    for runtime in written.bundle.card.artifacts:
+        found = node.load(written.bundle, runtime)(inputs)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, trained.predict(inputs), atol=2e-5)
+
+
+def test_every_file_has_its_sum():
+    """The card's and those of `sha256sum --check`, which knows nothing of bundles, are of the same bytes."""
+    bundle = bundles.written("mlp").bundle
+    done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=bundle.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    there = {path.name for path in bundle.folder.iterdir()}
+    assert (
+        {line.split(": ")[0] for line in done.stdout.splitlines()}
+        == there - {"SHA256SUMS"}
+        == {
+            *bundle.card.files,
+            "card.json",
+        }
+    )
+    for name in bundle.card.files:
+        assert len(bundle.read(name)) == bundle.card.files[name].size
+
+
+def test_card_says_what_the_model_is():
+    card = bundles.written("mlp").bundle.card
+    assert (card.predicts, card.input_shape, card.input_dtype, card.highest) == ("classes", (8, 8), "uint8", 16)
+    assert card.output_shape == (10,)
+    assert card.classes == tuple("0123456789")
+    assert card.facts["model"]["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
+    assert card.facts["training"]["step"] == 60
+    assert card.versions["jax"] == jax.__version__
+    text = bundles.written("lstm-text").bundle.card
+    assert (text.predicts, text.input_dtype, text.carry) == ("tokens", "int32", ((16,),) * 4)
+    assert text.vocabulary == bundles.trained("lstm-text")[1].vocabulary
+
+
+def test_onnx_file_says_the_names_of_the_classes():
+    session = pytest.importorskip("onnxruntime").InferenceSession(bundles.written("mlp").bundle.read("model.onnx"))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [*"0123456789"]
+
+
+def test_examples_carry_what_the_trained_model_says_of_them():
+    trained, data = bundles.trained("mlp")
+    stored = node.tensors.parse(bundles.written("mlp").bundle.read("examples.safetensors"))
+    assert len(stored["inputs"]) == 100
+    np.testing.assert_array_equal(stored["inputs"], data.test.inputs[:100])
+    np.testing.assert_array_equal(stored["labels"], data.test.labels[:100])
+    np.testing.assert_allclose(stored["outputs"], trained.predict(data.test.inputs[:100]), atol=1e-5)
+
+
+def test_artifact_that_says_something_else_is_not_written(monkeypatch, tmp_path):
+    """Its file is not there, the card does not know it, and the reason is said; the others are as they were."""
+    trained, data = bundles.trained("mlp")
+
+    def halved(program):
+        return write_stablehlo(program._replace(run=lambda x: [program.run(x)[0] / 2]))
+
+    write_stablehlo = write.to_stablehlo
+    monkeypatch.setattr(write, "to_stablehlo", halved)
+    written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "jax"], show=False)
+    assert {*written.bundle.card.artifacts} == {"numpy"}
+    assert "differs by" in written.left_out["jax"]
+    assert "more than 1e-05" in written.left_out["jax"]
+    assert not (tmp_path / "bundle" / "model.stablehlo").exists()
+    assert written.bundle.card.facts["left_out"] == written.left_out
+
+
+def test_what_runs_place_by_place_but_differs_is_taken_out_alone(monkeypatch, tmp_path):
+    trained, data = bundles.trained("lstm-text")
+    monkeypatch.setattr(write.receipt, "compare_steps", lambda *arguments: 0.01)
+    written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
+    assert written.bundle.card.artifacts["jax"].step is None
+    assert written.left_out.keys() == {"jax, place by place"}
+    assert not (tmp_path / "bundle" / "step.stablehlo").exists()
+
+
+def test_format_whose_packages_are_not_here_says_how_to_get_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    trained, data = bundles.trained("mlp")
+    written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx"], show=False)
+    assert written.left_out == {"onnx": "needs `pip install 'ctde_jax[onnx]'`"}
+
+
+def test_one_byte_weights_are_smaller_and_never_the_default():
+    pytest.importorskip("onnxruntime")
+    written = bundles.written("mlp", "onnx", "onnx-int8", "onnx-int8-static")
+    assert not {"onnx-int8", "onnx-int8-static"} & {*bundles.written("mlp").bundle.card.artifacts}
+    artifacts = written.bundle.card.artifacts
+    weights = 4 * (64 * 16 + 16 * 10)
+    for name in ("onnx-int8", "onnx-int8-static"):
+        receipt = artifacts[name].receipt
+        assert b"int8" in written.bundle.read(artifacts[name].file).lower() or receipt["relative"] > 1e-5
+        assert receipt["measured"]["accuracy"] > artifacts["onnx"].receipt["measured"]["accuracy"] - 0.05
+        assert receipt["bytes"] < artifacts["onnx"].receipt["bytes"] + weights
+
+
+def test_bundle_is_replaced_and_nothing_else_ever_is(tmp_path):
+    trained, data = bundles.trained("mlp")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(InputError, match=r"must be new or a bundle, and .*mine is something else"):
+        ctde.write_bundle(trained, data, tmp_path / "mine", ["numpy"], show=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+    for formats, file in ((["jax"], "model.stablehlo"), (["numpy"], "weights.safetensors")):
+        ctde.write_bundle(trained, data, tmp_path / "bundle", formats, examples=0, show=False)
+        assert (tmp_path / "bundle" / file).exists()
+    assert not (tmp_path / "bundle" / "model.stablehlo").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"formats": ["onyx"]}, "formats must be one of .* did you mean 'onnx'"),
+        ({"examples": -1}, "examples must be at least 0, got -1"),
+    ],
+)
+def test_mistake_is_a_sentence(options, sentence, tmp_path):
+    trained, data = bundles.trained("mlp")
+    with pytest.raises(InputError, match=sentence):
+        ctde.write_bundle(trained, data, tmp_path / "bundle", show=False, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_program_is_rid_of_what_only_training_needs():
+    """No random key, no rule for gradients, no inner call, and masks are numbers already."""
+
+    def inference(x):
+        key = jax.random.key(0)
+        mask = jnp.where(jnp.tri(4, dtype=bool), True, False)
+        jax.random.fold_in(key, 3)
+        return [jnp.where(mask, jax.nn.relu(x), 0.0)]
+
+    program = make_program(inference, jax.ShapeDtypeStruct((4, 4), np.float32))
+    names = {equation.primitive.name for equation in jax.make_jaxpr(program.run)(*program.like).eqns}
+    assert names <= {"max", "select_n", "broadcast_in_dim"}
+
+
+def test_program_takes_any_number_of_examples_also_where_python_counts_them():
+    def counts(x):
+        return [x.reshape(len(x), -1).sum(axis=1), x * len(x.reshape(len(x), -1)[0])]
+
+    program = make_program(counts, jax.ShapeDtypeStruct((2, 3), np.float32))
+    x = np.arange(30, dtype=np.float32).reshape(5, 2, 3)
+    sums, scaled = jax.export.export(jax.jit(program.run))(*program.like).call(x)
+    np.testing.assert_allclose(sums, x.reshape(5, -1).sum(axis=1))
+    np.testing.assert_allclose(scaled, 6 * x)
+
+
+def test_word_that_onnx_does_not_have_is_named():
+    pytest.importorskip("jax2onnx")
+
+    def asks_python(x):
+        return [jax.pure_callback(np.sort, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="broadcast_all")]
+
+    program = make_program(asks_python, jax.ShapeDtypeStruct((3,), np.float32))
+    with pytest.raises(LeftOut, match=r"jax2onnx cannot write it .*pure_callback"):
+        onnx.to_onnx(program, ["inputs"], ["outputs"], {})
+
+
+def test_chain_of_dense_layers_is_told_from_what_only_looks_like_one():
+    for activation in ("tanh", "relu", "gelu", "silu"):
+        assert _layers(ctde.models.mlp([64, 12, 8, 10], activation)).activation == activation
+    assert _layers(ctde.models.rnn_classifier(8, 10, 4)) is None
+    assert _layers(ctde.models.from_linen(bundles.Noisy())) is None
+
+
+def _layers(model: ctde.models.Model):
+    data = ctde.data.digits()
+    trained = ctde.fit(model, data, optax.adam(0.01), devices=ctde.devices.start(1), batch_size=32, steps=2, show=False)
+    return write.find_layers(trained, write.gather(trained, data), data.test.inputs[:4])
+
+
+def test_bad_outputs_are_told_from_rounding():
+    right = np.array([[1.0, -40.0], [0.5, 0.25]], np.float32)
+    assert parity.relative_difference(right, right) == 0
+    assert parity.relative_difference(right + np.float32([[0, 4e-4], [0, 0]]), right) == pytest.approx(1e-5, rel=0.1)
+    assert parity.relative_difference(right + np.float32([[0, 0], [0, 1e-3]]), right) == pytest.approx(1e-3, rel=0.01)
+
+
+def test_edge_nodes_improve_a_model_that_leaves_again(tmp_path):
+    """A model leaves, learns by federated averaging where data never leave their node, and leaves again."""
+    data = ctde.data.digits()
+    nodes = ctde.data.partition.dirichlet(data.train.labels, 4, 0.5, seed=0)
+    accuracies = []
+    for rounds in (1, 40):
+        fedavg = ctde.strategy("fedavg", sync_every=8)
+        options = {"devices": ctde.devices.start(4), "partition": nodes, "batch_size": 64, "show": False}
+        trained = ctde.fit(ctde.models.mlp([64, 16, 10]), data, optax.sgd(0.1), fedavg, steps=8 * rounds, **options)
+        written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False)
+        found = node.load(written.bundle, "numpy")(data.test.inputs)
+        accuracies.append((found.argmax(-1) == data.test.labels).mean())
+        assert accuracies[-1] == pytest.approx(trained.tested["accuracy"])
+    assert accuracies[1] > max(0.85, accuracies[0])
+
+
+def test_calibration_needs_few_examples():
+    pytest.importorskip("onnxruntime")
+    content = bundles.written("mlp").bundle.read("model.onnx")
+    assert int8.static(content, bundles.trained("mlp")[1].train.inputs[:3])

@@ -1,0 +1,322 @@
+"""Damaged and hostile bundles: each is refused in a sentence before anything of it runs, and none takes memory for it.
+
+Damage changes bytes and leaves the sums. Who is hostile can make the sums again; then the card and the files must
+still be what they claim, and a runtime that refuses a file does so in a sentence, too.
+"""
+
+import json
+import pickle
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import bundles
+import numpy as np
+import pytest
+
+from ctde_jax import bundle as node
+from ctde_jax import execute, verify
+from ctde_jax.bundle.card import CARD, EXAMPLES, SUMS, WEIGHTS
+from ctde_jax.errors import InputError
+
+FILES = (CARD, SUMS, WEIGHTS, EXAMPLES, "model.onnx", "model.stablehlo")
+USED = {WEIGHTS: "numpy", "model.onnx": "onnx", "model.stablehlo": "jax"}
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    return Path(shutil.copytree(bundles.written("mlp").bundle.folder, tmp_path / "bundle"))
+
+
+def refuse(folder: Path) -> str:
+    """Opens a bundle, reads all of it and runs every artifact, of which something must be refused; returns why."""
+
+    def use() -> None:
+        opened = node.open_bundle(folder)
+        for name in opened.card.files:
+            opened.read(name)
+        for name in opened.card.artifacts:
+            node.load(opened, name)(np.zeros((1, *opened.card.input_shape), opened.card.input_dtype))
+
+    with pytest.raises(InputError) as refusal:
+        use()
+    said = str(refusal.value)
+    assert said.endswith((".", "?"))
+    assert "\n" not in said
+    assert "Traceback" not in said
+    return said
+
+
+def seal(folder: Path, card: Any = None, **files: bytes) -> None:
+    """Writes files and makes all sums anew, as somebody does who wants them to be believed."""
+    card = json.loads((folder / CARD).read_bytes()) if card is None else card
+    for name, content in files.items():
+        name = name.replace("_", ".")
+        (folder / name).write_bytes(content)
+        card["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    content = card if isinstance(card, bytes) else json.dumps(card).encode()
+    (folder / CARD).write_bytes(content)
+    lines = {CARD: sha256(content).hexdigest()}
+    if isinstance(card, dict) and isinstance(card.get("files"), dict):
+        lines |= {name: file.get("sha256") for name, file in card["files"].items() if isinstance(file, dict)}
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in lines.items()))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_flipped_bit_is_noticed_wherever_it_is(name, copy):
+    """Twenty places of each file, drawn at random, one at a time: 120 bundles."""
+    path, draw = copy / name, random.Random(name)
+    right = path.read_bytes()
+    for _ in range(20):
+        place, bit = draw.randrange(len(right)), draw.randrange(8)
+        path.write_bytes(right[:place] + bytes([right[place] ^ 1 << bit]) + right[place + 1 :])
+        assert name in refuse(copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_that_is_cut_off_longer_or_gone_is_noticed(name, copy):
+    path = copy / name
+    right = path.read_bytes()
+    for content in (b"", right[: len(right) // 2], right[:-1], right + b"\0"):
+        path.write_bytes(content)
+        refuse(copy)
+    path.unlink()
+    assert f"{name} is missing" in refuse(copy)
+    path.symlink_to("/etc/passwd")
+    assert f"{name} is missing" in refuse(copy)
+    path.unlink()
+    path.mkdir()
+    assert f"{name} is missing" in refuse(copy)
+
+
+def changed(*keys: Any) -> Callable[[dict, Any], None]:
+    """Makes the function that sets what these keys lead to."""
+
+    def change(card: dict, value: Any) -> None:
+        for key in keys[:-1]:
+            card = card[key]
+        card[keys[-1]] = value
+
+    return change
+
+
+CARDS = {
+    "format": [None, "1", 1.0, True, [1], -1.5],
+    "predicts": [None, "anything else", 3, ["classes"]],
+    "input": [None, [], {}, {"shape": [8, 8]}, {"dtype": "uint8"}],
+    ("input", "shape"): [
+        None,
+        "8x8",
+        [8, -8],
+        [0],
+        [8, 8.0],
+        [True, 8],
+        [2**40],
+        [2**20, 2**20],
+        [[8]],
+        [None],
+        [9, 8],
+    ],
+    ("input", "dtype"): [None, "object", "float64", "uint8; import os", 8, ["uint8"]],
+    ("input", "highest"): [None, 0, 256, -1, "255", True],
+    "output": [None, [], {}],
+    ("output", "shape"): [[-1], [10**12], "ten", [2.5]],
+    "carry": [None, [3], [["a"]], [[-1]], "none"],
+    "classes": [None, [1, 2], "0123456789", {"0": 1}],
+    "vocabulary": [None, [None], 5],
+    "layers": [
+        3,
+        [],
+        {},
+        {"activation": "__import__", "kernels": []},
+        {"activation": "tanh", "kernels": [1]},
+        {"activation": "tanh", "kernels": ["no/such/kernel"]},
+        {"activation": "tanh", "kernels": ["inputs/scale"]},
+        {"activation": "tanh", "kernels": ["params/layers/1/kernel", "params/layers/0/kernel"]},
+    ],
+    "artifacts": [None, [], {"numpy": None}, {"numpy": {"file": WEIGHTS}}, {"numpy": {"file": "no", "receipt": {}}}],
+    ("artifacts", "numpy", "file"): [
+        None,
+        "../bundle/weights.safetensors",
+        "/etc/passwd",
+        "",
+        CARD,
+        ["weights.safetensors"],
+    ],
+    ("artifacts", "numpy", "step"): [3, "../step", "no.onnx"],
+    ("artifacts", "numpy", "receipt"): [None, [], "good"],
+    "files": [None, [], {}, {WEIGHTS: 3}, {WEIGHTS: {"bytes": 3}}],
+    ("files", WEIGHTS, "bytes"): [None, -1, "3", 2.5, 3, 10**30],
+    ("files", WEIGHTS, "sha256"): [None, "", "0" * 64, "g" * 64, 3],
+    "versions": [None, [], "new"],
+}
+NAMES = [
+    "../weights",
+    "/etc/passwd",
+    "a/b",
+    "..",
+    ".",
+    "",
+    "C:\\x",
+    "a\0b",
+    "~root",
+    "-rf",
+    ".hidden",
+    "x" * 300,
+    "a b",
+]
+WRONG = [(keys, value) for keys, values in CARDS.items() for value in values]
+
+
+@pytest.mark.parametrize(("keys", "value"), WRONG, ids=lambda each: repr(each)[:40])
+def test_card_that_makes_no_sense_is_refused_though_its_sums_are_right(keys, value, copy):
+    card = json.loads((copy / CARD).read_bytes())
+    changed(*([keys] if isinstance(keys, str) else keys))(card, value)
+    seal(copy, card)
+    said = refuse(copy)
+    assert str(copy) in said or "must be" in said
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:20])
+def test_file_outside_the_folder_is_never_opened(name, copy, monkeypatch):
+    card = json.loads((copy / CARD).read_bytes())
+    card["files"][name] = card["files"].pop(WEIGHTS)
+    card["artifacts"]["numpy"]["file"] = name
+    card["layers"] = None
+    seal(copy, card)
+    opened = []
+    monkeypatch.setattr(Path, "read_bytes", lambda self, read=Path.read_bytes: opened.append(self) or read(self))
+    assert "names the file" in refuse(copy)
+    assert {path.name for path in opened} <= {CARD, SUMS}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"3",
+        b'"card"',
+        b"{",
+        b"\xff\xfe",
+        b'{"format": 1}',
+        b"[" * 100_000,
+        b'{"format": ' + b"9" * 5000 + b"}",
+        b'{"format": NaN}',
+        pickle.dumps({"format": 1}),
+    ],
+    ids=lambda content: repr(content[:20]),
+)
+def test_card_that_is_no_card_is_refused(content, copy):
+    seal(copy, content)
+    refuse(copy)
+
+
+def test_newer_format_says_what_to_install(copy):
+    card = json.loads((copy / CARD).read_bytes())
+    seal(copy, {**card, "format": 2})
+    assert "of format 2, and this version reads up to 1; install a newer ctde_jax" in refuse(copy)
+
+
+def test_newer_jax_is_told_before_its_file_is_read(copy):
+    card = json.loads((copy / CARD).read_bytes())
+    card["versions"]["jax"] = "99.1.0"
+    seal(copy, card)
+    with pytest.raises(InputError, match=r"older than the 99\.1\.0 that wrote: install jax 99\.1\.0 or newer"):
+        node.load(node.open_bundle(copy), "jax")
+
+
+def safetensors(header: Any, content: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content
+
+
+FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+MALFORMED = {
+    "weights": [
+        b"",
+        b"\0" * 7,
+        struct.pack("<Q", 2**63) + b"{}",
+        safetensors(b"{}"),
+        safetensors(b"["),
+        safetensors([1, 2]),
+        safetensors(b'{"a": ' * 100_000),
+        safetensors({"inputs/shift": 3}),
+        safetensors({"inputs/shift": {**FLOAT, "dtype": "O"}}, b"\0" * 4),
+        safetensors({"inputs/shift": {**FLOAT, "shape": [2**40]}}, b"\0" * 4),
+        safetensors({"inputs/shift": {**FLOAT, "shape": [-1]}}, b"\0" * 4),
+        safetensors({"inputs/shift": {**FLOAT, "shape": [1.0]}}, b"\0" * 4),
+        safetensors({"inputs/shift": {**FLOAT, "shape": "1"}}, b"\0" * 4),
+        safetensors({"inputs/shift": {**FLOAT, "data_offsets": [0, 8]}}, b"\0" * 4),
+        safetensors({"inputs/shift": {**FLOAT, "data_offsets": [-4, 0]}}, b"\0" * 4),
+        safetensors({"inputs/shift": {**FLOAT, "data_offsets": [0]}}, b"\0" * 4),
+        safetensors({"inputs/shift": {**FLOAT, "data_offsets": [2**70, 2**70 + 4]}}, b"\0" * 4),
+        safetensors({"inputs/shift": FLOAT, "inputs/scale": FLOAT}, b"\0" * 4),
+        pickle.dumps({"inputs/shift": np.zeros(1)}),
+    ],
+    "onnx": [b"", b"onnx", b"\0" * 1000, pickle.dumps(3), b"\x08\x0a" * 50],
+    "stablehlo": [b"", b"MLIR", b"\0" * 1000, pickle.dumps(3), b"\xff" * 64],
+}
+FILE_OF = {"weights": "weights_safetensors", "onnx": "model_onnx", "stablehlo": "model_stablehlo"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [(kind, content) for kind, contents in MALFORMED.items() for content in contents],
+    ids=lambda each: repr(each)[:30],
+)
+def test_malformed_file_is_refused_though_its_sums_are_right(kind, content, copy):
+    seal(copy, **{FILE_OF[kind]: content})
+    runtime = USED[FILE_OF[kind].replace("_", ".")]
+    with pytest.raises(InputError) as refusal:
+        node.load(node.open_bundle(copy), runtime)
+    assert "is refused by" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_onnx_file_reads_no_other_file(copy, tmp_path):
+    """Weights that an ONNX file keeps elsewhere are not looked for, whatever place it names."""
+    onnx = pytest.importorskip("onnx")
+    (tmp_path / "secret").write_bytes(b"\0" * 4096)
+    for place in ("secret", "../secret", str(tmp_path / "secret"), "/etc/passwd"):
+        model = onnx.load_from_string((copy / "model.onnx").read_bytes())
+        kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2)
+        kernel.ClearField("raw_data")
+        kernel.data_location = onnx.TensorProto.EXTERNAL
+        kernel.external_data.add(key="location", value=place)
+        seal(copy, model_onnx=model.SerializeToString())
+        with pytest.raises(InputError, match="is refused by onnxruntime"):
+            node.load(node.open_bundle(copy), "onnx")
+
+
+def test_pickles_are_never_read(copy, tmp_path, capsys):
+    """Neither as a file of the bundle, nor as what is fed to it."""
+    mark = tmp_path / "mark"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (mark,)
+
+    content = pickle.dumps(Payload())
+    for name in ("weights_safetensors", "model_onnx", "model_stablehlo", "examples_safetensors"):
+        again = Path(shutil.copytree(copy, tmp_path / name))
+        seal(again, **{name: content})
+        assert verify.main(["bundle", str(again)]) == 2
+    np.save(tmp_path / "x.npy", np.array([Payload()]), allow_pickle=True)
+    np.savez(tmp_path / "x.npz", x_test=np.array([Payload()]))
+    for file in ("x.npy", "x.npz"):
+        assert execute.main([str(copy), "--input", str(tmp_path / file)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not mark.exists()
+
+
+def test_what_is_no_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "none", tmp_path / "file", tmp_path):
+        assert execute.main([str(path), "--input", "x.npy"]) == 2
+        assert "error: BUNDLE " in capsys.readouterr().err
