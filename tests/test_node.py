@@ -1,0 +1,109 @@
+"""A node has Python, numpy and maybe ONNX Runtime: a virtual environment with nothing else runs what was trained here.
+
+What it has is linked from the environment of the tests, so that nothing is downloaded.
+"""
+
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Sequence
+from importlib.metadata import distribution
+from pathlib import Path
+
+import bundles
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+PACKAGE = Path(__file__).parents[1] / "ctde_jax"
+
+
+def build(folder: Path, *packages: str) -> Path:
+    """Makes a virtual environment with these packages and this library, and returns its interpreter."""
+    venv.create(folder, symlinks=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for name in packages:
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            (site / top).symlink_to(distribution(name).locate_file(top))
+    (site / "ctde_jax").symlink_to(PACKAGE)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def numpy_alone(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("node") / "numpy", "numpy")
+
+
+@pytest.fixture(scope="module")
+def with_onnxruntime(tmp_path_factory) -> Path:
+    pytest.importorskip("onnxruntime")
+    return build(tmp_path_factory.mktemp("node") / "onnx", "numpy", "onnxruntime")
+
+
+def on(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, *map(str, arguments)], capture_output=True, text=True, cwd=python.parent)
+
+
+def classes(trained: bundles.ctde.Trained, inputs: np.ndarray) -> Sequence[str]:
+    return [str(label) for label in trained.predict(inputs).argmax(-1)]
+
+
+@pytest.mark.parametrize("has", ["numpy_alone", "with_onnxruntime"])
+def test_node_has_nothing_of_the_trainer(has, request):
+    python = request.getfixturevalue(has)
+    for module in ("jax", "flax", "optax", "rich", "safetensors"):
+        assert "No module named" in on(python, "-c", f"import {module}").stderr
+
+
+@pytest.mark.parametrize("name", ["mlp", "linen"])
+def test_perceptron_runs_with_numpy_alone(name, numpy_alone, tmp_path):
+    (trained, data), folder = bundles.trained(name), bundles.written(name).bundle.folder
+    np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
+    done = on(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", tmp_path / "x.npz")
+    assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(trained, data.test.inputs)
+    verified = on(numpy_alone, "-m", "ctde_jax.verify", "bundle", folder, "--input", tmp_path / "x.npz")
+    assert "holds: every file is as it was written, and numpy say what the model said" in verified.stdout
+    assert "onnx: not installed here" in verified.stdout
+
+
+@pytest.mark.parametrize("name", bundles.PICTURES)
+def test_any_classifier_runs_with_numpy_and_onnxruntime(name, with_onnxruntime, tmp_path):
+    (trained, data), folder = bundles.trained(name), bundles.written(name).bundle.folder
+    np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
+    arguments = ["-m", "ctde_jax.execute", folder, "--input", tmp_path / "x.npz", "--runtime", "onnx"]
+    done = on(with_onnxruntime, *arguments)
+    assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(trained, data.test.inputs)
+    assert f"accuracy {trained.tested['accuracy']:.2%}" in on(with_onnxruntime, *arguments, "--score").stdout
+
+
+@pytest.mark.parametrize("name", bundles.TEXTS)
+def test_any_text_is_written_with_numpy_and_onnxruntime(name, with_onnxruntime):
+    folder = bundles.written(name).bundle.folder
+    done = on(with_onnxruntime, "-m", "ctde_jax.execute", folder, "--prompt", "To be", "--temperature", 0)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) == len("To be") + 200 + 1
+
+
+def test_what_a_node_lacks_is_a_sentence(numpy_alone):
+    folder = bundles.written("cnn").bundle.folder
+    for arguments in ([], ["--runtime", "onnx"], ["--runtime", "jax"]):
+        done = on(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", "x.npy", *arguments)
+        assert done.returncode == 2
+        assert "pip install" in done.stderr or "names x.npy" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_first_answer_is_timed(numpy_alone, with_onnxruntime, tmp_path, record_property):
+    """From the start of the process; what it takes is printed and not judged, see `benchmarks/node.py`."""
+    inputs = bundles.trained("mlp")[1].test.inputs
+    np.save(tmp_path / "x.npy", inputs[:1])
+    for runtime, python in (("numpy", numpy_alone), ("onnx", with_onnxruntime)):
+        arguments = ["-m", "ctde_jax.execute", bundles.written("mlp").bundle.folder, "--input", tmp_path / "x.npy"]
+        before = time.perf_counter()
+        done = on(python, *arguments, "--runtime", runtime)
+        seconds = time.perf_counter() - before
+        assert done.returncode == 0, done.stderr
+        record_property(f"{runtime}, seconds to the first answer", round(seconds, 3))
+        print(f"{runtime}: {seconds:.3f} s to the first answer", file=sys.stderr)
