@@ -7,6 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+PICTURES = {"04_decentralised_execution": 5}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -36,4 +37,4 @@ def test_notebook_runs_and_learns(path, monkeypatch):
     assert len(accuracies) == 3
     assert min(accuracies) > 0.9
     pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) == 4
+    assert len(pictures) == PICTURES.get(path.stem, 4)

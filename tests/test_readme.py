@@ -48,6 +48,8 @@ def test_other_commands_run(tmp_path):
         "profile": "speed-up",
         "verify": "holds:",
         "object_store": "got",
+        "export": "sha256",
+        "execute": "probability",
     }
     for command in commands:
         name = re.search(r"ctde_jax\.(\w+)", command)[1]

@@ -67,7 +67,7 @@ def _export(chosen: Namespace) -> None:
 def _table(written: Written) -> Table:
     """Says of every form what its receipt does."""
     facts = written.bundle.card.facts
-    trained, rows = facts["trained_model"], Table(title=f"step {facts['training']['step']:,}")
+    trained, rows = facts["trained_model"], Table(title=f"after {facts['training']['step']:,} steps")
     measures = list(trained["measured"])[:2]
     for name in ("runtime", "size", "differs by", *measures, "ms for 1", "for 32"):
         rows.add_column(name, justify="left" if name == "runtime" else "right")
@@ -77,7 +77,7 @@ def _table(written: Written) -> Table:
         taken = [f"{said['milliseconds'][batch][1]:.3f}" for batch in ("1", "32")]
         rows.add_row(name, size, difference, *measured, *taken)
 
-    add("trained, by jit", "", "", trained)
+    add("trained (jit)", "", "", trained)
     for name, artifact in written.bundle.card.artifacts.items():
         said = artifact.receipt
         add(name, decimal(said["bytes"]), f"{said['relative']:.1e}", said)
