@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_path
 
-from ctde_jax.bundle import Bundle
+from ctde_jax.bundle import Bundle, Card
 from ctde_jax.bundle.card import CARD
 from ctde_jax.errors import InputError
 
@@ -26,7 +26,7 @@ SHA512 = (
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 """Of the package: what a page imports, what that loads, and the machine code, for one thread or several."""
 
-PAGE = ("index.html", "page.css", "page.mjs")
+PAGE = ("index.html", "page.css", "page.mjs", "common.mjs", "pictures.mjs", "ink.mjs", "texts.mjs")
 
 
 def write_page(bundle: Bundle, folder: Path | str) -> Path:
@@ -46,9 +46,9 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     card, folder = bundle.card, Path(folder)
     if "onnx" not in card.artifacts:
         raise InputError("web", "needs the format onnx, which the bundle does not have.")
-    is_picture = card.predicts == "classes" and card.input_dtype == "uint8" and len(card.input_shape) in (2, 3)
-    if not (is_picture or card.vocabulary):
-        raise InputError("web", f"goes with pictures and texts, and the model reads {card.input_dtype}.")
+    if not (_reads_pictures(card) or card.predicts == "tokens"):
+        reads = f"{card.input_dtype} of the shape {list(card.input_shape)}"
+        raise InputError("web", f"goes with texts, and with pictures in 1 or 3 channels, and the model reads {reads}.")
     artifact = card.artifacts["onnx"]
     files = [CARD, artifact.file, *([artifact.step] if artifact.step else [])]
     contents = {name: (bundle.folder / CARD).read_bytes() if name == CARD else bundle.read(name) for name in files}
@@ -65,6 +65,13 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     return folder
 
 
+def _reads_pictures(card: Card) -> bool:
+    """Says whether inputs are pictures to draw or show: gray or in color, and no sequence that is long and narrow."""
+    height, width, channels = (*card.input_shape, 1, 1, 1)[:3]
+    is_picture = card.predicts == "classes" and card.input_dtype == "uint8" and len(card.input_shape) in (2, 3)
+    return is_picture and channels in (1, 3) and max(height, width) <= 2 * min(height, width)
+
+
 def _runtime() -> dict[str, bytes]:
     """Takes the files of the runtime out of its package, which is fetched where the cache does not have it."""
     kept = user_cache_path("ctde_jax") / "npm" / f"{PACKAGE.replace('@', '-')}.tgz"
@@ -72,7 +79,7 @@ def _runtime() -> dict[str, bytes]:
         _fetch(kept)
     with tarfile.open(fileobj=io.BytesIO(kept.read_bytes())) as package:
         members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
-        return {name: member.read() for name, member in members.items() if member is not None}
+        return {name: member.read() for name, member in members.items() if member}
 
 
 def _fetch(kept: Path) -> None:

@@ -1,0 +1,24 @@
+// What pictures and texts have in common.
+
+export const part = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
+export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
+
+export function fail(sentence) {
+  throw new Error(sentence);
+}
+
+export function say(trouble) {
+  part.trouble.textContent = trouble;
+  part.trouble.hidden = !trouble;
+}
+
+export function listen(element, handlers) {
+  for (const [name, handler] of Object.entries(handlers)) element.addEventListener(name, handler);
+}
+
+export function softmax(logits) {
+  const highest = Math.max(...logits);
+  const powers = Array.from(logits, (logit) => Math.exp(logit - highest));
+  const sum = powers.reduce((a, b) => a + b);
+  return powers.map((power) => power / sum);
+}

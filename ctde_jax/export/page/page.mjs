@@ -1,0 +1,76 @@
+// Runs the model of card.json on this device, alone: all that is fetched lies beside this page.
+
+import { fail, part, percent, say, softmax } from "./common.mjs";
+import { startPictures } from "./pictures.mjs";
+import { readPlaces, readWindows, startTexts } from "./texts.mjs";
+
+const NEWEST_FORMAT = 1;
+const canCheck = Boolean(window.crypto?.subtle); // a browser has it on https and on localhost
+
+async function start() {
+  const card = await (await get("card.json")).json().catch(() => fail("card.json is damaged: copy the folder again."));
+  if (card.format > NEWEST_FORMAT) fail(`card.json has format ${card.format}, and this page reads ${NEWEST_FORMAT}.`);
+  const { file: whole, step } = card.artifacts.onnx;
+  const isText = card.vocabulary.length > 0;
+  const file = isText && step ? step : whole;
+  const model = await getChecked(file, card.files[file]);
+
+  const ort = await import("./ort/ort.wasm.min.mjs");
+  ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
+  ort.env.wasm.numThreads = 1; // more of them need headers that a plain server of files does not send
+  const session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] }).catch((error) =>
+    fail(`The model cannot run in this browser: ${error.message}`),
+  );
+  const run = (inputs) => {
+    const tensors = Object.entries(inputs).map(([name, given]) => [name, new ort.Tensor(...given)]);
+    return session.run(Object.fromEntries(tensors));
+  };
+
+  showFacts(card, file);
+  part.waiting.hidden = true;
+  if (isText) return startTexts(card.vocabulary, () => (file === step ? readPlaces : readWindows)(card, run));
+  return startPictures(card, async (pixels) => {
+    const inputs = ["uint8", Uint8Array.from(pixels), [1, ...card.input.shape]];
+    return softmax((await run({ inputs })).outputs.data);
+  });
+}
+
+async function get(name) {
+  const response = await fetch(name, { cache: "no-cache" }).catch(() => fail(`${name} did not come: no server.`));
+  return response.ok ? response : fail(`${name} did not come: the server answered ${response.status}.`);
+}
+
+async function getChecked(name, said) {
+  const content = new Uint8Array(await (await get(name)).arrayBuffer());
+  const digest = canCheck ? toHex(await crypto.subtle.digest("SHA-256", content)) : said.sha256;
+  if (content.length === said.bytes && digest === said.sha256) return content;
+  return fail(`${name} is not the file that card.json describes, so nothing was run: copy the folder again.`);
+}
+
+function toHex(buffer) {
+  return Array.from(new Uint8Array(buffer), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function refuse(error) {
+  part.waiting.hidden = true;
+  say(error.message);
+  return false;
+}
+
+function showFacts(card, file) {
+  const { accuracy } = card.trained_model.measured;
+  const digits = `SHA-256 ${card.files[file].sha256.slice(0, 12)}…`;
+  const facts = [
+    `trained on ${card.data.name}`,
+    `${card.model.parameters.toLocaleString("en")} parameters`,
+    ...(accuracy === undefined ? [] : [`test accuracy ${percent(accuracy, 2)}`]),
+    "runs on this device, alone",
+    canCheck ? `${digits} checked` : `${digits} not checked, which a browser can on https and localhost only`,
+  ];
+  part.facts.textContent = facts.join(" · ");
+}
+
+// For tests. `ready` becomes true once the model runs, or false once the page has said why it does not. `predict` takes
+// the numbers of one raw example, pixels or the tokens so far, and gives the probabilities of classes or next tokens.
+const started = start();
+window.page = { ready: started.then(() => true, refuse), predict: async (example) => (await started)(example) };

@@ -1,0 +1,193 @@
+// What is drawn or shown becomes the model's picture, and what the model says becomes bars.
+
+import { fail, listen, part, percent, say } from "./common.mjs";
+import { clamp, cover, fit, trace, wipe } from "./ink.mjs";
+
+const MOST_BARS = 12; // of more classes, the likeliest
+const make = (kind, className = "") => Object.assign(document.createElement(kind), { className });
+
+export function startPictures(card, predict) {
+  const [height, width, channels = 1] = card.input.shape;
+  if (channels !== 1 && channels !== 3) fail(`The model reads ${channels} channels, and this page shows it 1 or 3.`);
+  const inColor = channels === 3;
+  const names = Array.from({ length: card.output.shape[0] }, (_, label) => card.classes[label] ?? String(label));
+  const large = part.board.getContext("2d");
+  const small = part.seen.getContext("2d", { willReadFrequently: true });
+  const bars = names.slice(0, MOST_BARS).map(() => make("li"));
+  const pen = { at: [width / 2, height / 2], isDown: false, isShown: false };
+  let strokes = []; // lists of points [x, y], in pixels of the model's picture
+  let photo = null;
+  let changes = 0;
+
+  async function refresh() {
+    paint();
+    const change = ++changes;
+    await new Promise(requestAnimationFrame);
+    if (change !== changes) return; // the next one shows it too
+    try {
+      const pixels = see();
+      show(pixels && (await predict(pixels)));
+    } catch (error) {
+      say(`The model failed: ${error.message}`);
+    }
+  }
+
+  function paint() {
+    const { color, accentColor } = getComputedStyle(part.board);
+    wipe(large);
+    if (photo) cover(large, photo);
+    large.scale(part.board.width / width, part.board.height / height);
+    large.strokeStyle = color;
+    trace(large, strokes, 0.08 * height);
+    if (!pen.isShown) return;
+    large.beginPath();
+    large.arc(...pen.at, 0.07 * height, 0, 2 * Math.PI);
+    large.strokeStyle = accentColor;
+    large.lineWidth = (pen.isDown ? 0.03 : 0.01) * height;
+    large.stroke();
+  }
+
+  // Makes the model's picture; null of an empty board.
+  function see() {
+    wipe(small);
+    if (photo) cover(small, photo);
+    else if (strokes.length) fit(small, strokes);
+    else return null;
+    const { data } = small.getImageData(0, 0, width, height);
+    const isRead = (_, place) => (inColor ? place % 4 < 3 : place % 4 === 3); // ink is what is not transparent
+    return data.filter(isRead).map((value) => Math.round((value * card.input.highest) / 255));
+  }
+
+  function show(shares) {
+    const best = shares ? shares.indexOf(Math.max(...shares)) : -1;
+    const order = names.map((_, label) => label);
+    if (shares && names.length > MOST_BARS) order.sort((a, b) => shares[b] - shares[a]);
+    bars.forEach((bar, row) => {
+      const [name, , share] = bar.children;
+      const label = order[row];
+      name.textContent = names[label];
+      share.textContent = shares ? percent(shares[label]) : "";
+      bar.style.setProperty("--share", shares ? shares[label] : 0);
+      bar.className = label === best ? "best" : "";
+    });
+    part.winner.textContent = shares ? names[best] : "nothing yet";
+    part.winner.className = shares ? (names[best].length > 3 ? "long" : "") : "none";
+    if (!pen.isDown) part.spoken.textContent = shares ? `The model says ${names[best]}, ${percent(shares[best])}.` : "";
+  }
+
+  function lower(point) {
+    pen.isDown = true;
+    strokes.push([point]);
+    refresh();
+  }
+
+  function move(points) {
+    if (pen.isDown) strokes.at(-1).push(...points);
+    refresh();
+  }
+
+  function lift() {
+    pen.isDown = false;
+    refresh();
+  }
+
+  function undo() {
+    strokes.pop();
+    lift();
+  }
+
+  function clear() {
+    [strokes, photo] = [[], null];
+    lift();
+  }
+
+  async function load([file]) {
+    if (!file) return;
+    const picture = await createImageBitmap(file).catch(() => null);
+    say(picture ? "" : `${file.name} is no picture that this browser can read.`);
+    photo = picture ?? photo;
+    refresh();
+  }
+
+  function inside([x, y]) {
+    return [clamp(x, 0, width), clamp(y, 0, height)];
+  }
+
+  function pointOf(event) {
+    const { left, top } = part.board.getBoundingClientRect();
+    const { clientLeft, clientTop, clientWidth, clientHeight } = part.board;
+    const [x, y] = [event.clientX - left - clientLeft, event.clientY - top - clientTop];
+    return inside([(x * width) / clientWidth, (y * height) / clientHeight]);
+  }
+
+  const pens = {
+    pointerdown(event) {
+      if (!event.isPrimary || event.button !== 0) return;
+      part.board.setPointerCapture(event.pointerId);
+      pen.isShown = false;
+      lower(pointOf(event));
+    },
+    pointermove(event) {
+      if (!part.board.hasPointerCapture(event.pointerId)) return;
+      const passed = event.getCoalescedEvents?.() ?? []; // since the last event
+      move((passed.length ? passed : [event]).map(pointOf));
+    },
+    lostpointercapture: lift,
+    keydown(event) {
+      const step = height / 28;
+      const ways = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
+      const acts = { " ": pen.isDown ? lift : () => lower(pen.at), Backspace: undo, Escape: clear, c: clear, C: clear };
+      if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in ways || event.key in acts)) return;
+      event.preventDefault();
+      pen.isShown = true;
+      if (event.key in acts) return acts[event.key]();
+      pen.at = inside(pen.at.map((place, axis) => place + ways[event.key][axis]));
+      move([pen.at]);
+    },
+    blur() {
+      pen.isShown = false;
+      lift();
+    },
+  };
+  const files = {
+    dragover: (event) => event.preventDefault(), // which says that files may be dropped
+    drop(event) {
+      event.preventDefault();
+      load(event.dataTransfer.files);
+    },
+    change() {
+      load(part.file.files);
+      part.file.value = ""; // so that the same file can be chosen again
+    },
+  };
+
+  Object.assign(part.seen, { width, height });
+  part.pictures.style.setProperty("--ratio", width / height);
+  part.title.textContent = inColor ? "Show a picture, and the model names it" : "Draw, and the model reads it";
+  for (const bar of bars) bar.append(make("span"), make("span", "bar"), make("span", "share"));
+  part.bars.append(...bars);
+  part.pictures.hidden = false;
+
+  if (inColor) {
+    part.undo.remove();
+    part.hint.remove();
+    part.board.setAttribute("role", "img");
+    part.board.setAttribute("aria-label", "The picture");
+    listen(document, files);
+  } else {
+    part.choose.remove();
+    part.board.className = "drawn";
+    part.board.tabIndex = 0;
+    listen(part.board, pens);
+  }
+  listen(part.undo, { click: undo });
+  listen(part.clear, { click: clear });
+  listen(matchMedia("(prefers-color-scheme: dark)"), { change: paint });
+  new ResizeObserver(() => {
+    part.board.width = part.board.clientWidth * devicePixelRatio;
+    part.board.height = part.board.clientHeight * devicePixelRatio;
+    paint();
+  }).observe(part.board);
+  refresh();
+  return predict;
+}

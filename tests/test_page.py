@@ -1,0 +1,550 @@
+"""The page, in a real browser that can reach nothing but the test's own server: what Python says, the page says."""
+
+import functools
+import http.server
+import importlib.util
+import json
+import shutil
+import subprocess
+import threading
+import time
+from dataclasses import replace
+from math import cos, radians, sin
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+import ctde_jax as ctde
+from ctde_jax.data import Dataset, Split, decode, encode
+from ctde_jax.errors import InputError
+from ctde_jax.export import write_bundle, write_page
+from ctde_jax.export.web import PAGE
+from ctde_jax.models import Model
+
+selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.actions.pointer_input import PointerInput  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
+
+CHROMIUM, CHROMEDRIVER, NODE = (shutil.which(name) for name in ("chromium", "chromedriver", "node"))
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+SENTENCE = "The quick brown 🦊 jumps over the lazy dog, and the dog sleeps on. "
+LENGTH = 16
+ELSEWHERE = "elsewhere.test"
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1000,900"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1 , MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jax2onnx"),
+]
+
+Stroke = list[tuple[float, float]]
+"""Points from 0 to 1, from the left and from the top."""
+
+
+def arc(x: float, y: float, wide: float, high: float, start: int, end: int) -> Stroke:
+    """Goes around a center, clockwise from the right, in degrees."""
+    angles = [radians(start + (end - start) * step / 12) for step in range(13)]
+    return [(x + wide * cos(angle), y + high * sin(angle)) for angle in angles]
+
+
+DIGITS: list[list[Stroke]] = [
+    [arc(0.5, 0.5, 0.2, 0.3, -90, 270)],
+    [[(0.5, 0.18), (0.5, 0.82)]],
+    [[*arc(0.5, 0.36, 0.19, 0.17, -170, 40), (0.3, 0.8), (0.72, 0.8)]],
+    [[*arc(0.48, 0.34, 0.17, 0.15, -150, 90), *arc(0.48, 0.66, 0.2, 0.17, -90, 150)]],
+    [[(0.55, 0.18), (0.3, 0.58), (0.74, 0.58)], [(0.62, 0.38), (0.62, 0.84)]],
+    [[(0.7, 0.2), (0.36, 0.2), (0.34, 0.46), *arc(0.48, 0.63, 0.2, 0.19, -120, 150)]],
+    [[(0.62, 0.16), (0.42, 0.38), (0.33, 0.6), *arc(0.5, 0.65, 0.17, 0.17, 180, 540)]],
+    [[(0.28, 0.22), (0.72, 0.22), (0.45, 0.82)]],
+    [arc(0.5, 0.34, 0.15, 0.15, 90, 450), arc(0.5, 0.67, 0.18, 0.18, -90, 270)],
+    [[*arc(0.48, 0.36, 0.17, 0.17, 0, 360), (0.65, 0.36), (0.6, 0.82)]],
+]
+
+
+class Exported(NamedTuple):
+    """A trained model and its page."""
+
+    trained: ctde.Trained
+    data: Dataset
+    folder: Path
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder on the loopback, and keeps what it was asked for."""
+
+    def __init__(self, folder: Path):
+        self.asked: list[str] = []
+        super().__init__(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_):
+        pass
+
+    def send_head(self):
+        self.server.asked.append(self.path)
+        return super().send_head()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def server(root):
+    server = Server(root)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip("needs chromium and chromedriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    with selenium.Chrome(options, selenium.ChromeService(CHROMEDRIVER)) as browser:
+        browser.get("about:blank")  # instead of the browser's own first page
+        yield browser
+
+
+@pytest.fixture
+def watched(browser, server):
+    """After a test, nobody but the server was asked for anything, and the console has nothing to say."""
+    for kind in ("performance", "browser"):
+        browser.get_log(kind)  # of the test before
+    yield browser
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith((server.url, "data:image/svg+xml"))] == []
+    assert browser.get_log("browser") == []
+
+
+def export(root: Path, name: str, model: Model, data: Dataset, optimizer, **options) -> Exported:
+    trained = ctde.fit(model, data, optimizer, devices=ctde.devices.start(1), show=False, **options)
+    bundle = write_bundle(trained, data, root / f"{name}-bundle", ["onnx"], examples=1, show=False).bundle
+    try:
+        return Exported(trained, data, write_page(bundle, root / name))
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def digits_page(root, digits) -> Exported:
+    return export(root, "digits", ctde.models.mlp([64, 128, 10]), digits, optax.adam(0.005), batch_size=64, epochs=12)
+
+
+@pytest.fixture(scope="module")
+def mnist_page(root) -> Exported:
+    if not MNIST.exists():
+        pytest.skip("needs the MNIST files in ../shared/data/mnist")
+    data = ctde.data.mnist(MNIST)
+    data = replace(data, test=Split(*(array[:500] for array in data.test)))
+    return export(root, "mnist", ctde.models.cnn((28, 28), 10), data, optax.adam(0.001), batch_size=32, steps=500)
+
+
+@pytest.fixture(scope="module")
+def enlarged_page(root, digits) -> Exported:
+    """The digits of 8 x 8, three times as large and with a margin, so of the size of MNIST's."""
+    pictures = np.kron(digits.train.inputs, np.full((3, 3), 15, np.uint8))
+    pictures = np.pad(pictures, ((0, 0), (2, 2), (2, 2)))
+    data = ctde.data.from_arrays(pictures, digits.train.labels, name="enlarged")
+    return export(root, "enlarged", ctde.models.mlp([784, 10]), data, optax.adam(0.005), batch_size=64, steps=10)
+
+
+@pytest.fixture(scope="module")
+def colors_page(root) -> Exported:
+    """Pictures of 8 x 12 pixels, all of them red, green or blue, more or less."""
+    random = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    pictures = random.integers(0, 90, (300, 8, 12, 3)) + 160 * np.eye(3, dtype=int)[labels][:, None, None]
+    data = ctde.data.from_arrays(pictures.astype(np.uint8), labels, name="colors", classes=("red", "green", "blue"))
+    return export(root, "colors", ctde.models.mlp([288, 16, 3]), data, optax.adam(0.005), batch_size=32, epochs=8)
+
+
+@pytest.fixture(scope="module")
+def text_pages(root) -> dict[str, Exported]:
+    (root / "fox.txt").write_text(40 * SENTENCE, encoding="utf-8")
+    data = ctde.data.from_text(root / "fox.txt", length=LENGTH, stride=1)
+    tokens = len(data.vocabulary)
+    models = {
+        "lstm": ctde.models.rnn_language_model(tokens, width=48, layers=1),
+        "transformer": ctde.models.transformer(tokens, LENGTH, width=48, blocks=1),
+    }
+    return {
+        name: export(root, name, model, data, optax.adam(0.005), batch_size=32, steps=200)
+        for name, model in models.items()
+    }
+
+
+def open_page(browser, url: str) -> bool:
+    """Opens a page, and says whether its model runs."""
+    browser.get(url)
+    return browser.execute_async_script("window.page.ready.then(arguments[0])")
+
+
+def said(browser, part: str) -> str:
+    return browser.find_element("id", part).text
+
+
+def draw(browser, strokes: list[Stroke], kind: str = "mouse", scale: float = 1, shift: float = 0) -> None:
+    """Moves a mouse, a finger or a pen over the board."""
+    board = browser.find_element("id", "board")
+    for stroke in strokes:
+        chain = ActionChains(browser, duration=10, devices=[PointerInput(kind, kind)])
+        pointer = chain.w3c_actions.pointer_action
+        for place, point in enumerate(stroke):
+            x, y = (round((scale * (to - 0.5) + shift) * board.size["width"]) for to in point)
+            pointer.move_to(board, x, y)
+            if place == 0:
+                pointer.pointer_down()
+        pointer.pointer_up()
+        chain.perform()
+    settle(browser)
+
+
+def seen(browser) -> np.ndarray:
+    """What the model sees, `uint8[height, width, 4]`; ink is what is not transparent."""
+    script = """
+        const { width, height } = document.getElementById("seen");
+        const { data } = document.getElementById("seen").getContext("2d").getImageData(0, 0, width, height);
+        return [width, height, ...data];
+    """
+    width, height, *pixels = browser.execute_script(script)
+    return np.array(pixels, np.uint8).reshape(height, width, 4)
+
+
+def settle(browser) -> None:
+    """Waits until the page has shown what the model says of the last change."""
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(arguments[0])))")
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.nn.softmax(logits.astype(np.float32)))
+
+
+def test_probabilities_are_those_of_python(watched, server, digits_page):
+    assert open_page(watched, f"{server.url}/digits/")
+    pictures = digits_page.data.test.inputs[:10]
+    script = "const [picture, done] = arguments; window.page.predict(picture).then(done)"
+    shares = [watched.execute_async_script(script, picture.flatten().tolist()) for picture in pictures]
+    np.testing.assert_allclose(shares, softmax(digits_page.trained.predict(pictures)), atol=1e-5)
+
+
+def test_page_says_what_the_model_is(watched, server, digits_page):
+    assert open_page(watched, f"{server.url}/digits/")
+    card = json.loads((digits_page.folder / "card.json").read_text(encoding="utf-8"))
+    facts = ["trained on digits", "9,610 parameters", f"{card['trained_model']['measured']['accuracy']:.2%}"]
+    for fact in [*facts, "runs on this device, alone", f"{card['files']['model.onnx']['sha256'][:12]}… checked"]:
+        assert fact in said(watched, "facts")
+
+
+def test_browser_asks_for_the_files_of_the_folder_only(watched, server, digits_page):
+    server.asked.clear()
+    assert open_page(watched, f"{server.url}/digits/")
+    names = ["", *(name for name in PAGE if name != "index.html"), "card.json", "model.onnx"]
+    names += [f"ort/{path.name}" for path in (digits_page.folder / "ort").iterdir()]
+    assert sorted(server.asked) == sorted(f"/digits/{name}" for name in names)
+
+
+def test_page_itself_forbids_other_servers(browser, server, digits_page, root):
+    """Another port of the same machine is another server."""
+    assert open_page(browser, f"{server.url}/digits/")
+    other = Server(root)
+    script = "fetch(arguments[0]).then(() => arguments[1]('came'), () => arguments[1]('did not come'))"
+    assert browser.execute_async_script(script, other.url) == "did not come"
+    assert other.asked == []
+    other.server_close()
+    assert "Content Security Policy" in browser.get_log("browser")[0]["message"]
+
+
+@pytest.mark.parametrize("kind", ["mouse", "touch", "pen"])
+def test_strokes_are_read(watched, server, digits_page, kind):
+    """With all that points; a small drawing in a corner is as good as one that fills the board."""
+    assert open_page(watched, f"{server.url}/digits/")
+    for label, scale, shift in [(0, 1, 0), (1, 1, 0), (2, 1, 0), (5, 1, 0), (0, 0.4, -0.25), (2, 0.4, 0.25)]:
+        watched.find_element("id", "clear").click()
+        draw(watched, DIGITS[label], kind, scale, shift)
+        assert said(watched, "winner") == str(label)
+        assert said(watched, "spoken").startswith(f"The model says {label}, ")
+
+
+def test_all_digits_are_read_by_a_network_of_mnist(watched, server, mnist_page):
+    assert open_page(watched, f"{server.url}/mnist/")
+    read = []
+    for strokes in DIGITS:
+        watched.find_element("id", "clear").click()
+        draw(watched, strokes)
+        read.append(said(watched, "winner"))
+    assert read == list("0123456789")
+
+
+def test_picture_is_made_as_mnist_was(watched, server, enlarged_page):
+    """Ink is in a box of 20 x 20 pixels or little more, and its center of mass is that of the picture."""
+    assert open_page(watched, f"{server.url}/enlarged/")
+    for label, scale, shift in [(0, 1, 0), (7, 1, 0), (4, 0.5, 0.2)]:
+        watched.find_element("id", "clear").click()
+        draw(watched, DIGITS[label], scale=scale, shift=shift)
+        ink = seen(watched)[..., 3].astype(int)
+        rows, columns = np.nonzero(ink > 8)
+        assert np.ptp(rows) + 1 in (20, 21)
+        assert 10 < np.ptp(columns) + 1 <= 21
+        mass = [(ink.sum(axis) * (np.arange(28) + 0.5)).sum() / ink.sum() for axis in (0, 1)]
+        np.testing.assert_allclose(mass, 14, atol=0.1)
+
+
+def test_bars_are_what_python_says_of_the_picture_that_is_shown(watched, server, digits_page):
+    """White is 16 there; a bar's number has one digit after the point."""
+    assert open_page(watched, f"{server.url}/digits/")
+    for strokes in DIGITS[6:]:
+        watched.find_element("id", "clear").click()
+        draw(watched, strokes)
+        picture = np.round(seen(watched)[..., 3] / 255 * 16).astype(np.uint8)
+        shares = softmax(digits_page.trained.predict(picture[None]))[0]
+        shown = [bar.text.split() for bar in watched.find_elements("css selector", "#bars li")]
+        assert [name for name, _ in shown] == list("0123456789")
+        np.testing.assert_allclose([float(share[:-1]) for _, share in shown], 100 * shares, atol=0.051)
+
+
+def test_board_without_ink_is_not_read(watched, server, digits_page):
+    """Neither at first, nor when the last stroke is taken back."""
+    assert open_page(watched, f"{server.url}/digits/")
+    settle(watched)
+    assert said(watched, "winner") == "nothing yet"
+    draw(watched, DIGITS[4])
+    assert said(watched, "winner") != "nothing yet"
+    assert said(watched, "bars").count("%") == 10
+    for _ in DIGITS[4]:
+        watched.find_element("id", "undo").click()
+    settle(watched)
+    assert said(watched, "winner") == "nothing yet"
+    assert said(watched, "bars").count("%") == 0
+
+
+def test_keyboard_draws(watched, server, digits_page):
+    """The first stop of the Tab key is the board, and C clears it."""
+    assert open_page(watched, f"{server.url}/digits/")
+    watched.find_element("tag name", "body").send_keys(Keys.TAB)
+    board = watched.switch_to.active_element
+    assert board.get_attribute("id") == "board"
+    board.send_keys(9 * Keys.ARROW_UP, Keys.SPACE, 18 * Keys.ARROW_DOWN, Keys.SPACE, 3 * Keys.ARROW_RIGHT)
+    settle(watched)
+    assert said(watched, "winner") == "1"
+    board.send_keys("c")
+    settle(watched)
+    assert said(watched, "winner") == "nothing yet"
+    stops = []
+    for _ in range(2):
+        watched.switch_to.active_element.send_keys(Keys.TAB)
+        stops.append(watched.switch_to.active_element.get_attribute("id"))
+    assert stops == ["undo", "clear"]
+
+
+@pytest.mark.parametrize("color", ["red", "green", "blue"])
+def test_picture_of_the_users_own_is_named(watched, server, colors_page, tmp_path, color):
+    """Its middle is what fits into 8 x 12; what is left and right of it is not seen."""
+    picture = np.full((80, 400, 3), 255, np.uint8)
+    picture[:, 130:270] = np.array({"red": (250, 40, 40), "green": (40, 250, 40), "blue": (40, 40, 250)}[color])
+    matplotlib.image.imsave(tmp_path / "picture.png", picture)
+    assert open_page(watched, f"{server.url}/colors/")
+    watched.find_element("id", "file").send_keys(str(tmp_path / "picture.png"))
+    WebDriverWait(watched, 10).until(lambda browser: said(browser, "winner") == color)
+    np.testing.assert_array_equal(seen(watched)[..., :3], np.broadcast_to(picture[0, 200], (8, 12, 3)))
+
+
+def test_file_that_is_no_picture_is_refused_in_a_sentence(watched, server, colors_page, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert open_page(watched, f"{server.url}/colors/")
+    watched.find_element("id", "file").send_keys(str(tmp_path / "notes.txt"))
+    sentence = "notes.txt is no picture that this browser can read."
+    WebDriverWait(watched, 10).until(lambda browser: said(browser, "trouble") == sentence)
+    assert said(watched, "winner") == "nothing yet"
+
+
+def ask_to_continue(browser, beginning: str, length: int) -> None:
+    """At temperature 0."""
+    browser.find_element("id", "temperature").send_keys(Keys.HOME)
+    browser.find_element("id", "length").clear()
+    browser.find_element("id", "length").send_keys(str(length))
+    browser.execute_script("document.getElementById('text').value = arguments[0]", beginning)
+    browser.find_element("id", "text").send_keys(Keys.CONTROL, Keys.ENTER)
+
+
+def wait_for_the_end(browser) -> str:
+    WebDriverWait(browser, 60).until(lambda browser: said(browser, "progress").endswith("a second."))
+    return browser.find_element("id", "text").get_property("value")
+
+
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+@pytest.mark.parametrize("beginning", ["The q", "the 🦊 sleeps on. The lazy dog jumps"])
+def test_text_goes_on_as_in_python(watched, server, text_pages, key, name, beginning):
+    """Place by place, or from a window that the text outgrows."""
+    (trained, data, folder), length = text_pages[name], 60
+    assert (folder / "step.onnx").exists() == (name == "lstm")
+    assert open_page(watched, f"{server.url}/{name}/")
+    assert f"trained on {data.name}" in said(watched, "facts")
+    tokens = ctde.generate(
+        trained.model,
+        trained.params,
+        trained.model_state,
+        encode(beginning, data.vocabulary),
+        length,
+        key,
+        temperature=0,
+        window=None if name == "lstm" else LENGTH,
+    )
+    ask_to_continue(watched, beginning, length)
+    assert wait_for_the_end(watched) == beginning + decode(np.asarray(tokens), data.vocabulary)
+    assert said(watched, "degrees") == "0.00"
+
+
+def test_warm_text_is_another_each_time(watched, server, text_pages):
+    """At the highest temperature a model that is sure of one text writes many."""
+    assert open_page(watched, f"{server.url}/lstm/")
+    watched.find_element("id", "temperature").send_keys(Keys.END)
+    texts = set()
+    for _ in range(3):
+        watched.execute_script("document.getElementById('progress').textContent = ''")
+        watched.execute_script("document.getElementById('text').value = 'The '")
+        watched.find_element("id", "go").click()
+        texts.add(wait_for_the_end(watched))
+    assert len(texts) == 3
+    assert {len(encode(text, text_pages["lstm"].data.vocabulary)) for text in texts} == {304}
+
+
+def test_text_stops_when_told(watched, server, text_pages):
+    assert open_page(watched, f"{server.url}/lstm/")
+    ask_to_continue(watched, "The", 10_000)
+    WebDriverWait(watched, 10, 0.02).until(lambda browser: said(browser, "go") == "Stop")
+    time.sleep(0.2)  # for some characters
+    watched.find_element("id", "go").click()
+    assert 3 < len(wait_for_the_end(watched)) < 10_000
+    assert said(watched, "go") == "Continue"
+
+
+@pytest.mark.parametrize(
+    ("beginning", "length", "sentence"),
+    [
+        ("The Ω\tß", 5, 'The model has never seen "Ω", "\\t", and "ß": leave out or replace what it does not know.'),
+        ("", 5, "The model needs a beginning: write a character or more."),
+        ("The", 0, "Length must be a whole number from 1 to 10000."),
+    ],
+)
+def test_wish_that_cannot_be_met_is_refused_in_a_sentence(watched, server, text_pages, beginning, length, sentence):
+    assert open_page(watched, f"{server.url}/lstm/")
+    ask_to_continue(watched, beginning, length)
+    assert said(watched, "trouble") == sentence
+    assert watched.find_element("id", "text").get_property("value") == beginning
+    ask_to_continue(watched, "The", 5)
+    wait_for_the_end(watched)
+    assert said(watched, "trouble") == ""
+
+
+def flip(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+OTHER = "{} is not the file that card.json describes, so nothing was run: copy the folder again."
+DAMAGES = {
+    "flipped byte": ("digits", "model.onnx", flip, OTHER.format("model.onnx")),
+    "short file": ("digits", "model.onnx", lambda content: content[:-1], OTHER.format("model.onnx")),
+    "flipped byte of a step": ("lstm", "step.onnx", flip, OTHER.format("step.onnx")),
+    "damaged card": (
+        "digits",
+        "card.json",
+        lambda content: content[:-9],
+        "card.json is damaged: copy the folder again.",
+    ),
+    "newer card": (
+        "digits",
+        "card.json",
+        lambda content: content.replace(b'"format": 1', b'"format": 2'),
+        "card.json has format 2, and this page reads 1.",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folder_is_refused_in_a_sentence(watched, server, root, digits_page, text_pages, damage):
+    """Then nothing is run: what runs models is not even asked for."""
+    name, file, change, sentence = DAMAGES[damage]
+    folder = root / damage.replace(" ", "-")
+    shutil.copytree(root / name, folder, ignore=shutil.ignore_patterns("ort"))
+    (folder / file).write_bytes(change((folder / file).read_bytes()))
+    server.asked.clear()
+    assert not open_page(watched, f"{server.url}/{folder.name}/")
+    assert said(watched, "trouble") == sentence
+    assert [path for path in server.asked if "/ort/" in path] == []
+    script = "window.page.predict([0]).catch((error) => arguments[0](error.message))"
+    assert watched.execute_async_script(script) == sentence
+
+
+def test_page_says_where_a_browser_cannot_check(browser, server, digits_page):
+    """A name that is not the machine's own, without https, is no safe context."""
+    assert open_page(browser, f"http://{ELSEWHERE}:{server.server_port}/digits/")
+    assert "not checked, which a browser can on https and localhost only" in said(browser, "facts")
+    draw(browser, DIGITS[1])
+    assert said(browser, "winner") == "1"
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("name", ["digits", "lstm"])
+def test_page_fits_the_narrowest_phone(watched, server, digits_page, text_pages, name):
+    watched.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 320, "height": 640, "deviceScaleFactor": 2, "mobile": True}
+    )
+    assert open_page(watched, f"{server.url}/{name}/")
+    assert watched.execute_script("return document.documentElement.scrollWidth") == 320
+    watched.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_same_file_says_the_same_in_node(digits_page, tmp_path):
+    """Without a browser: the runtime's WebAssembly is the same."""
+    assert NODE is not None
+    (tmp_path / "run.mjs").write_text(
+        """
+        import { readFileSync } from "node:fs";
+        import { pathToFileURL } from "node:url";
+        const [folder] = process.argv.slice(2);
+        const ort = await import(pathToFileURL(`${folder}/ort/ort.wasm.min.mjs`));
+        ort.env.wasm.numThreads = 1;
+        const session = await ort.InferenceSession.create(readFileSync(`${folder}/model.onnx`));
+        const { shape, values } = JSON.parse(readFileSync(0));
+        const inputs = new ort.Tensor("uint8", Uint8Array.from(values), shape);
+        console.log(JSON.stringify([...(await session.run({ inputs })).outputs.data]));
+        """
+    )
+    pictures = digits_page.data.test.inputs[:10]
+    done = subprocess.run(
+        [NODE, tmp_path / "run.mjs", digits_page.folder],
+        input=json.dumps({"shape": pictures.shape, "values": pictures.flatten().tolist()}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    outputs = np.array(json.loads(done.stdout)).reshape(10, 10)
+    np.testing.assert_allclose(softmax(outputs), softmax(digits_page.trained.predict(pictures)), atol=1e-5)
