@@ -14,7 +14,7 @@ import ctde_jax as ctde
 from ctde_jax import bundle as node
 from ctde_jax.bundle import parity
 from ctde_jax.errors import InputError
-from ctde_jax.export import int8, onnx, write
+from ctde_jax.export import int8, litert, onnx, write
 from ctde_jax.export.program import LeftOut, make_program
 
 SOON = ("mlp", "linen", "lstm-text")
@@ -146,6 +146,23 @@ def test_one_byte_weights_are_smaller_and_never_the_default():
         assert b"int8" in written.bundle.read(artifacts[name].file).lower() or receipt["relative"] > 1e-5
         assert receipt["measured"]["accuracy"] > artifacts["onnx"].receipt["measured"]["accuracy"] - 0.05
         assert receipt["bytes"] < artifacts["onnx"].receipt["bytes"] + weights
+
+
+@pytest.mark.slow
+def test_litert_says_the_same_of_what_has_no_loops(tmp_path):
+    pytest.importorskip("litert_converter", reason="pip cannot install litert_converter beside this package")
+    for name in ("mlp", "cnn", "transformer"):
+        receipt = bundles.written(name, "litert").bundle.card.artifacts["litert"].receipt
+        assert receipt["relative"] <= 1e-5
+        assert receipt["measured"]["accuracy"] == pytest.approx(bundles.trained(name)[0].tested["accuracy"])
+    assert "litert_converter cannot write it" in bundles.written("lstm", "litert").left_out["litert"]
+
+
+def test_litert_that_is_not_here_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(litert, "find_spec", lambda name: None)
+    trained, data = bundles.trained("mlp")
+    written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["litert", "numpy"], show=False)
+    assert "pip install --no-deps litert-converter" in written.left_out["litert"]
 
 
 def test_bundle_is_replaced_and_nothing_else_ever_is(tmp_path):
