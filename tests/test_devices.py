@@ -68,7 +68,7 @@ print("survived", int(here.step), "rounds")
     assert run(program) == "survived 2000 rounds\n"
 
 
-def test_second_start_finds_the_programs_of_the_first(tmp_path):
+def test_second_start_finds_the_programs_of_the_first(monkeypatch, tmp_path):
     """In the user's cache folder, or where JAX has been told to keep them."""
     program = """
 import ctde_jax, jax
@@ -78,14 +78,16 @@ jax.monitoring.register_event_listener(lambda event, **facts: found.append(event
 jax.jit(lambda x: x * 2 + 1)(3.0)
 print(jax.config.jax_compilation_cache_dir, "cache_hits" in found)
 """
-    own, cache = tmp_path / "own", {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
-    told = cache | {"JAX_COMPILATION_CACHE_DIR": str(own)}
+    own = str(tmp_path / "own")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    starts = [run(program, **cache).split() for _ in range(2)]
+    starts = [run(program).split() for _ in range(2)]
 
     assert [start[1] for start in starts] == ["False", "True"]
     assert starts[0][0].startswith(str(tmp_path / "ctde_jax" / "programs"))
-    assert run(program, **told).split()[0] == str(own)
+    assert run(program, JAX_COMPILATION_CACHE_DIR=own).split()[0] == own
 
 
 def test_backend_that_is_already_up_is_started_anew():
