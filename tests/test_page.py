@@ -267,6 +267,7 @@ def test_browser_asks_for_the_files_of_the_folder_only(watched, server, digits_p
     names = ["", *(name for name in PAGE if name != "index.html"), "card.json", "model.onnx"]
     names += [f"ort/{path.name}" for path in (digits_page.folder / "ort").iterdir()]
     assert sorted(server.asked) == sorted(f"/digits/{name}" for name in names)
+    assert not list(digits_page.folder.rglob("*.mjs")), "of which not every server knows that they are scripts"
 
 
 def test_page_itself_forbids_other_servers(browser, server, digits_page, root):
@@ -362,6 +363,73 @@ def test_keyboard_draws(watched, server, digits_page):
     assert stops == ["undo", "clear"]
 
 
+def test_key_that_is_held_acts_once_and_the_pen_says_when_it_is_down(watched, server, digits_page):
+    assert open_page(watched, f"{server.url}/digits/")
+    script = """
+        for (const repeat of [false, true, true, true, true]) {
+            const event = new KeyboardEvent("keydown", { key: " ", repeat, bubbles: true, cancelable: true });
+            document.getElementById("board").dispatchEvent(event);
+        }
+    """
+    watched.execute_script(script)
+    assert said(watched, "spoken") == "The pen is down."
+    watched.find_element("id", "board").send_keys(10 * Keys.ARROW_DOWN, Keys.SPACE)
+    settle(watched)
+    assert said(watched, "spoken").startswith("The model says")
+
+
+def test_what_has_been_said_is_not_said_again(watched, server, digits_page):
+    """While the pen that is up moves, nothing is spoken anew."""
+    assert open_page(watched, f"{server.url}/digits/")
+    draw(watched, DIGITS[1])
+    script = """
+        window.spoken = 0;
+        const observer = new MutationObserver((changes) => (window.spoken += changes.length));
+        observer.observe(document.getElementById("spoken"), { childList: true, characterData: true, subtree: true });
+    """
+    watched.execute_script(script)
+    watched.find_element("id", "board").send_keys(6 * Keys.ARROW_DOWN)
+    settle(watched)
+    assert watched.execute_script("return window.spoken") == 0
+
+
+def test_finger_draws_while_another_one_rests(watched, server, digits_page):
+    """On the title first, then on the board; what rests draws no line."""
+    assert open_page(watched, f"{server.url}/digits/")
+    board = watched.find_element("id", "board").rect
+
+    def touch(kind: str, *points: tuple[int, float, float]) -> None:
+        touches = [{"id": finger, "x": x, "y": y} for finger, x, y in points]
+        watched.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+
+    def on_board(place: tuple[float, float]) -> tuple[float, float]:
+        return board["x"] + place[0] * board["width"], board["y"] + place[1] * board["height"]
+
+    resting = (0, 20, 20)
+    touch("touchStart", resting)
+    touch("touchStart", resting, (1, *on_board((0.5, 0.2))))
+    palm = (2, *on_board((0.9, 0.9)))
+    touch("touchStart", resting, (1, *on_board((0.5, 0.2))), palm)
+    for step in range(13):
+        touch("touchMove", resting, (1, *on_board((0.5, 0.2 + 0.05 * step))), palm)
+    touch("touchEnd")
+    settle(watched)
+    assert said(watched, "winner") == "1"
+
+
+def test_long_drawing_is_drawn(watched, server, digits_page):
+    """A quarter of a million points, more than a function takes arguments."""
+    assert open_page(watched, f"{server.url}/digits/")
+    script = """
+        const done = arguments[0];
+        const points = Array.from({ length: 250000 }, (_, place) => [4, 1 + (6 * place) / 250000]);
+        const context = document.getElementById("seen").getContext("2d");
+        import("./ink.js").then(({ fit }) => fit(context, [points])).then(() => done("drawn"), (e) => done(e.message));
+    """
+    assert watched.execute_async_script(script) == "drawn"
+    assert seen(watched)[..., 3].any()
+
+
 @pytest.mark.parametrize("color", ["red", "green", "blue"])
 def test_picture_of_the_users_own_is_named(watched, server, colors_page, tmp_path, color):
     """Its middle is what fits into 8 x 12; what is left and right of it is not seen."""
@@ -383,7 +451,7 @@ def test_file_that_is_no_picture_is_refused_in_a_sentence(watched, server, color
     assert said(watched, "winner") == "nothing yet"
 
 
-def ask_to_continue(browser, beginning: str, length: int) -> None:
+def ask_to_continue(browser, beginning: str, length: int | str) -> None:
     """At temperature 0."""
     browser.find_element("id", "temperature").send_keys(Keys.HOME)
     browser.find_element("id", "length").clear()
@@ -444,12 +512,73 @@ def test_text_stops_when_told(watched, server, text_pages):
     assert said(watched, "go") == "Continue"
 
 
+def test_text_that_is_stopped_while_it_is_read_stops(watched, server, text_pages):
+    """A second click, before it has stopped, does not begin another one."""
+    assert open_page(watched, f"{server.url}/lstm/")
+    beginning = "The " * 10_000
+    ask_to_continue(watched, beginning, 10_000)
+    go = watched.find_element("id", "go")
+    WebDriverWait(watched, 10, 0.02).until(lambda browser: go.text == "Stop")
+    watched.execute_script("for (let time = 0; time < 3; time++) document.getElementById('go').click()")
+    assert wait_for_the_end(watched) == beginning
+    assert said(watched, "progress").startswith("0 characters")
+    time.sleep(0.5)  # in which another one would write
+    assert (go.text, watched.find_element("id", "text").get_property("value")) == ("Continue", beginning)
+
+
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+def test_double_click_begins_once(watched, server, text_pages, name):
+    assert open_page(watched, f"{server.url}/{name}/")
+    ActionChains(watched).double_click(watched.find_element("id", "go")).perform()
+    assert len(encode(wait_for_the_end(watched), text_pages[name].data.vocabulary)) == 304
+
+
+def test_keys_on_the_button_begin_once(watched, server, text_pages):
+    """Ctrl+Enter would press it, too; and a key that is held is pressed once."""
+    assert open_page(watched, f"{server.url}/lstm/")
+    watched.find_element("id", "go").send_keys(Keys.CONTROL, Keys.ENTER)
+    assert len(encode(wait_for_the_end(watched), text_pages["lstm"].data.vocabulary)) == 304
+    script = """
+        const event = { key: "Enter", ctrlKey: true, repeat: true, bubbles: true, cancelable: true };
+        document.getElementById("text").dispatchEvent(new KeyboardEvent("keydown", event));
+    """
+    watched.execute_script(script)
+    assert said(watched, "go") == "Continue"
+
+
+def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server, root, key):
+    """A text box has another line end, whatever is written there."""
+    (root / "windows.txt").write_bytes(40 * b"The quick brown fox jumps.\r\nAnd the dog sleeps on.\r\n")
+    data = ctde.data.from_text(root / "windows.txt", length=LENGTH, stride=1)
+    model = ctde.models.rnn_language_model(len(data.vocabulary), width=48, layers=1)
+    exported = export(root, "windows", model, data, optax.adam(0.005), batch_size=32, steps=200)
+    trained, beginning = exported.trained, "The quick brown fox jumps.\r\nAnd"
+    given = encode(beginning, data.vocabulary)
+    tokens = ctde.generate(
+        trained.model, trained.params, trained.model_state, given, 60, key, temperature=0, window=None
+    )
+    written = beginning + decode(np.asarray(tokens), data.vocabulary)
+    assert written.count("\r\n") > 2
+    assert open_page(watched, f"{server.url}/windows/")
+    ask_to_continue(watched, beginning, 30)
+    half = wait_for_the_end(watched)
+    watched.execute_script("document.getElementById('progress').textContent = ''")
+    ask_to_continue(watched, half, 30)
+    assert wait_for_the_end(watched) == written.replace("\r\n", "\n")
+
+
 @pytest.mark.parametrize(
     ("beginning", "length", "sentence"),
     [
         ("The Ω\tß", 5, 'The model has never seen "Ω", "\\t", and "ß": leave out or replace what it does not know.'),
         ("", 5, "The model needs a beginning: write a character or more."),
         ("The", 0, "Length must be a whole number from 1 to 10000."),
+        ("The", "", "Length must be a whole number from 1 to 10000."),
+        (
+            "The\u00a0\u200bq",
+            5,
+            "The model has never seen U+00A0 and U+200B: leave out or replace what it does not know.",
+        ),
     ],
 )
 def test_wish_that_cannot_be_met_is_refused_in_a_sentence(watched, server, text_pages, beginning, length, sentence):
@@ -466,11 +595,14 @@ def flip(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-OTHER = "{} is not the file that card.json describes, so nothing was run: copy the folder again."
+OTHER = "{} is not the file that was written, so nothing was run: copy the folder again."
+WASM = "ort/ort-wasm-simd-threaded.wasm"
 DAMAGES = {
     "flipped byte": ("digits", "model.onnx", flip, OTHER.format("model.onnx")),
     "short file": ("digits", "model.onnx", lambda content: content[:-1], OTHER.format("model.onnx")),
     "flipped byte of a step": ("lstm", "step.onnx", flip, OTHER.format("step.onnx")),
+    "flipped byte of what runs it": ("digits", WASM, flip, OTHER.format(WASM)),
+    "damaged list": ("digits", "ort/files.json", lambda _: b"{", "ort/files.json is damaged: copy the folder again."),
     "damaged card": (
         "digits",
         "card.json",
@@ -488,15 +620,15 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_folder_is_refused_in_a_sentence(watched, server, root, digits_page, text_pages, damage):
-    """Then nothing is run: what runs models is not even asked for."""
+    """Then nothing is run: what runs models is not even imported."""
     name, file, change, sentence = DAMAGES[damage]
     folder = root / damage.replace(" ", "-")
-    shutil.copytree(root / name, folder, ignore=shutil.ignore_patterns("ort"))
+    shutil.copytree(root / name, folder)
     (folder / file).write_bytes(change((folder / file).read_bytes()))
     server.asked.clear()
     assert not open_page(watched, f"{server.url}/{folder.name}/")
     assert said(watched, "trouble") == sentence
-    assert [path for path in server.asked if "/ort/" in path] == []
+    assert [path for path in server.asked if "/ort/" in path and path.endswith(".js")] == []
     script = "window.page.predict([0]).catch((error) => arguments[0](error.message))"
     assert watched.execute_async_script(script) == sentence
 
@@ -520,6 +652,51 @@ def test_page_fits_the_narrowest_phone(watched, server, digits_page, text_pages,
     watched.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.fixture
+def phone(watched):
+    size = {"width": 360, "height": 640, "deviceScaleFactor": 3, "mobile": True}
+    watched.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    watched.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    yield watched
+    watched.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+    watched.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def is_on_screen(browser, part: str) -> bool:
+    script = "const { top, bottom } = document.getElementById(arguments[0]).getBoundingClientRect();"
+    return browser.execute_script(f"{script} return 0 <= top && bottom < innerHeight + 1", part)
+
+
+def test_phone_shows_board_and_answer_together(phone, server, digits_page):
+    assert open_page(phone, f"{server.url}/digits/")
+    draw(phone, DIGITS[1], "touch")
+    assert is_on_screen(phone, "board")
+    assert is_on_screen(phone, "winner")
+
+
+def test_phone_shows_a_refusal(phone, server, text_pages):
+    assert open_page(phone, f"{server.url}/lstm/")
+    phone.execute_script("document.getElementById('text').value = 'The Ω'")
+    phone.find_element("id", "go").click()
+    assert "Ω" in said(phone, "trouble")
+    assert is_on_screen(phone, "trouble")
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
+def test_what_npm_cannot_fetch_is_a_sentence_with_its_reason(digits_page, root, tmp_path, monkeypatch):
+    bundle = ctde.open_bundle(root / "digits-bundle")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
+    with pytest.raises(InputError, match=r"npm could not fetch: .*127\.0\.0\.1:9"):
+        write_page(bundle, tmp_path / "page")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"keeps onnxruntime-web@.* which failed: Not a directory"):
+        write_page(bundle, tmp_path / "page")
+
+
 @pytest.mark.skipif(NODE is None, reason="needs node")
 def test_same_file_says_the_same_in_node(digits_page, tmp_path):
     """Without a browser: the runtime's WebAssembly is the same."""
@@ -529,17 +706,21 @@ def test_same_file_says_the_same_in_node(digits_page, tmp_path):
         import { readFileSync } from "node:fs";
         import { pathToFileURL } from "node:url";
         const [folder] = process.argv.slice(2);
-        const ort = await import(pathToFileURL(`${folder}/ort/ort.wasm.min.mjs`));
-        ort.env.wasm.numThreads = 1;
+        const ort = await import(pathToFileURL(`${folder}/ort/ort.wasm.min.js`));
+        const wasmPaths = { mjs: pathToFileURL(`${folder}/ort/ort-wasm-simd-threaded.js`).href };
+        const wasmBinary = readFileSync(`${folder}/ort/ort-wasm-simd-threaded.wasm`);
+        Object.assign(ort.env.wasm, { wasmBinary, wasmPaths, numThreads: 1 });
         const session = await ort.InferenceSession.create(readFileSync(`${folder}/model.onnx`));
         const { shape, values } = JSON.parse(readFileSync(0));
         const inputs = new ort.Tensor("uint8", Uint8Array.from(values), shape);
         console.log(JSON.stringify([...(await session.run({ inputs })).outputs.data]));
         """
     )
+    shutil.copytree(digits_page.folder, tmp_path / "page")
+    (tmp_path / "page" / "package.json").write_text('{"type": "module"}')  # as a browser knows by the page
     pictures = digits_page.data.test.inputs[:10]
     done = subprocess.run(
-        [NODE, tmp_path / "run.mjs", digits_page.folder],
+        [NODE, tmp_path / "run.mjs", tmp_path / "page"],
         input=json.dumps({"shape": pictures.shape, "values": pictures.flatten().tolist()}),
         capture_output=True,
         text=True,

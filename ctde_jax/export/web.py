@@ -5,10 +5,11 @@ that is pinned here, and kept in the user's cache folder.
 """
 
 import io
+import json
 import shutil
 import subprocess
 import tarfile
-from hashlib import sha512
+from hashlib import sha256, sha512
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,9 +25,12 @@ SHA512 = (
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
 )
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-"""Of the package: what a page imports, what that loads, and the machine code, for one thread or several."""
+"""Of the package: what a page imports, what that loads, and the machine code, for one thread or several.
 
-PAGE = ("index.html", "page.css", "page.mjs", "common.mjs", "pictures.mjs", "ink.mjs", "texts.mjs")
+The page has the scripts as `.js`: not every server knows that `.mjs` is a script.
+"""
+
+PAGE = ("index.html", "page.css", "page.js", "common.js", "pictures.js", "ink.js", "texts.js")
 
 
 def write_page(bundle: Bundle, folder: Path | str) -> Path:
@@ -53,7 +57,9 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     files = [CARD, artifact.file, *([artifact.step] if artifact.step else [])]
     contents = {name: (bundle.folder / CARD).read_bytes() if name == CARD else bundle.read(name) for name in files}
     contents |= {name: (Path(__file__).parent / "page" / name).read_bytes() for name in PAGE}
-    contents |= {f"ort/{name}": content for name, content in _runtime().items()}
+    runtime = {f"ort/{name.replace('.mjs', '.js')}": content for name, content in _runtime().items()}
+    said = {name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in runtime.items()}
+    contents |= {**runtime, "ort/files.json": json.dumps(said, indent=1).encode()}
     try:
         (folder / "ort").mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -76,7 +82,10 @@ def _runtime() -> dict[str, bytes]:
     """Takes the files of the runtime out of its package, which is fetched where the cache does not have it."""
     kept = user_cache_path("ctde_jax") / "npm" / f"{PACKAGE.replace('@', '-')}.tgz"
     if not kept.exists() or sha512(kept.read_bytes()).hexdigest() != SHA512:
-        _fetch(kept)
+        try:
+            _fetch(kept)
+        except OSError as error:
+            raise InputError("web", f"keeps {PACKAGE} in {kept.parent}, which failed: {error.strerror}.") from error
     with tarfile.open(fileobj=io.BytesIO(kept.read_bytes())) as package:
         members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
         return {name: member.read() for name, member in members.items() if member}
@@ -87,16 +96,22 @@ def _fetch(kept: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise InputError("web", f"needs npm, of https://nodejs.org, to fetch {PACKAGE} once; it is not installed here.")
+    kept.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, text=True)
         (fetched,) = list(Path(folder).glob("*.tgz")) or [None]
         if done.returncode or fetched is None:
-            said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise InputError("web", f"needs {PACKAGE}, which npm could not fetch: {said}.")
+            raise InputError("web", f"needs {PACKAGE}, which npm could not fetch: {_reason(done.stderr)}.")
         content = fetched.read_bytes()
     if sha512(content).hexdigest() != SHA512:
         raise InputError("web", f"needs {PACKAGE} as it was published, and what npm fetched has another SHA-512.")
-    kept.parent.mkdir(parents=True, exist_ok=True)
     new = kept.with_suffix(".new")
     new.write_bytes(content)
     new.replace(kept)
+
+
+def _reason(said: str) -> str:
+    """Finds npm's reason among its lines: a sentence, which neither its code nor the place of its log is."""
+    lines = [line.removeprefix("npm error").strip() for line in said.splitlines() if line.startswith("npm error")]
+    reasons = [line for line in lines if len(line.split()) > 3 and not line.startswith("A complete log")]
+    return next(iter(reasons), "it did not say why").rstrip(".")

@@ -1,7 +1,7 @@
 // What is drawn or shown becomes the model's picture, and what the model says becomes bars.
 
-import { fail, listen, part, percent, say } from "./common.mjs";
-import { clamp, cover, fit, trace, wipe } from "./ink.mjs";
+import { fail, listen, part, percent, say } from "./common.js";
+import { clamp, cover, fit, trace, wipe } from "./ink.js";
 
 const MOST_BARS = 12; // of more classes, the likeliest
 const make = (kind, className = "") => Object.assign(document.createElement(kind), { className });
@@ -14,7 +14,7 @@ export function startPictures(card, predict) {
   const large = part.board.getContext("2d");
   const small = part.seen.getContext("2d", { willReadFrequently: true });
   const bars = names.slice(0, MOST_BARS).map(() => make("li"));
-  const pen = { at: [width / 2, height / 2], isDown: false, isShown: false };
+  const pen = { at: [width / 2, height / 2], isDown: false, isShown: false, pointer: null };
   let strokes = []; // lists of points [x, y], in pixels of the model's picture
   let photo = null;
   let changes = 0;
@@ -72,7 +72,12 @@ export function startPictures(card, predict) {
     });
     part.winner.textContent = shares ? names[best] : "nothing yet";
     part.winner.className = shares ? (names[best].length > 3 ? "long" : "") : "none";
-    if (!pen.isDown) part.spoken.textContent = shares ? `The model says ${names[best]}, ${percent(shares[best])}.` : "";
+    if (!pen.isDown) speak(shares ? `The model says ${names[best]}, ${percent(shares[best])}.` : "");
+  }
+
+  // What is set anew is spoken anew, so not what has been said already.
+  function speak(sentence) {
+    if (part.spoken.textContent !== sentence) part.spoken.textContent = sentence;
   }
 
   function lower(point) {
@@ -82,8 +87,15 @@ export function startPictures(card, predict) {
   }
 
   function move(points) {
-    if (pen.isDown) strokes.at(-1).push(...points);
+    if (!pen.isDown) return paint();
+    const stroke = strokes.at(-1);
+    for (const point of points) if (isApart(point, stroke.at(-1))) stroke.push(point);
     refresh();
+  }
+
+  // A mouse tells its place a thousand times a second.
+  function isApart(point, last) {
+    return Math.hypot(point[0] - last[0], point[1] - last[1]) > height / 500;
   }
 
   function lift() {
@@ -98,6 +110,7 @@ export function startPictures(card, predict) {
 
   function clear() {
     [strokes, photo] = [[], null];
+    say("");
     lift();
   }
 
@@ -122,25 +135,33 @@ export function startPictures(card, predict) {
 
   const pens = {
     pointerdown(event) {
-      if (!event.isPrimary || event.button !== 0) return;
+      if (pen.pointer !== null || event.button !== 0) return; // one finger draws, whatever the others rest on
       part.board.setPointerCapture(event.pointerId);
+      pen.pointer = event.pointerId;
       pen.isShown = false;
       lower(pointOf(event));
     },
     pointermove(event) {
-      if (!part.board.hasPointerCapture(event.pointerId)) return;
+      if (event.pointerId !== pen.pointer) return;
       const passed = event.getCoalescedEvents?.() ?? []; // since the last event
       move((passed.length ? passed : [event]).map(pointOf));
     },
-    lostpointercapture: lift,
+    lostpointercapture(event) {
+      if (event.pointerId !== pen.pointer) return;
+      pen.pointer = null;
+      lift();
+    },
     keydown(event) {
       const step = height / 28;
       const ways = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
       const acts = { " ": pen.isDown ? lift : () => lower(pen.at), Backspace: undo, Escape: clear, c: clear, C: clear };
       if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in ways || event.key in acts)) return;
       event.preventDefault();
+      if (event.repeat && event.key in acts) return; // a key that is held acts once
       pen.isShown = true;
-      if (event.key in acts) return acts[event.key]();
+      if (event.key in acts) acts[event.key]();
+      if (event.key === " " && pen.isDown) speak("The pen is down.");
+      if (event.key in acts) return;
       pen.at = inside(pen.at.map((place, axis) => place + ways[event.key][axis]));
       move([pen.at]);
     },

@@ -10,6 +10,7 @@ export function fail(sentence) {
 export function say(trouble) {
   part.trouble.textContent = trouble;
   part.trouble.hidden = !trouble;
+  if (trouble) part.trouble.scrollIntoView({ block: "nearest" });
 }
 
 export function listen(element, handlers) {

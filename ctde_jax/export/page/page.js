@@ -1,23 +1,29 @@
 // Runs the model of card.json on this device, alone: all that is fetched lies beside this page.
 
-import { fail, part, percent, say, softmax } from "./common.mjs";
-import { startPictures } from "./pictures.mjs";
-import { readPlaces, readWindows, startTexts } from "./texts.mjs";
+import { fail, part, percent, say, softmax } from "./common.js";
+import { startPictures } from "./pictures.js";
+import { readPlaces, readWindows, startTexts } from "./texts.js";
 
 const NEWEST_FORMAT = 1;
+const COMPILED = "ort/ort-wasm-simd-threaded.wasm";
 const canCheck = Boolean(window.crypto?.subtle); // a browser has it on https and on localhost
 
 async function start() {
-  const card = await (await get("card.json")).json().catch(() => fail("card.json is damaged: copy the folder again."));
+  part.late.remove(); // that is for where no script runs
+  const card = await getFacts("card.json");
   if (card.format > NEWEST_FORMAT) fail(`card.json has format ${card.format}, and this page reads ${NEWEST_FORMAT}.`);
   const { file: whole, step } = card.artifacts.onnx;
   const isText = card.vocabulary.length > 0;
   const file = isText && step ? step : whole;
+  const runtime = await getFacts("ort/files.json");
+  const megabytes = (card.files[file].bytes + runtime[COMPILED].bytes) / 1e6;
+  part.loading.textContent = `Loading the model, ${megabytes.toFixed(0)} MB with what runs it …`;
   const model = await getChecked(file, card.files[file]);
 
-  const ort = await import("./ort/ort.wasm.min.mjs");
-  ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
-  ort.env.wasm.numThreads = 1; // more of them need headers that a plain server of files does not send
+  const wasmBinary = await getChecked(COMPILED, runtime[COMPILED]);
+  const ort = await import("./ort/ort.wasm.min.js").catch(() => fail("ort/ort.wasm.min.js did not come as a script."));
+  const wasmPaths = { mjs: new URL("./ort/ort-wasm-simd-threaded.js", import.meta.url).href };
+  Object.assign(ort.env.wasm, { wasmBinary, wasmPaths, numThreads: 1 }); // more threads need a server's own headers
   const session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] }).catch((error) =>
     fail(`The model cannot run in this browser: ${error.message}`),
   );
@@ -28,7 +34,8 @@ async function start() {
 
   showFacts(card, file);
   part.waiting.hidden = true;
-  if (isText) return startTexts(card.vocabulary, () => (file === step ? readPlaces : readWindows)(card, run));
+  const makeReader = file === step ? readPlaces : readWindows;
+  if (isText) return startTexts(card.vocabulary, (isWanted) => makeReader(card, run, isWanted));
   return startPictures(card, async (pixels) => {
     const inputs = ["uint8", Uint8Array.from(pixels), [1, ...card.input.shape]];
     return softmax((await run({ inputs })).outputs.data);
@@ -40,11 +47,16 @@ async function get(name) {
   return response.ok ? response : fail(`${name} did not come: the server answered ${response.status}.`);
 }
 
+async function getFacts(name) {
+  return (await get(name)).json().catch(() => fail(`${name} is damaged: copy the folder again.`));
+}
+
 async function getChecked(name, said) {
-  const content = new Uint8Array(await (await get(name)).arrayBuffer());
+  const cut = () => fail(`${name} did not come whole: the connection was lost.`);
+  const content = new Uint8Array(await (await get(name)).arrayBuffer().catch(cut));
   const digest = canCheck ? toHex(await crypto.subtle.digest("SHA-256", content)) : said.sha256;
   if (content.length === said.bytes && digest === said.sha256) return content;
-  return fail(`${name} is not the file that card.json describes, so nothing was run: copy the folder again.`);
+  return fail(`${name} is not the file that was written, so nothing was run: copy the folder again.`);
 }
 
 function toHex(buffer) {

@@ -23,8 +23,9 @@ export function fit(context, strokes) {
   const sides = [context.canvas.width, context.canvas.height];
   const fills = Math.min(...sides) < 16 ? 1 : 20 / 28;
   const thickness = Math.max(1.8, (fills * Math.min(...sides)) / 8);
-  const low = sides.map((_, axis) => Math.min(...strokes.flat().map((point) => point[axis])));
-  const high = sides.map((_, axis) => Math.max(...strokes.flat().map((point) => point[axis])));
+  const points = strokes.flat();
+  const low = sides.map((_, axis) => points.reduce((least, point) => Math.min(least, point[axis]), Infinity));
+  const high = sides.map((_, axis) => points.reduce((most, point) => Math.max(most, point[axis]), -Infinity));
   const most = sides.map((side, axis) => (fills * side - thickness) / (high[axis] - low[axis]));
   const scale = Math.min(4, ...most); // a dot stays one
   const draw = (shift) => {

@@ -1,14 +1,16 @@
-// A text grows token by token. A reader gives the logits of what follows, each time of the same tokens and some more.
+// A text grows token by token. A reader gives the logits of what follows, each time of the same tokens and some more;
+// or nothing, once it is no longer wanted.
 
-import { listen, part, say, softmax } from "./common.mjs";
+import { listen, part, say, softmax } from "./common.js";
 
-export function readPlaces(card, run) {
+export function readPlaces(card, run, isWanted) {
   const zeros = (shape) => new Float32Array(shape.reduce((a, b) => a * b, 1));
   let carry = card.carry.map((shape) => ["float32", zeros(shape), [1, ...shape]]);
   let place = 0;
   return async (tokens) => {
     let said;
     while (place < tokens.length) {
+      if (!isWanted()) return null;
       const carried = Object.fromEntries(carry.map((each, index) => [`carry_${index}`, each]));
       said = await run({ inputs: ["int32", [tokens[place++]], [1]], ...carried });
       carry = carry.map(([type, , shape], index) => [type, said[`next_${index}`].data, shape]);
@@ -31,7 +33,9 @@ export function readWindows(card, run) {
 
 export function startTexts(vocabulary, makeReader) {
   const tokenOf = new Map(vocabulary.map((character, token) => [character, token]));
+  const lineEnd = tokenOf.has("\r") ? (tokenOf.has("\n") ? "\r\n" : "\r") : "\n"; // a text box has "\n" for all
   let isRunning = false;
+  let isWanted = false;
 
   async function goOn() {
     const beginning = part.text.value;
@@ -39,14 +43,16 @@ export function startTexts(vocabulary, makeReader) {
     say(fault);
     if (fault) return;
     const [most, temperature, since] = [part.length.valueAsNumber, part.temperature.valueAsNumber, performance.now()];
-    const tokens = Array.from(beginning, (character) => tokenOf.get(character));
-    const read = makeReader();
+    const tokens = toTokens(beginning);
+    const read = makeReader(() => isWanted);
     let [written, count] = ["", 0];
-    isRunning = part.text.readOnly = true;
+    isRunning = isWanted = part.text.readOnly = true;
     part.go.textContent = "Stop";
     try {
-      for (; isRunning && count < most; count++) {
-        tokens.push(choose(await read(tokens), temperature));
+      for (; isWanted && count < most; count++) {
+        const logits = await read(tokens);
+        if (!logits) break;
+        tokens.push(choose(logits, temperature));
         written += vocabulary[tokens.at(-1)];
         if (await breathe()) grow(beginning + written);
       }
@@ -54,15 +60,19 @@ export function startTexts(vocabulary, makeReader) {
       say(`The model failed: ${error.message}`);
     }
     grow(beginning + written);
-    isRunning = part.text.readOnly = false;
+    isRunning = isWanted = part.text.readOnly = false;
     part.go.textContent = "Continue";
     const speed = Math.round((1000 * count) / (performance.now() - since));
     part.progress.textContent = `${count} characters, ${speed.toLocaleString("en")} a second.`;
   }
 
+  function toTokens(text) {
+    return Array.from(text.replaceAll("\n", lineEnd), (character) => tokenOf.get(character));
+  }
+
   function findFault(text) {
-    const strange = [...new Set(text)].filter((character) => !tokenOf.has(character));
-    const listed = new Intl.ListFormat("en").format(strange.slice(0, 10).map((character) => JSON.stringify(character)));
+    const strange = [...new Set(text.replaceAll("\n", lineEnd))].filter((character) => !tokenOf.has(character));
+    const listed = new Intl.ListFormat("en").format(strange.slice(0, 10).map(nameOf));
     if (strange.length) return `The model has never seen ${listed}: leave out or replace what it does not know.`;
     if (!text) return "The model needs a beginning: write a character or more.";
     return part.length.checkValidity() ? "" : `Length must be a whole number from 1 to ${part.length.max}.`;
@@ -74,13 +84,15 @@ export function startTexts(vocabulary, makeReader) {
   }
 
   function goOrStop() {
-    if (isRunning) isRunning = false;
+    if (isRunning) isWanted = false;
     else goOn();
   }
 
   function onKey(event) {
     const isWish = event.key === "Enter" && (event.ctrlKey || event.metaKey);
-    if (isWish || (event.key === "Escape" && isRunning)) goOrStop();
+    if (!isWish && !(event.key === "Escape" && isRunning)) return;
+    event.preventDefault(); // of a button, too, which Enter presses
+    if (!event.repeat) goOrStop();
   }
 
   function showTemperature() {
@@ -92,9 +104,15 @@ export function startTexts(vocabulary, makeReader) {
   part.texts.hidden = false;
   showTemperature();
   listen(part.temperature, { input: showTemperature });
-  listen(part.go, { click: goOrStop });
+  listen(part.go, { click: (event) => event.detail > 1 || goOrStop() }); // a double click is one
   listen(part.texts, { keydown: onKey });
-  return async (tokens) => softmax(await makeReader()(tokens));
+  return async (tokens) => softmax(await makeReader(() => true)(tokens));
+}
+
+// A character in quotes, or its number where one would not see it.
+function nameOf(character) {
+  const number = () => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+  return character !== " " && /[\p{Z}\p{Cf}]/u.test(character) ? number() : JSON.stringify(character);
 }
 
 // The largest logit after Gumbel noise is a draw from their softmax; without noise it is the likeliest.
