@@ -20,17 +20,19 @@ import numpy as np
 
 from ctde_jax.bundle import RUNTIMES, Bundle, answers, load, open_bundle, pick
 from ctde_jax.bundle.command import Parser, run
-from ctde_jax.bundle.inputs import LABELS, Examples, read
+from ctde_jax.bundle.inputs import Examples, read
 from ctde_jax.bundle.runtimes import Predict, traceable
-from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.errors import InputError, check_at_least, on_one_line
 
+_OF_INPUTS = ("score", "label_column", "batch_size", "all_devices", "json")
+_OF_TEXTS = ("length", "temperature", "seed")
 _SHOWN = 8
 """Numbers of an output that a line of the table shows at most."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a bundle as the options say; returns the exit status, 2 for a mistake or a bundle that is not in order."""
-    return run(lambda: _execute(_parse(arguments)), places=("bundle",))
+    return run(lambda: _execute(_parse(arguments)), names={"bundle": "BUNDLE"})
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
@@ -58,7 +60,12 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--length", type=int, default=200, metavar="N", help="characters to write (200)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides what is drawn (0)")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    this, others = ("--prompt", _OF_INPUTS) if chosen.input is None else ("--input", _OF_TEXTS)
+    for name in others:
+        if getattr(chosen, name) != parser.get_default(name):
+            raise InputError(name, f"does not go with {this}; leave one of them out.")
+    return chosen
 
 
 def _execute(chosen: Namespace) -> None:
@@ -67,10 +74,11 @@ def _execute(chosen: Namespace) -> None:
     runtime = chosen.runtime or ("jax" if chosen.all_devices else pick(bundle))
     if chosen.prompt is not None:
         text = answers.write(bundle, runtime, chosen.prompt, chosen.length, chosen.temperature, chosen.seed)
-        for part in chain([chosen.prompt], text, ["\n"]):
+        for part in chain([chosen.prompt], map(_harmless, text), ["\n"]):
             print(part, end="", flush=True)
         return
-    examples, size = read(chosen.input, bundle.card, chosen.label_column), chosen.batch_size
+    examples = read(chosen.input, bundle.card, chosen.label_column, labeled=chosen.score)
+    size = chosen.batch_size
     if chosen.all_devices:
         predict, size = _on_all_devices(bundle, runtime, size)
     else:
@@ -95,7 +103,10 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
     load(bundle, runtime)  # which says what is missing
     import jax
 
-    from ctde_jax import collectives, devices, replica
+    try:
+        from ctde_jax import collectives, devices, replica
+    except ImportError as error:
+        raise InputError("all_devices", f"needs this package with what it depends on, such as {error.name}.") from error
 
     here, card = devices.start(), bundle.card
     each = ceil(size / len(here))
@@ -132,15 +143,16 @@ def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
 
 
 def _class(bundle: Bundle, logits: np.ndarray) -> dict[str, Any]:
-    best = int(logits.argmax())
-    return {"label": bundle.card.classes[best], "probability": float(np.exp(answers.log_probabilities(logits)[best]))}
+    best, names = int(logits.argmax()), bundle.card.classes
+    label = names[best] if best < len(names) else str(best)
+    return {"label": label, "probability": float(np.exp(answers.log_probabilities(logits)[best]))}
 
 
 def _token(bundle: Bundle, logits: np.ndarray) -> dict[str, Any]:
-    last = logits[-1]
+    last, names = logits[-1], bundle.card.vocabulary
     best = int(last.argmax())
     probability = float(np.exp(answers.log_probabilities(last)[best]))
-    return {"next": repr(bundle.card.vocabulary[best]), "probability": probability}
+    return {"next": repr(names[best]) if best < len(names) else best, "probability": probability}
 
 
 def _numbers(bundle: Bundle, outputs: np.ndarray) -> dict[str, Any]:
@@ -154,15 +166,17 @@ def _cell(value: Any) -> str:
         flat = np.ravel(value)
         more = f" and {len(flat) - _SHOWN} more" if len(flat) > _SHOWN else ""
         return " ".join(f"{number:.5g}" for number in flat[:_SHOWN]) + more
-    return str(value)
+    return on_one_line(str(value))
+
+
+def _harmless(character: str) -> str:
+    """Lets through what a terminal writes, and no commands to it."""
+    return character if character in "\n\r\t" else on_one_line(character)
 
 
 def _show_score(bundle: Bundle, examples: Examples, outputs: Iterator[np.ndarray], as_json: bool) -> None:
     """Prints what share of the labels was found, and the cross-entropy; every example counts once."""
-    if bundle.card.predicts == "anything":
-        raise InputError("score", "goes with classes or texts, and what this model is scored by only its author knows.")
-    if examples.labels is None:
-        raise InputError("score", f"needs labels: {LABELS} in a .npz file, or a last column in a .csv file.")
+    assert examples.labels is not None
     done, loss, right = 0, 0.0, 0.0
     for batch in outputs:
         labels = examples.labels[done : done + len(batch)]

@@ -47,8 +47,8 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
             do not go with it.
     """
     path = Path(path)
-    is_checkpoint = (path / checkpoint.MANIFEST).exists()
-    folder = path.parent.parent if is_checkpoint else path
+    folder = folder_of(path)
+    is_checkpoint = folder != path
     if not (folder / CONFIG).is_file():
         raise InputError(
             "run_dir",
@@ -67,7 +67,10 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
     (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
     if chosen.run.reestimate_batches and not is_best:
         model_state = _reestimated(chosen, model, data, devices, params, model_state)
-    rows = (folder / METRICS).read_text(encoding="utf-8").splitlines()[: found.facts["rows"]]
+    try:
+        rows = (folder / METRICS).read_text(encoding="utf-8").splitlines()[: found.facts["rows"]]
+    except OSError as error:
+        raise InputError("run_dir", f"must have {METRICS}, which {folder} has not: {error.strerror}.") from error
     position, best = found.facts["position"], found.facts["best"] or {}
     patience = chosen.optimization.patience
     is_over = is_best and patience is not None and best["in_vain"] >= patience
@@ -86,6 +89,11 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
     )
     trained.history.extend(_tested(trained, data))
     return Loaded(trained, data, chosen)
+
+
+def folder_of(path: Path) -> Path:
+    """Returns the folder of a run, of which this is the folder or that of a checkpoint."""
+    return path.absolute().parent.parent if (path / checkpoint.MANIFEST).exists() else path
 
 
 def _read(path: Path) -> Checkpoint:

@@ -29,21 +29,27 @@ Verdict = tuple[list[str], str]
 
 def prove_resume(arguments: Sequence[str]) -> Verdict:
     """Runs the command of a run to its end, and again, killed at random moments."""
-    _parse(arguments)  # which says what is wrong
-    screen, draw = console(), random.Random()
+    chosen, screen, draw = _parse(arguments), console(), random.Random()
     with TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         command = [sys.executable, "-m", "ctde_jax.train", *arguments, "--run-dir"]
         with screen.status("training without a break"):
-            before = time.perf_counter()
             _end([*command, str(whole)])
-            seconds = time.perf_counter() - before
+        saved = checkpoint.steps(whole / CHECKPOINTS)
+        first, last = min(saved), max(saved)
+        every, kills = chosen.run.save_every or chosen.run.log_every, 0
+        if chosen.run.save_every is None:  # about once a minute, so a short run would have none on the way
+            command[-1:-1] = ["--save-every", str(every)]
+        seconds = (_written(whole, last) - _written(whole, first)) * every / max(1, last - first)
         for _ in range(KILLS):
             with screen.status("training, to be killed"):
-                is_killed = _kill([*command, str(killed)], killed / CHECKPOINTS, draw.uniform(0, 0.1) * seconds)
+                is_killed = _kill([*command, str(killed)], killed / CHECKPOINTS, draw.uniform(0, seconds))
             steps = checkpoint.steps(killed / CHECKPOINTS)
+            kills += is_killed and any(0 < step < last for step in steps[:1])
             saved = f"its newest checkpoint is that of step {steps[0]:,}" if steps else "before its first checkpoint"
             screen.print(f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}")
+        if not kills:
+            raise InputError("verify", "resume was killed in the middle of no run, so it proves nothing: train longer.")
         with screen.status("training to the end"):
             _end([*command, str(killed)])
         one, wrong = _newest(whole), _differing(whole, killed)
@@ -152,17 +158,23 @@ def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
             return True
 
 
+def _written(folder: Path, step: int) -> float:
+    """Returns the second in which a run has written a checkpoint."""
+    return (checkpoint.path_of(folder / CHECKPOINTS, step) / checkpoint.MANIFEST).stat().st_mtime
+
+
 def _newest(folder: Path) -> Checkpoint:
     return checkpoint.read(checkpoint.newest(folder / CHECKPOINTS))
 
 
 def _differing(one: Path, other: Path) -> list[str]:
     """Names the tensors of which two runs have not the same bits."""
-    those = _newest(other).tensors
+    these, those = _newest(one).tensors, _newest(other).tensors
+    names = sorted(these.keys() | those.keys())
     return [
         name
-        for name, tensor in _newest(one).tensors.items()
-        if tensor.tobytes() != those.get(name, np.zeros(0)).tobytes()
+        for name in names
+        if name not in these or name not in those or these[name].tobytes() != those[name].tobytes()
     ]
 
 

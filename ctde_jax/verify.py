@@ -17,24 +17,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctde_jax.bundle import open_bundle, parity
+from ctde_jax.bundle.card import EXAMPLES
 from ctde_jax.bundle.command import Parser, run
-from ctde_jax.bundle.inputs import LABELS, read
+from ctde_jax.bundle.inputs import read
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known
 
 
 def main(arguments: Sequence[str]) -> int:
     """Proves what the first argument names; returns the exit status, 1 where it does not hold, 2 for a mistake."""
-    if not arguments or {"-h", "--help"} & set(arguments):
+    what, *rest = arguments or ["--help"]
+    if what == "bundle":
+        return _bundle(rest)
+    if {"-h", "--help"} & {what, *rest}:
         print(__doc__)
         return 0
-    what, *rest = arguments
-    return _bundle(rest) if what == "bundle" else _training(what, rest)
+    return _training(what, rest)
 
 
 def _training(what: str, arguments: Sequence[str]) -> int:
-    from ctde_jax import config  # here, as a node has none of it
-    from ctde_jax.proofs import PROOFS
-
+    try:
+        from ctde_jax import config  # here, as a node has none of it
+        from ctde_jax.proofs import PROOFS
+    except ImportError as error:
+        print(
+            f"error: verify {what} needs what trains, such as {error.name}; a node without it has bundle alone.",
+            file=sys.stderr,
+        )
+        return 2
     try:
         check_known("verify", what, [*PROOFS, "bundle"])
         wrong, right = PROOFS[what](arguments)
@@ -63,27 +72,36 @@ def _bundle(arguments: Sequence[str]) -> int:
     def prove() -> None:
         nonlocal status
         bundle = open_bundle(chosen.bundle, chosen.expect)
-        examples = None if chosen.input is None else read([chosen.input], bundle.card)
-        if examples is not None and examples.labels is None:
-            raise InputError("input", f"needs labels: {LABELS} in a .npz file, or a last column in a .csv file.")
+        examples = None if chosen.input is None else read([chosen.input], bundle.card, labeled=True)
+        if examples is None and EXAMPLES not in bundle.card.files:
+            raise InputError("input", f"must be given, as {bundle.folder} came without examples: a file with labels.")
         tried, wrong = [], []
         for name, found in parity.repeat(bundle).items():
             if found is None:
                 print(f"{name}: not installed here, so not tried")
                 continue
-            says = f"{name}: differs by {found.relative:.1e} in {found.examples:,} examples"
+            says = [f"differs by {found.relative:.1e} in {found.examples:,} examples"] if found.examples else []
             if examples is not None:
-                says += f", and is right in {parity.score(bundle, name, examples):.4f} of {len(examples.inputs):,}"
-            receipt = bundle.card.artifacts[name].receipt["measured"]
-            print(f"{says}; its receipt says {', '.join(f'{what} {mean:.4f}' for what, mean in receipt.items())}")
+                says.append(f"is right in {parity.score(bundle, name, examples):.4f} of {len(examples.inputs):,}")
+            receipt = bundle.card.artifacts[name].receipt.get("measured", {})
+            says.append(f"its receipt says {', '.join(f'{what} {mean:.4f}' for what, mean in receipt.items())}")
+            print(f"{name}: {'; '.join(says)}")
             tried.append(name)
             if not found.holds:
-                wrong.append(f"{name} differs from the trained model by more than {parity.PARITY:g}")
+                wrong.append(f"{name} differs from the trained model by more than {found.allowed:.1e}")
         if not tried:
             raise InputError("runtime", "must be installed, at least one of those of the bundle.")
-        status = _say(wrong, f"every file is as it was written, and {', '.join(tried)} say what the model said")
+        status = _say(wrong, f"every file is as it was written, and {_sayings(tried)}")
 
-    return run(prove, places=("bundle",)) or status
+    return run(prove, names={"bundle": "FOLDER"}) or status
+
+
+def _sayings(tried: Sequence[str]) -> str:
+    exact = [name for name in tried if parity.is_exact(name)]
+    others = [name for name in tried if not parity.is_exact(name)]
+    says = [f"{', '.join(exact)} say what the model said"] if exact else []
+    says += [f"{', '.join(others)} differ no more than their receipts say"] if others else []
+    return ", and ".join(says)
 
 
 def _say(wrong: Sequence[str], right: str) -> int:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import bundles
 import numpy as np
+import optax
 import pytest
 from jax import random
 
 import ctde_jax as ctde
 from ctde_jax import bundle as node
 from ctde_jax import execute, verify
-from ctde_jax.bundle import answers
+from ctde_jax.bundle import answers, parity
 from ctde_jax.errors import InputError
 
 
@@ -76,6 +77,37 @@ def test_files_of_every_kind_are_read_and_answered(kind, runtime, digits, images
     assert [row["label"] for row in rows] == names
     assert [row["example"] for row in rows] == [0, 1, 2, 3]
     np.testing.assert_allclose([row["probability"] for row in rows], probabilities, atol=1e-5)
+
+
+def test_picture_of_sixteen_bits_and_an_opaque_one_are_read_as_any_other(digits, images, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    deep = np.rint(images[0] * (65535 / 16)).astype(np.uint16)
+    image.fromarray(deep).save(tmp_path / "deep.png")
+    bytes_of = np.rint(images[0] * (255 / 16)).astype(np.uint8)
+    image.fromarray(np.dstack([bytes_of] * 3 + [np.full((8, 8), 255, np.uint8)])).save(tmp_path / "opaque.png")
+    np.save(tmp_path / "x.npy", images[:1])
+    right = run(capsys, digits, "--input", tmp_path / "x.npy", "--json")
+    for name in ("deep.png", "opaque.png"):
+        assert run(capsys, digits, "--input", tmp_path / name, "--json") == right
+
+
+def test_line_of_numbers_from_0_on_is_a_header(digits, images, tmp_path, capsys):
+    """As pandas writes columns that have no names."""
+    with (tmp_path / "x.csv").open("w") as file:
+        csv.writer(file).writerows([range(64), *images[:2].reshape(2, -1)])
+    assert len(run(capsys, digits, "--input", tmp_path / "x.csv", "--json")) == 2
+
+
+def test_reader_that_stops_reading_gets_no_traceback(digits, images, tmp_path):
+    np.save(tmp_path / "x.npy", np.resize(images, (20_000, 8, 8)))
+    command = [sys.executable, "-m", "ctde_jax.execute", str(digits), "--input", str(tmp_path / "x.npy")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().split() == ["example", "label", "probability"]
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
 
 
 def test_table_is_for_people(digits, images, tmp_path, capsys):
@@ -172,8 +204,6 @@ def test_next_character_of_tokens_is_told(tmp_path, capsys):
 
 
 def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
-    import optax
-
     points = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     data = ctde.data.from_arrays(points, points[:, 0] + points[:, 1])
     task = ctde.Task(lambda outputs, targets: optax.squared_error(outputs[:, 0], targets))
@@ -186,7 +216,27 @@ def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
     found = np.array([json.loads(line)["outputs"] for line in lines])
     np.testing.assert_allclose(found, trained.predict(points[:2]), atol=1e-5)
     said = refused(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--score")
-    assert "--score goes with classes or texts" in said
+    assert "--input is scored for classes or texts" in said
+    np.savez(tmp_path / "x.npz", x_test=points[:2], y_test=np.zeros(2, np.float32))
+    assert run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npz", "--json") == lines
+    np.savetxt(tmp_path / "x.csv", np.c_[points[:2], [7, 8]], delimiter=",")
+    assert run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.csv", "--json") == lines
+    for labels in (np.zeros(2, np.float32), np.zeros(2, np.int32)):
+        np.savez(tmp_path / "x.npz", x_test=points[:2], y_test=labels)
+        assert verify.main(["bundle", str(tmp_path / "bundle"), "--input", str(tmp_path / "x.npz")]) == 2
+
+
+def test_tokens_without_a_vocabulary_are_told_by_their_numbers(tmp_path, capsys):
+    tokens = np.random.default_rng(0).integers(0, 5, (40, 9))
+    data = ctde.data.from_arrays(tokens[:, :-1], tokens[:, 1:])
+    model = ctde.models.rnn_language_model(5, 8, 1)
+    options = {"devices": ctde.devices.start(1), "batch_size": 20, "steps": 3, "show": False}
+    trained = ctde.fit(model, data, optax.adam(0.01), task=ctde.tasks.language_modeling, **options)
+    ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
+    np.save(tmp_path / "x.npy", data.test.inputs[:2])
+    rows = map(json.loads, run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--json"))
+    right = trained.predict(data.test.inputs[:2])[:, -1].argmax(-1)
+    assert [row["next"] for row in rows] == right.tolist()
 
 
 def test_node_imports_nothing_of_the_trainer(digits, images, tmp_path):
@@ -221,7 +271,7 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
         (["--input", "x.npy", "--runtime", "litert"], "--runtime must be one that .* has an artifact for (numpy, onnx"),
         (["--input", "x.npy", "--expect", "0123"], "--expect must be eight or more of the first digits"),
         (["--input", "x.npy", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--input", "x.npy", "--score"], "--score needs labels: y_test in a .npz file"),
+        (["--input", "x.npy", "--score"], "--input needs labels: y_test in a .npz file"),
         (["--input", "x.npy", "--label-column", "digit"], "--label-column goes with a .csv file"),
         (["--input", "x.npy", "--all-devices", "--runtime", "onnx"], "--all-devices goes with the runtime jax"),
         (["--input", "x.npy", "x.npz"], "--input must be one file, or several .png files"),
@@ -238,6 +288,10 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
         (["--input", "odd.png"], "is no whole PNG picture"),
         (["--input", "size.png"], "which has 9 x 8 pixels: give a picture of 8 x 8"),
         (["--input", "labels.npz", "--score"], "which has labels from 0 to 10: give them from 0 to 9"),
+        (["--input", "few.npz", "--score"], "which has 1 labels for 2 examples: give one for each"),
+        (["--input", "clear.png"], "which has transparent pixels: save it without"),
+        (["--input", "x.npy", "--length", "3"], "--length does not go with --input; leave one of them out."),
+        (["--prompt", "To be", "--json"], "--json does not go with --prompt; leave one of them out."),
         (["--prompt", "To be"], "--prompt goes with a language model"),
     ],
 )
@@ -246,6 +300,8 @@ def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", images[:2])
     np.savez("x.npz", x_test=images[:2])
+    np.savez("few.npz", x_test=images[:2], y_test=np.zeros(1, int))
+    image.fromarray(np.zeros((8, 8, 4), np.uint8)).save("clear.png")
     np.save("floats.npy", images[:2] + 0.5)
     np.save("large.npy", np.zeros((2, 9, 8), np.uint8))
     np.save("none.npy", images[:0])
@@ -299,18 +355,33 @@ def test_receipt_is_repeated_where_the_bundle_is(digits, images, labels, tmp_pat
 def test_artifact_that_says_something_else_here_is_told(digits, monkeypatch, capsys):
     """Such as a runtime that computes wrongly on this machine."""
 
-    def wrongly(layers, weights):
-        predict = make_predict(layers, weights)
+    def wrongly(*arguments):
+        predict = make_predict(*arguments)
         return lambda inputs: predict(inputs) + np.float32(1e-3)
 
     make_predict = node.perceptron.make_predict
     monkeypatch.setattr(node.perceptron, "make_predict", wrongly)
     assert verify.main(["bundle", str(digits)]) == 1
-    assert "wrong: numpy differs from the trained model by more than 1e-05" in capsys.readouterr().err
+    assert "wrong: numpy differs from the trained model by more than 1.0e-05" in capsys.readouterr().err
 
 
 def test_bundle_that_came_without_examples_says_what_is_missing(tmp_path, capsys):
     trained, data = bundles.trained("mlp")
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], examples=0, show=False)
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 2
-    assert "came without examples" in capsys.readouterr().err
+    assert "--input must be given, as" in capsys.readouterr().err
+    np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
+    assert verify.main(["bundle", str(tmp_path / "bundle"), "--input", str(tmp_path / "x.npz")]) == 0
+    assert f"is right in {trained.evaluate(data.test)['accuracy']:.4f} of 359" in capsys.readouterr().out
+
+
+def test_fewer_bits_are_held_against_their_own_receipt(tmp_path, monkeypatch, capsys):
+    trained, data = bundles.trained("mlp")
+    ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx-int8"], show=False)
+    assert verify.main(["bundle", str(tmp_path / "bundle")]) == 0
+    said = capsys.readouterr().out
+    assert "numpy say what the model said, and onnx-int8 differ no more than their receipts say" in said
+    load = parity.load
+    monkeypatch.setattr(parity, "load", lambda *these: lambda inputs: load(*these)(inputs) * np.float32(np.nan))
+    assert verify.main(["bundle", str(tmp_path / "bundle")]) == 1
+    assert "onnx-int8 differs" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import bundles
 import jax
 import numpy as np
 import optax
 import pytest
+from flax import linen
 from jax import numpy as jnp
 
 import ctde_jax as ctde
@@ -179,6 +181,98 @@ def test_bundle_is_replaced_and_nothing_else_ever_is(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("others", [{"card.json": '{"suit": "hearts"}', "thesis.txt": ""}, {"thesis.txt": ""}])
+def test_folder_with_anything_else_in_it_is_not_replaced(others, tmp_path):
+    """Neither one with a card of another game, nor a bundle to which something was added."""
+    trained, data = bundles.trained("mlp")
+    folder = tmp_path / "mine"
+    if "card.json" in others:
+        folder.mkdir()
+    else:
+        ctde.write_bundle(trained, data, folder, ["numpy"], show=False)
+    for name, content in others.items():
+        (folder / name).write_text(content)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=r"must be new or a bundle, and .*mine is something else, with"):
+        ctde.write_bundle(trained, data, folder, ["numpy"], show=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("fails", ["rename", "rmtree", "write"])
+def test_bundle_that_is_there_outlives_a_replacement_that_fails(fails, tmp_path, monkeypatch):
+    """And what a killed process has left in the way is put back, or taken away, by the next one."""
+    trained, data = bundles.trained("mlp")
+    first = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False).bundle
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if fails == "rename":
+        rename = Path.rename
+        monkeypatch.setattr(
+            Path, "rename", lambda self, to: fail() if self.name.endswith(".partial") else rename(self, to)
+        )
+    elif fails == "write":
+        monkeypatch.setattr(Path, "write_bytes", fail)
+    else:  # as a process that is killed between both
+        (tmp_path / "bundle").rename(tmp_path / ".bundle.replaced")
+        (tmp_path / ".bundle.partial").mkdir()
+        monkeypatch.setattr(write, "_write", fail)
+    with pytest.raises(InputError, match=r"and has room, and .*bundle is none: No space left on device"):
+        ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
+    monkeypatch.undo()
+    assert ctde.open_bundle(tmp_path / "bundle").sha256 == first.sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
+    assert ctde.open_bundle(tmp_path / "bundle").card.artifacts.keys() == {"jax"}
+
+
+def test_bundle_may_be_behind_a_link_or_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    trained, data = bundles.trained("mlp")
+    ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False)
+    (tmp_path / "link").symlink_to("bundle")
+    ctde.write_bundle(trained, data, tmp_path / "link", ["jax"], show=False)
+    assert ctde.open_bundle(tmp_path / "bundle").card.artifacts.keys() == {"jax"}
+    monkeypatch.chdir(tmp_path / "bundle")
+    ctde.write_bundle(trained, data, ".", ["numpy"], show=False)
+    assert ctde.open_bundle(tmp_path / "bundle").card.artifacts.keys() == {"numpy"}
+
+
+def test_bundle_is_not_replaced_by_nothing(tmp_path, monkeypatch):
+    trained, data = bundles.trained("mlp")
+    first = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False).bundle
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"and it leaves in none .*pip install 'ctde_jax"):
+        ctde.write_bundle(trained, data, tmp_path / "bundle", ["onnx"], show=False)
+    assert ctde.open_bundle(tmp_path / "bundle").sha256 == first.sha256
+
+
+def test_runtime_that_is_not_here_costs_its_own_form_alone(tmp_path, monkeypatch):
+    trained, data = bundles.trained("mlp")
+    monkeypatch.setattr(node.runtimes, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx"], show=False)
+    assert written.bundle.card.artifacts.keys() == {"numpy"}
+    assert "onnx needs a package that is not here; `pip install onnxruntime`" in written.left_out["onnx"]
+
+
+@pytest.mark.parametrize("kind", ["fourier", "bfloat16"])
+def test_model_that_a_form_has_no_words_for_leaves_in_the_others(kind, tmp_path):
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = x.reshape(x.shape[0], -1)
+            if kind == "fourier":
+                x = jnp.abs(jnp.fft.fft(x))
+            return linen.Dense(10, param_dtype=jnp.bfloat16 if kind == "bfloat16" else jnp.float32)(x)
+
+    data, options = ctde.data.digits(), {"devices": ctde.devices.start(1), "batch_size": 32, "steps": 3, "show": False}
+    trained = ctde.fit(ctde.models.from_linen(Net()), data, optax.adam(0.01), **options)
+    written = ctde.write_bundle(trained, data, tmp_path / "bundle", show=False)
+    assert "jax" in written.bundle.card.artifacts
+    assert "dense layers of float32" in written.left_out["numpy"]
+    assert kind == "bfloat16" or "jax2onnx cannot write it" in written.left_out["onnx"]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -240,6 +334,23 @@ def _layers(model: ctde.models.Model):
     data = ctde.data.digits()
     trained = ctde.fit(model, data, optax.adam(0.01), devices=ctde.devices.start(1), batch_size=32, steps=2, show=False)
     return write.find_layers(trained, write.gather(trained, data), data.test.inputs[:4])
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_nan_in_one_batch_size_is_enough_to_miss(batch, monkeypatch, tmp_path):
+    """It is larger than nothing and smaller than nothing, so whoever asks for the larger of two may lose it."""
+    trained, data = bundles.trained("mlp")
+    load = write.load
+
+    def with_nan(*these):
+        predict = load(*these)
+        return lambda inputs: np.where(len(inputs) == batch, np.float32(np.nan), predict(inputs))
+
+    monkeypatch.setattr(write, "load", with_nan)
+    with pytest.raises(InputError, match="numpy: differs by inf from the trained model"):
+        ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False)
+    with pytest.raises(InputError, match="onnx-int8: differs by inf from the trained model"):
+        ctde.write_bundle(trained, data, tmp_path / "bundle", ["onnx-int8"], show=False)
 
 
 def test_bad_outputs_are_told_from_rounding():

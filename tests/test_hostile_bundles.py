@@ -9,8 +9,10 @@ import pickle
 import random
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Callable
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 
 from ctde_jax import bundle as node
 from ctde_jax import execute, verify
+from ctde_jax.bundle import card as card_module
 from ctde_jax.bundle.card import CARD, EXAMPLES, SUMS, WEIGHTS
 from ctde_jax.errors import InputError
 
@@ -181,6 +184,121 @@ def test_card_that_makes_no_sense_is_refused_though_its_sums_are_right(keys, val
     assert str(copy) in said or "must be" in said
 
 
+LIES = {
+    ("input", "dtype"): ["float32", "int32"],
+    ("input", "shape"): [[9, 8], [64], []],
+    ("output", "shape"): [[], [3], [10, 1], [11]],
+    "predicts": ["tokens"],
+    "classes": [[str(number) for number in range(11)]],
+    ("artifacts", "numpy", "receipt"): [{"measured": 3}, {"measured": {"loss": "x"}}, {"relative": "small"}],
+}
+"""What a card may say of itself, but not of the files."""
+
+HARMLESS = [(("input", "dtype"), "float32"), (("input", "dtype"), "int32"), (("input", "shape"), [64])]
+"""What numpy has no reason to refuse: it reads any numbers, as many as the first layer has."""
+
+LIES_TO = [
+    (runtime, keys, value)
+    for runtime in USED.values()
+    for keys, values in LIES.items()
+    for value in values
+    if runtime != "numpy" or (keys, value) not in HARMLESS
+]
+
+
+@pytest.mark.parametrize(("runtime", "keys", "value"), LIES_TO, ids=repr)
+def test_card_that_lies_of_its_files_is_told_when_they_run(runtime, keys, value, copy, tmp_path, capsys):
+    card = json.loads((copy / CARD).read_bytes())
+    changed(*([keys] if isinstance(keys, str) else keys))(card, value)
+    seal(copy, card)
+    np.savez(tmp_path / "x.npz", x_test=np.zeros((2, *card["input"]["shape"]), card["input"]["dtype"]), y_test=[1, 2])
+    given = [str(copy), "--input", str(tmp_path / "x.npz"), "--runtime", runtime]
+    for more in ([], ["--score"]):
+        assert execute.main([*given, *more]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+
+
+def test_names_are_no_commands_to_a_terminal(copy, tmp_path, capsys):
+    card = json.loads((copy / CARD).read_bytes())
+    card["classes"] = ["\x1b[2J\n 1 9 1.0", *(f"\ud800{number}" for number in range(9))]
+    seal(copy, card)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 17, (9, 8, 8)))
+    assert execute.main([str(copy), "--input", str(tmp_path / "x.npy")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 10
+    assert said.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_numbers_of_thousands_of_digits_are_never_multiplied(count, copy, monkeypatch):
+    """Of as many as a card has room for, the product would take hours."""
+    monkeypatch.setattr(card_module, "prod", lambda lengths: prod(lengths) if max(lengths) < 2**30 else 1 / 0)
+    content = (copy / CARD).read_text().replace("[\n   8,\n   8\n  ]", f"[{', '.join(['9' * 4300] * count)}]", 1)
+    assert content.count("9" * 4300) == count
+    seal(copy, content.encode())
+    refuse(copy)
+
+
+def layer(bias: tuple[int, ...], kernel: tuple[int, ...] = (64, 16)) -> dict[str, np.ndarray]:
+    """The weights of a perceptron whose first layer has these shapes."""
+    return {
+        "inputs/shift": np.zeros((), np.float32),
+        "inputs/scale": np.ones((), np.float32),
+        "params/layers/0/kernel": np.zeros(kernel, np.float32),
+        "params/layers/0/bias": np.zeros(bias, np.float32),
+        "params/layers/1/kernel": np.zeros((16, 10), np.float32),
+        "params/layers/1/bias": np.zeros(10, np.float32),
+    }
+
+
+GROWING = {
+    "bias that is a column": layer((2**19, 1)),
+    "kernel of three axes": layer((16,), (1, 64, 16)),
+    "kernel for other inputs": layer((16,), (63, 16)),
+    "shift that is larger than the inputs": {**layer((16,)), "inputs/shift": np.zeros((2**16, 1, 1), np.float32)},
+}
+
+
+@pytest.mark.parametrize("fault", GROWING)
+def test_weights_that_would_grow_are_refused_before_they_do(fault, copy):
+    tensors = {name: array.tobytes() for name, array in GROWING[fault].items()}
+    header, content = {}, b""
+    for name, array in GROWING[fault].items():
+        places = [len(content), len(content) + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": places}
+        content += tensors[name]
+    seal(copy, weights_safetensors=safetensors(header, content))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="is refused by numpy"):
+        node.load(node.open_bundle(copy), "numpy")
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+EXAMPLES_OF = {
+    "no axis": ((), "U8", (0, 10)),
+    "fewer outputs": ((3, 8, 8), "U8", (2, 10)),
+    "other numbers": ((3, 8, 8), "F32", (3, 10)),
+    "other outputs": ((3, 8, 8), "U8", (3, 9)),
+}
+
+
+@pytest.mark.parametrize("fault", EXAMPLES_OF)
+def test_examples_that_do_not_go_with_the_card_are_told(fault, copy, capsys):
+    inputs, kind, outputs = EXAMPLES_OF[fault]
+    first = int(np.prod(inputs)) * {"U8": 1, "F32": 4}[kind]
+    last = first + 4 * int(np.prod(outputs))
+    header = {
+        "inputs": {"dtype": kind, "shape": inputs, "data_offsets": [0, first]},
+        "outputs": {"dtype": "F32", "shape": outputs, "data_offsets": [first, last]},
+    }
+    seal(copy, examples_safetensors=safetensors(header, b"\0" * last))
+    assert verify.main(["bundle", str(copy)]) == 2
+    assert "whose examples.safetensors make no sense" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:20])
 def test_file_outside_the_folder_is_never_opened(name, copy, monkeypatch):
     card = json.loads((copy / CARD).read_bytes())
@@ -279,11 +397,13 @@ def test_malformed_file_is_refused_though_its_sums_are_right(kind, content, copy
     assert "\n" not in str(refusal.value)
 
 
-def test_onnx_file_reads_no_other_file(copy, tmp_path):
-    """Weights that an ONNX file keeps elsewhere are not looked for, whatever place it names."""
+def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
+    """Weights that an ONNX file keeps elsewhere are not looked for, whatever place it names: not even in memory."""
     onnx = pytest.importorskip("onnx")
     (tmp_path / "secret").write_bytes(b"\0" * 4096)
-    for place in ("secret", "../secret", str(tmp_path / "secret"), "/etc/passwd"):
+    (copy / "secret").write_bytes(b"\0" * 4096)
+    monkeypatch.chdir(tmp_path)
+    for place in ("secret", "./secret", "bundle/secret", "../secret", str(tmp_path / "secret"), "*/_ORT_MEM_ADDR_/*"):
         model = onnx.load_from_string((copy / "model.onnx").read_bytes())
         kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2)
         kernel.ClearField("raw_data")

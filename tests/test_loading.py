@@ -99,19 +99,23 @@ def test_run_leaves_as_a_bundle(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nowhere"], "RUN_DIR must be the folder of a run of python -m ctde_jax.train"),
+        (["nowhere"], "RUN must be the folder of a run of python -m ctde_jax.train"),
         (["run", "--formats", "onyx"], "--formats must be one of numpy, onnx"),
-        (["run", "--to", "mine"], "FOLDER must be new or a bundle"),
+        (["run", "--to", "mine"], "--to must be new or a bundle"),
+        (["run", "--to", "/proc/none/bundle"], "--to must be a folder that can be written to and has room"),
+        (["run", "--to", "run/config.json/bundle"], "--to must be a folder that can be written to and has room"),
+        (["silent"], "RUN must have metrics.jsonl, which silent has not: No such file"),
         (["run", "--examples", "-1"], "--examples must be at least 0, got -1"),
-        (["empty"], "RUN_DIR must have a checkpoint, and empty has none yet"),
-        (["other"], "RUN_DIR must lead to a checkpoint of the same model"),
-        (["run/checkpoints/step-00000020"], "RUN_DIR must lead to an intact checkpoint"),
+        (["empty"], "RUN must have a checkpoint, and empty has none yet"),
+        (["other"], "RUN must lead to a checkpoint of the same model"),
+        (["run/checkpoints/step-00000020"], "RUN must lead to an intact checkpoint"),
     ],
 )
 def test_mistake_is_a_sentence(arguments, sentence, capsys):
     trained()
-    for name in ("empty", "other"):
+    for name in ("empty", "other", "silent"):
         shutil.copytree("run", name)
+    Path("silent/metrics.jsonl").unlink()
     shutil.rmtree("empty/checkpoints")
     saved = json.loads(Path("other/config.json").read_text())
     Path("other/config.json").write_text(json.dumps({**saved, "widths": [13]}))
@@ -121,3 +125,11 @@ def test_mistake_is_a_sentence(arguments, sentence, capsys):
     capsys.readouterr()
     assert main(arguments) == 2
     assert f"error: {sentence}" in capsys.readouterr().err
+
+
+def test_bundle_of_a_checkpoint_is_not_written_into_it(capsys):
+    """For there it would be gone with the checkpoint, and the checkpoint no longer as it was written."""
+    trained()
+    assert main(["run/checkpoints/step-00000020", "--formats", "numpy"]) == 0
+    assert ctde.open_bundle("run/bundle").card.facts["training"]["step"] == 20
+    assert "bundle" not in {path.name for path in Path("run/checkpoints/step-00000020").iterdir()}

@@ -41,7 +41,7 @@ def write(bundle: Bundle, runtime: str, prompt: str, length: int, temperature: f
             number is out of range.
     """
     vocabulary = bundle.card.vocabulary
-    if not vocabulary:
+    if not vocabulary or bundle.card.predicts != "tokens":
         raise InputError("prompt", f"goes with a language model, and {bundle.folder} is none.")
     check_at_least(1, length=length)
     check_at_least(0, seed=seed)

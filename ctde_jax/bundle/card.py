@@ -28,9 +28,11 @@ T = TypeVar("T")
 FORMAT = 1
 CARD, SUMS, WEIGHTS, EXAMPLES = "card.json", "SHA256SUMS", "weights.safetensors", "examples.safetensors"
 DTYPES = ("uint8", "int32", "float32")
-_LONGEST_CARD = 2**26
+_LONGEST_CARD = 2**23
 _LARGEST_ARRAY = 2**28
 """Numbers in one input or output."""
+
+_MOST_AXES = 32
 
 Facts = Mapping[str, Any]
 """What JSON can say."""
@@ -185,7 +187,7 @@ def _parse(facts: Any) -> Card:
     artifacts = {name: _artifact(name, said, files) for name, said in _take(facts, "artifacts", dict).items()}
     if layers is not None and WEIGHTS not in files:
         raise _Odd(f"has layers without {WEIGHTS}")
-    return Card(
+    card = Card(
         predicts=_one_of("predicts", facts.get("predicts"), ("anything", "classes", "tokens")),
         input_shape=_shape("input", inputs.get("shape")),
         input_dtype=_one_of("input", inputs.get("dtype"), DTYPES),
@@ -200,6 +202,15 @@ def _parse(facts: Any) -> Card:
         versions={name: str(version) for name, version in _take(facts, "versions", dict).items()},
         facts=facts,
     )
+    axes = {"classes": 1, "tokens": 2}.get(card.predicts)
+    names = card.vocabulary if card.predicts == "tokens" else card.classes
+    if axes is not None and (len(card.output_shape) != axes or len(names) > card.output_shape[-1]):
+        raise _Odd(
+            f"says that outputs of the shape {list(card.output_shape)} are {card.predicts}, {len(names)} of them"
+        )
+    if axes == 2 and card.vocabulary and (card.input_shape, card.input_dtype) != (card.output_shape[:1], "int32"):
+        raise _Odd("has a vocabulary, and its input is no tokens")
+    return card
 
 
 def _check(value: Any, kind: type[T], fault: str) -> T:
@@ -227,7 +238,8 @@ def _highest(value: Any) -> int:
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     fault = f"has an odd shape of its {name}"
     lengths = [_check(length, int, fault) for length in _check(value, list, fault)]
-    if min(lengths, default=1) < 1 or prod(lengths) > _LARGEST_ARRAY:
+    is_odd = len(lengths) > _MOST_AXES or not all(0 < length <= _LARGEST_ARRAY for length in lengths)
+    if is_odd or prod(lengths) > _LARGEST_ARRAY:
         raise _Odd(f"has for its {name} the shape {quoted(lengths)}, which no example has")
     return tuple(lengths)
 
@@ -257,7 +269,12 @@ def _artifact(name: str, said: Any, files: Facts) -> Artifact:
     for each in (file, *([] if step is None else [step])):
         if each not in files:
             raise _Odd(f"has the artifact {quoted(name)} in {quoted(each)}, which is none of its files")
-    return Artifact(file, step, _take(said, "receipt", dict))
+    receipt = _take(said, "receipt", dict)
+    fault = f"has an odd receipt of the artifact {quoted(name)}"
+    for number in (receipt.get("relative", 0.0), *_check(receipt.get("measured", {}), dict, fault).values()):
+        if not isinstance(number, float | int):
+            raise _Odd(fault)
+    return Artifact(file, step, receipt)
 
 
 def _layers(said: Facts) -> Layers:
@@ -276,6 +293,8 @@ def _read(folder: Path, name: str, most: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise _faulty(folder, f"{name} cannot be read ({error.strerror})", "copy the bundle again") from error
+    except MemoryError as error:
+        raise _faulty(folder, f"{name} is larger than the memory here", "take another machine") from error
 
 
 def _faulty(folder: Path, fault: str, way_out: str) -> InputError:

@@ -1,8 +1,9 @@
 """Command lines that a node has, too: mistakes are sentences, and nothing is imported for them."""
 
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from ctde_jax.errors import InputError
@@ -20,17 +21,23 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-def run(command: Callable[[], Any], places: tuple[str, ...]) -> int:
+def run(command: Callable[[], Any], names: Mapping[str, str]) -> int:
     """Runs a command, and returns its exit status: 2 for a mistake, of which it prints a sentence.
 
     Args:
         command: What to do.
-        places: Which arguments of the library are places on the command line and no options, such as `bundle`.
+        names: How the command line calls arguments of the library that are no options of that name there.
     """
     try:
         command()
+        sys.stdout.flush()
     except InputError as error:
-        option = error.option.upper() if error.option in places else "--" + error.option.replace("_", "-")
+        option = names.get(error.option) or "--" + error.option.replace("_", "-")
         print(f"error: {option} {error.sentence}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads on, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0

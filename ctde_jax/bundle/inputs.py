@@ -26,12 +26,30 @@ class Examples(NamedTuple):
     labels: np.ndarray | None  # int32[examples] or int32[examples, length]
 
 
-def read(paths: Sequence[Path], card: Card, label_column: str | None = None) -> Examples:
+def read(paths: Sequence[Path], card: Card, label_column: str | None = None, *, labeled: bool = False) -> Examples:
     """Reads examples from one file of arrays or numbers, or from several pictures.
 
+    Args:
+        paths: Of the files.
+        card: What the examples are for.
+        label_column: Of a .csv file; by default the last, where there is one more than an example has numbers.
+        labeled: Whether labels are wanted, too. Else they are passed over.
+
     Raises:
-        InputError: A file cannot be read, or what it holds does not fit the card.
+        InputError: A file cannot be read, what it holds does not fit the card, or labels are wanted and there are none.
     """
+    if labeled and card.predicts == "anything":
+        raise InputError("input", "is scored for classes or texts; what this model is scored by only its author knows.")
+    examples = _read(paths, card, label_column, labeled)
+    if labeled and examples.labels is None:
+        raise InputError("input", f"needs labels: {LABELS} in a .npz file, or one more column in a .csv file.")
+    if examples.labels is not None and len(examples.labels) != len(examples.inputs):
+        fault = f"has {len(examples.labels)} labels for {len(examples.inputs)} examples"
+        raise _faulty(paths[0], fault, "give one for each")
+    return examples
+
+
+def _read(paths: Sequence[Path], card: Card, label_column: str | None, labeled: bool) -> Examples:
     kinds = {path.suffix.lower() for path in paths}
     if len(paths) > 1 and kinds != {".png"}:
         raise InputError("input", f"must be one file, or several .png files, got {', '.join(map(str, paths))}.")
@@ -41,9 +59,9 @@ def read(paths: Sequence[Path], card: Card, label_column: str | None = None) -> 
         case ".npy":
             return Examples(_fitting(paths[0], _array(paths[0]), card), None)
         case ".npz":
-            return _of_npz(paths[0], card)
+            return _of_npz(paths[0], card, labeled)
         case ".csv":
-            return _of_csv(paths[0], card, label_column)
+            return _of_csv(paths[0], card, label_column, labeled)
         case ".png":
             return Examples(np.stack([_of_png(path, card) for path in paths]), None)
         case other:
@@ -63,7 +81,7 @@ def _array(path: Path) -> np.ndarray:
         raise _faulty(path, f"is no whole .npy file ({shortened(str(error))})", "save it with numpy.save") from error
 
 
-def _of_npz(path: Path, card: Card) -> Examples:
+def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
     try:
         with warnings.catch_warnings(action="ignore"), np.load(path, allow_pickle=False) as archive:
             if sum(member.file_size for member in archive.zip.infolist()) > _MOST_BYTES:
@@ -72,7 +90,7 @@ def _of_npz(path: Path, card: Card) -> Examples:
             inputs = INPUTS if INPUTS in names else names[0] if len(names) == 1 else None
             if inputs is None:
                 raise _faulty(path, f"has the arrays {', '.join(names[:9]) or 'none'}", f"call its inputs {INPUTS}")
-            arrays = archive[inputs], archive[LABELS] if LABELS in names else None
+            arrays = archive[inputs], archive[LABELS] if labeled and LABELS in names else None
     except InputError:
         raise
     except Exception as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
@@ -118,10 +136,11 @@ def _checked_tokens(path: Path, inputs: np.ndarray, card: Card) -> np.ndarray:
     return inputs
 
 
-def _of_csv(path: Path, card: Card, label_column: str | None) -> Examples:
+def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> Examples:
     rows = _rows(path)
     width = math.prod(card.input_shape)
-    header = rows[0] if any(_number(cell) is None for cell in rows[0][:width]) else None
+    is_counted = width > 1 and rows[0][:width] == [str(place) for place in range(width)]  # as pandas names columns
+    header = rows[0] if is_counted or any(_number(cell) is None for cell in rows[0][:width]) else None
     if header is not None and len(rows) == 1:
         raise _faulty(path, "has a header line and no examples", "add one line for each example")
     names = header or []
@@ -140,15 +159,20 @@ def _of_csv(path: Path, card: Card, label_column: str | None) -> Examples:
             if _number(cell) is None:
                 raise _faulty(path, f"has {quoted(cell)} in example {line - bool(header)}", "give a number")
     numbers = np.array([[_number(cell) for cell in cells] for cells in inputs]).reshape(-1, *card.input_shape)
-    labels = None if label is None else _labels_of_words(path, [cells[label] for cells in examples], card)
-    return Examples(_fitting(path, numbers, card), labels)
+    inputs = _fitting(path, numbers, card)
+    if label is None or not labeled:
+        return Examples(inputs, None)
+    return Examples(inputs, _labels_of_words(path, [cells[label] for cells in examples], card))
 
 
 def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
-    place = {name: number for number, name in enumerate(card.classes)}
+    if card.predicts != "classes":
+        raise _faulty(path, "has one label for each example", "give those of every place in a .npz file")
+    names = card.classes or [str(number) for number in range(card.output_shape[0])]
+    place = {name: number for number, name in enumerate(names)}
     unknown = [word for word in words if word not in place]
     if unknown:
-        raise _faulty(path, f"has the label {quoted(unknown[0])}", f"give one of {', '.join(card.classes[:20])}")
+        raise _faulty(path, f"has the label {quoted(unknown[0])}", f"give one of {', '.join(names[:20])}")
     return np.array([place[word] for word in words], np.int32)
 
 
@@ -187,7 +211,13 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
             if (picture.height, picture.width) != shape[:2]:
                 fault = f"has {picture.height} x {picture.width} pixels"
                 raise _faulty(path, fault, f"give a picture of {shape[0]} x {shape[1]}")
-            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.float64)
+            if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+                raise _faulty(path, "has transparent pixels", "save it without")
+            is_deep = picture.mode.startswith("I")  # 16 bits, which convert() would cut off
+            plain = picture if is_deep else picture.convert("L" if channels == 1 else "RGB")
+            pixels = np.asarray(plain, np.float64) / (257 if is_deep else 1)
+            if is_deep and channels == 3:
+                pixels = np.repeat(pixels[..., None], 3, axis=-1)
     except InputError:
         raise
     except Exception as error:  # of a malformed picture

@@ -1,6 +1,7 @@
 """A chain of dense layers with numpy: what it takes to run a perceptron is a product of matrices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 import numpy as np
 
@@ -26,14 +27,24 @@ ACTIVATIONS: Mapping[Activation, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def make_predict(layers: Layers, weights: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """Makes the function from raw inputs `[examples, ...]` to outputs, float32 `[examples, outputs]`.
+def make_predict(
+    layers: Layers, weights: Mapping[str, np.ndarray], input_shape: Sequence[int]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Makes the function from raw inputs `[examples, *input_shape]` to outputs, float32 `[examples, outputs]`.
 
     Raises:
         KeyError: The weights lack a layer.
+        ValueError: An array does not go with the one before it.
     """
     activate, shift, scale = ACTIVATIONS[layers.activation], weights[SHIFT], weights[SCALE]
     dense = [(weights[name], weights.get(_bias(name))) for name in layers.kernels]
+    if any(np.broadcast_shapes(each.shape, (1, *input_shape)) != (1, *input_shape) for each in (shift, scale)):
+        raise ValueError("inputs are of another shape than what is subtracted or multiplied")
+    width = prod(input_shape)
+    for kernel, bias in dense:
+        if kernel.ndim != 2 or len(kernel) != width or (bias is not None and bias.shape != kernel.shape[1:]):
+            raise ValueError("a layer does not go with the one before it")
+        width = kernel.shape[1]
 
     def predict(inputs: np.ndarray) -> np.ndarray:
         x = ((inputs.astype(np.float32) - shift) * scale).reshape(len(inputs), -1)

@@ -1,5 +1,6 @@
 """What runs a bundle: numpy for perceptrons, ONNX Runtime, LiteRT, or JAX; each is imported when it is asked for."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctde_jax.bundle import perceptron, tensors
-from ctde_jax.bundle.card import WEIGHTS, Bundle
+from ctde_jax.bundle.card import CARD, WEIGHTS, Bundle
 from ctde_jax.errors import InputError, check_known, shortened
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -24,7 +25,7 @@ Step = Callable[[np.ndarray, Carry], tuple[np.ndarray, Carry]]
 class Runtime(NamedTuple):
     """A way to run a model."""
 
-    package: str
+    packages: tuple[str, ...]
     """What it imports."""
 
     install: str
@@ -42,12 +43,13 @@ def load(bundle: Bundle, runtime: str) -> Predict:
     """
     run = _load(bundle, runtime, bundle.card.artifacts[_known(bundle, runtime)].file)
     shape, dtype = bundle.card.input_shape, bundle.card.input_dtype
+    like = [bundle.card.output_shape]
 
     def predict(inputs: np.ndarray) -> np.ndarray:
         if inputs.shape[1:] != shape or inputs.dtype != dtype:
             rule = f"must be {dtype}, examples of the shape {list(shape)}"
             raise InputError("input", f"{rule}, got {inputs.dtype} of the shape {list(inputs.shape[1:])}.")
-        (outputs,) = run(inputs)
+        (outputs,) = _checked(bundle, run, like, inputs)
         return outputs
 
     return predict
@@ -62,10 +64,12 @@ def load_step(bundle: Bundle, runtime: str) -> Step | None:
     file = bundle.card.artifacts[_known(bundle, runtime)].step
     if file is None:
         return None
-    run = _load(bundle, runtime, file)
+    run, card = _load(bundle, runtime, file), bundle.card
+    of_a_place = {"tokens": card.output_shape[1:], "classes": card.output_shape, "anything": None}[card.predicts]
+    like = [of_a_place, *card.carry]
 
     def step(inputs: np.ndarray, carry: Carry) -> tuple[np.ndarray, Carry]:
-        outputs, *carry = run(inputs, *carry)
+        outputs, *carry = _checked(bundle, run, like, inputs, *carry)
         return outputs, carry
 
     return step
@@ -86,7 +90,7 @@ def pick(bundle: Bundle) -> str:
 
 def is_installed(runtime: str) -> bool:
     """Says whether a runtime can be used here."""
-    return find_spec(RUNTIMES[runtime].package) is not None
+    return all(find_spec(package) is not None for package in RUNTIMES[runtime].packages)
 
 
 def _known(bundle: Bundle, runtime: str) -> str:
@@ -107,14 +111,38 @@ def _load(bundle: Bundle, runtime: str, file: str) -> Callable[..., Sequence[np.
     except InputError:
         raise
     except Exception as error:  # of whatever type the runtime has for it
-        fault = f"{file} is refused by {own.package} ({shortened(str(error))})"
+        fault = f"{file} is refused by {own.packages[0]} ({shortened(str(error))})"
+        way_out = f"install a newer {own.packages[0]}, or export the model again"
+        raise InputError("bundle", f"names {bundle.folder}, whose {fault}: {way_out}.") from error
+
+
+def _checked(
+    bundle: Bundle,
+    run: Callable[..., Sequence[np.ndarray]],
+    like: Sequence[tuple[int, ...] | None],
+    *inputs: np.ndarray,
+) -> Sequence[np.ndarray]:
+    """Runs a model, whose outputs must be what the card says of their shapes, where it says something."""
+    try:
+        outputs = run(*inputs)
+    except Exception as error:  # of whatever type the runtime has for it
+        fault = f"model does not run on what {CARD} says that it reads ({shortened(str(error))})"
         raise InputError("bundle", f"names {bundle.folder}, whose {fault}: export the model again.") from error
+    fits = [
+        each.dtype == np.float32 and each.shape[1:] == (each.shape[1:] if shape is None else shape)
+        for each, shape in zip(outputs, like, strict=False)
+    ]
+    if len(outputs) != len(like) or not all(fits) or {len(each) for each in outputs} != {len(inputs[0])}:
+        got = ", ".join(f"{each.dtype} {list(each.shape)}" for each in outputs)
+        fault = f"model returns {got} for {len(inputs[0])} examples, which is not what {CARD} says"
+        raise InputError("bundle", f"names {bundle.folder}, whose {fault}: export the model again.")
+    return outputs
 
 
 def _numpy(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]:
     if bundle.card.layers is None:
         raise ValueError(f"the card does not say how {WEIGHTS} make a perceptron")
-    predict = perceptron.make_predict(bundle.card.layers, tensors.parse(content))
+    predict = perceptron.make_predict(bundle.card.layers, tensors.parse(content), bundle.card.input_shape)
     predict(np.zeros((1, *bundle.card.input_shape), bundle.card.input_dtype))  # so what does not fit is found here
     return lambda inputs: [predict(inputs)]
 
@@ -124,6 +152,8 @@ def _onnx(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # A file may say that its weights are in another one, which would be looked for where the process runs.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     return lambda *inputs: [np.asarray(each) for each in session.run(None, dict(zip(names, inputs, strict=True)))]
@@ -162,13 +192,13 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")[:3] if part.isdecimal()]
 
 
-_ONNX: Any = ("onnxruntime", "onnxruntime", _onnx)
+_ONNX = Runtime(("onnxruntime",), "onnxruntime", _onnx)
 RUNTIMES: Mapping[str, Runtime] = {
-    "numpy": Runtime("numpy", "numpy", _numpy),
-    "onnx": Runtime(*_ONNX),
-    "jax": Runtime("jax", "jax flatbuffers", _jax),
-    "litert": Runtime("ai_edge_litert", "ai-edge-litert", _litert),
-    "onnx-int8": Runtime(*_ONNX),
-    "onnx-int8-static": Runtime(*_ONNX),
+    "numpy": Runtime(("numpy",), "numpy", _numpy),
+    "onnx": _ONNX,
+    "jax": Runtime(("jax", "flatbuffers"), "jax flatbuffers", _jax),
+    "litert": Runtime(("ai_edge_litert",), "ai-edge-litert", _litert),
+    "onnx-int8": _ONNX,
+    "onnx-int8-static": _ONNX,
 }
 """By name; what comes first is taken first."""

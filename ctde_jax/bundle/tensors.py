@@ -9,7 +9,9 @@ from math import prod
 
 import numpy as np
 
-_LONGEST_HEADER = 10**8
+_LONGEST_HEADER = 2**23
+_LARGEST = 2**40
+_MOST_AXES = 32
 _DTYPES = {"F32": np.float32, "I32": np.int32, "U8": np.uint8, "I64": np.int64, "F16": np.float16}
 
 
@@ -36,8 +38,10 @@ def parse(content: bytes) -> dict[str, np.ndarray]:
 
 def _array(content: bytes, start: int, said: dict) -> np.ndarray:
     dtype, shape, (first, last) = np.dtype(_DTYPES[said["dtype"]]), said["shape"], said["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-        raise ValueError("a number in it is none")
+    if not all(type(number) is int and 0 <= number < _LARGEST for number in (*shape, first, last)):
+        raise ValueError("a number in it is none, or too large")
+    if len(shape) > _MOST_AXES:
+        raise ValueError("an array has too many axes")
     count = prod(shape)
     if last - first != count * dtype.itemsize or start + last > len(content):
         raise ValueError("an array is longer or shorter than its shape")

@@ -19,13 +19,13 @@ from rich.table import Table
 from ctde_jax import config
 from ctde_jax.bundle.command import Parser, run
 from ctde_jax.export import DEFAULT, FORMATS, Written, write_bundle, write_page
-from ctde_jax.loading import load_run
+from ctde_jax.loading import folder_of, load_run
 from ctde_jax.log import console
 
 
 def main(arguments: Sequence[str]) -> int:
     """Writes a bundle as the options say; returns the exit status, 2 for a mistake."""
-    return run(lambda: _export(_parse(arguments)), places=("run_dir", "folder"))
+    return run(lambda: _export(_parse(arguments)), names={"run_dir": "RUN", "folder": "--to"})
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
@@ -50,7 +50,7 @@ def _export(chosen: Namespace) -> None:
     moved = [("--data-dir", chosen.data_dir), ("--data-file", chosen.data_file)]
     trained, data, options = load_run(chosen.run, [f"{name}={value}" for name, value in moved if value is not None])
     said = config.deciding(options)
-    folder = chosen.to or chosen.run / "bundle"
+    folder = chosen.to or folder_of(chosen.run) / "bundle"
     written = write_bundle(trained, data, folder, chosen.formats, examples=chosen.examples, options={"options": said})
     screen = console()
     screen.print(_table(written))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+from ctde_jax.errors import on_one_line, shortened
 from ctde_jax.export.program import LeftOut, Program
 
 OPSET = 23
@@ -42,13 +43,15 @@ def to_onnx(program: Program, inputs: Sequence[str], outputs: Sequence[str], say
                 input_names=inputs,
                 output_names=outputs,
             )
-    except NotImplementedError as error:
-        raise LeftOut(f"jax2onnx cannot write it ({error})") from error
-    _tidy(model.graph)
-    set_model_props(model, {name: json.dumps(fact, ensure_ascii=False) for name, fact in says.items()})
-    if model.ByteSize() > LARGEST:
-        raise LeftOut("would be larger than 2 GiB")
-    check_model(model, full_check=True)
+        _tidy(model.graph)
+        set_model_props(model, {name: json.dumps(fact, ensure_ascii=False) for name, fact in says.items()})
+        if model.ByteSize() > LARGEST:
+            raise LeftOut("would be larger than 2 GiB")
+        check_model(model, full_check=True)
+    except LeftOut:
+        raise
+    except Exception as error:  # of whatever type it has for what it does not know
+        raise LeftOut(f"jax2onnx cannot write it ({shortened(on_one_line(str(error)))})") from error
     return model.SerializeToString()
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from ctde_jax.bundle.parity import BATCH_SIZES, in_batches, relative_difference
+from ctde_jax.bundle.parity import BATCH_SIZES, difference, in_batches, relative_difference
 from ctde_jax.bundle.runtimes import Carry, Predict, Step
 from ctde_jax.data import Split
 from ctde_jax.tasks import Task
@@ -60,7 +60,7 @@ def compare(predict: Predict, reference: Predict, split: Split, task: Task, adva
         right = found = in_batches(reference, inputs, 64)
         for size in BATCH_SIZES:
             found = in_batches(predict, inputs, size)
-            largest[str(size)] = max(largest[str(size)], float(np.abs(found - right).max()))
+            largest[str(size)] = max(largest[str(size)], float(difference(found, right).max()))
             relative = max(relative, relative_difference(found, right))
             advance()
         for name, values in task.measure(jnp.asarray(found), jnp.asarray(labels)).items():

@@ -1,7 +1,7 @@
 """The parameters by name, and how they make a perceptron, where they do."""
 
 from collections.abc import Mapping
-from itertools import pairwise
+from math import prod
 
 import jax
 import numpy as np
@@ -49,12 +49,14 @@ def find_layers(trained: Trained, weights: Mapping[str, np.ndarray], inputs: np.
     params = {name for name in weights if name.startswith("params/")}
     if not kernels or not params <= {*kernels, *biases} or any(weights[name].ndim != 2 for name in kernels):
         return None
-    widths = [weights[name].shape for name in kernels]
-    if any(before[1] != after[0] for before, after in pairwise(widths)):
+    if any(weights[name].dtype != np.float32 for name in params):
+        return None
+    widths = [prod(inputs.shape[1:]), *(weights[name].shape[1] for name in kernels)]
+    if any(len(weights[name]) != width for name, width in zip(kernels, widths, strict=False)):
         return None
     right = trained.predict(inputs)
     for layers in (Layers(activation, kernels) for activation in perceptron.ACTIVATIONS):
-        found = perceptron.make_predict(layers, weights)(inputs)
+        found = perceptron.make_predict(layers, weights, inputs.shape[1:])(inputs)
         if found.shape == right.shape and np.allclose(found, right, rtol=1e-4, atol=1e-4):
             return layers
     return None
