@@ -69,7 +69,7 @@ def _table(written: Written) -> Table:
     facts = written.bundle.card.facts
     trained, rows = facts["trained_model"], Table(title=f"after {facts['training']['step']:,} steps")
     measures = list(trained["measured"])[:2]
-    for name in ("runtime", "size", "differs by", *measures, "ms for 1", "for 32"):
+    for name in ("runtime", "size", "differs", *measures, "ms of 1", "of 32"):  # which fits into 80 columns
         rows.add_column(name, justify="left" if name == "runtime" else "right")
 
     def add(name: str, size: str, difference: str, said: Mapping[str, Any]) -> None:
