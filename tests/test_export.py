@@ -18,6 +18,7 @@ from ctde_jax.bundle import parity
 from ctde_jax.errors import InputError
 from ctde_jax.export import int8, litert, onnx, write
 from ctde_jax.export.program import LeftOut, make_program
+from ctde_jax.models import count_params
 
 SOON = ("mlp", "linen", "lstm-text")
 """Models that the default suite exports; the others are slow."""
@@ -151,6 +152,16 @@ def test_one_byte_weights_are_smaller_and_never_the_default():
 
 
 @pytest.mark.slow
+def test_weights_of_a_transformer_are_written_in_one_byte():
+    onnx_package = pytest.importorskip("onnx")
+    bundle = bundles.written("transformer", "onnx-int8").bundle
+    arrays = onnx_package.load_from_string(bundle.read("model.int8.onnx")).graph.initializer
+    kinds = (onnx_package.TensorProto.INT8, onnx_package.TensorProto.UINT8)
+    in_one_byte = sum(int(np.prod(array.dims)) for array in arrays if array.data_type in kinds)
+    assert in_one_byte > 0.8 * count_params(bundles.trained("transformer")[0].params)
+
+
+@pytest.mark.slow
 def test_litert_says_the_same_of_what_has_no_loops(tmp_path):
     pytest.importorskip("litert_converter", reason="pip cannot install litert_converter beside this package")
     for name in ("mlp", "cnn", "transformer"):
@@ -165,6 +176,26 @@ def test_litert_that_is_not_here_says_how_to_get_it(monkeypatch, tmp_path):
     trained, data = bundles.trained("mlp")
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["litert", "numpy"], show=False)
     assert "pip install --no-deps litert-converter" in written.left_out["litert"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "is_product"),
+    [
+        ("abc,cd->abd", True),
+        ("ab,bc->ac", True),
+        ("abcd,de->abce", True),
+        ("abc,dc->abd", False),
+        ("abc,cd->adb", False),
+        ("abc,acd->abd", False),
+        ("aba,ac->abc", False),
+        ("abc,cb->ab", False),
+        ("abc->ab", False),
+        ("ab,bc,cd->ad", False),
+    ],
+)
+def test_sum_that_is_a_product_of_matrices_is_told(equation, is_product):
+    """Which ONNX Runtime computes faster, and its tools write in fewer bits."""
+    assert onnx._is_product(equation) is is_product
 
 
 def test_bundle_is_replaced_and_nothing_else_ever_is(tmp_path):

@@ -73,6 +73,10 @@ def _tidy(graph: Any) -> None:
             node.op_type = "MatMul"
             del node.input[2:], node.attribute[:]
     inner = list(_within(graph))
+    for node in (node for each in (graph, *inner) for node in each.node if node.op_type == "Einsum"):
+        if _is_product(node.attribute[0].s.decode()):
+            node.op_type = "MatMul"
+            del node.attribute[:]
     read = {name for each in (graph, *inner) for node in each.node for name in node.input}
     read |= {output.name for each in (graph, *inner) for output in each.output}
     for each in (graph, *inner):
@@ -80,6 +84,16 @@ def _tidy(graph: Any) -> None:
         kept = [tensor for tensor in each.initializer if tensor.name in read]
         del each.initializer[:]
         each.initializer.extend(kept)
+
+
+def _is_product(equation: str) -> bool:
+    """Says whether a sum is that of arrays `[..., inner]` and `[inner, outer]` over the inner axis."""
+    operands, result = equation.replace(" ", "").split("->")
+    left, *right = operands.split(",")
+    if len(right) != 1 or len(right[0]) != 2:
+        return False
+    inner, outer = right[0]
+    return left.endswith(inner) and inner not in left[:-1] and outer not in left and result == left[:-1] + outer
 
 
 def _within(graph: Any) -> Iterator[Any]:
