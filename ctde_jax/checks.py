@@ -34,11 +34,14 @@ def check_run(
     eval_every: int | None,
     log_every: int,
     keep_best: str | None,
+    save_every: int | None = None,
+    keep_checkpoints: int = 1,
 ) -> None:
     """Raises InputError for arguments of `fit` that break a rule, before anything is computed or written."""
     check_types(task=task)
     check_seed(seed)
     check_at_least(1, accumulate=accumulate, patience=patience, eval_every=eval_every, log_every=log_every)
+    check_at_least(1, save_every=save_every, keep_checkpoints=keep_checkpoints)
     check_at_least(0, reestimate_batches=reestimate_batches)
     if batch_size % (replicas * accumulate):
         own = batch_size // replicas

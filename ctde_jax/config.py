@@ -617,8 +617,8 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
             raise InputError(option, f"must be a path, got {quoted(value)}.")
 
 
-_LARGEST = 2**32
-"""Whole numbers are at most this, as JAX counts with 32 bits."""
+_LARGEST = 2**31 - 1
+"""Whole numbers are at most this, as JAX counts with 32 bits, one of them for the sign."""
 
 
 def _can_be_path(value: str) -> bool:

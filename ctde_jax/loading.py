@@ -53,7 +53,8 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         raise InputError(
             "run_dir",
             f"must be the folder of a run of python -m ctde_jax.train, or of its checkpoint, and {path} has no "
-            f"{CONFIG}; what fit has returned in Python need not be loaded.",
+            f"{CONFIG}. A run of fit in Python is loaded by the same call of fit, which reads its checkpoint; give "
+            "write_bundle what it returns.",
         )
     chosen = config.parse(["--config", str(folder / CONFIG), *options])
     found = _read(path) if is_checkpoint else newest_intact(folder / CHECKPOINTS, console().print)

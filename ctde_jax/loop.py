@@ -19,7 +19,7 @@ from ctde_jax.augment import Augment
 from ctde_jax.checkpoint import Checkpoint, open_saver
 from ctde_jax.checks import check_run, check_types
 from ctde_jax.data import Dataset, count_steps, deal, deal_stream
-from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_at_least, check_known
+from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_known
 from ctde_jax.evaluate import make_evaluate
 from ctde_jax.feed import make_feed, shapes, steps_a_piece
 from ctde_jax.gradient import make_gradient
@@ -178,9 +178,10 @@ def fit(
         patience=patience,
         eval_every=eval_every,
         log_every=log_every,
+        save_every=save_every,
         keep_best=keep_best,
+        keep_checkpoints=keep_checkpoints,
     )
-    check_at_least(1, save_every=save_every, keep_checkpoints=keep_checkpoints)
     check_known("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
     if branch_from is not None and run_dir is None:
         raise InputError("branch_from", "needs a run_dir, the folder of the new run.")

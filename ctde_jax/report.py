@@ -152,7 +152,9 @@ def _describe_inputs(data: Dataset) -> str:
 def result(trained: Trained, folder: Path) -> Table:
     """Says what came of a run, and where its time went."""
     tested = trained.tested
-    title = f"interrupted at step {trained.step:,}" if trained.interrupted else f"after {trained.step:,} steps"
+    title = f"after {trained.step:,} steps"
+    if trained.interrupted:
+        title = f"interrupted at step {trained.step:,}; the same command with --run-dir {folder} goes on"
     if trained.step < trained.history[-1]["step"]:
         title += ", the best of those evaluated"
     table = Table(title=title, show_header=False)

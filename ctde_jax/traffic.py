@@ -126,7 +126,8 @@ def summary(traffic: Traffic, params: int, replicas: int) -> str:
     often = f"every {traffic.round_steps} steps" if traffic.round_steps > 1 else "at every step"
     launches = f"{traffic.launches:,} launch{'es' if traffic.launches > 1 else ''}"
     most = "" if traffic.certain else "at most "
-    return (
-        f"each device sends {most}{decimal(round(traffic.sent))} {often} in {launches}, "
-        f"{fewer:,.3g} times fewer bytes than float32 gradients at every step"
-    )
+    says = f"each device sends {most}{decimal(round(traffic.sent))} {often} in {launches}"
+    if abs(fewer - 1) < 0.05:
+        return says
+    share = f"{fewer:,.3g} times fewer bytes than" if fewer > 1 else f"{1 / fewer:,.3g} times the bytes of"
+    return f"{says}, {share} float32 gradients at every step"

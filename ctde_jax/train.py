@@ -71,6 +71,9 @@ def _outcome(config: options.Config, started: float, meeting: "ctde.hosts.Meetin
     except KeyboardInterrupt:
         return 130, "interrupted twice; what was measured is in the run's folder"
     except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            said = " ".join(str(error).split()[:12]) or "no more to be had"
+            return 2, f"memory does not suffice ({said}): take a smaller model, or a lower --batch-size."
         if meeting is None:
             raise
         if ctde.hosts.may_be_lost(error):
@@ -111,7 +114,9 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "patience": chosen.patience,
         "eval_every": config.run.eval_every,
         "log_every": config.run.log_every,
+        "save_every": config.run.save_every,
         "keep_best": config.run.keep_best,
+        "keep_checkpoints": config.run.keep_checkpoints,
     }
     ctde.checks.check_run(model, data, strategy, task, len(devices), **habits)
     deciding = options.deciding(config)
@@ -147,8 +152,6 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
             resume=config.run.resume == "auto",
             branch_from=config.run.branch_from,
             on_nonfinite=chosen.on_nonfinite,
-            save_every=config.run.save_every,
-            keep_checkpoints=config.run.keep_checkpoints,
             options=deciding,
             describe=describe,
             **habits,

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctde_jax.bundle import open_bundle, parity
+from ctde_jax.bundle import RUNTIMES, open_bundle, parity
 from ctde_jax.bundle.card import EXAMPLES
 from ctde_jax.bundle.command import Parser, run
 from ctde_jax.bundle.inputs import read
@@ -78,7 +78,7 @@ def _bundle(arguments: Sequence[str]) -> int:
         tried, wrong = [], []
         for name, found in parity.repeat(bundle).items():
             if found is None:
-                print(f"{name}: not installed here, so not tried")
+                print(f"{name}: not installed here, so not tried; `pip install {RUNTIMES[name].install}`")
                 continue
             says = [f"differs by {found.relative:.1e} in {found.examples:,} examples"] if found.examples else []
             if examples is not None:
@@ -90,7 +90,7 @@ def _bundle(arguments: Sequence[str]) -> int:
             if not found.holds:
                 wrong.append(f"{name} differs from the trained model by more than {found.allowed:.1e}")
         if not tried:
-            raise InputError("runtime", "must be installed, at least one of those of the bundle.")
+            raise InputError("bundle", "has none of its runtimes here; install one of them.")
         status = _say(wrong, f"every file is as it was written, and {_sayings(tried)}")
 
     return run(prove, names={"bundle": "FOLDER"}) or status

@@ -105,6 +105,8 @@ def test_run_leaves_as_a_bundle(capsys):
         (["run", "--to", "/proc/none/bundle"], "--to must be a folder that can be written to and has room"),
         (["run", "--to", "run/config.json/bundle"], "--to must be a folder that can be written to and has room"),
         (["silent"], "RUN must have metrics.jsonl, which silent has not: No such file"),
+        (["run", "--formats", "numpy", "--web", "page"], "--web needs the format onnx, and --formats are numpy"),
+        (["run", "--web", "mine"], "--web must be new, empty, or a page that was written before, and mine"),
         (["run", "--examples", "-1"], "--examples must be at least 0, got -1"),
         (["empty"], "RUN must have a checkpoint, and empty has none yet"),
         (["other"], "RUN must lead to a checkpoint of the same model"),
@@ -122,6 +124,7 @@ def test_mistake_is_a_sentence(arguments, sentence, capsys):
     with Path("run/checkpoints/step-00000020/tensors.safetensors").open("ab") as file:
         file.write(b"0")
     Path("mine").mkdir()
+    Path("mine/thesis.txt").touch()
     capsys.readouterr()
     assert main(arguments) == 2
     assert f"error: {sentence}" in capsys.readouterr().err

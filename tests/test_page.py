@@ -682,6 +682,20 @@ def test_phone_shows_a_refusal(phone, server, text_pages):
     assert is_on_screen(phone, "trouble")
 
 
+def test_page_replaces_nothing_but_a_page(digits_page, root, tmp_path):
+    """Neither a home page, nor a page to which something was added."""
+    bundle = ctde.open_bundle(root / "digits-bundle")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "index.html").write_text("my home page")
+    shutil.copytree(digits_page.folder, tmp_path / "page")
+    write_page(bundle, tmp_path / "page")
+    (tmp_path / "page" / "notes.txt").touch()
+    for name in ("home", "page"):
+        with pytest.raises(InputError, match="web must be new, empty, or a page that was written before"):
+            write_page(bundle, tmp_path / name)
+    assert (tmp_path / "home" / "index.html").read_text() == "my home page"
+
+
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
 def test_what_npm_cannot_fetch_is_a_sentence_with_its_reason(digits_page, root, tmp_path, monkeypatch):
     bundle = ctde.open_bundle(root / "digits-bundle")

@@ -39,7 +39,7 @@ def test_transcript_is_what_the_first_command_prints(tmp_path):
 
 @pytest.mark.slow
 def test_other_commands_run(tmp_path):
-    (tmp_path / "mine.txt").write_text(README[:16000])
+    (tmp_path / "mine.txt").write_text(README[:12000])
     commands = [block.strip() for block in blocks(README, "bash") if block.startswith("python -m ctde_jax")]
     assert commands
     says = {

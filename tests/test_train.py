@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import ctde_jax as ctde
 from ctde_jax import build, config, data, train
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
@@ -245,6 +247,9 @@ MISTAKES = {
     "--epochs 3 --steps 4": "--epochs and --steps exclude each other",
     "--epochs many": "--epochs must be a whole number, got 'many'.",
     "--widths 0": "--widths must be at least 1, got 0.",
+    "--widths 4294967295": "--widths must be at most 2147483647, got '4294967295'.",
+    "--save-every 0": "--save-every must be at least 1, got 0.",
+    "--keep-checkpoints 0": "--keep-checkpoints must be at least 1, got 0.",
     "--dataset mnits": "did you mean 'mnist'?",
     "--batchsize 3": "--batchsize is no option; did you mean '--batch-size'?",
     "--dataset npz": "--data-file must name your file for --dataset npz, got none.",
@@ -321,6 +326,29 @@ def test_read_only_run_folder_gets_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert train.main([*QUICK, "--run-dir", str(tmp_path / "run")]) == 2
     assert "--run-dir must be a folder that can be written to and has room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627520 bytes.\nStack:"),
+        MemoryError("Unable to allocate 745. GiB for an array"),
+        MemoryError(),
+    ],
+    ids=["on a device", "numpy's", "Python's"],
+)
+def test_model_that_is_too_large_gets_a_sentence(tmp_path, monkeypatch, capsys, error):
+    """Simulated: a system may promise memory that it does not have, and then kill who asks for it."""
+
+    def raise_it(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ctde, "fit", raise_it)
+    assert train.main([*QUICK, "--run-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: memory does not suffice (")
+    assert said.endswith("): take a smaller model, or a lower --batch-size.\n")
+    assert said.count("\n") == 1
 
 
 def test_mistake_costs_no_import_of_jax():

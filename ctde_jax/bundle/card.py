@@ -139,6 +139,8 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("bundle", f"must be the folder of a bundle, and {quoted(str(folder))} is no folder.")
+    if not (folder / CARD).exists() and (folder / "bundle" / CARD).exists():
+        raise InputError("bundle", f"must be the folder of a bundle, which in {folder} is {folder / 'bundle'}.")
     content = _read(folder, CARD, _LONGEST_CARD)
     found = sha256(content).hexdigest()
     sums = _read(folder, SUMS, _LONGEST_CARD)

@@ -16,6 +16,7 @@ from ctde_jax.errors import InputError, quoted, shortened
 INPUTS, LABELS = "x_test", "y_test"
 """What these arrays of a .npz file are called, as where they come from for training."""
 
+_KINDS = {".npy", ".npz", ".csv", ".png"}
 _MOST_BYTES = 2**33
 
 
@@ -55,6 +56,9 @@ def _read(paths: Sequence[Path], card: Card, label_column: str | None, labeled: 
         raise InputError("input", f"must be one file, or several .png files, got {', '.join(map(str, paths))}.")
     if label_column is not None and kinds != {".csv"}:
         raise InputError("label_column", f"goes with a .csv file, got {paths[0]}.")
+    for path in paths:
+        if kinds <= _KINDS and not path.is_file():
+            raise InputError("input", f"must be a file, and there is none at {path}.")
     match kinds.pop():
         case ".npy":
             return Examples(_fitting(paths[0], _array(paths[0]), card), None)

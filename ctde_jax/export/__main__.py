@@ -19,6 +19,7 @@ from rich.table import Table
 from ctde_jax import config
 from ctde_jax.bundle.command import Parser, run
 from ctde_jax.export import DEFAULT, FORMATS, Written, write_bundle, write_page
+from ctde_jax.export.web import check_page
 from ctde_jax.loading import folder_of, load_run
 from ctde_jax.log import console
 
@@ -47,6 +48,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 
 def _export(chosen: Namespace) -> None:
+    if chosen.web is not None:
+        check_page(chosen.web, chosen.formats)
     moved = [("--data-dir", chosen.data_dir), ("--data-file", chosen.data_file)]
     trained, data, options = load_run(chosen.run, [f"{name}={value}" for name, value in moved if value is not None])
     said = config.deciding(options)

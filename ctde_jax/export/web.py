@@ -9,7 +9,9 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from hashlib import sha256, sha512
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +32,23 @@ RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-thre
 The page has the scripts as `.js`: not every server knows that `.mjs` is a script.
 """
 
+SUMS_OF_RUNTIME = "ort/files.json"
 PAGE = ("index.html", "page.css", "page.js", "common.js", "pictures.js", "ink.js", "texts.js")
+
+
+def check_page(folder: Path, formats: Sequence[str]) -> None:
+    """Finds out before an export whether there can be a page of it.
+
+    Raises:
+        InputError: The folder has anything but a page in it, there will be no ONNX file, or npm is needed and not here.
+    """
+    if "onnx" not in formats:
+        raise InputError("web", f"needs the format onnx, and --formats are {' '.join(formats)}.")
+    if find_spec("jax2onnx") is None:
+        raise InputError("web", "needs the format onnx, and so `pip install 'ctde_jax[onnx]'`.")
+    if not _kept().exists():
+        _find_npm()
+    _check_replaceable(folder)
 
 
 def write_page(bundle: Bundle, folder: Path | str) -> Path:
@@ -38,18 +56,19 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
 
     Args:
         bundle: Of a model that reads pictures of uint8 or texts.
-        folder: Is made; what is there of these names is replaced.
+        folder: Is made; a page that is there already is replaced.
 
     Returns:
         The folder. A browser must get its files from a server, such as `python -m http.server`.
 
     Raises:
         InputError: The bundle has no ONNX file, its model reads something else, npm is not there or cannot fetch the
-            runtime, or the folder cannot be written to.
+            runtime, or the folder is something else or cannot be written to.
     """
     card, folder = bundle.card, Path(folder)
     if "onnx" not in card.artifacts:
         raise InputError("web", "needs the format onnx, which the bundle does not have.")
+    _check_replaceable(folder)
     if not (_reads_pictures(card) or card.predicts == "tokens"):
         reads = f"{card.input_dtype} of the shape {list(card.input_shape)}"
         raise InputError("web", f"goes with texts, and with pictures in 1 or 3 channels, and the model reads {reads}.")
@@ -59,7 +78,7 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     contents |= {name: (Path(__file__).parent / "page" / name).read_bytes() for name in PAGE}
     runtime = {f"ort/{name.replace('.mjs', '.js')}": content for name, content in _runtime().items()}
     said = {name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in runtime.items()}
-    contents |= {**runtime, "ort/files.json": json.dumps(said, indent=1).encode()}
+    contents |= {**runtime, SUMS_OF_RUNTIME: json.dumps(said, indent=1).encode()}
     try:
         (folder / "ort").mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -80,7 +99,7 @@ def _reads_pictures(card: Card) -> bool:
 
 def _runtime() -> dict[str, bytes]:
     """Takes the files of the runtime out of its package, which is fetched where the cache does not have it."""
-    kept = user_cache_path("ctde_jax") / "npm" / f"{PACKAGE.replace('@', '-')}.tgz"
+    kept = _kept()
     if not kept.exists() or sha512(kept.read_bytes()).hexdigest() != SHA512:
         try:
             _fetch(kept)
@@ -91,11 +110,29 @@ def _runtime() -> dict[str, bytes]:
         return {name: member.read() for name, member in members.items() if member}
 
 
-def _fetch(kept: Path) -> None:
-    """Lets npm fetch the package, and keeps it if it is the one that is pinned."""
+def _check_replaceable(folder: Path) -> None:
+    """Lets nothing be replaced but a page."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
+    if names and not (names <= {*PAGE, CARD, "model.onnx", "step.onnx", "ort"} and (folder / SUMS_OF_RUNTIME).exists()):
+        raise InputError(
+            "web", f"must be new, empty, or a page that was written before, and {folder} is none of these."
+        )
+
+
+def _find_npm() -> str:
     npm = shutil.which("npm")
     if npm is None:
         raise InputError("web", f"needs npm, of https://nodejs.org, to fetch {PACKAGE} once; it is not installed here.")
+    return npm
+
+
+def _kept() -> Path:
+    return user_cache_path("ctde_jax") / "npm" / f"{PACKAGE.replace('@', '-')}.tgz"
+
+
+def _fetch(kept: Path) -> None:
+    """Lets npm fetch the package, and keeps it if it is the one that is pinned."""
+    npm = _find_npm()
     kept.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, text=True)
