@@ -77,8 +77,8 @@ def _table(written: Written) -> Table:
 
     def add(name: str, size: str, difference: str, said: Mapping[str, Any]) -> None:
         measured = [f"{said['measured'][measure]:.4f}" for measure in measures]
-        taken = [f"{said['milliseconds'][batch][1]:.3f}" for batch in ("1", "32")]
-        rows.add_row(name, size, difference, *measured, *taken)
+        taken = [said["milliseconds"][batch][1] for batch in ("1", "32")]
+        rows.add_row(name, size, difference, *measured, *(f"{ms:.{3 if ms < 10 else 1}f}" for ms in taken))
 
     add("trained (jit)", "", "", trained)
     for name, artifact in written.bundle.card.artifacts.items():
