@@ -35,8 +35,8 @@ def prove_resume(arguments: Sequence[str]) -> Verdict:
         command = [sys.executable, "-m", "ctde_jax.train", *arguments, "--run-dir"]
         with screen.status("training without a break"):
             _end([*command, str(whole)])
-        saved = checkpoint.steps(whole / CHECKPOINTS)
-        first, last = min(saved), max(saved)
+        taken = checkpoint.steps(whole / CHECKPOINTS)
+        first, last = min(taken), max(taken)
         every, kills = chosen.run.save_every or chosen.run.log_every, 0
         if chosen.run.save_every is None:  # about once a minute, so a short run would have none on the way
             command[-1:-1] = ["--save-every", str(every)]

@@ -25,6 +25,7 @@ from ctde_jax import execute, verify
 from ctde_jax.bundle import card as card_module
 from ctde_jax.bundle.card import CARD, EXAMPLES, SUMS, WEIGHTS
 from ctde_jax.errors import InputError
+from ctde_jax.export.weights import to_safetensors
 
 FILES = (CARD, SUMS, WEIGHTS, EXAMPLES, "model.onnx", "model.stablehlo")
 USED = {WEIGHTS: "numpy", "model.onnx": "onnx", "model.stablehlo": "jax"}
@@ -263,13 +264,7 @@ GROWING = {
 
 @pytest.mark.parametrize("fault", GROWING)
 def test_weights_that_would_grow_are_refused_before_they_do(fault, copy):
-    tensors = {name: array.tobytes() for name, array in GROWING[fault].items()}
-    header, content = {}, b""
-    for name, array in GROWING[fault].items():
-        places = [len(content), len(content) + array.nbytes]
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": places}
-        content += tensors[name]
-    seal(copy, weights_safetensors=safetensors(header, content))
+    seal(copy, weights_safetensors=to_safetensors(GROWING[fault]))
     tracemalloc.start()
     with pytest.raises(InputError, match="is refused by numpy"):
         node.load(node.open_bundle(copy), "numpy")
@@ -278,23 +273,18 @@ def test_weights_that_would_grow_are_refused_before_they_do(fault, copy):
 
 
 EXAMPLES_OF = {
-    "no axis": ((), "U8", (0, 10)),
-    "fewer outputs": ((3, 8, 8), "U8", (2, 10)),
-    "other numbers": ((3, 8, 8), "F32", (3, 10)),
-    "other outputs": ((3, 8, 8), "U8", (3, 9)),
+    "no axis": ((), np.uint8, (0, 10)),
+    "fewer outputs": ((3, 8, 8), np.uint8, (2, 10)),
+    "other numbers": ((3, 8, 8), np.float32, (3, 10)),
+    "other outputs": ((3, 8, 8), np.uint8, (3, 9)),
 }
 
 
 @pytest.mark.parametrize("fault", EXAMPLES_OF)
 def test_examples_that_do_not_go_with_the_card_are_told(fault, copy, capsys):
     inputs, kind, outputs = EXAMPLES_OF[fault]
-    first = int(np.prod(inputs)) * {"U8": 1, "F32": 4}[kind]
-    last = first + 4 * int(np.prod(outputs))
-    header = {
-        "inputs": {"dtype": kind, "shape": inputs, "data_offsets": [0, first]},
-        "outputs": {"dtype": "F32", "shape": outputs, "data_offsets": [first, last]},
-    }
-    seal(copy, examples_safetensors=safetensors(header, b"\0" * last))
+    arrays = {"inputs": np.zeros(inputs, kind), "outputs": np.zeros(outputs, np.float32)}
+    seal(copy, examples_safetensors=to_safetensors(arrays))
     assert verify.main(["bundle", str(copy)]) == 2
     assert "whose examples.safetensors make no sense" in capsys.readouterr().err
 
@@ -403,7 +393,8 @@ def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
     (tmp_path / "secret").write_bytes(b"\0" * 4096)
     (copy / "secret").write_bytes(b"\0" * 4096)
     monkeypatch.chdir(tmp_path)
-    for place in ("secret", "./secret", "bundle/secret", "../secret", str(tmp_path / "secret"), "*/_ORT_MEM_ADDR_/*"):
+    places = ["secret", "./secret", "bundle/secret", "../secret", str(tmp_path / "secret"), "/etc/passwd"]
+    for place in [*places, "*/_ORT_MEM_ADDR_/*"]:
         model = onnx.load_from_string((copy / "model.onnx").read_bytes())
         kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2)
         kernel.ClearField("raw_data")

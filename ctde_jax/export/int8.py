@@ -12,8 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from ctde_jax.errors import on_one_line, shortened
-from ctde_jax.export.program import LeftOut
+from ctde_jax.export.program import LeftOut, leaving_out
 
 CALIBRATION = 256
 """Training examples that say in which range the numbers between two layers lie."""
@@ -31,7 +30,7 @@ def dynamic(model: bytes) -> bytes:
     with TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         before.write_bytes(model)
-        with _quiet(), _leaving_out():
+        with _quiet(), leaving_out("onnxruntime.quantization"):
             quantize_dynamic(before, after)
         return after.read_bytes()
 
@@ -56,7 +55,7 @@ def static(model: bytes, inputs: np.ndarray) -> bytes:
     with TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         before.write_bytes(model)
-        with _quiet(), _leaving_out():
+        with _quiet(), leaving_out("onnxruntime.quantization"):
             quantize_static(before, after, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
         return after.read_bytes()
 
@@ -64,15 +63,6 @@ def static(model: bytes, inputs: np.ndarray) -> bytes:
 def _check_installed() -> None:
     if find_spec("onnxruntime") is None:
         raise LeftOut("needs `pip install 'ctde_jax[onnx]'`")
-
-
-@contextmanager
-def _leaving_out() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of whatever type they have for what they do not know
-        fault = shortened(on_one_line(str(error)))
-        raise LeftOut(f"onnxruntime.quantization cannot write it ({fault})") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import jax
 from jax import export
 
-from ctde_jax.export.program import LeftOut, Program
+from ctde_jax.export.program import LeftOut, Program, leaving_out
 
 INSTALL = "pip install ai-edge-litert && pip install --no-deps litert-converter==0.5.0"
 
@@ -35,11 +35,8 @@ def to_litert(program: Program) -> bytes:
     config.model_origin_framework = "JAX"
     config.unsafe_fuse_dynamic_shaped_broadcast = True  # without it, a CNN takes 20 times as long
     litert.prepare_mlir_context(context)
-    try:
-        with context, ir.Location.unknown():
-            module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
-            litert.set_signature(module.operation, "serving_default", ["inputs"], ["outputs"])
-            litert.run_convert_to_tfl_passes(module, passes.PassManager(), config)
-            return litert.export_flatbuffer_to_bytes(module.operation)
-    except Exception as error:  # of whatever type it has for it
-        raise LeftOut(f"litert_converter cannot write it ({' '.join(str(error).split())[:120]})") from error
+    with leaving_out("litert_converter"), context, ir.Location.unknown():
+        module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
+        litert.set_signature(module.operation, "serving_default", ["inputs"], ["outputs"])
+        litert.run_convert_to_tfl_passes(module, passes.PassManager(), config)
+        return litert.export_flatbuffer_to_bytes(module.operation)

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from ctde_jax.errors import on_one_line, shortened
-from ctde_jax.export.program import LeftOut, Program
+from ctde_jax.export.program import LeftOut, Program, leaving_out
 
 OPSET = 23
 LARGEST = 2**31 - 1
@@ -33,7 +32,7 @@ def to_onnx(program: Program, inputs: Sequence[str], outputs: Sequence[str], say
     from onnx.checker import check_model
     from onnx.helper import set_model_props
 
-    try:
+    with leaving_out("jax2onnx"):
         with _quiet():
             model = jax2onnx.to_onnx(
                 program.run,
@@ -48,10 +47,6 @@ def to_onnx(program: Program, inputs: Sequence[str], outputs: Sequence[str], say
         if model.ByteSize() > LARGEST:
             raise LeftOut("would be larger than 2 GiB")
         check_model(model, full_check=True)
-    except LeftOut:
-        raise
-    except Exception as error:  # of whatever type it has for what it does not know
-        raise LeftOut(f"jax2onnx cannot write it ({shortened(on_one_line(str(error)))})") from error
     return model.SerializeToString()
 
 

@@ -4,7 +4,8 @@ A model in inference has leftovers of training in it: random keys that nobody dr
 that could be numbers already. Runtimes other than JAX do not know all of that, and need none of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from ctde_jax.errors import on_one_line, shortened
 from ctde_jax.replica import PyTree
 
 Arrays = Sequence[jax.Array]
@@ -20,6 +22,21 @@ Arrays = Sequence[jax.Array]
 
 class LeftOut(Exception):
     """A form that a model does not leave in; says why."""
+
+
+@contextmanager
+def leaving_out(tool: str) -> Iterator[None]:
+    """Says in a sentence that a tool cannot write a form, in whatever way it stumbles.
+
+    Raises:
+        LeftOut: Instead of any other exception.
+    """
+    try:
+        yield
+    except LeftOut:
+        raise
+    except Exception as error:
+        raise LeftOut(f"{tool} cannot write it ({shortened(on_one_line(str(error)))})") from error
 
 
 class Program(NamedTuple):

@@ -3,8 +3,7 @@
 import jax
 from jax import export
 
-from ctde_jax.errors import on_one_line, shortened
-from ctde_jax.export.program import LeftOut, Program
+from ctde_jax.export.program import Program, leaving_out
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -15,7 +14,5 @@ def to_stablehlo(program: Program) -> bytes:
     Raises:
         LeftOut: It has something in it that runs on some hardware only.
     """
-    try:
+    with leaving_out("jax.export"):
         return bytes(export.export(jax.jit(program.run), platforms=PLATFORMS)(*program.like).serialize())
-    except Exception as error:  # of whatever type JAX has for it
-        raise LeftOut(f"jax.export cannot write it ({shortened(on_one_line(str(error)))})") from error

@@ -86,6 +86,11 @@ export function startPictures(card, predict) {
     refresh();
   }
 
+  function lowerHere() {
+    lower(pen.at);
+    speak("The pen is down.");
+  }
+
   function move(points) {
     if (!pen.isDown) return paint();
     const stroke = strokes.at(-1);
@@ -154,14 +159,12 @@ export function startPictures(card, predict) {
     keydown(event) {
       const step = height / 28;
       const ways = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
-      const acts = { " ": pen.isDown ? lift : () => lower(pen.at), Backspace: undo, Escape: clear, c: clear, C: clear };
+      const acts = { " ": pen.isDown ? lift : lowerHere, Backspace: undo, Escape: clear, c: clear, C: clear };
       if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in ways || event.key in acts)) return;
       event.preventDefault();
       if (event.repeat && event.key in acts) return; // a key that is held acts once
       pen.isShown = true;
-      if (event.key in acts) acts[event.key]();
-      if (event.key === " " && pen.isDown) speak("The pen is down.");
-      if (event.key in acts) return;
+      if (event.key in acts) return acts[event.key]();
       pen.at = inside(pen.at.map((place, axis) => place + ways[event.key][axis]));
       move([pen.at]);
     },
