@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 from jax import export
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from ctde_jax.errors import on_one_line, shortened
@@ -69,7 +69,7 @@ def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) ->
         traced = jax.make_jaxpr(jax.vmap(of_one))(*like)
     folded = jax.make_jaxpr(lambda *arrays: _evaluate(traced.jaxpr, traced.consts, arrays))(*like)
     needed, _ = dce_jaxpr(folded.jaxpr, [True] * len(folded.jaxpr.outvars), instantiate=True)
-    return Program(jaxpr_as_fun(ClosedJaxpr(needed, folded.consts)), like)
+    return Program(lambda *arrays: _evaluate(needed, folded.consts, arrays), like)
 
 
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
