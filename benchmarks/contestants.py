@@ -1,6 +1,6 @@
-"""The contestants of `peers.py`: the same training, as this package and as others do it.
+"""The contestants of `peers.py` and `meeting.py`: the same training, as this package and as others do it.
 
-Each runs in a process of its own, started by `peers.py`, so that thread pools, XLA flags and devices are its own. What
+Each runs in a process of its own, started by these, so that thread pools, XLA flags and devices are its own. What
 is the same for all: MNIST divided by 255, the network, Adam at 0.001, the global batch, a new order in every epoch, and
 the short last batch, which is trained on like the others. What each framework decides by default (how weights start,
 threads) stays as it is, unless the contestant says otherwise.
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -55,8 +55,8 @@ class Job:
 class Referee:
     """Lets a contestant begin its epochs one by one, and takes the time of each, the same way for all.
 
-    On the one side stands `peers.py`: it writes a line to the standard input when the contestant may begin, and reads
-    lines of JSON. On the other side the contestant calls `ready` once and `done` after every epoch.
+    On the one side stands the command that compares: it writes a line to the standard input when the contestant may
+    begin, and reads lines of JSON. On the other side the contestant calls `ready` once and `done` after every epoch.
     """
 
     def __init__(self, job: Job):
@@ -160,13 +160,17 @@ def this_trainer(job: Job, referee: Referee) -> None:
         )
 
 
-def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
+def plain_jax(
+    job: Job, referee: Referee, scan: bool, agree_on: Literal["everything", "the smallest", "nothing"] = "everything"
+) -> None:
     """A loop written by hand, on one device or under `shard_map`: data on the devices, the carry donated.
 
     Args:
         job: What to train.
         referee: Who takes the time.
         scan: Whether an epoch is one dispatch, or each step is.
+        agree_on: What several devices average at every step: loss and gradients, the smallest gradient alone, or
+            nothing. The last two train no common model, and show what a step costs without its all-reduce.
     """
     os.environ["JAX_NUM_CPU_DEVICES"] = str(job.devices)
     os.environ["NPROC"] = str(max(2 * job.devices, os.cpu_count() or 1))  # else collectives wait for ever
@@ -191,8 +195,13 @@ def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
             return optax.softmax_cross_entropy_with_integer_labels(logits, y[indices]).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
-        if job.devices > 1:
+        if job.devices > 1 and agree_on == "everything":
             value, grads = lax.pmean((value, grads), "replica")
+        elif job.devices > 1 and agree_on == "the smallest":
+            leaves, structure = jax.tree.flatten(grads)
+            smallest = min(range(len(leaves)), key=lambda place: leaves[place].size)
+            leaves[smallest] = lax.pmean(leaves[smallest], "replica")
+            grads = structure.unflatten(leaves)
         updates, state = optimizer.update(grads, state)
         return (optax.apply_updates(params, updates), state), value
 
@@ -370,7 +379,13 @@ TRAIN: dict[str, Callable[[Job, Referee], None]] = {
 }
 """By name; what each is for is in `peers.py`."""
 
+FLOORS: dict[str, Callable[[Job, Referee], None]] = {
+    "one scan, agreeing on ten numbers": lambda job, referee: plain_jax(job, referee, True, "the smallest"),
+    "one scan, agreeing on nothing": lambda job, referee: plain_jax(job, referee, True, "nothing"),
+}
+"""What no training on several devices can be faster than; see `meeting.py`."""
+
 
 if __name__ == "__main__":
     job = Job(**json.loads(sys.argv[1]))
-    TRAIN[job.contestant](job, Referee(job))
+    (TRAIN | FLOORS)[job.contestant](job, Referee(job))

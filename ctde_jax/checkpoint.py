@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ctde_jax.atomic import bring_to_disk, put_back, written_whole
 from ctde_jax.errors import InputError, on_one_line, shortened
 from ctde_jax.run_folder import writing_to
 
@@ -85,16 +86,14 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
     Raises:
         OSError: The folder cannot be written to, or has no room; then it is as it was before.
     """
-    partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
     tensors = {
         name: np.asarray(tensor, order="C") for name, tensor in tensors.items()
     }  # safetensors reads memory as is
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_room(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + _ROOM)
-    try:
-        partial.mkdir()
+    with written_whole(path) as folder:
         try:
-            save_file(tensors, partial / TENSORS)
+            save_file(tensors, folder / TENSORS)
         except SafetensorError as error:  # of the operating system's, in words of its own
             raise OSError(None, str(error)) from error
         manifest = {
@@ -103,18 +102,9 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
             "versions": {name: version(name) for name in ("ctde_jax", "jax", "flax", "optax", "numpy")},
             "tensors": {name: describe(tensor) for name, tensor in sorted(tensors.items())},
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(partial / MANIFEST, partial / TENSORS)  # which safetensors makes the owner's alone
-        (partial / SUMS).write_text(_sums(partial), encoding="utf-8")
-        for name in (TENSORS, MANIFEST, SUMS, "."):
-            bring_to_disk(partial / name)
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
-        bring_to_disk(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _put_back(path.parent)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(folder / MANIFEST, folder / TENSORS)  # which safetensors makes the owner's alone
+        (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
 
 
 def read(path: Path) -> Checkpoint:
@@ -171,7 +161,7 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
     Raises:
         InputError: None of them is intact.
     """
-    _put_back(folder)
+    _put_back_all(folder)
     found = steps(folder)
     for step in found:
         try:
@@ -254,7 +244,7 @@ def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> 
         beside: A file that is brought to the disk before each of them.
     """
     with writing_to(folder):
-        _put_back(folder)
+        _put_back_all(folder)
         for left in folder.glob(".step-*") if folder.is_dir() else ():
             shutil.rmtree(left)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
@@ -263,23 +253,10 @@ def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> 
         saver.wait()
 
 
-def _put_back(folder: Path) -> None:
-    """Undoes a replacement that was broken off, and removes what a whole one has replaced."""
+def _put_back_all(folder: Path) -> None:
+    """Undoes a replacement of a checkpoint that was broken off."""
     for replaced in folder.glob(".step-*.replaced"):
-        path = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            replaced.rename(path)
-
-
-def bring_to_disk(path: Path) -> None:
-    """Waits until the disk has what was written to a file, or which names a folder has."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        put_back(replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced")))
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -220,8 +220,12 @@ def _sum_in_order(shards: jax.Array) -> jax.Array:
 
 
 def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
-    """Takes rows of an array `[examples, ...]` as flat ones, for which XLA needs no division to find each number."""
-    return array.reshape(len(array), -1)[rows].reshape(len(rows), *array.shape[1:])
+    """Takes rows of an array `[examples, ...]`.
+
+    As flat ones, for which XLA needs no division to find each number, and without a look whether there are such rows.
+    """
+    flat = array.reshape(len(array), -1).at[rows].get(mode="promise_in_bounds")
+    return flat.reshape(len(rows), *array.shape[1:])
 
 
 def _cut(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.Array, jax.Array]:

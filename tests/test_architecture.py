@@ -36,9 +36,9 @@ WALK = [
         "collectives",
         "traffic",
     ),
-    *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "checkpoint", "resume", "stop"),
-    *("run", "trained", "loop", "loading", "report", "targets", "wire", "stopwatch", "profile", "supervisor", "train"),
-    *("proofs", "export", "execute", "verify", "object_store"),
+    *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "atomic"),
+    *("checkpoint", "resume", "stop", "run", "trained", "loop", "loading", "report", "targets", "wire", "stopwatch"),
+    *("profile", "supervisor", "train", "proofs", "export", "execute", "verify", "object_store"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

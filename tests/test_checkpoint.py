@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ctde_jax import checkpoint
+from ctde_jax import atomic, checkpoint
 from ctde_jax.checkpoint import FORMAT, MANIFEST, SUMS, TENSORS, Damaged, newest_intact, open_saver, path_of, read
 from ctde_jax.errors import InputError
 
@@ -156,12 +156,14 @@ def test_step_that_is_written_again_is_replaced(saved):
     assert names(saved.parent) == {saved.name}
 
 
-@pytest.mark.parametrize("part", ["save_file", "bring_to_disk", "_sums"])
-def test_failed_write_leaves_the_folder_as_it_was(saved, monkeypatch, part):
+@pytest.mark.parametrize(
+    ("module", "part"), [(checkpoint, "save_file"), (atomic, "bring_to_disk"), (checkpoint, "_sums")]
+)
+def test_failed_write_leaves_the_folder_as_it_was(saved, monkeypatch, module, part):
     def fail(*arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, part, fail)
+    monkeypatch.setattr(module, part, fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.write(path_of(saved.parent, 8), ARRAYS, {})
     monkeypatch.undo()

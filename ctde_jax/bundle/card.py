@@ -22,6 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from ctde_jax.bundle.tensors import MOST_AXES
 from ctde_jax.errors import InputError, quoted
 
 T = TypeVar("T")
@@ -31,8 +32,6 @@ DTYPES = ("uint8", "int32", "float32")
 _LONGEST_CARD = 2**23
 _LARGEST_ARRAY = 2**28
 """Numbers in one input or output."""
-
-_MOST_AXES = 32
 
 Facts = Mapping[str, Any]
 """What JSON can say."""
@@ -240,7 +239,7 @@ def _highest(value: Any) -> int:
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     fault = f"has an odd shape of its {name}"
     lengths = [_check(length, int, fault) for length in _check(value, list, fault)]
-    is_odd = len(lengths) > _MOST_AXES or not all(0 < length <= _LARGEST_ARRAY for length in lengths)
+    is_odd = len(lengths) > MOST_AXES or not all(0 < length <= _LARGEST_ARRAY for length in lengths)
     if is_odd or prod(lengths) > _LARGEST_ARRAY:
         raise _Odd(f"has for its {name} the shape {quoted(lengths)}, which no example has")
     return tuple(lengths)

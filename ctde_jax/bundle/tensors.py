@@ -11,8 +11,10 @@ import numpy as np
 
 _LONGEST_HEADER = 2**23
 _LARGEST = 2**40
-_MOST_AXES = 32
 _DTYPES = {"F32": np.float32, "I32": np.int32, "U8": np.uint8, "I64": np.int64, "F16": np.float16}
+
+MOST_AXES = 32
+"""Of an array."""
 
 
 class Malformed(Exception):
@@ -40,7 +42,7 @@ def _array(content: bytes, start: int, said: dict) -> np.ndarray:
     dtype, shape, (first, last) = np.dtype(_DTYPES[said["dtype"]]), said["shape"], said["data_offsets"]
     if not all(type(number) is int and 0 <= number < _LARGEST for number in (*shape, first, last)):
         raise ValueError("a number in it is none, or too large")
-    if len(shape) > _MOST_AXES:
+    if len(shape) > MOST_AXES:
         raise ValueError("an array has too many axes")
     count = prod(shape)
     if last - first != count * dtype.itemsize or start + last > len(content):

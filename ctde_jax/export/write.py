@@ -2,7 +2,6 @@
 
 import json
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -15,11 +14,11 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ctde_jax.atomic import put_back, written_whole
 from ctde_jax.bundle import Bundle, load, load_step, open_bundle
 from ctde_jax.bundle.card import CARD, EXAMPLES, FORMAT, SUMS, WEIGHTS, File, sums_of
 from ctde_jax.bundle.parity import BATCH_SIZES, PARITY, is_exact
 from ctde_jax.bundle.runtimes import Predict
-from ctde_jax.checkpoint import bring_to_disk
 from ctde_jax.data import Dataset, Split
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import int8, receipt
@@ -91,25 +90,11 @@ def write_bundle(
         check_known("formats", name, FORMATS)
     check_at_least(0, examples=examples)
     given, folder = folder, Path(folder).resolve()
-    partial, replaced = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
     try:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)  # as it was before a replacement that was broken off
+        put_back(folder)
         _check_replaceable(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+        with written_whole(folder) as partial:
             left_out = _write(trained, data, partial, formats, examples, options, show)
-            if folder.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                folder.rename(replaced)
-            partial.rename(folder)
-            bring_to_disk(folder.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            if replaced.exists() and not folder.exists():
-                replaced.rename(folder)
     except OSError as error:
         raise InputError(
             "folder", f"must be a folder that can be written to and has room, and {given} is none: {error.strerror}."
@@ -361,11 +346,9 @@ def _misses(relative: float) -> str:
 
 
 def _seal(folder: Path, facts: Facts, files: Mapping[str, bytes]) -> None:
-    """Writes the card and the sums, and brings all to the disk."""
+    """Writes the card and the sums."""
     said = {name: File(len(content), sha256(content).hexdigest()) for name, content in files.items()}
     facts["files"] = {name: {"bytes": file.size, "sha256": file.sha256} for name, file in said.items()}
     card = json.dumps(facts, indent=1, ensure_ascii=False).encode() + b"\n"
     (folder / CARD).write_bytes(card)
     (folder / SUMS).write_text(sums_of(sha256(card).hexdigest(), said), encoding="utf-8")
-    for name in (*files, CARD, SUMS, "."):
-        bring_to_disk(folder / name)
