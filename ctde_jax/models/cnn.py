@@ -9,6 +9,7 @@ from ctde_jax.errors import check_at_least
 from ctde_jax.models.base import Model, from_nnx
 from ctde_jax.models.convolution import Conv
 from ctde_jax.models.layers import Dropout, as_images, check_image_shape, count_channels
+from ctde_jax.models.linear import Linear
 
 CONVOLUTIONS = (32, 64)
 HIDDEN = 512
@@ -23,8 +24,8 @@ class CNN(nnx.Module):
         self.first = Conv(count_channels(image_shape), first, (5, 5), rngs=rngs)
         self.second = Conv(first, second, (5, 5), rngs=rngs)
         height, width = (side // 4 for side in image_shape[:2])
-        self.hidden = nnx.Linear(height * width * second, HIDDEN, rngs=rngs)
-        self.out = nnx.Linear(HIDDEN, classes, rngs=rngs)
+        self.hidden = Linear(height * width * second, HIDDEN, rngs=rngs)
+        self.out = Linear(HIDDEN, classes, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import Model, from_nnx
+from ctde_jax.models.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
@@ -22,7 +23,7 @@ class MLP(nnx.Module):
     """Dense layers with an activation between them; an input of any shape is flattened."""
 
     def __init__(self, widths: Sequence[int], activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs):
-        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(widths)])
+        self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in pairwise(widths)])
         self.activation = activation
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import BatchStatistics, Model, from_nnx
 from ctde_jax.models.convolution import Conv
 from ctde_jax.models.layers import as_images, check_image_shape, count_channels
+from ctde_jax.models.linear import Linear
 
 GROUPS = 8
 
@@ -64,7 +65,7 @@ class ResNet(nnx.Module):
                 self.blocks.append(Block(before, width, 2 if halves else 1, norm, rngs=rngs))
                 before = width
         self.norm = NORMS[norm](before, rngs=rngs)
-        self.out = nnx.Linear(before, classes, rngs=rngs)
+        self.out = Linear(before, classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps pictures `[examples, *image_shape]` to `[examples, classes]`."""

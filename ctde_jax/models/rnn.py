@@ -14,6 +14,7 @@ from jax import numpy as jnp
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import Model, from_nnx
 from ctde_jax.models.layers import Dropout, embed
+from ctde_jax.models.linear import Linear
 
 Carry: TypeAlias = tuple[jax.Array, jax.Array] | jax.Array
 """What a cell remembers, `[examples, width]`: memory and output of an LSTM, or the output of a GRU."""
@@ -57,7 +58,7 @@ class RNNClassifier(nnx.Module):
     ):
         self.features = features
         self.recurrent = Recurrent(features, width, layers, cell, dropout, rngs=rngs)
-        self.out = nnx.Linear(width, classes, rngs=rngs)
+        self.out = Linear(width, classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps `[examples, length, features]` to `[examples, classes]`."""
@@ -83,7 +84,7 @@ class RNNLanguageModel(nnx.Module):
     def __init__(self, vocabulary: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs):
         self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.recurrent = Recurrent(width, width, layers, cell, dropout, rngs=rngs)
-        self.out = nnx.Linear(width, vocabulary, rngs=rngs)
+        self.out = Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`."""

@@ -1,0 +1,60 @@
+"""A dense layer with a gradient of its own has that of flax."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+from ctde_jax.models.linear import Linear
+
+
+def loss_of(layer):
+    graph, params = nnx.split(layer)
+    return params, lambda params, inputs: jnp.sin(nnx.merge(graph, params)(inputs)).sum()
+
+
+@pytest.mark.parametrize("outputs", [1, 10, 33])
+@pytest.mark.parametrize("around", [(6,), (2, 3), (1,)])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_layer_and_its_gradients_are_those_of_flax(key, outputs, around, use_bias):
+    """The same parameters, outputs and gradients; also of several batches at once."""
+    inputs = jax.random.normal(key, (4, *around, 7))
+    own, theirs = (kind(7, outputs, use_bias=use_bias, rngs=nnx.Rngs(0)) for kind in (Linear, nnx.Linear))
+
+    def results(layer):
+        params, loss = loss_of(layer)
+        grads = jax.vmap(jax.grad(loss, (0, 1)), (None, 0))
+        return layer(inputs), *jax.jit(grads)(params, inputs)
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), results(own), results(theirs))
+
+
+def test_second_derivatives_are_those_of_flax(key):
+    """Products of the Hessian with a direction, forward over reverse and reverse over reverse."""
+    inputs = jax.random.normal(key, (5, 7))
+
+    def results(layer):
+        params, loss = loss_of(layer)
+        grad = jax.grad(loss)
+        direction = jax.tree.map(jnp.cos, params)
+        _, forward = jax.jvp(lambda params: grad(params, inputs), (params,), (direction,))
+        return forward, jax.grad(lambda params: vdot(grad(params, inputs), direction))(params)
+
+    def vdot(x, y):
+        return sum(jnp.vdot(*pair) for pair in zip(*map(jax.tree.leaves, (x, y)), strict=True))
+
+    own, theirs = (results(kind(7, 3, rngs=nnx.Rngs(0))) for kind in (Linear, nnx.Linear))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), own, theirs)
+
+
+def test_program_for_a_cpu_multiplies_the_other_way_round(key):
+    """The gradient of few outputs is a product with these as rows; for other hardware it is as JAX writes it."""
+    params, loss = loss_of(Linear(7, 3, rngs=nnx.Rngs(0)))
+    traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((5, 7)))
+
+    def products(platform: str) -> str:
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "(tensor<3x5xf32>, tensor<5x7xf32>) -> tensor<3x7xf32>" in products("cpu")
+    assert "(tensor<7x5xf32>, tensor<5x3xf32>) -> tensor<7x3xf32>" in products("tpu")
