@@ -24,7 +24,6 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 import points
@@ -32,12 +31,10 @@ from matplotlib import pyplot
 from points import Row
 
 import ctde_jax as ctde
-from ctde_jax import replica, state
 from ctde_jax.aggregate import error_feedback, quantize, two_phase
 from ctde_jax.data import deal
-from ctde_jax.gradient import make_gradient
 from ctde_jax.presets import PRESETS
-from ctde_jax.round import parallel_rounds
+from ctde_jax.targets import compile_rounds
 
 NAME = "scale"
 MOST_DEVICES = 64
@@ -120,20 +117,10 @@ def device_memory(
     model: ctde.models.Model, data: ctde.data.Dataset, devices: int, batch_size: int, strategy: ctde.Strategy
 ) -> Row:
     """Compiles rounds like those of `fit`, places nothing, and asks XLA what memory each device needs for them."""
-    around, round_steps = ctde.devices.start(devices), max(1, strategy.inner_steps)
-    optimizer, batches = optax.adam(1e-4), deal(data.train, devices, batch_size, seed=0)
+    around, batches = ctde.devices.start(devices), deal(data.train, devices, batch_size, seed=0)
     model = ctde.models.with_raw_inputs(model, data.shift, data.scale)
-    center = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
-    arguments = (
-        jax.eval_shape(lambda center: state.place(*center, optimizer, strategy, around), center),
-        jax.eval_shape(lambda: batches.split),
-        jax.ShapeDtypeStruct((devices, 16 // round_steps, round_steps, batch_size // devices), np.int32),
-        *[jax.ShapeDtypeStruct((), np.int32)] * 2,
-        jax.eval_shape(jax.random.key, 0),
-    )
-    gradient = make_gradient(model, ctde.tasks.classification)
-    rounds = parallel_rounds(gradient, optimizer, strategy, around, batches.axis)
-    program = replica.compiled(rounds.lower(*arguments), around)
+    task = ctde.tasks.classification
+    program = compile_rounds(model, data, task, optax.adam(1e-4), strategy, batches, around)
     needs = program.memory_analysis()
     return {
         "arguments": needs.argument_size_in_bytes,

@@ -72,7 +72,7 @@ NETWORKS = (
 def count_launches(way: Way, devices: int) -> Row:
     """Compiles rounds on fake devices, and reads their collectives."""
     data, model = pictures(devices * BATCH_SIZE), perceptron(PARAMETERS)
-    text = compile_rounds(
+    program = compile_rounds(
         model,
         data,
         ctde.tasks.classification,
@@ -81,7 +81,7 @@ def count_launches(way: Way, devices: int) -> Row:
         deal(data.train, devices, devices * BATCH_SIZE, seed=0),
         ctde.devices.start(devices),
     )
-    return {"launches": launches(traffic.measure(text, way.inner_steps))}
+    return {"launches": launches(traffic.measure(program.as_text(), way.inner_steps))}
 
 
 def time_alone(inner_steps: int) -> Row:

@@ -75,8 +75,8 @@ def compile_rounds(
     devices: Sequence[jax.Device],
     *,
     accumulate: int = 1,
-) -> str:
-    """Compiles rounds as `fit` would run them, also for devices that are not here, and returns the program's text."""
+) -> replica.Program:
+    """Compiles rounds as `fit` would run them, also for devices that are not here."""
     center = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
     create = jax.vmap(
         partial(state.create, optimizer=optimizer, strategy=strategy),
@@ -90,7 +90,7 @@ def compile_rounds(
     arguments = (jax.eval_shape(create, *center), *piece, number, number, jax.eval_shape(jax.random.key, 0))
     gradient = make_gradient(model, task, accumulate=accumulate, exact=strategy.is_exact)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
-    return replica.compiled(train_rounds.lower(*arguments), devices, strategy.is_exact).as_text() or ""
+    return replica.compiled(train_rounds.lower(*arguments), devices, strategy.is_exact)
 
 
 def _plugin_is_installed(platform: str) -> bool:

@@ -52,7 +52,7 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
     constant = replace(chosen.optimization, schedule="constant", warmup_steps=0)
     optimizer = build.build_optimizer(replace(chosen, optimization=constant), data, total_steps=1)
     task = build.build_task(chosen.optimization, data)
-    text = targets.compile_rounds(
+    program = targets.compile_rounds(
         model,
         data,
         task,
@@ -62,7 +62,7 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         devices,
         accumulate=chosen.optimization.accumulate,
     )
-    traffic = measure(text, strategy.inner_steps, [device.process_index for device in devices])
+    traffic = measure(program.as_text() or "", strategy.inner_steps, [device.process_index for device in devices])
     params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
     Console().print(table(traffic, count_params(params), len(devices)))
 

@@ -350,8 +350,8 @@ PARAMS = 64 * 8 + 8 + 8 * 10 + 10
 def compiled(strategy: Strategy, digits, model: models.Model = MODEL) -> traffic.Traffic:
     batches = data.deal(digits.train, REPLICAS, 16, seed=0)
     model = models.with_raw_inputs(model, digits.shift, digits.scale)
-    text = targets.compile_rounds(model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES)
-    return traffic.measure(text, strategy.inner_steps)
+    program = targets.compile_rounds(model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES)
+    return traffic.measure(program.as_text(), strategy.inner_steps)
 
 
 def test_command_prints_the_table(capsys):
