@@ -94,7 +94,7 @@ class Scale(NamedTuple):
 
 
 ACCELERATOR = Scale(8192, (784, 2048, 2048, 10), 4096, 2048, 256, 768, 6, 64, steps=50)
-CPU = Scale(1024, (784, 128, 10), 512, 32, 32, 64, 2, 16, steps=4)
+CPU = Scale(1024, (784, 128, 10), 512, 32, 32, 64, 2, 16, steps=40)
 VOCABULARY = 256
 
 

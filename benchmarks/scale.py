@@ -266,6 +266,8 @@ def draw() -> None:
             times.errorbar(x, middle, [middle - low, high - middle], color=f"C{i}", marker="o", label=name)
         memory.set(xscale="log", yscale="log", title=f"over {axis}")
         times.set(xscale="log", yscale="log", xlabel=axis)
+        if axis == "examples":  # which time hardly knows of
+            times.set(yscale="linear", ylim=(0, None))
         if axis == "devices":
             times.set_xticks(DEVICES, [str(devices) for devices in DEVICES])
             times.minorticks_off()
