@@ -101,16 +101,14 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
     model, optimizer = ctde.models.mlp([32, width, 4]), optax.sgd(0.1)
     batches = deal(data.train, len(devices), BATCH_SIZE, seed=0)
     params, model_state = jax.jit(model.init)(jax.random.key(0), data.train.inputs[:1])
-    train_state = on_all_hosts(state.place(params, model_state, optimizer, strategy, devices), strategy, devices)
-    examples, key_data = replica.replicate((batches.split, jax.random.key_data(jax.random.key(1))), devices)
-    key = jax.jit(jax.random.wrap_key_data)(key_data)  # a key itself cannot be put on other processes' devices
+    train_state = state.place(params, model_state, optimizer, strategy, devices)
+    examples, key = replica.replicate((batches.split, jax.random.key(1)), devices)
     steps = max(1, strategy.inner_steps)
     indices = replica.shard(batches.steps(0, steps).swapaxes(0, 1)[:, None], devices)  # [replica, round, step, example]
-    program = (
-        parallel_rounds(make_gradient(model, ctde.tasks.classification), optimizer, strategy, devices, batches.axis)
-        .lower(train_state, examples, indices, np.int32(0), np.int32(1), key)
-        .compile()
-    )
+    gradient = make_gradient(model, ctde.tasks.classification)
+    rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
+    arguments = train_state, examples, indices, np.int32(0), np.int32(1), key
+    program = replica.compiled(replica.lowered(rounds, *arguments), devices)
 
     def run() -> object:
         nonlocal train_state
@@ -118,18 +116,6 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
         return sums
 
     return run, traffic.measure(program.as_text() or "", strategy.inner_steps, hosts())
-
-
-def on_all_hosts(created: state.TrainState, strategy: ctde.Strategy, devices: list[jax.Device]) -> state.TrainState:
-    """Makes global arrays of a first state, of which every process got its own rows; all rows are the same at first."""
-
-    def put(part: replica.PyTree, axis: int | None) -> replica.PyTree:
-        rows = jax.device_get(part)
-        if axis is None:
-            return replica.replicate(rows, devices)
-        return replica.shard(jax.tree.map(lambda x: np.repeat(x, len(devices), axis=0), rows), devices)
-
-    return state.TrainState(*map(put, created, state.axes(strategy)))
 
 
 def hosts() -> list[int]:
