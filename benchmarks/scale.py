@@ -1,6 +1,6 @@
 """What training costs as the work grows: memory and time over parameters, devices and examples.
 
-    python benchmarks/scale.py                           # an hour; may be interrupted and goes on
+    python benchmarks/scale.py                           # six minutes; may be interrupted and goes on
     python benchmarks/scale.py --axis devices            # or parameters, examples, strategies, models
     python benchmarks/scale.py --report                  # tables and pictures of what has been measured
 
