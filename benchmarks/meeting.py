@@ -32,8 +32,7 @@ FIELD = [(OURS, 1), (OURS, DEVICES), (BY_HAND, 1), *((name, DEVICES) for name in
 
 def measure(turns: int, batch_sizes: list[int], data_dir: str) -> None:
     """Lets all take turns, and writes down each."""
-    first = 1 + max((row["turn"] for row in points.known(NAME)), default=-1)
-    points.RESULTS.mkdir(exist_ok=True)
+    first = points.next_turn(NAME)
     for batch_size in batch_sizes:
         with ExitStack() as running:
             processes = {}
@@ -44,11 +43,11 @@ def measure(turns: int, batch_sizes: list[int], data_dir: str) -> None:
             for turn, (name, devices) in itertools.product([None, *range(first, first + turns)], FIELD):
                 processes[name, devices].go()
                 seconds = processes[name, devices].hear("seconds")
-                row = {"batch_size": batch_size, "turn": turn, "contestant": name, "devices": devices}
-                print(json.dumps(row | {"seconds": seconds}), flush=True)
+                alike = {"batch_size": batch_size, "turn": turn, "contestant": name, "devices": devices}
+                row = {**alike, "seconds": seconds}
                 if turn is not None:  # in the first one everything is compiled
-                    with (points.RESULTS / f"{NAME}.jsonl").open("a", encoding="utf-8") as file:
-                        print(json.dumps(row | {"seconds": seconds}), file=file)
+                    points.add(NAME, row)
+                print(json.dumps(row), flush=True)  # no bar here, which would run beside those that are measured
 
 
 HEADER = "batch size", "contestant", "devices", "an epoch, s", "to the same on one device", "turns"

@@ -108,16 +108,14 @@ def measure(turns: int, batch_sizes: list[int]) -> None:
     inputs = rng.integers(0, 256, (EXAMPLES, 28, 28), dtype=np.uint8)
     labels = (np.arange(EXAMPLES) % 10).astype(np.int32)
     data = ctde.data.from_arrays(inputs, labels, inputs[:1000], labels[:1000])
-    first = 1 + max((row["turn"] for row in points.known(NAME)), default=-1)
-    points.RESULTS.mkdir(exist_ok=True)
+    first = points.next_turn(NAME)
     for turn, batch_size in itertools.product([None, *range(first, first + turns)], batch_sizes):
         for name in np.random.default_rng(turn).permutation(list(CONTESTANTS)):
             with terminal():
                 seconds = time_fit(CONTESTANTS[str(name)], data, batch_size, devices)
             row = {"batch_size": batch_size, "turn": turn, "contestant": str(name), **seconds}
             if turn is not None:  # the first ones only warm up
-                with (points.RESULTS / f"{NAME}.jsonl").open("a", encoding="utf-8") as file:
-                    print(json.dumps(row), file=file)
+                points.add(NAME, row)
             print(json.dumps(row), flush=True)  # no bar here, which would run beside those that are measured
 
 

@@ -44,6 +44,18 @@ def known(name: str) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def add(name: str, row: Row) -> None:
+    """Writes down a row at the end of `results/name.jsonl`."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        print(json.dumps(row), file=file)
+
+
+def next_turn(name: str) -> int:
+    """Returns the number of the first turn that is not in `results/name.jsonl` yet."""
+    return 1 + max((row["turn"] for row in known(name)), default=-1)
+
+
 def measure(
     name: str, script: str, points: Iterable[Row], limit: float, can: Callable[[Row], bool] = lambda point: True
 ) -> None:
@@ -58,7 +70,6 @@ def measure(
     """
     rows = known(name)
     missing = [point for point in points if not any(point.items() <= row.items() for row in rows)]
-    RESULTS.mkdir(exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True)) as progress:
         task = progress.add_task("measuring", total=len(missing))
@@ -68,8 +79,7 @@ def measure(
                 progress.advance(task)
                 continue
             row = {**point, **run(script, point, limit), "time": datetime.now(UTC).isoformat(timespec="seconds")}
-            with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-                print(json.dumps(row), file=file)
+            add(name, row)
             if "failed" in row:
                 progress.console.print(f"{point} failed: {row['failed']}", markup=False)
             progress.advance(task)

@@ -35,10 +35,9 @@ from rich.table import Table
 import ctde_jax as ctde
 from ctde_jax import replica, state, traffic
 from ctde_jax.data import deal
-from ctde_jax.gradient import make_gradient
 from ctde_jax.presets import PRESETS
 from ctde_jax.replica import AXIS
-from ctde_jax.round import parallel_rounds
+from ctde_jax.targets import compile_rounds
 
 REPEATS = 20
 BATCH_SIZE = 24  # divides over 2, 3, 4, 6 and 8 processes
@@ -105,10 +104,7 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
     examples, key = replica.replicate((batches.split, jax.random.key(1)), devices)
     steps = max(1, strategy.inner_steps)
     indices = replica.shard(batches.steps(0, steps).swapaxes(0, 1)[:, None], devices)  # [replica, round, step, example]
-    gradient = make_gradient(model, ctde.tasks.classification)
-    rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
-    arguments = train_state, examples, indices, np.int32(0), np.int32(1), key
-    program = replica.compiled(replica.lowered(rounds, *arguments), devices)
+    program = compile_rounds(model, data, ctde.tasks.classification, optimizer, strategy, batches, devices)
 
     def run() -> object:
         nonlocal train_state

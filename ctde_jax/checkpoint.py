@@ -254,7 +254,7 @@ def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> 
 
 
 def _put_back_all(folder: Path) -> None:
-    """Undoes a replacement of a checkpoint that was broken off."""
+    """Undoes a replacement of a checkpoint that was broken off, or removes what a whole one has replaced."""
     for replaced in folder.glob(".step-*.replaced"):
         put_back(replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced")))
 

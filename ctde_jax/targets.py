@@ -90,7 +90,7 @@ def compile_rounds(
     arguments = (jax.eval_shape(create, *center), *piece, number, number, jax.eval_shape(jax.random.key, 0))
     gradient = make_gradient(model, task, accumulate=accumulate, exact=strategy.is_exact)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
-    return replica.compiled(train_rounds.lower(*arguments), devices, strategy.is_exact)
+    return replica.compiled(replica.lowered(train_rounds, *arguments), devices, strategy.is_exact)
 
 
 def _plugin_is_installed(platform: str) -> bool:

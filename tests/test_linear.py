@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import numpy as jnp
@@ -39,10 +40,7 @@ def test_second_derivatives_are_those_of_flax(key):
         grad = jax.grad(loss)
         direction = jax.tree.map(jnp.cos, params)
         _, forward = jax.jvp(lambda params: grad(params, inputs), (params,), (direction,))
-        return forward, jax.grad(lambda params: vdot(grad(params, inputs), direction))(params)
-
-    def vdot(x, y):
-        return sum(jnp.vdot(*pair) for pair in zip(*map(jax.tree.leaves, (x, y)), strict=True))
+        return forward, jax.grad(lambda params: optax.tree.vdot(grad(params, inputs), direction))(params)
 
     own, theirs = (results(kind(7, 3, rngs=nnx.Rngs(0))) for kind in (Linear, nnx.Linear))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), own, theirs)

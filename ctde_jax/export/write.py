@@ -91,7 +91,7 @@ def write_bundle(
     check_at_least(0, examples=examples)
     given, folder = folder, Path(folder).resolve()
     try:
-        put_back(folder)
+        put_back(folder)  # so that what is checked is what would be replaced
         _check_replaceable(folder)
         with written_whole(folder) as partial:
             left_out = _write(trained, data, partial, formats, examples, options, show)

@@ -9,6 +9,7 @@ from flax import nnx
 from ctde_jax.errors import InputError, check_at_least
 from ctde_jax.models.base import Model, from_nnx
 from ctde_jax.models.layers import Dropout, embed
+from ctde_jax.models.linear import Linear
 
 
 class Block(nnx.Module):
@@ -48,7 +49,7 @@ class Transformer(nnx.Module):
         self.places = nnx.Embed(length, width, embedding_init=start, rngs=rngs)
         self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(blocks)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.out = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
+        self.out = Linear(width, vocabulary, use_bias=False, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
