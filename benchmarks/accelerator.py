@@ -5,11 +5,11 @@
 Needs what this package needs to train, and takes PyTorch as a rival where it is installed. On a CPU it runs in a small
 form that shows that everything works, and whose figures mean little.
 
-While `fit` waits in `describe`, PyTorch's contestants take their turns: eager, and where there is CUDA also compiled
-and as one CUDA graph a step. All have the examples on the device as they are stored, a new order in every epoch, and
-Adam at 0.001; the time of a turn ends when the device is done. FLOPs are counted in the program of a loss and its
-gradient, as it is before XLA optimizes it, and held against a large product of matrices of the same precision, measured
-in the same run.
+While `fit` waits in `describe`, its rivals take their turns: a loop by hand in JAX, one dispatch a turn, of the same
+network; and PyTorch, eager, and where there is CUDA also compiled and as one CUDA graph a step. All have the examples
+on the device as they are stored, a new order in every epoch, and Adam at 0.001; the time of a turn ends when the device
+is done. The operations that `bounds.py` counts are held against a large product of matrices of the same precision,
+measured in the same run. What the file of results has already is not measured again.
 """
 
 import argparse
@@ -20,11 +20,12 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share the device's memory
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package that this script comes with
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package that this scri
 import jax
 import numpy as np
 import optax
+from bounds import Layer, cnn_layers, mlp_layers, operations, transformer_layers
 from contestants import torch_network
 from jax import lax
 from jax import numpy as jnp
@@ -43,7 +45,7 @@ from ctde_jax.models import Model, in_bfloat16, with_raw_inputs
 
 LEARNING_RATE = 0.001
 RESULTS = Path(__file__).parent / "results"
-OURS = "this trainer"
+OURS, BY_HAND = "this trainer", "JAX, by hand"
 HAS_TORCH = find_spec("torch") is not None
 
 Row = dict[str, Any]
@@ -75,6 +77,10 @@ class Work(NamedTuple):
     data: ctde.data.Dataset
     task: ctde.Task
     batch_size: int
+    steps: int
+    """Of a turn."""
+
+    layers: list[Layer]
     build_torch: Callable[[], Any]
 
 
@@ -89,12 +95,13 @@ class Scale(NamedTuple):
     width: int
     blocks: int
     transformer_batch: int
-    steps: int
-    """Of a turn."""
+    mlp_steps: int
+    cnn_steps: int
+    transformer_steps: int
 
 
-ACCELERATOR = Scale(8192, (784, 2048, 2048, 10), 4096, 2048, 256, 768, 6, 64, steps=50)
-CPU = Scale(1024, (784, 128, 10), 512, 32, 32, 64, 2, 16, steps=40)
+ACCELERATOR = Scale(8192, (784, 2048, 2048, 10), 4096, 2048, 256, 768, 6, 64, 200, 100, 20)
+CPU = Scale(1024, (784, 128, 10), 512, 32, 32, 64, 2, 16, 40, 40, 40)
 VOCABULARY = 256
 
 
@@ -107,13 +114,15 @@ def perceptron_work(scale: Scale) -> Work:
 
     name = "-".join(map(str, scale.widths))
     data = random_pictures(16 * scale.mlp_batch)
-    model = ctde.models.mlp(scale.widths, "relu")
-    return Work(f"mlp {name}", model, data, ctde.tasks.classification, scale.mlp_batch, build_torch)
+    model, layers = ctde.models.mlp(scale.widths, "relu"), mlp_layers(scale.widths)
+    batch_size, steps = scale.mlp_batch, scale.mlp_steps
+    return Work(f"mlp {name}", model, data, ctde.tasks.classification, batch_size, steps, layers, build_torch)
 
 
 def convolutional_work(scale: Scale) -> Work:
     data, model = random_pictures(16 * scale.cnn_batch), ctde.models.cnn((28, 28), 10)
-    return Work("cnn", model, data, ctde.tasks.classification, scale.cnn_batch, lambda: torch_network("cnn"))
+    batch_size, steps, layers = scale.cnn_batch, scale.cnn_steps, cnn_layers()
+    return Work("cnn", model, data, ctde.tasks.classification, batch_size, steps, layers, lambda: torch_network("cnn"))
 
 
 def transformer_work(scale: Scale) -> Work:
@@ -128,6 +137,8 @@ def transformer_work(scale: Scale) -> Work:
         data,
         ctde.tasks.language_modeling,
         scale.transformer_batch,
+        scale.transformer_steps,
+        transformer_layers(VOCABULARY, scale.window, scale.width, scale.blocks),
         lambda: torch_transformer(**size),
     )
 
@@ -174,16 +185,73 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
     return Transformer()
 
 
-class TorchTraining:
-    """PyTorch's side of a comparison: so many steps, and how long they took."""
+class Rival(Protocol):
+    """Who is compared with this trainer."""
 
-    def __init__(self, work: Work, precision: Precision, how: str):
+    def turn(self) -> float:
+        """Takes the steps of a turn, and returns the seconds until the device is done."""
+        ...
+
+    def accuracy(self, split: ctde.data.Split) -> float:
+        """Returns the share of pictures that is labeled right."""
+        ...
+
+
+class PlainJax:
+    """A loop written by hand: a turn is one scan, the data stay on the device, the carry is donated."""
+
+    def __init__(self, work: Work, precision: Precision, seed: int, device: jax.Device):
+        model, task, optimizer = network(work, precision), work.task, optax.adam(LEARNING_RATE)
+        self._work, self._rng, self._order = work, np.random.default_rng(seed), np.zeros(0, np.int32)
+        self._data = jax.device_put(tuple(work.data.train), device)
+        params, self._state = jax.jit(model.init)(jax.random.key(seed), self._data[0][:1])
+        self._carry = jax.device_put((params, optimizer.init(params)), device)
+        self._predict = jax.jit(lambda params, inputs: model.apply(params, self._state, inputs, None)[0].argmax(-1))
+
+        def step(carry, batch, inputs, labels):
+            params, state = carry
+
+            def loss(params):
+                outputs = model.apply(params, self._state, inputs[batch], None)[0]
+                return task.loss(outputs, labels[batch]).mean()
+
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(params, updates), state), value
+
+        def steps(carry, batches, inputs, labels):
+            return lax.scan(lambda carry, batch: step(carry, batch, inputs, labels), carry, batches)
+
+        batches = jax.ShapeDtypeStruct((work.steps, work.batch_size), np.int32)
+        with jax.default_matmul_precision(precision.matmul):
+            self._steps = jax.jit(steps, donate_argnums=0).lower(self._carry, batches, *self._data).compile()
+
+    def turn(self) -> float:
+        begin = time.perf_counter()
+        places = self._work.steps * self._work.batch_size
+        while len(self._order) < places:
+            self._order = np.append(self._order, self._rng.permutation(len(self._data[0])).astype(np.int32))
+        batches, self._order = np.split(self._order, [places])
+        self._carry, losses = self._steps(self._carry, batches.reshape(self._work.steps, -1), *self._data)
+        jax.device_get(losses)
+        return time.perf_counter() - begin
+
+    def accuracy(self, split: ctde.data.Split) -> float:
+        parts = np.split(split.inputs, range(1000, len(split.inputs), 1000))
+        labels = np.concatenate([self._predict(self._carry[0], part) for part in parts])
+        return float((labels == split.labels).mean())
+
+
+class TorchTraining:
+    """PyTorch."""
+
+    def __init__(self, work: Work, precision: Precision, seed: int, how: str):
         import torch
 
         self._torch, self._precision, self._work = torch, precision, work
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._set_precision()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self._network = work.build_torch().to(self._device)
         self._model = torch.compile(self._network, dynamic=False) if how == "compiled" else self._network
         graph = how == "CUDA graph"
@@ -193,17 +261,15 @@ class TorchTraining:
         self._batches: Iterator[Any] = iter(())
         self._take_step = self._captured() if graph else self._step
 
-    def turn(self, steps: int) -> float:
-        """Takes so many steps, and returns the seconds until the device is done."""
+    def turn(self) -> float:
         self._set_precision()
         begin = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(self._work.steps):
             self._take_step(self._next_batch())
         self._wait()
         return time.perf_counter() - begin
 
     def accuracy(self, split: ctde.data.Split) -> float:
-        """Returns the share of pictures that is labeled right."""
         torch = self._torch
         with torch.inference_mode():
             parts = torch.tensor(split.inputs).to(self._device).split(1000)
@@ -262,23 +328,39 @@ class TorchTraining:
             self._torch.cuda.synchronize()
 
 
-def rivals(work: Work, precision: Precision) -> tuple[dict[str, TorchTraining], dict[str, str]]:
-    """Returns PyTorch's contestants, warmed up, and what kept others from being there."""
-    present, absent = {}, {}
+def rivals(
+    work: Work, precision: Precision, seed: int, devices: Sequence[jax.Device]
+) -> tuple[dict[str, Rival], dict[str, str]]:
+    """Returns who is compared, ready to begin, and what kept others from being there."""
+    ways: dict[str, Callable[[], Rival]] = {BY_HAND: partial(PlainJax, work, precision, seed, devices[0])}
+    absent = {}
     if not HAS_TORCH:
-        return {}, {"PyTorch": "is not installed"}
+        absent["PyTorch"] = "is not installed"
+    elif devices[0].platform != "cpu" and not sees_cuda():
+        absent["PyTorch"] = "sees no accelerator"
+    else:
+        hows = ("eager", "compiled", "CUDA graph") if sees_cuda() else ("eager",)
+        ways |= {f"PyTorch {how}": partial(TorchTraining, work, precision, seed, how) for how in hows}
+    present = {}
+    for name, make in ways.items():
+        try:
+            present[name] = make()
+        except Exception as error:  # whatever a rival stumbles over is reported instead of its figures
+            absent[name] = f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return present, absent
+
+
+def sees_cuda() -> bool:
+    """Says whether PyTorch has a GPU to compute on."""
     import torch
 
-    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
-        return {}, {"PyTorch": "sees no accelerator"}
-    for how in ("eager", "compiled", "CUDA graph") if torch.cuda.is_available() else ("eager",):
-        try:
-            training = TorchTraining(work, precision, how)
-            training.turn(3)
-            present[f"PyTorch {how}"] = training
-        except Exception as error:  # whatever a rival stumbles over is reported instead of its figures
-            absent[f"PyTorch {how}"] = f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    return present, absent
+    return torch.cuda.is_available()
+
+
+def network(work: Work, precision: Precision) -> Model:
+    """Returns the model as it is trained: of the data as they are stored."""
+    model = in_bfloat16(work.model) if precision.bfloat16 else work.model
+    return with_raw_inputs(model, work.data.shift, work.data.scale)
 
 
 def measure_peak(size: int, precision: Precision) -> float:
@@ -300,18 +382,6 @@ def measure_peak(size: int, precision: Precision) -> float:
     return 10 * 2 * size**3 / min(seconds)
 
 
-def count_flops(work: Work) -> float:
-    """Returns the FLOPs of the loss and its gradient on a batch."""
-    model = with_raw_inputs(work.model, work.data.shift, work.data.scale)
-    inputs, labels = (array[: work.batch_size] for array in work.data.train)
-    params, state = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), inputs)
-
-    def loss(params: ctde.replica.PyTree) -> jax.Array:
-        return work.task.loss(model.apply(params, state, inputs, None)[0], labels).mean()
-
-    return jax.jit(jax.value_and_grad(loss)).lower(params).cost_analysis()["flops"]
-
-
 def train(work: Work, precision: Precision, devices: Sequence[jax.Device], **options: Any) -> ctde.Trained:
     """Trains with this package on one device."""
     model = in_bfloat16(work.model) if precision.bfloat16 else work.model
@@ -329,24 +399,24 @@ def train(work: Work, precision: Precision, devices: Sequence[jax.Device], **opt
         )
 
 
-def compare(work: Work, name: str, peak: float, steps: int, turns: int, devices: Sequence[jax.Device]) -> list[Row]:
-    """Lets all take turns of so many steps each; the first turn is not counted."""
-    present, absent = rivals(work, PRECISIONS[name])
+def compare(work: Work, name: str, peak: float, turns: int, devices: Sequence[jax.Device]) -> list[Row]:
+    """Lets all take turns; the first turn is not counted."""
+    present, absent = rivals(work, PRECISIONS[name], 0, devices)
     seconds: dict[str, list[float]] = {OURS: []} | {rival: [] for rival in present}
 
     def others(*center: ctde.replica.PyTree) -> str:
         for rival, training in present.items():
-            seconds[rival].append(training.turn(steps))
+            seconds[rival].append(training.turn())
         return ""
 
-    total = steps * (turns + 1)
-    trained = train(work, PRECISIONS[name], devices, steps=total, eval_every=steps, log_every=steps, describe=others)
+    every = {"eval_every": work.steps, "log_every": work.steps}
+    trained = train(work, PRECISIONS[name], devices, steps=work.steps * (turns + 1), describe=others, **every)
     seconds[OURS] = [row["examples"] / row["examples_per_second"] for row in trained.history if row["split"] == "train"]
-    flops, alike = count_flops(work), {"network": work.name, "precision": name, "batch_size": work.batch_size}
+    alike = {"network": work.name, "precision": name, "batch_size": work.batch_size}
     rows: list[Row] = [{**alike, "contestant": rival, "absent": reason} for rival, reason in absent.items()]
     for contestant, taken in seconds.items():
-        speed = steps * work.batch_size / np.array(taken[1:])
-        share = np.median(speed) / work.batch_size * flops / peak
+        speed = work.steps * work.batch_size / np.array(taken[1:])
+        share = np.median(speed) * operations(work.layers) / peak
         ratio = np.array(taken[1:]) / np.array(seconds[OURS][1:])
         measured = {"examples_per_second": quartiles(speed), "share_of_peak": float(share), "times": quartiles(ratio)}
         rows.append({**alike, "contestant": contestant, **measured})
@@ -354,7 +424,7 @@ def compare(work: Work, name: str, peak: float, steps: int, turns: int, devices:
 
 
 def race(work: Work, target: float, most_epochs: int, seed: int, devices: Sequence[jax.Device]) -> list[Row]:
-    """Trains until a test after an epoch gives the target, and takes the time of the training alone."""
+    """Trains until a test after an epoch, which is a turn, gives the target; takes the time of training alone."""
     alike = {"network": work.name, "target": target, "seed": seed}
     history = train(work, PRECISIONS["tf32"], devices, epochs=most_epochs, seed=seed).history
     seconds, found = 0.0, None
@@ -366,13 +436,12 @@ def race(work: Work, target: float, most_epochs: int, seed: int, devices: Sequen
             break
     rows = [{**alike, "contestant": OURS, **(found or {"absent": f"not in {most_epochs} epochs"})}]
 
-    present, absent = rivals(work, PRECISIONS["tf32"])
+    present, absent = rivals(work, PRECISIONS["tf32"], seed, devices)
     rows += [{**alike, "contestant": rival, "absent": reason} for rival, reason in absent.items()]
-    steps = len(work.data.train.inputs) // work.batch_size
-    for rival in present:
-        training, seconds = present[rival], 0.0
+    for rival, training in present.items():
+        seconds = 0.0
         for epoch in range(1, most_epochs + 1):
-            seconds += training.turn(steps)
+            seconds += training.turn()
             if training.accuracy(work.data.test) >= target:
                 rows.append({**alike, "contestant": rival, "seconds": seconds, "epochs": epoch})
                 break
@@ -435,43 +504,46 @@ def main() -> None:
         console.print("There is no accelerator here: this is the small form, and the figures of GPUs are open.")
 
     precisions = {name: one for name, one in PRECISIONS.items() if not (on_cpu and name == "tf32")}
-    peaks = {name: measure_peak(scale.product, one) for name, one in precisions.items()}
-    found: dict[str, Any] = {"device": says, "peaks": peaks, "throughput": [], "to_accuracy": []}
     file = chosen.results / f"accelerator-{kind.lower().replace(' ', '-')}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if found.get("device") != says:
+        peaks = {name: measure_peak(scale.product, one) for name, one in precisions.items()}
+        found = {"device": says, "peaks": peaks, "throughput": [], "to_accuracy": []}
 
-    def save() -> None:
+    def add(part: str, what: str, row_has: Row, measure: Callable[[], list[Row]]) -> None:
+        if any(row_has.items() <= row.items() for row in found[part]):
+            return
+        begin = time.perf_counter()
+        found[part] += measure()
+        console.print(f"{what}: {time.perf_counter() - begin:.0f} s")
         chosen.results.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=2) + "\n")
-        tables = [throughput_table(found["throughput"], peaks), race_table(found["to_accuracy"])]
+        tables = [throughput_table(found["throughput"], found["peaks"]), race_table(found["to_accuracy"])]
         text = "\n\n".join(as_markdown(table) for table in tables if table.row_count)
         file.with_suffix(".md").write_text(f"{text}\n\n{says}\n")
 
     for build in (perceptron_work, convolutional_work, transformer_work):
         work = build(scale)
         for name in precisions:
-            console.print(f"measuring {work.name}, {name}")
-            found["throughput"] += compare(work, name, peaks[name], scale.steps, chosen.turns, devices)
-            save()
-    console.print(throughput_table(found["throughput"], peaks))
+            row_has = {"network": work.name, "precision": name}
+            measure = partial(compare, work, name, found["peaks"][name], chosen.turns, devices)
+            add("throughput", f"throughput of {work.name}, {name}", row_has, measure)
+    console.print(throughput_table(found["throughput"], found["peaks"]))
 
     if chosen.data_dir is None:
         console.print("The time to an accuracy is left out: it needs --data-dir with MNIST's files.")
         return
-    data, classify = ctde.data.mnist(chosen.data_dir), ctde.tasks.classification
-    widths = (784, 512, 10)
-    mlp = perceptron_work(scale._replace(widths=widths))
-    races = [(mlp._replace(data=data, batch_size=120), 0.98, 15)]
+    epoch = {"data": ctde.data.mnist(chosen.data_dir), "batch_size": 120, "steps": 500}
+    races = [(perceptron_work(scale._replace(widths=(784, 512, 10)))._replace(**epoch), 0.98, 15)]
     if on_cpu:
         console.print("The CNN's time to 99 % is left out on a CPU.")
     else:
-        build_torch = convolutional_work(scale).build_torch
-        cnn = Work("cnn", ctde.models.cnn((28, 28), 10), data, classify, 120, build_torch)
-        races.append((cnn, 0.99, 10))
+        races.append((convolutional_work(scale)._replace(**epoch), 0.99, 10))
     for work, target, epochs in races:
         for seed in range(1 if on_cpu else chosen.seeds):
-            console.print(f"training {work.name} to {target:.0%}, seed {seed}")
-            found["to_accuracy"] += race(work, target, epochs, seed, devices)
-            save()
+            measure = partial(race, work, target, epochs, seed, devices)
+            row_has = {"network": work.name, "target": target, "seed": seed}
+            add("to_accuracy", f"{work.name} to {target:.0%}, seed {seed}", row_has, measure)
     console.print(race_table(found["to_accuracy"]))
 
 

@@ -1,4 +1,4 @@
-"""What `limit.py` trains, and the least that a step of it has to compute and to move.
+"""What `limit.py` trains, and the least that a step has to compute and to move, as `accelerator.py` counts it, too.
 
 **Operations.** A layer of m multiply-adds for an example takes 2 m floating-point operations forward, 2 m for the
 gradient of its weights, and 2 m for that of its inputs where something before it learns. So an epoch of 60,000 examples
@@ -12,6 +12,7 @@ written and read), and the inputs are read as they are stored.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -34,9 +35,10 @@ class Layer(NamedTuple):
     """The share of its inputs whose gradient is needed."""
 
 
-def mlp_layers() -> list[Layer]:
-    """784-128-10."""
-    return [Layer(784 * 128, 128, to_inputs=0), Layer(128 * 10, 10)]
+def mlp_layers(widths: Sequence[int]) -> list[Layer]:
+    """From each width to the next."""
+    first, *others = [Layer(before * after, after) for before, after in pairwise(widths)]
+    return [first._replace(to_inputs=0), *others]
 
 
 def cnn_layers() -> list[Layer]:
@@ -63,15 +65,15 @@ def lstm_layers(places: int = PLACES) -> list[Layer]:
     ]
 
 
-def transformer_layers(width: int = 128, blocks: int = 4) -> list[Layer]:
+def transformer_layers(vocabulary: int, window: int, width: int, blocks: int) -> list[Layer]:
     """At every place: query, key, value and mix, attention to half of the window, and the perceptron."""
-    seen = (WINDOW + 1) / 2
+    seen = (window + 1) / 2
     block = [
-        Layer(WINDOW * 4 * width**2, WINDOW * 5 * width),
-        Layer(round(2 * WINDOW * seen * width), WINDOW * width),
-        Layer(WINDOW * 8 * width**2, WINDOW * 6 * width),
+        Layer(window * 4 * width**2, window * 5 * width),
+        Layer(round(2 * window * seen * width), window * width),
+        Layer(window * 8 * width**2, window * 6 * width),
     ]
-    return [*blocks * block, Layer(WINDOW * width * VOCABULARY, WINDOW * VOCABULARY)]
+    return [*blocks * block, Layer(window * width * vocabulary, window * vocabulary)]
 
 
 class Case(NamedTuple):
@@ -115,10 +117,11 @@ class Case(NamedTuple):
         return np.roll(inputs, -1, axis=1) if self.learns_text else (np.arange(len(inputs)) % 10).astype(np.int32)
 
 
-mlp = partial(ctde.models.mlp, [784, 128, 10])
+WIDTHS, TRANSFORMER = (784, 128, 10), {"vocabulary": VOCABULARY, "width": 128, "blocks": 4}
+mlp, mlp_counted = partial(ctde.models.mlp, WIDTHS), mlp_layers(WIDTHS)
 CASES = {
-    "mlp-64": Case(mlp, mlp_layers(), (28, 28), batch_size=64, examples=60_000, epochs=5),
-    "mlp-512": Case(mlp, mlp_layers(), (28, 28), batch_size=512, examples=60_000, epochs=10),
+    "mlp-64": Case(mlp, mlp_counted, (28, 28), batch_size=64, examples=60_000, epochs=5),
+    "mlp-512": Case(mlp, mlp_counted, (28, 28), batch_size=512, examples=60_000, epochs=10),
     "cnn": Case(partial(ctde.models.cnn, (28, 28), 10), cnn_layers(), (28, 28), 64, examples=3_840, epochs=2),
     "lstm": Case(
         partial(ctde.models.rnn_classifier, FEATURES, 10, LSTM_WIDTH),
@@ -129,8 +132,8 @@ CASES = {
         epochs=2,
     ),
     "transformer": Case(
-        partial(ctde.models.transformer, VOCABULARY, WINDOW, width=128, blocks=4),
-        transformer_layers(),
+        partial(ctde.models.transformer, length=WINDOW, **TRANSFORMER),
+        transformer_layers(window=WINDOW, **TRANSFORMER),
         (WINDOW,),
         batch_size=12,
         examples=480,
