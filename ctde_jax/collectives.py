@@ -64,7 +64,8 @@ class Collective(NamedTuple):
 def read(hlo_text: str, hosts: Sequence[int] | None = None) -> list[Collective]:
     """Lists the collectives of a compiled program that send something.
 
-    An outermost loop that turns as often as the program is told is the one over rounds, of which one is counted.
+    An outermost loop that turns as often as the program is told is one over rounds, of which one is counted; where
+    there are several such loops, only that of the last, which goes through what blocks of rounds have left.
 
     Args:
         hlo_text: `compiled.as_text()`.
@@ -88,7 +89,7 @@ _Link = tuple[int, int, float]
 
 
 def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> list[Collective]:
-    found: list[Collective] = []
+    found, in_rounds = [], []
     for instruction in frame.computation.instructions.values():
         op = instruction.opcode.removesuffix("-start")
         if op.endswith(("-done", "-update")):
@@ -97,6 +98,8 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
             raise InputError("hlo_text", f"must send what can be counted before it runs, got {op} %{instruction.name}.")
         if op in _COLLECTIVES:
             found += _collective(op, instruction, frame, loops, hosts)
+        elif op == "while" and not loops and hlo.trip_count(instruction, frame) is None:
+            in_rounds = _loop(instruction, frame, loops, hosts) or in_rounds
         elif op == "while":
             found += _loop(instruction, frame, loops, hosts)
         elif op == "conditional":
@@ -104,7 +107,7 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
         else:
             for name in instruction.called("calls", "to_apply", "called_computations"):
                 found += _walk(frame.enter(name, instruction), loops, hosts)
-    return found
+    return found + in_rounds
 
 
 def _loop(loop: hlo.Instruction, frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> list[Collective]:

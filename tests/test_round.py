@@ -273,15 +273,16 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
 
 
+@pytest.mark.parametrize("block", [1, 2], ids=["round by round", "in blocks"])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, name):
+def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, name, block):
     strategy = STRATEGIES[name]
     train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
     batches = np.stack([(steps_of(strategy) + shift) % 40 for shift in (0, 7, 11)], axis=1)  # [replica, round, ...]
 
     axes = state.axes(strategy)
     program = jax.vmap(
-        make_rounds(train_round),
+        make_rounds(train_round, block * max(1, strategy.inner_steps)),
         in_axes=(axes, None, 0, None, None, None),
         out_axes=(axes, 0),
         axis_name=replica.AXIS,

@@ -17,6 +17,7 @@ from jax import numpy as jnp
 from ctde_jax import Strategy, collectives, data, hlo, models, replica, targets, traffic, wire
 from ctde_jax.errors import InputError
 from ctde_jax.replica import AXIS
+from ctde_jax.round import make_rounds
 from ctde_jax.tasks import classification
 
 REPLICAS = 4
@@ -331,6 +332,23 @@ def test_mean_sends_the_parameters_and_its_weight(name: str, digits):
     assert measured.launches == 1
     assert measured.certain
     assert traffic.in_local_steps(measured) == []
+
+
+@pytest.mark.parametrize("block_steps", [1, 4], ids=["round by round", "in blocks"])
+def test_one_round_of_many_is_counted(block_steps: int):
+    def train_round(state, split, batches, key):
+        return next_one(state), {"examples": jnp.zeros(len(batches))}
+
+    axes = {"in_axes": (0, None, 0, None, None, None), "out_axes": (0, 0)}
+    rounds = replica.parallel(make_rounds(train_round, block_steps), DEVICES, **axes)
+    batches, number = jax.ShapeDtypeStruct((REPLICAS, 10, 1, 2), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+
+    compiled = rounds.lower(
+        jax.ShapeDtypeStruct((REPLICAS, 100), jnp.float32), (), batches, number, number, ()
+    ).compile()
+
+    (one,) = traffic.measure(compiled.as_text() or "", inner_steps=0).collectives
+    assert (one.op, one.times, one.sent) == ("collective-permute", 1, 400)
 
 
 def test_collective_in_the_local_steps_is_found(digits):
