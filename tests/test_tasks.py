@@ -24,6 +24,24 @@ def test_language_modeling_counts_every_place_alike(key):
     assert averages["perplexity"] == pytest.approx(np.exp(-np.log(of_labels).mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(500, 7), (40, 9, 7)], ids=["classes", "tokens"])
+def test_correct_is_the_first_of_the_largest_outputs(shape, key):
+    outputs = jax.random.randint(key, shape, 0, 4).astype(jnp.float32)  # so many are equal
+    labels = jax.random.randint(key, shape[:-1], 0, 7)
+
+    expected = (np.asarray(outputs).argmax(-1) == labels).reshape(len(labels), -1).mean(axis=1)
+
+    assert 0.1 < expected.mean() < 0.3
+    np.testing.assert_allclose(tasks.is_correct(outputs, labels), expected, rtol=1e-6)
+
+
+def test_nothing_is_correct_among_nans():
+    outputs = jnp.array([[jnp.nan, 1.0], [1.0, jnp.nan], [jnp.nan, jnp.nan]])
+
+    for label in (0, 1):
+        assert not tasks.is_correct(outputs, jnp.full(3, label)).any()
+
+
 def test_perplexity_of_a_run_that_goes_astray_is_still_a_number():
     assert np.isfinite(tasks.language_modeling.averages({"loss": 1e30, "accuracy": 0.0}, 1)["perplexity"])
 
