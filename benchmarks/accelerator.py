@@ -252,6 +252,7 @@ class TorchTraining:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._set_precision()
         torch.manual_seed(seed)
+        torch._dynamo.reset()  # else what it compiles anew for another precision soon counts as too often
         self._network = work.build_torch().to(self._device)
         self._model = torch.compile(self._network, dynamic=False) if how == "compiled" else self._network
         graph = how == "CUDA graph"

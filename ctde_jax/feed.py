@@ -1,13 +1,13 @@
 """How examples reach the devices: all of them once, or those of a piece while the devices compute the one before.
 
 Where the training split is in memory, the devices hold it, and a piece is indices alone. Where it is on disk, or comes
-in batches, a piece has examples of its own, which a thread draws and puts on the devices, one piece ahead. The round is
+in batches, a piece has examples of its own. A thread draws pieces and puts them on the devices, one ahead. The round is
 the same: its indices count what the device holds.
 """
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from math import ceil
 from queue import SimpleQueue
@@ -56,16 +56,12 @@ def make_feed(batches: Batches | Arrivals, devices: Sequence[jax.Device]) -> Fee
 
     Of what is on disk, a host reads only what its own devices get.
     """
-    here = replica.own(devices)
-    if isinstance(batches, Arrivals):
-        read = partial(_from_stream, batches, here)
-        return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in read(spans))
-    if batches.is_on_disk:
-        read = partial(_from_disk, batches, here)
-        return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in read(spans))
-    place = replica.replicate if batches.axis is None else replica.shard
-    held = place(batches.split, devices)
-    return lambda spans: nullcontext((held, replica.shard(own, devices), n) for own, n in _indices(batches, spans))
+    if isinstance(batches, Batches) and not batches.is_on_disk:
+        place = replica.replicate if batches.axis is None else replica.shard
+        held = place(batches.split, devices)
+        return lambda spans: prefetched((held, replica.shard(own, devices), n) for own, n in _indices(batches, spans))
+    read = partial(_from_stream if isinstance(batches, Arrivals) else _from_disk, batches, replica.own(devices))
+    return lambda spans: prefetched((*replica.shard(each, devices), n) for *each, n in read(spans))
 
 
 def steps_a_piece(batches: Batches | Arrivals) -> int:
