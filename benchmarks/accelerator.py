@@ -16,12 +16,10 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +35,7 @@ from bounds import Layer, cnn_layers, mlp_layers, operations, transformer_layers
 from contestants import torch_network
 from jax import lax
 from jax import numpy as jnp
+from points import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -498,8 +497,7 @@ def main() -> None:
     devices = ctde.devices.start(1)
     on_cpu = devices[0].platform == "cpu"
     scale, kind = (CPU if on_cpu else ACCELERATOR), devices[0].device_kind
-    packages = [name for name in ("jax", "flax", "optax", "torch") if find_spec(name)]
-    says = ", ".join([kind, f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+    says = machine() if on_cpu else f"{kind}, {machine()}"
     console.print(says)
     if on_cpu:
         console.print("There is no accelerator here: this is the small form, and the figures of GPUs are open.")
