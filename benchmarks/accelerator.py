@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -497,7 +498,8 @@ def main() -> None:
     devices = ctde.devices.start(1)
     on_cpu = devices[0].platform == "cpu"
     scale, kind = (CPU if on_cpu else ACCELERATOR), devices[0].device_kind
-    says = machine() if on_cpu else f"{kind}, {machine()}"
+    torch = [f"torch {version('torch')}"] if HAS_TORCH else []
+    says = ", ".join([kind, machine(), *torch])
     console.print(says)
     if on_cpu:
         console.print("There is no accelerator here: this is the small form, and the figures of GPUs are open.")

@@ -8,6 +8,10 @@ another order in every turn: a task without metrics in one dispatch an epoch tha
 step more of what `fit` does by default, up to a run folder and a progress bar in a pseudo-terminal that somebody reads.
 Measured is what `fit` calls training: all from the first dispatch of an epoch to its last row, evaluation left out.
 What happens once, after the last step, such as drawing the curves, is a column of its own.
+
+Such ratios of times show nothing below the noise of the machine, so the CPU time is counted, too, that Python's threads
+take from one evaluation to the next, and the whole process: where the devices are the CPU, what the one takes is not
+there for the other. By how much that of Python's threads is more than where nothing is watched is what watching costs.
 """
 
 import argparse
@@ -31,6 +35,7 @@ import ctde_jax as ctde
 
 NAME = "overhead"
 EXAMPLES, EPOCHS = 60_000, 6
+SOMEBODY = "who reads the terminal"
 
 
 class Contestant(NamedTuple):
@@ -64,7 +69,7 @@ def terminal() -> Iterator[None]:
         except OSError:  # so Linux says that the other end is closed
             pass
 
-    draining = threading.Thread(target=drain)
+    draining = threading.Thread(target=drain, name=SOMEBODY)
     draining.start()
     before = {name: os.environ.get(name) for name in ("TERM", "COLUMNS", "LINES")}
     os.environ |= {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
@@ -80,8 +85,20 @@ def terminal() -> Iterator[None]:
         os.close(reader)
 
 
+def cpu_of_python() -> float:
+    """Returns the CPU seconds of the threads of this process that Python has started, and of the first one."""
+    threads = [thread.native_id for thread in threading.enumerate() if thread.name != SOMEBODY]
+    return sum(int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0]) for thread in threads) / 1e9
+
+
 def time_fit(contestant: Contestant, data: ctde.data.Dataset, batch_size: int, devices: list) -> dict[str, float]:
-    """Trains, and returns the seconds of training and those after it."""
+    """Trains, and returns the seconds of training and those after it, and CPU seconds of an epoch."""
+    cpu = []  # at every evaluation
+
+    def note_cpu(*center: ctde.replica.PyTree) -> str:
+        cpu.append((cpu_of_python(), time.process_time()))
+        return ""
+
     task = ctde.tasks.classification if contestant.metrics else ctde.Task(ctde.tasks.cross_entropy)
     with tempfile.TemporaryDirectory() as folder:
         before = time.perf_counter()
@@ -96,9 +113,12 @@ def time_fit(contestant: Contestant, data: ctde.data.Dataset, batch_size: int, d
             log_every=contestant.log_every,
             run_dir=Path(folder) / "run" if contestant.files else None,
             show=contestant.shows,
+            describe=note_cpu,
         )
         whole = time.perf_counter() - before
-    return {"train": trained.seconds["train"], "after": whole - sum(trained.seconds.values())}
+    of_python, of_all = np.median(np.diff(cpu, axis=0), axis=0)
+    seconds = {"train": trained.seconds["train"], "after": whole - sum(trained.seconds.values())}
+    return seconds | {"cpu_of_python": float(of_python), "cpu": float(of_all)}
 
 
 def measure(turns: int, batch_sizes: list[int]) -> None:
@@ -125,6 +145,8 @@ HEADER = (
     "an epoch, s",
     "to loss only",
     "to accuracy alone",
+    "CPU time of Python an epoch, ms",
+    "more than for loss only, of all CPU time",
     "once, at the end, s",
     "turns",
 )
@@ -137,13 +159,19 @@ def report() -> None:
         of = {(row["turn"], row["contestant"]): row for row in rows if row["batch_size"] == batch_size}
         turns = [turn for turn in {turn for turn, _ in of} if all((turn, name) in of for name in CONTESTANTS)]
         for name in CONTESTANTS if turns else []:
-            train = {other: np.array([of[turn, other]["train"] for turn in turns]) for other in CONTESTANTS}
+            train, python, cpu = (
+                {other: np.array([of[turn, other][what] for turn in turns]) for other in CONTESTANTS}
+                for what in ("train", "cpu_of_python", "cpu")
+            )
+            more = (python[name] - python[BARE]) / cpu[name]
             lines.append(
                 [
                     f"{batch_size}",
                     name,
                     points.quartiles(train[name] / EPOCHS, ".3f"),
                     *(points.quartiles(train[name] / train[base], ".3f") for base in (BARE, ALONE)),
+                    points.quartiles(1e3 * python[name], ".1f"),
+                    points.quartiles(more, ".2%"),
                     points.quartiles([of[turn, name]["after"] for turn in turns]),
                     f"{len(turns)}",
                 ]

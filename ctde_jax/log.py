@@ -90,6 +90,7 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True, ke
         TimeRemainingColumn(),
         TextColumn("{task.fields[summary]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         expand=True,
+        refresh_per_second=4,  # each takes the CPU 2 ms, which may be the only one there is
         console=screen,
         disable=screen.quiet or not (screen.is_terminal or (screen.is_jupyter and find_spec("ipywidgets"))),
     )
