@@ -13,7 +13,7 @@ import pytest
 
 from ctde_jax import checkpoint
 
-STEPS, STEPS_OF_HOSTS = 100_000, 40_000
+STEPS, STEPS_OF_HOSTS = 100_000, 25_000
 OFTEN = ["--log-every", "500", "--eval-every", "2000", "--save-every", "5000"]
 
 
