@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,10 +63,11 @@ class Job:
         """To the command, which hands it on; what nobody can hand on also to its child, as if the machine were gone."""
         pid = self.processes[index].pid
         children = Path(f"/proc/{pid}/task/{pid}/children")
-        if number in (signal.SIGKILL, signal.SIGSTOP) and children.exists():
-            for child in children.read_text().split():
-                os.kill(int(child), number)
-        os.kill(pid, number)
+        with suppress(ProcessLookupError, FileNotFoundError):  # who has ended by itself just now
+            if number in (signal.SIGKILL, signal.SIGSTOP) and children.exists():
+                for child in children.read_text().split():
+                    os.kill(int(child), number)
+            os.kill(pid, number)
 
     def saved(self) -> int | None:
         """The newest step that has a checkpoint."""
@@ -315,7 +317,7 @@ def test_run_goes_on_with_other_numbers_of_hosts(job, tmp_path):
 
 @pytest.mark.slow
 def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
-    arguments = ["--epochs", "300", "--eval-every", "460", "--save-every", "60"]
+    arguments = ["--epochs", "400", "--eval-every", "460", "--save-every", "60"]
 
     def run(folder: Path, kill_after: float | None) -> list[Ended]:
         job = Job(folder)
@@ -333,7 +335,7 @@ def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
     draw = random.Random(0)
     run(tmp_path / "whole", None)
     for _ in range(30):
-        run(tmp_path / "killed", draw.uniform(0, 1))
+        run(tmp_path / "killed", draw.uniform(0, 0.4))
     assert [ended.status for ended in run(tmp_path / "killed", None)] == [0, 0]
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     one, other = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
