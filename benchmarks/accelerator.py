@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +35,7 @@ from bounds import Layer, cnn_layers, mlp_layers, operations, transformer_layers
 from contestants import torch_network
 from jax import lax
 from jax import numpy as jnp
-from points import machine
+from points import as_markdown, machine
 from rich.console import Console
 from rich.table import Table
 
@@ -498,8 +497,7 @@ def main() -> None:
     devices = ctde.devices.start(1)
     on_cpu = devices[0].platform == "cpu"
     scale, kind = (CPU if on_cpu else ACCELERATOR), devices[0].device_kind
-    torch = [f"torch {version('torch')}"] if HAS_TORCH else []
-    says = ", ".join([kind, machine(), *torch])
+    says = f"{kind}, {machine('torch')}"
     console.print(says)
     if on_cpu:
         console.print("There is no accelerator here: this is the small form, and the figures of GPUs are open.")
@@ -548,13 +546,6 @@ def main() -> None:
             row_has = {"network": work.name, "target": target, "seed": seed}
             add("to_accuracy", f"{work.name} to {target:.0%}, seed {seed}", row_has, measure)
     console.print(race_table(found["to_accuracy"]))
-
-
-def as_markdown(table: Table) -> str:
-    """Writes a table with its title as Markdown."""
-    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
-    header, *rows = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
-    return "\n".join([f"{table.title}\n", header, "|---" * len(columns) + "|", *rows])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ must have reached the same test accuracy.
 
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -23,8 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,6 +30,7 @@ import numpy as np
 import tyro
 from contestants import LEARNING_RATE, TRAIN, Job
 from matplotlib.figure import Figure
+from points import as_markdown, machine
 from rich.console import Console
 from rich.table import Table
 
@@ -436,16 +434,6 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def machine() -> str:
-    """Says on what all this was measured."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    names = [name for name in ("jax", "flax", "optax", "torch", "keras", "numpy") if find_spec(name)]
-    packages = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {packages}."
-
-
 def report(log: Log, results: Path) -> None:
     """Prints the tables, and saves them as Markdown and the first as a picture."""
     models, names = get_args(ModelName), [*TRAIN]
@@ -463,17 +451,11 @@ def report(log: Log, results: Path) -> None:
         tables.append(process_table(heading, rows, "bare: import jax, flax, optax, and loading the digits"))
     for table in tables:
         Console(width=180).print(table)
-    console.print(machine())
-    (results / "peers.md").write_text("\n\n".join([*map(as_markdown, tables), machine()]) + "\n")
+    measured_on = f"{machine('torch', 'keras')}."
+    console.print(measured_on)
+    (results / "peers.md").write_text("\n\n".join([*map(as_markdown, tables), measured_on]) + "\n")
     if any("seconds" in row for row in epochs):
         draw(epochs).savefig(results / "peers.png", dpi=120)
-
-
-def as_markdown(table: Table) -> str:
-    """Writes a table with its title as Markdown."""
-    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
-    header, *rows = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
-    return "\n".join([f"{table.title}\n", header, "|---" * len(columns) + "|", *rows])
 
 
 def main(options: Options) -> int:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,21 @@ def publish(name: str, title: str, header: Sequence[str], rows: Sequence[Sequenc
     (RESULTS / f"{name}.md").write_text(f"## {title}\n\n{text}\n\n{note}\n", encoding="utf-8")
 
 
-def machine() -> str:
-    """Says what the figures were measured on, and with what."""
+def as_markdown(table: Table) -> str:
+    """Writes a table with its title as Markdown."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    header, *rows = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
+    return "\n".join([f"{table.title}\n", header, "|---" * len(columns) + "|", *rows])
+
+
+def machine(*rivals: str) -> str:
+    """Says what the figures were measured on, and with what; of other packages, those that are there."""
     processor = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         processor = names[0].split(":")[1].strip() if names else processor
-    packages = ", ".join(f"{package} {version(package)}" for package in ("jax", "flax", "optax", "numpy"))
+    names = ["jax", "flax", "optax", "numpy", *filter(find_spec, rivals)]
+    packages = ", ".join(f"{package} {version(package)}" for package in names)
     return f"{cores()} cores of {processor}, Python {platform.python_version()}, {packages}"
 
 

@@ -98,10 +98,13 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
             raise InputError("hlo_text", f"must send what can be counted before it runs, got {op} %{instruction.name}.")
         if op in _COLLECTIVES:
             found += _collective(op, instruction, frame, loops, hosts)
-        elif op == "while" and not loops and hlo.trip_count(instruction, frame) is None:
-            in_rounds = _loop(instruction, frame, loops, hosts) or in_rounds
         elif op == "while":
-            found += _loop(instruction, frame, loops, hosts)
+            turns = hlo.trip_count(instruction, frame)
+            inside = _loop(instruction, turns, frame, loops, hosts)
+            if turns is None and not loops:
+                in_rounds = inside or in_rounds
+            else:
+                found += inside
         elif op == "conditional":
             found += _largest_branch(instruction, frame, loops, hosts)
         else:
@@ -110,8 +113,9 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
     return found + in_rounds
 
 
-def _loop(loop: hlo.Instruction, frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> list[Collective]:
-    turns = hlo.trip_count(loop, frame)
+def _loop(
+    loop: hlo.Instruction, turns: int | None, frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]
+) -> list[Collective]:
     counted = int(not loops) if turns is None else turns
     found: list[Collective] = []
     for name, times in zip(loop.called("body", "condition"), (counted, counted + 1), strict=True):
