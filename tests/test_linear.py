@@ -46,13 +46,23 @@ def test_second_derivatives_are_those_of_flax(key):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), own, theirs)
 
 
-def test_program_for_a_cpu_multiplies_the_other_way_round(key):
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "is_narrow"),
+    [(5, 7, 3, True), (136, 132, 33, True), (136, 131, 33, False), (131, 132, 33, False)],
+)
+def test_program_for_a_cpu_multiplies_the_other_way_round(rows, inputs, outputs, is_narrow):
     """The gradient of few outputs is a product with these as rows; for other hardware it is as JAX writes it."""
-    params, loss = loss_of(Linear(7, 3, rngs=nnx.Rngs(0)))
-    traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((5, 7)))
+    params, loss = loss_of(Linear(inputs, outputs, rngs=nnx.Rngs(0)))
+    traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((rows, inputs)))
 
     def products(platform: str) -> str:
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    assert "(tensor<3x5xf32>, tensor<5x7xf32>) -> tensor<3x7xf32>" in products("cpu")
-    assert "(tensor<7x5xf32>, tensor<5x3xf32>) -> tensor<7x3xf32>" in products("tpu")
+    def product(*shapes: tuple[int, int]) -> str:
+        left, right, result = (f"tensor<{height}x{width}xf32>" for height, width in shapes)
+        return f"({left}, {right}) -> {result}"
+
+    narrow = product((outputs, rows), (rows, inputs), (outputs, inputs))
+    plain = product((inputs, rows), (rows, outputs), (inputs, outputs))
+    assert [form in products("cpu") for form in (narrow, plain)] == [is_narrow, not is_narrow]
+    assert [form in products("tpu") for form in (narrow, plain)] == [False, True]

@@ -18,12 +18,10 @@ class Block(nnx.Module):
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.query, self.key, self.value, self.mix = (
-            nnx.Linear(width, width, use_bias=False, rngs=rngs) for _ in range(4)
-        )
+        self.query, self.key, self.value, self.mix = (Linear(width, width, use_bias=False, rngs=rngs) for _ in range(4))
         self.perceptron_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.expand = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.contract = nnx.Linear(4 * width, width, rngs=rngs)
+        self.expand = Linear(width, 4 * width, rngs=rngs)
+        self.contract = Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
         """Maps `[examples, length, width]` to the same shape; dropout falls on what is added."""
