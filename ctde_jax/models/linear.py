@@ -1,7 +1,7 @@
 """A dense layer whose gradient is fast on a CPU, where fake devices train.
 
 The gradient of its kernel is the product `inputs.T @ grads`. Where that is tall and narrow, XLA on a CPU is faster with
-the same product the other way round, `(grads.T @ inputs).T`: its fast library takes no left side that lies across.
+the same product the other way round, `(grads.T @ inputs).T`: its fast library takes no transposed left side.
 """
 
 from typing import Any
@@ -15,9 +15,8 @@ _FEW = 32
 Here and below, a row is an example or one of its places."""
 
 _PART = 4
-"""For more outputs it was faster where there are this many times as many inputs, and rows, by up to 1.6 times; of nine
-shapes tried, from 64 to 512 outputs, one was slower, by 3 to 9 %. Where there are less, as many were slower as faster.
-"""
+"""For more outputs it was faster where inputs and rows are both at least so many times as many: of nine shapes of 48 to
+512 outputs eight, by up to 1.6 times, and one was 3 to 9 % slower. Of other shapes as many were slower as faster."""
 
 
 class Linear(nnx.Linear):
