@@ -290,7 +290,7 @@ def draw(measured: list[Measured], rows: list[Row]) -> None:
             )
     axes.set(xlabel="operations for each byte moved, by formula", ylabel="GFLOP/s", title="Training below its ceilings")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(points.RESULTS / f"{NAME}.png", dpi=120)
 
 
