@@ -50,13 +50,11 @@ def test_second_derivatives_are_those_of_flax(key):
     ("rows", "inputs", "outputs", "is_narrow"),
     [(5, 7, 3, True), (136, 132, 33, True), (136, 131, 33, False), (131, 132, 33, False)],
 )
-def test_program_for_a_cpu_multiplies_the_other_way_round(rows, inputs, outputs, is_narrow):
-    """The gradient of few outputs is a product with these as rows; for other hardware it is as JAX writes it."""
+def test_program_for_a_cpu_multiplies_narrow_kernels_the_other_way_round(rows, inputs, outputs, is_narrow):
+    """The gradient of a narrow kernel is a product with outputs as rows; for other hardware it is as JAX writes it."""
     params, loss = loss_of(Linear(inputs, outputs, rngs=nnx.Rngs(0)))
     traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((rows, inputs)))
-
-    def products(platform: str) -> str:
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+    for_cpu, for_tpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu"))
 
     def product(*shapes: tuple[int, int]) -> str:
         left, right, result = (f"tensor<{height}x{width}xf32>" for height, width in shapes)
@@ -64,5 +62,5 @@ def test_program_for_a_cpu_multiplies_the_other_way_round(rows, inputs, outputs,
 
     narrow = product((outputs, rows), (rows, inputs), (outputs, inputs))
     plain = product((inputs, rows), (rows, outputs), (inputs, outputs))
-    assert [form in products("cpu") for form in (narrow, plain)] == [is_narrow, not is_narrow]
-    assert [form in products("tpu") for form in (narrow, plain)] == [False, True]
+    assert [form in for_cpu for form in (narrow, plain)] == [is_narrow, not is_narrow]
+    assert [form in for_tpu for form in (narrow, plain)] == [False, True]
