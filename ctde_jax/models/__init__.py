@@ -1,16 +1,11 @@
 """Networks, and the two doors through which a network of the user's own comes in."""
 
-from ctde_jax.models.base import (
-    BatchStatistics,
-    Model,
-    count_params,
-    from_linen,
-    from_nnx,
-    in_bfloat16,
-    with_raw_inputs,
-)
+from ctde_jax.models.base import Model, count_params, in_bfloat16, with_raw_inputs
+from ctde_jax.models.batch_statistics import BatchStatistics
 from ctde_jax.models.cnn import CNN, cnn
+from ctde_jax.models.linen_modules import from_linen
 from ctde_jax.models.mlp import MLP, mlp
+from ctde_jax.models.nnx_modules import from_nnx
 from ctde_jax.models.resnet import ResNet, resnet
 from ctde_jax.models.rnn import RNNClassifier, RNNLanguageModel, rnn_classifier, rnn_language_model
 from ctde_jax.models.transformer import Transformer, transformer

@@ -6,10 +6,11 @@ import jax
 from flax import nnx
 
 from ctde_jax.errors import check_at_least
-from ctde_jax.models.base import Model, from_nnx
+from ctde_jax.models.base import Model
 from ctde_jax.models.convolution import Conv
 from ctde_jax.models.layers import Dropout, as_images, check_image_shape, count_channels
 from ctde_jax.models.linear import Linear
+from ctde_jax.models.nnx_modules import from_nnx
 
 CONVOLUTIONS = (32, 64)
 HIDDEN = 512

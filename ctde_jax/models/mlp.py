@@ -8,8 +8,9 @@ from flax import nnx
 from jax import numpy as jnp
 
 from ctde_jax.errors import InputError, check_at_least, check_known
-from ctde_jax.models.base import Model, from_nnx
+from ctde_jax.models.base import Model
 from ctde_jax.models.linear import Linear
+from ctde_jax.models.nnx_modules import from_nnx
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,

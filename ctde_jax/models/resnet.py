@@ -11,10 +11,12 @@ import jax
 from flax import nnx
 
 from ctde_jax.errors import InputError, check_at_least, check_known
-from ctde_jax.models.base import BatchStatistics, Model, from_nnx
+from ctde_jax.models.base import Model
+from ctde_jax.models.batch_statistics import BatchStatistics
 from ctde_jax.models.convolution import Conv
 from ctde_jax.models.layers import as_images, check_image_shape, count_channels
 from ctde_jax.models.linear import Linear
+from ctde_jax.models.nnx_modules import from_nnx
 
 GROUPS = 8
 

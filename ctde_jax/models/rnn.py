@@ -12,9 +12,10 @@ from flax import nnx
 from jax import numpy as jnp
 
 from ctde_jax.errors import InputError, check_at_least, check_known
-from ctde_jax.models.base import Model, from_nnx
+from ctde_jax.models.base import Model
 from ctde_jax.models.layers import Dropout, embed
 from ctde_jax.models.linear import Linear
+from ctde_jax.models.nnx_modules import from_nnx
 
 Carry: TypeAlias = tuple[jax.Array, jax.Array] | jax.Array
 """What a cell remembers, `[examples, width]`: memory and output of an LSTM, or the output of a GRU."""

@@ -7,9 +7,10 @@ import jax
 from flax import nnx
 
 from ctde_jax.errors import InputError, check_at_least
-from ctde_jax.models.base import Model, from_nnx
+from ctde_jax.models.base import Model
 from ctde_jax.models.layers import Dropout, embed
 from ctde_jax.models.linear import Linear
+from ctde_jax.models.nnx_modules import from_nnx
 
 
 class Block(nnx.Module):
