@@ -163,7 +163,7 @@ def _make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> G
         total = jnp.maximum(sums["examples"], 1)
 
         def mean_state(shards: jax.Array, before: jax.Array) -> jax.Array:
-            if jnp.issubdtype(shards.dtype, jnp.floating):
+            if jnp.issubdtype(shards.dtype, jnp.inexact):
                 each = jnp.expand_dims(weights, range(1, shards.ndim))
                 weighted = lax.optimization_barrier(jnp.where(each > 0, shards * each, 0))
                 mean = (_sum_in_order(weighted) / total).astype(shards.dtype)

@@ -137,10 +137,11 @@ def add_up(tree: PyTree) -> PyTree:
 def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) -> PyTree:
     """Averages over the replicas, or the shards of one, each counted as often as its weight says.
 
-    Who has no weight does not count at all, not even with a NaN; where nobody has weight the mean is zero. Counters and
-    other integers, which have no mean, become the largest of all.
+    Replicas with weight 0 are ignored, even if they hold NaN. If all weights are 0, the mean is 0. Counters and other
+    integers, which have no mean, become the largest of all.
     """
-    weight, leaves, structure = jnp.asarray(weight, jnp.float32), *jax.tree.flatten(tree)
+    weight = jnp.asarray(weight, jnp.float32)
+    leaves, structure = jax.tree.flatten(as_real(tree))
     floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     if axis == AXIS and lax.axis_size(AXIS) == 1:
         means = iter([jnp.where(weight > 0, leaf, 0) for leaf in floats])
@@ -149,10 +150,21 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
         sums, total = add_up((weighted, weight)) if axis == AXIS else lax.psum((weighted, weight), axis)
         share = 1 / jnp.where(total > 0, total, 1)  # a product, unlike a quotient, is fused with what reads it
         means = iter([x * share for x in sums])
-    return structure.unflatten(
+    mean = structure.unflatten(
         next(means).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else lax.pmax(leaf, axis)
         for leaf in leaves
     )
+    return as_complex(mean, tree)
+
+
+def as_real(tree: PyTree) -> PyTree:
+    """Views each complex leaf as its real and imaginary parts, `[2, ...]`; other leaves stay as they are."""
+    return jax.tree.map(lambda x: jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x, tree)
+
+
+def as_complex(tree: PyTree, like: PyTree) -> PyTree:
+    """Inverts `as_real` where the leaf of another tree is complex."""
+    return jax.tree.map(lambda x, other: lax.complex(*x) if jnp.iscomplexobj(other) else x, tree, like)
 
 
 class Waiting:

@@ -58,7 +58,9 @@ def make_round(
     def averaged(state: TrainState) -> TrainState:
         if ema_decay is None:
             return state
-        return state._replace(ema_params=optax.incremental_update(state.params, state.ema_params, 1 - ema_decay))
+        # as a difference, which keeps the bits of a parameter that has not moved
+        ema_params = jax.tree.map(lambda ema, x: ema + (1 - ema_decay) * (x - ema), state.ema_params, state.params)
+        return state._replace(ema_params=ema_params)
 
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
@@ -123,7 +125,7 @@ def skipping(train_round: Round) -> Round:
         advanced, sums = train_round(state, split, batches, key)
         is_spoilt = jnp.zeros((), bool)
         for new, old in zip(jax.tree.leaves((advanced, sums["loss"])), jax.tree.leaves((state, 0.0)), strict=True):
-            if jnp.issubdtype(new.dtype, jnp.floating):
+            if jnp.issubdtype(new.dtype, jnp.inexact):
                 is_spoilt |= jnp.any(~jnp.isfinite(new) & jnp.isfinite(old))
         if lax.axis_size(replica.AXIS) > 1:
             is_spoilt = lax.pmax(is_spoilt.astype(jnp.int32), replica.AXIS) > 0

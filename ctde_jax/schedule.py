@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
+from jax import numpy as jnp
 
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
@@ -37,8 +38,7 @@ class Phase(NamedTuple):
         """Makes the function from the state's parameters to the central ones, replicated."""
         if not self.strategy.diverges:
             return lambda params: params
-        mean = replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
-        return replica.compiled_once(mean, devices)
+        return replica.compiled_once(replica.parallel(_center, devices, in_axes=(0,), out_axes=None), devices)
 
     def after(self, step: int) -> list[Span]:
         """Returns what is left of the spans after this step, which is the end of a row."""
@@ -78,6 +78,14 @@ def cut(pieces: Iterable[Piece], pace: Callable[[], int]) -> Iterator[tuple[PyTr
             last = min(first + pace(), rounds)
             yield examples, indices, first, last
             first = last
+
+
+def _center(own: PyTree) -> PyTree:
+    """Averages parameters over the replicas; those that are equal on all keep their bits, which a mean may round."""
+    real = replica.as_real(own)
+    mean = replica.weighted_mean(real, 1.0)
+    center = jax.tree.map(lambda x, m: jnp.where(lax.pmin(x, AXIS) == lax.pmax(x, AXIS), x, m), real, mean)
+    return replica.as_complex(center, own)
 
 
 def _spans(inner_steps: int, eval_every: int, row_steps: int, piece_steps: int, start: int, stop: int) -> list[Span]:

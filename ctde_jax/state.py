@@ -224,9 +224,11 @@ def _spread(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainSta
 def _mean_of_all(rows: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
     if rows.shape[1:] != like.shape[1:]:
         return rows
-    is_float = jnp.issubdtype(rows.dtype, jnp.floating)
-    one = rows.mean(axis=0, dtype=np.float32).astype(rows.dtype) if is_float else rows.max(axis=0)
-    return np.broadcast_to(one, like.shape)
+    if not jnp.issubdtype(rows.dtype, jnp.inexact):
+        return np.broadcast_to(rows.max(axis=0), like.shape)
+    mean = rows.mean(axis=0, dtype=jnp.promote_types(rows.dtype, np.float32)).astype(rows.dtype)
+    is_equal = (rows == rows[:1]).all(axis=0)  # then the mean may differ by a rounding
+    return np.broadcast_to(np.where(is_equal, rows[0], mean), like.shape)
 
 
 def _on_replicas(

@@ -252,11 +252,12 @@ def sparse_bytes(k: int, chunk: int, position_bits: int, values):
 
 
 def through_owners(codec_bytes):
-    return lambda n, replicas: (replicas - 1) * (2 * codec_bytes(ceil(n / replicas)) + 4)
+    """And 4 bytes of weight, and one byte of flags for the two leaves on either way."""
+    return lambda n, replicas: (replicas - 1) * (2 * codec_bytes(ceil(n / replicas)) + 4 + 1 + 1)
 
 
 def to_everybody(codec_bytes):
-    return lambda n, replicas: (replicas - 1) * (codec_bytes(n) + 4)
+    return lambda n, replicas: (replicas - 1) * (codec_bytes(n) + 4 + 1)
 
 
 def four(n: int) -> int:
@@ -291,24 +292,24 @@ BYTES = {
     "median": (two_phase(combine=aggregate.median()), through_owners(four)),
     "krum": (
         two_phase(combine=aggregate.krum(1)),
-        lambda n, r: through_owners(four)(n, r) + ring(4 * r * r, r),
+        lambda n, r: through_owners(four)(n, r) + ring(3 * 4 * r * r, r),
     ),
     "geometric median": (
         two_phase(combine=aggregate.geometric_median(iterations=8)),
-        lambda n, r: through_owners(four)(n, r) + 8 * ring(4 * r, r),
+        lambda n, r: through_owners(four)(n, r) + 8 * ring(3 * 4 * r, r),
     ),
     "centered clipping": (
         two_phase(combine=aggregate.centered_clipping(1.0, iterations=3)),
-        lambda n, r: through_owners(four)(n, r) + 3 * ring(4 * r, r),
+        lambda n, r: through_owners(four)(n, r) + 3 * ring(3 * 4 * r, r),
     ),
-    "power-sgd": (power_sgd(2), lambda n, r: ring(4 * (2 * (50 + (n - 7) // 50) + 7 + 1), r)),
+    "power-sgd": (power_sgd(2), lambda n, r: ring(4 * (2 * (50 + (n - 7) // 50) + 1 + 7 + 1), r)),
     "private": (aggregate.private(1.0, 1.0), lambda n, r: ring(4 * (n + 1), r)),
     "ring": (aggregate.gossip("ring"), lambda n, r: 2 * 4 * n),
     "exponential": (aggregate.gossip("exponential"), lambda n, r: 4 * n),
     "pairs": (aggregate.gossip("pairs"), lambda n, r: 4 * n),
     "streaming int4": (
         aggregate.streaming(3, two_phase(quantize(4))),
-        lambda n, r: through_owners(int_bytes(4))(ceil(n / 3), r),
+        lambda n, r: through_owners(int_bytes(4))(ceil((n - 7) / 3) + ceil(7 / 3), r),
     ),
 }
 
@@ -342,7 +343,8 @@ def test_int8_sends_a_quarter_of_f32():
     """At 8 devices 1.75 bytes a parameter and the scales, against 7.00."""
     n = 8 * 256 * 5
     scales, weights = 2 * 7 * 5 * 4, 7 * 4
-    assert sent_bytes(two_phase(quantize(8)), n, 8) == 1.75 * n + scales + weights
+    flags = 2 * 7 * 1
+    assert sent_bytes(two_phase(quantize(8)), n, 8) == 1.75 * n + scales + weights + flags
     assert sent_bytes(mean(), n, 8) == pytest.approx(7.00 * (n + 1))
 
 
@@ -384,8 +386,16 @@ def test_strategy_that_makes_no_sense_is_refused(build, sentence):
     ("reduce", "replicas", "sentence"),
     [
         (aggregate.gossip(), 1, "devices must be at least 2 for gossip, which needs a neighbor, got 1"),
-        (two_phase(combine=aggregate.krum(1)), 4, "byzantine must be at most 0 for Krum of 4 replicas, got 1"),
-        (two_phase(combine=aggregate.trimmed_mean(2)), 4, "byzantine must be at most 1 .* of 4 replicas, got 2"),
+        (
+            two_phase(combine=aggregate.krum(1)),
+            4,
+            "devices must be at least 5 for Krum to withstand 1 bad device .*got 4",
+        ),
+        (
+            two_phase(combine=aggregate.trimmed_mean(2)),
+            4,
+            "devices must be at least 5 .* got 4; .* byzantine to at most 1",
+        ),
         (hierarchical_mean(3), 4, "per_host must divide the 4 devices, got 3"),
     ],
 )

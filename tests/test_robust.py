@@ -207,10 +207,10 @@ def test_rule_that_makes_no_sense_is_refused(build, sentence):
 @pytest.mark.parametrize(
     ("combine", "replicas", "sentence"),
     [
-        (trimmed_mean(4), 8, "byzantine must be at most 3 for the trimmed mean of 8 replicas, got 4"),
-        (trimmed_mean(1), 2, "byzantine must be at most 0 for the trimmed mean of 2 replicas, got 1"),
-        (krum(3), 8, "byzantine must be at most 2 for Krum of 8 replicas, got 3"),
-        (krum(0), 2, "devices must be at least 3 for Krum, got 2"),
+        (trimmed_mean(4), 8, r"devices must be at least 9 for the trimmed mean to withstand 4 bad devices .* got 8"),
+        (trimmed_mean(1), 2, "devices must be at least 3 .* got 2; .* or set byzantine to at most 0"),
+        (krum(3), 8, "devices must be at least 9 for Krum .* 3 bad devices .* got 8; .* byzantine to at most 2"),
+        (krum(0), 2, "devices must be at least 3 for Krum .* got 2; use more devices, or choose another rule"),
         (multi_krum(2, selected=7), 8, "selected must be at most 6, the replicas that are not bad, got 7"),
     ],
 )

@@ -23,7 +23,7 @@ class Codec(NamedTuple):
     """The size of what is written must be a multiple of this."""
 
     init: Callable[[tuple[int, ...]], PyTree]
-    """`init(shape) -> state`, for values of this shape."""
+    """`init(shape) -> state`, for values of this shape; every array of the state has that shape, too."""
 
     encode: Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]
     """`encode(values float32[..., size], state, key) -> (payload uint8[..., bytes], said, state)`

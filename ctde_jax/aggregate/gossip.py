@@ -37,6 +37,8 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
       the squared spread by `(1 - 1 / (R - 1)) / 2` in expectation, for even R.
 
     Every replica sends its n numbers in float32 to each neighbor: `2 * 4 n` bytes in a ring of 3 and more, else `4 n`.
+    Replicas mix by differences from their neighbors, so parameters that are equal on all and do not move keep their
+    bits.
 
     Args:
         graph: Who mixes with whom.
@@ -56,9 +58,8 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
 
     def update(updates, state, params=None, *, key, **extra_args):
         wanted = jax.tree.map(lambda d, p: d - pull * p, updates, params)
-        mixed = as_tree(_MIX[graph](as_vector(wanted), state.rounds, key), wanted)
-        agreed = jax.tree.map(lambda m, p: (m + pull * p).astype(m.dtype), mixed, params)
-        return agreed, GossipState(state.rounds + 1)
+        away = as_tree(_AWAY[graph](as_vector(wanted), state.rounds, key), updates)
+        return optax.tree.add(updates, away), GossipState(state.rounds + 1)
 
     return reducer(init, update)
 
@@ -66,10 +67,10 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
 def _ring(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
     replicas = lax.axis_size(AXIS)
     if replicas == 2:
-        return (vector + _from(vector, [1, 0])) / 2
+        return (_from(vector, [1, 0]) - vector) / 2
     left = _from(vector, [(i - 1) % replicas for i in range(replicas)])
     right = _from(vector, [(i + 1) % replicas for i in range(replicas)])
-    return (vector + left + right) / 3
+    return ((left - vector) + (right - vector)) / 3
 
 
 def _exponential(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
@@ -83,11 +84,12 @@ def _pairs(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
     return _one_of(rounds_of_all, jax.random.randint(key, (), 0, len(rounds_of_all)), vector)
 
 
-_MIX: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+_AWAY: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "ring": _ring,
     "exponential": _exponential,
     "pairs": _pairs,
 }
+"""`away(vector, rounds, key)`: the mixed vector minus the replica's own."""
 
 
 def tournament(replicas: int) -> list[list[int]]:
@@ -105,12 +107,12 @@ def tournament(replicas: int) -> list[list[int]]:
 
 
 def _one_of(choices: Sequence[Sequence[int]], choice: jax.Array, vector: jax.Array) -> jax.Array:
-    """Averages with whomever the choice says; all replicas choose the same."""
+    """Returns the way to the average with the chosen source; the choice is the same on all replicas."""
 
-    def mix(sources: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
-        return lambda vector: (vector + _from(vector, sources)) / 2
+    def away(sources: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
+        return lambda vector: (_from(vector, sources) - vector) / 2
 
-    return lax.switch(choice, [mix(sources) for sources in choices], vector)
+    return lax.switch(choice, [away(sources) for sources in choices], vector)
 
 
 def _from(vector: jax.Array, sources: Sequence[int]) -> jax.Array:

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import as_tree, as_vector
 from ctde_jax.aggregate.reducer import reducer
+from ctde_jax.aggregate.scaling import relative
 from ctde_jax.errors import check_at_least
 from ctde_jax.replica import AXIS
 
@@ -30,8 +31,10 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
 
     A leaf is seen as the matrix of all its axes but the last, and the last. It travels whole where the factors would
     be no smaller, as biases do; with a rank that high this is `mean`. For leaves of m x n as factors and k numbers in
-    whole leaves, every replica sends `2 (R - 1) / R * 4 * (sum(rank * (m + n)) + k + 1)` bytes, one number of them the
-    weight.
+    whole leaves, every replica sends `2 (R - 1) / R * 4 * (sum(rank * (m + n) + 1) + k + 1)` bytes: with each pair of
+    factors one number that is 0 if all replicas send zeros, and once the weight.
+
+    A leaf that every replica sends as zeros is agreed on as exactly zero, and its residual stays.
 
     Args:
         rank: Of the factors; the paper uses 1 to 4.
@@ -63,19 +66,23 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
             vector = as_vector(arrays)
             return as_tree(lax.psum(jnp.where(weight > 0, vector * weight, 0), AXIS), arrays)
 
+        moves = [jnp.any(matrix != 0).astype(jnp.float32) for matrix in matrices]
         wanted = [matrix + residual for matrix, residual in zip(matrices, state.residual, strict=True)]
-        starts = [_without_zeros(q, jax.random.fold_in(key, i)) for i, q in enumerate(state.q)]
+        starts = [_start(q, jax.random.fold_in(key, i)) for i, q in enumerate(state.q)]
 
-        *sums, total = sum_weighted([*map(jnp.matmul, wanted, starts), jnp.ones(())])
+        *sums, total = sum_weighted([*map(jnp.matmul, wanted, starts), *moves, jnp.ones(())])
+        sums, moving = sums[: len(matrices)], [x > 0 for x in sums[len(matrices) :]]
         bases = [jnp.linalg.qr(p).Q for p in sums]
         own_q = [matrix.T @ basis for matrix, basis in zip(wanted, bases, strict=True)]
         averages = [x / jnp.where(total > 0, total, 1) for x in sum_weighted(own_q + whole)]
         q, whole = averages[: len(own_q)], averages[len(own_q) :]
 
         unsaid = [m - basis @ own.T for m, basis, own in zip(wanted, bases, own_q, strict=True)]
-        residual = optax.tree.where(weight > 0, unsaid, state.residual)  # nobody has heard who has no weight
+        unsaid = list(map(jnp.where, moving, unsaid, state.residual))
+        residual = optax.tree.where(weight > 0, unsaid, state.residual)  # a message without weight is not heard
 
-        agreed = iter([basis @ right.T for basis, right in zip(bases, q, strict=True)])
+        agreed = [basis @ right.T for basis, right in zip(bases, q, strict=True)]
+        agreed = iter([jnp.where(is_moving, x, 0) for is_moving, x in zip(moving, agreed, strict=True)])
         others = iter(whole)
         answer = [next(agreed if travels_as_factors(leaf) else others) for leaf in leaves]
         answer = [x.reshape(leaf.shape).astype(leaf.dtype) for x, leaf in zip(answer, leaves, strict=True)]
@@ -89,6 +96,10 @@ def _matrix_shape(leaf: jax.Array) -> tuple[int, int]:
     return prod(leaf.shape[:-1]), leaf.shape[-1] if leaf.ndim else 1
 
 
-def _without_zeros(q: jax.Array, key: jax.Array) -> jax.Array:
-    """Starts a column at random where it is zero, in the first round or after a message of too low a rank."""
-    return jnp.where(jnp.any(q, axis=0)[None], q, jax.random.normal(key, q.shape))
+def _start(q: jax.Array, key: jax.Array) -> jax.Array:
+    """Scales the columns, so that products with large messages do not overflow; the basis of a product is the same.
+
+    A column of zeros, as in the first round or after a message of too low a rank, is drawn at random.
+    """
+    largest = jnp.max(jnp.abs(q), axis=0, keepdims=True)
+    return jnp.where(largest > 0, relative(q, largest), jax.random.normal(key, q.shape))

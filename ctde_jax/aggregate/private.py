@@ -17,8 +17,9 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.mean import mean
 from ctde_jax.aggregate.reducer import reducer
+from ctde_jax.aggregate.scaling import relative
 from ctde_jax.errors import InputError, check_at_least
-from ctde_jax.replica import AXIS
+from ctde_jax.replica import AXIS, PyTree
 
 
 def private(
@@ -47,9 +48,7 @@ def private(
 
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, key: jax.Array, **extra_args):
         reduce_key, noise_key = jax.random.split(key)
-        norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), updates))
-        scale = jnp.minimum(1, clip_norm / norm)
-        clipped = jax.tree.map(lambda x: jnp.where(jnp.isfinite(norm), x * scale, 0).astype(x.dtype), updates)
+        clipped = _clipped(updates, clip_norm)
         average, state = reduce.update(clipped, state, params, weight=jnp.float32(1), key=reduce_key, **extra_args)
 
         leaves, structure = jax.tree.flatten(average)
@@ -60,6 +59,19 @@ def private(
         return structure.unflatten(noisy), state
 
     return reducer(reduce.init, update)
+
+
+def _clipped(message: PyTree, clip_norm: float) -> PyTree:
+    """Scales a message down to the norm if it is longer; zeros if a number is not finite."""
+    largest = jnp.stack([jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0) for x in jax.tree.leaves(message)]).max()
+    parts = jax.tree.map(lambda x: relative(x.astype(jnp.float32), largest), message)
+    parts_norm = optax.tree.norm(parts)  # from 1 to the root of their number; times `largest` it may overflow
+
+    def clip(x: jax.Array, part: jax.Array) -> jax.Array:
+        shorter = jnp.where(parts_norm * largest > clip_norm, part * (clip_norm / parts_norm), x)
+        return jnp.where(jnp.isfinite(largest), shorter, 0).astype(x.dtype)
+
+    return jax.tree.map(clip, message, parts)
 
 
 def epsilon(noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, delta: float = 1e-5) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.codec import Codec, from_bytes, to_bytes
+from ctde_jax.aggregate.scaling import power_towards_one, relative
 from ctde_jax.errors import InputError, check_at_least, check_known
 
 Levels = Literal["linear", "statistical"]
@@ -34,19 +35,19 @@ def quantize(bits: int, levels: Levels = "linear", block: int = 256) -> Codec:
     check_known("levels", levels, ("linear", "statistical"))
     _check_block(block)
     if levels == "linear":
-        largest = 2 ** (bits - 1) - 1
+        steps = 2 ** (bits - 1) - 1
         return _blockwise(
             bits=bits,
             block=block,
-            scale=lambda blocks: _largest(jnp.abs(blocks)) / largest,
-            code=lambda scaled: jnp.floor(scaled + (largest + 0.5)),
-            level=lambda code: code.astype(jnp.float32) - largest,
+            scale=lambda parts: jnp.ones(parts.shape[:-1]),
+            code=lambda scaled: jnp.floor(scaled * steps + (steps + 0.5)),
+            level=lambda code: (code.astype(jnp.float32) - steps) / steps,
         )
     table = normal_levels(bits)
     return _blockwise(
         bits=bits,
         block=block,
-        scale=lambda blocks: jnp.sqrt(jnp.mean(blocks**2, axis=-1)),
+        scale=lambda parts: jnp.sqrt(jnp.mean(parts**2, axis=-1)),
         code=lambda scaled: jnp.searchsorted((table[1:] + table[:-1]) / 2, scaled),
         level=lambda code: jnp.asarray(table)[code.astype(jnp.int32)],
     )
@@ -64,7 +65,7 @@ def sign(block: int = 256) -> Codec:
     return _blockwise(
         bits=1,
         block=block,
-        scale=lambda blocks: jnp.mean(jnp.abs(blocks), axis=-1),
+        scale=lambda parts: jnp.mean(jnp.abs(parts), axis=-1),
         code=lambda scaled: (scaled > 0).astype(jnp.float32),
         level=lambda code: 2 * code.astype(jnp.float32) - 1,
     )
@@ -91,20 +92,40 @@ def _blockwise(
     code: Callable[[jax.Array], jax.Array],
     level: Callable[[jax.Array], jax.Array],
 ) -> Codec:
-    """Makes a codec of `scale(blocks)`, `code(numbers / scale)`, and `level(code)`, which undoes `code`."""
+    """Makes a blockwise codec of three functions; every block's scale travels with it.
+
+    The functions never see the numbers themselves, but `parts`, the numbers divided by the largest magnitude of their
+    block: squares and sums of large numbers would overflow, and those of small ones would be zero.
+
+    Args:
+        bits: Bits for each number.
+        block: Numbers that share a scale.
+        scale: `scale(parts [..., block]) -> [...]`, in units of the largest magnitude.
+        code: `code(parts / scale)`, a whole number less than `2**bits`.
+        level: Undoes `code`.
+    """
 
     def encode(values, state, key):
         blocks = values.reshape(*values.shape[:-1], -1, block)
-        scales = scale(blocks)[..., None]
-        codes = code(blocks * jnp.where(scales > 0, 1 / scales, 0))
-        written = jnp.concatenate([pack(codes, bits), to_bytes(scales)], axis=-1)
-        said = level(codes) * scales
+        largest = _largest(jnp.abs(blocks))[..., None]
+        parts = relative(blocks, largest)
+        scales = scale(parts)[..., None]
+        codes = code(parts / jnp.where(largest > 0, scales, 1))
+        written = jnp.concatenate([pack(codes, bits), to_bytes(scales * largest)], axis=-1)
+        said = read(codes, scales * largest)
         return written.reshape(*values.shape[:-1], -1), said.reshape(values.shape), state
 
     def decode(payload, size, key):
         written = payload.reshape(*payload.shape[:-1], size // block, -1)
-        codes, scales = unpack(written[..., :-4], bits), from_bytes(written[..., -4:])
-        return (level(codes) * scales).reshape(*payload.shape[:-1], size)
+        numbers = read(unpack(written[..., :-4], bits), from_bytes(written[..., -4:]))
+        return numbers.reshape(*payload.shape[:-1], size)
+
+    def read(codes: jax.Array, scales: jax.Array) -> jax.Array:
+        power = power_towards_one(scales)
+        numbers = level(codes) * (scales * power) / power  # level * scales may pass through numbers taken for zero
+        bound = jnp.finfo(jnp.float32).max
+        # The outermost level may lie beyond the largest number; a scale that is not finite stays visible.
+        return jnp.where(jnp.isfinite(scales), jnp.clip(numbers, -bound, bound), numbers)
 
     return Codec(block, lambda shape: (), encode, decode)
 

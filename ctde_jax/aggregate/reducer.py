@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import optax
 
-from ctde_jax.replica import PyTree
+from ctde_jax.replica import PyTree, as_complex, as_real
 
 
 def reducer(
@@ -16,6 +16,15 @@ def reducer(
         init: `init(params) -> state`; each replica's own.
         update: `update(message, state, params=None, *, weight, key, **extra_args) -> (agreed, state)`. `weight`,
             float32[], is the number of examples behind this replica's message; `key` is equal on all replicas and new
-            in every round. What is agreed has the shapes and types of the message.
+            in every round. What is agreed has the shapes and types of the message. Both functions get complex leaves
+            as their real and imaginary parts, real `[2, ...]`.
     """
-    return optax.GradientTransformationExtraArgs(init, update)
+
+    def init_real(params: PyTree) -> PyTree:
+        return init(as_real(params))
+
+    def update_real(updates, state, params=None, **extra_args):
+        agreed, state = update(as_real(updates), state, as_real(params), **extra_args)
+        return as_complex(agreed, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_real, update_real)

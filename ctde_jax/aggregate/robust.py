@@ -8,7 +8,7 @@ A rule protects against messages. It does not protect against a replica that lie
 see batch statistics or losses, which are averaged elsewhere.
 
 The coordinate-wise rules need no further word between the replicas. The rules for whole vectors add up what each owner
-knows of the distances between messages: R x R floats for Krum, R floats in each iteration for the others.
+knows of the distances between messages: 3 R x R floats for Krum, 3 R floats in each iteration for the others.
 """
 
 from math import inf
@@ -18,6 +18,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.combine import Combine
+from ctde_jax.aggregate.scaling import norm
 from ctde_jax.errors import InputError, check_at_least
 from ctde_jax.replica import AXIS
 
@@ -49,7 +50,7 @@ def trimmed_mean(byzantine: int) -> Combine:
         return ()
 
     def update(rows, weights, state):
-        return jnp.sort(rows, axis=0)[byzantine : len(rows) - byzantine].mean(axis=0), state
+        return _mean(jnp.sort(rows, axis=0)[byzantine : len(rows) - byzantine]), state
 
     return Combine(init, update)
 
@@ -91,10 +92,10 @@ def multi_krum(byzantine: int, selected: int | None = None) -> Combine:
 
     def update(rows, weights, state):
         honest = len(rows) - byzantine
-        own_part = lax.map(lambda row: jnp.sum((rows - row[None]) ** 2, axis=1), rows)
-        squared_distances = _nan_to_inf(lax.psum(own_part, AXIS))  # [replica, replica]
-        scores = jnp.sort(squared_distances, axis=1)[:, :honest].sum(axis=1)
-        return rows[jnp.argsort(scores)[: selected or honest]].mean(axis=0), state
+        own_part = lax.map(lambda row: _squares(rows - row[None]), rows)
+        distances = _summed_over_owners(own_part)  # [replica, replica]
+        scores = norm(jnp.sort(distances, axis=1)[:, :honest])  # in the order of the sums of squares
+        return _mean(rows[jnp.argsort(scores)[: selected or honest]]), state
 
     return Combine(init, update)
 
@@ -117,9 +118,10 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
 
     def update(rows, weights, state):
         def average(_, center):
-            pulls = 1 / jnp.maximum(_distances(rows, center), smoothing)
+            distances = jnp.maximum(_distances(rows, center), smoothing)
+            pulls = distances.min() / distances  # relative to the largest, which may itself be too small
             heard = jnp.where(pulls[:, None] > 0, rows, 0)
-            return jnp.sum(heard * pulls[:, None], axis=0) / pulls.sum()
+            return jnp.sum(heard * (pulls / pulls.sum())[:, None], axis=0)
 
         return lax.fori_loop(0, iterations, average, jnp.zeros_like(rows[0])), state
 
@@ -147,7 +149,7 @@ def centered_clipping(radius: float, iterations: int = 1) -> Combine:
         def follow(_, center):
             scales = jnp.minimum(1, radius / _distances(rows, center))
             clipped = jnp.where(scales[:, None] > 0, rows - center[None], 0) * scales[:, None]
-            return center + clipped.mean(axis=0)
+            return center + _mean(clipped)
 
         agreed = lax.fori_loop(0, iterations, follow, last_agreed)
         return agreed, agreed
@@ -157,22 +159,43 @@ def centered_clipping(radius: float, iterations: int = 1) -> Combine:
 
 def _distances(rows: jax.Array, center: jax.Array) -> jax.Array:
     """Measures whole messages from a point, float32[replica]; infinite for a message that is not finite."""
-    own_part = jnp.sum((rows - center[None]) ** 2, axis=1)
-    return jnp.sqrt(_nan_to_inf(lax.psum(own_part, AXIS)))
+    return _summed_over_owners(_squares(rows - center[None]))
 
 
-def _nan_to_inf(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isnan(x), jnp.inf, x)
+_SCALES = (2.0**75, 1.0, 2.0**-75)
+
+
+def _squares(slices: jax.Array) -> jax.Array:
+    """Sums the squares of each slice at three scales, float32[3, replica]: one has neither overflow nor underflow.
+
+    These are the three accumulators of Blue (1978), which need one all-reduce; a common scale would need two.
+    """
+    return jnp.stack([jnp.sum((slices * scale) ** 2, axis=1) for scale in _SCALES])
+
+
+def _summed_over_owners(squares: jax.Array) -> jax.Array:
+    """Turns each owner's `_squares`, `[..., 3, replica]`, into norms of whole messages; infinite if not finite."""
+    small, middle, large = jnp.moveaxis(lax.psum(squares, AXIS), -2, 0)
+    of_large = jnp.where(jnp.isfinite(middle), jnp.sqrt(middle), jnp.sqrt(large) / _SCALES[2])
+    norms = jnp.where(middle < 2.0**-60, jnp.sqrt(small) / _SCALES[0], of_large)
+    return jnp.where(jnp.isnan(norms), jnp.inf, norms)
+
+
+def _mean(rows: jax.Array) -> jax.Array:
+    """Averages rows; divides first, so that the sum of large numbers does not overflow."""
+    return jnp.sum(rows / len(rows), axis=0)
 
 
 def _check_replicas(rule: str, byzantine: int, least: int) -> None:
-    """Raises InputError where the axis has fewer replicas than twice the bad ones and these."""
-    replicas = lax.axis_size(AXIS)
-    if replicas < least:
-        raise InputError("devices", f"must be at least {least} for {rule}, got {replicas}.")
+    """Raises InputError if the axis has fewer than `2 * byzantine + least` replicas."""
+    replicas, needed = lax.axis_size(AXIS), 2 * byzantine + least
+    if replicas >= needed:
+        return
+    bad = f"{byzantine} bad device{'' if byzantine == 1 else 's'}"
+    rule = f"must be at least {needed} for {rule} to withstand {bad} (2 * byzantine + {least}), got {replicas}"
     most = (replicas - least) // 2
-    if byzantine > most:
-        raise InputError("byzantine", f"must be at most {most} for {rule} of {replicas} replicas, got {byzantine}.")
+    way_out = f"set byzantine to at most {most}" if most >= 0 else "choose another rule, such as the median"
+    raise InputError("devices", f"{rule}; use more devices, or {way_out}.")
 
 
 def _check_positive(**options: float) -> None:

@@ -7,7 +7,7 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate.exchange import as_tree, as_vector, two_phase
+from ctde_jax.aggregate.exchange import two_phase
 from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.errors import InputError, check_at_least
 from ctde_jax.replica import PyTree
@@ -17,8 +17,8 @@ class StreamingState(NamedTuple):
     """The center's fragments, equal on all replicas, and the replica's message that is on its way."""
 
     rounds: jax.Array  # int32[]
-    center: jax.Array  # float32[fragment, size]
-    message: jax.Array  # float32[size], of the fragment of the last round
+    center: PyTree  # each leaf float32[fragment, size]
+    message: PyTree  # each leaf float32[size], of the fragment of the last round
     weight: jax.Array  # float32[], the examples behind the message
     reduce: PyTree  # of the reducer, a row for each fragment
     outer: PyTree  # of the outer optimizer, a row for each fragment
@@ -32,11 +32,12 @@ def streaming(
 ) -> optax.GradientTransformationExtraArgs:
     """Agrees on one fragment in each round, and hears the answer one round later (Douillard et al., 2025).
 
-    For a `Strategy` that `diverges`. The parameters, as one vector, are cut into equal fragments. At the end of round t
-    a replica's message is the outer gradient of fragment `t mod fragments`; it travels during the local steps of round
-    t + 1, on which it does not depend, nor they on it; then the center's fragment takes its outer step, and the
+    For a `Strategy` that `diverges`. Every leaf, as a vector, is cut into equal pieces, one for each fragment. At the
+    end of round t a replica's message is the outer gradient of fragment `t mod fragments`; it travels during the local
+    steps of round t + 1, on which it does not depend, nor they on it; then the center's fragment takes its outer step,
+    and the
     replica's becomes `mix * its own + (1 - mix) * the center's`. A fragment is sent every `fragments` rounds, so a
-    round sends what `reduce` sends for `ceil(n / fragments)` numbers.
+    round sends what `reduce` sends for the `ceil(n / fragments)` numbers of each leaf of n.
 
     Args:
         fragments: How many there are.
@@ -54,11 +55,19 @@ def streaming(
     exchange = optax.with_extra_args_support(reduce or two_phase())
     optimizer = outer or optax.sgd(0.7, momentum=0.9, nesterov=True)
 
-    def cut(vector: jax.Array) -> jax.Array:
-        return jnp.pad(vector, (0, -len(vector) % fragments)).reshape(fragments, -1)
+    def cut(leaf: jax.Array) -> jax.Array:
+        vector = leaf.ravel().astype(jnp.float32)
+        return jnp.pad(vector, (0, -vector.size % fragments)).reshape(fragments, -1)
+
+    def mixture(own: jax.Array, center: jax.Array) -> jax.Array:
+        return jnp.where(own == center, own, mix * own + (1 - mix) * center)  # equal numbers keep their bits
+
+    def whole(pieces: jax.Array, like: jax.Array) -> jax.Array:
+        return pieces.ravel()[: like.size].reshape(like.shape)
 
     def init(params: PyTree) -> StreamingState:
-        center = cut(as_vector(params))
+        center = jax.tree.map(cut, params)
+        first = jax.tree.map(lambda x: x[0], center)
 
         def rows(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.stack([x] * fragments), tree)
@@ -66,15 +75,15 @@ def streaming(
         return StreamingState(
             rounds=jnp.int32(0),
             center=center,
-            message=jnp.zeros_like(center[0]),
+            message=optax.tree.zeros_like(first),
             weight=jnp.float32(0),
-            reduce=rows(exchange.init(center[0])),
-            outer=rows(optimizer.init(center[0])),
+            reduce=rows(exchange.init(first)),
+            outer=rows(optimizer.init(first)),
         )
 
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
-        before = as_vector(params)
-        own = cut(before - as_vector(updates))
+        before = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        own = jax.tree.map(lambda p, d: cut(p - d.astype(jnp.float32)), before, updates)
         sent, sending = (state.rounds - 1) % fragments, state.rounds % fragments
 
         at_sent = _row(state.center, sent)
@@ -84,19 +93,20 @@ def streaming(
         step, outer_state = optimizer.update(agreed, _row(state.outer, sent), at_sent)
         heard = StreamingState(
             rounds=state.rounds,
-            center=_with_row(state.center, sent, at_sent + step),
+            center=_with_row(state.center, sent, optax.tree.add(at_sent, step)),
             message=state.message,
             weight=state.weight,
             reduce=_with_row(state.reduce, sent, reduce_state),
             outer=_with_row(state.outer, sent, outer_state),
         )
-        mixed = _with_row(own, sent, mix * _row(own, sent) + (1 - mix) * _row(heard.center, sent))
+        mixed = jax.tree.map(mixture, _row(own, sent), _row(heard.center, sent))
         is_first = state.rounds == 0  # when no message is on its way
-        heard, own = optax.tree.where(is_first, (state, own), (heard, mixed))
+        heard, own = optax.tree.where(is_first, (state, own), (heard, _with_row(own, sent, mixed)))
 
-        return as_tree(before - own.ravel()[: len(before)], updates), heard._replace(
+        moved = jax.tree.map(lambda p, x, d: (p - whole(x, p)).astype(d.dtype), before, own, updates)
+        return moved, heard._replace(
             rounds=state.rounds + 1,
-            message=_row(heard.center, sending) - _row(own, sending),
+            message=optax.tree.sub(_row(heard.center, sending), _row(own, sending)),
             weight=jnp.asarray(weight, jnp.float32),
         )
 
