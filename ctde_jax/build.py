@@ -12,6 +12,7 @@ from ctde_jax import aggregate, augment, config, data, initializers, models, opt
 from ctde_jax.aggregate import Codec, Combine, Strategy
 from ctde_jax.augment import Augment
 from ctde_jax.data import Dataset, DiskArray
+from ctde_jax.data.arrays import targets_or_classes
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models import Model
 from ctde_jax.mup import mup, scale_learning_rates
@@ -30,6 +31,9 @@ def load_data(chosen: config.Data, seed: int = 0) -> Dataset:
         if getattr(chosen, option) is not None and chosen.dataset not in datasets:
             raise InputError(option, f"goes with --dataset {' or '.join(datasets)}, got --dataset {chosen.dataset}.")
     dataset = _load(chosen)
+    if not dataset.classes and not dataset.vocabulary:
+        rule = "must hold labels that are classes, integers from 0 in [examples], in y_train"
+        raise InputError("data_file", f"{rule}, {targets_or_classes(dataset.train.labels)}.")
     if chosen.sequence != "none":
         dataset = data.as_sequence(dataset, chosen.sequence)
     return data.hold_out(dataset, chosen.validation_share, seed) if chosen.validation_share else dataset

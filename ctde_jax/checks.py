@@ -1,5 +1,6 @@
 """What `fit` refuses, in sentences, before anything is computed or written."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ from ctde_jax import state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Dataset
+from ctde_jax.data.arrays import targets_or_classes
 from ctde_jax.errors import InputError, check_at_least, check_known, check_seed
 from ctde_jax.gradient import SHARDS
 from ctde_jax.models import Model, with_raw_inputs
@@ -68,6 +70,14 @@ def check_run(
         jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
 
 
+def check_devices(devices: object) -> None:
+    """Raises InputError for a number, or anything else that is no list of devices."""
+    if devices is None or (isinstance(devices, Sequence) and all(hasattr(each, "platform") for each in devices)):
+        return
+    way_out = f"pass devices.start({devices})" if isinstance(devices, int) else "pass what devices.start() returns"
+    raise InputError("devices", f"must be a list of JAX devices, got {devices!r:.60}; {way_out}.")
+
+
 def check_exact(replicas: int, batch_size: int, accumulate: int) -> None:
     """Raises InputError where a batch cannot be cut into the same shards on any number of devices."""
     if SHARDS % replicas:
@@ -108,6 +118,9 @@ def _check_outputs(outputs: PyTree, data: Dataset, task: Task) -> None:
     elif classes:
         wanted, says = (1, classes), f"[examples, {classes}], one for each class"
     else:
-        raise InputError("task", "must be a loss of your own where labels are neither classes nor a text.")
+        raise InputError(
+            "task",
+            f"must be a loss of your own for labels that are no classes; {targets_or_classes(data.train.labels)}.",
+        )
     if outputs.shape != wanted:
         raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.")

@@ -108,6 +108,13 @@ def check_at_least(least: int, **options: int | None) -> None:
             raise InputError(option, f"must be at least {least}, got {value}.")
 
 
+def check_whole(**options: object) -> None:
+    """Raises InputError for an option that is no integer; None is a default yet to be chosen."""
+    for option, value in options.items():
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise InputError(option, f"must be a whole number, got {value!r:.60}.")
+
+
 def check_seed(seed: int) -> None:
     """Raises InputError for a seed that is not from 0 to 2**32 - 1."""
     if not 0 <= seed < 2**32:

@@ -21,7 +21,7 @@ from ctde_jax.replica import PyTree
 from ctde_jax.resume import check_facts
 from ctde_jax.run import BEST
 from ctde_jax.run_folder import CHECKPOINTS, METRICS
-from ctde_jax.trained import Trained
+from ctde_jax.trained import Trained, accepts
 
 CONFIG = "config.json"
 
@@ -87,6 +87,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         task=build.build_task(chosen.optimization, data),
         devices=devices,
         traffic=None,
+        accepts=accepts(data),
     )
     trained.history.extend(_tested(trained, data))
     return Loaded(trained, data, chosen)

@@ -17,9 +17,10 @@ from ctde_jax import guard, hosts, replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
 from ctde_jax.checkpoint import Checkpoint, open_saver
-from ctde_jax.checks import check_run, check_types
+from ctde_jax.checks import check_devices, check_run, check_types
 from ctde_jax.data import Dataset, count_steps, deal, deal_stream
-from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_known
+from ctde_jax.data.arrays import targets_or_classes
+from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_known, check_whole
 from ctde_jax.evaluate import make_evaluate
 from ctde_jax.feed import make_feed, shapes, steps_a_piece
 from ctde_jax.gradient import make_gradient
@@ -37,7 +38,7 @@ from ctde_jax.schedule import make_phases, unfinished
 from ctde_jax.stop import deferred
 from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import measure, summary
-from ctde_jax.trained import Trained
+from ctde_jax.trained import Trained, accepts
 
 P = ParamSpec("P")
 
@@ -150,6 +151,9 @@ def fit(
     """
     clock = Clock()
     check_types(model=model, data=data, optimizer=optimizer, strategy=strategy)
+    check_devices(devices)
+    check_whole(batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, accumulate=accumulate)
+    check_whole(eval_every=eval_every, log_every=log_every, save_every=save_every, patience=patience)
     devices = list(devices or available.start())
     available.check(devices)
     if len(devices) != len(replica.own(devices)) * hosts.count():
@@ -358,6 +362,7 @@ def fit(
         task=task,
         devices=devices,
         traffic=traffic[-1],
+        accepts=accepts(data),
     )
 
 
@@ -376,4 +381,7 @@ def _default_task(data: Dataset) -> Task:
         return language_modeling
     if data.classes:
         return classification
-    raise InputError("task", "must be a loss of your own where labels are neither classes nor a text, got none.")
+    raise InputError(
+        "task",
+        f"must be given, as Task(loss), unless labels are classes or a text; {targets_or_classes(data.train.labels)}.",
+    )

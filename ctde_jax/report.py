@@ -144,8 +144,10 @@ def describe_strategy(chosen: Aggregation) -> str:
 
 def _describe_inputs(data: Dataset) -> str:
     shape = " x ".join(map(str, data.train.inputs.shape[1:]))
-    scaling = "as they are" if np.all(data.scale == 1) else f"divided by {1 / data.scale.flat[0]:g}"
-    seen = "standardized" if data.scale.ndim else scaling
+    if data.scale.ndim:
+        seen = "standardized"
+    else:
+        seen = "as they are" if data.scale == 1 else f"divided by {1 / float(data.scale):g}"
     return f"{shape} {data.train.inputs.dtype}, which reach the model {seen}"
 
 

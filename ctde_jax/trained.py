@@ -2,18 +2,54 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ctde_jax import replica
-from ctde_jax.data import Split
+from ctde_jax.bundle.accepted import Accepted
+from ctde_jax.data import Dataset, DiskArray, Split
+from ctde_jax.data.arrays import plain
+from ctde_jax.data.disk import pieces
+from ctde_jax.errors import InputError
 from ctde_jax.evaluate import Averages, make_evaluate
 from ctde_jax.log import Row
 from ctde_jax.models import Model
 from ctde_jax.replica import PyTree
 from ctde_jax.tasks import Task
 from ctde_jax.traffic import Traffic
+
+_MOST_AT_ONCE, _MOST_BYTES_AT_ONCE = 1024, 2**25
+"""`predict` computes at most so many examples, of so many bytes of inputs, at a time."""
+
+
+class Accepts(NamedTuple):
+    """What a trained model is asked about: arrays like those it was trained on."""
+
+    inputs: Accepted
+    labels: Accepted
+
+
+def accepts(data: Dataset) -> Accepts:
+    """Returns which inputs and labels a model trained on these data accepts.
+
+    If there is a label at every place of a sequence, sequences may have another length than in training.
+    """
+    inputs, labels = data.train
+    is_picture = inputs.dtype == np.uint8 and not data.scale.ndim
+    highest = round(1 / float(data.scale)) if is_picture else 255
+    classes = len(data.vocabulary or data.classes)
+    largest = len(data.vocabulary) - 1 if data.vocabulary else highest if highest < 255 else None
+    example, label = inputs.shape[1:], labels.shape[1:]
+    if inputs.dtype == np.int32 and len(label) == 1 and label == example[:1]:
+        example, label = (None, *example[1:]), (None,)
+    return Accepts(
+        Accepted(str(inputs.dtype), example, largest),
+        Accepted(str(labels.dtype), label, classes - 1 if classes else None),
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,6 +79,9 @@ class Trained:
     traffic: Traffic | None
     """What each device sends in a round, counted in the compiled program; None where it was loaded from a folder."""
 
+    accepts: Accepts
+    """The inputs and labels of `predict` and `evaluate`: of the type, shape and range of the training data."""
+
     def __repr__(self) -> str:
         says = ", ".join(f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split")
         return f"Trained({'interrupted, ' if self.interrupted else ''}{says})"
@@ -52,12 +91,80 @@ class Trained:
         """The row of the history with the test averages of these parameters."""
         return next(row for row in self.history if row["split"] == "test" and row["step"] == self.step)
 
-    def predict(self, inputs: np.ndarray) -> np.ndarray:
-        """Runs the model alone on one device: `[examples, ...]` to its outputs, float32."""
-        outputs, _ = jax.jit(self.model.apply)(self.params, self.model_state, np.asarray(inputs), None)
-        return np.asarray(outputs)
+    def predict(self, inputs: ArrayLike | DiskArray) -> PyTree:
+        """Computes the model's outputs on one device, in inference mode.
+
+        At most 1,024 examples, or 32 MiB of inputs, are computed at a time.
+
+        Args:
+            inputs: `[examples, ...]`, in the units of the training data: uint8 pixels if it was trained on uint8,
+                floats of any precision if on floats, integers that fit if on integers. Lists are converted. There may
+                be no examples.
+
+        Returns:
+            float32 `[examples, ...]`, or a tree of such arrays if the model returns one.
+
+        Raises:
+            InputError: The inputs have another type, shape or range than those of the training.
+        """
+        array = _converted("inputs", inputs, self.accepts.inputs)
+        center, apply = jax.device_put((self.params, self.model_state)), jax.jit(self.model.apply)
+
+        def compute(piece: np.ndarray, places: int) -> PyTree:
+            self.accepts.inputs.check("inputs", piece)
+            filled = np.concatenate([piece, np.repeat(piece[-1:], places - len(piece), axis=0)])
+            outputs, _ = apply(*center, filled, None)
+            return jax.tree.map(lambda output: np.asarray(output)[: len(piece)], outputs)
+
+        if not len(array):
+            self.accepts.inputs.check("inputs", np.asarray(array))
+            one = np.zeros((1, *array.shape[1:]), array.dtype)
+            outputs, _ = jax.eval_shape(self.model.apply, *center, one, None)
+            return jax.tree.map(lambda output: np.zeros((0, *output.shape[1:]), output.dtype), outputs)
+        example_bytes = max(1, array.dtype.itemsize * prod(array.shape[1:]))
+        places = min(len(array), _MOST_AT_ONCE, max(1, _MOST_BYTES_AT_ONCE // example_bytes))
+        outputs = [compute(array[first : first + places], places) for first in range(0, len(array), places)]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
     def evaluate(self, split: Split) -> Averages:
-        """Averages loss and metrics over all examples of a split, on all devices of the training."""
+        """Averages loss and metrics over all examples of a split, on all devices of the training.
+
+        Raises:
+            InputError: It is no `Split`, is empty, or its inputs or labels have another type, shape or range than those
+                of the training.
+        """
+        if not isinstance(split, Split):
+            rule = "must be a Split, such as data.test or data.Split(inputs, labels)"
+            raise InputError("split", f"{rule}, got {type(split).__name__} {split!r:.60}.")
+        inputs = _converted("inputs", split.inputs, self.accepts.inputs)
+        labels = _converted("labels", split.labels, self.accepts.labels)
+        for option, array, accepted in zip(("inputs", "labels"), (inputs, labels), self.accepts, strict=True):
+            for _, piece in pieces(array) if accepted.largest is not None else [(0, array[:1])]:
+                accepted.check(option, np.asarray(piece))
         params, model_state = replica.replicate((self.params, self.model_state), self.devices)
-        return make_evaluate(self.model, self.task, split, self.devices, params, model_state)(params, model_state)
+        checked = Split(inputs, labels)
+        return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(params, model_state)
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "trained",
+            "cannot be pickled, as its model is a function: write a bundle with ctde_jax.write_bundle, or pickle "
+            "trained.params and trained.model_state, which are numpy arrays.",
+        )
+
+
+def _converted(option: str, given: ArrayLike | DiskArray, accepted: Accepted) -> np.ndarray | DiskArray:
+    """Converts numbers to the accepted type if they are of the same kind and none changes, and lists of any numbers."""
+    array, wanted = plain(option, given), np.dtype(accepted.dtype)
+    if isinstance(array, DiskArray):
+        return array.astype(wanted) if array.dtype.kind == wanted.kind == "f" else array
+    if array.shape == (0,) and accepted.shape:
+        return np.zeros((0, *(length or 1 for length in accepted.shape)), wanted)  # an empty list has no shape
+    if wanted.kind == "f":
+        is_number = array.dtype.kind == "f" or (array.dtype.kind in "iu" and not hasattr(given, "dtype"))
+        with np.errstate(over="ignore"):
+            return array.astype(wanted) if is_number else array
+    bounds = np.iinfo(wanted)
+    is_integer = array.dtype.kind in "biu" and array.dtype != np.uint8  # which are pixels
+    fits = is_integer and bounds.min <= array.min(initial=0) and array.max(initial=0) <= bounds.max
+    return array.astype(wanted) if fits else array

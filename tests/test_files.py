@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from ctde_jax import data
-from ctde_jax.data import files
-from ctde_jax.data.files import from_csv, from_npz
+from ctde_jax.data import files, from_csv, from_npz
 from ctde_jax.errors import InputError
 
-X = np.arange(24.0).reshape(6, 4)
+X = np.arange(24.0).reshape(6, 4) / 4
 Y = np.array([0, 1, 2, 0, 1, 2])
 IRIS = "length,width,species\n1,2.5,setosa\n2,3.5,virginica\n3,1.5,setosa\n4,0.5,virginica\n"
 
@@ -78,12 +77,15 @@ def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
         ),
         (
             {"x_train": X, "y_train": Y / 2},
-            "which has labels of the type float64 in y_train: save them as int",
+            "which has labels of the type float64 in y_train (got labels",
         ),
-        ({"x_train": X, "y_train": Y.astype(str)}, "which has labels of the type <U21 in y_train: save them"),
+        (
+            {"x_train": X, "y_train": np.eye(3)[Y]},
+            "(got one-hot labels of the shape [6, 3]; pass labels.argmax(1)): save them as integers from 0",
+        ),
         (
             {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y / 2},
-            "the type float64 in y_test: save them as",
+            "the type float64 in y_test (got labels",
         ),
         (
             {"x_train": X, "y_train": Y[:5]},
@@ -275,7 +277,7 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
         pytest.param("", "is empty: give a file with one line for each example", id="empty"),
         pytest.param("\n\n", "is empty: give a file with one line for each example", id="blank"),
         pytest.param("a,b\n", "has a header line and no examples: add one line", id="header only"),
-        pytest.param("a;b\n1;2\n", "has a single column: separate the features and the label by", id="semicolons"),
+        pytest.param("a;b\n1;2\n", "has its cells separated by semicolons: save it with", id="semicolons"),
         pytest.param("1,2,x\n3,y\n", "has 2 cells in line 2 and 3 in line 1: give every line", id="ragged"),
         pytest.param("1,2,x\n\n3,4,y,\n", "has 4 cells in line 3 and 3 in line 1: give every", id="too many"),
         pytest.param(
@@ -324,7 +326,7 @@ def test_label_column_needs_a_header(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["npz", "folder"])
 def test_large_arrays_stay_in_their_file(tmp_path, monkeypatch, kind):
     """Whole, they are the same data set; `.npz` is a zip of what the folder has."""
-    x, y = np.arange(600, dtype=np.int64).reshape(50, 3, 4), np.arange(50) % 3
+    x, y = np.arange(600, dtype=np.int64).reshape(50, 3, 4) % 11, np.arange(50) % 3
     np.savez(tmp_path / "arrays.npz", first=x, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
     path = tmp_path / "arrays.npz"
     if kind == "folder":

@@ -27,9 +27,8 @@ from hypothesis import strategies as st
 from ctde_jax import checkpoint, config, data, train
 from ctde_jax.checkpoint import MANIFEST, SUMS, TENSORS, Checkpoint, Damaged
 from ctde_jax.config import Config
-from ctde_jax.data import Dataset
+from ctde_jax.data import Dataset, from_csv, from_npz
 from ctde_jax.data.cifar import ARCHIVE, RECORD, _members, cifar10
-from ctde_jax.data.files import from_csv, from_npz
 from ctde_jax.data.idx import mnist
 from ctde_jax.data.text import from_text
 from ctde_jax.errors import InputError
@@ -469,7 +468,7 @@ BAD_LABELS = {
     "beyond int32": np.where(Y == 2, 2**40, Y).astype(np.uint64),
     "floats": Y / 1,
     "NaN": Y * np.nan,
-    "words": Y.astype(str),
+    "words in a column": Y.astype(str)[:, None],
     "dates": Y.astype("M8[s]"),
     "too few": Y[:5],
     "none": Y[:0],

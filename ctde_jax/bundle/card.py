@@ -22,6 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from ctde_jax.bundle.accepted import Accepted
 from ctde_jax.bundle.tensors import MOST_AXES
 from ctde_jax.errors import InputError, quoted
 
@@ -101,6 +102,16 @@ class Card:
 
     facts: Facts
     """All that the card says."""
+
+    columns: tuple[str, ...] = ()
+    """The names of a table's features, in the order of the inputs; empty if they have no names."""
+
+    @property
+    def accepted(self) -> Accepted:
+        """Which inputs the model takes."""
+        is_dark = self.input_dtype == "uint8" and self.highest < 255
+        largest = len(self.vocabulary) - 1 if self.vocabulary else self.highest if is_dark else None
+        return Accepted(self.input_dtype, self.input_shape, largest)
 
 
 class Bundle(NamedTuple):
@@ -202,7 +213,10 @@ def _parse(facts: Any) -> Card:
         files=files,
         versions={name: str(version) for name, version in _take(facts, "versions", dict).items()},
         facts=facts,
+        columns=_names("columns", facts.get("columns", [])),
     )
+    if card.columns and (len(card.columns),) != card.input_shape:
+        raise _Odd(f"names {len(card.columns)} columns of inputs of the shape {list(card.input_shape)}")
     axes = {"classes": 1, "tokens": 2}.get(card.predicts)
     names = card.vocabulary if card.predicts == "tokens" else card.classes
     if axes is not None and (len(card.output_shape) != axes or len(names) > card.output_shape[-1]):

@@ -33,7 +33,9 @@ def read(paths: Sequence[Path], card: Card, label_column: str | None = None, *, 
     Args:
         paths: Of the files.
         card: What the examples are for.
-        label_column: Of a .csv file; by default the last, where there is one more than an example has numbers.
+        label_column: The name of a .csv file's column of labels; by default the last one that holds no feature. If the
+            card names the columns of the training table and the file has a header, features are found by these names,
+            and other columns are left out.
         labeled: Whether labels are wanted, too. Else they are passed over.
 
     Raises:
@@ -143,21 +145,31 @@ def _checked_tokens(path: Path, inputs: np.ndarray, card: Card) -> np.ndarray:
 def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> Examples:
     rows = _rows(path)
     width = math.prod(card.input_shape)
+    is_named = bool(card.columns) and {*card.columns} <= {*rows[0]}
     is_counted = width > 1 and rows[0][:width] == [str(place) for place in range(width)]  # as pandas names columns
-    header = rows[0] if is_counted or any(_number(cell) is None for cell in rows[0][:width]) else None
+    is_header = is_named or is_counted or any(cell and _number(cell) is None for cell in rows[0][:width])
+    header = rows[0] if is_header else None
     if header is not None and len(rows) == 1:
         raise _faulty(path, "has a header line and no examples", "add one line for each example")
     names = header or []
     if label_column is not None and label_column not in names:
         raise InputError("label_column", f"must name a column of {path}, got {quoted(label_column)}.")
-    if len(rows[0]) not in (width, width + 1):
-        fault = f"has {len(rows[0])} columns"
-        raise _faulty(path, fault, f"give the {width} numbers of an example in each line, and maybe its label")
-    label = None
-    if len(rows[0]) == width + 1:
+    if is_named:
+        features = [names.index(name) for name in card.columns]
+        others = [place for place in range(len(names)) if place not in features]
+        label = names.index(label_column) if label_column is not None else max(others, default=None)
+    else:
+        if header is not None and card.columns:
+            missing = ", ".join(quoted(name) for name in card.columns if name not in names)
+            raise _faulty(path, f"has no column {missing}", "name its columns as those of the training table")
+        if len(rows[0]) not in (width, width + 1):
+            fault = f"has {len(rows[0])} columns"
+            raise _faulty(path, fault, f"give the {width} numbers of an example in each line, and maybe its label")
         label = names.index(label_column) if label_column is not None else width
+        label = label if len(rows[0]) == width + 1 else None
+        features = [place for place in range(len(rows[0])) if place != label]
     examples = rows[1:] if header else rows
-    inputs = [[cell for place, cell in enumerate(cells) if place != label] for cells in examples]
+    inputs = [[cells[place] for place in features] for cells in examples]
     for line, cells in enumerate(inputs, start=1 + bool(header)):
         for cell in cells:
             if _number(cell) is None:

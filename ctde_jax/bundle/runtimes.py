@@ -42,13 +42,10 @@ def load(bundle: Bundle, runtime: str) -> Predict:
         InputError: The bundle has no such artifact, the runtime is not installed, or it refuses the file.
     """
     run = _load(bundle, runtime, bundle.card.artifacts[_known(bundle, runtime)].file)
-    shape, dtype = bundle.card.input_shape, bundle.card.input_dtype
-    like = [bundle.card.output_shape]
+    accepted, like = bundle.card.accepted, [bundle.card.output_shape]
 
     def predict(inputs: np.ndarray) -> np.ndarray:
-        if inputs.shape[1:] != shape or inputs.dtype != dtype:
-            rule = f"must be {dtype}, examples of the shape {list(shape)}"
-            raise InputError("input", f"{rule}, got {inputs.dtype} of the shape {list(inputs.shape[1:])}.")
+        accepted.check("input", inputs)
         (outputs,) = _checked(bundle, run, like, inputs)
         return outputs
 

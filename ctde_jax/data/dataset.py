@@ -5,22 +5,31 @@ model subtracts `shift` and multiplies by `scale` there, in their type. For toke
 of a vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctde_jax.data.disk import DiskArray, on_disk, pieces, stays_on_disk
+from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels, plain
+from ctde_jax.data.classes import from_words, look_up, notes_on_classes, numbered
+from ctde_jax.data.disk import DiskArray, pieces
 from ctde_jax.errors import InputError
 
 if TYPE_CHECKING:
     from ctde_jax.data.stream import Stream
 
 TEST_FRACTION = 0.2
-CLASSES = 2**16
-"""Labels may count so many classes, or as many as there are labels, if that is more; each class gets a name."""
+
+SENSIBLE = (0.01, 10.0)
+"""Inputs whose root mean square lies outside are said to be badly scaled: networks start for numbers around 1."""
+
+_MEASURED = 4096
+"""Examples whose scale is measured."""
+
+_EXACT = 2**24
+"""The integers up to this one are exact in float32."""
 
 
 class Split(NamedTuple):
@@ -64,6 +73,9 @@ class Dataset:
     validation: Split | None = None
     """Examples set aside from training that say when to stop; see `hold_out`."""
 
+    columns: tuple[str, ...] = ()
+    """The names of a table's features, in the order of the inputs; empty if they have no names."""
+
     stream: "Stream | None" = None
     """Where the training examples come in batches, one after another; then `train` is the first of them."""
 
@@ -84,54 +96,77 @@ class Dataset:
 
 
 def from_arrays(
-    x_train: np.ndarray | DiskArray,
-    y_train: np.ndarray | DiskArray,
-    x_test: np.ndarray | DiskArray | None = None,
-    y_test: np.ndarray | DiskArray | None = None,
+    x_train: ArrayLike | DiskArray,
+    y_train: ArrayLike | DiskArray,
+    x_test: ArrayLike | DiskArray | None = None,
+    y_test: ArrayLike | DiskArray | None = None,
     *,
     name: str = "arrays",
-    classes: tuple[str, ...] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Dataset:
-    """Makes a data set of the user's own arrays.
+    """Makes a data set of the user's own arrays: of numpy, JAX, PyTorch on the CPU, pandas, or lists.
 
-    Unsigned bytes are pixels, and reach the model divided by 255. Other integers, such as the tokens of a text, reach
-    it as they are in int32, and everything else as it is in float32. Without test arrays, a random fifth of the
-    examples (always the same) becomes the test split. The data set's notes say so.
+    Unsigned bytes are pixels, and reach the model divided by 255. Pictures of 16 bits (uint16 in `[examples, height,
+    width, ...]`) reach it divided by the largest number of as many bits as their brightest pixel needs. Other integers,
+    such as the tokens of a text, reach it as they are in int32, and everything else as it is in float32; if these are
+    far from 1, a note says so, and `standardized` scales them. Without test arrays, a random fifth of the examples
+    (always the same) becomes the test split. The data set's notes say what was decided.
 
     A memory map (`np.load(path, mmap_mode="r")`, or `np.memmap`) may be larger than memory: it stays in its file, and
     what trains on it reads each batch when it is its turn.
 
     Args:
         x_train: Inputs, `[examples, ...]`.
-        y_train: Labels, integers from 0 in `[examples]`; or targets for a task of the user's own, such as the next
-            token at every place in `[examples, length]`, or floating-point numbers.
+        y_train: Labels, in `[examples]`: integers from 0, booleans, or names of classes. Or targets for a task of the
+            user's own, such as the next token at every place in `[examples, length]`, or floating-point numbers.
         x_test: Test inputs, shaped like the training inputs.
         y_test: Test labels.
         name: What to call the data set.
-        classes: Label names; by default the numbers from 0 to the largest training label, where there is one label
-            for each example.
+        classes: Label names; by default the numbers from 0 to the largest training label, or the sorted names in the
+            training labels, if there is one label for each example.
 
     Raises:
-        InputError: Lengths differ, values are NaN or infinite, or labels are not among the classes.
+        InputError: Lengths differ, values are NaN or infinite, arrays are sparse, masked, or of another type than
+            numbers, float32 does not tell the numbers of a feature apart, or labels are not among the classes.
     """
+    dataset = assemble(x_train, y_train, x_test, y_test, name, classes)
+    return replace(dataset, notes=(*dataset.notes, *notes_on_inputs(dataset)))
+
+
+def assemble(
+    x_train: ArrayLike | DiskArray,
+    y_train: ArrayLike | DiskArray,
+    x_test: ArrayLike | DiskArray | None,
+    y_test: ArrayLike | DiskArray | None,
+    name: str,
+    classes: Sequence[str] | None,
+) -> Dataset:
+    """Makes a data set as `from_arrays` does, without notes on how its inputs reach the model."""
     if (x_test is None) != (y_test is None):
         missing, present = ("x_test", "y_test") if x_test is None else ("y_test", "x_test")
         raise InputError(missing, f"is missing although {present} is given; pass both or neither.")
-    inputs, labels = _checked_inputs("x_train", x_train), _checked_labels("y_train", y_train)
-    if classes is None:
-        classes = numbered(labels)
+    x_train, y_train = plain("x_train", x_train), plain("y_train", y_train)
+    y_test = None if y_test is None else plain("y_test", y_test)
+    if isinstance(y_train, np.ndarray) and y_train.ndim == 1 and y_train.dtype.kind == "U":
+        if classes is None:
+            classes, _ = from_words(y_train.tolist())
+        y_train = look_up("y_train", y_train, classes)
+        y_test = None if y_test is None else look_up("y_test", np.asarray(y_test), classes)
+    inputs, labels = checked_inputs("x_train", x_train), checked_labels("y_train", y_train)
+    is_numbered = classes is None
+    classes = numbered(labels) if classes is None else tuple(classes)
     _check_pair("y_train", inputs, labels, len(classes))
 
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if x_test is None or y_test is None:
         if len(inputs) < 2:
             raise InputError("x_train", "must hold at least two examples where there is no test split, got one.")
         train, test = _split_off_test(Split(inputs, labels))
         held_out = f"{len(test.inputs):,} of the {len(inputs):,} examples were set aside at random for testing"
-        notes = (f"There is no test split, so {held_out}.",)
+        notes.append(f"There is no test split, so {held_out}.")
     else:
         train = Split(inputs, labels)
-        test = Split(_checked_inputs("x_test", x_test), _checked_labels("y_test", y_test))
+        test = Split(checked_inputs("x_test", x_test), checked_labels("y_test", y_test))
         _check_pair("y_test", test.inputs, test.labels, len(classes))
         if test.inputs.dtype != inputs.dtype:
             raise InputError("x_test", f"must be {inputs.dtype} like x_train, got {test.inputs.dtype}; convert one.")
@@ -140,9 +175,48 @@ def from_arrays(
                 "x_test",
                 f"must have examples of the training shape {inputs.shape[1:]}, got {test.inputs.shape[1:]}.",
             )
-    seen_as = np.int32 if inputs.dtype == np.int32 else np.float32
-    scale = np.asarray(1 / 255 if inputs.dtype == np.uint8 else 1, seen_as)
-    return Dataset(name, train, test, classes, np.zeros((), seen_as), scale, notes)
+    if classes and labels.ndim == 1:
+        notes += notes_on_classes(classes, np.asarray(train.labels), np.asarray(test.labels), is_numbered)
+    is_deep = x_train.dtype == np.uint16 and x_train.ndim > 2
+    highest = _highest(inputs) if is_deep else 255 if inputs.dtype == np.uint8 else 1
+    seen_as = np.int32 if inputs.dtype == np.int32 and not is_deep else np.float32
+    scale = np.asarray(1 / highest, seen_as)
+    return Dataset(name, train, test, classes, np.zeros((), seen_as), scale, tuple(notes))
+
+
+def notes_on_inputs(dataset: Dataset) -> list[str]:
+    """Returns a sentence each on inputs that reach the model badly scaled, or with their channels first."""
+    inputs, notes = dataset.train.inputs, []
+    if is_channels_first(inputs.shape[1:]):
+        notes.append(
+            f"Pictures of the shape {list(inputs.shape[1:])} seem to have their channels first, and flax's "
+            "convolutions take them last: pass inputs.transpose(0, 2, 3, 1)."
+        )
+    if inputs.dtype == np.int32 and not dataset.scale.ndim and dataset.scale.dtype == np.float32:
+        highest = round(1 / float(dataset.scale))
+        notes.append(f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest pixel needs.")
+    some = np.asarray(inputs[:_MEASURED]).astype(np.float64)
+    if dataset.scale.ndim or not np.all(dataset.scale == 1) or dataset.train.labels.ndim > 1:
+        return notes
+    size, least, largest = float(np.sqrt(np.square(some).mean())), some.min(), some.max()
+    if size and not SENSIBLE[0] <= size <= SENSIBLE[1]:
+        way_out = "ctde_jax.data.standardized(data) scales every feature"
+        if some.ndim > 2 and least >= 0 and largest <= 255 and np.array_equal(some, np.rint(some)):
+            way_out = "pixels saved as uint8 are divided by 255"
+        elif inputs.dtype == np.int32:
+            rounded = ", and float32 rounds those above 16,777,216" if max(-least, largest) > _EXACT else ""
+            way_out = f"that is right for tokens{rounded}; measurements need scaling: {way_out}"
+        notes.append(
+            f"Inputs reach the model as they are, as numbers from {least:.6g} to {largest:.6g}, and networks learn "
+            f"best from numbers around 1: {way_out}."
+        )
+    return notes
+
+
+def is_channels_first(shape: Sequence[int]) -> bool:
+    """Returns whether a picture of this shape seems to be `[channels, height, width]`."""
+    channels = (1, 3, 4)
+    return len(shape) == 3 and shape[0] in channels and shape[2] not in channels and min(shape[1:]) > max(channels)
 
 
 def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
@@ -176,46 +250,39 @@ def standardized(dataset: Dataset) -> Dataset:
     """Gives every feature zero mean and unit variance over the training split; a constant feature becomes zero."""
     dataset.check_arrays("standardized")
     inputs, total, squares = dataset.train.inputs, np.zeros(()), np.zeros(())
+    check_precision("standardized", inputs)
+    least = largest = np.asarray(inputs[:1])
     for _, piece in pieces(inputs):
         total = total + piece.sum(axis=0, keepdims=True, dtype=np.float64)
+        least = np.minimum(least, piece.min(axis=0, keepdims=True))
+        largest = np.maximum(largest, piece.max(axis=0, keepdims=True))
     mean = total / len(inputs)
     for _, piece in pieces(inputs):
         squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
     deviation = np.sqrt(squares / len(inputs))
-    varies = deviation >= np.finfo(np.float32).tiny  # of less there is no reciprocal in float32
+    # The mean of equal numbers is rounded, so their deviation need not be 0. Below `tiny` it has no float32 reciprocal.
+    varies = (largest > least) & (deviation >= np.finfo(np.float32).tiny)
     scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
     note = "Every feature is standardized by the training split's mean and deviation before it reaches the model."
     return replace(
         dataset,
         shift=mean.astype(np.float32),
         scale=scale.astype(np.float32),
-        notes=(*dataset.notes, note),
+        notes=(*(each for each in dataset.notes if each not in notes_on_inputs(dataset)), note),
     )
 
 
 def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) -> Split:
     """Makes a split of a batch, with types and checks as in `from_arrays`."""
-    batch = Split(_checked_inputs(f"inputs of {name}", inputs), _checked_labels(f"labels of {name}", labels))
+    batch = Split(checked_inputs(f"inputs of {name}", inputs), checked_labels(f"labels of {name}", labels))
     _check_pair(f"labels of {name}", *batch, classes)
     return batch
 
 
-def numbered(labels: np.ndarray | DiskArray) -> tuple[str, ...]:
-    """Names the classes from 0 to the largest label, where there is one integer for each example.
-
-    Raises:
-        InputError: The largest label is no class's number.
-    """
-    if isinstance(labels, DiskArray) or labels.dtype != np.int32 or labels.ndim != 1:
-        return ()
-    largest = int(labels.max(initial=0))
-    if largest >= max(CLASSES, len(labels)):
-        raise InputError(
-            "y_train",
-            f"must count the classes from 0, got {largest} for example {labels.argmax()}, and there are only "
-            f"{len(labels):,} labels; number the classes without gaps.",
-        )
-    return tuple(str(i) for i in range(largest + 1))
+def _highest(inputs: np.ndarray | DiskArray) -> int:
+    """Returns the largest number of as many bits as the largest input needs."""
+    largest = max(int(piece.max()) for _, piece in pieces(inputs))
+    return 2 ** max(1, largest.bit_length()) - 1
 
 
 def _split_off_test(split: Split) -> tuple[Split, Split]:
@@ -229,57 +296,6 @@ def _split_off_test(split: Split) -> tuple[Split, Split]:
 def _rows(split: Split, rows: np.ndarray) -> Split:
     inputs, labels = (array.select(rows) if isinstance(array, DiskArray) else array[rows] for array in split)
     return Split(inputs, labels)
-
-
-def _checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    inputs = _stored(option, inputs)
-    if inputs.ndim < 2:
-        raise InputError(option, f"must have the shape [examples, ...], got {inputs.shape}.")
-    if 0 in inputs.shape:
-        raise InputError(
-            option, f"must hold at least one example, of at least one number, got the shape {inputs.shape}."
-        )
-    if inputs.dtype == np.uint8:
-        return inputs
-    if inputs.dtype.kind not in "biuf":
-        raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
-    if np.issubdtype(inputs.dtype, np.integer):
-        return _as_int32(option, inputs)
-    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit in float32 becomes infinite, and is refused
-        for first, piece in pieces(inputs):
-            is_finite = np.isfinite(piece.astype(np.float32, copy=False))
-            if not is_finite.all():
-                row, *place = np.argwhere(~is_finite)[0]
-                where = ", ".join(map(str, (first + row, *place)))
-                raise InputError(
-                    option,
-                    f"must be finite in float32, got NaN or infinity at [{where}]; remove or fill in such examples.",
-                )
-        return inputs.astype(np.float32)
-
-
-def _checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    labels = _stored(option, labels)
-    if labels.ndim == 0:
-        raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
-    if 0 in labels.shape[1:] or labels.dtype.kind == "m":
-        raise InputError(option, f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.")
-    if labels.ndim == 1:
-        labels = np.asarray(labels)
-    if labels.dtype == np.bool_ or np.issubdtype(labels.dtype, np.integer):
-        if labels.ndim != 1 and prod(labels.shape[1:]) == 1:
-            raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
-        return _as_int32(option, labels)
-    if np.issubdtype(labels.dtype, np.floating):
-        if not all(np.isfinite(piece).all() for _, piece in pieces(labels)):
-            raise InputError(option, "must be finite, got NaN or infinity; remove or fill in such examples.")
-        return labels.astype(np.float32)
-    raise InputError(option, f"must hold integers from 0, or real-valued targets, got the type {labels.dtype}.")
-
-
-def _stored(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    array = array if isinstance(array, DiskArray) else np.asarray(array)
-    return on_disk(option, array) if array.ndim and stays_on_disk(array) else array
 
 
 def _check_pair(option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray | DiskArray, classes: int) -> None:
@@ -300,14 +316,3 @@ def _check_pair(option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray 
                 f"must lie from 0 to {classes - 1}, one for each of the {classes} classes, "
                 f"got {piece[place]} for example {first + place[0]}.",
             )
-
-
-def _as_int32(option: str, integers: np.ndarray | DiskArray) -> np.ndarray | DiskArray:
-    bounds = np.iinfo(np.int32)
-    stored = integers.dtype
-    if stored.kind != "b" and not (np.iinfo(stored).min >= bounds.min and np.iinfo(stored).max <= bounds.max):
-        for _, piece in pieces(integers):
-            for value in (piece.min(initial=0), piece.max(initial=0)):
-                if not bounds.min <= int(value) <= bounds.max:
-                    raise InputError(option, f"must fit in int32, got {value}; convert measurements to floating point.")
-    return integers.astype(np.int32)

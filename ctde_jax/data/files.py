@@ -1,10 +1,5 @@
-"""The user's own file: arrays that numpy saved, or a table in which each line is an example.
+"""The user's own file of arrays that numpy saved. Large arrays stay in their file, unless it is compressed."""
 
-Arrays that are large stay in their file, where it holds their numbers as they are.
-"""
-
-import csv
-import io
 import math
 import os
 import struct
@@ -14,22 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, TypeAlias
+from typing import IO, BinaryIO, TypeAlias
 
 import numpy as np
 from rich.filesize import decimal
 
-from ctde_jax.data.dataset import Dataset, from_arrays, standardized
+from ctde_jax.data.arrays import targets_or_classes
+from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
-from ctde_jax.errors import InputError, check_known, quoted, shortened
+from ctde_jax.errors import InputError, shortened
 
 REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
-LARGEST = float(np.finfo(np.float32).max)
 
 
 def from_npz(path: Path | str) -> Dataset:
     """Loads the arrays `x_train` and `y_train` of a .npz file, and `x_test` and `y_test` if it has them.
+
+    Their types are treated as in `from_arrays`; labels are integers from 0, or names of classes.
 
     Instead of a .npz file it may be a folder with `x_train.npy` and so on. What takes more than a gigabyte stays in its
     file and is read while training goes on, unless it is compressed; the notes say so. Nothing is ever unpickled.
@@ -40,10 +37,10 @@ def from_npz(path: Path | str) -> Dataset:
     path = Path(os.path.expanduser(path))
     arrays = _arrays_of_folder(path) if os.path.isdir(path) else _arrays(path)
     for name in ("y_train", "y_test"):
-        if name in arrays and arrays[name].dtype.kind not in "iub":
+        if name in arrays and arrays[name].dtype.kind not in "iubUS":
             raise faulty(
                 path,
-                f"has labels of the type {arrays[name].dtype} in {name}",
+                f"has labels of the type {arrays[name].dtype} in {name} ({targets_or_classes(arrays[name])})",
                 "save them as integers from 0, one for each class",
             )
     train, test = (arrays["x_train"], arrays["y_train"]), (arrays.get("x_test"), arrays.get("y_test"))
@@ -67,27 +64,6 @@ def _notes(arrays: Arrays) -> list[str]:
         for name, array in arrays.items()
         if sizes[name] >= STREAMED_FROM and array.ndim > 1
     ]
-
-
-def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
-    """Loads a table of numbers with one column of labels, and standardizes the features.
-
-    The first line holds the column names if one of its feature cells is not a number. Labels may be words or
-    numbers; sorted, they are the classes.
-
-    Args:
-        path: A CSV file in UTF-8.
-        label_column: The name of the column that holds the labels; by default the last column.
-
-    Raises:
-        InputError: The file is no table, a feature is not a finite number, or there are not two classes.
-    """
-    path = Path(os.path.expanduser(path))
-    table = _table(path, label_column)
-    classes, labels = _classes(path, table)
-    inputs = np.array([_features(path, table, row) for row in table.rows], np.float32)
-    dataset = standardized(from_arrays(inputs, labels, name=path.stem, classes=classes))
-    return replace(dataset, notes=(table.note, *dataset.notes))
 
 
 def _arrays_of_folder(folder: Path) -> Arrays:
@@ -190,122 +166,6 @@ def _reading(path: Path, name: str) -> Iterator[None]:
                 "save a plain array of numbers, with examples of one shape",
             ) from error
         raise faulty(path, f"is damaged in {name} ({shortened(str(error))})", "save or copy the file again") from error
-
-
-class _Row(NamedTuple):
-    line: int  # in the file, counted from 1
-    cells: list[str]
-
-
-class _Table(NamedTuple):
-    columns: list[str]  # as a sentence names them
-    label: int
-    rows: list[_Row]
-    note: str
-
-
-def _table(path: Path, label_column: str | None) -> _Table:
-    rows = _rows(path)
-    first = rows[0].cells
-    label = first.index(label_column) if label_column in first else len(first) - 1
-    has_header = any(_number(cell) is None for i, cell in enumerate(first) if i != label)
-    if label_column is not None:
-        if not has_header:
-            raise InputError(
-                "label_column",
-                f"must name a column, got {label_column!r}, but {path} has no header line: add one, "
-                "or put the labels into the last column and leave the option out.",
-            )
-        check_known("label_column", label_column, first)
-    columns = [quoted(cell) if has_header else str(i + 1) for i, cell in enumerate(first)]
-    if has_header:
-        note = f"Line {rows[0].line} holds the column names; the labels are in the column {columns[label]}."
-        rows = rows[1:]
-    else:
-        note = f"There is no line of column names; the labels are in the last column, {columns[label]}."
-    if not rows:
-        raise faulty(path, "has a header line and no examples", "add one line for each example")
-    return _Table(columns, label, rows, note)
-
-
-def _rows(path: Path) -> list[_Row]:
-    rows, line = [], 1
-    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            for cells in reader:
-                if cells:
-                    rows.append(_Row(line, [cell.strip() for cell in cells]))
-                line = reader.line_num + 1  # a quoted cell may go on over several lines
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise faulty(path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8") from error
-        except csv.Error as error:
-            raise faulty(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
-    if not rows:
-        raise faulty(path, "is empty", "give a file with one line for each example")
-    width = len(rows[0].cells)
-    if width < 2:
-        raise faulty(path, "has a single column", "separate the features and the label by commas")
-    for row in rows:
-        if len(row.cells) != width:
-            raise faulty(
-                path,
-                f"has {len(row.cells)} cells in line {row.line} and {width} in line {rows[0].line}",
-                "give every line the same number of cells",
-            )
-    return rows
-
-
-def _features(path: Path, table: _Table, row: _Row) -> list[float]:
-    features = []
-    for i, cell in enumerate(row.cells):
-        if i == table.label:
-            continue
-        number = _number(cell)
-        if number is None or not abs(number) <= LARGEST:
-            raise faulty(
-                path,
-                f"has {quoted(cell) if cell else 'an empty cell'} in line {row.line}, "
-                f"column {table.columns[i]}, and not a finite float32 number",
-                "correct the cell, or remove the line",
-            )
-        features.append(number)
-    return features
-
-
-def _classes(path: Path, table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
-    cells = [row.cells[table.label] for row in table.rows]
-    column = table.columns[table.label]
-    if "" in cells:
-        line = table.rows[cells.index("")].line
-        raise faulty(
-            path,
-            f"has an empty label in line {line}, column {column}",
-            "fill in the cell, or remove the line",
-        )
-    numbers = [_number(cell) for cell in cells]
-    words = any(number is None or not math.isfinite(number) for number in numbers)
-    if not words and not all(float(number).is_integer() for number in numbers if number is not None):
-        raise faulty(
-            path,
-            f"has labels such as {quoted(cells[0])} in column {column}, which are measurements and no classes",
-            "name the column that holds the classes as the label column",
-        )
-    values: list[Any] = cells if words else numbers
-    spelled = dict(zip(reversed(values), reversed(cells), strict=True))  # as it is in the first of its lines
-    if len(spelled) < 2:
-        raise faulty(path, f"has only the label {quoted(cells[0])} in column {column}", "give at least two classes")
-    ordered = sorted(spelled)
-    place = {value: number for number, value in enumerate(ordered)}
-    return tuple(spelled[value] for value in ordered), np.array([place[value] for value in values])
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return None if "_" in cell else float(cell)
-    except ValueError:
-        return None
 
 
 def opened(path: Path) -> BinaryIO:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctde_jax.data.dataset import Dataset, Split, as_batch, from_arrays, numbered
+from ctde_jax.data.classes import numbered
+from ctde_jax.data.dataset import Dataset, Split, as_batch, from_arrays, notes_on_inputs
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_at_least
 
@@ -110,6 +111,12 @@ def from_batches(
         InputError: The first batch is no pair of arrays, or does not go with the test arrays.
     """
     check_at_least(1, steps_per_epoch=steps_per_epoch)
+    if not callable(batches):
+        raise InputError(
+            "batches",
+            f"must be a function from the number of an epoch to an iterable, got {type(batches).__name__}; pass "
+            "lambda epoch: loader.",
+        )
     first = next(iter(batches(0)), None)
     if first is None:
         raise InputError("batches", "must give at least one batch, got none in epoch 0.")
@@ -118,7 +125,8 @@ def from_batches(
         test = as_batch("the test split", x_test, y_test)
         classes = max(numbered(like.labels), numbered(test.labels), key=len)
     dataset = from_arrays(*like, x_test, y_test, name=name, classes=classes)
-    return replace(dataset, stream=Stream(batches, steps_per_epoch, like, len(classes)))
+    stream = Stream(batches, steps_per_epoch, like, len(classes))
+    return replace(dataset, stream=stream, notes=tuple(notes_on_inputs(dataset)))  # one batch lacks some classes
 
 
 def deal_stream(

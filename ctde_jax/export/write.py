@@ -262,6 +262,7 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
         "carry": [] if stream is None else [list(leaf.shape[1:]) for leaf in jax.tree.leaves(stream.start(1))],
         "classes": list(data.classes),
         "vocabulary": list(data.vocabulary),
+        "columns": list(data.columns),
         "model": {"parameters": count_params(trained.params)},
         "data": {"name": data.name, "training": len(data.train.inputs), "test": len(data.test.inputs)},
         "training": {"step": trained.step, **options},

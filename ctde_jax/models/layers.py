@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
+from ctde_jax.data.dataset import is_channels_first
 from ctde_jax.errors import InputError, check_at_least
 
 
@@ -16,6 +17,12 @@ def check_image_shape(image_shape: Sequence[int], halvings: int) -> None:
             "image_shape",
             f"must be (height, width) or (height, width, channels), got {tuple(image_shape)}; "
             "what is no picture goes into an mlp.",
+        )
+    if is_channels_first(image_shape):
+        raise InputError(
+            "image_shape",
+            f"must be (height, width, channels), got {tuple(image_shape)}, which seems to have the channels first; "
+            "transpose the pictures with inputs.transpose(0, 2, 3, 1).",
         )
     height, width, least = *image_shape[:2], 2**halvings
     if min(height, width) < least:

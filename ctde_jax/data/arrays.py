@@ -1,0 +1,186 @@
+"""The user's arrays, of whatever library and type, as arrays of the types that training knows, or refused."""
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ctde_jax.data.classes import is_one_hot
+from ctde_jax.data.disk import DiskArray, on_disk, pieces, stays_on_disk
+from ctde_jax.errors import InputError
+
+COARSE = 0.01
+"""A feature is refused if float32 rounds its numbers by more than this fraction of their standard deviation."""
+
+NOISE = 1e-12
+"""Float64 numbers whose standard deviation is a smaller fraction of them are equal, apart from rounding."""
+
+
+def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
+    """Makes a numpy array of what numpy can read without losing anything, and leaves memory maps in their file.
+
+    Text becomes `str`. Python objects become numbers or text, if they are that.
+
+    Raises:
+        InputError: It is sparse, ragged, masked, or has fields or objects that are neither numbers nor text.
+    """
+    if isinstance(array, DiskArray):
+        return array
+    if hasattr(array, "toarray") and not isinstance(array, np.ndarray):
+        raise InputError(option, f"must be a dense array, got a sparse {type(array).__name__}; pass its .toarray().")
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise InputError(option, "must have a number in every place, got masked ones; fill them in with .filled(...).")
+    try:
+        found = np.asarray(array)
+    except ValueError as error:  # of a ragged list
+        raise InputError(option, "must be an array with examples of one shape, got a ragged list.") from error
+    if found.dtype.names is not None:
+        names = ", ".join(found.dtype.names)
+        raise InputError(option, f"must be a plain array, got one with the fields {names}; stack them along an axis.")
+    if found.dtype == object:
+        found = _of_objects(option, found)
+    if found.dtype.kind == "V":  # such as bfloat16
+        found = _as_float32(option, found)
+    if found.dtype.kind == "S":
+        found = np.char.decode(found, "utf-8", "replace")
+    return on_disk(option, found) if found.ndim and stays_on_disk(found) else found
+
+
+def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
+    """Returns inputs `[examples, ...]` as uint8, int32 or float32.
+
+    Raises:
+        InputError: They have another shape, are no real numbers, do not fit in int32, are not finite in float32, or
+            float32 does not tell the numbers of a feature apart.
+    """
+    inputs = plain(option, inputs)
+    if inputs.ndim < 2:
+        raise InputError(option, f"must have the shape [examples, ...], got {inputs.shape}.")
+    if 0 in inputs.shape:
+        raise InputError(
+            option, f"must hold at least one example, of at least one number, got the shape {inputs.shape}."
+        )
+    if inputs.dtype == np.uint8:
+        return inputs
+    if inputs.dtype.kind not in "biuf":
+        raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
+    if inputs.dtype.kind != "f":
+        return _as_int32(option, inputs)
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit in float32 becomes infinite, and is refused
+        for first, piece in pieces(inputs):
+            is_finite = np.isfinite(piece.astype(np.float32, copy=False))
+            if not is_finite.all():
+                row, *place = np.argwhere(~is_finite)[0]
+                where = ", ".join(map(str, (first + row, *place)))
+                raise InputError(
+                    option,
+                    f"must be finite in float32, got NaN or infinity at [{where}]; remove or fill in such examples.",
+                )
+    check_precision(option, inputs)
+    return inputs.astype(np.float32)
+
+
+def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
+    """Returns labels as `int32[examples]`, or targets `[examples, ...]` as int32 or float32.
+
+    Raises:
+        InputError: They have another shape or type, do not fit in int32, or are not finite.
+    """
+    labels = plain(option, labels)
+    if labels.ndim == 0:
+        raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
+    if 0 in labels.shape[1:] or labels.dtype.kind == "m":
+        raise InputError(option, f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.")
+    if labels.ndim == 1:
+        labels = np.asarray(labels)
+    if labels.dtype.kind in "biu":
+        if labels.ndim != 1 and prod(labels.shape[1:]) == 1:
+            raise InputError(option, f"must have the shape [examples], got {labels.shape}; pass it with .ravel().")
+        return _as_int32(option, labels)
+    if labels.dtype.kind == "f":
+        if not all(np.isfinite(piece).all() for _, piece in pieces(labels)):
+            raise InputError(option, "must be finite, got NaN or infinity; remove or fill in such examples.")
+        return labels.astype(np.float32)
+    raise InputError(option, f"must hold integers from 0, or real-valued targets, got the type {labels.dtype}.")
+
+
+def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
+    """Raises InputError if float32 does not tell the numbers of a feature apart, such as seconds since 1970.
+
+    That is if it rounds them by more than `COARSE` of the feature's standard deviation.
+    """
+    if inputs.dtype.itemsize <= 2 or inputs.dtype == np.float32:
+        return
+    origin = np.asarray(inputs[:1]).astype(np.float64)
+    error, largest, total, squares = (np.zeros_like(origin) for _ in range(4))
+    for piece in _in_float64(inputs):
+        error = np.maximum(error, np.abs(piece.astype(np.float32) - piece).max(axis=0, keepdims=True))
+        largest = np.maximum(largest, np.abs(piece).max(axis=0, keepdims=True))
+        total += (piece - origin).sum(axis=0, keepdims=True)
+        squares += np.square(piece - origin).sum(axis=0, keepdims=True)
+    deviation = np.sqrt(np.maximum(squares / len(inputs) - np.square(total / len(inputs)), 0))
+    is_coarse = (error > COARSE * deviation) & (deviation > NOISE * largest)
+    if is_coarse.any():
+        _, *place = np.argwhere(is_coarse)[0]
+        where = ", ".join(map(str, place))
+        raise InputError(
+            option,
+            f"must hold numbers that float32 tells apart, got numbers around {origin[0][tuple(place)]:.17g} with a "
+            f"standard deviation of {deviation[0][tuple(place)]:.3g} at [:, {where}]; subtract one of them from all "
+            "first, in float64.",
+        )
+
+
+def targets_or_classes(labels: np.ndarray | DiskArray) -> str:
+    """Returns what labels that name no classes are, and the way out, as the end of a sentence."""
+    if is_one_hot(labels):
+        return f"got one-hot labels of the shape {list(labels.shape)}; pass labels.argmax(1)"
+    some = np.asarray(labels[:4096])
+    if labels.ndim == 1 and labels.dtype.kind == "f" and np.array_equal(some, np.rint(some)):
+        return f"got whole numbers of the type {labels.dtype}; pass labels.astype(int) if they are classes"
+    return f"got labels of the type {labels.dtype} and the shape {list(labels.shape)}"
+
+
+def _in_float64(array: np.ndarray | DiskArray) -> Iterator[np.ndarray]:
+    for _, piece in pieces(array):
+        yield piece.astype(np.float64)
+
+
+def _of_objects(option: str, objects: np.ndarray) -> np.ndarray:
+    """Makes an array of text, integers or floats of Python objects, such as a table of several types gives."""
+    values: list[Any] = objects.ravel().tolist()
+    if values and all(isinstance(value, str | bytes) for value in values):
+        texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
+        return np.array(texts).reshape(objects.shape)
+    for place, value in enumerate(values):
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+            where = ", ".join(map(str, np.unravel_index(place, objects.shape)))
+            raise InputError(
+                option,
+                f"must hold numbers, got {type(value).__name__} {value!r:.60} at [{where}]; convert or remove it.",
+            )
+    is_whole = all(hasattr(value, "__index__") for value in values)
+    try:
+        return objects.astype(np.int64 if is_whole else np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(option, f"must hold numbers, got objects that are none ({error}).") from error
+
+
+def _as_float32(option: str, array: np.ndarray) -> np.ndarray:
+    try:
+        return array.astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(option, f"must hold real numbers, got the type {array.dtype}.") from error
+
+
+def _as_int32(option: str, integers: np.ndarray | DiskArray) -> np.ndarray | DiskArray:
+    bounds = np.iinfo(np.int32)
+    stored = integers.dtype
+    if stored.kind != "b" and not (np.iinfo(stored).min >= bounds.min and np.iinfo(stored).max <= bounds.max):
+        for _, piece in pieces(integers):
+            for value in (piece.min(initial=0), piece.max(initial=0)):
+                if not bounds.min <= int(value) <= bounds.max:
+                    raise InputError(option, f"must fit in int32, got {value}; convert measurements to floating point.")
+    return integers.astype(np.int32)

@@ -1,0 +1,139 @@
+"""What the columns of a table hold: numbers that a model can learn from, or a sentence that says why not."""
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ctde_jax.data.arrays import COARSE, NOISE
+from ctde_jax.data.classes import number_of
+from ctde_jax.data.files import faulty
+from ctde_jax.errors import quoted
+
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "--", ".")
+"""How tables write that a number is missing, in lower case."""
+
+_LARGEST = float(np.finfo(np.float32).max)
+_MOST_DIGITS = 2**53
+"""Integers above this one are not exact in float64."""
+
+MANY_LINES = 10
+"""A rule about all lines, such as that they are numbered, is only applied to as many as this."""
+
+
+class Column(NamedTuple):
+    """A column of a table, without its header."""
+
+    name: str  # as a sentence names it
+    lines: Sequence[int]  # in the file, counted from 1
+    cells: Sequence[str]
+
+
+def is_missing(cell: str) -> bool:
+    """Returns whether a cell says that its value is missing."""
+    return cell.lower() in MISSING
+
+
+def numbers(path: Path, column: Column) -> np.ndarray:
+    """Returns the numbers of a column, `float64[lines]`.
+
+    Raises:
+        InputError: A cell is not a finite number of float32.
+    """
+    found = [number_of(cell) for cell in column.cells]
+    places = [place for place, number in enumerate(found) if number is None or not abs(number) <= _LARGEST]
+    if not places:
+        return np.array(found, np.float64)
+    if not any(column.cells):
+        raise faulty(path, f"has an empty column {column.name}", "remove it, or the comma at the end of each line")
+    wrong = [column.cells[place] for place in places]
+    cell, line = wrong[0], column.lines[places[0]]
+    share = f", nor are {len(wrong) - 1:,} more cells of the column" if len(wrong) > 1 else ""
+    raise faulty(
+        path,
+        f"has {quoted(cell) if cell else 'an empty cell'} in line {line}, column {column.name}, and not a finite "
+        f"float32 number{share}",
+        _way_out(wrong, len(column.cells)),
+    )
+
+
+def check_precision(path: Path, column: Column, values: np.ndarray) -> str | None:
+    """Compares the numbers of a column with what float32 makes of them.
+
+    Returns:
+        How coarse float32 is, as a fraction of their standard deviation, if it merges some of them; else None.
+
+    Raises:
+        InputError: It merges numbers and rounds by more than `COARSE` of their standard deviation.
+    """
+    rounded = values.astype(np.float32).astype(np.float64)
+    different, largest = len(np.unique(values)), np.abs(values).max()
+    is_exact = largest < _MOST_DIGITS and (values.std() > NOISE * largest or len(set(column.cells)) == 1)
+    if is_exact and len(np.unique(rounded)) == different:
+        return None
+    exact = [_exact(cell, value) for cell, value in zip(column.cells, values, strict=True)]
+    least = min(exact)
+    if len(set(exact)) == len(set(rounded)):
+        return None
+    deviation = np.array([float(number - least) for number in exact]).std()
+    error = max(float(abs(Decimal(short) - number)) for short, number in zip(rounded, exact, strict=True))
+    if deviation and error <= COARSE * deviation:
+        return f"{error / deviation:.0e}"
+    first: dict[float, int] = {}
+    for place, short in enumerate(rounded):
+        if exact[first.setdefault(short, place)] != exact[place]:
+            one, other = quoted(column.cells[first[short]]), quoted(column.cells[place])
+            smallest = quoted(column.cells[exact.index(least)])
+            raise faulty(
+                path,
+                f"has {one} and {other} in the column {column.name}, which are the same number in float32",
+                f"subtract the smallest number, {smallest}, from the whole column, here and where the model is used, "
+                "or remove the column",
+            )
+    raise AssertionError("numbers were merged")
+
+
+def counts_lines(values: np.ndarray) -> bool:
+    """Returns whether the numbers count the lines, from 0 or 1."""
+    count = np.arange(len(values))
+    return len(values) >= MANY_LINES and (np.array_equal(values, count) or np.array_equal(values, count + 1))
+
+
+def is_identifier(name: str, values: np.ndarray) -> bool:
+    """Returns whether every line has another whole number, and they are in order or the column is called an id."""
+    if len(values) < MANY_LINES or len(np.unique(values)) < len(values) or not np.array_equal(values, np.rint(values)):
+        return False
+    is_called_so = re.search(r"(^|[^a-z])(id|idx|index|key|no|nr|number|row)$", name.lower())
+    return bool(is_called_so) or bool((np.diff(values) > 0).all())
+
+
+def names_the_label(values: np.ndarray, labels: np.ndarray) -> bool:
+    """Returns whether the column has one number for each class, and another for each other class."""
+    pairs, classes = len(set(zip(values.tolist(), labels.tolist(), strict=True))), len(np.unique(labels))
+    return len(values) >= max(MANY_LINES, 2 * classes) and pairs == len(np.unique(values)) == classes
+
+
+def _way_out(wrong: Sequence[str], cells: int) -> str:
+    """Returns what to do about cells that are no numbers, by what all or most of them are."""
+    words = [cell for cell in wrong if not is_missing(cell) and number_of(cell) is None]
+    if not words and len(wrong) > 1:
+        return "fill in the cells, or remove the lines or the column"
+    if words and all(cell.lower() in ("true", "false") for cell in words):
+        return "replace True by 1 and False by 0"
+    if words and all(re.fullmatch(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}.*", cell) for cell in words):
+        return "replace dates by numbers, such as the days since the first one"
+    if words and all(re.fullmatch(r"[-+]?\d[\d.,'\s]*", cell) for cell in words):
+        return "write numbers in digits with a point, without thousands separators or decimal commas"
+    if len(words) > max(1, cells // 2):
+        return "remove the column if it only names the lines, or replace its words by numbers"
+    return "correct the cell, or remove the line"
+
+
+def _exact(cell: str, value: float) -> Decimal:
+    try:
+        return Decimal(cell)
+    except InvalidOperation:  # of an exponent that Decimal does not take
+        return Decimal(value)

@@ -1,0 +1,259 @@
+"""The user's own table: a CSV file in which each line is an example, and what is decided about its columns."""
+
+import csv
+import io
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ctde_jax.data import columns
+from ctde_jax.data.classes import are_numbers, from_words, look_measured, number_of
+from ctde_jax.data.columns import Column, is_missing
+from ctde_jax.data.dataset import Dataset, assemble, standardized
+from ctde_jax.data.files import faulty, opened
+from ctde_jax.errors import InputError, check_known, quoted
+
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+class _Row(NamedTuple):
+    line: int  # in the file, counted from 1
+    cells: list[str]
+
+
+class _Table(NamedTuple):
+    names: list[str]  # of all columns; empty without a line of names
+    label: int
+    features: list[int]
+    rows: list[_Row]
+    notes: list[str]
+
+    def column(self, place: int) -> Column:
+        cells = [row.cells[place] for row in self.rows]
+        return Column(self.called(place), [row.line for row in self.rows], cells)
+
+    def called(self, place: int) -> str:
+        """Returns the column's name as a sentence has it, or its number."""
+        return quoted(self.names[place]) if self.names and self.names[place] else str(place + 1)
+
+
+def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
+    """Loads a table of numbers with one column of labels, and standardizes the features.
+
+    Labels may be words or numbers; sorted, they are the classes. The first line holds the column names if one of its
+    feature cells is a word, if one is `label_column`, or if the line only makes sense as names: numbers counted from 0
+    as pandas writes them, or integers above columns of decimals, with a label that no other line has.
+
+    Left out of the features are unnamed columns at the left, the index that `DataFrame.to_csv` writes, and named
+    columns that number the lines. The data set's notes say so, and name columns that look like identifiers, repeat the
+    label, have one value, or have numbers that float32 merges.
+
+    Args:
+        path: A CSV file in UTF-8, with commas between cells and points in numbers.
+        label_column: The name of the column that holds the labels; by default the last column.
+
+    Raises:
+        InputError: The file is no table, a feature is not a finite number, float32 does not tell a feature's numbers
+            apart, there are not two classes, or the labels look like measurements.
+    """
+    path = Path(os.path.expanduser(path))
+    table = _table(path, label_column)
+    classes, labels = _classes(path, table.column(table.label))
+    features, notes = [], list(table.notes)
+    rounded = []
+    for place in table.features:
+        column = table.column(place)
+        values = columns.numbers(path, column)
+        if table.names and len(table.features) > 1 and columns.counts_lines(values):
+            notes.append(f"The column {column.name} numbers the lines, and was left out.")
+            continue
+        coarse = columns.check_precision(path, column, values)
+        if coarse is not None:
+            rounded.append(f"{column.name} (by at most {coarse} of its standard deviation)")
+        notes += _notes_on(column, values, labels)
+        features.append((place, values))
+    if not features:
+        raise faulty(path, "has no column of features", "add a column of numbers that the label depends on")
+    if rounded:
+        notes.append(f"Some different numbers are the same in float32 in the columns {', '.join(rounded)}.")
+    inputs = np.stack([values for _, values in features], axis=1).astype(np.float32)
+    dataset = standardized(assemble(inputs, labels, None, None, path.stem, classes))
+    names = [table.names[place] for place, _ in features] if table.names else []
+    return replace(dataset, notes=(*notes, *dataset.notes), columns=tuple(names) if all(names) else ())
+
+
+def _notes_on(column: Column, values: np.ndarray, labels: np.ndarray) -> list[str]:
+    if len(values) >= columns.MANY_LINES and len(np.unique(values)) == 1:
+        return [f"The column {column.name} is {quoted(column.cells[0])} in every line, so it has no effect."]
+    if columns.names_the_label(values, labels):
+        return [
+            f"The column {column.name} has one number for each class, so it gives the label away: remove it unless it "
+            "is known before the label is."
+        ]
+    if columns.counts_lines(values) or columns.is_identifier(column.name.strip("'\""), values):
+        return [
+            f"The column {column.name} has another whole number in every line, and was kept: remove it if it only "
+            "names the lines."
+        ]
+    return []
+
+
+def _table(path: Path, label_column: str | None) -> _Table:
+    rows = _rows(path)
+    first, width = rows[0].cells, len(rows[0].cells)
+    label = first.index(label_column) if label_column in first else width - 1
+    if not (label_column in first or _is_header(rows, label)):
+        if label_column is not None:
+            raise InputError(
+                "label_column",
+                f"must name a column, got {label_column!r}, but {path} has no header line: add one, "
+                "or put the labels into the last column and leave the option out.",
+            )
+        note = f"There is no line of column names; the labels are in the last column, {label + 1}."
+        return _Table([], label, list(range(width - 1)), rows, [note])
+    if label_column is not None:
+        check_known("label_column", label_column, first)
+    table = _Table(first, label, [place for place in range(width) if place != label], rows[1:], [])
+    _check_header(path, table, rows[0])
+    table.notes.append(
+        f"Line {rows[0].line} holds the column names; the labels are in the column {table.called(label)}."
+    )
+    unnamed = len(list(takewhile(_is_unnamed, first)))
+    if unnamed:
+        which = "The first column has no name" if unnamed == 1 else f"The first {unnamed} columns have no names"
+        table.notes.append(
+            f"{which}, like the index that pandas writes, and {'was' if unnamed == 1 else 'were'} left out."
+        )
+    return table._replace(features=[place for place in table.features if place >= unnamed])
+
+
+def _is_unnamed(name: str) -> bool:
+    """Returns whether pandas made up the name of a column that has none, or it has none."""
+    return re.fullmatch(r"(Unnamed: \d+(\.\d+)?)?", name) is not None
+
+
+def _check_header(path: Path, table: _Table, header: _Row) -> None:
+    if not table.rows:
+        raise faulty(path, "has a header line and no examples", "add one line for each example")
+    twice = [name for name, count in Counter(header.cells).items() if name and count > 1]
+    if twice:
+        raise faulty(path, f"has several columns called {quoted(twice[0])}", "give each another name")
+    for row in table.rows:
+        if row.cells == header.cells:
+            raise faulty(path, f"repeats the column names in line {row.line}", "remove this line")
+
+
+def _is_header(rows: list[_Row], label: int) -> bool:
+    """Returns whether the first line holds column names and not an example."""
+    first, others = rows[0].cells, [row.cells for row in rows[1:]]
+    features = [cell for place, cell in enumerate(first) if place != label]
+    if any(number_of(cell) is None and not is_missing(cell) for cell in features):
+        return True
+    if not others:
+        return False
+    # Names as pandas makes them up: numbers from 0, the label's too if it has no other name, after that of an index.
+    has_index = first[0] == "" and label != 0
+    names = features[has_index:]
+    places = [place for place in range(len(first)) if place != label][has_index:]
+    is_whole = all(re.fullmatch(r"\d+", name) for name in names)
+    is_above_decimals = is_whole and not any(re.fullmatch(r"[-+]?\d+", cells[i]) for cells in others for i in places)
+    if [*names, first[label]] == _counted(len(names) + 1) and (has_index or len(names) > 2 or is_above_decimals):
+        return True
+    labels = Counter(cells[label] for cells in others)
+    if first[label] in labels:
+        return False
+    if names == _counted(len(names)) or is_above_decimals:
+        return True
+    if number_of(first[label]) is None and not is_missing(first[label]) and are_numbers(list(labels)):
+        return True  # a word above numbers
+    # Increasing whole numbers, such as years, above lines none of which is alone with its label.
+    is_increasing = is_whole and sorted({int(name) for name in names}) == [int(name) for name in names]
+    return is_increasing and len(names) > 2 and min(labels.values()) > 1
+
+
+def _counted(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
+def _rows(path: Path) -> list[_Row]:
+    rows, line = [], 1
+    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for cells in reader:
+                if cells:
+                    rows.append(_Row(line, [cell.strip() for cell in cells]))
+                line = reader.line_num + 1  # a quoted cell may go on over several lines
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise faulty(path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8") from error
+        except csv.Error as error:
+            raise faulty(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
+    if not rows:
+        raise faulty(path, "is empty", "give a file with one line for each example")
+    _check_shape(path, rows)
+    return rows
+
+
+def _check_shape(path: Path, rows: list[_Row]) -> None:
+    """Raises InputError if lines have different numbers of cells, or the cells are not separated by commas."""
+    width = len(rows[0].cells)
+    wrong = next((row for row in rows if len(row.cells) != width), None)
+    if wrong is not None and (comment := next((row for row in rows[:2] if row.cells[0].startswith("#")), None)):
+        raise faulty(path, f"has a comment in line {comment.line}", "remove the line")
+    for separator, name in _SEPARATORS.items():
+        parts = [",".join(row.cells).split(separator) for row in rows[:2]]
+        has_decimal_commas = all(number_of(first.replace(",", ".")) is not None for first, *_ in parts)
+        if min(map(len, parts)) > 1 and (width < 2 or wrong is not None or has_decimal_commas):
+            fault = f"has its cells separated by {name}"
+            raise faulty(path, fault, "save it with commas between cells, and points in numbers")
+    if wrong is not None:
+        raise faulty(
+            path,
+            f"has {len(wrong.cells)} cells in line {wrong.line} and {width} in line {rows[0].line}",
+            "give every line the same number of cells, and write numbers without commas",
+        )
+    if width < 2:
+        raise faulty(path, "has a single column", "separate the features and the label by commas")
+    if not any(row.cells[-1] for row in rows):
+        raise faulty(path, "has an empty last column", "remove the comma at the end of each line")
+
+
+def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
+    cells = column.cells
+    if "" in cells:
+        line = column.lines[cells.index("")]
+        raise faulty(
+            path,
+            f"has an empty label in line {line}, column {column.name}",
+            "fill in the cell, or remove the line",
+        )
+    if are_numbers(cells):
+        values = [number_of(cell) or 0.0 for cell in cells]
+        if not all(value.is_integer() for value in values):
+            raise faulty(
+                path,
+                f"has labels such as {quoted(cells[0])} in column {column.name}, which are measurements and no classes",
+                "name the column that holds the classes as the label column, or learn measurements in Python, with "
+                "data.from_arrays and a Task of your own",
+            )
+        if look_measured(values):
+            raise faulty(
+                path,
+                f"has labels such as {quoted(cells[0])} in column {column.name}, {len(set(values)):,} different whole "
+                f"numbers in {len(cells):,} lines, which look like measurements and not like classes",
+                "name the column that holds the classes as the label column, group the numbers into few classes, or "
+                "learn measurements in Python, with data.from_arrays and a Task of your own",
+            )
+    classes, labels = from_words(cells)
+    if len(classes) < 2:
+        raise faulty(
+            path, f"has only the label {quoted(cells[0])} in column {column.name}", "give at least two classes"
+        )
+    return classes, labels

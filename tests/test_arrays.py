@@ -1,0 +1,224 @@
+"""Arrays of any library and type become those of training with the same numbers, or are refused in a sentence."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from scipy import sparse
+
+from ctde_jax import data, models
+from ctde_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(60, 4)).astype(np.float32)
+Y = np.arange(60) % 3
+WORDS = np.array(["cat", "dog", "owl"])[Y]
+
+
+class Frame:
+    """What of a pandas table numpy sees."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.array.astype(dtype or self.array.dtype)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+
+def mixed() -> np.ndarray:
+    """A table with columns of several types is an array of objects."""
+    objects = np.empty((60, 3), object)
+    objects[:, 0], objects[:, 1], objects[:, 2] = X[:, 0].tolist(), Y.tolist(), (Y == 1).tolist()
+    return objects
+
+
+def refused(*arrays, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        data.from_arrays(*arrays, **options)
+    return str(caught.value)
+
+
+KINDS = {
+    "float64": (X.astype(np.float64), X),
+    "float16": (X.astype(np.float16), X.astype(np.float16)),
+    "longdouble": (X.astype(np.longdouble), X),
+    "bfloat16": (X.astype(ml_dtypes.bfloat16), X.astype(ml_dtypes.bfloat16)),
+    "JAX": (jnp.asarray(X), X),
+    "list": (X.tolist(), X),
+    "masked nowhere": (np.ma.array(X), X),
+    "table": (Frame(X), X),
+    "table of several types": (Frame(mixed()), np.column_stack([X[:, 0], Y, Y == 1])),
+    "table of integers": (Frame(mixed()[:, 1:]), np.column_stack([Y, Y == 1])),
+    "booleans": (X > 0, X > 0),
+    "int64": (Y[:, None] - 7, Y[:, None] - 7),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_inputs_of_any_library_and_type_keep_their_numbers(name):
+    inputs, right = KINDS[name]
+    dataset = data.from_arrays(inputs, Y, inputs, Y)
+    np.testing.assert_array_equal(dataset.train.inputs, np.asarray(right, dataset.train.inputs.dtype))
+    assert dataset.train.inputs.dtype in (np.float32, np.int32)
+
+
+LABELS = {
+    "words": WORDS,
+    "bytes": WORDS.astype("S"),
+    "objects": WORDS.astype(object),
+    "list": WORDS.tolist(),
+    "table": Frame(WORDS.astype(object)),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_words_are_classes_in_sorted_order(name):
+    dataset = data.from_arrays(X, LABELS[name], X, LABELS[name])
+    assert dataset.classes == ("cat", "dog", "owl")
+    np.testing.assert_array_equal(dataset.train.labels, Y)
+    np.testing.assert_array_equal(dataset.test.labels, Y)
+
+
+def test_words_that_are_numbers_are_sorted_as_numbers():
+    assert data.from_arrays(X, np.array(["1", "10", "9"])[Y]).classes == ("1", "9", "10")
+
+
+def test_words_follow_given_classes():
+    dataset = data.from_arrays(X, WORDS, X, WORDS, classes=("owl", "dog", "cat", "emu"))
+    np.testing.assert_array_equal(dataset.train.labels, 2 - Y)
+    sentence = "y_test must be one of cat, dog, owl, got 'cow'; did you mean 'owl'?"
+    assert refused(X, WORDS, X[:1], ["cow"]) == sentence
+    assert "y_test must hold names of classes in the shape [examples], got int64" in refused(X, WORDS, X, Y)
+
+
+def test_npz_may_hold_words(tmp_path):
+    np.savez(tmp_path / "mine.npz", x_train=X, y_train=WORDS, x_test=X, y_test=WORDS)
+    assert data.from_npz(tmp_path / "mine.npz").classes == ("cat", "dog", "owl")
+
+
+REFUSED = {
+    "sparse": (
+        (sparse.csr_matrix(X), Y),
+        "must be a dense array, got a sparse csr_matrix; pass its .toarray().",
+    ),
+    "sparse array": ((sparse.coo_array(X), Y), "got a sparse coo_array; pass its .toarray()."),
+    "masked": ((np.ma.masked_less(X, 0), Y), "got masked ones; fill them in with .filled(...)."),
+    "fields": (
+        (np.zeros(60, [("a", float), ("b", int)]), Y),
+        "one with the fields a, b; stack them along an axis.",
+    ),
+    "ragged": (([[1.0, 2.0], [1.0]], [0, 1]), "must be an array with examples of one shape, got a ragged list."),
+    "complex": ((X * 1j, Y), "x_train must hold real numbers, got the type complex"),
+    "dates": ((np.zeros((60, 2), "M8[s]"), Y), "x_train must hold real numbers, got the type datetime64[s]."),
+    "words among numbers": ((np.array([["a", 1.5]] * 60, object), Y), "got str 'a' at [0, 0]; convert or remove it."),
+    "no label": ((X, [None, *WORDS[1:]]), "y_train must hold numbers, got NoneType None at [0]; convert or remove it."),
+    "a number": ((3, Y), "x_train must have the shape [examples, ...], got ()."),
+    "seconds since 1970": (
+        (1.7e9 + RNG.integers(0, 60, (60, 1)).astype(np.float64), Y),
+        "x_train must hold numbers that float32 tells apart, got numbers around 17000000",
+    ),
+    "prices": ((X, RNG.integers(10_000, 60_000, 60)), "which look like measurements; number the classes without gaps"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arrays_that_lose_something_are_refused_with_a_way_out(name):
+    arrays, sentence = REFUSED[name]
+    assert sentence in refused(*arrays)
+
+
+def test_standardized_integers_that_float32_merges_are_refused():
+    moments = data.from_arrays(1_700_000_000 + RNG.integers(0, 60, (60, 1)), Y)
+    with pytest.raises(InputError, match="standardized must hold numbers that float32 tells apart"):
+        data.standardized(moments)
+
+
+def test_nearly_equal_float64_numbers_are_equal():
+    """Rounding errors of float64 are no measurements that float32 would lose."""
+    equal = np.full((60, 1), 1e9)
+    equal[::2] = np.nextafter(equal[::2], np.inf)
+    assert data.from_arrays(np.hstack([equal, X]), Y).train.inputs.shape == (48, 5)
+
+
+@pytest.mark.parametrize(("largest", "highest"), [(65_535, 65_535), (4_000, 4_095), (1_023, 1_023)])
+def test_pictures_of_sixteen_bits_reach_the_model_between_0_and_1(largest, highest):
+    pictures = RNG.integers(0, largest, (60, 8, 8), np.uint16)
+    pictures[0, 0, 0] = largest
+    dataset = data.from_arrays(pictures, Y, pictures, Y)
+    seen = (dataset.train.inputs - dataset.shift) * dataset.scale
+    np.testing.assert_allclose(seen, pictures / highest, rtol=1e-6)
+    assert dataset.notes == (
+        f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest pixel needs.",
+    )
+
+
+def test_tokens_of_sixteen_bits_stay_tokens():
+    tokens = RNG.integers(0, 9, (60, 8), np.uint16)
+    assert data.from_arrays(tokens, Y, tokens, Y).scale.dtype == np.int32
+
+
+PIXELS = RNG.integers(0, 256, (60, 8, 8))
+SCALES = {
+    "pixels as floats": (
+        PIXELS.astype(float),
+        "from 0 to 255, and networks learn best from numbers around 1: pixels",
+    ),
+    "pixels as int64": (PIXELS, "pixels saved as uint8 are divided by 255"),
+    "large": (1000 * X, "ctde_jax.data.standardized(data) scales every feature"),
+    "small": (1e-5 * X, "ctde_jax.data.standardized(data) scales every feature"),
+    "integers": (RNG.integers(0, 5000, (60, 3)), "that is right for tokens; measurements need scaling"),
+    "large integers": (RNG.integers(0, 2**30, (60, 3)), "and float32 rounds those above 16,777,216"),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_badly_scaled_inputs_are_noted_until_they_are_standardized(name):
+    inputs, sentence = SCALES[name]
+    dataset = data.from_arrays(inputs, Y, inputs, Y)
+    (note,) = dataset.notes
+    assert note.startswith("Inputs reach the model as they are, as numbers from ")
+    assert sentence in note
+    assert data.standardized(dataset).notes[:-1] == ()
+
+
+@pytest.mark.parametrize("inputs", [X, X > 0, PIXELS.astype(np.uint8), RNG.integers(0, 9, (60, 3))])
+def test_inputs_around_1_are_not_noted(inputs):
+    assert data.from_arrays(inputs, Y, inputs, Y).notes == ()
+
+
+def test_channels_first_are_noted_and_no_picture_of_our_networks():
+    pictures = RNG.integers(0, 256, (60, 3, 32, 32), np.uint8)
+    (note,) = data.from_arrays(pictures, Y, pictures, Y).notes
+    assert note.endswith("pass inputs.transpose(0, 2, 3, 1).")
+    for build in (lambda: models.cnn((3, 32, 32), 3), lambda: models.resnet((1, 28, 28), 3)):
+        with pytest.raises(InputError, match=r"which seems to have the channels first; transpose the pictures with"):
+            build()
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3), (3, 4, 4), (4, 4, 1), (64, 64, 64)])
+def test_other_pictures_are_not_taken_for_channels_first(shape):
+    assert not data.dataset.is_channels_first(shape)
+
+
+def test_gaps_between_classes_and_classes_without_training_examples_are_noted():
+    gap, unseen = (
+        data.from_arrays(X, np.where(Y == 0, 3, Y), X[:2], [1, 2]),
+        data.from_arrays(X, Y % 2 * 2, X[:2], [0, 1]),
+    )
+    assert gap.notes == ("No example has the label 0, of the classes from 0 to 3.",)
+    assert unseen.notes == ("The test split has examples of the classes 1, and the training split has none.",)
+    assert data.from_arrays(X, Y, X, Y).notes == ()
+
+
+def test_batches_must_come_from_a_function():
+    with pytest.raises(InputError, match=r"batches must be a function .* got list_iterator; pass lambda epoch: loader"):
+        data.from_batches(iter([(X, Y)]), 1, X, Y)
+
+
+def test_batches_lack_classes_without_a_note():
+    """Only the first of them is seen."""
+    dataset = data.from_batches(lambda epoch: [(X[:2], Y[:2])], 1, X, Y)
+    assert (dataset.notes, dataset.classes) == ((), ("0", "1", "2"))

@@ -1,0 +1,294 @@
+"""What is decided about a table of the user's is right, and stands in the notes."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from sklearn.preprocessing import StandardScaler
+
+import ctde_jax as ctde
+from ctde_jax.bundle import inputs as node_inputs
+from ctde_jax.data import from_csv
+from ctde_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+LINES = 60
+X = RNG.normal(size=(LINES, 4)).round(4)
+WORDS = [["setosa", "versicolor", "virginica"][line % 3] for line in range(LINES)]
+MIXED = [line * 7 % LINES for line in range(LINES)]
+"""The numbers of the lines, shuffled."""
+
+
+def write(folder: Path, header: str | None, *columns) -> Path:
+    path = folder / "t.csv"
+    lines = [",".join(map(str, cells)) for cells in zip(*columns, strict=True)]
+    path.write_text("\n".join([*([] if header is None else [header]), *lines]) + "\n")
+    return path
+
+
+def fault(*arguments) -> str:
+    with pytest.raises(InputError) as caught:
+        from_csv(*arguments)
+    return str(caught.value)
+
+
+def all_inputs(dataset: ctde.data.Dataset) -> np.ndarray:
+    """The inputs of both splits, in a fixed order."""
+    both = np.concatenate([dataset.train.inputs, dataset.test.inputs])
+    return both[np.lexsort(both.T)]
+
+
+HEADERS = {
+    "numbered, as pandas writes an array": ("0,1,2,3,label", [*X.T, WORDS]),
+    "numbered, labels are numbers": ("0,1,2,3,label", [*X.T, [line % 3 for line in range(LINES)]]),
+    "numbered to the label": ("0,1,2,3,4", [*X.T, [line % 3 for line in range(LINES)]]),
+    "numbered to a label that occurs": ("0,1,2,3,4", [*X.T, [line % 5 for line in range(LINES)]]),
+    "two columns, numbered to a label that occurs": ("0,1,2", [*X.T[:2], [line % 3 for line in range(LINES)]]),
+    "one column": ("0,label", [X[:, 0], WORDS]),
+    "index and numbers": (",0,1,2,3,label", [range(LINES), *X.T, WORDS]),
+    "index and numbers to the label": (",0,1,2", [range(LINES), *X.T[:2], [line % 3 for line in range(LINES)]]),
+    "years above decimals": ("2018,2019,2020,2021,label", [*X.T, WORDS]),
+    "years above integers": (
+        "2019,2020,2021,label",
+        [MIXED, [line % 11 for line in range(LINES)], [line % 5 for line in range(LINES)], WORDS],
+    ),
+    "years above numbers as labels": ("2019,2020,label", [MIXED, MIXED[::-1], [line % 2 for line in range(LINES)]]),
+    "words": ("a,b,c,d,species", [*X.T, WORDS]),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_header_is_no_example(tmp_path, name):
+    header, columns = HEADERS[name]
+    dataset = from_csv(write(tmp_path, header, *columns))
+    assert len(dataset.train.inputs) + len(dataset.test.inputs) == LINES
+    assert len(dataset.classes) == len(set(columns[-1]))
+    assert dataset.notes[0].startswith("Line 1 holds the column names; the labels are in the column ")
+    assert dataset.columns == tuple(header.strip(",").split(",")[:-1])
+
+
+NO_HEADERS = {
+    "decimals": [*X.T, WORDS],
+    "first label occurs once": [*X.T, ["rare", *WORDS[1:]]],
+    "a table of truth": [[0, 0, 1, 1], [1, 0, 0, 1], ["odd", "even", "odd", "even"]],
+    "a table of truth in numbers": [[0, 0, 1, 1], [1, 0, 0, 1], [1, 0, 1, 0]],
+    "integers": [MIXED, MIXED[::-1], WORDS],
+}
+
+
+@pytest.mark.parametrize("name", NO_HEADERS)
+def test_first_example_is_no_header(tmp_path, name):
+    columns = NO_HEADERS[name]
+    dataset = from_csv(write(tmp_path, None, *columns))
+    assert len(dataset.train.inputs) + len(dataset.test.inputs) == len(columns[-1])
+    assert dataset.notes[0].startswith("There is no line of column names")
+
+
+def test_named_label_column_makes_the_first_line_a_header(tmp_path):
+    """Whatever else it looks like."""
+    dataset = from_csv(write(tmp_path, "0,1,5", MIXED, MIXED[::-1], [5, *[0, 1] * 29, 1]), "5")
+    assert len(dataset.train.inputs) + len(dataset.test.inputs) == LINES
+    numbered = write(tmp_path, "0,1,2,3,label", *X.T, WORDS)
+    assert from_csv(numbered, "label").classes == ("setosa", "versicolor", "virginica")
+
+
+def test_missing_cell_in_the_first_line_makes_no_header_of_an_example(tmp_path):
+    for missing in ("", "NA", "?"):
+        path = write(tmp_path, None, [missing, *X[1:, 0]], X[:, 1], WORDS)
+        assert "in line 1, column 1, and not a finite float32 number" in fault(path)
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "Unnamed: 0.1"])
+@pytest.mark.parametrize("values", [range(LINES), MIXED, [f"row {line}" for line in range(LINES)]])
+def test_index_of_pandas_is_left_out(tmp_path, name, values):
+    """In file order, after shuffling, or of words; sorted by class, it would give the label away."""
+    dataset = from_csv(write(tmp_path, f"{name},a,b,c,d,species", values, *X.T, sorted(WORDS)))
+    plain = from_csv(write(tmp_path, "a,b,c,d,species", *X.T, sorted(WORDS)))
+    np.testing.assert_array_equal(all_inputs(dataset), all_inputs(plain))
+    assert dataset.columns == ("a", "b", "c", "d")
+    assert "The first column has no name, like the index that pandas writes, and was left out." in dataset.notes
+
+
+def test_all_levels_of_an_index_are_left_out(tmp_path):
+    dataset = from_csv(write(tmp_path, ",,a,b,c,d,y", MIXED, range(LINES), *X.T, WORDS))
+    assert dataset.train.inputs.shape[1] == 4
+    assert "The first 2 columns have no names, like the index that pandas writes, and were left out." in dataset.notes
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_column_that_numbers_the_lines_is_left_out(tmp_path, start):
+    dataset = from_csv(write(tmp_path, "id,a,y", range(start, LINES + start), X[:, 0], WORDS))
+    assert dataset.columns == ("a",)
+    assert "The column 'id' numbers the lines, and was left out." in dataset.notes
+
+
+@pytest.mark.parametrize(
+    ("header", "column"),
+    [
+        ("n,a,y", range(100, 100 + 3 * LINES, 3)),
+        ("customer_id,a,y", MIXED),
+        (None, range(LINES)),
+    ],
+)
+def test_column_like_an_identifier_is_kept_and_named(tmp_path, header, column):
+    dataset = from_csv(write(tmp_path, header, column, X[:, 0], WORDS))
+    assert dataset.train.inputs.shape[1] == 2
+    name = "1" if header is None else repr(header.split(",")[0])
+    assert any(note.startswith(f"The column {name} has another whole number in every") for note in dataset.notes)
+
+
+def test_column_that_gives_the_label_away_is_named(tmp_path):
+    of_length = [len(word) for word in WORDS]
+    for code, is_named in ((of_length, True), (np.minimum(of_length, 9), False), ([*of_length[:-1], 8], False)):
+        notes = from_csv(write(tmp_path, "code,a,y", code, X[:, 0], WORDS)).notes
+        assert any(note.startswith("The column 'code' has one number for each class") for note in notes) is is_named
+
+
+@pytest.mark.parametrize("value", [0, 0.1, 1e30])
+def test_constant_column_is_named_and_stays_finite(tmp_path, value):
+    dataset = from_csv(write(tmp_path, "a,b,y", [value] * LINES, X[:, 0], WORDS))
+    assert f"The column 'a' is '{value}' in every line, so it has no effect." in dataset.notes
+    seen = (dataset.train.inputs - dataset.shift) * dataset.scale
+    np.testing.assert_array_equal(seen[:, 0], 0)
+
+
+def test_feature_that_is_constant_in_training_has_a_scale_of_0():
+    """The rounded mean of equal numbers differs from them, so their deviation is not 0."""
+    inputs = np.full((12, 1), 0.1, np.float32)
+    test = inputs + 0.1
+    dataset = ctde.data.standardized(ctde.data.from_arrays(inputs, [0, 1] * 6, test, [0, 1] * 6))
+    np.testing.assert_array_equal((test - dataset.shift) * dataset.scale, 0)
+
+
+MERGED = {
+    "moments of a minute": [1_700_000_000 + line for line in MIXED],
+    "moments of an hour": [1_700_000_000 + 60 * line for line in MIXED],
+    "identifiers above 2^53": [2**53 + line for line in MIXED],
+    "identifiers above 2^60": [2**60 + line for line in MIXED],
+    "money": [f"{12345678 + line}.50" for line in MIXED],
+    "tiny differences": [f"1.{'0' * 20}{line:02d}" for line in MIXED],
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_column_that_float32_merges_is_refused(tmp_path, name):
+    sentence = fault(write(tmp_path, "a,time,y", X[:, 0], MERGED[name], WORDS))
+    assert "in the column 'time', which are the same number in float32: subtract the smallest number, " in sentence
+    assert f"{MERGED[name][0]!s}" in sentence, "the smallest is that of the first line"
+
+
+def test_way_out_of_merged_numbers_keeps_them_apart(tmp_path):
+    dataset = from_csv(write(tmp_path, "a,time,y", X[:, 0], MIXED, WORDS))
+    assert len(np.unique(all_inputs(dataset)[:, 1])) == LINES
+
+
+def test_merging_that_hardly_matters_is_noted(tmp_path):
+    """Moments of a year, two of them in one second step of float32."""
+    moments = [1_700_000_000 + 500_000 * line for line in MIXED]
+    moments[1] = moments[0] + 1
+    dataset = from_csv(write(tmp_path, "time,y", moments, WORDS))
+    assert any("are the same in float32 in the columns 'time' (by at most" in note for note in dataset.notes)
+
+
+def test_columns_are_standardized_as_by_scikit_learn(tmp_path):
+    columns = [1e6 + 1000 * X[:, 0], 1e-6 * X[:, 1], X[:, 2]]
+    dataset = from_csv(write(tmp_path, "a,b,c,y", *columns, WORDS))
+    seen = (dataset.train.inputs - dataset.shift) * dataset.scale
+    right = StandardScaler().fit_transform(dataset.train.inputs.astype(np.float64))
+    np.testing.assert_allclose(seen, right, atol=1e-3)
+
+
+MEASURED = {
+    "prices": RNG.integers(100_000, 900_000, LINES),
+    "a few equal prices": [line // 2 * 37 for line in range(LINES)],
+    "ranks": range(LINES),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_whole_numbers_that_measure_are_no_classes(tmp_path, name):
+    sentence = fault(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
+    assert "whole numbers in 60 lines, which look like measurements and not like classes: name the column" in sentence
+
+
+@pytest.mark.parametrize("labels", [[0, 10, 20, 30, 40] * 2, [3, 5] * 5, [7] * 9 + [8], list("abcde") * 2, range(1, 6)])
+def test_few_classes_of_few_examples_are_classes(tmp_path, labels):
+    assert len(from_csv(write(tmp_path, "a,y", X[: len(labels), 0], labels)).classes) == len(set(labels))
+
+
+def test_numbered_classes_of_two_examples_each_are_classes(tmp_path):
+    assert len(from_csv(write(tmp_path, "a,y", X[:, 0], [line % 30 for line in range(LINES)])).classes) == 30
+
+
+def test_codes_with_leading_zeros_are_words(tmp_path):
+    assert from_csv(write(tmp_path, "a,zip", X[:, 0], ["01", "1", "001"] * 20)).classes == ("001", "01", "1")
+
+
+def test_class_that_only_the_test_split_has_is_named(tmp_path):
+    labels = ["usual"] * 9 + ["rare"]
+    notes = [
+        from_csv(write(tmp_path, "a,y", X[:10, 0], labels[k:] + labels[:k])).notes for k in range(10)
+    ]  # one of the ten is drawn twice into the test split of two
+    wanted = "The test split has examples of the classes rare, and the training split has none."
+    assert sum(wanted in each for each in notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("id,a,y\n" + "".join(f"C{i},{i}.5,{'xy'[i % 2]}\n" for i in range(20)), "remove the column if it only names"),
+        ("day,y\n" + "".join(f"2024-01-{i + 1:02d},{'xy'[i % 2]}\n" for i in range(20)), "replace dates by numbers"),
+        ("f,y\n" + "True,x\nFalse,y\n" * 9, "replace True by 1 and False by 0."),
+        ("a,y\n" + ",x\n1,y\n" * 9, "nor are 8 more cells of the column: fill in the cells, or remove the lines"),
+        ("a,y\n" + '"1,200",x\n"1,5",y\n' * 9, "write numbers in digits with a point, without thousands separators"),
+        ("a,y\n1,200,x\n1,300,y\n", "has 3 cells in line 2 and 2 in line 1: give every line the same number of"),
+        ("a;b;y\n1,5;2,5;x\n1,7;2,7;y\n", "has its cells separated by semicolons: save it with commas between"),
+        ("1,5;2,5;x\n1,7;2,7;y\n", "has its cells separated by semicolons"),
+        ("a\tb\ty\n1\t2\tx\n3\t4\ty\n", "has its cells separated by tabs"),
+        ("a,b,y,\n1,2,x,\n3,4,y,\n", "has an empty last column: remove the comma at the end of each line."),
+        ("a,b,y\n1,,x\n3,,y\n", "has an empty column 'b': remove it"),
+        ("a,b,y\n1,2,x\na,b,y\n3,4,y\n", "repeats the column names in line 3: remove this line."),
+        ("# measured in May\na,b,y\n1,2,x\n3,4,y\n", "has a comment in line 1: remove the line."),
+        ("a,a,y\n1,2,x\n3,4,y\n", "has several columns called 'a': give each another name."),
+        (",y\n1,x\n2,z\n", "has no column of features"),
+    ],
+)
+def test_table_that_cannot_be_used_is_refused_with_a_way_out(tmp_path, content, sentence):
+    (tmp_path / "t.csv").write_text(content)
+    assert sentence in fault(tmp_path / "t.csv")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A model of a table with an index, and its bundle."""
+    folder = tmp_path_factory.mktemp("table")
+    data = from_csv(write(folder, ",a,b,c,d,species", range(LINES), *X.T, WORDS))
+    options = {"devices": jax.devices()[:1], "batch_size": 24, "epochs": 1, "show": False}
+    trained = ctde.fit(ctde.models.mlp([4, 8, 3]), data, optax.adam(0.01), **options)
+    return trained, ctde.write_bundle(trained, data, folder / "bundle", ["numpy"], show=False).bundle
+
+
+FILES = {
+    "as in training": (",a,b,c,d,species", [range(LINES), *X.T, WORDS]),
+    "without the index": ("a,b,c,d,species", [*X.T, WORDS]),
+    "without the label": (",a,b,c,d", [range(LINES), *X.T]),
+    "features alone": ("a,b,c,d", [*X.T]),
+    "in another order, with more": ("d,species,c,more,b,a", [X[:, 3], WORDS, X[:, 2], WORDS, X[:, 1], X[:, 0]]),
+    "without names": (None, [*X.T]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_node_finds_the_features_by_their_names(learned, tmp_path, name):
+    trained, bundle = learned
+    header, columns = FILES[name]
+    read = node_inputs.read([write(tmp_path, header, *columns)], bundle.card)
+    predict = ctde.bundle.load(bundle, "numpy")
+    np.testing.assert_allclose(predict(read.inputs), trained.predict(X), atol=1e-5)
+
+
+def test_node_refuses_a_table_without_a_feature(learned, tmp_path):
+    with pytest.raises(InputError, match=r"has no column 'd': name its columns as those of the training table"):
+        node_inputs.read([write(tmp_path, "a,b,c,e", *X.T)], learned[1].card)
