@@ -5,16 +5,17 @@ comes after is always a whole row, so rows are the same however a run is cut, an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
 import jax
-from jax import lax
+import numpy as np
 
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.feed import Piece, Span
-from ctde_jax.replica import AXIS, PyTree
+from ctde_jax.replica import PyTree
 
 
 class Phase(NamedTuple):
@@ -33,12 +34,21 @@ class Phase(NamedTuple):
         """Says what shapes and types `begin` makes of a state, of which only these are read."""
         return state.like_after(train_state, Strategy(), self.strategy, devices)
 
-    def make_center(self, devices: Sequence[jax.Device]) -> Callable[[PyTree], PyTree]:
-        """Makes the function from the state's parameters to the central ones, replicated."""
-        if not self.strategy.diverges:
-            return lambda params: params
-        mean = replica.parallel(lambda own: lax.pmean(own, AXIS), devices, in_axes=(0,), out_axes=None)
-        return replica.compiled_once(mean, devices)
+    def make_center(self, devices: Sequence[jax.Device]) -> Callable[[state.TrainState], PyTree]:
+        """Makes the function from the state to the central parameters to evaluate, replicated."""
+        evaluated_point = partial(state.evaluated_point, strategy=self.strategy)
+        rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)  # pmap needs an argument with rows
+        on_replicas = replica.parallel(
+            lambda _, train_state: evaluated_point(train_state), devices, (0, state.axes(self.strategy)), None
+        )
+        compute = replica.compiled_once(on_replicas, devices)
+
+        def center(train_state: state.TrainState) -> PyTree:
+            if state.has_evaluated_point(train_state, self.strategy):
+                return compute(rows, train_state)
+            return evaluated_point(train_state)
+
+        return center
 
     def after(self, step: int) -> list[Span]:
         """Returns what is left of the spans after this step, which is the end of a row."""
