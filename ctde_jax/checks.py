@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from ctde_jax import state
+from ctde_jax import state, transformations
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Dataset
@@ -15,13 +15,14 @@ from ctde_jax.data.arrays import targets_or_classes
 from ctde_jax.errors import InputError, check_at_least, check_known, check_seed
 from ctde_jax.gradient import SHARDS
 from ctde_jax.models import Model, with_raw_inputs
-from ctde_jax.replica import PyTree
+from ctde_jax.replica import AXIS, PyTree
 from ctde_jax.tasks import Task
 
 
 def check_run(
     model: Model,
     data: Dataset,
+    optimizer: optax.GradientTransformation,
     strategy: Strategy,
     task: Task,
     replicas: int,
@@ -38,6 +39,7 @@ def check_run(
     keep_best: str | None,
     save_every: int | None = None,
     keep_checkpoints: int = 1,
+    on_nonfinite: str = "stop",
 ) -> None:
     """Raises InputError for arguments of `fit` that break a rule, before anything is computed or written."""
     check_types(task=task)
@@ -62,6 +64,7 @@ def check_run(
     key = jax.eval_shape(jax.random.key, 0)
     params, model_state = jax.eval_shape(model.init, key, inputs)
     state.check(params, strategy, replicas)
+    _check_optimizer(optimizer, strategy, params, replicas, ema_decay is not None, on_nonfinite == "rollback")
     outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
     _check_outputs(outputs, data, task)
     if reestimate_batches and not jax.tree.leaves(model_state):
@@ -76,6 +79,36 @@ def check_devices(devices: object) -> None:
         return
     way_out = f"pass devices.start({devices})" if isinstance(devices, int) else "pass what devices.start() returns"
     raise InputError("devices", f"must be a list of JAX devices, got {devices!r:.60}; {way_out}.")
+def _check_optimizer(
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    params: PyTree,
+    replicas: int,
+    averages: bool,
+    rolls_back: bool,
+) -> None:
+    """Raises InputError for optimizers that do not work in a step, or not with other options."""
+
+    def on_replicas(option: str, optimizer: optax.GradientTransformation) -> PyTree:
+        trace = jax.vmap(
+            partial(transformations.traced, optimizer, option=option), in_axes=None, axis_name=AXIS, axis_size=replicas
+        )
+        return jax.eval_shape(trace, params)
+
+    opt_state = on_replicas("optimizer", optimizer)
+    outer_state = on_replicas("outer", strategy.outer)
+    own = transformations.own_point(opt_state)
+    if own and strategy.inner_steps:
+        rule = f"must not be {own} in local steps: each replica would go back to a point of its own after the average"
+        raise InputError("optimizer", f"{rule}; aggregate at every step, or make it the outer optimizer.")
+    option, own = ("optimizer", own) if own else ("outer", transformations.own_point(outer_state))
+    if own and strategy.diverges:
+        raise InputError(option, f"must not be {own} if replicas diverge, as no parameters are shared.")
+    if averages and transformations.has_evaluated_point((opt_state, outer_state)):
+        raise InputError("ema_decay", f"must be left out with {own}, which is evaluated at a point of its own already.")
+    if own and rolls_back:
+        rule = f"must not be rollback with {own}: halved updates do not halve the steps of its point"
+        raise InputError("on_nonfinite", f"{rule}; use skip, or a lower learning rate.")
 
 
 def check_exact(replicas: int, batch_size: int, accumulate: int) -> None:
@@ -103,8 +136,14 @@ def check_types(**arguments: object) -> None:
     """Raises InputError for an argument that is not what its name says, such as a module in place of a model."""
     for name, value in arguments.items():
         kind, maker = _MADE_BY[name]
-        if not isinstance(value, kind):
+        is_like_multi_steps = name == "optimizer" and not isinstance(value, type) and _has_init_and_update(value)
+        if not isinstance(value, kind) and not is_like_multi_steps:
             raise InputError(name, f"must be made by {maker}, got {type(value).__name__} {value!r:.60}.")
+
+
+def _has_init_and_update(value: object) -> bool:
+    """Returns whether an object can be called as `optax.MultiSteps` is, without being a transformation."""
+    return all(callable(getattr(value, name, None)) for name in ("init", "update"))
 
 
 def _check_outputs(outputs: PyTree, data: Dataset, task: Task) -> None:

@@ -12,20 +12,20 @@ import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
-from jax.extend.core import Var
 
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Drawn, Split
 from ctde_jax.models import Model
 from ctde_jax.replica import AXIS, SHARD, PyTree, weighted_mean
 from ctde_jax.tasks import Task
+from ctde_jax.transformations import depends_on
 
 SHARDS = 8
 """A batch is cut into so many shards where the model draws random numbers, and devices, groups and batch size allow;
 else into one for each device and group."""
 
 Sums = dict[str, jax.Array]
-"""Over examples: `loss`, each metric, and their number `examples`; float32."""
+"""Over examples: `loss`, each metric, their number `examples`, and `objective` if that is not the loss; float32."""
 
 Gradient = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], tuple[PyTree, PyTree, Sums]]
 """`gradient(params, model_state, split, indices, key) -> (grads, model_state, sums over the replica's own examples)`
@@ -80,7 +80,8 @@ def make_gradient(
             model_state = optax.tree.where(group_sums["examples"] > 0, new_model_state, model_state)
             return (optax.tree.add(grads, group_grads), model_state, optax.tree.add(sums, group_sums)), None
 
-        zeros = dict.fromkeys(["loss", *task.metrics, "examples"], jnp.float32(0))
+        objective_too = [] if task.objective is None else ["objective"]
+        zeros = dict.fromkeys(["loss", *task.metrics, "examples", *objective_too], jnp.float32(0))
         start = (optax.tree.zeros_like(params), model_state, zeros)
         (grads, model_state, sums), _ = lax.scan(add_group, start, _cut(indices, accumulate, shards))
         return grads, model_state, sums
@@ -103,12 +104,8 @@ def compiled_apart(
 def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
     """Says whether anything that the model returns in training depends on its key."""
     key = jax.eval_shape(jax.random.key, 0)
-    program = jax.make_jaxpr(model.apply)(params, model_state, inputs, key).jaxpr
-    random = {program.invars[-1]}
-    for equation in program.eqns:
-        if not random.isdisjoint(x for x in equation.invars if isinstance(x, Var)):
-            random.update(equation.outvars)
-    return not random.isdisjoint(x for x in program.outvars if isinstance(x, Var))
+    program = jax.make_jaxpr(model.apply)(params, model_state, inputs, key)
+    return depends_on(program, program.jaxpr.invars[-1:])
 
 
 def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
@@ -126,6 +123,8 @@ def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callabl
         measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
         sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
         objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
+        if task.objective is not None:
+            sums["objective"] = objective
         return objective, model_state, sums
 
     return on_shard

@@ -22,6 +22,7 @@ from ctde_jax.resume import check_facts
 from ctde_jax.run import BEST
 from ctde_jax.run_folder import CHECKPOINTS, METRICS
 from ctde_jax.trained import Trained, accepts
+from ctde_jax.transformations import adapted
 
 CONFIG = "config.json"
 
@@ -79,6 +80,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         model=model,
         params=params,
         model_state=model_state,
+        opt_state=_opt_state(found, chosen, data, params),
         step=best["step"] if is_best else position["step"],
         history=[json.loads(row) for row in rows],
         seconds={},
@@ -125,6 +127,17 @@ def _center(found: Checkpoint, model: Model, data: Dataset, may_be_best: bool) -
     _, params = state.center_from_tensors(agreed, whole).popitem()
     kept = state.center_from_tensors(_beginning(found, "model_state/"), {"model_state": like[1]})
     return (params, kept["model_state"]), False
+
+
+def _opt_state(found: Checkpoint, chosen: config.Config, data: Dataset, params: PyTree) -> PyTree:
+    """Returns the optimizer's state of a checkpoint, as `Trained` has it."""
+    optimizer = build.build_optimizer(chosen, data, found.facts["options"]["steps"])
+    like = jax.eval_shape(adapted(optimizer).init, params)
+    prefix = (
+        "opt_state/1/0/" if chosen.optimization.on_nonfinite == "rollback" else "opt_state/1/"
+    )  # as `shrunk` wraps it
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in _beginning(found, prefix).items()}
+    return state.in_place(tensors, like, "run_dir")
 
 
 def _beginning(found: Checkpoint, prefix: str) -> dict[str, np.ndarray]:

@@ -39,6 +39,7 @@ from ctde_jax.stop import deferred
 from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import measure, summary
 from ctde_jax.trained import Trained, accepts
+from ctde_jax.transformations import as_transformation
 
 P = ParamSpec("P")
 
@@ -66,7 +67,7 @@ def _rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
 def fit(
     model: Model,
     data: Dataset,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     strategy: Strategy = Strategy(),
     *,
     task: Task | None = None,
@@ -103,7 +104,10 @@ def fit(
     Args:
         model: Such as `models.mlp`, or a module of the user's own through `models.from_nnx` or `models.from_linen`.
         data: Training and test examples.
-        optimizer: Any optax transformation.
+        optimizer: Any optax transformation. Its `update` is also passed `grad`, and as `value` and `loss` the mean
+            objective of the batch (in local steps, of the replica's part of it). Optimizers that train at one point
+            and are evaluated at another, such as `optax.contrib.schedule_free`, are evaluated, returned and exported
+            at the latter.
         strategy: How the devices agree.
         task: What is minimized and what is reported; by default classification, or language modeling of a text.
         batch_size: The global one, over all devices together.
@@ -154,6 +158,7 @@ def fit(
     check_devices(devices)
     check_whole(batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, accumulate=accumulate)
     check_whole(eval_every=eval_every, log_every=log_every, save_every=save_every, patience=patience)
+    optimizer = as_transformation(optimizer)
     devices = list(devices or available.start())
     available.check(devices)
     if len(devices) != len(replica.own(devices)) * hosts.count():
@@ -170,6 +175,7 @@ def fit(
     check_run(
         model,
         data,
+        optimizer,
         strategy,
         task,
         len(devices),
@@ -185,6 +191,7 @@ def fit(
         save_every=save_every,
         keep_best=keep_best,
         keep_checkpoints=keep_checkpoints,
+        on_nonfinite=on_nonfinite,
     )
     check_known("on_nonfinite", on_nonfinite, ("stop", "skip", "rollback"))
     if branch_from is not None and run_dir is None:
@@ -318,13 +325,13 @@ def fit(
             if folder is not None and (found is None or is_branch):
                 run.save()
                 run.wait()  # no row stands in a folder that has no checkpoint
-            make_center = phases[0].make_center(devices)
+            center_of = phases[0].make_center(devices)
             for phase, spans, (train_rounds, look), sent in zip(phases, left, programs, traffic, strict=True):
                 if stop or best.is_over:
                     break
                 if spans and spans[0].start == phase.start > 0:
                     run.train_state = phase.begin(run.train_state, devices)
-                make_center = phase.make_center(devices)
+                center_of = phase.make_center(devices)
                 shared = list(guard.shared(run.train_state, phase.strategy))
                 for span in spans:
                     if stop or best.is_over:
@@ -333,7 +340,7 @@ def fit(
                     run.go_through(islice(pieces, span.pieces), train_rounds, look, shared)
                     clock.lap("train")
                     if meter.is_at_end:
-                        run.evaluate(make_center)
+                        run.evaluate(center_of)
                         if stop or best.is_over or span.stop == total_steps or meter.is_save_due() or run.is_best:
                             run.save()
                     else:
@@ -346,14 +353,18 @@ def fit(
             if stop.is_preemption and folder is not None and not is_whole:
                 raise Preempted(meter.position.step, folder)
             if best.center is None and not run.is_evaluated:
-                run.evaluate(make_center)  # where Ctrl-C came: rows that are cut off again when the run goes on
+                run.evaluate(center_of)  # where Ctrl-C came: rows that are cut off again when the run goes on
                 clock.lap("evaluate")
 
     params, model_state = best.center or jax.device_get(run.center)
+    opt_state = state.of_optimizer(run.train_state)
+    if on_nonfinite == "rollback":
+        opt_state, _ = opt_state  # as `shrunk` has wrapped it
     return Trained(
         model=model,
         params=params,
         model_state=model_state,
+        opt_state=opt_state,
         step=best.step or log.rows[-1]["step"],
         history=log.rows,
         seconds=clock.seconds,

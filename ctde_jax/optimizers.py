@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.replica import PyTree
+from ctde_jax.transformations import as_transformation
 
 OPTIMIZERS = {
     "sgd": optax.sgd,
@@ -81,7 +82,7 @@ def shrunk(optimizer: optax.GradientTransformation) -> optax.GradientTransformat
         return optax.tree.scale(state.update_factor, updates), state
 
     factor = optax.GradientTransformationExtraArgs(lambda params: ShrunkState(jnp.float32(1)), update)
-    return optax.chain(optax.with_extra_args_support(optimizer), factor)
+    return optax.chain(as_transformation(optimizer), factor)
 
 
 def is_decayed(params: PyTree) -> PyTree:

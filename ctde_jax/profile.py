@@ -98,6 +98,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     ctde.checks.check_run(
         training.model,
         data,
+        training.optimizer,
         training.strategy,
         training.task,
         len(devices),

@@ -1,6 +1,7 @@
 """One round, as one replica sees it: compute on its own examples, then agree. The heart of the trainer."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import optax
@@ -13,6 +14,7 @@ from ctde_jax.data import Split
 from ctde_jax.gradient import Gradient, Sums, compiled_apart
 from ctde_jax.replica import PyTree, weighted_mean
 from ctde_jax.state import TrainState, axes
+from ctde_jax.transformations import Value, adapted
 
 _BLOCK_STEPS = 16
 """A GPU asks the host before every turn of a loop whose turns the compiler does not know; measured, that takes as long
@@ -49,10 +51,11 @@ def make_round(
         strategy: How the replicas agree.
         ema_decay: What the exponential moving average of the parameters keeps of itself in a round.
     """
-    optimizer, reduce = strategy.local(optimizer), optax.with_extra_args_support(strategy.reduce)
+    optimizer, outer = strategy.local(optimizer), adapted(strategy.outer)
+    reduce = optax.with_extra_args_support(strategy.reduce)
 
-    def step(state: TrainState, grads: PyTree) -> TrainState:
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    def step(state: TrainState, grads: PyTree, value: Value) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
         return averaged(state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state))
 
     def averaged(state: TrainState) -> TrainState:
@@ -72,12 +75,14 @@ def make_round(
         )
         if strategy.is_exact:
             state = state._replace(model_state=model_state)
-            state = compiled_apart(step, sums["examples"] > 0, state, grads, otherwise=state)
+            exact_step = partial(step, value=partial(_mean_objective, sums))
+            state = compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
             is_first = lax.axis_index(replica.AXIS) == 0
             sums = jax.tree.map(lambda x: jnp.where(is_first, x, 0), sums)
         else:
             model_state = weighted_mean(model_state, sums["examples"])
-            state = step(state._replace(model_state=model_state, reduce_state=reduce_state), grads)
+            state = state._replace(model_state=model_state, reduce_state=reduce_state)
+            state = step(state, grads, value=partial(_mean_objective, sums, over_replicas=True))
         return state, jax.tree.map(lambda x: x[None], sums)
 
     def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
@@ -85,7 +90,8 @@ def make_round(
             params, model_state, opt_state = own
             step, indices = step_and_indices
             grads, model_state, sums = gradient(params, model_state, split, indices, _keys(key, step)[1])
-            updates, opt_state = optimizer.update(grads, opt_state, params, anchor=state.params)
+            value = partial(_mean_objective, sums)
+            updates, opt_state = optimizer.update(grads, opt_state, params, value=value, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
             return optax.tree.where(sums["examples"] > 0, moved, own), sums
 
@@ -98,7 +104,8 @@ def make_round(
         outer_grads, reduce_state = reduce.update(
             outer_grads, state.reduce_state, state.params, weight=examples, key=_keys(key, state.step)[0]
         )
-        updates, outer_state = strategy.outer.update(outer_grads, state.outer_state, state.params)
+        value = partial(_mean_objective, sums, over_replicas=True)
+        updates, outer_state = outer.update(outer_grads, state.outer_state, state.params, value=value)
 
         state = state._replace(
             params=optax.apply_updates(state.params, updates),
@@ -113,6 +120,7 @@ def make_round(
 
     def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         advanced, sums = advance(state, split, batches, key)
+        sums.pop("objective", None)
         return advanced._replace(step=state.step + len(batches)), sums
 
     return train_round
@@ -200,6 +208,13 @@ def parallel_rounds(
         out_axes=(axes(strategy), 0),
         donate=(0,),
     )
+
+
+def _mean_objective(sums: Sums, over_replicas: bool = False) -> jax.Array:
+    """Returns what is minimized, averaged over the examples of all steps; 0 if there are none."""
+    own = {"objective": jnp.sum(sums.get("objective", sums["loss"])), "examples": jnp.sum(sums["examples"])}
+    total = replica.add_up(own) if over_replicas else own
+    return total["objective"] / jnp.maximum(total["examples"], 1)
 
 
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

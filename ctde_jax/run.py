@@ -157,10 +157,9 @@ class Run:
         judged = [row for row in self.log.rows if row["split"] == self._judge]
         return self.choose(judged) == len(judged) - 1
 
-    def evaluate(self, make_center: Callable[[PyTree], PyTree]) -> None:
-        """Averages over the splits what the replicas agree on, and logs it, where the log does not have it yet."""
-        average = self.train_state.ema_params
-        params = make_center(average if jax.tree.leaves(average) else self.train_state.params)
+    def evaluate(self, center_of: Callable[[state.TrainState], PyTree]) -> None:
+        """Averages over the splits at the central parameters, and logs it if the log does not have it yet."""
+        params = center_of(self.train_state)
         self.center = (params, self.reestimate(params, self.train_state.model_state))
         if self.is_evaluated:
             return

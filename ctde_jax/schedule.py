@@ -5,17 +5,17 @@ comes after is always a whole row, so rows are the same however a run is cut, an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
 import jax
-from jax import lax
-from jax import numpy as jnp
+import numpy as np
 
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.feed import Piece, Span
-from ctde_jax.replica import AXIS, PyTree
+from ctde_jax.replica import PyTree
 
 
 class Phase(NamedTuple):
@@ -34,11 +34,21 @@ class Phase(NamedTuple):
         """Says what shapes and types `begin` makes of a state, of which only these are read."""
         return state.like_after(train_state, Strategy(), self.strategy, devices)
 
-    def make_center(self, devices: Sequence[jax.Device]) -> Callable[[PyTree], PyTree]:
-        """Makes the function from the state's parameters to the central ones, replicated."""
-        if not self.strategy.diverges:
-            return lambda params: params
-        return replica.compiled_once(replica.parallel(_center, devices, in_axes=(0,), out_axes=None), devices)
+    def make_center(self, devices: Sequence[jax.Device]) -> Callable[[state.TrainState], PyTree]:
+        """Makes the function from the state to the central parameters to evaluate, replicated."""
+        evaluated_point = partial(state.evaluated_point, strategy=self.strategy)
+        rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)  # pmap needs an argument with rows
+        on_replicas = replica.parallel(
+            lambda _, train_state: evaluated_point(train_state), devices, (0, state.axes(self.strategy)), None
+        )
+        compute = replica.compiled_once(on_replicas, devices)
+
+        def center(train_state: state.TrainState) -> PyTree:
+            if state.has_evaluated_point(train_state, self.strategy):
+                return compute(rows, train_state)
+            return evaluated_point(train_state)
+
+        return center
 
     def after(self, step: int) -> list[Span]:
         """Returns what is left of the spans after this step, which is the end of a row."""
@@ -78,14 +88,6 @@ def cut(pieces: Iterable[Piece], pace: Callable[[], int]) -> Iterator[tuple[PyTr
             last = min(first + pace(), rounds)
             yield examples, indices, first, last
             first = last
-
-
-def _center(own: PyTree) -> PyTree:
-    """Averages parameters over the replicas; those that are equal on all keep their bits, which a mean may round."""
-    real = replica.as_real(own)
-    mean = replica.weighted_mean(real, 1.0)
-    center = jax.tree.map(lambda x, m: jnp.where(lax.pmin(x, AXIS) == lax.pmax(x, AXIS), x, m), real, mean)
-    return replica.as_complex(center, own)
 
 
 def _spans(inner_steps: int, eval_every: int, row_steps: int, piece_steps: int, start: int, stop: int) -> list[Span]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax import replica
@@ -14,6 +15,9 @@ from ctde_jax.aggregate import Strategy
 from ctde_jax.aggregate.exchange import TwoPhaseState, recut
 from ctde_jax.errors import InputError
 from ctde_jax.replica import AXIS, PyTree
+from ctde_jax.transformations import adapted
+from ctde_jax.transformations import evaluated_point as _evaluated_point
+from ctde_jax.transformations import has_evaluated_point as _has_evaluated_point
 
 
 class TrainState(NamedTuple):
@@ -66,7 +70,7 @@ def create(
         model_state=model_state,
         opt_state=strategy.local(optimizer).init(params),
         reduce_state=strategy.reduce.init(params),
-        outer_state=strategy.outer.init(params),
+        outer_state=adapted(strategy.outer).init(params),
         ema_params=params if ema else (),
     )
 
@@ -101,12 +105,58 @@ def _going_over(
     def begin(state: TrainState) -> TrainState:
         _, opt_state = state.opt_state
         return state._replace(
-            opt_state=(after.inner.init(state.params), opt_state),
+            opt_state=(adapted(after.inner).init(state.params), opt_state),
             reduce_state=after.reduce.init(state.params),
-            outer_state=after.outer.init(state.params),
+            outer_state=adapted(after.outer).init(state.params),
         )
 
     return _on_replicas(begin, (state,), (axes(before),), axes(after), devices)
+
+
+def has_evaluated_point(state: TrainState, strategy: Strategy) -> bool:
+    """Returns whether the central parameters are not those of the state; only its structure is read."""
+    return strategy.diverges or _has_evaluated_point(_central_optimizer(state, strategy))
+
+
+def evaluated_point(state: TrainState, strategy: Strategy) -> PyTree:
+    """Returns the central parameters to evaluate, to return and to export. It may use a collective.
+
+    They are the moving average if one is kept; else the point that the optimizer of the central parameters is evaluated
+    at; and if replicas diverge, the mean over them.
+    """
+    if jax.tree.leaves(state.ema_params):
+        params = state.ema_params
+    else:
+        params = _evaluated_point(_central_optimizer(state, strategy), state.params)
+    return _mean_of_replicas(params) if strategy.diverges else params
+
+
+def _mean_of_replicas(own: PyTree) -> PyTree:
+    """Averages parameters over the replicas; those that are equal on all keep their bits, which a mean may round."""
+    real = replica.as_real(own)
+    mean = replica.weighted_mean(real, 1.0)
+    center = jax.tree.map(lambda x, m: jnp.where(lax.pmin(x, AXIS) == lax.pmax(x, AXIS), x, m), real, mean)
+    return replica.as_complex(center, own)
+
+
+def of_optimizer(state: TrainState) -> PyTree:
+    """Copies the state of a run's optimizer to this host: numpy arrays, and keys as JAX has them.
+
+    Leaves that are each replica's own have a leading axis `[replica, ...]`.
+    """
+    _, opt_state = state.opt_state
+
+    def copied(leaf: jax.Array) -> np.ndarray | jax.Array:
+        raw = _raw(leaf)
+        rows = np.asarray(raw) if raw.is_fully_addressable else replica.gathered(raw)
+        return rows if raw is leaf else _as_key(jnp.asarray(rows), leaf)
+
+    return jax.tree.map(copied, opt_state)
+
+
+def _central_optimizer(state: TrainState, strategy: Strategy) -> PyTree:
+    """Returns the state of the optimizer whose updates move the central parameters."""
+    return state.outer_state if strategy.inner_steps else state.opt_state
 
 
 def to_tensors(tree: PyTree) -> dict[str, np.ndarray]:
@@ -140,7 +190,7 @@ def from_tensors(
         InputError: The tensors are not those of such a state; lists all differences.
     """
     raw = jax.tree.map(_raw_shape, like)
-    saved = _in_place(tensors, raw, option)
+    saved = in_place(tensors, raw, option)
     if replicas != len(devices):
         saved = _spread(saved, raw, strategy)
     _check_shapes(saved, raw, option)
@@ -155,13 +205,13 @@ def from_tensors(
 
 def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
     """Returns arrays on the host that `to_tensors` has named, for a tree that has no keys; raises as `from_tensors`."""
-    saved = _in_place(tensors, like, "run_dir")
+    saved = in_place(tensors, like, "run_dir")
     _check_shapes(saved, like, "run_dir")
     return saved
 
 
-def _in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:
-    """Puts tensors where their names say."""
+def in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:
+    """Puts tensors into a tree like this one, by the names of its leaves; raises InputError if names differ."""
     wanted = named(like)
     missing = [f"{name} is missing" for name in wanted if name not in tensors]
     _raise_if(missing + [f"{name} is not known" for name in tensors if name not in wanted], option)
@@ -249,6 +299,7 @@ def _run(making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Seq
     return _copied(replica.compiled(making, devices)(rows, *arguments))
 
 
-@jax.jit
 def _copied(state: TrainState) -> TrainState:
-    return jax.tree.map(jnp.copy, state)
+    """Copies a state; the shardings are given because `jit` would replicate an array without elements."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)(state)

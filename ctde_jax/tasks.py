@@ -19,8 +19,8 @@ PerExample = Callable[[PyTree, jax.Array], jax.Array]
 """`function(outputs [examples, ...], labels [examples, ...]) -> float32[examples]`"""
 
 
-RESERVED = ("split", "step", "epoch", "examples", "examples_per_second", "bytes_sent", "skipped")
-"""What a row of the history says beside the loss and the metrics, which must not bear these names."""
+RESERVED = ("split", "step", "epoch", "examples", "examples_per_second", "bytes_sent", "skipped", "objective")
+"""Names that no metric may have: of the other numbers in a row of the history, and of the minimized objective."""
 
 
 class Task(NamedTuple):

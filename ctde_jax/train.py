@@ -118,7 +118,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "keep_best": config.run.keep_best,
         "keep_checkpoints": config.run.keep_checkpoints,
     }
-    ctde.checks.check_run(model, data, strategy, task, len(devices), **habits)
+    ctde.checks.check_run(model, data, optimizer, strategy, task, len(devices), **habits)
     deciding = options.deciding(config)
     here = len(ctde.replica.own(devices))
     config = replace(config, aggregation=replace(config.aggregation, devices=here))

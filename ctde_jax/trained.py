@@ -61,6 +61,13 @@ class Trained:
 
     params: PyTree  # numpy arrays
     model_state: PyTree  # numpy arrays
+    opt_state: PyTree
+    """The state of the optimizer after the last step that was trained, also if `patience` returned earlier parameters.
+
+    The leaves are numpy arrays, with a leading axis `[replica, ...]` if the strategy has local steps. If the optimizer
+    trains at another point than `params`, as `optax.contrib.schedule_free` does, that point is not in here.
+    """
+
     step: int  # optimizer steps that these parameters have seen
     history: list[Row]
     """One row for each measurement, as `log.py` describes it."""

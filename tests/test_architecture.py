@@ -24,6 +24,7 @@ WALK = [
         "tasks",
     ),
     *(
+        "transformations",
         "optimizers",
         "aggregate",
         "build",

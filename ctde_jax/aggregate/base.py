@@ -6,6 +6,7 @@ import optax
 
 from ctde_jax.aggregate.mean import mean
 from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.transformations import adapted
 
 AVERAGE = optax.sgd(1.0)
 """The outer optimizer that makes the shared parameters the average of the replicas' own."""
@@ -67,8 +68,8 @@ class Strategy:
         return self.reduce is IN_ORDER
 
     def local(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-        """Returns the optimizer of a replica's steps: `inner`, and then the run's."""
-        return optax.with_extra_args_support(optax.chain(self.inner, optimizer))
+        """Returns the optimizer of a replica's steps: `inner`, and then the run's, both adapted to a training step."""
+        return optax.with_extra_args_support(optax.chain(adapted(self.inner), adapted(optimizer)))
 
     def _needs_inner_steps(self, part: str, given: bool, reason: str) -> None:
         if given:
