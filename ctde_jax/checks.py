@@ -79,6 +79,8 @@ def check_devices(devices: object) -> None:
         return
     way_out = f"pass devices.start({devices})" if isinstance(devices, int) else "pass what devices.start() returns"
     raise InputError("devices", f"must be a list of JAX devices, got {devices!r:.60}; {way_out}.")
+
+
 def _check_optimizer(
     optimizer: optax.GradientTransformation,
     strategy: Strategy,

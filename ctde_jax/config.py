@@ -283,7 +283,8 @@ class Run:
     """The folder for configuration, metrics, curves and checkpoints; by default runs/ with data set, model and time."""
 
     resume: Literal["auto", "never"] = "auto"
-    """Whether to go on with the run that --run-dir has; never wants a folder without one."""
+    """Whether to continue the run in --run-dir; `never` trains from the start, and moves an earlier run into the
+    subfolder previous-1, or the next number."""
 
     branch_from: Folder = None
     """The checkpoint of another run, from which this one goes on with other options; by default none."""
@@ -388,9 +389,14 @@ def save(config: Config, path: Path) -> None:
     path.write_text(json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8")
 
 
-def deciding(config: Config) -> dict[str, Any]:
+class CommandOptions(dict[str, Any]):
+    """Options of a command line, by name. If `fit` is given these, its messages name flags instead of arguments."""
+
+
+def deciding(config: Config) -> CommandOptions:
     """Returns the options that decide the numbers of a run, by name."""
-    return {name: value for name, value in _flat(config).items() if name not in _OF_ONE_RUN + _DECIDE_NOTHING}
+    options = _flat(config).items()
+    return CommandOptions((name, value) for name, value in options if name not in _OF_ONE_RUN + _DECIDE_NOTHING)
 
 
 _OF_ONE_RUN = ("config", "run_dir", "resume", "branch_from", *(option.name for option in fields(Hosts)))
@@ -400,6 +406,7 @@ _DECIDE_NOTHING = (
     "data_file",
     "epochs",
     "save_every",
+    "log_every",
     "keep_checkpoints",
     "keep_best",
     "prompt",

@@ -152,22 +152,23 @@ def platform() -> dict[str, Any]:
     return {**versions, "the kind of the devices": here[0].device_kind, "the number of devices": len(here)}
 
 
-def compare(tell: Callable[[], Mapping[str, Any]]) -> None:
+def compare(tell: Callable[[], Mapping[str, Any]], digests: Callable[[], Mapping[str, Any]] = dict) -> None:
     """Checks that all hosts have the same facts, through the coordinator, so that no collective can hang.
 
     Args:
-        tell: Returns what JSON can write, by name; asked only where there are several hosts.
+        tell: Returns what JSON can write, by name; called only if there are several hosts.
+        digests: Returns digests by the name of what they are of; called only if there are several hosts.
 
     Raises:
-        InputError: On every host; names the fact, what it is on host 0, and on another one.
+        InputError: On every host; names the fact, and its values on host 0 and on another host; of a digest the name.
         HostLost: A host has not come here within an hour.
     """
     if count() == 1:
         return
-    told = _exchange(json.dumps(tell()))
-    first = json.loads(told[0])
+    told = _exchange(json.dumps([tell(), digests()]))
+    first, first_digests = json.loads(told[0])
     for host, text in sorted(told.items()):
-        others = json.loads(text)
+        others, other_digests = json.loads(text)
         for name in [*first, *(name for name in others if name not in first)]:
             if first.get(name) != others.get(name):
                 raise InputError(
@@ -175,6 +176,9 @@ def compare(tell: Callable[[], Mapping[str, Any]]) -> None:
                     f"must be the same on all hosts, but is {first.get(name, 'not known')} on host 0 and "
                     f"{others.get(name, 'not known')} on host {host}.",
                 )
+        for name in [*first_digests, *other_digests]:
+            if first_digests.get(name) != other_digests.get(name):
+                raise InputError(name, f"must be the same on all hosts, but differs between host 0 and host {host}.")
 
 
 def of_the_first(make: Callable[[], T]) -> T:

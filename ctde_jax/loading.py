@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,15 +12,16 @@ import numpy as np
 from ctde_jax import build, checkpoint, config, replica, state
 from ctde_jax import devices as available
 from ctde_jax.checkpoint import Checkpoint, Damaged, newest_intact
-from ctde_jax.data import Dataset, deal
+from ctde_jax.data import Dataset, deal, digests_of
 from ctde_jax.errors import InputError
 from ctde_jax.feed import make_feed
+from ctde_jax.identity import differing
 from ctde_jax.log import Row, console
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
-from ctde_jax.resume import check_facts
-from ctde_jax.run import BEST
+from ctde_jax.resume import check_facts, different_options, plain
+from ctde_jax.run import BEST, INPUTS
 from ctde_jax.run_folder import CHECKPOINTS, METRICS
 from ctde_jax.trained import Trained, accepts
 from ctde_jax.transformations import adapted
@@ -38,6 +40,8 @@ class Loaded(NamedTuple):
 def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
     """Loads what a run of the command line has trained, up to its newest checkpoint, or one that is named.
 
+    Options, class names, vocabulary, and shift and scale of the inputs are those in the checkpoint.
+
     Args:
         path: The folder of the run, or of one of its checkpoints. For the whole run parameters are those that `fit`
             would return, with patience the best; for a checkpoint its own.
@@ -45,7 +49,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
 
     Raises:
         InputError: The folder is that of no run of the command line, has no intact checkpoint, or the options or data
-            do not go with it.
+            differ from those of the checkpoint.
     """
     path = Path(path)
     folder = folder_of(path)
@@ -62,8 +66,9 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
     if found is None:
         raise InputError("run_dir", f"must have a checkpoint, and {folder} has none yet.")
     check_facts(found, "run_dir")
+    _check_options(found, chosen)
 
-    data = build.load_data(chosen.data, chosen.optimization.seed)
+    data = _as_trained(found, build.load_data(chosen.data, chosen.optimization.seed), chosen.data)
     model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
     devices = available.start(chosen.aggregation.devices if chosen.run.reestimate_batches else 1)
     (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
@@ -90,6 +95,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         devices=devices,
         traffic=None,
         accepts=accepts(data),
+        platform=found.facts.get("platform"),
     )
     trained.history.extend(_tested(trained, data))
     return Loaded(trained, data, chosen)
@@ -105,6 +111,49 @@ def _read(path: Path) -> Checkpoint:
         return checkpoint.read(path)
     except Damaged as error:
         raise InputError("run_dir", f"must lead to an intact checkpoint, but {error}.") from error
+
+
+def _check_options(found: Checkpoint, chosen: config.Config) -> None:
+    """Raises InputError if options are not those that the checkpoint was written with, as in an edited config.json."""
+    sealed, now = found.facts.get("given_options"), config.CommandOptions(plain(config.deciding(chosen)))
+    if not isinstance(sealed, dict):
+        console().print(f"           not compared with {found.path}: the options, which it does not list")
+        return
+    different = different_options({name: sealed[name] for name in sealed if name in now}, now)
+    if different:
+        raise InputError(
+            "run_dir",
+            f"must be loaded with the options of its checkpoint {found.path}, but differs in {'; '.join(different)}; "
+            f"correct {CONFIG}, or leave these options out.",
+        )
+
+
+def _as_trained(found: Checkpoint, data: Dataset, chosen: config.Data) -> Dataset:
+    """Returns the data with what inference needs as it was in training.
+
+    Raises:
+        InputError: They are not the data of the training; names what differs.
+    """
+    identity = found.facts.get("identity")
+    if identity is None:
+        console().print(f"           not compared with {found.path}: the data, of which it has no digests")
+        return data
+    before = {name: digest for name, digest in identity["data"].items() if name != "the partition"}
+    different = differing(before, digests_of(data))
+    if different:
+        option = "data_file" if chosen.data_file else "data_dir"
+        raise InputError(
+            option,
+            f"must lead to the data that the run was trained on, but {data.name} differs from them in "
+            f"{', '.join(different)}; restore them, or train again.",
+        )
+    return replace(
+        data,
+        shift=found.tensors[f"{INPUTS}shift"],
+        scale=found.tensors[f"{INPUTS}scale"],
+        classes=tuple(found.facts["classes"]),
+        vocabulary=tuple(found.facts["vocabulary"]),
+    )
 
 
 def _center(found: Checkpoint, model: Model, data: Dataset, may_be_best: bool) -> tuple[tuple[PyTree, PyTree], bool]:

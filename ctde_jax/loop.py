@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial, reduce, wraps
+from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
-from zlib import crc32
 
 import jax
 import numpy as np
 import optax
 
+from ctde_jax import config, guard, hosts, replica, state
 from ctde_jax import devices as available
-from ctde_jax import guard, hosts, replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
 from ctde_jax.checkpoint import Checkpoint, open_saver
@@ -24,15 +23,16 @@ from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_known, c
 from ctde_jax.evaluate import make_evaluate
 from ctde_jax.feed import make_feed, shapes, steps_a_piece
 from ctde_jax.gradient import make_gradient
+from ctde_jax.identity import Identity, parts_of
 from ctde_jax.log import console, open_log
 from ctde_jax.meter import Clock, Meter, Position
 from ctde_jax.models import Model, count_params, with_raw_inputs
 from ctde_jax.optimizers import shrunk
 from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
-from ctde_jax.resume import find, found_by_the_first, plain, roll_back
+from ctde_jax.resume import completed, find, found_by_the_first, plain, roll_back
 from ctde_jax.round import parallel_rounds
-from ctde_jax.run import BEST, Best, Run
+from ctde_jax.run import BEST, INPUTS, Best, Run
 from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed
 from ctde_jax.schedule import make_phases, unfinished
 from ctde_jax.stop import deferred
@@ -135,20 +135,22 @@ def fit(
             dispatch computes as many rows as take a tenth of a second, at least one.
         run_dir: The folder for `metrics.jsonl`, `curves.png` and checkpoints, made where it is not there; None writes
             no files.
-        resume: Whether to go on with the run that the folder has; else it must have none.
+        resume: Whether to continue the run in the folder. Its data, program (model, loss, metrics, optimizer,
+            augmentation, strategy) and options must be those of this call; a run that is complete is read, and nothing
+            is trained. If False, an earlier run moves into the subfolder `previous-1`, or the next number.
         branch_from: The checkpoint of another run, from which a new one goes on with other arguments.
         save_every: At most so many steps, or a round where that is longer, lie between two checkpoints; by default
             those of about a minute. The last step always has one.
         keep_checkpoints: How many of the newest stay.
         keep_best: The loss, or the name of the metric, whose best checkpoint stays beside them, as measured on the
             validation split or else the test split. Whatever is the best so far is saved at once.
-        options: What else decides the numbers of the run, by name; it only goes on where that is the same.
+        options: What else decides the numbers of the run, by name; a run is continued only if it is the same.
         show: Whether to show progress.
         describe: What to print of the parameters and model state (numpy arrays) at every evaluation, such as a text
             that the model has written.
 
     Raises:
-        InputError: An argument breaks a rule; nothing has been computed yet.
+        InputError: An argument breaks a rule, or the folder holds another run; nothing has been computed yet.
         NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
         ReplicasDiverged: Devices do not hold alike what they share.
         Preempted: SIGTERM has ended the training, which is saved. Without a `run_dir` it ends the process.
@@ -227,21 +229,23 @@ def fit(
             "patience": patience,
             "on_nonfinite": on_nonfinite,
             "eval_every": eval_every,
-            "log_every": log_every,
-            "save_every": save_every if row_steps < log_every or on_nonfinite == "rollback" else None,
+            "save_every": save_every if on_nonfinite == "rollback" else None,
             "keep_best": keep_best if on_nonfinite == "rollback" else None,
         }
     )
+    told = config.CommandOptions(told) if isinstance(options, config.CommandOptions) else told
     saving = {"save_every": save_every, "keep_best": keep_best, "run_dir": None if run_dir is None else str(run_dir)}
-    labels = "the labels and their partition"
-    hosts.compare(lambda: {**told, **saving, **hosts.platform(), labels: _checksum(data, partition)})
+    saving["log_every"] = log_every
+    trace = partial(parts_of, model, data, task, optimizer, strategy, augment)
+    identity = Identity(data, partition, trace, len(devices))
+    hosts.compare(lambda: {**told, **saving, **hosts.platform()}, identity.digests)
     screen, is_first = console(quiet=not show), hosts.index() == 0
     folder, trunk = (None if path is None else Path(path) for path in (run_dir, branch_from))
     with ExitStack() as at_end:
 
         def claim(folder: Path) -> Checkpoint | None:
             at_end.enter_context(claimed(folder))
-            return find(folder, resume, trunk, told, screen.print)
+            return find(folder, resume, trunk, told, identity, screen.print)
 
         found = None if folder is None else found_by_the_first(partial(claim, folder))
         is_branch = found is not None and folder is not None and found.path.parent != folder / CHECKPOINTS
@@ -258,9 +262,11 @@ def fit(
         if found is not None:
             if not is_branch:
                 best.restore(found, (params, model_state))
-            tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(BEST)}
+            tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith((BEST, INPUTS))}
             replicas, where = found.facts["replicas"], "branch_from" if is_branch else "run_dir"
             train_state = state.from_tensors(tensors, train_state, phases[0].strategy, replicas, devices, where)
+            if not is_branch and (position.gone_through == total_steps or best.is_over):
+                screen.print(completed(position.step, told))
         feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
         clock.lap("start-up")
 
@@ -306,7 +312,9 @@ def fit(
             if folder is None or not is_first
             else open_saver(folder / CHECKPOINTS, keep_checkpoints, choose, folder / METRICS) as saver,
         ):
-            facts = {"replicas": len(devices), "options": told}
+            facts = {"replicas": len(devices), "options": told, "given_options": plain(options)}
+            facts |= {"classes": data.classes, "vocabulary": data.vocabulary, "platform": devices[0].platform}
+            facts |= {} if folder is None else {"identity": identity.facts}
             run = Run(
                 train_state,
                 key,
@@ -321,6 +329,7 @@ def fit(
                 reestimate,
                 describe if is_first else None,
                 choose,
+                {f"{INPUTS}shift": data.shift, f"{INPUTS}scale": data.scale},
             )
             if folder is not None and (found is None or is_branch):
                 run.save()
@@ -374,17 +383,8 @@ def fit(
         devices=devices,
         traffic=traffic[-1],
         accepts=accepts(data),
+        platform=devices[0].platform,
     )
-
-
-def _checksum(data: Dataset, partition: Sequence[np.ndarray] | None) -> int:
-    """Tells data that are in memory from others of the same name and size."""
-    parts = [data.train.labels, data.test.labels, *(partition or ())]
-    return reduce(lambda sum, part: crc32(part.tobytes(), sum), filter(_is_in_memory, parts), 0)
-
-
-def _is_in_memory(array: object) -> bool:
-    return isinstance(array, np.ndarray)
 
 
 def _default_task(data: Dataset) -> Task:

@@ -157,6 +157,8 @@ def result(trained: Trained, folder: Path) -> Table:
     title = f"after {trained.step:,} steps"
     if trained.interrupted:
         title = f"interrupted at step {trained.step:,}; the same command with --run-dir {folder} goes on"
+    elif "train" not in trained.seconds:
+        title = f"complete at step {trained.step:,} before; nothing was trained"
     if trained.step < trained.history[-1]["step"]:
         title += ", the best of those evaluated"
     table = Table(title=title, show_header=False)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ctde_jax import hosts
+from ctde_jax import config, hosts
 from ctde_jax.checkpoint import Checkpoint, Damaged, Facts, newest_intact, read, write
 from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax.identity import Identity, is_identity
 from ctde_jax.meter import Position
-from ctde_jax.run_folder import CHECKPOINTS, check_new, claimed, writing_to
+from ctde_jax.run_folder import CHECKPOINTS, check_new, claimed, make_way, writing_to
 
 ROLLBACKS = 3
 """How often a run is rolled back at most."""
@@ -20,6 +21,12 @@ Options = dict[str, Any]
 """What decides the numbers of a run, by name; as JSON has it."""
 
 Say = Callable[[str], None]
+
+_IN_WORDS = {"steps": "the number of steps"}
+"""Options that a user may have given by another name."""
+
+_DECIDE_NOTHING = ("log_every",)
+"""Options that older checkpoints list, and that may change in a run that continues."""
 
 
 def plain(options: Mapping[str, Any]) -> Options:
@@ -31,27 +38,52 @@ def plain(options: Mapping[str, Any]) -> Options:
     return json.loads(json.dumps(options, default=as_json))
 
 
-def find(folder: Path, resume: bool, branch_from: Path | None, options: Options, say: Say) -> Checkpoint | None:
-    """Returns what a run goes on from: its newest intact checkpoint, or where it has none yet, another run's.
+def find(
+    folder: Path, resume: bool, branch_from: Path | None, options: Options, identity: Identity, say: Say
+) -> Checkpoint | None:
+    """Returns the checkpoint from which a run continues: its newest intact one, or if it has none, another run's.
+
+    Args:
+        folder: The folder of the run.
+        resume: Whether to continue the run that the folder holds; if not, that is moved into a subfolder.
+        branch_from: The checkpoint of another run, for a new run.
+        options: What decides the numbers of the run.
+        identity: Of its data and program.
+        say: Prints a line.
 
     Raises:
-        InputError: The folder has the run of other options, of which all are listed, or a run that is not to go on; or
+        InputError: The folder holds a run of other options, data or program, of which all differences are listed; or
             the other run's checkpoint is damaged.
     """
-    found = newest_intact(folder / CHECKPOINTS, say) if resume else None
+    moved = make_way(folder, resume, branch_from)
+    if moved is not None:
+        say(f"previous   the run that {folder} held is now in {moved}")
+    found = newest_intact(folder / CHECKPOINTS, say)
     if found is None:
         check_new(folder)
-        return None if branch_from is None else _branch(branch_from, options, say)
+        return None if branch_from is None else _branch(branch_from, options, identity, say)
     check_facts(found, "run_dir")
-    different = _differences(found.facts["options"], options)
+    is_command = isinstance(options, config.CommandOptions)
+    different, notes = _differences(found, options, identity)
     if different:
+        ways = "another run_dir, resume=False to train from the start, or branch_from"
+        if is_command:
+            ways = "another --run-dir, --resume never to train from the start, or --branch-from"
         raise InputError(
             "run_dir",
-            f"holds a run with other options: {'; '.join(different)}; name another folder, or branch off from "
-            f"{found.path}.",
+            f"holds a run with {'; '.join(different)}. Give {ways} {found.path} to continue it with the new ones.",
         )
     say(f"resume     {found.path}")
+    for note in notes:
+        say(f"           not compared with that run: {note}")
     return found
+
+
+def completed(step: int, options: Options) -> str:
+    """Returns the line that is printed of a run that was complete before it was called again."""
+    is_command = isinstance(options, config.CommandOptions)
+    way = "--resume never or another --run-dir" if is_command else "resume=False or another run_dir"
+    return f"complete   nothing was trained: this run was complete at step {step:,}; {way} trains it from the start"
 
 
 def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
@@ -93,7 +125,7 @@ def roll_back(folder: Path, error: NonFiniteLoss, say: Say) -> bool:
     return True
 
 
-def _branch(path: Path, options: Options, say: Say) -> Checkpoint:
+def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Checkpoint:
     try:
         found = read(path)
     except Damaged as error:
@@ -102,7 +134,7 @@ def _branch(path: Path, options: Options, say: Say) -> Checkpoint:
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
         raise InputError("steps", f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}.")
-    different = _differences(found.facts["options"], options)
+    different, _ = _differences(found, options, identity)
     say(f"branch     {path}, with {'; '.join(different) or 'the same options'}")
     return found
 
@@ -113,6 +145,8 @@ def check_facts(found: Checkpoint, option: str) -> None:
     for name, kind in kinds.items():
         if not isinstance(found.facts.get(name), kind):
             raise InputError(option, f"leads to the checkpoint {found.path}, whose manifest does not say its {name}.")
+    if "identity" in found.facts and not is_identity(found.facts["identity"]):
+        raise InputError(option, f"leads to the checkpoint {found.path}, whose identity is not that of a run.")
     if not isinstance(found.facts.get("best"), dict | None):
         raise InputError(option, f"leads to the checkpoint {found.path}, whose best is not that of a run.")
     position = found.facts["position"]
@@ -120,11 +154,27 @@ def check_facts(found: Checkpoint, option: str) -> None:
         raise InputError(option, f"leads to the checkpoint {found.path}, whose position is not that of a run.")
 
 
-def _differences(before: Options, now: Options) -> list[str]:
-    """Says which options are different, what they were, and what they are."""
-    names = [*before, *(name for name in now if name not in before)]
+def different_options(before: Options, now: Options) -> list[str]:
+    """Lists the options that differ, with both values; flags if these are options of a command line."""
+    spell, unknown = config.flag if isinstance(now, config.CommandOptions) else str, "not known"
+    names = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
     return [
-        f"{name} {before.get(name, 'not known')} there and {now.get(name, 'not known')} here"
+        f"{_IN_WORDS.get(name) or spell(name)} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
         for name in names
-        if before.get(name) != now.get(name)
+        if name not in _DECIDE_NOTHING
     ]
+
+
+def _differences(found: Checkpoint, options: Options, identity: Identity) -> tuple[list[str], list[str]]:
+    """Lists what differs between a checkpoint and a run, by kind, and what could not be compared.
+
+    If options of a command line differ, they are the reason of whatever else does.
+    """
+    others = different_options(found.facts["options"], options)
+    difference = identity.compare(found.facts.get("identity"))
+    kinds = {"options": others, "data": difference.data, "program": difference.program}
+    if others and isinstance(options, config.CommandOptions):
+        kinds = {"options": others}
+    article = {"program": "another"}
+    named = [f"{article.get(kind, 'other')} {kind}: {'; '.join(names)}" for kind, names in kinds.items() if names]
+    return named, difference.notes

@@ -22,6 +22,9 @@ from ctde_jax.stop import Stop
 BEST = "best"
 """What the names of the best parameters and model state begin with in a checkpoint."""
 
+INPUTS = "inputs/"
+"""What the names of the shift and the scale of the inputs begin with in a checkpoint."""
+
 
 class Best:
     """Keeps the parameters of the lowest validation loss where there is patience, and says when it has run out."""
@@ -102,6 +105,9 @@ class Run:
     describe: Callable[[PyTree, PyTree], str] | None
     choose: Choose | None
     """Which of all evaluations is the best, where its checkpoint stays."""
+
+    inputs: Tensors
+    """The shift and the scale of the inputs, which a checkpoint keeps for inference."""
 
     center: tuple[PyTree, PyTree] | None = None
     """The central parameters and model state that were evaluated last."""
@@ -184,7 +190,8 @@ class Run:
         facts = {"position": self.meter.position._asdict(), "rows": len(self.log.rows), "best": self.best.facts}
         facts[MEASURED] = self._measured
         if self.saver is not None:
-            self.saver.save(self.meter.position.gone_through, {**tensors, **self.best.tensors}, {**facts, **self.facts})
+            tensors |= {**self.best.tensors, **self.inputs}
+            self.saver.save(self.meter.position.gone_through, tensors, {**facts, **self.facts})
         self.meter.saved()
 
     def wait(self) -> None:

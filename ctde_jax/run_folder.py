@@ -10,6 +10,11 @@ from ctde_jax.errors import InputError
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
+_OF_A_RUN = ("bundle", "config.json", "curves.png", "partition.png", METRICS, CHECKPOINTS)
+"""What a run and its export write to the folder; moved in this order, so that checkpoints stay until the last."""
+
+_MOVING = ".previous.partial"
+
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[Path]:
@@ -40,6 +45,42 @@ def is_new(folder: Path) -> bool:
     return not (metrics.exists() and metrics.stat().st_size) and not (
         checkpoints.exists() and any(checkpoints.glob("step-*"))
     )
+
+
+def make_way(folder: Path, resume: bool, branch_from: Path | None = None) -> Path | None:
+    """Moves the run that a folder holds into its subfolder `previous-1`, or the next number, unless it is to continue.
+
+    The files gather under a temporary name, which then becomes the final one. A move that was interrupted is completed
+    by the next call, whatever `resume` is. The folder must be claimed.
+
+    Args:
+        folder: The folder of the run.
+        resume: Whether the run is to continue.
+        branch_from: The checkpoint from which the new run starts, if there is one.
+
+    Returns:
+        The subfolder, or None if there was nothing to move.
+
+    Raises:
+        InputError: `branch_from` would be moved, or the folder cannot be written to.
+    """
+    moving = folder / _MOVING
+    if not moving.exists() and (resume or is_new(folder)):
+        return None
+    if branch_from is not None and branch_from.resolve().is_relative_to((folder / CHECKPOINTS).resolve()):
+        raise InputError(
+            "branch_from",
+            f"must be a checkpoint outside the folder of the new run, got {branch_from}; name another folder.",
+        )
+    with writing_to(folder):
+        moving.mkdir(exist_ok=True)
+        for path in (folder / name for name in _OF_A_RUN):
+            if path.exists():
+                path.rename(moving / path.name)
+        number = 1
+        while (folder / f"previous-{number}").exists():
+            number += 1
+        return moving.rename(folder / f"previous-{number}")
 
 
 def check_new(folder: Path) -> None:

@@ -128,6 +128,9 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         def prepare() -> str:
             folder = config.run.run_dir or options.new_run_folder(config)
             at_end.enter_context(ctde.run_folder.claimed(folder))
+            moved = ctde.run_folder.make_way(folder, config.run.resume == "auto", config.run.branch_from)
+            if moved is not None:
+                console.print(f"previous   the run that {folder} held is now in {moved}")
             if ctde.run_folder.is_new(folder):
                 with ctde.run_folder.writing_to(folder):
                     options.save(config, folder / "config.json")

@@ -73,7 +73,8 @@ class Trained:
     """One row for each measurement, as `log.py` describes it."""
 
     seconds: dict[str, float]
-    """Wall time by part: `start-up`, `compile`, `train`, `evaluate`."""
+    """Wall time by part: `start-up`, `compile`, `train`, `evaluate`; without `train` if nothing was trained, because
+    the run in the folder was complete."""
 
     interrupted: bool
     """Whether Ctrl-C ended the training before its last step."""
@@ -88,10 +89,13 @@ class Trained:
 
     accepts: Accepts
     """The inputs and labels of `predict` and `evaluate`: of the type, shape and range of the training data."""
+    platform: str | None = None
+    """The platform of the devices that measured the history, such as `cpu`; None if a checkpoint does not name it."""
 
     def __repr__(self) -> str:
         says = ", ".join(f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split")
-        return f"Trained({'interrupted, ' if self.interrupted else ''}{says})"
+        loaded = "" if "train" in self.seconds else "loaded, "
+        return f"Trained({'interrupted, ' if self.interrupted else loaded}{says})"
 
     @property
     def tested(self) -> Row:

@@ -37,7 +37,7 @@ WALK = [
         "collectives",
         "traffic",
     ),
-    *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "atomic"),
+    *("evaluate", "reestimate", "generation", "checks", "jaxprs", "identity", "run_folder", "log", "meter", "atomic"),
     *("checkpoint", "resume", "stop", "run", "trained", "loop", "loading", "report", "targets", "wire", "stopwatch"),
     *("profile", "supervisor", "train", "proofs", "export", "execute", "verify", "object_store"),
 ]

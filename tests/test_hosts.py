@@ -172,6 +172,21 @@ def test_hosts_with_other_options_are_told_which(job):
     assert not job.folder.exists()
 
 
+def test_hosts_with_other_inputs_are_told_which(job, tmp_path):
+    """One number of one picture; names, sizes and labels are the same."""
+    x, y = data.digits().train
+    for index in (0, 1):
+        (tmp_path / str(index)).mkdir()
+        np.savez(tmp_path / str(index) / "d.npz", x_train=x, y_train=y)
+        job.start(index, *QUICK, "--dataset", "npz", "--data-file", str(tmp_path / str(index) / "d.npz"))
+        x = x.copy()
+        x[7, 3, 3] ^= 1
+    for ended in job.end():
+        assert ended.status == 2
+        assert "split must be the same on all hosts, but differs between host 0 and host 1." in one_sentence(ended)
+    assert not (job.folder / "checkpoints").exists()
+
+
 STRATEGIES = {
     "diloco with int4 and feedback": "--strategy diloco --sync-every 4 --reduce int4 --error-feedback",
     "gossip": "--strategy gossip",

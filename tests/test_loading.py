@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import ctde_jax as ctde
-from ctde_jax import config, train
+from ctde_jax import checkpoint, config, train
 from ctde_jax.errors import InputError
 from ctde_jax.export.__main__ import main
 
@@ -82,6 +83,88 @@ def test_data_that_have_moved_are_found(tmp_path):
     assert main(["run", "--formats", "numpy", "--data-file", "elsewhere/yours.npz"]) == 0
 
 
+COLUMNS = ["a,b,label"] + [f"{3 * (i % 3) + i % 7 / 9:.3f},{i % 5},{['ant', 'bee', 'cat'][i % 3]}" for i in range(60)]
+CSV_CHANGES = {
+    "a class is renamed": (lambda lines: [line.replace("ant", "wasp") for line in lines], "the class names"),
+    "rows are appended": (lambda lines: [*lines, *["3000,1,bee"] * 12], "the shift of the inputs"),
+    "one label is another": (lambda lines: [*lines[:-1], lines[-1].replace("cat", "bee")], "the labels of the t"),
+    "a unit is another": (
+        lambda lines: [lines[0], *("1" + line for line in lines[1:])],
+        "the inputs of the test split",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def csv_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / "d.csv").write_text("\n".join(COLUMNS))
+        trained("--dataset", "csv", "--data-file", "d.csv", "--batch-size", "12")
+    return folder
+
+
+@pytest.mark.parametrize("name", CSV_CHANGES)
+def test_data_that_have_changed_are_refused_by_every_command(name, csv_run, capsys):
+    shutil.copytree(csv_run, ".", dirs_exist_ok=True)
+    change, part = CSV_CHANGES[name]
+    Path("d.csv").write_text("\n".join(change(COLUMNS)))
+    command = [*RUN, "--run-dir", "run", "--dataset", "csv", "--data-file", "d.csv", "--batch-size", "12"]
+    assert main(["run", "--formats", "numpy", "--data-file", "d.csv"]) == 2
+    said = capsys.readouterr().err
+    assert "error: --data-file must lead to the data that the run was trained on, but d differs from them in " in said
+    assert part in said
+    assert not Path("run/bundle").exists()
+    assert train.main(command) == 2
+    said = capsys.readouterr().err
+    assert "error: --run-dir holds a run with other " in said
+    assert part in said or "training examples" in said
+    assert "Give another --run-dir, --resume never to train from the start, or --branch-from run/checkpoints" in said
+
+
+def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run, capsys):
+    shutil.copytree(csv_run, ".", dirs_exist_ok=True)
+    command = [*RUN, "--run-dir", "run", "--dataset", "csv", "--data-file", "d.csv", "--batch-size", "12"]
+    assert train.main([*command, "--learning-rate", "0.01", "--steps", "40"]) == 2
+    sentence = (
+        "with other options: --learning-rate 0.008 there and 0.01 here; the number of steps 30 there and 40 here. Give"
+    )
+    assert sentence in capsys.readouterr().err
+    assert train.main(command) == 0
+    said = capsys.readouterr().out
+    assert "this run was complete at step 30; --resume never or another --run-dir trains it from the start" in said
+    assert "complete at step 30 before; nothing was trained" in " ".join(said.split())
+    assert train.main([*command, "--learning-rate", "0.01", "--resume", "never"]) == 0
+    assert ctde.load_run("run").config.optimization.learning_rate == 0.01
+    assert ctde.load_run("run/previous-1").config.optimization.learning_rate == 0.008
+
+
+def test_what_inference_needs_is_in_the_checkpoint(csv_run):
+    found = checkpoint.read(checkpoint.newest(csv_run / "run" / "checkpoints"))
+    rows = np.array([line.split(",")[:2] for line in COLUMNS[1:]], float)
+    test = np.sort(np.random.default_rng(0).permutation(60)[:12])
+    kept = np.delete(rows, test, axis=0)
+    np.testing.assert_allclose(found.tensors["inputs/shift"][0], kept.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.tensors["inputs/scale"][0], 1 / kept.std(axis=0), rtol=1e-6)
+    assert found.facts["classes"] == ["ant", "bee", "cat"]
+    assert found.facts["given_options"]["learning_rate"] == 0.008
+
+
+def test_bundle_of_a_model_on_other_test_examples_is_refused(csv_run, monkeypatch):
+    monkeypatch.chdir(csv_run)
+    found, right, _ = ctde.load_run("run")
+    labels = right.test.labels.copy()
+    labels[0] = (labels[0] + 1) % 3
+    with pytest.raises(
+        InputError, match="data must be those that the model was trained on, but there its test loss is"
+    ):
+        ctde.write_bundle(
+            found, replace(right, test=right.test._replace(labels=labels)), "other", ["numpy"], show=False
+        )
+    assert not Path("other").exists()
+
+
 def test_run_leaves_as_a_bundle(capsys):
     """By one command; its card says how it was trained, and how to insist on it."""
     right = trained()
@@ -109,7 +192,11 @@ def test_run_leaves_as_a_bundle(capsys):
         (["run", "--web", "mine"], "--web must be new, empty, or a page that was written before, and mine"),
         (["run", "--examples", "-1"], "--examples must be at least 0, got -1"),
         (["empty"], "RUN must have a checkpoint, and empty has none yet"),
-        (["other"], "RUN must lead to a checkpoint of the same model"),
+        (
+            ["other"],
+            "RUN must be loaded with the options of its checkpoint other/checkpoints/step-00000030, but differs in "
+            "--widths [12] there and [13] here; correct config.json",
+        ),
         (["run/checkpoints/step-00000020"], "RUN must lead to an intact checkpoint"),
     ],
 )

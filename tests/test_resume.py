@@ -253,23 +253,55 @@ def test_other_options_are_listed(small, tmp_path):
 
 
 def test_every_parameter_of_another_model_is_listed(small, tmp_path):
-    fit(small, tmp_path)
-    with pytest.raises(ctde.InputError, match="run_dir must lead to a checkpoint of the same model") as caught:
-        fit(small, tmp_path, model=models.mlp([64, 9, 10]))
+    fit(small, tmp_path / "trunk")
+    trunk = checkpoint.newest(tmp_path / "trunk" / "checkpoints")
+    with pytest.raises(ctde.InputError, match="branch_from must lead to a checkpoint of the same model") as caught:
+        fit(small, tmp_path / "branch", model=models.mlp([64, 9, 10]), branch_from=trunk, steps=50)
     for part in ("0/bias is float32[8] there and float32[9] here", "0/kernel is float32[64, 8] there", "1/kernel is"):
         assert part in str(caught.value)
 
 
 def test_every_tensor_of_another_optimizer_is_listed(small, tmp_path):
-    fit(small, tmp_path)
+    fit(small, tmp_path / "trunk")
+    trunk = checkpoint.newest(tmp_path / "trunk" / "checkpoints")
     with pytest.raises(ctde.InputError, match=r"opt_state/.*mu/.* is not known"):
-        fit(small, tmp_path, optimizer=optax.sgd(0.1))
+        fit(small, tmp_path / "branch", optimizer=optax.sgd(0.1), branch_from=trunk, steps=50)
 
 
-def test_folder_with_a_run_is_refused_where_none_is_to_go_on(small, tmp_path):
+def test_without_resume_a_run_starts_anew_and_the_earlier_ones_stay(small, tmp_path, capsys):
+    runs = [fit(small, tmp_path, resume=False, seed=seed, show=True) for seed in range(3)]
+    assert f"previous   the run that {tmp_path} held is now in {tmp_path / 'previous-2'}" in capsys.readouterr().out
+    for seed, folder in enumerate([tmp_path / "previous-1", tmp_path / "previous-2", tmp_path]):
+        assert {"metrics.jsonl", "curves.png", "checkpoints"} <= {path.name for path in folder.iterdir()}
+        assert fit(small, folder, seed=seed).history == runs[seed].history
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_move_that_was_interrupted_is_completed_by_the_next_call(small, tmp_path, monkeypatch, renames):
     fit(small, tmp_path)
-    with pytest.raises(ctde.InputError, match="run_dir must not hold a run already"):
-        fit(small, tmp_path, resume=False)
+    before, rename, done = tensors(tmp_path), Path.rename, []
+
+    def rename_or_die(path: Path, target: Path) -> Path:
+        done.append(path)
+        if len(done) > renames:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_or_die)
+        with pytest.raises(Killed):
+            fit(small, tmp_path, resume=False, seed=1)
+    fit(small, tmp_path, seed=1)
+    assert tensors(tmp_path / "previous-1") == before != tensors(tmp_path)
+    assert {path.name for path in (tmp_path / "previous-1").iterdir()} == {"metrics.jsonl", "curves.png", "checkpoints"}
+
+
+def test_branch_from_the_run_that_would_be_moved_is_refused(small, tmp_path):
+    fit(small, tmp_path)
+    trunk = checkpoint.newest(tmp_path / "checkpoints")
+    with pytest.raises(ctde.InputError, match="branch_from must be a checkpoint outside the folder of the new run"):
+        fit(small, tmp_path, resume=False, branch_from=trunk, steps=50)
+    assert trunk.is_dir()
 
 
 def test_branch_goes_on_from_a_checkpoint_with_other_options(small, tmp_path, capsys):
@@ -396,7 +428,6 @@ def test_options_may_be_numbers_of_numpy_and_paths(small, tmp_path):
             {"partition": np.array_split(np.arange(320), 4), "eval_every": 10},
             "partition 4 parts, on their devices there and 4 parts, clients here",
         ),
-        ({"save_every": 2}, {"save_every": 3}, "save_every 2 there and 3 here"),
         (
             {"on_nonfinite": "rollback", "keep_best": "loss"},
             {"on_nonfinite": "rollback"},

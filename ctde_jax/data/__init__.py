@@ -4,6 +4,7 @@ from ctde_jax.data import partition
 from ctde_jax.data.batches import Batches, count_steps, deal, filled_up, pieces, steps_per_epoch
 from ctde_jax.data.cifar import cifar10
 from ctde_jax.data.dataset import Dataset, Drawn, Split, from_arrays, hold_out, standardized
+from ctde_jax.data.digests import digest, digests_of
 from ctde_jax.data.digits import digits
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.data.files import from_npz
@@ -27,6 +28,8 @@ __all__ = [
     "deal",
     "deal_stream",
     "decode",
+    "digest",
+    "digests_of",
     "digits",
     "encode",
     "fashion_mnist",

@@ -26,7 +26,7 @@ from ctde_jax.log import console
 
 def main(arguments: Sequence[str]) -> int:
     """Writes a bundle as the options say; returns the exit status, 2 for a mistake."""
-    return run(lambda: _export(_parse(arguments)), names={"run_dir": "RUN", "folder": "--to"})
+    return run(lambda: _export(_parse(arguments)), names={"run_dir": "RUN", "folder": "--to", "data": "the data"})
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:

@@ -16,6 +16,7 @@ from jax import numpy as jnp
 from ctde_jax.bundle.parity import BATCH_SIZES, difference, in_batches, relative_difference
 from ctde_jax.bundle.runtimes import Carry, Predict, Step
 from ctde_jax.data import Split
+from ctde_jax.errors import InputError
 from ctde_jax.tasks import Task
 from ctde_jax.trained import Trained
 
@@ -66,6 +67,32 @@ def compare(predict: Predict, reference: Predict, split: Split, task: Task, adva
         for name, values in task.measure(jnp.asarray(found), jnp.asarray(labels)).items():
             sums[name] = sums.get(name, 0.0) + float(np.asarray(values).sum(dtype=np.float64))
     return {"largest_difference": largest, "relative": relative, "measured": task.averages(sums, len(split.inputs))}
+
+
+def check_same(trained: Trained, measured: Mapping[str, float]) -> None:
+    """Compares what is measured of a model on its test split with the row that its training wrote.
+
+    Both were computed in float32 on CPUs: the relative difference may be 1e-4, and of a metric that counts examples one
+    in 1,000, at least one, may fall differently, as equal outputs do. Accelerators multiply in fewer bits: 1e-2.
+
+    Args:
+        trained: The model and its history.
+        measured: Averages over the test split by name.
+
+    Raises:
+        InputError: They differ by more, so the model was trained on other data, or by another program.
+    """
+    is_cpu = {trained.platform, trained.devices[0].platform} == {"cpu"}
+    relative, examples = (1e-4 if is_cpu else 1e-2), measured["examples"]
+    tested = trained.tested
+    for name in trained.task.names:
+        tied = max(1.0, 1e-3 * examples) / examples if name in trained.task.metrics else 0.0
+        if not np.isclose(measured[name], tested[name], rtol=relative, atol=max(1e-6, tied * 1.001)):
+            raise InputError(
+                "data",
+                f"must be those that the model was trained on, but there its test {name} is {measured[name]:.6g}, and "
+                f"its training measured {tested[name]:.6g}.",
+            )
 
 
 def compare_steps(step: Step, start: Carry, reference: Predict, inputs: np.ndarray) -> float:
