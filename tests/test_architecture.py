@@ -37,7 +37,20 @@ WALK = [
         "traffic",
     ),
     *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "atomic"),
-    *("checkpoint", "resume", "stop", "run", "trained", "loop", "loading", "report", "targets", "wire", "stopwatch"),
+    *(
+        "checkpoint",
+        "resume",
+        "stop",
+        "run",
+        "trained",
+        "warm_start",
+        "loop",
+        "loading",
+        "report",
+        "targets",
+        "wire",
+        "stopwatch",
+    ),
     *("profile", "supervisor", "train", "proofs", "export", "execute", "verify", "object_store"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
