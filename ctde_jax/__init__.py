@@ -7,8 +7,9 @@ To read the package top to bottom, follow the walk:
            -> aggregate -> build -> state -> schedule -> gradient -> guard -> round -> hlo
            -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks -> jaxprs
            -> identity -> run_folder -> log -> meter -> atomic -> checkpoint -> resume -> stop
-           -> run -> trained -> loop -> loading -> report -> targets -> wire -> stopwatch -> profile
-           -> supervisor -> train -> proofs -> export -> execute -> verify -> object_store
+           -> run -> trained -> warm_start -> loop -> loading -> report -> targets -> wire
+           -> stopwatch -> profile -> supervisor -> train -> proofs -> export -> execute -> verify
+           -> object_store
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """

@@ -22,6 +22,7 @@ from ctde_jax.presets import MODELS, PRESETS, Preset, as_flag, describe
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 Strategy = Annotated[
@@ -286,6 +287,13 @@ class Run:
     """Whether to continue the run in --run-dir; `never` trains from the start, and moves an earlier run into the
     subfolder previous-1, or the next number."""
 
+    init_from: Folder = None
+    """Start from the parameters of this run, checkpoint, bundle or .safetensors file (default: random
+    initialization). The optimizer state and the step start anew; see --branch-from to continue a run with both."""
+
+    init_only: Names = ()
+    """Patterns of the parameters to take from --init-from, such as 'layers/0/*' (default: all of them must match)."""
+
     branch_from: Folder = None
     """The checkpoint of another run, from which this one goes on with other options; by default none."""
 
@@ -399,7 +407,7 @@ def deciding(config: Config) -> CommandOptions:
     return CommandOptions((name, value) for name, value in options if name not in _OF_ONE_RUN + _DECIDE_NOTHING)
 
 
-_OF_ONE_RUN = ("config", "run_dir", "resume", "branch_from", *(option.name for option in fields(Hosts)))
+_OF_ONE_RUN = ("config", "run_dir", "resume", "branch_from", "init_from", *(option.name for option in fields(Hosts)))
 _DECIDE_NOTHING = (
     "devices",
     "data_dir",
@@ -496,7 +504,7 @@ def _is_saved(value: Any, kind: Any) -> bool:
     if value is None:
         return isinstance(kind, UnionType)
     if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(isinstance(each, (int, float)) for each in value)
+        return isinstance(value, list) and all(isinstance(each, (str, int, float)) for each in value)
     return isinstance(value, (str, int, float))
 
 
@@ -512,7 +520,7 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             arguments.append(as_flag(name if value else f"no_{name}"))
         elif isinstance(value, (list, tuple)):
-            arguments += [as_flag(name), *map(str, value)]
+            arguments += [] if not value else [as_flag(name), *map(str, value)]
         elif value is not None:
             arguments.append(f"{as_flag(name)}={value}")  # a value is one, also where it looks like an option
     return arguments

@@ -40,6 +40,7 @@ from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import measure, summary
 from ctde_jax.trained import Trained, accepts
 from ctde_jax.transformations import as_transformation
+from ctde_jax.warm_start import Source, read_source, start_from
 
 P = ParamSpec("P")
 
@@ -77,6 +78,8 @@ def fit(
     devices: Sequence[jax.Device] | None = None,
     partition: Sequence[np.ndarray] | None = None,
     seed: int = 0,
+    init_from: Source | None = None,
+    init_only: Sequence[str] | None = None,
     augment: Augment | None = None,
     accumulate: int = 1,
     ema_decay: float | None = None,
@@ -118,6 +121,11 @@ def fit(
             parts are clients, of whom as many as there are devices are drawn for every round. By default all examples
             are dealt anew in every epoch.
         seed: Of the model's start, the data order, augmentation and dropout.
+        init_from: Initial parameters: a `Trained`, the path of a run, checkpoint, bundle or safetensors
+            file, or a tree of parameters; see `warm_start.Source`. Prints which parameters were taken.
+            By default, the model's own random initialization. Every host must be able to read it.
+        init_only: Patterns of the parameters to take from `init_from`, such as `["encoder/*"]`; the others
+            are initialized as usual. By default, all parameters must match.
         augment: Changes every training example before the model sees it; see `augment.py`.
         accumulate: Groups in which a device computes its part of a batch, one after another, to save memory.
         ema_decay: Keeps an exponential moving average of the parameters, whose own share in every aggregation this is;
@@ -161,6 +169,8 @@ def fit(
     check_whole(batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, accumulate=accumulate)
     check_whole(eval_every=eval_every, log_every=log_every, save_every=save_every, patience=patience)
     optimizer = as_transformation(optimizer)
+    starts_anew = model.unscaled is not None and init_from is None and branch_from is None
+    model = model.unscaled or model  # that of a Trained, which scales inputs as its own data needed it
     devices = list(devices or available.start())
     available.check(devices)
     if len(devices) != len(replica.own(devices)) * hosts.count():
@@ -204,6 +214,11 @@ def fit(
         raise InputError(
             "partition", "must be reshuffled where bits are exact: else devices decide what a batch holds."
         )
+    if init_from is not None and branch_from is not None:
+        raise InputError("init_from", "cannot be combined with branch_from, which starts from a whole training state.")
+    if init_only is not None and init_from is None:
+        raise InputError("init_only", "requires init_from.")
+    given = None if init_from is None else read_source(init_from)
     if on_nonfinite == "rollback":
         optimizer = shrunk(optimizer)
         if run_dir is None:
@@ -223,6 +238,8 @@ def fit(
             "exact": strategy.is_exact,
             "batch_size": batch_size,
             "seed": seed,
+            "init_from": None if given is None else given.digest,
+            "init_only": None if init_only is None else list(init_only),
             "accumulate": accumulate,
             "ema_decay": ema_decay,
             "reestimate_batches": reestimate_batches,
@@ -256,7 +273,13 @@ def fit(
         init_key, train_key = jax.random.split(jax.random.key(seed))
         first = batches.inputs(0)
         init = replica.compiled(jax.jit(model.init).lower(init_key, first), jax.local_devices()[:1], strategy.is_exact)
-        params, model_state = hosts.arrays_of_the_first(init(init_key, first))
+        params, model_state = init(init_key, first)
+        if starts_anew and found is None:
+            screen.print("start      random parameters; init_from=trained starts from those of a Trained")
+        if given is not None and found is None:
+            params, model_state, table = start_from(given, params, model_state, init_only)
+            screen.print(table)
+        params, model_state = hosts.arrays_of_the_first((params, model_state))
         best, keeps_average = Best(patience), ema_decay is not None
         train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
         if found is not None:

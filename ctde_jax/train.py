@@ -153,6 +153,8 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
             partition=partition,
             run_dir=folder,
             resume=config.run.resume == "auto",
+            init_from=config.run.init_from,
+            init_only=config.run.init_only or None,
             branch_from=config.run.branch_from,
             on_nonfinite=chosen.on_nonfinite,
             options=deciding,

@@ -56,6 +56,9 @@ class Model(NamedTuple):
     stream: Stream | None = None
     """How it reads a sequence place by place, where it can."""
 
+    unscaled: "Model | None" = None
+    """The model that `with_raw_inputs` wrapped, if it did."""
+
 
 def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> Model:
     """Makes the model take inputs as they are stored, and see `(inputs - shift) * scale` in the type of the scale.
@@ -77,6 +80,7 @@ def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing
         and stream._replace(
             step=lambda params, model_state, carry, inputs: stream.step(params, model_state, carry, normalize(inputs))
         ),
+        unscaled=model,
     )
 
 

@@ -1,0 +1,185 @@
+"""Starting from given parameters: which are taken, and that training continues from them."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from jax import numpy as jnp
+from safetensors.numpy import save_file
+
+import ctde_jax as ctde
+from ctde_jax import data, devices, models, state
+from ctde_jax.errors import InputError
+from ctde_jax.warm_start import Start, read_source, start_from
+
+PARAMS = {"body": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}, "head": {"kernel": jnp.zeros((4, 2))}}
+STATE = {"body": {"mean": jnp.zeros(4)}}
+GIVEN = jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape) + 1, PARAMS)
+GIVEN_STATE = {"body": {"mean": np.full(4, 7, np.float32)}}
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.body = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+
+def start(source, params, model_state, only=None) -> Start:
+    return start_from(read_source(source), params, model_state, only)
+
+
+def same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def rows(begun: Start) -> dict[str, str]:
+    """The table as a user reads it: what happened to each parameter."""
+    names, _, kinds = (list(column.cells) for column in begun.table.columns)
+    return dict(zip(names, kinds, strict=True))
+
+
+def test_tree_of_parameters_is_taken_whole_and_the_state_stays():
+    begun = start(GIVEN, PARAMS, STATE)
+    same(begun.params, GIVEN)
+    same(begun.model_state, STATE)
+    assert rows(begun) == {
+        **dict.fromkeys(state.named(PARAMS), "taken"),
+        "body/mean": "initialized, the source has parameters alone",
+    }
+
+
+def test_variables_of_a_linen_module_bring_their_state():
+    module = linen.BatchNorm(use_running_average=True)
+    variables = module.init(jax.random.key(0), jnp.ones((1, 3)))
+    given = jax.tree.map(lambda x: x + 3, variables)
+    begun = start(given, variables["params"], {"batch_stats": variables["batch_stats"]})
+    same(begun.params, given["params"])
+    same(begun.model_state, {"batch_stats": given["batch_stats"]})
+
+
+def test_nnx_module_brings_parameters_and_state():
+    module, other = Small(nnx.Rngs(0)), Small(nnx.Rngs(1))
+    module.norm.mean[...] += 5
+    _, params, rest = nnx.split(other, nnx.Param, nnx.Not(nnx.Param))
+    begun = start(module, nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
+    same(begun.params["body"]["kernel"], module.body.kernel[...])
+    same(begun.model_state["norm"]["mean"], np.full(4, 5))
+
+
+@pytest.mark.parametrize("separator", ["/", "."])
+def test_safetensors_file_is_read_by_path(tmp_path, separator):
+    named = {name.replace("/", separator): np.asarray(x) for name, x in state.named(GIVEN).items()}
+    save_file(named, tmp_path / "weights.safetensors")
+    same(start(tmp_path / "weights.safetensors", PARAMS, STATE).params, GIVEN)
+
+
+def test_pattern_takes_what_matches_and_ignores_the_rest_of_the_source():
+    given = {"body": GIVEN["body"], "head": {"kernel": np.ones((4, 9), np.float32)}, "extra": {"x": np.ones(1)}}
+    begun = start(given, PARAMS, STATE, ["body/*"])
+    same(begun.params, {"body": GIVEN["body"], "head": PARAMS["head"]})
+    assert rows(begun)["head/kernel"] == "initialized, not in init_only"
+    assert rows(begun)["extra/x"] == "unused"
+
+
+def test_half_precision_is_cast_to_the_model():
+    given = jax.tree.map(lambda x: x.astype(np.float16), GIVEN)
+    begun = start(given, PARAMS, STATE)
+    assert begun.params["body"]["bias"].dtype == np.float32
+    same(begun.params, GIVEN)
+
+
+@pytest.mark.parametrize(
+    ("given", "only", "sentence"),
+    [
+        ({"body": GIVEN["body"]}, None, "head/kernel is missing"),
+        ({**GIVEN, "extra": {"x": np.ones(1)}}, None, "extra/x is unused"),
+        ({**GIVEN, "head": {"kernel": np.ones((4, 9), np.float32)}}, None, "float32[4, 9] there"),
+        ({**GIVEN, "head": {"kernel": np.ones((4, 2), np.int32)}}, None, "int32[4, 2] there"),
+        ({"body": GIVEN["body"]}, ["head/*"], "head/kernel is missing"),
+        (GIVEN, ["hed/*"], "must match parameters of the model, got 'hed/*'"),
+        (GIVEN, [], "at least one pattern"),
+        (3, None, "got int"),
+        ("nowhere", None, "got 'nowhere'"),
+        (__file__, None, "must be a readable .safetensors file"),
+    ],
+)
+def test_what_does_not_fit_is_refused(given, only, sentence):
+    with pytest.raises(InputError) as error:
+        start(given, PARAMS, STATE, only)
+    assert sentence in str(error.value)
+
+
+def train(model, dataset, **more) -> ctde.Trained:
+    arguments = {"batch_size": 64, "steps": 8, "eval_every": 8, "log_every": 1, "show": False}
+    arguments["devices"] = devices.start(2)
+    return ctde.fit(model, dataset, optax.sgd(0.1), **{**arguments, **more})
+
+
+MODEL = models.mlp([64, 16, 10])
+
+
+@pytest.fixture(scope="module")
+def once(digits, tmp_path_factory) -> tuple[ctde.Trained, object]:
+    folder = tmp_path_factory.mktemp("run")
+    return train(MODEL, digits, run_dir=folder), folder
+
+
+def test_training_continues_from_a_trained_model_and_from_its_files(once, digits, tmp_path):
+    """The first loss is that of a plain evaluation of the given parameters on the first batch."""
+    trained, folder = once
+    ctde.write_bundle(trained, digits, tmp_path / "bundle", ["numpy"], show=False)
+    save_file({k: np.asarray(v) for k, v in state.named(trained.params).items()}, tmp_path / "w.safetensors")
+    sources = [trained, trained.params, folder, folder / "checkpoints" / "step-00000008"]
+    sources += [tmp_path / "bundle", tmp_path / "w.safetensors"]
+    runs = [train(MODEL, digits, init_from=source) for source in sources]
+
+    first = data.deal(digits.train, 1, 64, 0).steps(0, 1)[0, 0]
+    logits = trained.predict(digits.train.inputs[first])
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -log_probabilities[np.arange(64), digits.train.labels[first]].mean()
+    for run in runs:
+        np.testing.assert_allclose(run.history[0]["loss"], expected, rtol=1e-5)
+        same(run.params, runs[0].params)
+
+
+def test_model_of_a_trained_scales_inputs_once(once, digits, capsys):
+    trained, _ = once
+    continued = train(trained.model, digits, init_from=trained)
+    same(continued.params, train(MODEL, digits, init_from=trained).params)
+    anew = train(trained.model, digits, show=True)
+    same(anew.params, trained.params)
+    assert "init_from=trained" in capsys.readouterr().out
+
+
+def test_only_the_matching_layers_start_from_the_source(once, digits, capsys):
+    trained, _ = once
+    wider = models.mlp([64, 16, 16, 10])
+    begun = train(wider, digits, init_from=trained, init_only=["layers/0/*"], steps=1, show=True)
+    anew = train(wider, digits, steps=1)
+    assert begun.history[0]["loss"] != anew.history[0]["loss"]
+    printed = capsys.readouterr().out
+    assert "layers/0/kernel" in printed
+    assert "initialized, not in init_only" in printed
+
+
+def test_run_of_another_start_is_not_resumed(once, digits, tmp_path):
+    trained, _ = once
+    train(MODEL, digits, init_from=trained, run_dir=tmp_path)
+    train(MODEL, digits, init_from=trained.params, run_dir=tmp_path)  # the same numbers by another route
+    other = jax.tree.map(lambda x: x + 1, trained.params)
+    for start_again in ({"init_from": other}, {}):
+        with pytest.raises(InputError, match="init_from"):
+            train(MODEL, digits, run_dir=tmp_path, **start_again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"init_only": ["*"]}, "requires init_from"),
+        ({"init_from": {}, "branch_from": "x", "run_dir": "y"}, "cannot be combined with branch_from"),
+    ],
+)
+def test_start_that_makes_no_sense_is_refused(digits, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        train(MODEL, digits, **arguments)
