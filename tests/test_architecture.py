@@ -6,13 +6,64 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ctde_jax"
-WALK = (
-    "errors bundle presets config hosts devices replica data feed augment models initializers mup tasks "
-    "transformations optimizers aggregate build state schedule gradient guard round hlo collectives "
-    "traffic evaluate reestimate generation checks jaxprs identity run_folder log meter atomic checkpoint "
-    "resume stop run trained warm_start loop loading report targets wire stopwatch profile supervisor train "
-    "proofs export execute verify object_store"
-).split()
+WALK = [
+    "errors",
+    "bundle",
+    "presets",
+    "config",
+    "hosts",
+    "devices",
+    "replica",
+    "data",
+    "feed",
+    "augment",
+    "models",
+    "initializers",
+    "mup",
+    "tasks",
+    "transformations",
+    "optimizers",
+    "aggregate",
+    "build",
+    "state",
+    "schedule",
+    "gradient",
+    "guard",
+    "round",
+    "hlo",
+    "collectives",
+    "traffic",
+    "evaluate",
+    "reestimate",
+    "generation",
+    "checks",
+    "jaxprs",
+    "identity",
+    "run_folder",
+    "log",
+    "meter",
+    "atomic",
+    "checkpoint",
+    "resume",
+    "stop",
+    "run",
+    "trained",
+    "warm_start",
+    "loop",
+    "loading",
+    "report",
+    "targets",
+    "wire",
+    "stopwatch",
+    "profile",
+    "supervisor",
+    "train",
+    "proofs",
+    "export",
+    "execute",
+    "verify",
+    "object_store",
+]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
