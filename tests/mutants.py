@@ -1,0 +1,213 @@
+"""Mutation tests: changes one token of the trainer's core at a time and runs the tests of that line.
+
+    pip install -e '.[test]' coverage cosmic-ray
+    python tests/mutants.py --sample 320
+
+The mutants come from Cosmic Ray. Each sampled place in the source gets one of its mutants, drawn at
+random. Places in annotations are left out, because a mutant there either fails on import or changes
+nothing. `coverage` records which tests execute which line; a mutant is killed if one of the tests
+that execute its line fails, or if the tests do not end. Results are appended to a file, so an
+interrupted run continues.
+"""
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from xml.etree import ElementTree
+
+import coverage
+from cosmic_ray.commands.init import init
+from cosmic_ray.plugins import get_operator
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.work_db import use_db
+
+ROOT = Path(__file__).parents[1]
+CORE = [
+    *("round", "gradient", "state", "schedule", "evaluate", "tasks", "data/batches"),
+    *(f"aggregate/{path.stem}" for path in sorted((ROOT / "ctde_jax/aggregate").glob("[!_]*.py"))),
+]
+TIMEOUT = 300
+"""Seconds until the tests of a mutant count as endless; without a mutant they take at most `MOST_SECONDS`."""
+MOST_SECONDS = 60
+"""Tests of a line are run in the order of their durations until together they take this long."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=CORE, help="modules of ctde_jax, such as aggregate/mean")
+    parser.add_argument("--sample", type=int, default=320, help="number of mutants")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("mutants"), help="coverage and results")
+    options = parser.parse_args()
+    options.folder.mkdir(exist_ok=True)
+    programs = options.folder.absolute() / "programs"
+
+    tests = measure(options.folder, options.processes, programs)
+    chosen = sample([ROOT / "ctde_jax" / f"{name}.py" for name in options.modules], options.sample, options.seed)
+    results = options.folder / "results.jsonl"
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = {tuple(result["mutant"]) for result in known}
+
+    copies: SimpleQueue[Path] = SimpleQueue()
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.processes) as pool:
+        for number in range(options.processes):
+            copies.put(shutil.copytree(ROOT, Path(temporary) / str(number), ignore=shutil.ignore_patterns(".git", "mutants")))
+
+        def run(mutant) -> dict:
+            copy = copies.get()
+            try:
+                return judge(mutant, copy, tests, programs)
+            finally:
+                copies.put(copy)
+
+        for number, result in enumerate(pool.map(run, [mutant for mutant in chosen if mutant not in done]), 1):
+            known.append(result)
+            with results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{number:4} {result['outcome']:9} {result['seconds']:5.0f} s  {result['diff'][:150]}", flush=True)
+    report([result for result in known if tuple(result["mutant"]) in set(chosen)])
+
+
+def measure(folder: Path, processes: int, programs: Path) -> dict[str, dict]:
+    """Runs the default tests once; returns the tests of each line, and the seconds of each test."""
+    data, durations = folder / ".coverage", folder / "durations.json"
+    if not durations.exists():
+        files = sorted(ROOT.glob("tests/test_*.py"))
+        rc = folder / "coveragerc"
+        rc.write_text(
+            f"[run]\ndynamic_context = test_function\nsource = {ROOT / 'ctde_jax'}\n"
+            f"parallel = true\ndata_file = {data.absolute()}\n"
+        )
+
+        def run(number: int) -> list[tuple[str, float]]:
+            report = folder / f"junit-{number}.xml"
+            command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rc}", *pytest(), f"--junitxml={report}"]
+            own = [str(path.relative_to(ROOT)) for path in files[number::processes]]
+            subprocess.run([*command, *own], cwd=ROOT, env=environment(ROOT, programs))
+            cases = ElementTree.parse(report).iter("testcase")
+            return [(f"{c.get('classname')}.{c.get('name')}", float(c.get("time", 0))) for c in cases]
+
+        with ThreadPoolExecutor(processes) as pool:
+            seconds = Counter()
+            for name, duration in (case for cases in pool.map(run, range(processes)) for case in cases):
+                seconds[name.split("[")[0]] += duration
+        subprocess.run([sys.executable, "-m", "coverage", "combine", f"--rcfile={rc}"], check=True)
+        durations.write_text(json.dumps(seconds))
+    covered = coverage.CoverageData(str(data))
+    covered.read()
+    lines = {}
+    for path in covered.measured_files():
+        own = covered.contexts_by_lineno(path)
+        lines[str(Path(path).relative_to(ROOT))] = {line: {c for c in cs if c} for line, cs in own.items()}
+    return {"lines": lines, "seconds": json.loads(durations.read_text())}
+
+
+def sample(paths: list[Path], count: int, seed: int) -> list[tuple]:
+    """Returns mutants `(module, operator, occurrence, line)`, at most one for each place in the source."""
+    with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/work.sqlite") as database:
+        init(paths, database, {})
+        mutations = [mutation for item in database.work_items for mutation in item.mutations]
+    annotated = {path: annotations(path) for path in paths}
+    by_place = defaultdict(list)
+    for mutation in mutations:
+        path, (line, column) = Path(mutation.module_path), mutation.start_pos
+        if not any(start <= (line, column) < end for start, end in annotated[path]):
+            key = (str(path.relative_to(ROOT)), line, column)
+            by_place[key].append((key[0], mutation.operator_name, mutation.occurrence, line))
+    rng = random.Random(seed)
+    places = rng.sample(sorted(by_place), min(count, len(by_place)))
+    return [rng.choice(sorted(by_place[place])) for place in places]
+
+
+def annotations(path: Path) -> list[tuple]:
+    """Returns where annotations and type aliases start and end."""
+    nodes = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        nodes += [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript) and node.col_offset == 0:
+            nodes.append(node.value)
+    return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in nodes if isinstance(n, ast.expr)]
+
+
+def judge(mutant: tuple, copy: Path, tests: dict, programs: Path) -> dict:
+    """Runs the tests of a mutant's line in a copy of the tree."""
+    module, operator, occurrence, line = mutant
+    path = copy / module
+    source = path.read_text()
+    mutated = mutate_code(source, get_operator(operator)(), occurrence)
+    before, after = source.splitlines()[line - 1].strip(), mutated.splitlines()[line - 1].strip()
+    chosen = tests_of(module, line, tests)
+    started = os.times().elapsed
+    try:
+        path.write_text(mutated)
+        command = [sys.executable, *pytest(), "-x", *chosen]
+        status = subprocess.run(
+            command, cwd=copy, env=environment(copy, programs), timeout=TIMEOUT, capture_output=True, text=True
+        )
+        outcome = {0: "survived", 5: "no tests"}.get(status.returncode, "killed")
+    except subprocess.TimeoutExpired:
+        outcome = "killed"
+    finally:
+        path.write_text(source)
+    diff = f"{module}:{line}: {before}  ->  {after}"
+    return {"mutant": mutant, "outcome": outcome, "diff": diff, "seconds": os.times().elapsed - started, "tests": len(chosen)}
+
+
+def tests_of(module: str, line: int, tests: dict) -> list[str]:
+    """Returns the tests that execute a line, or if it runs on import those of the nearest lines, the module's own first."""
+    lines = tests["lines"].get(module, {})
+    near = sorted(lines, key=lambda other: abs(other - line))
+    contexts = next((lines[other] for other in near if lines[other]), set())
+    stem = Path(module).stem
+
+    def cost(context: str) -> tuple[bool, float]:
+        return f"test_{stem}." not in context, tests["seconds"].get(context, 1.0)
+
+    chosen, seconds = [], 0.0
+    for context in sorted(contexts, key=cost):
+        seconds += tests["seconds"].get(context, 1.0)
+        if chosen and seconds > MOST_SECONDS:
+            continue
+        *folders, name = context.split(".")
+        chosen.append(f"{'/'.join(folders)}.py::{name}")
+    return chosen
+
+
+def pytest() -> list[str]:
+    return ["-m", "pytest", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider", "-q", "-m", "not slow"]
+
+
+def environment(copy: Path, programs: Path) -> dict[str, str]:
+    """Lets all runs share compiled programs, as processes of pytest-xdist do."""
+    shared = {"JAX_COMPILATION_CACHE_DIR": str(programs), "PYTEST_XDIST_WORKER": "gw0"}
+    return {**os.environ, **shared, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def report(results: list[dict]) -> None:
+    """Prints a table by module, and the survivors."""
+    by_module = defaultdict(Counter)
+    for result in results:
+        by_module[result["mutant"][0]][result["outcome"] == "killed"] += 1
+    print("| module | mutants | killed |\n|---|---|---|")
+    for module, counts in sorted(by_module.items()):
+        print(f"| {module} | {counts.total()} | {counts[True]} |")
+    killed = sum(counts[True] for counts in by_module.values())
+    print(f"| all | {len(results)} | {killed} ({killed / max(1, len(results)):.1%}) |")
+    for result in results:
+        if result["outcome"] != "killed":
+            print(f"{result['outcome']}: {result['diff']}")
+
+
+if __name__ == "__main__":
+    main()
