@@ -121,6 +121,7 @@ def build_optimizer(chosen: config.Config, dataset: Dataset, total_steps: int) -
         total_steps,
         options.weight_decay,
         options.max_grad_norm,
+        options.schedule_start,
     )
     base = _build_base(chosen.model, dataset)
     if base is None:

@@ -150,6 +150,10 @@ class Optimization:
     warmup_steps: int = 0
     """Optimizer steps in which the learning rate rises from zero."""
 
+    schedule_start: int = 0
+    """Optimizer step at which warmup and schedule start (default: 0, or the step of --branch-from if --learning-rate,
+    --schedule or --warmup-steps is given with it)."""
+
     weight_decay: Number = None
     """Share of the kernels that a step takes off, in units of the learning rate; by default 0.0001 for adamw, 0.001 for
     lion, and 0 for muon."""
@@ -295,7 +299,7 @@ class Run:
     """Patterns of the parameters to take from --init-from, such as 'layers/0/*' (default: all of them must match)."""
 
     branch_from: Folder = None
-    """The checkpoint of another run, from which this one goes on with other options; by default none."""
+    """Continue from this checkpoint of another run, with its options except those given here (default: none)."""
 
     save_every: Count = None
     """At most so many optimizer steps, or a round where that is longer, lie between two checkpoints; by default those
@@ -373,8 +377,11 @@ def parse(arguments: Sequence[str]) -> Config:
         raise InputError("epochs", "and --steps exclude each other; give one.")
     chosen = _parse(arguments)
     options: dict[str, Any] = {}
-    if chosen.run.config is not None:
-        options = _load(chosen.run.config)
+    saved = chosen.run.config or _config_of(chosen.run.branch_from)
+    if saved is not None:
+        options = _load(saved)
+        if chosen.run.branch_from and typed & {"--learning-rate", "--schedule", "--warmup-steps"}:
+            options["schedule_start"] = _step_of(chosen.run.branch_from)
         if "--epochs" in typed:
             options.pop("steps", None)
         _check(_as_arguments(options))
@@ -389,6 +396,28 @@ def parse(arguments: Sequence[str]) -> Config:
     parsed = _parse([*_as_arguments(options), *arguments])
     _check_effect(typed, parsed)
     return parsed
+
+
+def _config_of(checkpoint: Path | None) -> Path | None:
+    """Returns the saved options of the run to which a checkpoint belongs."""
+    if checkpoint is None:
+        return None
+    path = checkpoint.absolute().parent.parent / "config.json"
+    if not path.is_file():
+        raise InputError(
+            "branch_from",
+            f"must be a checkpoint of a run of python -m ctde_jax.train, such as runs/mine/checkpoints/step-00000100, "
+            f"and {quoted(str(checkpoint))} belongs to none: there is no {path}.",
+        )
+    return path
+
+
+def _step_of(checkpoint: Path) -> int:
+    """Returns the optimizer steps of a checkpoint, or 0 if its manifest cannot be read, which is reported later."""
+    try:
+        return int(json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["position"]["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
 
 
 def save(config: Config, path: Path) -> None:

@@ -94,6 +94,7 @@ def describe_optimization(chosen: Optimization) -> str:
     words = [
         f"{chosen.optimizer}, learning rate {chosen.learning_rate:g}, {chosen.schedule}, "
         f"{chosen.warmup_steps} warm-up steps"
+        + (f", starting at step {chosen.schedule_start:,}" if chosen.schedule_start else "")
     ]
     if chosen.weight_decay is not None:
         words.append(f"weight decay {chosen.weight_decay:g}")

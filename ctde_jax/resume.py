@@ -133,9 +133,12 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
     check_facts(found, "branch_from")
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
-        raise InputError("steps", f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}.")
+        way_out = "; raise --epochs or --steps" if isinstance(options, config.CommandOptions) else ""
+        rule = f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}"
+        raise InputError("steps", f"{rule}{way_out}.")
     different, _ = _differences(found, options, identity)
-    say(f"branch     {path}, with {'; '.join(different) or 'the same options'}")
+    others = "; all others as there" if different and isinstance(options, config.CommandOptions) else ""
+    say(f"branch     {path}, with {'; '.join(different) or 'the same options'}{others}")
     return found
 
 

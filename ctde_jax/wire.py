@@ -49,7 +49,7 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         check_exact(len(devices), batch_size, chosen.optimization.accumulate)
     partition = build.make_partition(chosen.data, data.train.labels, len(devices), seed)
     batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, strategy.inner_steps))
-    constant = replace(chosen.optimization, schedule="constant", warmup_steps=0)
+    constant = replace(chosen.optimization, schedule="constant", warmup_steps=0, schedule_start=0)
     optimizer = build.build_optimizer(replace(chosen, optimization=constant), data, total_steps=1)
     task = build.build_task(chosen.optimization, data)
     program = targets.compile_rounds(

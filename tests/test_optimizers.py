@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -16,6 +17,22 @@ from ctde_jax.errors import InputError
 def test_schedule_rises_to_the_peak_and_goes_on_as_named(schedule, expected):
     rate = optimizers.build_schedule(1.0, schedule, warmup_steps=10, total_steps=30)
     assert [float(rate(step)) for step in (0, 5, 10, 20, 30)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_schedule_of_a_branch_starts_at_its_first_step():
+    whole = optimizers.build_schedule(1.0, "cosine", warmup_steps=10, total_steps=30)
+    later = optimizers.build_schedule(1.0, "cosine", warmup_steps=10, total_steps=130, schedule_start=100)
+    assert [float(later(step)) for step in range(100, 131)] == [float(whole(step)) for step in range(31)]
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_optimizer_takes_the_steps_of_optax(name):
+    """With the learning rate in the state or not."""
+    params, grads = jnp.ones((3, 4)), jnp.linspace(-1, 1, 12).reshape(3, 4)
+    built, plain = optimizers.build(name, 0.1), optimizers.OPTIMIZERS[name](0.1)
+    expected, _ = plain.update(grads, plain.init(params), params)
+    found, _ = built.update(grads, built.init(params), params)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)

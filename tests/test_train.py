@@ -360,3 +360,30 @@ def test_mistake_costs_no_import_of_jax():
 
 def test_library_loads_what_the_command_names():
     assert build.load_data(config.Data()).name == data.digits().name
+
+
+def test_branch_has_the_options_of_its_parent_and_a_schedule_of_its_own(tmp_path, capsys):
+    """Also the data set; a learning rate given for the branch applies from its first step."""
+    table = "a,b,y\n" + "".join(f"{i % 3 + i / 100},{i % 7},{'xyz'[i % 3]}\n" for i in range(60))
+    (tmp_path / "t.csv").write_text(table)
+    parent, branch = tmp_path / "parent", tmp_path / "branch"
+    data_options = ["--dataset", "csv", "--data-file", str(tmp_path / "t.csv"), "--batch-size", "12"]
+    assert train.main([*data_options, *QUICK, "--run-dir", str(parent)]) == 0
+    start = parent / "checkpoints" / "step-00000004"
+    capsys.readouterr()
+    given = ["--branch-from", str(start), "--steps", "8", "--learning-rate", "0.001", "--log-every", "1"]
+    assert train.main([*given, "--run-dir", str(branch)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--learning-rate 0.008 there and 0.001 here" in printed
+    assert "all others as there" in printed
+
+    saved = json.loads((branch / "config.json").read_text())
+    assert (saved["dataset"], saved["batch_size"], saved["schedule_start"]) == ("csv", 12, 4)
+    rates = [row["learning_rate"] for row in rows_of(branch) if row["split"] == "train"]
+    expected = [0.001 * (1 + np.cos(np.pi * step / 4)) / 2 for step in range(4)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_branch_from_what_is_no_run_of_the_command_is_refused(tmp_path, capsys):
+    assert train.main(["--branch-from", str(tmp_path / "x")]) == 2
+    assert "--branch-from must be a checkpoint of a run of python -m ctde_jax.train" in capsys.readouterr().err
