@@ -102,7 +102,8 @@ def fit(
     Args:
         model: Such as `models.mlp`, or a module of the user's own through `models.from_nnx` or `models.from_linen`.
         data: Training and test examples.
-        optimizer: Any optax transformation.
+        optimizer: Any optax transformation. For complex parameters it gets what `jax.grad` returns, the conjugate of
+            the direction of steepest ascent, as in any optax loop.
         strategy: How the devices agree.
         task: What is minimized and what is reported; by default classification, or language modeling of a text.
         batch_size: The global one, over all devices together.

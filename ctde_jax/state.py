@@ -249,6 +249,8 @@ def _run(making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Seq
     return _copied(replica.compiled(making, devices)(rows, *arguments))
 
 
-@jax.jit
 def _copied(state: TrainState) -> TrainState:
-    return jax.tree.map(jnp.copy, state)
+    shardings = jax.tree.map(
+        lambda x: x.sharding, state
+    )  # which a compiler does not pass on to an array without numbers
+    return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)(state)
