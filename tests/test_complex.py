@@ -21,7 +21,7 @@ class Network(nnx.Module):
 
     def __call__(self, x):
         z = x @ self.kernel[...]
-        return z.real + 2 * z.imag + jnp.abs(z) + self.bias[...]
+        return z.real + 2 * z.imag + jnp.abs(z) + self.bias[...][None]
 
 
 MODEL = ctde.models.from_nnx(Network)
