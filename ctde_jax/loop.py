@@ -110,7 +110,8 @@ def fit(
         optimizer: Any optax transformation. Its `update` is also passed `grad`, and as `value` and `loss` the mean
             objective of the batch (in local steps, of the replica's part of it). Optimizers that train at one point
             and are evaluated at another, such as `optax.contrib.schedule_free`, are evaluated, returned and exported
-            at the latter.
+            at the latter. For complex parameters it gets what `jax.grad` returns, the conjugate of the direction
+            of steepest ascent, as in any optax loop.
         strategy: How the devices agree.
         task: What is minimized and what is reported; by default classification, or language modeling of a text.
         batch_size: The global one, over all devices together.

@@ -106,8 +106,23 @@ def test_agreement_is_a_fixed_point(name, key):
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-def test_agreement_keeps_shapes_and_dtypes(name, key):
-    rows = jax.tree.map(lambda x: x.astype(jnp.bfloat16), messages(key))
+def test_agreement_of_complex_numbers_is_a_fixed_point(name, key):
+    message = jax.tree.map(lambda rows: rows[0] - 0.5j * rows[1], messages(key))
+    same = jax.tree.map(lambda x: jnp.stack([x] * REPLICAS), message)
+    agreed = agree(REDUCERS[name].reduce, same)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2 * REDUCERS[name].tolerance), agreed, message)
+
+
+@pytest.mark.parametrize("name", ["mean", *TRIVIAL])
+def test_mean_of_complex_numbers_is_that_of_numpy(name, key):
+    rows = jax.tree.map(lambda x: x - 0.5j * x[::-1], messages(key))
+    assert_close(agree(REDUCERS[name].reduce, rows), average(rows))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
+@pytest.mark.parametrize("name", REDUCERS)
+def test_agreement_keeps_shapes_and_dtypes(name, dtype, key):
+    rows = jax.tree.map(lambda x: x.astype(dtype), messages(key))
     agreed = agree(REDUCERS[name].reduce, rows)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), agreed) == jax.tree.map(lambda x: (x.shape[1:], x.dtype), rows)
 

@@ -144,3 +144,20 @@ def test_sent_and_residual_are_what_was_wanted(name, decay, key):
         wanted = values + decay * state.residual
         payload, _, state = codec.encode(values, state, step_key)
         np.testing.assert_allclose(codec.decode(payload, SIZE, step_key) + state.residual, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [1.5e-30, 1.8e19, 1e30, float(jnp.finfo(jnp.float32).max)])
+@pytest.mark.parametrize("name", CODECS)
+def test_magnitude_changes_nothing_but_the_scale(name, largest, key):
+    """As numpy scales what is read of numbers near 1, up to the largest float32."""
+    values = np.asarray(jax.random.normal(key, (SIZE,)), np.float64)
+    values /= np.abs(values).max()
+    scaled = (values * largest).astype(np.float32)
+    codec = CODECS[name]
+    write = jax.jit(lambda values: codec.encode(values, codec.init(values.shape), KEY)[:2])  # as the compiler rounds
+    payload, said = write(scaled)
+    read = jax.jit(lambda payload: codec.decode(payload, SIZE, KEY))(payload)
+    np.testing.assert_array_equal(read, said)
+    bound = float(jnp.finfo(jnp.float32).max)
+    expected = np.clip(np.asarray(write(values.astype(np.float32))[1], np.float64) * largest, -bound, bound)
+    np.testing.assert_allclose(np.asarray(read, np.float64), expected, rtol=1e-5, atol=0.01 * largest / 127)

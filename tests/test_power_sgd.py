@@ -154,3 +154,13 @@ def test_whole_leaves_are_averaged_at_once(key):
 def test_rank_below_one_is_refused():
     with pytest.raises(InputError, match="rank must be at least 1, got 0"):
         power_sgd(0)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-80, 2.0**80])
+def test_magnitude_of_the_message_changes_nothing_else(magnitude, key):
+    """Also where products of two messages are no float32, as those with the last right factor would be."""
+    rows = messages(key)
+    agreed, _ = agree(power_sgd(rank=1), jax.tree.map(lambda x: x * magnitude, rows), 3, key)
+    expected, _ = agree(power_sgd(rank=1), rows, 3, key)
+    for name in rows:
+        np.testing.assert_allclose(agreed[name] / magnitude, expected[name], rtol=1e-4, atol=1e-4)

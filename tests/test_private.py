@@ -119,3 +119,12 @@ def test_missing_accountant_is_said_in_a_sentence(monkeypatch):
 def test_privacy_that_makes_no_sense_is_refused(build, sentence):
     with pytest.raises(InputError, match=sentence):
         build()
+
+
+def test_message_whose_squared_norm_is_no_float32_is_clipped_to_the_norm(key):
+    """All replicas send the same; its direction is computed in float64."""
+    rows = jax.tree.map(lambda x: jnp.stack([x[1]] * REPLICAS), messages(key))
+    agreed = agree(private(clip_norm=2.0, noise_multiplier=0.0), jax.tree.map(lambda x: x * 1e36, rows), key)
+    norm = sqrt(sum(np.sum(np.asarray(x[0], np.float64) ** 2) for x in jax.tree.leaves(rows)))
+    for name, rows_of_leaf in rows.items():
+        np.testing.assert_allclose(agreed[name], rows_of_leaf[0] * 2.0 / norm, rtol=1e-4)

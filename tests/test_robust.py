@@ -285,3 +285,20 @@ def test_training_survives_two_bad_replicas_of_eight(of_the_mean, digits, name):
     """Within 2 points of the clean accuracy of the mean, under every attack and under none."""
     under_attack = accuracies(RULES[name].combine, digits)
     assert {name: value for name, value in under_attack.items() if value < of_the_mean["none"] - 2} == {}
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1e25, 1e37])
+@pytest.mark.parametrize("name", RULES)
+def test_rule_is_its_definition_for_numbers_whose_squares_are_no_float32(name, magnitude):
+    """The definition is computed in float64."""
+    rows = magnitude * np.random.default_rng(1).normal(1.0, 1.0, (8, 20))
+    expected = RULES[name].reference(rows)
+    np.testing.assert_allclose(combined(RULES[name].combine, rows), expected, rtol=1e-4, atol=1e-5 * magnitude)
+
+
+@pytest.mark.parametrize("name", TRAINED_BY)
+def test_one_enormous_message_does_not_hide_the_distances_between_the_others(name):
+    rows = 1e-12 * np.random.default_rng(1).normal(1.0, 1.0, (8, 20))
+    rows[3] = 1e28
+    expected = RULES[name].reference(rows)
+    np.testing.assert_allclose(combined(RULES[name].combine, rows), expected, rtol=1e-4, atol=1e-17)

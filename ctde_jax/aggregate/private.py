@@ -32,6 +32,10 @@ def private(
     has the standard deviation `noise_multiplier * clip_norm / R`, and is the same on all replicas. A message that is
     not finite counts as zeros.
 
+    The noise is added to every leaf, also to one that all replicas send as zeros: that nothing was sent is itself
+    something that must be hidden. So with inner steps a frozen layer moves by the noise; at every step, the optimizer
+    that freezes it comes after the noise and keeps it.
+
     Args:
         clip_norm: The paper's S, in the units of the message's norm over the whole tree.
         noise_multiplier: The paper's z; `epsilon` says what it buys.
