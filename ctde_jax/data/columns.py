@@ -60,28 +60,31 @@ def numbers(path: Path, column: Column) -> np.ndarray:
     )
 
 
-def check_precision(path: Path, column: Column, values: np.ndarray) -> str | None:
+def check_precision(path: Path, column: Column, values: np.ndarray) -> float | None:
     """Compares the numbers of a column with what float32 makes of them.
 
     Returns:
-        How coarse float32 is, as a fraction of their standard deviation, if it merges some of them; else None.
+        The largest rounding error as a fraction of their standard deviation, if float32 merges some of them; else None.
 
     Raises:
         InputError: It merges numbers and rounds by more than `COARSE` of their standard deviation.
     """
     rounded = values.astype(np.float32).astype(np.float64)
-    different, largest = len(np.unique(values)), np.abs(values).max()
-    is_exact = largest < _MOST_DIGITS and (values.std() > NOISE * largest or len(set(column.cells)) == 1)
-    if is_exact and len(np.unique(rounded)) == different:
-        return None
-    exact = [_exact(cell, value) for cell, value in zip(column.cells, values, strict=True)]
+    largest, deviation = np.abs(values).max(), values.std()
+    if largest < _MOST_DIGITS and (deviation > NOISE * largest or len(set(column.cells)) == 1):
+        error = np.abs(rounded - values).max()
+        if len(np.unique(rounded)) == len(np.unique(values)):
+            return None
+        if error <= COARSE * deviation:
+            return error / deviation
+    exact = [_exact(cell, value) for cell, value in zip(column.cells, values, strict=True)]  # float64 merges some, too
     least = min(exact)
     if len(set(exact)) == len(set(rounded)):
         return None
     deviation = np.array([float(number - least) for number in exact]).std()
     error = max(float(abs(Decimal(short) - number)) for short, number in zip(rounded, exact, strict=True))
     if deviation and error <= COARSE * deviation:
-        return f"{error / deviation:.0e}"
+        return error / deviation
     first: dict[float, int] = {}
     for place, short in enumerate(rounded):
         if exact[first.setdefault(short, place)] != exact[place]:
@@ -112,8 +115,10 @@ def is_identifier(name: str, values: np.ndarray) -> bool:
 
 def names_the_label(values: np.ndarray, labels: np.ndarray) -> bool:
     """Returns whether the column has one number for each class, and another for each other class."""
-    pairs, classes = len(set(zip(values.tolist(), labels.tolist(), strict=True))), len(np.unique(labels))
-    return len(values) >= max(MANY_LINES, 2 * classes) and pairs == len(np.unique(values)) == classes
+    classes = len(np.unique(labels))
+    if len(values) < max(MANY_LINES, 2 * classes) or len(np.unique(values)) != classes:
+        return False
+    return len(set(zip(values.tolist(), labels.tolist(), strict=True))) == classes
 
 
 def _way_out(wrong: Sequence[str], cells: int) -> str:

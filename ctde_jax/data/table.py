@@ -19,6 +19,9 @@ from ctde_jax.data.dataset import Dataset, assemble, standardized
 from ctde_jax.data.files import faulty, opened
 from ctde_jax.errors import InputError, check_known, quoted
 
+_NAMED = 3
+"""Columns that a sentence names at most."""
+
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -66,22 +69,27 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     table = _table(path, label_column)
     classes, labels = _classes(path, table.column(table.label))
     features, notes = [], list(table.notes)
-    rounded = []
+    coarse: dict[str, float] = {}
     for place in table.features:
         column = table.column(place)
         values = columns.numbers(path, column)
         if table.names and len(table.features) > 1 and columns.counts_lines(values):
             notes.append(f"The column {column.name} numbers the lines, and was left out.")
             continue
-        coarse = columns.check_precision(path, column, values)
-        if coarse is not None:
-            rounded.append(f"{column.name} (by at most {coarse} of its standard deviation)")
+        error = columns.check_precision(path, column, values)
+        if error is not None:
+            coarse[column.name] = error
         notes += _notes_on(column, values, labels)
         features.append((place, values))
     if not features:
         raise faulty(path, "has no column of features", "add a column of numbers that the label depends on")
-    if rounded:
-        notes.append(f"Some different numbers are the same in float32 in the columns {', '.join(rounded)}.")
+    if coarse:
+        worst = sorted(coarse, key=coarse.__getitem__, reverse=True)
+        more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+        notes.append(
+            f"Some different numbers become the same in float32 in the column {', '.join(worst[:_NAMED])}{more}, by "
+            f"rounding of at most {coarse[worst[0]]:.0e} of the standard deviation."
+        )
     inputs = np.stack([values for _, values in features], axis=1).astype(np.float32)
     dataset = standardized(assemble(inputs, labels, None, None, path.stem, classes))
     names = [table.names[place] for place, _ in features] if table.names else []
