@@ -2,12 +2,13 @@
 
 To read the package top to bottom, follow the walk:
 
-    errors -> bundle -> presets -> config -> hosts -> devices -> replica -> data -> feed -> augment -> models
-           -> initializers -> mup -> tasks -> optimizers -> aggregate -> build -> state -> schedule -> gradient
-           -> guard -> round -> hlo -> collectives -> traffic -> evaluate -> reestimate -> generation -> checks
-           -> run_folder -> log -> meter -> atomic -> checkpoint -> resume -> stop -> run -> trained -> loop
-           -> loading -> report -> targets -> wire -> stopwatch -> profile -> supervisor -> train -> proofs
-           -> export -> execute -> verify -> object_store
+    errors -> reading -> streams -> bundle -> presets -> config -> hosts -> settings -> memory -> devices
+           -> replica -> data -> feed -> augment -> models -> initializers -> mup -> tasks -> optimizers
+           -> aggregate -> build -> state -> schedule -> gradient -> guard -> round -> hlo -> collectives
+           -> traffic -> evaluate -> reestimate -> generation -> checks -> picture -> run_folder -> log
+           -> meter -> atomic -> checkpoint -> resume -> stop -> run -> trained -> loop -> loading -> report
+           -> targets -> wire -> stopwatch -> profile -> supervisor -> train -> proofs -> export -> execute
+           -> verify -> object_store
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """

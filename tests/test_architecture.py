@@ -9,10 +9,14 @@ PACKAGE = Path(__file__).parents[1] / "ctde_jax"
 WALK = [
     *(
         "errors",
+        "reading",
+        "streams",
         "bundle",
         "presets",
         "config",
         "hosts",
+        "settings",
+        "memory",
         "devices",
         "replica",
         "data",
@@ -36,7 +40,7 @@ WALK = [
         "collectives",
         "traffic",
     ),
-    *("evaluate", "reestimate", "generation", "checks", "run_folder", "log", "meter", "atomic"),
+    *("evaluate", "reestimate", "generation", "checks", "picture", "run_folder", "log", "meter", "atomic"),
     *("checkpoint", "resume", "stop", "run", "trained", "loop", "loading", "report", "targets", "wire", "stopwatch"),
     *("profile", "supervisor", "train", "proofs", "export", "execute", "verify", "object_store"),
 ]
