@@ -13,7 +13,7 @@ from ctde_jax.aggregate import Codec, Combine, Strategy
 from ctde_jax.augment import Augment
 from ctde_jax.data import Dataset, DiskArray
 from ctde_jax.data.arrays import targets_or_classes
-from ctde_jax.errors import InputError, check_at_least, check_known
+from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
 from ctde_jax.models import Model
 from ctde_jax.mup import mup, scale_learning_rates
 from ctde_jax.presets import PRESETS
@@ -82,6 +82,7 @@ def make_partition(
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError("clients", "need a --partition that stays, such as iid, got --partition reshuffled.")
     check_at_least(replicas, clients=chosen.clients)
+    check_at_most(len(labels), clients=chosen.clients)
     if labels.ndim > 1 and chosen.partition in ("by_label", "dirichlet"):
         raise InputError(
             "partition", f"must be reshuffled or iid where examples have no class, got {chosen.partition}."
@@ -152,7 +153,19 @@ def _build_base(chosen: config.Model, dataset: Dataset) -> Model | None:
             raise InputError("init", f"must not be mup for {chosen.model}, whose widths do not grow together.")
 
 
+_MOST_LAYERS = 1000
+"""Each layer is traced and compiled by itself, so that a million of them would take days before the first step."""
+
+_LARGEST_WIDTH = 10_000_000
+"""No product of such widths overflows, which ends the process; `memory.py` refuses what is less and does not fit."""
+
+_MOST_FRAGMENTS = 1000
+"""Each fragment is a part of the program of a round."""
+
+
 def _build_network(chosen: config.Model, dataset: Dataset) -> Model:
+    check_at_most(_MOST_LAYERS, layers=chosen.layers)
+    check_at_most(_LARGEST_WIDTH, width=chosen.width, widths=max(chosen.widths, default=0))
     shape, classes = dataset.train.inputs.shape[1:], len(dataset.classes)
     if dataset.vocabulary:
         return _build_language_model(chosen, dataset)
@@ -234,6 +247,7 @@ def _check(chosen: config.Aggregation) -> None:
         return [option for option in options if getattr(chosen, option) != getattr(default, option)]
 
     check_at_least(1, fragments=chosen.fragments)
+    check_at_most(_MOST_FRAGMENTS, fragments=chosen.fragments)
     if chosen.exact:
         for option in differs("sync_every", "reduce", "combine", "clip_norm"):
             raise InputError(option, "must be left out with exact, which sums the gradient of every step as it is.")

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from ctde_jax.atomic import bring_to_disk, put_back, written_whole
 from ctde_jax.errors import InputError, on_one_line, shortened
+from ctde_jax.reading import open_regular, read_small
 from ctde_jax.run_folder import writing_to
 
 TENSORS, MANIFEST, SUMS = "tensors.safetensors", "manifest.json", "SHA256SUMS"
@@ -70,7 +71,12 @@ def path_of(folder: Path, step: int) -> Path:
 
 def steps(folder: Path) -> list[int]:
     """Returns the steps that have a checkpoint, the newest first."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise InputError("run_dir", f"has checkpoints in {folder}, which cannot be read: {error.strerror}.") from error
     found = [re.fullmatch(r"step-(\d{8,})", name) for name in names]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
@@ -117,9 +123,9 @@ def read(path: Path) -> Checkpoint:
     if not os.path.isdir(path):  # False also for what no path can be
         raise Damaged(f"{path} is no folder")
     with _reading(path):
-        if _sums(path) != (path / SUMS).read_text(encoding="utf-8"):
+        if _sums(path) != read_small(path / SUMS).decode():
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
-        facts, _ = parse((path / MANIFEST).read_bytes(), path)
+        facts, _ = parse(read_small(path / MANIFEST), path)
         with safe_open(path / TENSORS, framework="numpy") as file:
             tensors = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
     return Checkpoint(path, tensors, facts)
@@ -161,7 +167,8 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
     Raises:
         InputError: None of them is intact.
     """
-    _put_back_all(folder)
+    with suppress(OSError):  # a folder that can only be read stays as it is
+        _put_back_all(folder)
     found = steps(folder)
     for step in found:
         try:
@@ -300,7 +307,7 @@ def _sums(path: Path) -> str:
 
 
 def _sum(path: Path, name: str) -> str:
-    with (path / name).open("rb") as file:
+    with open_regular(path / name) as file:
         return f"{file_digest(file, 'sha256').hexdigest()}  {name}"
 
 

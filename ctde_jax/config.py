@@ -17,6 +17,7 @@ import tyro
 
 from ctde_jax.errors import InputError, check_known, check_seed, did_you_mean, quoted
 from ctde_jax.presets import MODELS, PRESETS, Preset, as_flag, describe
+from ctde_jax.reading import read_small
 
 # The help of an option without a value of its own says in words what happens by default.
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
@@ -512,7 +513,7 @@ def _parse(arguments: Sequence[str]) -> Config:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(read_small(os.path.expanduser(path)).decode())
     except OSError as error:
         raise _bad_config(path, f"cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -522,7 +523,7 @@ def _load(path: Path) -> dict[str, Any]:
     types = _option_types()
     for name, value in saved.items():
         if name not in types:
-            raise _unknown(as_flag(name), map(as_flag, types))
+            raise _bad_config(path, f"has the unknown option {quoted(name)}", did_you_mean(name, types))
         if not _is_saved(value, types[name]):
             raise _bad_config(path, f"has for {name} the value {quoted(value)}, which none of its values is saved as")
     return saved
@@ -555,8 +556,8 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def _bad_config(path: Path, fault: str) -> InputError:
-    return InputError("config", f"must name the config.json that a run has left in its folder, but {path} {fault}.")
+def _bad_config(path: Path, fault: str, end: str = ".") -> InputError:
+    return InputError("config", f"must name the config.json that a run has left in its folder, but {path} {fault}{end}")
 
 
 def _unknown(name: str, known: Iterable[str]) -> InputError:
@@ -667,7 +668,7 @@ _LARGEST = 2**31 - 1
 
 def _can_be_path(value: str) -> bool:
     try:
-        return b"\0" not in os.fsencode(value)
+        return bool(value) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
         return False
 

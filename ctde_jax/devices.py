@@ -14,10 +14,12 @@ import jax
 from jax.extend.backend import clear_backends
 from platformdirs import user_cache_path
 
-from ctde_jax.errors import InputError, check_at_least
+from ctde_jax import settings
+from ctde_jax.errors import InputError, check_at_least, check_at_most, quoted, shortened
 
 FAKE_DEVICES = 4
 _THREADS_A_DEVICE = 2  # measured: with fewer than two threads a device, collectives can wait for ever
+_MOST_DEVICES = 1024  # each fake device takes three threads and milliseconds of start-up
 
 
 def start(count: int | None = None) -> list[jax.Device]:
@@ -37,9 +39,12 @@ def start(count: int | None = None) -> list[jax.Device]:
         The devices of all hosts, those of host 0 first.
 
     Raises:
-        InputError: There are fewer accelerators than `count`.
+        InputError: There are fewer accelerators than `count`, JAX cannot start the platform that JAX_PLATFORMS
+            names, or a JAX setting rules out training.
     """
     check_at_least(1, devices=count)
+    check_at_most(_MOST_DEVICES, devices=count)
+    settings.check()
     _keep_programs()
     wanted = count or (1 if jax.distributed.is_initialized() else FAKE_DEVICES)
     try:
@@ -48,6 +53,7 @@ def start(count: int | None = None) -> list[jax.Device]:
         if jax.default_backend() == "cpu" and (jax.local_device_count() < wanted or not _threads_suffice(wanted)):
             clear_backends()
             _request_fake_devices(wanted)
+    _start_platform()
 
     hosts = range(jax.process_count())
     by_host = [[device for device in jax.devices() if device.process_index == host] for host in hosts]
@@ -64,7 +70,8 @@ def start(count: int | None = None) -> list[jax.Device]:
 
 
 def check(devices: list[jax.Device]) -> None:
-    """Raises InputError for fake CPU devices whose collectives would wait for each other for ever."""
+    """Raises InputError for a JAX setting that rules out training, or for a thread pool too small for the devices."""
+    settings.check()
     here = sum(device.process_index == jax.process_index() for device in devices)
     if devices[0].platform == "cpu" and len(devices) > 1 and not _threads_suffice(here):
         raise InputError(
@@ -77,6 +84,23 @@ def check(devices: list[jax.Device]) -> None:
 def count_cores() -> int:
     """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_platform() -> None:
+    """Raises InputError if JAX cannot start the platform that the user chose, such as CUDA on a machine without it."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter if jaxlib has no plugin for CUDA
+        chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        raise InputError(
+            "JAX_PLATFORMS",
+            f"must name a platform that JAX can start here, got {quoted(chosen)} ({_reason(error)}); set the "
+            "environment variable JAX_PLATFORMS=cpu to train on fake CPU devices, or unset it.",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return shortened(str(error).split(" (set JAX_PLATFORMS")[0] or "there is no plugin for it")
 
 
 def _keep_programs() -> None:
@@ -110,5 +134,5 @@ def _threads() -> int:
     """The size of the thread pool of a CPU backend that would start now."""
     chosen = os.environ.get("NPROC", "")
     if chosen.isdecimal():
-        return int(chosen)
+        return min(int(chosen), _THREADS_A_DEVICE * _MOST_DEVICES)  # XLA would start each of a million threads
     return count_cores()

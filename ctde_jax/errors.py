@@ -58,16 +58,17 @@ class ReplicasDiverged(RuntimeError):
 
 
 class Preempted(Exception):
-    """SIGTERM has ended the training, and a checkpoint is written.
+    """SIGTERM or SIGHUP has ended the training, and a checkpoint is written.
 
     Args:
         step: The optimizer steps that it has gone through.
         folder: Of the run, with which the same command goes on.
+        by: The name of the signal.
     """
 
-    def __init__(self, step: int, folder: Path):
+    def __init__(self, step: int, folder: Path, by: str = "SIGTERM"):
         super().__init__(
-            f"SIGTERM ended the training at step {step:,}, which is saved; the same command with --run-dir {folder} "
+            f"{by} ended the training at step {step:,}, which is saved; the same command with --run-dir {folder} "
             "goes on."
         )
         self.step, self.folder = step, folder
@@ -113,6 +114,13 @@ def check_whole(**options: object) -> None:
     for option, value in options.items():
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
             raise InputError(option, f"must be a whole number, got {value!r:.60}.")
+
+
+def check_at_most(most: int, **options: int | None) -> None:
+    """Raises InputError for an option that is greater than this; None is a default yet to be chosen."""
+    for option, value in options.items():
+        if value is not None and value > most:
+            raise InputError(option, f"must be at most {most:,}, got {value}.")
 
 
 def check_seed(seed: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ctde_jax import streams
 from ctde_jax.bundle import RUNTIMES, Bundle, answers, load, open_bundle, pick
 from ctde_jax.bundle.command import Parser, run
 from ctde_jax.bundle.inputs import Examples, read
@@ -190,4 +191,4 @@ def _show_score(bundle: Bundle, examples: Examples, outputs: Iterator[np.ndarray
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(streams.run(main))

@@ -1,6 +1,6 @@
 """A run's folder as a trained model again: what it agreed on, without training."""
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,13 @@ from ctde_jax.data import Dataset, deal, digests_of
 from ctde_jax.errors import InputError
 from ctde_jax.feed import make_feed
 from ctde_jax.identity import differing
-from ctde_jax.log import Row, console
+from ctde_jax.log import Row, console, read_rows
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
 from ctde_jax.resume import check_facts, different_options, plain
 from ctde_jax.run import BEST, INPUTS
-from ctde_jax.run_folder import CHECKPOINTS, METRICS
+from ctde_jax.run_folder import CHECKPOINTS, named
 from ctde_jax.trained import Trained, accepts
 from ctde_jax.transformations import adapted
 
@@ -51,10 +51,10 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         InputError: The folder is that of no run of the command line, has no intact checkpoint, or the options or data
             differ from those of the checkpoint.
     """
-    path = Path(path)
+    path = named("run_dir", path)
     folder = folder_of(path)
     is_checkpoint = folder != path
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         raise InputError(
             "run_dir",
             f"must be the folder of a run of python -m ctde_jax.train, or of its checkpoint, and {path} has no "
@@ -74,10 +74,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
     (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
     if chosen.run.reestimate_batches and not is_best:
         model_state = _reestimated(chosen, model, data, devices, params, model_state)
-    try:
-        rows = (folder / METRICS).read_text(encoding="utf-8").splitlines()[: found.facts["rows"]]
-    except OSError as error:
-        raise InputError("run_dir", f"must have {METRICS}, which {folder} has not: {error.strerror}.") from error
+    rows = read_rows(folder, found.facts["rows"])
     position, best = found.facts["position"], found.facts["best"] or {}
     patience = chosen.optimization.patience
     is_over = is_best and patience is not None and best["in_vain"] >= patience
@@ -87,7 +84,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         model_state=model_state,
         opt_state=_opt_state(found, chosen, data, params),
         step=best["step"] if is_best else position["step"],
-        history=[json.loads(row) for row in rows],
+        history=rows,
         seconds={},
         interrupted=position["gone_through"] < found.facts["options"]["steps"] and not is_over,
         stopped_early=is_over,
@@ -103,7 +100,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
 
 def folder_of(path: Path) -> Path:
     """Returns the folder of a run, of which this is the folder or that of a checkpoint."""
-    return path.absolute().parent.parent if (path / checkpoint.MANIFEST).exists() else path
+    return path.absolute().parent.parent if os.path.exists(path / checkpoint.MANIFEST) else path
 
 
 def _read(path: Path) -> Checkpoint:

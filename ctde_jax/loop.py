@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from ctde_jax import config, guard, hosts, replica, state
+from ctde_jax import config, guard, hosts, memory, replica, state
 from ctde_jax import devices as available
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
@@ -33,7 +33,7 @@ from ctde_jax.replica import PyTree
 from ctde_jax.resume import completed, find, found_by_the_first, plain, roll_back
 from ctde_jax.round import parallel_rounds
 from ctde_jax.run import BEST, INPUTS, Best, Run
-from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed
+from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed, named
 from ctde_jax.schedule import make_phases, unfinished
 from ctde_jax.stop import deferred
 from ctde_jax.tasks import Task, classification, language_modeling
@@ -56,7 +56,10 @@ def _rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
             except NonFiniteLoss as error:
                 if options.get("on_nonfinite") != "rollback":
                     raise
-                folder, say = Path(str(options["run_dir"])), console(quiet=not options.get("show", True)).print
+                folder, say = (
+                    named("run_dir", str(options["run_dir"])),
+                    console(quiet=not options.get("show", True)).print,
+                )
                 if not hosts.of_the_first(lambda error=error, folder=folder, say=say: roll_back(folder, error, say)):
                     raise
                 options.update(resume=True, branch_from=None)
@@ -258,7 +261,8 @@ def fit(
     identity = Identity(data, partition, trace, len(devices))
     hosts.compare(lambda: {**told, **saving, **hosts.platform()}, identity.digests)
     screen, is_first = console(quiet=not show), hosts.index() == 0
-    folder, trunk = (None if path is None else Path(path) for path in (run_dir, branch_from))
+    folder = None if run_dir is None else named("run_dir", run_dir)
+    trunk = None if branch_from is None else named("branch_from", branch_from)
     with ExitStack() as at_end:
 
         def claim(folder: Path) -> Checkpoint | None:
@@ -273,7 +277,14 @@ def fit(
         model = with_raw_inputs(model, data.shift, data.scale)
         init_key, train_key = jax.random.split(jax.random.key(seed))
         first = batches.inputs(0)
-        init = replica.compiled(jax.jit(model.init).lower(init_key, first), jax.local_devices()[:1], strategy.is_exact)
+        best, keeps_average = Best(patience), ema_decay is not None
+        traced = jax.jit(model.init).trace(init_key, first)
+        shapes_of_model, shapes_of_state = traced.out_info
+        like = state.like_created(
+            shapes_of_model, shapes_of_state, optimizer, phases[0].strategy, len(devices), keeps_average
+        )
+        memory.check_training(like, shapes_of_model, devices)
+        init = replica.compiled(traced.lower(), jax.local_devices()[:1], strategy.is_exact)
         params, model_state = init(init_key, first)
         if starts_anew and found is None:
             screen.print("start      random parameters; init_from=trained starts from those of a Trained")
@@ -281,7 +292,6 @@ def fit(
             params, model_state, table = start_from(given, params, model_state, init_only)
             screen.print(table)
         params, model_state = hosts.arrays_of_the_first((params, model_state))
-        best, keeps_average = Best(patience), ema_decay is not None
         train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
         if found is not None:
             if not is_branch:
@@ -306,6 +316,7 @@ def fit(
             lowered = replica.lowered(rounds, like, *shapes(batches, phase.spans[0]), np.int32(0), np.int32(0), key)
             look = replica.lowered(guard.make_look(devices, phase.strategy), lowered.out_info[1], like)
             programs.append((replica.compiled(lowered, devices, is_exact), replica.compiled(look, devices)))
+            memory.check_program(programs[-1][0], devices)
         center = replica.replicate((params, model_state), devices)
         splits = {"validation": data.validation, "test": data.test}
         evaluate = {
@@ -383,8 +394,8 @@ def fit(
             if saver is not None and saver.best is not None:
                 log.say(f"best       {saver.best}, by {keep_best}")
             is_whole = meter.position.gone_through == total_steps or best.is_over
-            if stop.is_preemption and folder is not None and not is_whole:
-                raise Preempted(meter.position.step, folder)
+            if stop.asked_by and stop.is_preemption and folder is not None and not is_whole:
+                raise Preempted(meter.position.step, folder, stop.asked_by.name)
             if best.center is None and not run.is_evaluated:
                 run.evaluate(center_of)  # where Ctrl-C came: rows that are cut off again when the run goes on
                 clock.lap("evaluate")

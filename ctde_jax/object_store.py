@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
-from ctde_jax import checkpoint, config
+from ctde_jax import checkpoint, config, streams
 from ctde_jax.checkpoint import MANIFEST, SUMS, Checkpoint, Damaged, Facts
 from ctde_jax.errors import InputError, check_known
 from ctde_jax.log import console
@@ -233,4 +233,4 @@ def _reading(place: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(streams.run(main))

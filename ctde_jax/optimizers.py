@@ -109,7 +109,10 @@ def build_schedule(
     check_at_least(0, warmup_steps=warmup_steps, schedule_start=schedule_start)
     decay_steps = total_steps - schedule_start - warmup_steps
     if schedule != "constant" and decay_steps < 1:
-        raise InputError("warmup_steps", f"must be fewer than the {total_steps - schedule_start} steps of the run, got {warmup_steps}.")
+        raise InputError(
+            "warmup_steps",
+            f"must be fewer than the {total_steps - schedule_start} steps of the run, got {warmup_steps}.",
+        )
     after = {
         "constant": lambda: optax.constant_schedule(learning_rate),
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, decay_steps),

@@ -19,6 +19,7 @@ from rich.table import Table
 
 import ctde_jax as ctde
 from ctde_jax import config as options
+from ctde_jax import picture, streams
 from ctde_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,25 +120,23 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     with ctde.run_folder.claimed(folder):
         ctde.run_folder.check_new(folder)
 
-    screen = ctde.log.console()
-    title = (
-        f"{config.model.model} on {data.name}, {_count(len(devices), 'device')}, {chosen.batch_size} examples a step"
-    )
-    with screen.status("starting") as status:
-        measured = measure(training, devices, SECONDS, trace, status.update)
-    measured = replace(measured, once={**once, **measured.once})
-    with ctde.run_folder.writing_to(folder):
-        plot(measured, title).savefig(folder / "profile.png", dpi=120)
-    for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):
-        screen.print(table)
-    for sentence in advice(measured):
-        screen.print(f"- {sentence}")
-    screen.print(f"picture    {folder / 'profile.png'}")
-    if trace is not None:
-        screen.print(
-            f"trace      {trace}: open perfetto_trace.json.gz in its deepest folder at https://ui.perfetto.dev, or run "
-            f"pip install xprof && xprof --logdir {trace}"
-        )
+        screen = ctde.log.console()
+        count = _count(len(devices), "device")
+        title = f"{config.model.model} on {data.name}, {count}, {chosen.batch_size} examples a step"
+        with screen.status("starting") as status:
+            measured = measure(training, devices, SECONDS, trace, status.update)
+        measured = replace(measured, once={**once, **measured.once})
+        failure = picture.save(partial(plot, measured, title), folder / "profile.png")
+        for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):
+            screen.print(table)
+        for sentence in advice(measured):
+            screen.print(f"- {sentence}")
+        screen.print(failure or f"picture    {folder / 'profile.png'}")
+        if trace is not None:
+            screen.print(
+                f"trace      {trace}: open perfetto_trace.json.gz in its deepest folder at https://ui.perfetto.dev, "
+                f"or run pip install xprof && xprof --logdir {trace}"
+            )
 
 
 def _make_trace_folder(folder: Path) -> None:
@@ -358,4 +357,4 @@ def _bar(share: float) -> str:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(streams.run(main))

@@ -1,14 +1,25 @@
 """The folder of a run: made where it is not there, and written to by one trainer at a time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, shortened
 
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+METRICS, CHECKPOINTS, LOCK = "metrics.jsonl", "checkpoints", ".lock"
+OWN = frozenset({METRICS, CHECKPOINTS, LOCK, "config.json", "partition.png", "curves.png"})
+"""What a trainer writes into the folder of a run."""
+
+
+def named(option: str, path: Path | str) -> Path:
+    """Returns the folder that the user named, with ~ expanded; raises InputError for an empty name."""
+    if not str(path):
+        raise InputError(option, "must name a folder, got an empty name.")
+    return Path(os.path.expanduser(path))
+
 
 _OF_A_RUN = ("bundle", "config.json", "curves.png", "partition.png", METRICS, CHECKPOINTS)
 """What a run and its export write to the folder; moved in this order, so that checkpoints stay until the last."""
@@ -18,25 +29,48 @@ _MOVING = ".previous.partial"
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[Path]:
-    """Makes a folder where it is not there, and keeps every other process from it; the lock dies with its owner.
+    """Creates a folder if it does not exist, and keeps every other process from it; the lock dies with its owner.
 
-    A process that has claimed a folder may claim it again.
+    A process that has claimed a folder may claim it again. If the body raises before the folder has metrics or a
+    checkpoint, the run was refused: what this claim and its body created is removed again, parent folders included.
 
     Raises:
-        InputError: Another trainer is writing to it, or it cannot be written to.
+        InputError: Another trainer is writing to the folder, or it cannot be written to.
     """
-    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
     with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            rule = f"must not be used by two trainers at once, but another one is writing to {folder}"
-            raise InputError("run_dir", f"{rule}; wait for its end, or name another folder.") from error
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        yield folder
-    finally:
-        lock.release()
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            before = {name for name in OWN if (folder / name).exists()}
+            try:
+                lock.acquire()
+            except Timeout as error:
+                rule = f"must not be used by two trainers at once, but another one is writing to {folder}"
+                raise InputError("run_dir", f"{rule}; wait for its end, or name another folder.") from error
+        try:
+            yield folder
+        except BaseException:
+            with suppress(OSError):
+                _remove(folder, (OWN if is_new(folder) else {LOCK}) - before)
+            raise
+        finally:
+            lock.release()
+    except BaseException:
+        for path in created:
+            with suppress(OSError):  # it holds files of somebody else
+                path.rmdir()
+        raise
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Removes what a run that has not begun may have written."""
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
 
 
 def is_new(folder: Path) -> bool:
@@ -102,6 +136,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             "run_dir",
-            f"must be a folder that can be written to and has room, but writing to {folder} failed: {error.strerror}; "
+            f"must be a folder that can be written to and has room, but writing to {shortened(str(folder))} failed: "
+            f"{error.strerror}; "
             "choose another folder.",
         ) from error

@@ -14,6 +14,7 @@ import numpy as np
 
 from ctde_jax import replica, state
 from ctde_jax.aggregate import Strategy
+from ctde_jax.errors import InputError
 from ctde_jax.feed import Piece, Span
 from ctde_jax.replica import PyTree
 
@@ -55,6 +56,10 @@ class Phase(NamedTuple):
         return [span._replace(start=max(span.start, step)) for span in self.spans if span.stop > step]
 
 
+_MOST_EVALUATIONS = 2**20
+"""Spans between evaluations are listed in memory, some 300 bytes each."""
+
+
 def make_phases(strategy: Strategy, total_steps: int, eval_every: int, row_steps: int, piece_steps: int) -> list[Phase]:
     """Cuts a run into its phases: where a strategy is synchronous at first, two.
 
@@ -65,6 +70,12 @@ def make_phases(strategy: Strategy, total_steps: int, eval_every: int, row_steps
         row_steps: At most so many, or those of a round where these are more, make a row.
         piece_steps: At most so many, or those of a row where these are more, make a piece.
     """
+    if total_steps > eval_every * _MOST_EVALUATIONS:
+        raise InputError(
+            "eval_every",
+            f"must be at least {ceil(total_steps / _MOST_EVALUATIONS):,}, so that {total_steps:,} steps have at most "
+            f"{_MOST_EVALUATIONS:,} evaluations, got {eval_every:,}.",
+        )
     switch = min(strategy.synchronous_steps, total_steps)
     phases = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
     return [

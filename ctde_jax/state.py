@@ -75,6 +75,19 @@ def create(
     )
 
 
+def like_created(
+    params: PyTree,
+    model_state: PyTree,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    replicas: int,
+    ema: bool = False,
+) -> TrainState:
+    """Returns the shapes and dtypes of the first state of all replicas, `[replica, ...]`, without computing it."""
+    make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
+    return jax.eval_shape(jax.vmap(make, in_axes=None, axis_name=AXIS, axis_size=replicas), params, model_state)
+
+
 def place(
     params: PyTree,
     model_state: PyTree,

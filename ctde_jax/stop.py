@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training after the dispatch at hand, not in the middle of it."""
+"""Ctrl-C, SIGTERM and SIGHUP end a training after the dispatch at hand, not in the middle of it."""
 
 import signal
 import threading
@@ -34,7 +34,7 @@ class Stop:
     @property
     def is_preemption(self) -> bool:
         """Whether somebody else wants the machine."""
-        return self.asked_by is signal.SIGTERM
+        return self.asked_by in (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -42,7 +42,8 @@ def deferred(saves: bool) -> Iterator[Stop]:
     """Lets a first signal be noted only; Ctrl-C after it ends at once.
 
     Args:
-        saves: Whether there are checkpoints; without them SIGTERM ends the process as ever.
+        saves: Whether there are checkpoints. Without them SIGTERM and SIGHUP end the process at once; a SIGHUP that is
+            ignored, as under nohup, stays ignored.
     """
     stop = Stop()
 
@@ -54,6 +55,8 @@ def deferred(saves: bool) -> Iterator[Stop]:
         yield stop
         return
     numbers = [signal.SIGINT, signal.SIGTERM] if saves else [signal.SIGINT]
+    if saves and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     previous = [signal.signal(number, note) for number in numbers]
     try:
         yield stop

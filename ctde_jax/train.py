@@ -11,13 +11,28 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax.errors import HostLost, InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_at_least
+from ctde_jax import picture, streams
+from ctde_jax.errors import (
+    HostLost,
+    InputError,
+    NonFiniteLoss,
+    Preempted,
+    ReplicasDiverged,
+    check_at_least,
+    check_at_most,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     started = time.perf_counter()
     try:
         config = options.parse(arguments)
+        _import_jax()
         meeting = ctde.hosts.find_meeting(config.hosts)
     except InputError as error:
         print(f"error: {options.flag(error.option)} {error.sentence}", file=sys.stderr)
@@ -50,6 +66,14 @@ def main(arguments: Sequence[str]) -> int:
         print(f"host {meeting.index}: {sentence}", file=sys.stderr)
     ctde.hosts.part()
     return status
+
+
+def _import_jax() -> None:
+    """Raises InputError if JAX cannot be imported, such as for an unknown value of one of its environment variables."""
+    try:
+        import jax  # noqa: F401  # here, so that a mistake in the options costs no import of it
+    except Exception as error:
+        raise InputError("JAX", f"must be importable, got {type(error).__name__}: {shortened(str(error))}.") from error
 
 
 def _outcome(config: options.Config, started: float, meeting: "ctde.hosts.Meeting | None" = None) -> tuple[int, str]:
@@ -126,7 +150,8 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     with ExitStack() as at_end:
 
         def prepare() -> str:
-            folder = config.run.run_dir or options.new_run_folder(config)
+            chosen = config.run.run_dir
+            folder = options.new_run_folder(config) if chosen is None else ctde.run_folder.named("run_dir", chosen)
             at_end.enter_context(ctde.run_folder.claimed(folder))
             moved = ctde.run_folder.make_way(folder, config.run.resume == "auto", config.run.branch_from)
             if moved is not None:
@@ -134,13 +159,14 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
             if ctde.run_folder.is_new(folder):
                 with ctde.run_folder.writing_to(folder):
                     options.save(config, folder / "config.json")
-                    if partition is not None and data.classes:
-                        picture = ctde.data.partition.plot(np.asarray(data.train.labels), partition, data.classes)
-                        picture.savefig(folder / "partition.png", dpi=120)
+                if partition is not None and data.classes:
+                    draw = partial(ctde.data.partition.plot, np.asarray(data.train.labels), partition, data.classes)
+                    if failure := picture.save(draw, folder / "partition.png"):
+                        console.print(failure)
             return str(folder)
 
         folder = Path(ctde.hosts.of_the_first(prepare))
-        console.print(ctde.report.plan(config, devices, data, partition, model, epoch, steps, folder))
+        _show(ctde.report.plan(config, devices, data, partition, model, epoch, steps, folder))
         before = time.perf_counter() - started
         trained = ctde.fit(
             model,
@@ -166,6 +192,20 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     return trained
 
 
+def _show(plan: "Table") -> None:
+    """Raises InputError if standard output cannot be written to; after this, training goes on without it."""
+    try:
+        ctde.log.console(lasting=False).print(plan)
+    except OSError as error:
+        raise InputError(
+            "standard output", f"must be writable, got {error.strerror}; redirect it to a file with room."
+        ) from error
+
+
+_LONGEST_SAMPLE = 1_000_000
+"""Characters are generated one after another at every evaluation."""
+
+
 def _sampler(
     chosen: options.Run, model: "ctde.models.Model", data: "ctde.data.Dataset", seed: int
 ) -> Callable[["ctde.replica.PyTree", "ctde.replica.PyTree"], str] | None:
@@ -173,6 +213,7 @@ def _sampler(
     import jax  # here, so that a mistake in the options costs no import of it
 
     check_at_least(0, sample_length=chosen.sample_length)
+    check_at_most(_LONGEST_SAMPLE, sample_length=chosen.sample_length)
     if not data.vocabulary or not chosen.sample_length:
         return None
     start = data.vocabulary[data.train.inputs[0][0]] if chosen.prompt is None else chosen.prompt
@@ -200,4 +241,4 @@ def _sampler(
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C has nothing to save
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(streams.run(main))

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ctde_jax import streams
 from ctde_jax.bundle import RUNTIMES, open_bundle, parity
 from ctde_jax.bundle.card import EXAMPLES
 from ctde_jax.bundle.command import Parser, run
@@ -113,4 +114,4 @@ def _say(wrong: Sequence[str], right: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(streams.run(main))

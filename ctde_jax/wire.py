@@ -11,7 +11,7 @@ from dataclasses import replace
 import jax
 from rich.console import Console
 
-from ctde_jax import build, config, hosts, targets
+from ctde_jax import build, config, hosts, streams, targets
 from ctde_jax import devices as available
 from ctde_jax.checks import check_exact
 from ctde_jax.data import deal
@@ -68,4 +68,4 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(streams.run(main))

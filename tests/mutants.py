@@ -27,8 +27,8 @@ from xml.etree import ElementTree
 
 import coverage
 from cosmic_ray.commands.init import init
-from cosmic_ray.plugins import get_operator
 from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import use_db
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,9 @@ def main() -> None:
     copies: SimpleQueue[Path] = SimpleQueue()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.processes) as pool:
         for number in range(options.processes):
-            copies.put(shutil.copytree(ROOT, Path(temporary) / str(number), ignore=shutil.ignore_patterns(".git", "mutants")))
+            copies.put(
+                shutil.copytree(ROOT, Path(temporary) / str(number), ignore=shutil.ignore_patterns(".git", "mutants"))
+            )
 
         def run(mutant) -> dict:
             copy = copies.get()
@@ -161,11 +163,17 @@ def judge(mutant: tuple, copy: Path, tests: dict, programs: Path) -> dict:
     finally:
         path.write_text(source)
     diff = f"{module}:{line}: {before}  ->  {after}"
-    return {"mutant": mutant, "outcome": outcome, "diff": diff, "seconds": os.times().elapsed - started, "tests": len(chosen)}
+    return {
+        "mutant": mutant,
+        "outcome": outcome,
+        "diff": diff,
+        "seconds": os.times().elapsed - started,
+        "tests": len(chosen),
+    }
 
 
 def tests_of(module: str, line: int, tests: dict) -> list[str]:
-    """Returns the tests that execute a line, or if it runs on import those of the nearest lines, the module's own first."""
+    """Returns the tests that execute a line, the module's own first; for code run on import, of the nearest one."""
     lines = tests["lines"].get(module, {})
     near = sorted(lines, key=lambda other: abs(other - line))
     contexts = next((lines[other] for other in near if lines[other]), set())

@@ -8,10 +8,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctde_jax"
 WALK = [
     "errors",
+    "reading",
+    "streams",
     "bundle",
     "presets",
     "config",
     "hosts",
+    "settings",
+    "memory",
     "devices",
     "replica",
     "data",
@@ -37,6 +41,7 @@ WALK = [
     "reestimate",
     "generation",
     "checks",
+    "picture",
     "jaxprs",
     "identity",
     "run_folder",

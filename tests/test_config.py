@@ -150,7 +150,7 @@ def test_unknown_name_gets_the_nearest_known_one(arguments, sentence):
     [
         ('{"epochs": 3', "is no JSON (Expecting"),
         ("[1, 2]", "holds a list instead of an object."),
-        ('{"epoch": 3}', "--epoch is no option; did you mean '--epochs'?"),
+        ('{"epoch": 3}', "config.json has the unknown option 'epoch'; did you mean 'epochs'?"),
         ('{"epochs": "many"}', "--epochs must be a whole number, got 'many'."),
         ('{"model": "mpl"}', "got 'mpl'; did you mean 'mlp'?"),
     ],

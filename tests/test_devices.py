@@ -130,6 +130,36 @@ def test_importing_the_package_imports_no_jax():
     assert run("import sys, ctde_jax; print('jax' in sys.modules)") == "False\n"
 
 
+def test_platform_that_cannot_start_is_refused_with_the_way_out():
+    program = """
+import jax, ctde_jax
+for platform in ("cuda", "gpu", "garbage", "CPU"):
+    jax.config.update("jax_platforms", platform)
+    try:
+        ctde_jax.devices.start(2)
+    except ctde_jax.InputError as error:
+        print(error)
+"""
+    lines = run(program).splitlines()
+    assert [line.split("got ")[1].split()[0] for line in lines] == ["'cuda'", "'gpu'", "'garbage'", "'CPU'"]
+    for line in lines:
+        assert line.startswith("JAX_PLATFORMS must name a platform that JAX can start here")
+        assert line.endswith(
+            "set the environment variable JAX_PLATFORMS=cpu to train on fake CPU devices, or unset it."
+        )
+
+
+@pytest.mark.parametrize("nproc", ["100000", "many", "-1", "0", ""])
+def test_any_nproc_starts_devices(nproc):
+    assert run("import ctde_jax; print(len(ctde_jax.devices.start(2)))", NPROC=nproc) == "2\n"
+
+
+@pytest.mark.parametrize("count", [1025, 100_000, 2**31 - 1])
+def test_more_devices_than_a_host_has_are_refused_at_once(count):
+    with pytest.raises(InputError, match=f"devices must be at most 1,024, got {count}"):
+        devices.start(count)
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_less_than_one_device_is_refused(count):
     with pytest.raises(InputError, match=f"devices must be at least 1, got {count}"):

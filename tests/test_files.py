@@ -185,7 +185,9 @@ def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault:
 @pytest.mark.parametrize("read", [from_npz, from_csv])
 def test_path_that_is_no_file_is_named(tmp_path: Path, read):
     """An absent file and a folder are told apart."""
-    folder = [(tmp_path, "Is a directory")] if read is from_csv else []  # from_npz reads a folder, too
+    folder = (
+        [(tmp_path, "it is a folder and not a regular file")] if read is from_csv else []
+    )  # from_npz reads a folder, too
     for path, reason in [(tmp_path / "absent", "No such file or directory"), *folder]:
         assert fault_of(read, path) == (
             f"data_file names {path}, which cannot be opened ({reason}): give the path of a readable file."

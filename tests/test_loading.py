@@ -1,6 +1,8 @@
 """A run's folder gives back the model that was trained, whatever decides which parameters that is."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -187,7 +189,7 @@ def test_run_leaves_as_a_bundle(capsys):
         (["run", "--to", "mine"], "--to must be new or a bundle"),
         (["run", "--to", "/proc/none/bundle"], "--to must be a folder that can be written to and has room"),
         (["run", "--to", "run/config.json/bundle"], "--to must be a folder that can be written to and has room"),
-        (["silent"], "RUN must have metrics.jsonl, which silent has not: No such file"),
+        (["silent"], "RUN must have metrics.jsonl, and silent/metrics.jsonl cannot be read: No such file"),
         (["run", "--formats", "numpy", "--web", "page"], "--web needs the format onnx, and --formats are numpy"),
         (["run", "--web", "mine"], "--web must be new, empty, or a page that was written before, and mine"),
         (["run", "--examples", "-1"], "--examples must be at least 0, got -1"),
@@ -215,6 +217,47 @@ def test_mistake_is_a_sentence(arguments, sentence, capsys):
     capsys.readouterr()
     assert main(arguments) == 2
     assert f"error: {sentence}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["after", "within"])
+@pytest.mark.parametrize("damage", [b'{"split": "te', b"\xff\xfe\0\n", b"[1]\n", b'{"split": "test", "step": "x"}\n'])
+def test_damage_to_the_log_matters_only_within_the_rows_of_the_checkpoint(place, damage):
+    right = trained()
+    path = Path("run/metrics.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, damage] if place == "after" else [*lines[:2], damage, *lines[3:]]))
+    if place == "after":
+        assert ctde.load_run("run").trained.history == right.history
+    else:
+        with pytest.raises(
+            InputError, match=rf"the {len(lines)} rows in .*metrics.jsonl .* got 2; name another folder"
+        ):
+            ctde.load_run("run")
+
+
+def test_run_in_a_folder_that_can_only_be_read_is_loaded_and_exported(monkeypatch):
+    """Simulated: the tests may run as root, whom no permission stops."""
+    right = trained()
+    open_file, make = os.open, os.mkdir
+
+    def is_in_run(path) -> bool:
+        return Path(os.fsdecode(path)).absolute().is_relative_to(Path("run").absolute())
+
+    def refuse_writing(path, flags, *rest, **more):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and is_in_run(path):
+            raise OSError(errno.EROFS, "Read-only file system", path)
+        return open_file(path, flags, *rest, **more)
+
+    def refuse_folder(path, *rest, **more):
+        if is_in_run(path):
+            raise OSError(errno.EROFS, "Read-only file system", path)
+        return make(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse_writing)
+    monkeypatch.setattr(os, "mkdir", refuse_folder)
+    jax.tree.map(np.testing.assert_array_equal, ctde.load_run("run").trained.params, right.params)
+    assert main(["run", "--formats", "numpy", "--to", "elsewhere"]) == 0
+    assert main(["run", "--formats", "numpy"]) == 2
 
 
 def test_bundle_of_a_checkpoint_is_not_written_into_it(capsys):

@@ -59,6 +59,39 @@ def test_bar_in_a_terminal_has_loss_accuracy_speed_and_time_left(monkeypatch, ca
         assert words in shown
 
 
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_bar_never_cuts_the_test_accuracy_off(monkeypatch, capsys, width):
+    monkeypatch.setattr(log, "console", lambda quiet=False: Console(force_terminal=True, width=width, quiet=quiet))
+    with log.open_log(23_000) as opened:
+        opened.add(TRAIN | {"step": 22_990})
+        opened.add(TEST | {"step": 23_000})
+    last = capsys.readouterr().out.split("\r")[-1]
+    assert "test loss 0.4000 accuracy 0.9000" in last
+    assert "23000/23000" in last
+    assert ("examples/s" in last) == (width == 200)
+    assert "…" not in last
+
+
+def test_lines_where_no_bar_moves_are_a_handful_a_minute(monkeypatch, capsys):
+    """A thousand evaluations a second for ten minutes: a first burst, then one line every ten seconds, and the last."""
+    now = [0.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    with log.open_log(600_000) as opened:
+        for step in range(1, 60_001):
+            now[0] = step / 100
+            opened.add(TEST | {"step": 10 * step})
+    lines = capsys.readouterr().out.splitlines()
+    assert 60 <= len(lines) <= 75
+    assert [line.split("  ")[0] for line in lines[:2]] == ["step 10 of 600,000", "step 20 of 600,000"]
+    assert lines[-1].startswith("step 600,000 of 600,000")
+
+
+def test_table_keeps_its_numbers_on_the_narrowest_screen(monkeypatch):
+    for columns in ("1", "0", "-3", "many"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert log.console().width >= 40
+
+
 def test_curves_have_a_panel_for_the_loss_and_every_metric():
     figure = log.plot_curves([TRAIN, TEST])
     assert [axes.get_title() for axes in figure.axes] == ["loss", "accuracy"]

@@ -404,6 +404,25 @@ def test_sigterm_within_a_span_and_at_its_end(small, tmp_path, monkeypatch):
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_lost_terminal_saves_unless_it_is_ignored(small, tmp_path, ignored):
+    """As nohup ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    def describe(params, model_state) -> str:
+        signal.raise_signal(signal.SIGHUP)
+        return ""
+
+    try:
+        if ignored:
+            assert fit(small, tmp_path, describe=describe).step == 40
+        else:
+            with pytest.raises(ctde.Preempted, match="SIGHUP ended the training at step"):
+                fit(small, tmp_path, describe=describe)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_by_default_a_checkpoint_comes_after_a_minute(small, tmp_path, monkeypatch):
     """Also where every span is one row, and so one dispatch."""
     fit(small, tmp_path / "soon", save_every=None, keep_checkpoints=20)

@@ -106,6 +106,32 @@ def test_run_works_where_jax_counts_in_64_bits(tmp_path, sync_every):
     assert (process.returncode, errors) == (0, "")
 
 
+def test_run_works_in_an_odd_shell(tmp_path):
+    """Settings that a notebook, a job script or a serial terminal leaves behind, all at once."""
+    shell = "export MPLBACKEND=garbage PYTHONIOENCODING=ascii COLUMNS=1 TERM=dumb NPROC=many HOME=/proc/none LC_ALL=C"
+    shell += (
+        " MPLCONFIGDIR=/proc/none TMPDIR=/nowhere PYTHONOPTIMIZE=2 TZ=none/x JAX_DEBUG_NANS=1; unset XDG_CACHE_HOME"
+    )
+    process = command(*QUICK, "--run-dir", str(tmp_path / "run"), before=shell)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "test accuracy" in output
+    assert f"{rows_of(tmp_path / 'run')[-1]['accuracy']:.2%}" in output
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+def test_output_on_a_full_disk_is_refused_and_leaves_nothing_behind(tmp_path):
+    process = command(*QUICK, cwd=tmp_path, before="exec > /dev/full")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert (
+        errors
+        == "error: standard output must be writable, got No space left on device; redirect it to a file with room.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_own_csv_and_npz_run(tmp_path, capsys):
     rng = np.random.default_rng(0)
     table = "\n".join(f"{x:.3f},{y:.3f},{'in' if x * x + y * y < 1 else 'out'}" for x, y in rng.normal(size=(300, 2)))
@@ -152,11 +178,10 @@ def test_full_disk_gets_a_sentence(tmp_path, blocks):
     assert process.returncode == 2
     assert errors.startswith("error: --run-dir must be a folder that can be written to and has room, but writing to")
     assert errors.count("\n") == 1
-    lines, saved = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(), tmp_path / "run" / "checkpoints"
     if blocks == 2:
-        assert not lines
-        assert not list(saved.iterdir()), "nothing half-written is left"
+        assert not list(tmp_path.iterdir()), "nothing is left of a run that never began"
     else:
+        lines, saved = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(), tmp_path / "run" / "checkpoints"
         assert json.loads(lines[0])["step"] > 0
         assert [path.name for path in saved.iterdir()] == ["step-00000000"]
 
@@ -302,10 +327,29 @@ MISTAKES = {
 }
 
 
+ABSURD = {
+    "--devices 100000": "--devices must be at most 1,024, got 100000.",
+    "--widths 2147483647 2147483647": "--widths must be at most 10,000,000, got 2147483647.",
+    "--widths 9999999 9999999": "--model must fit into memory: 100,000,739,999,935 .* take at least",
+    "--model resnet --layers 2147483647": "--layers must be at most 1,000, got 2147483647.",
+    "--epochs 2147483647": "--epochs must make at most 2,147,483,647 optimizer steps, got 2,147,483,647.",
+    "--steps 2147483647 --eval-every 1": "--eval-every must be at least 2,048, so that 2,147,483,647 steps have at",
+    "--partition iid --clients 2147483647": "--clients must be at most 1,438, got 2147483647.",
+    "--strategy sparse-loco --chunk 2147483647": "--strategy must fit into memory: 9,610 .*; lower chunk, rank or",
+    "--strategy streaming-diloco --fragments 2147483647": "--fragments must be at most 1,000, got 2147483647.",
+    "--dataset text --data-file some.txt --model lstm --sample-length 2147483647": "--sample-length must be at most",
+    "--run-dir=": "--run-dir must be a path, got ''.",
+    "--run-dir a/b --branch-from nowhere": "--branch-from must name the folder of an intact checkpoint, but nowhere is",
+    "--config=/dev/zero": "--config must name .* cannot be read .it is a device and not a regular file",
+}
+MISTAKES |= ABSURD
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, mistake):
     monkeypatch.chdir(tmp_path)
     write_bad_files(tmp_path)
+    before = set(tmp_path.rglob("*"))
 
     assert train.main(mistake.split()) == 2
 
@@ -313,8 +357,10 @@ def test_mistake_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, m
     assert re.search(MISTAKES[mistake].replace("?", r"\?"), errors), errors
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1, "one sentence, no traceback"
-    runs = tmp_path / "runs"
-    assert not runs.exists() or "finite" in errors, "nothing is left behind by a run that never started"
+    after = {
+        path for path in tmp_path.rglob("*") if path.parts[len(tmp_path.parts)] != "runs" or "finite" not in errors
+    }
+    assert after == before, "nothing is left behind by a run that never started"
 
 
 def test_read_only_run_folder_gets_a_sentence(tmp_path, monkeypatch, capsys):

@@ -195,12 +195,20 @@ def filled_up(order: np.ndarray, places: int) -> np.ndarray:
     return filled
 
 
+_MOST_STEPS = 2**31 - 1
+"""A step's number is an int32."""
+
+
 def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
     """Returns the optimizer steps of a run, which is so many epochs or so many steps long."""
     if (epochs is None) == (steps is None):
         raise InputError("epochs", f"or steps must be given, and not both, got epochs={epochs} and steps={steps}.")
     check_at_least(1, epochs=epochs, steps=steps)
-    return steps or an_epoch * (epochs or 0)
+    total = steps or an_epoch * (epochs or 0)
+    if total > _MOST_STEPS:
+        option, given = ("epochs", epochs) if steps is None else ("steps", steps)
+        raise InputError(option, f"must make at most {_MOST_STEPS:,} optimizer steps, got {given:,}.")
+    return total
 
 
 def pieces(batches: Batches, inner_steps: int, most: int, start: int, stop: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, Split, from_arrays
 from ctde_jax.data.disk import most_unpacked
-from ctde_jax.data.download import content_of, damaged, fetch
+from ctde_jax.data.download import content_of, damaged, existing, fetch
 from ctde_jax.data.published import Published
 from ctde_jax.errors import shortened
 
@@ -70,7 +70,7 @@ def cifar10(data_dir: Path | str | None = None) -> Dataset:
 
 
 def _local(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / UNPACKED / name) if path.is_file()), None)
+    return existing((folder / name, folder / UNPACKED / name))
 
 
 def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:

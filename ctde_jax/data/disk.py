@@ -8,6 +8,7 @@ many at a time.
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
@@ -92,7 +93,7 @@ class DiskArray:
         firsts = np.flatnonzero(is_first)  # of rows that lie side by side
         places = (self.offset + self.stride * rows[firsts].astype(np.int64)).tolist()
         cuts = [*(firsts * size).tolist(), len(content)]
-        with FileIO(self.path) as file:
+        with _reading(self.path), FileIO(self.path) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 for place, start, stop in zip(places, cuts, cuts[1:], strict=False):
@@ -102,9 +103,20 @@ class DiskArray:
                 while start < stop:
                     got = file.readinto(content[start:stop])
                     if not got:
-                        raise EOFError(f"{self.path} has become shorter while it was read")
+                        raise OSError(None, "it has become shorter")
                     start += got
         return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises InputError if the file of an array cannot be read any more."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "data", f"are read from {path} while training goes on, which failed: {error.strerror}; restore the file."
+        ) from error
 
 
 def stays_on_disk(array: np.ndarray | DiskArray) -> bool:

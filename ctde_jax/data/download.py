@@ -11,8 +11,8 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ctde_jax.errors import InputError
+from ctde_jax.reading import open_regular
 
 BLOCK = 1 << 16
 RESUMES = 5
@@ -86,7 +87,7 @@ def content_of(path: Path) -> Iterator[bytes]:
     name = path.name.removesuffix(PART)
     packed = name.endswith(".gz") and not name.endswith(".tar.gz")
     try:
-        with gzip.open(path) if packed else path.open("rb") as file:
+        with open_regular(path) as stored, gzip.open(stored) if packed else nullcontext(stored) as file:
             while block := file.read(BLOCK):
                 yield block
     except EOFError as error:
@@ -95,6 +96,22 @@ def content_of(path: Path) -> Iterator[bytes]:
         raise damaged(path, f"is a corrupt gzip file ({error})") from error
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror or error})") from error
+
+
+def existing(paths: Iterable[Path]) -> Path | None:
+    """Returns the first of these that is there as a regular file, or None if there is nothing.
+
+    Raises:
+        InputError: Only something else is there, such as a folder of that name.
+    """
+    there = [path for path in paths if os.path.lexists(path)]
+    found = next((path for path in there if os.path.isfile(path)), None)
+    if there and found is None:
+        try:
+            open_regular(there[0]).close()
+        except OSError as error:
+            raise damaged(there[0], f"cannot be read ({error.strerror})") from error
+    return found
 
 
 def damaged(path: Path, fault: str) -> InputError:

@@ -14,10 +14,12 @@ from typing import IO, BinaryIO, TypeAlias
 import numpy as np
 from rich.filesize import decimal
 
+from ctde_jax import memory
 from ctde_jax.data.arrays import targets_or_classes
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.errors import InputError, shortened
+from ctde_jax.reading import open_regular
 
 REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
@@ -138,6 +140,8 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
             raise EOFError("it is shorter than its header says")
         if start is None and takes > most_unpacked(there):
             raise ValueError(f"it would take {decimal(takes)} of memory, and the file takes {decimal(there)}")
+        if start is None:
+            memory.check("data_file", f"the numbers of an array in {path}", takes, "save fewer examples")
         if start is not None and takes >= STREAMED_FROM and not by_columns:
             array = in_file(path, start + content.tell(), dtype, shape)
             if array.offset + takes > there:
@@ -168,13 +172,24 @@ def _reading(path: Path, name: str) -> Iterator[None]:
         raise faulty(path, f"is damaged in {name} ({shortened(str(error))})", "save or copy the file again") from error
 
 
-def opened(path: Path) -> BinaryIO:
-    """Opens the user's file for reading, or raises InputError."""
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Opens the user's file for reading; raises InputError if it is not a regular file or cannot be read."""
     try:
-        return path.open("rb")
+        file = open_regular(path)
     except (OSError, ValueError) as error:  # the latter for what no path can hold
         reason = error.strerror if isinstance(error, OSError) else error
         raise faulty(path, f"cannot be opened ({reason})", "give the path of a readable file") from error
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            raise faulty(path, f"cannot be read ({error.strerror or error})", "copy the file again") from error
+
+
+def check_size(file: BinaryIO) -> None:
+    """Raises InputError for an open file that does not fit into memory."""
+    memory.check("data_file", f"the bytes of {file.name}", os.fstat(file.fileno()).st_size, "give a smaller file")
 
 
 def faulty(path: Path, fault: str, way_out: str) -> InputError:

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
-from ctde_jax.data.download import content_of, damaged, fetch
+from ctde_jax.data.download import content_of, damaged, existing, fetch
 from ctde_jax.data.published import Published
 from ctde_jax.errors import InputError
 
@@ -109,8 +109,7 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
 
 def _local(folder: Path, name: str) -> Path | None:
     spellings = (name, name.replace("-idx", ".idx"))
-    paths = (folder / f"{spelling}{suffix}" for spelling in spellings for suffix in ("", ".gz"))
-    return next((path for path in paths if path.is_file()), None)
+    return existing(folder / f"{spelling}{suffix}" for spelling in spellings for suffix in ("", ".gz"))
 
 
 def _on_disk(path: Path, dimensions: int) -> DiskArray:

@@ -16,7 +16,7 @@ from ctde_jax.data import columns
 from ctde_jax.data.classes import are_numbers, from_words, look_measured, number_of
 from ctde_jax.data.columns import Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
-from ctde_jax.data.files import faulty, opened
+from ctde_jax.data.files import check_size, faulty, opened
 from ctde_jax.errors import InputError, check_known, quoted
 
 _NAMED = 3
@@ -191,7 +191,8 @@ def _counted(count: int) -> list[str]:
 
 def _rows(path: Path) -> list[_Row]:
     rows, line = [], 1
-    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
+    with opened(path) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
+        check_size(content)
         reader = csv.reader(file, strict=True)
         try:
             for cells in reader:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ctde_jax import memory
 from ctde_jax.data.dataset import Dataset, Split
-from ctde_jax.data.files import faulty, opened
+from ctde_jax.data.files import check_size, faulty, opened
 from ctde_jax.errors import InputError, check_at_least
 
 TRAINING_TENTHS = 9
@@ -43,6 +44,8 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
     _check_long_enough(path, length, training=len(train), test=len(test))
 
     stride = stride or length
+    windows = (len(train) - length - 1) // stride + 1
+    memory.check("window", f"{windows:,} training windows", 8 * windows * length, "lower it, or raise stride")
     unused = len(train) - _covered(len(train), length, stride), len(test) - _covered(len(test), length, length)
     notes = (
         f"The first {len(train):,} characters are for training and the other {len(test):,} for testing.",
@@ -95,6 +98,7 @@ def decode(tokens: np.typing.ArrayLike, vocabulary: Sequence[str]) -> str:
 
 def _read(path: Path) -> str:
     with opened(path) as file:
+        check_size(file)
         stored = file.read()
     try:
         text = stored.removeprefix(codecs.BOM_UTF8).decode()

@@ -16,7 +16,7 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
-from ctde_jax import config
+from ctde_jax import config, streams
 from ctde_jax.bundle.command import Parser, run
 from ctde_jax.export import DEFAULT, FORMATS, Written, write_bundle, write_page
 from ctde_jax.export.web import check_page
@@ -88,4 +88,4 @@ def _table(written: Written) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(streams.run(main))

@@ -1,0 +1,50 @@
+"""Pictures of a run, drawn by matplotlib without a window; one that cannot be drawn never costs the result."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ctde_jax.errors import on_one_line, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DOTS_PER_INCH = 120
+
+
+def save(draw: Callable[[], "Figure"], path: Path) -> str:
+    """Draws a figure and writes it as PNG.
+
+    Neither pyplot nor its backend is touched. Warnings and floating-point errors that the user has turned into
+    exceptions do not apply to the drawing.
+
+    Returns:
+        An empty string, or one sentence with the reason if the picture could not be drawn or written.
+    """
+    import numpy as np  # not before profile.py has measured the import of JAX
+
+    try:
+        with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
+            _import_matplotlib()
+            draw().savefig(path, dpi=_DOTS_PER_INCH, format="png", backend="agg")
+    except Exception as error:  # matplotlib depends on fonts, settings and folders of the user's
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        return f"{path} could not be drawn ({on_one_line(shortened(reason))}); nothing else depends on it."
+    return ""
+
+
+def _import_matplotlib() -> None:
+    """Imports matplotlib, which fails to import if MPLBACKEND names a backend that it does not know."""
+    if "matplotlib" in sys.modules or "MPLBACKEND" not in os.environ:
+        return
+    backend = os.environ.pop("MPLBACKEND")
+    try:
+        import matplotlib
+    finally:
+        os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend

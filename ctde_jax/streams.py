@@ -1,0 +1,105 @@
+"""The standard streams of a command: any of them may be closed, full, or unable to show a character."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TextIO
+
+_OF_STREAMS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""What a write to standard output may fail with; writes to files are reported with their folder."""
+
+
+def run(main: Callable[[Sequence[str]], int]) -> int:
+    """Runs a command with the arguments of this process, and returns its exit status.
+
+    If nobody reads standard output any more, as under `head`, the command ends with status 1 and without a message; if
+    standard output cannot be written to, with status 2 and one sentence.
+    """
+    _prepare()
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"error: the working folder cannot be used ({error.strerror}); change to another one.", file=sys.stderr)
+        return 2
+    status = 0
+    try:
+        status = _exit_status(main)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OF_STREAMS:
+            raise
+        discard_output()
+        if isinstance(error, BrokenPipeError):
+            return status or 1
+        if not status:
+            print(f"error: standard output cannot be written to: {error.strerror}.", file=sys.stderr)
+        return status or 2
+    return status
+
+
+def discard_output() -> None:
+    """Sends standard output nowhere from now on, what is still buffered included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class Screen:
+    """Standard output for progress and results, whose end does not end the training.
+
+    The first failure, such as a full disk or a closed terminal, is reported on standard error in one sentence; what
+    follows is dropped. Characters that the encoding lacks are replaced by question marks.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._is_lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text, or drops it."""
+        if not self._is_lost:
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            try:
+                self._stream.write(text.encode(encoding, "replace").decode(encoding))
+            except OSError as error:
+                self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes what was written."""
+        if not self._is_lost:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._is_lost = True
+        if self._stream is sys.__stdout__:
+            discard_output()
+        with suppress(OSError):  # standard error may be gone, too
+            reason = error.strerror or error
+            print(f"Standard output cannot be written to ({reason}), so the rest of it is dropped.", file=sys.stderr)
+
+
+def _exit_status(main: Callable[[Sequence[str]], int]) -> int:
+    try:
+        return main(sys.argv[1:])
+    except SystemExit as end:  # of --help, before standard output is flushed
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def _prepare() -> None:
+    """Opens closed streams, lest a file of the run takes their number, and escapes what they cannot show."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the life of the process
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

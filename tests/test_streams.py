@@ -1,0 +1,78 @@
+"""Standard streams that are closed, full, broken or ASCII: one sentence or none, and no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ctde_jax
+
+PRINT = "print('a' * 100_000)"
+"""More than a pipe or a buffer takes at once."""
+
+
+def command(body: str, redirection: str, cwd: Path | None = None, **environment: str):
+    """Runs a command whose `main` has this body, from a shell."""
+    program = f"import sys; from ctde_jax import streams\ndef main(arguments):\n  {body}; return 0\n"
+    program += "sys.exit(streams.run(main))"
+    return subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, program],
+        env={**os.environ, "PYTHONPATH": str(Path(ctde_jax.__file__).parents[1]), **environment},
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+
+
+@pytest.mark.parametrize("body", ["print('short')", PRINT, f"{PRINT}; sys.exit(0)"])
+def test_full_output_is_one_sentence(body):
+    done = command(body, "> /dev/full")
+    assert done.stderr == "error: standard output cannot be written to: No space left on device.\n"
+    assert done.returncode == 2
+
+
+def test_output_that_nobody_reads_ends_the_command_in_silence():
+    done = command(f"{PRINT}; {PRINT}; {PRINT}", "| head -c 1")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "a", "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault_and_no_file_takes_their_place(tmp_path, closed):
+    body = "import os; f = open('file', 'w'); print(f.fileno(), file=f); print('out'); print('err', file=sys.stderr)"
+    done = command(body, closed, cwd=tmp_path)
+    assert done.returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2
+
+
+def test_characters_that_the_encoding_lacks_are_escaped():
+    done = command("print('R\\u00e9nyi')", "", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "R\\xe9nyi\n")
+
+
+def test_working_folder_that_is_gone_is_one_sentence(tmp_path):
+    (tmp_path / "gone").mkdir()
+    done = command("print('never')", '"$(rmdir ../gone)"', cwd=tmp_path / "gone")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(
+        "error: the working folder cannot be used (No such file or directory); change to another one.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "reason"), [("> /dev/full", "No space left on device"), ("| true", "Broken pipe")]
+)
+def test_screen_that_fails_is_reported_once_and_the_work_goes_on(redirection, reason):
+    body = "import time; from ctde_jax.log import console; time.sleep(0.3); "
+    body += "[console().print('a' * 9999) for _ in range(9)]"
+    done = command(f"{body}; print('done', file=sys.stderr)", redirection)
+    assert done.returncode == 0
+    assert done.stderr == f"Standard output cannot be written to ({reason}), so the rest of it is dropped.\ndone\n"
+
+
+def test_screen_shows_what_it_can_of_other_characters():
+    done = command(
+        "from ctde_jax.log import console; console().print('R\\u00e9nyi')", "", PYTHONIOENCODING="ascii:strict"
+    )
+    assert (done.returncode, done.stdout) == (0, "R?nyi\n")
