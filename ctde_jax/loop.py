@@ -33,7 +33,7 @@ from ctde_jax.replica import PyTree
 from ctde_jax.resume import completed, find, found_by_the_first, plain, roll_back
 from ctde_jax.round import parallel_rounds
 from ctde_jax.run import BEST, INPUTS, Best, Run
-from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed, named
+from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed, make_way, named
 from ctde_jax.schedule import make_phases, unfinished
 from ctde_jax.stop import deferred
 from ctde_jax.tasks import Task, classification, language_modeling
@@ -270,7 +270,8 @@ def fit(
             return find(folder, resume, trunk, told, identity, screen.print)
 
         found = None if folder is None else found_by_the_first(partial(claim, folder))
-        is_branch = found is not None and folder is not None and found.path.parent != folder / CHECKPOINTS
+        is_own = folder is not None and resume and found is not None and found.path.parent == folder / CHECKPOINTS
+        is_branch = found is not None and not is_own
         position = Position() if found is None else Position(**found.facts["position"])
         phases = unfinished(phases, position.gone_through)
 
@@ -339,6 +340,8 @@ def fit(
         meter = Meter(batches.steps_per_epoch, task, save_every, on_nonfinite == "skip", position)
         kept = 0 if found is None or is_branch else found.facts["rows"]
         left = [phase.after(position.gone_through) for phase in phases]
+        if folder is not None and not resume:  # only now, as a module that does not compile must not move anything
+            hosts.of_the_first(partial(make_way, folder, resume, screen.print))
         with (
             deferred(saves=folder is not None) as stop,
             open_log(total_steps, folder, show, kept) as log,

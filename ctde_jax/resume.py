@@ -45,7 +45,7 @@ def find(
 
     Args:
         folder: The folder of the run.
-        resume: Whether to continue the run that the folder holds; if not, that is moved into a subfolder.
+        resume: Whether to continue the run that the folder holds; if not, that stays where it is for now.
         branch_from: The checkpoint of another run, for a new run.
         options: What decides the numbers of the run.
         identity: Of its data and program.
@@ -55,12 +55,11 @@ def find(
         InputError: The folder holds a run of other options, data or program, of which all differences are listed; or
             the other run's checkpoint is damaged.
     """
-    moved = make_way(folder, resume, branch_from)
-    if moved is not None:
-        say(f"previous   the run that {folder} held is now in {moved}")
-    found = newest_intact(folder / CHECKPOINTS, say)
+    make_way(folder, resume=True, say=say)
+    found = newest_intact(folder / CHECKPOINTS, say) if resume else None
     if found is None:
-        check_new(folder)
+        if resume:
+            check_new(folder)
         return None if branch_from is None else _branch(branch_from, options, identity, say)
     check_facts(found, "run_dir")
     is_command = isinstance(options, config.CommandOptions)

@@ -1,7 +1,7 @@
 """The folder of a run: made where it is not there, and written to by one trainer at a time."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def is_new(folder: Path) -> bool:
     )
 
 
-def make_way(folder: Path, resume: bool, branch_from: Path | None = None) -> Path | None:
+def make_way(folder: Path, resume: bool, say: Callable[[str], None]) -> None:
     """Moves the run that a folder holds into its subfolder `previous-1`, or the next number, unless it is to continue.
 
     The files gather under a temporary name, which then becomes the final one. A move that was interrupted is completed
@@ -90,22 +90,14 @@ def make_way(folder: Path, resume: bool, branch_from: Path | None = None) -> Pat
     Args:
         folder: The folder of the run.
         resume: Whether the run is to continue.
-        branch_from: The checkpoint from which the new run starts, if there is one.
-
-    Returns:
-        The subfolder, or None if there was nothing to move.
+        say: Prints a line if something was moved.
 
     Raises:
-        InputError: `branch_from` would be moved, or the folder cannot be written to.
+        InputError: The folder cannot be written to.
     """
     moving = folder / _MOVING
     if not moving.exists() and (resume or is_new(folder)):
-        return None
-    if branch_from is not None and branch_from.resolve().is_relative_to((folder / CHECKPOINTS).resolve()):
-        raise InputError(
-            "branch_from",
-            f"must be a checkpoint outside the folder of the new run, got {branch_from}; name another folder.",
-        )
+        return
     with writing_to(folder):
         moving.mkdir(exist_ok=True)
         for path in (folder / name for name in _OF_A_RUN):
@@ -114,7 +106,8 @@ def make_way(folder: Path, resume: bool, branch_from: Path | None = None) -> Pat
         number = 1
         while (folder / f"previous-{number}").exists():
             number += 1
-        return moving.rename(folder / f"previous-{number}")
+        moved = moving.rename(folder / f"previous-{number}")
+    say(f"previous   the run that {folder} held is now in {moved}")
 
 
 def check_new(folder: Path) -> None:

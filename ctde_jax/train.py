@@ -153,9 +153,8 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
             chosen = config.run.run_dir
             folder = options.new_run_folder(config) if chosen is None else ctde.run_folder.named("run_dir", chosen)
             at_end.enter_context(ctde.run_folder.claimed(folder))
-            moved = ctde.run_folder.make_way(folder, config.run.resume == "auto", config.run.branch_from)
-            if moved is not None:
-                console.print(f"previous   the run that {folder} held is now in {moved}")
+            _check_trunk(config.run, folder)
+            ctde.run_folder.make_way(folder, config.run.resume == "auto", console.print)
             if ctde.run_folder.is_new(folder):
                 with ctde.run_folder.writing_to(folder):
                     options.save(config, folder / "config.json")
@@ -190,6 +189,15 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     trained.seconds["start-up"] += before
     console.print(ctde.report.result(trained, folder))
     return trained
+
+
+def _check_trunk(chosen: options.Run, folder: Path) -> None:
+    """Raises InputError if the checkpoint to branch from is in the run that `--resume never` moves."""
+    if chosen.branch_from is None or chosen.resume == "auto":
+        return
+    if chosen.branch_from.resolve().is_relative_to(folder.resolve() / ctde.run_folder.CHECKPOINTS):
+        rule = f"must be a checkpoint outside {folder}, whose run --resume never moves"
+        raise InputError("branch_from", f"{rule}, got {chosen.branch_from}; name another --run-dir.")
 
 
 def _show(plan: "Table") -> None:

@@ -137,6 +137,8 @@ def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run,
     said = capsys.readouterr().out
     assert "this run was complete at step 30; --resume never or another --run-dir trains it from the start" in said
     assert "complete at step 30 before; nothing was trained" in " ".join(said.split())
+    assert train.main([*command, "--resume", "never", "--branch-from", "run/checkpoints/step-00000030"]) == 2
+    assert "--branch-from must be a checkpoint outside run, whose run --resume never moves" in capsys.readouterr().err
     assert train.main([*command, "--learning-rate", "0.01", "--resume", "never"]) == 0
     assert ctde.load_run("run").config.optimization.learning_rate == 0.01
     assert ctde.load_run("run/previous-1").config.optimization.learning_rate == 0.008

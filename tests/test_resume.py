@@ -269,9 +269,10 @@ def test_every_tensor_of_another_optimizer_is_listed(small, tmp_path):
 
 
 def test_without_resume_a_run_starts_anew_and_the_earlier_ones_stay(small, tmp_path, capsys):
-    runs = [fit(small, tmp_path, resume=False, seed=seed, show=True) for seed in range(3)]
+    (tmp_path / "previous-1").mkdir()
+    runs = [fit(small, tmp_path, resume=False, seed=seed, show=True) for seed in range(2)]
     assert f"previous   the run that {tmp_path} held is now in {tmp_path / 'previous-2'}" in capsys.readouterr().out
-    for seed, folder in enumerate([tmp_path / "previous-1", tmp_path / "previous-2", tmp_path]):
+    for seed, folder in enumerate([tmp_path / "previous-2", tmp_path]):
         assert {"metrics.jsonl", "curves.png", "checkpoints"} <= {path.name for path in folder.iterdir()}
         assert fit(small, folder, seed=seed).history == runs[seed].history
 
@@ -296,12 +297,20 @@ def test_move_that_was_interrupted_is_completed_by_the_next_call(small, tmp_path
     assert {path.name for path in (tmp_path / "previous-1").iterdir()} == {"metrics.jsonl", "curves.png", "checkpoints"}
 
 
-def test_branch_from_the_run_that_would_be_moved_is_refused(small, tmp_path):
+def test_call_that_fails_before_its_first_step_moves_nothing(small, tmp_path):
+    whole = fit(small, tmp_path)
+    wrong = optax.GradientTransformation(optax.adam(0.1).init, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(small, tmp_path, resume=False, optimizer=wrong)
+    assert fit(small, tmp_path).history == whole.history
+    assert not (tmp_path / "previous-1").exists()
+
+
+def test_branch_may_start_from_the_run_that_is_moved(small, tmp_path):
     fit(small, tmp_path)
-    trunk = checkpoint.newest(tmp_path / "checkpoints")
-    with pytest.raises(ctde.InputError, match="branch_from must be a checkpoint outside the folder of the new run"):
-        fit(small, tmp_path, resume=False, branch_from=trunk, steps=50)
-    assert trunk.is_dir()
+    branch = fit(small, tmp_path, resume=False, branch_from=checkpoint.newest(tmp_path / "checkpoints"), steps=44)
+    assert [row["step"] for row in branch.history if row["split"] == "train"] == [44]
+    assert checkpoint.steps(tmp_path / "previous-1" / "checkpoints")[0] == 40
 
 
 def test_branch_goes_on_from_a_checkpoint_with_other_options(small, tmp_path, capsys):
