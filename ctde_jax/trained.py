@@ -52,10 +52,10 @@ class Trained:
         """The row of the history with the test averages of these parameters."""
         return next(row for row in self.history if row["split"] == "test" and row["step"] == self.step)
 
-    def predict(self, inputs: np.ndarray) -> np.ndarray:
-        """Runs the model alone on one device: `[examples, ...]` to its outputs, float32."""
+    def predict(self, inputs: np.ndarray) -> PyTree:
+        """Runs the model alone on one device: `[examples, ...]` to its outputs, numpy arrays as in `Model.apply`."""
         outputs, _ = jax.jit(self.model.apply)(self.params, self.model_state, np.asarray(inputs), None)
-        return np.asarray(outputs)
+        return jax.tree.map(np.asarray, outputs)
 
     def evaluate(self, split: Split) -> Averages:
         """Averages loss and metrics over all examples of a split, on all devices of the training."""
