@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from ctde_jax.data.arrays import targets_or_classes
 from ctde_jax.errors import InputError, check_at_least, check_known, check_seed
 from ctde_jax.gradient import SHARDS
 from ctde_jax.models import Model, with_raw_inputs
+from ctde_jax.models.user_code import describe
 from ctde_jax.replica import AXIS, PyTree
 from ctde_jax.tasks import Task
 
@@ -65,8 +67,13 @@ def check_run(
     params, model_state = jax.eval_shape(model.init, key, inputs)
     state.check(params, strategy, replicas)
     _check_optimizer(optimizer, strategy, params, replicas, ema_decay is not None, on_nonfinite == "rollback")
-    outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
-    _check_outputs(outputs, data, task)
+    for examples in (1, 2):
+        few, labels = (_like(array, examples) for array in (inputs, data.train.labels))
+        outputs, _ = jax.eval_shape(model.apply, params, model_state, few, None)
+        _check_outputs(outputs, examples, data, task)
+        jax.eval_shape(model.apply, params, model_state, few, key)
+        measured = jax.eval_shape(task.measure, outputs, labels)
+        jax.eval_shape(task.minimized, outputs, labels, measured)
     if reestimate_batches and not jax.tree.leaves(model_state):
         raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
     if augment is not None:
@@ -126,7 +133,6 @@ def check_exact(replicas: int, batch_size: int, accumulate: int) -> None:
 
 
 _MADE_BY = {
-    "model": (Model, "models.mlp(...), models.from_nnx(YourModule) or models.from_linen(YourModule())"),
     "data": (Dataset, "data.digits() or data.from_arrays(...)"),
     "optimizer": (optax.GradientTransformation, "optax, such as optax.adam(0.001)"),
     "strategy": (Strategy, "Strategy(...)"),
@@ -135,7 +141,7 @@ _MADE_BY = {
 
 
 def check_types(**arguments: object) -> None:
-    """Raises InputError for an argument that is not what its name says, such as a module in place of a model."""
+    """Raises InputError for an argument that has the wrong type."""
     for name, value in arguments.items():
         kind, maker = _MADE_BY[name]
         is_like_multi_steps = name == "optimizer" and not isinstance(value, type) and _has_init_and_update(value)
@@ -148,20 +154,37 @@ def _has_init_and_update(value: object) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("init", "update"))
 
 
-def _check_outputs(outputs: PyTree, data: Dataset, task: Task) -> None:
-    """Raises InputError for a model that does not give the outputs for one example that the task predicts."""
+def _like(array: Any, examples: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((examples, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) -> None:
+    """Raises InputError if the outputs for so many examples are not what the task predicts."""
+    got, count = describe(outputs), "one example" if examples == 1 else f"{examples} examples"
+    if not any(leaf.shape[:1] == (examples,) for leaf in jax.tree.leaves(outputs)):
+        raise InputError(
+            "model",
+            f"must return outputs for each example, [examples, ...], got {got} for {count}; batches have "
+            "any size, so keep the first axis, as x.reshape(len(x), -1) does.",
+        )
     if task.predicts == "anything":
         return
+    if not hasattr(outputs, "shape"):
+        raise InputError(
+            "model",
+            f"must return one array for a task that predicts {task.predicts}, got {got}; return the logits alone, or "
+            "pass task=Task(lambda outputs, labels: ...).",
+        )
     classes = len(data.vocabulary or data.classes)
     if task.predicts == "tokens":
         places, tokens = data.train.labels.shape[1:], classes or outputs.shape[-1]
-        wanted, says = (1, *places, tokens), f"[examples, length, {tokens}], one for each token"
+        wanted, says = (examples, *places, tokens), f"[examples, length, {tokens}], one for each token"
     elif classes:
-        wanted, says = (1, classes), f"[examples, {classes}], one for each class"
+        wanted, says = (examples, classes), f"[examples, {classes}], one for each class"
     else:
         raise InputError(
             "task",
             f"must be a loss of your own for labels that are no classes; {targets_or_classes(data.train.labels)}.",
         )
     if outputs.shape != wanted:
-        raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for one example.")
+        raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for {count}.")

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 
 from ctde_jax.errors import InputError, check_at_least
 from ctde_jax.models import Model
+from ctde_jax.models.user_code import describe
 from ctde_jax.replica import PyTree
 
 
@@ -54,9 +55,9 @@ def generate(
     text = jnp.concatenate([prompt.astype(jnp.int32), jnp.zeros(steps, jnp.int32)])
     seen = len(text) if window is None else min(window, len(text))
     logits, _ = jax.eval_shape(model.apply, params, model_state, text[None, :seen], None)
-    if len(logits.shape) != 3:
+    if not hasattr(logits, "shape") or len(logits.shape) != 3:
         raise InputError(
-            "model", f"must give logits at every place, [examples, length, vocabulary], got the shape {logits.shape}."
+            "model", f"must give logits at every place, [examples, length, vocabulary], got {describe(logits)}."
         )
     strange = prompt[(prompt < 0) | (prompt >= logits.shape[2])]
     if strange.size:

@@ -3,6 +3,15 @@
 Where a model draws random numbers, a batch is cut into *shards*, and they are drawn for each shard from (seed, step,
 shard): so the number of devices changes no dropout mask. The shards of a replica are computed at once, or in groups one
 after another.
+
+The rule, for a plain loop that has to draw the same numbers: shard `s` has the examples `batch[s::SHARDS]` of the
+global batch, and the model's key
+
+    train_key = jax.random.split(jax.random.key(seed))[1]
+    step_key = jax.random.split(jax.random.fold_in(train_key, step))[1]
+    shard_key = jax.random.fold_in(jax.random.split(step_key)[1], shard)
+
+`from_nnx` and `from_linen` state how a module's random streams follow from it.
 """
 
 from collections.abc import Callable

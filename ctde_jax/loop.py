@@ -26,7 +26,7 @@ from ctde_jax.gradient import make_gradient
 from ctde_jax.identity import Identity, parts_of
 from ctde_jax.log import console, open_log
 from ctde_jax.meter import Clock, Meter, Position
-from ctde_jax.models import Model, count_params, with_raw_inputs
+from ctde_jax.models import Model, as_model, count_params, with_raw_inputs
 from ctde_jax.optimizers import shrunk
 from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
@@ -69,7 +69,7 @@ def _rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
 
 @_rolling_back
 def fit(
-    model: Model,
+    model: Model | Callable[..., Any],
     data: Dataset,
     optimizer: optax.GradientTransformation | optax.MultiSteps,
     strategy: Strategy = Strategy(),
@@ -108,7 +108,10 @@ def fit(
     that nothing has ended. It may go on with other devices, and another number of them.
 
     Args:
-        model: Such as `models.mlp`, or a module of the user's own through `models.from_nnx` or `models.from_linen`.
+        model: A model such as `models.mlp(...)`, or any nnx or linen module: `Net`, `Net(64)`,
+            `functools.partial(Net, 64)` or `lambda rngs: Net(64, rngs=rngs)`. An nnx module that is already built
+            starts from its weights, whatever the seed, and is not changed. See `models.from_nnx` and
+            `models.from_linen`, which also take arguments of modes whose meaning cannot be known.
         data: Training and test examples.
         optimizer: Any optax transformation. Its `update` is also passed `grad`, and as `value` and `loss` the mean
             objective of the batch (in local steps, of the replica's part of it). Optimizers that train at one point
@@ -168,7 +171,8 @@ def fit(
         Preempted: SIGTERM has ended the training, which is saved. Without a `run_dir` it ends the process.
     """
     clock = Clock()
-    check_types(model=model, data=data, optimizer=optimizer, strategy=strategy)
+    model = as_model(model)
+    check_types(data=data, optimizer=optimizer, strategy=strategy)
     check_devices(devices)
     check_whole(batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, accumulate=accumulate)
     check_whole(eval_every=eval_every, log_every=log_every, save_every=save_every, patience=patience)

@@ -13,6 +13,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.errors import InputError
+from ctde_jax.models.user_code import reported
 from ctde_jax.replica import PyTree
 
 PerExample = Callable[[PyTree, jax.Array], jax.Array]
@@ -129,7 +130,8 @@ def _mean_over_places(values: jax.Array) -> jax.Array:
 
 
 def _per_example(name: str, function: PerExample, outputs: PyTree, labels: jax.Array) -> jax.Array:
-    values = function(outputs, labels)
+    with reported("task", f"your {name}", outputs=outputs, labels=labels):
+        values = function(outputs, labels)
     if jnp.shape(values) != labels.shape[:1]:
         raise InputError(
             "task",

@@ -108,5 +108,5 @@ def test_wrong_wish_is_refused_in_a_sentence(options, sentence, key):
 def test_classifier_is_refused_in_a_sentence(key):
     model = models.mlp([3, 11])
     params, model_state = model.init(key, jnp.zeros((1, 3)))
-    with pytest.raises(InputError, match=r"model must give logits at every place, .* got the shape"):
+    with pytest.raises(InputError, match=r"model must give logits at every place, .* got float32"):
         generate(model, params, model_state, [1, 2], 1, key)

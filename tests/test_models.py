@@ -117,8 +117,8 @@ def test_bfloat16_computes_coarsely_and_keeps_parameters_fine(key):
     [
         (lambda: models.mlp([4, 3], "tahn"), "activation must be one of .* got 'tahn'; did you mean 'tanh'"),
         (lambda: models.mlp([64]), r"widths must name at least those of the input and the output, got \[64\]"),
-        (lambda: models.from_nnx(Nnx(nnx.Rngs(0))), "make must be a function that builds the module, got a built Nnx"),
-        (lambda: models.from_linen(Linen), "module must be a linen module such as"),
+        (lambda: models.from_nnx(3), "module must be an nnx module, or a function that builds one, got 3"),
+        (lambda: models.from_linen(Nnx), "module must be a linen module such as"),
         (lambda: models.mlp([4, 0, 3]), "widths must be at least 1, got 0"),
     ],
 )

@@ -5,6 +5,7 @@ from ctde_jax.models.batch_statistics import BatchStatistics
 from ctde_jax.models.cnn import CNN, cnn
 from ctde_jax.models.linen_modules import from_linen
 from ctde_jax.models.mlp import MLP, mlp
+from ctde_jax.models.modules import as_model
 from ctde_jax.models.nnx_modules import from_nnx
 from ctde_jax.models.resnet import ResNet, resnet
 from ctde_jax.models.rnn import RNNClassifier, RNNLanguageModel, rnn_classifier, rnn_language_model
@@ -19,6 +20,7 @@ __all__ = [
     "RNNLanguageModel",
     "ResNet",
     "Transformer",
+    "as_model",
     "cnn",
     "count_params",
     "from_linen",

@@ -5,8 +5,10 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
+from ctde_jax.errors import InputError
 from ctde_jax.replica import PyTree
 
 KeyPath = tuple[Hashable, ...]
@@ -38,8 +40,10 @@ class Model(NamedTuple):
     Most models read only its shape; a start that looks at the data reads all of it.
     """
 
-    apply: Callable[[PyTree, PyTree, jax.Array, jax.Array | None], tuple[jax.Array, PyTree]]
-    """`apply(params, model_state, inputs, key) -> (outputs, model_state)`, outputs in float32.
+    apply: Callable[[PyTree, PyTree, jax.Array, jax.Array | None], tuple[PyTree, PyTree]]
+    """`apply(params, model_state, inputs, key) -> (outputs, model_state)`.
+
+    Outputs are an array or a pytree of arrays: floats in float32, other types as they are.
 
     With a key the model is in training: dropout draws from the key, batch statistics are gathered. With None it
     infers: the same inputs always give the same outputs, and the state stays as it is.
@@ -89,7 +93,7 @@ def in_bfloat16(model: Model) -> Model:
 
     def apply(params, model_state, inputs, key):
         outputs, model_state = model.apply(_cast(params), model_state, _cast(inputs), key)
-        return outputs.astype(jnp.float32), model_state
+        return as_outputs(outputs), model_state
 
     layers, stream = model.layers, model.stream
 
@@ -104,6 +108,30 @@ def in_bfloat16(model: Model) -> Model:
             )
         ),
     )
+
+
+def as_outputs(outputs: PyTree) -> PyTree:
+    """Makes what a network returns a pytree of arrays: floats in float32, other types as they are.
+
+    Raises:
+        InputError: It returns nothing, or something other than arrays.
+    """
+    for leaf in jax.tree.leaves(outputs):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            kind = type(leaf).__name__
+            raise InputError(
+                "model",
+                f"must return an array, or containers of arrays, and it returns {kind}; a dataclass must be registered "
+                "as a pytree, as flax.struct.dataclass does.",
+            )
+    if not jax.tree.leaves(outputs):
+        raise InputError("model", f"must return an array, and it returns {outputs!r:.40}; does __call__ end in return?")
+    return jax.tree.map(_as_output, outputs)
+
+
+def _as_output(leaf: jax.typing.ArrayLike) -> jax.Array:
+    array = jnp.asarray(leaf)
+    return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
 def count_params(params: PyTree) -> int:

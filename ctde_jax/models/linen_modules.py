@@ -1,59 +1,119 @@
 """Any linen module as a model."""
 
 from collections import OrderedDict
-from inspect import signature
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import isclass, signature
+from typing import Any, NamedTuple
+from zlib import crc32
 
+import jax
 from flax import linen
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 
 from ctde_jax.errors import InputError
-from ctde_jax.models.base import Model
+from ctde_jax.models.base import Model, as_outputs
 from ctde_jax.models.batch_statistics import BatchStatistics, axes
+from ctde_jax.models.modes import MODES, RANDOM, Effect, Modes, effect_of, find_modes
+from ctde_jax.models.user_code import reported
+from ctde_jax.replica import PyTree
 
 
-def from_linen(module: linen.Module, batch_statistics: BatchStatistics = "averaged") -> Model:
+class _Call(NamedTuple):
+    """How a module is called."""
+
+    modes: Modes
+    streams: Mapping[bool, tuple[str, ...]]
+    """The random streams that it asks for, in training and in inference."""
+
+    writes_in_inference: bool
+
+
+def from_linen(
+    module: linen.Module | Callable[..., linen.Module],
+    batch_statistics: BatchStatistics = "averaged",
+    *,
+    train: Mapping[str, Any] = {},
+    infer: Mapping[str, Any] = {},
+) -> Model:
     """Makes a model of a linen module.
 
-    Whether it trains is passed as the argument that its `__call__` has for it: `train`, `training`, `is_training`,
-    `deterministic` or `use_running_average`. Its random stream is `dropout`.
+    Whether it trains is passed as the argument that its `__call__`, or its fields, have for it; see `modes.find_modes`.
+    In training, the stream `dropout` has the key that `Model.apply` is given, and any other stream that the module asks
+    for has `jax.random.fold_in(key, zlib.crc32(name.encode()))`. In inference, other streams than `dropout` have keys
+    made of `jax.random.key(0)` in the same way.
+
+    All collections but `params` are state. Parameters that are no floating-point numbers are constants, and part of
+    the state, too. What the module sows or perturbs is dropped: a loss that needs it takes it from the outputs.
+    Partitioning metadata is removed.
 
     Args:
-        module: Such as `MyNet(64)`.
+        module: A module such as `MyNet(64)`, a class without required fields, or a function that returns a module.
         batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` of its own keeps that.
+        train: Keyword arguments of `__call__` in training, for those whose meaning cannot be known.
+        infer: The same in inference.
 
     Raises:
-        InputError: It is given a class.
+        InputError: It is no unbound linen module, or the meaning of an argument cannot be known. Later, from the
+            functions of the model: the module raised an exception, or its state depends on the number of examples.
     """
-    if not isinstance(module, linen.Module):
-        raise InputError("module", f"must be a linen module such as MyNet(64), got {module!r:.60}.")
-    arguments = signature(module.__call__).parameters
+    network = _built(module)
+    calls: dict[Any, _Call] = {}
 
-    def mode(train: bool) -> dict[str, Any]:
-        says = {"train": train, "training": train, "is_training": train}
-        says |= {"deterministic": not train, "use_running_average": not train}
-        return {name: value for name, value in says.items() if name in arguments}
+    def init_as(module, arguments, key, inputs, streams=()):
+        rngs = {name: _stream_key(key, name) for name in streams} | {"params": key, "dropout": key}
+        with linen.intercept_methods(_sow_nothing), reported("model", "your module", inputs=inputs):
+            return unfreeze(linen.meta.unbox(module.init(rngs, inputs, **{**arguments, **_random(module, key)})))
+
+    def variables_of(call, key, inputs):
+        """Returns the variables that exist in inference, and those that exist in training alone."""
+        streams = call.streams[True]
+        everything = init_as(_in_mode(network, False), call.modes.infer, key, inputs, streams)
+        if _in_mode(network, True) is not network or call.modes.train:
+            in_training = init_as(_in_mode(network, True), call.modes.train, key, inputs, streams)
+            everything = unflatten_dict({**flatten_dict(in_training), **flatten_dict(everything)})
+        return everything
+
+    def find_call(inputs) -> _Call:
+        place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
+        if place not in calls:
+            calls[place] = _examine(network, jax.ShapeDtypeStruct(jnp.shape(inputs), place[1]), Modes(train, infer))
+            _check_state(init, *place)
+        return calls[place]
 
     def init(key, inputs):
-        model_state = dict(module.init({"params": key, "dropout": key}, inputs, **mode(train=False)))
-        params = model_state.pop("params", {})
-        return params, model_state
+        return _split(variables_of(find_call(inputs), key, inputs))
 
     def share_statistics(call, args, kwargs, context):
         if isinstance(context.module, linen.BatchNorm) and context.module.axis_name is None:
             object.__setattr__(context.module, "axis_name", axes(batch_statistics))
         return call(*args, **kwargs)
 
+    def call_with(module, variables, inputs, key, arguments, streams, mutable):
+        rngs = {name: _stream_key(key, name) for name in streams}
+        arguments = {**arguments, **_random(module, key)}
+        with linen.intercept_methods(_sow_nothing), reported("model", "your module", inputs=inputs):
+            outputs = module.apply(variables, inputs, **arguments, rngs=rngs, mutable=mutable)
+            outputs, after = (outputs, {}) if mutable is False else outputs
+            return as_outputs(outputs), after
+
     def apply(params, model_state, inputs, key):
-        variables = {"params": params, **model_state}
+        call, variables = find_call(inputs), _merged(params, model_state)
+        collections = [name for name in model_state if name != "params"]
         if key is None:
-            outputs = module.apply(variables, inputs, **mode(train=False))
+            arguments, streams, fixed_key = call.modes.infer, call.streams[False], jax.random.key(0)
+            # Batch statistics that are written in inference mean that a layer's mode is wrong: flax raises.
+            mutable = [name for name in collections if name != "batch_stats"] if call.writes_in_inference else False
+            inferring = _in_mode(network, False)
+            outputs, _ = call_with(inferring, variables, inputs, fixed_key, arguments, streams, mutable)
         else:
+            arguments, streams, training = call.modes.train, call.streams[True], _in_mode(network, True)
             with linen.intercept_methods(share_statistics):
-                outputs, model_state = module.apply(
-                    variables, inputs, **mode(train=True), rngs={"dropout": key}, mutable=list(model_state)
-                )
-        return jnp.asarray(outputs, jnp.float32), model_state
+                outputs, after = call_with(training, variables, inputs, key, arguments, streams, collections)
+            model_state = _like(model_state, {**model_state, **unfreeze(linen.meta.unbox(after))})
+        return outputs, model_state
 
     def layers(params, model_state, inputs):
         heard = OrderedDict()
@@ -66,7 +126,164 @@ def from_linen(module: linen.Module, batch_statistics: BatchStatistics = "averag
             return outputs
 
         with linen.intercept_methods(listen):
-            module.apply({"params": params, **model_state}, inputs, **mode(train=False))
+            apply(params, model_state, inputs, None)
         return heard
 
     return Model(init, apply, layers)
+
+
+def _built(module: Any) -> linen.Module:
+    """Builds the module of a class or function; raises InputError if that is not possible."""
+    if not isinstance(module, linen.Module):
+        is_ours = not isclass(module) or issubclass(module, linen.Module)
+        if not callable(module) or not is_ours:
+            raise InputError("module", f"must be a linen module such as MyNet(64), got {module!r:.60}.")
+        name = getattr(module, "__name__", type(module).__name__)
+        parameters = signature(module).parameters.values()
+        required = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if required:
+            raise InputError("module", f"must be built, and {name} needs {', '.join(required)}: pass {name}(...).")
+        with reported("module", f"{name}()"):
+            module = module()
+    if not isinstance(module, linen.Module):
+        raise InputError("module", f"must be a linen module such as MyNet(64), got {module!r:.60}.")
+    if module.scope is not None:
+        raise InputError("module", f"must not be bound to variables; pass {type(module).__name__}(...) as built.")
+    if not callable(getattr(module, "__call__", None)):  # noqa: B004 - a module without __call__ is not callable
+        raise InputError("module", f"must have a method __call__, and {type(module).__name__} has none.")
+    return module
+
+
+def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) -> _Call:
+    """Finds the modes and random streams of a module by tracing it."""
+    asked: set[str] = set()
+    key = jax.eval_shape(jax.random.key, 0)
+
+    def note_streams(call, args, kwargs, context):
+        module = context.module
+        for name in ("make_rng", "has_rng"):
+
+            def ask(stream: str = "params", method=getattr(type(module), name).__get__(module)) -> Any:
+                asked.add(stream)
+                return method(stream)
+
+            object.__setattr__(module, name, ask)
+        return call(*args, **kwargs)
+
+    def trace(training: bool, arguments: Mapping[str, Any], writes: bool) -> Effect | None:
+        module = _in_mode(network, training)
+
+        def start(key: jax.Array, inputs: jax.Array) -> PyTree:
+            rngs = {"params": key, "dropout": key} | dict.fromkeys(asked, key)
+            return linen.meta.unbox(module.init(rngs, inputs, **{**arguments, **_random(module, key)}))
+
+        def run(key: jax.Array, state: PyTree, inputs: jax.Array, params: PyTree) -> tuple[PyTree, PyTree]:
+            rngs = {name: _stream_key(key, name) for name in {*asked, *(["dropout"] if training else [])}}
+            mutable = list(state) if writes else False
+            arguments_and_key = {**arguments, **_random(module, key)}
+            outputs = module.apply({**state, **params}, inputs, **arguments_and_key, rngs=rngs, mutable=mutable)
+            return outputs if writes else (outputs, {})
+
+        with linen.intercept_methods(_sow_nothing), linen.intercept_methods(note_streams):
+            try:
+                state = dict(jax.eval_shape(start, key, inputs))
+            except Exception:
+                return None
+            params = {"params": state.pop("params", {})}
+            while True:  # a stream whose name is not known yet raises, unless it can be taken from `params`
+                before = len(asked)
+                found = effect_of(run, state, inputs, params)
+                if found is not None or len(asked) == before:
+                    return found
+
+    fixed = tuple(name for name in MODES if isinstance(getattr(network, name, None), bool))
+    effect = partial(trace, True, writes=True)
+    modes = find_modes(network.__call__, type(network).__name__, effect, given, fixed)
+    asked.clear()
+    effect(modes.train)
+    in_training = tuple(sorted(asked - {"params"} | {"dropout"})) + (("params",) if "params" in asked else ())
+    asked.clear()
+    reads_only = trace(False, modes.infer, writes=False) is not None
+    in_inference = tuple(sorted(asked - {"dropout"}))
+    return _Call(modes, {True: in_training, False: in_inference}, not reads_only)
+
+
+def _check_state(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> None:
+    """Raises InputError if the state depends on the number of examples, as a cache does."""
+    key = jax.eval_shape(jax.random.key, 0)
+
+    def leaves(examples: int) -> dict[Any, Any]:
+        inputs = jax.ShapeDtypeStruct((examples, *shape), dtype)
+        # A new function, as JAX refuses to trace `init` while it is traced for the same shapes.
+        return dict(flatten_dict(jax.eval_shape(lambda key, inputs: init(key, inputs)[1], key, inputs)))
+
+    one, two = leaves(1), leaves(2)
+    for path, leaf in one.items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            where = "/".join(map(str, path))
+            raise InputError("model", f"must keep no random keys, as {where} is: use self.make_rng('dropout').")
+        if path not in two or leaf.shape != two[path].shape:
+            raise InputError(
+                "model",
+                "must keep no state whose shape depends on the number of examples, as "
+                f"{'/'.join(map(str, path))} does; turn off its cache (decode=False), or return it as an output.",
+            )
+
+
+def _sow_nothing(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Lets a module sow and perturb without effect, so that its state has the same structure after every step."""
+    object.__setattr__(context.module, "sow", lambda *args, **kwargs: False)
+    object.__setattr__(context.module, "perturb", lambda name, value, collection="perturbations": value)
+    return call(*args, **kwargs)
+
+
+def _in_mode(module: linen.Module, training: bool) -> linen.Module:
+    """Sets the fields of a module that say whether it trains; returns the module itself if it has none."""
+    fields: dict[str, Any] = {
+        name: value == training
+        for name, value in MODES.items()
+        if name in module.__dataclass_fields__ and isinstance(getattr(module, name, None), bool)
+    }
+    return module.clone(**fields) if fields else module
+
+
+def _random(module: linen.Module, key: jax.Array) -> dict[str, Any]:
+    """Returns the key for an argument of `__call__` that takes one."""
+    names = [name for name in signature(module.__call__).parameters if name in RANDOM]
+    return {name: _stream_key(key, name) for name in names}
+
+
+def _stream_key(key: jax.Array, name: str) -> jax.Array:
+    return key if name == "dropout" else jax.random.fold_in(key, crc32(name.encode()))
+
+
+def _split(variables: PyTree) -> tuple[PyTree, PyTree]:
+    """Splits variables into parameters that are differentiated, and everything else."""
+    model_state = dict(variables)
+    params = flatten_dict(model_state.pop("params", {}), keep_empty_nodes=True)
+    constants = {path: leaf for path, leaf in params.items() if _is_constant(leaf)}
+    if constants:
+        model_state["params"] = unflatten_dict(constants)
+    return unflatten_dict({path: leaf for path, leaf in params.items() if path not in constants}), model_state
+
+
+def _merged(params: PyTree, model_state: PyTree) -> PyTree:
+    if "params" not in model_state:
+        return {"params": params, **model_state}
+    constants = flatten_dict(model_state["params"])
+    return {**model_state, "params": unflatten_dict({**flatten_dict(params), **constants})}
+
+
+def _is_constant(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _like(before: PyTree, after: PyTree) -> PyTree:
+    """Gives the state after a step the types it had before; raises InputError for state that is new."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        new = sorted("/".join(map(str, path)) for path in {*flatten_dict(after)} - {*flatten_dict(before)})
+        what = f"{', '.join(new)} appears" if new else "its structure changes"
+        raise InputError("model", f"must make all of its state in init, and {what} only in a training step.")
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, before)

@@ -1,77 +1,395 @@
 """Any nnx module as a model."""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import Parameter, isclass, signature
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from flax import nnx
 from jax import numpy as jnp
+from jax.core import Tracer
 
 from ctde_jax.errors import InputError
-from ctde_jax.models.base import KeyPath, Model, Stream
+from ctde_jax.models.base import KeyPath, Model, Stream, as_outputs
 from ctde_jax.models.batch_statistics import BatchStatistics, axes
+from ctde_jax.models.modes import MODES, RANDOM, Modes, effect_of, find_modes, without_addresses
+from ctde_jax.models.user_code import reported
+from ctde_jax.replica import PyTree
 
 
-def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStatistics = "averaged") -> Model:
+class _Abstract(NamedTuple):
+    """A module without its arrays."""
+
+    graph: Any
+    random_state: nnx.State
+    """Shapes and types."""
+
+    kind: type
+    call: Callable[..., Any]
+    """Its `__call__`, of which only the signature is read."""
+
+    start: Callable[[int], PyTree] | None
+    """Its method `start`, if it reads a sequence place by place."""
+
+
+def from_nnx(
+    module: Callable[..., nnx.Module] | nnx.Module,
+    batch_statistics: BatchStatistics = "averaged",
+    *,
+    train: Mapping[str, Any] = {},
+    infer: Mapping[str, Any] = {},
+) -> Model:
     """Makes a model of a function that builds an nnx module, such as `lambda rngs: MyNet(64, rngs=rngs)`.
+
+    `nnx.Param` variables of floating-point numbers are parameters. Any other array is state: other variables, integer
+    parameters, and arrays that are plain attributes. Whether the module trains is set by its methods `train` and
+    `eval`, by its Boolean attributes of a known name, and by the argument that its `__call__` has for it; see
+    `modes.find_modes`. What it sows is dropped: a loss that needs it takes it from the outputs.
+
+    At every call of `Model.apply` the random streams of the module start again: the i-th of the n arrays of
+    `nnx.state(module, nnx.RngState)`, in the order of `jax.tree.leaves`, becomes
+    `jax.random.split(jax.random.split(key, n)[i], shape)` if it holds keys of this shape, and 0 if it is a
+    count. A `__call__` that takes `rngs` is given `nnx.Rngs(key)`. In inference the key is `jax.random.key(0)`.
 
     A module that has the methods `start(examples) -> carry` and `step(carry, inputs) -> (outputs, carry)` also reads a
     sequence place by place.
 
     Args:
-        make: Is given the random streams that the module's parts draw from.
+        module: A class or function that builds the module from random streams, `nnx.Rngs`. A module that is already
+            built starts from its weights, whatever the seed; the module itself is not changed.
         batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` of its own keeps that.
+        train: Keyword arguments of `__call__` in training, for those whose meaning cannot be known.
+        infer: The same in inference.
 
     Raises:
-        InputError: It is given a module that is already built.
+        InputError: It cannot be built from random streams alone. Later, from the functions of the model: the module
+            raised an exception, or writes to what cannot change in training.
     """
-    if isinstance(make, nnx.Module):
-        raise InputError("make", f"must be a function that builds the module, got a built {type(make).__name__}.")
+    make = _maker(module)
 
-    def split(module: nnx.Module):
-        return nnx.split(module, nnx.Param, nnx.RngState, ...)
+    def split_made(key):
+        with reported("model", "the constructor of your module"):
+            return _split(make(key))
 
-    abstract: Any = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    graph, _, random_state, _ = split(abstract)
+    abstract = _abstract(split_made, module)
+    calls: dict[Any, Modes] = {}
 
-    def merge(params, model_state, key) -> Any:
-        streams = _reseed(random_state, jax.random.key(0) if key is None else key)
-        module = nnx.merge(graph, params, streams, model_state)
-        module.eval() if key is None else module.train()
-        return module
+    def merge(params, model_state, key, training: bool) -> Any:
+        streams = _reseed(abstract.random_state, key)
+        merged = nnx.merge(abstract.graph, params, streams, model_state)
+        _set_mode(merged, training)
+        return merged
+
+    def find_call(inputs) -> Modes:
+        place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
+        if place not in calls:
+
+            def effect(arguments):
+                def run(key, model_state, inputs, params):
+                    merged = merge(params, model_state, key, True)
+                    outputs = merged(inputs, **arguments, **_random(abstract.call, key))
+                    return outputs, _state_after(merged, model_state)
+
+                key = jax.eval_shape(jax.random.key, 0)
+                like = jax.ShapeDtypeStruct(jnp.shape(inputs), place[1])
+                params, model_state = jax.eval_shape(init, key, like)
+                return effect_of(run, model_state, like, params)
+
+            calls[place] = find_modes(abstract.call, abstract.kind.__name__, effect, Modes(train, infer))
+        return calls[place]
+
+    def check_writes(module, attributes, raw_params, params, model_state, inputs, arguments):
+        """Raises InputError if a call in training has changed what stays the same from step to step."""
+        changed = _changed(attributes, _attributes(module))
+        is_written = any(one is not other for one, other in zip(raw_params, _raw_params(module), strict=True))
+        if not changed and not is_written:
+            return
+        key = jax.eval_shape(jax.random.key, 0)
+        like = jax.eval_shape(lambda *arrays: arrays, params, model_state, inputs)
+        later = []
+
+        def run(attributes, params, model_state, inputs, key):
+            merged = merge(params, model_state, key, True)
+            _set_attributes(merged, attributes)
+            outputs = merged(inputs, **arguments, **_random(abstract.call, key))
+            later.append(_changed(attributes, _attributes(merged)))
+            return outputs, _pure(nnx.state(merged, _is_trained))
+
+        def program(attributes):
+            traced = jax.make_jaxpr(partial(run, attributes))(*like, key)
+            return without_addresses(str(traced))
+
+        if changed and (program({}) != program(changed) or later[-1]):
+            names = ", ".join(sorted(".".join(map(str, (*path, name))) for path, name in changed))
+            raise InputError(
+                "model",
+                f"must not change {names} in __call__, as Python attributes do not follow compiled steps; make it an "
+                "nnx.Variable that holds an array.",
+            )
+        if not is_written:
+            return
+        with jax.ensure_compile_time_eval():  # some transformations copy parameters, so values decide
+            ramps, *rest = jax.tree.map(_ramp, like)
+            _, written = jax.jit(partial(run, {}))(ramps, *rest, jax.random.key(0))
+            is_same = jax.tree.map(lambda one, other: bool(jnp.array_equal(one, other)), ramps, written)
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, same in _leaves(is_same) if not same]
+        if names:
+            raise InputError(
+                "model",
+                f"must not write to its parameters in __call__, as it does to {names[0]} (nnx.SpectralNorm and "
+                "nnx.WeightNorm do); compute what is written from the parameter instead, or use flax.linen's layer.",
+            )
 
     def init(key, inputs):
-        _, params, _, model_state = split(make(nnx.Rngs(key)))
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
+        _, params, _, model_state = split_made(key)
+        return _pure(params), _pure(model_state)
 
     def apply(params, model_state, inputs, key):
-        module = merge(params, model_state, key)
+        arguments, training = find_call(inputs), key is not None
+        key = jax.random.key(0) if key is None else key
+        module = merge(params, model_state, key, training)
         for _, layer in nnx.iter_modules(module):
             if isinstance(layer, nnx.BatchNorm):
                 layer.axis_name = layer.axis_name or axes(batch_statistics)  # pyright: ignore[reportAttributeAccessIssue]
-        outputs = module(inputs)
-        _, _, model_state = nnx.state(module, nnx.Param, nnx.RngState, ...)
-        return jnp.asarray(outputs, jnp.float32), nnx.to_pure_dict(model_state)
+        before = _attributes(module), _raw_params(module)
+        arguments = arguments.train if training else arguments.infer
+        with reported("model", "your module", inputs=inputs):
+            outputs = as_outputs(module(inputs, **arguments, **_random(abstract.call, key)))
+        if training:
+            check_writes(module, *before, params, model_state, inputs, arguments)
+            model_state = _state_after(module, model_state)
+        return outputs, model_state
 
     def layers(params, model_state, inputs):
-        module = merge(params, model_state, None)
+        key = jax.random.key(0)
+        module = merge(params, model_state, key, False)
         heard = _listen(module)
-        module(inputs)
+        module(inputs, **find_call(inputs).infer, **_random(abstract.call, key))
         return heard
 
     def step(params, model_state, carry, inputs):
-        outputs, carry = merge(params, model_state, None).step(carry, inputs)
+        module = merge(params, model_state, jax.random.key(0), False)
+        outputs, carry = module.step(carry, inputs)
         return jnp.asarray(outputs, jnp.float32), optax.tree.cast(carry, jnp.float32)
 
-    if not (hasattr(abstract, "start") and hasattr(abstract, "step")):
-        return Model(init, apply, layers)
-    return Model(init, apply, layers, Stream(abstract.start, step))
+    return Model(init, apply, layers, abstract.start and Stream(abstract.start, step))
+
+
+def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
+    """Returns the function from a key to the module; raises InputError if it needs more than random streams."""
+    if isinstance(module, nnx.Module):
+        built = nnx.clone(module)
+        nnx.pop(built, nnx.Intermediate)
+        return lambda key: built
+    if not callable(module):
+        raise InputError("module", f"must be an nnx module, or a function that builds one, got {module!r:.60}.")
+    name = getattr(module, "__name__", type(module).__name__)
+    parameters = _parameters(module)
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names, streams = [parameter.name for parameter in required], next(iter(required), None)
+    takes_rngs = any(parameter.name == "rngs" for parameter in parameters)
+    if len([other for other in names if other != "rngs"]) > (0 if takes_rngs else 1):
+        arguments = ", ".join(f"{other}=..." for other in names if other != "rngs")
+        raise InputError(
+            "module",
+            f"must be built from rngs alone, and {name} needs {', '.join(names)}: pass functools.partial({name}, "
+            f"{arguments}), or lambda rngs: {name}(..., rngs=rngs).",
+        )
+
+    def make(key: jax.Array) -> nnx.Module:
+        rngs = nnx.Rngs(key)
+        if takes_rngs:
+            made = module(rngs=rngs)
+        elif streams is None:
+            made = module()
+        elif streams.name in RANDOM and streams.name != "rngs" and "Rngs" not in str(streams.annotation):
+            made = module(**{streams.name: rngs.params()})
+        elif streams.kind == streams.KEYWORD_ONLY:
+            made = module(**{streams.name: rngs})
+        else:
+            made = module(rngs)
+        if not isinstance(made, nnx.Module):
+            raise InputError("module", f"must build an nnx module, and {name} returns {type(made).__name__}.")
+        return made
+
+    return make
+
+
+def _parameters(function: Callable[..., Any]) -> list[Parameter]:
+    """Returns the parameters of a function or class, of which nnx hides those of the constructor."""
+    if isinstance(function, partial) and isclass(function.func):
+        function = partial(function.func.__init__, None, *function.args, **function.keywords)
+        return list(signature(function).parameters.values())
+    if isclass(function):
+        return list(signature(function.__init__).parameters.values())[1:]
+    return list(signature(function).parameters.values())
+
+
+def _abstract(split_made: Callable[[jax.Array], Any], module: Any) -> _Abstract:
+    """Builds the module without computing its arrays."""
+    if isinstance(module, nnx.Module):
+        graph, params, random_state, model_state = split_made(jax.random.key(0))
+    else:
+        graphs = []
+
+        def states_of(key):
+            graph, *states = split_made(key)
+            graphs.append(graph)
+            return states
+
+        params, random_state, model_state = jax.eval_shape(states_of, jax.eval_shape(jax.random.key, 0))
+        (graph,) = graphs
+    merged: Any = nnx.merge(graph, params, random_state, model_state)
+    kind: Any = type(merged)
+    if not callable(merged):
+        raise InputError("module", f"must have a method __call__, and {kind.__name__} has none.")
+    start = getattr(merged, "start", None)
+    is_stream = callable(getattr(kind, "start", None)) and callable(getattr(kind, "step", None))
+    return _Abstract(graph, random_state, kind, merged.__call__, start if is_stream else None)
+
+
+def _is_trained(path: Any, value: Any) -> bool:
+    return isinstance(value, nnx.Param) and _is_a(value, jnp.inexact)
+
+
+def _is_random(path: Any, value: Any) -> bool:
+    return isinstance(value, nnx.RngState) or _is_a(value, jax.dtypes.prng_key)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    value = value.get_value() if isinstance(value, nnx.Variable) else value
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(value)]
+    return bool(dtypes) and all(jnp.issubdtype(dtype, kind) for dtype in dtypes)
+
+
+def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
+    """Splits a module into its graph, its parameters, its random streams and its state."""
+    for _, node in nnx.iter_graph(module):
+        for name, value in vars(node).items() if isinstance(node, nnx.Pytree) else ():
+            if isinstance(value, Tracer) and not node._pytree__nodes.get(name, True):
+                setattr(node, name, nnx.data(value))  # flax takes an array for static where it is traced
+            elif _hides_tracer(value):
+                raise InputError(
+                    "module",
+                    f"must keep arrays where flax sees them, and the constructor of {type(node).__name__} keeps one "
+                    f"inside {name}; make it an attribute or an nnx.Variable, or build the module first and pass that.",
+                )
+    graph, *states = nnx.split(module, _is_trained, _is_random, ...)
+    params, random_state, model_state = states
+    return graph, params, random_state, model_state
+
+
+def _hides_tracer(value: Any, depth: int = 3) -> bool:
+    """Whether a function, a container or an object contains an array of the trace that builds the module."""
+    if isinstance(value, Tracer):
+        return True
+    if depth == 0 or isinstance(value, (nnx.Pytree, nnx.Variable, type)):
+        return False
+    parts: list[Any] = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    if isinstance(value, partial):
+        parts += [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, (tuple, list)):
+        parts += value
+    parts += (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
+    return any(_hides_tracer(part, depth - 1) for part in parts)
+
+
+def _pure(state: nnx.State) -> dict[Any, Any]:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), nnx.to_pure_dict(state))
+
+
+def _set_mode(module: nnx.Module, training: bool) -> None:
+    """Sets the attributes of a module and its parts that say whether it trains."""
+    module.train() if training else module.eval()
+    for _, part in nnx.iter_modules(module):
+        for name in MODES.keys() & vars(part).keys():
+            if isinstance(getattr(part, name), bool):
+                setattr(part, name, MODES[name] == training)
+
+
+def _random(call: Callable[..., Any], key: jax.Array) -> dict[str, Any]:
+    """Returns the random streams, or the key, for an argument of `__call__` that takes them."""
+    given = {}
+    for name, parameter in signature(call).parameters.items():
+        if name == "rngs" or (name in RANDOM and "Rngs" in str(parameter.annotation)):
+            given[name] = nnx.Rngs(key)
+        elif name in RANDOM:
+            given[name] = key
+    return given
+
+
+def _state_after(module: nnx.Module, before: PyTree) -> PyTree:
+    """Returns the state after a step, with the structure and types that it had before.
+
+    Raises:
+        InputError: The step has made new state, other than what it sows.
+    """
+    *_, after = nnx.state(module, _is_trained, _is_random, nnx.Intermediate, ...)
+    after = nnx.to_pure_dict(after)
+
+    def pick(after: Any, before: Any, path: str) -> Any:
+        if not isinstance(before, dict):
+            return jnp.asarray(after, before.dtype)
+        for name in after.keys() - before.keys():
+            if not isinstance(after[name], tuple):  # which `sow` makes
+                raise InputError(
+                    "model",
+                    f"must make its variables in the constructor, and {path}{name} is made in __call__; for what is "
+                    "only reported, use a subclass of nnx.Intermediate.",
+                )
+        return {name: pick(after[name], before[name], f"{path}{name}/") for name in before}
+
+    return pick(after, before, "")
+
+
+def _attributes(module: nnx.Module) -> dict[tuple[KeyPath, str], Any]:
+    """Returns the attributes that are not arrays, variables or modules, by the path of their owner and their name."""
+    return {
+        (path, name): value
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Pytree)
+        for name, value in vars(node).items()
+        if not name.startswith("_pytree_") and not node._pytree__nodes.get(name, False)
+    }
+
+
+def _set_attributes(module: nnx.Module, attributes: Mapping[tuple[KeyPath, str], Any]) -> None:
+    for path, node in list(nnx.iter_graph(module)):
+        for (owner, name), value in attributes.items():
+            if owner == path:
+                is_array = isinstance(value, jax.Array)
+                setattr(node, name, jnp.zeros(value.shape, value.dtype) if is_array else value)
+
+
+def _changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Returns the attributes that differ from those before."""
+
+    def is_same(one: Any, other: Any) -> bool:
+        if isinstance(one, jax.Array) and isinstance(other, jax.Array):
+            return (one.shape, one.dtype) == (other.shape, other.dtype)
+        return one is other or (type(one) is type(other) and not isinstance(one, jax.Array) and bool(one == other))
+
+    missing = object()
+    return {place: value for place, value in after.items() if not is_same(before.get(place, missing), value)}
+
+
+def _raw_params(module: nnx.Module) -> list[Any]:
+    return [variable.get_raw_value() for _, variable in nnx.to_flat_state(nnx.state(module, _is_trained))]
+
+
+def _ramp(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.linspace(0.5, 1.5, like.size).reshape(like.shape).astype(like.dtype)
+
+
+def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
-    """Makes the layers of a module write down what they say; returns the dictionary into which they write."""
+    """Makes the layers of a module write down what they return; returns the dictionary into which they write."""
     heard = OrderedDict()
 
     def listening(kind: Any, path: KeyPath) -> Any:
