@@ -10,6 +10,7 @@ import numpy as np
 
 from ctde_jax.bundle import perceptron, tensors
 from ctde_jax.bundle.card import CARD, WEIGHTS, Bundle
+from ctde_jax.bundle.conform import conform
 from ctde_jax.errors import InputError, check_known, shortened
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -36,20 +37,18 @@ class Runtime(NamedTuple):
 
 
 def load(bundle: Bundle, runtime: str) -> Predict:
-    """Makes the function that a runtime computes; it holds inputs against the card.
+    """Returns the function that an artifact computes. It checks its inputs against the card, as `conform` does.
 
     Raises:
         InputError: The bundle has no such artifact, the runtime is not installed, or it refuses the file.
     """
-    run = _load(bundle, runtime, bundle.card.artifacts[_known(bundle, runtime)].file)
-    shape, dtype = bundle.card.input_shape, bundle.card.input_dtype
-    like = [bundle.card.output_shape]
+    run, card = _load(bundle, runtime, bundle.card.artifacts[_known(bundle, runtime)].file), bundle.card
 
     def predict(inputs: np.ndarray) -> np.ndarray:
-        if inputs.shape[1:] != shape or inputs.dtype != dtype:
-            rule = f"must be {dtype}, examples of the shape {list(shape)}"
-            raise InputError("input", f"{rule}, got {inputs.dtype} of the shape {list(inputs.shape[1:])}.")
-        (outputs,) = _checked(bundle, run, like, inputs)
+        inputs = conform(inputs, card.input_shape, card.input_dtype, card.highest, len(card.vocabulary))
+        if not len(inputs):  # which not every runtime accepts
+            return np.zeros((0, *card.output_shape), np.float32)
+        (outputs,) = _checked(bundle, run, [card.output_shape], inputs)
         return outputs
 
     return predict

@@ -20,6 +20,7 @@ from ctde_jax.bundle.card import CARD, EXAMPLES, FORMAT, SUMS, WEIGHTS, File, su
 from ctde_jax.bundle.parity import BATCH_SIZES, PARITY, is_exact
 from ctde_jax.bundle.runtimes import Predict
 from ctde_jax.data import Dataset, Split
+from ctde_jax.data.disk import pieces
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import int8, receipt
 from ctde_jax.export.litert import to_litert
@@ -249,14 +250,13 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
     one = np.asarray(data.test.inputs[:1])
     outputs, _ = jax.eval_shape(trained.model.apply, trained.params, trained.model_state, one, None)
     stream = trained.model.stream
-    is_picture = one.dtype == np.uint8 and not data.scale.ndim
     return {
         "format": FORMAT,
         "predicts": trained.task.predicts,
         "input": {
             "shape": list(one.shape[1:]),
             "dtype": str(one.dtype),
-            "highest": round(1 / float(data.scale)) if is_picture else 255,
+            "highest": _highest(data),
         },
         "output": {"shape": list(outputs.shape[1:])},
         "carry": [] if stream is None else [list(leaf.shape[1:]) for leaf in jax.tree.leaves(stream.start(1))],
@@ -267,6 +267,18 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
         "training": {"step": trained.step, **options},
         "versions": {**_versions(), "python": platform.python_version()},
     }
+
+
+def _highest(data: Dataset) -> int:
+    """Returns the value of uint8 inputs that reaches the model as 1, or 255 if other values are larger."""
+    if data.test.inputs.dtype != np.uint8 or data.scale.ndim or data.shift.any():
+        return 255
+    highest = round(1 / float(data.scale)) if data.scale else 255
+    splits = [split for split in (data.train, data.validation, data.test) if split]
+    is_largest = 0 < highest < 255 and all(
+        np.asarray(piece).max() <= highest for split in splits for _, piece in pieces(split.inputs)
+    )
+    return highest if is_largest else 255
 
 
 def _versions() -> dict[str, str]:
