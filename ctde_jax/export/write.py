@@ -25,7 +25,7 @@ from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import int8, receipt
 from ctde_jax.export.litert import to_litert
 from ctde_jax.export.onnx import to_onnx
-from ctde_jax.export.program import LeftOut, Program, make_program
+from ctde_jax.export.program import LeftOut, Program, leaving_out, make_program
 from ctde_jax.export.stablehlo import to_stablehlo
 from ctde_jax.export.weights import find_layers, gather, to_safetensors
 from ctde_jax.log import console
@@ -84,8 +84,8 @@ def write_bundle(
         show: Whether to show progress.
 
     Raises:
-        InputError: A format is not known, a number is out of range, the model leaves in none of the formats, or the
-            folder is something else or cannot be written to.
+        InputError: A format is not known, a number is out of range, the model does not return one array of float32 or
+            leaves in none of the formats, or the folder is something else or cannot be written to.
     """
     for name in formats:
         check_known("formats", name, FORMATS)
@@ -125,6 +125,7 @@ def _write(
     options: Mapping[str, Any],
     show: bool,
 ) -> dict[str, str]:
+    _check_outputs(trained, data)
     few = np.asarray(data.test.inputs[:64])
     weights, reference = gather(trained, data), receipt.make_reference(trained)
     layers = find_layers(trained, weights, few)
@@ -155,6 +156,19 @@ def _write(
     return left_out
 
 
+def _check_outputs(trained: Trained, data: Dataset) -> None:
+    """Refuses a model that does not return one array of float32, with an axis of examples first."""
+    two = np.asarray(data.test.inputs[:1]).repeat(2, axis=0)
+    outputs, _ = jax.eval_shape(trained.model.apply, trained.params, trained.model_state, two, None)
+    leaves = jax.tree.leaves(outputs)
+    if [*leaves] != [outputs]:
+        rule = f"must return one array to be exported, got a {type(outputs).__name__} of {len(leaves)} arrays"
+        raise InputError("trained", f"{rule}; wrap its model in one whose `apply` returns the array that nodes need.")
+    if outputs.dtype != np.float32 or outputs.shape[:1] != (2,):
+        got = f"{outputs.dtype} {list(outputs.shape)} for 2 examples"
+        raise InputError("trained", f"must return float32 [examples, ...] to be exported, got {got}.")
+
+
 def _check_any(forms: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
     if not forms:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -165,9 +179,12 @@ def _make_forms(
     trained: Trained, data: Dataset, formats: Sequence[Format], weights: bytes, is_perceptron: bool
 ) -> tuple[dict[str, _Form], dict[str, str]]:
     """Writes the model in each form that it has."""
-    whole, step = _programs(trained, data)
     says = {"classes": data.classes, "vocabulary": data.vocabulary}
-    carried = [] if step is None else [f"carry_{place}" for place in range(len(step.like) - 1)]
+
+    @cache
+    def programs() -> tuple[Program, Program | None]:
+        with leaving_out("jax.export"):
+            return _programs(trained, data)
 
     def numpy() -> _Form:
         if not is_perceptron:
@@ -175,6 +192,7 @@ def _make_forms(
         return _Form(WEIGHTS, weights)
 
     def in_jax() -> _Form:
+        whole, step = programs()
         return _Form(
             "model.stablehlo",
             to_stablehlo(whole),
@@ -183,9 +201,11 @@ def _make_forms(
 
     @cache
     def whole_in_onnx() -> bytes:
-        return to_onnx(whole, ["inputs"], ["outputs"], says)
+        return to_onnx(programs()[0], ["inputs"], ["outputs"], says)
 
     def onnx() -> _Form:
+        step = programs()[1]
+        carried = [] if step is None else [f"carry_{place}" for place in range(len(step.like) - 1)]
         names = [name.replace("carry", "next") for name in carried]
         return _Form(
             "model.onnx",
@@ -204,7 +224,7 @@ def _make_forms(
         "numpy": numpy,
         "jax": in_jax,
         "onnx": onnx,
-        "litert": lambda: _Form("model.tflite", to_litert(whole)),
+        "litert": lambda: _Form("model.tflite", to_litert(programs()[0])),
         "onnx-int8": onnx_int8,
         "onnx-int8-static": onnx_int8_static,
     }
