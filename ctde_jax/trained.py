@@ -118,17 +118,16 @@ class Trained:
         Raises:
             InputError: The inputs have another type, shape or range than those of the training.
         """
-        array = _converted("inputs", inputs, self.accepts.inputs)
+        array = _conforming("inputs", inputs, self.accepts.inputs)
         center, apply = jax.device_put((self.params, self.model_state)), jax.jit(self.model.apply)
 
         def compute(piece: np.ndarray, places: int) -> PyTree:
-            self.accepts.inputs.check("inputs", piece)
+            piece = self.accepts.inputs.conform("inputs", piece)
             filled = np.concatenate([piece, np.repeat(piece[-1:], places - len(piece), axis=0)])
             outputs, _ = apply(*center, filled, None)
             return jax.tree.map(lambda output: np.asarray(output)[: len(piece)], outputs)
 
         if not len(array):
-            self.accepts.inputs.check("inputs", np.asarray(array))
             one = np.zeros((1, *array.shape[1:]), array.dtype)
             outputs, _ = jax.eval_shape(self.model.apply, *center, one, None)
             return jax.tree.map(lambda output: np.zeros((0, *output.shape[1:]), output.dtype), outputs)
@@ -147,11 +146,8 @@ class Trained:
         if not isinstance(split, Split):
             rule = "must be a Split, such as data.test or data.Split(inputs, labels)"
             raise InputError("split", f"{rule}, got {type(split).__name__} {split!r:.60}.")
-        inputs = _converted("inputs", split.inputs, self.accepts.inputs)
-        labels = _converted("labels", split.labels, self.accepts.labels)
-        for option, array, accepted in zip(("inputs", "labels"), (inputs, labels), self.accepts, strict=True):
-            for _, piece in pieces(array) if accepted.largest is not None else [(0, array[:1])]:
-                accepted.check(option, np.asarray(piece))
+        inputs = _conforming("inputs", split.inputs, self.accepts.inputs)
+        labels = _conforming("labels", split.labels, self.accepts.labels)
         params, model_state = replica.replicate((self.params, self.model_state), self.devices)
         checked = Split(inputs, labels)
         return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(params, model_state)
@@ -164,18 +160,11 @@ class Trained:
         )
 
 
-def _converted(option: str, given: ArrayLike | DiskArray, accepted: Accepted) -> np.ndarray | DiskArray:
-    """Converts numbers to the accepted type if they are of the same kind and none changes, and lists of any numbers."""
-    array, wanted = plain(option, given), np.dtype(accepted.dtype)
-    if isinstance(array, DiskArray):
-        return array.astype(wanted) if array.dtype.kind == wanted.kind == "f" else array
-    if array.shape == (0,) and accepted.shape:
-        return np.zeros((0, *(length or 1 for length in accepted.shape)), wanted)  # an empty list has no shape
-    if wanted.kind == "f":
-        is_number = array.dtype.kind == "f" or (array.dtype.kind in "iu" and not hasattr(given, "dtype"))
-        with np.errstate(over="ignore"):
-            return array.astype(wanted) if is_number else array
-    bounds = np.iinfo(wanted)
-    is_integer = array.dtype.kind in "biu" and array.dtype != np.uint8  # which are pixels
-    fits = is_integer and bounds.min <= array.min(initial=0) and array.max(initial=0) <= bounds.max
-    return array.astype(wanted) if fits else array
+def _conforming(option: str, given: ArrayLike | DiskArray, accepted: Accepted) -> np.ndarray | DiskArray:
+    """Returns values as `Accepted.conform` does; those on disk stay there, and have any float type."""
+    if not isinstance(given, DiskArray):
+        return accepted.conform(option, plain(option, given))
+    for _, piece in pieces(given) if accepted.largest is not None else [(0, given[:1])]:
+        accepted.conform(option, np.asarray(piece))
+    wanted = np.dtype(accepted.dtype)
+    return given.astype(wanted) if given.dtype.kind == wanted.kind == "f" else given

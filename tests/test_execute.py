@@ -277,7 +277,7 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
         (["--input", "x.npy", "x.npz"], "--input must be one file, or several .png files"),
         (["--input", "x.jpg"], "--input must be a .npy, .npz, .csv or .png file, got '.jpg'"),
         (["--input", "missing.npy"], "--input must be a file, and there is none at missing.npy"),
-        (["--input", "floats.npy"], "which holds numbers that are no uint8"),
+        (["--input", "floats.npy"], "whose inputs must be integers, as the model was trained on uint8"),
         (["--input", "large.npy"], "which has the shape [2, 9, 8]: give examples of the shape [8, 8]"),
         (["--input", "none.npy"], "which holds no example"),
         (["--input", "words.npy"], "which holds <U3"),

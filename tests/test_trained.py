@@ -85,7 +85,7 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
         with pytest.raises(InputError) as theirs:
             of_the_bundle(inputs)
         assert ours.value.sentence == theirs.value.sentence
-    with pytest.raises(InputError, match="inputs must lie from 0 to 16, as in training, got 0 to 240"):
+    with pytest.raises(InputError, match="inputs must be from 0 to 16, as in training, got numbers from 0 to 240"):
         pictured.predict(asked["other range"])
 
 
@@ -94,15 +94,15 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
     [
         (
             np.zeros((2, 4), np.uint8),
-            "examples of the shape [4], got uint8 of the shape [4]; scale and convert them",
+            "inputs must be floats, as the model was trained on float32, got uint8; bring them to the scale",
         ),
         (
             np.zeros((2, 4), np.int64),
-            "examples of the shape [4], got int64 of the shape [4]; scale and convert them",
+            "inputs must be floats, as the model was trained on float32, got int64; bring them to the scale",
         ),
-        (X[:, :2], "inputs must be float32, examples of the shape [4], got float32 of the shape [2]."),
-        (X[0], "inputs must be float32, examples of the shape [4], got float32 of the shape []."),
-        ([["a"] * 4], "inputs must be float32, examples of the shape [4], got <U1"),
+        (X[:, :2], "inputs must be examples of the shape [4], got the shape [60, 2]."),
+        (X[0], "inputs must be examples of the shape [4], got the shape [4]."),
+        ([["a"] * 4], "inputs must be floats, as the model was trained on float32, got <U1"),
     ],
 )
 def test_predict_refuses_another_type_or_shape_in_a_sentence(measured, inputs, sentence):
@@ -164,7 +164,7 @@ def test_text_model_refuses_tokens_beyond_its_vocabulary(tmp_path):
     (tmp_path / "t.txt").write_text("abcde" * 40)
     trained = fit(ctde.models.rnn_language_model(5, 8), ctde.data.from_text(tmp_path / "t.txt", 4), batch_size=4)
     assert trained.predict([[0, 4]]).shape == (1, 2, 5)
-    with pytest.raises(InputError, match=r"inputs must lie from 0 to 4, as in training, got 0 to 5"):
+    with pytest.raises(InputError, match=r"inputs must be from 0 to 4, as in training, got numbers from 0 to 5"):
         trained.predict([[0, 5]])
 
 
@@ -176,14 +176,14 @@ def test_text_model_refuses_tokens_beyond_its_vocabulary(tmp_path):
             "must be a Split, such as data.test or data.Split(inputs, labels), got Dataset",
         ),
         ((X, Y), "split must be a Split, such as data.test or data.Split(inputs, labels), got tuple"),
-        (Split(X, Y + 1), "labels must lie from 0 to 2, as in training, got 1 to 3."),
-        (Split(X, Y - 1), "labels must lie from 0 to 2, as in training, got -1 to 1."),
-        (Split(X, Y / 2), "labels must be int32, examples of the shape [], got float64"),
-        (Split(X, Y[:, None]), "labels must be int32, examples of the shape [], got int32 of the shape [1]."),
+        (Split(X, Y + 1), "labels must be from 0 to 2, as in training, got numbers from 1 to 3."),
+        (Split(X, Y - 1), "labels must be from 0 to 2, as in training, got numbers from -1 to 1."),
+        (Split(X, Y / 2), "labels must be integers, as the model was trained on int32, got float64"),
+        (Split(X, Y[:, None]), "labels must be examples of the shape [], got the shape [60, 1]."),
         (Split(X, Y[:5]), "split must have one label for each example, got 5 for 60."),
         (Split(X[:0], Y[:0]), "split must have one label for each example, got 0 for 0."),
-        (Split(X[:, :2], Y), "inputs must be float32, examples of the shape [4], got float32 of the shape [2]."),
-        (Split(np.zeros((60, 4), np.uint8), Y), "inputs must be float32, examples of the shape [4], got uint8"),
+        (Split(X[:, :2], Y), "inputs must be examples of the shape [4], got the shape [60, 2]."),
+        (Split(np.zeros((60, 4), np.uint8), Y), "inputs must be floats, as the model was trained on float32, got"),
     ],
 )
 def test_evaluate_refuses_what_would_be_measured_wrongly(measured, split, sentence):
@@ -203,7 +203,7 @@ def test_labels_of_a_task_of_ones_own_must_be_classes_too():
     """Its loss would clamp them."""
     task = ctde.Task(optax.softmax_cross_entropy_with_integer_labels)
     trained = fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, Y), task=task)
-    with pytest.raises(InputError, match="labels must lie from 0 to 2, as in training, got 7 to 7"):
+    with pytest.raises(InputError, match="labels must be from 0 to 2, as in training, got numbers from 7 to 7"):
         trained.evaluate(Split(X, np.full(60, 7)))
 
 

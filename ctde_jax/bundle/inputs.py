@@ -115,31 +115,20 @@ def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
 
 
 def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
-    """Brings an array to the card's shape and type, where no number changes by that."""
-    shape, dtype = card.input_shape, np.dtype(card.input_dtype)
+    """Returns the examples of an array, as `Accepted.conform` does; an array of the shape of one example is one."""
+    shape = card.input_shape
     if array.shape == shape:
         array = array[None]
     if array.shape[1:] != shape or not array.ndim:
         raise _faulty(path, f"has the shape {list(array.shape)}", f"give examples of the shape {list(shape)}")
     if array.dtype.kind not in "biuf":
-        raise _faulty(path, f"holds {array.dtype}", f"give numbers of the type {dtype}")
+        raise _faulty(path, f"holds {array.dtype}", f"give numbers of the type {card.input_dtype}")
     if not len(array):
         raise _faulty(path, "holds no example", "give at least one")
-    with np.errstate(all="ignore"):
-        converted = array.astype(dtype, copy=False)
-    if dtype.kind != "f" and not np.array_equal(converted, array):
-        raise _faulty(path, f"holds numbers that are no {dtype}", f"give whole numbers, as {dtype} has them")
-    if dtype.kind == "f" and not np.isfinite(converted).all():
-        raise _faulty(path, "holds NaN or infinity", "remove or fill in such examples")
-    return _checked_tokens(path, converted, card)
-
-
-def _checked_tokens(path: Path, inputs: np.ndarray, card: Card) -> np.ndarray:
-    """Tokens are places in the vocabulary; a runtime would take another one without a word."""
-    if card.vocabulary and not (inputs.min() >= 0 and inputs.max() < len(card.vocabulary)):
-        fault = f"holds tokens from {inputs.min()} to {inputs.max()}"
-        raise _faulty(path, fault, f"give them from 0 to {len(card.vocabulary) - 1}")
-    return inputs
+    try:
+        return card.accepted.conform("inputs", array)
+    except InputError as error:
+        raise InputError("input", f"names {path}, whose inputs {error.sentence}") from error
 
 
 def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> Examples:
@@ -175,6 +164,10 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
             if _number(cell) is None:
                 raise _faulty(path, f"has {quoted(cell)} in example {line - bool(header)}", "give a number")
     numbers = np.array([[_number(cell) for cell in cells] for cells in inputs]).reshape(-1, *card.input_shape)
+    if card.input_dtype != "float32":
+        if not (np.isfinite(numbers).all() and np.array_equal(numbers, np.rint(numbers))):
+            raise _faulty(path, f"holds numbers that are no {card.input_dtype}", "give whole numbers")
+        numbers = np.clip(numbers, -(2.0**62), 2.0**62).astype(np.int64)  # `_fitting` checks the range
     inputs = _fitting(path, numbers, card)
     if label is None or not labeled:
         return Examples(inputs, None)

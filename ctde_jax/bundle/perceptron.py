@@ -8,7 +8,8 @@ import numpy as np
 from ctde_jax.bundle.card import Activation, Layers
 
 SHIFT, SCALE = "inputs/shift", "inputs/scale"
-"""Where the weights have what brings raw inputs to the scale of the model: `(inputs - shift) * scale`."""
+"""Names in the weights of what brings raw inputs to the scale of the model: `(inputs - shift) * scale`, computed in
+the dtype of the scale, which is int32 for integer features."""
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
@@ -40,14 +41,15 @@ def make_predict(
     dense = [(weights[name], weights.get(_bias(name))) for name in layers.kernels]
     if any(np.broadcast_shapes(each.shape, (1, *input_shape)) != (1, *input_shape) for each in (shift, scale)):
         raise ValueError("inputs are of another shape than what is subtracted or multiplied")
-    width = prod(input_shape)
+    width = outputs = prod(input_shape)
     for kernel, bias in dense:
-        if kernel.ndim != 2 or len(kernel) != width or (bias is not None and bias.shape != kernel.shape[1:]):
+        if kernel.ndim != 2 or len(kernel) != outputs or (bias is not None and bias.shape != kernel.shape[1:]):
             raise ValueError("a layer does not go with the one before it")
-        width = kernel.shape[1]
+        outputs = kernel.shape[1]
 
     def predict(inputs: np.ndarray) -> np.ndarray:
-        x = ((inputs.astype(np.float32) - shift) * scale).reshape(len(inputs), -1)
+        scaled = (inputs.astype(scale.dtype) - shift) * scale
+        x = scaled.astype(np.float32, copy=False).reshape(len(inputs), width)
         for number, (kernel, bias) in enumerate(dense):
             x = (activate(x) if number else x) @ kernel
             x = x if bias is None else x + bias

@@ -7,6 +7,7 @@ package that this way of using it does not import: `pip install --no-deps litert
 import os
 from importlib import import_module
 from importlib.util import find_spec
+from unittest import mock
 
 import jax
 from jax import export
@@ -24,8 +25,9 @@ def to_litert(program: Program) -> bytes:
     """
     if find_spec("litert_converter") is None or find_spec("ai_edge_litert") is None:
         raise LeftOut(f"needs `{INSTALL}`")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of which it would print notes
-    litert = import_module("litert_converter.converter_api_ext")
+    quiet = {"TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "0")}  # else it prints notes on import
+    with mock.patch.dict(os.environ, quiet):
+        litert = import_module("litert_converter.converter_api_ext")
     ir = import_module("litert_converter.mlir.ir")
     passes = import_module("litert_converter.mlir.passmanager")
     stablehlo = import_module("litert_converter.mlir.dialects.stablehlo")

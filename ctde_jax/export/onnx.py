@@ -1,13 +1,13 @@
 """A program in ONNX, which runs on servers, phones and in browsers, with no JAX."""
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from ctde_jax.export.program import LeftOut, Program, leaving_out
+from ctde_jax.export.converter import convert
+from ctde_jax.export.lowering import RULES
+from ctde_jax.export.program import LeftOut, Program, leaving_out, with_rules
 
 OPSET = 23
 LARGEST = 2**31 - 1
@@ -28,20 +28,17 @@ def to_onnx(program: Program, inputs: Sequence[str], outputs: Sequence[str], say
     """
     if find_spec("jax2onnx") is None or find_spec("onnx") is None:
         raise LeftOut("needs `pip install 'ctde_jax[onnx]'`")
-    import jax2onnx
     from onnx.checker import check_model
     from onnx.helper import set_model_props
 
     with leaving_out("jax2onnx"):
-        with _quiet():
-            model = jax2onnx.to_onnx(
-                program.run,
-                program.like,
-                model_name="ctde_jax",
-                opset=OPSET,
-                input_names=inputs,
-                output_names=outputs,
-            )
+        model = convert(
+            with_rules(program, RULES),
+            model_name="ctde_jax",
+            opset=OPSET,
+            input_names=inputs,
+            output_names=outputs,
+        )
         _tidy(model.graph)
         set_model_props(model, {name: json.dumps(fact, ensure_ascii=False) for name, fact in says.items()})
         if model.ByteSize() > LARGEST:
@@ -98,15 +95,3 @@ def _within(graph: Any) -> Iterator[Any]:
             if attribute.HasField("g"):
                 yield attribute.g
                 yield from _within(attribute.g)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps back warnings about the shapes that `_tidy` takes out."""
-    logger = logging.getLogger("onnx_ir.serde")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

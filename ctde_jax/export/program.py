@@ -4,20 +4,23 @@ A model in inference has leftovers of training in it: random keys that nobody dr
 that could be numbers already. Runtimes other than JAX do not know all of that, and need none of it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import export
 from jax.core import Tracer
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from ctde_jax.errors import on_one_line, shortened
 from ctde_jax.replica import PyTree
 
 Arrays = Sequence[jax.Array]
+
+Rule = Callable[..., Any]
+"""From the operands and the parameters of a primitive to its result, or to a list of its results if it has several."""
 
 
 class LeftOut(Exception):
@@ -26,7 +29,7 @@ class LeftOut(Exception):
 
 @contextmanager
 def leaving_out(tool: str) -> Iterator[None]:
-    """Says in a sentence that a tool cannot write a form, in whatever way it stumbles.
+    """Turns any exception of a tool into one sentence, with the first line of its message.
 
     Raises:
         LeftOut: Instead of any other exception.
@@ -36,7 +39,8 @@ def leaving_out(tool: str) -> Iterator[None]:
     except LeftOut:
         raise
     except Exception as error:
-        raise LeftOut(f"{tool} cannot write it ({shortened(on_one_line(str(error)))})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LeftOut(f"{tool} cannot write it ({shortened(on_one_line(reason))})") from error
 
 
 class Program(NamedTuple):
@@ -61,7 +65,7 @@ def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) ->
     like = tuple(_with_symbol(each, scope) for each in one)
     try:
         traced = jax.make_jaxpr(function)(*like)
-    except (TypeError, ValueError):  # such as len(inputs), or reshape(len(inputs), -1)
+    except Exception:  # of a symbolic length: len(inputs) and reshape(len(inputs), -1) raise several types
 
         def of_one(*arrays: jax.Array) -> Arrays:
             return [result[0] for result in function(*(array[None] for array in arrays))]
@@ -72,12 +76,38 @@ def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) ->
     return Program(lambda *arrays: _evaluate(needed, folded.consts, arrays), like)
 
 
-_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
-"""What does nothing but call a program of its own, and by which name it has that."""
+def with_rules(program: Program, rules: Mapping[str, Rule]) -> Program:
+    """Returns a program in which every equation of a primitive in `rules` is replaced, in loops and branches as well.
+
+    Args:
+        program: Any program.
+        rules: By the primitive's name, the function that computes its results from its operands and its parameters.
+    """
+    traced = jax.make_jaxpr(program.run)(*program.like)
+
+    def run(*arrays: jax.Array) -> Arrays:
+        return _evaluate(traced.jaxpr, traced.consts, arrays, rules)
+
+    return program._replace(run=run)
 
 
-def _evaluate(program: Jaxpr, constants: Sequence[PyTree], arrays: Sequence[PyTree]) -> list[PyTree]:
-    """Goes through a program; what does not depend on traced arrays is computed at once."""
+_CALLS = {
+    "jit": "jaxpr",
+    "remat2": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+"""Primitives that only call a program, and the parameter that holds it."""
+
+_CONTROL = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
+"""Loops and branches, and the parameters that hold their programs."""
+
+
+def _evaluate(
+    program: Jaxpr, constants: Sequence[PyTree], arrays: Sequence[PyTree], rules: Mapping[str, Rule] = {}
+) -> list[PyTree]:
+    """Evaluates a program; what does not depend on traced arrays is computed at once."""
     known: dict[Var, PyTree] = dict(zip(program.constvars, constants, strict=True))
     known |= zip(program.invars, arrays, strict=True)
 
@@ -88,18 +118,37 @@ def _evaluate(program: Jaxpr, constants: Sequence[PyTree], arrays: Sequence[PyTr
         operands, name = [read(atom) for atom in equation.invars], equation.primitive.name
         if name in _CALLS:
             inner = equation.params[_CALLS[name]]
-            results = _evaluate(inner.jaxpr, inner.consts, operands)
+            inner, consts = (inner, ()) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
+            results = _evaluate(inner, consts, operands, rules)
         elif _is_known(equation, operands):
             with jax.ensure_compile_time_eval():
                 results = equation.primitive.bind(*operands, **equation.params)
+        elif name in rules:
+            results = rules[name](*operands, **equation.params)
         else:
-            results = equation.primitive.bind(*operands, **equation.params)
+            results = equation.primitive.bind(*operands, **_with_rules_inside(equation, rules))
         known |= zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True)
     return [read(atom) for atom in program.outvars]
 
 
+def _with_rules_inside(equation: JaxprEqn, rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Returns the parameters of an equation; rules are applied to the programs of loops and branches."""
+
+    def applied(inner: ClosedJaxpr) -> ClosedJaxpr:
+        like = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in inner.in_avals]
+        return jax.make_jaxpr(lambda *arrays: _evaluate(inner.jaxpr, inner.consts, arrays, rules))(*like)
+
+    params = dict(equation.params)
+    for name in _CONTROL.get(equation.primitive.name, ()) if rules else ():
+        inner = params[name]
+        params[name] = tuple(map(applied, inner)) if isinstance(inner, tuple) else applied(inner)
+    return params
+
+
 def _is_known(equation: JaxprEqn, operands: Sequence[PyTree]) -> bool:
-    """Says whether results depend neither on traced arrays nor on a symbol in a shape."""
+    """Returns whether results depend neither on traced arrays nor on a symbol, in a shape or as a number."""
+    if equation.primitive.name == "dim_as_value":
+        return False
     lengths = [length for result in equation.outvars for length in getattr(result.aval, "shape", ())]
     is_symbolic = not all(isinstance(length, int) for length in lengths)
     return not is_symbolic and not any(isinstance(operand, Tracer) for operand in operands)

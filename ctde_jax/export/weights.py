@@ -5,11 +5,13 @@ from math import prod
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from ctde_jax.bundle import perceptron
 from ctde_jax.bundle.card import Layers
 from ctde_jax.data import Dataset
+from ctde_jax.errors import InputError
 from ctde_jax.state import named
 from ctde_jax.trained import Trained
 
@@ -17,15 +19,31 @@ Weights = dict[str, np.ndarray]
 
 
 def gather(trained: Trained, data: Dataset) -> Weights:
-    """Names the parameters, the model's state, and what brings raw inputs to the model's scale."""
-    center = named({"params": trained.params, "model_state": trained.model_state})
+    """Names the parameters, the model's state, and what brings raw inputs to the model's scale.
+
+    Raises:
+        InputError: Two arrays have the same name, because a key contains a slash.
+    """
+    center = {"params": trained.params, "model_state": trained.model_state}
+    arrays = named(center)
+    if len(arrays) < len(jax.tree.leaves(center)):
+        raise InputError("trained", "must have a different name for each parameter; use keys without slashes.")
     scaling = {perceptron.SHIFT: data.shift, perceptron.SCALE: data.scale}
-    return {name: np.ascontiguousarray(array) for name, array in {**center, **scaling}.items()}
+    return {name: np.asarray(array, order="C") for name, array in {**arrays, **scaling}.items()}
 
 
 def to_safetensors(weights: Mapping[str, np.ndarray]) -> bytes:
-    """Writes arrays by name."""
-    return save(dict(weights))
+    """Writes arrays by name.
+
+    Raises:
+        InputError: The format does not have the dtype of an array.
+    """
+    try:
+        return save(dict(weights))
+    except SafetensorError as error:
+        dtypes = ", ".join(sorted({str(array.dtype) for array in weights.values()}))
+        rule = f"must have parameters and state of dtypes that the safetensors format has, got {dtypes}"
+        raise InputError("trained", f"{rule}; split complex arrays into real and imaginary parts.") from error
 
 
 def find_layers(trained: Trained, weights: Mapping[str, np.ndarray], inputs: np.ndarray) -> Layers | None:

@@ -20,11 +20,12 @@ from ctde_jax.bundle.card import CARD, EXAMPLES, FORMAT, SUMS, WEIGHTS, File, su
 from ctde_jax.bundle.parity import BATCH_SIZES, PARITY, is_exact
 from ctde_jax.bundle.runtimes import Predict
 from ctde_jax.data import Dataset, Split
+from ctde_jax.data.disk import pieces
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import int8, receipt
 from ctde_jax.export.litert import to_litert
 from ctde_jax.export.onnx import to_onnx
-from ctde_jax.export.program import LeftOut, Program, make_program
+from ctde_jax.export.program import LeftOut, Program, leaving_out, make_program
 from ctde_jax.export.stablehlo import to_stablehlo
 from ctde_jax.export.weights import find_layers, gather, to_safetensors
 from ctde_jax.log import console
@@ -84,7 +85,8 @@ def write_bundle(
 
     Raises:
         InputError: A format is not known, a number is out of range, the test averages are not those of the training,
-            the model leaves in none of the formats, or the folder is something else or cannot be written to.
+            the model does not return one array of float32 or leaves in none of the formats, or the folder is
+            something else or cannot be written to.
     """
     for name in formats:
         check_known("formats", name, FORMATS)
@@ -124,6 +126,7 @@ def _write(
     options: Mapping[str, Any],
     show: bool,
 ) -> dict[str, str]:
+    _check_outputs(trained, data)
     measured = trained.evaluate(data.test)
     receipt.check_same(trained, measured)
     few = np.asarray(data.test.inputs[:64])
@@ -157,6 +160,19 @@ def _write(
     return left_out
 
 
+def _check_outputs(trained: Trained, data: Dataset) -> None:
+    """Refuses a model that does not return one array of float32, with an axis of examples first."""
+    two = np.asarray(data.test.inputs[:1]).repeat(2, axis=0)
+    outputs, _ = jax.eval_shape(trained.model.apply, trained.params, trained.model_state, two, None)
+    leaves = jax.tree.leaves(outputs)
+    if [*leaves] != [outputs]:
+        rule = f"must return one array to be exported, got a {type(outputs).__name__} of {len(leaves)} arrays"
+        raise InputError("trained", f"{rule}; wrap its model in one whose `apply` returns the array that nodes need.")
+    if outputs.dtype != np.float32 or outputs.shape[:1] != (2,):
+        got = f"{outputs.dtype} {list(outputs.shape)} for 2 examples"
+        raise InputError("trained", f"must return float32 [examples, ...] to be exported, got {got}.")
+
+
 def _check_any(forms: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
     if not forms:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -167,9 +183,12 @@ def _make_forms(
     trained: Trained, data: Dataset, formats: Sequence[Format], weights: bytes, is_perceptron: bool
 ) -> tuple[dict[str, _Form], dict[str, str]]:
     """Writes the model in each form that it has."""
-    whole, step = _programs(trained, data)
     says = {"classes": data.classes, "vocabulary": data.vocabulary}
-    carried = [] if step is None else [f"carry_{place}" for place in range(len(step.like) - 1)]
+
+    @cache
+    def programs() -> tuple[Program, Program | None]:
+        with leaving_out("jax.export"):
+            return _programs(trained, data)
 
     def numpy() -> _Form:
         if not is_perceptron:
@@ -177,6 +196,7 @@ def _make_forms(
         return _Form(WEIGHTS, weights)
 
     def in_jax() -> _Form:
+        whole, step = programs()
         return _Form(
             "model.stablehlo",
             to_stablehlo(whole),
@@ -185,9 +205,11 @@ def _make_forms(
 
     @cache
     def whole_in_onnx() -> bytes:
-        return to_onnx(whole, ["inputs"], ["outputs"], says)
+        return to_onnx(programs()[0], ["inputs"], ["outputs"], says)
 
     def onnx() -> _Form:
+        step = programs()[1]
+        carried = [] if step is None else [f"carry_{place}" for place in range(len(step.like) - 1)]
         names = [name.replace("carry", "next") for name in carried]
         return _Form(
             "model.onnx",
@@ -206,7 +228,7 @@ def _make_forms(
         "numpy": numpy,
         "jax": in_jax,
         "onnx": onnx,
-        "litert": lambda: _Form("model.tflite", to_litert(whole)),
+        "litert": lambda: _Form("model.tflite", to_litert(programs()[0])),
         "onnx-int8": onnx_int8,
         "onnx-int8-static": onnx_int8_static,
     }
@@ -252,14 +274,13 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
     one = np.asarray(data.test.inputs[:1])
     outputs, _ = jax.eval_shape(trained.model.apply, trained.params, trained.model_state, one, None)
     stream = trained.model.stream
-    is_picture = one.dtype == np.uint8 and not data.scale.ndim
     return {
         "format": FORMAT,
         "predicts": trained.task.predicts,
         "input": {
             "shape": list(one.shape[1:]),
             "dtype": str(one.dtype),
-            "highest": round(1 / float(data.scale)) if is_picture else 255,
+            "highest": _highest(data),
         },
         "output": {"shape": list(outputs.shape[1:])},
         "carry": [] if stream is None else [list(leaf.shape[1:]) for leaf in jax.tree.leaves(stream.start(1))],
@@ -271,6 +292,18 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
         "training": {"step": trained.step, **options},
         "versions": {**_versions(), "python": platform.python_version()},
     }
+
+
+def _highest(data: Dataset) -> int:
+    """Returns the value of uint8 inputs that reaches the model as 1, or 255 if other values are larger."""
+    if data.test.inputs.dtype != np.uint8 or data.scale.ndim or data.shift.any():
+        return 255
+    highest = round(1 / float(data.scale)) if data.scale else 255
+    splits = [split for split in (data.train, data.validation, data.test) if split]
+    is_largest = 0 < highest < 255 and all(
+        np.asarray(piece).max() <= highest for split in splits for _, piece in pieces(split.inputs)
+    )
+    return highest if is_largest else 255
 
 
 def _versions() -> dict[str, str]:
