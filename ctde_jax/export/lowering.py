@@ -70,7 +70,6 @@ def _over_windows(
 
 def _pool_by_program(x: jax.Array, initial: jax.Array, *, jaxpr: Any, consts: Sequence[Any], **windows: Any):
     """Reduces windows by a reducer of the user's."""
-
     program = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))
 
     def combine(left: jax.Array, right: jax.Array) -> jax.Array:
