@@ -17,6 +17,7 @@ import ctde_jax as ctde
 from ctde_jax import bundle as node
 from ctde_jax.bundle.parity import relative_difference
 from ctde_jax.errors import InputError
+from ctde_jax.export import weights
 from ctde_jax.export.onnx import to_onnx
 from ctde_jax.export.program import make_program
 from ctde_jax.models.base import Model
@@ -273,3 +274,39 @@ def test_form_that_answers_wrongly_or_not_at_all_is_left_out_by_name(perceptron,
         show=False,
     )
     assert written.left_out == {"onnx": "jax2onnx cannot write it (svd currently supports rank-2 inputs only)"}
+
+
+def test_parameters_of_any_shape_and_dtype_leave_with_their_own(perceptron, tmp_path):
+    """Those of one number have no axes; integers, bfloat16 and complex numbers stay so."""
+    trained, data = perceptron
+    params = {
+        "gain": np.float32(2),
+        "table": np.arange(4, dtype=np.int32).reshape(2, 2).T,
+        "half": np.ones(3, jnp.bfloat16),
+        "phase": np.ones(2, np.complex64),
+        "odd name, with \u00fc": np.zeros(1, np.float32),
+    }
+
+    def apply(params, model_state, inputs, key):
+        weight = params["gain"] + params["half"].sum().astype(jnp.float32) + params["phase"].real.sum()
+        return (inputs * weight)[:, :3] + params["table"].sum(), model_state
+
+    other = replace(trained, params=params, model_state={}, model=Model(trained.model.init, apply))
+    written = ctde.write_bundle(other, data, tmp_path / "bundle", ["onnx", "jax"], show=False)
+    assert written.left_out == {}
+    stored = weights.gather(other, data)
+    for name, array in params.items():
+        assert (stored[f"params/{name}"].shape, stored[f"params/{name}"].dtype) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(stored[f"params/{name}"], array)
+
+
+def test_parameters_that_share_a_name_are_refused(perceptron, tmp_path):
+    trained, data = perceptron
+    one = np.ones(1, np.float32)
+    other = replace(trained, params={"a/b": one, "a": {"b": one}}, model=Model(trained.model.init, _three))
+    with pytest.raises(InputError, match="must have a different name for each parameter; use keys without slashes"):
+        ctde.write_bundle(other, data, tmp_path / "bundle", ["jax"], show=False)
+
+
+def _three(params, model_state, inputs, key):
+    return inputs[:, :3] * params["a/b"][None], model_state
