@@ -250,7 +250,6 @@ def _run(making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Seq
 
 
 def _copied(state: TrainState) -> TrainState:
-    shardings = jax.tree.map(
-        lambda x: x.sharding, state
-    )  # which a compiler does not pass on to an array without numbers
+    # A compiler drops the sharding of an array without numbers.
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)(state)
