@@ -61,9 +61,9 @@ def make_round(
     def averaged(state: TrainState) -> TrainState:
         if ema_decay is None:
             return state
-        # as a difference, which keeps the bits of a parameter that has not moved
-        rate = 1 - ema_decay
-        ema_params = jax.tree.map(lambda ema, x: ema + rate * (x - ema), state.ema_params, state.params)
+        share = 1 - ema_decay
+        # A difference keeps the bits of a parameter that has not moved.
+        ema_params = jax.tree.map(lambda ema, x: ema + share * (x - ema), state.ema_params, state.params)
         return state._replace(ema_params=ema_params)
 
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
