@@ -1,6 +1,7 @@
 """What `fit` refuses, in sentences, before anything is computed or written."""
 
 from functools import partial
+from inspect import signature
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Dataset
 from ctde_jax.errors import InputError, check_at_least, check_known, check_seed
-from ctde_jax.gradient import SHARDS
+from ctde_jax.gradient import SHARDS, check_exact_model
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.replica import PyTree
 from ctde_jax.tasks import Task
@@ -56,16 +57,33 @@ def check_run(
     if keep_best is not None:
         check_known("keep_best", keep_best, task.names)
 
-    model, inputs = with_raw_inputs(model, data.shift, data.scale), data.train.inputs[:1]
+    takes_mask, inputs = _takes_mask(model), data.train.inputs[:1]
+    model = with_raw_inputs(model, data.shift, data.scale)
     key = jax.eval_shape(jax.random.key, 0)
     params, model_state = jax.eval_shape(model.init, key, inputs)
     state.check(params, strategy, replicas)
+    if jax.tree.leaves(model_state) and not takes_mask:
+        raise InputError(
+            "model",
+            "has a state, so its apply must take a fifth argument, mask=None: bool[examples], False for examples that "
+            "only fill a short batch and must not count in the state; see models.Model.",
+        )
+    if strategy.is_exact:
+        check_exact_model(model, params, model_state, inputs)
     outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
     _check_outputs(outputs, data, task)
     if reestimate_batches and not jax.tree.leaves(model_state):
         raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
     if augment is not None:
         jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
+
+
+def _takes_mask(model: Model) -> bool:
+    try:
+        signature(model.apply).bind(*range(5))
+    except TypeError:
+        return False
+    return True
 
 
 def check_exact(replicas: int, batch_size: int, accumulate: int) -> None:

@@ -11,7 +11,7 @@ from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
 from ctde_jax.gradient import Gradient, Sums, compiled_apart
-from ctde_jax.replica import PyTree, weighted_mean
+from ctde_jax.replica import PyTree, agreed_state
 from ctde_jax.state import TrainState, axes
 
 _BLOCK_STEPS = 16
@@ -74,7 +74,7 @@ def make_round(
             is_first = lax.axis_index(replica.AXIS) == 0
             sums = jax.tree.map(lambda x: jnp.where(is_first, x, 0), sums)
         else:
-            model_state = weighted_mean(model_state, sums["examples"])
+            model_state = agreed_state(model_state, state.model_state, sums["examples"])
             state = step(state._replace(model_state=model_state, reduce_state=reduce_state), grads)
         return state, jax.tree.map(lambda x: x[None], sums)
 
@@ -82,7 +82,7 @@ def make_round(
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = gradient(params, model_state, split, indices, _keys(key, step)[1])
+            grads, model_state, sums = gradient(params, model_state, split, indices, _keys(key, step)[1], alone=True)
             updates, opt_state = optimizer.update(grads, opt_state, params, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
             return optax.tree.where(sums["examples"] > 0, moved, own), sums
@@ -100,7 +100,7 @@ def make_round(
 
         state = state._replace(
             params=optax.apply_updates(state.params, updates),
-            model_state=weighted_mean(model_state, examples),
+            model_state=agreed_state(model_state, state.model_state, examples),
             opt_state=opt_state,
             reduce_state=reduce_state,
             outer_state=outer_state,

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -11,10 +12,10 @@ from jax import numpy as jnp
 
 from ctde_jax.errors import InputError
 from ctde_jax.models.base import KeyPath, Model, Stream
-from ctde_jax.models.batch_statistics import BatchStatistics, axes
+from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute
 
 
-def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStatistics = "averaged") -> Model:
+def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStatistics = "synchronized") -> Model:
     """Makes a model of a function that builds an nnx module, such as `lambda rngs: MyNet(64, rngs=rngs)`.
 
     A module that has the methods `start(examples) -> carry` and `step(carry, inputs) -> (outputs, carry)` also reads a
@@ -46,11 +47,10 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStat
         _, params, _, model_state = split(make(nnx.Rngs(key)))
         return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
 
-    def apply(params, model_state, inputs, key):
+    def apply(params, model_state, inputs, key, mask=None):
         module = merge(params, model_state, key)
-        for _, layer in nnx.iter_modules(module):
-            if isinstance(layer, nnx.BatchNorm):
-                layer.axis_name = layer.axis_name or axes(batch_statistics)  # pyright: ignore[reportAttributeAccessIssue]
+        if key is not None:
+            _count(module, Counted(mask, batch_statistics))
         outputs = module(inputs)
         _, _, model_state = nnx.state(module, nnx.Param, nnx.RngState, ...)
         return jnp.asarray(outputs, jnp.float32), nnx.to_pure_dict(model_state)
@@ -68,6 +68,47 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], batch_statistics: BatchStat
     if not (hasattr(abstract, "start") and hasattr(abstract, "step")):
         return Model(init, apply, layers)
     return Model(init, apply, layers, Stream(abstract.start, step))
+
+
+class _CountedBatchNorm(nnx.BatchNorm):
+    """Takes its statistics over the examples that count; the base of every batch normalization in training."""
+
+    counted: Counted
+
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        mode = self.use_running_average if use_running_average is None else use_running_average
+        if mode is None or mode:  # in inference, or an error that flax reports
+            return super().__call__(x, use_running_average, mask=mask)
+        promote_dtype = self.promote_dtype
+
+        def with_statistics_of_batch(arrays, dtype):
+            x, _, _, scale, bias = promote_dtype(arrays, dtype=dtype)
+            running = Statistics(self.mean[...], self.var[...])
+            batch, updated = compute(self, x, running, self.counted, mask)
+            self.mean[...], self.var[...] = updated
+            return x, *batch, scale, bias
+
+        self.promote_dtype = with_statistics_of_batch
+        try:
+            return super().__call__(x, use_running_average=True)
+        finally:
+            self.promote_dtype = promote_dtype
+
+
+def _count(module: nnx.Module, counted: Counted) -> None:
+    """Gives batch normalization in training the statistics of the examples that count."""
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, nnx.BatchNorm):
+            layer.__class__ = _counted_kind(type(layer))
+            layer.counted = counted  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _counted_kind(kind: Any) -> type[nnx.BatchNorm]:
+    """Puts `_CountedBatchNorm` between a subclass and `nnx.BatchNorm`, so that what the subclass does stays."""
+    if kind is nnx.BatchNorm:
+        return _CountedBatchNorm
+    return type(kind)(kind.__name__, (kind, _CountedBatchNorm), {})
 
 
 def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
