@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Dataset
 from ctde_jax.data.arrays import targets_or_classes
 from ctde_jax.errors import InputError, check_at_least, check_known, check_seed
-from ctde_jax.gradient import SHARDS
+from ctde_jax.gradient import SHARDS, check_exact_model
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.models.user_code import describe
 from ctde_jax.replica import AXIS, PyTree
@@ -62,10 +63,19 @@ def check_run(
     if keep_best is not None:
         check_known("keep_best", keep_best, task.names)
 
-    model, inputs = with_raw_inputs(model, data.shift, data.scale), data.train.inputs[:1]
+    takes_mask, inputs = _takes_mask(model), data.train.inputs[:1]
+    model = with_raw_inputs(model, data.shift, data.scale)
     key = jax.eval_shape(jax.random.key, 0)
     params, model_state = jax.eval_shape(model.init, key, inputs)
     state.check(params, strategy, replicas)
+    if jax.tree.leaves(model_state) and not takes_mask:
+        raise InputError(
+            "model",
+            "has a state, so its apply must take a fifth argument, mask=None: bool[examples], False for examples that "
+            "only fill a short batch and must not count in the state; see models.Model.",
+        )
+    if strategy.is_exact:
+        check_exact_model(model, params, model_state, inputs)
     _check_optimizer(optimizer, strategy, params, replicas, ema_decay is not None, on_nonfinite == "rollback")
     for examples in (1, 2):
         few, labels = (_like(array, examples) for array in (inputs, data.train.labels))
@@ -118,6 +128,14 @@ def _check_optimizer(
     if own and rolls_back:
         rule = f"must not be rollback with {own}: halved updates do not halve the steps of its point"
         raise InputError("on_nonfinite", f"{rule}; use skip, or a lower learning rate.")
+
+
+def _takes_mask(model: Model) -> bool:
+    try:
+        signature(model.apply).bind(*range(5))
+    except TypeError:
+        return False
+    return True
 
 
 def check_exact(replicas: int, batch_size: int, accumulate: int) -> None:

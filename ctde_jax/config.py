@@ -119,9 +119,9 @@ class Model:
     norm: Literal["group", "batch"] = "group"
     """What a resnet normalizes over: groups of channels of one example, or all examples."""
 
-    batch_statistics: Literal["averaged", "synchronized"] = "averaged"
-    """Over which examples --norm batch takes its statistics: those of a device, whose running averages are averaged
-    when devices agree, or those of the whole batch, for which devices talk within every step."""
+    batch_statistics: Literal["averaged", "synchronized"] = "synchronized"
+    """Examples over which --norm batch takes its statistics. synchronized: the whole batch, so the number of devices
+    changes nothing; with --sync-every, the examples of one device. averaged: always the examples of one device."""
 
     init: Literal["flax", "glorot", "he", "orthogonal", "delta_orthogonal", "recurrent", "residual", "lsuv", "mup"] = (
         "flax"
@@ -631,8 +631,6 @@ def _check_effect(typed: set[str], parsed: Config) -> None:
         if as_flag(option) in typed and values[other] not in allowed:
             names = " or ".join(as_flag(other) if value is True else f"{as_flag(other)} {value}" for value in allowed)
             raise InputError(option, f"goes with {names}.")
-    if parsed.aggregation.exact and parsed.model.batch_statistics == "synchronized":
-        raise InputError("exact", "sums shards that know nothing of each other: it goes with averaged statistics.")
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Which devices train: GPU and TPU as they are, fake CPU devices where there is neither.
+"""Which devices train: all GPUs or TPUs; without one, a CPU device, or several fake ones that share its cores.
 
 XLA's CPU collectives wait inside a thread pool that has as many threads as the machine has cores. With too few threads
 for the fake devices, these wait for each other for ever, and the process aborts after 40 seconds. The pool's size is
@@ -18,12 +18,14 @@ from ctde_jax import settings
 from ctde_jax.errors import InputError, check_at_least, check_at_most, quoted, shortened
 
 FAKE_DEVICES = 4
+"""CPU devices that the commands start by default, to show how devices agree."""
+
 _THREADS_A_DEVICE = 2  # measured: with fewer than two threads a device, collectives can wait for ever
 _MOST_DEVICES = 1024  # each fake device takes three threads and milliseconds of start-up
 
 
-def start(count: int | None = None) -> list[jax.Device]:
-    """Starts JAX where needed and returns the devices to train on.
+def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
+    """Starts JAX if needed and returns the devices to train on.
 
     A CPU backend that is already up with too few devices or too few threads (a notebook that has used JAX before) is
     started anew; arrays made before stay readable, but belong to the old devices.
@@ -32,8 +34,9 @@ def start(count: int | None = None) -> list[jax.Device]:
     JAX's compilation cache.
 
     Args:
-        count: How many devices of each host; by default all accelerators, or where there is none 4 fake CPU devices,
-            and of several hosts 1 each, which wait less for each other.
+        count: Number of devices of each host; by default all accelerators, or `cpu_devices` if there is none.
+        cpu_devices: Default number of devices on a machine without accelerators. More than one are fake: they share the
+            cores, and are slower together than one. With several hosts it is 1 each.
 
     Returns:
         The devices of all hosts, those of host 0 first.
@@ -46,7 +49,7 @@ def start(count: int | None = None) -> list[jax.Device]:
     check_at_most(_MOST_DEVICES, devices=count)
     settings.check()
     _keep_programs()
-    wanted = count or (1 if jax.distributed.is_initialized() else FAKE_DEVICES)
+    wanted = count or (1 if jax.distributed.is_initialized() else cpu_devices)
     try:
         _request_fake_devices(wanted)
     except RuntimeError:

@@ -109,7 +109,7 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
     except ImportError as error:
         raise InputError("all_devices", f"needs this package with what it depends on, such as {error.name}.") from error
 
-    here, card = devices.start(), bundle.card
+    here, card = devices.start(cpu_devices=devices.FAKE_DEVICES), bundle.card
     each = ceil(size / len(here))
     call = traceable(bundle, bundle.read(card.artifacts[runtime].file))
     copies = replica.parallel(call, here, in_axes=(0,), out_axes=0)

@@ -1,17 +1,23 @@
 """A replica's own gradient: of the mean loss over its examples, cut into shards that know nothing of devices.
 
-Where a model draws random numbers, a batch is cut into *shards*, and they are drawn for each shard from (seed, step,
-shard): so the number of devices changes no dropout mask. The shards of a replica are computed at once, or in groups one
-after another.
+If a model draws random numbers, a batch is cut into *shards*, and each shard has a key of its own, so the number of
+devices changes no dropout mask. The shards of a replica are computed at once, or in groups one after another.
 
-The rule, for a plain loop that has to draw the same numbers: shard `s` has the examples `batch[s::SHARDS]` of the
-global batch, and the model's key
+All random numbers of a run follow from its seed, the number of the step (from 0, counted over the whole run, local
+steps included), the number of the shard and the number of the example:
 
-    train_key = jax.random.split(jax.random.key(seed))[1]
-    step_key = jax.random.split(jax.random.fold_in(train_key, step))[1]
-    shard_key = jax.random.fold_in(jax.random.split(step_key)[1], shard)
+    init_key, train_key = split(key(seed))
+    reduce_key, gradient_key = split(fold_in(train_key, step))
+    augment_key, model_key = split(gradient_key)
+    key of the model on a shard = fold_in(model_key, shard)
+    key of an example's augmentation = fold_in(augment_key, its index in the training split)
 
-`from_nnx` and `from_linen` state how a module's random streams follow from it.
+A reducer is given the `reduce_key` of the first step of its round. Of `S` shards, shard `s` has the examples whose
+place in the global batch is `s` modulo `S`; of `R` replicas, replica `r` has the shards that are `r` modulo `R`. `S` is
+8, or 1 if the model draws nothing; and the least common multiple of that and `R * accumulate`, so that all replicas and
+groups have equally many shards. If the batch cannot be cut into that many, it is `R * accumulate`.
+
+`from_nnx` and `from_linen` document how the random streams of a module follow from the key of a shard.
 """
 
 from collections.abc import Callable
@@ -21,11 +27,13 @@ import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jax.extend.core import ClosedJaxpr
 
 from ctde_jax.augment import Augment, apply_to
-from ctde_jax.data import Drawn, Split
+from ctde_jax.data import Drawn
+from ctde_jax.errors import InputError
 from ctde_jax.models import Model
-from ctde_jax.replica import AXIS, SHARD, PyTree, weighted_mean
+from ctde_jax.replica import AXIS, SHARD, PyTree, agreed_state, is_changed, largest
 from ctde_jax.tasks import Task
 from ctde_jax.transformations import depends_on
 
@@ -36,10 +44,14 @@ else into one for each device and group."""
 Sums = dict[str, jax.Array]
 """Over examples: `loss`, each metric, their number `examples`, and `objective` if that is not the loss; float32."""
 
-Gradient = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], tuple[PyTree, PyTree, Sums]]
-"""`gradient(params, model_state, split, indices, key) -> (grads, model_state, sums over the replica's own examples)`
+Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
+"""`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums over own examples)`
 
-`indices` is `int32[per_replica]`, negative where there is no example; the key is the same on all replicas.
+`indices` is `int32[per_replica]`, negative where there is no example; the key is the same on all replicas. `alone` is
+True in local steps: then the model meets no other replica, so batch statistics are those of the replica's examples.
+
+If the losses of other replicas depend on a replica's examples, as through synchronized batch statistics, its gradient
+includes these losses. Only the mean over the replicas, weighted by examples, is then the gradient of the mean loss.
 """
 
 
@@ -59,40 +71,56 @@ def make_gradient(
     """
     if exact:
         return _make_exact_gradient(model, task, augment)
-    on_shard = _make_on_shard(model, task, augment)
 
-    def on_shards(indices, shards, *common) -> tuple[jax.Array, PyTree, Sums]:
+    def on_shards(on_shard, indices, shards, params, model_state, *common) -> tuple[jax.Array, PyTree, Sums]:
         if len(shards) == 1:  # an axis of one shard would make XLA transpose
-            return on_shard(indices[0], shards[0], *common)
+            return on_shard(indices[0], shards[0], params, model_state, *common)
 
         def on_each(indices, shard) -> tuple[jax.Array, PyTree, Sums]:
-            objective, model_state, sums = on_shard(indices, shard, *common)
-            model_state = weighted_mean(model_state, sums["examples"], SHARD)
-            return lax.psum(objective, SHARD), model_state, lax.psum(sums, SHARD)
+            objective, new_model_state, sums = on_shard(indices, shard, params, model_state, *common)
+            new_model_state = agreed_state(new_model_state, model_state, sums["examples"], SHARD)
+            return lax.psum(objective, SHARD), new_model_state, lax.psum(sums, SHARD)
 
         return jax.vmap(on_each, out_axes=None, axis_name=SHARD)(indices, shards)
 
-    def gradient(params, model_state, split, indices, key):
+    def gradient(params, model_state, split, indices, key, alone=False):
         inputs = jax.ShapeDtypeStruct((len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype)
-        shards = SHARDS if draws(model, params, model_state, inputs) else 1
+        meets = meets_replicas(model, params, model_state, inputs)
+        is_random = draws(model, params, model_state, inputs)
+        examples, shards = _cut(indices, accumulate, SHARDS if is_random or (meets and accumulate > 1) else 1)
+        if not is_random:  # the shards only decide which examples share a group
+            examples, shards = examples.reshape(accumulate, 1, -1), shards[:, :1]
         own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
+        on_shard = _make_on_shard(_alone(model) if alone and meets else model, task, augment)
+
+        # The transpose of a sum over replicas adds up their cotangents. So if other losses depend on these examples,
+        # all replicas divide by the same number first, and by the number of their own examples afterwards.
+        is_shared = meets and not alone and lax.axis_size(AXIS) > 1
+        divisor = len(indices) if is_shared else own_examples
 
         def add_group(so_far, group):
             grads, model_state, sums = so_far
             examples, shards = group
 
             def objective(params):
-                total, new_model_state, group_sums = on_shards(examples, shards, params, model_state, split, key)
-                return total / own_examples, (new_model_state, group_sums)
+                total, new_model_state, group_sums = on_shards(
+                    on_shard, examples, shards, params, model_state, split, key
+                )
+                return total / divisor, (new_model_state, group_sums)
 
             group_grads, (new_model_state, group_sums) = jax.grad(objective, has_aux=True)(params)
-            model_state = optax.tree.where(group_sums["examples"] > 0, new_model_state, model_state)
+            examples = group_sums["examples"]
+            if is_shared and accumulate > 1:  # a group that is empty here has changed what is shared elsewhere
+                examples = lax.psum(examples, AXIS)
+            model_state = optax.tree.where(examples > 0, new_model_state, model_state)
             return (optax.tree.add(grads, group_grads), model_state, optax.tree.add(sums, group_sums)), None
 
         objective_too = [] if task.objective is None else ["objective"]
         zeros = dict.fromkeys(["loss", *task.metrics, "examples", *objective_too], jnp.float32(0))
         start = (optax.tree.zeros_like(params), model_state, zeros)
-        (grads, model_state, sums), _ = lax.scan(add_group, start, _cut(indices, accumulate, shards))
+        (grads, model_state, sums), _ = lax.scan(add_group, start, (examples, shards))
+        if is_shared:
+            grads = optax.tree.scale(divisor / own_examples, grads)
         return grads, model_state, sums
 
     return gradient
@@ -111,10 +139,34 @@ def compiled_apart(
 
 
 def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
-    """Says whether anything that the model returns in training depends on its key."""
-    key = jax.eval_shape(jax.random.key, 0)
-    program = jax.make_jaxpr(model.apply)(params, model_state, inputs, key)
+    """Returns whether anything that the model returns in training depends on its key."""
+    program = _in_training(model, params, model_state, inputs)
     return depends_on(program, program.jaxpr.invars[-1:])
+
+
+def meets_replicas(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
+    """Returns whether the model itself uses collectives over the replicas in training, as synchronized statistics do.
+
+    Only shapes and dtypes are read.
+    """
+    program = _in_training(model, params, model_state, inputs)
+    return any(getattr(effect, "name", None) == AXIS for effect in program.jaxpr.effects)
+
+
+def check_exact_model(model: Model, params: PyTree, model_state: PyTree, inputs: jax.typing.ArrayLike) -> None:
+    """Raises InputError for a model whose shards depend on each other; only shapes and dtypes are read."""
+    if meets_replicas(model, params, model_state, jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.result_type(inputs))):
+        raise InputError(
+            "exact",
+            "requires batch statistics that devices do not share: --batch-statistics averaged, or "
+            'batch_statistics="averaged" of models.from_nnx, models.from_linen or models.resnet.',
+        )
+
+
+def _in_training(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> ClosedJaxpr:
+    """Traces a model on one of several replicas; the key is the last argument of the program."""
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.make_jaxpr(model.apply, axis_env=[(AXIS, 1)])(params, model_state, inputs, key)
 
 
 def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
@@ -128,7 +180,8 @@ def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callabl
         if augment is not None:
             inputs = apply_to(augment, augment_key, inputs, split.numbers[rows] if isinstance(split, Drawn) else rows)
 
-        outputs, model_state = model.apply(params, model_state, inputs, jax.random.fold_in(model_key, shard))
+        mask = (is_example,) if jax.tree.leaves(model_state) else ()
+        outputs, model_state = model.apply(params, model_state, inputs, jax.random.fold_in(model_key, shard), *mask)
         measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
         sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
         objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
@@ -151,6 +204,7 @@ def _make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> G
     on_shard = _make_on_shard(model, task, augment)
 
     def gradient(params, model_state, split, indices, key):
+        check_exact_model(model, params, model_state, split.inputs[:1])
         (examples,), (numbers,) = _cut(indices, 1, SHARDS)
 
         def of_shard(shard):
@@ -165,19 +219,17 @@ def _make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> G
             return lax.optimization_barrier((grads, new_model_state, sums))
 
         center = (params, model_state)
-        compute = _alone(of_shard) if jax.tree.leaves(model_state) else of_shard  # alone, nothing is synchronized
-        grads, states, sums = _of_all_shards(_one_after_another(compute, (examples, numbers), jnp.any(indices >= 0)))
+        grads, states, sums = _of_all_shards(_one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0)))
         weights, sums = sums["examples"], jax.tree.map(_sum_in_order, sums)
         total = jnp.maximum(sums["examples"], 1)
 
         def mean_state(shards: jax.Array, before: jax.Array) -> jax.Array:
+            each = jnp.expand_dims(weights, range(1, shards.ndim))
             if jnp.issubdtype(shards.dtype, jnp.inexact):
-                each = jnp.expand_dims(weights, range(1, shards.ndim))
                 weighted = lax.optimization_barrier(jnp.where(each > 0, shards * each, 0))
                 mean = (_sum_in_order(weighted) / total).astype(shards.dtype)
-            else:
-                mean = shards.max(axis=0)
-            return jnp.where(sums["examples"] > 0, mean, before)
+                return jnp.where(jnp.any((each > 0) & is_changed(shards, before[None]), axis=0), mean, before)
+            return jnp.where(sums["examples"] > 0, largest(shards, each > 0), before)
 
         agreed = jax.tree.map(lambda x: _sum_in_order(x) / total, grads), jax.tree.map(mean_state, states, model_state)
         return lax.optimization_barrier((*agreed, sums))
@@ -202,14 +254,9 @@ def _one_after_another(function: Callable[[PyTree], PyTree], arguments: PyTree, 
     return lax.fori_loop(0, jnp.where(is_wanted, count, 0), add, empty)
 
 
-def _alone(function: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
-    """Makes a replica that computes this the only one on its axis."""
-
-    def call(argument: PyTree) -> PyTree:
-        own_row = jax.tree.map(lambda x: x[None], argument)
-        return jax.tree.map(lambda x: x[0], jax.vmap(function, axis_name=AXIS)(own_row))
-
-    return call
+def _alone(model: Model) -> Model:
+    """Makes a replica that applies the model the only one on its axis."""
+    return model._replace(apply=jax.vmap(model.apply, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1))
 
 
 def _of_all_shards(own: PyTree) -> PyTree:

@@ -70,7 +70,8 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
 
     data = _as_trained(found, build.load_data(chosen.data, chosen.optimization.seed), chosen.data)
     model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
-    devices = available.start(chosen.aggregation.devices if chosen.run.reestimate_batches else 1)
+    count = chosen.aggregation.devices if chosen.run.reestimate_batches else 1
+    devices = available.start(count, available.FAKE_DEVICES)
     (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
     if chosen.run.reestimate_batches and not is_best:
         model_state = _reestimated(chosen, model, data, devices, params, model_state)

@@ -67,7 +67,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     from ctde_jax.stopwatch import Training, measure  # here, so that the import of JAX is measured
 
     imported = time.perf_counter()
-    devices = ctde.devices.start(config.aggregation.devices)
+    devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
     on = time.perf_counter()
     chosen, seed = config.optimization, config.optimization.seed
     data = ctde.build.load_data(config.data, seed)

@@ -83,7 +83,7 @@ def prove_exact(arguments: Sequence[str]) -> Verdict:
 def prove_replicas(arguments: Sequence[str]) -> Verdict:
     """Trains; what the devices share is compared after every dispatch."""
     chosen = _parse(arguments)
-    if len(available.start(chosen.aggregation.devices)) == 1:
+    if len(available.start(chosen.aggregation.devices, available.FAKE_DEVICES)) == 1:
         raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
     trained = train(chosen, time.perf_counter())
     devices, steps = f"{len(trained.devices)} devices", trained.history[-1]["step"]

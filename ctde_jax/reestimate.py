@@ -1,6 +1,7 @@
 """Batch statistics of the final parameters instead of running averages over the parameters' past."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 from jax import lax
@@ -10,12 +11,12 @@ from ctde_jax import replica
 from ctde_jax.data import Split
 from ctde_jax.feed import Feed, Span
 from ctde_jax.models import Model
-from ctde_jax.replica import SHARD, PyTree, weighted_mean
+from ctde_jax.replica import SHARD, PyTree, agreed_state
 
 Reestimate = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], PyTree]
 """`reestimate(params, model_state, split, batches, key) -> model_state`
 
-`batches` is `int32[replica, ..., per_replica]`, of which places without an example count like those that they repeat.
+`batches` is `int32[replica, ..., per_replica]`, negative where there is no example.
 """
 
 
@@ -38,7 +39,8 @@ def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int
     """Makes the function that estimates batch statistics anew, as their mean over batches (Wu and Johnson, 2021).
 
     A running average `s` becomes `m s + (1 - m) b` in a batch whose statistic is `b`, whatever the module that keeps
-    it. So two starts, 0 and 1, tell both `m` and `b`. State that is no running average stays as it is.
+    it. So two starts, 0 and 1, determine both `m` and `b`. Each batch is weighted by its examples, and examples that
+    only fill a short batch do not count. State that is no running average keeps its bits.
 
     Args:
         model: Any whose state has running averages.
@@ -46,10 +48,10 @@ def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int
         split_axis: None where every device holds the whole split, 0 where each holds its own row.
     """
 
-    def of_batch(params, model_state, inputs, key) -> PyTree:
+    def of_batch(params, model_state, inputs, key, mask) -> PyTree:
         def after(start: float) -> PyTree:
             state = jax.tree.map(lambda x: jnp.full_like(x, start) if _is_average(x) else x, model_state)
-            return model.apply(params, state, inputs, key)[1]
+            return model.apply(params, state, inputs, key, mask)[1]
 
         def statistic(before, from_zero, from_one):
             kept = from_one - from_zero
@@ -62,12 +64,13 @@ def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int
 
         def of_step(indices):
             rows = jnp.where(indices >= 0, indices, ~indices)
-            one_shard = jax.vmap(of_batch, in_axes=(None, None, 0, None), axis_name=SHARD)
-            return one_shard(params, model_state, split.inputs[rows][None], key)
+            return of_batch(params, model_state, split.inputs[rows], key, indices >= 0)
 
-        every_step = lax.map(of_step, batches.reshape(-1, batches.shape[-1]))
-        means = jax.tree.map(lambda x, own: x.mean((0, 1)) if _is_average(own) else own, every_step, model_state)
-        return weighted_mean(means, 1.0)
+        batches = batches.reshape(-1, batches.shape[-1])
+        every_step, examples = lax.map(of_step, batches), jnp.sum(batches >= 0, axis=-1)
+        merge = partial(agreed_state, axis=SHARD)
+        mean = jax.vmap(merge, in_axes=(0, None, 0), out_axes=None, axis_name=SHARD)
+        return agreed_state(mean(every_step, model_state, examples), model_state, jnp.sum(examples))
 
     mean = replica.parallel(reestimate, devices, in_axes=(None, split_axis, 0, None), out_axes=None)
     run = replica.compiled_once(mean, devices)

@@ -167,6 +167,74 @@ def as_complex(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, other: lax.complex(*x) if jnp.iscomplexobj(other) else x, tree, like)
 
 
+def agreed_state(after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) -> PyTree:
+    """Merges what the replicas, or the shards of one, have made of a model's state.
+
+    A number that none of them has changed keeps its bits. Other floats become the weighted mean, and integers, booleans
+    and keys the largest. Replicas with weight 0 are ignored; if all weights are 0, the state stays as it was.
+
+    Args:
+        after: The state of this replica.
+        before: The state that all replicas began with.
+        weight: The number of examples behind `after`.
+        axis: `AXIS` or `SHARD`.
+    """
+    if not jax.tree.leaves(after):
+        return after
+    weight = jnp.asarray(weight, jnp.float32)
+    counts = weight > 0
+    if axis == AXIS and lax.axis_size(AXIS) == 1:
+        return jax.tree.map(lambda new, old: jnp.where(counts, new, old), after, before)
+
+    new_leaves, structure = jax.tree.flatten(after)
+    old_leaves = jax.tree.leaves(before)
+    is_mean = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in new_leaves]
+    new_floats = [_as_real(new) for new, mean in zip(new_leaves, is_mean, strict=True) if mean]
+    old_floats = [_as_real(old) for old, mean in zip(old_leaves, is_mean, strict=True) if mean]
+    summed = (
+        weight,
+        [jnp.where(counts, leaf * weight, 0) for leaf in new_floats],
+        [(counts & is_changed(*pair)).astype(jnp.float32) for pair in zip(new_floats, old_floats, strict=True)],
+    )
+    total, sums, changes = add_up(summed) if axis == AXIS else lax.psum(summed, axis)
+    means = iter(zip(sums, changes, strict=True))
+
+    def merge(new: jax.Array, old: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(new.dtype, jnp.inexact):
+            return jnp.where(total > 0, largest(new, counts, axis), old)
+        sum_of_all, change = next(means)
+        mean = sum_of_all / jnp.maximum(total, 1)  # a quotient, so that counters of equal value stay whole
+        if jnp.iscomplexobj(new):
+            mean, change = lax.complex(mean[0], mean[1]), change.max(axis=0)
+        return jnp.where(change > 0, mean.astype(new.dtype), old)
+
+    return structure.unflatten(map(merge, new_leaves, old_leaves))
+
+
+def is_changed(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Whether a float differs from another; NaN does not differ from NaN."""
+    return (new != old) & ~(jnp.isnan(new) & jnp.isnan(old))
+
+
+def _as_real(x: jax.Array) -> jax.Array:
+    return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
+
+
+def largest(leaf: jax.Array, counts: jax.Array, axis: str | None = None) -> jax.Array:
+    """Returns the largest integer, boolean or key of those that count, over an axis by name or the first one.
+
+    Of keys each word is compared by itself.
+    """
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        words = jax.random.key_data(leaf)
+        counts = jnp.expand_dims(counts, range(counts.ndim, words.ndim)) if counts.ndim else counts
+        return jax.random.wrap_key_data(largest(words, counts, axis), impl=jax.random.key_impl(leaf))
+    if leaf.dtype == jnp.bool_:
+        return largest(leaf.astype(jnp.uint8), counts, axis).astype(jnp.bool_)
+    candidates = jnp.where(counts, leaf, jnp.iinfo(leaf.dtype).min)
+    return candidates.max(axis=0) if axis is None else lax.pmax(candidates, axis)
+
+
 class Waiting:
     """A program that several hosts run at once; a call waits for its result."""
 

@@ -12,7 +12,7 @@ from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Split
 from ctde_jax.gradient import Gradient, Sums, compiled_apart
-from ctde_jax.replica import PyTree, weighted_mean
+from ctde_jax.replica import PyTree, agreed_state
 from ctde_jax.state import TrainState, axes
 from ctde_jax.transformations import Value, adapted
 
@@ -81,7 +81,7 @@ def make_round(
             is_first = lax.axis_index(replica.AXIS) == 0
             sums = jax.tree.map(lambda x: jnp.where(is_first, x, 0), sums)
         else:
-            model_state = weighted_mean(model_state, sums["examples"])
+            model_state = agreed_state(model_state, state.model_state, sums["examples"])
             state = state._replace(model_state=model_state, reduce_state=reduce_state)
             state = step(state, grads, value=partial(_mean_objective, sums, over_replicas=True))
         return state, jax.tree.map(lambda x: x[None], sums)
@@ -90,7 +90,7 @@ def make_round(
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = gradient(params, model_state, split, indices, _keys(key, step)[1])
+            grads, model_state, sums = gradient(params, model_state, split, indices, _keys(key, step)[1], alone=True)
             value = partial(_mean_objective, sums)
             updates, opt_state = optimizer.update(grads, opt_state, params, value=value, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
@@ -110,7 +110,7 @@ def make_round(
 
         state = state._replace(
             params=optax.apply_updates(state.params, updates),
-            model_state=weighted_mean(model_state, examples),
+            model_state=agreed_state(model_state, state.model_state, examples),
             opt_state=opt_state,
             reduce_state=reduce_state,
             outer_state=outer_state,

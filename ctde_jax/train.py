@@ -113,7 +113,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         config: The options.
         started: When the command began, by `time.perf_counter`.
     """
-    devices = ctde.devices.start(config.aggregation.devices)
+    devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
     ctde.hosts.compare(lambda: {**ctde.hosts.platform(), **options.deciding(config)})
     data = ctde.build.load_data(config.data, config.optimization.seed)
     partition = ctde.build.make_partition(config.data, data.train.labels, len(devices), config.optimization.seed)

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 def _print_table(chosen: config.Config, target: str | None) -> None:
     hosts.check_alone(chosen.hosts)
     if target is None:
-        devices = available.start(chosen.aggregation.devices)
+        devices = available.start(chosen.aggregation.devices, available.FAKE_DEVICES)
     else:
         jax.config.update("jax_platforms", "cpu")  # nothing runs, and the plugin would look for its hardware
         devices = targets.devices(target)

@@ -121,9 +121,21 @@ COUNT = len(ctde_jax.devices.start(4))
     assert "survived on 4 devices" in run(before + program + LOOP, **environment)
 
 
-def test_four_fake_devices_are_the_default():
-    program = "import ctde_jax; print(len(ctde_jax.devices.start()), len(ctde_jax.devices.start(2)))"
-    assert run(program) == "4 2\n"
+def test_without_accelerators_one_cpu_device_is_the_default_and_commands_ask_for_four():
+    program = """
+from ctde_jax import devices
+print(len(devices.start()), len(devices.start(cpu_devices=devices.FAKE_DEVICES)), len(devices.start(2, 4)))
+"""
+    assert run(program) == "1 4 2\n"
+
+
+def test_fit_without_devices_takes_one_cpu_device():
+    program = """
+import ctde_jax, optax
+model, data = ctde_jax.models.mlp([64, 10]), ctde_jax.data.digits()
+print(len(ctde_jax.fit(model, data, optax.sgd(0.1), batch_size=64, steps=1, show=False).devices))
+"""
+    assert run(program) == "1\n"
 
 
 def test_importing_the_package_imports_no_jax():

@@ -58,7 +58,7 @@ def trained_rows(folder: Path) -> list[dict]:
 
 RUNS: dict[str, dict] = {
     "mlp": {},
-    "random numbers and batch statistics": {"model": models.from_nnx(Dropping)},
+    "random numbers and batch statistics": {"model": models.from_nnx(Dropping, "averaged")},
     "average, clipping, left out rounds": {
         "ema_decay": 0.9,
         "optimizer": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01)),
@@ -95,7 +95,7 @@ def test_without_it_they_are_not(small, tmp_path):
 
 def test_bits_are_the_same_where_a_run_goes_on_with_other_devices(small, tmp_path, monkeypatch):
     """8 -> 2 -> 4."""
-    run = partial(fit, small, model=models.from_nnx(Dropping), save_every=4)
+    run = partial(fit, small, model=models.from_nnx(Dropping, "averaged"), save_every=4)
     killed_after(monkeypatch, 2, partial(run, tmp_path / "run", 8))
     killed_after(monkeypatch, 4, partial(run, tmp_path / "run", 2))
     run(tmp_path / "run", 4)
@@ -114,7 +114,7 @@ def test_exact_gradient_is_the_gradient(small, tmp_path):
 
 
 class Synchronized(nnx.Module):
-    """Takes its batch statistics over whatever axes there are."""
+    """Has a batch normalization."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.last, self.norm = nnx.Linear(64, 10, rngs=rngs), nnx.BatchNorm(64, rngs=rngs)
@@ -123,11 +123,16 @@ class Synchronized(nnx.Module):
         return self.last(self.norm(x.reshape(len(x), -1)))
 
 
-def test_statistics_of_a_module_that_synchronizes_them_are_those_of_a_shard(small, tmp_path):
-    model = models.from_nnx(Synchronized, batch_statistics="synchronized")
-    for count in (1, 4):
-        fit(small, tmp_path / str(count), count, model=model)
-    assert digest(tmp_path / "1") == digest(tmp_path / "4")
+@pytest.mark.parametrize("count", [1, 4])
+def test_synchronized_statistics_are_refused_on_any_number_of_devices(small, tmp_path, count):
+    with pytest.raises(InputError, match=r"exact requires .* --batch-statistics averaged"):
+        fit(small, tmp_path / "run", count, model=models.from_nnx(Synchronized))
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_refuse_synchronized_statistics_by_their_option(capsys):
+    assert wire.main(["--exact", "--model", "resnet", "--widths", "8", "--norm", "batch"]) == 2
+    assert "--exact requires batch statistics that devices do not share: --batch-statistics" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -175,7 +180,7 @@ def test_only_the_gradient_of_every_step_can_be_in_order():
         ["mlp"],
         ["mlp", "--init", "lsuv"],
         ["mlp", "--ema-decay", "0.9", "--on-nonfinite", "skip", "--max-grad-norm", "1"],
-        ["resnet", "--norm", "batch"],
+        ["resnet", "--norm", "batch", "--batch-statistics", "averaged"],
         ["lstm", "--sequence", "rows"],
     ],
 )

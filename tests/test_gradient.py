@@ -147,7 +147,7 @@ def test_synchronized_statistics_do_not_depend_on_the_number_of_devices(split, k
 
 @pytest.mark.parametrize("door", NORMED)
 def test_averaged_statistics_are_means_over_devices(split, key, door):
-    model = NORMED[door]()
+    model = NORMED[door]("averaged")
     params, model_state = model.init(key, split.inputs[:1])
     gradient, indices = make_gradient(model, classification), dealt(np.arange(BATCH, dtype=np.int32), 4)
     own = [model.apply(params, model_state, split.inputs[rows], key)[1] for rows in indices]

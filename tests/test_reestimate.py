@@ -26,24 +26,27 @@ class Linen(linen.Module):
         return linen.BatchNorm(use_running_average=not train, momentum=0.9)(linen.Dense(6, name="first")(x))
 
 
-@pytest.mark.parametrize("model", [models.from_nnx(Nnx), models.from_linen(Linen())], ids=["nnx", "linen"])
-def test_statistics_are_the_mean_of_those_of_the_batches(model, key):
-    """Whatever the running averages were before, and with two devices and three batches on each."""
+@pytest.mark.parametrize("shared", ["averaged", "synchronized"])
+@pytest.mark.parametrize("door", ["nnx", "linen"])
+def test_statistics_are_the_mean_of_those_of_the_batches_by_examples(door, shared, key):
+    """Whatever the running averages were before; two devices, three batches on each, the last a single example."""
+    model = models.from_nnx(Nnx, shared) if door == "nnx" else models.from_linen(Linen(), shared)
     two = devices.start(2)
     inputs = np.random.default_rng(0).normal(3, 2, (40, 4)).astype(np.float32)
     split = Split(inputs, np.zeros(40, np.int32))
     batches = np.arange(24, dtype=np.int32).reshape(2, 3, 4)
-    batches[1, 2, 1:] = ~batches[1, 2, 1:]  # what is filled up counts like what it repeats
+    batches[1, 2, 1:] = ~batches[1, 2, 1:]
     params, model_state = model.init(key, inputs[:1])
 
     center = replica.replicate((params, model_state, split, key), two)
     estimated = make_reestimate(model, two, None)(*center[:3], replica.shard(batches, two), center[3])
 
     first = params["first"]
-    rows = np.where(batches < 0, ~batches, batches).reshape(6, 4)
-    hidden = [inputs[batch] @ first["kernel"] + first["bias"][None] for batch in rows]
+    separate = batches.reshape(6, 4) if shared == "averaged" else batches.swapaxes(0, 1).reshape(3, 8)
+    rows = [batch[batch >= 0] for batch in separate]
+    hidden, sizes = [inputs[batch] @ first["kernel"] + first["bias"][None] for batch in rows], list(map(len, rows))
     averages = [leaf for leaf in jax.tree.leaves(estimated) if leaf.dtype == jnp.float32]
-    wanted = [np.mean([h.mean(0) for h in hidden], axis=0), np.mean([h.var(0) for h in hidden], axis=0)]
+    wanted = [np.average([f(h, 0) for h in hidden], axis=0, weights=sizes) for f in (np.mean, np.var)]
     for found, right in zip(averages, wanted, strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-3)
     counters = [leaf for leaf in jax.tree.leaves(estimated) if leaf.dtype == jnp.int32]

@@ -40,13 +40,16 @@ class Model(NamedTuple):
     Most models read only its shape; a start that looks at the data reads all of it.
     """
 
-    apply: Callable[[PyTree, PyTree, jax.Array, jax.Array | None], tuple[PyTree, PyTree]]
-    """`apply(params, model_state, inputs, key) -> (outputs, model_state)`.
+    apply: Callable[..., tuple[PyTree, PyTree]]
+    """`apply(params, model_state, inputs, key, mask=None) -> (outputs, model_state)`.
 
     Outputs are an array or a pytree of arrays: floats in float32, other types as they are.
 
     With a key the model is in training: dropout draws from the key, batch statistics are gathered. With None it
     infers: the same inputs always give the same outputs, and the state stays as it is.
+
+    `mask` is `bool[examples]`: False for an example that is repeated to fill a short batch, and must not count in batch
+    statistics. Only a model that has a state is given one, and only in training.
     """
 
     layers: Callable[[PyTree, PyTree, jax.Array], OrderedDict[KeyPath, jax.Array]] | None = None
@@ -78,7 +81,9 @@ def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing
 
     return Model(
         init=lambda key, inputs: model.init(key, normalize(inputs)),
-        apply=lambda params, model_state, inputs, key: model.apply(params, model_state, normalize(inputs), key),
+        apply=lambda params, model_state, inputs, key, *mask: model.apply(
+            params, model_state, normalize(inputs), key, *mask
+        ),
         layers=layers and (lambda params, model_state, inputs: layers(params, model_state, normalize(inputs))),
         stream=stream
         and stream._replace(
@@ -91,8 +96,8 @@ def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing
 def in_bfloat16(model: Model) -> Model:
     """Makes the model compute in bfloat16; parameters, state and outputs stay float32."""
 
-    def apply(params, model_state, inputs, key):
-        outputs, model_state = model.apply(_cast(params), model_state, _cast(inputs), key)
+    def apply(params, model_state, inputs, key, *mask):
+        outputs, model_state = model.apply(_cast(params), model_state, _cast(inputs), key, *mask)
         return as_outputs(outputs), model_state
 
     layers, stream = model.layers, model.stream

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import isclass, signature
+from inspect import isclass, signature, unwrap
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -15,7 +15,7 @@ from jax import numpy as jnp
 
 from ctde_jax.errors import InputError
 from ctde_jax.models.base import Model, as_outputs
-from ctde_jax.models.batch_statistics import BatchStatistics, axes
+from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute
 from ctde_jax.models.modes import MODES, RANDOM, Effect, Modes, effect_of, find_modes
 from ctde_jax.models.user_code import reported
 from ctde_jax.replica import PyTree
@@ -33,7 +33,7 @@ class _Call(NamedTuple):
 
 def from_linen(
     module: linen.Module | Callable[..., linen.Module],
-    batch_statistics: BatchStatistics = "averaged",
+    batch_statistics: BatchStatistics = "synchronized",
     *,
     train: Mapping[str, Any] = {},
     infer: Mapping[str, Any] = {},
@@ -86,11 +86,6 @@ def from_linen(
     def init(key, inputs):
         return _split(variables_of(find_call(inputs), key, inputs))
 
-    def share_statistics(call, args, kwargs, context):
-        if isinstance(context.module, linen.BatchNorm) and context.module.axis_name is None:
-            object.__setattr__(context.module, "axis_name", axes(batch_statistics))
-        return call(*args, **kwargs)
-
     def call_with(module, variables, inputs, key, arguments, streams, mutable):
         rngs = {name: _stream_key(key, name) for name in streams}
         arguments = {**arguments, **_random(module, key)}
@@ -99,7 +94,7 @@ def from_linen(
             outputs, after = (outputs, {}) if mutable is False else outputs
             return as_outputs(outputs), after
 
-    def apply(params, model_state, inputs, key):
+    def apply(params, model_state, inputs, key, mask=None):
         call, variables = find_call(inputs), _merged(params, model_state)
         collections = [name for name in model_state if name != "params"]
         if key is None:
@@ -110,7 +105,7 @@ def from_linen(
             outputs, _ = call_with(inferring, variables, inputs, fixed_key, arguments, streams, mutable)
         else:
             arguments, streams, training = call.modes.train, call.streams[True], _in_mode(network, True)
-            with linen.intercept_methods(share_statistics):
+            with linen.intercept_methods(_counting(Counted(mask, batch_statistics))):
                 outputs, after = call_with(training, variables, inputs, key, arguments, streams, collections)
             model_state = _like(model_state, {**model_state, **unfreeze(linen.meta.unbox(after))})
         return outputs, model_state
@@ -287,3 +282,49 @@ def _like(before: PyTree, after: PyTree) -> PyTree:
         what = f"{', '.join(new)} appears" if new else "its structure changes"
         raise InputError("model", f"must make all of its state in init, and {what} only in a training step.")
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, before)
+
+
+def _counting(counted: Counted) -> Callable[..., Any]:
+    """Makes the interceptor that gives batch normalization in training the statistics of the examples that count."""
+
+    def intercept(call, args, kwargs, context):
+        layer = context.module
+        # Only flax's own method: what a subclass or a transformed class does around it stays.
+        if context.orig_method.func is not _NORMALIZE or layer.is_initializing():
+            return call(*args, **kwargs)
+        arguments = signature(_NORMALIZE).bind(layer, *args, **kwargs).arguments
+        mode = layer.use_running_average
+        modes = [each for each in (mode, arguments.get("use_running_average")) if each is not None]
+        if modes != [False]:  # in inference, or an error that flax reports
+            return call(*args, **kwargs)
+
+        running = _running(layer, arguments["x"])
+        batch, updated = compute(layer, arguments["x"], running, counted, arguments.get("mask"))
+        _write(layer, batch)
+        object.__setattr__(layer, "use_running_average", True)
+        try:
+            outputs = call(arguments["x"])
+        finally:
+            object.__setattr__(layer, "use_running_average", mode)
+        _write(layer, updated)
+        return outputs
+
+    return intercept
+
+
+_NORMALIZE = unwrap(linen.BatchNorm.__call__)
+
+
+def _running(layer: linen.BatchNorm, inputs: jax.Array) -> Statistics:
+    features = layer.axis if isinstance(layer.axis, tuple | list) else (layer.axis,)
+    shape = [inputs.shape[axis] for axis in features]
+    dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    return Statistics(
+        layer.get_variable("batch_stats", "mean", jnp.zeros(shape, dtype)),
+        layer.get_variable("batch_stats", "var", jnp.ones(shape, dtype)),
+    )
+
+
+def _write(layer: linen.BatchNorm, statistics: Statistics) -> None:
+    for name, value in statistics._asdict().items():
+        layer.put_variable("batch_stats", name, value)

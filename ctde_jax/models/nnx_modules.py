@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from inspect import Parameter, isclass, signature
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from ctde_jax.errors import InputError
 from ctde_jax.models.base import KeyPath, Model, Stream, as_outputs
-from ctde_jax.models.batch_statistics import BatchStatistics, axes
+from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute
 from ctde_jax.models.modes import MODES, RANDOM, Modes, effect_of, find_modes, without_addresses
 from ctde_jax.models.user_code import reported
 from ctde_jax.replica import PyTree
@@ -37,7 +37,7 @@ class _Abstract(NamedTuple):
 
 def from_nnx(
     module: Callable[..., nnx.Module] | nnx.Module,
-    batch_statistics: BatchStatistics = "averaged",
+    batch_statistics: BatchStatistics = "synchronized",
     *,
     train: Mapping[str, Any] = {},
     infer: Mapping[str, Any] = {},
@@ -147,13 +147,12 @@ def from_nnx(
         _, params, _, model_state = split_made(key)
         return _pure(params), _pure(model_state)
 
-    def apply(params, model_state, inputs, key):
+    def apply(params, model_state, inputs, key, mask=None):
         arguments, training = find_call(inputs), key is not None
         key = jax.random.key(0) if key is None else key
         module = merge(params, model_state, key, training)
-        for _, layer in nnx.iter_modules(module):
-            if isinstance(layer, nnx.BatchNorm):
-                layer.axis_name = layer.axis_name or axes(batch_statistics)  # pyright: ignore[reportAttributeAccessIssue]
+        if training:
+            _count(module, Counted(mask, batch_statistics))
         before = _attributes(module), _raw_params(module)
         arguments = arguments.train if training else arguments.infer
         with reported("model", "your module", inputs=inputs):
@@ -386,6 +385,47 @@ def _ramp(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_leaves_with_path(tree)
+
+
+class _CountedBatchNorm(nnx.BatchNorm):
+    """Takes its statistics over the examples that count; the base of every batch normalization in training."""
+
+    counted: Counted
+
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        mode = self.use_running_average if use_running_average is None else use_running_average
+        if mode is None or mode:  # in inference, or an error that flax reports
+            return super().__call__(x, use_running_average, mask=mask)
+        promote_dtype = self.promote_dtype
+
+        def with_statistics_of_batch(arrays, dtype):
+            x, _, _, scale, bias = promote_dtype(arrays, dtype=dtype)
+            running = Statistics(self.mean[...], self.var[...])
+            batch, updated = compute(self, x, running, self.counted, mask)
+            self.mean[...], self.var[...] = updated
+            return x, *batch, scale, bias
+
+        self.promote_dtype = with_statistics_of_batch
+        try:
+            return super().__call__(x, use_running_average=True)
+        finally:
+            self.promote_dtype = promote_dtype
+
+
+def _count(module: nnx.Module, counted: Counted) -> None:
+    """Gives batch normalization in training the statistics of the examples that count."""
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, nnx.BatchNorm):
+            layer.__class__ = _counted_kind(type(layer))
+            layer.counted = counted  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _counted_kind(kind: Any) -> type[nnx.BatchNorm]:
+    """Puts `_CountedBatchNorm` between a subclass and `nnx.BatchNorm`, so that what the subclass does stays."""
+    if kind is nnx.BatchNorm:
+        return _CountedBatchNorm
+    return type(kind)(kind.__name__, (kind, _CountedBatchNorm), {})
 
 
 def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:

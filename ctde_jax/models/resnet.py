@@ -83,7 +83,7 @@ def resnet(
     widths: Sequence[int] = (16, 32, 64),
     blocks: int = 1,
     norm: str = "group",
-    batch_statistics: BatchStatistics = "averaged",
+    batch_statistics: BatchStatistics = "synchronized",
 ) -> Model:
     """Builds a residual network of `2 * blocks * len(widths) + 2` layers.
 

@@ -1,0 +1,506 @@
+"""Batch statistics are those of the real examples of a batch, on any number of devices, as in a plain flax loop."""
+
+from functools import cache, partial
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from jax import numpy as jnp
+
+import ctde_jax as ctde
+from ctde_jax import models, replica
+from ctde_jax.data import Split
+from ctde_jax.gradient import make_gradient
+from ctde_jax.tasks import classification
+
+FEATURES, CLASSES, BATCH = 5, 3, 16
+EXAMPLES = 90  # 5 full batches and one of 10
+INPUTS = np.random.default_rng(0).normal(1, 2, (EXAMPLES, FEATURES)).astype(np.float32)
+LABELS = np.random.default_rng(1).integers(0, CLASSES, EXAMPLES).astype(np.int32)
+SPLIT = Split(jnp.asarray(INPUTS), jnp.asarray(LABELS))
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x, train: bool):
+        norm = linen.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")
+        x = linen.relu(norm(linen.Dense(8, name="first")(x)))
+        norm = linen.BatchNorm(not train, momentum=0.5, use_fast_variance=False, name="exact_norm")
+        x = linen.relu(norm(linen.Dense(8, name="second")(x)))
+        return linen.Dense(CLASSES, name="last")(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first, self.second = nnx.Linear(FEATURES, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+        self.exact_norm = nnx.BatchNorm(8, momentum=0.5, use_fast_variance=False, rngs=rngs)
+        self.last = nnx.Linear(8, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(nnx.relu(self.exact_norm(self.second(nnx.relu(self.norm(self.first(x)))))))
+
+
+class Drawing(Nnx):
+    """Depends on its key, in bits but not in value, so a batch is cut into 8 shards."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return super().__call__(x) + 0 * self.dropout(jnp.ones((1, CLASSES)))
+
+
+def plain_apply(door: str):
+    """The module's own training step in flax, without this package: `(params, state, x) -> (outputs, state)`."""
+    if door == "linen":
+        return lambda params, state, x: Linen().apply({"params": params, **state}, x, train=True, mutable=[*state])
+    graph, _, _ = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param, ...)
+
+    def apply(params, state, x):
+        module = nnx.merge(graph, nnx.State(params), nnx.State(state))
+        module.train()
+        outputs = module(x)
+        return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+    return apply
+
+
+DOORS = {"linen": partial(models.from_linen, Linen()), "nnx": partial(models.from_nnx, Nnx)}
+
+
+def plain_loss(door, params, state, inputs, labels):
+    outputs, state = plain_apply(door)(params, state, inputs)
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean(), state
+
+
+def assert_close(tree, other, rtol=1e-5, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), tree, other)
+
+
+@cache
+def plain_loop(door: str, steps: int):
+    """Losses, parameters and running averages of a flax loop over batches of the trainer's order."""
+    data = dataset()
+    inputs = (np.asarray(data.train.inputs) - data.shift) * data.scale
+    init_key, _ = jax.random.split(jax.random.key(0))
+    params, state = DOORS[door]().init(init_key, jnp.asarray(inputs[:1]))
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    opt_state = optimizer.init(params)
+    step = jax.jit(jax.value_and_grad(partial(plain_loss, door), has_aux=True))
+    losses, epoch_steps = [], -(-EXAMPLES // BATCH)
+    for number in range(steps):
+        epoch, place = divmod(number, epoch_steps)
+        batch = np.random.default_rng((0, epoch)).permutation(EXAMPLES)[place * BATCH : (place + 1) * BATCH]
+        (loss, state), grads = step(params, state, inputs[batch], LABELS[batch])
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    return losses, params, state
+
+
+def dataset() -> ctde.data.Dataset:
+    return ctde.data.from_arrays(INPUTS, LABELS, INPUTS[:20], LABELS[:20])
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_default_is_a_plain_flax_loop_on_any_number_of_devices(door, count):
+    """20 steps, three of them on a batch of 10 examples, of which 8 devices have one or two each."""
+    trained = ctde.fit(
+        DOORS[door](),
+        dataset(),
+        optax.sgd(0.1, momentum=0.9),
+        devices=ctde.devices.start(count),
+        batch_size=BATCH,
+        steps=20,
+        log_every=1,
+        show=False,
+    )
+    losses, params, state = plain_loop(door, 20)
+    assert_close([row["loss"] for row in trained.history if row["split"] == "train"], losses)
+    assert_close((trained.params, trained.model_state), (params, state))
+
+
+@cache
+def on_replicas(model, accumulate=1):
+    gradient = make_gradient(model, classification, accumulate=accumulate)
+
+    def on_one(params, model_state, indices):
+        grads, new_state, sums = gradient(params, model_state, SPLIT, indices, jax.random.key(3))
+        weight = sums["examples"]
+        return replica.weighted_mean(grads, weight), replica.agreed_state(new_state, model_state, weight), sums
+
+    return first_of(on_one)
+
+
+def first_of(on_one):
+    """Runs `on_one(params, state, indices)` on virtual replicas, and returns what the first one returns."""
+    run = jax.jit(jax.vmap(on_one, in_axes=(None, None, 0), axis_name=replica.AXIS))
+    return lambda *arguments: jax.tree.map(lambda x: x[0], run(*arguments))
+
+
+def dealt(examples: int, replicas: int, places: int = BATCH) -> np.ndarray:
+    """A batch of the first examples, filled up with repetitions as the trainer does: `int32[replica, per_replica]`."""
+    order = np.arange(examples, dtype=np.int32)
+    return np.concatenate([order, np.resize(~order, places - examples)]).reshape(-1, replicas).T
+
+
+@jax.jit
+def by_hand(params, statistics, rows, weights):
+    """Gradient and running averages of both architectures, written out; examples of weight 0 take no part."""
+
+    def normalize(name, params, x, momentum):
+        mean = weights @ x / weights.sum()
+        var = weights @ (x - mean[None]) ** 2 / weights.sum()
+        before, new = statistics[name], {"mean": mean, "var": var}
+        after[name] = {key: momentum * before[key] + (1 - momentum) * new[key] for key in new}
+        x = (x - mean[None]) / jnp.sqrt(var[None] + 1e-5)
+        return jax.nn.relu(x * params[name]["scale"][None] + params[name]["bias"][None])
+
+    def loss(params):
+        def dense(name, x):
+            return x @ params[name]["kernel"] + params[name]["bias"][None]
+
+        x = normalize("norm", params, dense("first", SPLIT.inputs[rows]), 0.9)
+        x = normalize("exact_norm", params, dense("second", x), 0.5)
+        log_p = jax.nn.log_softmax(dense("last", x))
+        return -(weights @ log_p[jnp.arange(len(rows)), SPLIT.labels[rows]]) / weights.sum(), dict(after)
+
+    after = {}
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def wanted(params, state, examples: list[int]):
+    rows = np.resize(examples, BATCH)
+    return by_hand(params, state.get("batch_stats", state), rows, (np.arange(BATCH) < len(examples)).astype(np.float32))
+
+
+def assert_is(grads, after, by_hand):
+    assert_close((grads, after.get("batch_stats", after)), by_hand, rtol=1e-4)
+
+
+@cache
+def model_of(door: str) -> models.Model:
+    return DOORS[door]() if door in DOORS else models.from_nnx(Drawing)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+@pytest.mark.parametrize("door", DOORS)
+def test_gradient_of_every_short_batch_is_that_of_its_real_examples(door, replicas):
+    """Also where replicas have no example at all, as 7 of 8 have in a batch of one."""
+    params, state = model_of(door).init(jax.random.key(0), SPLIT.inputs[:1])
+    for examples in range(1, BATCH + 1):
+        grads, after, _ = on_replicas(model_of(door))(params, state, dealt(examples, replicas))
+        assert_is(grads, after, wanted(params, state, list(range(examples))))
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_shards_share_the_statistics_of_their_batch(replicas):
+    params, state = model_of("drawing").init(jax.random.key(0), SPLIT.inputs[:1])
+    for examples in (1, 3, 11, 16):
+        grads, after, _ = on_replicas(model_of("drawing"))(params, state, dealt(examples, replicas))
+        assert_is(grads, after, wanted(params, state, list(range(examples))))
+
+
+@pytest.mark.parametrize("door", [*DOORS, "drawing"])
+def test_microbatches_are_the_same_on_any_number_of_devices(door):
+    """The places that are 0 to 3 modulo 8, then 4 to 7, each with its own statistics; the second may be empty."""
+    params, state = model_of(door).init(jax.random.key(0), SPLIT.inputs[:1])
+    for examples in (3, 6, 13, 16):
+        groups = [[i for i in range(examples) if i % 8 // 4 == group] for group in (0, 1)]
+        groups = [group for group in groups if group]
+        after, grads = state, optax.tree.zeros_like(params)
+        for group in groups:
+            own_grads, after = wanted(params, after, group)
+            grads = optax.tree.add(grads, optax.tree.scale(len(group) / examples, own_grads))
+        for replicas in (1, 2, 4):
+            found, found_after, _ = on_replicas(model_of(door), accumulate=2)(params, state, dealt(examples, replicas))
+            assert_is(found, found_after, (grads, after))
+
+
+@pytest.mark.parametrize("shared", ["averaged", "synchronized"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_replica_alone_normalizes_with_its_own_real_examples(door, shared):
+    """As in local steps. The last replica has no example, and gives no NaN."""
+    model = DOORS[door](shared)
+    params, state = model.init(jax.random.key(0), SPLIT.inputs[:1])
+    gradient = make_gradient(model, classification)
+    indices = np.array([[0, 1, 2, 3], [4, 5, ~4, ~5], [6, ~6, ~6, ~6], [~0, ~0, ~0, ~0]], np.int32)
+    run = jax.jit(jax.vmap(partial(gradient, alone=True), in_axes=(None, None, None, 0, None), axis_name=replica.AXIS))
+    grads, after, sums = run(params, state, SPLIT, indices, jax.random.key(0))
+    for own, row in enumerate(indices[:3]):
+        found = jax.tree.map(lambda x, own=own: x[own], (grads, after))
+        assert_is(*found, wanted(params, state, list(row[row >= 0])))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, after, sums)))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[3], y), after, state)
+
+
+def test_local_steps_wait_for_nobody():
+    """The compiled round has one meeting, outside of the loop of the local steps."""
+    from test_round import begin
+
+    from ctde_jax import collectives, state
+    from ctde_jax.round import make_round
+
+    strategy, devices = ctde.Strategy(inner_steps=3), jax.devices()[:4]
+    model, optimizer, axes = models.from_nnx(Nnx), optax.sgd(0.1), state.axes(strategy)
+    train_round = make_round(make_gradient(model, classification), optimizer, strategy)
+    on_devices = replica.parallel(train_round, devices, (axes, None, 0, None), (axes, 0))
+    batches = np.arange(48, dtype=np.int32).reshape(4, 3, 4)
+    compiled = on_devices.lower(begin(model, strategy, jax.random.key(0), optimizer), SPLIT, batches, jax.random.key(0))
+    found = collectives.read(compiled.compile().as_text())
+    assert {one.op for one in found} == {"all-reduce"}
+    assert {one.times for one in found} == {1}
+
+
+# Kinds of batch normalization, each against flax on the real examples alone.
+
+
+class Subclass(nnx.BatchNorm):
+    def __call__(self, x):
+        return super().__call__(2 * x) + 1
+
+
+class Reshaped(nnx.Module):
+    """Several places for each example, merged with the examples."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(FEATURES, rngs=rngs)
+
+    def __call__(self, x):
+        places = jnp.stack([x, x**2, jnp.sin(x)], axis=1)
+        return self.norm(places.reshape(-1, FEATURES)).reshape(places.shape).sum(1)
+
+
+class TimeFirst(Reshaped):
+    def __call__(self, x):
+        return self.norm(jnp.stack([x, x**2, jnp.sin(x)])).sum(0)
+
+
+class Pictures(Reshaped):
+    def __call__(self, x):
+        return self.norm(x[:, None, None] * jnp.arange(1.0, 7).reshape(1, 2, 3, 1)).sum((1, 2))
+
+
+class ChannelsFirst(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(FEATURES, axis=1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x[:, :, None] * jnp.arange(1.0, 7).reshape(1, 1, 6)).sum(2)
+
+
+class OwnMask(Reshaped):
+    def __call__(self, x):
+        return self.norm(x, mask=x > 0)
+
+
+class Members(nnx.Module):
+    """An ensemble, by `nnx.vmap`."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.vmap(lambda rngs: nnx.BatchNorm(FEATURES, rngs=rngs), in_axes=(0,))(rngs.split(3))
+
+    def __call__(self, x):
+        return nnx.vmap(lambda norm, x: norm(jnp.tanh(x)), in_axes=(0, None))(self.norm, x).sum(0)
+
+
+class Scanned(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.vmap(lambda rngs: nnx.BatchNorm(FEATURES, rngs=rngs), in_axes=(0,))(rngs.split(3))
+
+    def __call__(self, x):
+        def layer(x, norm):
+            return jnp.sin(norm(x))
+
+        return nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.norm)
+
+
+class Remat(Reshaped):
+    def __call__(self, x):
+        return nnx.remat(lambda norm, x: norm(jnp.exp(x)))(self.norm, x)
+
+
+class Jitted(Reshaped):
+    @nnx.jit
+    def __call__(self, x):
+        return self.norm(x)
+
+
+class Frozen(Reshaped):
+    """One layer that is constructed frozen, and one that is called so."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.frozen = nnx.BatchNorm(FEATURES, use_running_average=True, rngs=rngs)
+        self.norm = nnx.BatchNorm(FEATURES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x, use_running_average=True) + self.frozen(x, use_running_average=True)
+
+
+class ExplicitMode(Reshaped):
+    def __call__(self, x):
+        return self.norm(x, use_running_average=False)
+
+
+def layer(**options):
+    return lambda rngs: nnx.BatchNorm(FEATURES, **options, rngs=rngs)
+
+
+NNX = {
+    "plain": layer(),
+    "subclass": lambda rngs: Subclass(FEATURES, rngs=rngs),
+    "without scale and bias": layer(use_scale=False, use_bias=False),
+    "momentum 0": layer(momentum=0.0),
+    "momentum 1": layer(momentum=1.0),
+    "bfloat16": layer(dtype=jnp.bfloat16),
+    "slow variance": layer(use_fast_variance=False),
+    "merged places": Reshaped,
+    "time first": TimeFirst,
+    "pictures": Pictures,
+    "channels first": ChannelsFirst,
+    "mask of its own": OwnMask,
+    "nnx.vmap": Members,
+    "nnx.scan": Scanned,
+    "nnx.remat": Remat,
+    "nnx.jit": Jitted,
+    "frozen": Frozen,
+    "explicit mode": ExplicitMode,
+}
+
+
+class LinenSubclass(linen.BatchNorm):
+    @linen.compact
+    def __call__(self, x, use_running_average=None):
+        return super().__call__(2 * x, use_running_average) + 1
+
+
+class LinenLayer(linen.Module):
+    """Passes the mode in the call."""
+
+    options: dict
+    kind: type = linen.BatchNorm
+
+    @linen.compact
+    def __call__(self, x, train: bool):
+        return self.kind(**self.options)(x, use_running_average=not train)
+
+
+class LinenFrozen(linen.Module):
+    @linen.compact
+    def __call__(self, x, train: bool):
+        return linen.BatchNorm(use_running_average=True)(x)
+
+
+class LinenPlaces(linen.Module):
+    layout: str
+
+    @linen.compact
+    def __call__(self, x, train: bool):
+        norm, places = linen.BatchNorm(use_running_average=not train), jnp.stack([x, x**2, jnp.sin(x)], axis=1)
+        if self.layout == "merged":
+            return norm(places.reshape(-1, FEATURES)).reshape(places.shape).sum(1)
+        if self.layout == "time first":
+            return norm(places.swapaxes(0, 1)).sum(0)
+        return norm(x, mask=x > 0)
+
+
+class LinenLifted(linen.Module):
+    lift: str
+
+    @linen.compact
+    def __call__(self, x, train: bool):
+        if self.lift == "remat":
+            return linen.remat(linen.BatchNorm)(use_running_average=not train)(jnp.exp(x))
+        if self.lift == "jit":
+            return linen.jit(linen.BatchNorm)(use_running_average=not train)(x)
+        axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+        if self.lift == "vmap":
+            members = linen.vmap(linen.BatchNorm, in_axes=None, axis_size=3, **axes)
+            return members(use_running_average=not train)(jnp.tanh(x)).sum(0)
+
+        def body(norm, x, _):
+            return jnp.sin(norm(x)), None
+
+        norm = linen.BatchNorm(use_running_average=not train)
+        return linen.scan(body, length=3, **axes)(norm, x, None)[0]
+
+
+LINEN = {
+    "plain": LinenLayer({}),
+    "subclass": LinenLayer({}, LinenSubclass),
+    "axis 1, without scale and bias": LinenLayer({"axis": 1, "use_scale": False, "use_bias": False}),
+    "momentum 0": LinenLayer({"momentum": 0.0}),
+    "momentum 1": LinenLayer({"momentum": 1.0}),
+    "bfloat16": LinenLayer({"dtype": jnp.bfloat16}),
+    "slow variance": LinenLayer({"use_fast_variance": False}),
+    "frozen": LinenFrozen(),
+    "merged places": LinenPlaces("merged"),
+    "time first": LinenPlaces("time first"),
+    "mask of its own": LinenPlaces("own mask"),
+    "remat": LinenLifted("remat"),
+    "jit": LinenLifted("jit"),
+    "vmap": LinenLifted("vmap"),
+    "scan": LinenLifted("scan"),
+}
+
+squares = ctde.Task(lambda outputs, labels: jnp.sum((outputs.astype(jnp.float32) - 0.5) ** 3, axis=-1))
+
+
+def check_kind(model: models.Model, flax_apply) -> None:
+    """Compares outputs, gradients and running averages with flax on the real examples, on 1 and 4 replicas."""
+    inputs = SPLIT.inputs[:BATCH]
+    params, state = model.init(jax.random.key(0), inputs)
+    params = jax.tree.map(lambda x: x + jnp.linspace(0.1, 0.3, x.size).reshape(x.shape), params)
+    for examples in (11, 13):
+
+        def loss(params, examples=examples):
+            outputs, after = flax_apply(params, state, inputs[:examples])
+            return squares.loss(outputs, SPLIT.labels[:examples]).mean(), after
+
+        (value, after), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        for replicas in (1, 4):
+            gradient = make_gradient(model, squares)
+
+            def on_one(params, state, indices, gradient=gradient):
+                grads, new_state, sums = gradient(params, state, SPLIT, indices, jax.random.key(0))
+                weight = sums["examples"]
+                return (
+                    replica.weighted_mean(grads, weight),
+                    replica.agreed_state(new_state, state, weight),
+                    replica.add_up(sums),
+                )
+
+            own_grads, own_state, sums = first_of(on_one)(params, state, dealt(examples, replicas))
+            rtol = (
+                2e-2
+                if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(flax_apply(params, state, inputs)[0]))
+                else 1e-4
+            )
+            np.testing.assert_allclose(sums["loss"] / sums["examples"], value, rtol=rtol)
+            assert_close((own_grads, own_state), (grads, after), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_kind_of_nnx_counts_real_examples_only(name):
+    graph, _, _ = nnx.split(NNX[name](nnx.Rngs(0)), nnx.Param, ...)
+
+    def apply(params, state, x):
+        module = nnx.merge(graph, nnx.State(params), nnx.State(state))
+        outputs = module(x)
+        return outputs, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
+
+    check_kind(models.from_nnx(NNX[name]), apply)
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_kind_of_linen_counts_real_examples_only(name):
+    module = LINEN[name]
+    check_kind(
+        models.from_linen(module),
+        lambda params, state, x: module.apply({"params": params, **state}, x, train=True, mutable=[*state]),
+    )
