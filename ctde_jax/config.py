@@ -400,8 +400,8 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def _config_of(checkpoint: Path | None) -> Path | None:
-    """Returns the saved options of the run to which a checkpoint belongs."""
-    if checkpoint is None:
+    """Returns the saved options of the run to which a checkpoint belongs; None for what is no checkpoint."""
+    if checkpoint is None or not os.path.isfile(checkpoint / "manifest.json"):
         return None
     path = checkpoint.absolute().parent.parent / "config.json"
     if not path.is_file():

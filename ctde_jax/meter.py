@@ -166,6 +166,9 @@ class Meter:
         counts["bytes_sent"] = round(self.position.sent)
         if self._skips:
             counts["skipped"] = skipped
+        if "learning_rate" in sums and totals["examples"]:
+            last = np.flatnonzero(sums["examples"])[-1]
+            counts["learning_rate"] = float(sums["learning_rate"][last] / sums["examples"][last])
         return {"split": "train", **self._where(), **means, **counts}
 
     def _where(self) -> Row:

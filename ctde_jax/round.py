@@ -14,7 +14,7 @@ from ctde_jax.data import Split
 from ctde_jax.gradient import Gradient, Sums, compiled_apart
 from ctde_jax.replica import PyTree, agreed_state
 from ctde_jax.state import TrainState, axes
-from ctde_jax.transformations import Value, adapted
+from ctde_jax.transformations import Value, adapted, learning_rate
 
 _BLOCK_STEPS = 16
 """A GPU asks the host before every turn of a loop whose turns the compiler does not know; measured, that takes as long
@@ -79,11 +79,12 @@ def make_round(
             exact_step = partial(step, value=partial(_mean_objective, sums))
             state = compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
             is_first = lax.axis_index(replica.AXIS) == 0
-            sums = jax.tree.map(lambda x: jnp.where(is_first, x, 0), sums)
+            sums = jax.tree.map(lambda x: jnp.where(is_first, x, 0), _with_rate(sums, state.opt_state))
         else:
             model_state = agreed_state(model_state, state.model_state, sums["examples"])
             state = state._replace(model_state=model_state, reduce_state=reduce_state)
             state = step(state, grads, value=partial(_mean_objective, sums, over_replicas=True))
+            sums = _with_rate(sums, state.opt_state)
         return state, jax.tree.map(lambda x: x[None], sums)
 
     def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
@@ -94,7 +95,7 @@ def make_round(
             value = partial(_mean_objective, sums)
             updates, opt_state = optimizer.update(grads, opt_state, params, value=value, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
-            return optax.tree.where(sums["examples"] > 0, moved, own), sums
+            return optax.tree.where(sums["examples"] > 0, moved, own), _with_rate(sums, opt_state)
 
         steps = state.step + jnp.arange(len(batches))
         own = (state.params, state.model_state, state.opt_state)
@@ -216,6 +217,12 @@ def _mean_objective(sums: Sums, over_replicas: bool = False) -> jax.Array:
     own = {"objective": jnp.sum(sums.get("objective", sums["loss"])), "examples": jnp.sum(sums["examples"])}
     total = replica.add_up(own) if over_replicas else own
     return total["objective"] / jnp.maximum(total["examples"], 1)
+
+
+def _with_rate(sums: Sums, opt_state: PyTree) -> Sums:
+    """Adds the learning rate, once for each example, if the optimizer's state holds it."""
+    rate = learning_rate(opt_state)
+    return sums if rate is None else {**sums, "learning_rate": rate * sums["examples"]}
 
 
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,10 @@ PerExample = Callable[[PyTree, jax.Array], jax.Array]
 """`function(outputs [examples, ...], labels [examples, ...]) -> float32[examples]`"""
 
 
-RESERVED = ("split", "step", "epoch", "examples", "examples_per_second", "bytes_sent", "skipped", "objective")
+RESERVED = (
+    *("split", "step", "epoch", "examples", "examples_per_second", "bytes_sent", "skipped", "learning_rate"),
+    "objective",
+)
 """Names that no metric may have: of the other numbers in a row of the history, and of the minimized objective."""
 
 

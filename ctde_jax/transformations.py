@@ -125,6 +125,13 @@ def own_point(opt_state: PyTree) -> str | None:
     return names[_WITH_OWN_POINT.index(type(found[0]))]
 
 
+def learning_rate(opt_state: PyTree) -> jax.Array | None:
+    """Returns the learning rate of the last update, float32[], if `optax.inject_hyperparams` keeps it in the state."""
+    states = _found(opt_state, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
+    rates = [state.hyperparams["learning_rate"] for state in states if "learning_rate" in state.hyperparams]
+    return rates[0] if rates else None
+
+
 def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
     """Traces the first update of an optimizer, and returns its state; runs under `jax.eval_shape`.
 

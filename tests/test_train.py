@@ -255,7 +255,7 @@ MISTAKES = {
     "--sync-every -1": "--sync-every must be at least 0, got -1.",
     "--strategy diloco --sync-every 0": "--outer needs steps alone .sync_every. of at least 1, got 0.",
     "--strategy gossip --devices 1": "--devices must be at least 2 for gossip, which needs a neighbor, got 1.",
-    "--combine krum --byzantine 1": "--byzantine must be at most 0 for Krum of 4 replicas, got 1.",
+    "--combine krum --byzantine 1": "--devices must be at least 5 for Krum to withstand 1 bad device",
     "--reduce power_sgd --rank 0": "--rank must be at least 1, got 0.",
     "--reduce top_k --keep 5000": "--keep must be from 1 to the 4096 numbers of a chunk, got 5000.",
     "--reduce int4 --error-feedback --feedback-decay 2": "--feedback-decay must be from 0 to 1, got 2.0.",
@@ -431,5 +431,7 @@ def test_branch_has_the_options_of_its_parent_and_a_schedule_of_its_own(tmp_path
 
 
 def test_branch_from_what_is_no_run_of_the_command_is_refused(tmp_path, capsys):
-    assert train.main(["--branch-from", str(tmp_path / "x")]) == 2
+    (tmp_path / "x" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "x" / "checkpoints" / "step-00000004" / "manifest.json").touch()
+    assert train.main(["--branch-from", str(tmp_path / "x" / "checkpoints" / "step-00000004")]) == 2
     assert "--branch-from must be a checkpoint of a run of python -m ctde_jax.train" in capsys.readouterr().err
