@@ -78,12 +78,11 @@ def check_run(
         check_exact_model(model, params, model_state, inputs)
     _check_optimizer(optimizer, strategy, params, replicas, ema_decay is not None, on_nonfinite == "rollback")
     for examples in (1, 2):
-        few, labels = (_like(array, examples) for array in (inputs, data.train.labels))
+        few = _like(inputs, examples)
         outputs, _ = jax.eval_shape(model.apply, params, model_state, few, None)
         _check_outputs(outputs, examples, data, task)
         jax.eval_shape(model.apply, params, model_state, few, key)
-        measured = jax.eval_shape(task.measure, outputs, labels)
-        jax.eval_shape(task.minimized, outputs, labels, measured)
+    _check_task(task, outputs, _like(data.train.labels, examples))
     if reestimate_batches and not jax.tree.leaves(model_state):
         raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
     if augment is not None:
@@ -174,6 +173,15 @@ def _has_init_and_update(value: object) -> bool:
 
 def _like(array: Any, examples: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((examples, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def _check_task(task: Task, outputs: PyTree, labels: jax.ShapeDtypeStruct) -> None:
+    """Raises InputError for a task that fails on outputs and labels like these."""
+
+    def measure(outputs: PyTree, labels: jax.Array) -> jax.Array:
+        return task.minimized(outputs, labels, task.measure(outputs, labels))
+
+    jax.eval_shape(measure, outputs, labels)
 
 
 def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) -> None:

@@ -173,7 +173,7 @@ def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
 
 
 def test_every_function_is_traced_once_in_a_run(digits):
-    """Full and partly filled dispatches, several epochs and evaluations: one trace to train, one to evaluate."""
+    """Full and partly filled dispatches, several epochs and evaluations: one trace each to check, train, evaluate."""
     traces = []
 
     def loss(outputs, labels):
@@ -192,7 +192,7 @@ def test_every_function_is_traced_once_in_a_run(digits):
         show=False,
     )
 
-    assert traces == [(50, 10), (180, 10)]
+    assert traces == [(2, 10), (50, 10), (180, 10)]
 
 
 def test_parts_of_unequal_size_are_all_seen_once_an_epoch(digits):
@@ -295,7 +295,7 @@ def test_real_valued_targets_need_a_task_and_then_learn():
 
 def test_loss_that_is_averaged_by_the_user_is_refused(digits):
     task = ctde.Task(lambda outputs, labels: optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean())
-    with pytest.raises(ctde.InputError, match=r"one loss for each example.*\(32,\), got the shape \(\)"):
+    with pytest.raises(ctde.InputError, match=r"one loss for each example.*\(2,\), got the shape \(\)"):
         ctde.fit(MODEL, digits, optax.sgd(0.1), task=task, devices=devices.start(2), batch_size=64, steps=1)
 
 
@@ -409,7 +409,7 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("model", OwnNnx, r"model must be made by models.mlp\(...\), models.from_nnx\(YourModule\)"),
+        ("model", 3, r"model must be an nnx or linen module, .* or made by models.mlp\(...\), .* got int 3"),
         ("model", models.mlp([64, 5]), r"model must give outputs of the shape \[examples, 10\].* got \[1, 5\]"),
         ("accumulate", 3, "accumulate must cut the 16 examples that each device has of a batch into equal"),
         ("ema_decay", 1.0, "ema_decay must be at least 0 and less than 1, got 1.0"),

@@ -248,7 +248,7 @@ def test_exception_in_a_module_is_the_cause_of_the_sentence():
 def test_exception_in_a_loss_names_what_it_was_called_with():
     task = ctde.Task(lambda outputs, labels: outputs["logits"])
     with pytest.raises(
-        ctde.InputError, match=r"task failed: your loss, called with outputs float32\[1, 3\] and labels"
+        ctde.InputError, match=r"task failed: your loss, called with outputs float32\[2, 3\] and labels"
     ):
         fit(Case(Plain, task=task), 1)
 
