@@ -55,6 +55,7 @@ def digests_of(data: Dataset, partition: Sequence[np.ndarray] | None = None) -> 
     found["the shift of the inputs"] = digest(data.shift)
     found["the scale of the inputs"] = digest(data.scale)
     found["the class names"] = _digest_of_names(data.classes)
+    found["the column names"] = _digest_of_names(data.columns)
     found["the vocabulary"] = _digest_of_names(data.vocabulary)
     if partition is not None:
         parts = [np.asarray(part, np.int64).tobytes() for part in partition]
