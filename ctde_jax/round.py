@@ -1,6 +1,7 @@
 """One round, as one replica sees it: compute on its own examples, then agree. The heart of the trainer."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import optax
@@ -9,6 +10,7 @@ from jax import numpy as jnp
 
 from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
+from ctde_jax.aggregate.reducer import IndependentReducer
 from ctde_jax.data import Split
 from ctde_jax.gradient import Gradient, Sums, compiled_apart
 from ctde_jax.replica import PyTree, agreed_state
@@ -50,6 +52,8 @@ def make_round(
         ema_decay: What the exponential moving average of the parameters keeps of itself in a round.
     """
     optimizer, reduce = strategy.local(optimizer), optax.with_extra_args_support(strategy.reduce)
+    alone = partial(gradient, alone=True)
+    compute = alone if isinstance(strategy.reduce, IndependentReducer) else gradient
 
     def step(state: TrainState, grads: PyTree) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -63,7 +67,7 @@ def make_round(
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
         reduce_key, step_key = _keys(key, state.step)
-        grads, model_state, sums = gradient(state.params, state.model_state, split, indices, step_key)
+        grads, model_state, sums = compute(state.params, state.model_state, split, indices, step_key)
 
         grads, reduce_state = reduce.update(
             grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
@@ -82,7 +86,7 @@ def make_round(
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = gradient(params, model_state, split, indices, _keys(key, step)[1], alone=True)
+            grads, model_state, sums = alone(params, model_state, split, indices, _keys(key, step)[1])
             updates, opt_state = optimizer.update(grads, opt_state, params, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
             return optax.tree.where(sums["examples"] > 0, moved, own), sums
@@ -201,6 +205,6 @@ def parallel_rounds(
 
 
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share."""
+    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share; see `gradient.py`."""
     reduce_key, gradient_key = jax.random.split(jax.random.fold_in(key, step))
     return reduce_key, gradient_key

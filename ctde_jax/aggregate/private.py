@@ -59,7 +59,7 @@ def private(
         noisy = [(x.astype(jnp.float32) + z).astype(x.dtype) for x, z in zip(leaves, noise, strict=True)]
         return structure.unflatten(noisy), state
 
-    return reducer(reduce.init, update)
+    return reducer(reduce.init, update, independent=True)
 
 
 def epsilon(noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, delta: float = 1e-5) -> float:

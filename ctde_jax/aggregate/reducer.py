@@ -7,8 +7,15 @@ import optax
 from ctde_jax.replica import PyTree
 
 
+class IndependentReducer(optax.GradientTransformationExtraArgs):
+    """A reducer that judges each message by itself, as robust rules and private averages do.
+
+    So no message may depend on the examples of another replica, and batch statistics are not synchronized.
+    """
+
+
 def reducer(
-    init: optax.TransformInitFn, update: Callable[..., tuple[PyTree, PyTree]]
+    init: optax.TransformInitFn, update: Callable[..., tuple[PyTree, PyTree]], independent: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a reducer, which is an optax transformation whose functions run on every replica and talk over the axis.
 
@@ -17,5 +24,7 @@ def reducer(
         update: `update(message, state, params=None, *, weight, key, **extra_args) -> (agreed, state)`. `weight`,
             float32[], is the number of examples behind this replica's message; `key` is equal on all replicas and new
             in every round. What is agreed has the shapes and types of the message.
+        independent: Whether to return an `IndependentReducer`.
     """
-    return optax.GradientTransformationExtraArgs(init, update)
+    kind = IndependentReducer if independent else optax.GradientTransformationExtraArgs
+    return kind(init, update)
