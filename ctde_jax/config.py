@@ -197,7 +197,7 @@ class Aggregation:
     """How the devices agree."""
 
     devices: Count = None
-    """Devices to train on, of each host; by default all accelerators, or where there is none 4 fake CPU devices, and of
+    """Devices to train on, of each host; by default all accelerators, or if there is none 4 fake CPU devices, and of
     several hosts 1 each."""
 
     strategy: Strategy = "ddp"

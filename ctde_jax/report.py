@@ -13,6 +13,7 @@ from rich.text import Text
 from ctde_jax import config as options
 from ctde_jax.config import Aggregation, Config, Optimization
 from ctde_jax.data import Dataset
+from ctde_jax.devices import count_cores
 from ctde_jax.models import Model, count_params
 from ctde_jax.trained import Trained
 
@@ -37,6 +38,12 @@ def plan(
     count = len({device.process_index for device in devices})
     spread = f" on {count} hosts" if count > 1 else ""
     table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}")
+    here = sum(device.process_index == jax.process_index() for device in devices)
+    if devices[0].platform == "cpu" and here > 1:
+        cores = count_cores()
+        table.add_row(
+            "", f"{here} fake devices share {cores} core{'s' * (cores > 1)}: for demonstration; --devices 1 is faster."
+        )
     table.add_row(
         "data",
         f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, {data.kinds}",

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from ctde_jax import replica
 from ctde_jax.aggregate import Strategy
+from ctde_jax.aggregate.reducer import IndependentReducer
 from ctde_jax.data import Split
 from ctde_jax.gradient import Gradient, Sums, compiled_apart
 from ctde_jax.replica import PyTree, agreed_state
@@ -53,6 +54,8 @@ def make_round(
     """
     optimizer, outer = strategy.local(optimizer), adapted(strategy.outer)
     reduce = optax.with_extra_args_support(strategy.reduce)
+    alone = partial(gradient, alone=True)
+    compute = alone if isinstance(strategy.reduce, IndependentReducer) else gradient
 
     def step(state: TrainState, grads: PyTree, value: Value) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
@@ -69,7 +72,7 @@ def make_round(
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
         reduce_key, step_key = _keys(key, state.step)
-        grads, model_state, sums = gradient(state.params, state.model_state, split, indices, step_key)
+        grads, model_state, sums = compute(state.params, state.model_state, split, indices, step_key)
 
         grads, reduce_state = reduce.update(
             grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
@@ -91,7 +94,7 @@ def make_round(
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = gradient(params, model_state, split, indices, _keys(key, step)[1], alone=True)
+            grads, model_state, sums = alone(params, model_state, split, indices, _keys(key, step)[1])
             value = partial(_mean_objective, sums)
             updates, opt_state = optimizer.update(grads, opt_state, params, value=value, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
@@ -226,6 +229,6 @@ def _with_rate(sums: Sums, opt_state: PyTree) -> Sums:
 
 
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share."""
+    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share; see `gradient.py`."""
     reduce_key, gradient_key = jax.random.split(jax.random.fold_in(key, step))
     return reduce_key, gradient_key

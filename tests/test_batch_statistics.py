@@ -10,8 +10,10 @@ from flax import linen, nnx
 from jax import numpy as jnp
 
 import ctde_jax as ctde
-from ctde_jax import models, replica
+from ctde_jax import aggregate, models, replica
+from ctde_jax.aggregate.reducer import IndependentReducer, reducer
 from ctde_jax.data import Split
+from ctde_jax.errors import InputError
 from ctde_jax.gradient import make_gradient
 from ctde_jax.tasks import classification
 
@@ -504,3 +506,44 @@ def test_kind_of_linen_counts_real_examples_only(name):
         models.from_linen(module),
         lambda params, state, x: module.apply({"params": params, **state}, x, train=True, mutable=[*state]),
     )
+
+
+def test_messages_that_are_judged_one_by_one_depend_on_no_other_replica():
+    """As those of robust rules and private averages; each is the gradient of a replica's own real examples."""
+    from test_round import begin, under_vmap
+
+    from ctde_jax.round import make_round
+
+    def update(message, state, params=None, **extra_args):
+        return replica.weighted_mean(message, 1.0), message
+
+    remember = partial(reducer, lambda params: optax.tree.zeros_like(params), update)
+    strategy = ctde.Strategy(reduce=remember(independent=True))
+    model = models.from_linen(Linen())
+    here = begin(model, strategy, jax.random.key(0))
+    batches = dealt(11, 4)[:, None]
+    train_round = under_vmap(make_round(make_gradient(model, classification), optax.sgd(0.1, 0.9), strategy), strategy)
+    after, _ = train_round(here, SPLIT, batches, jax.random.key(0))
+    for own, (row,) in enumerate(batches):
+        message = jax.tree.map(lambda x, own=own: x[own], after.reduce_state)
+        assert_close(message, wanted(here.params, here.model_state, list(row[row >= 0]))[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "is_independent"),
+    [
+        (aggregate.mean(), False),
+        (aggregate.two_phase(), False),
+        (aggregate.two_phase(combine=aggregate.median()), True),
+        (aggregate.private(1.0, 0.1), True),
+    ],
+)
+def test_reducers_that_do_not_weight_by_examples_judge_messages_one_by_one(reduce, is_independent):
+    assert isinstance(reduce, IndependentReducer) == is_independent
+
+
+def test_hand_written_model_with_a_state_has_to_take_the_mask():
+    model = models.from_linen(Linen())
+    blind = models.Model(model.init, lambda params, state, inputs, key: model.apply(params, state, inputs, key))
+    with pytest.raises(InputError, match="model has a state, so its apply must take a fifth argument, mask"):
+        ctde.fit(blind, dataset(), optax.sgd(0.1), batch_size=BATCH, steps=1, show=False)

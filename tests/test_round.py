@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from ctde_jax import collectives, models, replica, state
+from ctde_jax import collectives, models, replica, state, tasks
 from ctde_jax.aggregate import (
     Strategy,
     error_feedback,
@@ -382,3 +382,103 @@ def test_average_of_the_parameters_is_its_closed_form(split, key, name):
         share = (1 - decay) * decay ** (rounds - 1 - number)
         expected = jax.tree.map(lambda e, p, share=share: e + share * p, expected, here.params)
     assert_close(here.ema_params, expected)
+
+
+def reveal(keys: list[jax.Array]) -> np.ndarray:
+    return np.array([jax.random.uniform(key) for key in keys])
+
+
+def test_keys_of_local_steps_are_those_of_their_step_number(split, key):
+    """Two rounds of three steps, against a loop that follows the rule in `gradient.py`; all keys differ."""
+    strategy, places = STRATEGIES["local sgd"], 2
+    still = optax.sgd(0.0)
+    model = models.Model(
+        lambda key, inputs: ({"shift": jnp.zeros(1)}, {}),
+        lambda params, state, inputs, key: (
+            jnp.stack([jnp.full(len(inputs), jax.random.uniform(key)), inputs[:, 0]], axis=1) + params["shift"][None],
+            state,
+        ),
+    )
+    task = tasks.Task(
+        lambda outputs, labels: outputs[:, 0],
+        {"mask": lambda outputs, labels: outputs[:, 0], "moved": lambda outputs, labels: outputs[:, 1]},
+    )
+
+    def augment(key, example):
+        return jnp.full_like(example, jax.random.uniform(key))
+
+    train_round = under_vmap(make_round(make_gradient(model, task, augment), still, strategy), strategy)
+    here, masks, moves = begin(model, strategy, key, still), [], []
+    batches = np.arange(REPLICAS * 3 * places, dtype=np.int32).reshape(REPLICAS, 3, places)
+    for _ in range(2):
+        here, sums = train_round(here, split, batches, key)
+        masks.append(sums["mask"])
+        moves.append(sums["moved"])
+
+    for step in range(6):
+        _, gradient_key = jax.random.split(jax.random.fold_in(key, step))
+        augment_key, model_key = jax.random.split(gradient_key)
+        for own in range(REPLICAS):
+            shards = [own, own + REPLICAS]  # of 8, one example each
+            drawn = reveal([jax.random.fold_in(model_key, shard) for shard in shards])
+            moved = reveal([jax.random.fold_in(augment_key, row) for row in batches[own, step % 3]])
+            np.testing.assert_allclose(masks[step // 3][own, step % 3], drawn.sum(), rtol=1e-6)
+            np.testing.assert_allclose(moves[step // 3][own, step % 3], moved.sum(), rtol=1e-6)
+    assert len(np.unique(np.stack(masks))) == 6 * REPLICAS
+    assert len(np.unique(np.stack(moves))) == 6 * REPLICAS
+
+
+class Keeping(nnx.Module):
+    """Has state that nothing writes to, of every kind, and counters."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.last = nnx.Linear(FEATURES, CLASSES, rngs=rngs)
+        self.frozen = nnx.BatchNorm(FEATURES, use_running_average=True, rngs=rngs)
+        self.frozen.eval()
+        odd = jnp.array([0.1, -0.0, 1e-42, jnp.inf, jnp.nan])
+        self.constant, self.half = nnx.Variable(odd), nnx.Variable(odd.astype(jnp.bfloat16))
+        self.complex = nnx.Variable(jnp.array([0.1 + 0.3j]))
+        self.flag, self.size = nnx.Variable(jnp.array([True, False])), nnx.Variable(jnp.array([-3, 7], jnp.int8))
+        self.key = nnx.Variable(jax.random.key(5))
+        self.steps, self.time = nnx.Variable(jnp.uint32(0)), nnx.Variable(jnp.float32(0))
+        self.left = nnx.Variable(jnp.int32(100))
+
+    def __call__(self, x):
+        self.steps[...] += 1
+        self.time[...] += 1
+        self.left[...] -= 1
+        return self.last(self.frozen(x, use_running_average=True)) + 0 * self.constant[0]
+
+
+@pytest.mark.parametrize("name", ["synchronous", "local sgd"])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 8])
+def test_state_that_nothing_writes_to_keeps_its_bits(split, key, name, replicas):
+    """On uneven numbers of examples, of which the last replica has fewest; counters count steps."""
+    strategy, model = STRATEGIES[name], models.from_nnx(Keeping)
+    axes, steps = state.axes(strategy), max(1, strategy.inner_steps)
+    train_round = jax.jit(
+        jax.vmap(
+            make_round(make_gradient(model, classification), OPTIMIZER, strategy),
+            in_axes=(axes, None, 0, None),
+            out_axes=(axes._replace(params=0, model_state=0, opt_state=0, reduce_state=0, step=0), 0),
+            axis_name=replica.AXIS,
+        )
+    )
+    before = begin(model, strategy, key, replicas=replicas)
+    batches = np.broadcast_to(np.arange(5, dtype=np.int32), (replicas, steps, 5)).copy()
+    batches[-1, :, 2:] = ~0
+    after, _ = train_round(before, split, batches, key)
+
+    written = {"steps": steps, "time": steps, "left": 100 - steps}
+    for name, leaf in after.model_state.items():
+        for own in range(replicas) if name != "frozen" else ():
+            if name in written:
+                assert leaf[own] == written[name]
+            else:
+                assert bits(leaf[own]) == bits(before.model_state[name])
+    for name, leaf in after.model_state["frozen"].items():
+        assert all(bits(leaf[own]) == bits(before.model_state["frozen"][name]) for own in range(replicas))
+
+
+def bits(leaf: jax.Array) -> bytes:
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf).tobytes()

@@ -79,7 +79,7 @@ def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.Gra
             sender = optax.tree.where(jnp.asarray(weight) > 0, sender, state.sender)
         return as_tree(agreed.ravel(), updates), TwoPhaseState(sender, owner, combine_state)
 
-    return reducer(init, update)
+    return reducer(init, update, independent=not combine.weighted)
 
 
 def recut(state: TwoPhaseState, like: TwoPhaseState) -> TwoPhaseState:

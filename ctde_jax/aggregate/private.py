@@ -62,7 +62,7 @@ def private(
         noisy = [(x.astype(jnp.float32) + z).astype(x.dtype) for x, z in zip(leaves, noise, strict=True)]
         return structure.unflatten(noisy), state
 
-    return reducer(reduce.init, update)
+    return reducer(reduce.init, update, independent=True)
 
 
 def _clipped(message: PyTree, clip_norm: float) -> PyTree:

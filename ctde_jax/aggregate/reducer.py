@@ -7,8 +7,15 @@ import optax
 from ctde_jax.replica import PyTree, as_complex, as_real
 
 
+class IndependentReducer(optax.GradientTransformationExtraArgs):
+    """A reducer that judges each message by itself, as robust rules and private averages do.
+
+    So no message may depend on the examples of another replica, and batch statistics are not synchronized.
+    """
+
+
 def reducer(
-    init: optax.TransformInitFn, update: Callable[..., tuple[PyTree, PyTree]]
+    init: optax.TransformInitFn, update: Callable[..., tuple[PyTree, PyTree]], independent: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a reducer, which is an optax transformation whose functions run on every replica and talk over the axis.
 
@@ -18,6 +25,7 @@ def reducer(
             float32[], is the number of examples behind this replica's message; `key` is equal on all replicas and new
             in every round. What is agreed has the shapes and types of the message. Both functions get complex leaves
             as their real and imaginary parts, real `[2, ...]`.
+        independent: Whether to return an `IndependentReducer`.
     """
 
     def init_real(params: PyTree) -> PyTree:
@@ -27,4 +35,5 @@ def reducer(
         agreed, state = update(as_real(updates), state, as_real(params), **extra_args)
         return as_complex(agreed, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_real, update_real)
+    kind = IndependentReducer if independent else optax.GradientTransformationExtraArgs
+    return kind(init_real, update_real)

@@ -21,6 +21,9 @@ result is the same on any number of devices; each layer costs one small all-redu
 (`inner_steps`, `--sync-every`) it is the part of a batch that one device has, so no device waits for another within a
 round; the running averages are averaged at the end of the round, weighted by examples.
 
+Robust rules and differential privacy judge each device's gradient by itself, so with `combine` and `clip_norm` it is
+the part of one device, too.
+
 `averaged`: the examples of one device. The running averages are averaged at every aggregation, weighted by examples.
 
 If a batch is computed in microbatches (`accumulate`), each microbatch is normalized with its own statistics, and its
@@ -29,7 +32,8 @@ running averages follow those of the microbatch before. With `--exact` the stati
 This holds for `flax.nnx.BatchNorm`, `flax.linen.BatchNorm` and their subclasses. The first axis of their input is that
 of the examples, or has several consecutive places for each example; `[time, examples, features]` is recognized by its
 second axis. Statistics over examples that a module computes by other means are those of a shard, and count repeated
-examples of a short batch.
+examples of a short batch. What replicas and shards write differently to other state becomes the weighted mean of
+floats, and the largest of integers and booleans; a number that none of them writes keeps its bits.
 """
 
 
