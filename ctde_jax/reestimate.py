@@ -1,7 +1,6 @@
 """Batch statistics of the final parameters instead of running averages over the parameters' past."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 from jax import lax
@@ -68,7 +67,10 @@ def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int
 
         batches = batches.reshape(-1, batches.shape[-1])
         every_step, examples = lax.map(of_step, batches), jnp.sum(batches >= 0, axis=-1)
-        merge = partial(agreed_state, axis=SHARD)
+
+        def merge(new: PyTree, before: PyTree, weight: jax.Array) -> PyTree:
+            return agreed_state(new, before, weight, SHARD)
+
         mean = jax.vmap(merge, in_axes=(0, None, 0), out_axes=None, axis_name=SHARD)
         return agreed_state(mean(every_step, model_state, examples), model_state, jnp.sum(examples))
 
