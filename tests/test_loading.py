@@ -30,6 +30,7 @@ def trained(*arguments: str, folder: str = "run") -> ctde.Trained:
 
 WAYS = {
     "plain": (),
+    "rolled back if need be": ("--on-nonfinite", "rollback"),
     "averaged over time": ("--ema-decay", "0.9"),
     "averaged over devices": ("--strategy", "gossip"),
     "local steps": ("--strategy", "diloco", "--sync-every", "5"),
@@ -51,6 +52,7 @@ def test_loaded_model_is_the_one_that_was_trained(way):
         (found.params, found.model_state),
         (right.params, right.model_state),
     )
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, right.opt_state)
     assert found.step == right.step
     assert found.history == right.history
     assert found.tested == right.tested
