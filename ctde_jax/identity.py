@@ -23,6 +23,7 @@ from ctde_jax.jaxprs import digest_of, digest_of_shapes
 from ctde_jax.models import Model
 from ctde_jax.replica import PyTree
 from ctde_jax.tasks import Task
+from ctde_jax.transformations import adapted
 
 _TRACED_BY = ("ctde_jax", "jax", "flax", "optax", "numpy")
 """Packages whose versions change how the same program is traced."""
@@ -180,9 +181,9 @@ def parts_of(
         return _differentiated(loss, outputs)
 
     def optimize(grads, params, value):
-        whole = optax.with_extra_args_support(optimizer)
+        whole = adapted(optimizer)
         opt_state = whole.init(params)
-        return opt_state, whole.update(grads, opt_state, params, value=value, grad=grads)
+        return opt_state, whole.update(grads, opt_state, params, value=lambda: value)
 
     def digest(given: tuple[PyTree, ...], *programs: tuple[Any, ...]) -> Part:
         return digest_of_shapes(*given), "".join(digest_of(*each, replicas=replicas) for each in programs)
@@ -224,8 +225,9 @@ def _agreement(strategy: Strategy) -> Callable[..., PyTree]:
             inner.update(message, inner_state, params, anchor=message),
         ]
         if strategy.inner_steps:
-            outer_state = strategy.outer.init(params)
-            results += [outer_state, strategy.outer.update(message, outer_state, params)]
+            outer = adapted(strategy.outer)
+            outer_state = outer.init(params)
+            results += [outer_state, outer.update(message, outer_state, params, value=lambda: weight)]
         return results
 
     return agree

@@ -32,7 +32,7 @@ from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
 from ctde_jax.resume import completed, find, found_by_the_first, plain, roll_back
 from ctde_jax.round import parallel_rounds
-from ctde_jax.run import BEST, INPUTS, Best, Run
+from ctde_jax.run import BEST, INPUTS, OTHER_POINT, Best, Run
 from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed, make_way, named
 from ctde_jax.schedule import make_phases, unfinished
 from ctde_jax.stop import deferred
@@ -356,6 +356,7 @@ def fit(
         ):
             facts = {"replicas": len(devices), "options": told, "given_options": plain(options)}
             facts |= {"classes": data.classes, "vocabulary": data.vocabulary, "platform": devices[0].platform}
+            facts[OTHER_POINT] = state.has_evaluated_point(train_state, phases[0].strategy) and not strategy.diverges
             facts |= {} if folder is None else {"identity": identity.facts}
             run = Run(
                 train_state,

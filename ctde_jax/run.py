@@ -25,6 +25,9 @@ BEST = "best"
 INPUTS = "inputs/"
 """What the names of the shift and the scale of the inputs begin with in a checkpoint."""
 
+OTHER_POINT = "evaluated_at_another_point"
+"""The fact that tells whether a run's optimizer is evaluated at another point than the parameters in a checkpoint."""
+
 
 class Best:
     """Keeps the parameters of the lowest validation loss where there is patience, and says when it has run out."""

@@ -22,7 +22,7 @@ from ctde_jax.bundle.tensors import parse
 from ctde_jax.checkpoint import MANIFEST, Damaged, Tensors, newest, read
 from ctde_jax.errors import InputError, did_you_mean, quoted
 from ctde_jax.replica import PyTree
-from ctde_jax.run import BEST
+from ctde_jax.run import BEST, OTHER_POINT
 from ctde_jax.run_folder import CHECKPOINTS
 from ctde_jax.trained import Trained
 
@@ -200,10 +200,16 @@ def _from_path(path: Path) -> Given:
             f"must be the path of a run, checkpoint, bundle or .safetensors file, got {quoted(str(path))}.",
         )
     try:
-        tensors = read(newest(path / CHECKPOINTS) if is_run else path).tensors
+        _, tensors, facts = read(newest(path / CHECKPOINTS) if is_run else path)
     except (Damaged, IndexError) as error:
         fault = error if isinstance(error, Damaged) else f"{path} has none yet"
         raise InputError("init_from", f"must lead to an intact checkpoint, but {fault}.") from error
+    if facts.get(OTHER_POINT):
+        raise InputError(
+            "init_from",
+            f"must not be {path}, as its optimizer is evaluated at another point than the parameters in it; make the "
+            "same call of fit, which reads its checkpoint, and give what it returns.",
+        )
     return _of_checkpoint(tensors)
 
 

@@ -9,8 +9,6 @@ import pytest
 from flax import linen, nnx
 from jax import numpy as jnp
 from user_modules import (
-    BATCH_STATISTICS,
-    EXAMPLES,
     INPUTS,
     LABELS,
     MODULES,
@@ -38,6 +36,8 @@ QUICK = (
     "rngs in the call",
     "mode in the call",
     "variables of its own",
+    "batch norm",
+    "linen batch norm",
     "sow",
     "integer parameter",
     "batch norm",
@@ -184,12 +184,11 @@ def plain_losses(name: str) -> list[float]:
     """Trains in a loop of flax and optax alone, with the keys that the documentation of `gradient` states."""
     case = MODULES[name]
     dataset = data_of(case)
-    batch_size = EXAMPLES if name in BATCH_STATISTICS else BATCH
     init_key, train_key = jax.random.split(jax.random.key(0))
     train = (plain_nnx if name in NNX else plain_linen)(case, init_key)
     inputs = (np.asarray(dataset.train.inputs) - dataset.shift) * dataset.scale
     losses = []
-    for number, batch in enumerate(batches_of(dataset, batch_size)):
+    for number, batch in enumerate(batches_of(dataset, BATCH)):
         _, step_key = jax.random.split(jax.random.fold_in(train_key, number))
         _, model_key = jax.random.split(step_key)
         parts = [batch[shard::SHARDS] for shard in range(SHARDS)] if case.is_random else [batch]
@@ -199,15 +198,14 @@ def plain_losses(name: str) -> list[float]:
 
 @pytest.mark.parametrize("name", some(MODULES, *QUICK))
 def test_losses_are_those_of_a_plain_loop(name):
-    options = {"batch_size": EXAMPLES} if name in BATCH_STATISTICS else {}
-    trained = fit(MODULES[name], 1 if name in BATCH_STATISTICS else 4, **options)
+    trained = fit(MODULES[name], 4)
     expected = plain_losses(name)
     np.testing.assert_allclose(train_losses(trained), expected, rtol=1e-5, atol=1e-5)
     assert abs(expected[-1] - expected[0]) > 1e-2, "nothing was learned, so nothing was compared"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in BATCH_STATISTICS])
+@pytest.mark.parametrize("name", MODULES)
 def test_losses_are_those_of_a_plain_loop_on_one_device(name):
     np.testing.assert_allclose(train_losses(fit(MODULES[name], 1)), plain_losses(name), rtol=1e-5, atol=1e-5)
 

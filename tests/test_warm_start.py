@@ -110,10 +110,10 @@ def test_what_does_not_fit_is_refused(given, only, sentence):
     assert sentence in str(error.value)
 
 
-def train(model, dataset, **more) -> ctde.Trained:
+def train(model, dataset, optimizer=None, **more) -> ctde.Trained:
     arguments = {"batch_size": 64, "steps": 8, "eval_every": 8, "log_every": 1, "show": False}
     arguments["devices"] = devices.start(2)
-    return ctde.fit(model, dataset, optax.sgd(0.1), **{**arguments, **more})
+    return ctde.fit(model, dataset, optimizer or optax.sgd(0.1), **{**arguments, **more})
 
 
 MODEL = models.mlp([64, 16, 10])
@@ -183,3 +183,14 @@ def test_run_of_another_start_is_not_resumed(once, digits, tmp_path):
 def test_start_that_makes_no_sense_is_refused(digits, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         train(MODEL, digits, **arguments)
+
+
+def test_checkpoint_of_an_optimizer_that_is_evaluated_elsewhere_is_refused(digits, tmp_path):
+    optimizer = optax.contrib.schedule_free_adamw(0.01)
+    trained = train(MODEL, digits, optimizer=optimizer, run_dir=tmp_path)
+    same(
+        train(MODEL, digits, init_from=trained, steps=1).params,
+        train(MODEL, digits, init_from=trained.params, steps=1).params,
+    )
+    with pytest.raises(InputError, match="must not be .*, as its optimizer is evaluated at another point"):
+        train(MODEL, digits, init_from=tmp_path)

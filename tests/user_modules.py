@@ -506,7 +506,6 @@ LINEN = {
 }
 
 MODULES = {**NNX, **LINEN}
-BATCH_STATISTICS = {"batch norm", "linen batch norm"}
 
 # --- refused -----------------------------------------------------------------
 
