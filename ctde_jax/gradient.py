@@ -48,7 +48,8 @@ Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
 """`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums over own examples)`
 
 `indices` is `int32[per_replica]`, negative where there is no example; the key is the same on all replicas. `alone` is
-True in local steps: then the model meets no other replica, so batch statistics are those of the replica's examples.
+True in local steps: then a model that has a state meets no other replica, so batch statistics are those of the
+replica's examples.
 
 If the losses of other replicas depend on a replica's examples, as through synchronized batch statistics, its gradient
 includes these losses. Only the mean over the replicas, weighted by examples, is then the gradient of the mean loss.
@@ -91,7 +92,8 @@ def make_gradient(
         if not is_random:  # the shards only decide which examples share a group
             examples, shards = examples.reshape(accumulate, 1, -1), shards[:, :1]
         own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
-        on_shard = _make_on_shard(_alone(model) if alone and meets else model, task, augment)
+        keeps_statistics = meets and bool(jax.tree.leaves(model_state))
+        on_shard = _make_on_shard(_alone(model) if alone and keeps_statistics else model, task, augment)
 
         # The transpose of a sum over replicas adds up their cotangents. So if other losses depend on these examples,
         # all replicas divide by the same number first, and by the number of their own examples afterwards.

@@ -40,10 +40,8 @@ def plan(
     table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}")
     here = sum(device.process_index == jax.process_index() for device in devices)
     if devices[0].platform == "cpu" and here > 1:
-        cores = count_cores()
-        table.add_row(
-            "", f"{here} fake devices share {cores} core{'s' * (cores > 1)}: for demonstration; --devices 1 is faster."
-        )
+        cores = f"{count_cores()} core{'s' * (count_cores() > 1)}"
+        table.add_row("", f"{here} fake devices share {cores}: for demonstration; --devices 1 is usually faster.")
     table.add_row(
         "data",
         f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, {data.kinds}",

@@ -74,9 +74,9 @@ def test_forgotten_reduction_stops_at_the_first_row(digits, tmp_path, inner_step
 
 
 def test_statistics_that_were_not_averaged_are_named(digits, monkeypatch):
-    """Where the round forgets to average what the model keeps beside its parameters."""
-    model = models.resnet((8, 8), 10, widths=(4,), norm="batch")
-    monkeypatch.setattr(round, "weighted_mean", lambda tree, weight: tree)
+    """If the round forgets to average what the model keeps beside its parameters."""
+    model = models.resnet((8, 8), 10, widths=(4,), norm="batch", batch_statistics="averaged")
+    monkeypatch.setattr(round, "agreed_state", lambda after, before, weight: after)
     with pytest.raises(ReplicasDiverged, match=r"^model_state/") as caught:
         ctde.fit(model, digits, optax.sgd(0.01), devices=devices.start(2), batch_size=64, steps=8, show=False)
     assert all(leaf.startswith("model_state/") for leaf in caught.value.leaves if "params" not in leaf)

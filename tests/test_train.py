@@ -59,7 +59,13 @@ def test_default_command_reaches_97_percent_and_leaves_its_results(tmp_path):
     assert last["split"] == "test"
     assert last["accuracy"] >= 0.97
     assert last["examples"] == 359
-    plan = ["4 fake CPU devices", "1,438 training and 359 test", "mlp 64-128-10 with tanh", "9,610 parameters"]
+    plan = [
+        "4 fake CPU devices",
+        "for demonstration; --devices 1 is",
+        "1,438 training and 359 test",
+        "mlp 64-128-10 with tanh",
+        "9,610 parameters",
+    ]
     plan += ["64 examples a step, 16 on each device", "the mean of the gradients", str(folder.relative_to(tmp_path))]
     table = ["test accuracy", f"{last['accuracy']:.2%}", "start-up", "compile", "train", "evaluate", "wall time"]
     for words in [*plan, *table]:
