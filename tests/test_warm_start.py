@@ -192,5 +192,5 @@ def test_checkpoint_of_an_optimizer_that_is_evaluated_elsewhere_is_refused(digit
         train(MODEL, digits, init_from=trained, steps=1).params,
         train(MODEL, digits, init_from=trained.params, steps=1).params,
     )
-    with pytest.raises(InputError, match="must not be .*, as its optimizer is evaluated at another point"):
+    with pytest.raises(InputError, match=r"must not be .*, as its optimizer is evaluated at another point"):
         train(MODEL, digits, init_from=tmp_path)
