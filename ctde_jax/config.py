@@ -152,8 +152,8 @@ class Optimization:
     """Optimizer steps in which the learning rate rises from zero."""
 
     schedule_start: int = 0
-    """Optimizer step at which warmup and schedule start (default: 0, or the step of --branch-from if --learning-rate,
-    --schedule or --warmup-steps is given with it)."""
+    """Optimizer step at which warmup and schedule start; for --branch-from with --learning-rate, --schedule or
+    --warmup-steps, the step of that checkpoint."""
 
     weight_decay: Number = None
     """Share of the kernels that a step takes off, in units of the learning rate; by default 0.0001 for adamw, 0.001 for
@@ -534,7 +534,8 @@ def _is_saved(value: Any, kind: Any) -> bool:
     if value is None:
         return isinstance(kind, UnionType)
     if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(isinstance(each, (str, int, float)) for each in value)
+        (kind, *_) = get_args(kind)
+        return isinstance(value, list) and all(isinstance(each, str if kind is str else (int, float)) for each in value)
     return isinstance(value, (str, int, float))
 
 

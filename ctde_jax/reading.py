@@ -34,7 +34,7 @@ def read_small(path: Path | str) -> bytes:
         OSError: The file cannot be read, is not a regular one, or has more than 256 MiB.
     """
     with open_regular(path) as file:
-        content = file.read(_SMALL + 1)
-    if len(content) > _SMALL:
-        raise OSError(None, f"it has more than {_SMALL:,} bytes", str(path))
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > _SMALL:
+            raise OSError(None, f"it has more than {_SMALL:,} bytes", str(path))
+        return file.read(size)  # with a limit, as files of the operating system may go on without end

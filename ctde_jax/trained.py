@@ -163,7 +163,8 @@ class Trained:
 def _conforming(option: str, given: ArrayLike | DiskArray, accepted: Accepted) -> np.ndarray | DiskArray:
     """Returns values as `Accepted.conform` does; those on disk stay there, and have any float type."""
     if not isinstance(given, DiskArray):
-        return accepted.conform(option, plain(option, given))
+        array = plain(option, given)
+        return accepted.conform(option, given if isinstance(given, list | tuple) else array)
     for _, piece in pieces(given) if accepted.largest is not None else [(0, given[:1])]:
         accepted.conform(option, np.asarray(piece))
     wanted = np.dtype(accepted.dtype)

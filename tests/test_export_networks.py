@@ -242,6 +242,12 @@ def _with(trained, change):
     return replace(trained, model=Model(trained.model.init, changed))
 
 
+def _measured(trained, data):
+    """As if it had been trained: the export compares with its last test row."""
+    row = {"split": "test", "step": trained.step, **trained.evaluate(data.test)}
+    return replace(trained, history=[row])
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -261,18 +267,14 @@ def test_outputs_that_no_bundle_has_are_refused(change, sentence, perceptron, tm
 def test_form_that_answers_wrongly_or_not_at_all_is_left_out_by_name(perceptron, tmp_path):
     """The inverse error function has another accuracy in ONNX; a Fourier transform cannot be written."""
     trained, data = perceptron
-    written = ctde.write_bundle(
-        _with(trained, lambda y: lax.erf_inv(jnp.tanh(3 * y))), data, tmp_path / "wrong", ["onnx", "jax"], show=False
-    )
+    inexact = _measured(_with(trained, lambda y: lax.erf_inv(jnp.tanh(3 * y))), data)
+    written = ctde.write_bundle(inexact, data, tmp_path / "wrong", ["onnx", "jax"], show=False)
     assert "jax" in written.bundle.card.artifacts
     assert "onnx" in written.bundle.card.artifacts or "differs by" in written.left_out["onnx"]
-    written = ctde.write_bundle(
-        _with(trained, lambda y: jnp.linalg.svd(y[:, :, None] * y[:, None] + jnp.eye(3)[None], compute_uv=False)),
-        data,
-        tmp_path / "none",
-        ["onnx", "jax"],
-        show=False,
+    unwritten = _with(
+        trained, lambda y: jnp.linalg.svd(y[:, :, None] * y[:, None] + jnp.eye(3)[None], compute_uv=False)
     )
+    written = ctde.write_bundle(_measured(unwritten, data), data, tmp_path / "none", ["onnx", "jax"], show=False)
     assert written.left_out == {"onnx": "jax2onnx cannot write it (svd currently supports rank-2 inputs only)"}
 
 
@@ -291,7 +293,7 @@ def test_parameters_of_any_shape_and_dtype_leave_with_their_own(perceptron, tmp_
         weight = params["gain"] + params["half"].sum().astype(jnp.float32) + params["phase"].real.sum()
         return (inputs * weight)[:, :3] + params["table"].sum(), model_state
 
-    other = replace(trained, params=params, model_state={}, model=Model(trained.model.init, apply))
+    other = _measured(replace(trained, params=params, model_state={}, model=Model(trained.model.init, apply)), data)
     written = ctde.write_bundle(other, data, tmp_path / "bundle", ["onnx", "jax"], show=False)
     assert written.left_out == {}
     stored = weights.gather(other, data)
@@ -304,6 +306,7 @@ def test_parameters_that_share_a_name_are_refused(perceptron, tmp_path):
     trained, data = perceptron
     one = np.ones(1, np.float32)
     other = replace(trained, params={"a/b": one, "a": {"b": one}}, model=Model(trained.model.init, _three))
+    other = _measured(other, data)
     with pytest.raises(InputError, match="must have a different name for each parameter; use keys without slashes"):
         ctde.write_bundle(other, data, tmp_path / "bundle", ["jax"], show=False)
 

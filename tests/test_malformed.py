@@ -898,7 +898,8 @@ def test_command_refuses_a_malformed_configuration(tmp_path: Path, capsys, conte
 
 @pytest.mark.parametrize("name", ["header of 2**60 bytes", "type that numpy has not"])
 def test_command_refuses_a_malformed_checkpoint(tmp_path: Path, capsys, name: str):
-    path = make_checkpoint(tmp_path, TENSORS)
+    path = make_checkpoint(tmp_path / "trunk" / "checkpoints", TENSORS)
+    (tmp_path / "trunk" / "config.json").write_text("{}")
     path.write_bytes(BAD_TENSORS[name])
     (path.parent / SUMS).write_text(checkpoint._sums(path.parent), encoding="utf-8")
     (tmp_path / "run").mkdir()

@@ -300,7 +300,7 @@ def test_move_that_was_interrupted_is_completed_by_the_next_call(small, tmp_path
 def test_call_that_fails_before_its_first_step_moves_nothing(small, tmp_path):
     whole = fit(small, tmp_path)
     wrong = optax.GradientTransformation(optax.adam(0.1).init, lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ctde.InputError, match="raised ZeroDivisionError"):
         fit(small, tmp_path, resume=False, optimizer=wrong)
     assert fit(small, tmp_path).history == whole.history
     assert not (tmp_path / "previous-1").exists()
