@@ -14,12 +14,15 @@ from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Dataset
 from ctde_jax.data.arrays import targets_or_classes
-from ctde_jax.errors import InputError, check_at_least, check_known, check_seed
+from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known, check_seed
 from ctde_jax.gradient import SHARDS, check_exact_model
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.models.user_code import describe
 from ctde_jax.replica import AXIS, PyTree
 from ctde_jax.tasks import Task
+
+_MOST_REESTIMATED = 2**16
+"""The indices of all batches over which statistics are estimated are in memory at once."""
 
 
 def check_run(
@@ -50,6 +53,7 @@ def check_run(
     check_at_least(1, accumulate=accumulate, patience=patience, eval_every=eval_every, log_every=log_every)
     check_at_least(1, save_every=save_every, keep_checkpoints=keep_checkpoints)
     check_at_least(0, reestimate_batches=reestimate_batches)
+    check_at_most(_MOST_REESTIMATED, reestimate_batches=reestimate_batches)
     if batch_size % (replicas * accumulate):
         own = batch_size // replicas
         rule = f"must cut the {own} examples that each device has of a batch into equal groups"

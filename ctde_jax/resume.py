@@ -159,12 +159,16 @@ def check_facts(found: Checkpoint, option: str) -> None:
 def different_options(before: Options, now: Options) -> list[str]:
     """Lists the options that differ, with both values; flags if these are options of a command line."""
     spell, unknown = config.flag if isinstance(now, config.CommandOptions) else str, "not known"
+
+    def differs(name: str) -> str:
+        if name == "init_from":  # whose values are digests
+            return f"the initial parameters ({spell(name)})"
+        return (
+            f"{_IN_WORDS.get(name) or spell(name)} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
+        )
+
     names = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
-    return [
-        f"{_IN_WORDS.get(name) or spell(name)} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
-        for name in names
-        if name not in _DECIDE_NOTHING
-    ]
+    return [differs(name) for name in names if name not in _DECIDE_NOTHING]
 
 
 def _differences(found: Checkpoint, options: Options, identity: Identity) -> tuple[list[str], list[str]]:

@@ -169,7 +169,7 @@ def test_run_of_another_start_is_not_resumed(once, digits, tmp_path):
     train(MODEL, digits, init_from=trained.params, run_dir=tmp_path)  # the same numbers by another route
     other = jax.tree.map(lambda x: x + 1, trained.params)
     for start_again in ({"init_from": other}, {}):
-        with pytest.raises(InputError, match="init_from"):
+        with pytest.raises(InputError, match=r"other options: the initial parameters \(init_from\)"):
             train(MODEL, digits, run_dir=tmp_path, **start_again)
 
 
