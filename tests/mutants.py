@@ -45,6 +45,7 @@ MOST_SECONDS = 60
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=CORE, help="modules of ctde_jax, such as aggregate/mean")
+    parser.add_argument("--tests", nargs="*", help="test files (default: all)")
     parser.add_argument("--sample", type=int, default=320, help="number of mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
@@ -53,7 +54,8 @@ def main() -> None:
     options.folder.mkdir(exist_ok=True)
     programs = options.folder.absolute() / "programs"
 
-    tests = measure(options.folder, options.processes, programs)
+    files = options.tests or [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_*.py"))]
+    tests = measure(options.folder, options.processes, programs, files)
     chosen = sample([ROOT / "ctde_jax" / f"{name}.py" for name in options.modules], options.sample, options.seed)
     results = options.folder / "results.jsonl"
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -81,11 +83,10 @@ def main() -> None:
     report([result for result in known if tuple(result["mutant"]) in set(chosen)])
 
 
-def measure(folder: Path, processes: int, programs: Path) -> dict[str, dict]:
+def measure(folder: Path, processes: int, programs: Path, files: list[str]) -> dict[str, dict]:
     """Runs the default tests once; returns the tests of each line, and the seconds of each test."""
     data, durations = folder / ".coverage", folder / "durations.json"
     if not durations.exists():
-        files = sorted(ROOT.glob("tests/test_*.py"))
         rc = folder / "coveragerc"
         rc.write_text(
             f"[run]\ndynamic_context = test_function\nsource = {ROOT / 'ctde_jax'}\n"
@@ -95,8 +96,7 @@ def measure(folder: Path, processes: int, programs: Path) -> dict[str, dict]:
         def run(number: int) -> list[tuple[str, float]]:
             report = folder / f"junit-{number}.xml"
             command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rc}", *pytest(), f"--junitxml={report}"]
-            own = [str(path.relative_to(ROOT)) for path in files[number::processes]]
-            subprocess.run([*command, *own], cwd=ROOT, env=environment(ROOT, programs))
+            subprocess.run([*command, *files[number::processes]], cwd=ROOT, env=environment(ROOT, programs))
             cases = ElementTree.parse(report).iter("testcase")
             return [(f"{c.get('classname')}.{c.get('name')}", float(c.get("time", 0))) for c in cases]
 
