@@ -1,6 +1,6 @@
 """What `fit` refuses, in sentences, before anything is computed or written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -81,16 +81,38 @@ def check_run(
     if strategy.is_exact:
         check_exact_model(model, params, model_state, inputs)
     _check_optimizer(optimizer, strategy, params, replicas, ema_decay is not None, on_nonfinite == "rollback")
+    if not isinstance(task.metrics, Mapping) or not all(map(callable, task.metrics.values())):
+        raise InputError("task", f'must have metrics by name, such as {{"error": function}}, got {task.metrics!r:.60}.')
     for examples in (1, 2):
         few = _like(inputs, examples)
         outputs, _ = jax.eval_shape(model.apply, params, model_state, few, None)
         _check_outputs(outputs, examples, data, task)
         jax.eval_shape(model.apply, params, model_state, few, key)
     _check_task(task, outputs, _like(data.train.labels, examples))
+    if task.predicts == "anything":
+        _check_loss(task, outputs, data)
     if reestimate_batches and not jax.tree.leaves(model_state):
         raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
     if augment is not None:
         jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
+
+
+def _check_loss(task: Task, outputs: PyTree, data: Dataset) -> None:
+    """Raises InputError for a loss that mixes examples, as `[n, 1]` minus `[n]` does by broadcasting to `[n, n]`."""
+    rng = np.random.default_rng(0)
+    labels = jax.numpy.asarray(data.train.labels[:2])
+    if len(labels) < 2:
+        return
+    drawn = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape).astype(leaf.dtype), outputs)
+    whole = np.asarray(task.loss(drawn, labels))
+    alone = [task.loss(jax.tree.map(lambda x, i=i: x[i : i + 1], drawn), labels[i : i + 1])[0] for i in range(2)]
+    if not np.allclose(whole, np.asarray(alone), rtol=1e-3, atol=1e-5, equal_nan=True):
+        shapes = f"outputs {describe(outputs)} and labels {describe(labels)}"
+        raise InputError(
+            "task",
+            f"must compute the loss of each example from that example alone, but it mixes the examples of {shapes}; "
+            "give both the same shape, as outputs[..., 0] - labels does.",
+        )
 
 
 def check_devices(devices: object) -> None:

@@ -378,11 +378,17 @@ def parse(arguments: Sequence[str]) -> Config:
         raise InputError("epochs", "and --steps exclude each other; give one.")
     chosen = _parse(arguments)
     options: dict[str, Any] = {}
-    saved = chosen.run.config or _config_of(chosen.run.branch_from)
+    saved, is_parent = chosen.run.config, False
+    if saved is None and chosen.run.branch_from is not None:
+        saved = _config_of_branch(chosen.run)
+        is_parent = saved is None
+        saved = saved or _config_of(chosen.run.branch_from)
     if saved is not None:
         options = _load(saved)
-        if chosen.run.branch_from and typed & {"--learning-rate", "--schedule", "--warmup-steps"}:
-            options["schedule_start"] = _step_of(chosen.run.branch_from)
+        if is_parent:  # where its parameters came from is not where those of the branch come from
+            options = {name: value for name, value in options.items() if name not in _STARTS}
+            if typed & {"--learning-rate", "--schedule", "--warmup-steps"}:
+                options["schedule_start"] = _step_of(chosen.run.branch_from)
         if "--epochs" in typed:
             options.pop("steps", None)
         _check(_as_arguments(options))
@@ -399,9 +405,19 @@ def parse(arguments: Sequence[str]) -> Config:
     return parsed
 
 
-def _config_of(checkpoint: Path | None) -> Path | None:
+_STARTS = ("init_from", "init_only", "branch_from")
+"""The options that determine the first parameters of a run."""
+
+
+def _config_of_branch(run: Run) -> Path | None:
+    """Returns the saved options of a branch that was started before; its parent may be gone."""
+    path = None if run.run_dir is None else run.run_dir / "config.json"
+    return path if path is not None and run.resume == "auto" and os.path.isfile(path) else None
+
+
+def _config_of(checkpoint: Path) -> Path | None:
     """Returns the saved options of the run to which a checkpoint belongs; None for what is no checkpoint."""
-    if checkpoint is None or not os.path.isfile(checkpoint / "manifest.json"):
+    if not os.path.isfile(checkpoint / "manifest.json"):
         return None
     path = checkpoint.absolute().parent.parent / "config.json"
     if not path.is_file():
@@ -413,9 +429,10 @@ def _config_of(checkpoint: Path | None) -> Path | None:
     return path
 
 
-def _step_of(checkpoint: Path) -> int:
+def _step_of(checkpoint: Path | None) -> int:
     """Returns the optimizer steps of a checkpoint, or 0 if its manifest cannot be read, which is reported later."""
     try:
+        assert checkpoint is not None
         return int(json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["position"]["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
@@ -437,8 +454,9 @@ def deciding(config: Config) -> CommandOptions:
     return CommandOptions((name, value) for name, value in options if name not in _OF_ONE_RUN + _DECIDE_NOTHING)
 
 
-_OF_ONE_RUN = ("config", "run_dir", "resume", "branch_from", "init_from", *(option.name for option in fields(Hosts)))
+_OF_ONE_RUN = ("config", "run_dir", "resume", *(option.name for option in fields(Hosts)))
 _DECIDE_NOTHING = (
+    *_STARTS,
     "devices",
     "data_dir",
     "data_file",

@@ -166,7 +166,7 @@ def _center(found: Checkpoint, model: Model, data: Dataset, may_be_best: bool) -
     whole = {"ema_params" if averaged else "params": like[0]}
     wanted = state.named(whole)
     agreed = {
-        name: tensor.mean(axis=0, dtype=np.float32).astype(tensor.dtype)
+        name: tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(tensor.dtype)
         if name in wanted and tensor.shape[1:] == wanted[name].shape
         else tensor
         for name, tensor in params.items()

@@ -26,7 +26,7 @@ from ctde_jax.gradient import make_gradient
 from ctde_jax.identity import Identity, parts_of
 from ctde_jax.log import console, open_log
 from ctde_jax.meter import Clock, Meter, Position
-from ctde_jax.models import Model, as_model, count_params, with_raw_inputs
+from ctde_jax.models import Model, as_model, count_params, unscaled, with_raw_inputs
 from ctde_jax.optimizers import shrunk
 from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
@@ -39,7 +39,7 @@ from ctde_jax.stop import deferred
 from ctde_jax.tasks import Task, classification, language_modeling
 from ctde_jax.traffic import measure, summary
 from ctde_jax.trained import Trained, accepts
-from ctde_jax.transformations import as_transformation
+from ctde_jax.transformations import as_transformation, with_hyperparams_of
 from ctde_jax.warm_start import Source, read_source, start_from
 
 P = ParamSpec("P")
@@ -100,6 +100,7 @@ def fit(
     options: Mapping[str, Any] = {},
     show: bool = True,
     describe: Callable[[PyTree, PyTree], str] | None = None,
+    prepare: Callable[[Path], None] | None = None,
 ) -> Trained:
     """Trains one central model on many devices.
 
@@ -161,6 +162,7 @@ def fit(
             validation split or else the test split. Whatever is the best so far is saved at once.
         options: What else decides the numbers of the run, by name; a run is continued only if it is the same.
         show: Whether to show progress.
+        prepare: Called on host 0 with the folder of a run that starts, before its first checkpoint, to put files there.
         describe: What to print of the parameters and model state (numpy arrays) at every evaluation, such as a text
             that the model has written.
 
@@ -178,7 +180,7 @@ def fit(
     check_whole(eval_every=eval_every, log_every=log_every, save_every=save_every, patience=patience)
     optimizer = as_transformation(optimizer)
     starts_anew = model.unscaled is not None and init_from is None and branch_from is None
-    model = model.unscaled or model  # that of a Trained, which scales inputs as its own data needed it
+    model = unscaled(model)
     devices = list(devices or available.start())
     available.check(devices)
     if len(devices) != len(replica.own(devices)) * hosts.count():
@@ -226,6 +228,7 @@ def fit(
         raise InputError("init_from", "cannot be combined with branch_from, which starts from a whole training state.")
     if init_only is not None and init_from is None:
         raise InputError("init_only", "requires init_from.")
+    init_only = (init_only,) if isinstance(init_only, str) else None if init_only is None else tuple(init_only)
     given = None if init_from is None else read_source(init_from)
     if on_nonfinite == "rollback":
         optimizer = shrunk(optimizer)
@@ -303,7 +306,12 @@ def fit(
                 best.restore(found, (params, model_state))
             tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith((BEST, INPUTS))}
             replicas, where = found.facts["replicas"], "branch_from" if is_branch else "run_dir"
+            fresh = train_state
             train_state = state.from_tensors(tensors, train_state, phases[0].strategy, replicas, devices, where)
+            if is_branch:
+                train_state = train_state._replace(
+                    opt_state=with_hyperparams_of(fresh.opt_state, train_state.opt_state)
+                )
             if not is_branch and (position.gone_through == total_steps or best.is_over):
                 screen.print(completed(position.step, told))
         feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
@@ -346,6 +354,8 @@ def fit(
         left = [phase.after(position.gone_through) for phase in phases]
         if folder is not None and not resume:  # only now, as a module that does not compile must not move anything
             hosts.of_the_first(partial(make_way, folder, resume, screen.print))
+        if folder is not None and prepare is not None and (found is None or is_branch):
+            hosts.of_the_first(partial(prepare, folder))
         with (
             deferred(saves=folder is not None) as stop,
             open_log(total_steps, folder, show, kept) as log,
@@ -356,7 +366,6 @@ def fit(
         ):
             facts = {"replicas": len(devices), "options": told, "given_options": plain(options)}
             facts |= {"classes": data.classes, "vocabulary": data.vocabulary, "platform": devices[0].platform}
-            facts[OTHER_POINT] = state.has_evaluated_point(train_state, phases[0].strategy) and not strategy.diverges
             facts |= {} if folder is None else {"identity": identity.facts}
             run = Run(
                 train_state,
@@ -383,6 +392,8 @@ def fit(
                     break
                 if spans and spans[0].start == phase.start > 0:
                     run.train_state = phase.begin(run.train_state, devices)
+                is_elsewhere = state.has_evaluated_point(run.train_state, phase.strategy) and not strategy.diverges
+                run.facts = {**facts, OTHER_POINT: is_elsewhere}
                 center_of = phase.make_center(devices)
                 shared = list(guard.shared(run.train_state, phase.strategy))
                 for span in spans:

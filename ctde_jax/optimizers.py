@@ -108,6 +108,12 @@ def build_schedule(
         raise InputError("learning_rate", f"must be greater than 0 and finite, got {learning_rate}.")
     check_at_least(0, warmup_steps=warmup_steps, schedule_start=schedule_start)
     decay_steps = total_steps - schedule_start - warmup_steps
+    if schedule_start and total_steps <= schedule_start:
+        raise InputError(
+            "steps",
+            f"must be more than the {schedule_start:,} at which the schedule starts, got {total_steps:,}; steps and "
+            "epochs of a branch count from the start of its parent.",
+        )
     if schedule != "constant" and decay_steps < 1:
         raise InputError(
             "warmup_steps",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ctde_jax import config, hosts
-from ctde_jax.checkpoint import Checkpoint, Damaged, Facts, newest_intact, read, write
+from ctde_jax.checkpoint import Checkpoint, Damaged, Facts, newest, newest_intact, read, steps, write
 from ctde_jax.errors import InputError, NonFiniteLoss
 from ctde_jax.identity import Identity, is_identity
 from ctde_jax.meter import Position
@@ -125,6 +125,8 @@ def roll_back(folder: Path, error: NonFiniteLoss, say: Say) -> bool:
 
 
 def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Checkpoint:
+    if (path / CHECKPOINTS).is_dir() and steps(path / CHECKPOINTS):
+        raise InputError("branch_from", f"must name a checkpoint, such as {newest(path / CHECKPOINTS)}, got a run.")
     try:
         found = read(path)
     except Damaged as error:

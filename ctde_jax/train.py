@@ -149,22 +149,22 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
     console = ctde.log.console()
     with ExitStack() as at_end:
 
-        def prepare() -> str:
+        def claim() -> str:
             chosen = config.run.run_dir
             folder = options.new_run_folder(config) if chosen is None else ctde.run_folder.named("run_dir", chosen)
             at_end.enter_context(ctde.run_folder.claimed(folder))
             _check_trunk(config.run, folder)
-            ctde.run_folder.make_way(folder, config.run.resume == "auto", console.print)
-            if ctde.run_folder.is_new(folder):
-                with ctde.run_folder.writing_to(folder):
-                    options.save(config, folder / "config.json")
-                if partition is not None and data.classes:
-                    draw = partial(ctde.data.partition.plot, np.asarray(data.train.labels), partition, data.classes)
-                    if failure := picture.save(draw, folder / "partition.png"):
-                        console.print(failure)
             return str(folder)
 
-        folder = Path(ctde.hosts.of_the_first(prepare))
+        def prepare(folder: Path) -> None:
+            with ctde.run_folder.writing_to(folder):
+                options.save(config, folder / "config.json")
+            if partition is not None and data.classes:
+                draw = partial(ctde.data.partition.plot, np.asarray(data.train.labels), partition, data.classes)
+                if failure := picture.save(draw, folder / "partition.png"):
+                    console.print(failure)
+
+        folder = Path(ctde.hosts.of_the_first(claim))
         _show(ctde.report.plan(config, devices, data, partition, model, epoch, steps, folder))
         before = time.perf_counter() - started
         trained = ctde.fit(
@@ -184,6 +184,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
             on_nonfinite=chosen.on_nonfinite,
             options=deciding,
             describe=describe,
+            prepare=prepare,
             **habits,
         )
     trained.seconds["start-up"] += before

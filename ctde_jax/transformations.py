@@ -129,7 +129,25 @@ def learning_rate(opt_state: PyTree) -> jax.Array | None:
     """Returns the learning rate of the last update, float32[], if `optax.inject_hyperparams` keeps it in the state."""
     states = _found(opt_state, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
     rates = [state.hyperparams["learning_rate"] for state in states if "learning_rate" in state.hyperparams]
-    return rates[0] if rates else None
+    return rates[0] if rates and jnp.ndim(rates[0]) == 0 else None
+
+
+def with_hyperparams_of(fresh: PyTree, opt_state: PyTree) -> PyTree:
+    """Returns a state with the constant hyperparameters that `optax.inject_hyperparams` keeps in another one.
+
+    A run that branches off another has the numbers that its own optimizer was made with; schedules are part of the
+    program, and continue by their step.
+    """
+    kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+
+    def merge(new: PyTree, old: PyTree) -> PyTree:
+        if not isinstance(new, kinds):
+            return old
+        scheduled = getattr(new, "hyperparams_states", {})
+        constant = {name: value for name, value in new.hyperparams.items() if name not in scheduled}
+        return old._replace(hyperparams={**old.hyperparams, **constant})
+
+    return jax.tree.map(merge, fresh, opt_state, is_leaf=lambda leaf: isinstance(leaf, kinds))
 
 
 def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:

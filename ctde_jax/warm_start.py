@@ -21,6 +21,8 @@ from ctde_jax.bundle.card import CARD, WEIGHTS
 from ctde_jax.bundle.tensors import parse
 from ctde_jax.checkpoint import MANIFEST, Damaged, Tensors, newest, read
 from ctde_jax.errors import InputError, did_you_mean, quoted
+from ctde_jax.models.linen_modules import split_variables
+from ctde_jax.models.nnx_modules import is_random, is_trained
 from ctde_jax.replica import PyTree
 from ctde_jax.run import BEST, OTHER_POINT
 from ctde_jax.run_folder import CHECKPOINTS
@@ -166,14 +168,15 @@ def read_source(source: Source) -> Given:
     if isinstance(source, nnx.Module):
         source = nnx.state(source)
     if isinstance(source, nnx.State):
-        params, _, rest = nnx.split_state(source, nnx.Param, nnx.RngState, ...)
+        params, _, rest = nnx.split_state(source, is_trained, is_random, ...)
         return Given(_arrays(nnx.to_pure_dict(params)), _arrays(nnx.to_pure_dict(rest)))
     if isinstance(source, Mapping):
         tree = source.unfreeze() if isinstance(source, FrozenDict) else dict(source)
         rest = {name: part for name, part in tree.items() if name != "params"}
         are_collections = all(isinstance(part, Mapping) for part in rest.values())
         if isinstance(tree.get("params"), Mapping) and are_collections:
-            return Given(_arrays(tree["params"]), _arrays(rest))
+            params, rest = split_variables(tree)
+            return Given(_arrays(params), _arrays(rest))
         return Given(_arrays(tree), {})
     if isinstance(source, Path | str):
         return _from_path(Path(source).expanduser())
@@ -204,7 +207,7 @@ def _from_path(path: Path) -> Given:
     except (Damaged, IndexError) as error:
         fault = error if isinstance(error, Damaged) else f"{path} has none yet"
         raise InputError("init_from", f"must lead to an intact checkpoint, but {fault}.") from error
-    if facts.get(OTHER_POINT):
+    if facts.get(OTHER_POINT) and not any(name.startswith(BEST) for name in tensors):
         raise InputError(
             "init_from",
             f"must not be {path}, as its optimizer is evaluated at another point than the parameters in it; make the "
@@ -231,7 +234,7 @@ def _center(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
     """Averages the replicas if each has parameters of its own."""
     if tensor.ndim != leaf.ndim + 1 or tensor.shape[1:] != leaf.shape:
         return tensor
-    return tensor.mean(axis=0, dtype=np.float32).astype(tensor.dtype)
+    return tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(tensor.dtype)
 
 
 def _load_file(path: Path) -> Tensors:

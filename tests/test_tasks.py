@@ -2,11 +2,14 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax import numpy as jnp
 
+import ctde_jax as ctde
 from ctde_jax import tasks
 from ctde_jax.errors import InputError
+from ctde_jax.tasks import Task
 
 
 def test_language_modeling_counts_every_place_alike(key):
@@ -85,3 +88,19 @@ def test_best_is_the_least_loss_or_the_most_of_a_metric(name, place):
     assert (
         task.best(name, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]) == place
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        (Task(lambda outputs, labels: jnp.square(outputs - labels).mean(-1)), "mixes the examples of"),
+        (Task(lambda outputs, labels: outputs[:, 0], print), "must have metrics by name"),
+        (Task(lambda outputs, labels: outputs[:, 0], [print]), "must have metrics by name"),
+    ],
+)
+def test_loss_that_mixes_examples_and_metrics_without_names_are_refused(task, sentence):
+    """Outputs `[n, 1]` minus labels `[n]` are `[n, n]`, whose mean has the right shape."""
+    x, y = np.arange(20.0, dtype=np.float32).reshape(10, 2), np.arange(10.0, dtype=np.float32)
+    dataset = ctde.data.from_arrays(x, y)
+    with pytest.raises(ctde.InputError, match=sentence):
+        ctde.fit(ctde.models.mlp([2, 1]), dataset, optax.sgd(0.1), task=task, batch_size=4, steps=1, show=False)

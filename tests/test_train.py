@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,8 +166,9 @@ def test_ctrl_c_ends_cleanly_with_what_was_measured(tmp_path):
 
 def test_ctrl_c_before_training_ends_at_once(tmp_path):
     """While programs are compiled there is nothing to keep."""
-    process = command("--epochs", "1000000", "--run-dir", str(tmp_path))
-    wait_for(tmp_path / "config.json")
+    process = command("--epochs", "1000000", "--run-dir", str(tmp_path / "run"), before="export PYTHONUNBUFFERED=1")
+    assert process.stdout is not None
+    assert "devices" in process.stdout.readline()  # the plan, which is printed before programs are compiled
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
 
@@ -441,3 +443,41 @@ def test_branch_from_what_is_no_run_of_the_command_is_refused(tmp_path, capsys):
     (tmp_path / "x" / "checkpoints" / "step-00000004" / "manifest.json").touch()
     assert train.main(["--branch-from", str(tmp_path / "x" / "checkpoints" / "step-00000004")]) == 2
     assert "--branch-from must be a checkpoint of a run of python -m ctde_jax.train" in capsys.readouterr().err
+
+
+def test_refused_start_leaves_the_earlier_run_where_it_is(tmp_path, capsys):
+    """Also if the mistake is found only when the training is about to start."""
+    folder = str(tmp_path / "run")
+    assert train.main([*QUICK, "--run-dir", folder]) == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    for mistake in (["--init-from", str(tmp_path / "nowhere")], ["--init-from", folder, "--widths", "9"]):
+        assert train.main([*QUICK, "--run-dir", folder, "--resume", "never", *mistake]) == 2
+        assert sorted((tmp_path / "run").rglob("*")) == before
+    assert train.main([*QUICK, "--run-dir", folder, "--resume", "never", "--init-from", folder]) == 0
+    assert (tmp_path / "run" / "previous-1" / "config.json").exists()
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["init_from"] == folder
+    capsys.readouterr()
+
+
+def test_branch_continues_when_its_parent_is_gone(tmp_path, capsys):
+    parent, branch = tmp_path / "parent", tmp_path / "branch"
+    assert train.main([*QUICK, "--batch-size", "32", "--run-dir", str(parent)]) == 0
+    start = parent / "checkpoints" / "step-00000004"
+    again = ["--branch-from", str(start), "--steps", "8", "--learning-rate", "0.001", "--run-dir", str(branch)]
+    assert train.main(again) == 0
+    rows = rows_of(branch)
+    shutil.rmtree(parent)
+    assert train.main(again) == 0
+    assert rows_of(branch) == rows
+    capsys.readouterr()
+
+
+def test_branch_that_has_no_steps_left_is_told_how_steps_count(tmp_path, capsys):
+    parent = tmp_path / "parent"
+    assert train.main([*QUICK, "--run-dir", str(parent)]) == 0
+    start = str(parent / "checkpoints" / "step-00000004")
+    assert train.main(["--branch-from", start, "--learning-rate", "0.1", "--run-dir", str(tmp_path / "b")]) == 2
+    assert "--steps must be more than the 4 at which the schedule starts, got 4" in capsys.readouterr().err
+    assert train.main(["--branch-from", str(parent), "--run-dir", str(tmp_path / "b")]) == 2
+    assert "--branch-from must name a checkpoint, such as" in capsys.readouterr().err

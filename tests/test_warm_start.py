@@ -194,3 +194,32 @@ def test_checkpoint_of_an_optimizer_that_is_evaluated_elsewhere_is_refused(digit
     )
     with pytest.raises(InputError, match=r"must not be .*, as its optimizer is evaluated at another point"):
         train(MODEL, digits, init_from=tmp_path)
+
+
+def test_model_made_from_that_of_a_trained_is_refused(once, digits):
+    """Its inputs would be scaled twice, or its changes lost."""
+    trained, _ = once
+    for changed in (trained.model._replace(init=lambda *_: None), models.in_bfloat16(trained.model)):
+        with pytest.raises(InputError, match="must not be made from the model of a Trained"):
+            train(changed, digits)
+
+
+def test_integer_parameters_come_from_a_module_of_the_same_kind(digits):
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.order, self.out = nnx.Param(jnp.arange(64)), nnx.Linear(64, 10, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(x.reshape(len(x), -1)[:, self.order[...]])
+
+    net = Net(nnx.Rngs(3))
+    same(train(Net, digits, init_from=net, steps=1).params, train(net, digits, steps=1).params)
+
+
+def test_branch_has_the_constant_hyperparameters_of_its_own_optimizer(digits, tmp_path):
+    make = optax.inject_hyperparams(optax.sgd)
+    train(MODEL, digits, make(learning_rate=0.1), run_dir=tmp_path / "trunk", steps=4)
+    start = tmp_path / "trunk" / "checkpoints" / "step-00000004"
+    branch = train(MODEL, digits, make(learning_rate=0.001), run_dir=tmp_path / "branch", branch_from=start)
+    rates = {row["learning_rate"] for row in branch.history if row["split"] == "train" and row["step"] > 4}
+    assert rates == {np.float32(0.001)}

@@ -1,6 +1,6 @@
 """Networks, and the two doors through which a network of the user's own comes in."""
 
-from ctde_jax.models.base import Model, count_params, in_bfloat16, with_raw_inputs
+from ctde_jax.models.base import Model, count_params, in_bfloat16, unscaled, with_raw_inputs
 from ctde_jax.models.batch_statistics import BatchStatistics
 from ctde_jax.models.cnn import CNN, cnn
 from ctde_jax.models.linen_modules import from_linen
@@ -31,5 +31,6 @@ __all__ = [
     "rnn_classifier",
     "rnn_language_model",
     "transformer",
+    "unscaled",
     "with_raw_inputs",
 ]

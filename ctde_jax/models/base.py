@@ -63,8 +63,34 @@ class Model(NamedTuple):
     stream: Stream | None = None
     """How it reads a sequence place by place, where it can."""
 
-    unscaled: "Model | None" = None
-    """The model that `with_raw_inputs` wrapped, if it did."""
+    unscaled: "Unscaled | None" = None
+    """What `with_raw_inputs` wrapped, if it did."""
+
+
+class Unscaled(NamedTuple):
+    """A model before `with_raw_inputs`, and the functions that this made of it."""
+
+    model: Model
+    init: Callable[..., tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[PyTree, PyTree]]
+
+
+def unscaled(model: Model) -> Model:
+    """Returns the model that `with_raw_inputs` wrapped, or the model itself.
+
+    Raises:
+        InputError: It was changed since it was wrapped, so that its inputs would be scaled twice.
+    """
+    if model.unscaled is None:
+        return model
+    before, init, apply = model.unscaled
+    if (model.init, model.apply) != (init, apply):
+        raise InputError(
+            "model",
+            "must not be made from the model of a Trained, which scales its inputs; change the model that was given to "
+            "fit, and pass init_from=trained to start from the trained parameters.",
+        )
+    return before
 
 
 def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> Model:
@@ -79,17 +105,21 @@ def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing
 
     layers, stream = model.layers, None if jnp.ndim(scale) else model.stream
 
+    def init(key, inputs):
+        return model.init(key, normalize(inputs))
+
+    def apply(params, model_state, inputs, key, *mask):
+        return model.apply(params, model_state, normalize(inputs), key, *mask)
+
     return Model(
-        init=lambda key, inputs: model.init(key, normalize(inputs)),
-        apply=lambda params, model_state, inputs, key, *mask: model.apply(
-            params, model_state, normalize(inputs), key, *mask
-        ),
+        init=init,
+        apply=apply,
         layers=layers and (lambda params, model_state, inputs: layers(params, model_state, normalize(inputs))),
         stream=stream
         and stream._replace(
             step=lambda params, model_state, carry, inputs: stream.step(params, model_state, carry, normalize(inputs))
         ),
-        unscaled=model,
+        unscaled=Unscaled(model, init, apply),
     )
 
 
@@ -112,6 +142,7 @@ def in_bfloat16(model: Model) -> Model:
                 _cast(params), model_state, _cast(carry), _cast(inputs)
             )
         ),
+        unscaled=model.unscaled,
     )
 
 

@@ -84,7 +84,7 @@ def from_linen(
         return calls[place]
 
     def init(key, inputs):
-        return _split(variables_of(find_call(inputs), key, inputs))
+        return split_variables(variables_of(find_call(inputs), key, inputs))
 
     def call_with(module, variables, inputs, key, arguments, streams, mutable):
         rngs = {name: _stream_key(key, name) for name in streams}
@@ -254,7 +254,7 @@ def _stream_key(key: jax.Array, name: str) -> jax.Array:
     return key if name == "dropout" else jax.random.fold_in(key, crc32(name.encode()))
 
 
-def _split(variables: PyTree) -> tuple[PyTree, PyTree]:
+def split_variables(variables: PyTree) -> tuple[PyTree, PyTree]:
     """Splits variables into parameters that are differentiated, and everything else."""
     model_state = dict(variables)
     params = flatten_dict(model_state.pop("params", {}), keep_empty_nodes=True)

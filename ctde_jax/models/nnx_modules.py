@@ -116,7 +116,7 @@ def from_nnx(
             _set_attributes(merged, attributes)
             outputs = merged(inputs, **arguments, **_random(abstract.call, key))
             later.append(_changed(attributes, _attributes(merged)))
-            return outputs, _pure(nnx.state(merged, _is_trained))
+            return outputs, _pure(nnx.state(merged, is_trained))
 
         def program(attributes):
             traced = jax.make_jaxpr(partial(run, attributes))(*like, key)
@@ -250,11 +250,13 @@ def _abstract(split_made: Callable[[jax.Array], Any], module: Any) -> _Abstract:
     return _Abstract(graph, random_state, kind, merged.__call__, start if is_stream else None)
 
 
-def _is_trained(path: Any, value: Any) -> bool:
+def is_trained(path: Any, value: Any) -> bool:
+    """Returns whether a variable is a parameter that is differentiated; an nnx filter."""
     return isinstance(value, nnx.Param) and _is_a(value, jnp.inexact)
 
 
-def _is_random(path: Any, value: Any) -> bool:
+def is_random(path: Any, value: Any) -> bool:
+    """Returns whether a variable is part of a random stream; an nnx filter."""
     return isinstance(value, nnx.RngState) or _is_a(value, jax.dtypes.prng_key)
 
 
@@ -276,7 +278,7 @@ def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
                     f"must keep arrays where flax sees them, and the constructor of {type(node).__name__} keeps one "
                     f"inside {name}; make it an attribute or an nnx.Variable, or build the module first and pass that.",
                 )
-    graph, *states = nnx.split(module, _is_trained, _is_random, ...)
+    graph, *states = nnx.split(module, is_trained, is_random, ...)
     params, random_state, model_state = states
     return graph, params, random_state, model_state
 
@@ -326,7 +328,7 @@ def _state_after(module: nnx.Module, before: PyTree) -> PyTree:
     Raises:
         InputError: The step has made new state, other than what it sows.
     """
-    *_, after = nnx.state(module, _is_trained, _is_random, nnx.Intermediate, ...)
+    *_, after = nnx.state(module, is_trained, is_random, nnx.Intermediate, ...)
     after = nnx.to_pure_dict(after)
 
     def pick(after: Any, before: Any, path: str) -> Any:
@@ -376,7 +378,7 @@ def _changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> dict[Any, A
 
 
 def _raw_params(module: nnx.Module) -> list[Any]:
-    return [variable.get_raw_value() for _, variable in nnx.to_flat_state(nnx.state(module, _is_trained))]
+    return [variable.get_raw_value() for _, variable in nnx.to_flat_state(nnx.state(module, is_trained))]
 
 
 def _ramp(like: jax.ShapeDtypeStruct) -> jax.Array:
