@@ -225,6 +225,14 @@ def test_numbered_classes_of_two_examples_each_are_classes(tmp_path):
     assert len(from_csv(write(tmp_path, "a,y", X[:, 0], [line % 30 for line in range(LINES)])).classes) == 30
 
 
+@pytest.mark.parametrize("different", [20, 21])
+def test_many_whole_numbers_that_become_classes_are_noted(tmp_path, different):
+    dataset = from_csv(write(tmp_path, "a,age", X[:, 0], [line % different for line in range(LINES)]))
+    sentence = "The 21 different whole numbers in the column 'age' are taken as classes; if they are measurements, "
+    assert any(note.startswith(sentence) for note in dataset.notes) == (different > 20)
+    assert sum("are taken as classes" in note for note in dataset.notes) == (different > 20)
+
+
 def test_codes_with_leading_zeros_are_words(tmp_path):
     assert from_csv(write(tmp_path, "a,zip", X[:, 0], ["01", "1", "001"] * 20)).classes == ("001", "01", "1")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ctde_jax.data import columns
-from ctde_jax.data.classes import are_numbers, from_words, look_measured, number_of
+from ctde_jax.data.classes import are_numbers, from_words, look_measured, note_on_numbers, number_of
 from ctde_jax.data.columns import Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
 from ctde_jax.data.files import check_size, faulty, opened
@@ -67,8 +67,11 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     """
     path = Path(os.path.expanduser(path))
     table = _table(path, label_column)
-    classes, labels = _classes(path, table.column(table.label))
+    label = table.column(table.label)
+    classes, labels = _classes(path, label)
     features, notes = [], list(table.notes)
+    if are_numbers(classes):
+        notes += note_on_numbers(len(classes), f"the column {label.name}")
     coarse: dict[str, float] = {}
     for place in table.features:
         column = table.column(place)
