@@ -40,6 +40,14 @@ def all_inputs(dataset: ctde.data.Dataset) -> np.ndarray:
     return both[np.lexsort(both.T)]
 
 
+PIXELS = [RNG.permutation(LINES) % 17 for _ in range(64)]
+"""Columns that have every number from 0 to 16."""
+
+CYCLE = [line % 3 for line in range(LINES)]
+SOME_WHOLE = [
+    [f"{line % 11 / 5 * (column + 1) + column / 10:g}" for line in range(1, LINES + 1)] for column in range(4)
+]
+
 HEADERS = {
     "numbered, as pandas writes an array": ("0,1,2,3,label", [*X.T, WORDS]),
     "numbered, labels are numbers": ("0,1,2,3,label", [*X.T, [line % 3 for line in range(LINES)]]),
@@ -56,6 +64,13 @@ HEADERS = {
     ),
     "years above numbers as labels": ("2019,2020,label", [MIXED, MIXED[::-1], [line % 2 for line in range(LINES)]]),
     "words": ("a,b,c,d,species", [*X.T, WORDS]),
+    "the label's number first": ("64," + ",".join(map(str, range(64))), [CYCLE, *PIXELS]),
+    "some numbers of pixels": ("64,10,20,30,21", [CYCLE, *PIXELS[:3], PIXELS[3]]),
+    "a label's number below the others": ("10,20,30,9", [*PIXELS[:3], CYCLE]),
+    "a label's number that occurs": ("2,3,4,5,9", [*X.T, [line % 10 for line in range(LINES)]]),
+    "some decimals that are whole": ("2,3,4,5,9", [*SOME_WHOLE, [line % 10 for line in range(LINES)]]),
+    "a decimal column among whole ones": ("30,7,21,9", [PIXELS[0], X[:, 0], X[:, 1], CYCLE]),
+    "names as labels, each once": ("3,5,7,name", [*X.T[:3], [f"name {line}" for line in range(LINES)]]),
 }
 
 
@@ -75,6 +90,15 @@ NO_HEADERS = {
     "a table of truth": [[0, 0, 1, 1], [1, 0, 0, 1], ["odd", "even", "odd", "even"]],
     "a table of truth in numbers": [[0, 0, 1, 1], [1, 0, 0, 1], [1, 0, 1, 0]],
     "integers": [MIXED, MIXED[::-1], WORDS],
+    "rankings": [*np.array([np.roll([3, 1, 0, 4, 2], line % 5) for line in range(LINES)]).T],
+    "counts, the largest first": [
+        *[[900 // line + column for line in range(1, LINES + 1)] for column in (7, 55)],
+        CYCLE,
+    ],
+    "an outlier first": [[500, *PIXELS[0][1:]], [900, *PIXELS[1][1:]], CYCLE],
+    "one more label first": [[11, *PIXELS[0][1:]], [9, *PIXELS[1][1:]], [3, *CYCLE[1:]]],
+    "rounded lines": [[5, *X[1:-1, 0], 4], [3, *X[1:-1, 1], 2], [1, *X[1:-1, 2], 7], WORDS],
+    "a multiplication table": [*[[line * column for line in range(1, LINES + 1)] for column in range(1, 5)], CYCLE],
 }
 
 
@@ -84,6 +108,23 @@ def test_first_example_is_no_header(tmp_path, name):
     dataset = from_csv(write(tmp_path, None, *columns))
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == len(columns[-1])
     assert dataset.notes[0].startswith("There is no line of column names")
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ([[4, 1, 2], [5, 2, 3], [9, 1, 1]], "no other line has its label, '9', and its other cells are different"),
+        ([[2, *PIXELS[0]], [3, *PIXELS[1]], [5, *PIXELS[2]], [1, *CYCLE]], "its cells are increasing whole numbers: "),
+        ([[3, 1, 2], [5, 2, 3], [7, 1, 1], ["name", "ann", "bob"]], "no other line has its label, 'name', and its"),
+        ([[4, *PIXELS[0]], [2, *PIXELS[1]], [0, *PIXELS[2]], [3, *PIXELS[3]], [1, *CYCLE]], "are all numbers from 0"),
+    ],
+)
+def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence):
+    notes = from_csv(write(tmp_path, None, *columns)).notes
+    assert notes[0].startswith("There is no line of column names")
+    assert notes[1].startswith("Line 1 was taken as an example, although ")
+    assert sentence in notes[1]
+    assert notes[1].endswith("if they are the names of the columns, put letters into them.")
 
 
 def test_named_label_column_makes_the_first_line_a_header(tmp_path):

@@ -103,7 +103,7 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
             "inputs must be floats, as the model was trained on float32, got int64; bring them to the scale",
         ),
         (X[:, :2], "inputs must be examples of the shape [4], got the shape [60, 2]."),
-        (X[0], "inputs must be examples of the shape [4], got the shape [4]."),
+        (X[0], "must be examples of the shape [4], got the shape [4]; add an axis to a single example: x[None]."),
         ([["a"] * 4], "inputs must be floats, as the model was trained on float32, got <U1"),
     ],
 )

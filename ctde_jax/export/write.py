@@ -20,7 +20,6 @@ from ctde_jax.bundle.card import CARD, EXAMPLES, FORMAT, SUMS, WEIGHTS, File, su
 from ctde_jax.bundle.parity import BATCH_SIZES, PARITY, is_exact
 from ctde_jax.bundle.runtimes import Predict
 from ctde_jax.data import Dataset, Split
-from ctde_jax.data.disk import pieces
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import int8, receipt
 from ctde_jax.export.litert import to_litert
