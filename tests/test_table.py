@@ -1,5 +1,6 @@
 """What is decided about a table of the user's is right, and stands in the notes."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -344,3 +345,53 @@ def test_node_finds_the_features_by_their_names(learned, tmp_path, name):
 def test_node_refuses_a_table_without_a_feature(learned, tmp_path):
     with pytest.raises(InputError, match=r"has no column 'd': name its columns as those of the training table"):
         node_inputs.read([write(tmp_path, "a,b,c,e", *X.T)], learned[1].card)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """The card of a model of a table whose columns have numbers for names."""
+    folder = tmp_path_factory.mktemp("numbered")
+    data = from_csv(write(folder, "0,1,2,3,label", *PIXELS[:4], WORDS))
+    options = {"devices": jax.devices()[:1], "batch_size": 24, "epochs": 1, "show": False}
+    trained = ctde.fit(ctde.models.mlp([4, 8, 3]), data, optax.adam(0.01), **options)
+    return ctde.write_bundle(trained, data, folder / "bundle", ["numpy"], show=False).bundle.card
+
+
+@pytest.mark.parametrize("header", ["1,2,3,4", "7,8,9,10", "0,2,3,9", "1,2,3,4,label", "0,1,2,4"])
+@pytest.mark.parametrize("decimals", [False, True])
+def test_node_takes_no_other_numbers_of_columns_for_an_example(numbered, tmp_path, header, decimals):
+    columns = [*(X.T if decimals else PIXELS[:4]), WORDS][: len(header.split(","))]
+    with pytest.raises(InputError, match=r"has no column '\d'.*: name its columns as those of the training table"):
+        node_inputs.read([write(tmp_path, header, *columns)], numbered)
+
+
+def test_node_leaves_out_column_numbers_where_the_model_has_no_names(numbered, tmp_path):
+    path = write(tmp_path, "1,2,3,4", *PIXELS[:4])
+    read = node_inputs.read([path], dataclasses.replace(numbered, columns=()))
+    np.testing.assert_array_equal(read.inputs, np.array(PIXELS[:4]).T)
+
+
+@pytest.mark.parametrize("first", [[3, 1, 4, 2], [1, 2, 3, 5], [1, 2, 3, 4]])
+def test_node_takes_whole_numbers_for_an_example(numbered, tmp_path, first):
+    rows = np.array([first, [5, 2, 7, 1], [2, 3, 4, 5]])
+    read = node_inputs.read([write(tmp_path, None, *rows.T)], dataclasses.replace(numbered, columns=()))
+    np.testing.assert_array_equal(read.inputs, rows)
+
+
+@pytest.mark.parametrize("header", [None, ",w,x,y,z"])
+@pytest.mark.parametrize("lines", [1, 2, LINES])
+@pytest.mark.parametrize("start", [0, 1])
+def test_node_refuses_an_index_in_the_place_of_a_feature(numbered, tmp_path, lines, start, header):
+    path = write(tmp_path, header, range(start, lines + start), *X[:lines].T)
+    with pytest.raises(
+        InputError, match=r"numbers its lines in the first of its columns.*: leave the index out, or name"
+    ):
+        node_inputs.read([path], dataclasses.replace(numbered, columns=()))
+
+
+@pytest.mark.parametrize("lines", [1, 2, LINES])
+def test_node_takes_a_feature_that_counts_before_labels(numbered, tmp_path, lines):
+    path = write(tmp_path, None, range(lines), *X[:lines, :3].T, WORDS[:lines])
+    read = node_inputs.read([path], numbered, labeled=True)
+    np.testing.assert_array_equal(read.inputs[:, 0], range(lines))
+    assert [numbered.classes[label] for label in read.labels] == WORDS[:lines]
