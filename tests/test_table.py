@@ -394,4 +394,5 @@ def test_node_takes_a_feature_that_counts_before_labels(numbered, tmp_path, line
     path = write(tmp_path, None, range(lines), *X[:lines, :3].T, WORDS[:lines])
     read = node_inputs.read([path], numbered, labeled=True)
     np.testing.assert_array_equal(read.inputs[:, 0], range(lines))
+    assert read.labels is not None
     assert [numbered.classes[label] for label in read.labels] == WORDS[:lines]
