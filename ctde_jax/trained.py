@@ -39,10 +39,8 @@ def accepts(data: Dataset) -> Accepts:
     If there is a label at every place of a sequence, sequences may have another length than in training.
     """
     inputs, labels = data.train
-    is_picture = inputs.dtype == np.uint8 and not data.scale.ndim
-    highest = round(1 / float(data.scale)) if is_picture else 255
     classes = len(data.vocabulary or data.classes)
-    largest = len(data.vocabulary) - 1 if data.vocabulary else highest if highest < 255 else None
+    largest = len(data.vocabulary) - 1 if data.vocabulary else _white(data)
     example, label = inputs.shape[1:], labels.shape[1:]
     if inputs.dtype == np.int32 and len(label) == 1 and label == example[:1]:
         example, label = (None, *example[1:]), (None,)
@@ -50,6 +48,18 @@ def accepts(data: Dataset) -> Accepts:
         Accepted(str(inputs.dtype), example, largest),
         Accepted(str(labels.dtype), label, classes - 1 if classes else None),
     )
+
+
+def _white(data: Dataset) -> int | None:
+    """Returns the uint8 input that reaches the model as 1, or None if it is 255, or some inputs are larger."""
+    if data.train.inputs.dtype != np.uint8 or data.scale.ndim or data.shift.any() or not data.scale > 0:
+        return None
+    white = round(1 / float(data.scale))
+    if not 0 < white < 255:
+        return None
+    splits = [split for split in (data.train, data.validation, data.test) if split]
+    is_largest = all(np.asarray(piece).max() <= white for split in splits for _, piece in pieces(split.inputs))
+    return white if is_largest else None
 
 
 @dataclass(frozen=True, repr=False)

@@ -30,7 +30,12 @@ REFUSED = [
     ("float32", np.array([[0, 1e39]], np.float64), "must be finite in float32"),
     ("float32", np.array([["a", "b"]]), "must be floats"),
     ("float32", np.array([[1j, 2]]), "must be floats"),
-    ("float32", np.array([1, 2], np.float32), r"must be examples of the shape \[2\], got the shape \[2\]"),
+    (
+        "float32",
+        np.array([1, 2], np.float32),
+        r"shape \[2\], got the shape \[2\]; add an axis .* example: x\[None\]\.$",
+    ),
+    ("float32", np.array([1, 2, 3], np.float32), r"must be examples of the shape \[2\], got the shape \[3\]\.$"),
     ("float32", np.array([[1, 2, 3]], np.float32), r"must be examples of the shape \[2\], got the shape \[1, 3\]"),
     ("float32", np.zeros(0), r"got the shape \[0\]"),
 ]

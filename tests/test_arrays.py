@@ -222,3 +222,46 @@ def test_batches_lack_classes_without_a_note():
     """Only the first of them is seen."""
     dataset = data.from_batches(lambda epoch: [(X[:2], Y[:2])], 1, X, Y)
     assert (dataset.notes, dataset.classes) == ((), ("0", "1", "2"))
+
+
+TARGETS = X[:, 0] * 3
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+@pytest.mark.parametrize("made", ["arrays", "batches"])
+def test_integers_test_targets_that_are_floats(made, shape):
+    train, test = TARGETS.reshape(shape), np.arange(60).reshape(shape)
+    test = test if test.ndim == 1 else np.hstack([test, test])
+    train = train if train.ndim == 1 else np.hstack([train, train])
+    if made == "arrays":
+        dataset = data.from_arrays(X, train, X, test)
+    else:
+        dataset = data.from_batches(lambda epoch: [(X, train)], 1, X, test)
+    assert (dataset.train.labels.dtype, dataset.test.labels.dtype, dataset.classes) == (np.float32, np.float32, ())
+    np.testing.assert_array_equal(dataset.test.labels, test)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "sentence"),
+    [
+        (TARGETS[:, None], TARGETS, "y_test must have the shape [examples, 1] like y_train, got [examples]; reshape"),
+        (TARGETS, TARGETS[:, None], "y_test must have the shape [examples] like y_train, got [examples, 1]; reshape"),
+        (np.stack([Y, Y], 1), np.stack([Y, Y, Y], 1), "y_test must have the shape [examples, 2] like y_train, got"),
+        (Y, Y.astype(float), "y_test must be integers like y_train, got float32; convert one of them."),
+    ],
+)
+def test_test_labels_of_another_kind_are_refused(train, test, sentence):
+    assert sentence in refused(X, train, X, test)
+    with pytest.raises(InputError) as caught:
+        data.from_batches(lambda epoch: [(X, train)], 1, X, test)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_many_whole_numbers_that_become_classes_are_noted(kind):
+    inputs = np.repeat(X, 2, axis=0)
+    labels = {different: (np.arange(120) % different).astype(kind) for different in (20, 21)}
+    notes = {different: data.from_arrays(inputs, each, inputs, each).notes for different, each in labels.items()}
+    assert notes[20] == ()
+    (note,) = notes[21]
+    assert note.startswith("The 21 different whole numbers in y_train are taken as classes; if they are measurements,")

@@ -91,10 +91,11 @@ def test_picture_of_sixteen_bits_and_an_opaque_one_are_read_as_any_other(digits,
         assert run(capsys, digits, "--input", tmp_path / name, "--json") == right
 
 
-def test_line_of_numbers_from_0_on_is_a_header(digits, images, tmp_path, capsys):
+@pytest.mark.parametrize("start", [0, 1])
+def test_line_of_numbers_that_count_on_is_a_header(start, digits, images, tmp_path, capsys):
     """As pandas writes columns that have no names."""
     with (tmp_path / "x.csv").open("w") as file:
-        csv.writer(file).writerows([range(64), *images[:2].reshape(2, -1)])
+        csv.writer(file).writerows([range(start, start + 64), *images[:2].reshape(2, -1)])
     assert len(run(capsys, digits, "--input", tmp_path / "x.csv", "--json")) == 2
 
 

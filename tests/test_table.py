@@ -1,5 +1,6 @@
 """What is decided about a table of the user's is right, and stands in the notes."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -40,6 +41,14 @@ def all_inputs(dataset: ctde.data.Dataset) -> np.ndarray:
     return both[np.lexsort(both.T)]
 
 
+PIXELS = [RNG.permutation(LINES) % 17 for _ in range(64)]
+"""Columns that have every number from 0 to 16."""
+
+CYCLE = [line % 3 for line in range(LINES)]
+SOME_WHOLE = [
+    [f"{line % 11 / 5 * (column + 1) + column / 10:g}" for line in range(1, LINES + 1)] for column in range(4)
+]
+
 HEADERS = {
     "numbered, as pandas writes an array": ("0,1,2,3,label", [*X.T, WORDS]),
     "numbered, labels are numbers": ("0,1,2,3,label", [*X.T, [line % 3 for line in range(LINES)]]),
@@ -56,6 +65,13 @@ HEADERS = {
     ),
     "years above numbers as labels": ("2019,2020,label", [MIXED, MIXED[::-1], [line % 2 for line in range(LINES)]]),
     "words": ("a,b,c,d,species", [*X.T, WORDS]),
+    "the label's number first": ("64," + ",".join(map(str, range(64))), [CYCLE, *PIXELS]),
+    "some numbers of pixels": ("64,10,20,30,21", [CYCLE, *PIXELS[:3], PIXELS[3]]),
+    "a label's number below the others": ("10,20,30,9", [*PIXELS[:3], CYCLE]),
+    "a label's number that occurs": ("2,3,4,5,9", [*X.T, [line % 10 for line in range(LINES)]]),
+    "some decimals that are whole": ("2,3,4,5,9", [*SOME_WHOLE, [line % 10 for line in range(LINES)]]),
+    "a decimal column among whole ones": ("30,7,21,9", [PIXELS[0], X[:, 0], X[:, 1], CYCLE]),
+    "names as labels, each once": ("3,5,7,name", [*X.T[:3], [f"name {line}" for line in range(LINES)]]),
 }
 
 
@@ -75,6 +91,15 @@ NO_HEADERS = {
     "a table of truth": [[0, 0, 1, 1], [1, 0, 0, 1], ["odd", "even", "odd", "even"]],
     "a table of truth in numbers": [[0, 0, 1, 1], [1, 0, 0, 1], [1, 0, 1, 0]],
     "integers": [MIXED, MIXED[::-1], WORDS],
+    "rankings": [*np.array([np.roll([3, 1, 0, 4, 2], line % 5) for line in range(LINES)]).T],
+    "counts, the largest first": [
+        *[[900 // line + column for line in range(1, LINES + 1)] for column in (7, 55)],
+        CYCLE,
+    ],
+    "an outlier first": [[500, *PIXELS[0][1:]], [900, *PIXELS[1][1:]], CYCLE],
+    "one more label first": [[11, *PIXELS[0][1:]], [9, *PIXELS[1][1:]], [3, *CYCLE[1:]]],
+    "rounded lines": [[5, *X[1:-1, 0], 4], [3, *X[1:-1, 1], 2], [1, *X[1:-1, 2], 7], WORDS],
+    "a multiplication table": [*[[line * column for line in range(1, LINES + 1)] for column in range(1, 5)], CYCLE],
 }
 
 
@@ -84,6 +109,23 @@ def test_first_example_is_no_header(tmp_path, name):
     dataset = from_csv(write(tmp_path, None, *columns))
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == len(columns[-1])
     assert dataset.notes[0].startswith("There is no line of column names")
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ([[4, 1, 2], [5, 2, 3], [9, 1, 1]], "no other line has its label, '9', and its other cells are different"),
+        ([[2, *PIXELS[0]], [3, *PIXELS[1]], [5, *PIXELS[2]], [1, *CYCLE]], "its cells are increasing whole numbers: "),
+        ([[3, 1, 2], [5, 2, 3], [7, 1, 1], ["name", "ann", "bob"]], "no other line has its label, 'name', and its"),
+        ([[4, *PIXELS[0]], [2, *PIXELS[1]], [0, *PIXELS[2]], [3, *PIXELS[3]], [1, *CYCLE]], "are all numbers from 0"),
+    ],
+)
+def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence):
+    notes = from_csv(write(tmp_path, None, *columns)).notes
+    assert notes[0].startswith("There is no line of column names")
+    assert notes[1].startswith("Line 1 was taken as an example, although ")
+    assert sentence in notes[1]
+    assert notes[1].endswith("if they are the names of the columns, put letters into them.")
 
 
 def test_named_label_column_makes_the_first_line_a_header(tmp_path):
@@ -225,6 +267,14 @@ def test_numbered_classes_of_two_examples_each_are_classes(tmp_path):
     assert len(from_csv(write(tmp_path, "a,y", X[:, 0], [line % 30 for line in range(LINES)])).classes) == 30
 
 
+@pytest.mark.parametrize("different", [20, 21])
+def test_many_whole_numbers_that_become_classes_are_noted(tmp_path, different):
+    dataset = from_csv(write(tmp_path, "a,age", X[:, 0], [line % different for line in range(LINES)]))
+    sentence = "The 21 different whole numbers in the column 'age' are taken as classes; if they are measurements, "
+    assert any(note.startswith(sentence) for note in dataset.notes) == (different > 20)
+    assert sum("are taken as classes" in note for note in dataset.notes) == (different > 20)
+
+
 def test_codes_with_leading_zeros_are_words(tmp_path):
     assert from_csv(write(tmp_path, "a,zip", X[:, 0], ["01", "1", "001"] * 20)).classes == ("001", "01", "1")
 
@@ -295,3 +345,54 @@ def test_node_finds_the_features_by_their_names(learned, tmp_path, name):
 def test_node_refuses_a_table_without_a_feature(learned, tmp_path):
     with pytest.raises(InputError, match=r"has no column 'd': name its columns as those of the training table"):
         node_inputs.read([write(tmp_path, "a,b,c,e", *X.T)], learned[1].card)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """The card of a model of a table whose columns have numbers for names."""
+    folder = tmp_path_factory.mktemp("numbered")
+    data = from_csv(write(folder, "0,1,2,3,label", *PIXELS[:4], WORDS))
+    options = {"devices": jax.devices()[:1], "batch_size": 24, "epochs": 1, "show": False}
+    trained = ctde.fit(ctde.models.mlp([4, 8, 3]), data, optax.adam(0.01), **options)
+    return ctde.write_bundle(trained, data, folder / "bundle", ["numpy"], show=False).bundle.card
+
+
+@pytest.mark.parametrize("header", ["1,2,3,4", "7,8,9,10", "0,2,3,9", "1,2,3,4,label", "0,1,2,4"])
+@pytest.mark.parametrize("decimals", [False, True])
+def test_node_takes_no_other_numbers_of_columns_for_an_example(numbered, tmp_path, header, decimals):
+    columns = [*(X.T if decimals else PIXELS[:4]), WORDS][: len(header.split(","))]
+    with pytest.raises(InputError, match=r"has no column '\d'.*: name its columns as those of the training table"):
+        node_inputs.read([write(tmp_path, header, *columns)], numbered)
+
+
+def test_node_leaves_out_column_numbers_where_the_model_has_no_names(numbered, tmp_path):
+    path = write(tmp_path, "1,2,3,4", *PIXELS[:4])
+    read = node_inputs.read([path], dataclasses.replace(numbered, columns=()))
+    np.testing.assert_array_equal(read.inputs, np.array(PIXELS[:4]).T)
+
+
+@pytest.mark.parametrize("first", [[3, 1, 4, 2], [1, 2, 3, 5], [1, 2, 3, 4]])
+def test_node_takes_whole_numbers_for_an_example(numbered, tmp_path, first):
+    rows = np.array([first, [5, 2, 7, 1], [2, 3, 4, 5]])
+    read = node_inputs.read([write(tmp_path, None, *rows.T)], dataclasses.replace(numbered, columns=()))
+    np.testing.assert_array_equal(read.inputs, rows)
+
+
+@pytest.mark.parametrize("header", [None, ",w,x,y,z"])
+@pytest.mark.parametrize("lines", [1, 2, LINES])
+@pytest.mark.parametrize("start", [0, 1])
+def test_node_refuses_an_index_in_the_place_of_a_feature(numbered, tmp_path, lines, start, header):
+    path = write(tmp_path, header, range(start, lines + start), *X[:lines].T)
+    with pytest.raises(
+        InputError, match=r"numbers its lines in the first of its columns.*: leave the index out, or name"
+    ):
+        node_inputs.read([path], dataclasses.replace(numbered, columns=()))
+
+
+@pytest.mark.parametrize("lines", [1, 2, LINES])
+def test_node_takes_a_feature_that_counts_before_labels(numbered, tmp_path, lines):
+    path = write(tmp_path, None, range(lines), *X[:lines, :3].T, WORDS[:lines])
+    read = node_inputs.read([path], numbered, labeled=True)
+    np.testing.assert_array_equal(read.inputs[:, 0], range(lines))
+    assert read.labels is not None
+    assert [numbered.classes[label] for label in read.labels] == WORDS[:lines]

@@ -1,5 +1,6 @@
 """A trained model answers what it was trained for, in pieces or at once, and refuses anything else."""
 
+import dataclasses
 import pickle
 
 import jax
@@ -11,6 +12,7 @@ import ctde_jax as ctde
 from ctde_jax import trained as trained_module
 from ctde_jax.data import Split
 from ctde_jax.errors import InputError
+from ctde_jax.export import write
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(60, 4)).astype(np.float32), np.arange(60) % 3
@@ -101,7 +103,7 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
             "inputs must be floats, as the model was trained on float32, got int64; bring them to the scale",
         ),
         (X[:, :2], "inputs must be examples of the shape [4], got the shape [60, 2]."),
-        (X[0], "inputs must be examples of the shape [4], got the shape [4]."),
+        (X[0], "must be examples of the shape [4], got the shape [4]; add an axis to a single example: x[None]."),
         ([["a"] * 4], "inputs must be floats, as the model was trained on float32, got <U1"),
     ],
 )
@@ -244,3 +246,22 @@ def test_labels_that_need_a_task_are_named(labels, sentence):
     with pytest.raises(InputError) as caught:
         fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, labels))
     assert str(caught.value) == f"task must be given, as Task(loss), unless labels are classes or a text; {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("largest", "shift", "scale", "accepted"),
+    [
+        (255, 127.5, 1 / 127.5, 255),
+        (255, 0, 1 / 16, 255),
+        (16, 0, 1 / 16, 16),
+        (16, 0, -1 / 16, 255),
+        (16, 0, 0, 255),
+    ],
+)
+def test_bytes_of_the_training_are_accepted_however_they_are_scaled(largest, shift, scale, accepted):
+    pixels = np.resize(np.arange(largest + 1, dtype=np.uint8), (100, 4))
+    data = ctde.data.from_arrays(pixels, np.arange(100) % 3)
+    data = dataclasses.replace(data, shift=np.float32(shift), scale=np.float32(scale))
+    inputs = trained_module.accepts(data).inputs
+    np.testing.assert_array_equal(inputs.conform("inputs", pixels), pixels)
+    assert (inputs.largest or 255) == write._highest(data) == accepted

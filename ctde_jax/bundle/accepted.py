@@ -41,7 +41,13 @@ class Accepted(NamedTuple):
         lengths = (own if wanted is None else wanted for wanted, own in zip(self.shape, array.shape[1:], strict=False))
         if array.ndim != len(self.shape) + 1 or array.shape[1:] != tuple(lengths):
             shape = str(list(self.shape)).replace("None", "length")
-            raise InputError(option, f"must be examples of the shape {shape}, got the shape {list(array.shape)}.")
+            is_one = len(array.shape) == len(self.shape) and all(
+                wanted in (None, own) for wanted, own in zip(self.shape, array.shape, strict=True)
+            )
+            way_out = "; add an axis to a single example: x[None]" if is_one else ""
+            raise InputError(
+                option, f"must be examples of the shape {shape}, got the shape {list(array.shape)}{way_out}."
+            )
         kinds = "biu" if dtype.kind != "f" else "bfiu" if is_list else "bf"
         if array.dtype.kind not in kinds:
             kind = "floats" if dtype.kind == "f" else "integers"

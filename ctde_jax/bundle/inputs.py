@@ -3,8 +3,10 @@
 import csv
 import io
 import math
+import re
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +138,8 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
     width = math.prod(card.input_shape)
     is_named = bool(card.columns) and {*card.columns} <= {*rows[0]}
     is_counted = width > 1 and rows[0][:width] == [str(place) for place in range(width)]  # as pandas names columns
-    is_header = is_named or is_counted or any(cell and _number(cell) is None for cell in rows[0][:width])
+    has_words = any(cell and _number(cell) is None for cell in rows[0][:width])
+    is_header = is_named or is_counted or has_words or _has_column_numbers(rows, width, card)
     header = rows[0] if is_header else None
     if header is not None and len(rows) == 1:
         raise _faulty(path, "has a header line and no examples", "add one line for each example")
@@ -154,6 +157,9 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
         if len(rows[0]) not in (width, width + 1):
             fault = f"has {len(rows[0])} columns"
             raise _faulty(path, fault, f"give the {width} numbers of an example in each line, and maybe its label")
+        if label_column is None and len(rows[0]) == width + 1 and _starts_with_index(rows[bool(header) :], card):
+            fault = "numbers its lines in the first of its columns, like the index that pandas writes"
+            raise _faulty(path, fault, "leave the index out, or name the columns and the label column")
         label = names.index(label_column) if label_column is not None else width
         label = label if len(rows[0]) == width + 1 else None
         features = [place for place in range(len(rows[0])) if place != label]
@@ -172,6 +178,49 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
     if label is None or not labeled:
         return Examples(inputs, None)
     return Examples(inputs, _labels_of_words(path, [cells[label] for cells in examples], card))
+
+
+def _has_column_numbers(rows: list[list[str]], width: int, card: Card) -> bool:
+    """Returns whether the first line holds whole numbers that are names of columns and no features.
+
+    They are all different, and stand above decimals alone, or count on from any number as no other line does, or they
+    increase and most of them are names of the card.
+    """
+    first, others = rows[0][:width], [row[:width] for row in rows[1:]]
+    if width < 2 or not others or len({*first}) < width or not all(map(_is_column_number, first)):
+        return False
+    if not any(re.fullmatch(r"[-+]?\d+", cell) for cells in others for cell in cells):
+        return True
+    if width > 3 and _counts(first) and not any(map(_counts, others)):
+        return True
+    names = {*card.columns}
+    are_known = all(map(_is_column_number, names)) and 2 * len(names.intersection(first)) > width
+    return are_known and width > 3 and first == sorted(first, key=int)
+
+
+def _is_column_number(name: str) -> bool:
+    return re.fullmatch(r"0|[1-9]\d{0,3}", name) is not None
+
+
+def _counts(cells: list[str]) -> bool:
+    """Returns whether each number is one more than the one before."""
+    numbers = [_number(cell) for cell in cells]
+    return all(one is not None and two == one + 1 for one, two in pairwise(numbers))
+
+
+def _starts_with_index(rows: list[list[str]], card: Card) -> bool:
+    """Returns whether the first cells count the lines from 0 or 1, and the last ones need not be labels.
+
+    Labels that are words are certain. Numbers may be a feature, so that one line is refused only if they are no labels.
+    """
+    first = [_number(row[0]) for row in rows]
+    if not any(all(number == place for place, number in enumerate(first, start)) for start in (0, 1)):
+        return False
+    last = {row[-1] for row in rows}
+    are_labels = bool(card.classes) and last <= {*card.classes}
+    if len(rows) == 1:
+        return bool(card.classes) and not are_labels
+    return not are_labels or all(_number(cell) is not None for cell in last)
 
 
 def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:

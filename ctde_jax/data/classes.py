@@ -15,6 +15,9 @@ CLASSES = 2**16
 FEW_CLASSES = 5
 """So few different labels are classes, however few examples there are."""
 
+MANY_CLASSES = 20
+"""A note is written on whole numbers that are taken as more classes than this: they may be measurements."""
+
 _NAMED = 10
 """Classes that a sentence names at most."""
 
@@ -106,6 +109,21 @@ def look_measured(labels: Sequence[float]) -> bool:
         return False
     is_consecutive = max(different) - min(different) == len(different) - 1
     return len(labels) < (2 if is_consecutive else 3) * len(different)
+
+
+def note_on_numbers(different: int, place: str) -> list[str]:
+    """Returns a sentence on many whole numbers that are taken as classes, and none on few.
+
+    Args:
+        different: How many different numbers there are.
+        place: Where they are, as the sentence names it.
+    """
+    if different <= MANY_CLASSES:
+        return []
+    return [
+        f"The {different:,} different whole numbers in {place} are taken as classes; if they are measurements, pass "
+        "them as floats to data.from_arrays, with a Task of your own."
+    ]
 
 
 def notes_on_classes(classes: Sequence[str], train: np.ndarray, test: np.ndarray, is_numbered: bool) -> list[str]:

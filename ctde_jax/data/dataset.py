@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels, plain
-from ctde_jax.data.classes import from_words, look_up, notes_on_classes, numbered
+from ctde_jax.data.classes import are_numbers, from_words, look_up, note_on_numbers, notes_on_classes, numbered
 from ctde_jax.data.disk import DiskArray, pieces
 from ctde_jax.errors import InputError
 
@@ -147,13 +147,16 @@ def assemble(
         raise InputError(missing, f"is missing although {present} is given; pass both or neither.")
     x_train, y_train = plain("x_train", x_train), plain("y_train", y_train)
     y_test = None if y_test is None else plain("y_test", y_test)
+    spells_numbers = False
     if isinstance(y_train, np.ndarray) and y_train.ndim == 1 and y_train.dtype.kind == "U":
         if classes is None:
             classes, _ = from_words(y_train.tolist())
+            spells_numbers = are_numbers(classes)
         y_train = look_up("y_train", y_train, classes)
         y_test = None if y_test is None else look_up("y_test", np.asarray(y_test), classes)
     inputs, labels = checked_inputs("x_train", x_train), checked_labels("y_train", y_train)
     is_numbered = classes is None
+    has_numbers = is_numbered or spells_numbers
     classes = numbered(labels) if classes is None else tuple(classes)
     _check_pair("y_train", inputs, labels, len(classes))
 
@@ -166,7 +169,7 @@ def assemble(
         notes.append(f"There is no test split, so {held_out}.")
     else:
         train = Split(inputs, labels)
-        test = Split(checked_inputs("x_test", x_test), checked_labels("y_test", y_test))
+        test = Split(checked_inputs("x_test", x_test), _like_training(labels, checked_labels("y_test", y_test)))
         _check_pair("y_test", test.inputs, test.labels, len(classes))
         if test.inputs.dtype != inputs.dtype:
             raise InputError("x_test", f"must be {inputs.dtype} like x_train, got {test.inputs.dtype}; convert one.")
@@ -176,6 +179,8 @@ def assemble(
                 f"must have examples of the training shape {inputs.shape[1:]}, got {test.inputs.shape[1:]}.",
             )
     if classes and labels.ndim == 1:
+        if has_numbers:
+            notes += note_on_numbers(len(np.unique(labels)), "y_train")
         notes += notes_on_classes(classes, np.asarray(train.labels), np.asarray(test.labels), is_numbered)
     is_deep = x_train.dtype == np.uint16 and x_train.ndim > 2
     highest = _highest(inputs) if is_deep else 255 if inputs.dtype == np.uint8 else 1
@@ -291,6 +296,16 @@ def _split_off_test(split: Split) -> tuple[Split, Split]:
     test = max(1, round(TEST_FRACTION * len(order)))
     train_rows, test_rows = np.sort(order[test:]), np.sort(order[:test])
     return _rows(split, train_rows), _rows(split, test_rows)
+
+
+def _like_training(train: np.ndarray | DiskArray, test: np.ndarray | DiskArray) -> np.ndarray | DiskArray:
+    """Returns test labels in the type of the training labels, or raises InputError if they are of another kind."""
+    if test.shape[1:] != train.shape[1:]:
+        wanted, got = (str(["examples", *array.shape[1:]]).replace("'", "") for array in (train, test))
+        raise InputError("y_test", f"must have the shape {wanted} like y_train, got {got}; reshape one of them.")
+    if train.dtype != np.float32 and test.dtype == np.float32:
+        raise InputError("y_test", f"must be integers like y_train, got {test.dtype}; convert one of them.")
+    return test if test.dtype == train.dtype else test.astype(train.dtype)
 
 
 def _rows(split: Split, rows: np.ndarray) -> Split:

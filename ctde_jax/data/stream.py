@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctde_jax.data.classes import numbered
+from ctde_jax.data.classes import note_on_numbers, numbered
 from ctde_jax.data.dataset import Dataset, Split, as_batch, from_arrays, notes_on_inputs
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_at_least
@@ -121,12 +121,16 @@ def from_batches(
     if first is None:
         raise InputError("batches", "must give at least one batch, got none in epoch 0.")
     like = _as_batch("batch 0 of epoch 0", first)
+    is_numbered = classes is None
     if classes is None:
         test = as_batch("the test split", x_test, y_test)
-        classes = max(numbered(like.labels), numbered(test.labels), key=len)
+        own = numbered(like.labels)
+        classes = max(own, numbered(test.labels), key=len) if own else ()  # integers may test targets that are floats
     dataset = from_arrays(*like, x_test, y_test, name=name, classes=classes)
     stream = Stream(batches, steps_per_epoch, like, len(classes))
-    return replace(dataset, stream=stream, notes=tuple(notes_on_inputs(dataset)))  # one batch lacks some classes
+    # Of the notes on classes only the one on their number holds, as one batch lacks some of them.
+    notes = [*(note_on_numbers(len(classes), "the labels") if is_numbered else []), *notes_on_inputs(dataset)]
+    return replace(dataset, stream=stream, notes=tuple(notes))
 
 
 def deal_stream(

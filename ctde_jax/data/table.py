@@ -2,25 +2,32 @@
 
 import csv
 import io
+import math
 import os
 import re
 from collections import Counter
 from dataclasses import replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ctde_jax.data import columns
-from ctde_jax.data.classes import are_numbers, from_words, look_measured, number_of
-from ctde_jax.data.columns import Column, is_missing
+from ctde_jax.data.classes import are_numbers, from_words, look_measured, note_on_numbers, number_of
+from ctde_jax.data.columns import MANY_LINES, Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
 from ctde_jax.data.files import check_size, faulty, opened
 from ctde_jax.errors import InputError, check_known, quoted
 
 _NAMED = 3
 """Columns that a sentence names at most."""
+
+_CHANCE = 1e-3
+"""A line that is at most as probable as this to be an example, judged by the other lines, holds column names."""
+
+_JUDGED = 2000
+"""Lines by which the first one is judged, at most."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -51,7 +58,7 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
 
     Labels may be words or numbers; sorted, they are the classes. The first line holds the column names if one of its
     feature cells is a word, if one is `label_column`, or if the line only makes sense as names: numbers counted from 0
-    as pandas writes them, or integers above columns of decimals, with a label that no other line has.
+    as pandas writes them, or different whole numbers unlike the numbers below them. A note names a doubt.
 
     Left out of the features are unnamed columns at the left, the index that `DataFrame.to_csv` writes, and named
     columns that number the lines. The data set's notes say so, and name columns that look like identifiers, repeat the
@@ -67,8 +74,11 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     """
     path = Path(os.path.expanduser(path))
     table = _table(path, label_column)
-    classes, labels = _classes(path, table.column(table.label))
+    label = table.column(table.label)
+    classes, labels = _classes(path, label)
     features, notes = [], list(table.notes)
+    if are_numbers(classes):
+        notes += note_on_numbers(len(classes), f"the column {label.name}")
     coarse: dict[str, float] = {}
     for place in table.features:
         column = table.column(place)
@@ -97,7 +107,7 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
 
 
 def _notes_on(column: Column, values: np.ndarray, labels: np.ndarray) -> list[str]:
-    if len(values) >= columns.MANY_LINES and len(np.unique(values)) == 1:
+    if len(values) >= MANY_LINES and len(np.unique(values)) == 1:
         return [f"The column {column.name} is {quoted(column.cells[0])} in every line, so it has no effect."]
     if columns.names_the_label(values, labels):
         return [
@@ -123,8 +133,8 @@ def _table(path: Path, label_column: str | None) -> _Table:
                 f"must name a column, got {label_column!r}, but {path} has no header line: add one, "
                 "or put the labels into the last column and leave the option out.",
             )
-        note = f"There is no line of column names; the labels are in the last column, {label + 1}."
-        return _Table([], label, list(range(width - 1)), rows, [note])
+        notes = [f"There is no line of column names; the labels are in the last column, {label + 1}."]
+        return _Table([], label, list(range(width - 1)), rows, [*notes, *_doubt(rows, label)])
     if label_column is not None:
         check_known("label_column", label_column, first)
     table = _Table(first, label, [place for place in range(width) if place != label], rows[1:], [])
@@ -173,6 +183,8 @@ def _is_header(rows: list[_Row], label: int) -> bool:
     is_above_decimals = is_whole and not any(re.fullmatch(r"[-+]?\d+", cells[i]) for cells in others for i in places)
     if [*names, first[label]] == _counted(len(names) + 1) and (has_index or len(names) > 2 or is_above_decimals):
         return True
+    if _chance(rows, label) <= _CHANCE:
+        return True
     labels = Counter(cells[label] for cells in others)
     if first[label] in labels:
         return False
@@ -181,8 +193,84 @@ def _is_header(rows: list[_Row], label: int) -> bool:
     if number_of(first[label]) is None and not is_missing(first[label]) and are_numbers(list(labels)):
         return True  # a word above numbers
     # Increasing whole numbers, such as years, above lines none of which is alone with its label.
-    is_increasing = is_whole and sorted({int(name) for name in names}) == [int(name) for name in names]
+    is_increasing = is_whole and _increases(names)
     return is_increasing and len(names) > 2 and min(labels.values()) > 1
+
+
+def _are_column_numbers(names: list[str]) -> bool:
+    """Returns whether these may be column numbers or years: different whole numbers of at most four digits."""
+    return len({*names}) == len(names) and all(re.fullmatch(r"0|[1-9]\d{0,3}", name) for name in names)
+
+
+def _increases(names: list[str]) -> bool:
+    return sorted({int(name) for name in names}) == [int(name) for name in names]
+
+
+def _chance(rows: list[_Row], label: int) -> float:
+    """Estimates how probable an example like the first line is, from features that only column numbers explain.
+
+    These are whole numbers above columns of decimals, numbers far outside the columns of whole numbers, a label that no
+    other line has, and all numbers from 0 in some order. Each counts by its share of the other lines, as if they were
+    independent. Without a new label, far outside its column if it is a number, only decimals count: the largest example
+    of a table may come first.
+    """
+    first, others = rows[0].cells, [row.cells for row in rows[1 : _JUDGED + 1]]
+    places = [place for place in range(len(first)) if place != label]
+    names = [first[place] for place in places]
+    if len(others) < MANY_LINES or not _are_column_numbers(names) or first[label] in names:
+        return 1.0
+    whole = [[re.fullmatch(r"[-+]?\d+", cells[place]) is not None for place in places] for cells in others]
+    shares = [(sum(column) + 1) / (len(others) + 1) for column in zip(*whole, strict=True)]
+    # Rounding comes in whole lines, so that one of whole numbers alone says that there may be others.
+    is_rounded = not all(map(all, zip(*whole, strict=True))) and any(map(all, whole))
+    chance = 1.0 if is_rounded else math.prod(shares)
+    labels = Counter(row.cells[label] for row in rows[1:])
+    if first[label] in labels or _may_follow(first[label], list(labels)):
+        return chance
+    single = sum(count == 1 for count in labels.values())
+    chance *= (single + 1) / len(rows)
+    for place, share in zip(places, shares, strict=True):
+        if share == 1 and _is_far_outside(int(first[place]), {int(cells[place]) for cells in others}):
+            chance *= 2 / (len(others) + 1)
+    ordered = sorted(_counted(len(first)))
+    is_permuted = len(first) > 4 and sorted(first) == ordered
+    return 0.0 if is_permuted and not any(sorted(cells) == ordered for cells in others) else chance
+
+
+def _may_follow(label: str, others: list[str]) -> bool:
+    """Returns whether a numeric label may be one more of such numbers, as the largest one of a sorted table is."""
+    if not are_numbers([label, *others]):
+        return False
+    whole = [number_of(other) or 0.0 for other in others]
+    return not all(map(float.is_integer, whole)) or not _is_far_outside(
+        int(float(label)), {int(each) for each in whole}
+    )
+
+
+def _is_far_outside(number: int, others: set[int]) -> bool:
+    """Returns whether a number is twice as far from the nearest other one as any of these is from the next."""
+    ordered = sorted(others)
+    largest_gap = max((after - before for before, after in pairwise(ordered)), default=1)
+    return max(ordered[0] - number, number - ordered[-1]) > 2 * largest_gap
+
+
+def _doubt(rows: list[_Row], label: int) -> list[str]:
+    """Returns a sentence on a first line that was taken as an example, and may hold column numbers."""
+    first, others = rows[0].cells, [row.cells for row in rows[1:]]
+    names = [cell for place, cell in enumerate(first) if place != label]
+    if not others or not _are_column_numbers(names):
+        return []
+    way_out = "if they are the names of the columns, put letters into them"
+    if all(cells[label] != first[label] for cells in others):
+        return [
+            f"Line 1 was taken as an example, although no other line has its label, {quoted(first[label])}, and its "
+            f"other cells are different whole numbers: {way_out}."
+        ]
+    is_permuted = len(first) > 4 and sorted(first) == sorted(_counted(len(first)))
+    if len(names) > 2 and (_increases(names) or is_permuted):
+        which = "all numbers from 0" if is_permuted else "increasing whole numbers"
+        return [f"Line 1 was taken as an example, although its cells are {which}: {way_out}."]
+    return []
 
 
 def _counted(count: int) -> list[str]:

@@ -20,7 +20,6 @@ from ctde_jax.bundle.card import CARD, EXAMPLES, FORMAT, SUMS, WEIGHTS, File, su
 from ctde_jax.bundle.parity import BATCH_SIZES, PARITY, is_exact
 from ctde_jax.bundle.runtimes import Predict
 from ctde_jax.data import Dataset, Split
-from ctde_jax.data.disk import pieces
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import int8, receipt
 from ctde_jax.export.litert import to_litert
@@ -30,7 +29,7 @@ from ctde_jax.export.stablehlo import to_stablehlo
 from ctde_jax.export.weights import find_layers, gather, to_safetensors
 from ctde_jax.log import console
 from ctde_jax.models import count_params
-from ctde_jax.trained import Trained
+from ctde_jax.trained import Trained, accepts
 
 Format = Literal["numpy", "onnx", "jax", "litert", "onnx-int8", "onnx-int8-static"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -295,15 +294,9 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
 
 
 def _highest(data: Dataset) -> int:
-    """Returns the value of uint8 inputs that reaches the model as 1, or 255 if other values are larger."""
-    if data.test.inputs.dtype != np.uint8 or data.scale.ndim or data.shift.any():
-        return 255
-    highest = round(1 / float(data.scale)) if data.scale else 255
-    splits = [split for split in (data.train, data.validation, data.test) if split]
-    is_largest = 0 < highest < 255 and all(
-        np.asarray(piece).max() <= highest for split in splits for _, piece in pieces(split.inputs)
-    )
-    return highest if is_largest else 255
+    """Returns the largest uint8 input that a node accepts, which is the one that `Trained` accepts."""
+    largest = accepts(data).inputs.largest
+    return 255 if largest is None or data.test.inputs.dtype != np.uint8 else largest
 
 
 def _versions() -> dict[str, str]:
