@@ -19,7 +19,7 @@ STORED = {
     "int8": "int32",
     "uint16": "int32",
     "uint8": "uint8",
-    "bool": "float32",
+    "bool": "int32",
     "float16": "float32",
     "float32": "float32",
     "float64": "float32",

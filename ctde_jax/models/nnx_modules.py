@@ -7,6 +7,7 @@ from inspect import Parameter, isclass, signature
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax import numpy as jnp
@@ -79,6 +80,7 @@ def from_nnx(
 
     def merge(params, model_state, key, training: bool) -> Any:
         streams = _reseed(abstract.random_state, key)
+        params, model_state = jax.tree.map(_writable, (params, model_state))
         merged = nnx.merge(abstract.graph, params, streams, model_state)
         _set_mode(merged, training)
         return merged
@@ -272,7 +274,7 @@ def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
         for name, value in vars(node).items() if isinstance(node, nnx.Pytree) else ():
             if isinstance(value, Tracer) and not node._pytree__nodes.get(name, True):
                 setattr(node, name, nnx.data(value))  # flax takes an array for static where it is traced
-            elif _hides_tracer(value):
+            elif not node._pytree__nodes.get(name, False) and _hides_tracer(value):
                 raise InputError(
                     "module",
                     f"must keep arrays where flax sees them, and the constructor of {type(node).__name__} keeps one "
@@ -296,6 +298,11 @@ def _hides_tracer(value: Any, depth: int = 3) -> bool:
         parts += value
     parts += (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
     return any(_hides_tracer(part, depth - 1) for part in parts)
+
+
+def _writable(leaf: Any) -> Any:
+    """Makes a JAX array of a numpy array, which a module could not write to by index."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _pure(state: nnx.State) -> dict[Any, Any]:
