@@ -27,7 +27,7 @@ import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from ctde_jax.augment import Augment, apply_to
 from ctde_jax.data import Drawn

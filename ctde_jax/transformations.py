@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from jax import numpy as jnp
-from jax.extend.core import ClosedJaxpr, Var
+from jax.extend.core import ClosedJaxpr, Var  # pyright: ignore[reportPrivateImportUsage]
 from optax import contrib
 
 from ctde_jax.errors import InputError, shortened

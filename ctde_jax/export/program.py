@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import export
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var  # pyright: ignore[reportPrivateImportUsage]
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from ctde_jax.errors import on_one_line, shortened
@@ -135,7 +135,8 @@ def _with_rules_inside(equation: JaxprEqn, rules: Mapping[str, Rule]) -> dict[st
     """Returns the parameters of an equation; rules are applied to the programs of loops and branches."""
 
     def applied(inner: ClosedJaxpr) -> ClosedJaxpr:
-        like = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in inner.in_avals]
+        avals: Any = inner.in_avals
+        like = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in avals]
         return jax.make_jaxpr(lambda *arrays: _evaluate(inner.jaxpr, inner.consts, arrays, rules))(*like)
 
     params = dict(equation.params)
