@@ -10,8 +10,13 @@ from filelock import FileLock, Timeout
 from ctde_jax.errors import InputError, shortened
 
 METRICS, CHECKPOINTS, LOCK = "metrics.jsonl", "checkpoints", ".lock"
-OWN = frozenset({METRICS, CHECKPOINTS, LOCK, "config.json", "partition.png", "curves.png"})
+_OF_A_RUN = ("bundle", "config.json", "curves.png", "partition.png", METRICS, CHECKPOINTS)
+"""What a run and its export write to the folder; moved in this order, so that checkpoints stay until the last."""
+
+OWN = frozenset({LOCK, *_OF_A_RUN} - {"bundle"})
 """What a trainer writes into the folder of a run."""
+
+_MOVING = ".previous.partial"
 
 
 def named(option: str, path: Path | str) -> Path:
@@ -19,12 +24,6 @@ def named(option: str, path: Path | str) -> Path:
     if not str(path):
         raise InputError(option, "must name a folder, got an empty name.")
     return Path(os.path.expanduser(path))
-
-
-_OF_A_RUN = ("bundle", "config.json", "curves.png", "partition.png", METRICS, CHECKPOINTS)
-"""What a run and its export write to the folder; moved in this order, so that checkpoints stay until the last."""
-
-_MOVING = ".previous.partial"
 
 
 @contextmanager
