@@ -88,31 +88,11 @@ def check_run(
         outputs, _ = jax.eval_shape(model.apply, params, model_state, few, None)
         _check_outputs(outputs, examples, data, task)
         jax.eval_shape(model.apply, params, model_state, few, key)
-    _check_task(task, outputs, _like(data.train.labels, examples))
-    if task.predicts == "anything":
-        _check_loss(task, outputs, data)
+    _check_task(task, outputs, data)
     if reestimate_batches and not jax.tree.leaves(model_state):
         raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
     if augment is not None:
         jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
-
-
-def _check_loss(task: Task, outputs: PyTree, data: Dataset) -> None:
-    """Raises InputError for a loss that mixes examples, as `[n, 1]` minus `[n]` does by broadcasting to `[n, n]`."""
-    rng = np.random.default_rng(0)
-    labels = jax.numpy.asarray(data.train.labels[:2])
-    if len(labels) < 2:
-        return
-    drawn = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape).astype(leaf.dtype), outputs)
-    whole = np.asarray(task.loss(drawn, labels))
-    alone = [task.loss(jax.tree.map(lambda x, i=i: x[i : i + 1], drawn), labels[i : i + 1])[0] for i in range(2)]
-    if not np.allclose(whole, np.asarray(alone), rtol=1e-3, atol=1e-5, equal_nan=True):
-        shapes = f"outputs {describe(outputs)} and labels {describe(labels)}"
-        raise InputError(
-            "task",
-            f"must compute the loss of each example from that example alone, but it mixes the examples of {shapes}; "
-            "give both the same shape, as outputs[..., 0] - labels does.",
-        )
 
 
 def check_devices(devices: object) -> None:
@@ -201,13 +181,36 @@ def _like(array: Any, examples: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((examples, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype))
 
 
-def _check_task(task: Task, outputs: PyTree, labels: jax.ShapeDtypeStruct) -> None:
-    """Raises InputError for a task that fails on outputs and labels like these."""
+def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
+    """Raises InputError for a task that fails on outputs and labels like these, or whose loss mixes examples.
 
-    def measure(outputs: PyTree, labels: jax.Array) -> jax.Array:
-        return task.minimized(outputs, labels, task.measure(outputs, labels))
+    A loss mixes them if it broadcasts `[n, 1]` minus `[n]` to `[n, n]`, for example. That is tried on one trace of the
+    loss, with random outputs `a, b`, then `a, a` and `b, b`: a loss that draws numbers as it is traced is no mixture.
+    """
 
-    jax.eval_shape(measure, outputs, labels)
+    def losses(outputs: PyTree, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        measured = task.measure(outputs, labels)
+        return measured["loss"], task.minimized(outputs, labels, measured)
+
+    labels = jax.numpy.asarray(data.train.labels[:2])
+    traced = jax.jit(losses).trace(outputs, _like(data.train.labels, 2))
+    if task.predicts != "anything" or len(labels) < 2:
+        return
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape).astype(leaf.dtype), outputs)
+    compiled = traced.lower().compile()
+    together = compiled(drawn, labels)
+    for example in range(2):
+        twice = np.full(2, example)
+        alone = compiled(jax.tree.map(lambda leaf, twice=twice: leaf[twice], drawn), labels[twice])
+        for loss, of_one in zip(together, alone, strict=True):
+            if not np.allclose(loss[example], of_one[example], rtol=1e-3, atol=1e-5, equal_nan=True):
+                shapes = f"outputs {describe(outputs)} and labels {describe(labels)}"
+                raise InputError(
+                    "task",
+                    "must compute the loss of each example from that example alone, but it mixes the examples of "
+                    f"{shapes}; give both the same shape, as outputs[..., 0] - labels does.",
+                )
 
 
 def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) -> None:
