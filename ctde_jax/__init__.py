@@ -3,13 +3,14 @@
 To read the package top to bottom, follow the walk:
 
     errors -> reading -> streams -> bundle -> presets -> config -> hosts -> settings
-           -> memory -> devices -> replica -> data -> feed -> augment -> models -> initializers
-           -> mup -> tasks -> transformations -> optimizers -> aggregate -> build -> state
-           -> schedule -> gradient -> guard -> round -> hlo -> collectives -> traffic -> evaluate
-           -> reestimate -> generation -> checks -> picture -> jaxprs -> identity -> run_folder
-           -> log -> meter -> atomic -> checkpoint -> resume -> stop -> run -> trained -> warm_start
-           -> loop -> loading -> report -> targets -> wire -> stopwatch -> profile -> supervisor
-           -> train -> proofs -> export -> execute -> verify -> object_store
+           -> memory -> devices -> replica -> data -> feed -> augment -> models
+           -> initializers -> mup -> tasks -> transformations -> optimizers -> aggregate
+           -> build -> state -> schedule -> gradient -> guard -> round -> hlo -> collectives
+           -> traffic -> evaluate -> reestimate -> generation -> checks -> picture -> jaxprs
+           -> identity -> position -> run_folder -> log -> meter -> atomic -> checkpoint
+           -> resume -> stop -> run -> trained -> warm_start -> rollback -> loop -> loading
+           -> report -> targets -> wire -> stopwatch -> profile -> supervisor -> train
+           -> proofs -> export -> execute -> verify -> object_store
 
 Modules are imported when they are first used: `import ctde_jax` alone neither imports JAX nor touches a device.
 """

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.extend.core import jaxpr_as_fun
 
 from ctde_jax import state, transformations
 from ctde_jax.aggregate import Strategy
@@ -193,16 +194,16 @@ def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
         return measured["loss"], task.minimized(outputs, labels, measured)
 
     labels = jax.numpy.asarray(data.train.labels[:2])
-    traced = jax.jit(losses).trace(outputs, _like(data.train.labels, 2))
+    traced = jax.make_jaxpr(losses)(outputs, _like(data.train.labels, 2))
     if task.predicts != "anything" or len(labels) < 2:
         return
     rng = np.random.default_rng(0)
     drawn = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape).astype(leaf.dtype), outputs)
-    compiled = traced.lower().compile()
-    together = compiled(drawn, labels)
+    evaluate = jaxpr_as_fun(traced)
+    together = evaluate(*jax.tree.leaves(drawn), labels)
     for example in range(2):
         twice = np.full(2, example)
-        alone = compiled(jax.tree.map(lambda leaf, twice=twice: leaf[twice], drawn), labels[twice])
+        alone = evaluate(*(leaf[twice] for leaf in jax.tree.leaves(drawn)), labels[twice])
         for loss, of_one in zip(together, alone, strict=True):
             if not np.allclose(loss[example], of_one[example], rtol=1e-3, atol=1e-5, equal_nan=True):
                 shapes = f"outputs {describe(outputs)} and labels {describe(labels)}"

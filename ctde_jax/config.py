@@ -444,14 +444,10 @@ def save(config: Config, path: Path) -> None:
     path.write_text(json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8")
 
 
-class CommandOptions(dict[str, Any]):
-    """Options of a command line, by name. If `fit` is given these, its messages name flags instead of arguments."""
-
-
-def deciding(config: Config) -> CommandOptions:
+def deciding(config: Config) -> dict[str, Any]:
     """Returns the options that decide the numbers of a run, by name."""
     options = _flat(config).items()
-    return CommandOptions((name, value) for name, value in options if name not in _OF_ONE_RUN + _DECIDE_NOTHING)
+    return {name: value for name, value in options if name not in _OF_ONE_RUN + _DECIDE_NOTHING}
 
 
 _OF_ONE_RUN = ("config", "run_dir", "resume", *(option.name for option in fields(Hosts)))

@@ -23,7 +23,6 @@ from jax._src.clusters import ClusterEnv  # JAX has no public way to what its de
 from jax._src.distributed import global_state  # nor to the coordinator's keys and values
 from jax.experimental import multihost_utils
 
-from ctde_jax.config import Hosts
 from ctde_jax.errors import HostLost, InputError, check_at_least
 
 T = TypeVar("T")
@@ -62,26 +61,38 @@ class Meeting:
     """Of this host, the accelerators that are this process's own; by default all."""
 
 
-def find_meeting(chosen: Hosts) -> Meeting | None:
-    """Reads where the hosts meet from the options, or from the environment of the launcher; None for one host alone.
+def find_meeting(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    coordinator_bind: str | None = None,
+    join_timeout: int = 300,
+) -> Meeting | None:
+    """Returns where the hosts meet, from these arguments or the environment of the launcher; None for one host alone.
+
+    Args:
+        coordinator: Address and port of host 0, which all hosts reach.
+        num_processes: Number of hosts.
+        process_id: Index of this host.
+        coordinator_bind: Address and port that host 0 opens, if it differs from `coordinator`.
+        join_timeout: Seconds to wait for the other hosts.
 
     Raises:
-        InputError: The options are not all given, or an address is none at which all hosts could meet.
+        InputError: The first three are not all given, or an address is none at which all hosts could meet.
     """
-    given = {"coordinator": chosen.coordinator, "num_processes": chosen.num_processes, "process_id": chosen.process_id}
-    if chosen.num_processes == 1:
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if num_processes == 1:
         return None
     missing = [name for name, value in given.items() if value is None]
-    check_at_least(1, num_processes=chosen.num_processes, join_timeout=chosen.join_timeout)
-    check_at_least(0, process_id=chosen.process_id)
+    check_at_least(1, num_processes=num_processes, join_timeout=join_timeout)
+    check_at_least(0, process_id=process_id)
     if 0 < len(missing) < len(given):
         raise InputError(missing[0], "goes with coordinator, num_processes and process_id; give all three or none.")
-    address, count, index = chosen.coordinator, chosen.num_processes, chosen.process_id
-    local_devices = None
+    address, count, index, local_devices = coordinator, num_processes, process_id, None
     if address is None:
         try:
             address, count, index, local_devices = ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, None, chosen.join_timeout
+                None, None, None, None, None, join_timeout
             )
         except Exception as error:  # of a launcher that JAX knows, in an environment that it cannot read
             raise InputError(
@@ -95,16 +106,13 @@ def find_meeting(chosen: Hosts) -> Meeting | None:
         raise InputError("process_id", f"must be less than the {count} of --num-processes, got {index}.")
     if _listens_everywhere(_parts("coordinator", address)[0]):
         raise InputError("coordinator", f"must be the address of host 0 that all hosts reach, got {address}.")
-    listens_on = chosen.coordinator_bind or address
+    listens_on = coordinator_bind or address
     _parts("coordinator_bind", listens_on)
-    return Meeting(
-        address, count, index, listens_on, chosen.join_timeout, None if local_devices is None else [*local_devices]
-    )
+    return Meeting(address, count, index, listens_on, join_timeout, None if local_devices is None else [*local_devices])
 
 
-def check_alone(chosen: Hosts) -> None:
-    """Raises InputError for a command that runs on one host, where several are meant."""
-    meeting = find_meeting(chosen)
+def check_alone(meeting: Meeting | None) -> None:
+    """Raises InputError for a command that runs on one host if several hosts are to meet."""
     if meeting is not None:
         raise InputError("num_processes", f"must be 1 for this command, which runs on one host, got {meeting.count}.")
 

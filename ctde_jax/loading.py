@@ -20,7 +20,8 @@ from ctde_jax.log import Row, console, read_rows
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
-from ctde_jax.resume import check_facts, different_options, plain
+from ctde_jax.resume import Options, check_facts, different_options, plain
+from ctde_jax.rollback import SCALED
 from ctde_jax.run import BEST, INPUTS
 from ctde_jax.run_folder import CHECKPOINTS, named
 from ctde_jax.trained import Trained, accepts
@@ -113,7 +114,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _check_options(found: Checkpoint, chosen: config.Config) -> None:
     """Raises InputError if options are not those that the checkpoint was written with, as in an edited config.json."""
-    sealed, now = found.facts.get("given_options"), config.CommandOptions(plain(config.deciding(chosen)))
+    sealed, now = found.facts.get("given_options"), Options(plain(config.deciding(chosen)), config.flag)
     if not isinstance(sealed, dict):
         console().print(f"           not compared with {found.path}: the options, which it does not list")
         return
@@ -180,9 +181,7 @@ def _opt_state(found: Checkpoint, chosen: config.Config, data: Dataset, params: 
     """Returns the optimizer's state of a checkpoint, as `Trained` has it."""
     optimizer = build.build_optimizer(chosen, data, found.facts["options"]["steps"])
     like = jax.eval_shape(adapted(optimizer).init, params)
-    prefix = (
-        "opt_state/1/0/" if chosen.optimization.on_nonfinite == "rollback" else "opt_state/1/"
-    )  # as `shrunk` wraps it
+    prefix = SCALED if chosen.optimization.on_nonfinite == "rollback" else "opt_state/1/"
     tensors = {name.removeprefix(prefix): tensor for name, tensor in _beginning(found, prefix).items()}
     return state.in_place(tensors, like, "run_dir")
 

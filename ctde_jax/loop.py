@@ -2,35 +2,36 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial, wraps
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
 
-from ctde_jax import config, guard, hosts, memory, replica, state
 from ctde_jax import devices as available
+from ctde_jax import guard, hosts, memory, replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
 from ctde_jax.checkpoint import Checkpoint, open_saver
 from ctde_jax.checks import check_devices, check_run, check_types
 from ctde_jax.data import Dataset, count_steps, deal, deal_stream
 from ctde_jax.data.arrays import targets_or_classes
-from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, check_known, check_whole
+from ctde_jax.errors import InputError, Preempted, check_known, check_whole
 from ctde_jax.evaluate import make_evaluate
 from ctde_jax.feed import make_feed, shapes, steps_a_piece
 from ctde_jax.gradient import make_gradient
 from ctde_jax.identity import Identity, parts_of
 from ctde_jax.log import console, open_log
-from ctde_jax.meter import Clock, Meter, Position
+from ctde_jax.meter import Clock, Meter
 from ctde_jax.models import Model, as_model, count_params, unscaled, with_raw_inputs
-from ctde_jax.optimizers import shrunk
+from ctde_jax.position import Position
 from ctde_jax.reestimate import of_first_steps
 from ctde_jax.replica import PyTree
-from ctde_jax.resume import completed, find, found_by_the_first, plain, roll_back
+from ctde_jax.resume import Options, completed, find, found_by_the_first, plain
+from ctde_jax.rollback import rolling_back, shrunk, unscaled_state
 from ctde_jax.round import parallel_rounds
 from ctde_jax.run import BEST, INPUTS, OTHER_POINT, Best, Run
 from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed, make_way, named
@@ -42,32 +43,8 @@ from ctde_jax.trained import Trained, accepts
 from ctde_jax.transformations import as_transformation, with_hyperparams_of
 from ctde_jax.warm_start import Source, read_source, start_from
 
-P = ParamSpec("P")
 
-
-def _rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
-    """Fits again, with smaller updates, where the loss became NaN or infinite and `on_nonfinite` is rollback."""
-
-    @wraps(fit)
-    def fit_until_finite(*arguments: P.args, **options: P.kwargs) -> Trained:
-        while True:
-            try:
-                return fit(*arguments, **options)
-            except NonFiniteLoss as error:
-                if options.get("on_nonfinite") != "rollback":
-                    raise
-                folder, say = (
-                    named("run_dir", str(options["run_dir"])),
-                    console(quiet=not options.get("show", True)).print,
-                )
-                if not hosts.of_the_first(lambda error=error, folder=folder, say=say: roll_back(folder, error, say)):
-                    raise
-                options.update(resume=True, branch_from=None)
-
-    return fit_until_finite
-
-
-@_rolling_back
+@rolling_back
 def fit(
     model: Model | Callable[..., Any],
     data: Dataset,
@@ -261,7 +238,7 @@ def fit(
             "keep_best": keep_best if on_nonfinite == "rollback" else None,
         }
     )
-    told = config.CommandOptions(told) if isinstance(options, config.CommandOptions) else told
+    told = Options(told, options.flag if isinstance(options, Options) else None)
     saving = {"save_every": save_every, "keep_best": keep_best, "run_dir": None if run_dir is None else str(run_dir)}
     saving["log_every"] = log_every
     trace = partial(parts_of, model, data, task, optimizer, strategy, augment)
@@ -422,7 +399,7 @@ def fit(
     params, model_state = best.center or jax.device_get(run.center)
     opt_state = state.of_optimizer(run.train_state)
     if on_nonfinite == "rollback":
-        opt_state, _ = opt_state  # as `shrunk` has wrapped it
+        opt_state = unscaled_state(opt_state)
     return Trained(
         model=model,
         params=params,

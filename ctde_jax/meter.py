@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from math import ceil
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +13,9 @@ from ctde_jax.evaluate import Averages
 from ctde_jax.feed import Span
 from ctde_jax.gradient import Sums
 from ctde_jax.log import Row
+from ctde_jax.position import Position
+from ctde_jax.schedule import rows_a_dispatch
 from ctde_jax.tasks import Task
-
-_DISPATCH_SECONDS = 0.1
-"""What a dispatch should take: long beside the millisecond that it costs, short for who waits or stops it."""
 
 _SAVE_SECONDS = 60.0
 """What lies between two checkpoints, about, where no number of steps is given."""
@@ -39,30 +37,6 @@ class Clock:
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
-
-
-def rows_a_dispatch(row_seconds: float) -> int:
-    """Returns how many rows of so many seconds one dispatch computes."""
-    return max(1, int(_DISPATCH_SECONDS / row_seconds))
-
-
-class Position(NamedTuple):
-    """How far a run is."""
-
-    gone_through: int = 0
-    """Steps, also such for which nobody had examples."""
-
-    step: int = 0
-    """Those for which somebody had: optimizer steps."""
-
-    sent: float = 0.0
-    """Bytes by each device."""
-
-    skipped: int = 0
-    """Rounds that were left out because they were not finite."""
-
-    skipped_in_a_row: int = 0
-    """How many of them came last."""
 
 
 class Meter:

@@ -1,7 +1,6 @@
 """Optimizers and learning-rate schedules by name, all of them optax's."""
 
 from math import inf
-from typing import NamedTuple
 
 import jax
 import optax
@@ -10,7 +9,6 @@ from jax import numpy as jnp
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.replica import PyTree
-from ctde_jax.transformations import as_transformation
 
 OPTIMIZERS = {
     "sgd": optax.sgd,
@@ -69,22 +67,6 @@ def build(
     if not 0 < max_grad_norm < inf:
         raise InputError("max_grad_norm", f"must be greater than 0 and finite, got {max_grad_norm}.")
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
-
-
-class ShrunkState(NamedTuple):
-    """What all updates are multiplied by."""
-
-    update_factor: jax.Array  # float32[]
-
-
-def shrunk(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the updates of an optimizer by a factor in its state, which is 1 until a run is rolled back."""
-
-    def update(updates, state, params=None, **extra_args):
-        return optax.tree.scale(state.update_factor, updates), state
-
-    factor = optax.GradientTransformationExtraArgs(lambda params: ShrunkState(jnp.float32(1)), update)
-    return optax.chain(as_transformation(optimizer), factor)
 
 
 def is_decayed(params: PyTree) -> PyTree:

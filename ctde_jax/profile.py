@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _profile(config: options.Config, trace: Path | None, started: float) -> None:
-    ctde.hosts.check_alone(config.hosts)
+    ctde.hosts.check_alone(ctde.hosts.find_meeting(**vars(config.hosts)))
     if config.aggregation.exact:
         raise InputError("exact", "must be left out: what is measured are devices that agree on means, and such alone.")
     from ctde_jax.stopwatch import Training, measure  # here, so that the import of JAX is measured

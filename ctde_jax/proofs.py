@@ -132,7 +132,7 @@ def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
 
 def _parse(arguments: Sequence[str]) -> config.Config:
     chosen = config.parse(arguments)
-    hosts.check_alone(chosen.hosts)
+    hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if chosen.run.run_dir is not None:
         raise InputError("run_dir", "must be left out, as a run that is there already proves nothing.")
     return chosen

@@ -7,18 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from ctde_jax import config, hosts
-from ctde_jax.checkpoint import Checkpoint, Damaged, Facts, newest, newest_intact, read, steps, write
-from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax import hosts
+from ctde_jax.checkpoint import Checkpoint, Damaged, Facts, newest, newest_intact, read, steps
+from ctde_jax.errors import InputError
 from ctde_jax.identity import Identity, is_identity
-from ctde_jax.meter import Position
-from ctde_jax.run_folder import CHECKPOINTS, check_new, claimed, make_way, writing_to
+from ctde_jax.position import Position
+from ctde_jax.run_folder import CHECKPOINTS, check_new, make_way
 
-ROLLBACKS = 3
-"""How often a run is rolled back at most."""
 
-Options = dict[str, Any]
-"""What decides the numbers of a run, by name; as JSON has it."""
+class Options(dict[str, Any]):
+    """What determines the numbers of a run, by name.
+
+    Args:
+        options: The options.
+        flag: How a command writes an option by its name; by default, messages name the arguments of `fit`.
+    """
+
+    def __init__(self, options: Mapping[str, Any], flag: Callable[[str], str] | None = None):
+        super().__init__(options)
+        self.flag = flag
+
 
 Say = Callable[[str], None]
 
@@ -29,8 +37,8 @@ _DECIDE_NOTHING = ("log_every",)
 """Options that older checkpoints list, and that may change in a run that continues."""
 
 
-def plain(options: Mapping[str, Any]) -> Options:
-    """Writes options as JSON has them, so that they can be compared with those of a checkpoint."""
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes options in types of JSON."""
 
     def as_json(value: object) -> object:
         return value.item() if isinstance(value, np.generic) else str(value)
@@ -62,11 +70,10 @@ def find(
             check_new(folder)
         return None if branch_from is None else _branch(branch_from, options, identity, say)
     check_facts(found, "run_dir")
-    is_command = isinstance(options, config.CommandOptions)
     different, notes = _differences(found, options, identity)
     if different:
         ways = "another run_dir, resume=False to train from the start, or branch_from"
-        if is_command:
+        if options.flag:
             ways = "another --run-dir, --resume never to train from the start, or --branch-from"
         raise InputError(
             "run_dir",
@@ -80,8 +87,7 @@ def find(
 
 def completed(step: int, options: Options) -> str:
     """Returns the line that is printed of a run that was complete before it was called again."""
-    is_command = isinstance(options, config.CommandOptions)
-    way = "--resume never or another --run-dir" if is_command else "resume=False or another run_dir"
+    way = "--resume never or another --run-dir" if options.flag else "resume=False or another run_dir"
     return f"complete   nothing was trained: this run was complete at step {step:,}; {way} trains it from the start"
 
 
@@ -104,26 +110,6 @@ def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | No
     return Checkpoint(Path(told["path"]), hosts.arrays_of_the_first(like), told["facts"])
 
 
-def roll_back(folder: Path, error: NonFiniteLoss, say: Say) -> bool:
-    """Halves all updates from the newest checkpoint of a run's folder on, in the checkpoint.
-
-    Returns False where that has been done too often.
-    """
-    with claimed(folder), writing_to(folder):
-        found = newest_intact(folder / CHECKPOINTS, say)
-        if found is None:
-            return False
-        factors = {name: tensor / 2 for name, tensor in found.tensors.items() if name.endswith("/update_factor")}
-        factor = min(float(tensor.min()) for tensor in factors.values())
-        if factor < 2.0**-ROLLBACKS:
-            return False
-        say(
-            f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all updates times {factor:g}"
-        )
-        write(found.path, {**found.tensors, **factors}, found.facts)
-    return True
-
-
 def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Checkpoint:
     if (path / CHECKPOINTS).is_dir() and steps(path / CHECKPOINTS):
         raise InputError("branch_from", f"must name a checkpoint, such as {newest(path / CHECKPOINTS)}, got a run.")
@@ -134,11 +120,11 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
     check_facts(found, "branch_from")
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
-        way_out = "; raise --epochs or --steps" if isinstance(options, config.CommandOptions) else ""
+        way_out = "; raise --epochs or --steps" if options.flag else ""
         rule = f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}"
         raise InputError("steps", f"{rule}{way_out}.")
     different, _ = _differences(found, options, identity)
-    others = "; all others as there" if different and isinstance(options, config.CommandOptions) else ""
+    others = "; all others as there" if different and options.flag else ""
     say(f"branch     {path}, with {'; '.join(different) or 'the same options'}{others}")
     return found
 
@@ -158,16 +144,15 @@ def check_facts(found: Checkpoint, option: str) -> None:
         raise InputError(option, f"leads to the checkpoint {found.path}, whose position is not that of a run.")
 
 
-def different_options(before: Options, now: Options) -> list[str]:
-    """Lists the options that differ, with both values; flags if these are options of a command line."""
-    spell, unknown = config.flag if isinstance(now, config.CommandOptions) else str, "not known"
+def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
+    """Lists the options that differ, with both values."""
+    spelled, unknown = now.flag or str, "not known"
 
     def differs(name: str) -> str:
         if name == "init_from":  # whose values are digests
-            return f"the initial parameters ({spell(name)})"
-        return (
-            f"{_IN_WORDS.get(name) or spell(name)} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
-        )
+            return f"the initial parameters ({spelled(name)})"
+        option = _IN_WORDS.get(name) or spelled(name)
+        return f"{option} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
 
     names = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
     return [differs(name) for name in names if name not in _DECIDE_NOTHING]
@@ -181,7 +166,7 @@ def _differences(found: Checkpoint, options: Options, identity: Identity) -> tup
     others = different_options(found.facts["options"], options)
     difference = identity.compare(found.facts.get("identity"))
     kinds = {"options": others, "data": difference.data, "program": difference.program}
-    if others and isinstance(options, config.CommandOptions):
+    if others and options.flag:
         kinds = {"options": others}
     article = {"program": "another"}
     named = [f"{article.get(kind, 'other')} {kind}: {'; '.join(names)}" for kind, names in kinds.items() if names]

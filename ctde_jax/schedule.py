@@ -56,6 +56,9 @@ class Phase(NamedTuple):
         return [span._replace(start=max(span.start, step)) for span in self.spans if span.stop > step]
 
 
+_DISPATCH_SECONDS = 0.1
+"""What a dispatch should take: long beside the millisecond that it costs, short for who waits or stops it."""
+
 _MOST_EVALUATIONS = 2**20
 """Spans between evaluations are listed in memory, some 300 bytes each."""
 
@@ -112,3 +115,8 @@ def _spans(inner_steps: int, eval_every: int, row_steps: int, piece_steps: int, 
         Span(first, min(first + interval, stop), round_steps, row_rounds, piece_rounds)
         for first in range(start, stop, interval)
     ]
+
+
+def rows_a_dispatch(row_seconds: float) -> int:
+    """Returns how many rows of so many seconds one dispatch computes."""
+    return max(1, int(_DISPATCH_SECONDS / row_seconds))

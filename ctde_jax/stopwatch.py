@@ -33,12 +33,11 @@ from ctde_jax.evaluate import make_evaluate
 from ctde_jax.feed import Span, steps_a_piece
 from ctde_jax.gradient import Sums, make_gradient
 from ctde_jax.guard import make_look
-from ctde_jax.meter import rows_a_dispatch
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.reestimate import make_reestimate
 from ctde_jax.replica import PyTree
 from ctde_jax.round import parallel_rounds
-from ctde_jax.schedule import make_phases
+from ctde_jax.schedule import make_phases, rows_a_dispatch
 from ctde_jax.tasks import Task
 
 PARTS = ("input", "dispatch", "compute", "aggregation")

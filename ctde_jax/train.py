@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = options.parse(arguments)
         _import_jax()
-        meeting = ctde.hosts.find_meeting(config.hosts)
+        meeting = ctde.hosts.find_meeting(**vars(config.hosts))
     except InputError as error:
         print(f"error: {options.flag(error.option)} {error.sentence}", file=sys.stderr)
         return 2
@@ -143,7 +143,9 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "keep_checkpoints": config.run.keep_checkpoints,
     }
     ctde.checks.check_run(model, data, optimizer, strategy, task, len(devices), **habits)
-    deciding = options.deciding(config)
+    from ctde_jax.resume import Options  # here, as it imports JAX
+
+    deciding = Options(options.deciding(config), options.flag)
     here = len(ctde.replica.own(devices))
     config = replace(config, aggregation=replace(config.aggregation, devices=here))
     console = ctde.log.console()

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _print_table(chosen: config.Config, target: str | None) -> None:
-    hosts.check_alone(chosen.hosts)
+    hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if target is None:
         devices = available.start(chosen.aggregation.devices, available.FAKE_DEVICES)
     else:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from ctde_jax import checkpoint, config, data, hosts
+from ctde_jax import checkpoint, data, hosts
 from ctde_jax.errors import InputError
 
 QUICK = ["--epochs", "2", "--eval-every", "23"]
@@ -572,17 +572,17 @@ def test_hosts_roll_back_together_and_give_up_together(job):
 )
 def test_meeting_that_cannot_be_is_refused(given, sentence):
     with pytest.raises(InputError, match=sentence.replace("[", r"\[")):
-        hosts.find_meeting(config.Hosts(**given))
+        hosts.find_meeting(**given)
 
 
 def test_host_0_opens_only_its_own_address_unless_told(monkeypatch):
     given = {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 0}
-    assert hosts.find_meeting(config.Hosts(**given)).listens_on == "10.0.0.1:1234"
-    everywhere = hosts.find_meeting(config.Hosts(**given, coordinator_bind="0.0.0.0:1234"))
+    assert hosts.find_meeting(**given).listens_on == "10.0.0.1:1234"
+    everywhere = hosts.find_meeting(**given, coordinator_bind="0.0.0.0:1234")
     assert everywhere.listens_on == "0.0.0.0:1234"
 
 
 def test_one_host_meets_nobody():
-    assert hosts.find_meeting(config.Hosts()) is None
+    assert hosts.find_meeting() is None
     assert hosts.count() == 1
     assert hosts.of_the_first(lambda: [1]) == [1]

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 import ctde_jax as ctde
-from ctde_jax import data, devices, feed, meter, models
+from ctde_jax import data, devices, feed, models, schedule
 from ctde_jax.data import batches
 from ctde_jax.errors import InputError
 from ctde_jax.tasks import is_correct
@@ -157,7 +157,7 @@ def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
     """One round a dispatch, several, a last dispatch that is not full, and pieces of few rows: the same bits."""
 
     def run(eval_every: int, log_every: int, seconds: float, places: int = 2**20) -> ctde.Trained:
-        monkeypatch.setattr(meter, "_DISPATCH_SECONDS", seconds)
+        monkeypatch.setattr(schedule, "_DISPATCH_SECONDS", seconds)
         monkeypatch.setattr(feed, "_PLACES", places)
         cut = {"eval_every": eval_every, "log_every": log_every}
         arguments = {"devices": devices.start(4), "batch_size": 64, "steps": 36, "show": False, **cut}

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ctde_jax as ctde
 from ctde_jax import checkpoint, devices, models, object_store
 from ctde_jax.checkpoint import MANIFEST, SUMS, Damaged
+from ctde_jax.position import Position
 
 pytest.importorskip("orbax.checkpoint")
 pytestmark = pytest.mark.filterwarnings(  # Orbax leaves callbacks behind where TensorStore finds something damaged
@@ -27,7 +28,7 @@ ARRAYS = {
     "seen": np.array([True, False]),
     "nothing": np.zeros((0, 4), np.float32),
 }
-FACTS = {"position": ctde.meter.Position(gone_through=7)._asdict(), "rows": 2, "replicas": 1, "options": {}}
+FACTS = {"position": Position(gone_through=7)._asdict(), "rows": 2, "replicas": 1, "options": {}}
 
 
 @pytest.fixture(autouse=True)
