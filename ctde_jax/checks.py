@@ -1,6 +1,6 @@
-"""What `fit` refuses, in sentences, before anything is computed or written."""
+"""What `fit` refuses, in sentences, before anything is trained or written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -200,18 +200,68 @@ def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
     rng = np.random.default_rng(0)
     drawn = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape).astype(leaf.dtype), outputs)
     evaluate = jaxpr_as_fun(traced)
-    together = evaluate(*jax.tree.leaves(drawn), labels)
+    if _mixes(lambda *pair: evaluate(*jax.tree.leaves(pair)), drawn, labels):
+        shapes = f"outputs {describe(outputs)} and labels {describe(labels)}"
+        raise InputError(
+            "task",
+            "must compute the loss of each example from that example alone, but it mixes the examples of "
+            f"{shapes}; give both the same shape, as outputs[..., 0] - labels does.",
+        )
+
+
+def check_examples_apart(model: Model, params: PyTree, model_state: PyTree, data: Dataset) -> None:
+    """Raises InputError for a model whose outputs for one example depend on the others of the batch in inference.
+
+    The averages of its evaluation would depend on the batch size. The check compiles the inference of two examples.
+
+    Args:
+        model: Takes inputs as they are stored.
+        params: The initial parameters. Zeros, as in the kernel of a last layer, are replaced: they would hide the rest.
+        model_state: The initial state.
+        data: At least one training example.
+    """
+
+    @jax.jit
+    def infer(params: PyTree, model_state: PyTree, inputs: jax.Array) -> PyTree:
+        return model.apply(params, model_state, inputs, None)[0]
+
+    # The second example is halved, as the maxima of two pictures are often equal; half a token is a token.
+    few = np.asarray(data.train.inputs[:2])
+    pair = np.stack([few[0], (few[-1] / 2).astype(few.dtype)])
+    if _mixes(partial(infer, jax.tree.map(_nonzero, params), model_state), pair):
+        raise InputError(
+            "model",
+            "must compute the outputs of each example from that example alone in inference, but they change with the "
+            "other examples of the batch; in place of x - x.mean(0) or x / x.max(), normalize by constants or with "
+            f"BatchNorm{', and give convolutions a channel axis, x[..., None]' if pair.ndim == 3 else ''}.",
+        )
+
+
+def _nonzero(leaf: jax.Array) -> jax.Array | np.ndarray:
+    if np.asarray(leaf).any():
+        return leaf
+    return np.linspace(-0.1, 0.1, leaf.size).reshape(leaf.shape).astype(leaf.dtype)
+
+
+def _mixes(function: Callable[..., PyTree], *pair: PyTree) -> bool:
+    """Returns whether results for two examples `a, b` differ from those for `a, a` and `b, b`.
+
+    The same row of the same program is compared, so rounding does not matter. Results without an axis of examples may
+    differ.
+    """
+    together = jax.tree.leaves(function(*pair))
     for example in range(2):
         twice = np.full(2, example)
-        alone = evaluate(*(leaf[twice] for leaf in jax.tree.leaves(drawn)), labels[twice])
-        for loss, of_one in zip(together, alone, strict=True):
-            if not np.allclose(loss[example], of_one[example], rtol=1e-3, atol=1e-5, equal_nan=True):
-                shapes = f"outputs {describe(outputs)} and labels {describe(labels)}"
-                raise InputError(
-                    "task",
-                    "must compute the loss of each example from that example alone, but it mixes the examples of "
-                    f"{shapes}; give both the same shape, as outputs[..., 0] - labels does.",
-                )
+        alone = jax.tree.leaves(function(*jax.tree.map(lambda leaf, twice=twice: leaf[twice], pair)))
+        for result, of_one in zip(together, alone, strict=True):
+            if result.shape[:1] == (2,) and not _is_close(np.asarray(result)[example], np.asarray(of_one)[example]):
+                return True
+    return False
+
+
+def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
+    largest = np.abs(one[np.isfinite(one)]).max(initial=0)
+    return np.allclose(one, other, rtol=0, atol=1e-3 * largest + 1e-6, equal_nan=True)
 
 
 def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) -> None:

@@ -16,7 +16,7 @@ from ctde_jax import guard, hosts, memory, replica, state
 from ctde_jax.aggregate import Strategy
 from ctde_jax.augment import Augment
 from ctde_jax.checkpoint import Checkpoint, open_saver
-from ctde_jax.checks import check_devices, check_run, check_types
+from ctde_jax.checks import check_devices, check_examples_apart, check_run, check_types
 from ctde_jax.data import Dataset, count_steps, deal, deal_stream
 from ctde_jax.data.arrays import targets_or_classes
 from ctde_jax.errors import InputError, Preempted, check_known, check_whole
@@ -144,7 +144,7 @@ def fit(
             that the model has written.
 
     Raises:
-        InputError: An argument breaks a rule, or the folder holds another run; nothing has been computed yet.
+        InputError: An argument breaks a rule, or the folder holds another run; nothing has been trained yet.
         NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
         ReplicasDiverged: Devices do not hold alike what they share.
         Preempted: SIGTERM has ended the training, which is saved. Without a `run_dir` it ends the process.
@@ -276,6 +276,8 @@ def fit(
         if given is not None and found is None:
             params, model_state, table = start_from(given, params, model_state, init_only)
             screen.print(table)
+        if found is None:
+            check_examples_apart(model, params, model_state, data)
         params, model_state = hosts.arrays_of_the_first((params, model_state))
         train_state = state.place(params, model_state, optimizer, phases[0].strategy, devices, keeps_average)
         if found is not None:

@@ -1,5 +1,7 @@
 """Modules as users write them train as in a plain flax loop on one device, or are refused in a sentence."""
 
+import re
+from functools import partial
 from zlib import crc32
 
 import jax
@@ -9,8 +11,10 @@ import pytest
 from flax import linen, nnx
 from jax import numpy as jnp
 from user_modules import (
+    APART,
     INPUTS,
     LABELS,
+    MIXING,
     MODULES,
     NNX,
     REFUSED,
@@ -23,7 +27,8 @@ from user_modules import (
 )
 
 import ctde_jax as ctde
-from ctde_jax import data
+from ctde_jax import data, models
+from ctde_jax.checks import check_examples_apart
 from ctde_jax.data import deal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
@@ -47,6 +52,7 @@ QUICK = (
     "linen sown losses",
     "linen layer only in training",
     "linen spectral norm",
+    "flag that cannot be on",
 )
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
@@ -230,9 +236,38 @@ def test_run_goes_on_from_its_checkpoint_and_its_export_answers_like_the_model(n
 @pytest.mark.parametrize("name", REFUSED)
 def test_module_that_cannot_train_is_refused_in_a_sentence(name):
     module, inputs, sentence = REFUSED[name]
-    with pytest.raises(ctde.InputError, match=sentence) as caught:
+    with pytest.raises(ctde.InputError, match=re.compile(sentence, re.MULTILINE)) as caught:
         fit(Case(module, inputs), 1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, models.in_bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*MIXING, *APART])
+def test_module_that_mixes_examples_in_inference_is_found(name, wrap, key):
+    module, inputs = (MIXING | APART)[name]
+    model, dataset = wrap(models.as_model(module)), data_of(Case(module, inputs))
+    model = models.with_raw_inputs(model, dataset.shift, dataset.scale)
+    check = partial(check_examples_apart, model, *model.init(key, dataset.train.inputs[:1]), dataset)
+    if name in APART:
+        check()
+    else:
+        with pytest.raises(ctde.InputError, match="model must compute the outputs of each example from that example"):
+            check()
+
+
+def test_module_that_mixes_examples_is_refused_before_it_is_trained(tmp_path):
+    with pytest.raises(ctde.InputError, match=r"x\.max\(\), normalize by constants or with BatchNorm\.$"):
+        fit(Case(*MIXING["mean"]), 2, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    with pytest.raises(ctde.InputError, match=r"and give convolutions a channel axis, x\[..., None\]\.$"):
+        fit(Case(*MIXING["linen convolution"]), 2)
+
+
+def test_single_example_is_compared_with_its_half(key):
+    model, one = models.as_model(MIXING["mean"][0]), INPUTS["features"][:1]
+    dataset = data.from_arrays(one, np.float32([1.0]), one, np.float32([1.0]))
+    with pytest.raises(ctde.InputError, match="must compute the outputs of each example"):
+        check_examples_apart(model, *model.init(key, one), dataset)
 
 
 def test_exception_in_a_module_is_the_cause_of_the_sentence():

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from ctde_jax import tasks
+from ctde_jax.errors import InputError
 
 FEATURES, CLASSES, EXAMPLES = 6, 3, 16
 RNG = np.random.default_rng(0)
@@ -20,6 +21,7 @@ INPUTS = {
     "pictures": RNG.normal(size=(EXAMPLES, 8, 8, 1)).astype(np.float32),
     "sequences": RNG.normal(size=(EXAMPLES, 5, FEATURES)).astype(np.float32),
     "tokens": RNG.integers(0, 7, (EXAMPLES, 5)).astype(np.int32),
+    "bytes": np.full((EXAMPLES, FEATURES), [0, 50, 100, 150, 200, 255], np.uint8),
 }
 LABELS = RNG.integers(0, CLASSES, EXAMPLES).astype(np.int32)
 
@@ -289,6 +291,15 @@ class DataclassOutputs(Plain):
         return Outputs(super().__call__(x), x)
 
 
+class RefusedFlag(Plain):
+    """Trains, as the flag stays off."""
+
+    def __call__(self, x, late=False):
+        if late:
+            self.late = nnx.Variable(jnp.zeros(FEATURES))
+        return super().__call__(x)
+
+
 class TupleOutputs(Plain):
     def __call__(self, x):
         return super().__call__(x), x.argmax(-1)
@@ -480,6 +491,7 @@ NNX = {
     "dataclass": Case(DataclassOutputs, task=tasks.Task(lambda outputs, labels: cross_entropy(outputs.logits, labels))),
     "tuple": Case(TupleOutputs, task=tasks.Task(lambda outputs, labels: cross_entropy(outputs[0], labels))),
     "batch norm": Case(NnxBatchNorm),
+    "flag that cannot be on": Case(RefusedFlag),
 }
 
 LINEN = {
@@ -566,6 +578,35 @@ class Cache(nn.Module):
         return nn.Dense(CLASSES)(nn.MultiHeadDotProductAttention(2, decode=True)(x).mean(1))
 
 
+class SharedDense(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(CLASSES)
+        return dense(dense(x)).mean(1)
+
+
+class Pooled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.max_pool(nn.Conv(4, (3, 3))(x), (2, 2), (2, 2))
+        return nn.Dense(CLASSES)(x.reshape(len(x), -1))
+
+
+def refuse_sizes():
+    raise InputError("widths", f"must start with the {FEATURES} numbers of an input, got 4.")
+
+
+class RefusesSizes(nn.Module):
+    @nn.compact
+    def __call__(self, x, wobble):
+        refuse_sizes()
+
+
+class NnxRefusesSizes(Plain):
+    def __call__(self, x, wobble):
+        refuse_sizes()
+
+
 class AlwaysDropout(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -580,9 +621,105 @@ class Unregistered:
     pass
 
 
+def softmax_over_batch(module, x):
+    return jax.nn.softmax(module.layer(x), axis=0)
+
+
+def embedding_minus_mean(module, x):
+    embedded = module.embed(x).mean(1)
+    return embedded - embedded.mean(0, keepdims=True)
+
+
+class ConvolvesExamples(nn.Module):
+    """Reads a batch of pictures without channels as one picture."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(CLASSES)(nn.Conv(4, (3, 3))(x).reshape(len(x), -1))
+
+
+class ZeroHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm()(nn.Dense(8)(x - x.mean(0, keepdims=True)))
+        return nn.Dense(CLASSES, kernel_init=nn.initializers.zeros)(x)
+
+
+MIXING = {
+    "mean": (of(lambda m, x: m.layer(x - x.mean(0, keepdims=True))), "features"),
+    "maximum": (of(lambda m, x: m.layer(x / x.max())), "features"),
+    "maximum of equal maxima": (of(lambda m, x: m.layer(x / x.max())), "bytes"),
+    "softmax": (of(softmax_over_batch), "features"),
+    "neighbor": (of(lambda m, x: m.layer(jnp.roll(x, 1, axis=0))), "features"),
+    "one output of several": (of(lambda m, x: {"logits": m.layer(x), "shares": softmax_over_batch(m, x)}), "features"),
+    "embedding": (of(embedding_minus_mean), "tokens"),
+    "before zeros": (ZeroHead(), "features"),
+    "linen convolution": (ConvolvesExamples(), "sequences"),
+}
+"""In inference the outputs of one example depend on the other examples of the batch."""
+
+APART = {
+    "normalized example": (of(lambda m, x: m.layer(x - x.mean(1, keepdims=True))), "features"),
+    "a number for the batch": (of(lambda m, x: {"logits": m.layer(x), "balance": m.layer(x).mean()}), "features"),
+    "NaN": (of(lambda m, x: m.layer(x) * jnp.nan), "features"),
+    "infinite": (of(lambda m, x: m.layer(x) / 0), "features"),
+    "numbered rows": (of(lambda m, x: m.layer(x) + jnp.arange(len(x))[:, None]), "features"),
+    "tokens": (Bag, "tokens"),
+    "batch norm": (NnxBatchNorm, "features"),
+    "attention": (Attention, "sequences"),
+}
+
 REFUSED = {
     "no channel axis": (of(lambda m, x: m.conv(x)), "sequences", r"float32\[1, 5, 6\].*user_modules.py:.*channel axis"),
-    "another size": (of(lambda m, x: m.layer(x[:, :4])), "features", "float32.1, 6.*An example has 6 features"),
+    "another size": (
+        of(lambda m, x: m.layer(x[:, :4])),
+        "features",
+        r"float32\[1, 6\].* nnx.Linear was built with in_features=6, but its inputs have 4 in the last axis\.$",
+    ),
+    "another size in a sequence": (
+        of(lambda m, x: m.layer(m.layer(x)).mean(1)),
+        "sequences",
+        r" nnx.Linear was built with in_features=6, but its inputs have 3 in the last axis\.$",
+    ),
+    "another size after an embedding": (
+        of(lambda m, x: m.layer(m.embed(x)).mean(1)),
+        "tokens",
+        r" nnx.Linear was built with in_features=6, but its inputs have 3 in the last axis\.$",
+    ),
+    "another size after flattening": (
+        of(lambda m, x: m.layer(x.reshape(len(x), -1))),
+        "pictures",
+        r" nnx.Linear was built with in_features=6, but its inputs have 64 in the last axis\.$",
+    ),
+    "not flattened": (
+        of(lambda m, x: m.wide(x), lambda m, rngs: setattr(m, "wide", nnx.Linear(64, CLASSES, rngs=rngs))),
+        "pictures",
+        r" Flatten its inputs: x.reshape\(len\(x\), -1\)\.$",
+    ),
+    "another number of channels": (
+        of(lambda m, x: m.conv(m.conv(x)).mean((1, 2))),
+        "pictures",
+        r" nnx.Conv was built with in_features=1, but its inputs have 4 in the last axis\.$",
+    ),
+    "another number of channels, after an axis was added": (
+        of(lambda m, x: m.conv(m.conv(x[..., None])).mean((1, 2))),
+        "sequences",
+        r" nnx.Conv was built with in_features=1, but its inputs have 4 in the last axis\.$",
+    ),
+    "another number of channels in a sequence": (
+        of(lambda m, x: m.over(x).mean(1), lambda m, rngs: setattr(m, "over", nnx.Conv(64, CLASSES, (3,), rngs=rngs))),
+        "sequences",
+        r" nnx.Conv was built with in_features=64, but its inputs have 6 in the last axis\.$",
+    ),
+    "dropout without rngs": (
+        of(lambda m, x: m.layer(m.dropout(x)), lambda m, rngs: setattr(m, "dropout", nnx.Dropout(0.5))),
+        "features",
+        r" Build the layer with random streams, as nnx.Dropout\(0.1, rngs=rngs\)\.$",
+    ),
+    "linen layer of two sizes": (SharedDense(), "sequences", r"return dense\(dense\(x\)\).mean\(1\)\)\.$"),
+    "linen picture without a channel axis": (Pooled(), "sequences", r"ZeroDivisionError.*-1\)\)\)\.$"),
+    "error of its own": (RefusesSizes(), "features", "^widths must start with the 6 numbers of an input, got 4"),
+    "nnx error of its own": (NnxRefusesSizes, "features", "^widths must start with the 6 numbers of an input, got 4"),
     "floats into an embedding": (of(lambda m, x: m.embed(x).mean(1)), "features", "It reads integers"),
     "tokens into a dense layer": (of(lambda m, x: m.layer(x)), "tokens", r"int32\[1, 5\].*Its inputs are integers"),
     "fixed batch size": (of(lambda m, x: m.layer(x.reshape(8, -1))), "features", "batches of any size"),

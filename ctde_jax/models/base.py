@@ -46,7 +46,7 @@ class Model(NamedTuple):
     Outputs are an array or a pytree of arrays: floats in float32, other types as they are.
 
     With a key the model is in training: dropout draws from the key, batch statistics are gathered. With None it
-    infers: the same inputs always give the same outputs, and the state stays as it is.
+    infers: the same inputs always give the same outputs, whatever the other examples are, and the state stays as it is.
 
     `mask` is `bool[examples]`: False for an example that is repeated to fill a short batch, and must not count in batch
     statistics. Only a model that has a state is given one, and only in training.

@@ -184,6 +184,8 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
         with linen.intercept_methods(_sow_nothing), linen.intercept_methods(note_streams):
             try:
                 state = dict(jax.eval_shape(start, key, inputs))
+            except InputError:
+                raise
             except Exception:
                 return None
             params = {"params": state.pop("params", {})}

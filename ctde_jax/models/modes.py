@@ -70,10 +70,16 @@ class Effect(NamedTuple):
 def effect_of(
     call: Callable[..., tuple[PyTree, PyTree]], state: PyTree, inputs: PyTree, *rest: PyTree
 ) -> Effect | None:
-    """Traces `call(key, state, inputs, *rest) -> (outputs, state)`; returns None if it raises."""
+    """Traces `call(key, state, inputs, *rest) -> (outputs, state)`; returns None if it raises.
+
+    Raises:
+        InputError: As the call does.
+    """
     key = jax.eval_shape(jax.random.key, 0)
     try:
         traced, shapes = jax.make_jaxpr(call, return_shape=True)(key, state, inputs, *rest)
+    except InputError:
+        raise
     except Exception:
         return None
     outputs, after = shapes
@@ -143,7 +149,12 @@ def _value_in_training(
     flag: Parameter, name: str, base: Mapping[str, Any], effect: Callable[[Mapping[str, Any]], Effect | None]
 ) -> bool | None:
     """Returns the value in training of an argument that turns out to be a mode, else None."""
-    on, off = (effect({**base, flag.name: value}) for value in (True, False))
+    try:
+        on, off = (effect({**base, flag.name: value}) for value in (True, False))
+    except InputError:
+        if flag.default is Parameter.empty:
+            raise
+        return None  # a value that the call refuses is not needed, as there is a default
     if on is None or off is None:
         if flag.default is Parameter.empty:
             raise InputError("model", _sentence(name, flag.name))

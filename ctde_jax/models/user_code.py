@@ -6,13 +6,15 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax import numpy as jnp
 
@@ -54,7 +56,8 @@ def reported(option: str, subject: str, **arguments: PyTree) -> Iterator[None]:
     except Exception as error:
         with_what = " and ".join(f"{name} {describe(value)}" for name, value in arguments.items())
         reason = shortened(_WHERE_IN_JAX.split(" ".join(str(error).split()))[0]).rstrip(". ")
-        where, hint = _own_line(error), _hint(error, arguments)
+        where = _own_line(error)
+        hint = _hint(error, where, arguments)
         sentence = f"failed: {subject}{f', called with {with_what},' if with_what else ''} raised "
         raise InputError(
             option, f"{sentence}{type(error).__name__}: {reason}{where}.{f' {hint}' if hint else ''}"
@@ -89,7 +92,7 @@ def _is_library(file: str) -> bool:
     return file.startswith((*_PACKAGES, _OURS, "<")) or (file.startswith(_STANDARD) and not is_installed)
 
 
-def _hint(error: Exception, arguments: dict[str, Any]) -> str:
+def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
     """Names the way out of the usual mistakes."""
     text, inputs = str(error), arguments.get("inputs")
     if isinstance(error, _NOT_TRACEABLE):
@@ -109,22 +112,52 @@ def _hint(error: Exception, arguments: dict[str, Any]) -> str:
         )
     if isinstance(error, NameError) and "axis name" in text:
         return "Leave out axis_name: batch statistics are shared over the batch."
+    if "no `rngs` argument was provided" in text:
+        return "Build the layer with random streams, as nnx.Dropout(0.1, rngs=rngs)."
     if "deterministic" in text or "use_running_average" in text:
         return "Give __call__ an argument such as train, and pass deterministic=not train on to the layer."
     if isinstance(error, ModifyScopeVariableError) and "batch_stats" in text:
         return "A layer trains in inference: give __call__ an argument such as train, and pass it on to the layer."
     if inputs is None or not hasattr(inputs, "dtype"):
         return ""
-    if "integer" in text.lower() and jnp.issubdtype(inputs.dtype, jnp.floating):
+    is_type_or_value = isinstance(error, (TypeError, ValueError))
+    if "integer" in text.lower() and is_type_or_value and jnp.issubdtype(inputs.dtype, jnp.floating):
         return "It reads integers: pass integer features to data.from_arrays, which reach it unchanged."
-    if "reshape" in text:
+    if "reshape" in text and "reshape" in where:
         return "It is called with batches of any size: reshape to (len(x), -1)."
-    if jnp.issubdtype(inputs.dtype, jnp.integer) and isinstance(error, TypeError):
+    layer = _layer_with_other_features(error)
+    is_first = layer is not None and layer.given.shape[1:] == inputs.shape[1:]
+    if jnp.issubdtype(inputs.dtype, jnp.integer) and isinstance(error, TypeError) and (is_first or layer is None):
         return "Its inputs are integers: pass float features, or look tokens up in an embedding first."
-    if inputs.ndim == 3:
-        return "Do its inputs need a channel axis? Add one: x[..., None]."
-    if inputs.ndim == 2:
-        return f"An example has {inputs.shape[1]} features."
-    if inputs.ndim > 3:
-        return "Does it need flat inputs? Flatten them: x.reshape(len(x), -1)."
-    return ""
+    if layer is None:
+        return ""
+    length = layer.given.shape[-1]
+    if layer.axes == inputs.ndim + 1 and length == inputs.shape[-1]:
+        return "A convolution needs a channel axis: x[..., None]."
+    if layer.axes == 0 and is_first and layer.wanted == prod(inputs.shape[1:]):
+        return "Flatten its inputs: x.reshape(len(x), -1)."
+    return f"{layer.kind} was built with in_features={layer.wanted}, but its inputs have {length} in the last axis."
+
+
+class _Layer(NamedTuple):
+    """A layer of flax that was built for another number of input features than its inputs have."""
+
+    kind: str
+    wanted: int
+    given: jax.Array
+    axes: int
+    """How many axes the inputs of a convolution have, or 0."""
+
+
+def _layer_with_other_features(error: Exception) -> _Layer | None:
+    """Returns the outermost such layer among those that were called when the error was raised."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        layer, given = frame.f_locals.get("self"), frame.f_locals.get("inputs")
+        is_of_flax = frame.f_code.co_filename.startswith(_PACKAGES[0]) and isinstance(layer, nnx.Module)
+        if not is_of_flax or not isinstance(given, jax.Array):
+            continue
+        wanted, kernel_size = getattr(layer, "in_features", None), getattr(layer, "kernel_size", None)
+        if isinstance(wanted, int) and given.ndim and given.shape[-1] != wanted:
+            axes = 0 if kernel_size is None else len(kernel_size) + 2
+            return _Layer(f"nnx.{type(layer).__name__}", wanted, given, axes)
+    return None
