@@ -17,7 +17,7 @@ from ctde_jax.data import columns
 from ctde_jax.data.classes import are_numbers, from_words, look_measured, note_on_numbers, number_of
 from ctde_jax.data.columns import MANY_LINES, Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
-from ctde_jax.data.files import check_size, faulty, opened
+from ctde_jax.data.files import check_size, faulty, not_utf8, opened
 from ctde_jax.errors import InputError, check_known, quoted
 
 _NAMED = 3
@@ -288,8 +288,8 @@ def _rows(path: Path) -> list[_Row]:
                     rows.append(_Row(line, [cell.strip() for cell in cells]))
                 line = reader.line_num + 1  # a quoted cell may go on over several lines
         except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise faulty(path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8") from error
+            content.seek(0)
+            raise not_utf8(path, content.read(8), f"has the byte 0x{error.object[error.start]:02x}") from error
         except csv.Error as error:
             raise faulty(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
     if not rows:
