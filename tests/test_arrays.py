@@ -86,6 +86,15 @@ def test_words_that_are_numbers_are_sorted_as_numbers():
     assert data.from_arrays(X, np.array(["1", "10", "9"])[Y]).classes == ("1", "9", "10")
 
 
+def test_spellings_of_one_number_are_one_class():
+    """Also in the test split."""
+    dataset = data.from_arrays(X, np.array(["1", "10", "9"])[Y], X, np.array(["1.0", "10", "+9"])[Y])
+    np.testing.assert_array_equal(dataset.test.labels, np.array([0, 2, 1])[Y])
+    dataset = data.from_arrays(X[:4], ["9", "1", "9.0", "1"], X[:1], ["9"])
+    assert dataset.classes == ("1", "9")
+    np.testing.assert_array_equal(dataset.train.labels, [1, 0, 1, 0])
+
+
 def test_words_follow_given_classes():
     dataset = data.from_arrays(X, WORDS, X, WORDS, classes=("owl", "dog", "cat", "emu"))
     np.testing.assert_array_equal(dataset.train.labels, 2 - Y)
