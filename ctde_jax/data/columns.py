@@ -133,7 +133,10 @@ def _way_out(wrong: Sequence[str], cells: int) -> str:
     if words and all(re.fullmatch(r"[-+]?\d[\d.,'\s]*", cell) for cell in words):
         return "write numbers in digits with a point, without thousands separators or decimal commas"
     if len(words) > max(1, cells // 2):
-        return "remove the column if it only names the lines, or replace its words by numbers"
+        return (
+            "remove the column if it only names the lines, name it in label_column (--label-column) if it holds the "
+            "classes, or replace its words by numbers"
+        )
     return "correct the cell, or remove the line"
 
 
