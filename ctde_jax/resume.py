@@ -134,9 +134,12 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
     check_facts(found, "branch_from")
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
-        way_out = "; raise --epochs or --steps" if isinstance(options, config.CommandOptions) else ""
-        rule = f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}"
-        raise InputError("steps", f"{rule}{way_out}.")
+        longer = "--epochs or --steps" if isinstance(options, config.CommandOptions) else "epochs or steps"
+        rule = f"must lead to a checkpoint from before the end of this run at step {options['steps']:,}"
+        raise InputError(
+            "branch_from",
+            f"{rule}, got {path} of step {gone_through:,}; raise {longer}, which count from the start of its parent.",
+        )
     different, _ = _differences(found, options, identity)
     others = "; all others as there" if different and isinstance(options, config.CommandOptions) else ""
     say(f"branch     {path}, with {'; '.join(different) or 'the same options'}{others}")
@@ -164,7 +167,9 @@ def different_options(before: Options, now: Options) -> list[str]:
 
     def differs(name: str) -> str:
         if name == "init_from":  # whose values are digests
-            return f"the initial parameters ({spell(name)})"
+            are_given = None not in (before.get(name), now.get(name))
+            why = ", which change if it names a run that is training (name one of its checkpoints, or a bundle)"
+            return f"the initial parameters ({spell(name)}){why if are_given else ''}"
         return (
             f"{_IN_WORDS.get(name) or spell(name)} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
         )

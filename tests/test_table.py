@@ -265,9 +265,9 @@ def test_words_of_which_most_lines_have_another_are_no_classes(tmp_path):
     days = [f"2024-01-{line // 2 + 1:02d}" for line in range(31)]  # one has a line, the others have two
     path = write(tmp_path, "a,kind,day", X[:31, 0], WORDS[:31], days)
     assert fault(path) == (
-        f"data_file names {path}, which has labels such as '2024-01-01' in column 'day', 16 different ones in 31 lines, "
-        "which look like dates or names and not like classes: name the column that holds the classes in label_column "
-        "(--label-column), or group the labels into few classes."
+        f"data_file names {path}, which has labels such as '2024-01-01' in column 'day', 16 different ones in 31 "
+        "lines, which look like dates or names and not like classes: name the column that holds the classes in "
+        "label_column (--label-column), or group the labels into few classes."
     )
     assert len(from_csv(write(tmp_path, "a,day", X[:30, 0], days[:30])).classes) == 15
 
