@@ -3,7 +3,9 @@
 A measurement is a row, a flat dict: `split` ("train", "validation" or "test"), `step`, `epoch`, `loss`, the task's
 metrics, `examples`, and for training also `examples_per_second` and `bytes_sent`, what each device has sent since the
 start, and where rounds that are not finite are left out, `skipped`, their number since the start. If the optimizer was
-made by `optax.inject_hyperparams`, as those of the command are, `learning_rate` is that of the row's last step.
+made by `optax.inject_hyperparams`, as those of the command are, `learning_rate` is that of the row's last step. If it
+contains several of them, such as in `optax.multi_transform`, no learning rate is that of all parameters, and none is
+logged.
 """
 
 import json

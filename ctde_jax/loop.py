@@ -34,7 +34,7 @@ from ctde_jax.resume import Options, completed, find, found_by_the_first, plain
 from ctde_jax.rollback import rolling_back, shrunk, unscaled_state
 from ctde_jax.round import parallel_rounds
 from ctde_jax.run import BEST, INPUTS, OTHER_POINT, Best, Run
-from ctde_jax.run_folder import CHECKPOINTS, METRICS, claimed, make_way, named
+from ctde_jax.run_folder import CHECKPOINTS, METRICS, check_outside, claimed, make_way, named
 from ctde_jax.schedule import make_phases, unfinished
 from ctde_jax.stop import deferred
 from ctde_jax.tasks import Task, classification, language_modeling
@@ -108,7 +108,8 @@ def fit(
         seed: Of the model's start, the data order, augmentation and dropout.
         init_from: Initial parameters: a `Trained`, the path of a run, checkpoint, bundle or safetensors
             file, or a tree of parameters; see `warm_start.Source`. Prints which parameters were taken.
-            By default, the model's own random initialization. Every host must be able to read it.
+            By default, the model's own random initialization. Every host must be able to read it. A run that
+            continues must be given the same parameters again, so name a checkpoint of a run that is training.
         init_only: Patterns of the parameters to take from `init_from`, such as `["encoder/*"]`; the others
             are initialized as usual. By default, all parameters must match.
         augment: Changes every training example before the model sees it; see `augment.py`.
@@ -206,6 +207,8 @@ def fit(
     if init_only is not None and init_from is None:
         raise InputError("init_only", "requires init_from.")
     init_only = (init_only,) if isinstance(init_only, str) else None if init_only is None else tuple(init_only)
+    if isinstance(init_from, Path | str) and run_dir is not None:
+        check_outside(Path(init_from), named("run_dir", run_dir))
     given = None if init_from is None else read_source(init_from)
     if on_nonfinite == "rollback":
         optimizer = shrunk(optimizer)

@@ -1,7 +1,13 @@
-"""Files that the user names: only regular ones are opened, as a pipe may block and a device may never end."""
+"""Files that the user names, and the numbers and labels in them.
 
+Only regular files are opened, as a pipe may block and a device may never end.
+"""
+
+import math
 import os
+import re
 import stat
+from collections.abc import Callable, Sequence
 from io import BufferedReader
 from pathlib import Path
 
@@ -38,3 +44,30 @@ def read_small(path: Path | str) -> bytes:
         if size > _SMALL:
             raise OSError(None, f"it has more than {_SMALL:,} bytes", str(path))
         return file.read(size)  # with a limit, as files of the operating system may go on without end
+
+
+def number_of(cell: str) -> float | None:
+    """Parses a number as a table writes it, NaN and infinity included; returns None for anything else."""
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def are_numbers(words: Sequence[str]) -> bool:
+    """Returns whether all labels are finite numbers, and none is a code with a leading zero."""
+    numbers = [number_of(word) for word in words]
+    return all(
+        number is not None and math.isfinite(number) and not re.match(r"[-+]?0\d", word)
+        for number, word in zip(numbers, words, strict=True)
+    )
+
+
+def finder(classes: Sequence[str]) -> Callable[[str], int | None]:
+    """Returns the function from a label to the number of its class, or to None if it is no class.
+
+    If the names of the classes are all numbers, labels are compared as numbers: "5.0" is the class "5".
+    """
+    key = number_of if are_numbers(classes) else str
+    place = {key(name): number for number, name in enumerate(classes)}
+    return lambda label: place.get(key(label))

@@ -120,9 +120,12 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
     check_facts(found, "branch_from")
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
-        way_out = "; raise --epochs or --steps" if options.flag else ""
-        rule = f"must be more than the {gone_through:,} of {path}, got {options['steps']:,}"
-        raise InputError("steps", f"{rule}{way_out}.")
+        longer = "--epochs or --steps" if options.flag else "epochs or steps"
+        rule = f"must lead to a checkpoint from before the end of this run at step {options['steps']:,}"
+        raise InputError(
+            "branch_from",
+            f"{rule}, got {path} of step {gone_through:,}; raise {longer}, which count from the start of its parent.",
+        )
     different, _ = _differences(found, options, identity)
     others = "; all others as there" if different and options.flag else ""
     say(f"branch     {path}, with {'; '.join(different) or 'the same options'}{others}")
@@ -150,7 +153,9 @@ def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
 
     def differs(name: str) -> str:
         if name == "init_from":  # whose values are digests
-            return f"the initial parameters ({spelled(name)})"
+            are_given = None not in (before.get(name), now.get(name))
+            why = ", which change if it names a run that is training (name one of its checkpoints, or a bundle)"
+            return f"the initial parameters ({spelled(name)}){why if are_given else ''}"
         option = _IN_WORDS.get(name) or spelled(name)
         return f"{option} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
 

@@ -80,6 +80,14 @@ def is_new(folder: Path) -> bool:
     )
 
 
+def check_outside(path: Path, folder: Path) -> None:
+    """Raises InputError if initial parameters are among the files that the run in a folder writes, and may change."""
+    own, source = folder.resolve(), path.expanduser().resolve()
+    if source == own or any(source.is_relative_to(own / name) for name in _OF_A_RUN):
+        rule = "must not be in the folder of this run, whose checkpoints change as it trains"
+        raise InputError("init_from", f"{rule}, got {shortened(str(path))}; name another folder for this run.")
+
+
 def make_way(folder: Path, resume: bool, say: Callable[[str], None]) -> None:
     """Moves the run that a folder holds into its subfolder `previous-1`, or the next number, unless it is to continue.
 

@@ -13,6 +13,7 @@ from ctde_jax import replica
 from ctde_jax.bundle.accepted import Accepted
 from ctde_jax.data import Dataset, DiskArray, Split
 from ctde_jax.data.arrays import plain
+from ctde_jax.data.classes import look_up
 from ctde_jax.data.disk import pieces
 from ctde_jax.errors import InputError
 from ctde_jax.evaluate import Averages, make_evaluate
@@ -31,6 +32,8 @@ class Accepts(NamedTuple):
 
     inputs: Accepted
     labels: Accepted
+    classes: tuple[str, ...]
+    """The names of the labels; empty if they are no classes."""
 
 
 def accepts(data: Dataset) -> Accepts:
@@ -47,6 +50,7 @@ def accepts(data: Dataset) -> Accepts:
     return Accepts(
         Accepted(str(inputs.dtype), example, largest),
         Accepted(str(labels.dtype), label, classes - 1 if classes else None),
+        data.classes,
     )
 
 
@@ -149,6 +153,10 @@ class Trained:
     def evaluate(self, split: Split) -> Averages:
         """Averages loss and metrics over all examples of a split, on all devices of the training.
 
+        Args:
+            split: Examples like those of the training. Labels are numbers of classes, or their names as in training;
+                or targets, if the model was trained on targets.
+
         Raises:
             InputError: It is no `Split`, is empty, or its inputs or labels have another type, shape or range than those
                 of the training.
@@ -157,10 +165,16 @@ class Trained:
             rule = "must be a Split, such as data.test or data.Split(inputs, labels)"
             raise InputError("split", f"{rule}, got {type(split).__name__} {split!r:.60}.")
         inputs = _conforming("inputs", split.inputs, self.accepts.inputs)
-        labels = _conforming("labels", split.labels, self.accepts.labels)
+        labels = self._labels(split.labels)
         params, model_state = replica.replicate((self.params, self.model_state), self.devices)
         checked = Split(inputs, labels)
         return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(params, model_state)
+
+    def _labels(self, given: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
+        labels, classes = plain("labels", given), self.accepts.classes
+        if isinstance(labels, np.ndarray) and labels.dtype.kind == "U" and classes:
+            return look_up("labels", labels, classes)
+        return _conforming("labels", given, self.accepts.labels)
 
     def __reduce__(self) -> Any:
         raise InputError(

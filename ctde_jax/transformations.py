@@ -126,10 +126,13 @@ def own_point(opt_state: PyTree) -> str | None:
 
 
 def learning_rate(opt_state: PyTree) -> jax.Array | None:
-    """Returns the learning rate of the last update, float32[], if `optax.inject_hyperparams` keeps it in the state."""
+    """Returns the learning rate of the last update, float32[], if `optax.inject_hyperparams` keeps it in the state.
+
+    If the state holds several, as that of `optax.multi_transform` may, none of them is that of all parameters: None.
+    """
     states = _found(opt_state, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
     rates = [state.hyperparams["learning_rate"] for state in states if "learning_rate" in state.hyperparams]
-    return rates[0] if rates and jnp.ndim(rates[0]) == 0 else None
+    return rates[0] if len(rates) == 1 and jnp.ndim(rates[0]) == 0 else None
 
 
 def with_hyperparams_of(fresh: PyTree, opt_state: PyTree) -> PyTree:

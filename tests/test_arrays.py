@@ -86,6 +86,15 @@ def test_words_that_are_numbers_are_sorted_as_numbers():
     assert data.from_arrays(X, np.array(["1", "10", "9"])[Y]).classes == ("1", "9", "10")
 
 
+def test_spellings_of_one_number_are_one_class():
+    """Also in the test split."""
+    dataset = data.from_arrays(X, np.array(["1", "10", "9"])[Y], X, np.array(["1.0", "10", "+9"])[Y])
+    np.testing.assert_array_equal(dataset.test.labels, np.array([0, 2, 1])[Y])
+    dataset = data.from_arrays(X[:4], ["9", "1", "9.0", "1"], X[:1], ["9"])
+    assert dataset.classes == ("1", "9")
+    np.testing.assert_array_equal(dataset.train.labels, [1, 0, 1, 0])
+
+
 def test_words_follow_given_classes():
     dataset = data.from_arrays(X, WORDS, X, WORDS, classes=("owl", "dog", "cat", "emu"))
     np.testing.assert_array_equal(dataset.train.labels, 2 - Y)
@@ -99,6 +108,8 @@ def test_npz_may_hold_words(tmp_path):
     assert data.from_npz(tmp_path / "mine.npz").classes == ("cat", "dog", "owl")
 
 
+MIXED = "y_train must hold text alone or numbers alone, got text and"
+FILL = "fill in or remove such examples."
 REFUSED = {
     "sparse": (
         (sparse.csr_matrix(X), Y),
@@ -114,7 +125,17 @@ REFUSED = {
     "complex": ((X * 1j, Y), "x_train must hold real numbers, got the type complex"),
     "dates": ((np.zeros((60, 2), "M8[s]"), Y), "x_train must hold real numbers, got the type datetime64[s]."),
     "words among numbers": ((np.array([["a", 1.5]] * 60, object), Y), "got str 'a' at [0, 0]; convert or remove it."),
-    "no label": ((X, [None, *WORDS[1:]]), "y_train must hold numbers, got NoneType None at [0]; convert or remove it."),
+    "no label": ((X, [None, *WORDS[1:]]), f"{MIXED} NoneType None at [0]; {FILL}"),
+    "NaN among words": ((X, np.array([*WORDS[1:], np.nan], object)), f"{MIXED} float nan at [59]; {FILL}"),
+    "NaN in a list of words": ((X, [*WORDS[1:], np.nan]), f"{MIXED} float nan at [59]; {FILL}"),
+    "NaN among numbers": (
+        (X, np.array([*Y[1:], np.nan])),
+        "y_train must be finite, got NaN or infinity for example 59; remove or fill in such examples.",
+    ),
+    "a column of words": (
+        (X, np.array(WORDS, object)[:, None]),
+        "y_train must have the shape [examples], got (60, 1); flatten the labels with numpy.ravel.",
+    ),
     "a number": ((3, Y), "x_train must have the shape [examples, ...], got ()."),
     "seconds since 1970": (
         (1.7e9 + RNG.integers(0, 60, (60, 1)).astype(np.float64), Y),

@@ -167,9 +167,12 @@ BYTES = np.zeros((4, 2), np.uint8)
         (([["a"], ["b"]], [0, 1]), "x_train must hold real numbers, got the type <U1."),
         (([0.0, 1.0], [0, 1]), "x_train must have the shape [examples, ...], got (2,)."),
         ((np.zeros((0, 2)), []), "x_train must hold at least one example"),
-        ((BYTES, [["a"], ["b"]] * 2), "y_train must hold integers from 0, or real-valued targets, got the type <U1."),
+        ((BYTES, [["a", "b"]] * 4), "y_train must hold integers from 0, or real-valued targets, got the type <U1."),
         ((BYTES, [0.0, 1.0, np.inf, 0.0]), "y_train must be finite, got NaN or infinity"),
-        ((BYTES, [[0], [1], [0], [1]]), "y_train must have the shape [examples], got (4, 1); pass it with .ravel()."),
+        (
+            (BYTES, [[0], [1], [0], [1]]),
+            "y_train must have the shape [examples], got (4, 1); flatten the labels with numpy.ravel.",
+        ),
     ],
 )
 def test_wrong_arrays_are_refused_in_a_sentence(arrays, sentence):

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import bundles
@@ -15,7 +16,7 @@ from jax import random
 import ctde_jax as ctde
 from ctde_jax import bundle as node
 from ctde_jax import execute, verify
-from ctde_jax.bundle import answers, parity
+from ctde_jax.bundle import answers, inputs, parity
 from ctde_jax.errors import InputError
 
 
@@ -134,19 +135,30 @@ def test_score_is_that_of_evaluation(runtime, digits, images, labels, tmp_path, 
         assert score["loss"] == pytest.approx(right["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("spelled", ["{}", "{}.0"])
 @pytest.mark.parametrize("label_column", [None, "digit"])
-def test_table_of_numbers_may_have_labels(label_column, digits, images, labels, tmp_path, capsys):
+def test_table_of_numbers_may_have_labels(label_column, spelled, digits, images, labels, tmp_path, capsys):
     """In the last column, or in a named one."""
     with (tmp_path / "x.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         names = [f"pixel {number}" for number in range(64)]
         writer.writerow([*names, "digit"] if label_column is None else ["digit", *names])
-        for picture, label in zip(images.reshape(-1, 64), labels, strict=True):
+        for picture, label in zip(images.reshape(-1, 64), map(spelled.format, labels), strict=True):
             writer.writerow([*picture, label] if label_column is None else [label, *picture])
     chosen = [] if label_column is None else ["--label-column", label_column]
     (line,) = run(capsys, digits, "--input", tmp_path / "x.csv", "--score", *chosen)
     accuracy = bundles.trained("mlp")[0].tested["accuracy"]
     assert f"examples 359  accuracy {accuracy:.2%}" in line
+
+
+@pytest.mark.parametrize("kind", ["U", "S"])
+def test_words_are_labels_in_arrays_as_in_tables(kind, digits, images, tmp_path):
+    card = replace(node.open_bundle(digits).card, classes=("owl", "dog", *"abcdefgh"))
+    np.savez(tmp_path / "x.npz", x_test=images[:3], y_test=np.array(["dog", "owl", "c"], kind))
+    assert inputs.read([tmp_path / "x.npz"], card, labeled=True).labels.tolist() == [1, 0, 4]
+    np.savez(tmp_path / "x.npz", x_test=images[:1], y_test=["cow"])
+    with pytest.raises(InputError, match="which has the label 'cow': give one of owl, dog, a"):
+        inputs.read([tmp_path / "x.npz"], card, labeled=True)
 
 
 def test_copies_on_all_devices_do_not_talk_and_say_the_same(digits, images, tmp_path, capsys):
@@ -289,6 +301,7 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
         (["--input", "odd.png"], "is no whole PNG picture"),
         (["--input", "size.png"], "which has 9 x 8 pixels: give a picture of 8 x 8"),
         (["--input", "labels.npz", "--score"], "which has labels from 0 to 10: give them from 0 to 9"),
+        (["--input", "halves.npz", "--score"], "has labels of float64 [2]: give integers of the shape [examples]"),
         (["--input", "few.npz", "--score"], "which has 1 labels for 2 examples: give one for each"),
         (["--input", "clear.png"], "which has transparent pixels: save it without"),
         (["--input", "x.npy", "--length", "3"], "--length does not go with --input; leave one of them out."),
@@ -301,6 +314,7 @@ def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", images[:2])
     np.savez("x.npz", x_test=images[:2])
+    np.savez("halves.npz", x_test=images[:2], y_test=[0.5, 1])
     np.savez("few.npz", x_test=images[:2], y_test=np.zeros(1, int))
     image.fromarray(np.zeros((8, 8, 4), np.uint8)).save("clear.png")
     np.save("floats.npy", images[:2] + 0.5)

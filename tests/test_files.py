@@ -1,6 +1,9 @@
 """The user's own file becomes a data set, or a sentence that says where it is not one."""
 
+import bz2
+import gzip
 import io
+import lzma
 import zipfile
 from pathlib import Path
 
@@ -302,6 +305,22 @@ def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str)
     """The user can go to the line and the column, and knows what to do there."""
     path = save(tmp_path, stored)
     assert fault_of(from_csv, path).startswith(f"data_file names {path}, which {fault}")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("read", [from_csv, data.from_text])
+def test_compressed_file_is_named_as_such(tmp_path: Path, compress, read):
+    """And not taken for another encoding."""
+    path = save(tmp_path, compress(IRIS.encode()))
+    kind = {gzip.compress: "gzip", bz2.compress: "bzip2", lzma.compress: "xz"}[compress]
+    way_out = "decompress it, or save it as plain text in UTF-8."
+    assert fault_of(read, path) == f"data_file names {path}, which is compressed ({kind}): {way_out}"
+
+
+def test_archive_is_no_table(tmp_path: Path):
+    """Such as a spreadsheet."""
+    np.savez_compressed(tmp_path / "mine.npz", x_train=X)
+    assert "is compressed (zip, as .npz and .xlsx files are): decompress" in fault_of(from_csv, tmp_path / "mine.npz")
 
 
 def test_misspelled_label_column_is_corrected(tmp_path: Path):

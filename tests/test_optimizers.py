@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ctde_jax import optimizers
+from ctde_jax import optimizers, transformations
 from ctde_jax.errors import InputError
 
 
@@ -33,6 +33,15 @@ def test_optimizer_takes_the_steps_of_optax(name):
     expected, _ = plain.update(grads, plain.init(params), params)
     found, _ = built.update(grads, built.init(params), params)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_one_learning_rate_is_logged_and_none_of_several():
+    """The first of them is not that of all parameters."""
+    params, adam = {"a": jnp.ones(3), "b": jnp.ones(2)}, optax.inject_hyperparams(optax.adam)
+    alone = optax.chain(optax.clip(1.0), adam(0.1), optax.inject_hyperparams(optax.clip)(max_delta=1.0))
+    assert float(transformations.learning_rate(alone.init(params))) == pytest.approx(0.1)
+    several = optax.multi_transform({"a": adam(0.1), "b": adam(0.01)}, {"a": "a", "b": "b"})
+    assert transformations.learning_rate(several.init(params)) is None
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)

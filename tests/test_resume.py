@@ -358,9 +358,12 @@ def test_branch_off_a_run_that_patience_ended_has_patience_anew(small, tmp_path)
 
 
 def test_branch_must_have_steps_left(small, tmp_path):
+    """Which the sentence asks for by either name, as the call may give epochs."""
     fit(small, tmp_path / "trunk")
-    with pytest.raises(ctde.InputError, match="steps must be more than the 40 of"):
-        fit(small, tmp_path / "branch", branch_from=checkpoint.newest(tmp_path / "trunk" / "checkpoints"))
+    trunk = checkpoint.newest(tmp_path / "trunk" / "checkpoints")
+    rule = "^branch_from must lead to a checkpoint from before the end of this run at step 40, got .* of step 40; "
+    with pytest.raises(ctde.InputError, match=f"{rule}raise epochs or steps, which count from the start of its parent"):
+        fit(small, tmp_path / "branch", branch_from=trunk)
 
 
 @pytest.mark.parametrize("rows_before", [0, 5])

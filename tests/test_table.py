@@ -71,7 +71,7 @@ HEADERS = {
     "a label's number that occurs": ("2,3,4,5,9", [*X.T, [line % 10 for line in range(LINES)]]),
     "some decimals that are whole": ("2,3,4,5,9", [*SOME_WHOLE, [line % 10 for line in range(LINES)]]),
     "a decimal column among whole ones": ("30,7,21,9", [PIXELS[0], X[:, 0], X[:, 1], CYCLE]),
-    "names as labels, each once": ("3,5,7,name", [*X.T[:3], [f"name {line}" for line in range(LINES)]]),
+    "names as labels, each twice": ("3,5,7,name", [*X.T[:3], [f"name {line // 2}" for line in range(LINES)]]),
 }
 
 
@@ -125,7 +125,9 @@ def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence
     assert notes[0].startswith("There is no line of column names")
     assert notes[1].startswith("Line 1 was taken as an example, although ")
     assert sentence in notes[1]
-    assert notes[1].endswith("if they are the names of the columns, put letters into them.")
+    assert notes[1].endswith(
+        ": if it holds the column names, give the name of the label column, or put a letter into each name."
+    )
 
 
 def test_named_label_column_makes_the_first_line_a_header(tmp_path):
@@ -258,6 +260,18 @@ def test_whole_numbers_that_measure_are_no_classes(tmp_path, name):
     assert "whole numbers in 60 lines, which look like measurements and not like classes: name the column" in sentence
 
 
+def test_words_of_which_most_lines_have_another_are_no_classes(tmp_path):
+    """Such as dates, with a column of words before them that holds the classes."""
+    days = [f"2024-01-{line // 2 + 1:02d}" for line in range(31)]  # one has a line, the others have two
+    path = write(tmp_path, "a,kind,day", X[:31, 0], WORDS[:31], days)
+    assert fault(path) == (
+        f"data_file names {path}, which has labels such as '2024-01-01' in column 'day', 16 different ones in 31 "
+        "lines, which look like dates or names and not like classes: name the column that holds the classes in "
+        "label_column (--label-column), or group the labels into few classes."
+    )
+    assert len(from_csv(write(tmp_path, "a,day", X[:30, 0], days[:30])).classes) == 15
+
+
 @pytest.mark.parametrize("labels", [[0, 10, 20, 30, 40] * 2, [3, 5] * 5, [7] * 9 + [8], list("abcde") * 2, range(1, 6)])
 def test_few_classes_of_few_examples_are_classes(tmp_path, labels):
     assert len(from_csv(write(tmp_path, "a,y", X[: len(labels), 0], labels)).classes) == len(set(labels))
@@ -292,6 +306,7 @@ def test_class_that_only_the_test_split_has_is_named(tmp_path):
     ("content", "sentence"),
     [
         ("id,a,y\n" + "".join(f"C{i},{i}.5,{'xy'[i % 2]}\n" for i in range(20)), "remove the column if it only names"),
+        ("kind,y\n" + "u,0\nv,1\n" * 9, "name it in label_column (--label-column) if it holds the classes, or replace"),
         ("day,y\n" + "".join(f"2024-01-{i + 1:02d},{'xy'[i % 2]}\n" for i in range(20)), "replace dates by numbers"),
         ("f,y\n" + "True,x\nFalse,y\n" * 9, "replace True by 1 and False by 0."),
         ("a,y\n" + ",x\n1,y\n" * 9, "nor are 8 more cells of the column: fill in the cells, or remove the lines"),

@@ -93,7 +93,10 @@ def test_integers_can_be_standardized():
     [
         ((INPUTS + 2**40, NEXT), "x_train must fit in int32, got 10995"),
         ((INPUTS, NEXT - 2**40), "y_train must fit in int32, got -10995"),
-        ((INPUTS, NEXT[:, :1]), "y_train must have the shape [examples], got (64, 1); pass it with .ravel()."),
+        (
+            (INPUTS, NEXT[:, :1]),
+            "y_train must have the shape [examples], got (64, 1); flatten the labels with numpy.ravel.",
+        ),
         ((INPUTS, NEXT[0, 0]), "y_train must have the shape [examples], got ()."),
         ((INPUTS, NEXT, INPUTS / 2, NEXT), "x_test must be int32 like x_train, got float32; convert one."),
     ],

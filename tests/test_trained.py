@@ -194,6 +194,16 @@ def test_evaluate_refuses_what_would_be_measured_wrongly(measured, split, senten
     assert sentence in str(caught.value)
 
 
+def test_evaluate_takes_names_of_classes_as_training_does():
+    words = np.array(["owl", "dog", "cat"])[Y]
+    trained = fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, words))
+    numbers = 2 - Y  # sorted: cat, dog, owl
+    assert trained.evaluate(Split(X, words)) == trained.evaluate(Split(X, numbers))
+    assert trained.evaluate(Split(X, words))["accuracy"] == np.mean(trained.predict(X).argmax(-1) == numbers)
+    with pytest.raises(InputError, match=r"^labels must be one of cat, dog, owl, got 'cow'; did you mean 'owl'\?$"):
+        trained.evaluate(Split(X[:1], ["cow"]))
+
+
 def test_evaluate_is_numpys_for_labels_of_any_integer_type(measured):
     logits = perceptron(measured, X)
     right = (np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(60), Y]).mean()

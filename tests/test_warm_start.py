@@ -1,5 +1,8 @@
 """Starting from given parameters: which are taken, and that training continues from them."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import numpy as np
 import optax
@@ -171,6 +174,33 @@ def test_run_of_another_start_is_not_resumed(once, digits, tmp_path):
     for start_again in ({"init_from": other}, {}):
         with pytest.raises(InputError, match=r"other options: the initial parameters \(init_from\)"):
             train(MODEL, digits, run_dir=tmp_path, **start_again)
+
+
+def test_start_from_a_run_that_has_trained_on_is_named_with_a_way_out(digits, tmp_path):
+    train(MODEL, digits, run_dir=tmp_path / "source")
+    begun = train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
+    train(MODEL, digits, run_dir=tmp_path / "later", steps=9)
+    newer = Path("checkpoints", "step-00000009")
+    shutil.copytree(tmp_path / "later" / newer, tmp_path / "source" / newer)
+    way_out = r"which change if it names a run that is training \(name one of its checkpoints, or a bundle\)\."
+    with pytest.raises(InputError, match=rf"other options: the initial parameters \(init_from\), {way_out}"):
+        train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
+    first = tmp_path / "source" / "checkpoints" / "step-00000008"
+    assert train(MODEL, digits, init_from=first, run_dir=tmp_path / "run").history == begun.history
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_start_from_the_files_of_the_same_run_is_refused(digits, tmp_path, monkeypatch, resume):
+    """However they are spelled; an earlier run in a subfolder stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    train(MODEL, digits, run_dir="run")
+    train(MODEL, digits, run_dir="run", seed=1, resume=False)
+    rule = r"^init_from must not be in the folder of this run, .*; name another folder for this run\.$"
+    for source in ("run", tmp_path / "run", "run/checkpoints/step-00000008", "run/bundle", "run/../run"):
+        with pytest.raises(InputError, match=rule):
+            train(MODEL, digits, init_from=source, run_dir="run", resume=resume)
+    again = train(MODEL, digits, init_from="run/previous-1", run_dir="run", resume=False)
+    assert train(MODEL, digits, init_from="run/previous-1", run_dir="run").history == again.history
 
 
 @pytest.mark.parametrize(

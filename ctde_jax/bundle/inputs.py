@@ -14,6 +14,7 @@ import numpy as np
 
 from ctde_jax.bundle.card import Card
 from ctde_jax.errors import InputError, quoted, shortened
+from ctde_jax.reading import finder, number_of
 
 INPUTS, LABELS = "x_test", "y_test"
 """What these arrays of a .npz file are called, as where they come from for training."""
@@ -107,10 +108,16 @@ def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
 
 
 def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
+    if labels.dtype.kind in "SU" and labels.ndim == 1:
+        words = np.char.decode(labels, "utf-8", "replace") if labels.dtype.kind == "S" else labels
+        return _labels_of_words(path, words.tolist(), card)
     wanted = card.output_shape[:-1]
     highest = card.output_shape[-1]
     if labels.dtype.kind not in "iu" or labels.shape[1:] != wanted:
-        raise _faulty(path, f"has labels of {labels.dtype} {list(labels.shape)}", f"give int32 [examples, {wanted}]")
+        shape = ", ".join(["examples", *map(str, wanted)])
+        raise _faulty(
+            path, f"has labels of {labels.dtype} {list(labels.shape)}", f"give integers of the shape [{shape}]"
+        )
     if labels.size and not (labels.min() >= 0 and labels.max() < highest):
         raise _faulty(path, f"has labels from {labels.min()} to {labels.max()}", f"give them from 0 to {highest - 1}")
     return labels.astype(np.int32)
@@ -138,7 +145,7 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
     width = math.prod(card.input_shape)
     is_named = bool(card.columns) and {*card.columns} <= {*rows[0]}
     is_counted = width > 1 and rows[0][:width] == [str(place) for place in range(width)]  # as pandas names columns
-    has_words = any(cell and _number(cell) is None for cell in rows[0][:width])
+    has_words = any(cell and number_of(cell) is None for cell in rows[0][:width])
     is_header = is_named or is_counted or has_words or _has_column_numbers(rows, width, card)
     header = rows[0] if is_header else None
     if header is not None and len(rows) == 1:
@@ -167,9 +174,9 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
     inputs = [[cells[place] for place in features] for cells in examples]
     for line, cells in enumerate(inputs, start=1 + bool(header)):
         for cell in cells:
-            if _number(cell) is None:
+            if number_of(cell) is None:
                 raise _faulty(path, f"has {quoted(cell)} in example {line - bool(header)}", "give a number")
-    numbers = np.array([[_number(cell) for cell in cells] for cells in inputs]).reshape(-1, *card.input_shape)
+    numbers = np.array([[number_of(cell) for cell in cells] for cells in inputs]).reshape(-1, *card.input_shape)
     if card.input_dtype != "float32":
         if not (np.isfinite(numbers).all() and np.array_equal(numbers, np.rint(numbers))):
             raise _faulty(path, f"holds numbers that are no {card.input_dtype}", "give whole numbers")
@@ -204,7 +211,7 @@ def _is_column_number(name: str) -> bool:
 
 def _counts(cells: list[str]) -> bool:
     """Returns whether each number is one more than the one before."""
-    numbers = [_number(cell) for cell in cells]
+    numbers = [number_of(cell) for cell in cells]
     return all(one is not None and two == one + 1 for one, two in pairwise(numbers))
 
 
@@ -213,25 +220,25 @@ def _starts_with_index(rows: list[list[str]], card: Card) -> bool:
 
     Labels that are words are certain. Numbers may be a feature, so that one line is refused only if they are no labels.
     """
-    first = [_number(row[0]) for row in rows]
+    first = [number_of(row[0]) for row in rows]
     if not any(all(number == place for place, number in enumerate(first, start)) for start in (0, 1)):
         return False
     last = {row[-1] for row in rows}
-    are_labels = bool(card.classes) and last <= {*card.classes}
+    are_labels = bool(card.classes) and None not in map(finder(card.classes), last)
     if len(rows) == 1:
         return bool(card.classes) and not are_labels
-    return not are_labels or all(_number(cell) is not None for cell in last)
+    return not are_labels or all(number_of(cell) is not None for cell in last)
 
 
 def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
     if card.predicts != "classes":
         raise _faulty(path, "has one label for each example", "give those of every place in a .npz file")
     names = card.classes or [str(number) for number in range(card.output_shape[0])]
-    place = {name: number for number, name in enumerate(names)}
-    unknown = [word for word in words if word not in place]
-    if unknown:
-        raise _faulty(path, f"has the label {quoted(unknown[0])}", f"give one of {', '.join(names[:20])}")
-    return np.array([place[word] for word in words], np.int32)
+    labels = list(map(finder(names), words))
+    if None in labels:
+        fault = f"has the label {quoted(words[labels.index(None)])}"
+        raise _faulty(path, fault, f"give one of {', '.join(names[:20])}")
+    return np.array(labels, np.int32)
 
 
 def _rows(path: Path) -> list[list[str]]:
@@ -243,13 +250,6 @@ def _rows(path: Path) -> list[list[str]]:
     if not rows or len({len(row) for row in rows}) != 1:
         raise _faulty(path, "has lines of different lengths, or none", "give every line the same number of cells")
     return rows
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return None if "_" in cell else float(cell)
-    except ValueError:
-        return None
 
 
 def _of_png(path: Path, card: Card) -> np.ndarray:

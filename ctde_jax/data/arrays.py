@@ -36,6 +36,8 @@ def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
         found = np.asarray(array)
     except ValueError as error:  # of a ragged list
         raise InputError(option, "must be an array with examples of one shape, got a ragged list.") from error
+    if found.dtype.kind in "SU" and not hasattr(array, "dtype"):
+        found = np.asarray(array, object)  # in a list with text, numpy spells out numbers, such as NaN
     if found.dtype.names is not None:
         names = ", ".join(found.dtype.names)
         raise InputError(option, f"must be a plain array, got one with the fields {names}; stack them along an axis.")
@@ -95,13 +97,18 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
         raise InputError(option, f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.")
     if labels.ndim == 1:
         labels = np.asarray(labels)
+    if labels.dtype.kind in "biuU" and labels.ndim != 1 and prod(labels.shape[1:]) == 1:
+        raise InputError(
+            option, f"must have the shape [examples], got {labels.shape}; flatten the labels with numpy.ravel."
+        )
     if labels.dtype.kind in "biu":
-        if labels.ndim != 1 and prod(labels.shape[1:]) == 1:
-            raise InputError(option, f"must have the shape [examples], got {labels.shape}; pass it with .ravel().")
         return _as_int32(option, labels)
     if labels.dtype.kind == "f":
-        if not all(np.isfinite(piece).all() for _, piece in pieces(labels)):
-            raise InputError(option, "must be finite, got NaN or infinity; remove or fill in such examples.")
+        for first, piece in pieces(labels):
+            if not np.isfinite(piece).all():
+                row = first + np.argwhere(~np.isfinite(piece))[0][0]
+                fault = f"got NaN or infinity for example {row}"
+                raise InputError(option, f"must be finite, {fault}; remove or fill in such examples.")
         return labels.astype(np.float32)
     raise InputError(option, f"must hold integers from 0, or real-valued targets, got the type {labels.dtype}.")
 
@@ -151,9 +158,17 @@ def _in_float64(array: np.ndarray | DiskArray) -> Iterator[np.ndarray]:
 def _of_objects(option: str, objects: np.ndarray) -> np.ndarray:
     """Makes an array of text, integers or floats of Python objects, such as a table of several types gives."""
     values: list[Any] = objects.ravel().tolist()
-    if values and all(isinstance(value, str | bytes) for value in values):
+    is_text = [isinstance(value, str | bytes) for value in values]
+    if values and all(is_text):
         texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
         return np.array(texts).reshape(objects.shape)
+    if any(is_text) and prod(objects.shape[1:]) == 1:  # such as labels, of which some are missing
+        place = is_text.index(False)
+        raise InputError(
+            option,
+            f"must hold text alone or numbers alone, got text and {type(values[place]).__name__} "
+            f"{values[place]!r:.60} at [{place}]; fill in or remove such examples.",
+        )
     for place, value in enumerate(values):
         if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
             where = ", ".join(map(str, np.unravel_index(place, objects.shape)))

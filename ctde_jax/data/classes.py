@@ -1,13 +1,12 @@
 """Labels as classes: names for words and numbers, and which numbers cannot be classes."""
 
-import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_known
+from ctde_jax.reading import are_numbers, finder, number_of
 
 CLASSES = 2**16
 """The largest number of numbered classes, unless there are more labels than that; each class gets a name."""
@@ -20,14 +19,6 @@ MANY_CLASSES = 20
 
 _NAMED = 10
 """Classes that a sentence names at most."""
-
-
-def number_of(cell: str) -> float | None:
-    """Parses a number as a table writes it, NaN and infinity included; returns None for anything else."""
-    try:
-        return None if "_" in cell else float(cell)
-    except ValueError:
-        return None
 
 
 def from_words(words: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -46,15 +37,6 @@ def from_words(words: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(spelled[key] for key in ordered), np.array([place[key] for key in keys], np.int32)
 
 
-def are_numbers(words: Sequence[str]) -> bool:
-    """Returns whether all labels are finite numbers, and none is a code with a leading zero."""
-    numbers = [number_of(word) for word in words]
-    return all(
-        number is not None and math.isfinite(number) and not re.match(r"[-+]?0\d", word)
-        for number, word in zip(numbers, words, strict=True)
-    )
-
-
 def look_up(option: str, words: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """Returns the class of each word, `int32[examples]`.
 
@@ -65,11 +47,10 @@ def look_up(option: str, words: np.ndarray, classes: Sequence[str]) -> np.ndarra
         raise InputError(
             option, f"must hold names of classes in the shape [examples], got {words.dtype} of the shape {words.shape}."
         )
-    place = {name: number for number, name in enumerate(classes)}
-    for word in words.tolist():
-        if word not in place:
-            check_known(option, word, classes)
-    return np.array([place[word] for word in words.tolist()], np.int32)
+    labels = list(map(finder(classes), words.tolist()))
+    if None in labels:
+        check_known(option, words.tolist()[labels.index(None)], classes)
+    return np.array(labels, np.int32)
 
 
 def numbered(labels: np.ndarray | DiskArray, option: str = "y_train") -> tuple[str, ...]:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ctde_jax.data.arrays import COARSE, NOISE
-from ctde_jax.data.classes import number_of
 from ctde_jax.data.files import faulty
 from ctde_jax.errors import quoted
+from ctde_jax.reading import number_of
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "--", ".")
 """How tables write that a number is missing, in lower case."""
@@ -133,7 +133,10 @@ def _way_out(wrong: Sequence[str], cells: int) -> str:
     if words and all(re.fullmatch(r"[-+]?\d[\d.,'\s]*", cell) for cell in words):
         return "write numbers in digits with a point, without thousands separators or decimal commas"
     if len(words) > max(1, cells // 2):
-        return "remove the column if it only names the lines, or replace its words by numbers"
+        return (
+            "remove the column if it only names the lines, name it in label_column (--label-column) if it holds the "
+            "classes, or replace its words by numbers"
+        )
     return "correct the cell, or remove the line"
 
 

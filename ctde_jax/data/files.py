@@ -156,6 +156,15 @@ _LONGEST_HEADER = 2**16
 _NAMED = 10
 """Arrays that a sentence names at most."""
 
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip, as .npz and .xlsx files are",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+"""First bytes of compressed files."""
+
 
 @contextmanager
 def _reading(path: Path, name: str) -> Iterator[None]:
@@ -190,6 +199,14 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def check_size(file: BinaryIO) -> None:
     """Raises InputError for an open file that does not fit into memory."""
     memory.check("data_file", f"the bytes of {file.name}", os.fstat(file.fileno()).st_size, "give a smaller file")
+
+
+def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
+    """Returns the error for a file that is not UTF-8; its first bytes show whether it is compressed."""
+    for start, compression in _COMPRESSED.items():
+        if first.startswith(start):
+            return faulty(path, f"is compressed ({compression})", "decompress it, or save it as plain text in UTF-8")
+    return faulty(path, f"{fault}, which is not UTF-8", "save it in UTF-8")
 
 
 def faulty(path: Path, fault: str, way_out: str) -> InputError:

@@ -14,14 +14,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ctde_jax.data import columns
-from ctde_jax.data.classes import are_numbers, from_words, look_measured, note_on_numbers, number_of
+from ctde_jax.data.classes import FEW_CLASSES, from_words, look_measured, note_on_numbers
 from ctde_jax.data.columns import MANY_LINES, Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
-from ctde_jax.data.files import check_size, faulty, opened
+from ctde_jax.data.files import check_size, faulty, not_utf8, opened
 from ctde_jax.errors import InputError, check_known, quoted
+from ctde_jax.reading import are_numbers, number_of
 
 _NAMED = 3
 """Columns that a sentence names at most."""
+
+_NAME_LABELS = "name the column that holds the classes in label_column (--label-column)"
 
 _CHANCE = 1e-3
 """A line that is at most as probable as this to be an example, judged by the other lines, holds column names."""
@@ -260,7 +263,7 @@ def _doubt(rows: list[_Row], label: int) -> list[str]:
     names = [cell for place, cell in enumerate(first) if place != label]
     if not others or not _are_column_numbers(names):
         return []
-    way_out = "if they are the names of the columns, put letters into them"
+    way_out = "if it holds the column names, give the name of the label column, or put a letter into each name"
     if all(cells[label] != first[label] for cells in others):
         return [
             f"Line 1 was taken as an example, although no other line has its label, {quoted(first[label])}, and its "
@@ -288,8 +291,8 @@ def _rows(path: Path) -> list[_Row]:
                     rows.append(_Row(line, [cell.strip() for cell in cells]))
                 line = reader.line_num + 1  # a quoted cell may go on over several lines
         except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise faulty(path, f"has the byte 0x{byte:02x}, which is not UTF-8", "save it in UTF-8") from error
+            content.seek(0)
+            raise not_utf8(path, content.read(8), f"has the byte 0x{error.object[error.start]:02x}") from error
         except csv.Error as error:
             raise faulty(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
     if not rows:
@@ -337,18 +340,24 @@ def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
             raise faulty(
                 path,
                 f"has labels such as {quoted(cells[0])} in column {column.name}, which are measurements and no classes",
-                "name the column that holds the classes as the label column, or learn measurements in Python, with "
-                "data.from_arrays and a Task of your own",
+                f"{_NAME_LABELS}, or learn measurements in Python, with data.from_arrays and a Task of your own",
             )
         if look_measured(values):
             raise faulty(
                 path,
                 f"has labels such as {quoted(cells[0])} in column {column.name}, {len(set(values)):,} different whole "
                 f"numbers in {len(cells):,} lines, which look like measurements and not like classes",
-                "name the column that holds the classes as the label column, group the numbers into few classes, or "
-                "learn measurements in Python, with data.from_arrays and a Task of your own",
+                f"{_NAME_LABELS}, group the numbers into few classes, or learn measurements in Python, with "
+                "data.from_arrays and a Task of your own",
             )
     classes, labels = from_words(cells)
+    if len(classes) > FEW_CLASSES and len(cells) < 2 * len(classes) and not are_numbers(classes):
+        raise faulty(
+            path,
+            f"has labels such as {quoted(cells[0])} in column {column.name}, {len(classes):,} different ones in "
+            f"{len(cells):,} lines, which look like dates or names and not like classes",
+            f"{_NAME_LABELS}, or group the labels into few classes",
+        )
     if len(classes) < 2:
         raise faulty(
             path, f"has only the label {quoted(cells[0])} in column {column.name}", "give at least two classes"

@@ -10,7 +10,7 @@ import numpy as np
 
 from ctde_jax import memory
 from ctde_jax.data.dataset import Dataset, Split
-from ctde_jax.data.files import check_size, faulty, opened
+from ctde_jax.data.files import check_size, faulty, not_utf8, opened
 from ctde_jax.errors import InputError, check_at_least
 
 TRAINING_TENTHS = 9
@@ -104,8 +104,8 @@ def _read(path: Path) -> str:
         text = stored.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         offset = len(stored) - len(error.object) + error.start
-        fault = f"has the byte 0x{stored[offset]:02x} at the offset {offset:,}, which is not UTF-8"
-        raise faulty(path, fault, "save it in UTF-8") from error
+        fault = f"has the byte 0x{stored[offset]:02x} at the offset {offset:,}"
+        raise not_utf8(path, stored, fault) from error
     if not text:
         raise faulty(path, "is empty", "give a file with a text")
     return text
