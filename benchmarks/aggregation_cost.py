@@ -18,12 +18,13 @@ from rich.progress import track
 from rich.table import Table
 
 import ctde_jax as ctde
-from ctde_jax import replica, state
 from ctde_jax.aggregate import error_feedback, power_sgd, quantize, sign, top_k, two_phase
 from ctde_jax.data import Split
-from ctde_jax.gradient import make_gradient
-from ctde_jax.round import parallel_rounds
-from ctde_jax.tasks import classification
+from ctde_jax.devices import replica
+from ctde_jax.models.tasks import classification
+from ctde_jax.rounds import state
+from ctde_jax.rounds.gradient import make_gradient
+from ctde_jax.rounds.round import parallel_rounds
 
 DEVICES, BATCH_SIZE, STEPS = 4, 512, 20
 CONTESTANTS = {

@@ -20,7 +20,8 @@ import optax
 from points import machine, publish
 
 import ctde_jax as ctde
-from ctde_jax import checkpoint, state
+from ctde_jax import checkpoint
+from ctde_jax.rounds import state
 
 WIDTHS = (128, 1000, 3000, 6500)
 TURNS, MINUTE = 5, 60.0

@@ -16,12 +16,13 @@ import optax
 from points import machine, publish
 
 import ctde_jax as ctde
-from ctde_jax import feed, replica, state
 from ctde_jax.aggregate import IN_ORDER
+from ctde_jax.cost.traffic import measure
 from ctde_jax.data import deal
-from ctde_jax.gradient import make_gradient
-from ctde_jax.round import parallel_rounds
-from ctde_jax.traffic import measure
+from ctde_jax.devices import replica
+from ctde_jax.rounds import feed, state
+from ctde_jax.rounds.gradient import make_gradient
+from ctde_jax.rounds.round import parallel_rounds
 
 TURNS, SECONDS, MOST = 9, 0.4, 512
 HEADER = ("network", "batch size", "devices", "exact", "", "bytes sent a step", "without")

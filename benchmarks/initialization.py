@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ctde_jax as ctde
-from ctde_jax.initializers import initialize
-from ctde_jax.mup import mup, scale_learning_rates
+from ctde_jax.models.initializers import initialize
+from ctde_jax.models.mup import mup, scale_learning_rates
 
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 0

@@ -22,7 +22,7 @@ import points
 from contestants import FLOORS, Job
 from peers import OURS, SCRIPT, started
 
-from ctde_jax.data.idx import MNIST
+from ctde_jax.data.published.idx import MNIST
 
 NAME = "meeting"
 BY_HAND = "JAX, one scan an epoch"

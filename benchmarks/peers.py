@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ctde_jax as ctde
-from ctde_jax.data.idx import MNIST
+from ctde_jax.data.published.idx import MNIST
 
 OURS = "this trainer"
 ON_ONE = {*TRAIN} - {"PyTorch DDP, Gloo"}

@@ -32,9 +32,9 @@ from points import Row
 
 import ctde_jax as ctde
 from ctde_jax.aggregate import error_feedback, quantize, two_phase
+from ctde_jax.config.presets import PRESETS
+from ctde_jax.cost.targets import compile_rounds
 from ctde_jax.data import deal
-from ctde_jax.presets import PRESETS
-from ctde_jax.targets import compile_rounds
 
 NAME = "scale"
 MOST_DEVICES = 64

@@ -37,9 +37,9 @@ from scipy.optimize import nnls
 from ways import CODECS, WAYS, Launch, Way, codec_seconds, launches, time_codec
 
 import ctde_jax as ctde
-from ctde_jax import traffic
+from ctde_jax.cost import traffic
+from ctde_jax.cost.targets import compile_rounds
 from ctde_jax.data import deal
-from ctde_jax.targets import compile_rounds
 
 NAME = "scale_model"
 LIMIT = 1200  # seconds for one point

@@ -33,11 +33,13 @@ from rich.console import Console
 from rich.table import Table
 
 import ctde_jax as ctde
-from ctde_jax import replica, state, traffic
+from ctde_jax.config.presets import PRESETS
+from ctde_jax.cost import traffic
+from ctde_jax.cost.targets import compile_rounds
 from ctde_jax.data import deal
-from ctde_jax.presets import PRESETS
-from ctde_jax.replica import AXIS
-from ctde_jax.targets import compile_rounds
+from ctde_jax.devices import replica
+from ctde_jax.devices.replica import AXIS
+from ctde_jax.rounds import state
 
 REPEATS = 20
 BATCH_SIZE = 24  # divides over 2, 3, 4, 6 and 8 processes

@@ -33,12 +33,13 @@ from rich.progress import track
 from rich.table import Table
 
 import ctde_jax as ctde
-from ctde_jax import replica, state
 from ctde_jax.data import Split, deal
-from ctde_jax.feed import Span, make_feed, shapes
-from ctde_jax.gradient import make_gradient
-from ctde_jax.round import parallel_rounds
-from ctde_jax.tasks import classification
+from ctde_jax.devices import replica
+from ctde_jax.models.tasks import classification
+from ctde_jax.rounds import state
+from ctde_jax.rounds.feed import Span, make_feed, shapes
+from ctde_jax.rounds.gradient import make_gradient
+from ctde_jax.rounds.round import parallel_rounds
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE, RESIDENT, STEPS = (28, 28), 60_000, 20

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 import ctde_jax as ctde
-from ctde_jax import traffic
 from ctde_jax.aggregate import Codec, error_feedback, quantize, two_phase
+from ctde_jax.cost import traffic
 
 ROWS = 8
 """Slices in which a codec is timed."""

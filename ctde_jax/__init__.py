@@ -19,38 +19,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctde_jax import (
-        aggregate,
-        augment,
-        build,
-        bundle,
-        checks,
-        data,
-        devices,
-        hosts,
-        initializers,
-        log,
-        models,
-        mup,
-        optimizers,
-        replica,
-        report,
-        run_folder,
-        state,
-        supervisor,
-        tasks,
-        traffic,
-    )
+    from ctde_jax import aggregate, bundle, data, devices, models
     from ctde_jax.aggregate import Strategy
-    from ctde_jax.build import strategy
     from ctde_jax.bundle import open_bundle
+    from ctde_jax.checkpoint import run_folder
+    from ctde_jax.config import build, optimizers, report
+    from ctde_jax.config.build import strategy
+    from ctde_jax.config.load import load_run
+    from ctde_jax.cost import traffic
+    from ctde_jax.data import augment
+    from ctde_jax.devices import hosts, replica, supervisor
     from ctde_jax.errors import HostLost, InputError, NonFiniteLoss, Preempted, ReplicasDiverged
     from ctde_jax.export import write_bundle, write_page
-    from ctde_jax.generation import generate
-    from ctde_jax.loading import load_run
-    from ctde_jax.loop import fit
-    from ctde_jax.tasks import Task
-    from ctde_jax.trained import Trained
+    from ctde_jax.models import initializers, mup, tasks
+    from ctde_jax.models.generation import generate
+    from ctde_jax.models.tasks import Task
+    from ctde_jax.rounds import state
+    from ctde_jax.trainer import checks, log
+    from ctde_jax.trainer.fit import fit
+    from ctde_jax.trainer.trained import Trained
 
 __all__ = [
     "HostLost",

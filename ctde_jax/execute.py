@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ctde_jax import streams
 from ctde_jax.bundle import RUNTIMES, Bundle, answers, load, open_bundle, pick
 from ctde_jax.bundle.command import Parser, run
 from ctde_jax.bundle.inputs import Examples, read
 from ctde_jax.bundle.runtimes import Predict, traceable
 from ctde_jax.errors import InputError, check_at_least, on_one_line
+from ctde_jax.files import streams
 
 _OF_INPUTS = ("score", "label_column", "batch_size", "all_devices", "json")
 _OF_TEXTS = ("length", "temperature", "seed")
@@ -105,7 +105,9 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
     import jax
 
     try:
-        from ctde_jax import collectives, devices, replica
+        from ctde_jax import devices
+        from ctde_jax.cost import collectives
+        from ctde_jax.devices import replica
     except ImportError as error:
         raise InputError("all_devices", f"needs this package with what it depends on, such as {error.name}.") from error
 

@@ -19,13 +19,14 @@ from rich.table import Table
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax import picture, streams
 from ctde_jax.errors import InputError
+from ctde_jax.files import streams
+from ctde_jax.trainer import picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ctde_jax.stopwatch import Profile, Spread
+    from ctde_jax.cost.stopwatch import Profile, Spread
 
 SECONDS = 10.0
 """The turns take about so long, and longer where a few turns do."""
@@ -64,7 +65,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     ctde.hosts.check_alone(ctde.hosts.find_meeting(**vars(config.hosts)))
     if config.aggregation.exact:
         raise InputError("exact", "must be left out: what is measured are devices that agree on means, and such alone.")
-    from ctde_jax.stopwatch import Training, measure  # here, so that the import of JAX is measured
+    from ctde_jax.cost.stopwatch import Training, measure  # here, so that the import of JAX is measured
 
     imported = time.perf_counter()
     devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)

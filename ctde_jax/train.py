@@ -19,7 +19,6 @@ import numpy as np
 
 import ctde_jax as ctde
 from ctde_jax import config as options
-from ctde_jax import picture, streams
 from ctde_jax.errors import (
     HostLost,
     InputError,
@@ -30,6 +29,8 @@ from ctde_jax.errors import (
     check_at_most,
     shortened,
 )
+from ctde_jax.files import streams
+from ctde_jax.trainer import picture
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,7 +144,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "keep_checkpoints": config.run.keep_checkpoints,
     }
     ctde.checks.check_run(model, data, optimizer, strategy, task, len(devices), **habits)
-    from ctde_jax.resume import Options  # here, as it imports JAX
+    from ctde_jax.checkpoint.resume import Options  # here, as it imports JAX
 
     deciding = Options(options.deciding(config), options.flag)
     here = len(ctde.replica.own(devices))

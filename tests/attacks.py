@@ -11,7 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from ctde_jax.replica import AXIS
+from ctde_jax.devices.replica import AXIS
 
 Attack = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`attack(own float32[n], honest float32[replica, n], key) -> float32[n]`; `own` is what it should have sent."""

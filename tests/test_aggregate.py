@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from ctde_jax import aggregate, collectives, replica
+from ctde_jax import aggregate
 from ctde_jax.aggregate import (
     Strategy,
     error_feedback,
@@ -25,6 +25,8 @@ from ctde_jax.aggregate import (
     top_k,
     two_phase,
 )
+from ctde_jax.cost import collectives
+from ctde_jax.devices import replica
 from ctde_jax.errors import InputError
 
 REPLICAS = 4

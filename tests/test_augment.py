@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from ctde_jax.augment import Augment, apply_to, chain, cutout, flip, shift
+from ctde_jax.data.augment import Augment, apply_to, chain, cutout, flip, shift
 from ctde_jax.errors import InputError
 
 HEIGHT, WIDTH = 7, 5

@@ -10,12 +10,13 @@ from flax import linen, nnx
 from jax import numpy as jnp
 
 import ctde_jax as ctde
-from ctde_jax import aggregate, models, replica
+from ctde_jax import aggregate, models
 from ctde_jax.aggregate.reducer import IndependentReducer, reducer
 from ctde_jax.data import Split
+from ctde_jax.devices import replica
 from ctde_jax.errors import InputError
-from ctde_jax.gradient import make_gradient
-from ctde_jax.tasks import classification
+from ctde_jax.models.tasks import classification
+from ctde_jax.rounds.gradient import make_gradient
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
 EXAMPLES = 90  # 5 full batches and one of 10
@@ -245,8 +246,9 @@ def test_local_steps_wait_for_nobody():
     """The compiled round has one meeting, outside of the loop of the local steps."""
     from test_round import begin
 
-    from ctde_jax import collectives, state
-    from ctde_jax.round import make_round
+    from ctde_jax.cost import collectives
+    from ctde_jax.rounds import state
+    from ctde_jax.rounds.round import make_round
 
     strategy, devices = ctde.Strategy(inner_steps=3), jax.devices()[:4]
     model, optimizer, axes = models.from_nnx(Nnx), optax.sgd(0.1), state.axes(strategy)
@@ -512,7 +514,7 @@ def test_messages_that_are_judged_one_by_one_depend_on_no_other_replica():
     """As those of robust rules and private averages; each is the gradient of a replica's own real examples."""
     from test_round import begin, under_vmap
 
-    from ctde_jax.round import make_round
+    from ctde_jax.rounds.round import make_round
 
     def update(message, state, params=None, **extra_args):
         return replica.weighted_mean(message, 1.0), message

@@ -9,9 +9,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ctde_jax import atomic, checkpoint
-from ctde_jax.checkpoint import FORMAT, MANIFEST, SUMS, TENSORS, Damaged, newest_intact, open_saver, path_of, read
+from ctde_jax import checkpoint
+from ctde_jax.checkpoint.format import (
+    FORMAT,
+    MANIFEST,
+    SUMS,
+    TENSORS,
+    Damaged,
+    newest_intact,
+    open_saver,
+    path_of,
+    read,
+)
 from ctde_jax.errors import InputError
+from ctde_jax.files import atomic
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

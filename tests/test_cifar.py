@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctde_jax.data import cifar, cifar10
-from ctde_jax.data.cifar import ARCHIVE, CIFAR10, RECORD, UNPACKED
+from ctde_jax.data import cifar10
+from ctde_jax.data.published import cifar
+from ctde_jax.data.published.cifar import ARCHIVE, CIFAR10, RECORD, UNPACKED
 from ctde_jax.errors import InputError
 
 TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]

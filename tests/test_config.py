@@ -5,8 +5,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from ctde_jax import config, initializers, presets
+from ctde_jax import config
+from ctde_jax.config import presets
 from ctde_jax.errors import InputError
+from ctde_jax.models import initializers
 
 GROUPS = [field.default_factory for field in fields(config.Config)]
 OPTIONS = [option.name for group in GROUPS for option in fields(group)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctde_jax.data.download import RESUMES, fetch, sha256_of
+from ctde_jax.data.published.download import RESUMES, fetch, sha256_of
 from ctde_jax.errors import InputError
 
 CONTENT = np.random.default_rng(0).bytes(3000)

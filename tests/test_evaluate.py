@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from ctde_jax import models, replica
+from ctde_jax import models
 from ctde_jax.data import Split
-from ctde_jax.evaluate import make_evaluate
-from ctde_jax.tasks import classification
+from ctde_jax.devices import replica
+from ctde_jax.models.tasks import classification
+from ctde_jax.rounds.evaluate import make_evaluate
 
 MODEL = models.mlp([64, 12, 10])
 

@@ -15,7 +15,8 @@ from flax import nnx
 from test_resume import Dropping, killed_after, rows
 
 import ctde_jax as ctde
-from ctde_jax import aggregate, build, checkpoint, config, data, devices, models, profile, wire
+from ctde_jax import aggregate, checkpoint, config, data, devices, models, profile, wire
+from ctde_jax.config import build
 from ctde_jax.errors import InputError
 
 EXACT = ctde.Strategy(reduce=aggregate.IN_ORDER)

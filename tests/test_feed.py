@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 import ctde_jax as ctde
-from ctde_jax import data, devices, evaluate, models
+from ctde_jax import data, devices, models
 from ctde_jax.errors import InputError
-from ctde_jax.feed import prefetched
+from ctde_jax.rounds import evaluate
+from ctde_jax.rounds.feed import prefetched
 
 MODEL = models.mlp([64, 16, 10])
 

@@ -10,8 +10,9 @@ from jax import numpy as jnp
 from test_aggregate import FORGETFUL, REDUCERS
 
 import ctde_jax as ctde
-from ctde_jax import aggregate, replica
+from ctde_jax import aggregate
 from ctde_jax.aggregate import error_feedback, gathered, gossip, power_sgd, quantize, sign, streaming, two_phase
+from ctde_jax.devices import replica
 
 REPLICAS, ROUNDS = 3, 4
 SHAPES = {"live": (7, 3), "frozen": (5, 4), "later": (3, 5), "scalar": (), "nothing": (0, 2)}

@@ -6,10 +6,10 @@ import pytest
 from jax import numpy as jnp
 
 from ctde_jax import models
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.generation import generate
 from ctde_jax.models import Model
-from ctde_jax.replica import PyTree
+from ctde_jax.models.generation import generate
 
 LONGEST = 6
 MODELS = {

@@ -6,9 +6,9 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from ctde_jax import replica
 from ctde_jax.aggregate import gossip
 from ctde_jax.aggregate.gossip import tournament
+from ctde_jax.devices import replica
 
 
 def mix(reduce: optax.GradientTransformation, params: jax.Array, rounds: int) -> np.ndarray:

@@ -9,11 +9,13 @@ import pytest
 from flax import linen, nnx
 from jax import numpy as jnp
 
-from ctde_jax import models, replica, tasks
-from ctde_jax.augment import shift
+from ctde_jax import models
 from ctde_jax.data import Split
-from ctde_jax.gradient import Gradient, draws, make_gradient
-from ctde_jax.tasks import classification
+from ctde_jax.data.augment import shift
+from ctde_jax.devices import replica
+from ctde_jax.models import tasks
+from ctde_jax.models.tasks import classification
+from ctde_jax.rounds.gradient import Gradient, draws, make_gradient
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
 

@@ -9,8 +9,10 @@ from jax import lax
 from jax import numpy as jnp
 
 import ctde_jax as ctde
-from ctde_jax import checkpoint, devices, guard, models, replica, round
+from ctde_jax import checkpoint, devices, models
+from ctde_jax.devices import replica
 from ctde_jax.errors import ReplicasDiverged
+from ctde_jax.rounds import guard, round
 
 MODEL = models.mlp([64, 8, 10])
 ARRAYS = {

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from ctde_jax import checkpoint, data, hosts
+from ctde_jax import checkpoint, data
+from ctde_jax.devices import hosts
 from ctde_jax.errors import InputError
 
 QUICK = ["--epochs", "2", "--eval-every", "23"]

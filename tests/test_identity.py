@@ -16,8 +16,8 @@ from jax import numpy as jnp
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, data, devices, models
-from ctde_jax.identity import parts_of
-from ctde_jax.tasks import classification, is_correct, smoothed
+from ctde_jax.checkpoint.identity import parts_of
+from ctde_jax.models.tasks import classification, is_correct, smoothed
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(96, 6)).astype(np.float32), RNG.integers(0, 3, 96)

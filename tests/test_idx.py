@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctde_jax.data import DiskArray, idx
-from ctde_jax.data.idx import FASHION_MNIST, MNIST, fashion_mnist, mnist, read_idx
+from ctde_jax.data import DiskArray
+from ctde_jax.data.published import idx
+from ctde_jax.data.published.idx import FASHION_MNIST, MNIST, fashion_mnist, mnist, read_idx
 from ctde_jax.errors import InputError
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mnist"

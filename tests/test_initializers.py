@@ -14,7 +14,7 @@ from jax import numpy as jnp
 
 from ctde_jax import models
 from ctde_jax.errors import InputError
-from ctde_jax.initializers import INITIALIZERS, find_kernels, initialize, leaves_with_path
+from ctde_jax.models.initializers import INITIALIZERS, find_kernels, initialize, leaves_with_path
 
 
 class OneCell(nnx.Module):

@@ -8,8 +8,8 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.jaxprs import digest_of, digest_of_shapes
-from ctde_jax.replica import AXIS
+from ctde_jax.checkpoint.jaxprs import digest_of, digest_of_shapes
+from ctde_jax.devices.replica import AXIS
 
 X = jax.ShapeDtypeStruct((4,), jnp.float32)
 TABLE = np.arange(4, dtype=np.float32)

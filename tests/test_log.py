@@ -5,8 +5,8 @@ import json
 import pytest
 from rich.console import Console
 
-from ctde_jax import log
 from ctde_jax.errors import InputError
+from ctde_jax.trainer import log
 
 TRAIN = {"split": "train", "step": 5, "epoch": 0.5, "loss": 0.5, "accuracy": 0.8, "examples": 320}
 TRAIN["examples_per_second"] = 1234.5

@@ -14,10 +14,11 @@ from flax import nnx
 from jax import numpy as jnp
 
 import ctde_jax as ctde
-from ctde_jax import data, devices, feed, models, schedule
+from ctde_jax import data, devices, models
 from ctde_jax.data import batches
 from ctde_jax.errors import InputError
-from ctde_jax.tasks import is_correct
+from ctde_jax.models.tasks import is_correct
+from ctde_jax.rounds import feed, schedule
 
 MODEL = models.mlp([64, 16, 10])
 LOCAL = ctde.Strategy(inner_steps=4)

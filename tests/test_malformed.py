@@ -25,14 +25,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ctde_jax import checkpoint, config, data, train
-from ctde_jax.checkpoint import MANIFEST, SUMS, TENSORS, Checkpoint, Damaged
-from ctde_jax.config import Config
+from ctde_jax.checkpoint.format import MANIFEST, SUMS, TENSORS, Checkpoint, Damaged
+from ctde_jax.config.options import Config
 from ctde_jax.data import Dataset, from_csv, from_npz
-from ctde_jax.data.cifar import ARCHIVE, RECORD, _members, cifar10
-from ctde_jax.data.idx import mnist
+from ctde_jax.data.published.cifar import ARCHIVE, RECORD, _members, cifar10
+from ctde_jax.data.published.idx import mnist
 from ctde_jax.data.text import from_text
 from ctde_jax.errors import InputError
-from ctde_jax.log import open_log
+from ctde_jax.trainer.log import open_log
 
 MUTATIONS = settings(
     derandomize=True,

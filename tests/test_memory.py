@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import ctde_jax as ctde
-from ctde_jax import memory, state
+from ctde_jax.devices import memory
 from ctde_jax.errors import InputError
+from ctde_jax.rounds import state
 
 MODEL = ctde.models.mlp([64, 32, 10])
 PARAMS = 64 * 32 + 32 + 32 * 10 + 10

@@ -9,7 +9,7 @@ from flax import nnx
 
 import ctde_jax as ctde
 from ctde_jax import data, models
-from ctde_jax.presets import PRESETS
+from ctde_jax.config.presets import PRESETS
 
 TOKENS = np.tile(np.arange(8), 200)[: 80 * 17].reshape(80, 17)
 PICTURES, TEXT = "pictures", "text"

@@ -9,8 +9,8 @@ from jax import numpy as jnp
 
 from ctde_jax import models
 from ctde_jax.errors import InputError
-from ctde_jax.initializers import leaves_with_path
-from ctde_jax.mup import mup, scale_learning_rates
+from ctde_jax.models.initializers import leaves_with_path
+from ctde_jax.models.mup import mup, scale_learning_rates
 
 INPUTS = jax.random.normal(jax.random.key(7), (64, 16))
 TOKENS = jax.random.randint(jax.random.key(7), (4, 6), 0, 5)

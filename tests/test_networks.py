@@ -11,8 +11,8 @@ import pytest
 from jax import numpy as jnp
 
 from ctde_jax import models
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.models import Model
-from ctde_jax.replica import PyTree
 
 
 class Case(NamedTuple):

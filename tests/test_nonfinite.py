@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 import ctde_jax as ctde
 from ctde_jax import data, devices, models
-from ctde_jax.log import Log
+from ctde_jax.trainer.log import Log
 
 MODEL = models.mlp([64, 8, 10])
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, devices, models, object_store
-from ctde_jax.checkpoint import MANIFEST, SUMS, Damaged
-from ctde_jax.position import Position
+from ctde_jax.checkpoint.format import MANIFEST, SUMS, Damaged
+from ctde_jax.checkpoint.position import Position
 
 pytest.importorskip("orbax.checkpoint")
 pytestmark = pytest.mark.filterwarnings(  # Orbax leaves callbacks behind where TensorStore finds something damaged

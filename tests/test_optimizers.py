@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from ctde_jax import optimizers, transformations
+from ctde_jax.aggregate import transformations
+from ctde_jax.config import optimizers
 from ctde_jax.errors import InputError
 
 

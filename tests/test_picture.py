@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import ctde_jax as ctde
-from ctde_jax import log, picture
+from ctde_jax.trainer import log, picture
 
 ROWS = [{"split": "test", "step": step, "epoch": 1, "loss": 0.5, "accuracy": 1.0, "examples": 3} for step in (1, 2)]
 

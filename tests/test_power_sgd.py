@@ -8,8 +8,8 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.mean import mean
 from ctde_jax.aggregate.power_sgd import power_sgd
+from ctde_jax.devices.replica import AXIS
 from ctde_jax.errors import InputError
-from ctde_jax.replica import AXIS
 
 REPLICAS = 4
 WEIGHTS = jnp.asarray([3.0, 1.0, 2.0, 4.0])

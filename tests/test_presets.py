@@ -7,7 +7,8 @@ import optax.contrib
 import pytest
 
 import ctde_jax as ctde
-from ctde_jax import config, presets
+from ctde_jax import config
+from ctde_jax.config import presets
 from ctde_jax.errors import InputError
 
 MODEL = ctde.models.mlp([64, 32, 10])

@@ -10,8 +10,8 @@ import pytest
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.private import epsilon, private
+from ctde_jax.devices.replica import AXIS
 from ctde_jax.errors import InputError
-from ctde_jax.replica import AXIS
 
 REPLICAS = 4
 

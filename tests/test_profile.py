@@ -9,11 +9,12 @@ import pytest
 from conftest import ALL_DEVICES
 from rich.console import Console
 
-from ctde_jax import Strategy, data, models, profile, stopwatch
+from ctde_jax import Strategy, data, models, profile
 from ctde_jax.aggregate import gossip
+from ctde_jax.cost import stopwatch
+from ctde_jax.cost.stopwatch import Profile, Spread, Training, measure, spread
 from ctde_jax.errors import InputError
-from ctde_jax.stopwatch import Profile, Spread, Training, measure, spread
-from ctde_jax.tasks import classification
+from ctde_jax.models.tasks import classification
 
 
 def exactly(seconds: float) -> Spread:

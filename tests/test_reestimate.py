@@ -6,9 +6,10 @@ import pytest
 from flax import linen, nnx
 from jax import numpy as jnp
 
-from ctde_jax import devices, models, replica
+from ctde_jax import devices, models
 from ctde_jax.data import Split
-from ctde_jax.reestimate import make_reestimate
+from ctde_jax.devices import replica
+from ctde_jax.rounds.reestimate import make_reestimate
 
 
 class Nnx(nnx.Module):

@@ -17,9 +17,10 @@ import pytest
 from flax import nnx
 
 import ctde_jax as ctde
-from ctde_jax import checkpoint, data, devices, meter, models
-from ctde_jax.log import Log
-from ctde_jax.schedule import Phase
+from ctde_jax import checkpoint, data, devices, models
+from ctde_jax.rounds.schedule import Phase
+from ctde_jax.trainer import meter
+from ctde_jax.trainer.log import Log
 
 
 class Dropping(nnx.Module):

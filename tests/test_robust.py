@@ -16,8 +16,8 @@ from ctde_jax import data, models
 from ctde_jax.aggregate.combine import Combine, average
 from ctde_jax.aggregate.exchange import two_phase
 from ctde_jax.aggregate.robust import centered_clipping, geometric_median, krum, median, multi_krum, trimmed_mean
+from ctde_jax.devices.replica import AXIS
 from ctde_jax.errors import InputError
-from ctde_jax.replica import AXIS
 
 
 def numpy_trimmed_mean(rows: np.ndarray, byzantine: int) -> np.ndarray:

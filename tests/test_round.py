@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from ctde_jax import collectives, models, replica, state, tasks
+from ctde_jax import models
 from ctde_jax.aggregate import (
     Strategy,
     error_feedback,
@@ -21,10 +21,14 @@ from ctde_jax.aggregate import (
     top_k,
     two_phase,
 )
+from ctde_jax.cost import collectives
 from ctde_jax.data import Split
-from ctde_jax.gradient import make_gradient
-from ctde_jax.round import make_round, make_rounds
-from ctde_jax.tasks import classification
+from ctde_jax.devices import replica
+from ctde_jax.models import tasks
+from ctde_jax.models.tasks import classification
+from ctde_jax.rounds import state
+from ctde_jax.rounds.gradient import make_gradient
+from ctde_jax.rounds.round import make_round, make_rounds
 
 REPLICAS, FEATURES, CLASSES = 4, 5, 3
 MODEL = models.mlp([FEATURES, 6, CLASSES])

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import ctde_jax as ctde
-from ctde_jax import run_folder
+from ctde_jax.checkpoint import run_folder
 from ctde_jax.errors import InputError
 
 

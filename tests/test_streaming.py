@@ -6,8 +6,8 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from ctde_jax import replica
 from ctde_jax.aggregate import streaming
+from ctde_jax.devices import replica
 
 REPLICAS, SIZE, FRAGMENTS = 3, 10, 4
 

@@ -7,9 +7,9 @@ import pytest
 from jax import numpy as jnp
 
 import ctde_jax as ctde
-from ctde_jax import tasks
 from ctde_jax.errors import InputError
-from ctde_jax.tasks import Task
+from ctde_jax.models import tasks
+from ctde_jax.models.tasks import Task
 
 
 def test_language_modeling_counts_every_place_alike(key):

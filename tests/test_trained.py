@@ -9,10 +9,10 @@ import optax
 import pytest
 
 import ctde_jax as ctde
-from ctde_jax import trained as trained_module
 from ctde_jax.data import Split
 from ctde_jax.errors import InputError
 from ctde_jax.export import write
+from ctde_jax.trainer import trained as trained_module
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(60, 4)).astype(np.float32), np.arange(60) % 3

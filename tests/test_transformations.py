@@ -11,9 +11,11 @@ from jax import numpy as jnp
 from optax import contrib
 
 import ctde_jax as ctde
-from ctde_jax import checkpoint, devices, models, tasks, transformations
+from ctde_jax import checkpoint, devices, models
+from ctde_jax.aggregate import transformations
 from ctde_jax.data import batches
-from ctde_jax.log import Log
+from ctde_jax.models import tasks
+from ctde_jax.trainer.log import Log
 
 FEATURES, CLASSES, EXAMPLES, BATCH, STEPS = 6, 3, 42, 16, 20
 MODEL = models.mlp([FEATURES, 5, CLASSES])

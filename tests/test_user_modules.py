@@ -28,8 +28,8 @@ from user_modules import (
 
 import ctde_jax as ctde
 from ctde_jax import data, models
-from ctde_jax.checks import check_examples_apart
 from ctde_jax.data import deal
+from ctde_jax.trainer.checks import check_examples_apart
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 

@@ -12,9 +12,10 @@ from jax import numpy as jnp
 from safetensors.numpy import save_file
 
 import ctde_jax as ctde
-from ctde_jax import data, devices, models, state
+from ctde_jax import data, devices, models
 from ctde_jax.errors import InputError
-from ctde_jax.warm_start import Start, read_source, start_from
+from ctde_jax.rounds import state
+from ctde_jax.trainer.warm_start import Start, read_source, start_from
 
 PARAMS = {"body": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}, "head": {"kernel": jnp.zeros((4, 2))}}
 STATE = {"body": {"mean": jnp.zeros(4)}}

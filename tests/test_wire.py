@@ -14,11 +14,13 @@ from conftest import ALL_DEVICES
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax import Strategy, collectives, data, hlo, models, replica, targets, traffic, wire
+from ctde_jax import Strategy, data, models, wire
+from ctde_jax.cost import collectives, hlo, targets, traffic
+from ctde_jax.devices import replica
+from ctde_jax.devices.replica import AXIS
 from ctde_jax.errors import InputError
-from ctde_jax.replica import AXIS
-from ctde_jax.round import make_rounds
-from ctde_jax.tasks import classification
+from ctde_jax.models.tasks import classification
+from ctde_jax.rounds.round import make_rounds
 
 REPLICAS = 4
 DEVICES = ALL_DEVICES[:REPLICAS]

@@ -11,8 +11,8 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from ctde_jax import tasks
 from ctde_jax.errors import InputError
+from ctde_jax.models import tasks
 
 FEATURES, CLASSES, EXAMPLES = 6, 3, 16
 RNG = np.random.default_rng(0)

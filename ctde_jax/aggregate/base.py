@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import optax
 
 from ctde_jax.aggregate.mean import mean
+from ctde_jax.aggregate.transformations import adapted
 from ctde_jax.errors import InputError, check_at_least
-from ctde_jax.transformations import adapted
 
 AVERAGE = optax.sgd(1.0)
 """The outer optimizer that makes the shared parameters the average of the replicas' own."""

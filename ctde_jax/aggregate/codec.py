@@ -12,8 +12,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.replica import PyTree
 
 
 class Codec(NamedTuple):

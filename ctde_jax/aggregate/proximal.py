@@ -3,8 +3,8 @@
 import jax
 import optax
 
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.replica import PyTree
 
 
 def proximal(strength: float) -> optax.GradientTransformationExtraArgs:

@@ -2,13 +2,13 @@
 
 from ctde_jax.data import partition
 from ctde_jax.data.batches import Batches, count_steps, deal, filled_up, pieces, steps_per_epoch
-from ctde_jax.data.cifar import cifar10
 from ctde_jax.data.dataset import Dataset, Drawn, Split, from_arrays, hold_out, standardized
 from ctde_jax.data.digests import digest, digests_of
-from ctde_jax.data.digits import digits
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.data.files import from_npz
-from ctde_jax.data.idx import fashion_mnist, mnist
+from ctde_jax.data.published.cifar import cifar10
+from ctde_jax.data.published.digits import digits
+from ctde_jax.data.published.idx import fashion_mnist, mnist
 from ctde_jax.data.sequence import as_sequence
 from ctde_jax.data.stream import Arrivals, check_size, deal_stream, from_batches
 from ctde_jax.data.table import from_csv

@@ -16,7 +16,7 @@ from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels
 from ctde_jax.data.classes import from_words, look_up, note_on_numbers, notes_on_classes, numbered
 from ctde_jax.data.disk import DiskArray, pieces
 from ctde_jax.errors import InputError
-from ctde_jax.reading import are_numbers
+from ctde_jax.files.reading import are_numbers
 
 if TYPE_CHECKING:
     from ctde_jax.data.stream import Stream

@@ -17,8 +17,8 @@ from ctde_jax.bundle.parity import BATCH_SIZES, difference, in_batches, relative
 from ctde_jax.bundle.runtimes import Carry, Predict, Step
 from ctde_jax.data import Split
 from ctde_jax.errors import InputError
-from ctde_jax.tasks import Task
-from ctde_jax.trained import Trained
+from ctde_jax.models.tasks import Task
+from ctde_jax.trainer.trained import Trained
 
 TIMED = (1, 32)
 """At which batch sizes."""

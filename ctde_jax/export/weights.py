@@ -12,8 +12,8 @@ from ctde_jax.bundle import perceptron
 from ctde_jax.bundle.card import Layers
 from ctde_jax.data import Dataset
 from ctde_jax.errors import InputError
-from ctde_jax.state import named
-from ctde_jax.trained import Trained
+from ctde_jax.rounds.state import named
+from ctde_jax.trainer.trained import Trained
 
 Weights = dict[str, np.ndarray]
 

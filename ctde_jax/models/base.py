@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.replica import PyTree
 
 KeyPath = tuple[Hashable, ...]
 """The keys that lead to a part of nested dictionaries."""

@@ -9,8 +9,8 @@ import jax
 from jax import numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.replica import PyTree
 
 _TRUE_IN_TRAINING = (
     "train",

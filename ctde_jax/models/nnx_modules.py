@@ -13,12 +13,12 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.core import Tracer
 
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.errors import InputError
 from ctde_jax.models.base import KeyPath, Model, Stream, as_outputs
 from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute
 from ctde_jax.models.modes import MODES, RANDOM, Modes, effect_of, find_modes, without_addresses
 from ctde_jax.models.user_code import reported
-from ctde_jax.replica import PyTree
 
 
 class _Abstract(NamedTuple):

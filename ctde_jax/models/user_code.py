@@ -18,8 +18,8 @@ from flax import nnx
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax import numpy as jnp
 
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.errors import InputError, shortened
-from ctde_jax.replica import PyTree
 
 _PACKAGES = [str(Path(str(package.__file__)).parent) for package in (flax, jax, np, optax)]
 _OURS, _STANDARD = str(Path(__file__).parents[1]), sysconfig.get_path("stdlib")

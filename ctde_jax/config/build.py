@@ -1,0 +1,361 @@
+"""From options to objects: the data, the partition, the model and the strategy that a configuration names."""
+
+from dataclasses import replace
+from math import inf, prod
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import optax
+
+from ctde_jax import aggregate, config, data, models
+from ctde_jax.aggregate import Codec, Combine, Strategy
+from ctde_jax.config import optimizers
+from ctde_jax.config.presets import PRESETS
+from ctde_jax.data import Dataset, DiskArray, augment
+from ctde_jax.data.arrays import targets_or_classes
+from ctde_jax.data.augment import Augment
+from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
+from ctde_jax.models import Model, initializers
+from ctde_jax.models.mup import mup, scale_learning_rates
+from ctde_jax.models.tasks import Task, classification, language_modeling, smoothed
+
+
+def load_data(chosen: config.Data, seed: int = 0) -> Dataset:
+    """Loads the data set that the options name; the seed decides what is set aside for validation."""
+    goes_with = {
+        "data_dir": ("mnist", "fashion_mnist", "cifar10"),
+        "data_file": ("text", "npz", "csv"),
+        "label_column": ("csv",),
+    }
+    for option, datasets in goes_with.items():
+        if getattr(chosen, option) is not None and chosen.dataset not in datasets:
+            raise InputError(option, f"goes with --dataset {' or '.join(datasets)}, got --dataset {chosen.dataset}.")
+    dataset = _load(chosen)
+    if not dataset.classes and not dataset.vocabulary:
+        rule = "must hold labels that are classes, integers from 0 in [examples], in y_train"
+        raise InputError("data_file", f"{rule}, {targets_or_classes(dataset.train.labels)}.")
+    if chosen.sequence != "none":
+        dataset = data.as_sequence(dataset, chosen.sequence)
+    return data.hold_out(dataset, chosen.validation_share, seed) if chosen.validation_share else dataset
+
+
+def _load(chosen: config.Data) -> Dataset:
+    match chosen.dataset:
+        case "digits":
+            return data.digits()
+        case "mnist":
+            return data.mnist(chosen.data_dir)
+        case "fashion_mnist":
+            return data.fashion_mnist(chosen.data_dir)
+        case "cifar10":
+            return data.cifar10(chosen.data_dir)
+        case "text":
+            return data.from_text(_data_file(chosen), chosen.window, chosen.stride)
+        case "npz":
+            return data.from_npz(_data_file(chosen))
+        case "csv":
+            return data.from_csv(_data_file(chosen), chosen.label_column)
+
+
+def build_task(chosen: config.Optimization, dataset: Dataset) -> Task:
+    """Builds what the data are for: the class of an example, or the next character of a text."""
+    return smoothed(language_modeling if dataset.vocabulary else classification, chosen.label_smoothing)
+
+
+def build_augment(chosen: config.Data) -> Augment | None:
+    """Chains the augmentations of the options, or returns None where there is none."""
+    check_at_least(0, shift=chosen.shift, cutout=chosen.cutout)
+    parts = [
+        *([augment.shift(chosen.shift)] if chosen.shift else []),
+        *([augment.flip()] if chosen.flip else []),
+        *([augment.cutout(chosen.cutout)] if chosen.cutout else []),
+    ]
+    if parts and chosen.sequence != "none":
+        raise InputError("sequence", "must be none where pictures are augmented: they are no pictures any more.")
+    return augment.chain(*parts) if parts else None
+
+
+def make_partition(
+    chosen: config.Data, labels: np.ndarray | DiskArray, replicas: int, seed: int
+) -> list[np.ndarray] | None:
+    """Shares the training examples out to the devices, or to clients, for good; or not at all."""
+    if chosen.clients is not None and chosen.partition == "reshuffled":
+        raise InputError("clients", "need a --partition that stays, such as iid, got --partition reshuffled.")
+    check_at_least(replicas, clients=chosen.clients)
+    check_at_most(len(labels), clients=chosen.clients)
+    if labels.ndim > 1 and chosen.partition in ("by_label", "dirichlet"):
+        raise InputError(
+            "partition", f"must be reshuffled or iid where examples have no class, got {chosen.partition}."
+        )
+    parts = chosen.clients or replicas
+    match chosen.partition:
+        case "reshuffled":
+            return None
+        case "iid":
+            return data.partition.iid(labels, parts, seed)
+        case "by_label":
+            return data.partition.by_label(np.asarray(labels), parts, chosen.label_shards, seed)
+        case "dirichlet":
+            return data.partition.dirichlet(np.asarray(labels), parts, chosen.dirichlet_alpha, seed)
+
+
+def build_model(chosen: config.Model, dataset: Dataset) -> Model:
+    """Builds the network between the data's inputs and its classes or characters, and says how its weights start.
+
+    Raises:
+        InputError: The network does not go with the data, or an option is out of range.
+    """
+    model = _build_network(chosen, dataset)
+    base = _build_base(chosen, dataset)
+    model = initializers.initialize(model, chosen.init) if base is None else mup(model, base)
+    return models.in_bfloat16(model) if chosen.precision == "bf16" else model
+
+
+def build_optimizer(chosen: config.Config, dataset: Dataset, total_steps: int) -> optax.GradientTransformation:
+    """Builds the optimizer of a run of so many steps."""
+    options = chosen.optimization
+    optimizer = optimizers.build(
+        options.optimizer,
+        options.learning_rate,
+        options.schedule,
+        options.warmup_steps,
+        total_steps,
+        options.weight_decay,
+        options.max_grad_norm,
+        options.schedule_start,
+    )
+    base = _build_base(chosen.model, dataset)
+    if base is None:
+        return optimizer
+    if options.optimizer not in ("adam", "adamw", "lion"):
+        raise InputError("optimizer", f"must be adam, adamw or lion with --init mup, got {options.optimizer}.")
+    return optax.chain(optimizer, scale_learning_rates(base, dataset.train.inputs[:1]))
+
+
+def _build_base(chosen: config.Model, dataset: Dataset) -> Model | None:
+    """Builds the network at the base width where the weights start in the maximal update parametrization."""
+    if chosen.init != "mup":
+        return None
+    check_at_least(1, base_width=chosen.base_width)
+    base = chosen.base_width
+    if base is None:
+        raise InputError("base_width", "must say at which width the learning rate was found for --init mup, got none.")
+    match chosen.model:
+        case "mlp":
+            return _build_network(replace(chosen, widths=(base,) * len(chosen.widths)), dataset)
+        case "lstm" | "gru":
+            return _build_network(replace(chosen, width=base), dataset)
+        case "transformer":
+            if base * chosen.heads % chosen.width:
+                raise InputError("base_width", f"must be a multiple of {chosen.width // chosen.heads}, a head's width.")
+            return _build_network(replace(chosen, width=base, heads=base * chosen.heads // chosen.width), dataset)
+        case _:
+            raise InputError("init", f"must not be mup for {chosen.model}, whose widths do not grow together.")
+
+
+_MOST_LAYERS = 1000
+"""Each layer is traced and compiled by itself, so that a million of them would take days before the first step."""
+
+_LARGEST_WIDTH = 10_000_000
+"""No product of such widths overflows, which ends the process; `memory.py` refuses what is less and does not fit."""
+
+_MOST_FRAGMENTS = 1000
+"""Each fragment is a part of the program of a round."""
+
+
+def _build_network(chosen: config.Model, dataset: Dataset) -> Model:
+    check_at_most(_MOST_LAYERS, layers=chosen.layers)
+    check_at_most(_LARGEST_WIDTH, width=chosen.width, widths=max(chosen.widths, default=0))
+    shape, classes = dataset.train.inputs.shape[1:], len(dataset.classes)
+    if dataset.vocabulary:
+        return _build_language_model(chosen, dataset)
+    match chosen.model:
+        case "mlp":
+            return models.mlp([prod(shape), *chosen.widths, classes], chosen.activation)
+        case "cnn":
+            return models.cnn(shape, classes, chosen.dropout)
+        case "resnet":
+            return models.resnet(shape, classes, chosen.widths, chosen.layers, chosen.norm, chosen.batch_statistics)
+        case "lstm" | "gru":
+            if len(shape) != 2:
+                way_out = "; give --sequence rows or pixels" if len(shape) == 3 else ""
+                raise InputError(
+                    "model", f"{chosen.model} reads sequences [length, features], got examples of {shape}{way_out}."
+                )
+            return models.rnn_classifier(shape[-1], classes, chosen.width, chosen.layers, chosen.model, chosen.dropout)
+        case _:
+            raise InputError("model", f"{chosen.model} reads texts (--dataset text), got the data set {dataset.name}.")
+
+
+def _build_language_model(chosen: config.Model, dataset: Dataset) -> Model:
+    vocabulary, length = len(dataset.vocabulary), dataset.train.inputs.shape[1]
+    match chosen.model:
+        case "lstm" | "gru":
+            return models.rnn_language_model(vocabulary, chosen.width, chosen.layers, chosen.model, chosen.dropout)
+        case "transformer":
+            return models.transformer(vocabulary, length, chosen.width, chosen.layers, chosen.heads, chosen.dropout)
+        case _:
+            raise InputError("model", f"must be lstm, gru or transformer for a text, got {chosen.model}.")
+
+
+def strategy(name: str, **options: Any) -> Strategy:
+    """Makes a published strategy, its options replaced by those given: `strategy("diloco", sync_every=64)`.
+
+    The optimizer of the inner steps is not part of it: `mu-loco` is DiLoCo with Muon inside, so give `fit` that.
+
+    Args:
+        name: One of `presets.PRESETS`.
+        **options: Fields of `config.Aggregation`.
+
+    Raises:
+        InputError: The name or an option is not known, or options exclude each other.
+    """
+    check_known("strategy", name, PRESETS)
+    kinds = get_type_hints(config.Aggregation)
+    for option, value in options.items():
+        check_known("strategy's option", option, kinds)
+        if get_origin(kinds[option]) is Literal:
+            check_known(option, value, get_args(kinds[option]))
+    preset = {option: value for option, value in PRESETS[name].options.items() if option in kinds}
+    return build_strategy(config.Aggregation(**{**preset, **options}))
+
+
+def build_strategy(chosen: config.Aggregation) -> Strategy:
+    """Composes the strategy of the options.
+
+    Raises:
+        InputError: An option is out of its range, or options exclude each other.
+    """
+    _check(chosen)
+    if chosen.exact:
+        return Strategy(reduce=aggregate.IN_ORDER)
+    reduce, outer = _build_reduce(chosen), _build_outer(chosen)
+    if chosen.graph != "none":
+        reduce = aggregate.gossip(chosen.graph)
+    if chosen.fragments > 1:
+        reduce, outer = aggregate.streaming(chosen.fragments, reduce, outer), aggregate.AVERAGE
+    inner = aggregate.proximal(chosen.proximal) if chosen.proximal else aggregate.UNCHANGED
+    diverges = chosen.graph != "none" or chosen.fragments > 1
+    return Strategy(chosen.sync_every, reduce, outer, inner, chosen.synchronous_steps, diverges)
+
+
+def _check(chosen: config.Aggregation) -> None:
+    """Raises InputError for options that exclude each other, so that none is passed over in silence."""
+    default = config.Aggregation()
+
+    def differs(*options: str) -> list[str]:
+        return [option for option in options if getattr(chosen, option) != getattr(default, option)]
+
+    check_at_least(1, fragments=chosen.fragments)
+    check_at_most(_MOST_FRAGMENTS, fragments=chosen.fragments)
+    if chosen.exact:
+        for option in differs("sync_every", "reduce", "combine", "clip_norm"):
+            raise InputError(option, "must be left out with exact, which sums the gradient of every step as it is.")
+    for option in differs("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"):
+        if chosen.sync_every < 1:
+            raise InputError(option, f"needs steps alone (sync_every) of at least 1, got {chosen.sync_every}.")
+    if chosen.graph != "none":
+        for option in differs("reduce", "combine", "clip_norm", "fragments"):
+            raise InputError(option, f"must be left out with graph {chosen.graph}, which sends parameters.")
+    if chosen.fragments > 1:
+        if chosen.reduce == "power_sgd":
+            raise InputError("reduce", "must not be power_sgd with fragments, which cut matrices into vectors.")
+        for option in differs("isotropic"):
+            raise InputError(option, "must be left out with fragments, which cut matrices into vectors.")
+    if chosen.combine != "average":
+        if chosen.reduce == "power_sgd" or chosen.exchange == "gathered":
+            raise InputError("combine", f"must be average where messages have no owners, got {chosen.combine}.")
+        for option in differs("synchronous_steps"):
+            raise InputError(option, f"must be 0 with combine {chosen.combine}, as they take the plain mean.")
+    if chosen.clip_norm is None:
+        for option in differs("noise_multiplier"):
+            raise InputError(option, "needs a clip_norm, got none.")
+        return
+    for option in differs("synchronous_steps"):
+        raise InputError(option, "must be 0 with clip_norm, as they send gradients as they are.")
+    if chosen.noise_multiplier:
+        for option in differs("reduce", "combine"):
+            raise InputError(option, "must be left out with noise, which is measured for the exact average.")
+
+
+def _build_reduce(chosen: config.Aggregation) -> optax.GradientTransformation:
+    combine = _build_combine(chosen)
+    if chosen.reduce == "power_sgd":
+        reduce = aggregate.power_sgd(chosen.rank)
+    elif chosen.reduce == "mean" and chosen.combine == "average" and chosen.fragments == 1:
+        reduce = aggregate.mean()
+    else:
+        codec = _build_codec(chosen)
+        reduce = aggregate.two_phase(codec, combine) if chosen.exchange == "two_phase" else aggregate.gathered(codec)
+    if chosen.clip_norm is None:
+        return reduce
+    return aggregate.private(chosen.clip_norm, chosen.noise_multiplier, reduce)
+
+
+def _build_codec(chosen: config.Aggregation) -> Codec:
+    codecs = {
+        "mean": aggregate.exact,
+        "int8": lambda: aggregate.quantize(8, chosen.levels),
+        "int4": lambda: aggregate.quantize(4, chosen.levels),
+        "int2": lambda: aggregate.quantize(2, chosen.levels),
+        "sign": aggregate.sign,
+        "top_k": lambda: aggregate.top_k(chosen.keep, chosen.chunk, _build_values(chosen)),
+        "random_k": lambda: aggregate.random_k(chosen.keep, chosen.chunk, _build_values(chosen)),
+    }
+    codec = codecs[chosen.reduce]()
+    return aggregate.error_feedback(codec, chosen.feedback_decay) if chosen.error_feedback else codec
+
+
+def _build_values(chosen: config.Aggregation) -> Codec:
+    """Builds what writes the numbers that a sparse codec keeps, in blocks that divide each chunk's."""
+    if chosen.kept_as == "f32":
+        return aggregate.exact()
+    if chosen.keep % 8:
+        raise InputError(
+            "keep", f"must be a multiple of 8 where numbers are kept as {chosen.kept_as}, got {chosen.keep}."
+        )
+    block = max(size for size in range(8, min(chosen.keep, 256) + 1, 8) if chosen.keep % size == 0)
+    if chosen.kept_as == "sign":
+        return aggregate.sign(block)
+    return aggregate.quantize(int(chosen.kept_as.removeprefix("int")), chosen.levels, block)
+
+
+def _build_combine(chosen: config.Aggregation) -> Combine:
+    match chosen.combine:
+        case "average":
+            return aggregate.average()
+        case "median":
+            return aggregate.median()
+        case "trimmed_mean":
+            return aggregate.trimmed_mean(chosen.byzantine)
+        case "krum":
+            return aggregate.krum(chosen.byzantine)
+        case "multi_krum":
+            return aggregate.multi_krum(chosen.byzantine)
+        case "geometric_median":
+            return aggregate.geometric_median()
+        case "centered_clipping":
+            return aggregate.centered_clipping(chosen.clip_radius)
+
+
+def _build_outer(chosen: config.Aggregation) -> optax.GradientTransformation:
+    rate, momentum = chosen.outer_learning_rate, chosen.outer_momentum
+    if not 0 < rate < inf:
+        raise InputError("outer_learning_rate", f"must be greater than 0 and finite, got {rate}.")
+    if not 0 <= momentum < 1:
+        raise InputError("outer_momentum", f"must be at least 0 and less than 1, got {momentum}.")
+    outers = {
+        "average": lambda: aggregate.AVERAGE,
+        "momentum": lambda: optax.sgd(rate, momentum=momentum),
+        "nesterov": lambda: optax.sgd(rate, momentum=momentum, nesterov=True),
+        "adam": lambda: optax.adam(rate, b2=0.99, eps=1e-3),  # the values of Reddi et al., 2021; optax corrects bias
+    }
+    outer = outers[chosen.outer]()
+    return optax.chain(aggregate.isotropic(), outer) if chosen.isotropic else outer
+
+
+def _data_file(chosen: config.Data) -> Path:
+    if chosen.data_file is None:
+        raise InputError("data_file", f"must name your file for --dataset {chosen.dataset}, got none.")
+    return chosen.data_file

@@ -1,0 +1,219 @@
+"""A run's folder as a trained model again: what it agreed on, without training."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ctde_jax import checkpoint, config
+from ctde_jax import devices as available
+from ctde_jax.aggregate.transformations import adapted
+from ctde_jax.checkpoint.format import Checkpoint, Damaged, newest_intact
+from ctde_jax.checkpoint.identity import differing
+from ctde_jax.checkpoint.resume import Options, check_facts, different_options, plain
+from ctde_jax.checkpoint.run_folder import CHECKPOINTS, named
+from ctde_jax.config import build
+from ctde_jax.data import Dataset, deal, digests_of
+from ctde_jax.devices import replica
+from ctde_jax.devices.replica import PyTree
+from ctde_jax.errors import InputError
+from ctde_jax.models import Model, with_raw_inputs
+from ctde_jax.rounds import state
+from ctde_jax.rounds.feed import make_feed
+from ctde_jax.rounds.reestimate import of_first_steps
+from ctde_jax.trainer.log import Row, console, read_rows
+from ctde_jax.trainer.rollback import SCALED
+from ctde_jax.trainer.run import BEST, INPUTS
+from ctde_jax.trainer.trained import Trained, accepts
+
+CONFIG = "config.json"
+
+
+class Loaded(NamedTuple):
+    """A run as it was read from its folder."""
+
+    trained: Trained
+    data: Dataset
+    config: config.Config
+
+
+def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
+    """Loads what a run of the command line has trained, up to its newest checkpoint, or one that is named.
+
+    Options, class names, vocabulary, and shift and scale of the inputs are those in the checkpoint.
+
+    Args:
+        path: The folder of the run, or of one of its checkpoints. For the whole run parameters are those that `fit`
+            would return, with patience the best; for a checkpoint its own.
+        options: As the command line has them, such as `["--data-dir", "elsewhere"]` where the data have moved.
+
+    Raises:
+        InputError: The folder is that of no run of the command line, has no intact checkpoint, or the options or data
+            differ from those of the checkpoint.
+    """
+    path = named("run_dir", path)
+    folder = folder_of(path)
+    is_checkpoint = folder != path
+    if not os.path.isfile(folder / CONFIG):
+        raise InputError(
+            "run_dir",
+            f"must be the folder of a run of python -m ctde_jax.train, or of its checkpoint, and {path} has no "
+            f"{CONFIG}. A run of fit in Python is loaded by the same call of fit, which reads its checkpoint; give "
+            "write_bundle what it returns.",
+        )
+    chosen = config.parse(["--config", str(folder / CONFIG), *options])
+    found = _read(path) if is_checkpoint else newest_intact(folder / CHECKPOINTS, console().print)
+    if found is None:
+        raise InputError("run_dir", f"must have a checkpoint, and {folder} has none yet.")
+    check_facts(found, "run_dir")
+    _check_options(found, chosen)
+
+    data = _as_trained(found, build.load_data(chosen.data, chosen.optimization.seed), chosen.data)
+    model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
+    count = chosen.aggregation.devices if chosen.run.reestimate_batches else 1
+    devices = available.start(count, available.FAKE_DEVICES)
+    (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
+    if chosen.run.reestimate_batches and not is_best:
+        model_state = _reestimated(chosen, model, data, devices, params, model_state)
+    rows = read_rows(folder, found.facts["rows"])
+    position, best = found.facts["position"], found.facts["best"] or {}
+    patience = chosen.optimization.patience
+    is_over = is_best and patience is not None and best["in_vain"] >= patience
+    trained = Trained(
+        model=model,
+        params=params,
+        model_state=model_state,
+        opt_state=_opt_state(found, chosen, data, params),
+        step=best["step"] if is_best else position["step"],
+        history=rows,
+        seconds={},
+        interrupted=position["gone_through"] < found.facts["options"]["steps"] and not is_over,
+        stopped_early=is_over,
+        task=build.build_task(chosen.optimization, data),
+        devices=devices,
+        traffic=None,
+        accepts=accepts(data),
+        platform=found.facts.get("platform"),
+    )
+    trained.history.extend(_tested(trained, data))
+    return Loaded(trained, data, chosen)
+
+
+def folder_of(path: Path) -> Path:
+    """Returns the folder of a run, of which this is the folder or that of a checkpoint."""
+    return path.absolute().parent.parent if os.path.exists(path / checkpoint.MANIFEST) else path
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        return checkpoint.read(path)
+    except Damaged as error:
+        raise InputError("run_dir", f"must lead to an intact checkpoint, but {error}.") from error
+
+
+def _check_options(found: Checkpoint, chosen: config.Config) -> None:
+    """Raises InputError if options are not those that the checkpoint was written with, as in an edited config.json."""
+    sealed, now = found.facts.get("given_options"), Options(plain(config.deciding(chosen)), config.flag)
+    if not isinstance(sealed, dict):
+        console().print(f"           not compared with {found.path}: the options, which it does not list")
+        return
+    different = different_options({name: sealed[name] for name in sealed if name in now}, now)
+    if different:
+        raise InputError(
+            "run_dir",
+            f"must be loaded with the options of its checkpoint {found.path}, but differs in {'; '.join(different)}; "
+            f"correct {CONFIG}, or leave these options out.",
+        )
+
+
+def _as_trained(found: Checkpoint, data: Dataset, chosen: config.Data) -> Dataset:
+    """Returns the data with what inference needs as it was in training.
+
+    Raises:
+        InputError: They are not the data of the training; names what differs.
+    """
+    identity = found.facts.get("identity")
+    if identity is None:
+        console().print(f"           not compared with {found.path}: the data, of which it has no digests")
+        return data
+    before = {name: digest for name, digest in identity["data"].items() if name != "the partition"}
+    different = differing(before, digests_of(data))
+    if different:
+        option = "data_file" if chosen.data_file else "data_dir"
+        raise InputError(
+            option,
+            f"must lead to the data that the run was trained on, but {data.name} differs from them in "
+            f"{', '.join(different)}; restore them, or train again.",
+        )
+    return replace(
+        data,
+        shift=found.tensors[f"{INPUTS}shift"],
+        scale=found.tensors[f"{INPUTS}scale"],
+        classes=tuple(found.facts["classes"]),
+        vocabulary=tuple(found.facts["vocabulary"]),
+    )
+
+
+def _center(found: Checkpoint, model: Model, data: Dataset, may_be_best: bool) -> tuple[tuple[PyTree, PyTree], bool]:
+    """Returns central parameters and model state, and whether they are the best of all evaluations."""
+    like = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), data.train.inputs[:1])
+    best = _beginning(found, f"{BEST}/")
+    if best and may_be_best:
+        _, center = state.center_from_tensors(best, {BEST: like}).popitem()
+        return center, True
+    averaged = _beginning(found, "ema_params/")
+    params = averaged or _beginning(found, "params/")
+    whole = {"ema_params" if averaged else "params": like[0]}
+    wanted = state.named(whole)
+    agreed = {
+        name: tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(tensor.dtype)
+        if name in wanted and tensor.shape[1:] == wanted[name].shape
+        else tensor
+        for name, tensor in params.items()
+    }
+    _, params = state.center_from_tensors(agreed, whole).popitem()
+    kept = state.center_from_tensors(_beginning(found, "model_state/"), {"model_state": like[1]})
+    return (params, kept["model_state"]), False
+
+
+def _opt_state(found: Checkpoint, chosen: config.Config, data: Dataset, params: PyTree) -> PyTree:
+    """Returns the optimizer's state of a checkpoint, as `Trained` has it."""
+    optimizer = build.build_optimizer(chosen, data, found.facts["options"]["steps"])
+    like = jax.eval_shape(adapted(optimizer).init, params)
+    prefix = SCALED if chosen.optimization.on_nonfinite == "rollback" else "opt_state/1/"
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in _beginning(found, prefix).items()}
+    return state.in_place(tensors, like, "run_dir")
+
+
+def _beginning(found: Checkpoint, prefix: str) -> dict[str, np.ndarray]:
+    return {name: tensor for name, tensor in found.tensors.items() if name.startswith(prefix)}
+
+
+def _reestimated(
+    chosen: config.Config,
+    model: Model,
+    data: Dataset,
+    devices: Sequence[jax.Device],
+    params: PyTree,
+    model_state: PyTree,
+) -> PyTree:
+    """Estimates batch statistics as the run did before every evaluation."""
+    seed, batch_size = chosen.optimization.seed, chosen.optimization.batch_size
+    partition = build.make_partition(chosen.data, data.train.labels, len(devices), seed)
+    inner_steps = build.build_strategy(chosen.aggregation).inner_steps
+    batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, inner_steps))
+    _, train_key = jax.random.split(jax.random.key(seed))
+    feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
+    reestimate = of_first_steps(model, feed, devices, batches.axis, chosen.run.reestimate_batches, key)
+    return jax.device_get(reestimate(*replica.replicate((params, model_state), devices)))
+
+
+def _tested(trained: Trained, data: Dataset) -> list[Row]:
+    """Returns the test row of these parameters where the history has none."""
+    if any(row["split"] == "test" and row["step"] == trained.step for row in trained.history):
+        return []
+    return [{"split": "test", "step": trained.step, **trained.evaluate(data.test)}]

@@ -1,0 +1,184 @@
+"""What the command line says before and after a run: the plan, and the result."""
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from ctde_jax import config as options
+from ctde_jax.config.options import Aggregation, Config, Optimization
+from ctde_jax.data import Dataset
+from ctde_jax.devices.backend import count_cores
+from ctde_jax.models import Model, count_params
+from ctde_jax.trainer.trained import Trained
+
+
+def plan(
+    config: Config,
+    devices: Sequence[jax.Device],
+    data: Dataset,
+    partition: Sequence[np.ndarray] | None,
+    model: Model,
+    steps_per_epoch: int,
+    steps: int,
+    folder: Path,
+) -> Table:
+    """Says what is about to be trained on what, and where the results go."""
+    network, optimization = config.model, config.optimization
+    kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
+
+    picture = " (partition.png)" if data.classes else ""
+    table = Table.grid(padding=(0, 2))
+    count = len({device.process_index for device in devices})
+    spread = f" on {count} hosts" if count > 1 else ""
+    table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}")
+    here = sum(device.process_index == jax.process_index() for device in devices)
+    if devices[0].platform == "cpu" and here > 1:
+        cores = f"{count_cores()} core{'s' * (count_cores() > 1)}"
+        table.add_row("", f"{here} fake devices share {cores}: for demonstration; --devices 1 is usually faster.")
+    table.add_row(
+        "data",
+        f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, {data.kinds}",
+    )
+    for note in data.notes:
+        table.add_row("", note)
+    table.add_row("inputs", _describe_inputs(data))
+    if partition is None:
+        table.add_row(
+            "split", f"dealt anew in every epoch, {len(data.train.inputs) / len(devices):,.0f} examples to each device"
+        )
+    elif len(partition) > len(devices):
+        sizes = f"{min(map(len, partition)):,} to {max(map(len, partition)):,}"
+        clients = f"{config.data.partition}: {len(partition)} clients keep {sizes} examples each{picture}"
+        table.add_row("split", f"{clients}, and {len(devices)} of them, drawn anew, train in each round")
+    else:
+        sizes = ", ".join(f"{len(part):,}" for part in partition)
+        table.add_row("split", f"{config.data.partition}: {sizes} examples stay on their device{picture}")
+    table.add_row("model", f"{describe_network(network, data)}, {count_params(params):,} parameters")
+    groups = f" in {optimization.accumulate} groups" if optimization.accumulate > 1 else ""
+    table.add_row(
+        "batch",
+        f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on each device{groups}",
+    )
+    table.add_row("steps", f"{steps:,}, {steps_per_epoch:,} an epoch")
+    table.add_row("optimizer", describe_optimization(optimization))
+    table.add_row("strategy", describe_strategy(config.aggregation))
+    table.add_row("results", str(folder))
+    return table
+
+
+def describe_network(chosen: options.Model, data: Dataset) -> str:
+    """Says what the network is, and how it starts."""
+    shape = data.train.inputs.shape[1:]
+    match chosen.model:
+        case "mlp":
+            words = [f"{'-'.join(map(str, (prod(shape), *chosen.widths, len(data.classes))))} with {chosen.activation}"]
+        case "resnet":
+            words = [f"{chosen.layers} a stage of {', '.join(map(str, chosen.widths))} channels, {chosen.norm} norm"]
+        case "cnn":
+            words = [f"on {' x '.join(map(str, shape))}"]
+        case "transformer":
+            words = [f"{chosen.layers} blocks of width {chosen.width}, {chosen.heads} heads"]
+        case _:
+            words = [f"{chosen.layers} layer{'s' * (chosen.layers > 1)} of width {chosen.width}"]
+    if chosen.dropout:
+        words.append(f"dropout {chosen.dropout:g}")
+    if chosen.init != "flax":
+        words.append(f"{chosen.init} start")
+    return ", ".join([f"{chosen.model} {words[0]}", *words[1:], chosen.precision])
+
+
+def describe_optimization(chosen: Optimization) -> str:
+    """Says how each step goes downhill."""
+    words = [
+        f"{chosen.optimizer}, learning rate {chosen.learning_rate:g}, {chosen.schedule}, "
+        f"{chosen.warmup_steps} warm-up steps"
+        + (f", starting at step {chosen.schedule_start:,}" if chosen.schedule_start else "")
+    ]
+    if chosen.weight_decay is not None:
+        words.append(f"weight decay {chosen.weight_decay:g}")
+    if chosen.max_grad_norm is not None:
+        words.append(f"gradients of at most norm {chosen.max_grad_norm:g}")
+    if chosen.label_smoothing:
+        words.append(f"labels smoothed by {chosen.label_smoothing:g}")
+    if chosen.ema_decay is not None:
+        words.append(f"averaged with decay {chosen.ema_decay:g}")
+    return ", ".join(words)
+
+
+def describe_strategy(chosen: Aggregation) -> str:
+    """Says when the devices talk, what they send, and what is made of it."""
+    combined = "the mean" if chosen.combine == "average" else f"the {chosen.combine.replace('_', ' ')}"
+    words = [f"{combined} of the gradients at every step"]
+    if chosen.exact:
+        words.append("of 8 shards in one order, so that bits do not depend on the number of devices")
+    if chosen.sync_every:
+        steps = "every step" if chosen.sync_every == 1 else f"every {chosen.sync_every} steps"
+        words = [f"{combined} of the parameters after {steps} alone"]
+    if chosen.synchronous_steps:
+        words.append(f"after {chosen.synchronous_steps} synchronous steps")
+    if chosen.reduce != "mean":
+        feedback = " with error feedback" if chosen.error_feedback else ""
+        kept = (
+            f", {chosen.keep} of {chosen.chunk} as {chosen.kept_as}" if chosen.reduce in ("top_k", "random_k") else ""
+        )
+        words.append(f"sent as {chosen.reduce}{kept}{feedback}")
+    if chosen.exchange == "gathered":
+        words.append("from everybody to everybody")
+    if chosen.graph != "none":
+        neighbors = {"ring": "in a ring", "exponential": "in an exponential graph", "pairs": "in random pairs"}
+        words.append(f"with the neighbors {neighbors[chosen.graph]}, and no center")
+    if chosen.fragments > 1:
+        words.append(f"one of {chosen.fragments} fragments at a time")
+    if chosen.clip_norm is not None:
+        words.append(f"clipped to {chosen.clip_norm:g} with noise of {chosen.noise_multiplier:g}")
+    if chosen.proximal:
+        words.append(f"pulled to the center by {chosen.proximal:g}")
+    if chosen.isotropic:
+        words.append("the change made isotropic")
+    if chosen.outer != "average":
+        words.append(f"followed by {chosen.outer}, learning rate {chosen.outer_learning_rate:g}")
+    name = "" if chosen.strategy == "ddp" else f"{chosen.strategy}: "
+    return name + ", ".join(words)
+
+
+def _describe_inputs(data: Dataset) -> str:
+    shape = " x ".join(map(str, data.train.inputs.shape[1:]))
+    if data.scale.ndim:
+        seen = "standardized"
+    else:
+        seen = "as they are" if data.scale == 1 else f"divided by {1 / float(data.scale):g}"
+    return f"{shape} {data.train.inputs.dtype}, which reach the model {seen}"
+
+
+def result(trained: Trained, folder: Path) -> Table:
+    """Says what came of a run, and where its time went."""
+    tested = trained.tested
+    title = f"after {trained.step:,} steps"
+    if trained.interrupted:
+        title = f"interrupted at step {trained.step:,}; the same command with --run-dir {folder} goes on"
+    elif "train" not in trained.seconds:
+        title = f"complete at step {trained.step:,} before; nothing was trained"
+    if trained.step < trained.history[-1]["step"]:
+        title += ", the best of those evaluated"
+    table = Table(title=title, show_header=False)
+    table.add_row("test accuracy", f"{tested['accuracy']:.2%}")
+    table.add_row("test loss", f"{tested['loss']:.4f}")
+    for name in trained.task.of_the_loss:
+        table.add_row(f"test {name.replace('_', ' ')}", f"{tested[name]:.4f}")
+    table.add_row("examples evaluated", f"{tested['examples']:,}")
+    sent = max(row.get("bytes_sent", 0) for row in trained.history)
+    table.add_row("sent by each device", decimal(sent))
+    table.add_section()
+    for part, seconds in trained.seconds.items():
+        table.add_row(part, f"{seconds:.2f} s")
+    table.add_row("wall time", f"{sum(trained.seconds.values()):.2f} s")
+    table.add_section()
+    table.add_row("curves", Text(str(folder / "curves.png"), overflow="fold"))
+    return table

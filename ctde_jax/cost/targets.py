@@ -1,0 +1,101 @@
+"""Rounds compiled and not run, also for devices that are not here: what a TPU or GPU would do can be read without one.
+
+The compiler is all it takes, and it comes with the platform's plugin: `pip install 'jax[tpu]'` or `'jax[cuda12]'`.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import topologies
+
+from ctde_jax.aggregate import Strategy
+from ctde_jax.data import Batches, Dataset
+from ctde_jax.devices import replica
+from ctde_jax.devices.replica import AXIS
+from ctde_jax.errors import InputError
+from ctde_jax.models import Model
+from ctde_jax.models.tasks import Task
+from ctde_jax.rounds import state
+from ctde_jax.rounds.feed import Span, shapes
+from ctde_jax.rounds.gradient import make_gradient
+from ctde_jax.rounds.round import parallel_rounds
+
+EXAMPLES = "tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4 (hosts, and devices on each)"
+
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 }
+"""  # what the compiler asks a device for
+
+
+def devices(target: str) -> Sequence[jax.Device]:
+    """Returns the devices of a machine that need not exist; programs can be compiled for them, but not run.
+
+    Args:
+        target: Such as `tpu:v5e:2x4` or `gpu:h100:2x4`.
+
+    Raises:
+        InputError: The target is not known, or its plugin is not installed.
+    """
+    match = re.fullmatch(r"(tpu):(.+:.+)|gpu:(h100):(\d+x\d+)", target)
+    if not match:
+        raise InputError("target", f"must be such as {EXAMPLES}, got {target}.")
+    platform = "tpu" if match[1] else "gpu"
+    if not _plugin_is_installed(platform):
+        package = {"tpu": "jax[tpu]", "gpu": "jax[cuda12]"}[platform]
+        raise InputError("target", f"must be one whose plugin is installed (pip install '{package}'), got {target}.")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for a cloud around it
+    try:
+        if platform == "tpu":
+            return topologies.get_topology_desc(match[2], "tpu").devices
+        return topologies.get_topology_desc(platform="cuda", topology=f"1x{match[4]}", target_config=_H100).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise InputError("target", f"must be known to the plugin, got {target} ({error}).") from error
+
+
+def compile_rounds(
+    model: Model,
+    data: Dataset,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    batches: Batches,
+    devices: Sequence[jax.Device],
+    *,
+    accumulate: int = 1,
+) -> replica.Program:
+    """Compiles rounds as `fit` would run them, also for devices that are not here."""
+    center = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
+    create = jax.vmap(
+        partial(state.create, optimizer=optimizer, strategy=strategy),
+        in_axes=(None, None),
+        out_axes=state.axes(strategy),
+        axis_name=AXIS,
+        axis_size=len(devices),
+    )
+    round_steps = max(1, strategy.inner_steps)
+    piece, number = shapes(batches, Span(0, round_steps, round_steps)), jax.ShapeDtypeStruct((), np.int32)
+    arguments = (jax.eval_shape(create, *center), *piece, number, number, jax.eval_shape(jax.random.key, 0))
+    gradient = make_gradient(model, task, accumulate=accumulate, exact=strategy.is_exact)
+    train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
+    return replica.compiled(replica.lowered(train_rounds, *arguments), devices, strategy.is_exact)
+
+
+def _plugin_is_installed(platform: str) -> bool:
+    if platform == "tpu":
+        return find_spec("libtpu") is not None
+    plugins = [f"jax_plugins.xla_cuda{version}" for version in (12, 13)]
+    return find_spec("jax_plugins") is not None and any(find_spec(plugin) for plugin in plugins)

@@ -1,0 +1,225 @@
+"""Fetching a published file: any mirror may send it, and only its checksum makes it believed.
+
+What has arrived stays in `<target>.part`, so a connection that breaks off costs no more than the rest. The
+checksum is that of the decompressed content, which is the same however a mirror packed it; only an archive, `.tar.gz`,
+is checked and read as it is.
+"""
+
+import gzip
+import hashlib
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ctde_jax.errors import InputError
+from ctde_jax.files.reading import open_regular
+
+BLOCK = 1 << 16
+RESUMES = 5
+PART = ".part"
+
+Report = Callable[[int, int | None], None]  # (bytes here, bytes in all, where the mirror says so)
+
+
+def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0) -> Path:
+    """Downloads one file unless it is there already, and returns its path.
+
+    Args:
+        urls: The same file at several mirrors, tried in turn.
+        target: Where the file shall be; it appears there whole and verified, or not at all.
+        sha256: The checksum of the file's decompressed content, or of an archive as it is.
+        timeout: Seconds within which a mirror has to answer, and then to send each further 64 KiB.
+
+    Raises:
+        InputError: No mirror gave the file, or its folder cannot be written to.
+    """
+    part = target.with_name(target.name + PART)
+    reasons = []
+    try:
+        if target.exists():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _progress(target.name) as report:
+            for url in urls:
+                try:
+                    _fetch_verified(url, part, sha256, timeout, report)
+                    os.replace(part, target)
+                    return target
+                except _MirrorFailed as failure:
+                    reasons.append(f"{url} {failure}")
+    except OSError as error:
+        raise InputError(
+            "data_dir",
+            f"must be a folder that can be written to, got {target.parent} ({error.strerror or error}); "
+            "make room or give permission there, or pass another folder.",
+        ) from error
+    raise InputError(
+        "data_dir",
+        f"has no {target.name}, and it could not be downloaded: {'; '.join(reasons)}. "
+        f"Put the file into {target.parent} by hand, or name a folder that has it.",
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the checksum of what `content_of` yields."""
+    digest = hashlib.sha256()
+    for block in content_of(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def content_of(path: Path) -> Iterator[bytes]:
+    """Yields a file's content block by block, decompressed if its name ends in .gz and not in .tar.gz.
+
+    Raises:
+        InputError: The file cannot be read, or is not whole.
+    """
+    name = path.name.removesuffix(PART)
+    packed = name.endswith(".gz") and not name.endswith(".tar.gz")
+    try:
+        with open_regular(path) as stored, gzip.open(stored) if packed else nullcontext(stored) as file:
+            while block := file.read(BLOCK):
+                yield block
+    except EOFError as error:
+        raise damaged(path, "is a truncated gzip file") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise damaged(path, f"is a corrupt gzip file ({error})") from error
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error.strerror or error})") from error
+
+
+def existing(paths: Iterable[Path]) -> Path | None:
+    """Returns the first of these that is there as a regular file, or None if there is nothing.
+
+    Raises:
+        InputError: Only something else is there, such as a folder of that name.
+    """
+    there = [path for path in paths if os.path.lexists(path)]
+    found = next((path for path in there if os.path.isfile(path)), None)
+    if there and found is None:
+        try:
+            open_regular(there[0]).close()
+        except OSError as error:
+            raise damaged(there[0], f"cannot be read ({error.strerror})") from error
+    return found
+
+
+def damaged(path: Path, fault: str) -> InputError:
+    """Says what is wrong with a file of the data folder, and the two ways out."""
+    way_out = "replace it, or remove it to have the published file downloaded"
+    return InputError("data_dir", f"holds {path}, which {fault}; {way_out}.")
+
+
+class _MirrorFailed(Exception):
+    """Says why a mirror did not give the file."""
+
+
+class _BrokeOff(_MirrorFailed):
+    """The connection ended in the middle, so the same mirror may yet send the rest."""
+
+
+def _fetch_verified(url: str, part: Path, sha256: str, timeout: float, report: Report) -> None:
+    inherited = part.exists()
+    _complete(url, part, timeout, report)
+    if _matches(part, sha256):
+        return
+    part.unlink()
+    if not inherited:
+        raise _MirrorFailed("sent something other than the published file (the checksum differs)")
+    _fetch_verified(url, part, sha256, timeout, report)  # what was here before may be to blame
+
+
+def _matches(part: Path, sha256: str) -> bool:
+    try:
+        return sha256_of(part) == sha256
+    except InputError:
+        return False
+
+
+def _complete(url: str, part: Path, timeout: float, report: Report) -> None:
+    for resumes_left in reversed(range(RESUMES + 1)):
+        before = _size(part)
+        try:
+            return _append(url, part, timeout, report)
+        except _BrokeOff:
+            if not resumes_left or _size(part) <= before:
+                raise
+
+
+def _append(url: str, part: Path, timeout: float, report: Report) -> None:
+    response, start = _answer(url, _size(part), timeout)
+    total = None if response.length is None else start + response.length
+    with response, part.open("ab" if start else "wb") as file:
+        for piece in _pieces(response, timeout):
+            file.write(piece)
+            report(file.tell(), total)
+    if total is not None and _size(part) < total:
+        raise _BrokeOff(f"broke off after {_size(part):,} of {total:,} bytes")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _answer(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
+    """Asks for the bytes from `start` on; returns the response and where it begins, at `start` or at 0."""
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urlopen(request, timeout=timeout)
+    except HTTPError as error:
+        error.close()
+        if error.code == 416 and start:
+            return _answer(url, 0, timeout)
+        raise _MirrorFailed(f"answered {error.code} {error.reason}") from error
+    except (OSError, HTTPException) as error:
+        reason = error.reason if isinstance(error, URLError) else error
+        if isinstance(reason, TimeoutError):
+            raise _MirrorFailed(f"did not answer within {timeout:g} s") from error
+        raise _MirrorFailed(f"could not be reached ({reason})") from error
+    if response.status != 206:
+        return response, 0
+    if response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        return response, start
+    response.close()
+    if start:
+        return _answer(url, 0, timeout)
+    raise _MirrorFailed("sent another part of the file than it was asked for")
+
+
+def _pieces(response: HTTPResponse, timeout: float) -> Iterator[bytes]:
+    """Yields what arrives; a mirror that trickles is given up like one that stalls."""
+    arrived, deadline = 0, time.monotonic() + timeout
+    try:
+        while piece := response.read1(BLOCK):
+            yield piece
+            arrived += len(piece)
+            if arrived >= BLOCK:
+                arrived, deadline = 0, time.monotonic() + timeout
+            elif time.monotonic() > deadline:
+                raise TimeoutError
+    except TimeoutError as error:
+        raise _MirrorFailed(f"sent too little within {timeout:g} s") from error
+    except (OSError, HTTPException) as error:
+        raise _BrokeOff(f"broke off ({error})") from error
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Report]:
+    if not sys.stderr.isatty():
+        print(f"Downloading {name}", file=sys.stderr)
+        yield lambda here, total: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        bar = bars.add_task(f"Downloading {name}", total=None)
+        yield lambda here, total: bars.update(bar, completed=here, total=total)

@@ -1,0 +1,1 @@
+"""Where the training runs: devices, replicas, hosts."""

@@ -1,0 +1,302 @@
+"""A replica's own gradient: of the mean loss over its examples, cut into shards that know nothing of devices.
+
+If a model draws random numbers, a batch is cut into *shards*, and each shard has a key of its own, so the number of
+devices changes no dropout mask. The shards of a replica are computed at once, or in groups one after another.
+
+All random numbers of a run follow from its seed, the number of the step (from 0, counted over the whole run, local
+steps included), the number of the shard and the number of the example:
+
+    init_key, train_key = split(key(seed))
+    reduce_key, gradient_key = split(fold_in(train_key, step))
+    augment_key, model_key = split(gradient_key)
+    key of the model on a shard = fold_in(model_key, shard)
+    key of an example's augmentation = fold_in(augment_key, its index in the training split)
+
+A reducer is given the `reduce_key` of the first step of its round. Of `S` shards, shard `s` has the examples whose
+place in the global batch is `s` modulo `S`; of `R` replicas, replica `r` has the shards that are `r` modulo `R`. `S` is
+8, or 1 if the model draws nothing; and the least common multiple of that and `R * accumulate`, so that all replicas and
+groups have equally many shards. If the batch cannot be cut into that many, it is `R * accumulate`.
+
+`from_nnx` and `from_linen` document how the random streams of a module follow from the key of a shard.
+"""
+
+from collections.abc import Callable
+from math import lcm
+
+import jax
+import optax
+from jax import lax
+from jax import numpy as jnp
+from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+
+from ctde_jax.aggregate.transformations import depends_on
+from ctde_jax.data import Drawn
+from ctde_jax.data.augment import Augment, apply_to
+from ctde_jax.devices.replica import AXIS, SHARD, PyTree, agreed_state, is_changed, largest
+from ctde_jax.errors import InputError
+from ctde_jax.models import Model
+from ctde_jax.models.tasks import Task
+
+SHARDS = 8
+"""A batch is cut into so many shards where the model draws random numbers, and devices, groups and batch size allow;
+else into one for each device and group."""
+
+Sums = dict[str, jax.Array]
+"""Over examples: `loss`, each metric, their number `examples`, and `objective` if that is not the loss; float32."""
+
+Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
+"""`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums over own examples)`
+
+`indices` is `int32[per_replica]`, negative where there is no example; the key is the same on all replicas. `alone` is
+True in local steps: then a model that has a state meets no other replica, so batch statistics are those of the
+replica's examples.
+
+If the losses of other replicas depend on a replica's examples, as through synchronized batch statistics, its gradient
+includes these losses. Only the mean over the replicas, weighted by examples, is then the gradient of the mean loss.
+"""
+
+
+def make_gradient(
+    model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1, exact: bool = False
+) -> Gradient:
+    """Makes the function that differentiates the mean loss over a replica's examples.
+
+    Args:
+        model: What is trained.
+        task: What for.
+        augment: Changes each training example, by a key of its own, before the model sees it.
+        accumulate: Groups that a replica's examples are computed in, one after another. The gradient is that of all
+            of them together; the memory that activations take is that of one group.
+        exact: Whether to differentiate the mean loss over the examples of all replicas instead, to the same bits on any
+            number of them.
+    """
+    if exact:
+        return _make_exact_gradient(model, task, augment)
+
+    def on_shards(on_shard, indices, shards, params, model_state, *common) -> tuple[jax.Array, PyTree, Sums]:
+        if len(shards) == 1:  # an axis of one shard would make XLA transpose
+            return on_shard(indices[0], shards[0], params, model_state, *common)
+
+        def on_each(indices, shard) -> tuple[jax.Array, PyTree, Sums]:
+            objective, new_model_state, sums = on_shard(indices, shard, params, model_state, *common)
+            new_model_state = agreed_state(new_model_state, model_state, sums["examples"], SHARD)
+            return lax.psum(objective, SHARD), new_model_state, lax.psum(sums, SHARD)
+
+        return jax.vmap(on_each, out_axes=None, axis_name=SHARD)(indices, shards)
+
+    def gradient(params, model_state, split, indices, key, alone=False):
+        inputs = jax.ShapeDtypeStruct((len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype)
+        meets = meets_replicas(model, params, model_state, inputs)
+        is_random = draws(model, params, model_state, inputs)
+        examples, shards = _cut(indices, accumulate, SHARDS if is_random or (meets and accumulate > 1) else 1)
+        if not is_random:  # the shards only decide which examples share a group
+            examples, shards = examples.reshape(accumulate, 1, -1), shards[:, :1]
+        own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
+        keeps_statistics = meets and bool(jax.tree.leaves(model_state))
+        on_shard = _make_on_shard(_alone(model) if alone and keeps_statistics else model, task, augment)
+
+        # The transpose of a sum over replicas adds up their cotangents. So if other losses depend on these examples,
+        # all replicas divide by the same number first, and by the number of their own examples afterwards.
+        is_shared = meets and not alone and lax.axis_size(AXIS) > 1
+        divisor = len(indices) if is_shared else own_examples
+
+        def add_group(so_far, group):
+            grads, model_state, sums = so_far
+            examples, shards = group
+
+            def objective(params):
+                total, new_model_state, group_sums = on_shards(
+                    on_shard, examples, shards, params, model_state, split, key
+                )
+                return total / divisor, (new_model_state, group_sums)
+
+            group_grads, (new_model_state, group_sums) = jax.grad(objective, has_aux=True)(params)
+            examples = group_sums["examples"]
+            if is_shared and accumulate > 1:  # a group that is empty here has changed what is shared elsewhere
+                examples = lax.psum(examples, AXIS)
+            model_state = optax.tree.where(examples > 0, new_model_state, model_state)
+            return (optax.tree.add(grads, group_grads), model_state, optax.tree.add(sums, group_sums)), None
+
+        objective_too = [] if task.objective is None else ["objective"]
+        zeros = dict.fromkeys(["loss", *task.metrics, "examples", *objective_too], jnp.float32(0))
+        start = (optax.tree.zeros_like(params), model_state, zeros)
+        (grads, model_state, sums), _ = lax.scan(add_group, start, (examples, shards))
+        if is_shared:
+            grads = optax.tree.scale(divisor / own_examples, grads)
+        return grads, model_state, sums
+
+    return gradient
+
+
+def compiled_apart(
+    function: Callable[..., PyTree], has_examples: jax.Array, *arguments: PyTree, otherwise: PyTree
+) -> PyTree:
+    """Calls a function where there are examples, and returns something like its result where there are none.
+
+    The compiler, which cannot know where, compiles the function apart from what stands around it, and that differs with
+    the number of devices. Together they would be rounded otherwise: of a product and a sum that meet in one kernel a
+    CPU makes one operation. (For CPUs, XLA takes optimization barriers away before it makes kernels.)
+    """
+    return lax.cond(has_examples, function, lambda *_: otherwise, *arguments)
+
+
+def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
+    """Returns whether anything that the model returns in training depends on its key."""
+    program = _in_training(model, params, model_state, inputs)
+    return depends_on(program, program.jaxpr.invars[-1:])
+
+
+def meets_replicas(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
+    """Returns whether the model itself uses collectives over the replicas in training, as synchronized statistics do.
+
+    Only shapes and dtypes are read.
+    """
+    program = _in_training(model, params, model_state, inputs)
+    return any(getattr(effect, "name", None) == AXIS for effect in program.jaxpr.effects)
+
+
+def check_exact_model(model: Model, params: PyTree, model_state: PyTree, inputs: jax.typing.ArrayLike) -> None:
+    """Raises InputError for a model whose shards depend on each other; only shapes and dtypes are read."""
+    if meets_replicas(model, params, model_state, jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.result_type(inputs))):
+        raise InputError(
+            "exact",
+            "requires batch statistics that devices do not share: --batch-statistics averaged, or "
+            'batch_statistics="averaged" of models.from_nnx, models.from_linen or models.resnet.',
+        )
+
+
+def _in_training(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> ClosedJaxpr:
+    """Traces a model on one of several replicas; the key is the last argument of the program."""
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.make_jaxpr(model.apply, axis_env=[(AXIS, 1)])(params, model_state, inputs, key)
+
+
+def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
+    """Makes the function that sums what is minimized, and all that is measured, over a shard."""
+
+    def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
+        is_example = indices >= 0
+        rows = jnp.where(is_example, indices, ~indices)
+        inputs, labels = _take(split.inputs, rows), _take(split.labels, rows)
+        augment_key, model_key = jax.random.split(key)
+        if augment is not None:
+            inputs = apply_to(augment, augment_key, inputs, split.numbers[rows] if isinstance(split, Drawn) else rows)
+
+        mask = (is_example,) if jax.tree.leaves(model_state) else ()
+        outputs, model_state = model.apply(params, model_state, inputs, jax.random.fold_in(model_key, shard), *mask)
+        measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
+        sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
+        objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
+        if task.objective is not None:
+            sums["objective"] = objective
+        return objective, model_state, sums
+
+    return on_shard
+
+
+def _make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gradient:
+    """Makes the gradient of the examples of all replicas, whose bits do not depend on how many there are.
+
+    A batch is always cut into `SHARDS` shards, of which a replica computes its own, one after another. Then every
+    replica gets the gradients of all and sums them by pairs, so in an order that never changes. The sums over examples
+    are those of all replicas, too. Batch statistics are those of a shard.
+
+    Each replica sends its shards' gradients to all others: `8 (R - 1) / R * 4 n` bytes for n numbers.
+    """
+    on_shard = _make_on_shard(model, task, augment)
+
+    def gradient(params, model_state, split, indices, key):
+        check_exact_model(model, params, model_state, split.inputs[:1])
+        (examples,), (numbers,) = _cut(indices, 1, SHARDS)
+
+        def of_shard(shard):
+            # the barriers keep XLA from rewriting this together with what differs on more devices
+            (examples, number), params, start = lax.optimization_barrier((shard, *center))
+
+            def objective(params):
+                total, new_model_state, sums = on_shard(examples, number, params, start, split, key)
+                return total, (new_model_state, sums)
+
+            grads, (new_model_state, sums) = jax.grad(objective, has_aux=True)(params)
+            return lax.optimization_barrier((grads, new_model_state, sums))
+
+        center = (params, model_state)
+        grads, states, sums = _of_all_shards(_one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0)))
+        weights, sums = sums["examples"], jax.tree.map(_sum_in_order, sums)
+        total = jnp.maximum(sums["examples"], 1)
+
+        def mean_state(shards: jax.Array, before: jax.Array) -> jax.Array:
+            each = jnp.expand_dims(weights, range(1, shards.ndim))
+            if jnp.issubdtype(shards.dtype, jnp.inexact):
+                weighted = lax.optimization_barrier(jnp.where(each > 0, shards * each, 0))
+                mean = (_sum_in_order(weighted) / total).astype(shards.dtype)
+                return jnp.where(jnp.any((each > 0) & is_changed(shards, before[None]), axis=0), mean, before)
+            return jnp.where(sums["examples"] > 0, largest(shards, each > 0), before)
+
+        agreed = jax.tree.map(lambda x: _sum_in_order(x) / total, grads), jax.tree.map(mean_state, states, model_state)
+        return lax.optimization_barrier((*agreed, sums))
+
+    return gradient
+
+
+def _one_after_another(function: Callable[[PyTree], PyTree], arguments: PyTree, is_wanted: jax.Array) -> PyTree:
+    """Maps a function over the first axis, or returns zeros.
+
+    XLA does not know how often the loop turns, so it compiles the function in the same way for one turn and for eight.
+    """
+    count = len(jax.tree.leaves(arguments)[0])
+
+    def of(number: jax.Array) -> PyTree:
+        return function(jax.tree.map(lambda x: x[number], arguments))
+
+    def add(number: jax.Array, so_far: PyTree) -> PyTree:
+        return jax.tree.map(lambda all_results, one: all_results.at[number].set(one), so_far, of(number))
+
+    empty = jax.tree.map(lambda like: jnp.zeros((count, *like.shape), like.dtype), jax.eval_shape(of, jnp.int32(0)))
+    return lax.fori_loop(0, jnp.where(is_wanted, count, 0), add, empty)
+
+
+def _alone(model: Model) -> Model:
+    """Makes a replica that applies the model the only one on its axis."""
+    return model._replace(apply=jax.vmap(model.apply, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1))
+
+
+def _of_all_shards(own: PyTree) -> PyTree:
+    """Gathers what the replicas have of each of their shards, in the order of their numbers; `[SHARDS, ...]`."""
+    if lax.axis_size(AXIS) == 1:
+        return own
+    by_replica = lax.all_gather(own, AXIS)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(SHARDS, *x.shape[2:]), by_replica)
+
+
+def _sum_in_order(shards: jax.Array) -> jax.Array:
+    """Sums over the first axis, whose length is a power of 2, by pairs, pairs of pairs, and so on."""
+    while len(shards) > 1:
+        shards = shards[0::2] + shards[1::2]
+    return shards[0]
+
+
+def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
+    """Takes rows of an array `[examples, ...]`.
+
+    As flat ones, for which XLA needs no division to find each number, and without a look whether there are such rows.
+    """
+    flat = array.reshape(len(array), -1).at[rows].get(mode="promise_in_bounds")
+    return flat.reshape(len(rows), *array.shape[1:])
+
+
+def _cut(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts a replica's examples into shards, of which it has every one whose number leaves its own.
+
+    In all there are `wanted` shards, or as few more as give each replica and group as many.
+
+    Returns:
+        The examples `int32[groups, shards, per_shard]`, and the numbers of the shards `int32[groups, shards]`.
+    """
+    replicas = lax.axis_size(AXIS)
+    shards = lcm(wanted, replicas * groups)
+    if len(indices) * replicas % shards:
+        shards = replicas * groups
+    own = shards // replicas
+    numbers = jnp.arange(own) * replicas + lax.axis_index(AXIS)
+    return indices.reshape(-1, own).T.reshape(groups, own // groups, -1), numbers.reshape(groups, -1)

@@ -1,0 +1,234 @@
+"""One round, as one replica sees it: compute on its own examples, then agree. The heart of the trainer."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import optax
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax.aggregate import Strategy
+from ctde_jax.aggregate.reducer import IndependentReducer
+from ctde_jax.aggregate.transformations import Value, adapted, learning_rate
+from ctde_jax.data import Split
+from ctde_jax.devices import replica
+from ctde_jax.devices.replica import PyTree, agreed_state
+from ctde_jax.rounds.gradient import Gradient, Sums, compiled_apart
+from ctde_jax.rounds.state import TrainState, axes
+
+_BLOCK_STEPS = 16
+"""A GPU asks the host before every turn of a loop whose turns the compiler does not know; measured, that takes as long
+as some 20 microseconds of a step. In blocks of so many it asks once."""
+
+Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
+"""`train_round(state, split, batches, key) -> (state, sums over the replica's own examples, float32[steps])`
+
+`split` is what the device holds, `batches` is `int32[steps, per_replica]`, negative where there is no example.
+"""
+
+Rounds = Callable[[TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]
+"""`train_rounds(state, split, batches, first, last, key) -> (state, sums over own examples, float32[most * steps])`
+
+`batches` is `int32[most, steps, per_replica]`, of which those from `first` up to but not including `last`, both
+`int32[]`, are gone through; the sums of the others are zero.
+"""
+
+
+def make_round(
+    gradient: Gradient,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    ema_decay: float | None = None,
+) -> Round:
+    """Makes the round of a strategy. It uses collectives, so it runs under `replica.parallel`.
+
+    A local step for which a replica has no examples leaves that replica as it is. A round begins with a step for which
+    some replica has examples.
+
+    Args:
+        gradient: Made by `gradient.make_gradient`.
+        optimizer: Of every step.
+        strategy: How the replicas agree.
+        ema_decay: What the exponential moving average of the parameters keeps of itself in a round.
+    """
+    optimizer, outer = strategy.local(optimizer), adapted(strategy.outer)
+    reduce = optax.with_extra_args_support(strategy.reduce)
+    alone = partial(gradient, alone=True)
+    compute = alone if isinstance(strategy.reduce, IndependentReducer) else gradient
+
+    def step(state: TrainState, grads: PyTree, value: Value) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
+        return averaged(state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state))
+
+    def averaged(state: TrainState) -> TrainState:
+        if ema_decay is None:
+            return state
+        share = 1 - ema_decay
+        # A difference keeps the bits of a parameter that has not moved.
+        ema_params = jax.tree.map(lambda ema, x: ema + share * (x - ema), state.ema_params, state.params)
+        return state._replace(ema_params=ema_params)
+
+    def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        (indices,) = batches
+        reduce_key, step_key = _keys(key, state.step)
+        grads, model_state, sums = compute(state.params, state.model_state, split, indices, step_key)
+
+        grads, reduce_state = reduce.update(
+            grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
+        )
+        if strategy.is_exact:
+            state = state._replace(model_state=model_state)
+            exact_step = partial(step, value=partial(_mean_objective, sums))
+            state = compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
+            is_first = lax.axis_index(replica.AXIS) == 0
+            sums = jax.tree.map(lambda x: jnp.where(is_first, x, 0), _with_rate(sums, state.opt_state))
+        else:
+            model_state = agreed_state(model_state, state.model_state, sums["examples"])
+            state = state._replace(model_state=model_state, reduce_state=reduce_state)
+            state = step(state, grads, value=partial(_mean_objective, sums, over_replicas=True))
+            sums = _with_rate(sums, state.opt_state)
+        return state, jax.tree.map(lambda x: x[None], sums)
+
+    def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        def local_step(own, step_and_indices):
+            params, model_state, opt_state = own
+            step, indices = step_and_indices
+            grads, model_state, sums = alone(params, model_state, split, indices, _keys(key, step)[1])
+            value = partial(_mean_objective, sums)
+            updates, opt_state = optimizer.update(grads, opt_state, params, value=value, anchor=state.params)
+            moved = (optax.apply_updates(params, updates), model_state, opt_state)
+            return optax.tree.where(sums["examples"] > 0, moved, own), _with_rate(sums, opt_state)
+
+        steps = state.step + jnp.arange(len(batches))
+        own = (state.params, state.model_state, state.opt_state)
+        (params, model_state, opt_state), sums = lax.scan(local_step, own, (steps, batches))
+        examples = sums["examples"].sum()
+
+        outer_grads = optax.tree.sub(state.params, params)
+        outer_grads, reduce_state = reduce.update(
+            outer_grads, state.reduce_state, state.params, weight=examples, key=_keys(key, state.step)[0]
+        )
+        value = partial(_mean_objective, sums, over_replicas=True)
+        updates, outer_state = outer.update(outer_grads, state.outer_state, state.params, value=value)
+
+        state = state._replace(
+            params=optax.apply_updates(state.params, updates),
+            model_state=agreed_state(model_state, state.model_state, examples),
+            opt_state=opt_state,
+            reduce_state=reduce_state,
+            outer_state=outer_state,
+        )
+        return averaged(state), sums
+
+    advance = local if strategy.inner_steps else synchronous
+
+    def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        advanced, sums = advance(state, split, batches, key)
+        sums.pop("objective", None)
+        return advanced._replace(step=state.step + len(batches)), sums
+
+    return train_round
+
+
+def skipping(train_round: Round) -> Round:
+    """Leaves out a round that would put NaN or infinity into the state of any replica; its sums are zero."""
+
+    def sound_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        advanced, sums = train_round(state, split, batches, key)
+        is_spoilt = jnp.zeros((), bool)
+        for new, old in zip(jax.tree.leaves((advanced, sums["loss"])), jax.tree.leaves((state, 0.0)), strict=True):
+            if jnp.issubdtype(new.dtype, jnp.inexact):
+                is_spoilt |= jnp.any(~jnp.isfinite(new) & jnp.isfinite(old))
+        if lax.axis_size(replica.AXIS) > 1:
+            is_spoilt = lax.pmax(is_spoilt.astype(jnp.int32), replica.AXIS) > 0
+        kept = optax.tree.where(is_spoilt, state._replace(step=advanced.step), advanced)
+        return kept, jax.tree.map(lambda x: jnp.where(is_spoilt, 0, x), sums)
+
+    return sound_round
+
+
+def make_rounds(train_round: Round, block_steps: int = 1) -> Rounds:
+    """Makes a program that goes through the rounds that it is told, so that one serves a whole run.
+
+    Args:
+        train_round: Made by `make_round`.
+        block_steps: Rounds of together so many steps are a loop of their own, whose number of turns the compiler knows.
+    """
+    train_round = jax.jit(train_round, inline=True)  # traced once, for its shapes and for the loops
+
+    def train_rounds(state, split, batches, first, last, key):
+        most, round_steps = batches.shape[:2]
+        block = min(most, block_steps // round_steps)
+        _, shapes = jax.eval_shape(train_round, state, split, batches[0], key)
+        names = list(shapes)
+
+        def add_round(number, so_far):
+            state, sums = so_far
+            state, new_sums = train_round(state, split, batches[number], key)
+            return state, sums.at[number].set(jnp.stack([new_sums[name] for name in names]))
+
+        def add_block(number, so_far):
+            start = first + number * block
+            return lax.fori_loop(0, block, lambda place, so_far: add_round(start + place, so_far), so_far)
+
+        so_far, left = (state, jnp.zeros((most, len(names), round_steps))), first
+        if block > 1:
+            blocks = (last - first) // block
+            so_far, left = lax.fori_loop(0, blocks, add_block, so_far), first + blocks * block
+        state, sums = lax.fori_loop(left, last, add_round, so_far)
+        return state, dict(zip(names, sums.swapaxes(0, 1).reshape(len(names), -1), strict=True))
+
+    return train_rounds
+
+
+def parallel_rounds(
+    gradient: Gradient,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    devices: Sequence[jax.Device],
+    split_axis: int | None,
+    ema_decay: float | None = None,
+    skip_nonfinite: bool = False,
+) -> jax.stages.Wrapped:
+    """Puts several rounds on the devices, as one program that takes over the memory of the state it is given.
+
+    Its sums are `float32[replica, most * steps]`; `guard.make_look` adds up those of all replicas.
+
+    Args:
+        gradient: Made by `gradient.make_gradient`.
+        optimizer: Of every step.
+        strategy: How the replicas agree.
+        devices: One replica on each.
+        split_axis: None where every device holds the whole split, 0 where each holds its own row.
+        ema_decay: What the average of the parameters keeps of itself in a round, where there is one.
+        skip_nonfinite: Leaves out, on all replicas together, a round that would spoil the state.
+    """
+    train_round = make_round(gradient, optimizer, strategy, ema_decay)
+    block_steps = _BLOCK_STEPS if devices[0].platform == "gpu" else 1
+    return replica.parallel(
+        make_rounds(skipping(train_round) if skip_nonfinite else train_round, block_steps),
+        devices,
+        in_axes=(axes(strategy), split_axis, 0, None, None, None),
+        out_axes=(axes(strategy), 0),
+        donate=(0,),
+    )
+
+
+def _mean_objective(sums: Sums, over_replicas: bool = False) -> jax.Array:
+    """Returns what is minimized, averaged over the examples of all steps; 0 if there are none."""
+    own = {"objective": jnp.sum(sums.get("objective", sums["loss"])), "examples": jnp.sum(sums["examples"])}
+    total = replica.add_up(own) if over_replicas else own
+    return total["objective"] / jnp.maximum(total["examples"], 1)
+
+
+def _with_rate(sums: Sums, opt_state: PyTree) -> Sums:
+    """Adds the learning rate, once for each example, if the optimizer's state holds it."""
+    rate = learning_rate(opt_state)
+    return sums if rate is None else {**sums, "learning_rate": rate * sums["examples"]}
+
+
+def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share; see `gradient.py`."""
+    reduce_key, gradient_key = jax.random.split(jax.random.fold_in(key, step))
+    return reduce_key, gradient_key

@@ -1,0 +1,318 @@
+"""What training remembers from one round to the next, and which part of it is whose."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax.aggregate import Strategy
+from ctde_jax.aggregate.exchange import TwoPhaseState, recut
+from ctde_jax.aggregate.transformations import adapted
+from ctde_jax.aggregate.transformations import evaluated_point as _evaluated_point
+from ctde_jax.aggregate.transformations import has_evaluated_point as _has_evaluated_point
+from ctde_jax.devices import replica
+from ctde_jax.devices.replica import AXIS, PyTree
+from ctde_jax.errors import InputError
+
+
+class TrainState(NamedTuple):
+    """The whole state of training; `params` are the one central model, or where a strategy diverges a replica's own."""
+
+    step: PyTree  # int32[], steps gone through, also such for which nobody had examples
+    params: PyTree
+    model_state: PyTree  # what the model keeps beside its parameters, such as batch statistics
+    opt_state: PyTree  # of the optimizer: the center's, or with inner steps each replica's own
+    reduce_state: PyTree  # of the strategy's reducer, each replica's own
+    outer_state: PyTree  # of the strategy's outer optimizer, whose parameters it shares
+    ema_params: PyTree = ()  # the exponential moving average of the parameters, where one is kept
+
+
+def axes(strategy: Strategy) -> TrainState:
+    """Says which parts of the state are a replica's own: 0 for those, None for what is equal on all."""
+    alone = 0 if strategy.inner_steps else None
+    astray = 0 if strategy.diverges else None
+    return TrainState(
+        step=None,
+        params=astray,
+        model_state=None,
+        opt_state=alone,
+        reduce_state=0,
+        outer_state=astray,
+        ema_params=astray,
+    )
+
+
+def check(params: PyTree, strategy: Strategy, replicas: int) -> None:
+    """Raises InputError for a strategy that cannot run on so many replicas, before anything is compiled.
+
+    Of the parameters only shapes and types are read.
+    """
+    on_replicas = jax.vmap(strategy.reduce.init, in_axes=None, axis_name=AXIS, axis_size=replicas)
+    jax.eval_shape(on_replicas, params)
+
+
+def create(
+    params: PyTree,
+    model_state: PyTree,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    ema: bool = False,
+) -> TrainState:
+    """Makes the first state of a replica; on the replica axis, so that reducers may ask how many replicas there are."""
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        model_state=model_state,
+        opt_state=strategy.local(optimizer).init(params),
+        reduce_state=strategy.reduce.init(params),
+        outer_state=adapted(strategy.outer).init(params),
+        ema_params=params if ema else (),
+    )
+
+
+def like_created(
+    params: PyTree,
+    model_state: PyTree,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    replicas: int,
+    ema: bool = False,
+) -> TrainState:
+    """Returns the shapes and dtypes of the first state of all replicas, `[replica, ...]`, without computing it."""
+    make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
+    return jax.eval_shape(jax.vmap(make, in_axes=None, axis_name=AXIS, axis_size=replicas), params, model_state)
+
+
+def place(
+    params: PyTree,
+    model_state: PyTree,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    devices: Sequence[jax.Device],
+    ema: bool = False,
+) -> TrainState:
+    """Sends what has been initialized at the center to the devices, and makes the first state there."""
+    make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
+    center = replica.replicate((params, model_state), devices)
+    return _run(_on_replicas(make, center, (None, None), axes(strategy), devices), center, devices)
+
+
+def go_over(state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]) -> TrainState:
+    """Goes over from one strategy's state to another's; the optimizer's state goes along."""
+    return _run(_going_over(state, before, after, devices), (state,), devices)
+
+
+def like_after(state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]) -> TrainState:
+    """Says what shapes and types `go_over` makes of a state, of which only these are read."""
+    return _going_over(state, before, after, devices).out_info
+
+
+def _going_over(
+    state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
+) -> jax.stages.Lowered:
+    def begin(state: TrainState) -> TrainState:
+        _, opt_state = state.opt_state
+        return state._replace(
+            opt_state=(adapted(after.inner).init(state.params), opt_state),
+            reduce_state=after.reduce.init(state.params),
+            outer_state=adapted(after.outer).init(state.params),
+        )
+
+    return _on_replicas(begin, (state,), (axes(before),), axes(after), devices)
+
+
+def has_evaluated_point(state: TrainState, strategy: Strategy) -> bool:
+    """Returns whether the central parameters are not those of the state; only its structure is read."""
+    return strategy.diverges or _has_evaluated_point(_central_optimizer(state, strategy))
+
+
+def evaluated_point(state: TrainState, strategy: Strategy) -> PyTree:
+    """Returns the central parameters to evaluate, to return and to export. It may use a collective.
+
+    They are the moving average if one is kept; else the point that the optimizer of the central parameters is evaluated
+    at; and if replicas diverge, the mean over them.
+    """
+    if jax.tree.leaves(state.ema_params):
+        params = state.ema_params
+    else:
+        params = _evaluated_point(_central_optimizer(state, strategy), state.params)
+    return _mean_of_replicas(params) if strategy.diverges else params
+
+
+def _mean_of_replicas(own: PyTree) -> PyTree:
+    """Averages parameters over the replicas; those that are equal on all keep their bits, which a mean may round."""
+    real = replica.as_real(own)
+    mean = replica.weighted_mean(real, 1.0)
+    center = jax.tree.map(lambda x, m: jnp.where(lax.pmin(x, AXIS) == lax.pmax(x, AXIS), x, m), real, mean)
+    return replica.as_complex(center, own)
+
+
+def of_optimizer(state: TrainState) -> PyTree:
+    """Copies the state of a run's optimizer to this host: numpy arrays, and keys as JAX has them.
+
+    Leaves that are each replica's own have a leading axis `[replica, ...]`.
+    """
+    _, opt_state = state.opt_state
+
+    def copied(leaf: jax.Array) -> np.ndarray | jax.Array:
+        raw = _raw(leaf)
+        rows = np.asarray(raw) if raw.is_fully_addressable else replica.gathered(raw)
+        return rows if raw is leaf else _as_key(jnp.asarray(rows), leaf)
+
+    return jax.tree.map(copied, opt_state)
+
+
+def _central_optimizer(state: TrainState, strategy: Strategy) -> PyTree:
+    """Returns the state of the optimizer whose updates move the central parameters."""
+    return state.outer_state if strategy.inner_steps else state.opt_state
+
+
+def to_tensors(tree: PyTree) -> dict[str, np.ndarray]:
+    """Copies a tree to every host, each leaf by its name; a replica's own leaves have a row for each replica."""
+    return {name: replica.gathered(_raw(leaf)) for name, leaf in named(tree).items()}
+
+
+def from_tensors(
+    tensors: Mapping[str, np.ndarray],
+    like: TrainState,
+    strategy: Strategy,
+    replicas: int,
+    devices: Sequence[jax.Device],
+    option: str,
+) -> TrainState:
+    """Puts a state that `to_tensors` has named onto the devices.
+
+    On another number of replicas, what is a replica's own begins as the mean of all that there were (of integers, the
+    largest): its optimizer's moments, its parameters where the strategy diverges, what it has yet to say. What an owner
+    of a slice remembers goes along with the numbers of its slice.
+
+    Args:
+        tensors: By name.
+        like: A state of the same model, optimizer and strategy on these devices; only shapes and types are read.
+        strategy: At work when the state was named.
+        replicas: How many there were then.
+        devices: One replica on each.
+        option: Which has named them, for errors.
+
+    Raises:
+        InputError: The tensors are not those of such a state; lists all differences.
+    """
+    raw = jax.tree.map(_raw_shape, like)
+    saved = in_place(tensors, raw, option)
+    if replicas != len(devices):
+        saved = _spread(saved, raw, strategy)
+    _check_shapes(saved, raw, option)
+    placed = TrainState(
+        *(
+            replica.replicate(part, devices) if axis is None else replica.shard(part, devices)
+            for part, axis in zip(saved, axes(strategy), strict=True)
+        )
+    )
+    return _copied(jax.tree.map(_as_key, placed, like))
+
+
+def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
+    """Returns arrays on the host that `to_tensors` has named, for a tree that has no keys; raises as `from_tensors`."""
+    saved = in_place(tensors, like, "run_dir")
+    _check_shapes(saved, like, "run_dir")
+    return saved
+
+
+def in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:
+    """Puts tensors into a tree like this one, by the names of its leaves; raises InputError if names differ."""
+    wanted = named(like)
+    missing = [f"{name} is missing" for name in wanted if name not in tensors]
+    _raise_if(missing + [f"{name} is not known" for name in tensors if name not in wanted], option)
+    return jax.tree.structure(like).unflatten([tensors[name] for name in wanted])
+
+
+def _check_shapes(saved: PyTree, like: PyTree, option: str) -> None:
+    differences = [
+        f"{name} is {tensor.dtype}{list(tensor.shape)} there and {leaf.dtype}{list(leaf.shape)} here"
+        for (name, leaf), tensor in zip(named(like).items(), jax.tree.leaves(saved), strict=True)
+        if (tensor.shape, tensor.dtype) != (leaf.shape, leaf.dtype)
+    ]
+    _raise_if(differences, option)
+
+
+def _raise_if(differences: Sequence[str], option: str) -> None:
+    if differences:
+        rule = "must lead to a checkpoint of the same model, optimizer and strategy"
+        raise InputError(option, f"{rule}, but {'; '.join(differences)}.")
+
+
+def named(tree: PyTree) -> dict[str, jax.Array]:
+    """Names each leaf by its place, such as `params/layers/0/kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _raw(leaf: jax.Array) -> jax.Array:
+    """Sees a key as the integers that it is made of."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _raw_shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(_raw, leaf)
+
+
+def _as_key(raw: jax.Array, like: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return raw
+    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(like))
+
+
+def _spread(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainState:
+    """Gives another number of replicas what is their own."""
+
+    def is_cut(part: PyTree) -> bool:
+        return isinstance(part, TwoPhaseState)
+
+    def spread(part: PyTree, like: PyTree) -> PyTree:
+        return recut(part, like) if is_cut(part) else _mean_of_all(part, like)
+
+    return TrainState(
+        *(
+            part if axis is None else jax.tree.map(spread, part, own, is_leaf=is_cut)
+            for part, own, axis in zip(saved, like, axes(strategy), strict=True)
+        )
+    )
+
+
+def _mean_of_all(rows: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+    if rows.shape[1:] != like.shape[1:]:
+        return rows
+    if not jnp.issubdtype(rows.dtype, jnp.inexact):
+        return np.broadcast_to(rows.max(axis=0), like.shape)
+    mean = rows.mean(axis=0, dtype=jnp.promote_types(rows.dtype, np.float32)).astype(rows.dtype)
+    is_equal = (rows == rows[:1]).all(axis=0)  # then the mean may differ by a rounding
+    return np.broadcast_to(np.where(is_equal, rows[0], mean), like.shape)
+
+
+def _on_replicas(
+    make: Callable[..., TrainState],
+    like: tuple[PyTree, ...],
+    in_axes: tuple[PyTree, ...],
+    out_axes: TrainState,
+    devices: Sequence[jax.Device],
+) -> jax.stages.Lowered:
+    row = jax.ShapeDtypeStruct((len(devices),), np.int32)  # pmap insists on an argument with a row for each replica
+    on_replicas = replica.parallel(lambda _, *rest: make(*rest), devices, (0, *in_axes), out_axes)
+    return replica.lowered(on_replicas, row, *like)
+
+
+def _run(making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Sequence[jax.Device]) -> TrainState:
+    """Makes a state of which no two leaves share the memory that is to be donated with them."""
+    rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)
+    return _copied(replica.compiled(making, devices)(rows, *arguments))
+
+
+def _copied(state: TrainState) -> TrainState:
+    """Copies a state; the shardings are given because `jit` would replicate an array without elements."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)(state)

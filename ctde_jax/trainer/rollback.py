@@ -1,0 +1,92 @@
+"""Rollback: a run whose loss became NaN or infinite continues from its newest checkpoint with smaller updates.
+
+All updates are multiplied by a factor in the optimizer state, which each rollback halves in the checkpoint.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
+from typing import NamedTuple, ParamSpec
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ctde_jax.aggregate.transformations import as_transformation
+from ctde_jax.checkpoint.format import newest_intact, write
+from ctde_jax.checkpoint.run_folder import CHECKPOINTS, claimed, named, writing_to
+from ctde_jax.devices import hosts
+from ctde_jax.devices.replica import PyTree
+from ctde_jax.errors import NonFiniteLoss
+from ctde_jax.trainer.log import console
+from ctde_jax.trainer.trained import Trained
+
+P = ParamSpec("P")
+
+ROLLBACKS = 3
+"""How often a run is rolled back at most."""
+
+SCALED = "opt_state/1/0/"
+"""What the names of the state of a scaled optimizer begin with in a checkpoint."""
+
+
+def rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
+    """Fits again, with smaller updates, where the loss became NaN or infinite and `on_nonfinite` is rollback."""
+
+    @wraps(fit)
+    def fit_until_finite(*arguments: P.args, **options: P.kwargs) -> Trained:
+        while True:
+            try:
+                return fit(*arguments, **options)
+            except NonFiniteLoss as error:
+                if options.get("on_nonfinite") != "rollback":
+                    raise
+                folder = named("run_dir", str(options["run_dir"]))
+                say = console(quiet=not options.get("show", True)).print
+                if not hosts.of_the_first(partial(_halve_updates, folder, error, say)):
+                    raise
+                options.update(resume=True, branch_from=None)
+
+    return fit_until_finite
+
+
+class ShrunkState(NamedTuple):
+    """What all updates are multiplied by."""
+
+    update_factor: jax.Array  # float32[]
+
+
+def shrunk(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the updates of an optimizer by a factor in its state, which is 1 until a run is rolled back."""
+
+    def update(updates, state, params=None, **extra_args):
+        return optax.tree.scale(state.update_factor, updates), state
+
+    factor = optax.GradientTransformationExtraArgs(lambda params: ShrunkState(jnp.float32(1)), update)
+    return optax.chain(as_transformation(optimizer), factor)
+
+
+def unscaled_state(opt_state: PyTree) -> PyTree:
+    """Returns the state of the optimizer that `shrunk` was given."""
+    own, _ = opt_state
+    return own
+
+
+def _halve_updates(folder: Path, error: NonFiniteLoss, say: Callable[[str], None]) -> bool:
+    """Halves all updates from the newest checkpoint of a run's folder on, in the checkpoint.
+
+    Returns False where that has been done too often.
+    """
+    with claimed(folder), writing_to(folder):
+        found = newest_intact(folder / CHECKPOINTS, say)
+        if found is None:
+            return False
+        factors = {name: tensor / 2 for name, tensor in found.tensors.items() if name.endswith("/update_factor")}
+        factor = min(float(tensor.min()) for tensor in factors.values())
+        if factor < 2.0**-ROLLBACKS:
+            return False
+        say(
+            f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all updates times {factor:g}"
+        )
+        write(found.path, {**found.tensors, **factors}, found.facts)
+    return True

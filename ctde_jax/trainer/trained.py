@@ -1,0 +1,195 @@
+"""What a training returns: the aggregated model, and what was measured on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ctde_jax.bundle.accepted import Accepted
+from ctde_jax.cost.traffic import Traffic
+from ctde_jax.data import Dataset, DiskArray, Split
+from ctde_jax.data.arrays import plain
+from ctde_jax.data.classes import look_up
+from ctde_jax.data.disk import pieces
+from ctde_jax.devices import replica
+from ctde_jax.devices.replica import PyTree
+from ctde_jax.errors import InputError
+from ctde_jax.models import Model
+from ctde_jax.models.tasks import Task
+from ctde_jax.rounds.evaluate import Averages, make_evaluate
+from ctde_jax.trainer.log import Row
+
+_MOST_AT_ONCE, _MOST_BYTES_AT_ONCE = 1024, 2**25
+"""`predict` computes at most so many examples, of so many bytes of inputs, at a time."""
+
+
+class Accepts(NamedTuple):
+    """What a trained model is asked about: arrays like those it was trained on."""
+
+    inputs: Accepted
+    labels: Accepted
+    classes: tuple[str, ...]
+    """The names of the labels; empty if they are no classes."""
+
+
+def accepts(data: Dataset) -> Accepts:
+    """Returns which inputs and labels a model trained on these data accepts.
+
+    If there is a label at every place of a sequence, sequences may have another length than in training.
+    """
+    inputs, labels = data.train
+    classes = len(data.vocabulary or data.classes)
+    largest = len(data.vocabulary) - 1 if data.vocabulary else _white(data)
+    example, label = inputs.shape[1:], labels.shape[1:]
+    if inputs.dtype == np.int32 and len(label) == 1 and label == example[:1]:
+        example, label = (None, *example[1:]), (None,)
+    return Accepts(
+        Accepted(str(inputs.dtype), example, largest),
+        Accepted(str(labels.dtype), label, classes - 1 if classes else None),
+        data.classes,
+    )
+
+
+def _white(data: Dataset) -> int | None:
+    """Returns the uint8 input that reaches the model as 1, or None if it is 255, or some inputs are larger."""
+    if data.train.inputs.dtype != np.uint8 or data.scale.ndim or data.shift.any() or not data.scale > 0:
+        return None
+    white = round(1 / float(data.scale))
+    if not 0 < white < 255:
+        return None
+    splits = [split for split in (data.train, data.validation, data.test) if split]
+    is_largest = all(np.asarray(piece).max() <= white for split in splits for _, piece in pieces(split.inputs))
+    return white if is_largest else None
+
+
+@dataclass(frozen=True, repr=False)
+class Trained:
+    """The aggregated model, and what was measured while it was trained."""
+
+    model: Model
+    """Takes inputs as the data set stores them."""
+
+    params: PyTree  # numpy arrays
+    model_state: PyTree  # numpy arrays
+    opt_state: PyTree
+    """The state of the optimizer after the last step that was trained, also if `patience` returned earlier parameters.
+
+    The leaves are numpy arrays, with a leading axis `[replica, ...]` if the strategy has local steps. If the optimizer
+    trains at another point than `params`, as `optax.contrib.schedule_free` does, that point is not in here.
+    """
+
+    step: int  # optimizer steps that these parameters have seen
+    history: list[Row]
+    """One row for each measurement, as `log.py` describes it."""
+
+    seconds: dict[str, float]
+    """Wall time by part: `start-up`, `compile`, `train`, `evaluate`; without `train` if nothing was trained, because
+    the run in the folder was complete."""
+
+    interrupted: bool
+    """Whether Ctrl-C ended the training before its last step."""
+
+    stopped_early: bool
+    """Whether its patience ended the training; with patience the parameters are those of the lowest validation loss."""
+
+    task: Task
+    devices: Sequence[jax.Device]
+    traffic: Traffic | None
+    """What each device sends in a round, counted in the compiled program; None where it was loaded from a folder."""
+
+    accepts: Accepts
+    """The inputs and labels of `predict` and `evaluate`: of the type, shape and range of the training data."""
+    platform: str | None = None
+    """The platform of the devices that measured the history, such as `cpu`; None if a checkpoint does not name it."""
+
+    def __repr__(self) -> str:
+        says = ", ".join(f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split")
+        loaded = "" if "train" in self.seconds else "loaded, "
+        return f"Trained({'interrupted, ' if self.interrupted else loaded}{says})"
+
+    @property
+    def tested(self) -> Row:
+        """The row of the history with the test averages of these parameters."""
+        return next(row for row in self.history if row["split"] == "test" and row["step"] == self.step)
+
+    def predict(self, inputs: ArrayLike | DiskArray) -> PyTree:
+        """Computes the model's outputs on one device, in inference mode.
+
+        At most 1,024 examples, or 32 MiB of inputs, are computed at a time.
+
+        Args:
+            inputs: `[examples, ...]`, in the units of the training data: uint8 pixels if it was trained on uint8,
+                floats of any precision if on floats, integers that fit if on integers. Lists are converted. There may
+                be no examples.
+
+        Returns:
+            float32 `[examples, ...]`, or a tree of such arrays if the model returns one.
+
+        Raises:
+            InputError: The inputs have another type, shape or range than those of the training.
+        """
+        array = _conforming("inputs", inputs, self.accepts.inputs)
+        center, apply = jax.device_put((self.params, self.model_state)), jax.jit(self.model.apply)
+
+        def compute(piece: np.ndarray, places: int) -> PyTree:
+            piece = self.accepts.inputs.conform("inputs", piece)
+            filled = np.concatenate([piece, np.repeat(piece[-1:], places - len(piece), axis=0)])
+            outputs, _ = apply(*center, filled, None)
+            return jax.tree.map(lambda output: np.asarray(output)[: len(piece)], outputs)
+
+        if not len(array):
+            one = np.zeros((1, *array.shape[1:]), array.dtype)
+            outputs, _ = jax.eval_shape(self.model.apply, *center, one, None)
+            return jax.tree.map(lambda output: np.zeros((0, *output.shape[1:]), output.dtype), outputs)
+        example_bytes = max(1, array.dtype.itemsize * prod(array.shape[1:]))
+        places = min(len(array), _MOST_AT_ONCE, max(1, _MOST_BYTES_AT_ONCE // example_bytes))
+        outputs = [compute(array[first : first + places], places) for first in range(0, len(array), places)]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+
+    def evaluate(self, split: Split) -> Averages:
+        """Averages loss and metrics over all examples of a split, on all devices of the training.
+
+        Args:
+            split: Examples like those of the training. Labels are numbers of classes, or their names as in training;
+                or targets, if the model was trained on targets.
+
+        Raises:
+            InputError: It is no `Split`, is empty, or its inputs or labels have another type, shape or range than those
+                of the training.
+        """
+        if not isinstance(split, Split):
+            rule = "must be a Split, such as data.test or data.Split(inputs, labels)"
+            raise InputError("split", f"{rule}, got {type(split).__name__} {split!r:.60}.")
+        inputs = _conforming("inputs", split.inputs, self.accepts.inputs)
+        labels = self._labels(split.labels)
+        params, model_state = replica.replicate((self.params, self.model_state), self.devices)
+        checked = Split(inputs, labels)
+        return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(params, model_state)
+
+    def _labels(self, given: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
+        labels, classes = plain("labels", given), self.accepts.classes
+        if isinstance(labels, np.ndarray) and labels.dtype.kind == "U" and classes:
+            return look_up("labels", labels, classes)
+        return _conforming("labels", given, self.accepts.labels)
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "trained",
+            "cannot be pickled, as its model is a function: write a bundle with ctde_jax.write_bundle, or pickle "
+            "trained.params and trained.model_state, which are numpy arrays.",
+        )
+
+
+def _conforming(option: str, given: ArrayLike | DiskArray, accepted: Accepted) -> np.ndarray | DiskArray:
+    """Returns values as `Accepted.conform` does; those on disk stay there, and have any float type."""
+    if not isinstance(given, DiskArray):
+        array = plain(option, given)
+        return accepted.conform(option, given if isinstance(given, list | tuple) else array)
+    for _, piece in pieces(given) if accepted.largest is not None else [(0, given[:1])]:
+        accepted.conform(option, np.asarray(piece))
+    wanted = np.dtype(accepted.dtype)
+    return given.astype(wanted) if given.dtype.kind == wanted.kind == "f" else given

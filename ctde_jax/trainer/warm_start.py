@@ -1,0 +1,258 @@
+"""Starting from given parameters instead of random ones: which of them a model takes, and from where."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core import FrozenDict
+from jax import numpy as jnp
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from ctde_jax.bundle import open_bundle
+from ctde_jax.bundle.card import CARD, WEIGHTS
+from ctde_jax.bundle.tensors import parse
+from ctde_jax.checkpoint.format import MANIFEST, Damaged, Tensors, newest, read
+from ctde_jax.checkpoint.run_folder import CHECKPOINTS
+from ctde_jax.devices.replica import PyTree
+from ctde_jax.errors import InputError, did_you_mean, quoted
+from ctde_jax.models.linen_modules import split_variables
+from ctde_jax.models.nnx_modules import is_random, is_trained
+from ctde_jax.rounds import state
+from ctde_jax.trainer.run import BEST, OTHER_POINT
+from ctde_jax.trainer.trained import Trained
+
+Source: TypeAlias = Trained | Path | str | nnx.Module | nnx.State | Mapping[str, Any]
+"""Where parameters come from.
+
+- a `Trained`;
+- the folder of a run (its newest checkpoint), of one of its checkpoints, or of a bundle;
+- a `.safetensors` file whose names are paths, such as `layers/0/kernel` or `layers.0.kernel`;
+- an nnx module or its state, the variables of a linen module, or a tree of parameters alone.
+"""
+
+_MOST_LINES = 40
+"""Longest table that is printed; of a larger one the first lines of each kind."""
+
+
+class Given(NamedTuple):
+    """What a source holds, by name."""
+
+    params: Tensors
+    model_state: Tensors  # empty if the source has parameters alone
+    is_checkpoint: bool = False
+    """Whether parameters may have a leading axis, a row for each replica, as under gossip."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all names, shapes, dtypes and values."""
+        digest = sha256()
+        for part in (self.params, self.model_state):
+            for name, tensor in sorted(part.items()):
+                digest.update(f"{name} {tensor.dtype}{list(tensor.shape)}\n".encode())
+                digest.update(np.ascontiguousarray(tensor).tobytes())
+        return digest.hexdigest()
+
+
+class Start(NamedTuple):
+    """The initial parameters and model state of a run, and a table of where each came from."""
+
+    params: PyTree  # numpy arrays
+    model_state: PyTree  # numpy arrays
+    table: Table
+
+
+def start_from(given: Given, params: PyTree, model_state: PyTree, only: Sequence[str] | None = None) -> Start:
+    """Replaces initialized parameters and model state by given ones of the same names.
+
+    Without `only`, source and model must have exactly the same parameters. With patterns, the
+    parameters and model state whose name matches one of them are taken, the others stay as they were
+    initialized, and whatever else the source holds is ignored. If the source holds parameters alone,
+    the model state stays as it was initialized.
+
+    Args:
+        given: Read by `read_source`.
+        params: The initialized parameters of the model.
+        model_state: Its initialized state, such as batch statistics.
+        only: Patterns of names as `fnmatch` reads them, such as `encoder/*` or `*/kernel`.
+
+    Raises:
+        InputError: A pattern matches nothing, or a parameter that must be taken is missing or has
+            another shape or kind of dtype; lists the differences.
+    """
+    own = {"params": state.named(params), "model_state": state.named(model_state)}
+    there = {"params": given.params, "model_state": given.model_state}
+    patterns = ["*"] if only is None else list(only)
+    if not patterns:
+        raise InputError("init_only", "must hold at least one pattern, such as 'encoder/*'.")
+    names = [name for part in own.values() for name in part]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            suggestion = did_you_mean(pattern, names)
+            raise InputError("init_only", f"must match parameters of the model, got {quoted(pattern)}{suggestion}")
+
+    taken: dict[str, Tensors] = {"params": {}, "model_state": {}}
+    lines: list[tuple[str, str, str]] = []
+    faults: list[str] = []
+    for part, leaves in own.items():
+        for name, leaf in leaves.items():
+            tensor, shape = there[part].get(name), f"{leaf.dtype}{list(leaf.shape)}"
+            is_wanted = any(fnmatchcase(name, pattern) for pattern in patterns)
+            if not is_wanted:
+                lines.append((name, shape, "initialized, not in init_only"))
+            elif part == "model_state" and not there[part]:
+                lines.append((name, shape, "initialized, the source has parameters alone"))
+            elif tensor is None:
+                faults.append(f"{name} is missing")
+            elif not _fits(tensor := _center(tensor, leaf) if given.is_checkpoint else tensor, leaf):
+                faults.append(f"{name} is {tensor.dtype}{list(tensor.shape)} there and {shape} here")
+            else:
+                lines.append((name, shape, "taken"))
+                taken[part][name] = np.asarray(tensor).astype(leaf.dtype)
+    unused = [name for part in own for name in there[part] if name not in own[part]]
+    lines += [(name, "", "unused") for name in unused]
+    if only is None:
+        faults += [f"{name} is unused" for name in unused]
+    if faults:
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(
+            "init_from",
+            f"must hold the parameters of this model, but {'; '.join(faults[:10])}{more}. To take "
+            "some of the parameters, give init_only their names or patterns.",
+        )
+    return Start(
+        _replaced(params, taken["params"]),
+        _replaced(model_state, taken["model_state"]),
+        _table(lines),
+    )
+
+
+def _replaced(tree: PyTree, taken: Tensors) -> PyTree:
+    leaves = [taken.get(name, leaf) for name, leaf in state.named(tree).items()]
+    return jax.tree.structure(tree).unflatten(leaves)
+
+
+def _fits(tensor: np.ndarray, leaf: jax.Array) -> bool:
+    """Whether a tensor can stand for a leaf: same shape, and the same dtype or both floating."""
+    both_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (tensor, leaf))
+    return tensor.shape == leaf.shape and (both_float or tensor.dtype == leaf.dtype)
+
+
+def _table(lines: Sequence[tuple[str, str, str]]) -> Table:
+    table = Table("parameter", "shape", "start", title="Initial parameters", title_justify="left")
+    kinds = list(dict.fromkeys(kind for _, _, kind in lines))
+    per_kind = _MOST_LINES // max(1, len(kinds)) if len(lines) > _MOST_LINES else len(lines)
+    for kind in kinds:
+        own = [line for line in lines if line[2] == kind]
+        for line in own[:per_kind]:
+            table.add_row(*line)
+        if len(own) > per_kind:
+            table.add_row(f"... and {len(own) - per_kind:,} more", "", kind)
+    return table
+
+
+def read_source(source: Source) -> Given:
+    """Reads the parameters and model state of a source.
+
+    Raises:
+        InputError: It is none of the kinds of `Source`, or cannot be read.
+    """
+    if isinstance(source, Trained):
+        return Given(_arrays(source.params), _arrays(source.model_state))
+    if isinstance(source, nnx.Module):
+        source = nnx.state(source)
+    if isinstance(source, nnx.State):
+        params, _, rest = nnx.split_state(source, is_trained, is_random, ...)
+        return Given(_arrays(nnx.to_pure_dict(params)), _arrays(nnx.to_pure_dict(rest)))
+    if isinstance(source, Mapping):
+        tree = source.unfreeze() if isinstance(source, FrozenDict) else dict(source)
+        rest = {name: part for name, part in tree.items() if name != "params"}
+        are_collections = all(isinstance(part, Mapping) for part in rest.values())
+        if isinstance(tree.get("params"), Mapping) and are_collections:
+            params, rest = split_variables(tree)
+            return Given(_arrays(params), _arrays(rest))
+        return Given(_arrays(tree), {})
+    if isinstance(source, Path | str):
+        return _from_path(Path(source).expanduser())
+    raise InputError(
+        "init_from",
+        "must be a Trained, the path of a run, checkpoint, bundle or .safetensors file, or a tree of "
+        f"parameters, got {type(source).__name__}.",
+    )
+
+
+def _arrays(tree: PyTree) -> Tensors:
+    return {name: np.asarray(leaf) for name, leaf in state.named(tree).items()}
+
+
+def _from_path(path: Path) -> Given:
+    if path.is_file():
+        return _parts(_load_file(path))
+    if (path / CARD).is_file():
+        return _parts(parse(open_bundle(path).read(WEIGHTS)))
+    is_run = (path / CHECKPOINTS).is_dir()
+    if not is_run and not (path / MANIFEST).is_file():
+        raise InputError(
+            "init_from",
+            f"must be the path of a run, checkpoint, bundle or .safetensors file, got {quoted(str(path))}.",
+        )
+    try:
+        _, tensors, facts = read(newest(path / CHECKPOINTS) if is_run else path)
+    except (Damaged, IndexError) as error:
+        fault = error if isinstance(error, Damaged) else f"{path} has none yet"
+        raise InputError("init_from", f"must lead to an intact checkpoint, but {fault}.") from error
+    if facts.get(OTHER_POINT) and not any(name.startswith(BEST) for name in tensors):
+        raise InputError(
+            "init_from",
+            f"must not be {path}, as its optimizer is evaluated at another point than the parameters in it; make the "
+            "same call of fit, which reads its checkpoint, and give what it returns.",
+        )
+    return _of_checkpoint(tensors)
+
+
+def _of_checkpoint(tensors: Tensors) -> Given:
+    """Takes what `fit` would have returned at this checkpoint: the best, the averaged, or the newest."""
+
+    def below(*prefixes: str) -> Tensors:
+        for prefix in prefixes:
+            found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            if found:
+                return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        return {}
+
+    params = below(f"{BEST}/0/", "ema_params/", "params/")
+    return Given(params, below(f"{BEST}/1/", "model_state/"), is_checkpoint=True)
+
+
+def _center(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
+    """Averages the replicas if each has parameters of its own."""
+    if tensor.ndim != leaf.ndim + 1 or tensor.shape[1:] != leaf.shape:
+        return tensor
+    return tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(tensor.dtype)
+
+
+def _load_file(path: Path) -> Tensors:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            "init_from", f"must be a readable .safetensors file, but {quoted(str(path))} is not ({error})."
+        ) from error
+
+
+def _parts(tensors: Tensors) -> Given:
+    """Sorts tensors by the first part of their names; without one, all of them are parameters."""
+    if not any("/" in name for name in tensors):
+        tensors = {name.replace(".", "/"): tensor for name, tensor in tensors.items()}
+    parts: dict[str, Tensors] = {"params": {}, "model_state": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        if part in parts:
+            parts[part][rest] = tensor
+    return Given(parts["params"] or tensors, parts["model_state"])
