@@ -404,7 +404,7 @@ def compare(work: Work, name: str, peak: float, turns: int, devices: Sequence[ja
     present, absent = rivals(work, PRECISIONS[name], 0, devices)
     seconds: dict[str, list[float]] = {OURS: []} | {rival: [] for rival in present}
 
-    def others(*center: ctde.replica.PyTree) -> str:
+    def others(*center: ctde.devices.PyTree) -> str:
         for rival, training in present.items():
             seconds[rival].append(training.turn())
         return ""

@@ -117,7 +117,7 @@ def optimizer(settings: Settings, problem: Problem) -> optax.GradientTransformat
             raise ValueError(f"optimizer must be adamw or muon, got {unknown!r}.")
 
 
-def matrices(params: ctde.replica.PyTree) -> ctde.replica.PyTree:
+def matrices(params: ctde.devices.PyTree) -> ctde.devices.PyTree:
     """Says what Muon moves: all matrices but embeddings and the transformer's output, which are AdamW's."""
 
     def dimensions(path: tuple, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:

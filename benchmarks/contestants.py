@@ -142,7 +142,7 @@ def this_trainer(job: Job, referee: Referee) -> None:
     }[job.model]()
     apply = jax.jit(model.apply)
 
-    def after_epoch(params: ctde.replica.PyTree, model_state: ctde.replica.PyTree) -> str:
+    def after_epoch(params: ctde.devices.PyTree, model_state: ctde.devices.PyTree) -> str:
         referee.done(lambda: accuracy(lambda x: apply(params, model_state, x, None)[0], read_mnist(job)))
         return ""
 

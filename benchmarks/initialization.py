@@ -202,7 +202,7 @@ def make_step(
         params, state = carry
         chosen = jax.random.randint(key, (batch_size,), 0, len(inputs))
 
-        def loss(params: ctde.replica.PyTree) -> jax.Array:
+        def loss(params: ctde.devices.PyTree) -> jax.Array:
             outputs, _ = model.apply(params, {}, inputs[chosen], None)
             return task.loss(outputs, labels[chosen]).mean()
 
@@ -219,13 +219,13 @@ def make_race(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array]]:
     train, test = normalized(problem.data)
     step = make_step(problem.model, problem.task, problem.optimizer, train, problem.batch_size)
 
-    def measure(params: ctde.replica.PyTree) -> tuple[jax.Array, jax.Array]:
+    def measure(params: ctde.devices.PyTree) -> tuple[jax.Array, jax.Array]:
         outputs, _ = problem.model.apply(params, {}, jnp.asarray(test.inputs), None)
         measured = problem.task.measure(outputs, jnp.asarray(test.labels))
         return measured[problem.measure].mean(), measured["loss"].mean()
 
     @jax.jit
-    def race(params: ctde.replica.PyTree, learning_rate: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def race(params: ctde.devices.PyTree, learning_rate: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         def goes_on(carry: tuple[Any, ...]) -> jax.Array:
             steps, _, measured, loss = carry
             return (steps < problem.steps) & ~problem.reaches(measured) & jnp.isfinite(loss)

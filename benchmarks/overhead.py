@@ -95,7 +95,7 @@ def time_fit(contestant: Contestant, data: ctde.data.Dataset, batch_size: int, d
     """Trains, and returns the seconds of training and those after it, and CPU seconds of an epoch."""
     cpu = []  # at every evaluation
 
-    def note_cpu(*center: ctde.replica.PyTree) -> str:
+    def note_cpu(*center: ctde.devices.PyTree) -> str:
         cpu.append((cpu_of_python(), time.process_time()))
         return ""
 

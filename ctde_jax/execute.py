@@ -18,10 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from ctde_jax.bundle import RUNTIMES, Bundle, answers, load, open_bundle, pick
-from ctde_jax.bundle.command import Parser, run
-from ctde_jax.bundle.inputs import Examples, read
-from ctde_jax.bundle.runtimes import Predict, traceable
+from ctde_jax.bundle import (
+    RUNTIMES,
+    Bundle,
+    Examples,
+    Parser,
+    Predict,
+    answers,
+    load,
+    open_bundle,
+    pick,
+    read,
+    run,
+    traceable,
+)
 from ctde_jax.errors import InputError, check_at_least, on_one_line
 from ctde_jax.files import streams
 

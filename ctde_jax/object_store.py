@@ -27,12 +27,22 @@ import jax
 import numpy as np
 
 from ctde_jax import checkpoint, config
-from ctde_jax.checkpoint.format import MANIFEST, SUMS, Checkpoint, Damaged, Facts
-from ctde_jax.checkpoint.resume import check_facts
-from ctde_jax.checkpoint.run_folder import CHECKPOINTS, METRICS, check_new, claimed, writing_to
+from ctde_jax.checkpoint import (
+    CHECKPOINTS,
+    MANIFEST,
+    METRICS,
+    SUMS,
+    Checkpoint,
+    Damaged,
+    Facts,
+    check_facts,
+    check_new,
+    claimed,
+    writing_to,
+)
 from ctde_jax.errors import InputError, check_known
 from ctde_jax.files import streams
-from ctde_jax.trainer.log import console
+from ctde_jax.trainer import console
 
 if TYPE_CHECKING:
     from etils import epath

@@ -62,42 +62,43 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _profile(config: options.Config, trace: Path | None, started: float) -> None:
-    ctde.hosts.check_alone(ctde.hosts.find_meeting(**vars(config.hosts)))
+    ctde.devices.hosts.check_alone(ctde.devices.hosts.find_meeting(**vars(config.hosts)))
     if config.aggregation.exact:
         raise InputError("exact", "must be left out: what is measured are devices that agree on means, and such alone.")
-    from ctde_jax.cost.stopwatch import Training, measure  # here, so that the import of JAX is measured
+    from ctde_jax.config import build  # here, so that the import of JAX is measured
+    from ctde_jax.cost.stopwatch import Training, measure
 
     imported = time.perf_counter()
     devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
     on = time.perf_counter()
     chosen, seed = config.optimization, config.optimization.seed
-    data = ctde.build.load_data(config.data, seed)
+    data = build.load_data(config.data, seed)
     loaded = time.perf_counter()
     once = {"imports": imported - started, "devices": on - imported, "data": loaded - on}
 
-    partition = partial(ctde.build.make_partition, config.data, data.train.labels, seed=seed)
+    partition = partial(build.make_partition, config.data, data.train.labels, seed=seed)
     epoch = ctde.data.steps_per_epoch(
         len(data.train.inputs), len(devices), chosen.batch_size, partition(replicas=len(devices))
     )
     steps = ctde.data.count_steps(epoch, chosen.epochs if chosen.steps is None else None, chosen.steps)
     training = Training(
-        model=ctde.build.build_model(config.model, data),
+        model=build.build_model(config.model, data),
         data=data,
-        optimizer=ctde.build.build_optimizer(config, data, steps),
-        strategy=ctde.build.build_strategy(config.aggregation),
-        task=ctde.build.build_task(chosen, data),
+        optimizer=build.build_optimizer(config, data, steps),
+        strategy=build.build_strategy(config.aggregation),
+        task=build.build_task(chosen, data),
         batch_size=chosen.batch_size,
         steps=steps,
         eval_every=config.run.eval_every or epoch,
         log_every=config.run.log_every,
         partition=lambda replicas: partition(replicas=replicas),
         seed=seed,
-        augment=ctde.build.build_augment(config.data),
+        augment=build.build_augment(config.data),
         accumulate=chosen.accumulate,
         ema_decay=chosen.ema_decay,
         reestimate_batches=config.run.reestimate_batches,
     )
-    ctde.checks.check_run(
+    ctde.trainer.check_run(
         training.model,
         data,
         training.optimizer,
@@ -118,10 +119,10 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     if trace is not None:
         _make_trace_folder(trace)
     folder = config.run.run_dir or options.new_run_folder(config, "profile-")
-    with ctde.run_folder.claimed(folder):
-        ctde.run_folder.check_new(folder)
+    with ctde.checkpoint.claimed(folder):
+        ctde.checkpoint.check_new(folder)
 
-        screen = ctde.log.console()
+        screen = ctde.trainer.console()
         count = _count(len(devices), "device")
         title = f"{config.model.model} on {data.name}, {count}, {chosen.batch_size} examples a step"
         with screen.status("starting") as status:

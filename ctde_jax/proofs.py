@@ -15,13 +15,12 @@ from jax import numpy as jnp
 
 from ctde_jax import checkpoint, config
 from ctde_jax import devices as available
-from ctde_jax.checkpoint.format import Checkpoint, Damaged
-from ctde_jax.checkpoint.run_folder import CHECKPOINTS, METRICS
+from ctde_jax.checkpoint import CHECKPOINTS, METRICS, Checkpoint, Damaged
 from ctde_jax.config import build
 from ctde_jax.devices import hosts
 from ctde_jax.errors import InputError
 from ctde_jax.train import train
-from ctde_jax.trainer.log import Row, console
+from ctde_jax.trainer import Row, console
 
 KILLS = 5
 

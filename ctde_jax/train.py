@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = options.parse(arguments)
         _import_jax()
-        meeting = ctde.hosts.find_meeting(**vars(config.hosts))
+        meeting = ctde.devices.hosts.find_meeting(**vars(config.hosts))
     except InputError as error:
         print(f"error: {options.flag(error.option)} {error.sentence}", file=sys.stderr)
         return 2
@@ -57,15 +57,15 @@ def main(arguments: Sequence[str]) -> int:
         if sentence:
             print(sentence if status == os.EX_TEMPFAIL else f"error: {sentence}", file=sys.stderr)
         return status
-    if not ctde.supervisor.is_child():
-        return ctde.supervisor.run("ctde_jax.train", arguments, meeting)
-    ctde.supervisor.follow_supervisor()
+    if not ctde.devices.supervisor.is_child():
+        return ctde.devices.supervisor.run("ctde_jax.train", arguments, meeting)
+    ctde.devices.supervisor.follow_supervisor()
     status, sentence = _outcome(config, started, meeting)
     if sentence and status != os.EX_TEMPFAIL:
-        ctde.hosts.leave(status, sentence)
+        ctde.devices.hosts.leave(status, sentence)
     if sentence:
         print(f"host {meeting.index}: {sentence}", file=sys.stderr)
-    ctde.hosts.part()
+    ctde.devices.hosts.part()
     return status
 
 
@@ -77,11 +77,13 @@ def _import_jax() -> None:
         raise InputError("JAX", f"must be importable, got {type(error).__name__}: {shortened(str(error))}.") from error
 
 
-def _outcome(config: options.Config, started: float, meeting: "ctde.hosts.Meeting | None" = None) -> tuple[int, str]:
+def _outcome(
+    config: options.Config, started: float, meeting: "ctde.devices.hosts.Meeting | None" = None
+) -> tuple[int, str]:
     """Trains, and returns the exit status and what there is to say of it."""
     try:
         if meeting is not None:
-            ctde.hosts.join(meeting)
+            ctde.devices.hosts.join(meeting)
         return (130 if train(config, started).interrupted else 0), ""
     except InputError as error:
         return 2, f"{options.flag(error.option)} {error.sentence}"
@@ -92,7 +94,7 @@ def _outcome(config: options.Config, started: float, meeting: "ctde.hosts.Meetin
     except Preempted as error:
         return os.EX_TEMPFAIL, str(error)
     except HostLost as error:
-        return ctde.hosts.LOST, str(error)
+        return ctde.devices.hosts.LOST, str(error)
     except KeyboardInterrupt:
         return 130, "interrupted twice; what was measured is in the run's folder"
     except Exception as error:
@@ -101,8 +103,8 @@ def _outcome(config: options.Config, started: float, meeting: "ctde.hosts.Meetin
             return 2, f"memory does not suffice ({said}): take a smaller model, or a lower --batch-size."
         if meeting is None:
             raise
-        if ctde.hosts.may_be_lost(error):
-            ctde.hosts.wait_for_verdict()
+        if ctde.devices.hosts.may_be_lost(error):
+            ctde.devices.hosts.wait_for_verdict()
         traceback.print_exc()  # nobody was lost
         return 1, f"{type(error).__name__}: {error}"
 
@@ -114,19 +116,21 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         config: The options.
         started: When the command began, by `time.perf_counter`.
     """
+    from ctde_jax.config import build, report  # here, as they import JAX
+
     devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
-    ctde.hosts.compare(lambda: {**ctde.hosts.platform(), **options.deciding(config)})
-    data = ctde.build.load_data(config.data, config.optimization.seed)
-    partition = ctde.build.make_partition(config.data, data.train.labels, len(devices), config.optimization.seed)
-    model = ctde.build.build_model(config.model, data)
-    strategy = ctde.build.build_strategy(config.aggregation)
+    ctde.devices.hosts.compare(lambda: {**ctde.devices.hosts.platform(), **options.deciding(config)})
+    data = build.load_data(config.data, config.optimization.seed)
+    partition = build.make_partition(config.data, data.train.labels, len(devices), config.optimization.seed)
+    model = build.build_model(config.model, data)
+    strategy = build.build_strategy(config.aggregation)
 
     chosen = config.optimization
     epoch = ctde.data.steps_per_epoch(len(data.train.inputs), len(devices), chosen.batch_size, partition)
     steps = ctde.data.count_steps(epoch, chosen.epochs if chosen.steps is None else None, chosen.steps)
-    optimizer = ctde.build.build_optimizer(config, data, steps)
-    task = ctde.build.build_task(chosen, data)
-    augment = ctde.build.build_augment(config.data)
+    optimizer = build.build_optimizer(config, data, steps)
+    task = build.build_task(chosen, data)
+    augment = build.build_augment(config.data)
     describe = _sampler(config.run, model, data, chosen.seed)
 
     habits = {
@@ -143,32 +147,30 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
         "keep_best": config.run.keep_best,
         "keep_checkpoints": config.run.keep_checkpoints,
     }
-    ctde.checks.check_run(model, data, optimizer, strategy, task, len(devices), **habits)
-    from ctde_jax.checkpoint.resume import Options  # here, as it imports JAX
-
-    deciding = Options(options.deciding(config), options.flag)
-    here = len(ctde.replica.own(devices))
+    ctde.trainer.check_run(model, data, optimizer, strategy, task, len(devices), **habits)
+    deciding = ctde.checkpoint.Options(options.deciding(config), options.flag)
+    here = len(ctde.devices.replica.own(devices))
     config = replace(config, aggregation=replace(config.aggregation, devices=here))
-    console = ctde.log.console()
+    console = ctde.trainer.console()
     with ExitStack() as at_end:
 
         def claim() -> str:
             chosen = config.run.run_dir
-            folder = options.new_run_folder(config) if chosen is None else ctde.run_folder.named("run_dir", chosen)
-            at_end.enter_context(ctde.run_folder.claimed(folder))
+            folder = options.new_run_folder(config) if chosen is None else ctde.checkpoint.named("run_dir", chosen)
+            at_end.enter_context(ctde.checkpoint.claimed(folder))
             _check_trunk(config.run, folder)
             return str(folder)
 
         def prepare(folder: Path) -> None:
-            with ctde.run_folder.writing_to(folder):
+            with ctde.checkpoint.writing_to(folder):
                 options.save(config, folder / "config.json")
             if partition is not None and data.classes:
                 draw = partial(ctde.data.partition.plot, np.asarray(data.train.labels), partition, data.classes)
                 if failure := picture.save(draw, folder / "partition.png"):
                     console.print(failure)
 
-        folder = Path(ctde.hosts.of_the_first(claim))
-        _show(ctde.report.plan(config, devices, data, partition, model, epoch, steps, folder))
+        folder = Path(ctde.devices.hosts.of_the_first(claim))
+        _show(report.plan(config, devices, data, partition, model, epoch, steps, folder))
         before = time.perf_counter() - started
         trained = ctde.fit(
             model,
@@ -191,7 +193,7 @@ def train(config: options.Config, started: float) -> "ctde.Trained":
             **habits,
         )
     trained.seconds["start-up"] += before
-    console.print(ctde.report.result(trained, folder))
+    console.print(report.result(trained, folder))
     return trained
 
 
@@ -199,7 +201,7 @@ def _check_trunk(chosen: options.Run, folder: Path) -> None:
     """Raises InputError if the checkpoint to branch from is in the run that `--resume never` moves."""
     if chosen.branch_from is None or chosen.resume == "auto":
         return
-    if chosen.branch_from.resolve().is_relative_to(folder.resolve() / ctde.run_folder.CHECKPOINTS):
+    if chosen.branch_from.resolve().is_relative_to(folder.resolve() / ctde.checkpoint.CHECKPOINTS):
         rule = f"must be a checkpoint outside {folder}, whose run --resume never moves"
         raise InputError("branch_from", f"{rule}, got {chosen.branch_from}; name another --run-dir.")
 
@@ -207,7 +209,7 @@ def _check_trunk(chosen: options.Run, folder: Path) -> None:
 def _show(plan: "Table") -> None:
     """Raises InputError if standard output cannot be written to; after this, training goes on without it."""
     try:
-        ctde.log.console(lasting=False).print(plan)
+        ctde.trainer.console(lasting=False).print(plan)
     except OSError as error:
         raise InputError(
             "standard output", f"must be writable, got {error.strerror}; redirect it to a file with room."
@@ -220,7 +222,7 @@ _LONGEST_SAMPLE = 1_000_000
 
 def _sampler(
     chosen: options.Run, model: "ctde.models.Model", data: "ctde.data.Dataset", seed: int
-) -> Callable[["ctde.replica.PyTree", "ctde.replica.PyTree"], str] | None:
+) -> Callable[["ctde.devices.replica.PyTree", "ctde.devices.replica.PyTree"], str] | None:
     """Makes the function that lets a language model write a text, or None for another model."""
     import jax  # here, so that a mistake in the options costs no import of it
 

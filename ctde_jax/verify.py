@@ -16,10 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctde_jax.bundle import RUNTIMES, open_bundle, parity
-from ctde_jax.bundle.card import EXAMPLES
-from ctde_jax.bundle.command import Parser, run
-from ctde_jax.bundle.inputs import read
+from ctde_jax.bundle import EXAMPLES, RUNTIMES, Parser, open_bundle, parity, read, run
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known
 from ctde_jax.files import streams
 

@@ -14,14 +14,13 @@ from rich.console import Console
 from ctde_jax import config
 from ctde_jax import devices as available
 from ctde_jax.config import build
-from ctde_jax.cost import targets
-from ctde_jax.cost.traffic import measure, table
+from ctde_jax.cost import measure, table, targets
 from ctde_jax.data import deal
 from ctde_jax.devices import hosts
 from ctde_jax.errors import InputError
 from ctde_jax.files import streams
 from ctde_jax.models import count_params, with_raw_inputs
-from ctde_jax.trainer.checks import check_exact
+from ctde_jax.trainer import check_exact
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ctde_jax import checkpoint
+from ctde_jax.checkpoint import format as checkpoint
 from ctde_jax.checkpoint.format import (
     FORMAT,
     MANIFEST,

@@ -113,7 +113,7 @@ def test_steps_go_on_from_one_epoch_to_the_next(start, stop):
 
 def test_pieces_cut_the_steps_into_rounds_and_fill_up_the_last():
     batches = data.deal(SPLIT, 4, 64, seed=0)
-    cut, rounds = zip(*data.pieces(batches, inner_steps=3, most=2, start=0, stop=14), strict=True)
+    cut, rounds = zip(*data.index_blocks(batches, inner_steps=3, most=2, start=0, stop=14), strict=True)
     assert rounds == (2, 2, 1)
     assert [piece.shape for piece in cut] == [(4, 2, 3, 16)] * 3
     steps = np.concatenate([np.moveaxis(piece.reshape(4, 6, 16), 0, 1) for piece in cut])

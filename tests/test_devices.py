@@ -48,10 +48,11 @@ def test_fake_devices_survive_two_thousand_training_rounds_that_nobody_waits_for
     """The real round, one a dispatch, with nothing fetched before the end."""
     program = f"""
 import ctde_jax, jax, numpy as np, optax
-from ctde_jax import replica, state
-from ctde_jax.gradient import make_gradient
-from ctde_jax.round import parallel_rounds
-from ctde_jax.tasks import classification
+from ctde_jax.devices import replica
+from ctde_jax.rounds import state
+from ctde_jax.rounds.gradient import make_gradient
+from ctde_jax.rounds.round import parallel_rounds
+from ctde_jax.models.tasks import classification
 devices = ctde_jax.devices.start({count})
 train = ctde_jax.data.digits().train
 model, optimizer, strategy = ctde_jax.models.mlp([64, 128, 10]), optax.adam(0.01), ctde_jax.Strategy()

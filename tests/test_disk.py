@@ -5,7 +5,7 @@ import pytest
 
 from ctde_jax import data
 from ctde_jax.data import disk
-from ctde_jax.data.disk import DiskArray, on_disk, pieces, stays_on_disk
+from ctde_jax.data.disk import DiskArray, on_disk, slices, stays_on_disk
 from ctde_jax.errors import InputError
 
 ROWS = np.random.default_rng(0).integers(0, 256, (50, 3, 4), np.uint8)
@@ -64,7 +64,7 @@ def test_map_whose_rows_are_not_whole_is_refused(mapped, tmp_path):
 
 def test_pieces_are_the_whole(mapped, monkeypatch):
     monkeypatch.setattr(disk, "PIECE_BYTES", 7 * 12)
-    found = list(pieces(on_disk("x", mapped)))
+    found = list(slices(on_disk("x", mapped)))
     assert [first for first, _ in found] == list(range(0, 50, 7))
     np.testing.assert_array_equal(np.concatenate([piece for _, piece in found]), ROWS)
 

@@ -170,7 +170,7 @@ def test_files_are_kept_in_the_cache_folder_by_default(
     tmp_path: Path, published, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     """They are downloaded the first time and found the second."""
-    monkeypatch.setattr("ctde_jax.data.published.user_cache_path", tmp_path.joinpath)
+    monkeypatch.setattr("ctde_jax.data.published.registry.user_cache_path", tmp_path.joinpath)
     LOADERS[name]()
     LOADERS[name]()
 

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ctde_jax import checkpoint, config, data, train
-from ctde_jax.checkpoint.format import MANIFEST, SUMS, TENSORS, Checkpoint, Damaged
+from ctde_jax.checkpoint.format import MANIFEST, SUMS, TENSORS, Checkpoint, Damaged, _sums
 from ctde_jax.config.options import Config
 from ctde_jax.data import Dataset, from_csv, from_npz
 from ctde_jax.data.published.cifar import ARCHIVE, RECORD, _members, cifar10
@@ -99,7 +99,7 @@ def safetensors_bytes(header: object, content: bytes = b"") -> bytes:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads a checkpoint whose checksums are those of its files, so that only its readers are left to notice."""
-    (folder / SUMS).write_text(checkpoint._sums(folder), encoding="utf-8")
+    (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
     return checkpoint.read(folder)
 
 
@@ -184,7 +184,7 @@ KINDS = {
 
 def read_with_damaged_tensors(folder: Path) -> Checkpoint:
     """Reads a checkpoint whose manifest is as its checksum says and whose tensors are not."""
-    (folder / SUMS).write_text(checkpoint._sums(folder).replace("a", "b", 1), encoding="utf-8")
+    (folder / SUMS).write_text(_sums(folder).replace("a", "b", 1), encoding="utf-8")
     return checkpoint.read(folder)
 
 
@@ -800,7 +800,7 @@ import resource
 import sys
 from pathlib import Path
 from ctde_jax.data.files import from_npz
-from ctde_jax.data.idx import mnist
+from ctde_jax.data.published.idx import mnist
 from ctde_jax.errors import InputError
 path = Path(sys.argv[1])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -901,7 +901,7 @@ def test_command_refuses_a_malformed_checkpoint(tmp_path: Path, capsys, name: st
     path = make_checkpoint(tmp_path / "trunk" / "checkpoints", TENSORS)
     (tmp_path / "trunk" / "config.json").write_text("{}")
     path.write_bytes(BAD_TENSORS[name])
-    (path.parent / SUMS).write_text(checkpoint._sums(path.parent), encoding="utf-8")
+    (path.parent / SUMS).write_text(_sums(path.parent), encoding="utf-8")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
     arguments = ["--branch-from", str(path.parent), "--steps", "1", "--devices", "1"]

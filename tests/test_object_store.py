@@ -1,6 +1,7 @@
 """A copy in another place is the checkpoint itself: same bits, same rows, and no damaged bit of it is ever loaded."""
 
 import gc
+import shutil
 import sys
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_copy_that_was_broken_off_is_refused(place, tmp_path, name):
     (place / name).rename(place / f".{name}")
     with pytest.raises(ctde.InputError, match="place must hold an intact copy, but"):
         object_store.get(str(place), tmp_path / "fresh")
-    assert ctde.run_folder.is_new(tmp_path / "fresh")
+    assert ctde.checkpoint.run_folder.is_new(tmp_path / "fresh")
     (place / f".{name}").rename(place / name)
     object_store.get(str(place), tmp_path / "fresh")
 
@@ -198,7 +199,7 @@ def test_run_without_its_rows_or_checkpoints_is_refused(run_folder, tmp_path):
     (run_folder / "metrics.jsonl").write_text('{"step": 3}\n')
     with pytest.raises(ctde.InputError, match=r"run_dir must have the 2 rows of its checkpoint in .*, got 1"):
         object_store.put(run_folder, str(tmp_path / "place"))
-    checkpoint.shutil.rmtree(run_folder / "checkpoints" / "step-00000007")
+    shutil.rmtree(run_folder / "checkpoints" / "step-00000007")
     with pytest.raises(ctde.InputError, match="run_dir must hold a checkpoint, but"):
         object_store.put(run_folder, str(tmp_path / "place"))
     assert not (tmp_path / "place").exists()

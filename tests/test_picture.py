@@ -27,7 +27,7 @@ def test_backend_of_a_notebook_does_not_matter(tmp_path, backend):
     program = """
 import os, sys
 from pathlib import Path
-from ctde_jax import log, picture
+from ctde_jax.trainer import log, picture
 print(repr(picture.save(lambda: log.plot_curves(ROWS), Path("curves.png"))))
 import matplotlib
 print("matplotlib.pyplot" in sys.modules, os.environ["MPLBACKEND"], matplotlib.rcParams._get_backend_or_none())

@@ -8,7 +8,7 @@ import pytest
 
 import ctde_jax as ctde
 from ctde_jax import config
-from ctde_jax.config import presets
+from ctde_jax.config import build, presets
 from ctde_jax.errors import InputError
 
 MODEL = ctde.models.mlp([64, 32, 10])
@@ -46,7 +46,7 @@ def test_every_method_learns_the_digits(name, digits):
 
 def test_command_line_and_python_mean_the_same():
     arguments = ["--strategy", "fedadam", "--sync-every", "7"]
-    by_command = ctde.build.build_strategy(config.parse(arguments).aggregation)
+    by_command = build.build_strategy(config.parse(arguments).aggregation)
     by_name = ctde.strategy("fedadam", sync_every=7)
     params = {"w": optax.tree.zeros_like([1.0])}
     assert (by_command.inner_steps, by_command.diverges) == (by_name.inner_steps, by_name.diverges) == (7, False)

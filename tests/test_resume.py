@@ -475,7 +475,7 @@ def test_what_would_change_the_numbers_is_refused(small, tmp_path, before, after
 
 def test_second_trainer_on_a_folder_is_refused(small, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from ctde_jax import run_folder\n"
+        "import sys; from pathlib import Path; from ctde_jax.checkpoint import run_folder\n"
         "with run_folder.claimed(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

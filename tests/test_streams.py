@@ -15,7 +15,7 @@ PRINT = "print('a' * 100_000)"
 
 def command(body: str, redirection: str, cwd: Path | None = None, **environment: str):
     """Runs a command whose `main` has this body, from a shell."""
-    program = f"import sys; from ctde_jax import streams\ndef main(arguments):\n  {body}; return 0\n"
+    program = f"import sys; from ctde_jax.files import streams\ndef main(arguments):\n  {body}; return 0\n"
     program += "sys.exit(streams.run(main))"
     return subprocess.run(
         ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, program],
@@ -64,7 +64,7 @@ def test_working_folder_that_is_gone_is_one_sentence(tmp_path):
     ("redirection", "reason"), [("> /dev/full", "No space left on device"), ("| true", "Broken pipe")]
 )
 def test_screen_that_fails_is_reported_once_and_the_work_goes_on(redirection, reason):
-    body = "import time; from ctde_jax.log import console; time.sleep(0.3); "
+    body = "import time; from ctde_jax.trainer.log import console; time.sleep(0.3); "
     body += "[console().print('a' * 9999) for _ in range(9)]"
     done = command(f"{body}; print('done', file=sys.stderr)", redirection)
     assert done.returncode == 0
@@ -73,6 +73,6 @@ def test_screen_that_fails_is_reported_once_and_the_work_goes_on(redirection, re
 
 def test_screen_shows_what_it_can_of_other_characters():
     done = command(
-        "from ctde_jax.log import console; console().print('R\\u00e9nyi')", "", PYTHONIOENCODING="ascii:strict"
+        "from ctde_jax.trainer.log import console; console().print('R\\u00e9nyi')", "", PYTHONIOENCODING="ascii:strict"
     )
     assert (done.returncode, done.stdout) == (0, "R?nyi\n")

@@ -517,7 +517,7 @@ REFUSED = {
 def test_what_cannot_work_in_a_step_is_refused_before_compilation(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     make, more, sentence = REFUSED[name]
-    monkeypatch.setattr(ctde.replica, "compiled", lambda *arguments: pytest.fail("compiled"))
+    monkeypatch.setattr(ctde.devices.replica, "compiled", lambda *arguments: pytest.fail("compiled"))
     with pytest.raises(ctde.InputError, match=sentence) as found:
         fit(make(), **more)
     assert not list(tmp_path.iterdir())

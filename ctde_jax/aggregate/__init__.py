@@ -1,9 +1,10 @@
 """Ways for replicas to agree: a strategy, and the reducers, exchanges, codecs and rules that it is made of."""
 
+from ctde_jax.aggregate import transformations
 from ctde_jax.aggregate.base import AVERAGE, IN_ORDER, UNCHANGED, Strategy
 from ctde_jax.aggregate.codec import Codec, error_feedback, exact
 from ctde_jax.aggregate.combine import Combine, average
-from ctde_jax.aggregate.exchange import gathered, two_phase
+from ctde_jax.aggregate.exchange import TwoPhaseState, gathered, recut, two_phase
 from ctde_jax.aggregate.gossip import gossip
 from ctde_jax.aggregate.isotropic import isotropic
 from ctde_jax.aggregate.mean import hierarchical_mean, mean
@@ -11,10 +12,20 @@ from ctde_jax.aggregate.power_sgd import power_sgd
 from ctde_jax.aggregate.private import epsilon, private
 from ctde_jax.aggregate.proximal import proximal
 from ctde_jax.aggregate.quantize import quantize, sign
-from ctde_jax.aggregate.reducer import reducer
+from ctde_jax.aggregate.reducer import IndependentReducer, reducer
 from ctde_jax.aggregate.robust import centered_clipping, geometric_median, krum, median, multi_krum, trimmed_mean
 from ctde_jax.aggregate.sparse import random_k, top_k
 from ctde_jax.aggregate.streaming import streaming
+from ctde_jax.aggregate.transformations import (
+    Value,
+    adapted,
+    as_transformation,
+    depends_on,
+    evaluated_point,
+    has_evaluated_point,
+    learning_rate,
+    with_hyperparams_of,
+)
 
 __all__ = [
     "AVERAGE",
@@ -22,18 +33,27 @@ __all__ = [
     "UNCHANGED",
     "Codec",
     "Combine",
+    "IndependentReducer",
     "Strategy",
+    "TwoPhaseState",
+    "Value",
+    "adapted",
+    "as_transformation",
     "average",
     "centered_clipping",
+    "depends_on",
     "epsilon",
     "error_feedback",
+    "evaluated_point",
     "exact",
     "gathered",
     "geometric_median",
     "gossip",
+    "has_evaluated_point",
     "hierarchical_mean",
     "isotropic",
     "krum",
+    "learning_rate",
     "mean",
     "median",
     "multi_krum",
@@ -42,10 +62,13 @@ __all__ = [
     "proximal",
     "quantize",
     "random_k",
+    "recut",
     "reducer",
     "sign",
     "streaming",
     "top_k",
+    "transformations",
     "trimmed_mean",
     "two_phase",
+    "with_hyperparams_of",
 ]

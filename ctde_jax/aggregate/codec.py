@@ -12,7 +12,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 
 

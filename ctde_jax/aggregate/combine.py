@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 
 
 class Combine(NamedTuple):

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from ctde_jax.aggregate.codec import Codec, exact, from_bytes, to_bytes
 from ctde_jax.aggregate.combine import Combine, average
 from ctde_jax.aggregate.reducer import reducer
-from ctde_jax.devices.replica import AXIS, PyTree
+from ctde_jax.devices import AXIS, PyTree
 
 
 class TwoPhaseState(NamedTuple):

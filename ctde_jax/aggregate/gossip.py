@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import as_tree, as_vector
 from ctde_jax.aggregate.reducer import reducer
-from ctde_jax.devices.replica import AXIS, PyTree
+from ctde_jax.devices import AXIS, PyTree
 from ctde_jax.errors import InputError, check_known
 
 Graph = Literal["ring", "exponential", "pairs"]

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from ctde_jax.aggregate.exchange import as_tree, as_vector
 from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.aggregate.scaling import relative
-from ctde_jax.devices.replica import AXIS
+from ctde_jax.devices import AXIS
 from ctde_jax.errors import check_at_least
 
 

@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from ctde_jax.aggregate.mean import mean
 from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.aggregate.scaling import relative
-from ctde_jax.devices.replica import AXIS, PyTree
+from ctde_jax.devices import AXIS, PyTree
 from ctde_jax.errors import InputError, check_at_least
 
 

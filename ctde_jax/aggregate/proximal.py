@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 
 

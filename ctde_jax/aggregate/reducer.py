@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import optax
 
-from ctde_jax.devices.replica import PyTree, as_complex, as_real
+from ctde_jax.devices import PyTree, as_complex, as_real
 
 
 class IndependentReducer(optax.GradientTransformationExtraArgs):

@@ -19,7 +19,7 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.combine import Combine
 from ctde_jax.aggregate.scaling import norm
-from ctde_jax.devices.replica import AXIS
+from ctde_jax.devices import AXIS
 from ctde_jax.errors import InputError, check_at_least
 
 

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import two_phase
 from ctde_jax.aggregate.reducer import reducer
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, check_at_least
 
 

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var  # pyright: ignore[reportPrivateImportUsage]
 from optax import contrib
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, shortened
 
 Value = Callable[[], jax.Array]

@@ -27,10 +27,11 @@ from safetensors.numpy import save_file
 
 from ctde_jax.checkpoint.run_folder import writing_to
 from ctde_jax.errors import InputError, on_one_line, shortened
-from ctde_jax.files.atomic import bring_to_disk, put_back, written_whole
-from ctde_jax.files.reading import open_regular, read_small
+from ctde_jax.files import bring_to_disk, open_regular, put_back, read_small, written_whole
 
-TENSORS, MANIFEST, SUMS = "tensors.safetensors", "manifest.json", "SHA256SUMS"
+TENSORS = "tensors.safetensors"
+MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
 FORMAT = 1
 _ROOM = 2**20
 """Bytes that are left free for the manifest, metrics and curves."""

@@ -15,15 +15,12 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate import Strategy
-from ctde_jax.aggregate.transformations import adapted
+from ctde_jax.aggregate import Strategy, adapted
 from ctde_jax.checkpoint.jaxprs import digest_of, digest_of_shapes
-from ctde_jax.data import Dataset, digests_of
-from ctde_jax.data.augment import Augment, apply_to
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.data import Augment, Dataset, apply_to, digests_of
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model
-from ctde_jax.models.tasks import Task
+from ctde_jax.models import Model, Task
 
 _TRACED_BY = ("ctde_jax", "jax", "flax", "optax", "numpy")
 """Packages whose versions change how the same program is traced."""

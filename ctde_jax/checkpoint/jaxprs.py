@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal  # pyright: ignore[reportPrivateImportUsage]
 
 from ctde_jax.data import digest as digest_of_array
-from ctde_jax.devices.replica import AXIS, SHARD, PyTree
+from ctde_jax.devices import AXIS, SHARD, PyTree
 
 Digest = bytes
 

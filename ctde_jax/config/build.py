@@ -12,13 +12,10 @@ from ctde_jax import aggregate, config, data, models
 from ctde_jax.aggregate import Codec, Combine, Strategy
 from ctde_jax.config import optimizers
 from ctde_jax.config.presets import PRESETS
-from ctde_jax.data import Dataset, DiskArray, augment
-from ctde_jax.data.arrays import targets_or_classes
-from ctde_jax.data.augment import Augment
+from ctde_jax.data import Augment, Dataset, DiskArray, augment, targets_or_classes
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
-from ctde_jax.models import Model, initializers
+from ctde_jax.models import Model, Task, classification, initializers, language_modeling, smoothed
 from ctde_jax.models.mup import mup, scale_learning_rates
-from ctde_jax.models.tasks import Task, classification, language_modeling, smoothed
 
 
 def load_data(chosen: config.Data, seed: int = 0) -> Dataset:

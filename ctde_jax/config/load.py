@@ -11,24 +11,26 @@ import numpy as np
 
 from ctde_jax import checkpoint, config
 from ctde_jax import devices as available
-from ctde_jax.aggregate.transformations import adapted
-from ctde_jax.checkpoint.format import Checkpoint, Damaged, newest_intact
-from ctde_jax.checkpoint.identity import differing
-from ctde_jax.checkpoint.resume import Options, check_facts, different_options, plain
-from ctde_jax.checkpoint.run_folder import CHECKPOINTS, named
+from ctde_jax.aggregate import adapted
+from ctde_jax.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    Damaged,
+    Options,
+    check_facts,
+    different_options,
+    differing,
+    named,
+    newest_intact,
+    plain,
+)
 from ctde_jax.config import build
 from ctde_jax.data import Dataset, deal, digests_of
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, with_raw_inputs
-from ctde_jax.rounds import state
-from ctde_jax.rounds.feed import make_feed
-from ctde_jax.rounds.reestimate import of_first_steps
-from ctde_jax.trainer.log import Row, console, read_rows
-from ctde_jax.trainer.rollback import SCALED
-from ctde_jax.trainer.run import BEST, INPUTS
-from ctde_jax.trainer.trained import Trained, accepts
+from ctde_jax.rounds import make_feed, of_first_steps, state
+from ctde_jax.trainer import BEST, INPUTS, SCALED, Row, Trained, accepts, console, read_rows
 
 CONFIG = "config.json"
 

@@ -7,7 +7,7 @@ import optax
 import optax.contrib
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, check_at_least, check_known
 
 OPTIMIZERS = {

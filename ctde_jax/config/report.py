@@ -13,9 +13,9 @@ from rich.text import Text
 from ctde_jax import config as options
 from ctde_jax.config.options import Aggregation, Config, Optimization
 from ctde_jax.data import Dataset
-from ctde_jax.devices.backend import count_cores
+from ctde_jax.devices import count_cores
 from ctde_jax.models import Model, count_params
-from ctde_jax.trainer.trained import Trained
+from ctde_jax.trainer import Trained
 
 
 def plan(

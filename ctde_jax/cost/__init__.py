@@ -1,1 +1,6 @@
-"""What a round costs: bytes and time."""
+"""What a round costs, in bytes and seconds."""
+
+from ctde_jax.cost import collectives, targets
+from ctde_jax.cost.traffic import Traffic, measure, summary, table
+
+__all__ = ["Traffic", "collectives", "measure", "summary", "table", "targets"]

@@ -25,21 +25,23 @@ import optax
 
 from ctde_jax import devices as available
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import Batches, Dataset, deal, pieces
-from ctde_jax.data.augment import Augment
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.data import Augment, Batches, Dataset, deal, index_blocks
+from ctde_jax.devices import PyTree, replica
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model, with_raw_inputs
-from ctde_jax.models.tasks import Task
-from ctde_jax.rounds import state
-from ctde_jax.rounds.evaluate import make_evaluate
-from ctde_jax.rounds.feed import Span, steps_a_piece
-from ctde_jax.rounds.gradient import Sums, make_gradient
-from ctde_jax.rounds.guard import make_look
-from ctde_jax.rounds.reestimate import make_reestimate
-from ctde_jax.rounds.round import parallel_rounds
-from ctde_jax.rounds.schedule import make_phases, rows_a_dispatch
+from ctde_jax.models import Model, Task, with_raw_inputs
+from ctde_jax.rounds import (
+    Span,
+    Sums,
+    make_evaluate,
+    make_gradient,
+    make_look,
+    make_phases,
+    make_reestimate,
+    parallel_rounds,
+    rows_a_dispatch,
+    state,
+    steps_a_piece,
+)
 
 PARTS = ("input", "dispatch", "compute", "aggregation")
 """Of a step, in the order in which they happen."""
@@ -310,7 +312,7 @@ class _Contestant:
             self._fresh.draw(turn)
         drawn = time.perf_counter()
         start = turn * max(drawn_steps, steps)
-        cut = pieces(self._fresh, self._span.round_steps, self._span.piece_rounds, start, start + steps)
+        cut = index_blocks(self._fresh, self._span.round_steps, self._span.piece_rounds, start, start + steps)
         jax.block_until_ready(replica.shard(next(cut)[0], self.devices))
         return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / steps
 
@@ -323,7 +325,7 @@ class _Contestant:
 
     def _draw(self) -> Iterator[tuple[jax.Array, np.int32, np.int32]]:
         """Yields the indices of a piece with the first and the last round of each dispatch, all of them full."""
-        for indices, _ in pieces(self.batches, self._span.round_steps, self._span.piece_rounds, 0, sys.maxsize):
+        for indices, _ in index_blocks(self.batches, self._span.round_steps, self._span.piece_rounds, 0, sys.maxsize):
             indices, first = replica.shard(indices, self.devices), 0
             while first + self.rounds <= self._span.piece_rounds:
                 yield indices, np.int32(first), np.int32(first + self.rounds)

@@ -16,15 +16,10 @@ from jax.experimental import topologies
 
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Batches, Dataset
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import AXIS
+from ctde_jax.devices import AXIS, replica
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model
-from ctde_jax.models.tasks import Task
-from ctde_jax.rounds import state
-from ctde_jax.rounds.feed import Span, shapes
-from ctde_jax.rounds.gradient import make_gradient
-from ctde_jax.rounds.round import parallel_rounds
+from ctde_jax.models import Model, Task
+from ctde_jax.rounds import Span, make_gradient, parallel_rounds, shapes, state
 
 EXAMPLES = "tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4 (hosts, and devices on each)"
 

@@ -1,10 +1,13 @@
 """Data sets, who keeps which examples, and who sees them when."""
 
-from ctde_jax.data import partition
-from ctde_jax.data.batches import Batches, count_steps, deal, filled_up, pieces, steps_per_epoch
-from ctde_jax.data.dataset import Dataset, Drawn, Split, from_arrays, hold_out, standardized
+from ctde_jax.data import augment, partition
+from ctde_jax.data.arrays import plain, targets_or_classes
+from ctde_jax.data.augment import Augment, apply_to
+from ctde_jax.data.batches import Batches, count_steps, deal, filled_up, index_blocks, steps_per_epoch
+from ctde_jax.data.classes import look_up
+from ctde_jax.data.dataset import Dataset, Drawn, Split, from_arrays, hold_out, is_channels_first, standardized
 from ctde_jax.data.digests import digest, digests_of
-from ctde_jax.data.disk import DiskArray
+from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.data.files import from_npz
 from ctde_jax.data.published.cifar import cifar10
 from ctde_jax.data.published.digits import digits
@@ -16,12 +19,15 @@ from ctde_jax.data.text import decode, encode, from_text
 
 __all__ = [
     "Arrivals",
+    "Augment",
     "Batches",
     "Dataset",
     "DiskArray",
     "Drawn",
     "Split",
+    "apply_to",
     "as_sequence",
+    "augment",
     "check_size",
     "cifar10",
     "count_steps",
@@ -40,9 +46,14 @@ __all__ = [
     "from_npz",
     "from_text",
     "hold_out",
+    "index_blocks",
+    "is_channels_first",
+    "look_up",
     "mnist",
     "partition",
-    "pieces",
+    "plain",
+    "slices",
     "standardized",
     "steps_per_epoch",
+    "targets_or_classes",
 ]

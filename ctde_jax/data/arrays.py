@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ctde_jax.data.classes import is_one_hot
-from ctde_jax.data.disk import DiskArray, on_disk, pieces, stays_on_disk
+from ctde_jax.data.disk import DiskArray, on_disk, slices, stays_on_disk
 from ctde_jax.errors import InputError
 
 COARSE = 0.01
@@ -71,7 +71,7 @@ def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | D
     if inputs.dtype.kind != "f":
         return _as_int32(option, inputs)
     with np.errstate(over="ignore", invalid="ignore"):  # what does not fit in float32 becomes infinite, and is refused
-        for first, piece in pieces(inputs):
+        for first, piece in slices(inputs):
             is_finite = np.isfinite(piece.astype(np.float32, copy=False))
             if not is_finite.all():
                 row, *place = np.argwhere(~is_finite)[0]
@@ -104,7 +104,7 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
     if labels.dtype.kind in "biu":
         return _as_int32(option, labels)
     if labels.dtype.kind == "f":
-        for first, piece in pieces(labels):
+        for first, piece in slices(labels):
             if not np.isfinite(piece).all():
                 row = first + np.argwhere(~np.isfinite(piece))[0][0]
                 fault = f"got NaN or infinity for example {row}"
@@ -151,7 +151,7 @@ def targets_or_classes(labels: np.ndarray | DiskArray) -> str:
 
 
 def _in_float64(array: np.ndarray | DiskArray) -> Iterator[np.ndarray]:
-    for _, piece in pieces(array):
+    for _, piece in slices(array):
         yield piece.astype(np.float64)
 
 
@@ -194,7 +194,7 @@ def _as_int32(option: str, integers: np.ndarray | DiskArray) -> np.ndarray | Dis
     bounds = np.iinfo(np.int32)
     stored = integers.dtype
     if stored.kind != "b" and not (np.iinfo(stored).min >= bounds.min and np.iinfo(stored).max <= bounds.max):
-        for _, piece in pieces(integers):
+        for _, piece in slices(integers):
             for value in (piece.min(initial=0), piece.max(initial=0)):
                 if not bounds.min <= int(value) <= bounds.max:
                     raise InputError(option, f"must fit in int32, got {value}; convert measurements to floating point.")

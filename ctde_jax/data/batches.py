@@ -211,7 +211,9 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
     return total
 
 
-def pieces(batches: Batches, inner_steps: int, most: int, start: int, stop: int) -> Iterator[tuple[np.ndarray, int]]:
+def index_blocks(
+    batches: Batches, inner_steps: int, most: int, start: int, stop: int
+) -> Iterator[tuple[np.ndarray, int]]:
     """Cuts the steps from `start` to `stop` into pieces of `most` rounds, the last of what is left.
 
     Yields:

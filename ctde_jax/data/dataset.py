@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike
 
 from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels, plain
 from ctde_jax.data.classes import from_words, look_up, note_on_numbers, notes_on_classes, numbered
-from ctde_jax.data.disk import DiskArray, pieces
+from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.errors import InputError
-from ctde_jax.files.reading import are_numbers
+from ctde_jax.files import are_numbers
 
 if TYPE_CHECKING:
     from ctde_jax.data.stream import Stream
@@ -258,12 +258,12 @@ def standardized(dataset: Dataset) -> Dataset:
     inputs, total, squares = dataset.train.inputs, np.zeros(()), np.zeros(())
     check_precision("standardized", inputs)
     least = largest = np.asarray(inputs[:1])
-    for _, piece in pieces(inputs):
+    for _, piece in slices(inputs):
         total = total + piece.sum(axis=0, keepdims=True, dtype=np.float64)
         least = np.minimum(least, piece.min(axis=0, keepdims=True))
         largest = np.maximum(largest, piece.max(axis=0, keepdims=True))
     mean = total / len(inputs)
-    for _, piece in pieces(inputs):
+    for _, piece in slices(inputs):
         squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
     deviation = np.sqrt(squares / len(inputs))
     # The mean of equal numbers is rounded, so their deviation need not be 0. Below `tiny` it has no float32 reciprocal.
@@ -287,7 +287,7 @@ def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) 
 
 def _highest(inputs: np.ndarray | DiskArray) -> int:
     """Returns the largest number of as many bits as the largest input needs."""
-    largest = max(int(piece.max()) for _, piece in pieces(inputs))
+    largest = max(int(piece.max()) for _, piece in slices(inputs))
     return 2 ** max(1, largest.bit_length()) - 1
 
 
@@ -319,7 +319,7 @@ def _check_pair(option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray 
         raise InputError(
             option, f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} labels."
         )
-    for first, piece in pieces(labels) if classes else ():
+    for first, piece in slices(labels) if classes else ():
         if piece.min() < 0:
             place = np.unravel_index(np.argmin(piece), piece.shape)
             example = first + place[0]

@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 
 from ctde_jax.data.dataset import Dataset
-from ctde_jax.data.disk import DiskArray, pieces
+from ctde_jax.data.disk import DiskArray, slices
 
 WHOLE_BYTES = 2**28
 """Arrays of at most this size are digested whole, in 0.2 to 0.6 s per 256 MiB; of larger ones, samples."""
@@ -26,7 +26,7 @@ def digest(array: np.ndarray | DiskArray) -> str:
     if array.ndim == 0 or len(array) == 0:
         total.update(np.asarray(array).tobytes())
     elif array.dtype.itemsize * prod(array.shape) <= WHOLE_BYTES:
-        for _, piece in pieces(array):
+        for _, piece in slices(array):
             total.update(_bytes_of(piece))
     else:
         for row in np.unique(np.linspace(0, len(array) - 1, _SAMPLES).astype(np.int64)):

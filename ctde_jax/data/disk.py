@@ -151,7 +151,7 @@ def in_file(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) ->
     return DiskArray(path, offset, dtype.itemsize * prod(shape[1:]), dtype, dtype, shape)
 
 
-def pieces(array: np.ndarray | DiskArray) -> Iterator[tuple[int, np.ndarray]]:
+def slices(array: np.ndarray | DiskArray) -> Iterator[tuple[int, np.ndarray]]:
     """Goes through an array by some rows at a time, each piece with the number of its first row."""
     rows = max(1, PIECE_BYTES // max(1, array.dtype.itemsize * prod(array.shape[1:])))
     for first in range(0, len(array), rows):

@@ -19,7 +19,7 @@ from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.devices import memory
 from ctde_jax.errors import InputError, shortened
-from ctde_jax.files.reading import open_regular
+from ctde_jax.files import open_regular
 
 REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]

@@ -19,7 +19,7 @@ from ctde_jax.data.columns import MANY_LINES, Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
 from ctde_jax.data.files import check_size, faulty, not_utf8, opened
 from ctde_jax.errors import InputError, check_known, quoted
-from ctde_jax.files.reading import are_numbers, number_of
+from ctde_jax.files import are_numbers, number_of
 
 _NAMED = 3
 """Columns that a sentence names at most."""

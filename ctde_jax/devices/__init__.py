@@ -1,1 +1,37 @@
-"""Where the training runs: devices, replicas, hosts."""
+"""Where training runs: devices, replicas, hosts."""
+
+from ctde_jax.devices import hosts, memory, replica, supervisor
+from ctde_jax.devices.backend import FAKE_DEVICES, check, count_cores, start
+from ctde_jax.devices.replica import (
+    AXIS,
+    SHARD,
+    Program,
+    PyTree,
+    agreed_state,
+    as_complex,
+    as_real,
+    is_changed,
+    largest,
+    weighted_mean,
+)
+
+__all__ = [
+    "AXIS",
+    "FAKE_DEVICES",
+    "SHARD",
+    "Program",
+    "PyTree",
+    "agreed_state",
+    "as_complex",
+    "as_real",
+    "check",
+    "count_cores",
+    "hosts",
+    "is_changed",
+    "largest",
+    "memory",
+    "replica",
+    "start",
+    "supervisor",
+    "weighted_mean",
+]

@@ -17,12 +17,12 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ctde_jax import config
-from ctde_jax.bundle.command import Parser, run
+from ctde_jax.bundle import Parser, run
 from ctde_jax.config.load import folder_of, load_run
-from ctde_jax.export import DEFAULT, FORMATS, Written, write_bundle, write_page
-from ctde_jax.export.web import check_page
+from ctde_jax.export.web import check_page, write_page
+from ctde_jax.export.write import DEFAULT, FORMATS, Written, write_bundle
 from ctde_jax.files import streams
-from ctde_jax.trainer.log import console
+from ctde_jax.trainer import console
 
 
 def main(arguments: Sequence[str]) -> int:

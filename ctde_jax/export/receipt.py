@@ -13,12 +13,11 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from ctde_jax.bundle.parity import BATCH_SIZES, difference, in_batches, relative_difference
-from ctde_jax.bundle.runtimes import Carry, Predict, Step
+from ctde_jax.bundle import BATCH_SIZES, Carry, Predict, Step, difference, in_batches, relative_difference
 from ctde_jax.data import Split
 from ctde_jax.errors import InputError
-from ctde_jax.models.tasks import Task
-from ctde_jax.trainer.trained import Trained
+from ctde_jax.models import Task
+from ctde_jax.trainer import Trained
 
 TIMED = (1, 32)
 """At which batch sizes."""

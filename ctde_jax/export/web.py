@@ -17,8 +17,7 @@ from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_path
 
-from ctde_jax.bundle import Bundle, Card
-from ctde_jax.bundle.card import CARD
+from ctde_jax.bundle import CARD, Bundle, Card
 from ctde_jax.errors import InputError
 
 PACKAGE = "onnxruntime-web@1.30.0"

@@ -8,12 +8,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from ctde_jax.bundle import perceptron
-from ctde_jax.bundle.card import Layers
+from ctde_jax.bundle import Layers, perceptron
 from ctde_jax.data import Dataset
 from ctde_jax.errors import InputError
-from ctde_jax.rounds.state import named
-from ctde_jax.trainer.trained import Trained
+from ctde_jax.rounds import named
+from ctde_jax.trainer import Trained
 
 Weights = dict[str, np.ndarray]
 

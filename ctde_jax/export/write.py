@@ -14,10 +14,23 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ctde_jax.bundle import Bundle, load, load_step, open_bundle
-from ctde_jax.bundle.card import CARD, EXAMPLES, FORMAT, SUMS, WEIGHTS, File, sums_of
-from ctde_jax.bundle.parity import BATCH_SIZES, PARITY, is_exact
-from ctde_jax.bundle.runtimes import Predict
+from ctde_jax.bundle import (
+    BATCH_SIZES,
+    CARD,
+    EXAMPLES,
+    FORMAT,
+    PARITY,
+    SUMS,
+    WEIGHTS,
+    Bundle,
+    File,
+    Predict,
+    is_exact,
+    load,
+    load_step,
+    open_bundle,
+    sums_of,
+)
 from ctde_jax.data import Dataset, Split
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import int8, receipt
@@ -26,10 +39,9 @@ from ctde_jax.export.onnx import to_onnx
 from ctde_jax.export.program import LeftOut, Program, leaving_out, make_program
 from ctde_jax.export.stablehlo import to_stablehlo
 from ctde_jax.export.weights import find_layers, gather, to_safetensors
-from ctde_jax.files.atomic import put_back, written_whole
+from ctde_jax.files import put_back, written_whole
 from ctde_jax.models import count_params
-from ctde_jax.trainer.log import console
-from ctde_jax.trainer.trained import Trained, accepts
+from ctde_jax.trainer import Trained, accepts, console
 
 Format = Literal["numpy", "onnx", "jax", "litert", "onnx-int8", "onnx-int8-static"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -1,35 +1,50 @@
 """Networks, and the two doors through which a network of the user's own comes in."""
 
+from ctde_jax.models import initializers
 from ctde_jax.models.base import Model, count_params, in_bfloat16, unscaled, with_raw_inputs
 from ctde_jax.models.batch_statistics import BatchStatistics
 from ctde_jax.models.cnn import CNN, cnn
-from ctde_jax.models.linen_modules import from_linen
+from ctde_jax.models.generation import generate
+from ctde_jax.models.linen_modules import from_linen, split_variables
 from ctde_jax.models.mlp import MLP, mlp
 from ctde_jax.models.modules import as_model
-from ctde_jax.models.nnx_modules import from_nnx
+from ctde_jax.models.nnx_modules import from_nnx, is_random, is_trained
 from ctde_jax.models.resnet import ResNet, resnet
 from ctde_jax.models.rnn import RNNClassifier, RNNLanguageModel, rnn_classifier, rnn_language_model
+from ctde_jax.models.tasks import RESERVED, Task, classification, language_modeling, smoothed
 from ctde_jax.models.transformer import Transformer, transformer
+from ctde_jax.models.user_code import describe
 
 __all__ = [
     "CNN",
     "MLP",
+    "RESERVED",
     "BatchStatistics",
     "Model",
     "RNNClassifier",
     "RNNLanguageModel",
     "ResNet",
+    "Task",
     "Transformer",
     "as_model",
+    "classification",
     "cnn",
     "count_params",
+    "describe",
     "from_linen",
     "from_nnx",
+    "generate",
     "in_bfloat16",
+    "initializers",
+    "is_random",
+    "is_trained",
+    "language_modeling",
     "mlp",
     "resnet",
     "rnn_classifier",
     "rnn_language_model",
+    "smoothed",
+    "split_variables",
     "transformer",
     "unscaled",
     "with_raw_inputs",

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import AXIS, SHARD
+from ctde_jax.devices import AXIS, SHARD
 
 BatchStatistics = Literal["averaged", "synchronized"]
 """Over which examples batch normalization takes its mean and variance in training.

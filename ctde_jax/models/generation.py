@@ -10,9 +10,9 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, check_at_least
-from ctde_jax.models import Model
+from ctde_jax.models.base import Model
 from ctde_jax.models.user_code import describe
 
 

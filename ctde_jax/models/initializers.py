@@ -12,10 +12,9 @@ import jax
 from jax import lax, nn
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, check_known
-from ctde_jax.models import Model
-from ctde_jax.models.base import KeyPath
+from ctde_jax.models.base import KeyPath, Model
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 """`draw(key, [*taps, inputs, outputs])`, as the functions of `jax.nn.initializers` do."""

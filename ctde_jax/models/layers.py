@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from ctde_jax.data.dataset import is_channels_first
+from ctde_jax.data import is_channels_first
 from ctde_jax.errors import InputError, check_at_least
 
 

@@ -13,7 +13,7 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 from ctde_jax.models.base import Model, as_outputs
 from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute

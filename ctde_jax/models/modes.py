@@ -9,7 +9,7 @@ import jax
 from jax import numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 
 _TRUE_IN_TRAINING = (

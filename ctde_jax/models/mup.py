@@ -20,10 +20,9 @@ import jax
 import optax
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model
-from ctde_jax.models.base import KeyPath
+from ctde_jax.models.base import KeyPath, Model
 from ctde_jax.models.initializers import find_kernels, leaves_with_path, map_with_path
 
 

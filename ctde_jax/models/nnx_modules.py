@@ -13,7 +13,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 from ctde_jax.models.base import KeyPath, Model, Stream, as_outputs
 from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute

@@ -18,7 +18,7 @@ from flax import nnx
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax import numpy as jnp
 
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, shortened
 
 _PACKAGES = [str(Path(str(package.__file__)).parent) for package in (flax, jax, np, optax)]

@@ -11,11 +11,9 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.data import Split
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import AXIS, PyTree
+from ctde_jax.devices import AXIS, PyTree, replica
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model
-from ctde_jax.models.tasks import Task
+from ctde_jax.models import Model, Task
 from ctde_jax.rounds.feed import prefetched
 
 Averages = dict[str, float]

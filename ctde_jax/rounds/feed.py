@@ -16,9 +16,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import jax
 import numpy as np
 
-from ctde_jax.data import Arrivals, Batches, Drawn, Split, check_size, filled_up, pieces
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.data import Arrivals, Batches, Drawn, Split, check_size, filled_up, index_blocks
+from ctde_jax.devices import PyTree, replica
 
 T = TypeVar("T")
 _PLACES = 2**20
@@ -131,7 +130,7 @@ def prefetched(items: Generator[T]) -> Iterator[Iterator[T]]:
 
 def _indices(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[np.ndarray, int]]:
     for span in spans:
-        yield from pieces(batches, span.round_steps, span.piece_rounds, span.start, span.stop)
+        yield from index_blocks(batches, span.round_steps, span.piece_rounds, span.start, span.stop)
 
 
 def _from_disk(batches: Batches, here: list[int], spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:

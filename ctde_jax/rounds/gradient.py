@@ -29,13 +29,11 @@ from jax import lax
 from jax import numpy as jnp
 from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
-from ctde_jax.aggregate.transformations import depends_on
-from ctde_jax.data import Drawn
-from ctde_jax.data.augment import Augment, apply_to
-from ctde_jax.devices.replica import AXIS, SHARD, PyTree, agreed_state, is_changed, largest
+from ctde_jax.aggregate import depends_on
+from ctde_jax.data import Augment, Drawn, apply_to
+from ctde_jax.devices import AXIS, SHARD, PyTree, agreed_state, is_changed, largest
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model
-from ctde_jax.models.tasks import Task
+from ctde_jax.models import Model, Task
 
 SHARDS = 8
 """A batch is cut into so many shards where the model draws random numbers, and devices, groups and batch size allow;

@@ -12,8 +12,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import AXIS
+from ctde_jax.devices import AXIS, replica
 from ctde_jax.errors import ReplicasDiverged
 from ctde_jax.rounds.gradient import Sums
 from ctde_jax.rounds.state import TrainState, axes, named

@@ -7,8 +7,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.data import Split
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import SHARD, PyTree, agreed_state
+from ctde_jax.devices import SHARD, PyTree, agreed_state, replica
 from ctde_jax.models import Model
 from ctde_jax.rounds.feed import Feed, Span
 

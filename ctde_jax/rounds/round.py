@@ -8,12 +8,9 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate import Strategy
-from ctde_jax.aggregate.reducer import IndependentReducer
-from ctde_jax.aggregate.transformations import Value, adapted, learning_rate
+from ctde_jax.aggregate import IndependentReducer, Strategy, Value, adapted, learning_rate
 from ctde_jax.data import Split
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import PyTree, agreed_state
+from ctde_jax.devices import PyTree, agreed_state, replica
 from ctde_jax.rounds.gradient import Gradient, Sums, compiled_apart
 from ctde_jax.rounds.state import TrainState, axes
 

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.devices import PyTree, replica
 from ctde_jax.errors import InputError
 from ctde_jax.rounds import state
 from ctde_jax.rounds.feed import Piece, Span

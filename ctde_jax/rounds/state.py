@@ -10,13 +10,10 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate import Strategy
-from ctde_jax.aggregate.exchange import TwoPhaseState, recut
-from ctde_jax.aggregate.transformations import adapted
-from ctde_jax.aggregate.transformations import evaluated_point as _evaluated_point
-from ctde_jax.aggregate.transformations import has_evaluated_point as _has_evaluated_point
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import AXIS, PyTree
+from ctde_jax.aggregate import Strategy, TwoPhaseState, adapted, recut
+from ctde_jax.aggregate import evaluated_point as _evaluated_point
+from ctde_jax.aggregate import has_evaluated_point as _has_evaluated_point
+from ctde_jax.devices import AXIS, PyTree, replica
 from ctde_jax.errors import InputError
 
 

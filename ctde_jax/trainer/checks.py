@@ -11,16 +11,11 @@ import optax
 from jax.extend.core import jaxpr_as_fun
 
 from ctde_jax.aggregate import Strategy, transformations
-from ctde_jax.data import Dataset
-from ctde_jax.data.arrays import targets_or_classes
-from ctde_jax.data.augment import Augment, apply_to
-from ctde_jax.devices.replica import AXIS, PyTree
+from ctde_jax.data import Augment, Dataset, apply_to, targets_or_classes
+from ctde_jax.devices import AXIS, PyTree
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known, check_seed
-from ctde_jax.models import Model, with_raw_inputs
-from ctde_jax.models.tasks import Task
-from ctde_jax.models.user_code import describe
-from ctde_jax.rounds import state
-from ctde_jax.rounds.gradient import SHARDS, check_exact_model
+from ctde_jax.models import Model, Task, describe, with_raw_inputs
+from ctde_jax.rounds import SHARDS, check_exact_model, state
 
 _MOST_REESTIMATED = 2**16
 """The indices of all batches over which statistics are estimated are in memory at once."""

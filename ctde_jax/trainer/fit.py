@@ -12,29 +12,52 @@ import numpy as np
 import optax
 
 from ctde_jax import devices as available
-from ctde_jax.aggregate import Strategy
-from ctde_jax.aggregate.transformations import as_transformation, with_hyperparams_of
-from ctde_jax.checkpoint.format import Checkpoint, open_saver
-from ctde_jax.checkpoint.identity import Identity, parts_of
-from ctde_jax.checkpoint.position import Position
-from ctde_jax.checkpoint.resume import Options, completed, find, found_by_the_first, plain
-from ctde_jax.checkpoint.run_folder import CHECKPOINTS, METRICS, check_outside, claimed, make_way, named
-from ctde_jax.cost.traffic import measure, summary
-from ctde_jax.data import Dataset, count_steps, deal, deal_stream
-from ctde_jax.data.arrays import targets_or_classes
-from ctde_jax.data.augment import Augment
-from ctde_jax.devices import hosts, memory, replica
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.aggregate import Strategy, as_transformation, with_hyperparams_of
+from ctde_jax.checkpoint import (
+    CHECKPOINTS,
+    METRICS,
+    Checkpoint,
+    Identity,
+    Options,
+    Position,
+    check_outside,
+    claimed,
+    completed,
+    find,
+    found_by_the_first,
+    make_way,
+    named,
+    open_saver,
+    parts_of,
+    plain,
+)
+from ctde_jax.cost import measure, summary
+from ctde_jax.data import Augment, Dataset, count_steps, deal, deal_stream, targets_or_classes
+from ctde_jax.devices import PyTree, hosts, memory, replica
 from ctde_jax.errors import InputError, Preempted, check_known, check_whole
-from ctde_jax.models import Model, as_model, count_params, unscaled, with_raw_inputs
-from ctde_jax.models.tasks import Task, classification, language_modeling
-from ctde_jax.rounds import guard, state
-from ctde_jax.rounds.evaluate import make_evaluate
-from ctde_jax.rounds.feed import make_feed, shapes, steps_a_piece
-from ctde_jax.rounds.gradient import make_gradient
-from ctde_jax.rounds.reestimate import of_first_steps
-from ctde_jax.rounds.round import parallel_rounds
-from ctde_jax.rounds.schedule import make_phases, unfinished
+from ctde_jax.models import (
+    Model,
+    Task,
+    as_model,
+    classification,
+    count_params,
+    language_modeling,
+    unscaled,
+    with_raw_inputs,
+)
+from ctde_jax.rounds import (
+    guard,
+    make_evaluate,
+    make_feed,
+    make_gradient,
+    make_phases,
+    of_first_steps,
+    parallel_rounds,
+    shapes,
+    state,
+    steps_a_piece,
+    unfinished,
+)
 from ctde_jax.trainer.checks import check_devices, check_examples_apart, check_run, check_types
 from ctde_jax.trainer.log import console, open_log
 from ctde_jax.trainer.meter import Clock, Meter

@@ -25,12 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from ctde_jax.checkpoint.run_folder import METRICS, writing_to
+from ctde_jax.checkpoint import METRICS, writing_to
 from ctde_jax.devices import hosts
 from ctde_jax.errors import InputError
-from ctde_jax.files.reading import open_regular
-from ctde_jax.files.streams import Screen
-from ctde_jax.models.tasks import RESERVED
+from ctde_jax.files import Screen, open_regular
+from ctde_jax.models import RESERVED
 from ctde_jax.trainer import picture
 
 if TYPE_CHECKING:

@@ -7,14 +7,11 @@ from math import ceil
 import jax
 import numpy as np
 
-from ctde_jax.checkpoint.position import Position
+from ctde_jax.checkpoint import Position
 from ctde_jax.devices import hosts
 from ctde_jax.errors import NonFiniteLoss
-from ctde_jax.models.tasks import Task
-from ctde_jax.rounds.evaluate import Averages
-from ctde_jax.rounds.feed import Span
-from ctde_jax.rounds.gradient import Sums
-from ctde_jax.rounds.schedule import rows_a_dispatch
+from ctde_jax.models import Task
+from ctde_jax.rounds import Averages, Span, Sums, rows_a_dispatch
 from ctde_jax.trainer.log import Row
 
 _SAVE_SECONDS = 60.0

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ctde_jax.aggregate.transformations import as_transformation
-from ctde_jax.checkpoint.format import newest_intact, write
-from ctde_jax.checkpoint.run_folder import CHECKPOINTS, claimed, named, writing_to
-from ctde_jax.devices import hosts
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.aggregate import as_transformation
+from ctde_jax.checkpoint import CHECKPOINTS, claimed, named, newest_intact, write, writing_to
+from ctde_jax.devices import PyTree, hosts
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.trainer.log import console
 from ctde_jax.trainer.trained import Trained

@@ -7,15 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ctde_jax.checkpoint.format import MEASURED, Checkpoint, Choose, Saver, Tensors
-from ctde_jax.devices import hosts
-from ctde_jax.devices.replica import Program, PyTree
+from ctde_jax.checkpoint import MEASURED, Checkpoint, Choose, Saver, Tensors
+from ctde_jax.devices import Program, PyTree, hosts
 from ctde_jax.errors import NonFiniteLoss
-from ctde_jax.rounds import guard, state
-from ctde_jax.rounds.evaluate import Averages
-from ctde_jax.rounds.feed import Piece
-from ctde_jax.rounds.gradient import Sums
-from ctde_jax.rounds.schedule import cut
+from ctde_jax.rounds import Averages, Piece, Sums, cut, guard, state
 from ctde_jax.trainer.log import Log, Row
 from ctde_jax.trainer.meter import Meter
 from ctde_jax.trainer.stop import Stop

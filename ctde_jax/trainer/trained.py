@@ -9,18 +9,13 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctde_jax.bundle.accepted import Accepted
-from ctde_jax.cost.traffic import Traffic
-from ctde_jax.data import Dataset, DiskArray, Split
-from ctde_jax.data.arrays import plain
-from ctde_jax.data.classes import look_up
-from ctde_jax.data.disk import pieces
-from ctde_jax.devices import replica
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.bundle import Accepted
+from ctde_jax.cost import Traffic
+from ctde_jax.data import Dataset, DiskArray, Split, look_up, plain, slices
+from ctde_jax.devices import PyTree, replica
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model
-from ctde_jax.models.tasks import Task
-from ctde_jax.rounds.evaluate import Averages, make_evaluate
+from ctde_jax.models import Model, Task
+from ctde_jax.rounds import Averages, make_evaluate
 from ctde_jax.trainer.log import Row
 
 _MOST_AT_ONCE, _MOST_BYTES_AT_ONCE = 1024, 2**25
@@ -62,7 +57,7 @@ def _white(data: Dataset) -> int | None:
     if not 0 < white < 255:
         return None
     splits = [split for split in (data.train, data.validation, data.test) if split]
-    is_largest = all(np.asarray(piece).max() <= white for split in splits for _, piece in pieces(split.inputs))
+    is_largest = all(np.asarray(piece).max() <= white for split in splits for _, piece in slices(split.inputs))
     return white if is_largest else None
 
 
@@ -189,7 +184,7 @@ def _conforming(option: str, given: ArrayLike | DiskArray, accepted: Accepted) -
     if not isinstance(given, DiskArray):
         array = plain(option, given)
         return accepted.conform(option, given if isinstance(given, list | tuple) else array)
-    for _, piece in pieces(given) if accepted.largest is not None else [(0, given[:1])]:
+    for _, piece in slices(given) if accepted.largest is not None else [(0, given[:1])]:
         accepted.conform(option, np.asarray(piece))
     wanted = np.dtype(accepted.dtype)
     return given.astype(wanted) if given.dtype.kind == wanted.kind == "f" else given

@@ -15,15 +15,11 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ctde_jax.bundle import open_bundle
-from ctde_jax.bundle.card import CARD, WEIGHTS
-from ctde_jax.bundle.tensors import parse
-from ctde_jax.checkpoint.format import MANIFEST, Damaged, Tensors, newest, read
-from ctde_jax.checkpoint.run_folder import CHECKPOINTS
-from ctde_jax.devices.replica import PyTree
+from ctde_jax.bundle import CARD, WEIGHTS, open_bundle, parse
+from ctde_jax.checkpoint import CHECKPOINTS, MANIFEST, Damaged, Tensors, newest, read
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, did_you_mean, quoted
-from ctde_jax.models.linen_modules import split_variables
-from ctde_jax.models.nnx_modules import is_random, is_trained
+from ctde_jax.models import is_random, is_trained, split_variables
 from ctde_jax.rounds import state
 from ctde_jax.trainer.run import BEST, OTHER_POINT
 from ctde_jax.trainer.trained import Trained

@@ -331,9 +331,9 @@ def test_what_the_user_passed_in_survives(digits):
 def test_state_is_donated_and_bytes_stay_bytes(digits, monkeypatch):
     """What is on the devices while training: one copy of the state, and the examples as they are stored."""
     placed, states = [], []
-    replicate, place = ctde.replica.replicate, ctde.state.place
-    monkeypatch.setattr(ctde.replica, "replicate", lambda *a: placed.append(replicate(*a)) or placed[-1])
-    monkeypatch.setattr(ctde.state, "place", lambda *a: states.append(place(*a)) or states[-1])
+    replicate, place = ctde.devices.replica.replicate, ctde.rounds.state.place
+    monkeypatch.setattr(ctde.devices.replica, "replicate", lambda *a: placed.append(replicate(*a)) or placed[-1])
+    monkeypatch.setattr(ctde.rounds.state, "place", lambda *a: states.append(place(*a)) or states[-1])
     ctde.fit(MODEL, digits, optax.adam(0.1), devices=devices.start(2), batch_size=64, steps=8, log_every=2, show=False)
 
     examples = [tree for tree in placed if isinstance(tree, data.Split)]
