@@ -10,7 +10,7 @@ from ctde_jax.data import Dataset, decode, encode, from_text
 from ctde_jax.errors import InputError
 
 TEXT = "Größe 5\r\n🙂 \0 the quick brown fox jumps over the lazy dog; " * 4
-SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "text" / "tinyshakespeare.txt"
+SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "text" / "tinyshakespeare.txt"
 
 
 @pytest.fixture

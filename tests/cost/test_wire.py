@@ -406,7 +406,7 @@ def test_target_without_its_plugin_is_an_error(monkeypatch):
 def test_sockets_agree():
     """Three real processes send within 3 % of what the compiled programs say."""
     names = "all-reduce,all-gather u8,all-to-all u8,collective-permute,diloco,diloco int4"
-    script = Path(__file__).parents[1] / "benchmarks" / "sockets.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "sockets.py"
     command = [sys.executable, script, "--json", "--processes", "3", "--only", names, "--size", "786432"]
 
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)

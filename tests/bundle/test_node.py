@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
-PACKAGE = Path(__file__).parents[1] / "ctde_jax"
+PACKAGE = Path(__file__).parents[2] / "ctde_jax"
 
 
 def build(folder: Path, *packages: str) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_resume import Dropping, killed_after, rows
+from runs import Dropping, killed_after, rows
 
 import ctde_jax as ctde
 from ctde_jax import aggregate, checkpoint, config, data, devices, models, profile, wire

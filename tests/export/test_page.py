@@ -33,7 +33,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 CHROMIUM, CHROMEDRIVER, NODE = (shutil.which(name) for name in ("chromium", "chromedriver", "node"))
-MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 SENTENCE = "The quick brown 🦊 jumps over the lazy dog, and the dog sleeps on. "
 LENGTH = 16
 ELSEWHERE = "elsewhere.test"

@@ -1,6 +1,5 @@
 """A run that was ended, by whatever and wherever, goes on as if nothing had happened: same bits, same rows."""
 
-import json
 import os
 import random
 import signal
@@ -14,25 +13,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from runs import Dropping, Killed, killed_after, rows
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, data, devices, models
 from ctde_jax.rounds.schedule import Phase
 from ctde_jax.trainer import meter
 from ctde_jax.trainer.log import Log
-
-
-class Dropping(nnx.Module):
-    """Draws random numbers, and keeps batch statistics."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.first, self.last = nnx.Linear(64, 8, rngs=rngs), nnx.Linear(8, 10, rngs=rngs)
-        self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(self.dropout(self.norm(self.first(x.reshape(len(x), -1)))))
-
 
 MODEL = models.mlp([64, 8, 10])
 RUNS: dict[str, dict] = {
@@ -54,10 +41,6 @@ RUNS: dict[str, dict] = {
 QUICK = ["ddp", "diloco int4"]
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 @pytest.fixture
 def small(digits) -> data.Dataset:
     return data.from_arrays(
@@ -75,27 +58,6 @@ def tensors(folder: Path) -> dict[str, bytes]:
     """The last checkpoint of a run."""
     found = checkpoint.read(checkpoint.newest(folder / "checkpoints"))
     return {name: tensor.tobytes() for name, tensor in found.tensors.items()}
-
-
-def rows(folder: Path) -> list[dict]:
-    """The rows of a run, but for its speed."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
-
-
-def killed_after(monkeypatch, lines: int, run) -> None:
-    """Runs until so many rows have been written."""
-    add = Log.add
-
-    def add_or_die(log: Log, row):
-        if len(log.rows) == lines:
-            raise Killed
-        add(log, row)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Log, "add", add_or_die)
-        with pytest.raises(Killed):
-            run()
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS])

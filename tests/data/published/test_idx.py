@@ -14,7 +14,7 @@ from ctde_jax.data.published import idx
 from ctde_jax.data.published.idx import FASHION_MNIST, MNIST, fashion_mnist, mnist, read_idx
 from ctde_jax.errors import InputError
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+REAL = Path(__file__).parents[4] / "shared" / "data" / "mnist"
 LOADERS = {"mnist": mnist, "fashion_mnist": fashion_mnist}
 
 

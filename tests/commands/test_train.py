@@ -19,7 +19,7 @@ import ctde_jax as ctde
 from ctde_jax import config, data, train
 from ctde_jax.config import build
 
-MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 QUICK = ["--devices", "2", "--steps", "4", "--log-every", "2"]
 
 
