@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 def _training(what: str, arguments: Sequence[str]) -> int:
     try:
         from ctde_jax import config  # here, as a node has none of it
-        from ctde_jax.proofs import PROOFS
+        from ctde_jax.config.proofs import PROOFS
     except ImportError as error:
         print(
             f"error: verify {what} needs what trains, such as {error.name}; a node without it has bundle alone.",

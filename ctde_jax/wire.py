@@ -12,11 +12,10 @@ import jax
 from rich.console import Console
 
 from ctde_jax import config
-from ctde_jax import devices as available
 from ctde_jax.config import build
 from ctde_jax.cost import measure, table, targets
 from ctde_jax.data import deal
-from ctde_jax.devices import hosts
+from ctde_jax.devices import FAKE_DEVICES, hosts, start
 from ctde_jax.errors import InputError
 from ctde_jax.files import streams
 from ctde_jax.models import count_params, with_raw_inputs
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 def _print_table(chosen: config.Config, target: str | None) -> None:
     hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if target is None:
-        devices = available.start(chosen.aggregation.devices, available.FAKE_DEVICES)
+        devices = start(chosen.aggregation.devices, FAKE_DEVICES)
     else:
         jax.config.update("jax_platforms", "cpu")  # nothing runs, and the plugin would look for its hardware
         devices = targets.devices(target)

@@ -8,9 +8,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import optax
 
-from ctde_jax import aggregate, config, data, models
+from ctde_jax import aggregate, data, models
 from ctde_jax.aggregate import Codec, Combine, Strategy
 from ctde_jax.config import optimizers
+from ctde_jax.config.options import Aggregation, Config, Data, Optimization
+from ctde_jax.config.options import Model as ModelOptions
 from ctde_jax.config.presets import PRESETS
 from ctde_jax.data import Augment, Dataset, DiskArray, augment, targets_or_classes
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
@@ -18,7 +20,7 @@ from ctde_jax.models import Model, Task, classification, initializers, language_
 from ctde_jax.models.mup import mup, scale_learning_rates
 
 
-def load_data(chosen: config.Data, seed: int = 0) -> Dataset:
+def load_data(chosen: Data, seed: int = 0) -> Dataset:
     """Loads the data set that the options name; the seed decides what is set aside for validation."""
     goes_with = {
         "data_dir": ("mnist", "fashion_mnist", "cifar10"),
@@ -37,7 +39,7 @@ def load_data(chosen: config.Data, seed: int = 0) -> Dataset:
     return data.hold_out(dataset, chosen.validation_share, seed) if chosen.validation_share else dataset
 
 
-def _load(chosen: config.Data) -> Dataset:
+def _load(chosen: Data) -> Dataset:
     match chosen.dataset:
         case "digits":
             return data.digits()
@@ -55,12 +57,12 @@ def _load(chosen: config.Data) -> Dataset:
             return data.from_csv(_data_file(chosen), chosen.label_column)
 
 
-def build_task(chosen: config.Optimization, dataset: Dataset) -> Task:
+def build_task(chosen: Optimization, dataset: Dataset) -> Task:
     """Builds what the data are for: the class of an example, or the next character of a text."""
     return smoothed(language_modeling if dataset.vocabulary else classification, chosen.label_smoothing)
 
 
-def build_augment(chosen: config.Data) -> Augment | None:
+def build_augment(chosen: Data) -> Augment | None:
     """Chains the augmentations of the options, or returns None where there is none."""
     check_at_least(0, shift=chosen.shift, cutout=chosen.cutout)
     parts = [
@@ -73,9 +75,7 @@ def build_augment(chosen: config.Data) -> Augment | None:
     return augment.chain(*parts) if parts else None
 
 
-def make_partition(
-    chosen: config.Data, labels: np.ndarray | DiskArray, replicas: int, seed: int
-) -> list[np.ndarray] | None:
+def make_partition(chosen: Data, labels: np.ndarray | DiskArray, replicas: int, seed: int) -> list[np.ndarray] | None:
     """Shares the training examples out to the devices, or to clients, for good; or not at all."""
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError("clients", "need a --partition that stays, such as iid, got --partition reshuffled.")
@@ -97,7 +97,7 @@ def make_partition(
             return data.partition.dirichlet(np.asarray(labels), parts, chosen.dirichlet_alpha, seed)
 
 
-def build_model(chosen: config.Model, dataset: Dataset) -> Model:
+def build_model(chosen: ModelOptions, dataset: Dataset) -> Model:
     """Builds the network between the data's inputs and its classes or characters, and says how its weights start.
 
     Raises:
@@ -109,7 +109,7 @@ def build_model(chosen: config.Model, dataset: Dataset) -> Model:
     return models.in_bfloat16(model) if chosen.precision == "bf16" else model
 
 
-def build_optimizer(chosen: config.Config, dataset: Dataset, total_steps: int) -> optax.GradientTransformation:
+def build_optimizer(chosen: Config, dataset: Dataset, total_steps: int) -> optax.GradientTransformation:
     """Builds the optimizer of a run of so many steps."""
     options = chosen.optimization
     optimizer = optimizers.build(
@@ -130,7 +130,7 @@ def build_optimizer(chosen: config.Config, dataset: Dataset, total_steps: int) -
     return optax.chain(optimizer, scale_learning_rates(base, dataset.train.inputs[:1]))
 
 
-def _build_base(chosen: config.Model, dataset: Dataset) -> Model | None:
+def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
     """Builds the network at the base width where the weights start in the maximal update parametrization."""
     if chosen.init != "mup":
         return None
@@ -161,7 +161,7 @@ _MOST_FRAGMENTS = 1000
 """Each fragment is a part of the program of a round."""
 
 
-def _build_network(chosen: config.Model, dataset: Dataset) -> Model:
+def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
     check_at_most(_MOST_LAYERS, layers=chosen.layers)
     check_at_most(_LARGEST_WIDTH, width=chosen.width, widths=max(chosen.widths, default=0))
     shape, classes = dataset.train.inputs.shape[1:], len(dataset.classes)
@@ -185,7 +185,7 @@ def _build_network(chosen: config.Model, dataset: Dataset) -> Model:
             raise InputError("model", f"{chosen.model} reads texts (--dataset text), got the data set {dataset.name}.")
 
 
-def _build_language_model(chosen: config.Model, dataset: Dataset) -> Model:
+def _build_language_model(chosen: ModelOptions, dataset: Dataset) -> Model:
     vocabulary, length = len(dataset.vocabulary), dataset.train.inputs.shape[1]
     match chosen.model:
         case "lstm" | "gru":
@@ -203,22 +203,22 @@ def strategy(name: str, **options: Any) -> Strategy:
 
     Args:
         name: One of `presets.PRESETS`.
-        **options: Fields of `config.Aggregation`.
+        **options: Fields of `Aggregation`.
 
     Raises:
         InputError: The name or an option is not known, or options exclude each other.
     """
     check_known("strategy", name, PRESETS)
-    kinds = get_type_hints(config.Aggregation)
+    kinds = get_type_hints(Aggregation)
     for option, value in options.items():
         check_known("strategy's option", option, kinds)
         if get_origin(kinds[option]) is Literal:
             check_known(option, value, get_args(kinds[option]))
     preset = {option: value for option, value in PRESETS[name].options.items() if option in kinds}
-    return build_strategy(config.Aggregation(**{**preset, **options}))
+    return build_strategy(Aggregation(**{**preset, **options}))
 
 
-def build_strategy(chosen: config.Aggregation) -> Strategy:
+def build_strategy(chosen: Aggregation) -> Strategy:
     """Composes the strategy of the options.
 
     Raises:
@@ -237,9 +237,9 @@ def build_strategy(chosen: config.Aggregation) -> Strategy:
     return Strategy(chosen.sync_every, reduce, outer, inner, chosen.synchronous_steps, diverges)
 
 
-def _check(chosen: config.Aggregation) -> None:
+def _check(chosen: Aggregation) -> None:
     """Raises InputError for options that exclude each other, so that none is passed over in silence."""
-    default = config.Aggregation()
+    default = Aggregation()
 
     def differs(*options: str) -> list[str]:
         return [option for option in options if getattr(chosen, option) != getattr(default, option)]
@@ -276,7 +276,7 @@ def _check(chosen: config.Aggregation) -> None:
             raise InputError(option, "must be left out with noise, which is measured for the exact average.")
 
 
-def _build_reduce(chosen: config.Aggregation) -> optax.GradientTransformation:
+def _build_reduce(chosen: Aggregation) -> optax.GradientTransformation:
     combine = _build_combine(chosen)
     if chosen.reduce == "power_sgd":
         reduce = aggregate.power_sgd(chosen.rank)
@@ -290,7 +290,7 @@ def _build_reduce(chosen: config.Aggregation) -> optax.GradientTransformation:
     return aggregate.private(chosen.clip_norm, chosen.noise_multiplier, reduce)
 
 
-def _build_codec(chosen: config.Aggregation) -> Codec:
+def _build_codec(chosen: Aggregation) -> Codec:
     codecs = {
         "mean": aggregate.exact,
         "int8": lambda: aggregate.quantize(8, chosen.levels),
@@ -304,7 +304,7 @@ def _build_codec(chosen: config.Aggregation) -> Codec:
     return aggregate.error_feedback(codec, chosen.feedback_decay) if chosen.error_feedback else codec
 
 
-def _build_values(chosen: config.Aggregation) -> Codec:
+def _build_values(chosen: Aggregation) -> Codec:
     """Builds what writes the numbers that a sparse codec keeps, in blocks that divide each chunk's."""
     if chosen.kept_as == "f32":
         return aggregate.exact()
@@ -318,7 +318,7 @@ def _build_values(chosen: config.Aggregation) -> Codec:
     return aggregate.quantize(int(chosen.kept_as.removeprefix("int")), chosen.levels, block)
 
 
-def _build_combine(chosen: config.Aggregation) -> Combine:
+def _build_combine(chosen: Aggregation) -> Combine:
     match chosen.combine:
         case "average":
             return aggregate.average()
@@ -336,7 +336,7 @@ def _build_combine(chosen: config.Aggregation) -> Combine:
             return aggregate.centered_clipping(chosen.clip_radius)
 
 
-def _build_outer(chosen: config.Aggregation) -> optax.GradientTransformation:
+def _build_outer(chosen: Aggregation) -> optax.GradientTransformation:
     rate, momentum = chosen.outer_learning_rate, chosen.outer_momentum
     if not 0 < rate < inf:
         raise InputError("outer_learning_rate", f"must be greater than 0 and finite, got {rate}.")
@@ -352,7 +352,7 @@ def _build_outer(chosen: config.Aggregation) -> optax.GradientTransformation:
     return optax.chain(aggregate.isotropic(), outer) if chosen.isotropic else outer
 
 
-def _data_file(chosen: config.Data) -> Path:
+def _data_file(chosen: Data) -> Path:
     if chosen.data_file is None:
         raise InputError("data_file", f"must name your file for --dataset {chosen.dataset}, got none.")
     return chosen.data_file

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ctde_jax import checkpoint, config
-from ctde_jax import devices as available
+from ctde_jax import checkpoint
 from ctde_jax.aggregate import adapted
 from ctde_jax.checkpoint import (
     CHECKPOINTS,
@@ -25,8 +24,9 @@ from ctde_jax.checkpoint import (
     plain,
 )
 from ctde_jax.config import build
+from ctde_jax.config.options import Config, Data, deciding, flag, parse
 from ctde_jax.data import Dataset, deal, digests_of
-from ctde_jax.devices import PyTree, replica
+from ctde_jax.devices import FAKE_DEVICES, PyTree, replica, start
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.rounds import make_feed, of_first_steps, state
@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
 
     trained: Trained
     data: Dataset
-    config: config.Config
+    config: Config
 
 
 def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
@@ -67,7 +67,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
             f"{CONFIG}. A run of fit in Python is loaded by the same call of fit, which reads its checkpoint; give "
             "write_bundle what it returns.",
         )
-    chosen = config.parse(["--config", str(folder / CONFIG), *options])
+    chosen = parse(["--config", str(folder / CONFIG), *options])
     found = _read(path) if is_checkpoint else newest_intact(folder / CHECKPOINTS, console().print)
     if found is None:
         raise InputError("run_dir", f"must have a checkpoint, and {folder} has none yet.")
@@ -77,7 +77,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
     data = _as_trained(found, build.load_data(chosen.data, chosen.optimization.seed), chosen.data)
     model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
     count = chosen.aggregation.devices if chosen.run.reestimate_batches else 1
-    devices = available.start(count, available.FAKE_DEVICES)
+    devices = start(count, FAKE_DEVICES)
     (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
     if chosen.run.reestimate_batches and not is_best:
         model_state = _reestimated(chosen, model, data, devices, params, model_state)
@@ -117,9 +117,9 @@ def _read(path: Path) -> Checkpoint:
         raise InputError("run_dir", f"must lead to an intact checkpoint, but {error}.") from error
 
 
-def _check_options(found: Checkpoint, chosen: config.Config) -> None:
+def _check_options(found: Checkpoint, chosen: Config) -> None:
     """Raises InputError if options are not those that the checkpoint was written with, as in an edited config.json."""
-    sealed, now = found.facts.get("given_options"), Options(plain(config.deciding(chosen)), config.flag)
+    sealed, now = found.facts.get("given_options"), Options(plain(deciding(chosen)), flag)
     if not isinstance(sealed, dict):
         console().print(f"           not compared with {found.path}: the options, which it does not list")
         return
@@ -132,7 +132,7 @@ def _check_options(found: Checkpoint, chosen: config.Config) -> None:
         )
 
 
-def _as_trained(found: Checkpoint, data: Dataset, chosen: config.Data) -> Dataset:
+def _as_trained(found: Checkpoint, data: Dataset, chosen: Data) -> Dataset:
     """Returns the data with what inference needs as it was in training.
 
     Raises:
@@ -182,7 +182,7 @@ def _center(found: Checkpoint, model: Model, data: Dataset, may_be_best: bool) -
     return (params, kept["model_state"]), False
 
 
-def _opt_state(found: Checkpoint, chosen: config.Config, data: Dataset, params: PyTree) -> PyTree:
+def _opt_state(found: Checkpoint, chosen: Config, data: Dataset, params: PyTree) -> PyTree:
     """Returns the optimizer's state of a checkpoint, as `Trained` has it."""
     optimizer = build.build_optimizer(chosen, data, found.facts["options"]["steps"])
     like = jax.eval_shape(adapted(optimizer).init, params)
@@ -196,7 +196,7 @@ def _beginning(found: Checkpoint, prefix: str) -> dict[str, np.ndarray]:
 
 
 def _reestimated(
-    chosen: config.Config,
+    chosen: Config,
     model: Model,
     data: Dataset,
     devices: Sequence[jax.Device],

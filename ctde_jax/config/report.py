@@ -10,8 +10,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ctde_jax import config as options
 from ctde_jax.config.options import Aggregation, Config, Optimization
+from ctde_jax.config.options import Model as ModelOptions
 from ctde_jax.data import Dataset
 from ctde_jax.devices import count_cores
 from ctde_jax.models import Model, count_params
@@ -73,7 +73,7 @@ def plan(
     return table
 
 
-def describe_network(chosen: options.Model, data: Dataset) -> str:
+def describe_network(chosen: ModelOptions, data: Dataset) -> str:
     """Says what the network is, and how it starts."""
     shape = data.train.inputs.shape[1:]
     match chosen.model:

@@ -23,10 +23,9 @@ import jax
 import numpy as np
 import optax
 
-from ctde_jax import devices as available
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Augment, Batches, Dataset, deal, index_blocks
-from ctde_jax.devices import PyTree, replica
+from ctde_jax.devices import PyTree, count_cores, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task, with_raw_inputs
 from ctde_jax.rounds import (
@@ -209,7 +208,7 @@ def measure(
     measured = {name: spread([turn[name] for turn in turns]) for name in turns[0]}
     return Profile(
         replicas=len(devices),
-        cores=available.count_cores() if devices[0].platform == "cpu" else None,
+        cores=count_cores() if devices[0].platform == "cpu" else None,
         batch_size=training.batch_size,
         steps=training.steps,
         steps_per_dispatch=steps,

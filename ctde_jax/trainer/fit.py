@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import optax
 
-from ctde_jax import devices as available
 from ctde_jax.aggregate import Strategy, as_transformation, with_hyperparams_of
 from ctde_jax.checkpoint import (
     CHECKPOINTS,
@@ -33,7 +32,7 @@ from ctde_jax.checkpoint import (
 )
 from ctde_jax.cost import measure, summary
 from ctde_jax.data import Augment, Dataset, count_steps, deal, deal_stream, targets_or_classes
-from ctde_jax.devices import PyTree, hosts, memory, replica
+from ctde_jax.devices import PyTree, check_platforms, hosts, memory, replica, start
 from ctde_jax.errors import InputError, Preempted, check_known, check_whole
 from ctde_jax.models import (
     Model,
@@ -183,8 +182,8 @@ def fit(
     optimizer = as_transformation(optimizer)
     starts_anew = model.unscaled is not None and init_from is None and branch_from is None
     model = unscaled(model)
-    devices = list(devices or available.start())
-    available.check(devices)
+    devices = list(devices or start())
+    check_platforms(devices)
     if len(devices) != len(replica.own(devices)) * hosts.count():
         raise InputError(
             "devices", f"must be as many of each of the {hosts.count()} hosts, such as devices.start() returns."

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import ctde_jax as ctde
-from ctde_jax import checkpoint, config, proofs, verify
+from ctde_jax import checkpoint, config, verify
+from ctde_jax.config import proofs
 from ctde_jax.errors import ReplicasDiverged
 
 RUN = ["--devices", "2", "--steps", "60"]

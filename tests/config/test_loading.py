@@ -13,6 +13,7 @@ import pytest
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, config, train
+from ctde_jax.config import walk
 from ctde_jax.errors import InputError
 from ctde_jax.export.__main__ import main
 
@@ -25,7 +26,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def trained(*arguments: str, folder: str = "run") -> ctde.Trained:
-    return train.train(config.parse([*RUN, "--run-dir", folder, *arguments]), 0.0)
+    return walk.train(config.parse([*RUN, "--run-dir", folder, *arguments]), 0.0)
 
 
 WAYS = {

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from ctde_jax import checkpoint, config
-from ctde_jax import devices as available
+from ctde_jax import checkpoint
 from ctde_jax.checkpoint import CHECKPOINTS, METRICS, Checkpoint, Damaged
 from ctde_jax.config import build
-from ctde_jax.devices import hosts
+from ctde_jax.config.options import Config, parse
+from ctde_jax.config.walk import train
+from ctde_jax.devices import FAKE_DEVICES, hosts, start
 from ctde_jax.errors import InputError
-from ctde_jax.train import train
 from ctde_jax.trainer import Row, console
 
 KILLS = 5
@@ -65,7 +65,7 @@ def prove_exact(arguments: Sequence[str]) -> Verdict:
     arguments = ["--exact", *(word for word in arguments if word != "--exact")]
     if _parse(arguments).aggregation.devices is not None:
         raise InputError("devices", "must be left out, as their number is what changes.")
-    here = available.start()
+    here = start()
     counts = [count for count in (1, 2, 4, 8) if here[0].platform == "cpu" or count <= len(here)]
     screen, wrong = console(), []
     with TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ def prove_exact(arguments: Sequence[str]) -> Verdict:
 def prove_replicas(arguments: Sequence[str]) -> Verdict:
     """Trains; what the devices share is compared after every dispatch."""
     chosen = _parse(arguments)
-    if len(available.start(chosen.aggregation.devices, available.FAKE_DEVICES)) == 1:
+    if len(start(chosen.aggregation.devices, FAKE_DEVICES)) == 1:
         raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
     trained = train(chosen, time.perf_counter())
     devices, steps = f"{len(trained.devices)} devices", trained.history[-1]["step"]
@@ -131,8 +131,8 @@ def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
     return damaged, f"{tensors} tensors in {', '.join(path.name for path in paths)} have their SHA-256"
 
 
-def _parse(arguments: Sequence[str]) -> config.Config:
-    chosen = config.parse(arguments)
+def _parse(arguments: Sequence[str]) -> Config:
+    chosen = parse(arguments)
     hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if chosen.run.run_dir is not None:
         raise InputError("run_dir", "must be left out, as a run that is there already proves nothing.")
