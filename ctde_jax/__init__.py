@@ -2,8 +2,7 @@
 
 To read the package, follow the rooms from the bottom to the top; a room imports only rooms below it:
 
-    errors, files               exceptions and their checks; files and standard streams
-    bundle                      what a node has: numpy alone
+    errors, bundle              exceptions and their checks; what a node has: numpy alone
     devices, data               where training runs; what is learned from
     models, aggregate           what is learned; how replicas agree
     rounds                      what the devices compute

@@ -30,10 +30,10 @@ from ctde_jax.bundle import (
     pick,
     read,
     run,
+    streams,
     traceable,
 )
 from ctde_jax.errors import InputError, check_at_least, on_one_line
-from ctde_jax.files import streams
 
 _OF_INPUTS = ("score", "label_column", "batch_size", "all_devices", "json")
 _OF_TEXTS = ("length", "temperature", "seed")

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from ctde_jax import checkpoint, config
+from ctde_jax.bundle import streams
 from ctde_jax.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
@@ -41,7 +42,6 @@ from ctde_jax.checkpoint import (
     writing_to,
 )
 from ctde_jax.errors import InputError, check_known
-from ctde_jax.files import streams
 from ctde_jax.trainer import console
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from rich.table import Table
 
 import ctde_jax as ctde
 from ctde_jax import config as options
+from ctde_jax.bundle import streams
 from ctde_jax.errors import InputError
-from ctde_jax.files import streams
 from ctde_jax.trainer import picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ctde_jax.cost.stopwatch import Profile, Spread
+    from ctde_jax.cost import Profile, Spread
 
 SECONDS = 10.0
 """The turns take about so long, and longer where a few turns do."""
@@ -66,7 +66,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     if config.aggregation.exact:
         raise InputError("exact", "must be left out: what is measured are devices that agree on means, and such alone.")
     from ctde_jax.config import build  # here, so that the import of JAX is measured
-    from ctde_jax.cost.stopwatch import Training, measure
+    from ctde_jax.cost import stopwatch
 
     imported = time.perf_counter()
     devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
@@ -81,7 +81,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
         len(data.train.inputs), len(devices), chosen.batch_size, partition(replicas=len(devices))
     )
     steps = ctde.data.count_steps(epoch, chosen.epochs if chosen.steps is None else None, chosen.steps)
-    training = Training(
+    training = stopwatch.Training(
         model=build.build_model(config.model, data),
         data=data,
         optimizer=build.build_optimizer(config, data, steps),
@@ -126,7 +126,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
         count = _count(len(devices), "device")
         title = f"{config.model.model} on {data.name}, {count}, {chosen.batch_size} examples a step"
         with screen.status("starting") as status:
-            measured = measure(training, devices, SECONDS, trace, status.update)
+            measured = stopwatch.measure(training, devices, SECONDS, trace, status.update)
         measured = replace(measured, once={**once, **measured.once})
         failure = picture.save(partial(plot, measured, title), folder / "profile.png")
         for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import ctde_jax as ctde
 from ctde_jax import config as options
+from ctde_jax.bundle import streams
 from ctde_jax.errors import (
     HostLost,
     InputError,
@@ -20,7 +21,6 @@ from ctde_jax.errors import (
     ReplicasDiverged,
     shortened,
 )
-from ctde_jax.files import streams
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -16,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctde_jax.bundle import EXAMPLES, RUNTIMES, Parser, open_bundle, parity, read, run
+from ctde_jax.bundle import EXAMPLES, RUNTIMES, Parser, open_bundle, parity, read, run, streams
 from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known
-from ctde_jax.files import streams
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
 def _training(what: str, arguments: Sequence[str]) -> int:
     try:
         from ctde_jax import config  # here, as a node has none of it
-        from ctde_jax.config.proofs import PROOFS
+        from ctde_jax.config import proofs
     except ImportError as error:
         print(
             f"error: verify {what} needs what trains, such as {error.name}; a node without it has bundle alone.",
@@ -43,8 +42,8 @@ def _training(what: str, arguments: Sequence[str]) -> int:
         )
         return 2
     try:
-        check_known("verify", what, [*PROOFS, "bundle"])
-        wrong, right = PROOFS[what](arguments)
+        check_known("verify", what, [*proofs.PROOFS, "bundle"])
+        wrong, right = proofs.PROOFS[what](arguments)
     except InputError as error:
         print(f"error: {config.flag(error.option)} {error.sentence}", file=sys.stderr)
         return 2

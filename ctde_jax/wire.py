@@ -12,12 +12,12 @@ import jax
 from rich.console import Console
 
 from ctde_jax import config
+from ctde_jax.bundle import streams
 from ctde_jax.config import build
 from ctde_jax.cost import measure, table, targets
 from ctde_jax.data import deal
 from ctde_jax.devices import FAKE_DEVICES, hosts, start
 from ctde_jax.errors import InputError
-from ctde_jax.files import streams
 from ctde_jax.models import count_params, with_raw_inputs
 from ctde_jax.trainer import check_exact
 

@@ -33,7 +33,8 @@ from cosmic_ray.work_db import use_db
 
 ROOT = Path(__file__).parents[1]
 CORE = [
-    *("round", "gradient", "state", "schedule", "evaluate", "tasks", "data/batches"),
+    *(f"rounds/{name}" for name in ("round", "gradient", "state", "schedule", "evaluate")),
+    *("models/tasks", "data/batches"),
     *(f"aggregate/{path.stem}" for path in sorted((ROOT / "ctde_jax/aggregate").glob("[!_]*.py"))),
 ]
 TIMEOUT = 300
@@ -54,13 +55,15 @@ def main() -> None:
     options.folder.mkdir(exist_ok=True)
     programs = options.folder.absolute() / "programs"
 
-    files = options.tests or [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_*.py"))]
+    files = options.tests or [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))]
     tests = measure(options.folder, options.processes, programs, files)
     chosen = sample([ROOT / "ctde_jax" / f"{name}.py" for name in options.modules], options.sample, options.seed)
     results = options.folder / "results.jsonl"
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {tuple(result["mutant"]) for result in known}
 
+    known_tests = [f"{tests['paths'][name.split('.')[0]]}::{name.split('.')[1]}" for name in tests["seconds"]]
+    subprocess.run([sys.executable, *pytest(), "--collect-only", "-qq", *known_tests], cwd=ROOT, check=True)
     copies: SimpleQueue[Path] = SimpleQueue()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.processes) as pool:
         for number in range(options.processes):
@@ -93,17 +96,24 @@ def measure(folder: Path, processes: int, programs: Path, files: list[str]) -> d
             f"parallel = true\ndata_file = {data.absolute()}\n"
         )
 
-        def run(number: int) -> list[tuple[str, float]]:
+        def run(number: int) -> list[tuple[str, float, bool]]:
             report = folder / f"junit-{number}.xml"
             command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rc}", *pytest(), f"--junitxml={report}"]
             subprocess.run([*command, *files[number::processes]], cwd=ROOT, env=environment(ROOT, programs))
             cases = ElementTree.parse(report).iter("testcase")
-            return [(f"{c.get('classname')}.{c.get('name')}", float(c.get("time", 0))) for c in cases]
+            return [
+                (short(f"{c.get('classname')}.{c.get('name')}"), float(c.get("time", 0)), c.find("failure") is not None)
+                for c in cases
+            ]
 
         with ThreadPoolExecutor(processes) as pool:
             seconds = Counter()
-            for name, duration in (case for cases in pool.map(run, range(processes)) for case in cases):
-                seconds[name.split("[")[0]] += duration
+            cases = [case for cases in pool.map(run, range(processes)) for case in cases]
+            for name, duration, _ in cases:
+                seconds[name] += duration
+            for name in {name for name, _, is_failed in cases if is_failed}:
+                print(f"left out, as it fails without a mutant: {name}")
+                del seconds[name]
         subprocess.run([sys.executable, "-m", "coverage", "combine", f"--rcfile={rc}"], check=True)
         durations.write_text(json.dumps(seconds))
     covered = coverage.CoverageData(str(data))
@@ -111,8 +121,14 @@ def measure(folder: Path, processes: int, programs: Path, files: list[str]) -> d
     lines = {}
     for path in covered.measured_files():
         own = covered.contexts_by_lineno(path)
-        lines[str(Path(path).relative_to(ROOT))] = {line: {c for c in cs if c} for line, cs in own.items()}
-    return {"lines": lines, "seconds": json.loads(durations.read_text())}
+        lines[str(Path(path).relative_to(ROOT))] = {line: {short(c) for c in cs if c} for line, cs in own.items()}
+    paths = {path.stem: str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
+    return {"lines": lines, "seconds": json.loads(durations.read_text()), "paths": paths}
+
+
+def short(name: str) -> str:
+    """Returns the file and the function of a test, without folders and parameters; both are unique."""
+    return ".".join(name.split("[")[0].split(".")[-2:])
 
 
 def sample(paths: list[Path], count: int, seed: int) -> list[tuple]:
@@ -176,19 +192,19 @@ def tests_of(module: str, line: int, tests: dict) -> list[str]:
     """Returns the tests that execute a line, the module's own first; for code run on import, of the nearest one."""
     lines = tests["lines"].get(module, {})
     near = sorted(lines, key=lambda other: abs(other - line))
-    contexts = next((lines[other] for other in near if lines[other]), set())
+    contexts = next((lines[other] for other in near if lines[other]), set()) & tests["seconds"].keys()
     stem = Path(module).stem
 
     def cost(context: str) -> tuple[bool, float]:
-        return f"test_{stem}." not in context, tests["seconds"].get(context, 1.0)
+        return not context.startswith(f"test_{stem}."), tests["seconds"][context]
 
     chosen, seconds = [], 0.0
     for context in sorted(contexts, key=cost):
-        seconds += tests["seconds"].get(context, 1.0)
+        seconds += tests["seconds"][context]
         if chosen and seconds > MOST_SECONDS:
             continue
-        *folders, name = context.split(".")
-        chosen.append(f"{'/'.join(folders)}.py::{name}")
+        file, name = context.split(".")
+        chosen.append(f"{tests['paths'][file]}::{name}")
     return chosen
 
 

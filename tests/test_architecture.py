@@ -1,103 +1,68 @@
-"""The shape of the house: one walk, no way back, and `jax.pmap` behind one door."""
+"""The shape of the house: rooms that name what others may use, one `jax.pmap`, and a map that is true."""
 
 import ast
+import re
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "ctde_jax"
-WALK = [
-    "errors",
-    "reading",
-    "streams",
-    "bundle",
-    "presets",
-    "config",
-    "hosts",
-    "settings",
-    "memory",
-    "devices",
-    "replica",
-    "data",
-    "feed",
-    "augment",
-    "models",
-    "initializers",
-    "mup",
-    "tasks",
-    "transformations",
-    "optimizers",
-    "aggregate",
-    "build",
-    "state",
-    "schedule",
-    "gradient",
-    "guard",
-    "round",
-    "hlo",
-    "collectives",
-    "traffic",
-    "evaluate",
-    "reestimate",
-    "generation",
-    "checks",
-    "picture",
-    "jaxprs",
-    "identity",
-    "position",
-    "run_folder",
-    "log",
-    "meter",
-    "atomic",
-    "checkpoint",
-    "resume",
-    "stop",
-    "run",
-    "trained",
-    "warm_start",
-    "rollback",
-    "loop",
-    "loading",
-    "report",
-    "targets",
-    "wire",
-    "stopwatch",
-    "profile",
-    "supervisor",
-    "train",
-    "proofs",
-    "export",
-    "execute",
-    "verify",
-    "object_store",
-]
+import ctde_jax
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ctde_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+MAP = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def room(path: Path) -> str:
-    """The module or folder of a file, as the walk names it."""
+    """The folder or module at the top of the package that a file is in."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> set[str]:
-    """The rooms of this package that a file imports."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("ctde_jax.")}
+def imported(path: Path) -> list[tuple[str, str]]:
+    """Modules of this package and the names that a file imports from them."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return [(str(node.module), alias.name) for node in nodes for alias in node.names]
 
 
-def test_walk_names_every_room():
-    assert {room(path) for path in MODULES} - {"__init__"} == set(WALK)
+def test_contract_of_the_imports_is_kept():
+    """`pyproject.toml` has the layers; `exhaustive` makes a new room ask for its place."""
+    pytest.importorskip("importlinter")
+    result = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if room(p) != "__init__"], ids=lambda p: str(p.name))
-def test_module_imports_only_what_stands_before_it(path):
-    here = WALK.index(room(path))
-    assert {name for name in imported(path) if WALK.index(name) > here} == set()
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_room_is_entered_by_its_door(path):
+    """What is imported from another room is named in its `__init__`, or is a module of it."""
+    for module, name in imported(path):
+        _, _, inside = module.partition(".")
+        other, _, deeper = inside.partition(".")
+        if module.split(".")[0] != "ctde_jax" or other not in ROOMS - {room(path)}:
+            continue
+        is_module = (PACKAGE / other / f"{name}.py").exists()
+        assert not deeper, f"{module} in {path}"
+        assert is_module or name in import_module(module).__all__, f"{name} of {module} in {path}"
+
+
+def test_package_has_at_most_twenty_entries():
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 20
+
+
+def test_public_names_exist_and_are_lazy():
+    for name in ctde_jax.__all__:
+        assert getattr(ctde_jax, name) is not None
+    program = "import sys, ctde_jax; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_only_replica_calls_pmap():
@@ -105,11 +70,15 @@ def test_only_replica_calls_pmap():
         tree = ast.walk(ast.parse(path.read_text()))
         return {getattr(node, "attr", getattr(node, "id", getattr(node, "name", ""))) for node in tree}
 
-    assert [room(path) for path in MODULES if "pmap" in names(path)] == ["replica"]
+    assert [path.stem for path in MODULES if "pmap" in names(path)] == ["replica"]
 
 
-def test_walk_in_the_docs_is_the_walk():
-    root = PACKAGE.parent
-    for text in [(PACKAGE / "__init__.py").read_text(), (root / "CONTRIBUTING.md").read_text()]:
-        flat = " ".join(text.replace("\n", " ").split())
-        assert " -> ".join(WALK) in flat
+def test_map_names_every_room_and_its_files_exist():
+    assert {*re.findall(r"^\| `(\w+)/` \|", MAP, re.M)} == ROOMS
+    for path in re.findall(r"`(\w+/\w+(?:/\w+)?\.py)`", MAP):
+        assert (PACKAGE / path).exists(), path
+
+
+def test_tests_mirror_the_rooms():
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == ROOMS | {"commands"}

@@ -3,7 +3,7 @@
 Nothing here imports JAX, unless a node asks for that runtime.
 """
 
-from ctde_jax.bundle import answers, parity, perceptron
+from ctde_jax.bundle import answers, parity, perceptron, streams
 from ctde_jax.bundle.accepted import Accepted
 from ctde_jax.bundle.card import (
     CARD,
@@ -22,7 +22,9 @@ from ctde_jax.bundle.card import (
 from ctde_jax.bundle.command import Parser, run
 from ctde_jax.bundle.inputs import Examples, read
 from ctde_jax.bundle.parity import BATCH_SIZES, PARITY, difference, in_batches, is_exact, relative_difference
+from ctde_jax.bundle.reading import are_numbers, finder, number_of, open_regular, read_small
 from ctde_jax.bundle.runtimes import RUNTIMES, Carry, Predict, Step, load, load_step, pick, traceable
+from ctde_jax.bundle.streams import Screen
 from ctde_jax.bundle.tensors import parse
 
 __all__ = [
@@ -44,21 +46,28 @@ __all__ = [
     "Layers",
     "Parser",
     "Predict",
+    "Screen",
     "Step",
     "answers",
+    "are_numbers",
     "difference",
+    "finder",
     "in_batches",
     "is_exact",
     "load",
     "load_step",
+    "number_of",
     "open_bundle",
+    "open_regular",
     "parity",
     "parse",
     "perceptron",
     "pick",
     "read",
+    "read_small",
     "relative_difference",
     "run",
+    "streams",
     "sums_of",
     "traceable",
 ]

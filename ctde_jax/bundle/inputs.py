@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ctde_jax.bundle.card import Card
+from ctde_jax.bundle.reading import finder, number_of
 from ctde_jax.errors import InputError, quoted, shortened
-from ctde_jax.files import finder, number_of
 
 INPUTS, LABELS = "x_test", "y_test"
 """What these arrays of a .npz file are called, as where they come from for training."""

@@ -1,5 +1,6 @@
 """How nothing is lost: run folders, checkpoints, resuming."""
 
+from ctde_jax.checkpoint.atomic import put_back, written_whole
 from ctde_jax.checkpoint.format import (
     MANIFEST,
     MEASURED,
@@ -78,8 +79,10 @@ __all__ = [
     "parts_of",
     "path_of",
     "plain",
+    "put_back",
     "read",
     "steps",
     "write",
     "writing_to",
+    "written_whole",
 ]

@@ -25,9 +25,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ctde_jax.bundle import open_regular, read_small
+from ctde_jax.checkpoint.atomic import bring_to_disk, put_back, written_whole
 from ctde_jax.checkpoint.run_folder import writing_to
 from ctde_jax.errors import InputError, on_one_line, shortened
-from ctde_jax.files import bring_to_disk, open_regular, put_back, read_small, written_whole
 
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"

@@ -16,8 +16,7 @@ from ctde_jax.config.options import Model as ModelOptions
 from ctde_jax.config.presets import PRESETS
 from ctde_jax.data import Augment, Dataset, DiskArray, augment, targets_or_classes
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
-from ctde_jax.models import Model, Task, classification, initializers, language_modeling, smoothed
-from ctde_jax.models.mup import mup, scale_learning_rates
+from ctde_jax.models import Model, Task, classification, initializers, language_modeling, mup, smoothed
 
 
 def load_data(chosen: Data, seed: int = 0) -> Dataset:
@@ -105,7 +104,7 @@ def build_model(chosen: ModelOptions, dataset: Dataset) -> Model:
     """
     model = _build_network(chosen, dataset)
     base = _build_base(chosen, dataset)
-    model = initializers.initialize(model, chosen.init) if base is None else mup(model, base)
+    model = initializers.initialize(model, chosen.init) if base is None else mup.mup(model, base)
     return models.in_bfloat16(model) if chosen.precision == "bf16" else model
 
 
@@ -127,7 +126,7 @@ def build_optimizer(chosen: Config, dataset: Dataset, total_steps: int) -> optax
         return optimizer
     if options.optimizer not in ("adam", "adamw", "lion"):
         raise InputError("optimizer", f"must be adam, adamw or lion with --init mup, got {options.optimizer}.")
-    return optax.chain(optimizer, scale_learning_rates(base, dataset.train.inputs[:1]))
+    return optax.chain(optimizer, mup.scale_learning_rates(base, dataset.train.inputs[:1]))
 
 
 def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:

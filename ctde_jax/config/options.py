@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from ctde_jax.bundle import read_small
 from ctde_jax.config.presets import MODELS, PRESETS, Preset, as_flag, describe
 from ctde_jax.errors import InputError, check_known, check_seed, did_you_mean, quoted
-from ctde_jax.files import read_small
 
 # The help of an option without a value of its own says in words what happens by default.
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]

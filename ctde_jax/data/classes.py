@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ctde_jax.bundle import are_numbers, finder, number_of
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_known
-from ctde_jax.files import are_numbers, finder, number_of
 
 CLASSES = 2**16
 """The largest number of numbered classes, unless there are more labels than that; each class gets a name."""

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ctde_jax.bundle import number_of
 from ctde_jax.data.arrays import COARSE, NOISE
 from ctde_jax.data.files import faulty
 from ctde_jax.errors import quoted
-from ctde_jax.files import number_of
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "--", ".")
 """How tables write that a number is missing, in lower case."""

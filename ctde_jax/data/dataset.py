@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ctde_jax.bundle import are_numbers
 from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels, plain
 from ctde_jax.data.classes import from_words, look_up, note_on_numbers, notes_on_classes, numbered
 from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.errors import InputError
-from ctde_jax.files import are_numbers
 
 if TYPE_CHECKING:
     from ctde_jax.data.stream import Stream

@@ -14,12 +14,12 @@ from typing import IO, BinaryIO, TypeAlias
 import numpy as np
 from rich.filesize import decimal
 
+from ctde_jax.bundle import open_regular
 from ctde_jax.data.arrays import targets_or_classes
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.devices import memory
 from ctde_jax.errors import InputError, shortened
-from ctde_jax.files import open_regular
 
 REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ctde_jax.bundle import are_numbers, number_of
 from ctde_jax.data import columns
 from ctde_jax.data.classes import FEW_CLASSES, from_words, look_measured, note_on_numbers
 from ctde_jax.data.columns import MANY_LINES, Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
 from ctde_jax.data.files import check_size, faulty, not_utf8, opened
 from ctde_jax.errors import InputError, check_known, quoted
-from ctde_jax.files import are_numbers, number_of
 
 _NAMED = 3
 """Columns that a sentence names at most."""

@@ -17,11 +17,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ctde_jax import config
-from ctde_jax.bundle import Parser, run
-from ctde_jax.config.load import folder_of, load_run
+from ctde_jax.bundle import Parser, run, streams
+from ctde_jax.config import load
 from ctde_jax.export.web import check_page, write_page
 from ctde_jax.export.write import DEFAULT, FORMATS, Written, write_bundle
-from ctde_jax.files import streams
 from ctde_jax.trainer import console
 
 
@@ -52,9 +51,11 @@ def _export(chosen: Namespace) -> None:
     if chosen.web is not None:
         check_page(chosen.web, chosen.formats)
     moved = [("--data-dir", chosen.data_dir), ("--data-file", chosen.data_file)]
-    trained, data, options = load_run(chosen.run, [f"{name}={value}" for name, value in moved if value is not None])
+    trained, data, options = load.load_run(
+        chosen.run, [f"{name}={value}" for name, value in moved if value is not None]
+    )
     said = config.deciding(options)
-    folder = chosen.to or folder_of(chosen.run) / "bundle"
+    folder = chosen.to or load.folder_of(chosen.run) / "bundle"
     written = write_bundle(trained, data, folder, chosen.formats, examples=chosen.examples, options={"options": said})
     screen = console()
     screen.print(_table(written))

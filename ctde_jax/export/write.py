@@ -31,6 +31,7 @@ from ctde_jax.bundle import (
     open_bundle,
     sums_of,
 )
+from ctde_jax.checkpoint import put_back, written_whole
 from ctde_jax.data import Dataset, Split
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import int8, receipt
@@ -39,7 +40,6 @@ from ctde_jax.export.onnx import to_onnx
 from ctde_jax.export.program import LeftOut, Program, leaving_out, make_program
 from ctde_jax.export.stablehlo import to_stablehlo
 from ctde_jax.export.weights import find_layers, gather, to_safetensors
-from ctde_jax.files import put_back, written_whole
 from ctde_jax.models import count_params
 from ctde_jax.trainer import Trained, accepts, console
 

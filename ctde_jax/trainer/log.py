@@ -25,10 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from ctde_jax.bundle import Screen, open_regular
 from ctde_jax.checkpoint import METRICS, writing_to
 from ctde_jax.devices import hosts
 from ctde_jax.errors import InputError
-from ctde_jax.files import Screen, open_regular
 from ctde_jax.models import RESERVED
 from ctde_jax.trainer import picture
 

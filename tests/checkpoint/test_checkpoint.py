@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ctde_jax.checkpoint import atomic
 from ctde_jax.checkpoint import format as checkpoint
 from ctde_jax.checkpoint.format import (
     FORMAT,
@@ -22,7 +23,6 @@ from ctde_jax.checkpoint.format import (
     read,
 )
 from ctde_jax.errors import InputError
-from ctde_jax.files import atomic
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -21,8 +21,8 @@ from urllib.request import Request, urlopen
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ctde_jax.bundle import open_regular
 from ctde_jax.errors import InputError
-from ctde_jax.files import open_regular
 
 BLOCK = 1 << 16
 RESUMES = 5

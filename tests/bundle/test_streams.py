@@ -15,7 +15,7 @@ PRINT = "print('a' * 100_000)"
 
 def command(body: str, redirection: str, cwd: Path | None = None, **environment: str):
     """Runs a command whose `main` has this body, from a shell."""
-    program = f"import sys; from ctde_jax.files import streams\ndef main(arguments):\n  {body}; return 0\n"
+    program = f"import sys; from ctde_jax.bundle import streams\ndef main(arguments):\n  {body}; return 0\n"
     program += "sys.exit(streams.run(main))"
     return subprocess.run(
         ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, program],

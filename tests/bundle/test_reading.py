@@ -9,8 +9,8 @@ import pytest
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, config
+from ctde_jax.bundle import reading
 from ctde_jax.errors import InputError
-from ctde_jax.files import reading
 from ctde_jax.trainer import log
 
 KINDS = {"pipe": "a pipe", "folder": "a folder", "socket": "a socket", "device": "a device", "link": "No such file"}

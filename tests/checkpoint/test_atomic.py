@@ -2,7 +2,7 @@
 
 import pytest
 
-from ctde_jax.files.atomic import put_back, written_whole
+from ctde_jax.checkpoint.atomic import put_back, written_whole
 
 
 @pytest.fixture
