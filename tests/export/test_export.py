@@ -16,7 +16,7 @@ import ctde_jax as ctde
 from ctde_jax import bundle as node
 from ctde_jax.bundle import parity
 from ctde_jax.errors import InputError
-from ctde_jax.export import int8, litert, onnx, write
+from ctde_jax.export import int8, onnx, write
 from ctde_jax.export.program import LeftOut, make_program
 from ctde_jax.models import count_params
 
@@ -159,23 +159,6 @@ def test_weights_of_a_transformer_are_written_in_one_byte():
     kinds = (onnx_package.TensorProto.INT8, onnx_package.TensorProto.UINT8)
     in_one_byte = sum(int(np.prod(array.dims)) for array in arrays if array.data_type in kinds)
     assert in_one_byte > 0.8 * count_params(bundles.trained("transformer")[0].params)
-
-
-@pytest.mark.slow
-def test_litert_says_the_same_of_what_has_no_loops(tmp_path):
-    pytest.importorskip("litert_converter", reason="pip cannot install litert_converter beside this package")
-    for name in ("mlp", "cnn", "transformer"):
-        receipt = bundles.written(name, "litert").bundle.card.artifacts["litert"].receipt
-        assert receipt["relative"] <= 1e-5
-        assert receipt["measured"]["accuracy"] == pytest.approx(bundles.trained(name)[0].tested["accuracy"])
-    assert "litert_converter cannot write it" in bundles.written("lstm", "litert").left_out["litert"]
-
-
-def test_litert_that_is_not_here_says_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(litert, "find_spec", lambda name: None)
-    trained, data = bundles.trained("mlp")
-    written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["litert", "numpy"], show=False)
-    assert "pip install --no-deps litert-converter" in written.left_out["litert"]
 
 
 @pytest.mark.parametrize(
