@@ -187,12 +187,10 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")[:3] if part.isdecimal()]
 
 
-_ONNX = Runtime(("onnxruntime",), "onnxruntime", _onnx)
 RUNTIMES: Mapping[str, Runtime] = {
     "numpy": Runtime(("numpy",), "numpy", _numpy),
-    "onnx": _ONNX,
+    "onnx": Runtime(("onnxruntime",), "onnxruntime", _onnx),
     "jax": Runtime(("jax", "flatbuffers"), "jax flatbuffers", _jax),
-    "onnx-int8": _ONNX,
-    "onnx-int8-static": _ONNX,
+    "onnx-int8": Runtime(("onnxruntime",), "onnxruntime", _onnx),
 }
 """By name; what comes first is taken first."""

@@ -33,7 +33,8 @@ from ctde_jax.bundle import (
 )
 from ctde_jax.data import Dataset, Split
 from ctde_jax.errors import InputError, check_at_least, check_known
-from ctde_jax.export import int8, receipt
+from ctde_jax.export import receipt
+from ctde_jax.export.int8 import to_int8
 from ctde_jax.export.onnx import to_onnx
 from ctde_jax.export.program import LeftOut, Program, leaving_out, make_program
 from ctde_jax.export.stablehlo import to_stablehlo
@@ -42,7 +43,7 @@ from ctde_jax.files import put_back, written_whole
 from ctde_jax.models import count_params
 from ctde_jax.trainer import Trained, accepts, console
 
-Format = Literal["numpy", "onnx", "jax", "onnx-int8", "onnx-int8-static"]
+Format = Literal["numpy", "onnx", "jax", "onnx-int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DEFAULT: tuple[Format, ...] = ("numpy", "onnx", "jax")
 _PACKAGES = ("ctde_jax", "jax", "flax", "numpy", "jax2onnx", "onnx", "onnxruntime")
@@ -226,19 +227,11 @@ def _make_forms(
             step and ("step.onnx", to_onnx(step, ["inputs", *carried], ["outputs", *names], says)),
         )
 
-    def onnx_int8() -> _Form:
-        return _Form("model.int8.onnx", int8.dynamic(whole_in_onnx()))
-
-    def onnx_int8_static() -> _Form:
-        seen = np.asarray(data.train.inputs[: int8.CALIBRATION])
-        return _Form("model.int8-static.onnx", int8.static(whole_in_onnx(), seen))
-
     ways: Mapping[str, Callable[[], _Form]] = {
         "numpy": numpy,
         "jax": in_jax,
         "onnx": onnx,
-        "onnx-int8": onnx_int8,
-        "onnx-int8-static": onnx_int8_static,
+        "onnx-int8": lambda: _Form("model.int8.onnx", to_int8(whole_in_onnx())),
     }
     forms, left_out = {}, {}
     for name in formats:
