@@ -69,7 +69,6 @@ WALK = [
     "export",
     "execute",
     "verify",
-    "object_store",
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

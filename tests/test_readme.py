@@ -47,7 +47,6 @@ def test_other_commands_run(tmp_path):
         "wire": "a round",
         "profile": "speed-up",
         "verify": "holds:",
-        "object_store": "got",
         "export": "sha256",
         "execute": "probability",
     }
