@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctde_jax.bundle import EXAMPLES, RUNTIMES, Parser, open_bundle, parity, read, run, streams
-from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known
+from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known, quoted
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,6 +73,9 @@ def _bundle(arguments: Sequence[str]) -> int:
         if examples is None and EXAMPLES not in bundle.card.files:
             raise InputError("input", f"must be given, as {bundle.folder} came without examples: a file with labels.")
         tried, wrong = [], []
+        for name in bundle.card.artifacts:
+            if name not in RUNTIMES:
+                print(f"{quoted(name)}: not known to this version, so not tried")
         for name, found in parity.repeat(bundle).items():
             if found is None:
                 print(f"{name}: not installed here, so not tried; `pip install {RUNTIMES[name].install}`")
@@ -87,7 +90,7 @@ def _bundle(arguments: Sequence[str]) -> int:
             if not found.holds:
                 wrong.append(f"{name} differs from the trained model by more than {found.allowed:.1e}")
         if not tried:
-            raise InputError("bundle", "has none of its runtimes here; install one of them.")
+            raise InputError("bundle", "has no artifact that runs here; the lines above state why.")
         status = _say(wrong, f"every file is as it was written, and {_sayings(tried)}")
 
     return run(prove, names={"bundle": "FOLDER"}) or status

@@ -47,7 +47,6 @@ def test_other_commands_run(tmp_path):
         "wire": "a round",
         "profile": "speed-up",
         "verify": "holds:",
-        "object_store": "got",
         "export": "sha256",
         "execute": "probability",
     }
@@ -62,10 +61,11 @@ def test_python_blocks_run(name):
         exec(block, {})
 
 
-def test_tree_names_every_module():
+def test_tree_names_every_folder():
     tree = blocks(README, "text")[-1]
-    named = re.findall(r"^ +(\w+\.py) ", tree, flags=re.MULTILINE)
-    assert set(named) == {path.name for path in (ROOT / "ctde_jax").rglob("*.py")}
+    named = set(re.findall(r"^([\w.]+)/", tree, flags=re.MULTILINE))
+    assert named == {"ctde_jax", "examples", "notebooks", "benchmarks", "tests", "docs", ".ci"}
+    assert all((ROOT / name).is_dir() for name in named)
 
 
 def test_ci_runs_the_test_command_of_the_readme():

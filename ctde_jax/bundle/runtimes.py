@@ -1,8 +1,7 @@
-"""What runs a bundle: numpy for perceptrons, ONNX Runtime, LiteRT, or JAX; each is imported when it is asked for."""
+"""What runs a bundle: numpy for perceptrons, ONNX Runtime, or JAX; each is imported when it is asked for."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from ctde_jax.bundle import perceptron, tensors
 from ctde_jax.bundle.card import CARD, WEIGHTS, Bundle
-from ctde_jax.errors import InputError, check_known, shortened
+from ctde_jax.errors import InputError, check_known, quoted, shortened
 
 Predict = Callable[[np.ndarray], np.ndarray]
 """From raw inputs `[examples, ...]` to outputs, float32 `[examples, ...]`."""
@@ -81,10 +80,13 @@ def pick(bundle: Bundle) -> str:
         InputError: There is none.
     """
     there = [name for name in RUNTIMES if name in bundle.card.artifacts]
+    if not there:
+        rule, got = f"must be one that this version knows ({', '.join(RUNTIMES)})", quoted([*bundle.card.artifacts])
+        raise InputError("runtime", f"{rule}, and {bundle.folder} has only {got}; export the model again.")
     for name in filter(is_installed, there):
         return name
     ways = " or ".join(f"`pip install {RUNTIMES[name].install}`" for name in there)
-    raise InputError("runtime", f"must be one that is installed, and the bundle needs {ways or 'none that is known'}.")
+    raise InputError("runtime", f"must be one that is installed, and the bundle needs {ways}.")
 
 
 def is_installed(runtime: str) -> bool:
@@ -181,23 +183,14 @@ def _jax(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]:
     return lambda *inputs: [np.asarray(each) for each in jax.tree.leaves(call(*inputs))]
 
 
-def _litert(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]:
-    interpreter = import_module("ai_edge_litert.interpreter").Interpreter(model_content=content)
-    run = interpreter.get_signature_runner("serving_default")
-    return lambda inputs: [run(inputs=inputs)["outputs"]]
-
-
 def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")[:3] if part.isdecimal()]
 
 
-_ONNX = Runtime(("onnxruntime",), "onnxruntime", _onnx)
 RUNTIMES: Mapping[str, Runtime] = {
     "numpy": Runtime(("numpy",), "numpy", _numpy),
-    "onnx": _ONNX,
+    "onnx": Runtime(("onnxruntime",), "onnxruntime", _onnx),
     "jax": Runtime(("jax", "flatbuffers"), "jax flatbuffers", _jax),
-    "litert": Runtime(("ai_edge_litert",), "ai-edge-litert", _litert),
-    "onnx-int8": _ONNX,
-    "onnx-int8-static": _ONNX,
+    "onnx-int8": Runtime(("onnxruntime",), "onnxruntime", _onnx),
 }
 """By name; what comes first is taken first."""

@@ -133,8 +133,8 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, facts)
 
 
-def parse(manifest: bytes, place: Path | str) -> tuple[Facts, dict[str, Facts]]:
-    """Returns what a manifest says that is found at this place: the facts, and what each tensor is.
+def parse(manifest: bytes, path: Path) -> tuple[Facts, dict[str, Facts]]:
+    """Returns the facts in the manifest of the checkpoint at `path`, and the description of each tensor.
 
     Raises:
         Damaged: It is no manifest.
@@ -143,13 +143,13 @@ def parse(manifest: bytes, place: Path | str) -> tuple[Facts, dict[str, Facts]]:
     try:
         says = json.loads(manifest)
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{place}: {MANIFEST} is no JSON ({error})") from error
+        raise Damaged(f"{path}: {MANIFEST} is no JSON ({error})") from error
     if not (isinstance(says, dict) and isinstance(says.get("format"), int) and isinstance(says.get("tensors"), dict)):
-        raise Damaged(f"{place}: {MANIFEST} is none of a checkpoint")
+        raise Damaged(f"{path}: {MANIFEST} is none of a checkpoint")
     if says["format"] > FORMAT:
         raise InputError(
             "run_dir",
-            f"holds the checkpoint {place} of format {says['format']}, and this version reads up to {FORMAT}; "
+            f"holds the checkpoint {path} of format {says['format']}, and this version reads up to {FORMAT}; "
             "install a newer ctde_jax.",
         )
     return {name: fact for name, fact in says.items() if name not in _OWN}, says["tensors"]

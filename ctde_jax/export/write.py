@@ -34,8 +34,8 @@ from ctde_jax.bundle import (
 from ctde_jax.checkpoint import put_back, written_whole
 from ctde_jax.data import Dataset, Split
 from ctde_jax.errors import InputError, check_at_least, check_known
-from ctde_jax.export import int8, receipt
-from ctde_jax.export.litert import to_litert
+from ctde_jax.export import receipt
+from ctde_jax.export.int8 import to_int8
 from ctde_jax.export.onnx import to_onnx
 from ctde_jax.export.program import LeftOut, Program, leaving_out, make_program
 from ctde_jax.export.stablehlo import to_stablehlo
@@ -43,7 +43,7 @@ from ctde_jax.export.weights import find_layers, gather, to_safetensors
 from ctde_jax.models import count_params
 from ctde_jax.trainer import Trained, accepts, console
 
-Format = Literal["numpy", "onnx", "jax", "litert", "onnx-int8", "onnx-int8-static"]
+Format = Literal["numpy", "onnx", "jax", "onnx-int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DEFAULT: tuple[Format, ...] = ("numpy", "onnx", "jax")
 _PACKAGES = ("ctde_jax", "jax", "flax", "numpy", "jax2onnx", "onnx", "onnxruntime")
@@ -87,8 +87,7 @@ def write_bundle(
         trained: What `fit` has returned.
         data: What it was trained on; its test split is the measure, and its class names go along.
         folder: Is made; a bundle that is there already is replaced once the new one is whole.
-        formats: Names of runtimes. A perceptron runs with numpy alone; "onnx" needs `ctde_jax[onnx]`; for "litert", an
-            experiment, see `litert.py`.
+        formats: Names of runtimes. A perceptron runs with numpy alone; "onnx" needs `ctde_jax[onnx]`.
         examples: Test examples that go along at most, with the trained model's outputs, so that `verify bundle` can
             repeat the receipt where the test split is not; about a megabyte of them.
         options: What else the card is to say of the training, as JSON can.
@@ -228,20 +227,11 @@ def _make_forms(
             step and ("step.onnx", to_onnx(step, ["inputs", *carried], ["outputs", *names], says)),
         )
 
-    def onnx_int8() -> _Form:
-        return _Form("model.int8.onnx", int8.dynamic(whole_in_onnx()))
-
-    def onnx_int8_static() -> _Form:
-        seen = np.asarray(data.train.inputs[: int8.CALIBRATION])
-        return _Form("model.int8-static.onnx", int8.static(whole_in_onnx(), seen))
-
     ways: Mapping[str, Callable[[], _Form]] = {
         "numpy": numpy,
         "jax": in_jax,
         "onnx": onnx,
-        "litert": lambda: _Form("model.tflite", to_litert(programs()[0])),
-        "onnx-int8": onnx_int8,
-        "onnx-int8-static": onnx_int8_static,
+        "onnx-int8": lambda: _Form("model.int8.onnx", to_int8(whole_in_onnx())),
     }
     forms, left_out = {}, {}
     for name in formats:

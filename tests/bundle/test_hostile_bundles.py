@@ -331,6 +331,29 @@ def test_newer_format_says_what_to_install(copy):
     assert "of format 2, and this version reads up to 1; install a newer ctde_jax" in refuse(copy)
 
 
+def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_path, capsys):
+    """An earlier version wrote `litert`; it is no reason not to run the others."""
+    card = json.loads((copy / CARD).read_bytes())
+    card["artifacts"]["litert"] = card["artifacts"].pop("jax") | {"file": "model.tflite"}
+    seal(copy, card, model_tflite=b"TFL3")
+    images = bundles.trained("mlp")[1].test.inputs[:3]
+    np.save(tmp_path / "x.npy", images)
+    given = [str(copy), "--input", str(tmp_path / "x.npy")]
+    assert execute.main(given) == 0
+    assert verify.main(["bundle", str(copy)]) == 0
+    assert "'litert': not known to this version, so not tried" in capsys.readouterr().out
+    assert execute.main([*given, "--runtime", "litert"]) == 2
+    assert capsys.readouterr().err == f"error: --runtime must be one of {', '.join(node.RUNTIMES)}, got 'litert'.\n"
+
+    card["artifacts"] = {"litert": card["artifacts"]["litert"]}
+    seal(copy, card)
+    assert execute.main(given) == 2
+    rule = f"must be one that this version knows ({', '.join(node.RUNTIMES)}), and {copy} has only ['litert']"
+    assert capsys.readouterr().err == f"error: --runtime {rule}; export the model again.\n"
+    assert verify.main(["bundle", str(copy)]) == 2
+    assert capsys.readouterr().err == "error: FOLDER has no artifact that runs here; the lines above state why.\n"
+
+
 def test_newer_jax_is_told_before_its_file_is_read(copy):
     card = json.loads((copy / CARD).read_bytes())
     card["versions"]["jax"] = "99.1.0"

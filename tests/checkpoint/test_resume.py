@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,16 @@ def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monke
             other = checkpoint.read(checkpoint.newest(tmp_path / "whole" / "checkpoints")).tensors[part]
             np.testing.assert_allclose(tensor, other, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(own["loss"], last["loss"], rtol=0.3)
+
+
+def test_copy_of_a_run_goes_on_elsewhere_with_the_same_bits(small, tmp_path, monkeypatch):
+    """Its files are copied without their permissions and times, as through an object store."""
+    whole = fit(small, tmp_path / "whole")
+    killed_after(monkeypatch, 4, partial(fit, small, tmp_path / "killed"))
+    shutil.copytree(tmp_path / "killed", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert fit(small, tmp_path / "copy").tested == whole.tested
+    assert tensors(tmp_path / "copy") == tensors(tmp_path / "whole")
+    assert rows(tmp_path / "copy") == rows(tmp_path / "whole")
 
 
 def test_patience_goes_on(small, tmp_path, monkeypatch):

@@ -281,7 +281,7 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
     ("arguments", "sentence"),
     [
         (["--input", "x.npy", "--runtime", "onyx"], "--runtime must be one of numpy, onnx"),
-        (["--input", "x.npy", "--runtime", "litert"], "--runtime must be one that .* has an artifact for (numpy, onnx"),
+        (["--input", "x.npy", "--runtime", "onnx-int8"], "must be one that .* has an artifact for (numpy, onnx"),
         (["--input", "x.npy", "--expect", "0123"], "--expect must be eight or more of the first digits"),
         (["--input", "x.npy", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--input", "x.npy", "--score"], "--input needs labels: y_test in a .npz file"),

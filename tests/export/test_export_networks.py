@@ -197,9 +197,7 @@ def test_onnx_runtime_computes_what_flax_computes(name):
         assert relative_difference(found, np.asarray(right(x))) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "formats", [["onnx"], pytest.param(["onnx", "onnx-int8", "onnx-int8-static"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("formats", [["onnx"], pytest.param(["onnx", "onnx-int8"], marks=pytest.mark.slow)])
 def test_max_pool_leaves_as_onnx_and_runs_from_its_bundle(formats, tmp_path):
 
     class Net(nnx.Module):
