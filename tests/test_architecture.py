@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def test_room_is_entered_by_its_door(path):
         is_module = (PACKAGE / other / f"{name}.py").exists()
         assert not deeper, f"{module} in {path}"
         assert is_module or name in import_module(module).__all__, f"{name} of {module} in {path}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES if path.stem != "__init__"
+    }
+    graph = {
+        name: {target for module, item in imported(path) for target in (module, f"{module}.{item}") if target in known}
+        for name, path in known.items()
+    }
+    assert [*TopologicalSorter(graph).static_order()]
 
 
 def test_package_has_at_most_twenty_entries():

@@ -5,15 +5,17 @@ from ctde_jax.data.arrays import plain, targets_or_classes
 from ctde_jax.data.augment import Augment, apply_to
 from ctde_jax.data.batches import Batches, count_steps, deal, filled_up, index_blocks, steps_per_epoch
 from ctde_jax.data.classes import look_up
-from ctde_jax.data.dataset import Dataset, Drawn, Split, from_arrays, hold_out, is_channels_first, standardized
+from ctde_jax.data.dataset import Dataset, from_arrays, hold_out, is_channels_first, standardized
 from ctde_jax.data.digests import digest, digests_of
 from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.data.files import from_npz
+from ctde_jax.data.loader import from_batches
 from ctde_jax.data.published.cifar import cifar10
 from ctde_jax.data.published.digits import digits
 from ctde_jax.data.published.idx import fashion_mnist, mnist
 from ctde_jax.data.sequence import as_sequence
-from ctde_jax.data.stream import Arrivals, check_size, deal_stream, from_batches
+from ctde_jax.data.split import Drawn, Split
+from ctde_jax.data.stream import Arrivals, check_size, deal_stream
 from ctde_jax.data.table import from_csv
 from ctde_jax.data.text import decode, encode, from_text
 

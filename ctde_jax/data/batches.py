@@ -13,8 +13,8 @@ from math import ceil
 
 import numpy as np
 
-from ctde_jax.data.dataset import Drawn, Split
 from ctde_jax.data.disk import DiskArray
+from ctde_jax.data.split import Drawn, Split
 from ctde_jax.errors import InputError, check_at_least
 
 

@@ -7,7 +7,6 @@ of a vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,10 +15,9 @@ from ctde_jax.bundle import are_numbers
 from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels, plain
 from ctde_jax.data.classes import from_words, look_up, note_on_numbers, notes_on_classes, numbered
 from ctde_jax.data.disk import DiskArray, slices
+from ctde_jax.data.split import Split, check_pair
+from ctde_jax.data.stream import Stream
 from ctde_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from ctde_jax.data.stream import Stream
 
 TEST_FRACTION = 0.2
 
@@ -31,26 +29,6 @@ _MEASURED = 4096
 
 _EXACT = 2**24
 """The integers up to this one are exact in float32."""
-
-
-class Split(NamedTuple):
-    """Examples with their labels, in memory, or in a file of which rows are read when they are needed."""
-
-    inputs: np.ndarray | DiskArray  # [examples, ...], uint8, int32 or float32
-    labels: np.ndarray | DiskArray  # int32[examples]; or int32 or float32[examples, ...] for targets, no classes
-
-    @property
-    def is_on_disk(self) -> bool:
-        """Whether examples are read when they are needed."""
-        return any(isinstance(array, DiskArray) for array in self)
-
-
-class Drawn(NamedTuple):
-    """Examples that were drawn from a split, with their numbers there, by which they are augmented."""
-
-    inputs: np.ndarray
-    labels: np.ndarray
-    numbers: np.ndarray  # int32[examples]
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +55,7 @@ class Dataset:
     columns: tuple[str, ...] = ()
     """The names of a table's features, in the order of the inputs; empty if they have no names."""
 
-    stream: "Stream | None" = None
+    stream: Stream | None = None
     """Where the training examples come in batches, one after another; then `train` is the first of them."""
 
     def __repr__(self) -> str:
@@ -159,7 +137,7 @@ def assemble(
     is_numbered = classes is None
     has_numbers = is_numbered or spells_numbers
     classes = numbered(labels) if classes is None else tuple(classes)
-    _check_pair("y_train", inputs, labels, len(classes))
+    check_pair("y_train", inputs, labels, len(classes))
 
     notes: list[str] = []
     if x_test is None or y_test is None:
@@ -171,7 +149,7 @@ def assemble(
     else:
         train = Split(inputs, labels)
         test = Split(checked_inputs("x_test", x_test), _like_training(labels, checked_labels("y_test", y_test)))
-        _check_pair("y_test", test.inputs, test.labels, len(classes))
+        check_pair("y_test", test.inputs, test.labels, len(classes))
         if test.inputs.dtype != inputs.dtype:
             raise InputError("x_test", f"must be {inputs.dtype} like x_train, got {test.inputs.dtype}; convert one.")
         if test.inputs.shape[1:] != inputs.shape[1:]:
@@ -278,13 +256,6 @@ def standardized(dataset: Dataset) -> Dataset:
     )
 
 
-def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) -> Split:
-    """Makes a split of a batch, with types and checks as in `from_arrays`."""
-    batch = Split(checked_inputs(f"inputs of {name}", inputs), checked_labels(f"labels of {name}", labels))
-    _check_pair(f"labels of {name}", *batch, classes)
-    return batch
-
-
 def _highest(inputs: np.ndarray | DiskArray) -> int:
     """Returns the largest number of as many bits as the largest input needs."""
     largest = max(int(piece.max()) for _, piece in slices(inputs))
@@ -312,23 +283,3 @@ def _like_training(train: np.ndarray | DiskArray, test: np.ndarray | DiskArray) 
 def _rows(split: Split, rows: np.ndarray) -> Split:
     inputs, labels = (array.select(rows) if isinstance(array, DiskArray) else array[rows] for array in split)
     return Split(inputs, labels)
-
-
-def _check_pair(option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray | DiskArray, classes: int) -> None:
-    if len(inputs) != len(labels):
-        raise InputError(
-            option, f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} labels."
-        )
-    for first, piece in slices(labels) if classes else ():
-        if piece.min() < 0:
-            place = np.unravel_index(np.argmin(piece), piece.shape)
-            example = first + place[0]
-            raise InputError(option, f"must count the classes from 0, got {piece[place]} for example {example}.")
-        outside = piece >= classes
-        if outside.any():
-            place = tuple(np.argwhere(outside)[0])
-            raise InputError(
-                option,
-                f"must lie from 0 to {classes - 1}, one for each of the {classes} classes, "
-                f"got {piece[place]} for example {first + place[0]}.",
-            )

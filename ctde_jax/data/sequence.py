@@ -5,7 +5,8 @@ from math import prod
 
 import numpy as np
 
-from ctde_jax.data.dataset import Dataset, Split
+from ctde_jax.data.dataset import Dataset
+from ctde_jax.data.split import Split
 from ctde_jax.errors import InputError, check_known
 
 VIEWS = ("rows", "pixels")

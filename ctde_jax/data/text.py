@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ctde_jax.data.dataset import Dataset, Split
+from ctde_jax.data.dataset import Dataset
 from ctde_jax.data.files import check_size, faulty, not_utf8, opened
+from ctde_jax.data.split import Split
 from ctde_jax.devices import memory
 from ctde_jax.errors import InputError, check_at_least
 

@@ -15,7 +15,7 @@ KeyPath = tuple[Hashable, ...]
 """The keys that lead to a part of nested dictionaries."""
 
 
-class Stream(NamedTuple):
+class Recurrence(NamedTuple):
     """A network that reads a sequence place by place, with what it has read as a state of fixed size.
 
     Only for inference. What it says at the last place, or at every place, is what `Model.apply` says of the sequence.
@@ -60,7 +60,7 @@ class Model(NamedTuple):
     does not show its layers.
     """
 
-    stream: Stream | None = None
+    stream: Recurrence | None = None
     """How it reads a sequence place by place, where it can."""
 
     unscaled: "Unscaled | None" = None

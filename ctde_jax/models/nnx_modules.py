@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.models.base import KeyPath, Model, Stream, as_outputs
+from ctde_jax.models.base import KeyPath, Model, Recurrence, as_outputs
 from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute
 from ctde_jax.models.modes import MODES, RANDOM, Modes, effect_of, find_modes, without_addresses
 from ctde_jax.models.user_code import reported
@@ -176,7 +176,7 @@ def from_nnx(
         outputs, carry = module.step(carry, inputs)
         return jnp.asarray(outputs, jnp.float32), optax.tree.cast(carry, jnp.float32)
 
-    return Model(init, apply, layers, abstract.start and Stream(abstract.start, step))
+    return Model(init, apply, layers, abstract.start and Recurrence(abstract.start, step))
 
 
 def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:

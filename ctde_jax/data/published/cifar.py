@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from rich.filesize import decimal
 
-from ctde_jax.data.dataset import Dataset, Split, from_arrays
+from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import most_unpacked
 from ctde_jax.data.published.download import content_of, damaged, existing, fetch
 from ctde_jax.data.published.registry import Published
+from ctde_jax.data.split import Split
 from ctde_jax.errors import shortened
 
 CHANNELS_FIRST = (3, 32, 32)
