@@ -138,11 +138,7 @@ def timed(act: Callable[[], object]) -> float:
 def by_hand(work: Work, precision: str, seed: int, device: jax.Device) -> Rival:
     """A loop written by hand: a turn is one scan, the data stay on the device, the carry is donated."""
     model, optimizer, rng = network(work, precision), optax.adam(LEARNING_RATE), np.random.default_rng(seed)
-    data, order, places = (
-        jax.device_put(tuple(work.data.train), device),
-        np.zeros(0, np.int32),
-        work.steps * work.batch_size,
-    )
+    data, order = jax.device_put(tuple(work.data.train), device), np.zeros(0, np.int32)
     params, model_state = jax.jit(model.init)(jax.random.key(seed), data[0][:1])
     carry = jax.device_put((params, optimizer.init(params)), device)
     classify = jax.jit(lambda params, inputs: model.apply(params, model_state, inputs, None)[0].argmax(-1))
@@ -161,16 +157,16 @@ def by_hand(work: Work, precision: str, seed: int, device: jax.Device) -> Rival:
     def scan(carry, batches, inputs, labels):
         return lax.scan(partial(step, inputs, labels), carry, batches)
 
-    batches = jax.ShapeDtypeStruct((work.steps, work.batch_size), np.int32)
+    shape = jax.ShapeDtypeStruct((work.steps, work.batch_size), np.int32)
     with jax.default_matmul_precision(PRECISIONS[precision]):
-        steps = jax.jit(scan, donate_argnums=0).lower(carry, batches, *data).compile()
+        steps = jax.jit(scan, donate_argnums=0).lower(carry, shape, *data).compile()
 
     def turn() -> None:
         nonlocal carry, order
-        while len(order) < places:
+        while len(order) < shape.size:
             order = np.append(order, rng.permutation(len(data[0])).astype(np.int32))
-        batches, order = np.split(order, [places])
-        carry, losses = steps(carry, batches.reshape(work.steps, -1), *data)
+        batches, order = np.split(order, [shape.size])
+        carry, losses = steps(carry, batches.reshape(shape.shape), *data)
         jax.device_get(losses)
 
     return Rival(turn, lambda inputs: classify(carry[0], inputs))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = [path for path in sorted(BENCHMARKS.glob("*.py")) if "command_line(main" in path.read_text()]
+SCRIPTS = [path for path in sorted(BENCHMARKS.glob("*.py")) if "\n    command_line(main" in path.read_text()]
 
 
 @pytest.fixture(scope="module")
