@@ -78,7 +78,7 @@ def timed(*command: str | Path) -> Callable[[], float]:
 
 
 def main(turns: int = 15, report: bool = False, results: Path = RESULTS) -> None:
-    """Measures all.
+    """Measures all, instead of what was measured before.
 
     Args:
         turns: Turns of each contestant.
@@ -87,6 +87,7 @@ def main(turns: int = 15, report: bool = False, results: Path = RESULTS) -> None
     """
     log = Log(results / "node.jsonl")
     if not report:
+        log.file.unlink(missing_ok=True)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
             bundles = write_bundles(folder)
