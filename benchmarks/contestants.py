@@ -1,6 +1,6 @@
-"""The contestants of `peers.py` and `meeting.py`: the same training, as this package and as others do it.
+"""The contestants of `peers.py`: the same training, as this package and as others do it.
 
-Each runs in a process of its own, started by these, so that thread pools, XLA flags and devices are its own. What
+Each runs in a process of its own, so that thread pools, XLA flags and devices are its own. What
 is the same for all: MNIST divided by 255, the network, Adam at 0.001, the global batch, a new order in every epoch, and
 the short last batch, which is trained on like the others. What each framework decides by default (how weights start,
 threads) stays as it is, unless the contestant says otherwise.
@@ -16,17 +16,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 LEARNING_RATE = 0.001
 HIDDEN, CLASSES = 128, 10
-
-Evaluate = Callable[[], float]
-"""Returns the share of the test pictures that is labeled right."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,10 @@ class Job:
     devices: int
     epochs: int
     data_dir: str
-    examples: int | None = None
-    """Of the training pictures, the first so many; None for all."""
-
-    every_epoch: bool = False
-    """Whether to evaluate after every epoch instead of after the last one."""
-
-    rank: int = 0
-    """Which of several processes of a contestant this is; the first one speaks for all."""
-
-    meeting: str = ""
-    """The file by which these processes find each other."""
+    examples: int | None = None  # the first training pictures; None: all
+    every_epoch: bool = False  # whether to evaluate after every epoch, or after the last one
+    rank: int = 0  # of several processes of a contestant; the first one reports
+    meeting: str = ""  # the file by which these processes find each other
 
 
 class Referee:
@@ -66,27 +57,23 @@ class Referee:
         self._begin = 0.0
 
     def ready(self) -> None:
-        """Waits for the first epoch, in which whatever is compiled is compiled."""
-        self._say(ready=True)
-        self._wait()
+        """Waits until the next epoch may begin; in the first one whatever is compiled is compiled."""
+        if self._job.rank == 0 and not sys.stdin.readline():
+            sys.exit("the command that compares has ended")
+        self._begin = time.perf_counter()
 
-    def done(self, evaluate: Evaluate) -> None:
+    def done(self, evaluate: Callable[[], float]) -> None:
         """Ends an epoch, whose results must be there, and waits for the next one."""
         self._say(seconds=time.perf_counter() - self._begin)
         self._epochs_left -= 1
         if self._job.every_epoch or not self._epochs_left:
             self._say(accuracy=evaluate())
         if self._epochs_left:
-            self._wait()
+            self.ready()
 
     def _say(self, **what: Any) -> None:
         if self._job.rank == 0:
             print(json.dumps(what), file=self._out)
-
-    def _wait(self) -> None:
-        if self._job.rank == 0 and not sys.stdin.readline():
-            sys.exit("nobody is there any more")
-        self._begin = time.perf_counter()
 
 
 class Pictures(NamedTuple):
@@ -160,17 +147,13 @@ def this_trainer(job: Job, referee: Referee) -> None:
         )
 
 
-def plain_jax(
-    job: Job, referee: Referee, scan: bool, agree_on: Literal["everything", "the smallest", "nothing"] = "everything"
-) -> None:
+def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
     """A loop written by hand, on one device or under `shard_map`: data on the devices, the carry donated.
 
     Args:
         job: What to train.
         referee: Who takes the time.
         scan: Whether an epoch is one dispatch, or each step is.
-        agree_on: What several devices average at every step: loss and gradients, the smallest gradient alone, or
-            nothing. The last two train no common model, and show what a step costs without its all-reduce.
     """
     os.environ["JAX_NUM_CPU_DEVICES"] = str(job.devices)
     os.environ["NPROC"] = str(max(2 * job.devices, os.cpu_count() or 1))  # else collectives wait for ever
@@ -195,13 +178,8 @@ def plain_jax(
             return optax.softmax_cross_entropy_with_integer_labels(logits, y[indices]).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
-        if job.devices > 1 and agree_on == "everything":
+        if job.devices > 1:
             value, grads = lax.pmean((value, grads), "replica")
-        elif job.devices > 1 and agree_on == "the smallest":
-            leaves, structure = jax.tree.flatten(grads)
-            smallest = min(range(len(leaves)), key=lambda place: leaves[place].size)
-            leaves[smallest] = lax.pmean(leaves[smallest], "replica")
-            grads = structure.unflatten(leaves)
         updates, state = optimizer.update(grads, state)
         return (optax.apply_updates(params, updates), state), value
 
@@ -237,9 +215,7 @@ def linen_network(name: str) -> Any:
     """Builds a flax.linen module for pictures `[examples, 28, 28]`."""
     from flax import linen
 
-    def halve(x):
-        return linen.max_pool(x, (2, 2), (2, 2))
-
+    halve = partial(linen.max_pool, window_shape=(2, 2), strides=(2, 2))
     layers = {
         "mlp": lambda: [
             lambda x: x.reshape(len(x), -1),
@@ -369,23 +345,16 @@ def keras(job: Job, referee: Referee) -> None:
 
 TRAIN: dict[str, Callable[[Job, Referee], None]] = {
     "this trainer": this_trainer,
-    "JAX, one dispatch a step": lambda job, referee: plain_jax(job, referee, scan=False),
-    "JAX, one scan an epoch": lambda job, referee: plain_jax(job, referee, scan=True),
+    "JAX, one dispatch a step": partial(plain_jax, scan=False),
+    "JAX, one scan an epoch": partial(plain_jax, scan=True),
     "PyTorch": pytorch,
-    "PyTorch, fused Adam": lambda job, referee: pytorch(job, referee, fused=True),
-    "PyTorch, torch.compile": lambda job, referee: pytorch(job, referee, fused=True, compiled=True),
+    "PyTorch, fused Adam": partial(pytorch, fused=True),
+    "PyTorch, torch.compile": partial(pytorch, fused=True, compiled=True),
     "PyTorch DDP, Gloo": distributed_data_parallel,
     "Keras on JAX": keras,
 }
-"""By name; what each is for is in `peers.py`."""
-
-FLOORS: dict[str, Callable[[Job, Referee], None]] = {
-    "one scan, agreeing on ten numbers": lambda job, referee: plain_jax(job, referee, True, "the smallest"),
-    "one scan, agreeing on nothing": lambda job, referee: plain_jax(job, referee, True, "nothing"),
-}
-"""What no training on several devices can be faster than; see `meeting.py`."""
 
 
 if __name__ == "__main__":
     job = Job(**json.loads(sys.argv[1]))
-    (TRAIN | FLOORS)[job.contestant](job, Referee(job))
+    TRAIN[job.contestant](job, Referee(job))

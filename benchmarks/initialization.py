@@ -6,43 +6,36 @@
 
 Seed 0 tries every learning rate of a model's grid with every initializer that suits it; the one that reaches the target
 in the fewest steps goes on to the seeds 1, 2 and 3, and only these are reported. A run ends at the target, at its last
-step, or where the loss is no longer finite. One device, constant learning rates, no regularization.
+step, or when the loss is no longer finite. One device, constant learning rates, no regularization.
 
 The second part trains a perceptron of several widths over a grid of learning rates, in the standard and in the maximal
-update parametrization: in the second one the best learning rate should stay where it is. Means of seeds 1, 2 and 3.
+update parametrization: in the second one the best learning rate should stay the same. Means of seeds 1, 2 and 3.
 """
 
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
 import optax
-import tyro
+from harness import RESULTS, Log, Row, Table, command_line, print_table, publish
 from jax import lax
 from jax import numpy as jnp
 from matplotlib import pyplot
-from rich.console import Console
-from rich.table import Table
 
 import ctde_jax as ctde
 from ctde_jax.models.initializers import initialize
 from ctde_jax.models.mup import mup, scale_learning_rates
 
-RESULTS = Path(__file__).parent / "results"
-TUNING_SEED = 0
-SEEDS = (1, 2, 3)
+TUNING_SEED, SEEDS = 0, (1, 2, 3)
 ANY = ("flax", "glorot", "he", "orthogonal", "lsuv")
 
-Row = dict[str, Any]
 ModelName = Literal["mlp-2", "mlp-10", "mlp-50", "cnn", "lstm", "transformer", "mup"]
 
 
@@ -51,32 +44,19 @@ class Problem(NamedTuple):
 
     model: ctde.models.Model
     data: ctde.data.Dataset
-    task: ctde.Task
-    measure: str
-    target: float
-    """Of the measure, averaged over the test split: an accuracy to rise to, or a loss to fall to."""
-
     initializers: tuple[str, ...]
-    optimizer: optax.GradientTransformation
-    """Without a learning rate."""
-
+    optimizer: optax.GradientTransformation  # without a learning rate
     learning_rates: tuple[float, ...]
     batch_size: int
-    steps: int
-    """After so many a run is given up."""
-
-    every: int
-    """Steps between two looks at the test split."""
+    steps: int  # after which a run is given up
+    target: float  # of the measure, averaged over the test split: an accuracy to rise to, or a loss to fall to
+    measure: str = "accuracy"
+    task: ctde.Task = ctde.tasks.classification
+    every: int = 5  # steps between two evaluations
 
     def reaches(self, measured: jax.typing.ArrayLike) -> jax.Array:
-        """Says whether the target is reached."""
+        """Returns whether the target is reached."""
         return jnp.asarray(measured >= self.target if self.measure == "accuracy" else measured <= self.target)
-
-
-@cache
-def small_digits() -> ctde.data.Dataset:
-    """Scikit-learn's digits, 8 x 8."""
-    return ctde.data.digits()
 
 
 @cache
@@ -99,71 +79,16 @@ def small_text(folder: Path) -> ctde.data.Dataset:
 
 
 def perceptron(depth: int, folder: Path) -> Problem:
-    """Hidden layers of 64 tanh units on the small digits, by SGD with momentum."""
+    """Hidden layers of 64 tanh units on scikit-learn's digits, by SGD with momentum."""
     return Problem(
         model=ctde.models.mlp([64] * (depth + 1) + [10]),
-        data=small_digits(),
-        task=ctde.tasks.classification,
-        measure="accuracy",
-        target=0.95,
+        data=ctde.data.digits(),
         initializers=ANY,
         optimizer=optax.trace(0.9),
         learning_rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
         batch_size=128,
         steps=600,
-        every=5,
-    )
-
-
-def convolutional(folder: Path) -> Problem:
-    """The network of federated averaging on small pictures, by SGD with momentum."""
-    return Problem(
-        model=ctde.models.cnn((14, 14), 10),
-        data=small_mnist(folder),
-        task=ctde.tasks.classification,
-        measure="accuracy",
-        target=0.9,
-        initializers=(*ANY, "delta_orthogonal"),
-        optimizer=optax.trace(0.9),
-        learning_rates=(0.01, 0.03, 0.1, 0.3),
-        batch_size=64,
-        steps=120,
-        every=5,
-    )
-
-
-def recurrent(folder: Path) -> Problem:
-    """Long short-term memory that reads small pictures row by row, by Adam."""
-    return Problem(
-        model=ctde.models.rnn_classifier(14, 10, width=64),
-        data=small_mnist(folder),
-        task=ctde.tasks.classification,
-        measure="accuracy",
-        target=0.9,
-        initializers=(*ANY, "recurrent"),
-        optimizer=optax.scale_by_adam(),
-        learning_rates=(0.001, 0.003, 0.01, 0.03, 0.1),
-        batch_size=64,
-        steps=600,
-        every=5,
-    )
-
-
-def transformer(folder: Path) -> Problem:
-    """Four blocks of width 64 that predict the next character of Shakespeare, by Adam."""
-    data = small_text(folder)
-    return Problem(
-        model=ctde.models.transformer(len(data.vocabulary), 32, width=64, blocks=4),
-        data=data,
-        task=ctde.tasks.language_modeling,
-        measure="loss",
-        target=2.4,
-        initializers=(*ANY, "residual"),
-        optimizer=optax.scale_by_adam(),
-        learning_rates=(0.001, 0.003, 0.01),
-        batch_size=32,
-        steps=300,
-        every=10,
+        target=0.95,
     )
 
 
@@ -171,16 +96,45 @@ PROBLEMS: dict[str, Callable[[Path], Problem]] = {
     "mlp-2": partial(perceptron, 2),
     "mlp-10": partial(perceptron, 10),
     "mlp-50": partial(perceptron, 50),
-    "cnn": convolutional,
-    "lstm": recurrent,
-    "transformer": transformer,
+    "cnn": lambda folder: Problem(
+        model=ctde.models.cnn((14, 14), 10),
+        data=small_mnist(folder),
+        initializers=(*ANY, "delta_orthogonal"),
+        optimizer=optax.trace(0.9),
+        learning_rates=(0.01, 0.03, 0.1, 0.3),
+        batch_size=64,
+        steps=120,
+        target=0.9,
+    ),
+    "lstm": lambda folder: Problem(
+        model=ctde.models.rnn_classifier(14, 10, width=64),
+        data=small_mnist(folder),
+        initializers=(*ANY, "recurrent"),
+        optimizer=optax.scale_by_adam(),
+        learning_rates=(0.001, 0.003, 0.01, 0.03, 0.1),
+        batch_size=64,
+        steps=600,
+        target=0.9,
+    ),
+    "transformer": lambda folder: Problem(
+        model=ctde.models.transformer(len(small_text(folder).vocabulary), 32, width=64, blocks=4),
+        data=small_text(folder),
+        initializers=(*ANY, "residual"),
+        optimizer=optax.scale_by_adam(),
+        learning_rates=(0.001, 0.003, 0.01),
+        batch_size=32,
+        steps=300,
+        target=2.4,
+        measure="loss",
+        task=ctde.tasks.language_modeling,
+        every=10,
+    ),
 }
 
 WIDTHS = (64, 128, 256, 512, 1024)
 WIDE_LEARNING_RATES = tuple(2.0**exponent for exponent in range(-12, -2))
-WIDE_STEPS = 150
-LAST_STEPS = 20
-"""The training loss is averaged over so many at the end."""
+WIDE_STEPS, LAST_STEPS = 150, 20  # the training loss is averaged over the last ones
+WAYS = {"standard": "standard", "mup": "maximal update"}
 
 
 def normalized(data: ctde.data.Dataset) -> tuple[ctde.data.Split, ctde.data.Split]:
@@ -243,57 +197,28 @@ def make_race(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array]]:
     return race
 
 
-@dataclass(frozen=True)
-class Log:
-    """All runs that there are, each written down when it is done."""
-
-    file: Path
-
-    def rows(self) -> list[Row]:
-        """Returns them in the order in which they were made."""
-        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
-
-    def find(self, **wanted: Any) -> list[Row]:
-        """Returns those with these entries."""
-        return [row for row in self.rows() if wanted.items() <= row.items()]
-
-    def make(self, run: Callable[[], Row], **settings: Any) -> None:
-        """Makes a run, unless there is one of these settings."""
-        if self.find(**settings):
-            return
-        begin = time.perf_counter()
-        row = {**settings, **run(), "seconds": round(time.perf_counter() - begin, 1)}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            print(json.dumps(row), file=file)
-        print(json.dumps(row), flush=True)
-
-
 def compare_initializers(name: str, folder: Path, log: Log) -> None:
-    """Makes the runs of a model that are still missing."""
+    """Makes the runs of a model that are missing."""
     problem = PROBLEMS[name](folder)
-    race = make_race(problem)
-    first = jnp.asarray(normalized(problem.data)[0].inputs[:256])
+    race, first = make_race(problem), jnp.asarray(normalized(problem.data)[0].inputs[:256])
+
+    def run(start: Callable[..., Any], learning_rate: float, seed: int) -> Row:
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        steps, measured = race(start(init_key, first)[0], learning_rate, train_key)
+        found = float(measured) if math.isfinite(measured) else None
+        return {"steps": int(steps) if problem.reaches(measured) else None, problem.measure: found}
 
     for initializer in problem.initializers:
-        start = jax.jit(initialize(problem.model, initializer).init)
-
-        def run(learning_rate: float, seed: int, start: Callable[..., Any] = start) -> Row:
-            init_key, train_key = jax.random.split(jax.random.key(seed))
-            steps, measured = race(start(init_key, first)[0], learning_rate, train_key)
-            found = float(measured) if math.isfinite(measured) else None
-            return {"steps": int(steps) if problem.reaches(measured) else None, problem.measure: found}
-
-        arm = {"model": name, "init": initializer}
+        start, arm = jax.jit(initialize(problem.model, initializer).init), {"model": name, "init": initializer}
         for rate in problem.learning_rates:
-            log.make(partial(run, rate, TUNING_SEED), **arm, seed=TUNING_SEED, learning_rate=rate)
+            log.make(partial(run, start, rate, TUNING_SEED), **arm, seed=TUNING_SEED, learning_rate=rate)
         best = best_rate(log.find(**arm, seed=TUNING_SEED), problem.measure)
         for seed in SEEDS:
-            log.make(partial(run, best, seed), **arm, seed=seed, learning_rate=best)
+            log.make(partial(run, start, best, seed), **arm, seed=seed, learning_rate=best)
 
 
 def best_rate(tried: Sequence[Row], measure: str) -> float:
-    """Returns the learning rate with the fewest steps to the target, or where none has reached it came nearest."""
+    """Returns the learning rate with the fewest steps to the target, or if none has reached it came nearest."""
 
     def rank(row: Row) -> tuple[float, float]:
         measured = math.inf if row[measure] is None else row[measure] * (-1 if measure == "accuracy" else 1)
@@ -303,112 +228,90 @@ def best_rate(tried: Sequence[Row], measure: str) -> float:
 
 
 def compare_widths(folder: Path, log: Log) -> None:
-    """Makes the runs of wide perceptrons that are still missing."""
+    """Makes the runs of wide perceptrons that are missing."""
     train, _ = normalized(small_mnist(folder))
     first = jnp.asarray(train.inputs[:1])
 
     def build(width: int) -> ctde.models.Model:
         return ctde.models.mlp([196, width, width, width, 10], "relu")
 
-    base = build(WIDTHS[0])
-    ways = {
-        "standard": (lambda model: model, optax.scale_by_adam()),
-        "mup": (partial(mup, base=base), optax.chain(optax.scale_by_adam(), scale_learning_rates(base, first))),
-    }
-    for way, (parametrized, optimizer) in ways.items():
-        for width in WIDTHS:
-            model = parametrized(build(width))
-            step = make_step(model, ctde.tasks.classification, optimizer, train, batch_size=128)
+    def make_run(model: ctde.models.Model, optimizer: optax.GradientTransformation) -> Callable[[float, int], Row]:
+        step = make_step(model, ctde.tasks.classification, optimizer, train, batch_size=128)
 
-            @jax.jit
-            def losses(
-                rate: float, seed: int, model: Any = model, step: Any = step, optimizer: Any = optimizer
-            ) -> jax.Array:
-                init_key, train_key = jax.random.split(jax.random.key(seed))
-                params, _ = model.init(init_key, first)
-                keys = jax.random.split(train_key, WIDE_STEPS)
-                return lax.scan(partial(step, rate), (params, optimizer.init(params)), keys)[1]
+        @jax.jit
+        def losses(rate: float, seed: int) -> jax.Array:
+            init_key, train_key = jax.random.split(jax.random.key(seed))
+            params, _ = model.init(init_key, first)
+            keys = jax.random.split(train_key, WIDE_STEPS)
+            return lax.scan(partial(step, rate), (params, optimizer.init(params)), keys)[1]
 
-            def run(rate: float, seed: int, losses: Callable[[float, int], jax.Array] = losses) -> Row:
-                final = float(losses(rate, seed)[-LAST_STEPS:].mean())
-                return {"loss": final if math.isfinite(final) else None}
+        def run(rate: float, seed: int) -> Row:
+            final = float(losses(rate, seed)[-LAST_STEPS:].mean())
+            return {"loss": final if math.isfinite(final) else None}
 
-            for rate, seed in product(WIDE_LEARNING_RATES, SEEDS):
-                log.make(partial(run, rate, seed), model="mup", way=way, width=width, learning_rate=rate, seed=seed)
+        return run
 
-
-class Arm(NamedTuple):
-    """What the seeds of an initializer come to."""
-
-    model: str
-    init: str
-    learning_rate: float
-    steps: list[int]
-    """Of the runs that reached the target."""
-
-    @property
-    def says(self) -> str:
-        """The mean and the range of the steps, and the learning rate."""
-        if not self.steps:
-            return "not reached"
-        some = "" if len(self.steps) == len(SEEDS) else f", {len(self.steps)} of {len(SEEDS)} runs"
-        return f"{mean(self.steps):.0f} ({min(self.steps)}-{max(self.steps)}{some}) at {self.learning_rate:g}"
+    base, adam = build(WIDTHS[0]), optax.scale_by_adam()
+    for way, width in product(WAYS, WIDTHS):
+        if way == "mup":
+            run = make_run(mup(build(width), base=base), optax.chain(adam, scale_learning_rates(base, first)))
+        else:
+            run = make_run(build(width), adam)
+        for rate, seed in product(WIDE_LEARNING_RATES, SEEDS):
+            log.make(partial(run, rate, seed), model="mup", way=way, width=width, learning_rate=rate, seed=seed)
 
 
-def arms(log: Log, folder: Path) -> Iterator[Arm]:
-    """Returns the arms all of whose seeds are there."""
-    for model, build in PROBLEMS.items():
-        problem = build(folder)
-        for init in problem.initializers if log.find(model=model) else ():
+def finished(log: Log, problems: dict[str, Problem]) -> dict[tuple[str, str], tuple[float, list[int]]]:
+    """Returns, by model and initializer, the best learning rate and the steps of the runs that reached the target."""
+    found = {}
+    for model, problem in problems.items():
+        for init in problem.initializers:
             tried = log.find(model=model, init=init, seed=TUNING_SEED)
             if len(tried) < len(problem.learning_rates):
                 continue
             best = best_rate(tried, problem.measure)
             runs = [row for row in log.find(model=model, init=init, learning_rate=best) if row["seed"] in SEEDS]
             if len(runs) == len(SEEDS):
-                yield Arm(model, init, best, [row["steps"] for row in runs if row["steps"] is not None])
+                found[model, init] = best, [row["steps"] for row in runs if row["steps"] is not None]
+    return found
 
 
-def saving(arm: Arm, found: Sequence[Arm]) -> str:
-    """Says how many times fewer steps an initializer takes than flax's own start, if all runs of both arrive."""
-    others = [other for other in found if (other.model, other.init) == (arm.model, "flax")]
-    whole = all(len(each.steps) == len(SEEDS) for each in (arm, *others))
-    if arm.init == "flax" or not others or not whole:
-        return ""
-    return f"; {mean(others[0].steps) / mean(arm.steps):.2f} x"
+def cell(learning_rate: float, steps: Sequence[int], of_flax: Sequence[int]) -> str:
+    """Formats mean and range of the steps, and how many times fewer than flax's if all runs of both arrive."""
+    if not steps:
+        return "not reached"
+    some = "" if len(steps) == len(SEEDS) else f", {len(steps)} of {len(SEEDS)} runs"
+    text = f"{mean(steps):.0f} ({min(steps)}-{max(steps)}{some}) at {learning_rate:g}"
+    comparable = steps is not of_flax and len(steps) == len(of_flax) == len(SEEDS)
+    return f"{text}; {mean(of_flax) / mean(steps):.2f} x" if comparable else text
 
 
-def report_initializers(found: Sequence[Arm], results: Path, folder: Path) -> None:
-    """Prints a table of the steps to the target, and saves it as Markdown and as a picture."""
-    models = list(dict.fromkeys(arm.model for arm in found))
-    inits = list(dict.fromkeys(arm.init for arm in found))
-    cells = {(arm.init, arm.model): arm.says + saving(arm, found) for arm in found}
-    problems = {model: PROBLEMS[model](folder) for model in models}
-    goals = {
-        model: f"{problem.measure} {problem.target:g} in {problem.steps} steps" for model, problem in problems.items()
-    }
-    shown = Table("start", *(f"{model}, {goals[model]}" for model in models), title="Steps to the target")
+def report_initializers(log: Log, folder: Path) -> None:
+    """Writes a table of the steps to the target, and a picture."""
+    problems = {name: build(folder) for name, build in PROBLEMS.items() if log.find(model=name)}
+    found = finished(log, problems)
+    if not found:
+        return
+    models, inits = ([*dict.fromkeys(names)] for names in zip(*found, strict=True))
+    goals = {name: f"{one.measure} {one.target:g} in {one.steps} steps" for name, one in problems.items()}
+    rows = []
     for init in inits:
-        shown.add_row(init, *(cells.get((init, model), "-") for model in models))
-    Console(width=200).print(shown)
-    columns = [[str(column.header), *column.cells] for column in shown.columns]
-    header, *rows = ["| " + " | ".join(map(str, row)) + " |" for row in zip(*columns, strict=True)]
-    text = "\n".join([header, "|---" * len(columns) + "|", *rows])
+        arms = [(found.get((model, init)), found.get((model, "flax"), (0, []))) for model in models]
+        rows.append([init, *(cell(*arm, flax[1]) if arm else "-" for arm, flax in arms)])
+    header = ["start", *(f"{model}, {goals[model]}" for model in models)]
     note = (
-        "Mean (and range) over three seeds, at the best learning rate of seed 0; x says how many times fewer than flax."
+        "Mean (and range) over three seeds, at the best learning rate of seed 0; x is how many times fewer than flax."
     )
-    (results / "initialization.md").write_text(f"{text}\n\n{note}\n")
+    publish(log.file.with_suffix(".md"), [Table("Steps to the target", header, rows)], note)
 
-    figure, panels = pyplot.subplots(
-        1, len(models), figsize=(3.2 * len(models), 3.5), sharey=True, squeeze=False, layout="tight"
-    )
+    shape = {"figsize": (3.2 * len(models), 3.5), "sharey": True, "squeeze": False, "layout": "tight"}
+    figure, panels = pyplot.subplots(1, len(models), **shape)
     for panel, model in zip(panels[0], models, strict=True):
-        for arm in (arm for arm in found if arm.model == model and arm.steps):
-            panel.plot(arm.steps, [arm.init] * len(arm.steps), "o", alpha=0.7, clip_on=False)
+        for steps, init in ((found[model, init][1], init) for init in inits if (model, init) in found):
+            panel.plot(steps, [init] * len(steps), "o", alpha=0.7, clip_on=False)
         panel.set(title=f"{model}\n{goals[model]}", xlabel="steps", xlim=(0, None), yticks=inits)
         panel.grid(alpha=0.3)
-    figure.savefig(results / "initialization.png", dpi=120)
-    pyplot.close(figure)
+    figure.savefig(log.file.with_suffix(".png"), dpi=120)
 
 
 def mean_losses(rows: Sequence[Row]) -> dict[float, float]:
@@ -417,62 +320,49 @@ def mean_losses(rows: Sequence[Row]) -> dict[float, float]:
     return {rate: mean(losses) for rate, losses in by_rate.items() if len(losses) == len(SEEDS) and None not in losses}
 
 
-def report_widths(rows: Sequence[Row], results: Path) -> None:
-    """Prints the best learning rate of every width, and draws the final loss over the learning rates."""
-    ways = {"standard": "standard", "mup": "maximal update"}
-    shown = Table("width", *ways.values(), title="Best learning rate, and the training loss there")
-    figure, panels = pyplot.subplots(1, len(ways), figsize=(10, 4), sharey=True, layout="tight")
-    best: dict[int, list[str]] = {width: [] for width in WIDTHS}
-    for panel, (way, title) in zip(panels, ways.items(), strict=True):
+def report_widths(log: Log) -> None:
+    """Writes the best learning rate of every width, and draws the final loss over the learning rates."""
+    figure, panels = pyplot.subplots(1, len(WAYS), figsize=(10, 4), sharey=True, layout="tight")
+    best = {width: [str(width)] for width in WIDTHS}
+    for panel, way in zip(panels, WAYS, strict=True):
         for width in WIDTHS:
-            means = mean_losses([row for row in rows if (row["way"], row["width"]) == (way, width)])
+            means = mean_losses(log.find(model="mup", way=way, width=width))
             panel.plot(means.keys(), means.values(), "o-", label=str(width))
-            least = min(means, key=lambda rate: means[rate])
+            least = min(means, key=means.__getitem__)
             best[width].append(f"2^{math.log2(least):.0f}, {means[least]:.4f}")
-        panel.set(title=title, xlabel="learning rate")
+        panel.set(title=WAYS[way], xlabel="learning rate", yscale="log")
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="final training loss")
     panels[0].legend(title="width")
-    figure.savefig(results / "mup.png", dpi=120)
-    pyplot.close(figure)
-    for width, cells in best.items():
-        shown.add_row(str(width), *cells)
-    Console().print(shown)
+    figure.savefig(log.file.with_name("mup.png"), dpi=120)
+    print_table(Table("Best learning rate, and the training loss there", ("width", *WAYS.values()), [*best.values()]))
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to run."""
+def main(
+    models: tuple[ModelName, ...] = get_args(ModelName),
+    data_dir: Path = Path("data"),
+    results: Path = RESULTS,
+    report: bool = False,
+) -> None:
+    """Runs what is missing, and reports all.
 
-    models: tuple[ModelName, ...] = (*PROBLEMS, "mup")
-    """Which ones; mup is the comparison of widths."""
-
-    data_dir: Path = Path("data")
-    """The folder of `mnist/` and `text/tinyshakespeare.txt`."""
-
-    results: Path = RESULTS
-    """The folder for initialization.jsonl, .md and .png, and mup.png."""
-
-    report: bool = False
-    """Only show what has been measured."""
-
-
-def main(options: Options) -> None:
-    """Does what the options say."""
-    log = Log(options.results / "initialization.jsonl")
-    for name in options.models if not options.report else ():
+    Args:
+        models: Which ones; mup is the comparison of widths.
+        data_dir: Folder of `mnist/` and `text/tinyshakespeare.txt`.
+        results: Folder for initialization.jsonl, .md and .png, and mup.png.
+        report: Only show what has been measured.
+    """
+    log = Log(results / "initialization.jsonl")
+    for name in models if not report else ():
         if name == "mup":
-            compare_widths(options.data_dir, log)
+            compare_widths(data_dir, log)
         else:
-            compare_initializers(name, options.data_dir, log)
-    found = list(arms(log, options.data_dir))
-    if found:
-        report_initializers(found, options.results, options.data_dir)
-    if wide := log.find(model="mup"):
-        report_widths(wide, options.results)
+            compare_initializers(name, data_dir, log)
+    report_initializers(log, data_dir)
+    if log.find(model="mup"):
+        report_widths(log)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    command_line(main)

@@ -4,84 +4,180 @@
     python benchmarks/limit.py --turns 2 --only mlp-512
     python benchmarks/limit.py --report               # the table and the picture of what has been measured
 
-What a step has to compute and to move is counted by the formulas of `bounds.py`. The ceiling of arithmetic is the
-fastest product of square float32 matrices, by numpy or by JAX, with all cores; that of memory the faster of numpy's
-copy and JAX's triad: in main memory, or in the last-level cache where what a step touches fits in there.
+**Operations.** A layer of m multiply-adds for an example takes 2 m floating-point operations forward, 2 m for the
+gradient of its weights, and 2 m for that of its inputs if something before it learns. So an epoch of 60,000 examples
+through 784-128-10 takes 60,000 x 2 x (2 x 784 x 128 + 3 x 128 x 10) = 24.5 GFLOP. Activations, losses and the optimizer
+are not counted, nor what meets padding or, in causal attention, the future.
 
-The columns "by XLA" hold both counts against XLA's own, of one step as it is compiled: operations of the gradient
-alone, which have the activations in them, and bytes that its instructions read and write, wherever those are. XLA
-counts the body of a loop once, so the LSTM is held against it for a sequence of one place, and its bytes are not.
+**Bytes.** Every parameter is moved ten times a step (read forward and backward; its gradient written and read;
+parameter and both moments of Adam read and written), every number that leaves a layer four times (it and its gradient
+written and read), and the inputs are read as they are stored.
+
+The ceiling of arithmetic is the fastest product of square float32 matrices, by numpy or by JAX, with all cores; that of
+memory the faster of numpy's copy and JAX's triad: in main memory, or in the last-level cache if what a step touches
+fits in there. The columns "by XLA" hold both counts against XLA's own, of one step as it is compiled: operations of the
+gradient alone, which have the activations in them, and bytes that its instructions read and write, wherever those are.
+XLA counts the body of a loop once, so the LSTM is held against it for a sequence of one place, and its bytes are not.
 
 Ceilings and contestants take turns, each in a process of its own; a ratio is made of what one turn has measured.
 The data are random, in the shape of MNIST and of windows of text, which makes no difference to speed.
 """
 
-import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
+from math import ceil, prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
 import optax
-import points
-from bounds import CASES, bytes_of_step, lstm_layers, operations, working_set
+from harness import RESULTS, Log, Row, Table, command_line, cores, machine, measure, publish, spread
 from jax import numpy as jnp
 from matplotlib import pyplot
-from points import Row
 
 import ctde_jax as ctde
 
-NAME = "limit"
 LIMIT = 600  # seconds for one process
+WINDOW, VOCABULARY = 64, 65
+PLACES, FEATURES, LSTM_WIDTH = 28, 28, 128
+
+CaseName = Literal["mlp-64", "mlp-512", "cnn", "lstm", "transformer"]
+
+
+class Layer(NamedTuple):
+    """What one layer does with one example, going forward."""
+
+    multiply_adds: int
+    outputs: int
+    to_inputs: float = 1.0  # the share of its inputs whose gradient is needed
+
+
+def mlp_layers(widths: Sequence[int]) -> list[Layer]:
+    first, *others = [Layer(before * after, after) for before, after in pairwise(widths)]
+    return [first._replace(to_inputs=0), *others]
+
+
+def cnn_layers() -> list[Layer]:
+    """Two convolutions of 5 x 5 with 32 and 64 channels, halved after each, then 512 and 10."""
+    return [  # of 5 taps for each row, two rows at either border see one and two less, 6 in all; so do columns
+        Layer((5 * 28 - 6) ** 2 * 32, 28 * 28 * 32, to_inputs=0),
+        Layer((5 * 14 - 6) ** 2 * 32 * 64, 14 * 14 * 64),
+        *(Layer(7 * 7 * 64 * 512, 512), Layer(512 * 10, 10)),
+    ]
+
+
+def lstm_layers(places: int = PLACES) -> list[Layer]:
+    """The four gates at every place, from the input and from the state, which is empty at first."""
+    gates = 4 * LSTM_WIDTH
+    return [
+        Layer(places * FEATURES * gates, places * gates, to_inputs=0),
+        Layer(places * LSTM_WIDTH * gates, places * 2 * LSTM_WIDTH, to_inputs=(places - 1) / places),
+        Layer(LSTM_WIDTH * 10, 10),
+    ]
+
+
+def transformer_layers(vocabulary: int, window: int, width: int, blocks: int) -> list[Layer]:
+    """At every place: query, key, value and mix, attention to half of the window, and the perceptron."""
+    block = [
+        Layer(window * 4 * width**2, window * 5 * width),
+        Layer(round(2 * window * (window + 1) / 2 * width), window * width),
+        Layer(window * 8 * width**2, window * 6 * width),
+    ]
+    return [*blocks * block, Layer(window * width * vocabulary, window * vocabulary)]
+
+
+def operations(layers: Sequence[Layer]) -> float:
+    """Counts the floating-point operations of one example, forward and backward."""
+    return sum(2 * layer.multiply_adds * (2 + layer.to_inputs) for layer in layers)
+
+
+class Case(NamedTuple):
+    """What is trained."""
+
+    build: Callable[[], ctde.models.Model]
+    layers: list[Layer]
+    input_shape: tuple[int, ...]
+    batch_size: int
+    examples: int  # of an epoch; fewer if an example takes long
+    epochs: int  # those after the first, which warms up
+    task: ctde.Task = ctde.tasks.classification
+
+    @property
+    def step_examples(self) -> float:
+        """Examples of a step, on average: the last batch of an epoch is filled up with some that do not count."""
+        return self.examples / ceil(self.examples / self.batch_size)
+
+    def draw(self, examples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draws random pictures and digits, or tokens and the next tokens."""
+        rng, shape = np.random.default_rng(0), (examples, *self.input_shape)
+        if self.task is ctde.tasks.language_modeling:
+            tokens = rng.integers(0, VOCABULARY, shape, dtype=np.int32)
+            return tokens, np.roll(tokens, -1, axis=1)
+        return rng.integers(0, 256, shape, dtype=np.uint8), (np.arange(examples) % 10).astype(np.int32)
+
+
+WIDTHS, TRANSFORMER = (784, 128, 10), {"vocabulary": VOCABULARY, "width": 128, "blocks": 4}
+mlp = partial(Case, partial(ctde.models.mlp, WIDTHS), mlp_layers(WIDTHS), (28, 28))
+cnn, lstm = partial(ctde.models.cnn, (28, 28), 10), partial(ctde.models.rnn_classifier, FEATURES, 10, LSTM_WIDTH)
+transformer, windows = partial(ctde.models.transformer, length=WINDOW, **TRANSFORMER), (WINDOW,)
+CASES: dict[str, Case] = {
+    "mlp-64": mlp(batch_size=64, examples=60_000, epochs=5),
+    "mlp-512": mlp(batch_size=512, examples=60_000, epochs=10),
+    "cnn": Case(cnn, cnn_layers(), (28, 28), batch_size=64, examples=3_840, epochs=2),
+    "lstm": Case(lstm, lstm_layers(), (PLACES, FEATURES), batch_size=64, examples=7_680, epochs=2),
+    "transformer": Case(
+        *(transformer, transformer_layers(window=WINDOW, **TRANSFORMER), windows),
+        **{"batch_size": 12, "examples": 480, "epochs": 2, "task": ctde.tasks.language_modeling},
+    ),
+}
 
 
 def count(name: str) -> Row:
-    """Counts by formula and by XLA."""
+    """Counts operations and bytes by formula and by XLA."""
     case = CASES[name]
-    model, inputs = case.build(), case.inputs(case.batch_size)
-    labels = case.labels(inputs)
-    seen = inputs if case.learns_text else (inputs / 255).astype(np.float32)
+    inputs, labels = case.draw(case.batch_size)
+    model, optimizer, is_loop = case.build(), optax.adam(1e-3), name == "lstm"
+    seen = (inputs / 255).astype(np.float32) if inputs.dtype == np.uint8 else inputs
     params, model_state = jax.eval_shape(model.init, jax.random.key(0), seen)
-    optimizer = optax.adam(1e-3)
 
-    def gradient(params, model_state, inputs, labels):
+    def gradient(params, inputs):
         return jax.grad(
             lambda params: case.task.loss(model.apply(params, model_state, inputs, None)[0], labels).mean()
         )(params)
 
-    def step(params, model_state, opt_state, inputs, labels):
-        updates, opt_state = optimizer.update(gradient(params, model_state, inputs, labels), opt_state)
+    def step(params, opt_state, inputs):
+        updates, opt_state = optimizer.update(gradient(params, inputs), opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    first = slice(1 if name == "lstm" else None)
-    layers = lstm_layers(places=1) if name == "lstm" else case.layers
-    by_xla = jax.jit(gradient).lower(params, model_state, seen[:, first], labels).compile().cost_analysis()
-    opt_state = jax.eval_shape(optimizer.init, params)
-    whole = jax.jit(step).lower(params, model_state, opt_state, seen, labels).compile().cost_analysis()
-    params = ctde.models.count_params(params)
+    def by_xla(function, *arguments):
+        return jax.jit(function).lower(params, *arguments).compile().cost_analysis()
+
+    whole = by_xla(step, jax.eval_shape(optimizer.init, params), seen)
+    counted = operations(lstm_layers(places=1) if is_loop else case.layers)
+    numbers, outputs = ctde.models.count_params(params), sum(layer.outputs for layer in case.layers)
+    moved = 10 * 4 * numbers + case.batch_size * (prod(case.input_shape) * inputs.itemsize + 4 * 4 * outputs)
     return {
-        "params": params,
+        "params": numbers,
         "operations": operations(case.layers),
-        "operations_by_xla": by_xla["flops"] / case.batch_size / operations(layers),
-        "bytes": bytes_of_step(case, params),
-        "bytes_by_xla": None if name == "lstm" else whole["bytes accessed"] / bytes_of_step(case, params),
-        "working_set": working_set(case, params),
+        "operations_by_xla": by_xla(gradient, seen[:, :1] if is_loop else seen)["flops"] / case.batch_size / counted,
+        "bytes": moved,
+        "bytes_by_xla": None if is_loop else whole["bytes accessed"] / moved,
+        "working_set": 4 * 4 * numbers + case.batch_size * 4 * outputs,
     }
 
 
 def time_fit(name: str, devices: int) -> Row:
     """Trains and returns the seconds of a step in each epoch after the first, without what evaluation takes."""
     case = CASES[name]
-    inputs = case.inputs(case.examples)
-    labels, few = case.labels(inputs), slice(8 * case.batch_size)
-    data = ctde.data.from_arrays(inputs, labels, inputs[few], labels[few])
+    inputs, labels = case.draw(case.examples)
+    few = slice(8 * case.batch_size)
     trained = ctde.fit(
         case.build(),
-        data,
+        ctde.data.from_arrays(inputs, labels, inputs[few], labels[few]),
         optax.adam(1e-3),
         task=case.task,
         devices=ctde.devices.start(devices),
@@ -92,8 +188,8 @@ def time_fit(name: str, devices: int) -> Row:
     seconds = np.zeros(1 + case.epochs)
     for row in trained.history:
         if row["split"] == "train":
-            seconds[int(np.ceil(row["epoch"])) - 1] += row["examples"] / row["examples_per_second"] / case.steps
-    return {"step_seconds": [round(value, 7) for value in seconds[1:]]}
+            seconds[ceil(row["epoch"]) - 1] += row["examples"] / row["examples_per_second"]
+    return {"step_seconds": [round(value, 7) for value in seconds[1:] * case.step_examples / case.examples]}
 
 
 def fastest(function: Callable[[], object], seconds: float = 0.15) -> float:
@@ -110,25 +206,31 @@ def fastest(function: Callable[[], object], seconds: float = 0.15) -> float:
 def time_ceilings() -> Row:
     """Measures the fastest product of matrices, in operations a second, and copies, in bytes a second."""
     ctde.devices.start(1)
-    products: dict[str, float] = {}
+    products, multiply = {}, jax.jit(jnp.matmul)
     for size in (512, 1024, 2048, 3072):
         a, b, c = (np.random.default_rng(i).random((size, size), np.float32) for i in range(3))
-        on_device, multiply = (jnp.asarray(a), jnp.asarray(b)), jax.jit(jnp.matmul)
+        on_device = jnp.asarray(a), jnp.asarray(b)
         by_numpy = fastest(partial(np.matmul, a, b, out=c))
-        by_jax = fastest(lambda on_device=on_device, multiply=multiply: multiply(*on_device).block_until_ready())
+        by_jax = fastest(lambda on_device=on_device: multiply(*on_device).block_until_ready())
         products |= {f"numpy {size}": 2 * size**3 / by_numpy, f"jax {size}": 2 * size**3 / by_jax}
-    cache = cache_bytes()
-    memory, cached = time_copies(8 * cache), time_copies(cache // 4)
-    return {"products": products, "memory": memory, "cached": cached, "cache_bytes": cache}
+    # The size of the last-level cache, 8 MiB if the system does not tell.
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    cache = max([int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes], default=2**23)
+    return {
+        "products": products,
+        "memory": time_copies(8 * cache),
+        "cached": time_copies(cache // 4),
+        "cache_bytes": cache,
+    }
 
 
 def time_copies(size: int) -> dict[str, float]:
-    """Moves so many bytes in all, in as many threads as there are cores."""
-    threads = points.cores()
+    """Moves this number of bytes in all, in one thread per core."""
+    threads = cores()
     pairs = [tuple(np.ones(size // 2 // threads // 4, np.float32) for _ in range(2)) for _ in range(threads)]
     again = max(1, 2**26 // size)  # so that starting the threads does not count
 
-    def copy(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    def copy(pair: tuple[np.ndarray, ...]) -> None:
         for _ in range(again):
             np.copyto(*pair)
 
@@ -145,52 +247,10 @@ def time_copies(size: int) -> dict[str, float]:
     return {"copy": size / by_numpy, "triad": size / fastest(move)}
 
 
-def cache_bytes() -> int:
-    """Returns the size of the last-level cache, 8 MiB where the system does not say it."""
-    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max([int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes], default=2**23)
-
-
 def measure_point(point: Row) -> Row:
-    """Measures what a turn's line asks for."""
-    match point["what"]:
-        case "ceilings":
-            return time_ceilings()
-        case "count":
-            return count(point["case"])
-        case _:
-            return time_fit(point["case"], point["devices"])
-
-
-class Turn(NamedTuple):
-    """What one turn has measured of one case, beside its ceilings."""
-
-    seconds: float
-    """Of a step."""
-
-    peak: float
-    memory: float
-    cached: float
-
-
-def ceilings_of(rows: list[Row]) -> list[Row]:
-    """Returns the ceilings of every turn."""
-    return [row for row in rows if row["what"] == "ceilings" and "failed" not in row]
-
-
-def turns_of(rows: list[Row], case: str, devices: int) -> list[Turn]:
-    """Pairs each measurement of a case with the ceilings of the same turn."""
-    ceilings = {row["turn"]: row for row in ceilings_of(rows)}
-    return [
-        Turn(
-            float(np.median(row["step_seconds"])),
-            *(max(ceilings[row["turn"]][ceiling].values()) for ceiling in ("products", "memory", "cached")),
-        )
-        for row in rows
-        if (row["what"], row.get("case"), row.get("devices")) == ("fit", case, devices)
-        and "failed" not in row
-        and row["turn"] in ceilings
-    ]
+    if point["what"] == "ceilings":
+        return time_ceilings()
+    return count(point["case"]) if point["what"] == "count" else time_fit(point["case"], point["devices"])
 
 
 class Measured(NamedTuple):
@@ -199,11 +259,9 @@ class Measured(NamedTuple):
     name: str
     devices: int
     counted: Row
-    seconds: np.ndarray
-    arithmetic: np.ndarray
-    """The arithmetic bound, in seconds of a step, and below that of memory."""
-
-    moving: np.ndarray
+    seconds: np.ndarray  # of a step
+    arithmetic: np.ndarray  # the bound of arithmetic, in seconds of a step
+    moving: np.ndarray  # that of memory
 
     @property
     def flop(self) -> float:
@@ -211,19 +269,21 @@ class Measured(NamedTuple):
         return self.counted["operations"] * CASES[self.name].step_examples
 
 
-def everything(rows: list[Row]) -> list[Measured]:
-    """Returns the cases of which there are turns, in the order in which they were measured."""
-    counts = {row["case"]: row for row in rows if row["what"] == "count" and "failed" not in row}
+def everything(log: Log, ceilings: dict[int, Row]) -> list[Measured]:
+    """Pairs each measurement of a case with the ceilings of the same turn."""
+    counts = {row["case"]: row for row in log.find(what="count") if "failed" not in row}
     measured = []
-    for name, devices in {(row["case"], row["devices"]): None for row in rows if row["what"] == "fit"}:
-        turns = turns_of(rows, name, devices)
+    for name, devices in {(row["case"], row["devices"]): None for row in log.find(what="fit")}:
+        rows = log.find(what="fit", case=name, devices=devices)
+        turns = [row for row in rows if "failed" not in row and row["turn"] in ceilings]
         if not turns or name not in counts:
             continue
-        seconds, peak, memory, cached = np.array(turns).T
-        fits = counts[name]["working_set"] <= ceilings_of(rows)[0]["cache_bytes"]
+        fits = counts[name]["working_set"] <= ceilings[turns[0]["turn"]]["cache_bytes"]
+        seconds = np.array([np.median(row["step_seconds"]) for row in turns])
+        peak = np.array([max(ceilings[row["turn"]]["products"].values()) for row in turns])
+        speed = np.array([max(ceilings[row["turn"]]["cached" if fits else "memory"].values()) for row in turns])
         arithmetic = counts[name]["operations"] * CASES[name].step_examples / peak
-        moving = counts[name]["bytes"] / (cached if fits else memory)
-        measured.append(Measured(name, devices, counts[name], seconds, arithmetic, moving))
+        measured.append(Measured(name, devices, counts[name], seconds, arithmetic, counts[name]["bytes"] / speed))
     return measured
 
 
@@ -234,7 +294,6 @@ HEADER = (
 
 
 def cells(one: Measured) -> list[str]:
-    """Writes a row of the table."""
     counted = one.counted
     return [
         one.name,
@@ -245,84 +304,81 @@ def cells(one: Measured) -> list[str]:
         f"{counted['bytes_by_xla']:.2f} x" if counted["bytes_by_xla"] else "-",
         f"{np.median(one.arithmetic) * 1e3:.3f}",
         f"{np.median(one.moving) * 1e3:.3f}",
-        points.quartiles(one.seconds * 1e3, ".3f"),
-        points.quartiles(one.arithmetic / one.seconds),
-        points.quartiles(np.maximum(one.arithmetic, one.moving) / one.seconds),
+        spread(one.seconds * 1e3, ".3f"),
+        spread(one.arithmetic / one.seconds),
+        spread(np.maximum(one.arithmetic, one.moving) / one.seconds),
     ]
 
 
-def ceilings_text(rows: list[Row]) -> str:
-    """Says how high the ceilings are, and who has reached them."""
-    ceilings = ceilings_of(rows)
+def ceilings_text(ceilings: Sequence[Row]) -> str:
+    """Names the ceilings, and which program reached them."""
     lines = []
     for what, unit in (("products", "GFLOP/s"), ("cached", "GB/s in cache"), ("memory", "GB/s in memory")):
-        medians = {name: np.median([row[what][name] for row in ceilings]) for name in ceilings[0][what]}
-        best = max(medians, key=lambda name: medians[name])
+        medians = {name: float(np.median([row[what][name] for row in ceilings])) for name in ceilings[0][what]}
         highest = [max(row[what].values()) / 1e9 for row in ceilings]
-        lines.append(f"{points.quartiles(highest, '.1f')} {unit} (mostly {best})")
-    return f"{', '.join(lines)}; {len(ceilings)} turns. {points.machine()}."
+        lines.append(f"{spread(highest, '.1f')} {unit} (mostly {max(medians, key=medians.__getitem__)})")
+    return f"{', '.join(lines)}; {len(ceilings)} turns. {machine()}."
 
 
-def draw(measured: list[Measured], rows: list[Row]) -> None:
+def draw(measured: list[Measured], ceilings: Sequence[Row], file: Path) -> None:
     """Draws the roofline, and where each case stands below it."""
     highest = {
-        what: np.median([max(row[what].values()) for row in ceilings_of(rows)])
-        for what in ("products", "memory", "cached")
+        what: np.median([max(row[what].values()) for row in ceilings]) for what in ("products", "memory", "cached")
     }
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     intensity = np.geomspace(0.5, 100, 200)
     for what, label, style in (("cached", "last-level cache", "-"), ("memory", "main memory", "--")):
         roof = np.minimum(highest["products"], intensity * highest[what]) / 1e9
         axes.loglog(intensity, roof, style, color="tab:gray", label=label)
-    for i, name in enumerate({one.name: None for one in measured}):
-        for one in (one for one in measured if one.name == name):
-            x, y = one.flop / one.counted["bytes"], one.flop / one.seconds / 1e9
-            low, middle, high = np.percentile(y, [25, 50, 75])
-            axes.errorbar(
-                x,
-                middle,
-                yerr=[[middle - low], [high - middle]],
-                color=f"C{i}",
-                marker="o" if one.devices == 1 else "s",
-                markerfacecolor=f"C{i}" if one.devices == 1 else "white",
-                linestyle="",
-                label=f"{name}, {one.devices} device{'s' * (one.devices > 1)}",
-            )
+    names = list(dict.fromkeys(one.name for one in measured))
+    for one in measured:
+        color = f"C{names.index(one.name)}"
+        low, middle, high = np.percentile(one.flop / one.seconds / 1e9, [25, 50, 75])
+        axes.errorbar(
+            one.flop / one.counted["bytes"],
+            middle,
+            yerr=[[middle - low], [high - middle]],
+            color=color,
+            marker="o" if one.devices == 1 else "s",
+            markerfacecolor=color if one.devices == 1 else "white",
+            linestyle="",
+            label=f"{one.name}, {one.devices} device{'s' * (one.devices > 1)}",
+        )
     axes.set(xlabel="operations for each byte moved, by formula", ylabel="GFLOP/s", title="Training below its ceilings")
     axes.grid(alpha=0.3, which="both")
     figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(points.RESULTS / f"{NAME}.png", dpi=120)
+    figure.savefig(file, dpi=120)
 
 
-def report() -> None:
-    """Prints and writes the table, and draws the picture."""
-    rows = points.known(NAME)
-    measured = everything(rows)
-    if not measured:
-        return
-    lines = [cells(one) for one in measured]
-    points.publish(NAME, "Bounds and measured time of a step", HEADER, lines, ceilings_text(rows))
-    draw(measured, rows)
+def main(
+    turns: int = 7,
+    only: tuple[CaseName, ...] = get_args(CaseName),
+    devices: tuple[int, ...] = (1, 4),
+    report: bool = False,
+    results: Path = RESULTS,
+) -> None:
+    """Measures what is missing.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=7, help="turns of each contestant, those of earlier runs included")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases")
-    parser.add_argument("--devices", nargs="+", type=int, default=[1, 4], help="how many, one number after another")
-    chosen = points.parse(parser, measure_point)
-    wanted: list[Row] = [{"what": "count", "case": name} for name in chosen.only]
-    for turn in range(chosen.turns):
-        wanted.append({"what": "ceilings", "turn": turn})
-        wanted += [
-            {"what": "fit", "case": name, "devices": devices, "turn": turn}
-            for name in chosen.only
-            for devices in chosen.devices
-        ]
-    if not chosen.report:
-        points.measure(NAME, __file__, wanted, LIMIT)
-    report()
+    Args:
+        turns: Turns of each contestant, including those of earlier runs.
+        only: Cases.
+        devices: Numbers of fake devices, one after another.
+        report: Only show what has been measured.
+        results: Folder for limit.jsonl, .md and .png.
+    """
+    log = Log(results / "limit.jsonl")
+    wanted: list[Row] = [{"what": "count", "case": name} for name in only]
+    for turn in range(turns):
+        fits = [{"what": "fit", "case": name, "devices": count} for name in only for count in devices]
+        wanted += [{"what": "ceilings", "turn": turn}, *({**fit, "turn": turn} for fit in fits)]
+    if not report:
+        measure(log, __file__, wanted, LIMIT)
+    ceilings = {row["turn"]: row for row in log.find(what="ceilings") if "failed" not in row}
+    if measured := everything(log, ceilings):
+        table = Table("Bounds and measured time of a step", HEADER, [cells(one) for one in measured])
+        publish(results / "limit.md", [table], ceilings_text([*ceilings.values()]))
+        draw(measured, [*ceilings.values()], results / "limit.png")
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, measure_point)

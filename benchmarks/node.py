@@ -7,18 +7,16 @@ of 28 x 28, both as they start, for their weights change no time. Each is execut
 one example, in turns; the files were read once before, so they come out of the system's cache.
 """
 
-import argparse
 import subprocess
-import sys
-import time
 import venv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import optax
-import points
+from harness import RESULTS, Log, Row, Table, command_line, machine, publish, spread, started, take_turns
 from rich.progress import track
 
 import ctde_jax as ctde
@@ -29,7 +27,7 @@ PACKAGES = {
     "onnx": ["numpy", "onnxruntime"],
     "jax": ["numpy", "jax", "flatbuffers"],
 }
-BARE = "import numpy alone"
+HEADER = ("runtime", "what is installed", "MB", "model", "seconds from start to first answer")
 
 
 def build(folder: Path, packages: list[str]) -> Path:
@@ -43,10 +41,10 @@ def build(folder: Path, packages: list[str]) -> Path:
     return python
 
 
-def size(folder: Path) -> float:
-    """Returns the megabytes of what is installed."""
+def megabytes(folder: Path) -> int:
+    """Returns the size of what is installed."""
     site = next(folder.glob("lib/python*/site-packages"))
-    return sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) / 1e6
+    return round(sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) / 1e6)
 
 
 def write_bundles(folder: Path) -> dict[str, Path]:
@@ -69,40 +67,47 @@ def write_bundles(folder: Path) -> dict[str, Path]:
     return found
 
 
-def seconds(command: list[str | Path]) -> float:
-    """Runs a process to its end."""
-    before = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - before
+def timed(*command: str | Path) -> Callable[[], float]:
+    """Returns a function that runs a process to its end."""
+
+    def run() -> float:
+        with started(command) as process:
+            return process.wait()
+
+    return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=15)
-    turns = parser.parse_args().turns
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        bundles = write_bundles(folder)
-        nodes = {name: build(folder / name, PACKAGES[name]) for name in track(PACKAGES, "installing")}
-        commands = {("numpy", BARE): [nodes["numpy"], "-c", "import numpy"]}
-        for name, bundle in bundles.items():
-            for runtime in ctde.open_bundle(bundle).card.artifacts:
-                arguments = [bundle, "--input", f"{bundle}.npy", "--runtime", runtime]
-                commands[runtime, name] = [nodes[runtime], "-m", "ctde_jax.execute", *arguments]
-        taken = {key: [] for key in commands}
-        for turn in track(range(turns + 1), "executing"):
-            for key, command in commands.items():
-                spent = seconds(command)
-                if turn:
-                    taken[key].append(spent)
-        megabytes = {name: size(folder / name) for name in nodes}
-    header = ["runtime", "what is installed", "MB", "model", "seconds from start to first answer"]
-    rows = []
-    for (runtime, name), spent in taken.items():
-        installed = ", ".join(["ctde_jax", *PACKAGES[runtime]])
-        rows.append([runtime, installed, f"{megabytes[runtime]:.0f}", name, points.quartiles(spent, ".3f")])
-    points.publish("node", "What a node needs", header, rows, f"{turns} turns. {points.machine()}.")
+def main(turns: int = 15, report: bool = False, results: Path = RESULTS) -> None:
+    """Measures all, instead of what was measured before.
+
+    Args:
+        turns: Turns of each contestant.
+        report: Only show what has been measured.
+        results: Folder for node.jsonl and .md.
+    """
+    log = Log(results / "node.jsonl")
+    if not report:
+        log.file.unlink(missing_ok=True)
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            bundles = write_bundles(folder)
+            nodes = {name: build(folder / name, PACKAGES[name]) for name in track(PACKAGES, "installing")}
+            installed = {name: {"runtime": name, "megabytes": megabytes(folder / name)} for name in nodes}
+            bare = installed["numpy"] | {"model": "import numpy alone"}
+            contestants: list[tuple[Row, Callable[[], float]]] = [(bare, timed(nodes["numpy"], "-c", "import numpy"))]
+            for name, bundle in bundles.items():
+                for runtime in ctde.open_bundle(bundle).card.artifacts:
+                    arguments = [bundle, "--input", f"{bundle}.npy", "--runtime", runtime]
+                    run = timed(nodes[runtime], "-m", "ctde_jax.execute", *arguments)
+                    contestants.append((installed[runtime] | {"model": name}, run))
+            take_turns(log, contestants, turns)
+    rows, measured = [], max((len(row.get("seconds", ())) for row in log.find()), default=0)
+    for row in log.find():
+        packages, seconds = ", ".join(["ctde_jax", *PACKAGES[row["runtime"]]]), row.get("seconds")
+        answered = spread(seconds, ".3f") if seconds else row["failed"]
+        rows.append([row["runtime"], packages, str(row["megabytes"]), row["model"], answered])
+    publish(results / "node.md", [Table("What a node needs", HEADER, rows)], f"{measured} turns. {machine()}.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line(main)

@@ -17,18 +17,16 @@ batches), results that do not take over the memory of arguments, and what lies b
 resident memory; fake devices are all in one process, so it has every device's copy, and the data set itself.
 """
 
-import argparse
 import resource
 import sys
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import optax
-import points
+from harness import RESULTS, Log, Row, Table, command_line, machine, measure, publish
 from matplotlib import pyplot
-from points import Row
 
 import ctde_jax as ctde
 from ctde_jax.aggregate import error_feedback, quantize, two_phase
@@ -36,8 +34,8 @@ from ctde_jax.config.presets import PRESETS
 from ctde_jax.cost.targets import compile_rounds
 from ctde_jax.data import deal
 
-NAME = "scale"
 MOST_DEVICES = 64
+AxisName = Literal["parameters", "devices", "examples", "strategies", "models"]
 
 AGREEMENTS = {
     "synchronous": ctde.Strategy(),
@@ -131,47 +129,38 @@ def device_memory(
 
 def measure_point(point: Row) -> Row:
     """Trains, and then asks XLA, whose answer takes memory of its own."""
+    options, strategy = {}, ctde.Strategy()
     match point["axis"]:
         case "parameters":
             parts = (perceptron(point["parameters"]), pictures(10_000), 1, 64)
-            dispatch = max(1, min(16, 20_000_000 // point["parameters"]))
-            return time_training(*parts, dispatch=dispatch) | device_memory(*parts, ctde.Strategy())
+            options = {"dispatch": max(1, min(16, 20_000_000 // point["parameters"]))}
         case "devices":
-            strategy = AGREEMENTS[point["strategy"]]
             parts = (ctde.models.mlp([784, 128, 10]), pictures(60_000), point["devices"], 512)
-            return time_training(*parts, strategy) | device_memory(*parts, strategy)
+            strategy = AGREEMENTS[point["strategy"]]
         case "examples":
             parts = (ctde.models.mlp([784, 128, 10]), pictures(point["examples"]), 1, 512)
-            return time_training(*parts) | device_memory(*parts, ctde.Strategy())
         case "strategies":
-            return try_strategy(point["strategy"])
+            small = ctde.models.mlp([64, 32, 10]), ctde.data.digits(), MOST_DEVICES, 256
+            return time_training(*small, ctde.strategy(point["strategy"]))
         case _:
             return try_model(point["model"])
-
-
-def try_strategy(name: str) -> Row:
-    """Trains a small network by a preset on many devices."""
-    data = ctde.data.digits()
-    return time_training(ctde.models.mlp([64, 32, 10]), data, MOST_DEVICES, 256, ctde.strategy(name))
+    return time_training(*parts, strategy, **options) | device_memory(*parts, strategy)
 
 
 def try_model(name: str) -> Row:
     """Trains a small one of these networks on many devices."""
-    data = ctde.data.digits()
-    rows, task = ctde.data.as_sequence(data, "rows"), ctde.tasks.language_modeling
-    tokens = np.random.default_rng(0).integers(0, 32, (1024, 16), dtype=np.int32)
+    digits, task = ctde.data.digits(), ctde.tasks.language_modeling
+    rows, tokens = ctde.data.as_sequence(digits, "rows"), np.random.default_rng(0).integers(0, 32, (1024, 16))
     text = ctde.data.from_arrays(tokens, np.roll(tokens, -1, axis=1), tokens[:64], tokens[:64])
-    networks = {
-        "mlp": lambda: time_training(ctde.models.mlp([64, 32, 10]), data, MOST_DEVICES, 256),
-        "cnn": lambda: time_training(ctde.models.cnn((8, 8), 10), data, MOST_DEVICES, 64, dispatch=2),
-        "resnet": lambda: time_training(ctde.models.resnet((8, 8), 10), data, MOST_DEVICES, 64, dispatch=2),
-        "lstm": lambda: time_training(ctde.models.rnn_classifier(8, 10, 16), rows, MOST_DEVICES, 64),
-        "gru": lambda: time_training(ctde.models.rnn_classifier(8, 10, 16, cell="gru"), rows, MOST_DEVICES, 64),
-        "transformer": lambda: time_training(
-            ctde.models.transformer(32, 16, width=32), text, MOST_DEVICES, 64, dispatch=2, task=task
-        ),
-    }
-    return networks[name]()
+    build, data, batch_size, options = {
+        "mlp": (lambda: ctde.models.mlp([64, 32, 10]), digits, 256, {}),
+        "cnn": (lambda: ctde.models.cnn((8, 8), 10), digits, 64, {"dispatch": 2}),
+        "resnet": (lambda: ctde.models.resnet((8, 8), 10), digits, 64, {"dispatch": 2}),
+        "lstm": (lambda: ctde.models.rnn_classifier(8, 10, 16), rows, 64, {}),
+        "gru": (lambda: ctde.models.rnn_classifier(8, 10, 16, cell="gru"), rows, 64, {}),
+        "transformer": (lambda: ctde.models.transformer(32, 16, width=32), text, 64, {"dispatch": 2, "task": task}),
+    }[name]
+    return time_training(build(), data, MOST_DEVICES, batch_size, **options)
 
 
 def peak_memory() -> int:
@@ -188,27 +177,16 @@ def free_memory() -> float:
 
 
 def will_fit(point: Row) -> bool:
-    """Says whether a point with many examples leaves a tenth of the free memory, going by the largest one before."""
-    done = [row for row in rows_of("examples") if row["examples"] < point.get("examples", 0)]
-    if len(done) < 2:
-        return True
-    small, large = done[0], done[-1]
-    each = (large["process"] - small["process"]) / (large["examples"] - small["examples"])
-    needed = large["process"] + each * (point["examples"] - large["examples"])
-    if needed < 0.9 * free_memory():
-        return True
-    print(f"{point['examples']:,} examples would take {needed / 1e9:.1f} GB, of {free_memory() / 1e9:.1f} GB free.")
-    return False
+    """Returns whether a point leaves a tenth of the free memory: pictures are there twice, beside 0.5 GB."""
+    return 0.5e9 + 2 * 28 * 28 * point.get("examples", 0) < 0.9 * free_memory()
 
 
-def rows_of(axis: str) -> list[Row]:
+def rows_of(log: Log, axis: str) -> list[Row]:
     """Returns the points of an axis that have come to an end, from the smallest to the largest."""
-    rows = [row for row in points.known(NAME) if row["axis"] == axis and "failed" not in row]
-    return sorted(rows, key=lambda row: row.get(axis, 0))
+    return sorted((row for row in log.find(axis=axis) if "failed" not in row), key=lambda row: row.get(axis, 0))
 
 
-def needed(row: Row) -> float:
-    """Returns the bytes of each device."""
+def device_bytes(row: Row) -> float:
     return row["arguments"] + row["results"] + row["between"]
 
 
@@ -219,7 +197,6 @@ HEADER = (
 
 
 def cells(row: Row) -> list[str]:
-    """Writes a row of the table."""
     values = [value for key, value in row.items() if key in ("parameters", "devices", "examples", "strategy", "model")]
     point = ", ".join(f"{value:,}" if isinstance(value, int) else value for value in values)
     if "failed" in row:
@@ -229,7 +206,7 @@ def cells(row: Row) -> list[str]:
         row["axis"],
         point,
         f"{row['params']:,}",
-        f"{needed(row) / 1e6:,.1f}" if "between" in row else "-",
+        f"{device_bytes(row) / 1e6:,.1f}" if "between" in row else "-",
         f"{row['between'] / 1e6:,.1f}" if "between" in row else "-",
         f"{row['process'] / 1e6:,.0f}",
         f"{row['compile_seconds']:.1f}",
@@ -237,30 +214,32 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def growth() -> str:
-    """Says what 64 devices need in comparison with one, each."""
-    says = []
+def growth(log: Log) -> str:
+    """Describes what 64 devices need in comparison with one, each."""
+    text = ""
     for name in AGREEMENTS:
-        rows = {row["devices"]: row for row in rows_of("devices") if row["strategy"] == name}
+        rows = {row["devices"]: row for row in rows_of(log, "devices") if row["strategy"] == name}
         if 1 in rows and MOST_DEVICES in rows:
-            ratio = needed(rows[MOST_DEVICES]) / needed(rows[1])
-            says.append(f"{name}: {ratio:.3f} times the memory of one device on each of {MOST_DEVICES}. ")
-    return "".join(says)
+            ratio = device_bytes(rows[MOST_DEVICES]) / device_bytes(rows[1])
+            text += f"{name}: {ratio:.3f} times the memory of one device on each of {MOST_DEVICES}. "
+    return text
 
 
-def draw() -> None:
+def draw(log: Log) -> None:
     """Draws memory above time, over each of the three sizes that is measured."""
-    sizes = [axis for axis in ("parameters", "devices", "examples") if rows_of(axis)]
+    sizes = [axis for axis in ("parameters", "devices", "examples") if rows_of(log, axis)]
     if not sizes:
         return
     shape = {"figsize": (1 + 4 * len(sizes), 7), "layout": "constrained", "sharex": "col", "squeeze": False}
     figure, panels = pyplot.subplots(2, len(sizes), **shape)
     for axis, (memory, times) in zip(sizes, panels.T, strict=True):
-        rows = rows_of(axis)
+        rows = rows_of(log, axis)
         for i, name in enumerate(AGREEMENTS if axis == "devices" else [None]):
             own = [row for row in rows if row.get("strategy") == name]
             x = [row[axis] for row in own]
-            memory.plot(x, [needed(row) / 1e6 for row in own], f"C{i}o-", label=f"{name or ''} each device".strip())
+            memory.plot(
+                x, [device_bytes(row) / 1e6 for row in own], f"C{i}o-", label=f"{name or ''} each device".strip()
+            )
             memory.plot(x, [row["process"] / 1e6 for row in own], f"C{i}s--", label=f"{name or ''} process".strip())
             low, middle, high = np.array([row["step_seconds"] for row in own]).reshape(-1, 3).T * 1e3
             times.errorbar(x, middle, [middle - low, high - middle], color=f"C{i}", marker="o", label=name)
@@ -277,28 +256,34 @@ def draw() -> None:
             panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("memory, MB")
     panels[1, 0].set_ylabel("a step, ms")
-    figure.savefig(points.RESULTS / f"{NAME}.png", dpi=120)
+    figure.savefig(log.file.with_suffix(".png"), dpi=120)
 
 
-def report() -> None:
-    """Prints and writes the table, and draws the picture."""
-    known = [row for axis in AXES for row in points.known(NAME) if row["axis"] == axis]
-    lines = [cells(row) for row in known]
-    points.publish(NAME, "Cost as the work grows", HEADER, lines, f"{growth()}{points.machine()}.")
-    draw()
+def main(
+    axis: tuple[AxisName, ...] = get_args(AxisName),
+    largest: float = 1e8,
+    limit: float = 600,
+    report: bool = False,
+    results: Path = RESULTS,
+) -> None:
+    """Measures what is missing.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES), help="what grows")
-    parser.add_argument("--largest", type=float, default=1e8, help="the largest point of an axis that is measured")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for one point")
-    chosen = points.parse(parser, measure_point)
-    if not chosen.report:
-        wanted = [point for axis in chosen.axis for point in AXES[axis] if point.get(axis, 0) <= chosen.largest]
-        points.measure(NAME, __file__, wanted, chosen.limit, will_fit)
-    report()
+    Args:
+        axis: What grows.
+        largest: The largest point of an axis that is measured.
+        limit: Seconds for one point.
+        report: Only show what has been measured.
+        results: Folder for scale.jsonl, .md and .png.
+    """
+    log = Log(results / "scale.jsonl")
+    if not report:
+        wanted = [point for name in axis for point in AXES[name] if point.get(name, 0) <= largest]
+        measure(log, __file__, wanted, limit, will_fit)
+    lines = [cells(row) for name in AXES for row in log.find(axis=name)]
+    table = Table("Cost as the work grows", HEADER, lines)
+    publish(results / "scale.md", [table], f"{growth(log)}{machine()}.")
+    draw(log)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, measure_point)

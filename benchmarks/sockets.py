@@ -8,29 +8,27 @@ with the headers of TCP and IP, which are 0.2 % of long messages.
     python benchmarks/sockets.py --processes 3 --only all-reduce,synchronous --size 65536
 """
 
-import argparse
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import optax
+import tyro
+from harness import Failed, Row, Table, command_line, console, machine, point_command, print_table, started
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
-from rich.console import Console
-from rich.table import Table
 
 import ctde_jax as ctde
 from ctde_jax.config.presets import PRESETS
@@ -46,18 +44,14 @@ BATCH_SIZE = 24  # divides over 2, 3, 4, 6 and 8 processes
 TIMEOUT = 120  # seconds for one program, after which processes that wait for each other are ended
 
 
-def next_one(x: jax.Array) -> jax.Array:
-    """Sends everything to the next replica on a ring."""
-    replicas = lax.axis_size(AXIS)
-    return lax.ppermute(x, AXIS, [(i, (i + 1) % replicas) for i in range(replicas)])
-
-
 COLLECTIVES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "all-reduce": lambda x: lax.psum(x, AXIS),
     "reduce-scatter": lambda x: lax.psum_scatter(x, AXIS, tiled=True),
     "all-gather u8": lambda x: lax.all_gather(x.astype(jnp.uint8), AXIS, tiled=True),
     "all-to-all u8": lambda x: lax.all_to_all(x.astype(jnp.uint8), AXIS, 0, 0, tiled=True),
-    "collective-permute": next_one,
+    "collective-permute": lambda x: lax.ppermute(
+        x, AXIS, [(i, (i + 1) % len(jax.devices())) for i in range(len(jax.devices()))]
+    ),
     "all-reduce int8": lambda x: lax.psum(x.astype(jnp.int8), AXIS),
     "all-reduce bf16": lambda x: lax.psum(x.astype(jnp.bfloat16), AXIS),
 }
@@ -81,8 +75,7 @@ STRATEGIES = {
     **{name: ctde.strategy(name.split()[0], **{"sync_every": 4, **options}) for name, options in OPTIONS.items()},
 }
 
-Program = tuple[Callable[[], object], traffic.Traffic]
-"""One call of it runs one round; and what the ruler says of it."""
+Program = tuple[Callable[[], object], str, int]  # a call runs one round; its HLO; the steps of a round
 
 
 def collective(function: Callable[[jax.Array], jax.Array], size: int) -> Program:
@@ -90,7 +83,7 @@ def collective(function: Callable[[jax.Array], jax.Array], size: int) -> Program
     devices = jax.devices()
     message = replica.shard(np.ones((len(devices), size - size % len(devices)), np.float32), devices)
     program = replica.parallel(function, devices, in_axes=(0,), out_axes=0).lower(message).compile()
-    return lambda: program(message), traffic.measure(program.as_text() or "", 0, hosts())
+    return lambda: program(message), program.as_text() or "", 0
 
 
 def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
@@ -113,12 +106,7 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
         train_state, sums = program(train_state, examples, indices, np.int32(0), np.int32(1), key)
         return sums
 
-    return run, traffic.measure(program.as_text() or "", strategy.inner_steps, hosts())
-
-
-def hosts() -> list[int]:
-    """Each process stands for a host."""
-    return [device.process_index for device in jax.devices()]
+    return run, program.as_text() or "", strategy.inner_steps
 
 
 def sent_through_loopback() -> int:
@@ -140,98 +128,78 @@ def count(run: Callable[[], object], repeats: int) -> int:
     return sent_through_loopback() - before
 
 
-def process(index: int, processes: int, port: int, names: list[str], size: int) -> None:
+def run_process(point: Row) -> None:
     """Is one of the processes; the first one prints a line of JSON for each program."""
-    jax.config.update("jax_platforms", "cpu")
+    if point["index"]:
+        os.dup2(2, 1)  # Gloo prints, and only the first process is listened to
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
-    for name in names:
-        if name in COLLECTIVES:
-            run, measured = collective(COLLECTIVES[name], size)
-        else:
-            run, measured = strategy_round(STRATEGIES[name], size)
+    jax.distributed.initialize(f"127.0.0.1:{point['port']}", point["processes"], point["index"])
+    for name in point["names"]:
+        make = (
+            partial(collective, COLLECTIVES[name]) if name in COLLECTIVES else partial(strategy_round, STRATEGIES[name])
+        )
+        run, hlo, steps = make(point["size"])
+        measured = traffic.measure(hlo, steps, [device.process_index for device in jax.devices()])
         jax.block_until_ready(run())  # opens the sockets
         idle = count(run, 0)
-        socket_bytes = (count(run, REPEATS) - idle) / REPEATS
-        if index == 0:
-            print(json.dumps({"name": name, "wire": measured.across, "sockets": socket_bytes}), flush=True)
+        row = {"name": name, "wire": measured.across, "sockets": (count(run, REPEATS) - idle) / REPEATS}
+        if point["index"] == 0:
+            print(json.dumps({"program": row}), flush=True)
     jax.distributed.shutdown()
 
 
-def measure(processes: int, names: list[str], size: int) -> list[dict[str, Any]]:
+def measure(processes: int, names: list[str], size: int) -> list[Row]:
     """Runs the processes and returns the bytes of each program by name, of all processes together, a round."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, "--processes", str(processes), "--only", ",".join(names), "--size", str(size)]
-    environment = {**os.environ, "NPROC": "4"}  # threads of XLA's pool, in which collectives wait
-    with tempfile.TemporaryFile("w+") as errors, ExitStack() as at_end:
-        started = []
-        for index in range(processes):
-            arguments = [*command, "--index", str(index), "--port", str(port)]
-            output = subprocess.DEVNULL if index else subprocess.PIPE
-            started.append(subprocess.Popen(arguments, stdout=output, stderr=errors, env=environment, text=True))
-            at_end.callback(started[-1].wait)
-            at_end.callback(started[-1].kill)
-
-        rows: list[dict[str, Any]] = []
-        for name in names:
-            impatient = threading.Timer(TIMEOUT, started[0].kill)
-            impatient.start()
-            line = next((line for line in started[0].stdout if line.startswith("{")), "")  # Gloo prints, too
-            impatient.cancel()
-            if not line:
-                errors.seek(0)
-                raise RuntimeError(f"{name} failed, or took more than {TIMEOUT} s:\n{errors.read()[-4000:]}")
-            rows.append(json.loads(line))
-    return rows
+        point = {"processes": processes, "port": free.getsockname()[1], "names": names, "size": size}
+    with ExitStack() as at_end:
+        threads = {"NPROC": "4"}  # of XLA's pool, in which collectives wait
+        commands = [point_command(__file__, {**point, "index": index}) for index in range(processes)]
+        running = [at_end.enter_context(started(command, threads)) for command in commands]
+        try:
+            return [running[0].hear("program", TIMEOUT) for _ in names]
+        except Failed as failure:
+            raise RuntimeError("\n".join([str(failure), *(each.last_words() for each in running)])) from None
 
 
-def alone() -> list[str]:
-    """Returns how to start a command with a loopback that nobody else uses, and that leaves no process behind."""
+def enter_namespace() -> None:
+    """Starts this command again with a loopback that nobody else uses, if possible; no process stays behind."""
     enter = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
-    if (
-        not shutil.which("unshare")
-        or not shutil.which("ip")
-        or subprocess.run([*enter, "true"], capture_output=True).returncode
-    ):
-        return []
-    return [*enter, "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    tools = shutil.which("unshare") and shutil.which("ip")
+    if "ALONE" not in os.environ and tools and not subprocess.run([*enter, "true"], capture_output=True).returncode:
+        up = ["env", "ALONE=1", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+        os.execvp(enter[0], [*enter, *up, sys.executable, *sys.argv])
 
 
-def main() -> None:
-    """Prints the table, or with `--json` a line for each program."""
-    parser = argparse.ArgumentParser(description="bytes by the compiled program and by the socket counters")
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--size", type=int, default=1 << 20, help="numbers in a message, or parameters of the model")
-    parser.add_argument("--only", default=",".join([*COLLECTIVES, *STRATEGIES]), help="names, with commas between")
-    parser.add_argument("--json", action="store_true", help="print lines of JSON instead of a table")
-    for internal in ("--index", "--port"):
-        parser.add_argument(internal, type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    names = chosen.only.split(",")
-    if chosen.index is not None:
-        process(chosen.index, chosen.processes, chosen.port, names, chosen.size)
-        return
-    if not chosen.alone and (namespace := alone()):
-        os.execvp(namespace[0], [*namespace, sys.executable, *sys.argv, "--alone"])
+def main(
+    processes: int = 4,
+    size: int = 1 << 20,
+    only: str = ",".join([*COLLECTIVES, *STRATEGIES]),
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Prints the table.
 
-    rows = measure(chosen.processes, names, chosen.size)
-    if chosen.json:
+    Args:
+        processes: Number of processes.
+        size: Numbers in a message, or parameters of the model.
+        only: Names of programs, with commas between.
+        as_json: Print lines of JSON instead of a table.
+    """
+    enter_namespace()
+    rows = measure(processes, only.split(","), size)
+    if as_json:
         print("\n".join(map(json.dumps, rows)))
         return
-    shown = Table(
-        title=f"{chosen.processes} Gloo processes, {chosen.size:,} numbers, bytes a round", caption=jax.__version__
-    )
-    for column in ("program", "compiled program", "sockets", "difference"):
-        shown.add_column(column, justify="left" if column == "program" else "right")
-    for row in rows:
-        difference = f"{row['sockets'] / row['wire'] - 1:+.2%}"
-        shown.add_row(row["name"], f"{row['wire']:,.0f}", f"{row['sockets']:,.0f}", difference)
-    Console().print(shown)
+    lines = [
+        [row["name"], f"{row['wire']:,.0f}", f"{row['sockets']:,.0f}", f"{row['sockets'] / row['wire'] - 1:+.2%}"]
+        for row in rows
+    ]
+    title = f"{processes} Gloo processes, {size:,} numbers, bytes a round"
+    print_table(Table(title, ("program", "compiled program", "sockets", "difference"), lines))
+    console.print(machine())
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, run_process)

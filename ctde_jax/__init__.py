@@ -16,6 +16,24 @@ The public names are those of `__init__.pyi`. Each is imported when it is first 
 imports JAX nor touches a device.
 """
 
-import lazy_loader
+import ast
+from importlib import import_module
+from pathlib import Path
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_HOMES = {alias.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    if home is None:
+        return import_module(f"{__name__}.{name}")
+    room = import_module(f"{__name__}.{home}")
+    return getattr(room, name) if hasattr(room, name) else import_module(f"{room.__name__}.{name}")
