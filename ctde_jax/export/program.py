@@ -6,6 +6,7 @@ that could be numbers already. Runtimes other than JAX do not know all of that, 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -123,12 +124,20 @@ def _evaluate(
         elif _is_known(equation, operands):
             with jax.ensure_compile_time_eval():
                 results = equation.primitive.bind(*operands, **equation.params)
+        elif name == "call_hi_primitive":  # JAX 0.12 has some functions, such as `searchsorted`, as such primitives
+            results = _inlined(partial(equation.params["_prim"].expand, *operands), rules)
         elif name in rules:
-            results = rules[name](*operands, **equation.params)
+            results = _inlined(partial(rules[name], *operands, **equation.params), {})
         else:
             results = equation.primitive.bind(*operands, **_with_rules_inside(equation, rules))
-        known |= zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True)
+        known |= zip(equation.outvars, results if isinstance(results, Sequence) else [results], strict=True)
     return [read(atom) for atom in program.outvars]
+
+
+def _inlined(function: Callable[[], PyTree], rules: Mapping[str, Rule]) -> list[PyTree]:
+    """Calls a function, whose calls of others, as `jax.jit` makes them, become part of the program."""
+    traced = jax.make_jaxpr(function)()
+    return _evaluate(traced.jaxpr, traced.consts, (), rules)
 
 
 def _with_rules_inside(equation: JaxprEqn, rules: Mapping[str, Rule]) -> dict[str, Any]:
