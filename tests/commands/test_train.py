@@ -15,9 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-import ctde_jax as ctde
 from ctde_jax import config, data, train
-from ctde_jax.config import build
+from ctde_jax.config import build, walk
 
 MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 QUICK = ["--devices", "2", "--steps", "4", "--log-every", "2"]
@@ -398,7 +397,7 @@ def test_model_that_is_too_large_gets_a_sentence(tmp_path, monkeypatch, capsys, 
     def raise_it(*_, **__):
         raise error
 
-    monkeypatch.setattr(ctde, "fit", raise_it)
+    monkeypatch.setattr(walk, "fit", raise_it)
     assert train.main([*QUICK, "--run-dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: memory does not suffice (")
@@ -451,13 +450,18 @@ def test_refused_start_leaves_the_earlier_run_where_it_is(tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert train.main([*QUICK, "--run-dir", folder]) == 0
     before = sorted((tmp_path / "run").rglob("*"))
-    for mistake in (["--init-from", str(tmp_path / "nowhere")], ["--init-from", folder, "--widths", "9"]):
+    parent = str(shutil.copytree(folder, tmp_path / "parent"))
+    for mistake in (
+        ["--init-from", str(tmp_path / "nowhere")],
+        ["--init-from", folder],
+        ["--init-from", parent, "--widths", "9"],
+    ):
         assert train.main([*QUICK, "--run-dir", folder, "--resume", "never", *mistake]) == 2
         assert sorted((tmp_path / "run").rglob("*")) == before
-    assert train.main([*QUICK, "--run-dir", folder, "--resume", "never", "--init-from", folder]) == 0
+    assert train.main([*QUICK, "--run-dir", folder, "--resume", "never", "--init-from", parent]) == 0
     assert (tmp_path / "run" / "previous-1" / "config.json").exists()
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved["init_from"] == folder
+    assert saved["init_from"] == parent
     capsys.readouterr()
 
 
