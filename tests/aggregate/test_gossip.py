@@ -66,6 +66,25 @@ def test_random_pairs_shrink_the_squared_spread_as_expected(key):
     np.testing.assert_allclose(spread[1] / spread[0], (1 - 1 / 7) / 2, rtol=0.02)
 
 
+@pytest.mark.parametrize("replicas", [3, 4, 8])
+def test_every_round_of_pairs_is_drawn_equally_often(replicas):
+    """One-hot parameters show the partner that each replica was drawn."""
+    reduce, draws = gossip("pairs"), 400 * len(tournament(replicas))
+
+    def on_replica(params, key):
+        outer_grads, _ = reduce.update(jnp.zeros_like(params), reduce.init(params), params, key=key)
+        return params - outer_grads
+
+    together = jax.vmap(on_replica, (0, None), axis_name=replica.AXIS)
+    mixed = jax.jit(jax.vmap(together, (None, 0)))(jnp.eye(replicas), jax.random.split(jax.random.key(5), draws))
+    own = np.where(np.arange(replicas)[:, None] == np.arange(replicas), 0.25, 0)  # so a replica alone finds itself
+    partners = np.argmax(np.asarray(mixed) - own, axis=-1)
+    drawn, counts = np.unique(partners, axis=0, return_counts=True)
+
+    assert sorted(map(list, drawn)) == sorted(tournament(replicas))
+    assert np.abs(counts - 400).max() < 100  # five standard deviations
+
+
 @pytest.mark.parametrize("replicas", [2, 3, 6, 9])
 def test_everybody_meets_everybody_once(replicas):
     rounds = np.array(tournament(replicas))
