@@ -1,9 +1,10 @@
 """Centralized training, decentralized execution: one Flax model, trained over many devices.
 
-To read the package, follow the rooms from the bottom to the top; a room imports only rooms below it:
+A room imports only rooms that stand before it in this list; see `docs/architecture.md` for what to read first:
 
     errors, bundle              exceptions and their checks; what a node has: numpy alone
-    devices, data               where training runs; what is learned from
+    devices                     where training runs
+    data                        what is learned from
     models, aggregate           what is learned; how replicas agree
     rounds                      what the devices compute
     cost, checkpoint            what a round costs; how nothing is lost

@@ -1,7 +1,7 @@
 """Where training runs: devices, replicas, hosts."""
 
 from ctde_jax.devices import hosts, memory, replica, supervisor
-from ctde_jax.devices.backend import FAKE_DEVICES, check_platforms, count_cores, start
+from ctde_jax.devices.backend import FAKE_DEVICES, check_backend, count_cores, start
 from ctde_jax.devices.replica import (
     AXIS,
     SHARD,
@@ -24,7 +24,7 @@ __all__ = [
     "agreed_state",
     "as_complex",
     "as_real",
-    "check_platforms",
+    "check_backend",
     "count_cores",
     "hosts",
     "is_changed",

@@ -72,7 +72,7 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
     return [device for devices in by_host for device in devices[:count]]
 
 
-def check_platforms(devices: list[jax.Device]) -> None:
+def check_backend(devices: list[jax.Device]) -> None:
     """Raises InputError for a JAX setting that rules out training, or for a thread pool too small for the devices."""
     settings.check()
     here = sum(device.process_index == jax.process_index() for device in devices)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count as numbers
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -23,10 +23,10 @@ from jax._src.clusters import ClusterEnv  # JAX has no public way to what its de
 from jax._src.distributed import global_state  # nor to the coordinator's keys and values
 from jax.experimental import multihost_utils
 
+from ctde_jax.devices.replica import PyTree
 from ctde_jax.errors import HostLost, InputError, check_at_least
 
 T = TypeVar("T")
-PyTree: TypeAlias = Any
 HEARTBEAT_SECONDS = 10
 """A host that has not answered for so long is given up, and with it the run."""
 

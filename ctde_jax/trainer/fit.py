@@ -32,7 +32,7 @@ from ctde_jax.checkpoint import (
 )
 from ctde_jax.cost import measure, summary
 from ctde_jax.data import Augment, Dataset, count_steps, deal, deal_stream, targets_or_classes
-from ctde_jax.devices import PyTree, check_platforms, hosts, memory, replica, start
+from ctde_jax.devices import PyTree, check_backend, hosts, memory, replica, start
 from ctde_jax.errors import InputError, Preempted, check_known, check_whole
 from ctde_jax.models import (
     Model,
@@ -183,7 +183,7 @@ def fit(
     starts_anew = model.unscaled is not None and init_from is None and branch_from is None
     model = unscaled(model)
     devices = list(devices or start())
-    check_platforms(devices)
+    check_backend(devices)
     if len(devices) != len(replica.own(devices)) * hosts.count():
         raise InputError(
             "devices", f"must be as many of each of the {hosts.count()} hosts, such as devices.start() returns."
