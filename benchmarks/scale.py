@@ -33,6 +33,7 @@ from ctde_jax.aggregate import error_feedback, quantize, two_phase
 from ctde_jax.config.presets import PRESETS
 from ctde_jax.cost.targets import compile_rounds
 from ctde_jax.data import deal
+from ctde_jax.rounds import Resident
 
 MOST_DEVICES = 64
 AxisName = Literal["parameters", "devices", "examples", "strategies", "models"]
@@ -118,7 +119,7 @@ def device_memory(
     around, batches = ctde.devices.start(devices), deal(data.train, devices, batch_size, seed=0)
     model = ctde.models.with_raw_inputs(model, data.shift, data.scale)
     task = ctde.tasks.classification
-    program = compile_rounds(model, data, task, optax.adam(1e-4), strategy, batches, around)
+    program = compile_rounds(model, data, task, optax.adam(1e-4), strategy, Resident(batches), around)
     needs = program.memory_analysis()
     return {
         "arguments": needs.argument_size_in_bytes,

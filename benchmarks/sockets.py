@@ -37,7 +37,7 @@ from ctde_jax.cost.targets import compile_rounds
 from ctde_jax.data import deal
 from ctde_jax.devices import replica
 from ctde_jax.devices.replica import AXIS
-from ctde_jax.rounds import state
+from ctde_jax.rounds import Resident, state
 
 REPEATS = 20
 BATCH_SIZE = 24  # divides over 2, 3, 4, 6 and 8 processes
@@ -99,7 +99,7 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
     examples, key = replica.replicate((batches.split, jax.random.key(1)), devices)
     steps = max(1, strategy.inner_steps)
     indices = replica.shard(batches.steps(0, steps).swapaxes(0, 1)[:, None], devices)  # [replica, round, step, example]
-    program = compile_rounds(model, data, ctde.tasks.classification, optimizer, strategy, batches, devices)
+    program = compile_rounds(model, data, ctde.tasks.classification, optimizer, strategy, Resident(batches), devices)
 
     def run() -> object:
         nonlocal train_state

@@ -26,7 +26,7 @@ from ctde_jax.trainer import picture
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ctde_jax.cost import Profile, Spread
+    from ctde_jax.trainer import Profile, Spread
 
 SECONDS = 10.0
 """The turns take about so long, and longer where a few turns do."""
@@ -66,56 +66,19 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     if config.aggregation.exact:
         raise InputError("exact", "must be left out: what is measured are devices that agree on means, and such alone.")
     from ctde_jax.config import build  # here, so that the import of JAX is measured
-    from ctde_jax.cost import stopwatch
+    from ctde_jax.trainer import stopwatch
 
     imported = time.perf_counter()
     devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
     on = time.perf_counter()
-    chosen, seed = config.optimization, config.optimization.seed
+    seed = config.optimization.seed
     data = build.load_data(config.data, seed)
     loaded = time.perf_counter()
     once = {"imports": imported - started, "devices": on - imported, "data": loaded - on}
+    training = build.build_training(config, data, devices)
 
     partition = partial(build.make_partition, config.data, data.train.labels, seed=seed)
-    epoch = ctde.data.steps_per_epoch(
-        len(data.train.inputs), len(devices), chosen.batch_size, partition(replicas=len(devices))
-    )
-    steps = ctde.data.count_steps(epoch, chosen.epochs if chosen.steps is None else None, chosen.steps)
-    training = stopwatch.Training(
-        model=build.build_model(config.model, data),
-        data=data,
-        optimizer=build.build_optimizer(config, data, steps),
-        strategy=build.build_strategy(config.aggregation),
-        task=build.build_task(chosen, data),
-        batch_size=chosen.batch_size,
-        steps=steps,
-        eval_every=config.run.eval_every or epoch,
-        log_every=config.run.log_every,
-        partition=lambda replicas: partition(replicas=replicas),
-        seed=seed,
-        augment=build.build_augment(config.data),
-        accumulate=chosen.accumulate,
-        ema_decay=chosen.ema_decay,
-        reestimate_batches=config.run.reestimate_batches,
-    )
-    ctde.trainer.check_run(
-        training.model,
-        data,
-        training.optimizer,
-        training.strategy,
-        training.task,
-        len(devices),
-        batch_size=chosen.batch_size,
-        seed=seed,
-        augment=training.augment,
-        accumulate=chosen.accumulate,
-        ema_decay=chosen.ema_decay,
-        reestimate_batches=training.reestimate_batches,
-        patience=chosen.patience,
-        eval_every=config.run.eval_every,
-        log_every=config.run.log_every,
-        keep_best=config.run.keep_best,
-    )
+
     if trace is not None:
         _make_trace_folder(trace)
     folder = config.run.run_dir or options.new_run_folder(config, "profile-")
@@ -124,9 +87,9 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
 
         screen = ctde.trainer.console()
         count = _count(len(devices), "device")
-        title = f"{config.model.model} on {data.name}, {count}, {chosen.batch_size} examples a step"
+        title = f"{config.model.model} on {data.name}, {count}, {training.batch_size} examples a step"
         with screen.status("starting") as status:
-            measured = stopwatch.measure(training, devices, SECONDS, trace, status.update)
+            measured = stopwatch.measure(training, partition, SECONDS, trace, status.update)
         measured = replace(measured, once={**once, **measured.once})
         failure = picture.save(partial(plot, measured, title), folder / "profile.png")
         for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):

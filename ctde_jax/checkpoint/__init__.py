@@ -2,8 +2,11 @@
 
 from ctde_jax.checkpoint.atomic import put_back, written_whole
 from ctde_jax.checkpoint.format import (
+    BEST,
+    INPUTS,
     MANIFEST,
     MEASURED,
+    OTHER_POINT,
     TENSORS,
     Checkpoint,
     Choose,
@@ -41,10 +44,13 @@ from ctde_jax.checkpoint.run_folder import (
 )
 
 __all__ = [
+    "BEST",
     "CHECKPOINTS",
+    "INPUTS",
     "MANIFEST",
     "MEASURED",
     "METRICS",
+    "OTHER_POINT",
     "TENSORS",
     "Checkpoint",
     "Choose",

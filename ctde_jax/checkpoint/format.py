@@ -44,6 +44,15 @@ Tensors = dict[str, np.ndarray]
 Facts = dict[str, Any]
 """What a run needs to know beside its arrays, as JSON can write it."""
 
+BEST = "best"
+"""What the names of the best parameters and model state begin with."""
+
+INPUTS = "inputs/"
+"""What the names of the shift and the scale of the inputs begin with."""
+
+OTHER_POINT = "evaluated_at_another_point"
+"""The fact whether the optimizer is evaluated at another point than the parameters that the checkpoint holds."""
+
 MEASURED = "measured"
 """The fact that says what an evaluation has measured of a checkpoint; None where there was none."""
 

@@ -23,7 +23,7 @@ class Options(dict[str, Any]):
         flag: How a command writes an option by its name; by default, messages name the arguments of `fit`.
     """
 
-    def __init__(self, options: Mapping[str, Any], flag: Callable[[str], str] | None = None):
+    def __init__(self, options: Mapping[str, Any] = {}, flag: Callable[[str], str] | None = None):
         super().__init__(options)
         self.flag = flag
 

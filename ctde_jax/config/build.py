@@ -1,10 +1,12 @@
 """From options to objects: the data, the partition, the model and the strategy that a configuration names."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, prod
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import jax
 import numpy as np
 import optax
 
@@ -14,9 +16,55 @@ from ctde_jax.config import optimizers
 from ctde_jax.config.options import Aggregation, Config, Data, Optimization
 from ctde_jax.config.options import Model as ModelOptions
 from ctde_jax.config.presets import PRESETS
-from ctde_jax.data import Augment, Dataset, DiskArray, augment, targets_or_classes
+from ctde_jax.data import (
+    Augment,
+    Dataset,
+    DiskArray,
+    augment,
+    count_steps,
+    steps_per_epoch,
+    targets_or_classes,
+)
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
 from ctde_jax.models import Model, Task, classification, initializers, language_modeling, mup, smoothed
+from ctde_jax.trainer import Training
+
+
+def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Device]) -> Training:
+    """Builds everything that determines the numbers of a run, on these devices.
+
+    Raises:
+        InputError: An option breaks a rule, alone or together with others, the data or the devices.
+    """
+    optimization, run = chosen.optimization, chosen.run
+    parts = make_partition(chosen.data, dataset.train.labels, len(devices), optimization.seed)
+
+    # A schedule needs the number of steps, which may be given in epochs.
+    epoch = steps_per_epoch(len(dataset.train.inputs), len(devices), optimization.batch_size, parts)
+    epochs = optimization.epochs if optimization.steps is None else None
+    steps = count_steps(epoch, epochs, optimization.steps)
+    return Training(
+        model=build_model(chosen.model, dataset),
+        data=dataset,
+        optimizer=build_optimizer(chosen, dataset, steps),
+        strategy=build_strategy(chosen.aggregation),
+        task=build_task(optimization, dataset),
+        devices=devices,
+        batch_size=optimization.batch_size,
+        steps=steps,
+        partition=parts,
+        seed=optimization.seed,
+        init_from=run.init_from,
+        init_only=run.init_only or None,
+        augment=build_augment(chosen.data),
+        accumulate=optimization.accumulate,
+        ema_decay=optimization.ema_decay,
+        reestimate_batches=run.reestimate_batches,
+        patience=optimization.patience,
+        on_nonfinite=optimization.on_nonfinite,
+        eval_every=run.eval_every,
+        log_every=run.log_every,
+    )
 
 
 def load_data(chosen: Data, seed: int = 0) -> Dataset:

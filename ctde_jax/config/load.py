@@ -12,7 +12,9 @@ import numpy as np
 from ctde_jax import checkpoint
 from ctde_jax.aggregate import adapted
 from ctde_jax.checkpoint import (
+    BEST,
     CHECKPOINTS,
+    INPUTS,
     Checkpoint,
     Damaged,
     Options,
@@ -25,12 +27,12 @@ from ctde_jax.checkpoint import (
 )
 from ctde_jax.config import build
 from ctde_jax.config.options import Config, Data, deciding, flag, parse
-from ctde_jax.data import Dataset, deal, digests_of
+from ctde_jax.data import Dataset, digests_of
 from ctde_jax.devices import FAKE_DEVICES, PyTree, replica, start
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, with_raw_inputs
-from ctde_jax.rounds import make_feed, of_first_steps, state
-from ctde_jax.trainer import BEST, INPUTS, SCALED, Row, Trained, accepts, console, read_rows
+from ctde_jax.rounds import make_source, of_first_steps, state
+from ctde_jax.trainer import SCALED, Row, Trained, accepts, console, read_rows
 
 CONFIG = "config.json"
 
@@ -207,10 +209,10 @@ def _reestimated(
     seed, batch_size = chosen.optimization.seed, chosen.optimization.batch_size
     partition = build.make_partition(chosen.data, data.train.labels, len(devices), seed)
     inner_steps = build.build_strategy(chosen.aggregation).inner_steps
-    batches = deal(data.train, len(devices), batch_size, seed, partition, max(1, inner_steps))
+    source = make_source(data, len(devices), batch_size, seed, partition, max(1, inner_steps))
     _, train_key = jax.random.split(jax.random.key(seed))
-    feed, key = make_feed(batches, devices), replica.replicate(train_key, devices)
-    reestimate = of_first_steps(model, feed, devices, batches.axis, chosen.run.reestimate_batches, key)
+    feed, key = source.feed(devices), replica.replicate(train_key, devices)
+    reestimate = of_first_steps(model, feed, devices, source.axis, chosen.run.reestimate_batches, key)
     return jax.device_get(reestimate(*replica.replicate((params, model_state), devices)))
 
 

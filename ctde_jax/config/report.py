@@ -1,11 +1,9 @@
 """What the command line says before and after a run: the plan, and the result."""
 
-from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -14,24 +12,16 @@ from ctde_jax.config.options import Aggregation, Config, Optimization
 from ctde_jax.config.options import Model as ModelOptions
 from ctde_jax.data import Dataset
 from ctde_jax.devices import count_cores
-from ctde_jax.models import Model, count_params
-from ctde_jax.trainer import Trained
+from ctde_jax.models import count_params
+from ctde_jax.trainer import Trained, Training
 
 
-def plan(
-    config: Config,
-    devices: Sequence[jax.Device],
-    data: Dataset,
-    partition: Sequence[np.ndarray] | None,
-    model: Model,
-    steps_per_epoch: int,
-    steps: int,
-    folder: Path,
-) -> Table:
+def plan(config: Config, training: Training, folder: Path) -> Table:
     """Says what is about to be trained on what, and where the results go."""
+    devices, data, partition = training.devices, training.data, training.partition
     network, optimization = config.model, config.optimization
     kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
-    params, _ = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
+    params, _ = training.shapes
 
     picture = " (partition.png)" if data.classes else ""
     table = Table.grid(padding=(0, 2))
@@ -66,7 +56,7 @@ def plan(
         "batch",
         f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on each device{groups}",
     )
-    table.add_row("steps", f"{steps:,}, {steps_per_epoch:,} an epoch")
+    table.add_row("steps", f"{training.total_steps:,}, {training.source.steps_per_epoch:,} an epoch")
     table.add_row("optimizer", describe_optimization(optimization))
     table.add_row("strategy", describe_strategy(config.aggregation))
     table.add_row("results", str(folder))

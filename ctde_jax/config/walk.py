@@ -11,15 +11,15 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from ctde_jax import checkpoint
+from ctde_jax import checkpoint, trainer
 from ctde_jax.checkpoint import Options
 from ctde_jax.config import build, report
 from ctde_jax.config.options import Config, Run, deciding, flag, new_run_folder, save
-from ctde_jax.data import Dataset, count_steps, decode, encode, partition, steps_per_epoch
+from ctde_jax.data import Dataset, decode, encode, partition
 from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, replica, start
 from ctde_jax.errors import InputError, check_at_least, check_at_most
 from ctde_jax.models import Model, generate
-from ctde_jax.trainer import Trained, check_run, console, fit, picture
+from ctde_jax.trainer import Saving, Trained, console, picture
 
 
 def train(config: Config, started: float) -> Trained:
@@ -32,33 +32,9 @@ def train(config: Config, started: float) -> Trained:
     devices = start(config.aggregation.devices, FAKE_DEVICES)
     hosts.compare(lambda: {**hosts.platform(), **deciding(config)})
     data = build.load_data(config.data, config.optimization.seed)
-    parts = build.make_partition(config.data, data.train.labels, len(devices), config.optimization.seed)
-    model = build.build_model(config.model, data)
-    strategy = build.build_strategy(config.aggregation)
+    training = build.build_training(config, data, devices)
+    describe = _sampler(config.run, training.model, data, training.seed)
 
-    chosen = config.optimization
-    epoch = steps_per_epoch(len(data.train.inputs), len(devices), chosen.batch_size, parts)
-    steps = count_steps(epoch, chosen.epochs if chosen.steps is None else None, chosen.steps)
-    optimizer = build.build_optimizer(config, data, steps)
-    task = build.build_task(chosen, data)
-    augment = build.build_augment(config.data)
-    describe = _sampler(config.run, model, data, chosen.seed)
-
-    habits = {
-        "batch_size": chosen.batch_size,
-        "seed": chosen.seed,
-        "augment": augment,
-        "accumulate": chosen.accumulate,
-        "ema_decay": chosen.ema_decay,
-        "reestimate_batches": config.run.reestimate_batches,
-        "patience": chosen.patience,
-        "eval_every": config.run.eval_every,
-        "log_every": config.run.log_every,
-        "save_every": config.run.save_every,
-        "keep_best": config.run.keep_best,
-        "keep_checkpoints": config.run.keep_checkpoints,
-    }
-    check_run(model, data, optimizer, strategy, task, len(devices), **habits)
     options = Options(deciding(config), flag)
     here = len(replica.own(devices))
     config = replace(config, aggregation=replace(config.aggregation, devices=here))
@@ -75,34 +51,27 @@ def train(config: Config, started: float) -> Trained:
         def prepare(folder: Path) -> None:
             with checkpoint.writing_to(folder):
                 save(config, folder / "config.json")
+            parts = training.partition
             if parts is not None and data.classes:
                 draw = partial(partition.plot, np.asarray(data.train.labels), parts, data.classes)
                 if failure := picture.save(draw, folder / "partition.png"):
                     screen.print(failure)
 
         folder = Path(hosts.of_the_first(claim))
-        _show(report.plan(config, devices, data, parts, model, epoch, steps, folder))
-        before = time.perf_counter() - started
-        trained = fit(
-            model,
-            data,
-            optimizer,
-            strategy,
-            task=task,
-            devices=devices,
-            steps=steps,
-            partition=parts,
+        saving = Saving(
             run_dir=folder,
             resume=config.run.resume == "auto",
-            init_from=config.run.init_from,
-            init_only=config.run.init_only or None,
             branch_from=config.run.branch_from,
-            on_nonfinite=chosen.on_nonfinite,
+            save_every=config.run.save_every,
+            keep_checkpoints=config.run.keep_checkpoints,
+            keep_best=config.run.keep_best,
             options=options,
-            describe=describe,
             prepare=prepare,
-            **habits,
         )
+        saving.check(training)
+        _show(report.plan(config, training, folder))
+        before = time.perf_counter() - started
+        trained = trainer.train(training, saving, describe=describe)
     trained.seconds["start-up"] += before
     screen.print(report.result(trained, folder))
     return trained

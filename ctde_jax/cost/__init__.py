@@ -1,7 +1,6 @@
-"""What a round costs, in bytes and seconds."""
+"""What a round costs, in bytes of the compiled program."""
 
-from ctde_jax.cost import collectives, stopwatch, targets
-from ctde_jax.cost.stopwatch import Profile, Spread
+from ctde_jax.cost import collectives, targets
 from ctde_jax.cost.traffic import Traffic, measure, summary, table
 
-__all__ = ["Profile", "Spread", "Traffic", "collectives", "measure", "stopwatch", "summary", "table", "targets"]
+__all__ = ["Traffic", "collectives", "measure", "summary", "table", "targets"]

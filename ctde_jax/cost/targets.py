@@ -15,11 +15,11 @@ import optax
 from jax.experimental import topologies
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import Batches, Dataset
+from ctde_jax.data import Dataset
 from ctde_jax.devices import AXIS, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task
-from ctde_jax.rounds import Span, make_gradient, parallel_rounds, shapes, state
+from ctde_jax.rounds import ExampleSource, Span, make_gradient, parallel_rounds, state
 
 EXAMPLES = "tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4 (hosts, and devices on each)"
 
@@ -67,7 +67,7 @@ def compile_rounds(
     task: Task,
     optimizer: optax.GradientTransformation,
     strategy: Strategy,
-    batches: Batches,
+    source: ExampleSource,
     devices: Sequence[jax.Device],
     *,
     accumulate: int = 1,
@@ -82,10 +82,10 @@ def compile_rounds(
         axis_size=len(devices),
     )
     round_steps = max(1, strategy.inner_steps)
-    piece, number = shapes(batches, Span(0, round_steps, round_steps)), jax.ShapeDtypeStruct((), np.int32)
+    piece, number = source.shapes(Span(0, round_steps, round_steps)), jax.ShapeDtypeStruct((), np.int32)
     arguments = (jax.eval_shape(create, *center), *piece, number, number, jax.eval_shape(jax.random.key, 0))
     gradient = make_gradient(model, task, accumulate=accumulate, exact=strategy.is_exact)
-    train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, batches.axis)
+    train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, source.axis)
     return replica.compiled(replica.lowered(train_rounds, *arguments), devices, strategy.is_exact)
 
 

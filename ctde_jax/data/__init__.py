@@ -15,26 +15,26 @@ from ctde_jax.data.published.digits import digits
 from ctde_jax.data.published.idx import fashion_mnist, mnist
 from ctde_jax.data.sequence import as_sequence
 from ctde_jax.data.split import Drawn, Split
-from ctde_jax.data.stream import Arrivals, check_size, deal_stream
+from ctde_jax.data.stream import Stream, check_size, check_stream
 from ctde_jax.data.table import from_csv
 from ctde_jax.data.text import decode, encode, from_text
 
 __all__ = [
-    "Arrivals",
     "Augment",
     "Batches",
     "Dataset",
     "DiskArray",
     "Drawn",
     "Split",
+    "Stream",
     "apply_to",
     "as_sequence",
     "augment",
     "check_size",
+    "check_stream",
     "cifar10",
     "count_steps",
     "deal",
-    "deal_stream",
     "decode",
     "digest",
     "digests_of",

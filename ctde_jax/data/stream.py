@@ -59,35 +59,8 @@ class Stream(NamedTuple):
         return batch
 
 
-class Arrivals(NamedTuple):
-    """A stream that is dealt to replicas."""
-
-    stream: Stream
-    replicas: int
-    batch_size: int
-    axis: int = 0
-    """Each device holds what was drawn for it."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """After so many steps an epoch is over."""
-        return self.stream.steps_per_epoch
-
-    def inputs(self, step: int) -> np.ndarray:
-        """Returns the inputs of the first batch, the only one that can be had twice."""
-        assert step == 0, "a stream does not come back"
-        return np.asarray(self.stream.like.inputs)
-
-
-def deal_stream(
-    stream: Stream, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None = None
-) -> Arrivals:
-    """Deals every batch evenly to the replicas.
-
-    Raises:
-        InputError: The batch size does not divide over the replicas or is not that of the batches, or there is a
-            partition.
-    """
+def check_stream(stream: Stream, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None) -> None:
+    """Raises InputError if the batches of a stream cannot be dealt evenly, or with a partition."""
     if batch_size < 1 or batch_size % replicas:
         nearest = max(1, round(batch_size / replicas)) * replicas
         raise InputError(
@@ -96,7 +69,6 @@ def deal_stream(
     if partition is not None:
         raise InputError("partition", "goes with arrays, and not with batches that come one after another.")
     check_size(len(stream.like.inputs), batch_size)
-    return Arrivals(stream, replicas, batch_size)
 
 
 def check_size(examples: int, batch_size: int) -> None:

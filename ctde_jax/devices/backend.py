@@ -7,6 +7,7 @@ read from the environment variable `NPROC` at the moment when JAX starts its CPU
 
 import os
 import platform
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
     return [device for devices in by_host for device in devices[:count]]
 
 
-def check_backend(devices: list[jax.Device]) -> None:
+def check_backend(devices: Sequence[jax.Device]) -> None:
     """Raises InputError for a JAX setting that rules out training, or for a thread pool too small for the devices."""
     settings.check()
     here = sum(device.process_index == jax.process_index() for device in devices)

@@ -13,82 +13,69 @@ from jax.extend.core import jaxpr_as_fun
 from ctde_jax.aggregate import Strategy, transformations
 from ctde_jax.data import Augment, Dataset, apply_to, targets_or_classes
 from ctde_jax.devices import AXIS, PyTree
-from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known, check_seed
-from ctde_jax.models import Model, Task, describe, with_raw_inputs
+from ctde_jax.errors import InputError
+from ctde_jax.models import Model, Task, describe
 from ctde_jax.rounds import SHARDS, check_exact_model, state
 
-_MOST_REESTIMATED = 2**16
-"""The indices of all batches over which statistics are estimated are in memory at once."""
 
-
-def check_run(
+def check_network(
     model: Model,
+    center: tuple[PyTree, PyTree],
     data: Dataset,
-    optimizer: optax.GradientTransformation,
-    strategy: Strategy,
     task: Task,
-    replicas: int,
-    *,
-    batch_size: int,
-    seed: int,
-    augment: Augment | None,
-    accumulate: int,
-    ema_decay: float | None,
-    reestimate_batches: int,
-    patience: int | None,
-    eval_every: int | None,
-    log_every: int,
-    keep_best: str | None,
-    save_every: int | None = None,
-    keep_checkpoints: int = 1,
-    on_nonfinite: str = "stop",
+    takes_mask: bool,
+    reestimates: bool,
 ) -> None:
-    """Raises InputError for arguments of `fit` that break a rule, before anything is computed or written."""
-    check_types(task=task)
-    check_seed(seed)
-    check_at_least(1, accumulate=accumulate, patience=patience, eval_every=eval_every, log_every=log_every)
-    check_at_least(1, save_every=save_every, keep_checkpoints=keep_checkpoints)
-    check_at_least(0, reestimate_batches=reestimate_batches)
-    check_at_most(_MOST_REESTIMATED, reestimate_batches=reestimate_batches)
-    if batch_size % (replicas * accumulate):
-        own = batch_size // replicas
-        rule = f"must cut the {own} examples that each device has of a batch into equal groups"
-        raise InputError("accumulate", f"{rule}, got {accumulate}.")
-    if strategy.is_exact:
-        check_exact(replicas, batch_size, accumulate)
-    if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise InputError("ema_decay", f"must be at least 0 and less than 1, got {ema_decay}.")
-    if patience is not None and data.validation is None:
-        raise InputError("patience", "needs data with a validation split (hold_out, or --validation-share).")
-    if keep_best is not None:
-        check_known("keep_best", keep_best, task.names)
+    """Raises InputError for a model whose state or outputs do not go with the data and the task.
 
-    takes_mask, inputs = _takes_mask(model), data.train.inputs[:1]
-    model = with_raw_inputs(model, data.shift, data.scale)
+    Everything is traced on shapes and dtypes alone.
+
+    Args:
+        model: Takes inputs as the data set stores them.
+        center: Shapes and dtypes of its parameters and state.
+        data: Training and test examples.
+        task: The loss and the metrics.
+        takes_mask: Whether the user's model takes the mask of real examples.
+        reestimates: Whether batch statistics are estimated again before evaluations.
+    """
+    inputs = data.train.inputs[:1]
     key = jax.eval_shape(jax.random.key, 0)
-    params, model_state = jax.eval_shape(model.init, key, inputs)
-    state.check(params, strategy, replicas)
-    if jax.tree.leaves(model_state) and not takes_mask:
+    params, model_state = center
+    has_state = bool(jax.tree.leaves(model_state))
+    if has_state and not takes_mask:
         raise InputError(
             "model",
             "has a state, so its apply must take a fifth argument, mask=None: bool[examples], False for examples that "
             "only fill a short batch and must not count in the state; see models.Model.",
         )
-    if strategy.is_exact:
-        check_exact_model(model, params, model_state, inputs)
-    _check_optimizer(optimizer, strategy, params, replicas, ema_decay is not None, on_nonfinite == "rollback")
+    if reestimates and not has_state:
+        raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
     if not isinstance(task.metrics, Mapping) or not all(map(callable, task.metrics.values())):
         raise InputError("task", f'must have metrics by name, such as {{"error": function}}, got {task.metrics!r:.60}.')
+
+    # Two batch sizes: a model may drop or merge the axis of examples, which one size alone does not show.
     for examples in (1, 2):
         few = _like(inputs, examples)
         outputs, _ = jax.eval_shape(model.apply, params, model_state, few, None)
         _check_outputs(outputs, examples, data, task)
         jax.eval_shape(model.apply, params, model_state, few, key)
     _check_task(task, outputs, data)
-    if reestimate_batches and not jax.tree.leaves(model_state):
-        raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
-    if augment is not None:
-        jax.eval_shape(partial(apply_to, augment), key, inputs, np.zeros(1, np.int32))
+
+
+def check_strategy(
+    model: Model, center: tuple[PyTree, PyTree], data: Dataset, strategy: Strategy, replicas: int
+) -> None:
+    """Raises InputError for a strategy that cannot run on this number of replicas, or not with this model."""
+    params, model_state = center
+    state.check(params, strategy, replicas)
+    if strategy.is_exact:
+        check_exact_model(model, params, model_state, data.train.inputs[:1])
+
+
+def check_augment(augment: Augment, data: Dataset) -> None:
+    """Raises what an augmentation raises for examples like these, which is traced on their shapes and dtypes."""
+    key = jax.eval_shape(jax.random.key, 0)
+    jax.eval_shape(partial(apply_to, augment), key, data.train.inputs[:1], np.zeros(1, np.int32))
 
 
 def check_devices(devices: object) -> None:
@@ -99,7 +86,7 @@ def check_devices(devices: object) -> None:
     raise InputError("devices", f"must be a list of JAX devices, got {devices!r:.60}; {way_out}.")
 
 
-def _check_optimizer(
+def check_optimizer(
     optimizer: optax.GradientTransformation,
     strategy: Strategy,
     params: PyTree,
@@ -107,7 +94,16 @@ def _check_optimizer(
     averages: bool,
     rolls_back: bool,
 ) -> None:
-    """Raises InputError for optimizers that do not work in a step, or not with other options."""
+    """Raises InputError for optimizers that do not work in a step, or not with other options.
+
+    Args:
+        optimizer: Of every step.
+        strategy: Whose outer optimizer is checked, too.
+        params: Of which only shapes and dtypes are read.
+        replicas: The number of replicas.
+        averages: Whether a moving average of the parameters is kept.
+        rolls_back: Whether a run that is not finite continues with smaller updates.
+    """
 
     def on_replicas(option: str, optimizer: optax.GradientTransformation) -> PyTree:
         trace = jax.vmap(
@@ -131,7 +127,8 @@ def _check_optimizer(
         raise InputError("on_nonfinite", f"{rule}; use skip, or a lower learning rate.")
 
 
-def _takes_mask(model: Model) -> bool:
+def takes_mask(model: Model) -> bool:
+    """Returns whether a model takes the mask of real examples, its fifth argument."""
     try:
         signature(model.apply).bind(*range(5))
     except TypeError:

@@ -40,16 +40,24 @@ class Meter:
     """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
 
     def __init__(self, steps_per_epoch: int, task: Task, save_every: int | None, skips: bool, position: Position):
-        self._steps_per_epoch, self._task, self._skips = steps_per_epoch, task, skips
+        self._steps_per_epoch = steps_per_epoch
+        self._task = task
+        self._skips = skips
         self.position = position
         """How far the run is; steps gone through count when they are dispatched, all else when rows are made."""
 
-        self._save_every, self._saved, self._saved_at = save_every, position.gone_through, time.perf_counter()
-        self._last, self._rows_a_dispatch = 0.0, 1
+        self._save_every = save_every
+        self._saved = position.gone_through
+        self._saved_at = self._last = time.perf_counter()
+        self._rows_a_dispatch = 1
+        self.start(Span(position.gone_through, position.gone_through, round_steps=1), sent=0)
 
     def start(self, span: Span, sent: float) -> None:
         """Begins a span, in whose rounds each device sends so many bytes."""
-        self._span, self._sent_a_round, self._dispatches, self._last = span, sent, 0, time.perf_counter()
+        self._span = span
+        self._sent_a_round = sent
+        self._dispatches = 0
+        self._last = time.perf_counter()
 
     def pace(self) -> int:
         """Returns how many rounds the next dispatch should have, lest a checkpoint is late."""

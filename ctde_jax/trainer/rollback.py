@@ -4,22 +4,22 @@ All updates are multiplied by a factor in the optimizer state, which each rollba
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ctde_jax.aggregate import as_transformation
-from ctde_jax.checkpoint import CHECKPOINTS, claimed, named, newest_intact, write, writing_to
+from ctde_jax.checkpoint import CHECKPOINTS, claimed, newest_intact, write, writing_to
 from ctde_jax.devices import PyTree, hosts
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.trainer.log import console
 from ctde_jax.trainer.trained import Trained
-
-P = ParamSpec("P")
+from ctde_jax.trainer.training import Saving, Training
 
 ROLLBACKS = 3
 """How often a run is rolled back at most."""
@@ -28,24 +28,32 @@ SCALED = "opt_state/1/0/"
 """What the names of the state of a scaled optimizer begin with in a checkpoint."""
 
 
-def rolling_back(fit: Callable[P, Trained]) -> Callable[P, Trained]:
-    """Fits again, with smaller updates, where the loss became NaN or infinite and `on_nonfinite` is rollback."""
+def rolling_back(run: Callable[..., Trained]) -> Callable[..., Trained]:
+    """Runs a training again, with smaller updates, if its loss became NaN or infinite and it is to be rolled back.
 
-    @wraps(fit)
-    def fit_until_finite(*arguments: P.args, **options: P.kwargs) -> Trained:
+    Args:
+        run: Takes a `Training`, a `Saving` and keyword arguments, of which `show` is read.
+    """
+
+    @wraps(run)
+    def run_until_finite(training: Training, saving: Saving = Saving(), **rest: Any) -> Trained:
+        if training.on_nonfinite != "rollback":
+            return run(training, saving, **rest)
+        saving.check(training)
+        training = replace(training, optimizer=shrunk(training.optimizer))
+        say = console(quiet=not rest.get("show", True)).print
         while True:
             try:
-                return fit(*arguments, **options)
+                trained = run(training, saving, **rest)
             except NonFiniteLoss as error:
-                if options.get("on_nonfinite") != "rollback":
+                assert saving.folder is not None
+                if not hosts.of_the_first(partial(_halve_updates, saving.folder, error, say)):
                     raise
-                folder = named("run_dir", str(options["run_dir"]))
-                say = console(quiet=not options.get("show", True)).print
-                if not hosts.of_the_first(partial(_halve_updates, folder, error, say)):
-                    raise
-                options.update(resume=True, branch_from=None)
+                saving = replace(saving, resume=True, branch_from=None)
+            else:
+                return replace(trained, opt_state=unscaled_state(trained.opt_state))
 
-    return fit_until_finite
+    return run_until_finite
 
 
 class ShrunkState(NamedTuple):

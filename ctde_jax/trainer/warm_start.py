@@ -16,12 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ctde_jax.bundle import CARD, WEIGHTS, open_bundle, parse
-from ctde_jax.checkpoint import CHECKPOINTS, MANIFEST, Damaged, Tensors, newest, read
+from ctde_jax.checkpoint import BEST, CHECKPOINTS, MANIFEST, OTHER_POINT, Damaged, Tensors, newest, read
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, did_you_mean, quoted
 from ctde_jax.models import is_random, is_trained, split_variables
 from ctde_jax.rounds import state
-from ctde_jax.trainer.run import BEST, OTHER_POINT
 from ctde_jax.trainer.trained import Trained
 
 Source: TypeAlias = Trained | Path | str | nnx.Module | nnx.State | Mapping[str, Any]

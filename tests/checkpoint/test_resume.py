@@ -18,9 +18,9 @@ from runs import Dropping, Killed, killed_after, rows
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, data, devices, models
-from ctde_jax.rounds.schedule import Phase
 from ctde_jax.trainer import meter
 from ctde_jax.trainer.log import Log
+from ctde_jax.trainer.run import Run
 
 MODEL = models.mlp([64, 8, 10])
 RUNS: dict[str, dict] = {
@@ -346,14 +346,14 @@ def test_ctrl_c_before_the_first_step_returns_what_there_is(small, tmp_path, mon
     whole = fit(small, tmp_path / "whole")
     if rows_before:
         killed_after(monkeypatch, rows_before, partial(fit, small, tmp_path / "run"))
-    make_center = Phase.make_center
+    advance = Run.advance
 
-    def interrupt(phase, devices):
+    def interrupt(run, program):
         signal.raise_signal(signal.SIGINT)
-        return make_center(phase, devices)
+        advance(run, program)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Phase, "make_center", interrupt)
+        patch.setattr(Run, "advance", interrupt)
         trained = fit(small, tmp_path / "run")
     assert trained.interrupted
     assert trained.tested["step"] == trained.step < 40

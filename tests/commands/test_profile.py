@@ -11,10 +11,10 @@ from rich.console import Console
 
 from ctde_jax import Strategy, data, models, profile
 from ctde_jax.aggregate import gossip
-from ctde_jax.cost import stopwatch
-from ctde_jax.cost.stopwatch import Profile, Spread, Training, measure, spread
 from ctde_jax.errors import InputError
 from ctde_jax.models.tasks import classification
+from ctde_jax.trainer import Training, stopwatch
+from ctde_jax.trainer.stopwatch import Profile, Spread, measure, spread
 
 
 def exactly(seconds: float) -> Spread:
@@ -125,9 +125,14 @@ def test_spread_has_quartiles_and_no_negative_time():
 
 def test_every_part_is_measured_where_devices_keep_data_and_cannot_be_alone(digits: data.Dataset):
     """Gossip needs a neighbor, so one device is left out; so is half of a batch of two examples."""
+
+    def partition(replicas: int) -> list[np.ndarray]:
+        return data.partition.iid(digits.train.labels, replicas, 0)
+
     training = Training(
         model=models.mlp([64, 10]),
         data=digits,
+        devices=ALL_DEVICES[:2],
         optimizer=optax.adam(0.001),
         strategy=Strategy(2, gossip("ring"), diverges=True, synchronous_steps=2),
         task=classification,
@@ -135,11 +140,11 @@ def test_every_part_is_measured_where_devices_keep_data_and_cannot_be_alone(digi
         steps=8,
         eval_every=4,
         log_every=4,
-        partition=lambda replicas: data.partition.iid(digits.train.labels, replicas, 0),
+        partition=partition(2),
         ema_decay=0.9,
     )
 
-    measured = measure(training, ALL_DEVICES[:2], seconds=0, say=lambda text: None)
+    measured = measure(training, partition, seconds=0, say=lambda text: None)
 
     assert tuple(measured.parts) == stopwatch.PARTS
     for one in [*measured.parts.values(), measured.evaluation, measured.step]:
@@ -157,6 +162,7 @@ def test_data_on_disk_are_refused_in_a_sentence(digits: data.Dataset, tmp_path):
     training = Training(
         model=models.mlp([64, 10]),
         data=data.from_arrays(pictures, digits.train.labels, *digits.test),
+        devices=ALL_DEVICES[:2],
         optimizer=optax.adam(0.001),
         strategy=Strategy(),
         task=classification,
@@ -164,11 +170,10 @@ def test_data_on_disk_are_refused_in_a_sentence(digits: data.Dataset, tmp_path):
         steps=8,
         eval_every=4,
         log_every=4,
-        partition=lambda replicas: None,
     )
 
     with pytest.raises(InputError, match="dataset must be in memory to be profiled, got arrays, which is not"):
-        measure(training, ALL_DEVICES[:2], seconds=0)
+        measure(training, lambda replicas: None, seconds=0)
 
 
 def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, monkeypatch, capsys):

@@ -397,7 +397,7 @@ def test_model_that_is_too_large_gets_a_sentence(tmp_path, monkeypatch, capsys, 
     def raise_it(*_, **__):
         raise error
 
-    monkeypatch.setattr(walk, "fit", raise_it)
+    monkeypatch.setattr(walk.trainer, "train", raise_it)
     assert train.main([*QUICK, "--run-dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: memory does not suffice (")

@@ -20,6 +20,7 @@ from ctde_jax.devices import replica
 from ctde_jax.devices.replica import AXIS
 from ctde_jax.errors import InputError
 from ctde_jax.models.tasks import classification
+from ctde_jax.rounds import Resident
 from ctde_jax.rounds.round import make_rounds
 
 REPLICAS = 4
@@ -370,7 +371,9 @@ PARAMS = 64 * 8 + 8 + 8 * 10 + 10
 def compiled(strategy: Strategy, digits, model: models.Model = MODEL) -> traffic.Traffic:
     batches = data.deal(digits.train, REPLICAS, 16, seed=0)
     model = models.with_raw_inputs(model, digits.shift, digits.scale)
-    program = targets.compile_rounds(model, digits, classification, optax.adam(0.01), strategy, batches, DEVICES)
+    program = targets.compile_rounds(
+        model, digits, classification, optax.adam(0.01), strategy, Resident(batches), DEVICES
+    )
     return traffic.measure(program.as_text(), strategy.inner_steps)
 
 

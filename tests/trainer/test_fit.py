@@ -18,7 +18,7 @@ from ctde_jax import data, devices, models
 from ctde_jax.data import batches
 from ctde_jax.errors import InputError
 from ctde_jax.models.tasks import is_correct
-from ctde_jax.rounds import feed, schedule
+from ctde_jax.rounds import schedule, sources
 
 MODEL = models.mlp([64, 16, 10])
 LOCAL = ctde.Strategy(inner_steps=4)
@@ -159,7 +159,7 @@ def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
 
     def run(eval_every: int, log_every: int, seconds: float, places: int = 2**20) -> ctde.Trained:
         monkeypatch.setattr(schedule, "_DISPATCH_SECONDS", seconds)
-        monkeypatch.setattr(feed, "_PLACES", places)
+        monkeypatch.setattr(sources, "_PLACES", places)
         cut = {"eval_every": eval_every, "log_every": log_every}
         arguments = {"devices": devices.start(4), "batch_size": 64, "steps": 36, "show": False, **cut}
         return ctde.fit(MODEL, digits, optax.adam(0.01), strategy, **arguments)

@@ -15,7 +15,7 @@ The contestants take turns in one process, so that whatever else the machine doe
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,23 +24,22 @@ import numpy as np
 import optax
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import Augment, Batches, Dataset, deal, index_blocks
+from ctde_jax.data import index_blocks
 from ctde_jax.devices import PyTree, count_cores, replica
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model, Task, with_raw_inputs
 from ctde_jax.rounds import (
+    Resident,
     Span,
     Sums,
     make_evaluate,
     make_gradient,
     make_look,
-    make_phases,
     make_reestimate,
     parallel_rounds,
     rows_a_dispatch,
     state,
-    steps_a_piece,
 )
+from ctde_jax.trainer.training import Training
 
 PARTS = ("input", "dispatch", "compute", "aggregation")
 """Of a step, in the order in which they happen."""
@@ -48,6 +47,9 @@ PARTS = ("input", "dispatch", "compute", "aggregation")
 _LEAST_TURNS, _MOST_TURNS = 5, 100
 _LOOP_SECONDS, _LEAST_LOOP, _MOST_LOOP = 0.1, 3, 50  # how long a loop is, and how many dispatches at least and at most
 _TRACED_DISPATCHES = 3
+
+_NOT_DRAWN = 2**20
+"""The orders from this one on are not in the cache, as no contestant takes so many."""
 
 
 class Spread(NamedTuple):
@@ -58,27 +60,8 @@ class Spread(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
-class Training:
-    """What is trained, with the names and meanings of the arguments of `fit`."""
-
-    model: Model
-    data: Dataset
-    optimizer: optax.GradientTransformation
-    strategy: Strategy
-    task: Task
-    batch_size: int
-    steps: int
-    eval_every: int
-    log_every: int
-    partition: Callable[[int], Sequence[np.ndarray] | None]
-    """From the number of devices to the examples that each of them keeps, or None."""
-
-    seed: int = 0
-    augment: Augment | None = None
-    accumulate: int = 1
-    ema_decay: float | None = None
-    reestimate_batches: int = 0
+Partition = Callable[[int], Sequence[np.ndarray] | None]
+"""From a number of devices to the examples that each of them keeps, or None."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +102,7 @@ class Profile:
 
 def measure(
     training: Training,
-    devices: Sequence[jax.Device],
+    partition: Partition,
     seconds: float,
     trace: Path | None = None,
     say: Callable[[str], None] = print,
@@ -129,11 +112,11 @@ def measure(
     It takes the memory of several trainings: one for each number of devices, and two to compare with.
 
     Args:
-        training: What is trained; where its strategy is synchronous at first, what comes then is measured.
-        devices: All that there are to train on.
-        seconds: The turns end after about so long, but not before there are enough for a median.
+        training: What is trained; if its strategy is synchronous at first, the phase after that is measured.
+        partition: That of the training, for fewer devices, too.
+        seconds: Seconds after which the turns end, but not before there are enough for a median.
         trace: A folder for a trace of a few dispatches, or None.
-        say: Is told what is being done.
+        say: Prints what is being done.
 
     Raises:
         InputError: The training data are not in memory.
@@ -142,37 +125,41 @@ def measure(
         raise InputError(
             "dataset", f"must be in memory to be profiled, got {training.data.name}, which is not; profile part of it."
         )
-    piece_steps = steps_a_piece(_deal(training, len(devices), training.batch_size))
-    phase = make_phases(training.strategy, training.steps, training.eval_every, training.log_every, piece_steps)[-1]
+    devices = training.devices
+    phase = training.phases(training.log_every)[-1]
     strategy, span = phase.strategy, phase.spans[0]
     before = time.perf_counter()
-    model = with_raw_inputs(training.model, training.data.shift, training.data.scale)
     first = training.data.train.inputs[: training.batch_size]
-    center = jax.jit(model.init)(jax.random.split(jax.random.key(training.seed))[0], first)
+    center = jax.jit(training.raw_model.init)(jax.random.split(jax.random.key(training.seed))[0], first)
     jax.block_until_ready(center)
     started = time.perf_counter() - before
 
     say(f"compiling for {len(devices)} devices")
-    own = _Contestant(training, model, center, strategy, span, devices, training.batch_size)
+    own = _Contestant(training, center, strategy, span)
     own.dispatch()  # which starts the threads
     rows = rows_a_dispatch(own.dispatch().ready * span.row_rounds * span.round_steps)
     own.rounds = min(rows * span.row_rounds, span.piece_rounds)
     steps = own.rounds * span.round_steps
+
+    # Beside it: the same steps without communication, and steps of half the batch.
     lonely = Strategy(steps, optax.identity(), inner=strategy.inner)
-    alone = _Contestant(training, model, center, lonely, Span(0, steps, steps), devices, training.batch_size, own)
+    alone = _Contestant(training, center, lonely, Span(0, steps, steps), own)
     half = None
     if training.batch_size % (2 * len(devices) * training.accumulate) == 0:
-        half = _Contestant(training, model, center, strategy, span, devices, training.batch_size // 2, own)
+        half = _Contestant(replace(training, batch_size=training.batch_size // 2), center, strategy, span, own)
     before = time.perf_counter()
-    evaluate = _make_evaluation(training, model, center, own)
+    evaluate = _make_evaluation(training, center, own)
     compiled_evaluation = time.perf_counter() - before
+
+    # The same training on fewer devices.
     scaling = {len(devices): own}
     for count in _fewer(len(devices)):
         say(f"compiling for {count} of {len(devices)} devices")
         try:
-            scaling[count] = _Contestant(training, model, center, strategy, span, devices[:count], training.batch_size)
+            fewer = replace(training, devices=devices[:count], partition=partition(count))
         except InputError:
             continue  # a strategy, a batch or a partition that does not go with so few devices
+        scaling[count] = _Contestant(fewer, center, strategy, span)
 
     say("warming up")
     for contestant in (*([half] if half else []), *scaling.values()):
@@ -210,7 +197,7 @@ def measure(
         replicas=len(devices),
         cores=count_cores() if devices[0].platform == "cpu" else None,
         batch_size=training.batch_size,
-        steps=training.steps,
+        steps=training.total_steps,
         steps_per_dispatch=steps,
         steps_per_evaluation=span.stop - span.start,
         once={"start of the model": started, **own.once, "compile evaluation": compiled_evaluation},
@@ -244,27 +231,29 @@ class _Contestant:
     def __init__(
         self,
         training: Training,
-        model: Model,
         center: tuple[PyTree, PyTree],
         strategy: Strategy,
         span: Span,
-        devices: Sequence[jax.Device],
-        batch_size: int,
         beside: "_Contestant | None" = None,
     ):
-        self.devices, self._span, self.rounds = devices, span, span.row_rounds
-        state.check(center[0], strategy, len(devices))
-        self.batches, self._fresh = (_deal(training, len(devices), batch_size) for _ in range(2))
+        devices = training.devices
+        self.devices = devices
+        self.rounds = span.row_rounds
+        self._span = span
+        assert isinstance(training.source, Resident), "checked by measure"
+        self.source = training.source
+        self.batches = training.source.batches
         self._inputs = self._draw()
 
         before = time.perf_counter()
-        self._state = state.place(*center, training.optimizer, strategy, devices, training.ema_decay is not None)
-        place = replica.replicate if self.batches.axis is None else replica.shard
-        self.examples = place(self.batches.split, devices) if beside is None else beside.examples
+        averages = training.ema_decay is not None
+        params, model_state = center
+        self._state = state.place(params, model_state, training.optimizer, strategy, devices, averages)
+        self.examples = self.source.hold(devices) if beside is None else beside.examples
         self.key = replica.replicate(jax.random.split(jax.random.key(training.seed))[1], devices)
         jax.block_until_ready((self._state, self.examples))
         placed = time.perf_counter()
-        gradient = make_gradient(model, training.task, training.augment, training.accumulate)
+        gradient = make_gradient(training.raw_model, training.task, training.augment, training.accumulate)
         rounds = parallel_rounds(gradient, training.optimizer, strategy, devices, self.batches.axis, training.ema_decay)
         arguments = (self._state, self.examples, *next(self._inputs), self.key)
         ready = time.perf_counter()
@@ -272,7 +261,8 @@ class _Contestant:
         traced = time.perf_counter()
         lowered = rounds.lower(*arguments)
         is_lowered = time.perf_counter()
-        self._run, self._look = replica.compiled(lowered, devices), make_look(devices, strategy)
+        self._run = replica.compiled(lowered, devices)
+        self._look = make_look(devices, strategy)
         self.once = {
             "state and data on the devices": placed - before,
             "trace": traced - ready,
@@ -305,13 +295,15 @@ class _Contestant:
 
         Where the order is drawn for more steps than these, each of those bears its share of it.
         """
-        drawn_steps, steps = self._fresh.steps_per_draw, self._span.piece_rounds * self._span.round_steps
+        drawn_steps = self.batches.steps_per_draw
+        steps = self._span.piece_rounds * self._span.round_steps
+        number = _NOT_DRAWN + turn
         before = time.perf_counter()
         if drawn_steps > steps:
-            self._fresh.draw(turn)
+            self.batches.draw(number)
         drawn = time.perf_counter()
-        start = turn * max(drawn_steps, steps)
-        cut = index_blocks(self._fresh, self._span.round_steps, self._span.piece_rounds, start, start + steps)
+        start = number * max(drawn_steps, steps)
+        cut = index_blocks(self.batches, self._span.round_steps, self._span.piece_rounds, start, start + steps)
         jax.block_until_ready(replica.shard(next(cut)[0], self.devices))
         return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / steps
 
@@ -335,21 +327,13 @@ class _Contestant:
         return sums
 
 
-def _deal(training: Training, replicas: int, batch_size: int) -> Batches:
-    partition = training.partition(replicas)
-    inner_steps = max(1, training.strategy.inner_steps)
-    return deal(training.data.train, replicas, batch_size, training.seed, partition, inner_steps)
-
-
-def _make_evaluation(
-    training: Training, model: Model, center: tuple[PyTree, PyTree], contestant: _Contestant
-) -> Callable[[], float]:
-    """Makes the function that evaluates as training does, and returns how many seconds that took."""
+def _make_evaluation(training: Training, center: tuple[PyTree, PyTree], contestant: _Contestant) -> Callable[[], float]:
+    """Makes the function that evaluates as training does, and returns the seconds that it took."""
     devices, batches = contestant.devices, contestant.batches
     center = replica.replicate(center, devices)
     splits = [split for split in (training.data.validation, training.data.test) if split is not None]
-    averages = [make_evaluate(model, training.task, split, devices, *center) for split in splits]
-    reestimate = make_reestimate(model, devices, batches.axis)
+    averages = [make_evaluate(training.raw_model, training.task, split, devices, *center) for split in splits]
+    reestimate = make_reestimate(training.raw_model, devices, batches.axis)
     again = batches.steps(0, max(1, training.reestimate_batches)).swapaxes(0, 1)
     indices = replica.shard(np.ascontiguousarray(again), devices)
 

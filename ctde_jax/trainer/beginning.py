@@ -1,0 +1,95 @@
+"""What a run begins with, on its devices: the data, and a state that is initialized, given, resumed or branched."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from ctde_jax.aggregate import Strategy, with_hyperparams_of
+from ctde_jax.checkpoint import BEST, INPUTS, Checkpoint
+from ctde_jax.devices import PyTree, hosts, memory, replica
+from ctde_jax.rounds import Feed, Phase, state
+from ctde_jax.trainer.best import Best
+from ctde_jax.trainer.checks import check_examples_apart
+from ctde_jax.trainer.claim import Found
+from ctde_jax.trainer.training import Training
+from ctde_jax.trainer.warm_start import start_from
+
+
+class Beginning(NamedTuple):
+    """The first state of a run, and what it needs to go on from there."""
+
+    train_state: state.TrainState  # on the devices
+    center: tuple[PyTree, PyTree]
+    """Initialized parameters and model state on the host, of the shapes and dtypes of the central ones."""
+
+    best: Best
+    feed: Feed
+    key: jax.Array  # key[], replicated
+
+
+def begin(training: Training, phases: Sequence[Phase], found: Found, say: Callable[[Any], None]) -> Beginning:
+    """Makes the first state of a run on its devices.
+
+    Args:
+        training: What determines the numbers.
+        phases: Those that are not finished; the state is that of the first.
+        found: The checkpoint from which the run continues, if there is one.
+        say: Prints a line or a table.
+
+    Raises:
+        InputError: The state exceeds the memory, the model mixes examples in inference, or the checkpoint or the given
+            parameters are those of another model.
+    """
+    devices, strategy = training.devices, phases[0].strategy
+    keeps_average = training.ema_decay is not None
+    init_key, train_key = jax.random.split(jax.random.key(training.seed))
+
+    # On shapes alone, sizes that cannot fit are refused before anything is allocated.
+    first = training.source.inputs(0)
+    traced = jax.jit(training.raw_model.init).trace(init_key, first)
+    shapes_of_params, shapes_of_state = traced.out_info
+    like = state.like_created(
+        shapes_of_params, shapes_of_state, training.optimizer, strategy, len(devices), keeps_average
+    )
+    memory.check_training(like, shapes_of_params, devices)
+
+    # Initialize on one device. A checkpoint needs that as well, for its shapes and dtypes.
+    init = replica.compiled(traced.lower(), jax.local_devices()[:1], training.strategy.is_exact)
+    params, model_state = init(init_key, first)
+    if found.checkpoint is None:
+        if training.given is not None:
+            params, model_state, table = start_from(training.given, params, model_state, training.patterns)
+            say(table)
+        elif training.model.unscaled is not None:
+            say("start      random parameters; init_from=trained starts from those of a Trained")
+        check_examples_apart(training.raw_model, params, model_state, training.data)
+    params, model_state = hosts.arrays_of_the_first((params, model_state))
+
+    # Put the state on the devices, and replace it by that of the checkpoint.
+    train_state = state.place(params, model_state, training.optimizer, strategy, devices, keeps_average)
+    best = Best(training.patience)
+    if found.checkpoint is not None:
+        train_state = _restored(found.checkpoint, found.is_branch, train_state, strategy, devices)
+        if not found.is_branch:
+            best.restore(found.checkpoint, (params, model_state))
+    feed = training.source.feed(devices)
+    return Beginning(train_state, (params, model_state), best, feed, replica.replicate(train_key, devices))
+
+
+def _restored(
+    checkpoint: Checkpoint,
+    is_branch: bool,
+    fresh: state.TrainState,
+    strategy: Strategy,
+    devices: Sequence[jax.Device],
+) -> state.TrainState:
+    """Returns the state of a checkpoint; a branch has the hyperparameters of its own optimizer."""
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith((BEST, INPUTS))}
+    option = "branch_from" if is_branch else "run_dir"
+    replicas = checkpoint.facts["replicas"]
+    restored = state.from_tensors(tensors, fresh, strategy, replicas, devices, option)
+    if not is_branch:
+        return restored
+    opt_state = with_hyperparams_of(fresh.opt_state, restored.opt_state)
+    return restored._replace(opt_state=opt_state)

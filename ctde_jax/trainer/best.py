@@ -1,0 +1,71 @@
+"""Early stopping: the parameters of the lowest validation loss, and when to stop."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ctde_jax.checkpoint import BEST, Checkpoint, Tensors
+from ctde_jax.devices import PyTree
+from ctde_jax.rounds import state
+from ctde_jax.trainer.log import Row
+
+
+class Best:
+    """Keeps the parameters of the lowest validation loss, if there is a patience.
+
+    Args:
+        patience: Evaluations without improvement after which the run stops; None never stops.
+    """
+
+    def __init__(self, patience: int | None):
+        self._patience = patience
+        self._loss = np.inf
+        self._in_vain = 0
+        self.center: tuple[PyTree, PyTree] | None = None
+        self.step = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the loss has not improved for `patience` evaluations."""
+        return self._patience is not None and self._in_vain >= self._patience
+
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """What the manifest of a checkpoint holds of it."""
+        if self.center is None:
+            return None
+        return {"loss": self._loss, "step": self.step, "in_vain": self._in_vain}
+
+    @property
+    def tensors(self) -> Tensors:
+        """The parameters and model state, by name, as a checkpoint holds them."""
+        return {} if self.center is None else state.to_tensors({BEST: self.center})
+
+    def restore(self, found: Checkpoint, like: tuple[PyTree, PyTree]) -> None:
+        """Continues from a checkpoint of this run.
+
+        Args:
+            found: The checkpoint.
+            like: Parameters and model state, of which shapes and dtypes are read.
+        """
+        tensors = {name: tensor for name, tensor in found.tensors.items() if name.startswith(BEST)}
+        if not tensors:
+            return
+        facts = found.facts["best"]
+        self._loss = facts["loss"]
+        self.step = facts["step"]
+        self._in_vain = facts["in_vain"]
+        _, self.center = state.center_from_tensors(tensors, {BEST: like}).popitem()
+
+    def update(self, validated: Row, params: PyTree, model_state: PyTree) -> None:
+        """Compares an evaluation with the best one, and copies its parameters if it is better."""
+        if self._patience is None:
+            return
+        if validated["loss"] < self._loss:
+            self._loss = validated["loss"]
+            self.step = validated["step"]
+            self._in_vain = 0
+            self.center = jax.device_get((params, model_state))
+        else:
+            self._in_vain += 1

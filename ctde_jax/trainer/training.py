@@ -1,0 +1,322 @@
+"""What a run is: `Training` determines its numbers, `Saving` its files. Each checks itself when it is made."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+from ctde_jax.aggregate import Strategy
+from ctde_jax.checkpoint import Identity, Options, check_outside, named, parts_of, plain
+from ctde_jax.data import Augment, Dataset, count_steps
+from ctde_jax.errors import (
+    InputError,
+    check_at_least,
+    check_at_most,
+    check_known,
+    check_seed,
+    check_whole,
+)
+from ctde_jax.models import Model, Task, unscaled, with_raw_inputs
+from ctde_jax.rounds import OnDisk, Phase, Resident, Streamed, make_phases, make_source
+from ctde_jax.trainer import checks
+from ctde_jax.trainer.warm_start import Given, Source, read_source
+
+_MOST_REESTIMATED = 2**16
+"""The indices of all batches over which statistics are estimated are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that determines the numbers of a run.
+
+    Args:
+        model: Of inputs as the network sees them, such as `models.mlp(...)`.
+        data: Training and test examples.
+        optimizer: Any optax transformation.
+        strategy: How the devices agree.
+        task: The loss to minimize and the metrics to report.
+        devices: One replica runs on each.
+        batch_size: The global batch size, over all devices together.
+        epochs: Passes over the training examples; exactly one of this and `steps` is given.
+        steps: Optimizer steps.
+        partition: For each device, the indices of the examples that never leave it. With more parts than devices, the
+            parts are clients, and each round draws as many of them as there are devices. By default, all examples are
+            dealt to the devices again in every epoch.
+        seed: Random seed for initialization, data order, augmentation and dropout.
+        init_from: Initial parameters: a `Trained`, the path of a run, checkpoint, bundle or safetensors file, or a
+            tree of parameters; see `warm_start.Source`. By default, the model's random initialization. Every host
+            must be able to read it. A run that continues must be given the same parameters again, so name a
+            checkpoint of a run that is training.
+        init_only: Patterns of the parameters to take from `init_from`, such as `["encoder/*"]`; the others are
+            initialized as usual. By default, all parameters must match.
+        augment: Changes every training example before the model sees it; see `data.augment`.
+        accumulate: Number of microbatches for gradient accumulation on each device.
+        ema_decay: Decay of an exponential moving average of the parameters, updated at every aggregation; the average
+            is then evaluated and returned. It starts at the initial parameters, so it needs several times
+            `1 / (1 - ema_decay)` aggregations to forget them. Batch statistics are those of the parameters
+            themselves, unless `reestimate_batches` is positive.
+        reestimate_batches: Number of training batches from which batch statistics are estimated again before every
+            evaluation; 0 uses the running averages.
+        patience: Early stopping: stop after this many evaluations without improvement of the validation loss, and
+            return the parameters of the lowest. Requires data with a validation split.
+        on_nonfinite: What happens if the loss or the parameters become NaN or infinite: `stop`; `skip` the round on
+            all devices, unless ten in a row are skipped; or `rollback` to the newest checkpoint and continue with
+            updates half as large, at most three times.
+        eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
+        log_every: Steps of a row of the history, or a round if that is longer. One dispatch computes as many rows as
+            take a tenth of a second, at least one.
+
+    Raises:
+        InputError: An argument breaks a rule. Nothing has been computed then, apart from shapes and dtypes.
+    """
+
+    model: Model
+    data: Dataset
+    optimizer: optax.GradientTransformation
+    strategy: Strategy
+    task: Task
+    devices: Sequence[jax.Device]
+    batch_size: int = 64
+    epochs: int | None = None
+    steps: int | None = None
+    partition: Sequence[np.ndarray] | None = None
+    seed: int = 0
+    init_from: Source | None = None
+    init_only: Sequence[str] | str | None = None
+    augment: Augment | None = None
+    accumulate: int = 1
+    ema_decay: float | None = None
+    reestimate_batches: int = 0
+    patience: int | None = None
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    eval_every: int | None = None
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_combinations()
+        model, center, replicas = self.raw_model, self.shapes, len(self.devices)
+        checks.check_network(
+            model,
+            center,
+            self.data,
+            self.task,
+            takes_mask=checks.takes_mask(self.model),
+            reestimates=self.reestimate_batches > 0,
+        )
+        checks.check_strategy(model, center, self.data, self.strategy, replicas)
+        checks.check_optimizer(
+            self.optimizer,
+            self.strategy,
+            center[0],
+            replicas,
+            averages=self.ema_decay is not None,
+            rolls_back=self.on_nonfinite == "rollback",
+        )
+        if self.augment is not None:
+            checks.check_augment(self.augment, self.data)
+        # Read the given parameters last: every other mistake is reported without waiting for a file.
+        _ = self.given
+
+    @cached_property
+    def raw_model(self) -> Model:
+        """The model on inputs as the data set stores them."""
+        return with_raw_inputs(unscaled(self.model), self.data.shift, self.data.scale)
+
+    @cached_property
+    def shapes(self) -> tuple[Any, Any]:
+        """Shapes and dtypes of parameters and model state."""
+        key = jax.eval_shape(jax.random.key, 0)
+        return jax.eval_shape(self.raw_model.init, key, self.data.train.inputs[:1])
+
+    @cached_property
+    def source(self) -> Resident | OnDisk | Streamed:
+        """Where the replicas get their examples from, and in which order."""
+        return make_source(
+            self.data,
+            len(self.devices),
+            self.batch_size,
+            self.seed,
+            self.partition,
+            max(1, self.strategy.inner_steps),
+        )
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return count_steps(self.source.steps_per_epoch, self.epochs, self.steps)
+
+    @property
+    def interval(self) -> int:
+        """Steps between two evaluations."""
+        return self.source.steps_per_epoch if self.eval_every is None else self.eval_every
+
+    @cached_property
+    def given(self) -> Given | None:
+        """The parameters of `init_from`."""
+        return None if self.init_from is None else read_source(self.init_from)
+
+    @property
+    def patterns(self) -> tuple[str, ...] | None:
+        """The patterns of `init_only`."""
+        if isinstance(self.init_only, str):
+            return (self.init_only,)
+        return None if self.init_only is None else tuple(self.init_only)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Digests of the data and the program."""
+        trace = partial(
+            parts_of,
+            unscaled(self.model),
+            self.data,
+            self.task,
+            self.optimizer,
+            self.strategy,
+            self.augment,
+        )
+        return Identity(self.data, self.partition, trace, len(self.devices))
+
+    def phases(self, row_steps: int) -> list[Phase]:
+        """Returns the phases of the whole run, with rows of this many steps, or a round if that is longer."""
+        return make_phases(self.strategy, self.total_steps, self.interval, row_steps, self.source.piece_steps)
+
+    def deciding(self, saving: "Saving") -> Options:
+        """Returns what determines the numbers of the run, by name, in types of JSON."""
+        is_shared = self.partition is not None and len(self.partition) > len(self.devices)
+        parts = "clients" if is_shared else "on their devices"
+        rolls_back = self.on_nonfinite == "rollback"
+        values = {
+            **saving.options,
+            "data": f"{self.data.name}, {len(self.data.test.inputs):,} test examples",
+            "training examples": None if self.data.stream else len(self.data.train.inputs),
+            "partition": None if self.partition is None else f"{len(self.partition)} parts, {parts}",
+            "steps": self.total_steps,
+            "sync_every": self.strategy.inner_steps,
+            "synchronous_steps": self.strategy.synchronous_steps,
+            "exact": self.strategy.is_exact,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "init_from": None if self.given is None else self.given.digest,
+            "init_only": self.patterns,
+            "accumulate": self.accumulate,
+            "ema_decay": self.ema_decay,
+            "reestimate_batches": self.reestimate_batches,
+            "patience": self.patience,
+            "on_nonfinite": self.on_nonfinite,
+            "eval_every": self.interval,
+            # A rollback continues from the newest checkpoint, so their times matter.
+            "save_every": saving.save_every if rolls_back else None,
+            "keep_best": saving.keep_best if rolls_back else None,
+        }
+        flag = saving.options.flag if isinstance(saving.options, Options) else None
+        return Options(plain(values), flag)
+
+    def _check_values(self) -> None:
+        """Checks each value alone."""
+        checks.check_types(data=self.data, optimizer=self.optimizer, strategy=self.strategy, task=self.task)
+        check_whole(batch_size=self.batch_size, epochs=self.epochs, steps=self.steps, seed=self.seed)
+        check_whole(accumulate=self.accumulate, eval_every=self.eval_every, log_every=self.log_every)
+        check_whole(patience=self.patience, reestimate_batches=self.reestimate_batches)
+        check_seed(self.seed)
+        check_at_least(1, accumulate=self.accumulate, patience=self.patience)
+        check_at_least(1, eval_every=self.eval_every, log_every=self.log_every)
+        check_at_least(0, reestimate_batches=self.reestimate_batches)
+        check_at_most(_MOST_REESTIMATED, reestimate_batches=self.reestimate_batches)
+        check_known("on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise InputError("ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}.")
+
+    def _check_combinations(self) -> None:
+        """Checks the rules between values."""
+        replicas = len(self.devices)
+        if self.patience is not None and self.data.validation is None:
+            rule = "needs data with a validation split (hold_out, or --validation-share)"
+            raise InputError("patience", f"{rule}.")
+        if self.init_only is not None and self.init_from is None:
+            raise InputError("init_only", "requires init_from.")
+        if self.strategy.is_exact and self.partition is not None:
+            raise InputError(
+                "partition",
+                "must be reshuffled where bits are exact: else devices decide what a batch holds.",
+            )
+        # The data order checks the batch size and the partition, the total the number of epochs or steps.
+        _ = self.source, self.total_steps
+        if self.batch_size % (replicas * self.accumulate):
+            rule = f"must cut the {self.batch_size // replicas} examples that each device has of a batch"
+            raise InputError("accumulate", f"{rule} into equal groups, got {self.accumulate}.")
+        if self.strategy.is_exact:
+            checks.check_exact(replicas, self.batch_size, self.accumulate)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Everything about the files of a run.
+
+    Args:
+        run_dir: Folder for `metrics.jsonl`, `curves.png` and checkpoints; it is created if necessary. None writes no
+            files.
+        resume: Whether to continue the run in the folder. Its data, program (model, loss, metrics, optimizer,
+            augmentation, strategy) and options must be those of the training; a run that is complete is read, and
+            nothing is trained. If False, an earlier run moves into the subfolder `previous-1`, or the next number.
+        branch_from: Checkpoint of another run, from which a new run continues with other arguments.
+        save_every: Most steps between two checkpoints, or a round if that is longer; by default about a minute's. The
+            last step is always saved.
+        keep_checkpoints: Number of newest checkpoints to keep.
+        keep_best: `loss`, or the name of a metric: the checkpoint that is best by it on the validation split, or else
+            on the test split, is kept, too. A new best is saved at once.
+        options: Further values that determine the numbers of the run, by name; a run is continued only if they are
+            the same.
+        prepare: Called on host 0 with the folder of a run that starts, before its first checkpoint, to write files.
+
+    Raises:
+        InputError: An argument breaks a rule.
+    """
+
+    run_dir: Path | str | None = None
+    resume: bool = True
+    branch_from: Path | str | None = None
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    keep_best: str | None = None
+    options: Mapping[str, Any] = field(default_factory=Options)
+    prepare: Callable[[Path], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_whole(save_every=self.save_every, keep_checkpoints=self.keep_checkpoints)
+        check_at_least(1, save_every=self.save_every, keep_checkpoints=self.keep_checkpoints)
+        if self.run_dir is not None:
+            return
+        if self.branch_from is not None:
+            raise InputError("branch_from", "needs a run_dir, the folder of the new run.")
+        if self.keep_best is not None:
+            raise InputError("keep_best", "needs a run_dir, where checkpoints are kept.")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run."""
+        return None if self.run_dir is None else named("run_dir", self.run_dir)
+
+    @property
+    def trunk(self) -> Path | None:
+        """The checkpoint of another run from which this one branches off."""
+        return None if self.branch_from is None else named("branch_from", self.branch_from)
+
+    def check(self, training: Training) -> None:
+        """Raises InputError for values that do not go with the training."""
+        folder = self.folder
+        if self.keep_best is not None:
+            check_known("keep_best", self.keep_best, training.task.names)
+        if training.on_nonfinite == "rollback" and folder is None:
+            rule = "needs a run_dir for rollback, as it goes back to a checkpoint"
+            raise InputError("on_nonfinite", f"{rule}.")
+        if training.init_from is not None and self.branch_from is not None:
+            rule = "cannot be combined with branch_from, which starts from a whole training state"
+            raise InputError("init_from", f"{rule}.")
+        if isinstance(training.init_from, Path | str) and folder is not None:
+            check_outside(Path(training.init_from), folder)
