@@ -11,8 +11,10 @@ from tempfile import mkdtemp
 
 import jax
 import pytest
+from matplotlib.figure import Figure
 
 from ctde_jax import data, devices
+from ctde_jax.trainer import log
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER:
@@ -36,6 +38,13 @@ def forget_programs():
     """Thousands of small programs, all kept, would take gigabytes and Python's garbage collector minutes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def empty_curves(request, monkeypatch):
+    """Drawing the curves takes as long as a small training, so they are empty except in tests marked `curves`."""
+    if request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(log, "plot_curves", lambda rows: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.curves
 def test_default_command_reaches_97_percent_and_leaves_its_results(tmp_path):
     process = command(cwd=tmp_path)
     output, errors = process.communicate(timeout=300)
@@ -113,6 +114,7 @@ def test_run_works_where_jax_counts_in_64_bits(tmp_path, sync_every):
     assert (process.returncode, errors) == (0, "")
 
 
+@pytest.mark.curves
 def test_run_works_in_an_odd_shell(tmp_path):
     """Settings that a notebook, a job script or a serial terminal leaves behind, all at once."""
     shell = "export MPLBACKEND=garbage PYTHONIOENCODING=ascii COLUMNS=1 TERM=dumb NPROC=many HOME=/proc/none LC_ALL=C"

@@ -1,7 +1,7 @@
 """Modules as users write them train as in a plain flax loop on one device, or are refused in a sentence."""
 
 import re
-from functools import partial
+from functools import cache, partial
 from zlib import crc32
 
 import jax
@@ -186,6 +186,13 @@ def plain_linen(case: Case, init_key):
     return run
 
 
+@cache
+def alone(name: str) -> ctde.Trained:
+    """What one device trains."""
+    return fit(MODULES[name], 1)
+
+
+@cache
 def plain_losses(name: str) -> list[float]:
     """Trains in a loop of flax and optax alone, with the keys that the documentation of `gradient` states."""
     case = MODULES[name]
@@ -213,13 +220,13 @@ def test_losses_are_those_of_a_plain_loop(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_losses_are_those_of_a_plain_loop_on_one_device(name):
-    np.testing.assert_allclose(train_losses(fit(MODULES[name], 1)), plain_losses(name), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(train_losses(alone(name)), plain_losses(name), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", some(MODULES, "array attributes", "linen noise stream"))
 def test_run_goes_on_from_its_checkpoint_and_its_export_answers_like_the_model(name, tmp_path):
     case = MODULES[name]
-    whole = fit(case, 1)
+    whole = alone(name)
     fit(case, 1, steps=STEPS // 2, run_dir=tmp_path / "run")
     resumed = fit(case, 1, branch_from=newest(tmp_path / "run"), run_dir=tmp_path / "rest")
 

@@ -343,6 +343,7 @@ def test_state_is_donated_and_bytes_stay_bytes(digits, monkeypatch):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.params, first.opt_state))), "it is used up"
 
 
+@pytest.mark.curves
 def test_non_finite_loss_stops_and_names_the_first_step(tmp_path, digits):
     """The loss is made infinite by a learning rate that becomes infinite at the fifth step."""
     optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
@@ -371,6 +372,7 @@ def test_last_step_that_spoils_the_parameters_is_noticed(digits):
         ctde.fit(MODEL, digits, optimizer, devices=devices.start(2), batch_size=64, steps=5, show=False)
 
 
+@pytest.mark.curves
 def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):
     """The signal comes while the run is under way; the folder then holds what the result holds."""
     metrics = tmp_path / "metrics.jsonl"

@@ -8,6 +8,8 @@ from rich.console import Console
 from ctde_jax.errors import InputError
 from ctde_jax.trainer import log
 
+pytestmark = pytest.mark.curves
+
 TRAIN = {"split": "train", "step": 5, "epoch": 0.5, "loss": 0.5, "accuracy": 0.8, "examples": 320}
 TRAIN["examples_per_second"] = 1234.5
 TEST = {"split": "test", "step": 10, "epoch": 1.0, "loss": 0.4, "accuracy": 0.9, "examples": 100}

@@ -1,5 +1,7 @@
 """Every network trains under every strategy, and alike on any number of devices."""
 
+from functools import partial
+
 import flax.linen
 import jax
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from flax import nnx
 
 import ctde_jax as ctde
-from ctde_jax import data, models
+from ctde_jax import data, models, rounds
 from ctde_jax.config.presets import PRESETS
+from ctde_jax.devices import AXIS
 
 TOKENS = np.tile(np.arange(8), 200)[: 80 * 17].reshape(80, 17)
 PICTURES, TEXT = "pictures", "text"
@@ -95,13 +98,50 @@ def test_losses_are_those_of_one_device(name, data_sets):
     assert alone[-1] < alone[0]
 
 
+def composed(strategy: str) -> ctde.Strategy:
+    sync_every = 0 if strategy == "ddp" else 4
+    return ctde.strategy(strategy, sync_every=sync_every, synchronous_steps=8 * (strategy == "post-local-sgd"))
+
+
+LEARNING = [(name, strategy) for i, name in enumerate(MODELS) for j, strategy in enumerate(PRESETS) if (i + j) % 4 == 0]
+"""Every model meets a quarter of the strategies, every strategy two or three models."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", PRESETS)
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_learns_under_every_strategy(name, strategy, data_sets):
-    composed = ctde.strategy(
-        strategy, sync_every=0 if strategy == "ddp" else 4, synchronous_steps=8 * (strategy == "post-local-sgd")
-    )
-    found = losses(name, data_sets, composed, devices=4, steps=40)
+@pytest.mark.parametrize(("name", "strategy"), LEARNING)
+def test_every_model_and_every_strategy_learn(name, strategy, data_sets):
+    found = losses(name, data_sets, composed(strategy), devices=4, steps=40)
     assert np.isfinite(found).all()
     assert np.mean(found[-2:]) < found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_goes_with_every_strategy(name, data_sets):
+    """A round keeps the shapes and types of the state, and reads the parameters of every kind of layer."""
+    model, kind = MODELS[name]
+    dataset, task = data_sets[kind], ctde.tasks.language_modeling if kind == TEXT else ctde.tasks.classification
+    for strategy in map(composed, PRESETS):
+        training = ctde.Training(
+            model, dataset, optax.adam(0.01), strategy, task, ctde.devices.start(4), batch_size=16, steps=40
+        )
+        create = jax.vmap(
+            partial(rounds.state.create, optimizer=training.optimizer, strategy=strategy),
+            in_axes=None,
+            out_axes=rounds.state.axes(strategy),
+            axis_name=AXIS,
+            axis_size=4,
+        )
+        before = jax.eval_shape(create, *training.shapes)
+        train_rounds = rounds.parallel_rounds(
+            rounds.make_gradient(training.raw_model, task), training.optimizer, strategy, training.devices, None
+        )
+        round_steps = max(1, strategy.inner_steps)
+        piece = training.source.shapes(rounds.Span(0, round_steps, round_steps))
+        key, number = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((), np.int32)
+        after, _ = jax.eval_shape(train_rounds, before, *piece, number, number, key)
+        assert jax.tree.map(shape_and_dtype, after) == jax.tree.map(shape_and_dtype, before)
+
+
+def shape_and_dtype(leaf) -> str:
+    return f"{leaf.dtype}{leaf.shape}"

@@ -14,6 +14,8 @@ import pytest
 import ctde_jax as ctde
 from ctde_jax.trainer import log, picture
 
+pytestmark = pytest.mark.curves
+
 ROWS = [{"split": "test", "step": step, "epoch": 1, "loss": 0.5, "accuracy": 1.0, "examples": 3} for step in (1, 2)]
 
 
