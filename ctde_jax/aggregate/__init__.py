@@ -1,10 +1,10 @@
 """Ways for replicas to agree: a strategy, and the reducers, exchanges, codecs and rules that it is made of."""
 
 from ctde_jax.aggregate import transformations
-from ctde_jax.aggregate.base import AVERAGE, IN_ORDER, UNCHANGED, Strategy
+from ctde_jax.aggregate.base import AVERAGE, UNCHANGED, Strategy
 from ctde_jax.aggregate.codec import Codec, error_feedback, exact
 from ctde_jax.aggregate.combine import Combine, average
-from ctde_jax.aggregate.exchange import TwoPhaseState, gathered, recut, two_phase
+from ctde_jax.aggregate.exchange import gathered, two_phase
 from ctde_jax.aggregate.gossip import gossip
 from ctde_jax.aggregate.isotropic import isotropic
 from ctde_jax.aggregate.mean import hierarchical_mean, mean
@@ -12,7 +12,7 @@ from ctde_jax.aggregate.power_sgd import power_sgd
 from ctde_jax.aggregate.private import epsilon, private
 from ctde_jax.aggregate.proximal import proximal
 from ctde_jax.aggregate.quantize import quantize, sign
-from ctde_jax.aggregate.reducer import IndependentReducer, reducer
+from ctde_jax.aggregate.reducer import CutByOwner, reducer
 from ctde_jax.aggregate.robust import centered_clipping, geometric_median, krum, median, multi_krum, trimmed_mean
 from ctde_jax.aggregate.sparse import random_k, top_k
 from ctde_jax.aggregate.streaming import streaming
@@ -29,13 +29,11 @@ from ctde_jax.aggregate.transformations import (
 
 __all__ = [
     "AVERAGE",
-    "IN_ORDER",
     "UNCHANGED",
     "Codec",
     "Combine",
-    "IndependentReducer",
+    "CutByOwner",
     "Strategy",
-    "TwoPhaseState",
     "Value",
     "adapted",
     "as_transformation",
@@ -62,7 +60,6 @@ __all__ = [
     "proximal",
     "quantize",
     "random_k",
-    "recut",
     "reducer",
     "sign",
     "streaming",

@@ -1,10 +1,11 @@
 """A strategy says when replicas talk, what they send, and what the center does with it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import optax
 
 from ctde_jax.aggregate.mean import mean
+from ctde_jax.aggregate.reducer import IndependentReducer
 from ctde_jax.aggregate.transformations import adapted
 from ctde_jax.errors import InputError, check_at_least
 
@@ -13,9 +14,7 @@ AVERAGE = optax.sgd(1.0)
 
 UNCHANGED = optax.identity()
 
-IN_ORDER = optax.GradientTransformation(*optax.identity())
-"""The reducer of gradients that are agreed on already: those of 8 shards of the batch, which every replica has got and
-summed in the same order. So a training has the same bits on 1, 2, 4 and 8 fake CPU devices; see `gradient.py`."""
+MEAN = mean()
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Strategy:
     inner_steps: int = 0
     """Optimizer steps that a replica takes alone between two aggregations; 0 aggregates every gradient."""
 
-    reduce: optax.GradientTransformation = field(default_factory=mean)
+    reduce: optax.GradientTransformation = MEAN
     """Turns a replica's message into the agreed one; see `reducer.py`."""
 
     outer: optax.GradientTransformation = AVERAGE
@@ -49,10 +48,16 @@ class Strategy:
     diverges: bool = False
     """Whether every replica keeps parameters of its own; what is evaluated and returned is their mean."""
 
+    exact: bool = False
+    """Whether a training has the same bits on 1, 2, 4 and 8 fake CPU devices: a batch is cut into 8 shards, and every
+    replica sums all their gradients in the same order; see `rounds/exact.py`. Needs the default reducer."""
+
     def __post_init__(self):
         check_at_least(0, inner_steps=self.inner_steps, synchronous_steps=self.synchronous_steps)
-        if self.is_exact and self.inner_steps:
-            raise InputError("reduce", f"can be in order for the gradient of every step only, got {self.inner_steps}.")
+        if self.exact and self.inner_steps:
+            raise InputError("exact", f"requires inner_steps=0, got {self.inner_steps}.")
+        if self.exact and self.reduce is not MEAN:
+            raise InputError("exact", "must be left out with another reducer, as it sums gradients itself.")
         if self.inner_steps == 0:
             self._needs_inner_steps("outer", self.outer is not AVERAGE, "where the optimizer is the center's own")
             self._needs_inner_steps("inner", self.inner is not UNCHANGED, "where no step is a replica's own")
@@ -63,9 +68,9 @@ class Strategy:
             raise InputError("synchronous_steps", f"{rule}, got {self.synchronous_steps}.")
 
     @property
-    def is_exact(self) -> bool:
-        """Whether the bits of the training do not depend on the number of devices."""
-        return self.reduce is IN_ORDER
+    def is_independent(self) -> bool:
+        """Whether the reducer judges each message by itself."""
+        return isinstance(self.reduce, IndependentReducer)
 
     def local(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """Returns the optimizer of a replica's steps: `inner`, and then the run's, both adapted to a training step."""

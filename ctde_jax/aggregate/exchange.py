@@ -27,6 +27,29 @@ class TwoPhaseState(NamedTuple):
     owner: PyTree  # of the codec, for the replica's own slice
     combine: PyTree
 
+    def recut(self, like: "TwoPhaseState") -> "TwoPhaseState":
+        """Returns the state of all replicas for another number of them, who own other slices.
+
+        The residual of each sender becomes the mean over all senders, which keeps the sum of what is still to be sent.
+        What an owner remembers moves with its numbers.
+
+        Args:
+            like: Arrays, or shapes and dtypes, `[replica, ...]`, of the state to return.
+        """
+
+        def owned(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+            return np.moveaxis(_slices(np.moveaxis(x, 0, -2), like.shape[0], like.shape[-1]), -2, 0)
+
+        def sent(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+            mean = _slices(x.mean(axis=0, dtype=np.float32), *like.shape[-2:])
+            return np.broadcast_to(mean, like.shape)
+
+        return TwoPhaseState(
+            jax.tree.map(sent, self.sender, like.sender),
+            jax.tree.map(owned, self.owner, like.owner),
+            jax.tree.map(owned, self.combine, like.combine),
+        )
+
 
 def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.GradientTransformationExtraArgs:
     """Sends each slice of the message to its owner, which combines what it gets and sends the result to everybody.
@@ -80,31 +103,6 @@ def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.Gra
         return as_tree(agreed.ravel(), updates), TwoPhaseState(sender, owner, combine_state)
 
     return reducer(init, update, independent=not combine.weighted)
-
-
-def recut(state: TwoPhaseState, like: TwoPhaseState) -> TwoPhaseState:
-    """Cuts the state of all replicas anew for another number of replicas, who own other slices.
-
-    A sender's residual becomes the mean of all, so that what all together have yet to say stays the same; what an owner
-    remembers goes along with its numbers.
-
-    Args:
-        state: Arrays `[replica, ...]` of what was.
-        like: Arrays, or shapes and types, of what is to be.
-    """
-
-    def owned(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        return np.moveaxis(_slices(np.moveaxis(x, 0, -2), like.shape[0], like.shape[-1]), -2, 0)
-
-    def sent(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        mean = _slices(x.mean(axis=0, dtype=np.float32), *like.shape[-2:])
-        return np.broadcast_to(mean, like.shape)
-
-    return TwoPhaseState(
-        jax.tree.map(sent, state.sender, like.sender),
-        jax.tree.map(owned, state.owner, like.owner),
-        jax.tree.map(owned, state.combine, like.combine),
-    )
 
 
 def _slices(x: np.ndarray, count: int, size: int) -> np.ndarray:

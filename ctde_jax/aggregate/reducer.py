@@ -1,6 +1,7 @@
 """A reducer turns every replica's message into the one that all agree on."""
 
 from collections.abc import Callable
+from typing import Protocol, Self, runtime_checkable
 
 import optax
 
@@ -12,6 +13,19 @@ class IndependentReducer(optax.GradientTransformationExtraArgs):
 
     So no message may depend on the examples of another replica, and batch statistics are not synchronized.
     """
+
+
+@runtime_checkable
+class CutByOwner(Protocol):
+    """A part of a reducer's state that is cut into slices, one owned by each replica."""
+
+    def recut(self, like: Self) -> Self:
+        """Returns the state of all replicas for another number of them, who own other slices.
+
+        Args:
+            like: Arrays, or shapes and dtypes, `[replica, ...]`, of the state to return.
+        """
+        ...
 
 
 def reducer(

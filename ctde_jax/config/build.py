@@ -273,7 +273,7 @@ def build_strategy(chosen: Aggregation) -> Strategy:
     """
     _check(chosen)
     if chosen.exact:
-        return Strategy(reduce=aggregate.IN_ORDER)
+        return Strategy(exact=True)
     reduce, outer = _build_reduce(chosen), _build_outer(chosen)
     if chosen.graph != "none":
         reduce = aggregate.gossip(chosen.graph)

@@ -19,7 +19,7 @@ from ctde_jax.data import Dataset
 from ctde_jax.devices import AXIS, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task
-from ctde_jax.rounds import ExampleSource, Span, make_gradient, parallel_rounds, state
+from ctde_jax.rounds import ExampleSource, Span, make_gradient_for, parallel_rounds, state
 
 EXAMPLES = "tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4 (hosts, and devices on each)"
 
@@ -84,9 +84,9 @@ def compile_rounds(
     round_steps = max(1, strategy.inner_steps)
     piece, number = source.shapes(Span(0, round_steps, round_steps)), jax.ShapeDtypeStruct((), np.int32)
     arguments = (jax.eval_shape(create, *center), *piece, number, number, jax.eval_shape(jax.random.key, 0))
-    gradient = make_gradient(model, task, accumulate=accumulate, exact=strategy.is_exact)
+    gradient = make_gradient_for(strategy, model, task, accumulate=accumulate)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, source.axis)
-    return replica.compiled(replica.lowered(train_rounds, *arguments), devices, strategy.is_exact)
+    return replica.compiled(replica.lowered(train_rounds, *arguments), devices, strategy.exact)
 
 
 def _plugin_is_installed(platform: str) -> bool:

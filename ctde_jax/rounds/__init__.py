@@ -1,18 +1,18 @@
 """What the devices compute: state, gradient, round, evaluation."""
 
-from ctde_jax.rounds import guard, state
+from ctde_jax.rounds import exact, guard, state
 from ctde_jax.rounds.evaluate import Averages, make_evaluate
 from ctde_jax.rounds.feed import Feed, Piece, Span
-from ctde_jax.rounds.gradient import SHARDS, Sums, check_exact_model, make_gradient
+from ctde_jax.rounds.gradient import make_gradient
 from ctde_jax.rounds.guard import make_look
 from ctde_jax.rounds.reestimate import make_reestimate, of_first_steps
-from ctde_jax.rounds.round import parallel_rounds
+from ctde_jax.rounds.round import make_gradient_for, parallel_rounds
 from ctde_jax.rounds.schedule import Phase, cut, make_phases, rows_a_dispatch, unfinished
 from ctde_jax.rounds.sources import ExampleSource, OnDisk, Resident, Streamed, make_source
 from ctde_jax.rounds.state import named
+from ctde_jax.rounds.sums import Sums
 
 __all__ = [
-    "SHARDS",
     "Averages",
     "ExampleSource",
     "Feed",
@@ -23,11 +23,12 @@ __all__ = [
     "Span",
     "Streamed",
     "Sums",
-    "check_exact_model",
     "cut",
+    "exact",
     "guard",
     "make_evaluate",
     "make_gradient",
+    "make_gradient_for",
     "make_look",
     "make_phases",
     "make_reestimate",

@@ -31,16 +31,13 @@ from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUs
 
 from ctde_jax.aggregate import depends_on
 from ctde_jax.data import Augment, Drawn, apply_to
-from ctde_jax.devices import AXIS, SHARD, PyTree, agreed_state, is_changed, largest
-from ctde_jax.errors import InputError
+from ctde_jax.devices import AXIS, SHARD, PyTree, agreed_state
 from ctde_jax.models import Model, Task
+from ctde_jax.rounds.sums import Sums
 
 SHARDS = 8
-"""A batch is cut into so many shards where the model draws random numbers, and devices, groups and batch size allow;
-else into one for each device and group."""
-
-Sums = dict[str, jax.Array]
-"""Over examples: `loss`, each metric, their number `examples`, and `objective` if that is not the loss; float32."""
+"""Shards of a batch, if the model draws random numbers, and devices, groups and batch size allow; else one for each
+device and group."""
 
 Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
 """`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums over own examples)`
@@ -54,9 +51,7 @@ includes these losses. Only the mean over the replicas, weighted by examples, is
 """
 
 
-def make_gradient(
-    model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1, exact: bool = False
-) -> Gradient:
+def make_gradient(model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1) -> Gradient:
     """Makes the function that differentiates the mean loss over a replica's examples.
 
     Args:
@@ -65,11 +60,7 @@ def make_gradient(
         augment: Changes each training example, by a key of its own, before the model sees it.
         accumulate: Groups that a replica's examples are computed in, one after another. The gradient is that of all
             of them together; the memory that activations take is that of one group.
-        exact: Whether to differentiate the mean loss over the examples of all replicas instead, to the same bits on any
-            number of them.
     """
-    if exact:
-        return _make_exact_gradient(model, task, augment)
 
     def on_shards(on_shard, indices, shards, params, model_state, *common) -> tuple[jax.Array, PyTree, Sums]:
         if len(shards) == 1:  # an axis of one shard would make XLA transpose
@@ -86,12 +77,14 @@ def make_gradient(
         inputs = jax.ShapeDtypeStruct((len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype)
         meets = meets_replicas(model, params, model_state, inputs)
         is_random = draws(model, params, model_state, inputs)
-        examples, shards = _cut(indices, accumulate, SHARDS if is_random or (meets and accumulate > 1) else 1)
+        examples, shards = cut_into_shards(
+            indices, accumulate, SHARDS if is_random or (meets and accumulate > 1) else 1
+        )
         if not is_random:  # the shards only decide which examples share a group
             examples, shards = examples.reshape(accumulate, 1, -1), shards[:, :1]
         own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
         keeps_statistics = meets and bool(jax.tree.leaves(model_state))
-        on_shard = _make_on_shard(_alone(model) if alone and keeps_statistics else model, task, augment)
+        on_shard = make_on_shard(_alone(model) if alone and keeps_statistics else model, task, augment)
 
         # The transpose of a sum over replicas adds up their cotangents. So if other losses depend on these examples,
         # all replicas divide by the same number first, and by the number of their own examples afterwards.
@@ -126,16 +119,10 @@ def make_gradient(
     return gradient
 
 
-def compiled_apart(
-    function: Callable[..., PyTree], has_examples: jax.Array, *arguments: PyTree, otherwise: PyTree
-) -> PyTree:
-    """Calls a function where there are examples, and returns something like its result where there are none.
-
-    The compiler, which cannot know where, compiles the function apart from what stands around it, and that differs with
-    the number of devices. Together they would be rounded otherwise: of a product and a sum that meet in one kernel a
-    CPU makes one operation. (For CPUs, XLA takes optimization barriers away before it makes kernels.)
-    """
-    return lax.cond(has_examples, function, lambda *_: otherwise, *arguments)
+def step_keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share."""
+    reduce_key, gradient_key = jax.random.split(jax.random.fold_in(key, step))
+    return reduce_key, gradient_key
 
 
 def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
@@ -153,23 +140,13 @@ def meets_replicas(model: Model, params: PyTree, model_state: PyTree, inputs: ja
     return any(getattr(effect, "name", None) == AXIS for effect in program.jaxpr.effects)
 
 
-def check_exact_model(model: Model, params: PyTree, model_state: PyTree, inputs: jax.typing.ArrayLike) -> None:
-    """Raises InputError for a model whose shards depend on each other; only shapes and dtypes are read."""
-    if meets_replicas(model, params, model_state, jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.result_type(inputs))):
-        raise InputError(
-            "exact",
-            "requires batch statistics that devices do not share: --batch-statistics averaged, or "
-            'batch_statistics="averaged" of models.from_nnx, models.from_linen or models.resnet.',
-        )
-
-
 def _in_training(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> ClosedJaxpr:
     """Traces a model on one of several replicas; the key is the last argument of the program."""
     key = jax.eval_shape(jax.random.key, 0)
     return jax.make_jaxpr(model.apply, axis_env=[(AXIS, 1)])(params, model_state, inputs, key)
 
 
-def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
+def make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
     """Makes the function that sums what is minimized, and all that is measured, over a shard."""
 
     def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
@@ -192,86 +169,9 @@ def _make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callabl
     return on_shard
 
 
-def _make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gradient:
-    """Makes the gradient of the examples of all replicas, whose bits do not depend on how many there are.
-
-    A batch is always cut into `SHARDS` shards, of which a replica computes its own, one after another. Then every
-    replica gets the gradients of all and sums them by pairs, so in an order that never changes. The sums over examples
-    are those of all replicas, too. Batch statistics are those of a shard.
-
-    Each replica sends its shards' gradients to all others: `8 (R - 1) / R * 4 n` bytes for n numbers.
-    """
-    on_shard = _make_on_shard(model, task, augment)
-
-    def gradient(params, model_state, split, indices, key):
-        check_exact_model(model, params, model_state, split.inputs[:1])
-        (examples,), (numbers,) = _cut(indices, 1, SHARDS)
-
-        def of_shard(shard):
-            # the barriers keep XLA from rewriting this together with what differs on more devices
-            (examples, number), params, start = lax.optimization_barrier((shard, *center))
-
-            def objective(params):
-                total, new_model_state, sums = on_shard(examples, number, params, start, split, key)
-                return total, (new_model_state, sums)
-
-            grads, (new_model_state, sums) = jax.grad(objective, has_aux=True)(params)
-            return lax.optimization_barrier((grads, new_model_state, sums))
-
-        center = (params, model_state)
-        grads, states, sums = _of_all_shards(_one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0)))
-        weights, sums = sums["examples"], jax.tree.map(_sum_in_order, sums)
-        total = jnp.maximum(sums["examples"], 1)
-
-        def mean_state(shards: jax.Array, before: jax.Array) -> jax.Array:
-            each = jnp.expand_dims(weights, range(1, shards.ndim))
-            if jnp.issubdtype(shards.dtype, jnp.inexact):
-                weighted = lax.optimization_barrier(jnp.where(each > 0, shards * each, 0))
-                mean = (_sum_in_order(weighted) / total).astype(shards.dtype)
-                return jnp.where(jnp.any((each > 0) & is_changed(shards, before[None]), axis=0), mean, before)
-            return jnp.where(sums["examples"] > 0, largest(shards, each > 0), before)
-
-        agreed = jax.tree.map(lambda x: _sum_in_order(x) / total, grads), jax.tree.map(mean_state, states, model_state)
-        return lax.optimization_barrier((*agreed, sums))
-
-    return gradient
-
-
-def _one_after_another(function: Callable[[PyTree], PyTree], arguments: PyTree, is_wanted: jax.Array) -> PyTree:
-    """Maps a function over the first axis, or returns zeros.
-
-    XLA does not know how often the loop turns, so it compiles the function in the same way for one turn and for eight.
-    """
-    count = len(jax.tree.leaves(arguments)[0])
-
-    def of(number: jax.Array) -> PyTree:
-        return function(jax.tree.map(lambda x: x[number], arguments))
-
-    def add(number: jax.Array, so_far: PyTree) -> PyTree:
-        return jax.tree.map(lambda all_results, one: all_results.at[number].set(one), so_far, of(number))
-
-    empty = jax.tree.map(lambda like: jnp.zeros((count, *like.shape), like.dtype), jax.eval_shape(of, jnp.int32(0)))
-    return lax.fori_loop(0, jnp.where(is_wanted, count, 0), add, empty)
-
-
 def _alone(model: Model) -> Model:
     """Makes a replica that applies the model the only one on its axis."""
     return model._replace(apply=jax.vmap(model.apply, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1))
-
-
-def _of_all_shards(own: PyTree) -> PyTree:
-    """Gathers what the replicas have of each of their shards, in the order of their numbers; `[SHARDS, ...]`."""
-    if lax.axis_size(AXIS) == 1:
-        return own
-    by_replica = lax.all_gather(own, AXIS)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(SHARDS, *x.shape[2:]), by_replica)
-
-
-def _sum_in_order(shards: jax.Array) -> jax.Array:
-    """Sums over the first axis, whose length is a power of 2, by pairs, pairs of pairs, and so on."""
-    while len(shards) > 1:
-        shards = shards[0::2] + shards[1::2]
-    return shards[0]
 
 
 def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
@@ -283,7 +183,7 @@ def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
     return flat.reshape(len(rows), *array.shape[1:])
 
 
-def _cut(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.Array, jax.Array]:
+def cut_into_shards(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.Array, jax.Array]:
     """Cuts a replica's examples into shards, of which it has every one whose number leaves its own.
 
     In all there are `wanted` shards, or as few more as give each replica and group as many.

@@ -14,8 +14,8 @@ from jax import numpy as jnp
 from ctde_jax.aggregate import Strategy
 from ctde_jax.devices import AXIS, replica
 from ctde_jax.errors import ReplicasDiverged
-from ctde_jax.rounds.gradient import Sums
 from ctde_jax.rounds.state import TrainState, axes, named
+from ctde_jax.rounds.sums import Sums
 
 
 def shared(state: TrainState, strategy: Strategy) -> dict[str, jax.Array]:

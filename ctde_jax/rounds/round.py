@@ -8,11 +8,14 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate import IndependentReducer, Strategy, Value, adapted, learning_rate
-from ctde_jax.data import Split
+from ctde_jax.aggregate import Strategy, Value, adapted
+from ctde_jax.data import Augment, Split
 from ctde_jax.devices import PyTree, agreed_state, replica
-from ctde_jax.rounds.gradient import Gradient, Sums, compiled_apart
+from ctde_jax.models import Model, Task
+from ctde_jax.rounds.exact import make_exact, make_exact_gradient
+from ctde_jax.rounds.gradient import Gradient, make_gradient, step_keys
 from ctde_jax.rounds.state import TrainState, axes
+from ctde_jax.rounds.sums import Sums, mean_objective, with_learning_rate
 
 _BLOCK_STEPS = 16
 """A GPU asks the host before every turn of a loop whose turns the compiler does not know; measured, that takes as long
@@ -32,6 +35,15 @@ Rounds = Callable[[TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array
 """
 
 
+def make_gradient_for(
+    strategy: Strategy, model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1
+) -> Gradient:
+    """Makes the gradient that the rounds of a strategy need; arguments are those of `gradient.make_gradient`."""
+    if strategy.exact:
+        return make_exact_gradient(model, task, augment)
+    return make_gradient(model, task, augment, accumulate)
+
+
 def make_round(
     gradient: Gradient,
     optimizer: optax.GradientTransformation,
@@ -44,7 +56,7 @@ def make_round(
     some replica has examples.
 
     Args:
-        gradient: Made by `gradient.make_gradient`.
+        gradient: Made by `make_gradient_for` for the same strategy.
         optimizer: Of every step.
         strategy: How the replicas agree.
         ema_decay: What the exponential moving average of the parameters keeps of itself in a round.
@@ -52,7 +64,7 @@ def make_round(
     optimizer, outer = strategy.local(optimizer), adapted(strategy.outer)
     reduce = optax.with_extra_args_support(strategy.reduce)
     alone = partial(gradient, alone=True)
-    compute = alone if isinstance(strategy.reduce, IndependentReducer) else gradient
+    compute = alone if strategy.is_independent else gradient
 
     def step(state: TrainState, grads: PyTree, value: Value) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
@@ -68,34 +80,27 @@ def make_round(
 
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
-        reduce_key, step_key = _keys(key, state.step)
+        reduce_key, step_key = step_keys(key, state.step)
         grads, model_state, sums = compute(state.params, state.model_state, split, indices, step_key)
 
         grads, reduce_state = reduce.update(
             grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
         )
-        if strategy.is_exact:
-            state = state._replace(model_state=model_state)
-            exact_step = partial(step, value=partial(_mean_objective, sums))
-            state = compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
-            is_first = lax.axis_index(replica.AXIS) == 0
-            sums = jax.tree.map(lambda x: jnp.where(is_first, x, 0), _with_rate(sums, state.opt_state))
-        else:
-            model_state = agreed_state(model_state, state.model_state, sums["examples"])
-            state = state._replace(model_state=model_state, reduce_state=reduce_state)
-            state = step(state, grads, value=partial(_mean_objective, sums, over_replicas=True))
-            sums = _with_rate(sums, state.opt_state)
+        model_state = agreed_state(model_state, state.model_state, sums["examples"])
+        state = state._replace(model_state=model_state, reduce_state=reduce_state)
+        state = step(state, grads, value=partial(mean_objective, sums, over_replicas=True))
+        sums = with_learning_rate(sums, state.opt_state)
         return state, jax.tree.map(lambda x: x[None], sums)
 
     def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = alone(params, model_state, split, indices, _keys(key, step)[1])
-            value = partial(_mean_objective, sums)
+            grads, model_state, sums = alone(params, model_state, split, indices, step_keys(key, step)[1])
+            value = partial(mean_objective, sums)
             updates, opt_state = optimizer.update(grads, opt_state, params, value=value, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
-            return optax.tree.where(sums["examples"] > 0, moved, own), _with_rate(sums, opt_state)
+            return optax.tree.where(sums["examples"] > 0, moved, own), with_learning_rate(sums, opt_state)
 
         steps = state.step + jnp.arange(len(batches))
         own = (state.params, state.model_state, state.opt_state)
@@ -104,9 +109,9 @@ def make_round(
 
         outer_grads = optax.tree.sub(state.params, params)
         outer_grads, reduce_state = reduce.update(
-            outer_grads, state.reduce_state, state.params, weight=examples, key=_keys(key, state.step)[0]
+            outer_grads, state.reduce_state, state.params, weight=examples, key=step_keys(key, state.step)[0]
         )
-        value = partial(_mean_objective, sums, over_replicas=True)
+        value = partial(mean_objective, sums, over_replicas=True)
         updates, outer_state = outer.update(outer_grads, state.outer_state, state.params, value=value)
 
         state = state._replace(
@@ -119,6 +124,8 @@ def make_round(
         return averaged(state), sums
 
     advance = local if strategy.inner_steps else synchronous
+    if strategy.exact:
+        advance = make_exact(gradient, step)
 
     def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         advanced, sums = advance(state, split, batches, key)
@@ -193,7 +200,7 @@ def parallel_rounds(
     Its sums are `float32[replica, most * steps]`; `guard.make_look` adds up those of all replicas.
 
     Args:
-        gradient: Made by `gradient.make_gradient`.
+        gradient: Made by `make_gradient_for` for the same strategy.
         optimizer: Of every step.
         strategy: How the replicas agree.
         devices: One replica on each.
@@ -210,22 +217,3 @@ def parallel_rounds(
         out_axes=(axes(strategy), 0),
         donate=(0,),
     )
-
-
-def _mean_objective(sums: Sums, over_replicas: bool = False) -> jax.Array:
-    """Returns what is minimized, averaged over the examples of all steps; 0 if there are none."""
-    own = {"objective": jnp.sum(sums.get("objective", sums["loss"])), "examples": jnp.sum(sums["examples"])}
-    total = replica.add_up(own) if over_replicas else own
-    return total["objective"] / jnp.maximum(total["examples"], 1)
-
-
-def _with_rate(sums: Sums, opt_state: PyTree) -> Sums:
-    """Adds the learning rate, once for each example, if the optimizer's state holds it."""
-    rate = learning_rate(opt_state)
-    return sums if rate is None else {**sums, "learning_rate": rate * sums["examples"]}
-
-
-def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share; see `gradient.py`."""
-    reduce_key, gradient_key = jax.random.split(jax.random.fold_in(key, step))
-    return reduce_key, gradient_key

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate import Strategy, TwoPhaseState, adapted, recut
+from ctde_jax.aggregate import CutByOwner, Strategy, adapted
 from ctde_jax.aggregate import evaluated_point as _evaluated_point
 from ctde_jax.aggregate import has_evaluated_point as _has_evaluated_point
 from ctde_jax.devices import AXIS, PyTree, replica
@@ -268,10 +268,10 @@ def _spread(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainSta
     """Gives another number of replicas what is their own."""
 
     def is_cut(part: PyTree) -> bool:
-        return isinstance(part, TwoPhaseState)
+        return isinstance(part, CutByOwner)
 
     def spread(part: PyTree, like: PyTree) -> PyTree:
-        return recut(part, like) if is_cut(part) else _mean_of_all(part, like)
+        return part.recut(like) if is_cut(part) else _mean_of_all(part, like)
 
     return TrainState(
         *(

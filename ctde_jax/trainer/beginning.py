@@ -55,7 +55,7 @@ def begin(training: Training, phases: Sequence[Phase], found: Found, say: Callab
     memory.check_training(like, shapes_of_params, devices)
 
     # Initialize on one device. A checkpoint needs that as well, for its shapes and dtypes.
-    init = replica.compiled(traced.lower(), jax.local_devices()[:1], training.strategy.is_exact)
+    init = replica.compiled(traced.lower(), jax.local_devices()[:1], training.strategy.exact)
     params, model_state = init(init_key, first)
     if found.checkpoint is None:
         if training.given is not None:

@@ -15,7 +15,7 @@ from ctde_jax.data import Augment, Dataset, apply_to, targets_or_classes
 from ctde_jax.devices import AXIS, PyTree
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task, describe
-from ctde_jax.rounds import SHARDS, check_exact_model, state
+from ctde_jax.rounds import exact, state
 
 
 def check_network(
@@ -68,8 +68,8 @@ def check_strategy(
     """Raises InputError for a strategy that cannot run on this number of replicas, or not with this model."""
     params, model_state = center
     state.check(params, strategy, replicas)
-    if strategy.is_exact:
-        check_exact_model(model, params, model_state, data.train.inputs[:1])
+    if strategy.exact:
+        exact.check_model(model, params, model_state, data.train.inputs[:1])
 
 
 def check_augment(augment: Augment, data: Dataset) -> None:
@@ -134,18 +134,6 @@ def takes_mask(model: Model) -> bool:
     except TypeError:
         return False
     return True
-
-
-def check_exact(replicas: int, batch_size: int, accumulate: int) -> None:
-    """Raises InputError where a batch cannot be cut into the same shards on any number of devices."""
-    if SHARDS % replicas:
-        raise InputError("devices", f"must divide the {SHARDS} shards whose sum is exact, got {replicas}.")
-    if batch_size % SHARDS:
-        raise InputError(
-            "batch_size", f"must be a multiple of the {SHARDS} shards whose sum is exact, got {batch_size}."
-        )
-    if accumulate > 1:
-        raise InputError("accumulate", f"must be 1 where shards are computed one after another, got {accumulate}.")
 
 
 _MADE_BY = {

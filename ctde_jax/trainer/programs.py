@@ -13,7 +13,7 @@ from ctde_jax.rounds import (
     Span,
     guard,
     make_evaluate,
-    make_gradient,
+    make_gradient_for,
     of_first_steps,
     parallel_rounds,
     state,
@@ -70,8 +70,9 @@ def compile_programs(training: Training, phases: Sequence[Phase], beginning: Beg
         InputError: A program needs more memory than its devices have.
     """
     devices, source, model = training.devices, training.source, training.raw_model
-    is_exact = training.strategy.is_exact
-    gradient = make_gradient(model, training.task, training.augment, training.accumulate, is_exact)
+    is_exact = training.strategy.exact
+    strategy = training.strategy
+    gradient = make_gradient_for(strategy, model, training.task, training.augment, training.accumulate)
     host_of_each = [device.process_index for device in devices]
 
     # Compile the rounds of each phase for the state that the phase before leaves.

@@ -22,7 +22,7 @@ from ctde_jax.errors import (
     check_whole,
 )
 from ctde_jax.models import Model, Task, unscaled, with_raw_inputs
-from ctde_jax.rounds import OnDisk, Phase, Resident, Streamed, make_phases, make_source
+from ctde_jax.rounds import OnDisk, Phase, Resident, Streamed, exact, make_phases, make_source
 from ctde_jax.trainer import checks
 from ctde_jax.trainer.warm_start import Given, Source, read_source
 
@@ -199,7 +199,7 @@ class Training:
             "steps": self.total_steps,
             "sync_every": self.strategy.inner_steps,
             "synchronous_steps": self.strategy.synchronous_steps,
-            "exact": self.strategy.is_exact,
+            "exact": self.strategy.exact,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "init_from": None if self.given is None else self.given.digest,
@@ -240,7 +240,7 @@ class Training:
             raise InputError("patience", f"{rule}.")
         if self.init_only is not None and self.init_from is None:
             raise InputError("init_only", "requires init_from.")
-        if self.strategy.is_exact and self.partition is not None:
+        if self.strategy.exact and self.partition is not None:
             raise InputError(
                 "partition",
                 "must be reshuffled where bits are exact: else devices decide what a batch holds.",
@@ -250,8 +250,8 @@ class Training:
         if self.batch_size % (replicas * self.accumulate):
             rule = f"must cut the {self.batch_size // replicas} examples that each device has of a batch"
             raise InputError("accumulate", f"{rule} into equal groups, got {self.accumulate}.")
-        if self.strategy.is_exact:
-            checks.check_exact(replicas, self.batch_size, self.accumulate)
+        if self.strategy.exact:
+            exact.check_sizes(replicas, self.batch_size, self.accumulate)
 
 
 @dataclass(frozen=True)

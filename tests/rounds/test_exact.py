@@ -19,7 +19,7 @@ from ctde_jax import aggregate, checkpoint, config, data, devices, models, profi
 from ctde_jax.config import build
 from ctde_jax.errors import InputError
 
-EXACT = ctde.Strategy(reduce=aggregate.IN_ORDER)
+EXACT = ctde.Strategy(exact=True)
 COUNTS = (1, 2, 4, 8)
 
 
@@ -169,9 +169,11 @@ def test_profile_refuses_it(capsys):
     assert "error: --exact must be left out" in capsys.readouterr().err
 
 
-def test_only_the_gradient_of_every_step_can_be_in_order():
-    with pytest.raises(InputError, match="reduce can be in order for the gradient of every step only"):
-        ctde.Strategy(inner_steps=4, reduce=aggregate.IN_ORDER)
+def test_exact_goes_with_the_gradient_of_every_step_and_the_mean():
+    with pytest.raises(InputError, match="exact requires inner_steps=0, got 4"):
+        ctde.Strategy(inner_steps=4, exact=True)
+    with pytest.raises(InputError, match="exact must be left out with another reducer"):
+        ctde.Strategy(reduce=aggregate.median(), exact=True)
 
 
 @pytest.mark.slow

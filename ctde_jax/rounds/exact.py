@@ -1,0 +1,169 @@
+"""Training whose bits do not depend on the number of devices: the third way to advance, beside synchronous and local.
+
+A batch is always cut into 8 shards. Every replica gathers the gradients of all shards and sums them in one order, so 1,
+2, 4 and 8 fake CPU devices compute the same bits. XLA must then compile each part alike on any number of devices, which
+the barriers, loops and conditionals below achieve; `replica.compiled` switches off two of its rewrites.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from ctde_jax.data import Augment, Split
+from ctde_jax.devices import AXIS, PyTree, is_changed, largest
+from ctde_jax.errors import InputError
+from ctde_jax.models import Model, Task
+from ctde_jax.rounds.gradient import (
+    SHARDS,
+    Gradient,
+    cut_into_shards,
+    make_on_shard,
+    meets_replicas,
+    step_keys,
+)
+from ctde_jax.rounds.state import TrainState
+from ctde_jax.rounds.sums import Sums, mean_objective, with_learning_rate
+
+Advance = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
+"""`advance(state, split, batches, key) -> (state, sums over the replica's own examples, float32[steps])`"""
+
+Step = Callable[..., TrainState]
+"""`step(state, grads, value=...) -> state`: the update of the optimizer."""
+
+
+def check_sizes(replicas: int, batch_size: int, accumulate: int) -> None:
+    """Raises InputError unless a batch can be cut into the same shards on any number of devices."""
+    if SHARDS % replicas:
+        raise InputError("devices", f"must divide the {SHARDS} shards whose sum is exact, got {replicas}.")
+    if batch_size % SHARDS:
+        raise InputError(
+            "batch_size", f"must be a multiple of the {SHARDS} shards whose sum is exact, got {batch_size}."
+        )
+    if accumulate > 1:
+        raise InputError("accumulate", f"must be 1 where shards are computed one after another, got {accumulate}.")
+
+
+def check_model(model: Model, params: PyTree, model_state: PyTree, inputs: jax.typing.ArrayLike) -> None:
+    """Raises InputError for a model whose shards depend on each other; only shapes and dtypes are read."""
+    if meets_replicas(model, params, model_state, jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.result_type(inputs))):
+        raise InputError(
+            "exact",
+            "requires batch statistics that devices do not share: --batch-statistics averaged, or "
+            'batch_statistics="averaged" of models.from_nnx, models.from_linen or models.resnet.',
+        )
+
+
+def make_exact(gradient: Gradient, step: Step) -> Advance:
+    """Makes the round of one step on the gradient of all shards.
+
+    Args:
+        gradient: Made by `make_exact_gradient`.
+        step: The update of the optimizer.
+    """
+
+    def exact(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        (indices,) = batches
+        _, gradient_key = step_keys(key, state.step)
+        grads, model_state, sums = gradient(state.params, state.model_state, split, indices, gradient_key)
+        state = state._replace(model_state=model_state)
+        exact_step = partial(step, value=partial(mean_objective, sums))
+        state = _compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
+
+        # Every replica has the sums over all examples; one of them is enough.
+        is_first = lax.axis_index(AXIS) == 0
+        sums = with_learning_rate(sums, state.opt_state)
+        return state, jax.tree.map(lambda x: jnp.where(is_first, x, 0)[None], sums)
+
+    return exact
+
+
+def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gradient:
+    """Makes the gradient of the examples of all replicas, whose bits do not depend on how many there are.
+
+    A batch is always cut into `SHARDS` shards, of which a replica computes its own, one after another. Then every
+    replica gets the gradients of all and sums them by pairs, so in an order that never changes. The sums over examples
+    are those of all replicas, too. Batch statistics are those of a shard.
+
+    Each replica sends its shards' gradients to all others: `8 (R - 1) / R * 4 n` bytes for n numbers.
+    """
+    on_shard = make_on_shard(model, task, augment)
+
+    def gradient(params, model_state, split, indices, key):
+        check_model(model, params, model_state, split.inputs[:1])
+        (examples,), (numbers,) = cut_into_shards(indices, 1, SHARDS)
+
+        def of_shard(shard):
+            # the barriers keep XLA from rewriting this together with what differs on more devices
+            (examples, number), params, start = lax.optimization_barrier((shard, *center))
+
+            def objective(params):
+                total, new_model_state, sums = on_shard(examples, number, params, start, split, key)
+                return total, (new_model_state, sums)
+
+            grads, (new_model_state, sums) = jax.grad(objective, has_aux=True)(params)
+            return lax.optimization_barrier((grads, new_model_state, sums))
+
+        center = (params, model_state)
+        grads, states, sums = _of_all_shards(_one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0)))
+        weights, sums = sums["examples"], jax.tree.map(_sum_in_order, sums)
+        total = jnp.maximum(sums["examples"], 1)
+
+        def mean_state(shards: jax.Array, before: jax.Array) -> jax.Array:
+            each = jnp.expand_dims(weights, range(1, shards.ndim))
+            if jnp.issubdtype(shards.dtype, jnp.inexact):
+                weighted = lax.optimization_barrier(jnp.where(each > 0, shards * each, 0))
+                mean = (_sum_in_order(weighted) / total).astype(shards.dtype)
+                return jnp.where(jnp.any((each > 0) & is_changed(shards, before[None]), axis=0), mean, before)
+            return jnp.where(sums["examples"] > 0, largest(shards, each > 0), before)
+
+        agreed = jax.tree.map(lambda x: _sum_in_order(x) / total, grads), jax.tree.map(mean_state, states, model_state)
+        return lax.optimization_barrier((*agreed, sums))
+
+    return gradient
+
+
+def _one_after_another(function: Callable[[PyTree], PyTree], arguments: PyTree, is_wanted: jax.Array) -> PyTree:
+    """Maps a function over the first axis, or returns zeros.
+
+    XLA does not know how often the loop turns, so it compiles the function in the same way for one turn and for eight.
+    """
+    count = len(jax.tree.leaves(arguments)[0])
+
+    def of(number: jax.Array) -> PyTree:
+        return function(jax.tree.map(lambda x: x[number], arguments))
+
+    def add(number: jax.Array, so_far: PyTree) -> PyTree:
+        return jax.tree.map(lambda all_results, one: all_results.at[number].set(one), so_far, of(number))
+
+    empty = jax.tree.map(lambda like: jnp.zeros((count, *like.shape), like.dtype), jax.eval_shape(of, jnp.int32(0)))
+    return lax.fori_loop(0, jnp.where(is_wanted, count, 0), add, empty)
+
+
+def _compiled_apart(
+    function: Callable[..., PyTree], has_examples: jax.Array, *arguments: PyTree, otherwise: PyTree
+) -> PyTree:
+    """Calls a function where there are examples, and returns something like its result where there are none.
+
+    The compiler, which cannot know where, compiles the function apart from what stands around it, and that differs with
+    the number of devices. Together they would be rounded otherwise: of a product and a sum that meet in one kernel a
+    CPU makes one operation. (For CPUs, XLA takes optimization barriers away before it makes kernels.)
+    """
+    return lax.cond(has_examples, function, lambda *_: otherwise, *arguments)
+
+
+def _of_all_shards(own: PyTree) -> PyTree:
+    """Gathers what the replicas have of each of their shards, in the order of their numbers; `[SHARDS, ...]`."""
+    if lax.axis_size(AXIS) == 1:
+        return own
+    by_replica = lax.all_gather(own, AXIS)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(SHARDS, *x.shape[2:]), by_replica)
+
+
+def _sum_in_order(shards: jax.Array) -> jax.Array:
+    """Sums over the first axis, whose length is a power of 2, by pairs, pairs of pairs, and so on."""
+    while len(shards) > 1:
+        shards = shards[0::2] + shards[1::2]
+    return shards[0]
