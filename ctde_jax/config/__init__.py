@@ -1,27 +1,22 @@
 """From words to objects and back: options, presets, and what they build."""
 
 from ctde_jax.config.options import (
-    Aggregation,
+    AggregationOptions,
     Config,
-    Data,
-    Model,
-    Optimization,
-    Run,
-    deciding,
-    flag,
-    new_run_folder,
-    parse,
-    save,
-    take,
+    DataOptions,
+    ModelOptions,
+    OptimizationOptions,
+    RunOptions,
 )
+from ctde_jax.config.parse import deciding, flag, new_run_folder, parse, save, take
 
 __all__ = [
-    "Aggregation",
+    "AggregationOptions",
     "Config",
-    "Data",
-    "Model",
-    "Optimization",
-    "Run",
+    "DataOptions",
+    "ModelOptions",
+    "OptimizationOptions",
+    "RunOptions",
     "deciding",
     "flag",
     "new_run_folder",

@@ -13,9 +13,9 @@ import optax
 from ctde_jax import aggregate, data, models
 from ctde_jax.aggregate import Codec, Combine, Strategy
 from ctde_jax.config import optimizers
-from ctde_jax.config.options import Aggregation, Config, Data, Optimization
-from ctde_jax.config.options import Model as ModelOptions
+from ctde_jax.config.options import AggregationOptions, Config, DataOptions, ModelOptions, OptimizationOptions
 from ctde_jax.config.presets import PRESETS
+from ctde_jax.config.rules import check_aggregation, check_files
 from ctde_jax.data import (
     Augment,
     Dataset,
@@ -67,16 +67,9 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
     )
 
 
-def load_data(chosen: Data, seed: int = 0) -> Dataset:
+def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
     """Loads the data set that the options name; the seed decides what is set aside for validation."""
-    goes_with = {
-        "data_dir": ("mnist", "fashion_mnist", "cifar10"),
-        "data_file": ("text", "npz", "csv"),
-        "label_column": ("csv",),
-    }
-    for option, datasets in goes_with.items():
-        if getattr(chosen, option) is not None and chosen.dataset not in datasets:
-            raise InputError(option, f"goes with --dataset {' or '.join(datasets)}, got --dataset {chosen.dataset}.")
+    check_files(chosen)
     dataset = _load(chosen)
     if not dataset.classes and not dataset.vocabulary:
         rule = "must hold labels that are classes, integers from 0 in [examples], in y_train"
@@ -86,7 +79,7 @@ def load_data(chosen: Data, seed: int = 0) -> Dataset:
     return data.hold_out(dataset, chosen.validation_share, seed) if chosen.validation_share else dataset
 
 
-def _load(chosen: Data) -> Dataset:
+def _load(chosen: DataOptions) -> Dataset:
     match chosen.dataset:
         case "digits":
             return data.digits()
@@ -104,12 +97,12 @@ def _load(chosen: Data) -> Dataset:
             return data.from_csv(_data_file(chosen), chosen.label_column)
 
 
-def build_task(chosen: Optimization, dataset: Dataset) -> Task:
+def build_task(chosen: OptimizationOptions, dataset: Dataset) -> Task:
     """Builds what the data are for: the class of an example, or the next character of a text."""
     return smoothed(language_modeling if dataset.vocabulary else classification, chosen.label_smoothing)
 
 
-def build_augment(chosen: Data) -> Augment | None:
+def build_augment(chosen: DataOptions) -> Augment | None:
     """Chains the augmentations of the options, or returns None where there is none."""
     check_at_least(0, shift=chosen.shift, cutout=chosen.cutout)
     parts = [
@@ -122,7 +115,9 @@ def build_augment(chosen: Data) -> Augment | None:
     return augment.chain(*parts) if parts else None
 
 
-def make_partition(chosen: Data, labels: np.ndarray | DiskArray, replicas: int, seed: int) -> list[np.ndarray] | None:
+def make_partition(
+    chosen: DataOptions, labels: np.ndarray | DiskArray, replicas: int, seed: int
+) -> list[np.ndarray] | None:
     """Shares the training examples out to the devices, or to clients, for good; or not at all."""
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError("clients", "need a --partition that stays, such as iid, got --partition reshuffled.")
@@ -204,9 +199,6 @@ _MOST_LAYERS = 1000
 _LARGEST_WIDTH = 10_000_000
 """No product of such widths overflows, which ends the process; `memory.py` refuses what is less and does not fit."""
 
-_MOST_FRAGMENTS = 1000
-"""Each fragment is a part of the program of a round."""
-
 
 def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
     check_at_most(_MOST_LAYERS, layers=chosen.layers)
@@ -250,28 +242,28 @@ def strategy(name: str, **options: Any) -> Strategy:
 
     Args:
         name: One of `presets.PRESETS`.
-        **options: Fields of `Aggregation`.
+        **options: Fields of `AggregationOptions`.
 
     Raises:
         InputError: The name or an option is not known, or options exclude each other.
     """
     check_known("strategy", name, PRESETS)
-    kinds = get_type_hints(Aggregation)
+    kinds = get_type_hints(AggregationOptions)
     for option, value in options.items():
         check_known("strategy's option", option, kinds)
         if get_origin(kinds[option]) is Literal:
             check_known(option, value, get_args(kinds[option]))
     preset = {option: value for option, value in PRESETS[name].options.items() if option in kinds}
-    return build_strategy(Aggregation(**{**preset, **options}))
+    return build_strategy(AggregationOptions(**{**preset, **options}))
 
 
-def build_strategy(chosen: Aggregation) -> Strategy:
+def build_strategy(chosen: AggregationOptions) -> Strategy:
     """Composes the strategy of the options.
 
     Raises:
         InputError: An option is out of its range, or options exclude each other.
     """
-    _check(chosen)
+    check_aggregation(chosen)
     if chosen.exact:
         return Strategy(exact=True)
     reduce, outer = _build_reduce(chosen), _build_outer(chosen)
@@ -284,46 +276,7 @@ def build_strategy(chosen: Aggregation) -> Strategy:
     return Strategy(chosen.sync_every, reduce, outer, inner, chosen.synchronous_steps, diverges)
 
 
-def _check(chosen: Aggregation) -> None:
-    """Raises InputError for options that exclude each other, so that none is passed over in silence."""
-    default = Aggregation()
-
-    def differs(*options: str) -> list[str]:
-        return [option for option in options if getattr(chosen, option) != getattr(default, option)]
-
-    check_at_least(1, fragments=chosen.fragments)
-    check_at_most(_MOST_FRAGMENTS, fragments=chosen.fragments)
-    if chosen.exact:
-        for option in differs("sync_every", "reduce", "combine", "clip_norm"):
-            raise InputError(option, "must be left out with exact, which sums the gradient of every step as it is.")
-    for option in differs("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"):
-        if chosen.sync_every < 1:
-            raise InputError(option, f"needs steps alone (sync_every) of at least 1, got {chosen.sync_every}.")
-    if chosen.graph != "none":
-        for option in differs("reduce", "combine", "clip_norm", "fragments"):
-            raise InputError(option, f"must be left out with graph {chosen.graph}, which sends parameters.")
-    if chosen.fragments > 1:
-        if chosen.reduce == "power_sgd":
-            raise InputError("reduce", "must not be power_sgd with fragments, which cut matrices into vectors.")
-        for option in differs("isotropic"):
-            raise InputError(option, "must be left out with fragments, which cut matrices into vectors.")
-    if chosen.combine != "average":
-        if chosen.reduce == "power_sgd" or chosen.exchange == "gathered":
-            raise InputError("combine", f"must be average where messages have no owners, got {chosen.combine}.")
-        for option in differs("synchronous_steps"):
-            raise InputError(option, f"must be 0 with combine {chosen.combine}, as they take the plain mean.")
-    if chosen.clip_norm is None:
-        for option in differs("noise_multiplier"):
-            raise InputError(option, "needs a clip_norm, got none.")
-        return
-    for option in differs("synchronous_steps"):
-        raise InputError(option, "must be 0 with clip_norm, as they send gradients as they are.")
-    if chosen.noise_multiplier:
-        for option in differs("reduce", "combine"):
-            raise InputError(option, "must be left out with noise, which is measured for the exact average.")
-
-
-def _build_reduce(chosen: Aggregation) -> optax.GradientTransformation:
+def _build_reduce(chosen: AggregationOptions) -> optax.GradientTransformation:
     combine = _build_combine(chosen)
     if chosen.reduce == "power_sgd":
         reduce = aggregate.power_sgd(chosen.rank)
@@ -337,7 +290,7 @@ def _build_reduce(chosen: Aggregation) -> optax.GradientTransformation:
     return aggregate.private(chosen.clip_norm, chosen.noise_multiplier, reduce)
 
 
-def _build_codec(chosen: Aggregation) -> Codec:
+def _build_codec(chosen: AggregationOptions) -> Codec:
     codecs = {
         "mean": aggregate.exact,
         "int8": lambda: aggregate.quantize(8, chosen.levels),
@@ -351,7 +304,7 @@ def _build_codec(chosen: Aggregation) -> Codec:
     return aggregate.error_feedback(codec, chosen.feedback_decay) if chosen.error_feedback else codec
 
 
-def _build_values(chosen: Aggregation) -> Codec:
+def _build_values(chosen: AggregationOptions) -> Codec:
     """Builds what writes the numbers that a sparse codec keeps, in blocks that divide each chunk's."""
     if chosen.kept_as == "f32":
         return aggregate.exact()
@@ -365,7 +318,7 @@ def _build_values(chosen: Aggregation) -> Codec:
     return aggregate.quantize(int(chosen.kept_as.removeprefix("int")), chosen.levels, block)
 
 
-def _build_combine(chosen: Aggregation) -> Combine:
+def _build_combine(chosen: AggregationOptions) -> Combine:
     match chosen.combine:
         case "average":
             return aggregate.average()
@@ -383,7 +336,7 @@ def _build_combine(chosen: Aggregation) -> Combine:
             return aggregate.centered_clipping(chosen.clip_radius)
 
 
-def _build_outer(chosen: Aggregation) -> optax.GradientTransformation:
+def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
     rate, momentum = chosen.outer_learning_rate, chosen.outer_momentum
     if not 0 < rate < inf:
         raise InputError("outer_learning_rate", f"must be greater than 0 and finite, got {rate}.")
@@ -399,7 +352,7 @@ def _build_outer(chosen: Aggregation) -> optax.GradientTransformation:
     return optax.chain(aggregate.isotropic(), outer) if chosen.isotropic else outer
 
 
-def _data_file(chosen: Data) -> Path:
+def _data_file(chosen: DataOptions) -> Path:
     if chosen.data_file is None:
         raise InputError("data_file", f"must name your file for --dataset {chosen.dataset}, got none.")
     return chosen.data_file

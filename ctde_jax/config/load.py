@@ -26,7 +26,8 @@ from ctde_jax.checkpoint import (
     plain,
 )
 from ctde_jax.config import build
-from ctde_jax.config.options import Config, Data, deciding, flag, parse
+from ctde_jax.config.options import Config, DataOptions
+from ctde_jax.config.parse import deciding, flag, parse
 from ctde_jax.data import Dataset, digests_of
 from ctde_jax.devices import FAKE_DEVICES, PyTree, replica, start
 from ctde_jax.errors import InputError
@@ -134,7 +135,7 @@ def _check_options(found: Checkpoint, chosen: Config) -> None:
         )
 
 
-def _as_trained(found: Checkpoint, data: Dataset, chosen: Data) -> Dataset:
+def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Dataset:
     """Returns the data with what inference needs as it was in training.
 
     Raises:

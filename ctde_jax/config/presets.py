@@ -12,7 +12,7 @@ class Preset(NamedTuple):
     """A published method or network."""
 
     options: Mapping[str, Any]
-    """Fields of `config`: of `Aggregation` or `Model`, and of `Optimization` where the method or network says so."""
+    """Fields of `AggregationOptions` or `ModelOptions`, and of `OptimizationOptions` if the method needs them."""
 
     says: str
     """What it is, its paper, and the values that are recommended."""

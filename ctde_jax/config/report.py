@@ -8,8 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ctde_jax.config.options import Aggregation, Config, Optimization
-from ctde_jax.config.options import Model as ModelOptions
+from ctde_jax.config.options import AggregationOptions, Config, ModelOptions, OptimizationOptions
 from ctde_jax.data import Dataset
 from ctde_jax.devices import count_cores
 from ctde_jax.models import count_params
@@ -84,7 +83,7 @@ def describe_network(chosen: ModelOptions, data: Dataset) -> str:
     return ", ".join([f"{chosen.model} {words[0]}", *words[1:], chosen.precision])
 
 
-def describe_optimization(chosen: Optimization) -> str:
+def describe_optimization(chosen: OptimizationOptions) -> str:
     """Says how each step goes downhill."""
     words = [
         f"{chosen.optimizer}, learning rate {chosen.learning_rate:g}, {chosen.schedule}, "
@@ -102,7 +101,7 @@ def describe_optimization(chosen: Optimization) -> str:
     return ", ".join(words)
 
 
-def describe_strategy(chosen: Aggregation) -> str:
+def describe_strategy(chosen: AggregationOptions) -> str:
     """Says when the devices talk, what they send, and what is made of it."""
     combined = "the mean" if chosen.combine == "average" else f"the {chosen.combine.replace('_', ' ')}"
     words = [f"{combined} of the gradients at every step"]

@@ -14,7 +14,8 @@ from rich.table import Table
 from ctde_jax import checkpoint, trainer
 from ctde_jax.checkpoint import Options
 from ctde_jax.config import build, report
-from ctde_jax.config.options import Config, Run, deciding, flag, new_run_folder, save
+from ctde_jax.config.options import Config, RunOptions
+from ctde_jax.config.parse import deciding, flag, new_run_folder, save
 from ctde_jax.data import Dataset, decode, encode, partition
 from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, replica, start
 from ctde_jax.errors import InputError, check_at_least, check_at_most
@@ -77,7 +78,7 @@ def train(config: Config, started: float) -> Trained:
     return trained
 
 
-def _check_trunk(chosen: Run, folder: Path) -> None:
+def _check_trunk(chosen: RunOptions, folder: Path) -> None:
     """Raises InputError if the checkpoint to branch from is in the run that `--resume never` moves."""
     if chosen.branch_from is None or chosen.resume == "auto":
         return
@@ -100,7 +101,7 @@ _LONGEST_SAMPLE = 1_000_000
 """Characters are generated one after another at every evaluation."""
 
 
-def _sampler(chosen: Run, model: Model, data: Dataset, seed: int) -> Callable[[PyTree, PyTree], str] | None:
+def _sampler(chosen: RunOptions, model: Model, data: Dataset, seed: int) -> Callable[[PyTree, PyTree], str] | None:
     """Makes the function that lets a language model write a text, or None for another model."""
     check_at_least(0, sample_length=chosen.sample_length)
     check_at_most(_LONGEST_SAMPLE, sample_length=chosen.sample_length)

@@ -415,7 +415,7 @@ def test_mistake_costs_no_import_of_jax():
 
 
 def test_library_loads_what_the_command_names():
-    assert build.load_data(config.Data()).name == data.digits().name
+    assert build.load_data(config.DataOptions()).name == data.digits().name
 
 
 def test_branch_has_the_options_of_its_parent_and_a_schedule_of_its_own(tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_new_choice_over_a_saved_configuration_brings_its_own_defaults(tmp_path)
 
 
 def test_options_name_every_start_and_network():
-    assert set(get_args(get_type_hints(config.Model)["init"])) == {*initializers.INITIALIZERS, "mup"}
+    assert set(get_args(get_type_hints(config.ModelOptions)["init"])) == {*initializers.INITIALIZERS, "mup"}
     for name, preset in presets.MODELS.items():
         assert preset.options.keys() <= set(OPTIONS), name
 

@@ -1,0 +1,136 @@
+"""The rules between options, in tables: which option needs which other, and which exclude each other."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ctde_jax.config.options import AggregationOptions, DataOptions
+from ctde_jax.errors import InputError, check_at_least, check_at_most
+
+_MOST_FRAGMENTS = 1000
+"""Each fragment is a part of the program of a round."""
+
+
+class Exclusion(NamedTuple):
+    """Options of the aggregation that must keep their defaults under a condition."""
+
+    applies: Callable[[AggregationOptions], Any]
+    options: tuple[str, ...]
+    sentence: str
+    """What the option must do; fields of the options in braces become their values."""
+
+
+EXCLUSIONS = (
+    Exclusion(
+        lambda chosen: chosen.exact,
+        ("sync_every", "reduce", "combine", "clip_norm"),
+        "must be left out with exact, which sums the gradient of every step as it is.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.sync_every < 1,
+        ("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"),
+        "needs steps alone (sync_every) of at least 1, got {sync_every}.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.graph != "none",
+        ("reduce", "combine", "clip_norm", "fragments"),
+        "must be left out with graph {graph}, which sends parameters.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.fragments > 1 and chosen.reduce == "power_sgd",
+        ("reduce",),
+        "must not be power_sgd with fragments, which cut matrices into vectors.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.fragments > 1,
+        ("isotropic",),
+        "must be left out with fragments, which cut matrices into vectors.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.reduce == "power_sgd" or chosen.exchange == "gathered",
+        ("combine",),
+        "must be average where messages have no owners, got {combine}.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.combine != "average",
+        ("synchronous_steps",),
+        "must be 0 with combine {combine}, as they take the plain mean.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.clip_norm is None,
+        ("noise_multiplier",),
+        "needs a clip_norm, got none.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.clip_norm is not None,
+        ("synchronous_steps",),
+        "must be 0 with clip_norm, as they send gradients as they are.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.clip_norm is not None and chosen.noise_multiplier,
+        ("reduce", "combine"),
+        "must be left out with noise, which is measured for the exact average.",
+    ),
+)
+
+_COMPRESSED = ("int8", "int4", "int2", "sign", "top_k", "random_k")
+
+NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "keep": ("reduce", ("top_k", "random_k")),
+    "chunk": ("reduce", ("top_k", "random_k")),
+    "kept_as": ("reduce", ("top_k", "random_k")),
+    "levels": ("reduce", ("int8", "int4", "int2", "top_k", "random_k")),
+    "rank": ("reduce", ("power_sgd",)),
+    "error_feedback": ("reduce", _COMPRESSED),
+    "feedback_decay": ("error_feedback", (True,)),
+    "exchange": ("reduce", _COMPRESSED),
+    "byzantine": ("combine", ("trimmed_mean", "krum", "multi_krum")),
+    "clip_radius": ("combine", ("centered_clipping",)),
+    "outer_learning_rate": ("outer", ("momentum", "nesterov", "adam")),
+    "outer_momentum": ("outer", ("momentum", "nesterov")),
+    "window": ("dataset", ("text",)),
+    "stride": ("dataset", ("text",)),
+    "prompt": ("dataset", ("text",)),
+    "sample_length": ("dataset", ("text",)),
+    "widths": ("model", ("mlp", "resnet")),
+    "activation": ("model", ("mlp",)),
+    "width": ("model", ("lstm", "gru", "transformer")),
+    "layers": ("model", ("resnet", "lstm", "gru", "transformer")),
+    "heads": ("model", ("transformer",)),
+    "dropout": ("model", ("cnn", "lstm", "gru", "transformer")),
+    "norm": ("model", ("resnet",)),
+    "batch_statistics": ("norm", ("batch",)),
+    "reestimate_batches": ("norm", ("batch",)),
+    "base_width": ("init", ("mup",)),
+    "weight_decay": ("optimizer", ("adamw", "lion", "muon")),
+    "label_shards": ("partition", ("by_label",)),
+    "dirichlet_alpha": ("partition", ("dirichlet",)),
+}
+"""Options that have no effect unless another one has one of these values."""
+
+_FILES = {
+    "data_dir": ("mnist", "fashion_mnist", "cifar10"),
+    "data_file": ("text", "npz", "csv"),
+    "label_column": ("csv",),
+}
+"""Options that name files, and the data sets that are read from them."""
+
+
+def check_aggregation(chosen: AggregationOptions) -> None:
+    """Raises InputError for options that exclude each other, so that none is ignored silently."""
+    default = AggregationOptions()
+    check_at_least(1, fragments=chosen.fragments)
+    check_at_most(_MOST_FRAGMENTS, fragments=chosen.fragments)
+    for rule in EXCLUSIONS:
+        if not rule.applies(chosen):
+            continue
+        for option in rule.options:
+            if getattr(chosen, option) != getattr(default, option):
+                raise InputError(option, rule.sentence.format(**vars(chosen)))
+
+
+def check_files(chosen: DataOptions) -> None:
+    """Raises InputError for a file that the data set is not read from."""
+    for option, datasets in _FILES.items():
+        if getattr(chosen, option) is not None and chosen.dataset not in datasets:
+            known = " or ".join(datasets)
+            raise InputError(option, f"goes with --dataset {known}, got --dataset {chosen.dataset}.")
