@@ -82,6 +82,30 @@ for name in ctde_jax.__all__:
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True)
 
 
+def test_functions_have_at_most_eighty_lines():
+    """Docstring included; `ruff` holds the complexity."""
+    long = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 80:
+                long[f"{path.relative_to(PACKAGE)}: {node.name}"] = node.end_lineno - node.lineno + 1
+    assert not long
+
+
+def test_fit_is_a_page():
+    """`fit` makes the values that `train` takes, whose paragraphs have comments."""
+    source = (PACKAGE / "trainer" / "fit.py").read_text()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name in ("fit", "train"):
+            docstring, *body = node.body
+            lines = source.splitlines()[docstring.end_lineno : node.end_lineno]
+            arguments = [*node.args.args, *node.args.kwonlyargs, node.args.kwarg]
+            assert len([line for line in lines if line.strip()]) <= 60
+            assert len([argument for argument in arguments if argument]) <= 16
+            comments = [line for line in lines if line.lstrip().startswith("#")]
+            assert len(comments) >= 5 or node.name == "fit"
+
+
 def test_only_replica_calls_pmap():
     def names(path: Path) -> set[str]:
         tree = ast.walk(ast.parse(path.read_text()))

@@ -1,5 +1,6 @@
-"""Fragments of the model that are agreed on in turn, each while the replicas already take their next steps alone."""
+"""Streaming DiLoCo: fragments of the model are aggregated in turn, while the replicas take their next local steps."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,21 +31,20 @@ def streaming(
     outer: optax.GradientTransformation | None = None,
     mix: float = 0.5,
 ) -> optax.GradientTransformationExtraArgs:
-    """Agrees on one fragment in each round, and hears the answer one round later (Douillard et al., 2025).
+    """Aggregates one fragment in each round, while the next local steps run (Douillard et al., 2025).
 
     For a `Strategy` that `diverges`. Every leaf, as a vector, is cut into equal pieces, one for each fragment. At the
-    end of round t a replica's message is the outer gradient of fragment `t mod fragments`; it travels during the local
-    steps of round t + 1, on which it does not depend, nor they on it; then the center's fragment takes its outer step,
-    and the
-    replica's becomes `mix * its own + (1 - mix) * the center's`. A fragment is sent every `fragments` rounds, so a
-    round sends what `reduce` sends for the `ceil(n / fragments)` numbers of each leaf of n.
+    end of round t, the message of a replica is the outer gradient of fragment `t mod fragments`. It travels during the
+    local steps of round t + 1; then the central fragment takes its outer step, and the fragment of the replica becomes
+    `mix * own + (1 - mix) * central`. A fragment is sent every `fragments` rounds, so a round sends what `reduce` sends
+    for the `ceil(n / fragments)` numbers of each leaf of n.
 
     Args:
-        fragments: How many there are.
-        reduce: Any reducer, `two_phase()` by default. (Not `mean()`: a compiler merges its all-reduce with that of the
+        fragments: Number of fragments.
+        reduce: Any reducer, by default `two_phase()`. (Not `mean()`: a compiler merges its all-reduce with that of the
             metrics, which waits for the local steps.)
-        outer: The center's optimizer, SGD with a learning rate of 0.7 and Nesterov momentum of 0.9 by default.
-        mix: What a replica keeps of its own fragment, which has moved on while the message traveled.
+        outer: Outer optimizer; by default SGD with learning rate 0.7 and Nesterov momentum 0.9.
+        mix: Weight of a replica's own fragment, which has moved on while the message traveled.
 
     Raises:
         InputError: There is no fragment, or mix is not from 0 to 1.
@@ -55,15 +55,10 @@ def streaming(
     exchange = optax.with_extra_args_support(reduce or two_phase())
     optimizer = outer or optax.sgd(0.7, momentum=0.9, nesterov=True)
 
-    def cut(leaf: jax.Array) -> jax.Array:
-        vector = leaf.ravel().astype(jnp.float32)
-        return jnp.pad(vector, (0, -vector.size % fragments)).reshape(fragments, -1)
+    cut = partial(_cut, fragments)
 
     def mixture(own: jax.Array, center: jax.Array) -> jax.Array:
         return jnp.where(own == center, own, mix * own + (1 - mix) * center)  # equal numbers keep their bits
-
-    def whole(pieces: jax.Array, like: jax.Array) -> jax.Array:
-        return pieces.ravel()[: like.size].reshape(like.shape)
 
     def init(params: PyTree) -> StreamingState:
         center = jax.tree.map(cut, params)
@@ -103,7 +98,7 @@ def streaming(
         is_first = state.rounds == 0  # when no message is on its way
         heard, own = optax.tree.where(is_first, (state, own), (heard, _with_row(own, sent, mixed)))
 
-        moved = jax.tree.map(lambda p, x, d: (p - whole(x, p)).astype(d.dtype), before, own, updates)
+        moved = jax.tree.map(lambda p, x, d: (p - _whole(x, p)).astype(d.dtype), before, own, updates)
         return moved, heard._replace(
             rounds=state.rounds + 1,
             message=optax.tree.sub(_row(heard.center, sending), _row(own, sending)),
@@ -111,6 +106,17 @@ def streaming(
         )
 
     return reducer(init, update)
+
+
+def _cut(fragments: int, leaf: jax.Array) -> jax.Array:
+    """Cuts a leaf into equal pieces, float32[fragment, size], the last one padded with zeros."""
+    vector = leaf.ravel().astype(jnp.float32)
+    return jnp.pad(vector, (0, -vector.size % fragments)).reshape(fragments, -1)
+
+
+def _whole(pieces: jax.Array, like: jax.Array) -> jax.Array:
+    """Inverts `_cut`."""
+    return pieces.ravel()[: like.size].reshape(like.shape)
 
 
 def _row(tree: PyTree, index: jax.Array) -> PyTree:

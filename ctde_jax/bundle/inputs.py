@@ -140,51 +140,71 @@ def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
         raise InputError("input", f"names {path}, whose inputs {error.sentence}") from error
 
 
+class _Columns(NamedTuple):
+    """Which columns of a table hold the features and the label."""
+
+    has_header: bool
+    features: list[int]
+    label: int | None
+
+
 def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> Examples:
     rows = _rows(path)
+    columns = _columns(path, rows, card, label_column)
+    examples = rows[columns.has_header :]
+    numbers = _numbers(path, [[cells[place] for place in columns.features] for cells in examples], card)
+    inputs = _fitting(path, numbers, card)
+    if columns.label is None or not labeled:
+        return Examples(inputs, None)
+    return Examples(inputs, _labels_of_words(path, [cells[columns.label] for cells in examples], card))
+
+
+def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | None) -> _Columns:
+    """Finds the columns of features by the names of the training table, or by their number."""
     width = math.prod(card.input_shape)
     is_named = bool(card.columns) and {*card.columns} <= {*rows[0]}
     is_counted = width > 1 and rows[0][:width] == [str(place) for place in range(width)]  # as pandas names columns
     has_words = any(cell and number_of(cell) is None for cell in rows[0][:width])
-    is_header = is_named or is_counted or has_words or _has_column_numbers(rows, width, card)
-    header = rows[0] if is_header else None
-    if header is not None and len(rows) == 1:
+    has_header = is_named or is_counted or has_words or _has_column_numbers(rows, width, card)
+    if has_header and len(rows) == 1:
         raise _faulty(path, "has a header line and no examples", "add one line for each example")
-    names = header or []
+    names = rows[0] if has_header else []
     if label_column is not None and label_column not in names:
         raise InputError("label_column", f"must name a column of {path}, got {quoted(label_column)}.")
     if is_named:
         features = [names.index(name) for name in card.columns]
         others = [place for place in range(len(names)) if place not in features]
         label = names.index(label_column) if label_column is not None else max(others, default=None)
-    else:
-        if header is not None and card.columns:
-            missing = ", ".join(quoted(name) for name in card.columns if name not in names)
-            raise _faulty(path, f"has no column {missing}", "name its columns as those of the training table")
-        if len(rows[0]) not in (width, width + 1):
-            fault = f"has {len(rows[0])} columns"
-            raise _faulty(path, fault, f"give the {width} numbers of an example in each line, and maybe its label")
-        if label_column is None and len(rows[0]) == width + 1 and _starts_with_index(rows[bool(header) :], card):
-            fault = "numbers its lines in the first of its columns, like the index that pandas writes"
-            raise _faulty(path, fault, "leave the index out, or name the columns and the label column")
-        label = names.index(label_column) if label_column is not None else width
-        label = label if len(rows[0]) == width + 1 else None
-        features = [place for place in range(len(rows[0])) if place != label]
-    examples = rows[1:] if header else rows
-    inputs = [[cells[place] for place in features] for cells in examples]
-    for line, cells in enumerate(inputs, start=1 + bool(header)):
-        for cell in cells:
+        return _Columns(True, features, label)
+
+    if has_header and card.columns:
+        missing = ", ".join(quoted(name) for name in card.columns if name not in names)
+        raise _faulty(path, f"has no column {missing}", "name its columns as those of the training table")
+    count = len(rows[0])
+    if count not in (width, width + 1):
+        fault = f"has {count} columns"
+        raise _faulty(path, fault, f"give the {width} numbers of an example in each line, and maybe its label")
+    if label_column is None and count == width + 1 and _starts_with_index(rows[has_header:], card):
+        fault = "numbers its lines in the first of its columns, like the index that pandas writes"
+        raise _faulty(path, fault, "leave the index out, or name the columns and the label column")
+    label = None
+    if count == width + 1:
+        label = width if label_column is None else names.index(label_column)
+    return _Columns(has_header, [place for place in range(count) if place != label], label)
+
+
+def _numbers(path: Path, cells: list[list[str]], card: Card) -> np.ndarray:
+    """Reads the features of all examples, `[examples, ...]`."""
+    for example, row in enumerate(cells, start=1):
+        for cell in row:
             if number_of(cell) is None:
-                raise _faulty(path, f"has {quoted(cell)} in example {line - bool(header)}", "give a number")
-    numbers = np.array([[number_of(cell) for cell in cells] for cells in inputs]).reshape(-1, *card.input_shape)
-    if card.input_dtype != "float32":
-        if not (np.isfinite(numbers).all() and np.array_equal(numbers, np.rint(numbers))):
-            raise _faulty(path, f"holds numbers that are no {card.input_dtype}", "give whole numbers")
-        numbers = np.clip(numbers, -(2.0**62), 2.0**62).astype(np.int64)  # `_fitting` checks the range
-    inputs = _fitting(path, numbers, card)
-    if label is None or not labeled:
-        return Examples(inputs, None)
-    return Examples(inputs, _labels_of_words(path, [cells[label] for cells in examples], card))
+                raise _faulty(path, f"has {quoted(cell)} in example {example}", "give a number")
+    numbers = np.array([[number_of(cell) for cell in row] for row in cells]).reshape(-1, *card.input_shape)
+    if card.input_dtype == "float32":
+        return numbers
+    if not (np.isfinite(numbers).all() and np.array_equal(numbers, np.rint(numbers))):
+        raise _faulty(path, f"holds numbers that are no {card.input_dtype}", "give whole numbers")
+    return np.clip(numbers, -(2.0**62), 2.0**62).astype(np.int64)  # `_fitting` checks the range
 
 
 def _has_column_numbers(rows: list[list[str]], width: int, card: Card) -> bool:

@@ -59,58 +59,44 @@ def from_linen(
         InputError: It is no unbound linen module, or the meaning of an argument cannot be known. Later, from the
             functions of the model: the module raised an exception, or its state depends on the number of examples.
     """
-    network = _built(module)
-    calls: dict[Any, _Call] = {}
+    wrapped = _Wrapped(_built(module), batch_statistics, Modes(train, infer))
+    return Model(wrapped.init, wrapped.apply, wrapped.layers)
 
-    def init_as(module, arguments, key, inputs, streams=()):
-        rngs = {name: _stream_key(key, name) for name in streams} | {"params": key, "dropout": key}
-        with linen.intercept_methods(_sow_nothing), reported("model", "your module", inputs=inputs):
-            return unfreeze(linen.meta.unbox(module.init(rngs, inputs, **{**arguments, **_random(module, key)})))
 
-    def variables_of(call, key, inputs):
-        """Returns the variables that exist in inference, and those that exist in training alone."""
-        streams = call.streams[True]
-        everything = init_as(_in_mode(network, False), call.modes.infer, key, inputs, streams)
-        if _in_mode(network, True) is not network or call.modes.train:
-            in_training = init_as(_in_mode(network, True), call.modes.train, key, inputs, streams)
-            everything = unflatten_dict({**flatten_dict(in_training), **flatten_dict(everything)})
-        return everything
+class _Wrapped:
+    """The functions of a model that calls a linen module.
 
-    def find_call(inputs) -> _Call:
-        place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
-        if place not in calls:
-            calls[place] = _examine(network, jax.ShapeDtypeStruct(jnp.shape(inputs), place[1]), Modes(train, infer))
-            _check_state(init, *place)
-        return calls[place]
+    Args:
+        network: The module.
+        batch_statistics: See `BatchStatistics`.
+        given: The arguments of `__call__` that the user has given for both modes.
+    """
 
-    def init(key, inputs):
-        return split_variables(variables_of(find_call(inputs), key, inputs))
+    def __init__(self, network: linen.Module, batch_statistics: BatchStatistics, given: Modes):
+        self._batch_statistics: BatchStatistics = batch_statistics
+        self._network = network
+        self._given = given
+        self._calls: dict[Any, _Call] = {}
 
-    def call_with(module, variables, inputs, key, arguments, streams, mutable):
-        rngs = {name: _stream_key(key, name) for name in streams}
-        arguments = {**arguments, **_random(module, key)}
-        with linen.intercept_methods(_sow_nothing), reported("model", "your module", inputs=inputs):
-            outputs = module.apply(variables, inputs, **arguments, rngs=rngs, mutable=mutable)
-            outputs, after = (outputs, {}) if mutable is False else outputs
-            return as_outputs(outputs), after
+    def init(self, key, inputs):
+        return split_variables(self._variables(self._find_call(inputs), key, inputs))
 
-    def apply(params, model_state, inputs, key, mask=None):
-        call, variables = find_call(inputs), _merged(params, model_state)
+    def apply(self, params, model_state, inputs, key, mask=None):
+        call, variables = self._find_call(inputs), _merged(params, model_state)
         collections = [name for name in model_state if name != "params"]
         if key is None:
             arguments, streams, fixed_key = call.modes.infer, call.streams[False], jax.random.key(0)
             # Batch statistics that are written in inference mean that a layer's mode is wrong: flax raises.
             mutable = [name for name in collections if name != "batch_stats"] if call.writes_in_inference else False
-            inferring = _in_mode(network, False)
-            outputs, _ = call_with(inferring, variables, inputs, fixed_key, arguments, streams, mutable)
-        else:
-            arguments, streams, training = call.modes.train, call.streams[True], _in_mode(network, True)
-            with linen.intercept_methods(_counting(Counted(mask, batch_statistics))):
-                outputs, after = call_with(training, variables, inputs, key, arguments, streams, collections)
-            model_state = _like(model_state, {**model_state, **unfreeze(linen.meta.unbox(after))})
-        return outputs, model_state
+            inferring = _in_mode(self._network, False)
+            outputs, _ = _call_with(inferring, variables, inputs, fixed_key, arguments, streams, mutable)
+            return outputs, model_state
+        arguments, streams, training = call.modes.train, call.streams[True], _in_mode(self._network, True)
+        with linen.intercept_methods(_counting(Counted(mask, self._batch_statistics))):
+            outputs, after = _call_with(training, variables, inputs, key, arguments, streams, collections)
+        return outputs, _like(model_state, {**model_state, **unfreeze(linen.meta.unbox(after))})
 
-    def layers(params, model_state, inputs):
+    def layers(self, params, model_state, inputs):
         heard = OrderedDict()
 
         def listen(call, args, kwargs, context):
@@ -121,10 +107,41 @@ def from_linen(
             return outputs
 
         with linen.intercept_methods(listen):
-            apply(params, model_state, inputs, None)
+            self.apply(params, model_state, inputs, None)
         return heard
 
-    return Model(init, apply, layers)
+    def _find_call(self, inputs) -> _Call:
+        """Finds how the module is called on inputs of this shape and dtype, once."""
+        place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
+        if place not in self._calls:
+            like = jax.ShapeDtypeStruct(jnp.shape(inputs), place[1])
+            self._calls[place] = _examine(self._network, like, self._given)
+            _check_state(self.init, *place)
+        return self._calls[place]
+
+    def _variables(self, call: _Call, key, inputs):
+        """Returns the variables that exist in inference, and those that exist in training alone."""
+        streams, in_training = call.streams[True], _in_mode(self._network, True)
+        everything = _init_as(_in_mode(self._network, False), call.modes.infer, key, inputs, streams)
+        if in_training is not self._network or call.modes.train:
+            more = _init_as(in_training, call.modes.train, key, inputs, streams)
+            everything = unflatten_dict({**flatten_dict(more), **flatten_dict(everything)})
+        return everything
+
+
+def _init_as(module: linen.Module, arguments: Mapping[str, Any], key, inputs, streams=()):
+    rngs = {name: _stream_key(key, name) for name in streams} | {"params": key, "dropout": key}
+    with linen.intercept_methods(_sow_nothing), reported("model", "your module", inputs=inputs):
+        return unfreeze(linen.meta.unbox(module.init(rngs, inputs, **{**arguments, **_random(module, key)})))
+
+
+def _call_with(module: linen.Module, variables, inputs, key, arguments, streams, mutable):
+    rngs = {name: _stream_key(key, name) for name in streams}
+    arguments = {**arguments, **_random(module, key)}
+    with linen.intercept_methods(_sow_nothing), reported("model", "your module", inputs=inputs):
+        outputs = module.apply(variables, inputs, **arguments, rngs=rngs, mutable=mutable)
+        outputs, after = (outputs, {}) if mutable is False else outputs
+        return as_outputs(outputs), after
 
 
 def _built(module: Any) -> linen.Module:

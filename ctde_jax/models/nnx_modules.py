@@ -69,114 +69,146 @@ def from_nnx(
         InputError: It cannot be built from random streams alone. Later, from the functions of the model: the module
             raised an exception, or writes to what cannot change in training.
     """
-    make = _maker(module)
+    wrapped = _Wrapped(module, batch_statistics, Modes(train, infer))
+    start = wrapped.abstract.start
+    return Model(wrapped.init, wrapped.apply, wrapped.layers, start and Recurrence(start, wrapped.step))
 
-    def split_made(key):
-        with reported("model", "the constructor of your module"):
-            return _split(make(key))
 
-    abstract = _abstract(split_made, module)
-    calls: dict[Any, Modes] = {}
+class _Wrapped:
+    """The functions of a model that calls an nnx module.
 
-    def merge(params, model_state, key, training: bool) -> Any:
-        streams = _reseed(abstract.random_state, key)
-        params, model_state = jax.tree.map(_writable, (params, model_state))
-        merged = nnx.merge(abstract.graph, params, streams, model_state)
-        _set_mode(merged, training)
-        return merged
+    Args:
+        module: Builds the module, or is one.
+        batch_statistics: See `BatchStatistics`.
+        given: The arguments of `__call__` that the user has given for both modes.
+    """
 
-    def find_call(inputs) -> Modes:
-        place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
-        if place not in calls:
+    def __init__(self, module: Any, batch_statistics: BatchStatistics, given: Modes):
+        self._make = _maker(module)
+        self._batch_statistics: BatchStatistics = batch_statistics
+        self._given = given
+        self._calls: dict[Any, Modes] = {}
+        self.abstract = _abstract(self._split_made, module)
 
-            def effect(arguments):
-                def run(key, model_state, inputs, params):
-                    merged = merge(params, model_state, key, True)
-                    outputs = merged(inputs, **arguments, **_random(abstract.call, key))
-                    return outputs, _state_after(merged, model_state)
-
-                key = jax.eval_shape(jax.random.key, 0)
-                like = jax.ShapeDtypeStruct(jnp.shape(inputs), place[1])
-                params, model_state = jax.eval_shape(init, key, like)
-                return effect_of(run, model_state, like, params)
-
-            calls[place] = find_modes(abstract.call, abstract.kind.__name__, effect, Modes(train, infer))
-        return calls[place]
-
-    def check_writes(module, attributes, raw_params, params, model_state, inputs, arguments):
-        """Raises InputError if a call in training has changed what stays the same from step to step."""
-        changed = _changed(attributes, _attributes(module))
-        is_written = any(one is not other for one, other in zip(raw_params, _raw_params(module), strict=True))
-        if not changed and not is_written:
-            return
-        key = jax.eval_shape(jax.random.key, 0)
-        like = jax.eval_shape(lambda *arrays: arrays, params, model_state, inputs)
-        later = []
-
-        def run(attributes, params, model_state, inputs, key):
-            merged = merge(params, model_state, key, True)
-            _set_attributes(merged, attributes)
-            outputs = merged(inputs, **arguments, **_random(abstract.call, key))
-            later.append(_changed(attributes, _attributes(merged)))
-            return outputs, _pure(nnx.state(merged, is_trained))
-
-        def program(attributes):
-            traced = jax.make_jaxpr(partial(run, attributes))(*like, key)
-            return without_addresses(str(traced))
-
-        if changed and (program({}) != program(changed) or later[-1]):
-            names = ", ".join(sorted(".".join(map(str, (*path, name))) for path, name in changed))
-            raise InputError(
-                "model",
-                f"must not change {names} in __call__, as Python attributes do not follow compiled steps; make it an "
-                "nnx.Variable that holds an array.",
-            )
-        if not is_written:
-            return
-        with jax.ensure_compile_time_eval():  # some transformations copy parameters, so values decide
-            ramps, *rest = jax.tree.map(_ramp, like)
-            _, written = jax.jit(partial(run, {}))(ramps, *rest, jax.random.key(0))
-            is_same = jax.tree.map(lambda one, other: bool(jnp.array_equal(one, other)), ramps, written)
-        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, same in _leaves(is_same) if not same]
-        if names:
-            raise InputError(
-                "model",
-                f"must not write to its parameters in __call__, as it does to {names[0]} (nnx.SpectralNorm and "
-                "nnx.WeightNorm do); compute what is written from the parameter instead, or use flax.linen's layer.",
-            )
-
-    def init(key, inputs):
-        _, params, _, model_state = split_made(key)
+    def init(self, key, inputs):
+        _, params, _, model_state = self._split_made(key)
         return _pure(params), _pure(model_state)
 
-    def apply(params, model_state, inputs, key, mask=None):
-        arguments, training = find_call(inputs), key is not None
+    def apply(self, params, model_state, inputs, key, mask=None):
+        call, training = self._find_call(inputs), key is not None
         key = jax.random.key(0) if key is None else key
-        module = merge(params, model_state, key, training)
+        module = self.merge(params, model_state, key, training)
         if training:
-            _count(module, Counted(mask, batch_statistics))
-        before = _attributes(module), _raw_params(module)
-        arguments = arguments.train if training else arguments.infer
+            _count(module, Counted(mask, self._batch_statistics))
+        attributes, raw_params = _attributes(module), _raw_params(module)
+        arguments = call.train if training else call.infer
         with reported("model", "your module", inputs=inputs):
-            outputs = as_outputs(module(inputs, **arguments, **_random(abstract.call, key)))
-        if training:
-            check_writes(module, *before, params, model_state, inputs, arguments)
-            model_state = _state_after(module, model_state)
-        return outputs, model_state
+            outputs = as_outputs(module(inputs, **arguments, **self.random(key)))
+        if not training:
+            return outputs, model_state
 
-    def layers(params, model_state, inputs):
+        # What stays the same from step to step must not have changed.
+        changed = _changed(attributes, _attributes(module))
+        is_written = any(one is not other for one, other in zip(raw_params, _raw_params(module), strict=True))
+        if changed or is_written:
+            like = jax.eval_shape(lambda *arrays: arrays, params, model_state, inputs)
+            if changed:
+                _check_attributes(self, changed, like, arguments)
+            if is_written:
+                _check_params(self, like, arguments)
+        return outputs, _state_after(module, model_state)
+
+    def layers(self, params, model_state, inputs):
         key = jax.random.key(0)
-        module = merge(params, model_state, key, False)
+        module = self.merge(params, model_state, key, False)
         heard = _listen(module)
-        module(inputs, **find_call(inputs).infer, **_random(abstract.call, key))
+        module(inputs, **self._find_call(inputs).infer, **self.random(key))
         return heard
 
-    def step(params, model_state, carry, inputs):
-        module = merge(params, model_state, jax.random.key(0), False)
+    def step(self, params, model_state, carry, inputs):
+        module = self.merge(params, model_state, jax.random.key(0), False)
         outputs, carry = module.step(carry, inputs)
         return jnp.asarray(outputs, jnp.float32), optax.tree.cast(carry, jnp.float32)
 
-    return Model(init, apply, layers, abstract.start and Recurrence(abstract.start, step))
+    def merge(self, params, model_state, key, training: bool) -> Any:
+        """Returns the module with these arrays, its random streams begun again, in training or inference mode."""
+        streams = _reseed(self.abstract.random_state, key)
+        params, model_state = jax.tree.map(_writable, (params, model_state))
+        merged = nnx.merge(self.abstract.graph, params, streams, model_state)
+        _set_mode(merged, training)
+        return merged
+
+    def random(self, key) -> dict[str, Any]:
+        """Returns the random streams that `__call__` takes as an argument."""
+        return _random(self.abstract.call, key)
+
+    def _split_made(self, key):
+        with reported("model", "the constructor of your module"):
+            return _split(self._make(key))
+
+    def _find_call(self, inputs) -> Modes:
+        """Finds the arguments of `__call__` for inputs of this shape and dtype, once."""
+        place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
+        if place in self._calls:
+            return self._calls[place]
+
+        def effect(arguments):
+            def run(key, model_state, inputs, params):
+                merged = self.merge(params, model_state, key, True)
+                outputs = merged(inputs, **arguments, **self.random(key))
+                return outputs, _state_after(merged, model_state)
+
+            like = jax.ShapeDtypeStruct(jnp.shape(inputs), place[1])
+            params, model_state = jax.eval_shape(self.init, jax.eval_shape(jax.random.key, 0), like)
+            return effect_of(run, model_state, like, params)
+
+        call, name = self.abstract.call, self.abstract.kind.__name__
+        self._calls[place] = find_modes(call, name, effect, self._given)
+        return self._calls[place]
+
+
+def _check_attributes(wrapped: _Wrapped, changed: Mapping[Any, Any], like: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises InputError if the attributes that a call in training has changed change what a later call computes."""
+    later = []
+
+    def program(attributes) -> str:
+        def run(params, model_state, inputs, key):
+            merged = wrapped.merge(params, model_state, key, True)
+            _set_attributes(merged, attributes)
+            outputs = merged(inputs, **arguments, **wrapped.random(key))
+            later.append(_changed(attributes, _attributes(merged)))
+            return outputs, _pure(nnx.state(merged, is_trained))
+
+        return without_addresses(str(jax.make_jaxpr(run)(*like, jax.eval_shape(jax.random.key, 0))))
+
+    if program({}) != program(changed) or later[-1]:
+        names = ", ".join(sorted(".".join(map(str, (*path, name))) for path, name in changed))
+        raise InputError(
+            "model",
+            f"must not change {names} in __call__, as Python attributes do not follow compiled steps; make it an "
+            "nnx.Variable that holds an array.",
+        )
+
+
+def _check_params(wrapped: _Wrapped, like: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises InputError if a call in training has written another value to a parameter."""
+
+    def run(params, model_state, inputs, key):
+        merged = wrapped.merge(params, model_state, key, True)
+        merged(inputs, **arguments, **wrapped.random(key))
+        return _pure(nnx.state(merged, is_trained))
+
+    with jax.ensure_compile_time_eval():  # some transformations copy parameters, so values decide
+        ramps, *rest = jax.tree.map(_ramp, like)
+        written = jax.jit(run)(ramps, *rest, jax.random.key(0))
+        is_same = jax.tree.map(lambda one, other: bool(jnp.array_equal(one, other)), ramps, written)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, same in _leaves(is_same) if not same]
+    if names:
+        raise InputError(
+            "model",
+            f"must not write to its parameters in __call__, as it does to {names[0]} (nnx.SpectralNorm and "
+            "nnx.WeightNorm do); compute what is written from the parameter instead, or use flax.linen's layer.",
+        )
 
 
 def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:

@@ -120,6 +120,11 @@ def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
         return "A layer trains in inference: give __call__ an argument such as train, and pass it on to the layer."
     if inputs is None or not hasattr(inputs, "dtype"):
         return ""
+    return _hint_for_inputs(error, text, where, inputs)
+
+
+def _hint_for_inputs(error: Exception, text: str, where: str, inputs: Any) -> str:
+    """Names the way out if the shape or the dtype of the inputs is the reason."""
     is_type_or_value = isinstance(error, (TypeError, ValueError))
     if "integer" in text.lower() and is_type_or_value and jnp.issubdtype(inputs.dtype, jnp.floating):
         return "It reads integers: pass integer features to data.from_arrays, which reach it unchanged."

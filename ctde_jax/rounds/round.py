@@ -61,10 +61,8 @@ def make_round(
         strategy: How the replicas agree.
         ema_decay: What the exponential moving average of the parameters keeps of itself in a round.
     """
-    optimizer, outer = strategy.local(optimizer), adapted(strategy.outer)
-    reduce = optax.with_extra_args_support(strategy.reduce)
+    optimizer = strategy.local(optimizer)
     alone = partial(gradient, alone=True)
-    compute = alone if strategy.is_independent else gradient
 
     def step(state: TrainState, grads: PyTree, value: Value) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
@@ -78,10 +76,29 @@ def make_round(
         ema_params = jax.tree.map(lambda ema, x: ema + share * (x - ema), state.ema_params, state.params)
         return state._replace(ema_params=ema_params)
 
+    if strategy.exact:
+        advance = make_exact(gradient, step)
+    elif strategy.inner_steps:
+        advance = _make_local(alone, optimizer, strategy, averaged)
+    else:
+        advance = _make_synchronous(alone if strategy.is_independent else gradient, strategy, step)
+
+    def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        advanced, sums = advance(state, split, batches, key)
+        sums.pop("objective", None)
+        return advanced._replace(step=state.step + len(batches)), sums
+
+    return train_round
+
+
+def _make_synchronous(gradient: Gradient, strategy: Strategy, step: Callable[..., TrainState]) -> Round:
+    """Makes the round of one step, whose message is the gradient."""
+    reduce = optax.with_extra_args_support(strategy.reduce)
+
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
         reduce_key, step_key = step_keys(key, state.step)
-        grads, model_state, sums = compute(state.params, state.model_state, split, indices, step_key)
+        grads, model_state, sums = gradient(state.params, state.model_state, split, indices, step_key)
 
         grads, reduce_state = reduce.update(
             grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
@@ -92,11 +109,23 @@ def make_round(
         sums = with_learning_rate(sums, state.opt_state)
         return state, jax.tree.map(lambda x: x[None], sums)
 
+    return synchronous
+
+
+def _make_local(
+    gradient: Gradient,
+    optimizer: optax.GradientTransformationExtraArgs,
+    strategy: Strategy,
+    averaged: Callable[[TrainState], TrainState],
+) -> Round:
+    """Makes the round of local steps, whose message is the outer gradient."""
+    reduce, outer = optax.with_extra_args_support(strategy.reduce), adapted(strategy.outer)
+
     def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = alone(params, model_state, split, indices, step_keys(key, step)[1])
+            grads, model_state, sums = gradient(params, model_state, split, indices, step_keys(key, step)[1])
             value = partial(mean_objective, sums)
             updates, opt_state = optimizer.update(grads, opt_state, params, value=value, anchor=state.params)
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
@@ -123,16 +152,7 @@ def make_round(
         )
         return averaged(state), sums
 
-    advance = local if strategy.inner_steps else synchronous
-    if strategy.exact:
-        advance = make_exact(gradient, step)
-
-    def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
-        advanced, sums = advance(state, split, batches, key)
-        sums.pop("objective", None)
-        return advanced._replace(step=state.step + len(batches)), sums
-
-    return train_round
+    return local
 
 
 def skipping(train_round: Round) -> Round:

@@ -134,6 +134,7 @@ def train(
     Raises:
         Exception: As `fit`.
     """
+    # Refuse settings of the environment that rule out training, such as a thread pool that is too small.
     clock, screen = Clock(), console(quiet=not show)
     check_backend(training.devices)
 

@@ -125,7 +125,6 @@ def measure(
         raise InputError(
             "dataset", f"must be in memory to be profiled, got {training.data.name}, which is not; profile part of it."
         )
-    devices = training.devices
     phase = training.phases(training.log_every)[-1]
     strategy, span = phase.strategy, phase.spans[0]
     before = time.perf_counter()
@@ -134,40 +133,88 @@ def measure(
     jax.block_until_ready(center)
     started = time.perf_counter() - before
 
-    say(f"compiling for {len(devices)} devices")
+    say(f"compiling for {len(training.devices)} devices")
     own = _Contestant(training, center, strategy, span)
     own.dispatch()  # which starts the threads
     rows = rows_a_dispatch(own.dispatch().ready * span.row_rounds * span.round_steps)
     own.rounds = min(rows * span.row_rounds, span.piece_rounds)
     steps = own.rounds * span.round_steps
-
-    # Beside it: the same steps without communication, and steps of half the batch.
-    lonely = Strategy(steps, optax.identity(), inner=strategy.inner)
-    alone = _Contestant(training, center, lonely, Span(0, steps, steps), own)
-    half = None
-    if training.batch_size % (2 * len(devices) * training.accumulate) == 0:
-        half = _Contestant(replace(training, batch_size=training.batch_size // 2), center, strategy, span, own)
     before = time.perf_counter()
     evaluate = _make_evaluation(training, center, own)
     compiled_evaluation = time.perf_counter() - before
 
-    # The same training on fewer devices.
-    scaling = {len(devices): own}
-    for count in _fewer(len(devices)):
-        say(f"compiling for {count} of {len(devices)} devices")
+    # Beside it: the same steps without communication, steps of half the batch, and fewer devices.
+    lonely = Strategy(steps, optax.identity(), inner=strategy.inner)
+    alone = _Contestant(training, center, lonely, Span(0, steps, steps), own)
+    half = None
+    if training.batch_size % (2 * len(training.devices) * training.accumulate) == 0:
+        half = _Contestant(replace(training, batch_size=training.batch_size // 2), center, strategy, span, own)
+    scaling = _on_fewer_devices(training, partition, center, strategy, span, say)
+    scaling[len(training.devices)] = own
+
+    turns, loops = _take_turns(own, alone, half, scaling, evaluate, seconds, say)
+    if trace is not None:
+        say("tracing")
+        own.trace(trace)
+
+    measured = {name: spread([turn[name] for turn in turns]) for name in turns[0]}
+    return Profile(
+        replicas=len(training.devices),
+        cores=count_cores() if training.devices[0].platform == "cpu" else None,
+        batch_size=training.batch_size,
+        steps=training.total_steps,
+        steps_per_dispatch=steps,
+        steps_per_evaluation=span.stop - span.start,
+        once={"start of the model": started, **own.once, "compile evaluation": compiled_evaluation},
+        parts={part: measured[part] for part in PARTS},
+        scaling={count: spread(loops[count]) for count in sorted(loops)},
+        evaluation=measured["evaluation"],
+        half_batch=measured.get("half"),
+        turns=len(turns),
+    )
+
+
+def _on_fewer_devices(
+    training: Training,
+    partition: Partition,
+    center: tuple[PyTree, PyTree],
+    strategy: Strategy,
+    span: Span,
+    say: Callable[[str], None],
+) -> dict[int, "_Contestant"]:
+    """Compiles the same training for each smaller number of devices that it can run on."""
+    scaling = {}
+    for count in _fewer(len(training.devices)):
+        say(f"compiling for {count} of {len(training.devices)} devices")
         try:
-            fewer = replace(training, devices=devices[:count], partition=partition(count))
+            fewer = replace(training, devices=training.devices[:count], partition=partition(count))
         except InputError:
             continue  # a strategy, a batch or a partition that does not go with so few devices
         scaling[count] = _Contestant(fewer, center, strategy, span)
+    return scaling
 
+
+def _take_turns(
+    own: "_Contestant",
+    alone: "_Contestant",
+    half: "_Contestant | None",
+    scaling: dict[int, "_Contestant"],
+    evaluate: Callable[[], float],
+    seconds: float,
+    say: Callable[[str], None],
+) -> tuple[list[dict[str, float]], dict[int, list[float]]]:
+    """Measures all contestants in turns.
+
+    Returns:
+        The seconds of each part of a step in each turn, and those of a step of the loop by number of devices.
+    """
     say("warming up")
     for contestant in (*([half] if half else []), *scaling.values()):
         contestant.rounds = own.rounds
         contestant.dispatch()
     alone.dispatch()
     evaluate()
-    dispatched = own.dispatch().ready * steps
+    dispatched = own.dispatch().ready * own.steps
     length = int(np.clip(_LOOP_SECONDS / dispatched, _LEAST_LOOP, _MOST_LOOP))
 
     turns: list[dict[str, float]] = []
@@ -188,25 +235,7 @@ def measure(
         for count, contestant in scaling.items():
             loops[count].append(contestant.loop(length))
         turns.append(turn)
-    if trace is not None:
-        say("tracing")
-        own.trace(trace)
-
-    measured = {name: spread([turn[name] for turn in turns]) for name in turns[0]}
-    return Profile(
-        replicas=len(devices),
-        cores=count_cores() if devices[0].platform == "cpu" else None,
-        batch_size=training.batch_size,
-        steps=training.total_steps,
-        steps_per_dispatch=steps,
-        steps_per_evaluation=span.stop - span.start,
-        once={"start of the model": started, **own.once, "compile evaluation": compiled_evaluation},
-        parts={part: measured[part] for part in PARTS},
-        scaling={count: spread(loops[count]) for count in sorted(loops)},
-        evaluation=measured["evaluation"],
-        half_batch=measured.get("half"),
-        turns=len(turns),
-    )
+    return turns, loops
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -270,9 +299,14 @@ class _Contestant:
             "compile": time.perf_counter() - is_lowered,
         }
 
+    @property
+    def steps(self) -> int:
+        """The steps of a dispatch."""
+        return self.rounds * self._span.round_steps
+
     def dispatch(self) -> _Dispatch:
         """Runs the program once, its input there already."""
-        drawn, steps = jax.block_until_ready(next(self._inputs)), self.rounds * self._span.round_steps
+        drawn, steps = jax.block_until_ready(next(self._inputs)), self.steps
         before = time.perf_counter()
         sums = self._advance(*drawn)
         returned = time.perf_counter()
@@ -288,7 +322,7 @@ class _Contestant:
                 jax.device_get(unread)  # of the dispatch before, while this one runs
             unread = sums
         jax.device_get(unread)
-        return (time.perf_counter() - before) / (length * self.rounds * self._span.round_steps)
+        return (time.perf_counter() - before) / (length * self.steps)
 
     def input(self, turn: int) -> float:
         """Makes the batches of a piece and puts them on the devices; returns the seconds that a step of it takes.
