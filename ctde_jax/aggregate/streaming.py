@@ -33,16 +33,16 @@ def streaming(
 ) -> optax.GradientTransformationExtraArgs:
     """Aggregates one fragment in each round, while the next local steps run (Douillard et al., 2025).
 
-    For a `Strategy` that `diverges`. Every leaf, as a vector, is cut into equal pieces, one for each fragment. At the
-    end of round t, the message of a replica is the outer gradient of fragment `t mod fragments`. It travels during the
-    local steps of round t + 1; then the central fragment takes its outer step, and the fragment of the replica becomes
-    `mix * own + (1 - mix) * central`. A fragment is sent every `fragments` rounds, so a round sends what `reduce` sends
-    for the `ceil(n / fragments)` numbers of each leaf of n.
+    For a `Strategy` that `diverges`. Every leaf, as a vector, is cut into equal fragments. At the end of round t, the
+    message of a replica is the outer gradient of fragment `t mod fragments`. It travels during the local steps of
+    round t + 1; then the central fragment takes its outer step, and the fragment of the replica becomes
+    `mix * own + (1 - mix) * central`. A round sends what `reduce` sends for `ceil(n / fragments)` numbers of each leaf
+    of n.
 
     Args:
         fragments: Number of fragments.
-        reduce: Any reducer, by default `two_phase()`. (Not `mean()`: a compiler merges its all-reduce with that of the
-            metrics, which waits for the local steps.)
+        reduce: Any reducer but `mean()`, whose all-reduce a compiler merges with that of the metrics, which waits for
+            the local steps; by default `two_phase()`.
         outer: Outer optimizer; by default SGD with learning rate 0.7 and Nesterov momentum 0.9.
         mix: Weight of a replica's own fragment, which has moved on while the message traveled.
 

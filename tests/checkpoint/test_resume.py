@@ -499,7 +499,7 @@ def test_command_killed_at_30_random_moments_ends_with_the_same_bits(tmp_path, m
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
-    more = ("--steps", "20000")
+    more = ("--steps", "5000")
     process = subprocess.Popen(
         command(tmp_path / "run", *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -66,7 +66,7 @@ RUNS: dict[str, dict] = {
         "on_nonfinite": "skip",
     },
     "pictures moved at random": {"augment": ctde.augment.shift(1)},
-    "residual network": {"model": models.resnet((8, 8), 10, (4, 8), 1, "batch", "averaged")},
+    "residual network": {"model": models.resnet((8, 8), 10, (4, 8), 1, "batch", "averaged"), "steps": 6},
     "lstm": {"model": models.rnn_classifier(8, 10, 16, 1, "lstm", 0.1), "dataset": sequences},
     "transformer": {"dataset": text},
     "a start that looks at the data": {"model": ctde.initializers.initialize(models.mlp([64, 16, 10]), "lsuv")},
