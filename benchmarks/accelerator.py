@@ -21,7 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share the device's memory
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # both frameworks share the device's memory
 
 import jax
 import numpy as np
@@ -37,7 +39,11 @@ from ctde_jax.models import Model, in_bfloat16, with_raw_inputs
 
 LEARNING_RATE, VOCABULARY = 0.001, 256
 OURS, BY_HAND = "this trainer", "JAX, by hand"
-PRECISIONS = {"f32": "highest", "tf32": "tensorfloat32", "bf16": "default"}  # bf16: activations are bfloat16, too
+PRECISIONS = {
+    "f32": "highest",
+    "tf32": "tensorfloat32",
+    "bf16": "default",
+}  # bf16: activations are bfloat16, too
 
 
 class Work(NamedTuple):
@@ -66,17 +72,31 @@ def perceptron_work(widths: tuple[int, ...], batch_size: int, steps: int) -> Wor
 
 
 def convolutional_work(batch_size: int, steps: int) -> Work:
-    model, data, task = ctde.models.cnn((28, 28), 10), random_pictures(16 * batch_size), ctde.tasks.classification
-    return Work("cnn", model, data, task, batch_size, steps, cnn_layers(), lambda: torch_network("cnn"))
+    model, data, task = (
+        ctde.models.cnn((28, 28), 10),
+        random_pictures(16 * batch_size),
+        ctde.tasks.classification,
+    )
+    return Work(
+        "cnn", model, data, task, batch_size, steps, cnn_layers(), lambda: torch_network("cnn")
+    )
 
 
 def transformer_work(window: int, width: int, blocks: int, batch_size: int, steps: int) -> Work:
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (16 * batch_size, window + 1))
     data = ctde.data.from_arrays(tokens[:, :-1], tokens[:, 1:], tokens[:8, :-1], tokens[:8, 1:])
     size = {"length": window, "width": width, "blocks": blocks, "heads": max(1, width // 64)}
-    model, name = ctde.models.transformer(VOCABULARY, **size), f"transformer {blocks} x {width}, window {window}"
-    layers, build_torch = transformer_layers(VOCABULARY, window, width, blocks), lambda: torch_transformer(**size)
-    return Work(name, model, data, ctde.tasks.language_modeling, batch_size, steps, layers, build_torch)
+    model, name = (
+        ctde.models.transformer(VOCABULARY, **size),
+        f"transformer {blocks} x {width}, window {window}",
+    )
+    layers, build_torch = (
+        transformer_layers(VOCABULARY, window, width, blocks),
+        lambda: torch_transformer(**size),
+    )
+    return Work(
+        name, model, data, ctde.tasks.language_modeling, batch_size, steps, layers, build_torch
+    )
 
 
 def random_pictures(examples: int) -> ctde.data.Dataset:
@@ -84,7 +104,9 @@ def random_pictures(examples: int) -> ctde.data.Dataset:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (examples, 28, 28), dtype=np.uint8)
     labels = rng.integers(0, 10, examples)
-    return ctde.data.from_arrays(pixels, labels, pixels[:8], labels[:8], classes=tuple("0123456789"))
+    return ctde.data.from_arrays(
+        pixels, labels, pixels[:8], labels[:8], classes=tuple("0123456789")
+    )
 
 
 def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
@@ -98,10 +120,14 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
             self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
             self.incoming = nn.Linear(width, 3 * width, bias=False)
             self.mix = nn.Linear(width, width, bias=False)
-            self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+            self.perceptron = nn.Sequential(
+                nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+            )
 
         def forward(self, x):
-            parts = self.incoming(self.norms[0](x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            parts = (
+                self.incoming(self.norms[0](x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            )
             seen = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
             x = x + self.mix(seen.transpose(1, 2).flatten(2))
             return x + self.perceptron(self.norms[1](x))
@@ -112,7 +138,9 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
             self.tokens, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
 
         def forward(self, tokens):
-            return self.tokens(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
+            return self.tokens(tokens) + self.places(
+                torch.arange(tokens.shape[1], device=tokens.device)
+            )
 
     out = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
     return nn.Sequential(Embedding(), *(Block() for _ in range(blocks)), *out)
@@ -126,7 +154,9 @@ class Rival(NamedTuple):
 
     def accuracy(self, split: ctde.data.Split) -> float:
         parts = np.split(split.inputs, range(1000, len(split.inputs), 1000))
-        return float((np.concatenate([self.predict(part) for part in parts]) == split.labels).mean())
+        return float(
+            (np.concatenate([self.predict(part) for part in parts]) == split.labels).mean()
+        )
 
 
 def timed(act: Callable[[], object]) -> float:
@@ -137,11 +167,17 @@ def timed(act: Callable[[], object]) -> float:
 
 def by_hand(work: Work, precision: str, seed: int, device: jax.Device) -> Rival:
     """A loop written by hand: a turn is one scan, the data stay on the device, the carry is donated."""
-    model, optimizer, rng = network(work, precision), optax.adam(LEARNING_RATE), np.random.default_rng(seed)
+    model, optimizer, rng = (
+        network(work, precision),
+        optax.adam(LEARNING_RATE),
+        np.random.default_rng(seed),
+    )
     data, order = jax.device_put(tuple(work.data.train), device), np.zeros(0, np.int32)
     params, model_state = jax.jit(model.init)(jax.random.key(seed), data[0][:1])
     carry = jax.device_put((params, optimizer.init(params)), device)
-    classify = jax.jit(lambda params, inputs: model.apply(params, model_state, inputs, None)[0].argmax(-1))
+    classify = jax.jit(
+        lambda params, inputs: model.apply(params, model_state, inputs, None)[0].argmax(-1)
+    )
 
     def step(inputs, labels, carry, batch):
         params, state = carry
@@ -181,7 +217,9 @@ def in_torch(how: str, work: Work, precision: str, seed: int, beside: jax.Device
     torch._dynamo.reset()  # else what it compiles again for another precision soon counts as too often
     network = work.build_torch().to(device)
     model = torch.compile(network, dynamic=False) if how == "compiled" else network
-    optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, fused=True, capturable=how == "CUDA graph")
+    optimizer = torch.optim.Adam(
+        network.parameters(), LEARNING_RATE, fused=True, capturable=how == "CUDA graph"
+    )
     inputs, labels = (torch.tensor(array).to(device) for array in work.data.train)
     labels = labels.long()
     graph_batch = torch.zeros(work.batch_size, dtype=torch.long, device=device)
@@ -239,17 +277,27 @@ def in_torch(how: str, work: Work, precision: str, seed: int, beside: jax.Device
     return Rival(turn, predict)
 
 
-def make_rivals(work: Work, precision: str, seed: int, device: jax.Device) -> tuple[dict[str, Rival], dict[str, Row]]:
+def make_rivals(
+    work: Work, precision: str, seed: int, device: jax.Device
+) -> tuple[dict[str, Rival], dict[str, Row]]:
     """Returns the rivals that are ready to begin, and for the others the reason why they are absent."""
     hows = ("eager",) if device.platform == "cpu" else ("eager", "compiled", "CUDA graph")
-    ways: dict[str, Callable[[], Rival]] = {BY_HAND: partial(by_hand, work, precision, seed, device)}
-    ways |= {f"PyTorch {how}": partial(in_torch, how, work, precision, seed, device) for how in hows}
+    ways: dict[str, Callable[[], Rival]] = {
+        BY_HAND: partial(by_hand, work, precision, seed, device)
+    }
+    ways |= {
+        f"PyTorch {how}": partial(in_torch, how, work, precision, seed, device) for how in hows
+    }
     present, absent = {}, {}
     for name, make in ways.items():
         try:
             present[name] = make()
-        except Exception as error:  # the reason for the failure of a rival takes the place of its figures
-            absent[name] = {"absent": f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"}
+        except (
+            Exception
+        ) as error:  # the reason for the failure of a rival takes the place of its figures
+            absent[name] = {
+                "absent": f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            }
     return present, absent
 
 
@@ -262,7 +310,9 @@ def network(work: Work, precision: str) -> Model:
 def measure_peak(size: int, precision: str) -> float:
     """Returns the FLOP/s of ten large products of matrices one after the other, the best of five times."""
     dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
-    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype) / jnp.asarray(math.sqrt(size), dtype)
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype) / jnp.asarray(
+        math.sqrt(size), dtype
+    )
     products = jax.jit(lambda x, matrix: lax.fori_loop(0, 10, lambda _, x: x @ matrix, x))
     with jax.default_matmul_precision(PRECISIONS[precision]):
         seconds = [timed(lambda: products(matrix, matrix).block_until_ready()) for _ in range(6)]
@@ -277,7 +327,9 @@ def train(work: Work, precision: str, device: jax.Device, **options: Any) -> ctd
         return ctde.fit(model, work.data, optax.adam(LEARNING_RATE), **around, **options)
 
 
-def compare(work: Work, precision: str, peak: float, turns: int, device: jax.Device) -> dict[str, Row]:
+def compare(
+    work: Work, precision: str, peak: float, turns: int, device: jax.Device
+) -> dict[str, Row]:
     """Lets all take turns, of which the first is not counted; returns what each has reached."""
     rivals, absent = make_rivals(work, precision, 0, device)
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
@@ -289,7 +341,9 @@ def compare(work: Work, precision: str, peak: float, turns: int, device: jax.Dev
 
     options = {"steps": work.steps * (turns + 1), "eval_every": work.steps, "log_every": work.steps}
     history = train(work, precision, device, describe=others, **options).history
-    ours = [row["examples"] / row["examples_per_second"] for row in history if row["split"] == "train"]
+    ours = [
+        row["examples"] / row["examples_per_second"] for row in history if row["split"] == "train"
+    ]
     found = {}
     for name, taken in {OURS: ours, **seconds}.items():
         speed = work.steps * work.batch_size / np.array(taken[1:])
@@ -301,7 +355,9 @@ def compare(work: Work, precision: str, peak: float, turns: int, device: jax.Dev
     return absent | found
 
 
-def race(work: Work, target: float, most_epochs: int, seed: int, device: jax.Device) -> dict[str, Row]:
+def race(
+    work: Work, target: float, most_epochs: int, seed: int, device: jax.Device
+) -> dict[str, Row]:
     """Trains until a test after an epoch, which is a turn, gives the target; takes the time of training alone."""
 
     def ours() -> Iterator[tuple[float, float]]:
@@ -338,9 +394,14 @@ def throughput_table(rows: Sequence[Row], peaks: dict[str, float]) -> Table:
         return speed, f"{row['share_of_peak']:.1%}", f"{ratio:.2f} ({first:.2f}-{last:.2f})"
 
     lines = [
-        [row["network"], str(row["batch_size"]), row["precision"], row["contestant"], *figures(row)] for row in rows
+        [row["network"], str(row["batch_size"]), row["precision"], row["contestant"], *figures(row)]
+        for row in rows
     ]
-    measured = ("examples/s, median and quartiles", "of that product's FLOP/s", "time, times this trainer's")
+    measured = (
+        "examples/s, median and quartiles",
+        "of that product's FLOP/s",
+        "time, times this trainer's",
+    )
     header = ("network", "batch", "precision", "contestant", *measured)
     text = ", ".join(f"{name} {peak / 1e12:,.3g}" for name, peak in peaks.items())
     return Table(f"Throughput; TFLOP/s of a large product: {text}", header, lines)
@@ -348,16 +409,27 @@ def throughput_table(rows: Sequence[Row], peaks: dict[str, float]) -> Table:
 
 def race_table(rows: Sequence[Row]) -> Table:
     def reached(row: Row) -> tuple[str, str]:
-        return (f"{row['seconds']:.2f}", f"{row['epochs']:g}") if "seconds" in row else (row["absent"], "-")
+        return (
+            (f"{row['seconds']:.2f}", f"{row['epochs']:g}")
+            if "seconds" in row
+            else (row["absent"], "-")
+        )
 
     lines = [
-        [row["network"], f"{row['target']:.0%}", row["contestant"], str(row["seed"]), *reached(row)] for row in rows
+        [row["network"], f"{row['target']:.0%}", row["contestant"], str(row["seed"]), *reached(row)]
+        for row in rows
     ]
     header = ("network", "target", "contestant", "seed", "seconds", "epochs")
-    return Table("Training to a test accuracy on MNIST, without start, compilation and evaluation", header, lines)
+    return Table(
+        "Training to a test accuracy on MNIST, without start, compilation and evaluation",
+        header,
+        lines,
+    )
 
 
-def main(data_dir: Path | None = None, turns: int = 10, seeds: int = 3, results: Path = RESULTS) -> None:
+def main(
+    data_dir: Path | None = None, turns: int = 10, seeds: int = 3, results: Path = RESULTS
+) -> None:
     """Measures what is missing.
 
     Args:
@@ -372,22 +444,32 @@ def main(data_dir: Path | None = None, turns: int = 10, seeds: int = 3, results:
     here = {"device": f"{kind}, {machine('torch')}"}
     console.print(here["device"])
     if on_cpu:
-        console.print("There is no accelerator here: this is the small form, and the figures of GPUs are open.")
+        console.print(
+            "There is no accelerator here: this is the small form, and the figures of GPUs are open."
+        )
 
     def add(run: Callable[[], dict[str, Row]], **what: Any) -> None:
         if not log.find(**here, **what):
             begin = time.perf_counter()
             for contestant, row in run().items():
                 log.put({**here, **what, "contestant": contestant}, **row)
-            console.print(f"{', '.join(map(str, what.values()))}: {time.perf_counter() - begin:.0f} s")
+            console.print(
+                f"{', '.join(map(str, what.values()))}: {time.perf_counter() - begin:.0f} s"
+            )
 
     peaks = {}
     for name in [name for name in PRECISIONS if not (on_cpu and name == "tf32")]:
         size = 1024 if on_cpu else 8192
-        add(lambda size=size, name=name: {"product": {"flops": measure_peak(size, name)}}, part="peak", precision=name)
+        add(
+            lambda size=size, name=name: {"product": {"flops": measure_peak(size, name)}},
+            part="peak",
+            precision=name,
+        )
         peaks[name] = log.find(**here, part="peak", precision=name)[0]["flops"]
 
-    small = perceptron_work((784, 128, 10), 512, steps=40 if on_cpu else 1000)  # on a GPU little but launches
+    small = perceptron_work(
+        (784, 128, 10), 512, steps=40 if on_cpu else 1000
+    )  # on a GPU little but launches
     if on_cpu:
         works = [small, convolutional_work(32, 40), transformer_work(32, 64, 2, 16, 40)]
     else:
@@ -398,13 +480,20 @@ def main(data_dir: Path | None = None, turns: int = 10, seeds: int = 3, results:
         add(run, part="throughput", network=work.name, precision=name, batch_size=work.batch_size)
 
     epoch = {"data": ctde.data.mnist(data_dir), "batch_size": 120, "steps": 500} if data_dir else {}
-    races = [(perceptron_work((784, 512, 10), 120, 500), 0.98, 15), (convolutional_work(120, 500), 0.99, 10)]
-    for work, target, epochs in races[: 1 if on_cpu else 2] if data_dir else ():  # the CNN takes too long on a CPU
+    races = [
+        (perceptron_work((784, 512, 10), 120, 500), 0.98, 15),
+        (convolutional_work(120, 500), 0.99, 10),
+    ]
+    for work, target, epochs in (
+        races[: 1 if on_cpu else 2] if data_dir else ()
+    ):  # the CNN takes too long on a CPU
         for seed in range(1 if on_cpu else seeds):
             run = partial(race, work._replace(**epoch), target, epochs, seed, device)
             add(run, part="to_accuracy", network=work.name, target=target, seed=seed)
     if not data_dir:
-        console.print("The time to an accuracy is left out: it needs --data-dir with MNIST's files.")
+        console.print(
+            "The time to an accuracy is left out: it needs --data-dir with MNIST's files."
+        )
 
     tables = [throughput_table(log.find(**here, part="throughput"), peaks)]
     if rows := log.find(**here, part="to_accuracy"):

@@ -51,11 +51,16 @@ def learn_text(folder: Path) -> Problem:
 def learn_digits(folder: Path) -> Problem:
     """Recognizes handwritten digits, ten times through."""
     data = ctde.data.mnist(folder / "mnist")
-    return Problem(ctde.models.mlp([784, 128, 10]), data, ctde.tasks.classification, batch_size=512, steps=1152)
+    return Problem(
+        ctde.models.mlp([784, 128, 10]), data, ctde.tasks.classification, batch_size=512, steps=1152
+    )
 
 
 PROBLEMS = {"transformer": learn_text, "mnist": learn_digits}
-MEASURES = {"transformer": ("loss", 1), "mnist": ("accuracy", -1)}  # by which arms are compared, and the sign of worse
+MEASURES = {
+    "transformer": ("loss", 1),
+    "mnist": ("accuracy", -1),
+}  # by which arms are compared, and the sign of worse
 
 
 def combinations(**values: Sequence[Any]) -> list[Settings]:
@@ -67,14 +72,18 @@ class Arm(NamedTuple):
 
     grid: list[Settings]
     inner_steps: int = 0
-    codec: Codec | None = None  # sent by way of the owners of the slices; None sends float32 in one all-reduce
+    codec: Codec | None = (
+        None  # sent by way of the owners of the slices; None sends float32 in one all-reduce
+    )
 
     def strategy(self, settings: Settings) -> ctde.Strategy:
         """Builds the strategy with the outer optimizer of the settings."""
         reduce = exact_mean() if self.codec is None else two_phase(self.codec)
         if not self.inner_steps:
             return ctde.Strategy(reduce=reduce)
-        outer = optax.sgd(settings["outer_learning_rate"], settings["outer_momentum"] or None, nesterov=True)
+        outer = optax.sgd(
+            settings["outer_learning_rate"], settings["outer_momentum"] or None, nesterov=True
+        )
         return ctde.Strategy(self.inner_steps, reduce, outer)
 
 
@@ -84,7 +93,9 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
     if settings["optimizer"] == "adamw":
         return optax.adamw(learning_rate)
     # Scaled to AdamW's root mean square, so that both parts have one rate (Liu et al., 2025).
-    return optax.contrib.muon(learning_rate, consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
+    return optax.contrib.muon(
+        learning_rate, consistent_rms=0.2, muon_weight_dimension_numbers=matrices
+    )
 
 
 def matrices(params: ctde.devices.PyTree) -> ctde.devices.PyTree:
@@ -98,7 +109,10 @@ def matrices(params: ctde.devices.PyTree) -> ctde.devices.PyTree:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-BASELINES = ("synchronous, AdamW", "synchronous, Muon")  # float32 gradients at every step; all are compared with both
+BASELINES = (
+    "synchronous, AdamW",
+    "synchronous, Muon",
+)  # float32 gradients at every step; all are compared with both
 TEXT_ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.006, 0.012, 0.024]}
 TEXT_MUON = {"optimizer": ["muon"], "learning_rate": [0.012, 0.024, 0.048]}
 DIGITS_ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.005, 0.01, 0.02]}
@@ -107,7 +121,9 @@ AVERAGED = {"outer_learning_rate": [1.0], "outer_momentum": [0.0]}
 NESTEROV = {"outer_learning_rate": [1.0], "outer_momentum": [0.3, 0.6]}
 
 # Codecs with error feedback: the best levels for normally distributed numbers in 2 bits; one number of 32 in 2 bits.
-int4, int2, one_bit = (error_feedback(codec) for codec in (quantize(4), quantize(2, "statistical"), sign()))
+int4, int2, one_bit = (
+    error_feedback(codec) for codec in (quantize(4), quantize(2, "statistical"), sign())
+)
 sparse = error_feedback(top_k(32, 1024, quantize(2, "statistical", block=32)))
 
 ARMS: dict[str, dict[str, Arm]] = {
@@ -134,7 +150,9 @@ ARMS: dict[str, dict[str, Arm]] = {
 }
 
 
-def train(problem: Problem, arm: Arm, settings: Settings, seed: int, devices: list[jax.Device]) -> Row:
+def train(
+    problem: Problem, arm: Arm, settings: Settings, seed: int, devices: list[jax.Device]
+) -> Row:
     """Trains once; returns what came out, and what each device has sent for it."""
     try:
         trained = ctde.fit(
@@ -168,10 +186,15 @@ def train(problem: Problem, arm: Arm, settings: Settings, seed: int, devices: li
 def best_settings(log: Log, task: str, arm: str) -> Settings | None:
     """Returns the settings with which the arm did best on the tuning seed; None if not all have been tried."""
     name, worse = MEASURES[task]
-    tried = [log.find(task=task, arm=arm, settings=settings, seed=TUNING_SEED) for settings in ARMS[task][arm].grid]
+    tried = [
+        log.find(task=task, arm=arm, settings=settings, seed=TUNING_SEED)
+        for settings in ARMS[task][arm].grid
+    ]
     if not all(tried):
         return None
-    values = [math.inf if row[name] is None else worse * row[name] for row, *_ in tried]  # None: has diverged
+    values = [
+        math.inf if row[name] is None else worse * row[name] for row, *_ in tried
+    ]  # None: has diverged
     return tried[values.index(min(values))][0]["settings"]
 
 
@@ -245,15 +268,26 @@ def make_table(task: str, rungs: list[Rung]) -> Table:
 
 def draw(ladders: Mapping[str, list[Rung]], file: Path) -> None:
     """Draws the measure of each task over bytes."""
-    figure, panels = pyplot.subplots(1, len(ladders), figsize=(7 * len(ladders), 7), squeeze=False, layout="tight")
+    figure, panels = pyplot.subplots(
+        1, len(ladders), figsize=(7 * len(ladders), 7), squeeze=False, layout="tight"
+    )
     for axes, (task, rungs) in zip(panels[0], ladders.items(), strict=True):
         axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for rung in rungs:
-            axes.errorbar(rung.bytes, rung.value, yerr=rung.spread, fmt="o", capsize=3, label=rung.arm)
+            axes.errorbar(
+                rung.bytes, rung.value, yerr=rung.spread, fmt="o", capsize=3, label=rung.arm
+            )
             if rung.arm in BASELINES:
                 axes.axhline(rung.value, color="gray", linewidth=0.8, linestyle="dotted")
-        axes.set(xscale="log", title=task, xlabel="bytes that a device sends", ylabel=f"test {MEASURES[task][0]}")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8, frameon=False)
+        axes.set(
+            xscale="log",
+            title=task,
+            xlabel="bytes that a device sends",
+            ylabel=f"test {MEASURES[task][0]}",
+        )
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8, frameon=False
+        )
     figure.savefig(file, dpi=120)
 
 
@@ -276,10 +310,16 @@ def main(
         results: Folder for communication.jsonl, .md and .png.
     """
     log = Log(results / "communication.jsonl")
-    for name, other in [(name, other) for name, arms in ARMS.items() for other in arms if not report]:
+    for name, other in [
+        (name, other) for name, arms in ARMS.items() for other in arms if not report
+    ]:
         if task in (None, name) and arm in (None, other):
             make(name, other, seeds, data_dir, log)
-    ladders = {name: rungs for name in ARMS if len(rungs := ladder(log, name)) > 1 and rungs[0].arm in BASELINES}
+    ladders = {
+        name: rungs
+        for name in ARMS
+        if len(rungs := ladder(log, name)) > 1 and rungs[0].arm in BASELINES
+    }
     if ladders:
         publish(results / "communication.md", [make_table(*each) for each in ladders.items()])
         draw(ladders, results / "communication.png")

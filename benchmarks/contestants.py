@@ -53,7 +53,9 @@ class Referee:
     def __init__(self, job: Job):
         self._job, self._epochs_left = job, job.epochs
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # progress and logging go on, and disturb nobody
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # progress and logging go on, and disturb nobody
         self._begin = 0.0
 
     def ready(self) -> None:
@@ -90,12 +92,18 @@ def read_mnist(job: Job) -> Pictures:
 
     def read(name: str, header: int) -> np.ndarray:
         path = Path(job.data_dir) / name
-        content = path.read_bytes() if path.exists() else gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
+        content = (
+            path.read_bytes()
+            if path.exists()
+            else gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
+        )
         return np.frombuffer(content, np.uint8, offset=header)
 
     def pictures(split: str, examples: int | None) -> tuple[np.ndarray, np.ndarray]:
         pixels = read(f"{split}-images-idx3-ubyte", 16).reshape(-1, 28, 28)[:examples]
-        return pixels.astype(np.float32) / 255, read(f"{split}-labels-idx1-ubyte", 8)[:examples].astype(np.int32)
+        return pixels.astype(np.float32) / 255, read(f"{split}-labels-idx1-ubyte", 8)[
+            :examples
+        ].astype(np.int32)
 
     return Pictures(*pictures("train", job.examples), *pictures("t10k", None))
 
@@ -103,7 +111,9 @@ def read_mnist(job: Job) -> Pictures:
 def accuracy(predict: Callable[[np.ndarray], Any], pictures: Pictures) -> float:
     """Averages over the test pictures, a thousand at a time."""
     parts = range(0, len(pictures.x_test), 1000)
-    labels = [np.asarray(predict(pictures.x_test[start : start + 1000])).argmax(-1) for start in parts]
+    labels = [
+        np.asarray(predict(pictures.x_test[start : start + 1000])).argmax(-1) for start in parts
+    ]
     return float((np.concatenate(labels) == pictures.y_test).mean())
 
 
@@ -121,7 +131,9 @@ def this_trainer(job: Job, referee: Referee) -> None:
     devices = ctde.devices.start(job.devices)
     data = ctde.data.mnist(job.data_dir)
     train = ctde.data.Split(*(array[: job.examples] for array in data.train))
-    data = replace(data, train=train, test=ctde.data.Split(*(array[: job.devices] for array in data.test)))
+    data = replace(
+        data, train=train, test=ctde.data.Split(*(array[: job.devices] for array in data.test))
+    )
     model = {
         "mlp": lambda: ctde.models.mlp([28 * 28, HIDDEN, CLASSES], "relu"),
         "cnn": lambda: ctde.models.cnn((28, 28), CLASSES),
@@ -130,7 +142,9 @@ def this_trainer(job: Job, referee: Referee) -> None:
     apply = jax.jit(model.apply)
 
     def after_epoch(params: ctde.devices.PyTree, model_state: ctde.devices.PyTree) -> str:
-        referee.done(lambda: accuracy(lambda x: apply(params, model_state, x, None)[0], read_mnist(job)))
+        referee.done(
+            lambda: accuracy(lambda x: apply(params, model_state, x, None)[0], read_mnist(job))
+        )
         return ""
 
     referee.ready()
@@ -156,7 +170,9 @@ def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
         scan: Whether an epoch is one dispatch, or each step is.
     """
     os.environ["JAX_NUM_CPU_DEVICES"] = str(job.devices)
-    os.environ["NPROC"] = str(max(2 * job.devices, os.cpu_count() or 1))  # else collectives wait for ever
+    os.environ["NPROC"] = str(
+        max(2 * job.devices, os.cpu_count() or 1)
+    )  # else collectives wait for ever
     import jax
     import optax
     from jax import lax
@@ -190,7 +206,9 @@ def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
     def compiled(function, *indices):
         if job.devices > 1:
             specs = PartitionSpec(), *indices, PartitionSpec(), PartitionSpec()
-            function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+            function = jax.shard_map(
+                function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+            )
         return jax.jit(function, donate_argnums=0)
 
     one_step = compiled(step, PartitionSpec("replica"))
@@ -228,7 +246,11 @@ def linen_network(name: str) -> Any:
             lambda x: x.reshape(len(x), -1),
             *(linen.Dense(512), linen.relu, linen.Dense(CLASSES)),
         ],
-        "lstm": lambda: [linen.RNN(linen.OptimizedLSTMCell(HIDDEN)), lambda x: x[:, -1], linen.Dense(CLASSES)],
+        "lstm": lambda: [
+            linen.RNN(linen.OptimizedLSTMCell(HIDDEN)),
+            lambda x: x[:, -1],
+            linen.Dense(CLASSES),
+        ],
     }
     return linen.Sequential(layers[name]())
 
@@ -252,7 +274,9 @@ def pytorch(job: Job, referee: Referee, fused: bool = False, compiled: bool = Fa
     network = model = torch_network(job.model)
     if job.devices > 1:
         torch.set_num_threads(1)  # as torchrun has it
-        distributed.init_process_group("gloo", f"file://{job.meeting}", rank=job.rank, world_size=job.devices)
+        distributed.init_process_group(
+            "gloo", f"file://{job.meeting}", rank=job.rank, world_size=job.devices
+        )
         model = torch.nn.parallel.DistributedDataParallel(network)
     if compiled:
         model = torch.compile(network, dynamic=False)
@@ -266,7 +290,9 @@ def pytorch(job: Job, referee: Referee, fused: bool = False, compiled: bool = Fa
     for _ in range(job.epochs):
         if job.devices > 1:
             distributed.barrier()  # the others wait here until the first one may begin
-        for batch in torch.randperm(len(x)).split(job.batch_size):  # the same order in all processes
+        for batch in torch.randperm(len(x)).split(
+            job.batch_size
+        ):  # the same order in all processes
             own = batch[job.rank :: job.devices]
             optimizer.zero_grad()
             cross_entropy(model(x[own]), y[own]).backward()
@@ -283,7 +309,12 @@ def torch_network(name: str) -> Any:
             return super().forward(x)[0][:, -1]
 
     layers = {
-        "mlp": lambda: [nn.Flatten(), nn.Linear(28 * 28, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)],
+        "mlp": lambda: [
+            nn.Flatten(),
+            nn.Linear(28 * 28, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, CLASSES),
+        ],
         "cnn": lambda: [
             nn.Unflatten(1, (1, 28)),
             *(nn.Conv2d(1, 32, 5, padding=2), nn.MaxPool2d(2), nn.ReLU()),
@@ -303,7 +334,10 @@ def distributed_data_parallel(job: Job, referee: Referee) -> None:
         return pytorch(job, referee)
     with TemporaryDirectory() as folder:
         jobs = [replace(job, rank=rank, meeting=f"{folder}/meeting") for rank in range(job.devices)]
-        others = [subprocess.Popen([sys.executable, __file__, json.dumps(asdict(other))]) for other in jobs[1:]]
+        others = [
+            subprocess.Popen([sys.executable, __file__, json.dumps(asdict(other))])
+            for other in jobs[1:]
+        ]
         try:
             pytorch(jobs[0], referee)
         finally:
@@ -322,7 +356,11 @@ def keras(job: Job, referee: Referee) -> None:
 
     pictures, start = read_mnist(job), {"kernel_initializer": "lecun_normal"}
     network = {
-        "mlp": lambda: [layers.Flatten(), layers.Dense(HIDDEN, "relu", **start), layers.Dense(CLASSES, **start)],
+        "mlp": lambda: [
+            layers.Flatten(),
+            layers.Dense(HIDDEN, "relu", **start),
+            layers.Dense(CLASSES, **start),
+        ],
         "cnn": lambda: [
             layers.Reshape((28, 28, 1)),
             *(layers.Conv2D(32, 5, padding="same", **start), layers.MaxPooling2D(), layers.ReLU()),

@@ -58,7 +58,9 @@ CELLS = {
 }
 
 
-def reproduce(name: str, pixels: str, data: Dataset, devices: Sequence[jax.Device], patience: float, seed: int) -> Row:
+def reproduce(
+    name: str, pixels: str, data: Dataset, devices: Sequence[jax.Device], patience: float, seed: int
+) -> Row:
     """Tunes the learning rate of a cell."""
     began, rounds_run, cell = time.perf_counter(), 0, CELLS[name]
 
@@ -76,7 +78,9 @@ def reproduce(name: str, pixels: str, data: Dataset, devices: Sequence[jax.Devic
 
     tried = tune(run, cell.start - (pixels == "centered"), limit=patience * cell.paper)
     best, seconds = min(tried, key=tried.__getitem__), time.perf_counter() - began
-    known = {exponent: rounds if isfinite(rounds) else None for exponent, rounds in sorted(tried.items())}
+    known = {
+        exponent: rounds if isfinite(rounds) else None for exponent, rounds in sorted(tried.items())
+    }
     return {
         "rounds": known[best],
         "learning_rate": 10 ** (best / 3),
@@ -87,7 +91,12 @@ def reproduce(name: str, pixels: str, data: Dataset, devices: Sequence[jax.Devic
 
 
 def train(
-    cell: Cell, data: Dataset, devices: Sequence[jax.Device], learning_rate: float, rounds: int, seed: int
+    cell: Cell,
+    data: Dataset,
+    devices: Sequence[jax.Device],
+    learning_rate: float,
+    rounds: int,
+    seed: int,
 ) -> list[float]:
     """Returns the test accuracy after each round, none if the training diverges."""
     inner_steps, labels = CLIENT_EXAMPLES // cell.batch_size, data.train.labels
@@ -152,10 +161,40 @@ def as_table(found: Sequence[Row]) -> Table:
             sent = 2 * (cell.drawn - 1) / cell.drawn * 4 * PARAMS * rounds
             ours = (f"{rounds:.0f}", f"{rounds / cell.paper:.2f}", f"{sent / 1e6:,.0f}")
         batch = str(cell.batch_size) if cell.batch_size < CLIENT_EXAMPLES else "all"
-        cells = [SPLITS[cell.split], row["pixels"], f"{cell.drawn / CLIENTS:.1f}", batch, ours[0], str(cell.paper)]
-        rows.append([*cells, ours[1], f"{row['learning_rate']:.3g}", ours[2], f"{row['seconds_a_round']:.2f}"])
-    header = ("split", "pixels", "C", "B", "rounds", "paper", "ratio", "learning rate", "MB sent a device", "s a round")
-    return Table(f"Rounds to {TARGET:.0%} test accuracy on MNIST: 2NN, E = 1, {CLIENTS} clients", header, rows)
+        cells = [
+            SPLITS[cell.split],
+            row["pixels"],
+            f"{cell.drawn / CLIENTS:.1f}",
+            batch,
+            ours[0],
+            str(cell.paper),
+        ]
+        rows.append(
+            [
+                *cells,
+                ours[1],
+                f"{row['learning_rate']:.3g}",
+                ours[2],
+                f"{row['seconds_a_round']:.2f}",
+            ]
+        )
+    header = (
+        "split",
+        "pixels",
+        "C",
+        "B",
+        "rounds",
+        "paper",
+        "ratio",
+        "learning rate",
+        "MB sent a device",
+        "s a round",
+    )
+    return Table(
+        f"Rounds to {TARGET:.0%} test accuracy on MNIST: 2NN, E = 1, {CLIENTS} clients",
+        header,
+        rows,
+    )
 
 
 def main(
@@ -183,7 +222,10 @@ def main(
     if pixels == "centered":
         data = replace(data, shift=np.full((), 127.5, np.float32))
     for name in cells:
-        log.put({"cell": name, "pixels": pixels}, **reproduce(name, pixels, data, devices, patience, seed))
+        log.put(
+            {"cell": name, "pixels": pixels},
+            **reproduce(name, pixels, data, devices, patience, seed),
+        )
     note = (
         f"A client that is drawn uploads {4 * PARAMS:,} bytes a round. "
         f"Fake CPU devices on {machine()}; seconds with evaluation and compilation."

@@ -35,9 +35,13 @@ Row = dict[str, Any]
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
-def command_line(main: Callable[..., int | None], measure_point: Callable[[Row], Any] | None = None) -> None:
+def command_line(
+    main: Callable[..., int | None], measure_point: Callable[[Row], Any] | None = None
+) -> None:
     """Runs `main` with the options of the command line; in a process that was started with `--point`, measures that."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # which also ends the contestants
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("terminated")
+    )  # which also ends the contestants
     if measure_point and sys.argv[1:2] == ["--point"]:
         print(json.dumps({"measured": measure_point(json.loads(sys.argv[2]))}))
     else:
@@ -57,7 +61,9 @@ class Log:
 
     def put(self, what: Row, **measured: Any) -> None:
         """Writes a row, instead of an earlier one of the same measurement."""
-        rows = [row for row in self.find() if not what.items() <= row.items()] + [{**what, **measured}]
+        rows = [row for row in self.find() if not what.items() <= row.items()] + [
+            {**what, **measured}
+        ]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         new = self.file.with_suffix(".new")
         new.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
@@ -112,7 +118,9 @@ class Process:
                 timer.cancel()
                 return found[what]
         timer.cancel()
-        raise Failed(self.last_words() if time.perf_counter() < end else f"took more than {limit:g} s")
+        raise Failed(
+            self.last_words() if time.perf_counter() < end else f"took more than {limit:g} s"
+        )
 
     def wait_for_row(self, file: Path, wanted: Callable[[Row], bool]) -> None:
         """Waits for such a row in a file that the process writes."""
@@ -138,7 +146,11 @@ class Process:
         self._popen.communicate()
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors if line.strip()]
-        return lines[-1][:200] if lines else f"ended with status {self._popen.returncode} and no message"
+        return (
+            lines[-1][:200]
+            if lines
+            else f"ended with status {self._popen.returncode} and no message"
+        )
 
     def close(self) -> None:
         """Ends the process and all processes that it started."""
@@ -152,7 +164,9 @@ class Process:
 
 
 @contextmanager
-def started(command: Sequence[str | Path], environment: Mapping[str, str] = {}) -> Iterator[Process]:
+def started(
+    command: Sequence[str | Path], environment: Mapping[str, str] = {}
+) -> Iterator[Process]:
     """Starts a process, and ends it in any case."""
     process = Process(command, environment)
     try:
@@ -166,7 +180,9 @@ def point_command(script: str, point: Row) -> list[str]:
     return [sys.executable, script, "--point", json.dumps(point)]
 
 
-def measure(log: Log, script: str, points: Iterable[Row], limit: float, can: Callable[[Row], bool] = bool) -> None:
+def measure(
+    log: Log, script: str, points: Iterable[Row], limit: float, can: Callable[[Row], bool] = bool
+) -> None:
     """Measures the points that are not in the log, each in a process of its own, for at most `limit` seconds.
 
     A point for which `can` is false when its turn comes is left out.
@@ -182,7 +198,9 @@ def measure(log: Log, script: str, points: Iterable[Row], limit: float, can: Cal
             log.put(point, **measured, time=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def take_turns(log: Log, contestants: Iterable[tuple[Row, Callable[[], float]]], turns: int) -> None:
+def take_turns(
+    log: Log, contestants: Iterable[tuple[Row, Callable[[], float]]], turns: int
+) -> None:
     """Runs contestants one after the other, turn by turn, so that whatever else the machine does affects them all.
 
     The first turn warms up and is not counted. A contestant that fails drops out.
@@ -247,7 +265,8 @@ def machine(*rivals: str) -> str:
     names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     processor = names[0] if names else platform.processor() or platform.machine()
     packages = ", ".join(
-        f"{name} {version(name)}" for name in ("jax", "flax", "optax", "numpy", *filter(find_spec, rivals))
+        f"{name} {version(name)}"
+        for name in ("jax", "flax", "optax", "numpy", *filter(find_spec, rivals))
     )
     return f"{cores()} cores of {processor}, Python {platform.python_version()}, {packages}"
 

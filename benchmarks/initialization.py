@@ -56,7 +56,9 @@ class Problem(NamedTuple):
 
     def reaches(self, measured: jax.typing.ArrayLike) -> jax.Array:
         """Returns whether the target is reached."""
-        return jnp.asarray(measured >= self.target if self.measure == "accuracy" else measured <= self.target)
+        return jnp.asarray(
+            measured >= self.target if self.measure == "accuracy" else measured <= self.target
+        )
 
 
 @cache
@@ -139,7 +141,10 @@ WAYS = {"standard": "standard", "mup": "maximal update"}
 
 def normalized(data: ctde.data.Dataset) -> tuple[ctde.data.Split, ctde.data.Split]:
     """Returns the training and the test split, as the model sees them."""
-    return tuple(split._replace(inputs=(split.inputs - data.shift) * data.scale) for split in (data.train, data.test))
+    return tuple(
+        split._replace(inputs=(split.inputs - data.shift) * data.scale)
+        for split in (data.train, data.test)
+    )
 
 
 def make_step(
@@ -152,7 +157,9 @@ def make_step(
     """Makes one step on examples that the key draws, for `lax.scan`; it gives the loss."""
     inputs, labels = map(jnp.asarray, split)
 
-    def step(learning_rate: jax.Array, carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+    def step(
+        learning_rate: jax.Array, carry: tuple[Any, Any], key: jax.Array
+    ) -> tuple[tuple[Any, Any], jax.Array]:
         params, state = carry
         chosen = jax.random.randint(key, (batch_size,), 0, len(inputs))
 
@@ -179,7 +186,9 @@ def make_race(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array]]:
         return measured[problem.measure].mean(), measured["loss"].mean()
 
     @jax.jit
-    def race(params: ctde.devices.PyTree, learning_rate: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def race(
+        params: ctde.devices.PyTree, learning_rate: float, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         def goes_on(carry: tuple[Any, ...]) -> jax.Array:
             steps, _, measured, loss = carry
             return (steps < problem.steps) & ~problem.reaches(measured) & jnp.isfinite(loss)
@@ -209,9 +218,14 @@ def compare_initializers(name: str, folder: Path, log: Log) -> None:
         return {"steps": int(steps) if problem.reaches(measured) else None, problem.measure: found}
 
     for initializer in problem.initializers:
-        start, arm = jax.jit(initialize(problem.model, initializer).init), {"model": name, "init": initializer}
+        start, arm = (
+            jax.jit(initialize(problem.model, initializer).init),
+            {"model": name, "init": initializer},
+        )
         for rate in problem.learning_rates:
-            log.make(partial(run, start, rate, TUNING_SEED), **arm, seed=TUNING_SEED, learning_rate=rate)
+            log.make(
+                partial(run, start, rate, TUNING_SEED), **arm, seed=TUNING_SEED, learning_rate=rate
+            )
         best = best_rate(log.find(**arm, seed=TUNING_SEED), problem.measure)
         for seed in SEEDS:
             log.make(partial(run, start, best, seed), **arm, seed=seed, learning_rate=best)
@@ -221,7 +235,11 @@ def best_rate(tried: Sequence[Row], measure: str) -> float:
     """Returns the learning rate with the fewest steps to the target, or if none has reached it came nearest."""
 
     def rank(row: Row) -> tuple[float, float]:
-        measured = math.inf if row[measure] is None else row[measure] * (-1 if measure == "accuracy" else 1)
+        measured = (
+            math.inf
+            if row[measure] is None
+            else row[measure] * (-1 if measure == "accuracy" else 1)
+        )
         return (math.inf if row["steps"] is None else row["steps"], measured)
 
     return min(tried, key=rank)["learning_rate"]
@@ -235,7 +253,9 @@ def compare_widths(folder: Path, log: Log) -> None:
     def build(width: int) -> ctde.models.Model:
         return ctde.models.mlp([196, width, width, width, 10], "relu")
 
-    def make_run(model: ctde.models.Model, optimizer: optax.GradientTransformation) -> Callable[[float, int], Row]:
+    def make_run(
+        model: ctde.models.Model, optimizer: optax.GradientTransformation
+    ) -> Callable[[float, int], Row]:
         step = make_step(model, ctde.tasks.classification, optimizer, train, batch_size=128)
 
         @jax.jit
@@ -254,14 +274,25 @@ def compare_widths(folder: Path, log: Log) -> None:
     base, adam = build(WIDTHS[0]), optax.scale_by_adam()
     for way, width in product(WAYS, WIDTHS):
         if way == "mup":
-            run = make_run(mup(build(width), base=base), optax.chain(adam, scale_learning_rates(base, first)))
+            run = make_run(
+                mup(build(width), base=base), optax.chain(adam, scale_learning_rates(base, first))
+            )
         else:
             run = make_run(build(width), adam)
         for rate, seed in product(WIDE_LEARNING_RATES, SEEDS):
-            log.make(partial(run, rate, seed), model="mup", way=way, width=width, learning_rate=rate, seed=seed)
+            log.make(
+                partial(run, rate, seed),
+                model="mup",
+                way=way,
+                width=width,
+                learning_rate=rate,
+                seed=seed,
+            )
 
 
-def finished(log: Log, problems: dict[str, Problem]) -> dict[tuple[str, str], tuple[float, list[int]]]:
+def finished(
+    log: Log, problems: dict[str, Problem]
+) -> dict[tuple[str, str], tuple[float, list[int]]]:
     """Returns, by model and initializer, the best learning rate and the steps of the runs that reached the target."""
     found = {}
     for model, problem in problems.items():
@@ -270,9 +301,16 @@ def finished(log: Log, problems: dict[str, Problem]) -> dict[tuple[str, str], tu
             if len(tried) < len(problem.learning_rates):
                 continue
             best = best_rate(tried, problem.measure)
-            runs = [row for row in log.find(model=model, init=init, learning_rate=best) if row["seed"] in SEEDS]
+            runs = [
+                row
+                for row in log.find(model=model, init=init, learning_rate=best)
+                if row["seed"] in SEEDS
+            ]
             if len(runs) == len(SEEDS):
-                found[model, init] = best, [row["steps"] for row in runs if row["steps"] is not None]
+                found[model, init] = (
+                    best,
+                    [row["steps"] for row in runs if row["steps"] is not None],
+                )
     return found
 
 
@@ -293,21 +331,28 @@ def report_initializers(log: Log, folder: Path) -> None:
     if not found:
         return
     models, inits = ([*dict.fromkeys(names)] for names in zip(*found, strict=True))
-    goals = {name: f"{one.measure} {one.target:g} in {one.steps} steps" for name, one in problems.items()}
+    goals = {
+        name: f"{one.measure} {one.target:g} in {one.steps} steps" for name, one in problems.items()
+    }
     rows = []
     for init in inits:
         arms = [(found.get((model, init)), found.get((model, "flax"), (0, []))) for model in models]
         rows.append([init, *(cell(*arm, flax[1]) if arm else "-" for arm, flax in arms)])
     header = ["start", *(f"{model}, {goals[model]}" for model in models)]
-    note = (
-        "Mean (and range) over three seeds, at the best learning rate of seed 0; x is how many times fewer than flax."
-    )
+    note = "Mean (and range) over three seeds, at the best learning rate of seed 0; x is how many times fewer than flax."
     publish(log.file.with_suffix(".md"), [Table("Steps to the target", header, rows)], note)
 
-    shape = {"figsize": (3.2 * len(models), 3.5), "sharey": True, "squeeze": False, "layout": "tight"}
+    shape = {
+        "figsize": (3.2 * len(models), 3.5),
+        "sharey": True,
+        "squeeze": False,
+        "layout": "tight",
+    }
     figure, panels = pyplot.subplots(1, len(models), **shape)
     for panel, model in zip(panels[0], models, strict=True):
-        for steps, init in ((found[model, init][1], init) for init in inits if (model, init) in found):
+        for steps, init in (
+            (found[model, init][1], init) for init in inits if (model, init) in found
+        ):
             panel.plot(steps, [init] * len(steps), "o", alpha=0.7, clip_on=False)
         panel.set(title=f"{model}\n{goals[model]}", xlabel="steps", xlim=(0, None), yticks=inits)
         panel.grid(alpha=0.3)
@@ -316,8 +361,15 @@ def report_initializers(log: Log, folder: Path) -> None:
 
 def mean_losses(rows: Sequence[Row]) -> dict[float, float]:
     """Returns the mean loss of each learning rate all of whose seeds stayed finite."""
-    by_rate = {rate: [row["loss"] for row in rows if row["learning_rate"] == rate] for rate in WIDE_LEARNING_RATES}
-    return {rate: mean(losses) for rate, losses in by_rate.items() if len(losses) == len(SEEDS) and None not in losses}
+    by_rate = {
+        rate: [row["loss"] for row in rows if row["learning_rate"] == rate]
+        for rate in WIDE_LEARNING_RATES
+    }
+    return {
+        rate: mean(losses)
+        for rate, losses in by_rate.items()
+        if len(losses) == len(SEEDS) and None not in losses
+    }
 
 
 def report_widths(log: Log) -> None:
@@ -336,7 +388,13 @@ def report_widths(log: Log) -> None:
     panels[0].set(ylabel="final training loss")
     panels[0].legend(title="width")
     figure.savefig(log.file.with_name("mup.png"), dpi=120)
-    print_table(Table("Best learning rate, and the training loss there", ("width", *WAYS.values()), [*best.values()]))
+    print_table(
+        Table(
+            "Best learning rate, and the training loss there",
+            ("width", *WAYS.values()),
+            [*best.values()],
+        )
+    )
 
 
 def main(

@@ -75,7 +75,9 @@ def lstm_layers(places: int = PLACES) -> list[Layer]:
     gates = 4 * LSTM_WIDTH
     return [
         Layer(places * FEATURES * gates, places * gates, to_inputs=0),
-        Layer(places * LSTM_WIDTH * gates, places * 2 * LSTM_WIDTH, to_inputs=(places - 1) / places),
+        Layer(
+            places * LSTM_WIDTH * gates, places * 2 * LSTM_WIDTH, to_inputs=(places - 1) / places
+        ),
         Layer(LSTM_WIDTH * 10, 10),
     ]
 
@@ -117,12 +119,17 @@ class Case(NamedTuple):
         if self.task is ctde.tasks.language_modeling:
             tokens = rng.integers(0, VOCABULARY, shape, dtype=np.int32)
             return tokens, np.roll(tokens, -1, axis=1)
-        return rng.integers(0, 256, shape, dtype=np.uint8), (np.arange(examples) % 10).astype(np.int32)
+        return rng.integers(0, 256, shape, dtype=np.uint8), (np.arange(examples) % 10).astype(
+            np.int32
+        )
 
 
 WIDTHS, TRANSFORMER = (784, 128, 10), {"vocabulary": VOCABULARY, "width": 128, "blocks": 4}
 mlp = partial(Case, partial(ctde.models.mlp, WIDTHS), mlp_layers(WIDTHS), (28, 28))
-cnn, lstm = partial(ctde.models.cnn, (28, 28), 10), partial(ctde.models.rnn_classifier, FEATURES, 10, LSTM_WIDTH)
+cnn, lstm = (
+    partial(ctde.models.cnn, (28, 28), 10),
+    partial(ctde.models.rnn_classifier, FEATURES, 10, LSTM_WIDTH),
+)
 transformer, windows = partial(ctde.models.transformer, length=WINDOW, **TRANSFORMER), (WINDOW,)
 CASES: dict[str, Case] = {
     "mlp-64": mlp(batch_size=64, examples=60_000, epochs=5),
@@ -146,7 +153,9 @@ def count(name: str) -> Row:
 
     def gradient(params, inputs):
         return jax.grad(
-            lambda params: case.task.loss(model.apply(params, model_state, inputs, None)[0], labels).mean()
+            lambda params: case.task.loss(
+                model.apply(params, model_state, inputs, None)[0], labels
+            ).mean()
         )(params)
 
     def step(params, opt_state, inputs):
@@ -159,11 +168,15 @@ def count(name: str) -> Row:
     whole = by_xla(step, jax.eval_shape(optimizer.init, params), seen)
     counted = operations(lstm_layers(places=1) if is_loop else case.layers)
     numbers, outputs = ctde.models.count_params(params), sum(layer.outputs for layer in case.layers)
-    moved = 10 * 4 * numbers + case.batch_size * (prod(case.input_shape) * inputs.itemsize + 4 * 4 * outputs)
+    moved = 10 * 4 * numbers + case.batch_size * (
+        prod(case.input_shape) * inputs.itemsize + 4 * 4 * outputs
+    )
     return {
         "params": numbers,
         "operations": operations(case.layers),
-        "operations_by_xla": by_xla(gradient, seen[:, :1] if is_loop else seen)["flops"] / case.batch_size / counted,
+        "operations_by_xla": by_xla(gradient, seen[:, :1] if is_loop else seen)["flops"]
+        / case.batch_size
+        / counted,
         "bytes": moved,
         "bytes_by_xla": None if is_loop else whole["bytes accessed"] / moved,
         "working_set": 4 * 4 * numbers + case.batch_size * 4 * outputs,
@@ -189,7 +202,11 @@ def time_fit(name: str, devices: int) -> Row:
     for row in trained.history:
         if row["split"] == "train":
             seconds[ceil(row["epoch"]) - 1] += row["examples"] / row["examples_per_second"]
-    return {"step_seconds": [round(value, 7) for value in seconds[1:] * case.step_examples / case.examples]}
+    return {
+        "step_seconds": [
+            round(value, 7) for value in seconds[1:] * case.step_examples / case.examples
+        ]
+    }
 
 
 def fastest(function: Callable[[], object], seconds: float = 0.15) -> float:
@@ -214,8 +231,13 @@ def time_ceilings() -> Row:
         by_jax = fastest(lambda on_device=on_device: multiply(*on_device).block_until_ready())
         products |= {f"numpy {size}": 2 * size**3 / by_numpy, f"jax {size}": 2 * size**3 / by_jax}
     # The size of the last-level cache, 8 MiB if the system does not tell.
-    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    cache = max([int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes], default=2**23)
+    sizes = [
+        file.read_text().strip()
+        for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    cache = max(
+        [int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes], default=2**23
+    )
     return {
         "products": products,
         "memory": time_copies(8 * cache),
@@ -227,7 +249,10 @@ def time_ceilings() -> Row:
 def time_copies(size: int) -> dict[str, float]:
     """Moves this number of bytes in all, in one thread per core."""
     threads = cores()
-    pairs = [tuple(np.ones(size // 2 // threads // 4, np.float32) for _ in range(2)) for _ in range(threads)]
+    pairs = [
+        tuple(np.ones(size // 2 // threads // 4, np.float32) for _ in range(2))
+        for _ in range(threads)
+    ]
     again = max(1, 2**26 // size)  # so that starting the threads does not count
 
     def copy(pair: tuple[np.ndarray, ...]) -> None:
@@ -250,7 +275,11 @@ def time_copies(size: int) -> dict[str, float]:
 def measure_point(point: Row) -> Row:
     if point["what"] == "ceilings":
         return time_ceilings()
-    return count(point["case"]) if point["what"] == "count" else time_fit(point["case"], point["devices"])
+    return (
+        count(point["case"])
+        if point["what"] == "count"
+        else time_fit(point["case"], point["devices"])
+    )
 
 
 class Measured(NamedTuple):
@@ -281,9 +310,15 @@ def everything(log: Log, ceilings: dict[int, Row]) -> list[Measured]:
         fits = counts[name]["working_set"] <= ceilings[turns[0]["turn"]]["cache_bytes"]
         seconds = np.array([np.median(row["step_seconds"]) for row in turns])
         peak = np.array([max(ceilings[row["turn"]]["products"].values()) for row in turns])
-        speed = np.array([max(ceilings[row["turn"]]["cached" if fits else "memory"].values()) for row in turns])
+        speed = np.array(
+            [max(ceilings[row["turn"]]["cached" if fits else "memory"].values()) for row in turns]
+        )
         arithmetic = counts[name]["operations"] * CASES[name].step_examples / peak
-        measured.append(Measured(name, devices, counts[name], seconds, arithmetic, counts[name]["bytes"] / speed))
+        measured.append(
+            Measured(
+                name, devices, counts[name], seconds, arithmetic, counts[name]["bytes"] / speed
+            )
+        )
     return measured
 
 
@@ -313,21 +348,34 @@ def cells(one: Measured) -> list[str]:
 def ceilings_text(ceilings: Sequence[Row]) -> str:
     """Names the ceilings, and which program reached them."""
     lines = []
-    for what, unit in (("products", "GFLOP/s"), ("cached", "GB/s in cache"), ("memory", "GB/s in memory")):
-        medians = {name: float(np.median([row[what][name] for row in ceilings])) for name in ceilings[0][what]}
+    for what, unit in (
+        ("products", "GFLOP/s"),
+        ("cached", "GB/s in cache"),
+        ("memory", "GB/s in memory"),
+    ):
+        medians = {
+            name: float(np.median([row[what][name] for row in ceilings]))
+            for name in ceilings[0][what]
+        }
         highest = [max(row[what].values()) / 1e9 for row in ceilings]
-        lines.append(f"{spread(highest, '.1f')} {unit} (mostly {max(medians, key=medians.__getitem__)})")
+        lines.append(
+            f"{spread(highest, '.1f')} {unit} (mostly {max(medians, key=medians.__getitem__)})"
+        )
     return f"{', '.join(lines)}; {len(ceilings)} turns. {machine()}."
 
 
 def draw(measured: list[Measured], ceilings: Sequence[Row], file: Path) -> None:
     """Draws the roofline, and where each case stands below it."""
     highest = {
-        what: np.median([max(row[what].values()) for row in ceilings]) for what in ("products", "memory", "cached")
+        what: np.median([max(row[what].values()) for row in ceilings])
+        for what in ("products", "memory", "cached")
     }
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     intensity = np.geomspace(0.5, 100, 200)
-    for what, label, style in (("cached", "last-level cache", "-"), ("memory", "main memory", "--")):
+    for what, label, style in (
+        ("cached", "last-level cache", "-"),
+        ("memory", "main memory", "--"),
+    ):
         roof = np.minimum(highest["products"], intensity * highest[what]) / 1e9
         axes.loglog(intensity, roof, style, color="tab:gray", label=label)
     names = list(dict.fromkeys(one.name for one in measured))
@@ -344,7 +392,11 @@ def draw(measured: list[Measured], ceilings: Sequence[Row], file: Path) -> None:
             linestyle="",
             label=f"{one.name}, {one.devices} device{'s' * (one.devices > 1)}",
         )
-    axes.set(xlabel="operations for each byte moved, by formula", ylabel="GFLOP/s", title="Training below its ceilings")
+    axes.set(
+        xlabel="operations for each byte moved, by formula",
+        ylabel="GFLOP/s",
+        title="Training below its ceilings",
+    )
     axes.grid(alpha=0.3, which="both")
     figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(file, dpi=120)
@@ -369,13 +421,17 @@ def main(
     log = Log(results / "limit.jsonl")
     wanted: list[Row] = [{"what": "count", "case": name} for name in only]
     for turn in range(turns):
-        fits = [{"what": "fit", "case": name, "devices": count} for name in only for count in devices]
+        fits = [
+            {"what": "fit", "case": name, "devices": count} for name in only for count in devices
+        ]
         wanted += [{"what": "ceilings", "turn": turn}, *({**fit, "turn": turn} for fit in fits)]
     if not report:
         measure(log, __file__, wanted, LIMIT)
     ceilings = {row["turn"]: row for row in log.find(what="ceilings") if "failed" not in row}
     if measured := everything(log, ceilings):
-        table = Table("Bounds and measured time of a step", HEADER, [cells(one) for one in measured])
+        table = Table(
+            "Bounds and measured time of a step", HEADER, [cells(one) for one in measured]
+        )
         publish(results / "limit.md", [table], ceilings_text([*ceilings.values()]))
         draw(measured, [*ceilings.values()], results / "limit.png")
 

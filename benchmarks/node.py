@@ -16,7 +16,18 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import optax
-from harness import RESULTS, Log, Row, Table, command_line, machine, publish, spread, started, take_turns
+from harness import (
+    RESULTS,
+    Log,
+    Row,
+    Table,
+    command_line,
+    machine,
+    publish,
+    spread,
+    started,
+    take_turns,
+)
 from rich.progress import track
 
 import ctde_jax as ctde
@@ -91,10 +102,16 @@ def main(turns: int = 15, report: bool = False, results: Path = RESULTS) -> None
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
             bundles = write_bundles(folder)
-            nodes = {name: build(folder / name, PACKAGES[name]) for name in track(PACKAGES, "installing")}
-            installed = {name: {"runtime": name, "megabytes": megabytes(folder / name)} for name in nodes}
+            nodes = {
+                name: build(folder / name, PACKAGES[name]) for name in track(PACKAGES, "installing")
+            }
+            installed = {
+                name: {"runtime": name, "megabytes": megabytes(folder / name)} for name in nodes
+            }
             bare = installed["numpy"] | {"model": "import numpy alone"}
-            contestants: list[tuple[Row, Callable[[], float]]] = [(bare, timed(nodes["numpy"], "-c", "import numpy"))]
+            contestants: list[tuple[Row, Callable[[], float]]] = [
+                (bare, timed(nodes["numpy"], "-c", "import numpy"))
+            ]
             for name, bundle in bundles.items():
                 for runtime in ctde.open_bundle(bundle).card.artifacts:
                     arguments = [bundle, "--input", f"{bundle}.npy", "--runtime", runtime]
@@ -106,7 +123,11 @@ def main(turns: int = 15, report: bool = False, results: Path = RESULTS) -> None
         packages, seconds = ", ".join(["ctde_jax", *PACKAGES[row["runtime"]]]), row.get("seconds")
         answered = spread(seconds, ".3f") if seconds else row["failed"]
         rows.append([row["runtime"], packages, str(row["megabytes"]), row["model"], answered])
-    publish(results / "node.md", [Table("What a node needs", HEADER, rows)], f"{measured} turns. {machine()}.")
+    publish(
+        results / "node.md",
+        [Table("What a node needs", HEADER, rows)],
+        f"{measured} turns. {machine()}.",
+    )
 
 
 if __name__ == "__main__":

@@ -49,15 +49,22 @@ OURS = "this trainer"
 ON_ONE = {*TRAIN} - {"PyTorch DDP, Gloo"}
 ON_SEVERAL = {OURS, "JAX, one dispatch a step", "JAX, one scan an epoch", "PyTorch DDP, Gloo"}
 LEFT_OUT = {
-    ("cnn", "JAX, one scan an epoch"): "XLA's gradients of convolutions are some 20 times slower in a loop on a CPU",
+    (
+        "cnn",
+        "JAX, one scan an epoch",
+    ): "XLA's gradients of convolutions are some 20 times slower in a loop on a CPU",
 }
-SPREAD = 0.007  # largest distance to the median accuracy, for contestants that have seen all examples
+SPREAD = (
+    0.007  # largest distance to the median accuracy, for contestants that have seen all examples
+)
 TARGET, MOST_EPOCHS = 0.97, 15
 BARE = "bare: import jax, flax, optax, and loading the digits"
 SCRIPT = Path(__file__).with_name("contestants.py")
 
 ModelName = Literal["mlp", "cnn", "lstm"]
-Run = Callable[[dict[str, str], Path], float]  # from environment variables and a run folder to seconds
+Run = Callable[
+    [dict[str, str], Path], float
+]  # from environment variables and a run folder to seconds
 
 
 def command(job: Job) -> list[str | Path]:
@@ -72,7 +79,9 @@ def compare_epochs(alike: Row, devices: Sequence[int], turns: int, folder: Path,
         for name in TRAIN
         if name in (ON_ONE if count == 1 else ON_SEVERAL)
     ]
-    if all(any("accuracy" in known or "failed" in known for known in log.find(**row)) for row in rows):
+    if all(
+        any("accuracy" in known or "failed" in known for known in log.find(**row)) for row in rows
+    ):
         return True
     with ExitStack() as at_end:
         processes: dict[int, Process] = {}
@@ -81,7 +90,10 @@ def compare_epochs(alike: Row, devices: Sequence[int], turns: int, folder: Path,
             if reason := LEFT_OUT.get((row["model"], row["contestant"])):
                 raise Failed(f"left out: {reason}")
             if place not in processes:
-                what = {name: row[name] for name in ("contestant", "model", "batch_size", "devices", "examples")}
+                what = {
+                    name: row[name]
+                    for name in ("contestant", "model", "batch_size", "devices", "examples")
+                }
                 job = Job(**what, epochs=turns + 1, data_dir=str(folder))
                 processes[place] = at_end.enter_context(started(command(job)))
             processes[place].go()
@@ -100,7 +112,11 @@ def trained_alike(rows: Sequence[Row]) -> bool:
     """Returns whether this trainer has finished, and all contestants that saw all examples are as accurate."""
     accuracies = {title(row): row["accuracy"] for row in rows if "accuracy" in row}
     median = float(np.median([*accuracies.values()]))
-    apart = {name: each for name, each in accuracies.items() if abs(each - median) > SPREAD and not rows[0]["examples"]}
+    apart = {
+        name: each
+        for name, each in accuracies.items()
+        if abs(each - median) > SPREAD and not rows[0]["examples"]
+    }
     for name, accuracy in apart.items():
         where = f"{rows[0]['model']}, batch {rows[0]['batch_size']}"
         console.print(f"NOT THE SAME TRAINING: {where}: {name} {accuracy:.2%}, median {median:.2%}")
@@ -113,9 +129,12 @@ def race_to_target(turns: int, folder: Path, log: Log) -> None:
     def this_trainer(cache: dict[str, str], run_dir: Path) -> float:
         options = f"-m ctde_jax.train --dataset mnist --model mlp --widths 128 --activation relu --batch-size 64 \
             --learning-rate {LEARNING_RATE} --schedule constant --devices 1 --epochs {MOST_EPOCHS}".split()
-        with started([sys.executable, *options, "--data-dir", folder, "--run-dir", run_dir], cache) as process:
+        with started(
+            [sys.executable, *options, "--data-dir", folder, "--run-dir", run_dir], cache
+        ) as process:
             process.wait_for_row(
-                run_dir / "metrics.jsonl", lambda row: row["split"] == "test" and row["accuracy"] >= TARGET
+                run_dir / "metrics.jsonl",
+                lambda row: row["split"] == "test" and row["accuracy"] >= TARGET,
             )
             return process.seconds
 
@@ -149,7 +168,9 @@ def race_to_first_step(turns: int, log: Log) -> None:
     """Takes the time of the default command's second start until its first training row is on disk."""
 
     def default_command(cache: dict[str, str], run_dir: Path) -> float:
-        with started([sys.executable, "-m", "ctde_jax.train", "--run-dir", run_dir], cache) as process:
+        with started(
+            [sys.executable, "-m", "ctde_jax.train", "--run-dir", run_dir], cache
+        ) as process:
             process.wait_for_row(run_dir / "metrics.jsonl", lambda row: row["split"] == "train")
             seconds = process.seconds
             process.wait()  # so that all its programs are in the cache
@@ -161,7 +182,12 @@ def race_to_first_step(turns: int, log: Log) -> None:
             process.hear("there")
             return process.seconds
 
-    race("first-step", {BARE: (bare, "none"), f"{OURS}, warm cache": (default_command, "warm")}, turns, log)
+    race(
+        "first-step",
+        {BARE: (bare, "none"), f"{OURS}, warm cache": (default_command, "warm")},
+        turns,
+        log,
+    )
 
 
 def race(part: str, contestants: dict[str, tuple[Run, str]], turns: int, log: Log) -> None:
@@ -180,12 +206,21 @@ def race(part: str, contestants: dict[str, tuple[Run, str]], turns: int, log: Lo
             environment = {"XDG_CACHE_HOME": str(cached)} if OURS in name else by_jax
             return run({} if cache == "none" else environment, run_dir)
 
-        rows = [({"part": part, "contestant": name}, partial(timed, name, *how)) for name, how in contestants.items()]
+        rows = [
+            ({"part": part, "contestant": name}, partial(timed, name, *how))
+            for name, how in contestants.items()
+        ]
         take_turns(log, rows, turns)
 
 
 def title(row: Row) -> str:
-    where = "processes" if "DDP" in row["contestant"] else "device" if row["devices"] == 1 else "devices"
+    where = (
+        "processes"
+        if "DDP" in row["contestant"]
+        else "device"
+        if row["devices"] == 1
+        else "devices"
+    )
     return f"{row['contestant']}, {row['devices']} {where}"
 
 
@@ -201,7 +236,10 @@ def epoch_table(log: Log) -> Table:
     def figures(row: Row) -> list[str]:
         if "failed" in row:
             return [row["failed"], *"----"]
-        alike = {name: row[name] for name in ("part", "model", "batch_size", "examples", "contestant", "devices")}
+        alike = {
+            name: row[name]
+            for name in ("part", "model", "batch_size", "examples", "contestant", "devices")
+        }
         return [
             spread(row["seconds"], ".3f"),
             ratio(row, log.find(**alike | {"contestant": OURS})),
@@ -212,7 +250,13 @@ def epoch_table(log: Log) -> Table:
 
     named = ("model", "batch_size", "devices", "contestant")
     lines = [[*(str(row[name]) for name in named), *figures(row)] for row in epoch_rows(log)]
-    columns = ("seconds", "times this trainer", "times itself on 1 device", "turns", "test accuracy")
+    columns = (
+        "seconds",
+        "times this trainer",
+        "times itself on 1 device",
+        "turns",
+        "test accuracy",
+    )
     header = ("network", "batch", "devices", "contestant", *columns)
     return Table("Seconds an epoch: median and quartiles", header, lines)
 
@@ -234,10 +278,16 @@ def draw(rows: Sequence[Row]) -> Figure:
     shape = -(-len(panels) // 2), min(2, len(panels))
     figure = Figure(figsize=(5.2 * shape[1], 3.2 * shape[0]), layout="constrained")
     for axes, panel in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=False):
-        shown = [row for row in rows if (row["model"], row["batch_size"], row["examples"]) == panel][::-1]
-        low, middle, high = np.array([np.percentile(row["seconds"], [25, 50, 75]) for row in shown]).T
+        shown = [
+            row for row in rows if (row["model"], row["batch_size"], row["examples"]) == panel
+        ][::-1]
+        low, middle, high = np.array(
+            [np.percentile(row["seconds"], [25, 50, 75]) for row in shown]
+        ).T
         colors = ["tab:blue" if row["contestant"] == OURS else "tab:gray" for row in shown]
-        axes.barh([title(row) for row in shown], middle, xerr=(middle - low, high - middle), color=colors)
+        axes.barh(
+            [title(row) for row in shown], middle, xerr=(middle - low, high - middle), color=colors
+        )
         axes.set(title=f"{panel[0]}, batch {panel[1]}", xlabel="seconds an epoch")
         axes.tick_params(axis="y", labelsize=7)
         axes.grid(alpha=0.3, axis="x")
@@ -248,7 +298,12 @@ def epoch_rows(log: Log) -> list[Row]:
     models, names = get_args(ModelName), [*TRAIN]
 
     def place(row: Row) -> tuple[int, ...]:
-        return models.index(row["model"]), row["batch_size"], row["devices"], names.index(row["contestant"])
+        return (
+            models.index(row["model"]),
+            row["batch_size"],
+            row["devices"],
+            names.index(row["contestant"]),
+        )
 
     return sorted(log.find(part="epoch"), key=place)
 
@@ -301,8 +356,15 @@ def main(
             race_to_target(turns, folder, log)
         if first_step:
             race_to_first_step(turns, log)
-        for model, batch_size in product(models, batch_sizes) if not (start_up or first_step) else ():
-            alike = {"part": "epoch", "model": model, "batch_size": batch_size, "examples": examples}
+        for model, batch_size in (
+            product(models, batch_sizes) if not (start_up or first_step) else ()
+        ):
+            alike = {
+                "part": "epoch",
+                "model": model,
+                "batch_size": batch_size,
+                "examples": examples,
+            }
             agree = compare_epochs(alike, devices, turns, folder, log) and agree
     publish_all(log)
     return 0 if agree else 1

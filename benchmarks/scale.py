@@ -53,7 +53,9 @@ NETWORKS = ("mlp", "cnn", "resnet", "lstm", "gru", "transformer")
 AXES: dict[str, list[Row]] = {
     "parameters": [{"axis": "parameters", "parameters": size} for size in PARAMETERS],
     "devices": [
-        {"axis": "devices", "devices": devices, "strategy": name} for devices in DEVICES for name in AGREEMENTS
+        {"axis": "devices", "devices": devices, "strategy": name}
+        for devices in DEVICES
+        for name in AGREEMENTS
     ],
     "examples": [{"axis": "examples", "examples": examples} for examples in EXAMPLES],
     "strategies": [{"axis": "strategies", "strategy": name} for name in PRESETS],
@@ -113,13 +115,19 @@ def time_training(
 
 
 def device_memory(
-    model: ctde.models.Model, data: ctde.data.Dataset, devices: int, batch_size: int, strategy: ctde.Strategy
+    model: ctde.models.Model,
+    data: ctde.data.Dataset,
+    devices: int,
+    batch_size: int,
+    strategy: ctde.Strategy,
 ) -> Row:
     """Compiles rounds like those of `fit`, places nothing, and asks XLA what memory each device needs for them."""
     around, batches = ctde.devices.start(devices), deal(data.train, devices, batch_size, seed=0)
     model = ctde.models.with_raw_inputs(model, data.shift, data.scale)
     task = ctde.tasks.classification
-    program = compile_rounds(model, data, task, optax.adam(1e-4), strategy, Resident(batches), around)
+    program = compile_rounds(
+        model, data, task, optax.adam(1e-4), strategy, Resident(batches), around
+    )
     needs = program.memory_analysis()
     return {
         "arguments": needs.argument_size_in_bytes,
@@ -151,7 +159,10 @@ def measure_point(point: Row) -> Row:
 def try_model(name: str) -> Row:
     """Trains a small one of these networks on many devices."""
     digits, task = ctde.data.digits(), ctde.tasks.language_modeling
-    rows, tokens = ctde.data.as_sequence(digits, "rows"), np.random.default_rng(0).integers(0, 32, (1024, 16))
+    rows, tokens = (
+        ctde.data.as_sequence(digits, "rows"),
+        np.random.default_rng(0).integers(0, 32, (1024, 16)),
+    )
     text = ctde.data.from_arrays(tokens, np.roll(tokens, -1, axis=1), tokens[:64], tokens[:64])
     build, data, batch_size, options = {
         "mlp": (lambda: ctde.models.mlp([64, 32, 10]), digits, 256, {}),
@@ -159,7 +170,12 @@ def try_model(name: str) -> Row:
         "resnet": (lambda: ctde.models.resnet((8, 8), 10), digits, 64, {"dispatch": 2}),
         "lstm": (lambda: ctde.models.rnn_classifier(8, 10, 16), rows, 64, {}),
         "gru": (lambda: ctde.models.rnn_classifier(8, 10, 16, cell="gru"), rows, 64, {}),
-        "transformer": (lambda: ctde.models.transformer(32, 16, width=32), text, 64, {"dispatch": 2, "task": task}),
+        "transformer": (
+            lambda: ctde.models.transformer(32, 16, width=32),
+            text,
+            64,
+            {"dispatch": 2, "task": task},
+        ),
     }[name]
     return time_training(build(), data, MOST_DEVICES, batch_size, **options)
 
@@ -174,7 +190,10 @@ def free_memory() -> float:
     """Returns how many bytes programs may still take, infinity where the system does not say it."""
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), float("inf"))
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")),
+        float("inf"),
+    )
 
 
 def will_fit(point: Row) -> bool:
@@ -184,7 +203,10 @@ def will_fit(point: Row) -> bool:
 
 def rows_of(log: Log, axis: str) -> list[Row]:
     """Returns the points of an axis that have come to an end, from the smallest to the largest."""
-    return sorted((row for row in log.find(axis=axis) if "failed" not in row), key=lambda row: row.get(axis, 0))
+    return sorted(
+        (row for row in log.find(axis=axis) if "failed" not in row),
+        key=lambda row: row.get(axis, 0),
+    )
 
 
 def device_bytes(row: Row) -> float:
@@ -192,13 +214,25 @@ def device_bytes(row: Row) -> float:
 
 
 HEADER = (
-    *("axis", "point", "parameters", "device memory, MB", "of it between, MB", "process, MB", "compiling, s"),
+    *(
+        "axis",
+        "point",
+        "parameters",
+        "device memory, MB",
+        "of it between, MB",
+        "process, MB",
+        "compiling, s",
+    ),
     "step, ms",
 )
 
 
 def cells(row: Row) -> list[str]:
-    values = [value for key, value in row.items() if key in ("parameters", "devices", "examples", "strategy", "model")]
+    values = [
+        value
+        for key, value in row.items()
+        if key in ("parameters", "devices", "examples", "strategy", "model")
+    ]
     point = ", ".join(f"{value:,}" if isinstance(value, int) else value for value in values)
     if "failed" in row:
         return [row["axis"], point, row["failed"], *[""] * 5]
@@ -222,7 +256,9 @@ def growth(log: Log) -> str:
         rows = {row["devices"]: row for row in rows_of(log, "devices") if row["strategy"] == name}
         if 1 in rows and MOST_DEVICES in rows:
             ratio = device_bytes(rows[MOST_DEVICES]) / device_bytes(rows[1])
-            text += f"{name}: {ratio:.3f} times the memory of one device on each of {MOST_DEVICES}. "
+            text += (
+                f"{name}: {ratio:.3f} times the memory of one device on each of {MOST_DEVICES}. "
+            )
     return text
 
 
@@ -231,7 +267,12 @@ def draw(log: Log) -> None:
     sizes = [axis for axis in ("parameters", "devices", "examples") if rows_of(log, axis)]
     if not sizes:
         return
-    shape = {"figsize": (1 + 4 * len(sizes), 7), "layout": "constrained", "sharex": "col", "squeeze": False}
+    shape = {
+        "figsize": (1 + 4 * len(sizes), 7),
+        "layout": "constrained",
+        "sharex": "col",
+        "squeeze": False,
+    }
     figure, panels = pyplot.subplots(2, len(sizes), **shape)
     for axis, (memory, times) in zip(sizes, panels.T, strict=True):
         rows = rows_of(log, axis)
@@ -239,11 +280,23 @@ def draw(log: Log) -> None:
             own = [row for row in rows if row.get("strategy") == name]
             x = [row[axis] for row in own]
             memory.plot(
-                x, [device_bytes(row) / 1e6 for row in own], f"C{i}o-", label=f"{name or ''} each device".strip()
+                x,
+                [device_bytes(row) / 1e6 for row in own],
+                f"C{i}o-",
+                label=f"{name or ''} each device".strip(),
             )
-            memory.plot(x, [row["process"] / 1e6 for row in own], f"C{i}s--", label=f"{name or ''} process".strip())
-            low, middle, high = np.array([row["step_seconds"] for row in own]).reshape(-1, 3).T * 1e3
-            times.errorbar(x, middle, [middle - low, high - middle], color=f"C{i}", marker="o", label=name)
+            memory.plot(
+                x,
+                [row["process"] / 1e6 for row in own],
+                f"C{i}s--",
+                label=f"{name or ''} process".strip(),
+            )
+            low, middle, high = (
+                np.array([row["step_seconds"] for row in own]).reshape(-1, 3).T * 1e3
+            )
+            times.errorbar(
+                x, middle, [middle - low, high - middle], color=f"C{i}", marker="o", label=name
+            )
         memory.set(xscale="log", yscale="log", title=f"over {axis}")
         times.set(xscale="log", yscale="log", xlabel=axis)
         if axis == "examples":  # which time hardly knows of

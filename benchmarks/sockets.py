@@ -25,7 +25,17 @@ import jax
 import numpy as np
 import optax
 import tyro
-from harness import Failed, Row, Table, command_line, console, machine, point_command, print_table, started
+from harness import (
+    Failed,
+    Row,
+    Table,
+    command_line,
+    console,
+    machine,
+    point_command,
+    print_table,
+    started,
+)
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
@@ -57,12 +67,18 @@ COLLECTIVES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    **{f"diloco {bits}": {"reduce": bits, "error_feedback": True} for bits in ("int8", "int4", "int2", "sign")},
+    **{
+        f"diloco {bits}": {"reduce": bits, "error_feedback": True}
+        for bits in ("int8", "int4", "int2", "sign")
+    },
     "diloco top_k": {"reduce": "top_k"},
     "diloco top_k gathered": {"reduce": "top_k", "exchange": "gathered"},
     "diloco random_k": {"reduce": "random_k", "error_feedback": True},
     "diloco power_sgd": {"reduce": "power_sgd"},
-    **{f"diloco {rule}": {"combine": rule, "byzantine": 0} for rule in ("median", "trimmed_mean", "krum")},
+    **{
+        f"diloco {rule}": {"combine": rule, "byzantine": 0}
+        for rule in ("median", "trimmed_mean", "krum")
+    },
     **{f"diloco {rule}": {"combine": rule} for rule in ("geometric_median", "centered_clipping")},
     "diloco private": {"clip_norm": 1.0, "noise_multiplier": 1.0},
     "gossip exponential": {"graph": "exponential"},
@@ -71,17 +87,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Variants of the presets, by a preset's name and a word."""
 
 STRATEGIES = {
-    **{name: ctde.strategy(name, sync_every=4 * (name != "ddp"), synchronous_steps=0) for name in PRESETS},
-    **{name: ctde.strategy(name.split()[0], **{"sync_every": 4, **options}) for name, options in OPTIONS.items()},
+    **{
+        name: ctde.strategy(name, sync_every=4 * (name != "ddp"), synchronous_steps=0)
+        for name in PRESETS
+    },
+    **{
+        name: ctde.strategy(name.split()[0], **{"sync_every": 4, **options})
+        for name, options in OPTIONS.items()
+    },
 }
 
-Program = tuple[Callable[[], object], str, int]  # a call runs one round; its HLO; the steps of a round
+Program = tuple[
+    Callable[[], object], str, int
+]  # a call runs one round; its HLO; the steps of a round
 
 
 def collective(function: Callable[[jax.Array], jax.Array], size: int) -> Program:
     """Compiles a collective over messages of so many numbers."""
     devices = jax.devices()
-    message = replica.shard(np.ones((len(devices), size - size % len(devices)), np.float32), devices)
+    message = replica.shard(
+        np.ones((len(devices), size - size % len(devices)), np.float32), devices
+    )
     program = replica.parallel(function, devices, in_axes=(0,), out_axes=0).lower(message).compile()
     return lambda: program(message), program.as_text() or "", 0
 
@@ -91,15 +117,21 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
     devices = jax.devices()
     width = size // (32 + 4)
     inputs = np.random.default_rng(0).normal(size=(BATCH_SIZE * 4, 32)).astype(np.float32)
-    data = ctde.data.from_arrays(inputs, np.arange(len(inputs)) % 4, inputs, np.arange(len(inputs)) % 4)
+    data = ctde.data.from_arrays(
+        inputs, np.arange(len(inputs)) % 4, inputs, np.arange(len(inputs)) % 4
+    )
     model, optimizer = ctde.models.mlp([32, width, 4]), optax.sgd(0.1)
     batches = deal(data.train, len(devices), BATCH_SIZE, seed=0)
     params, model_state = jax.jit(model.init)(jax.random.key(0), data.train.inputs[:1])
     train_state = state.place(params, model_state, optimizer, strategy, devices)
     examples, key = replica.replicate((batches.split, jax.random.key(1)), devices)
     steps = max(1, strategy.inner_steps)
-    indices = replica.shard(batches.steps(0, steps).swapaxes(0, 1)[:, None], devices)  # [replica, round, step, example]
-    program = compile_rounds(model, data, ctde.tasks.classification, optimizer, strategy, Resident(batches), devices)
+    indices = replica.shard(
+        batches.steps(0, steps).swapaxes(0, 1)[:, None], devices
+    )  # [replica, round, step, example]
+    program = compile_rounds(
+        model, data, ctde.tasks.classification, optimizer, strategy, Resident(batches), devices
+    )
 
     def run() -> object:
         nonlocal train_state
@@ -111,7 +143,11 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
 
 def sent_through_loopback() -> int:
     """Reads how many bytes this machine, or this network namespace, has sent to itself."""
-    (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    (line,) = (
+        line
+        for line in Path("/proc/net/dev").read_text().splitlines()
+        if line.strip().startswith("lo:")
+    )
     return int(line.split(":")[1].split()[8])
 
 
@@ -137,13 +173,19 @@ def run_process(point: Row) -> None:
     jax.distributed.initialize(f"127.0.0.1:{point['port']}", point["processes"], point["index"])
     for name in point["names"]:
         make = (
-            partial(collective, COLLECTIVES[name]) if name in COLLECTIVES else partial(strategy_round, STRATEGIES[name])
+            partial(collective, COLLECTIVES[name])
+            if name in COLLECTIVES
+            else partial(strategy_round, STRATEGIES[name])
         )
         run, hlo, steps = make(point["size"])
         measured = traffic.measure(hlo, steps, [device.process_index for device in jax.devices()])
         jax.block_until_ready(run())  # opens the sockets
         idle = count(run, 0)
-        row = {"name": name, "wire": measured.across, "sockets": (count(run, REPEATS) - idle) / REPEATS}
+        row = {
+            "name": name,
+            "wire": measured.across,
+            "sockets": (count(run, REPEATS) - idle) / REPEATS,
+        }
         if point["index"] == 0:
             print(json.dumps({"program": row}), flush=True)
     jax.distributed.shutdown()
@@ -153,22 +195,35 @@ def measure(processes: int, names: list[str], size: int) -> list[Row]:
     """Runs the processes and returns the bytes of each program by name, of all processes together, a round."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        point = {"processes": processes, "port": free.getsockname()[1], "names": names, "size": size}
+        point = {
+            "processes": processes,
+            "port": free.getsockname()[1],
+            "names": names,
+            "size": size,
+        }
     with ExitStack() as at_end:
         threads = {"NPROC": "4"}  # of XLA's pool, in which collectives wait
-        commands = [point_command(__file__, {**point, "index": index}) for index in range(processes)]
+        commands = [
+            point_command(__file__, {**point, "index": index}) for index in range(processes)
+        ]
         running = [at_end.enter_context(started(command, threads)) for command in commands]
         try:
             return [running[0].hear("program", TIMEOUT) for _ in names]
         except Failed as failure:
-            raise RuntimeError("\n".join([str(failure), *(each.last_words() for each in running)])) from None
+            raise RuntimeError(
+                "\n".join([str(failure), *(each.last_words() for each in running)])
+            ) from None
 
 
 def enter_namespace() -> None:
     """Starts this command again with a loopback that nobody else uses, if possible; no process stays behind."""
     enter = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
     tools = shutil.which("unshare") and shutil.which("ip")
-    if "ALONE" not in os.environ and tools and not subprocess.run([*enter, "true"], capture_output=True).returncode:
+    if (
+        "ALONE" not in os.environ
+        and tools
+        and not subprocess.run([*enter, "true"], capture_output=True).returncode
+    ):
         up = ["env", "ALONE=1", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
         os.execvp(enter[0], [*enter, *up, sys.executable, *sys.argv])
 
@@ -193,7 +248,12 @@ def main(
         print("\n".join(map(json.dumps, rows)))
         return
     lines = [
-        [row["name"], f"{row['wire']:,.0f}", f"{row['sockets']:,.0f}", f"{row['sockets'] / row['wire'] - 1:+.2%}"]
+        [
+            row["name"],
+            f"{row['wire']:,.0f}",
+            f"{row['sockets']:,.0f}",
+            f"{row['sockets'] / row['wire'] - 1:+.2%}",
+        ]
         for row in rows
     ]
     title = f"{processes} Gloo processes, {size:,} numbers, bytes a round"

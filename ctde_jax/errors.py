@@ -81,7 +81,8 @@ class HostLost(RuntimeError):
 def on_one_line(text: str) -> str:
     """Escapes what cannot be printed, such as line ends, so that no content of a file breaks a sentence."""
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 
@@ -99,7 +100,10 @@ def check_known(option: str, name: str, known: Iterable[str]) -> None:
     """Raises InputError for a name that is not among the known ones, and suggests the nearest of them."""
     names = list(known)
     if name not in names:
-        raise InputError(option, f"must be one of {', '.join(names)}, got {quoted(name)}{did_you_mean(name, names)}")
+        raise InputError(
+            option,
+            f"must be one of {', '.join(names)}, got {quoted(name)}{did_you_mean(name, names)}",
+        )
 
 
 def check_at_least(least: int, **options: int | None) -> None:

@@ -50,27 +50,53 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Parser("ctde_jax.execute", __doc__ or "")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder of a bundle")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--input", type=Path, nargs="+", metavar="FILE", help=".npy, .npz, .csv, or .png files")
-    what.add_argument("--prompt", metavar="TEXT", help="how a text begins that a language model goes on with")
+    what.add_argument(
+        "--input", type=Path, nargs="+", metavar="FILE", help=".npy, .npz, .csv, or .png files"
+    )
+    what.add_argument(
+        "--prompt", metavar="TEXT", help="how a text begins that a language model goes on with"
+    )
     runtimes = ", ".join(RUNTIMES)
     parser.add_argument(
-        "--runtime", metavar="NAME", help=f"{runtimes}; by default the first that is in the bundle and installed"
-    )
-    parser.add_argument("--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin")
-    parser.add_argument(
-        "--score", action="store_true", help="compare with labels: y_test of a .npz, a column of a .csv"
+        "--runtime",
+        metavar="NAME",
+        help=f"{runtimes}; by default the first that is in the bundle and installed",
     )
     parser.add_argument(
-        "--label-column", metavar="NAME", help="the column of a .csv that has the labels; by default the last"
+        "--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="examples that are computed at once (64)"
+        "--score",
+        action="store_true",
+        help="compare with labels: y_test of a .npz, a column of a .csv",
     )
-    parser.add_argument("--all-devices", action="store_true", help="with jax: a copy of the model on each device")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each example, instead of a table")
-    parser.add_argument("--length", type=int, default=200, metavar="N", help="characters to write (200)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides what is drawn (0)")
+    parser.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="the column of a .csv that has the labels; by default the last",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="examples that are computed at once (64)",
+    )
+    parser.add_argument(
+        "--all-devices", action="store_true", help="with jax: a copy of the model on each device"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="a line of JSON for each example, instead of a table"
+    )
+    parser.add_argument(
+        "--length", type=int, default=200, metavar="N", help="characters to write (200)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="decides what is drawn (0)"
+    )
     chosen = parser.parse_args(arguments)
     this, others = ("--prompt", _OF_INPUTS) if chosen.input is None else ("--input", _OF_TEXTS)
     for name in others:
@@ -84,7 +110,9 @@ def _execute(chosen: Namespace) -> None:
     bundle = open_bundle(chosen.bundle, chosen.expect)
     runtime = chosen.runtime or ("jax" if chosen.all_devices else pick(bundle))
     if chosen.prompt is not None:
-        text = answers.write(bundle, runtime, chosen.prompt, chosen.length, chosen.temperature, chosen.seed)
+        text = answers.write(
+            bundle, runtime, chosen.prompt, chosen.length, chosen.temperature, chosen.seed
+        )
         for part in chain([chosen.prompt], map(_harmless, text), ["\n"]):
             print(part, end="", flush=True)
         return
@@ -94,7 +122,10 @@ def _execute(chosen: Namespace) -> None:
         predict, size = _on_all_devices(bundle, runtime, size)
     else:
         predict = load(bundle, runtime)
-    outputs = (predict(examples.inputs[first : first + size]) for first in range(0, len(examples.inputs), size))
+    outputs = (
+        predict(examples.inputs[first : first + size])
+        for first in range(0, len(examples.inputs), size)
+    )
     if chosen.score:
         _show_score(bundle, examples, outputs, chosen.json)
     else:
@@ -119,7 +150,9 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
         from ctde_jax.cost import collectives
         from ctde_jax.devices import replica
     except ImportError as error:
-        raise InputError("all_devices", f"needs this package with what it depends on, such as {error.name}.") from error
+        raise InputError(
+            "all_devices", f"needs this package with what it depends on, such as {error.name}."
+        ) from error
 
     here, card = devices.start(cpu_devices=devices.FAKE_DEVICES), bundle.card
     each = ceil(size / len(here))
@@ -132,7 +165,9 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
     print(f"{len(here)} independent copies, no collective in their program", file=sys.stderr)
 
     def predict(inputs: np.ndarray) -> np.ndarray:
-        filled = np.resize(inputs, like.shape)  # repeated where there are fewer examples than places
+        filled = np.resize(
+            inputs, like.shape
+        )  # repeated where there are fewer examples than places
         (outputs,) = map(np.asarray, program(replica.shard(filled, here)))
         return outputs.reshape(-1, *outputs.shape[2:])[: len(inputs)]
 
@@ -187,7 +222,9 @@ def _harmless(character: str) -> str:
     return character if character in "\n\r\t" else on_one_line(character)
 
 
-def _show_score(bundle: Bundle, examples: Examples, outputs: Iterator[np.ndarray], as_json: bool) -> None:
+def _show_score(
+    bundle: Bundle, examples: Examples, outputs: Iterator[np.ndarray], as_json: bool
+) -> None:
     """Prints what share of the labels was found, and the cross-entropy; every example counts once."""
     assert examples.labels is not None
     done, loss, right = 0, 0.0, 0.0

@@ -32,7 +32,12 @@ SECONDS = 10.0
 """The turns take about so long, and longer where a few turns do."""
 
 _BAR = 20  # characters
-_COLORS = {"input": "tab:orange", "dispatch": "tab:red", "compute": "tab:blue", "aggregation": "tab:purple"}
+_COLORS = {
+    "input": "tab:orange",
+    "dispatch": "tab:red",
+    "compute": "tab:blue",
+    "aggregation": "tab:purple",
+}
 
 # where a sentence is called for
 _SMALL_BATCH = 0.8  # of the time of a step, with half its batch
@@ -64,7 +69,10 @@ def main(arguments: Sequence[str]) -> int:
 def _profile(config: options.Config, trace: Path | None, started: float) -> None:
     ctde.devices.hosts.check_alone(ctde.devices.hosts.find_meeting(**vars(config.hosts)))
     if config.aggregation.exact:
-        raise InputError("exact", "must be left out: what is measured are devices that agree on means, and such alone.")
+        raise InputError(
+            "exact",
+            "must be left out: what is measured are devices that agree on means, and such alone.",
+        )
     from ctde_jax.config import build  # here, so that the import of JAX is measured
     from ctde_jax.trainer import stopwatch
 
@@ -87,7 +95,9 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
 
         screen = ctde.trainer.console()
         count = _count(len(devices), "device")
-        title = f"{config.model.model} on {data.name}, {count}, {training.batch_size} examples a step"
+        title = (
+            f"{config.model.model} on {data.name}, {count}, {training.batch_size} examples a step"
+        )
         with screen.status("starting") as status:
             measured = stopwatch.measure(training, partition, SECONDS, trace, status.update)
         measured = replace(measured, once={**once, **measured.once})
@@ -108,7 +118,9 @@ def _make_trace_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError("trace", f"must name a folder to write to, but {folder} failed: {error.strerror}.") from error
+        raise InputError(
+            "trace", f"must name a folder to write to, but {folder} failed: {error.strerror}."
+        ) from error
 
 
 def advice(profile: "Profile") -> list[str]:
@@ -171,7 +183,9 @@ def _about_aggregation(profile: "Profile") -> Iterable[str]:
 
 
 def _about_compilation(profile: "Profile") -> Iterable[str]:
-    compiling = sum(profile.once[part] for part in ("trace", "lower", "compile", "compile evaluation"))
+    compiling = sum(
+        profile.once[part] for part in ("trace", "lower", "compile", "compile evaluation")
+    )
     training = profile.steps * profile.step.median
     if compiling > training:
         yield (
@@ -229,8 +243,12 @@ def run_table(profile: "Profile") -> Table:
 
 def scaling_table(profile: "Profile") -> Table:
     """Shows what more devices are worth, for the same global batch."""
-    table = Table(title=f"steps of {profile.batch_size} examples on more devices", title_justify="left")
-    _add_columns(table, "devices", "ms, median", "quartiles", "examples/s", "speed-up", "efficiency")
+    table = Table(
+        title=f"steps of {profile.batch_size} examples on more devices", title_justify="left"
+    )
+    _add_columns(
+        table, "devices", "ms, median", "quartiles", "examples/s", "speed-up", "efficiency"
+    )
     for (count, spread), faster in zip(profile.scaling.items(), _speed_ups(profile), strict=True):
         table.add_row(
             f"{count}",
@@ -255,8 +273,12 @@ def plot(profile: "Profile", title: str) -> "Figure":
     milliseconds = [1e3 * profile.parts[part].median for part in parts]
     low = [1e3 * (spread.median - spread.low) for spread in profile.parts.values()]
     high = [1e3 * (spread.high - spread.median) for spread in profile.parts.values()]
-    left.barh(parts, milliseconds, xerr=(low, high), color=[_COLORS[part] for part in parts], capsize=3)
-    left.axvline(1e3 * profile.step.median, color="tab:gray", linestyle="--", label="a step in training")
+    left.barh(
+        parts, milliseconds, xerr=(low, high), color=[_COLORS[part] for part in parts], capsize=3
+    )
+    left.axvline(
+        1e3 * profile.step.median, color="tab:gray", linestyle="--", label="a step in training"
+    )
     left.invert_yaxis()
     left.set(xlabel="ms a step", title="where the time goes")
     left.legend()
@@ -264,15 +286,30 @@ def plot(profile: "Profile", title: str) -> "Figure":
     counts = list(profile.scaling)
     slow, middle, fast = (
         np.array([profile.batch_size / seconds for seconds in bounds])
-        for bounds in zip(*((one.high, one.median, one.low) for one in profile.scaling.values()), strict=True)
+        for bounds in zip(
+            *((one.high, one.median, one.low) for one in profile.scaling.values()), strict=True
+        )
     )
     speed_ups = np.array(_speed_ups(profile))
     right.errorbar(
-        counts, middle, (middle - slow, fast - middle), marker="o", capsize=3, label="measured, with efficiency"
+        counts,
+        middle,
+        (middle - slow, fast - middle),
+        marker="o",
+        capsize=3,
+        label="measured, with efficiency",
     )
-    right.plot(counts, middle / speed_ups * counts, color="tab:gray", linestyle="--", label="in proportion to devices")
+    right.plot(
+        counts,
+        middle / speed_ups * counts,
+        color="tab:gray",
+        linestyle="--",
+        label="in proportion to devices",
+    )
     for count, speed, faster in zip(counts, middle, speed_ups, strict=True):
-        right.annotate(f"{faster / count:.0%}", (count, speed), (0, 7), textcoords="offset points", ha="center")
+        right.annotate(
+            f"{faster / count:.0%}", (count, speed), (0, 7), textcoords="offset points", ha="center"
+        )
     right.set(xlabel="devices", title="examples/s", ylim=(0, None), xticks=counts)
     right.yaxis.set_major_formatter("{x:,.0f}")
     right.margins(x=0.1)
@@ -293,7 +330,10 @@ def _speed_ups(profile: "Profile") -> list[float]:
     Where one cannot run alone, the fewest that can count as in proportion to it.
     """
     fewest = min(profile.scaling)
-    return [fewest * profile.scaling[fewest].median / spread.median for spread in profile.scaling.values()]
+    return [
+        fewest * profile.scaling[fewest].median / spread.median
+        for spread in profile.scaling.values()
+    ]
 
 
 def _sum(profile: "Profile") -> float:

@@ -61,7 +61,9 @@ def _import_jax() -> None:
     try:
         import jax  # noqa: F401  # here, so that a mistake in the options costs no import of it
     except Exception as error:
-        raise InputError("JAX", f"must be importable, got {type(error).__name__}: {shortened(str(error))}.") from error
+        raise InputError(
+            "JAX", f"must be importable, got {type(error).__name__}: {shortened(str(error))}."
+        ) from error
 
 
 def _outcome(
@@ -89,7 +91,10 @@ def _outcome(
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             said = " ".join(str(error).split()[:12]) or "no more to be had"
-            return 2, f"memory does not suffice ({said}): take a smaller model, or a lower --batch-size."
+            return (
+                2,
+                f"memory does not suffice ({said}): take a smaller model, or a lower --batch-size.",
+            )
         if meeting is None:
             raise
         if ctde.devices.hosts.may_be_lost(error):
@@ -99,5 +104,7 @@ def _outcome(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C has nothing to save
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # until training starts, Ctrl-C has nothing to save
     sys.exit(streams.run(main))

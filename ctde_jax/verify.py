@@ -17,7 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctde_jax.bundle import EXAMPLES, RUNTIMES, Parser, open_bundle, parity, read, run, streams
-from ctde_jax.errors import InputError, NonFiniteLoss, Preempted, ReplicasDiverged, check_known, quoted
+from ctde_jax.errors import (
+    InputError,
+    NonFiniteLoss,
+    Preempted,
+    ReplicasDiverged,
+    check_known,
+    quoted,
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,10 +66,16 @@ def _training(what: str, arguments: Sequence[str]) -> int:
 
 
 def _bundle(arguments: Sequence[str]) -> int:
-    parser = Parser("ctde_jax.verify bundle", "Proves that a bundle says here what the trained model said.")
+    parser = Parser(
+        "ctde_jax.verify bundle", "Proves that a bundle says here what the trained model said."
+    )
     parser.add_argument("bundle", type=Path, metavar="FOLDER", help="of the bundle")
-    parser.add_argument("--input", type=Path, metavar="FILE", help=".npz or .csv with labels, to score")
-    parser.add_argument("--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin")
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE", help=".npz or .csv with labels, to score"
+    )
+    parser.add_argument(
+        "--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin"
+    )
     chosen = parser.parse_args(arguments)
     status = 0
 
@@ -71,24 +84,39 @@ def _bundle(arguments: Sequence[str]) -> int:
         bundle = open_bundle(chosen.bundle, chosen.expect)
         examples = None if chosen.input is None else read([chosen.input], bundle.card, labeled=True)
         if examples is None and EXAMPLES not in bundle.card.files:
-            raise InputError("input", f"must be given, as {bundle.folder} came without examples: a file with labels.")
+            raise InputError(
+                "input",
+                f"must be given, as {bundle.folder} came without examples: a file with labels.",
+            )
         tried, wrong = [], []
         for name in bundle.card.artifacts:
             if name not in RUNTIMES:
                 print(f"{quoted(name)}: not known to this version, so not tried")
         for name, found in parity.repeat(bundle).items():
             if found is None:
-                print(f"{name}: not installed here, so not tried; `pip install {RUNTIMES[name].install}`")
+                print(
+                    f"{name}: not installed here, so not tried; `pip install {RUNTIMES[name].install}`"
+                )
                 continue
-            says = [f"differs by {found.relative:.1e} in {found.examples:,} examples"] if found.examples else []
+            says = (
+                [f"differs by {found.relative:.1e} in {found.examples:,} examples"]
+                if found.examples
+                else []
+            )
             if examples is not None:
-                says.append(f"is right in {parity.score(bundle, name, examples):.4f} of {len(examples.inputs):,}")
+                says.append(
+                    f"is right in {parity.score(bundle, name, examples):.4f} of {len(examples.inputs):,}"
+                )
             receipt = bundle.card.artifacts[name].receipt.get("measured", {})
-            says.append(f"its receipt says {', '.join(f'{what} {mean:.4f}' for what, mean in receipt.items())}")
+            says.append(
+                f"its receipt says {', '.join(f'{what} {mean:.4f}' for what, mean in receipt.items())}"
+            )
             print(f"{name}: {'; '.join(says)}")
             tried.append(name)
             if not found.holds:
-                wrong.append(f"{name} differs from the trained model by more than {found.allowed:.1e}")
+                wrong.append(
+                    f"{name} differs from the trained model by more than {found.allowed:.1e}"
+                )
         if not tried:
             raise InputError("bundle", "has no artifact that runs here; the lines above state why.")
         status = _say(wrong, f"every file is as it was written, and {_sayings(tried)}")

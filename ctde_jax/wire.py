@@ -22,7 +22,9 @@ from ctde_jax.models import count_params
 def main(arguments: Sequence[str]) -> int:
     """Prints what a run with these options would send; returns the exit status, 2 for a mistake in the options."""
     if {"-h", "--help"} & set(arguments):
-        print(f"--target TARGET  compile for {targets.EXAMPLES}; all other options are those of a run:")
+        print(
+            f"--target TARGET  compile for {targets.EXAMPLES}; all other options are those of a run:"
+        )
     try:
         target, arguments = config.take("target", arguments, f"be such as {targets.EXAMPLES}")
         _print_table(config.parse(arguments), target)
@@ -38,7 +40,9 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
     if target is None:
         devices = start(chosen.aggregation.devices, FAKE_DEVICES)
     else:
-        jax.config.update("jax_platforms", "cpu")  # nothing runs, and the plugin would look for its hardware
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # nothing runs, and the plugin would look for its hardware
         devices = targets.devices(target)
     data = build.load_data(chosen.data, chosen.optimization.seed)
     training = build.build_training(chosen, data, devices)

@@ -72,7 +72,9 @@ def trained(name: str) -> tuple[ctde.Trained, ctde.data.Dataset]:
 def written(name: str, *formats: Format) -> Written:
     """Writes the bundle of a model in these formats, by default those of float32."""
     model, data = trained(name)
-    return ctde.write_bundle(model, data, folder() / "bundle", *([formats] if formats else []), show=False)
+    return ctde.write_bundle(
+        model, data, folder() / "bundle", *([formats] if formats else []), show=False
+    )
 
 
 def folder() -> Path:

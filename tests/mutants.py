@@ -44,8 +44,12 @@ MOST_TESTS = 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", default=CORE, help="modules of ctde_jax, such as aggregate/mean")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "modules", nargs="*", default=CORE, help="modules of ctde_jax, such as aggregate/mean"
+    )
     parser.add_argument("--tests", nargs="*", help="test files (default: all)")
     parser.add_argument("--sample", type=int, default=320, help="number of mutants")
     parser.add_argument("--seed", type=int, default=0)
@@ -55,20 +59,34 @@ def main() -> None:
     options.folder.mkdir(exist_ok=True)
     programs = options.folder.absolute() / "programs"
 
-    files = options.tests or [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))]
+    files = options.tests or [
+        str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))
+    ]
     tests = measure(options.folder, options.processes, programs, files)
-    chosen = sample([ROOT / "ctde_jax" / f"{name}.py" for name in options.modules], options.sample, options.seed)
+    chosen = sample(
+        [ROOT / "ctde_jax" / f"{name}.py" for name in options.modules], options.sample, options.seed
+    )
     results = options.folder / "results.jsonl"
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    )
     done = {tuple(result["mutant"]) for result in known}
 
-    known_tests = [f"{tests['paths'][name.split('.')[0]]}::{name.split('.')[1]}" for name in tests["seconds"]]
-    subprocess.run([sys.executable, *pytest(), "--collect-only", "-qq", *known_tests], cwd=ROOT, check=True)
+    known_tests = [
+        f"{tests['paths'][name.split('.')[0]]}::{name.split('.')[1]}" for name in tests["seconds"]
+    ]
+    subprocess.run(
+        [sys.executable, *pytest(), "--collect-only", "-qq", *known_tests], cwd=ROOT, check=True
+    )
     copies: SimpleQueue[Path] = SimpleQueue()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.processes) as pool:
         for number in range(options.processes):
             copies.put(
-                shutil.copytree(ROOT, Path(temporary) / str(number), ignore=shutil.ignore_patterns(".git", "mutants"))
+                shutil.copytree(
+                    ROOT,
+                    Path(temporary) / str(number),
+                    ignore=shutil.ignore_patterns(".git", "mutants"),
+                )
             )
 
         def run(mutant) -> dict:
@@ -78,11 +96,16 @@ def main() -> None:
             finally:
                 copies.put(copy)
 
-        for number, result in enumerate(pool.map(run, [mutant for mutant in chosen if mutant not in done]), 1):
+        for number, result in enumerate(
+            pool.map(run, [mutant for mutant in chosen if mutant not in done]), 1
+        ):
             known.append(result)
             with results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-            print(f"{number:4} {result['outcome']:9} {result['seconds']:5.0f} s  {result['diff'][:150]}", flush=True)
+            print(
+                f"{number:4} {result['outcome']:9} {result['seconds']:5.0f} s  {result['diff'][:150]}",
+                flush=True,
+            )
     report([result for result in known if tuple(result["mutant"]) in set(chosen)])
 
 
@@ -98,11 +121,25 @@ def measure(folder: Path, processes: int, programs: Path, files: list[str]) -> d
 
         def run(number: int) -> list[tuple[str, float, bool]]:
             report = folder / f"junit-{number}.xml"
-            command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rc}", *pytest(), f"--junitxml={report}"]
-            subprocess.run([*command, *files[number::processes]], cwd=ROOT, env=environment(ROOT, programs))
+            command = [
+                sys.executable,
+                "-m",
+                "coverage",
+                "run",
+                f"--rcfile={rc}",
+                *pytest(),
+                f"--junitxml={report}",
+            ]
+            subprocess.run(
+                [*command, *files[number::processes]], cwd=ROOT, env=environment(ROOT, programs)
+            )
             cases = ElementTree.parse(report).iter("testcase")
             return [
-                (short(f"{c.get('classname')}.{c.get('name')}"), float(c.get("time", 0)), c.find("failure") is not None)
+                (
+                    short(f"{c.get('classname')}.{c.get('name')}"),
+                    float(c.get("time", 0)),
+                    c.find("failure") is not None,
+                )
                 for c in cases
             ]
 
@@ -121,7 +158,9 @@ def measure(folder: Path, processes: int, programs: Path, files: list[str]) -> d
     lines = {}
     for path in covered.measured_files():
         own = covered.contexts_by_lineno(path)
-        lines[str(Path(path).relative_to(ROOT))] = {line: {short(c) for c in cs if c} for line, cs in own.items()}
+        lines[str(Path(path).relative_to(ROOT))] = {
+            line: {short(c) for c in cs if c} for line, cs in own.items()
+        }
     paths = {path.stem: str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
     return {"lines": lines, "seconds": json.loads(durations.read_text()), "paths": paths}
 
@@ -153,9 +192,17 @@ def annotations(path: Path) -> list[tuple]:
     nodes = []
     for node in ast.walk(ast.parse(path.read_text())):
         nodes += [getattr(node, "annotation", None), getattr(node, "returns", None)]
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript) and node.col_offset == 0:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Subscript)
+            and node.col_offset == 0
+        ):
             nodes.append(node.value)
-    return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in nodes if isinstance(n, ast.expr)]
+    return [
+        ((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset))
+        for n in nodes
+        if isinstance(n, ast.expr)
+    ]
 
 
 def judge(mutant: tuple, copy: Path, tests: dict, programs: Path) -> dict:
@@ -171,7 +218,12 @@ def judge(mutant: tuple, copy: Path, tests: dict, programs: Path) -> dict:
         path.write_text(mutated)
         command = [sys.executable, *pytest(), "-x", *chosen]
         status = subprocess.run(
-            command, cwd=copy, env=environment(copy, programs), timeout=TIMEOUT, capture_output=True, text=True
+            command,
+            cwd=copy,
+            env=environment(copy, programs),
+            timeout=TIMEOUT,
+            capture_output=True,
+            text=True,
         )
         outcome = {0: "survived", 5: "no tests"}.get(status.returncode, "killed")
     except subprocess.TimeoutExpired:
@@ -192,7 +244,9 @@ def tests_of(module: str, line: int, tests: dict) -> list[str]:
     """Returns the tests that execute a line, the module's own first; for code run on import, of the nearest one."""
     lines = tests["lines"].get(module, {})
     near = sorted(lines, key=lambda other: abs(other - line))
-    contexts = next((lines[other] for other in near if lines[other]), set()) & tests["seconds"].keys()
+    contexts = (
+        next((lines[other] for other in near if lines[other]), set()) & tests["seconds"].keys()
+    )
     stem = Path(module).stem
 
     def cost(context: str) -> tuple[bool, float]:
@@ -203,7 +257,19 @@ def tests_of(module: str, line: int, tests: dict) -> list[str]:
 
 
 def pytest() -> list[str]:
-    return ["-m", "pytest", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider", "-q", "-m", "not slow"]
+    return [
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-m",
+        "not slow",
+    ]
 
 
 def environment(copy: Path, programs: Path) -> dict[str, str]:

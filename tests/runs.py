@@ -27,7 +27,9 @@ class Dropping(nnx.Module):
 def rows(folder: Path) -> list[dict]:
     """The rows of a run, but for its speed."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines
+    ]
 
 
 def killed_after(monkeypatch, lines: int, run) -> None:

@@ -24,7 +24,9 @@ def room(path: Path) -> str:
 
 def imported(path: Path) -> list[tuple[str, str]]:
     """Modules of this package and the names that a file imports from them."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    nodes = [
+        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+    ]
     return [(str(node.module), alias.name) for node in nodes for alias in node.names]
 
 
@@ -32,7 +34,11 @@ def test_contract_of_the_imports_is_kept():
     """`pyproject.toml` has the layers; `exhaustive` makes a new room ask for its place."""
     pytest.importorskip("importlinter")
     result = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"],
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -55,10 +61,17 @@ def test_room_is_entered_by_its_door(path):
 
 def test_no_modules_import_each_other_in_a_circle():
     known = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES if path.stem != "__init__"
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in MODULES
+        if path.stem != "__init__"
     }
     graph = {
-        name: {target for module, item in imported(path) for target in (module, f"{module}.{item}") if target in known}
+        name: {
+            target
+            for module, item in imported(path)
+            for target in (module, f"{module}.{item}")
+            if target in known
+        }
         for name, path in known.items()
     }
     assert [*TopologicalSorter(graph).static_order()]
@@ -88,7 +101,9 @@ def test_functions_have_at_most_eighty_lines():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 80:
-                long[f"{path.relative_to(PACKAGE)}: {node.name}"] = node.end_lineno - node.lineno + 1
+                long[f"{path.relative_to(PACKAGE)}: {node.name}"] = (
+                    node.end_lineno - node.lineno + 1
+                )
     assert not long
 
 
@@ -109,7 +124,9 @@ def test_fit_is_a_page():
 def test_only_replica_calls_pmap():
     def names(path: Path) -> set[str]:
         tree = ast.walk(ast.parse(path.read_text()))
-        return {getattr(node, "attr", getattr(node, "id", getattr(node, "name", ""))) for node in tree}
+        return {
+            getattr(node, "attr", getattr(node, "id", getattr(node, "name", ""))) for node in tree
+        }
 
     assert [path.stem for path in MODULES if "pmap" in names(path)] == ["replica"]
 
@@ -121,5 +138,9 @@ def test_map_names_every_room_and_its_files_exist():
 
 
 def test_tests_mirror_the_rooms():
-    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders = {
+        path.name
+        for path in (ROOT / "tests").iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    }
     assert folders == ROOMS | {"commands"}

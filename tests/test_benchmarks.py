@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = [path for path in sorted(BENCHMARKS.glob("*.py")) if "\n    command_line(main" in path.read_text()]
+SCRIPTS = [
+    path
+    for path in sorted(BENCHMARKS.glob("*.py"))
+    if "\n    command_line(main" in path.read_text()
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,9 @@ def test_turns_alternate_without_the_first_and_without_failures(harness, tmp_pat
 
         return {"contestant": name}, run
 
-    harness.take_turns(log, [contestant("a"), contestant("b", fails_at=2), contestant("c")], turns=2)
+    harness.take_turns(
+        log, [contestant("a"), contestant("b", fails_at=2), contestant("c")], turns=2
+    )
 
     assert "".join(calls) == "abcabcac"
     assert log.find(contestant="a")[0]["seconds"] == [4.0, 7.0]
@@ -81,7 +87,9 @@ def test_points_are_measured_in_processes_that_may_fail_or_hang(harness, tmp_pat
 
 
 def test_tables_are_written_as_markdown(harness, tmp_path):
-    harness.publish(tmp_path / "new" / "t.md", [harness.Table("Title", ("a", "b"), [["1", "2"]])], "A note.")
+    harness.publish(
+        tmp_path / "new" / "t.md", [harness.Table("Title", ("a", "b"), [["1", "2"]])], "A note."
+    )
     text = (tmp_path / "new" / "t.md").read_text()
     assert text == "## Title\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\nA note.\n"
 
@@ -93,6 +101,8 @@ def test_spread_is_median_and_quartiles(harness):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_benchmark_starts(script):
-    finished = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, timeout=120
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert f"python benchmarks/{script.name}" in finished.stdout

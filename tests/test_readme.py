@@ -24,9 +24,17 @@ def shape(output: str) -> list[str]:
 
 def in_shell(command: str, folder: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     done = subprocess.run(
-        ["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        ["bash", "-ec", command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout
 
@@ -40,7 +48,9 @@ def test_transcript_is_what_the_first_command_prints(tmp_path):
 @pytest.mark.slow
 def test_other_commands_run(tmp_path):
     (tmp_path / "mine.txt").write_text(README[:12000])
-    commands = [block.strip() for block in blocks(README, "bash") if block.startswith("python -m ctde_jax")]
+    commands = [
+        block.strip() for block in blocks(README, "bash") if block.startswith("python -m ctde_jax")
+    ]
     assert commands
     says = {
         "train": "test accuracy",

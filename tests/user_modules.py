@@ -125,7 +125,12 @@ class Vae(nnx.Module):
         mean, deviation = self.mean(x), nnx.softplus(self.deviation(x))
         code = mean + deviation * jax.random.normal(self.rngs.noise(), mean.shape)
         divergence = 0.5 * (mean**2 + deviation**2 - 2 * jnp.log(deviation) - 1).sum(-1)
-        return {"logits": self.classify(code), "inputs": x, "again": self.decode(code), "divergence": divergence}
+        return {
+            "logits": self.classify(code),
+            "inputs": x,
+            "again": self.decode(code),
+            "divergence": divergence,
+        }
 
 
 def negative_elbo(outputs, labels):
@@ -306,7 +311,9 @@ class TupleOutputs(Plain):
 
 
 def sequential(rngs):
-    return nnx.Sequential(nnx.Linear(FEATURES, 8, rngs=rngs), nnx.relu, nnx.Linear(8, CLASSES, rngs=rngs))
+    return nnx.Sequential(
+        nnx.Linear(FEATURES, 8, rngs=rngs), nnx.relu, nnx.Linear(8, CLASSES, rngs=rngs)
+    )
 
 
 # --- linen -------------------------------------------------------------------
@@ -399,10 +406,15 @@ class LinenScan(nn.Module):
         class Block(nn.Module):
             @nn.compact
             def __call__(self, x, _):
-                return nn.Dropout(0.3, deterministic=not train)(nn.tanh(nn.Dense(FEATURES)(x))), None
+                return nn.Dropout(0.3, deterministic=not train)(
+                    nn.tanh(nn.Dense(FEATURES)(x))
+                ), None
 
         stack = nn.scan(
-            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=3
+            nn.remat(Block),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=3,
         )
         return nn.Dense(CLASSES)(stack()(x, None)[0])
 
@@ -448,7 +460,9 @@ class LinenTransformer(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic: bool):
         x = nn.Embed(7, 8)(x) + self.param("places", nn.initializers.normal(0.1), (5, 8))[None]
-        y = nn.MultiHeadDotProductAttention(2, dropout_rate=0.1, deterministic=deterministic)(nn.LayerNorm()(x))
+        y = nn.MultiHeadDotProductAttention(2, dropout_rate=0.1, deterministic=deterministic)(
+            nn.LayerNorm()(x)
+        )
         x = x + nn.Dropout(0.1, deterministic=deterministic)(y)
         x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
         return nn.Dense(CLASSES)(x.mean(1))
@@ -472,7 +486,9 @@ NNX = {
     "built module": Case(Plain(nnx.Rngs(7)), make=lambda rngs: Plain(nnx.Rngs(7))),
     "rngs in the call": Case(CalledWithRngs, is_random=True),
     "dropout": Case(NnxDropout, is_random=True),
-    "mode in the call": Case(NnxMode, train={"is_train": True}, infer={"is_train": False}, is_random=True),
+    "mode in the call": Case(
+        NnxMode, train={"is_train": True}, infer={"is_train": False}, is_random=True
+    ),
     "variational autoencoder": Case(Vae, task=tasks.Task(negative_elbo), is_random=True),
     "variables of its own": Case(OwnVariable),
     "sow": Case(Sowing),
@@ -488,21 +504,36 @@ NNX = {
     "MNIST tutorial": Case(MnistCnn, "pictures", is_random=True),
     "group norm": Case(GroupNormed, "pictures"),
     "sequential": Case(sequential),
-    "dataclass": Case(DataclassOutputs, task=tasks.Task(lambda outputs, labels: cross_entropy(outputs.logits, labels))),
-    "tuple": Case(TupleOutputs, task=tasks.Task(lambda outputs, labels: cross_entropy(outputs[0], labels))),
+    "dataclass": Case(
+        DataclassOutputs,
+        task=tasks.Task(lambda outputs, labels: cross_entropy(outputs.logits, labels)),
+    ),
+    "tuple": Case(
+        TupleOutputs, task=tasks.Task(lambda outputs, labels: cross_entropy(outputs[0], labels))
+    ),
     "batch norm": Case(NnxBatchNorm),
     "flag that cannot be on": Case(RefusedFlag),
 }
 
 LINEN = {
-    "linen is_train": Case(IsTrain(), train={"is_train": True}, infer={"is_train": False}, is_random=True),
+    "linen is_train": Case(
+        IsTrain(), train={"is_train": True}, infer={"is_train": False}, is_random=True
+    ),
     "linen eval": Case(Eval(), train={"eval": False}, infer={"eval": True}, is_random=True),
-    "linen positional mode": Case(Positional(), train={"wobble": True}, infer={"wobble": False}, is_random=True),
+    "linen positional mode": Case(
+        Positional(), train={"wobble": True}, infer={"wobble": False}, is_random=True
+    ),
     "linen determ": Case(Determ(), train={"determ": False}, infer={"determ": True}, is_random=True),
-    "linen dropout flag": Case(DropoutFlag(), train={"dropout": True}, infer={"dropout": False}, is_random=True),
-    "linen any keyword": Case(AnyKeyword, train={"training": True}, make=AnyKeyword(), is_random=True),
+    "linen dropout flag": Case(
+        DropoutFlag(), train={"dropout": True}, infer={"dropout": False}, is_random=True
+    ),
+    "linen any keyword": Case(
+        AnyKeyword, train={"training": True}, make=AnyKeyword(), is_random=True
+    ),
     "linen mode field": Case(ModeField(), is_random=True),
-    "linen noise stream": Case(NoiseStream(), train=TRAIN, infer=INFER, is_random=True, streams=("dropout", "noise")),
+    "linen noise stream": Case(
+        NoiseStream(), train=TRAIN, infer=INFER, is_random=True, streams=("dropout", "noise")
+    ),
     "linen sown losses": Case(SownLosses(), train=TRAIN, infer=INFER),
     "linen layer only in training": Case(TrainOnly(), train=TRAIN, infer=INFER, at_start=TRAIN),
     "linen scan and remat": Case(LinenScan(), train=TRAIN, infer=INFER, is_random=True),
@@ -512,7 +543,11 @@ LINEN = {
     "linen spectral norm": Case(LinenSpectral(), train=TRAIN, infer=INFER),
     "linen GRU": Case(LinenGru(), "sequences"),
     "linen transformer": Case(
-        LinenTransformer(), "tokens", {"deterministic": False}, {"deterministic": True}, is_random=True
+        LinenTransformer(),
+        "tokens",
+        {"deterministic": False},
+        {"deterministic": True},
+        is_random=True,
     ),
     "linen batch norm": Case(LinenBatchNorm(), train={"is_train": True}, infer={"is_train": False}),
 }
@@ -651,7 +686,10 @@ MIXING = {
     "maximum of equal maxima": (of(lambda m, x: m.layer(x / x.max())), "bytes"),
     "softmax": (of(softmax_over_batch), "features"),
     "neighbor": (of(lambda m, x: m.layer(jnp.roll(x, 1, axis=0))), "features"),
-    "one output of several": (of(lambda m, x: {"logits": m.layer(x), "shares": softmax_over_batch(m, x)}), "features"),
+    "one output of several": (
+        of(lambda m, x: {"logits": m.layer(x), "shares": softmax_over_batch(m, x)}),
+        "features",
+    ),
     "embedding": (of(embedding_minus_mean), "tokens"),
     "before zeros": (ZeroHead(), "features"),
     "linen convolution": (ConvolvesExamples(), "sequences"),
@@ -660,7 +698,10 @@ MIXING = {
 
 APART = {
     "normalized example": (of(lambda m, x: m.layer(x - x.mean(1, keepdims=True))), "features"),
-    "a number for the batch": (of(lambda m, x: {"logits": m.layer(x), "balance": m.layer(x).mean()}), "features"),
+    "a number for the batch": (
+        of(lambda m, x: {"logits": m.layer(x), "balance": m.layer(x).mean()}),
+        "features",
+    ),
     "NaN": (of(lambda m, x: m.layer(x) * jnp.nan), "features"),
     "infinite": (of(lambda m, x: m.layer(x) / 0), "features"),
     "numbered rows": (of(lambda m, x: m.layer(x) + jnp.arange(len(x))[:, None]), "features"),
@@ -670,7 +711,11 @@ APART = {
 }
 
 REFUSED = {
-    "no channel axis": (of(lambda m, x: m.conv(x)), "sequences", r"float32\[1, 5, 6\].*user_modules.py:.*channel axis"),
+    "no channel axis": (
+        of(lambda m, x: m.conv(x)),
+        "sequences",
+        r"float32\[1, 5, 6\].*user_modules.py:.*channel axis",
+    ),
     "another size": (
         of(lambda m, x: m.layer(x[:, :4])),
         "features",
@@ -692,7 +737,10 @@ REFUSED = {
         r" nnx.Linear was built with in_features=6, but its inputs have 64 in the last axis\.$",
     ),
     "not flattened": (
-        of(lambda m, x: m.wide(x), lambda m, rngs: setattr(m, "wide", nnx.Linear(64, CLASSES, rngs=rngs))),
+        of(
+            lambda m, x: m.wide(x),
+            lambda m, rngs: setattr(m, "wide", nnx.Linear(64, CLASSES, rngs=rngs)),
+        ),
         "pictures",
         r" Flatten its inputs: x.reshape\(len\(x\), -1\)\.$",
     ),
@@ -707,51 +755,128 @@ REFUSED = {
         r" nnx.Conv was built with in_features=1, but its inputs have 4 in the last axis\.$",
     ),
     "another number of channels in a sequence": (
-        of(lambda m, x: m.over(x).mean(1), lambda m, rngs: setattr(m, "over", nnx.Conv(64, CLASSES, (3,), rngs=rngs))),
+        of(
+            lambda m, x: m.over(x).mean(1),
+            lambda m, rngs: setattr(m, "over", nnx.Conv(64, CLASSES, (3,), rngs=rngs)),
+        ),
         "sequences",
         r" nnx.Conv was built with in_features=64, but its inputs have 6 in the last axis\.$",
     ),
     "dropout without rngs": (
-        of(lambda m, x: m.layer(m.dropout(x)), lambda m, rngs: setattr(m, "dropout", nnx.Dropout(0.5))),
+        of(
+            lambda m, x: m.layer(m.dropout(x)),
+            lambda m, rngs: setattr(m, "dropout", nnx.Dropout(0.5)),
+        ),
         "features",
         r" Build the layer with random streams, as nnx.Dropout\(0.1, rngs=rngs\)\.$",
     ),
-    "linen layer of two sizes": (SharedDense(), "sequences", r"return dense\(dense\(x\)\).mean\(1\)\)\.$"),
-    "linen picture without a channel axis": (Pooled(), "sequences", r"ZeroDivisionError.*-1\)\)\)\.$"),
-    "error of its own": (RefusesSizes(), "features", "^widths must start with the 6 numbers of an input, got 4"),
-    "nnx error of its own": (NnxRefusesSizes, "features", "^widths must start with the 6 numbers of an input, got 4"),
-    "floats into an embedding": (of(lambda m, x: m.embed(x).mean(1)), "features", "It reads integers"),
-    "tokens into a dense layer": (of(lambda m, x: m.layer(x)), "tokens", r"int32\[1, 5\].*Its inputs are integers"),
-    "fixed batch size": (of(lambda m, x: m.layer(x.reshape(8, -1))), "features", "batches of any size"),
-    "branch on a value": (of(lambda m, x: m.layer(x) if x.sum() > 0 else x), "features", "use jnp.where or lax.cond"),
+    "linen layer of two sizes": (
+        SharedDense(),
+        "sequences",
+        r"return dense\(dense\(x\)\).mean\(1\)\)\.$",
+    ),
+    "linen picture without a channel axis": (
+        Pooled(),
+        "sequences",
+        r"ZeroDivisionError.*-1\)\)\)\.$",
+    ),
+    "error of its own": (
+        RefusesSizes(),
+        "features",
+        "^widths must start with the 6 numbers of an input, got 4",
+    ),
+    "nnx error of its own": (
+        NnxRefusesSizes,
+        "features",
+        "^widths must start with the 6 numbers of an input, got 4",
+    ),
+    "floats into an embedding": (
+        of(lambda m, x: m.embed(x).mean(1)),
+        "features",
+        "It reads integers",
+    ),
+    "tokens into a dense layer": (
+        of(lambda m, x: m.layer(x)),
+        "tokens",
+        r"int32\[1, 5\].*Its inputs are integers",
+    ),
+    "fixed batch size": (
+        of(lambda m, x: m.layer(x.reshape(8, -1))),
+        "features",
+        "batches of any size",
+    ),
+    "branch on a value": (
+        of(lambda m, x: m.layer(x) if x.sum() > 0 else x),
+        "features",
+        "use jnp.where or lax.cond",
+    ),
     "numpy": (of(lambda m, x: m.layer(np.sort(x))), "features", "jnp or lax in place of numpy"),
-    "no outputs": (of(lambda m, x: None), "features", "it returns None; does __call__ end in return"),
-    "a scalar": (of(lambda m, x: m.layer(x).mean()), "features", r"for each example.*got float32\[\] for one example"),
+    "no outputs": (
+        of(lambda m, x: None),
+        "features",
+        "it returns None; does __call__ end in return",
+    ),
+    "a scalar": (
+        of(lambda m, x: m.layer(x).mean()),
+        "features",
+        r"for each example.*got float32\[\] for one example",
+    ),
     "flat outputs": (of(lambda m, x: m.layer(x).ravel()), "features", "keep the first axis"),
     "an object": (
         of(lambda m, x: Unregistered()),
         "features",
         "it returns Unregistered; a dataclass must be registered",
     ),
-    "a tuple for classes": (of(lambda m, x: (m.layer(x), x)), "features", "one array for a task that predicts classes"),
+    "a tuple for classes": (
+        of(lambda m, x: (m.layer(x), x)),
+        "features",
+        "one array for a task that predicts classes",
+    ),
     "writes parameters": (
-        of(lambda m, x: m.norm(x), lambda m, rngs: setattr(m, "norm", nnx.SpectralNorm(m.layer, rngs=rngs))),
+        of(
+            lambda m, x: m.norm(x),
+            lambda m, rngs: setattr(m, "norm", nnx.SpectralNorm(m.layer, rngs=rngs)),
+        ),
         "features",
         "must not write to its parameters",
     ),
     "counts in Python": (of(count_calls), "features", "must not change calls in __call__"),
-    "starts from the first batch": (of(start_from_data), "features", "must not change is_ready in __call__"),
+    "starts from the first batch": (
+        of(start_from_data),
+        "features",
+        "must not change is_ready in __call__",
+    ),
     "late variable": (of(create_late), "features", "ema is made in __call__"),
-    "array in a closure": (of(lambda m, x: m.function(x), keep_in_closure), "features", "keeps one inside function"),
-    "needs sizes": (NeedsSizes, "features", r"NeedsSizes needs inputs, outputs, rngs: pass functools.partial"),
+    "array in a closure": (
+        of(lambda m, x: m.function(x), keep_in_closure),
+        "features",
+        "keeps one inside function",
+    ),
+    "needs sizes": (
+        NeedsSizes,
+        "features",
+        r"NeedsSizes needs inputs, outputs, rngs: pass functools.partial",
+    ),
     "no call": (NoCall, "features", "must have a method __call__"),
-    "several arrays": (SeveralArrays(), "features", "SeveralArrays.__call__ also takes mask: pass from_linen"),
+    "several arrays": (
+        SeveralArrays(),
+        "features",
+        "SeveralArrays.__call__ also takes mask: pass from_linen",
+    ),
     "flag of the outputs": (OutputFlag(), "features", "also takes doubled: pass from_linen"),
     "mode in words": (WordMode(), "features", "also takes mode: pass from_linen"),
     "cache": (Cache(), "sequences", "no state whose shape depends on the number of examples"),
     "dropout in inference": (AlwaysDropout(), "features", "Dropout is active in inference"),
-    "optimizer": (nnx.Optimizer(Plain(nnx.Rngs(0)), optax.sgd(0.1), wrt=nnx.Param), "features", "got Optimizer"),
+    "optimizer": (
+        nnx.Optimizer(Plain(nnx.Rngs(0)), optax.sgd(0.1), wrt=nnx.Param),
+        "features",
+        "got Optimizer",
+    ),
     "bound": (Setup().bind({}), "features", "must not be bound to variables"),
     "neither": (3, "features", "must be an nnx or linen module.* got int 3"),
-    "a function of arrays": (jax.nn.relu, "features", "the constructor of your module raised TypeError"),
+    "a function of arrays": (
+        jax.nn.relu,
+        "features",
+        "the constructor of your module raised TypeError",
+    ),
 }

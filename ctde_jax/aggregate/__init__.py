@@ -13,7 +13,14 @@ from ctde_jax.aggregate.private import epsilon, private
 from ctde_jax.aggregate.proximal import proximal
 from ctde_jax.aggregate.quantize import quantize, sign
 from ctde_jax.aggregate.reducer import CutByOwner, reducer
-from ctde_jax.aggregate.robust import centered_clipping, geometric_median, krum, median, multi_krum, trimmed_mean
+from ctde_jax.aggregate.robust import (
+    centered_clipping,
+    geometric_median,
+    krum,
+    median,
+    multi_krum,
+    trimmed_mean,
+)
 from ctde_jax.aggregate.sparse import random_k, top_k
 from ctde_jax.aggregate.streaming import streaming
 from ctde_jax.aggregate.transformations import (

@@ -57,11 +57,19 @@ class Strategy:
         if self.exact and self.inner_steps:
             raise InputError("exact", f"requires inner_steps=0, got {self.inner_steps}.")
         if self.exact and self.reduce is not MEAN:
-            raise InputError("exact", "must be left out with another reducer, as it sums gradients itself.")
+            raise InputError(
+                "exact", "must be left out with another reducer, as it sums gradients itself."
+            )
         if self.inner_steps == 0:
-            self._needs_inner_steps("outer", self.outer is not AVERAGE, "where the optimizer is the center's own")
-            self._needs_inner_steps("inner", self.inner is not UNCHANGED, "where no step is a replica's own")
-            self._needs_inner_steps("synchronous_steps", self.synchronous_steps > 0, "where every step is synchronous")
+            self._needs_inner_steps(
+                "outer", self.outer is not AVERAGE, "where the optimizer is the center's own"
+            )
+            self._needs_inner_steps(
+                "inner", self.inner is not UNCHANGED, "where no step is a replica's own"
+            )
+            self._needs_inner_steps(
+                "synchronous_steps", self.synchronous_steps > 0, "where every step is synchronous"
+            )
             self._needs_inner_steps("diverges", self.diverges, "where no step is a replica's own")
         elif self.synchronous_steps % self.inner_steps:
             rule = f"must be a multiple of the {self.inner_steps} inner steps of a round"
@@ -72,7 +80,9 @@ class Strategy:
         """Whether the reducer judges each message by itself."""
         return isinstance(self.reduce, IndependentReducer)
 
-    def local(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    def local(
+        self, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
         """Returns the optimizer of a replica's steps: `inner`, and then the run's, both adapted to a training step."""
         return optax.with_extra_args_support(optax.chain(adapted(self.inner), adapted(optimizer)))
 

@@ -51,7 +51,9 @@ class TwoPhaseState(NamedTuple):
         )
 
 
-def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.GradientTransformationExtraArgs:
+def two_phase(
+    codec: Codec = exact(), combine: Combine = average()
+) -> optax.GradientTransformationExtraArgs:
     """Sends each slice of the message to its owner, which combines what it gets and sends the result to everybody.
 
     The message of n numbers is cut into R slices, one owned by each of the R replicas: encode, all-to-all, decode,
@@ -69,24 +71,32 @@ def two_phase(codec: Codec = exact(), combine: Combine = average()) -> optax.Gra
 
     def init(params: PyTree) -> TwoPhaseState:
         size = slice_size(params)
-        return TwoPhaseState(codec.init((lax.axis_size(AXIS), size)), codec.init((size,)), combine.init(size))
+        return TwoPhaseState(
+            codec.init((lax.axis_size(AXIS), size)), codec.init((size,)), combine.init(size)
+        )
 
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
         size, replicas = slice_size(updates), lax.axis_size(AXIS)
         slices, moves = as_vector(updates, size * replicas).reshape(-1, size), _moves(updates)
         if replicas == 1:  # nothing is sent, so nothing has to be written
-            own, combine_state = combine.update(slices, jnp.asarray(weight, jnp.float32)[None], state.combine)
+            own, combine_state = combine.update(
+                slices, jnp.asarray(weight, jnp.float32)[None], state.combine
+            )
             own = jnp.where(_of_each_number(moves, updates, size), own, 0)
             return as_tree(own, updates), state._replace(combine=combine_state)
 
         # To the owners.
         payload, _, sender = codec.encode(slices, state.sender, key)
-        sent = lax.all_to_all(with_weight(_with_flags(payload, moves), weight), AXIS, 0, 0, tiled=True)
+        sent = lax.all_to_all(
+            with_weight(_with_flags(payload, moves), weight), AXIS, 0, 0, tiled=True
+        )
         payload, weights = split_weights(sent)
         payload, moves = _split_flags(payload, len(moves))
         is_heard = weights > 0 if combine.weighted else jnp.ones(replicas, bool)
         moves = jnp.any(moves & is_heard[:, None], axis=0)
-        own_moving = _of_each_number(moves, updates, slices.size).reshape(-1, size)[lax.axis_index(AXIS)]
+        own_moving = _of_each_number(moves, updates, slices.size).reshape(-1, size)[
+            lax.axis_index(AXIS)
+        ]
         rows = jnp.where(own_moving[None], codec.decode(payload, size, key), 0)
         own, combine_state = combine.update(rows, weights, state.combine)
         own = jnp.where(own_moving, own, 0)
@@ -109,7 +119,9 @@ def _slices(x: np.ndarray, count: int, size: int) -> np.ndarray:
     """Cuts the vectors `[..., slice, size]` into so many slices of another size, filled up with zeros."""
     vectors = x.reshape(*x.shape[:-2], -1)[..., : count * size]
     missing = count * size - vectors.shape[-1]
-    return np.pad(vectors, [(0, 0)] * (vectors.ndim - 1) + [(0, missing)]).reshape(*x.shape[:-2], count, size)
+    return np.pad(vectors, [(0, 0)] * (vectors.ndim - 1) + [(0, missing)]).reshape(
+        *x.shape[:-2], count, size
+    )
 
 
 def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
@@ -148,7 +160,9 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
 def as_vector(tree: PyTree, size: int | None = None) -> jax.Array:
     """Writes the leaves one after another and fills up with zeros, float32[size]."""
     missing = [jnp.zeros((size or _count(tree)) - _count(tree))]
-    return jnp.concatenate([leaf.ravel().astype(jnp.float32) for leaf in jax.tree.leaves(tree)] + missing)
+    return jnp.concatenate(
+        [leaf.ravel().astype(jnp.float32) for leaf in jax.tree.leaves(tree)] + missing
+    )
 
 
 def as_tree(vector: jax.Array, like: PyTree) -> PyTree:
@@ -157,7 +171,10 @@ def as_tree(vector: jax.Array, like: PyTree) -> PyTree:
     borders = [0, *accumulate(leaf.size for leaf in leaves)]
     parts = [vector[start:stop] for start, stop in pairwise(borders)]
     return structure.unflatten(
-        [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+        [
+            part.reshape(leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
     )
 
 
@@ -179,7 +196,9 @@ def split_weights(payload: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _with_flags(payload: jax.Array, flags: jax.Array) -> jax.Array:
     """Writes `bool[n]` behind each row of `uint8[..., bytes]`."""
     written = jnp.packbits(flags)
-    return jnp.concatenate([payload, jnp.broadcast_to(written, (*payload.shape[:-1], len(written)))], axis=-1)
+    return jnp.concatenate(
+        [payload, jnp.broadcast_to(written, (*payload.shape[:-1], len(written)))], axis=-1
+    )
 
 
 def _split_flags(payload: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -195,7 +214,10 @@ def _moves(tree: PyTree) -> jax.Array:
 
 def _of_each_number(moves: jax.Array, tree: PyTree, size: int) -> jax.Array:
     """Repeats the flag of each leaf for its numbers, in the order of `as_vector`; bool[size]."""
-    flags = [jnp.broadcast_to(flag, leaf.size) for flag, leaf in zip(moves, jax.tree.leaves(tree), strict=True)]
+    flags = [
+        jnp.broadcast_to(flag, leaf.size)
+        for flag, leaf in zip(moves, jax.tree.leaves(tree), strict=True)
+    ]
     return jnp.concatenate([*flags, jnp.zeros(size - _count(tree), bool)])
 
 

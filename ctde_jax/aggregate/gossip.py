@@ -53,7 +53,9 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
 
     def init(params: PyTree) -> GossipState:
         if lax.axis_size(AXIS) < 2:
-            raise InputError("devices", "must be at least 2 for gossip, which needs a neighbor, got 1.")
+            raise InputError(
+                "devices", "must be at least 2 for gossip, which needs a neighbor, got 1."
+            )
         return GossipState(jnp.int32(0))
 
     def update(updates, state, params=None, *, key, **extra_args):
@@ -76,7 +78,11 @@ def _ring(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
 def _exponential(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
     replicas = lax.axis_size(AXIS)
     hops = [2**j for j in range((replicas - 1).bit_length())]
-    return _one_of([[(i + hop) % replicas for i in range(replicas)] for hop in hops], rounds % len(hops), vector)
+    return _one_of(
+        [[(i + hop) % replicas for i in range(replicas)] for hop in hops],
+        rounds % len(hops),
+        vector,
+    )
 
 
 def _pairs(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
@@ -100,7 +106,9 @@ def tournament(replicas: int) -> list[list[int]]:
     players = replicas + replicas % 2
     rounds = []
     for turn in range(players - 1):
-        partner = {(turn + j) % (players - 1): (turn - j) % (players - 1) for j in range(players - 1)}
+        partner = {
+            (turn + j) % (players - 1): (turn - j) % (players - 1) for j in range(players - 1)
+        }
         partner |= {turn: players - 1, players - 1: turn}
         rounds.append([partner[i] if partner[i] < replicas else i for i in range(replicas)])
     return rounds

@@ -21,7 +21,9 @@ def isotropic() -> optax.GradientTransformation:
         matrix = leaf.reshape(-1, leaf.shape[-1]).astype(jnp.promote_types(leaf.dtype, jnp.float32))
         largest = jnp.max(jnp.abs(matrix))
         u, singular_values, v = jnp.linalg.svd(relative(matrix, largest), full_matrices=False)
-        isotropic = (jnp.mean(singular_values) * u @ v * largest).reshape(leaf.shape).astype(leaf.dtype)
+        isotropic = (
+            (jnp.mean(singular_values) * u @ v * largest).reshape(leaf.shape).astype(leaf.dtype)
+        )
         return jnp.where(largest == 0, leaf, isotropic)  # zeros stay zeros
 
     return optax.stateless(lambda updates, params: jax.tree.map(flatten_spectrum, updates))

@@ -42,7 +42,9 @@ def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
 
     def init(params):
         if lax.axis_size(AXIS) % per_host:
-            raise InputError("per_host", f"must divide the {lax.axis_size(AXIS)} devices, got {per_host}.")
+            raise InputError(
+                "per_host", f"must divide the {lax.axis_size(AXIS)} devices, got {per_host}."
+            )
         return optax.EmptyState()
 
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):

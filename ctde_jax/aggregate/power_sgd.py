@@ -49,16 +49,28 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
         return rank * (rows + columns) < rows * columns
 
     def init(params):
-        shapes = [_matrix_shape(leaf) for leaf in jax.tree.leaves(params) if travels_as_factors(leaf)]
+        shapes = [
+            _matrix_shape(leaf) for leaf in jax.tree.leaves(params) if travels_as_factors(leaf)
+        ]
         return PowerSGDState(
             residual=[jnp.zeros(shape) for shape in shapes],
             q=[jnp.zeros((columns, rank)) for _, columns in shapes],
         )
 
     @jax.default_matmul_precision("highest")  # what is sent and what is kept must add up
-    def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, key: jax.Array, **extra_args):
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        weight: jax.typing.ArrayLike = 1.0,
+        key: jax.Array,
+        **extra_args,
+    ):
         leaves, structure = jax.tree.flatten(updates)
-        matrices = [leaf.reshape(_matrix_shape(leaf)) for leaf in leaves if travels_as_factors(leaf)]
+        matrices = [
+            leaf.reshape(_matrix_shape(leaf)) for leaf in leaves if travels_as_factors(leaf)
+        ]
         whole = [leaf.astype(jnp.float32) for leaf in leaves if not travels_as_factors(leaf)]
         weight = jnp.asarray(weight, jnp.float32)
 
@@ -67,7 +79,9 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
             return as_tree(lax.psum(jnp.where(weight > 0, vector * weight, 0), AXIS), arrays)
 
         moves = [jnp.any(matrix != 0).astype(jnp.float32) for matrix in matrices]
-        wanted = [matrix + residual for matrix, residual in zip(matrices, state.residual, strict=True)]
+        wanted = [
+            matrix + residual for matrix, residual in zip(matrices, state.residual, strict=True)
+        ]
         starts = [_start(q, jax.random.fold_in(key, i)) for i, q in enumerate(state.q)]
 
         *sums, total = sum_weighted([*map(jnp.matmul, wanted, starts), *moves, jnp.ones(())])
@@ -79,13 +93,19 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
 
         unsaid = [m - basis @ own.T for m, basis, own in zip(wanted, bases, own_q, strict=True)]
         unsaid = list(map(jnp.where, moving, unsaid, state.residual))
-        residual = optax.tree.where(weight > 0, unsaid, state.residual)  # a message without weight is not heard
+        residual = optax.tree.where(
+            weight > 0, unsaid, state.residual
+        )  # a message without weight is not heard
 
         agreed = [basis @ right.T for basis, right in zip(bases, q, strict=True)]
-        agreed = iter([jnp.where(is_moving, x, 0) for is_moving, x in zip(moving, agreed, strict=True)])
+        agreed = iter(
+            [jnp.where(is_moving, x, 0) for is_moving, x in zip(moving, agreed, strict=True)]
+        )
         others = iter(whole)
         answer = [next(agreed if travels_as_factors(leaf) else others) for leaf in leaves]
-        answer = [x.reshape(leaf.shape).astype(leaf.dtype) for x, leaf in zip(answer, leaves, strict=True)]
+        answer = [
+            x.reshape(leaf.shape).astype(leaf.dtype) for x, leaf in zip(answer, leaves, strict=True)
+        ]
         return structure.unflatten(answer), PowerSGDState(residual, q)
 
     return reducer(init, update)

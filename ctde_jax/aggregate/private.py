@@ -23,7 +23,9 @@ from ctde_jax.errors import InputError, check_at_least
 
 
 def private(
-    clip_norm: float, noise_multiplier: float, reduce: optax.GradientTransformationExtraArgs = mean()
+    clip_norm: float,
+    noise_multiplier: float,
+    reduce: optax.GradientTransformationExtraArgs = mean(),
 ) -> optax.GradientTransformationExtraArgs:
     """Averages clipped messages and adds Gaussian noise (McMahan et al., 2018).
 
@@ -48,18 +50,35 @@ def private(
     if not 0 < clip_norm < math.inf:
         raise InputError("clip_norm", f"must be greater than 0 and finite, got {clip_norm}.")
     if not 0 <= noise_multiplier < math.inf:
-        raise InputError("noise_multiplier", f"must be at least 0 and finite, got {noise_multiplier}.")
+        raise InputError(
+            "noise_multiplier", f"must be at least 0 and finite, got {noise_multiplier}."
+        )
 
-    def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, key: jax.Array, **extra_args):
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        weight: jax.typing.ArrayLike = 1.0,
+        key: jax.Array,
+        **extra_args,
+    ):
         reduce_key, noise_key = jax.random.split(key)
         clipped = _clipped(updates, clip_norm)
-        average, state = reduce.update(clipped, state, params, weight=jnp.float32(1), key=reduce_key, **extra_args)
+        average, state = reduce.update(
+            clipped, state, params, weight=jnp.float32(1), key=reduce_key, **extra_args
+        )
 
         leaves, structure = jax.tree.flatten(average)
         deviation = noise_multiplier * clip_norm / lax.axis_size(AXIS)
         keys = jax.random.split(noise_key, len(leaves))
-        noise = [deviation * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-        noisy = [(x.astype(jnp.float32) + z).astype(x.dtype) for x, z in zip(leaves, noise, strict=True)]
+        noise = [
+            deviation * jax.random.normal(k, leaf.shape)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ]
+        noisy = [
+            (x.astype(jnp.float32) + z).astype(x.dtype) for x, z in zip(leaves, noise, strict=True)
+        ]
         return structure.unflatten(noisy), state
 
     return reducer(reduce.init, update, independent=True)
@@ -67,9 +86,13 @@ def private(
 
 def _clipped(message: PyTree, clip_norm: float) -> PyTree:
     """Scales a message down to the norm if it is longer; zeros if a number is not finite."""
-    largest = jnp.stack([jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0) for x in jax.tree.leaves(message)]).max()
+    largest = jnp.stack(
+        [jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0) for x in jax.tree.leaves(message)]
+    ).max()
     parts = jax.tree.map(lambda x: relative(x.astype(jnp.float32), largest), message)
-    parts_norm = optax.tree.norm(parts)  # from 1 to the root of their number; times `largest` it may overflow
+    parts_norm = optax.tree.norm(
+        parts
+    )  # from 1 to the root of their number; times `largest` it may overflow
 
     def clip(x: jax.Array, part: jax.Array) -> jax.Array:
         shorter = jnp.where(parts_norm * largest > clip_norm, part * (clip_norm / parts_norm), x)
@@ -78,7 +101,9 @@ def _clipped(message: PyTree, clip_norm: float) -> PyTree:
     return jax.tree.map(clip, message, parts)
 
 
-def epsilon(noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, delta: float = 1e-5) -> float:
+def epsilon(
+    noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, delta: float = 1e-5
+) -> float:
     """Returns the epsilon for which so many rounds of `private` are (epsilon, delta)-differentially private.
 
     Accounted by the privacy loss distributions of Google's dp-accounting, which are tight: `pip install
@@ -97,10 +122,13 @@ def epsilon(noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, de
     check_at_least(1, rounds=rounds)
     if not 0.1 <= noise_multiplier < math.inf:
         raise InputError(
-            "noise_multiplier", f"must be at least 0.1 and finite to be accounted, got {noise_multiplier}."
+            "noise_multiplier",
+            f"must be at least 0.1 and finite to be accounted, got {noise_multiplier}.",
         )
     if not 0 < sampling_rate <= 1:
-        raise InputError("sampling_rate", f"must be greater than 0 and at most 1, got {sampling_rate}.")
+        raise InputError(
+            "sampling_rate", f"must be greater than 0 and at most 1, got {sampling_rate}."
+        )
     if not 0 < delta < 1:
         raise InputError("delta", f"must be between 0 and 1, got {delta}.")
     try:
@@ -111,5 +139,7 @@ def epsilon(noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, de
             "noise_multiplier",
             "is accounted by dp-accounting, which is not installed: pip install 'ctde_jax[privacy]'.",
         ) from None
-    one_round = dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+    one_round = dp_accounting.PoissonSampledDpEvent(
+        sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
+    )
     return float(PLDAccountant().compose(one_round, rounds).get_epsilon(delta))

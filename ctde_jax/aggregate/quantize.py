@@ -76,7 +76,9 @@ def normal_levels(bits: int) -> np.ndarray:
 
     Lloyd's iteration: each border lies midway between two levels, each level is the mean of what lies around it.
     """
-    quantile, density, below = map(np.vectorize, (NormalDist().inv_cdf, NormalDist().pdf, NormalDist().cdf))
+    quantile, density, below = map(
+        np.vectorize, (NormalDist().inv_cdf, NormalDist().pdf, NormalDist().cdf)
+    )
     levels, moved = quantile((np.arange(2**bits) + 0.5) / 2**bits), np.inf
     while moved > 1e-7:
         borders = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
@@ -122,7 +124,9 @@ def _blockwise(
 
     def read(codes: jax.Array, scales: jax.Array) -> jax.Array:
         power = power_towards_one(scales)
-        numbers = level(codes) * (scales * power) / power  # level * scales may pass through numbers taken for zero
+        numbers = (
+            level(codes) * (scales * power) / power
+        )  # level * scales may pass through numbers taken for zero
         bound = jnp.finfo(jnp.float32).max
         # The outermost level may lie beyond the largest number; a scale that is not finite stays visible.
         return jnp.where(jnp.isfinite(scales), jnp.clip(numbers, -bound, bound), numbers)

@@ -29,7 +29,9 @@ class CutByOwner(Protocol):
 
 
 def reducer(
-    init: optax.TransformInitFn, update: Callable[..., tuple[PyTree, PyTree]], independent: bool = False
+    init: optax.TransformInitFn,
+    update: Callable[..., tuple[PyTree, PyTree]],
+    independent: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a reducer, which is an optax transformation whose functions run on every replica and talk over the axis.
 

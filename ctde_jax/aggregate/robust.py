@@ -87,14 +87,19 @@ def multi_krum(byzantine: int, selected: int | None = None) -> Combine:
         _check_replicas("Krum", byzantine, least=3)
         honest = lax.axis_size(AXIS) - byzantine
         if selected is not None and selected > honest:
-            raise InputError("selected", f"must be at most {honest}, the replicas that are not bad, got {selected}.")
+            raise InputError(
+                "selected",
+                f"must be at most {honest}, the replicas that are not bad, got {selected}.",
+            )
         return ()
 
     def update(rows, weights, state):
         honest = len(rows) - byzantine
         own_part = lax.map(lambda row: _squares(rows - row[None]), rows)
         distances = _summed_over_owners(own_part)  # [replica, replica]
-        scores = norm(jnp.sort(distances, axis=1)[:, :honest])  # in the order of the sums of squares
+        scores = norm(
+            jnp.sort(distances, axis=1)[:, :honest]
+        )  # in the order of the sums of squares
         return _mean(rows[jnp.argsort(scores)[: selected or honest]]), state
 
     return Combine(init, update)
@@ -119,7 +124,9 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
     def update(rows, weights, state):
         def average(_, center):
             distances = jnp.maximum(_distances(rows, center), smoothing)
-            pulls = distances.min() / distances  # relative to the largest, which may itself be too small
+            pulls = (
+                distances.min() / distances
+            )  # relative to the largest, which may itself be too small
             heard = jnp.where(pulls[:, None] > 0, rows, 0)
             return jnp.sum(heard * (pulls / pulls.sum())[:, None], axis=0)
 
@@ -194,7 +201,11 @@ def _check_replicas(rule: str, byzantine: int, least: int) -> None:
     bad = f"{byzantine} bad device{'' if byzantine == 1 else 's'}"
     rule = f"must be at least {needed} for {rule} to withstand {bad} (2 * byzantine + {least}), got {replicas}"
     most = (replicas - least) // 2
-    way_out = f"set byzantine to at most {most}" if most >= 0 else "choose another rule, such as the median"
+    way_out = (
+        f"set byzantine to at most {most}"
+        if most >= 0
+        else "choose another rule, such as the median"
+    )
     raise InputError("devices", f"{rule}; use more devices, or {way_out}.")
 
 

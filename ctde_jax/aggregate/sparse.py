@@ -32,10 +32,14 @@ def top_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
     def write(positions: jax.Array) -> jax.Array:
         return pack_integers(positions.reshape(*positions.shape[:-2], -1), bits)
 
-    def read(payload: jax.Array, shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def read(
+        payload: jax.Array, shape: tuple[int, ...], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         count = shape[-2] * k
         border = -(-count * bits // 8)
-        return unpack_integers(payload[..., :border], bits, count).reshape(shape), payload[..., border:]
+        return unpack_integers(payload[..., :border], bits, count).reshape(shape), payload[
+            ..., border:
+        ]
 
     return _chunkwise(k, chunk, values, choose, write, read)
 
@@ -90,11 +94,16 @@ def _chunkwise(
     if not 1 <= k <= chunk:
         raise InputError("k", f"must be from 1 to the {chunk} numbers of a chunk, got {k}.")
     if k % values.block:
-        raise InputError("k", f"must be a multiple of {values.block}, the block of the numbers that are kept, got {k}.")
+        raise InputError(
+            "k",
+            f"must be a multiple of {values.block}, the block of the numbers that are kept, got {k}.",
+        )
 
     def scatter(positions: jax.Array, kept: jax.Array) -> jax.Array:
         zeros = jnp.zeros((*positions.shape[:-1], chunk))
-        placed = jnp.put_along_axis(zeros, positions, kept.reshape(positions.shape), axis=-1, inplace=False)
+        placed = jnp.put_along_axis(
+            zeros, positions, kept.reshape(positions.shape), axis=-1, inplace=False
+        )
         return placed.reshape(*placed.shape[:-2], -1)
 
     def encode(numbers, state, key):
@@ -102,7 +111,11 @@ def _chunkwise(
         positions = choose(chunks, key)
         kept = jnp.take_along_axis(chunks, positions, axis=-1).reshape(*numbers.shape[:-1], -1)
         payload, said, _ = values.encode(kept, (), key)
-        return jnp.concatenate([write(positions), payload], axis=-1), scatter(positions, said), state
+        return (
+            jnp.concatenate([write(positions), payload], axis=-1),
+            scatter(positions, said),
+            state,
+        )
 
     def decode(payload, size, key):
         shape = (*payload.shape[:-1], size // chunk, k)
@@ -115,11 +128,15 @@ def _chunkwise(
 def pack_integers(integers: jax.Array, bits: int) -> jax.Array:
     """Packs `int[..., n]` of so many bits each into `uint8[..., ceil(n * bits / 8)]`."""
     shifts = jnp.arange(bits).reshape((1,) * integers.ndim + (bits,))
-    return jnp.packbits(((integers[..., None] >> shifts) & 1).reshape(*integers.shape[:-1], -1), axis=-1)
+    return jnp.packbits(
+        ((integers[..., None] >> shifts) & 1).reshape(*integers.shape[:-1], -1), axis=-1
+    )
 
 
 def unpack_integers(packed: jax.Array, bits: int, count: int) -> jax.Array:
     """Reads `int32[..., count]` of so many bits each."""
-    ones = jnp.unpackbits(packed, axis=-1, count=count * bits).reshape(*packed.shape[:-1], count, bits)
+    ones = jnp.unpackbits(packed, axis=-1, count=count * bits).reshape(
+        *packed.shape[:-1], count, bits
+    )
     shifts = jnp.arange(bits).reshape((1,) * packed.ndim + (bits,))
     return jnp.sum(ones.astype(jnp.int32) << shifts, axis=-1)

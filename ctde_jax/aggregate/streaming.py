@@ -58,22 +58,21 @@ def streaming(
     cut = partial(_cut, fragments)
 
     def mixture(own: jax.Array, center: jax.Array) -> jax.Array:
-        return jnp.where(own == center, own, mix * own + (1 - mix) * center)  # equal numbers keep their bits
+        return jnp.where(
+            own == center, own, mix * own + (1 - mix) * center
+        )  # equal numbers keep their bits
 
     def init(params: PyTree) -> StreamingState:
         center = jax.tree.map(cut, params)
         first = jax.tree.map(lambda x: x[0], center)
-
-        def rows(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jnp.stack([x] * fragments), tree)
 
         return StreamingState(
             rounds=jnp.int32(0),
             center=center,
             message=optax.tree.zeros_like(first),
             weight=jnp.float32(0),
-            reduce=rows(exchange.init(first)),
-            outer=rows(optimizer.init(first)),
+            reduce=_repeated(fragments, exchange.init(first)),
+            outer=_repeated(fragments, optimizer.init(first)),
         )
 
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
@@ -98,7 +97,9 @@ def streaming(
         is_first = state.rounds == 0  # when no message is on its way
         heard, own = optax.tree.where(is_first, (state, own), (heard, _with_row(own, sent, mixed)))
 
-        moved = jax.tree.map(lambda p, x, d: (p - _whole(x, p)).astype(d.dtype), before, own, updates)
+        moved = jax.tree.map(
+            lambda p, x, d: (p - _whole(x, p)).astype(d.dtype), before, own, updates
+        )
         return moved, heard._replace(
             rounds=state.rounds + 1,
             message=optax.tree.sub(_row(heard.center, sending), _row(own, sending)),
@@ -117,6 +118,11 @@ def _cut(fragments: int, leaf: jax.Array) -> jax.Array:
 def _whole(pieces: jax.Array, like: jax.Array) -> jax.Array:
     """Inverts `_cut`."""
     return pieces.ravel()[: like.size].reshape(like.shape)
+
+
+def _repeated(fragments: int, tree: PyTree) -> PyTree:
+    """Returns the same row for each fragment."""
+    return jax.tree.map(lambda x: jnp.stack([x] * fragments), tree)
 
 
 def _row(tree: PyTree, index: jax.Array) -> PyTree:

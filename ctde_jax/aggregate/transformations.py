@@ -83,7 +83,14 @@ def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
             return LookaheadSlow(_with_lasting_types(inner, inner.init(pair), params, pair), params)
         return _with_lasting_types(inner, inner.init(params), params, params)
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None, *, value: Value | None = None, **extra_args: Any):
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        value: Value | None = None,
+        **extra_args: Any,
+    ):
         if not isinstance(state, LookaheadSlow):
             return _update(inner, updates, state, params, value, extra_args)
         pair = optax.LookaheadParams(fast=params, slow=state.slow)
@@ -105,9 +112,13 @@ def evaluated_point(opt_state: PyTree, params: PyTree) -> PyTree:
     for state in _found(opt_state, contrib.SAMState):
         if state.cache is not None:
             is_synced = state.steps_since_sync == 0
-            params = _map_unmasked(lambda old, x, own=is_synced: jnp.where(own, x, old), state.cache, params)
+            params = _map_unmasked(
+                lambda old, x, own=is_synced: jnp.where(own, x, old), state.cache, params
+            )
     for state in _found(opt_state, contrib.ScheduleFreeState):
-        params = _map_unmasked(lambda z, y, b1=state.b1: ((y - (1.0 - b1) * z) / b1).astype(y.dtype), state.z, params)
+        params = _map_unmasked(
+            lambda z, y, b1=state.b1: ((y - (1.0 - b1) * z) / b1).astype(y.dtype), state.z, params
+        )
     return params
 
 
@@ -131,7 +142,11 @@ def learning_rate(opt_state: PyTree) -> jax.Array | None:
     If the state holds several, as that of `optax.multi_transform` may, none of them is that of all parameters: None.
     """
     states = _found(opt_state, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
-    rates = [state.hyperparams["learning_rate"] for state in states if "learning_rate" in state.hyperparams]
+    rates = [
+        state.hyperparams["learning_rate"]
+        for state in states
+        if "learning_rate" in state.hyperparams
+    ]
     return rates[0] if len(rates) == 1 and jnp.ndim(rates[0]) == 0 else None
 
 
@@ -167,7 +182,9 @@ def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
     transformation = adapted(optimizer)
     try:
         state = transformation.init(params)
-        updates, _ = transformation.update(params, state, params, value=lambda: jnp.float32(0), anchor=params)
+        updates, _ = transformation.update(
+            params, state, params, value=lambda: jnp.float32(0), anchor=params
+        )
     except InputError as error:
         raise InputError(option, error.sentence) from error  # raised where the option is not known
     except Exception as error:
@@ -213,7 +230,9 @@ def _update(
                 raise
             names.remove(rejected[1])
     is_used = depends_on(program, program.jaxpr.invars[:1]) or bool(program.effects)
-    return call(value() if is_used and value is not None else zero, updates, state, params, extra_args)
+    return call(
+        value() if is_used and value is not None else zero, updates, state, params, extra_args
+    )
 
 
 def _with_lasting_types(
@@ -233,7 +252,9 @@ def _with_lasting_types(
 
     def after(state: PyTree) -> PyTree:
         return jax.eval_shape(
-            lambda grads, state, given: _update(inner, grads, state, given, None, {"anchor": given})[1],
+            lambda grads, state, given: _update(
+                inner, grads, state, given, None, {"anchor": given}
+            )[1],
             *(params, state, given),
         )
 
@@ -254,8 +275,15 @@ def _with_lasting_types(
                     f"must keep shapes and types of its state in an update, but {name} goes from "
                     f"{dtype}{list(shape)} to {new_dtype}{list(new_shape)}.",
                 )
-        state = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype) if _type(x) != _type(like) else x, state, then)
-    raise InputError("optimizer", "must keep the types of its state in an update, but they change at every update.")
+        state = jax.tree.map(
+            lambda x, like: jnp.asarray(x, like.dtype) if _type(x) != _type(like) else x,
+            state,
+            then,
+        )
+    raise InputError(
+        "optimizer",
+        "must keep the types of its state in an update, but they change at every update.",
+    )
 
 
 def _type(leaf: Any) -> tuple[tuple[int, ...], Any]:
@@ -265,7 +293,10 @@ def _type(leaf: Any) -> tuple[tuple[int, ...], Any]:
 def _types(tree: PyTree, shapes_only: bool = False) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     of = jnp.shape if shapes_only else _type
-    return {jax.tree_util.keystr(path, simple=True, separator="/") or "it": of(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "it": of(leaf)
+        for path, leaf in leaves
+    }
 
 
 def _found(tree: PyTree, kinds: Any) -> list[Any]:
@@ -280,7 +311,9 @@ def _map_unmasked(function: Callable[..., jax.Array], own: PyTree, params: PyTre
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)
 
-    return jax.tree.map(lambda x, p: p if is_masked(x) else function(x, p), own, params, is_leaf=is_masked)
+    return jax.tree.map(
+        lambda x, p: p if is_masked(x) else function(x, p), own, params, is_leaf=is_masked
+    )
 
 
 @contextmanager
@@ -302,9 +335,15 @@ def _refusal(error: Exception, params: PyTree) -> str:
             return f"must work with what a step has, but {name} needs `{argument}`, {reason}."
     missing = re.search(r"missing \d+ required keyword-only arguments?: (.*)", text)
     if missing:
-        return f"must work with what a step passes (value, loss, grad), but {name} needs {missing[1]}."
+        return (
+            f"must work with what a step passes (value, loss, grad), but {name} needs {missing[1]}."
+        )
     first_line = shortened(text.strip().partition("\n")[0]).rstrip(".")
-    hint = " Labels and masks must match this tree, or be functions of it." if "tree" in first_line else ""
+    hint = (
+        " Labels and masks must match this tree, or be functions of it."
+        if "tree" in first_line
+        else ""
+    )
     return (
         f"must work with the parameters of this model ({_shapes(params)}), but {name} raised {type(error).__name__}: "
         f"{first_line}.{hint}"
@@ -319,8 +358,15 @@ def _transformation(error: Exception) -> str:
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         if frame.f_globals.get("__name__") == __name__:
             continue
-        made_by = re.match(r"(?:.*\.)?(\w+)\.(?:<locals>\.)?\w*(?:init|update)\w*$", frame.f_code.co_qualname)
-        if made_by and made_by[1] not in ("<locals>", "chain", "named_chain", "with_extra_args_support"):
+        made_by = re.match(
+            r"(?:.*\.)?(\w+)\.(?:<locals>\.)?\w*(?:init|update)\w*$", frame.f_code.co_qualname
+        )
+        if made_by and made_by[1] not in (
+            "<locals>",
+            "chain",
+            "named_chain",
+            "with_extra_args_support",
+        ):
             return made_by[1]
     return "it"
 
@@ -329,7 +375,8 @@ def _shapes(tree: PyTree) -> str:
     """Lists the first leaves of a tree with their shapes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     shown = [
-        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(jnp.shape(leaf))}" for path, leaf in leaves[:3]
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(jnp.shape(leaf))}"
+        for path, leaf in leaves[:3]
     ]
     more = len(leaves) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -21,9 +21,25 @@ from ctde_jax.bundle.card import (
 )
 from ctde_jax.bundle.command import Parser, run
 from ctde_jax.bundle.inputs import Examples, read
-from ctde_jax.bundle.parity import BATCH_SIZES, PARITY, difference, in_batches, is_exact, relative_difference
+from ctde_jax.bundle.parity import (
+    BATCH_SIZES,
+    PARITY,
+    difference,
+    in_batches,
+    is_exact,
+    relative_difference,
+)
 from ctde_jax.bundle.reading import are_numbers, finder, number_of, open_regular, read_small
-from ctde_jax.bundle.runtimes import RUNTIMES, Carry, Predict, Step, load, load_step, pick, traceable
+from ctde_jax.bundle.runtimes import (
+    RUNTIMES,
+    Carry,
+    Predict,
+    Step,
+    load,
+    load_step,
+    pick,
+    traceable,
+)
 from ctde_jax.bundle.streams import Screen
 from ctde_jax.bundle.tensors import parse
 

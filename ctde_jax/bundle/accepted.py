@@ -38,7 +38,10 @@ class Accepted(NamedTuple):
         is_list = not hasattr(values, "dtype")
         if is_list and array.shape == (0,):  # an empty list has no shape
             return np.zeros((0, *(length or 1 for length in self.shape)), dtype)
-        lengths = (own if wanted is None else wanted for wanted, own in zip(self.shape, array.shape[1:], strict=False))
+        lengths = (
+            own if wanted is None else wanted
+            for wanted, own in zip(self.shape, array.shape[1:], strict=False)
+        )
         if array.ndim != len(self.shape) + 1 or array.shape[1:] != tuple(lengths):
             shape = str(list(self.shape)).replace("None", "length")
             is_one = len(array.shape) == len(self.shape) and all(
@@ -46,29 +49,39 @@ class Accepted(NamedTuple):
             )
             way_out = "; add an axis to a single example: x[None]" if is_one else ""
             raise InputError(
-                option, f"must be examples of the shape {shape}, got the shape {list(array.shape)}{way_out}."
+                option,
+                f"must be examples of the shape {shape}, got the shape {list(array.shape)}{way_out}.",
             )
         kinds = "biu" if dtype.kind != "f" else "bfiu" if is_list else "bf"
         if array.dtype.kind not in kinds:
             kind = "floats" if dtype.kind == "f" else "integers"
             way_out = f"bring them to the scale of the training and convert them with .astype({str(dtype)!r})"
             raise InputError(
-                option, f"must be {kind}, as the model was trained on {dtype}, got {array.dtype}; {way_out}."
+                option,
+                f"must be {kind}, as the model was trained on {dtype}, got {array.dtype}; {way_out}.",
             )
         if not array.size:
             return np.zeros(array.shape, dtype)
         if dtype.kind == "f":
-            with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused
+            with np.errstate(
+                over="ignore"
+            ):  # float64 beyond float32 becomes infinite, and is refused
                 converted = np.ascontiguousarray(array, dtype)
             if not np.isfinite(converted).all():
                 raise InputError(
-                    option, f"must be finite in {dtype}, got NaN or infinity; remove or fill in such examples."
+                    option,
+                    f"must be finite in {dtype}, got NaN or infinity; remove or fill in such examples.",
                 )
             return converted
-        low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if self.largest is None else (0, self.largest)
+        low, high = (
+            (np.iinfo(dtype).min, np.iinfo(dtype).max)
+            if self.largest is None
+            else (0, self.largest)
+        )
         least, most = int(array.min()), int(array.max())
         if not low <= least <= most <= high:
             raise InputError(
-                option, f"must be from {low} to {high}, as in training, got numbers from {least} to {most}."
+                option,
+                f"must be from {low} to {high}, as in training, got numbers from {least} to {most}.",
             )
         return np.ascontiguousarray(array, dtype)

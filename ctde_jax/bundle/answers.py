@@ -19,10 +19,14 @@ def score(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Returns the cross-entropy in nats, and the share of places that are right, of each example; float64[examples]."""
     of_label = np.take_along_axis(log_probabilities(outputs), labels[..., None], axis=-1)[..., 0]
     is_right = outputs.argmax(axis=-1) == labels
-    return -of_label.reshape(len(labels), -1).mean(axis=1), is_right.reshape(len(labels), -1).mean(axis=1)
+    return -of_label.reshape(len(labels), -1).mean(axis=1), is_right.reshape(len(labels), -1).mean(
+        axis=1
+    )
 
 
-def write(bundle: Bundle, runtime: str, prompt: str, length: int, temperature: float, seed: int) -> Iterator[str]:
+def write(
+    bundle: Bundle, runtime: str, prompt: str, length: int, temperature: float, seed: int
+) -> Iterator[str]:
     """Continues a text, and returns one character at a time.
 
     A model that reads place by place remembers the whole text; another one sees as much of it as its window takes. At a
@@ -51,7 +55,9 @@ def write(bundle: Bundle, runtime: str, prompt: str, length: int, temperature: f
     strange = [character for character in prompt if character not in token_of]
     if strange or not prompt:
         got = f"{strange[0]!r}, which is none of them" if strange else "none"
-        raise InputError("prompt", f"must be one or more of the model's {len(vocabulary)} characters, got {got}.")
+        raise InputError(
+            "prompt", f"must be one or more of the model's {len(vocabulary)} characters, got {got}."
+        )
     tokens, step = [token_of[character] for character in prompt], load_step(bundle, runtime)
     if step is None:
         logits = _in_window(load(bundle, runtime), tokens, bundle.card.input_shape[0])
@@ -77,7 +83,9 @@ def _in_window(predict: Predict, tokens: Sequence[int], window: int) -> Iterator
         yield predict(seen)[0, len(latest) - 1]
 
 
-def _place_by_place(step: Step, tokens: Sequence[int], carry: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+def _place_by_place(
+    step: Step, tokens: Sequence[int], carry: Sequence[Sequence[int]]
+) -> Iterator[np.ndarray]:
     """Likewise, and reads every token once."""
     read, state, outputs = 0, [np.zeros((1, *shape), np.float32) for shape in carry], np.zeros(0)
     while True:

@@ -28,7 +28,12 @@ from ctde_jax.errors import InputError, quoted
 
 T = TypeVar("T")
 FORMAT = 1
-CARD, SUMS, WEIGHTS, EXAMPLES = "card.json", "SHA256SUMS", "weights.safetensors", "examples.safetensors"
+CARD, SUMS, WEIGHTS, EXAMPLES = (
+    "card.json",
+    "SHA256SUMS",
+    "weights.safetensors",
+    "examples.safetensors",
+)
 DTYPES = ("uint8", "int32", "float32")
 _LONGEST_CARD = 2**23
 _LARGEST_ARRAY = 2**28
@@ -148,17 +153,27 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError("bundle", f"must be the folder of a bundle, and {quoted(str(folder))} is no folder.")
+        raise InputError(
+            "bundle", f"must be the folder of a bundle, and {quoted(str(folder))} is no folder."
+        )
     if not (folder / CARD).exists() and (folder / "bundle" / CARD).exists():
-        raise InputError("bundle", f"must be the folder of a bundle, which in {folder} is {folder / 'bundle'}.")
+        raise InputError(
+            "bundle", f"must be the folder of a bundle, which in {folder} is {folder / 'bundle'}."
+        )
     content = _read(folder, CARD, _LONGEST_CARD)
     found = sha256(content).hexdigest()
     sums = _read(folder, SUMS, _LONGEST_CARD)
     if not sums.startswith(f"{found}  {CARD}\n".encode()):
-        raise _faulty(folder, f"{CARD} differs from what {SUMS} says of it", "copy the bundle again")
-    if expect is not None and not (re.fullmatch("[0-9a-f]{8,64}", expect.lower()) and found.startswith(expect.lower())):
+        raise _faulty(
+            folder, f"{CARD} differs from what {SUMS} says of it", "copy the bundle again"
+        )
+    if expect is not None and not (
+        re.fullmatch("[0-9a-f]{8,64}", expect.lower()) and found.startswith(expect.lower())
+    ):
         rule = "must be eight or more of the first digits of the card's SHA-256"
-        raise InputError("expect", f"{rule}, got {quoted(expect)}, and that of {folder} is {found}.")
+        raise InputError(
+            "expect", f"{rule}, got {quoted(expect)}, and that of {folder} is {found}."
+        )
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -168,7 +183,9 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
     except _Odd as error:
         raise _faulty(folder, f"{CARD} {error}", "export the model again") from error
     except _Newer as error:
-        raise InputError("bundle", f"names {folder}, of {error}; install a newer ctde_jax.") from error
+        raise InputError(
+            "bundle", f"names {folder}, of {error}; install a newer ctde_jax."
+        ) from error
     if sums != sums_of(found, card.files).encode():
         raise _faulty(folder, f"{SUMS} differs from what {CARD} says", "copy the bundle again")
     return Bundle(folder, card, found)
@@ -196,7 +213,9 @@ def _parse(facts: Any) -> Card:
     files = {_name(name): _file(name, said) for name, said in _take(facts, "files", dict).items()}
     inputs, layers = _take(facts, "input", dict), facts.get("layers")
     carry = [_shape("carry", shape) for shape in _take(facts, "carry", list)]
-    artifacts = {name: _artifact(name, said, files) for name, said in _take(facts, "artifacts", dict).items()}
+    artifacts = {
+        name: _artifact(name, said, files) for name, said in _take(facts, "artifacts", dict).items()
+    }
     if layers is not None and WEIGHTS not in files:
         raise _Odd(f"has layers without {WEIGHTS}")
     card = Card(
@@ -216,14 +235,20 @@ def _parse(facts: Any) -> Card:
         columns=_names("columns", facts.get("columns", [])),
     )
     if card.columns and (len(card.columns),) != card.input_shape:
-        raise _Odd(f"names {len(card.columns)} columns of inputs of the shape {list(card.input_shape)}")
+        raise _Odd(
+            f"names {len(card.columns)} columns of inputs of the shape {list(card.input_shape)}"
+        )
     axes = {"classes": 1, "tokens": 2}.get(card.predicts)
     names = card.vocabulary if card.predicts == "tokens" else card.classes
     if axes is not None and (len(card.output_shape) != axes or len(names) > card.output_shape[-1]):
         raise _Odd(
             f"says that outputs of the shape {list(card.output_shape)} are {card.predicts}, {len(names)} of them"
         )
-    if axes == 2 and card.vocabulary and (card.input_shape, card.input_dtype) != (card.output_shape[:1], "int32"):
+    if (
+        axes == 2
+        and card.vocabulary
+        and (card.input_shape, card.input_dtype) != (card.output_shape[:1], "int32")
+    ):
         raise _Odd("has a vocabulary, and its input is no tokens")
     return card
 
@@ -260,7 +285,9 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
-    return tuple(_check(each, str, f"has odd {name}") for each in _check(value, list, f"has odd {name}"))
+    return tuple(
+        _check(each, str, f"has odd {name}") for each in _check(value, list, f"has odd {name}")
+    )
 
 
 def _name(name: str) -> str:
@@ -283,10 +310,15 @@ def _artifact(name: str, said: Any, files: Facts) -> Artifact:
     file, step = _take(said, "file", str), said.get("step")
     for each in (file, *([] if step is None else [step])):
         if each not in files:
-            raise _Odd(f"has the artifact {quoted(name)} in {quoted(each)}, which is none of its files")
+            raise _Odd(
+                f"has the artifact {quoted(name)} in {quoted(each)}, which is none of its files"
+            )
     receipt = _take(said, "receipt", dict)
     fault = f"has an odd receipt of the artifact {quoted(name)}"
-    for number in (receipt.get("relative", 0.0), *_check(receipt.get("measured", {}), dict, fault).values()):
+    for number in (
+        receipt.get("relative", 0.0),
+        *_check(receipt.get("measured", {}), dict, fault).values(),
+    ):
         if not isinstance(number, float | int):
             raise _Odd(fault)
     return Artifact(file, step, receipt)
@@ -307,9 +339,13 @@ def _read(folder: Path, name: str, most: int) -> bytes:
             raise _faulty(folder, f"{name} is longer than it was written", "copy the bundle again")
         return path.read_bytes()
     except OSError as error:
-        raise _faulty(folder, f"{name} cannot be read ({error.strerror})", "copy the bundle again") from error
+        raise _faulty(
+            folder, f"{name} cannot be read ({error.strerror})", "copy the bundle again"
+        ) from error
     except MemoryError as error:
-        raise _faulty(folder, f"{name} is larger than the memory here", "take another machine") from error
+        raise _faulty(
+            folder, f"{name} is larger than the memory here", "take another machine"
+        ) from error
 
 
 def _faulty(folder: Path, fault: str, way_out: str) -> InputError:

@@ -13,7 +13,9 @@ class Parser(ArgumentParser):
     """Says in one sentence what is wrong with a command line, and explains it by the module's own words."""
 
     def __init__(self, command: str, says: str):
-        super().__init__(f"python -m {command}", description=says, formatter_class=RawDescriptionHelpFormatter)
+        super().__init__(
+            f"python -m {command}", description=says, formatter_class=RawDescriptionHelpFormatter
+        )
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""

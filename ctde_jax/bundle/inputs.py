@@ -30,7 +30,9 @@ class Examples(NamedTuple):
     labels: np.ndarray | None  # int32[examples] or int32[examples, length]
 
 
-def read(paths: Sequence[Path], card: Card, label_column: str | None = None, *, labeled: bool = False) -> Examples:
+def read(
+    paths: Sequence[Path], card: Card, label_column: str | None = None, *, labeled: bool = False
+) -> Examples:
     """Reads examples from one file of arrays or numbers, or from several pictures.
 
     Args:
@@ -45,10 +47,15 @@ def read(paths: Sequence[Path], card: Card, label_column: str | None = None, *, 
         InputError: A file cannot be read, what it holds does not fit the card, or labels are wanted and there are none.
     """
     if labeled and card.predicts == "anything":
-        raise InputError("input", "is scored for classes or texts; what this model is scored by only its author knows.")
+        raise InputError(
+            "input",
+            "is scored for classes or texts; what this model is scored by only its author knows.",
+        )
     examples = _read(paths, card, label_column, labeled)
     if labeled and examples.labels is None:
-        raise InputError("input", f"needs labels: {LABELS} in a .npz file, or one more column in a .csv file.")
+        raise InputError(
+            "input", f"needs labels: {LABELS} in a .npz file, or one more column in a .csv file."
+        )
     if examples.labels is not None and len(examples.labels) != len(examples.inputs):
         fault = f"has {len(examples.labels)} labels for {len(examples.inputs)} examples"
         raise _faulty(paths[0], fault, "give one for each")
@@ -58,7 +65,9 @@ def read(paths: Sequence[Path], card: Card, label_column: str | None = None, *, 
 def _read(paths: Sequence[Path], card: Card, label_column: str | None, labeled: bool) -> Examples:
     kinds = {path.suffix.lower() for path in paths}
     if len(paths) > 1 and kinds != {".png"}:
-        raise InputError("input", f"must be one file, or several .png files, got {', '.join(map(str, paths))}.")
+        raise InputError(
+            "input", f"must be one file, or several .png files, got {', '.join(map(str, paths))}."
+        )
     if label_column is not None and kinds != {".csv"}:
         raise InputError("label_column", f"goes with a .csv file, got {paths[0]}.")
     for path in paths:
@@ -74,7 +83,10 @@ def _read(paths: Sequence[Path], card: Card, label_column: str | None, labeled: 
         case ".png":
             return Examples(np.stack([_of_png(path, card) for path in paths]), None)
         case other:
-            raise InputError("input", f"must be a .npy, .npz, .csv or .png file, got {quoted(other or str(paths[0]))}.")
+            raise InputError(
+                "input",
+                f"must be a .npy, .npz, .csv or .png file, got {quoted(other or str(paths[0]))}.",
+            )
 
 
 def _array(path: Path) -> np.ndarray:
@@ -87,24 +99,39 @@ def _array(path: Path) -> np.ndarray:
     except InputError:
         raise
     except Exception as error:  # of a malformed header
-        raise _faulty(path, f"is no whole .npy file ({shortened(str(error))})", "save it with numpy.save") from error
+        raise _faulty(
+            path, f"is no whole .npy file ({shortened(str(error))})", "save it with numpy.save"
+        ) from error
 
 
 def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
     try:
         with warnings.catch_warnings(action="ignore"), np.load(path, allow_pickle=False) as archive:
             if sum(member.file_size for member in archive.zip.infolist()) > _MOST_BYTES:
-                raise _faulty(path, "would take more than 8 GiB of memory", "split it into several files")
+                raise _faulty(
+                    path, "would take more than 8 GiB of memory", "split it into several files"
+                )
             names = archive.files
             inputs = INPUTS if INPUTS in names else names[0] if len(names) == 1 else None
             if inputs is None:
-                raise _faulty(path, f"has the arrays {', '.join(names[:9]) or 'none'}", f"call its inputs {INPUTS}")
+                raise _faulty(
+                    path,
+                    f"has the arrays {', '.join(names[:9]) or 'none'}",
+                    f"call its inputs {INPUTS}",
+                )
             arrays = archive[inputs], archive[LABELS] if labeled and LABELS in names else None
     except InputError:
         raise
-    except Exception as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
-        raise _faulty(path, f"is no whole .npz file ({shortened(str(error))})", "save it with numpy.savez") from error
-    return Examples(_fitting(path, arrays[0], card), None if arrays[1] is None else _labels(path, arrays[1], card))
+    except (
+        Exception
+    ) as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
+        raise _faulty(
+            path, f"is no whole .npz file ({shortened(str(error))})", "save it with numpy.savez"
+        ) from error
+    return Examples(
+        _fitting(path, arrays[0], card),
+        None if arrays[1] is None else _labels(path, arrays[1], card),
+    )
 
 
 def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
@@ -116,10 +143,16 @@ def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
     if labels.dtype.kind not in "iu" or labels.shape[1:] != wanted:
         shape = ", ".join(["examples", *map(str, wanted)])
         raise _faulty(
-            path, f"has labels of {labels.dtype} {list(labels.shape)}", f"give integers of the shape [{shape}]"
+            path,
+            f"has labels of {labels.dtype} {list(labels.shape)}",
+            f"give integers of the shape [{shape}]",
         )
     if labels.size and not (labels.min() >= 0 and labels.max() < highest):
-        raise _faulty(path, f"has labels from {labels.min()} to {labels.max()}", f"give them from 0 to {highest - 1}")
+        raise _faulty(
+            path,
+            f"has labels from {labels.min()} to {labels.max()}",
+            f"give them from 0 to {highest - 1}",
+        )
     return labels.astype(np.int32)
 
 
@@ -129,7 +162,9 @@ def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
     if array.shape == shape:
         array = array[None]
     if array.shape[1:] != shape or not array.ndim:
-        raise _faulty(path, f"has the shape {list(array.shape)}", f"give examples of the shape {list(shape)}")
+        raise _faulty(
+            path, f"has the shape {list(array.shape)}", f"give examples of the shape {list(shape)}"
+        )
     if array.dtype.kind not in "biuf":
         raise _faulty(path, f"holds {array.dtype}", f"give numbers of the type {card.input_dtype}")
     if not len(array):
@@ -152,25 +187,33 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
     rows = _rows(path)
     columns = _columns(path, rows, card, label_column)
     examples = rows[columns.has_header :]
-    numbers = _numbers(path, [[cells[place] for place in columns.features] for cells in examples], card)
+    numbers = _numbers(
+        path, [[cells[place] for place in columns.features] for cells in examples], card
+    )
     inputs = _fitting(path, numbers, card)
     if columns.label is None or not labeled:
         return Examples(inputs, None)
-    return Examples(inputs, _labels_of_words(path, [cells[columns.label] for cells in examples], card))
+    return Examples(
+        inputs, _labels_of_words(path, [cells[columns.label] for cells in examples], card)
+    )
 
 
 def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | None) -> _Columns:
     """Finds the columns of features by the names of the training table, or by their number."""
     width = math.prod(card.input_shape)
     is_named = bool(card.columns) and {*card.columns} <= {*rows[0]}
-    is_counted = width > 1 and rows[0][:width] == [str(place) for place in range(width)]  # as pandas names columns
+    is_counted = width > 1 and rows[0][:width] == [
+        str(place) for place in range(width)
+    ]  # as pandas names columns
     has_words = any(cell and number_of(cell) is None for cell in rows[0][:width])
     has_header = is_named or is_counted or has_words or _has_column_numbers(rows, width, card)
     if has_header and len(rows) == 1:
         raise _faulty(path, "has a header line and no examples", "add one line for each example")
     names = rows[0] if has_header else []
     if label_column is not None and label_column not in names:
-        raise InputError("label_column", f"must name a column of {path}, got {quoted(label_column)}.")
+        raise InputError(
+            "label_column", f"must name a column of {path}, got {quoted(label_column)}."
+        )
     if is_named:
         features = [names.index(name) for name in card.columns]
         others = [place for place in range(len(names)) if place not in features]
@@ -179,11 +222,15 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
 
     if has_header and card.columns:
         missing = ", ".join(quoted(name) for name in card.columns if name not in names)
-        raise _faulty(path, f"has no column {missing}", "name its columns as those of the training table")
+        raise _faulty(
+            path, f"has no column {missing}", "name its columns as those of the training table"
+        )
     count = len(rows[0])
     if count not in (width, width + 1):
         fault = f"has {count} columns"
-        raise _faulty(path, fault, f"give the {width} numbers of an example in each line, and maybe its label")
+        raise _faulty(
+            path, fault, f"give the {width} numbers of an example in each line, and maybe its label"
+        )
     if label_column is None and count == width + 1 and _starts_with_index(rows[has_header:], card):
         fault = "numbers its lines in the first of its columns, like the index that pandas writes"
         raise _faulty(path, fault, "leave the index out, or name the columns and the label column")
@@ -199,7 +246,9 @@ def _numbers(path: Path, cells: list[list[str]], card: Card) -> np.ndarray:
         for cell in row:
             if number_of(cell) is None:
                 raise _faulty(path, f"has {quoted(cell)} in example {example}", "give a number")
-    numbers = np.array([[number_of(cell) for cell in row] for row in cells]).reshape(-1, *card.input_shape)
+    numbers = np.array([[number_of(cell) for cell in row] for row in cells]).reshape(
+        -1, *card.input_shape
+    )
     if card.input_dtype == "float32":
         return numbers
     if not (np.isfinite(numbers).all() and np.array_equal(numbers, np.rint(numbers))):
@@ -241,7 +290,9 @@ def _starts_with_index(rows: list[list[str]], card: Card) -> bool:
     Labels that are words are certain. Numbers may be a feature, so that one line is refused only if they are no labels.
     """
     first = [number_of(row[0]) for row in rows]
-    if not any(all(number == place for place, number in enumerate(first, start)) for start in (0, 1)):
+    if not any(
+        all(number == place for place, number in enumerate(first, start)) for start in (0, 1)
+    ):
         return False
     last = {row[-1] for row in rows}
     are_labels = bool(card.classes) and None not in map(finder(card.classes), last)
@@ -252,7 +303,9 @@ def _starts_with_index(rows: list[list[str]], card: Card) -> bool:
 
 def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
     if card.predicts != "classes":
-        raise _faulty(path, "has one label for each example", "give those of every place in a .npz file")
+        raise _faulty(
+            path, "has one label for each example", "give those of every place in a .npz file"
+        )
     names = card.classes or [str(number) for number in range(card.output_shape[0])]
     labels = list(map(finder(names), words))
     if None in labels:
@@ -264,11 +317,21 @@ def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
 def _rows(path: Path) -> list[list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+        rows = [
+            [cell.strip() for cell in row]
+            for row in csv.reader(io.StringIO(text, newline=""), strict=True)
+            if row
+        ]
     except (OSError, ValueError, csv.Error) as error:
-        raise _faulty(path, f"is no CSV file in UTF-8 ({shortened(str(error))})", "correct it") from error
+        raise _faulty(
+            path, f"is no CSV file in UTF-8 ({shortened(str(error))})", "correct it"
+        ) from error
     if not rows or len({len(row) for row in rows}) != 1:
-        raise _faulty(path, "has lines of different lengths, or none", "give every line the same number of cells")
+        raise _faulty(
+            path,
+            "has lines of different lengths, or none",
+            "give every line the same number of cells",
+        )
     return rows
 
 
@@ -277,19 +340,25 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError as error:
-        raise InputError("input", "needs Pillow for .png files; `pip install pillow`, or give a .npy file.") from error
+        raise InputError(
+            "input", "needs Pillow for .png files; `pip install pillow`, or give a .npy file."
+        ) from error
     shape = card.input_shape
     channels = shape[2] if len(shape) == 3 else 1
     if card.input_dtype != "uint8" or len(shape) not in (2, 3) or channels not in (1, 3):
         raise InputError(
-            "input", f"must be a .npy, .npz or .csv file, as the model reads {card.input_dtype} {list(shape)}."
+            "input",
+            f"must be a .npy, .npz or .csv file, as the model reads {card.input_dtype} {list(shape)}.",
         )
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             if (picture.height, picture.width) != shape[:2]:
                 fault = f"has {picture.height} x {picture.width} pixels"
                 raise _faulty(path, fault, f"give a picture of {shape[0]} x {shape[1]}")
-            if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+            if (
+                picture.has_transparency_data
+                and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
+            ):
                 raise _faulty(path, "has transparent pixels", "save it without")
             is_deep = picture.mode.startswith("I")  # 16 bits, which convert() would cut off
             plain = picture if is_deep else picture.convert("L" if channels == 1 else "RGB")
@@ -299,7 +368,9 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
     except InputError:
         raise
     except Exception as error:  # of a malformed picture
-        raise _faulty(path, f"is no whole PNG picture ({shortened(str(error))})", "save it again") from error
+        raise _faulty(
+            path, f"is no whole PNG picture ({shortened(str(error))})", "save it again"
+        ) from error
     return np.rint(pixels * card.highest / 255).astype(np.uint8).reshape(shape)
 
 

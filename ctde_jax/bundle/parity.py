@@ -58,7 +58,9 @@ def repeat(bundle: Bundle) -> Mapping[str, Repeated | None]:
         if not is_exact(name):
             allowed += bundle.card.artifacts[name].receipt.get("relative", 0.0)
         sizes = BATCH_SIZES if len(inputs) else ()
-        differences = [relative_difference(in_batches(predict, inputs, size), outputs) for size in sizes]
+        differences = [
+            relative_difference(in_batches(predict, inputs, size), outputs) for size in sizes
+        ]
         found[name] = Repeated(len(inputs), max(differences, default=0.0), allowed)
     return found
 
@@ -73,10 +75,15 @@ def _examples(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
     try:
         stored = tensors.parse(bundle.read(EXAMPLES))
         for name, like in {"inputs": inputs, "outputs": outputs}.items():
-            if stored[name].dtype != like.dtype or stored[name].shape != (len(stored["inputs"]), *like.shape[1:]):
+            if stored[name].dtype != like.dtype or stored[name].shape != (
+                len(stored["inputs"]),
+                *like.shape[1:],
+            ):
                 raise tensors.Malformed(f"{name} are of another shape or type than the card says")
     except (tensors.Malformed, KeyError, TypeError) as error:
-        raise InputError("bundle", f"names {bundle.folder}, whose {EXAMPLES} make no sense: {error}.") from error
+        raise InputError(
+            "bundle", f"names {bundle.folder}, whose {EXAMPLES} make no sense: {error}."
+        ) from error
     return stored["inputs"], stored["outputs"]
 
 
@@ -94,7 +101,9 @@ def score(bundle: Bundle, runtime: str, examples: Examples) -> float:
 
 def in_batches(predict: Predict, inputs: np.ndarray, size: int) -> np.ndarray:
     """Computes examples so many at a time."""
-    return np.concatenate([predict(inputs[first : first + size]) for first in range(0, len(inputs), size)])
+    return np.concatenate(
+        [predict(inputs[first : first + size]) for first in range(0, len(inputs), size)]
+    )
 
 
 def relative_difference(found: np.ndarray, right: np.ndarray) -> float:
@@ -105,7 +114,11 @@ def relative_difference(found: np.ndarray, right: np.ndarray) -> float:
     if found.shape != right.shape:
         return np.inf
     differences = difference(found, right).reshape(len(right), -1)
-    largest = np.where(np.isfinite(right), np.abs(right), 0).reshape(len(right), -1).max(axis=1, initial=1)
+    largest = (
+        np.where(np.isfinite(right), np.abs(right), 0)
+        .reshape(len(right), -1)
+        .max(axis=1, initial=1)
+    )
     return float((differences.max(axis=1, initial=0) / largest).max(initial=0))
 
 

@@ -13,7 +13,11 @@ the dtype of the scale, which is int32 for integer features."""
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
-    return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x**3)))
+    return (
+        np.float32(0.5)
+        * x
+        * (1 + np.tanh(np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x**3)))
+    )
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
@@ -39,11 +43,18 @@ def make_predict(
     """
     activate, shift, scale = ACTIVATIONS[layers.activation], weights[SHIFT], weights[SCALE]
     dense = [(weights[name], weights.get(_bias(name))) for name in layers.kernels]
-    if any(np.broadcast_shapes(each.shape, (1, *input_shape)) != (1, *input_shape) for each in (shift, scale)):
+    if any(
+        np.broadcast_shapes(each.shape, (1, *input_shape)) != (1, *input_shape)
+        for each in (shift, scale)
+    ):
         raise ValueError("inputs are of another shape than what is subtracted or multiplied")
     width = outputs = prod(input_shape)
     for kernel, bias in dense:
-        if kernel.ndim != 2 or len(kernel) != outputs or (bias is not None and bias.shape != kernel.shape[1:]):
+        if (
+            kernel.ndim != 2
+            or len(kernel) != outputs
+            or (bias is not None and bias.shape != kernel.shape[1:])
+        ):
             raise ValueError("a layer does not go with the one before it")
         outputs = kernel.shape[1]
 

@@ -29,7 +29,9 @@ def open_regular(path: Path | str) -> BufferedReader:
     """
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
-        raise OSError(None, f"it is {_KINDS.get(kind, 'something else')} and not a regular file", str(path))
+        raise OSError(
+            None, f"it is {_KINDS.get(kind, 'something else')} and not a regular file", str(path)
+        )
     return open(path, "rb")
 
 
@@ -43,7 +45,9 @@ def read_small(path: Path | str) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > _SMALL:
             raise OSError(None, f"it has more than {_SMALL:,} bytes", str(path))
-        return file.read(size)  # with a limit, as files of the operating system may go on without end
+        return file.read(
+            size
+        )  # with a limit, as files of the operating system may go on without end
 
 
 def number_of(cell: str) -> float | None:

@@ -63,7 +63,9 @@ def load_step(bundle: Bundle, runtime: str) -> Step | None:
     if file is None:
         return None
     run, card = _load(bundle, runtime, file), bundle.card
-    of_a_place = {"tokens": card.output_shape[1:], "classes": card.output_shape, "anything": None}[card.predicts]
+    of_a_place = {"tokens": card.output_shape[1:], "classes": card.output_shape, "anything": None}[
+        card.predicts
+    ]
     like = [of_a_place, *card.carry]
 
     def step(inputs: np.ndarray, carry: Carry) -> tuple[np.ndarray, Carry]:
@@ -81,8 +83,13 @@ def pick(bundle: Bundle) -> str:
     """
     there = [name for name in RUNTIMES if name in bundle.card.artifacts]
     if not there:
-        rule, got = f"must be one that this version knows ({', '.join(RUNTIMES)})", quoted([*bundle.card.artifacts])
-        raise InputError("runtime", f"{rule}, and {bundle.folder} has only {got}; export the model again.")
+        rule, got = (
+            f"must be one that this version knows ({', '.join(RUNTIMES)})",
+            quoted([*bundle.card.artifacts]),
+        )
+        raise InputError(
+            "runtime", f"{rule}, and {bundle.folder} has only {got}; export the model again."
+        )
     for name in filter(is_installed, there):
         return name
     ways = " or ".join(f"`pip install {RUNTIMES[name].install}`" for name in there)
@@ -98,7 +105,10 @@ def _known(bundle: Bundle, runtime: str) -> str:
     check_known("runtime", runtime, RUNTIMES)
     if runtime not in bundle.card.artifacts:
         there = ", ".join(name for name in RUNTIMES if name in bundle.card.artifacts) or "none"
-        raise InputError("runtime", f"must be one that {bundle.folder} has an artifact for ({there}), got {runtime}.")
+        raise InputError(
+            "runtime",
+            f"must be one that {bundle.folder} has an artifact for ({there}), got {runtime}.",
+        )
     return runtime
 
 
@@ -106,7 +116,9 @@ def _load(bundle: Bundle, runtime: str, file: str) -> Callable[..., Sequence[np.
     """Gives a file to a runtime, which may find in its own way that it is none of its own."""
     own, content = RUNTIMES[runtime], bundle.read(file)
     if not is_installed(runtime):
-        raise InputError("runtime", f"{runtime} needs a package that is not here; `pip install {own.install}`.")
+        raise InputError(
+            "runtime", f"{runtime} needs a package that is not here; `pip install {own.install}`."
+        )
     try:
         return own.run(bundle, content)
     except InputError:
@@ -128,12 +140,18 @@ def _checked(
         outputs = run(*inputs)
     except Exception as error:  # of whatever type the runtime has for it
         fault = f"model does not run on what {CARD} says that it reads ({shortened(str(error))})"
-        raise InputError("bundle", f"names {bundle.folder}, whose {fault}: export the model again.") from error
+        raise InputError(
+            "bundle", f"names {bundle.folder}, whose {fault}: export the model again."
+        ) from error
     fits = [
         each.dtype == np.float32 and each.shape[1:] == (each.shape[1:] if shape is None else shape)
         for each, shape in zip(outputs, like, strict=False)
     ]
-    if len(outputs) != len(like) or not all(fits) or {len(each) for each in outputs} != {len(inputs[0])}:
+    if (
+        len(outputs) != len(like)
+        or not all(fits)
+        or {len(each) for each in outputs} != {len(inputs[0])}
+    ):
         got = ", ".join(f"{each.dtype} {list(each.shape)}" for each in outputs)
         fault = f"model returns {got} for {len(inputs[0])} examples, which is not what {CARD} says"
         raise InputError("bundle", f"names {bundle.folder}, whose {fault}: export the model again.")
@@ -143,8 +161,12 @@ def _checked(
 def _numpy(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]:
     if bundle.card.layers is None:
         raise ValueError(f"the card does not say how {WEIGHTS} make a perceptron")
-    predict = perceptron.make_predict(bundle.card.layers, tensors.parse(content), bundle.card.input_shape)
-    predict(np.zeros((1, *bundle.card.input_shape), bundle.card.input_dtype))  # so what does not fit is found here
+    predict = perceptron.make_predict(
+        bundle.card.layers, tensors.parse(content), bundle.card.input_shape
+    )
+    predict(
+        np.zeros((1, *bundle.card.input_shape), bundle.card.input_dtype)
+    )  # so what does not fit is found here
     return lambda inputs: [predict(inputs)]
 
 
@@ -154,10 +176,14 @@ def _onnx(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     # A file may say that its weights are in another one, which would be looked for where the process runs.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.devnull
+    )
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
-    return lambda *inputs: [np.asarray(each) for each in session.run(None, dict(zip(names, inputs, strict=True)))]
+    return lambda *inputs: [
+        np.asarray(each) for each in session.run(None, dict(zip(names, inputs, strict=True)))
+    ]
 
 
 def traceable(bundle: Bundle, content: bytes) -> Callable[..., Any]:
@@ -172,7 +198,10 @@ def traceable(bundle: Bundle, content: bytes) -> Callable[..., Any]:
     written = bundle.card.versions.get("jax", "0")
     if _numbers(jax.__version__) < _numbers(written):
         way_out = f"install jax {written} or newer, or take another runtime"
-        raise InputError("runtime", f"jax is {jax.__version__} here, older than the {written} that wrote: {way_out}.")
+        raise InputError(
+            "runtime",
+            f"jax is {jax.__version__} here, older than the {written} that wrote: {way_out}.",
+        )
     return export.deserialize(bytearray(content)).call
 
 

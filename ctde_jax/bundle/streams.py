@@ -21,7 +21,10 @@ def run(main: Callable[[Sequence[str]], int]) -> int:
     try:
         os.getcwd()
     except OSError as error:
-        print(f"error: the working folder cannot be used ({error.strerror}); change to another one.", file=sys.stderr)
+        print(
+            f"error: the working folder cannot be used ({error.strerror}); change to another one.",
+            file=sys.stderr,
+        )
         return 2
     status = 0
     try:
@@ -34,7 +37,9 @@ def run(main: Callable[[Sequence[str]], int]) -> int:
         if isinstance(error, BrokenPipeError):
             return status or 1
         if not status:
-            print(f"error: standard output cannot be written to: {error.strerror}.", file=sys.stderr)
+            print(
+                f"error: standard output cannot be written to: {error.strerror}.", file=sys.stderr
+            )
         return status or 2
     return status
 
@@ -82,7 +87,10 @@ class Screen:
             discard_output()
         with suppress(OSError):  # standard error may be gone, too
             reason = error.strerror or error
-            print(f"Standard output cannot be written to ({reason}), so the rest of it is dropped.", file=sys.stderr)
+            print(
+                f"Standard output cannot be written to ({reason}), so the rest of it is dropped.",
+                file=sys.stderr,
+            )
 
 
 def _exit_status(main: Callable[[Sequence[str]], int]) -> int:

@@ -34,12 +34,23 @@ def parse(content: bytes) -> dict[str, np.ndarray]:
         header = json.loads(content[8 : 8 + length])
         entries = {name: said for name, said in header.items() if name != "__metadata__"}
         return {name: _array(content, 8 + length, said) for name, said in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise Malformed(f"its header makes no sense ({error})") from error
 
 
 def _array(content: bytes, start: int, said: dict) -> np.ndarray:
-    dtype, shape, (first, last) = np.dtype(_DTYPES[said["dtype"]]), said["shape"], said["data_offsets"]
+    dtype, shape, (first, last) = (
+        np.dtype(_DTYPES[said["dtype"]]),
+        said["shape"],
+        said["data_offsets"],
+    )
     if not all(type(number) is int and 0 <= number < _LARGEST for number in (*shape, first, last)):
         raise ValueError("a number in it is none, or too large")
     if len(shape) > MOST_AXES:

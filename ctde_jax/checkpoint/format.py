@@ -87,7 +87,9 @@ def steps(folder: Path) -> list[int]:
     except (FileNotFoundError, NotADirectoryError):
         names = []
     except OSError as error:
-        raise InputError("run_dir", f"has checkpoints in {folder}, which cannot be read: {error.strerror}.") from error
+        raise InputError(
+            "run_dir", f"has checkpoints in {folder}, which cannot be read: {error.strerror}."
+        ) from error
     found = [re.fullmatch(r"step-(\d{8,})", name) for name in names]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
@@ -116,11 +118,15 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
         manifest = {
             "format": FORMAT,
             **facts,
-            "versions": {name: version(name) for name in ("ctde_jax", "jax", "flax", "optax", "numpy")},
+            "versions": {
+                name: version(name) for name in ("ctde_jax", "jax", "flax", "optax", "numpy")
+            },
             "tensors": {name: describe(tensor) for name, tensor in sorted(tensors.items())},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(folder / MANIFEST, folder / TENSORS)  # which safetensors makes the owner's alone
+        shutil.copymode(
+            folder / MANIFEST, folder / TENSORS
+        )  # which safetensors makes the owner's alone
         (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
 
 
@@ -153,7 +159,11 @@ def parse(manifest: bytes, path: Path) -> tuple[Facts, dict[str, Facts]]:
         says = json.loads(manifest)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: {MANIFEST} is no JSON ({error})") from error
-    if not (isinstance(says, dict) and isinstance(says.get("format"), int) and isinstance(says.get("tensors"), dict)):
+    if not (
+        isinstance(says, dict)
+        and isinstance(says.get("format"), int)
+        and isinstance(says.get("tensors"), dict)
+    ):
         raise Damaged(f"{path}: {MANIFEST} is none of a checkpoint")
     if says["format"] > FORMAT:
         raise InputError(
@@ -187,15 +197,30 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
         except Damaged as error:
             say(f"damaged    {error}; going back to an older checkpoint")
     if found:
-        raise InputError("run_dir", f"has no checkpoint that is intact in {folder}; name another folder.")
+        raise InputError(
+            "run_dir", f"has no checkpoint that is intact in {folder}; name another folder."
+        )
     return None
 
 
 class Saver:
     """Writes checkpoints in a thread, one after another; keeps the newest, and the best. Made by `open_saver`."""
 
-    def __init__(self, folder: Path, keep: int, choose: Choose | None, beside: Path, thread: ThreadPoolExecutor):
-        self._folder, self._keep, self._choose, self._beside, self._thread = folder, keep, choose, beside, thread
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        choose: Choose | None,
+        beside: Path,
+        thread: ThreadPoolExecutor,
+    ):
+        self._folder, self._keep, self._choose, self._beside, self._thread = (
+            folder,
+            keep,
+            choose,
+            beside,
+            thread,
+        )
         self._last: Future[None] | None = None
 
     def save(self, step: int, tensors: Tensors, facts: Facts) -> None:
@@ -233,7 +258,9 @@ class Saver:
             write(path_of(self._folder, step), tensors, facts)
             there = steps(self._folder)
             past = [number for number in there if number <= step]
-            kept = {path_of(self._folder, number) for number in past[: self._keep]} | {self._best(past)}
+            kept = {path_of(self._folder, number) for number in past[: self._keep]} | {
+                self._best(past)
+            }
             for number in there:  # also those that a damaged newer one has left behind
                 old = path_of(self._folder, number)
                 if old not in kept:
@@ -291,7 +318,9 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
     except OSError as error:
-        raise InputError("run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}.") from error
+        raise InputError(
+            "run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}."
+        ) from error
     except UnicodeDecodeError as error:
         raise Damaged(f"{path}: {SUMS} is no text any more") from error
     except SafetensorError as error:
@@ -309,7 +338,11 @@ def _measured(path: Path) -> Facts | None:
 def _tensor(file: safe_open, name: str) -> np.ndarray:
     try:
         return file.get_tensor(name)
-    except (AttributeError, TypeError, ValueError) as error:  # it has a type or a shape that numpy has not
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # it has a type or a shape that numpy has not
         raise SafetensorError(str(error)) from error
 
 
@@ -332,7 +365,9 @@ def _find_damage(path: Path) -> str:
     _, described = parse((path / MANIFEST).read_bytes(), path)
     try:
         with safe_open(path / TENSORS, framework="numpy") as file:
-            tensors = [name for name in described if describe(_tensor(file, name)) != described[name]]
+            tensors = [
+                name for name in described if describe(_tensor(file, name)) != described[name]
+            ]
     except SafetensorError:
         return f"the header or the length of {TENSORS}"
     if not tensors:

@@ -86,24 +86,40 @@ class Identity:
         """
         if before is None:
             return Difference([], [], ["data and program, of which the checkpoint has no digests"])
-        notes = ["the training batches, which arrive one after another"] if self._data.stream else []
+        notes = (
+            ["the training batches, which arrive one after another"] if self._data.stream else []
+        )
         data = differing(before["data"], self.facts["data"])
-        others = {name: number for name, number in before["versions"].items() if number != _versions().get(name)}
+        others = {
+            name: number
+            for name, number in before["versions"].items()
+            if number != _versions().get(name)
+        }
         if others:
             there = ", ".join(f"{name} {number}" for name, number in others.items())
             here = ", ".join(f"{name} {_versions().get(name, 'not installed')}" for name in others)
             return Difference(
-                data, [], [*notes, f"the program, which was traced by {there} and is now traced by {here}"]
+                data,
+                [],
+                [*notes, f"the program, which was traced by {there} and is now traced by {here}"],
             )
         program, unstable = self._compare_program(before, bool(data))
         return Difference(
-            data, program, notes + [f"{name}, which is traced differently each time" for name in unstable]
+            data,
+            program,
+            notes + [f"{name}, which is traced differently each time" for name in unstable],
         )
 
-    def _compare_program(self, before: Mapping[str, Any], data_differ: bool) -> tuple[list[str], list[str]]:
+    def _compare_program(
+        self, before: Mapping[str, Any], data_differ: bool
+    ) -> tuple[list[str], list[str]]:
         """Names the parts that differ, and those of which two traces in this process already differ."""
         there = {name: tuple(part) for name, part in before["program"].items()}
-        here = self.facts["program"] if before["replicas"] == self._replicas else self._trace(before["replicas"])
+        here = (
+            self.facts["program"]
+            if before["replicas"] == self._replicas
+            else self._trace(before["replicas"])
+        )
         here = {name: tuple(part) for name, part in here.items()}
         names = [
             name
@@ -112,11 +128,15 @@ class Identity:
         ]
         if not names:
             return [], []
-        again = self._trace(before["replicas"])  # one whose constants are drawn while it is traced has no digest
+        again = self._trace(
+            before["replicas"]
+        )  # one whose constants are drawn while it is traced has no digest
         unstable = [name for name in names if again.get(name) != here.get(name)]
         names = [name for name in names if name not in unstable]
         given_the_same = [
-            name for name in names if name not in there or name not in here or there[name][0] == here[name][0]
+            name
+            for name in names
+            if name not in there or name not in here or there[name][0] == here[name][0]
         ]
         return (given_the_same if given_the_same or data_differ else names), unstable
 
@@ -183,7 +203,9 @@ def parts_of(
         return opt_state, whole.update(grads, opt_state, params, value=lambda: value)
 
     def digest(given: tuple[PyTree, ...], *programs: tuple[Any, ...]) -> Part:
-        return digest_of_shapes(*given), "".join(digest_of(*each, replicas=replicas) for each in programs)
+        return digest_of_shapes(*given), "".join(
+            digest_of(*each, replicas=replicas) for each in programs
+        )
 
     center, predicted = (params, model_state), (outputs, labels)
     parts = {
@@ -194,16 +216,23 @@ def parts_of(
     for name, metric in task.metrics.items():
         parts[f"the metric {name}"] = digest(predicted, (metric, *predicted))
     for name, function in task.of_the_loss.items():
-        parts[f"the metric {name}"] = digest_of_shapes(), repr([_probed(function, loss) for loss in _PROBES])
+        parts[f"the metric {name}"] = (
+            digest_of_shapes(),
+            repr([_probed(function, loss) for loss in _PROBES]),
+        )
     parts["the optimizer"] = digest((params,), (optimize, params, params, number))
     try:
         agree = _agreement(strategy)
         parts["the strategy"] = digest((params,), (agree, params, params, number, key))
-    except InputError as error:  # it does not run on so many replicas, unlike that of the checkpoint
+    except (
+        InputError
+    ) as error:  # it does not run on so many replicas, unlike that of the checkpoint
         parts["the strategy"] = digest_of_shapes(params), str(error)
     if augment is not None:
         numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
-        parts["the augmentation"] = digest((raw,), (lambda *of: apply_to(augment, *of), key, raw, numbers))
+        parts["the augmentation"] = digest(
+            (raw,), (lambda *of: apply_to(augment, *of), key, raw, numbers)
+        )
     return parts
 
 
@@ -224,18 +253,25 @@ def _agreement(strategy: Strategy) -> Callable[..., PyTree]:
         if strategy.inner_steps:
             outer = adapted(strategy.outer)
             outer_state = outer.init(params)
-            results += [outer_state, outer.update(message, outer_state, params, value=lambda: weight)]
+            results += [
+                outer_state,
+                outer.update(message, outer_state, params, value=lambda: weight),
+            ]
         return results
 
     return agree
 
 
-def _differentiated(function: Callable[[PyTree], tuple[PyTree, PyTree]], argument: PyTree) -> PyTree:
+def _differentiated(
+    function: Callable[[PyTree], tuple[PyTree, PyTree]], argument: PyTree
+) -> PyTree:
     """Returns what a function computes, and the gradient of the sum of its first result's floating-point leaves."""
 
     def total(argument: PyTree) -> tuple[jax.Array, PyTree]:
         results = function(argument)
-        leaves = [leaf for leaf in jax.tree.leaves(results[0]) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        leaves = [
+            leaf for leaf in jax.tree.leaves(results[0]) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ]
         return sum((jnp.sum(leaf.real) for leaf in leaves), jnp.float32(0)), results
 
     grads, results = jax.grad(total, has_aux=True, allow_int=True)(argument)

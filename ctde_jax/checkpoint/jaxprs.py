@@ -27,7 +27,14 @@ _INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custo
 """Calls that compute what their jaxpr does. Derivatives of custom rules are in the program where they are taken."""
 
 _IGNORED_OPERATIONS = ("debug_callback", "debug_print")
-_IGNORED_PARAMETERS = ("name", "debug_info", "name_and_src_info", "source_info", "ctx_mesh", "metadata")
+_IGNORED_PARAMETERS = (
+    "name",
+    "debug_info",
+    "name_and_src_info",
+    "source_info",
+    "ctx_mesh",
+    "metadata",
+)
 """Parameters of operations that tell where they come from, and not what they compute."""
 
 
@@ -51,13 +58,17 @@ def digest_of_shapes(*tree: PyTree) -> str:
 
 
 def _program(jaxpr: Jaxpr, consts: Sequence[Any]) -> Digest:
-    known = [_value(const) for const in consts] or [_joined("const", place) for place in range(len(jaxpr.constvars))]
+    known = [_value(const) for const in consts] or [
+        _joined("const", place) for place in range(len(jaxpr.constvars))
+    ]
     inputs = [_joined("input", place, str(var.aval)) for place, var in enumerate(jaxpr.invars)]
     effects: list[Digest] = []
     return _joined("program", *_outputs(jaxpr, known, inputs, effects), *effects)
 
 
-def _outputs(jaxpr: Jaxpr, consts: Sequence[Digest], inputs: Sequence[Digest], effects: list[Digest]) -> list[Digest]:
+def _outputs(
+    jaxpr: Jaxpr, consts: Sequence[Digest], inputs: Sequence[Digest], effects: list[Digest]
+) -> list[Digest]:
     """Returns the digests of a jaxpr's outputs, and appends those of operations that have effects."""
     digests = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
 
@@ -79,7 +90,9 @@ def _results(equation: JaxprEqn, operands: list[Digest], effects: list[Digest]) 
         return _outputs(called.jaxpr, [_value(const) for const in called.consts], operands, effects)
     if operation in _IGNORED_OPERATIONS:
         return [_joined(operation) for _ in equation.outvars]
-    kept = {name: value for name, value in equation.params.items() if name not in _IGNORED_PARAMETERS}
+    kept = {
+        name: value for name, value in equation.params.items() if name not in _IGNORED_PARAMETERS
+    }
     whole = _joined(operation, _value(kept), *operands)
     if equation.effects:
         effects.append(whole)
@@ -102,13 +115,17 @@ def _value(value: Any) -> Digest:
         case tuple() | list():
             return _joined("sequence", *map(_value, value))
         case dict():
-            return _joined("mapping", *sorted(_joined(str(key), _value(each)) for key, each in value.items()))
+            return _joined(
+                "mapping", *sorted(_joined(str(key), _value(each)) for key, each in value.items())
+            )
         case set() | frozenset():
             return _joined("set", *sorted(map(_value, value)))
         case partial():
             return _joined("partial", _value(value.args), _value(value.keywords))
     if is_dataclass(value) and not callable(value):
-        return _joined(type(value).__name__, *(_value(getattr(value, field.name)) for field in fields(value)))
+        return _joined(
+            type(value).__name__, *(_value(getattr(value, field.name)) for field in fields(value))
+        )
     if callable(value) or hasattr(value, "call_wrapped"):
         return _joined("function")
     return _joined(type(value).__name__, re.sub(r"0x[0-9a-f]+", "", repr(value)))

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ctde_jax.checkpoint.format import Checkpoint, Damaged, Facts, newest, newest_intact, read, steps
+from ctde_jax.checkpoint.format import (
+    Checkpoint,
+    Damaged,
+    Facts,
+    newest,
+    newest_intact,
+    read,
+    steps,
+)
 from ctde_jax.checkpoint.identity import Identity, is_identity
 from ctde_jax.checkpoint.position import Position
 from ctde_jax.checkpoint.run_folder import CHECKPOINTS, check_new, make_way
@@ -47,7 +55,12 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find(
-    folder: Path, resume: bool, branch_from: Path | None, options: Options, identity: Identity, say: Say
+    folder: Path,
+    resume: bool,
+    branch_from: Path | None,
+    options: Options,
+    identity: Identity,
+    say: Say,
 ) -> Checkpoint | None:
     """Returns the checkpoint from which a run continues: its newest intact one, or if it has none, another run's.
 
@@ -87,7 +100,9 @@ def find(
 
 def completed(step: int, options: Options) -> str:
     """Returns the line that is printed of a run that was complete before it was called again."""
-    way = "--resume never or another --run-dir" if options.flag else "resume=False or another run_dir"
+    way = (
+        "--resume never or another --run-dir" if options.flag else "resume=False or another run_dir"
+    )
     return f"complete   nothing was trained: this run was complete at step {step:,}; {way} trains it from the start"
 
 
@@ -100,23 +115,34 @@ def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | No
         if checkpoint is None:
             return None
         found.append(checkpoint)
-        tensors = {name: [tensor.shape, str(tensor.dtype)] for name, tensor in checkpoint.tensors.items()}
+        tensors = {
+            name: [tensor.shape, str(tensor.dtype)] for name, tensor in checkpoint.tensors.items()
+        }
         return {"path": str(checkpoint.path), "tensors": tensors, "facts": checkpoint.facts}
 
     told = hosts.of_the_first(describe)
     if told is None:
         return None
-    like = found[0].tensors if found else {name: np.zeros(*each) for name, each in told["tensors"].items()}
+    like = (
+        found[0].tensors
+        if found
+        else {name: np.zeros(*each) for name, each in told["tensors"].items()}
+    )
     return Checkpoint(Path(told["path"]), hosts.arrays_of_the_first(like), told["facts"])
 
 
 def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Checkpoint:
     if (path / CHECKPOINTS).is_dir() and steps(path / CHECKPOINTS):
-        raise InputError("branch_from", f"must name a checkpoint, such as {newest(path / CHECKPOINTS)}, got a run.")
+        raise InputError(
+            "branch_from",
+            f"must name a checkpoint, such as {newest(path / CHECKPOINTS)}, got a run.",
+        )
     try:
         found = read(path)
     except Damaged as error:
-        raise InputError("branch_from", f"must name the folder of an intact checkpoint, but {error}.") from error
+        raise InputError(
+            "branch_from", f"must name the folder of an intact checkpoint, but {error}."
+        ) from error
     check_facts(found, "branch_from")
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
@@ -137,14 +163,25 @@ def check_facts(found: Checkpoint, option: str) -> None:
     kinds = {"position": dict, "rows": int, "replicas": int, "options": dict}
     for name, kind in kinds.items():
         if not isinstance(found.facts.get(name), kind):
-            raise InputError(option, f"leads to the checkpoint {found.path}, whose manifest does not say its {name}.")
+            raise InputError(
+                option,
+                f"leads to the checkpoint {found.path}, whose manifest does not say its {name}.",
+            )
     if "identity" in found.facts and not is_identity(found.facts["identity"]):
-        raise InputError(option, f"leads to the checkpoint {found.path}, whose identity is not that of a run.")
+        raise InputError(
+            option, f"leads to the checkpoint {found.path}, whose identity is not that of a run."
+        )
     if not isinstance(found.facts.get("best"), dict | None):
-        raise InputError(option, f"leads to the checkpoint {found.path}, whose best is not that of a run.")
+        raise InputError(
+            option, f"leads to the checkpoint {found.path}, whose best is not that of a run."
+        )
     position = found.facts["position"]
-    if position.keys() != {*Position._fields} or not all(isinstance(value, int | float) for value in position.values()):
-        raise InputError(option, f"leads to the checkpoint {found.path}, whose position is not that of a run.")
+    if position.keys() != {*Position._fields} or not all(
+        isinstance(value, int | float) for value in position.values()
+    ):
+        raise InputError(
+            option, f"leads to the checkpoint {found.path}, whose position is not that of a run."
+        )
 
 
 def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
@@ -163,7 +200,9 @@ def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
     return [differs(name) for name in names if name not in _DECIDE_NOTHING]
 
 
-def _differences(found: Checkpoint, options: Options, identity: Identity) -> tuple[list[str], list[str]]:
+def _differences(
+    found: Checkpoint, options: Options, identity: Identity
+) -> tuple[list[str], list[str]]:
     """Lists what differs between a checkpoint and a run, by kind, and what could not be compared.
 
     If options of a command line differ, they are the reason of whatever else does.
@@ -174,5 +213,9 @@ def _differences(found: Checkpoint, options: Options, identity: Identity) -> tup
     if others and options.flag:
         kinds = {"options": others}
     article = {"program": "another"}
-    named = [f"{article.get(kind, 'other')} {kind}: {'; '.join(names)}" for kind, names in kinds.items() if names]
+    named = [
+        f"{article.get(kind, 'other')} {kind}: {'; '.join(names)}"
+        for kind, names in kinds.items()
+        if names
+    ]
     return named, difference.notes

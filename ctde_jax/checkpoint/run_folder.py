@@ -47,7 +47,9 @@ def claimed(folder: Path) -> Iterator[Path]:
                 lock.acquire()
             except Timeout as error:
                 rule = f"must not be used by two trainers at once, but another one is writing to {folder}"
-                raise InputError("run_dir", f"{rule}; wait for its end, or name another folder.") from error
+                raise InputError(
+                    "run_dir", f"{rule}; wait for its end, or name another folder."
+                ) from error
         try:
             yield folder
         except BaseException:
@@ -85,7 +87,9 @@ def check_outside(path: Path, folder: Path) -> None:
     own, source = folder.resolve(), path.expanduser().resolve()
     if source == own or any(source.is_relative_to(own / name) for name in _OF_A_RUN):
         rule = "must not be in the folder of this run, whose checkpoints change as it trains"
-        raise InputError("init_from", f"{rule}, got {shortened(str(path))}; name another folder for this run.")
+        raise InputError(
+            "init_from", f"{rule}, got {shortened(str(path))}; name another folder for this run."
+        )
 
 
 def make_way(folder: Path, resume: bool, say: Callable[[str], None]) -> None:

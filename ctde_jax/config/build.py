@@ -13,7 +13,13 @@ import optax
 from ctde_jax import aggregate, data, models
 from ctde_jax.aggregate import Codec, Combine, Strategy
 from ctde_jax.config import optimizers
-from ctde_jax.config.options import AggregationOptions, Config, DataOptions, ModelOptions, OptimizationOptions
+from ctde_jax.config.options import (
+    AggregationOptions,
+    Config,
+    DataOptions,
+    ModelOptions,
+    OptimizationOptions,
+)
 from ctde_jax.config.presets import PRESETS
 from ctde_jax.config.rules import check_aggregation, check_files
 from ctde_jax.data import (
@@ -26,7 +32,15 @@ from ctde_jax.data import (
     targets_or_classes,
 )
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
-from ctde_jax.models import Model, Task, classification, initializers, language_modeling, mup, smoothed
+from ctde_jax.models import (
+    Model,
+    Task,
+    classification,
+    initializers,
+    language_modeling,
+    mup,
+    smoothed,
+)
 from ctde_jax.trainer import Training
 
 
@@ -76,7 +90,11 @@ def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
         raise InputError("data_file", f"{rule}, {targets_or_classes(dataset.train.labels)}.")
     if chosen.sequence != "none":
         dataset = data.as_sequence(dataset, chosen.sequence)
-    return data.hold_out(dataset, chosen.validation_share, seed) if chosen.validation_share else dataset
+    return (
+        data.hold_out(dataset, chosen.validation_share, seed)
+        if chosen.validation_share
+        else dataset
+    )
 
 
 def _load(chosen: DataOptions) -> Dataset:
@@ -99,7 +117,9 @@ def _load(chosen: DataOptions) -> Dataset:
 
 def build_task(chosen: OptimizationOptions, dataset: Dataset) -> Task:
     """Builds what the data are for: the class of an example, or the next character of a text."""
-    return smoothed(language_modeling if dataset.vocabulary else classification, chosen.label_smoothing)
+    return smoothed(
+        language_modeling if dataset.vocabulary else classification, chosen.label_smoothing
+    )
 
 
 def build_augment(chosen: DataOptions) -> Augment | None:
@@ -111,7 +131,9 @@ def build_augment(chosen: DataOptions) -> Augment | None:
         *([augment.cutout(chosen.cutout)] if chosen.cutout else []),
     ]
     if parts and chosen.sequence != "none":
-        raise InputError("sequence", "must be none where pictures are augmented: they are no pictures any more.")
+        raise InputError(
+            "sequence", "must be none where pictures are augmented: they are no pictures any more."
+        )
     return augment.chain(*parts) if parts else None
 
 
@@ -120,12 +142,15 @@ def make_partition(
 ) -> list[np.ndarray] | None:
     """Shares the training examples out to the devices, or to clients, for good; or not at all."""
     if chosen.clients is not None and chosen.partition == "reshuffled":
-        raise InputError("clients", "need a --partition that stays, such as iid, got --partition reshuffled.")
+        raise InputError(
+            "clients", "need a --partition that stays, such as iid, got --partition reshuffled."
+        )
     check_at_least(replicas, clients=chosen.clients)
     check_at_most(len(labels), clients=chosen.clients)
     if labels.ndim > 1 and chosen.partition in ("by_label", "dirichlet"):
         raise InputError(
-            "partition", f"must be reshuffled or iid where examples have no class, got {chosen.partition}."
+            "partition",
+            f"must be reshuffled or iid where examples have no class, got {chosen.partition}.",
         )
     parts = chosen.clients or replicas
     match chosen.partition:
@@ -151,7 +176,9 @@ def build_model(chosen: ModelOptions, dataset: Dataset) -> Model:
     return models.in_bfloat16(model) if chosen.precision == "bf16" else model
 
 
-def build_optimizer(chosen: Config, dataset: Dataset, total_steps: int) -> optax.GradientTransformation:
+def build_optimizer(
+    chosen: Config, dataset: Dataset, total_steps: int
+) -> optax.GradientTransformation:
     """Builds the optimizer of a run of so many steps."""
     options = chosen.optimization
     optimizer = optimizers.build(
@@ -168,7 +195,9 @@ def build_optimizer(chosen: Config, dataset: Dataset, total_steps: int) -> optax
     if base is None:
         return optimizer
     if options.optimizer not in ("adam", "adamw", "lion"):
-        raise InputError("optimizer", f"must be adam, adamw or lion with --init mup, got {options.optimizer}.")
+        raise InputError(
+            "optimizer", f"must be adam, adamw or lion with --init mup, got {options.optimizer}."
+        )
     return optax.chain(optimizer, mup.scale_learning_rates(base, dataset.train.inputs[:1]))
 
 
@@ -179,7 +208,10 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
     check_at_least(1, base_width=chosen.base_width)
     base = chosen.base_width
     if base is None:
-        raise InputError("base_width", "must say at which width the learning rate was found for --init mup, got none.")
+        raise InputError(
+            "base_width",
+            "must say at which width the learning rate was found for --init mup, got none.",
+        )
     match chosen.model:
         case "mlp":
             return _build_network(replace(chosen, widths=(base,) * len(chosen.widths)), dataset)
@@ -187,10 +219,17 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
             return _build_network(replace(chosen, width=base), dataset)
         case "transformer":
             if base * chosen.heads % chosen.width:
-                raise InputError("base_width", f"must be a multiple of {chosen.width // chosen.heads}, a head's width.")
-            return _build_network(replace(chosen, width=base, heads=base * chosen.heads // chosen.width), dataset)
+                raise InputError(
+                    "base_width",
+                    f"must be a multiple of {chosen.width // chosen.heads}, a head's width.",
+                )
+            return _build_network(
+                replace(chosen, width=base, heads=base * chosen.heads // chosen.width), dataset
+            )
         case _:
-            raise InputError("init", f"must not be mup for {chosen.model}, whose widths do not grow together.")
+            raise InputError(
+                "init", f"must not be mup for {chosen.model}, whose widths do not grow together."
+            )
 
 
 _MOST_LAYERS = 1000
@@ -212,27 +251,41 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
         case "cnn":
             return models.cnn(shape, classes, chosen.dropout)
         case "resnet":
-            return models.resnet(shape, classes, chosen.widths, chosen.layers, chosen.norm, chosen.batch_statistics)
+            return models.resnet(
+                shape, classes, chosen.widths, chosen.layers, chosen.norm, chosen.batch_statistics
+            )
         case "lstm" | "gru":
             if len(shape) != 2:
                 way_out = "; give --sequence rows or pixels" if len(shape) == 3 else ""
                 raise InputError(
-                    "model", f"{chosen.model} reads sequences [length, features], got examples of {shape}{way_out}."
+                    "model",
+                    f"{chosen.model} reads sequences [length, features], got examples of {shape}{way_out}.",
                 )
-            return models.rnn_classifier(shape[-1], classes, chosen.width, chosen.layers, chosen.model, chosen.dropout)
+            return models.rnn_classifier(
+                shape[-1], classes, chosen.width, chosen.layers, chosen.model, chosen.dropout
+            )
         case _:
-            raise InputError("model", f"{chosen.model} reads texts (--dataset text), got the data set {dataset.name}.")
+            raise InputError(
+                "model",
+                f"{chosen.model} reads texts (--dataset text), got the data set {dataset.name}.",
+            )
 
 
 def _build_language_model(chosen: ModelOptions, dataset: Dataset) -> Model:
     vocabulary, length = len(dataset.vocabulary), dataset.train.inputs.shape[1]
     match chosen.model:
         case "lstm" | "gru":
-            return models.rnn_language_model(vocabulary, chosen.width, chosen.layers, chosen.model, chosen.dropout)
+            return models.rnn_language_model(
+                vocabulary, chosen.width, chosen.layers, chosen.model, chosen.dropout
+            )
         case "transformer":
-            return models.transformer(vocabulary, length, chosen.width, chosen.layers, chosen.heads, chosen.dropout)
+            return models.transformer(
+                vocabulary, length, chosen.width, chosen.layers, chosen.heads, chosen.dropout
+            )
         case _:
-            raise InputError("model", f"must be lstm, gru or transformer for a text, got {chosen.model}.")
+            raise InputError(
+                "model", f"must be lstm, gru or transformer for a text, got {chosen.model}."
+            )
 
 
 def strategy(name: str, **options: Any) -> Strategy:
@@ -284,7 +337,11 @@ def _build_reduce(chosen: AggregationOptions) -> optax.GradientTransformation:
         reduce = aggregate.mean()
     else:
         codec = _build_codec(chosen)
-        reduce = aggregate.two_phase(codec, combine) if chosen.exchange == "two_phase" else aggregate.gathered(codec)
+        reduce = (
+            aggregate.two_phase(codec, combine)
+            if chosen.exchange == "two_phase"
+            else aggregate.gathered(codec)
+        )
     if chosen.clip_norm is None:
         return reduce
     return aggregate.private(chosen.clip_norm, chosen.noise_multiplier, reduce)
@@ -301,7 +358,9 @@ def _build_codec(chosen: AggregationOptions) -> Codec:
         "random_k": lambda: aggregate.random_k(chosen.keep, chosen.chunk, _build_values(chosen)),
     }
     codec = codecs[chosen.reduce]()
-    return aggregate.error_feedback(codec, chosen.feedback_decay) if chosen.error_feedback else codec
+    return (
+        aggregate.error_feedback(codec, chosen.feedback_decay) if chosen.error_feedback else codec
+    )
 
 
 def _build_values(chosen: AggregationOptions) -> Codec:
@@ -310,7 +369,8 @@ def _build_values(chosen: AggregationOptions) -> Codec:
         return aggregate.exact()
     if chosen.keep % 8:
         raise InputError(
-            "keep", f"must be a multiple of 8 where numbers are kept as {chosen.kept_as}, got {chosen.keep}."
+            "keep",
+            f"must be a multiple of 8 where numbers are kept as {chosen.kept_as}, got {chosen.keep}.",
         )
     block = max(size for size in range(8, min(chosen.keep, 256) + 1, 8) if chosen.keep % size == 0)
     if chosen.kept_as == "sign":
@@ -346,7 +406,9 @@ def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
         "average": lambda: aggregate.AVERAGE,
         "momentum": lambda: optax.sgd(rate, momentum=momentum),
         "nesterov": lambda: optax.sgd(rate, momentum=momentum, nesterov=True),
-        "adam": lambda: optax.adam(rate, b2=0.99, eps=1e-3),  # the values of Reddi et al., 2021; optax corrects bias
+        "adam": lambda: optax.adam(
+            rate, b2=0.99, eps=1e-3
+        ),  # the values of Reddi et al., 2021; optax corrects bias
     }
     outer = outers[chosen.outer]()
     return optax.chain(aggregate.isotropic(), outer) if chosen.isotropic else outer
@@ -354,5 +416,7 @@ def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
 
 def _data_file(chosen: DataOptions) -> Path:
     if chosen.data_file is None:
-        raise InputError("data_file", f"must name your file for --dataset {chosen.dataset}, got none.")
+        raise InputError(
+            "data_file", f"must name your file for --dataset {chosen.dataset}, got none."
+        )
     return chosen.data_file

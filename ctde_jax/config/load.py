@@ -124,7 +124,9 @@ def _check_options(found: Checkpoint, chosen: Config) -> None:
     """Raises InputError if options are not those that the checkpoint was written with, as in an edited config.json."""
     sealed, now = found.facts.get("given_options"), Options(plain(deciding(chosen)), flag)
     if not isinstance(sealed, dict):
-        console().print(f"           not compared with {found.path}: the options, which it does not list")
+        console().print(
+            f"           not compared with {found.path}: the options, which it does not list"
+        )
         return
     different = different_options({name: sealed[name] for name in sealed if name in now}, now)
     if different:
@@ -143,7 +145,9 @@ def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Datase
     """
     identity = found.facts.get("identity")
     if identity is None:
-        console().print(f"           not compared with {found.path}: the data, of which it has no digests")
+        console().print(
+            f"           not compared with {found.path}: the data, of which it has no digests"
+        )
         return data
     before = {name: digest for name, digest in identity["data"].items() if name != "the partition"}
     different = differing(before, digests_of(data))
@@ -163,7 +167,9 @@ def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Datase
     )
 
 
-def _center(found: Checkpoint, model: Model, data: Dataset, may_be_best: bool) -> tuple[tuple[PyTree, PyTree], bool]:
+def _center(
+    found: Checkpoint, model: Model, data: Dataset, may_be_best: bool
+) -> tuple[tuple[PyTree, PyTree], bool]:
     """Returns central parameters and model state, and whether they are the best of all evaluations."""
     like = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), data.train.inputs[:1])
     best = _beginning(found, f"{BEST}/")
@@ -175,7 +181,9 @@ def _center(found: Checkpoint, model: Model, data: Dataset, may_be_best: bool) -
     whole = {"ema_params" if averaged else "params": like[0]}
     wanted = state.named(whole)
     agreed = {
-        name: tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(tensor.dtype)
+        name: tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(
+            tensor.dtype
+        )
         if name in wanted and tensor.shape[1:] == wanted[name].shape
         else tensor
         for name, tensor in params.items()
@@ -190,7 +198,9 @@ def _opt_state(found: Checkpoint, chosen: Config, data: Dataset, params: PyTree)
     optimizer = build.build_optimizer(chosen, data, found.facts["options"]["steps"])
     like = jax.eval_shape(adapted(optimizer).init, params)
     prefix = SCALED if chosen.optimization.on_nonfinite == "rollback" else "opt_state/1/"
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in _beginning(found, prefix).items()}
+    tensors = {
+        name.removeprefix(prefix): tensor for name, tensor in _beginning(found, prefix).items()
+    }
     return state.in_place(tensors, like, "run_dir")
 
 
@@ -213,7 +223,9 @@ def _reestimated(
     source = make_source(data, len(devices), batch_size, seed, partition, max(1, inner_steps))
     _, train_key = jax.random.split(jax.random.key(seed))
     feed, key = source.feed(devices), replica.replicate(train_key, devices)
-    reestimate = of_first_steps(model, feed, devices, source.axis, chosen.run.reestimate_batches, key)
+    reestimate = of_first_steps(
+        model, feed, devices, source.axis, chosen.run.reestimate_batches, key
+    )
     return jax.device_get(reestimate(*replica.replicate((params, model_state), devices)))
 
 

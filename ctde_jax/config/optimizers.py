@@ -14,8 +14,12 @@ OPTIMIZERS = {
     "sgd": optax.sgd,
     "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
     "adam": optax.adam,
-    "adamw": lambda learning_rate, decay=1e-4: optax.adamw(learning_rate, weight_decay=decay, mask=is_decayed),
-    "lion": lambda learning_rate, decay=1e-3: optax.lion(learning_rate, weight_decay=decay, mask=is_decayed),
+    "adamw": lambda learning_rate, decay=1e-4: optax.adamw(
+        learning_rate, weight_decay=decay, mask=is_decayed
+    ),
+    "lion": lambda learning_rate, decay=1e-3: optax.lion(
+        learning_rate, weight_decay=decay, mask=is_decayed
+    ),
     "muon": lambda learning_rate, decay=0.0: optax.contrib.muon(learning_rate, weight_decay=decay),
 }
 """Functions of the learning rate, and where they know it of the decoupled weight decay."""
@@ -56,7 +60,9 @@ def build(
     rate = build_schedule(learning_rate, schedule, warmup_steps, total_steps, schedule_start)
     decay = () if weight_decay is None else (weight_decay,)
     if decay and name not in DECAYING:
-        raise InputError("weight_decay", f"goes with {', '.join(DECAYING)}, got the optimizer {name}.")
+        raise InputError(
+            "weight_decay", f"goes with {', '.join(DECAYING)}, got the optimizer {name}."
+        )
     if weight_decay is not None and not 0 <= weight_decay < inf:
         raise InputError("weight_decay", f"must be at least 0 and finite, got {weight_decay}.")
     # hyperparameters are part of the state, so that the learning rate of a step can be logged
@@ -65,7 +71,9 @@ def build(
     if max_grad_norm is None:
         return optimizer
     if not 0 < max_grad_norm < inf:
-        raise InputError("max_grad_norm", f"must be greater than 0 and finite, got {max_grad_norm}.")
+        raise InputError(
+            "max_grad_norm", f"must be greater than 0 and finite, got {max_grad_norm}."
+        )
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
 
 
@@ -87,7 +95,9 @@ def build_schedule(
     """Builds the function from the optimizer step to the learning rate; arguments as in `build`."""
     check_known("schedule", schedule, SCHEDULES)
     if not 0 < learning_rate < inf:
-        raise InputError("learning_rate", f"must be greater than 0 and finite, got {learning_rate}.")
+        raise InputError(
+            "learning_rate", f"must be greater than 0 and finite, got {learning_rate}."
+        )
     check_at_least(0, warmup_steps=warmup_steps, schedule_start=schedule_start)
     decay_steps = total_steps - schedule_start - warmup_steps
     if schedule_start and total_steps <= schedule_start:

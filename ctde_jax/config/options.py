@@ -12,7 +12,9 @@ from ctde_jax.config.presets import MODELS, PRESETS, describe
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
-Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")]
+Names = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")
+]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 StrategyName = Annotated[
@@ -83,7 +85,9 @@ class ModelOptions:
 
     model: Annotated[
         Literal[tuple(MODELS)],  # pyright: ignore[reportInvalidTypeForm]
-        tyro.conf.arg(help=f"The network, and default values for the options of its kind.\n{describe(MODELS)}"),
+        tyro.conf.arg(
+            help=f"The network, and default values for the options of its kind.\n{describe(MODELS)}"
+        ),
     ] = "mlp"
 
     widths: tuple[int, ...] = (128,)
@@ -112,9 +116,17 @@ class ModelOptions:
     """Examples over which --norm batch takes its statistics. synchronized: the whole batch, so the number of devices
     changes nothing; with --sync-every, the examples of one device. averaged: always the examples of one device."""
 
-    init: Literal["flax", "glorot", "he", "orthogonal", "delta_orthogonal", "recurrent", "residual", "lsuv", "mup"] = (
-        "flax"
-    )
+    init: Literal[
+        "flax",
+        "glorot",
+        "he",
+        "orthogonal",
+        "delta_orthogonal",
+        "recurrent",
+        "residual",
+        "lsuv",
+        "mup",
+    ] = "flax"
     """How the weights start."""
 
     base_width: Count = None
@@ -201,11 +213,19 @@ class AggregationOptions:
     synchronous_steps: int = 0
     """Steps at the start of the run at which the gradients are averaged, before --sync-every begins."""
 
-    reduce: Literal["mean", "int8", "int4", "int2", "sign", "top_k", "random_k", "power_sgd"] = "mean"
+    reduce: Literal["mean", "int8", "int4", "int2", "sign", "top_k", "random_k", "power_sgd"] = (
+        "mean"
+    )
     """What is sent: numbers in float32 or fewer bits, the largest or random ones only, or products of low rank."""
 
     combine: Literal[
-        "average", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centered_clipping"
+        "average",
+        "median",
+        "trimmed_mean",
+        "krum",
+        "multi_krum",
+        "geometric_median",
+        "centered_clipping",
     ] = "average"
     """What is made of what arrives: the average by examples, or a rule that bears bad devices."""
 

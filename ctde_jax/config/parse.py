@@ -16,7 +16,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from ctde_jax.bundle import read_small
-from ctde_jax.config.options import AggregationOptions, Config, HostOptions, ModelOptions, RunOptions
+from ctde_jax.config.options import (
+    AggregationOptions,
+    Config,
+    HostOptions,
+    ModelOptions,
+    RunOptions,
+)
 from ctde_jax.config.presets import MODELS, PRESETS, Preset, as_flag
 from ctde_jax.config.rules import NEEDS
 from ctde_jax.errors import InputError, check_known, check_seed, did_you_mean, quoted
@@ -54,7 +60,9 @@ def parse(arguments: Sequence[str]) -> Config:
         options = _without(options, ModelOptions, MODELS[model], MODELS[chosen.model.model])
         model = chosen.model.model
     if "--strategy" in typed:
-        options = _without(options, AggregationOptions, PRESETS[strategy], PRESETS[chosen.aggregation.strategy])
+        options = _without(
+            options, AggregationOptions, PRESETS[strategy], PRESETS[chosen.aggregation.strategy]
+        )
         strategy = chosen.aggregation.strategy
     options = {**MODELS[model].options, **PRESETS[strategy].options, **options}
     parsed = _parse([*_as_arguments(options), *arguments])
@@ -90,7 +98,11 @@ def _step_of(checkpoint: Path | None) -> int:
     """Returns the optimizer steps of a checkpoint, or 0 if its manifest cannot be read, which is reported later."""
     try:
         assert checkpoint is not None
-        return int(json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["position"]["step"])
+        return int(
+            json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["position"][
+                "step"
+            ]
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
 
@@ -98,7 +110,9 @@ def _step_of(checkpoint: Path | None) -> int:
 def save(config: Config, path: Path) -> None:
     """Writes the options as a JSON object that `--config` takes, without those that each run has for itself."""
     chosen = {name: value for name, value in _flat(config).items() if name not in _OF_ONE_RUN}
-    path.write_text(json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8"
+    )
 
 
 def deciding(config: Config) -> dict[str, Any]:
@@ -126,7 +140,9 @@ _DECIDE_NOTHING = (
 
 def _flat(config: Config) -> dict[str, Any]:
     groups = [getattr(config, group.name) for group in fields(config)]
-    return {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
+    return {
+        option.name: getattr(group, option.name) for group in groups for option in fields(group)
+    }
 
 
 def new_run_folder(config: Config, prefix: str = "") -> Path:
@@ -147,7 +163,11 @@ def take(option: str, arguments: Sequence[str], rule: str) -> tuple[str | None, 
         InputError: It has no value.
     """
     flag = as_flag(option)
-    flat = [part for word in arguments for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
+    flat = [
+        part
+        for word in arguments
+        for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])
+    ]
     if flag not in flat:
         return None, flat
     at = flat.index(flag)
@@ -194,9 +214,14 @@ def _load(path: Path) -> dict[str, Any]:
     types = _option_types()
     for name, value in saved.items():
         if name not in types:
-            raise _bad_config(path, f"has the unknown option {quoted(name)}", did_you_mean(name, types))
+            raise _bad_config(
+                path, f"has the unknown option {quoted(name)}", did_you_mean(name, types)
+            )
         if not _is_saved(value, types[name]):
-            raise _bad_config(path, f"has for {name} the value {quoted(value)}, which none of its values is saved as")
+            raise _bad_config(
+                path,
+                f"has for {name} the value {quoted(value)}, which none of its values is saved as",
+            )
     return saved
 
 
@@ -206,14 +231,20 @@ def _is_saved(value: Any, kind: Any) -> bool:
         return isinstance(kind, UnionType)
     if get_origin(kind) is tuple:
         (kind, *_) = get_args(kind)
-        return isinstance(value, list) and all(isinstance(each, str if kind is str else (int, float)) for each in value)
+        return isinstance(value, list) and all(
+            isinstance(each, str if kind is str else (int, float)) for each in value
+        )
     return isinstance(value, (str, int, float))
 
 
 def _without(options: dict[str, Any], group: type, before: Preset, after: Preset) -> dict[str, Any]:
     """Leaves out what belongs to a choice that is made anew: the group's options, and what a preset says of others."""
-    dropped = {option.name for option in fields(group)} | before.options.keys() | after.options.keys()
-    return {name: value for name, value in options.items() if name == "devices" or name not in dropped}
+    dropped = (
+        {option.name for option in fields(group)} | before.options.keys() | after.options.keys()
+    )
+    return {
+        name: value for name, value in options.items() if name == "devices" or name not in dropped
+    }
 
 
 def _as_arguments(options: dict[str, Any]) -> list[str]:
@@ -224,12 +255,17 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
         elif isinstance(value, (list, tuple)):
             arguments += [] if not value else [as_flag(name), *map(str, value)]
         elif value is not None:
-            arguments.append(f"{as_flag(name)}={value}")  # a value is one, also where it looks like an option
+            arguments.append(
+                f"{as_flag(name)}={value}"
+            )  # a value is one, also where it looks like an option
     return arguments
 
 
 def _bad_config(path: Path, fault: str, end: str = ".") -> InputError:
-    return InputError("config", f"must name the config.json that a run has left in its folder, but {path} {fault}{end}")
+    return InputError(
+        "config",
+        f"must name the config.json that a run has left in its folder, but {path} {fault}{end}",
+    )
 
 
 def _unknown(name: str, known: Iterable[str]) -> InputError:
@@ -266,7 +302,10 @@ def _check_effect(typed: set[str], parsed: Config) -> None:
     values = _flat(parsed)
     for option, (other, allowed) in NEEDS.items():
         if as_flag(option) in typed and values[other] not in allowed:
-            names = " or ".join(as_flag(other) if value is True else f"{as_flag(other)} {value}" for value in allowed)
+            names = " or ".join(
+                as_flag(other) if value is True else f"{as_flag(other)} {value}"
+                for value in allowed
+            )
             raise InputError(option, f"goes with {names}.")
 
 

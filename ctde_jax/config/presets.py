@@ -25,7 +25,8 @@ FEDAVG = {"optimizer": "sgd", "learning_rate": 0.1, "sync_every": 20}
 PRESETS = {
     "ddp": Preset({}, "the mean gradient at every step"),
     "local-sgd": Preset(
-        {"sync_every": 8}, "the mean of the parameters now and then (Stich, 2019); every 4 to 32 steps"
+        {"sync_every": 8},
+        "the mean of the parameters now and then (Stich, 2019); every 4 to 32 steps",
     ),
     "post-local-sgd": Preset(
         {"sync_every": 16, "synchronous_steps": 64},
@@ -64,8 +65,19 @@ PRESETS = {
     ),
     "sparse-loco": Preset(
         {
-            **{"optimizer": "adamw", "sync_every": 16, "reduce": "top_k", "exchange": "gathered", "keep": 128},
-            **{"kept_as": "int2", "levels": "statistical", "error_feedback": True, "feedback_decay": 0.95},
+            **{
+                "optimizer": "adamw",
+                "sync_every": 16,
+                "reduce": "top_k",
+                "exchange": "gathered",
+                "keep": 128,
+            },
+            **{
+                "kept_as": "int2",
+                "levels": "statistical",
+                "error_feedback": True,
+                "feedback_decay": 0.95,
+            },
         },
         "the largest numbers of each chunk in 2 bits, with error feedback instead of outer momentum (Sarfi et al., "
         "2025); every 15 to 50 steps, --keep of 32 to 128 in 4096",
@@ -92,18 +104,29 @@ PRESETS = {
 MODELS = {
     "mlp": Preset({}, "dense layers"),
     "cnn": Preset(
-        {"learning_rate": 0.001, "init": "orthogonal"}, "two convolutions and two dense layers (McMahan et al., 2017)"
+        {"learning_rate": 0.001, "init": "orthogonal"},
+        "two convolutions and two dense layers (McMahan et al., 2017)",
     ),
     "resnet": Preset(
-        {"learning_rate": 0.002, "widths": (16, 32, 64)}, "residual blocks that normalize first (He et al., 2016)"
+        {"learning_rate": 0.002, "widths": (16, 32, 64)},
+        "residual blocks that normalize first (He et al., 2016)",
     ),
     "lstm": Preset(
         {"learning_rate": 0.003, "max_grad_norm": 1.0, "init": "recurrent"},
         "long short-term memory (Hochreiter and Schmidhuber, 1997), which reads a sequence or writes on a text",
     ),
-    "gru": Preset({"learning_rate": 0.003, "max_grad_norm": 1.0}, "gated recurrent units (Cho et al., 2014), likewise"),
+    "gru": Preset(
+        {"learning_rate": 0.003, "max_grad_norm": 1.0},
+        "gated recurrent units (Cho et al., 2014), likewise",
+    ),
     "transformer": Preset(
-        {"optimizer": "adamw", "learning_rate": 0.001, "max_grad_norm": 1.0, "layers": 2, "init": "lsuv"},
+        {
+            "optimizer": "adamw",
+            "learning_rate": 0.001,
+            "max_grad_norm": 1.0,
+            "layers": 2,
+            "init": "lsuv",
+        },
         "a decoder that writes on a text (Vaswani et al., 2017)",
     ),
 }
@@ -117,12 +140,16 @@ def as_flag(option: str) -> str:
 
 def describe(presets: Mapping[str, Preset]) -> str:
     """Says of every preset what it is, whose, what is recommended and what it sets, one line each."""
-    return "\n".join(f"{name}: {preset.says}{_settings(preset)}." for name, preset in presets.items())
+    return "\n".join(
+        f"{name}: {preset.says}{_settings(preset)}." for name, preset in presets.items()
+    )
 
 
 def _settings(preset: Preset) -> str:
     flags = [
-        f"{as_flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".removesuffix(" True")
+        f"{as_flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".removesuffix(
+            " True"
+        )
         for name, value in preset.options.items()
     ]
     return f"; sets {' '.join(flags)}" if flags else ""

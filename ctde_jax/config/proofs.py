@@ -40,25 +40,41 @@ def prove_resume(arguments: Sequence[str]) -> Verdict:
         taken = checkpoint.steps(whole / CHECKPOINTS)
         first, last = min(taken), max(taken)
         every, kills = chosen.run.save_every or chosen.run.log_every, 0
-        if chosen.run.save_every is None:  # about once a minute, so a short run would have none on the way
+        if (
+            chosen.run.save_every is None
+        ):  # about once a minute, so a short run would have none on the way
             command[-1:-1] = ["--save-every", str(every)]
         seconds = (_written(whole, last) - _written(whole, first)) * every / max(1, last - first)
         for _ in range(KILLS):
             with screen.status("training, to be killed"):
-                is_killed = _kill([*command, str(killed)], killed / CHECKPOINTS, draw.uniform(0, seconds))
+                is_killed = _kill(
+                    [*command, str(killed)], killed / CHECKPOINTS, draw.uniform(0, seconds)
+                )
             steps = checkpoint.steps(killed / CHECKPOINTS)
             kills += is_killed and any(0 < step < last for step in steps[:1])
-            saved = f"its newest checkpoint is that of step {steps[0]:,}" if steps else "before its first checkpoint"
-            screen.print(f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}")
+            saved = (
+                f"its newest checkpoint is that of step {steps[0]:,}"
+                if steps
+                else "before its first checkpoint"
+            )
+            screen.print(
+                f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}"
+            )
         if not kills:
-            raise InputError("verify", "resume was killed in the middle of no run, so it proves nothing: train longer.")
+            raise InputError(
+                "verify",
+                "resume was killed in the middle of no run, so it proves nothing: train longer.",
+            )
         with screen.status("training to the end"):
             _end([*command, str(killed)])
         one, wrong = _newest(whole), _differing(whole, killed)
         rows = [_rows(whole), _rows(killed)]
     differences = [f"the bits of {name} differ" for name in wrong]
     differences += [] if rows[0] == rows[1] else [f"the rows of {METRICS} differ"]
-    return differences, f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has killed"
+    return (
+        differences,
+        f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has killed",
+    )
 
 
 def prove_exact(arguments: Sequence[str]) -> Verdict:
@@ -89,7 +105,10 @@ def prove_replicas(arguments: Sequence[str]) -> Verdict:
         raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
     trained = train(chosen, time.perf_counter())
     devices, steps = f"{len(trained.devices)} devices", trained.history[-1]["step"]
-    return [], f"what the {devices} share was the same on all of them after every dispatch of {steps:,} steps"
+    return (
+        [],
+        f"what the {devices} share was the same on all of them after every dispatch of {steps:,} steps",
+    )
 
 
 def prove_eval(arguments: Sequence[str]) -> Verdict:
@@ -99,7 +118,10 @@ def prove_eval(arguments: Sequence[str]) -> Verdict:
     test = build.load_data(chosen.data, chosen.optimization.seed).test
     inputs, labels = np.asarray(test.inputs), np.asarray(test.labels)
     infer = jax.jit(trained.model.apply)
-    outputs = [infer(trained.params, trained.model_state, inputs[i : i + 1], None)[0] for i in range(len(inputs))]
+    outputs = [
+        infer(trained.params, trained.model_state, inputs[i : i + 1], None)[0]
+        for i in range(len(inputs))
+    ]
     measured = jax.device_get(trained.task.measure(jnp.concatenate(outputs), jnp.asarray(labels)))
     alone = {name: float(values.mean(dtype=np.float64)) for name, values in measured.items()}
     tested = trained.tested
@@ -110,18 +132,26 @@ def prove_eval(arguments: Sequence[str]) -> Verdict:
     ]
     if tested["examples"] != len(inputs):
         differences.append(f"{tested['examples']:,} examples were counted, of {len(inputs):,}")
-    return differences, f"all {len(inputs):,} test examples count once, one by one as on {len(trained.devices)} devices"
+    return (
+        differences,
+        f"all {len(inputs):,} test examples count once, one by one as on {len(trained.devices)} devices",
+    )
 
 
 def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
     """Reads every checkpoint of a run, or one."""
     if len(arguments) != 1:
-        raise InputError("verify", "checkpoint wants the folder of a run or of a checkpoint, and nothing else.")
+        raise InputError(
+            "verify", "checkpoint wants the folder of a run or of a checkpoint, and nothing else."
+        )
     folder = Path(arguments[0])
     within = folder / CHECKPOINTS
     paths = [checkpoint.path_of(within, step) for step in checkpoint.steps(within)]
     if not paths and not (folder / checkpoint.MANIFEST).exists():
-        raise InputError("verify", f"checkpoint wants the folder of a run or of a checkpoint, and {folder} is neither.")
+        raise InputError(
+            "verify",
+            f"checkpoint wants the folder of a run or of a checkpoint, and {folder} is neither.",
+        )
     paths = paths or [folder]
     damaged, tensors = [], 0
     for path in paths:
@@ -129,14 +159,19 @@ def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
             tensors += len(checkpoint.read(path).tensors)
         except Damaged as error:
             damaged.append(str(error))
-    return damaged, f"{tensors} tensors in {', '.join(path.name for path in paths)} have their SHA-256"
+    return (
+        damaged,
+        f"{tensors} tensors in {', '.join(path.name for path in paths)} have their SHA-256",
+    )
 
 
 def _parse(arguments: Sequence[str]) -> Config:
     chosen = parse(arguments)
     hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if chosen.run.run_dir is not None:
-        raise InputError("run_dir", "must be left out, as a run that is there already proves nothing.")
+        raise InputError(
+            "run_dir", "must be left out, as a run that is there already proves nothing."
+        )
     return chosen
 
 
@@ -183,7 +218,10 @@ def _differing(one: Path, other: Path) -> list[str]:
 def _rows(folder: Path) -> list[Row]:
     """The rows of a run, but for its speed."""
     rows = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
-    return [{name: value for name, value in row.items() if name != "examples_per_second"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name != "examples_per_second"}
+        for row in rows
+    ]
 
 
 PROOFS: Mapping[str, Callable[[Sequence[str]], Verdict]] = {

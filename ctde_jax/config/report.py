@@ -26,11 +26,16 @@ def plan(config: Config, training: Training, folder: Path) -> Table:
     table = Table.grid(padding=(0, 2))
     count = len({device.process_index for device in devices})
     spread = f" on {count} hosts" if count > 1 else ""
-    table.add_row("devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}")
+    table.add_row(
+        "devices", f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}"
+    )
     here = sum(device.process_index == jax.process_index() for device in devices)
     if devices[0].platform == "cpu" and here > 1:
         cores = f"{count_cores()} core{'s' * (count_cores() > 1)}"
-        table.add_row("", f"{here} fake devices share {cores}: for demonstration; --devices 1 is usually faster.")
+        table.add_row(
+            "",
+            f"{here} fake devices share {cores}: for demonstration; --devices 1 is usually faster.",
+        )
     table.add_row(
         "data",
         f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, {data.kinds}",
@@ -40,22 +45,33 @@ def plan(config: Config, training: Training, folder: Path) -> Table:
     table.add_row("inputs", _describe_inputs(data))
     if partition is None:
         table.add_row(
-            "split", f"dealt anew in every epoch, {len(data.train.inputs) / len(devices):,.0f} examples to each device"
+            "split",
+            f"dealt anew in every epoch, {len(data.train.inputs) / len(devices):,.0f} examples to each device",
         )
     elif len(partition) > len(devices):
         sizes = f"{min(map(len, partition)):,} to {max(map(len, partition)):,}"
-        clients = f"{config.data.partition}: {len(partition)} clients keep {sizes} examples each{picture}"
-        table.add_row("split", f"{clients}, and {len(devices)} of them, drawn anew, train in each round")
+        clients = (
+            f"{config.data.partition}: {len(partition)} clients keep {sizes} examples each{picture}"
+        )
+        table.add_row(
+            "split", f"{clients}, and {len(devices)} of them, drawn anew, train in each round"
+        )
     else:
         sizes = ", ".join(f"{len(part):,}" for part in partition)
-        table.add_row("split", f"{config.data.partition}: {sizes} examples stay on their device{picture}")
-    table.add_row("model", f"{describe_network(network, data)}, {count_params(params):,} parameters")
+        table.add_row(
+            "split", f"{config.data.partition}: {sizes} examples stay on their device{picture}"
+        )
+    table.add_row(
+        "model", f"{describe_network(network, data)}, {count_params(params):,} parameters"
+    )
     groups = f" in {optimization.accumulate} groups" if optimization.accumulate > 1 else ""
     table.add_row(
         "batch",
         f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on each device{groups}",
     )
-    table.add_row("steps", f"{training.total_steps:,}, {training.source.steps_per_epoch:,} an epoch")
+    table.add_row(
+        "steps", f"{training.total_steps:,}, {training.source.steps_per_epoch:,} an epoch"
+    )
     table.add_row("optimizer", describe_optimization(optimization))
     table.add_row("strategy", describe_strategy(config.aggregation))
     table.add_row("results", str(folder))
@@ -67,9 +83,13 @@ def describe_network(chosen: ModelOptions, data: Dataset) -> str:
     shape = data.train.inputs.shape[1:]
     match chosen.model:
         case "mlp":
-            words = [f"{'-'.join(map(str, (prod(shape), *chosen.widths, len(data.classes))))} with {chosen.activation}"]
+            words = [
+                f"{'-'.join(map(str, (prod(shape), *chosen.widths, len(data.classes))))} with {chosen.activation}"
+            ]
         case "resnet":
-            words = [f"{chosen.layers} a stage of {', '.join(map(str, chosen.widths))} channels, {chosen.norm} norm"]
+            words = [
+                f"{chosen.layers} a stage of {', '.join(map(str, chosen.widths))} channels, {chosen.norm} norm"
+            ]
         case "cnn":
             words = [f"on {' x '.join(map(str, shape))}"]
         case "transformer":
@@ -103,10 +123,14 @@ def describe_optimization(chosen: OptimizationOptions) -> str:
 
 def describe_strategy(chosen: AggregationOptions) -> str:
     """Says when the devices talk, what they send, and what is made of it."""
-    combined = "the mean" if chosen.combine == "average" else f"the {chosen.combine.replace('_', ' ')}"
+    combined = (
+        "the mean" if chosen.combine == "average" else f"the {chosen.combine.replace('_', ' ')}"
+    )
     words = [f"{combined} of the gradients at every step"]
     if chosen.exact:
-        words.append("of 8 shards in one order, so that bits do not depend on the number of devices")
+        words.append(
+            "of 8 shards in one order, so that bits do not depend on the number of devices"
+        )
     if chosen.sync_every:
         steps = "every step" if chosen.sync_every == 1 else f"every {chosen.sync_every} steps"
         words = [f"{combined} of the parameters after {steps} alone"]
@@ -115,13 +139,19 @@ def describe_strategy(chosen: AggregationOptions) -> str:
     if chosen.reduce != "mean":
         feedback = " with error feedback" if chosen.error_feedback else ""
         kept = (
-            f", {chosen.keep} of {chosen.chunk} as {chosen.kept_as}" if chosen.reduce in ("top_k", "random_k") else ""
+            f", {chosen.keep} of {chosen.chunk} as {chosen.kept_as}"
+            if chosen.reduce in ("top_k", "random_k")
+            else ""
         )
         words.append(f"sent as {chosen.reduce}{kept}{feedback}")
     if chosen.exchange == "gathered":
         words.append("from everybody to everybody")
     if chosen.graph != "none":
-        neighbors = {"ring": "in a ring", "exponential": "in an exponential graph", "pairs": "in random pairs"}
+        neighbors = {
+            "ring": "in a ring",
+            "exponential": "in an exponential graph",
+            "pairs": "in random pairs",
+        }
         words.append(f"with the neighbors {neighbors[chosen.graph]}, and no center")
     if chosen.fragments > 1:
         words.append(f"one of {chosen.fragments} fragments at a time")

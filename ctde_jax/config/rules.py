@@ -133,4 +133,6 @@ def check_files(chosen: DataOptions) -> None:
     for option, datasets in _FILES.items():
         if getattr(chosen, option) is not None and chosen.dataset not in datasets:
             known = " or ".join(datasets)
-            raise InputError(option, f"goes with --dataset {known}, got --dataset {chosen.dataset}.")
+            raise InputError(
+                option, f"goes with --dataset {known}, got --dataset {chosen.dataset}."
+            )

@@ -44,7 +44,9 @@ def train(config: Config, started: float) -> Trained:
 
         def claim() -> str:
             chosen = config.run.run_dir
-            folder = new_run_folder(config) if chosen is None else checkpoint.named("run_dir", chosen)
+            folder = (
+                new_run_folder(config) if chosen is None else checkpoint.named("run_dir", chosen)
+            )
             at_end.enter_context(checkpoint.claimed(folder))
             _check_trunk(config.run, folder)
             return str(folder)
@@ -84,7 +86,9 @@ def _check_trunk(chosen: RunOptions, folder: Path) -> None:
         return
     if chosen.branch_from.resolve().is_relative_to(folder.resolve() / checkpoint.CHECKPOINTS):
         rule = f"must be a checkpoint outside {folder}, whose run --resume never moves"
-        raise InputError("branch_from", f"{rule}, got {chosen.branch_from}; name another --run-dir.")
+        raise InputError(
+            "branch_from", f"{rule}, got {chosen.branch_from}; name another --run-dir."
+        )
 
 
 def _show(plan: Table) -> None:
@@ -93,7 +97,8 @@ def _show(plan: Table) -> None:
         console(lasting=False).print(plan)
     except OSError as error:
         raise InputError(
-            "standard output", f"must be writable, got {error.strerror}; redirect it to a file with room."
+            "standard output",
+            f"must be writable, got {error.strerror}; redirect it to a file with room.",
         ) from error
 
 
@@ -101,7 +106,9 @@ _LONGEST_SAMPLE = 1_000_000
 """Characters are generated one after another at every evaluation."""
 
 
-def _sampler(chosen: RunOptions, model: Model, data: Dataset, seed: int) -> Callable[[PyTree, PyTree], str] | None:
+def _sampler(
+    chosen: RunOptions, model: Model, data: Dataset, seed: int
+) -> Callable[[PyTree, PyTree], str] | None:
     """Makes the function that lets a language model write a text, or None for another model."""
     check_at_least(0, sample_length=chosen.sample_length)
     check_at_most(_LONGEST_SAMPLE, sample_length=chosen.sample_length)

@@ -78,7 +78,9 @@ def read(hlo_text: str, hosts: Sequence[int] | None = None) -> list[Collective]:
     program = hlo.parse(hlo_text)
     hosts = [0] * program.devices if hosts is None else hosts
     if len(hosts) < program.devices:
-        raise InputError("hosts", f"must name the host of each of {program.devices} devices, got {len(hosts)}.")
+        raise InputError(
+            "hosts", f"must name the host of each of {program.devices} devices, got {len(hosts)}."
+        )
     return _walk(hlo.Frame(program, program.entry), (), hosts)
 
 
@@ -95,7 +97,10 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
         if op.endswith(("-done", "-update")):
             continue
         if op in _UNCOUNTABLE and "is_host_transfer=true" not in instruction.attributes:
-            raise InputError("hlo_text", f"must send what can be counted before it runs, got {op} %{instruction.name}.")
+            raise InputError(
+                "hlo_text",
+                f"must send what can be counted before it runs, got {op} %{instruction.name}.",
+            )
         if op in _COLLECTIVES:
             found += _collective(op, instruction, frame, loops, hosts)
         elif op == "while":
@@ -114,7 +119,11 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
 
 
 def _loop(
-    loop: hlo.Instruction, turns: int | None, frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]
+    loop: hlo.Instruction,
+    turns: int | None,
+    frame: hlo.Frame,
+    loops: tuple[int, ...],
+    hosts: Sequence[int],
 ) -> list[Collective]:
     counted = int(not loops) if turns is None else turns
     found: list[Collective] = []
@@ -140,7 +149,11 @@ def _largest_branch(
 
 
 def _collective(
-    op: str, instruction: hlo.Instruction, frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]
+    op: str,
+    instruction: hlo.Instruction,
+    frame: hlo.Frame,
+    loops: tuple[int, ...],
+    hosts: Sequence[int],
 ) -> list[Collective]:
     operands = [frame.computation.instructions[name].shape for name in instruction.operands]
     payload = sum(map(hlo.count_bytes, operands))
@@ -160,7 +173,9 @@ def _collective(
     total = sum(size for _, _, size in links)
     across = sum(size for source, target, size in links if hosts[source] != hosts[target])
     dtypes = tuple(dict.fromkeys(dtype for shape in operands for dtype in hlo.dtypes(shape)))
-    return [Collective(op, dtypes, payload, group_size, loops, True, max(sent.values()), total, across)]
+    return [
+        Collective(op, dtypes, payload, group_size, loops, True, max(sent.values()), total, across)
+    ]
 
 
 def _links(op: str, payload: int, group: list[int]) -> list[_Link]:
@@ -173,7 +188,11 @@ def _links(op: str, payload: int, group: list[int]) -> list[_Link]:
         "reduce-scatter": others * payload / len(group),
         "all-gather": float(others * payload),
     }[op]
-    return [(source, target, around) for source, target in zip(group, group[1:] + group[:1], strict=True) if others]
+    return [
+        (source, target, around)
+        for source, target in zip(group, group[1:] + group[:1], strict=True)
+        if others
+    ]
 
 
 def _groups(text: str, devices: int) -> list[list[int]]:

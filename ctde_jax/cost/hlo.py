@@ -34,7 +34,9 @@ class Instruction(NamedTuple):
 
     def called(self, *attributes: str) -> list[str]:
         """Returns the computations that these attributes name, in order."""
-        return [name for key in attributes for name in re.findall(r"%([\w.\-]+)", self.attribute(key))]
+        return [
+            name for key in attributes for name in re.findall(r"%([\w.\-]+)", self.attribute(key))
+        ]
 
 
 class Computation(NamedTuple):
@@ -69,12 +71,20 @@ class Frame(NamedTuple):
 
 def parse(text: str) -> Program:
     """Reads the text of an HLO module, such as `compiled.as_text()`."""
-    computations = {computation.name: computation for computation in _computations(text.splitlines())}
+    computations = {
+        computation.name: computation for computation in _computations(text.splitlines())
+    }
     entries = [computation for computation in computations.values() if computation.is_entry]
     if len(entries) != 1:
-        raise InputError("hlo_text", f"must be one HLO module, got a text with {len(entries)} ENTRY computations.")
+        raise InputError(
+            "hlo_text",
+            f"must be one HLO module, got a text with {len(entries)} ENTRY computations.",
+        )
     header = re.search(r"^HloModule .*", text, re.MULTILINE)
-    counts = [re.search(rf"{name}=(\d+)", header[0] if header else "") for name in ("replica_count", "num_partitions")]
+    counts = [
+        re.search(rf"{name}=(\d+)", header[0] if header else "")
+        for name in ("replica_count", "num_partitions")
+    ]
     return Program(computations, entries[0], prod(int(match[1]) for match in counts if match))
 
 
@@ -101,7 +111,11 @@ def trip_count(loop: Instruction, frame: Frame) -> int | None:
     index = _loop_index(counter, condition)
     if index is None:
         return None
-    start, stop, step = _value(frame, loop.operands[0], index), _value(condition, limit), _moved(body, index)
+    start, stop, step = (
+        _value(frame, loop.operands[0], index),
+        _value(condition, limit),
+        _moved(body, index),
+    )
     if start is None or stop is None or not step:
         return None
     return max(0, ceil((stop - start) / step))
@@ -141,7 +155,9 @@ def _closing(text: str, opening: int) -> int:
         depth += {"(": 1, ")": -1}.get(match[0], 0)
         if depth == 0:
             return opening + match.end()
-    raise InputError("hlo_text", f"must be the text of an HLO module, got an open parenthesis in {text[:80]!r}.")
+    raise InputError(
+        "hlo_text", f"must be the text of an HLO module, got an open parenthesis in {text[:80]!r}."
+    )
 
 
 def _arrays(shape: str) -> list[tuple[str, str, str]]:
@@ -174,7 +190,9 @@ def _value(frame: Frame, name: str, index: int | None = None) -> int | None:
             return _value(frame, instruction.operands[index])
         case "get-tuple-element" if index is None:
             return _value(frame, instruction.operands[0], int(instruction.attribute("index")))
-        case "parameter" if index is not None and frame.call and frame.caller and frame.call.opcode == "while":
+        case "parameter" if (
+            index is not None and frame.call and frame.caller and frame.call.opcode == "while"
+        ):
             (body,) = frame.call.called("body")
             moved = _moved(frame.caller.enter(body, frame.call), index)
             return _value(frame.caller, frame.call.operands[0], index) if moved == 0 else None

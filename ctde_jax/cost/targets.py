@@ -51,14 +51,21 @@ def devices(target: str) -> Sequence[jax.Device]:
     platform = "tpu" if match[1] else "gpu"
     if not _plugin_is_installed(platform):
         package = {"tpu": "jax[tpu]", "gpu": "jax[cuda12]"}[platform]
-        raise InputError("target", f"must be one whose plugin is installed (pip install '{package}'), got {target}.")
+        raise InputError(
+            "target",
+            f"must be one whose plugin is installed (pip install '{package}'), got {target}.",
+        )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for a cloud around it
     try:
         if platform == "tpu":
             return topologies.get_topology_desc(match[2], "tpu").devices
-        return topologies.get_topology_desc(platform="cuda", topology=f"1x{match[4]}", target_config=_H100).devices
+        return topologies.get_topology_desc(
+            platform="cuda", topology=f"1x{match[4]}", target_config=_H100
+        ).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise InputError("target", f"must be known to the plugin, got {target} ({error}).") from error
+        raise InputError(
+            "target", f"must be known to the plugin, got {target} ({error})."
+        ) from error
 
 
 def compile_rounds(
@@ -82,8 +89,17 @@ def compile_rounds(
         axis_size=len(devices),
     )
     round_steps = max(1, strategy.inner_steps)
-    piece, number = source.shapes(Span(0, round_steps, round_steps)), jax.ShapeDtypeStruct((), np.int32)
-    arguments = (jax.eval_shape(create, *center), *piece, number, number, jax.eval_shape(jax.random.key, 0))
+    piece, number = (
+        source.shapes(Span(0, round_steps, round_steps)),
+        jax.ShapeDtypeStruct((), np.int32),
+    )
+    arguments = (
+        jax.eval_shape(create, *center),
+        *piece,
+        number,
+        number,
+        jax.eval_shape(jax.random.key, 0),
+    )
     gradient = make_gradient_for(strategy, model, task, accumulate=accumulate)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, source.axis)
     return replica.compiled(replica.lowered(train_rounds, *arguments), devices, strategy.exact)

@@ -129,5 +129,9 @@ def summary(traffic: Traffic, params: int, replicas: int) -> str:
     says = f"each device sends {most}{decimal(round(traffic.sent))} {often} in {launches}"
     if abs(fewer - 1) < 0.05:
         return says
-    share = f"{fewer:,.3g} times fewer bytes than" if fewer > 1 else f"{1 / fewer:,.3g} times the bytes of"
+    share = (
+        f"{fewer:,.3g} times fewer bytes than"
+        if fewer > 1
+        else f"{1 / fewer:,.3g} times the bytes of"
+    )
     return f"{says}, {share} float32 gradients at every step"

@@ -3,7 +3,14 @@
 from ctde_jax.data import augment, partition
 from ctde_jax.data.arrays import plain, targets_or_classes
 from ctde_jax.data.augment import Augment, apply_to
-from ctde_jax.data.batches import Batches, count_steps, deal, filled_up, index_blocks, steps_per_epoch
+from ctde_jax.data.batches import (
+    Batches,
+    count_steps,
+    deal,
+    filled_up,
+    index_blocks,
+    steps_per_epoch,
+)
 from ctde_jax.data.classes import look_up
 from ctde_jax.data.dataset import Dataset, from_arrays, hold_out, is_channels_first, standardized
 from ctde_jax.data.digests import digest, digests_of

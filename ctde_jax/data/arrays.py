@@ -29,18 +29,31 @@ def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
     if isinstance(array, DiskArray):
         return array
     if hasattr(array, "toarray") and not isinstance(array, np.ndarray):
-        raise InputError(option, f"must be a dense array, got a sparse {type(array).__name__}; pass its .toarray().")
+        raise InputError(
+            option,
+            f"must be a dense array, got a sparse {type(array).__name__}; pass its .toarray().",
+        )
     if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
-        raise InputError(option, "must have a number in every place, got masked ones; fill them in with .filled(...).")
+        raise InputError(
+            option,
+            "must have a number in every place, got masked ones; fill them in with .filled(...).",
+        )
     try:
         found = np.asarray(array)
     except ValueError as error:  # of a ragged list
-        raise InputError(option, "must be an array with examples of one shape, got a ragged list.") from error
+        raise InputError(
+            option, "must be an array with examples of one shape, got a ragged list."
+        ) from error
     if found.dtype.kind in "SU" and not hasattr(array, "dtype"):
-        found = np.asarray(array, object)  # in a list with text, numpy spells out numbers, such as NaN
+        found = np.asarray(
+            array, object
+        )  # in a list with text, numpy spells out numbers, such as NaN
     if found.dtype.names is not None:
         names = ", ".join(found.dtype.names)
-        raise InputError(option, f"must be a plain array, got one with the fields {names}; stack them along an axis.")
+        raise InputError(
+            option,
+            f"must be a plain array, got one with the fields {names}; stack them along an axis.",
+        )
     if found.dtype == object:
         found = _of_objects(option, found)
     if found.dtype.kind == "V":  # such as bfloat16
@@ -62,7 +75,8 @@ def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | D
         raise InputError(option, f"must have the shape [examples, ...], got {inputs.shape}.")
     if 0 in inputs.shape:
         raise InputError(
-            option, f"must hold at least one example, of at least one number, got the shape {inputs.shape}."
+            option,
+            f"must hold at least one example, of at least one number, got the shape {inputs.shape}.",
         )
     if inputs.dtype == np.uint8:
         return inputs
@@ -70,7 +84,9 @@ def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | D
         raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
     if inputs.dtype.kind != "f":
         return _as_int32(option, inputs)
-    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit in float32 becomes infinite, and is refused
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # what does not fit in float32 becomes infinite, and is refused
         for first, piece in slices(inputs):
             is_finite = np.isfinite(piece.astype(np.float32, copy=False))
             if not is_finite.all():
@@ -94,12 +110,16 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
     if labels.ndim == 0:
         raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
     if 0 in labels.shape[1:] or labels.dtype.kind == "m":
-        raise InputError(option, f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.")
+        raise InputError(
+            option,
+            f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.",
+        )
     if labels.ndim == 1:
         labels = np.asarray(labels)
     if labels.dtype.kind in "biuU" and labels.ndim != 1 and prod(labels.shape[1:]) == 1:
         raise InputError(
-            option, f"must have the shape [examples], got {labels.shape}; flatten the labels with numpy.ravel."
+            option,
+            f"must have the shape [examples], got {labels.shape}; flatten the labels with numpy.ravel.",
         )
     if labels.dtype.kind in "biu":
         return _as_int32(option, labels)
@@ -108,9 +128,13 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
             if not np.isfinite(piece).all():
                 row = first + np.argwhere(~np.isfinite(piece))[0][0]
                 fault = f"got NaN or infinity for example {row}"
-                raise InputError(option, f"must be finite, {fault}; remove or fill in such examples.")
+                raise InputError(
+                    option, f"must be finite, {fault}; remove or fill in such examples."
+                )
         return labels.astype(np.float32)
-    raise InputError(option, f"must hold integers from 0, or real-valued targets, got the type {labels.dtype}.")
+    raise InputError(
+        option, f"must hold integers from 0, or real-valued targets, got the type {labels.dtype}."
+    )
 
 
 def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
@@ -123,7 +147,9 @@ def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
     origin = np.asarray(inputs[:1]).astype(np.float64)
     error, largest, total, squares = (np.zeros_like(origin) for _ in range(4))
     for piece in _in_float64(inputs):
-        error = np.maximum(error, np.abs(piece.astype(np.float32) - piece).max(axis=0, keepdims=True))
+        error = np.maximum(
+            error, np.abs(piece.astype(np.float32) - piece).max(axis=0, keepdims=True)
+        )
         largest = np.maximum(largest, np.abs(piece).max(axis=0, keepdims=True))
         total += (piece - origin).sum(axis=0, keepdims=True)
         squares += np.square(piece - origin).sum(axis=0, keepdims=True)
@@ -160,7 +186,10 @@ def _of_objects(option: str, objects: np.ndarray) -> np.ndarray:
     values: list[Any] = objects.ravel().tolist()
     is_text = [isinstance(value, str | bytes) for value in values]
     if values and all(is_text):
-        texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
+        texts = [
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+            for value in values
+        ]
         return np.array(texts).reshape(objects.shape)
     if any(is_text) and prod(objects.shape[1:]) == 1:  # such as labels, of which some are missing
         place = is_text.index(False)
@@ -180,7 +209,9 @@ def _of_objects(option: str, objects: np.ndarray) -> np.ndarray:
     try:
         return objects.astype(np.int64 if is_whole else np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(option, f"must hold numbers, got objects that are none ({error}).") from error
+        raise InputError(
+            option, f"must hold numbers, got objects that are none ({error})."
+        ) from error
 
 
 def _as_float32(option: str, array: np.ndarray) -> np.ndarray:
@@ -193,9 +224,14 @@ def _as_float32(option: str, array: np.ndarray) -> np.ndarray:
 def _as_int32(option: str, integers: np.ndarray | DiskArray) -> np.ndarray | DiskArray:
     bounds = np.iinfo(np.int32)
     stored = integers.dtype
-    if stored.kind != "b" and not (np.iinfo(stored).min >= bounds.min and np.iinfo(stored).max <= bounds.max):
+    if stored.kind != "b" and not (
+        np.iinfo(stored).min >= bounds.min and np.iinfo(stored).max <= bounds.max
+    ):
         for _, piece in slices(integers):
             for value in (piece.min(initial=0), piece.max(initial=0)):
                 if not bounds.min <= int(value) <= bounds.max:
-                    raise InputError(option, f"must fit in int32, got {value}; convert measurements to floating point.")
+                    raise InputError(
+                        option,
+                        f"must fit in int32, got {value}; convert measurements to floating point.",
+                    )
     return integers.astype(np.int32)

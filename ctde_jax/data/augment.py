@@ -64,7 +64,8 @@ def shift(pixels: int) -> Augment:
         sides = _sides(picture)
         if pixels >= min(sides):
             raise InputError(
-                "pixels", f"must be less than the shorter side of a picture of {sides[0]} x {sides[1]}, got {pixels}."
+                "pixels",
+                f"must be less than the shorter side of a picture of {sides[0]} x {sides[1]}, got {pixels}.",
             )
         others = (0,) * (picture.ndim - 2)
         padded = jnp.pad(picture, [(pixels, pixels)] * 2 + [(0, 0)] * len(others))
@@ -98,7 +99,8 @@ def cutout(size: int) -> Augment:
         sides = _sides(picture)
         if size > min(sides):
             raise InputError(
-                "size", f"must be at most the shorter side of a picture of {sides[0]} x {sides[1]}, got {size}."
+                "size",
+                f"must be at most the shorter side of a picture of {sides[0]} x {sides[1]}, got {size}.",
             )
         center = jax.random.randint(key, (2,), 0, jnp.array(sides))
         rows, columns = (
@@ -106,7 +108,9 @@ def cutout(size: int) -> Augment:
             for first, side in zip(center - size // 2, sides, strict=True)
         )
         square = rows[:, None] & columns[None]
-        return jnp.where(jnp.expand_dims(square, range(2, picture.ndim)), jnp.zeros((), picture.dtype), picture)
+        return jnp.where(
+            jnp.expand_dims(square, range(2, picture.ndim)), jnp.zeros((), picture.dtype), picture
+        )
 
     return augment
 

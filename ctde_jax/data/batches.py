@@ -62,7 +62,11 @@ class Batches:
         place, own = np.nonzero(indices.T >= 0)
         rows = indices[own, place]
         inputs = self.split.inputs
-        return inputs[rows] if self.axis is None or isinstance(inputs, DiskArray) else inputs[own, rows]
+        return (
+            inputs[rows]
+            if self.axis is None or isinstance(inputs, DiskArray)
+            else inputs[own, rows]
+        )
 
 
 def deal(
@@ -131,14 +135,20 @@ def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed:
         order = np.concatenate([order, np.resize(~last_batch, missing)])
         return order.reshape(steps, per_replica, replicas).swapaxes(1, 2)
 
-    return Batches(split, 0 if split.is_on_disk else None, steps, steps, lru_cache(maxsize=2)(epoch))
+    return Batches(
+        split, 0 if split.is_on_disk else None, steps, steps, lru_cache(maxsize=2)(epoch)
+    )
 
 
-def _kept(split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: int, seed: int) -> Batches:
+def _kept(
+    split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: int, seed: int
+) -> Batches:
     replicas, longest, counts_all = len(parts), max(map(len, parts)), split.is_on_disk
 
     def rows(array: np.ndarray) -> np.ndarray:
-        own = np.repeat(np.repeat(array[None, :1], longest, axis=1), replicas, axis=0)  # never all zeros
+        own = np.repeat(
+            np.repeat(array[None, :1], longest, axis=1), replicas, axis=0
+        )  # never all zeros
         for row, part in zip(own, parts, strict=True):
             row[: len(part)] = array[part]
         return own
@@ -153,7 +163,11 @@ def _kept(split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: in
 
     held = split
     if not isinstance(split.inputs, DiskArray) and not isinstance(split.labels, DiskArray):
-        held = Drawn(rows(split.inputs), rows(split.labels), rows(np.arange(len(split.labels), dtype=np.int32)))
+        held = Drawn(
+            rows(split.inputs),
+            rows(split.labels),
+            rows(np.arange(len(split.labels), dtype=np.int32)),
+        )
     return Batches(held, 0, steps, steps, lru_cache(maxsize=2)(epoch))
 
 
@@ -170,7 +184,9 @@ def _sampled(
     epoch_steps = _part_epoch(clients, per_replica)
 
     def local_steps(client: int, number: int) -> np.ndarray:
-        rng = np.random.default_rng((seed, number, 1 + client))  # numpy takes (seed, number, 0) for (seed, number)
+        rng = np.random.default_rng(
+            (seed, number, 1 + client)
+        )  # numpy takes (seed, number, 0) for (seed, number)
         epochs = [
             filled_up(rng.permutation(clients[client]), epoch_steps * per_replica)
             for _ in range(ceil(inner_steps / epoch_steps))
@@ -181,7 +197,9 @@ def _sampled(
         drawn = np.random.default_rng((seed, number)).choice(with_examples, replicas, replace=False)
         return np.stack([local_steps(client, number) for client in drawn], axis=1)
 
-    return Batches(split, 0 if split.is_on_disk else None, steps, inner_steps, lru_cache(maxsize=2)(a_round))
+    return Batches(
+        split, 0 if split.is_on_disk else None, steps, inner_steps, lru_cache(maxsize=2)(a_round)
+    )
 
 
 def _part_epoch(parts: Sequence[np.ndarray], per_replica: int) -> int:
@@ -202,12 +220,17 @@ _MOST_STEPS = 2**31 - 1
 def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
     """Returns the optimizer steps of a run, which is so many epochs or so many steps long."""
     if (epochs is None) == (steps is None):
-        raise InputError("epochs", f"or steps must be given, and not both, got epochs={epochs} and steps={steps}.")
+        raise InputError(
+            "epochs",
+            f"or steps must be given, and not both, got epochs={epochs} and steps={steps}.",
+        )
     check_at_least(1, epochs=epochs, steps=steps)
     total = steps or an_epoch * (epochs or 0)
     if total > _MOST_STEPS:
         option, given = ("epochs", epochs) if steps is None else ("steps", steps)
-        raise InputError(option, f"must make at most {_MOST_STEPS:,} optimizer steps, got {given:,}.")
+        raise InputError(
+            option, f"must make at most {_MOST_STEPS:,} optimizer steps, got {given:,}."
+        )
     return total
 
 
@@ -230,11 +253,14 @@ def index_blocks(
 
 def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
     if examples < replicas:
-        raise InputError("devices", f"must be at most the {examples} training examples, got {replicas}.")
+        raise InputError(
+            "devices", f"must be at most the {examples} training examples, got {replicas}."
+        )
     if batch_size < 1 or batch_size % replicas:
         nearest = min(max(1, round(batch_size / replicas)), examples // replicas) * replicas
         raise InputError(
-            "batch_size", f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do."
+            "batch_size",
+            f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do.",
         )
     if batch_size > examples:
         raise InputError(
@@ -245,7 +271,9 @@ def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
 
 
 def _check_partition(partition: Sequence[np.ndarray], replicas: int, examples: int) -> None:
-    if not len(partition) or not np.array_equal(np.sort(np.concatenate(partition)), np.arange(examples)):
+    if not len(partition) or not np.array_equal(
+        np.sort(np.concatenate(partition)), np.arange(examples)
+    ):
         raise InputError(
             "partition",
             f"must give each of the {examples:,} training examples to exactly one part, "
@@ -260,5 +288,6 @@ def _check_partition(partition: Sequence[np.ndarray], replicas: int, examples: i
     with_examples = sum(len(part) > 0 for part in partition)
     if len(partition) > replicas > with_examples:
         raise InputError(
-            "partition", f"must have examples in at least {replicas} parts, one for each device, got {with_examples}."
+            "partition",
+            f"must have examples in at least {replicas} parts, one for each device, got {with_examples}.",
         )

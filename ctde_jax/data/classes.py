@@ -45,7 +45,8 @@ def look_up(option: str, words: np.ndarray, classes: Sequence[str]) -> np.ndarra
     """
     if words.ndim != 1 or words.dtype.kind != "U":
         raise InputError(
-            option, f"must hold names of classes in the shape [examples], got {words.dtype} of the shape {words.shape}."
+            option,
+            f"must hold names of classes in the shape [examples], got {words.dtype} of the shape {words.shape}.",
         )
     labels = list(map(finder(classes), words.tolist()))
     if None in labels:
@@ -107,7 +108,9 @@ def note_on_numbers(different: int, place: str) -> list[str]:
     ]
 
 
-def notes_on_classes(classes: Sequence[str], train: np.ndarray, test: np.ndarray, is_numbered: bool) -> list[str]:
+def notes_on_classes(
+    classes: Sequence[str], train: np.ndarray, test: np.ndarray, is_numbered: bool
+) -> list[str]:
     """Returns a sentence on classes without any example, and one on classes that only the test split has.
 
     Args:
@@ -116,10 +119,18 @@ def notes_on_classes(classes: Sequence[str], train: np.ndarray, test: np.ndarray
         test: `int32[examples]`
         is_numbered: Whether the classes are all numbers up to the largest label, so that some may be gaps.
     """
-    in_train, in_test = (np.bincount(labels, minlength=len(classes)) > 0 for labels in (train, test))
-    notes, gaps, unseen = [], np.flatnonzero(~in_train & ~in_test), np.flatnonzero(~in_train & in_test)
+    in_train, in_test = (
+        np.bincount(labels, minlength=len(classes)) > 0 for labels in (train, test)
+    )
+    notes, gaps, unseen = (
+        [],
+        np.flatnonzero(~in_train & ~in_test),
+        np.flatnonzero(~in_train & in_test),
+    )
     if is_numbered and len(gaps):
-        notes.append(f"No example has the label {_list(classes, gaps)}, of the classes from 0 to {len(classes) - 1}.")
+        notes.append(
+            f"No example has the label {_list(classes, gaps)}, of the classes from 0 to {len(classes) - 1}."
+        )
     if len(unseen):
         notes.append(
             f"The test split has examples of the classes {_list(classes, unseen)}, and the training split has none."

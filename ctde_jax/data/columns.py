@@ -44,11 +44,17 @@ def numbers(path: Path, column: Column) -> np.ndarray:
         InputError: A cell is not a finite number of float32.
     """
     found = [number_of(cell) for cell in column.cells]
-    places = [place for place, number in enumerate(found) if number is None or not abs(number) <= _LARGEST]
+    places = [
+        place for place, number in enumerate(found) if number is None or not abs(number) <= _LARGEST
+    ]
     if not places:
         return np.array(found, np.float64)
     if not any(column.cells):
-        raise faulty(path, f"has an empty column {column.name}", "remove it, or the comma at the end of each line")
+        raise faulty(
+            path,
+            f"has an empty column {column.name}",
+            "remove it, or the comma at the end of each line",
+        )
     wrong = [column.cells[place] for place in places]
     cell, line = wrong[0], column.lines[places[0]]
     share = f", nor are {len(wrong) - 1:,} more cells of the column" if len(wrong) > 1 else ""
@@ -77,12 +83,16 @@ def check_precision(path: Path, column: Column, values: np.ndarray) -> float | N
             return None
         if error <= COARSE * deviation:
             return error / deviation
-    exact = [_exact(cell, value) for cell, value in zip(column.cells, values, strict=True)]  # float64 merges some, too
+    exact = [
+        _exact(cell, value) for cell, value in zip(column.cells, values, strict=True)
+    ]  # float64 merges some, too
     least = min(exact)
     if len(set(exact)) == len(set(rounded)):
         return None
     deviation = np.array([float(number - least) for number in exact]).std()
-    error = max(float(abs(Decimal(short) - number)) for short, number in zip(rounded, exact, strict=True))
+    error = max(
+        float(abs(Decimal(short) - number)) for short, number in zip(rounded, exact, strict=True)
+    )
     if deviation and error <= COARSE * deviation:
         return error / deviation
     first: dict[float, int] = {}
@@ -102,12 +112,18 @@ def check_precision(path: Path, column: Column, values: np.ndarray) -> float | N
 def counts_lines(values: np.ndarray) -> bool:
     """Returns whether the numbers count the lines, from 0 or 1."""
     count = np.arange(len(values))
-    return len(values) >= MANY_LINES and (np.array_equal(values, count) or np.array_equal(values, count + 1))
+    return len(values) >= MANY_LINES and (
+        np.array_equal(values, count) or np.array_equal(values, count + 1)
+    )
 
 
 def is_identifier(name: str, values: np.ndarray) -> bool:
     """Returns whether every line has another whole number, and they are in order or the column is called an id."""
-    if len(values) < MANY_LINES or len(np.unique(values)) < len(values) or not np.array_equal(values, np.rint(values)):
+    if (
+        len(values) < MANY_LINES
+        or len(np.unique(values)) < len(values)
+        or not np.array_equal(values, np.rint(values))
+    ):
         return False
     is_called_so = re.search(r"(^|[^a-z])(id|idx|index|key|no|nr|number|row)$", name.lower())
     return bool(is_called_so) or bool((np.diff(values) > 0).all())
@@ -131,7 +147,9 @@ def _way_out(wrong: Sequence[str], cells: int) -> str:
     if words and all(re.fullmatch(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}.*", cell) for cell in words):
         return "replace dates by numbers, such as the days since the first one"
     if words and all(re.fullmatch(r"[-+]?\d[\d.,'\s]*", cell) for cell in words):
-        return "write numbers in digits with a point, without thousands separators or decimal commas"
+        return (
+            "write numbers in digits with a point, without thousands separators or decimal commas"
+        )
     if len(words) > max(1, cells // 2):
         return (
             "remove the column if it only names the lines, name it in label_column (--label-column) if it holds the "

@@ -61,17 +61,26 @@ class Dataset:
     def __repr__(self) -> str:
         of_each = "training examples in a batch" if self.stream else "training"
         train, test = len(self.train.inputs), len(self.test.inputs)
-        return f"Dataset({self.name!r}, {train:,} {of_each} and {test:,} test examples, {self.kinds})"
+        return (
+            f"Dataset({self.name!r}, {train:,} {of_each} and {test:,} test examples, {self.kinds})"
+        )
 
     def check_arrays(self, option: str) -> None:
         """Raises InputError for an option that goes through all training examples where they come in batches."""
         if self.stream is not None:
-            raise InputError(option, f"goes with arrays, and {self.name} comes in batches; do it where they are made.")
+            raise InputError(
+                option,
+                f"goes with arrays, and {self.name} comes in batches; do it where they are made.",
+            )
 
     @property
     def kinds(self) -> str:
         """Says how many different labels there are: characters of a text, or classes."""
-        return f"{len(self.vocabulary)} characters" if self.vocabulary else f"{len(self.classes)} classes"
+        return (
+            f"{len(self.vocabulary)} characters"
+            if self.vocabulary
+            else f"{len(self.classes)} classes"
+        )
 
 
 def from_arrays(
@@ -142,16 +151,24 @@ def assemble(
     notes: list[str] = []
     if x_test is None or y_test is None:
         if len(inputs) < 2:
-            raise InputError("x_train", "must hold at least two examples where there is no test split, got one.")
+            raise InputError(
+                "x_train", "must hold at least two examples where there is no test split, got one."
+            )
         train, test = _split_off_test(Split(inputs, labels))
         held_out = f"{len(test.inputs):,} of the {len(inputs):,} examples were set aside at random for testing"
         notes.append(f"There is no test split, so {held_out}.")
     else:
         train = Split(inputs, labels)
-        test = Split(checked_inputs("x_test", x_test), _like_training(labels, checked_labels("y_test", y_test)))
+        test = Split(
+            checked_inputs("x_test", x_test),
+            _like_training(labels, checked_labels("y_test", y_test)),
+        )
         check_pair("y_test", test.inputs, test.labels, len(classes))
         if test.inputs.dtype != inputs.dtype:
-            raise InputError("x_test", f"must be {inputs.dtype} like x_train, got {test.inputs.dtype}; convert one.")
+            raise InputError(
+                "x_test",
+                f"must be {inputs.dtype} like x_train, got {test.inputs.dtype}; convert one.",
+            )
         if test.inputs.shape[1:] != inputs.shape[1:]:
             raise InputError(
                 "x_test",
@@ -160,7 +177,9 @@ def assemble(
     if classes and labels.ndim == 1:
         if has_numbers:
             notes += note_on_numbers(len(np.unique(labels)), "y_train")
-        notes += notes_on_classes(classes, np.asarray(train.labels), np.asarray(test.labels), is_numbered)
+        notes += notes_on_classes(
+            classes, np.asarray(train.labels), np.asarray(test.labels), is_numbered
+        )
     is_deep = x_train.dtype == np.uint16 and x_train.ndim > 2
     highest = _highest(inputs) if is_deep else 255 if inputs.dtype == np.uint8 else 1
     seen_as = np.int32 if inputs.dtype == np.int32 and not is_deep else np.float32
@@ -178,7 +197,9 @@ def notes_on_inputs(dataset: Dataset) -> list[str]:
         )
     if inputs.dtype == np.int32 and not dataset.scale.ndim and dataset.scale.dtype == np.float32:
         highest = round(1 / float(dataset.scale))
-        notes.append(f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest pixel needs.")
+        notes.append(
+            f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest pixel needs."
+        )
     some = np.asarray(inputs[:_MEASURED]).astype(np.float64)
     if dataset.scale.ndim or not np.all(dataset.scale == 1) or dataset.train.labels.ndim > 1:
         return notes
@@ -188,7 +209,11 @@ def notes_on_inputs(dataset: Dataset) -> list[str]:
         if some.ndim > 2 and least >= 0 and largest <= 255 and np.array_equal(some, np.rint(some)):
             way_out = "pixels saved as uint8 are divided by 255"
         elif inputs.dtype == np.int32:
-            rounded = ", and float32 rounds those above 16,777,216" if max(-least, largest) > _EXACT else ""
+            rounded = (
+                ", and float32 rounds those above 16,777,216"
+                if max(-least, largest) > _EXACT
+                else ""
+            )
             way_out = f"that is right for tokens{rounded}; measurements need scaling: {way_out}"
         notes.append(
             f"Inputs reach the model as they are, as numbers from {least:.6g} to {largest:.6g}, and networks learn "
@@ -200,7 +225,12 @@ def notes_on_inputs(dataset: Dataset) -> list[str]:
 def is_channels_first(shape: Sequence[int]) -> bool:
     """Returns whether a picture of this shape seems to be `[channels, height, width]`."""
     channels = (1, 3, 4)
-    return len(shape) == 3 and shape[0] in channels and shape[2] not in channels and min(shape[1:]) > max(channels)
+    return (
+        len(shape) == 3
+        and shape[0] in channels
+        and shape[2] not in channels
+        and min(shape[1:]) > max(channels)
+    )
 
 
 def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
@@ -270,16 +300,26 @@ def _split_off_test(split: Split) -> tuple[Split, Split]:
     return _rows(split, train_rows), _rows(split, test_rows)
 
 
-def _like_training(train: np.ndarray | DiskArray, test: np.ndarray | DiskArray) -> np.ndarray | DiskArray:
+def _like_training(
+    train: np.ndarray | DiskArray, test: np.ndarray | DiskArray
+) -> np.ndarray | DiskArray:
     """Returns test labels in the type of the training labels, or raises InputError if they are of another kind."""
     if test.shape[1:] != train.shape[1:]:
-        wanted, got = (str(["examples", *array.shape[1:]]).replace("'", "") for array in (train, test))
-        raise InputError("y_test", f"must have the shape {wanted} like y_train, got {got}; reshape one of them.")
+        wanted, got = (
+            str(["examples", *array.shape[1:]]).replace("'", "") for array in (train, test)
+        )
+        raise InputError(
+            "y_test", f"must have the shape {wanted} like y_train, got {got}; reshape one of them."
+        )
     if train.dtype != np.float32 and test.dtype == np.float32:
-        raise InputError("y_test", f"must be integers like y_train, got {test.dtype}; convert one of them.")
+        raise InputError(
+            "y_test", f"must be integers like y_train, got {test.dtype}; convert one of them."
+        )
     return test if test.dtype == train.dtype else test.astype(train.dtype)
 
 
 def _rows(split: Split, rows: np.ndarray) -> Split:
-    inputs, labels = (array.select(rows) if isinstance(array, DiskArray) else array[rows] for array in split)
+    inputs, labels = (
+        array.select(rows) if isinstance(array, DiskArray) else array[rows] for array in split
+    )
     return Split(inputs, labels)

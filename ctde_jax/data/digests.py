@@ -59,7 +59,9 @@ def digests_of(data: Dataset, partition: Sequence[np.ndarray] | None = None) -> 
     found["the vocabulary"] = _digest_of_names(data.vocabulary)
     if partition is not None:
         parts = [np.asarray(part, np.int64).tobytes() for part in partition]
-        found["the partition"] = sha256(b"".join(len(part).to_bytes(8) + part for part in parts)).hexdigest()
+        found["the partition"] = sha256(
+            b"".join(len(part).to_bytes(8) + part for part in parts)
+        ).hexdigest()
     return found
 
 

@@ -52,7 +52,9 @@ class DiskArray:
         else:
             numbers = np.asarray(rows)
             if numbers.size and not (-len(self) <= numbers.min() and numbers.max() < len(self)):
-                raise IndexError(f"row {np.abs(numbers).max()} of an array of {len(self)} rows in {self.path}")
+                raise IndexError(
+                    f"row {np.abs(numbers).max()} of an array of {len(self)} rows in {self.path}"
+                )
             numbers = np.where(numbers < 0, numbers + len(self), numbers)
         in_file = numbers.ravel() if self.numbers is None else self.numbers[numbers.ravel()]
         wanted, places = np.unique(in_file, return_inverse=True)
@@ -89,7 +91,9 @@ class DiskArray:
         found = np.empty((len(rows), *self.shape[1:]), self.stored)
         size = self.stored.itemsize * prod(self.shape[1:])
         content = found.reshape(-1).view(np.uint8).data
-        is_first = np.diff(rows, prepend=-2) != 1 if self.stride == size else np.ones(len(rows), bool)
+        is_first = (
+            np.diff(rows, prepend=-2) != 1 if self.stride == size else np.ones(len(rows), bool)
+        )
         firsts = np.flatnonzero(is_first)  # of rows that lie side by side
         places = (self.offset + self.stride * rows[firsts].astype(np.int64)).tolist()
         cuts = [*(firsts * size).tolist(), len(content)]
@@ -115,7 +119,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            "data", f"are read from {path} while training goes on, which failed: {error.strerror}; restore the file."
+            "data",
+            f"are read from {path} while training goes on, which failed: {error.strerror}; restore the file.",
         ) from error
 
 
@@ -135,7 +140,9 @@ def on_disk(option: str, array: np.ndarray | DiskArray) -> DiskArray:
     mapped = _map_of(array)
     assert mapped is not None, "see stays_on_disk"
     if mapped.filename is None or mapped.mode == "c":
-        raise InputError(option, f"must be mapped from a file in the mode 'r', got the mode {mapped.mode!r}.")
+        raise InputError(
+            option, f"must be mapped from a file in the mode 'r', got the mode {mapped.mode!r}."
+        )
     if len(array) and not array[0].flags.c_contiguous:
         raise InputError(
             option,
@@ -143,7 +150,9 @@ def on_disk(option: str, array: np.ndarray | DiskArray) -> DiskArray:
             "across examples; save it with numpy.ascontiguousarray.",
         )
     offset = mapped.offset + array.ctypes.data - mapped.ctypes.data
-    return DiskArray(Path(mapped.filename), offset, array.strides[0], array.dtype, array.dtype, array.shape)
+    return DiskArray(
+        Path(mapped.filename), offset, array.strides[0], array.dtype, array.dtype, array.shape
+    )
 
 
 def in_file(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> DiskArray:

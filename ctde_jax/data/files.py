@@ -45,11 +45,16 @@ def from_npz(path: Path | str) -> Dataset:
                 f"has labels of the type {arrays[name].dtype} in {name} ({targets_or_classes(arrays[name])})",
                 "save them as integers from 0, one for each class",
             )
-    train, test = (arrays["x_train"], arrays["y_train"]), (arrays.get("x_test"), arrays.get("y_test"))
+    train, test = (
+        (arrays["x_train"], arrays["y_train"]),
+        (arrays.get("x_test"), arrays.get("y_test")),
+    )
     try:
         dataset = from_arrays(*train, *test, name=path.stem)
     except InputError as error:
-        raise InputError("data_file", f"names {path}, whose arrays make no data set: {error}") from error
+        raise InputError(
+            "data_file", f"names {path}, whose arrays make no data set: {error}"
+        ) from error
     return replace(dataset, notes=(*_notes(arrays), *dataset.notes))
 
 
@@ -72,7 +77,11 @@ def _arrays_of_folder(folder: Path) -> Arrays:
     paths = {name: folder / f"{name}.npy" for name in REQUIRED + OPTIONAL}
     missing = [paths[name].name for name in REQUIRED if not paths[name].is_file()]
     if missing:
-        raise faulty(folder, f"is a folder without {' and '.join(missing)}", "save the arrays there with numpy.save")
+        raise faulty(
+            folder,
+            f"is a folder without {' and '.join(missing)}",
+            "save the arrays there with numpy.save",
+        )
     arrays = {}
     for name, path in paths.items():
         if path.is_file():
@@ -92,7 +101,11 @@ def _arrays(path: Path) -> Arrays:
                 f"lacks {' and '.join(missing)} and has {', '.join(present[:_NAMED]) or 'no array'}{more}",
                 "save the arrays with numpy.savez(path, x_train=..., y_train=...)",
             )
-        return {name: _member(path, file, archive, name) for name in REQUIRED + OPTIONAL if name in present}
+        return {
+            name: _member(path, file, archive, name)
+            for name in REQUIRED + OPTIONAL
+            if name in present
+        }
 
 
 def _archive(path: Path, file: BinaryIO) -> zipfile.ZipFile:
@@ -106,7 +119,9 @@ def _archive(path: Path, file: BinaryIO) -> zipfile.ZipFile:
         ) from error
 
 
-def _member(path: Path, file: BinaryIO, archive: zipfile.ZipFile, name: str) -> np.ndarray | DiskArray:
+def _member(
+    path: Path, file: BinaryIO, archive: zipfile.ZipFile, name: str
+) -> np.ndarray | DiskArray:
     with _reading(path, name), archive.open(f"{name}.npy") as member:
         info = archive.getinfo(f"{name}.npy")
         start = _start(file, info) if info.compress_type == zipfile.ZIP_STORED else None
@@ -129,19 +144,29 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
     """
     version = np.lib.format.read_magic(content)
     if version not in _HEADERS:
-        raise ValueError(f"it is in version {version} of the format, which no array of numbers needs")
+        raise ValueError(
+            f"it is in version {version} of the format, which no array of numbers needs"
+        )
     if version == (2, 0) and int.from_bytes(content.read(4), "little") > _LONGEST_HEADER:
         raise ValueError("its header is longer than that of any array of numbers")
     content.seek(np.lib.format.MAGIC_LEN)
     shape, by_columns, dtype = _HEADERS[version](content)
     takes, there = math.prod(shape) * dtype.itemsize, path.stat().st_size
     if not dtype.hasobject:
-        if min(shape, default=0) < 0 or takes > size - content.tell() or (start is not None and size > there):
+        if (
+            min(shape, default=0) < 0
+            or takes > size - content.tell()
+            or (start is not None and size > there)
+        ):
             raise EOFError("it is shorter than its header says")
         if start is None and takes > most_unpacked(there):
-            raise ValueError(f"it would take {decimal(takes)} of memory, and the file takes {decimal(there)}")
+            raise ValueError(
+                f"it would take {decimal(takes)} of memory, and the file takes {decimal(there)}"
+            )
         if start is None:
-            memory.check("data_file", f"the numbers of an array in {path}", takes, "save fewer examples")
+            memory.check(
+                "data_file", f"the numbers of an array in {path}", takes, "save fewer examples"
+            )
         if start is not None and takes >= STREAMED_FROM and not by_columns:
             array = in_file(path, start + content.tell(), dtype, shape)
             if array.offset + takes > there:
@@ -151,7 +176,10 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
     return np.lib.format.read_array(content, allow_pickle=False)
 
 
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _LONGEST_HEADER = 2**16
 _NAMED = 10
 """Arrays that a sentence names at most."""
@@ -171,14 +199,18 @@ def _reading(path: Path, name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of a header that is Python in odd ways
             yield
-    except Exception as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
+    except (
+        Exception
+    ) as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
         if "Object arrays" in str(error):
             raise faulty(
                 path,
                 f"has Python objects in {name}, which are never unpickled",
                 "save a plain array of numbers, with examples of one shape",
             ) from error
-        raise faulty(path, f"is damaged in {name} ({shortened(str(error))})", "save or copy the file again") from error
+        raise faulty(
+            path, f"is damaged in {name} ({shortened(str(error))})", "save or copy the file again"
+        ) from error
 
 
 @contextmanager
@@ -188,24 +220,37 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         file = open_regular(path)
     except (OSError, ValueError) as error:  # the latter for what no path can hold
         reason = error.strerror if isinstance(error, OSError) else error
-        raise faulty(path, f"cannot be opened ({reason})", "give the path of a readable file") from error
+        raise faulty(
+            path, f"cannot be opened ({reason})", "give the path of a readable file"
+        ) from error
     with file:
         try:
             yield file
         except OSError as error:
-            raise faulty(path, f"cannot be read ({error.strerror or error})", "copy the file again") from error
+            raise faulty(
+                path, f"cannot be read ({error.strerror or error})", "copy the file again"
+            ) from error
 
 
 def check_size(file: BinaryIO) -> None:
     """Raises InputError for an open file that does not fit into memory."""
-    memory.check("data_file", f"the bytes of {file.name}", os.fstat(file.fileno()).st_size, "give a smaller file")
+    memory.check(
+        "data_file",
+        f"the bytes of {file.name}",
+        os.fstat(file.fileno()).st_size,
+        "give a smaller file",
+    )
 
 
 def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
     """Returns the error for a file that is not UTF-8; its first bytes show whether it is compressed."""
     for start, compression in _COMPRESSED.items():
         if first.startswith(start):
-            return faulty(path, f"is compressed ({compression})", "decompress it, or save it as plain text in UTF-8")
+            return faulty(
+                path,
+                f"is compressed ({compression})",
+                "decompress it, or save it as plain text in UTF-8",
+            )
     return faulty(path, f"{fault}, which is not UTF-8", "save it in UTF-8")
 
 

@@ -56,9 +56,14 @@ def from_batches(
     if classes is None:
         test = as_batch("the test split", x_test, y_test)
         own = numbered(like.labels)
-        classes = max(own, numbered(test.labels), key=len) if own else ()  # integers may test targets that are floats
+        classes = (
+            max(own, numbered(test.labels), key=len) if own else ()
+        )  # integers may test targets that are floats
     dataset = from_arrays(*like, x_test, y_test, name=name, classes=classes)
     stream = Stream(batches, steps_per_epoch, like, len(classes))
     # Of the notes on classes only the one on their number holds, as one batch lacks some of them.
-    notes = [*(note_on_numbers(len(classes), "the labels") if is_numbered else []), *notes_on_inputs(dataset)]
+    notes = [
+        *(note_on_numbers(len(classes), "the labels") if is_numbered else []),
+        *notes_on_inputs(dataset),
+    ]
     return replace(dataset, stream=stream, notes=tuple(notes))

@@ -35,7 +35,9 @@ def by_label(labels: np.ndarray, replicas: int, shards: int = 2, seed: int = 0) 
     return [np.sort(np.concatenate([pieces[i] for i in row])) for row in order]
 
 
-def dirichlet(labels: np.ndarray, replicas: int, alpha: float = 0.5, seed: int = 0) -> list[np.ndarray]:
+def dirichlet(
+    labels: np.ndarray, replicas: int, alpha: float = 0.5, seed: int = 0
+) -> list[np.ndarray]:
     """Draws each label's shares over the replicas from Dirichlet(alpha) (Hsu et al., 2019).
 
     A small alpha leaves most of a label with one replica; a large one is nearly `iid`.
@@ -72,8 +74,12 @@ def plot(labels: np.ndarray, parts: Sequence[np.ndarray], classes: Sequence[str]
     axes = figure.add_subplot()
     image = axes.imshow(counts, cmap="Blues", vmin=0, aspect="auto")
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 4 else 45)
-    axes.set_yticks(range(len(parts)), [f"device {i}: {len(part):,}" for i, part in enumerate(parts)])
+        axes.set_xticks(
+            range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 4 else 45
+        )
+    axes.set_yticks(
+        range(len(parts)), [f"device {i}: {len(part):,}" for i, part in enumerate(parts)]
+    )
     axes.set_xlabel("label")
     axes.set_title("examples of each label on each device")
     for (row, column), count in np.ndenumerate(counts) if few else ():

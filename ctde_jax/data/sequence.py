@@ -41,7 +41,9 @@ def as_sequence(dataset: Dataset, view: str) -> Dataset:
         return split._replace(inputs=split.inputs.reshape(-1, *sequence))
 
     def reshaped_feature(values: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(values, (1, *picture)).reshape(1, *sequence) if values.ndim else values
+        return (
+            np.broadcast_to(values, (1, *picture)).reshape(1, *sequence) if values.ndim else values
+        )
 
     return replace(
         dataset,

@@ -14,7 +14,9 @@ class Split(NamedTuple):
     """Examples with their labels, in memory, or in a file of which rows are read when they are needed."""
 
     inputs: np.ndarray | DiskArray  # [examples, ...], uint8, int32 or float32
-    labels: np.ndarray | DiskArray  # int32[examples]; or int32 or float32[examples, ...] for targets, no classes
+    labels: (
+        np.ndarray | DiskArray
+    )  # int32[examples]; or int32 or float32[examples, ...] for targets, no classes
 
     @property
     def is_on_disk(self) -> bool:
@@ -32,22 +34,29 @@ class Drawn(NamedTuple):
 
 def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) -> Split:
     """Makes a split of a batch, with types and checks as in `from_arrays`."""
-    batch = Split(checked_inputs(f"inputs of {name}", inputs), checked_labels(f"labels of {name}", labels))
+    batch = Split(
+        checked_inputs(f"inputs of {name}", inputs), checked_labels(f"labels of {name}", labels)
+    )
     check_pair(f"labels of {name}", *batch, classes)
     return batch
 
 
-def check_pair(option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray | DiskArray, classes: int) -> None:
+def check_pair(
+    option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray | DiskArray, classes: int
+) -> None:
     """Raises InputError unless each example has a label, and each label is one of the classes, if there are any."""
     if len(inputs) != len(labels):
         raise InputError(
-            option, f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} labels."
+            option,
+            f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} labels.",
         )
     for first, piece in slices(labels) if classes else ():
         if piece.min() < 0:
             place = np.unravel_index(np.argmin(piece), piece.shape)
             example = first + place[0]
-            raise InputError(option, f"must count the classes from 0, got {piece[place]} for example {example}.")
+            raise InputError(
+                option, f"must count the classes from 0, got {piece[place]} for example {example}."
+            )
         outside = piece >= classes
         if outside.any():
             place = tuple(np.argwhere(outside)[0])

@@ -54,20 +54,27 @@ class Stream(NamedTuple):
                 raise InputError(
                     "batches",
                     f"must be like the first one, whose {part} are {like.dtype}{[..., *like.shape[1:]]}, got "
-                    f"{array.dtype}{[..., *array.shape[1:]]} in {name}.".replace("Ellipsis", "examples"),
+                    f"{array.dtype}{[..., *array.shape[1:]]} in {name}.".replace(
+                        "Ellipsis", "examples"
+                    ),
                 )
         return batch
 
 
-def check_stream(stream: Stream, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None) -> None:
+def check_stream(
+    stream: Stream, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None
+) -> None:
     """Raises InputError if the batches of a stream cannot be dealt evenly, or with a partition."""
     if batch_size < 1 or batch_size % replicas:
         nearest = max(1, round(batch_size / replicas)) * replicas
         raise InputError(
-            "batch_size", f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do."
+            "batch_size",
+            f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do.",
         )
     if partition is not None:
-        raise InputError("partition", "goes with arrays, and not with batches that come one after another.")
+        raise InputError(
+            "partition", "goes with arrays, and not with batches that come one after another."
+        )
     check_size(len(stream.like.inputs), batch_size)
 
 
@@ -75,7 +82,8 @@ def check_size(examples: int, batch_size: int) -> None:
     """Raises InputError for a batch of more examples than `fit` was told."""
     if examples > batch_size:
         raise InputError(
-            "batch_size", f"must be that of the data set's batches, got {batch_size} and a batch of {examples:,}."
+            "batch_size",
+            f"must be that of the data set's batches, got {batch_size} and a batch of {examples:,}.",
         )
 
 
@@ -83,6 +91,7 @@ def of_pair(name: str, pair: Pair, classes: int = 0) -> Split:
     """Makes a split of a pair that a stream gives, or raises InputError."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InputError(
-            "batches", f"must be pairs of inputs and labels, got {type(pair).__name__} {pair!r:.60} as {name}."
+            "batches",
+            f"must be pairs of inputs and labels, got {type(pair).__name__} {pair!r:.60} as {name}.",
         )
     return as_batch(name, *pair, classes)

@@ -95,7 +95,9 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
         notes += _notes_on(column, values, labels)
         features.append((place, values))
     if not features:
-        raise faulty(path, "has no column of features", "add a column of numbers that the label depends on")
+        raise faulty(
+            path, "has no column of features", "add a column of numbers that the label depends on"
+        )
     if coarse:
         worst = sorted(coarse, key=coarse.__getitem__, reverse=True)
         more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
@@ -106,12 +108,16 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     inputs = np.stack([values for _, values in features], axis=1).astype(np.float32)
     dataset = standardized(assemble(inputs, labels, None, None, path.stem, classes))
     names = [table.names[place] for place, _ in features] if table.names else []
-    return replace(dataset, notes=(*notes, *dataset.notes), columns=tuple(names) if all(names) else ())
+    return replace(
+        dataset, notes=(*notes, *dataset.notes), columns=tuple(names) if all(names) else ()
+    )
 
 
 def _notes_on(column: Column, values: np.ndarray, labels: np.ndarray) -> list[str]:
     if len(values) >= MANY_LINES and len(np.unique(values)) == 1:
-        return [f"The column {column.name} is {quoted(column.cells[0])} in every line, so it has no effect."]
+        return [
+            f"The column {column.name} is {quoted(column.cells[0])} in every line, so it has no effect."
+        ]
     if columns.names_the_label(values, labels):
         return [
             f"The column {column.name} has one number for each class, so it gives the label away: remove it unless it "
@@ -136,7 +142,9 @@ def _table(path: Path, label_column: str | None) -> _Table:
                 f"must name a column, got {label_column!r}, but {path} has no header line: add one, "
                 "or put the labels into the last column and leave the option out.",
             )
-        notes = [f"There is no line of column names; the labels are in the last column, {label + 1}."]
+        notes = [
+            f"There is no line of column names; the labels are in the last column, {label + 1}."
+        ]
         return _Table([], label, list(range(width - 1)), rows, [*notes, *_doubt(rows, label)])
     if label_column is not None:
         check_known("label_column", label_column, first)
@@ -147,7 +155,11 @@ def _table(path: Path, label_column: str | None) -> _Table:
     )
     unnamed = len(list(takewhile(_is_unnamed, first)))
     if unnamed:
-        which = "The first column has no name" if unnamed == 1 else f"The first {unnamed} columns have no names"
+        which = (
+            "The first column has no name"
+            if unnamed == 1
+            else f"The first {unnamed} columns have no names"
+        )
         table.notes.append(
             f"{which}, like the index that pandas writes, and {'was' if unnamed == 1 else 'were'} left out."
         )
@@ -164,7 +176,9 @@ def _check_header(path: Path, table: _Table, header: _Row) -> None:
         raise faulty(path, "has a header line and no examples", "add one line for each example")
     twice = [name for name, count in Counter(header.cells).items() if name and count > 1]
     if twice:
-        raise faulty(path, f"has several columns called {quoted(twice[0])}", "give each another name")
+        raise faulty(
+            path, f"has several columns called {quoted(twice[0])}", "give each another name"
+        )
     for row in table.rows:
         if row.cells == header.cells:
             raise faulty(path, f"repeats the column names in line {row.line}", "remove this line")
@@ -183,8 +197,12 @@ def _is_header(rows: list[_Row], label: int) -> bool:
     names = features[has_index:]
     places = [place for place in range(len(first)) if place != label][has_index:]
     is_whole = all(re.fullmatch(r"\d+", name) for name in names)
-    is_above_decimals = is_whole and not any(re.fullmatch(r"[-+]?\d+", cells[i]) for cells in others for i in places)
-    if [*names, first[label]] == _counted(len(names) + 1) and (has_index or len(names) > 2 or is_above_decimals):
+    is_above_decimals = is_whole and not any(
+        re.fullmatch(r"[-+]?\d+", cells[i]) for cells in others for i in places
+    )
+    if [*names, first[label]] == _counted(len(names) + 1) and (
+        has_index or len(names) > 2 or is_above_decimals
+    ):
         return True
     if _chance(rows, label) <= _CHANCE:
         return True
@@ -193,7 +211,11 @@ def _is_header(rows: list[_Row], label: int) -> bool:
         return False
     if names == _counted(len(names)) or is_above_decimals:
         return True
-    if number_of(first[label]) is None and not is_missing(first[label]) and are_numbers(list(labels)):
+    if (
+        number_of(first[label]) is None
+        and not is_missing(first[label])
+        and are_numbers(list(labels))
+    ):
         return True  # a word above numbers
     # Increasing whole numbers, such as years, above lines none of which is alone with its label.
     is_increasing = is_whole and _increases(names)
@@ -202,7 +224,9 @@ def _is_header(rows: list[_Row], label: int) -> bool:
 
 def _are_column_numbers(names: list[str]) -> bool:
     """Returns whether these may be column numbers or years: different whole numbers of at most four digits."""
-    return len({*names}) == len(names) and all(re.fullmatch(r"0|[1-9]\d{0,3}", name) for name in names)
+    return len({*names}) == len(names) and all(
+        re.fullmatch(r"0|[1-9]\d{0,3}", name) for name in names
+    )
 
 
 def _increases(names: list[str]) -> bool:
@@ -222,7 +246,10 @@ def _chance(rows: list[_Row], label: int) -> float:
     names = [first[place] for place in places]
     if len(others) < MANY_LINES or not _are_column_numbers(names) or first[label] in names:
         return 1.0
-    whole = [[re.fullmatch(r"[-+]?\d+", cells[place]) is not None for place in places] for cells in others]
+    whole = [
+        [re.fullmatch(r"[-+]?\d+", cells[place]) is not None for place in places]
+        for cells in others
+    ]
     shares = [(sum(column) + 1) / (len(others) + 1) for column in zip(*whole, strict=True)]
     # Rounding comes in whole lines, so that one of whole numbers alone says that there may be others.
     is_rounded = not all(map(all, zip(*whole, strict=True))) and any(map(all, whole))
@@ -233,7 +260,9 @@ def _chance(rows: list[_Row], label: int) -> float:
     single = sum(count == 1 for count in labels.values())
     chance *= (single + 1) / len(rows)
     for place, share in zip(places, shares, strict=True):
-        if share == 1 and _is_far_outside(int(first[place]), {int(cells[place]) for cells in others}):
+        if share == 1 and _is_far_outside(
+            int(first[place]), {int(cells[place]) for cells in others}
+        ):
             chance *= 2 / (len(others) + 1)
     ordered = sorted(_counted(len(first)))
     is_permuted = len(first) > 4 and sorted(first) == ordered
@@ -282,7 +311,10 @@ def _counted(count: int) -> list[str]:
 
 def _rows(path: Path) -> list[_Row]:
     rows, line = [], 1
-    with opened(path) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
+    with (
+        opened(path) as content,
+        io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file,
+    ):
         check_size(content)
         reader = csv.reader(file, strict=True)
         try:
@@ -292,9 +324,13 @@ def _rows(path: Path) -> list[_Row]:
                 line = reader.line_num + 1  # a quoted cell may go on over several lines
         except UnicodeDecodeError as error:
             content.seek(0)
-            raise not_utf8(path, content.read(8), f"has the byte 0x{error.object[error.start]:02x}") from error
+            raise not_utf8(
+                path, content.read(8), f"has the byte 0x{error.object[error.start]:02x}"
+            ) from error
         except csv.Error as error:
-            raise faulty(path, f"is no CSV file at line {line} ({error})", "correct this line") from error
+            raise faulty(
+                path, f"is no CSV file at line {line} ({error})", "correct this line"
+            ) from error
     if not rows:
         raise faulty(path, "is empty", "give a file with one line for each example")
     _check_shape(path, rows)
@@ -305,11 +341,15 @@ def _check_shape(path: Path, rows: list[_Row]) -> None:
     """Raises InputError if lines have different numbers of cells, or the cells are not separated by commas."""
     width = len(rows[0].cells)
     wrong = next((row for row in rows if len(row.cells) != width), None)
-    if wrong is not None and (comment := next((row for row in rows[:2] if row.cells[0].startswith("#")), None)):
+    if wrong is not None and (
+        comment := next((row for row in rows[:2] if row.cells[0].startswith("#")), None)
+    ):
         raise faulty(path, f"has a comment in line {comment.line}", "remove the line")
     for separator, name in _SEPARATORS.items():
         parts = [",".join(row.cells).split(separator) for row in rows[:2]]
-        has_decimal_commas = all(number_of(first.replace(",", ".")) is not None for first, *_ in parts)
+        has_decimal_commas = all(
+            number_of(first.replace(",", ".")) is not None for first, *_ in parts
+        )
         if min(map(len, parts)) > 1 and (width < 2 or wrong is not None or has_decimal_commas):
             fault = f"has its cells separated by {name}"
             raise faulty(path, fault, "save it with commas between cells, and points in numbers")
@@ -360,6 +400,8 @@ def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
         )
     if len(classes) < 2:
         raise faulty(
-            path, f"has only the label {quoted(cells[0])} in column {column.name}", "give at least two classes"
+            path,
+            f"has only the label {quoted(cells[0])} in column {column.name}",
+            "give at least two classes",
         )
     return classes, labels

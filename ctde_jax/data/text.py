@@ -46,8 +46,13 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
 
     stride = stride or length
     windows = (len(train) - length - 1) // stride + 1
-    memory.check("window", f"{windows:,} training windows", 8 * windows * length, "lower it, or raise stride")
-    unused = len(train) - _covered(len(train), length, stride), len(test) - _covered(len(test), length, length)
+    memory.check(
+        "window", f"{windows:,} training windows", 8 * windows * length, "lower it, or raise stride"
+    )
+    unused = (
+        len(train) - _covered(len(train), length, stride),
+        len(test) - _covered(len(test), length, length),
+    )
     notes = (
         f"The first {len(train):,} characters are for training and the other {len(test):,} for testing.",
         f"The windows leave out {unused[0]:,} characters of the training part and {unused[1]:,} of the test part.",
@@ -93,7 +98,9 @@ def decode(tokens: np.typing.ArrayLike, vocabulary: Sequence[str]) -> str:
     tokens = np.asarray(tokens)
     outside = (tokens < 0) | (tokens >= len(vocabulary))
     if outside.any():
-        raise InputError("tokens", f"must lie from 0 to {len(vocabulary) - 1}, got {tokens[outside][0]}.")
+        raise InputError(
+            "tokens", f"must lie from 0 to {len(vocabulary) - 1}, got {tokens[outside][0]}."
+        )
     return "".join(vocabulary[int(token)] for token in tokens)
 
 

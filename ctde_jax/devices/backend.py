@@ -21,7 +21,9 @@ from ctde_jax.errors import InputError, check_at_least, check_at_most, quoted, s
 FAKE_DEVICES = 4
 """CPU devices that the commands start by default, to show how devices agree."""
 
-_THREADS_A_DEVICE = 2  # measured: with fewer than two threads a device, collectives can wait for ever
+_THREADS_A_DEVICE = (
+    2  # measured: with fewer than two threads a device, collectives can wait for ever
+)
 _MOST_DEVICES = 1024  # each fake device takes three threads and milliseconds of start-up
 
 
@@ -54,13 +56,17 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
     try:
         _request_fake_devices(wanted)
     except RuntimeError:
-        if jax.default_backend() == "cpu" and (jax.local_device_count() < wanted or not _threads_suffice(wanted)):
+        if jax.default_backend() == "cpu" and (
+            jax.local_device_count() < wanted or not _threads_suffice(wanted)
+        ):
             clear_backends()
             _request_fake_devices(wanted)
     _start_platform()
 
     hosts = range(jax.process_count())
-    by_host = [[device for device in jax.devices() if device.process_index == host] for host in hosts]
+    by_host = [
+        [device for device in jax.devices() if device.process_index == host] for host in hosts
+    ]
     here, kind = len(by_host[jax.process_index()]), by_host[0][0].platform
     if count is None and kind == "cpu":
         count = wanted
@@ -110,7 +116,10 @@ def _reason(error: Exception) -> str:
 def _keep_programs() -> None:
     if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
-    jax.config.update("jax_compilation_cache_dir", str(user_cache_path("ctde_jax") / "programs" / _kind_of_machine()))
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        str(user_cache_path("ctde_jax") / "programs" / _kind_of_machine()),
+    )
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -119,13 +128,19 @@ def _kind_of_machine() -> str:
     """Names what machine code depends on, for JAX does not: a home folder may be on machines of several kinds."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
-    abilities = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    abilities = next(
+        (line for line in lines if line.lower().startswith(("flags", "features"))),
+        platform.processor(),
+    )
     return f"{platform.machine()}-{sha256(abilities.encode()).hexdigest()[:12]}"
 
 
 def _request_fake_devices(count: int) -> None:
     """Raises RuntimeError where a backend is up already."""
-    for value in (count + 1, count):  # one of them is a change, and JAX refuses changes once its backend is up
+    for value in (
+        count + 1,
+        count,
+    ):  # one of them is a change, and JAX refuses changes once its backend is up
         jax.config.update("jax_num_cpu_devices", value)
     os.environ["NPROC"] = str(max(_THREADS_A_DEVICE * count, _threads()))
 
@@ -138,5 +153,7 @@ def _threads() -> int:
     """The size of the thread pool of a CPU backend that would start now."""
     chosen = os.environ.get("NPROC", "")
     if chosen.isdecimal():
-        return min(int(chosen), _THREADS_A_DEVICE * _MOST_DEVICES)  # XLA would start each of a million threads
+        return min(
+            int(chosen), _THREADS_A_DEVICE * _MOST_DEVICES
+        )  # XLA would start each of a million threads
     return count_cores()

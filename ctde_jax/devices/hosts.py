@@ -19,7 +19,9 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv  # JAX has no public way to what its detection of launchers finds,
+from jax._src.clusters import (
+    ClusterEnv,
+)  # JAX has no public way to what its detection of launchers finds,
 from jax._src.distributed import global_state  # nor to the coordinator's keys and values
 from jax.experimental import multihost_utils
 
@@ -87,14 +89,19 @@ def find_meeting(
     check_at_least(1, num_processes=num_processes, join_timeout=join_timeout)
     check_at_least(0, process_id=process_id)
     if 0 < len(missing) < len(given):
-        raise InputError(missing[0], "goes with coordinator, num_processes and process_id; give all three or none.")
+        raise InputError(
+            missing[0],
+            "goes with coordinator, num_processes and process_id; give all three or none.",
+        )
     address, count, index, local_devices = coordinator, num_processes, process_id, None
     if address is None:
         try:
             address, count, index, local_devices = ClusterEnv.auto_detect_unset_distributed_params(
                 None, None, None, None, None, join_timeout
             )
-        except Exception as error:  # of a launcher that JAX knows, in an environment that it cannot read
+        except (
+            Exception
+        ) as error:  # of a launcher that JAX knows, in an environment that it cannot read
             raise InputError(
                 "coordinator",
                 f"could not be found in the environment of the launcher ({error}); give it with --num-processes and "
@@ -103,18 +110,32 @@ def find_meeting(
     if address is None or count is None or index is None or count == 1:
         return None
     if index >= count:
-        raise InputError("process_id", f"must be less than the {count} of --num-processes, got {index}.")
+        raise InputError(
+            "process_id", f"must be less than the {count} of --num-processes, got {index}."
+        )
     if _listens_everywhere(_parts("coordinator", address)[0]):
-        raise InputError("coordinator", f"must be the address of host 0 that all hosts reach, got {address}.")
+        raise InputError(
+            "coordinator", f"must be the address of host 0 that all hosts reach, got {address}."
+        )
     listens_on = coordinator_bind or address
     _parts("coordinator_bind", listens_on)
-    return Meeting(address, count, index, listens_on, join_timeout, None if local_devices is None else [*local_devices])
+    return Meeting(
+        address,
+        count,
+        index,
+        listens_on,
+        join_timeout,
+        None if local_devices is None else [*local_devices],
+    )
 
 
 def check_alone(meeting: Meeting | None) -> None:
     """Raises InputError for a command that runs on one host if several hosts are to meet."""
     if meeting is not None:
-        raise InputError("num_processes", f"must be 1 for this command, which runs on one host, got {meeting.count}.")
+        raise InputError(
+            "num_processes",
+            f"must be 1 for this command, which runs on one host, got {meeting.count}.",
+        )
 
 
 def join(meeting: Meeting) -> None:
@@ -156,11 +177,20 @@ def index() -> int:
 def platform() -> dict[str, Any]:
     """Says what a host brings to a run: versions, and its devices; all hosts must bring the same."""
     here = jax.local_devices()
-    versions = {f"the version of {name}": version(name) for name in ("ctde_jax", "jax", "jaxlib", "flax", "optax")}
-    return {**versions, "the kind of the devices": here[0].device_kind, "the number of devices": len(here)}
+    versions = {
+        f"the version of {name}": version(name)
+        for name in ("ctde_jax", "jax", "jaxlib", "flax", "optax")
+    }
+    return {
+        **versions,
+        "the kind of the devices": here[0].device_kind,
+        "the number of devices": len(here),
+    }
 
 
-def compare(tell: Callable[[], Mapping[str, Any]], digests: Callable[[], Mapping[str, Any]] = dict) -> None:
+def compare(
+    tell: Callable[[], Mapping[str, Any]], digests: Callable[[], Mapping[str, Any]] = dict
+) -> None:
     """Checks that all hosts have the same facts, through the coordinator, so that no collective can hang.
 
     Args:
@@ -186,7 +216,10 @@ def compare(tell: Callable[[], Mapping[str, Any]], digests: Callable[[], Mapping
                 )
         for name in [*first_digests, *other_digests]:
             if first_digests.get(name) != other_digests.get(name):
-                raise InputError(name, f"must be the same on all hosts, but differs between host 0 and host {host}.")
+                raise InputError(
+                    name,
+                    f"must be the same on all hosts, but differs between host 0 and host {host}.",
+                )
 
 
 def of_the_first(make: Callable[[], T]) -> T:
@@ -251,7 +284,9 @@ def leave(status: int, sentence: str) -> NoReturn:
         except jax.errors.JaxRuntimeError:
             pass  # another host was faster
         if index() == 0:
-            time.sleep(2.5 * _LOOK_SECONDS)  # the others look, for with host 0 goes what they look at
+            time.sleep(
+                2.5 * _LOOK_SECONDS
+            )  # the others look, for with host 0 goes what they look at
     os._exit(status)
 
 
@@ -288,7 +323,11 @@ def _end_with_others() -> None:
             continue
         if not _is_over.is_set():
             why = told["sentence"] or "its output says why"
-            print(f"error: host {index()}: host {told['host']} has ended the run: {why}", file=sys.stderr, flush=True)
+            print(
+                f"error: host {index()}: host {told['host']} has ended the run: {why}",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(told["status"])
 
 
@@ -303,7 +342,9 @@ def _array_of_the_first(array: jax.typing.ArrayLike) -> np.ndarray:
     own = np.asarray(array)
     words = np.frombuffer(own.tobytes() + b"\0" * (-own.nbytes % 4), np.uint32)
     pieces = [words[start : start + _PIECE] for start in range(0, len(words), _PIECE)]
-    sent = b"".join(np.asarray(multihost_utils.broadcast_one_to_all(piece)).tobytes() for piece in pieces)
+    sent = b"".join(
+        np.asarray(multihost_utils.broadcast_one_to_all(piece)).tobytes() for piece in pieces
+    )
     return np.frombuffer(sent[: own.nbytes], own.dtype).reshape(own.shape)
 
 
@@ -320,13 +361,17 @@ def _wait_for(host: int, key: str) -> str:
     try:
         return _store().blocking_key_value_get(key, 1000 * _PATIENCE_SECONDS)
     except jax.errors.JaxRuntimeError as error:
-        raise HostLost(f"host {host} is there, but has not come to where the others wait for it.") from error
+        raise HostLost(
+            f"host {host} is there, but has not come to where the others wait for it."
+        ) from error
 
 
 def _parts(option: str, address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(option, f"must be an address and a port, such as 10.0.0.1:1234, got {address}.")
+        raise InputError(
+            option, f"must be an address and a port, such as 10.0.0.1:1234, got {address}."
+        )
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -344,7 +389,9 @@ def _check_port(address: str, patience: float) -> None:
     try:
         while True:
             try:
-                family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+                family, kind, protocol, _, place = socket.getaddrinfo(
+                    host, port, type=socket.SOCK_STREAM
+                )[0]
                 break
             except socket.gaierror:
                 if time.monotonic() > deadline:

@@ -43,7 +43,11 @@ def check(option: str, what: str, needed: int, way_out: str) -> None:
 
 def size_of(tree: Any) -> int:
     """Returns the bytes of all arrays of a tree, of which only shapes and dtypes are read."""
-    return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+    return sum(
+        prod(leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if hasattr(leaf, "dtype")
+    )
 
 
 def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device]) -> None:
@@ -59,8 +63,12 @@ def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device])
     numbers = sum(prod(leaf.shape) for leaf in jax.tree.leaves(params))
     what = f"{numbers:,} parameters, their gradients and the states of optimizer and strategy"
     a_device = size_of(train_state) // len(devices) + size_of(params)
-    is_model = a_device < 16 * size_of(params)  # else most of it is what a strategy remembers, such as padded chunks
-    way_out = "take a smaller model" if is_model else "lower chunk, rank or fragments of the strategy"
+    is_model = a_device < 16 * size_of(
+        params
+    )  # else most of it is what a strategy remembers, such as padded chunks
+    way_out = (
+        "take a smaller model" if is_model else "lower chunk, rank or fragments of the strategy"
+    )
     _check_devices("model" if is_model else "strategy", what, a_device, devices, way_out)
 
 
@@ -69,10 +77,18 @@ def check_program(program: Any, devices: Sequence[jax.Device]) -> None:
     analysis = getattr(program, "memory_analysis", lambda: None)()
     if analysis is not None:
         lower = "lower batch_size, sync_every or chunk, or take a smaller model"
-        _check_devices("batch_size", "the temporary arrays of a step", analysis.temp_size_in_bytes, devices, lower)
+        _check_devices(
+            "batch_size",
+            "the temporary arrays of a step",
+            analysis.temp_size_in_bytes,
+            devices,
+            lower,
+        )
 
 
-def _check_devices(option: str, what: str, a_device: int, devices: Sequence[jax.Device], way_out: str) -> None:
+def _check_devices(
+    option: str, what: str, a_device: int, devices: Sequence[jax.Device], way_out: str
+) -> None:
     here = [device for device in devices if device.process_index == jax.process_index()]
     if here[0].platform != "cpu":
         there = (here[0].memory_stats() or {}).get("bytes_limit")

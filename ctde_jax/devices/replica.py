@@ -44,18 +44,27 @@ def parallel(
         donate: Positions of the arguments whose memory the results may take over.
     """
     return jax.pmap(
-        function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donate
+        function,
+        axis_name=AXIS,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        devices=devices,
+        donate_argnums=donate,
     )
 
 
 def lowered(function: jax.stages.Wrapped, *like: PyTree) -> jax.stages.Lowered:
     """Lowers what `parallel` has made, for arrays of all hosts, or shapes and types, such as these."""
     leaves, structure = jax.tree.flatten(like)
-    abstract = jax.make_jaxpr(lambda *leaves: leaves)(*leaves).in_avals  # of which pmap knows that they are global
+    abstract = jax.make_jaxpr(lambda *leaves: leaves)(
+        *leaves
+    ).in_avals  # of which pmap knows that they are global
     return function.lower(*structure.unflatten(abstract))
 
 
-def compiled(lowered: jax.stages.Lowered, devices: Sequence[jax.Device], exact: bool = False) -> "Program":
+def compiled(
+    lowered: jax.stages.Lowered, devices: Sequence[jax.Device], exact: bool = False
+) -> "Program":
     """Compiles what `parallel` has made, lowered for its arguments.
 
     Several fake devices take one thread each, for they share the cores; one alone takes all of them, unless the bits
@@ -67,12 +76,16 @@ def compiled(lowered: jax.stages.Lowered, devices: Sequence[jax.Device], exact: 
     if is_fake and (exact or len(devices) > 1):
         options["xla_cpu_multi_thread_eigen"] = False
     if is_fake and exact:
-        options["xla_disable_hlo_passes"] = "algsimp"  # which rewrites divisions on one device, and not on several
+        options["xla_disable_hlo_passes"] = (
+            "algsimp"  # which rewrites divisions on one device, and not on several
+        )
     program = lowered.compile(compiler_options=options or None)
     return Waiting(program) if is_fake and is_spread(devices) else program
 
 
-def compiled_once(function: jax.stages.Wrapped, devices: Sequence[jax.Device]) -> Callable[..., PyTree]:
+def compiled_once(
+    function: jax.stages.Wrapped, devices: Sequence[jax.Device]
+) -> Callable[..., PyTree]:
     """Compiles what `parallel` has made at its first call, for arguments like those of this call."""
     program: list[Program] = []
 
@@ -91,7 +104,11 @@ def is_spread(devices: Sequence[jax.Device]) -> bool:
 
 def own(devices: Sequence[jax.Device]) -> list[int]:
     """Returns which replicas are on this host."""
-    return [replica for replica, device in enumerate(devices) if device.process_index == jax.process_index()]
+    return [
+        replica
+        for replica, device in enumerate(devices)
+        if device.process_index == jax.process_index()
+    ]
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
@@ -112,7 +129,11 @@ def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
 
 def gathered(leaf: jax.typing.ArrayLike) -> np.ndarray:
     """Copies an array to every host, where each has the whole of it or some rows."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+    if (
+        isinstance(leaf, jax.Array)
+        and not leaf.is_fully_addressable
+        and not leaf.is_fully_replicated
+    ):
         return multihost_utils.process_allgather(leaf, tiled=True)
     return np.array(leaf)
 
@@ -127,7 +148,9 @@ def add_up(tree: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(tree)
     small = [leaf for leaf in leaves if leaf.size <= _SMALL]
     large = [leaf for leaf in leaves if leaf.size > _SMALL]
-    together, large = lax.psum((jnp.concatenate([jnp.ravel(leaf) for leaf in [*small, jnp.zeros(0)]]), large), AXIS)
+    together, large = lax.psum(
+        (jnp.concatenate([jnp.ravel(leaf) for leaf in [*small, jnp.zeros(0)]]), large), AXIS
+    )
     parts, wholes = iter(jnp.split(together, np.cumsum([leaf.size for leaf in small]))), iter(large)
     return structure.unflatten(
         next(parts).reshape(leaf.shape) if leaf.size <= _SMALL else next(wholes) for leaf in leaves
@@ -147,11 +170,17 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
         means = iter([jnp.where(weight > 0, leaf, 0) for leaf in floats])
     else:
         weighted = [jnp.where(weight > 0, leaf * weight, 0) for leaf in floats]
-        sums, total = add_up((weighted, weight)) if axis == AXIS else lax.psum((weighted, weight), axis)
-        share = 1 / jnp.where(total > 0, total, 1)  # a product, unlike a quotient, is fused with what reads it
+        sums, total = (
+            add_up((weighted, weight)) if axis == AXIS else lax.psum((weighted, weight), axis)
+        )
+        share = 1 / jnp.where(
+            total > 0, total, 1
+        )  # a product, unlike a quotient, is fused with what reads it
         means = iter([x * share for x in sums])
     mean = structure.unflatten(
-        next(means).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else lax.pmax(leaf, axis)
+        next(means).astype(leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else lax.pmax(leaf, axis)
         for leaf in leaves
     )
     return as_complex(mean, tree)
@@ -164,10 +193,14 @@ def as_real(tree: PyTree) -> PyTree:
 
 def as_complex(tree: PyTree, like: PyTree) -> PyTree:
     """Inverts `as_real` where the leaf of another tree is complex."""
-    return jax.tree.map(lambda x, other: lax.complex(*x) if jnp.iscomplexobj(other) else x, tree, like)
+    return jax.tree.map(
+        lambda x, other: lax.complex(*x) if jnp.iscomplexobj(other) else x, tree, like
+    )
 
 
-def agreed_state(after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) -> PyTree:
+def agreed_state(
+    after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS
+) -> PyTree:
     """Merges what the replicas, or the shards of one, have made of a model's state.
 
     A number that none of them has changed keeps its bits. Other floats become the weighted mean, and integers, booleans
@@ -194,7 +227,10 @@ def agreed_state(after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, ax
     summed = (
         weight,
         [jnp.where(counts, leaf * weight, 0) for leaf in new_floats],
-        [(counts & is_changed(*pair)).astype(jnp.float32) for pair in zip(new_floats, old_floats, strict=True)],
+        [
+            (counts & is_changed(*pair)).astype(jnp.float32)
+            for pair in zip(new_floats, old_floats, strict=True)
+        ],
     )
     total, sums, changes = add_up(summed) if axis == AXIS else lax.psum(summed, axis)
     means = iter(zip(sums, changes, strict=True))
@@ -203,7 +239,9 @@ def agreed_state(after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, ax
         if not jnp.issubdtype(new.dtype, jnp.inexact):
             return jnp.where(total > 0, largest(new, counts, axis), old)
         sum_of_all, change = next(means)
-        mean = sum_of_all / jnp.maximum(total, 1)  # a quotient, so that counters of equal value stay whole
+        mean = sum_of_all / jnp.maximum(
+            total, 1
+        )  # a quotient, so that counters of equal value stay whole
         if jnp.iscomplexobj(new):
             mean, change = lax.complex(mean[0], mean[1]), change.max(axis=0)
         return jnp.where(change > 0, mean.astype(new.dtype), old)
@@ -228,7 +266,9 @@ def largest(leaf: jax.Array, counts: jax.Array, axis: str | None = None) -> jax.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         words = jax.random.key_data(leaf)
         counts = jnp.expand_dims(counts, range(counts.ndim, words.ndim)) if counts.ndim else counts
-        return jax.random.wrap_key_data(largest(words, counts, axis), impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(
+            largest(words, counts, axis), impl=jax.random.key_impl(leaf)
+        )
     if leaf.dtype == jnp.bool_:
         return largest(leaf.astype(jnp.uint8), counts, axis).astype(jnp.bool_)
     candidates = jnp.where(counts, leaf, jnp.iinfo(leaf.dtype).min)
@@ -261,7 +301,9 @@ def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> Py
     return jax.tree.map(partial(_put_leaf, sharding=sharding, devices=devices), tree)
 
 
-def _put_leaf(leaf: jax.typing.ArrayLike, sharding: NamedSharding, devices: Sequence[jax.Device]) -> jax.Array:
+def _put_leaf(
+    leaf: jax.typing.ArrayLike, sharding: NamedSharding, devices: Sequence[jax.Device]
+) -> jax.Array:
     """Puts an array onto the devices of this host, which do not see the others' rows."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raw = _put_leaf(jax.random.key_data(leaf), sharding, devices)

@@ -22,9 +22,13 @@ _NEEDED = {
 def check() -> None:
     """Raises InputError for a JAX setting that makes training impossible."""
     for name, (needed, reason) in _NEEDED.items():
-        value = getattr(jax.config, name, None)  # None: this version of JAX lacks it, or a transfer guard is not set
+        value = getattr(
+            jax.config, name, None
+        )  # None: this version of JAX lacks it, or a transfer guard is not set
         given = str(getattr(value, "value", value))
-        is_harmless = value is None or given == needed or (needed == "allow" and "disallow" not in given)
+        is_harmless = (
+            value is None or given == needed or (needed == "allow" and "disallow" not in given)
+        )
         if not is_harmless:
             raise InputError(
                 name,

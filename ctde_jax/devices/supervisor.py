@@ -18,7 +18,9 @@ from ctde_jax.devices.hosts import HEARTBEAT_SECONDS, LOST, Meeting
 
 _MARK = "CTDE_JAX_SUPERVISED"
 
-_COORDINATION = re.compile(r"[IWEF]\d{4} [\d:.]+ +\d+ (coordination_\w+\.cc|client\.(cc|h)|add_port\.cc):")
+_COORDINATION = re.compile(
+    r"[IWEF]\d{4} [\d:.]+ +\d+ (coordination_\w+\.cc|client\.(cc|h)|add_port\.cc):"
+)
 """How lines of the coordinator's own begin; those that follow without a beginning of their own belong to them."""
 
 _OTHER = re.compile(r"[IWEF]\d{4} [\d:.]+ |error: |Traceback |warning: ")
@@ -89,7 +91,9 @@ def _sentence(said: str, meeting: Meeting) -> str:
     """Says for what the coordinator has ended the child; nothing where it has not."""
     unhealthy = re.findall(r"stopped sending heartbeats\):\n((?:\d+\n)+)", said)
     if unhealthy:
-        lost = [host for host in unhealthy[0].split() if int(host) != meeting.index] or unhealthy[0].split()
+        lost = [host for host in unhealthy[0].split() if int(host) != meeting.index] or unhealthy[
+            0
+        ].split()
         names = f"host {lost[0]} has" if len(lost) == 1 else f"the hosts {', '.join(lost)} have"
         return (
             f"{names} not answered for {HEARTBEAT_SECONDS} seconds, so the run ended; the same command on all hosts "
@@ -101,7 +105,11 @@ def _sentence(said: str, meeting: Meeting) -> str:
             f"host its own, from 0 to {meeting.count - 1}."
         )
     if "RegisterTask" in said:
-        who = "the others have not all come" if meeting.index == 0 else "host 0, or another one, has not come"
+        who = (
+            "the others have not all come"
+            if meeting.index == 0
+            else "host 0, or another one, has not come"
+        )
         return (
             f"{who} to {meeting.coordinator} within {meeting.patience} seconds, where {meeting.count} hosts were to "
             "meet; start the same command on each of them, or look at their output."

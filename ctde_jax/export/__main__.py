@@ -26,13 +26,23 @@ from ctde_jax.trainer import console
 
 def main(arguments: Sequence[str]) -> int:
     """Writes a bundle as the options say; returns the exit status, 2 for a mistake."""
-    return run(lambda: _export(_parse(arguments)), names={"run_dir": "RUN", "folder": "--to", "data": "the data"})
+    return run(
+        lambda: _export(_parse(arguments)),
+        names={"run_dir": "RUN", "folder": "--to", "data": "the data"},
+    )
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Parser("ctde_jax.export", __doc__ or "")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run or of a checkpoint")
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="the bundle; by default bundle in the run's folder")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="the folder of a run or of a checkpoint"
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help="the bundle; by default bundle in the run's folder",
+    )
     parser.add_argument(
         "--formats",
         nargs="+",
@@ -40,10 +50,16 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         metavar="NAME",
         help=f"of {', '.join(FORMATS)}; by default those of f32",
     )
-    parser.add_argument("--web", type=Path, metavar="FOLDER", help="for a page of static files that runs the model")
-    parser.add_argument("--examples", type=int, default=100, metavar="N", help="test examples that go along (100)")
+    parser.add_argument(
+        "--web", type=Path, metavar="FOLDER", help="for a page of static files that runs the model"
+    )
+    parser.add_argument(
+        "--examples", type=int, default=100, metavar="N", help="test examples that go along (100)"
+    )
     for name, what in (("--data-dir", "folder"), ("--data-file", "file")):
-        parser.add_argument(name, metavar=what.upper(), help=f"the {what} of the data, where it has moved")
+        parser.add_argument(
+            name, metavar=what.upper(), help=f"the {what} of the data, where it has moved"
+        )
     return parser.parse_args(arguments)
 
 
@@ -56,14 +72,18 @@ def _export(chosen: Namespace) -> None:
     )
     said = config.deciding(options)
     folder = chosen.to or load.folder_of(chosen.run) / "bundle"
-    written = write_bundle(trained, data, folder, chosen.formats, examples=chosen.examples, options={"options": said})
+    written = write_bundle(
+        trained, data, folder, chosen.formats, examples=chosen.examples, options={"options": said}
+    )
     screen = console()
     screen.print(_table(written))
     for name, reason in written.left_out.items():
         screen.print(f"left out   {name}: {reason}")
     screen.print(f"bundle     {folder}")
     if chosen.web is not None:
-        screen.print(f"page       {write_page(written.bundle, chosen.web)}; python -m http.server -d {chosen.web}")
+        screen.print(
+            f"page       {write_page(written.bundle, chosen.web)}; python -m http.server -d {chosen.web}"
+        )
     screen.print(
         f"sha256     {written.bundle.sha256}, of its card; --expect {written.bundle.sha256[:12]} insists on it"
     )
@@ -72,15 +92,27 @@ def _export(chosen: Namespace) -> None:
 def _table(written: Written) -> Table:
     """Says of every form what its receipt does."""
     facts = written.bundle.card.facts
-    trained, rows = facts["trained_model"], Table(title=f"after {facts['training']['step']:,} steps")
+    trained, rows = (
+        facts["trained_model"],
+        Table(title=f"after {facts['training']['step']:,} steps"),
+    )
     measures = list(trained["measured"])[:2]
-    for name in ("runtime", "size", "differs", *measures, "ms of 1", "of 32"):  # which fits into 80 columns
+    for name in (
+        "runtime",
+        "size",
+        "differs",
+        *measures,
+        "ms of 1",
+        "of 32",
+    ):  # which fits into 80 columns
         rows.add_column(name, justify="left" if name == "runtime" else "right")
 
     def add(name: str, size: str, difference: str, said: Mapping[str, Any]) -> None:
         measured = [f"{said['measured'][measure]:.4f}" for measure in measures]
         taken = [said["milliseconds"][batch][1] for batch in ("1", "32")]
-        rows.add_row(name, size, difference, *measured, *(f"{ms:.{3 if ms < 10 else 1}f}" for ms in taken))
+        rows.add_row(
+            name, size, difference, *measured, *(f"{ms:.{3 if ms < 10 else 1}f}" for ms in taken)
+        )
 
     add("trained (jit)", "", "", trained)
     for name, artifact in written.bundle.card.artifacts.items():

@@ -41,7 +41,9 @@ def convert(program: Program, **options: Any) -> Any:
         to_dimension = ir._maybe_convert_to_symbolic_dim
         with (
             mock.patch.object(conversion, "_activate_plugin_worlds", nullcontext),
-            mock.patch.object(ir, "_maybe_convert_to_symbolic_dim", lambda length: to_dimension(_named(length))),
+            mock.patch.object(
+                ir, "_maybe_convert_to_symbolic_dim", lambda length: to_dimension(_named(length))
+            ),
         ):
             return jax2onnx.to_onnx(program.run, program.like, **options)
 
@@ -72,7 +74,11 @@ def _restored() -> Iterator[None]:
 
 
 def _modules() -> Sequence[ModuleType]:
-    return [module for name, module in [*sys.modules.items()] if name.split(".")[0] in _PATCHED and module]
+    return [
+        module
+        for name, module in [*sys.modules.items()]
+        if name.split(".")[0] in _PATCHED and module
+    ]
 
 
 @contextmanager

@@ -50,7 +50,9 @@ def _over_windows(
     window_dilation: Sequence[int],
 ) -> jax.Array:
     """Reduces windows axis by axis: first pads, then combines one strided slice for each place of a window."""
-    config = [(low, high, base - 1) for (low, high), base in zip(padding, base_dilation, strict=True)]
+    config = [
+        (low, high, base - 1) for (low, high), base in zip(padding, base_dilation, strict=True)
+    ]
     x = _pad(x, jnp.asarray(initial, x.dtype), padding_config=config)
     for axis, (window, stride, dilation) in enumerate(
         zip(window_dimensions, window_strides, window_dilation, strict=True)
@@ -68,7 +70,9 @@ def _over_windows(
     return x
 
 
-def _pool_by_program(x: jax.Array, initial: jax.Array, *, jaxpr: Any, consts: Sequence[Any], **windows: Any):
+def _pool_by_program(
+    x: jax.Array, initial: jax.Array, *, jaxpr: Any, consts: Sequence[Any], **windows: Any
+):
     """Reduces windows by a reducer of the user's."""
     program = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))
 
@@ -79,7 +83,9 @@ def _pool_by_program(x: jax.Array, initial: jax.Array, *, jaxpr: Any, consts: Se
     return [combine(_over_windows(combine, None, initial, x, **windows), initial)]
 
 
-def _pad(x: jax.Array, value: jax.Array, *, padding_config: Sequence[tuple[int, int, int]]) -> jax.Array:
+def _pad(
+    x: jax.Array, value: jax.Array, *, padding_config: Sequence[tuple[int, int, int]]
+) -> jax.Array:
     """Pads with plain ONNX operators: interior padding by a reshape, negative padding by a slice."""
     for axis, (low, high, interior) in enumerate(padding_config):
         if interior and x.shape[axis] > 1:
@@ -101,9 +107,13 @@ def _cumulative_product(x: jax.Array, *, axis: int, reverse: bool) -> jax.Array:
     while distance < length:
         ones = jnp.ones_like(lax.slice_in_dim(x, 0, distance, axis=axis))
         if reverse:
-            shifted = lax.concatenate([lax.slice_in_dim(x, distance, length, axis=axis), ones], axis)
+            shifted = lax.concatenate(
+                [lax.slice_in_dim(x, distance, length, axis=axis), ones], axis
+            )
         else:
-            shifted = lax.concatenate([ones, lax.slice_in_dim(x, 0, length - distance, axis=axis)], axis)
+            shifted = lax.concatenate(
+                [ones, lax.slice_in_dim(x, 0, length - distance, axis=axis)], axis
+            )
         x, distance = x * shifted, 2 * distance
     return x
 

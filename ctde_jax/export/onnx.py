@@ -14,7 +14,9 @@ LARGEST = 2**31 - 1
 """Bytes of a file; a larger one would have to keep its weights in a second file."""
 
 
-def to_onnx(program: Program, inputs: Sequence[str], outputs: Sequence[str], says: Mapping[str, Any]) -> bytes:
+def to_onnx(
+    program: Program, inputs: Sequence[str], outputs: Sequence[str], says: Mapping[str, Any]
+) -> bytes:
     """Writes a program as ONNX.
 
     Args:
@@ -40,7 +42,9 @@ def to_onnx(program: Program, inputs: Sequence[str], outputs: Sequence[str], say
             output_names=outputs,
         )
         _tidy(model.graph)
-        set_model_props(model, {name: json.dumps(fact, ensure_ascii=False) for name, fact in says.items()})
+        set_model_props(
+            model, {name: json.dumps(fact, ensure_ascii=False) for name, fact in says.items()}
+        )
         if model.ByteSize() > LARGEST:
             raise LeftOut("would be larger than 2 GiB")
         check_model(model, full_check=True)
@@ -60,12 +64,17 @@ def _tidy(graph: Any) -> None:
 
     own = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        is_product = node.op_type == "Gemm" and {(each.name, each.f or each.i) for each in node.attribute} <= _PLAIN
+        is_product = (
+            node.op_type == "Gemm"
+            and {(each.name, each.f or each.i) for each in node.attribute} <= _PLAIN
+        )
         if is_product and not (len(node.input) == 3 and to_array(own[node.input[2]]).any()):
             node.op_type = "MatMul"
             del node.input[2:], node.attribute[:]
     inner = list(_within(graph))
-    for node in (node for each in (graph, *inner) for node in each.node if node.op_type == "Einsum"):
+    for node in (
+        node for each in (graph, *inner) for node in each.node if node.op_type == "Einsum"
+    ):
         if _is_product(node.attribute[0].s.decode()):
             node.op_type = "MatMul"
             del node.attribute[:]
@@ -85,7 +94,12 @@ def _is_product(equation: str) -> bool:
     if len(right) != 1 or len(right[0]) != 2:
         return False
     inner, outer = right[0]
-    return left.endswith(inner) and inner not in left[:-1] and outer not in left and result == left[:-1] + outer
+    return (
+        left.endswith(inner)
+        and inner not in left[:-1]
+        and outer not in left
+        and result == left[:-1] + outer
+    )
 
 
 def _within(graph: Any) -> Iterator[Any]:

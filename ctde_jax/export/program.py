@@ -66,7 +66,9 @@ def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) ->
     like = tuple(_with_symbol(each, scope) for each in one)
     try:
         traced = jax.make_jaxpr(function)(*like)
-    except Exception:  # of a symbolic length: len(inputs) and reshape(len(inputs), -1) raise several types
+    except (
+        Exception
+    ):  # of a symbolic length: len(inputs) and reshape(len(inputs), -1) raise several types
 
         def of_one(*arrays: jax.Array) -> Arrays:
             return [result[0] for result in function(*(array[None] for array in arrays))]
@@ -106,7 +108,10 @@ _CONTROL = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": (
 
 
 def _evaluate(
-    program: Jaxpr, constants: Sequence[PyTree], arrays: Sequence[PyTree], rules: Mapping[str, Rule] = {}
+    program: Jaxpr,
+    constants: Sequence[PyTree],
+    arrays: Sequence[PyTree],
+    rules: Mapping[str, Rule] = {},
 ) -> list[PyTree]:
     """Evaluates a program; what does not depend on traced arrays is computed at once."""
     known: dict[Var, PyTree] = dict(zip(program.constvars, constants, strict=True))
@@ -124,13 +129,17 @@ def _evaluate(
         elif _is_known(equation, operands):
             with jax.ensure_compile_time_eval():
                 results = equation.primitive.bind(*operands, **equation.params)
-        elif name == "call_hi_primitive":  # JAX 0.12 has some functions, such as `searchsorted`, as such primitives
+        elif (
+            name == "call_hi_primitive"
+        ):  # JAX 0.12 has some functions, such as `searchsorted`, as such primitives
             results = _inlined(partial(equation.params["_prim"].expand, *operands), rules)
         elif name in rules:
             results = _inlined(partial(rules[name], *operands, **equation.params), {})
         else:
             results = equation.primitive.bind(*operands, **_with_rules_inside(equation, rules))
-        known |= zip(equation.outvars, results if isinstance(results, Sequence) else [results], strict=True)
+        known |= zip(
+            equation.outvars, results if isinstance(results, Sequence) else [results], strict=True
+        )
     return [read(atom) for atom in program.outvars]
 
 
@@ -146,7 +155,9 @@ def _with_rules_inside(equation: JaxprEqn, rules: Mapping[str, Rule]) -> dict[st
     def applied(inner: ClosedJaxpr) -> ClosedJaxpr:
         avals: Any = inner.in_avals
         like = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in avals]
-        return jax.make_jaxpr(lambda *arrays: _evaluate(inner.jaxpr, inner.consts, arrays, rules))(*like)
+        return jax.make_jaxpr(lambda *arrays: _evaluate(inner.jaxpr, inner.consts, arrays, rules))(
+            *like
+        )
 
     params = dict(equation.params)
     for name in _CONTROL.get(equation.primitive.name, ()) if rules else ():
@@ -159,7 +170,9 @@ def _is_known(equation: JaxprEqn, operands: Sequence[PyTree]) -> bool:
     """Returns whether results depend neither on traced arrays nor on a symbol, in a shape or as a number."""
     if equation.primitive.name == "dim_as_value":
         return False
-    lengths = [length for result in equation.outvars for length in getattr(result.aval, "shape", ())]
+    lengths = [
+        length for result in equation.outvars for length in getattr(result.aval, "shape", ())
+    ]
     is_symbolic = not all(isinstance(length, int) for length in lengths)
     return not is_symbolic and not any(isinstance(operand, Tracer) for operand in operands)
 

@@ -13,7 +13,15 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from ctde_jax.bundle import BATCH_SIZES, Carry, Predict, Step, difference, in_batches, relative_difference
+from ctde_jax.bundle import (
+    BATCH_SIZES,
+    Carry,
+    Predict,
+    Step,
+    difference,
+    in_batches,
+    relative_difference,
+)
 from ctde_jax.data import Split
 from ctde_jax.errors import InputError
 from ctde_jax.models import Task
@@ -30,7 +38,11 @@ Facts = dict[str, Any]
 
 def make_reference(trained: Trained) -> Predict:
     """Makes the function that the trained model computes, by JAX."""
-    apply = jax.jit(lambda params, model_state, inputs: trained.model.apply(params, model_state, inputs, None)[0])
+    apply = jax.jit(
+        lambda params, model_state, inputs: trained.model.apply(params, model_state, inputs, None)[
+            0
+        ]
+    )
     center = jax.device_put((trained.params, trained.model_state))
     return lambda inputs: np.asarray(apply(*center, inputs))
 
@@ -40,7 +52,9 @@ def count_pieces(split: Split) -> int:
     return ceil(len(split.inputs) / _PIECE)
 
 
-def compare(predict: Predict, reference: Predict, split: Split, task: Task, advance: Callable[[], None]) -> Facts:
+def compare(
+    predict: Predict, reference: Predict, split: Split, task: Task, advance: Callable[[], None]
+) -> Facts:
     """Measures what an artifact says of a split.
 
     Args:
@@ -65,7 +79,11 @@ def compare(predict: Predict, reference: Predict, split: Split, task: Task, adva
             advance()
         for name, values in task.measure(jnp.asarray(found), jnp.asarray(labels)).items():
             sums[name] = sums.get(name, 0.0) + float(np.asarray(values).sum(dtype=np.float64))
-    return {"largest_difference": largest, "relative": relative, "measured": task.averages(sums, len(split.inputs))}
+    return {
+        "largest_difference": largest,
+        "relative": relative,
+        "measured": task.averages(sums, len(split.inputs)),
+    }
 
 
 def check_same(trained: Trained, measured: Mapping[str, float]) -> None:
@@ -86,7 +104,9 @@ def check_same(trained: Trained, measured: Mapping[str, float]) -> None:
     tested = trained.tested
     for name in trained.task.names:
         tied = max(1.0, 1e-3 * examples) / examples if name in trained.task.metrics else 0.0
-        if not np.isclose(measured[name], tested[name], rtol=relative, atol=max(1e-6, tied * 1.001)):
+        if not np.isclose(
+            measured[name], tested[name], rtol=relative, atol=max(1e-6, tied * 1.001)
+        ):
             raise InputError(
                 "data",
                 f"must be those that the model was trained on, but there its test {name} is {measured[name]:.6g}, and "
@@ -113,7 +133,10 @@ def time_all(contestants: Mapping[str, Predict], inputs: np.ndarray) -> dict[str
     found: dict[str, Facts] = {name: {} for name in contestants}
     for size in TIMED:
         batch = np.resize(inputs, (size, *inputs.shape[1:]))
-        calls = {name: ceil(_TURN_SECONDS / _seconds(predict, batch, 3)) for name, predict in contestants.items()}
+        calls = {
+            name: ceil(_TURN_SECONDS / _seconds(predict, batch, 3))
+            for name, predict in contestants.items()
+        }
         turns = [
             {name: _seconds(predict, batch, calls[name]) for name, predict in contestants.items()}
             for _ in range(_TURNS)

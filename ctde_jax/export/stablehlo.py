@@ -15,4 +15,6 @@ def to_stablehlo(program: Program) -> bytes:
         LeftOut: It has something in it that runs on some hardware only.
     """
     with leaving_out("jax.export"):
-        return bytes(export.export(jax.jit(program.run), platforms=PLATFORMS)(*program.like).serialize())
+        return bytes(
+            export.export(jax.jit(program.run), platforms=PLATFORMS)(*program.like).serialize()
+        )

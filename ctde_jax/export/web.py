@@ -70,13 +70,24 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     _check_replaceable(folder)
     if not (_reads_pictures(card) or card.predicts == "tokens"):
         reads = f"{card.input_dtype} of the shape {list(card.input_shape)}"
-        raise InputError("web", f"goes with texts, and with pictures in 1 or 3 channels, and the model reads {reads}.")
+        raise InputError(
+            "web",
+            f"goes with texts, and with pictures in 1 or 3 channels, and the model reads {reads}.",
+        )
     artifact = card.artifacts["onnx"]
     files = [CARD, artifact.file, *([artifact.step] if artifact.step else [])]
-    contents = {name: (bundle.folder / CARD).read_bytes() if name == CARD else bundle.read(name) for name in files}
+    contents = {
+        name: (bundle.folder / CARD).read_bytes() if name == CARD else bundle.read(name)
+        for name in files
+    }
     contents |= {name: (Path(__file__).parent / "page" / name).read_bytes() for name in PAGE}
-    runtime = {f"ort/{name.replace('.mjs', '.js')}": content for name, content in _runtime().items()}
-    said = {name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in runtime.items()}
+    runtime = {
+        f"ort/{name.replace('.mjs', '.js')}": content for name, content in _runtime().items()
+    }
+    said = {
+        name: {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        for name, content in runtime.items()
+    }
     contents |= {**runtime, SUMS_OF_RUNTIME: json.dumps(said, indent=1).encode()}
     try:
         (folder / "ort").mkdir(parents=True, exist_ok=True)
@@ -84,7 +95,8 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
             (folder / name).write_bytes(content)
     except OSError as error:
         raise InputError(
-            "web", f"must be a folder that can be written to, and {folder} is none: {error.strerror}."
+            "web",
+            f"must be a folder that can be written to, and {folder} is none: {error.strerror}.",
         ) from error
     return folder
 
@@ -92,7 +104,11 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
 def _reads_pictures(card: Card) -> bool:
     """Says whether inputs are pictures to draw or show: gray or in color, and no sequence that is long and narrow."""
     height, width, channels = (*card.input_shape, 1, 1, 1)[:3]
-    is_picture = card.predicts == "classes" and card.input_dtype == "uint8" and len(card.input_shape) in (2, 3)
+    is_picture = (
+        card.predicts == "classes"
+        and card.input_dtype == "uint8"
+        and len(card.input_shape) in (2, 3)
+    )
     return is_picture and channels in (1, 3) and max(height, width) <= 2 * min(height, width)
 
 
@@ -103,7 +119,9 @@ def _runtime() -> dict[str, bytes]:
         try:
             _fetch(kept)
         except OSError as error:
-            raise InputError("web", f"keeps {PACKAGE} in {kept.parent}, which failed: {error.strerror}.") from error
+            raise InputError(
+                "web", f"keeps {PACKAGE} in {kept.parent}, which failed: {error.strerror}."
+            ) from error
     with tarfile.open(fileobj=io.BytesIO(kept.read_bytes())) as package:
         members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
         return {name: member.read() for name, member in members.items() if member}
@@ -111,17 +129,30 @@ def _runtime() -> dict[str, bytes]:
 
 def _check_replaceable(folder: Path) -> None:
     """Lets nothing be replaced but a page."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
-    if names and not (names <= {*PAGE, CARD, "model.onnx", "step.onnx", "ort"} and (folder / SUMS_OF_RUNTIME).exists()):
+    names = (
+        {path.name for path in folder.iterdir()}
+        if folder.is_dir()
+        else {""}
+        if folder.exists()
+        else set()
+    )
+    if names and not (
+        names <= {*PAGE, CARD, "model.onnx", "step.onnx", "ort"}
+        and (folder / SUMS_OF_RUNTIME).exists()
+    ):
         raise InputError(
-            "web", f"must be new, empty, or a page that was written before, and {folder} is none of these."
+            "web",
+            f"must be new, empty, or a page that was written before, and {folder} is none of these.",
         )
 
 
 def _find_npm() -> str:
     npm = shutil.which("npm")
     if npm is None:
-        raise InputError("web", f"needs npm, of https://nodejs.org, to fetch {PACKAGE} once; it is not installed here.")
+        raise InputError(
+            "web",
+            f"needs npm, of https://nodejs.org, to fetch {PACKAGE} once; it is not installed here.",
+        )
     return npm
 
 
@@ -137,10 +168,14 @@ def _fetch(kept: Path) -> None:
         done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, text=True)
         (fetched,) = list(Path(folder).glob("*.tgz")) or [None]
         if done.returncode or fetched is None:
-            raise InputError("web", f"needs {PACKAGE}, which npm could not fetch: {_reason(done.stderr)}.")
+            raise InputError(
+                "web", f"needs {PACKAGE}, which npm could not fetch: {_reason(done.stderr)}."
+            )
         content = fetched.read_bytes()
     if sha512(content).hexdigest() != SHA512:
-        raise InputError("web", f"needs {PACKAGE} as it was published, and what npm fetched has another SHA-512.")
+        raise InputError(
+            "web", f"needs {PACKAGE} as it was published, and what npm fetched has another SHA-512."
+        )
     new = kept.with_suffix(".new")
     new.write_bytes(content)
     new.replace(kept)
@@ -148,6 +183,12 @@ def _fetch(kept: Path) -> None:
 
 def _reason(said: str) -> str:
     """Finds npm's reason among its lines: a sentence, which neither its code nor the place of its log is."""
-    lines = [line.removeprefix("npm error").strip() for line in said.splitlines() if line.startswith("npm error")]
-    reasons = [line for line in lines if len(line.split()) > 3 and not line.startswith("A complete log")]
+    lines = [
+        line.removeprefix("npm error").strip()
+        for line in said.splitlines()
+        if line.startswith("npm error")
+    ]
+    reasons = [
+        line for line in lines if len(line.split()) > 3 and not line.startswith("A complete log")
+    ]
     return next(iter(reasons), "it did not say why").rstrip(".")

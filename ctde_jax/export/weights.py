@@ -26,7 +26,9 @@ def gather(trained: Trained, data: Dataset) -> Weights:
     center = {"params": trained.params, "model_state": trained.model_state}
     arrays = named(center)
     if len(arrays) < len(jax.tree.leaves(center)):
-        raise InputError("trained", "must have a different name for each parameter; use keys without slashes.")
+        raise InputError(
+            "trained", "must have a different name for each parameter; use keys without slashes."
+        )
     scaling = {perceptron.SHIFT: data.shift, perceptron.SCALE: data.scale}
     return {name: np.asarray(array, order="C") for name, array in {**arrays, **scaling}.items()}
 
@@ -42,10 +44,14 @@ def to_safetensors(weights: Mapping[str, np.ndarray]) -> bytes:
     except SafetensorError as error:
         dtypes = ", ".join(sorted({str(array.dtype) for array in weights.values()}))
         rule = f"must have parameters and state of dtypes that the safetensors format has, got {dtypes}"
-        raise InputError("trained", f"{rule}; split complex arrays into real and imaginary parts.") from error
+        raise InputError(
+            "trained", f"{rule}; split complex arrays into real and imaginary parts."
+        ) from error
 
 
-def find_layers(trained: Trained, weights: Mapping[str, np.ndarray], inputs: np.ndarray) -> Layers | None:
+def find_layers(
+    trained: Trained, weights: Mapping[str, np.ndarray], inputs: np.ndarray
+) -> Layers | None:
     """Finds out whether a model is dense layers one after another, with one activation between them.
 
     Its layers say in which order they run and what their kernels are; which activation it is, the outputs tell.
@@ -64,7 +70,11 @@ def find_layers(trained: Trained, weights: Mapping[str, np.ndarray], inputs: np.
     kernels = tuple("/".join(["params", *map(str, path), "kernel"]) for path in in_order)
     biases = {name.removesuffix("kernel") + "bias" for name in kernels}
     params = {name for name in weights if name.startswith("params/")}
-    if not kernels or not params <= {*kernels, *biases} or any(weights[name].ndim != 2 for name in kernels):
+    if (
+        not kernels
+        or not params <= {*kernels, *biases}
+        or any(weights[name].ndim != 2 for name in kernels)
+    ):
         return None
     if any(weights[name].dtype != np.float32 for name in params):
         return None

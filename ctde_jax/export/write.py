@@ -109,7 +109,8 @@ def write_bundle(
             left_out = _write(trained, data, partial, formats, examples, options, show)
     except OSError as error:
         raise InputError(
-            "folder", f"must be a folder that can be written to and has room, and {given} is none: {error.strerror}."
+            "folder",
+            f"must be a folder that can be written to and has room, and {given} is none: {error.strerror}.",
         ) from error
     return Written(open_bundle(folder)._replace(folder=Path(given)), left_out)
 
@@ -120,11 +121,16 @@ def _check_replaceable(folder: Path) -> None:
         return
     named = {CARD, SUMS}
     if (folder / SUMS).is_file():
-        named |= {line.split("  ", 1)[-1] for line in (folder / SUMS).read_text("utf-8", "replace").splitlines()}
+        named |= {
+            line.split("  ", 1)[-1]
+            for line in (folder / SUMS).read_text("utf-8", "replace").splitlines()
+        }
     others = {path.name for path in folder.iterdir()} - named if folder.is_dir() else {folder.name}
     if others or not (folder / SUMS).is_file() or not (folder / CARD).is_file():
         rule = f"must be new or a bundle, and {folder} is something else"
-        raise InputError("folder", f"{rule}{f', with {min(others)} in it' if others else ''}; name another one.")
+        raise InputError(
+            "folder", f"{rule}{f', with {min(others)} in it' if others else ''}; name another one."
+        )
 
 
 def _write(
@@ -142,11 +148,15 @@ def _write(
     few = np.asarray(data.test.inputs[:64])
     weights, reference = gather(trained, data), receipt.make_reference(trained)
     layers = find_layers(trained, weights, few)
-    forms, left_out = _make_forms(trained, data, formats, to_safetensors(weights), layers is not None)
+    forms, left_out = _make_forms(
+        trained, data, formats, to_safetensors(weights), layers is not None
+    )
     _check_any(forms, left_out)
     files = {WEIGHTS: to_safetensors(weights)}
     files |= {form.file: form.content for form in forms.values()}
-    files |= {name: content for form in forms.values() if form.step for name, content in [form.step]}
+    files |= {
+        name: content for form in forms.values() if form.step for name, content in [form.step]
+    }
     if examples:
         files[EXAMPLES] = _examples(reference, data.test, examples)
     for name, content in files.items():
@@ -155,14 +165,18 @@ def _write(
     facts = _facts(trained, data, options)
     facts["layers"] = layers and {"activation": layers.activation, "kernels": list(layers.kernels)}
     facts["artifacts"] = {
-        name: {"file": form.file, "step": form.step and form.step[0], "receipt": {}} for name, form in forms.items()
+        name: {"file": form.file, "step": form.step and form.step[0], "receipt": {}}
+        for name, form in forms.items()
     }
     _seal(folder, facts, files)
     bundle = open_bundle(folder)
     _measure(bundle, facts, left_out, trained, data, reference, show)
     facts["trained_model"]["measured"] = measured
     _check_any(facts["artifacts"], left_out)
-    kept = {said[kind] for said in facts["artifacts"].values() for kind in ("file", "step")} | {WEIGHTS, EXAMPLES}
+    kept = {said[kind] for said in facts["artifacts"].values() for kind in ("file", "step")} | {
+        WEIGHTS,
+        EXAMPLES,
+    }
     for name in files.keys() - kept:
         (folder / name).unlink()
     facts["left_out"] = left_out
@@ -177,16 +191,23 @@ def _check_outputs(trained: Trained, data: Dataset) -> None:
     leaves = jax.tree.leaves(outputs)
     if [*leaves] != [outputs]:
         rule = f"must return one array to be exported, got a {type(outputs).__name__} of {len(leaves)} arrays"
-        raise InputError("trained", f"{rule}; wrap its model in one whose `apply` returns the array that nodes need.")
+        raise InputError(
+            "trained",
+            f"{rule}; wrap its model in one whose `apply` returns the array that nodes need.",
+        )
     if outputs.dtype != np.float32 or outputs.shape[:1] != (2,):
         got = f"{outputs.dtype} {list(outputs.shape)} for 2 examples"
-        raise InputError("trained", f"must return float32 [examples, ...] to be exported, got {got}.")
+        raise InputError(
+            "trained", f"must return float32 [examples, ...] to be exported, got {got}."
+        )
 
 
 def _check_any(forms: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
     if not forms:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise InputError("formats", f"must have one that the model leaves in, and it leaves in none ({reasons}).")
+        raise InputError(
+            "formats", f"must have one that the model leaves in, and it leaves in none ({reasons})."
+        )
 
 
 def _make_forms(
@@ -244,9 +265,15 @@ def _make_forms(
 
 def _programs(trained: Trained, data: Dataset) -> tuple[Program, Program | None]:
     """Makes the program of the whole model, and where it reads place by place that of one place."""
-    model, stream, center = trained.model, trained.model.stream, (trained.params, trained.model_state)
+    model, stream, center = (
+        trained.model,
+        trained.model.stream,
+        (trained.params, trained.model_state),
+    )
     shape, dtype = data.test.inputs.shape[1:], data.test.inputs.dtype
-    whole = make_program(lambda inputs: [model.apply(*center, inputs, None)[0]], jax.ShapeDtypeStruct(shape, dtype))
+    whole = make_program(
+        lambda inputs: [model.apply(*center, inputs, None)[0]], jax.ShapeDtypeStruct(shape, dtype)
+    )
     if stream is None:
         return whole, None
     start = stream.start(1)
@@ -284,12 +311,18 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
             "highest": _highest(data),
         },
         "output": {"shape": list(outputs.shape[1:])},
-        "carry": [] if stream is None else [list(leaf.shape[1:]) for leaf in jax.tree.leaves(stream.start(1))],
+        "carry": []
+        if stream is None
+        else [list(leaf.shape[1:]) for leaf in jax.tree.leaves(stream.start(1))],
         "classes": list(data.classes),
         "vocabulary": list(data.vocabulary),
         "columns": list(data.columns),
         "model": {"parameters": count_params(trained.params)},
-        "data": {"name": data.name, "training": len(data.train.inputs), "test": len(data.test.inputs)},
+        "data": {
+            "name": data.name,
+            "training": len(data.train.inputs),
+            "test": len(data.test.inputs),
+        },
         "training": {"step": trained.step, **options},
         "versions": {**_versions(), "python": platform.python_version()},
     }
@@ -333,12 +366,16 @@ def _measure(
     )
     contestants = {"trained model": reference}
     with bar:
-        task = bar.add_task("", total=len(artifacts) * len(BATCH_SIZES) * receipt.count_pieces(data.test))
+        task = bar.add_task(
+            "", total=len(artifacts) * len(BATCH_SIZES) * receipt.count_pieces(data.test)
+        )
         for name in list(artifacts):
             bar.update(task, description=f"measuring {name}")
             try:
                 predict = load(bundle, name)
-                found = receipt.compare(predict, reference, data.test, trained.task, lambda: bar.advance(task))
+                found = receipt.compare(
+                    predict, reference, data.test, trained.task, lambda: bar.advance(task)
+                )
             except InputError as error:  # its runtime is not here, or refuses it
                 left_out[name] = f"cannot be measured here: {error}"
                 del artifacts[name]
@@ -359,13 +396,20 @@ def _measure(
 
 
 def _measure_steps(
-    bundle: Bundle, name: str, artifact: Facts, left_out: dict[str, str], reference: Predict, data: Dataset
+    bundle: Bundle,
+    name: str,
+    artifact: Facts,
+    left_out: dict[str, str],
+    reference: Predict,
+    data: Dataset,
 ) -> None:
     """Reads some sequences place by place, and takes that form out where it does not say what the whole says."""
     step, inputs = load_step(bundle, name), np.asarray(data.test.inputs[:64])
     assert step is not None
     start = [np.zeros((len(inputs), *shape), np.float32) for shape in bundle.card.carry]
-    relative = artifact["receipt"]["place_by_place"] = receipt.compare_steps(step, start, reference, inputs)
+    relative = artifact["receipt"]["place_by_place"] = receipt.compare_steps(
+        step, start, reference, inputs
+    )
     if not relative <= PARITY:
         left_out[f"{name}, place by place"], artifact["step"] = _misses(relative), None
 
@@ -376,8 +420,12 @@ def _misses(relative: float) -> str:
 
 def _seal(folder: Path, facts: Facts, files: Mapping[str, bytes]) -> None:
     """Writes the card and the sums."""
-    said = {name: File(len(content), sha256(content).hexdigest()) for name, content in files.items()}
-    facts["files"] = {name: {"bytes": file.size, "sha256": file.sha256} for name, file in said.items()}
+    said = {
+        name: File(len(content), sha256(content).hexdigest()) for name, content in files.items()
+    }
+    facts["files"] = {
+        name: {"bytes": file.size, "sha256": file.sha256} for name, file in said.items()
+    }
     card = json.dumps(facts, indent=1, ensure_ascii=False).encode() + b"\n"
     (folder / CARD).write_bytes(card)
     (folder / SUMS).write_text(sums_of(sha256(card).hexdigest(), said), encoding="utf-8")

@@ -93,7 +93,9 @@ def unscaled(model: Model) -> Model:
     return before
 
 
-def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> Model:
+def with_raw_inputs(
+    model: Model, shift: jax.typing.ArrayLike, scale: jax.typing.ArrayLike
+) -> Model:
     """Makes the model take inputs as they are stored, and see `(inputs - shift) * scale` in the type of the scale.
 
     Tokens have an integer scale of 1, and stay integers. Where each number of an input has a scale of its own, a
@@ -114,10 +116,13 @@ def with_raw_inputs(model: Model, shift: jax.typing.ArrayLike, scale: jax.typing
     return Model(
         init=init,
         apply=apply,
-        layers=layers and (lambda params, model_state, inputs: layers(params, model_state, normalize(inputs))),
+        layers=layers
+        and (lambda params, model_state, inputs: layers(params, model_state, normalize(inputs))),
         stream=stream
         and stream._replace(
-            step=lambda params, model_state, carry, inputs: stream.step(params, model_state, carry, normalize(inputs))
+            step=lambda params, model_state, carry, inputs: stream.step(
+                params, model_state, carry, normalize(inputs)
+            )
         ),
         unscaled=Unscaled(model, init, apply),
     )
@@ -135,7 +140,8 @@ def in_bfloat16(model: Model) -> Model:
     return Model(
         init=model.init,
         apply=apply,
-        layers=layers and (lambda params, model_state, inputs: layers(_cast(params), model_state, _cast(inputs))),
+        layers=layers
+        and (lambda params, model_state, inputs: layers(_cast(params), model_state, _cast(inputs))),
         stream=stream
         and stream._replace(
             step=lambda params, model_state, carry, inputs: stream.step(
@@ -161,7 +167,10 @@ def as_outputs(outputs: PyTree) -> PyTree:
                 "as a pytree, as flax.struct.dataclass does.",
             )
     if not jax.tree.leaves(outputs):
-        raise InputError("model", f"must return an array, and it returns {outputs!r:.40}; does __call__ end in return?")
+        raise InputError(
+            "model",
+            f"must return an array, and it returns {outputs!r:.40}; does __call__ end in return?",
+        )
     return jax.tree.map(_as_output, outputs)
 
 
@@ -176,4 +185,6 @@ def count_params(params: PyTree) -> int:
 
 
 def _cast(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )

@@ -95,7 +95,9 @@ def compute(
     x = jnp.asarray(inputs, jnp.promote_types(dtype, jnp.float32) if is_float32 else dtype)
 
     features = layer.axis if isinstance(layer.axis, tuple | list) else (layer.axis,)
-    reduced = tuple(axis for axis in range(x.ndim) if axis not in {feature % x.ndim for feature in features})
+    reduced = tuple(
+        axis for axis in range(x.ndim) if axis not in {feature % x.ndim for feature in features}
+    )
     mask, names, groups = _choose(layer, x, reduced, counted, mask)
 
     if mask is None:
@@ -104,13 +106,19 @@ def compute(
         repeated = _size(x, {axis for axis in reduced if mask.shape[axis] == 1})
         count = jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) * repeated
     else:
-        count = jnp.sum(jnp.broadcast_to(mask, x.shape), reduced, dtype=jnp.int32).astype(jnp.float32)
+        count = jnp.sum(jnp.broadcast_to(mask, x.shape), reduced, dtype=jnp.int32).astype(
+            jnp.float32
+        )
 
     def mean_of(*values: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         sums = [jnp.sum(value, reduced, where=mask) for value in values]
         if not names:
             return [total / jnp.maximum(count, 1) for total in sums], count
-        together = lax.psum(jnp.stack([*sums, jnp.broadcast_to(count, sums[0].shape)]), names, axis_index_groups=groups)
+        together = lax.psum(
+            jnp.stack([*sums, jnp.broadcast_to(count, sums[0].shape)]),
+            names,
+            axis_index_groups=groups,
+        )
         total_count = together[-1].real
         return [total / jnp.maximum(total_count, 1) for total in together[:-1]], total_count
 
@@ -123,14 +131,25 @@ def compute(
         var = var.real
 
     def updated(running: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(total_count > 0, layer.momentum * running + (1 - layer.momentum) * new, running)
+        return jnp.where(
+            total_count > 0, layer.momentum * running + (1 - layer.momentum) * new, running
+        )
 
-    batch = Statistics(*(jnp.where(total_count > 0, new, old) for new, old in zip((mean, var), running, strict=True)))
+    batch = Statistics(
+        *(
+            jnp.where(total_count > 0, new, old)
+            for new, old in zip((mean, var), running, strict=True)
+        )
+    )
     return batch, Statistics(*map(updated, running, batch))
 
 
 def _choose(
-    layer: BatchNorm, x: jax.Array, reduced: tuple[int, ...], counted: Counted, mask: jax.Array | None
+    layer: BatchNorm,
+    x: jax.Array,
+    reduced: tuple[int, ...],
+    counted: Counted,
+    mask: jax.Array | None,
 ) -> tuple[jax.Array | None, tuple[str, ...] | str, list[list[int]] | None]:
     """Returns which numbers count, broadcastable to x, the axes over which to add up, and their groups."""
     if mask is not None:

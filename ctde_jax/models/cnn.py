@@ -33,7 +33,9 @@ class CNN(nnx.Module):
         """Maps pictures `[examples, *image_shape]` to `[examples, classes]`."""
         x = as_images(inputs, self.image_shape)
         for convolution in (self.first, self.second):
-            x = nnx.relu(_halve(convolution(x)))  # the same as pooling after the ReLU, with a quarter of the work
+            x = nnx.relu(
+                _halve(convolution(x))
+            )  # the same as pooling after the ReLU, with a quarter of the work
         x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
         return self.out(self.dropout(x))
 

@@ -39,7 +39,9 @@ class Conv(nnx.Conv):
         super().__init__(in_features, out_features, kernel_size, **options, rngs=rngs)
 
 
-def convolve(inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str, **layout: Any) -> jax.Array:
+def convolve(
+    inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str, **layout: Any
+) -> jax.Array:
     """Convolves `[examples, height, width, before]` with `[*taps, before, after]`, as `lax.conv_general_dilated` does.
 
     Args:
@@ -57,7 +59,9 @@ Sides = tuple[tuple[int, int], ...]
 """How many zeros are put before and after the height, and the width."""
 
 
-def _plain(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides) -> jax.Array:
+def _plain(
+    inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides
+) -> jax.Array:
     return lax.conv_general_dilated(inputs, kernel, strides, sides, dimension_numbers=LAYOUT)
 
 
@@ -69,11 +73,15 @@ def _forward(inputs, kernel, strides, sides):
 
 
 def _backward(strides, sides, seen, grads):
-    def on_cpu(inputs: jax.Array, kernel: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def on_cpu(
+        inputs: jax.Array, kernel: jax.Array, grads: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         to_inputs = _grads_of_inputs(inputs.shape, kernel, strides, sides, grads)
         return to_inputs, _grads_of_kernel(inputs, kernel, strides, sides, grads)
 
-    def elsewhere(inputs: jax.Array, kernel: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def elsewhere(
+        inputs: jax.Array, kernel: jax.Array, grads: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         _, pull_back = jax.vjp(partial(_plain, strides=strides, sides=sides), inputs, kernel)
         return pull_back(grads)
 
@@ -84,17 +92,27 @@ _convolve.defvjp(_forward, _backward)
 
 
 def _grads_of_inputs(
-    shape: tuple[int, ...], kernel: jax.Array, strides: tuple[int, ...], sides: Sides, grads: jax.Array
+    shape: tuple[int, ...],
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    sides: Sides,
+    grads: jax.Array,
 ) -> jax.Array:
     before = [taps - 1 - zeros for taps, (zeros, _) in zip(kernel.shape[:2], sides, strict=True)]
-    reach = [stride * (places - 1) + 1 for stride, places in zip(strides, grads.shape[1:3], strict=True)]
+    reach = [
+        stride * (places - 1) + 1 for stride, places in zip(strides, grads.shape[1:3], strict=True)
+    ]
     after = [
         length + taps - 1 - spread - zeros
-        for length, taps, spread, zeros in zip(shape[1:3], kernel.shape[:2], reach, before, strict=True)
+        for length, taps, spread, zeros in zip(
+            shape[1:3], kernel.shape[:2], reach, before, strict=True
+        )
     ]
     mirrored = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
     around = tuple(zip(before, after, strict=True))
-    return lax.conv_general_dilated(grads, mirrored, (1, 1), around, lhs_dilation=strides, dimension_numbers=LAYOUT)
+    return lax.conv_general_dilated(
+        grads, mirrored, (1, 1), around, lhs_dilation=strides, dimension_numbers=LAYOUT
+    )
 
 
 def _grads_of_kernel(
@@ -106,7 +124,9 @@ def _grads_of_kernel(
     size = ceil(pictures / groups)
 
     def add_group(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + _grads_of_taps(*group, kernel.shape, strides, sides).astype(jnp.float32), None
+        return total + _grads_of_taps(*group, kernel.shape, strides, sides).astype(
+            jnp.float32
+        ), None
 
     def cut(array: jax.Array) -> jax.Array:
         filled = jnp.pad(array, [(0, groups * size - pictures), (0, 0), (0, 0), (0, 0)])
@@ -117,7 +137,11 @@ def _grads_of_kernel(
 
 
 def _grads_of_taps(
-    inputs: jax.Array, grads: jax.Array, shape: tuple[int, ...], strides: tuple[int, ...], sides: Sides
+    inputs: jax.Array,
+    grads: jax.Array,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    sides: Sides,
 ) -> jax.Array:
     padded = jnp.pad(inputs, [(0, 0), *sides, (0, 0)])
 

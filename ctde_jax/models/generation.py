@@ -50,19 +50,25 @@ def generate(
     prompt = jnp.asarray(prompt)
     if prompt.ndim != 1 or not prompt.size or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise InputError(
-            "prompt", f"must be one or more tokens, int32[length], got {prompt.dtype} of the shape {prompt.shape}."
+            "prompt",
+            f"must be one or more tokens, int32[length], got {prompt.dtype} of the shape {prompt.shape}.",
         )
     text = jnp.concatenate([prompt.astype(jnp.int32), jnp.zeros(steps, jnp.int32)])
     seen = len(text) if window is None else min(window, len(text))
     logits, _ = jax.eval_shape(model.apply, params, model_state, text[None, :seen], None)
     if not hasattr(logits, "shape") or len(logits.shape) != 3:
         raise InputError(
-            "model", f"must give logits at every place, [examples, length, vocabulary], got {describe(logits)}."
+            "model",
+            f"must give logits at every place, [examples, length, vocabulary], got {describe(logits)}.",
         )
     strange = prompt[(prompt < 0) | (prompt >= logits.shape[2])]
     if strange.size:
-        raise InputError("prompt", f"must hold tokens from 0 to {logits.shape[2] - 1}, got {strange[0]}.")
-    return _continue(model.apply, steps, seen, params, model_state, text, key, temperature)[len(prompt) :]
+        raise InputError(
+            "prompt", f"must hold tokens from 0 to {logits.shape[2] - 1}, got {strange[0]}."
+        )
+    return _continue(model.apply, steps, seen, params, model_state, text, key, temperature)[
+        len(prompt) :
+    ]
 
 
 @partial(jax.jit, static_argnames=("apply", "steps", "window"))
@@ -71,7 +77,9 @@ def _continue(apply, steps, window, params, model_state, text, key, temperature)
 
     def write(place, text):
         start = jnp.maximum(place - window, 0)
-        seen = lax.dynamic_slice(text, (start,), (window,))  # what lies ahead is zero still, and no place looks there
+        seen = lax.dynamic_slice(
+            text, (start,), (window,)
+        )  # what lies ahead is zero still, and no place looks there
         logits, _ = apply(params, model_state, seen[None], None)
         noise = jax.random.gumbel(jax.random.fold_in(key, place), logits.shape[2:])
         # The largest logit after Gumbel noise is a draw from their softmax; noise of zero leaves the likeliest.

@@ -83,7 +83,10 @@ def delta_orthogonal(model: Model) -> Model:
 
     def check(kernels: dict[KeyPath, Kernel]) -> None:
         if not any(kernel.taps for kernel in kernels.values()):
-            raise InputError("init", "must not be delta_orthogonal for a model without a convolution; try orthogonal.")
+            raise InputError(
+                "init",
+                "must not be delta_orthogonal for a model without a convolution; try orthogonal.",
+            )
 
     return _draw_kernels(model, lambda kernel: draw, check)
 
@@ -100,10 +103,15 @@ def recurrent(model: Model) -> Model:
 
     def check(kernels: dict[KeyPath, Kernel]) -> None:
         if not any(kernel.recurrent for kernel in kernels.values()):
-            raise InputError("init", "must not be recurrent for a model without a recurrent cell; try orthogonal.")
+            raise InputError(
+                "init",
+                "must not be recurrent for a model without a recurrent cell; try orthogonal.",
+            )
 
     def draw(kernel: Kernel) -> Draw:
-        return nn.initializers.orthogonal() if kernel.recurrent else nn.initializers.glorot_uniform()
+        return (
+            nn.initializers.orthogonal() if kernel.recurrent else nn.initializers.glorot_uniform()
+        )
 
     drawn = _draw_kernels(model, draw, check)
 
@@ -145,7 +153,9 @@ def residual(model: Model) -> Model:
                 "must not be residual for a model without residual branches, which are found in a list named blocks "
                 f"by the names of their last layers, {', '.join(BRANCH_ENDS)}.",
             )
-        closed = map_with_path(lambda path, leaf: jnp.zeros_like(leaf) if ends_branch(path) else leaf, params)
+        closed = map_with_path(
+            lambda path, leaf: jnp.zeros_like(leaf) if ends_branch(path) else leaf, params
+        )
         return closed, model_state
 
     return model._replace(init=init)
@@ -163,7 +173,9 @@ def lsuv(model: Model) -> Model:
     """
     layers, drawn = model.layers, orthogonal(model)
     if layers is None:
-        raise InputError("init", "must not be lsuv for a model that does not show its layers; try orthogonal.")
+        raise InputError(
+            "init", "must not be lsuv for a model that does not show its layers; try orthogonal."
+        )
 
     def init(key, inputs):
         params, model_state = drawn.init(key, inputs)
@@ -176,7 +188,11 @@ def lsuv(model: Model) -> Model:
 
             def divide_layer(path: KeyPath, leaf: jax.Array) -> jax.Array:
                 is_kernel = path[-1] == "kernel" and path[:-1] in paths
-                return jnp.where(paths.index(path[:-1]) == i, leaf / divisor, leaf) if is_kernel else leaf
+                return (
+                    jnp.where(paths.index(path[:-1]) == i, leaf / divisor, leaf)
+                    if is_kernel
+                    else leaf
+                )
 
             return map_with_path(divide_layer, params)
 
@@ -216,13 +232,17 @@ class Kernel(NamedTuple):
     def draw(self, draw: Draw, key: jax.Array) -> jax.Array:
         """Draws every gate by itself: `[*taps, inputs, gates * outputs]`."""
         shape = (*self.taps, self.inputs, self.outputs)
-        return jnp.concatenate([draw(gate_key, shape) for gate_key in jax.random.split(key, self.gates)], axis=-1)
+        return jnp.concatenate(
+            [draw(gate_key, shape) for gate_key in jax.random.split(key, self.gates)], axis=-1
+        )
 
 
 def find_kernels(params: PyTree) -> dict[KeyPath, Kernel]:
     """Finds the kernels among the parameters, by the path of their layer."""
     leaves = leaves_with_path(params)
-    shapes = {path[:-1]: leaf.shape for path, leaf in leaves if path[-1:] == ("kernel",) and leaf.ndim > 1}
+    shapes = {
+        path[:-1]: leaf.shape for path, leaf in leaves if path[-1:] == ("kernel",) and leaf.ndim > 1
+    }
     return {path: _kernel(path, shapes) for path in shapes}
 
 
@@ -232,7 +252,9 @@ def _kernel(path: KeyPath, shapes: dict[KeyPath, tuple[int, ...]]) -> Kernel:
     def beside(name: Hashable) -> KeyPath:
         return (*path[:-1], name)
 
-    in_attention = len(shape) == 3 and all(beside(name) in shapes for name in ("query", "key", "value"))
+    in_attention = len(shape) == 3 and all(
+        beside(name) in shapes for name in ("query", "key", "value")
+    )
     if in_attention and name in ("query", "key", "value"):  # [inputs, heads, width of a head]
         return Kernel((), shape[0], shape[1] * shape[2])
     if in_attention and name == "out":  # [heads, width of a head, outputs]
@@ -252,7 +274,9 @@ def leaves_with_path(params: PyTree) -> list[tuple[KeyPath, jax.Array]]:
 
 def map_with_path(function: Callable[..., jax.Array], *trees: PyTree) -> PyTree:
     """Maps the names that lead to a leaf, and the leaf of each tree there."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_names(path), *leaves), *trees)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(_names(path), *leaves), *trees
+    )
 
 
 def _draw_kernels(
@@ -266,7 +290,9 @@ def _draw_kernels(
         params, model_state = model.init(key, inputs)
         kernels = find_kernels(params)
         check(kernels)
-        keys = dict(zip(kernels, jax.random.split(jax.random.fold_in(key, 1), len(kernels)), strict=True))
+        keys = dict(
+            zip(kernels, jax.random.split(jax.random.fold_in(key, 1), len(kernels)), strict=True)
+        )
 
         def draw(path: KeyPath, leaf: jax.Array) -> jax.Array:
             layer = path[:-1]
@@ -274,7 +300,12 @@ def _draw_kernels(
                 return leaf
             if path[-1] == "bias":
                 return jnp.zeros_like(leaf)
-            return kernels[layer].draw(choose(kernels[layer]), keys[layer]).reshape(leaf.shape).astype(leaf.dtype)
+            return (
+                kernels[layer]
+                .draw(choose(kernels[layer]), keys[layer])
+                .reshape(leaf.shape)
+                .astype(leaf.dtype)
+            )
 
         return map_with_path(draw, params), model_state
 
@@ -282,4 +313,6 @@ def _draw_kernels(
 
 
 def _names(path: tuple[Any, ...]) -> KeyPath:
-    return tuple(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))) for entry in path)
+    return tuple(
+        getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))) for entry in path
+    )

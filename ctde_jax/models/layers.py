@@ -45,7 +45,10 @@ def as_images(inputs: jax.Array, image_shape: Sequence[int]) -> jax.Array:
         InputError: They have another shape than the network was built for.
     """
     if inputs.shape[1:] != tuple(image_shape):
-        raise InputError("image_shape", f"must be that of an input, {inputs.shape[1:]}, got {tuple(image_shape)}.")
+        raise InputError(
+            "image_shape",
+            f"must be that of an input, {inputs.shape[1:]}, got {tuple(image_shape)}.",
+        )
     return inputs.reshape(*inputs.shape[:3], count_channels(image_shape))
 
 
@@ -57,9 +60,12 @@ def embed(tokens: jax.Array, table: nnx.Embed) -> jax.Array:
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise InputError(
-            "inputs", f"must be tokens, integers [examples, length], got {tokens.dtype} of the shape {tokens.shape}."
+            "inputs",
+            f"must be tokens, integers [examples, length], got {tokens.dtype} of the shape {tokens.shape}.",
         )
-    return table(tokens).astype(table.embedding.dtype)  # float32 otherwise, though parameters may be bfloat16
+    return table(tokens).astype(
+        table.embedding.dtype
+    )  # float32 otherwise, though parameters may be bfloat16
 
 
 class Dropout(nnx.Dropout):

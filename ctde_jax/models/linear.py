@@ -26,8 +26,12 @@ class Linear(nnx.Linear):
     It has a gradient of its own, so JAX refuses `jax.jvp` of its outputs, though not of its gradient.
     """
 
-    def __init__(self, in_features: int, out_features: int, use_bias: bool = True, *, rngs: nnx.Rngs):
-        super().__init__(in_features, out_features, use_bias=use_bias, dot_general=multiply, rngs=rngs)
+    def __init__(
+        self, in_features: int, out_features: int, use_bias: bool = True, *, rngs: nnx.Rngs
+    ):
+        super().__init__(
+            in_features, out_features, use_bias=use_bias, dot_general=multiply, rngs=rngs
+        )
 
 
 def multiply(inputs: jax.Array, kernel: jax.Array, *numbers: Any, **options: Any) -> jax.Array:

@@ -87,13 +87,25 @@ class _Wrapped:
         if key is None:
             arguments, streams, fixed_key = call.modes.infer, call.streams[False], jax.random.key(0)
             # Batch statistics that are written in inference mean that a layer's mode is wrong: flax raises.
-            mutable = [name for name in collections if name != "batch_stats"] if call.writes_in_inference else False
+            mutable = (
+                [name for name in collections if name != "batch_stats"]
+                if call.writes_in_inference
+                else False
+            )
             inferring = _in_mode(self._network, False)
-            outputs, _ = _call_with(inferring, variables, inputs, fixed_key, arguments, streams, mutable)
+            outputs, _ = _call_with(
+                inferring, variables, inputs, fixed_key, arguments, streams, mutable
+            )
             return outputs, model_state
-        arguments, streams, training = call.modes.train, call.streams[True], _in_mode(self._network, True)
+        arguments, streams, training = (
+            call.modes.train,
+            call.streams[True],
+            _in_mode(self._network, True),
+        )
         with linen.intercept_methods(_counting(Counted(mask, self._batch_statistics))):
-            outputs, after = _call_with(training, variables, inputs, key, arguments, streams, collections)
+            outputs, after = _call_with(
+                training, variables, inputs, key, arguments, streams, collections
+            )
         return outputs, _like(model_state, {**model_state, **unfreeze(linen.meta.unbox(after))})
 
     def layers(self, params, model_state, inputs):
@@ -102,7 +114,11 @@ class _Wrapped:
         def listen(call, args, kwargs, context):
             outputs, layer = call(*args, **kwargs), context.module
             in_cell = isinstance(layer.parent, linen.RNNCellBase)
-            if context.method_name == "__call__" and layer.has_variable("params", "kernel") and not in_cell:
+            if (
+                context.method_name == "__call__"
+                and layer.has_variable("params", "kernel")
+                and not in_cell
+            ):
                 heard.setdefault(layer.path, outputs)
             return outputs
 
@@ -122,7 +138,9 @@ class _Wrapped:
     def _variables(self, call: _Call, key, inputs):
         """Returns the variables that exist in inference, and those that exist in training alone."""
         streams, in_training = call.streams[True], _in_mode(self._network, True)
-        everything = _init_as(_in_mode(self._network, False), call.modes.infer, key, inputs, streams)
+        everything = _init_as(
+            _in_mode(self._network, False), call.modes.infer, key, inputs, streams
+        )
         if in_training is not self._network or call.modes.train:
             more = _init_as(in_training, call.modes.train, key, inputs, streams)
             everything = unflatten_dict({**flatten_dict(more), **flatten_dict(everything)})
@@ -132,7 +150,9 @@ class _Wrapped:
 def _init_as(module: linen.Module, arguments: Mapping[str, Any], key, inputs, streams=()):
     rngs = {name: _stream_key(key, name) for name in streams} | {"params": key, "dropout": key}
     with linen.intercept_methods(_sow_nothing), reported("model", "your module", inputs=inputs):
-        return unfreeze(linen.meta.unbox(module.init(rngs, inputs, **{**arguments, **_random(module, key)})))
+        return unfreeze(
+            linen.meta.unbox(module.init(rngs, inputs, **{**arguments, **_random(module, key)}))
+        )
 
 
 def _call_with(module: linen.Module, variables, inputs, key, arguments, streams, mutable):
@@ -149,22 +169,33 @@ def _built(module: Any) -> linen.Module:
     if not isinstance(module, linen.Module):
         is_ours = not isclass(module) or issubclass(module, linen.Module)
         if not callable(module) or not is_ours:
-            raise InputError("module", f"must be a linen module such as MyNet(64), got {module!r:.60}.")
+            raise InputError(
+                "module", f"must be a linen module such as MyNet(64), got {module!r:.60}."
+            )
         name = getattr(module, "__name__", type(module).__name__)
         parameters = signature(module).parameters.values()
         required = [
-            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
         if required:
-            raise InputError("module", f"must be built, and {name} needs {', '.join(required)}: pass {name}(...).")
+            raise InputError(
+                "module",
+                f"must be built, and {name} needs {', '.join(required)}: pass {name}(...).",
+            )
         with reported("module", f"{name}()"):
             module = module()
     if not isinstance(module, linen.Module):
         raise InputError("module", f"must be a linen module such as MyNet(64), got {module!r:.60}.")
     if module.scope is not None:
-        raise InputError("module", f"must not be bound to variables; pass {type(module).__name__}(...) as built.")
+        raise InputError(
+            "module", f"must not be bound to variables; pass {type(module).__name__}(...) as built."
+        )
     if not callable(getattr(module, "__call__", None)):  # noqa: B004 - a module without __call__ is not callable
-        raise InputError("module", f"must have a method __call__, and {type(module).__name__} has none.")
+        raise InputError(
+            "module", f"must have a method __call__, and {type(module).__name__} has none."
+        )
     return module
 
 
@@ -177,7 +208,9 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
         module = context.module
         for name in ("make_rng", "has_rng"):
 
-            def ask(stream: str = "params", method=getattr(type(module), name).__get__(module)) -> Any:
+            def ask(
+                stream: str = "params", method=getattr(type(module), name).__get__(module)
+            ) -> Any:
                 asked.add(stream)
                 return method(stream)
 
@@ -189,13 +222,22 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
 
         def start(key: jax.Array, inputs: jax.Array) -> PyTree:
             rngs = {"params": key, "dropout": key} | dict.fromkeys(asked, key)
-            return linen.meta.unbox(module.init(rngs, inputs, **{**arguments, **_random(module, key)}))
+            return linen.meta.unbox(
+                module.init(rngs, inputs, **{**arguments, **_random(module, key)})
+            )
 
-        def run(key: jax.Array, state: PyTree, inputs: jax.Array, params: PyTree) -> tuple[PyTree, PyTree]:
-            rngs = {name: _stream_key(key, name) for name in {*asked, *(["dropout"] if training else [])}}
+        def run(
+            key: jax.Array, state: PyTree, inputs: jax.Array, params: PyTree
+        ) -> tuple[PyTree, PyTree]:
+            rngs = {
+                name: _stream_key(key, name)
+                for name in {*asked, *(["dropout"] if training else [])}
+            }
             mutable = list(state) if writes else False
             arguments_and_key = {**arguments, **_random(module, key)}
-            outputs = module.apply({**state, **params}, inputs, **arguments_and_key, rngs=rngs, mutable=mutable)
+            outputs = module.apply(
+                {**state, **params}, inputs, **arguments_and_key, rngs=rngs, mutable=mutable
+            )
             return outputs if writes else (outputs, {})
 
         with linen.intercept_methods(_sow_nothing), linen.intercept_methods(note_streams):
@@ -206,7 +248,9 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
             except Exception:
                 return None
             params = {"params": state.pop("params", {})}
-            while True:  # a stream whose name is not known yet raises, unless it can be taken from `params`
+            while (
+                True
+            ):  # a stream whose name is not known yet raises, unless it can be taken from `params`
                 before = len(asked)
                 found = effect_of(run, state, inputs, params)
                 if found is not None or len(asked) == before:
@@ -217,7 +261,9 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
     modes = find_modes(network.__call__, type(network).__name__, effect, given, fixed)
     asked.clear()
     effect(modes.train)
-    in_training = tuple(sorted(asked - {"params"} | {"dropout"})) + (("params",) if "params" in asked else ())
+    in_training = tuple(sorted(asked - {"params"} | {"dropout"})) + (
+        ("params",) if "params" in asked else ()
+    )
     asked.clear()
     reads_only = trace(False, modes.infer, writes=False) is not None
     in_inference = tuple(sorted(asked - {"dropout"}))
@@ -231,13 +277,17 @@ def _check_state(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -
     def leaves(examples: int) -> dict[Any, Any]:
         inputs = jax.ShapeDtypeStruct((examples, *shape), dtype)
         # A new function, as JAX refuses to trace `init` while it is traced for the same shapes.
-        return dict(flatten_dict(jax.eval_shape(lambda key, inputs: init(key, inputs)[1], key, inputs)))
+        return dict(
+            flatten_dict(jax.eval_shape(lambda key, inputs: init(key, inputs)[1], key, inputs))
+        )
 
     one, two = leaves(1), leaves(2)
     for path, leaf in one.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             where = "/".join(map(str, path))
-            raise InputError("model", f"must keep no random keys, as {where} is: use self.make_rng('dropout').")
+            raise InputError(
+                "model", f"must keep no random keys, as {where} is: use self.make_rng('dropout')."
+            )
         if path not in two or leaf.shape != two[path].shape:
             raise InputError(
                 "model",
@@ -249,7 +299,9 @@ def _check_state(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -
 def _sow_nothing(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Lets a module sow and perturb without effect, so that its state has the same structure after every step."""
     object.__setattr__(context.module, "sow", lambda *args, **kwargs: False)
-    object.__setattr__(context.module, "perturb", lambda name, value, collection="perturbations": value)
+    object.__setattr__(
+        context.module, "perturb", lambda name, value, collection="perturbations": value
+    )
     return call(*args, **kwargs)
 
 
@@ -280,7 +332,9 @@ def split_variables(variables: PyTree) -> tuple[PyTree, PyTree]:
     constants = {path: leaf for path, leaf in params.items() if _is_constant(leaf)}
     if constants:
         model_state["params"] = unflatten_dict(constants)
-    return unflatten_dict({path: leaf for path, leaf in params.items() if path not in constants}), model_state
+    return unflatten_dict(
+        {path: leaf for path, leaf in params.items() if path not in constants}
+    ), model_state
 
 
 def _merged(params: PyTree, model_state: PyTree) -> PyTree:
@@ -297,9 +351,13 @@ def _is_constant(leaf: Any) -> bool:
 def _like(before: PyTree, after: PyTree) -> PyTree:
     """Gives the state after a step the types it had before; raises InputError for state that is new."""
     if jax.tree.structure(before) != jax.tree.structure(after):
-        new = sorted("/".join(map(str, path)) for path in {*flatten_dict(after)} - {*flatten_dict(before)})
+        new = sorted(
+            "/".join(map(str, path)) for path in {*flatten_dict(after)} - {*flatten_dict(before)}
+        )
         what = f"{', '.join(new)} appears" if new else "its structure changes"
-        raise InputError("model", f"must make all of its state in init, and {what} only in a training step.")
+        raise InputError(
+            "model", f"must make all of its state in init, and {what} only in a training step."
+        )
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, before)
 
 

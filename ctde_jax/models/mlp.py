@@ -23,7 +23,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nnx.Module):
     """Dense layers with an activation between them; an input of any shape is flattened."""
 
-    def __init__(self, widths: Sequence[int], activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs):
+    def __init__(
+        self, widths: Sequence[int], activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs
+    ):
         self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in pairwise(widths)])
         self.activation = activation
 
@@ -32,7 +34,9 @@ class MLP(nnx.Module):
         x = inputs.reshape(inputs.shape[0], -1)
         if x.shape[1] != self.layers[0].in_features:
             width = self.layers[0].in_features
-            raise InputError("widths", f"must start with the {x.shape[1]} numbers of an input, got {width}.")
+            raise InputError(
+                "widths", f"must start with the {x.shape[1]} numbers of an input, got {width}."
+            )
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
@@ -45,7 +49,9 @@ def mlp(widths: Sequence[int], activation: str = "tanh") -> Model:
         InputError: The activation's name is not known, or a width is less than 1.
     """
     if len(widths) < 2:
-        raise InputError("widths", f"must name at least those of the input and the output, got {list(widths)}.")
+        raise InputError(
+            "widths", f"must name at least those of the input and the output, got {list(widths)}."
+        )
     check_at_least(1, widths=min(widths))
     check_known("activation", activation, ACTIVATIONS)
     return from_nnx(lambda rngs: MLP(widths, ACTIVATIONS[activation], rngs=rngs))

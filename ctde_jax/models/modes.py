@@ -39,7 +39,18 @@ _TRUE_IN_INFERENCE = (
 MODES = {**dict.fromkeys(_TRUE_IN_TRAINING, True), **dict.fromkeys(_TRUE_IN_INFERENCE, False)}
 """Names that are known, and their value in training."""
 
-_WORDS = ("train", "training", "eval", "evaluation", "test", "testing", "infer", "inference", "predict", "valid")
+_WORDS = (
+    "train",
+    "training",
+    "eval",
+    "evaluation",
+    "test",
+    "testing",
+    "infer",
+    "inference",
+    "predict",
+    "valid",
+)
 
 RANDOM = ("rngs", "rng", "key", "rng_key", "prng_key")
 """Names of an argument that takes random streams or a key."""
@@ -120,33 +131,62 @@ def find_modes(
     """
     parameters = list(signature(call).parameters.values())
     if not parameters or parameters[0].kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD):
-        raise InputError("model", f"must take the inputs as the first argument, and {name}.__call__ takes none.")
+        raise InputError(
+            "model", f"must take the inputs as the first argument, and {name}.__call__ takes none."
+        )
     others = parameters[1:]
     takes_any = any(other.kind == Parameter.VAR_KEYWORD for other in others)
-    others = [other for other in others if other.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)]
+    others = [
+        other
+        for other in others
+        if other.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    ]
     for key in {**given.train, **given.infer}:
         if key not in {other.name for other in others} and not takes_any:
-            raise InputError("model", f"must take the arguments given, and {name}.__call__ has no argument {key}.")
-    others = [other for other in others if other.name not in {*given.train, *given.infer, *RANDOM, *fixed}]
+            raise InputError(
+                "model",
+                f"must take the arguments given, and {name}.__call__ has no argument {key}.",
+            )
+    others = [
+        other for other in others if other.name not in {*given.train, *given.infer, *RANDOM, *fixed}
+    ]
 
-    known = {other.name: MODES[other.name] for other in others if other.name in MODES and _may_be_boolean(other)}
+    known = {
+        other.name: MODES[other.name]
+        for other in others
+        if other.name in MODES and _may_be_boolean(other)
+    }
     unknown = [other for other in others if other.name not in known]
     for other in unknown:
-        if isinstance(other.default, str) and (other.default in _WORDS or other.name in ("mode", "phase")):
+        if isinstance(other.default, str) and (
+            other.default in _WORDS or other.name in ("mode", "phase")
+        ):
             raise InputError("model", _sentence(name, other.name))
-    base = {**known, **given.train, **{other.name: False for other in unknown if other.default is Parameter.empty}}
+    base = {
+        **known,
+        **given.train,
+        **{other.name: False for other in unknown if other.default is Parameter.empty},
+    }
     flags = [other for other in unknown if _is_boolean(other) or other.default is Parameter.empty]
     if takes_any:
-        flags += [Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in MODES if key not in base]
+        flags += [
+            Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in MODES if key not in base
+        ]
     for flag in flags:
         value = _value_in_training(flag, name, base, effect)
         if value is not None:
             known[flag.name] = value
-    return Modes({**known, **given.train}, {**{key: not value for key, value in known.items()}, **given.infer})
+    return Modes(
+        {**known, **given.train},
+        {**{key: not value for key, value in known.items()}, **given.infer},
+    )
 
 
 def _value_in_training(
-    flag: Parameter, name: str, base: Mapping[str, Any], effect: Callable[[Mapping[str, Any]], Effect | None]
+    flag: Parameter,
+    name: str,
+    base: Mapping[str, Any],
+    effect: Callable[[Mapping[str, Any]], Effect | None],
 ) -> bool | None:
     """Returns the value in training of an argument that turns out to be a mode, else None."""
     try:
@@ -180,8 +220,14 @@ def _sentence(name: str, argument: str) -> str:
 
 
 def _may_be_boolean(parameter: Parameter) -> bool:
-    is_flag = parameter.default is None or parameter.default is Parameter.empty or isinstance(parameter.default, bool)
-    return is_flag and (parameter.annotation in (Parameter.empty, Any) or "bool" in str(parameter.annotation))
+    is_flag = (
+        parameter.default is None
+        or parameter.default is Parameter.empty
+        or isinstance(parameter.default, bool)
+    )
+    return is_flag and (
+        parameter.annotation in (Parameter.empty, Any) or "bool" in str(parameter.annotation)
+    )
 
 
 def _is_boolean(parameter: Parameter) -> bool:

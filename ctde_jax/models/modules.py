@@ -19,7 +19,13 @@ _WAYS_OUT = {
     "Transformed": "rewrite the function as a flax module",
     "TransformedWithState": "rewrite the function as a flax module",
 }
-_OTHER_LIBRARIES = {"equinox": "equinox", "haiku": "haiku", "torch": "PyTorch", "keras": "Keras", "tensorflow": "Keras"}
+_OTHER_LIBRARIES = {
+    "equinox": "equinox",
+    "haiku": "haiku",
+    "torch": "PyTorch",
+    "keras": "Keras",
+    "tensorflow": "Keras",
+}
 
 
 def as_model(module: Any) -> Model:
@@ -35,11 +41,16 @@ def as_model(module: Any) -> Model:
     kind: Any = module if isclass(module) else type(module)
     if isinstance(module, nnx.Optimizer) or kind.__name__ in _WAYS_OUT:
         way_out = _WAYS_OUT.get(kind.__name__, _WAYS_OUT["Optimizer"])
-        raise InputError("model", f"must be a flax module or a Model, got {kind.__name__}; {way_out}.")
+        raise InputError(
+            "model", f"must be a flax module or a Model, got {kind.__name__}; {way_out}."
+        )
     for base in kind.__mro__:
         library = _OTHER_LIBRARIES.get(base.__module__.split(".")[0])
         if library and not issubclass(kind, (nnx.Module, linen.Module)):
-            raise InputError("model", f"must be a flax module, got {kind.__name__} of {library}; rewrite it in flax.")
+            raise InputError(
+                "model",
+                f"must be a flax module, got {kind.__name__} of {library}; rewrite it in flax.",
+            )
     network: Any = module
     if isinstance(module, linen.Module) or _builds_linen(module):
         return from_linen(network)

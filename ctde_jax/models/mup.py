@@ -79,7 +79,10 @@ def scale_learning_rates(base: Model, inputs: jax.typing.ArrayLike) -> optax.Gra
 def _compare(params: PyTree, at_base: PyTree) -> Callable[[KeyPath], tuple[float, float]]:
     """Makes the function from a parameter's path to how many times more inputs and outputs it has than at base."""
     if _layout(params) != _layout(at_base):
-        raise InputError("base", "must be the same network as the model in all but its width, of the same depth too.")
+        raise InputError(
+            "base",
+            "must be the same network as the model in all but its width, of the same depth too.",
+        )
     kernels, at_base = find_kernels(params), find_kernels(at_base)
 
     def find_growth(path: KeyPath) -> tuple[float, float]:

@@ -71,7 +71,9 @@ def from_nnx(
     """
     wrapped = _Wrapped(module, batch_statistics, Modes(train, infer))
     start = wrapped.abstract.start
-    return Model(wrapped.init, wrapped.apply, wrapped.layers, start and Recurrence(start, wrapped.step))
+    return Model(
+        wrapped.init, wrapped.apply, wrapped.layers, start and Recurrence(start, wrapped.step)
+    )
 
 
 class _Wrapped:
@@ -109,7 +111,9 @@ class _Wrapped:
 
         # What stays the same from step to step must not have changed.
         changed = _changed(attributes, _attributes(module))
-        is_written = any(one is not other for one, other in zip(raw_params, _raw_params(module), strict=True))
+        is_written = any(
+            one is not other for one, other in zip(raw_params, _raw_params(module), strict=True)
+        )
         if changed or is_written:
             like = jax.eval_shape(lambda *arrays: arrays, params, model_state, inputs)
             if changed:
@@ -167,7 +171,9 @@ class _Wrapped:
         return self._calls[place]
 
 
-def _check_attributes(wrapped: _Wrapped, changed: Mapping[Any, Any], like: Any, arguments: Mapping[str, Any]) -> None:
+def _check_attributes(
+    wrapped: _Wrapped, changed: Mapping[Any, Any], like: Any, arguments: Mapping[str, Any]
+) -> None:
     """Raises InputError if the attributes that a call in training has changed change what a later call computes."""
     later = []
 
@@ -202,7 +208,11 @@ def _check_params(wrapped: _Wrapped, like: Any, arguments: Mapping[str, Any]) ->
         ramps, *rest = jax.tree.map(_ramp, like)
         written = jax.jit(run)(ramps, *rest, jax.random.key(0))
         is_same = jax.tree.map(lambda one, other: bool(jnp.array_equal(one, other)), ramps, written)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, same in _leaves(is_same) if not same]
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, same in _leaves(is_same)
+        if not same
+    ]
     if names:
         raise InputError(
             "model",
@@ -218,10 +228,16 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
         nnx.pop(built, nnx.Intermediate)
         return lambda key: built
     if not callable(module):
-        raise InputError("module", f"must be an nnx module, or a function that builds one, got {module!r:.60}.")
+        raise InputError(
+            "module", f"must be an nnx module, or a function that builds one, got {module!r:.60}."
+        )
     name = getattr(module, "__name__", type(module).__name__)
     parameters = _parameters(module)
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     names, streams = [parameter.name for parameter in required], next(iter(required), None)
     takes_rngs = any(parameter.name == "rngs" for parameter in parameters)
     if len([other for other in names if other != "rngs"]) > (0 if takes_rngs else 1):
@@ -238,14 +254,20 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
             made = module(rngs=rngs)
         elif streams is None:
             made = module()
-        elif streams.name in RANDOM and streams.name != "rngs" and "Rngs" not in str(streams.annotation):
+        elif (
+            streams.name in RANDOM
+            and streams.name != "rngs"
+            and "Rngs" not in str(streams.annotation)
+        ):
             made = module(**{streams.name: rngs.params()})
         elif streams.kind == streams.KEYWORD_ONLY:
             made = module(**{streams.name: rngs})
         else:
             made = module(rngs)
         if not isinstance(made, nnx.Module):
-            raise InputError("module", f"must build an nnx module, and {name} returns {type(made).__name__}.")
+            raise InputError(
+                "module", f"must build an nnx module, and {name} returns {type(made).__name__}."
+            )
         return made
 
     return make
@@ -273,7 +295,9 @@ def _abstract(split_made: Callable[[jax.Array], Any], module: Any) -> _Abstract:
             graphs.append(graph)
             return states
 
-        params, random_state, model_state = jax.eval_shape(states_of, jax.eval_shape(jax.random.key, 0))
+        params, random_state, model_state = jax.eval_shape(
+            states_of, jax.eval_shape(jax.random.key, 0)
+        )
         (graph,) = graphs
     merged: Any = nnx.merge(graph, params, random_state, model_state)
     kind: Any = type(merged)
@@ -305,7 +329,9 @@ def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
     for _, node in nnx.iter_graph(module):
         for name, value in vars(node).items() if isinstance(node, nnx.Pytree) else ():
             if isinstance(value, Tracer) and not node._pytree__nodes.get(name, True):
-                setattr(node, name, nnx.data(value))  # flax takes an array for static where it is traced
+                setattr(
+                    node, name, nnx.data(value)
+                )  # flax takes an array for static where it is traced
             elif not node._pytree__nodes.get(name, False) and _hides_tracer(value):
                 raise InputError(
                     "module",
@@ -338,7 +364,9 @@ def _writable(leaf: Any) -> Any:
 
 
 def _pure(state: nnx.State) -> dict[Any, Any]:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), nnx.to_pure_dict(state))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), nnx.to_pure_dict(state)
+    )
 
 
 def _set_mode(module: nnx.Module, training: bool) -> None:
@@ -410,14 +438,22 @@ def _changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> dict[Any, A
     def is_same(one: Any, other: Any) -> bool:
         if isinstance(one, jax.Array) and isinstance(other, jax.Array):
             return (one.shape, one.dtype) == (other.shape, other.dtype)
-        return one is other or (type(one) is type(other) and not isinstance(one, jax.Array) and bool(one == other))
+        return one is other or (
+            type(one) is type(other) and not isinstance(one, jax.Array) and bool(one == other)
+        )
 
     missing = object()
-    return {place: value for place, value in after.items() if not is_same(before.get(place, missing), value)}
+    return {
+        place: value
+        for place, value in after.items()
+        if not is_same(before.get(place, missing), value)
+    }
 
 
 def _raw_params(module: nnx.Module) -> list[Any]:
-    return [variable.get_raw_value() for _, variable in nnx.to_flat_state(nnx.state(module, is_trained))]
+    return [
+        variable.get_raw_value() for _, variable in nnx.to_flat_state(nnx.state(module, is_trained))
+    ]
 
 
 def _ramp(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -22,7 +22,9 @@ GROUPS = 8
 
 NORMS: dict[str, Callable[..., nnx.Module]] = {
     "group": partial(nnx.GroupNorm, num_groups=GROUPS),
-    "batch": partial(nnx.BatchNorm, momentum=0.9),  # 0.99, the default, would lag by hundreds of steps
+    "batch": partial(
+        nnx.BatchNorm, momentum=0.9
+    ),  # 0.99, the default, would lag by hundreds of steps
 }
 
 
@@ -105,14 +107,22 @@ def resnet(
     check_known("norm", norm, NORMS)
     uneven = [width for width in widths if width % GROUPS]
     if norm == "group" and uneven:
-        raise InputError("widths", f"must be multiples of the {GROUPS} groups of a norm, got {uneven[0]}.")
+        raise InputError(
+            "widths", f"must be multiples of the {GROUPS} groups of a norm, got {uneven[0]}."
+        )
     check_image_shape(image_shape, halvings=len(widths) - 1)
-    return from_nnx(lambda rngs: ResNet(image_shape, classes, widths, blocks, norm, rngs=rngs), batch_statistics)
+    return from_nnx(
+        lambda rngs: ResNet(image_shape, classes, widths, blocks, norm, rngs=rngs), batch_statistics
+    )
 
 
-def _convolution(before: int, after: int, stride: int = 1, size: int = 3, *, rngs: nnx.Rngs) -> Conv:
+def _convolution(
+    before: int, after: int, stride: int = 1, size: int = 3, *, rngs: nnx.Rngs
+) -> Conv:
     return Conv(before, after, (size, size), strides=stride, use_bias=False, rngs=rngs)
 
 
 def _activate(norm: nnx.Module, x: jax.Array) -> jax.Array:
-    return nnx.relu(norm(x)).astype(x.dtype)  # a batch norm in bfloat16 gives float32, the type of its statistics
+    return nnx.relu(norm(x)).astype(
+        x.dtype
+    )  # a batch norm in bfloat16 gives float32, the type of its statistics

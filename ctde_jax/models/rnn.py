@@ -26,7 +26,9 @@ CELLS = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell}
 class Recurrent(nnx.Module):
     """Layers of cells, each reading what the one before says at every place."""
 
-    def __init__(self, features: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self, features: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs
+    ):
         widths = [features] + [width] * layers
         self.layers = nnx.List([nnx.RNN(CELLS[cell](i, o, rngs=rngs)) for i, o in pairwise(widths)])
         self.dropout = Dropout(dropout, rngs=rngs)
@@ -55,7 +57,15 @@ class RNNClassifier(nnx.Module):
     """Says what a sequence is, from the state after its last place."""
 
     def __init__(
-        self, features: int, classes: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs
+        self,
+        features: int,
+        classes: int,
+        width: int,
+        layers: int,
+        cell: str,
+        dropout: float,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.features = features
         self.recurrent = Recurrent(features, width, layers, cell, dropout, rngs=rngs)
@@ -65,7 +75,8 @@ class RNNClassifier(nnx.Module):
         """Maps `[examples, length, features]` to `[examples, classes]`."""
         if inputs.ndim != 3 or inputs.shape[2] != self.features:
             raise InputError(
-                "inputs", f"must be sequences [examples, length, {self.features}], got the shape {inputs.shape}."
+                "inputs",
+                f"must be sequences [examples, length, {self.features}], got the shape {inputs.shape}.",
             )
         return self.out(self.recurrent(inputs)[:, -1])
 
@@ -82,7 +93,9 @@ class RNNClassifier(nnx.Module):
 class RNNLanguageModel(nnx.Module):
     """Predicts the next token at every place, from the state up to there."""
 
-    def __init__(self, vocabulary: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self, vocabulary: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs
+    ):
         self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.recurrent = Recurrent(width, width, layers, cell, dropout, rngs=rngs)
         self.out = Linear(width, vocabulary, rngs=rngs)
@@ -102,7 +115,12 @@ class RNNLanguageModel(nnx.Module):
 
 
 def rnn_classifier(
-    features: int, classes: int, width: int = 128, layers: int = 1, cell: str = "lstm", dropout: float = 0.0
+    features: int,
+    classes: int,
+    width: int = 128,
+    layers: int = 1,
+    cell: str = "lstm",
+    dropout: float = 0.0,
 ) -> Model:
     """Builds a classifier of sequences, such as pictures read row by row: `rnn_classifier(28, 10)`.
 
@@ -119,7 +137,9 @@ def rnn_classifier(
     """
     check_at_least(1, features=features, classes=classes, width=width, layers=layers)
     check_known("cell", cell, CELLS)
-    return from_nnx(lambda rngs: RNNClassifier(features, classes, width, layers, cell, dropout, rngs=rngs))
+    return from_nnx(
+        lambda rngs: RNNClassifier(features, classes, width, layers, cell, dropout, rngs=rngs)
+    )
 
 
 def rnn_language_model(
@@ -139,7 +159,9 @@ def rnn_language_model(
     """
     check_at_least(1, vocabulary=vocabulary, width=width, layers=layers)
     check_known("cell", cell, CELLS)
-    return from_nnx(lambda rngs: RNNLanguageModel(vocabulary, width, layers, cell, dropout, rngs=rngs))
+    return from_nnx(
+        lambda rngs: RNNLanguageModel(vocabulary, width, layers, cell, dropout, rngs=rngs)
+    )
 
 
 def _empty(cell: nnx.RNNCellBase, examples: int, dtype: jax.typing.DTypeLike) -> Carry:

@@ -21,7 +21,16 @@ PerExample = Callable[[PyTree, jax.Array], jax.Array]
 
 
 RESERVED = (
-    *("split", "step", "epoch", "examples", "examples_per_second", "bytes_sent", "skipped", "learning_rate"),
+    *(
+        "split",
+        "step",
+        "epoch",
+        "examples",
+        "examples_per_second",
+        "bytes_sent",
+        "skipped",
+        "learning_rate",
+    ),
     "objective",
 )
 """Names that no metric may have: of the other numbers in a row of the history, and of the minimized objective."""
@@ -54,14 +63,24 @@ class Task(NamedTuple):
         """
         taken = {"loss", *RESERVED} & {*self.metrics, *self.of_the_loss}
         if taken:
-            raise InputError("task", f"must not call a metric {' or '.join(sorted(taken))}; rename it.")
+            raise InputError(
+                "task", f"must not call a metric {' or '.join(sorted(taken))}; rename it."
+            )
         unknown = {*self.lower_is_better} - {*self.metrics}
         if unknown:
-            raise InputError("task", f"must say lower_is_better of its metrics only, got {', '.join(sorted(unknown))}.")
+            raise InputError(
+                "task",
+                f"must say lower_is_better of its metrics only, got {', '.join(sorted(unknown))}.",
+            )
         functions = {"loss": self.loss, **self.metrics}
-        return {name: _per_example(name, function, outputs, labels) for name, function in functions.items()}
+        return {
+            name: _per_example(name, function, outputs, labels)
+            for name, function in functions.items()
+        }
 
-    def minimized(self, outputs: PyTree, labels: jax.Array, measured: Mapping[str, jax.Array]) -> jax.Array:
+    def minimized(
+        self, outputs: PyTree, labels: jax.Array, measured: Mapping[str, jax.Array]
+    ) -> jax.Array:
         """Returns what is minimized, `float32[examples]`, where `measure` has returned this; raises as that does."""
         if self.objective is None:
             return measured["loss"]
@@ -85,7 +104,9 @@ class Task(NamedTuple):
     def averages(self, sums: Mapping[str, float], examples: float) -> dict[str, float]:
         """Returns the averages of sums over so many examples, and what is a function of the loss."""
         means = {name: float(sums[name]) / examples for name in ("loss", *self.metrics)}
-        return means | {name: function(means["loss"]) for name, function in self.of_the_loss.items()}
+        return means | {
+            name: function(means["loss"]) for name, function in self.of_the_loss.items()
+        }
 
 
 def is_correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -152,7 +173,10 @@ classification = Task(cross_entropy, {"accuracy": is_correct}, predicts="classes
 language_modeling = Task(
     cross_entropy,
     {"accuracy": is_correct},
-    {"bits_per_character": lambda loss: loss / log(2), "perplexity": lambda loss: exp(min(loss, LARGEST_LOSS))},
+    {
+        "bits_per_character": lambda loss: loss / log(2),
+        "perplexity": lambda loss: exp(min(loss, LARGEST_LOSS)),
+    },
     predicts="tokens",
 )
 """The next token at every place of a window; each window is one example, and all its places count alike."""

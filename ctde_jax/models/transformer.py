@@ -19,7 +19,9 @@ class Block(nnx.Module):
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.query, self.key, self.value, self.mix = (Linear(width, width, use_bias=False, rngs=rngs) for _ in range(4))
+        self.query, self.key, self.value, self.mix = (
+            Linear(width, width, use_bias=False, rngs=rngs) for _ in range(4)
+        )
         self.perceptron_norm = nnx.LayerNorm(width, rngs=rngs)
         self.expand = Linear(width, 4 * width, rngs=rngs)
         self.contract = Linear(4 * width, width, rngs=rngs)
@@ -31,7 +33,9 @@ class Block(nnx.Module):
             return x.reshape(*x.shape[:2], self.heads, -1)
 
         normed = self.attention_norm(x)
-        query, key, value = (split_heads(layer(normed)) for layer in (self.query, self.key, self.value))
+        query, key, value = (
+            split_heads(layer(normed)) for layer in (self.query, self.key, self.value)
+        )
         seen = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         x = x + dropout(self.mix(seen.reshape(x.shape)))
         return x + dropout(self.contract(nnx.gelu(self.expand(self.perceptron_norm(x)))))
@@ -41,7 +45,15 @@ class Transformer(nnx.Module):
     """Predicts the next token at every place of a window."""
 
     def __init__(
-        self, vocabulary: int, length: int, width: int, blocks: int, heads: int, dropout: float, *, rngs: nnx.Rngs
+        self,
+        vocabulary: int,
+        length: int,
+        width: int,
+        blocks: int,
+        heads: int,
+        dropout: float,
+        *,
+        rngs: nnx.Rngs,
     ):
         start = nnx.initializers.normal(0.02)
         self.tokens = nnx.Embed(vocabulary, width, embedding_init=start, rngs=rngs)
@@ -56,7 +68,9 @@ class Transformer(nnx.Module):
         x = embed(tokens, self.tokens)
         length, longest = x.shape[1], self.places.num_embeddings
         if length > longest:
-            raise InputError("length", f"must be at least the {length} tokens of an input, got {longest}.")
+            raise InputError(
+                "length", f"must be at least the {length} tokens of an input, got {longest}."
+            )
         x = self.dropout(x + self.places.embedding[None, :length])
         for block in self.blocks:
             x = block(x, self.dropout)
@@ -64,7 +78,12 @@ class Transformer(nnx.Module):
 
 
 def transformer(
-    vocabulary: int, length: int, width: int = 96, blocks: int = 2, heads: int = 4, dropout: float = 0.0
+    vocabulary: int,
+    length: int,
+    width: int = 96,
+    blocks: int = 2,
+    heads: int = 4,
+    dropout: float = 0.0,
 ) -> Model:
     """Builds the decoder over the tokens from 0 to `vocabulary - 1`.
 
@@ -82,4 +101,6 @@ def transformer(
     check_at_least(1, vocabulary=vocabulary, length=length, width=width, blocks=blocks, heads=heads)
     if width % heads:
         raise InputError("heads", f"must divide the width of {width}, got {heads}.")
-    return from_nnx(lambda rngs: Transformer(vocabulary, length, width, blocks, heads, dropout, rngs=rngs))
+    return from_nnx(
+        lambda rngs: Transformer(vocabulary, length, width, blocks, heads, dropout, rngs=rngs)
+    )

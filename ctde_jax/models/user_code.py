@@ -24,7 +24,9 @@ from ctde_jax.errors import InputError, shortened
 _PACKAGES = [str(Path(str(package.__file__)).parent) for package in (flax, jax, np, optax)]
 _OURS, _STANDARD = str(Path(__file__).parents[1]), sysconfig.get_path("stdlib")
 
-_WHERE_IN_JAX = re.compile(r" The error occurred| The problem arose| This concrete value| See https| \(https")
+_WHERE_IN_JAX = re.compile(
+    r" The error occurred| The problem arose| This concrete value| See https| \(https"
+)
 
 _PASSED_ON = (InputError, MemoryError, jax.errors.JaxRuntimeError)
 
@@ -60,7 +62,8 @@ def reported(option: str, subject: str, **arguments: PyTree) -> Iterator[None]:
         hint = _hint(error, where, arguments)
         sentence = f"failed: {subject}{f', called with {with_what},' if with_what else ''} raised "
         raise InputError(
-            option, f"{sentence}{type(error).__name__}: {reason}{where}.{f' {hint}' if hint else ''}"
+            option,
+            f"{sentence}{type(error).__name__}: {reason}{where}.{f' {hint}' if hint else ''}",
         ) from error
 
 
@@ -89,7 +92,9 @@ def _is_library(file: str) -> bool:
     if file.startswith("<ipython"):
         return False
     is_installed = "site-packages" in file or "dist-packages" in file
-    return file.startswith((*_PACKAGES, _OURS, "<")) or (file.startswith(_STANDARD) and not is_installed)
+    return file.startswith((*_PACKAGES, _OURS, "<")) or (
+        file.startswith(_STANDARD) and not is_installed
+    )
 
 
 def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
@@ -126,14 +131,24 @@ def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
 def _hint_for_inputs(error: Exception, text: str, where: str, inputs: Any) -> str:
     """Names the way out if the shape or the dtype of the inputs is the reason."""
     is_type_or_value = isinstance(error, (TypeError, ValueError))
-    if "integer" in text.lower() and is_type_or_value and jnp.issubdtype(inputs.dtype, jnp.floating):
+    if (
+        "integer" in text.lower()
+        and is_type_or_value
+        and jnp.issubdtype(inputs.dtype, jnp.floating)
+    ):
         return "It reads integers: pass integer features to data.from_arrays, which reach it unchanged."
     if "reshape" in text and "reshape" in where:
         return "It is called with batches of any size: reshape to (len(x), -1)."
     layer = _layer_with_other_features(error)
     is_first = layer is not None and layer.given.shape[1:] == inputs.shape[1:]
-    if jnp.issubdtype(inputs.dtype, jnp.integer) and isinstance(error, TypeError) and (is_first or layer is None):
-        return "Its inputs are integers: pass float features, or look tokens up in an embedding first."
+    if (
+        jnp.issubdtype(inputs.dtype, jnp.integer)
+        and isinstance(error, TypeError)
+        and (is_first or layer is None)
+    ):
+        return (
+            "Its inputs are integers: pass float features, or look tokens up in an embedding first."
+        )
     if layer is None:
         return ""
     length = layer.given.shape[-1]
@@ -158,10 +173,15 @@ def _layer_with_other_features(error: Exception) -> _Layer | None:
     """Returns the outermost such layer among those that were called when the error was raised."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         layer, given = frame.f_locals.get("self"), frame.f_locals.get("inputs")
-        is_of_flax = frame.f_code.co_filename.startswith(_PACKAGES[0]) and isinstance(layer, nnx.Module)
+        is_of_flax = frame.f_code.co_filename.startswith(_PACKAGES[0]) and isinstance(
+            layer, nnx.Module
+        )
         if not is_of_flax or not isinstance(given, jax.Array):
             continue
-        wanted, kernel_size = getattr(layer, "in_features", None), getattr(layer, "kernel_size", None)
+        wanted, kernel_size = (
+            getattr(layer, "in_features", None),
+            getattr(layer, "kernel_size", None),
+        )
         if isinstance(wanted, int) and given.ndim and given.shape[-1] != wanted:
             axes = 0 if kernel_size is None else len(kernel_size) + 2
             return _Layer(f"nnx.{type(layer).__name__}", wanted, given, axes)

@@ -58,7 +58,10 @@ def make_evaluate(
     """
     examples = len(split.inputs)
     if not examples or len(split.labels) != examples:
-        raise InputError("split", f"must have one label for each example, got {len(split.labels)} for {examples}.")
+        raise InputError(
+            "split",
+            f"must have one label for each example, got {len(split.labels)} for {examples}.",
+        )
     batch_size = batch_size or min(1024, max(1, LABELS_AT_ONCE // prod(split.labels.shape[1:])))
     per_replica = ceil(min(batch_size, examples) / len(devices))
     batches = ceil(examples / (per_replica * len(devices)))
@@ -71,17 +74,23 @@ def make_evaluate(
         """Returns as many examples as there are places from this one on, and which places have one."""
         numbers = np.arange(first, first + prod(shape)).reshape(shape)[here]
         inputs, labels = (
-            array[numbers.ravel() % examples].reshape(*numbers.shape, *array.shape[1:]) for array in split
+            array[numbers.ravel() % examples].reshape(*numbers.shape, *array.shape[1:])
+            for array in split
         )
         return replica.shard((Split(inputs, labels), numbers < examples), devices)
 
-    def sum_up(center: tuple[PyTree, PyTree], part: tuple[Split, jax.Array]) -> dict[str, jax.Array]:
+    def sum_up(
+        center: tuple[PyTree, PyTree], part: tuple[Split, jax.Array]
+    ) -> dict[str, jax.Array]:
         params, model_state = center
 
         def add_batch(sums, batch_and_mask):
             batch, is_example = batch_and_mask
             outputs, _ = model.apply(params, model_state, batch.inputs, None)
-            measured = {**task.measure(outputs, batch.labels), "examples": jnp.ones(per_replica, jnp.int32)}
+            measured = {
+                **task.measure(outputs, batch.labels),
+                "examples": jnp.ones(per_replica, jnp.int32),
+            }
 
             def add(total, values):
                 return total + jnp.sum(values, where=is_example, dtype=total.dtype)
@@ -100,7 +109,10 @@ def make_evaluate(
     def evaluate(params: PyTree, model_state: PyTree) -> Averages:
         rest = (piece(first) for first in range(prod(shape), examples, prod(shape)))
         with prefetched(rest) if split.is_on_disk else nullcontext(rest) as rest_of_pieces:
-            parts = [jax.device_get(compiled((params, model_state), each)) for each in chain(held, rest_of_pieces)]
+            parts = [
+                jax.device_get(compiled((params, model_state), each))
+                for each in chain(held, rest_of_pieces)
+            ]
         sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
         assert sums["examples"] == examples, f"counted {sums['examples']} of {examples} examples"
         return task.averages(sums, examples) | {"examples": examples}

@@ -37,18 +37,28 @@ Step = Callable[..., TrainState]
 def check_sizes(replicas: int, batch_size: int, accumulate: int) -> None:
     """Raises InputError unless a batch can be cut into the same shards on any number of devices."""
     if SHARDS % replicas:
-        raise InputError("devices", f"must divide the {SHARDS} shards whose sum is exact, got {replicas}.")
+        raise InputError(
+            "devices", f"must divide the {SHARDS} shards whose sum is exact, got {replicas}."
+        )
     if batch_size % SHARDS:
         raise InputError(
-            "batch_size", f"must be a multiple of the {SHARDS} shards whose sum is exact, got {batch_size}."
+            "batch_size",
+            f"must be a multiple of the {SHARDS} shards whose sum is exact, got {batch_size}.",
         )
     if accumulate > 1:
-        raise InputError("accumulate", f"must be 1 where shards are computed one after another, got {accumulate}.")
+        raise InputError(
+            "accumulate",
+            f"must be 1 where shards are computed one after another, got {accumulate}.",
+        )
 
 
-def check_model(model: Model, params: PyTree, model_state: PyTree, inputs: jax.typing.ArrayLike) -> None:
+def check_model(
+    model: Model, params: PyTree, model_state: PyTree, inputs: jax.typing.ArrayLike
+) -> None:
     """Raises InputError for a model whose shards depend on each other; only shapes and dtypes are read."""
-    if meets_replicas(model, params, model_state, jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.result_type(inputs))):
+    if meets_replicas(
+        model, params, model_state, jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.result_type(inputs))
+    ):
         raise InputError(
             "exact",
             "requires batch statistics that devices do not share: --batch-statistics averaged, or "
@@ -67,7 +77,9 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
     def exact(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
         _, gradient_key = step_keys(key, state.step)
-        grads, model_state, sums = gradient(state.params, state.model_state, split, indices, gradient_key)
+        grads, model_state, sums = gradient(
+            state.params, state.model_state, split, indices, gradient_key
+        )
         state = state._replace(model_state=model_state)
         exact_step = partial(step, value=partial(mean_objective, sums))
         state = _compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
@@ -107,7 +119,9 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
             return lax.optimization_barrier((grads, new_model_state, sums))
 
         center = (params, model_state)
-        grads, states, sums = _of_all_shards(_one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0)))
+        grads, states, sums = _of_all_shards(
+            _one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0))
+        )
         weights, sums = sums["examples"], jax.tree.map(_sum_in_order, sums)
         total = jnp.maximum(sums["examples"], 1)
 
@@ -116,16 +130,23 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
             if jnp.issubdtype(shards.dtype, jnp.inexact):
                 weighted = lax.optimization_barrier(jnp.where(each > 0, shards * each, 0))
                 mean = (_sum_in_order(weighted) / total).astype(shards.dtype)
-                return jnp.where(jnp.any((each > 0) & is_changed(shards, before[None]), axis=0), mean, before)
+                return jnp.where(
+                    jnp.any((each > 0) & is_changed(shards, before[None]), axis=0), mean, before
+                )
             return jnp.where(sums["examples"] > 0, largest(shards, each > 0), before)
 
-        agreed = jax.tree.map(lambda x: _sum_in_order(x) / total, grads), jax.tree.map(mean_state, states, model_state)
+        agreed = (
+            jax.tree.map(lambda x: _sum_in_order(x) / total, grads),
+            jax.tree.map(mean_state, states, model_state),
+        )
         return lax.optimization_barrier((*agreed, sums))
 
     return gradient
 
 
-def _one_after_another(function: Callable[[PyTree], PyTree], arguments: PyTree, is_wanted: jax.Array) -> PyTree:
+def _one_after_another(
+    function: Callable[[PyTree], PyTree], arguments: PyTree, is_wanted: jax.Array
+) -> PyTree:
     """Maps a function over the first axis, or returns zeros.
 
     XLA does not know how often the loop turns, so it compiles the function in the same way for one turn and for eight.
@@ -136,9 +157,13 @@ def _one_after_another(function: Callable[[PyTree], PyTree], arguments: PyTree, 
         return function(jax.tree.map(lambda x: x[number], arguments))
 
     def add(number: jax.Array, so_far: PyTree) -> PyTree:
-        return jax.tree.map(lambda all_results, one: all_results.at[number].set(one), so_far, of(number))
+        return jax.tree.map(
+            lambda all_results, one: all_results.at[number].set(one), so_far, of(number)
+        )
 
-    empty = jax.tree.map(lambda like: jnp.zeros((count, *like.shape), like.dtype), jax.eval_shape(of, jnp.int32(0)))
+    empty = jax.tree.map(
+        lambda like: jnp.zeros((count, *like.shape), like.dtype), jax.eval_shape(of, jnp.int32(0))
+    )
     return lax.fori_loop(0, jnp.where(is_wanted, count, 0), add, empty)
 
 

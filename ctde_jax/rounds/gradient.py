@@ -51,7 +51,9 @@ includes these losses. Only the mean over the replicas, weighted by examples, is
 """
 
 
-def make_gradient(model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1) -> Gradient:
+def make_gradient(
+    model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1
+) -> Gradient:
     """Makes the function that differentiates the mean loss over a replica's examples.
 
     Args:
@@ -62,19 +64,25 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
             of them together; the memory that activations take is that of one group.
     """
 
-    def on_shards(on_shard, indices, shards, params, model_state, *common) -> tuple[jax.Array, PyTree, Sums]:
+    def on_shards(
+        on_shard, indices, shards, params, model_state, *common
+    ) -> tuple[jax.Array, PyTree, Sums]:
         if len(shards) == 1:  # an axis of one shard would make XLA transpose
             return on_shard(indices[0], shards[0], params, model_state, *common)
 
         def on_each(indices, shard) -> tuple[jax.Array, PyTree, Sums]:
-            objective, new_model_state, sums = on_shard(indices, shard, params, model_state, *common)
+            objective, new_model_state, sums = on_shard(
+                indices, shard, params, model_state, *common
+            )
             new_model_state = agreed_state(new_model_state, model_state, sums["examples"], SHARD)
             return lax.psum(objective, SHARD), new_model_state, lax.psum(sums, SHARD)
 
         return jax.vmap(on_each, out_axes=None, axis_name=SHARD)(indices, shards)
 
     def gradient(params, model_state, split, indices, key, alone=False):
-        inputs = jax.ShapeDtypeStruct((len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype)
+        inputs = jax.ShapeDtypeStruct(
+            (len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype
+        )
         meets = meets_replicas(model, params, model_state, inputs)
         is_random = draws(model, params, model_state, inputs)
         examples, shards = cut_into_shards(
@@ -84,7 +92,9 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
             examples, shards = examples.reshape(accumulate, 1, -1), shards[:, :1]
         own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
         keeps_statistics = meets and bool(jax.tree.leaves(model_state))
-        on_shard = make_on_shard(_alone(model) if alone and keeps_statistics else model, task, augment)
+        on_shard = make_on_shard(
+            _alone(model) if alone and keeps_statistics else model, task, augment
+        )
 
         # The transpose of a sum over replicas adds up their cotangents. So if other losses depend on these examples,
         # all replicas divide by the same number first, and by the number of their own examples afterwards.
@@ -103,10 +113,16 @@ def make_gradient(model: Model, task: Task, augment: Augment | None = None, accu
 
             group_grads, (new_model_state, group_sums) = jax.grad(objective, has_aux=True)(params)
             examples = group_sums["examples"]
-            if is_shared and accumulate > 1:  # a group that is empty here has changed what is shared elsewhere
+            if (
+                is_shared and accumulate > 1
+            ):  # a group that is empty here has changed what is shared elsewhere
                 examples = lax.psum(examples, AXIS)
             model_state = optax.tree.where(examples > 0, new_model_state, model_state)
-            return (optax.tree.add(grads, group_grads), model_state, optax.tree.add(sums, group_sums)), None
+            return (
+                optax.tree.add(grads, group_grads),
+                model_state,
+                optax.tree.add(sums, group_sums),
+            ), None
 
         objective_too = [] if task.objective is None else ["objective"]
         zeros = dict.fromkeys(["loss", *task.metrics, "examples", *objective_too], jnp.float32(0))
@@ -131,7 +147,9 @@ def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDt
     return depends_on(program, program.jaxpr.invars[-1:])
 
 
-def meets_replicas(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
+def meets_replicas(
+    model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct
+) -> bool:
     """Returns whether the model itself uses collectives over the replicas in training, as synchronized statistics do.
 
     Only shapes and dtypes are read.
@@ -140,13 +158,17 @@ def meets_replicas(model: Model, params: PyTree, model_state: PyTree, inputs: ja
     return any(getattr(effect, "name", None) == AXIS for effect in program.jaxpr.effects)
 
 
-def _in_training(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> ClosedJaxpr:
+def _in_training(
+    model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct
+) -> ClosedJaxpr:
     """Traces a model on one of several replicas; the key is the last argument of the program."""
     key = jax.eval_shape(jax.random.key, 0)
     return jax.make_jaxpr(model.apply, axis_env=[(AXIS, 1)])(params, model_state, inputs, key)
 
 
-def make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
+def make_on_shard(
+    model: Model, task: Task, augment: Augment | None
+) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
     """Makes the function that sums what is minimized, and all that is measured, over a shard."""
 
     def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
@@ -155,11 +177,21 @@ def make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable
         inputs, labels = _take(split.inputs, rows), _take(split.labels, rows)
         augment_key, model_key = jax.random.split(key)
         if augment is not None:
-            inputs = apply_to(augment, augment_key, inputs, split.numbers[rows] if isinstance(split, Drawn) else rows)
+            inputs = apply_to(
+                augment,
+                augment_key,
+                inputs,
+                split.numbers[rows] if isinstance(split, Drawn) else rows,
+            )
 
         mask = (is_example,) if jax.tree.leaves(model_state) else ()
-        outputs, model_state = model.apply(params, model_state, inputs, jax.random.fold_in(model_key, shard), *mask)
-        measured = {**task.measure(outputs, labels), "examples": jnp.ones(len(indices), jnp.float32)}
+        outputs, model_state = model.apply(
+            params, model_state, inputs, jax.random.fold_in(model_key, shard), *mask
+        )
+        measured = {
+            **task.measure(outputs, labels),
+            "examples": jnp.ones(len(indices), jnp.float32),
+        }
         sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
         objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
         if task.objective is not None:
@@ -171,7 +203,9 @@ def make_on_shard(model: Model, task: Task, augment: Augment | None) -> Callable
 
 def _alone(model: Model) -> Model:
     """Makes a replica that applies the model the only one on its axis."""
-    return model._replace(apply=jax.vmap(model.apply, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1))
+    return model._replace(
+        apply=jax.vmap(model.apply, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)
+    )
 
 
 def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
@@ -197,4 +231,6 @@ def cut_into_shards(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.A
         shards = replicas * groups
     own = shards // replicas
     numbers = jnp.arange(own) * replicas + lax.axis_index(AXIS)
-    return indices.reshape(-1, own).T.reshape(groups, own // groups, -1), numbers.reshape(groups, -1)
+    return indices.reshape(-1, own).T.reshape(groups, own // groups, -1), numbers.reshape(
+        groups, -1
+    )

@@ -21,7 +21,12 @@ from ctde_jax.rounds.sums import Sums
 def shared(state: TrainState, strategy: Strategy) -> dict[str, jax.Array]:
     """Returns, by name, the leaves that must be equal on all replicas."""
     parts = zip(state._fields, state, axes(strategy), strict=True)
-    return {name: leaf for field, part, axis in parts if axis is None for name, leaf in named({field: part}).items()}
+    return {
+        name: leaf
+        for field, part, axis in parts
+        if axis is None
+        for name, leaf in named({field: part}).items()
+    }
 
 
 def digest(leaf: jax.Array) -> jax.Array:
@@ -43,7 +48,12 @@ def _words(leaf: jax.Array) -> jax.Array:
         leaf = jax.random.key_data(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         leaf = jnp.stack([leaf.real, leaf.imag])
-    if jnp.issubdtype(leaf.dtype, jnp.bool_) or leaf.dtype in (jnp.int4, jnp.uint4, jnp.int2, jnp.uint2):
+    if jnp.issubdtype(leaf.dtype, jnp.bool_) or leaf.dtype in (
+        jnp.int4,
+        jnp.uint4,
+        jnp.int2,
+        jnp.uint2,
+    ):
         leaf = leaf.astype(jnp.int8)
     word = jnp.dtype(f"uint{8 * min(4, leaf.dtype.itemsize)}")
     return lax.bitcast_convert_type(leaf, word).ravel().astype(jnp.uint32)

@@ -19,7 +19,12 @@ Reestimate = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], PyTree]
 
 
 def of_first_steps(
-    model: Model, feed: Feed, devices: Sequence[jax.Device], split_axis: int | None, steps: int, key: jax.Array
+    model: Model,
+    feed: Feed,
+    devices: Sequence[jax.Device],
+    split_axis: int | None,
+    steps: int,
+    key: jax.Array,
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """Makes the function from central parameters and the model state to the state to evaluate them with.
 
@@ -33,7 +38,9 @@ def of_first_steps(
     return lambda params, model_state: run(params, model_state, examples, indices, key)
 
 
-def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int | None) -> Reestimate:
+def make_reestimate(
+    model: Model, devices: Sequence[jax.Device], split_axis: int | None
+) -> Reestimate:
     """Makes the function that estimates batch statistics anew, as their mean over batches (Wu and Johnson, 2021).
 
     A running average `s` becomes `m s + (1 - m) b` in a batch whose statistic is `b`, whatever the module that keeps
@@ -48,12 +55,18 @@ def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int
 
     def of_batch(params, model_state, inputs, key, mask) -> PyTree:
         def after(start: float) -> PyTree:
-            state = jax.tree.map(lambda x: jnp.full_like(x, start) if _is_average(x) else x, model_state)
+            state = jax.tree.map(
+                lambda x: jnp.full_like(x, start) if _is_average(x) else x, model_state
+            )
             return model.apply(params, state, inputs, key, mask)[1]
 
         def statistic(before, from_zero, from_one):
             kept = from_one - from_zero
-            return jnp.where(kept < 0.9999, from_zero / (1 - kept), before) if _is_average(before) else before
+            return (
+                jnp.where(kept < 0.9999, from_zero / (1 - kept), before)
+                if _is_average(before)
+                else before
+            )
 
         return jax.tree.map(statistic, model_state, after(0), after(1))
 
@@ -75,7 +88,9 @@ def make_reestimate(model: Model, devices: Sequence[jax.Device], split_axis: int
 
     mean = replica.parallel(reestimate, devices, in_axes=(None, split_axis, 0, None), out_axes=None)
     run = replica.compiled_once(mean, devices)
-    return lambda params, model_state, split, batches, key: run((params, model_state), split, batches, key)
+    return lambda params, model_state, split, batches, key: run(
+        (params, model_state), split, batches, key
+    )
 
 
 def _is_average(x: jax.Array) -> bool:

@@ -27,7 +27,9 @@ Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Su
 `split` is what the device holds, `batches` is `int32[steps, per_replica]`, negative where there is no example.
 """
 
-Rounds = Callable[[TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]
+Rounds = Callable[
+    [TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]
+]
 """`train_rounds(state, split, batches, first, last, key) -> (state, sums over own examples, float32[most * steps])`
 
 `batches` is `int32[most, steps, per_replica]`, of which those from `first` up to but not including `last`, both
@@ -36,7 +38,11 @@ Rounds = Callable[[TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array
 
 
 def make_gradient_for(
-    strategy: Strategy, model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1
+    strategy: Strategy,
+    model: Model,
+    task: Task,
+    augment: Augment | None = None,
+    accumulate: int = 1,
 ) -> Gradient:
     """Makes the gradient that the rounds of a strategy need; arguments are those of `gradient.make_gradient`."""
     if strategy.exact:
@@ -66,14 +72,18 @@ def make_round(
 
     def step(state: TrainState, grads: PyTree, value: Value) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
-        return averaged(state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state))
+        return averaged(
+            state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        )
 
     def averaged(state: TrainState) -> TrainState:
         if ema_decay is None:
             return state
         share = 1 - ema_decay
         # A difference keeps the bits of a parameter that has not moved.
-        ema_params = jax.tree.map(lambda ema, x: ema + share * (x - ema), state.ema_params, state.params)
+        ema_params = jax.tree.map(
+            lambda ema, x: ema + share * (x - ema), state.ema_params, state.params
+        )
         return state._replace(ema_params=ema_params)
 
     if strategy.exact:
@@ -91,14 +101,18 @@ def make_round(
     return train_round
 
 
-def _make_synchronous(gradient: Gradient, strategy: Strategy, step: Callable[..., TrainState]) -> Round:
+def _make_synchronous(
+    gradient: Gradient, strategy: Strategy, step: Callable[..., TrainState]
+) -> Round:
     """Makes the round of one step, whose message is the gradient."""
     reduce = optax.with_extra_args_support(strategy.reduce)
 
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         (indices,) = batches
         reduce_key, step_key = step_keys(key, state.step)
-        grads, model_state, sums = gradient(state.params, state.model_state, split, indices, step_key)
+        grads, model_state, sums = gradient(
+            state.params, state.model_state, split, indices, step_key
+        )
 
         grads, reduce_state = reduce.update(
             grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
@@ -125,11 +139,17 @@ def _make_local(
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
-            grads, model_state, sums = gradient(params, model_state, split, indices, step_keys(key, step)[1])
+            grads, model_state, sums = gradient(
+                params, model_state, split, indices, step_keys(key, step)[1]
+            )
             value = partial(mean_objective, sums)
-            updates, opt_state = optimizer.update(grads, opt_state, params, value=value, anchor=state.params)
+            updates, opt_state = optimizer.update(
+                grads, opt_state, params, value=value, anchor=state.params
+            )
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
-            return optax.tree.where(sums["examples"] > 0, moved, own), with_learning_rate(sums, opt_state)
+            return optax.tree.where(sums["examples"] > 0, moved, own), with_learning_rate(
+                sums, opt_state
+            )
 
         steps = state.step + jnp.arange(len(batches))
         own = (state.params, state.model_state, state.opt_state)
@@ -138,10 +158,16 @@ def _make_local(
 
         outer_grads = optax.tree.sub(state.params, params)
         outer_grads, reduce_state = reduce.update(
-            outer_grads, state.reduce_state, state.params, weight=examples, key=step_keys(key, state.step)[0]
+            outer_grads,
+            state.reduce_state,
+            state.params,
+            weight=examples,
+            key=step_keys(key, state.step)[0],
         )
         value = partial(mean_objective, sums, over_replicas=True)
-        updates, outer_state = outer.update(outer_grads, state.outer_state, state.params, value=value)
+        updates, outer_state = outer.update(
+            outer_grads, state.outer_state, state.params, value=value
+        )
 
         state = state._replace(
             params=optax.apply_updates(state.params, updates),
@@ -161,7 +187,9 @@ def skipping(train_round: Round) -> Round:
     def sound_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         advanced, sums = train_round(state, split, batches, key)
         is_spoilt = jnp.zeros((), bool)
-        for new, old in zip(jax.tree.leaves((advanced, sums["loss"])), jax.tree.leaves((state, 0.0)), strict=True):
+        for new, old in zip(
+            jax.tree.leaves((advanced, sums["loss"])), jax.tree.leaves((state, 0.0)), strict=True
+        ):
             if jnp.issubdtype(new.dtype, jnp.inexact):
                 is_spoilt |= jnp.any(~jnp.isfinite(new) & jnp.isfinite(old))
         if lax.axis_size(replica.AXIS) > 1:
@@ -194,7 +222,9 @@ def make_rounds(train_round: Round, block_steps: int = 1) -> Rounds:
 
         def add_block(number, so_far):
             start = first + number * block
-            return lax.fori_loop(0, block, lambda place, so_far: add_round(start + place, so_far), so_far)
+            return lax.fori_loop(
+                0, block, lambda place, so_far: add_round(start + place, so_far), so_far
+            )
 
         so_far, left = (state, jnp.zeros((most, len(names), round_steps))), first
         if block > 1:

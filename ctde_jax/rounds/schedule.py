@@ -27,20 +27,29 @@ class Phase(NamedTuple):
     spans: list[Span]
     """From one evaluation to the next, all cut alike."""
 
-    def begin(self, train_state: state.TrainState, devices: Sequence[jax.Device]) -> state.TrainState:
+    def begin(
+        self, train_state: state.TrainState, devices: Sequence[jax.Device]
+    ) -> state.TrainState:
         """Goes over from the synchronous phase before this one."""
         return state.go_over(train_state, Strategy(), self.strategy, devices)
 
-    def like_begun(self, train_state: state.TrainState, devices: Sequence[jax.Device]) -> state.TrainState:
+    def like_begun(
+        self, train_state: state.TrainState, devices: Sequence[jax.Device]
+    ) -> state.TrainState:
         """Says what shapes and types `begin` makes of a state, of which only these are read."""
         return state.like_after(train_state, Strategy(), self.strategy, devices)
 
     def make_center(self, devices: Sequence[jax.Device]) -> Callable[[state.TrainState], PyTree]:
         """Makes the function from the state to the central parameters to evaluate, replicated."""
         evaluated_point = partial(state.evaluated_point, strategy=self.strategy)
-        rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)  # pmap needs an argument with rows
+        rows = replica.shard(
+            np.arange(len(devices), dtype=np.int32), devices
+        )  # pmap needs an argument with rows
         on_replicas = replica.parallel(
-            lambda _, train_state: evaluated_point(train_state), devices, (0, state.axes(self.strategy)), None
+            lambda _, train_state: evaluated_point(train_state),
+            devices,
+            (0, state.axes(self.strategy)),
+            None,
         )
         compute = replica.compiled_once(on_replicas, devices)
 
@@ -53,7 +62,9 @@ class Phase(NamedTuple):
 
     def after(self, step: int) -> list[Span]:
         """Returns what is left of the spans after this step, which is the end of a row."""
-        return [span._replace(start=max(span.start, step)) for span in self.spans if span.stop > step]
+        return [
+            span._replace(start=max(span.start, step)) for span in self.spans if span.stop > step
+        ]
 
 
 _DISPATCH_SECONDS = 0.1
@@ -63,7 +74,9 @@ _MOST_EVALUATIONS = 2**20
 """Spans between evaluations are listed in memory, some 300 bytes each."""
 
 
-def make_phases(strategy: Strategy, total_steps: int, eval_every: int, row_steps: int, piece_steps: int) -> list[Phase]:
+def make_phases(
+    strategy: Strategy, total_steps: int, eval_every: int, row_steps: int, piece_steps: int
+) -> list[Phase]:
     """Cuts a run into its phases: where a strategy is synchronous at first, two.
 
     Args:
@@ -94,7 +107,9 @@ def unfinished(phases: Sequence[Phase], step: int) -> list[Phase]:
     return list(phases[at_work:])
 
 
-def cut(pieces: Iterable[Piece], pace: Callable[[], int]) -> Iterator[tuple[PyTree, jax.Array, int, int]]:
+def cut(
+    pieces: Iterable[Piece], pace: Callable[[], int]
+) -> Iterator[tuple[PyTree, jax.Array, int, int]]:
     """Cuts pieces into dispatches, of so many rounds as the pace says: from a first one up to a last, not included."""
     for examples, indices, rounds in pieces:
         first = 0
@@ -104,7 +119,9 @@ def cut(pieces: Iterable[Piece], pace: Callable[[], int]) -> Iterator[tuple[PyTr
             first = last
 
 
-def _spans(inner_steps: int, eval_every: int, row_steps: int, piece_steps: int, start: int, stop: int) -> list[Span]:
+def _spans(
+    inner_steps: int, eval_every: int, row_steps: int, piece_steps: int, start: int, stop: int
+) -> list[Span]:
     round_steps = max(1, inner_steps)
     rounds = ceil(min(eval_every, stop - start) / round_steps)
     rows = ceil(rounds / max(1, row_steps // round_steps))

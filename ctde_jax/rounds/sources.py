@@ -106,7 +106,9 @@ class Resident:
     def shapes(self, span: Span) -> tuple[PyTree, jax.ShapeDtypeStruct]:
         """Returns shapes and dtypes of all examples, and of the indices of a piece."""
         _, replicas, per_replica = self.batches.steps(0, 1).shape
-        examples = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), self.batches.split)
+        examples = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), self.batches.split
+        )
         return examples, _shape_of_indices(span, replicas, per_replica)
 
     def hold(self, devices: Sequence[jax.Device]) -> PyTree:
@@ -118,7 +120,8 @@ class Resident:
         """Puts the examples on the devices, and returns what draws the indices."""
         held = self.hold(devices)
         return lambda spans: prefetched(
-            (held, replica.shard(indices, devices), rounds) for indices, rounds in _indices(self.batches, spans)
+            (held, replica.shard(indices, devices), rounds)
+            for indices, rounds in _indices(self.batches, spans)
         )
 
 
@@ -153,7 +156,9 @@ class OnDisk:
             (*replica.shard(each, devices), rounds) for *each, rounds in self._read(here, spans)
         )
 
-    def _read(self, here: list[int], spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
+    def _read(
+        self, here: list[int], spans: Iterable[Span]
+    ) -> Iterator[tuple[Drawn, np.ndarray, int]]:
         """Reads the examples that these replicas have of each piece."""
         split = self.batches.split
         for indices, rounds in _indices(self.batches, spans):
@@ -196,7 +201,9 @@ class Streamed:
             (*replica.shard(each, devices), rounds) for *each, rounds in self._draw(here, spans)
         )
 
-    def _draw(self, here: list[int], spans: Iterable[Span]) -> Iterator[tuple[Drawn, np.ndarray, int]]:
+    def _draw(
+        self, here: list[int], spans: Iterable[Span]
+    ) -> Iterator[tuple[Drawn, np.ndarray, int]]:
         """Draws the batches of each piece, and keeps what these replicas have of them."""
         spans = list(spans)
         steps = self.stream.steps(spans[0].start if spans else 0)
@@ -207,7 +214,9 @@ class Streamed:
                 rounds = ceil(len(dealt) / span.round_steps)
                 empty = (dealt[0][0], np.zeros_like(dealt[0][1]))
                 dealt += [empty] * (size - len(dealt))
-                drawn, is_example = jax.tree.map(lambda *own: np.concatenate(own, axis=1)[here], *dealt)
+                drawn, is_example = jax.tree.map(
+                    lambda *own: np.concatenate(own, axis=1)[here], *dealt
+                )
                 shape = (len(here), span.piece_rounds, span.round_steps, -1)
                 yield drawn, _places(is_example.reshape(shape)), rounds
 
@@ -221,7 +230,9 @@ class Streamed:
 
 
 def _shape_of_indices(span: Span, replicas: int, per_replica: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((replicas, span.piece_rounds, span.round_steps, per_replica), np.int32)
+    return jax.ShapeDtypeStruct(
+        (replicas, span.piece_rounds, span.round_steps, per_replica), np.int32
+    )
 
 
 def _shape_of_drawn(split: Split | Drawn, indices: jax.ShapeDtypeStruct) -> Drawn:
@@ -232,7 +243,11 @@ def _shape_of_drawn(split: Split | Drawn, indices: jax.ShapeDtypeStruct) -> Draw
         return jax.ShapeDtypeStruct((*own, *shape), dtype)
 
     inputs, labels = split.inputs, split.labels
-    leaves = [like(inputs.shape[1:], inputs.dtype), like(labels.shape[1:], labels.dtype), like((), np.dtype(np.int32))]
+    leaves = [
+        like(inputs.shape[1:], inputs.dtype),
+        like(labels.shape[1:], labels.dtype),
+        like((), np.dtype(np.int32)),
+    ]
     return Drawn._make(leaves)
 
 

@@ -82,7 +82,9 @@ def like_created(
 ) -> TrainState:
     """Returns the shapes and dtypes of the first state of all replicas, `[replica, ...]`, without computing it."""
     make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
-    return jax.eval_shape(jax.vmap(make, in_axes=None, axis_name=AXIS, axis_size=replicas), params, model_state)
+    return jax.eval_shape(
+        jax.vmap(make, in_axes=None, axis_name=AXIS, axis_size=replicas), params, model_state
+    )
 
 
 def place(
@@ -99,12 +101,16 @@ def place(
     return _run(_on_replicas(make, center, (None, None), axes(strategy), devices), center, devices)
 
 
-def go_over(state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]) -> TrainState:
+def go_over(
+    state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
+) -> TrainState:
     """Goes over from one strategy's state to another's; the optimizer's state goes along."""
     return _run(_going_over(state, before, after, devices), (state,), devices)
 
 
-def like_after(state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]) -> TrainState:
+def like_after(
+    state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
+) -> TrainState:
     """Says what shapes and types `go_over` makes of a state, of which only these are read."""
     return _going_over(state, before, after, devices).out_info
 
@@ -145,7 +151,9 @@ def _mean_of_replicas(own: PyTree) -> PyTree:
     """Averages parameters over the replicas; those that are equal on all keep their bits, which a mean may round."""
     real = replica.as_real(own)
     mean = replica.weighted_mean(real, 1.0)
-    center = jax.tree.map(lambda x, m: jnp.where(lax.pmin(x, AXIS) == lax.pmax(x, AXIS), x, m), real, mean)
+    center = jax.tree.map(
+        lambda x, m: jnp.where(lax.pmin(x, AXIS) == lax.pmax(x, AXIS), x, m), real, mean
+    )
     return replica.as_complex(center, own)
 
 
@@ -298,12 +306,16 @@ def _on_replicas(
     out_axes: TrainState,
     devices: Sequence[jax.Device],
 ) -> jax.stages.Lowered:
-    row = jax.ShapeDtypeStruct((len(devices),), np.int32)  # pmap insists on an argument with a row for each replica
+    row = jax.ShapeDtypeStruct(
+        (len(devices),), np.int32
+    )  # pmap insists on an argument with a row for each replica
     on_replicas = replica.parallel(lambda _, *rest: make(*rest), devices, (0, *in_axes), out_axes)
     return replica.lowered(on_replicas, row, *like)
 
 
-def _run(making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Sequence[jax.Device]) -> TrainState:
+def _run(
+    making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Sequence[jax.Device]
+) -> TrainState:
     """Makes a state of which no two leaves share the memory that is to be donated with them."""
     rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)
     return _copied(replica.compiled(making, devices)(rows, *arguments))

@@ -28,7 +28,9 @@ class Beginning(NamedTuple):
     key: jax.Array  # key[], replicated
 
 
-def begin(training: Training, phases: Sequence[Phase], found: Found, say: Callable[[Any], None]) -> Beginning:
+def begin(
+    training: Training, phases: Sequence[Phase], found: Found, say: Callable[[Any], None]
+) -> Beginning:
     """Makes the first state of a run on its devices.
 
     Args:
@@ -59,7 +61,9 @@ def begin(training: Training, phases: Sequence[Phase], found: Found, say: Callab
     params, model_state = init(init_key, first)
     if found.checkpoint is None:
         if training.given is not None:
-            params, model_state, table = start_from(training.given, params, model_state, training.patterns)
+            params, model_state, table = start_from(
+                training.given, params, model_state, training.patterns
+            )
             say(table)
         elif training.model.unscaled is not None:
             say("start      random parameters; init_from=trained starts from those of a Trained")
@@ -67,14 +71,18 @@ def begin(training: Training, phases: Sequence[Phase], found: Found, say: Callab
     params, model_state = hosts.arrays_of_the_first((params, model_state))
 
     # Put the state on the devices, and replace it by that of the checkpoint.
-    train_state = state.place(params, model_state, training.optimizer, strategy, devices, keeps_average)
+    train_state = state.place(
+        params, model_state, training.optimizer, strategy, devices, keeps_average
+    )
     best = Best(training.patience)
     if found.checkpoint is not None:
         train_state = _restored(found.checkpoint, found.is_branch, train_state, strategy, devices)
         if not found.is_branch:
             best.restore(found.checkpoint, (params, model_state))
     feed = training.source.feed(devices)
-    return Beginning(train_state, (params, model_state), best, feed, replica.replicate(train_key, devices))
+    return Beginning(
+        train_state, (params, model_state), best, feed, replica.replicate(train_key, devices)
+    )
 
 
 def _restored(
@@ -85,7 +93,11 @@ def _restored(
     devices: Sequence[jax.Device],
 ) -> state.TrainState:
     """Returns the state of a checkpoint; a branch has the hyperparameters of its own optimizer."""
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith((BEST, INPUTS))}
+    tensors = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not name.startswith((BEST, INPUTS))
+    }
     option = "branch_from" if is_branch else "run_dir"
     replicas = checkpoint.facts["replicas"]
     restored = state.from_tensors(tensors, fresh, strategy, replicas, devices, option)

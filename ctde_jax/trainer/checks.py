@@ -49,9 +49,14 @@ def check_network(
             "only fill a short batch and must not count in the state; see models.Model.",
         )
     if reestimates and not has_state:
-        raise InputError("reestimate_batches", "goes with a model that has batch statistics; leave it out.")
+        raise InputError(
+            "reestimate_batches", "goes with a model that has batch statistics; leave it out."
+        )
     if not isinstance(task.metrics, Mapping) or not all(map(callable, task.metrics.values())):
-        raise InputError("task", f'must have metrics by name, such as {{"error": function}}, got {task.metrics!r:.60}.')
+        raise InputError(
+            "task",
+            f'must have metrics by name, such as {{"error": function}}, got {task.metrics!r:.60}.',
+        )
 
     # Two batch sizes: a model may drop or merge the axis of examples, which one size alone does not show.
     for examples in (1, 2):
@@ -80,9 +85,15 @@ def check_augment(augment: Augment, data: Dataset) -> None:
 
 def check_devices(devices: object) -> None:
     """Raises InputError for a number, or anything else that is no list of devices."""
-    if devices is None or (isinstance(devices, Sequence) and all(hasattr(each, "platform") for each in devices)):
+    if devices is None or (
+        isinstance(devices, Sequence) and all(hasattr(each, "platform") for each in devices)
+    ):
         return
-    way_out = f"pass devices.start({devices})" if isinstance(devices, int) else "pass what devices.start() returns"
+    way_out = (
+        f"pass devices.start({devices})"
+        if isinstance(devices, int)
+        else "pass what devices.start() returns"
+    )
     raise InputError("devices", f"must be a list of JAX devices, got {devices!r:.60}; {way_out}.")
 
 
@@ -107,7 +118,10 @@ def check_optimizer(
 
     def on_replicas(option: str, optimizer: optax.GradientTransformation) -> PyTree:
         trace = jax.vmap(
-            partial(transformations.traced, optimizer, option=option), in_axes=None, axis_name=AXIS, axis_size=replicas
+            partial(transformations.traced, optimizer, option=option),
+            in_axes=None,
+            axis_name=AXIS,
+            axis_size=replicas,
         )
         return jax.eval_shape(trace, params)
 
@@ -116,14 +130,23 @@ def check_optimizer(
     own = transformations.own_point(opt_state)
     if own and strategy.inner_steps:
         rule = f"must not be {own} in local steps: each replica would go back to a point of its own after the average"
-        raise InputError("optimizer", f"{rule}; aggregate at every step, or make it the outer optimizer.")
+        raise InputError(
+            "optimizer", f"{rule}; aggregate at every step, or make it the outer optimizer."
+        )
     option, own = ("optimizer", own) if own else ("outer", transformations.own_point(outer_state))
     if own and strategy.diverges:
-        raise InputError(option, f"must not be {own} if replicas diverge, as no parameters are shared.")
+        raise InputError(
+            option, f"must not be {own} if replicas diverge, as no parameters are shared."
+        )
     if averages and transformations.has_evaluated_point((opt_state, outer_state)):
-        raise InputError("ema_decay", f"must be left out with {own}, which is evaluated at a point of its own already.")
+        raise InputError(
+            "ema_decay",
+            f"must be left out with {own}, which is evaluated at a point of its own already.",
+        )
     if own and rolls_back:
-        rule = f"must not be rollback with {own}: halved updates do not halve the steps of its point"
+        rule = (
+            f"must not be rollback with {own}: halved updates do not halve the steps of its point"
+        )
         raise InputError("on_nonfinite", f"{rule}; use skip, or a lower learning rate.")
 
 
@@ -148,9 +171,13 @@ def check_types(**arguments: object) -> None:
     """Raises InputError for an argument that has the wrong type."""
     for name, value in arguments.items():
         kind, maker = _MADE_BY[name]
-        is_like_multi_steps = name == "optimizer" and not isinstance(value, type) and _has_init_and_update(value)
+        is_like_multi_steps = (
+            name == "optimizer" and not isinstance(value, type) and _has_init_and_update(value)
+        )
         if not isinstance(value, kind) and not is_like_multi_steps:
-            raise InputError(name, f"must be made by {maker}, got {type(value).__name__} {value!r:.60}.")
+            raise InputError(
+                name, f"must be made by {maker}, got {type(value).__name__} {value!r:.60}."
+            )
 
 
 def _has_init_and_update(value: object) -> bool:
@@ -159,7 +186,9 @@ def _has_init_and_update(value: object) -> bool:
 
 
 def _like(array: Any, examples: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((examples, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype))
+    return jax.ShapeDtypeStruct(
+        (examples, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
+    )
 
 
 def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
@@ -232,9 +261,13 @@ def _mixes(function: Callable[..., PyTree], *pair: PyTree) -> bool:
     together = jax.tree.leaves(function(*pair))
     for example in range(2):
         twice = np.full(2, example)
-        alone = jax.tree.leaves(function(*jax.tree.map(lambda leaf, twice=twice: leaf[twice], pair)))
+        alone = jax.tree.leaves(
+            function(*jax.tree.map(lambda leaf, twice=twice: leaf[twice], pair))
+        )
         for result, of_one in zip(together, alone, strict=True):
-            if result.shape[:1] == (2,) and not _is_close(np.asarray(result)[example], np.asarray(of_one)[example]):
+            if result.shape[:1] == (2,) and not _is_close(
+                np.asarray(result)[example], np.asarray(of_one)[example]
+            ):
                 return True
     return False
 
@@ -264,7 +297,10 @@ def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) ->
     classes = len(data.vocabulary or data.classes)
     if task.predicts == "tokens":
         places, tokens = data.train.labels.shape[1:], classes or outputs.shape[-1]
-        wanted, says = (examples, *places, tokens), f"[examples, length, {tokens}], one for each token"
+        wanted, says = (
+            (examples, *places, tokens),
+            f"[examples, length, {tokens}], one for each token",
+        )
     elif classes:
         wanted, says = (examples, classes), f"[examples, {classes}], one for each class"
     else:
@@ -273,4 +309,7 @@ def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) ->
             f"must be a loss of your own for labels that are no classes; {targets_or_classes(data.train.labels)}.",
         )
     if outputs.shape != wanted:
-        raise InputError("model", f"must give outputs of the shape {says}, got {list(outputs.shape)} for {count}.")
+        raise InputError(
+            "model",
+            f"must give outputs of the shape {says}, got {list(outputs.shape)} for {count}.",
+        )

@@ -21,7 +21,14 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -50,9 +57,21 @@ class Log:
     Made by `open_log`.
     """
 
-    def __init__(self, total_steps: int, rows: list[Row], folder: Path | None, file: TextIO | None, progress: Progress):
+    def __init__(
+        self,
+        total_steps: int,
+        rows: list[Row],
+        folder: Path | None,
+        file: TextIO | None,
+        progress: Progress,
+    ):
         self.rows = rows
-        self._total_steps, self._folder, self._file, self._progress = total_steps, folder, file, progress
+        self._total_steps, self._folder, self._file, self._progress = (
+            total_steps,
+            folder,
+            file,
+            progress,
+        )
         done = rows[-1]["step"] if rows else 0
         self._task = progress.add_task("training", total=total_steps, completed=done, summary="")
         self._latest: dict[str, Row] = {}  # by split
@@ -69,9 +88,14 @@ class Log:
         self._latest[row["split"]] = row
         if self._progress.disable:
             rows = list(self._latest.values())
-            self._lines.show(f"step {row['step']:,} of {self._total_steps:,}  {_summary(rows)}", row["split"] == "test")
+            self._lines.show(
+                f"step {row['step']:,} of {self._total_steps:,}  {_summary(rows)}",
+                row["split"] == "test",
+            )
         else:
-            self._progress.update(self._task, completed=row["step"], summary=_Fitted(list(self._latest.values())))
+            self._progress.update(
+                self._task, completed=row["step"], summary=_Fitted(list(self._latest.values()))
+            )
 
     def close(self) -> None:
         """Shows the last measurement if it has not been shown."""
@@ -89,7 +113,12 @@ class _Lines:
     """
 
     def __init__(self, console: Console):
-        self._console, self._started, self._shown, self._waiting = console, time.perf_counter(), 0, ""
+        self._console, self._started, self._shown, self._waiting = (
+            console,
+            time.perf_counter(),
+            0,
+            "",
+        )
         self._last = self._started if not console.is_jupyter else -math.inf
         self._handle: Any = None  # of IPython's display, once there is one
 
@@ -101,7 +130,9 @@ class _Lines:
         if self._console.is_jupyter:
             is_due = now - self._last > _SECONDS_BETWEEN_UPDATES
         else:
-            is_due = self._shown < allowed and (is_evaluation or now - self._last > _SECONDS_BETWEEN_LINES)
+            is_due = self._shown < allowed and (
+                is_evaluation or now - self._last > _SECONDS_BETWEEN_LINES
+            )
         if is_due:
             self._last = now
             self.finish()
@@ -161,13 +192,17 @@ def console(quiet: bool = False, lasting: bool = True) -> Console:
         lasting: Drops what standard output does not take any more, so that training goes on; else that is an OSError.
     """
     file = cast(IO[str], Screen(sys.stdout)) if lasting and sys.stdout is not None else None
-    screen = Console(quiet=quiet or hosts.index() > 0, soft_wrap=True, highlight=False, markup=False, file=file)
+    screen = Console(
+        quiet=quiet or hosts.index() > 0, soft_wrap=True, highlight=False, markup=False, file=file
+    )
     screen.width = max(screen.width, _NARROWEST)
     return screen
 
 
 @contextmanager
-def open_log(total_steps: int, folder: Path | None = None, show: bool = True, kept: int = 0) -> Iterator[Log]:
+def open_log(
+    total_steps: int, folder: Path | None = None, show: bool = True, kept: int = 0
+) -> Iterator[Log]:
     """Opens the log of a run, and closes it however the run ends, the curves drawn.
 
     Args:
@@ -215,7 +250,9 @@ def open_log(total_steps: int, folder: Path | None = None, show: bool = True, ke
             assert folder is not None
             with writing_to(folder):
                 file.close()
-            if log.rows and (failure := picture.save(partial(plot_curves, log.rows), folder / "curves.png")):
+            if log.rows and (
+                failure := picture.save(partial(plot_curves, log.rows), folder / "curves.png")
+            ):
                 screen.print(failure)
 
 
@@ -233,7 +270,10 @@ def _read(path: Path, count: int) -> tuple[list[Row], int]:
     rows: list[Row] = []
     length = 0
     try:
-        with open_regular(path) as file, suppress(ValueError, RecursionError):  # a line is not JSON, or not text
+        with (
+            open_regular(path) as file,
+            suppress(ValueError, RecursionError),
+        ):  # a line is not JSON, or not text
             while len(rows) < count and (line := file.readline(_LONGEST_ROW)).endswith(b"\n"):
                 row = json.loads(line)
                 if not _is_row(row):
@@ -241,7 +281,9 @@ def _read(path: Path, count: int) -> tuple[list[Row], int]:
                 rows.append(row)
                 length += len(line)
     except OSError as error:
-        raise InputError("run_dir", f"must have {METRICS}, and {path} cannot be read: {error.strerror}.") from error
+        raise InputError(
+            "run_dir", f"must have {METRICS}, and {path} cannot be read: {error.strerror}."
+        ) from error
     if len(rows) < count:
         raise InputError(
             "run_dir",
@@ -255,7 +297,9 @@ def _is_row(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     numbers = value.get("step"), value.get("loss")
-    return isinstance(value.get("split"), str) and all(isinstance(number, int | float) for number in numbers)
+    return isinstance(value.get("split"), str) and all(
+        isinstance(number, int | float) for number in numbers
+    )
 
 
 def plot_curves(rows: Sequence[Row]) -> "Figure":
@@ -265,13 +309,19 @@ def plot_curves(rows: Sequence[Row]) -> "Figure":
     names = list(_measured(rows[0]))
     figure = Figure(figsize=(4.8 * len(names), 3.6), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        for split, color in [("train", "tab:gray"), ("validation", "tab:orange"), ("test", "tab:blue")]:
+        for split, color in [
+            ("train", "tab:gray"),
+            ("validation", "tab:orange"),
+            ("test", "tab:blue"),
+        ]:
             points = [(row["step"], row[name]) for row in rows if row["split"] == split]
             if points:
                 marker = "." if len(points) <= 30 else ""
                 axes.plot(*zip(*points, strict=True), label=split, color=color, marker=marker)
         axes.set(xlabel="optimizer step", title=name)
-        axes.set_yscale("log" if name == "loss" and all(row["loss"] > 0 for row in rows) else "linear")
+        axes.set_yscale(
+            "log" if name == "loss" and all(row["loss"] > 0 for row in rows) else "linear"
+        )
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

@@ -39,7 +39,14 @@ class Clock:
 class Meter:
     """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
 
-    def __init__(self, steps_per_epoch: int, task: Task, save_every: int | None, skips: bool, position: Position):
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        task: Task,
+        save_every: int | None,
+        skips: bool,
+        position: Position,
+    ):
         self._steps_per_epoch = steps_per_epoch
         self._task = task
         self._skips = skips
@@ -68,7 +75,9 @@ class Meter:
 
     def dispatched(self, rounds: int) -> None:
         """Takes note of a dispatch."""
-        gone_through = min(self.position.gone_through + rounds * self._span.round_steps, self._span.stop)
+        gone_through = min(
+            self.position.gone_through + rounds * self._span.round_steps, self._span.stop
+        )
         self.position = self.position._replace(gone_through=gone_through)
 
     @property
@@ -80,7 +89,9 @@ class Meter:
         """Says whether a minute has gone by, or another row would make too many steps without a checkpoint."""
         if self._save_every is None:
             return _of_the_first_host(time.perf_counter() - self._saved_at) > _SAVE_SECONDS
-        next_row = min(self._row_steps, (self._span.stop - self.position.gone_through) or self._row_steps)
+        next_row = min(
+            self._row_steps, (self._span.stop - self.position.gone_through) or self._row_steps
+        )
         return self._steps_until(self._save_every) < next_row
 
     def saved(self) -> None:
@@ -100,12 +111,16 @@ class Meter:
             NonFiniteLoss: The loss of one of its steps is NaN or infinite.
         """
         round_steps, row_rounds = self._span.round_steps, self._span.row_rounds
-        sums = {name: all_sums[first * round_steps :] for name, all_sums in jax.device_get(sums).items()}
+        sums = {
+            name: all_sums[first * round_steps :] for name, all_sums in jax.device_get(sums).items()
+        }
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._dispatches += 1
         if self._dispatches == 2:  # the first one waited for an evaluation, or for threads to start
-            self._rows_a_dispatch = rows_a_dispatch(_of_the_first_host(seconds / ceil((last - first) / row_rounds)))
+            self._rows_a_dispatch = rows_a_dispatch(
+                _of_the_first_host(seconds / ceil((last - first) / row_rounds))
+            )
 
         speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
         for start in range(0, last - first, row_rounds):
@@ -123,13 +138,22 @@ class Meter:
 
     def _row(self, sums: Sums, start: int, rounds: int, speed: float) -> Row:
         """Makes a row of so many rounds, whose sums begin at this place; of no examples where all were left out."""
-        sums = {name: all_sums[start : start + rounds * self._span.round_steps] for name, all_sums in sums.items()}
-        step, skipped, in_a_row = self.position.step, self.position.skipped, self.position.skipped_in_a_row
+        sums = {
+            name: all_sums[start : start + rounds * self._span.round_steps]
+            for name, all_sums in sums.items()
+        }
+        step, skipped, in_a_row = (
+            self.position.step,
+            self.position.skipped,
+            self.position.skipped_in_a_row,
+        )
         bad = ~np.isfinite(sums["loss"])
         if bad.any():
             raise NonFiniteLoss(step + int(np.argmax(bad)) + 1)
 
-        for examples in sums["examples"][:: self._span.round_steps]:  # a round begins with a step that has some
+        for examples in sums["examples"][
+            :: self._span.round_steps
+        ]:  # a round begins with a step that has some
             skipped, in_a_row = (skipped, 0) if examples else (skipped + 1, in_a_row + 1)
             if in_a_row == MOST_SKIPPED:
                 raise NonFiniteLoss(step + 1)
@@ -151,7 +175,10 @@ class Meter:
         return {"split": "train", **self._where(), **means, **counts}
 
     def _where(self) -> Row:
-        return {"step": self.position.step, "epoch": round(self.position.step / self._steps_per_epoch, 4)}
+        return {
+            "step": self.position.step,
+            "epoch": round(self.position.step / self._steps_per_epoch, 4),
+        }
 
 
 def _of_the_first_host(seconds: float) -> float:

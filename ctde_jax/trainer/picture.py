@@ -32,7 +32,11 @@ def save(draw: Callable[[], "Figure"], path: Path) -> str:
             _import_matplotlib()
             draw().savefig(path, dpi=_DOTS_PER_INCH, format="png", backend="agg")
     except Exception as error:  # matplotlib depends on fonts, settings and folders of the user's
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else f"{type(error).__name__}: {error}"
+        )
         return f"{path} could not be drawn ({on_one_line(shortened(reason))}); nothing else depends on it."
     return ""
 

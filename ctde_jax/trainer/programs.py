@@ -57,7 +57,9 @@ class Programs(NamedTuple):
     """From central parameters and model state to the model state to evaluate them with."""
 
 
-def compile_programs(training: Training, phases: Sequence[Phase], beginning: Beginning, gone_through: int) -> Programs:
+def compile_programs(
+    training: Training, phases: Sequence[Phase], beginning: Beginning, gone_through: int
+) -> Programs:
     """Compiles what a run computes from its first state on.
 
     Args:
@@ -72,7 +74,9 @@ def compile_programs(training: Training, phases: Sequence[Phase], beginning: Beg
     devices, source, model = training.devices, training.source, training.raw_model
     is_exact = training.strategy.exact
     strategy = training.strategy
-    gradient = make_gradient_for(strategy, model, training.task, training.augment, training.accumulate)
+    gradient = make_gradient_for(
+        strategy, model, training.task, training.augment, training.accumulate
+    )
     host_of_each = [device.process_index for device in devices]
 
     # Compile the rounds of each phase for the state that the phase before leaves.

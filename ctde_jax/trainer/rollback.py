@@ -68,7 +68,9 @@ def shrunk(optimizer: optax.GradientTransformation) -> optax.GradientTransformat
     def update(updates, state, params=None, **extra_args):
         return optax.tree.scale(state.update_factor, updates), state
 
-    factor = optax.GradientTransformationExtraArgs(lambda params: ShrunkState(jnp.float32(1)), update)
+    factor = optax.GradientTransformationExtraArgs(
+        lambda params: ShrunkState(jnp.float32(1)), update
+    )
     return optax.chain(as_transformation(optimizer), factor)
 
 
@@ -87,7 +89,11 @@ def _halve_updates(folder: Path, error: NonFiniteLoss, say: Callable[[str], None
         found = newest_intact(folder / CHECKPOINTS, say)
         if found is None:
             return False
-        factors = {name: tensor / 2 for name, tensor in found.tensors.items() if name.endswith("/update_factor")}
+        factors = {
+            name: tensor / 2
+            for name, tensor in found.tensors.items()
+            if name.endswith("/update_factor")
+        }
         factor = min(float(tensor.min()) for tensor in factors.values())
         if factor < 2.0**-ROLLBACKS:
             return False

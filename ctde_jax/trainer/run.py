@@ -129,7 +129,9 @@ class Run:
         self.wait()
         if self._saver is not None and self._saver.best is not None:
             self._log.say(f"best       {self._saver.best}, by {self._keep_best}")
-        is_whole = self._meter.position.gone_through == self._training.total_steps or self._best.is_over
+        is_whole = (
+            self._meter.position.gone_through == self._training.total_steps or self._best.is_over
+        )
         if self._folder is not None and self._stop.is_preemption and not is_whole:
             assert self._stop.asked_by is not None
             raise Preempted(self._meter.position.step, self._folder, self._stop.asked_by.name)
@@ -240,7 +242,8 @@ class Run:
         if self._is_evaluated:
             return
         rows = [
-            self._meter.row(name, averages(params, model_state)) for name, averages in self._programs.evaluate.items()
+            self._meter.row(name, averages(params, model_state))
+            for name, averages in self._programs.evaluate.items()
         ]
         for row in rows:
             self._log.add(row)
@@ -302,10 +305,14 @@ def open_run(
         if folder is not None and is_first:
             keep_best = saving.keep_best
             choose = None if keep_best is None else partial(training.task.best, keep_best)
-            opened = open_saver(folder / CHECKPOINTS, saving.keep_checkpoints, choose, folder / METRICS)
+            opened = open_saver(
+                folder / CHECKPOINTS, saving.keep_checkpoints, choose, folder / METRICS
+            )
             saver = stack.enter_context(opened)
         shown = describe if is_first else None
-        run = Run(training, saving, found, beginning, programs, pieces, log, saver, stop, clock, shown)
+        run = Run(
+            training, saving, found, beginning, programs, pieces, log, saver, stop, clock, shown
+        )
         if folder is not None and found.is_new:
             run.save()
             run.wait()

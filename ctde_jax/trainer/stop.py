@@ -51,7 +51,9 @@ def deferred(saves: bool) -> Iterator[Stop]:
         if not stop.note(signal.Signals(number)) and number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python delivers signals to the main thread only
         yield stop
         return
     numbers = [signal.SIGINT, signal.SIGTERM] if saves else [signal.SIGINT]
@@ -62,4 +64,6 @@ def deferred(saves: bool) -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: JAX's, for several hosts
+            signal.signal(
+                number, signal.SIG_DFL if handler is None else handler
+            )  # None: JAX's, for several hosts

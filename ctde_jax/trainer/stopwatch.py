@@ -45,7 +45,11 @@ PARTS = ("input", "dispatch", "compute", "aggregation")
 """Of a step, in the order in which they happen."""
 
 _LEAST_TURNS, _MOST_TURNS = 5, 100
-_LOOP_SECONDS, _LEAST_LOOP, _MOST_LOOP = 0.1, 3, 50  # how long a loop is, and how many dispatches at least and at most
+_LOOP_SECONDS, _LEAST_LOOP, _MOST_LOOP = (
+    0.1,
+    3,
+    50,
+)  # how long a loop is, and how many dispatches at least and at most
 _TRACED_DISPATCHES = 3
 
 _NOT_DRAWN = 2**20
@@ -123,13 +127,16 @@ def measure(
     """
     if training.data.train.is_on_disk or training.data.stream is not None:
         raise InputError(
-            "dataset", f"must be in memory to be profiled, got {training.data.name}, which is not; profile part of it."
+            "dataset",
+            f"must be in memory to be profiled, got {training.data.name}, which is not; profile part of it.",
         )
     phase = training.phases(training.log_every)[-1]
     strategy, span = phase.strategy, phase.spans[0]
     before = time.perf_counter()
     first = training.data.train.inputs[: training.batch_size]
-    center = jax.jit(training.raw_model.init)(jax.random.split(jax.random.key(training.seed))[0], first)
+    center = jax.jit(training.raw_model.init)(
+        jax.random.split(jax.random.key(training.seed))[0], first
+    )
     jax.block_until_ready(center)
     started = time.perf_counter() - before
 
@@ -148,7 +155,9 @@ def measure(
     alone = _Contestant(training, center, lonely, Span(0, steps, steps), own)
     half = None
     if training.batch_size % (2 * len(training.devices) * training.accumulate) == 0:
-        half = _Contestant(replace(training, batch_size=training.batch_size // 2), center, strategy, span, own)
+        half = _Contestant(
+            replace(training, batch_size=training.batch_size // 2), center, strategy, span, own
+        )
     scaling = _on_fewer_devices(training, partition, center, strategy, span, say)
     scaling[len(training.devices)] = own
 
@@ -277,13 +286,19 @@ class _Contestant:
         before = time.perf_counter()
         averages = training.ema_decay is not None
         params, model_state = center
-        self._state = state.place(params, model_state, training.optimizer, strategy, devices, averages)
+        self._state = state.place(
+            params, model_state, training.optimizer, strategy, devices, averages
+        )
         self.examples = self.source.hold(devices) if beside is None else beside.examples
         self.key = replica.replicate(jax.random.split(jax.random.key(training.seed))[1], devices)
         jax.block_until_ready((self._state, self.examples))
         placed = time.perf_counter()
-        gradient = make_gradient(training.raw_model, training.task, training.augment, training.accumulate)
-        rounds = parallel_rounds(gradient, training.optimizer, strategy, devices, self.batches.axis, training.ema_decay)
+        gradient = make_gradient(
+            training.raw_model, training.task, training.augment, training.accumulate
+        )
+        rounds = parallel_rounds(
+            gradient, training.optimizer, strategy, devices, self.batches.axis, training.ema_decay
+        )
         arguments = (self._state, self.examples, *next(self._inputs), self.key)
         ready = time.perf_counter()
         jax.eval_shape(rounds, *arguments)
@@ -337,7 +352,9 @@ class _Contestant:
             self.batches.draw(number)
         drawn = time.perf_counter()
         start = number * max(drawn_steps, steps)
-        cut = index_blocks(self.batches, self._span.round_steps, self._span.piece_rounds, start, start + steps)
+        cut = index_blocks(
+            self.batches, self._span.round_steps, self._span.piece_rounds, start, start + steps
+        )
         jax.block_until_ready(replica.shard(next(cut)[0], self.devices))
         return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / steps
 
@@ -350,7 +367,9 @@ class _Contestant:
 
     def _draw(self) -> Iterator[tuple[jax.Array, np.int32, np.int32]]:
         """Yields the indices of a piece with the first and the last round of each dispatch, all of them full."""
-        for indices, _ in index_blocks(self.batches, self._span.round_steps, self._span.piece_rounds, 0, sys.maxsize):
+        for indices, _ in index_blocks(
+            self.batches, self._span.round_steps, self._span.piece_rounds, 0, sys.maxsize
+        ):
             indices, first = replica.shard(indices, self.devices), 0
             while first + self.rounds <= self._span.piece_rounds:
                 yield indices, np.int32(first), np.int32(first + self.rounds)
@@ -361,12 +380,19 @@ class _Contestant:
         return sums
 
 
-def _make_evaluation(training: Training, center: tuple[PyTree, PyTree], contestant: _Contestant) -> Callable[[], float]:
+def _make_evaluation(
+    training: Training, center: tuple[PyTree, PyTree], contestant: _Contestant
+) -> Callable[[], float]:
     """Makes the function that evaluates as training does, and returns the seconds that it took."""
     devices, batches = contestant.devices, contestant.batches
     center = replica.replicate(center, devices)
-    splits = [split for split in (training.data.validation, training.data.test) if split is not None]
-    averages = [make_evaluate(training.raw_model, training.task, split, devices, *center) for split in splits]
+    splits = [
+        split for split in (training.data.validation, training.data.test) if split is not None
+    ]
+    averages = [
+        make_evaluate(training.raw_model, training.task, split, devices, *center)
+        for split in splits
+    ]
     reestimate = make_reestimate(training.raw_model, devices, batches.axis)
     again = batches.steps(0, max(1, training.reestimate_batches)).swapaxes(0, 1)
     indices = replica.shard(np.ascontiguousarray(again), devices)
@@ -375,7 +401,9 @@ def _make_evaluation(training: Training, center: tuple[PyTree, PyTree], contesta
         before = time.perf_counter()
         params, model_state = center
         if training.reestimate_batches:
-            model_state = reestimate(params, model_state, contestant.examples, indices, contestant.key)
+            model_state = reestimate(
+                params, model_state, contestant.examples, indices, contestant.key
+            )
         for average in averages:
             average(params, model_state)
         return time.perf_counter() - before

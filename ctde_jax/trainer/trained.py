@@ -51,13 +51,20 @@ def accepts(data: Dataset) -> Accepts:
 
 def _white(data: Dataset) -> int | None:
     """Returns the uint8 input that reaches the model as 1, or None if it is 255, or some inputs are larger."""
-    if data.train.inputs.dtype != np.uint8 or data.scale.ndim or data.shift.any() or not data.scale > 0:
+    if (
+        data.train.inputs.dtype != np.uint8
+        or data.scale.ndim
+        or data.shift.any()
+        or not data.scale > 0
+    ):
         return None
     white = round(1 / float(data.scale))
     if not 0 < white < 255:
         return None
     splits = [split for split in (data.train, data.validation, data.test) if split]
-    is_largest = all(np.asarray(piece).max() <= white for split in splits for _, piece in slices(split.inputs))
+    is_largest = all(
+        np.asarray(piece).max() <= white for split in splits for _, piece in slices(split.inputs)
+    )
     return white if is_largest else None
 
 
@@ -102,14 +109,18 @@ class Trained:
     """The platform of the devices that measured the history, such as `cpu`; None if a checkpoint does not name it."""
 
     def __repr__(self) -> str:
-        says = ", ".join(f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split")
+        says = ", ".join(
+            f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split"
+        )
         loaded = "" if "train" in self.seconds else "loaded, "
         return f"Trained({'interrupted, ' if self.interrupted else loaded}{says})"
 
     @property
     def tested(self) -> Row:
         """The row of the history with the test averages of these parameters."""
-        return next(row for row in self.history if row["split"] == "test" and row["step"] == self.step)
+        return next(
+            row for row in self.history if row["split"] == "test" and row["step"] == self.step
+        )
 
     def predict(self, inputs: ArrayLike | DiskArray) -> PyTree:
         """Computes the model's outputs on one device, in inference mode.
@@ -139,10 +150,14 @@ class Trained:
         if not len(array):
             one = np.zeros((1, *array.shape[1:]), array.dtype)
             outputs, _ = jax.eval_shape(self.model.apply, *center, one, None)
-            return jax.tree.map(lambda output: np.zeros((0, *output.shape[1:]), output.dtype), outputs)
+            return jax.tree.map(
+                lambda output: np.zeros((0, *output.shape[1:]), output.dtype), outputs
+            )
         example_bytes = max(1, array.dtype.itemsize * prod(array.shape[1:]))
         places = min(len(array), _MOST_AT_ONCE, max(1, _MOST_BYTES_AT_ONCE // example_bytes))
-        outputs = [compute(array[first : first + places], places) for first in range(0, len(array), places)]
+        outputs = [
+            compute(array[first : first + places], places) for first in range(0, len(array), places)
+        ]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
     def evaluate(self, split: Split) -> Averages:
@@ -163,7 +178,9 @@ class Trained:
         labels = self._labels(split.labels)
         params, model_state = replica.replicate((self.params, self.model_state), self.devices)
         checked = Split(inputs, labels)
-        return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(params, model_state)
+        return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(
+            params, model_state
+        )
 
     def _labels(self, given: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
         labels, classes = plain("labels", given), self.accepts.classes
@@ -179,7 +196,9 @@ class Trained:
         )
 
 
-def _conforming(option: str, given: ArrayLike | DiskArray, accepted: Accepted) -> np.ndarray | DiskArray:
+def _conforming(
+    option: str, given: ArrayLike | DiskArray, accepted: Accepted
+) -> np.ndarray | DiskArray:
     """Returns values as `Accepted.conform` does; those on disk stay there, and have any float type."""
     if not isinstance(given, DiskArray):
         array = plain(option, given)

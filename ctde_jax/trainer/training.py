@@ -184,7 +184,9 @@ class Training:
 
     def phases(self, row_steps: int) -> list[Phase]:
         """Returns the phases of the whole run, with rows of this many steps, or a round if that is longer."""
-        return make_phases(self.strategy, self.total_steps, self.interval, row_steps, self.source.piece_steps)
+        return make_phases(
+            self.strategy, self.total_steps, self.interval, row_steps, self.source.piece_steps
+        )
 
     def deciding(self, saving: "Saving") -> Options:
         """Returns what determines the numbers of the run, by name, in types of JSON."""
@@ -195,7 +197,9 @@ class Training:
             **saving.options,
             "data": f"{self.data.name}, {len(self.data.test.inputs):,} test examples",
             "training examples": None if self.data.stream else len(self.data.train.inputs),
-            "partition": None if self.partition is None else f"{len(self.partition)} parts, {parts}",
+            "partition": None
+            if self.partition is None
+            else f"{len(self.partition)} parts, {parts}",
             "steps": self.total_steps,
             "sync_every": self.strategy.inner_steps,
             "synchronous_steps": self.strategy.synchronous_steps,
@@ -219,9 +223,15 @@ class Training:
 
     def _check_values(self) -> None:
         """Checks each value alone."""
-        checks.check_types(data=self.data, optimizer=self.optimizer, strategy=self.strategy, task=self.task)
-        check_whole(batch_size=self.batch_size, epochs=self.epochs, steps=self.steps, seed=self.seed)
-        check_whole(accumulate=self.accumulate, eval_every=self.eval_every, log_every=self.log_every)
+        checks.check_types(
+            data=self.data, optimizer=self.optimizer, strategy=self.strategy, task=self.task
+        )
+        check_whole(
+            batch_size=self.batch_size, epochs=self.epochs, steps=self.steps, seed=self.seed
+        )
+        check_whole(
+            accumulate=self.accumulate, eval_every=self.eval_every, log_every=self.log_every
+        )
         check_whole(patience=self.patience, reestimate_batches=self.reestimate_batches)
         check_seed(self.seed)
         check_at_least(1, accumulate=self.accumulate, patience=self.patience)
@@ -230,7 +240,9 @@ class Training:
         check_at_most(_MOST_REESTIMATED, reestimate_batches=self.reestimate_batches)
         check_known("on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise InputError("ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}.")
+            raise InputError(
+                "ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}."
+            )
 
     def _check_combinations(self) -> None:
         """Checks the rules between values."""

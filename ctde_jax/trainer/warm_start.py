@@ -16,7 +16,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ctde_jax.bundle import CARD, WEIGHTS, open_bundle, parse
-from ctde_jax.checkpoint import BEST, CHECKPOINTS, MANIFEST, OTHER_POINT, Damaged, Tensors, newest, read
+from ctde_jax.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    MANIFEST,
+    OTHER_POINT,
+    Damaged,
+    Tensors,
+    newest,
+    read,
+)
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, did_you_mean, quoted
 from ctde_jax.models import is_random, is_trained, split_variables
@@ -63,7 +72,9 @@ class Start(NamedTuple):
     table: Table
 
 
-def start_from(given: Given, params: PyTree, model_state: PyTree, only: Sequence[str] | None = None) -> Start:
+def start_from(
+    given: Given, params: PyTree, model_state: PyTree, only: Sequence[str] | None = None
+) -> Start:
     """Replaces initialized parameters and model state by given ones of the same names.
 
     Without `only`, source and model must have exactly the same parameters. With patterns, the
@@ -90,7 +101,10 @@ def start_from(given: Given, params: PyTree, model_state: PyTree, only: Sequence
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             suggestion = did_you_mean(pattern, names)
-            raise InputError("init_only", f"must match parameters of the model, got {quoted(pattern)}{suggestion}")
+            raise InputError(
+                "init_only",
+                f"must match parameters of the model, got {quoted(pattern)}{suggestion}",
+            )
 
     taken: dict[str, Tensors] = {"params": {}, "model_state": {}}
     lines: list[tuple[str, str, str]] = []
@@ -105,8 +119,12 @@ def start_from(given: Given, params: PyTree, model_state: PyTree, only: Sequence
                 lines.append((name, shape, "initialized, the source has parameters alone"))
             elif tensor is None:
                 faults.append(f"{name} is missing")
-            elif not _fits(tensor := _center(tensor, leaf) if given.is_checkpoint else tensor, leaf):
-                faults.append(f"{name} is {tensor.dtype}{list(tensor.shape)} there and {shape} here")
+            elif not _fits(
+                tensor := _center(tensor, leaf) if given.is_checkpoint else tensor, leaf
+            ):
+                faults.append(
+                    f"{name} is {tensor.dtype}{list(tensor.shape)} there and {shape} here"
+                )
             else:
                 lines.append((name, shape, "taken"))
                 taken[part][name] = np.asarray(tensor).astype(leaf.dtype)
@@ -229,7 +247,9 @@ def _center(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
     """Averages the replicas if each has parameters of its own."""
     if tensor.ndim != leaf.ndim + 1 or tensor.shape[1:] != leaf.shape:
         return tensor
-    return tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(tensor.dtype)
+    return tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(
+        tensor.dtype
+    )
 
 
 def _load_file(path: Path) -> Tensors:
@@ -237,7 +257,8 @@ def _load_file(path: Path) -> Tensors:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            "init_from", f"must be a readable .safetensors file, but {quoted(str(path))} is not ({error})."
+            "init_from",
+            f"must be a readable .safetensors file, but {quoted(str(path))} is not ({error}).",
         ) from error
 
 

@@ -77,7 +77,10 @@ FORGETFUL = {
 
 def messages(key: jax.Array) -> dict[str, jax.Array]:
     """One message for each replica, as rows."""
-    return {"w": jax.random.normal(key, (REPLICAS, 3, 2)), "b": jnp.arange(4.0 * REPLICAS).reshape(REPLICAS, 4)}
+    return {
+        "w": jax.random.normal(key, (REPLICAS, 3, 2)),
+        "b": jnp.arange(4.0 * REPLICAS).reshape(REPLICAS, 4),
+    }
 
 
 def average(rows, weights: jax.Array = WEIGHTS):
@@ -89,7 +92,9 @@ def agree(reduce: optax.GradientTransformation, rows, weights: jax.Array = WEIGH
 
     def update(message, weight):
         extra = {"weight": weight, "key": KEY}
-        return optax.with_extra_args_support(reduce).update(message, reduce.init(message), **extra)[0]
+        return optax.with_extra_args_support(reduce).update(message, reduce.init(message), **extra)[
+            0
+        ]
 
     return jax.jit(jax.vmap(update, axis_name=replica.AXIS, out_axes=None))(rows, weights)
 
@@ -104,7 +109,11 @@ def test_agreement_is_a_fixed_point(name, key):
     message = jax.tree.map(lambda rows: rows[0], messages(key))
     same = jax.tree.map(lambda x: jnp.stack([x] * REPLICAS), message)
     agreed = agree(REDUCERS[name].reduce, same)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=REDUCERS[name].tolerance), agreed, message)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=REDUCERS[name].tolerance),
+        agreed,
+        message,
+    )
 
 
 @pytest.mark.parametrize("name", REDUCERS)
@@ -112,7 +121,11 @@ def test_agreement_of_complex_numbers_is_a_fixed_point(name, key):
     message = jax.tree.map(lambda rows: rows[0] - 0.5j * rows[1], messages(key))
     same = jax.tree.map(lambda x: jnp.stack([x] * REPLICAS), message)
     agreed = agree(REDUCERS[name].reduce, same)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2 * REDUCERS[name].tolerance), agreed, message)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2 * REDUCERS[name].tolerance),
+        agreed,
+        message,
+    )
 
 
 @pytest.mark.parametrize("name", ["mean", *TRIVIAL])
@@ -126,14 +139,18 @@ def test_mean_of_complex_numbers_is_that_of_numpy(name, key):
 def test_agreement_keeps_shapes_and_dtypes(name, dtype, key):
     rows = jax.tree.map(lambda x: x.astype(dtype), messages(key))
     agreed = agree(REDUCERS[name].reduce, rows)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), agreed) == jax.tree.map(lambda x: (x.shape[1:], x.dtype), rows)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), agreed) == jax.tree.map(
+        lambda x: (x.shape[1:], x.dtype), rows
+    )
 
 
 @pytest.mark.parametrize("name", REDUCERS)
 def test_agreement_is_the_same_bits_on_all_real_devices(name, key):
     reduce = optax.with_extra_args_support(REDUCERS[name].reduce)
     on_devices = replica.parallel(
-        lambda message, weight: reduce.update(message, reduce.init(message), weight=weight, key=KEY)[0],
+        lambda message, weight: reduce.update(
+            message, reduce.init(message), weight=weight, key=KEY
+        )[0],
         jax.devices()[:REPLICAS],
         in_axes=(0, 0),
         out_axes=0,
@@ -160,10 +177,14 @@ def test_whoever_has_no_weight_is_not_heard(name, key):
     assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
 
 
-@pytest.mark.parametrize("name", [name for name in (*REDUCERS, *FORGETFUL) if name not in NEED_OTHERS])
+@pytest.mark.parametrize(
+    "name", [name for name in (*REDUCERS, *FORGETFUL) if name not in NEED_OTHERS]
+)
 def test_one_replica_keeps_its_message(name, key):
     """Nothing is lost where nothing has to travel."""
-    reduce = REDUCERS[name].reduce if name in REDUCERS else two_phase(error_feedback(FORGETFUL[name]))
+    reduce = (
+        REDUCERS[name].reduce if name in REDUCERS else two_phase(error_feedback(FORGETFUL[name]))
+    )
     rows = jax.tree.map(lambda x: x[:1], messages(key))
 
     def update(message):
@@ -182,13 +203,18 @@ def test_mean_by_hosts_is_the_mean(key):
     rows = messages(key)
     spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
     by_hosts = replica.parallel(
-        lambda message, weight: hierarchical_mean(2).update(message, optax.EmptyState(), weight=weight)[0],
+        lambda message, weight: hierarchical_mean(2).update(
+            message, optax.EmptyState(), weight=weight
+        )[0],
         jax.devices()[:REPLICAS],
         in_axes=(0, 0),
         out_axes=0,
     )
     for own in range(REPLICAS):
-        assert_close(jax.tree.map(lambda x, own=own: x[own], jax.device_get(by_hosts(spoilt, WEIGHTS))), average(rows))
+        assert_close(
+            jax.tree.map(lambda x, own=own: x[own], jax.device_get(by_hosts(spoilt, WEIGHTS))),
+            average(rows),
+        )
 
 
 def test_mean_does_not_see_whoever_has_no_weight(key):
@@ -212,7 +238,11 @@ def test_mean_of_nobodys_examples_is_zero(key):
 @pytest.mark.parametrize("name", FORGETFUL)
 def test_error_feedback_says_everything_in_the_end(name, exchange, key):
     """What is agreed on in T rounds is T times the mean, up to a rest that does not grow."""
-    reduce, rows, weights = exchange(error_feedback(FORGETFUL[name])), messages(key), jnp.ones(REPLICAS)
+    reduce, rows, weights = (
+        exchange(error_feedback(FORGETFUL[name])),
+        messages(key),
+        jnp.ones(REPLICAS),
+    )
 
     @partial(jax.jit, donate_argnums=0)
     @partial(jax.vmap, in_axes=((0, None), None, 0), out_axes=(0, None), axis_name=replica.AXIS)
@@ -230,7 +260,12 @@ def test_error_feedback_says_everything_in_the_end(name, exchange, key):
     after_400 = jax.device_get(total)
 
     expected = average(rows, weights)
-    assert_close(optax.tree.scale(1 / 200, optax.tree.sub(after_400, after_200)), expected, rtol=0.05, atol=0.5)
+    assert_close(
+        optax.tree.scale(1 / 200, optax.tree.sub(after_400, after_200)),
+        expected,
+        rtol=0.05,
+        atol=0.5,
+    )
     assert_close(optax.tree.scale(1 / 400, after_400), expected, rtol=0.05, atol=0.5)
 
 
@@ -254,7 +289,9 @@ def test_rule_that_hears_everybody_leaves_nobody_with_what_was_said(key):
     reduce, rows = two_phase(error_feedback(sign(8)), aggregate.median()), messages(key)
 
     def once(message, weight):
-        return reduce.update(message, reduce.init(message), weight=weight, key=KEY)[1].sender.residual
+        return reduce.update(message, reduce.init(message), weight=weight, key=KEY)[
+            1
+        ].sender.residual
 
     residual = jax.vmap(once, axis_name=replica.AXIS)(rows, WEIGHTS)
     assert residual[1].any()
@@ -297,7 +334,10 @@ BYTES = {
     "two-phase f32": (two_phase(), through_owners(four)),
     "gathered f32": (gathered(exact()), to_everybody(four)),
     **{f"int{b}": (two_phase(quantize(b)), through_owners(int_bytes(b))) for b in (8, 4, 2)},
-    "int4 in small blocks": (two_phase(error_feedback(quantize(4, block=64))), through_owners(int_bytes(4, 64))),
+    "int4 in small blocks": (
+        two_phase(error_feedback(quantize(4, block=64))),
+        through_owners(int_bytes(4, 64)),
+    ),
     "int2, statistical": (gathered(quantize(2, "statistical")), to_everybody(int_bytes(2))),
     "sign": (two_phase(sign()), through_owners(int_bytes(1))),
     "top-k": (two_phase(top_k(5, 100)), through_owners(sparse_bytes(5, 100, 7, four))),
@@ -370,8 +410,14 @@ def test_int8_sends_a_quarter_of_f32():
     [
         (lambda: Strategy(inner_steps=-1), "inner_steps must be at least 0, got -1"),
         (lambda: Strategy(outer=optax.sgd(0.7)), "outer needs inner_steps of at least 1, got 0"),
-        (lambda: Strategy(inner=aggregate.proximal(1.0)), "inner needs inner_steps of at least 1, got 0"),
-        (lambda: Strategy(synchronous_steps=8), "synchronous_steps needs inner_steps of at least 1, got 0"),
+        (
+            lambda: Strategy(inner=aggregate.proximal(1.0)),
+            "inner needs inner_steps of at least 1, got 0",
+        ),
+        (
+            lambda: Strategy(synchronous_steps=8),
+            "synchronous_steps needs inner_steps of at least 1, got 0",
+        ),
         (lambda: Strategy(diverges=True), "diverges needs inner_steps of at least 1, got 0"),
         (
             lambda: Strategy(inner_steps=16, synchronous_steps=40),
@@ -382,7 +428,10 @@ def test_int8_sends_a_quarter_of_f32():
         (lambda: quantize(4, block=12), "block must be a multiple of 8, got 12"),
         (lambda: sign(4), "block must be at least 8, got 4"),
         (lambda: top_k(0), "k must be from 1 to the 4096 numbers of a chunk, got 0"),
-        (lambda: top_k(12, 64, sign(8)), "k must be a multiple of 8, the block of the numbers that are kept, got 12"),
+        (
+            lambda: top_k(12, 64, sign(8)),
+            "k must be a multiple of 8, the block of the numbers that are kept, got 12",
+        ),
         (lambda: random_k(9, 8), "k must be from 1 to the 8 numbers of a chunk, got 9"),
         (lambda: error_feedback(sign(), 1.5), "decay must be from 0 to 1, got 1.5"),
         (lambda: hierarchical_mean(0), "per_host must be at least 1, got 0"),
@@ -390,7 +439,10 @@ def test_int8_sends_a_quarter_of_f32():
         (lambda: aggregate.proximal(-1.0), "strength must be at least 0, got -1.0"),
         (lambda: aggregate.streaming(0), "fragments must be at least 1, got 0"),
         (lambda: aggregate.streaming(2, mix=2.0), "mix must be from 0 to 1, got 2.0"),
-        (lambda: aggregate.gossip("star"), "graph must be one of ring, exponential, pairs, got 'star'"),
+        (
+            lambda: aggregate.gossip("star"),
+            "graph must be one of ring, exponential, pairs, got 'star'",
+        ),
         (lambda: aggregate.gossip(pull=-1), "pull must be from 0 to 1, got -1"),
     ],
 )
@@ -402,7 +454,11 @@ def test_strategy_that_makes_no_sense_is_refused(build, sentence):
 @pytest.mark.parametrize(
     ("reduce", "replicas", "sentence"),
     [
-        (aggregate.gossip(), 1, "devices must be at least 2 for gossip, which needs a neighbor, got 1"),
+        (
+            aggregate.gossip(),
+            1,
+            "devices must be at least 2 for gossip, which needs a neighbor, got 1",
+        ),
         (
             two_phase(combine=aggregate.krum(1)),
             4,

@@ -60,7 +60,9 @@ def test_zeros_stay_zeros(name):
     assert not round_trip(CODECS[name], jnp.zeros(SIZE)).any()
 
 
-@pytest.mark.parametrize("name", [name for name in CODECS if name != "int2"])  # of another root mean square
+@pytest.mark.parametrize(
+    "name", [name for name in CODECS if name != "int2"]
+)  # of another root mean square
 def test_what_is_read_is_written_the_same_way_again(name, key):
     """A codec changes nothing in what it has said itself; only the mean magnitude of signs may round."""
     said = round_trip(CODECS[name], jax.random.normal(key, (SIZE,)))
@@ -110,7 +112,9 @@ def test_statistical_levels_lose_less_than_linear_ones(key):
 
 def test_sign_keeps_the_mean_magnitude(key):
     values = jax.random.normal(key, (64,))
-    np.testing.assert_allclose(round_trip(sign(64), values), jnp.sign(values) * jnp.abs(values).mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        round_trip(sign(64), values), jnp.sign(values) * jnp.abs(values).mean(), rtol=1e-6
+    )
 
 
 def test_top_k_keeps_the_largest_of_each_chunk(key):
@@ -130,7 +134,9 @@ def test_random_k_draws_every_number_alike(key):
 
     drawn = jax.vmap(say)(jax.random.split(key, 2000))
     np.testing.assert_array_equal(drawn.sum(axis=1), np.full(2000, 10.0))
-    np.testing.assert_allclose(drawn.mean(axis=0), np.full(40, 0.25), atol=5 * np.sqrt(0.1875 / 2000))
+    np.testing.assert_allclose(
+        drawn.mean(axis=0), np.full(40, 0.25), atol=5 * np.sqrt(0.1875 / 2000)
+    )
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -143,7 +149,9 @@ def test_sent_and_residual_are_what_was_wanted(name, decay, key):
         values = jax.random.normal(step_key, (3, SIZE))
         wanted = values + decay * state.residual
         payload, _, state = codec.encode(values, state, step_key)
-        np.testing.assert_allclose(codec.decode(payload, SIZE, step_key) + state.residual, wanted, atol=1e-5)
+        np.testing.assert_allclose(
+            codec.decode(payload, SIZE, step_key) + state.residual, wanted, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("largest", [1.5e-30, 1.8e19, 1e30, float(jnp.finfo(jnp.float32).max)])
@@ -154,10 +162,16 @@ def test_magnitude_changes_nothing_but_the_scale(name, largest, key):
     values /= np.abs(values).max()
     scaled = (values * largest).astype(np.float32)
     codec = CODECS[name]
-    write = jax.jit(lambda values: codec.encode(values, codec.init(values.shape), KEY)[:2])  # as the compiler rounds
+    write = jax.jit(
+        lambda values: codec.encode(values, codec.init(values.shape), KEY)[:2]
+    )  # as the compiler rounds
     payload, said = write(scaled)
     read = jax.jit(lambda payload: codec.decode(payload, SIZE, KEY))(payload)
     np.testing.assert_array_equal(read, said)
     bound = float(jnp.finfo(jnp.float32).max)
-    expected = np.clip(np.asarray(write(values.astype(np.float32))[1], np.float64) * largest, -bound, bound)
-    np.testing.assert_allclose(np.asarray(read, np.float64), expected, rtol=1e-5, atol=0.01 * largest / 127)
+    expected = np.clip(
+        np.asarray(write(values.astype(np.float32))[1], np.float64) * largest, -bound, bound
+    )
+    np.testing.assert_allclose(
+        np.asarray(read, np.float64), expected, rtol=1e-5, atol=0.01 * largest / 127
+    )

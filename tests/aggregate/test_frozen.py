@@ -11,7 +11,16 @@ from test_aggregate import FORGETFUL, REDUCERS
 
 import ctde_jax as ctde
 from ctde_jax import aggregate
-from ctde_jax.aggregate import error_feedback, gathered, gossip, power_sgd, quantize, sign, streaming, two_phase
+from ctde_jax.aggregate import (
+    error_feedback,
+    gathered,
+    gossip,
+    power_sgd,
+    quantize,
+    sign,
+    streaming,
+    two_phase,
+)
 from ctde_jax.devices import replica
 
 REPLICAS, ROUNDS = 3, 4
@@ -21,7 +30,10 @@ MESSAGES = {
     **{f"{name}, two-phase": two_phase(codec) for name, codec in FORGETFUL.items()},
     **{f"{name}, gathered": gathered(codec) for name, codec in FORGETFUL.items()},
     **{f"{name}, feedback": two_phase(error_feedback(codec)) for name, codec in FORGETFUL.items()},
-    **{f"{name}, gathered feedback": gathered(error_feedback(codec)) for name, codec in FORGETFUL.items()},
+    **{
+        f"{name}, gathered feedback": gathered(error_feedback(codec))
+        for name, codec in FORGETFUL.items()
+    },
     "median of signs": two_phase(sign(8), aggregate.median()),
     "clipping of signs": two_phase(error_feedback(sign(8)), aggregate.centered_clipping(1.0)),
     "power-sgd": power_sgd(1),
@@ -47,7 +59,9 @@ def rounds(reduce: optax.GradientTransformation, messages, weights, initial):
     params = jax.tree.map(lambda x: np.stack([x] * REPLICAS), initial)
     state, after = jax.vmap(reduce.init, axis_name=replica.AXIS)(params), []
     for number, key in enumerate(jax.random.split(jax.random.key(2), ROUNDS)):
-        params, state = one_round(params, state, jax.tree.map(lambda x, n=number: x[:, n], messages), weights, key)
+        params, state = one_round(
+            params, state, jax.tree.map(lambda x, n=number: x[:, n], messages), weights, key
+        )
         after.append(jax.device_get(params))
     return jax.tree.map(lambda *each: np.stack(each, axis=1), *after), state
 
@@ -56,8 +70,13 @@ def rounds(reduce: optax.GradientTransformation, messages, weights, initial):
 def test_leaf_of_zeros_stays_in_every_round(name, key):
     """Leaves that are frozen always, or only in the last rounds."""
     keys = jax.random.split(key, len(SHAPES))
-    initial = {leaf: np.asarray(jax.random.normal(k, SHAPES[leaf])) for leaf, k in zip(SHAPES, keys, strict=True)}
-    messages = jax.tree.map(lambda x: 1 + jax.random.normal(key, (REPLICAS, ROUNDS, *x.shape)), initial)
+    initial = {
+        leaf: np.asarray(jax.random.normal(k, SHAPES[leaf]))
+        for leaf, k in zip(SHAPES, keys, strict=True)
+    }
+    messages = jax.tree.map(
+        lambda x: 1 + jax.random.normal(key, (REPLICAS, ROUNDS, *x.shape)), initial
+    )
     messages["frozen"] = jnp.zeros_like(messages["frozen"])
     messages["later"] = messages["later"].at[:, ROUNDS // 2 :].set(0)
     if name in MIXING:  # the replicas' parameters differ in what they have learned alone
@@ -68,7 +87,9 @@ def test_leaf_of_zeros_stays_in_every_round(name, key):
     for own in range(REPLICAS):
         for number in range(ROUNDS):
             np.testing.assert_array_equal(params["frozen"][own, number], initial["frozen"])
-        np.testing.assert_array_equal(params["later"][own, -1], params["later"][own, ROUNDS // 2 - 1])
+        np.testing.assert_array_equal(
+            params["later"][own, -1], params["later"][own, ROUNDS // 2 - 1]
+        )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
@@ -77,7 +98,10 @@ def test_leaf_of_zeros_stays_in_every_round(name, key):
 def test_leaf_of_zeros_leaves_no_residual(exchange, name):
     """What a codec cannot write is kept for later in the leaves that move, and nowhere else."""
     reduce = exchange(error_feedback(FORGETFUL[name]))
-    messages = {"a": jnp.zeros((REPLICAS, ROUNDS, 20)), "b": jnp.ones((REPLICAS, ROUNDS, 21)).at[..., ::2].set(-3)}
+    messages = {
+        "a": jnp.zeros((REPLICAS, ROUNDS, 20)),
+        "b": jnp.ones((REPLICAS, ROUNDS, 21)).at[..., ::2].set(-3),
+    }
     _, state = rounds(reduce, messages, jnp.ones(REPLICAS), {"a": jnp.ones(20), "b": jnp.ones(21)})
     residual = (state.sender if exchange is two_phase else state).residual
     vectors = residual.reshape(REPLICAS, -1)
@@ -87,7 +111,10 @@ def test_leaf_of_zeros_leaves_no_residual(exchange, name):
 
 def test_replica_without_weight_unfreezes_nothing():
     """Not even with NaN."""
-    messages = {"a": jnp.zeros((REPLICAS, ROUNDS, 9)).at[1].set(jnp.nan), "b": jnp.ones((REPLICAS, ROUNDS, 9))}
+    messages = {
+        "a": jnp.zeros((REPLICAS, ROUNDS, 9)).at[1].set(jnp.nan),
+        "b": jnp.ones((REPLICAS, ROUNDS, 9)),
+    }
     initial = {"a": jnp.ones(9), "b": jnp.ones(9)}
     for exchange in (two_phase, gathered):
         params, _ = rounds(exchange(sign(8)), messages, jnp.asarray([1.0, 0.0, 1.0]), initial)
@@ -119,7 +146,11 @@ OPTIMIZER = optax.multi_transform(
     {
         "base": optax.set_to_zero(),
         "slow": optax.adam(0.0),
-        "late": optax.sgd(optax.join_schedules([optax.constant_schedule(0.0), optax.constant_schedule(0.1)], [10_000])),
+        "late": optax.sgd(
+            optax.join_schedules(
+                [optax.constant_schedule(0.0), optax.constant_schedule(0.1)], [10_000]
+            )
+        ),
         "other": optax.adam(0.01),
     },
     lambda params: {name: name if name in ("base", "slow", "late") else "other" for name in params},
@@ -129,7 +160,10 @@ STRATEGIES = {
     "local SGD sign": ("local-sgd", {"sync_every": 2, "reduce": "sign", "error_feedback": True}),
     "sparse-loco": ("sparse-loco", {"sync_every": 2}),
     "iso-loco": ("iso-loco", {"sync_every": 2, "reduce": "power_sgd", "rank": 1}),
-    "streaming-diloco": ("streaming-diloco", {"sync_every": 2, "reduce": "sign", "error_feedback": True}),
+    "streaming-diloco": (
+        "streaming-diloco",
+        {"sync_every": 2, "reduce": "sign", "error_feedback": True},
+    ),
     "no-loco": ("no-loco", {"sync_every": 2}),
 }
 

@@ -76,8 +76,12 @@ def test_every_round_of_pairs_is_drawn_equally_often(replicas):
         return params - outer_grads
 
     together = jax.vmap(on_replica, (0, None), axis_name=replica.AXIS)
-    mixed = jax.jit(jax.vmap(together, (None, 0)))(jnp.eye(replicas), jax.random.split(jax.random.key(5), draws))
-    own = np.where(np.arange(replicas)[:, None] == np.arange(replicas), 0.25, 0)  # so a replica alone finds itself
+    mixed = jax.jit(jax.vmap(together, (None, 0)))(
+        jnp.eye(replicas), jax.random.split(jax.random.key(5), draws)
+    )
+    own = np.where(
+        np.arange(replicas)[:, None] == np.arange(replicas), 0.25, 0
+    )  # so a replica alone finds itself
     partners = np.argmax(np.asarray(mixed) - own, axis=-1)
     drawn, counts = np.unique(partners, axis=0, return_counts=True)
 
@@ -104,4 +108,6 @@ def test_local_steps_are_mixed_with_the_parameters(key):
         return params - reduce.update(step, reduce.init(params), params, key=key)[0]
 
     moved = np.asarray(jax.vmap(on_replica, axis_name=replica.AXIS)(steps, params))
-    np.testing.assert_allclose(moved, (params - steps + jnp.roll(params - steps, -1, axis=0)) / 2, atol=1e-6)
+    np.testing.assert_allclose(
+        moved, (params - steps + jnp.roll(params - steps, -1, axis=0)) / 2, atol=1e-6
+    )

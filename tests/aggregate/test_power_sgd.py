@@ -20,7 +20,8 @@ def messages(key: jax.Array) -> dict[str, jax.Array]:
     shapes = {"conv": (3, 3, 4, 8), "kernel": (12, 10), "bias": (10,), "scale": ()}
     keys = jax.random.split(key, len(shapes))
     return {
-        name: jax.random.normal(k, (REPLICAS, *shape)) for (name, shape), k in zip(shapes.items(), keys, strict=True)
+        name: jax.random.normal(k, (REPLICAS, *shape))
+        for (name, shape), k in zip(shapes.items(), keys, strict=True)
     }
 
 
@@ -48,7 +49,11 @@ def matrix(x) -> np.ndarray:
 def test_rank_that_saves_nothing_is_the_mean(key):
     rows = messages(key)
     agreed, state = agree(power_sgd(rank=9), rows, 1, key)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[0], y, rtol=1e-5, atol=1e-6), agreed, average(rows))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x[0], y, rtol=1e-5, atol=1e-6),
+        agreed,
+        average(rows),
+    )
     assert state.residual == []
 
 
@@ -76,7 +81,9 @@ def test_agreed_and_kept_are_what_was_wanted(key):
     for name, wanted in average(rows).items():
         total = np.sum(agreed[name], axis=0)
         if name in left_over:
-            total = total + np.average(left_over[name], axis=0, weights=WEIGHTS).reshape(wanted.shape)
+            total = total + np.average(left_over[name], axis=0, weights=WEIGHTS).reshape(
+                wanted.shape
+            )
         np.testing.assert_allclose(total, rounds * wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -101,7 +108,10 @@ def test_constant_message_gets_through(key):
 def test_warm_start_is_power_iteration(key):
     """Without feedback, the rounds on one matrix tend to its best approximation of the rank."""
     values = np.diag([8.0, 4.0, 1.0, 0.5, 0.2, 0.1])
-    left, right = (np.linalg.qr(np.random.default_rng(i).normal(size=(n, 6)))[0] for i, n in enumerate((12, 10)))
+    left, right = (
+        np.linalg.qr(np.random.default_rng(i).normal(size=(n, 6)))[0]
+        for i, n in enumerate((12, 10))
+    )
     message = {"kernel": jnp.asarray(left @ values @ right.T, jnp.float32)}
     reduce = power_sgd(rank=2)
 
@@ -146,7 +156,9 @@ def test_nobody_hears_who_has_no_weight(key):
 def test_whole_leaves_are_averaged_at_once(key):
     rows = messages(key)
     agreed, _ = agree(power_sgd(rank=1), rows, 1, key)
-    exact = jax.vmap(lambda m, w: mean().update(m, (), weight=w)[0], axis_name=AXIS, out_axes=None)(rows, WEIGHTS)
+    exact = jax.vmap(lambda m, w: mean().update(m, (), weight=w)[0], axis_name=AXIS, out_axes=None)(
+        rows, WEIGHTS
+    )
     for name in ("bias", "scale"):
         np.testing.assert_allclose(agreed[name][0], exact[name], rtol=1e-6)
 

@@ -37,7 +37,9 @@ def test_messages_are_clipped_over_the_whole_tree(key):
     rows = messages(key)
     agreed = agree(private(clip_norm=2.0, noise_multiplier=0.0), rows, key)
     expected = jax.tree.map(lambda x: (x[0] + x[1] + x[2] * 2 / 3 + x[3] * 2 / 4) / REPLICAS, rows)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), agreed, expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), agreed, expected
+    )
 
 
 @pytest.mark.parametrize("message", [1e6, 1e30, np.nan, -np.inf])
@@ -67,7 +69,9 @@ def test_noise_is_gaussian_of_the_promised_deviation(key):
     np.testing.assert_allclose(values.std(), 1.0, atol=5 / sqrt(2 * 80_000))
     for bound in (0.5, 1.0, 2.0):
         np.testing.assert_allclose((values < bound).mean(), NormalDist().cdf(bound), atol=0.01)
-    assert abs(np.corrcoef(np.ravel(noise["w"])[:20_000], np.ravel(noise["b"]))[0, 1]) < 0.05, "leaves are independent"
+    assert abs(np.corrcoef(np.ravel(noise["w"])[:20_000], np.ravel(noise["b"]))[0, 1]) < 0.05, (
+        "leaves are independent"
+    )
 
 
 def test_noise_is_new_in_every_round(key):
@@ -101,7 +105,10 @@ def test_epsilon_falls_with_noise_and_with_sampling_and_grows_with_rounds():
 
 def test_missing_accountant_is_said_in_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(InputError, match=r"dp-accounting, which is not installed: pip install 'ctde_jax\[privacy\]'"):
+    with pytest.raises(
+        InputError,
+        match=r"dp-accounting, which is not installed: pip install 'ctde_jax\[privacy\]'",
+    ):
         epsilon(1.0, 10)
 
 
@@ -110,9 +117,15 @@ def test_missing_accountant_is_said_in_a_sentence(monkeypatch):
     [
         (lambda: private(0.0, 1.0), "clip_norm must be greater than 0 and finite, got 0.0"),
         (lambda: private(1.0, -1.0), "noise_multiplier must be at least 0 and finite, got -1.0"),
-        (lambda: epsilon(0.01, 10), "noise_multiplier must be at least 0.1 and finite to be accounted, got 0.01"),
+        (
+            lambda: epsilon(0.01, 10),
+            "noise_multiplier must be at least 0.1 and finite to be accounted, got 0.01",
+        ),
         (lambda: epsilon(1.0, 0), "rounds must be at least 1, got 0"),
-        (lambda: epsilon(1.0, 10, sampling_rate=0.0), "sampling_rate must be greater than 0 and at most 1, got 0.0"),
+        (
+            lambda: epsilon(1.0, 10, sampling_rate=0.0),
+            "sampling_rate must be greater than 0 and at most 1, got 0.0",
+        ),
         (lambda: epsilon(1.0, 10, delta=1.0), "delta must be between 0 and 1, got 1.0"),
     ],
 )
@@ -124,7 +137,9 @@ def test_privacy_that_makes_no_sense_is_refused(build, sentence):
 def test_message_whose_squared_norm_is_no_float32_is_clipped_to_the_norm(key):
     """All replicas send the same; its direction is computed in float64."""
     rows = jax.tree.map(lambda x: jnp.stack([x[1]] * REPLICAS), messages(key))
-    agreed = agree(private(clip_norm=2.0, noise_multiplier=0.0), jax.tree.map(lambda x: x * 1e36, rows), key)
+    agreed = agree(
+        private(clip_norm=2.0, noise_multiplier=0.0), jax.tree.map(lambda x: x * 1e36, rows), key
+    )
     norm = sqrt(sum(np.sum(np.asarray(x[0], np.float64) ** 2) for x in jax.tree.leaves(rows)))
     for name, rows_of_leaf in rows.items():
         np.testing.assert_allclose(agreed[name], rows_of_leaf[0] * 2.0 / norm, rtol=1e-4)

@@ -15,7 +15,14 @@ from jax import numpy as jnp
 from ctde_jax import data, models
 from ctde_jax.aggregate.combine import Combine, average
 from ctde_jax.aggregate.exchange import two_phase
-from ctde_jax.aggregate.robust import centered_clipping, geometric_median, krum, median, multi_krum, trimmed_mean
+from ctde_jax.aggregate.robust import (
+    centered_clipping,
+    geometric_median,
+    krum,
+    median,
+    multi_krum,
+    trimmed_mean,
+)
 from ctde_jax.devices.replica import AXIS
 from ctde_jax.errors import InputError
 
@@ -29,7 +36,9 @@ def numpy_multi_krum(rows: np.ndarray, byzantine: int, selected: int) -> np.ndar
     scores = []
     for own in rows:
         squared = sorted(float((own - other) @ (own - other)) for other in rows)
-        scores.append(sum(squared[1 : len(rows) - byzantine]))  # the first is the distance to itself
+        scores.append(
+            sum(squared[1 : len(rows) - byzantine])
+        )  # the first is the distance to itself
     return rows[np.argsort(scores)[:selected]].mean(axis=0)
 
 
@@ -44,7 +53,9 @@ def numpy_geometric_median(rows: np.ndarray, smoothing: float, iterations: int) 
 def numpy_centered_clipping(rows: np.ndarray, radius: float, iterations: int) -> np.ndarray:
     center = np.zeros(rows.shape[1])
     for _ in range(iterations):
-        center = center + np.mean([(x - center) * min(1, radius / np.linalg.norm(x - center)) for x in rows], axis=0)
+        center = center + np.mean(
+            [(x - center) * min(1, radius / np.linalg.norm(x - center)) for x in rows], axis=0
+        )
     return center
 
 
@@ -61,10 +72,18 @@ RULES = {
     "Krum": Rule(krum(2), lambda rows: numpy_multi_krum(rows, 2, 1)),
     "multi-Krum": Rule(multi_krum(2), lambda rows: numpy_multi_krum(rows, 2, len(rows) - 2)),
     "multi-Krum of 3": Rule(multi_krum(2, selected=3), lambda rows: numpy_multi_krum(rows, 2, 3)),
-    "geometric median": Rule(geometric_median(), lambda rows: numpy_geometric_median(rows, 1e-6, 8)),
-    "smooth geometric median": Rule(geometric_median(2.5, 3), lambda rows: numpy_geometric_median(rows, 2.5, 3)),
-    "centered clipping": Rule(centered_clipping(0.1), lambda rows: numpy_centered_clipping(rows, 0.1, 1)),
-    "wider centered clipping": Rule(centered_clipping(1.5, 3), lambda rows: numpy_centered_clipping(rows, 1.5, 3)),
+    "geometric median": Rule(
+        geometric_median(), lambda rows: numpy_geometric_median(rows, 1e-6, 8)
+    ),
+    "smooth geometric median": Rule(
+        geometric_median(2.5, 3), lambda rows: numpy_geometric_median(rows, 2.5, 3)
+    ),
+    "centered clipping": Rule(
+        centered_clipping(0.1), lambda rows: numpy_centered_clipping(rows, 0.1, 1)
+    ),
+    "wider centered clipping": Rule(
+        centered_clipping(1.5, 3), lambda rows: numpy_centered_clipping(rows, 1.5, 3)
+    ),
 }
 
 
@@ -79,7 +98,9 @@ def compiled(combine: Combine):
 def combined(combine: Combine, rows: np.ndarray) -> np.ndarray:
     """The agreed message, where each replica owns a slice and the last slices are filled up with zeros."""
     replicas, size = rows.shape
-    slices = np.pad(rows, ((0, 0), (0, -size % replicas))).reshape(replicas, replicas, -1).swapaxes(0, 1)
+    slices = (
+        np.pad(rows, ((0, 0), (0, -size % replicas))).reshape(replicas, replicas, -1).swapaxes(0, 1)
+    )
     return np.asarray(compiled(combine)(jnp.asarray(slices, jnp.float32))).ravel()[:size]
 
 
@@ -112,7 +133,9 @@ def test_weights_buy_no_influence(name, key):
         return jax.jit(jax.vmap(update, axis_name=AXIS, out_axes=None))(rows, weights)
 
     np.testing.assert_array_equal(agreed(jnp.ones(8)), agreed(jnp.full(8, 1.0).at[3].set(1e6)))
-    np.testing.assert_allclose(agreed(jnp.ones(8)), RULES[name].reference(np.asarray(rows)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        agreed(jnp.ones(8)), RULES[name].reference(np.asarray(rows)), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("nonsense", [1e6, -1e30, np.nan, np.inf])
@@ -167,13 +190,17 @@ def test_geometric_median_has_the_least_sum_of_distances():
     rows = np.random.default_rng(0).normal(size=(8, 3))
     center = combined(geometric_median(iterations=200), rows)
     directions = rows - center
-    np.testing.assert_allclose(np.sum(directions / np.linalg.norm(directions, axis=1)[:, None], axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(
+        np.sum(directions / np.linalg.norm(directions, axis=1)[:, None], axis=0), 0, atol=1e-3
+    )
 
 
 def test_centered_clipping_starts_from_what_was_agreed_last():
     """Far away the center takes a step of the radius in every round, and then it is there."""
     combine = centered_clipping(2.0)
-    far = jnp.full((4, 5), 3.0)  # at a distance of 3 sqrt(20) = 13.4, as each of the 4 replicas owns 5 numbers
+    far = jnp.full(
+        (4, 5), 3.0
+    )  # at a distance of 3 sqrt(20) = 13.4, as each of the 4 replicas owns 5 numbers
 
     def rounds(slice_):
         def one(state, _):
@@ -193,7 +220,10 @@ def test_centered_clipping_starts_from_what_was_agreed_last():
         (lambda: trimmed_mean(-1), "byzantine must be at least 0, got -1"),
         (lambda: krum(-1), "byzantine must be at least 0, got -1"),
         (lambda: multi_krum(2, selected=0), "selected must be at least 1, got 0"),
-        (lambda: geometric_median(smoothing=0.0), "smoothing must be greater than 0 and finite, got 0.0"),
+        (
+            lambda: geometric_median(smoothing=0.0),
+            "smoothing must be greater than 0 and finite, got 0.0",
+        ),
         (lambda: geometric_median(iterations=0), "iterations must be at least 1, got 0"),
         (lambda: centered_clipping(-1.0), "radius must be greater than 0 and finite, got -1.0"),
         (lambda: centered_clipping(1.0, iterations=0), "iterations must be at least 1, got 0"),
@@ -207,11 +237,31 @@ def test_rule_that_makes_no_sense_is_refused(build, sentence):
 @pytest.mark.parametrize(
     ("combine", "replicas", "sentence"),
     [
-        (trimmed_mean(4), 8, r"devices must be at least 9 for the trimmed mean to withstand 4 bad devices .* got 8"),
-        (trimmed_mean(1), 2, "devices must be at least 3 .* got 2; .* or set byzantine to at most 0"),
-        (krum(3), 8, "devices must be at least 9 for Krum .* 3 bad devices .* got 8; .* byzantine to at most 2"),
-        (krum(0), 2, "devices must be at least 3 for Krum .* got 2; use more devices, or choose another rule"),
-        (multi_krum(2, selected=7), 8, "selected must be at most 6, the replicas that are not bad, got 7"),
+        (
+            trimmed_mean(4),
+            8,
+            r"devices must be at least 9 for the trimmed mean to withstand 4 bad devices .* got 8",
+        ),
+        (
+            trimmed_mean(1),
+            2,
+            "devices must be at least 3 .* got 2; .* or set byzantine to at most 0",
+        ),
+        (
+            krum(3),
+            8,
+            "devices must be at least 9 for Krum .* 3 bad devices .* got 8; .* byzantine to at most 2",
+        ),
+        (
+            krum(0),
+            2,
+            "devices must be at least 3 for Krum .* got 2; use more devices, or choose another rule",
+        ),
+        (
+            multi_krum(2, selected=7),
+            8,
+            "selected must be at most 6, the replicas that are not bad, got 7",
+        ),
     ],
 )
 def test_too_few_replicas_are_refused_where_the_state_begins(combine, replicas, sentence):
@@ -230,19 +280,31 @@ ATTACKS = {
     "label flip": attacks.honest(),
 }
 MODEL = models.mlp([64, 32, 10])
-TRAINED_BY = ["median", "trimmed mean", "Krum", "multi-Krum", "geometric median", "centered clipping"]
+TRAINED_BY = [
+    "median",
+    "trimmed mean",
+    "Krum",
+    "multi-Krum",
+    "geometric median",
+    "centered clipping",
+]
 
 
-def accuracies(combine: Combine, digits: data.Dataset, rounds: int = 300, per_replica: int = 128) -> dict[str, float]:
+def accuracies(
+    combine: Combine, digits: data.Dataset, rounds: int = 300, per_replica: int = 128
+) -> dict[str, float]:
     """Test accuracies in percent after synchronous training with 2 bad replicas of 8, by their attack."""
     reduce = two_phase(combine=combine)
     inputs, test_inputs = (
-        jnp.asarray(split.inputs.reshape(-1, 64), jnp.float32) / 16 for split in (digits.train, digits.test)
+        jnp.asarray(split.inputs.reshape(-1, 64), jnp.float32) / 16
+        for split in (digits.train, digits.test)
     )
     labels = jnp.asarray(digits.train.labels)
 
     def train(which: jax.Array) -> jax.Array:
-        attacked = attacks.attacked(reduce, lambda *known: lax.switch(which, list(ATTACKS.values()), *known))
+        attacked = attacks.attacked(
+            reduce, lambda *known: lax.switch(which, list(ATTACKS.values()), *known)
+        )
         flips = which == list(ATTACKS).index("label flip")
         own_labels = jnp.where(flips, attacks.flip_labels(labels, classes=10), labels)
 
@@ -255,15 +317,21 @@ def accuracies(combine: Combine, digits: data.Dataset, rounds: int = 300, per_re
             own_key = jax.random.fold_in(key, lax.axis_index(AXIS))
             rows = jax.random.randint(own_key, (per_replica,), 0, len(labels))
             grads = jax.grad(loss)(params, rows)
-            agreed, reduce_state = attacked.update(grads, reduce_state, weight=jnp.float32(per_replica), key=key)
+            agreed, reduce_state = attacked.update(
+                grads, reduce_state, weight=jnp.float32(per_replica), key=key
+            )
             return (optax.tree.sub(params, agreed), reduce_state), None
 
         params, _ = MODEL.init(jax.random.key(0), inputs[:1])
-        (params, _), _ = lax.scan(step, (params, reduce.init(params)), jax.random.split(jax.random.key(1), rounds))
+        (params, _), _ = lax.scan(
+            step, (params, reduce.init(params)), jax.random.split(jax.random.key(1), rounds)
+        )
         outputs, _ = MODEL.apply(params, {}, test_inputs, None)
         return 100 * jnp.mean(outputs.argmax(-1) == digits.test.labels)
 
-    compiled_once = jax.jit(jax.vmap(train, axis_name=AXIS, axis_size=8, in_axes=None, out_axes=None))
+    compiled_once = jax.jit(
+        jax.vmap(train, axis_name=AXIS, axis_size=8, in_axes=None, out_axes=None)
+    )
     return {name: float(compiled_once(which)) for which, name in enumerate(ATTACKS)}
 
 
@@ -284,7 +352,9 @@ def test_plain_mean_falls_to_two_bad_replicas_of_eight(of_the_mean, attack):
 def test_training_survives_two_bad_replicas_of_eight(of_the_mean, digits, name):
     """Within 2 points of the clean accuracy of the mean, under every attack and under none."""
     under_attack = accuracies(RULES[name].combine, digits)
-    assert {name: value for name, value in under_attack.items() if value < of_the_mean["none"] - 2} == {}
+    assert {
+        name: value for name, value in under_attack.items() if value < of_the_mean["none"] - 2
+    } == {}
 
 
 @pytest.mark.parametrize("magnitude", [1e-25, 1e25, 1e37])
@@ -293,7 +363,9 @@ def test_rule_is_its_definition_for_numbers_whose_squares_are_no_float32(name, m
     """The definition is computed in float64."""
     rows = magnitude * np.random.default_rng(1).normal(1.0, 1.0, (8, 20))
     expected = RULES[name].reference(rows)
-    np.testing.assert_allclose(combined(RULES[name].combine, rows), expected, rtol=1e-4, atol=1e-5 * magnitude)
+    np.testing.assert_allclose(
+        combined(RULES[name].combine, rows), expected, rtol=1e-4, atol=1e-5 * magnitude
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED_BY)

@@ -44,7 +44,9 @@ def test_streaming_is_the_loop_that_the_paper_describes(mix, key):
         params, state = own_round(params, state, steps[:, number])
         np.testing.assert_allclose(params, own.reshape(REPLICAS, -1)[:, :SIZE], atol=1e-4)
         for replicas_center in state.center["p"]:
-            np.testing.assert_array_equal(replicas_center, state.center["p"][0])  # the same bits everywhere
+            np.testing.assert_array_equal(
+                replicas_center, state.center["p"][0]
+            )  # the same bits everywhere
             np.testing.assert_allclose(replicas_center, center, atol=1e-4)
 
 

@@ -33,7 +33,9 @@ def is_kernel(params):
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adam": lambda: optax.adam(0.05),
-    "clipped adamw": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.05, mask=is_kernel)),
+    "clipped adamw": lambda: optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(0.05, mask=is_kernel)
+    ),
     "adafactor": lambda: optax.adafactor(0.05, min_dim_size_to_factor=2),
     "sm3": lambda: optax.sm3(0.1),
     "lars": lambda: optax.lars(0.1),
@@ -61,10 +63,18 @@ OPTIMIZERS = {
     "noisy sgd": lambda: optax.noisy_sgd(0.1, key=jax.random.key(1)),
     "apply every": lambda: optax.chain(optax.apply_every(3), optax.sgd(0.1)),
     "apply if finite": lambda: optax.apply_if_finite(optax.adam(0.05), 3),
-    "injected schedule": lambda: optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, STEPS)),
-    "frozen biases": lambda: optax.multi_transform({"kernel": optax.adam(0.05), "bias": optax.set_to_zero()}, by_name),
-    "MultiSteps": lambda: optax.MultiSteps(optax.adam(0.05), 3, should_skip_update_fn=optax.skip_not_finite),
-    "sam": lambda: contrib.sam(optax.sgd(0.1), optax.chain(contrib.normalize(), optax.sgd(0.05)), sync_period=3),
+    "injected schedule": lambda: optax.inject_hyperparams(optax.adam)(
+        optax.linear_schedule(0.1, 0.0, STEPS)
+    ),
+    "frozen biases": lambda: optax.multi_transform(
+        {"kernel": optax.adam(0.05), "bias": optax.set_to_zero()}, by_name
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(
+        optax.adam(0.05), 3, should_skip_update_fn=optax.skip_not_finite
+    ),
+    "sam": lambda: contrib.sam(
+        optax.sgd(0.1), optax.chain(contrib.normalize(), optax.sgd(0.05)), sync_period=3
+    ),
     "polyak sgd": lambda: optax.polyak_sgd(0.5),
     "momo": lambda: contrib.momo(0.1),
     "momo adam": lambda: contrib.momo_adam(0.01),
@@ -94,7 +104,14 @@ FREE_STATE = {
 }
 """Where optax's `schedule_free_eval_params` finds its state."""
 
-QUICK = ["noisy sgd", "MultiSteps", "sam", "reduce on plateau", "lookahead", "clipped schedule-free"]
+QUICK = [
+    "noisy sgd",
+    "MultiSteps",
+    "sam",
+    "reduce on plateau",
+    "lookahead",
+    "clipped schedule-free",
+]
 SOME = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in OPTIMIZERS]
 
 
@@ -102,16 +119,20 @@ SOME = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for 
 def dataset() -> ctde.data.Dataset:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, EXAMPLES)
-    inputs = (2 * rng.normal(size=(CLASSES, FEATURES))[labels] + rng.normal(size=(EXAMPLES, FEATURES))).astype(
-        np.float32
-    )
+    inputs = (
+        2 * rng.normal(size=(CLASSES, FEATURES))[labels] + rng.normal(size=(EXAMPLES, FEATURES))
+    ).astype(np.float32)
     return ctde.data.from_arrays(inputs, labels, inputs[:8], labels[:8])
 
 
 def fit(optimizer, count: int = 4, **more) -> ctde.Trained:
     options = {"batch_size": BATCH, "steps": STEPS, "log_every": 1, "show": False, **more}
     return ctde.fit(
-        options.pop("model", MODEL), options.pop("data", dataset()), optimizer, devices=devices.start(count), **options
+        options.pop("model", MODEL),
+        options.pop("data", dataset()),
+        optimizer,
+        devices=devices.start(count),
+        **options,
     )
 
 
@@ -130,7 +151,9 @@ def plain_loop(name: str) -> tuple[list[float], dict]:
     @jax.jit
     def step(params, state, inputs, labels):
         def loss_of(params):
-            hidden = jnp.tanh(inputs @ params["layers"][0]["kernel"] + params["layers"][0]["bias"][None])
+            hidden = jnp.tanh(
+                inputs @ params["layers"][0]["kernel"] + params["layers"][0]["bias"][None]
+            )
             outputs = hidden @ params["layers"][1]["kernel"] + params["layers"][1]["bias"][None]
             return -jax.nn.log_softmax(outputs)[jnp.arange(len(labels)), labels].mean()
 
@@ -153,7 +176,9 @@ def plain_loop(name: str) -> tuple[list[float], dict]:
     if name == "schedule-free kernels":
         own = {label: masked.inner_state for label, masked in state.inner_states.items()}
         params = jax.tree.map(
-            lambda label, y, z, other: (y - (1 - own[label].b1) * (z if label == "kernel" else other)) / own[label].b1,
+            lambda label, y, z, other: (
+                (y - (1 - own[label].b1) * (z if label == "kernel" else other)) / own[label].b1
+            ),
             by_name(params),
             params,
             _filled(own["kernel"].z, params),
@@ -189,9 +214,13 @@ def test_optimizer_trains_as_in_a_plain_loop_on_one_device_and_on_four(name, on_
     expected, params = plain_loop(name)
     for trained in (fit(OPTIMIZERS[name](), 1), on_four(name)[0]):
         np.testing.assert_allclose(losses(trained), expected, rtol=1e-5)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), trained.params, params)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), trained.params, params
+        )
         outputs, _ = MODEL.apply(params, {}, dataset().test.inputs, None)
-        loss = optax.softmax_cross_entropy_with_integer_labels(outputs, dataset().test.labels).mean()
+        loss = optax.softmax_cross_entropy_with_integer_labels(
+            outputs, dataset().test.labels
+        ).mean()
         assert trained.tested["loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
@@ -222,11 +251,15 @@ def tensors(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("noisy sgd", "lookahead", "MultiSteps") else pytest.mark.slow)
+        pytest.param(
+            name, marks=[] if name in ("noisy sgd", "lookahead", "MultiSteps") else pytest.mark.slow
+        )
         for name in OPTIMIZERS
     ],
 )
-def test_run_that_continues_after_ten_steps_ends_with_the_bits_of_one_that_was_not_interrupted(name, on_four, tmp_path):
+def test_run_that_continues_after_ten_steps_ends_with_the_bits_of_one_that_was_not_interrupted(
+    name, on_four, tmp_path
+):
     """The folder is that of a run killed after its checkpoint of step 10; rows after it are dropped."""
     whole, folder = on_four(name)
     shutil.copytree(folder, tmp_path / "killed")
@@ -248,7 +281,10 @@ def recorder(*names: str) -> optax.GradientTransformationExtraArgs:
     """Leaves the parameters as they are, and keeps the extra arguments of the last update in its state."""
 
     def init(params):
-        return {name: optax.tree.zeros_like(params) if name == "grad" else jnp.zeros(()) for name in names}
+        return {
+            name: optax.tree.zeros_like(params) if name == "grad" else jnp.zeros(())
+            for name in names
+        }
 
     def update(updates, state, params=None, **extra_args):
         return optax.tree.zeros_like(updates), {name: extra_args[name] for name in names}
@@ -279,7 +315,9 @@ def first_loss(params, examples, targets=None):
     """The mean loss over some training examples."""
     outputs, _ = MODEL.apply(params, {}, dataset().train.inputs[examples], None)
     one_hot = jax.nn.one_hot(dataset().train.labels[examples], CLASSES)
-    return optax.softmax_cross_entropy(outputs, one_hot if targets is None else targets(one_hot)).mean()
+    return optax.softmax_cross_entropy(
+        outputs, one_hot if targets is None else targets(one_hot)
+    ).mean()
 
 
 def test_value_is_what_is_minimized_and_not_what_is_reported():
@@ -296,7 +334,9 @@ def test_value_in_local_steps_is_the_loss_of_the_replicas_own_examples():
     trained = fit(recorder("value"), strategy=ctde.Strategy(inner_steps=1), steps=1)
     own = trained.opt_state["value"]
     assert own.shape == (4,)
-    for order, value in zip(batches.deal(dataset().train, 4, BATCH, 0).steps(0, 1)[0], own, strict=True):
+    for order, value in zip(
+        batches.deal(dataset().train, 4, BATCH, 0).steps(0, 1)[0], own, strict=True
+    ):
         assert value == pytest.approx(float(first_loss(first_params(), order)), rel=1e-5)
 
 
@@ -307,7 +347,9 @@ def test_value_of_the_outer_optimizer_is_the_mean_loss_of_the_round(tmp_path):
     trained = fit(optax.sgd(0.1), strategy=strategy, steps=4, log_every=2, run_dir=tmp_path)
     found = checkpoint.read(checkpoint.newest(tmp_path / "checkpoints"))
     assert len(losses(trained)) == 2
-    assert found.tensors["outer_state/1/avg_value"] == pytest.approx(np.mean(losses(trained)), rel=1e-5)
+    assert found.tensors["outer_state/1/avg_value"] == pytest.approx(
+        np.mean(losses(trained)), rel=1e-5
+    )
 
 
 def scaled_by_value() -> optax.GradientTransformationExtraArgs:
@@ -358,7 +400,10 @@ STATES = {
     "becomes a float": (lambda params: jnp.int32(1), lambda x: x * 0.5),
     "of Python, becomes a float": (lambda params: 1, lambda x: x * jnp.float32(0.5)),
     "becomes a longer float": (lambda params: jnp.bfloat16(1), lambda x: x * jnp.float32(0.5)),
-    "by value": (lambda params: jax.tree.map(lambda x: x / jnp.maximum(jnp.abs(x).max(), 1e-3), params), None),
+    "by value": (
+        lambda params: jax.tree.map(lambda x: x / jnp.maximum(jnp.abs(x).max(), 1e-3), params),
+        None,
+    ),
 }
 
 
@@ -367,19 +412,32 @@ def test_state_may_have_any_leaves(inner_steps, tmp_path):
     """And is read back from a checkpoint."""
     optimizer = of_state(
         lambda params: {name: first(params) for name, (first, _) in STATES.items()},
-        lambda state: {name: state[name] if then is None else then(state[name]) for name, (_, then) in STATES.items()},
+        lambda state: {
+            name: state[name] if then is None else then(state[name])
+            for name, (_, then) in STATES.items()
+        },
     )
-    run = partial(fit, strategy=ctde.Strategy(inner_steps=inner_steps), save_every=2, run_dir=tmp_path, steps=4)
+    run = partial(
+        fit,
+        strategy=ctde.Strategy(inner_steps=inner_steps),
+        save_every=2,
+        run_dir=tmp_path,
+        steps=4,
+    )
     trained, read_back = run(optimizer), run(optimizer)
     assert jax.tree.structure(trained.opt_state) == jax.tree.structure(read_back.opt_state)
-    for leaf, other in zip(jax.tree.leaves(trained.opt_state), jax.tree.leaves(read_back.opt_state), strict=True):
+    for leaf, other in zip(
+        jax.tree.leaves(trained.opt_state), jax.tree.leaves(read_back.opt_state), strict=True
+    ):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf, other = jax.random.key_data(leaf), jax.random.key_data(other)
         np.testing.assert_array_equal(leaf, other)
         assert leaf.shape[:1] == (4,) or not inner_steps
     for name in STATES:
         if "becomes" in name:
-            np.testing.assert_array_equal(trained.opt_state[name], np.full((4,) if inner_steps else (), 0.5**4))
+            np.testing.assert_array_equal(
+                trained.opt_state[name], np.full((4,) if inner_steps else (), 0.5**4)
+            )
 
 
 def test_optimizer_state_of_a_result_can_be_read_and_continued():
@@ -396,7 +454,9 @@ def test_optimizer_state_is_that_of_the_last_step_also_with_patience_and_rollbac
     last = max(row["step"] for row in trained.history)
     assert trained.step < last
     assert optax.tree.get(trained.opt_state, "count") == last
-    rolling = fit(optax.MultiSteps(optax.adam(0.05), 2), on_nonfinite="rollback", run_dir=tmp_path, steps=4)
+    rolling = fit(
+        optax.MultiSteps(optax.adam(0.05), 2), on_nonfinite="rollback", run_dir=tmp_path, steps=4
+    )
     assert rolling.opt_state.gradient_step == 2
 
 
@@ -410,25 +470,41 @@ def test_schedule_free_training_goes_on_from_the_point_of_the_gradients(tmp_path
     run = partial(fit, optimizer, data=held, patience=50, eval_every=5)
     whole = run(run_dir=tmp_path / "run")
     found = checkpoint.read(checkpoint.newest(tmp_path / "run" / "checkpoints"))
-    assert found.tensors["best/0/layers/0/kernel"].tobytes() == whole.params["layers"][0]["kernel"].tobytes()
+    assert (
+        found.tensors["best/0/layers/0/kernel"].tobytes()
+        == whole.params["layers"][0]["kernel"].tobytes()
+    )
     assert (found.tensors["params/layers/0/kernel"] != whole.params["layers"][0]["kernel"]).any()
     averages = whole.evaluate(held.validation)
-    assert averages["loss"] == pytest.approx(min(r["loss"] for r in whole.history if r["split"] == "validation"), 1e-5)
+    assert averages["loss"] == pytest.approx(
+        min(r["loss"] for r in whole.history if r["split"] == "validation"), 1e-5
+    )
 
 
 def test_lookahead_is_local_steps_with_an_outer_rate():
     """On one device: sync_period steps alone, and slow_step_size of the way."""
     ahead = fit(optax.lookahead(optax.adam(0.05), 5, 0.5), count=1)
-    local = fit(optax.adam(0.05), count=1, strategy=ctde.Strategy(inner_steps=5, outer=optax.sgd(0.5)))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), ahead.params, local.params)
+    local = fit(
+        optax.adam(0.05), count=1, strategy=ctde.Strategy(inner_steps=5, outer=optax.sgd(0.5))
+    )
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), ahead.params, local.params
+    )
 
 
 def test_schedule_free_outer_optimizer_is_evaluated_at_its_average(tmp_path):
     outer = contrib.schedule_free_sgd(0.7)
-    trained = fit(optax.sgd(0.1), strategy=ctde.Strategy(inner_steps=4, outer=outer), run_dir=tmp_path)
+    trained = fit(
+        optax.sgd(0.1), strategy=ctde.Strategy(inner_steps=4, outer=outer), run_dir=tmp_path
+    )
     found = checkpoint.read(checkpoint.newest(tmp_path / "checkpoints")).tensors
-    y, z, b1 = (found[name] for name in ("params/layers/0/kernel", "outer_state/z/layers/0/kernel", "outer_state/b1"))
-    np.testing.assert_allclose(trained.params["layers"][0]["kernel"], (y - (1 - b1) * z) / b1, rtol=1e-5)
+    y, z, b1 = (
+        found[name]
+        for name in ("params/layers/0/kernel", "outer_state/z/layers/0/kernel", "outer_state/b1")
+    )
+    np.testing.assert_allclose(
+        trained.params["layers"][0]["kernel"], (y - (1 - b1) * z) / b1, rtol=1e-5
+    )
 
 
 # What is refused
@@ -443,7 +519,11 @@ def scaled_by_curvature() -> optax.GradientTransformationExtraArgs:
 
 LOCAL = {"strategy": ctde.Strategy(inner_steps=2)}
 REFUSED = {
-    "lbfgs": (lambda: optax.lbfgs(), {}, "optimizer .*scale_by_zoom_linesearch needs `value_fn`.* linesearch=None"),
+    "lbfgs": (
+        lambda: optax.lbfgs(),
+        {},
+        "optimizer .*scale_by_zoom_linesearch needs `value_fn`.* linesearch=None",
+    ),
     "backtracking": (
         lambda: optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5)),
         {},
@@ -454,9 +534,15 @@ REFUSED = {
         {},
         r"sam needs `grad_fn`.*use optax.contrib.sam\(..., opaque_mode=False\)",
     ),
-    "sophia": (lambda: contrib.sophia(0.1), {}, "hutchinson_estimator_diag_hessian needs `obj_fn`.*optax.adamw"),
+    "sophia": (
+        lambda: contrib.sophia(0.1),
+        {},
+        "hutchinson_estimator_diag_hessian needs `obj_fn`.*optax.adamw",
+    ),
     "dpsgd": (
-        lambda: optax.chain(contrib.differentially_private_aggregate(1.0, 1.0, key=0), optax.sgd(0.1)),
+        lambda: optax.chain(
+            contrib.differentially_private_aggregate(1.0, 1.0, key=0), optax.sgd(0.1)
+        ),
         {},
         "must not contain differentially_private_aggregate .*the gradient of every example.*aggregate.private",
     ),
@@ -486,11 +572,18 @@ REFUSED = {
         r"must keep shapes and types of its state in an update, but .* from float32\[1\] to float32\[2\]",
     ),
     "a state that is rounded": (
-        lambda: of_state(lambda params: {"x": jnp.float32(0)}, lambda state: {"x": state["x"].astype(jnp.bfloat16)}),
+        lambda: of_state(
+            lambda params: {"x": jnp.float32(0)},
+            lambda state: {"x": state["x"].astype(jnp.bfloat16)},
+        ),
         {},
         r"but x goes from float32\[\] to bfloat16\[\]",
     ),
-    "a function in the state": (lambda: of_state(lambda params: {"fn": jnp.tanh}), {}, "raised TypeError"),
+    "a function in the state": (
+        lambda: of_state(lambda params: {"fn": jnp.tanh}),
+        {},
+        "raised TypeError",
+    ),
     "decisions of Python": (
         lambda: of_state(lambda params: jnp.int32(0), lambda state: state + 1 if state else state),
         {},
@@ -502,7 +595,11 @@ REFUSED = {
         LOCAL,
         "must not be schedule_free in local steps.*aggregate at every step",
     ),
-    "lookahead in local steps": (lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5), LOCAL, "must not be lookahead in"),
+    "lookahead in local steps": (
+        lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5),
+        LOCAL,
+        "must not be lookahead in",
+    ),
     "cocob in local steps": (lambda: contrib.cocob(), LOCAL, "must not be cocob in local steps"),
     "schedule-free with an average": (
         lambda: contrib.schedule_free_sgd(0.1),
@@ -521,7 +618,9 @@ REFUSED = {
 def test_what_cannot_work_in_a_step_is_refused_before_compilation(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     make, more, sentence = REFUSED[name]
-    monkeypatch.setattr(ctde.devices.replica, "compiled", lambda *arguments: pytest.fail("compiled"))
+    monkeypatch.setattr(
+        ctde.devices.replica, "compiled", lambda *arguments: pytest.fail("compiled")
+    )
     with pytest.raises(ctde.InputError, match=sentence) as found:
         fit(make(), **more)
     assert not list(tmp_path.iterdir())
@@ -530,7 +629,10 @@ def test_what_cannot_work_in_a_step_is_refused_before_compilation(name, monkeypa
 
 
 def test_outer_optimizer_is_refused_by_its_own_name():
-    with pytest.raises(ctde.InputError, match=r"^outer must work with what a step has, but scale_by_zoom_linesearch"):
+    with pytest.raises(
+        ctde.InputError,
+        match=r"^outer must work with what a step has, but scale_by_zoom_linesearch",
+    ):
         fit(optax.sgd(0.1), strategy=ctde.Strategy(inner_steps=2, outer=optax.lbfgs()))
 
 

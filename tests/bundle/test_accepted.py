@@ -20,12 +20,28 @@ ACCEPTED = [
     ("float32", [[1, 2]]),
 ]
 REFUSED = [
-    ("uint8", np.array([[0, 1]], np.float32), "must be integers, as the model was trained on uint8, got float32"),
-    ("uint8", np.array([[0, 256]]), "must be from 0 to 255, as in training, got numbers from 0 to 256"),
+    (
+        "uint8",
+        np.array([[0, 1]], np.float32),
+        "must be integers, as the model was trained on uint8, got float32",
+    ),
+    (
+        "uint8",
+        np.array([[0, 256]]),
+        "must be from 0 to 255, as in training, got numbers from 0 to 256",
+    ),
     ("int32", np.array([[0, 2**31]]), "must be from -2147483648 to 2147483647"),
     ("int32", np.array([[0, 2**64 - 1]], np.uint64), "got numbers from 0 to 18446744073709551615"),
-    ("int32", np.array([[1, 2]], np.float64), "must be integers, as the model was trained on int32"),
-    ("float32", np.array([[0, 255]], np.uint8), "must be floats, as the model was trained on float32, got uint8"),
+    (
+        "int32",
+        np.array([[1, 2]], np.float64),
+        "must be integers, as the model was trained on int32",
+    ),
+    (
+        "float32",
+        np.array([[0, 255]], np.uint8),
+        "must be floats, as the model was trained on float32, got uint8",
+    ),
     ("float32", np.array([[0, np.nan]], np.float64), "must be finite in float32"),
     ("float32", np.array([[0, 1e39]], np.float64), "must be finite in float32"),
     ("float32", np.array([["a", "b"]]), "must be floats"),
@@ -35,8 +51,16 @@ REFUSED = [
         np.array([1, 2], np.float32),
         r"shape \[2\], got the shape \[2\]; add an axis .* example: x\[None\]\.$",
     ),
-    ("float32", np.array([1, 2, 3], np.float32), r"must be examples of the shape \[2\], got the shape \[3\]\.$"),
-    ("float32", np.array([[1, 2, 3]], np.float32), r"must be examples of the shape \[2\], got the shape \[1, 3\]"),
+    (
+        "float32",
+        np.array([1, 2, 3], np.float32),
+        r"must be examples of the shape \[2\], got the shape \[3\]\.$",
+    ),
+    (
+        "float32",
+        np.array([[1, 2, 3]], np.float32),
+        r"must be examples of the shape \[2\], got the shape \[1, 3\]",
+    ),
     ("float32", np.zeros(0), r"got the shape \[0\]"),
 ]
 
@@ -55,9 +79,13 @@ def test_inputs_of_another_kind_or_range_are_refused(dtype, inputs, sentence):
 
 
 def test_pixels_and_tokens_have_the_range_of_training():
-    with pytest.raises(InputError, match="must be from 0 to 16, as in training, got numbers from 0 to 17"):
+    with pytest.raises(
+        InputError, match="must be from 0 to 16, as in training, got numbers from 0 to 17"
+    ):
         Accepted("uint8", (2,), 16).conform("inputs", np.array([[0, 17]], np.uint8))
-    with pytest.raises(InputError, match="must be from 0 to 9, as in training, got numbers from -1 to 3"):
+    with pytest.raises(
+        InputError, match="must be from 0 to 9, as in training, got numbers from -1 to 3"
+    ):
         Accepted("int32", (2,), 9).conform("inputs", np.array([[-1, 3]], np.int32))
     np.testing.assert_array_equal(Accepted("int32", (2,), 9).conform("inputs", [[0, 9]]), [[0, 9]])
 

@@ -44,7 +44,9 @@ def refuse(folder: Path) -> str:
         for name in opened.card.files:
             opened.read(name)
         for name in opened.card.artifacts:
-            node.load(opened, name)(np.zeros((1, *opened.card.input_shape), opened.card.input_dtype))
+            node.load(opened, name)(
+                np.zeros((1, *opened.card.input_shape), opened.card.input_dtype)
+            )
 
     with pytest.raises(InputError) as refusal:
         use()
@@ -66,7 +68,11 @@ def seal(folder: Path, card: Any = None, **files: bytes) -> None:
     (folder / CARD).write_bytes(content)
     lines = {CARD: sha256(content).hexdigest()}
     if isinstance(card, dict) and isinstance(card.get("files"), dict):
-        lines |= {name: file.get("sha256") for name, file in card["files"].items() if isinstance(file, dict)}
+        lines |= {
+            name: file.get("sha256")
+            for name, file in card["files"].items()
+            if isinstance(file, dict)
+        }
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in lines.items()))
 
 
@@ -142,7 +148,13 @@ CARDS = {
         {"activation": "tanh", "kernels": ["inputs/scale"]},
         {"activation": "tanh", "kernels": ["params/layers/1/kernel", "params/layers/0/kernel"]},
     ],
-    "artifacts": [None, [], {"numpy": None}, {"numpy": {"file": WEIGHTS}}, {"numpy": {"file": "no", "receipt": {}}}],
+    "artifacts": [
+        None,
+        [],
+        {"numpy": None},
+        {"numpy": {"file": WEIGHTS}},
+        {"numpy": {"file": "no", "receipt": {}}},
+    ],
     ("artifacts", "numpy", "file"): [
         None,
         "../bundle/weights.safetensors",
@@ -191,11 +203,19 @@ LIES = {
     ("output", "shape"): [[], [3], [10, 1], [11]],
     "predicts": ["tokens"],
     "classes": [[str(number) for number in range(11)]],
-    ("artifacts", "numpy", "receipt"): [{"measured": 3}, {"measured": {"loss": "x"}}, {"relative": "small"}],
+    ("artifacts", "numpy", "receipt"): [
+        {"measured": 3},
+        {"measured": {"loss": "x"}},
+        {"relative": "small"},
+    ],
 }
 """What a card may say of itself, but not of the files."""
 
-HARMLESS = [(("input", "dtype"), "float32"), (("input", "dtype"), "int32"), (("input", "shape"), [64])]
+HARMLESS = [
+    (("input", "dtype"), "float32"),
+    (("input", "dtype"), "int32"),
+    (("input", "shape"), [64]),
+]
 """What numpy has no reason to refuse: it reads any numbers, as many as the first layer has."""
 
 LIES_TO = [
@@ -208,11 +228,17 @@ LIES_TO = [
 
 
 @pytest.mark.parametrize(("runtime", "keys", "value"), LIES_TO, ids=repr)
-def test_card_that_lies_of_its_files_is_told_when_they_run(runtime, keys, value, copy, tmp_path, capsys):
+def test_card_that_lies_of_its_files_is_told_when_they_run(
+    runtime, keys, value, copy, tmp_path, capsys
+):
     card = json.loads((copy / CARD).read_bytes())
     changed(*([keys] if isinstance(keys, str) else keys))(card, value)
     seal(copy, card)
-    np.savez(tmp_path / "x.npz", x_test=np.zeros((2, *card["input"]["shape"]), card["input"]["dtype"]), y_test=[1, 2])
+    np.savez(
+        tmp_path / "x.npz",
+        x_test=np.zeros((2, *card["input"]["shape"]), card["input"]["dtype"]),
+        y_test=[1, 2],
+    )
     given = [str(copy), "--input", str(tmp_path / "x.npz"), "--runtime", runtime]
     for more in ([], ["--score"]):
         assert execute.main([*given, *more]) == 2
@@ -235,8 +261,14 @@ def test_names_are_no_commands_to_a_terminal(copy, tmp_path, capsys):
 @pytest.mark.parametrize("count", [1, 40])
 def test_numbers_of_thousands_of_digits_are_never_multiplied(count, copy, monkeypatch):
     """Of as many as a card has room for, the product would take hours."""
-    monkeypatch.setattr(card_module, "prod", lambda lengths: prod(lengths) if max(lengths) < 2**30 else 1 / 0)
-    content = (copy / CARD).read_text().replace("[\n   8,\n   8\n  ]", f"[{', '.join(['9' * 4300] * count)}]", 1)
+    monkeypatch.setattr(
+        card_module, "prod", lambda lengths: prod(lengths) if max(lengths) < 2**30 else 1 / 0
+    )
+    content = (
+        (copy / CARD)
+        .read_text()
+        .replace("[\n   8,\n   8\n  ]", f"[{', '.join(['9' * 4300] * count)}]", 1)
+    )
     assert content.count("9" * 4300) == count
     seal(copy, content.encode())
     refuse(copy)
@@ -258,7 +290,10 @@ GROWING = {
     "bias that is a column": layer((2**19, 1)),
     "kernel of three axes": layer((16,), (1, 64, 16)),
     "kernel for other inputs": layer((16,), (63, 16)),
-    "shift that is larger than the inputs": {**layer((16,)), "inputs/shift": np.zeros((2**16, 1, 1), np.float32)},
+    "shift that is larger than the inputs": {
+        **layer((16,)),
+        "inputs/shift": np.zeros((2**16, 1, 1), np.float32),
+    },
 }
 
 
@@ -297,7 +332,9 @@ def test_file_outside_the_folder_is_never_opened(name, copy, monkeypatch):
     card["layers"] = None
     seal(copy, card)
     opened = []
-    monkeypatch.setattr(Path, "read_bytes", lambda self, read=Path.read_bytes: opened.append(self) or read(self))
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self, read=Path.read_bytes: opened.append(self) or read(self)
+    )
     assert "names the file" in refuse(copy)
     assert {path.name for path in opened} <= {CARD, SUMS}
 
@@ -343,7 +380,10 @@ def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_pa
     assert verify.main(["bundle", str(copy)]) == 0
     assert "'litert': not known to this version, so not tried" in capsys.readouterr().out
     assert execute.main([*given, "--runtime", "litert"]) == 2
-    assert capsys.readouterr().err == f"error: --runtime must be one of {', '.join(node.RUNTIMES)}, got 'litert'.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: --runtime must be one of {', '.join(node.RUNTIMES)}, got 'litert'.\n"
+    )
 
     card["artifacts"] = {"litert": card["artifacts"]["litert"]}
     seal(copy, card)
@@ -351,14 +391,19 @@ def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_pa
     rule = f"must be one that this version knows ({', '.join(node.RUNTIMES)}), and {copy} has only ['litert']"
     assert capsys.readouterr().err == f"error: --runtime {rule}; export the model again.\n"
     assert verify.main(["bundle", str(copy)]) == 2
-    assert capsys.readouterr().err == "error: FOLDER has no artifact that runs here; the lines above state why.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: FOLDER has no artifact that runs here; the lines above state why.\n"
+    )
 
 
 def test_newer_jax_is_told_before_its_file_is_read(copy):
     card = json.loads((copy / CARD).read_bytes())
     card["versions"]["jax"] = "99.1.0"
     seal(copy, card)
-    with pytest.raises(InputError, match=r"older than the 99\.1\.0 that wrote: install jax 99\.1\.0 or newer"):
+    with pytest.raises(
+        InputError, match=r"older than the 99\.1\.0 that wrote: install jax 99\.1\.0 or newer"
+    ):
         node.load(node.open_bundle(copy), "jax")
 
 
@@ -416,7 +461,14 @@ def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
     (tmp_path / "secret").write_bytes(b"\0" * 4096)
     (copy / "secret").write_bytes(b"\0" * 4096)
     monkeypatch.chdir(tmp_path)
-    places = ["secret", "./secret", "bundle/secret", "../secret", str(tmp_path / "secret"), "/etc/passwd"]
+    places = [
+        "secret",
+        "./secret",
+        "bundle/secret",
+        "../secret",
+        str(tmp_path / "secret"),
+        "/etc/passwd",
+    ]
     for place in [*places, "*/_ORT_MEM_ADDR_/*"]:
         model = onnx.load_from_string((copy / "model.onnx").read_bytes())
         kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2)

@@ -43,7 +43,9 @@ def with_onnxruntime(tmp_path_factory) -> Path:
 
 
 def on(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([python, *map(str, arguments)], capture_output=True, text=True, cwd=python.parent)
+    return subprocess.run(
+        [python, *map(str, arguments)], capture_output=True, text=True, cwd=python.parent
+    )
 
 
 def classes(trained: bundles.ctde.Trained, inputs: np.ndarray) -> Sequence[str]:
@@ -62,9 +64,16 @@ def test_perceptron_runs_with_numpy_alone(name, numpy_alone, tmp_path):
     (trained, data), folder = bundles.trained(name), bundles.written(name).bundle.folder
     np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
     done = on(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", tmp_path / "x.npz")
-    assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(trained, data.test.inputs)
-    verified = on(numpy_alone, "-m", "ctde_jax.verify", "bundle", folder, "--input", tmp_path / "x.npz")
-    assert "holds: every file is as it was written, and numpy say what the model said" in verified.stdout
+    assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(
+        trained, data.test.inputs
+    )
+    verified = on(
+        numpy_alone, "-m", "ctde_jax.verify", "bundle", folder, "--input", tmp_path / "x.npz"
+    )
+    assert (
+        "holds: every file is as it was written, and numpy say what the model said"
+        in verified.stdout
+    )
     assert "onnx: not installed here" in verified.stdout
 
 
@@ -72,16 +81,31 @@ def test_perceptron_runs_with_numpy_alone(name, numpy_alone, tmp_path):
 def test_any_classifier_runs_with_numpy_and_onnxruntime(name, with_onnxruntime, tmp_path):
     (trained, data), folder = bundles.trained(name), bundles.written(name).bundle.folder
     np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
-    arguments = ["-m", "ctde_jax.execute", folder, "--input", tmp_path / "x.npz", "--runtime", "onnx"]
+    arguments = [
+        "-m",
+        "ctde_jax.execute",
+        folder,
+        "--input",
+        tmp_path / "x.npz",
+        "--runtime",
+        "onnx",
+    ]
     done = on(with_onnxruntime, *arguments)
-    assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(trained, data.test.inputs)
-    assert f"accuracy {trained.tested['accuracy']:.2%}" in on(with_onnxruntime, *arguments, "--score").stdout
+    assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(
+        trained, data.test.inputs
+    )
+    assert (
+        f"accuracy {trained.tested['accuracy']:.2%}"
+        in on(with_onnxruntime, *arguments, "--score").stdout
+    )
 
 
 @pytest.mark.parametrize("name", bundles.TEXTS)
 def test_any_text_is_written_with_numpy_and_onnxruntime(name, with_onnxruntime):
     folder = bundles.written(name).bundle.folder
-    done = on(with_onnxruntime, "-m", "ctde_jax.execute", folder, "--prompt", "To be", "--temperature", 0)
+    done = on(
+        with_onnxruntime, "-m", "ctde_jax.execute", folder, "--prompt", "To be", "--temperature", 0
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) == len("To be") + 200 + 1
 
@@ -101,7 +125,13 @@ def test_first_answer_is_timed(numpy_alone, with_onnxruntime, tmp_path, record_p
     inputs = bundles.trained("mlp")[1].test.inputs
     np.save(tmp_path / "x.npy", inputs[:1])
     for runtime, python in (("numpy", numpy_alone), ("onnx", with_onnxruntime)):
-        arguments = ["-m", "ctde_jax.execute", bundles.written("mlp").bundle.folder, "--input", tmp_path / "x.npy"]
+        arguments = [
+            "-m",
+            "ctde_jax.execute",
+            bundles.written("mlp").bundle.folder,
+            "--input",
+            tmp_path / "x.npy",
+        ]
         before = time.perf_counter()
         done = on(python, *arguments, "--runtime", runtime)
         seconds = time.perf_counter() - before

@@ -13,7 +13,13 @@ from ctde_jax.bundle import reading
 from ctde_jax.errors import InputError
 from ctde_jax.trainer import log
 
-KINDS = {"pipe": "a pipe", "folder": "a folder", "socket": "a socket", "device": "a device", "link": "No such file"}
+KINDS = {
+    "pipe": "a pipe",
+    "folder": "a folder",
+    "socket": "a socket",
+    "device": "a device",
+    "link": "No such file",
+}
 
 
 def make(kind: str, path: Path) -> Path:
@@ -35,8 +41,12 @@ READERS = {
     "csv": ctde.data.from_csv,
     "text": ctde.data.from_text,
     "configuration": lambda path: config.parse(["--config", str(path)]),
-    "pictures": lambda path: ctde.data.mnist(path.rename(path.with_name("train-images-idx3-ubyte")).parent),
-    "records": lambda path: ctde.data.cifar10(path.rename(path.with_name("data_batch_1.bin")).parent),
+    "pictures": lambda path: ctde.data.mnist(
+        path.rename(path.with_name("train-images-idx3-ubyte")).parent
+    ),
+    "records": lambda path: ctde.data.cifar10(
+        path.rename(path.with_name("data_batch_1.bin")).parent
+    ),
     "metrics": lambda path: log.read_rows(path.rename(path.with_name("metrics.jsonl")).parent, 1),
 }
 
@@ -63,14 +73,18 @@ def test_only_regular_files_of_a_checkpoint_are_read(tmp_path, name):
     checkpoint.write(path, {"a": np.zeros(2)}, {})
     (path / name).unlink()
     make("pipe", path / name)
-    with pytest.raises(InputError, match="which cannot be read: it is a pipe and not a regular file"):
+    with pytest.raises(
+        InputError, match="which cannot be read: it is a pipe and not a regular file"
+    ):
         checkpoint.read(path)
 
 
 @pytest.mark.parametrize("read", [ctde.data.from_csv, ctde.data.from_text])
 def test_error_in_the_middle_of_a_file_is_a_sentence(read):
     """The first page of a process's memory cannot be read, as a block of a broken disk."""
-    with pytest.raises(InputError, match=r"/proc/self/mem, which cannot be read \(Input/output error\)"):
+    with pytest.raises(
+        InputError, match=r"/proc/self/mem, which cannot be read \(Input/output error\)"
+    ):
         read("/proc/self/mem")
 
 

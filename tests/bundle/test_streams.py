@@ -61,18 +61,24 @@ def test_working_folder_that_is_gone_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("redirection", "reason"), [("> /dev/full", "No space left on device"), ("| true", "Broken pipe")]
+    ("redirection", "reason"),
+    [("> /dev/full", "No space left on device"), ("| true", "Broken pipe")],
 )
 def test_screen_that_fails_is_reported_once_and_the_work_goes_on(redirection, reason):
     body = "import time; from ctde_jax.trainer.log import console; time.sleep(0.3); "
     body += "[console().print('a' * 9999) for _ in range(9)]"
     done = command(f"{body}; print('done', file=sys.stderr)", redirection)
     assert done.returncode == 0
-    assert done.stderr == f"Standard output cannot be written to ({reason}), so the rest of it is dropped.\ndone\n"
+    assert (
+        done.stderr
+        == f"Standard output cannot be written to ({reason}), so the rest of it is dropped.\ndone\n"
+    )
 
 
 def test_screen_shows_what_it_can_of_other_characters():
     done = command(
-        "from ctde_jax.trainer.log import console; console().print('R\\u00e9nyi')", "", PYTHONIOENCODING="ascii:strict"
+        "from ctde_jax.trainer.log import console; console().print('R\\u00e9nyi')",
+        "",
+        PYTHONIOENCODING="ascii:strict",
     )
     assert (done.returncode, done.stdout) == (0, "R?nyi\n")

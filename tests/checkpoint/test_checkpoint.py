@@ -56,7 +56,9 @@ def test_what_is_read_is_what_was_written(saved):
 
 
 def test_system_can_check_the_sums(saved):
-    subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=saved, check=True, capture_output=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--strict", SUMS], cwd=saved, check=True, capture_output=True
+    )
 
 
 def test_manifest_names_versions_and_tensors(saved):
@@ -84,7 +86,9 @@ def test_damaged_tensor_is_named(saved):
     place = whole.index(ARRAYS["params/layers/0/kernel"].tobytes())
     whole[place + 9] ^= 4
     (saved / TENSORS).write_bytes(whole)
-    with pytest.raises(Damaged, match=f"params/layers/0/kernel in {TENSORS} differs from its SHA-256"):
+    with pytest.raises(
+        Damaged, match=f"params/layers/0/kernel in {TENSORS} differs from its SHA-256"
+    ):
         read(saved)
 
 
@@ -112,7 +116,9 @@ MALFORMED = {
     "offsets outside": (54).to_bytes(8, "little") + HEADER.replace(b"[0,8]", b"[8,0]") + bytes(8),
     "an unknown type": (54).to_bytes(8, "little") + HEADER.replace(b"F32", b"X32") + bytes(8),
     "a negative shape": (55).to_bytes(8, "little") + HEADER.replace(b"[2]", b"[-2]") + bytes(8),
-    "a shape of more than there is": (63).to_bytes(8, "little") + HEADER.replace(b"[2]", b"[999999999]") + bytes(8),
+    "a shape of more than there is": (63).to_bytes(8, "little")
+    + HEADER.replace(b"[2]", b"[999999999]")
+    + bytes(8),
 }
 
 
@@ -157,7 +163,9 @@ def test_newer_format_is_refused(saved, monkeypatch):
     with monkeypatch.context() as later:
         later.setattr(checkpoint, "FORMAT", FORMAT + 1)
         checkpoint.write(saved, ARRAYS, {})
-    with pytest.raises(InputError, match=f"format {FORMAT + 1}, and this version reads up to {FORMAT}"):
+    with pytest.raises(
+        InputError, match=f"format {FORMAT + 1}, and this version reads up to {FORMAT}"
+    ):
         read(saved)
 
 
@@ -168,7 +176,8 @@ def test_step_that_is_written_again_is_replaced(saved):
 
 
 @pytest.mark.parametrize(
-    ("module", "part"), [(checkpoint, "save_file"), (atomic, "bring_to_disk"), (checkpoint, "_sums")]
+    ("module", "part"),
+    [(checkpoint, "save_file"), (atomic, "bring_to_disk"), (checkpoint, "_sums")],
 )
 def test_failed_write_leaves_the_folder_as_it_was(saved, monkeypatch, module, part):
     def fail(*arguments, **more):
@@ -307,7 +316,9 @@ def test_checkpoint_of_a_killed_process_is_whole_or_not_there(tmp_path):
     )
     for moment in range(8):
         folder = tmp_path / str(moment)
-        process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         process.stdout.readline()
         try:

@@ -23,14 +23,26 @@ RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(96, 6)).astype(np.float32), RNG.integers(0, 3, 96)
 DATA = data.hold_out(data.from_arrays(X[:80], Y[:80], X[80:], Y[80:]), 0.2)
 PARTS = [np.arange(32), np.arange(32, 64)]
-QUICK = {"model": models.mlp([6, 8, 3]), "strategy": ctde.Strategy(), "augment": None, "partition": None}
+QUICK = {
+    "model": models.mlp([6, 8, 3]),
+    "strategy": ctde.Strategy(),
+    "augment": None,
+    "partition": None,
+}
 """What is compiled faster."""
 
 
 class Net(nnx.Module):
     """Has dropout and batch normalization, whose rate and momentum are constants of the program."""
 
-    def __init__(self, rngs: nnx.Rngs, rate: float = 0.2, momentum: float = 0.9, slope: float = 0.1, width: int = 8):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        rate: float = 0.2,
+        momentum: float = 0.9,
+        slope: float = 0.1,
+        width: int = 8,
+    ):
         self.first, self.last = nnx.Linear(6, width, rngs=rngs), nnx.Linear(width, 3, rngs=rngs)
         self.norm = nnx.BatchNorm(width, momentum=momentum, rngs=rngs)
         self.dropout, self.slope = nnx.Dropout(rate, rngs=rngs), slope
@@ -73,7 +85,12 @@ def diloco(**options) -> ctde.Strategy:
 
 def fit(folder, **changes) -> ctde.Trained:
     arguments = {"model": net(), "data": DATA, "optimizer": optax.adam(0.01), "strategy": diloco()}
-    arguments |= {"task": make_task(), "augment": shifted, "partition": PARTS, "devices": devices.start(2)}
+    arguments |= {
+        "task": make_task(),
+        "augment": shifted,
+        "partition": PARTS,
+        "devices": devices.start(2),
+    }
     arguments |= {"batch_size": 16, "steps": 8, "log_every": 4, "run_dir": folder, "show": False}
     return ctde.fit(**{**arguments, **changes})
 
@@ -98,7 +115,10 @@ def changed(array: np.ndarray) -> np.ndarray:
 
 CHANGES = {
     "learning rate": ({"optimizer": optax.adam(0.02)}, ["the optimizer"]),
-    "schedule": ({"optimizer": optax.adam(optax.cosine_decay_schedule(0.01, 8))}, ["the optimizer"]),
+    "schedule": (
+        {"optimizer": optax.adam(optax.cosine_decay_schedule(0.01, 8))},
+        ["the optimizer"],
+    ),
     "other optimizer": ({"optimizer": optax.sgd(0.01)}, ["the optimizer"]),
     "dropout rate": ({"model": net(rate=0.3)}, ["the model"]),
     "no dropout": ({"model": net(rate=0.0)}, ["the model"]),
@@ -129,8 +149,14 @@ CHANGES = {
         {"data": with_split("train", labels=changed(DATA.train.labels))},
         ["the labels of the training split"],
     ),
-    "test inputs": ({"data": with_split("test", inputs=changed(DATA.test.inputs))}, ["the inputs of the test split"]),
-    "test labels": ({"data": with_split("test", labels=changed(DATA.test.labels))}, ["the labels of the test split"]),
+    "test inputs": (
+        {"data": with_split("test", inputs=changed(DATA.test.inputs))},
+        ["the inputs of the test split"],
+    ),
+    "test labels": (
+        {"data": with_split("test", labels=changed(DATA.test.labels))},
+        ["the labels of the test split"],
+    ),
     "validation split": (
         {"data": with_split("validation", inputs=changed(DATA.validation.inputs))},
         ["the inputs of the validation split"],
@@ -139,7 +165,11 @@ CHANGES = {
     "class names": ({"data": replace(DATA, classes=("ant", "bee", "cat"))}, ["the class names"]),
     "partition": ({"partition": [PARTS[0][::-1], PARTS[1]]}, ["the partition"]),
     "several": (
-        {"optimizer": optax.adam(0.02), "task": make_task(factor=2.0), "data": replace(DATA, scale=np.float32(2))},
+        {
+            "optimizer": optax.adam(0.02),
+            "task": make_task(factor=2.0),
+            "data": replace(DATA, scale=np.float32(2)),
+        },
         ["the scale of the inputs", "the loss", "the optimizer"],
     ),
 }
@@ -152,7 +182,11 @@ def test_change_is_refused_by_its_name_before_anything_is_compiled(name, run, mo
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     with pytest.raises(ctde.InputError) as caught:
         fit(run, **change)
-    said = str(caught.value).split(" with ", 1)[1].split(". Give another run_dir, resume=False to train")[0]
+    said = (
+        str(caught.value)
+        .split(" with ", 1)[1]
+        .split(". Give another run_dir, resume=False to train")[0]
+    )
     listed = [part.split(": ")[-1] for part in said.split("; ")]
     assert listed == names
     assert f"or branch_from {run}/checkpoints/step-00000008" in str(caught.value)
@@ -164,7 +198,10 @@ def test_what_decides_no_number_may_change(run, capsys):
     again = fit(
         run,
         model=models.from_nnx(jax.tree_util.Partial(Net)),
-        data=data.hold_out(data.from_arrays(X[:80].tolist(), list(Y[:80]), X[80:].copy(), Y[80:].astype(np.int8)), 0.2),
+        data=data.hold_out(
+            data.from_arrays(X[:80].tolist(), list(Y[:80]), X[80:].copy(), Y[80:].astype(np.int8)),
+            0.2,
+        ),
         optimizer=optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(0.01)),
         task=make_task()._replace(lower_is_better=["error"]),
         augment=jax.jit(shifted),
@@ -176,26 +213,32 @@ def test_what_decides_no_number_may_change(run, capsys):
         show=True,
     )
     said = capsys.readouterr().out
-    assert "nothing was trained: this run was complete at step 8; resume=False or another run_dir trains it" in said
+    assert (
+        "nothing was trained: this run was complete at step 8; resume=False or another run_dir trains it"
+        in said
+    )
     assert "train" not in again.seconds
     assert repr(again).startswith("Trained(loaded, ")
 
 
 def test_digests_do_not_depend_on_the_process(tmp_path):
     """On the seed of Python's hashes, ids of objects, or where the code stands."""
-    source = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_identity as t; print(sorted(t.digests().items()))"
-    )
+    source = "import sys; sys.path.insert(0, sys.argv[1]); import test_identity as t; print(sorted(t.digests().items()))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", source, os.path.dirname(__file__)]
-    other = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    other = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert other.stdout.strip() == str(sorted(digests().items()))
 
 
 def digests() -> dict:
     found = {}
     pictures = data.from_arrays(
-        np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, int), np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, int)
+        np.zeros((4, 8, 8, 1), np.uint8),
+        np.zeros(4, int),
+        np.zeros((4, 8, 8, 1), np.uint8),
+        np.zeros(4, int),
     )
     made = {
         "net": (net(), DATA),
@@ -210,7 +253,10 @@ def digests() -> dict:
 
 def test_run_continues_on_another_number_of_devices(tmp_path):
     """And the checkpoint that it writes there is compared likewise."""
-    shared = {**QUICK, "strategy": ctde.Strategy(4, ctde.aggregate.two_phase(ctde.aggregate.quantize(8)))}
+    shared = {
+        **QUICK,
+        "strategy": ctde.Strategy(4, ctde.aggregate.two_phase(ctde.aggregate.quantize(8))),
+    }
     fit(tmp_path, **shared, devices=devices.start(4), save_every=4)
     shutil.rmtree(checkpoint.path_of(tmp_path / "checkpoints", 8))
     for count in (2, 1):
@@ -240,7 +286,11 @@ def test_program_traced_by_another_version_is_not_compared(run, tmp_path, capsys
 
 
 def test_checkpoint_without_digests_is_not_compared(run, tmp_path, capsys):
-    rewritten(run, tmp_path, lambda facts: {name: fact for name, fact in facts.items() if name != "identity"})
+    rewritten(
+        run,
+        tmp_path,
+        lambda facts: {name: fact for name, fact in facts.items() if name != "identity"},
+    )
     fit(tmp_path / "run", show=True, optimizer=optax.adam(0.5))
     assert (
         "not compared with that run: data and program, of which the checkpoint has no digests"
@@ -248,7 +298,9 @@ def test_checkpoint_without_digests_is_not_compared(run, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("identity", [None, 3, {}, {"data": {}, "versions": {}, "replicas": 2, "program": {"a": 1}}])
+@pytest.mark.parametrize(
+    "identity", [None, 3, {}, {"data": {}, "versions": {}, "replicas": 2, "program": {"a": 1}}]
+)
 def test_malformed_digests_are_a_sentence(run, tmp_path, identity):
     rewritten(run, tmp_path, lambda facts: {**facts, "identity": identity})
     with pytest.raises(ctde.InputError, match="whose identity is not that of a run"):
@@ -261,7 +313,10 @@ def test_program_that_is_traced_differently_each_time_is_not_compared(tmp_path, 
 
     for show in (False, True):
         fit(tmp_path, **QUICK, task=ctde.Task(unstable), show=show)
-    assert "not compared with that run: the loss, which is traced differently each time" in capsys.readouterr().out
+    assert (
+        "not compared with that run: the loss, which is traced differently each time"
+        in capsys.readouterr().out
+    )
 
 
 def test_batches_that_arrive_are_not_compared_and_test_arrays_are(tmp_path, capsys):
@@ -271,7 +326,10 @@ def test_batches_that_arrive_are_not_compared_and_test_arrays_are(tmp_path, caps
     run = partial(fit, tmp_path, **QUICK)
     run(data=stream())
     run(data=stream(), show=True)
-    assert "not compared with that run: the training batches, which arrive one after another" in capsys.readouterr().out
+    assert (
+        "not compared with that run: the training batches, which arrive one after another"
+        in capsys.readouterr().out
+    )
     with pytest.raises(ctde.InputError, match="other data: the labels of the test split"):
         run(data=stream(changed(Y[80:])))
 

@@ -54,7 +54,10 @@ SAME = {
     "another name": (lambda x: 0.1 * x, lambda inputs: 0.1 * inputs),
     "jit": (lambda x: jnp.sin(0.1 * x), jax.jit(lambda x: jax.jit(jnp.sin)(0.1 * x))),
     "unused results": (lambda x: 0.1 * x, lambda x: (x @ x, 0.1 * x)[1]),
-    "independent order": (lambda x: (jnp.sin(x), jnp.cos(x)), lambda x: (jnp.cos(x), jnp.sin(x))[::-1]),
+    "independent order": (
+        lambda x: (jnp.sin(x), jnp.cos(x)),
+        lambda x: (jnp.cos(x), jnp.sin(x))[::-1],
+    ),
     "a copy of a constant": (lambda x: x + TABLE, lambda x: x + TABLE.copy()),
     "a constant on the device": (lambda x: x + TABLE, lambda x: x + jnp.asarray(TABLE)),
     "a print": (lambda x: 0.1 * x, printing),
@@ -69,7 +72,10 @@ OTHER = {
     "a constant in a branch": (chosen(0.5), chosen(0.6)),
     "the length of a loop": (repeated(3), repeated(4)),
     "a dtype": (lambda x: x.astype(jnp.bfloat16), lambda x: x.astype(jnp.float16)),
-    "a gradient by hand": (jax.grad(lambda x: steep(x).sum()), jax.grad(lambda x: steeper(x).sum())),
+    "a gradient by hand": (
+        jax.grad(lambda x: steep(x).sum()),
+        jax.grad(lambda x: steeper(x).sum()),
+    ),
     "a collective": (lambda x: lax.pmean(x, AXIS), lambda x: lax.pmax(x, AXIS)),
     "an axis": (lambda x: jnp.ones((4, 4)).sum(0) + x, lambda x: jnp.ones((4, 4)).sum(1) + x),
 }

@@ -31,11 +31,19 @@ RUNS: dict[str, dict] = {
     "int4 with feedback": {"strategy": ctde.strategy("ddp", reduce="int4", error_feedback=True)},
     "power_sgd": {"strategy": ctde.strategy("ddp", reduce="power_sgd", rank=1)},
     "diloco": {"strategy": ctde.strategy("diloco", sync_every=4), "steps": 42},
-    "diloco int4": {"strategy": ctde.strategy("diloco", sync_every=4, reduce="int4", error_feedback=True)},
-    "centered clipping": {"strategy": ctde.strategy("diloco", sync_every=4, combine="centered_clipping")},
+    "diloco int4": {
+        "strategy": ctde.strategy("diloco", sync_every=4, reduce="int4", error_feedback=True)
+    },
+    "centered clipping": {
+        "strategy": ctde.strategy("diloco", sync_every=4, combine="centered_clipping")
+    },
     "sparse-loco": {"strategy": ctde.strategy("sparse-loco", sync_every=3)},
-    "streaming-diloco": {"strategy": ctde.strategy("streaming-diloco", sync_every=2, reduce="int8")},
-    "post-local-sgd": {"strategy": ctde.strategy("post-local-sgd", sync_every=4, synchronous_steps=12)},
+    "streaming-diloco": {
+        "strategy": ctde.strategy("streaming-diloco", sync_every=2, reduce="int8")
+    },
+    "post-local-sgd": {
+        "strategy": ctde.strategy("post-local-sgd", sync_every=4, synchronous_steps=12)
+    },
     "gossip": {"strategy": ctde.strategy("gossip")},
     "no-loco": {"strategy": ctde.strategy("no-loco", sync_every=4)},
 }
@@ -45,13 +53,27 @@ QUICK = ["ddp", "diloco int4"]
 @pytest.fixture
 def small(digits) -> data.Dataset:
     return data.from_arrays(
-        digits.train.inputs[:320], digits.train.labels[:320], digits.test.inputs[:40], digits.test.labels[:40]
+        digits.train.inputs[:320],
+        digits.train.labels[:320],
+        digits.test.inputs[:40],
+        digits.test.labels[:40],
     )
 
 
 def fit(small: data.Dataset, folder: Path, count: int = 2, **more) -> ctde.Trained:
-    arguments = {"model": MODEL, "optimizer": optax.adam(0.01), "batch_size": 32, "steps": 40, "log_every": 4}
-    arguments |= {"devices": devices.start(count), "save_every": 4, "run_dir": folder, "show": False} | more
+    arguments = {
+        "model": MODEL,
+        "optimizer": optax.adam(0.01),
+        "batch_size": 32,
+        "steps": 40,
+        "log_every": 4,
+    }
+    arguments |= {
+        "devices": devices.start(count),
+        "save_every": 4,
+        "run_dir": folder,
+        "show": False,
+    } | more
     return ctde.fit(data=small, **arguments)
 
 
@@ -61,7 +83,9 @@ def tensors(folder: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in found.tensors.items()}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
+)
 def test_run_killed_at_several_moments_ends_with_the_same_bits(name, small, tmp_path, monkeypatch):
     run = partial(fit, small, **RUNS[name])
     whole = run(tmp_path / "whole")
@@ -75,7 +99,9 @@ def test_run_killed_at_several_moments_ends_with_the_same_bits(name, small, tmp_
     assert again.tested == whole.tested
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
+)
 def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monkeypatch):
     """8 -> 2 -> 4; synchronous float32 aggregation is the same on any number of them."""
     run = partial(fit, small, **RUNS[name])
@@ -84,11 +110,17 @@ def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monke
     run(tmp_path / "run", 4)
     whole = run(tmp_path / "whole", 4)
 
-    assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "whole")]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [
+        row["step"] for row in rows(tmp_path / "whole")
+    ]
     own, last = rows(tmp_path / "run")[-1], whole.history[-1]
     if name in ("ddp", "rows and evaluations that do not divide", "average of the parameters"):
-        for part, tensor in checkpoint.read(checkpoint.newest(tmp_path / "run" / "checkpoints")).tensors.items():
-            other = checkpoint.read(checkpoint.newest(tmp_path / "whole" / "checkpoints")).tensors[part]
+        for part, tensor in checkpoint.read(
+            checkpoint.newest(tmp_path / "run" / "checkpoints")
+        ).tensors.items():
+            other = checkpoint.read(checkpoint.newest(tmp_path / "whole" / "checkpoints")).tensors[
+                part
+            ]
             np.testing.assert_allclose(tensor, other, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(own["loss"], last["loss"], rtol=0.3)
 
@@ -105,7 +137,14 @@ def test_copy_of_a_run_goes_on_elsewhere_with_the_same_bits(small, tmp_path, mon
 
 def test_patience_goes_on(small, tmp_path, monkeypatch):
     """The best parameters so far, and how often nothing better came, are in the checkpoint."""
-    run = partial(fit, data.hold_out(small, 0.2, 0), patience=2, eval_every=4, optimizer=optax.adam(0.2), steps=200)
+    run = partial(
+        fit,
+        data.hold_out(small, 0.2, 0),
+        patience=2,
+        eval_every=4,
+        optimizer=optax.adam(0.2),
+        steps=200,
+    )
     whole = run(tmp_path / "whole")
     assert whole.stopped_early
     killed_after(monkeypatch, len(whole.history) - 3, partial(run, tmp_path / "killed"))
@@ -115,12 +154,18 @@ def test_patience_goes_on(small, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
 
-THERE_AND_BACK = {"optimizer": optax.adam(lambda step: 0.2 - 0.3 * (step >= 20)), "eval_every": 4, "save_every": 12}
+THERE_AND_BACK = {
+    "optimizer": optax.adam(lambda step: 0.2 - 0.3 * (step >= 20)),
+    "eval_every": 4,
+    "save_every": 12,
+}
 """A run that goes uphill after step 20."""
 
 
 @pytest.mark.parametrize(("name", "first"), [("loss", min), ("accuracy", max)])
-def test_best_checkpoint_stays_and_killing_the_run_does_not_change_which(name, first, small, tmp_path, monkeypatch):
+def test_best_checkpoint_stays_and_killing_the_run_does_not_change_which(
+    name, first, small, tmp_path, monkeypatch
+):
     run = partial(fit, data.hold_out(small, 0.2, 0), **THERE_AND_BACK, keep_best=name)
     whole = run(tmp_path / "whole")
     validated = [row for row in whole.history if row["split"] == "validation"]
@@ -138,7 +183,9 @@ def test_best_checkpoint_stays_and_killing_the_run_does_not_change_which(name, f
     jax.tree.map(np.testing.assert_array_equal, again.tensors, kept.tensors)
 
 
-def test_keeping_the_best_changes_no_row_and_may_begin_in_the_middle(small, tmp_path, monkeypatch, capsys):
+def test_keeping_the_best_changes_no_row_and_may_begin_in_the_middle(
+    small, tmp_path, monkeypatch, capsys
+):
     whole = fit(small, tmp_path / "whole", **THERE_AND_BACK)
     killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed", **THERE_AND_BACK))
     again = fit(small, tmp_path / "killed", **THERE_AND_BACK, keep_best="accuracy", show=True)
@@ -162,7 +209,10 @@ def test_branch_off_the_best_has_its_parameters(small, tmp_path):
 
 
 def test_best_by_an_unknown_metric_is_refused_before_anything_is_written(small, tmp_path):
-    with pytest.raises(ctde.InputError, match="keep_best must be one of loss, accuracy, got 'acuracy'; did you mean"):
+    with pytest.raises(
+        ctde.InputError,
+        match="keep_best must be one of loss, accuracy, got 'acuracy'; did you mean",
+    ):
         fit(small, tmp_path / "run", keep_best="acuracy")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ctde.InputError, match="keep_best needs a run_dir"):
@@ -191,15 +241,23 @@ def test_finished_run_is_read_and_not_repeated(small, tmp_path):
     again = fit(small, tmp_path)
     assert again.history == whole.history
     assert again.tested == whole.tested
-    np.testing.assert_array_equal(again.predict(small.test.inputs), whole.predict(small.test.inputs))
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")} == before
+    np.testing.assert_array_equal(
+        again.predict(small.test.inputs), whole.predict(small.test.inputs)
+    )
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")
+    } == before
 
 
 def test_work_lost_is_at_most_save_every_steps(small, tmp_path, monkeypatch):
     """Wherever the run is killed, its newest checkpoint has at least the steps of the rows less save_every."""
     for lines in (2, 5, 9):
         folder = tmp_path / str(lines)
-        killed_after(monkeypatch, lines, partial(fit, small, folder, save_every=6, log_every=3, eval_every=10))
+        killed_after(
+            monkeypatch,
+            lines,
+            partial(fit, small, folder, save_every=6, log_every=3, eval_every=10),
+        )
         seen = rows(folder)[-1]["step"]
         assert checkpoint.steps(folder / "checkpoints")[0] >= seen - 6
 
@@ -218,9 +276,7 @@ def test_damaged_checkpoint_is_passed_over(small, tmp_path, monkeypatch, capsys)
 def test_other_options_are_listed(small, tmp_path):
     fit(small, tmp_path, options={"learning_rate": 0.01})
     before = tensors(tmp_path)
-    sentence = (
-        r"run_dir holds a run with other options: learning_rate 0.01 there and 0.02 here; seed 0 there and 1 here"
-    )
+    sentence = r"run_dir holds a run with other options: learning_rate 0.01 there and 0.02 here; seed 0 there and 1 here"
     with pytest.raises(ctde.InputError, match=sentence):
         fit(small, tmp_path, seed=1, options={"learning_rate": 0.02})
     assert tensors(tmp_path) == before
@@ -229,9 +285,15 @@ def test_other_options_are_listed(small, tmp_path):
 def test_every_parameter_of_another_model_is_listed(small, tmp_path):
     fit(small, tmp_path / "trunk")
     trunk = checkpoint.newest(tmp_path / "trunk" / "checkpoints")
-    with pytest.raises(ctde.InputError, match="branch_from must lead to a checkpoint of the same model") as caught:
+    with pytest.raises(
+        ctde.InputError, match="branch_from must lead to a checkpoint of the same model"
+    ) as caught:
         fit(small, tmp_path / "branch", model=models.mlp([64, 9, 10]), branch_from=trunk, steps=50)
-    for part in ("0/bias is float32[8] there and float32[9] here", "0/kernel is float32[64, 8] there", "1/kernel is"):
+    for part in (
+        "0/bias is float32[8] there and float32[9] here",
+        "0/kernel is float32[64, 8] there",
+        "1/kernel is",
+    ):
         assert part in str(caught.value)
 
 
@@ -245,14 +307,21 @@ def test_every_tensor_of_another_optimizer_is_listed(small, tmp_path):
 def test_without_resume_a_run_starts_anew_and_the_earlier_ones_stay(small, tmp_path, capsys):
     (tmp_path / "previous-1").mkdir()
     runs = [fit(small, tmp_path, resume=False, seed=seed, show=True) for seed in range(2)]
-    assert f"previous   the run that {tmp_path} held is now in {tmp_path / 'previous-2'}" in capsys.readouterr().out
+    assert (
+        f"previous   the run that {tmp_path} held is now in {tmp_path / 'previous-2'}"
+        in capsys.readouterr().out
+    )
     for seed, folder in enumerate([tmp_path / "previous-2", tmp_path]):
-        assert {"metrics.jsonl", "curves.png", "checkpoints"} <= {path.name for path in folder.iterdir()}
+        assert {"metrics.jsonl", "curves.png", "checkpoints"} <= {
+            path.name for path in folder.iterdir()
+        }
         assert fit(small, folder, seed=seed).history == runs[seed].history
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3])
-def test_move_that_was_interrupted_is_completed_by_the_next_call(small, tmp_path, monkeypatch, renames):
+def test_move_that_was_interrupted_is_completed_by_the_next_call(
+    small, tmp_path, monkeypatch, renames
+):
     fit(small, tmp_path)
     before, rename, done = tensors(tmp_path), Path.rename, []
 
@@ -268,7 +337,11 @@ def test_move_that_was_interrupted_is_completed_by_the_next_call(small, tmp_path
             fit(small, tmp_path, resume=False, seed=1)
     fit(small, tmp_path, seed=1)
     assert tensors(tmp_path / "previous-1") == before != tensors(tmp_path)
-    assert {path.name for path in (tmp_path / "previous-1").iterdir()} == {"metrics.jsonl", "curves.png", "checkpoints"}
+    assert {path.name for path in (tmp_path / "previous-1").iterdir()} == {
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoints",
+    }
 
 
 def test_call_that_fails_before_its_first_step_moves_nothing(small, tmp_path):
@@ -282,7 +355,13 @@ def test_call_that_fails_before_its_first_step_moves_nothing(small, tmp_path):
 
 def test_branch_may_start_from_the_run_that_is_moved(small, tmp_path):
     fit(small, tmp_path)
-    branch = fit(small, tmp_path, resume=False, branch_from=checkpoint.newest(tmp_path / "checkpoints"), steps=44)
+    branch = fit(
+        small,
+        tmp_path,
+        resume=False,
+        branch_from=checkpoint.newest(tmp_path / "checkpoints"),
+        steps=44,
+    )
     assert [row["step"] for row in branch.history if row["split"] == "train"] == [44]
     assert checkpoint.steps(tmp_path / "previous-1" / "checkpoints")[0] == 40
 
@@ -302,13 +381,17 @@ def test_branch_goes_on_from_a_checkpoint_with_other_options(small, tmp_path, ca
 def test_checkpoint_that_is_none_of_a_run_is_refused(small, tmp_path, fact):
     fit(small, tmp_path)
     found = checkpoint.read(checkpoint.newest(tmp_path / "checkpoints"))
-    checkpoint.write(found.path, found.tensors, {name: x for name, x in found.facts.items() if name != fact})
+    checkpoint.write(
+        found.path, found.tensors, {name: x for name, x in found.facts.items() if name != fact}
+    )
     with pytest.raises(ctde.InputError, match=f"does not say its {fact}"):
         fit(small, tmp_path)
 
 
 def test_branch_needs_an_intact_checkpoint(small, tmp_path):
-    with pytest.raises(ctde.InputError, match="branch_from must name the folder of an intact checkpoint"):
+    with pytest.raises(
+        ctde.InputError, match="branch_from must name the folder of an intact checkpoint"
+    ):
         fit(small, tmp_path / "branch", branch_from=tmp_path / "nowhere")
 
 
@@ -326,7 +409,11 @@ def test_branch_off_a_run_that_patience_ended_has_patience_anew(small, tmp_path)
     held = data.hold_out(small, 0.2, 0)
     run = partial(fit, held, patience=2, eval_every=4, optimizer=optax.adam(0.2), steps=200)
     trunk = run(tmp_path / "trunk")
-    branch = run(tmp_path / "branch", branch_from=checkpoint.newest(tmp_path / "trunk" / "checkpoints"), seed=1)
+    branch = run(
+        tmp_path / "branch",
+        branch_from=checkpoint.newest(tmp_path / "trunk" / "checkpoints"),
+        seed=1,
+    )
     assert branch.history[0]["step"] > trunk.history[-1]["step"]
     assert branch.tested["step"] == branch.step
 
@@ -336,12 +423,17 @@ def test_branch_must_have_steps_left(small, tmp_path):
     fit(small, tmp_path / "trunk")
     trunk = checkpoint.newest(tmp_path / "trunk" / "checkpoints")
     rule = "^branch_from must lead to a checkpoint from before the end of this run at step 40, got .* of step 40; "
-    with pytest.raises(ctde.InputError, match=f"{rule}raise epochs or steps, which count from the start of its parent"):
+    with pytest.raises(
+        ctde.InputError,
+        match=f"{rule}raise epochs or steps, which count from the start of its parent",
+    ):
         fit(small, tmp_path / "branch", branch_from=trunk)
 
 
 @pytest.mark.parametrize("rows_before", [0, 5])
-def test_ctrl_c_before_the_first_step_returns_what_there_is(small, tmp_path, monkeypatch, rows_before):
+def test_ctrl_c_before_the_first_step_returns_what_there_is(
+    small, tmp_path, monkeypatch, rows_before
+):
     """At the start of a run, and of one that goes on."""
     whole = fit(small, tmp_path / "whole")
     if rows_before:
@@ -375,7 +467,10 @@ def test_sigterm_within_a_span_and_at_its_end(small, tmp_path, monkeypatch):
     """The same call goes on from where the signal came."""
     whole = fit(small, tmp_path / "whole")
     add = Log.add
-    for moment in (4, 11):  # the third row of the second span, whose end is step 20, and the evaluation after it
+    for moment in (
+        4,
+        11,
+    ):  # the third row of the second span, whose end is step 20, and the evaluation after it
 
         def add_and_signal(log: Log, row, moment=moment):
             add(log, row)
@@ -427,7 +522,11 @@ def test_options_may_be_numbers_of_numpy_and_paths(small, tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        ({"strategy": ctde.Strategy(4)}, {"strategy": ctde.Strategy(5)}, "sync_every 4 there and 5 here"),
+        (
+            {"strategy": ctde.Strategy(4)},
+            {"strategy": ctde.Strategy(5)},
+            "sync_every 4 there and 5 here",
+        ),
         (
             {"partition": np.array_split(np.arange(320), 4), "count": 4},
             {"partition": np.array_split(np.arange(320), 4), "eval_every": 10},
@@ -452,24 +551,51 @@ def test_second_trainer_on_a_folder_is_refused(small, tmp_path):
         "with run_folder.claimed(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "mine\n"
-        with pytest.raises(ctde.InputError, match="run_dir must not be used by two trainers at once"):
+        with pytest.raises(
+            ctde.InputError, match="run_dir must not be used by two trainers at once"
+        ):
             fit(small, tmp_path)
         other.kill()
     fit(small, tmp_path)
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    shared = ["--steps", "600", "--batch-size", "32", "--save-every", "20", "--log-every", "10", "--eval-every", "50"]
-    return [sys.executable, "-m", "ctde_jax.train", "--devices", "2", "--run-dir", str(folder), *shared, *more]
+    shared = [
+        "--steps",
+        "600",
+        "--batch-size",
+        "32",
+        "--save-every",
+        "20",
+        "--log-every",
+        "10",
+        "--eval-every",
+        "50",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "ctde_jax.train",
+        "--devices",
+        "2",
+        "--run-dir",
+        str(folder),
+        *shared,
+        *more,
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [(), ("--strategy", "diloco", "--sync-every", "5", "--reduce", "int4", "--error-feedback")]
+    "more",
+    [(), ("--strategy", "diloco", "--sync-every", "5", "--reduce", "int4", "--error-feedback")],
 )
 def test_command_killed_at_30_random_moments_ends_with_the_same_bits(tmp_path, more):
     """Moments during start, compilation, training and saving; a run that has ended begins anew in another folder."""
@@ -477,9 +603,15 @@ def test_command_killed_at_30_random_moments_ends_with_the_same_bits(tmp_path, m
     draw, kills, number = random.Random(0), 0, 0
     while kills < 30:
         folder = tmp_path / str(number)
-        process = subprocess.Popen(command(folder, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command(folder, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         wait_for_checkpoint = draw.random() < 0.8
-        while wait_for_checkpoint and process.poll() is None and not checkpoint.steps(folder / "checkpoints"):
+        while (
+            wait_for_checkpoint
+            and process.poll() is None
+            and not checkpoint.steps(folder / "checkpoints")
+        ):
             time.sleep(0.005)
         try:
             process.wait(draw.uniform(0, 0.6))
@@ -501,7 +633,10 @@ def test_command_killed_at_30_random_moments_ends_with_the_same_bits(tmp_path, m
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     more = ("--steps", "5000")
     process = subprocess.Popen(
-        command(tmp_path / "run", *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(tmp_path / "run", *more),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
@@ -513,7 +648,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     step = checkpoint.steps(tmp_path / "run" / "checkpoints")[0]
     assert step == rows(tmp_path / "run")[-1]["step"]
 
-    after = subprocess.run(command(tmp_path / "run", *more), check=True, capture_output=True, text=True)
+    after = subprocess.run(
+        command(tmp_path / "run", *more), check=True, capture_output=True, text=True
+    )
     assert f"step-{step:08d}" in after.stdout
     subprocess.run(command(tmp_path / "whole", *more), check=True, capture_output=True)
     assert tensors(tmp_path / "run") == tensors(tmp_path / "whole")

@@ -25,7 +25,9 @@ def refuse_in(folder: Path, *written: str) -> None:
 
 
 @pytest.mark.parametrize("written", [(), ("config.json", "partition.png", "metrics.jsonl")])
-@pytest.mark.parametrize("there", [(), ("run",), ("run", "run/config.json"), ("run", "run/notes.txt")])
+@pytest.mark.parametrize(
+    "there", [(), ("run",), ("run", "run/config.json"), ("run", "run/notes.txt")]
+)
 def test_refusal_removes_what_it_created_and_nothing_else(tmp_path, there, written):
     for name in there:
         (tmp_path / name).mkdir() if name == "run" else (tmp_path / name).write_text("mine")
@@ -46,7 +48,11 @@ def test_refusal_removes_the_parents_that_it_created(tmp_path):
 def test_files_of_others_stay(tmp_path):
     with pytest.raises(InputError, match="anything is refused"):
         refuse_in(tmp_path / "a" / "run", "notes.txt")
-    assert contents(tmp_path) == {tmp_path / "a", tmp_path / "a" / "run", tmp_path / "a" / "run" / "notes.txt"}
+    assert contents(tmp_path) == {
+        tmp_path / "a",
+        tmp_path / "a" / "run",
+        tmp_path / "a" / "run" / "notes.txt",
+    }
 
 
 def test_run_that_has_begun_stays(tmp_path):
@@ -65,7 +71,10 @@ def test_disk_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    with pytest.raises(InputError, match=r"run_dir must be a folder that can be written to.*: Read-only file system"):
+    with pytest.raises(
+        InputError,
+        match=r"run_dir must be a folder that can be written to.*: Read-only file system",
+    ):
         refuse_in(tmp_path / "run")
 
 
@@ -81,7 +90,9 @@ def test_refused_fit_leaves_nothing_behind(digits, tmp_path, monkeypatch, argume
     monkeypatch.chdir(tmp_path)
     fit = {"run_dir": "runs/mine", "batch_size": 64, "steps": 1, "show": False, **arguments}
     with pytest.raises(InputError, match=sentence):
-        ctde.fit(ctde.models.mlp([64, 10]), digits, optax.sgd(0.1), devices=ctde.devices.start(1), **fit)
+        ctde.fit(
+            ctde.models.mlp([64, 10]), digits, optax.sgd(0.1), devices=ctde.devices.start(1), **fit
+        )
     assert not contents(tmp_path)
 
 

@@ -80,12 +80,16 @@ def test_files_of_every_kind_are_read_and_answered(kind, runtime, digits, images
     np.testing.assert_allclose([row["probability"] for row in rows], probabilities, atol=1e-5)
 
 
-def test_picture_of_sixteen_bits_and_an_opaque_one_are_read_as_any_other(digits, images, tmp_path, capsys):
+def test_picture_of_sixteen_bits_and_an_opaque_one_are_read_as_any_other(
+    digits, images, tmp_path, capsys
+):
     image = pytest.importorskip("PIL.Image")
     deep = np.rint(images[0] * (65535 / 16)).astype(np.uint16)
     image.fromarray(deep).save(tmp_path / "deep.png")
     bytes_of = np.rint(images[0] * (255 / 16)).astype(np.uint8)
-    image.fromarray(np.dstack([bytes_of] * 3 + [np.full((8, 8), 255, np.uint8)])).save(tmp_path / "opaque.png")
+    image.fromarray(np.dstack([bytes_of] * 3 + [np.full((8, 8), 255, np.uint8)])).save(
+        tmp_path / "opaque.png"
+    )
     np.save(tmp_path / "x.npy", images[:1])
     right = run(capsys, digits, "--input", tmp_path / "x.npy", "--json")
     for name in ("deep.png", "opaque.png"):
@@ -102,8 +106,17 @@ def test_line_of_numbers_that_count_on_is_a_header(start, digits, images, tmp_pa
 
 def test_reader_that_stops_reading_gets_no_traceback(digits, images, tmp_path):
     np.save(tmp_path / "x.npy", np.resize(images, (20_000, 8, 8)))
-    command = [sys.executable, "-m", "ctde_jax.execute", str(digits), "--input", str(tmp_path / "x.npy")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "ctde_jax.execute",
+        str(digits),
+        "--input",
+        str(tmp_path / "x.npy"),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().split() == ["example", "label", "probability"]
@@ -117,7 +130,10 @@ def test_table_is_for_people(digits, images, tmp_path, capsys):
     lines = run(capsys, digits, "--input", tmp_path / "x.npy")
     names, probabilities = predicted(images[:3])
     assert lines[0].split() == ["example", "label", "probability"]
-    right = [[str(i), name, f"{p:.4f}"] for i, (name, p) in enumerate(zip(names, probabilities, strict=True))]
+    right = [
+        [str(i), name, f"{p:.4f}"]
+        for i, (name, p) in enumerate(zip(names, probabilities, strict=True))
+    ]
     assert [line.split() for line in lines[1:]] == right
 
 
@@ -137,7 +153,9 @@ def test_score_is_that_of_evaluation(runtime, digits, images, labels, tmp_path, 
 
 @pytest.mark.parametrize("spelled", ["{}", "{}.0"])
 @pytest.mark.parametrize("label_column", [None, "digit"])
-def test_table_of_numbers_may_have_labels(label_column, spelled, digits, images, labels, tmp_path, capsys):
+def test_table_of_numbers_may_have_labels(
+    label_column, spelled, digits, images, labels, tmp_path, capsys
+):
     """In the last column, or in a named one."""
     with (tmp_path / "x.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -163,10 +181,22 @@ def test_words_are_labels_in_arrays_as_in_tables(kind, digits, images, tmp_path)
 
 def test_copies_on_all_devices_do_not_talk_and_say_the_same(digits, images, tmp_path, capsys):
     np.save(tmp_path / "x.npy", images[:21])
-    execute.main([str(digits), "--input", str(tmp_path / "x.npy"), "--json", "--all-devices", "--batch-size", "10"])
+    execute.main(
+        [
+            str(digits),
+            "--input",
+            str(tmp_path / "x.npy"),
+            "--json",
+            "--all-devices",
+            "--batch-size",
+            "10",
+        ]
+    )
     said = capsys.readouterr()
     assert "independent copies, no collective in their program" in said.err
-    assert [json.loads(line)["label"] for line in said.out.splitlines()] == predicted(images[:21])[0]
+    assert [json.loads(line)["label"] for line in said.out.splitlines()] == predicted(images[:21])[
+        0
+    ]
 
 
 @pytest.mark.parametrize("name", ["lstm-text", pytest.param("transformer", marks=pytest.mark.slow)])
@@ -193,7 +223,10 @@ def test_text_without_chance_is_that_of_generate(name, runtime, capsys):
 
 def test_seed_decides_the_text(capsys):
     folder = bundles.written("lstm-text").bundle.folder
-    texts = [run(capsys, folder, "--prompt", "T", "--seed", seed, "--temperature", 2) for seed in (0, 0, 1)]
+    texts = [
+        run(capsys, folder, "--prompt", "T", "--seed", seed, "--temperature", 2)
+        for seed in (0, 0, 1)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -211,9 +244,13 @@ def test_draws_follow_the_probabilities():
 def test_next_character_of_tokens_is_told(tmp_path, capsys):
     trained, data = bundles.trained("lstm-text")
     np.save(tmp_path / "x.npy", data.test.inputs[:2])
-    lines = run(capsys, bundles.written("lstm-text").bundle.folder, "--input", tmp_path / "x.npy", "--json")
+    lines = run(
+        capsys, bundles.written("lstm-text").bundle.folder, "--input", tmp_path / "x.npy", "--json"
+    )
     best = trained.predict(data.test.inputs[:2])[:, -1].argmax(-1)
-    assert [json.loads(line)["next"] for line in lines] == [repr(data.vocabulary[token]) for token in best]
+    assert [json.loads(line)["next"] for line in lines] == [
+        repr(data.vocabulary[token]) for token in best
+    ]
 
 
 def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
@@ -236,7 +273,10 @@ def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
     assert run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.csv", "--json") == lines
     for labels in (np.zeros(2, np.float32), np.zeros(2, np.int32)):
         np.savez(tmp_path / "x.npz", x_test=points[:2], y_test=labels)
-        assert verify.main(["bundle", str(tmp_path / "bundle"), "--input", str(tmp_path / "x.npz")]) == 2
+        assert (
+            verify.main(["bundle", str(tmp_path / "bundle"), "--input", str(tmp_path / "x.npz")])
+            == 2
+        )
 
 
 def test_tokens_without_a_vocabulary_are_told_by_their_numbers(tmp_path, capsys):
@@ -247,7 +287,9 @@ def test_tokens_without_a_vocabulary_are_told_by_their_numbers(tmp_path, capsys)
     trained = ctde.fit(model, data, optax.adam(0.01), task=ctde.tasks.language_modeling, **options)
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
     np.save(tmp_path / "x.npy", data.test.inputs[:2])
-    rows = map(json.loads, run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--json"))
+    rows = map(
+        json.loads, run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--json")
+    )
     right = trained.predict(data.test.inputs[:2])[:, -1].argmax(-1)
     assert [row["next"] for row in rows] == right.tolist()
 
@@ -263,7 +305,9 @@ def test_node_imports_nothing_of_the_trainer(digits, images, tmp_path):
             f"assert execute.main({arguments}) == 0\n"
             f"print(sorted({trainer} & {{*sys.modules}}))"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -273,7 +317,9 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
     monkeypatch.setattr(node.runtimes, "find_spec", lambda name: None if name == "numpy" else name)
     assert node.pick(bundle) == "onnx"
     monkeypatch.setattr(node.runtimes, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="needs `pip install numpy` or `pip install onnxruntime` or"):
+    with pytest.raises(
+        InputError, match="needs `pip install numpy` or `pip install onnxruntime` or"
+    ):
         node.pick(bundle)
 
 
@@ -281,31 +327,64 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
     ("arguments", "sentence"),
     [
         (["--input", "x.npy", "--runtime", "onyx"], "--runtime must be one of numpy, onnx"),
-        (["--input", "x.npy", "--runtime", "onnx-int8"], "must be one that .* has an artifact for (numpy, onnx"),
-        (["--input", "x.npy", "--expect", "0123"], "--expect must be eight or more of the first digits"),
+        (
+            ["--input", "x.npy", "--runtime", "onnx-int8"],
+            "must be one that .* has an artifact for (numpy, onnx",
+        ),
+        (
+            ["--input", "x.npy", "--expect", "0123"],
+            "--expect must be eight or more of the first digits",
+        ),
         (["--input", "x.npy", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--input", "x.npy", "--score"], "--input needs labels: y_test in a .npz file"),
         (["--input", "x.npy", "--label-column", "digit"], "--label-column goes with a .csv file"),
-        (["--input", "x.npy", "--all-devices", "--runtime", "onnx"], "--all-devices goes with the runtime jax"),
+        (
+            ["--input", "x.npy", "--all-devices", "--runtime", "onnx"],
+            "--all-devices goes with the runtime jax",
+        ),
         (["--input", "x.npy", "x.npz"], "--input must be one file, or several .png files"),
         (["--input", "x.jpg"], "--input must be a .npy, .npz, .csv or .png file, got '.jpg'"),
         (["--input", "missing.npy"], "--input must be a file, and there is none at missing.npy"),
-        (["--input", "floats.npy"], "whose inputs must be integers, as the model was trained on uint8"),
-        (["--input", "large.npy"], "which has the shape [2, 9, 8]: give examples of the shape [8, 8]"),
+        (
+            ["--input", "floats.npy"],
+            "whose inputs must be integers, as the model was trained on uint8",
+        ),
+        (
+            ["--input", "large.npy"],
+            "which has the shape [2, 9, 8]: give examples of the shape [8, 8]",
+        ),
         (["--input", "none.npy"], "which holds no example"),
         (["--input", "words.npy"], "which holds <U3"),
-        (["--input", "pickle.npy"], "which is no whole .npy file (Array can't be memory-mapped: Python objects"),
+        (
+            ["--input", "pickle.npy"],
+            "which is no whole .npy file (Array can't be memory-mapped: Python objects",
+        ),
         (["--input", "empty.csv"], "which has lines of different lengths, or none"),
-        (["--input", "short.csv"], "which has 3 columns: give the 64 numbers of an example in each line"),
+        (
+            ["--input", "short.csv"],
+            "which has 3 columns: give the 64 numbers of an example in each line",
+        ),
         (["--input", "word.csv"], "which has 'x' in example"),
         (["--input", "odd.png"], "is no whole PNG picture"),
         (["--input", "size.png"], "which has 9 x 8 pixels: give a picture of 8 x 8"),
-        (["--input", "labels.npz", "--score"], "which has labels from 0 to 10: give them from 0 to 9"),
-        (["--input", "halves.npz", "--score"], "has labels of float64 [2]: give integers of the shape [examples]"),
+        (
+            ["--input", "labels.npz", "--score"],
+            "which has labels from 0 to 10: give them from 0 to 9",
+        ),
+        (
+            ["--input", "halves.npz", "--score"],
+            "has labels of float64 [2]: give integers of the shape [examples]",
+        ),
         (["--input", "few.npz", "--score"], "which has 1 labels for 2 examples: give one for each"),
         (["--input", "clear.png"], "which has transparent pixels: save it without"),
-        (["--input", "x.npy", "--length", "3"], "--length does not go with --input; leave one of them out."),
-        (["--prompt", "To be", "--json"], "--json does not go with --prompt; leave one of them out."),
+        (
+            ["--input", "x.npy", "--length", "3"],
+            "--length does not go with --input; leave one of them out.",
+        ),
+        (
+            ["--prompt", "To be", "--json"],
+            "--json does not go with --prompt; leave one of them out.",
+        ),
         (["--prompt", "To be"], "--prompt goes with a language model"),
     ],
 )
@@ -339,7 +418,10 @@ def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, mo
         (["--prompt", ""], "--prompt must be one or more of the model's"),
         (["--prompt", "To be ☃"], "got '☃', which is none of them"),
         (["--prompt", "To", "--length", "0"], "--length must be at least 1, got 0"),
-        (["--prompt", "To", "--temperature", "-1"], "--temperature must be at least 0 and finite, got -1.0"),
+        (
+            ["--prompt", "To", "--temperature", "-1"],
+            "--temperature must be at least 0 and finite, got -1.0",
+        ),
         (["--prompt", "To", "--seed", "-1"], "--seed must be at least 0, got -1"),
     ],
 )
@@ -352,19 +434,30 @@ def test_no_command_line_is_a_sentence(capsys):
     with pytest.raises(SystemExit) as end:
         execute.main(["bundle"])
     assert end.value.code == 2
-    assert "one of the arguments --input --prompt is required; --help explains" in capsys.readouterr().err
+    assert (
+        "one of the arguments --input --prompt is required; --help explains"
+        in capsys.readouterr().err
+    )
 
 
 def test_receipt_is_repeated_where_the_bundle_is(digits, images, labels, tmp_path, capsys):
     np.savez(tmp_path / "x.npz", x_test=images, y_test=labels)
     sha256 = node.open_bundle(digits).sha256
-    assert verify.main(["bundle", str(digits), "--input", str(tmp_path / "x.npz"), "--expect", sha256[:10]]) == 0
+    assert (
+        verify.main(
+            ["bundle", str(digits), "--input", str(tmp_path / "x.npz"), "--expect", sha256[:10]]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     accuracy = bundles.trained("mlp")[0].tested["accuracy"]
     for name in ("numpy", "onnx", "jax"):
         assert f"{name}: differs by" in said
     assert said.count(f"is right in {accuracy:.4f} of 359; its receipt says loss") == 3
-    assert "holds: every file is as it was written, and numpy, onnx, jax say what the model said" in said
+    assert (
+        "holds: every file is as it was written, and numpy, onnx, jax say what the model said"
+        in said
+    )
 
 
 def test_artifact_that_says_something_else_here_is_told(digits, monkeypatch, capsys):
@@ -377,7 +470,10 @@ def test_artifact_that_says_something_else_here_is_told(digits, monkeypatch, cap
     make_predict = node.perceptron.make_predict
     monkeypatch.setattr(node.perceptron, "make_predict", wrongly)
     assert verify.main(["bundle", str(digits)]) == 1
-    assert "wrong: numpy differs from the trained model by more than 1.0e-05" in capsys.readouterr().err
+    assert (
+        "wrong: numpy differs from the trained model by more than 1.0e-05"
+        in capsys.readouterr().err
+    )
 
 
 def test_bundle_that_came_without_examples_says_what_is_missing(tmp_path, capsys):
@@ -386,8 +482,13 @@ def test_bundle_that_came_without_examples_says_what_is_missing(tmp_path, capsys
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 2
     assert "--input must be given, as" in capsys.readouterr().err
     np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
-    assert verify.main(["bundle", str(tmp_path / "bundle"), "--input", str(tmp_path / "x.npz")]) == 0
-    assert f"is right in {trained.evaluate(data.test)['accuracy']:.4f} of 359" in capsys.readouterr().out
+    assert (
+        verify.main(["bundle", str(tmp_path / "bundle"), "--input", str(tmp_path / "x.npz")]) == 0
+    )
+    assert (
+        f"is right in {trained.evaluate(data.test)['accuracy']:.4f} of 359"
+        in capsys.readouterr().out
+    )
 
 
 def test_fewer_bits_are_held_against_their_own_receipt(tmp_path, monkeypatch, capsys):
@@ -395,8 +496,13 @@ def test_fewer_bits_are_held_against_their_own_receipt(tmp_path, monkeypatch, ca
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx-int8"], show=False)
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 0
     said = capsys.readouterr().out
-    assert "numpy say what the model said, and onnx-int8 differ no more than their receipts say" in said
+    assert (
+        "numpy say what the model said, and onnx-int8 differ no more than their receipts say"
+        in said
+    )
     load = parity.load
-    monkeypatch.setattr(parity, "load", lambda *these: lambda inputs: load(*these)(inputs) * np.float32(np.nan))
+    monkeypatch.setattr(
+        parity, "load", lambda *these: lambda inputs: load(*these)(inputs) * np.float32(np.nan)
+    )
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 1
     assert "onnx-int8 differs" in capsys.readouterr().err

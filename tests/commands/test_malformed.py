@@ -61,7 +61,9 @@ class Payload:
 
 def idx_bytes(array: np.ndarray, *lengths: int) -> bytes:
     """Writes an array in the IDX format, under other lengths if any are given."""
-    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *(lengths or array.shape))
+    header = bytes((0, 0, 8, array.ndim)) + struct.pack(
+        f">{array.ndim}I", *(lengths or array.shape)
+    )
     return header + array.astype(np.uint8).tobytes()
 
 
@@ -82,9 +84,18 @@ def header_of(shape: object, descr: object = "<f4", by_columns: object = False) 
     return f"{{'descr': {descr!r}, 'fortran_order': {by_columns!r}, 'shape': {shape!r}, }}\n"
 
 
-def npz_bytes(x_train: bytes, y_train: bytes | None = None, method: int = zipfile.ZIP_DEFLATED, **others: bytes):
+def npz_bytes(
+    x_train: bytes,
+    y_train: bytes | None = None,
+    method: int = zipfile.ZIP_DEFLATED,
+    **others: bytes,
+):
     buffer = io.BytesIO()
-    members = {"x_train": x_train, "y_train": npy_bytes(Y) if y_train is None else y_train, **others}
+    members = {
+        "x_train": x_train,
+        "y_train": npy_bytes(Y) if y_train is None else y_train,
+        **others,
+    }
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, content in members.items():
             archive.writestr(f"{name}.npy", content)
@@ -127,7 +138,9 @@ def make_idx(folder: Path, mutated: str, packed: bool = False) -> Path:
 
 def make_npz(folder: Path, method: int) -> Path:
     path = folder / "mine.npz"
-    path.write_bytes(npz_bytes(npy_bytes(X), x_test=npy_bytes(X), y_test=npy_bytes(Y), method=method))
+    path.write_bytes(
+        npz_bytes(npy_bytes(X), x_test=npy_bytes(X), y_test=npy_bytes(Y), method=method)
+    )
     return path
 
 
@@ -139,13 +152,17 @@ def make_npy(folder: Path, mutated: str) -> Path:
 
 def make_csv(folder: Path) -> Path:
     path = folder / "mine.csv"
-    path.write_text('length,width,"the\nkind"\n1,2.5,setosa\n2,3.5,"virginica"\n3,-1.5e3,setosa\n4,0.5,virginica\n')
+    path.write_text(
+        'length,width,"the\nkind"\n1,2.5,setosa\n2,3.5,"virginica"\n3,-1.5e3,setosa\n4,0.5,virginica\n'
+    )
     return path
 
 
 def make_text(folder: Path) -> Path:
     path = folder / "mine.txt"
-    path.write_text("Wer reitet so spät durch Nacht und Wind? — Es ist der Vater mit seinem Kind; 𝄞\n" * 3)
+    path.write_text(
+        "Wer reitet so spät durch Nacht und Wind? — Es ist der Vater mit seinem Kind; 𝄞\n" * 3
+    )
     return path
 
 
@@ -155,7 +172,11 @@ def make_config(folder: Path) -> Path:
 
 
 def make_checkpoint(folder: Path, mutated: str) -> Path:
-    checkpoint.write(folder / "step", {"kernel": X, "bias": Y.astype(np.int32)}, {"rows": 3, "options": {"seed": 0}})
+    checkpoint.write(
+        folder / "step",
+        {"kernel": X, "bias": Y.astype(np.int32)},
+        {"rows": 3, "options": {"seed": 0}},
+    )
     return folder / "step" / mutated
 
 
@@ -164,9 +185,15 @@ def parse_config(path: Path) -> Config:
 
 
 KINDS = {
-    "idx images": Kind(lambda f: make_idx(f, "train-images-idx3-ubyte"), lambda path: mnist(path.parent)),
-    "idx labels": Kind(lambda f: make_idx(f, "train-labels-idx1-ubyte"), lambda path: mnist(path.parent)),
-    "idx gz": Kind(lambda f: make_idx(f, "train-images-idx3-ubyte.gz", True), lambda path: mnist(path.parent)),
+    "idx images": Kind(
+        lambda f: make_idx(f, "train-images-idx3-ubyte"), lambda path: mnist(path.parent)
+    ),
+    "idx labels": Kind(
+        lambda f: make_idx(f, "train-labels-idx1-ubyte"), lambda path: mnist(path.parent)
+    ),
+    "idx gz": Kind(
+        lambda f: make_idx(f, "train-images-idx3-ubyte.gz", True), lambda path: mnist(path.parent)
+    ),
     "npz": Kind(lambda f: make_npz(f, zipfile.ZIP_STORED), from_npz),
     "npz compressed": Kind(lambda f: make_npz(f, zipfile.ZIP_DEFLATED), from_npz),
     "npy inputs": Kind(lambda f: make_npy(f, "x_train.npy"), lambda path: from_npz(path.parent)),
@@ -174,8 +201,12 @@ KINDS = {
     "csv": Kind(make_csv, from_csv),
     "text": Kind(make_text, lambda path: from_text(path, length=8)),
     "config": Kind(make_config, parse_config, traces=False),
-    "tensors": Kind(lambda f: make_checkpoint(f, TENSORS), lambda path: read_checkpoint(path.parent)),
-    "manifest": Kind(lambda f: make_checkpoint(f, MANIFEST), lambda path: read_checkpoint(path.parent)),
+    "tensors": Kind(
+        lambda f: make_checkpoint(f, TENSORS), lambda path: read_checkpoint(path.parent)
+    ),
+    "manifest": Kind(
+        lambda f: make_checkpoint(f, MANIFEST), lambda path: read_checkpoint(path.parent)
+    ),
     "manifest of damaged tensors": Kind(  # which is never whole, and the last of these
         lambda f: make_checkpoint(f, MANIFEST), lambda path: read_with_damaged_tensors(path.parent)
     ),
@@ -238,7 +269,9 @@ def mutations(content: bytes) -> st.SearchStrategy[bytes]:
         st.binary(max_size=20),
         st.sampled_from([b"\xff" * 8, b"\0" * 8, b"\n", b'"', b"[" * 3000, b"-" * 3000, b"1e999"]),
     )
-    flips = st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(1, 255)), min_size=1, max_size=4)
+    flips = st.lists(
+        st.tuples(st.integers(0, len(content) - 1), st.integers(1, 255)), min_size=1, max_size=4
+    )
 
     def flip(places: list[tuple[int, int]]) -> bytes:
         flipped = bytearray(content)
@@ -319,12 +352,17 @@ def test_idx_that_lies_is_refused(tmp_path: Path, content: bytes, packed: bool):
         pytest.param(squeezed(squeezed(IMAGES)), id="packed twice"),
         pytest.param(squeezed(IMAGES) + b"more", id="trailing bytes"),
         pytest.param(b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * 2**16, id="endless name"),
-        pytest.param(b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff", id="extra field that is not there"),
+        pytest.param(
+            b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff", id="extra field that is not there"
+        ),
         pytest.param(b"\x1f\x8b\x07" + squeezed(IMAGES)[3:], id="unknown method"),
         pytest.param(squeezed(IMAGES)[:-8] + bytes(8), id="wrong checksum"),
         pytest.param(ZEROS * 64, id="bomb of zeros"),
         pytest.param(squeezed(IMAGES) + ZEROS * 64, id="bomb after the pictures"),
-        pytest.param(squeezed(idx_bytes(np.zeros((5, 28, 28)), 2**24, 28, 28)) + ZEROS * 64, id="bomb of pictures"),
+        pytest.param(
+            squeezed(idx_bytes(np.zeros((5, 28, 28)), 2**24, 28, 28)) + ZEROS * 64,
+            id="bomb of pictures",
+        ),
     ],
 )
 def test_gz_that_lies_is_refused(tmp_path: Path, content: bytes):
@@ -457,7 +495,11 @@ def test_npy_that_lies_is_refused(tmp_path: Path, content: bytes, stored: str):
         sentence = sentence_of(lambda _: from_npz(tmp_path), path)
     else:
         path = tmp_path / "mine.npz"
-        path.write_bytes(npz_bytes(content, method=zipfile.ZIP_STORED if stored == "npz" else zipfile.ZIP_DEFLATED))
+        path.write_bytes(
+            npz_bytes(
+                content, method=zipfile.ZIP_STORED if stored == "npz" else zipfile.ZIP_DEFLATED
+            )
+        )
         sentence = sentence_of(from_npz, path)
     assert sentence.startswith("data_file names ")
 
@@ -489,7 +531,12 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: np.ndarr
 def test_pickle_is_never_executed(tmp_path: Path, name: str, stored: str):
     mark = tmp_path / "executed"
     loaded = npy_bytes(np.array([Payload(mark)] * 6, object), allow_pickle=True)
-    contents = {"x_train": npy_bytes(X), "y_train": npy_bytes(Y), "x_test": npy_bytes(X), "y_test": npy_bytes(Y)}
+    contents = {
+        "x_train": npy_bytes(X),
+        "y_train": npy_bytes(Y),
+        "x_test": npy_bytes(X),
+        "y_test": npy_bytes(Y),
+    }
     contents[name] = loaded
     if stored == "npy":
         for each, content in contents.items():
@@ -531,9 +578,9 @@ BAD_ZIPS = {
     "wrong checksum": directory_with(16, b"\0\0\0\0"),
     "directory of 4 GB": WHOLE[:-10] + b"\xfe\xff\xff\xff" + WHOLE[-6:],
     "name without .npy": WHOLE.replace(b"x_train.npy", b"/x_train.np"),
-    "thousands of other members": npz_bytes(npy_bytes(X), **{f"a{i}": b"" for i in range(3000)}).replace(
-        b"x_train.npy", b"z_train.npy"
-    ),
+    "thousands of other members": npz_bytes(
+        npy_bytes(X), **{f"a{i}": b"" for i in range(3000)}
+    ).replace(b"x_train.npy", b"z_train.npy"),
 }
 
 HARMLESS_ZIPS = {
@@ -726,7 +773,9 @@ BAD_TENSORS = {
     "type that numpy has not": safetensors_bytes(
         {"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, bytes(4)
     ),
-    "type of half a byte": safetensors_bytes({"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, bytes(4)),
+    "type of half a byte": safetensors_bytes(
+        {"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, bytes(4)
+    ),
     "shape too large": safetensors_bytes({"a": {**FOUR, "shape": [2**31]}}, bytes(4)),
     "shape beyond 64 bits": safetensors_bytes({"a": {**FOUR, "shape": [2**62, 2**62]}}, bytes(4)),
     "shape of nothing beyond 64 bits": safetensors_bytes(
@@ -738,7 +787,9 @@ BAD_TENSORS = {
     "negative shape": safetensors_bytes({"a": {**FOUR, "shape": [-1]}}, bytes(4)),
     "100 dimensions": safetensors_bytes({"a": {**FOUR, "shape": [1] * 100}}, bytes(4)),
     "offsets behind the end": safetensors_bytes({"a": {**FOUR, "data_offsets": [4, 8]}}, bytes(4)),
-    "offsets of 2**63": safetensors_bytes({"a": {**FOUR, "data_offsets": [2**63, 2**63 + 4]}}, bytes(4)),
+    "offsets of 2**63": safetensors_bytes(
+        {"a": {**FOUR, "data_offsets": [2**63, 2**63 + 4]}}, bytes(4)
+    ),
     "offsets backwards": safetensors_bytes({"a": {**FOUR, "data_offsets": [4, 0]}}, bytes(4)),
     "overlap": safetensors_bytes({"a": FOUR, "b": FOUR}, bytes(4)),
     "gap": safetensors_bytes({"a": FOUR}, bytes(8)),
@@ -784,7 +835,17 @@ def test_manifest_that_is_none_is_refused(tmp_path: Path, content: str | bytes):
 
 
 @pytest.mark.parametrize(
-    "tensors", ["null", "3", "[]", '["kernel"]', '{"\\n": 1}', '{"kernel": null}', '{"kernel": [1]}', '{"bias": 1e999}']
+    "tensors",
+    [
+        "null",
+        "3",
+        "[]",
+        '["kernel"]',
+        '{"\\n": 1}',
+        '{"kernel": null}',
+        '{"kernel": [1]}',
+        '{"bias": 1e999}',
+    ],
 )
 def test_manifest_that_describes_no_tensors_still_names_the_damage(tmp_path: Path, tensors: str):
     path = make_checkpoint(tmp_path, MANIFEST)
@@ -822,7 +883,9 @@ def bomb(path: Path) -> None:
     size = struct.pack("<I", len(header) + 2**24)
     directory = content.rindex(b"PK\x01\x02")
     assert size in content[directory:]
-    path.write_bytes(content[:directory] + content[directory:].replace(size, b"\xfe\xff\xff\xff", 1))
+    path.write_bytes(
+        content[:directory] + content[directory:].replace(size, b"\xfe\xff\xff\xff", 1)
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is that of Linux")
@@ -834,7 +897,9 @@ def test_bomb_fills_no_memory(tmp_path: Path, name: str):
     else:
         path.write_bytes(squeezed(idx_bytes(np.zeros((1, 28, 28)), 2**25, 28, 28)) + ZEROS * 1024)
     done = subprocess.run(
-        [sys.executable, "-c", BOMBED, str(path)], env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True
+        [sys.executable, "-c", BOMBED, str(path)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
     )
     assert done.returncode == 1
     assert len(done.stderr.decode().splitlines()) == 1
@@ -872,7 +937,9 @@ def check_command(arguments: list[str], capsys: pytest.CaptureFixture[str], fold
         ("text", "mine.txt", b""),
     ],
 )
-def test_command_refuses_a_malformed_data_file(tmp_path: Path, capsys, dataset: str, name: str, content: bytes):
+def test_command_refuses_a_malformed_data_file(
+    tmp_path: Path, capsys, dataset: str, name: str, content: bytes
+):
     (tmp_path / name).write_bytes(content)
     check_command(["--dataset", dataset, "--data-file", str(tmp_path / name)], capsys, tmp_path)
 
@@ -886,7 +953,10 @@ def test_command_refuses_a_malformed_idx_file(tmp_path: Path, capsys, content: b
 @pytest.mark.parametrize(
     "content",
     [
-        *map(BAD_CONFIGS.get, ["deep objects", "help", "newline in a name", "NUL in a folder", "null for a model"]),
+        *map(
+            BAD_CONFIGS.get,
+            ["deep objects", "help", "newline in a name", "NUL in a folder", "null for a model"],
+        ),
         '{"validation_share": NaN}',
         '{"learning_rate": 1e999}',
     ],
@@ -907,7 +977,9 @@ def test_command_refuses_a_malformed_checkpoint(tmp_path: Path, capsys, name: st
     arguments = ["--branch-from", str(path.parent), "--steps", "1", "--devices", "1"]
     assert train.main([*arguments, "--run-dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("error: --branch-from must name the folder of an intact checkpoint, but ")
+    assert said.err.startswith(
+        "error: --branch-from must name the folder of an intact checkpoint, but "
+    )
     assert said.err.count("\n") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -924,7 +996,13 @@ def test_command_refuses_a_malformed_checkpoint(tmp_path: Path, capsys, name: st
         {"y_train": np.zeros(6, "m8[s]")},
         {"x_train": np.frombuffer(b"\1\0\0\0\0\0\xf0\x7f" * 24).reshape(6, 4)},
     ],
-    ids=["inputs of no numbers", "labels of no numbers", "spans of time", "labels of time", "signaling NaN"],
+    ids=[
+        "inputs of no numbers",
+        "labels of no numbers",
+        "spans of time",
+        "labels of time",
+        "signaling NaN",
+    ],
 )
 def test_arrays_of_no_usable_numbers_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]):
     path = tmp_path / "mine.npz"
@@ -952,8 +1030,13 @@ def test_path_that_cannot_be_is_refused(path: str):
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", "{}", "\x00", '{"split": "test"}'])
 def test_rows_that_are_none_are_not_gone_on_with(tmp_path: Path, line: str):
-    (tmp_path / "metrics.jsonl").write_text('{"split": "train", "step": 1, "loss": 1.0}\n' + line + "\n")
-    with pytest.raises(InputError, match=r"must have the 2 rows .*, got 1; name"), open_log(9, tmp_path, False, 2):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"split": "train", "step": 1, "loss": 1.0}\n' + line + "\n"
+    )
+    with (
+        pytest.raises(InputError, match=r"must have the 2 rows .*, got 1; name"),
+        open_log(9, tmp_path, False, 2),
+    ):
         pass
 
 

@@ -57,8 +57,12 @@ SLOW = {
         "steps_per_evaluation": 1,
         "evaluation": exactly(0),
     },
-    "Input takes 12 ms a step, all else 9.9 ms: the devices wait for it.": {"parts": parts(input=12)},
-    "Aggregation is 53% of a step, waiting for the slowest device included": {"parts": parts(aggregation=10.2)},
+    "Input takes 12 ms a step, all else 9.9 ms: the devices wait for it.": {
+        "parts": parts(input=12)
+    },
+    "Aggregation is 53% of a step, waiting for the slowest device included": {
+        "parts": parts(aggregation=10.2)
+    },
     "Compilation takes 5.00 s, and all 100 steps 1.00 s: a run this short": {"steps": 100},
     "Evaluation takes 25% of the time from one evaluation to the next, which come every 3 steps": {
         "steps_per_evaluation": 3,
@@ -96,7 +100,9 @@ def test_shares_of_a_step_are_of_its_parts_one_after_another():
     assert "one after another │     10.000" in text
     assert "9 turns, 20 steps a dispatch. Compute is a difference" in text
     assert "only the sum is certain" not in text
-    assert "only the sum is certain" in shown(profile.step_table(replace(FAST, cores=2), "a network"))
+    assert "only the sum is certain" in shown(
+        profile.step_table(replace(FAST, cores=2), "a network")
+    )
 
 
 def test_run_is_what_happens_once_and_all_steps_and_evaluations():
@@ -172,7 +178,9 @@ def test_data_on_disk_are_refused_in_a_sentence(digits: data.Dataset, tmp_path):
         log_every=4,
     )
 
-    with pytest.raises(InputError, match="dataset must be in memory to be profiled, got arrays, which is not"):
+    with pytest.raises(
+        InputError, match="dataset must be in memory to be profiled, got arrays, which is not"
+    ):
         measure(training, lambda replicas: None, seconds=0)
 
 
@@ -180,14 +188,29 @@ def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, mon
     monkeypatch.setattr(profile, "SECONDS", 0)
     folder, trace = tmp_path / "run", tmp_path / "trace"
 
-    options = ["--devices", "2", "--widths", "8", "--log-every", "4", "--run-dir", str(folder), f"--trace={trace}"]
+    options = [
+        "--devices",
+        "2",
+        "--widths",
+        "8",
+        "--log-every",
+        "4",
+        "--run-dir",
+        str(folder),
+        f"--trace={trace}",
+    ]
     assert profile.main(options) == 0
 
     assert (folder / "profile.png").stat().st_size > 10_000
     assert list(trace.rglob("*.xplane.pb"))
     assert list(trace.rglob("perfetto_trace.json.gz"))
     output = capsys.readouterr().out
-    for words in ["mlp on digits, 2 devices, 64 examples", *stopwatch.PARTS, "together", "efficiency"]:
+    for words in [
+        "mlp on digits, 2 devices, 64 examples",
+        *stopwatch.PARTS,
+        "together",
+        "efficiency",
+    ]:
         assert words in output
     assert "2 fake devices share" in output
     assert f"trace      {trace}: open perfetto_trace.json.gz" in output

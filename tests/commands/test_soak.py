@@ -24,7 +24,8 @@ def resident(pid: int) -> int:
 
 
 on_linux = pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="needs Linux, which says how much memory a process has"
+    not Path("/proc/self/statm").exists(),
+    reason="needs Linux, which says how much memory a process has",
 )
 
 
@@ -32,16 +33,30 @@ on_linux = pytest.mark.skipif(
 @on_linux
 def test_100_000_steps_on_eight_fake_devices(tmp_path):
     """With rows, evaluations and checkpoints; from a fifth of the run on, memory grows by less than 5 %."""
-    command = [sys.executable, "-m", "ctde_jax.train", "--devices", "8", "--steps", str(STEPS), *OFTEN]
+    command = [
+        sys.executable,
+        "-m",
+        "ctde_jax.train",
+        "--devices",
+        "8",
+        "--steps",
+        str(STEPS),
+        *OFTEN,
+    ]
     sizes = []
     with subprocess.Popen(
-        [*command, "--run-dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, "--run-dir", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         while process.poll() is None:
             try:
                 process.wait(0.5)
             except subprocess.TimeoutExpired:
-                sizes.append((checkpoint.steps(tmp_path / "checkpoints")[:1], resident(process.pid)))
+                sizes.append(
+                    (checkpoint.steps(tmp_path / "checkpoints")[:1], resident(process.pid))
+                )
         assert process.stderr is not None
         assert (process.returncode, process.stderr.read()) == (0, "")
     check_growth(sizes, STEPS)
@@ -61,8 +76,24 @@ def test_two_hosts_for_long(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "ctde_jax.train", "--devices", "2", "--steps", str(STEPS_OF_HOSTS), *OFTEN]
-    command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--run-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "ctde_jax.train",
+        "--devices",
+        "2",
+        "--steps",
+        str(STEPS_OF_HOSTS),
+        *OFTEN,
+    ]
+    command += [
+        "--coordinator",
+        f"127.0.0.1:{port}",
+        "--num-processes",
+        "2",
+        "--run-dir",
+        str(tmp_path),
+    ]
     with ExitStack() as at_end:
         hosts = [
             at_end.enter_context(
@@ -82,7 +113,9 @@ def test_two_hosts_for_long(tmp_path):
             for host, own in zip(hosts, sizes, strict=True):
                 children = Path(f"/proc/{host.pid}/task/{host.pid}/children")
                 if children.exists() and (child := children.read_text().split()):
-                    own.append((checkpoint.steps(tmp_path / "checkpoints")[:1], resident(int(child[0]))))
+                    own.append(
+                        (checkpoint.steps(tmp_path / "checkpoints")[:1], resident(int(child[0])))
+                    )
         said = [(host.returncode, host.stderr.read()) for host in hosts]
     assert said == [(0, ""), (0, "")]
     for own in sizes:

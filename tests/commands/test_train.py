@@ -22,11 +22,24 @@ MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 QUICK = ["--devices", "2", "--steps", "4", "--log-every", "2"]
 
 
-def command(*arguments: str, cwd: Path | None = None, before: str = "true") -> subprocess.Popen[str]:
+def command(
+    *arguments: str, cwd: Path | None = None, before: str = "true"
+) -> subprocess.Popen[str]:
     """Starts the command in a process of its own, from a shell that may have set something before."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")
+    }
     return subprocess.Popen(
-        ["bash", "-c", f'{before} && exec "$@"', "-", sys.executable, "-m", "ctde_jax.train", *arguments],
+        [
+            "bash",
+            "-c",
+            f'{before} && exec "$@"',
+            "-",
+            sys.executable,
+            "-m",
+            "ctde_jax.train",
+            *arguments,
+        ],
         env={**environment, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -68,8 +81,20 @@ def test_default_command_reaches_97_percent_and_leaves_its_results(tmp_path):
         "mlp 64-128-10 with tanh",
         "9,610 parameters",
     ]
-    plan += ["64 examples a step, 16 on each device", "the mean of the gradients", str(folder.relative_to(tmp_path))]
-    table = ["test accuracy", f"{last['accuracy']:.2%}", "start-up", "compile", "train", "evaluate", "wall time"]
+    plan += [
+        "64 examples a step, 16 on each device",
+        "the mean of the gradients",
+        str(folder.relative_to(tmp_path)),
+    ]
+    table = [
+        "test accuracy",
+        f"{last['accuracy']:.2%}",
+        "start-up",
+        "compile",
+        "train",
+        "evaluate",
+        "wall time",
+    ]
     for words in [*plan, *table]:
         assert words in output
     assert "step 230 of 230" in output, "plain lines where the output is no terminal"
@@ -78,7 +103,16 @@ def test_default_command_reaches_97_percent_and_leaves_its_results(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not MNIST.exists(), reason="needs the MNIST files in ../shared/data/mnist")
 def test_mnist_reaches_97_5_percent_in_ten_epochs(tmp_path):
-    arguments = ["--dataset", "mnist", "--data-dir", str(MNIST), "--devices", "4", "--run-dir", str(tmp_path)]
+    arguments = [
+        "--dataset",
+        "mnist",
+        "--data-dir",
+        str(MNIST),
+        "--devices",
+        "4",
+        "--run-dir",
+        str(tmp_path),
+    ]
     assert train.main([*arguments, "--eval-every", "4690"]) == 0
     last = rows_of(tmp_path)[-1]
     assert last["epoch"] <= 10
@@ -87,7 +121,18 @@ def test_mnist_reaches_97_5_percent_in_ten_epochs(tmp_path):
 
 
 def test_run_is_repeated_bit_for_bit_from_its_configuration(tmp_path):
-    options = ["--widths", "24", "--sync-every", "2", "--partition", "dirichlet", "--seed", "3", "--precision", "bf16"]
+    options = [
+        "--widths",
+        "24",
+        "--sync-every",
+        "2",
+        "--partition",
+        "dirichlet",
+        "--seed",
+        "3",
+        "--precision",
+        "bf16",
+    ]
     assert train.main([*QUICK, *options, "--run-dir", str(tmp_path / "first")]) == 0
     config = str(tmp_path / "first" / "config.json")
     assert train.main(["--config", config, "--run-dir", str(tmp_path / "second")]) == 0
@@ -102,14 +147,30 @@ def test_run_is_repeated_bit_for_bit_from_its_configuration(tmp_path):
 @pytest.mark.parametrize("partition", ["iid", "by_label"])
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_partitions_and_schedules_run(tmp_path, partition, schedule):
-    options = ["--partition", partition, "--schedule", schedule, "--optimizer", "momentum", "--warmup-steps", "2"]
+    options = [
+        "--partition",
+        partition,
+        "--schedule",
+        schedule,
+        "--optimizer",
+        "momentum",
+        "--warmup-steps",
+        "2",
+    ]
     assert train.main([*QUICK, *options, "--run-dir", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("sync_every", ["0", "2"])
 def test_run_works_where_jax_counts_in_64_bits(tmp_path, sync_every):
     """As for users who have set `jax_enable_x64`; the command itself computes in 32 bits."""
-    process = command(*QUICK, "--sync-every", sync_every, "--run-dir", str(tmp_path), before="export JAX_ENABLE_X64=1")
+    process = command(
+        *QUICK,
+        "--sync-every",
+        sync_every,
+        "--run-dir",
+        str(tmp_path),
+        before="export JAX_ENABLE_X64=1",
+    )
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
 
@@ -118,9 +179,7 @@ def test_run_works_where_jax_counts_in_64_bits(tmp_path, sync_every):
 def test_run_works_in_an_odd_shell(tmp_path):
     """Settings that a notebook, a job script or a serial terminal leaves behind, all at once."""
     shell = "export MPLBACKEND=garbage PYTHONIOENCODING=ascii COLUMNS=1 TERM=dumb NPROC=many HOME=/proc/none LC_ALL=C"
-    shell += (
-        " MPLCONFIGDIR=/proc/none TMPDIR=/nowhere PYTHONOPTIMIZE=2 TZ=none/x JAX_DEBUG_NANS=1; unset XDG_CACHE_HOME"
-    )
+    shell += " MPLCONFIGDIR=/proc/none TMPDIR=/nowhere PYTHONOPTIMIZE=2 TZ=none/x JAX_DEBUG_NANS=1; unset XDG_CACHE_HOME"
     process = command(*QUICK, "--run-dir", str(tmp_path / "run"), before=shell)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -143,9 +202,14 @@ def test_output_on_a_full_disk_is_refused_and_leaves_nothing_behind(tmp_path):
 
 def test_own_csv_and_npz_run(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    table = "\n".join(f"{x:.3f},{y:.3f},{'in' if x * x + y * y < 1 else 'out'}" for x, y in rng.normal(size=(300, 2)))
+    table = "\n".join(
+        f"{x:.3f},{y:.3f},{'in' if x * x + y * y < 1 else 'out'}"
+        for x, y in rng.normal(size=(300, 2))
+    )
     (tmp_path / "ring.csv").write_text("x,y,side\n" + table)
-    np.savez(tmp_path / "own.npz", x_train=rng.normal(size=(200, 3)), y_train=rng.integers(0, 2, 200))
+    np.savez(
+        tmp_path / "own.npz", x_train=rng.normal(size=(200, 3)), y_train=rng.integers(0, 2, 200)
+    )
     for name in ("ring.csv", "own.npz"):
         kind = ["--dataset", name[-3:], "--data-file", str(tmp_path / name)]
         assert train.main([*QUICK, *kind, "--run-dir", str(tmp_path / name[:-4])]) == 0
@@ -168,9 +232,17 @@ def test_ctrl_c_ends_cleanly_with_what_was_measured(tmp_path):
 
 def test_ctrl_c_before_training_ends_at_once(tmp_path):
     """While programs are compiled there is nothing to keep."""
-    process = command("--epochs", "1000000", "--run-dir", str(tmp_path / "run"), before="export PYTHONUNBUFFERED=1")
+    process = command(
+        "--epochs",
+        "1000000",
+        "--run-dir",
+        str(tmp_path / "run"),
+        before="export PYTHONUNBUFFERED=1",
+    )
     assert process.stdout is not None
-    assert "devices" in process.stdout.readline()  # the plan, which is printed before programs are compiled
+    assert (
+        "devices" in process.stdout.readline()
+    )  # the plan, which is printed before programs are compiled
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
 
@@ -186,12 +258,17 @@ def test_full_disk_gets_a_sentence(tmp_path, blocks):
     _, errors = process.communicate(timeout=120)
 
     assert process.returncode == 2
-    assert errors.startswith("error: --run-dir must be a folder that can be written to and has room, but writing to")
+    assert errors.startswith(
+        "error: --run-dir must be a folder that can be written to and has room, but writing to"
+    )
     assert errors.count("\n") == 1
     if blocks == 2:
         assert not list(tmp_path.iterdir()), "nothing is left of a run that never began"
     else:
-        lines, saved = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(), tmp_path / "run" / "checkpoints"
+        lines, saved = (
+            (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(),
+            tmp_path / "run" / "checkpoints",
+        )
         assert json.loads(lines[0])["step"] > 0
         assert [path.name for path in saved.iterdir()] == ["step-00000000"]
 
@@ -203,7 +280,10 @@ def write_bad_files(folder: Path) -> None:
     for kind in ("short", "magic", "lengths", "gz"):
         (folder / kind).mkdir()
         for part in ("train", "t10k"):
-            pictures, marks = header["images"] + images.tobytes(), header["labels"] + labels.tobytes()
+            pictures, marks = (
+                header["images"] + images.tobytes(),
+                header["labels"] + labels.tobytes(),
+            )
             if kind == "short":
                 pictures = pictures[:-5]
             if kind == "magic":
@@ -236,18 +316,61 @@ def write_bad_files(folder: Path) -> None:
 
 
 def test_clients_take_turns_on_the_devices(tmp_path, capsys):
-    clients = ["--strategy", "fedavg", "--sync-every", "2", "--partition", "by_label", "--clients", "12"]
+    clients = [
+        "--strategy",
+        "fedavg",
+        "--sync-every",
+        "2",
+        "--partition",
+        "by_label",
+        "--clients",
+        "12",
+    ]
     assert train.main([*QUICK, *clients, "--run-dir", str(tmp_path)]) == 0
     plan = " ".join(capsys.readouterr().out.split())
-    assert "by_label: 12 clients keep 119 to 120 examples each (partition.png), and 2 of them, drawn anew" in plan
+    assert (
+        "by_label: 12 clients keep 119 to 120 examples each (partition.png), and 2 of them, drawn anew"
+        in plan
+    )
     assert "fedavg: the mean of the parameters after every 2 steps alone" in plan
 
 
 def test_text_is_kept_by_devices_and_sampled(tmp_path, capsys):
     (tmp_path / "some.txt").write_text("To be, or not to be, that is the question. " * 120)
-    text = ["--dataset", "text", "--data-file", str(tmp_path / "some.txt"), "--model", "transformer", "--window", "16"]
-    small = ["--width", "16", "--heads", "2", "--layers", "1", "--steps", "20", "--devices", "2", "--partition", "iid"]
-    sample = ["--prompt", "To be", "--sample-length", "20", "--eval-every", "10", "--run-dir", str(tmp_path / "run")]
+    text = [
+        "--dataset",
+        "text",
+        "--data-file",
+        str(tmp_path / "some.txt"),
+        "--model",
+        "transformer",
+        "--window",
+        "16",
+    ]
+    small = [
+        "--width",
+        "16",
+        "--heads",
+        "2",
+        "--layers",
+        "1",
+        "--steps",
+        "20",
+        "--devices",
+        "2",
+        "--partition",
+        "iid",
+    ]
+    sample = [
+        "--prompt",
+        "To be",
+        "--sample-length",
+        "20",
+        "--eval-every",
+        "10",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     assert train.main([*text, *small, *sample]) == 0
     shown = capsys.readouterr().out
     assert len(re.findall(r"^To be.{20}$", shown, flags=re.MULTILINE | re.DOTALL)) == 2
@@ -368,7 +491,9 @@ def test_mistake_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, m
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1, "one sentence, no traceback"
     after = {
-        path for path in tmp_path.rglob("*") if path.parts[len(tmp_path.parts)] != "runs" or "finite" not in errors
+        path
+        for path in tmp_path.rglob("*")
+        if path.parts[len(tmp_path.parts)] != "runs" or "finite" not in errors
     }
     assert after == before, "nothing is left behind by a run that never started"
 
@@ -381,13 +506,17 @@ def test_read_only_run_folder_gets_a_sentence(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert train.main([*QUICK, "--run-dir", str(tmp_path / "run")]) == 2
-    assert "--run-dir must be a folder that can be written to and has room" in capsys.readouterr().err
+    assert (
+        "--run-dir must be a folder that can be written to and has room" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627520 bytes.\nStack:"),
+        jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 1099511627520 bytes.\nStack:"
+        ),
         MemoryError("Unable to allocate 745. GiB for an array"),
         MemoryError(),
     ],
@@ -410,7 +539,9 @@ def test_model_that_is_too_large_gets_a_sentence(tmp_path, monkeypatch, capsys, 
 def test_mistake_costs_no_import_of_jax():
     """An unknown option is answered at once."""
     program = "import sys; from ctde_jax import train; print(train.main(['--epoch', '3']), 'jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "2 False\n"
 
 
@@ -423,11 +554,27 @@ def test_branch_has_the_options_of_its_parent_and_a_schedule_of_its_own(tmp_path
     table = "a,b,y\n" + "".join(f"{i % 3 + i / 100},{i % 7},{'xyz'[i % 3]}\n" for i in range(60))
     (tmp_path / "t.csv").write_text(table)
     parent, branch = tmp_path / "parent", tmp_path / "branch"
-    data_options = ["--dataset", "csv", "--data-file", str(tmp_path / "t.csv"), "--batch-size", "12"]
+    data_options = [
+        "--dataset",
+        "csv",
+        "--data-file",
+        str(tmp_path / "t.csv"),
+        "--batch-size",
+        "12",
+    ]
     assert train.main([*data_options, *QUICK, "--run-dir", str(parent)]) == 0
     start = parent / "checkpoints" / "step-00000004"
     capsys.readouterr()
-    given = ["--branch-from", str(start), "--steps", "8", "--learning-rate", "0.001", "--log-every", "1"]
+    given = [
+        "--branch-from",
+        str(start),
+        "--steps",
+        "8",
+        "--learning-rate",
+        "0.001",
+        "--log-every",
+        "1",
+    ]
     assert train.main([*given, "--run-dir", str(branch)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "--learning-rate 0.008 there and 0.001 here" in printed
@@ -444,7 +591,10 @@ def test_branch_from_what_is_no_run_of_the_command_is_refused(tmp_path, capsys):
     (tmp_path / "x" / "checkpoints" / "step-00000004").mkdir(parents=True)
     (tmp_path / "x" / "checkpoints" / "step-00000004" / "manifest.json").touch()
     assert train.main(["--branch-from", str(tmp_path / "x" / "checkpoints" / "step-00000004")]) == 2
-    assert "--branch-from must be a checkpoint of a run of python -m ctde_jax.train" in capsys.readouterr().err
+    assert (
+        "--branch-from must be a checkpoint of a run of python -m ctde_jax.train"
+        in capsys.readouterr().err
+    )
 
 
 def test_refused_start_leaves_the_earlier_run_where_it_is(tmp_path, capsys):
@@ -460,7 +610,9 @@ def test_refused_start_leaves_the_earlier_run_where_it_is(tmp_path, capsys):
     ):
         assert train.main([*QUICK, "--run-dir", folder, "--resume", "never", *mistake]) == 2
         assert sorted((tmp_path / "run").rglob("*")) == before
-    assert train.main([*QUICK, "--run-dir", folder, "--resume", "never", "--init-from", parent]) == 0
+    assert (
+        train.main([*QUICK, "--run-dir", folder, "--resume", "never", "--init-from", parent]) == 0
+    )
     assert (tmp_path / "run" / "previous-1" / "config.json").exists()
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["init_from"] == parent
@@ -471,7 +623,16 @@ def test_branch_continues_when_its_parent_is_gone(tmp_path, capsys):
     parent, branch = tmp_path / "parent", tmp_path / "branch"
     assert train.main([*QUICK, "--batch-size", "32", "--run-dir", str(parent)]) == 0
     start = parent / "checkpoints" / "step-00000004"
-    again = ["--branch-from", str(start), "--steps", "8", "--learning-rate", "0.001", "--run-dir", str(branch)]
+    again = [
+        "--branch-from",
+        str(start),
+        "--steps",
+        "8",
+        "--learning-rate",
+        "0.001",
+        "--run-dir",
+        str(branch),
+    ]
     assert train.main(again) == 0
     rows = rows_of(branch)
     shutil.rmtree(parent)
@@ -484,7 +645,15 @@ def test_branch_that_has_no_steps_left_is_told_how_steps_count(tmp_path, capsys)
     parent = tmp_path / "parent"
     assert train.main([*QUICK, "--run-dir", str(parent)]) == 0
     start = str(parent / "checkpoints" / "step-00000004")
-    assert train.main(["--branch-from", start, "--learning-rate", "0.1", "--run-dir", str(tmp_path / "b")]) == 2
-    assert "--steps must be more than the 4 at which the schedule starts, got 4" in capsys.readouterr().err
+    assert (
+        train.main(
+            ["--branch-from", start, "--learning-rate", "0.1", "--run-dir", str(tmp_path / "b")]
+        )
+        == 2
+    )
+    assert (
+        "--steps must be more than the 4 at which the schedule starts, got 4"
+        in capsys.readouterr().err
+    )
     assert train.main(["--branch-from", str(parent), "--run-dir", str(tmp_path / "b")]) == 2
     assert "--branch-from must name a checkpoint, such as" in capsys.readouterr().err

@@ -35,8 +35,9 @@ def test_examples_that_count_twice_are_noticed(monkeypatch, capsys):
 
 def test_devices_that_hold_the_same_are_told(capsys):
     assert verify.main(["replicas", *RUN]) == 0
-    assert "what the 2 devices share was the same on all of them after every dispatch of 60 steps" in (
-        capsys.readouterr().out
+    assert (
+        "what the 2 devices share was the same on all of them after every dispatch of 60 steps"
+        in (capsys.readouterr().out)
     )
 
 
@@ -66,12 +67,32 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["resum"], "verify must be one of resume, exact, replicas, eval, checkpoint, bundle, got 'resum'; did you"),
-        (["checkpoint"], "verify checkpoint wants the folder of a run or of a checkpoint, and nothing else."),
-        (["replicas", "--devices", "1"], "--devices must be at least 2 where they are to be compared, got 1."),
-        (["exact", "--devices", "2"], "--devices must be left out, as their number is what changes."),
         (
-            ["eval", "--coordinator", "127.0.0.1:1234", "--num-processes", "2", "--process-id", "0"],
+            ["resum"],
+            "verify must be one of resume, exact, replicas, eval, checkpoint, bundle, got 'resum'; did you",
+        ),
+        (
+            ["checkpoint"],
+            "verify checkpoint wants the folder of a run or of a checkpoint, and nothing else.",
+        ),
+        (
+            ["replicas", "--devices", "1"],
+            "--devices must be at least 2 where they are to be compared, got 1.",
+        ),
+        (
+            ["exact", "--devices", "2"],
+            "--devices must be left out, as their number is what changes.",
+        ),
+        (
+            [
+                "eval",
+                "--coordinator",
+                "127.0.0.1:1234",
+                "--num-processes",
+                "2",
+                "--process-id",
+                "0",
+            ],
             "--num-processes must be 1 for this command, which runs on one host, got 2.",
         ),
         (["eval", "--lr", "3"], "--lr is no option"),
@@ -95,5 +116,7 @@ def test_killed_run_ends_with_the_same_bits(capsys):
 
 @pytest.mark.slow
 def test_bits_on_any_number_of_devices_are_the_same(capsys):
-    assert verify.main(["exact", *(word for word in RUN if word not in ("--devices", "4", "2"))]) == 0
+    assert (
+        verify.main(["exact", *(word for word in RUN if word not in ("--devices", "4", "2"))]) == 0
+    )
     assert "tensors are the same on 1, 2, 4, 8 devices" in capsys.readouterr().out

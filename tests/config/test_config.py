@@ -26,13 +26,23 @@ def test_help_explains_every_option_with_its_default(capsys):
 
 
 def test_saved_configuration_is_read_back_and_the_command_line_wins(tmp_path):
-    chosen = config.parse(["--widths", "32", "16", "--steps", "7", "--learning-rate", "0.25", "--run-dir", "x"])
+    chosen = config.parse(
+        ["--widths", "32", "16", "--steps", "7", "--learning-rate", "0.25", "--run-dir", "x"]
+    )
     config.save(chosen, tmp_path / "config.json")
 
     again = config.parse(["--config", str(tmp_path / "config.json"), "--seed", "5"])
 
-    assert (again.model, again.data, again.aggregation) == (chosen.model, chosen.data, chosen.aggregation)
-    assert (again.optimization.steps, again.optimization.learning_rate, again.optimization.seed) == (7, 0.25, 5)
+    assert (again.model, again.data, again.aggregation) == (
+        chosen.model,
+        chosen.data,
+        chosen.aggregation,
+    )
+    assert (
+        again.optimization.steps,
+        again.optimization.learning_rate,
+        again.optimization.seed,
+    ) == (7, 0.25, 5)
     assert again.run.run_dir is None, "a repeated run has a folder of its own"
 
 
@@ -44,19 +54,40 @@ def test_epochs_on_the_command_line_win_over_saved_steps(tmp_path):
 
 def test_saved_paths_hold_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config.save(config.parse(["--dataset", "csv", "--data-file", "mine.csv"]), tmp_path / "config.json")
+    config.save(
+        config.parse(["--dataset", "csv", "--data-file", "mine.csv"]), tmp_path / "config.json"
+    )
     assert config.parse(["--config", "config.json"]).data.data_file == tmp_path / "mine.csv"
 
 
 def test_preset_gives_defaults_that_the_command_line_replaces():
-    chosen = config.parse(["--strategy", "diloco", "--sync-every", "64", "--reduce", "int4", "--error-feedback"])
+    chosen = config.parse(
+        ["--strategy", "diloco", "--sync-every", "64", "--reduce", "int4", "--error-feedback"]
+    )
     agreed = chosen.aggregation
-    assert (agreed.strategy, agreed.sync_every, agreed.reduce, agreed.error_feedback) == ("diloco", 64, "int4", True)
-    assert (agreed.outer, agreed.outer_learning_rate, agreed.outer_momentum) == ("nesterov", 0.7, 0.9)
-    assert config.parse(["--outer-momentum", "0.5", "--strategy", "diloco"]).aggregation.outer_momentum == 0.5
+    assert (agreed.strategy, agreed.sync_every, agreed.reduce, agreed.error_feedback) == (
+        "diloco",
+        64,
+        "int4",
+        True,
+    )
+    assert (agreed.outer, agreed.outer_learning_rate, agreed.outer_momentum) == (
+        "nesterov",
+        0.7,
+        0.9,
+    )
+    assert (
+        config.parse(["--outer-momentum", "0.5", "--strategy", "diloco"]).aggregation.outer_momentum
+        == 0.5
+    )
     assert config.parse(["--strategy", "mu-loco"]).optimization.optimizer == "muon"
-    assert config.parse(["--strategy", "mu-loco", "--optimizer", "adamw"]).optimization.optimizer == "adamw"
-    assert not config.parse(["--strategy", "sparse-loco", "--no-error-feedback"]).aggregation.error_feedback
+    assert (
+        config.parse(["--strategy", "mu-loco", "--optimizer", "adamw"]).optimization.optimizer
+        == "adamw"
+    )
+    assert not config.parse(
+        ["--strategy", "sparse-loco", "--no-error-feedback"]
+    ).aggregation.error_feedback
 
 
 def test_preset_replaces_a_saved_way_to_agree(tmp_path):
@@ -67,13 +98,21 @@ def test_preset_replaces_a_saved_way_to_agree(tmp_path):
     assert config.parse(path).optimization.optimizer == "adamw"
     again = config.parse([*path, "--strategy", "local-sgd"])
     assert again.optimization.optimizer == "adam", "the optimizer was the first strategy's"
-    assert again.aggregation == config.parse(["--strategy", "local-sgd", "--devices", "2"]).aggregation
+    assert (
+        again.aggregation == config.parse(["--strategy", "local-sgd", "--devices", "2"]).aggregation
+    )
     assert again.optimization.batch_size == 32
 
 
 def test_network_gives_defaults_that_the_command_line_replaces(tmp_path):
-    saved = config.parse(["--model", "transformer", "--strategy", "fedavg", "--layers", "5", "--seed", "3"])
-    assert (saved.model.layers, saved.optimization.max_grad_norm, saved.optimization.optimizer) == (5, 1.0, "sgd")
+    saved = config.parse(
+        ["--model", "transformer", "--strategy", "fedavg", "--layers", "5", "--seed", "3"]
+    )
+    assert (saved.model.layers, saved.optimization.max_grad_norm, saved.optimization.optimizer) == (
+        5,
+        1.0,
+        "sgd",
+    )
     config.save(saved, tmp_path / "config.json")
     path = ["--config", str(tmp_path / "config.json")]
     assert config.parse(path).model == saved.model
@@ -97,7 +136,10 @@ def test_new_choice_over_a_saved_configuration_brings_its_own_defaults(tmp_path)
 
 
 def test_options_name_every_start_and_network():
-    assert set(get_args(get_type_hints(config.ModelOptions)["init"])) == {*initializers.INITIALIZERS, "mup"}
+    assert set(get_args(get_type_hints(config.ModelOptions)["init"])) == {
+        *initializers.INITIALIZERS,
+        "mup",
+    }
     for name, preset in presets.MODELS.items():
         assert preset.options.keys() <= set(OPTIONS), name
 
@@ -105,7 +147,10 @@ def test_options_name_every_start_and_network():
 def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
     (tmp_path / "config.json").write_text('{"strategy": "diloco", "sync_every": 8}')
     chosen = config.parse(["--config", str(tmp_path / "config.json")])
-    assert chosen.aggregation == config.parse(["--strategy", "diloco", "--sync-every", "8"]).aggregation
+    assert (
+        chosen.aggregation
+        == config.parse(["--strategy", "diloco", "--sync-every", "8"]).aggregation
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,10 +158,19 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
     [
         (["--strategy", "dilco"], "got 'dilco'; did you mean 'diloco'?"),
         (["--error-feedback", "yes"], "--error-feedback takes no value, got yes."),
-        (["--no-error-feedbak"], "--no-error-feedbak is no option; did you mean '--no-error-feedback'?"),
+        (
+            ["--no-error-feedbak"],
+            "--no-error-feedbak is no option; did you mean '--no-error-feedback'?",
+        ),
         (["--clip-norm", "one"], "--clip-norm must be a number, got 'one'."),
-        (["--batchsize", "8"], "--batchsize is no option; did you mean '--batch-size'? --help lists them all."),
-        (["--dataset", "mnits"], "fashion_mnist, cifar10, text, npz, csv, got 'mnits'; did you mean 'mnist'?"),
+        (
+            ["--batchsize", "8"],
+            "--batchsize is no option; did you mean '--batch-size'? --help lists them all.",
+        ),
+        (
+            ["--dataset", "mnits"],
+            "fashion_mnist, cifar10, text, npz, csv, got 'mnits'; did you mean 'mnist'?",
+        ),
         (["--optimizer=adm"], "did you mean 'adam'?"),
         (["--activation"], "--activation takes one value, got none."),
         (["--seed", "1", "-e", "3"], "--seed takes one value, got 1 -e 3."),
@@ -126,7 +180,10 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
             "--model must be one of mlp, cnn, resnet, lstm, gru, transformer, got 'ccn'; did you mean",
         ),
         (["--width", "8"], "width goes with --model lstm or --model gru or --model transformer."),
-        (["--model", "resnet", "--batch-statistics", "averaged"], "batch_statistics goes with --norm batch."),
+        (
+            ["--model", "resnet", "--batch-statistics", "averaged"],
+            "batch_statistics goes with --norm batch.",
+        ),
         (
             ["--weight-decay", "0.1"],
             "weight_decay goes with --optimizer adamw or --optimizer lion or --optimizer muon.",

@@ -17,7 +17,18 @@ from ctde_jax.config import walk
 from ctde_jax.errors import InputError
 from ctde_jax.export.__main__ import main
 
-RUN = ("--devices", "2", "--steps", "30", "--eval-every", "10", "--save-every", "10", "--widths", "12")
+RUN = (
+    "--devices",
+    "2",
+    "--steps",
+    "30",
+    "--eval-every",
+    "10",
+    "--save-every",
+    "10",
+    "--widths",
+    "12",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +48,25 @@ WAYS = {
     "local steps": ("--strategy", "diloco", "--sync-every", "5"),
     "fragments": ("--strategy", "streaming-diloco", "--sync-every", "5", "--fragments", "2"),
     "the best": ("--validation-share", "0.2", "--patience", "9"),
-    "the best before patience ran out": ("--validation-share", "0.2", "--patience", "1", "--learning-rate", "3"),
+    "the best before patience ran out": (
+        "--validation-share",
+        "0.2",
+        "--patience",
+        "1",
+        "--learning-rate",
+        "3",
+    ),
     "statistics": ("--model", "resnet", "--widths", "8", "--norm", "batch"),
-    "statistics anew": ("--model", "resnet", "--widths", "8", "--norm", "batch", "--reestimate-batches", "3"),
+    "statistics anew": (
+        "--model",
+        "resnet",
+        "--widths",
+        "8",
+        "--norm",
+        "batch",
+        "--reestimate-batches",
+        "3",
+    ),
 }
 
 
@@ -47,7 +74,9 @@ WAYS = {
 def test_loaded_model_is_the_one_that_was_trained(way):
     right = trained(*WAYS[way])
     found, data, chosen = ctde.load_run("run")
-    exact = {} if way in ("averaged over devices", "fragments") else {"rtol": 0, "atol": 0}  # a mean over devices
+    exact = (
+        {} if way in ("averaged over devices", "fragments") else {"rtol": 0, "atol": 0}
+    )  # a mean over devices
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, **{"rtol": 1e-6, "atol": 1e-7, **exact}),
         (found.params, found.model_state),
@@ -72,7 +101,9 @@ def test_named_checkpoint_gives_its_own_parameters():
     early = [row for row in short.history if row["split"] == "test" and row["step"] == 10]
     assert found.tested["accuracy"] == early[0]["accuracy"]
     assert found.evaluate(data.test)["accuracy"] == early[0]["accuracy"]
-    assert [row["split"] for row in found.history].count("train") < [r["split"] for r in whole.history].count("train")
+    assert [row["split"] for row in found.history].count("train") < [
+        r["split"] for r in whole.history
+    ].count("train")
 
 
 def test_data_that_have_moved_are_found(tmp_path):
@@ -88,11 +119,19 @@ def test_data_that_have_moved_are_found(tmp_path):
     assert main(["run", "--formats", "numpy", "--data-file", "elsewhere/yours.npz"]) == 0
 
 
-COLUMNS = ["a,b,label"] + [f"{3 * (i % 3) + i % 7 / 9:.3f},{i % 5},{['ant', 'bee', 'cat'][i % 3]}" for i in range(60)]
+COLUMNS = ["a,b,label"] + [
+    f"{3 * (i % 3) + i % 7 / 9:.3f},{i % 5},{['ant', 'bee', 'cat'][i % 3]}" for i in range(60)
+]
 CSV_CHANGES = {
-    "a class is renamed": (lambda lines: [line.replace("ant", "wasp") for line in lines], "the class names"),
+    "a class is renamed": (
+        lambda lines: [line.replace("ant", "wasp") for line in lines],
+        "the class names",
+    ),
     "rows are appended": (lambda lines: [*lines, *["3000,1,bee"] * 12], "the shift of the inputs"),
-    "one label is another": (lambda lines: [*lines[:-1], lines[-1].replace("cat", "bee")], "the labels of the t"),
+    "one label is another": (
+        lambda lines: [*lines[:-1], lines[-1].replace("cat", "bee")],
+        "the labels of the t",
+    ),
     "a unit is another": (
         lambda lines: [lines[0], *("1" + line for line in lines[1:])],
         "the inputs of the test split",
@@ -115,33 +154,68 @@ def test_data_that_have_changed_are_refused_by_every_command(name, csv_run, caps
     shutil.copytree(csv_run, ".", dirs_exist_ok=True)
     change, part = CSV_CHANGES[name]
     Path("d.csv").write_text("\n".join(change(COLUMNS)))
-    command = [*RUN, "--run-dir", "run", "--dataset", "csv", "--data-file", "d.csv", "--batch-size", "12"]
+    command = [
+        *RUN,
+        "--run-dir",
+        "run",
+        "--dataset",
+        "csv",
+        "--data-file",
+        "d.csv",
+        "--batch-size",
+        "12",
+    ]
     assert main(["run", "--formats", "numpy", "--data-file", "d.csv"]) == 2
     said = capsys.readouterr().err
-    assert "error: --data-file must lead to the data that the run was trained on, but d differs from them in " in said
+    assert (
+        "error: --data-file must lead to the data that the run was trained on, but d differs from them in "
+        in said
+    )
     assert part in said
     assert not Path("run/bundle").exists()
     assert train.main(command) == 2
     said = capsys.readouterr().err
     assert "error: --run-dir holds a run with other " in said
     assert part in said or "training examples" in said
-    assert "Give another --run-dir, --resume never to train from the start, or --branch-from run/checkpoints" in said
+    assert (
+        "Give another --run-dir, --resume never to train from the start, or --branch-from run/checkpoints"
+        in said
+    )
 
 
 def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run, capsys):
     shutil.copytree(csv_run, ".", dirs_exist_ok=True)
-    command = [*RUN, "--run-dir", "run", "--dataset", "csv", "--data-file", "d.csv", "--batch-size", "12"]
+    command = [
+        *RUN,
+        "--run-dir",
+        "run",
+        "--dataset",
+        "csv",
+        "--data-file",
+        "d.csv",
+        "--batch-size",
+        "12",
+    ]
     assert train.main([*command, "--learning-rate", "0.01", "--steps", "40"]) == 2
-    sentence = (
-        "with other options: --learning-rate 0.008 there and 0.01 here; the number of steps 30 there and 40 here. Give"
-    )
+    sentence = "with other options: --learning-rate 0.008 there and 0.01 here; the number of steps 30 there and 40 here. Give"
     assert sentence in capsys.readouterr().err
     assert train.main(command) == 0
     said = capsys.readouterr().out
-    assert "this run was complete at step 30; --resume never or another --run-dir trains it from the start" in said
+    assert (
+        "this run was complete at step 30; --resume never or another --run-dir trains it from the start"
+        in said
+    )
     assert "complete at step 30 before; nothing was trained" in " ".join(said.split())
-    assert train.main([*command, "--resume", "never", "--branch-from", "run/checkpoints/step-00000030"]) == 2
-    assert "--branch-from must be a checkpoint outside run, whose run --resume never moves" in capsys.readouterr().err
+    assert (
+        train.main(
+            [*command, "--resume", "never", "--branch-from", "run/checkpoints/step-00000030"]
+        )
+        == 2
+    )
+    assert (
+        "--branch-from must be a checkpoint outside run, whose run --resume never moves"
+        in capsys.readouterr().err
+    )
     assert train.main([*command, "--learning-rate", "0.01", "--resume", "never"]) == 0
     assert ctde.load_run("run").config.optimization.learning_rate == 0.01
     assert ctde.load_run("run/previous-1").config.optimization.learning_rate == 0.008
@@ -164,10 +238,15 @@ def test_bundle_of_a_model_on_other_test_examples_is_refused(csv_run, monkeypatc
     labels = right.test.labels.copy()
     labels[0] = (labels[0] + 1) % 3
     with pytest.raises(
-        InputError, match="data must be those that the model was trained on, but there its test loss is"
+        InputError,
+        match="data must be those that the model was trained on, but there its test loss is",
     ):
         ctde.write_bundle(
-            found, replace(right, test=right.test._replace(labels=labels)), "other", ["numpy"], show=False
+            found,
+            replace(right, test=right.test._replace(labels=labels)),
+            "other",
+            ["numpy"],
+            show=False,
         )
     assert not Path("other").exists()
 
@@ -192,11 +271,26 @@ def test_run_leaves_as_a_bundle(capsys):
         (["nowhere"], "RUN must be the folder of a run of python -m ctde_jax.train"),
         (["run", "--formats", "onyx"], "--formats must be one of numpy, onnx"),
         (["run", "--to", "mine"], "--to must be new or a bundle"),
-        (["run", "--to", "/proc/none/bundle"], "--to must be a folder that can be written to and has room"),
-        (["run", "--to", "run/config.json/bundle"], "--to must be a folder that can be written to and has room"),
-        (["silent"], "RUN must have metrics.jsonl, and silent/metrics.jsonl cannot be read: No such file"),
-        (["run", "--formats", "numpy", "--web", "page"], "--web needs the format onnx, and --formats are numpy"),
-        (["run", "--web", "mine"], "--web must be new, empty, or a page that was written before, and mine"),
+        (
+            ["run", "--to", "/proc/none/bundle"],
+            "--to must be a folder that can be written to and has room",
+        ),
+        (
+            ["run", "--to", "run/config.json/bundle"],
+            "--to must be a folder that can be written to and has room",
+        ),
+        (
+            ["silent"],
+            "RUN must have metrics.jsonl, and silent/metrics.jsonl cannot be read: No such file",
+        ),
+        (
+            ["run", "--formats", "numpy", "--web", "page"],
+            "--web needs the format onnx, and --formats are numpy",
+        ),
+        (
+            ["run", "--web", "mine"],
+            "--web must be new, empty, or a page that was written before, and mine",
+        ),
         (["run", "--examples", "-1"], "--examples must be at least 0, got -1"),
         (["empty"], "RUN must have a checkpoint, and empty has none yet"),
         (
@@ -225,17 +319,22 @@ def test_mistake_is_a_sentence(arguments, sentence, capsys):
 
 
 @pytest.mark.parametrize("place", ["after", "within"])
-@pytest.mark.parametrize("damage", [b'{"split": "te', b"\xff\xfe\0\n", b"[1]\n", b'{"split": "test", "step": "x"}\n'])
+@pytest.mark.parametrize(
+    "damage", [b'{"split": "te', b"\xff\xfe\0\n", b"[1]\n", b'{"split": "test", "step": "x"}\n']
+)
 def test_damage_to_the_log_matters_only_within_the_rows_of_the_checkpoint(place, damage):
     right = trained()
     path = Path("run/metrics.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines, damage] if place == "after" else [*lines[:2], damage, *lines[3:]]))
+    path.write_bytes(
+        b"".join([*lines, damage] if place == "after" else [*lines[:2], damage, *lines[3:]])
+    )
     if place == "after":
         assert ctde.load_run("run").trained.history == right.history
     else:
         with pytest.raises(
-            InputError, match=rf"the {len(lines)} rows in .*metrics.jsonl .* got 2; name another folder"
+            InputError,
+            match=rf"the {len(lines)} rows in .*metrics.jsonl .* got 2; name another folder",
         ):
             ctde.load_run("run")
 

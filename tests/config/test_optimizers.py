@@ -13,7 +13,11 @@ from ctde_jax.errors import InputError
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("constant", [0.0, 0.5, 1.0, 1.0, 1.0]), ("linear", [0.0, 0.5, 1.0, 0.5, 0.0]), ("cosine", [0, 0.5, 1, 0.5, 0])],
+    [
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.5, 0.0]),
+        ("cosine", [0, 0.5, 1, 0.5, 0]),
+    ],
 )
 def test_schedule_rises_to_the_peak_and_goes_on_as_named(schedule, expected):
     rate = optimizers.build_schedule(1.0, schedule, warmup_steps=10, total_steps=30)
@@ -22,8 +26,12 @@ def test_schedule_rises_to_the_peak_and_goes_on_as_named(schedule, expected):
 
 def test_schedule_of_a_branch_starts_at_its_first_step():
     whole = optimizers.build_schedule(1.0, "cosine", warmup_steps=10, total_steps=30)
-    later = optimizers.build_schedule(1.0, "cosine", warmup_steps=10, total_steps=130, schedule_start=100)
-    assert [float(later(step)) for step in range(100, 131)] == [float(whole(step)) for step in range(31)]
+    later = optimizers.build_schedule(
+        1.0, "cosine", warmup_steps=10, total_steps=130, schedule_start=100
+    )
+    assert [float(later(step)) for step in range(100, 131)] == [
+        float(whole(step)) for step in range(31)
+    ]
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
@@ -39,7 +47,9 @@ def test_optimizer_takes_the_steps_of_optax(name):
 def test_one_learning_rate_is_logged_and_none_of_several():
     """The first of them is not that of all parameters."""
     params, adam = {"a": jnp.ones(3), "b": jnp.ones(2)}, optax.inject_hyperparams(optax.adam)
-    alone = optax.chain(optax.clip(1.0), adam(0.1), optax.inject_hyperparams(optax.clip)(max_delta=1.0))
+    alone = optax.chain(
+        optax.clip(1.0), adam(0.1), optax.inject_hyperparams(optax.clip)(max_delta=1.0)
+    )
     assert float(transformations.learning_rate(alone.init(params))) == pytest.approx(0.1)
     several = optax.multi_transform({"a": adam(0.1), "b": adam(0.01)}, {"a": "a", "b": "b"})
     assert transformations.learning_rate(several.init(params)) is None
@@ -62,14 +72,26 @@ def test_optimizer_goes_downhill(name):
             ("adm", 0.1),
             "optimizer must be one of sgd, momentum, adam, adamw, lion, muon, got 'adm'; did you mean 'adam'",
         ),
-        (("sgd", 0.1, "constant", 0, 0, 0.1), "weight_decay goes with adamw, lion, muon, got the optimizer sgd"),
-        (("adamw", 0.1, "constant", 0, 0, -1.0), "weight_decay must be at least 0 and finite, got -1.0"),
-        (("adamw", 0.1, "constant", 0, 0, None, 0.0), "max_grad_norm must be greater than 0 and finite, got 0.0"),
+        (
+            ("sgd", 0.1, "constant", 0, 0, 0.1),
+            "weight_decay goes with adamw, lion, muon, got the optimizer sgd",
+        ),
+        (
+            ("adamw", 0.1, "constant", 0, 0, -1.0),
+            "weight_decay must be at least 0 and finite, got -1.0",
+        ),
+        (
+            ("adamw", 0.1, "constant", 0, 0, None, 0.0),
+            "max_grad_norm must be greater than 0 and finite, got 0.0",
+        ),
         (("sgd", 0.1, "cosin"), "did you mean 'cosine'"),
         (("sgd", 0.0), "learning_rate must be greater than 0 and finite, got 0.0"),
         (("sgd", float("nan")), "learning_rate must be greater than 0 and finite, got nan"),
         (("sgd", 0.1, "constant", -1), "warmup_steps must be at least 0, got -1"),
-        (("sgd", 0.1, "cosine", 10, 10), "warmup_steps must be fewer than the 10 steps of the run, got 10"),
+        (
+            ("sgd", 0.1, "cosine", 10, 10),
+            "warmup_steps must be fewer than the 10 steps of the run, got 10",
+        ),
     ],
 )
 def test_wrong_setting_is_refused_in_a_sentence(arguments, sentence):
@@ -93,4 +115,6 @@ def test_longer_gradients_are_shortened_to_the_norm(norm, length):
     grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     updates, _ = optimizer.update(grads, optimizer.init(grads))
     assert float(optax.tree.norm(updates)) == pytest.approx(length)
-    assert jax.tree.all(jax.tree.map(lambda u, g: bool(jnp.allclose(u / -length, g / 5.0)), updates, grads))
+    assert jax.tree.all(
+        jax.tree.map(lambda u, g: bool(jnp.allclose(u / -length, g / 5.0)), updates, grads)
+    )

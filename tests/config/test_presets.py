@@ -27,7 +27,9 @@ def test_help_names_the_paper_of_every_method(name, capsys):
     with pytest.raises(SystemExit):
         config.parse(["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    said = re.search(rf"{name}: [^;]+\((after )?[A-Z]\w+( et al\.)?, \d{{4}}\).*?; sets --[a-z]", text)
+    said = re.search(
+        rf"{name}: [^;]+\((after )?[A-Z]\w+( et al\.)?, \d{{4}}\).*?; sets --[a-z]", text
+    )
     assert said, text
 
 
@@ -35,12 +37,18 @@ def test_help_names_the_paper_of_every_method(name, capsys):
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_method_learns_the_digits(name, digits):
     """Four devices, five epochs; a guess would be right once in ten times."""
-    inner = optax.contrib.muon(0.02) if "optimizer" in presets.PRESETS[name].options else optax.adam(0.01)
+    inner = (
+        optax.contrib.muon(0.02)
+        if "optimizer" in presets.PRESETS[name].options
+        else optax.adam(0.01)
+    )
     strategy = ctde.strategy(
         name, sync_every=0 if name == "ddp" else 4, synchronous_steps=8 * (name == "post-local-sgd")
     )
     devices = ctde.devices.start(4)
-    trained = ctde.fit(MODEL, digits, inner, strategy, devices=devices, batch_size=64, epochs=5, show=False)
+    trained = ctde.fit(
+        MODEL, digits, inner, strategy, devices=devices, batch_size=64, epochs=5, show=False
+    )
     assert trained.history[-1]["accuracy"] > 0.9
 
 
@@ -49,41 +57,108 @@ def test_command_line_and_python_mean_the_same():
     by_command = build.build_strategy(config.parse(arguments).aggregation)
     by_name = ctde.strategy("fedadam", sync_every=7)
     params = {"w": optax.tree.zeros_like([1.0])}
-    assert (by_command.inner_steps, by_command.diverges) == (by_name.inner_steps, by_name.diverges) == (7, False)
+    assert (
+        (by_command.inner_steps, by_command.diverges)
+        == (by_name.inner_steps, by_name.diverges)
+        == (7, False)
+    )
     assert by_command.outer.init(params) == by_name.outer.init(params)
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: ctde.strategy("dilco"), "strategy must be one of .* got 'dilco'; did you mean 'diloco'"),
-        (lambda: ctde.strategy("diloco", inner_steps=4), "strategy's option must be one of .* got 'inner_steps'"),
-        (lambda: ctde.strategy("ddp", outer="nesterov"), "outer needs steps alone .sync_every. of at least 1, got 0"),
+        (
+            lambda: ctde.strategy("dilco"),
+            "strategy must be one of .* got 'dilco'; did you mean 'diloco'",
+        ),
+        (
+            lambda: ctde.strategy("diloco", inner_steps=4),
+            "strategy's option must be one of .* got 'inner_steps'",
+        ),
+        (
+            lambda: ctde.strategy("ddp", outer="nesterov"),
+            "outer needs steps alone .sync_every. of at least 1, got 0",
+        ),
         (lambda: ctde.strategy("gossip", reduce="int4"), "reduce must be left out with graph ring"),
-        (lambda: ctde.strategy("gossip", combine="median"), "combine must be left out with graph ring"),
-        (lambda: ctde.strategy("ddp", reduce="top_k", keep=5000), "k must be from 1 to the 4096 numbers of a chunk"),
-        (lambda: ctde.strategy("ddp", reduce="power_sgd", rank=0), "rank must be at least 1, got 0"),
-        (lambda: ctde.strategy("ddp", reduce="power_sgd", combine="median"), "combine must be average"),
-        (lambda: ctde.strategy("ddp", reduce="int4", exchange="gathered", combine="krum"), "combine must be average"),
-        (lambda: ctde.strategy("ddp", combine="trimmed_mean", byzantine=-1), "byzantine must be at least 0, got -1"),
-        (lambda: ctde.strategy("diloco", reduce="int3"), "reduce must be one of .* got 'int3'; did you mean 'int8'"),
+        (
+            lambda: ctde.strategy("gossip", combine="median"),
+            "combine must be left out with graph ring",
+        ),
+        (
+            lambda: ctde.strategy("ddp", reduce="top_k", keep=5000),
+            "k must be from 1 to the 4096 numbers of a chunk",
+        ),
+        (
+            lambda: ctde.strategy("ddp", reduce="power_sgd", rank=0),
+            "rank must be at least 1, got 0",
+        ),
+        (
+            lambda: ctde.strategy("ddp", reduce="power_sgd", combine="median"),
+            "combine must be average",
+        ),
+        (
+            lambda: ctde.strategy("ddp", reduce="int4", exchange="gathered", combine="krum"),
+            "combine must be average",
+        ),
+        (
+            lambda: ctde.strategy("ddp", combine="trimmed_mean", byzantine=-1),
+            "byzantine must be at least 0, got -1",
+        ),
+        (
+            lambda: ctde.strategy("diloco", reduce="int3"),
+            "reduce must be one of .* got 'int3'; did you mean 'int8'",
+        ),
         (lambda: ctde.strategy("diloco", outer="x"), "outer must be one of average, .* got 'x'"),
-        (lambda: ctde.strategy("diloco", outer_learning_rate=-1.0), "outer_learning_rate must be greater than 0"),
-        (lambda: ctde.strategy("diloco", outer_momentum=7.0), "outer_momentum must be at least 0 and less than 1"),
-        (lambda: ctde.strategy("ddp", graph="ring"), "graph needs steps alone .sync_every. of at least 1, got 0"),
+        (
+            lambda: ctde.strategy("diloco", outer_learning_rate=-1.0),
+            "outer_learning_rate must be greater than 0",
+        ),
+        (
+            lambda: ctde.strategy("diloco", outer_momentum=7.0),
+            "outer_momentum must be at least 0 and less than 1",
+        ),
+        (
+            lambda: ctde.strategy("ddp", graph="ring"),
+            "graph needs steps alone .sync_every. of at least 1, got 0",
+        ),
         (lambda: ctde.strategy("ddp", proximal=0.1), "proximal needs steps alone"),
-        (lambda: ctde.strategy("gossip", fragments=4), "fragments must be left out with graph ring"),
-        (lambda: ctde.strategy("iso-loco", fragments=2), "isotropic must be left out with fragments"),
+        (
+            lambda: ctde.strategy("gossip", fragments=4),
+            "fragments must be left out with graph ring",
+        ),
+        (
+            lambda: ctde.strategy("iso-loco", fragments=2),
+            "isotropic must be left out with fragments",
+        ),
         (
             lambda: ctde.strategy("diloco", fragments=2, reduce="power_sgd"),
             "reduce must not be power_sgd with fragments",
         ),
-        (lambda: ctde.strategy("ddp", noise_multiplier=1.0), "noise_multiplier needs a clip_norm, got none"),
-        (lambda: ctde.strategy("ddp", clip_norm=1.0, noise_multiplier=1.0, reduce="int8"), "reduce must be left out"),
-        (lambda: ctde.strategy("ddp", clip_norm=1.0, noise_multiplier=1.0, combine="median"), "combine must be left"),
-        (lambda: ctde.strategy("post-local-sgd", clip_norm=1.0), "synchronous_steps must be 0 with clip_norm"),
-        (lambda: ctde.strategy("post-local-sgd", combine="median"), "synchronous_steps must be 0 with combine median"),
-        (lambda: ctde.strategy("ddp", reduce="top_k", keep=100, kept_as="int4"), "keep must be a multiple of 8"),
+        (
+            lambda: ctde.strategy("ddp", noise_multiplier=1.0),
+            "noise_multiplier needs a clip_norm, got none",
+        ),
+        (
+            lambda: ctde.strategy("ddp", clip_norm=1.0, noise_multiplier=1.0, reduce="int8"),
+            "reduce must be left out",
+        ),
+        (
+            lambda: ctde.strategy("ddp", clip_norm=1.0, noise_multiplier=1.0, combine="median"),
+            "combine must be left",
+        ),
+        (
+            lambda: ctde.strategy("post-local-sgd", clip_norm=1.0),
+            "synchronous_steps must be 0 with clip_norm",
+        ),
+        (
+            lambda: ctde.strategy("post-local-sgd", combine="median"),
+            "synchronous_steps must be 0 with combine median",
+        ),
+        (
+            lambda: ctde.strategy("ddp", reduce="top_k", keep=100, kept_as="int4"),
+            "keep must be a multiple of 8",
+        ),
         (lambda: ctde.strategy("local-sgd", fragments=0), "fragments must be at least 1, got 0"),
     ],
 )
@@ -94,11 +169,15 @@ def test_strategy_that_makes_no_sense_is_refused(make, sentence):
 
 def test_streamed_fragments_are_as_private_as_whole_messages(digits):
     """Clipping to nearly nothing leaves the model where it began."""
-    frozen = ctde.strategy("streaming-diloco", sync_every=2, clip_norm=1e-9, outer="average", fragments=2)
+    frozen = ctde.strategy(
+        "streaming-diloco", sync_every=2, clip_norm=1e-9, outer="average", fragments=2
+    )
     moving = ctde.strategy("streaming-diloco", sync_every=2, outer="average", fragments=2)
 
     def accuracy(strategy: ctde.Strategy) -> float:
         arguments = {"devices": ctde.devices.start(2), "batch_size": 64, "steps": 40, "show": False}
-        return ctde.fit(MODEL, digits, optax.adam(0.01), strategy, **arguments).history[-1]["accuracy"]
+        return ctde.fit(MODEL, digits, optax.adam(0.01), strategy, **arguments).history[-1][
+            "accuracy"
+        ]
 
     assert accuracy(frozen) < 0.6 < 0.85 < accuracy(moving)

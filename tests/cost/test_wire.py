@@ -61,15 +61,29 @@ def computation(name: str, body: str) -> str:
 
 
 def reduce_in(name: str, group: str = GROUPS) -> str:
-    return computation(name, f"%r.{name} = f32[100]{{0}} all-reduce(%p.{name}), {group}, to_apply=%sum")
+    return computation(
+        name, f"%r.{name} = f32[100]{{0}} all-reduce(%p.{name}), {group}, to_apply=%sum"
+    )
 
 
 LINES = {
-    "all-reduce": (f"%r = f32[100]{{0}} all-reduce(%x), channel_id=1, {GROUPS}, to_apply=%sum", 400, 600),
-    "reduce-scatter": (f"%r = f32[25]{{0}} reduce-scatter(%x), {GROUPS}, dimensions={{0}}, to_apply=%sum", 400, 300),
+    "all-reduce": (
+        f"%r = f32[100]{{0}} all-reduce(%x), channel_id=1, {GROUPS}, to_apply=%sum",
+        400,
+        600,
+    ),
+    "reduce-scatter": (
+        f"%r = f32[25]{{0}} reduce-scatter(%x), {GROUPS}, dimensions={{0}}, to_apply=%sum",
+        400,
+        300,
+    ),
     "all-gather": (f"%r = u8[320]{{0}} all-gather(%u), {GROUPS}, dimensions={{0}}", 80, 240),
     "all-to-all": (f"%r = u8[80]{{0}} all-to-all(%u), {GROUPS}, dimensions={{0}}", 80, 60),
-    "collective-permute": ("%r = f32[100]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 400, 400),
+    "collective-permute": (
+        "%r = f32[100]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}",
+        400,
+        400,
+    ),
 }
 
 
@@ -140,7 +154,9 @@ def test_groups_say_what_leaves_a_host(groups: str, size: int, crossing: float):
 def test_all_to_all_crosses_hosts_by_pairs():
     (one,) = collectives.read(module(LINES["all-to-all"][0]), hosts=[0, 0, 1, 1])
 
-    assert one.across / one.total == pytest.approx(2 / 3)  # of three others, two are on the other host
+    assert one.across / one.total == pytest.approx(
+        2 / 3
+    )  # of three others, two are on the other host
 
 
 @pytest.mark.parametrize(
@@ -199,30 +215,44 @@ def test_nested_loops_multiply():
     inner = "%t2 = (s32[], f32[100]{0}) tuple(%i, %y)\n  " + loop("in", "t2", 5)
     computations = counted("in", REDUCE_Y, 1) + counted("out", inner, 1)
 
-    (one,) = collectives.read(module(start_at("constant(0)") + loop("out", "t", 3), before=computations))
+    (one,) = collectives.read(
+        module(start_at("constant(0)") + loop("out", "t", 3), before=computations)
+    )
 
     assert (one.loops, one.times) == ((3, 5), 15)
 
 
-@pytest.mark.parametrize(("first", "step", "turns"), [(0, 1, 17), (3, 1, 14), (0, 4, 5), (17, 1, 0)])
+@pytest.mark.parametrize(
+    ("first", "step", "turns"), [(0, 1, 17), (3, 1, 14), (0, 4, 5), (17, 1, 0)]
+)
 def test_counting_loop_is_read_where_the_backend_does_not_say(first: int, step: int, turns: int):
-    program = module(start_at(f"constant({first})") + loop("it", "t", None), before=counted("it", REDUCE_Y, step))
+    program = module(
+        start_at(f"constant({first})") + loop("it", "t", None), before=counted("it", REDUCE_Y, step)
+    )
 
     assert sum(one.times for one in collectives.read(program)) == turns
 
 
 @pytest.mark.parametrize(
-    ("first", "limit"), [("constant(0)", "custom-call()"), ("custom-call()", "constant(17)")], ids=["limit", "start"]
+    ("first", "limit"),
+    [("constant(0)", "custom-call()"), ("custom-call()", "constant(17)")],
+    ids=["limit", "start"],
 )
-def test_loop_of_unknown_length_is_that_over_rounds_and_an_error_within_a_round(first: str, limit: str):
+def test_loop_of_unknown_length_is_that_over_rounds_and_an_error_within_a_round(
+    first: str, limit: str
+):
     """Only where collectives are in it."""
 
     def program(inside: str) -> str:
-        return module(start_at(first) + loop("it", "t", None), before=counted("it", inside, 1, limit))
+        return module(
+            start_at(first) + loop("it", "t", None), before=counted("it", inside, 1, limit)
+        )
 
     def in_a_round(inside: str) -> str:
         inner = start_at(first).replace("%t ", "%t2 ").replace("%x", "%y")
-        before = counted("in", inside, 1, limit) + counted("out", f"{inner}  {loop('in', 't2', None)}", 1)
+        before = counted("in", inside, 1, limit) + counted(
+            "out", f"{inner}  {loop('in', 't2', None)}", 1
+        )
         return module(start_at("constant(0)") + loop("out", "t", 3), before=before)
 
     assert collectives.read(program("")) == collectives.read(in_a_round("")) == []
@@ -235,7 +265,11 @@ CONDITIONAL = "%c = f32[100]{0} conditional(%x, %x, %x), "
 
 
 def test_conditional_counts_its_largest_branch():
-    before = reduce_in("large") + reduce_in("small", "replica_groups={{0,1},{2,3}}") + computation("none", "")
+    before = (
+        reduce_in("large")
+        + reduce_in("small", "replica_groups={{0,1},{2,3}}")
+        + computation("none", "")
+    )
     line = CONDITIONAL + "branch_computations={%small, %large, %none}"
 
     measured = traffic.measure(module(line, before=before), inner_steps=0)
@@ -247,7 +281,9 @@ def test_conditional_counts_its_largest_branch():
 def test_conditional_with_equal_branches_is_certain():
     line = CONDITIONAL + "true_computation=%one, false_computation=%other"
 
-    measured = traffic.measure(module(line, before=reduce_in("one") + reduce_in("other")), inner_steps=0)
+    measured = traffic.measure(
+        module(line, before=reduce_in("one") + reduce_in("other")), inner_steps=0
+    )
 
     assert (measured.sent, measured.certain) == (600, True)
 
@@ -275,11 +311,16 @@ def test_uncountable_collective_is_an_error(line: str, sentence: str):
 
 
 def test_message_to_the_host_is_none_on_the_wire():
-    assert collectives.read(module("%r = (f32[100]{0}, token[]) send(%x), is_host_transfer=true")) == []
+    assert (
+        collectives.read(module("%r = (f32[100]{0}, token[]) send(%x), is_host_transfer=true"))
+        == []
+    )
 
 
 def test_text_that_is_no_program_is_an_error():
-    with pytest.raises(InputError, match="hlo_text must be one HLO module, got a text with 0 ENTRY"):
+    with pytest.raises(
+        InputError, match="hlo_text must be one HLO module, got a text with 0 ENTRY"
+    ):
         collectives.read("nothing")
     with pytest.raises(InputError, match="hosts must name the host of each of 4 devices, got 2"):
         collectives.read(module(""), hosts=[0, 1])
@@ -300,7 +341,11 @@ COMPILED = {
         20,
     ),
     "psum of bfloat16 is widened": (lambda x: lax.psum(x, AXIS), jnp.bfloat16, 6),
-    "psum in pairs": (lambda x: lax.psum(x, AXIS, axis_index_groups=[[0, 2], [1, 3]]), jnp.float32, 4),
+    "psum in pairs": (
+        lambda x: lax.psum(x, AXIS, axis_index_groups=[[0, 2], [1, 3]]),
+        jnp.float32,
+        4,
+    ),
 }
 
 
@@ -331,7 +376,11 @@ def test_mean_sends_the_parameters_and_its_weight(name: str, digits):
 
     assert measured.sent == measured.peak == 2 * 3 / 4 * 4 * (PARAMS + 1)
     assert measured.sent_a_step == measured.sent / steps
-    assert (measured.total, measured.across, measured.within) == (4 * measured.sent, 0, 4 * measured.sent)
+    assert (measured.total, measured.across, measured.within) == (
+        4 * measured.sent,
+        0,
+        4 * measured.sent,
+    )
     assert measured.launches == 1
     assert measured.certain
     assert traffic.in_local_steps(measured) == []
@@ -344,7 +393,10 @@ def test_one_round_of_many_is_counted(block_steps: int):
 
     axes = {"in_axes": (0, None, 0, None, None, None), "out_axes": (0, 0)}
     rounds = replica.parallel(make_rounds(train_round, block_steps), DEVICES, **axes)
-    batches, number = jax.ShapeDtypeStruct((REPLICAS, 10, 1, 2), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    batches, number = (
+        jax.ShapeDtypeStruct((REPLICAS, 10, 1, 2), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
 
     compiled = rounds.lower(
         jax.ShapeDtypeStruct((REPLICAS, 100), jnp.float32), (), batches, number, number, ()
@@ -356,7 +408,9 @@ def test_one_round_of_many_is_counted(block_steps: int):
 
 def test_collective_in_the_local_steps_is_found(digits):
     """A loss that asks the others is the mistake that the check is there for."""
-    chatty = models.Model(MODEL.init, lambda params, *rest: MODEL.apply(lax.pmean(params, AXIS), *rest))
+    chatty = models.Model(
+        MODEL.init, lambda params, *rest: MODEL.apply(lax.pmean(params, AXIS), *rest)
+    )
 
     measured = compiled(STRATEGIES["local"], digits, model=chatty)
 
@@ -388,7 +442,10 @@ def test_command_prints_the_table(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--target", "tpu"], "error: --target must be such as tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4"),
+        (
+            ["--target", "tpu"],
+            "error: --target must be such as tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4",
+        ),
         (["--target"], "got none."),
         (["--target=gpu:b1:2x4"], "got gpu:b1:2x4."),
         (["--sync-evry", "3"], "error: --sync-evry is no option"),
@@ -401,7 +458,10 @@ def test_command_says_what_is_wrong(arguments: list[str], sentence: str, capsys)
 
 def test_target_without_its_plugin_is_an_error(monkeypatch):
     monkeypatch.setattr(targets, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"target must be one whose plugin is installed \(pip install 'jax\[tpu\]'\)"):
+    with pytest.raises(
+        InputError,
+        match=r"target must be one whose plugin is installed \(pip install 'jax\[tpu\]'\)",
+    ):
         targets.devices("tpu:v5e:2x4")
 
 
@@ -410,11 +470,23 @@ def test_sockets_agree():
     """Three real processes send within 3 % of what the compiled programs say."""
     names = "all-reduce,all-gather u8,all-to-all u8,collective-permute,diloco,diloco int4"
     script = Path(__file__).parents[2] / "benchmarks" / "sockets.py"
-    command = [sys.executable, script, "--json", "--processes", "3", "--only", names, "--size", "786432"]
+    command = [
+        sys.executable,
+        script,
+        "--json",
+        "--processes",
+        "3",
+        "--only",
+        names,
+        "--size",
+        "786432",
+    ]
 
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     assert finished.returncode == 0, finished.stderr[-4000:]
     rows = [json.loads(line) for line in finished.stdout.splitlines()]
     assert [row["name"] for row in rows] == names.split(",")
-    np.testing.assert_allclose([row["sockets"] for row in rows], [row["wire"] for row in rows], rtol=0.03)
+    np.testing.assert_allclose(
+        [row["sockets"] for row in rows], [row["wire"] for row in rows], rtol=0.03
+    )

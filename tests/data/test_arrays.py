@@ -61,7 +61,9 @@ KINDS = {
 def test_inputs_of_any_library_and_type_keep_their_numbers(name):
     inputs, right = KINDS[name]
     dataset = data.from_arrays(inputs, Y, inputs, Y)
-    np.testing.assert_array_equal(dataset.train.inputs, np.asarray(right, dataset.train.inputs.dtype))
+    np.testing.assert_array_equal(
+        dataset.train.inputs, np.asarray(right, dataset.train.inputs.dtype)
+    )
     assert dataset.train.inputs.dtype in (np.float32, np.int32)
 
 
@@ -88,7 +90,9 @@ def test_words_that_are_numbers_are_sorted_as_numbers():
 
 def test_spellings_of_one_number_are_one_class():
     """Also in the test split."""
-    dataset = data.from_arrays(X, np.array(["1", "10", "9"])[Y], X, np.array(["1.0", "10", "+9"])[Y])
+    dataset = data.from_arrays(
+        X, np.array(["1", "10", "9"])[Y], X, np.array(["1.0", "10", "+9"])[Y]
+    )
     np.testing.assert_array_equal(dataset.test.labels, np.array([0, 2, 1])[Y])
     dataset = data.from_arrays(X[:4], ["9", "1", "9.0", "1"], X[:1], ["9"])
     assert dataset.classes == ("1", "9")
@@ -100,7 +104,9 @@ def test_words_follow_given_classes():
     np.testing.assert_array_equal(dataset.train.labels, 2 - Y)
     sentence = "y_test must be one of cat, dog, owl, got 'cow'; did you mean 'owl'?"
     assert refused(X, WORDS, X[:1], ["cow"]) == sentence
-    assert "y_test must hold names of classes in the shape [examples], got int64" in refused(X, WORDS, X, Y)
+    assert "y_test must hold names of classes in the shape [examples], got int64" in refused(
+        X, WORDS, X, Y
+    )
 
 
 def test_npz_may_hold_words(tmp_path):
@@ -121,12 +127,24 @@ REFUSED = {
         (np.zeros(60, [("a", float), ("b", int)]), Y),
         "one with the fields a, b; stack them along an axis.",
     ),
-    "ragged": (([[1.0, 2.0], [1.0]], [0, 1]), "must be an array with examples of one shape, got a ragged list."),
+    "ragged": (
+        ([[1.0, 2.0], [1.0]], [0, 1]),
+        "must be an array with examples of one shape, got a ragged list.",
+    ),
     "complex": ((X * 1j, Y), "x_train must hold real numbers, got the type complex"),
-    "dates": ((np.zeros((60, 2), "M8[s]"), Y), "x_train must hold real numbers, got the type datetime64[s]."),
-    "words among numbers": ((np.array([["a", 1.5]] * 60, object), Y), "got str 'a' at [0, 0]; convert or remove it."),
+    "dates": (
+        (np.zeros((60, 2), "M8[s]"), Y),
+        "x_train must hold real numbers, got the type datetime64[s].",
+    ),
+    "words among numbers": (
+        (np.array([["a", 1.5]] * 60, object), Y),
+        "got str 'a' at [0, 0]; convert or remove it.",
+    ),
     "no label": ((X, [None, *WORDS[1:]]), f"{MIXED} NoneType None at [0]; {FILL}"),
-    "NaN among words": ((X, np.array([*WORDS[1:], np.nan], object)), f"{MIXED} float nan at [59]; {FILL}"),
+    "NaN among words": (
+        (X, np.array([*WORDS[1:], np.nan], object)),
+        f"{MIXED} float nan at [59]; {FILL}",
+    ),
     "NaN in a list of words": ((X, [*WORDS[1:], np.nan]), f"{MIXED} float nan at [59]; {FILL}"),
     "NaN among numbers": (
         (X, np.array([*Y[1:], np.nan])),
@@ -141,7 +159,10 @@ REFUSED = {
         (1.7e9 + RNG.integers(0, 60, (60, 1)).astype(np.float64), Y),
         "x_train must hold numbers that float32 tells apart, got numbers around 17000000",
     ),
-    "prices": ((X, RNG.integers(10_000, 60_000, 60)), "which look like measurements; number the classes without gaps"),
+    "prices": (
+        (X, RNG.integers(10_000, 60_000, 60)),
+        "which look like measurements; number the classes without gaps",
+    ),
 }
 
 
@@ -190,8 +211,14 @@ SCALES = {
     "pixels as int64": (PIXELS, "pixels saved as uint8 are divided by 255"),
     "large": (1000 * X, "ctde_jax.data.standardized(data) scales every feature"),
     "small": (1e-5 * X, "ctde_jax.data.standardized(data) scales every feature"),
-    "integers": (RNG.integers(0, 5000, (60, 3)), "that is right for tokens; measurements need scaling"),
-    "large integers": (RNG.integers(0, 2**30, (60, 3)), "and float32 rounds those above 16,777,216"),
+    "integers": (
+        RNG.integers(0, 5000, (60, 3)),
+        "that is right for tokens; measurements need scaling",
+    ),
+    "large integers": (
+        RNG.integers(0, 2**30, (60, 3)),
+        "and float32 rounds those above 16,777,216",
+    ),
 }
 
 
@@ -215,7 +242,9 @@ def test_channels_first_are_noted_and_no_picture_of_our_networks():
     (note,) = data.from_arrays(pictures, Y, pictures, Y).notes
     assert note.endswith("pass inputs.transpose(0, 2, 3, 1).")
     for build in (lambda: models.cnn((3, 32, 32), 3), lambda: models.resnet((1, 28, 28), 3)):
-        with pytest.raises(InputError, match=r"which seems to have the channels first; transpose the pictures with"):
+        with pytest.raises(
+            InputError, match=r"which seems to have the channels first; transpose the pictures with"
+        ):
             build()
 
 
@@ -230,12 +259,17 @@ def test_gaps_between_classes_and_classes_without_training_examples_are_noted():
         data.from_arrays(X, Y % 2 * 2, X[:2], [0, 1]),
     )
     assert gap.notes == ("No example has the label 0, of the classes from 0 to 3.",)
-    assert unseen.notes == ("The test split has examples of the classes 1, and the training split has none.",)
+    assert unseen.notes == (
+        "The test split has examples of the classes 1, and the training split has none.",
+    )
     assert data.from_arrays(X, Y, X, Y).notes == ()
 
 
 def test_batches_must_come_from_a_function():
-    with pytest.raises(InputError, match=r"batches must be a function .* got list_iterator; pass lambda epoch: loader"):
+    with pytest.raises(
+        InputError,
+        match=r"batches must be a function .* got list_iterator; pass lambda epoch: loader",
+    ):
         data.from_batches(iter([(X, Y)]), 1, X, Y)
 
 
@@ -258,17 +292,37 @@ def test_integers_test_targets_that_are_floats(made, shape):
         dataset = data.from_arrays(X, train, X, test)
     else:
         dataset = data.from_batches(lambda epoch: [(X, train)], 1, X, test)
-    assert (dataset.train.labels.dtype, dataset.test.labels.dtype, dataset.classes) == (np.float32, np.float32, ())
+    assert (dataset.train.labels.dtype, dataset.test.labels.dtype, dataset.classes) == (
+        np.float32,
+        np.float32,
+        (),
+    )
     np.testing.assert_array_equal(dataset.test.labels, test)
 
 
 @pytest.mark.parametrize(
     ("train", "test", "sentence"),
     [
-        (TARGETS[:, None], TARGETS, "y_test must have the shape [examples, 1] like y_train, got [examples]; reshape"),
-        (TARGETS, TARGETS[:, None], "y_test must have the shape [examples] like y_train, got [examples, 1]; reshape"),
-        (np.stack([Y, Y], 1), np.stack([Y, Y, Y], 1), "y_test must have the shape [examples, 2] like y_train, got"),
-        (Y, Y.astype(float), "y_test must be integers like y_train, got float32; convert one of them."),
+        (
+            TARGETS[:, None],
+            TARGETS,
+            "y_test must have the shape [examples, 1] like y_train, got [examples]; reshape",
+        ),
+        (
+            TARGETS,
+            TARGETS[:, None],
+            "y_test must have the shape [examples] like y_train, got [examples, 1]; reshape",
+        ),
+        (
+            np.stack([Y, Y], 1),
+            np.stack([Y, Y, Y], 1),
+            "y_test must have the shape [examples, 2] like y_train, got",
+        ),
+        (
+            Y,
+            Y.astype(float),
+            "y_test must be integers like y_train, got float32; convert one of them.",
+        ),
     ],
 )
 def test_test_labels_of_another_kind_are_refused(train, test, sentence):
@@ -282,7 +336,12 @@ def test_test_labels_of_another_kind_are_refused(train, test, sentence):
 def test_many_whole_numbers_that_become_classes_are_noted(kind):
     inputs = np.repeat(X, 2, axis=0)
     labels = {different: (np.arange(120) % different).astype(kind) for different in (20, 21)}
-    notes = {different: data.from_arrays(inputs, each, inputs, each).notes for different, each in labels.items()}
+    notes = {
+        different: data.from_arrays(inputs, each, inputs, each).notes
+        for different, each in labels.items()
+    }
     assert notes[20] == ()
     (note,) = notes[21]
-    assert note.startswith("The 21 different whole numbers in y_train are taken as classes; if they are measurements,")
+    assert note.startswith(
+        "The 21 different whole numbers in y_train are taken as classes; if they are measurements,"
+    )

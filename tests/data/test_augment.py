@@ -30,7 +30,9 @@ def picture(*channels: int, dtype: str = "uint8") -> np.ndarray:
 
 def augmented(augment: Augment, example: np.ndarray, key: jax.Array) -> np.ndarray:
     """Augments the picture as if it were many examples."""
-    return np.asarray(jax.jit(partial(apply_to, augment))(key, np.stack([example] * len(MANY)), MANY))
+    return np.asarray(
+        jax.jit(partial(apply_to, augment))(key, np.stack([example] * len(MANY)), MANY)
+    )
 
 
 def counted(results: np.ndarray, possible: list[np.ndarray]) -> list[int]:
@@ -41,10 +43,14 @@ def counted(results: np.ndarray, possible: list[np.ndarray]) -> list[int]:
 
 
 @pytest.mark.parametrize("channels", [(), (1,), (3,)])
-def test_shift_moves_the_picture_by_every_offset_and_fills_up_with_zeros(key: jax.Array, channels: tuple[int, ...]):
+def test_shift_moves_the_picture_by_every_offset_and_fills_up_with_zeros(
+    key: jax.Array, channels: tuple[int, ...]
+):
     example = picture(*channels)
     padded = np.pad(example, [(2, 2), (2, 2), *[(0, 0)] * len(channels)])
-    moves = [padded[top : top + HEIGHT, left : left + WIDTH] for top in range(5) for left in range(5)]
+    moves = [
+        padded[top : top + HEIGHT, left : left + WIDTH] for top in range(5) for left in range(5)
+    ]
 
     counts = counted(augmented(shift(2), example, key), moves)
 
@@ -68,7 +74,9 @@ def test_flip_undoes_itself(key: jax.Array):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("channels", [(), (3,)])
-def test_cutout_zeroes_a_square_around_every_pixel(key: jax.Array, size: int, channels: tuple[int, ...]):
+def test_cutout_zeroes_a_square_around_every_pixel(
+    key: jax.Array, size: int, channels: tuple[int, ...]
+):
     """Near the border the square is clipped."""
     example, squares = picture(*channels), []
     for row in range(HEIGHT):
@@ -89,7 +97,9 @@ def test_cutout_zeroes_a_square_around_every_pixel(key: jax.Array, size: int, ch
 def test_shape_and_type_stay(key: jax.Array, name: str, dtype: str):
     for channels in [(), (2,)]:
         inputs = jnp.asarray(picture(*channels, dtype=dtype))[None]
-        outputs = jax.eval_shape(lambda inputs: apply_to(AUGMENTS[name], key, inputs, jnp.arange(1)), inputs)
+        outputs = jax.eval_shape(
+            lambda inputs: apply_to(AUGMENTS[name], key, inputs, jnp.arange(1)), inputs
+        )
         assert (outputs.shape, outputs.dtype) == (inputs.shape, dtype)
 
 
@@ -113,7 +123,9 @@ def test_another_key_augments_otherwise(key: jax.Array, name: str):
 def test_chain_applies_one_after_the_other_with_keys_of_their_own(key: jax.Array):
     example = jnp.asarray(picture())
     first, second = jax.random.split(key)
-    np.testing.assert_array_equal(chain(shift(2), shift(2))(key, example), shift(2)(second, shift(2)(first, example)))
+    np.testing.assert_array_equal(
+        chain(shift(2), shift(2))(key, example), shift(2)(second, shift(2)(first, example))
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,5 +164,7 @@ def test_what_cannot_be_augmented_is_refused_in_a_sentence(
     key: jax.Array, make: Callable[[], Augment], shape: tuple[int, ...], fault: str
 ):
     with pytest.raises(InputError) as caught:
-        jax.eval_shape(lambda: apply_to(make(), key, jnp.zeros((2, *shape), jnp.uint8), jnp.arange(2)))
+        jax.eval_shape(
+            lambda: apply_to(make(), key, jnp.zeros((2, *shape), jnp.uint8), jnp.arange(2))
+        )
     assert str(caught.value) == fault

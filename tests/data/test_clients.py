@@ -26,7 +26,9 @@ def deal(epochs: int = 1, seed: int = 0) -> data.Batches:
 
 def client_of(rows: np.ndarray) -> int:
     """The client whose examples, real ones and repetitions alike, these rows are."""
-    (client,) = [i for i, own in enumerate(CLIENTS) if set(np.where(rows < 0, ~rows, rows).flat) <= set(own)]
+    (client,) = [
+        i for i, own in enumerate(CLIENTS) if set(np.where(rows < 0, ~rows, rows).flat) <= set(own)
+    ]
     return client
 
 
@@ -49,7 +51,9 @@ def test_examples_of_a_client_fill_its_batches_from_the_front():
 def test_every_pass_has_an_order_of_its_own():
     """In another round, in another epoch of the round, and on another client."""
     batches = data.deal(SPLIT, 2, 16, seed=0, partition=np.split(np.arange(64), 4), inner_steps=4)
-    passes = [rows for number in range(6) for rows in batches.draw(number).swapaxes(0, 1).reshape(4, 16)]
+    passes = [
+        rows for number in range(6) for rows in batches.draw(number).swapaxes(0, 1).reshape(4, 16)
+    ]
     assert len({tuple(rows % 16) for rows in passes}) == 24
 
 
@@ -85,7 +89,9 @@ def test_clients_are_drawn_without_replacement_and_equally_often():
 
 def test_client_without_examples_is_never_drawn():
     batches = deal()
-    assert {client_of(rows) for number in range(50) for rows in batches.draw(number).swapaxes(0, 1)} == {0, 1, 2, 3, 5}
+    assert {
+        client_of(rows) for number in range(50) for rows in batches.draw(number).swapaxes(0, 1)
+    } == {0, 1, 2, 3, 5}
 
 
 def test_every_example_is_seen_once_an_epoch_on_average():
@@ -93,7 +99,9 @@ def test_every_example_is_seen_once_an_epoch_on_average():
     batches = data.deal(SPLIT, 2, 8, 0, EVEN, inner_steps=2)
     assert batches.steps_per_epoch == 8
     epochs = 500
-    counts = sum(np.bincount(rows[rows >= 0], minlength=64) for rows in batches.steps(0, 8 * epochs))
+    counts = sum(
+        np.bincount(rows[rows >= 0], minlength=64) for rows in batches.steps(0, 8 * epochs)
+    )
     assert counts.mean() == epochs
     assert abs(counts - epochs).max() < 5 * np.sqrt(4 * epochs * 3 / 16)
 
@@ -127,13 +135,18 @@ def test_fit_with_clients_is_federated_averaging(epochs):
                     own = {name: own[name] - learning_rate * grads[name] for name in own}
             returned.append(own)
             sizes.append(len(CLIENTS[client_of(rows)]))
-        center = {name: np.average([own[name] for own in returned], axis=0, weights=sizes) for name in center}
+        center = {
+            name: np.average([own[name] for own in returned], axis=0, weights=sizes)
+            for name in center
+        }
 
     def apply(params, model_state, inputs, key):
         return inputs @ params["kernel"] + params["bias"][None], model_state
 
     trained = ctde.fit(
-        models.Model(lambda key, inputs: ({"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}, {}), apply),
+        models.Model(
+            lambda key, inputs: ({"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}, {}), apply
+        ),
         data.from_arrays(INPUTS, LABELS, INPUTS[:8], LABELS[:8]),
         optax.sgd(learning_rate),
         ctde.Strategy(inner_steps=epochs * CLIENT_EPOCH),
@@ -151,8 +164,14 @@ def test_fit_with_clients_is_federated_averaging(epochs):
 @pytest.mark.parametrize(
     ("clients", "sentence"),
     [
-        (np.split(np.arange(64), 2), "must have a part for each of the 4 devices, or more, .* got 2"),
-        ([*np.split(np.arange(64), 2), *[np.arange(0)] * 4], "must have examples in at least 4 parts, .* got 2"),
+        (
+            np.split(np.arange(64), 2),
+            "must have a part for each of the 4 devices, or more, .* got 2",
+        ),
+        (
+            [*np.split(np.arange(64), 2), *[np.arange(0)] * 4],
+            "must have examples in at least 4 parts, .* got 2",
+        ),
         (
             [*EVEN[:-1], np.arange(48, 64)],
             "must give each of the 64 training examples to exactly one part, got 8",

@@ -52,7 +52,9 @@ def test_dirichlet_goes_from_uneven_to_even_with_alpha():
 def test_picture_of_the_partition_says_every_count():
     parts = partition.dirichlet(LABELS, 4)
     axes = partition.plot(LABELS, parts, [str(i) for i in range(10)]).axes[0]
-    assert [int(text.get_text()) for text in axes.texts] == list(partition.count_labels(LABELS, parts, 10).flat)
+    assert [int(text.get_text()) for text in axes.texts] == list(
+        partition.count_labels(LABELS, parts, 10).flat
+    )
 
 
 @pytest.mark.parametrize("name", [None, *PARTITIONS])
@@ -68,13 +70,17 @@ def test_epoch_shows_every_example_once(name, batch_size):
             own = epoch[:, replica]
             inputs = batches.split.inputs if parts is None else batches.split.inputs[replica]
             seen.append(inputs[own[own >= 0]])
-        np.testing.assert_array_equal(np.sort(np.concatenate(seen), axis=0), np.sort(SPLIT.inputs, axis=0))
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate(seen), axis=0), np.sort(SPLIT.inputs, axis=0)
+        )
 
 
 def test_global_batch_is_the_same_on_any_number_of_replicas():
     orders = [data.deal(SPLIT, replicas, 48, seed=5).steps(0, 30) for replicas in (1, 2, 4, 8)]
     for order in orders:
-        np.testing.assert_array_equal(np.sort(order.reshape(30, -1)), np.sort(orders[0].reshape(30, -1)))
+        np.testing.assert_array_equal(
+            np.sort(order.reshape(30, -1)), np.sort(orders[0].reshape(30, -1))
+        )
 
 
 def test_short_batch_is_shared_evenly():
@@ -99,7 +105,9 @@ def test_device_that_has_run_out_repeats_its_own_examples():
 
 def test_order_changes_with_the_seed_and_the_epoch_and_with_nothing_else():
     first = data.deal(SPLIT, 4, 64, seed=0)
-    np.testing.assert_array_equal(first.steps(20, 40), data.deal(SPLIT, 4, 64, seed=0).steps(20, 40))
+    np.testing.assert_array_equal(
+        first.steps(20, 40), data.deal(SPLIT, 4, 64, seed=0).steps(20, 40)
+    )
     assert (first.draw(0) != first.draw(1)).any()
     assert (first.draw(0) != data.deal(SPLIT, 4, 64, seed=1).draw(0)).any()
 
@@ -113,7 +121,9 @@ def test_steps_go_on_from_one_epoch_to_the_next(start, stop):
 
 def test_pieces_cut_the_steps_into_rounds_and_fill_up_the_last():
     batches = data.deal(SPLIT, 4, 64, seed=0)
-    cut, rounds = zip(*data.index_blocks(batches, inner_steps=3, most=2, start=0, stop=14), strict=True)
+    cut, rounds = zip(
+        *data.index_blocks(batches, inner_steps=3, most=2, start=0, stop=14), strict=True
+    )
     assert rounds == (2, 2, 1)
     assert [piece.shape for piece in cut] == [(4, 2, 3, 16)] * 3
     steps = np.concatenate([np.moveaxis(piece.reshape(4, 6, 16), 0, 1) for piece in cut])
@@ -149,7 +159,10 @@ BYTES = np.zeros((4, 2), np.uint8)
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
-        ((BYTES, [0, 1, 2]), "y_train must have one label for each of the 4 examples, got 3 labels."),
+        (
+            (BYTES, [0, 1, 2]),
+            "y_train must have one label for each of the 4 examples, got 3 labels.",
+        ),
         ((BYTES, [0, 1, 2, -1]), "y_train must count the classes from 0, got -1 for example 3."),
         ((BYTES, [0, 1, 0, 1], BYTES, [0, 1, 2, 0]), "y_test must lie from 0 to 1"),
         ((BYTES, [0, 1, 0, 1], BYTES), "y_test is missing although x_test is given"),
@@ -157,17 +170,29 @@ BYTES = np.zeros((4, 2), np.uint8)
             (BYTES, [0, 1, 0, 1], np.zeros((2, 2)), [0, 1]),
             "x_test must be uint8 like x_train, got float32",
         ),
-        ((BYTES[:1], [0]), "x_train must hold at least two examples where there is no test split, got one."),
+        (
+            (BYTES[:1], [0]),
+            "x_train must hold at least two examples where there is no test split, got one.",
+        ),
         (
             (BYTES, [0, 1, 0, 1], np.zeros((2, 3), np.uint8), [0, 1]),
             "x_test must have examples of the training shape (2,)",
         ),
-        (([[1.0], [np.nan]], [0, 1]), "x_train must be finite in float32, got NaN or infinity at [1, 0]"),
-        (([[1e300], [0.0]], [0, 1]), "x_train must be finite in float32, got NaN or infinity at [0, 0]"),
+        (
+            ([[1.0], [np.nan]], [0, 1]),
+            "x_train must be finite in float32, got NaN or infinity at [1, 0]",
+        ),
+        (
+            ([[1e300], [0.0]], [0, 1]),
+            "x_train must be finite in float32, got NaN or infinity at [0, 0]",
+        ),
         (([["a"], ["b"]], [0, 1]), "x_train must hold real numbers, got the type <U1."),
         (([0.0, 1.0], [0, 1]), "x_train must have the shape [examples, ...], got (2,)."),
         ((np.zeros((0, 2)), []), "x_train must hold at least one example"),
-        ((BYTES, [["a", "b"]] * 4), "y_train must hold integers from 0, or real-valued targets, got the type <U1."),
+        (
+            (BYTES, [["a", "b"]] * 4),
+            "y_train must hold integers from 0, or real-valued targets, got the type <U1.",
+        ),
         ((BYTES, [0.0, 1.0, np.inf, 0.0]), "y_train must be finite, got NaN or infinity"),
         (
             (BYTES, [[0], [1], [0], [1]]),
@@ -182,7 +207,9 @@ def test_wrong_arrays_are_refused_in_a_sentence(arrays, sentence):
 
 
 def test_more_devices_than_examples_are_refused():
-    with pytest.raises(InputError, match="devices must be at most the 1000 training examples, got 1001"):
+    with pytest.raises(
+        InputError, match="devices must be at most the 1000 training examples, got 1001"
+    ):
         data.deal(SPLIT, 1001, 1001, seed=0)
 
 
@@ -206,12 +233,16 @@ def test_held_out_examples_are_training_examples_that_train_no_more(digits):
     held = data.hold_out(digits, 0.25, seed=3)
     together = np.concatenate([held.train.inputs, held.validation.inputs]).reshape(-1, 64)
     assert len(held.validation.inputs) == round(0.25 * len(digits.train.inputs))
-    np.testing.assert_array_equal(np.sort(together, axis=0), np.sort(digits.train.inputs.reshape(-1, 64), axis=0))
+    np.testing.assert_array_equal(
+        np.sort(together, axis=0), np.sort(digits.train.inputs.reshape(-1, 64), axis=0)
+    )
     assert held.test is digits.test
     assert "set aside at random for validation" in held.notes[-1]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 1e-6])
 def test_share_that_leaves_nothing_is_refused(digits, share):
-    with pytest.raises(InputError, match="validation_share must leave some of the 1,438 training examples"):
+    with pytest.raises(
+        InputError, match="validation_share must leave some of the 1,438 training examples"
+    ):
         data.hold_out(digits, share)

@@ -46,8 +46,12 @@ def test_each_part_of_a_data_set_is_named():
     parts = [np.arange(15), np.arange(15, 30)]
     before = data.digests_of(small, parts)
     changes = {
-        "the inputs of the validation split": {"validation": small.validation._replace(inputs=x[:10])},
-        "the labels of the training split": {"train": small.train._replace(labels=1 - small.train.labels)},
+        "the inputs of the validation split": {
+            "validation": small.validation._replace(inputs=x[:10])
+        },
+        "the labels of the training split": {
+            "train": small.train._replace(labels=1 - small.train.labels)
+        },
         "the inputs of the test split": {"test": small.test._replace(inputs=x[10:20])},
         "the class names": {"classes": ("a", "b", "c")},
         "the scale of the inputs": {"scale": np.float32(2)},

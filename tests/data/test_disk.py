@@ -26,7 +26,9 @@ def test_rows_are_those_of_the_array(mapped, rows):
     np.testing.assert_array_equal(array[rows], ROWS[rows])
     kept = np.array([40, 3, 3, 17])
     np.testing.assert_array_equal(array.select(np.arange(49, -1, -1))[rows], ROWS[::-1][rows])
-    np.testing.assert_array_equal(array.select(kept).select(np.array([2, 0]))[:], ROWS[kept][[2, 0]])
+    np.testing.assert_array_equal(
+        array.select(kept).select(np.array([2, 0]))[:], ROWS[kept][[2, 0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,16 @@ def test_rows_are_those_of_the_array(mapped, rows):
         np.asarray,
         lambda x: x.view(np.dtype(">u2")),
     ],
-    ids=["part", "every third", "backwards", "reshaped", "of an example", "rows of examples", "plain", "big-endian"],
+    ids=[
+        "part",
+        "every third",
+        "backwards",
+        "reshaped",
+        "of an example",
+        "rows of examples",
+        "plain",
+        "big-endian",
+    ],
 )
 def test_view_of_a_map_is_read_where_it_lies(mapped, view):
     assert stays_on_disk(view(mapped))
@@ -56,7 +67,9 @@ def test_map_whose_rows_are_not_whole_is_refused(mapped, tmp_path):
     np.save(tmp_path / "columns.npy", np.asfortranarray(ROWS))
     columns = np.load(tmp_path / "columns.npy", mmap_mode="r")
     for array in (mapped[:, :, :2], mapped.transpose(2, 1, 0), columns):
-        with pytest.raises(InputError, match="x_train must have the numbers of an example side by side"):
+        with pytest.raises(
+            InputError, match="x_train must have the numbers of an example side by side"
+        ):
             data.from_arrays(array, np.zeros(len(array), int))
     with pytest.raises(InputError, match="mapped from a file in the mode 'r', got the mode 'c'"):
         data.from_arrays(np.load(tmp_path / "rows.npy", mmap_mode="c"), np.zeros(50, int))
@@ -76,23 +89,39 @@ def test_data_set_on_disk_is_the_one_in_memory(tmp_path, dtype, monkeypatch):
     np.save(tmp_path / "x.npy", ROWS.astype(dtype))
     np.save(tmp_path / "y.npy", ROWS[:, 0, 0] % 3)
     names = [tmp_path / "x.npy", tmp_path / "y.npy"]
-    stored, loaded = (data.from_arrays(*(np.load(name, mmap_mode=mode) for name in names)) for mode in ("r", None))
-    for change in (lambda x: x, lambda x: data.hold_out(x, 0.3), lambda x: data.as_sequence(x, "rows")):
+    stored, loaded = (
+        data.from_arrays(*(np.load(name, mmap_mode=mode) for name in names)) for mode in ("r", None)
+    )
+    for change in (
+        lambda x: x,
+        lambda x: data.hold_out(x, 0.3),
+        lambda x: data.as_sequence(x, "rows"),
+    ):
         there, here = change(stored), change(loaded)
         assert there.classes == here.classes
         for split in ("train", "test", "validation"):
-            for array, expected in zip(getattr(there, split) or (), getattr(here, split) or (), strict=True):
+            for array, expected in zip(
+                getattr(there, split) or (), getattr(here, split) or (), strict=True
+            ):
                 assert isinstance(array, DiskArray) == (array.ndim > 1)
                 assert array.dtype == expected.dtype
                 np.testing.assert_array_equal(np.asarray(array), expected)
-    np.testing.assert_allclose(data.standardized(stored).scale, data.standardized(loaded).scale, rtol=1e-6)
-    np.testing.assert_allclose(data.standardized(stored).shift, data.standardized(loaded).shift, rtol=1e-6)
+    np.testing.assert_allclose(
+        data.standardized(stored).scale, data.standardized(loaded).scale, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        data.standardized(stored).shift, data.standardized(loaded).shift, rtol=1e-6
+    )
 
 
 def test_mistake_on_disk_is_found_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "PIECE_BYTES", 1000)
     for value, wide, sentence in [
-        (np.nan, np.float32, r"x_train must be finite in float32, got NaN or infinity at \[41, 2, 1\]"),
+        (
+            np.nan,
+            np.float32,
+            r"x_train must be finite in float32, got NaN or infinity at \[41, 2, 1\]",
+        ),
         (2**40, np.int64, "x_train must fit in int32, got 1099511627776"),
     ]:
         values = ROWS.astype(wide)

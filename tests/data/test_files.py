@@ -94,7 +94,10 @@ def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
             {"x_train": X, "y_train": Y[:5]},
             "whose arrays make no data set: y_train must have one label for each",
         ),
-        ({"x_train": X, "y_train": Y, "x_test": X}, "whose arrays make no data set: y_test is missing"),
+        (
+            {"x_train": X, "y_train": Y, "x_test": X},
+            "whose arrays make no data set: y_test is missing",
+        ),
         (
             {"x_train": X + np.inf, "y_train": Y},
             "whose arrays make no data set: x_train must be finite in float32",
@@ -103,7 +106,10 @@ def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
             {"x_train": X, "y_train": Y - 1},
             "make no data set: y_train must count the classes from 0, got -1",
         ),
-        ({"x_train": X.astype(str), "y_train": Y}, "make no data set: x_train must hold real numbers"),
+        (
+            {"x_train": X.astype(str), "y_train": Y},
+            "make no data set: x_train must hold real numbers",
+        ),
     ],
 )
 def test_npz_without_a_data_set_says_what_is_missing(tmp_path: Path, arrays: dict, fault: str):
@@ -168,13 +174,19 @@ WHOLE = npz_bytes(x_train=npy_bytes(X), y_train=npy_bytes(Y))
         pytest.param(npy_bytes(X), "is not a whole .npz file", id="npy"),
         pytest.param(WHOLE[:-30], "is not a whole .npz file", id="truncated file"),
         pytest.param(npz_bytes(), "lacks x_train and y_train and has no array", id="no members"),
-        pytest.param(WHOLE.replace(X.tobytes(), X[::-1].tobytes()), "is damaged in x_train (", id="wrong CRC"),
+        pytest.param(
+            WHOLE.replace(X.tobytes(), X[::-1].tobytes()), "is damaged in x_train (", id="wrong CRC"
+        ),
         pytest.param(
             npz_bytes(x_train=npy_bytes(X)[:-8], y_train=npy_bytes(Y)),
             "is damaged in x_train (",
             id="truncated member",
         ),
-        pytest.param(npz_bytes(x_train=b"", y_train=npy_bytes(Y)), "is damaged in x_train (", id="empty member"),
+        pytest.param(
+            npz_bytes(x_train=b"", y_train=npy_bytes(Y)),
+            "is damaged in x_train (",
+            id="empty member",
+        ),
     ],
 )
 def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault: str):
@@ -242,7 +254,10 @@ def test_what_was_decided_is_noted(tmp_path: Path):
     assert "standardized" in standardized
 
     without_header = from_csv(save(tmp_path, IRIS.partition("\n")[2]))
-    assert without_header.notes[0] == "There is no line of column names; the labels are in the last column, 3."
+    assert (
+        without_header.notes[0]
+        == "There is no line of column names; the labels are in the last column, 3."
+    )
 
 
 def test_label_column_is_chosen_by_name(tmp_path: Path):
@@ -267,7 +282,12 @@ def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path):
 
 def test_words_and_numbers_as_labels_are_sorted_as_words(tmp_path: Path):
     """One word makes words of all; nan is one."""
-    assert from_csv(save(tmp_path, "1,10\n2,9\n3,none\n4,nan\n")).classes == ("10", "9", "nan", "none")
+    assert from_csv(save(tmp_path, "1,10\n2,9\n3,none\n4,nan\n")).classes == (
+        "10",
+        "9",
+        "nan",
+        "none",
+    )
 
 
 def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
@@ -282,23 +302,59 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
         pytest.param("", "is empty: give a file with one line for each example", id="empty"),
         pytest.param("\n\n", "is empty: give a file with one line for each example", id="blank"),
         pytest.param("a,b\n", "has a header line and no examples: add one line", id="header only"),
-        pytest.param("a;b\n1;2\n", "has its cells separated by semicolons: save it with", id="semicolons"),
-        pytest.param("1,2,x\n3,y\n", "has 2 cells in line 2 and 3 in line 1: give every line", id="ragged"),
-        pytest.param("1,2,x\n\n3,4,y,\n", "has 4 cells in line 3 and 3 in line 1: give every", id="too many"),
+        pytest.param(
+            "a;b\n1;2\n", "has its cells separated by semicolons: save it with", id="semicolons"
+        ),
+        pytest.param(
+            "1,2,x\n3,y\n", "has 2 cells in line 2 and 3 in line 1: give every line", id="ragged"
+        ),
+        pytest.param(
+            "1,2,x\n\n3,4,y,\n", "has 4 cells in line 3 and 3 in line 1: give every", id="too many"
+        ),
         pytest.param(
             "w,h,l\n1,2,x\n3,tall,y\n",
             "has 'tall' in line 3, column 'h', and not a finite float32 number: correct the cell, or remove",
             id="word",
         ),
-        pytest.param("1,2,x\n3,,y\n", "has an empty cell in line 2, column 2, and not a finite", id="empty cell"),
-        pytest.param("1,nan,x\n3,4,y\n", "has 'nan' in line 1, column 2, and not a finite", id="nan"),
-        pytest.param("1,2,x\n-inf,4,y\n", "has '-inf' in line 2, column 1, and not a finite", id="infinite"),
-        pytest.param("1,2,x\n3,1e39,y\n", "has '1e39' in line 2, column 2, and not a finite", id="too large"),
-        pytest.param('a,"b\nc",l\n1,2,x\n3,?,y\n', "has '?' in line 4, column 'b\\nc', and not", id="line number"),
-        pytest.param("1,2,x\n3,4,\n", "has an empty label in line 2, column 3: fill in the cell", id="no label"),
-        pytest.param("1,2,x\n3,4,x\n", "has only the label 'x' in column 3: give at least two", id="one class"),
-        pytest.param(b"1,2,caf\xe9\n3,4,x\n", "has the byte 0xe9, which is not UTF-8: save it in", id="Latin-1"),
-        pytest.param('1,2,x\n3,4,"y\n', "is no CSV file at line 2 (unexpected end of data): correct", id="quote"),
+        pytest.param(
+            "1,2,x\n3,,y\n",
+            "has an empty cell in line 2, column 2, and not a finite",
+            id="empty cell",
+        ),
+        pytest.param(
+            "1,nan,x\n3,4,y\n", "has 'nan' in line 1, column 2, and not a finite", id="nan"
+        ),
+        pytest.param(
+            "1,2,x\n-inf,4,y\n", "has '-inf' in line 2, column 1, and not a finite", id="infinite"
+        ),
+        pytest.param(
+            "1,2,x\n3,1e39,y\n", "has '1e39' in line 2, column 2, and not a finite", id="too large"
+        ),
+        pytest.param(
+            'a,"b\nc",l\n1,2,x\n3,?,y\n',
+            "has '?' in line 4, column 'b\\nc', and not",
+            id="line number",
+        ),
+        pytest.param(
+            "1,2,x\n3,4,\n",
+            "has an empty label in line 2, column 3: fill in the cell",
+            id="no label",
+        ),
+        pytest.param(
+            "1,2,x\n3,4,x\n",
+            "has only the label 'x' in column 3: give at least two",
+            id="one class",
+        ),
+        pytest.param(
+            b"1,2,caf\xe9\n3,4,x\n",
+            "has the byte 0xe9, which is not UTF-8: save it in",
+            id="Latin-1",
+        ),
+        pytest.param(
+            '1,2,x\n3,4,"y\n',
+            "is no CSV file at line 2 (unexpected end of data): correct",
+            id="quote",
+        ),
     ],
 )
 def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str):
@@ -314,24 +370,33 @@ def test_compressed_file_is_named_as_such(tmp_path: Path, compress, read):
     path = save(tmp_path, compress(IRIS.encode()))
     kind = {gzip.compress: "gzip", bz2.compress: "bzip2", lzma.compress: "xz"}[compress]
     way_out = "decompress it, or save it as plain text in UTF-8."
-    assert fault_of(read, path) == f"data_file names {path}, which is compressed ({kind}): {way_out}"
+    assert (
+        fault_of(read, path) == f"data_file names {path}, which is compressed ({kind}): {way_out}"
+    )
 
 
 def test_archive_is_no_table(tmp_path: Path):
     """Such as a spreadsheet."""
     np.savez_compressed(tmp_path / "mine.npz", x_train=X)
-    assert "is compressed (zip, as .npz and .xlsx files are): decompress" in fault_of(from_csv, tmp_path / "mine.npz")
+    assert "is compressed (zip, as .npz and .xlsx files are): decompress" in fault_of(
+        from_csv, tmp_path / "mine.npz"
+    )
 
 
 def test_misspelled_label_column_is_corrected(tmp_path: Path):
     """The sentence lists the columns and suggests one."""
     sentence = fault_of(from_csv, save(tmp_path, IRIS), "specie")
-    assert sentence == ("label_column must be one of length, width, species, got 'specie'; did you mean 'species'?")
+    assert sentence == (
+        "label_column must be one of length, width, species, got 'specie'; did you mean 'species'?"
+    )
 
 
 def test_csv_with_measurements_for_labels_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,0.5\n2,0.25\n3,0.75\n")
-    with pytest.raises(InputError, match=r"labels such as '0.5' in column 'b', which are measurements and no classes"):
+    with pytest.raises(
+        InputError,
+        match=r"labels such as '0.5' in column 'b', which are measurements and no classes",
+    ):
         from_csv(tmp_path / "t.csv")
 
 
@@ -364,7 +429,9 @@ def test_large_arrays_stay_in_their_file(tmp_path, monkeypatch, kind):
         "x_train takes 4.8 kB, and stays in its file, from which it is read while training goes on.",
     )
     assert loaded.notes == ()
-    for array, expected in zip((*large.train, *large.test), (*loaded.train, *loaded.test), strict=True):
+    for array, expected in zip(
+        (*large.train, *large.test), (*loaded.train, *loaded.test), strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(array), expected)
 
 
@@ -376,12 +443,17 @@ def test_large_array_that_cannot_stay_in_its_file_is_loaded_and_said(tmp_path, m
     monkeypatch.setattr(files, "STREAMED_FROM", 4000)
     dataset = data.from_npz(tmp_path / "arrays.npz")
     assert isinstance(dataset.train.inputs, np.ndarray)
-    assert "x_train takes 4.8 kB, and was loaded, as it is compressed or stored by columns" in dataset.notes[0]
+    assert (
+        "x_train takes 4.8 kB, and was loaded, as it is compressed or stored by columns"
+        in dataset.notes[0]
+    )
 
 
 def test_folder_without_the_arrays_is_refused(tmp_path):
     np.save(tmp_path / "x_train.npy", np.zeros((3, 2)))
-    with pytest.raises(InputError, match=r"is a folder without y_train.npy: save the arrays there with numpy.save"):
+    with pytest.raises(
+        InputError, match=r"is a folder without y_train.npy: save the arrays there with numpy.save"
+    ):
         data.from_npz(tmp_path)
 
 
@@ -391,5 +463,7 @@ def test_large_array_that_is_cut_off_is_damaged(tmp_path, monkeypatch):
     np.save(tmp_path / "y_train.npy", np.zeros(50, int))
     with (tmp_path / "x_train.npy").open("r+b") as file:
         file.truncate(500)
-    with pytest.raises(InputError, match=r"is damaged in x_train .it is shorter than its header says"):
+    with pytest.raises(
+        InputError, match=r"is damaged in x_train .it is shorter than its header says"
+    ):
         data.from_npz(tmp_path)

@@ -81,5 +81,7 @@ def test_only_pictures_are_read_as_sequences(shape: tuple[int, ...]):
 
 
 def test_unknown_view_is_refused():
-    with pytest.raises(InputError, match=r"sequence must be one of rows, pixels, got 'row'; did you mean 'rows'\?"):
+    with pytest.raises(
+        InputError, match=r"sequence must be one of rows, pixels, got 'row'; did you mean 'rows'\?"
+    ):
         data.as_sequence(pictures(2, 2), "row")

@@ -46,7 +46,8 @@ PIXELS = [RNG.permutation(LINES) % 17 for _ in range(64)]
 
 CYCLE = [line % 3 for line in range(LINES)]
 SOME_WHOLE = [
-    [f"{line % 11 / 5 * (column + 1) + column / 10:g}" for line in range(1, LINES + 1)] for column in range(4)
+    [f"{line % 11 / 5 * (column + 1) + column / 10:g}" for line in range(1, LINES + 1)]
+    for column in range(4)
 ]
 
 HEADERS = {
@@ -54,24 +55,39 @@ HEADERS = {
     "numbered, labels are numbers": ("0,1,2,3,label", [*X.T, [line % 3 for line in range(LINES)]]),
     "numbered to the label": ("0,1,2,3,4", [*X.T, [line % 3 for line in range(LINES)]]),
     "numbered to a label that occurs": ("0,1,2,3,4", [*X.T, [line % 5 for line in range(LINES)]]),
-    "two columns, numbered to a label that occurs": ("0,1,2", [*X.T[:2], [line % 3 for line in range(LINES)]]),
+    "two columns, numbered to a label that occurs": (
+        "0,1,2",
+        [*X.T[:2], [line % 3 for line in range(LINES)]],
+    ),
     "one column": ("0,label", [X[:, 0], WORDS]),
     "index and numbers": (",0,1,2,3,label", [range(LINES), *X.T, WORDS]),
-    "index and numbers to the label": (",0,1,2", [range(LINES), *X.T[:2], [line % 3 for line in range(LINES)]]),
+    "index and numbers to the label": (
+        ",0,1,2",
+        [range(LINES), *X.T[:2], [line % 3 for line in range(LINES)]],
+    ),
     "years above decimals": ("2018,2019,2020,2021,label", [*X.T, WORDS]),
     "years above integers": (
         "2019,2020,2021,label",
         [MIXED, [line % 11 for line in range(LINES)], [line % 5 for line in range(LINES)], WORDS],
     ),
-    "years above numbers as labels": ("2019,2020,label", [MIXED, MIXED[::-1], [line % 2 for line in range(LINES)]]),
+    "years above numbers as labels": (
+        "2019,2020,label",
+        [MIXED, MIXED[::-1], [line % 2 for line in range(LINES)]],
+    ),
     "words": ("a,b,c,d,species", [*X.T, WORDS]),
     "the label's number first": ("64," + ",".join(map(str, range(64))), [CYCLE, *PIXELS]),
     "some numbers of pixels": ("64,10,20,30,21", [CYCLE, *PIXELS[:3], PIXELS[3]]),
     "a label's number below the others": ("10,20,30,9", [*PIXELS[:3], CYCLE]),
     "a label's number that occurs": ("2,3,4,5,9", [*X.T, [line % 10 for line in range(LINES)]]),
-    "some decimals that are whole": ("2,3,4,5,9", [*SOME_WHOLE, [line % 10 for line in range(LINES)]]),
+    "some decimals that are whole": (
+        "2,3,4,5,9",
+        [*SOME_WHOLE, [line % 10 for line in range(LINES)]],
+    ),
     "a decimal column among whole ones": ("30,7,21,9", [PIXELS[0], X[:, 0], X[:, 1], CYCLE]),
-    "names as labels, each twice": ("3,5,7,name", [*X.T[:3], [f"name {line // 2}" for line in range(LINES)]]),
+    "names as labels, each twice": (
+        "3,5,7,name",
+        [*X.T[:3], [f"name {line // 2}" for line in range(LINES)]],
+    ),
 }
 
 
@@ -81,7 +97,9 @@ def test_header_is_no_example(tmp_path, name):
     dataset = from_csv(write(tmp_path, header, *columns))
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == LINES
     assert len(dataset.classes) == len(set(columns[-1]))
-    assert dataset.notes[0].startswith("Line 1 holds the column names; the labels are in the column ")
+    assert dataset.notes[0].startswith(
+        "Line 1 holds the column names; the labels are in the column "
+    )
     assert dataset.columns == tuple(header.strip(",").split(",")[:-1])
 
 
@@ -99,7 +117,10 @@ NO_HEADERS = {
     "an outlier first": [[500, *PIXELS[0][1:]], [900, *PIXELS[1][1:]], CYCLE],
     "one more label first": [[11, *PIXELS[0][1:]], [9, *PIXELS[1][1:]], [3, *CYCLE[1:]]],
     "rounded lines": [[5, *X[1:-1, 0], 4], [3, *X[1:-1, 1], 2], [1, *X[1:-1, 2], 7], WORDS],
-    "a multiplication table": [*[[line * column for line in range(1, LINES + 1)] for column in range(1, 5)], CYCLE],
+    "a multiplication table": [
+        *[[line * column for line in range(1, LINES + 1)] for column in range(1, 5)],
+        CYCLE,
+    ],
 }
 
 
@@ -114,10 +135,22 @@ def test_first_example_is_no_header(tmp_path, name):
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        ([[4, 1, 2], [5, 2, 3], [9, 1, 1]], "no other line has its label, '9', and its other cells are different"),
-        ([[2, *PIXELS[0]], [3, *PIXELS[1]], [5, *PIXELS[2]], [1, *CYCLE]], "its cells are increasing whole numbers: "),
-        ([[3, 1, 2], [5, 2, 3], [7, 1, 1], ["name", "ann", "bob"]], "no other line has its label, 'name', and its"),
-        ([[4, *PIXELS[0]], [2, *PIXELS[1]], [0, *PIXELS[2]], [3, *PIXELS[3]], [1, *CYCLE]], "are all numbers from 0"),
+        (
+            [[4, 1, 2], [5, 2, 3], [9, 1, 1]],
+            "no other line has its label, '9', and its other cells are different",
+        ),
+        (
+            [[2, *PIXELS[0]], [3, *PIXELS[1]], [5, *PIXELS[2]], [1, *CYCLE]],
+            "its cells are increasing whole numbers: ",
+        ),
+        (
+            [[3, 1, 2], [5, 2, 3], [7, 1, 1], ["name", "ann", "bob"]],
+            "no other line has its label, 'name', and its",
+        ),
+        (
+            [[4, *PIXELS[0]], [2, *PIXELS[1]], [0, *PIXELS[2]], [3, *PIXELS[3]], [1, *CYCLE]],
+            "are all numbers from 0",
+        ),
     ],
 )
 def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence):
@@ -152,13 +185,19 @@ def test_index_of_pandas_is_left_out(tmp_path, name, values):
     plain = from_csv(write(tmp_path, "a,b,c,d,species", *X.T, sorted(WORDS)))
     np.testing.assert_array_equal(all_inputs(dataset), all_inputs(plain))
     assert dataset.columns == ("a", "b", "c", "d")
-    assert "The first column has no name, like the index that pandas writes, and was left out." in dataset.notes
+    assert (
+        "The first column has no name, like the index that pandas writes, and was left out."
+        in dataset.notes
+    )
 
 
 def test_all_levels_of_an_index_are_left_out(tmp_path):
     dataset = from_csv(write(tmp_path, ",,a,b,c,d,y", MIXED, range(LINES), *X.T, WORDS))
     assert dataset.train.inputs.shape[1] == 4
-    assert "The first 2 columns have no names, like the index that pandas writes, and were left out." in dataset.notes
+    assert (
+        "The first 2 columns have no names, like the index that pandas writes, and were left out."
+        in dataset.notes
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1])
@@ -180,14 +219,26 @@ def test_column_like_an_identifier_is_kept_and_named(tmp_path, header, column):
     dataset = from_csv(write(tmp_path, header, column, X[:, 0], WORDS))
     assert dataset.train.inputs.shape[1] == 2
     name = "1" if header is None else repr(header.split(",")[0])
-    assert any(note.startswith(f"The column {name} has another whole number in every") for note in dataset.notes)
+    assert any(
+        note.startswith(f"The column {name} has another whole number in every")
+        for note in dataset.notes
+    )
 
 
 def test_column_that_gives_the_label_away_is_named(tmp_path):
     of_length = [len(word) for word in WORDS]
-    for code, is_named in ((of_length, True), (np.minimum(of_length, 9), False), ([*of_length[:-1], 8], False)):
+    for code, is_named in (
+        (of_length, True),
+        (np.minimum(of_length, 9), False),
+        ([*of_length[:-1], 8], False),
+    ):
         notes = from_csv(write(tmp_path, "code,a,y", code, X[:, 0], WORDS)).notes
-        assert any(note.startswith("The column 'code' has one number for each class") for note in notes) is is_named
+        assert (
+            any(
+                note.startswith("The column 'code' has one number for each class") for note in notes
+            )
+            is is_named
+        )
 
 
 @pytest.mark.parametrize("value", [0, 0.1, 1e30])
@@ -219,7 +270,10 @@ MERGED = {
 @pytest.mark.parametrize("name", MERGED)
 def test_column_that_float32_merges_is_refused(tmp_path, name):
     sentence = fault(write(tmp_path, "a,time,y", X[:, 0], MERGED[name], WORDS))
-    assert "in the column 'time', which are the same number in float32: subtract the smallest number, " in sentence
+    assert (
+        "in the column 'time', which are the same number in float32: subtract the smallest number, "
+        in sentence
+    )
     assert f"{MERGED[name][0]!s}" in sentence, "the smallest is that of the first line"
 
 
@@ -233,7 +287,11 @@ def test_merging_that_hardly_matters_is_noted(tmp_path):
     moments = [1_700_000_000 + 500_000 * line for line in MIXED]
     moments[1] = moments[0] + 1
     dataset = from_csv(write(tmp_path, "time,y", moments, WORDS))
-    (note,) = (note for note in dataset.notes if "become the same in float32 in the column 'time', by rounding" in note)
+    (note,) = (
+        note
+        for note in dataset.notes
+        if "become the same in float32 in the column 'time', by rounding" in note
+    )
     rounded = np.array(moments, np.float32).astype(float)
     right = np.abs(rounded - moments).max() / np.std(moments)
     assert f"of at most {right:.0e} of the standard deviation." in note
@@ -257,12 +315,17 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_whole_numbers_that_measure_are_no_classes(tmp_path, name):
     sentence = fault(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
-    assert "whole numbers in 60 lines, which look like measurements and not like classes: name the column" in sentence
+    assert (
+        "whole numbers in 60 lines, which look like measurements and not like classes: name the column"
+        in sentence
+    )
 
 
 def test_words_of_which_most_lines_have_another_are_no_classes(tmp_path):
     """Such as dates, with a column of words before them that holds the classes."""
-    days = [f"2024-01-{line // 2 + 1:02d}" for line in range(31)]  # one has a line, the others have two
+    days = [
+        f"2024-01-{line // 2 + 1:02d}" for line in range(31)
+    ]  # one has a line, the others have two
     path = write(tmp_path, "a,kind,day", X[:31, 0], WORDS[:31], days)
     assert fault(path) == (
         f"data_file names {path}, which has labels such as '2024-01-01' in column 'day', 16 different ones in 31 "
@@ -272,31 +335,45 @@ def test_words_of_which_most_lines_have_another_are_no_classes(tmp_path):
     assert len(from_csv(write(tmp_path, "a,day", X[:30, 0], days[:30])).classes) == 15
 
 
-@pytest.mark.parametrize("labels", [[0, 10, 20, 30, 40] * 2, [3, 5] * 5, [7] * 9 + [8], list("abcde") * 2, range(1, 6)])
+@pytest.mark.parametrize(
+    "labels", [[0, 10, 20, 30, 40] * 2, [3, 5] * 5, [7] * 9 + [8], list("abcde") * 2, range(1, 6)]
+)
 def test_few_classes_of_few_examples_are_classes(tmp_path, labels):
-    assert len(from_csv(write(tmp_path, "a,y", X[: len(labels), 0], labels)).classes) == len(set(labels))
+    assert len(from_csv(write(tmp_path, "a,y", X[: len(labels), 0], labels)).classes) == len(
+        set(labels)
+    )
 
 
 def test_numbered_classes_of_two_examples_each_are_classes(tmp_path):
-    assert len(from_csv(write(tmp_path, "a,y", X[:, 0], [line % 30 for line in range(LINES)])).classes) == 30
+    assert (
+        len(from_csv(write(tmp_path, "a,y", X[:, 0], [line % 30 for line in range(LINES)])).classes)
+        == 30
+    )
 
 
 @pytest.mark.parametrize("different", [20, 21])
 def test_many_whole_numbers_that_become_classes_are_noted(tmp_path, different):
-    dataset = from_csv(write(tmp_path, "a,age", X[:, 0], [line % different for line in range(LINES)]))
+    dataset = from_csv(
+        write(tmp_path, "a,age", X[:, 0], [line % different for line in range(LINES)])
+    )
     sentence = "The 21 different whole numbers in the column 'age' are taken as classes; if they are measurements, "
     assert any(note.startswith(sentence) for note in dataset.notes) == (different > 20)
     assert sum("are taken as classes" in note for note in dataset.notes) == (different > 20)
 
 
 def test_codes_with_leading_zeros_are_words(tmp_path):
-    assert from_csv(write(tmp_path, "a,zip", X[:, 0], ["01", "1", "001"] * 20)).classes == ("001", "01", "1")
+    assert from_csv(write(tmp_path, "a,zip", X[:, 0], ["01", "1", "001"] * 20)).classes == (
+        "001",
+        "01",
+        "1",
+    )
 
 
 def test_class_that_only_the_test_split_has_is_named(tmp_path):
     labels = ["usual"] * 9 + ["rare"]
     notes = [
-        from_csv(write(tmp_path, "a,y", X[:10, 0], labels[k:] + labels[:k])).notes for k in range(10)
+        from_csv(write(tmp_path, "a,y", X[:10, 0], labels[k:] + labels[:k])).notes
+        for k in range(10)
     ]  # one of the ten is drawn twice into the test split of two
     wanted = "The test split has examples of the classes rare, and the training split has none."
     assert sum(wanted in each for each in notes) == 2
@@ -305,17 +382,41 @@ def test_class_that_only_the_test_split_has_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("id,a,y\n" + "".join(f"C{i},{i}.5,{'xy'[i % 2]}\n" for i in range(20)), "remove the column if it only names"),
-        ("kind,y\n" + "u,0\nv,1\n" * 9, "name it in label_column (--label-column) if it holds the classes, or replace"),
-        ("day,y\n" + "".join(f"2024-01-{i + 1:02d},{'xy'[i % 2]}\n" for i in range(20)), "replace dates by numbers"),
+        (
+            "id,a,y\n" + "".join(f"C{i},{i}.5,{'xy'[i % 2]}\n" for i in range(20)),
+            "remove the column if it only names",
+        ),
+        (
+            "kind,y\n" + "u,0\nv,1\n" * 9,
+            "name it in label_column (--label-column) if it holds the classes, or replace",
+        ),
+        (
+            "day,y\n" + "".join(f"2024-01-{i + 1:02d},{'xy'[i % 2]}\n" for i in range(20)),
+            "replace dates by numbers",
+        ),
         ("f,y\n" + "True,x\nFalse,y\n" * 9, "replace True by 1 and False by 0."),
-        ("a,y\n" + ",x\n1,y\n" * 9, "nor are 8 more cells of the column: fill in the cells, or remove the lines"),
-        ("a,y\n" + '"1,200",x\n"1,5",y\n' * 9, "write numbers in digits with a point, without thousands separators"),
-        ("a,y\n1,200,x\n1,300,y\n", "has 3 cells in line 2 and 2 in line 1: give every line the same number of"),
-        ("a;b;y\n1,5;2,5;x\n1,7;2,7;y\n", "has its cells separated by semicolons: save it with commas between"),
+        (
+            "a,y\n" + ",x\n1,y\n" * 9,
+            "nor are 8 more cells of the column: fill in the cells, or remove the lines",
+        ),
+        (
+            "a,y\n" + '"1,200",x\n"1,5",y\n' * 9,
+            "write numbers in digits with a point, without thousands separators",
+        ),
+        (
+            "a,y\n1,200,x\n1,300,y\n",
+            "has 3 cells in line 2 and 2 in line 1: give every line the same number of",
+        ),
+        (
+            "a;b;y\n1,5;2,5;x\n1,7;2,7;y\n",
+            "has its cells separated by semicolons: save it with commas between",
+        ),
         ("1,5;2,5;x\n1,7;2,7;y\n", "has its cells separated by semicolons"),
         ("a\tb\ty\n1\t2\tx\n3\t4\ty\n", "has its cells separated by tabs"),
-        ("a,b,y,\n1,2,x,\n3,4,y,\n", "has an empty last column: remove the comma at the end of each line."),
+        (
+            "a,b,y,\n1,2,x,\n3,4,y,\n",
+            "has an empty last column: remove the comma at the end of each line.",
+        ),
         ("a,b,y\n1,,x\n3,,y\n", "has an empty column 'b': remove it"),
         ("a,b,y\n1,2,x\na,b,y\n3,4,y\n", "repeats the column names in line 3: remove this line."),
         ("# measured in May\na,b,y\n1,2,x\n3,4,y\n", "has a comment in line 1: remove the line."),
@@ -335,7 +436,9 @@ def learned(tmp_path_factory):
     data = from_csv(write(folder, ",a,b,c,d,species", range(LINES), *X.T, WORDS))
     options = {"devices": jax.devices()[:1], "batch_size": 24, "epochs": 1, "show": False}
     trained = ctde.fit(ctde.models.mlp([4, 8, 3]), data, optax.adam(0.01), **options)
-    return trained, ctde.write_bundle(trained, data, folder / "bundle", ["numpy"], show=False).bundle
+    return trained, ctde.write_bundle(
+        trained, data, folder / "bundle", ["numpy"], show=False
+    ).bundle
 
 
 FILES = {
@@ -343,7 +446,10 @@ FILES = {
     "without the index": ("a,b,c,d,species", [*X.T, WORDS]),
     "without the label": (",a,b,c,d", [range(LINES), *X.T]),
     "features alone": ("a,b,c,d", [*X.T]),
-    "in another order, with more": ("d,species,c,more,b,a", [X[:, 3], WORDS, X[:, 2], WORDS, X[:, 1], X[:, 0]]),
+    "in another order, with more": (
+        "d,species,c,more,b,a",
+        [X[:, 3], WORDS, X[:, 2], WORDS, X[:, 1], X[:, 0]],
+    ),
     "without names": (None, [*X.T]),
 }
 
@@ -358,7 +464,9 @@ def test_node_finds_the_features_by_their_names(learned, tmp_path, name):
 
 
 def test_node_refuses_a_table_without_a_feature(learned, tmp_path):
-    with pytest.raises(InputError, match=r"has no column 'd': name its columns as those of the training table"):
+    with pytest.raises(
+        InputError, match=r"has no column 'd': name its columns as those of the training table"
+    ):
         node_inputs.read([write(tmp_path, "a,b,c,e", *X.T)], learned[1].card)
 
 
@@ -374,9 +482,13 @@ def numbered(tmp_path_factory):
 
 @pytest.mark.parametrize("header", ["1,2,3,4", "7,8,9,10", "0,2,3,9", "1,2,3,4,label", "0,1,2,4"])
 @pytest.mark.parametrize("decimals", [False, True])
-def test_node_takes_no_other_numbers_of_columns_for_an_example(numbered, tmp_path, header, decimals):
+def test_node_takes_no_other_numbers_of_columns_for_an_example(
+    numbered, tmp_path, header, decimals
+):
     columns = [*(X.T if decimals else PIXELS[:4]), WORDS][: len(header.split(","))]
-    with pytest.raises(InputError, match=r"has no column '\d'.*: name its columns as those of the training table"):
+    with pytest.raises(
+        InputError, match=r"has no column '\d'.*: name its columns as those of the training table"
+    ):
         node_inputs.read([write(tmp_path, header, *columns)], numbered)
 
 
@@ -389,7 +501,9 @@ def test_node_leaves_out_column_numbers_where_the_model_has_no_names(numbered, t
 @pytest.mark.parametrize("first", [[3, 1, 4, 2], [1, 2, 3, 5], [1, 2, 3, 4]])
 def test_node_takes_whole_numbers_for_an_example(numbered, tmp_path, first):
     rows = np.array([first, [5, 2, 7, 1], [2, 3, 4, 5]])
-    read = node_inputs.read([write(tmp_path, None, *rows.T)], dataclasses.replace(numbered, columns=()))
+    read = node_inputs.read(
+        [write(tmp_path, None, *rows.T)], dataclasses.replace(numbered, columns=())
+    )
     np.testing.assert_array_equal(read.inputs, rows)
 
 
@@ -399,7 +513,8 @@ def test_node_takes_whole_numbers_for_an_example(numbered, tmp_path, first):
 def test_node_refuses_an_index_in_the_place_of_a_feature(numbered, tmp_path, lines, start, header):
     path = write(tmp_path, header, range(start, lines + start), *X[:lines].T)
     with pytest.raises(
-        InputError, match=r"numbers its lines in the first of its columns.*: leave the index out, or name"
+        InputError,
+        match=r"numbers its lines in the first of its columns.*: leave the index out, or name",
     ):
         node_inputs.read([path], dataclasses.replace(numbered, columns=()))
 

@@ -38,8 +38,12 @@ def test_windows_and_their_labels_are_slices_of_the_text(path: Path):
 
     for split, part, stride in [(data.train, TEXT[:cut], 3), (data.test, TEXT[cut:], 10)]:
         starts = range(0, len(part) - 10, stride)
-        assert [decode(window, data.vocabulary) for window in split.inputs] == [part[s : s + 10] for s in starts]
-        assert [decode(window, data.vocabulary) for window in split.labels] == [part[s + 1 : s + 11] for s in starts]
+        assert [decode(window, data.vocabulary) for window in split.inputs] == [
+            part[s : s + 10] for s in starts
+        ]
+        assert [decode(window, data.vocabulary) for window in split.labels] == [
+            part[s + 1 : s + 11] for s in starts
+        ]
 
 
 def test_every_character_is_predicted_once_by_default(path: Path):
@@ -47,7 +51,10 @@ def test_every_character_is_predicted_once_by_default(path: Path):
     data, cut = load(path, TEXT, 10), len(TEXT) * 9 // 10
 
     for split, part in [(data.train, TEXT[:cut]), (data.test, TEXT[cut:])]:
-        assert decode(split.labels.ravel(), data.vocabulary) == part[1 : 1 + (len(part) - 1) // 10 * 10]
+        assert (
+            decode(split.labels.ravel(), data.vocabulary)
+            == part[1 : 1 + (len(part) - 1) // 10 * 10]
+        )
 
 
 def test_tokens_stay_tokens_on_the_way_to_the_model(path: Path):
@@ -96,12 +103,17 @@ def test_characters_that_no_window_covers_are_counted(path: Path, characters: in
     text = "".join(map(chr, range(0x4E00, 0x4E00 + characters)))  # each character occurs once
     data = load(path, text, 4, stride)
 
-    seen = [len(np.unique(np.concatenate([split.inputs, split.labels], axis=1))) for split in (data.train, data.test)]
+    seen = [
+        len(np.unique(np.concatenate([split.inputs, split.labels], axis=1)))
+        for split in (data.train, data.test)
+    ]
     train = characters * 9 // 10
     test = characters - train
     train_unused, test_unused = train - seen[0], test - seen[1]
     parts, *left_out = data.notes
-    assert parts == f"The first {train} characters are for training and the other {test} for testing."
+    assert (
+        parts == f"The first {train} characters are for training and the other {test} for testing."
+    )
     unused = f"The windows leave out {train_unused} characters of the training part and {test_unused} of the test part."
     assert left_out == ([unused] if train_unused or test_unused else [])
 
@@ -115,8 +127,16 @@ def test_byte_order_mark_is_no_character(path: Path):
     [
         (b"", (), "is empty: give a file with a text."),
         (b"\xef\xbb\xbf", (), "is empty: give a file with a text."),
-        (b"abc\xff", (), "has the byte 0xff at the offset 3, which is not UTF-8: save it in UTF-8."),
-        (b"\xef\xbb\xbfabc\xff", (), "has the byte 0xff at the offset 6, which is not UTF-8: save it in UTF-8."),
+        (
+            b"abc\xff",
+            (),
+            "has the byte 0xff at the offset 3, which is not UTF-8: save it in UTF-8.",
+        ),
+        (
+            b"\xef\xbb\xbfabc\xff",
+            (),
+            "has the byte 0xff at the offset 6, which is not UTF-8: save it in UTF-8.",
+        ),
         (
             "ä" * 9,
             (),
@@ -128,10 +148,16 @@ def test_byte_order_mark_is_no_character(path: Path):
             "has 10 of the 11 characters that a window with its last label needs in the test part: "
             "give a longer text, or a window of at most 9.",
         ),
-        ("a", (1,), "has 0 of the 2 characters that a window with its last label needs in the training part"),
+        (
+            "a",
+            (1,),
+            "has 0 of the 2 characters that a window with its last label needs in the training part",
+        ),
     ],
 )
-def test_text_of_no_use_is_said_in_a_sentence(path: Path, stored: str | bytes, window: tuple[int, ...], fault: str):
+def test_text_of_no_use_is_said_in_a_sentence(
+    path: Path, stored: str | bytes, window: tuple[int, ...], fault: str
+):
     assert fault_of(path, stored, *window).startswith(f"data_file names {path}, which {fault}")
 
 
@@ -140,7 +166,9 @@ def test_longest_window_that_is_named_does(path: Path):
 
 
 def test_file_that_cannot_be_opened_is_named(path: Path):
-    with pytest.raises(InputError, match=r"mine\.txt, which cannot be opened \(No such file or directory\)"):
+    with pytest.raises(
+        InputError, match=r"mine\.txt, which cannot be opened \(No such file or directory\)"
+    ):
         from_text(path)
 
 
@@ -154,5 +182,8 @@ def test_window_of_no_size_is_refused(path: Path, window: tuple[int, ...], fault
 @pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="the text is not in ../shared/data/text")
 def test_shakespeare_has_the_65_characters_that_the_world_knows():
     data = from_text(SHAKESPEARE)
-    assert repr(data) == "Dataset('tinyshakespeare', 7,842 training and 871 test examples, 65 characters)"
+    assert (
+        repr(data)
+        == "Dataset('tinyshakespeare', 7,842 training and 871 test examples, 65 characters)"
+    )
     assert decode(data.train.inputs[0][:14], data.vocabulary) == "First Citizen:"

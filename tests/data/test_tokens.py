@@ -18,7 +18,9 @@ class Bigram(flax.nnx.Module):
     """Knows the next token from the last one alone."""
 
     def __init__(self, rngs: flax.nnx.Rngs):
-        self.logits = flax.nnx.Embed(VOCABULARY, VOCABULARY, rngs=rngs)  # refuses what is not an integer
+        self.logits = flax.nnx.Embed(
+            VOCABULARY, VOCABULARY, rngs=rngs
+        )  # refuses what is not an integer
         self.bias = flax.nnx.Param(jax.numpy.zeros(VOCABULARY))
 
     def __call__(self, tokens):
@@ -45,7 +47,9 @@ def test_tokens_reach_the_model_as_they_are(kind):
 
 def test_next_token_is_learned_as_well_as_counting_does():
     """A bigram model ends at the entropy of the next token given the last, which is a table of counts."""
-    tokens = (np.cumsum(TOKENS % 2 + 1, axis=1) % VOCABULARY).astype(np.int32)  # the next token is one of two
+    tokens = (np.cumsum(TOKENS % 2 + 1, axis=1) % VOCABULARY).astype(
+        np.int32
+    )  # the next token is one of two
     inputs, following = tokens[:, :-1], tokens[:, 1:]
     data = ctde.data.from_arrays(inputs, following, inputs, following)
 
@@ -98,7 +102,10 @@ def test_integers_can_be_standardized():
             "y_train must have the shape [examples], got (64, 1); flatten the labels with numpy.ravel.",
         ),
         ((INPUTS, NEXT[0, 0]), "y_train must have the shape [examples], got ()."),
-        ((INPUTS, NEXT, INPUTS / 2, NEXT), "x_test must be int32 like x_train, got float32; convert one."),
+        (
+            (INPUTS, NEXT, INPUTS / 2, NEXT),
+            "x_test must be int32 like x_train, got float32; convert one.",
+        ),
     ],
 )
 def test_wrong_tokens_are_refused_in_a_sentence(arrays, sentence):

@@ -23,7 +23,9 @@ print("survived on", len(x), "devices")
 
 def run(program: str, **environment: str) -> str:
     """Runs a program in a process of its own, where JAX has not started yet."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")
+    }
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         env={**clean, "JAX_PLATFORMS": "cpu", **environment},
@@ -154,7 +156,12 @@ for platform in ("cuda", "gpu", "garbage", "CPU"):
         print(error)
 """
     lines = run(program).splitlines()
-    assert [line.split("got ")[1].split()[0] for line in lines] == ["'cuda'", "'gpu'", "'garbage'", "'CPU'"]
+    assert [line.split("got ")[1].split()[0] for line in lines] == [
+        "'cuda'",
+        "'gpu'",
+        "'garbage'",
+        "'CPU'",
+    ]
     for line in lines:
         assert line.startswith("JAX_PLATFORMS must name a platform that JAX can start here")
         assert line.endswith(
@@ -187,5 +194,7 @@ def test_more_accelerators_than_exist_are_refused(monkeypatch):
 
     assert devices.start() == gpus
     assert devices.start(1) == gpus[:1]
-    with pytest.raises(InputError, match=r"at most 2, the GPU devices .* got 3; .* JAX_PLATFORMS=cpu"):
+    with pytest.raises(
+        InputError, match=r"at most 2, the GPU devices .* got 3; .* JAX_PLATFORMS=cpu"
+    ):
         devices.start(3)

@@ -43,10 +43,25 @@ class Job:
         folder.parent.mkdir(exist_ok=True)
 
     def start(
-        self, index: int, *arguments: str, count: int = 2, environment: dict[str, str] | None = None, join: int = 60
+        self,
+        index: int,
+        *arguments: str,
+        count: int = 2,
+        environment: dict[str, str] | None = None,
+        join: int = 60,
     ):
-        here = ["--coordinator", f"127.0.0.1:{self.port}", "--num-processes", str(count), "--process-id", str(index)]
-        self.spawn([*here, "--join-timeout", str(join), "--run-dir", str(self.folder), *arguments], environment or {})
+        here = [
+            "--coordinator",
+            f"127.0.0.1:{self.port}",
+            "--num-processes",
+            str(count),
+            "--process-id",
+            str(index),
+        ]
+        self.spawn(
+            [*here, "--join-timeout", str(join), "--run-dir", str(self.folder), *arguments],
+            environment or {},
+        )
 
     def spawn(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.processes.append(
@@ -134,7 +149,9 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 def rows(folder: Path) -> list[dict]:
     """The rows of a run, but for its speed."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines
+    ]
 
 
 def one_sentence(ended: Ended) -> str:
@@ -158,8 +175,12 @@ def test_two_hosts_compute_what_two_devices_do(job, tmp_path):
     assert here.keys() == alone.keys()
     for name, tensor in here.items():
         np.testing.assert_allclose(tensor, alone[name], rtol=1e-6, atol=1e-6, err_msg=name)
-    assert [row["step"] for row in rows(job.folder)] == [row["step"] for row in rows(tmp_path / "alone")]
-    np.testing.assert_allclose(rows(job.folder)[-1]["loss"], rows(tmp_path / "alone")[-1]["loss"], rtol=1e-4)
+    assert [row["step"] for row in rows(job.folder)] == [
+        row["step"] for row in rows(tmp_path / "alone")
+    ]
+    np.testing.assert_allclose(
+        rows(job.folder)[-1]["loss"], rows(tmp_path / "alone")[-1]["loss"], rtol=1e-4
+    )
 
 
 def test_hosts_with_other_options_are_told_which(job):
@@ -167,8 +188,9 @@ def test_hosts_with_other_options_are_told_which(job):
     job.start(1, *QUICK, "--batch-size", "32")
     for index, ended in enumerate(job.end()):
         assert ended.status == 2
-        assert "--batch-size must be the same on all hosts, but is 64 on host 0 and 32 on host 1." in one_sentence(
-            ended
+        assert (
+            "--batch-size must be the same on all hosts, but is 64 on host 0 and 32 on host 1."
+            in one_sentence(ended)
         ), index
     assert not job.folder.exists()
 
@@ -179,12 +201,17 @@ def test_hosts_with_other_inputs_are_told_which(job, tmp_path):
     for index in (0, 1):
         (tmp_path / str(index)).mkdir()
         np.savez(tmp_path / str(index) / "d.npz", x_train=x, y_train=y)
-        job.start(index, *QUICK, "--dataset", "npz", "--data-file", str(tmp_path / str(index) / "d.npz"))
+        job.start(
+            index, *QUICK, "--dataset", "npz", "--data-file", str(tmp_path / str(index) / "d.npz")
+        )
         x = x.copy()
         x[7, 3, 3] ^= 1
     for ended in job.end():
         assert ended.status == 2
-        assert "split must be the same on all hosts, but differs between host 0 and host 1." in one_sentence(ended)
+        assert (
+            "split must be the same on all hosts, but differs between host 0 and host 1."
+            in one_sentence(ended)
+        )
     assert not (job.folder / "checkpoints").exists()
 
 
@@ -204,7 +231,13 @@ STRATEGIES = {
 def test_hosts_compute_what_as_many_devices_do(name, job, tmp_path):
     """Whatever is a replica's own is on its host, and in the checkpoint of host 0."""
     count = 3 if name == "three hosts" else 2
-    more = ["--eval-every", "23", "--batch-size", "48", *([] if "--steps" in STRATEGIES[name] else ["--epochs", "2"])]
+    more = [
+        "--eval-every",
+        "23",
+        "--batch-size",
+        "48",
+        *([] if "--steps" in STRATEGIES[name] else ["--epochs", "2"]),
+    ]
     more += STRATEGIES[name].split()
     for index in range(count):
         job.start(index, *more, count=count)
@@ -217,7 +250,8 @@ def test_hosts_compute_what_as_many_devices_do(name, job, tmp_path):
         name: tensor.shape for name, tensor in alone.items()
     }
     losses = [
-        [row["loss"] for row in rows(folder) if row["split"] == "test"] for folder in (job.folder, tmp_path / "alone")
+        [row["loss"] for row in rows(folder) if row["split"] == "test"]
+        for folder in (job.folder, tmp_path / "alone")
     ]
     np.testing.assert_allclose(*losses, rtol=0.02)
 
@@ -259,7 +293,9 @@ def test_sigterm_saves_the_same_step_on_all_hosts(told, job, whole):
     for index in told:
         job.signal(index, signal.SIGTERM)
     ended = job.end(30)
-    assert [each.status for each in ended] == [PREEMPTED, PREEMPTED], [each.errors for each in ended]
+    assert [each.status for each in ended] == [PREEMPTED, PREEMPTED], [
+        each.errors for each in ended
+    ]
     said = [each.errors.split("at step ")[1].split(",")[0:2] for each in ended]
     assert said[0] == said[1]
     assert job.saved() < whole.saved() == 80 * 23
@@ -287,7 +323,9 @@ def test_ctrl_c_on_one_host_saves_and_ends_all(more, job):
     assert (first.status, first.errors, second.status, second.errors) == (130, "", 130, "")
     assert "test accuracy" in first.output
     assert (job.folder / "curves.png").exists()
-    assert job.saved() == next(row["step"] for row in reversed(rows(job.folder)) if row["split"] == "train")
+    assert job.saved() == next(
+        row["step"] for row in reversed(rows(job.folder)) if row["split"] == "train"
+    )
 
 
 @pytest.mark.slow
@@ -334,14 +372,22 @@ def test_run_goes_on_with_other_numbers_of_hosts(job, tmp_path):
         assert [ended.status for ended in again.end()] == [0] * count
     train(tmp_path / "one", *more, "--devices", "1")
     digests = {
-        tuple(tensor.tobytes() for tensor in tensors(tmp_path / folder).values()) for folder in ("one", "two", "four")
+        tuple(tensor.tobytes() for tensor in tensors(tmp_path / folder).values())
+        for folder in ("one", "two", "four")
     }
     assert len(digests) == 1
 
 
 @pytest.mark.slow
 def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
-    arguments = ["--epochs", "240", "--eval-every", "460", "--save-every", "60"]  # not over before the last kill
+    arguments = [
+        "--epochs",
+        "240",
+        "--eval-every",
+        "460",
+        "--save-every",
+        "60",
+    ]  # not over before the last kill
 
     def run(folder: Path, kill_after: float | None) -> list[Ended]:
         job = Job(folder)
@@ -415,7 +461,10 @@ def test_hosts_with_other_numbers_of_devices_are_told(job):
         job.start(index, *QUICK, "--devices", str(index + 1))
     for ended in job.end():
         assert ended.status == 2
-        assert "the number of devices must be the same on all hosts, but is 1 on host 0 and 2" in one_sentence(ended)
+        assert (
+            "the number of devices must be the same on all hosts, but is 1 on host 0 and 2"
+            in one_sentence(ended)
+        )
 
 
 @pytest.mark.slow
@@ -425,7 +474,9 @@ def test_hosts_with_other_versions_are_told(job, tmp_path):
         "m.version = lambda name: '0.0.1' if name == 'optax' else real(name)\n"
     )
     job.start(0, *QUICK)
-    job.start(1, *QUICK, environment={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
+    job.start(
+        1, *QUICK, environment={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    )
     for ended in job.end():
         assert ended.status == 2
         assert "the version of optax must be the same on all hosts" in one_sentence(ended)
@@ -459,10 +510,20 @@ def test_hosts_that_slurm_has_started_find_each_other(job):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun, such as that of Debian's openmpi-bin")
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="needs mpirun, such as that of Debian's openmpi-bin"
+)
 def test_hosts_that_mpirun_has_started_find_each_other(tmp_path):
     loopback = ["--mca", "oob_tcp_if_include", "lo", "--mca", "btl", "self,vader"]
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", *loopback, sys.executable]
+    command = [
+        "mpirun",
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-n",
+        "2",
+        *loopback,
+        sys.executable,
+    ]
     subprocess.run(
         [*command, "-m", "ctde_jax.train", "--run-dir", str(tmp_path / "run"), *QUICK],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -531,12 +592,20 @@ def test_hosts_read_from_disk_what_their_own_devices_get(tmp_path):
     address = f"127.0.0.1:{free_port()}"
 
     def run(count: int, folder: str, index: int) -> subprocess.Popen:
-        arguments = [str(count), str(tmp_path / "x.npy"), str(tmp_path / folder), address, str(index)]
+        arguments = [
+            str(count),
+            str(tmp_path / "x.npy"),
+            str(tmp_path / folder),
+            address,
+            str(index),
+        ]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         return subprocess.Popen([sys.executable, "-c", ON_DISK, *arguments], env=environment)
 
     for count, folder in ((2, "run"), (1, "alone")):
-        assert [process.wait(120) for process in [run(count, folder, index) for index in range(count)]] == [0] * count
+        assert [
+            process.wait(120) for process in [run(count, folder, index) for index in range(count)]
+        ] == [0] * count
     here, alone = tensors(tmp_path / "run"), tensors(tmp_path / "alone")
     for name, tensor in here.items():
         np.testing.assert_allclose(tensor, alone[name], rtol=1e-6, atol=1e-6, err_msg=name)
@@ -549,7 +618,9 @@ def test_best_checkpoint_stays_on_hosts_as_on_one(job, tmp_path):
         job.start(index, *more)
     assert [ended.status for ended in job.end()] == [0, 0]
     train(tmp_path / "alone", *more, "--devices", "2")
-    here, alone = (checkpoint.steps(folder / "checkpoints") for folder in (job.folder, tmp_path / "alone"))
+    here, alone = (
+        checkpoint.steps(folder / "checkpoints") for folder in (job.folder, tmp_path / "alone")
+    )
     assert here == alone
     assert len(here) in (1, 2)
 
@@ -558,7 +629,16 @@ def test_best_checkpoint_stays_on_hosts_as_on_one(job, tmp_path):
 def test_hosts_roll_back_together_and_give_up_together(job):
     """A learning rate that no halving saves: three times to the checkpoint, and the same sentence on both."""
     for index in (0, 1):
-        job.start(index, *QUICK, "--optimizer", "sgd", "--learning-rate", "1e38", "--on-nonfinite", "rollback")
+        job.start(
+            index,
+            *QUICK,
+            "--optimizer",
+            "sgd",
+            "--learning-rate",
+            "1e38",
+            "--on-nonfinite",
+            "rollback",
+        )
     first, second = job.end()
     assert (first.status, second.status) == (2, 2), (first.errors, second.errors)
     assert first.output.count("rollback   not finite") == 3
@@ -571,12 +651,30 @@ def test_hosts_roll_back_together_and_give_up_together(job):
     [
         ({"coordinator": "10.0.0.1:1234"}, "num_processes goes with coordinator"),
         ({"num_processes": 2, "process_id": 0}, "coordinator goes with"),
-        ({"coordinator": "10.0.0.1", "num_processes": 2, "process_id": 0}, "must be an address and a port"),
-        ({"coordinator": "10.0.0.1:99999", "num_processes": 2, "process_id": 0}, "must be an address and a port"),
-        ({"coordinator": "0.0.0.0:1234", "num_processes": 2, "process_id": 0}, "must be the address of host 0"),
-        ({"coordinator": "[::]:1234", "num_processes": 2, "process_id": 0}, "must be the address of host 0"),
-        ({"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 2}, "must be less than the 2"),
-        ({"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": -1}, "must be at least 0"),
+        (
+            {"coordinator": "10.0.0.1", "num_processes": 2, "process_id": 0},
+            "must be an address and a port",
+        ),
+        (
+            {"coordinator": "10.0.0.1:99999", "num_processes": 2, "process_id": 0},
+            "must be an address and a port",
+        ),
+        (
+            {"coordinator": "0.0.0.0:1234", "num_processes": 2, "process_id": 0},
+            "must be the address of host 0",
+        ),
+        (
+            {"coordinator": "[::]:1234", "num_processes": 2, "process_id": 0},
+            "must be the address of host 0",
+        ),
+        (
+            {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 2},
+            "must be less than the 2",
+        ),
+        (
+            {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": -1},
+            "must be at least 0",
+        ),
     ],
 )
 def test_meeting_that_cannot_be_is_refused(given, sentence):

@@ -29,13 +29,17 @@ def test_memory_of_the_machine_is_what_the_system_reports():
 def test_limit_of_a_container_counts(tmp_path, monkeypatch):
     (tmp_path / "v2").write_text("123456\n")
     (tmp_path / "none").write_text("max\n")
-    monkeypatch.setattr(memory, "_LIMITS", (str(tmp_path / "none"), str(tmp_path / "v2"), str(tmp_path / "absent")))
+    monkeypatch.setattr(
+        memory, "_LIMITS", (str(tmp_path / "none"), str(tmp_path / "v2"), str(tmp_path / "absent"))
+    )
     assert memory.of_this_machine() == 123456
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_state_of_adam_takes_three_times_the_parameters(replicas):
-    params, model_state = jax.eval_shape(MODEL.init, jax.random.key(0), np.zeros((1, 64), np.float32))
+    params, model_state = jax.eval_shape(
+        MODEL.init, jax.random.key(0), np.zeros((1, 64), np.float32)
+    )
     like = state.like_created(params, model_state, optax.adam(0.1), ctde.Strategy(), replicas)
     counters = 4 + 4  # the step, and Adam's own
     assert memory.size_of(params) == 4 * PARAMS
@@ -58,8 +62,18 @@ def test_training_is_refused_below_what_it_needs_and_not_above(digits, monkeypat
 def test_temporary_arrays_are_counted_before_the_first_step(digits, monkeypatch):
     monkeypatch.setattr(memory, "check_training", lambda *_: None)
     with_memory(monkeypatch, 100)
-    with pytest.raises(InputError, match="batch_size must fit into memory: the temporary arrays of a step"):
-        ctde.fit(MODEL, digits, optax.adam(0.01), devices=ctde.devices.start(2), batch_size=64, steps=1, show=False)
+    with pytest.raises(
+        InputError, match="batch_size must fit into memory: the temporary arrays of a step"
+    ):
+        ctde.fit(
+            MODEL,
+            digits,
+            optax.adam(0.01),
+            devices=ctde.devices.start(2),
+            batch_size=64,
+            steps=1,
+            show=False,
+        )
 
 
 def test_overlapping_windows_of_a_text_are_counted_before_they_are_cut(tmp_path, monkeypatch):
@@ -68,5 +82,8 @@ def test_overlapping_windows_of_a_text_are_counted_before_they_are_cut(tmp_path,
     with_memory(monkeypatch, needed)
     assert len(ctde.data.from_text(tmp_path / "text", 99, 1).train.inputs) == 801
     with_memory(monkeypatch, needed - 1)
-    with pytest.raises(InputError, match=r"window must fit into memory: 801 training windows take at least 634\.4 kB"):
+    with pytest.raises(
+        InputError,
+        match=r"window must fit into memory: 801 training windows take at least 634\.4 kB",
+    ):
         ctde.data.from_text(tmp_path / "text", 99, 1)

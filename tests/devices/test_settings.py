@@ -62,7 +62,14 @@ def test_setting_that_rules_out_training_is_refused_with_the_way_out(digits, set
     with pytest.raises(InputError, match=sentence):
         ctde.devices.start(2)
     with pytest.raises(InputError, match=sentence):
-        ctde.fit(ctde.models.mlp([64, 10]), digits, optax.sgd(0.1), devices=devices, batch_size=64, steps=1)
+        ctde.fit(
+            ctde.models.mlp([64, 10]),
+            digits,
+            optax.sgd(0.1),
+            devices=devices,
+            batch_size=64,
+            steps=1,
+        )
 
 
 def test_context_manager_counts_as_a_setting(digits):

@@ -23,7 +23,9 @@ from ctde_jax.models import count_params
 SOON = ("mlp", "linen", "lstm-text")
 """Models that the default suite exports; the others are slow."""
 
-EXPORTED = [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in bundles.MODELS]
+EXPORTED = [
+    pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in bundles.MODELS
+]
 PERCEPTRONS = ("mlp", "linen")
 READ_PLACE_BY_PLACE = ("lstm", "gru", "lstm-text", "gru-text")
 
@@ -33,7 +35,9 @@ def test_every_form_says_what_the_model_says(name):
     """Over the whole test split, at every batch size; and what is right is right in all of them, to the example."""
     (trained, data), written = bundles.trained(name), bundles.written(name)
     card = written.bundle.card
-    assert {*card.artifacts} == ({"numpy", "onnx", "jax"} if name in PERCEPTRONS else {"onnx", "jax"})
+    assert {*card.artifacts} == (
+        {"numpy", "onnx", "jax"} if name in PERCEPTRONS else {"onnx", "jax"}
+    )
     assert written.left_out.keys() == ({*()} if name in PERCEPTRONS else {"numpy"})
     right = trained.evaluate(data.test)
     assert card.facts["trained_model"]["measured"] == right
@@ -63,7 +67,9 @@ def test_artifacts_take_raw_inputs_in_any_number(name):
 def test_every_file_has_its_sum():
     """The card's and those of `sha256sum --check`, which knows nothing of bundles, are of the same bytes."""
     bundle = bundles.written("mlp").bundle
-    done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=bundle.folder, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sha256sum", "--check", "SHA256SUMS"], cwd=bundle.folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     there = {path.name for path in bundle.folder.iterdir()}
     assert (
@@ -80,7 +86,12 @@ def test_every_file_has_its_sum():
 
 def test_card_says_what_the_model_is():
     card = bundles.written("mlp").bundle.card
-    assert (card.predicts, card.input_shape, card.input_dtype, card.highest) == ("classes", (8, 8), "uint8", 16)
+    assert (card.predicts, card.input_shape, card.input_dtype, card.highest) == (
+        "classes",
+        (8, 8),
+        "uint8",
+        16,
+    )
     assert card.output_shape == (10,)
     assert card.classes == tuple("0123456789")
     assert card.facts["model"]["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
@@ -92,7 +103,9 @@ def test_card_says_what_the_model_is():
 
 
 def test_onnx_file_says_the_names_of_the_classes():
-    session = pytest.importorskip("onnxruntime").InferenceSession(bundles.written("mlp").bundle.read("model.onnx"))
+    session = pytest.importorskip("onnxruntime").InferenceSession(
+        bundles.written("mlp").bundle.read("model.onnx")
+    )
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [*"0123456789"]
 
 
@@ -102,7 +115,9 @@ def test_examples_carry_what_the_trained_model_says_of_them():
     assert len(stored["inputs"]) == 100
     np.testing.assert_array_equal(stored["inputs"], data.test.inputs[:100])
     np.testing.assert_array_equal(stored["labels"], data.test.labels[:100])
-    np.testing.assert_allclose(stored["outputs"], trained.predict(data.test.inputs[:100]), atol=1e-5)
+    np.testing.assert_allclose(
+        stored["outputs"], trained.predict(data.test.inputs[:100]), atol=1e-5
+    )
 
 
 def test_artifact_that_says_something_else_is_not_written(monkeypatch, tmp_path):
@@ -192,7 +207,9 @@ def test_bundle_is_replaced_and_nothing_else_ever_is(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("others", [{"card.json": '{"suit": "hearts"}', "thesis.txt": ""}, {"thesis.txt": ""}])
+@pytest.mark.parametrize(
+    "others", [{"card.json": '{"suit": "hearts"}', "thesis.txt": ""}, {"thesis.txt": ""}]
+)
 def test_folder_with_anything_else_in_it_is_not_replaced(others, tmp_path):
     """Neither one with a card of another game, nor a bundle to which something was added."""
     trained, data = bundles.trained("mlp")
@@ -204,7 +221,9 @@ def test_folder_with_anything_else_in_it_is_not_replaced(others, tmp_path):
     for name, content in others.items():
         (folder / name).write_text(content)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(InputError, match=r"must be new or a bundle, and .*mine is something else, with"):
+    with pytest.raises(
+        InputError, match=r"must be new or a bundle, and .*mine is something else, with"
+    ):
         ctde.write_bundle(trained, data, folder, ["numpy"], show=False)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -221,7 +240,9 @@ def test_bundle_that_is_there_outlives_a_replacement_that_fails(fails, tmp_path,
     if fails == "rename":
         rename = Path.rename
         monkeypatch.setattr(
-            Path, "rename", lambda self, to: fail() if self.name.endswith(".partial") else rename(self, to)
+            Path,
+            "rename",
+            lambda self, to: fail() if self.name.endswith(".partial") else rename(self, to),
         )
     elif fails == "write":
         monkeypatch.setattr(Path, "write_bytes", fail)
@@ -229,7 +250,9 @@ def test_bundle_that_is_there_outlives_a_replacement_that_fails(fails, tmp_path,
         (tmp_path / "bundle").rename(tmp_path / ".bundle.replaced")
         (tmp_path / ".bundle.partial").mkdir()
         monkeypatch.setattr(write, "_write", fail)
-    with pytest.raises(InputError, match=r"and has room, and .*bundle is none: No space left on device"):
+    with pytest.raises(
+        InputError, match=r"and has room, and .*bundle is none: No space left on device"
+    ):
         ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
     monkeypatch.undo()
     assert ctde.open_bundle(tmp_path / "bundle").sha256 == first.sha256
@@ -260,10 +283,15 @@ def test_bundle_is_not_replaced_by_nothing(tmp_path, monkeypatch):
 
 def test_runtime_that_is_not_here_costs_its_own_form_alone(tmp_path, monkeypatch):
     trained, data = bundles.trained("mlp")
-    monkeypatch.setattr(node.runtimes, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr(
+        node.runtimes, "find_spec", lambda name: None if name == "onnxruntime" else name
+    )
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx"], show=False)
     assert written.bundle.card.artifacts.keys() == {"numpy"}
-    assert "onnx needs a package that is not here; `pip install onnxruntime`" in written.left_out["onnx"]
+    assert (
+        "onnx needs a package that is not here; `pip install onnxruntime`"
+        in written.left_out["onnx"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["fourier", "bfloat16"])
@@ -274,9 +302,14 @@ def test_model_that_a_form_has_no_words_for_leaves_in_the_others(kind, tmp_path)
             x = x.reshape(x.shape[0], -1)
             if kind == "fourier":
                 x = jnp.abs(jnp.fft.fft(x))
-            return linen.Dense(10, param_dtype=jnp.bfloat16 if kind == "bfloat16" else jnp.float32)(x)
+            return linen.Dense(10, param_dtype=jnp.bfloat16 if kind == "bfloat16" else jnp.float32)(
+                x
+            )
 
-    data, options = ctde.data.digits(), {"devices": ctde.devices.start(1), "batch_size": 32, "steps": 3, "show": False}
+    data, options = (
+        ctde.data.digits(),
+        {"devices": ctde.devices.start(1), "batch_size": 32, "steps": 3, "show": False},
+    )
     trained = ctde.fit(ctde.models.from_linen(Net()), data, optax.adam(0.01), **options)
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", show=False)
     assert "jax" in written.bundle.card.artifacts
@@ -308,7 +341,9 @@ def test_program_is_rid_of_what_only_training_needs():
         return [jnp.where(mask, jax.nn.relu(x), 0.0)]
 
     program = make_program(inference, jax.ShapeDtypeStruct((4, 4), np.float32))
-    names = {equation.primitive.name for equation in jax.make_jaxpr(program.run)(*program.like).eqns}
+    names = {
+        equation.primitive.name for equation in jax.make_jaxpr(program.run)(*program.like).eqns
+    }
     assert names <= {"max", "select_n", "broadcast_in_dim"}
 
 
@@ -327,7 +362,11 @@ def test_word_that_onnx_does_not_have_is_named():
     pytest.importorskip("jax2onnx")
 
     def asks_python(x):
-        return [jax.pure_callback(np.sort, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="broadcast_all")]
+        return [
+            jax.pure_callback(
+                np.sort, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="broadcast_all"
+            )
+        ]
 
     program = make_program(asks_python, jax.ShapeDtypeStruct((3,), np.float32))
     with pytest.raises(LeftOut, match=r"jax2onnx cannot write it .*pure_callback"):
@@ -343,7 +382,15 @@ def test_chain_of_dense_layers_is_told_from_what_only_looks_like_one():
 
 def _layers(model: ctde.models.Model):
     data = ctde.data.digits()
-    trained = ctde.fit(model, data, optax.adam(0.01), devices=ctde.devices.start(1), batch_size=32, steps=2, show=False)
+    trained = ctde.fit(
+        model,
+        data,
+        optax.adam(0.01),
+        devices=ctde.devices.start(1),
+        batch_size=32,
+        steps=2,
+        show=False,
+    )
     return write.find_layers(trained, write.gather(trained, data), data.test.inputs[:4])
 
 
@@ -367,8 +414,12 @@ def test_nan_in_one_batch_size_is_enough_to_miss(batch, monkeypatch, tmp_path):
 def test_bad_outputs_are_told_from_rounding():
     right = np.array([[1.0, -40.0], [0.5, 0.25]], np.float32)
     assert parity.relative_difference(right, right) == 0
-    assert parity.relative_difference(right + np.float32([[0, 4e-4], [0, 0]]), right) == pytest.approx(1e-5, rel=0.1)
-    assert parity.relative_difference(right + np.float32([[0, 0], [0, 1e-3]]), right) == pytest.approx(1e-3, rel=0.01)
+    assert parity.relative_difference(
+        right + np.float32([[0, 4e-4], [0, 0]]), right
+    ) == pytest.approx(1e-5, rel=0.1)
+    assert parity.relative_difference(
+        right + np.float32([[0, 0], [0, 1e-3]]), right
+    ) == pytest.approx(1e-3, rel=0.01)
 
 
 def test_edge_nodes_improve_a_model_that_leaves_again(tmp_path):
@@ -378,8 +429,15 @@ def test_edge_nodes_improve_a_model_that_leaves_again(tmp_path):
     accuracies = []
     for rounds in (1, 40):
         fedavg = ctde.strategy("fedavg", sync_every=8)
-        options = {"devices": ctde.devices.start(4), "partition": nodes, "batch_size": 64, "show": False}
-        trained = ctde.fit(ctde.models.mlp([64, 16, 10]), data, optax.sgd(0.1), fedavg, steps=8 * rounds, **options)
+        options = {
+            "devices": ctde.devices.start(4),
+            "partition": nodes,
+            "batch_size": 64,
+            "show": False,
+        }
+        trained = ctde.fit(
+            ctde.models.mlp([64, 16, 10]), data, optax.sgd(0.1), fedavg, steps=8 * rounds, **options
+        )
         written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False)
         found = node.load(written.bundle, "numpy")(data.test.inputs)
         accuracies.append((found.argmax(-1) == data.test.labels).mean())

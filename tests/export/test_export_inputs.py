@@ -30,15 +30,24 @@ SOON = ("int64",)
 """Exported in the default suite; the others are slow."""
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(d, marks=() if d in SOON else pytest.mark.slow) for d in STORED])
-def test_perceptron_on_features_of_any_dtype_has_a_numpy_bundle(dtype, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=() if d in SOON else pytest.mark.slow) for d in STORED]
+)
+def test_perceptron_on_features_of_any_dtype_has_a_numpy_bundle(
+    dtype, tmp_path, monkeypatch, capsys
+):
     rng = np.random.default_rng(0)
-    features, labels = rng.integers(0, 2 if dtype == "bool" else 9, (200, 4)).astype(dtype), rng.integers(0, 3, 200)
+    features, labels = (
+        rng.integers(0, 2 if dtype == "bool" else 9, (200, 4)).astype(dtype),
+        rng.integers(0, 3, 200),
+    )
     data = ctde.data.from_arrays(features, labels)
     assert data.train.inputs.dtype == STORED[dtype]
     options = {"devices": ctde.devices.start(1), "batch_size": 20, "steps": 5, "show": False}
     trained = ctde.fit(ctde.models.mlp([4, 8, 3]), data, optax.adam(0.1), **options)
-    written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx", "jax"], show=False)
+    written = ctde.write_bundle(
+        trained, data, tmp_path / "bundle", ["numpy", "onnx", "jax"], show=False
+    )
     assert written.left_out == {}
 
     # The right answers: two dense layers in float64, of the features as the user has them.

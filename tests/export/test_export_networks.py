@@ -46,7 +46,10 @@ class TutorialCNN(nnx.Module):
     """The network of https://flax.readthedocs.io/en/stable/mnist_tutorial.html."""
 
     def __init__(self, rngs):
-        self.conv1, self.conv2 = nnx.Conv(1, 8, (3, 3), rngs=rngs), nnx.Conv(8, 16, (3, 3), rngs=rngs)
+        self.conv1, self.conv2 = (
+            nnx.Conv(1, 8, (3, 3), rngs=rngs),
+            nnx.Conv(8, 16, (3, 3), rngs=rngs),
+        )
         self.norm1, self.norm2 = nnx.BatchNorm(8, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
         self.dropout1, self.dropout2 = nnx.Dropout(0.025, rngs=rngs), nnx.Dropout(0.025, rngs=rngs)
         self.linear1, self.linear2 = nnx.Linear(784, 32, rngs=rngs), nnx.Linear(32, 10, rngs=rngs)
@@ -64,7 +67,9 @@ class LinenCNN(linen.Module):
     @linen.compact
     def __call__(self, x):
         x = linen.max_pool(linen.relu(linen.Conv(8, (3, 3))(x)), (2, 2), strides=(2, 2))
-        x = linen.max_pool(linen.relu(linen.Conv(16, (3, 3))(x)), (3, 3), strides=(2, 2), padding="SAME")
+        x = linen.max_pool(
+            linen.relu(linen.Conv(16, (3, 3))(x)), (3, 3), strides=(2, 2), padding="SAME"
+        )
         x = x.reshape((x.shape[0], -1))
         return linen.log_softmax(linen.Dense(10)(linen.relu(linen.Dense(32)(x))))
 
@@ -97,7 +102,9 @@ def pooled(pool, window, strides, padding, shape=PICTURE):
 
 def windows(initial, reducer, window=(1, 2, 2, 1), **options):
     defaults = {"window_strides": (1, 2, 2, 1), "padding": "SAME"}
-    return plain(lambda x: lax.reduce_window(x, initial, reducer, window, **(defaults | options)), PICTURE)
+    return plain(
+        lambda x: lax.reduce_window(x, initial, reducer, window, **(defaults | options)), PICTURE
+    )
 
 
 CASES = {
@@ -119,10 +126,12 @@ CASES = {
     "group norm": lambda: layer(linen.GroupNorm(None, 3)),
     "instance norm": lambda: layer(linen.InstanceNorm()),
     "RMS norm": lambda: layer(linen.RMSNorm()),
-    "attention with normalized keys": lambda: layer(linen.MultiHeadAttention(num_heads=2, normalize_qk=True), (5, 16)),
+    "attention with normalized keys": lambda: layer(
+        linen.MultiHeadAttention(num_heads=2, normalize_qk=True), (5, 16)
+    ),
     **{
-        f"{name} pool {window} {strides} {padding}": lambda arguments=(pool, window, strides, padding): pooled(
-            *arguments
+        f"{name} pool {window} {strides} {padding}": lambda arguments=(pool, window, strides, padding): (
+            pooled(*arguments)
         )
         for name, pool in {"max": nnx.max_pool, "avg": nnx.avg_pool, "min": nnx.min_pool}.items()
         for window, strides, padding in [
@@ -146,20 +155,31 @@ CASES = {
     ),
     "sums over channels": lambda: windows(0.0, lax.add, (1, 1, 1, 3), window_strides=(1, 1, 1, 1)),
     "max pool of integers": lambda: plain(
-        lambda x: lax.reduce_window(x, -(2**31), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"), PICTURE, np.int32
+        lambda x: lax.reduce_window(x, -(2**31), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
+        PICTURE,
+        np.int32,
     ),
     "max pool in a loop": lambda: plain(
-        lambda x: lax.fori_loop(0, 3, lambda i, y: linen.max_pool(y, (3, 3), (1, 1), "SAME") * 0.9 + i, x), PICTURE
+        lambda x: lax.fori_loop(
+            0, 3, lambda i, y: linen.max_pool(y, (3, 3), (1, 1), "SAME") * 0.9 + i, x
+        ),
+        PICTURE,
     ),
-    "max pool under remat": lambda: plain(jax.checkpoint(lambda x: linen.max_pool(x, (2, 2), (2, 2))), PICTURE),
+    "max pool under remat": lambda: plain(
+        jax.checkpoint(lambda x: linen.max_pool(x, (2, 2), (2, 2))), PICTURE
+    ),
     "cumsum": lambda: plain(lambda x: jnp.cumsum(x, 1), SEQUENCE),
     "cumprod": lambda: plain(lambda x: jnp.cumprod(x, 1), SEQUENCE),
     "cumprod in reverse": lambda: plain(lambda x: lax.cumprod(x, 1, reverse=True), SEQUENCE),
-    "associative scan": lambda: plain(lambda x: lax.associative_scan(jnp.multiply, x, axis=1), SEQUENCE),
+    "associative scan": lambda: plain(
+        lambda x: lax.associative_scan(jnp.multiply, x, axis=1), SEQUENCE
+    ),
     "one hot": lambda: plain(lambda x: jax.nn.one_hot(x % 5, 5), TOKENS, np.int32),
     "mod": lambda: plain(lambda x: jnp.mod(x, 0.7)),
     "padding": lambda: plain(lambda x: jnp.pad(x, ((0, 0), (2, 1), (0, 2))), SEQUENCE),
-    "padding by the edge": lambda: plain(lambda x: jnp.pad(x, ((0, 0), (2, 1), (1, 2)), mode="edge"), SEQUENCE),
+    "padding by the edge": lambda: plain(
+        lambda x: jnp.pad(x, ((0, 0), (2, 1), (1, 2)), mode="edge"), SEQUENCE
+    ),
     "padding, negative and inside": lambda: plain(
         lambda x: lax.pad(x, 0.5, ((0, 0, 0), (-1, 2, 1), (1, -1, 2))), SEQUENCE
     ),
@@ -174,7 +194,9 @@ CASES = {
     "interpolation": lambda: plain(lambda x: jnp.interp(x, jnp.arange(4.0), jnp.arange(4.0) ** 2)),
     "sort": lambda: plain(lambda x: jnp.sort(x, -1)),
     "top k": lambda: plain(lambda x: lax.top_k(x, 3)[0]),
-    "resize": lambda: plain(lambda x: jax.image.resize(x, (x.shape[0], 16, 5, 3), "bilinear"), PICTURE),
+    "resize": lambda: plain(
+        lambda x: jax.image.resize(x, (x.shape[0], 16, 5, 3), "bilinear"), PICTURE
+    ),
     "minus the batch mean": lambda: plain(lambda x: x - x.mean(0, keepdims=True)),
     "one number in": lambda: plain(lambda x: jnp.stack([x, x**2], -1), ()),
     "one number out": lambda: plain(lambda x: x.sum(-1)),
@@ -182,7 +204,9 @@ CASES = {
 SOON = ("linen tutorial CNN", "max pool in a loop", "cumprod")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in CASES]
+)
 def test_onnx_runtime_computes_what_flax_computes(name):
     runtime = pytest.importorskip("onnxruntime")
     shape, dtype, function = CASES[name]()
@@ -192,12 +216,18 @@ def test_onnx_runtime_computes_what_flax_computes(name):
     rng, right = np.random.default_rng(0), jax.jit(function)
     for examples in (1, 3, 7, 64):
         size = (examples, *shape)
-        x = rng.normal(size=size).astype(dtype) if dtype == np.float32 else rng.integers(0, 9, size).astype(dtype)
+        x = (
+            rng.normal(size=size).astype(dtype)
+            if dtype == np.float32
+            else rng.integers(0, 9, size).astype(dtype)
+        )
         (found,) = session.run(None, {"inputs": x})
         assert relative_difference(found, np.asarray(right(x))) <= 1e-5
 
 
-@pytest.mark.parametrize("formats", [["onnx"], pytest.param(["onnx", "onnx-int8"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "formats", [["onnx"], pytest.param(["onnx", "onnx-int8"], marks=pytest.mark.slow)]
+)
 def test_max_pool_leaves_as_onnx_and_runs_from_its_bundle(formats, tmp_path):
 
     class Net(nnx.Module):
@@ -209,23 +239,34 @@ def test_max_pool_leaves_as_onnx_and_runs_from_its_bundle(formats, tmp_path):
             return self.out(x.reshape(x.shape[0], -1))
 
     rng = np.random.default_rng(0)
-    data = ctde.data.from_arrays(rng.integers(0, 255, (200, 8, 8, 1)).astype(np.uint8), rng.integers(0, 3, 200))
+    data = ctde.data.from_arrays(
+        rng.integers(0, 255, (200, 8, 8, 1)).astype(np.uint8), rng.integers(0, 3, 200)
+    )
     trained = _fit(ctde.models.from_nnx(lambda rngs: Net(rngs)), data)
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", formats, show=False)
     assert written.left_out == {}
     inputs = np.asarray(data.test.inputs)
-    np.testing.assert_allclose(node.load(written.bundle, "onnx")(inputs), trained.predict(inputs), atol=1e-5)
+    np.testing.assert_allclose(
+        node.load(written.bundle, "onnx")(inputs), trained.predict(inputs), atol=1e-5
+    )
 
 
 def _fit(model, data, **options):
-    options = {"devices": ctde.devices.start(1), "batch_size": 20, "steps": 3, "show": False} | options
+    options = {
+        "devices": ctde.devices.start(1),
+        "batch_size": 20,
+        "steps": 3,
+        "show": False,
+    } | options
     return ctde.fit(model, data, optax.adam(0.01), **options)
 
 
 @pytest.fixture(scope="module")
 def perceptron():
     rng = np.random.default_rng(0)
-    data = ctde.data.from_arrays(rng.normal(size=(100, 4)).astype(np.float32), rng.integers(0, 3, 100))
+    data = ctde.data.from_arrays(
+        rng.normal(size=(100, 4)).astype(np.float32), rng.integers(0, 3, 100)
+    )
     return _fit(ctde.models.mlp([4, 3]), data), data
 
 
@@ -249,10 +290,19 @@ def _measured(trained, data):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda y: {"logits": y, "hidden": y}, "must return one array to be exported, got a dict of 2 arrays"),
+        (
+            lambda y: {"logits": y, "hidden": y},
+            "must return one array to be exported, got a dict of 2 arrays",
+        ),
         (lambda y: (y,), "must return one array to be exported, got a tuple of 1 arrays"),
-        (lambda y: y.argmax(-1), r"must return float32 \[examples, ...\] to be exported, got int32 \[2\] for 2"),
-        (lambda y: y.sum(0), r"must return float32 \[examples, ...\] to be exported, got float32 \[3\] for 2"),
+        (
+            lambda y: y.argmax(-1),
+            r"must return float32 \[examples, ...\] to be exported, got int32 \[2\] for 2",
+        ),
+        (
+            lambda y: y.sum(0),
+            r"must return float32 \[examples, ...\] to be exported, got float32 \[3\] for 2",
+        ),
     ],
 )
 def test_outputs_that_no_bundle_has_are_refused(change, sentence, perceptron, tmp_path):
@@ -270,10 +320,15 @@ def test_form_that_answers_wrongly_or_not_at_all_is_left_out_by_name(perceptron,
     assert "jax" in written.bundle.card.artifacts
     assert "onnx" in written.bundle.card.artifacts or "differs by" in written.left_out["onnx"]
     unwritten = _with(
-        trained, lambda y: jnp.linalg.svd(y[:, :, None] * y[:, None] + jnp.eye(3)[None], compute_uv=False)
+        trained,
+        lambda y: jnp.linalg.svd(y[:, :, None] * y[:, None] + jnp.eye(3)[None], compute_uv=False),
     )
-    written = ctde.write_bundle(_measured(unwritten, data), data, tmp_path / "none", ["onnx", "jax"], show=False)
-    assert written.left_out == {"onnx": "jax2onnx cannot write it (svd currently supports rank-2 inputs only)"}
+    written = ctde.write_bundle(
+        _measured(unwritten, data), data, tmp_path / "none", ["onnx", "jax"], show=False
+    )
+    assert written.left_out == {
+        "onnx": "jax2onnx cannot write it (svd currently supports rank-2 inputs only)"
+    }
 
 
 def test_parameters_of_any_shape_and_dtype_leave_with_their_own(perceptron, tmp_path):
@@ -288,24 +343,36 @@ def test_parameters_of_any_shape_and_dtype_leave_with_their_own(perceptron, tmp_
     }
 
     def apply(params, model_state, inputs, key):
-        weight = params["gain"] + params["half"].sum().astype(jnp.float32) + params["phase"].real.sum()
+        weight = (
+            params["gain"] + params["half"].sum().astype(jnp.float32) + params["phase"].real.sum()
+        )
         return (inputs * weight)[:, :3] + params["table"].sum(), model_state
 
-    other = _measured(replace(trained, params=params, model_state={}, model=Model(trained.model.init, apply)), data)
+    other = _measured(
+        replace(trained, params=params, model_state={}, model=Model(trained.model.init, apply)),
+        data,
+    )
     written = ctde.write_bundle(other, data, tmp_path / "bundle", ["onnx", "jax"], show=False)
     assert written.left_out == {}
     stored = weights.gather(other, data)
     for name, array in params.items():
-        assert (stored[f"params/{name}"].shape, stored[f"params/{name}"].dtype) == (array.shape, array.dtype)
+        assert (stored[f"params/{name}"].shape, stored[f"params/{name}"].dtype) == (
+            array.shape,
+            array.dtype,
+        )
         np.testing.assert_array_equal(stored[f"params/{name}"], array)
 
 
 def test_parameters_that_share_a_name_are_refused(perceptron, tmp_path):
     trained, data = perceptron
     one = np.ones(1, np.float32)
-    other = replace(trained, params={"a/b": one, "a": {"b": one}}, model=Model(trained.model.init, _three))
+    other = replace(
+        trained, params={"a/b": one, "a": {"b": one}}, model=Model(trained.model.init, _three)
+    )
     other = _measured(other, data)
-    with pytest.raises(InputError, match="must have a different name for each parameter; use keys without slashes"):
+    with pytest.raises(
+        InputError, match="must have a different name for each parameter; use keys without slashes"
+    ):
         ctde.write_bundle(other, data, tmp_path / "bundle", ["jax"], show=False)
 
 

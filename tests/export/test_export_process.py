@@ -95,7 +95,9 @@ print(json.dumps({
 def test_conversion_changes_no_attribute_and_no_setting():
     """In a process that has not seen jax2onnx, over all modules of JAX, Flax, optax and numpy."""
     pytest.importorskip("jax2onnx")
-    done = subprocess.run([sys.executable, "-c", CONVERT_AND_COMPARE], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT_AND_COMPARE], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == {"changed": [], "gone": [], "process": [], "imported": True}
@@ -123,10 +125,16 @@ FUNCTIONS = {
     "prod": (lambda x: jnp.prod(x, 1), lambda x: x.prod(1)),
     "logaddexp": (lambda x: jnp.logaddexp(x, 0), lambda x: np.logaddexp(x, 0)),
     "norm": (lambda x: jnp.linalg.norm(x, axis=1), lambda x: np.linalg.norm(x, axis=1)),
-    "softmax": (lambda x: jax.nn.softmax(x, 1), lambda x: np.exp(x) / np.exp(x).sum(1, keepdims=True)),
+    "softmax": (
+        lambda x: jax.nn.softmax(x, 1),
+        lambda x: np.exp(x) / np.exp(x).sum(1, keepdims=True),
+    ),
     "relu": (jax.nn.relu, lambda x: np.maximum(x, 0)),
     "silu": (jax.nn.silu, lambda x: x / (1 + np.exp(-x))),
-    "max_pool": (lambda x: linen.max_pool(x[..., None], (2,), (2,))[..., 0], lambda x: x.reshape(3, 2, 2).max(2)),
+    "max_pool": (
+        lambda x: linen.max_pool(x[..., None], (2,), (2,))[..., 0],
+        lambda x: x.reshape(3, 2, 2).max(2),
+    ),
 }
 
 
@@ -153,7 +161,9 @@ def test_functions_of_jax_compute_the_same_after_a_conversion(name, converted):
     direction = np.random.default_rng(1).normal(size=X.shape)
     slope = (right(X + 1e-5 * direction) - right(X - 1e-5 * direction)).sum() / 2e-5
     gradient = jax.jit(jax.grad(lambda x: ours(x).sum()))(X)
-    np.testing.assert_allclose((np.float64(gradient) * direction).sum(), slope, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        (np.float64(gradient) * direction).sum(), slope, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_flax_modules_are_not_patched(converted):
@@ -185,14 +195,18 @@ def test_training_after_an_export_gives_the_same_numbers(tmp_path):
             return linen.Dense(3)(jnp.cumsum(x, 1))
 
     rng = np.random.default_rng(0)
-    data = ctde.data.from_arrays(rng.normal(size=(200, 5)).astype(np.float32), rng.integers(0, 3, 200))
+    data = ctde.data.from_arrays(
+        rng.normal(size=(200, 5)).astype(np.float32), rng.integers(0, 3, 200)
+    )
     options = {"devices": ctde.devices.start(2), "batch_size": 20, "steps": 10, "show": False}
     models = [ctde.models.from_linen(Net()) for _ in range(2)]
     trained, files = [], []
     for model in models:
         trained.append(ctde.fit(model, data, optax.adam(0.1), **options))
         for folder in ("first", "second"):
-            written = ctde.write_bundle(trained[-1], data, tmp_path / folder, ["onnx", "jax"], show=False)
+            written = ctde.write_bundle(
+                trained[-1], data, tmp_path / folder, ["onnx", "jax"], show=False
+            )
             files.append(written.bundle.read("model.onnx"))
     jax.tree.map(np.testing.assert_array_equal, trained[0].params, trained[1].params)
     assert len(set(files)) == 1

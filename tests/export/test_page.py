@@ -38,7 +38,14 @@ SENTENCE = "The quick brown 🦊 jumps over the lazy dog, and the dog sleeps on.
 LENGTH = 16
 ELSEWHERE = "elsewhere.test"
 FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1000,900"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--window-size=1000,900",
+    ),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1 , MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
@@ -137,14 +144,20 @@ def watched(browser, server):
         browser.get_log(kind)  # of the test before
     yield browser
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    urls = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     assert [url for url in urls if not url.startswith((server.url, "data:image/svg+xml"))] == []
     assert browser.get_log("browser") == []
 
 
 def export(root: Path, name: str, model: Model, data: Dataset, optimizer, **options) -> Exported:
     trained = ctde.fit(model, data, optimizer, devices=ctde.devices.start(1), show=False, **options)
-    bundle = write_bundle(trained, data, root / f"{name}-bundle", ["onnx"], examples=1, show=False).bundle
+    bundle = write_bundle(
+        trained, data, root / f"{name}-bundle", ["onnx"], examples=1, show=False
+    ).bundle
     try:
         return Exported(trained, data, write_page(bundle, root / name))
     except InputError as error:
@@ -153,7 +166,15 @@ def export(root: Path, name: str, model: Model, data: Dataset, optimizer, **opti
 
 @pytest.fixture(scope="module")
 def digits_page(root, digits) -> Exported:
-    return export(root, "digits", ctde.models.mlp([64, 128, 10]), digits, optax.adam(0.005), batch_size=64, epochs=12)
+    return export(
+        root,
+        "digits",
+        ctde.models.mlp([64, 128, 10]),
+        digits,
+        optax.adam(0.005),
+        batch_size=64,
+        epochs=12,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +183,15 @@ def mnist_page(root) -> Exported:
         pytest.skip("needs the MNIST files in ../shared/data/mnist")
     data = ctde.data.mnist(MNIST)
     data = replace(data, test=Split(*(array[:500] for array in data.test)))
-    return export(root, "mnist", ctde.models.cnn((28, 28), 10), data, optax.adam(0.001), batch_size=32, steps=500)
+    return export(
+        root,
+        "mnist",
+        ctde.models.cnn((28, 28), 10),
+        data,
+        optax.adam(0.001),
+        batch_size=32,
+        steps=500,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +200,15 @@ def enlarged_page(root, digits) -> Exported:
     pictures = np.kron(digits.train.inputs, np.full((3, 3), 15, np.uint8))
     pictures = np.pad(pictures, ((0, 0), (2, 2), (2, 2)))
     data = ctde.data.from_arrays(pictures, digits.train.labels, name="enlarged")
-    return export(root, "enlarged", ctde.models.mlp([784, 10]), data, optax.adam(0.005), batch_size=64, steps=10)
+    return export(
+        root,
+        "enlarged",
+        ctde.models.mlp([784, 10]),
+        data,
+        optax.adam(0.005),
+        batch_size=64,
+        steps=10,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +216,21 @@ def colors_page(root) -> Exported:
     """Pictures of 8 x 12 pixels, all of them red, green or blue, more or less."""
     random = np.random.default_rng(0)
     labels = np.arange(300) % 3
-    pictures = random.integers(0, 90, (300, 8, 12, 3)) + 160 * np.eye(3, dtype=int)[labels][:, None, None]
-    data = ctde.data.from_arrays(pictures.astype(np.uint8), labels, name="colors", classes=("red", "green", "blue"))
-    return export(root, "colors", ctde.models.mlp([288, 16, 3]), data, optax.adam(0.005), batch_size=32, epochs=8)
+    pictures = (
+        random.integers(0, 90, (300, 8, 12, 3)) + 160 * np.eye(3, dtype=int)[labels][:, None, None]
+    )
+    data = ctde.data.from_arrays(
+        pictures.astype(np.uint8), labels, name="colors", classes=("red", "green", "blue")
+    )
+    return export(
+        root,
+        "colors",
+        ctde.models.mlp([288, 16, 3]),
+        data,
+        optax.adam(0.005),
+        batch_size=32,
+        epochs=8,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +258,9 @@ def said(browser, part: str) -> str:
     return browser.find_element("id", part).text
 
 
-def draw(browser, strokes: list[Stroke], kind: str = "mouse", scale: float = 1, shift: float = 0) -> None:
+def draw(
+    browser, strokes: list[Stroke], kind: str = "mouse", scale: float = 1, shift: float = 0
+) -> None:
     """Moves a mouse, a finger or a pen over the board."""
     board = browser.find_element("id", "board")
     for stroke in strokes:
@@ -238,7 +289,9 @@ def seen(browser) -> np.ndarray:
 
 def settle(browser) -> None:
     """Waits until the page has shown what the model says of the last change."""
-    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(arguments[0])))")
+    browser.execute_async_script(
+        "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(arguments[0])))"
+    )
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -249,15 +302,25 @@ def test_probabilities_are_those_of_python(watched, server, digits_page):
     assert open_page(watched, f"{server.url}/digits/")
     pictures = digits_page.data.test.inputs[:10]
     script = "const [picture, done] = arguments; window.page.predict(picture).then(done)"
-    shares = [watched.execute_async_script(script, picture.flatten().tolist()) for picture in pictures]
+    shares = [
+        watched.execute_async_script(script, picture.flatten().tolist()) for picture in pictures
+    ]
     np.testing.assert_allclose(shares, softmax(digits_page.trained.predict(pictures)), atol=1e-5)
 
 
 def test_page_says_what_the_model_is(watched, server, digits_page):
     assert open_page(watched, f"{server.url}/digits/")
     card = json.loads((digits_page.folder / "card.json").read_text(encoding="utf-8"))
-    facts = ["trained on digits", "9,610 parameters", f"{card['trained_model']['measured']['accuracy']:.2%}"]
-    for fact in [*facts, "runs on this device, alone", f"{card['files']['model.onnx']['sha256'][:12]}… checked"]:
+    facts = [
+        "trained on digits",
+        "9,610 parameters",
+        f"{card['trained_model']['measured']['accuracy']:.2%}",
+    ]
+    for fact in [
+        *facts,
+        "runs on this device, alone",
+        f"{card['files']['model.onnx']['sha256'][:12]}… checked",
+    ]:
         assert fact in said(watched, "facts")
 
 
@@ -267,14 +330,18 @@ def test_browser_asks_for_the_files_of_the_folder_only(watched, server, digits_p
     names = ["", *(name for name in PAGE if name != "index.html"), "card.json", "model.onnx"]
     names += [f"ort/{path.name}" for path in (digits_page.folder / "ort").iterdir()]
     assert sorted(server.asked) == sorted(f"/digits/{name}" for name in names)
-    assert not list(digits_page.folder.rglob("*.mjs")), "of which not every server knows that they are scripts"
+    assert not list(digits_page.folder.rglob("*.mjs")), (
+        "of which not every server knows that they are scripts"
+    )
 
 
 def test_page_itself_forbids_other_servers(browser, server, digits_page, root):
     """Another port of the same machine is another server."""
     assert open_page(browser, f"{server.url}/digits/")
     other = Server(root)
-    script = "fetch(arguments[0]).then(() => arguments[1]('came'), () => arguments[1]('did not come'))"
+    script = (
+        "fetch(arguments[0]).then(() => arguments[1]('came'), () => arguments[1]('did not come'))"
+    )
     assert browser.execute_async_script(script, other.url) == "did not come"
     assert other.asked == []
     other.server_close()
@@ -285,7 +352,14 @@ def test_page_itself_forbids_other_servers(browser, server, digits_page, root):
 def test_strokes_are_read(watched, server, digits_page, kind):
     """With all that points; a small drawing in a corner is as good as one that fills the board."""
     assert open_page(watched, f"{server.url}/digits/")
-    for label, scale, shift in [(0, 1, 0), (1, 1, 0), (2, 1, 0), (5, 1, 0), (0, 0.4, -0.25), (2, 0.4, 0.25)]:
+    for label, scale, shift in [
+        (0, 1, 0),
+        (1, 1, 0),
+        (2, 1, 0),
+        (5, 1, 0),
+        (0, 0.4, -0.25),
+        (2, 0.4, 0.25),
+    ]:
         watched.find_element("id", "clear").click()
         draw(watched, DIGITS[label], kind, scale, shift)
         assert said(watched, "winner") == str(label)
@@ -326,7 +400,9 @@ def test_bars_are_what_python_says_of_the_picture_that_is_shown(watched, server,
         shares = softmax(digits_page.trained.predict(picture[None]))[0]
         shown = [bar.text.split() for bar in watched.find_elements("css selector", "#bars li")]
         assert [name for name, _ in shown] == list("0123456789")
-        np.testing.assert_allclose([float(share[:-1]) for _, share in shown], 100 * shares, atol=0.051)
+        np.testing.assert_allclose(
+            [float(share[:-1]) for _, share in shown], 100 * shares, atol=0.051
+        )
 
 
 def test_board_without_ink_is_not_read(watched, server, digits_page):
@@ -350,7 +426,9 @@ def test_keyboard_draws(watched, server, digits_page):
     watched.find_element("tag name", "body").send_keys(Keys.TAB)
     board = watched.switch_to.active_element
     assert board.get_attribute("id") == "board"
-    board.send_keys(9 * Keys.ARROW_UP, Keys.SPACE, 18 * Keys.ARROW_DOWN, Keys.SPACE, 3 * Keys.ARROW_RIGHT)
+    board.send_keys(
+        9 * Keys.ARROW_UP, Keys.SPACE, 18 * Keys.ARROW_DOWN, Keys.SPACE, 3 * Keys.ARROW_RIGHT
+    )
     settle(watched)
     assert said(watched, "winner") == "1"
     board.send_keys("c")
@@ -434,12 +512,16 @@ def test_long_drawing_is_drawn(watched, server, digits_page):
 def test_picture_of_the_users_own_is_named(watched, server, colors_page, tmp_path, color):
     """Its middle is what fits into 8 x 12; what is left and right of it is not seen."""
     picture = np.full((80, 400, 3), 255, np.uint8)
-    picture[:, 130:270] = np.array({"red": (250, 40, 40), "green": (40, 250, 40), "blue": (40, 40, 250)}[color])
+    picture[:, 130:270] = np.array(
+        {"red": (250, 40, 40), "green": (40, 250, 40), "blue": (40, 40, 250)}[color]
+    )
     matplotlib.image.imsave(tmp_path / "picture.png", picture)
     assert open_page(watched, f"{server.url}/colors/")
     watched.find_element("id", "file").send_keys(str(tmp_path / "picture.png"))
     WebDriverWait(watched, 10).until(lambda browser: said(browser, "winner") == color)
-    np.testing.assert_array_equal(seen(watched)[..., :3], np.broadcast_to(picture[0, 200], (8, 12, 3)))
+    np.testing.assert_array_equal(
+        seen(watched)[..., :3], np.broadcast_to(picture[0, 200], (8, 12, 3))
+    )
 
 
 def test_file_that_is_no_picture_is_refused_in_a_sentence(watched, server, colors_page, tmp_path):
@@ -461,7 +543,9 @@ def ask_to_continue(browser, beginning: str, length: int | str) -> None:
 
 
 def wait_for_the_end(browser) -> str:
-    WebDriverWait(browser, 60).until(lambda browser: said(browser, "progress").endswith("a second."))
+    WebDriverWait(browser, 60).until(
+        lambda browser: said(browser, "progress").endswith("a second.")
+    )
     return browser.find_element("id", "text").get_property("value")
 
 
@@ -519,11 +603,16 @@ def test_text_that_is_stopped_while_it_is_read_stops(watched, server, text_pages
     ask_to_continue(watched, beginning, 10_000)
     go = watched.find_element("id", "go")
     WebDriverWait(watched, 10, 0.02).until(lambda browser: go.text == "Stop")
-    watched.execute_script("for (let time = 0; time < 3; time++) document.getElementById('go').click()")
+    watched.execute_script(
+        "for (let time = 0; time < 3; time++) document.getElementById('go').click()"
+    )
     assert wait_for_the_end(watched) == beginning
     assert said(watched, "progress").startswith("0 characters")
     time.sleep(0.5)  # in which another one would write
-    assert (go.text, watched.find_element("id", "text").get_property("value")) == ("Continue", beginning)
+    assert (go.text, watched.find_element("id", "text").get_property("value")) == (
+        "Continue",
+        beginning,
+    )
 
 
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
@@ -548,14 +637,23 @@ def test_keys_on_the_button_begin_once(watched, server, text_pages):
 
 def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server, root, key):
     """A text box has another line end, whatever is written there."""
-    (root / "windows.txt").write_bytes(40 * b"The quick brown fox jumps.\r\nAnd the dog sleeps on.\r\n")
+    (root / "windows.txt").write_bytes(
+        40 * b"The quick brown fox jumps.\r\nAnd the dog sleeps on.\r\n"
+    )
     data = ctde.data.from_text(root / "windows.txt", length=LENGTH, stride=1)
     model = ctde.models.rnn_language_model(len(data.vocabulary), width=48, layers=1)
     exported = export(root, "windows", model, data, optax.adam(0.005), batch_size=32, steps=200)
     trained, beginning = exported.trained, "The quick brown fox jumps.\r\nAnd"
     given = encode(beginning, data.vocabulary)
     tokens = ctde.generate(
-        trained.model, trained.params, trained.model_state, given, 60, key, temperature=0, window=None
+        trained.model,
+        trained.params,
+        trained.model_state,
+        given,
+        60,
+        key,
+        temperature=0,
+        window=None,
     )
     written = beginning + decode(np.asarray(tokens), data.vocabulary)
     assert written.count("\r\n") > 2
@@ -570,7 +668,11 @@ def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server
 @pytest.mark.parametrize(
     ("beginning", "length", "sentence"),
     [
-        ("The Ω\tß", 5, 'The model has never seen "Ω", "\\t", and "ß": leave out or replace what it does not know.'),
+        (
+            "The Ω\tß",
+            5,
+            'The model has never seen "Ω", "\\t", and "ß": leave out or replace what it does not know.',
+        ),
         ("", 5, "The model needs a beginning: write a character or more."),
         ("The", 0, "Length must be a whole number from 1 to 10000."),
         ("The", "", "Length must be a whole number from 1 to 10000."),
@@ -581,7 +683,9 @@ def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server
         ),
     ],
 )
-def test_wish_that_cannot_be_met_is_refused_in_a_sentence(watched, server, text_pages, beginning, length, sentence):
+def test_wish_that_cannot_be_met_is_refused_in_a_sentence(
+    watched, server, text_pages, beginning, length, sentence
+):
     assert open_page(watched, f"{server.url}/lstm/")
     ask_to_continue(watched, beginning, length)
     assert said(watched, "trouble") == sentence
@@ -599,10 +703,20 @@ OTHER = "{} is not the file that was written, so nothing was run: copy the folde
 WASM = "ort/ort-wasm-simd-threaded.wasm"
 DAMAGES = {
     "flipped byte": ("digits", "model.onnx", flip, OTHER.format("model.onnx")),
-    "short file": ("digits", "model.onnx", lambda content: content[:-1], OTHER.format("model.onnx")),
+    "short file": (
+        "digits",
+        "model.onnx",
+        lambda content: content[:-1],
+        OTHER.format("model.onnx"),
+    ),
     "flipped byte of a step": ("lstm", "step.onnx", flip, OTHER.format("step.onnx")),
     "flipped byte of what runs it": ("digits", WASM, flip, OTHER.format(WASM)),
-    "damaged list": ("digits", "ort/files.json", lambda _: b"{", "ort/files.json is damaged: copy the folder again."),
+    "damaged list": (
+        "digits",
+        "ort/files.json",
+        lambda _: b"{",
+        "ort/files.json is damaged: copy the folder again.",
+    ),
     "damaged card": (
         "digits",
         "card.json",
@@ -619,7 +733,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_folder_is_refused_in_a_sentence(watched, server, root, digits_page, text_pages, damage):
+def test_damaged_folder_is_refused_in_a_sentence(
+    watched, server, root, digits_page, text_pages, damage
+):
     """Then nothing is run: what runs models is not even imported."""
     name, file, change, sentence = DAMAGES[damage]
     folder = root / damage.replace(" ", "-")
@@ -628,7 +744,9 @@ def test_damaged_folder_is_refused_in_a_sentence(watched, server, root, digits_p
     server.asked.clear()
     assert not open_page(watched, f"{server.url}/{folder.name}/")
     assert said(watched, "trouble") == sentence
-    assert [path for path in server.asked if "/ort/" in path and not path.endswith(("files.json", file))] == []
+    assert [
+        path for path in server.asked if "/ort/" in path and not path.endswith(("files.json", file))
+    ] == []
     script = "window.page.predict([0]).catch((error) => arguments[0](error.message))"
     assert watched.execute_async_script(script) == sentence
 
@@ -645,7 +763,8 @@ def test_page_says_where_a_browser_cannot_check(browser, server, digits_page):
 @pytest.mark.parametrize("name", ["digits", "lstm"])
 def test_page_fits_the_narrowest_phone(watched, server, digits_page, text_pages, name):
     watched.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 320, "height": 640, "deviceScaleFactor": 2, "mobile": True}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 320, "height": 640, "deviceScaleFactor": 2, "mobile": True},
     )
     assert open_page(watched, f"{server.url}/{name}/")
     assert watched.execute_script("return document.documentElement.scrollWidth") == 320
@@ -663,7 +782,9 @@ def phone(watched):
 
 
 def is_on_screen(browser, part: str) -> bool:
-    script = "const { top, bottom } = document.getElementById(arguments[0]).getBoundingClientRect();"
+    script = (
+        "const { top, bottom } = document.getElementById(arguments[0]).getBoundingClientRect();"
+    )
     return browser.execute_script(f"{script} return 0 <= top && bottom < innerHeight + 1", part)
 
 
@@ -691,13 +812,17 @@ def test_page_replaces_nothing_but_a_page(digits_page, root, tmp_path):
     write_page(bundle, tmp_path / "page")
     (tmp_path / "page" / "notes.txt").touch()
     for name in ("home", "page"):
-        with pytest.raises(InputError, match="web must be new, empty, or a page that was written before"):
+        with pytest.raises(
+            InputError, match="web must be new, empty, or a page that was written before"
+        ):
             write_page(bundle, tmp_path / name)
     assert (tmp_path / "home" / "index.html").read_text() == "my home page"
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
-def test_what_npm_cannot_fetch_is_a_sentence_with_its_reason(digits_page, root, tmp_path, monkeypatch):
+def test_what_npm_cannot_fetch_is_a_sentence_with_its_reason(
+    digits_page, root, tmp_path, monkeypatch
+):
     bundle = ctde.open_bundle(root / "digits-bundle")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
@@ -731,7 +856,9 @@ def test_same_file_says_the_same_in_node(digits_page, tmp_path):
         """
     )
     shutil.copytree(digits_page.folder, tmp_path / "page")
-    (tmp_path / "page" / "package.json").write_text('{"type": "module"}')  # as a browser knows by the page
+    (tmp_path / "page" / "package.json").write_text(
+        '{"type": "module"}'
+    )  # as a browser knows by the page
     pictures = digits_page.data.test.inputs[:10]
     done = subprocess.run(
         [NODE, tmp_path / "run.mjs", tmp_path / "page"],
@@ -742,4 +869,6 @@ def test_same_file_says_the_same_in_node(digits_page, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     outputs = np.array(json.loads(done.stdout)).reshape(10, 10)
-    np.testing.assert_allclose(softmax(outputs), softmax(digits_page.trained.predict(pictures)), atol=1e-5)
+    np.testing.assert_allclose(
+        softmax(outputs), softmax(digits_page.trained.predict(pictures)), atol=1e-5
+    )

@@ -60,7 +60,9 @@ class Drawing(Nnx):
 def plain_apply(door: str):
     """The module's own training step in flax, without this package: `(params, state, x) -> (outputs, state)`."""
     if door == "linen":
-        return lambda params, state, x: Linen().apply({"params": params, **state}, x, train=True, mutable=[*state])
+        return lambda params, state, x: Linen().apply(
+            {"params": params, **state}, x, train=True, mutable=[*state]
+        )
     graph, _, _ = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param, ...)
 
     def apply(params, state, x):
@@ -97,7 +99,9 @@ def plain_loop(door: str, steps: int):
     losses, epoch_steps = [], -(-EXAMPLES // BATCH)
     for number in range(steps):
         epoch, place = divmod(number, epoch_steps)
-        batch = np.random.default_rng((0, epoch)).permutation(EXAMPLES)[place * BATCH : (place + 1) * BATCH]
+        batch = np.random.default_rng((0, epoch)).permutation(EXAMPLES)[
+            place * BATCH : (place + 1) * BATCH
+        ]
         (loss, state), grads = step(params, state, inputs[batch], LABELS[batch])
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
@@ -135,7 +139,11 @@ def on_replicas(model, accumulate=1):
     def on_one(params, model_state, indices):
         grads, new_state, sums = gradient(params, model_state, SPLIT, indices, jax.random.key(3))
         weight = sums["examples"]
-        return replica.weighted_mean(grads, weight), replica.agreed_state(new_state, model_state, weight), sums
+        return (
+            replica.weighted_mean(grads, weight),
+            replica.agreed_state(new_state, model_state, weight),
+            sums,
+        )
 
     return first_of(on_one)
 
@@ -171,7 +179,9 @@ def by_hand(params, statistics, rows, weights):
         x = normalize("norm", params, dense("first", SPLIT.inputs[rows]), 0.9)
         x = normalize("exact_norm", params, dense("second", x), 0.5)
         log_p = jax.nn.log_softmax(dense("last", x))
-        return -(weights @ log_p[jnp.arange(len(rows)), SPLIT.labels[rows]]) / weights.sum(), dict(after)
+        return -(weights @ log_p[jnp.arange(len(rows)), SPLIT.labels[rows]]) / weights.sum(), dict(
+            after
+        )
 
     after = {}
     return jax.grad(loss, has_aux=True)(params)
@@ -179,7 +189,12 @@ def by_hand(params, statistics, rows, weights):
 
 def wanted(params, state, examples: list[int]):
     rows = np.resize(examples, BATCH)
-    return by_hand(params, state.get("batch_stats", state), rows, (np.arange(BATCH) < len(examples)).astype(np.float32))
+    return by_hand(
+        params,
+        state.get("batch_stats", state),
+        rows,
+        (np.arange(BATCH) < len(examples)).astype(np.float32),
+    )
 
 
 def assert_is(grads, after, by_hand):
@@ -221,7 +236,9 @@ def test_microbatches_are_the_same_on_any_number_of_devices(door):
             own_grads, after = wanted(params, after, group)
             grads = optax.tree.add(grads, optax.tree.scale(len(group) / examples, own_grads))
         for replicas in (1, 2, 4):
-            found, found_after, _ = on_replicas(model_of(door), accumulate=2)(params, state, dealt(examples, replicas))
+            found, found_after, _ = on_replicas(model_of(door), accumulate=2)(
+                params, state, dealt(examples, replicas)
+            )
             assert_is(found, found_after, (grads, after))
 
 
@@ -233,7 +250,13 @@ def test_a_replica_alone_normalizes_with_its_own_real_examples(door, shared):
     params, state = model.init(jax.random.key(0), SPLIT.inputs[:1])
     gradient = make_gradient(model, classification)
     indices = np.array([[0, 1, 2, 3], [4, 5, ~4, ~5], [6, ~6, ~6, ~6], [~0, ~0, ~0, ~0]], np.int32)
-    run = jax.jit(jax.vmap(partial(gradient, alone=True), in_axes=(None, None, None, 0, None), axis_name=replica.AXIS))
+    run = jax.jit(
+        jax.vmap(
+            partial(gradient, alone=True),
+            in_axes=(None, None, None, 0, None),
+            axis_name=replica.AXIS,
+        )
+    )
     grads, after, sums = run(params, state, SPLIT, indices, jax.random.key(0))
     for own, row in enumerate(indices[:3]):
         found = jax.tree.map(lambda x, own=own: x[own], (grads, after))
@@ -255,7 +278,9 @@ def test_local_steps_wait_for_nobody():
     train_round = make_round(make_gradient(model, classification), optimizer, strategy)
     on_devices = replica.parallel(train_round, devices, (axes, None, 0, None), (axes, 0))
     batches = np.arange(48, dtype=np.int32).reshape(4, 3, 4)
-    compiled = on_devices.lower(begin(model, strategy, jax.random.key(0), optimizer), SPLIT, batches, jax.random.key(0))
+    compiled = on_devices.lower(
+        begin(model, strategy, jax.random.key(0), optimizer), SPLIT, batches, jax.random.key(0)
+    )
     found = collectives.read(compiled.compile().as_text())
     assert {one.op for one in found} == {"all-reduce"}
     assert {one.times for one in found} == {1}
@@ -307,7 +332,9 @@ class Members(nnx.Module):
     """An ensemble, by `nnx.vmap`."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.norm = nnx.vmap(lambda rngs: nnx.BatchNorm(FEATURES, rngs=rngs), in_axes=(0,))(rngs.split(3))
+        self.norm = nnx.vmap(lambda rngs: nnx.BatchNorm(FEATURES, rngs=rngs), in_axes=(0,))(
+            rngs.split(3)
+        )
 
     def __call__(self, x):
         return nnx.vmap(lambda norm, x: norm(jnp.tanh(x)), in_axes=(0, None))(self.norm, x).sum(0)
@@ -315,7 +342,9 @@ class Members(nnx.Module):
 
 class Scanned(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.norm = nnx.vmap(lambda rngs: nnx.BatchNorm(FEATURES, rngs=rngs), in_axes=(0,))(rngs.split(3))
+        self.norm = nnx.vmap(lambda rngs: nnx.BatchNorm(FEATURES, rngs=rngs), in_axes=(0,))(
+            rngs.split(3)
+        )
 
     def __call__(self, x):
         def layer(x, norm):
@@ -405,7 +434,10 @@ class LinenPlaces(linen.Module):
 
     @linen.compact
     def __call__(self, x, train: bool):
-        norm, places = linen.BatchNorm(use_running_average=not train), jnp.stack([x, x**2, jnp.sin(x)], axis=1)
+        norm, places = (
+            linen.BatchNorm(use_running_average=not train),
+            jnp.stack([x, x**2, jnp.sin(x)], axis=1),
+        )
         if self.layout == "merged":
             return norm(places.reshape(-1, FEATURES)).reshape(places.shape).sum(1)
         if self.layout == "time first":
@@ -437,7 +469,9 @@ class LinenLifted(linen.Module):
 LINEN = {
     "plain": LinenLayer({}),
     "subclass": LinenLayer({}, LinenSubclass),
-    "axis 1, without scale and bias": LinenLayer({"axis": 1, "use_scale": False, "use_bias": False}),
+    "axis 1, without scale and bias": LinenLayer(
+        {"axis": 1, "use_scale": False, "use_bias": False}
+    ),
     "momentum 0": LinenLayer({"momentum": 0.0}),
     "momentum 1": LinenLayer({"momentum": 1.0}),
     "bfloat16": LinenLayer({"dtype": jnp.bfloat16}),
@@ -452,7 +486,9 @@ LINEN = {
     "scan": LinenLifted("scan"),
 }
 
-squares = ctde.Task(lambda outputs, labels: jnp.sum((outputs.astype(jnp.float32) - 0.5) ** 3, axis=-1))
+squares = ctde.Task(
+    lambda outputs, labels: jnp.sum((outputs.astype(jnp.float32) - 0.5) ** 3, axis=-1)
+)
 
 
 def check_kind(model: models.Model, flax_apply) -> None:
@@ -482,7 +518,10 @@ def check_kind(model: models.Model, flax_apply) -> None:
             own_grads, own_state, sums = first_of(on_one)(params, state, dealt(examples, replicas))
             rtol = (
                 2e-2
-                if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(flax_apply(params, state, inputs)[0]))
+                if any(
+                    x.dtype == jnp.bfloat16
+                    for x in jax.tree.leaves(flax_apply(params, state, inputs)[0])
+                )
                 else 1e-4
             )
             np.testing.assert_allclose(sums["loss"] / sums["examples"], value, rtol=rtol)
@@ -506,7 +545,9 @@ def test_kind_of_linen_counts_real_examples_only(name):
     module = LINEN[name]
     check_kind(
         models.from_linen(module),
-        lambda params, state, x: module.apply({"params": params, **state}, x, train=True, mutable=[*state]),
+        lambda params, state, x: module.apply(
+            {"params": params, **state}, x, train=True, mutable=[*state]
+        ),
     )
 
 
@@ -524,11 +565,15 @@ def test_messages_that_are_judged_one_by_one_depend_on_no_other_replica():
     model = models.from_linen(Linen())
     here = begin(model, strategy, jax.random.key(0))
     batches = dealt(11, 4)[:, None]
-    train_round = under_vmap(make_round(make_gradient(model, classification), optax.sgd(0.1, 0.9), strategy), strategy)
+    train_round = under_vmap(
+        make_round(make_gradient(model, classification), optax.sgd(0.1, 0.9), strategy), strategy
+    )
     after, _ = train_round(here, SPLIT, batches, jax.random.key(0))
     for own, (row,) in enumerate(batches):
         message = jax.tree.map(lambda x, own=own: x[own], after.reduce_state)
-        assert_close(message, wanted(here.params, here.model_state, list(row[row >= 0]))[0], rtol=1e-4)
+        assert_close(
+            message, wanted(here.params, here.model_state, list(row[row >= 0]))[0], rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -546,6 +591,10 @@ def test_reducers_that_do_not_weight_by_examples_judge_messages_one_by_one(reduc
 
 def test_hand_written_model_with_a_state_has_to_take_the_mask():
     model = models.from_linen(Linen())
-    blind = models.Model(model.init, lambda params, state, inputs, key: model.apply(params, state, inputs, key))
-    with pytest.raises(InputError, match="model has a state, so its apply must take a fifth argument, mask"):
+    blind = models.Model(
+        model.init, lambda params, state, inputs, key: model.apply(params, state, inputs, key)
+    )
+    with pytest.raises(
+        InputError, match="model has a state, so its apply must take a fifth argument, mask"
+    ):
         ctde.fit(blind, dataset(), optax.sgd(0.1), batch_size=BATCH, steps=1, show=False)

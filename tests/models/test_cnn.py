@@ -23,9 +23,13 @@ def test_cnn_is_the_formula(key):
 
     x = images[..., None]
     for layer in (params["first"], params["second"]):
-        x = lax.conv_general_dilated(x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = lax.conv_general_dilated(
+            x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         x = nnx.max_pool(nnx.relu(x + layer["bias"][None, None, None]), (2, 2), strides=(2, 2))
-    hidden = nnx.relu(x.reshape(2, -1) @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    hidden = nnx.relu(
+        x.reshape(2, -1) @ params["hidden"]["kernel"] + params["hidden"]["bias"][None]
+    )
     expected = hidden @ params["out"]["kernel"] + params["out"]["bias"][None]
 
     outputs, _ = jax.jit(model.apply)(params, model_state, images, None)
@@ -46,8 +50,16 @@ def test_picture_without_a_channel_axis_has_one_channel(key):
 @pytest.mark.parametrize(
     ("image_shape", "options", "sentence"),
     [
-        ((64,), {}, "image_shape must be (height, width) or (height, width, channels), got (64,); what is no picture"),
-        ((2, 2, 2, 2), {}, "image_shape must be (height, width) or (height, width, channels), got (2, 2, 2, 2)"),
+        (
+            (64,),
+            {},
+            "image_shape must be (height, width) or (height, width, channels), got (64,); what is no picture",
+        ),
+        (
+            (2, 2, 2, 2),
+            {},
+            "image_shape must be (height, width) or (height, width, channels), got (2, 2, 2, 2)",
+        ),
         ((28, 3), {}, "image_shape must have at least 4 x 4 pixels for 2 halvings, got 28 x 3."),
         ((28, 28, 0), {}, "channels must be at least 1, got 0."),
         ((28, 28), {"dropout": 1.0}, "dropout must be at least 0 and less than 1, got 1.0."),

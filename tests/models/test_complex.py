@@ -29,7 +29,9 @@ INPUTS = np.random.default_rng(0).normal(size=(BATCH * 5 // 4, 6)).astype(np.flo
 DATA = ctde.data.from_arrays(INPUTS, (INPUTS[:, 0] > 0).astype(int) + (INPUTS[:, 1] > 0))
 """One batch is the whole training split, so the order of the examples does not count."""
 
-CONJUGATED = optax.chain(optax.stateless(lambda updates, _: jax.tree.map(jnp.conj, updates)), optax.adam(0.05))
+CONJUGATED = optax.chain(
+    optax.stateless(lambda updates, _: jax.tree.map(jnp.conj, updates)), optax.adam(0.05)
+)
 
 
 def plain_loop():
@@ -39,7 +41,9 @@ def plain_loop():
 
     def loss(params):
         outputs, _ = MODEL.apply(params, {}, jnp.asarray(DATA.train.inputs), None)
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.asarray(DATA.train.labels)).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            outputs, jnp.asarray(DATA.train.labels)
+        ).mean()
 
     @jax.jit
     def step(params, opt_state):

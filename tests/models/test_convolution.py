@@ -15,7 +15,9 @@ from ctde_jax.models.convolution import Conv
 @pytest.mark.parametrize("strides", [1, 3])
 @pytest.mark.parametrize("size", [(1, 1), (5, 4)])
 @pytest.mark.parametrize(("sides", "cache"), [((7, 9), 2**23), ((8, 6), 4000)])
-def test_convolution_and_its_gradients_are_those_of_flax(key, sides, cache, size, strides, monkeypatch):
+def test_convolution_and_its_gradients_are_those_of_flax(
+    key, sides, cache, size, strides, monkeypatch
+):
     """The same parameters, outputs and gradients; also of several batches at once, and of 3 pictures 2 at a time."""
     monkeypatch.setattr(convolution, "_CACHE", cache)
     pictures = jax.random.normal(key, (2, 3, *sides, 4))

@@ -13,13 +13,18 @@ from ctde_jax.models.generation import generate
 
 LONGEST = 6
 MODELS = {
-    "transformer": models.with_raw_inputs(models.transformer(11, LONGEST, width=8, heads=2), np.int32(0), np.int32(1)),
+    "transformer": models.with_raw_inputs(
+        models.transformer(11, LONGEST, width=8, heads=2), np.int32(0), np.int32(1)
+    ),
     "lstm": models.rnn_language_model(11, width=8),
 }
 LOGITS = jnp.array([0.0, 1.0, 2.0, -1.0])
 CONSTANT = Model(
     init=lambda key, inputs: ({}, {}),
-    apply=lambda params, model_state, inputs, key: (jnp.broadcast_to(LOGITS, (*inputs.shape, 4)), model_state),
+    apply=lambda params, model_state, inputs, key: (
+        jnp.broadcast_to(LOGITS, (*inputs.shape, 4)),
+        model_state,
+    ),
 )
 
 
@@ -48,7 +53,9 @@ def test_cold_text_is_that_of_a_loop_over_the_growing_text(name, prompt, steps, 
 
 
 def test_by_default_the_model_sees_all_of_the_text(key):
-    everything, long, short = (generate(*started("lstm"), [1, 2, 3], 20, key, window=seen) for seen in (None, 99, 1))
+    everything, long, short = (
+        generate(*started("lstm"), [1, 2, 3], 20, key, window=seen) for seen in (None, 99, 1)
+    )
     np.testing.assert_array_equal(everything, long)
     assert (everything != short).any()
 
@@ -85,9 +92,18 @@ def test_generation_is_compiled_once(key):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"prompt": []}, "prompt must be one or more tokens, int32[length], got float32 of the shape (0,)."),
-        ({"prompt": [[1, 2]]}, "prompt must be one or more tokens, int32[length], got int32 of the shape (1, 2)."),
-        ({"prompt": [0.5]}, "prompt must be one or more tokens, int32[length], got float32 of the shape (1,)."),
+        (
+            {"prompt": []},
+            "prompt must be one or more tokens, int32[length], got float32 of the shape (0,).",
+        ),
+        (
+            {"prompt": [[1, 2]]},
+            "prompt must be one or more tokens, int32[length], got int32 of the shape (1, 2).",
+        ),
+        (
+            {"prompt": [0.5]},
+            "prompt must be one or more tokens, int32[length], got float32 of the shape (1,).",
+        ),
         ({"prompt": [1, 11], "window": LONGEST}, "prompt must hold tokens from 0 to 10, got 11."),
         ({"prompt": [-1], "window": LONGEST}, "prompt must hold tokens from 0 to 10, got -1."),
         ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0."),
@@ -101,7 +117,9 @@ def test_wrong_wish_is_refused_in_a_sentence(options, sentence, key):
     model = MODELS["transformer"]
     params, model_state = jax.eval_shape(model.init, key, np.zeros((1, LONGEST), np.int32))
     with pytest.raises(InputError) as caught:
-        generate(model, params, model_state, **{"prompt": [1, 2], "steps": 8, "key": key, **options})
+        generate(
+            model, params, model_state, **{"prompt": [1, 2], "steps": 8, "key": key, **options}
+        )
     assert sentence in str(caught.value)
 
 

@@ -73,7 +73,11 @@ def matrices(params) -> dict[tuple, list[np.ndarray]]:
     """Each kernel by the path of its layer, as the matrices of its gates, `[taps * inputs, outputs]`."""
     leaves = dict(leaves_with_path(params))
     return {
-        path: np.split(np.reshape(leaves[*path, "kernel"], (-1, kernel.gates * kernel.outputs)), kernel.gates, axis=1)
+        path: np.split(
+            np.reshape(leaves[*path, "kernel"], (-1, kernel.gates * kernel.outputs)),
+            kernel.gates,
+            axis=1,
+        )
         for path, kernel in find_kernels(params).items()
     }
 
@@ -94,7 +98,9 @@ def test_same_key_gives_the_same_start_and_another_key_another(name):
     first, second, other = (start(model, name, seed) for seed in (1, 1, 2))
     assert_equal(first, second)
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, start(model, "flax"))
-    assert any((x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+    assert any(
+        (x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -111,7 +117,10 @@ def test_only_kernels_and_their_biases_are_drawn_anew():
 
 @pytest.mark.parametrize(
     ("name", "variance"),
-    [("glorot", lambda inputs, outputs: 2 / (inputs + outputs)), ("he", lambda inputs, outputs: 2 / inputs)],
+    [
+        ("glorot", lambda inputs, outputs: 2 / (inputs + outputs)),
+        ("he", lambda inputs, outputs: 2 / inputs),
+    ],
 )
 def test_variance_is_the_papers(name, variance, key):
     dense = models.mlp([300, 200])
@@ -123,9 +132,16 @@ def test_variance_is_the_papers(name, variance, key):
     kernel = initialize(picture, name).init(key, jnp.ones((1, 8, 8, 32)))[0]["kernel"]
     assert float(kernel.var()) == pytest.approx(variance(9 * 32, 9 * 64), rel=0.03)
 
-    heads = models.from_linen(flax.linen.MultiHeadDotProductAttention(4, qkv_features=128, out_features=192))
+    heads = models.from_linen(
+        flax.linen.MultiHeadDotProductAttention(4, qkv_features=128, out_features=192)
+    )
     layers = initialize(heads, name).init(key, jnp.ones((1, 5, 64)))[0]
-    for layer, fans in {"query": (64, 128), "key": (64, 128), "value": (64, 128), "out": (128, 192)}.items():
+    for layer, fans in {
+        "query": (64, 128),
+        "key": (64, 128),
+        "value": (64, 128),
+        "out": (128, 192),
+    }.items():
         assert float(layers[layer]["kernel"].var()) == pytest.approx(variance(*fans), rel=0.04)
 
 
@@ -134,7 +150,9 @@ def test_he_carries_the_signal_through_relus_and_flax_loses_half_of_its_variance
 
     def power(name: str) -> np.ndarray:
         params, _ = initialize(model, name).init(key, inputs)
-        return np.array([(outputs**2).mean() for outputs in model.layers(params, {}, inputs).values()])
+        return np.array(
+            [(outputs**2).mean() for outputs in model.layers(params, {}, inputs).values()]
+        )
 
     assert 0.5 < power("he")[-1] / power("he")[0] < 2
     assert 0.5 < power("flax")[-1] / power("flax")[0] * 2**19 < 2
@@ -158,7 +176,9 @@ def test_delta_orthogonal_convolution_is_an_orthogonal_matrix_at_every_place(mod
     params = start(model, "delta_orthogonal")
     leaves = dict(leaves_with_path(params))
     for path, kernel in find_kernels(params).items():
-        taps = np.array(leaves[*path, "kernel"]).reshape(*kernel.taps, kernel.inputs, kernel.outputs)
+        taps = np.array(leaves[*path, "kernel"]).reshape(
+            *kernel.taps, kernel.inputs, kernel.outputs
+        )
         center = tuple((size - 1) // 2 for size in kernel.taps)
         assert_orthonormal(taps[center])
         taps[center] = 0
@@ -166,11 +186,15 @@ def test_delta_orthogonal_convolution_is_an_orthogonal_matrix_at_every_place(mod
 
 
 def test_delta_orthogonal_convolutions_keep_the_norm_of_a_picture(key):
-    model = initialize(models.from_nnx(lambda rngs: nnx.Conv(8, 16, (3, 3), rngs=rngs)), "delta_orthogonal")
+    model = initialize(
+        models.from_nnx(lambda rngs: nnx.Conv(8, 16, (3, 3), rngs=rngs)), "delta_orthogonal"
+    )
     picture = noise(1, 6, 6, 8)
     params, model_state = model.init(key, picture)
     outputs, _ = model.apply(params, model_state, picture, None)
-    assert float(jnp.linalg.norm(outputs)) == pytest.approx(float(jnp.linalg.norm(picture)), rel=1e-5)
+    assert float(jnp.linalg.norm(outputs)) == pytest.approx(
+        float(jnp.linalg.norm(picture)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("model", sorted(SUITED["recurrent"]))
@@ -185,15 +209,27 @@ def test_recurrent_kernels_are_orthogonal_for_each_gate_and_all_others_are_gloro
                 assert_orthonormal(matrix)
             else:
                 taps = int(np.prod(kernel.taps))
-                assert np.abs(matrix).max() <= np.sqrt(6 / (taps * (kernel.inputs + kernel.outputs)))
+                assert np.abs(matrix).max() <= np.sqrt(
+                    6 / (taps * (kernel.inputs + kernel.outputs))
+                )
 
 
 def test_forget_gates_start_open():
     closed, opened = np.zeros(8), np.ones(8)
     cell = start("lstm", "recurrent")["recurrent"]["layers"][0]["cell"]
-    np.testing.assert_array_equal(cell["dense_h"]["bias"], np.concatenate([closed, opened, closed, closed]))
-    for cell in (start("lstm cell", "recurrent")["rnn"]["cell"], start("linen", "recurrent")["LSTMCell_0"]):
-        assert [float(cell[name]["bias"].mean()) for name in ("hi", "hf", "hg", "ho")] == [0, 1, 0, 0]
+    np.testing.assert_array_equal(
+        cell["dense_h"]["bias"], np.concatenate([closed, opened, closed, closed])
+    )
+    for cell in (
+        start("lstm cell", "recurrent")["rnn"]["cell"],
+        start("linen", "recurrent")["LSTMCell_0"],
+    ):
+        assert [float(cell[name]["bias"].mean()) for name in ("hi", "hf", "hg", "ho")] == [
+            0,
+            1,
+            0,
+            0,
+        ]
 
 
 def test_open_forget_gate_is_the_second_of_four(key):
@@ -209,7 +245,11 @@ def test_open_forget_gate_is_the_second_of_four(key):
 def test_residual_branches_start_at_zero_so_deep_is_as_shallow(model, key):
     network, inputs = MODELS[model]
     params, model_state = initialize(network, "residual").init(key, inputs)
-    ends = {path: said for path, said in network.layers(params, model_state, inputs).items() if "blocks" in path}
+    ends = {
+        path: said
+        for path, said in network.layers(params, model_state, inputs).items()
+        if "blocks" in path
+    }
     ends = {path: said for path, said in ends.items() if path[-1] in ("mix", "contract", "second")}
     assert len(ends) == {"transformer": 4, "resnet": 2}[model]
     assert not any(said.any() for said in ends.values())
@@ -238,7 +278,9 @@ def test_lsuv_sees_the_inputs_as_the_network_does(key):
     """It is the same whether a wrapper normalizes them or they come normalized."""
     network, inputs = models.mlp([4, 8, 3]), 100 + 50 * noise(64, 4)
     raw = models.with_raw_inputs(initialize(network, "lsuv"), np.float32(100), np.float32(1 / 50))
-    wrapped = initialize(models.with_raw_inputs(network, np.float32(100), np.float32(1 / 50)), "lsuv")
+    wrapped = initialize(
+        models.with_raw_inputs(network, np.float32(100), np.float32(1 / 50)), "lsuv"
+    )
     assert_equal(raw.init(key, inputs), wrapped.init(key, inputs))
     for outputs in wrapped.layers(*wrapped.init(key, inputs), inputs).values():
         assert float(outputs.var()) == pytest.approx(1, abs=1e-3)
@@ -274,8 +316,12 @@ def test_layers_of_cells_run_once_for_every_place_and_are_not_shown(model, shown
 @pytest.mark.slow
 def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(digits):
     """Tanh layers of 32, 300 steps of plain SGD: products of 50 random matrices lose almost all directions."""
-    inputs = jnp.asarray((digits.train.inputs - digits.shift) * digits.scale, jnp.float32).reshape(-1, 64)
-    tests = jnp.asarray((digits.test.inputs - digits.shift) * digits.scale, jnp.float32).reshape(-1, 64)
+    inputs = jnp.asarray((digits.train.inputs - digits.shift) * digits.scale, jnp.float32).reshape(
+        -1, 64
+    )
+    tests = jnp.asarray((digits.test.inputs - digits.shift) * digits.scale, jnp.float32).reshape(
+        -1, 64
+    )
     labels, optimizer = jnp.asarray(digits.train.labels), optax.sgd(0.003)
     network = models.mlp([64, *[32] * 50, 10])
     names = ("flax", "orthogonal", "lsuv")
@@ -295,7 +341,9 @@ def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(di
     @jax.jit
     @jax.vmap
     def train(params):
-        (params, _), _ = lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(1), 300))
+        (params, _), _ = lax.scan(
+            step, (params, optimizer.init(params)), jax.random.split(jax.random.key(1), 300)
+        )
         return network.apply(params, {}, tests, None)[0].argmax(-1)
 
     found = train(jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
@@ -308,9 +356,18 @@ def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(di
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("delta_orthogonal", "init must not be delta_orthogonal for a model without a convolution; try orthogonal"),
-        ("recurrent", "init must not be recurrent for a model without a recurrent cell; try orthogonal"),
-        ("residual", "init must not be residual for a model without residual branches, which are found in a list"),
+        (
+            "delta_orthogonal",
+            "init must not be delta_orthogonal for a model without a convolution; try orthogonal",
+        ),
+        (
+            "recurrent",
+            "init must not be recurrent for a model without a recurrent cell; try orthogonal",
+        ),
+        (
+            "residual",
+            "init must not be residual for a model without residual branches, which are found in a list",
+        ),
     ],
 )
 def test_initializer_that_does_not_suit_a_model_is_refused_in_a_sentence(name, sentence, key):
@@ -321,7 +378,12 @@ def test_initializer_that_does_not_suit_a_model_is_refused_in_a_sentence(name, s
 
 def test_wrong_initializer_is_refused_in_a_sentence():
     network = MODELS["mlp"][0]
-    with pytest.raises(InputError, match=r"init must be one of flax, .*, got 'orthoganal'; did you mean 'orthogonal'"):
+    with pytest.raises(
+        InputError,
+        match=r"init must be one of flax, .*, got 'orthoganal'; did you mean 'orthogonal'",
+    ):
         initialize(network, "orthoganal")
-    with pytest.raises(InputError, match="init must not be lsuv for a model that does not show its layers"):
+    with pytest.raises(
+        InputError, match="init must not be lsuv for a model that does not show its layers"
+    ):
         initialize(models.Model(network.init, network.apply), "lsuv")

@@ -21,14 +21,20 @@ def loss_of(layer):
 def test_layer_and_its_gradients_are_those_of_flax(key, outputs, around, use_bias):
     """The same parameters, outputs and gradients; also of several batches at once."""
     inputs = jax.random.normal(key, (4, *around, 7))
-    own, theirs = (kind(7, outputs, use_bias=use_bias, rngs=nnx.Rngs(0)) for kind in (Linear, nnx.Linear))
+    own, theirs = (
+        kind(7, outputs, use_bias=use_bias, rngs=nnx.Rngs(0)) for kind in (Linear, nnx.Linear)
+    )
 
     def results(layer):
         params, loss = loss_of(layer)
         grads = jax.vmap(jax.grad(loss, (0, 1)), (None, 0))
         return layer(inputs), *jax.jit(grads)(params, inputs)
 
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), results(own), results(theirs))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        results(own),
+        results(theirs),
+    )
 
 
 def test_second_derivatives_are_those_of_flax(key):
@@ -40,7 +46,9 @@ def test_second_derivatives_are_those_of_flax(key):
         grad = jax.grad(loss)
         direction = jax.tree.map(jnp.cos, params)
         _, forward = jax.jvp(lambda params: grad(params, inputs), (params,), (direction,))
-        return forward, jax.grad(lambda params: optax.tree.vdot(grad(params, inputs), direction))(params)
+        return forward, jax.grad(lambda params: optax.tree.vdot(grad(params, inputs), direction))(
+            params
+        )
 
     own, theirs = (results(kind(7, 3, rngs=nnx.Rngs(0))) for kind in (Linear, nnx.Linear))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), own, theirs)
@@ -50,11 +58,15 @@ def test_second_derivatives_are_those_of_flax(key):
     ("rows", "inputs", "outputs", "is_narrow"),
     [(5, 7, 3, True), (136, 132, 33, True), (136, 131, 33, False), (131, 132, 33, False)],
 )
-def test_program_for_a_cpu_multiplies_narrow_kernels_the_other_way_round(rows, inputs, outputs, is_narrow):
+def test_program_for_a_cpu_multiplies_narrow_kernels_the_other_way_round(
+    rows, inputs, outputs, is_narrow
+):
     """The gradient of a narrow kernel is a product with outputs as rows; for other hardware it is as JAX writes it."""
     params, loss = loss_of(Linear(inputs, outputs, rngs=nnx.Rngs(0)))
     traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((rows, inputs)))
-    for_cpu, for_tpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu"))
+    for_cpu, for_tpu = (
+        traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")
+    )
 
     def product(*shapes: tuple[int, int]) -> str:
         left, right, result = (f"tensor<{height}x{width}xf32>" for height, width in shapes)

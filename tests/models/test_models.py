@@ -60,14 +60,21 @@ def test_model_in_training_draws_from_the_key_and_gathers_statistics(name, key):
     model = MODELS[name]
     params, model_state = model.init(key, INPUTS)
 
-    outputs = [model.apply(params, model_state, INPUTS, jax.random.key(seed))[0] for seed in (1, 1, 2)]
+    outputs = [
+        model.apply(params, model_state, INPUTS, jax.random.key(seed))[0] for seed in (1, 1, 2)
+    ]
     _, state_after = model.apply(params, model_state, INPUTS, key)
 
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert (outputs[0] != outputs[2]).any()
     assert jax.tree.structure(state_after) == jax.tree.structure(model_state)
-    assert jax.tree.map(lambda x: x.dtype, state_after) == jax.tree.map(lambda x: x.dtype, model_state)
-    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (state_after, model_state)), strict=True))
+    assert jax.tree.map(lambda x: x.dtype, state_after) == jax.tree.map(
+        lambda x: x.dtype, model_state
+    )
+    assert any(
+        (x != y).any()
+        for x, y in zip(*map(jax.tree.leaves, (state_after, model_state)), strict=True)
+    )
 
 
 def test_two_dropouts_of_one_module_have_masks_of_their_own(key):
@@ -81,7 +88,9 @@ def test_mlp_is_the_formula(key):
     first, second = params["layers"][0], params["layers"][1]
     hidden = jax.nn.gelu(INPUTS @ first["kernel"] + first["bias"][None])
     outputs, _ = MODELS["mlp"].apply(params, model_state, INPUTS, None)
-    np.testing.assert_allclose(outputs, hidden @ second["kernel"] + second["bias"][None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        outputs, hidden @ second["kernel"] + second["bias"][None], rtol=1e-5, atol=1e-6
+    )
     assert models.count_params(params) == 4 * 8 + 8 + 8 * 3 + 3
 
 
@@ -115,9 +124,18 @@ def test_bfloat16_computes_coarsely_and_keeps_parameters_fine(key):
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: models.mlp([4, 3], "tahn"), "activation must be one of .* got 'tahn'; did you mean 'tanh'"),
-        (lambda: models.mlp([64]), r"widths must name at least those of the input and the output, got \[64\]"),
-        (lambda: models.from_nnx(3), "module must be an nnx module, or a function that builds one, got 3"),
+        (
+            lambda: models.mlp([4, 3], "tahn"),
+            "activation must be one of .* got 'tahn'; did you mean 'tanh'",
+        ),
+        (
+            lambda: models.mlp([64]),
+            r"widths must name at least those of the input and the output, got \[64\]",
+        ),
+        (
+            lambda: models.from_nnx(3),
+            "module must be an nnx module, or a function that builds one, got 3",
+        ),
         (lambda: models.from_linen(Nnx), "module must be a linen module such as"),
         (lambda: models.mlp([4, 0, 3]), "widths must be at least 1, got 0"),
     ],

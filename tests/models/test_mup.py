@@ -37,17 +37,27 @@ def test_deviations_at_the_start_are_the_tables(ratio, key):
 def test_learning_rates_are_the_tables(key):
     params, _ = perceptron(BASE * 4).init(key, INPUTS)
     optimizer = optax.chain(optax.sgd(1.0), scale_learning_rates(perceptron(BASE), INPUTS[:1]))
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
-    kernels, biases = ([float(-updates["layers"][i][name].mean()) for i in range(4)] for name in ("kernel", "bias"))
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.ones_like, params), optimizer.init(params), params
+    )
+    kernels, biases = (
+        [float(-updates["layers"][i][name].mean()) for i in range(4)] for name in ("kernel", "bias")
+    )
     assert kernels == [1, 1 / 4, 1 / 4, 1 / 4]
     assert biases == [1, 1, 1, 1]
 
 
 NETWORKS = {
     "mlp": (perceptron, INPUTS),
-    "resnet": (lambda width: models.resnet((8, 8), 4, widths=(width // 8, width // 4)), jnp.ones((1, 8, 8))),
+    "resnet": (
+        lambda width: models.resnet((8, 8), 4, widths=(width // 8, width // 4)),
+        jnp.ones((1, 8, 8)),
+    ),
     "lstm": (lambda width: models.rnn_language_model(5, width, layers=1), TOKENS),
-    "transformer": (lambda width: models.transformer(5, 6, width, blocks=1, heads=width // 8), TOKENS),
+    "transformer": (
+        lambda width: models.transformer(5, 6, width, blocks=1, heads=width // 8),
+        TOKENS,
+    ),
 }
 
 
@@ -65,8 +75,13 @@ def test_base_width_is_the_standard_parametrization(name, key):
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
 def test_embeddings_have_the_size_of_the_base_and_logits_shrink(name, key):
     build, inputs = NETWORKS[name]
-    wide, base = (dict(leaves_with_path(mup(build(w), build(BASE)).init(key, inputs)[0])) for w in (4 * BASE, BASE))
-    sizes = {path: deviation(wide[path]) / deviation(base[path]) for path in base if base[path].any()}
+    wide, base = (
+        dict(leaves_with_path(mup(build(w), build(BASE)).init(key, inputs)[0]))
+        for w in (4 * BASE, BASE)
+    )
+    sizes = {
+        path: deviation(wide[path]) / deviation(base[path]) for path in base if base[path].any()
+    }
     assert sizes["tokens", "embedding"] == pytest.approx(1, rel=1e-5)
     assert sizes["out", "kernel"] == pytest.approx(1 / 4, rel=1e-5)
     hidden = [size for path, size in sizes.items() if path[-1] == "kernel" and path[0] != "out"]
@@ -106,7 +121,9 @@ def slopes(build, key) -> np.ndarray:
 def test_activations_move_alike_at_all_widths_and_without_it_the_more_the_wider(key):
     """The coordinate check (Yang et al., 2022, Appendix D.1)."""
     base = perceptron(BASE)
-    flat = slopes(lambda width: (mup(perceptron(width), base), scale_learning_rates(base, INPUTS)), key)
+    flat = slopes(
+        lambda width: (mup(perceptron(width), base), scale_learning_rates(base, INPUTS)), key
+    )
     steep = slopes(lambda width: (perceptron(width), optax.identity()), key)
     assert np.abs(flat).max() < 0.2
     assert (steep[1:] > 0.4).all()
@@ -114,7 +131,11 @@ def test_activations_move_alike_at_all_widths_and_without_it_the_more_the_wider(
 
 @pytest.mark.parametrize("other", [models.mlp([16, 64, 10]), models.from_linen(linen.Dense(10))])
 def test_another_network_is_no_base(other, key):
-    with pytest.raises(InputError, match="base must be the same network as the model in all but its width"):
+    with pytest.raises(
+        InputError, match="base must be the same network as the model in all but its width"
+    ):
         mup(perceptron(64), other).init(key, INPUTS)
     with pytest.raises(InputError, match="base must be the same network"):
-        scale_learning_rates(other, INPUTS).update(perceptron(64).init(key, INPUTS)[0], optax.EmptyState())
+        scale_learning_rates(other, INPUTS).update(
+            perceptron(64).init(key, INPUTS)[0], optax.EmptyState()
+        )

@@ -39,7 +39,9 @@ def resnet_params(channels: int, widths: tuple[int, ...], blocks: int, classes: 
 
 
 def transformer_params(vocabulary: int, length: int, width: int, blocks: int) -> int:
-    block = 4 * width**2 + 8 * width**2 + 5 * width + 4 * width  # attention, perceptron and its biases, two norms
+    block = (
+        4 * width**2 + 8 * width**2 + 5 * width + 4 * width
+    )  # attention, perceptron and its biases, two norms
     return (2 * vocabulary + length) * width + blocks * block + 2 * width
 
 
@@ -52,17 +54,33 @@ CNN_PARAMS = 25 * 3 * 32 + 32 + 25 * 32 * 64 + 64 + 2 * 2 * 64 * 512 + 512 + 512
 NETWORKS = {
     "mlp": Case(models.mlp([9 * 8 * 3, 4]), IMAGES, 9 * 8 * 3 * 4 + 4),
     "cnn": Case(models.cnn((9, 8, 3), 4, dropout=0.5), IMAGES, CNN_PARAMS),
-    "resnet": Case(models.resnet((9, 8), 4, (8, 16), 2), IMAGES[..., 0], resnet_params(1, (8, 16), 2, 4)),
-    "batch resnet": Case(models.resnet((9, 8, 3), 4, (3, 5), norm="batch"), IMAGES, resnet_params(3, (3, 5), 1, 4)),
-    "lstm": Case(models.rnn_classifier(8, 4, 6), IMAGES[..., 0], rnn_params(4, 8, 6, 1) + 6 * 4 + 4),
-    "gru": Case(models.rnn_classifier(8, 4, 6, 2, "gru", 0.5), IMAGES[..., 0], rnn_params(3, 8, 6, 2) + 6 * 4 + 4),
+    "resnet": Case(
+        models.resnet((9, 8), 4, (8, 16), 2), IMAGES[..., 0], resnet_params(1, (8, 16), 2, 4)
+    ),
+    "batch resnet": Case(
+        models.resnet((9, 8, 3), 4, (3, 5), norm="batch"), IMAGES, resnet_params(3, (3, 5), 1, 4)
+    ),
+    "lstm": Case(
+        models.rnn_classifier(8, 4, 6), IMAGES[..., 0], rnn_params(4, 8, 6, 1) + 6 * 4 + 4
+    ),
+    "gru": Case(
+        models.rnn_classifier(8, 4, 6, 2, "gru", 0.5),
+        IMAGES[..., 0],
+        rnn_params(3, 8, 6, 2) + 6 * 4 + 4,
+    ),
     "lstm language": Case(
-        models.rnn_language_model(7, 6, dropout=0.5), TOKENS, 7 * 6 + rnn_params(4, 6, 6, 2) + 6 * 7 + 7
+        models.rnn_language_model(7, 6, dropout=0.5),
+        TOKENS,
+        7 * 6 + rnn_params(4, 6, 6, 2) + 6 * 7 + 7,
     ),
     "gru language": Case(
-        models.rnn_language_model(7, 6, 1, "gru", 0.5), TOKENS, 7 * 6 + rnn_params(3, 6, 6, 1) + 6 * 7 + 7
+        models.rnn_language_model(7, 6, 1, "gru", 0.5),
+        TOKENS,
+        7 * 6 + rnn_params(3, 6, 6, 1) + 6 * 7 + 7,
     ),
-    "transformer": Case(models.transformer(7, 5, 8, 2, 4, dropout=0.5), TOKENS, transformer_params(7, 5, 8, 2)),
+    "transformer": Case(
+        models.transformer(7, 5, 8, 2, 4, dropout=0.5), TOKENS, transformer_params(7, 5, 8, 2)
+    ),
 }
 WITH_DROPOUT = ["cnn", "gru", "lstm language", "gru language", "transformer"]
 WITHOUT_DROPOUT = sorted(set(NETWORKS) - set(WITH_DROPOUT) - {"batch resnet"})
@@ -101,7 +119,9 @@ def test_examples_are_inferred_one_by_one(name):
     groups = inputs.reshape(2, 2, *inputs.shape[1:])
 
     together, _ = jax.jit(model.apply)(params, model_state, inputs, None)
-    grouped, _ = jax.jit(jax.vmap(model.apply, in_axes=(None, None, 0, None)))(params, model_state, groups, None)
+    grouped, _ = jax.jit(jax.vmap(model.apply, in_axes=(None, None, 0, None)))(
+        params, model_state, groups, None
+    )
     alone, _ = jax.jit(model.apply)(params, model_state, inputs[:1], None)
 
     np.testing.assert_allclose(grouped.reshape(together.shape), together, rtol=1e-5, atol=1e-5)
@@ -113,7 +133,9 @@ def test_dropout_draws_from_the_key(name):
     model, params, model_state, inputs = started(name)
     apply = jax.jit(model.apply)
 
-    first, again, other = (apply(params, model_state, inputs, jax.random.key(seed))[0] for seed in (1, 1, 2))
+    first, again, other = (
+        apply(params, model_state, inputs, jax.random.key(seed))[0] for seed in (1, 1, 2)
+    )
 
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -123,7 +145,9 @@ def test_dropout_draws_from_the_key(name):
 def test_dropout_falls_differently_on_every_group(name):
     model, params, model_state, inputs = started(name)
     twice, keys = np.stack([inputs, inputs]), jax.random.split(jax.random.key(0), 2)
-    outputs, _ = jax.jit(jax.vmap(model.apply, in_axes=(None, None, 0, 0)))(params, model_state, twice, keys)
+    outputs, _ = jax.jit(jax.vmap(model.apply, in_axes=(None, None, 0, 0)))(
+        params, model_state, twice, keys
+    )
     assert (outputs[0] != outputs[1]).any()
 
 

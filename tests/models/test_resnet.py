@@ -67,8 +67,14 @@ def test_only_batch_normalization_lets_training_examples_see_each_other(norm, co
         ({"widths": (16, 0)}, "widths must be at least 1, got 0."),
         ({"blocks": 0}, "blocks must be at least 1, got 0."),
         ({"norm": "bach"}, "norm must be one of group, batch, got 'bach'; did you mean 'batch'?"),
-        ({"widths": (8, 8, 8, 8, 8)}, "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8."),
-        ({"image_shape": (64,)}, "image_shape must be (height, width) or (height, width, channels), got (64,)"),
+        (
+            {"widths": (8, 8, 8, 8, 8)},
+            "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8.",
+        ),
+        (
+            {"image_shape": (64,)},
+            "image_shape must be (height, width) or (height, width, channels), got (64,)",
+        ),
     ],
 )
 def test_wrong_network_is_refused_in_a_sentence(options, sentence):

@@ -41,7 +41,9 @@ def test_classifier_reads_its_answer_off_the_last_state(cell, equations, key):
     params, model_state = jax.jit(model.init)(key, SEQUENCES)
     last = equations(params["recurrent"]["layers"][0]["cell"], SEQUENCES)
     outputs, _ = jax.jit(model.apply)(params, model_state, SEQUENCES, None)
-    np.testing.assert_allclose(outputs, last @ params["out"]["kernel"] + params["out"]["bias"][None], atol=1e-5)
+    np.testing.assert_allclose(
+        outputs, last @ params["out"]["kernel"] + params["out"]["bias"][None], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -80,13 +82,17 @@ def test_step_by_step_says_what_the_whole_sequence_says(cell, precision, key):
 
 def test_only_what_can_be_read_place_by_place_has_a_stream(key):
     assert models.mlp([4, 2]).stream is None
-    standardized = models.with_raw_inputs(models.rnn_classifier(3, 6), jnp.zeros((1, 5, 3)), jnp.ones((1, 5, 3)))
+    standardized = models.with_raw_inputs(
+        models.rnn_classifier(3, 6), jnp.zeros((1, 5, 3)), jnp.ones((1, 5, 3))
+    )
     assert standardized.stream is None  # a place does not know which one it is
 
 
 def test_dropout_spares_the_way_from_place_to_place():
     """With zeroed inputs the dropped share is all that differs: the states below are those without dropout."""
-    recurrent, plain = (Recurrent(3, 8, 1, "lstm", dropout, rngs=nnx.Rngs(0)) for dropout in (0.5, 0.0))
+    recurrent, plain = (
+        Recurrent(3, 8, 1, "lstm", dropout, rngs=nnx.Rngs(0)) for dropout in (0.5, 0.0)
+    )
     nothing = jnp.zeros((2, 5, 3))
     for network in (recurrent, plain):
         network.layers[0].cell.dense_h.bias[...] = jnp.ones(32)
@@ -101,17 +107,29 @@ def test_what_is_no_sequence_is_refused_in_a_sentence(shape, key):
     params, model_state = jax.eval_shape(model.init, key, SEQUENCES)
     with pytest.raises(InputError) as caught:
         jax.eval_shape(model.apply, params, model_state, jnp.zeros((2, *shape)), None)
-    assert str(caught.value) == f"inputs must be sequences [examples, length, 3], got the shape {(2, *shape)}."
+    assert (
+        str(caught.value)
+        == f"inputs must be sequences [examples, length, 3], got the shape {(2, *shape)}."
+    )
 
 
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: models.rnn_classifier(3, 6, cell="ltsm"), "cell must be one of lstm, gru, got 'ltsm'; did you mean"),
-        (lambda: models.rnn_language_model(5, cell="rnn"), "cell must be one of lstm, gru, got 'rnn'"),
+        (
+            lambda: models.rnn_classifier(3, 6, cell="ltsm"),
+            "cell must be one of lstm, gru, got 'ltsm'; did you mean",
+        ),
+        (
+            lambda: models.rnn_language_model(5, cell="rnn"),
+            "cell must be one of lstm, gru, got 'rnn'",
+        ),
         (lambda: models.rnn_classifier(3, 6, layers=0), "layers must be at least 1, got 0."),
         (lambda: models.rnn_language_model(0), "vocabulary must be at least 1, got 0."),
-        (lambda: models.rnn_language_model(5, dropout=-0.1), "dropout must be at least 0 and less than 1, got -0.1."),
+        (
+            lambda: models.rnn_language_model(5, dropout=-0.1),
+            "dropout must be at least 0 and less than 1, got -0.1.",
+        ),
     ],
 )
 def test_wrong_network_is_refused_in_a_sentence(build, sentence):

@@ -18,10 +18,14 @@ def test_language_modeling_counts_every_place_alike(key):
     of_labels = np.take_along_axis(chances, np.asarray(labels)[..., None], axis=-1)[..., 0]
 
     measured = tasks.language_modeling.measure(logits, labels)
-    averages = tasks.language_modeling.averages({name: values.sum() for name, values in measured.items()}, 2)
+    averages = tasks.language_modeling.averages(
+        {name: values.sum() for name, values in measured.items()}, 2
+    )
 
     np.testing.assert_allclose(measured["loss"], -np.log(of_labels).mean(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(measured["accuracy"], (np.argmax(logits, -1) == labels).mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(
+        measured["accuracy"], (np.argmax(logits, -1) == labels).mean(axis=1), rtol=1e-6
+    )
     assert averages["loss"] == pytest.approx(-np.log(of_labels).mean(), rel=1e-5)
     assert averages["bits_per_character"] == pytest.approx(-np.log2(of_labels).mean(), rel=1e-5)
     assert averages["perplexity"] == pytest.approx(np.exp(-np.log(of_labels).mean()), rel=1e-5)
@@ -46,12 +50,16 @@ def test_nothing_is_correct_among_nans():
 
 
 def test_perplexity_of_a_run_that_goes_astray_is_still_a_number():
-    assert np.isfinite(tasks.language_modeling.averages({"loss": 1e30, "accuracy": 0.0}, 1)["perplexity"])
+    assert np.isfinite(
+        tasks.language_modeling.averages({"loss": 1e30, "accuracy": 0.0}, 1)["perplexity"]
+    )
 
 
 @pytest.mark.parametrize("amount", [-0.1, 1.0])
 def test_smoothing_out_of_range_is_refused(amount):
-    with pytest.raises(InputError, match=f"label_smoothing must be at least 0 and less than 1, got {amount}"):
+    with pytest.raises(
+        InputError, match=f"label_smoothing must be at least 0 and less than 1, got {amount}"
+    ):
         tasks.smoothed(tasks.classification, amount)
 
 
@@ -62,13 +70,22 @@ def test_smoothing_by_nothing_is_the_task_itself():
 @pytest.mark.parametrize(
     ("task", "sentence"),
     [
-        (tasks.Task(lambda outputs, labels: jnp.mean(outputs)), "must give one loss for each example"),
-        (tasks.Task(tasks.cross_entropy, {"step": tasks.is_correct}), "must not call a metric step; rename it"),
+        (
+            tasks.Task(lambda outputs, labels: jnp.mean(outputs)),
+            "must give one loss for each example",
+        ),
+        (
+            tasks.Task(tasks.cross_entropy, {"step": tasks.is_correct}),
+            "must not call a metric step; rename it",
+        ),
         (
             tasks.Task(tasks.cross_entropy, lower_is_better=["mae"]),
             "must say lower_is_better of its metrics only, got mae",
         ),
-        (tasks.Task(tasks.cross_entropy, of_the_loss={"loss": abs}), "must not call a metric loss; rename it"),
+        (
+            tasks.Task(tasks.cross_entropy, of_the_loss={"loss": abs}),
+            "must not call a metric loss; rename it",
+        ),
     ],
 )
 def test_wrong_task_is_refused_in_a_sentence(task, sentence):
@@ -77,23 +94,35 @@ def test_wrong_task_is_refused_in_a_sentence(task, sentence):
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("loss", 1), ("perplexity", 1), ("accuracy", 2), ("error", 3), ("lost", None)]
+    ("name", "place"),
+    [("loss", 1), ("perplexity", 1), ("accuracy", 2), ("error", 3), ("lost", None)],
 )
 def test_best_is_the_least_loss_or_the_most_of_a_metric(name, place):
     task = tasks.language_modeling._replace(
         metrics={"accuracy": tasks.is_correct, "error": tasks.is_correct}, lower_is_better=["error"]
     )
-    columns = {"loss": [2, 1, 1, 3], "accuracy": [0.1, np.nan, 0.5, 0.5], "error": [np.nan, 3, 2, 1]}
+    columns = {
+        "loss": [2, 1, 1, 3],
+        "accuracy": [0.1, np.nan, 0.5, 0.5],
+        "error": [np.nan, 3, 2, 1],
+    }
     columns |= {"perplexity": np.exp(columns["loss"]), "lost": [np.nan] * 4}
     assert (
-        task.best(name, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]) == place
+        task.best(
+            name,
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        )
+        == place
     )
 
 
 @pytest.mark.parametrize(
     ("task", "sentence"),
     [
-        (Task(lambda outputs, labels: jnp.square(outputs - labels).mean(-1)), "mixes the examples of"),
+        (
+            Task(lambda outputs, labels: jnp.square(outputs - labels).mean(-1)),
+            "mixes the examples of",
+        ),
         (Task(lambda outputs, labels: outputs[:, 0], print), "must have metrics by name"),
         (Task(lambda outputs, labels: outputs[:, 0], [print]), "must have metrics by name"),
     ],
@@ -103,4 +132,12 @@ def test_loss_that_mixes_examples_and_metrics_without_names_are_refused(task, se
     x, y = np.arange(20.0, dtype=np.float32).reshape(10, 2), np.arange(10.0, dtype=np.float32)
     dataset = ctde.data.from_arrays(x, y)
     with pytest.raises(ctde.InputError, match=sentence):
-        ctde.fit(ctde.models.mlp([2, 1]), dataset, optax.sgd(0.1), task=task, batch_size=4, steps=1, show=False)
+        ctde.fit(
+            ctde.models.mlp([2, 1]),
+            dataset,
+            optax.sgd(0.1),
+            task=task,
+            batch_size=4,
+            steps=1,
+            show=False,
+        )

@@ -45,21 +45,34 @@ def test_block_is_the_formula(key):
 
     past, heads = np.tril(np.ones((5, 5), bool)), []
     for part in (slice(0, 4), slice(4, 8)):
-        query, key, value = (normed(x) @ layer.kernel[:, part] for layer in (block.query, block.key, block.value))
+        query, key, value = (
+            normed(x) @ layer.kernel[:, part] for layer in (block.query, block.key, block.value)
+        )
         scores = jnp.where(past, query @ key.T / np.sqrt(4), -np.inf)
         heads.append(jax.nn.softmax(scores, axis=1) @ value)
     attended = x + jnp.concatenate(heads, axis=1) @ block.mix.kernel[...]
-    expected = attended + nnx.gelu(normed(attended) @ block.expand.kernel[...]) @ block.contract.kernel[...]
+    expected = (
+        attended
+        + nnx.gelu(normed(attended) @ block.expand.kernel[...]) @ block.contract.kernel[...]
+    )
 
-    np.testing.assert_allclose(block(x[None], Dropout(0.0, rngs=nnx.Rngs(0)))[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        block(x[None], Dropout(0.0, rngs=nnx.Rngs(0)))[0], expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
         (np.zeros((2, 7), np.int32), "length must be at least the 7 tokens of an input, got 6."),
-        (np.zeros((2, 6), np.float32), "inputs must be tokens, integers [examples, length], got float32 of the shape"),
-        (np.zeros((2, 6, 6), np.int32), "inputs must be tokens, integers [examples, length], got int32 of the shape"),
+        (
+            np.zeros((2, 6), np.float32),
+            "inputs must be tokens, integers [examples, length], got float32 of the shape",
+        ),
+        (
+            np.zeros((2, 6, 6), np.int32),
+            "inputs must be tokens, integers [examples, length], got int32 of the shape",
+        ),
     ],
 )
 def test_wrong_inputs_are_refused_in_a_sentence(inputs, sentence, key):

@@ -69,7 +69,14 @@ def fit(case: Case, devices: int, **options):
         OPTIMIZER,
         task=case.task,
         devices=ctde.devices.start(devices),
-        **{"batch_size": BATCH, "steps": STEPS, "eval_every": STEPS, "log_every": 1, "show": False, **options},
+        **{
+            "batch_size": BATCH,
+            "steps": STEPS,
+            "eval_every": STEPS,
+            "log_every": 1,
+            "show": False,
+            **options,
+        },
     )
 
 
@@ -105,13 +112,17 @@ def plain_nnx(case: Case, init_key):
         leaves, tree = jax.tree.flatten(nnx.state(module, nnx.RngState))
         keys = jax.random.split(key, max(1, len(leaves)))
         fresh = [
-            jax.random.split(keys[i], ()) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
+            jax.random.split(keys[i], ())
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else jnp.zeros_like(leaf)
             for i, leaf in enumerate(leaves)
         ]
         nnx.update(module, jax.tree.unflatten(tree, fresh))
 
     def trained(path, value):
-        return isinstance(value, nnx.Param) and jnp.issubdtype(value.get_value().dtype, jnp.floating)
+        return isinstance(value, nnx.Param) and jnp.issubdtype(
+            value.get_value().dtype, jnp.floating
+        )
 
     def total_loss(module, inputs, labels, key):
         seed(module, key)
@@ -152,9 +163,15 @@ def plain_linen(case: Case, init_key):
     module = case.make or case.module
     inputs = INPUTS[case.inputs]
     start = case.infer if case.at_start is None else case.at_start
-    variables = linen.meta.unbox(module.init({"params": init_key, "dropout": init_key}, inputs, **start))
+    variables = linen.meta.unbox(
+        module.init({"params": init_key, "dropout": init_key}, inputs, **start)
+    )
     params = variables["params"]
-    state = {name: part for name, part in variables.items() if name not in ("params", "losses", "perturbations")}
+    state = {
+        name: part
+        for name, part in variables.items()
+        if name not in ("params", "losses", "perturbations")
+    }
     fixed = {name: leaf for name, leaf in params.items() if name == "order"}
     params = {name: leaf for name, leaf in params.items() if name not in fixed}
     carry = [params, state, OPTIMIZER.init(params)]
@@ -230,14 +247,22 @@ def test_run_goes_on_from_its_checkpoint_and_its_export_answers_like_the_model(n
     fit(case, 1, steps=STEPS // 2, run_dir=tmp_path / "run")
     resumed = fit(case, 1, branch_from=newest(tmp_path / "run"), run_dir=tmp_path / "rest")
 
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), resumed.params, whole.params)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6),
+        resumed.params,
+        whole.params,
+    )
     jax.tree.map(np.testing.assert_array_equal, resumed.model_state, whole.model_state)
 
     inputs = np.asarray(INPUTS[case.inputs])
     outputs = resumed.predict(inputs)
     if isinstance(outputs, np.ndarray):
-        bundle = ctde.write_bundle(resumed, data_of(case), tmp_path / "bundle", ["jax"], show=False).bundle
-        np.testing.assert_allclose(ctde.bundle.load(bundle, "jax")(inputs), outputs, rtol=1e-5, atol=1e-6)
+        bundle = ctde.write_bundle(
+            resumed, data_of(case), tmp_path / "bundle", ["jax"], show=False
+        ).bundle
+        np.testing.assert_allclose(
+            ctde.bundle.load(bundle, "jax")(inputs), outputs, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -248,25 +273,36 @@ def test_module_that_cannot_train_is_refused_in_a_sentence(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, models.in_bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, models.in_bfloat16], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("name", [*MIXING, *APART])
 def test_module_that_mixes_examples_in_inference_is_found(name, wrap, key):
     module, inputs = (MIXING | APART)[name]
     model, dataset = wrap(models.as_model(module)), data_of(Case(module, inputs))
     model = models.with_raw_inputs(model, dataset.shift, dataset.scale)
-    check = partial(check_examples_apart, model, *model.init(key, dataset.train.inputs[:1]), dataset)
+    check = partial(
+        check_examples_apart, model, *model.init(key, dataset.train.inputs[:1]), dataset
+    )
     if name in APART:
         check()
     else:
-        with pytest.raises(ctde.InputError, match="model must compute the outputs of each example from that example"):
+        with pytest.raises(
+            ctde.InputError,
+            match="model must compute the outputs of each example from that example",
+        ):
             check()
 
 
 def test_module_that_mixes_examples_is_refused_before_it_is_trained(tmp_path):
-    with pytest.raises(ctde.InputError, match=r"x\.max\(\), normalize by constants or with BatchNorm\.$"):
+    with pytest.raises(
+        ctde.InputError, match=r"x\.max\(\), normalize by constants or with BatchNorm\.$"
+    ):
         fit(Case(*MIXING["mean"]), 2, run_dir=tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    with pytest.raises(ctde.InputError, match=r"and give convolutions a channel axis, x\[..., None\]\.$"):
+    with pytest.raises(
+        ctde.InputError, match=r"and give convolutions a channel axis, x\[..., None\]\.$"
+    ):
         fit(Case(*MIXING["linen convolution"]), 2)
 
 
@@ -288,7 +324,8 @@ def test_exception_in_a_module_is_the_cause_of_the_sentence():
 def test_exception_in_a_loss_names_what_it_was_called_with():
     task = ctde.Task(lambda outputs, labels: outputs["logits"])
     with pytest.raises(
-        ctde.InputError, match=r"task failed: your loss, called with outputs float32\[2, 3\] and labels"
+        ctde.InputError,
+        match=r"task failed: your loss, called with outputs float32\[2, 3\] and labels",
     ):
         fit(Case(Plain, task=task), 1)
 

@@ -14,22 +14,31 @@ MODEL = models.mlp([64, 12, 10])
 
 
 @pytest.mark.parametrize("examples", [1797, 500, 3])
-@pytest.mark.parametrize(("replicas", "batch_size"), [(8, 1024), (8, 7), (8, 64), (1, 1000), (3, 2000)])
-def test_averages_are_numpys_on_any_number_of_devices_and_for_any_batch_size(key, examples, replicas, batch_size):
+@pytest.mark.parametrize(
+    ("replicas", "batch_size"), [(8, 1024), (8, 7), (8, 64), (1, 1000), (3, 2000)]
+)
+def test_averages_are_numpys_on_any_number_of_devices_and_for_any_batch_size(
+    key, examples, replicas, batch_size
+):
     rng = np.random.default_rng(examples)
-    split = Split(rng.normal(size=(examples, 64)).astype(np.float32), rng.integers(0, 10, examples, dtype=np.int32))
+    split = Split(
+        rng.normal(size=(examples, 64)).astype(np.float32),
+        rng.integers(0, 10, examples, dtype=np.int32),
+    )
     devices = jax.devices()[:replicas]
     params, model_state = replica.replicate(MODEL.init(key, split.inputs[:1]), devices)
     layers = jax.device_get(params)["layers"]
 
-    measured = make_evaluate(MODEL, classification, split, devices, params, model_state, batch_size)(
-        params, model_state
-    )
+    measured = make_evaluate(
+        MODEL, classification, split, devices, params, model_state, batch_size
+    )(params, model_state)
 
     hidden = np.tanh(split.inputs.astype(np.float64) @ layers[0]["kernel"] + layers[0]["bias"])
     outputs = hidden @ layers[1]["kernel"] + layers[1]["bias"]
     log_probabilities = outputs - np.log(np.exp(outputs).sum(axis=1, keepdims=True))
     assert measured["examples"] == examples
-    assert measured["accuracy"] * examples == pytest.approx((outputs.argmax(axis=1) == split.labels).sum(), abs=1e-6)
+    assert measured["accuracy"] * examples == pytest.approx(
+        (outputs.argmax(axis=1) == split.labels).sum(), abs=1e-6
+    )
     expected = -log_probabilities[np.arange(examples), split.labels].mean()
     assert measured["loss"] == pytest.approx(expected, rel=1e-5)

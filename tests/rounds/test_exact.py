@@ -27,7 +27,10 @@ COUNTS = (1, 2, 4, 8)
 def small(digits) -> data.Dataset:
     """Of 300 examples, so that the last batch of an epoch is not full."""
     return data.from_arrays(
-        digits.train.inputs[:300], digits.train.labels[:300], digits.test.inputs[:40], digits.test.labels[:40]
+        digits.train.inputs[:300],
+        digits.train.labels[:300],
+        digits.test.inputs[:40],
+        digits.test.labels[:40],
     )
 
 
@@ -36,13 +39,26 @@ def sequences(small: data.Dataset) -> data.Dataset:
 
 
 def text(small: data.Dataset, folder: Path) -> data.Dataset:
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and so on. " * 100)
+    (folder / "text.txt").write_text(
+        "the quick brown fox jumps over the lazy dog, and so on. " * 100
+    )
     return data.from_text(folder / "text.txt", 16, None)
 
 
 def fit(dataset: data.Dataset, folder: Path, count: int, **more) -> ctde.Trained:
-    arguments = {"model": models.mlp([64, 16, 10]), "optimizer": optax.adam(0.01), "batch_size": 32, "steps": 20}
-    arguments |= {"strategy": EXACT, "devices": devices.start(count), "log_every": 4, "run_dir": folder, "show": False}
+    arguments = {
+        "model": models.mlp([64, 16, 10]),
+        "optimizer": optax.adam(0.01),
+        "batch_size": 32,
+        "steps": 20,
+    }
+    arguments |= {
+        "strategy": EXACT,
+        "devices": devices.start(count),
+        "log_every": 4,
+        "run_dir": folder,
+        "show": False,
+    }
     return ctde.fit(data=dataset, **arguments | more)
 
 
@@ -54,7 +70,11 @@ def digest(folder: Path) -> str:
 
 def trained_rows(folder: Path) -> list[dict]:
     """What training measured; the bytes sent are those of the number of devices."""
-    return [{k: v for k, v in row.items() if k != "bytes_sent"} for row in rows(folder) if row["split"] == "train"]
+    return [
+        {k: v for k, v in row.items() if k != "bytes_sent"}
+        for row in rows(folder)
+        if row["split"] == "train"
+    ]
 
 
 RUNS: dict[str, dict] = {
@@ -66,15 +86,22 @@ RUNS: dict[str, dict] = {
         "on_nonfinite": "skip",
     },
     "pictures moved at random": {"augment": ctde.augment.shift(1)},
-    "residual network": {"model": models.resnet((8, 8), 10, (4, 8), 1, "batch", "averaged"), "steps": 6},
+    "residual network": {
+        "model": models.resnet((8, 8), 10, (4, 8), 1, "batch", "averaged"),
+        "steps": 6,
+    },
     "lstm": {"model": models.rnn_classifier(8, 10, 16, 1, "lstm", 0.1), "dataset": sequences},
     "transformer": {"dataset": text},
-    "a start that looks at the data": {"model": ctde.initializers.initialize(models.mlp([64, 16, 10]), "lsuv")},
+    "a start that looks at the data": {
+        "model": ctde.initializers.initialize(models.mlp([64, 16, 10]), "lsuv")
+    },
 }
 QUICK = ["mlp", "random numbers and batch statistics"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
+)
 def test_bits_are_the_same_on_any_number_of_devices(name, small, tmp_path):
     more = dict(RUNS[name])
     make = more.pop("dataset", lambda dataset: dataset)
@@ -84,7 +111,9 @@ def test_bits_are_the_same_on_any_number_of_devices(name, small, tmp_path):
     for count in COUNTS:
         fit(dataset, tmp_path / str(count), count, **more)
     assert len({digest(tmp_path / str(count)) for count in COUNTS}) == 1
-    assert all(trained_rows(tmp_path / str(count)) == trained_rows(tmp_path / "1") for count in COUNTS)
+    assert all(
+        trained_rows(tmp_path / str(count)) == trained_rows(tmp_path / "1") for count in COUNTS
+    )
 
 
 def test_without_it_they_are_not(small, tmp_path):
@@ -109,7 +138,9 @@ def test_exact_gradient_is_the_gradient(small, tmp_path):
     """Of the mean over the batch, to what rounding allows; also of a last batch of 12 examples."""
     exact = fit(small, tmp_path / "exact", 4, optimizer=optax.sgd(0.1))
     plain = fit(small, tmp_path / "plain", 4, optimizer=optax.sgd(0.1), strategy=ctde.Strategy())
-    for one, other in zip(jax.tree.leaves(exact.params), jax.tree.leaves(plain.params), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(exact.params), jax.tree.leaves(plain.params), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     assert [row["examples"] for row in exact.history] == [row["examples"] for row in plain.history]
 
@@ -133,7 +164,10 @@ def test_synchronized_statistics_are_refused_on_any_number_of_devices(small, tmp
 
 def test_commands_refuse_synchronized_statistics_by_their_option(capsys):
     assert wire.main(["--exact", "--model", "resnet", "--widths", "8", "--norm", "batch"]) == 2
-    assert "--exact requires batch statistics that devices do not share: --batch-statistics" in capsys.readouterr().err
+    assert (
+        "--exact requires batch statistics that devices do not share: --batch-statistics"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +186,9 @@ def test_what_cannot_be_exact_is_refused(more, sentence, small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("other", [["--sync-every", "4"], ["--reduce", "int8"], ["--combine", "median"]])
+@pytest.mark.parametrize(
+    "other", [["--sync-every", "4"], ["--reduce", "int8"], ["--combine", "median"]]
+)
 def test_option_that_would_do_nothing_beside_it_is_refused(other):
     with pytest.raises(InputError, match="must be left out with exact"):
         build.build_strategy(config.parse(["--exact", *other]).aggregation)
@@ -192,7 +228,16 @@ def test_command_has_the_same_bits(model, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     for count in COUNTS:
         folder = ["--run-dir", str(tmp_path / str(count))]
-        command = [sys.executable, "-m", "ctde_jax.train", "--exact", "--epochs", "2", "--devices", str(count)]
+        command = [
+            sys.executable,
+            "-m",
+            "ctde_jax.train",
+            "--exact",
+            "--epochs",
+            "2",
+            "--devices",
+            str(count),
+        ]
         subprocess.run(
             [*command, *folder, "--model", *model],
             env={**environment, "JAX_PLATFORMS": "cpu"},

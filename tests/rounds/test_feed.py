@@ -48,7 +48,14 @@ def in_memory(digits):
 
 
 def train(dataset: data.Dataset, model=MODEL, **options) -> ctde.Trained:
-    options = {"devices": devices.start(4), "batch_size": 64, "steps": 30, "log_every": 4, "show": False, **options}
+    options = {
+        "devices": devices.start(4),
+        "batch_size": 64,
+        "steps": 30,
+        "log_every": 4,
+        "show": False,
+        **options,
+    }
     return ctde.fit(model, dataset, optax.adam(0.01), **options)
 
 
@@ -62,8 +69,15 @@ def assert_same_run(one: ctde.Trained, other: ctde.Trained):
 PARTS = np.split(np.random.default_rng(0).permutation(1438), [500, 500, 900])
 RUNS = {
     "synchronous": {"eval_every": 10},
-    "local, augmented": {"strategy": ctde.Strategy(inner_steps=3), "augment": ctde.augment.shift(1)},
-    "parts, one empty": {"partition": PARTS, "strategy": ctde.Strategy(4), "augment": ctde.augment.shift(1)},
+    "local, augmented": {
+        "strategy": ctde.Strategy(inner_steps=3),
+        "augment": ctde.augment.shift(1),
+    },
+    "parts, one empty": {
+        "partition": PARTS,
+        "strategy": ctde.Strategy(4),
+        "augment": ctde.augment.shift(1),
+    },
     "clients": {"partition": np.array_split(np.arange(1438), 6), "strategy": ctde.Strategy(4)},
     "two phases": {"strategy": ctde.Strategy(inner_steps=4, synchronous_steps=8)},
 }
@@ -89,7 +103,9 @@ def test_evaluation_from_disk_counts_every_example_once(in_memory, on_disk, coun
     for size in (1, 100 * 68, 2**25):
         monkeypatch.setattr(evaluate, "BYTES_AT_ONCE", size)
         assert trained.evaluate(on_disk.test) == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_array_equal(trained.predict(on_disk.test.inputs), trained.predict(in_memory.test.inputs))
+    np.testing.assert_array_equal(
+        trained.predict(on_disk.test.inputs), trained.predict(in_memory.test.inputs)
+    )
 
 
 def in_batches(dataset: data.Dataset, batch_size: int, seed: int = 0):
@@ -106,7 +122,10 @@ def in_batches(dataset: data.Dataset, batch_size: int, seed: int = 0):
 def test_training_from_an_iterable_gives_the_same_bits(in_memory):
     """Two epochs, each with a short last batch, and evaluations in the middle of them."""
     streamed = data.from_batches(*in_batches(in_memory, 64), *in_memory.test)
-    assert repr(streamed) == "Dataset('batches', 64 training examples in a batch and 359 test examples, 10 classes)"
+    assert (
+        repr(streamed)
+        == "Dataset('batches', 64 training examples in a batch and 359 test examples, 10 classes)"
+    )
     options = {"steps": 46, "eval_every": 15, "strategy": ctde.Strategy(inner_steps=5)}
     one, other = train(streamed, **options), train(in_memory, **options)
     assert_same_run(one, other)
@@ -125,7 +144,9 @@ class Loader:
 
 def small(batches, steps_per_epoch=3, **options) -> data.Dataset:
     inputs = np.zeros((4, 64), np.float32)
-    return data.from_batches(batches, steps_per_epoch, inputs, np.arange(4), **{"classes": (*"0123456789",), **options})
+    return data.from_batches(
+        batches, steps_per_epoch, inputs, np.arange(4), **{"classes": (*"0123456789",), **options}
+    )
 
 
 BATCH = (np.ones((64, 64)), np.zeros(64, int))
@@ -134,11 +155,26 @@ MISTAKES = {
         (np.ones((64, 8)), BATCH[1]),
         r"batches must be like the first.*examples, 64\].*examples, 8\]",
     ),
-    "another type": ((np.ones((64, 64), np.uint8), BATCH[1]), "inputs are float32.* got uint8.* in batch 1 of epoch 0"),
-    "a larger one": ((np.ones((65, 64)), np.zeros(65, int)), "batch_size must be that .* got 64 and a batch of 65"),
-    "an unknown class": ((BATCH[0], np.full(64, 10)), "labels of batch 1 of epoch 0 must lie from 0 to 9"),
-    "fewer labels": ((BATCH[0], np.zeros(63, int)), "labels of batch 1 .* for each of the 64 examples, got 63"),
-    "nothing": ((np.ones((0, 64)), np.zeros(0, int)), "inputs of batch 1 of epoch 0 must hold at least one example"),
+    "another type": (
+        (np.ones((64, 64), np.uint8), BATCH[1]),
+        "inputs are float32.* got uint8.* in batch 1 of epoch 0",
+    ),
+    "a larger one": (
+        (np.ones((65, 64)), np.zeros(65, int)),
+        "batch_size must be that .* got 64 and a batch of 65",
+    ),
+    "an unknown class": (
+        (BATCH[0], np.full(64, 10)),
+        "labels of batch 1 of epoch 0 must lie from 0 to 9",
+    ),
+    "fewer labels": (
+        (BATCH[0], np.zeros(63, int)),
+        "labels of batch 1 .* for each of the 64 examples, got 63",
+    ),
+    "nothing": (
+        (np.ones((0, 64)), np.zeros(0, int)),
+        "inputs of batch 1 of epoch 0 must hold at least one example",
+    ),
     "no pair": ({"inputs": BATCH[0]}, "batches must be pairs of inputs and labels, got dict"),
     "NaN": ((np.full((64, 64), np.nan), BATCH[1]), "inputs of batch 1 of epoch 0 must be finite"),
 }
@@ -154,9 +190,13 @@ def test_batch_that_is_not_like_the_first_is_said_in_a_sentence(mistake):
 
 
 def test_epoch_that_ends_early_is_said_in_a_sentence():
-    with pytest.raises(InputError, match=r"steps_per_epoch must be the number .* got 3, but epoch 1 ended after 2"):
+    with pytest.raises(
+        InputError, match=r"steps_per_epoch must be the number .* got 3, but epoch 1 ended after 2"
+    ):
         train(small(lambda epoch: Loader([BATCH] * (3 - epoch))), steps=8, log_every=1)
-    with pytest.raises(InputError, match="batches must give at least one batch, got none in epoch 0"):
+    with pytest.raises(
+        InputError, match="batches must give at least one batch, got none in epoch 0"
+    ):
         small(lambda epoch: [])
 
 
@@ -167,9 +207,14 @@ def test_what_goes_through_all_examples_is_refused_for_batches():
             way()
     with pytest.raises(InputError, match="partition goes with arrays"):
         train(dataset, partition=PARTS)
-    with pytest.raises(InputError, match="batch_size must be a multiple of the 4 devices, got 62; 64 would do"):
+    with pytest.raises(
+        InputError, match="batch_size must be a multiple of the 4 devices, got 62; 64 would do"
+    ):
         train(dataset, batch_size=62)
-    with pytest.raises(InputError, match="batch_size must be that of the data set's batches, got 32 and a batch of 64"):
+    with pytest.raises(
+        InputError,
+        match="batch_size must be that of the data set's batches, got 32 and a batch of 64",
+    ):
         train(dataset, batch_size=32)
 
 
@@ -198,7 +243,9 @@ def test_grain_loader_goes_in():
 
 
 def assert_no_thread():
-    assert [thread for thread in threading.enumerate() if thread.name == "feed" and thread.is_alive()] == []
+    assert [
+        thread for thread in threading.enumerate() if thread.name == "feed" and thread.is_alive()
+    ] == []
 
 
 def test_one_item_is_drawn_ahead():
@@ -223,7 +270,15 @@ def test_thread_ends_with_the_run(on_disk, tmp_path):
     assert_no_thread()
 
     with pytest.raises(ctde.NonFiniteLoss):
-        ctde.fit(MODEL, on_disk, optax.sgd(float("inf")), devices=devices.start(2), batch_size=64, steps=50, show=False)
+        ctde.fit(
+            MODEL,
+            on_disk,
+            optax.sgd(float("inf")),
+            devices=devices.start(2),
+            batch_size=64,
+            steps=50,
+            show=False,
+        )
     assert_no_thread()
 
     def batches(epoch: int):
@@ -264,7 +319,9 @@ def test_memory_stays_bounded(tmp_path):
     with open(tmp_path / "big", "wb") as file:
         file.truncate(200 * 2**20)
     inputs = np.memmap(tmp_path / "big", np.uint8, "r", shape=(200 * 1024, 32, 32))
-    split = data.from_arrays(inputs, np.zeros(len(inputs), int), inputs[:10], np.zeros(10, int)).train
+    split = data.from_arrays(
+        inputs, np.zeros(len(inputs), int), inputs[:10], np.zeros(10, int)
+    ).train
     order = np.random.default_rng(0).permutation(len(inputs)).reshape(100, -1)
     split.inputs[order[0]]
     before = resident()

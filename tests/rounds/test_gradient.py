@@ -89,7 +89,9 @@ def dealt(batch: np.ndarray, replicas: int) -> np.ndarray:
 def compiled(gradient: Gradient):
     def on_one(params, model_state, split, indices, key):
         grads, model_state_, sums = gradient(params, model_state, split, indices, key)
-        return replica.weighted_mean(grads, sums["examples"]), replica.weighted_mean(model_state_, sums["examples"])
+        return replica.weighted_mean(grads, sums["examples"]), replica.weighted_mean(
+            model_state_, sums["examples"]
+        )
 
     return jax.jit(jax.vmap(on_one, in_axes=(None, None, None, 0, None), axis_name=replica.AXIS))
 
@@ -105,7 +107,10 @@ def assert_close(tree, other, rtol=1e-5, atol=1e-6):
 
 
 def differs(tree, other) -> bool:
-    return any(not np.allclose(x, y, atol=1e-4) for x, y in zip(*map(jax.tree.leaves, (tree, other)), strict=True))
+    return any(
+        not np.allclose(x, y, atol=1e-4)
+        for x, y in zip(*map(jax.tree.leaves, (tree, other)), strict=True)
+    )
 
 
 @pytest.mark.parametrize("replicas", [2, 4, 8])
@@ -114,7 +119,9 @@ def test_dropout_masks_do_not_depend_on_the_number_of_devices(split, key, replic
     gradient, batch = GRADIENT_OF_NOISY, np.arange(BATCH, dtype=np.int32)
     alone, _ = on_replicas(gradient, params, model_state, split, dealt(batch, 1), key)
     together, _ = on_replicas(gradient, params, model_state, split, dealt(batch, replicas), key)
-    other_key, _ = on_replicas(gradient, params, model_state, split, dealt(batch, replicas), jax.random.key(1))
+    other_key, _ = on_replicas(
+        gradient, params, model_state, split, dealt(batch, replicas), jax.random.key(1)
+    )
     assert_close(together, alone)
     assert differs(other_key, alone)
 
@@ -144,14 +151,20 @@ def test_synchronized_statistics_do_not_depend_on_the_number_of_devices(split, k
 
     grads, after = jax.grad(mean_loss, has_aux=True)(params)
     for replicas in (1, 4):
-        assert_close(on_replicas(gradient, params, model_state, split, dealt(batch, replicas), key), (grads, after))
+        assert_close(
+            on_replicas(gradient, params, model_state, split, dealt(batch, replicas), key),
+            (grads, after),
+        )
 
 
 @pytest.mark.parametrize("door", NORMED)
 def test_averaged_statistics_are_means_over_devices(split, key, door):
     model = NORMED[door]("averaged")
     params, model_state = model.init(key, split.inputs[:1])
-    gradient, indices = make_gradient(model, classification), dealt(np.arange(BATCH, dtype=np.int32), 4)
+    gradient, indices = (
+        make_gradient(model, classification),
+        dealt(np.arange(BATCH, dtype=np.int32), 4),
+    )
     own = [model.apply(params, model_state, split.inputs[rows], key)[1] for rows in indices]
     mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *own)
     assert_close(on_replicas(gradient, params, model_state, split, indices, key)[1], mean)
@@ -163,10 +176,17 @@ def test_augmentation_follows_the_example_and_not_its_place(key):
     split = Split(pictures, jnp.zeros(40, jnp.int32))
     model = models.mlp([16, CLASSES])
     params, model_state = model.init(key, pictures[:1])
-    gradient, batch = make_gradient(model, classification, shift(1)), np.arange(BATCH, dtype=np.int32)
+    gradient, batch = (
+        make_gradient(model, classification, shift(1)),
+        np.arange(BATCH, dtype=np.int32),
+    )
     whole, _ = on_replicas(gradient, params, model_state, split, dealt(batch, 1), key)
-    other_order, _ = on_replicas(gradient, params, model_state, split, dealt(batch[::-1].copy(), 4), key)
-    plain, _ = on_replicas(make_gradient(model, classification), params, model_state, split, dealt(batch, 1), key)
+    other_order, _ = on_replicas(
+        gradient, params, model_state, split, dealt(batch[::-1].copy(), 4), key
+    )
+    plain, _ = on_replicas(
+        make_gradient(model, classification), params, model_state, split, dealt(batch, 1), key
+    )
     assert_close(other_order, whole)
     assert differs(whole, plain)
 
@@ -181,7 +201,9 @@ def test_smoothed_labels_are_what_is_minimized_and_not_what_is_reported(split, k
         labels = optax.smooth_labels(jax.nn.one_hot(split.labels[:BATCH], CLASSES), 0.3)
         return optax.softmax_cross_entropy(outputs, labels).mean()
 
-    grads, _ = on_replicas(make_gradient(model, task), params, model_state, split, dealt(batch, 2), key)
+    grads, _ = on_replicas(
+        make_gradient(model, task), params, model_state, split, dealt(batch, 2), key
+    )
     assert_close(grads, jax.grad(mean_loss)(params))
     outputs, _ = model.apply(params, model_state, split.inputs, None)
     np.testing.assert_array_equal(

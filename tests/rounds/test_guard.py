@@ -46,7 +46,9 @@ def test_digest_sees_two_numbers_that_have_changed_places():
 
 
 @pytest.mark.parametrize("shape", [(64,), (128, 10), (64, 128), (7, 3)])
-@pytest.mark.parametrize("change", [lambda x: -x, lambda x: 2 * x, lambda x: 4 * x, lambda x: x[::-1]])
+@pytest.mark.parametrize(
+    "change", [lambda x: -x, lambda x: 2 * x, lambda x: 4 * x, lambda x: x[::-1]]
+)
 def test_digest_sees_a_wrong_sign_a_sum_for_a_mean_and_another_order(shape, change):
     x = jax.random.normal(jax.random.key(0), shape)
     assert guard.digest(x) != guard.digest(change(x))
@@ -62,14 +64,25 @@ def test_those_that_differ_from_most_are_named():
 
 
 def fit(digits, folder=None, **more):
-    arguments = {"batch_size": 64, "steps": 40, "log_every": 4, "save_every": 4, "run_dir": folder, "show": False}
-    return ctde.fit(MODEL, digits, optax.adam(0.01), **{"devices": devices.start(4), **arguments, **more})
+    arguments = {
+        "batch_size": 64,
+        "steps": 40,
+        "log_every": 4,
+        "save_every": 4,
+        "run_dir": folder,
+        "show": False,
+    }
+    return ctde.fit(
+        MODEL, digits, optax.adam(0.01), **{"devices": devices.start(4), **arguments, **more}
+    )
 
 
 @pytest.mark.parametrize("inner_steps", [0, 4])
 def test_forgotten_reduction_stops_at_the_first_row(digits, tmp_path, inner_steps):
     forgetful = ctde.Strategy(inner_steps=inner_steps, reduce=optax.identity())
-    with pytest.raises(ReplicasDiverged, match=r"^params/.* differs between .* a step from 1 to 4,") as caught:
+    with pytest.raises(
+        ReplicasDiverged, match=r"^params/.* differs between .* a step from 1 to 4,"
+    ) as caught:
         fit(digits, tmp_path, strategy=forgetful)
     assert len(caught.value.leaves) >= 4
     assert checkpoint.steps(tmp_path / "checkpoints") == [0], "nothing that differs is saved"
@@ -80,8 +93,18 @@ def test_statistics_that_were_not_averaged_are_named(digits, monkeypatch):
     model = models.resnet((8, 8), 10, widths=(4,), norm="batch", batch_statistics="averaged")
     monkeypatch.setattr(round, "agreed_state", lambda after, before, weight: after)
     with pytest.raises(ReplicasDiverged, match=r"^model_state/") as caught:
-        ctde.fit(model, digits, optax.sgd(0.01), devices=devices.start(2), batch_size=64, steps=8, show=False)
-    assert all(leaf.startswith("model_state/") for leaf in caught.value.leaves if "params" not in leaf)
+        ctde.fit(
+            model,
+            digits,
+            optax.sgd(0.01),
+            devices=devices.start(2),
+            batch_size=64,
+            steps=8,
+            show=False,
+        )
+    assert all(
+        leaf.startswith("model_state/") for leaf in caught.value.leaves if "params" not in leaf
+    )
 
 
 def test_device_that_computes_wrongly_is_named(digits, monkeypatch):
@@ -90,7 +113,8 @@ def test_device_that_computes_wrongly_is_named(digits, monkeypatch):
 
     def wrong(tree):
         return jax.tree.map(
-            lambda x: x + jnp.where(lax.axis_index(replica.AXIS) == 2, 1e-3, 0).astype(x.dtype), add_up(tree)
+            lambda x: x + jnp.where(lax.axis_index(replica.AXIS) == 2, 1e-3, 0).astype(x.dtype),
+            add_up(tree),
         )
 
     monkeypatch.setattr(replica, "add_up", wrong)

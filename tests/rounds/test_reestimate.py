@@ -14,7 +14,10 @@ from ctde_jax.rounds.reestimate import make_reestimate
 
 class Nnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.first, self.norm = nnx.Linear(4, 6, rngs=rngs), nnx.BatchNorm(6, momentum=0.99, rngs=rngs)
+        self.first, self.norm = (
+            nnx.Linear(4, 6, rngs=rngs),
+            nnx.BatchNorm(6, momentum=0.99, rngs=rngs),
+        )
         self.calls = nnx.BatchStat(jnp.int32(7))
 
     def __call__(self, x):
@@ -24,7 +27,9 @@ class Nnx(nnx.Module):
 class Linen(linen.Module):
     @linen.compact
     def __call__(self, x, train: bool):
-        return linen.BatchNorm(use_running_average=not train, momentum=0.9)(linen.Dense(6, name="first")(x))
+        return linen.BatchNorm(use_running_average=not train, momentum=0.9)(
+            linen.Dense(6, name="first")(x)
+        )
 
 
 @pytest.mark.parametrize("shared", ["averaged", "synchronized"])
@@ -40,14 +45,23 @@ def test_statistics_are_the_mean_of_those_of_the_batches_by_examples(door, share
     params, model_state = model.init(key, inputs[:1])
 
     center = replica.replicate((params, model_state, split, key), two)
-    estimated = make_reestimate(model, two, None)(*center[:3], replica.shard(batches, two), center[3])
+    estimated = make_reestimate(model, two, None)(
+        *center[:3], replica.shard(batches, two), center[3]
+    )
 
     first = params["first"]
-    separate = batches.reshape(6, 4) if shared == "averaged" else batches.swapaxes(0, 1).reshape(3, 8)
+    separate = (
+        batches.reshape(6, 4) if shared == "averaged" else batches.swapaxes(0, 1).reshape(3, 8)
+    )
     rows = [batch[batch >= 0] for batch in separate]
-    hidden, sizes = [inputs[batch] @ first["kernel"] + first["bias"][None] for batch in rows], list(map(len, rows))
+    hidden, sizes = (
+        [inputs[batch] @ first["kernel"] + first["bias"][None] for batch in rows],
+        list(map(len, rows)),
+    )
     averages = [leaf for leaf in jax.tree.leaves(estimated) if leaf.dtype == jnp.float32]
-    wanted = [np.average([f(h, 0) for h in hidden], axis=0, weights=sizes) for f in (np.mean, np.var)]
+    wanted = [
+        np.average([f(h, 0) for h in hidden], axis=0, weights=sizes) for f in (np.mean, np.var)
+    ]
     for found, right in zip(averages, wanted, strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-3)
     counters = [leaf for leaf in jax.tree.leaves(estimated) if leaf.dtype == jnp.int32]

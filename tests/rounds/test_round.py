@@ -38,7 +38,9 @@ STRATEGIES = {
     "local sgd": Strategy(inner_steps=3),
     "diloco": Strategy(
         inner_steps=3,
-        outer=optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.7, momentum=0.9, nesterov=True)),
+        outer=optax.chain(
+            optax.add_decayed_weights(0.01), optax.sgd(0.7, momentum=0.9, nesterov=True)
+        ),
     ),
     "int4": Strategy(reduce=two_phase(error_feedback(quantize(4)))),
     "sparse": Strategy(inner_steps=3, reduce=two_phase(error_feedback(top_k(8, 16, sign(8))))),
@@ -71,14 +73,22 @@ def split() -> Split:
 def steps_of(strategy: Strategy, per_replica: int = 2) -> np.ndarray:
     """One round's batches, `[replica, steps, per_replica]`."""
     steps = max(1, strategy.inner_steps)
-    return (np.arange(REPLICAS * steps * per_replica, dtype=np.int32) % 40).reshape(REPLICAS, steps, per_replica)
+    return (np.arange(REPLICAS * steps * per_replica, dtype=np.int32) % 40).reshape(
+        REPLICAS, steps, per_replica
+    )
 
 
-def begin(model, strategy, key, optimizer=OPTIMIZER, replicas=REPLICAS, ema=False) -> state.TrainState:
+def begin(
+    model, strategy, key, optimizer=OPTIMIZER, replicas=REPLICAS, ema=False
+) -> state.TrainState:
     """The first state of virtual replicas."""
     create = partial(state.create, optimizer=optimizer, strategy=strategy, ema=ema)
     on_replicas = jax.vmap(
-        create, in_axes=None, out_axes=state.axes(strategy), axis_name=replica.AXIS, axis_size=replicas
+        create,
+        in_axes=None,
+        out_axes=state.axes(strategy),
+        axis_name=replica.AXIS,
+        axis_size=replicas,
     )
     return on_replicas(*model.init(key, jnp.zeros((1, FEATURES))))
 
@@ -86,7 +96,11 @@ def begin(model, strategy, key, optimizer=OPTIMIZER, replicas=REPLICAS, ema=Fals
 def under_vmap(function, strategy):
     """Runs per-replica code on the rows of a batch axis, where a forgotten reduction is an error."""
     axes = state.axes(strategy)
-    return jax.jit(jax.vmap(function, in_axes=(axes, None, 0, None), out_axes=(axes, 0), axis_name=replica.AXIS))
+    return jax.jit(
+        jax.vmap(
+            function, in_axes=(axes, None, 0, None), out_axes=(axes, 0), axis_name=replica.AXIS
+        )
+    )
 
 
 def assert_close(tree, other, rtol=1e-5, atol=1e-6):
@@ -106,9 +120,9 @@ def test_synchronous_round_is_one_step_on_the_whole_batch(split, key, missing):
     batches.flat[:missing] = -1
     before = begin(MODEL, strategy, key)
 
-    after, sums = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)(
-        before, split, batches, key
-    )
+    after, sums = under_vmap(
+        make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
+    )(before, split, batches, key)
 
     present = batches[batches >= 0]
     loss, grads = jax.value_and_grad(mean_loss)(before.params, split, present)
@@ -122,12 +136,16 @@ def test_synchronous_round_is_one_step_on_the_whole_batch(split, key, missing):
 def test_local_rounds_are_loops_on_each_replica_and_outer_steps(split, key, name):
     """Two rounds, as momentum outlives a round; one replica has no examples for a part of the first."""
     strategy = STRATEGIES[name]
-    batches = np.stack([steps_of(strategy), (steps_of(strategy) + 5) % 40])  # [round, replica, steps, per_replica]
+    batches = np.stack(
+        [steps_of(strategy), (steps_of(strategy) + 5) % 40]
+    )  # [round, replica, steps, per_replica]
     batches[0, 1, 1:] = -1
     here = begin(MODEL, strategy, key)
     params, outer_state = here.params, here.outer_state
     opt_states = [OPTIMIZER.init(params)] * REPLICAS
-    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)
+    train_round = under_vmap(
+        make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
+    )
 
     for number in range(2):
         here, _ = train_round(here, split, batches[number], key)
@@ -135,11 +153,15 @@ def test_local_rounds_are_loops_on_each_replica_and_outer_steps(split, key, name
         for own, own_batches in enumerate(batches[number]):
             end = params
             for indices in own_batches[own_batches[:, 0] >= 0]:
-                updates, opt_states[own] = OPTIMIZER.update(jax.grad(mean_loss)(end, split, indices), opt_states[own])
+                updates, opt_states[own] = OPTIMIZER.update(
+                    jax.grad(mean_loss)(end, split, indices), opt_states[own]
+                )
                 end = optax.apply_updates(end, updates)
             ends.append(end)
         average = partial(np.average, axis=0, weights=(batches[number] >= 0).sum(axis=(1, 2)))
-        outer_grads = optax.tree.sub(params, jax.tree.map(lambda *own, average=average: average(own), *ends))
+        outer_grads = optax.tree.sub(
+            params, jax.tree.map(lambda *own, average=average: average(own), *ends)
+        )
         updates, outer_state = strategy.outer.update(outer_grads, outer_state, params)
         params = optax.apply_updates(params, updates)
 
@@ -160,7 +182,9 @@ def test_reducer_keeps_a_state_of_its_own_from_round_to_round(split, key):
     still = optax.sgd(0.0)  # parameters do not move, so every round has the same gradient
     center = here = begin(MODEL, strategy, key, still)
     axes = state.axes(strategy)
-    train_round = under_vmap(make_round(make_gradient(MODEL, classification), still, strategy), strategy)
+    train_round = under_vmap(
+        make_round(make_gradient(MODEL, classification), still, strategy), strategy
+    )
     batches = steps_of(strategy)
 
     for _ in range(2):
@@ -170,7 +194,10 @@ def test_reducer_keeps_a_state_of_its_own_from_round_to_round(split, key):
     for own, own_batches in enumerate(batches):
         grads = jax.grad(mean_loss)(center.params, split, own_batches[0])
         # half of the gradient, then half of one and a half of it
-        assert_close(jax.tree.map(lambda x, own=own: x[own], here.reduce_state), optax.tree.scale(0.75, grads))
+        assert_close(
+            jax.tree.map(lambda x, own=own: x[own], here.reduce_state),
+            optax.tree.scale(0.75, grads),
+        )
 
 
 def test_one_inner_step_of_sgd_is_a_synchronous_step(split, key):
@@ -178,7 +205,9 @@ def test_one_inner_step_of_sgd_is_a_synchronous_step(split, key):
     optimizer = optax.sgd(0.1)
     results = []
     for strategy in (Strategy(), Strategy(inner_steps=1)):
-        train_round = under_vmap(make_round(make_gradient(MODEL, classification), optimizer, strategy), strategy)
+        train_round = under_vmap(
+            make_round(make_gradient(MODEL, classification), optimizer, strategy), strategy
+        )
         batches = np.arange(8, dtype=np.int32).reshape(REPLICAS, 1, 2)
         before = begin(MODEL, strategy, key, optimizer)
         results.append(train_round(before, split, batches, key)[0].params)
@@ -195,7 +224,9 @@ def test_vmap_and_pmap_agree(split, key, name):
     before, batches = begin(model, strategy, key), steps_of(strategy, per_replica=8)
 
     virtual = under_vmap(train_round, strategy)(before, split, batches, key)
-    on_devices = replica.parallel(train_round, devices, in_axes=(axes, None, 0, None), out_axes=(axes, 0))
+    on_devices = replica.parallel(
+        train_round, devices, in_axes=(axes, None, 0, None), out_axes=(axes, 0)
+    )
     center = model.init(key, jnp.zeros((1, FEATURES)))
     real = on_devices(state.place(*center, OPTIMIZER, strategy, devices), split, batches, key)
 
@@ -205,7 +236,9 @@ def test_vmap_and_pmap_agree(split, key, name):
 def test_forgotten_reduction_is_caught(split, key):
     """A reducer that does not reduce leaves the replicas with different parameters, which vmap refuses to return."""
     strategy = Strategy(reduce=optax.identity())
-    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)
+    train_round = under_vmap(
+        make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
+    )
 
     with pytest.raises(ValueError, match=r"mapped output .* but out_axes is None"):
         train_round(begin(MODEL, strategy, key), split, steps_of(strategy), key)
@@ -219,7 +252,9 @@ def test_replica_without_examples_does_not_count(split, key):
     train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
     four = under_vmap(train_round, strategy)(begin(MODEL, strategy, key), split, batches, key)[0]
 
-    two = under_vmap(train_round, strategy)(begin(MODEL, strategy, key, replicas=2), split, batches[:2], key)[0]
+    two = under_vmap(train_round, strategy)(
+        begin(MODEL, strategy, key, replicas=2), split, batches[:2], key
+    )[0]
 
     assert_close(four.params, two.params)
 
@@ -228,9 +263,13 @@ def test_replica_without_examples_does_not_count(split, key):
 def test_dropout_differs_between_steps_and_replicas_and_repeats_with_the_key(split, key, name):
     """Without learning, the losses of equal batches differ only by their masks."""
     strategy, model, still = STRATEGIES[name], models.from_nnx(Noisy), optax.sgd(0.0)
-    train_round = under_vmap(make_round(make_gradient(model, classification), still, strategy), strategy)
+    train_round = under_vmap(
+        make_round(make_gradient(model, classification), still, strategy), strategy
+    )
     before = begin(model, strategy, key, still)
-    same_examples = np.tile(np.arange(8, dtype=np.int32), (REPLICAS, max(1, strategy.inner_steps), 1))
+    same_examples = np.tile(
+        np.arange(8, dtype=np.int32), (REPLICAS, max(1, strategy.inner_steps), 1)
+    )
 
     def losses(state_, key_, batches=same_examples):
         return list(np.asarray(train_round(state_, split, batches, key_)[1]["loss"].sum(0)))
@@ -238,7 +277,9 @@ def test_dropout_differs_between_steps_and_replicas_and_repeats_with_the_key(spl
     assert losses(before, key) == losses(before, key)
     assert losses(before, key) != losses(before, jax.random.key(1))
     assert losses(before, key) != losses(before._replace(step=jnp.int32(7)), key)
-    assert len(set(losses(before, key))) == same_examples.shape[1], "every step has masks of its own"
+    assert len(set(losses(before, key))) == same_examples.shape[1], (
+        "every step has masks of its own"
+    )
     only = [np.where(np.arange(REPLICAS)[:, None, None] == r, same_examples, -1) for r in range(2)]
     assert losses(before, key, only[0]) != losses(before, key, only[1])
 
@@ -249,12 +290,14 @@ def test_model_state_is_averaged_over_the_examples(split, key):
     before, batches = begin(model, strategy, key), steps_of(strategy, per_replica=4)
     batches[1, 0, 2:] = ~batches[1, 0, :2]
 
-    after, _ = under_vmap(make_round(make_gradient(model, classification), OPTIMIZER, strategy), strategy)(
-        before, split, batches, key
-    )
+    after, _ = under_vmap(
+        make_round(make_gradient(model, classification), OPTIMIZER, strategy), strategy
+    )(before, split, batches, key)
 
     rows = [row[0][row[0] >= 0] for row in batches]
-    own = [model.apply(before.params, before.model_state, split.inputs[row], key)[1] for row in rows]
+    own = [
+        model.apply(before.params, before.model_state, split.inputs[row], key)[1] for row in rows
+    ]
     mean = jax.tree.map(lambda *x: np.average(x, axis=0, weights=[4, 2, 4, 4]), *own)
     assert_close(after.model_state, mean)
 
@@ -263,15 +306,16 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
     """A model whose gradient is not a number at zero, on data in which only the example 0 is zero."""
     split = Split(jnp.ones((8, FEATURES)).at[0].set(0.0), jnp.zeros(8, jnp.int32))
     model = models.Model(
-        MODEL.init, lambda p, s, x, k: MODEL.apply(p, s, x / jnp.linalg.norm(x, axis=1, keepdims=True), k)
+        MODEL.init,
+        lambda p, s, x, k: MODEL.apply(p, s, x / jnp.linalg.norm(x, axis=1, keepdims=True), k),
     )
     strategy = STRATEGIES["local sgd"]
     batches = np.full((REPLICAS, 3, 2), ~0, np.int32)
     batches[0] = [[1, 2], [3, 4], [5, 6]]
 
-    after, sums = under_vmap(make_round(make_gradient(model, classification), OPTIMIZER, strategy), strategy)(
-        begin(model, strategy, key), split, batches, key
-    )
+    after, sums = under_vmap(
+        make_round(make_gradient(model, classification), OPTIMIZER, strategy), strategy
+    )(begin(model, strategy, key), split, batches, key)
 
     assert np.isfinite(sums["loss"]).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
@@ -282,7 +326,9 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
 def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, name, block):
     strategy = STRATEGIES[name]
     train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
-    batches = np.stack([(steps_of(strategy) + shift) % 40 for shift in (0, 7, 11)], axis=1)  # [replica, round, ...]
+    batches = np.stack(
+        [(steps_of(strategy) + shift) % 40 for shift in (0, 7, 11)], axis=1
+    )  # [replica, round, ...]
 
     axes = state.axes(strategy)
     program = jax.vmap(
@@ -293,8 +339,13 @@ def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, na
     )
     train_rounds, one_round = jax.jit(program), under_vmap(train_round, strategy)
     for first, last in [(0, 0), (0, 2), (2, 3), (0, 3)]:
-        together, sums = train_rounds(begin(MODEL, strategy, key), split, batches, np.int32(first), np.int32(last), key)
-        one_by_one, losses = begin(MODEL, strategy, key), np.zeros((REPLICAS, 3, max(1, strategy.inner_steps)))
+        together, sums = train_rounds(
+            begin(MODEL, strategy, key), split, batches, np.int32(first), np.int32(last), key
+        )
+        one_by_one, losses = (
+            begin(MODEL, strategy, key),
+            np.zeros((REPLICAS, 3, max(1, strategy.inner_steps))),
+        )
         for number in range(first, last):
             one_by_one, own_sums = one_round(one_by_one, split, batches[:, number], key)
             losses[:, number] = own_sums["loss"]
@@ -328,7 +379,9 @@ def test_round_talks_once(split, key, name):
         (axes, None, 0, None),
         (axes, 0),
     )
-    compiled = on_devices.lower(begin(MODEL, strategy, key), split, steps_of(strategy), key).compile()
+    compiled = on_devices.lower(
+        begin(MODEL, strategy, key), split, steps_of(strategy), key
+    ).compile()
     found = collectives.read(compiled.as_text())
     assert sorted(one.op for one in found) == TALK[name]
     assert {one.times for one in found} == {1}, "none is in the loop of the local steps"
@@ -339,14 +392,18 @@ def test_all_replicas_hold_the_same_bits_after_every_round(split, key, name):
     """Every device's own copy of what counts as shared, two rounds long."""
     strategy, devices = STRATEGIES[name], jax.devices()[:REPLICAS]
     all_copies = state.axes(strategy)._replace(params=0, outer_state=0, model_state=0)
-    train_round = make_round(make_gradient(models.from_nnx(Noisy), classification), OPTIMIZER, strategy)
+    train_round = make_round(
+        make_gradient(models.from_nnx(Noisy), classification), OPTIMIZER, strategy
+    )
     run = replica.parallel(train_round, devices, (all_copies, None, 0, None), (all_copies, 0))
     center = models.from_nnx(Noisy).init(key, jnp.zeros((1, FEATURES)))
     batches = steps_of(strategy, per_replica=8)
 
     here = state.place(*center, OPTIMIZER, strategy, devices)
     shared = (here.params, here.outer_state, here.model_state)
-    params, outer_state, model_state = jax.tree.map(lambda x: np.stack([x] * REPLICAS), jax.device_get(shared))
+    params, outer_state, model_state = jax.tree.map(
+        lambda x: np.stack([x] * REPLICAS), jax.device_get(shared)
+    )
     here = here._replace(params=params, outer_state=outer_state, model_state=model_state)
     for shift in (0, 7):
         here, _ = run(here, split, (batches + shift) % 40, key)
@@ -360,7 +417,9 @@ def test_all_replicas_hold_the_same_bits_after_every_round(split, key, name):
 def test_saved_and_restored_state_goes_on_with_the_same_bits(tmp_path, split, key, name):
     """Residuals, fragments on their way and all: through a file of plain arrays."""
     strategy = STRATEGIES[name]
-    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy)
+    train_round = under_vmap(
+        make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
+    )
     batches = steps_of(strategy)
     here, _ = train_round(begin(MODEL, strategy, key), split, batches, key)
 
@@ -378,7 +437,9 @@ def test_saved_and_restored_state_goes_on_with_the_same_bits(tmp_path, split, ke
 def test_average_of_the_parameters_is_its_closed_form(split, key, name):
     """After n rounds: d^n of the start, and (1 - d) d^(n - i) of the parameters after round i."""
     strategy, decay, rounds = STRATEGIES[name], 0.8, 5
-    train_round = under_vmap(make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy, decay), strategy)
+    train_round = under_vmap(
+        make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy, decay), strategy
+    )
     here = begin(MODEL, strategy, key, ema=True)
     expected = jax.tree.map(lambda p: decay**rounds * p, here.params)
     for number in range(rounds):
@@ -399,19 +460,25 @@ def test_keys_of_local_steps_are_those_of_their_step_number(split, key):
     model = models.Model(
         lambda key, inputs: ({"shift": jnp.zeros(1)}, {}),
         lambda params, state, inputs, key: (
-            jnp.stack([jnp.full(len(inputs), jax.random.uniform(key)), inputs[:, 0]], axis=1) + params["shift"][None],
+            jnp.stack([jnp.full(len(inputs), jax.random.uniform(key)), inputs[:, 0]], axis=1)
+            + params["shift"][None],
             state,
         ),
     )
     task = tasks.Task(
         lambda outputs, labels: outputs[:, 0],
-        {"mask": lambda outputs, labels: outputs[:, 0], "moved": lambda outputs, labels: outputs[:, 1]},
+        {
+            "mask": lambda outputs, labels: outputs[:, 0],
+            "moved": lambda outputs, labels: outputs[:, 1],
+        },
     )
 
     def augment(key, example):
         return jnp.full_like(example, jax.random.uniform(key))
 
-    train_round = under_vmap(make_round(make_gradient(model, task, augment), still, strategy), strategy)
+    train_round = under_vmap(
+        make_round(make_gradient(model, task, augment), still, strategy), strategy
+    )
     here, masks, moves = begin(model, strategy, key, still), [], []
     batches = np.arange(REPLICAS * 3 * places, dtype=np.int32).reshape(REPLICAS, 3, places)
     for _ in range(2):
@@ -442,7 +509,10 @@ class Keeping(nnx.Module):
         odd = jnp.array([0.1, -0.0, 1e-42, jnp.inf, jnp.nan])
         self.constant, self.half = nnx.Variable(odd), nnx.Variable(odd.astype(jnp.bfloat16))
         self.complex = nnx.Variable(jnp.array([0.1 + 0.3j]))
-        self.flag, self.size = nnx.Variable(jnp.array([True, False])), nnx.Variable(jnp.array([-3, 7], jnp.int8))
+        self.flag, self.size = (
+            nnx.Variable(jnp.array([True, False])),
+            nnx.Variable(jnp.array([-3, 7], jnp.int8)),
+        )
         self.key = nnx.Variable(jax.random.key(5))
         self.steps, self.time = nnx.Variable(jnp.uint32(0)), nnx.Variable(jnp.float32(0))
         self.left = nnx.Variable(jnp.int32(100))
@@ -464,7 +534,10 @@ def test_state_that_nothing_writes_to_keeps_its_bits(split, key, name, replicas)
         jax.vmap(
             make_round(make_gradient(model, classification), OPTIMIZER, strategy),
             in_axes=(axes, None, 0, None),
-            out_axes=(axes._replace(params=0, model_state=0, opt_state=0, reduce_state=0, step=0), 0),
+            out_axes=(
+                axes._replace(params=0, model_state=0, opt_state=0, reduce_state=0, step=0),
+                0,
+            ),
             axis_name=replica.AXIS,
         )
     )
@@ -481,8 +554,12 @@ def test_state_that_nothing_writes_to_keeps_its_bits(split, key, name, replicas)
             else:
                 assert bits(leaf[own]) == bits(before.model_state[name])
     for name, leaf in after.model_state["frozen"].items():
-        assert all(bits(leaf[own]) == bits(before.model_state["frozen"][name]) for own in range(replicas))
+        assert all(
+            bits(leaf[own]) == bits(before.model_state["frozen"][name]) for own in range(replicas)
+        )
 
 
 def bits(leaf: jax.Array) -> bytes:
-    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf).tobytes()
+    return np.asarray(
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    ).tobytes()

@@ -42,7 +42,9 @@ def plain_loop(dataset: data.Dataset, steps: int, batch_size: int, seed: int) ->
     @jax.jit
     def step(params, opt_state, inputs, labels):
         def loss_of(params):
-            outputs = jnp.tanh(inputs @ params["layers"][0]["kernel"] + params["layers"][0]["bias"][None])
+            outputs = jnp.tanh(
+                inputs @ params["layers"][0]["kernel"] + params["layers"][0]["bias"][None]
+            )
             outputs = outputs @ params["layers"][1]["kernel"] + params["layers"][1]["bias"][None]
             return -jax.nn.log_softmax(outputs)[jnp.arange(len(labels)), labels].mean()
 
@@ -93,7 +95,11 @@ def test_two_replicas_that_gossip_are_two_that_average(digits):
         )
         for name, options in [("local-sgd", {}), ("gossip", {"graph": "exponential"})]
     )
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), gossip.params, local.params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        gossip.params,
+        local.params,
+    )
     assert gossip.history[-1]["loss"] == pytest.approx(local.history[-1]["loss"], rel=1e-4)
 
 
@@ -102,14 +108,20 @@ def test_strategy_begins_after_its_synchronous_steps(digits):
 
     def losses_of(strategy: ctde.Strategy, steps: int) -> list[float]:
         arguments = {"devices": devices.start(2), "batch_size": 64, "eval_every": 8, "log_every": 4}
-        return losses(ctde.fit(MODEL, digits, optax.adam(0.01), strategy, steps=steps, show=False, **arguments))
+        return losses(
+            ctde.fit(
+                MODEL, digits, optax.adam(0.01), strategy, steps=steps, show=False, **arguments
+            )
+        )
 
     synchronous = losses_of(ctde.Strategy(), 16)
     later = losses_of(ctde.Strategy(inner_steps=4, synchronous_steps=8), 16)
     np.testing.assert_array_equal(later[:2], synchronous[:2])
     assert later[2:] != synchronous[2:]
     np.testing.assert_allclose(later[2:], synchronous[2:], rtol=0.1)
-    assert losses_of(ctde.Strategy(inner_steps=4, synchronous_steps=8), 6) == losses_of(ctde.Strategy(), 6)
+    assert losses_of(ctde.Strategy(inner_steps=4, synchronous_steps=8), 6) == losses_of(
+        ctde.Strategy(), 6
+    )
 
 
 def test_model_of_a_single_parameter_trains(digits):
@@ -130,10 +142,19 @@ def test_model_of_a_single_parameter_trains(digits):
 
 def test_history_counts_the_bytes_that_each_device_has_sent(digits):
     """Two rounds of synchronous gradients: the parameters and the weight in each."""
-    arguments = {"devices": devices.start(4), "batch_size": 64, "steps": 2, "log_every": 1, "show": False}
+    arguments = {
+        "devices": devices.start(4),
+        "batch_size": 64,
+        "steps": 2,
+        "log_every": 1,
+        "show": False,
+    }
     trained = ctde.fit(MODEL, digits, optax.adam(0.01), **arguments)
     a_round = 2 * 3 / 4 * 4 * (64 * 16 + 16 + 16 * 10 + 10 + 1)
-    assert [row["bytes_sent"] for row in trained.history if row["split"] == "train"] == [a_round, 2 * a_round]
+    assert [row["bytes_sent"] for row in trained.history if row["split"] == "train"] == [
+        a_round,
+        2 * a_round,
+    ]
     assert trained.traffic.sent == a_round
 
 
@@ -144,8 +165,18 @@ def test_strategy_that_cannot_run_is_refused_before_anything_is_compiled(digits)
         lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
     )
     try:
-        with pytest.raises(InputError, match="devices must be at least 7 for Krum to withstand 2 bad devices"):
-            ctde.fit(MODEL, digits, optax.adam(0.01), strategy, devices=jax.devices()[:4], batch_size=64, epochs=1)
+        with pytest.raises(
+            InputError, match="devices must be at least 7 for Krum to withstand 2 bad devices"
+        ):
+            ctde.fit(
+                MODEL,
+                digits,
+                optax.adam(0.01),
+                strategy,
+                devices=jax.devices()[:4],
+                batch_size=64,
+                epochs=1,
+            )
         assert not compiled
         jax.jit(lambda x: x + len(compiled))(1.0)
         assert compiled, "the listener hears"
@@ -161,14 +192,27 @@ def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
         monkeypatch.setattr(schedule, "_DISPATCH_SECONDS", seconds)
         monkeypatch.setattr(sources, "_PLACES", places)
         cut = {"eval_every": eval_every, "log_every": log_every}
-        arguments = {"devices": devices.start(4), "batch_size": 64, "steps": 36, "show": False, **cut}
+        arguments = {
+            "devices": devices.start(4),
+            "batch_size": 64,
+            "steps": 36,
+            "show": False,
+            **cut,
+        }
         return ctde.fit(MODEL, digits, optax.adam(0.01), strategy, **arguments)
 
     first = run(36, 4, seconds=0)
-    for other in (run(36, 4, seconds=100), run(36, 4, 100, places=64 * 12), run(36, 36, 0), run(36, 20, 0.1)):
+    for other in (
+        run(36, 4, seconds=100),
+        run(36, 4, 100, places=64 * 12),
+        run(36, 36, 0),
+        run(36, 20, 0.1),
+    ):
         assert_same_bits(other.params, first.params)
         assert other.history[-1]["loss"] == first.history[-1]["loss"]
-    rows = [[(row["step"], row["loss"]) for row in run(16, 8, seconds).history] for seconds in (0, 100)]
+    rows = [
+        [(row["step"], row["loss"]) for row in run(16, 8, seconds).history] for seconds in (0, 100)
+    ]
     assert rows[0] == rows[1]
     assert [step for step, _ in rows[0]] == [8, 16, 16, 24, 32, 32, 36, 36]
 
@@ -221,12 +265,28 @@ def test_data_that_stays_on_one_device_is_that_of_one_device(digits):
     parts = [np.arange(len(digits.train.inputs)), *[np.zeros(0, int)] * 3]
     options = {"steps": 12, "show": False, "seed": 1}
     four = ctde.fit(
-        MODEL, digits, optax.sgd(0.1), LOCAL, devices=devices.start(4), batch_size=64, partition=parts, **options
+        MODEL,
+        digits,
+        optax.sgd(0.1),
+        LOCAL,
+        devices=devices.start(4),
+        batch_size=64,
+        partition=parts,
+        **options,
     )
     one = ctde.fit(
-        MODEL, digits, optax.sgd(0.1), LOCAL, devices=devices.start(1), batch_size=16, partition=parts[:1], **options
+        MODEL,
+        digits,
+        optax.sgd(0.1),
+        LOCAL,
+        devices=devices.start(1),
+        batch_size=16,
+        partition=parts[:1],
+        **options,
     )
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), four.params, one.params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), four.params, one.params
+    )
 
 
 class OwnNnx(nnx.Module):
@@ -247,7 +307,9 @@ class OwnLinen(flax.linen.Module):
         return flax.linen.Dense(2)(x)
 
 
-@pytest.mark.parametrize("model", [models.from_nnx(OwnNnx), models.from_linen(OwnLinen())], ids=["nnx", "linen"])
+@pytest.mark.parametrize(
+    "model", [models.from_nnx(OwnNnx), models.from_linen(OwnLinen())], ids=["nnx", "linen"]
+)
 @pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
 def test_own_model_arrays_loss_and_optax_chain_learn(model, strategy):
     """Points inside or outside a ring, by nothing that the package brings."""
@@ -256,7 +318,9 @@ def test_own_model_arrays_loss_and_optax_chain_learn(model, strategy):
     labels = (np.linalg.norm(points, axis=1) < 1.2).astype(np.int64)
     dataset = data.from_arrays(points[:1000], labels[:1000], points[1000:], labels[1000:])
     hinge = ctde.Task(
-        loss=lambda outputs, labels: optax.hinge_loss(outputs[:, 1] - outputs[:, 0], 2.0 * labels - 1),
+        loss=lambda outputs, labels: optax.hinge_loss(
+            outputs[:, 1] - outputs[:, 0], 2.0 * labels - 1
+        ),
         metrics={"accuracy": is_correct},
     )
     chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01))
@@ -295,15 +359,41 @@ def test_real_valued_targets_need_a_task_and_then_learn():
 
 
 def test_loss_that_is_averaged_by_the_user_is_refused(digits):
-    task = ctde.Task(lambda outputs, labels: optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean())
-    with pytest.raises(ctde.InputError, match=r"one loss for each example.*\(2,\), got the shape \(\)"):
-        ctde.fit(MODEL, digits, optax.sgd(0.1), task=task, devices=devices.start(2), batch_size=64, steps=1)
+    task = ctde.Task(
+        lambda outputs, labels: optax.softmax_cross_entropy_with_integer_labels(
+            outputs, labels
+        ).mean()
+    )
+    with pytest.raises(
+        ctde.InputError, match=r"one loss for each example.*\(2,\), got the shape \(\)"
+    ):
+        ctde.fit(
+            MODEL,
+            digits,
+            optax.sgd(0.1),
+            task=task,
+            devices=devices.start(2),
+            batch_size=64,
+            steps=1,
+        )
 
 
 def test_metric_that_would_hide_a_column_of_the_history_is_refused(digits):
-    task = ctde.Task(optax.softmax_cross_entropy_with_integer_labels, {"loss": is_correct, "step": is_correct})
-    with pytest.raises(ctde.InputError, match="task must not call a metric loss or step; rename it"):
-        ctde.fit(MODEL, digits, optax.sgd(0.1), task=task, devices=devices.start(2), batch_size=64, steps=1)
+    task = ctde.Task(
+        optax.softmax_cross_entropy_with_integer_labels, {"loss": is_correct, "step": is_correct}
+    )
+    with pytest.raises(
+        ctde.InputError, match="task must not call a metric loss or step; rename it"
+    ):
+        ctde.fit(
+            MODEL,
+            digits,
+            optax.sgd(0.1),
+            task=task,
+            devices=devices.start(2),
+            batch_size=64,
+            steps=1,
+        )
 
 
 def test_what_the_user_passed_in_survives(digits):
@@ -313,7 +403,9 @@ def test_what_the_user_passed_in_survives(digits):
     def init(params):
         return params, anchor
 
-    chain = optax.chain(optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state)))
+    chain = optax.chain(
+        optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+    )
     for strategy in (ctde.Strategy(), LOCAL):
         ctde.fit(
             MODEL,
@@ -332,15 +424,30 @@ def test_state_is_donated_and_bytes_stay_bytes(digits, monkeypatch):
     """What is on the devices while training: one copy of the state, and the examples as they are stored."""
     placed, states = [], []
     replicate, place = ctde.devices.replica.replicate, ctde.rounds.state.place
-    monkeypatch.setattr(ctde.devices.replica, "replicate", lambda *a: placed.append(replicate(*a)) or placed[-1])
-    monkeypatch.setattr(ctde.rounds.state, "place", lambda *a: states.append(place(*a)) or states[-1])
-    ctde.fit(MODEL, digits, optax.adam(0.1), devices=devices.start(2), batch_size=64, steps=8, log_every=2, show=False)
+    monkeypatch.setattr(
+        ctde.devices.replica, "replicate", lambda *a: placed.append(replicate(*a)) or placed[-1]
+    )
+    monkeypatch.setattr(
+        ctde.rounds.state, "place", lambda *a: states.append(place(*a)) or states[-1]
+    )
+    ctde.fit(
+        MODEL,
+        digits,
+        optax.adam(0.1),
+        devices=devices.start(2),
+        batch_size=64,
+        steps=8,
+        log_every=2,
+        show=False,
+    )
 
     examples = [tree for tree in placed if isinstance(tree, data.Split)]
     assert [tree.inputs.dtype for tree in examples] == [np.uint8]
     assert not examples[0].inputs.is_deleted()
     (first,) = states
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.params, first.opt_state))), "it is used up"
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.params, first.opt_state))), (
+        "it is used up"
+    )
 
 
 @pytest.mark.curves
@@ -369,7 +476,9 @@ def test_last_step_that_spoils_the_parameters_is_noticed(digits):
     """The loss of every step is finite; only the evaluation sees what the last update did."""
     optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
     with pytest.raises(ctde.NonFiniteLoss, match="step 5"):
-        ctde.fit(MODEL, digits, optimizer, devices=devices.start(2), batch_size=64, steps=5, show=False)
+        ctde.fit(
+            MODEL, digits, optimizer, devices=devices.start(2), batch_size=64, steps=5, show=False
+        )
 
 
 @pytest.mark.curves
@@ -412,14 +521,38 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("model", 3, r"model must be an nnx or linen module, .* or made by models.mlp\(...\), .* got int 3"),
-        ("model", models.mlp([64, 5]), r"model must give outputs of the shape \[examples, 10\].* got \[1, 5\]"),
-        ("accumulate", 3, "accumulate must cut the 16 examples that each device has of a batch into equal"),
+        (
+            "model",
+            3,
+            r"model must be an nnx or linen module, .* or made by models.mlp\(...\), .* got int 3",
+        ),
+        (
+            "model",
+            models.mlp([64, 5]),
+            r"model must give outputs of the shape \[examples, 10\].* got \[1, 5\]",
+        ),
+        (
+            "accumulate",
+            3,
+            "accumulate must cut the 16 examples that each device has of a batch into equal",
+        ),
         ("ema_decay", 1.0, "ema_decay must be at least 0 and less than 1, got 1.0"),
         ("patience", 2, "patience needs data with a validation split"),
-        ("reestimate_batches", 4, "reestimate_batches goes with a model that has batch statistics; leave it out"),
-        ("model", models.mlp([10, 10]), "widths must start with the 64 numbers of an input, got 10"),
-        ("optimizer", optax.adam, r"optimizer must be made by optax, such as optax.adam\(0.001\), got function"),
+        (
+            "reestimate_batches",
+            4,
+            "reestimate_batches goes with a model that has batch statistics; leave it out",
+        ),
+        (
+            "model",
+            models.mlp([10, 10]),
+            "widths must start with the 64 numbers of an input, got 10",
+        ),
+        (
+            "optimizer",
+            optax.adam,
+            r"optimizer must be made by optax, such as optax.adam\(0.001\), got function",
+        ),
         ("strategy", 8, r"strategy must be made by Strategy\(...\), got int 8"),
         ("task", is_correct, r"task must be made by Task\("),
         ("data", (1, 2), r"data must be made by data.digits\(\)"),
@@ -427,13 +560,21 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
     ],
 )
 def test_argument_of_the_wrong_kind_is_named(digits, name, value, sentence):
-    arguments = {"model": MODEL, "data": digits, "optimizer": optax.sgd(0.1), "batch_size": 64, "steps": 1}
+    arguments = {
+        "model": MODEL,
+        "data": digits,
+        "optimizer": optax.sgd(0.1),
+        "batch_size": 64,
+        "steps": 1,
+    }
     with pytest.raises(ctde.InputError, match=sentence):
         ctde.fit(**arguments | {name: value}, devices=devices.start(4))
 
 
 def test_data_and_results_are_shown_in_a_line(digits):
-    trained = ctde.fit(MODEL, digits, optax.sgd(0.1), batch_size=64, steps=2, devices=devices.start(2), show=False)
+    trained = ctde.fit(
+        MODEL, digits, optax.sgd(0.1), batch_size=64, steps=2, devices=devices.start(2), show=False
+    )
     assert repr(digits) == "Dataset('digits', 1,438 training and 359 test examples, 10 classes)"
     assert repr(trained).startswith("Trained(step 2, epoch 0.087, loss 2.")
 
@@ -441,13 +582,25 @@ def test_data_and_results_are_shown_in_a_line(digits):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"batch_size": 66, "steps": 1}, "batch_size must be a multiple of the 4 devices, got 66; 64 would do."),
-        ({"batch_size": 1440, "steps": 1}, "at most the 1,438 training examples, got 1440; 1436 would do."),
-        ({"batch_size": 64}, "epochs or steps must be given, and not both, got epochs=None and steps=None."),
+        (
+            {"batch_size": 66, "steps": 1},
+            "batch_size must be a multiple of the 4 devices, got 66; 64 would do.",
+        ),
+        (
+            {"batch_size": 1440, "steps": 1},
+            "at most the 1,438 training examples, got 1440; 1436 would do.",
+        ),
+        (
+            {"batch_size": 64},
+            "epochs or steps must be given, and not both, got epochs=None and steps=None.",
+        ),
         ({"batch_size": 64, "epochs": 0}, "epochs must be at least 1, got 0."),
         ({"batch_size": 64, "steps": 1, "eval_every": 0}, "eval_every must be at least 1, got 0."),
         ({"batch_size": 64, "steps": 1, "log_every": 0}, "log_every must be at least 1, got 0."),
-        ({"batch_size": 64, "steps": 1, "partition": [np.arange(9)] * 4}, "partition must give each"),
+        (
+            {"batch_size": 64, "steps": 1, "partition": [np.arange(9)] * 4},
+            "partition must give each",
+        ),
     ],
 )
 def test_wrong_argument_is_named(digits, arguments, sentence):
@@ -472,19 +625,31 @@ def test_patience_ends_the_training_and_returns_the_best(digits):
     """A learning rate that is too high soon makes the validation loss rise."""
     held = data.hold_out(digits, 0.2)
     too_fast = optax.sgd(optax.piecewise_constant_schedule(0.1, {40: 100.0}))
-    options = {"batch_size": 64, "epochs": 20, "eval_every": 8, "patience": 3, "devices": devices.start(2)}
+    options = {
+        "batch_size": 64,
+        "epochs": 20,
+        "eval_every": 8,
+        "patience": 3,
+        "devices": devices.start(2),
+    }
     trained = ctde.fit(MODEL, held, too_fast, LOCAL, show=False, **options)
-    validated = {row["step"]: row["loss"] for row in trained.history if row["split"] == "validation"}
+    validated = {
+        row["step"]: row["loss"] for row in trained.history if row["split"] == "validation"
+    }
     assert trained.stopped_early
     assert trained.step == min(validated, key=validated.get)
     assert trained.history[-1]["step"] == trained.step + 3 * 8
-    assert trained.evaluate(held.validation)["loss"] == pytest.approx(validated[trained.step], rel=1e-5)
+    assert trained.evaluate(held.validation)["loss"] == pytest.approx(
+        validated[trained.step], rel=1e-5
+    )
     assert trained.tested["step"] == trained.step
 
 
 def test_run_without_a_reason_to_stop_goes_to_its_end(digits):
     held = data.hold_out(digits, 0.2)
-    trained = ctde.fit(MODEL, held, optax.sgd(0.01), batch_size=64, epochs=2, patience=5, show=False)
+    trained = ctde.fit(
+        MODEL, held, optax.sgd(0.01), batch_size=64, epochs=2, patience=5, show=False
+    )
     assert not trained.stopped_early
     assert trained.step == trained.history[-1]["step"] == 2 * 18
 

@@ -20,7 +20,10 @@ def test_row_is_in_the_file_before_the_next_one_comes(tmp_path):
         opened.add(TRAIN)
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == TRAIN
         opened.add(TEST)
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [TRAIN, TEST]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        TRAIN,
+        TEST,
+    ]
     assert opened.rows == [TRAIN, TEST]
 
 
@@ -52,7 +55,9 @@ def test_plain_lines_where_the_output_is_no_terminal(capsys):
 
 
 def test_bar_in_a_terminal_has_loss_accuracy_speed_and_time_left(monkeypatch, capsys):
-    monkeypatch.setattr(log, "console", lambda quiet=False: Console(force_terminal=True, width=150, quiet=quiet))
+    monkeypatch.setattr(
+        log, "console", lambda quiet=False: Console(force_terminal=True, width=150, quiet=quiet)
+    )
     with log.open_log(10) as opened:
         for step in range(6):
             opened.add(TRAIN | {"step": step})
@@ -63,7 +68,9 @@ def test_bar_in_a_terminal_has_loss_accuracy_speed_and_time_left(monkeypatch, ca
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_bar_never_cuts_the_test_accuracy_off(monkeypatch, capsys, width):
-    monkeypatch.setattr(log, "console", lambda quiet=False: Console(force_terminal=True, width=width, quiet=quiet))
+    monkeypatch.setattr(
+        log, "console", lambda quiet=False: Console(force_terminal=True, width=width, quiet=quiet)
+    )
     with log.open_log(23_000) as opened:
         opened.add(TRAIN | {"step": 22_990})
         opened.add(TEST | {"step": 23_000})
@@ -84,7 +91,10 @@ def test_lines_where_no_bar_moves_are_a_handful_a_minute(monkeypatch, capsys):
             opened.add(TEST | {"step": 10 * step})
     lines = capsys.readouterr().out.splitlines()
     assert 60 <= len(lines) <= 75
-    assert [line.split("  ")[0] for line in lines[:2]] == ["step 10 of 600,000", "step 20 of 600,000"]
+    assert [line.split("  ")[0] for line in lines[:2]] == [
+        "step 10 of 600,000",
+        "step 20 of 600,000",
+    ]
     assert lines[-1].startswith("step 600,000 of 600,000")
 
 

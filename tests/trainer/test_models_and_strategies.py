@@ -68,7 +68,9 @@ def data_sets(digits) -> dict[str, data.Dataset]:
     return {PICTURES: pictures, TEXT: ctde.data.dataset.replace(text, vocabulary=tuple("abcdefgh"))}
 
 
-def losses(name: str, data_sets: dict[str, data.Dataset], strategy: ctde.Strategy, devices: int, steps: int):
+def losses(
+    name: str, data_sets: dict[str, data.Dataset], strategy: ctde.Strategy, devices: int, steps: int
+):
     """Trains, and returns the mean losses of every four steps."""
     model, kind = MODELS[name]
     devices = ctde.devices.start(devices)
@@ -89,21 +91,33 @@ def losses(name: str, data_sets: dict[str, data.Dataset], strategy: ctde.Strateg
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in ("cnn", "resnet", "gru") else name for name in MODELS],
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("cnn", "resnet", "gru") else name
+        for name in MODELS
+    ],
 )
 def test_losses_are_those_of_one_device(name, data_sets):
     """With dropout, and with batch statistics over the whole batch."""
-    alone, together = (losses(name, data_sets, ctde.Strategy(), devices, steps=16) for devices in (1, 4))
+    alone, together = (
+        losses(name, data_sets, ctde.Strategy(), devices, steps=16) for devices in (1, 4)
+    )
     np.testing.assert_allclose(together, alone, rtol=1e-3)
     assert alone[-1] < alone[0]
 
 
 def composed(strategy: str) -> ctde.Strategy:
     sync_every = 0 if strategy == "ddp" else 4
-    return ctde.strategy(strategy, sync_every=sync_every, synchronous_steps=8 * (strategy == "post-local-sgd"))
+    return ctde.strategy(
+        strategy, sync_every=sync_every, synchronous_steps=8 * (strategy == "post-local-sgd")
+    )
 
 
-LEARNING = [(name, strategy) for i, name in enumerate(MODELS) for j, strategy in enumerate(PRESETS) if (i + j) % 4 == 0]
+LEARNING = [
+    (name, strategy)
+    for i, name in enumerate(MODELS)
+    for j, strategy in enumerate(PRESETS)
+    if (i + j) % 4 == 0
+]
 """Every model meets a quarter of the strategies, every strategy two or three models."""
 
 
@@ -120,10 +134,20 @@ def test_every_model_and_every_strategy_learn(name, strategy, data_sets):
 def test_every_model_goes_with_every_strategy(name, data_sets):
     """A round keeps the shapes and types of the state, and reads the parameters of every kind of layer."""
     model, kind = MODELS[name]
-    dataset, task = data_sets[kind], ctde.tasks.language_modeling if kind == TEXT else ctde.tasks.classification
+    dataset, task = (
+        data_sets[kind],
+        ctde.tasks.language_modeling if kind == TEXT else ctde.tasks.classification,
+    )
     for strategy in map(composed, PRESETS):
         training = ctde.Training(
-            model, dataset, optax.adam(0.01), strategy, task, ctde.devices.start(4), batch_size=16, steps=40
+            model,
+            dataset,
+            optax.adam(0.01),
+            strategy,
+            task,
+            ctde.devices.start(4),
+            batch_size=16,
+            steps=40,
         )
         create = jax.vmap(
             partial(rounds.state.create, optimizer=training.optimizer, strategy=strategy),
@@ -134,7 +158,11 @@ def test_every_model_goes_with_every_strategy(name, data_sets):
         )
         before = jax.eval_shape(create, *training.shapes)
         train_rounds = rounds.parallel_rounds(
-            rounds.make_gradient(training.raw_model, task), training.optimizer, strategy, training.devices, None
+            rounds.make_gradient(training.raw_model, task),
+            training.optimizer,
+            strategy,
+            training.devices,
+            None,
         )
         round_steps = max(1, strategy.inner_steps)
         piece = training.source.shapes(rounds.Span(0, round_steps, round_steps))

@@ -26,16 +26,33 @@ def with_a_bad_example(digits) -> data.Dataset:
 
 
 def fit(dataset, count=4, **more) -> ctde.Trained:
-    arguments = {"model": MODEL, "optimizer": optax.adam(0.01), "batch_size": 32, "epochs": 3, "log_every": 5}
-    return ctde.fit(data=dataset, **{**arguments, "devices": devices.start(count), "show": False, **more})
+    arguments = {
+        "model": MODEL,
+        "optimizer": optax.adam(0.01),
+        "batch_size": 32,
+        "epochs": 3,
+        "log_every": 5,
+    }
+    return ctde.fit(
+        data=dataset, **{**arguments, "devices": devices.start(count), "show": False, **more}
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", pytest.param("local-sgd", marks=pytest.mark.slow), pytest.param("gossip", marks=pytest.mark.slow)]
+    "name",
+    [
+        "ddp",
+        pytest.param("local-sgd", marks=pytest.mark.slow),
+        pytest.param("gossip", marks=pytest.mark.slow),
+    ],
 )
 def test_bad_batch_is_left_out_by_all_devices(name, with_a_bad_example):
     """Once in an epoch; the state of every device stays finite, what error feedback remembers, too."""
-    options = {"ddp": {"reduce": "int8", "error_feedback": True}, "local-sgd": {"sync_every": 2}, "gossip": {}}[name]
+    options = {
+        "ddp": {"reduce": "int8", "error_feedback": True},
+        "local-sgd": {"sync_every": 2},
+        "gossip": {},
+    }[name]
     trained = fit(with_a_bad_example, strategy=ctde.strategy(name, **options), on_nonfinite="skip")
     rows = [row for row in trained.history if row["split"] == "train"]
     assert rows[-1]["skipped"] == 3
@@ -47,7 +64,9 @@ def test_bad_batch_is_left_out_by_all_devices(name, with_a_bad_example):
 def test_left_out_step_is_as_if_it_had_not_been(with_a_bad_example):
     """The same on any number of devices, and as a loop over all other batches."""
     four, one = (fit(with_a_bad_example, count, on_nonfinite="skip") for count in (4, 1))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), four.params, one.params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), four.params, one.params
+    )
 
     batches = data.deal(with_a_bad_example.train, 1, 32, seed=0)
     model, optimizer = (
@@ -69,9 +88,14 @@ def test_left_out_step_is_as_if_it_had_not_been(with_a_bad_example):
     for (indices,) in batches.steps(0, 30):
         if 7 not in indices:
             params, opt_state = step(
-                params, opt_state, with_a_bad_example.train.inputs[indices], with_a_bad_example.train.labels[indices]
+                params,
+                opt_state,
+                with_a_bad_example.train.inputs[indices],
+                with_a_bad_example.train.labels[indices],
             )
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one.params, params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one.params, params
+    )
 
 
 def test_ten_bad_batches_in_a_row_stop_all_the_same(digits, tmp_path):
@@ -79,7 +103,14 @@ def test_ten_bad_batches_in_a_row_stop_all_the_same(digits, tmp_path):
     optimizer = optax.sgd(lambda count: jnp.where(count >= 12, jnp.inf, 0.01))
     for _ in range(3):
         with pytest.raises(ctde.NonFiniteLoss, match="step 13"):
-            fit(digits, optimizer=optimizer, on_nonfinite="skip", log_every=4, save_every=4, run_dir=tmp_path)
+            fit(
+                digits,
+                optimizer=optimizer,
+                on_nonfinite="skip",
+                log_every=4,
+                save_every=4,
+                run_dir=tmp_path,
+            )
 
 
 LINE = data.from_arrays(np.ones((64, 1), np.float32), np.ones(64, np.float32))
@@ -88,8 +119,19 @@ LINE = data.from_arrays(np.ones((64, 1), np.float32), np.ones(64, np.float32))
 def descend(folder, learning_rate: float, **more) -> ctde.Trained:
     """Fits w to 1 by steps of 2 (w - 1): the distance is multiplied by 1 - 2 times the learning rate each time."""
     task = ctde.Task(lambda outputs, targets: jnp.square(outputs[:, 0] - targets))
-    arguments = {"model": models.mlp([1, 1]), "optimizer": optax.sgd(learning_rate), "task": task, "epochs": None}
-    arguments |= {"batch_size": 32, "steps": 400, "save_every": 20, "eval_every": 100, "run_dir": folder}
+    arguments = {
+        "model": models.mlp([1, 1]),
+        "optimizer": optax.sgd(learning_rate),
+        "task": task,
+        "epochs": None,
+    }
+    arguments |= {
+        "batch_size": 32,
+        "steps": 400,
+        "save_every": 20,
+        "eval_every": 100,
+        "run_dir": folder,
+    }
     return fit(LINE, 2, on_nonfinite="rollback", **{**arguments, **more})
 
 
@@ -99,7 +141,9 @@ def test_run_that_diverges_goes_back_and_on_with_half_the_updates(tmp_path, caps
     assert trained.tested["loss"] < 1e-6
     steps = [row["step"] for row in trained.history if row["split"] == "train"]
     assert steps == sorted(set(steps))
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == trained.history
+    assert [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == trained.history
 
 
 def test_rollback_that_was_killed_goes_on(tmp_path, monkeypatch):

@@ -16,14 +16,19 @@ from ctde_jax.trainer import log, picture
 
 pytestmark = pytest.mark.curves
 
-ROWS = [{"split": "test", "step": step, "epoch": 1, "loss": 0.5, "accuracy": 1.0, "examples": 3} for step in (1, 2)]
+ROWS = [
+    {"split": "test", "step": step, "epoch": 1, "loss": 0.5, "accuracy": 1.0, "examples": 3}
+    for step in (1, 2)
+]
 
 
 def draw():
     return log.plot_curves(ROWS)
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://absent", "garbage"])
+@pytest.mark.parametrize(
+    "backend", ["module://matplotlib_inline.backend_inline", "module://absent", "garbage"]
+)
 def test_backend_of_a_notebook_does_not_matter(tmp_path, backend):
     """The backend that the user chose stays chosen, and pyplot is not imported."""
     program = """
@@ -34,9 +39,15 @@ print(repr(picture.save(lambda: log.plot_curves(ROWS), Path("curves.png"))))
 import matplotlib
 print("matplotlib.pyplot" in sys.modules, os.environ["MPLBACKEND"], matplotlib.rcParams._get_backend_or_none())
 """
-    environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(Path(ctde.__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "MPLBACKEND": backend,
+        "PYTHONPATH": str(Path(ctde.__file__).parents[1]),
+    }
     command = [sys.executable, "-c", program.replace("ROWS", repr(ROWS))]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"''\nFalse {backend} {None if backend == 'garbage' else backend}\n"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -57,7 +68,9 @@ def test_picture_that_cannot_be_written_is_a_sentence():
     )
 
 
-def test_picture_that_cannot_be_drawn_does_not_cost_the_result(digits, tmp_path, capsys, monkeypatch):
+def test_picture_that_cannot_be_drawn_does_not_cost_the_result(
+    digits, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(matplotlib.rcParams, "figure.figsize", (4, 3))
     monkeypatch.setattr(log, "plot_curves", lambda rows: 1 / 0)
     devices = ctde.devices.start(1)

@@ -58,7 +58,9 @@ ASKED = {
 
 @pytest.mark.parametrize("name", ASKED)
 def test_predict_is_numpys_for_floats_of_any_kind(measured, name):
-    np.testing.assert_allclose(measured.predict(ASKED[name]), perceptron(measured, ASKED[name]), atol=1e-5)
+    np.testing.assert_allclose(
+        measured.predict(ASKED[name]), perceptron(measured, ASKED[name]), atol=1e-5
+    )
 
 
 def test_predict_takes_pixels_as_integers_that_fit(pictured, digits):
@@ -87,7 +89,9 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
         with pytest.raises(InputError) as theirs:
             of_the_bundle(inputs)
         assert ours.value.sentence == theirs.value.sentence
-    with pytest.raises(InputError, match="inputs must be from 0 to 16, as in training, got numbers from 0 to 240"):
+    with pytest.raises(
+        InputError, match="inputs must be from 0 to 16, as in training, got numbers from 0 to 240"
+    ):
         pictured.predict(asked["other range"])
 
 
@@ -103,7 +107,10 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
             "inputs must be floats, as the model was trained on float32, got int64; bring them to the scale",
         ),
         (X[:, :2], "inputs must be examples of the shape [4], got the shape [60, 2]."),
-        (X[0], "must be examples of the shape [4], got the shape [4]; add an axis to a single example: x[None]."),
+        (
+            X[0],
+            "must be examples of the shape [4], got the shape [4]; add an axis to a single example: x[None].",
+        ),
         ([["a"] * 4], "inputs must be floats, as the model was trained on float32, got <U1"),
     ],
 )
@@ -164,9 +171,15 @@ def test_text_model_takes_sequences_of_any_length():
 
 def test_text_model_refuses_tokens_beyond_its_vocabulary(tmp_path):
     (tmp_path / "t.txt").write_text("abcde" * 40)
-    trained = fit(ctde.models.rnn_language_model(5, 8), ctde.data.from_text(tmp_path / "t.txt", 4), batch_size=4)
+    trained = fit(
+        ctde.models.rnn_language_model(5, 8),
+        ctde.data.from_text(tmp_path / "t.txt", 4),
+        batch_size=4,
+    )
     assert trained.predict([[0, 4]]).shape == (1, 2, 5)
-    with pytest.raises(InputError, match=r"inputs must be from 0 to 4, as in training, got numbers from 0 to 5"):
+    with pytest.raises(
+        InputError, match=r"inputs must be from 0 to 4, as in training, got numbers from 0 to 5"
+    ):
         trained.predict([[0, 5]])
 
 
@@ -177,15 +190,24 @@ def test_text_model_refuses_tokens_beyond_its_vocabulary(tmp_path):
             ctde.data.from_arrays(X, Y),
             "must be a Split, such as data.test or data.Split(inputs, labels), got Dataset",
         ),
-        ((X, Y), "split must be a Split, such as data.test or data.Split(inputs, labels), got tuple"),
+        (
+            (X, Y),
+            "split must be a Split, such as data.test or data.Split(inputs, labels), got tuple",
+        ),
         (Split(X, Y + 1), "labels must be from 0 to 2, as in training, got numbers from 1 to 3."),
         (Split(X, Y - 1), "labels must be from 0 to 2, as in training, got numbers from -1 to 1."),
-        (Split(X, Y / 2), "labels must be integers, as the model was trained on int32, got float64"),
+        (
+            Split(X, Y / 2),
+            "labels must be integers, as the model was trained on int32, got float64",
+        ),
         (Split(X, Y[:, None]), "labels must be examples of the shape [], got the shape [60, 1]."),
         (Split(X, Y[:5]), "split must have one label for each example, got 5 for 60."),
         (Split(X[:0], Y[:0]), "split must have one label for each example, got 0 for 0."),
         (Split(X[:, :2], Y), "inputs must be examples of the shape [4], got the shape [60, 2]."),
-        (Split(np.zeros((60, 4), np.uint8), Y), "inputs must be floats, as the model was trained on float32, got"),
+        (
+            Split(np.zeros((60, 4), np.uint8), Y),
+            "inputs must be floats, as the model was trained on float32, got",
+        ),
     ],
 )
 def test_evaluate_refuses_what_would_be_measured_wrongly(measured, split, sentence):
@@ -199,8 +221,12 @@ def test_evaluate_takes_names_of_classes_as_training_does():
     trained = fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, words))
     numbers = 2 - Y  # sorted: cat, dog, owl
     assert trained.evaluate(Split(X, words)) == trained.evaluate(Split(X, numbers))
-    assert trained.evaluate(Split(X, words))["accuracy"] == np.mean(trained.predict(X).argmax(-1) == numbers)
-    with pytest.raises(InputError, match=r"^labels must be one of cat, dog, owl, got 'cow'; did you mean 'owl'\?$"):
+    assert trained.evaluate(Split(X, words))["accuracy"] == np.mean(
+        trained.predict(X).argmax(-1) == numbers
+    )
+    with pytest.raises(
+        InputError, match=r"^labels must be one of cat, dog, owl, got 'cow'; did you mean 'owl'\?$"
+    ):
         trained.evaluate(Split(X[:1], ["cow"]))
 
 
@@ -215,12 +241,17 @@ def test_labels_of_a_task_of_ones_own_must_be_classes_too():
     """Its loss would clamp them."""
     task = ctde.Task(optax.softmax_cross_entropy_with_integer_labels)
     trained = fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, Y), task=task)
-    with pytest.raises(InputError, match="labels must be from 0 to 2, as in training, got numbers from 7 to 7"):
+    with pytest.raises(
+        InputError, match="labels must be from 0 to 2, as in training, got numbers from 7 to 7"
+    ):
         trained.evaluate(Split(X, np.full(60, 7)))
 
 
 def test_pickling_names_what_can_be_saved(measured):
-    with pytest.raises(InputError, match=r"cannot be pickled, .* write a bundle with ctde_jax.write_bundle, or pickle"):
+    with pytest.raises(
+        InputError,
+        match=r"cannot be pickled, .* write a bundle with ctde_jax.write_bundle, or pickle",
+    ):
         pickle.dumps(measured)
     assert pickle.loads(pickle.dumps(measured.params))["layers"][0]["kernel"].shape == (4, 8)
 
@@ -234,7 +265,10 @@ def test_pickling_names_what_can_be_saved(measured):
         ({"eval_every": 2.0}, "eval_every must be a whole number, got 2.0."),
         ({"steps": True}, "steps must be a whole number, got True."),
         ({"devices": 4}, "devices must be a list of JAX devices, got 4; pass devices.start(4)."),
-        ({"devices": "cpu"}, "devices must be a list of JAX devices, got 'cpu'; pass what devices.start() returns."),
+        (
+            {"devices": "cpu"},
+            "devices must be a list of JAX devices, got 'cpu'; pass what devices.start() returns.",
+        ),
     ],
 )
 def test_fit_refuses_counts_and_devices_of_another_type(options, sentence):
@@ -247,15 +281,24 @@ def test_fit_refuses_counts_and_devices_of_another_type(options, sentence):
     ("labels", "sentence"),
     [
         (np.eye(3)[Y], "got one-hot labels of the shape [48, 3]; pass labels.argmax(1)."),
-        (np.eye(3, dtype=int)[Y], "got one-hot labels of the shape [48, 3]; pass labels.argmax(1)."),
-        (Y.astype(float), "got whole numbers of the type float32; pass labels.astype(int) if they are classes."),
+        (
+            np.eye(3, dtype=int)[Y],
+            "got one-hot labels of the shape [48, 3]; pass labels.argmax(1).",
+        ),
+        (
+            Y.astype(float),
+            "got whole numbers of the type float32; pass labels.astype(int) if they are classes.",
+        ),
         (X[:, 0], "got labels of the type float32 and the shape [48]."),
     ],
 )
 def test_labels_that_need_a_task_are_named(labels, sentence):
     with pytest.raises(InputError) as caught:
         fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, labels))
-    assert str(caught.value) == f"task must be given, as Task(loss), unless labels are classes or a text; {sentence}"
+    assert (
+        str(caught.value)
+        == f"task must be given, as Task(loss), unless labels are classes or a text; {sentence}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,7 +311,9 @@ def test_labels_that_need_a_task_are_named(labels, sentence):
         (16, 0, 0, 255),
     ],
 )
-def test_bytes_of_the_training_are_accepted_however_they_are_scaled(largest, shift, scale, accepted):
+def test_bytes_of_the_training_are_accepted_however_they_are_scaled(
+    largest, shift, scale, accepted
+):
     pixels = np.resize(np.arange(largest + 1, dtype=np.uint8), (100, 4))
     data = ctde.data.from_arrays(pixels, np.arange(100) % 3)
     data = dataclasses.replace(data, shift=np.float32(shift), scale=np.float32(scale))

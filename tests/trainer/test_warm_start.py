@@ -17,7 +17,10 @@ from ctde_jax.errors import InputError
 from ctde_jax.rounds import state
 from ctde_jax.trainer.warm_start import Start, read_source, start_from
 
-PARAMS = {"body": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}, "head": {"kernel": jnp.zeros((4, 2))}}
+PARAMS = {
+    "body": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)},
+    "head": {"kernel": jnp.zeros((4, 2))},
+}
 STATE = {"body": {"mean": jnp.zeros(4)}}
 GIVEN = jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape) + 1, PARAMS)
 GIVEN_STATE = {"body": {"mean": np.full(4, 7, np.float32)}}
@@ -79,7 +82,11 @@ def test_safetensors_file_is_read_by_path(tmp_path, separator):
 
 
 def test_pattern_takes_what_matches_and_ignores_the_rest_of_the_source():
-    given = {"body": GIVEN["body"], "head": {"kernel": np.ones((4, 9), np.float32)}, "extra": {"x": np.ones(1)}}
+    given = {
+        "body": GIVEN["body"],
+        "head": {"kernel": np.ones((4, 9), np.float32)},
+        "extra": {"x": np.ones(1)},
+    }
     begun = start(given, PARAMS, STATE, ["body/*"])
     same(begun.params, {"body": GIVEN["body"], "head": PARAMS["head"]})
     assert rows(begun)["head/kernel"] == "initialized, not in init_only"
@@ -133,7 +140,10 @@ def test_training_continues_from_a_trained_model_and_from_its_files(once, digits
     """The first loss is that of a plain evaluation of the given parameters on the first batch."""
     trained, folder = once
     ctde.write_bundle(trained, digits, tmp_path / "bundle", ["numpy"], show=False)
-    save_file({k: np.asarray(v) for k, v in state.named(trained.params).items()}, tmp_path / "w.safetensors")
+    save_file(
+        {k: np.asarray(v) for k, v in state.named(trained.params).items()},
+        tmp_path / "w.safetensors",
+    )
     sources = [trained, trained.params, folder, folder / "checkpoints" / "step-00000008"]
     sources += [tmp_path / "bundle", tmp_path / "w.safetensors"]
     runs = [train(MODEL, digits, init_from=source) for source in sources]
@@ -170,10 +180,14 @@ def test_only_the_matching_layers_start_from_the_source(once, digits, capsys):
 def test_run_of_another_start_is_not_resumed(once, digits, tmp_path):
     trained, _ = once
     train(MODEL, digits, init_from=trained, run_dir=tmp_path)
-    train(MODEL, digits, init_from=trained.params, run_dir=tmp_path)  # the same numbers by another route
+    train(
+        MODEL, digits, init_from=trained.params, run_dir=tmp_path
+    )  # the same numbers by another route
     other = jax.tree.map(lambda x: x + 1, trained.params)
     for start_again in ({"init_from": other}, {}):
-        with pytest.raises(InputError, match=r"other options: the initial parameters \(init_from\)"):
+        with pytest.raises(
+            InputError, match=r"other options: the initial parameters \(init_from\)"
+        ):
             train(MODEL, digits, run_dir=tmp_path, **start_again)
 
 
@@ -184,7 +198,9 @@ def test_start_from_a_run_that_has_trained_on_is_named_with_a_way_out(digits, tm
     newer = Path("checkpoints", "step-00000009")
     shutil.copytree(tmp_path / "later" / newer, tmp_path / "source" / newer)
     way_out = r"which change if it names a run that is training \(name one of its checkpoints, or a bundle\)\."
-    with pytest.raises(InputError, match=rf"other options: the initial parameters \(init_from\), {way_out}"):
+    with pytest.raises(
+        InputError, match=rf"other options: the initial parameters \(init_from\), {way_out}"
+    ):
         train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
     first = tmp_path / "source" / "checkpoints" / "step-00000008"
     assert train(MODEL, digits, init_from=first, run_dir=tmp_path / "run").history == begun.history
@@ -196,8 +212,16 @@ def test_start_from_the_files_of_the_same_run_is_refused(digits, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     train(MODEL, digits, run_dir="run")
     train(MODEL, digits, run_dir="run", seed=1, resume=False)
-    rule = r"^init_from must not be in the folder of this run, .*; name another folder for this run\.$"
-    for source in ("run", tmp_path / "run", "run/checkpoints/step-00000008", "run/bundle", "run/../run"):
+    rule = (
+        r"^init_from must not be in the folder of this run, .*; name another folder for this run\.$"
+    )
+    for source in (
+        "run",
+        tmp_path / "run",
+        "run/checkpoints/step-00000008",
+        "run/bundle",
+        "run/../run",
+    ):
         with pytest.raises(InputError, match=rule):
             train(MODEL, digits, init_from=source, run_dir="run", resume=resume)
     again = train(MODEL, digits, init_from="run/previous-1", run_dir="run", resume=False)
@@ -208,7 +232,10 @@ def test_start_from_the_files_of_the_same_run_is_refused(digits, tmp_path, monke
     ("arguments", "sentence"),
     [
         ({"init_only": ["*"]}, "requires init_from"),
-        ({"init_from": {}, "branch_from": "x", "run_dir": "y"}, "cannot be combined with branch_from"),
+        (
+            {"init_from": {}, "branch_from": "x", "run_dir": "y"},
+            "cannot be combined with branch_from",
+        ),
     ],
 )
 def test_start_that_makes_no_sense_is_refused(digits, arguments, sentence):
@@ -223,14 +250,19 @@ def test_checkpoint_of_an_optimizer_that_is_evaluated_elsewhere_is_refused(digit
         train(MODEL, digits, init_from=trained, steps=1).params,
         train(MODEL, digits, init_from=trained.params, steps=1).params,
     )
-    with pytest.raises(InputError, match=r"must not be .*, as its optimizer is evaluated at another point"):
+    with pytest.raises(
+        InputError, match=r"must not be .*, as its optimizer is evaluated at another point"
+    ):
         train(MODEL, digits, init_from=tmp_path)
 
 
 def test_model_made_from_that_of_a_trained_is_refused(once, digits):
     """Its inputs would be scaled twice, or its changes lost."""
     trained, _ = once
-    for changed in (trained.model._replace(init=lambda *_: None), models.in_bfloat16(trained.model)):
+    for changed in (
+        trained.model._replace(init=lambda *_: None),
+        models.in_bfloat16(trained.model),
+    ):
         with pytest.raises(InputError, match="must not be made from the model of a Trained"):
             train(changed, digits)
 
@@ -251,6 +283,12 @@ def test_branch_has_the_constant_hyperparameters_of_its_own_optimizer(digits, tm
     make = optax.inject_hyperparams(optax.sgd)
     train(MODEL, digits, make(learning_rate=0.1), run_dir=tmp_path / "trunk", steps=4)
     start = tmp_path / "trunk" / "checkpoints" / "step-00000004"
-    branch = train(MODEL, digits, make(learning_rate=0.001), run_dir=tmp_path / "branch", branch_from=start)
-    rates = {row["learning_rate"] for row in branch.history if row["split"] == "train" and row["step"] > 4}
+    branch = train(
+        MODEL, digits, make(learning_rate=0.001), run_dir=tmp_path / "branch", branch_from=start
+    )
+    rates = {
+        row["learning_rate"]
+        for row in branch.history
+        if row["split"] == "train" and row["step"] > 4
+    }
     assert rates == {np.float32(0.001)}

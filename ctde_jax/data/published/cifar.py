@@ -29,7 +29,18 @@ ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 
 CIFAR10 = Published(
     name="cifar10",
-    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    classes=(
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ),
     mirrors=(
         "https://www.cs.toronto.edu/~kriz/",
         "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
@@ -61,7 +72,9 @@ def cifar10(data_dir: Path | str | None = None) -> Dataset:
     contents = {name: b"".join(content_of(path)) for name, path in paths.items()}
     missing = [name for name in CIFAR10.sha256 if name not in paths]
     if missing:
-        archive = fetch([mirror + ARCHIVE for mirror in CIFAR10.mirrors], folder / ARCHIVE, ARCHIVE_SHA256)
+        archive = fetch(
+            [mirror + ARCHIVE for mirror in CIFAR10.mirrors], folder / ARCHIVE, ARCHIVE_SHA256
+        )
         contents |= _members(archive, missing)
         paths |= dict.fromkeys(missing, archive)
     *train, test = (_split(name, contents[name], paths[name]) for name in CIFAR10.sha256)
@@ -82,7 +95,10 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
             for member in members:
                 name = PurePosixPath(member.name).name
                 if name in names and member.size > most_unpacked(archive.stat().st_size):
-                    raise damaged(archive, f"says that {name} takes {decimal(member.size)}, far more than it does")
+                    raise damaged(
+                        archive,
+                        f"says that {name} takes {decimal(member.size)}, far more than it does",
+                    )
                 if name in names and member.isfile() and (file := members.extractfile(member)):
                     contents[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -109,7 +125,9 @@ class _Unpacked(gzip.GzipFile):
 def _split(name: str, content: bytes, path: Path) -> Split:
     where = "" if path.name == name else f" in {name}"
     if not content or len(content) % RECORD:
-        raise damaged(path, f"has {len(content):,} bytes{where} instead of one or more records of {RECORD:,}")
+        raise damaged(
+            path, f"has {len(content):,} bytes{where} instead of one or more records of {RECORD:,}"
+        )
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
     labels, pictures = records[:, 0], records[:, 1:].reshape(-1, *CHANNELS_FIRST)
     if labels.max() >= len(CIFAR10.classes):

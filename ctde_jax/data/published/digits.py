@@ -17,4 +17,6 @@ def digits() -> Dataset:
     """
     table = np.loadtxt(str(distribution("scikit-learn").locate_file(FILE)), np.uint8, delimiter=",")
     dataset = from_arrays(table[:, :-1].reshape(-1, 8, 8), table[:, -1], name="digits")
-    return replace(dataset, scale=np.asarray(1 / 16, np.float32))  # a pixel is a number from 0 to 16
+    return replace(
+        dataset, scale=np.asarray(1 / 16, np.float32)
+    )  # a pixel is a number from 0 to 16

@@ -87,7 +87,10 @@ def content_of(path: Path) -> Iterator[bytes]:
     name = path.name.removesuffix(PART)
     packed = name.endswith(".gz") and not name.endswith(".tar.gz")
     try:
-        with open_regular(path) as stored, gzip.open(stored) if packed else nullcontext(stored) as file:
+        with (
+            open_regular(path) as stored,
+            gzip.open(stored) if packed else nullcontext(stored) as file,
+        ):
             while block := file.read(BLOCK):
                 yield block
     except EOFError as error:

@@ -90,12 +90,16 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
         path = _local(folder, name) or fetch(urls, folder / f"{name}.gz", sha256)
         if path.suffix != ".gz" and path.stat().st_size >= STREAMED_FROM:
             arrays.append(_on_disk(path, 3 if "images" in name else 1))
-            large.append(f"{path} takes {decimal(path.stat().st_size)}, so it is read while training goes on.")
+            large.append(
+                f"{path} takes {decimal(path.stat().st_size)}, so it is read while training goes on."
+            )
         else:
             contents[name] = _content(path, 3 if "images" in name else 1)
             arrays.append(_parse(contents[name], 3 if "images" in name else 1))
         if "images" in name and arrays[-1].shape[1:] != PICTURE:
-            raise damaged(path, f"has pictures of the size {arrays[-1].shape[1:]} instead of {PICTURE}")
+            raise damaged(
+                path, f"has pictures of the size {arrays[-1].shape[1:]} instead of {PICTURE}"
+            )
     try:
         dataset = from_arrays(*arrays, name=published.name, classes=published.classes)
     except InputError as error:
@@ -109,7 +113,9 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
 
 def _local(folder: Path, name: str) -> Path | None:
     spellings = (name, name.replace("-idx", ".idx"))
-    return existing(folder / f"{spelling}{suffix}" for spelling in spellings for suffix in ("", ".gz"))
+    return existing(
+        folder / f"{spelling}{suffix}" for spelling in spellings for suffix in ("", ".gz")
+    )
 
 
 def _on_disk(path: Path, dimensions: int) -> DiskArray:
@@ -126,7 +132,10 @@ def _content(path: Path, dimensions: int) -> bytes:
     shape = _shape(read[0], path, dimensions)
     size = path.stat().st_size
     if path.suffix == ".gz" and math.prod(shape) > most_unpacked(size):
-        raise damaged(path, f"takes {decimal(size)}, and the shape {shape} in its header {decimal(math.prod(shape))}")
+        raise damaged(
+            path,
+            f"takes {decimal(size)}, and the shape {shape} in its header {decimal(math.prod(shape))}",
+        )
     got = len(read[0]) - _header_bytes(dimensions)
     while got <= math.prod(shape) and (block := next(blocks, b"")):
         read.append(block)
@@ -168,5 +177,9 @@ def _check_size(path: Path, shape: tuple[int, ...], got: int) -> None:
     """Raises InputError where other than the bytes of this shape follow the header; the first too many are enough."""
     announced = math.prod(shape)
     if got != announced:
-        fault, many = ("is truncated", "") if got < announced else ("has trailing bytes", "at least ")
-        raise damaged(path, f"{fault}: its shape {shape} takes {announced:,} bytes, and it has {many}{got:,}")
+        fault, many = (
+            ("is truncated", "") if got < announced else ("has trailing bytes", "at least ")
+        )
+        raise damaged(
+            path, f"{fault}: its shape {shape} takes {announced:,} bytes, and it has {many}{got:,}"
+        )

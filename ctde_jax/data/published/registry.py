@@ -41,7 +41,13 @@ class Published:
 
     def notes(self, folder: Path, contents: Mapping[str, bytes]) -> tuple[str, ...]:
         """Says which files of the folder, given by their decompressed contents, are the user's own."""
-        differing = [name for name in contents if hashlib.sha256(contents[name]).hexdigest() != self.sha256[name]]
+        differing = [
+            name
+            for name in contents
+            if hashlib.sha256(contents[name]).hexdigest() != self.sha256[name]
+        ]
         if not differing:
             return ()
-        return (f"{', '.join(differing)} in {folder} differ by checksum from the published {self.name}.",)
+        return (
+            f"{', '.join(differing)} in {folder} differ by checksum from the published {self.name}.",
+        )

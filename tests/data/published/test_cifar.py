@@ -21,14 +21,19 @@ from ctde_jax.errors import InputError
 
 TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
 RNG = np.random.default_rng(0)
-PICTURES = {name: RNG.integers(0, 256, (2, 32, 32, 3), np.uint8) for name in [*TRAIN, "test_batch.bin"]}
+PICTURES = {
+    name: RNG.integers(0, 256, (2, 32, 32, 3), np.uint8) for name in [*TRAIN, "test_batch.bin"]
+}
 LABELS = {name: RNG.integers(0, 10, 2, np.uint8) for name in PICTURES}
 
 
 def packed_records(name: str) -> bytes:
     """Writes the pictures of a file in the published format: the label, then all reds, greens and blues."""
     pairs = zip(LABELS[name], PICTURES[name], strict=True)
-    return b"".join(bytes([label]) + b"".join(picture[..., c].tobytes() for c in range(3)) for label, picture in pairs)
+    return b"".join(
+        bytes([label]) + b"".join(picture[..., c].tobytes() for c in range(3))
+        for label, picture in pairs
+    )
 
 
 FILES = {name: packed_records(name) for name in PICTURES}
@@ -73,7 +78,9 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
             asked.append(self.path)
             super().do_GET()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Noting, directory=str(tmp_path / "mirror")))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Noting, directory=str(tmp_path / "mirror"))
+    )
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -109,13 +116,27 @@ def test_own_files_are_used_as_they_are(folder: Path, mirror: list[str], where: 
 
     dataset = cifar10(str(folder))
 
-    np.testing.assert_array_equal(dataset.train.inputs, np.concatenate([PICTURES[name] for name in TRAIN]))
-    np.testing.assert_array_equal(dataset.train.labels, np.concatenate([LABELS[name] for name in TRAIN]))
+    np.testing.assert_array_equal(
+        dataset.train.inputs, np.concatenate([PICTURES[name] for name in TRAIN])
+    )
+    np.testing.assert_array_equal(
+        dataset.train.labels, np.concatenate([LABELS[name] for name in TRAIN])
+    )
     np.testing.assert_array_equal(dataset.test.inputs, PICTURES["test_batch.bin"])
     np.testing.assert_array_equal(dataset.test.labels, LABELS["test_batch.bin"])
-    assert [array.dtype for array in (*dataset.train, *dataset.test)] == [np.uint8, np.int32, np.uint8, np.int32]
+    assert [array.dtype for array in (*dataset.train, *dataset.test)] == [
+        np.uint8,
+        np.int32,
+        np.uint8,
+        np.int32,
+    ]
     assert dataset.train.inputs.flags.c_contiguous
-    assert (dataset.name, dataset.shift, dataset.scale, dataset.notes) == ("cifar10", 0, np.float32(1 / 255), ())
+    assert (dataset.name, dataset.shift, dataset.scale, dataset.notes) == (
+        "cifar10",
+        0,
+        np.float32(1 / 255),
+        (),
+    )
     assert mirror == []
 
 
@@ -136,7 +157,9 @@ def test_absent_archive_is_downloaded_once(folder: Path, mirror: list[str]):
     own = cifar10(folder)
     for dataset in (first, second):
         assert dataset.notes == ()
-        for array, same in zip((*dataset.train, *dataset.test), (*own.train, *own.test), strict=True):
+        for array, same in zip(
+            (*dataset.train, *dataset.test), (*own.train, *own.test), strict=True
+        ):
             np.testing.assert_array_equal(array, same)
 
 
@@ -145,11 +168,15 @@ def test_only_missing_files_are_read_from_the_archive(folder: Path, mirror: list
     write(folder, {"test_batch.bin": FILES["data_batch_1.bin"]})
     dataset = cifar10(folder)
     np.testing.assert_array_equal(dataset.test.inputs, PICTURES["data_batch_1.bin"])
-    assert dataset.notes == (f"test_batch.bin in {folder} differ by checksum from the published cifar10.",)
+    assert dataset.notes == (
+        f"test_batch.bin in {folder} differ by checksum from the published cifar10.",
+    )
     assert mirror == [f"/{ARCHIVE}"]
 
 
-def test_archive_of_other_content_is_not_believed(folder: Path, mirror: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_archive_of_other_content_is_not_believed(
+    folder: Path, mirror: list[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(cifar, "ARCHIVE_SHA256", CIFAR10.sha256["test_batch.bin"])
     assert "sent something other than the published file (the checksum differs)" in fault_of(folder)
     assert list(folder.iterdir()) == []
@@ -161,7 +188,10 @@ def test_archive_of_other_content_is_not_believed(folder: Path, mirror: list[str
         (b"", "has 0 bytes{} instead of one or more records of 3,073"),
         (bytes(RECORD - 1), "has 3,072 bytes{} instead of one or more records of 3,073"),
         (bytes(2 * RECORD + 1), "has 6,147 bytes{} instead of one or more records of 3,073"),
-        (bytes(RECORD) + b"\x0a" + bytes(RECORD - 1), "has the label 10{} in record 1, while labels lie from 0 to 9"),
+        (
+            bytes(RECORD) + b"\x0a" + bytes(RECORD - 1),
+            "has the label 10{} in record 1, while labels lie from 0 to 9",
+        ),
     ],
 )
 def test_damaged_records_are_said_in_a_sentence(folder: Path, content: bytes, fault: str):
@@ -171,10 +201,14 @@ def test_damaged_records_are_said_in_a_sentence(folder: Path, content: bytes, fa
 
     write(folder, {ARCHIVE: packed(broken)})
     assert (
-        fault_of(folder) == f"data_dir holds {folder / ARCHIVE}, which {fault.format(' in data_batch_3.bin')}{way_out}"
+        fault_of(folder)
+        == f"data_dir holds {folder / ARCHIVE}, which {fault.format(' in data_batch_3.bin')}{way_out}"
     )
     write(folder, broken)
-    assert fault_of(folder) == f"data_dir holds {folder / 'data_batch_3.bin'}, which {fault.format('')}{way_out}"
+    assert (
+        fault_of(folder)
+        == f"data_dir holds {folder / 'data_batch_3.bin'}, which {fault.format('')}{way_out}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +231,9 @@ def test_damaged_archive_is_said_in_a_sentence(folder: Path, archive: bytes, fau
 
 
 def test_folder_that_does_not_exist_is_named(tmp_path: Path):
-    assert fault_of(tmp_path / "nowhere").startswith(f"data_dir must be an existing folder, got {tmp_path / 'nowhere'}")
+    assert fault_of(tmp_path / "nowhere").startswith(
+        f"data_dir must be an existing folder, got {tmp_path / 'nowhere'}"
+    )
 
 
 def test_each_published_file_has_a_checksum_of_its_own():

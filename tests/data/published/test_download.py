@@ -19,7 +19,9 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 PACKED = gzip.compress(CONTENT, mtime=0)
 TIMEOUT = 0.3
 
-Behavior = Callable[["Handler", bytes, int | None], None]  # the file, and where the requested range starts
+Behavior = Callable[
+    ["Handler", bytes, int | None], None
+]  # the file, and where the requested range starts
 
 
 class Mirror(ThreadingHTTPServer):
@@ -50,7 +52,11 @@ class Handler(BaseHTTPRequestHandler):
         mirror, asked = self.mirror, self.headers["Range"]
         mirror.ranges.append(asked)
         behavior = mirror.behaviors.pop(0) if len(mirror.behaviors) > 1 else mirror.behaviors[0]
-        behavior(self, mirror.file, int(asked.removeprefix("bytes=").removesuffix("-")) if asked else None)
+        behavior(
+            self,
+            mirror.file,
+            int(asked.removeprefix("bytes=").removesuffix("-")) if asked else None,
+        )
 
     def head(self, status: int, length: int, **headers: str) -> None:
         """Sends the status line and the headers."""
@@ -64,7 +70,9 @@ class Handler(BaseHTTPRequestHandler):
         """Keeps quiet."""
 
 
-def partial(handler: Handler, file: bytes, start: int | None, limit: int | None = None, shift: int = 0) -> None:
+def partial(
+    handler: Handler, file: bytes, start: int | None, limit: int | None = None, shift: int = 0
+) -> None:
     """Answers a range with 206, or 416 beyond the end; sends at most `limit` bytes of it."""
     if start is None:
         handler.head(200, len(file))
@@ -72,7 +80,9 @@ def partial(handler: Handler, file: bytes, start: int | None, limit: int | None 
         return handler.head(416, 0)
     else:
         first = start + shift
-        handler.head(206, len(file) - first, Content_Range=f"bytes {first}-{len(file) - 1}/{len(file)}")
+        handler.head(
+            206, len(file) - first, Content_Range=f"bytes {first}-{len(file) - 1}/{len(file)}"
+        )
         file = file[first:]
     handler.wfile.write(file[:limit])
 
@@ -184,7 +194,9 @@ def test_file_that_is_there_is_not_asked_for(serve, target: Path):
     assert mirror.ranges == []
 
 
-def test_one_plain_line_says_what_is_downloaded(serve, target: Path, capsys: pytest.CaptureFixture[str]):
+def test_one_plain_line_says_what_is_downloaded(
+    serve, target: Path, capsys: pytest.CaptureFixture[str]
+):
     """A log is not filled with the frames of a bar."""
     fetch([serve(whole).url], target, SHA256)
     assert capsys.readouterr().err == "Downloading file.gz\n"
@@ -264,7 +276,9 @@ def test_part_that_cannot_be_resumed_is_started_over(
     assert mirror.ranges == ranges
 
 
-@pytest.mark.parametrize("wrong", [gzip.compress(b"wrong", mtime=0), b"<html>no gzip</html>", PACKED[:-9], b""])
+@pytest.mark.parametrize(
+    "wrong", [gzip.compress(b"wrong", mtime=0), b"<html>no gzip</html>", PACKED[:-9], b""]
+)
 def test_wrong_content_is_dropped_for_the_next_mirror(serve, target: Path, wrong: bytes):
     """The next mirror is asked for the whole, not for the end of something else."""
     lying, good = serve(whole, file=wrong), serve(partial)
@@ -297,7 +311,9 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     gone.server_close()
     mirrors = {
         serve(not_found).url: "answered 404 Not Found",
-        serve(whole, file=gzip.compress(b"wrong", mtime=0)).url: "sent something other than the published file",
+        serve(
+            whole, file=gzip.compress(b"wrong", mtime=0)
+        ).url: "sent something other than the published file",
         serve(always_partial).url: "sent another part of the file than it was asked for",
         serve(silent).url: "did not answer within 0.3 s",
         serve(trickles).url: "sent too little within 0.3 s",
@@ -311,13 +327,18 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     assert sentence.startswith("data_dir has no file.gz, and it could not be downloaded: ")
     for url, reason in mirrors.items():
         assert f"{url} {reason}" in sentence
-    assert sentence.endswith(f"Put the file into {target.parent} by hand, or name a folder that has it.")
+    assert sentence.endswith(
+        f"Put the file into {target.parent} by hand, or name a folder that has it."
+    )
 
 
 @pytest.mark.parametrize(
-    ("behavior", "kept"), [(stalls_after(1000), PACKED[:1000]), (whole_breaks_off_after(5), PACKED[:5])]
+    ("behavior", "kept"),
+    [(stalls_after(1000), PACKED[:1000]), (whole_breaks_off_after(5), PACKED[:5])],
 )
-def test_after_failure_there_is_the_part_and_no_target(serve, target: Path, behavior: Behavior, kept: bytes):
+def test_after_failure_there_is_the_part_and_no_target(
+    serve, target: Path, behavior: Behavior, kept: bytes
+):
     """Who finds the target finds it whole."""
     with pytest.raises(InputError):
         fetch([serve(behavior).url], target, SHA256, timeout=TIMEOUT)
@@ -338,7 +359,9 @@ def test_folder_that_cannot_be_written_to_is_named(serve, target: Path):
     target.parent.write_text("a file where the folder should be")
     mirror = serve(whole)
 
-    with pytest.raises(InputError, match="data_dir must be a folder that can be written to") as caught:
+    with pytest.raises(
+        InputError, match="data_dir must be a folder that can be written to"
+    ) as caught:
         fetch([mirror.url], target, SHA256)
 
     assert str(target.parent) in str(caught.value)
@@ -361,7 +384,9 @@ def test_checksum_is_that_of_the_decompressed_content(tmp_path: Path):
     [
         pytest.param(PACKED[:-100], "is a truncated gzip file", id="truncated"),
         pytest.param(b"\0" + PACKED[1:], "is a corrupt gzip file", id="corrupt start"),
-        pytest.param(PACKED[:20] + b"\xff" * 40 + PACKED[60:], "is a corrupt gzip file", id="corrupt middle"),
+        pytest.param(
+            PACKED[:20] + b"\xff" * 40 + PACKED[60:], "is a corrupt gzip file", id="corrupt middle"
+        ),
         pytest.param(PACKED[:-8] + bytes(8), "is a corrupt gzip file", id="corrupt end"),
         pytest.param(None, "cannot be read (No such file or directory)", id="missing"),
     ],
@@ -376,4 +401,6 @@ def test_damaged_file_has_no_checksum(tmp_path: Path, stored: bytes | None, faul
         sha256_of(path)
 
     assert str(caught.value).startswith(f"data_dir holds {path}, which {fault}")
-    assert str(caught.value).endswith("replace it, or remove it to have the published file downloaded.")
+    assert str(caught.value).endswith(
+        "replace it, or remove it to have the published file downloaded."
+    )

@@ -35,7 +35,9 @@ def tiny(train: int = 3, test: int = 2) -> dict[str, np.ndarray]:
     }
 
 
-def write(folder: Path, arrays: dict[str, np.ndarray], spelling: Callable[[str], str] = str) -> None:
+def write(
+    folder: Path, arrays: dict[str, np.ndarray], spelling: Callable[[str], str] = str
+) -> None:
     """Puts arrays into a folder as IDX files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
@@ -80,12 +82,20 @@ GOOD = packed_idx(np.arange(6).reshape(1, 2, 3))
         ("f", b"", "is empty"),
         ("f.gz", b"", "is empty"),
         ("f", b"\x89PNG" + GOOD, "starts with 89 50 4e 47 instead of the magic number 00 00 08 03"),
-        ("f", b"\0\0\x0d\3" + GOOD[4:], "starts with 00 00 0d 03 instead of the magic number 00 00 08 03"),
+        (
+            "f",
+            b"\0\0\x0d\3" + GOOD[4:],
+            "starts with 00 00 0d 03 instead of the magic number 00 00 08 03",
+        ),
         ("f", packed_idx(np.arange(3)), "has 1 dimensions instead of 3"),
         ("f", GOOD[:3], "is truncated in its header of 16 bytes"),
         ("f", GOOD[:15], "is truncated in its header of 16 bytes"),
         ("f", GOOD[:-1], "is truncated: its shape (1, 2, 3) takes 6 bytes, and it has 5"),
-        ("f", GOOD + b"\0\0", "has trailing bytes: its shape (1, 2, 3) takes 6 bytes, and it has at least 8"),
+        (
+            "f",
+            GOOD + b"\0\0",
+            "has trailing bytes: its shape (1, 2, 3) takes 6 bytes, and it has at least 8",
+        ),
         ("f.gz", gzip.compress(GOOD, mtime=0)[:-4], "is a truncated gzip file"),
         ("f.gz", GOOD, "is a corrupt gzip file"),
         ("f.gz", gzip.compress(GOOD, mtime=0) + b"more", "is a corrupt gzip file"),
@@ -133,7 +143,10 @@ def test_files_other_than_the_published_ones_are_noted(tmp_path: Path):
     """A subset may be trained on, but not unknowingly."""
     write(tmp_path, tiny())
     (note,) = mnist(str(tmp_path)).notes
-    assert note == f"{', '.join(MNIST.sha256)} in {tmp_path} differ by checksum from the published mnist."
+    assert (
+        note
+        == f"{', '.join(MNIST.sha256)} in {tmp_path} differ by checksum from the published mnist."
+    )
 
 
 def test_classes_are_digits_or_garments():
@@ -152,7 +165,9 @@ def test_each_file_has_a_checksum_of_its_own(source: idx.Published):
 
 
 @pytest.mark.parametrize("source", [MNIST, FASHION_MNIST], ids=lambda source: source.name)
-def test_absent_file_is_downloaded_into_the_given_folder(tmp_path: Path, published, source: idx.Published):
+def test_absent_file_is_downloaded_into_the_given_folder(
+    tmp_path: Path, published, source: idx.Published
+):
     """The files that are there stay, and only the missing one is asked for."""
     arrays = tiny()
     absent = "t10k-labels-idx1-ubyte"
@@ -174,10 +189,14 @@ def test_files_are_kept_in_the_cache_folder_by_default(
     LOADERS[name]()
     LOADERS[name]()
 
-    assert [target for _, target, _ in published] == [tmp_path / "ctde_jax" / name / f"{f}.gz" for f in tiny()]
+    assert [target for _, target, _ in published] == [
+        tmp_path / "ctde_jax" / name / f"{f}.gz" for f in tiny()
+    ]
 
 
-def test_downloaded_file_is_the_published_one(tmp_path: Path, published, monkeypatch: pytest.MonkeyPatch):
+def test_downloaded_file_is_the_published_one(
+    tmp_path: Path, published, monkeypatch: pytest.MonkeyPatch
+):
     """There is nothing to note about it."""
     sha256 = {name: hashlib.sha256(packed_idx(array)).hexdigest() for name, array in tiny().items()}
     monkeypatch.setattr(idx, "MNIST", idx.Published("mnist", MNIST.classes, MNIST.mirrors, sha256))
@@ -189,8 +208,12 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
     with pytest.raises(InputError) as caught:
         mnist(tmp_path / "nowhere")
 
-    assert str(caught.value).startswith(f"data_dir must be an existing folder, got {tmp_path / 'nowhere'}")
-    assert "create it to have mnist downloaded into it, or leave the option out" in str(caught.value)
+    assert str(caught.value).startswith(
+        f"data_dir must be an existing folder, got {tmp_path / 'nowhere'}"
+    )
+    assert "create it to have mnist downloaded into it, or leave the option out" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +229,11 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
             np.arange(5),
             "y_test must have one label for each of the 2 examples, got 5 labels.",
         ),
-        ("train-images-idx3-ubyte", np.zeros((0, 28, 28)), "x_train must hold at least one example"),
+        (
+            "train-images-idx3-ubyte",
+            np.zeros((0, 28, 28)),
+            "x_train must hold at least one example",
+        ),
         (
             "t10k-images-idx3-ubyte",
             np.zeros((2, 32, 32)),
@@ -214,7 +241,9 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
         ),
     ],
 )
-def test_files_that_do_not_fit_together_name_the_folder(tmp_path: Path, name: str, array: np.ndarray, fault: str):
+def test_files_that_do_not_fit_together_name_the_folder(
+    tmp_path: Path, name: str, array: np.ndarray, fault: str
+):
     """The user passed data_dir, so the sentence is about data_dir."""
     write(tmp_path, {**tiny(), name: array})
 
