@@ -96,14 +96,15 @@ for name in ctde_jax.__all__:
 
 
 def test_functions_have_at_most_eighty_lines():
-    """Docstring included; `ruff` holds the complexity."""
+    """Without the docstring; `ruff` holds the complexity."""
     long = {}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 80:
-                long[f"{path.relative_to(PACKAGE)}: {node.name}"] = (
-                    node.end_lineno - node.lineno + 1
-                )
+            if isinstance(node, ast.FunctionDef):
+                has_docstring = ast.get_docstring(node) is not None
+                begin = node.body[0].end_lineno if has_docstring else node.lineno
+                if node.end_lineno - begin > 80:
+                    long[f"{path.relative_to(PACKAGE)}: {node.name}"] = node.end_lineno - begin
     assert not long
 
 
