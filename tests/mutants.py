@@ -33,14 +33,13 @@ from cosmic_ray.work_db import use_db
 
 ROOT = Path(__file__).parents[1]
 CORE = [
-    *(f"rounds/{name}" for name in ("round", "gradient", "state", "schedule", "evaluate")),
+    *(f"rounds/{name}" for name in ("round", "gradient", "exact", "sums")),
+    *(f"rounds/{name}" for name in ("state", "schedule", "evaluate")),
     *("models/tasks", "data/batches"),
     *(f"aggregate/{path.stem}" for path in sorted((ROOT / "ctde_jax/aggregate").glob("[!_]*.py"))),
 ]
 TIMEOUT = 600
 """Seconds until the tests of a mutant count as endless."""
-MOST_TESTS = 60
-"""Tests that run for one mutant at most: those of the module's own file first, then the fastest."""
 
 
 def main() -> None:
@@ -54,6 +53,12 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=320, help="number of mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--most-tests",
+        type=int,
+        default=60,
+        help="tests for one mutant at most: those of the module's own file first, then the fastest",
+    )
     parser.add_argument("--folder", type=Path, default=Path("mutants"), help="coverage and results")
     options = parser.parse_args()
     options.folder.mkdir(exist_ok=True)
@@ -92,7 +97,7 @@ def main() -> None:
         def run(mutant) -> dict:
             copy = copies.get()
             try:
-                return judge(mutant, copy, tests, programs)
+                return judge(mutant, copy, tests, programs, options.most_tests)
             finally:
                 copies.put(copy)
 
@@ -205,14 +210,14 @@ def annotations(path: Path) -> list[tuple]:
     ]
 
 
-def judge(mutant: tuple, copy: Path, tests: dict, programs: Path) -> dict:
+def judge(mutant: tuple, copy: Path, tests: dict, programs: Path, most: int) -> dict:
     """Runs the tests of a mutant's line in a copy of the tree."""
     module, operator, occurrence, line = mutant
     path = copy / module
     source = path.read_text()
     mutated = mutate_code(source, get_operator(operator)(), occurrence)
     before, after = source.splitlines()[line - 1].strip(), mutated.splitlines()[line - 1].strip()
-    chosen = tests_of(module, line, tests)
+    chosen = tests_of(module, line, tests)[:most]
     started = os.times().elapsed
     try:
         path.write_text(mutated)
@@ -252,7 +257,7 @@ def tests_of(module: str, line: int, tests: dict) -> list[str]:
     def cost(context: str) -> tuple[bool, float]:
         return not context.startswith(f"test_{stem}."), tests["seconds"][context]
 
-    chosen = [context.split(".") for context in sorted(contexts, key=cost)[:MOST_TESTS]]
+    chosen = [context.split(".") for context in sorted(contexts, key=cost)]
     return [f"{tests['paths'][file]}::{name}" for file, name in chosen]
 
 
