@@ -1,26 +1,28 @@
 """Centralized training, decentralized execution: one Flax model, trained over many devices.
 
-A room imports only rooms that stand before it in this list; see `docs/architecture.md` for what to read first:
+A room, that is a module or subpackage, imports only rooms before it in this list;
+`docs/architecture.md` suggests a reading order:
 
-    errors, bundle              exceptions and their checks; what a node has: numpy alone
-    devices                     where training runs
-    data                        what is learned from
-    models, aggregate           what is learned; how replicas agree
-    rounds                      what the devices compute
-    cost, checkpoint            what a round costs; how nothing is lost
-    trainer                     what the host does
-    config                      from words to objects and back
-    export                      how a model leaves
-    train, execute, wire, ...   the commands
+    errors, bundle              exceptions and checks; bundles and their runtimes, with numpy alone
+    devices                     devices, hosts, and the replica axis
+    data                        data sets, partitions, batches
+    models, aggregate           networks and tasks; strategies and reducers
+    rounds                      the computation of the devices
+    cost, checkpoint            communicated bytes; checkpoints and run folders
+    trainer                     the training loop of the host
+    config                      options of the command line, and the objects that they build
+    export                      bundles and web pages of trained models
+    train, execute, wire, ...   commands
 
-The public names are those of `__init__.pyi`. Each is imported when it is first used: `import ctde_jax` alone neither
-imports JAX nor touches a device.
+The public names are those of `__init__.pyi`. Each is imported on first use, so that
+`import ctde_jax` neither imports JAX nor initializes a device.
 """
 
 import ast
 from importlib import import_module
 from pathlib import Path
 
+# The stub is the one list of public names: type checkers read it, and so does this module.
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _HOMES = {
     alias.name: node.module
@@ -38,6 +40,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # `from . import name` in the stub has no module: the name is a submodule of this package.
     home = _HOMES[name]
     if home is None:
         return import_module(f"{__name__}.{name}")

@@ -1,6 +1,7 @@
-"""What goes wrong at the boundary, said in sentences.
+"""Exceptions with messages for users, and the checks of arguments that raise them.
 
-A library user catches these as ordinary exceptions; the command line prints the sentence and exits with status 2.
+Library users catch them as ordinary exceptions. The commands print the message and exit with status
+2 for invalid input; `train.main` lists the others.
 """
 
 import difflib
@@ -9,77 +10,89 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """A mistake in what the user passed in.
+    """Raised if an argument or a file from the user is invalid.
 
     Args:
-        option: The argument at fault, as it is written in Python (the command line shows `batch_size` as
-            `--batch-size`).
-        sentence: The rest of the sentence: which rule, which value, and the way out.
+        option: Name of the argument in Python; the command line shows `batch_size` as
+            `--batch-size`.
+        sentence: Rest of the message: the rule, the value, and the way out.
     """
 
     def __init__(self, option: str, sentence: str):
-        self.option, self.sentence = on_one_line(option), on_one_line(sentence)
+        # A message may quote the content of a file, which must not break or style the line.
+        self.option = on_one_line(option)
+        self.sentence = on_one_line(sentence)
         super().__init__(f"{self.option} {self.sentence}")
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The training loss became NaN or infinite; what was measured before is kept.
+    """Raised if the training loss becomes NaN or infinite; metrics measured before are kept.
 
     Args:
-        step: The first optimizer step, counted from 1, whose loss is not finite.
+        step: First optimizer step, counted from 1, with a loss that is not finite.
     """
 
     def __init__(self, step: int):
         super().__init__(
-            f"the loss is not finite at step {step}, so training stopped; the metrics up to there are kept. "
-            "Lower the learning rate, add warm-up steps, or look for extreme values in the inputs."
+            f"the loss is not finite at step {step}, so training stopped; the metrics up to there "
+            "are kept. Lower the learning rate, add warm-up steps, or look for extreme values in "
+            "the inputs."
         )
         self.step = step
 
 
 class ReplicasDiverged(RuntimeError):
-    """Devices that must hold the same do not, so training stopped; checkpoints from before are kept.
+    """Raised if state that must be equal on all devices differs; earlier checkpoints are kept.
 
     Args:
-        leaves: The names of what differs.
-        groups: The replicas that hold the same of the first of them, the largest group first.
-        since: After this step all were alike.
-        until: After this step they were not.
+        leaves: Names of the leaves that differ.
+        groups: Groups of replicas that agree on the first of these leaves, largest group first.
+        since: Last step after which all replicas agreed.
+        until: Step after which they were found to differ.
     """
 
     def __init__(self, leaves: list[str], groups: list[list[int]], since: int, until: int):
+        # The message names the first leaf only; the attributes have all of them.
         more = f" and {len(leaves) - 1} more" if len(leaves) > 1 else ""
         super().__init__(
             f"{leaves[0]}{more} should be the same on all devices, but differs between the devices "
-            f"{' and '.join(map(str, groups))} since a step from {since + 1} to {until}, so training stopped. A "
-            "reduction is missing in the strategy, or a device computes wrongly; older checkpoints are as they were."
+            f"{' and '.join(map(str, groups))} since a step from {since + 1} to {until}, so "
+            "training stopped. A reduction is missing in the strategy, or a device computes "
+            "wrongly; older checkpoints are as they were."
         )
-        self.leaves, self.groups, self.since, self.until = leaves, groups, since, until
+        self.leaves = leaves
+        self.groups = groups
+        self.since = since
+        self.until = until
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGHUP has ended the training, and a checkpoint is written.
+    """Raised after SIGTERM or SIGHUP has ended the training and a checkpoint has been written.
 
     Args:
-        step: The optimizer steps that it has gone through.
-        folder: Of the run, with which the same command goes on.
-        by: The name of the signal.
+        step: Number of optimizer steps completed.
+        folder: Folder of the run, with which the same command resumes.
+        by: Name of the signal.
     """
 
     def __init__(self, step: int, folder: Path, by: str = "SIGTERM"):
         super().__init__(
-            f"{by} ended the training at step {step:,}, which is saved; the same command with --run-dir {folder} "
-            "goes on."
+            f"{by} ended the training at step {step:,}, which is saved; the same command with "
+            f"--run-dir {folder} goes on."
         )
-        self.step, self.folder = step, folder
+        self.step = step
+        self.folder = folder
 
 
 class HostLost(RuntimeError):
-    """Another host does not come where this one waits for it; says which, and where."""
+    """Raised if another host fails, or does not arrive at a point where this one waits for it.
+
+    The message names the host and the point.
+    """
 
 
 def on_one_line(text: str) -> str:
-    """Escapes what cannot be printed, such as line ends, so that no content of a file breaks a sentence."""
+    """Escapes characters that are not printable, such as line ends, so that text is one line."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
@@ -87,17 +100,18 @@ def on_one_line(text: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """Quotes what a file or a user has said, without its middle where it is long."""
+    """Returns the repr of a value from a file or a user, shortened in the middle if it is long."""
     return shortened(repr(value))
 
 
 def shortened(text: str) -> str:
-    """Leaves out the middle of a long text, such as what another library says of a file by quoting it."""
+    """Removes the middle of a long text, such as another library's message that quotes a file."""
+    # 200 characters in all: 120 + 3 + 77.
     return text if len(text) <= 200 else f"{text[:120]}...{text[-77:]}"
 
 
 def check_known(option: str, name: str, known: Iterable[str]) -> None:
-    """Raises InputError for a name that is not among the known ones, and suggests the nearest of them."""
+    """Raises InputError if a name is not among the known ones; suggests the most similar one."""
     names = list(known)
     if name not in names:
         raise InputError(
@@ -107,33 +121,34 @@ def check_known(option: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Raises InputError for an option that is less than this; None is a default yet to be chosen."""
+    """Raises InputError if an option is less than `least`; None, an unresolved default, passes."""
     for option, value in options.items():
         if value is not None and value < least:
             raise InputError(option, f"must be at least {least}, got {value}.")
 
 
 def check_whole(**options: object) -> None:
-    """Raises InputError for an option that is no integer; None is a default yet to be chosen."""
+    """Raises InputError if an option is not an integer; None, an unresolved default, passes."""
     for option, value in options.items():
+        # numpy integers are integers; bool is one in Python, but a mistake here.
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
             raise InputError(option, f"must be a whole number, got {value!r:.60}.")
 
 
 def check_at_most(most: int, **options: int | None) -> None:
-    """Raises InputError for an option that is greater than this; None is a default yet to be chosen."""
+    """Raises InputError if an option is more than `most`; None, an unresolved default, passes."""
     for option, value in options.items():
         if value is not None and value > most:
             raise InputError(option, f"must be at most {most:,}, got {value}.")
 
 
 def check_seed(seed: int) -> None:
-    """Raises InputError for a seed that is not from 0 to 2**32 - 1."""
+    """Raises InputError if a seed is not from 0 to 2**32 - 1."""
     if not 0 <= seed < 2**32:
         raise InputError("seed", f"must be from 0 to {2**32 - 1}, got {seed}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Ends a sentence with the known name that is spelled most like this one, where there is one like it."""
+    """Returns a period, or the end of a sentence that suggests a known name of similar spelling."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else "."

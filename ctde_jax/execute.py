@@ -4,7 +4,8 @@
     python -m ctde_jax.execute BUNDLE --input table.csv --score
     python -m ctde_jax.execute BUNDLE --prompt "ROMEO:"
 
-It needs numpy, and the runtime that it is asked for: nothing of what trained the model, no other node, no network.
+It needs numpy, and the runtime that it is asked for: nothing of what trained the model, no other
+node, no network.
 """
 
 import json
@@ -35,20 +36,30 @@ from ctde_jax.bundle import (
 )
 from ctde_jax.errors import InputError, check_at_least, on_one_line
 
+# Options that require --input, and those that require --prompt.
 _OF_INPUTS = ("score", "label_column", "batch_size", "all_devices", "json")
 _OF_TEXTS = ("length", "temperature", "seed")
 _SHOWN = 8
-"""Numbers of an output that a line of the table shows at most."""
+"""Maximum number of values of an output in a line of the table."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a bundle as the options say; returns the exit status, 2 for a mistake or a bundle that is not in order."""
+    """Runs a bundle according to the options.
+
+    Args:
+        arguments: Arguments of the command line.
+
+    Returns:
+        The exit status, 2 for invalid input or a damaged bundle.
+    """
     return run(lambda: _execute(_parse(arguments)), names={"bundle": "BUNDLE"})
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Parser("ctde_jax.execute", __doc__ or "")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder of a bundle")
+
+    # Either examples or a text to continue.
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--input", type=Path, nargs="+", metavar="FILE", help=".npy, .npz, .csv, or .png files"
@@ -56,6 +67,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     what.add_argument(
         "--prompt", metavar="TEXT", help="how a text begins that a language model goes on with"
     )
+
+    # For both.
     runtimes = ", ".join(RUNTIMES)
     parser.add_argument(
         "--runtime",
@@ -65,6 +78,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin"
     )
+
+    # With --input: `_OF_INPUTS`.
     parser.add_argument(
         "--score",
         action="store_true",
@@ -88,6 +103,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--json", action="store_true", help="a line of JSON for each example, instead of a table"
     )
+
+    # With --prompt: `_OF_TEXTS`.
     parser.add_argument(
         "--length", type=int, default=200, metavar="N", help="characters to write (200)"
     )
@@ -97,6 +114,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="decides what is drawn (0)"
     )
+
+    # An option of the other mode would be ignored, so it is refused.
     chosen = parser.parse_args(arguments)
     this, others = ("--prompt", _OF_INPUTS) if chosen.input is None else ("--input", _OF_TEXTS)
     for name in others:
@@ -109,6 +128,8 @@ def _execute(chosen: Namespace) -> None:
     check_at_least(1, batch_size=chosen.batch_size)
     bundle = open_bundle(chosen.bundle, chosen.expect)
     runtime = chosen.runtime or ("jax" if chosen.all_devices else pick(bundle))
+
+    # Continue a text, printed character by character.
     if chosen.prompt is not None:
         text = answers.write(
             bundle, runtime, chosen.prompt, chosen.length, chosen.temperature, chosen.seed
@@ -116,6 +137,8 @@ def _execute(chosen: Namespace) -> None:
         for part in chain([chosen.prompt], map(_harmless, text), ["\n"]):
             print(part, end="", flush=True)
         return
+
+    # Compute outputs batch by batch; they are lazy, so that results appear as they are computed.
     examples = read(chosen.input, bundle.card, chosen.label_column, labeled=chosen.score)
     size = chosen.batch_size
     if chosen.all_devices:
@@ -133,18 +156,24 @@ def _execute(chosen: Namespace) -> None:
 
 
 def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, int]:
-    """Puts a copy of the model on each device of this machine, and deals the examples of a batch out to them.
+    """Puts a copy of the model on each local device and distributes each batch over them.
 
-    The copies do not talk to each other, which their compiled program shows.
+    The copies do not communicate: their compiled program is checked for collectives.
+
+    Args:
+        bundle: The bundle.
+        runtime: Name of the runtime, which must be "jax".
+        size: Batch size; rounded up to a multiple of the number of devices.
 
     Returns:
-        The function from inputs to outputs, and how many examples it takes at once.
+        The function from inputs to outputs, and its batch size.
     """
     if runtime != "jax":
         raise InputError("all_devices", f"goes with the runtime jax, got {runtime}.")
-    load(bundle, runtime)  # which says what is missing
+    load(bundle, runtime)  # raises InputError if the runtime or the artifact is missing
     import jax
 
+    # A node may have JAX without the packages of the trainer.
     try:
         from ctde_jax import devices
         from ctde_jax.cost import collectives
@@ -154,20 +183,23 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
             "all_devices", f"needs this package with what it depends on, such as {error.name}."
         ) from error
 
-    here, card = devices.start(cpu_devices=devices.FAKE_DEVICES), bundle.card
+    # Compile for inputs [device, examples per device, ...].
+    here = devices.start(cpu_devices=devices.FAKE_DEVICES)
+    card = bundle.card
     each = ceil(size / len(here))
     call = traceable(bundle, bundle.read(card.artifacts[runtime].file))
     copies = replica.parallel(call, here, in_axes=(0,), out_axes=0)
     like = jax.ShapeDtypeStruct((len(here), each, *card.input_shape), card.input_dtype)
     program = replica.compiled(replica.lowered(copies, like), here)
+
+    # Independence is a property of the compiled program: it has no collectives.
     talk = collectives.read(program.as_text() or "")
     assert not talk, f"copies that run alone send {talk}"
     print(f"{len(here)} independent copies, no collective in their program", file=sys.stderr)
 
     def predict(inputs: np.ndarray) -> np.ndarray:
-        filled = np.resize(
-            inputs, like.shape
-        )  # repeated where there are fewer examples than places
+        # Examples are repeated to fill a short batch, and the surplus outputs dropped.
+        filled = np.resize(inputs, like.shape)
         (outputs,) = map(np.asarray, program(replica.shard(filled, here)))
         return outputs.reshape(-1, *outputs.shape[2:])[: len(inputs)]
 
@@ -175,7 +207,7 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
 
 
 def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
-    """Prints a line for each example as soon as it is known."""
+    """Prints one line per example, as soon as its batch is computed."""
     describe = {"classes": _class, "tokens": _token, "anything": _numbers}[bundle.card.predicts]
     first = 0
     for batch in outputs:
@@ -184,20 +216,25 @@ def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
             if as_json:
                 print(json.dumps(row))
                 continue
+            # The header comes before the first example.
             if not example:
                 print("  ".join(f"{name:>11}" for name in row))
             print("  ".join(f"{_cell(value):>11}" for value in row.values()))
         first += len(batch)
 
 
+# Cells of the table, and fields of the JSON, by what the model predicts.
 def _class(bundle: Bundle, logits: np.ndarray) -> dict[str, Any]:
-    best, names = int(logits.argmax()), bundle.card.classes
+    best = int(logits.argmax())
+    names = bundle.card.classes
     label = names[best] if best < len(names) else str(best)
     return {"label": label, "probability": float(np.exp(answers.log_probabilities(logits)[best]))}
 
 
 def _token(bundle: Bundle, logits: np.ndarray) -> dict[str, Any]:
-    last, names = logits[-1], bundle.card.vocabulary
+    # logits: float32[length, vocabulary]; the last position predicts the next token.
+    last = logits[-1]
+    names = bundle.card.vocabulary
     best = int(last.argmax())
     probability = float(np.exp(answers.log_probabilities(last)[best]))
     return {"next": repr(names[best]) if best < len(names) else best, "probability": probability}
@@ -218,20 +255,24 @@ def _cell(value: Any) -> str:
 
 
 def _harmless(character: str) -> str:
-    """Lets through what a terminal writes, and no commands to it."""
+    """Escapes control characters other than line ends and tabs, as a terminal may obey them."""
     return character if character in "\n\r\t" else on_one_line(character)
 
 
 def _show_score(
     bundle: Bundle, examples: Examples, outputs: Iterator[np.ndarray], as_json: bool
 ) -> None:
-    """Prints what share of the labels was found, and the cross-entropy; every example counts once."""
+    """Prints accuracy and cross-entropy in nats; every example counts once."""
     assert examples.labels is not None
-    done, loss, right = 0, 0.0, 0.0
+    done = 0
+    loss = 0.0
+    right = 0.0
     for batch in outputs:
         labels = examples.labels[done : done + len(batch)]
         losses, is_right = answers.score(batch, labels)
-        done, loss, right = done + len(batch), loss + losses.sum(), right + is_right.sum()
+        done = done + len(batch)
+        loss = loss + losses.sum()
+        right = right + is_right.sum()
     row = {"examples": done, "accuracy": right / done, "loss": loss / done}
     if as_json:
         print(json.dumps(row))

@@ -1,9 +1,10 @@
 """The command `python -m ctde_jax.profile`: why a training with these options is not faster.
 
-python -m ctde_jax.profile --model cnn                       # takes the options of ctde_jax.train
-python -m ctde_jax.profile --model cnn --trace runs/trace    # and writes a trace of a few steps
+    python -m ctde_jax.profile --model cnn                       # takes options of ctde_jax.train
+    python -m ctde_jax.profile --model cnn --trace runs/trace    # and writes a trace of a few steps
 
-`stopwatch.py` measures; here the options come in, and what was measured is said in tables, a picture and sentences.
+`trainer/stopwatch.py` measures; this module parses the options and presents the measurements as
+tables, a figure and advice.
 """
 
 import signal
@@ -21,7 +22,6 @@ import ctde_jax as ctde
 from ctde_jax import config as options
 from ctde_jax.bundle import streams
 from ctde_jax.errors import InputError
-from ctde_jax.trainer import picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ctde_jax.trainer import Profile, Spread
 
 SECONDS = 10.0
-"""The turns take about so long, and longer where a few turns do."""
+"""Approximate duration of the measurement; longer if the minimum number of turns takes longer."""
 
 _BAR = 20  # characters
 _COLORS = {
@@ -39,22 +39,28 @@ _COLORS = {
     "aggregation": "tab:purple",
 }
 
-# where a sentence is called for
-_SMALL_BATCH = 0.8  # of the time of a step, with half its batch
-_LONG_EVALUATION = 0.1  # of the time between two evaluations
-_LONG_AGGREGATION = 1 / 3  # of a step
+# Thresholds for advice.
+_SMALL_BATCH = 0.8  # time of a step with half the batch, as a fraction of that of a step
+_LONG_EVALUATION = 0.1  # fraction of the time from one evaluation to the next
+_LONG_AGGREGATION = 1 / 3  # fraction of a step
 
 
 def main(arguments: Sequence[str]) -> int:
     """Profiles a training with these options.
 
+    Args:
+        arguments: Arguments of the command line.
+
     Returns:
-        The exit status: 0, or 2 for a mistake in options or data.
+        The exit status: 0, or 2 for invalid options or data.
     """
     started = time.perf_counter()
+
+    # Help on the one option of this command; the parser of the other options prints the rest.
     if {"-h", "--help"} & set(arguments):
         print(
-            "--trace FOLDER  write a trace of a few steps for XProf and Perfetto; all other options are those of a run:"
+            "--trace FOLDER  write a trace of a few steps for XProf and Perfetto; all other "
+            "options are those of a run:"
         )
     try:
         trace, rest = options.take("trace", arguments, "name a folder")
@@ -67,15 +73,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _profile(config: options.Config, trace: Path | None, started: float) -> None:
+    """Measures, prints tables and advice, and saves the figure."""
+    # Check the options that this command does not support.
     ctde.devices.hosts.check_alone(ctde.devices.hosts.find_meeting(**vars(config.hosts)))
     if config.aggregation.exact:
         raise InputError(
             "exact",
             "must be left out: what is measured are devices that agree on means, and such alone.",
         )
-    from ctde_jax.config import build  # here, so that the import of JAX is measured
-    from ctde_jax.trainer import stopwatch
 
+    # Imported here, so that the import of JAX is measured.
+    from ctde_jax.config import build
+    from ctde_jax.trainer import picture, stopwatch
+
+    # Time what a run does once: imports, start of the devices, loading of the data.
     imported = time.perf_counter()
     devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
     on = time.perf_counter()
@@ -83,16 +94,19 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     data = build.load_data(config.data, seed)
     loaded = time.perf_counter()
     once = {"imports": imported - started, "devices": on - imported, "data": loaded - on}
-    training = build.build_training(config, data, devices)
 
+    # The partition is a function of the number of devices, for the measurement on fewer devices.
+    training = build.build_training(config, data, devices)
     partition = partial(build.make_partition, config.data, data.train.labels, seed=seed)
 
+    # Claim the folders before the measurement, so that it is not lost if they cannot be written to.
     if trace is not None:
         _make_trace_folder(trace)
     folder = config.run.run_dir or options.new_run_folder(config, "profile-")
     with ctde.checkpoint.claimed(folder):
         ctde.checkpoint.check_new(folder)
 
+        # Measure.
         screen = ctde.trainer.console()
         count = _count(len(devices), "device")
         title = (
@@ -101,6 +115,8 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
         with screen.status("starting") as status:
             measured = stopwatch.measure(training, partition, SECONDS, trace, status.update)
         measured = replace(measured, once={**once, **measured.once})
+
+        # Present the result.
         failure = picture.save(partial(plot, measured, title), folder / "profile.png")
         for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):
             screen.print(table)
@@ -109,8 +125,8 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
         screen.print(failure or f"picture    {folder / 'profile.png'}")
         if trace is not None:
             screen.print(
-                f"trace      {trace}: open perfetto_trace.json.gz in its deepest folder at https://ui.perfetto.dev, "
-                f"or run pip install xprof && xprof --logdir {trace}"
+                f"trace      {trace}: open perfetto_trace.json.gz in its deepest folder at "
+                f"https://ui.perfetto.dev, or run pip install xprof && xprof --logdir {trace}"
             )
 
 
@@ -124,7 +140,12 @@ def _make_trace_folder(folder: Path) -> None:
 
 
 def advice(profile: "Profile") -> list[str]:
-    """Says in sentences what makes a training slow, and what helps."""
+    """Returns sentences about what makes a training slow and what helps; at least one.
+
+    Args:
+        profile: The measurements.
+    """
+    # Each of these yields at most one sentence.
     return [
         *_about_cores(profile),
         *_about_batch(profile),
@@ -137,33 +158,39 @@ def advice(profile: "Profile") -> list[str]:
 
 
 def _about_cores(profile: "Profile") -> Iterable[str]:
+    # `cores` is None on accelerators, which do not share cores.
     if profile.cores is None or profile.replicas == 1:
         return
     yield (
-        f"{profile.replicas} fake devices share {_count(profile.cores, 'core')}: they show how devices agree, and "
-        "cannot be faster than the cores are. Where speed matters, compare --devices 1."
+        f"{profile.replicas} fake devices share {_count(profile.cores, 'core')}: they show how "
+        "devices agree, and cannot be faster than the cores are. Where speed matters, compare "
+        "--devices 1."
     )
 
 
 def _about_batch(profile: "Profile") -> Iterable[str]:
+    # `half_batch` is a ratio: the time of a step with half the batch over that of a whole step.
     if profile.half_batch is None or profile.half_batch.median < _SMALL_BATCH:
         return
     own = profile.batch_size // profile.replicas
     yield (
-        f"With half the batch a step takes {profile.half_batch.median:.0%} of its time: {own} examples on a device are "
-        "too few to keep it busy. A larger --batch-size costs little time, or fewer --devices suffice."
+        f"With half the batch a step takes {profile.half_batch.median:.0%} of its time: {own} "
+        "examples on a device are too few to keep it busy. A larger --batch-size costs little "
+        "time, or fewer --devices suffice."
     )
 
 
 def _about_dispatch(profile: "Profile") -> Iterable[str]:
+    # A dispatch runs no further than to the next evaluation.
     if profile.steps_per_evaluation == 1 < profile.steps:
         yield (
-            "The host stands between any two steps, as each is evaluated: with a larger --eval-every many go out at "
-            "once."
+            "The host stands between any two steps, as each is evaluated: with a larger "
+            "--eval-every many go out at once."
         )
 
 
 def _about_input(profile: "Profile") -> Iterable[str]:
+    # Input is prefetched, so it delays a step only if it takes longer than everything else.
     taken = profile.parts["input"].median
     rest = _sum(profile) - taken
     if taken > rest:
@@ -177,35 +204,43 @@ def _about_aggregation(profile: "Profile") -> Iterable[str]:
     share = _share(profile, "aggregation")
     if profile.replicas > 1 and share > _LONG_AGGREGATION:
         yield (
-            f"Aggregation is {share:.0%} of a step, waiting for the slowest device included: let the devices talk less "
-            "often (--sync-every), or compute more between two talks (--batch-size)."
+            f"Aggregation is {share:.0%} of a step, waiting for the slowest device included: let "
+            "the devices talk less often (--sync-every), or compute more between two talks "
+            "(--batch-size)."
         )
 
 
 def _about_compilation(profile: "Profile") -> Iterable[str]:
+    # Everything that compiles, from tracing on.
     compiling = sum(
         profile.once[part] for part in ("trace", "lower", "compile", "compile evaluation")
     )
     training = profile.steps * profile.step.median
     if compiling > training:
         yield (
-            f"Compilation takes {_time(compiling)}, and all {profile.steps:,} steps {_time(training)}: a run this "
-            "short does not become faster by faster steps."
+            f"Compilation takes {_time(compiling)}, and all {profile.steps:,} steps "
+            f"{_time(training)}: a run this short does not become faster by faster steps."
         )
 
 
 def _about_evaluation(profile: "Profile") -> Iterable[str]:
+    # An interval is the steps between two evaluations, and one evaluation.
     between = profile.steps_per_evaluation * profile.step.median
     share = profile.evaluation.median / (between + profile.evaluation.median)
     if share > _LONG_EVALUATION:
         yield (
-            f"Evaluation takes {share:.0%} of the time from one evaluation to the next, which come every "
-            f"{profile.steps_per_evaluation:,} steps: a larger --eval-every asks less often."
+            f"Evaluation takes {share:.0%} of the time from one evaluation to the next, which come "
+            f"every {profile.steps_per_evaluation:,} steps: a larger --eval-every asks less often."
         )
 
 
 def step_table(profile: "Profile", title: str) -> Table:
-    """Shows where the time of a step goes."""
+    """Returns a table of the time of each part of a step.
+
+    Args:
+        profile: The measurements.
+        title: Model, data, devices and batch size, for the title of the table.
+    """
     table = Table(title=f"a step of {title}", title_justify="left", caption_justify="left")
     _add_columns(table, "part", "ms, median", "quartiles", "share", "")
     for part, spread in profile.parts.items():
@@ -214,18 +249,28 @@ def step_table(profile: "Profile", title: str) -> Table:
     table.add_section()
     table.add_row("one after another", f"{_sum(profile) * 1e3:,.3f}", "", "100%")
     table.add_row("in training", *_milliseconds(profile.step), "")
+
+    # The parts are measured one by one; in training they overlap, as input is prefetched.
     table.caption = (
-        f"{profile.turns} turns, {profile.steps_per_dispatch} steps a dispatch. Compute is a difference: steps alone, "
-        "less dispatch. So is aggregation: steps of the strategy, less steps alone."
+        f"{profile.turns} turns, {profile.steps_per_dispatch} steps a dispatch. Compute is a "
+        "difference: steps alone, less dispatch. So is aggregation: steps of the strategy, less "
+        "steps alone."
     )
     if profile.cores is not None:
-        table.caption += " On a CPU host and devices share cores: of dispatch and compute only the sum is certain."
+        table.caption += (
+            " On a CPU host and devices share cores: of dispatch and compute only the sum is "
+            "certain."
+        )
     return table
 
 
 def run_table(profile: "Profile") -> Table:
-    """Shows where the time of the whole run would go, if it went on as measured."""
-    evaluations = -(-profile.steps // profile.steps_per_evaluation)
+    """Returns a table of the time of the whole run, extrapolated from the measurements.
+
+    Args:
+        profile: The measurements.
+    """
+    evaluations = -(-profile.steps // profile.steps_per_evaluation)  # rounded up
     seconds = {
         **profile.once,
         f"{_count(profile.steps, 'step')}, estimated": profile.steps * profile.step.median,
@@ -242,7 +287,11 @@ def run_table(profile: "Profile") -> Table:
 
 
 def scaling_table(profile: "Profile") -> Table:
-    """Shows what more devices are worth, for the same global batch."""
+    """Returns a table of speed-up and efficiency by number of devices, for the same global batch.
+
+    Args:
+        profile: The measurements.
+    """
     table = Table(
         title=f"steps of {profile.batch_size} examples on more devices", title_justify="left"
     )
@@ -261,14 +310,23 @@ def scaling_table(profile: "Profile") -> Table:
 
 
 def plot(profile: "Profile", title: str) -> "Figure":
-    """Draws where the time of a step goes, and what more devices are worth."""
-    import numpy as np  # not before the import of JAX is measured
+    """Plots the time of each part of a step, and the throughput by number of devices.
+
+    Args:
+        profile: The measurements.
+        title: Title of the figure.
+
+    Returns:
+        The figure, which pyplot does not manage.
+    """
+    import numpy as np  # not at the top, as the measured import of JAX includes it
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
 
+    # Left: median and quartiles of each part of a step.
     parts = list(profile.parts)
     milliseconds = [1e3 * profile.parts[part].median for part in parts]
     low = [1e3 * (spread.median - spread.low) for spread in profile.parts.values()]
@@ -283,6 +341,7 @@ def plot(profile: "Profile", title: str) -> "Figure":
     left.set(xlabel="ms a step", title="where the time goes")
     left.legend()
 
+    # Right: examples per second. The slow end of an error bar is the high quartile of the time.
     counts = list(profile.scaling)
     slow, middle, fast = (
         np.array([profile.batch_size / seconds for seconds in bounds])
@@ -290,7 +349,7 @@ def plot(profile: "Profile", title: str) -> "Figure":
             *((one.high, one.median, one.low) for one in profile.scaling.values()), strict=True
         )
     )
-    speed_ups = np.array(_speed_ups(profile))
+    speed_ups = np.array(_speed_ups(profile))  # [device counts]
     right.errorbar(
         counts,
         middle,
@@ -299,6 +358,7 @@ def plot(profile: "Profile", title: str) -> "Figure":
         capsize=3,
         label="measured, with efficiency",
     )
+    # `middle / speed_ups` is the throughput of one device.
     right.plot(
         counts,
         middle / speed_ups * counts,
@@ -310,6 +370,8 @@ def plot(profile: "Profile", title: str) -> "Figure":
         right.annotate(
             f"{faster / count:.0%}", (count, speed), (0, 7), textcoords="offset points", ha="center"
         )
+
+    # From zero, so that heights are proportional to throughput.
     right.set(xlabel="devices", title="examples/s", ylim=(0, None), xticks=counts)
     right.yaxis.set_major_formatter("{x:,.0f}")
     right.margins(x=0.1)
@@ -325,9 +387,10 @@ def _add_columns(table: Table, *names: str) -> None:
 
 
 def _speed_ups(profile: "Profile") -> list[float]:
-    """Returns how many times as fast as one device each number of them is.
+    """Returns the speed-up over one device for each number of devices.
 
-    Where one cannot run alone, the fewest that can count as in proportion to it.
+    If a single device cannot run the training, the smallest number of devices that can is assumed
+    to scale perfectly.
     """
     fewest = min(profile.scaling)
     return [
@@ -361,5 +424,5 @@ def _bar(share: float) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save after Ctrl-C
     sys.exit(streams.run(main))

@@ -1,6 +1,6 @@
-"""The command `python -m ctde_jax.train`: options in; a trained model's numbers and curves out.
+"""The command `python -m ctde_jax.train`: trains with the given options; writes metrics and curves.
 
-It does with options what a notebook does with calls, and reads the same.
+It makes the same calls as a notebook, in the same order, with arguments from the options.
 """
 
 import os
@@ -24,14 +24,20 @@ from ctde_jax.errors import (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Trains as the options say; on one of several hosts, in a process of its own under this one.
+    """Trains according to the options; on one of several hosts, in a child process.
+
+    Args:
+        arguments: Arguments of the command line.
 
     Returns:
-        The exit status: 0, 2 for a mistake in options or data or a loss that is not finite, 69 where another host is
-        lost, 70 where devices that must hold the same do not, 75 after SIGTERM, 130 after Ctrl-C, and on several hosts
-        128 and its number for a signal that has ended the training at once.
+        The exit status: 0; 2 for invalid options or data, a loss that is not finite, or too little
+        memory; 69 if another host is lost; 70 if state that must be equal on all devices differs;
+        75 after SIGTERM or SIGHUP; 130 after Ctrl-C; on several hosts, 1 for any other exception,
+        and 128 plus its number for a signal that ended the training immediately.
     """
     started = time.perf_counter()
+
+    # Parse the options before JAX is imported, so that a mistake is reported at once.
     try:
         config = options.parse(arguments)
         _import_jax()
@@ -39,13 +45,19 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {options.flag(error.option)} {error.sentence}", file=sys.stderr)
         return 2
+
+    # One host: train in this process.
     if meeting is None:
         status, sentence = _outcome(config, started)
         if sentence:
             print(sentence if status == os.EX_TEMPFAIL else f"error: {sentence}", file=sys.stderr)
         return status
+
+    # Several hosts: supervise a child, as JAX aborts the process if another host is lost.
     if not ctde.devices.supervisor.is_child():
         return ctde.devices.supervisor.run("ctde_jax.train", arguments, meeting)
+
+    # In the child: train. After a failure `leave` ends this process and those of the other hosts.
     ctde.devices.supervisor.follow_supervisor()
     status, sentence = _outcome(config, started, meeting)
     if sentence and status != os.EX_TEMPFAIL:
@@ -57,9 +69,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _import_jax() -> None:
-    """Raises InputError if JAX cannot be imported, such as for an unknown value of one of its environment variables."""
+    """Raises InputError if JAX cannot be imported.
+
+    A cause is an invalid value of one of its environment variables.
+    """
     try:
-        import jax  # noqa: F401  # here, so that a mistake in the options costs no import of it
+        import jax  # noqa: F401  # not at the top: invalid options are reported without it
     except Exception as error:
         raise InputError(
             "JAX", f"must be importable, got {type(error).__name__}: {shortened(str(error))}."
@@ -69,9 +84,10 @@ def _import_jax() -> None:
 def _outcome(
     config: options.Config, started: float, meeting: "ctde.devices.hosts.Meeting | None" = None
 ) -> tuple[int, str]:
-    """Trains, and returns the exit status and what there is to say of it."""
-    from ctde_jax.config import walk  # here, as it imports JAX
+    """Trains; returns the exit status and a message, which is empty after success."""
+    from ctde_jax.config import walk  # not at the top, as it imports JAX
 
+    # Each exception of the library has its status.
     try:
         if meeting is not None:
             ctde.devices.hosts.join(meeting)
@@ -89,22 +105,26 @@ def _outcome(
     except KeyboardInterrupt:
         return 130, "interrupted twice; what was measured is in the run's folder"
     except Exception as error:
+        # XLA reports a lack of memory as a JaxRuntimeError with this status in its text.
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             said = " ".join(str(error).split()[:12]) or "no more to be had"
             return (
                 2,
                 f"memory does not suffice ({said}): take a smaller model, or a lower --batch-size.",
             )
+
+        # On one host it is a bug: Python prints the traceback.
         if meeting is None:
             raise
+
+        # If a host is lost, a collective raises first; then the coordinator ends this process.
         if ctde.devices.hosts.may_be_lost(error):
             ctde.devices.hosts.wait_for_verdict()
-        traceback.print_exc()  # nobody was lost
+        traceback.print_exc()  # no host was lost
         return 1, f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # until training starts, Ctrl-C has nothing to save
+    # Until training starts, there is nothing to save after Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(streams.run(main))

@@ -1,7 +1,7 @@
-"""The command `python -m ctde_jax.wire`: what a run with these options would send, without training.
+"""The command `python -m ctde_jax.wire`: the communication of a run, computed without training.
 
-python -m ctde_jax.wire --sync-every 16                          # takes the options of ctde_jax.train
-python -m ctde_jax.wire --sync-every 16 --target tpu:v5e:2x4     # compiled for hardware that is not there
+python -m ctde_jax.wire --sync-every 16                       # options of ctde_jax.train
+python -m ctde_jax.wire --sync-every 16 --target tpu:v5e:2x4  # compiled for absent hardware
 """
 
 import sys
@@ -20,10 +20,19 @@ from ctde_jax.models import count_params
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints what a run with these options would send; returns the exit status, 2 for a mistake in the options."""
+    """Prints the bytes that a run with these options would send.
+
+    Args:
+        arguments: Arguments of the command line.
+
+    Returns:
+        The exit status: 0, or 2 for invalid options.
+    """
+    # Help on the one option of this command; the parser of the other options prints the rest.
     if {"-h", "--help"} & set(arguments):
         print(
-            f"--target TARGET  compile for {targets.EXAMPLES}; all other options are those of a run:"
+            f"--target TARGET  compile for {targets.EXAMPLES}; all other options are those of a "
+            "run:"
         )
     try:
         target, arguments = config.take("target", arguments, f"be such as {targets.EXAMPLES}")
@@ -36,14 +45,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _print_table(chosen: config.Config, target: str | None) -> None:
+    # Devices of this machine, or descriptions of those of the target.
     hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if target is None:
         devices = start(chosen.aggregation.devices, FAKE_DEVICES)
     else:
-        jax.config.update(
-            "jax_platforms", "cpu"
-        )  # nothing runs, and the plugin would look for its hardware
+        # Nothing runs on the target, and its plugin would search for hardware.
+        jax.config.update("jax_platforms", "cpu")
         devices = targets.devices(target)
+
+    # Compile the rounds of the run, and count the bytes in the compiled program.
     data = build.load_data(chosen.data, chosen.optimization.seed)
     training = build.build_training(chosen, data, devices)
     program = targets.compile_rounds(

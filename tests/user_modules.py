@@ -75,6 +75,14 @@ class ArrayAttribute(Plain):
         return super().__call__((x * self.scale[None] + self.shift[None]) @ self.projection)
 
 
+class KeepsAShape(Plain):
+    """Notes what it was called with, which changes nothing."""
+
+    def __call__(self, x):
+        self.last_shape = x.shape
+        return super().__call__(x)
+
+
 class KeywordRngs(Plain):
     def __init__(self, *, rngs: nnx.Rngs):
         super().__init__(rngs)
@@ -480,6 +488,7 @@ TRAIN, INFER = {"train": True}, {"train": False}
 NNX = {
     "plain class": Case(Plain),
     "array attributes": Case(ArrayAttribute),
+    "attribute that is only written": Case(KeepsAShape),
     "keyword-only rngs": Case(KeywordRngs),
     "partial of a class that needs sizes": Case(partial(NeedsSizes, FEATURES, CLASSES)),
     "function of rngs": Case(lambda rngs: NeedsSizes(FEATURES, CLASSES, rngs)),

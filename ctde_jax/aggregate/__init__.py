@@ -1,4 +1,4 @@
-"""Ways for replicas to agree: a strategy, and the reducers, exchanges, codecs and rules that it is made of."""
+"""Strategies, and the reducers, exchanges, codecs and combination rules that they consist of."""
 
 from ctde_jax.aggregate import transformations
 from ctde_jax.aggregate.base import AVERAGE, UNCHANGED, Strategy

@@ -1,4 +1,4 @@
-"""A strategy says when replicas talk, what they send, and what the center does with it."""
+"""A strategy determines when replicas communicate, what they send and how the result is applied."""
 
 from dataclasses import dataclass
 
@@ -10,56 +10,67 @@ from ctde_jax.aggregate.transformations import adapted
 from ctde_jax.errors import InputError, check_at_least
 
 AVERAGE = optax.sgd(1.0)
-"""The outer optimizer that makes the shared parameters the average of the replicas' own."""
+"""Outer optimizer that sets the shared parameters to the average of the replicas' parameters."""
 
 UNCHANGED = optax.identity()
 
+# A single instance, so that `Strategy.exact` recognizes the default reducer by identity.
 MEAN = mean()
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One composition for every way to agree.
+    """The composition that all aggregation methods share.
 
-    With `inner_steps = 0` the message is the gradient of every step: `gradient -> reduce -> optimizer`. With
-    `inner_steps = H` every replica takes H optimizer steps alone, and the message is the outer gradient, the shared
-    parameters minus its own: `H local steps -> outer gradient -> reduce -> outer`.
+    With `inner_steps = 0`, the message is the gradient of every step:
+    `gradient -> reduce -> optimizer`. With `inner_steps = H`, each replica takes H optimizer steps
+    by itself, and the message is the outer gradient, the shared parameters minus those of the
+    replica: `H local steps -> outer gradient -> reduce -> outer`.
     """
 
     inner_steps: int = 0
-    """Optimizer steps that a replica takes alone between two aggregations; 0 aggregates every gradient."""
+    """Local optimizer steps between two aggregations; 0 aggregates the gradient of every step."""
 
     reduce: optax.GradientTransformation = MEAN
-    """Turns a replica's message into the agreed one; see `reducer.py`."""
+    """Reducer that combines the messages of all replicas; see `reducer.py`."""
 
     outer: optax.GradientTransformation = AVERAGE
-    """The center's optimizer, applied to the agreed outer gradient where there are inner steps."""
+    """Outer optimizer, applied to the reduced outer gradient if there are inner steps."""
 
     inner: optax.GradientTransformation = UNCHANGED
-    """What a replica does to its own gradients before the optimizer of its inner steps.
+    """Transformation of a replica's gradients before the optimizer of its inner steps.
 
-    Its `update` is also given `anchor`, the parameters with which the round began.
+    Its `update` also receives `anchor`, the parameters at the start of the round.
     """
 
     synchronous_steps: int = 0
-    """Steps at the start of a run at which the gradients are averaged, before this strategy's rounds begin; whole
-    rounds of them."""
+    """Steps at the start of a run that average gradients, before the rounds of this strategy begin.
+
+    They must be a multiple of `inner_steps`.
+    """
 
     diverges: bool = False
-    """Whether every replica keeps parameters of its own; what is evaluated and returned is their mean."""
+    """Whether parameters differ between replicas; their mean is then evaluated and returned."""
 
     exact: bool = False
-    """Whether a training has the same bits on 1, 2, 4 and 8 fake CPU devices: a batch is cut into 8 shards, and every
-    replica sums all their gradients in the same order; see `rounds/exact.py`. Needs the default reducer."""
+    """Whether training computes the same bits on 1, 2, 4 and 8 fake CPU devices.
+
+    A batch is cut into 8 shards, and every replica sums the gradients of all shards in the same
+    order; see `rounds/exact.py`. Requires the default reducer.
+    """
 
     def __post_init__(self):
         check_at_least(0, inner_steps=self.inner_steps, synchronous_steps=self.synchronous_steps)
+
+        # Exact training computes and sums the gradients itself.
         if self.exact and self.inner_steps:
             raise InputError("exact", f"requires inner_steps=0, got {self.inner_steps}.")
         if self.exact and self.reduce is not MEAN:
             raise InputError(
                 "exact", "must be left out with another reducer, as it sums gradients itself."
             )
+
+        # Options that have no effect without inner steps are rejected, not ignored.
         if self.inner_steps == 0:
             self._needs_inner_steps(
                 "outer", self.outer is not AVERAGE, "where the optimizer is the center's own"
@@ -77,13 +88,16 @@ class Strategy:
 
     @property
     def is_independent(self) -> bool:
-        """Whether the reducer judges each message by itself."""
+        """Whether the reducer treats each message separately; see `IndependentReducer`."""
         return isinstance(self.reduce, IndependentReducer)
 
     def local(
         self, optimizer: optax.GradientTransformation
     ) -> optax.GradientTransformationExtraArgs:
-        """Returns the optimizer of a replica's steps: `inner`, and then the run's, both adapted to a training step."""
+        """Returns the optimizer of a replica's steps: `inner`, then `optimizer`, both adapted.
+
+        See `transformations.adapted`.
+        """
         return optax.with_extra_args_support(optax.chain(adapted(self.inner), adapted(optimizer)))
 
     def _needs_inner_steps(self, part: str, given: bool, reason: str) -> None:

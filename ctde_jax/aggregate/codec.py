@@ -1,8 +1,8 @@
-"""Codecs turn numbers into the bytes that travel, and back.
+"""Codecs encode float vectors as the bytes that replicas send, and decode them.
 
-A codec knows nothing of replicas: `exchange.py` sends what it writes. Whatever must travel with the numbers (scales,
-positions) stands in the same bytes. XLA widens small floats and integers that it adds up on the way, but it leaves
-bytes as they are; so every payload here is uint8.
+A codec does not depend on the replicas: `exchange.py` sends its payload. Side information, such as
+scales and positions, is part of the payload. Payloads are uint8: XLA widens small floats and
+integers if a collective sums them, but sends bytes unchanged.
 """
 
 from collections.abc import Callable
@@ -17,26 +17,32 @@ from ctde_jax.errors import InputError
 
 
 class Codec(NamedTuple):
-    """A way of writing vectors; every row of `[..., size]` is written on its own."""
+    """Encodes and decodes vectors, each row of `[..., size]` by itself."""
 
     block: int
-    """The size of what is written must be a multiple of this."""
+    """`size` must be a multiple of this."""
 
     init: Callable[[tuple[int, ...]], PyTree]
-    """`init(shape) -> state`, for values of this shape; every array of the state has that shape, too."""
+    """`init(shape) -> state` for values of this shape.
+
+    Every array in the state has the shape of the values too, so that an exchange can update the
+    state of some numbers and keep that of others.
+    """
 
     encode: Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]
-    """`encode(values float32[..., size], state, key) -> (payload uint8[..., bytes], said, state)`
+    """`encode(values, state, key) -> (payload, decoded, state)`
 
-    `said`, float32[..., size], is what will be read.
+    `values` and `decoded` are `float32[..., size]`, and `payload` is `uint8[..., bytes]`. `decoded`
+    is what `decode` returns for the payload.
     """
 
     decode: Callable[[jax.Array, int, jax.Array], jax.Array]
-    """`decode(payload uint8[..., bytes], size, key) -> float32[..., size]`; the key is the one of `encode`."""
+    """`decode(payload, size, key) -> values`, with the shapes and the key of `encode`."""
 
 
 def exact() -> Codec:
-    """Writes numbers as they are, in 4 bytes each."""
+    """Encodes numbers unchanged, as 4 bytes each."""
+    # The bits are copied, so the decoded values are the values themselves.
     return Codec(
         block=1,
         init=lambda shape: (),
@@ -46,29 +52,32 @@ def exact() -> Codec:
 
 
 class ErrorFeedbackState(NamedTuple):
-    """What the codec could not say so far."""
+    """The encoding error that is still to be sent, and the state of the wrapped codec."""
 
     residual: jax.Array  # float32, shaped like the values
     codec: PyTree
 
 
 def error_feedback(codec: Codec, decay: float = 1.0) -> Codec:
-    """Says next time what the codec could not say this time (Seide et al., 2014; Karimireddy et al., 2019).
+    """Adds the encoding error of each round to the next message (Seide et al., 2014).
 
-    What is sent and what is kept are always what was wanted: `sent + residual = values + decay * last residual`. In a
-    two-phase exchange this holds on the sender's side and on the owner's, as both write with the codec.
+    The decoded message plus the new residual always equals the target, `values + decay * residual`
+    (Karimireddy et al., 2019). In a two-phase exchange this holds for both senders and owners, as
+    both encode.
 
     Args:
-        codec: What writes the numbers.
-        decay: The part of the last residual that is still wanted; less than 1 forgets (SparseLoCo uses 0.95).
+        codec: Codec to wrap.
+        decay: Factor of the last residual, from 0 to 1; below 1 it is gradually forgotten
+            (SparseLoCo uses 0.95).
 
     Raises:
-        InputError: The decay is not from 0 to 1.
+        InputError: `decay` is not from 0 to 1.
     """
     if not 0 <= decay <= 1:
         raise InputError("decay", f"must be from 0 to 1, got {decay}.")
 
     def init(shape: tuple[int, ...]) -> ErrorFeedbackState:
+        # The residual has the shape of the values, as `Codec.init` requires.
         return ErrorFeedbackState(jnp.zeros(shape), codec.init(shape))
 
     def encode(values, state: ErrorFeedbackState, key):
@@ -80,10 +89,11 @@ def error_feedback(codec: Codec, decay: float = 1.0) -> Codec:
 
 
 def to_bytes(values: jax.Array) -> jax.Array:
-    """Writes `float32[..., n]` as `uint8[..., 4 n]`."""
+    """Reinterprets `float32[..., n]` as `uint8[..., 4 n]`."""
+    # The bitcast appends an axis of 4 bytes, which is merged into the last axis.
     return lax.bitcast_convert_type(values, jnp.uint8).reshape(*values.shape[:-1], -1)
 
 
 def from_bytes(payload: jax.Array) -> jax.Array:
-    """Reads `uint8[..., 4 n]` as `float32[..., n]`."""
+    """Reinterprets `uint8[..., 4 n]` as `float32[..., n]`."""
     return lax.bitcast_convert_type(payload.reshape(*payload.shape[:-1], -1, 4), jnp.float32)

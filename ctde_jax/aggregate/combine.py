@@ -1,4 +1,4 @@
-"""How the owner of a slice makes one message of everybody's: the average here, the robust rules in `robust.py`."""
+"""Rules by which the owner of a slice combines all messages; robust rules are in `robust.py`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,25 +10,37 @@ from ctde_jax.devices import PyTree
 
 
 class Combine(NamedTuple):
-    """A rule for rows of messages. It runs on a replica, so a sum over whole messages is a `psum` over the slices."""
+    """A rule that combines rows of messages.
+
+    It runs on a replica, which owns one slice, so a sum over whole messages is a `psum` over
+    slices.
+    """
 
     init: Callable[[int], PyTree]
-    """`init(size) -> state`, for a slice of so many numbers.
+    """`init(size) -> state` for a slice of `size` numbers.
 
-    Raises InputError where there are too few replicas for the rule.
+    Raises InputError if there are too few replicas for the rule.
     """
 
     update: Callable[[jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
-    """`update(rows float32[replica, size], weights float32[replica], state) -> (float32[size], state)`"""
+    """`update(rows, weights, state) -> (combined, state)`
+
+    `rows` is float32[replica, size], `weights` is float32[replica], and `combined` is
+    float32[size].
+    """
 
     weighted: bool = False
-    """Whether a row without weight is not heard; otherwise every row counts once."""
+    """Whether rows with weight 0 are ignored; if False, every row counts once."""
 
 
 def average() -> Combine:
-    """Averages the rows by their weights; a row without weight does not count, not even with a NaN."""
+    """Computes the weighted mean of the rows.
+
+    Rows with weight 0 are ignored, even if they hold NaN. If all weights are 0, the mean is 0.
+    """
 
     def update(rows: jax.Array, weights: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
+        # The rows are masked too, since a share of 0 times NaN is NaN.
         shares = weights / jnp.where(weights.sum() > 0, weights.sum(), 1)
         return shares @ jnp.where(weights[:, None] > 0, rows, 0), state
 

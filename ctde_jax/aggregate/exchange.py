@@ -1,7 +1,8 @@
-"""How encoded messages travel: by way of the owner of each slice, or from everybody to everybody.
+"""How encoded messages travel: through the owner of each slice, or from each replica to all others.
 
-A message, whatever its tree, travels as one vector of float32, the leaves one after another. Behind it travel one bit
-for each leaf, whether any of its numbers is not zero, and the weight, in 4 bytes.
+A message of any tree travels as one float32 vector, the concatenation of its leaves. It is followed
+by one bit for each leaf, which is set if the leaf has a nonzero number, and by the weight in 4
+bytes.
 """
 
 from itertools import accumulate, pairwise
@@ -21,26 +22,28 @@ from ctde_jax.devices import AXIS, PyTree
 
 
 class TwoPhaseState(NamedTuple):
-    """What the codec and the rule remember, each replica its own."""
+    """The state of the codec and of the combination rule on one replica."""
 
-    sender: PyTree  # of the codec, for the slices that are sent to their owners
-    owner: PyTree  # of the codec, for the replica's own slice
-    combine: PyTree
+    sender: PyTree  # codec state for the slices sent to their owners, [slice, size]
+    owner: PyTree  # codec state for the slice that this replica owns, [size]
+    combine: PyTree  # state of the combination rule for the slice that this replica owns
 
     def recut(self, like: "TwoPhaseState") -> "TwoPhaseState":
-        """Returns the state of all replicas for another number of them, who own other slices.
+        """Returns the state of all replicas for another number of replicas, which own other slices.
 
-        The residual of each sender becomes the mean over all senders, which keeps the sum of what is still to be sent.
-        What an owner remembers moves with its numbers.
+        The residual of each sender becomes the mean over all senders, which preserves the mean of
+        what is still to be sent. The state of an owner moves with the numbers of its slice.
 
         Args:
-            like: Arrays, or shapes and dtypes, `[replica, ...]`, of the state to return.
+            like: Arrays or `ShapeDtypeStruct`s `[replica, ...]`, shaped like the state to return.
         """
 
         def owned(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+            # [replica, ..., size] -> [..., slice, size] -> other slices -> [replica, ..., size]
             return np.moveaxis(_slices(np.moveaxis(x, 0, -2), like.shape[0], like.shape[-1]), -2, 0)
 
         def sent(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+            # [sender, slice, size] -> [slice, size] -> other slices, equal for all senders
             mean = _slices(x.mean(axis=0, dtype=np.float32), *like.shape[-2:])
             return np.broadcast_to(mean, like.shape)
 
@@ -54,16 +57,18 @@ class TwoPhaseState(NamedTuple):
 def two_phase(
     codec: Codec = exact(), combine: Combine = average()
 ) -> optax.GradientTransformationExtraArgs:
-    """Sends each slice of the message to its owner, which combines what it gets and sends the result to everybody.
+    """Sends each slice to its owner, which combines it and sends the result to all replicas.
 
-    The message of n numbers is cut into R slices, one owned by each of the R replicas: encode, all-to-all, decode,
-    combine the own slice in float32, encode, all-gather, decode. A slice has `ceil(n / R)` numbers, rounded up to whole
-    blocks of the codec; with `b` the bytes that it becomes and `f = ceil(leaves / 8)`, every replica sends
-    `(R - 1) * (b + f + 4)` bytes and then `(R - 1) * (b + f)`.
+    The message of n numbers is cut into R slices, one owned by each of the R replicas: encode,
+    all-to-all, decode, combine the owned slice in float32, encode, all-gather, decode. A slice has
+    `ceil(n / R)` numbers, rounded up to whole blocks of the codec. If it is encoded in `b` bytes
+    and the flags take `f = ceil(leaves / 8)` bytes, every replica sends `(R - 1) * (b + f + 4)`
+    bytes to the owners and `(R - 1) * (b + f)` bytes as an owner.
 
-    A leaf that every replica sends as zeros is agreed on as exactly zero, and its residuals stay: codecs without a zero
-    do not move a frozen layer. That is one bit for each leaf; single zeros in a leaf that moves are as exact as the
-    codec, so `sign` and statistical levels move them.
+    If every replica sends zeros for a leaf, the result is exactly zero and the residuals of the
+    leaf do not change, so codecs that cannot represent zero do not move a frozen layer. The flag is
+    per leaf: zeros in a leaf with other numbers are as exact as the codec, so `sign` and
+    statistical levels move them.
     """
 
     def slice_size(tree: PyTree) -> int:
@@ -76,39 +81,51 @@ def two_phase(
         )
 
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
-        size, replicas = slice_size(updates), lax.axis_size(AXIS)
-        slices, moves = as_vector(updates, size * replicas).reshape(-1, size), _moves(updates)
-        if replicas == 1:  # nothing is sent, so nothing has to be written
+        size = slice_size(updates)
+        replicas = lax.axis_size(AXIS)
+        slices = as_vector(updates, size * replicas).reshape(-1, size)
+        moves = _moves(updates)
+
+        # A single replica sends nothing, so nothing is encoded.
+        if replicas == 1:
             own, combine_state = combine.update(
                 slices, jnp.asarray(weight, jnp.float32)[None], state.combine
             )
             own = jnp.where(_of_each_number(moves, updates, size), own, 0)
             return as_tree(own, updates), state._replace(combine=combine_state)
 
-        # To the owners.
+        # Phase 1: encode all slices, and send each with the flags and the weight to its owner.
         payload, _, sender = codec.encode(slices, state.sender, key)
         sent = lax.all_to_all(
             with_weight(_with_flags(payload, moves), weight), AXIS, 0, 0, tiled=True
         )
         payload, weights = split_weights(sent)
         payload, moves = _split_flags(payload, len(moves))
+
+        # A leaf moves if any replica that counts sends a nonzero number for it. All owners get the
+        # same flags, so they agree on this.
         is_heard = weights > 0 if combine.weighted else jnp.ones(replicas, bool)
         moves = jnp.any(moves & is_heard[:, None], axis=0)
         own_moving = _of_each_number(moves, updates, slices.size).reshape(-1, size)[
             lax.axis_index(AXIS)
         ]
+
+        # Combine the owned slice, from rows float32[replica, size].
         rows = jnp.where(own_moving[None], codec.decode(payload, size, key), 0)
         own, combine_state = combine.update(rows, weights, state.combine)
         own = jnp.where(own_moving, own, 0)
 
-        # From the owners.
+        # Phase 2: encode the result, and send it to all replicas. Every replica decodes all slices.
         payload, _, owner = codec.encode(own, state.owner, key)
         payload, moves = _split_flags(lax.all_gather(_with_flags(payload, moves), AXIS), len(moves))
         moving = _of_each_number(jnp.any(moves, axis=0), updates, slices.size).reshape(-1, size)
         agreed = jnp.where(moving, codec.decode(payload, size, key), 0)
 
-        sender, owner = _where(moving, sender, state.sender), _where(own_moving, owner, state.owner)
-        if combine.weighted:  # the owners ignore a replica without weight, so its residual stays
+        # Numbers that do not move keep their codec state. A weighted rule ignores messages with
+        # weight 0, so their senders keep all of it.
+        sender = _where(moving, sender, state.sender)
+        owner = _where(own_moving, owner, state.owner)
+        if combine.weighted:
             sender = optax.tree.where(jnp.asarray(weight) > 0, sender, state.sender)
         return as_tree(agreed.ravel(), updates), TwoPhaseState(sender, owner, combine_state)
 
@@ -116,7 +133,8 @@ def two_phase(
 
 
 def _slices(x: np.ndarray, count: int, size: int) -> np.ndarray:
-    """Cuts the vectors `[..., slice, size]` into so many slices of another size, filled up with zeros."""
+    """Recuts vectors `[..., slice, size]` into `count` slices of a new size, padded with zeros."""
+    # Numbers beyond the new slices are padding of the old ones.
     vectors = x.reshape(*x.shape[:-2], -1)[..., : count * size]
     missing = count * size - vectors.shape[-1]
     return np.pad(vectors, [(0, 0)] * (vectors.ndim - 1) + [(0, missing)]).reshape(
@@ -125,11 +143,11 @@ def _slices(x: np.ndarray, count: int, size: int) -> np.ndarray:
 
 
 def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
-    """Sends the encoded message to everybody, and everybody averages the messages by their weights.
+    """Sends the encoded message to all replicas, each of which computes the weighted average.
 
-    With `b` the bytes that the codec makes of the n numbers, rounded up to whole blocks of the codec, every replica
-    sends `(R - 1) * (b + ceil(leaves / 8) + 4)` bytes. A leaf that every replica sends as zeros is agreed on as exactly
-    zero, as in `two_phase`.
+    If the n numbers, rounded up to whole blocks of the codec, are encoded in `b` bytes, every
+    replica sends `(R - 1) * (b + ceil(leaves / 8) + 4)` bytes. If every replica sends zeros for a
+    leaf, the result is exactly zero, as in `two_phase`.
     """
 
     def padded_size(tree: PyTree) -> int:
@@ -138,11 +156,17 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
         if lax.axis_size(AXIS) == 1:
             return updates, state
-        size, moves = padded_size(updates), _moves(updates)
+
+        # Encode the message, and gather those of all replicas with their flags and weights.
+        size = padded_size(updates)
+        moves = _moves(updates)
         payload, _, sender = codec.encode(as_vector(updates, size), state, key)
         sent = lax.all_gather(with_weight(_with_flags(payload, moves), weight), AXIS)
         payloads, weights = split_weights(sent)
         payloads, moves = _split_flags(payloads, len(moves))
+
+        # Average by weight. The scan decodes one message at a time, so memory holds one decoded
+        # vector and not R of them.
         shares = weights / jnp.where(weights.sum() > 0, weights.sum(), 1)
         moving = _of_each_number(jnp.any(moves & (weights > 0)[:, None], axis=0), updates, size)
 
@@ -151,6 +175,8 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
             return total + jnp.where(share > 0, codec.decode(payload, size, key) * share, 0), None
 
         agreed, _ = lax.scan(add, jnp.zeros(size), (payloads, shares))
+
+        # As in `two_phase`, the codec state stays for numbers that do not move and for weight 0.
         sender = optax.tree.where(jnp.asarray(weight) > 0, _where(moving, sender, state), state)
         return as_tree(jnp.where(moving, agreed, 0), updates), sender
 
@@ -158,7 +184,7 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
 
 
 def as_vector(tree: PyTree, size: int | None = None) -> jax.Array:
-    """Writes the leaves one after another and fills up with zeros, float32[size]."""
+    """Concatenates the leaves of a tree to float32[size], padded with zeros."""
     missing = [jnp.zeros((size or _count(tree)) - _count(tree))]
     return jnp.concatenate(
         [leaf.ravel().astype(jnp.float32) for leaf in jax.tree.leaves(tree)] + missing
@@ -166,7 +192,7 @@ def as_vector(tree: PyTree, size: int | None = None) -> jax.Array:
 
 
 def as_tree(vector: jax.Array, like: PyTree) -> PyTree:
-    """Undoes `as_vector`, with shapes and types as in another tree."""
+    """Inverts `as_vector`; shapes and dtypes are those of `like`."""
     leaves, structure = jax.tree.flatten(like)
     borders = [0, *accumulate(leaf.size for leaf in leaves)]
     parts = [vector[start:stop] for start, stop in pairwise(borders)]
@@ -183,18 +209,18 @@ def _count(tree: PyTree) -> int:
 
 
 def with_weight(payload: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
-    """Writes the weight behind each row of `uint8[..., bytes]`."""
+    """Appends a weight, float32[], to each row of `uint8[..., bytes]`."""
     written = to_bytes(jnp.asarray(weight, jnp.float32)[None])
     return jnp.concatenate([payload, jnp.broadcast_to(written, (*payload.shape[:-1], 4))], axis=-1)
 
 
 def split_weights(payload: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Undoes `with_weight`."""
+    """Inverts `with_weight`: returns the payload, and the weights `float32[...]`."""
     return payload[..., :-4], from_bytes(payload[..., -4:])[..., 0]
 
 
 def _with_flags(payload: jax.Array, flags: jax.Array) -> jax.Array:
-    """Writes `bool[n]` behind each row of `uint8[..., bytes]`."""
+    """Appends `bool[n]`, packed into `ceil(n / 8)` bytes, to each row of `uint8[..., bytes]`."""
     written = jnp.packbits(flags)
     return jnp.concatenate(
         [payload, jnp.broadcast_to(written, (*payload.shape[:-1], len(written)))], axis=-1
@@ -208,19 +234,23 @@ def _split_flags(payload: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _moves(tree: PyTree) -> jax.Array:
-    """Returns which leaves are not all zeros, bool[leaf]; NaN is not zero."""
+    """Returns whether each leaf has a nonzero number, bool[leaf]; NaN counts as nonzero."""
     return jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)])
 
 
 def _of_each_number(moves: jax.Array, tree: PyTree, size: int) -> jax.Array:
-    """Repeats the flag of each leaf for its numbers, in the order of `as_vector`; bool[size]."""
+    """Repeats each leaf's flag for each of its numbers, in the order of `as_vector`; bool[size]."""
     flags = [
         jnp.broadcast_to(flag, leaf.size)
         for flag, leaf in zip(moves, jax.tree.leaves(tree), strict=True)
     ]
+    # The padding does not move.
     return jnp.concatenate([*flags, jnp.zeros(size - _count(tree), bool)])
 
 
 def _where(moving: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """Keeps a codec's state, whose arrays are shaped like the values, for the numbers that do not move."""
+    """Selects the codec state: `new` for numbers that move, `old` for the others.
+
+    Its arrays are shaped like the values; see `Codec.init`.
+    """
     return jax.tree.map(lambda x, y: jnp.where(moving, x, y), new, old)

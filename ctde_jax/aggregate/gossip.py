@@ -1,4 +1,4 @@
-"""No center: every replica keeps parameters of its own, and mixes them with those of its neighbors."""
+"""Decentralized averaging: each replica mixes its parameters with those of its neighbors."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -17,35 +17,42 @@ Graph = Literal["ring", "exponential", "pairs"]
 
 
 class GossipState(NamedTuple):
-    """Where the exponential graph stands."""
+    """The position in the cycle of exponential graphs."""
 
-    rounds: jax.Array  # int32[]
+    rounds: jax.Array  # int32[], rounds since the start
 
 
 def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransformationExtraArgs:
-    """Mixes with the neighbors in a graph, for a `Strategy` that `diverges`.
+    """Mixes parameters with those of the neighbors in a graph; for a `Strategy` that `diverges`.
 
-    With W the symmetric or circulant, doubly stochastic mixing matrix, p the parameters before the round and d the
-    outer gradients, replica i gets `sum_j W_ij d_j + pull * (p_i - sum_j W_ij p_j)`. With `pull=1` and the plain
-    average as the outer optimizer its parameters become `sum_j W_ij (p_j - d_j)`: gossip (Lian et al., 2017), and their
-    mean over the replicas is that of the local steps. The spread shrinks in every round by
+    With W the symmetric or circulant, doubly stochastic mixing matrix, p the parameters before the
+    round and d the outer gradients, replica i gets
+    `sum_j W_ij d_j + pull * (p_i - sum_j W_ij p_j)`. With `pull=1` and plain averaging as the outer
+    optimizer, its parameters become `sum_j W_ij (p_j - d_j)`. This is gossip (Lian et al., 2017),
+    which preserves the mean of the parameters over the replicas. Their deviation from the mean
+    contracts as follows:
 
-    - `ring`, both neighbors and oneself in thirds: `(1 + 2 cos(2 pi / R)) / 3` for R of 3 and more;
-    - `exponential`, in round t half of oneself and half of whoever is `2**(t mod log2 R)` further (Ying et al., 2021):
-      nothing is left after log2 R rounds where R is a power of two;
-    - `pairs`, halves with one random partner, drawn from the shared key in every round (Kolehmainen et al., 2025):
-      the squared spread by `(1 - 1 / (R - 1)) / 2` in expectation, for even R.
+    - `ring`: weights of 1/3 for both neighbors and for the replica itself; a factor of
+      `(1 + 2 cos(2 pi / R)) / 3` per round if R >= 3;
+    - `exponential`: in round t, weights of 1/2 for the replica itself and for the one
+      `2**(t mod ceil(log2 R))` further on (Ying et al., 2021); zero after log2 R rounds if R is a
+      power of two;
+    - `pairs`: weights of 1/2 for the replica itself and for a random partner, drawn from the shared
+      key in every round (Kolehmainen et al., 2025); a factor of `(1 - 1 / (R - 1)) / 2` per round
+      for the expected squared deviation, if R is even.
 
-    Every replica sends its n numbers in float32 to each neighbor: `2 * 4 n` bytes in a ring of 3 and more, else `4 n`.
-    Replicas mix by differences from their neighbors, so parameters that are equal on all and do not move keep their
-    bits.
+    Every replica sends its n numbers in float32 to each neighbor: `2 * 4 n` bytes in a ring of 3 or
+    more, otherwise `4 n`. Mixing adds differences from the neighbors, so parameters that are equal
+    on all replicas and do not move keep their bits.
 
     Args:
-        graph: Who mixes with whom.
-        pull: How strongly the replicas' parameters are drawn to those of their neighbors; NoLoCo's gamma over beta.
+        graph: Mixing graph: `ring`, `exponential` or `pairs`.
+        pull: Strength of the pull of parameters towards those of the neighbors, from 0 to 1;
+            NoLoCo's gamma over beta.
 
     Raises:
-        InputError: The graph is not known, or pull is not from 0 to 1; when first used, there is only one replica.
+        InputError: `graph` is unknown, `pull` is not from 0 to 1, or, at initialization, there is
+            only one replica.
     """
     check_known("graph", graph, ("ring", "exponential", "pairs"))
     if not 0 <= pull <= 1:
@@ -59,6 +66,8 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
         return GossipState(jnp.int32(0))
 
     def update(updates, state, params=None, *, key, **extra_args):
+        # Mixing is linear, so `d - pull * p` is mixed at once: `d_i` plus its change by mixing is
+        # the formula above.
         wanted = jax.tree.map(lambda d, p: d - pull * p, updates, params)
         away = as_tree(_AWAY[graph](as_vector(wanted), state.rounds, key), updates)
         return optax.tree.add(updates, away), GossipState(state.rounds + 1)
@@ -68,10 +77,12 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
 
 def _ring(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
     replicas = lax.axis_size(AXIS)
+    # Both neighbors are the same replica, so the ring is a pair.
     if replicas == 2:
         return (_from(vector, [1, 0]) - vector) / 2
     left = _from(vector, [(i - 1) % replicas for i in range(replicas)])
     right = _from(vector, [(i + 1) % replicas for i in range(replicas)])
+    # Differences are added, not weighted values: equal values give exactly 0.
     return ((left - vector) + (right - vector)) / 3
 
 
@@ -86,6 +97,7 @@ def _exponential(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Ar
 
 
 def _pairs(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
+    # In a random round of a tournament, all partners of a replica are equally likely.
     rounds_of_all = tournament(lax.axis_size(AXIS))
     return _one_of(rounds_of_all, jax.random.randint(key, (), 0, len(rounds_of_all)), vector)
 
@@ -95,17 +107,20 @@ _AWAY: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "exponential": _exponential,
     "pairs": _pairs,
 }
-"""`away(vector, rounds, key)`: the mixed vector minus the replica's own."""
+"""`away(vector, rounds, key)`: the mixed vector minus that of the replica, float32[size]."""
 
 
 def tournament(replicas: int) -> list[list[int]]:
-    """Returns rounds in which everybody meets everybody once; `rounds[t][i]` is the partner of i, or i itself if none.
+    """Returns the rounds of a tournament; `rounds[t][i]` is the partner of i, or i if it has none.
 
-    All but the last player turn in a circle (the circle method); with an odd number the last one is nobody.
+    Every two players meet once, by the circle method: all players but the last rotate. If
+    `replicas` is odd, the last player is a dummy.
     """
     players = replicas + replicas % 2
     rounds = []
     for turn in range(players - 1):
+        # Positions at equal distance from `turn` meet. That of `turn` is itself, so it meets the
+        # last player.
         partner = {
             (turn + j) % (players - 1): (turn - j) % (players - 1) for j in range(players - 1)
         }
@@ -115,14 +130,15 @@ def tournament(replicas: int) -> list[list[int]]:
 
 
 def _one_of(choices: Sequence[Sequence[int]], choice: jax.Array, vector: jax.Array) -> jax.Array:
-    """Returns the way to the average with the chosen source; the choice is the same on all replicas."""
+    """Returns the change by averaging with the chosen source; `choice` is equal on all replicas."""
 
     def away(sources: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
         return lambda vector: (_from(vector, sources) - vector) / 2
 
+    # Branches contain collectives: all replicas must take the same one.
     return lax.switch(choice, [away(sources) for sources in choices], vector)
 
 
 def _from(vector: jax.Array, sources: Sequence[int]) -> jax.Array:
-    """Returns to replica i the vector of `sources[i]`."""
+    """Returns the vector of replica `sources[i]` on each replica i."""
     return lax.ppermute(vector, AXIS, [(source, i) for i, source in enumerate(sources)])

@@ -1,4 +1,4 @@
-"""The plainest agreement: everybody gets the average."""
+"""Plain averaging, in one all-reduce or hierarchically within and across hosts."""
 
 import jax
 import optax
@@ -14,9 +14,10 @@ from ctde_jax.errors import InputError, check_at_least
 def mean() -> optax.GradientTransformationExtraArgs:
     """Averages the messages, weighted by the number of examples behind each.
 
-    For gradients of mean losses this is the gradient of the mean over all examples, also when the last batch is short;
-    for outer gradients it is federated averaging (McMahan et al., 2017). In one all-reduce, every replica sends
-    `2 (R - 1) / R * 4 n` bytes for n numbers and as much for one more, the weight.
+    For gradients of mean losses, this is the gradient of the mean over all examples, even if the
+    last batch is short; for outer gradients, it is federated averaging (McMahan et al., 2017). In
+    one all-reduce, every replica sends `2 (R - 1) / R * 4 (n + 1)` bytes for n numbers and the
+    weight.
     """
 
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
@@ -26,17 +27,19 @@ def mean() -> optax.GradientTransformationExtraArgs:
 
 
 def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
-    """Averages within each host first, then across, so that hosts exchange each number once and not once a device.
+    """Averages within each host and then across hosts, which exchange each number only once.
 
-    A reduce-scatter in each host, an all-reduce among the devices of the same place in all hosts, an all-gather in each
-    host. With L devices on each of h hosts and n numbers, the weight among them and rounded up to a multiple of L, a
-    replica sends `2 (L - 1) / L * 4 n` bytes within its host and `2 (h - 1) / h * 4 n / L` across.
+    The steps are a reduce-scatter within each host, an all-reduce among the devices at the same
+    position of all hosts, and an all-gather within each host. With L devices on each of h hosts and
+    n numbers, including the weight and rounded up to a multiple of L, a replica sends
+    `2 (L - 1) / L * 4 n` bytes within its host and `2 (h - 1) / h * 4 n / L` bytes across hosts.
 
     Args:
-        per_host: Devices of a host; replicas that follow each other are on one host.
+        per_host: Devices per host; consecutive replicas are on the same host.
 
     Raises:
-        InputError: per_host is less than 1, or when first used, the replicas are not a multiple of it.
+        InputError: `per_host` is less than 1, or, at initialization, the number of replicas is not
+            a multiple of it.
     """
     check_at_least(1, per_host=per_host)
 
@@ -49,16 +52,23 @@ def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
         replicas = lax.axis_size(AXIS)
+        # Groups of replicas: those of each host, and those at the same position of every host.
         hosts = [list(range(first, first + per_host)) for first in range(0, replicas, per_host)]
         peers = [list(place) for place in zip(*hosts, strict=True)]
-        message, weight = as_vector(updates), jnp.asarray(weight, jnp.float32)
+
+        # The weight is summed in the same vector. A message with weight 0 is masked, even if it is
+        # NaN.
+        message = as_vector(updates)
+        weight = jnp.asarray(weight, jnp.float32)
         vector = jnp.append(jnp.where(weight > 0, message * weight, 0), weight)
 
+        # Reduce-scatter within hosts, all-reduce across hosts, all-gather within hosts.
         padded = jnp.pad(vector, (0, -len(vector) % per_host))
         own = lax.psum_scatter(padded, AXIS, axis_index_groups=hosts, tiled=True)
         own = lax.psum(own, AXIS, axis_index_groups=peers)
         vector = lax.all_gather(own, AXIS, axis_index_groups=hosts, tiled=True)[: len(vector)]
 
+        # One division at the end; the mean is 0 if all weights are 0.
         return as_tree(vector[:-1] / jnp.where(vector[-1] > 0, vector[-1], 1), updates), state
 
     return reducer(init, update)

@@ -1,4 +1,4 @@
-"""Low-rank agreement: matrices travel as two thin factors that the replicas can average as they are."""
+"""PowerSGD: matrices travel as two low-rank factors, which an all-reduce can average."""
 
 from math import prod
 from typing import NamedTuple
@@ -16,31 +16,34 @@ from ctde_jax.errors import check_at_least
 
 
 class PowerSGDState(NamedTuple):
-    """For each leaf that travels as factors, a matrix `[rows, columns]`, in the order of the tree."""
+    """One matrix for each leaf that travels as factors, in the order of the tree."""
 
-    residual: list[jax.Array]  # what this replica could not say so far, float32[rows, columns]
-    q: list[jax.Array]  # the last right factor, float32[columns, rank], equal on all replicas
+    residual: list[jax.Array]  # error feedback of this replica, float32[rows, columns]
+    q: list[jax.Array]  # last right factor, float32[columns, rank], equal on all replicas
 
 
 def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
-    """Sends matrices as factors of a low rank, with error feedback and warm start (Vogels et al., 2019).
+    """Sends matrices as low-rank factors, with error feedback and warm start (Vogels et al., 2019).
 
-    A round is one step of power iteration that starts from the last round's right factor: `P = M Q`, averaged and
-    orthogonalized, then `Q = M^T P`, averaged, and all agree on `P Q^T`. What a replica's own `P Q^T` does not say
-    stays in its residual for the next round. All P travel in one all-reduce, all Q and the other leaves in a second.
+    A round is one step of power iteration that starts from the right factor of the last round:
+    `P = M Q`, averaged and orthogonalized, then `Q = M^T P`, averaged; the result is `P Q^T`. The
+    difference between a replica's message and its approximation stays in its residual for the next
+    round. All P travel in one all-reduce, all Q and the other leaves in a second one.
 
-    A leaf is seen as the matrix of all its axes but the last, and the last. It travels whole where the factors would
-    be no smaller, as biases do; with a rank that high this is `mean`. For leaves of m x n as factors and k numbers in
-    whole leaves, every replica sends `2 (R - 1) / R * 4 * (sum(rank * (m + n) + 1) + k + 1)` bytes: with each pair of
-    factors one number that is 0 if all replicas send zeros, and once the weight.
+    A leaf is treated as the matrix `[all other axes, last axis]`. It is sent whole if the factors
+    would not be smaller, as for biases; with a rank that high, this is `mean`. For factored leaves
+    of shape m x n and k numbers in whole leaves, every replica sends
+    `2 (R - 1) / R * 4 * (sum(rank * (m + n) + 1) + k + 1)` bytes: each pair of factors includes one
+    number that is 0 if all replicas send zeros, and the weight is sent once.
 
-    A leaf that every replica sends as zeros is agreed on as exactly zero, and its residual stays.
+    If every replica sends zeros for a leaf, the result is exactly zero and its residual does not
+    change.
 
     Args:
-        rank: Of the factors; the paper uses 1 to 4.
+        rank: Rank of the factors; the paper uses 1 to 4.
 
     Raises:
-        InputError: The rank is less than 1.
+        InputError: `rank` is less than 1.
     """
     check_at_least(1, rank=rank)
 
@@ -57,7 +60,8 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
             q=[jnp.zeros((columns, rank)) for _, columns in shapes],
         )
 
-    @jax.default_matmul_precision("highest")  # what is sent and what is kept must add up
+    # Full float32 products: the factors and the residual must add up to the message.
+    @jax.default_matmul_precision("highest")
     def update(
         updates,
         state,
@@ -67,6 +71,7 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
         key: jax.Array,
         **extra_args,
     ):
+        # Split the leaves into matrices and those that are sent whole.
         leaves, structure = jax.tree.flatten(updates)
         matrices = [
             leaf.reshape(_matrix_shape(leaf)) for leaf in leaves if travels_as_factors(leaf)
@@ -78,25 +83,33 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
             vector = as_vector(arrays)
             return as_tree(lax.psum(jnp.where(weight > 0, vector * weight, 0), AXIS), arrays)
 
+        # The target of the approximation is the message plus the residual.
         moves = [jnp.any(matrix != 0).astype(jnp.float32) for matrix in matrices]
         wanted = [
             matrix + residual for matrix, residual in zip(matrices, state.residual, strict=True)
         ]
         starts = [_start(q, jax.random.fold_in(key, i)) for i, q in enumerate(state.q)]
 
+        # First all-reduce: P, which leaves move, and the weight. The sum of P need not be divided,
+        # as its orthogonal basis is the same.
         *sums, total = sum_weighted([*map(jnp.matmul, wanted, starts), *moves, jnp.ones(())])
         sums, moving = sums[: len(matrices)], [x > 0 for x in sums[len(matrices) :]]
         bases = [jnp.linalg.qr(p).Q for p in sums]
+
+        # Second all-reduce: Q, and the leaves that are sent whole.
         own_q = [matrix.T @ basis for matrix, basis in zip(wanted, bases, strict=True)]
         averages = [x / jnp.where(total > 0, total, 1) for x in sum_weighted(own_q + whole)]
-        q, whole = averages[: len(own_q)], averages[len(own_q) :]
+        q = averages[: len(own_q)]
+        whole = averages[len(own_q) :]
 
+        # Error feedback. The residual stays if the leaf does not move, or if the message has weight
+        # 0 and was ignored.
         unsaid = [m - basis @ own.T for m, basis, own in zip(wanted, bases, own_q, strict=True)]
         unsaid = list(map(jnp.where, moving, unsaid, state.residual))
-        residual = optax.tree.where(
-            weight > 0, unsaid, state.residual
-        )  # a message without weight is not heard
+        residual = optax.tree.where(weight > 0, unsaid, state.residual)
 
+        # Restore the tree: the product of the factors, or zeros, for matrices, and the mean for
+        # whole leaves.
         agreed = [basis @ right.T for basis, right in zip(bases, q, strict=True)]
         agreed = iter(
             [jnp.where(is_moving, x, 0) for is_moving, x in zip(moving, agreed, strict=True)]
@@ -112,14 +125,15 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
 
 
 def _matrix_shape(leaf: jax.Array) -> tuple[int, int]:
-    """Returns rows and columns; a vector is one row."""
+    """Returns the numbers of rows and columns; a vector is one row."""
     return prod(leaf.shape[:-1]), leaf.shape[-1] if leaf.ndim else 1
 
 
 def _start(q: jax.Array, key: jax.Array) -> jax.Array:
-    """Scales the columns, so that products with large messages do not overflow; the basis of a product is the same.
+    """Scales the columns of `q`, so that its products with large messages do not overflow.
 
-    A column of zeros, as in the first round or after a message of too low a rank, is drawn at random.
+    Scaling does not change the basis of a product. A column of zeros, as in the first round or
+    after a message of too low a rank, is replaced by random numbers.
     """
     largest = jnp.max(jnp.abs(q), axis=0, keepdims=True)
     return jnp.where(largest > 0, relative(q, largest), jax.random.normal(key, q.shape))

@@ -1,11 +1,13 @@
-"""Differential privacy: an aggregate that hardly depends on what any single replica has sent.
+"""Differential privacy: an average that hardly depends on the messages of any single replica.
 
-What is protected is one replica's whole message in every round: whoever sees the trained model can hardly tell whether
-the replica has sent its messages or zeros (central differential privacy on the level of clients). The replicas
-themselves are trusted, as they see each other's sums and all draw the noise from the run's seed, which must stay among
-them: whoever knows it (it is in a run's config.json) can take the noise away. Only messages are protected, not batch
-statistics, nor the losses and metrics that a run prints. Nor does it say anything about a single person where the data
-are dealt anew to the replicas: let every replica keep its own.
+The guarantee is central differential privacy at the level of clients. It covers a replica's whole
+message in every round: an observer of the trained model can hardly distinguish whether the replica
+sent its messages or zeros. The replicas themselves are trusted, because they see each other's sums
+and all draw the noise from the seed of the run. The seed must stay among them, as anyone who has it
+(it is in the run's config.json) can subtract the noise. Only messages are protected, not batch
+statistics, nor the losses and metrics that a run prints. If examples are redistributed to the
+replicas in every epoch, the guarantee does not cover individuals; use a partition, so that each
+replica keeps its data.
 """
 
 import math
@@ -29,23 +31,26 @@ def private(
 ) -> optax.GradientTransformationExtraArgs:
     """Averages clipped messages and adds Gaussian noise (McMahan et al., 2018).
 
-    Each message is scaled down to the norm `clip_norm` where it is longer. Each counts once, however many examples are
-    behind it, so a replica moves the average of R by at most `clip_norm / R`. The noise on each number of the average
-    has the standard deviation `noise_multiplier * clip_norm / R`, and is the same on all replicas. A message that is
-    not finite counts as zeros.
+    A message is scaled down to the norm `clip_norm` if it is longer. Each message counts once,
+    however many examples are behind it, so a replica moves the average of R by at most
+    `clip_norm / R`. The noise on each number of the average has the standard deviation
+    `noise_multiplier * clip_norm / R`, and is the same on all replicas. A message that is not
+    finite counts as zeros.
 
-    The noise is added to every leaf, also to one that all replicas send as zeros: that nothing was sent is itself
-    something that must be hidden. So with inner steps a frozen layer moves by the noise; at every step, the optimizer
-    that freezes it comes after the noise and keeps it.
+    Noise is added to every leaf, even if all replicas send zeros for it, since that fact must be
+    hidden too. With inner steps, the noise therefore moves a frozen layer; without, the optimizer
+    that freezes the layer comes after the noise and leaves the layer unchanged.
 
     Args:
-        clip_norm: The paper's S, in the units of the message's norm over the whole tree.
-        noise_multiplier: The paper's z; `epsilon` says what it buys.
-        reduce: Averages the clipped messages. What `epsilon` says holds for an exact average; a reducer that rounds,
-            remembers or selects can let a replica move the answer by more.
+        clip_norm: The paper's S, a bound of the norm of the whole message.
+        noise_multiplier: The paper's z; `epsilon` computes the resulting guarantee.
+        reduce: Reducer that averages the clipped messages. The result of `epsilon` holds for an
+            exact average; with a reducer that rounds, selects or has a state, a replica can change
+            the result by more.
 
     Raises:
-        InputError: The norm is not positive, or the multiplier is negative.
+        InputError: `clip_norm` is not positive, `noise_multiplier` is negative, or one of them is
+            not finite.
     """
     if not 0 < clip_norm < math.inf:
         raise InputError("clip_norm", f"must be greater than 0 and finite, got {clip_norm}.")
@@ -63,12 +68,15 @@ def private(
         key: jax.Array,
         **extra_args,
     ):
+        # All messages have the weight 1: with a larger one, a replica could move the average by
+        # more.
         reduce_key, noise_key = jax.random.split(key)
         clipped = _clipped(updates, clip_norm)
         average, state = reduce.update(
             clipped, state, params, weight=jnp.float32(1), key=reduce_key, **extra_args
         )
 
+        # Add noise, drawn from the key that all replicas share, so that the result is equal on all.
         leaves, structure = jax.tree.flatten(average)
         deviation = noise_multiplier * clip_norm / lax.axis_size(AXIS)
         keys = jax.random.split(noise_key, len(leaves))
@@ -85,14 +93,16 @@ def private(
 
 
 def _clipped(message: PyTree, clip_norm: float) -> PyTree:
-    """Scales a message down to the norm if it is longer; zeros if a number is not finite."""
+    """Scales a message down to the norm `clip_norm`; returns zeros if a number is not finite."""
     largest = jnp.stack(
         [jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0) for x in jax.tree.leaves(message)]
     ).max()
+
+    # The norm relative to the largest magnitude has no overflow or underflow: it is 0, or from 1 to
+    # the root of the size of the message. If its product with `largest` overflows, infinity still
+    # exceeds `clip_norm`.
     parts = jax.tree.map(lambda x: relative(x.astype(jnp.float32), largest), message)
-    parts_norm = optax.tree.norm(
-        parts
-    )  # from 1 to the root of their number; times `largest` it may overflow
+    parts_norm = optax.tree.norm(parts)
 
     def clip(x: jax.Array, part: jax.Array) -> jax.Array:
         shorter = jnp.where(parts_norm * largest > clip_norm, part * (clip_norm / parts_norm), x)
@@ -104,20 +114,22 @@ def _clipped(message: PyTree, clip_norm: float) -> PyTree:
 def epsilon(
     noise_multiplier: float, rounds: int, sampling_rate: float = 1.0, delta: float = 1e-5
 ) -> float:
-    """Returns the epsilon for which so many rounds of `private` are (epsilon, delta)-differentially private.
+    """Returns the epsilon of the (epsilon, delta)-differential privacy of `rounds` aggregations.
 
-    Accounted by the privacy loss distributions of Google's dp-accounting, which are tight: `pip install
-    'ctde_jax[privacy]'`.
+    The aggregations are those of `private`. Epsilon is computed with the privacy loss distributions
+    of Google's dp-accounting, which are tight: `pip install 'ctde_jax[privacy]'`.
 
     Args:
-        noise_multiplier: As in `private`, at least 0.1: below that nothing is protected worth accounting.
-        rounds: How often the replicas agree.
-        sampling_rate: The probability with which a client takes part in a round, independently of all others; 1 where
-            all take part in all. (Where a fixed number of clients is drawn, as `fit` does, this is an approximation.)
-        delta: The probability with which the promise may fail; should be much less than one over the clients.
+        noise_multiplier: As in `private`, at least 0.1; smaller values give no useful guarantee.
+        rounds: Number of aggregations.
+        sampling_rate: Probability that a client takes part in a round, independently of all others;
+            1 if all clients take part in every round. (If a fixed number of clients is drawn, as
+            `fit` does, this is an approximation.)
+        delta: Probability with which the guarantee may fail; should be much less than one over the
+            number of clients.
 
     Raises:
-        InputError: An argument breaks its rule, or dp-accounting is not installed.
+        InputError: An argument is out of range, or dp-accounting is not installed.
     """
     check_at_least(1, rounds=rounds)
     if not 0.1 <= noise_multiplier < math.inf:
@@ -131,14 +143,19 @@ def epsilon(
         )
     if not 0 < delta < 1:
         raise InputError("delta", f"must be between 0 and 1, got {delta}.")
+
+    # An optional dependency, imported here because the import takes seconds.
     try:
-        import dp_accounting  # an extra, which takes seconds to import
+        import dp_accounting
         from dp_accounting.pld import PLDAccountant
     except ImportError:
         raise InputError(
             "noise_multiplier",
-            "is accounted by dp-accounting, which is not installed: pip install 'ctde_jax[privacy]'.",
+            "is accounted by dp-accounting, which is not installed: "
+            "pip install 'ctde_jax[privacy]'.",
         ) from None
+
+    # A round is a Gaussian mechanism on a Poisson sample of the clients.
     one_round = dp_accounting.PoissonSampledDpEvent(
         sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
     )

@@ -1,4 +1,4 @@
-"""A pull towards the center while a replica is alone."""
+"""FedProx: local steps are pulled towards the parameters at the start of the round."""
 
 import jax
 import optax
@@ -8,14 +8,18 @@ from ctde_jax.errors import InputError
 
 
 def proximal(strength: float) -> optax.GradientTransformationExtraArgs:
-    """Adds `strength * (params - anchor)` to a replica's gradients: FedProx's proximal term (Li et al., 2020).
+    """Adds `strength * (params - anchor)` to a replica's gradients (Li et al., 2020).
 
-    It is the gradient of `strength / 2 * |params - anchor|^2`, where the anchor are the parameters with which the round
-    began.
+    This is the gradient of FedProx's proximal term, `strength / 2 * |params - anchor|^2`. The
+    anchor is the parameters at the start of the round.
+
+    Args:
+        strength: The paper's mu, at least 0.
 
     Raises:
-        InputError: The strength is negative.
+        InputError: `strength` is negative.
     """
+    # `not >=` also rejects NaN.
     if not strength >= 0:
         raise InputError("strength", f"must be at least 0, got {strength}.")
 

@@ -1,4 +1,4 @@
-"""A few bits for each number: blocks of numbers share a scale, which travels in the same bytes."""
+"""Quantization to a few bits: a block of numbers shares a scale, which is part of the payload."""
 
 from collections.abc import Callable
 from statistics import NormalDist
@@ -16,24 +16,27 @@ Levels = Literal["linear", "statistical"]
 
 
 def quantize(bits: int, levels: Levels = "linear", block: int = 256) -> Codec:
-    """Writes each number as the nearest of a few levels.
+    """Encodes each number as the nearest of a few levels.
 
-    Each block becomes `block * bits / 8 + 4` bytes.
+    A block is encoded in `block * bits / 8 + 4` bytes.
 
     Args:
-        bits: 8, 4 or 2 for each number.
-        levels: `linear` ones are evenly spaced between plus and minus the block's largest magnitude, zero among them;
-            `statistical` ones are the best for normally distributed numbers with the block's root mean square (Max,
-            1960), and lose less where few bits are left.
-        block: How many numbers share a scale, a multiple of 8.
+        bits: Bits per number: 8, 4 or 2.
+        levels: `linear` levels are evenly spaced between plus and minus the block's largest
+            magnitude and include zero; `statistical` levels are optimal for normally distributed
+            numbers with the block's root mean square (Max, 1960), and have a smaller error at few
+            bits.
+        block: Numbers that share a scale, a multiple of 8.
 
     Raises:
-        InputError: An argument is not among those named.
+        InputError: An argument is not one of these values.
     """
     if bits not in (8, 4, 2):
         raise InputError("bits", f"must be 8, 4 or 2, got {bits}.")
     check_known("levels", levels, ("linear", "statistical"))
     _check_block(block)
+
+    # `2 * steps + 1` levels, so that zero is one of them; one of the `2**bits` codes is not used.
     if levels == "linear":
         steps = 2 ** (bits - 1) - 1
         return _blockwise(
@@ -43,6 +46,8 @@ def quantize(bits: int, levels: Levels = "linear", block: int = 256) -> Codec:
             code=lambda scaled: jnp.floor(scaled * steps + (steps + 0.5)),
             level=lambda code: (code.astype(jnp.float32) - steps) / steps,
         )
+
+    # The border between two levels is midway between them.
     table = normal_levels(bits)
     return _blockwise(
         bits=bits,
@@ -54,12 +59,16 @@ def quantize(bits: int, levels: Levels = "linear", block: int = 256) -> Codec:
 
 
 def sign(block: int = 256) -> Codec:
-    """Writes the sign of each number, and each block's mean magnitude (Karimireddy et al., 2019).
+    """Encodes the sign of each number and the mean magnitude of each block.
 
-    Each block becomes `block / 8 + 4` bytes.
+    A block is encoded in `block / 8 + 4` bytes (Karimireddy et al., 2019). Zeros are encoded as
+    negative.
+
+    Args:
+        block: Numbers that share a mean magnitude, a multiple of 8.
 
     Raises:
-        InputError: The block is not a multiple of 8.
+        InputError: `block` is not a positive multiple of 8.
     """
     _check_block(block)
     return _blockwise(
@@ -72,16 +81,19 @@ def sign(block: int = 256) -> Codec:
 
 
 def normal_levels(bits: int) -> np.ndarray:
-    """Returns the levels of least squared error for the normal distribution, float32[2**bits], rising (Max, 1960).
+    """Returns the levels of least squared error for the normal distribution, float32[2**bits].
 
-    Lloyd's iteration: each border lies midway between two levels, each level is the mean of what lies around it.
+    The levels ascend. They are found by Lloyd's iteration (Max, 1960): each border is midway
+    between two levels, and each level is the mean of the distribution between its borders.
     """
     quantile, density, below = map(
         np.vectorize, (NormalDist().inv_cdf, NormalDist().pdf, NormalDist().cdf)
     )
-    levels, moved = quantile((np.arange(2**bits) + 0.5) / 2**bits), np.inf
+    levels = quantile((np.arange(2**bits) + 0.5) / 2**bits)
+    moved = np.inf
     while moved > 1e-7:
         borders = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
+        # E[x | a < x < b] = -(pdf(b) - pdf(a)) / (cdf(b) - cdf(a)) for normally distributed x.
         better = -np.diff(density(borders)) / np.diff(below(borders))
         levels, moved = better, np.abs(better - levels).max()
     return levels.astype(np.float32)
@@ -94,25 +106,30 @@ def _blockwise(
     code: Callable[[jax.Array], jax.Array],
     level: Callable[[jax.Array], jax.Array],
 ) -> Codec:
-    """Makes a blockwise codec of three functions; every block's scale travels with it.
+    """Makes a blockwise codec from three functions; the scale of each block is part of its payload.
 
-    The functions never see the numbers themselves, but `parts`, the numbers divided by the largest magnitude of their
-    block: squares and sums of large numbers would overflow, and those of small ones would be zero.
+    The functions are given `parts`, the numbers divided by the largest magnitude of their block,
+    because the squares and sums of large numbers would overflow and those of small ones would be
+    zero.
 
     Args:
-        bits: Bits for each number.
+        bits: Bits per number.
         block: Numbers that share a scale.
         scale: `scale(parts [..., block]) -> [...]`, in units of the largest magnitude.
         code: `code(parts / scale)`, a whole number less than `2**bits`.
-        level: Undoes `code`.
+        level: Inverse of `code`, up to rounding.
     """
 
     def encode(values, state, key):
+        # Codes of each block, [..., blocks, block]. In a block of zeros the scale may be 0; divide
+        # by 1.
         blocks = values.reshape(*values.shape[:-1], -1, block)
         largest = _largest(jnp.abs(blocks))[..., None]
         parts = relative(blocks, largest)
         scales = scale(parts)[..., None]
         codes = code(parts / jnp.where(largest > 0, scales, 1))
+
+        # A block travels as its codes, followed by its scale in float32.
         written = jnp.concatenate([pack(codes, bits), to_bytes(scales * largest)], axis=-1)
         said = read(codes, scales * largest)
         return written.reshape(*values.shape[:-1], -1), said.reshape(values.shape), state
@@ -123,19 +140,28 @@ def _blockwise(
         return numbers.reshape(*payload.shape[:-1], size)
 
     def read(codes: jax.Array, scales: jax.Array) -> jax.Array:
+        # The scale is brought nearer to 1: `level * scale` could pass through subnormal numbers,
+        # which a CPU flushes to zero.
         power = power_towards_one(scales)
-        numbers = (
-            level(codes) * (scales * power) / power
-        )  # level * scales may pass through numbers taken for zero
+        numbers = level(codes) * (scales * power) / power
+
+        # A number at the outermost level may exceed the largest float32 and is clipped to it, but a
+        # scale that is not finite stays visible.
         bound = jnp.finfo(jnp.float32).max
-        # The outermost level may lie beyond the largest number; a scale that is not finite stays visible.
         return jnp.where(jnp.isfinite(scales), jnp.clip(numbers, -bound, bound), numbers)
 
     return Codec(block, lambda shape: (), encode, decode)
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Packs whole numbers `[..., n]` of 1, 2, 4 or 8 bits each, of any type, into `uint8[..., n * bits / 8]`."""
+    """Packs whole numbers `[..., n]` into `uint8[..., n * bits / 8]`.
+
+    Args:
+        codes: Whole numbers from 0 to `2**bits - 1`, of any dtype.
+        bits: 1, 2, 4 or 8 bits for each number.
+    """
+    # Byte i holds the i-th number of each of `8 / bits` contiguous parts; neighbors would need
+    # strided slices.
     packed, *parts = jnp.split(codes, 8 // bits, axis=-1)
     for place, part in enumerate(parts, start=1):
         packed = packed + part * 2 ** (bits * place)
@@ -143,13 +169,17 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, bits: int) -> jax.Array:
-    """Undoes `pack`, to uint8."""
+    """Inverts `pack`, to uint8."""
     places = [packed >> jnp.uint8(bits * place) for place in range(8 // bits)]
     return jnp.concatenate(places, axis=-1) & jnp.uint8(2**bits - 1)
 
 
 def _largest(blocks: jax.Array) -> jax.Array:
-    """Takes the maximum of each row; by halves first, which a CPU compares in vectors and not one by one."""
+    """Returns the maximum of each row.
+
+    Rows are halved first, which a CPU computes with vector instructions instead of number by
+    number.
+    """
     while blocks.shape[-1] > 16 and blocks.shape[-1] % 2 == 0:
         blocks = jnp.maximum(*jnp.split(blocks, 2, axis=-1))
     return jnp.max(blocks, axis=-1)

@@ -1,4 +1,4 @@
-"""A reducer turns every replica's message into the one that all agree on."""
+"""A reducer turns the messages of the replicas into their result, usually equal on all of them."""
 
 from collections.abc import Callable
 from typing import Protocol, Self, runtime_checkable
@@ -9,9 +9,10 @@ from ctde_jax.devices import PyTree, as_complex, as_real
 
 
 class IndependentReducer(optax.GradientTransformationExtraArgs):
-    """A reducer that judges each message by itself, as robust rules and private averages do.
+    """A reducer that treats each message separately, as robust rules and private averages do.
 
-    So no message may depend on the examples of another replica, and batch statistics are not synchronized.
+    No message may depend on the examples of another replica, so batch statistics are not
+    synchronized.
     """
 
 
@@ -20,10 +21,10 @@ class CutByOwner(Protocol):
     """A part of a reducer's state that is cut into slices, one owned by each replica."""
 
     def recut(self, like: Self) -> Self:
-        """Returns the state of all replicas for another number of them, who own other slices.
+        """Returns the state of all replicas for another number of replicas, which own other slices.
 
         Args:
-            like: Arrays, or shapes and dtypes, `[replica, ...]`, of the state to return.
+            like: Arrays or `ShapeDtypeStruct`s `[replica, ...]`, shaped like the state to return.
         """
         ...
 
@@ -33,17 +34,19 @@ def reducer(
     update: Callable[..., tuple[PyTree, PyTree]],
     independent: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes a reducer, which is an optax transformation whose functions run on every replica and talk over the axis.
+    """Makes a reducer: an optax transformation that runs on every replica and uses collectives.
 
     Args:
-        init: `init(params) -> state`; each replica's own.
-        update: `update(message, state, params=None, *, weight, key, **extra_args) -> (agreed, state)`. `weight`,
-            float32[], is the number of examples behind this replica's message; `key` is equal on all replicas and new
-            in every round. What is agreed has the shapes and types of the message. Both functions get complex leaves
-            as their real and imaginary parts, real `[2, ...]`.
+        init: `init(params) -> state`, the state of one replica.
+        update: `update(message, state, params=None, *, weight, key, **extra_args)`, which returns
+            `(reduced, state)`. `weight`, float32[], is the number of examples behind this replica's
+            message; `key` is equal on all replicas and different in every round. `reduced` has the
+            shapes and dtypes of the message. Both functions receive complex leaves as their real
+            and imaginary parts, real `[2, ...]`.
         independent: Whether to return an `IndependentReducer`.
     """
 
+    # Complex leaves are converted here, so that reducers and codecs handle real numbers only.
     def init_real(params: PyTree) -> PyTree:
         return init(as_real(params))
 

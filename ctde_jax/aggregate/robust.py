@@ -1,14 +1,17 @@
-"""Rules for replicas of which some send nonsense, by a broken sensor, bad data or intent.
+"""Robust rules tolerate bad messages of some replicas, due to faults, bad data or attacks.
 
-Every replica counts once: a weight is only a claim, and must not buy influence. So a replica without examples, whose
-message is no change at all, counts as a vote for no change. A message that is not finite has no effect on any of these
-rules, as long as there are no more such messages than the rule bears.
+Every replica counts once: a weight is only a claim, and must not buy influence. So a replica
+without examples, whose message is zero, counts as a vote for no change. A message that is not
+finite has no effect on any of these rules, as long as there are no more such messages than the rule
+tolerates.
 
-A rule protects against messages. It does not protect against a replica that lies as the owner of a slice, nor does it
-see batch statistics or losses, which are averaged elsewhere.
+A rule protects against messages. It does not protect against a replica that sends a wrong result as
+the owner of a slice, and it does not cover batch statistics or losses, which are averaged
+elsewhere.
 
-The coordinate-wise rules need no further word between the replicas. The rules for whole vectors add up what each owner
-knows of the distances between messages: 3 R x R floats for Krum, 3 R floats in each iteration for the others.
+The coordinate-wise rules need no further communication between the replicas. The rules for whole
+vectors sum the squared distances that the owners compute on their slices: 3 R x R floats for Krum,
+3 R floats per iteration for the others.
 """
 
 from math import inf
@@ -24,10 +27,15 @@ from ctde_jax.errors import InputError, check_at_least
 
 
 def median() -> Combine:
-    """Takes the median of each coordinate; for an even number of replicas the middle of the two (Yin et al., 2018)."""
+    """Takes the median of each coordinate (Yin et al., 2018).
+
+    If the number of replicas is even, this is the mean of the middle two.
+    """
 
     def update(rows, weights, state):
-        ordered = jnp.sort(rows, axis=0)  # what is not a number comes last
+        # NaN is sorted last. The middle values are halved before they are added, so that the sum
+        # does not overflow.
+        ordered = jnp.sort(rows, axis=0)
         replicas = len(rows)
         return 0.5 * ordered[(replicas - 1) // 2] + 0.5 * ordered[replicas // 2], state
 
@@ -38,10 +46,10 @@ def trimmed_mean(byzantine: int) -> Combine:
     """Averages each coordinate without its largest and smallest values (Yin et al., 2018).
 
     Args:
-        byzantine: The paper's f: so many values are left out at either end. 0 is the mean.
+        byzantine: Number of values that are left out at each end; 0 gives the mean.
 
     Raises:
-        InputError: It is negative or, as soon as the number of replicas is known, half of them or more.
+        InputError: `byzantine` is negative, or, at initialization, half of the replicas or more.
     """
     check_at_least(0, byzantine=byzantine)
 
@@ -50,35 +58,39 @@ def trimmed_mean(byzantine: int) -> Combine:
         return ()
 
     def update(rows, weights, state):
+        # NaN is sorted last, so up to `byzantine` of them are left out.
         return _mean(jnp.sort(rows, axis=0)[byzantine : len(rows) - byzantine]), state
 
     return Combine(init, update)
 
 
 def krum(byzantine: int) -> Combine:
-    """Follows the one replica that is nearest to its neighbors (Blanchard et al., 2017).
+    """Selects the message that is nearest to its neighbors (Blanchard et al., 2017).
 
-    A replica's neighbors are the R - f messages nearest to its own, which is one of them, and its score is the sum of
-    the squared distances to them; the least score wins. This is ByzFL's definition; the paper has one neighbor less.
+    The neighbors of a message are the R - f messages nearest to it, including itself. Its score is
+    the sum of the squared distances to them, and the message with the lowest score is selected.
+    This is the definition of ByzFL; the paper has one neighbor fewer.
 
     Args:
-        byzantine: The paper's f, how many replicas may be bad.
+        byzantine: The paper's f, the number of replicas that may be bad.
 
     Raises:
-        InputError: It is negative or, as soon as the number of replicas is known, there are no more than 2 f + 2.
+        InputError: `byzantine` is negative, or, at initialization, there are fewer than 2 f + 3
+            replicas.
     """
     return multi_krum(byzantine, selected=1)
 
 
 def multi_krum(byzantine: int, selected: int | None = None) -> Combine:
-    """Averages the replicas of least score, where `krum` follows only the one (Blanchard et al., 2017).
+    """Averages the messages of lowest score, where `krum` selects one (Blanchard et al., 2017).
 
     Args:
-        byzantine: The paper's f, how many replicas may be bad.
-        selected: The paper's m, how many replicas are averaged; by default all but f, as in ByzFL.
+        byzantine: The paper's f, the number of replicas that may be bad.
+        selected: The paper's m, the number of messages that are averaged; by default R - f, as in
+            ByzFL.
 
     Raises:
-        InputError: As `krum`, or `selected` is not from 1 to the replicas that are not bad.
+        InputError: As for `krum`, or `selected` is not from 1 to R - f.
     """
     check_at_least(0, byzantine=byzantine)
     check_at_least(1, selected=selected)
@@ -95,28 +107,33 @@ def multi_krum(byzantine: int, selected: int | None = None) -> Combine:
 
     def update(rows, weights, state):
         honest = len(rows) - byzantine
+
+        # The map holds the differences from one message at a time, [replica, size].
         own_part = lax.map(lambda row: _squares(rows - row[None]), rows)
-        distances = _summed_over_owners(own_part)  # [replica, replica]
-        scores = norm(
-            jnp.sort(distances, axis=1)[:, :honest]
-        )  # in the order of the sums of squares
+        distances = _summed_over_owners(own_part)  # float32[replica, replica]
+
+        # The root of a sum of squares ranks messages as the sum does, and does not overflow. NaN is
+        # ranked last.
+        scores = norm(jnp.sort(distances, axis=1)[:, :honest])
         return _mean(rows[jnp.argsort(scores)[: selected or honest]]), state
 
     return Combine(init, update)
 
 
 def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
-    """Goes towards the point whose distances to all messages have the least sum (Pillutla et al., 2022).
+    """Approximates the geometric median, the point of least total distance to all messages.
 
-    This is the smoothed algorithm of Weiszfeld (1937): starting from zero, every iteration averages the messages, each
-    weighted by one over its distance from the last average.
+    This is the smoothed algorithm of Weiszfeld (1937; Pillutla et al., 2022): starting from zero,
+    every iteration averages the messages, each weighted by the inverse of its distance from the
+    last average.
 
     Args:
-        smoothing: The paper's nu; a smaller distance counts as this one. Messages that all differ by less are averaged.
-        iterations: How often to average.
+        smoothing: The paper's nu, a lower bound of the distances. Messages that are all closer than
+            this are averaged with equal weights.
+        iterations: Number of iterations.
 
     Raises:
-        InputError: The smoothing is not positive, or there are no iterations.
+        InputError: `smoothing` is not positive and finite, or `iterations` is less than 1.
     """
     _check_positive(smoothing=smoothing)
     check_at_least(1, iterations=iterations)
@@ -124,9 +141,10 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
     def update(rows, weights, state):
         def average(_, center):
             distances = jnp.maximum(_distances(rows, center), smoothing)
-            pulls = (
-                distances.min() / distances
-            )  # relative to the largest, which may itself be too small
+
+            # Weights relative to the largest one, which as an inverse distance might underflow. A
+            # message that is not finite has weight 0 and is masked, as 0 * NaN is NaN.
+            pulls = distances.min() / distances
             heard = jnp.where(pulls[:, None] > 0, rows, 0)
             return jnp.sum(heard * (pulls / pulls.sum())[:, None], axis=0)
 
@@ -136,18 +154,19 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
 
 
 def centered_clipping(radius: float, iterations: int = 1) -> Combine:
-    """Follows each replica no farther than a radius from what was agreed last (Karimireddy et al., 2021).
+    """Moves the last result towards each message by at most a radius (Karimireddy et al., 2021).
 
-    Every iteration moves the center by the average of the differences from it, each clipped to the radius; the center
-    starts from the last agreed message, in the first round from zero.
+    Every iteration moves the center by the average of the messages' differences from it, each
+    clipped to the radius. The center starts from the last result, and in the first round from zero.
 
     Args:
-        radius: The paper's tau, in the units of the whole message's norm. One that is larger than all differences
-            gives the mean; a small one bounds what a bad replica can do, and how fast the center can follow.
-        iterations: The paper's L.
+        radius: The paper's tau, in the units of the norm of the whole message. A radius larger than
+            all differences gives the mean; a small one limits the influence of a bad replica, and
+            how fast the center can move.
+        iterations: The paper's L, the number of iterations.
 
     Raises:
-        InputError: The radius is not positive, or there are no iterations.
+        InputError: `radius` is not positive and finite, or `iterations` is less than 1.
     """
     _check_positive(radius=radius)
     check_at_least(1, iterations=iterations)
@@ -155,6 +174,7 @@ def centered_clipping(radius: float, iterations: int = 1) -> Combine:
     def update(rows, weights, last_agreed):
         def follow(_, center):
             scales = jnp.minimum(1, radius / _distances(rows, center))
+            # A message that is not finite has scale 0 and is masked, as 0 * NaN is NaN.
             clipped = jnp.where(scales[:, None] > 0, rows - center[None], 0) * scales[:, None]
             return center + _mean(clipped)
 
@@ -165,24 +185,31 @@ def centered_clipping(radius: float, iterations: int = 1) -> Combine:
 
 
 def _distances(rows: jax.Array, center: jax.Array) -> jax.Array:
-    """Measures whole messages from a point, float32[replica]; infinite for a message that is not finite."""
+    """Returns each message's distance from a point, float32[replica]; infinite if not finite."""
     return _summed_over_owners(_squares(rows - center[None]))
 
 
+# Powers of 2, so that multiplication is exact.
 _SCALES = (2.0**75, 1.0, 2.0**-75)
 
 
 def _squares(slices: jax.Array) -> jax.Array:
-    """Sums the squares of each slice at three scales, float32[3, replica]: one has neither overflow nor underflow.
+    """Sums the squares of each slice at three scales, float32[3, replica].
 
-    These are the three accumulators of Blue (1978), which need one all-reduce; a common scale would need two.
+    At one of the scales, the sum neither overflows nor underflows. These are the three accumulators
+    of Blue (1978), which need one all-reduce; a common scale would need two.
     """
     return jnp.stack([jnp.sum((slices * scale) ** 2, axis=1) for scale in _SCALES])
 
 
 def _summed_over_owners(squares: jax.Array) -> jax.Array:
-    """Turns each owner's `_squares`, `[..., 3, replica]`, into norms of whole messages; infinite if not finite."""
+    """Sums `_squares`, `[..., 3, replica]`, over the owners, and returns norms of whole messages.
+
+    The norm of a message that is not finite is infinite.
+    """
     small, middle, large = jnp.moveaxis(lax.psum(squares, AXIS), -2, 0)
+    # Use the unscaled sum unless it has overflowed or is so small that its terms may have
+    # underflowed.
     of_large = jnp.where(jnp.isfinite(middle), jnp.sqrt(middle), jnp.sqrt(large) / _SCALES[2])
     norms = jnp.where(middle < 2.0**-60, jnp.sqrt(small) / _SCALES[0], of_large)
     return jnp.where(jnp.isnan(norms), jnp.inf, norms)
@@ -195,11 +222,17 @@ def _mean(rows: jax.Array) -> jax.Array:
 
 def _check_replicas(rule: str, byzantine: int, least: int) -> None:
     """Raises InputError if the axis has fewer than `2 * byzantine + least` replicas."""
-    replicas, needed = lax.axis_size(AXIS), 2 * byzantine + least
+    replicas = lax.axis_size(AXIS)
+    needed = 2 * byzantine + least
     if replicas >= needed:
         return
     bad = f"{byzantine} bad device{'' if byzantine == 1 else 's'}"
-    rule = f"must be at least {needed} for {rule} to withstand {bad} (2 * byzantine + {least}), got {replicas}"
+    rule = (
+        f"must be at least {needed} for {rule} to withstand {bad} (2 * byzantine + {least}), "
+        f"got {replicas}"
+    )
+
+    # With fewer than `least` replicas, not even byzantine=0 is possible.
     most = (replicas - least) // 2
     way_out = (
         f"set byzantine to at most {most}"

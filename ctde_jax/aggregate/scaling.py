@@ -1,19 +1,20 @@
-"""Quotients and norms of numbers whose squares or reciprocals are no longer float32."""
+"""Quotients and norms of float32 numbers whose squares or reciprocals overflow or underflow."""
 
 import jax
 from jax import numpy as jnp
 
 
 def power_towards_one(magnitude: jax.Array) -> jax.Array:
-    """Returns 2**-64 for magnitudes greater than 1 and 2**64 for others; products with it are exact."""
+    """Returns 2**-64 for magnitudes greater than 1, else 2**64; a product with it is exact."""
     return jnp.where(magnitude > 1, jnp.float32(2.0**-64), jnp.float32(2.0**64))
 
 
 def relative(x: jax.Array, largest: jax.Array) -> jax.Array:
-    """Divides by the largest magnitude, which broadcasts against `x`; zeros stay zeros.
+    """Divides `x` by `largest`, its largest magnitude, which broadcasts; zeros stay zeros.
 
-    XLA multiplies by the reciprocal of a divisor that is broadcast. That of a number greater than 8.5e37 is less than
-    the smallest normal float32, which a CPU takes for zero; so both are brought nearer to 1 first.
+    XLA multiplies by the reciprocal of a divisor that is broadcast. The reciprocal of a number
+    greater than 8.5e37 is less than the smallest normal float32, which a CPU flushes to zero, so
+    both operands are brought nearer to 1 first.
     """
     power = power_towards_one(largest)
     return x * power / jnp.where(largest > 0, largest * power, 1)

@@ -1,4 +1,4 @@
-"""Few numbers instead of all: the largest of each chunk, or a random choice that needs no positions."""
+"""Sparse codecs: the largest numbers of each chunk, or a random choice that needs no positions."""
 
 from collections.abc import Callable
 
@@ -11,18 +11,19 @@ from ctde_jax.errors import InputError
 
 
 def top_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
-    """Writes the k largest magnitudes of each chunk and their packed positions (SparseLoCo, Sarfi et al., 2025).
+    """Encodes the k largest magnitudes of each chunk and their packed positions.
 
-    The positions of c chunks take `ceil(c * k * bits / 8)` bytes, where `bits` is `log2(chunk)` rounded up, and their
-    `c * k` numbers what `values` makes of them.
+    SparseLoCo (Sarfi et al., 2025) selects numbers in this way. The positions of c chunks take
+    `ceil(c * k * bits / 8)` bytes, with `bits` the logarithm `log2(chunk)` rounded up; they are
+    followed by the `c * k` numbers, as encoded by `values`.
 
     Args:
         k: Numbers to keep in each chunk.
         chunk: Numbers in a chunk.
-        values: Writes the numbers that are kept; it must have no state of its own.
+        values: Stateless codec of the numbers that are kept.
 
     Raises:
-        InputError: k is not from 1 to the chunk, or no multiple of the block of `values`.
+        InputError: `k` is not from 1 to `chunk`, or not a multiple of the block of `values`.
     """
     bits = max(1, (chunk - 1).bit_length())
 
@@ -35,6 +36,7 @@ def top_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
     def read(
         payload: jax.Array, shape: tuple[int, ...], key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
+        # The positions of all chunks come first.
         count = shape[-2] * k
         border = -(-count * bits // 8)
         return unpack_integers(payload[..., :border], bits, count).reshape(shape), payload[
@@ -45,21 +47,24 @@ def top_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
 
 
 def random_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
-    """Writes k random numbers of each chunk, drawn anew in every round from the key that all replicas share.
+    """Encodes k random numbers of each chunk, drawn in every round from the shared key.
 
-    Nobody needs to be told the positions. (Konečný et al., 2016, call it a random mask.) What is not drawn is zero, so
-    it is to be used with error feedback. The `c * k` numbers of c chunks become what `values` makes of them.
+    Positions are not sent, as every replica draws the same ones. (Konečný et al., 2016, call this a
+    random mask.) Numbers that are not drawn are decoded as zero, so use it with error feedback. The
+    `c * k` numbers of c chunks are encoded by `values`.
 
     Args:
         k: Numbers to keep in each chunk.
         chunk: Numbers in a chunk.
-        values: Writes the numbers that are kept; it must have no state of its own.
+        values: Stateless codec of the numbers that are kept.
 
     Raises:
-        InputError: k is not from 1 to the chunk, or no multiple of the block of `values`.
+        InputError: `k` is not from 1 to `chunk`, or not a multiple of the block of `values`.
     """
 
     def draw(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        # The positions of the k largest of random numbers are a choice without replacement. All
+        # rows share the choice.
         positions = lax.top_k(jax.random.bits(key, (shape[-2], chunk)), k)[1]
         return jnp.broadcast_to(positions, (*shape[:-1], k))
 
@@ -81,12 +86,12 @@ def _chunkwise(
     write: Callable[[jax.Array], jax.Array],
     read: Callable[[jax.Array, tuple[int, ...], jax.Array], tuple[jax.Array, jax.Array]],
 ) -> Codec:
-    """Makes a codec of k positions in each chunk.
+    """Makes a codec that keeps k numbers of each chunk.
 
     Args:
         k: Numbers to keep in each chunk.
         chunk: Numbers in a chunk.
-        values: Writes the numbers that are kept.
+        values: Stateless codec of the numbers that are kept.
         choose: `choose(chunks [..., c, chunk], key) -> positions int32[..., c, k]`
         write: `write(positions) -> uint8[..., bytes]`
         read: `read(payload, (..., c, k), key) -> (positions, the rest of the payload)`
@@ -96,10 +101,12 @@ def _chunkwise(
     if k % values.block:
         raise InputError(
             "k",
-            f"must be a multiple of {values.block}, the block of the numbers that are kept, got {k}.",
+            f"must be a multiple of {values.block}, the block of the numbers that are kept, "
+            f"got {k}.",
         )
 
     def scatter(positions: jax.Array, kept: jax.Array) -> jax.Array:
+        # [..., c, k] -> [..., c, chunk], zeros elsewhere -> [..., size]
         zeros = jnp.zeros((*positions.shape[:-1], chunk))
         placed = jnp.put_along_axis(
             zeros, positions, kept.reshape(positions.shape), axis=-1, inplace=False
@@ -107,6 +114,7 @@ def _chunkwise(
         return placed.reshape(*placed.shape[:-2], -1)
 
     def encode(numbers, state, key):
+        # [..., size] -> [..., c, chunk] -> kept numbers [..., c * k]
         chunks = numbers.reshape(*numbers.shape[:-1], -1, chunk)
         positions = choose(chunks, key)
         kept = jnp.take_along_axis(chunks, positions, axis=-1).reshape(*numbers.shape[:-1], -1)
@@ -126,7 +134,8 @@ def _chunkwise(
 
 
 def pack_integers(integers: jax.Array, bits: int) -> jax.Array:
-    """Packs `int[..., n]` of so many bits each into `uint8[..., ceil(n * bits / 8)]`."""
+    """Packs `int[..., n]` of `bits` bits each into `uint8[..., ceil(n * bits / 8)]`."""
+    # Bits in a trailing axis, lowest first.
     shifts = jnp.arange(bits).reshape((1,) * integers.ndim + (bits,))
     return jnp.packbits(
         ((integers[..., None] >> shifts) & 1).reshape(*integers.shape[:-1], -1), axis=-1
@@ -134,7 +143,7 @@ def pack_integers(integers: jax.Array, bits: int) -> jax.Array:
 
 
 def unpack_integers(packed: jax.Array, bits: int, count: int) -> jax.Array:
-    """Reads `int32[..., count]` of so many bits each."""
+    """Inverts `pack_integers`: returns `int32[..., count]`."""
     ones = jnp.unpackbits(packed, axis=-1, count=count * bits).reshape(
         *packed.shape[:-1], count, bits
     )

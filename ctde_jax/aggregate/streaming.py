@@ -1,4 +1,4 @@
-"""Streaming DiLoCo: fragments of the model are aggregated in turn, while the replicas take their next local steps."""
+"""Streaming DiLoCo: fragments of a model are aggregated in turn, during the next local steps."""
 
 from functools import partial
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from ctde_jax.errors import InputError, check_at_least
 
 
 class StreamingState(NamedTuple):
-    """The center's fragments, equal on all replicas, and the replica's message that is on its way."""
+    """The central fragments, equal on all replicas, and this replica's message in flight."""
 
     rounds: jax.Array  # int32[]
     center: PyTree  # each leaf float32[fragment, size]
-    message: PyTree  # each leaf float32[size], of the fragment of the last round
-    weight: jax.Array  # float32[], the examples behind the message
-    reduce: PyTree  # of the reducer, a row for each fragment
-    outer: PyTree  # of the outer optimizer, a row for each fragment
+    message: PyTree  # each leaf float32[size], for the fragment of the last round
+    weight: jax.Array  # float32[], number of examples behind the message
+    reduce: PyTree  # state of the reducer, one row per fragment
+    outer: PyTree  # state of the outer optimizer, one row per fragment
 
 
 def streaming(
@@ -31,23 +31,23 @@ def streaming(
     outer: optax.GradientTransformation | None = None,
     mix: float = 0.5,
 ) -> optax.GradientTransformationExtraArgs:
-    """Aggregates one fragment in each round, while the next local steps run (Douillard et al., 2025).
+    """Aggregates one fragment per round, while the next local steps run (Douillard et al., 2025).
 
-    For a `Strategy` that `diverges`. Every leaf, as a vector, is cut into equal fragments. At the end of round t, the
-    message of a replica is the outer gradient of fragment `t mod fragments`. It travels during the local steps of
-    round t + 1; then the central fragment takes its outer step, and the fragment of the replica becomes
-    `mix * own + (1 - mix) * central`. A round sends what `reduce` sends for `ceil(n / fragments)` numbers of each leaf
-    of n.
+    For a `Strategy` that `diverges`. Every leaf, as a vector, is cut into equal fragments. At the
+    end of round t, the message of a replica is the outer gradient of fragment `t mod fragments`. It
+    travels during the local steps of round t + 1; then the central fragment takes its outer step,
+    and the fragment of the replica becomes `mix * own + (1 - mix) * central`. A round sends what
+    `reduce` sends for `ceil(n / fragments)` numbers of each leaf of n numbers.
 
     Args:
         fragments: Number of fragments.
-        reduce: Any reducer but `mean()`, whose all-reduce a compiler merges with that of the metrics, which waits for
-            the local steps; by default `two_phase()`.
+        reduce: Any reducer except `mean()`, whose all-reduce a compiler merges with that of the
+            metrics, which waits for the local steps; by default `two_phase()`.
         outer: Outer optimizer; by default SGD with learning rate 0.7 and Nesterov momentum 0.9.
-        mix: Weight of a replica's own fragment, which has moved on while the message traveled.
+        mix: Weight of a replica's fragment, which has moved on while the message traveled.
 
     Raises:
-        InputError: There is no fragment, or mix is not from 0 to 1.
+        InputError: `fragments` is less than 1, or `mix` is not from 0 to 1.
     """
     check_at_least(1, fragments=fragments)
     if not 0 <= mix <= 1:
@@ -58,9 +58,8 @@ def streaming(
     cut = partial(_cut, fragments)
 
     def mixture(own: jax.Array, center: jax.Array) -> jax.Array:
-        return jnp.where(
-            own == center, own, mix * own + (1 - mix) * center
-        )  # equal numbers keep their bits
+        # Equal numbers keep their bits, which the weighted sum may round.
+        return jnp.where(own == center, own, mix * own + (1 - mix) * center)
 
     def init(params: PyTree) -> StreamingState:
         center = jax.tree.map(cut, params)
@@ -71,15 +70,19 @@ def streaming(
             center=center,
             message=optax.tree.zeros_like(first),
             weight=jnp.float32(0),
-            reduce=_repeated(fragments, exchange.init(first)),
-            outer=_repeated(fragments, optimizer.init(first)),
+            reduce=jax.vmap(exchange.init)(center),
+            outer=jax.vmap(optimizer.init)(center),
         )
 
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
+        # The replica's parameters after its local steps, cut into fragments; the updates are its
+        # outer gradient.
         before = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         own = jax.tree.map(lambda p, d: cut(p - d.astype(jnp.float32)), before, updates)
-        sent, sending = (state.rounds - 1) % fragments, state.rounds % fragments
+        sent = (state.rounds - 1) % fragments
+        sending = state.rounds % fragments
 
+        # The message of the last round arrives: reduce it, and take the outer step of its fragment.
         at_sent = _row(state.center, sent)
         agreed, reduce_state = exchange.update(
             state.message, _row(state.reduce, sent), at_sent, weight=state.weight, key=key
@@ -93,10 +96,15 @@ def streaming(
             reduce=_with_row(state.reduce, sent, reduce_state),
             outer=_with_row(state.outer, sent, outer_state),
         )
+
+        # Mix the fragment with the central one. In the first round no message is in flight, so
+        # nothing changes.
         mixed = jax.tree.map(mixture, _row(own, sent), _row(heard.center, sent))
-        is_first = state.rounds == 0  # when no message is on its way
+        is_first = state.rounds == 0
         heard, own = optax.tree.where(is_first, (state, own), (heard, _with_row(own, sent, mixed)))
 
+        # Return the change of the parameters as an outer gradient, and send the next fragment's
+        # message.
         moved = jax.tree.map(
             lambda p, x, d: (p - _whole(x, p)).astype(d.dtype), before, own, updates
         )
@@ -110,19 +118,14 @@ def streaming(
 
 
 def _cut(fragments: int, leaf: jax.Array) -> jax.Array:
-    """Cuts a leaf into equal pieces, float32[fragment, size], the last one padded with zeros."""
+    """Cuts a leaf into equal fragments, float32[fragment, size], the last one padded with zeros."""
     vector = leaf.ravel().astype(jnp.float32)
     return jnp.pad(vector, (0, -vector.size % fragments)).reshape(fragments, -1)
 
 
 def _whole(pieces: jax.Array, like: jax.Array) -> jax.Array:
-    """Inverts `_cut`."""
+    """Inverts `_cut`, to the shape of `like`."""
     return pieces.ravel()[: like.size].reshape(like.shape)
-
-
-def _repeated(fragments: int, tree: PyTree) -> PyTree:
-    """Returns the same row for each fragment."""
-    return jax.tree.map(lambda x: jnp.stack([x] * fragments), tree)
 
 
 def _row(tree: PyTree, index: jax.Array) -> PyTree:

@@ -1,4 +1,4 @@
-"""Any optax transformation as an optimizer: its extra arguments, the point it is evaluated at, what is refused."""
+"""Adapts optax transformations to a training step: extra arguments, evaluation points, limits."""
 
 import logging
 import re
@@ -17,11 +17,14 @@ from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, shortened
 
 Value = Callable[[], jax.Array]
-"""`value() -> float32[]`, the mean objective; called only if an update depends on it, as it may use a collective."""
+"""`value() -> float32[]`, the mean objective.
+
+It is called only if an update depends on it, because it may use a collective.
+"""
 
 
 class LookaheadSlow(NamedTuple):
-    """The state of an optimizer that contains `optax.lookahead`, whose slow parameters are kept here."""
+    """The state of an optimizer that contains `optax.lookahead`, with the slow parameters."""
 
     state: PyTree
     slow: PyTree  # like the parameters
@@ -34,50 +37,65 @@ _WITH_OWN_POINT = (
     contrib.COCOBState,
     contrib.MadgradState,
 )
-"""States that hold positions in parameter space, from which the next parameters are computed."""
+"""States that hold points in parameter space, from which the next parameters are computed."""
 
 _NOT_PER_STEP = {
-    "value_fn": "the objective as a function of the parameters, to evaluate it several times in a step; use a learning "
-    "rate or schedule instead, such as optax.lbfgs(0.1, linesearch=None)",
-    "grad_fn": "the gradient as a function of the parameters; use optax.contrib.sam(..., opaque_mode=False), whose "
-    "adversarial steps are steps of the run",
-    "obj_fn": "the objective as a function of the parameters, to differentiate it twice; use optax.adamw or optax.lion",
+    "value_fn": "the objective as a function of the parameters, to evaluate it several times in a "
+    "step; use a learning rate or schedule instead, such as optax.lbfgs(0.1, linesearch=None)",
+    "grad_fn": "the gradient as a function of the parameters; use optax.contrib.sam(..., "
+    "opaque_mode=False), whose adversarial steps are steps of the run",
+    "obj_fn": "the objective as a function of the parameters, to differentiate it twice; use "
+    "optax.adamw or optax.lion",
 }
-"""Arguments of `update` that a step cannot pass, and what to use instead."""
+"""Arguments of `update` that a training step cannot pass, and what to use instead."""
 
 
 def as_transformation(optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation that hands all arguments to `optimizer.update`, also of `optax.MultiSteps`.
+    """Returns a transformation that passes all arguments to `optimizer.update`.
 
-    Unlike `optax.with_extra_args_support` it drops none: `MultiSteps(...).gradient_transformation()` takes extra
-    arguments although its type does not show it.
+    Unlike `optax.with_extra_args_support`, it drops no extra arguments:
+    `MultiSteps(...).gradient_transformation()` accepts them although its type does not show it.
+
+    Args:
+        optimizer: Any object with `init` and `update`, such as `optax.MultiSteps`.
     """
     return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
 
 
 def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    """Makes a transformation that a training step can call, whichever extra arguments the given one takes.
+    """Makes a transformation that a training step can call, whatever extra arguments it accepts.
 
-    Its `update(updates, state, params, *, value=None, **extra_args)` passes on `value` (a `Value`), the same as `loss`,
-    the incoming updates as `grad`, and `extra_args`; arguments that a signature rejects are left out. If the result
-    does not depend on the value, `value` is not called, and the program is that of an update without it.
+    Its `update(updates, state, params, *, value=None, **extra_args)` passes on `value` (a `Value`,
+    evaluated), the same number as `loss`, the incoming updates as `grad`, and `extra_args`;
+    arguments that the signature rejects are dropped. If the result does not depend on the value,
+    `value` is not called, and the program is that of an update without it.
 
-    `optax.lookahead` is given its pair of fast and slow parameters, of which the slow ones are kept in the state.
+    `optax.lookahead` receives its pair of fast and slow parameters; the slow ones are kept in the
+    state.
 
     Args:
         optimizer: Any optax transformation, or an object with `init` and `update`.
+
+    Raises:
+        InputError: In `init`, if the optimizer needs the gradient of every example, or if its
+            updates change the structure of its state.
     """
     inner = as_transformation(optimizer)
 
     def init(params: PyTree) -> PyTree:
-        with _without_absl_warnings():  # lookahead warns if it is not given its pair
+        # The structure of the state reveals the kind of optimizer. Lookahead warns if it is not
+        # given its pair of parameters.
+        with _without_absl_warnings():
             like = jax.eval_shape(inner.init, params)
         if _found(like, contrib.DifferentiallyPrivateAggregateState):
             raise InputError(
                 "optimizer",
-                "must not contain differentially_private_aggregate (dpsgd), which needs the gradient of every example, "
-                "and a step has only their mean; aggregate.private in the strategy protects each device's message.",
+                "must not contain differentially_private_aggregate (dpsgd), which needs the "
+                "gradient of every example, and a step has only their mean; aggregate.private in "
+                "the strategy protects each device's message.",
             )
+
+        # The slow parameters start equal to the fast ones.
         if _found(like, optax.LookaheadState):
             pair = optax.LookaheadParams.init_synced(params)
             return LookaheadSlow(_with_lasting_types(inner, inner.init(pair), params, pair), params)
@@ -93,6 +111,8 @@ def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     ):
         if not isinstance(state, LookaheadSlow):
             return _update(inner, updates, state, params, value, extra_args)
+
+        # The step moves the fast parameters; the slow ones move here, and stay in the state.
         pair = optax.LookaheadParams(fast=params, slow=state.slow)
         moved, own = _update(inner, updates, state.state, pair, value, extra_args)
         return moved.fast, LookaheadSlow(own, optax.apply_updates(state.slow, moved.slow))
@@ -103,18 +123,21 @@ def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
 def evaluated_point(opt_state: PyTree, params: PyTree) -> PyTree:
     """Returns the parameters at which an optimizer that trains at another point is evaluated.
 
-    That is the average of `optax.contrib.schedule_free`, the slow parameters of `optax.lookahead`, and the parameters
-    before the adversarial steps of `optax.contrib.sam`, wherever these are in the state. Any other optimizer is
-    evaluated at `params`.
+    These are the average of `optax.contrib.schedule_free`, the slow parameters of
+    `optax.lookahead`, and the parameters before the adversarial steps of `optax.contrib.sam`,
+    wherever they are in the state. For any other optimizer they are `params`.
     """
     for state in _found(opt_state, LookaheadSlow):
         params = state.slow
     for state in _found(opt_state, contrib.SAMState):
         if state.cache is not None:
+            # Right after a synchronization, the parameters are not perturbed.
             is_synced = state.steps_since_sync == 0
             params = _map_unmasked(
                 lambda old, x, own=is_synced: jnp.where(own, x, old), state.cache, params
             )
+
+    # Training is at y = (1 - b1) z + b1 x; evaluation is at x.
     for state in _found(opt_state, contrib.ScheduleFreeState):
         params = _map_unmasked(
             lambda z, y, b1=state.b1: ((y - (1.0 - b1) * z) / b1).astype(y.dtype), state.z, params
@@ -123,12 +146,12 @@ def evaluated_point(opt_state: PyTree, params: PyTree) -> PyTree:
 
 
 def has_evaluated_point(opt_state: PyTree) -> bool:
-    """Returns whether `evaluated_point` may differ from the parameters; only the structure of the state is read."""
+    """Returns whether `evaluated_point` may differ from `params`; reads only the tree structure."""
     return bool(_found(opt_state, (LookaheadSlow, contrib.SAMState, contrib.ScheduleFreeState)))
 
 
 def own_point(opt_state: PyTree) -> str | None:
-    """Returns the name of an optimizer that computes parameters from positions in its state, or None."""
+    """Returns the optimizer's name if it computes parameters from points in its state, or None."""
     found = _found(opt_state, _WITH_OWN_POINT)
     if not found:
         return None
@@ -137,9 +160,10 @@ def own_point(opt_state: PyTree) -> str | None:
 
 
 def learning_rate(opt_state: PyTree) -> jax.Array | None:
-    """Returns the learning rate of the last update, float32[], if `optax.inject_hyperparams` keeps it in the state.
+    """Returns the learning rate of the last update, float32[], from `optax.inject_hyperparams`.
 
-    If the state holds several, as that of `optax.multi_transform` may, none of them is that of all parameters: None.
+    It is None if the state holds no scalar learning rate, or several, as that of
+    `optax.multi_transform` may, since none of these applies to all parameters.
     """
     states = _found(opt_state, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
     rates = [
@@ -151,16 +175,23 @@ def learning_rate(opt_state: PyTree) -> jax.Array | None:
 
 
 def with_hyperparams_of(fresh: PyTree, opt_state: PyTree) -> PyTree:
-    """Returns a state with the constant hyperparameters that `optax.inject_hyperparams` keeps in another one.
+    """Returns `opt_state` with the constant hyperparameters of `fresh`.
 
-    A run that branches off another has the numbers that its own optimizer was made with; schedules are part of the
-    program, and continue by their step.
+    These are the numbers that `optax.inject_hyperparams` keeps in a state. A run that branches off
+    another one uses the numbers that its optimizer was created with. Schedules are part of the
+    program, and continue from their step.
+
+    Args:
+        fresh: A state of the new run's optimizer, just initialized.
+        opt_state: The state to continue from, with the same structure.
     """
     kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
     def merge(new: PyTree, old: PyTree) -> PyTree:
         if not isinstance(new, kinds):
             return old
+
+        # A hyperparameter with a schedule is computed from the step; only constants are replaced.
         scheduled = getattr(new, "hyperparams_states", {})
         constant = {name: value for name, value in new.hyperparams.items() if name not in scheduled}
         return old._replace(hyperparams={**old.hyperparams, **constant})
@@ -173,20 +204,24 @@ def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
 
     Args:
         optimizer: As for `adapted`.
-        params: Of the model.
-        option: The argument that holds the optimizer, for errors.
+        params: Parameters of the model.
+        option: Name of the argument that holds the optimizer, for errors.
 
     Raises:
-        InputError: `init` or `update` fails, needs what a step does not have, or returns another tree of updates.
+        InputError: `init` or `update` fails, needs what a step does not have, or returns updates of
+            another tree.
     """
     transformation = adapted(optimizer)
+
+    # Any optimizer of a user runs here for the first time, so any exception is possible.
     try:
         state = transformation.init(params)
         updates, _ = transformation.update(
             params, state, params, value=lambda: jnp.float32(0), anchor=params
         )
     except InputError as error:
-        raise InputError(option, error.sentence) from error  # raised where the option is not known
+        # Raised by `adapted`, which does not know the option.
+        raise InputError(option, error.sentence) from error
     except Exception as error:
         raise InputError(option, _refusal(error, params)) from error
     if _types(updates, shapes_only=True) != _types(params, shapes_only=True):
@@ -196,7 +231,8 @@ def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
 
 
 def depends_on(program: ClosedJaxpr, inputs: list[Var]) -> bool:
-    """Returns whether any result of a traced program depends on these of its inputs."""
+    """Returns whether any result of a traced program depends on one of the given inputs."""
+    # Equations with inner programs count as a whole: an output may depend on any of their inputs.
     reached = set(inputs)
     for equation in program.jaxpr.eqns:
         if not reached.isdisjoint(x for x in equation.invars if isinstance(x, Var)):
@@ -219,6 +255,7 @@ def _update(
         offered = {"value": value, "loss": value, "grad": updates, **extra_args}
         return inner.update(updates, state, params, **{name: offered[name] for name in names})
 
+    # Trace the update with all arguments, and drop each one that it rejects, until it succeeds.
     zero = jnp.float32(0)
     while True:
         try:
@@ -229,6 +266,9 @@ def _update(
             if rejected is None or rejected[1] not in names:
                 raise
             names.remove(rejected[1])
+
+    # Compute the value only if a result depends on it. An effect, such as a callback, may use it
+    # without a result.
     is_used = depends_on(program, program.jaxpr.invars[:1]) or bool(program.effects)
     return call(
         value() if is_used and value is not None else zero, updates, state, params, extra_args
@@ -238,16 +278,21 @@ def _update(
 def _with_lasting_types(
     inner: optax.GradientTransformationExtraArgs, state: PyTree, params: PyTree, given: PyTree
 ) -> PyTree:
-    """Gives a first state the types that it has after an update, if these can hold its numbers.
+    """Converts an initial state to the dtypes that it has after an update, if they are wider.
+
+    A loop requires a state of constant types, but some transformations return wider types than they
+    started with.
 
     Args:
-        inner: Whose state it is.
-        state: From `inner.init`.
-        params: Of the model, in whose types gradients come.
-        given: What the update gets as parameters.
+        inner: Transformation that the state belongs to.
+        state: Result of `inner.init`.
+        params: Parameters of the model; gradients have their dtypes.
+        given: The `params` argument of the update: the parameters, or the pair of
+            `optax.lookahead`.
 
     Raises:
-        InputError: An update changes the tree of the state, a shape, or a type to a narrower one.
+        InputError: An update changes the structure of the state, a shape, or a dtype to a narrower
+            one.
     """
 
     def after(state: PyTree) -> PyTree:
@@ -258,11 +303,15 @@ def _with_lasting_types(
             *(params, state, given),
         )
 
+    # One wider number may widen others at the next update, so try a few times.
     for _ in range(3):
         then = after(state)
-        before, now = _types(state), _types(then)
+        before = _types(state)
+        now = _types(then)
         if before == now:
             return state
+
+        # Only a dtype may change, and only to a wider one, which holds all of its numbers.
         if before.keys() != now.keys() or jax.tree.structure(state) != jax.tree.structure(then):
             raise InputError("optimizer", "must keep the structure of its state in an update.")
         for name, (shape, dtype) in before.items():
@@ -293,6 +342,7 @@ def _type(leaf: Any) -> tuple[tuple[int, ...], Any]:
 def _types(tree: PyTree, shapes_only: bool = False) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     of = jnp.shape if shapes_only else _type
+    # The path of a tree that is a single leaf is empty.
     return {
         jax.tree_util.keystr(path, simple=True, separator="/") or "it": of(leaf)
         for path, leaf in leaves
@@ -300,13 +350,13 @@ def _types(tree: PyTree, shapes_only: bool = False) -> dict[str, Any]:
 
 
 def _found(tree: PyTree, kinds: Any) -> list[Any]:
-    """Returns the outermost nodes of these kinds."""
+    """Returns the outermost nodes of the given kinds."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
     return [leaf for leaf in leaves if isinstance(leaf, kinds)]
 
 
 def _map_unmasked(function: Callable[..., jax.Array], own: PyTree, params: PyTree) -> PyTree:
-    """Maps over parameters, except those that `optax.masked` hides from the transformation that has `own`."""
+    """Maps over parameters, except those that `optax.masked` hides from the owner of `own`."""
 
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)
@@ -319,7 +369,8 @@ def _map_unmasked(function: Callable[..., jax.Array], own: PyTree, params: PyTre
 @contextmanager
 def _without_absl_warnings() -> Iterator[None]:
     logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
+    before = logger.disabled
+    logger.disabled = True
     try:
         yield
     finally:
@@ -327,17 +378,23 @@ def _without_absl_warnings() -> Iterator[None]:
 
 
 def _refusal(error: Exception, params: PyTree) -> str:
-    """Returns the sentence on an optimizer that has raised this error while it was traced."""
+    """Returns the error message for an optimizer that raised an exception while it was traced."""
     text = str(error)
     name = _transformation(error)
+
+    # An argument that a step cannot pass: the message names it.
     for argument, reason in _NOT_PER_STEP.items():
         if argument in text:
             return f"must work with what a step has, but {name} needs `{argument}`, {reason}."
+
+    # Any other keyword-only argument without a default.
     missing = re.search(r"missing \d+ required keyword-only arguments?: (.*)", text)
     if missing:
         return (
             f"must work with what a step passes (value, loss, grad), but {name} needs {missing[1]}."
         )
+
+    # Any other exception: its first line, and a hint if a tree of labels or a mask does not match.
     first_line = shortened(text.strip().partition("\n")[0]).rstrip(".")
     hint = (
         " Labels and masks must match this tree, or be functions of it."
@@ -345,16 +402,20 @@ def _refusal(error: Exception, params: PyTree) -> str:
         else ""
     )
     return (
-        f"must work with the parameters of this model ({_shapes(params)}), but {name} raised {type(error).__name__}: "
-        f"{first_line}.{hint}"
+        f"must work with the parameters of this model ({_shapes(params)}), but {name} raised "
+        f"{type(error).__name__}: {first_line}.{hint}"
     )
 
 
 def _transformation(error: Exception) -> str:
-    """Returns the name of the innermost transformation that an error comes from."""
+    """Returns the name of the innermost transformation in the traceback of an error."""
+    # Python names the function itself if an argument is missing: `scale_by_x.<locals>.update()`.
     in_message = re.match(r"(\w+)\.<locals>\.\w+\(\)", str(error))
     if in_message:
         return in_message[1]
+
+    # Otherwise, find the innermost function called init or update, except those that only pass
+    # calls on. It is defined inside the function or class that gives the transformation its name.
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         if frame.f_globals.get("__name__") == __name__:
             continue
@@ -372,7 +433,7 @@ def _transformation(error: Exception) -> str:
 
 
 def _shapes(tree: PyTree) -> str:
-    """Lists the first leaves of a tree with their shapes."""
+    """Lists the first three leaves of a tree with their shapes, for messages."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     shown = [
         f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(jnp.shape(leaf))}"

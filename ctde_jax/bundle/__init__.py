@@ -1,6 +1,6 @@
-"""What a node has of a trained model: a folder that says what it is, and runs with no trainer and no network.
+"""Bundles of trained models, which nodes run without the trainer and without a network.
 
-Nothing here imports JAX, unless a node asks for that runtime.
+Nothing here imports JAX, unless a node selects it as the runtime.
 """
 
 from ctde_jax.bundle import answers, parity, perceptron, streams

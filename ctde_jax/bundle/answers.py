@@ -1,4 +1,4 @@
-"""What a node does with outputs: probabilities, scores, and text that is written token by token."""
+"""Uses of model outputs on a node: probabilities, scores and text generation."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,13 +10,20 @@ from ctde_jax.errors import InputError, check_at_least
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Returns the logarithms of probabilities that add up to 1 along the last axis."""
+    """Returns the log-softmax over the last axis, float64 `[..., classes]`."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def score(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the cross-entropy in nats, and the share of places that are right, of each example; float64[examples]."""
+    """Returns each example's cross-entropy in nats and its accuracy, float64 `[examples]`.
+
+    Both are means over the positions of a sequence.
+
+    Args:
+        outputs: Logits, float32 `[examples, ..., classes]`.
+        labels: Indices of classes, int32 `[examples, ...]`.
+    """
     of_label = np.take_along_axis(log_probabilities(outputs), labels[..., None], axis=-1)[..., 0]
     is_right = outputs.argmax(axis=-1) == labels
     return -of_label.reshape(len(labels), -1).mean(axis=1), is_right.reshape(len(labels), -1).mean(
@@ -27,23 +34,25 @@ def score(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def write(
     bundle: Bundle, runtime: str, prompt: str, length: int, temperature: float, seed: int
 ) -> Iterator[str]:
-    """Continues a text, and returns one character at a time.
+    """Continues a text and returns an iterator over its new characters.
 
-    A model that reads place by place remembers the whole text; another one sees as much of it as its window takes. At a
-    temperature of 0 it is the text of `ctde_jax.generate`; at another one other random numbers decide.
+    A model with a step function remembers the whole text; any other model sees the last tokens that
+    fit into its input. At temperature 0 the text equals that of `ctde_jax.generate`; at any other
+    temperature the random numbers differ.
 
     Args:
-        bundle: Of a language model.
-        runtime: What computes.
-        prompt: How the text begins.
-        length: Characters to write.
-        temperature: What the logits are divided by; 0 always takes the likeliest character.
-        seed: Decides the draws.
+        bundle: Bundle of a language model.
+        runtime: Name of the runtime that computes the logits.
+        prompt: Start of the text.
+        length: Number of characters to generate.
+        temperature: Divisor of the logits; 0 always takes the likeliest character.
+        seed: Random seed for sampling.
 
     Raises:
-        InputError: It is no language model, the prompt is empty or has a character that is not in the vocabulary, or a
-            number is out of range.
+        InputError: If the model is not a language model, the prompt is empty or contains a
+            character outside the vocabulary, or a number is out of range.
     """
+    # This function is not a generator, so that mistakes raise at the call, not at the first draw.
     vocabulary = bundle.card.vocabulary
     if not vocabulary or bundle.card.predicts != "tokens":
         raise InputError("prompt", f"goes with a language model, and {bundle.folder} is none.")
@@ -51,6 +60,8 @@ def write(
     check_at_least(0, seed=seed)
     if not 0 <= temperature < np.inf:
         raise InputError("temperature", f"must be at least 0 and finite, got {temperature}.")
+
+    # Tokens are characters.
     token_of = {character: token for token, character in enumerate(vocabulary)}
     strange = [character for character in prompt if character not in token_of]
     if strange or not prompt:
@@ -58,7 +69,10 @@ def write(
         raise InputError(
             "prompt", f"must be one or more of the model's {len(vocabulary)} characters, got {got}."
         )
-    tokens, step = [token_of[character] for character in prompt], load_step(bundle, runtime)
+
+    # The iterator of logits reads `tokens` again for each character, after `draw` has appended one.
+    tokens = [token_of[character] for character in prompt]
+    step = load_step(bundle, runtime)
     if step is None:
         logits = _in_window(load(bundle, runtime), tokens, bundle.card.input_shape[0])
     else:
@@ -66,8 +80,9 @@ def write(
     rng = np.random.default_rng(seed)
 
     def draw() -> str:
+        # Gumbel-max trick: the argmax of logits with Gumbel noise is a sample of their softmax; at
+        # temperature 0 it is the likeliest token.
         noise = rng.gumbel(size=len(vocabulary))
-        # The largest logit after Gumbel noise is a draw from their softmax; noise of zero leaves the likeliest.
         tokens.append(int((next(logits) + temperature * noise).argmax()))
         return vocabulary[tokens[-1]]
 
@@ -75,9 +90,10 @@ def write(
 
 
 def _in_window(predict: Predict, tokens: Sequence[int], window: int) -> Iterator[np.ndarray]:
-    """Yields the logits after the last token of a list that grows."""
+    """Yields the logits after the last token of a growing list, float32 `[vocabulary]`."""
     while True:
-        seen = np.zeros((1, window), np.int32)  # what lies ahead is zero, and no place looks there
+        # Zeros fill the rest of the window; no position depends on later ones.
+        seen = np.zeros((1, window), np.int32)
         latest = tokens[-window:]
         seen[0, : len(latest)] = latest
         yield predict(seen)[0, len(latest) - 1]
@@ -86,8 +102,10 @@ def _in_window(predict: Predict, tokens: Sequence[int], window: int) -> Iterator
 def _place_by_place(
     step: Step, tokens: Sequence[int], carry: Sequence[Sequence[int]]
 ) -> Iterator[np.ndarray]:
-    """Likewise, and reads every token once."""
-    read, state, outputs = 0, [np.zeros((1, *shape), np.float32) for shape in carry], np.zeros(0)
+    """Yields the same logits from a step function, which reads every token once."""
+    read = 0
+    state = [np.zeros((1, *shape), np.float32) for shape in carry]
+    outputs = np.zeros(0)
     while True:
         for token in tokens[read:]:
             outputs, state = step(np.array([token], np.int32), state)

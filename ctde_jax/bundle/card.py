@@ -1,16 +1,17 @@
-"""A bundle's card: what the model is, what goes in and comes out, and the SHA-256 of every file.
+"""The card of a bundle: the model, its inputs and outputs, and the SHA-256 of every file.
 
     bundle/
         card.json             see `Card`
-        weights.safetensors   parameters and state by name, and what brings raw inputs to the scale of the model
-        model.stablehlo       the model as a program of JAX, from raw inputs, for any number of them
+        weights.safetensors   parameters and model state by name, and the scaling of raw inputs
+        model.stablehlo       the model as a JAX program of raw inputs, for any batch size
         model.onnx            the same in ONNX
-        step.stablehlo, .onnx what it does with one place of a sequence, where it can read place by place
-        examples.safetensors  some test examples, with what the trained model says of them
-        SHA256SUMS            of all of them, as `sha256sum --check` reads it
+        step.stablehlo, .onnx the model for one position of a sequence, if it can run stepwise
+        examples.safetensors  some test examples, with the outputs of the trained model
+        SHA256SUMS            SHA-256 of all files, in the format of `sha256sum --check`
 
-Nothing in a bundle is executed as code, and no byte is used that is not as it was written. Who wrote it is another
-question: the sums guard against damage, and whoever knows the SHA-256 of the card from its author can insist on that.
+Nothing in a bundle is executed as code, and a file is used only if it matches its SHA-256. These
+sums protect against damage, not against forgery. For that, a user compares the SHA-256 of the card
+with the one that its author has published (`expect`).
 """
 
 import json
@@ -18,7 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -28,111 +29,115 @@ from ctde_jax.errors import InputError, quoted
 
 T = TypeVar("T")
 FORMAT = 1
-CARD, SUMS, WEIGHTS, EXAMPLES = (
-    "card.json",
-    "SHA256SUMS",
-    "weights.safetensors",
-    "examples.safetensors",
-)
+CARD = "card.json"
+SUMS = "SHA256SUMS"
+WEIGHTS = "weights.safetensors"
+EXAMPLES = "examples.safetensors"
 DTYPES = ("uint8", "int32", "float32")
+
+# In bytes.
 _LONGEST_CARD = 2**23
 _LARGEST_ARRAY = 2**28
-"""Numbers in one input or output."""
+"""Maximum number of elements in one input or output."""
 
 Facts = Mapping[str, Any]
-"""What JSON can say."""
+"""A JSON object."""
 
 
 class File(NamedTuple):
-    """What a card says of a file."""
+    """Size and SHA-256 of a file, as listed in the card."""
 
     size: int  # bytes
     sha256: str
 
 
 class Artifact(NamedTuple):
-    """The model in the form that a runtime takes."""
+    """The model in the format of a runtime."""
 
     file: str
     step: str | None
-    """Where it is for one place of a sequence."""
+    """File with the model for one position of a sequence, or None."""
 
     receipt: Facts
-    """What was measured of it when it was written; see `export/receipt.py`."""
+    """Measurements made at the export; see `export/receipt.py`."""
 
 
 Activation = Literal["tanh", "relu", "gelu", "silu"]
 
 
 class Layers(NamedTuple):
-    """A chain of dense layers, which needs no runtime but numpy."""
+    """A chain of dense layers, which runs with numpy alone."""
 
     activation: Activation
-    """Between two layers."""
+    """Activation function between two layers."""
 
     kernels: tuple[str, ...]
-    """Their names in the weights; the bias of each has `kernel` replaced by `bias`."""
+    """Names of the kernels in the weights; the name of a bias has `bias` instead of `kernel`."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a bundle says of itself."""
+    """Content of a bundle's card."""
 
     predicts: Literal["anything", "classes", "tokens"]
-    """What outputs are: logits `[classes]`, logits `[length, vocabulary]`, or whatever the model was trained for."""
+    """Kind of the outputs: logits `[classes]`, logits `[length, vocabulary]`, or anything else."""
 
     input_shape: tuple[int, ...]
-    """Of one example, as the data set stores it."""
+    """Shape of one example, as the data set stores it."""
 
     input_dtype: str
     highest: int
-    """What white is in a picture of uint8, which reaches the model as 1."""
+    """Value of white in a uint8 picture, which the model receives as 1."""
 
     output_shape: tuple[int, ...]
-    """Of one example, float32."""
+    """Shape of the output for one example, float32."""
 
     carry: tuple[tuple[int, ...], ...]
-    """Shapes of what is carried from place to place, for one example, float32 and zero at first; empty where the model
-    does not read place by place."""
+    """Shapes of the carry between positions, for one example; empty if there is no step function.
+
+    The carry is float32, and initially zero.
+    """
 
     classes: tuple[str, ...]
     vocabulary: tuple[str, ...]
     layers: Layers | None
     artifacts: Mapping[str, Artifact]
-    """By the name of the runtime."""
+    """Artifacts by the name of the runtime."""
 
     files: Mapping[str, File]
     versions: Mapping[str, str]
-    """Of the packages that wrote the bundle."""
+    """Versions of the packages that wrote the bundle."""
 
     facts: Facts
-    """All that the card says."""
+    """The whole card as JSON."""
 
     columns: tuple[str, ...] = ()
-    """The names of a table's features, in the order of the inputs; empty if they have no names."""
+    """Names of a table's features, in the order of the inputs; empty if they have no names."""
 
     @property
     def accepted(self) -> Accepted:
-        """Which inputs the model takes."""
+        """Specification of the inputs that the model accepts."""
+        # Tokens are bounded by the vocabulary; pixels by white, if it is below the dtype's maximum.
         is_dark = self.input_dtype == "uint8" and self.highest < 255
         largest = len(self.vocabulary) - 1 if self.vocabulary else self.highest if is_dark else None
         return Accepted(self.input_dtype, self.input_shape, largest)
 
 
 class Bundle(NamedTuple):
-    """An open bundle, whose card is as it was written."""
+    """An open bundle, whose card matches its SHA-256."""
 
     folder: Path
     card: Card
     sha256: str
-    """Of the card, and so of all that the card has sums of."""
+    """SHA-256 of the card, which covers all files that the card lists."""
 
     def read(self, name: str) -> bytes:
-        """Reads a file of which every bit is as it was written.
+        """Returns the content of a file, which matches its SHA-256.
 
         Raises:
-            InputError: It is missing, or differs from its SHA-256.
+            InputError: If the file is missing or differs from its SHA-256.
         """
+        # No more than the listed size is read into memory.
         said = self.card.files[name]
         content = _read(self.folder, name, said.size)
         if len(content) != said.size or sha256(content).hexdigest() != said.sha256:
@@ -144,13 +149,14 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
     """Opens a bundle and reads its card.
 
     Args:
-        folder: Of the bundle.
-        expect: The SHA-256 of the card, or how it begins (eight digits or more), as its author has told it.
+        folder: Folder of the bundle.
+        expect: SHA-256 of the card as published by its author, or its first eight or more digits.
 
     Raises:
-        InputError: It is no bundle, its card is damaged or another one than expected, it was written by a newer
-            version, or what it says of itself makes no sense.
+        InputError: If the folder is not a bundle, its card is damaged, not the expected one or
+            invalid, or it was written by a newer version.
     """
+    # The folder of a run, which contains the bundle, is a common mistake.
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(
@@ -160,6 +166,8 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
         raise InputError(
             "bundle", f"must be the folder of a bundle, which in {folder} is {folder / 'bundle'}."
         )
+
+    # Damage: the first line of SHA256SUMS is that of the card, in a format fixed to the byte.
     content = _read(folder, CARD, _LONGEST_CARD)
     found = sha256(content).hexdigest()
     sums = _read(folder, SUMS, _LONGEST_CARD)
@@ -167,6 +175,8 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
         raise _faulty(
             folder, f"{CARD} differs from what {SUMS} says of it", "copy the bundle again"
         )
+
+    # Forgery: the author's digest, of which eight digits suffice.
     if expect is not None and not (
         re.fullmatch("[0-9a-f]{8,64}", expect.lower()) and found.startswith(expect.lower())
     ):
@@ -174,6 +184,8 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
         raise InputError(
             "expect", f"{rule}, got {quoted(expect)}, and that of {folder} is {found}."
         )
+
+    # Deeply nested JSON raises RecursionError.
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -186,32 +198,39 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
         raise InputError(
             "bundle", f"names {folder}, of {error}; install a newer ctde_jax."
         ) from error
+
+    # The card lists the SHA-256 of every file, too, and both lists must agree.
     if sums != sums_of(found, card.files).encode():
         raise _faulty(folder, f"{SUMS} differs from what {CARD} says", "copy the bundle again")
     return Bundle(folder, card, found)
 
 
 def sums_of(card: str, files: Mapping[str, File]) -> str:
-    """Writes the SHA-256 of the card and of the files it names, as `sha256sum --check` reads them."""
+    """Formats the SHA-256 of the card and of its files, as `sha256sum --check` reads them."""
+    # Two spaces stand between digest and name.
     lines = {CARD: card} | {name: file.sha256 for name, file in files.items()}
     return "".join(f"{digest}  {name}\n" for name, digest in lines.items())
 
 
 class _Odd(Exception):
-    """A card says something that no card says."""
+    """Raised if the card violates the schema."""
 
 
 class _Newer(Exception):
-    """A card was written by a newer version."""
+    """Raised if the card was written by a newer version."""
 
 
 def _parse(facts: Any) -> Card:
+    # The format number comes first: a newer one may have another schema.
     facts = _check(facts, dict, "is no object")
     number = _take(facts, "format", int)
     if number > FORMAT:
         raise _Newer(f"format {number}, and this version reads up to {FORMAT}")
+
+    # Check the type and range of every field.
     files = {_name(name): _file(name, said) for name, said in _take(facts, "files", dict).items()}
-    inputs, layers = _take(facts, "input", dict), facts.get("layers")
+    inputs = _take(facts, "input", dict)
+    layers = facts.get("layers")
     carry = [_shape("carry", shape) for shape in _take(facts, "carry", list)]
     artifacts = {
         name: _artifact(name, said, files) for name, said in _take(facts, "artifacts", dict).items()
@@ -234,16 +253,23 @@ def _parse(facts: Any) -> Card:
         facts=facts,
         columns=_names("columns", facts.get("columns", [])),
     )
+
+    # Named columns are the features of a table, one for each input.
     if card.columns and (len(card.columns),) != card.input_shape:
         raise _Odd(
             f"names {len(card.columns)} columns of inputs of the shape {list(card.input_shape)}"
         )
+
+    # Logits have one axis for classes and two for tokens. There may be more logits than names.
     axes = {"classes": 1, "tokens": 2}.get(card.predicts)
     names = card.vocabulary if card.predicts == "tokens" else card.classes
     if axes is not None and (len(card.output_shape) != axes or len(names) > card.output_shape[-1]):
         raise _Odd(
-            f"says that outputs of the shape {list(card.output_shape)} are {card.predicts}, {len(names)} of them"
+            f"says that outputs of the shape {list(card.output_shape)} are {card.predicts}, "
+            f"{len(names)} of them"
         )
+
+    # A language model maps one token per position to logits at the same position.
     if (
         axes == 2
         and card.vocabulary
@@ -254,6 +280,7 @@ def _parse(facts: Any) -> Card:
 
 
 def _check(value: Any, kind: type[T], fault: str) -> T:
+    # In Python, a boolean is an int.
     if not isinstance(value, kind) or isinstance(value, bool):
         raise _Odd(fault)
     return value
@@ -278,6 +305,7 @@ def _highest(value: Any) -> int:
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     fault = f"has an odd shape of its {name}"
     lengths = [_check(length, int, fault) for length in _check(value, list, fault)]
+    # Bounds, so that an invalid card cannot make a runtime allocate any amount of memory.
     is_odd = len(lengths) > MOST_AXES or not all(0 < length <= _LARGEST_ARRAY for length in lengths)
     if is_odd or prod(lengths) > _LARGEST_ARRAY:
         raise _Odd(f"has for its {name} the shape {quoted(lengths)}, which no example has")
@@ -291,7 +319,8 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _name(name: str) -> str:
-    """Lets through names of files that are in the bundle's own folder."""
+    """Accepts only names of files that are directly in the bundle's folder."""
+    # Without separators and a leading dot, no name leads out of the folder.
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name):
         raise _Odd(f"names the file {quoted(name)}, which is none of a bundle")
     return name
@@ -299,7 +328,8 @@ def _name(name: str) -> str:
 
 def _file(name: str, said: Any) -> File:
     said = _check(said, dict, f"says nothing of {name}")
-    size, digest = _take(said, "bytes", int), _take(said, "sha256", str)
+    size = _take(said, "bytes", int)
+    digest = _take(said, "sha256", str)
     if size < 0 or not re.fullmatch("[0-9a-f]{64}", digest):
         raise _Odd(f"has an odd size or SHA-256 of {name}")
     return File(size, digest)
@@ -307,19 +337,23 @@ def _file(name: str, said: Any) -> File:
 
 def _artifact(name: str, said: Any, files: Facts) -> Artifact:
     said = _check(said, dict, f"says nothing of the artifact {quoted(name)}")
-    file, step = _take(said, "file", str), said.get("step")
+    file = _take(said, "file", str)
+    step = said.get("step")
+    # The files must be listed, so that their SHA-256 is checked.
     for each in (file, *([] if step is None else [step])):
         if each not in files:
             raise _Odd(
                 f"has the artifact {quoted(name)} in {quoted(each)}, which is none of its files"
             )
+
+    # Comparisons compute with these numbers of the receipt.
     receipt = _take(said, "receipt", dict)
     fault = f"has an odd receipt of the artifact {quoted(name)}"
     for number in (
         receipt.get("relative", 0.0),
         *_check(receipt.get("measured", {}), dict, fault).values(),
     ):
-        if not isinstance(number, float | int):
+        if not isinstance(number, float | int) or not isfinite(number):
             raise _Odd(fault)
     return Artifact(file, step, receipt)
 
@@ -330,7 +364,8 @@ def _layers(said: Facts) -> Layers:
 
 
 def _read(folder: Path, name: str, most: int) -> bytes:
-    """Reads a file of the bundle; no more of it than it may be long."""
+    """Reads a file of the bundle, if it has no more than `most` bytes."""
+    # A symbolic link could lead out of the folder.
     path = folder / name
     try:
         if path.is_symlink() or not path.is_file():

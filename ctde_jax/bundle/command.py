@@ -1,4 +1,4 @@
-"""Command lines that a node has, too: mistakes are sentences, and nothing is imported for them."""
+"""Command lines that also run on a node: mistakes become one sentence, without further imports."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from ctde_jax.errors import InputError
 
 
 class Parser(ArgumentParser):
-    """Says in one sentence what is wrong with a command line, and explains it by the module's own words."""
+    """Argument parser with one-sentence errors and the module's docstring as description."""
 
     def __init__(self, command: str, says: str):
         super().__init__(
@@ -18,18 +18,19 @@ class Parser(ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with status 2."""
+        """Prints the error and ends the process with status 2."""
         print(f"error: {message}; --help explains every option.", file=sys.stderr)
         sys.exit(2)
 
 
 def run(command: Callable[[], Any], names: Mapping[str, str]) -> int:
-    """Runs a command, and returns its exit status: 2 for a mistake, of which it prints a sentence.
+    """Runs a command and returns its exit status; prints one sentence and returns 2 for a mistake.
 
     Args:
-        command: What to do.
-        names: How the command line calls arguments of the library that are no options of that name there.
+        command: Function to run.
+        names: Command-line names of library arguments that are not options under their name.
     """
+    # Flush here, so that a closed pipe is noticed in this function.
     try:
         command()
         sys.stdout.flush()
@@ -37,9 +38,11 @@ def run(command: Callable[[], Any], names: Mapping[str, str]) -> int:
         option = names.get(error.option) or "--" + error.option.replace("_", "-")
         print(f"error: {option} {error.sentence}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # nobody reads on, such as `head`
+    # The reader is gone, such as `head`. Python would flush once more at exit, and fail.
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    # 128 plus the number of SIGINT, as in a shell.
     except KeyboardInterrupt:
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""Files as examples: arrays that numpy saved, tables of numbers, and pictures."""
+"""Reads examples from files: numpy arrays, CSV tables of numbers, and PNG pictures."""
 
 import csv
 import io
@@ -16,17 +16,20 @@ from ctde_jax.bundle.card import Card
 from ctde_jax.bundle.reading import finder, number_of
 from ctde_jax.errors import InputError, quoted, shortened
 
-INPUTS, LABELS = "x_test", "y_test"
-"""What these arrays of a .npz file are called, as where they come from for training."""
+INPUTS = "x_test"
+LABELS = "y_test"
+"""Names of the arrays in a .npz file, as in the files for training."""
 
 _KINDS = {".npy", ".npz", ".csv", ".png"}
+
+# Uncompressed size of a .npz file.
 _MOST_BYTES = 2**33
 
 
 class Examples(NamedTuple):
-    """What was read."""
+    """Inputs and labels that were read from files."""
 
-    inputs: np.ndarray  # [examples, ...], as the card says
+    inputs: np.ndarray  # [examples, *input_shape], in the dtype of the card
     labels: np.ndarray | None  # int32[examples] or int32[examples, length]
 
 
@@ -36,22 +39,26 @@ def read(
     """Reads examples from one file of arrays or numbers, or from several pictures.
 
     Args:
-        paths: Of the files.
-        card: What the examples are for.
-        label_column: The name of a .csv file's column of labels; by default the last one that holds no feature. If the
-            card names the columns of the training table and the file has a header, features are found by these names,
-            and other columns are left out.
-        labeled: Whether labels are wanted, too. Else they are passed over.
+        paths: Paths of the files.
+        card: Card of the model that is to run on the examples.
+        label_column: Name of the label column of a .csv file (default: the last column that holds
+            no feature). If the card names the columns of the training table and the file has a
+            header, features are found by these names and other columns are ignored.
+        labeled: Whether labels are required; if not, they are ignored.
 
     Raises:
-        InputError: A file cannot be read, what it holds does not fit the card, or labels are wanted and there are none.
+        InputError: If a file cannot be read, its content does not fit the card, or required labels
+            are missing.
     """
+    # A score is defined only for logits of classes or tokens.
     if labeled and card.predicts == "anything":
         raise InputError(
             "input",
             "is scored for classes or texts; what this model is scored by only its author knows.",
         )
     examples = _read(paths, card, label_column, labeled)
+
+    # One label for each example, if there are labels.
     if labeled and examples.labels is None:
         raise InputError(
             "input", f"needs labels: {LABELS} in a .npz file, or one more column in a .csv file."
@@ -63,6 +70,7 @@ def read(
 
 
 def _read(paths: Sequence[Path], card: Card, label_column: str | None, labeled: bool) -> Examples:
+    # Several files may be given only for pictures, each of which is one example.
     kinds = {path.suffix.lower() for path in paths}
     if len(paths) > 1 and kinds != {".png"}:
         raise InputError(
@@ -90,6 +98,7 @@ def _read(paths: Sequence[Path], card: Card, label_column: str | None, labeled: 
 
 
 def _array(path: Path) -> np.ndarray:
+    # Map the file into memory, so that the shape is checked before the content is read.
     try:
         with warnings.catch_warnings(action="ignore"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -98,7 +107,8 @@ def _array(path: Path) -> np.ndarray:
             return array
     except InputError:
         raise
-    except Exception as error:  # of a malformed header
+    # A malformed header raises exceptions of many types.
+    except Exception as error:
         raise _faulty(
             path, f"is no whole .npy file ({shortened(str(error))})", "save it with numpy.save"
         ) from error
@@ -107,10 +117,13 @@ def _array(path: Path) -> np.ndarray:
 def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
     try:
         with warnings.catch_warnings(action="ignore"), np.load(path, allow_pickle=False) as archive:
+            # A small file can decompress to any size; the index of the archive has the real sizes.
             if sum(member.file_size for member in archive.zip.infolist()) > _MOST_BYTES:
                 raise _faulty(
                     path, "would take more than 8 GiB of memory", "split it into several files"
                 )
+
+            # A single array needs no particular name.
             names = archive.files
             inputs = INPUTS if INPUTS in names else names[0] if len(names) == 1 else None
             if inputs is None:
@@ -122,9 +135,8 @@ def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
             arrays = archive[inputs], archive[LABELS] if labeled and LABELS in names else None
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
+    # Malformed content raises many types, in zipfile, its decompressors and numpy.
+    except Exception as error:
         raise _faulty(
             path, f"is no whole .npz file ({shortened(str(error))})", "save it with numpy.savez"
         ) from error
@@ -135,9 +147,12 @@ def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
 
 
 def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
+    # Strings are names of classes.
     if labels.dtype.kind in "SU" and labels.ndim == 1:
         words = np.char.decode(labels, "utf-8", "replace") if labels.dtype.kind == "S" else labels
         return _labels_of_words(path, words.tolist(), card)
+
+    # Integers are indices: one per example, or one per position of a sequence.
     wanted = card.output_shape[:-1]
     highest = card.output_shape[-1]
     if labels.dtype.kind not in "iu" or labels.shape[1:] != wanted:
@@ -157,7 +172,7 @@ def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
 
 
 def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
-    """Returns the examples of an array, as `Accepted.conform` does; an array of the shape of one example is one."""
+    """Returns the examples of an array in the card's dtype; the array may be a single example."""
     shape = card.input_shape
     if array.shape == shape:
         array = array[None]
@@ -176,7 +191,7 @@ def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
 
 
 class _Columns(NamedTuple):
-    """Which columns of a table hold the features and the label."""
+    """Indices of the table columns that hold the features and the label."""
 
     has_header: bool
     features: list[int]
@@ -199,12 +214,12 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
 
 
 def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | None) -> _Columns:
-    """Finds the columns of features by the names of the training table, or by their number."""
+    """Finds the feature columns by the names of the training table, or by their number."""
+    # The first line is a header if it has the names of the training table, the numbers with which
+    # pandas names columns, a word, or other numbers that must be names.
     width = math.prod(card.input_shape)
     is_named = bool(card.columns) and {*card.columns} <= {*rows[0]}
-    is_counted = width > 1 and rows[0][:width] == [
-        str(place) for place in range(width)
-    ]  # as pandas names columns
+    is_counted = width > 1 and rows[0][:width] == [str(place) for place in range(width)]
     has_words = any(cell and number_of(cell) is None for cell in rows[0][:width])
     has_header = is_named or is_counted or has_words or _has_column_numbers(rows, width, card)
     if has_header and len(rows) == 1:
@@ -214,12 +229,15 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
         raise InputError(
             "label_column", f"must name a column of {path}, got {quoted(label_column)}."
         )
+
+    # By name: the columns may have any order, and others may stand between them.
     if is_named:
         features = [names.index(name) for name in card.columns]
         others = [place for place in range(len(names)) if place not in features]
         label = names.index(label_column) if label_column is not None else max(others, default=None)
         return _Columns(True, features, label)
 
+    # By number: the features in the order of the training, and possibly a label.
     if has_header and card.columns:
         missing = ", ".join(quoted(name) for name in card.columns if name not in names)
         raise _faulty(
@@ -231,9 +249,13 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
         raise _faulty(
             path, fault, f"give the {width} numbers of an example in each line, and maybe its label"
         )
+
+    # With an index column, every feature would be read from the column before it.
     if label_column is None and count == width + 1 and _starts_with_index(rows[has_header:], card):
         fault = "numbers its lines in the first of its columns, like the index that pandas writes"
         raise _faulty(path, fault, "leave the index out, or name the columns and the label column")
+
+    # The label is the last column, unless the user has named another one.
     label = None
     if count == width + 1:
         label = width if label_column is None else names.index(label_column)
@@ -241,7 +263,7 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
 
 
 def _numbers(path: Path, cells: list[list[str]], card: Card) -> np.ndarray:
-    """Reads the features of all examples, `[examples, ...]`."""
+    """Parses the features, float64 or int64 `[examples, *input_shape]`."""
     for example, row in enumerate(cells, start=1):
         for cell in row:
             if number_of(cell) is None:
@@ -253,22 +275,27 @@ def _numbers(path: Path, cells: list[list[str]], card: Card) -> np.ndarray:
         return numbers
     if not (np.isfinite(numbers).all() and np.array_equal(numbers, np.rint(numbers))):
         raise _faulty(path, f"holds numbers that are no {card.input_dtype}", "give whole numbers")
-    return np.clip(numbers, -(2.0**62), 2.0**62).astype(np.int64)  # `_fitting` checks the range
+    # Clip to what int64 can hold; `_fitting` checks the range of the card.
+    return np.clip(numbers, -(2.0**62), 2.0**62).astype(np.int64)
 
 
 def _has_column_numbers(rows: list[list[str]], width: int, card: Card) -> bool:
-    """Returns whether the first line holds whole numbers that are names of columns and no features.
+    """Returns whether the first line holds whole numbers that are column names and not features.
 
-    They are all different, and stand above decimals alone, or count on from any number as no other line does, or they
-    increase and most of them are names of the card.
+    They must be distinct. Besides, either the other lines hold no whole numbers, or only the first
+    line counts up by one, or its numbers increase and most of them are column names of the card.
     """
-    first, others = rows[0][:width], [row[:width] for row in rows[1:]]
+    first = rows[0][:width]
+    others = [row[:width] for row in rows[1:]]
     if width < 2 or not others or len({*first}) < width or not all(map(_is_column_number, first)):
         return False
+    # Whole numbers above decimals alone are names.
     if not any(re.fullmatch(r"[-+]?\d+", cell) for cells in others for cell in cells):
         return True
+    # A sequence such as 5, 6, 7, 8 that no other line has is that of the column numbers.
     if width > 3 and _counts(first) and not any(map(_counts, others)):
         return True
+    # Some columns of the training table, in their order.
     names = {*card.columns}
     are_known = all(map(_is_column_number, names)) and 2 * len(names.intersection(first)) > width
     return are_known and width > 3 and first == sorted(first, key=int)
@@ -279,15 +306,16 @@ def _is_column_number(name: str) -> bool:
 
 
 def _counts(cells: list[str]) -> bool:
-    """Returns whether each number is one more than the one before."""
+    """Returns whether each number is one more than the previous one."""
     numbers = [number_of(cell) for cell in cells]
     return all(one is not None and two == one + 1 for one, two in pairwise(numbers))
 
 
 def _starts_with_index(rows: list[list[str]], card: Card) -> bool:
-    """Returns whether the first cells count the lines from 0 or 1, and the last ones need not be labels.
+    """Returns whether the first cells number the lines from 0 or 1, and the last may be features.
 
-    Labels that are words are certain. Numbers may be a feature, so that one line is refused only if they are no labels.
+    If the last cells are class names in words, they are certainly labels; numbers may be a feature
+    as well. A single line is no evidence of an index, unless its last cell is not a class.
     """
     first = [number_of(row[0]) for row in rows]
     if not any(
@@ -302,10 +330,12 @@ def _starts_with_index(rows: list[list[str]], card: Card) -> bool:
 
 
 def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
+    # A language model has a label at every position, which one column cannot hold.
     if card.predicts != "classes":
         raise _faulty(
             path, "has one label for each example", "give those of every place in a .npz file"
         )
+    # Classes without names are called by their indices.
     names = card.classes or [str(number) for number in range(card.output_shape[0])]
     labels = list(map(finder(names), words))
     if None in labels:
@@ -315,6 +345,7 @@ def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
 
 
 def _rows(path: Path) -> list[list[str]]:
+    # utf-8-sig drops the byte order mark that spreadsheet programs write.
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows = [
@@ -336,20 +367,27 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _of_png(path: Path, card: Card) -> np.ndarray:
-    """Reads a picture in the size, the channels and the range of the training pictures."""
+    """Reads a picture as uint8 `input_shape`, in the range of the training pictures."""
+    # Pillow is optional, since only pictures need it.
     try:
         from PIL import Image
     except ImportError as error:
         raise InputError(
             "input", "needs Pillow for .png files; `pip install pillow`, or give a .npy file."
         ) from error
+
+    # Models of other dtypes or shapes have no defined conversion from pixels.
     shape = card.input_shape
     channels = shape[2] if len(shape) == 3 else 1
     if card.input_dtype != "uint8" or len(shape) not in (2, 3) or channels not in (1, 3):
         raise InputError(
             "input",
-            f"must be a .npy, .npz or .csv file, as the model reads {card.input_dtype} {list(shape)}.",
+            f"must be a .npy, .npz or .csv file, as the model reads {card.input_dtype} "
+            f"{list(shape)}.",
         )
+
+    # Decode to float64 from 0 to 255. Pillow's `convert` would cut 16-bit pixels off, so these are
+    # divided by 257 = 65535 / 255 instead.
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             if (picture.height, picture.width) != shape[:2]:
@@ -360,17 +398,20 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
                 and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
             ):
                 raise _faulty(path, "has transparent pixels", "save it without")
-            is_deep = picture.mode.startswith("I")  # 16 bits, which convert() would cut off
+            is_deep = picture.mode.startswith("I")
             plain = picture if is_deep else picture.convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(plain, np.float64) / (257 if is_deep else 1)
             if is_deep and channels == 3:
                 pixels = np.repeat(pixels[..., None], 3, axis=-1)
     except InputError:
         raise
-    except Exception as error:  # of a malformed picture
+    # A malformed picture raises exceptions of many types.
+    except Exception as error:
         raise _faulty(
             path, f"is no whole PNG picture ({shortened(str(error))})", "save it again"
         ) from error
+
+    # White becomes the value that it has in the training data.
     return np.rint(pixels * card.highest / 255).astype(np.uint8).reshape(shape)
 
 

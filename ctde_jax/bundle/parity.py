@@ -1,4 +1,4 @@
-"""Whether an artifact says what the trained model said."""
+"""Compares the outputs of artifacts with those of the trained model."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,40 +12,43 @@ from ctde_jax.bundle.runtimes import RUNTIMES, Predict, is_installed, load
 from ctde_jax.errors import InputError
 
 BATCH_SIZES = (1, 3, 7, 64)
-"""One artifact serves all of them."""
+"""Batch sizes to compare; one artifact serves all of them."""
 
 PARITY = 1e-5
-"""How far an output may be from the trained model's; where the largest of an example is more than 1, as a share of it.
+"""Tolerance of outputs, relative to the largest magnitude of an example if that exceeds 1.
 
-Numbers that a float32 has room for are that far apart: JAX itself says 1.7e-5 less or more for one picture alone than
-for 64 at once, where logits reach 40.
+It allows for float32 rounding: the logits of JAX itself, if they reach 40, differ by 1.7e-5 between
+a batch of one picture and a batch of 64.
 """
 
 
 class Repeated(NamedTuple):
-    """What a runtime says here of the examples of a bundle, beside its receipt."""
+    """Comparison of a runtime on this machine, repeated with the examples of a bundle."""
 
     examples: int
     relative: float
-    """How far it is from the trained model, as `PARITY` has it; 0 of no examples."""
+    """Largest difference from the trained model, scaled as for `PARITY`; 0 without examples."""
 
     allowed: float
-    """How far it may be: `PARITY`, or as far as its receipt says where it has fewer bits than the trained model."""
+    """Tolerance: `PARITY`, plus the difference in the receipt if the artifact is quantized."""
 
     @property
     def holds(self) -> bool:
-        """Whether it is no farther."""
+        """Whether the difference is within the tolerance."""
         return self.relative <= self.allowed
 
 
 def repeat(bundle: Bundle) -> Mapping[str, Repeated | None]:
-    """Runs every artifact whose runtime is here on the bundle's own examples; None stands for one that is not here.
+    """Runs every artifact on the bundle's examples; None stands for a runtime not installed here.
 
     Raises:
-        InputError: A file is damaged, or a runtime refuses one.
+        InputError: If a file is damaged, or a runtime rejects one.
     """
+    # Check the SHA-256 of all files, including those that no runtime reads.
     for name in bundle.card.files:
         bundle.read(name)
+
+    # Compare each runtime at every batch size, as a program may differ between them.
     inputs, outputs = _examples(bundle)
     found = {}
     for name in RUNTIMES:
@@ -54,7 +57,9 @@ def repeat(bundle: Bundle) -> Mapping[str, Repeated | None]:
         if not is_installed(name):
             found[name] = None
             continue
-        predict, allowed = load(bundle, name), PARITY
+        predict = load(bundle, name)
+        allowed = PARITY
+        # A quantized artifact may differ by as much as it did at the export.
         if not is_exact(name):
             allowed += bundle.card.artifacts[name].receipt.get("relative", 0.0)
         sizes = BATCH_SIZES if len(inputs) else ()
@@ -66,12 +71,14 @@ def repeat(bundle: Bundle) -> Mapping[str, Repeated | None]:
 
 
 def _examples(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
-    """Reads the inputs and outputs that came along; none where none did."""
+    """Reads the stored inputs and outputs, which are empty if the bundle has no examples."""
     card = bundle.card
     inputs = np.zeros((0, *card.input_shape), card.input_dtype)
     outputs = np.zeros((0, *card.output_shape), np.float32)
     if EXAMPLES not in card.files:
         return inputs, outputs
+
+    # The file must match its SHA-256, but its content may still not fit the card.
     try:
         stored = tensors.parse(bundle.read(EXAMPLES))
         for name, like in {"inputs": inputs, "outputs": outputs}.items():
@@ -88,32 +95,33 @@ def _examples(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_exact(runtime: str) -> bool:
-    """Says whether what a runtime takes has all bits of the trained model."""
+    """Returns whether the artifact of a runtime has the full precision of the trained model."""
     return "int8" not in runtime
 
 
 def score(bundle: Bundle, runtime: str, examples: Examples) -> float:
-    """Returns the accuracy of a runtime over labeled examples."""
+    """Returns the accuracy of a runtime on labeled examples."""
     assert examples.labels is not None
     outputs = in_batches(load(bundle, runtime), examples.inputs, BATCH_SIZES[-1])
     return float(answers.score(outputs, examples.labels)[1].mean())
 
 
 def in_batches(predict: Predict, inputs: np.ndarray, size: int) -> np.ndarray:
-    """Computes examples so many at a time."""
+    """Computes the outputs of `inputs` `[examples, ...]` in batches of at most `size` examples."""
     return np.concatenate(
         [predict(inputs[first : first + size]) for first in range(0, len(inputs), size)]
     )
 
 
 def relative_difference(found: np.ndarray, right: np.ndarray) -> float:
-    """Returns how far outputs `[examples, ...]` are from the right ones, as `PARITY` has it.
+    """Returns the largest difference of outputs `[examples, ...]`, scaled as for `PARITY`.
 
-    What is NaN in one of them alone, or of another shape, is infinitely far.
+    The difference is infinite if the shapes differ or a value is NaN in only one of the arrays.
     """
     if found.shape != right.shape:
         return np.inf
     differences = difference(found, right).reshape(len(right), -1)
+    # `initial=1` makes it absolute for outputs up to 1, and relative above.
     largest = (
         np.where(np.isfinite(right), np.abs(right), 0)
         .reshape(len(right), -1)
@@ -123,7 +131,8 @@ def relative_difference(found: np.ndarray, right: np.ndarray) -> float:
 
 
 def difference(found: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns how far numbers are from the right ones: infinitely, where one of two is NaN or infinite."""
+    """Returns elementwise absolute differences, infinite if only one value is NaN or infinite."""
+    # `where` drops the NaN that results from the difference of equal infinities.
     with np.errstate(invalid="ignore"):
         apart = np.where(found == right, 0, np.abs(found - right))
     apart[np.isnan(found) & np.isnan(right)] = 0

@@ -1,4 +1,4 @@
-"""A chain of dense layers with numpy: what it takes to run a perceptron is a product of matrices."""
+"""Runs a multilayer perceptron, a chain of dense layers, with numpy alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -7,12 +7,16 @@ import numpy as np
 
 from ctde_jax.bundle.card import Activation, Layers
 
-SHIFT, SCALE = "inputs/shift", "inputs/scale"
-"""Names in the weights of what brings raw inputs to the scale of the model: `(inputs - shift) * scale`, computed in
-the dtype of the scale, which is int32 for integer features."""
+SHIFT = "inputs/shift"
+SCALE = "inputs/scale"
+"""Names of the input scaling in the weights.
+
+`(inputs - shift) * scale` is computed in the dtype of the scale, int32 for integer features.
+"""
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
+    # The tanh approximation, the default of `jax.nn.gelu`; 0.79788... is sqrt(2 / pi).
     return (
         np.float32(0.5)
         * x
@@ -21,6 +25,7 @@ def _gelu(x: np.ndarray) -> np.ndarray:
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
+    # In float32, exp overflows from 89 on.
     return x / (1 + np.exp(-np.maximum(x, -80)))
 
 
@@ -35,14 +40,20 @@ ACTIVATIONS: Mapping[Activation, Callable[[np.ndarray], np.ndarray]] = {
 def make_predict(
     layers: Layers, weights: Mapping[str, np.ndarray], input_shape: Sequence[int]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Makes the function from raw inputs `[examples, *input_shape]` to outputs, float32 `[examples, outputs]`.
+    """Returns the function from raw inputs `[examples, *input_shape]` to outputs.
+
+    The outputs are float32 `[examples, outputs]`.
 
     Raises:
-        KeyError: The weights lack a layer.
-        ValueError: An array does not go with the one before it.
+        KeyError: If the weights lack a layer.
+        ValueError: If the shape of an array does not match the previous one.
     """
-    activate, shift, scale = ACTIVATIONS[layers.activation], weights[SHIFT], weights[SCALE]
+    activate = ACTIVATIONS[layers.activation]
+    shift = weights[SHIFT]
+    scale = weights[SCALE]
     dense = [(weights[name], weights.get(_bias(name))) for name in layers.kernels]
+
+    # Check all shapes here and not in `predict`; broadcasting would hide some mismatches.
     if any(
         np.broadcast_shapes(each.shape, (1, *input_shape)) != (1, *input_shape)
         for each in (shift, scale)
@@ -61,6 +72,7 @@ def make_predict(
     def predict(inputs: np.ndarray) -> np.ndarray:
         scaled = (inputs.astype(scale.dtype) - shift) * scale
         x = scaled.astype(np.float32, copy=False).reshape(len(inputs), width)
+        # The activation is between two layers, so there is none before the first.
         for number, (kernel, bias) in enumerate(dense):
             x = (activate(x) if number else x) @ kernel
             x = x if bias is None else x + bias

@@ -1,6 +1,6 @@
-"""Files that the user names, and the numbers and labels in them.
+"""Opens files that the user names, and parses the numbers and labels in them.
 
-Only regular files are opened, as a pipe may block and a device may never end.
+Only regular files are opened, since a pipe may block and a device may never end.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from io import BufferedReader
 from pathlib import Path
 
+# In bytes.
 _SMALL = 2**28
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -25,8 +26,9 @@ def open_regular(path: Path | str) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading.
 
     Raises:
-        OSError: The file cannot be opened, or is something else; `strerror` is the reason.
+        OSError: If the file cannot be opened or is not a regular file; `strerror` is the reason.
     """
+    # Check before opening, since opening a pipe without a writer blocks.
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         raise OSError(
@@ -36,22 +38,22 @@ def open_regular(path: Path | str) -> BufferedReader:
 
 
 def read_small(path: Path | str) -> bytes:
-    """Reads a regular file whose content is a description and not data.
+    """Reads a regular file that contains a description and not data.
 
     Raises:
-        OSError: The file cannot be read, is not a regular one, or has more than 256 MiB.
+        OSError: If the file cannot be read, is not a regular file, or has more than 256 MiB.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _SMALL:
             raise OSError(None, f"it has more than {_SMALL:,} bytes", str(path))
-        return file.read(
-            size
-        )  # with a limit, as files of the operating system may go on without end
+        # With a limit, since some files of the operating system never end.
+        return file.read(size)
 
 
 def number_of(cell: str) -> float | None:
-    """Parses a number as a table writes it, NaN and infinity included; returns None for anything else."""
+    """Parses a number of a table, which may be NaN or infinite; returns None for other text."""
+    # `float` also accepts the underscores of Python source, such as 1_000.
     try:
         return None if "_" in cell else float(cell)
     except ValueError:
@@ -68,9 +70,9 @@ def are_numbers(words: Sequence[str]) -> bool:
 
 
 def finder(classes: Sequence[str]) -> Callable[[str], int | None]:
-    """Returns the function from a label to the number of its class, or to None if it is no class.
+    """Returns the function from a label to the index of its class, or to None for other labels.
 
-    If the names of the classes are all numbers, labels are compared as numbers: "5.0" is the class "5".
+    If all class names are numbers, labels are compared as numbers: "5.0" is the class "5".
     """
     key = number_of if are_numbers(classes) else str
     place = {key(name): number for number, name in enumerate(classes)}

@@ -1,4 +1,4 @@
-"""What runs a bundle: numpy for perceptrons, ONNX Runtime, or JAX; each is imported when it is asked for."""
+"""Runtimes of a bundle: numpy for perceptrons, ONNX Runtime, or JAX; imported only if selected."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,40 +12,43 @@ from ctde_jax.bundle.card import CARD, WEIGHTS, Bundle
 from ctde_jax.errors import InputError, check_known, quoted, shortened
 
 Predict = Callable[[np.ndarray], np.ndarray]
-"""From raw inputs `[examples, ...]` to outputs, float32 `[examples, ...]`."""
+"""Function from raw inputs `[examples, ...]` to outputs, float32 `[examples, ...]`."""
 
 Carry = list[np.ndarray]
-"""What is carried from place to place, float32 `[examples, ...]` each."""
+"""State between positions of a sequence, float32 `[examples, ...]` each."""
 
 Step = Callable[[np.ndarray, Carry], tuple[np.ndarray, Carry]]
-"""From the inputs of one place and what is carried to outputs and what is carried on."""
+"""Function from the inputs of one position and the carry to the outputs and the next carry."""
 
 
 class Runtime(NamedTuple):
-    """A way to run a model."""
+    """Implementation that runs an artifact."""
 
     packages: tuple[str, ...]
-    """What it imports."""
+    """Packages that it imports."""
 
     install: str
-    """What pip installs for that."""
+    """Arguments of `pip install` for these packages."""
 
     run: Callable[[Bundle, bytes], Callable[..., Sequence[np.ndarray]]]
-    """Makes of a file the function from its inputs to its outputs."""
+    """Function from a bundle and the content of a file to the function of the model."""
 
 
 def load(bundle: Bundle, runtime: str) -> Predict:
-    """Returns the function that an artifact computes. It checks its inputs against the card.
+    """Returns the function of an artifact, which checks its inputs against the card.
 
     Raises:
-        InputError: The bundle has no such artifact, the runtime is not installed, or it refuses the file.
+        InputError: If the bundle has no such artifact, or the runtime is not installed or rejects
+            the file.
     """
     run = _load(bundle, runtime, bundle.card.artifacts[_known(bundle, runtime)].file)
-    accepted, output_shape = bundle.card.accepted, bundle.card.output_shape
+    accepted = bundle.card.accepted
+    output_shape = bundle.card.output_shape
 
     def predict(inputs: np.ndarray) -> np.ndarray:
         inputs = accepted.conform("inputs", inputs)
-        if not len(inputs):  # which not every runtime accepts
+        # Not every runtime accepts an empty batch.
+        if not len(inputs):
             return np.zeros((0, *output_shape), np.float32)
         (outputs,) = _checked(bundle, run, [output_shape], inputs)
         return outputs
@@ -54,15 +57,18 @@ def load(bundle: Bundle, runtime: str) -> Predict:
 
 
 def load_step(bundle: Bundle, runtime: str) -> Step | None:
-    """Makes the function that reads one place of a sequence, or returns None where the bundle has none.
+    """Returns the function of one position of a sequence, or None if the artifact has none.
 
     Raises:
-        InputError: As `load`.
+        InputError: As for `load`.
     """
     file = bundle.card.artifacts[_known(bundle, runtime)].step
     if file is None:
         return None
-    run, card = _load(bundle, runtime, file), bundle.card
+
+    # Expected shapes of the outputs at one position and of the carry; None accepts any shape.
+    run = _load(bundle, runtime, file)
+    card = bundle.card
     of_a_place = {"tokens": card.output_shape[1:], "classes": card.output_shape, "anything": None}[
         card.predicts
     ]
@@ -76,17 +82,16 @@ def load_step(bundle: Bundle, runtime: str) -> Step | None:
 
 
 def pick(bundle: Bundle) -> str:
-    """Names the first runtime that has an artifact in the bundle and is installed here.
+    """Returns the first runtime that has an artifact in the bundle and is installed here.
 
     Raises:
-        InputError: There is none.
+        InputError: If there is none.
     """
+    # The order of RUNTIMES is that of preference.
     there = [name for name in RUNTIMES if name in bundle.card.artifacts]
     if not there:
-        rule, got = (
-            f"must be one that this version knows ({', '.join(RUNTIMES)})",
-            quoted([*bundle.card.artifacts]),
-        )
+        rule = f"must be one that this version knows ({', '.join(RUNTIMES)})"
+        got = quoted([*bundle.card.artifacts])
         raise InputError(
             "runtime", f"{rule}, and {bundle.folder} has only {got}; export the model again."
         )
@@ -97,7 +102,8 @@ def pick(bundle: Bundle) -> str:
 
 
 def is_installed(runtime: str) -> bool:
-    """Says whether a runtime can be used here."""
+    """Returns whether the packages of a runtime are installed."""
+    # `find_spec` does not import top-level packages.
     return all(find_spec(package) is not None for package in RUNTIMES[runtime].packages)
 
 
@@ -113,8 +119,9 @@ def _known(bundle: Bundle, runtime: str) -> str:
 
 
 def _load(bundle: Bundle, runtime: str, file: str) -> Callable[..., Sequence[np.ndarray]]:
-    """Gives a file to a runtime, which may find in its own way that it is none of its own."""
-    own, content = RUNTIMES[runtime], bundle.read(file)
+    """Loads a file with a runtime; raises InputError if the runtime rejects it."""
+    own = RUNTIMES[runtime]
+    content = bundle.read(file)
     if not is_installed(runtime):
         raise InputError(
             "runtime", f"{runtime} needs a package that is not here; `pip install {own.install}`."
@@ -123,7 +130,8 @@ def _load(bundle: Bundle, runtime: str, file: str) -> Callable[..., Sequence[np.
         return own.run(bundle, content)
     except InputError:
         raise
-    except Exception as error:  # of whatever type the runtime has for it
+    # The type of the exception depends on the runtime.
+    except Exception as error:
         fault = f"{file} is refused by {own.packages[0]} ({shortened(str(error))})"
         way_out = f"install a newer {own.packages[0]}, or export the model again"
         raise InputError("bundle", f"names {bundle.folder}, whose {fault}: {way_out}.") from error
@@ -135,14 +143,17 @@ def _checked(
     like: Sequence[tuple[int, ...] | None],
     *inputs: np.ndarray,
 ) -> Sequence[np.ndarray]:
-    """Runs a model, whose outputs must be what the card says of their shapes, where it says something."""
+    """Runs a model and checks the dtype and shapes of its outputs; None accepts any shape."""
+    # The type of an exception depends on the runtime.
     try:
         outputs = run(*inputs)
-    except Exception as error:  # of whatever type the runtime has for it
+    except Exception as error:
         fault = f"model does not run on what {CARD} says that it reads ({shortened(str(error))})"
         raise InputError(
             "bundle", f"names {bundle.folder}, whose {fault}: export the model again."
         ) from error
+
+    # float32 outputs `[examples, *like]`, one row for each example.
     fits = [
         each.dtype == np.float32 and each.shape[1:] == (each.shape[1:] if shape is None else shape)
         for each, shape in zip(outputs, like, strict=False)
@@ -164,9 +175,8 @@ def _numpy(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]
     predict = perceptron.make_predict(
         bundle.card.layers, tensors.parse(content), bundle.card.input_shape
     )
-    predict(
-        np.zeros((1, *bundle.card.input_shape), bundle.card.input_dtype)
-    )  # so what does not fit is found here
+    # Run it once, so that a mismatch is found at loading.
+    predict(np.zeros((1, *bundle.card.input_shape), bundle.card.input_dtype))
     return lambda inputs: [predict(inputs)]
 
 
@@ -174,8 +184,10 @@ def _onnx(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    # Log fatal errors only: others are raised.
     options.log_severity_level = 4
-    # A file may say that its weights are in another one, which would be looked for where the process runs.
+    # A model may refer to weights in another file, which ONNX Runtime would look up in the working
+    # directory.
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", os.devnull
     )
@@ -187,10 +199,10 @@ def _onnx(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]
 
 
 def traceable(bundle: Bundle, content: bytes) -> Callable[..., Any]:
-    """Makes of a StableHLO file a function of JAX, which may be part of a larger program.
+    """Returns a StableHLO file as a JAX function, which may be part of a larger program.
 
     Raises:
-        InputError: This JAX is older than the one that wrote it.
+        InputError: If this JAX is older than the one that wrote the file.
     """
     import jax
     from jax import export
@@ -213,6 +225,7 @@ def _jax(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]:
 
 
 def _numbers(version: str) -> list[int]:
+    # Development versions have further parts, such as 0.10.0.dev20260101.
     return [int(part) for part in version.split(".")[:3] if part.isdecimal()]
 
 
@@ -222,4 +235,4 @@ RUNTIMES: Mapping[str, Runtime] = {
     "jax": Runtime(("jax", "flatbuffers"), "jax flatbuffers", _jax),
     "onnx-int8": Runtime(("onnxruntime",), "onnxruntime", _onnx),
 }
-"""By name; what comes first is taken first."""
+"""Runtimes by name, in the order of preference."""

@@ -1,4 +1,4 @@
-"""The standard streams of a command: any of them may be closed, full, or unable to show a character."""
+"""Standard streams of a command, which may be closed, full, or unable to encode a character."""
 
 import errno
 import os
@@ -8,16 +8,18 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 _OF_STREAMS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
-"""What a write to standard output may fail with; writes to files are reported with their folder."""
+"""Errors of writes to standard output; failed writes to files are reported with their folder."""
 
 
 def run(main: Callable[[Sequence[str]], int]) -> int:
-    """Runs a command with the arguments of this process, and returns its exit status.
+    """Runs a command with the arguments of this process and returns its exit status.
 
-    If nobody reads standard output any more, as under `head`, the command ends with status 1 and without a message; if
-    standard output cannot be written to, with status 2 and one sentence.
+    If the reader of standard output is gone, as under `head`, the command ends with status 1 and no
+    message. If standard output cannot be written to, it ends with status 2 and one sentence.
     """
     _prepare()
+
+    # A deleted working folder cannot be used, since no relative path can be resolved in it.
     try:
         os.getcwd()
     except OSError as error:
@@ -26,6 +28,8 @@ def run(main: Callable[[Sequence[str]], int]) -> int:
             file=sys.stderr,
         )
         return 2
+
+    # Flush here, so that a failure is noticed in this function. Errors of files carry a file name.
     status = 0
     try:
         status = _exit_status(main)
@@ -45,15 +49,16 @@ def run(main: Callable[[Sequence[str]], int]) -> int:
 
 
 def discard_output() -> None:
-    """Sends standard output nowhere from now on, what is still buffered included."""
+    """Redirects standard output to the null device, including what is still buffered."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Screen:
-    """Standard output for progress and results, whose end does not end the training.
+    """Standard output for progress and results, whose failure does not end the training.
 
-    The first failure, such as a full disk or a closed terminal, is reported on standard error in one sentence; what
-    follows is dropped. Characters that the encoding lacks are replaced by question marks.
+    The first failure, such as a full disk or a closed terminal, is reported on standard error in
+    one sentence; later output is dropped. Characters that the encoding lacks are replaced by
+    question marks.
     """
 
     def __init__(self, stream: TextIO):
@@ -64,7 +69,7 @@ class Screen:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes a text, or drops it."""
+        """Writes a text, or drops it after a failure."""
         if not self._is_lost:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             try:
@@ -74,7 +79,7 @@ class Screen:
         return len(text)
 
     def flush(self) -> None:
-        """Flushes what was written."""
+        """Flushes the stream, unless it has failed."""
         if not self._is_lost:
             try:
                 self._stream.flush()
@@ -82,6 +87,7 @@ class Screen:
                 self._fail(error)
 
     def _fail(self, error: OSError) -> None:
+        # Python flushes standard output at exit, which would fail again.
         self._is_lost = True
         if self._stream is sys.__stdout__:
             discard_output()
@@ -96,18 +102,21 @@ class Screen:
 def _exit_status(main: Callable[[Sequence[str]], int]) -> int:
     try:
         return main(sys.argv[1:])
-    except SystemExit as end:  # of --help, before standard output is flushed
+    # argparse exits after --help, before standard output is flushed.
+    except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def _prepare() -> None:
-    """Opens closed streams, lest a file of the run takes their number, and escapes what they cannot show."""
+    """Opens closed streams, and escapes the characters that an encoding lacks."""
+    # A file of the run would otherwise take the descriptor of a closed stream.
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the life of the process
+            # Open for the life of the process.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""How nothing is lost: run folders, checkpoints, resuming."""
+"""Run folders, checkpoints and resuming."""
 
 from ctde_jax.checkpoint.atomic import put_back, written_whole
 from ctde_jax.checkpoint.format import (

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: written beside their place, brought to the disk, and only then renamed."""
+"""Folders that are complete or absent: written beside their place, flushed to disk and renamed."""
 
 import os
 import shutil
@@ -9,22 +9,27 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill, which then takes this place, and that of what is there.
+    """Yields an empty folder to fill, which then takes the place of `folder`.
 
-    Where it cannot be filled, all is as it was. Where the process is killed between the two renames of a replacement,
-    `put_back` undoes the first.
+    If the body raises, `folder` stays as it was. If the process is killed between the two renames
+    of a replacement, `put_back` undoes the first.
 
     Raises:
-        OSError: The folder around it cannot be written to.
+        OSError: If the parent folder cannot be written to.
     """
-    partial, replaced = folder.with_name(f".{folder.name}.partial"), _replaced(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    replaced = _replaced(folder)
+
+    # Remove what an interrupted call left behind.
     put_back(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        # Flush the contents before the rename: the final name must never refer to lost data.
         for path in (*partial.rglob("*"), partial):
             bring_to_disk(path)
+        # A folder that is not empty cannot be replaced by a single rename.
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
@@ -35,7 +40,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def put_back(folder: Path) -> None:
-    """Undoes a replacement of this folder that was broken off, or removes what a whole one has replaced."""
+    """Undoes an interrupted replacement of a folder, or removes what a completed one replaced."""
     replaced = _replaced(folder)
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
@@ -47,7 +52,7 @@ def _replaced(folder: Path) -> Path:
 
 
 def bring_to_disk(path: Path) -> None:
-    """Waits until the disk has what was written to a file, or which names a folder has."""
+    """Waits until the contents of a file, or the entries of a folder, are on disk (`fsync`)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

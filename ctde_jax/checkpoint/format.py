@@ -1,12 +1,13 @@
-"""Checkpoints: a folder for each step, in which every damaged bit is noticed.
+"""Checkpoints: one folder per step, in which every corrupted bit is detected.
 
     checkpoints/step-00000460/
         tensors.safetensors   arrays by name
-        manifest.json         the step, what else a run needs to go on, versions, and the SHA-256 of every tensor
-        SHA256SUMS            of the two files, as `sha256sum --check` reads it
+        manifest.json         step, other facts to resume from, versions, SHA-256 of every tensor
+        SHA256SUMS            digests of these two files, as `sha256sum --check` reads them
 
-A checkpoint is written under a temporary name, brought to the disk, and only then renamed; so a name that is there
-stands for a whole checkpoint, whenever the process was killed. What the arrays mean is the business of `state.py`.
+A checkpoint is written under a temporary name, flushed to disk and then renamed, so a folder with
+the final name is complete, no matter when the process was killed. `rounds/state.py` defines the
+meaning of the arrays.
 """
 
 import json
@@ -33,42 +34,43 @@ from ctde_jax.errors import InputError, on_one_line, shortened
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
+# Checkpoints with a greater number are refused.
 FORMAT = 1
 _ROOM = 2**20
-"""Bytes that are left free for the manifest, metrics and curves."""
+"""Bytes of disk space to leave free for the manifest, metrics and curves."""
 
 _OWN = ("format", "versions", "tensors")
-"""What every manifest has of itself."""
+"""Keys of every manifest; all other keys are facts of the run."""
 
 Tensors = dict[str, np.ndarray]
 Facts = dict[str, Any]
-"""What a run needs to know beside its arrays, as JSON can write it."""
+"""Values that a run needs besides its arrays to continue; serializable as JSON."""
 
 BEST = "best"
-"""What the names of the best parameters and model state begin with."""
+"""Prefix of the names of the best parameters and model state."""
 
 INPUTS = "inputs/"
-"""What the names of the shift and the scale of the inputs begin with."""
+"""Prefix of the names of the shift and the scale of the inputs."""
 
 OTHER_POINT = "evaluated_at_another_point"
-"""The fact whether the optimizer is evaluated at another point than the parameters that the checkpoint holds."""
+"""Key of a fact: whether the optimizer is evaluated at a point other than the saved parameters."""
 
 MEASURED = "measured"
-"""The fact that says what an evaluation has measured of a checkpoint; None where there was none."""
+"""Key of a fact: the row of an evaluation of the checkpoint, or None if it was not evaluated."""
 
 Choose = Callable[[Sequence[Facts]], int | None]
-"""Returns the place of the best among what was measured, of equal ones the first; None where there is none."""
+"""Returns the index of the best row (the first if several are equal), or None if there is none."""
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was written; says which file or which tensors differ."""
+    """Raised if a checkpoint differs from what was written; names the damaged files or tensors."""
 
     def __init__(self, sentence: str):
         super().__init__(on_one_line(sentence))
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     path: Path
     tensors: Tensors
@@ -76,12 +78,12 @@ class Checkpoint(NamedTuple):
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Names the checkpoint of a step."""
+    """Returns the path of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
 def steps(folder: Path) -> list[int]:
-    """Returns the steps that have a checkpoint, the newest first."""
+    """Returns the steps that have a checkpoint, newest first."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -90,30 +92,35 @@ def steps(folder: Path) -> list[int]:
         raise InputError(
             "run_dir", f"has checkpoints in {folder}, which cannot be read: {error.strerror}."
         ) from error
+    # Temporary folders have names that start with a period, which do not match.
     found = [re.fullmatch(r"step-(\d{8,})", name) for name in names]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def newest(folder: Path) -> Path:
-    """Names the newest checkpoint of a folder that has one."""
+    """Returns the path of the newest checkpoint of a folder that has at least one."""
     return path_of(folder, steps(folder)[0])
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
-    """Writes a checkpoint, in place of the one of that name where there is one.
+    """Writes a checkpoint of arrays of any shape and dtype, replacing one of the same name.
 
     Raises:
-        OSError: The folder cannot be written to, or has no room; then it is as it was before.
+        OSError: If the folder cannot be written to or has too little space; it is then unchanged.
     """
-    tensors = {
-        name: np.asarray(tensor, order="C") for name, tensor in tensors.items()
-    }  # safetensors reads memory as is
+    # safetensors writes the buffer of an array as it is, so its order must be C.
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+
+    # Refuse before anything is written if the disk has too little space.
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_room(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + _ROOM)
+
+    # The checksums come last, as they cover the other two files.
     with written_whole(path) as folder:
         try:
             save_file(tensors, folder / TENSORS)
-        except SafetensorError as error:  # of the operating system's, in words of its own
+        except SafetensorError as error:
+            # safetensors wraps the errors of the operating system.
             raise OSError(None, str(error)) from error
         manifest = {
             "format": FORMAT,
@@ -124,22 +131,24 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
             "tensors": {name: describe(tensor) for name, tensor in sorted(tensors.items())},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(
-            folder / MANIFEST, folder / TENSORS
-        )  # which safetensors makes the owner's alone
+        # safetensors creates files that only their owner can read.
+        shutil.copymode(folder / MANIFEST, folder / TENSORS)
         (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads a checkpoint of which every bit is as it was written.
+    """Reads a checkpoint and verifies its checksums.
 
     Raises:
-        Damaged: A file is missing or differs from its checksum.
-        InputError: It was written by a newer version of this library.
+        Damaged: If a file is missing or differs from its checksum.
+        InputError: If the checkpoint was written by a newer version of this library, or cannot be
+            read.
     """
-    if not os.path.isdir(path):  # False also for what no path can be
+    # `isdir` also returns False for a path that cannot exist, such as one with a null byte.
+    if not os.path.isdir(path):
         raise Damaged(f"{path} is no folder")
     with _reading(path):
+        # Verify both files before either of them is parsed.
         if _sums(path) != read_small(path / SUMS).decode():
             raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
         facts, _ = parse(read_small(path / MANIFEST), path)
@@ -149,11 +158,11 @@ def read(path: Path) -> Checkpoint:
 
 
 def parse(manifest: bytes, path: Path) -> tuple[Facts, dict[str, Facts]]:
-    """Returns the facts in the manifest of the checkpoint at `path`, and the description of each tensor.
+    """Returns the facts and the descriptions of the tensors in a checkpoint's manifest.
 
     Raises:
-        Damaged: It is no manifest.
-        InputError: It was written by a newer version of this library.
+        Damaged: If it is not a manifest.
+        InputError: If it was written by a newer version of this library.
     """
     try:
         says = json.loads(manifest)
@@ -168,27 +177,33 @@ def parse(manifest: bytes, path: Path) -> tuple[Facts, dict[str, Facts]]:
     if says["format"] > FORMAT:
         raise InputError(
             "run_dir",
-            f"holds the checkpoint {path} of format {says['format']}, and this version reads up to {FORMAT}; "
-            "install a newer ctde_jax.",
+            f"holds the checkpoint {path} of format {says['format']}, and this version reads up to "
+            f"{FORMAT}; install a newer ctde_jax.",
         )
     return {name: fact for name, fact in says.items() if name not in _OWN}, says["tensors"]
 
 
 def describe(tensor: np.ndarray) -> Facts:
-    """Says of a tensor what a manifest does: its shape, its type, and the SHA-256 of its bits."""
+    """Returns the description of a tensor: its shape, its dtype and the SHA-256 of its bytes."""
+    # Without a copy; the view as bytes also works for dtypes such as bfloat16.
     digest = sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Reads the newest checkpoint of a folder that is intact, and says which newer ones are not.
+    """Reads the newest intact checkpoint of a folder, and reports newer ones that are damaged.
 
-    Returns None where the folder has no checkpoint.
+    Returns None if the folder has no checkpoint.
+
+    Args:
+        folder: Folder of the checkpoints.
+        say: Prints a line for each damaged checkpoint.
 
     Raises:
-        InputError: None of them is intact.
+        InputError: If the folder has checkpoints, but none is intact.
     """
-    with suppress(OSError):  # a folder that can only be read stays as it is
+    # A folder that is only readable stays as it is.
+    with suppress(OSError):
         _put_back_all(folder)
     found = steps(folder)
     for step in found:
@@ -204,7 +219,7 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
 
 
 class Saver:
-    """Writes checkpoints in a thread, one after another; keeps the newest, and the best. Made by `open_saver`."""
+    """Writes checkpoints in a thread, one at a time; created by `open_saver`."""
 
     def __init__(
         self,
@@ -214,62 +229,68 @@ class Saver:
         beside: Path,
         thread: ThreadPoolExecutor,
     ):
-        self._folder, self._keep, self._choose, self._beside, self._thread = (
-            folder,
-            keep,
-            choose,
-            beside,
-            thread,
-        )
+        self._folder = folder
+        self._keep = keep
+        self._choose = choose
+        self._beside = beside
+        self._thread = thread
         self._last: Future[None] | None = None
 
     def save(self, step: int, tensors: Tensors, facts: Facts) -> None:
-        """Waits for the checkpoint before this one, and begins to write this one.
+        """Waits for the previous checkpoint, and starts to write this one.
 
-        The arrays must not change any more.
+        The thread reads the arrays, of any shape and dtype, so they must not be modified any more.
 
         Raises:
-            InputError: The one before could not be written.
+            InputError: If the previous checkpoint could not be written.
         """
         self.wait()
         self._last = self._thread.submit(self._write, step, tensors, facts)
 
     def check(self) -> None:
-        """Raises InputError where a checkpoint could not be written."""
+        """Raises InputError if a checkpoint could not be written; does not wait."""
         if self._last is not None and self._last.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written, and raises InputError where it could not be."""
+        """Waits for the checkpoint that is being written; raises InputError if that failed."""
         if self._last is not None:
-            last, self._last = self._last, None
+            # Forget it first, so that a failure is raised only once.
+            last = self._last
+            self._last = None
             last.result()
 
     @property
     def best(self) -> Path | None:
-        """The best of the checkpoints that are there, where the best stays."""
+        """The best checkpoint in the folder; None if none is kept as the best."""
         self.wait()
         return self._best(steps(self._folder))
 
     def _write(self, step: int, tensors: Tensors, facts: Facts) -> None:
         with writing_to(self._folder):
+            # The facts count the lines of this file, so they must be on disk first.
             if self._beside.exists():
-                bring_to_disk(self._beside)  # a checkpoint counts its lines
+                bring_to_disk(self._beside)
             write(path_of(self._folder, step), tensors, facts)
+
+            # Keep the newest checkpoints and the best one. Those of later steps are left from
+            # before the run resumed from an older checkpoint, as they were damaged.
             there = steps(self._folder)
             past = [number for number in there if number <= step]
             kept = {path_of(self._folder, number) for number in past[: self._keep]} | {
                 self._best(past)
             }
-            for number in there:  # also those that a damaged newer one has left behind
+            for number in there:
                 old = path_of(self._folder, number)
+                # Rename first: a final name must never refer to a half-removed checkpoint.
                 if old not in kept:
                     shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
 
     def _best(self, among: Sequence[int]) -> Path | None:
-        """Names the best of these checkpoints, by what their manifests say was measured; of equal ones the oldest."""
+        """Returns the best checkpoint by the rows in the manifests; the oldest if several tie."""
         if self._choose is None:
             return None
+        # Oldest first, as the first of equal rows is chosen.
         paths = [path_of(self._folder, number) for number in sorted(among)]
         measured = [(path, row) for path in paths if (row := _measured(path)) is not None]
         place = self._choose([row for _, row in measured])
@@ -278,20 +299,23 @@ class Saver:
 
 @contextmanager
 def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> Iterator[Saver]:
-    """Opens the thread that writes checkpoints, and waits for its last one.
+    """Opens the thread that writes checkpoints, and waits for the last one on exit.
 
-    What a killed process has left half-written is removed; so the folder must be this process's own.
+    Removes the incomplete checkpoints of a killed process, so no other process may use the folder.
 
     Args:
-        folder: Of the checkpoints.
-        keep: How many of the newest stay.
-        choose: Which one stays beside them as the best, by what was measured of each; None where none does.
-        beside: A file that is brought to the disk before each of them.
+        folder: Folder of the checkpoints.
+        keep: Number of newest checkpoints to keep.
+        choose: Selects the best checkpoint, which is kept as well, by the evaluation rows of all;
+            None keeps only the newest.
+        beside: File that is flushed to disk before each checkpoint.
     """
+    # Clean up after a process that was killed while it wrote or removed a checkpoint.
     with writing_to(folder):
         _put_back_all(folder)
         for left in folder.glob(".step-*") if folder.is_dir() else ():
             shutil.rmtree(left)
+    # If the body raises, the executor still waits for the checkpoint that is being written.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
         saver = Saver(folder, keep, choose, beside, thread)
         yield saver
@@ -299,7 +323,7 @@ def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> 
 
 
 def _put_back_all(folder: Path) -> None:
-    """Undoes a replacement of a checkpoint that was broken off, or removes what a whole one has replaced."""
+    """Undoes interrupted replacements of checkpoints, and removes what completed ones replaced."""
     for replaced in folder.glob(".step-*.replaced"):
         put_back(replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced")))
 
@@ -312,11 +336,12 @@ def _check_room(folder: Path, size: int) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Says of a file that is missing or malformed that the checkpoint is damaged."""
+    """Raises Damaged if the body finds a file of the checkpoint missing or malformed."""
     try:
         yield
     except FileNotFoundError as error:
         raise Damaged(f"{path}: {Path(str(error.filename)).name} is missing") from error
+    # Other errors of the file system, such as missing permissions, are no damage.
     except OSError as error:
         raise InputError(
             "run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}."
@@ -328,7 +353,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _measured(path: Path) -> Facts | None:
-    """Returns what was measured of a checkpoint, where something was and its manifest is intact."""
+    """Returns the evaluation row in a manifest; None if it has none or is damaged."""
+    # Only the manifest is read and verified, as the tensors may be large.
     with suppress(Damaged), _reading(path):
         if _sum(path, MANIFEST) in (path / SUMS).read_text(encoding="utf-8").splitlines():
             return parse((path / MANIFEST).read_bytes(), path)[0].get(MEASURED)
@@ -338,11 +364,8 @@ def _measured(path: Path) -> Facts | None:
 def _tensor(file: safe_open, name: str) -> np.ndarray:
     try:
         return file.get_tensor(name)
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:  # it has a type or a shape that numpy has not
+    except (AttributeError, TypeError, ValueError) as error:
+        # numpy does not support the dtype or the shape.
         raise SafetensorError(str(error)) from error
 
 
@@ -356,12 +379,16 @@ def _sum(path: Path, name: str) -> str:
 
 
 def _find_damage(path: Path) -> str:
-    """Names the tensors, or the files, in which something differs from what was written."""
-    said, found = (path / SUMS).read_text(encoding="utf-8").splitlines(), _sums(path).splitlines()
+    """Returns the names of the tensors or files that differ from what was written."""
+    # Compare the files; `_sums` lists the tensors first and the manifest second.
+    said = (path / SUMS).read_text(encoding="utf-8").splitlines()
+    found = _sums(path).splitlines()
     if found[1] not in said:
         return f"{MANIFEST}, or what {SUMS} says of it,"
     if found[0] in said:
         return SUMS
+
+    # The manifest is intact, so its digests identify the tensors that differ.
     _, described = parse((path / MANIFEST).read_bytes(), path)
     try:
         with safe_open(path / TENSORS, framework="numpy") as file:

@@ -1,8 +1,9 @@
-"""What a run trains: digests of its data and its program, which its checkpoints keep and later calls are compared with.
+"""Digests of the data and the program of a run, stored in its checkpoints and compared on resume.
 
-The program is digested in parts, so that a difference can be named. Each part is traced on shapes and dtypes alone, on
-the replica axis, and nothing is compiled. A part has two digests: of what it is given, and of what it computes. If a
-model has other parameters, its optimizer is given something else, and is not named as a second difference.
+The program is digested in parts, so that a difference can be named. Each part is traced on shapes
+and dtypes alone, on the replica axis; nothing is compiled. A part has two digests: one of its
+inputs and one of its computation. If a model has other parameters, the inputs of its optimizer
+differ as well, so the optimizer is not reported as a second difference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +27,14 @@ _TRACED_BY = ("ctde_jax", "jax", "flax", "optax", "numpy")
 """Packages whose versions change how the same program is traced."""
 
 _PROBES = (0.1, 0.5, 1.0, 2.0, 5.0)
-"""Losses at which a metric that is a function of the loss is compared."""
+"""Losses at which the metrics that are functions of the loss are compared."""
 
 Part = tuple[str, str]
-"""Digests of what a part of the program is given, and of what it computes."""
+"""Digests of the inputs and of the computation of a part of the program."""
 
 
 class Difference(NamedTuple):
-    """How a run differs from that of a checkpoint."""
+    """Differences between a run and the run of a checkpoint."""
 
     data: list[str]
     """Names of the data that differ."""
@@ -42,17 +43,18 @@ class Difference(NamedTuple):
     """Names of the parts of the program that differ."""
 
     notes: list[str]
-    """What was not compared, and why."""
+    """Parts that were not compared, each with the reason."""
 
 
 class Identity:
-    """Digests of the data and the program of a run, made when they are first asked for.
+    """Digests of the data and the program of a run, computed on first use.
 
     Args:
-        data: The data set.
-        partition: The indices of the examples of each device or client, if examples stay with one.
-        trace: Digests the parts of the program, given the number of replicas; made with `parts_of`.
-        replicas: The number of replicas of this run.
+        data: Data set.
+        partition: Integer arrays with the example indices of each device or client, if the examples
+            are partitioned.
+        trace: Function from the number of replicas to the digests of the program; see `parts_of`.
+        replicas: Number of replicas of this run.
     """
 
     def __init__(
@@ -62,11 +64,14 @@ class Identity:
         trace: Callable[[int], Mapping[str, Part]],
         replicas: int,
     ):
-        self._data, self._partition, self._trace, self._replicas = data, partition, trace, replicas
+        self._data = data
+        self._partition = partition
+        self._trace = trace
+        self._replicas = replicas
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON has it."""
+        """Values to store in a checkpoint; serializable as JSON."""
         return {
             "data": digests_of(self._data, self._partition),
             "program": {name: [*part] for name, part in self._trace(self._replicas).items()},
@@ -75,21 +80,28 @@ class Identity:
         }
 
     def digests(self) -> dict[str, Any]:
-        """Returns all digests by the name of what they are of, as hosts compare them."""
+        """Returns the digests of all parts by name, which all hosts must agree on."""
         return {**self.facts["data"], **self.facts["program"]}
 
     def compare(self, before: Mapping[str, Any] | None) -> Difference:
-        """Compares with the facts of a checkpoint; None if it was written before there were any.
+        """Compares this run with the `facts` of a checkpoint.
 
-        The program is traced for the number of replicas that the checkpoint's was traced for, so that a run may be
-        continued on another number of devices.
+        The program is traced for the checkpoint's number of replicas, so that a run can continue on
+        another number of devices.
+
+        Args:
+            before: Facts of the checkpoint; None if its version did not store them.
         """
         if before is None:
             return Difference([], [], ["data and program, of which the checkpoint has no digests"])
+
+        # Batches of a stream cannot be read in advance, so they have no digest.
         notes = (
             ["the training batches, which arrive one after another"] if self._data.stream else []
         )
         data = differing(before["data"], self.facts["data"])
+
+        # Jaxprs are comparable only if equal versions of these packages have traced them.
         others = {
             name: number
             for name, number in before["versions"].items()
@@ -103,6 +115,8 @@ class Identity:
                 [],
                 [*notes, f"the program, which was traced by {there} and is now traced by {here}"],
             )
+
+        # The versions are equal, so the program is compared part by part.
         program, unstable = self._compare_program(before, bool(data))
         return Difference(
             data,
@@ -113,7 +127,8 @@ class Identity:
     def _compare_program(
         self, before: Mapping[str, Any], data_differ: bool
     ) -> tuple[list[str], list[str]]:
-        """Names the parts that differ, and those of which two traces in this process already differ."""
+        """Returns the parts that differ, and those that differ even between two traces here."""
+        # Both traces must be for the same number of replicas.
         there = {name: tuple(part) for name, part in before["program"].items()}
         here = (
             self.facts["program"]
@@ -128,11 +143,14 @@ class Identity:
         ]
         if not names:
             return [], []
-        again = self._trace(
-            before["replicas"]
-        )  # one whose constants are drawn while it is traced has no digest
+
+        # Trace a second time: a part that draws constants while it is traced has no stable digest.
+        again = self._trace(before["replicas"])
         unstable = [name for name in names if again.get(name) != here.get(name)]
         names = [name for name in names if name not in unstable]
+
+        # Report the causes: parts that differ though their inputs are the same. If there are none,
+        # and the data do not explain the differences either, report all parts that differ.
         given_the_same = [
             name
             for name in names
@@ -142,13 +160,13 @@ class Identity:
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names what has another digest, or is only in one of the two."""
+    """Returns the names whose digests differ or that are in only one of the two mappings."""
     names = (*before, *(name for name in now if name not in before))
     return [name for name in names if before.get(name) != now.get(name)]
 
 
 def is_identity(facts: object) -> bool:
-    """Returns whether facts read from a manifest have the form of `Identity.facts`."""
+    """Returns whether facts from a manifest have the form of `Identity.facts`."""
     if not isinstance(facts, dict) or not isinstance(facts.get("replicas"), int):
         return False
     groups = [facts.get(name) for name in ("data", "program", "versions")]
@@ -166,17 +184,18 @@ def parts_of(
     augment: Augment | None,
     replicas: int,
 ) -> dict[str, Part]:
-    """Traces the parts of a training program on one example, and digests each.
+    """Traces the parts of a training program on one example, and returns the digests of each.
 
     Args:
-        model: Before `with_raw_inputs`: shift and scale are data.
-        data: Only shapes and dtypes are read.
-        task: The loss and the metrics.
-        optimizer: Of every step.
-        strategy: How the replicas agree.
-        augment: The augmentation, if there is one.
-        replicas: The length of the replica axis.
+        model: The model before `with_raw_inputs`, as shift and scale belong to the data.
+        data: Data set; only its shapes and dtypes are read.
+        task: Loss and metrics.
+        optimizer: Optimizer of each step.
+        strategy: Strategy by which the replicas communicate.
+        augment: Augmentation of the training examples, if any.
+        replicas: Length of the replica axis.
     """
+    # Shapes and dtypes of one example and of everything that the model makes of it.
     key = jax.eval_shape(jax.random.key, 0)
     raw, labels = (jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype) for array in data.train)
     inputs = jax.ShapeDtypeStruct(raw.shape, data.scale.dtype)
@@ -184,6 +203,7 @@ def parts_of(
     outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)
     number = jax.ShapeDtypeStruct((), jnp.float32)
 
+    # The functions that a step computes, with the gradients that it takes.
     def train(params, model_state, inputs, key):
         return _differentiated(lambda params: model.apply(params, model_state, inputs, key), params)
 
@@ -207,7 +227,9 @@ def parts_of(
             digest_of(*each, replicas=replicas) for each in programs
         )
 
-    center, predicted = (params, model_state), (outputs, labels)
+    # Model, loss and metrics. A function of the loss cannot be traced, so it is evaluated instead.
+    center = (params, model_state)
+    predicted = (outputs, labels)
     parts = {
         "the model": digest((inputs,), (train, *center, inputs, key), (infer, *center, inputs)),
         "the initialization": digest((inputs, center), (model.init, key, inputs)),
@@ -220,13 +242,14 @@ def parts_of(
             digest_of_shapes(),
             repr([_probed(function, loss) for loss in _PROBES]),
         )
+
+    # Optimizer, strategy and augmentation.
     parts["the optimizer"] = digest((params,), (optimize, params, params, number))
     try:
         agree = _agreement(strategy)
         parts["the strategy"] = digest((params,), (agree, params, params, number, key))
-    except (
-        InputError
-    ) as error:  # it does not run on so many replicas, unlike that of the checkpoint
+    except InputError as error:
+        # The strategy does not support this number of replicas, unlike that of the checkpoint.
         parts["the strategy"] = digest_of_shapes(params), str(error)
     if augment is not None:
         numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -237,12 +260,14 @@ def parts_of(
 
 
 def _agreement(strategy: Strategy) -> Callable[..., PyTree]:
-    """Makes the function that a round computes of a replica's message, from the strategy's first state on."""
+    """Returns the function that a round applies to a message, starting from the initial states."""
+    # The outer optimizer is part of a round only if the round has local steps.
     reduce = optax.with_extra_args_support(strategy.reduce)
     inner = optax.with_extra_args_support(strategy.inner)
 
     def agree(message, params, weight, key):
-        reduce_state, inner_state = reduce.init(params), inner.init(params)
+        reduce_state = reduce.init(params)
+        inner_state = inner.init(params)
         results = [
             strategy.diverges,
             reduce_state,
@@ -265,7 +290,7 @@ def _agreement(strategy: Strategy) -> Callable[..., PyTree]:
 def _differentiated(
     function: Callable[[PyTree], tuple[PyTree, PyTree]], argument: PyTree
 ) -> PyTree:
-    """Returns what a function computes, and the gradient of the sum of its first result's floating-point leaves."""
+    """Returns the results of a function, and the gradient of the sum of the first one's floats."""
 
     def total(argument: PyTree) -> tuple[jax.Array, PyTree]:
         results = function(argument)
@@ -274,12 +299,13 @@ def _differentiated(
         ]
         return sum((jnp.sum(leaf.real) for leaf in leaves), jnp.float32(0)), results
 
+    # Integer arguments have gradients of dtype float0, which hold no numbers.
     grads, results = jax.grad(total, has_aux=True, allow_int=True)(argument)
     return results, [grad for grad in jax.tree.leaves(grads) if grad.dtype != jax.dtypes.float0]
 
 
 def _probed(function: Callable[[float], float], loss: float) -> float | None:
-    """Calls a function of the loss, which may have no value at this one."""
+    """Returns a function of the loss at this value, or None if it is undefined there."""
     try:
         return float(function(loss))
     except (ArithmeticError, ValueError):

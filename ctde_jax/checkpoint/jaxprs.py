@@ -1,9 +1,12 @@
-"""Digests of jaxprs: equal for equal programs in any process, and different for another constant or operation.
+"""Digests of jaxprs: equal for equal programs in any process, different if an operation differs.
 
-Every value is digested from its operation and the digests of its inputs. So names of functions and variables, source
-lines, the order of independent operations, operations whose results are not used, and `jax.jit` within the program do
-not matter. Constants count with all their bits: a learning rate that an optimizer closes over is one.
+Every value is digested from its operation and the digests of its inputs. Therefore the names of
+functions and variables, source lines, the order of independent operations, operations with unused
+results, and `jax.jit` within the program have no effect. All bits of a constant count, such as
+those of a learning rate that an optimizer closes over.
 """
+
+# pyright: reportPrivateImportUsage=false
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal  # pyright: ignore[reportPrivateImportUsage]
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from ctde_jax.data import digest as digest_of_array
 from ctde_jax.devices import AXIS, SHARD, PyTree
@@ -24,7 +27,7 @@ from ctde_jax.devices import AXIS, SHARD, PyTree
 Digest = bytes
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
-"""Calls that compute what their jaxpr does. Derivatives of custom rules are in the program where they are taken."""
+"""Calls that equal their jaxpr; custom derivatives are in the program if it takes them."""
 
 _IGNORED_OPERATIONS = ("debug_callback", "debug_print")
 _IGNORED_PARAMETERS = (
@@ -35,15 +38,16 @@ _IGNORED_PARAMETERS = (
     "ctx_mesh",
     "metadata",
 )
-"""Parameters of operations that tell where they come from, and not what they compute."""
+"""Parameters that describe the origin of an operation, not what it computes."""
 
 
 def digest_of(function: Callable[..., PyTree], *like: PyTree, replicas: int = 1) -> str:
-    """Traces a function and digests its jaxpr.
+    """Traces a function and returns the digest of its jaxpr.
 
     Args:
-        function: Sees one replica, and may use collectives over `replica.AXIS` and `replica.SHARD`.
-        *like: Its arguments; only shapes and dtypes are read.
+        function: Function of one replica; it may use collectives over `replica.AXIS` and
+            `replica.SHARD`.
+        *like: Arguments of the function; only their shapes and dtypes are read.
         replicas: Length of the replica axis.
     """
     program = jax.make_jaxpr(function, axis_env=[(AXIS, replicas), (SHARD, 1)])(*like)
@@ -51,13 +55,14 @@ def digest_of(function: Callable[..., PyTree], *like: PyTree, replicas: int = 1)
 
 
 def digest_of_shapes(*tree: PyTree) -> str:
-    """Digests the structure of trees, and the shape and dtype of each leaf."""
+    """Returns the digest of the structure of trees and of the shape and dtype of each leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     told = [f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
     return sha256("\n".join(told).encode()).hexdigest()
 
 
 def _program(jaxpr: Jaxpr, consts: Sequence[Any]) -> Digest:
+    # A jaxpr that is not closed has constants without values; their positions stand for them.
     known = [_value(const) for const in consts] or [
         _joined("const", place) for place in range(len(jaxpr.constvars))
     ]
@@ -69,12 +74,14 @@ def _program(jaxpr: Jaxpr, consts: Sequence[Any]) -> Digest:
 def _outputs(
     jaxpr: Jaxpr, consts: Sequence[Digest], inputs: Sequence[Digest], effects: list[Digest]
 ) -> list[Digest]:
-    """Returns the digests of a jaxpr's outputs, and appends those of operations that have effects."""
+    """Returns the digests of a jaxpr's outputs, and appends those of effectful operations."""
     digests = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
 
     def read(atom: Any) -> Digest:
         if isinstance(atom, Literal):
-            return _array(np.asarray(atom.val, atom.aval.dtype))  # pyright: ignore[reportAttributeAccessIssue]
+            return _array(
+                np.asarray(atom.val, atom.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            )
         return digests[atom]
 
     for equation in jaxpr.eqns:
@@ -85,11 +92,16 @@ def _outputs(
 
 def _results(equation: JaxprEqn, operands: list[Digest], effects: list[Digest]) -> list[Digest]:
     operation = equation.primitive.name
+
+    # Inline calls, so that `jax.jit` within the program has no effect.
     called = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     if operation in _INLINED and isinstance(called, ClosedJaxpr):
         return _outputs(called.jaxpr, [_value(const) for const in called.consts], operands, effects)
+    # Printing has no effect on the results.
     if operation in _IGNORED_OPERATIONS:
         return [_joined(operation) for _ in equation.outvars]
+
+    # The position distinguishes the results. An operation with effects counts even if unused.
     kept = {
         name: value for name, value in equation.params.items() if name not in _IGNORED_PARAMETERS
     }
@@ -100,7 +112,7 @@ def _results(equation: JaxprEqn, operands: list[Digest], effects: list[Digest]) 
 
 
 def _value(value: Any) -> Digest:
-    """Digests a constant, or a parameter of an operation; of functions only that there is one."""
+    """Digests a constant or a parameter of an operation; all functions have the same digest."""
     match value:
         case ClosedJaxpr():
             return _program(value.jaxpr, value.consts)
@@ -114,6 +126,7 @@ def _value(value: Any) -> Digest:
             return _joined(str(value))
         case tuple() | list():
             return _joined("sequence", *map(_value, value))
+        # Mappings and sets are sorted by the digests of their items, as their order is arbitrary.
         case dict():
             return _joined(
                 "mapping", *sorted(_joined(str(key), _value(each)) for key, each in value.items())
@@ -128,16 +141,19 @@ def _value(value: Any) -> Digest:
         )
     if callable(value) or hasattr(value, "call_wrapped"):
         return _joined("function")
+    # The representation of any other object may hold its address.
     return _joined(type(value).__name__, re.sub(r"0x[0-9a-f]+", "", repr(value)))
 
 
 def _array(array: Any) -> Digest:
+    # Arrays of random keys have no numpy dtype.
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return _joined(str(array.dtype), _array(jax.random.key_data(array)))
     return _joined(digest_of_array(np.asarray(array)))
 
 
 def _joined(*parts: Digest | str | int) -> Digest:
+    # Each part is preceded by its length, so that the borders between parts count.
     total = sha256()
     for part in parts:
         content = part if isinstance(part, bytes) else str(part).encode()

@@ -1,22 +1,22 @@
-"""How far a run is; checkpoints hold it."""
+"""Progress of a run, stored in its checkpoints."""
 
 from typing import NamedTuple
 
 
 class Position(NamedTuple):
-    """How far a run is."""
+    """Progress of a run."""
 
     gone_through: int = 0
-    """Steps, also such for which nobody had examples."""
+    """Number of steps, including those without examples on any device."""
 
     step: int = 0
-    """Those for which somebody had: optimizer steps."""
+    """Number of optimizer steps: those with examples on at least one device."""
 
     sent: float = 0.0
-    """Bytes by each device."""
+    """Bytes sent by each device."""
 
     skipped: int = 0
-    """Rounds that were left out because they were not finite."""
+    """Number of rounds skipped because they were not finite."""
 
     skipped_in_a_row: int = 0
-    """How many of them came last."""
+    """Number of rounds skipped since the last finite one."""

@@ -1,4 +1,4 @@
-"""Going on: where a run's folder has a checkpoint of the same run, or where another run is branched off."""
+"""Resuming a run from its folder, or branching off from the checkpoint of another run."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,11 +24,12 @@ from ctde_jax.errors import InputError
 
 
 class Options(dict[str, Any]):
-    """What determines the numbers of a run, by name.
+    """Values that determine the numbers of a run, by name.
 
     Args:
-        options: The options.
-        flag: How a command writes an option by its name; by default, messages name the arguments of `fit`.
+        options: Values by name.
+        flag: Function from a name to the option of a command; by default, messages name the
+            arguments of `fit`.
     """
 
     def __init__(self, options: Mapping[str, Any] = {}, flag: Callable[[str], str] | None = None):
@@ -39,15 +40,16 @@ class Options(dict[str, Any]):
 Say = Callable[[str], None]
 
 _IN_WORDS = {"steps": "the number of steps"}
-"""Options that a user may have given by another name."""
+"""Descriptions of options that the user may have given in another form, such as epochs."""
 
 _DECIDE_NOTHING = ("log_every",)
-"""Options that older checkpoints list, and that may change in a run that continues."""
+"""Options in older checkpoints that may change when a run continues."""
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes options in types of JSON."""
+    """Converts options to the types of JSON."""
 
+    # numpy scalars become Python numbers; anything else, such as a path, becomes a string.
     def as_json(value: object) -> object:
         return value.item() if isinstance(value, np.generic) else str(value)
 
@@ -62,26 +64,29 @@ def find(
     identity: Identity,
     say: Say,
 ) -> Checkpoint | None:
-    """Returns the checkpoint from which a run continues: its newest intact one, or if it has none, another run's.
+    """Returns the newest intact checkpoint of a run or, if it has none, the one to branch from.
 
     Args:
-        folder: The folder of the run.
-        resume: Whether to continue the run that the folder holds; if not, that stays where it is for now.
-        branch_from: The checkpoint of another run, for a new run.
-        options: What decides the numbers of the run.
-        identity: Of its data and program.
+        folder: Folder of the run.
+        resume: Whether to continue the run in the folder; if False, its files stay there for now.
+        branch_from: Checkpoint of another run, from which a new run branches off.
+        options: Values that determine the numbers of the run.
+        identity: Digests of the data and the program of the run.
         say: Prints a line.
 
     Raises:
-        InputError: The folder holds a run of other options, data or program, of which all differences are listed; or
-            the other run's checkpoint is damaged.
+        InputError: If the folder holds a run with other options, data or program, whose differences
+            are listed, or if the checkpoint of the other run is damaged.
     """
+    # With `resume=True`, this only completes a move that was interrupted.
     make_way(folder, resume=True, say=say)
     found = newest_intact(folder / CHECKPOINTS, say) if resume else None
     if found is None:
         if resume:
             check_new(folder)
         return None if branch_from is None else _branch(branch_from, options, identity, say)
+
+    # The folder holds a run, which must be this one.
     check_facts(found, "run_dir")
     different, notes = _differences(found, options, identity)
     if different:
@@ -90,7 +95,8 @@ def find(
             ways = "another --run-dir, --resume never to train from the start, or --branch-from"
         raise InputError(
             "run_dir",
-            f"holds a run with {'; '.join(different)}. Give {ways} {found.path} to continue it with the new ones.",
+            f"holds a run with {'; '.join(different)}. Give {ways} {found.path} to continue it "
+            "with the new ones.",
         )
     say(f"resume     {found.path}")
     for note in notes:
@@ -99,15 +105,18 @@ def find(
 
 
 def completed(step: int, options: Options) -> str:
-    """Returns the line that is printed of a run that was complete before it was called again."""
+    """Returns the line to print if a run was already complete when it was called again."""
     way = (
         "--resume never or another --run-dir" if options.flag else "resume=False or another run_dir"
     )
-    return f"complete   nothing was trained: this run was complete at step {step:,}; {way} trains it from the start"
+    return (
+        f"complete   nothing was trained: this run was complete at step {step:,}; {way} trains it "
+        "from the start"
+    )
 
 
 def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-    """Returns on all hosts the checkpoint that host 0 finds, which alone must see its folder."""
+    """Returns on all hosts the checkpoint that host 0 finds; only host 0 needs access to it."""
     found: list[Checkpoint] = []
 
     def describe() -> Facts | None:
@@ -120,9 +129,11 @@ def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | No
         }
         return {"path": str(checkpoint.path), "tensors": tensors, "facts": checkpoint.facts}
 
+    # All hosts must pass arrays of the same shapes, so the shapes are sent first.
     told = hosts.of_the_first(describe)
     if told is None:
         return None
+    # Host 0 passes the tensors of the checkpoint, the others zeros of these shapes.
     like = (
         found[0].tensors
         if found
@@ -132,6 +143,7 @@ def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | No
 
 
 def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Checkpoint:
+    # The path of a run instead of a checkpoint is a likely mistake, so suggest a checkpoint.
     if (path / CHECKPOINTS).is_dir() and steps(path / CHECKPOINTS):
         raise InputError(
             "branch_from",
@@ -144,14 +156,22 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
             "branch_from", f"must name the folder of an intact checkpoint, but {error}."
         ) from error
     check_facts(found, "branch_from")
+
+    # Steps count from the start of the parent, so the branch must end after its checkpoint.
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
         longer = "--epochs or --steps" if options.flag else "epochs or steps"
-        rule = f"must lead to a checkpoint from before the end of this run at step {options['steps']:,}"
+        rule = (
+            "must lead to a checkpoint from before the end of this run at step "
+            f"{options['steps']:,}"
+        )
         raise InputError(
             "branch_from",
-            f"{rule}, got {path} of step {gone_through:,}; raise {longer}, which count from the start of its parent.",
+            f"{rule}, got {path} of step {gone_through:,}; raise {longer}, which count from the "
+            "start of its parent.",
         )
+
+    # A branch may differ from its parent in anything; print the differences.
     different, _ = _differences(found, options, identity)
     others = "; all others as there" if different and options.flag else ""
     say(f"branch     {path}, with {'; '.join(different) or 'the same options'}{others}")
@@ -159,7 +179,8 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
 
 
 def check_facts(found: Checkpoint, option: str) -> None:
-    """Raises InputError for a checkpoint that does not say what a run needs to go on."""
+    """Raises InputError if a checkpoint lacks a fact that a run needs to continue."""
+    # Facts that every version has written.
     kinds = {"position": dict, "rows": int, "replicas": int, "options": dict}
     for name, kind in kinds.items():
         if not isinstance(found.facts.get(name), kind):
@@ -167,6 +188,8 @@ def check_facts(found: Checkpoint, option: str) -> None:
                 option,
                 f"leads to the checkpoint {found.path}, whose manifest does not say its {name}.",
             )
+
+    # Facts that older versions did not write may be missing, but not malformed.
     if "identity" in found.facts and not is_identity(found.facts["identity"]):
         raise InputError(
             option, f"leads to the checkpoint {found.path}, whose identity is not that of a run."
@@ -185,13 +208,18 @@ def check_facts(found: Checkpoint, option: str) -> None:
 
 
 def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
-    """Lists the options that differ, with both values."""
-    spelled, unknown = now.flag or str, "not known"
+    """Returns a description of each option that differs, with both values."""
+    spelled = now.flag or str
+    unknown = "not known"
 
     def differs(name: str) -> str:
-        if name == "init_from":  # whose values are digests
+        # The values of this option are digests, which are not worth printing.
+        if name == "init_from":
             are_given = None not in (before.get(name), now.get(name))
-            why = ", which change if it names a run that is training (name one of its checkpoints, or a bundle)"
+            why = (
+                ", which change if it names a run that is training (name one of its checkpoints, "
+                "or a bundle)"
+            )
             return f"the initial parameters ({spelled(name)}){why if are_given else ''}"
         option = _IN_WORDS.get(name) or spelled(name)
         return f"{option} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
@@ -203,15 +231,16 @@ def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
 def _differences(
     found: Checkpoint, options: Options, identity: Identity
 ) -> tuple[list[str], list[str]]:
-    """Lists what differs between a checkpoint and a run, by kind, and what could not be compared.
+    """Returns the differences between a checkpoint and a run by kind, and what was not compared.
 
-    If options of a command line differ, they are the reason of whatever else does.
+    If command-line options differ, they cause all other differences, so only they are returned.
     """
     others = different_options(found.facts["options"], options)
     difference = identity.compare(found.facts.get("identity"))
     kinds = {"options": others, "data": difference.data, "program": difference.program}
     if others and options.flag:
         kinds = {"options": others}
+    # "other options", "other data", but "another program".
     article = {"program": "another"}
     named = [
         f"{article.get(kind, 'other')} {kind}: {'; '.join(names)}"

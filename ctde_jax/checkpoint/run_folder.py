@@ -1,4 +1,4 @@
-"""The folder of a run: made where it is not there, and written to by one trainer at a time."""
+"""The folder of a run, created if necessary and written to by one trainer at a time."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -9,18 +9,21 @@ from filelock import FileLock, Timeout
 
 from ctde_jax.errors import InputError, shortened
 
-METRICS, CHECKPOINTS, LOCK = "metrics.jsonl", "checkpoints", ".lock"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 _OF_A_RUN = ("bundle", "config.json", "curves.png", "partition.png", METRICS, CHECKPOINTS)
-"""What a run and its export write to the folder; moved in this order, so that checkpoints stay until the last."""
+"""Entries that a run and its export write, in the order of `make_way`: checkpoints last."""
 
 OWN = frozenset({LOCK, *_OF_A_RUN} - {"bundle"})
-"""What a trainer writes into the folder of a run."""
+"""Entries that a trainer writes to the folder of a run."""
 
+# Name of the subfolder in which `make_way` collects the files of a run.
 _MOVING = ".previous.partial"
 
 
 def named(option: str, path: Path | str) -> Path:
-    """Returns the folder that the user named, with ~ expanded; raises InputError for an empty name."""
+    """Returns the path that the user gave, with ~ expanded; raises InputError if it is empty."""
     if not str(path):
         raise InputError(option, "must name a folder, got an empty name.")
     return Path(os.path.expanduser(path))
@@ -28,15 +31,19 @@ def named(option: str, path: Path | str) -> Path:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[Path]:
-    """Creates a folder if it does not exist, and keeps every other process from it; the lock dies with its owner.
+    """Creates a folder if necessary, and locks it until the body or this process ends.
 
-    A process that has claimed a folder may claim it again. If the body raises before the folder has metrics or a
-    checkpoint, the run was refused: what this claim and its body created is removed again, parent folders included.
+    A process may claim the same folder again. If the body raises before the folder has metrics or a
+    checkpoint, the run was refused, and whatever this claim and its body created is removed,
+    including parent folders.
 
     Raises:
-        InputError: Another trainer is writing to the folder, or it cannot be written to.
+        InputError: If another trainer is writing to the folder, or it cannot be written to.
     """
+    # A singleton, so that this process can acquire the lock of a folder again.
     lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
+
+    # Record what exists, so that only new folders and files are removed after a failure.
     with writing_to(folder):
         created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -46,10 +53,15 @@ def claimed(folder: Path) -> Iterator[Path]:
             try:
                 lock.acquire()
             except Timeout as error:
-                rule = f"must not be used by two trainers at once, but another one is writing to {folder}"
+                rule = (
+                    "must not be used by two trainers at once, but another one is writing to "
+                    f"{folder}"
+                )
                 raise InputError(
                     "run_dir", f"{rule}; wait for its end, or name another folder."
                 ) from error
+
+        # Remove the files of a run that was refused before it began.
         try:
             yield folder
         except BaseException:
@@ -60,13 +72,15 @@ def claimed(folder: Path) -> Iterator[Path]:
             lock.release()
     except BaseException:
         for path in created:
-            with suppress(OSError):  # it holds files of somebody else
+            # `rmdir` fails if there are other files in the folder, which then stays.
+            with suppress(OSError):
                 path.rmdir()
         raise
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
-    """Removes what a run that has not begun may have written."""
+    """Removes files and empty folders that a run may have created before its first row."""
+    # A folder with contents is not removed: `rmdir` raises.
     for path in (folder / name for name in names):
         if path.is_dir():
             path.rmdir()
@@ -75,16 +89,19 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def is_new(folder: Path) -> bool:
-    """Says whether no run has written metrics or a checkpoint to the folder yet."""
-    metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
+    """Returns whether no run has written metrics or a checkpoint to the folder yet."""
+    metrics = folder / METRICS
+    checkpoints = folder / CHECKPOINTS
     return not (metrics.exists() and metrics.stat().st_size) and not (
         checkpoints.exists() and any(checkpoints.glob("step-*"))
     )
 
 
 def check_outside(path: Path, folder: Path) -> None:
-    """Raises InputError if initial parameters are among the files that the run in a folder writes, and may change."""
-    own, source = folder.resolve(), path.expanduser().resolve()
+    """Raises InputError if initial parameters are among the files that a run in `folder` writes."""
+    # Resolve symbolic links, so that two names of one folder are equal.
+    own = folder.resolve()
+    source = path.expanduser().resolve()
     if source == own or any(source.is_relative_to(own / name) for name in _OF_A_RUN):
         rule = "must not be in the folder of this run, whose checkpoints change as it trains"
         raise InputError(
@@ -93,22 +110,25 @@ def check_outside(path: Path, folder: Path) -> None:
 
 
 def make_way(folder: Path, resume: bool, say: Callable[[str], None]) -> None:
-    """Moves the run that a folder holds into its subfolder `previous-1`, or the next number, unless it is to continue.
+    """Moves a run to its subfolder `previous-1`, or the next number, unless the run continues.
 
-    The files gather under a temporary name, which then becomes the final one. A move that was interrupted is completed
-    by the next call, whatever `resume` is. The folder must be claimed.
+    The files are collected under a temporary name, which is then changed to the final one. If the
+    move is interrupted, the next call completes it, whatever its `resume`. The caller must have
+    claimed the folder.
 
     Args:
-        folder: The folder of the run.
-        resume: Whether the run is to continue.
-        say: Prints a line if something was moved.
+        folder: Folder of the run.
+        resume: Whether the run continues.
+        say: Prints a line if a run was moved.
 
     Raises:
-        InputError: The folder cannot be written to.
+        InputError: If the folder cannot be written to.
     """
+    # The temporary folder exists only if an earlier move was interrupted.
     moving = folder / _MOVING
     if not moving.exists() and (resume or is_new(folder)):
         return
+    # After an interruption, this loop moves the remaining files.
     with writing_to(folder):
         moving.mkdir(exist_ok=True)
         for path in (folder / name for name in _OF_A_RUN):
@@ -122,7 +142,7 @@ def make_way(folder: Path, resume: bool, say: Callable[[str], None]) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Raises InputError for a folder that holds a run already."""
+    """Raises InputError if a folder already holds a run."""
     if not is_new(folder):
         fault = f"but {folder} has {METRICS} or {CHECKPOINTS}"
         raise InputError("run_dir", f"must not hold a run already, {fault}; name another folder.")
@@ -130,17 +150,16 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Says in a sentence that a folder cannot be written to, or is full.
+    """Converts an OSError of the body to an InputError that names the folder.
 
     Raises:
-        InputError: Instead of any OSError.
+        InputError: If the folder cannot be written to, or is full.
     """
     try:
         yield
     except OSError as error:
         raise InputError(
             "run_dir",
-            f"must be a folder that can be written to and has room, but writing to {shortened(str(folder))} failed: "
-            f"{error.strerror}; "
-            "choose another folder.",
+            "must be a folder that can be written to and has room, but writing to "
+            f"{shortened(str(folder))} failed: {error.strerror}; choose another folder.",
         ) from error

@@ -1,4 +1,4 @@
-"""From words to objects and back: options, presets, and what they build."""
+"""Options and presets, the command line, and the objects that they build."""
 
 from ctde_jax.config.options import (
     AggregationOptions,

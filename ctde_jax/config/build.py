@@ -1,4 +1,4 @@
-"""From options to objects: the data, the partition, the model and the strategy that a configuration names."""
+"""Builds the data, partition, model, optimizer and strategy that a configuration names."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,15 +48,19 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
     """Builds everything that determines the numbers of a run, on these devices.
 
     Raises:
-        InputError: An option breaks a rule, alone or together with others, the data or the devices.
+        InputError: If an option breaks a rule, alone or with other options, the data or the
+            devices.
     """
-    optimization, run = chosen.optimization, chosen.run
+    optimization = chosen.optimization
+    run = chosen.run
     parts = make_partition(chosen.data, dataset.train.labels, len(devices), optimization.seed)
 
     # A schedule needs the number of steps, which may be given in epochs.
     epoch = steps_per_epoch(len(dataset.train.inputs), len(devices), optimization.batch_size, parts)
     epochs = optimization.epochs if optimization.steps is None else None
     steps = count_steps(epoch, epochs, optimization.steps)
+
+    # The training checks all of this when it is created.
     return Training(
         model=build_model(chosen.model, dataset),
         data=dataset,
@@ -82,9 +86,11 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
 
 
 def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
-    """Loads the data set that the options name; the seed decides what is set aside for validation."""
+    """Loads the data set that the options name; the seed determines the validation split."""
     check_files(chosen)
     dataset = _load(chosen)
+
+    # A file may hold targets instead of classes, for which the command line has no task.
     if not dataset.classes and not dataset.vocabulary:
         rule = "must hold labels that are classes, integers from 0 in [examples], in y_train"
         raise InputError("data_file", f"{rule}, {targets_or_classes(dataset.train.labels)}.")
@@ -116,15 +122,16 @@ def _load(chosen: DataOptions) -> Dataset:
 
 
 def build_task(chosen: OptimizationOptions, dataset: Dataset) -> Task:
-    """Builds what the data are for: the class of an example, or the next character of a text."""
+    """Returns the task of the data: classification, or language modeling if they are a text."""
     return smoothed(
         language_modeling if dataset.vocabulary else classification, chosen.label_smoothing
     )
 
 
 def build_augment(chosen: DataOptions) -> Augment | None:
-    """Chains the augmentations of the options, or returns None where there is none."""
+    """Chains the augmentations of the options; returns None if there are none."""
     check_at_least(0, shift=chosen.shift, cutout=chosen.cutout)
+    # In the order in which they are applied.
     parts = [
         *([augment.shift(chosen.shift)] if chosen.shift else []),
         *([augment.flip()] if chosen.flip else []),
@@ -140,18 +147,37 @@ def build_augment(chosen: DataOptions) -> Augment | None:
 def make_partition(
     chosen: DataOptions, labels: np.ndarray | DiskArray, replicas: int, seed: int
 ) -> list[np.ndarray] | None:
-    """Shares the training examples out to the devices, or to clients, for good; or not at all."""
+    """Partitions the training examples over devices or clients; None if they are reshuffled.
+
+    Args:
+        chosen: Options of the data.
+        labels: Labels of the training examples, `[examples, ...]`; classes have no further axes.
+        replicas: Number of devices.
+        seed: Random seed of the partition.
+
+    Returns:
+        An integer array of example indices for each part.
+
+    Raises:
+        InputError: If an option is out of range, or does not fit the labels.
+    """
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError(
             "clients", "need a --partition that stays, such as iid, got --partition reshuffled."
         )
+
+    # Every device trains one client in each round, so there must be enough clients.
     check_at_least(replicas, clients=chosen.clients)
     check_at_most(len(labels), clients=chosen.clients)
+
+    # A text has no classes to partition by.
     if labels.ndim > 1 and chosen.partition in ("by_label", "dirichlet"):
         raise InputError(
             "partition",
             f"must be reshuffled or iid where examples have no class, got {chosen.partition}.",
         )
+
+    # One part per client, or else per device.
     parts = chosen.clients or replicas
     match chosen.partition:
         case "reshuffled":
@@ -159,19 +185,22 @@ def make_partition(
         case "iid":
             return data.partition.iid(labels, parts, seed)
         case "by_label":
+            # Labels on disk are read into memory, by this and the next partition.
             return data.partition.by_label(np.asarray(labels), parts, chosen.label_shards, seed)
         case "dirichlet":
             return data.partition.dirichlet(np.asarray(labels), parts, chosen.dirichlet_alpha, seed)
 
 
 def build_model(chosen: ModelOptions, dataset: Dataset) -> Model:
-    """Builds the network between the data's inputs and its classes or characters, and says how its weights start.
+    """Builds the network for the data, with the chosen initialization and precision.
 
     Raises:
-        InputError: The network does not go with the data, or an option is out of range.
+        InputError: If the network does not fit the data, or an option is out of range.
     """
     model = _build_network(chosen, dataset)
     base = _build_base(chosen, dataset)
+    # Maximal update parametrization replaces the initialization; bfloat16 affects the computation
+    # alone.
     model = initializers.initialize(model, chosen.init) if base is None else mup.mup(model, base)
     return models.in_bfloat16(model) if chosen.precision == "bf16" else model
 
@@ -179,7 +208,7 @@ def build_model(chosen: ModelOptions, dataset: Dataset) -> Model:
 def build_optimizer(
     chosen: Config, dataset: Dataset, total_steps: int
 ) -> optax.GradientTransformation:
-    """Builds the optimizer of a run of so many steps."""
+    """Builds the optimizer of a run of `total_steps` optimizer steps."""
     options = chosen.optimization
     optimizer = optimizers.build(
         options.optimizer,
@@ -191,6 +220,8 @@ def build_optimizer(
         options.max_grad_norm,
         options.schedule_start,
     )
+
+    # The scaling of maximal update parametrization is derived for updates of a fixed size.
     base = _build_base(chosen.model, dataset)
     if base is None:
         return optimizer
@@ -202,7 +233,7 @@ def build_optimizer(
 
 
 def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
-    """Builds the network at the base width where the weights start in the maximal update parametrization."""
+    """Builds the network at the base width of maximal update parametrization; None without it."""
     if chosen.init != "mup":
         return None
     check_at_least(1, base_width=chosen.base_width)
@@ -218,6 +249,7 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
         case "lstm" | "gru":
             return _build_network(replace(chosen, width=base), dataset)
         case "transformer":
+            # The width of a head must stay the same, as attention logits depend on it.
             if base * chosen.heads % chosen.width:
                 raise InputError(
                     "base_width",
@@ -233,18 +265,23 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
 
 
 _MOST_LAYERS = 1000
-"""Each layer is traced and compiled by itself, so that a million of them would take days before the first step."""
+"""Each layer is traced and compiled separately, so a million layers would take days to compile."""
 
 _LARGEST_WIDTH = 10_000_000
-"""No product of such widths overflows, which ends the process; `memory.py` refuses what is less and does not fit."""
+"""Products of such widths do not overflow, which would end the process. Smaller networks that
+exceed the memory are refused by `devices/memory.py`."""
 
 
 def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
+    # Sizes that would fail late or without a message are refused here.
     check_at_most(_MOST_LAYERS, layers=chosen.layers)
     check_at_most(_LARGEST_WIDTH, width=chosen.width, widths=max(chosen.widths, default=0))
-    shape, classes = dataset.train.inputs.shape[1:], len(dataset.classes)
+    shape = dataset.train.inputs.shape[1:]
+    classes = len(dataset.classes)
     if dataset.vocabulary:
         return _build_language_model(chosen, dataset)
+
+    # Networks that classify one example: an array, a picture or a sequence.
     match chosen.model:
         case "mlp":
             return models.mlp([prod(shape), *chosen.widths, classes], chosen.activation)
@@ -255,11 +292,13 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
                 shape, classes, chosen.widths, chosen.layers, chosen.norm, chosen.batch_statistics
             )
         case "lstm" | "gru":
+            # Images `[height, width, channels]` can be read as sequences by --sequence.
             if len(shape) != 2:
                 way_out = "; give --sequence rows or pixels" if len(shape) == 3 else ""
                 raise InputError(
                     "model",
-                    f"{chosen.model} reads sequences [length, features], got examples of {shape}{way_out}.",
+                    f"{chosen.model} reads sequences [length, features], got examples of "
+                    f"{shape}{way_out}.",
                 )
             return models.rnn_classifier(
                 shape[-1], classes, chosen.width, chosen.layers, chosen.model, chosen.dropout
@@ -272,7 +311,8 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
 
 
 def _build_language_model(chosen: ModelOptions, dataset: Dataset) -> Model:
-    vocabulary, length = len(dataset.vocabulary), dataset.train.inputs.shape[1]
+    vocabulary = len(dataset.vocabulary)
+    length = dataset.train.inputs.shape[1]
     match chosen.model:
         case "lstm" | "gru":
             return models.rnn_language_model(
@@ -289,23 +329,27 @@ def _build_language_model(chosen: ModelOptions, dataset: Dataset) -> Model:
 
 
 def strategy(name: str, **options: Any) -> Strategy:
-    """Makes a published strategy, its options replaced by those given: `strategy("diloco", sync_every=64)`.
+    """Returns a published strategy with options replaced: `strategy("diloco", sync_every=64)`.
 
-    The optimizer of the inner steps is not part of it: `mu-loco` is DiLoCo with Muon inside, so give `fit` that.
+    The inner optimizer is not part of a strategy: `mu-loco` is DiLoCo with Muon as its inner
+    optimizer, so pass Muon to `fit`.
 
     Args:
-        name: One of `presets.PRESETS`.
+        name: Name of a preset, one of `presets.PRESETS`.
         **options: Fields of `AggregationOptions`.
 
     Raises:
-        InputError: The name or an option is not known, or options exclude each other.
+        InputError: If the name or an option is unknown, or options exclude each other.
     """
+    # The command line checks names and values when it parses them; here they come from Python.
     check_known("strategy", name, PRESETS)
     kinds = get_type_hints(AggregationOptions)
     for option, value in options.items():
         check_known("strategy's option", option, kinds)
         if get_origin(kinds[option]) is Literal:
             check_known(option, value, get_args(kinds[option]))
+
+    # Presets also have options of the inner optimizer, which are left out.
     preset = {option: value for option, value in PRESETS[name].options.items() if option in kinds}
     return build_strategy(AggregationOptions(**{**preset, **options}))
 
@@ -314,22 +358,30 @@ def build_strategy(chosen: AggregationOptions) -> Strategy:
     """Composes the strategy of the options.
 
     Raises:
-        InputError: An option is out of its range, or options exclude each other.
+        InputError: If an option is out of range, or options exclude each other.
     """
     check_aggregation(chosen)
     if chosen.exact:
         return Strategy(exact=True)
-    reduce, outer = _build_reduce(chosen), _build_outer(chosen)
+
+    # Gossip replaces the reducer; streaming contains it, and the outer optimizer of each fragment.
+    reduce = _build_reduce(chosen)
+    outer = _build_outer(chosen)
     if chosen.graph != "none":
         reduce = aggregate.gossip(chosen.graph)
     if chosen.fragments > 1:
-        reduce, outer = aggregate.streaming(chosen.fragments, reduce, outer), aggregate.AVERAGE
+        reduce = aggregate.streaming(chosen.fragments, reduce, outer)
+        outer = aggregate.AVERAGE
+
+    # Replicas diverge if a round does not end with equal parameters on all of them.
     inner = aggregate.proximal(chosen.proximal) if chosen.proximal else aggregate.UNCHANGED
     diverges = chosen.graph != "none" or chosen.fragments > 1
     return Strategy(chosen.sync_every, reduce, outer, inner, chosen.synchronous_steps, diverges)
 
 
 def _build_reduce(chosen: AggregationOptions) -> optax.GradientTransformation:
+    # A compiler may merge the all-reduce of `mean()` with that of the metrics; with fragments, it
+    # would then not overlap the local steps.
     combine = _build_combine(chosen)
     if chosen.reduce == "power_sgd":
         reduce = aggregate.power_sgd(chosen.rank)
@@ -348,6 +400,7 @@ def _build_reduce(chosen: AggregationOptions) -> optax.GradientTransformation:
 
 
 def _build_codec(chosen: AggregationOptions) -> Codec:
+    # Functions, so that only the chosen codec checks its options.
     codecs = {
         "mean": aggregate.exact,
         "int8": lambda: aggregate.quantize(8, chosen.levels),
@@ -364,14 +417,17 @@ def _build_codec(chosen: AggregationOptions) -> Codec:
 
 
 def _build_values(chosen: AggregationOptions) -> Codec:
-    """Builds what writes the numbers that a sparse codec keeps, in blocks that divide each chunk's."""
+    """Builds the codec of the values that a sparse codec keeps."""
     if chosen.kept_as == "f32":
         return aggregate.exact()
     if chosen.keep % 8:
         raise InputError(
             "keep",
-            f"must be a multiple of 8 where numbers are kept as {chosen.kept_as}, got {chosen.keep}.",
+            f"must be a multiple of 8 where numbers are kept as {chosen.kept_as}, got "
+            f"{chosen.keep}.",
         )
+
+    # The largest block of at most 256 values that divides the values kept in each chunk.
     block = max(size for size in range(8, min(chosen.keep, 256) + 1, 8) if chosen.keep % size == 0)
     if chosen.kept_as == "sign":
         return aggregate.sign(block)
@@ -397,7 +453,9 @@ def _build_combine(chosen: AggregationOptions) -> Combine:
 
 
 def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
-    rate, momentum = chosen.outer_learning_rate, chosen.outer_momentum
+    rate = chosen.outer_learning_rate
+    momentum = chosen.outer_momentum
+    # optax accepts any number.
     if not 0 < rate < inf:
         raise InputError("outer_learning_rate", f"must be greater than 0 and finite, got {rate}.")
     if not 0 <= momentum < 1:
@@ -406,9 +464,8 @@ def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
         "average": lambda: aggregate.AVERAGE,
         "momentum": lambda: optax.sgd(rate, momentum=momentum),
         "nesterov": lambda: optax.sgd(rate, momentum=momentum, nesterov=True),
-        "adam": lambda: optax.adam(
-            rate, b2=0.99, eps=1e-3
-        ),  # the values of Reddi et al., 2021; optax corrects bias
+        # The values of Reddi et al., 2021, but with optax's correction of the bias.
+        "adam": lambda: optax.adam(rate, b2=0.99, eps=1e-3),
     }
     outer = outers[chosen.outer]()
     return optax.chain(aggregate.isotropic(), outer) if chosen.isotropic else outer

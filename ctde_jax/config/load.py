@@ -1,4 +1,4 @@
-"""A run's folder as a trained model again: what it agreed on, without training."""
+"""Loads the trained model of a run from its folder, without training."""
 
 import os
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ CONFIG = "config.json"
 
 
 class Loaded(NamedTuple):
-    """A run as it was read from its folder."""
+    """A run that was read from its folder."""
 
     trained: Trained
     data: Dataset
@@ -47,29 +47,33 @@ class Loaded(NamedTuple):
 
 
 def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
-    """Loads what a run of the command line has trained, up to its newest checkpoint, or one that is named.
+    """Loads the model of a command-line run from its newest checkpoint or a given one.
 
-    Options, class names, vocabulary, and shift and scale of the inputs are those in the checkpoint.
+    Options, class names, vocabulary, and the shift and scale of the inputs are those of the
+    checkpoint.
 
     Args:
-        path: The folder of the run, or of one of its checkpoints. For the whole run parameters are those that `fit`
-            would return, with patience the best; for a checkpoint its own.
-        options: As the command line has them, such as `["--data-dir", "elsewhere"]` where the data have moved.
+        path: Folder of the run or of one of its checkpoints. The parameters of a run are those that
+            `fit` would return (with `patience`, the best); a checkpoint's are those at its step.
+        options: Command-line options, such as `["--data-dir", "elsewhere"]` if the data have moved.
 
     Raises:
-        InputError: The folder is that of no run of the command line, has no intact checkpoint, or the options or data
-            differ from those of the checkpoint.
+        InputError: If the folder does not belong to a command-line run, has no intact checkpoint,
+            or its options or data differ from those of the checkpoint.
     """
+    # Find the saved options of the run.
     path = named("run_dir", path)
     folder = folder_of(path)
     is_checkpoint = folder != path
     if not os.path.isfile(folder / CONFIG):
         raise InputError(
             "run_dir",
-            f"must be the folder of a run of python -m ctde_jax.train, or of its checkpoint, and {path} has no "
-            f"{CONFIG}. A run of fit in Python is loaded by the same call of fit, which reads its checkpoint; give "
-            "write_bundle what it returns.",
+            "must be the folder of a run of python -m ctde_jax.train, or of its checkpoint, and "
+            f"{path} has no {CONFIG}. A run of fit in Python is loaded by the same call of fit, "
+            "which reads its checkpoint; give write_bundle what it returns.",
         )
+
+    # Read the checkpoint, which must have been written with these options.
     chosen = parse(["--config", str(folder / CONFIG), *options])
     found = _read(path) if is_checkpoint else newest_intact(folder / CHECKPOINTS, console().print)
     if found is None:
@@ -77,15 +81,22 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
     check_facts(found, "run_dir")
     _check_options(found, chosen)
 
+    # Build the data and the model as in training.
     data = _as_trained(found, build.load_data(chosen.data, chosen.optimization.seed), chosen.data)
     model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
+
+    # Restore the parameters to evaluate. Batch statistics are re-estimated on as many devices as
+    # in training; for anything else one device suffices.
     count = chosen.aggregation.devices if chosen.run.reestimate_batches else 1
     devices = start(count, FAKE_DEVICES)
     (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
     if chosen.run.reestimate_batches and not is_best:
         model_state = _reestimated(chosen, model, data, devices, params, model_state)
+
+    # Restore the history, and whether the run has ended.
     rows = read_rows(folder, found.facts["rows"])
-    position, best = found.facts["position"], found.facts["best"] or {}
+    position = found.facts["position"]
+    best = found.facts["best"] or {}
     patience = chosen.optimization.patience
     is_over = is_best and patience is not None and best["in_vain"] >= patience
     trained = Trained(
@@ -104,12 +115,14 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         accepts=accepts(data),
         platform=found.facts.get("platform"),
     )
+
+    # A checkpoint between two evaluations has no test row yet.
     trained.history.extend(_tested(trained, data))
     return Loaded(trained, data, chosen)
 
 
 def folder_of(path: Path) -> Path:
-    """Returns the folder of a run, of which this is the folder or that of a checkpoint."""
+    """Returns the folder of a run, given that folder or the folder of one of its checkpoints."""
     return path.absolute().parent.parent if os.path.exists(path / checkpoint.MANIFEST) else path
 
 
@@ -121,27 +134,30 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _check_options(found: Checkpoint, chosen: Config) -> None:
-    """Raises InputError if options are not those that the checkpoint was written with, as in an edited config.json."""
-    sealed, now = found.facts.get("given_options"), Options(plain(deciding(chosen)), flag)
+    """Raises InputError if options differ from the checkpoint's, as in an edited config.json."""
+    sealed = found.facts.get("given_options")
+    now = Options(plain(deciding(chosen)), flag)
     if not isinstance(sealed, dict):
         console().print(
             f"           not compared with {found.path}: the options, which it does not list"
         )
         return
+
+    # Options that this version does not have are not compared.
     different = different_options({name: sealed[name] for name in sealed if name in now}, now)
     if different:
         raise InputError(
             "run_dir",
-            f"must be loaded with the options of its checkpoint {found.path}, but differs in {'; '.join(different)}; "
-            f"correct {CONFIG}, or leave these options out.",
+            f"must be loaded with the options of its checkpoint {found.path}, but differs in "
+            f"{'; '.join(different)}; correct {CONFIG}, or leave these options out.",
         )
 
 
 def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Dataset:
-    """Returns the data with what inference needs as it was in training.
+    """Returns the data with the shift, scale, classes and vocabulary of the training.
 
     Raises:
-        InputError: They are not the data of the training; names what differs.
+        InputError: If the data differ from those of the training; lists the differences.
     """
     identity = found.facts.get("identity")
     if identity is None:
@@ -149,14 +165,16 @@ def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Datase
             f"           not compared with {found.path}: the data, of which it has no digests"
         )
         return data
+
+    # Compare all digests but the partition, which follows from the options and the labels.
     before = {name: digest for name, digest in identity["data"].items() if name != "the partition"}
     different = differing(before, digests_of(data))
     if different:
         option = "data_file" if chosen.data_file else "data_dir"
         raise InputError(
             option,
-            f"must lead to the data that the run was trained on, but {data.name} differs from them in "
-            f"{', '.join(different)}; restore them, or train again.",
+            f"must lead to the data that the run was trained on, but {data.name} differs from them "
+            f"in {', '.join(different)}; restore them, or train again.",
         )
     return replace(
         data,
@@ -170,12 +188,17 @@ def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Datase
 def _center(
     found: Checkpoint, model: Model, data: Dataset, may_be_best: bool
 ) -> tuple[tuple[PyTree, PyTree], bool]:
-    """Returns central parameters and model state, and whether they are the best of all evaluations."""
+    """Returns the central parameters and model state, and whether they are the best evaluated."""
     like = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), data.train.inputs[:1])
+
+    # With early stopping, the checkpoint also holds the best parameters and their model state.
     best = _beginning(found, f"{BEST}/")
     if best and may_be_best:
         _, center = state.center_from_tensors(best, {BEST: like}).popitem()
         return center, True
+
+    # Otherwise take the moving average, if there is one. If replicas diverge, these have a leading
+    # replica axis, over which their mean is taken in float32 or better.
     averaged = _beginning(found, "ema_params/")
     params = averaged or _beginning(found, "params/")
     whole = {"ema_params" if averaged else "params": like[0]}
@@ -194,9 +217,10 @@ def _center(
 
 
 def _opt_state(found: Checkpoint, chosen: Config, data: Dataset, params: PyTree) -> PyTree:
-    """Returns the optimizer's state of a checkpoint, as `Trained` has it."""
+    """Returns the optimizer state of a checkpoint, in the form of `Trained.opt_state`."""
     optimizer = build.build_optimizer(chosen, data, found.facts["options"]["steps"])
     like = jax.eval_shape(adapted(optimizer).init, params)
+    # For rollbacks, the optimizer is wrapped, so its state is nested one level deeper.
     prefix = SCALED if chosen.optimization.on_nonfinite == "rollback" else "opt_state/1/"
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in _beginning(found, prefix).items()
@@ -216,13 +240,18 @@ def _reestimated(
     params: PyTree,
     model_state: PyTree,
 ) -> PyTree:
-    """Estimates batch statistics as the run did before every evaluation."""
-    seed, batch_size = chosen.optimization.seed, chosen.optimization.batch_size
+    """Re-estimates batch statistics as the run did before every evaluation."""
+    # The same source of batches and the same key as in training.
+    seed = chosen.optimization.seed
+    batch_size = chosen.optimization.batch_size
     partition = build.make_partition(chosen.data, data.train.labels, len(devices), seed)
     inner_steps = build.build_strategy(chosen.aggregation).inner_steps
     source = make_source(data, len(devices), batch_size, seed, partition, max(1, inner_steps))
     _, train_key = jax.random.split(jax.random.key(seed))
-    feed, key = source.feed(devices), replica.replicate(train_key, devices)
+    feed = source.feed(devices)
+    key = replica.replicate(train_key, devices)
+
+    # Every device reads its part of each batch, and the statistics are averaged over all of them.
     reestimate = of_first_steps(
         model, feed, devices, source.axis, chosen.run.reestimate_batches, key
     )
@@ -230,7 +259,7 @@ def _reestimated(
 
 
 def _tested(trained: Trained, data: Dataset) -> list[Row]:
-    """Returns the test row of these parameters where the history has none."""
+    """Returns the test row of these parameters, or nothing if the history has it."""
     if any(row["split"] == "test" and row["step"] == trained.step for row in trained.history):
         return []
     return [{"split": "test", "step": trained.step, **trained.evaluate(data.test)}]

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name, all of them optax's."""
+"""Optimizers and learning-rate schedules of optax, by name."""
 
 from math import inf
 
@@ -22,7 +22,7 @@ OPTIMIZERS = {
     ),
     "muon": lambda learning_rate, decay=0.0: optax.contrib.muon(learning_rate, weight_decay=decay),
 }
-"""Functions of the learning rate, and where they know it of the decoupled weight decay."""
+"""Functions of the learning rate and, if supported, of the decoupled weight decay."""
 
 DECAYING = ("adamw", "lion", "muon")
 """The optimizers with decoupled weight decay (Loshchilov and Hutter, 2019)."""
@@ -40,24 +40,28 @@ def build(
     max_grad_norm: float | None = None,
     schedule_start: int = 0,
 ) -> optax.GradientTransformation:
-    """Builds an optimizer whose learning rate rises linearly for the warm-up steps and then follows the schedule.
+    """Builds an optimizer with linear warmup and a learning-rate schedule.
 
     Args:
-        name: One of `OPTIMIZERS`.
-        learning_rate: The largest learning rate.
-        schedule: `constant`; `cosine` or `linear`, which reach zero at `total_steps`.
-        warmup_steps: Optimizer steps.
-        total_steps: Optimizer steps of the whole run, warm-up included; only read by schedules that decay.
-        weight_decay: Share of the weights that a step takes off, in units of the learning rate; biases and the scales
-            of norms keep theirs. By default the optimizer's own.
+        name: Name of the optimizer, one of `OPTIMIZERS`.
+        learning_rate: Peak learning rate.
+        schedule: `constant`; or `cosine` or `linear`, which decay to zero at `total_steps`.
+        warmup_steps: Number of optimizer steps of linear warmup from zero.
+        total_steps: Optimizer steps of the whole run, including warmup; only read by schedules that
+            decay.
+        weight_decay: Decoupled weight decay, in units of the learning rate; applied to kernels, not
+            to biases or normalization parameters. By default that of the optimizer.
         max_grad_norm: Clip gradients to this global norm.
-        schedule_start: Optimizer step at which warm-up and schedule start; the steps before count for neither.
+        schedule_start: Optimizer step at which warmup and schedule start; earlier steps count for
+            neither.
 
     Raises:
-        InputError: A name is not known, or a number is out of its range.
+        InputError: If a name is unknown, or a number is out of range.
     """
     check_known("optimizer", name, OPTIMIZERS)
     rate = build_schedule(learning_rate, schedule, warmup_steps, total_steps, schedule_start)
+
+    # An empty tuple leaves the weight decay to the optimizer.
     decay = () if weight_decay is None else (weight_decay,)
     if decay and name not in DECAYING:
         raise InputError(
@@ -65,9 +69,12 @@ def build(
         )
     if weight_decay is not None and not 0 <= weight_decay < inf:
         raise InputError("weight_decay", f"must be at least 0 and finite, got {weight_decay}.")
-    # hyperparameters are part of the state, so that the learning rate of a step can be logged
+
+    # Hyperparameters are part of the state, so that the learning rate of each step can be logged.
     make = optax.inject_hyperparams(lambda learning_rate: OPTIMIZERS[name](learning_rate, *decay))
     optimizer = make(learning_rate=rate)
+
+    # Clip the gradients, not the updates.
     if max_grad_norm is None:
         return optimizer
     if not 0 < max_grad_norm < inf:
@@ -78,9 +85,10 @@ def build(
 
 
 def is_decayed(params: PyTree) -> PyTree:
-    """Says of each parameter whether weight decay takes hold of it: of kernels, and not of biases and norms.
+    """Returns whether weight decay applies to each parameter: to kernels, not to biases and norms.
 
-    Muon decays the matrices alone, which are those that it orthogonalizes.
+    A parameter with at least two axes counts as a kernel. Muon ignores this mask and decays only
+    the matrices that it orthogonalizes.
     """
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
@@ -92,7 +100,7 @@ def build_schedule(
     total_steps: int = 0,
     schedule_start: int = 0,
 ) -> optax.Schedule:
-    """Builds the function from the optimizer step to the learning rate; arguments as in `build`."""
+    """Builds the function from the optimizer step to the learning rate; see `build`."""
     check_known("schedule", schedule, SCHEDULES)
     if not 0 < learning_rate < inf:
         raise InputError(
@@ -103,19 +111,24 @@ def build_schedule(
     if schedule_start and total_steps <= schedule_start:
         raise InputError(
             "steps",
-            f"must be more than the {schedule_start:,} at which the schedule starts, got {total_steps:,}; steps and "
-            "epochs of a branch count from the start of its parent.",
+            f"must be more than the {schedule_start:,} at which the schedule starts, got "
+            f"{total_steps:,}; steps and epochs of a branch count from the start of its parent.",
         )
     if schedule != "constant" and decay_steps < 1:
         raise InputError(
             "warmup_steps",
-            f"must be fewer than the {total_steps - schedule_start} steps of the run, got {warmup_steps}.",
+            f"must be fewer than the {total_steps - schedule_start} steps of the run, got "
+            f"{warmup_steps}.",
         )
+
+    # Functions, because optax refuses to build a decay of no steps, which `constant` may have.
     after = {
         "constant": lambda: optax.constant_schedule(learning_rate),
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, decay_steps),
         "linear": lambda: optax.linear_schedule(learning_rate, 0.0, decay_steps),
     }[schedule]()
+
+    # Join warmup and schedule; all steps before `schedule_start` count as its first.
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
     whole = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
     return (lambda step: whole(jnp.maximum(step - schedule_start, 0))) if schedule_start else whole

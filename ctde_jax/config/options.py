@@ -1,4 +1,4 @@
-"""The options of a run. This file is the command line: a field is an option, its docstring the help."""
+"""Options of a run and of the command line: a field is an option, its docstring the help text."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +8,7 @@ import tyro
 
 from ctde_jax.config.presets import MODELS, PRESETS, describe
 
-# The help of an option without a value of its own says in words what happens by default.
+# Options that default to None: their docstrings describe the default, so tyro must not append it.
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
@@ -20,7 +20,8 @@ Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=""
 StrategyName = Annotated[
     Literal[tuple(PRESETS)],  # pyright: ignore[reportInvalidTypeForm]
     tyro.conf.arg(
-        help=f"A published method: default values for the options below and --optimizer.\n{describe(PRESETS)}"
+        help="A published method: default values for the options below and --optimizer.\n"
+        f"{describe(PRESETS)}"
     ),
 ]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
@@ -28,60 +29,66 @@ Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hi
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which examples there are, and which device gets them."""
+    """Data set, augmentation, and assignment of examples to devices."""
 
+    # Source of the examples.
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "text", "npz", "csv"] = "digits"
-    """Digits come with scikit-learn; the MNIST family and CIFAR-10 are downloaded where absent; text, npz and csv are
-    your --data-file."""
+    """Data set: digits comes with scikit-learn; the MNIST family and CIFAR-10 are downloaded if
+    absent; text, npz and csv are read from --data-file."""
 
     data_dir: Folder = None
-    """Folder with the files of the MNIST family (IDX, plain or gz) or of CIFAR-10 (binary); by default your cache
-    folder."""
+    """Folder with the files of the MNIST family (IDX, plain or gz) or of CIFAR-10 (binary);
+    by default your cache folder."""
 
     data_file: File = None
-    """Your text in UTF-8, .npz file (x_train, y_train and maybe x_test, y_test) or folder of .npy files of these names,
-    or .csv file; by default none."""
+    """UTF-8 text, .npz file (x_train, y_train and optionally x_test, y_test), folder of .npy files
+    with these names, or .csv file; by default none."""
 
+    # Texts, and images as sequences.
     window: int = 128
-    """Characters of a text that make up an example."""
+    """Context length: number of characters per example, for --dataset text."""
 
     stride: Count = None
-    """Characters from the start of a training window to the start of the next; by default those of a window."""
+    """Characters between the starts of training windows of a text; by default those of a window."""
 
     sequence: Literal["none", "rows", "pixels"] = "none"
-    """Whether pictures are read as sequences, row by row or pixel by pixel."""
+    """Read images as sequences, row by row or pixel by pixel."""
 
+    # Augmentations, applied on the devices during training.
     shift: int = 0
-    """Pixels by which a training picture is moved at random, at most, anew in every epoch."""
+    """Augmentation: largest random shift of training images in pixels, different in every epoch."""
 
     flip: bool = False
-    """Whether to mirror training pictures at random, left to right."""
+    """Augmentation: random horizontal flips of training images."""
 
     cutout: int = 0
-    """Side of a square that is cut out of training pictures at random, in pixels."""
+    """Augmentation: side length of a random square cut out of training images, in pixels."""
 
     validation_share: float = 0.0
-    """Share of the training examples that is set aside to say when to stop; see --patience."""
+    """Fraction of the training examples held out for validation; see --patience."""
 
     label_column: Name = None
-    """Name of the csv column that holds the label; by default the last one."""
+    """Name of the label column of a csv file; by default the last one."""
 
+    # Which device trains on which examples.
     partition: Literal["reshuffled", "iid", "by_label", "dirichlet"] = "reshuffled"
-    """Who gets which examples: dealt anew in every epoch, or kept for good, shared out at random or by label."""
+    """Assignment of examples to devices: reshuffled in every epoch, or fixed;
+    iid assigns them at random, by_label and dirichlet by label."""
 
     label_shards: int = 2
-    """Shards of the examples sorted by label that each device keeps, for the partition by_label."""
+    """Number of shards of the label-sorted examples per device, for --partition by_label."""
 
     clients: Count = None
-    """Parts of the partition, of which each device trains one, drawn anew in every round; by default one a device."""
+    """Number of clients among which a fixed --partition divides the examples.
+    Each round draws one client for every device; by default one client per device."""
 
     dirichlet_alpha: float = 0.5
-    """How even each label's shares are, for the partition dirichlet: small is uneven, large is even."""
+    """Concentration of --partition dirichlet: small divides each label unevenly, large evenly."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What is trained."""
+    """Network, initialization and precision."""
 
     model: Annotated[
         Literal[tuple(MODELS)],  # pyright: ignore[reportInvalidTypeForm]
@@ -90,32 +97,35 @@ class ModelOptions:
         ),
     ] = "mlp"
 
+    # Architecture.
     widths: tuple[int, ...] = (128,)
-    """Widths of an mlp's hidden layers, the input's and the output's being the data's; or the channels of a resnet's
-    stages."""
+    """Hidden sizes of an mlp (those of input and output follow from the data), or channels of the
+    stages of a resnet."""
 
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
-    """The function between two layers of an mlp."""
+    """Activation function of an mlp."""
 
     width: int = 128
-    """Numbers in the state of a recurrent layer, or in the vector of a transformer's token."""
+    """Hidden size of recurrent layers; embedding size of the transformer."""
 
     layers: int = 1
-    """Recurrent layers, blocks of a transformer, or blocks in each stage of a resnet."""
+    """Number of recurrent layers, of transformer blocks, or of blocks per stage of a resnet."""
 
     heads: int = 4
-    """Parts of a vector that a transformer's attention looks at by themselves."""
+    """Number of attention heads of the transformer."""
 
     dropout: float = 0.0
-    """Share of the numbers that are left out at random in training."""
+    """Dropout rate."""
 
     norm: Literal["group", "batch"] = "group"
-    """What a resnet normalizes over: groups of channels of one example, or all examples."""
+    """Normalization of a resnet: over groups of channels of one example, or over all examples."""
 
     batch_statistics: Literal["averaged", "synchronized"] = "synchronized"
-    """Examples over which --norm batch takes its statistics. synchronized: the whole batch, so the number of devices
-    changes nothing; with --sync-every, the examples of one device. averaged: always the examples of one device."""
+    """Examples over which --norm batch computes its statistics.
+    synchronized: the global batch, so the number of devices has no effect; with --sync-every, the
+    examples of one device. averaged: always the examples of one device."""
 
+    # Initialization and precision.
     init: Literal[
         "flax",
         "glorot",
@@ -127,96 +137,106 @@ class ModelOptions:
         "lsuv",
         "mup",
     ] = "flax"
-    """How the weights start."""
+    """Initialization of the weights."""
 
     base_width: Count = None
-    """Width at which the learning rate of --init mup was found; by default none."""
+    """Width at which the learning rate was tuned, for --init mup; by default none."""
 
     precision: Literal["f32", "bf16"] = "f32"
-    """What the network computes in, by JAX's default matrix products; parameters and updates are always f32."""
+    """Precision of the network, with JAX's default precision of matrix products;
+    parameters and updates are always f32."""
 
 
 @dataclass(frozen=True)
 class OptimizationOptions:
-    """How each step goes downhill."""
+    """Optimizer, learning-rate schedule, batch and early stopping."""
 
+    # Optimizer and schedule.
     optimizer: Literal["sgd", "momentum", "adam", "adamw", "lion", "muon"] = "adam"
-    """The rule that turns gradients into updates."""
+    """Optimizer; with --sync-every, that of the local steps."""
 
     learning_rate: float = 0.008
-    """The largest learning rate of the run."""
+    """Peak learning rate."""
 
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the learning rate goes on after the warm-up; cosine and linear end at zero."""
+    """Learning-rate schedule after warmup; cosine and linear decay to zero."""
 
     warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises from zero."""
+    """Optimizer steps of linear learning-rate warmup from zero."""
 
     schedule_start: int = 0
-    """Optimizer step at which warmup and schedule start; for --branch-from with --learning-rate, --schedule or
-    --warmup-steps, the step of that checkpoint."""
+    """Optimizer step at which warmup and schedule start; for --branch-from with --learning-rate,
+    --schedule or --warmup-steps, the step of that checkpoint."""
 
     weight_decay: Number = None
-    """Share of the kernels that a step takes off, in units of the learning rate; by default 0.0001 for adamw, 0.001 for
-    lion, and 0 for muon."""
+    """Decoupled weight decay, in units of the learning rate; applied to kernels, not to biases or
+    normalization parameters; by default 0.0001 for adamw, 0.001 for lion, and 0 for muon."""
 
     max_grad_norm: Number = None
-    """Norm to which longer gradients are shortened; by default they are not."""
+    """Clip gradients to this global norm; by default no clipping."""
 
+    # Loss and batch.
     label_smoothing: float = 0.0
-    """Share of the uniform distribution in the labels that training aims at."""
+    """Label smoothing: weight of the uniform distribution in the training targets."""
 
     batch_size: int = 64
-    """Examples of one optimizer step, over all devices together."""
+    """Global batch size: examples per optimizer step, over all devices together."""
 
     accumulate: int = 1
-    """Groups in which a device computes its part of a batch, one after another, to save memory."""
+    """Number of microbatches per device for gradient accumulation, to save memory."""
 
+    # Averaging and stopping.
     ema_decay: Number = None
-    """Share that an exponential moving average of the parameters keeps of itself whenever devices agree, from the first
-    parameters on; then that average is evaluated and returned; by default there is none."""
+    """Decay of an exponential moving average of the parameters, updated at every aggregation.
+    The average starts at the initial parameters; it is evaluated and returned; by default none."""
 
     patience: Count = None
-    """Evaluations in a row that may fail to lower the validation loss before training ends; by default any number."""
+    """Early stopping: stop after this many evaluations without improvement of the validation loss;
+    by default no early stopping."""
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """What to do where loss or parameters become NaN or infinite: stop; leave out that round on all devices; or go back
-    to the newest checkpoint and halve all updates, at most three times."""
+    """Action if the loss or parameters become NaN or infinite: stop; skip the round on all devices;
+    or roll back to the newest checkpoint and halve all updates, at most three times."""
 
+    # Length of the run.
     epochs: int = 10
-    """How often to go through the training data."""
+    """Number of epochs."""
 
     steps: Count = None
-    """Optimizer steps to take, instead of --epochs; by default those of the epochs."""
+    """Number of optimizer steps, instead of --epochs; by default those of the epochs."""
 
     seed: int = 0
-    """Of the model's start, the data's order and dropout."""
+    """Random seed for initialization, data order, augmentation and dropout."""
 
 
 @dataclass(frozen=True)
 class AggregationOptions:
-    """How the devices agree."""
+    """When devices communicate, what they send, and how the result updates the parameters."""
 
     devices: Count = None
-    """Devices to train on, of each host; by default all accelerators, or if there is none 4 fake CPU devices, and of
-    several hosts 1 each."""
+    """Number of devices per host; by default all accelerators, or if there are none
+    4 fake CPU devices (1 per host with several hosts)."""
 
     strategy: StrategyName = "ddp"
 
+    # When devices communicate.
     sync_every: int = 0
-    """Steps that a device takes alone before they agree on parameters; 0 agrees on the gradient of every step."""
+    """Number of local steps before each aggregation of parameters;
+    0 aggregates the gradients of every step."""
 
     exact: bool = False
-    """Whether the training has the same bits on 1, 2, 4 and 8 fake CPU devices: 8 shards of each batch are computed one
-    after another, and their gradients summed in one order by every device."""
+    """Train to the same bits on 1, 2, 4 and 8 fake CPU devices: 8 shards of each batch are computed
+    one after another, and every device sums their gradients in the same order."""
 
     synchronous_steps: int = 0
-    """Steps at the start of the run at which the gradients are averaged, before --sync-every begins."""
+    """Number of initial steps that average the gradients, before --sync-every applies."""
 
+    # Compression, exchange and combination of messages.
     reduce: Literal["mean", "int8", "int4", "int2", "sign", "top_k", "random_k", "power_sgd"] = (
         "mean"
     )
-    """What is sent: numbers in float32 or fewer bits, the largest or random ones only, or products of low rank."""
+    """Compression of messages: none, in float32 (mean); quantization (int8, int4, int2, sign);
+    sparsification (top_k, random_k); or low rank (power_sgd)."""
 
     combine: Literal[
         "average",
@@ -227,144 +247,158 @@ class AggregationOptions:
         "geometric_median",
         "centered_clipping",
     ] = "average"
-    """What is made of what arrives: the average by examples, or a rule that bears bad devices."""
+    """Combination of messages: the average weighted by examples, or a Byzantine-robust rule."""
 
     exchange: Literal["two_phase", "gathered"] = "two_phase"
-    """How compressed messages travel: through the owner of each slice, or from everybody to everybody."""
+    """Exchange of compressed messages: through the owner of each slice, or by all-gather."""
 
     error_feedback: bool = False
-    """Whether to send with the next message what this one could not say."""
+    """Error feedback: add the residual of compressing a message to the next one."""
 
     feedback_decay: float = 1.0
-    """The part of it that is still sent, from 0 to 1."""
+    """Factor of the residual in --error-feedback, from 0 to 1."""
 
     levels: Literal["linear", "statistical"] = "linear"
-    """The values that few bits can say: evenly spaced, or the best for normally distributed numbers."""
+    """Quantization levels: evenly spaced, or optimal for normally distributed values."""
 
+    # Sparse and low-rank messages.
     keep: int = 128
-    """Numbers that top_k and random_k keep in each chunk."""
+    """Number of values per chunk that top_k and random_k keep."""
 
     chunk: int = 4096
-    """Numbers in a chunk."""
+    """Chunk size of top_k and random_k, in values."""
 
     kept_as: Literal["f32", "int8", "int4", "int2", "sign"] = "f32"
-    """How the kept numbers are written."""
+    """Format of the values that top_k and random_k keep."""
 
     rank: int = 4
-    """Rank of the products that power_sgd sends."""
+    """Rank of the approximation by power_sgd."""
 
+    # Byzantine-robust combination.
     byzantine: int = 1
-    """How many bad devices trimmed_mean, krum and multi_krum must bear."""
+    """Number of Byzantine devices that trimmed_mean, krum and multi_krum tolerate."""
 
     clip_radius: float = 1.0
-    """How far from the last message centered_clipping follows a device, in the norm of a whole message."""
+    """Radius of centered_clipping around the last aggregated message, as a global norm."""
 
+    # Differential privacy.
     clip_norm: Number = None
-    """Norm to which each device's message is clipped, for differential privacy; by default none."""
+    """Differential privacy: clip each device's message to this global norm; by default none."""
 
     noise_multiplier: float = 0.0
-    """Standard deviation of the noise on the sum of clipped messages, in units of --clip-norm."""
+    """Differential privacy: standard deviation of the noise on the sum of clipped messages,
+    in units of --clip-norm."""
 
+    # Update of the parameters.
     outer: Literal["average", "momentum", "nesterov", "adam"] = "average"
-    """What the center does with the agreed change: follow it, or an optimizer's step."""
+    """Outer optimizer of the aggregated change; average applies the change as it is."""
 
     outer_learning_rate: float = 1.0
-    """Of the outer optimizer."""
+    """Learning rate of the outer optimizer."""
 
     outer_momentum: float = 0.9
-    """Of the outer optimizers momentum and nesterov."""
+    """Momentum of the outer optimizers momentum and nesterov."""
 
     isotropic: bool = False
-    """Whether to give the agreed change of each matrix equal singular values before the outer optimizer."""
+    """Make the singular values of each matrix of the aggregated change equal before --outer."""
 
     proximal: float = 0.0
-    """How strongly a device is pulled to the round's first parameters while it is alone."""
+    """FedProx: strength of the pull of local steps to the parameters at the start of the round."""
 
     fragments: int = 1
-    """Parts of the model that are agreed on in turn, one a round, during the next round's steps."""
+    """Streaming DiLoCo: number of fragments of the model, aggregated in turn, one per round,
+    during the local steps of the next round."""
 
     graph: Literal["none", "ring", "exponential", "pairs"] = "none"
-    """The neighbors with whom each device mixes its own parameters, instead of a center."""
+    """Gossip: graph of neighbors with which a device mixes its parameters, instead of a center."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where the results go, and how often something is measured."""
+    """Output folder, checkpoints, evaluation and logging."""
 
+    # Folders and other runs.
     config: File = None
-    """The config.json of a run to be repeated, its options replaced by those given here; by default none."""
+    """The config.json of a run to repeat; options given here override it; by default none."""
 
     run_dir: Folder = None
-    """The folder for configuration, metrics, curves and checkpoints; by default runs/ with data set, model and time."""
+    """Folder for configuration, metrics, curves and checkpoints;
+    by default runs/ with data set, model and time."""
 
     resume: Literal["auto", "never"] = "auto"
-    """Whether to continue the run in --run-dir; `never` trains from the start, and moves an earlier run into the
-    subfolder previous-1, or the next number."""
+    """auto: continue the run in --run-dir. never: train from the start, and move an earlier run to
+    the subfolder previous-1, or the next number."""
 
     init_from: Folder = None
-    """Start from the parameters of this run, checkpoint, bundle or .safetensors file (default: random
-    initialization). The optimizer state and the step start anew; see --branch-from to continue a run with both."""
+    """Start from the parameters of this run, checkpoint, bundle or .safetensors file
+    (default: random initialization). Optimizer state and step are not taken;
+    see --branch-from to continue a run with both."""
 
     init_only: Names = ()
-    """Patterns of the parameters to take from --init-from, such as 'layers/0/*' (default: all of them must match)."""
+    """Patterns of the parameters to take from --init-from, such as 'layers/0/*'
+    (default: all parameters must match)."""
 
     branch_from: Folder = None
-    """Continue from this checkpoint of another run, with its options except those given here (default: none)."""
+    """Continue from this checkpoint of another run, with its options except those given here
+    (default: none)."""
 
+    # Checkpoints.
     save_every: Count = None
-    """At most so many optimizer steps, or a round where that is longer, lie between two checkpoints; by default those
-    of about a minute."""
+    """Largest number of optimizer steps between checkpoints, or a round if that is longer;
+    by default the steps of about a minute."""
 
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
 
     keep_best: Name = None
-    """The loss, or the metric such as accuracy, whose best checkpoint stays beside the newest, as measured on the
-    validation split or else the test split; whatever is the best so far is saved at once; by default only the newest
-    stay."""
+    """Also keep the checkpoint that is best by this metric, such as loss or accuracy, on the
+    validation split or else the test split. A new best is saved at once;
+    by default only the newest checkpoints are kept."""
 
+    # Evaluation and logging.
     eval_every: Count = None
-    """Optimizer steps between two evaluations, which wait for the end of a round; by default an epoch."""
+    """Optimizer steps between evaluations, each at the end of a round; by default an epoch."""
 
     log_every: int = 20
-    """At most so many optimizer steps, or a round where that is longer, lie between two lines of metrics."""
+    """Largest number of optimizer steps between rows of metrics, or a round if that is longer."""
 
     reestimate_batches: int = 0
-    """Training batches over which --norm batch takes its statistics anew before every evaluation."""
+    """Number of training batches from which the statistics of --norm batch are re-estimated
+    before every evaluation; 0 uses the running averages."""
 
     prompt: Text = None
-    """How the text starts that a language model writes at every evaluation; by default with the first character of its
-    training text."""
+    """Prompt of the text that a language model generates at every evaluation;
+    by default the first character of the training text."""
 
     sample_length: int = 200
-    """Characters of that text; 0 for none."""
+    """Number of characters to generate after --prompt; 0 for none."""
 
 
 @dataclass(frozen=True)
 class HostOptions:
-    """Where several hosts meet, each of which runs this command; by default what Slurm, MPI or a TPU pod says."""
+    """Hosts, each of which runs this command; by default those of Slurm, MPI or a TPU pod."""
 
     coordinator: Text = None
-    """Address and port of host 0, which it opens and all others reach, such as 10.0.0.1:1234; by default that of the
-    launcher."""
+    """Address and port of host 0, which it opens and all others reach, such as 10.0.0.1:1234;
+    by default that of the launcher."""
 
     num_processes: Count = None
-    """How many hosts there are; by default as many as the launcher has started."""
+    """Number of hosts; by default as many as the launcher has started."""
 
     process_id: Count = None
-    """Which of them this is, from 0; by default as the launcher says."""
+    """Index of this host, from 0; by default that of the launcher."""
 
     coordinator_bind: Text = None
-    """Address and port that host 0 opens where it is another than --coordinator, such as 0.0.0.0:1234; nobody who
-    reaches it is asked who they are."""
+    """Address and port that host 0 opens if it is not --coordinator, such as 0.0.0.0:1234;
+    connections are not authenticated."""
 
     join_timeout: int = 300
-    """Seconds that the hosts may take to come."""
+    """Timeout in seconds until all hosts have joined."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Trains one model centrally over many devices, and evaluates what they agreed on."""
+    """Trains one central model on many devices, and evaluates the aggregated parameters."""
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)

@@ -1,13 +1,13 @@
-"""The command line: read by tyro, checked in one sentence, and written to and read from a `config.json`.
+"""The command line: parsed by tyro, checked here, saved to and loaded from `config.json`.
 
-A saved configuration is a JSON object of options by name. It is read as a command line that stands before the user's
-own, so it passes the same checks, and what the user types wins.
+A saved configuration is a JSON object of options by name. It is converted to arguments that precede
+those of the user, so it passes the same checks, and the options of the user take precedence.
 """
 
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 from types import UnionType
@@ -29,33 +29,44 @@ from ctde_jax.errors import InputError, check_known, check_seed, did_you_mean, q
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Reads a command line, and the saved configuration that it names.
+    """Parses a command line, and the saved configuration that it names.
 
     `--help` prints the options and ends the process.
 
     Raises:
-        InputError: An option, a name or a value is wrong, or the saved configuration cannot be read.
+        InputError: If an option, a name or a value is wrong, or the saved configuration cannot be
+            read.
     """
+    # Check what the user typed, by itself.
     typed = _check(arguments)
     if {"--epochs", "--steps"} <= typed:
         raise InputError("epochs", "and --steps exclude each other; give one.")
     chosen = _parse(arguments)
+
+    # Find the saved options: those of --config, of this branch if it was started before, or else of
+    # the run that it branches off from.
     options: dict[str, Any] = {}
-    saved, is_parent = chosen.run.config, False
+    saved = chosen.run.config
+    is_parent = False
     if saved is None and chosen.run.branch_from is not None:
         saved = _config_of_branch(chosen.run)
         is_parent = saved is None
         saved = saved or _config_of(chosen.run.branch_from)
     if saved is not None:
         options = _load(saved)
-        if is_parent:  # where its parameters came from is not where those of the branch come from
+        # A branch starts from a checkpoint, not from the initial parameters of its parent. If the
+        # user changes the learning rate or its schedule, that schedule starts with the branch.
+        if is_parent:
             options = {name: value for name, value in options.items() if name not in _STARTS}
             if typed & {"--learning-rate", "--schedule", "--warmup-steps"}:
                 options["schedule_start"] = _step_of(chosen.run.branch_from)
         if "--epochs" in typed:
             options.pop("steps", None)
         _check(_as_arguments(options))
-    model, strategy = options.get("model", "mlp"), options.get("strategy", "ddp")
+
+    # If the user chooses another model or strategy, the saved options of the old one do not apply.
+    model = options.get("model", "mlp")
+    strategy = options.get("strategy", "ddp")
     if "--model" in typed:
         options = _without(options, ModelOptions, MODELS[model], MODELS[chosen.model.model])
         model = chosen.model.model
@@ -64,6 +75,8 @@ def parse(arguments: Sequence[str]) -> Config:
             options, AggregationOptions, PRESETS[strategy], PRESETS[chosen.aggregation.strategy]
         )
         strategy = chosen.aggregation.strategy
+
+    # In order of increasing precedence: presets, saved options, command line.
     options = {**MODELS[model].options, **PRESETS[strategy].options, **options}
     parsed = _parse([*_as_arguments(options), *arguments])
     _check_effect(typed, parsed)
@@ -71,31 +84,32 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 _STARTS = ("init_from", "init_only", "branch_from")
-"""The options that determine the first parameters of a run."""
+"""Options that determine the initial parameters of a run."""
 
 
 def _config_of_branch(run: RunOptions) -> Path | None:
-    """Returns the saved options of a branch that was started before; its parent may be gone."""
+    """Returns the saved options of a branch that was started before; its parent may not exist."""
     path = None if run.run_dir is None else run.run_dir / "config.json"
     return path if path is not None and run.resume == "auto" and os.path.isfile(path) else None
 
 
 def _config_of(checkpoint: Path) -> Path | None:
-    """Returns the saved options of the run to which a checkpoint belongs; None for what is no checkpoint."""
+    """Returns the saved options of a checkpoint's run, or None if this is not a checkpoint."""
     if not os.path.isfile(checkpoint / "manifest.json"):
         return None
     path = checkpoint.absolute().parent.parent / "config.json"
     if not path.is_file():
         raise InputError(
             "branch_from",
-            f"must be a checkpoint of a run of python -m ctde_jax.train, such as runs/mine/checkpoints/step-00000100, "
-            f"and {quoted(str(checkpoint))} belongs to none: there is no {path}.",
+            "must be a checkpoint of a run of python -m ctde_jax.train, such as "
+            f"runs/mine/checkpoints/step-00000100, and {quoted(str(checkpoint))} belongs to none: "
+            f"there is no {path}.",
         )
     return path
 
 
 def _step_of(checkpoint: Path | None) -> int:
-    """Returns the optimizer steps of a checkpoint, or 0 if its manifest cannot be read, which is reported later."""
+    """Returns the step of a checkpoint, or 0 if its manifest is unreadable (reported later)."""
     try:
         assert checkpoint is not None
         return int(
@@ -108,15 +122,16 @@ def _step_of(checkpoint: Path | None) -> int:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes the options as a JSON object that `--config` takes, without those that each run has for itself."""
+    """Writes the options as a JSON object for `--config`, without those of a single run."""
     chosen = {name: value for name, value in _flat(config).items() if name not in _OF_ONE_RUN}
+    # Paths are made absolute, so that the file can be used from any folder.
     path.write_text(
         json.dumps(chosen, indent=2, default=lambda p: str(p.resolve())) + "\n", encoding="utf-8"
     )
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """Returns the options that decide the numbers of a run, by name."""
+    """Returns the options that determine the numbers of a run, by name."""
     options = _flat(config).items()
     return {name: value for name, value in options if name not in _OF_ONE_RUN + _DECIDE_NOTHING}
 
@@ -135,7 +150,9 @@ _DECIDE_NOTHING = (
     "prompt",
     "sample_length",
 )
-"""Another number of devices, or another place of the data, is the same run; epochs count as steps."""
+"""Options that may change when a run continues, such as the devices or the location of the data.
+
+Initial parameters are compared by their digest instead, and epochs as steps."""
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -146,22 +163,27 @@ def _flat(config: Config) -> dict[str, Any]:
 
 
 def new_run_folder(config: Config, prefix: str = "") -> Path:
-    """Names a folder for a run that none is named for: by data, model, time and process, as two may start at once."""
+    """Returns a folder for a run without --run-dir, by data set, model, time and process."""
+    # Two runs may start within a second, so the time alone is not unique.
     now = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     return Path("runs") / f"{prefix}{config.data.dataset}-{config.model.model}-{now}"
 
 
 def take(option: str, arguments: Sequence[str], rule: str) -> tuple[str | None, list[str]]:
-    """Takes an option that only one command has, with its value, out of a command line of the options of a run.
+    """Removes an option that only one command has, with its value, from the options of a run.
 
     Args:
-        option: Its name, as a field would be written.
-        arguments: The command line.
-        rule: What its value must be, as a sentence about it says.
+        option: Name of the option, spelled as a field.
+        arguments: Command line.
+        rule: Rule for the value, to complete a sentence that starts with "must".
+
+    Returns:
+        The value of the option, or None if it is not given, and the remaining arguments.
 
     Raises:
-        InputError: It has no value.
+        InputError: If the option has no value.
     """
+    # Split `--option=value`, so that both spellings are handled alike.
     flag = as_flag(option)
     flat = [
         part
@@ -178,7 +200,7 @@ def take(option: str, arguments: Sequence[str], rule: str) -> tuple[str | None, 
 
 
 def flag(argument: str) -> str:
-    """Writes an argument of the library as the option that sets it, where there is one."""
+    """Returns the option that sets an argument of the library, or the argument if there is none."""
     option = _OPTION_OF.get(argument, argument)
     return as_flag(option) if option in _option_types() else argument
 
@@ -194,12 +216,24 @@ _OPTION_OF = {
     "size": "cutout",
     "blocks": "layers",
 }
-"""The options that bear another name than the argument they set."""
+"""Options whose names differ from the arguments that they set."""
 
 
 def _parse(arguments: Sequence[str]) -> Config:
     flat = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config)
-    return tyro.cli(flat, prog="python -m ctde_jax.train", args=arguments)
+    parsed = tyro.cli(flat, prog="python -m ctde_jax.train", args=arguments)
+    groups = {group.name: getattr(parsed, group.name) for group in fields(parsed)}
+    return replace(parsed, **{name: _with_expanded_paths(group) for name, group in groups.items()})
+
+
+def _with_expanded_paths(group: Any) -> Any:
+    """Replaces `~` in paths: a shell leaves it in `--branch-from=~/run`."""
+    paths = {
+        option.name: Path(os.path.expanduser(value))
+        for option in fields(group)
+        if isinstance(value := getattr(group, option.name), Path)
+    }
+    return replace(group, **paths)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -211,6 +245,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise _bad_config(path, f"is no JSON ({error})") from error
     if not isinstance(saved, dict):
         raise _bad_config(path, f"holds a {type(saved).__name__} instead of an object")
+
+    # Check names and types here; the values are checked with those of the command line.
     types = _option_types()
     for name, value in saved.items():
         if name not in types:
@@ -226,7 +262,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _is_saved(value: Any, kind: Any) -> bool:
-    """Says whether a JSON value may stand for an option; what it says is checked as if it had been typed."""
+    """Returns whether a JSON value has a type of an option; its content is checked by `_check`."""
     if value is None:
         return isinstance(kind, UnionType)
     if get_origin(kind) is tuple:
@@ -238,7 +274,8 @@ def _is_saved(value: Any, kind: Any) -> bool:
 
 
 def _without(options: dict[str, Any], group: type, before: Preset, after: Preset) -> dict[str, Any]:
-    """Leaves out what belongs to a choice that is made anew: the group's options, and what a preset says of others."""
+    """Removes the options of a group, and those of other groups that one of two presets sets."""
+    # The number of devices belongs to the machine, not to the strategy.
     dropped = (
         {option.name for option in fields(group)} | before.options.keys() | after.options.keys()
     )
@@ -250,14 +287,14 @@ def _without(options: dict[str, Any], group: type, before: Preset, after: Preset
 def _as_arguments(options: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for name, value in options.items():
+        # Flags have a negated form. Empty tuples and None are defaults, which are left out.
         if isinstance(value, bool):
             arguments.append(as_flag(name if value else f"no_{name}"))
         elif isinstance(value, (list, tuple)):
             arguments += [] if not value else [as_flag(name), *map(str, value)]
         elif value is not None:
-            arguments.append(
-                f"{as_flag(name)}={value}"
-            )  # a value is one, also where it looks like an option
+            # A value may look like an option, so it must not stand alone.
+            arguments.append(f"{as_flag(name)}={value}")
     return arguments
 
 
@@ -274,12 +311,15 @@ def _unknown(name: str, known: Iterable[str]) -> InputError:
 
 
 def _check(arguments: Sequence[str]) -> set[str]:
-    """Returns the options of a command line, and says in one sentence what is wrong with a name or a value.
+    """Returns the names of the options in a command line, after it has checked names and values.
 
-    The parser would say it, too, but in a box.
+    tyro checks them as well, but prints its errors in a box instead of one line.
     """
+    # Types by option, including the negated form of flags.
     types = {as_flag(name): kind for name, kind in _option_types().items()}
     types |= {as_flag(f"no_{name}"): bool for name, kind in _option_types().items() if kind is bool}
+
+    # Group the arguments: each option with the values that follow it.
     given: list[tuple[str, list[str]]] = []
     for word in arguments:
         if word.startswith("--") or not given:
@@ -287,6 +327,8 @@ def _check(arguments: Sequence[str]) -> set[str]:
             given.append((name, value))
         else:
             given[-1][1].append(word)
+
+    # Options after --help are not checked.
     for name, values in given:
         if name in ("-h", "--help"):
             break
@@ -298,7 +340,7 @@ def _check(arguments: Sequence[str]) -> set[str]:
 
 
 def _check_effect(typed: set[str], parsed: Config) -> None:
-    """Raises InputError for an option that was typed and would do nothing."""
+    """Raises InputError if an option on the command line would have no effect."""
     values = _flat(parsed)
     for option, (other, allowed) in NEEDS.items():
         if as_flag(option) in typed and values[other] not in allowed:
@@ -310,15 +352,19 @@ def _check_effect(typed: set[str], parsed: Config) -> None:
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:
+    # A flag takes no value, an option one, an option that is a tuple any number.
     if kind is bool:
         if values:
             raise InputError(option, f"takes no value, got {' '.join(values)}.")
         return
-    many, optional = get_origin(kind) is tuple, isinstance(kind, UnionType)
+    many = get_origin(kind) is tuple
+    optional = isinstance(kind, UnionType)
     if many or optional:
         kind = get_args(kind)[0]
     if len(values) != 1 and not many:
         raise InputError(option, f"takes one value, got {' '.join(values) or 'none'}.")
+
+    # Each value must be one of the choices, a number in range, or a path.
     if get_origin(kind) is Literal:
         check_known(option, values[0], get_args(kind))
     for value in values:
@@ -337,10 +383,11 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
 
 
 _LARGEST = 2**31 - 1
-"""Whole numbers are at most this, as JAX counts with 32 bits, one of them for the sign."""
+"""Largest absolute value of an integer option, as JAX computes with int32."""
 
 
 def _can_be_path(value: str) -> bool:
+    # Neither a null byte nor a character that the file system cannot encode can be in a path.
     try:
         return bool(value) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:

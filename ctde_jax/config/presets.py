@@ -1,7 +1,8 @@
-"""Published ways to agree, and the networks, each as the options that it stands for.
+"""Published strategies and networks as presets of options.
 
-A preset is nothing but default values: `--strategy diloco` or `--model cnn` reads the options below, and whatever else
-is given replaces them. `ctde_jax.strategy("diloco")` makes the same strategy in Python.
+A preset consists of default values: `--strategy diloco` or `--model cnn` sets the options below,
+and options that are given override them. `ctde_jax.strategy("diloco")` returns the same strategy in
+Python.
 """
 
 from collections.abc import Mapping
@@ -12,17 +13,19 @@ class Preset(NamedTuple):
     """A published method or network."""
 
     options: Mapping[str, Any]
-    """Fields of `AggregationOptions` or `ModelOptions`, and of `OptimizationOptions` if the method needs them."""
+    """Fields of `AggregationOptions` or `ModelOptions`, and if needed of `OptimizationOptions`."""
 
     says: str
-    """What it is, its paper, and the values that are recommended."""
+    """Description, paper and recommended values, for the help text."""
 
 
+# Options that several presets share.
 NESTEROV = {"outer": "nesterov", "outer_learning_rate": 0.7, "outer_momentum": 0.9}
 DILOCO = {"optimizer": "adamw", "sync_every": 32, **NESTEROV}
 FEDAVG = {"optimizer": "sgd", "learning_rate": 0.1, "sync_every": 20}
 
 PRESETS = {
+    # Every step, or plain averages of local steps.
     "ddp": Preset({}, "the mean gradient at every step"),
     "local-sgd": Preset(
         {"sync_every": 8},
@@ -30,11 +33,14 @@ PRESETS = {
     ),
     "post-local-sgd": Preset(
         {"sync_every": 16, "synchronous_steps": 64},
-        "synchronous at first, then local SGD (Lin et al., 2020); synchronous until the learning rate falls",
+        "synchronous at first, then local SGD (Lin et al., 2020); synchronous until the learning "
+        "rate falls",
     ),
+    # Federated averaging.
     "fedavg": Preset(
         FEDAVG,
-        "local SGD on --clients that keep their data (McMahan et al., 2017); alone for 1 to 5 of a client's epochs",
+        "local SGD on --clients that keep their data (McMahan et al., 2017); alone for 1 to 5 of a "
+        "client's epochs",
     ),
     "fedprox": Preset(
         {**FEDAVG, "proximal": 0.01},
@@ -42,26 +48,30 @@ PRESETS = {
     ),
     "fedadam": Preset(
         {**FEDAVG, "outer": "adam", "outer_learning_rate": 0.01},
-        "fedavg with Adam at the center (Reddi et al., 2021); --outer-learning-rate of 0.001 to 0.1",
+        "fedavg with Adam at the center (Reddi et al., 2021); --outer-learning-rate of 0.001 to "
+        "0.1",
     ),
+    # Slow momentum, and DiLoCo with its variants.
     "slowmo": Preset(
         {"sync_every": 12, "outer": "momentum", "outer_learning_rate": 1.0, "outer_momentum": 0.5},
-        "local SGD with slow momentum (Wang et al., 2020), here of changes that are not divided by the learning rate; "
-        "every 12 to 48 steps, --outer-momentum of 0.4 to 0.8",
+        "local SGD with slow momentum (Wang et al., 2020), here of changes that are not divided "
+        "by the learning rate; every 12 to 48 steps, --outer-momentum of 0.4 to 0.8",
     ),
     "diloco": Preset(
         DILOCO,
-        "AdamW inside, Nesterov outside (Douillard et al., 2023); every 500 steps in the paper, fewer in shorter runs, "
-        "--outer-learning-rate 0.7, --outer-momentum 0.9, or less of both in short runs",
+        "AdamW inside, Nesterov outside (Douillard et al., 2023); every 500 steps in the paper, "
+        "fewer in shorter runs, --outer-learning-rate 0.7, --outer-momentum 0.9, or less of both "
+        "in short runs",
     ),
     "streaming-diloco": Preset(
         {**DILOCO, "sync_every": 8, "fragments": 4},
-        "diloco by fragments that travel during the next steps (Douillard et al., 2025); --sync-every counts the steps "
-        "between two fragments; --reduce int4",
+        "diloco by fragments that travel during the next steps (Douillard et al., 2025); "
+        "--sync-every counts the steps between two fragments; --reduce int4",
     ),
     "mu-loco": Preset(
         {**DILOCO, "optimizer": "muon"},
-        "diloco with Muon inside (Thérien et al., 2025); --reduce int4 or int2 with --error-feedback",
+        "diloco with Muon inside (Thérien et al., 2025); --reduce int4 or int2 with "
+        "--error-feedback",
     ),
     "sparse-loco": Preset(
         {
@@ -79,24 +89,26 @@ PRESETS = {
                 "feedback_decay": 0.95,
             },
         },
-        "the largest numbers of each chunk in 2 bits, with error feedback instead of outer momentum (Sarfi et al., "
-        "2025); every 15 to 50 steps, --keep of 32 to 128 in 4096",
+        "the largest numbers of each chunk in 2 bits, with error feedback instead of outer "
+        "momentum (Sarfi et al., 2025); every 15 to 50 steps, --keep of 32 to 128 in 4096",
     ),
     "iso-loco": Preset(
         {**DILOCO, "isotropic": True},
         "diloco whose outer gradient has equal singular values (after Marczak et al., 2025)",
     ),
+    # Mixing with neighbors, without central parameters.
     "gossip": Preset(
         {"sync_every": 1, "graph": "ring"},
-        "no center: the mean with the neighbors in a graph (Lian et al., 2017); --graph exponential mixes fastest",
+        "no center: the mean with the neighbors in a graph (Lian et al., 2017); --graph "
+        "exponential mixes fastest",
     ),
     "no-loco": Preset(
         {
             **{"optimizer": "adamw", "sync_every": 32, "graph": "pairs"},
             **{"outer": "momentum", "outer_learning_rate": 0.7, "outer_momentum": 0.5},
         },
-        "no center: diloco with one random partner in each round (Kolehmainen et al., 2025); every 50 to 250 steps in "
-        "the paper",
+        "no center: diloco with one random partner in each round (Kolehmainen et al., 2025); every "
+        "50 to 250 steps in the paper",
     ),
 }
 
@@ -111,9 +123,11 @@ MODELS = {
         {"learning_rate": 0.002, "widths": (16, 32, 64)},
         "residual blocks that normalize first (He et al., 2016)",
     ),
+    # Gradients of long sequences are clipped, as they may explode.
     "lstm": Preset(
         {"learning_rate": 0.003, "max_grad_norm": 1.0, "init": "recurrent"},
-        "long short-term memory (Hochreiter and Schmidhuber, 1997), which reads a sequence or writes on a text",
+        "long short-term memory (Hochreiter and Schmidhuber, 1997), which reads a sequence or "
+        "writes on a text",
     ),
     "gru": Preset(
         {"learning_rate": 0.003, "max_grad_norm": 1.0},
@@ -130,26 +144,27 @@ MODELS = {
         "a decoder that writes on a text (Vaswani et al., 2017)",
     ),
 }
-"""The networks; options that are not named have their own default values."""
+"""Networks; options that are not listed have the defaults of their fields."""
 
 
 def as_flag(option: str) -> str:
-    """Writes a field as the option of the command line."""
+    """Returns the command-line option of a field."""
     return "--" + option.replace("_", "-")
 
 
 def describe(presets: Mapping[str, Preset]) -> str:
-    """Says of every preset what it is, whose, what is recommended and what it sets, one line each."""
+    """Returns a line for each preset: description, paper, recommended values, options it sets."""
     return "\n".join(
         f"{name}: {preset.says}{_settings(preset)}." for name, preset in presets.items()
     )
 
 
 def _settings(preset: Preset) -> str:
+    # A flag that is on has no value.
     flags = [
-        f"{as_flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".removesuffix(
-            " True"
-        )
+        (
+            f"{as_flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        ).removesuffix(" True")
         for name, value in preset.options.items()
     ]
     return f"; sets {' '.join(flags)}" if flags else ""

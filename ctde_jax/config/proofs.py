@@ -1,4 +1,4 @@
-"""What a training promises, proved on the user's own machine; see `verify.py`."""
+"""Proofs of the guarantees of training, run on the user's machine; see `verify.py`."""
 
 import json
 import random
@@ -26,24 +26,33 @@ from ctde_jax.trainer import Row, console
 KILLS = 5
 
 Verdict = tuple[list[str], str]
-"""What does not hold, and what holds where nothing does not."""
+"""The violations, and the sentence to print if there are none."""
 
 
 def prove_resume(arguments: Sequence[str]) -> Verdict:
-    """Runs the command of a run to its end, and again, killed at random moments."""
-    chosen, screen, draw = _parse(arguments), console(), random.Random()
+    """Proves that a run killed at random moments ends with the bits of an uninterrupted run."""
+    chosen = _parse(arguments)
+    screen = console()
+    draw = random.Random()
     with TemporaryDirectory() as folder:
-        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        # Train once without interruption, as the reference.
+        whole = Path(folder) / "whole"
+        killed = Path(folder) / "killed"
         command = [sys.executable, "-m", "ctde_jax.train", *arguments, "--run-dir"]
         with screen.status("training without a break"):
             _end([*command, str(whole)])
         taken = checkpoint.steps(whole / CHECKPOINTS)
-        first, last = min(taken), max(taken)
-        every, kills = chosen.run.save_every or chosen.run.log_every, 0
-        if (
-            chosen.run.save_every is None
-        ):  # about once a minute, so a short run would have none on the way
+        first = min(taken)
+        last = max(taken)
+
+        # By default, checkpoints are about a minute apart, too few for a short run to be resumed.
+        every = chosen.run.save_every or chosen.run.log_every
+        kills = 0
+        if chosen.run.save_every is None:
             command[-1:-1] = ["--save-every", str(every)]
+
+        # Kill the second run several times, each time within about the time that `every` steps take
+        # after its next checkpoint. At least one kill must leave it in the middle of its steps.
         seconds = (_written(whole, last) - _written(whole, first)) * every / max(1, last - first)
         for _ in range(KILLS):
             with screen.status("training, to be killed"):
@@ -65,26 +74,35 @@ def prove_resume(arguments: Sequence[str]) -> Verdict:
                 "verify",
                 "resume was killed in the middle of no run, so it proves nothing: train longer.",
             )
+
+        # Let the second run end, and compare the two.
         with screen.status("training to the end"):
             _end([*command, str(killed)])
-        one, wrong = _newest(whole), _differing(whole, killed)
+        one = _newest(whole)
+        wrong = _differing(whole, killed)
         rows = [_rows(whole), _rows(killed)]
     differences = [f"the bits of {name} differ" for name in wrong]
     differences += [] if rows[0] == rows[1] else [f"the rows of {METRICS} differ"]
     return (
         differences,
-        f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has killed",
+        f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has "
+        "killed",
     )
 
 
 def prove_exact(arguments: Sequence[str]) -> Verdict:
-    """Runs the command of a run with `--exact` on 1, 2, 4 and 8 devices, or as many as there are."""
+    """Proves that `--exact` trains to the same bits on 1, 2, 4 and 8 devices (if available)."""
     arguments = ["--exact", *(word for word in arguments if word != "--exact")]
     if _parse(arguments).aggregation.devices is not None:
         raise InputError("devices", "must be left out, as their number is what changes.")
+
+    # Fake CPU devices are not limited; of accelerators, take no more than there are.
     here = start()
     counts = [count for count in (1, 2, 4, 8) if here[0].platform == "cpu" or count <= len(here)]
-    screen, wrong = console(), []
+    screen = console()
+    wrong = []
+
+    # Train on each number of devices, and compare with one device.
     with TemporaryDirectory() as folder:
         folders = {count: Path(folder) / str(count) for count in counts}
         for count, own in folders.items():
@@ -99,24 +117,31 @@ def prove_exact(arguments: Sequence[str]) -> Verdict:
 
 
 def prove_replicas(arguments: Sequence[str]) -> Verdict:
-    """Trains; what the devices share is compared after every dispatch."""
+    """Proves that devices share the same state: training compares it after every dispatch."""
     chosen = _parse(arguments)
     if len(start(chosen.aggregation.devices, FAKE_DEVICES)) == 1:
         raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
+
+    # A difference raises ReplicasDiverged, which the command reports.
     trained = train(chosen, time.perf_counter())
-    devices, steps = f"{len(trained.devices)} devices", trained.history[-1]["step"]
+    devices = f"{len(trained.devices)} devices"
+    steps = trained.history[-1]["step"]
     return (
         [],
-        f"what the {devices} share was the same on all of them after every dispatch of {steps:,} steps",
+        f"what the {devices} share was the same on all of them after every dispatch of {steps:,} "
+        "steps",
     )
 
 
 def prove_eval(arguments: Sequence[str]) -> Verdict:
-    """Trains, and counts the test examples again, one after another on one device."""
+    """Proves that every test example counts once: evaluates them one by one on one device."""
     chosen = _parse(arguments)
     trained = train(chosen, time.perf_counter())
+
+    # Evaluate each example by itself, so that neither padding nor sharding can matter.
     test = build.load_data(chosen.data, chosen.optimization.seed).test
-    inputs, labels = np.asarray(test.inputs), np.asarray(test.labels)
+    inputs = np.asarray(test.inputs)
+    labels = np.asarray(test.labels)
     infer = jax.jit(trained.model.apply)
     outputs = [
         infer(trained.params, trained.model_state, inputs[i : i + 1], None)[0]
@@ -124,6 +149,8 @@ def prove_eval(arguments: Sequence[str]) -> Verdict:
     ]
     measured = jax.device_get(trained.task.measure(jnp.concatenate(outputs), jnp.asarray(labels)))
     alone = {name: float(values.mean(dtype=np.float64)) for name, values in measured.items()}
+
+    # The order of summation differs, so the averages agree only up to rounding.
     tested = trained.tested
     differences = [
         f"the test {name} is {tested[name]:.6f} on all devices, and {value:.6f} one by one"
@@ -134,16 +161,19 @@ def prove_eval(arguments: Sequence[str]) -> Verdict:
         differences.append(f"{tested['examples']:,} examples were counted, of {len(inputs):,}")
     return (
         differences,
-        f"all {len(inputs):,} test examples count once, one by one as on {len(trained.devices)} devices",
+        f"all {len(inputs):,} test examples count once, one by one as on {len(trained.devices)} "
+        "devices",
     )
 
 
 def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
-    """Reads every checkpoint of a run, or one."""
+    """Proves that every checkpoint of a run, or a given one, is as it was written."""
     if len(arguments) != 1:
         raise InputError(
             "verify", "checkpoint wants the folder of a run or of a checkpoint, and nothing else."
         )
+
+    # Find the checkpoints of a run; otherwise the folder must be a checkpoint.
     folder = Path(arguments[0])
     within = folder / CHECKPOINTS
     paths = [checkpoint.path_of(within, step) for step in checkpoint.steps(within)]
@@ -153,7 +183,10 @@ def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
             f"checkpoint wants the folder of a run or of a checkpoint, and {folder} is neither.",
         )
     paths = paths or [folder]
-    damaged, tensors = [], 0
+
+    # Reading a checkpoint verifies its checksums.
+    damaged = []
+    tensors = 0
     for path in paths:
         try:
             tensors += len(checkpoint.read(path).tensors)
@@ -166,6 +199,7 @@ def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
 
 
 def _parse(arguments: Sequence[str]) -> Config:
+    # A proof runs on this host alone, and must train instead of reading a run that is complete.
     chosen = parse(arguments)
     hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if chosen.run.run_dir is not None:
@@ -182,7 +216,7 @@ def _end(command: Sequence[str]) -> None:
 
 
 def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
-    """Kills a process so many seconds after its first new checkpoint; returns whether it was still alive."""
+    """Kills a process `seconds` after its next checkpoint; returns whether it was still alive."""
     before = checkpoint.steps(folder)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and checkpoint.steps(folder) == before:
@@ -196,7 +230,7 @@ def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
 
 
 def _written(folder: Path, step: int) -> float:
-    """Returns the second in which a run has written a checkpoint."""
+    """Returns the time at which a run wrote a checkpoint, in seconds since the epoch."""
     return (checkpoint.path_of(folder / CHECKPOINTS, step) / checkpoint.MANIFEST).stat().st_mtime
 
 
@@ -205,8 +239,10 @@ def _newest(folder: Path) -> Checkpoint:
 
 
 def _differing(one: Path, other: Path) -> list[str]:
-    """Names the tensors of which two runs have not the same bits."""
-    these, those = _newest(one).tensors, _newest(other).tensors
+    """Returns the names of the tensors whose bits differ between two runs."""
+    # Compare bytes: 0.0 equals -0.0, and NaN does not equal itself.
+    these = _newest(one).tensors
+    those = _newest(other).tensors
     names = sorted(these.keys() | those.keys())
     return [
         name
@@ -216,7 +252,7 @@ def _differing(one: Path, other: Path) -> list[str]:
 
 
 def _rows(folder: Path) -> list[Row]:
-    """The rows of a run, but for its speed."""
+    """Returns the rows of a run without its speed, which differs between runs."""
     rows = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
     return [
         {name: value for name, value in row.items() if name != "examples_per_second"}
@@ -231,4 +267,4 @@ PROOFS: Mapping[str, Callable[[Sequence[str]], Verdict]] = {
     "eval": prove_eval,
     "checkpoint": prove_checkpoint,
 }
-"""By what the command line calls them."""
+"""Proofs by their names on the command line."""

@@ -1,4 +1,4 @@
-"""What the command line says before and after a run: the plan, and the result."""
+"""Tables that the command line prints before and after a run: the plan and the result."""
 
 from math import prod
 from pathlib import Path
@@ -16,12 +16,16 @@ from ctde_jax.trainer import Trained, Training
 
 
 def plan(config: Config, training: Training, folder: Path) -> Table:
-    """Says what is about to be trained on what, and where the results go."""
-    devices, data, partition = training.devices, training.data, training.partition
-    network, optimization = config.model, config.optimization
+    """Returns a table of what is trained, on which devices and data, and of the output folder."""
+    devices = training.devices
+    data = training.data
+    partition = training.partition
+    network = config.model
+    optimization = config.optimization
     kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
     params, _ = training.shapes
 
+    # Devices and hosts. Fake devices share the cores of this host.
     picture = " (partition.png)" if data.classes else ""
     table = Table.grid(padding=(0, 2))
     count = len({device.process_index for device in devices})
@@ -36,17 +40,23 @@ def plan(config: Config, training: Training, folder: Path) -> Table:
             "",
             f"{here} fake devices share {cores}: for demonstration; --devices 1 is usually faster.",
         )
+
+    # Data set and inputs.
     table.add_row(
         "data",
-        f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples, {data.kinds}",
+        f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test "
+        f"examples, {data.kinds}",
     )
     for note in data.notes:
         table.add_row("", note)
     table.add_row("inputs", _describe_inputs(data))
+
+    # Assignment of examples: reshuffled, to clients, or to devices.
     if partition is None:
         table.add_row(
             "split",
-            f"dealt anew in every epoch, {len(data.train.inputs) / len(devices):,.0f} examples to each device",
+            f"dealt anew in every epoch, {len(data.train.inputs) / len(devices):,.0f} examples to "
+            "each device",
         )
     elif len(partition) > len(devices):
         sizes = f"{min(map(len, partition)):,} to {max(map(len, partition)):,}"
@@ -61,13 +71,16 @@ def plan(config: Config, training: Training, folder: Path) -> Table:
         table.add_row(
             "split", f"{config.data.partition}: {sizes} examples stay on their device{picture}"
         )
+
+    # Model, batch, optimizer and strategy.
     table.add_row(
         "model", f"{describe_network(network, data)}, {count_params(params):,} parameters"
     )
     groups = f" in {optimization.accumulate} groups" if optimization.accumulate > 1 else ""
     table.add_row(
         "batch",
-        f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on each device{groups}",
+        f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on "
+        f"each device{groups}",
     )
     table.add_row(
         "steps", f"{training.total_steps:,}, {training.source.steps_per_epoch:,} an epoch"
@@ -79,16 +92,18 @@ def plan(config: Config, training: Training, folder: Path) -> Table:
 
 
 def describe_network(chosen: ModelOptions, data: Dataset) -> str:
-    """Says what the network is, and how it starts."""
+    """Describes the network, its initialization and its precision."""
     shape = data.train.inputs.shape[1:]
     match chosen.model:
         case "mlp":
             words = [
-                f"{'-'.join(map(str, (prod(shape), *chosen.widths, len(data.classes))))} with {chosen.activation}"
+                f"{'-'.join(map(str, (prod(shape), *chosen.widths, len(data.classes))))} with "
+                f"{chosen.activation}"
             ]
         case "resnet":
             words = [
-                f"{chosen.layers} a stage of {', '.join(map(str, chosen.widths))} channels, {chosen.norm} norm"
+                f"{chosen.layers} a stage of {', '.join(map(str, chosen.widths))} channels, "
+                f"{chosen.norm} norm"
             ]
         case "cnn":
             words = [f"on {' x '.join(map(str, shape))}"]
@@ -96,6 +111,7 @@ def describe_network(chosen: ModelOptions, data: Dataset) -> str:
             words = [f"{chosen.layers} blocks of width {chosen.width}, {chosen.heads} heads"]
         case _:
             words = [f"{chosen.layers} layer{'s' * (chosen.layers > 1)} of width {chosen.width}"]
+    # Name options only if they differ from their defaults.
     if chosen.dropout:
         words.append(f"dropout {chosen.dropout:g}")
     if chosen.init != "flax":
@@ -104,7 +120,7 @@ def describe_network(chosen: ModelOptions, data: Dataset) -> str:
 
 
 def describe_optimization(chosen: OptimizationOptions) -> str:
-    """Says how each step goes downhill."""
+    """Describes the optimizer and the learning-rate schedule."""
     words = [
         f"{chosen.optimizer}, learning rate {chosen.learning_rate:g}, {chosen.schedule}, "
         f"{chosen.warmup_steps} warm-up steps"
@@ -122,10 +138,11 @@ def describe_optimization(chosen: OptimizationOptions) -> str:
 
 
 def describe_strategy(chosen: AggregationOptions) -> str:
-    """Says when the devices talk, what they send, and what is made of it."""
+    """Describes when devices communicate, what they send, and how the result is applied."""
     combined = (
         "the mean" if chosen.combine == "average" else f"the {chosen.combine.replace('_', ' ')}"
     )
+    # When the devices communicate.
     words = [f"{combined} of the gradients at every step"]
     if chosen.exact:
         words.append(
@@ -136,6 +153,8 @@ def describe_strategy(chosen: AggregationOptions) -> str:
         words = [f"{combined} of the parameters after {steps} alone"]
     if chosen.synchronous_steps:
         words.append(f"after {chosen.synchronous_steps} synchronous steps")
+
+    # Messages and their receivers.
     if chosen.reduce != "mean":
         feedback = " with error feedback" if chosen.error_feedback else ""
         kept = (
@@ -157,6 +176,8 @@ def describe_strategy(chosen: AggregationOptions) -> str:
         words.append(f"one of {chosen.fragments} fragments at a time")
     if chosen.clip_norm is not None:
         words.append(f"clipped to {chosen.clip_norm:g} with noise of {chosen.noise_multiplier:g}")
+
+    # The local steps and the outer optimizer.
     if chosen.proximal:
         words.append(f"pulled to the center by {chosen.proximal:g}")
     if chosen.isotropic:
@@ -169,23 +190,30 @@ def describe_strategy(chosen: AggregationOptions) -> str:
 
 def _describe_inputs(data: Dataset) -> str:
     shape = " x ".join(map(str, data.train.inputs.shape[1:]))
+    seen = "as they are"
     if data.scale.ndim:
         seen = "standardized"
-    else:
-        seen = "as they are" if data.scale == 1 else f"divided by {1 / float(data.scale):g}"
+    elif data.scale != 1:
+        seen = f"divided by {1 / float(data.scale):g}"
     return f"{shape} {data.train.inputs.dtype}, which reach the model {seen}"
 
 
 def result(trained: Trained, folder: Path) -> Table:
-    """Says what came of a run, and where its time went."""
+    """Returns a table of the test metrics of a run, its traffic and its wall time."""
+    # The title names the step of the parameters, and how the run ended.
     tested = trained.tested
     title = f"after {trained.step:,} steps"
     if trained.interrupted:
-        title = f"interrupted at step {trained.step:,}; the same command with --run-dir {folder} goes on"
+        title = (
+            f"interrupted at step {trained.step:,}; the same command with --run-dir {folder} "
+            "goes on"
+        )
     elif "train" not in trained.seconds:
         title = f"complete at step {trained.step:,} before; nothing was trained"
     if trained.step < trained.history[-1]["step"]:
         title += ", the best of those evaluated"
+
+    # Test metrics and traffic.
     table = Table(title=title, show_header=False)
     table.add_row("test accuracy", f"{tested['accuracy']:.2%}")
     table.add_row("test loss", f"{tested['loss']:.4f}")
@@ -194,6 +222,8 @@ def result(trained: Trained, folder: Path) -> Table:
     table.add_row("examples evaluated", f"{tested['examples']:,}")
     sent = max(row.get("bytes_sent", 0) for row in trained.history)
     table.add_row("sent by each device", decimal(sent))
+
+    # Wall time by part.
     table.add_section()
     for part, seconds in trained.seconds.items():
         table.add_row(part, f"{seconds:.2f} s")

@@ -1,4 +1,4 @@
-"""The rules between options, in tables: which option needs which other, and which exclude each other."""
+"""Rules between options, as tables: which option needs another, and which exclude each other."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,19 +7,20 @@ from ctde_jax.config.options import AggregationOptions, DataOptions
 from ctde_jax.errors import InputError, check_at_least, check_at_most
 
 _MOST_FRAGMENTS = 1000
-"""Each fragment is a part of the program of a round."""
+"""Largest number of fragments, each of which is a part of the program of a round."""
 
 
 class Exclusion(NamedTuple):
-    """Options of the aggregation that must keep their defaults under a condition."""
+    """Options of the aggregation that must keep their defaults if a condition holds."""
 
     applies: Callable[[AggregationOptions], Any]
     options: tuple[str, ...]
     sentence: str
-    """What the option must do; fields of the options in braces become their values."""
+    """End of the error message; names of options in braces are replaced by their values."""
 
 
 EXCLUSIONS = (
+    # Exactness, and options of rounds with local steps.
     Exclusion(
         lambda chosen: chosen.exact,
         ("sync_every", "reduce", "combine", "clip_norm"),
@@ -30,6 +31,7 @@ EXCLUSIONS = (
         ("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"),
         "needs steps alone (sync_every) of at least 1, got {sync_every}.",
     ),
+    # Gossip and fragments, which determine what is sent.
     Exclusion(
         lambda chosen: chosen.graph != "none",
         ("reduce", "combine", "clip_norm", "fragments"),
@@ -45,6 +47,7 @@ EXCLUSIONS = (
         ("isotropic",),
         "must be left out with fragments, which cut matrices into vectors.",
     ),
+    # Combination of messages: only the owner of a slice can apply a robust rule to it.
     Exclusion(
         lambda chosen: chosen.reduce == "power_sgd" or chosen.exchange == "gathered",
         ("combine",),
@@ -55,6 +58,7 @@ EXCLUSIONS = (
         ("synchronous_steps",),
         "must be 0 with combine {combine}, as they take the plain mean.",
     ),
+    # Differential privacy: the noise is calibrated for the exact average of clipped messages.
     Exclusion(
         lambda chosen: chosen.clip_norm is None,
         ("noise_multiplier",),
@@ -75,6 +79,7 @@ EXCLUSIONS = (
 _COMPRESSED = ("int8", "int4", "int2", "sign", "top_k", "random_k")
 
 NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    # Compression, combination and outer optimizer.
     "keep": ("reduce", ("top_k", "random_k")),
     "chunk": ("reduce", ("top_k", "random_k")),
     "kept_as": ("reduce", ("top_k", "random_k")),
@@ -87,10 +92,12 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "clip_radius": ("combine", ("centered_clipping",)),
     "outer_learning_rate": ("outer", ("momentum", "nesterov", "adam")),
     "outer_momentum": ("outer", ("momentum", "nesterov")),
+    # Texts.
     "window": ("dataset", ("text",)),
     "stride": ("dataset", ("text",)),
     "prompt": ("dataset", ("text",)),
     "sample_length": ("dataset", ("text",)),
+    # Networks and their optimizer.
     "widths": ("model", ("mlp", "resnet")),
     "activation": ("model", ("mlp",)),
     "width": ("model", ("lstm", "gru", "transformer")),
@@ -102,6 +109,7 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "reestimate_batches": ("norm", ("batch",)),
     "base_width": ("init", ("mup",)),
     "weight_decay": ("optimizer", ("adamw", "lion", "muon")),
+    # Partitions.
     "label_shards": ("partition", ("by_label",)),
     "dirichlet_alpha": ("partition", ("dirichlet",)),
 }
@@ -112,11 +120,12 @@ _FILES = {
     "data_file": ("text", "npz", "csv"),
     "label_column": ("csv",),
 }
-"""Options that name files, and the data sets that are read from them."""
+"""Options that name files or a column, and the data sets that are read from them."""
 
 
 def check_aggregation(chosen: AggregationOptions) -> None:
-    """Raises InputError for options that exclude each other, so that none is ignored silently."""
+    """Raises InputError if options exclude each other, so that none is ignored silently."""
+    # An option counts as given if it differs from its default.
     default = AggregationOptions()
     check_at_least(1, fragments=chosen.fragments)
     check_at_most(_MOST_FRAGMENTS, fragments=chosen.fragments)
@@ -129,7 +138,7 @@ def check_aggregation(chosen: AggregationOptions) -> None:
 
 
 def check_files(chosen: DataOptions) -> None:
-    """Raises InputError for a file that the data set is not read from."""
+    """Raises InputError if a file is given from which the data set is not read."""
     for option, datasets in _FILES.items():
         if getattr(chosen, option) is not None and chosen.dataset not in datasets:
             known = " or ".join(datasets)

@@ -1,4 +1,4 @@
-"""From the options of a command line to a trained model: what a notebook does with calls, and in the same order."""
+"""From command-line options to a trained model, by the same calls as in a notebook."""
 
 import time
 from collections.abc import Callable
@@ -24,24 +24,29 @@ from ctde_jax.trainer import Saving, Trained, console, picture
 
 
 def train(config: Config, started: float) -> Trained:
-    """Walks from the options to a trained model: prints the plan, trains, and prints what came of it.
+    """Trains a model as configured: prints the plan, trains, and prints the result.
 
     Args:
-        config: The options.
-        started: When the command began, by `time.perf_counter`.
+        config: Options of the run.
+        started: Start of the command, by `time.perf_counter`.
     """
+    # Start the devices. Hosts must agree on the options before any of them can wait for another.
     devices = start(config.aggregation.devices, FAKE_DEVICES)
     hosts.compare(lambda: {**hosts.platform(), **deciding(config)})
+
+    # Build the data and the training, which checks itself.
     data = build.load_data(config.data, config.optimization.seed)
     training = build.build_training(config, data, devices)
     describe = _sampler(config.run, training.model, data, training.seed)
 
     options = Options(deciding(config), flag)
+
+    # Record the number of devices, so that another machine repeats the run on as many.
     here = len(replica.own(devices))
     config = replace(config, aggregation=replace(config.aggregation, devices=here))
     screen = console()
     with ExitStack() as at_end:
-
+        # The claim lasts until the end of the run.
         def claim() -> str:
             chosen = config.run.run_dir
             folder = (
@@ -51,6 +56,7 @@ def train(config: Config, started: float) -> Trained:
             _check_trunk(config.run, folder)
             return str(folder)
 
+        # Called before the first checkpoint of a new run.
         def prepare(folder: Path) -> None:
             with checkpoint.writing_to(folder):
                 save(config, folder / "config.json")
@@ -60,6 +66,7 @@ def train(config: Config, started: float) -> Trained:
                 if failure := picture.save(draw, folder / "partition.png"):
                     screen.print(failure)
 
+        # Host 0 claims the folder; all hosts must pass the same name.
         folder = Path(hosts.of_the_first(claim))
         saving = Saving(
             run_dir=folder,
@@ -71,6 +78,8 @@ def train(config: Config, started: float) -> Trained:
             options=options,
             prepare=prepare,
         )
+
+        # Print the plan, then train. The time before counts as start-up.
         saving.check(training)
         _show(report.plan(config, training, folder))
         before = time.perf_counter() - started
@@ -81,7 +90,7 @@ def train(config: Config, started: float) -> Trained:
 
 
 def _check_trunk(chosen: RunOptions, folder: Path) -> None:
-    """Raises InputError if the checkpoint to branch from is in the run that `--resume never` moves."""
+    """Raises InputError if `--resume never` would move the checkpoint to branch from."""
     if chosen.branch_from is None or chosen.resume == "auto":
         return
     if chosen.branch_from.resolve().is_relative_to(folder.resolve() / checkpoint.CHECKPOINTS):
@@ -92,7 +101,10 @@ def _check_trunk(chosen: RunOptions, folder: Path) -> None:
 
 
 def _show(plan: Table) -> None:
-    """Raises InputError if standard output cannot be written to; after this, training goes on without it."""
+    """Prints the plan; raises InputError if standard output cannot be written to.
+
+    Errors of standard output after this point do not stop the training.
+    """
     try:
         console(lasting=False).print(plan)
     except OSError as error:
@@ -103,17 +115,19 @@ def _show(plan: Table) -> None:
 
 
 _LONGEST_SAMPLE = 1_000_000
-"""Characters are generated one after another at every evaluation."""
+"""Largest number of characters, which are generated one by one at every evaluation."""
 
 
 def _sampler(
     chosen: RunOptions, model: Model, data: Dataset, seed: int
 ) -> Callable[[PyTree, PyTree], str] | None:
-    """Makes the function that lets a language model write a text, or None for another model."""
+    """Returns the function that samples a text from a language model; None without one."""
     check_at_least(0, sample_length=chosen.sample_length)
     check_at_most(_LONGEST_SAMPLE, sample_length=chosen.sample_length)
     if not data.vocabulary or not chosen.sample_length:
         return None
+
+    # By default, prompt with the first character of the training text.
     beginning = data.vocabulary[data.train.inputs[0][0]] if chosen.prompt is None else chosen.prompt
     if not beginning:
         raise InputError("prompt", "must be at least one character, got none.")

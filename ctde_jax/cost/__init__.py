@@ -1,4 +1,4 @@
-"""What a round costs, in bytes of the compiled program."""
+"""Communication cost of a round, in bytes counted from the compiled program."""
 
 from ctde_jax.cost import collectives, targets
 from ctde_jax.cost.traffic import Traffic, measure, summary, table

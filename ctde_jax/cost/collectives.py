@@ -1,18 +1,19 @@
-"""The collectives of a compiled program, and who sends how many bytes to whom in each.
+"""The collectives of a compiled program, and the bytes that each sends between devices.
 
-A collective over a group of `g` devices that each put in `n` bytes makes each of them send
+In a collective over a group of `g` devices that each contribute `n` bytes, each device sends
 
-    all-reduce          2 (g - 1) / g x n    once around the ring to sum, once more to tell
+    all-reduce          2 (g - 1) / g x n    once around the ring to reduce, once more to broadcast
     reduce-scatter        (g - 1) / g x n
     all-gather            (g - 1)     x n
-    all-to-all            (g - 1) / g x n    an equal share to each of the others
+    all-to-all            (g - 1) / g x n    an equal share to each other device
     collective-permute                  n    nothing from a device that is in no pair
 
-A ring goes through its group in the order of the program's listing and back to its start, and a device sends only to
-the next one; so what crosses from one host to another is sent where two neighbors of a listing live on different ones.
+A ring visits its group in the order in which the program lists it and returns to the start, and a
+device sends only to the next one. Bytes therefore cross hosts if two neighbors in the list are on
+different hosts.
 
-Of the branches of a conditional the one that sends most counts; its collectives are marked `certain=False` unless all
-branches send the same.
+Of the branches of a conditional, the one that sends most is counted. Its collectives are marked
+`certain=False` unless all branches send the same.
 """
 
 import re
@@ -32,48 +33,49 @@ class Collective(NamedTuple):
 
     op: str
     dtypes: tuple[str, ...]
-    """What travels, as HLO writes it; a tuple as merged messages may differ."""
+    """Dtypes of the payload, as HLO writes them; merged messages may have several."""
 
     payload: int
-    """Bytes that each device puts in."""
+    """Bytes that each device contributes."""
 
     group_size: int
-    """Devices that exchange with each other; for a permutation those that send."""
+    """Number of devices that communicate; for a permutation, of those that send."""
 
     loops: tuple[int, ...]
-    """How often each of the loops around it turns, the outermost first; the loop over rounds counts as one turn."""
+    """Trip counts of the enclosing loops, outermost first; a loop over rounds counts as 1."""
 
     certain: bool
-    """False where a conditional may send something else instead, at most as much."""
+    """False if a conditional may send something else instead, at most as many bytes."""
 
     sent: float
-    """Bytes that leave a device, the one that sends most."""
+    """Bytes that leave the device that sends most."""
 
     total: float
     """Bytes that leave all devices together."""
 
     across: float
-    """Those of the total that leave a host."""
+    """Part of `total` that leaves a host."""
 
     @property
     def times(self) -> int:
-        """Launches in one call of the program, or in a round where it loops over rounds."""
+        """Launches in one call of the program, or in one round if the program loops over rounds."""
         return prod(self.loops)
 
 
 def read(hlo_text: str, hosts: Sequence[int] | None = None) -> list[Collective]:
-    """Lists the collectives of a compiled program that send something.
+    """Lists the collectives of a compiled program that send any bytes.
 
-    An outermost loop that turns as often as the program is told is one over rounds, of which one is counted; where
-    there are several such loops, only that of the last, which goes through what blocks of rounds have left.
+    An outermost loop whose trip count is not a constant is a loop over rounds, of which one is
+    counted. If there are several such loops, only the last is counted, which runs the rounds that
+    remain after the blocks of rounds.
 
     Args:
-        hlo_text: `compiled.as_text()`.
-        hosts: The process of each device; by default all are on one host.
+        hlo_text: Text of the optimized HLO module, `compiled.as_text()`.
+        hosts: Process of each device (default: all devices are on one host).
 
     Raises:
-        InputError: Another loop with collectives turns an unknown number of times, or a collective's bytes cannot be
-            known.
+        InputError: Another loop with collectives has an unknown trip count, the bytes of a
+            collective cannot be determined, or `hosts` is too short.
     """
     program = hlo.parse(hlo_text)
     hosts = [0] * program.devices if hosts is None else hosts
@@ -87,25 +89,33 @@ def read(hlo_text: str, hosts: Sequence[int] | None = None) -> list[Collective]:
 _COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 _UNCOUNTABLE = ("ragged-all-to-all", "collective-broadcast", "send", "recv")
 _Link = tuple[int, int, float]
-"""Who sends how many bytes to whom."""
+"""`(source device, target device, bytes)`"""
 
 
 def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> list[Collective]:
-    found, in_rounds = [], []
+    found = []
+    in_rounds = []
     for instruction in frame.computation.instructions.values():
+        # An asynchronous collective is a `-start` with the payload and a `-done` without one.
         op = instruction.opcode.removesuffix("-start")
         if op.endswith(("-done", "-update")):
             continue
+
+        # Transfers to and from the host do not leave the machine.
         if op in _UNCOUNTABLE and "is_host_transfer=true" not in instruction.attributes:
             raise InputError(
                 "hlo_text",
                 f"must send what can be counted before it runs, got {op} %{instruction.name}.",
             )
+
+        # Loops and conditionals have separate rules. Any other instruction that calls computations,
+        # such as a call or a fusion, is assumed to run each of them once.
         if op in _COLLECTIVES:
             found += _collective(op, instruction, frame, loops, hosts)
         elif op == "while":
             turns = hlo.trip_count(instruction, frame)
             inside = _loop(instruction, turns, frame, loops, hosts)
+            # The last loop over rounds replaces an earlier one, which runs blocks of them.
             if turns is None and not loops:
                 in_rounds = inside or in_rounds
             else:
@@ -125,15 +135,19 @@ def _loop(
     loops: tuple[int, ...],
     hosts: Sequence[int],
 ) -> list[Collective]:
+    # A loop of unknown trip count is one over rounds if it is outermost, and counts as one round.
+    # An inner one counts as 0, which does not matter: it must not contain collectives.
     counted = int(not loops) if turns is None else turns
+
+    # The condition of a loop runs once more than its body.
     found: list[Collective] = []
     for name, times in zip(loop.called("body", "condition"), (counted, counted + 1), strict=True):
         found += _walk(frame.enter(name, loop), (*loops, times), hosts)
     if found and turns is None and loops:
         raise InputError(
             "hlo_text",
-            f"must say how often its loops with collectives turn, but %{loop.name} turns until a condition holds; "
-            "use lax.scan, or lax.fori_loop with constant bounds.",
+            f"must say how often its loops with collectives turn, but %{loop.name} turns until a "
+            "condition holds; use lax.scan, or lax.fori_loop with constant bounds.",
         )
     return [one for one in found if one.times]
 
@@ -141,8 +155,11 @@ def _loop(
 def _largest_branch(
     conditional: hlo.Instruction, frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]
 ) -> list[Collective]:
+    # HLO has a list of branches for an index, and two attributes for a boolean.
     names = conditional.called("branch_computations", "true_computation", "false_computation")
     branches = [_walk(frame.enter(name, conditional), loops, hosts) for name in names]
+
+    # The count is exact only if all branches send the same, in any order.
     largest = max(branches, key=lambda branch: sum(one.sent * one.times for one in branch))
     same = all(Counter(branch) == Counter(largest) for branch in branches)
     return [one._replace(certain=one.certain and same) for one in largest]
@@ -155,8 +172,11 @@ def _collective(
     loops: tuple[int, ...],
     hosts: Sequence[int],
 ) -> list[Collective]:
+    # Bytes that a device contributes. Merged messages are several operands of one collective.
     operands = [frame.computation.instructions[name].shape for name in instruction.operands]
     payload = sum(map(hlo.count_bytes, operands))
+
+    # Bytes between each pair of devices. A device that sends to itself sends nothing.
     if op == "collective-permute":
         pairs = _lists(instruction.attribute("source_target_pairs"))
         links = [(source, target, float(payload)) for source, target in pairs if source != target]
@@ -167,6 +187,8 @@ def _collective(
         group_size = max(map(len, groups))
     if not payload or not links:
         return []
+
+    # Bytes that leave each device, all devices, and a host.
     sent: dict[int, float] = {}
     for source, _, size in links:
         sent[source] = sent.get(source, 0.0) + size
@@ -183,6 +205,8 @@ def _links(op: str, payload: int, group: list[int]) -> list[_Link]:
     if op == "all-to-all":
         share = payload / len(group)
         return [(source, target, share) for source in group for target in group if source != target]
+
+    # All others are rings: every device sends the same number of bytes to the next one.
     around = {
         "all-reduce": 2 * others * payload / len(group),
         "reduce-scatter": others * payload / len(group),
@@ -196,10 +220,15 @@ def _links(op: str, payload: int, group: list[int]) -> list[_Link]:
 
 
 def _groups(text: str, devices: int) -> list[list[int]]:
-    """Reads `{{0,1},{2,3}}`, `{}` for all, or the iota form `[groups,size]<=[dimensions]T(permutation)`."""
+    """Parses replica groups.
+
+    They are `{{0,1},{2,3}}`, `{}` for one group of all devices, or the iota form
+    `[groups,size]<=[dimensions]T(permutation)`.
+    """
     iota = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if not iota:
         return _lists(text) or [list(range(devices))]
+    # Device numbers in an array of `dimensions`, transposed, then cut into rows of `size`.
     shape, dimensions, permutation = (_integers(part or "") for part in iota.groups())
     numbers = np.arange(prod(dimensions)).reshape(dimensions)
     return numbers.transpose(permutation or range(len(dimensions))).reshape(shape).tolist()

@@ -1,8 +1,9 @@
-"""The text of a compiled program (optimized HLO) as data: which instruction runs where, and how often.
+"""A parser for optimized HLO text: the instructions of a compiled program, and how often they run.
 
-A program is a set of computations; an instruction may call further ones. A loop says how often it turns in
-`known_trip_count` where the backend writes that down (CPU, GPU). Where it does not (TPU), the loop is read: those of
-JAX's `scan` and `fori_loop` count from one number up to another in constant steps.
+A program is a set of computations, whose instructions may call other computations. The trip count
+of a loop is in `known_trip_count` if the backend writes it (CPU, GPU). If it does not (TPU), the
+count is derived from the loop: those of JAX's `scan` and `fori_loop` count up to a limit in
+constant steps.
 """
 
 import re
@@ -19,7 +20,7 @@ class Instruction(NamedTuple):
     name: str
     shape: str
     opcode: str
-    inside: str  # what stands in the parentheses: names, or the value of a constant
+    inside: str  # text in the parentheses: names of operands, or the value of a constant
     attributes: str
 
     @property
@@ -28,12 +29,13 @@ class Instruction(NamedTuple):
         return re.findall(r"%([\w.\-]+)", self.inside)
 
     def attribute(self, name: str) -> str:
-        """Returns what follows `name=` up to the next attribute, or nothing."""
+        """Returns the text from `name=` to the next attribute, or an empty string."""
+        # Quoted strings may contain anything, also text that looks like an attribute.
         match = re.search(rf"[ ,]{name}=(.*?)(?:, [\w\-]+=|$)", _QUOTED.sub('""', self.attributes))
         return match[1] if match else ""
 
     def called(self, *attributes: str) -> list[str]:
-        """Returns the computations that these attributes name, in order."""
+        """Returns the names of the computations in these attributes, in order."""
         return [
             name for key in attributes for name in re.findall(r"%([\w.\-]+)", self.attribute(key))
         ]
@@ -49,7 +51,7 @@ class Computation(NamedTuple):
 
 
 class Program(NamedTuple):
-    """All computations of a program, and on how many devices it runs."""
+    """All computations of a program, and the number of devices on which it runs."""
 
     computations: dict[str, Computation]
     entry: Computation
@@ -57,7 +59,7 @@ class Program(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A computation as it is being called: by which instruction, and from where."""
+    """A computation in a call: the instruction that calls it, and the frame of the caller."""
 
     program: Program
     computation: Computation
@@ -65,12 +67,16 @@ class Frame(NamedTuple):
     call: Instruction | None = None
 
     def enter(self, name: str, call: Instruction) -> "Frame":
-        """Returns the frame of a computation that one of this frame's instructions calls."""
+        """Returns the frame of the computation `name`, called by an instruction of this frame."""
         return Frame(self.program, self.program.computations[name], self, call)
 
 
 def parse(text: str) -> Program:
-    """Reads the text of an HLO module, such as `compiled.as_text()`."""
+    """Parses the text of an HLO module, such as `compiled.as_text()`.
+
+    Raises:
+        InputError: The text is not one HLO module.
+    """
     computations = {
         computation.name: computation for computation in _computations(text.splitlines())
     }
@@ -80,6 +86,8 @@ def parse(text: str) -> Program:
             "hlo_text",
             f"must be one HLO module, got a text with {len(entries)} ENTRY computations.",
         )
+
+    # A program runs on replicas times partitions; HLO leaves out a number that is 1.
     header = re.search(r"^HloModule .*", text, re.MULTILINE)
     counts = [
         re.search(rf"{name}=(\d+)", header[0] if header else "")
@@ -89,20 +97,23 @@ def parse(text: str) -> Program:
 
 
 def count_bytes(shape: str) -> int:
-    """Returns the bytes of an array or of a tuple of arrays."""
+    """Returns the bytes of a shape, which is that of an array or of a tuple of arrays."""
     return sum(_array_bytes(*array) for array in _arrays(shape))
 
 
 def dtypes(shape: str) -> list[str]:
-    """Returns the dtypes of an array or of a tuple of arrays, each as HLO writes it."""
+    """Returns the dtypes of an array or of a tuple of arrays, as HLO writes them."""
     return [dtype for dtype, _, _ in _arrays(shape)]
 
 
 def trip_count(loop: Instruction, frame: Frame) -> int | None:
-    """Returns how often a `while` turns, None where that is not known before it runs."""
+    """Returns the trip count of a `while`, or None if it is not known at compile time."""
+    # CPU and GPU: the compiler has written it.
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
+
+    # TPU: derive it if the condition is `counter < limit`, as in loops of JAX.
     condition, body = (frame.enter(name, loop) for name in loop.called("condition", "body"))
     test = condition.computation.instructions[condition.computation.root]
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
@@ -111,27 +122,36 @@ def trip_count(loop: Instruction, frame: Frame) -> int | None:
     index = _loop_index(counter, condition)
     if index is None:
         return None
-    start, stop, step = (
-        _value(frame, loop.operands[0], index),
-        _value(condition, limit),
-        _moved(body, index),
-    )
+
+    # The count follows from three constants: the initial value, the limit and the step.
+    start = _value(frame, loop.operands[0], index)
+    stop = _value(condition, limit)
+    step = _moved(body, index)
     if start is None or stop is None or not step:
         return None
     return max(0, ceil((stop - start) / step))
 
 
+# A quoted string, with escaped quotes inside.
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+# `  ROOT %name = shape opcode(operands), attributes`
 _DEFINITION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)")
+# `ENTRY %name (parameters) -> shape {`
 _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) .*\{$")
+# `f32[8,128]{1,0}`: dtype, dimensions and layout.
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 
 
 def _computations(lines: list[str]) -> Iterator[Computation]:
-    header, root, instructions = None, "", {}
+    # `header` is None outside of a computation.
+    header = None
+    root = ""
+    instructions = {}
     for line in lines:
         if match := _HEADER.match(line):
-            header, root, instructions = match, "", {}
+            header = match
+            root = ""
+            instructions = {}
         elif header and line.startswith("}"):
             yield Computation(header[2], instructions, root, bool(header[1]))
             header = None
@@ -141,8 +161,12 @@ def _computations(lines: list[str]) -> Iterator[Computation]:
 
 
 def _instruction(name: str, text: str) -> Instruction:
+    # A tuple shape contains spaces, so it ends at its closing parenthesis.
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
-    shape, text = text[:end], text[end:].lstrip()
+    shape = text[:end]
+    text = text[end:].lstrip()
+
+    # The rest is `opcode(operands), attributes`.
     opening = text.index("(")
     closing = _closing(text, opening)
     return Instruction(name, shape, text[:opening], text[opening + 1 : closing - 1], text[closing:])
@@ -166,20 +190,25 @@ def _arrays(shape: str) -> list[tuple[str, str, str]]:
 
 def _array_bytes(dtype: str, dimensions: str, layout: str) -> int:
     elements = prod(int(size) for size in re.findall(r"\d+", dimensions))
+    # `E(4)` in the layout: elements of 4 bits are packed, two to a byte.
     packed = re.search(r"E\((\d+)\)", layout)
     return ceil(elements * (int(packed[1]) if packed else _bits(dtype)) / 8)
 
 
 def _bits(dtype: str) -> int:
-    """Returns the bits that an element takes; where the layout does not pack them, that is a byte at least."""
+    """Returns the bits of an element if its layout is not packed: at least 8, or 0 for a token."""
     if dtype in ("token", "opaque"):
         return 0
+    # `pred` has no number in its name and takes a byte.
     size = re.match(r"[a-z]+(\d+)", dtype)
     return max(8, int(size[1])) if size else 8
 
 
 def _value(frame: Frame, name: str, index: int | None = None) -> int | None:
-    """Returns the integer constant that an instruction, or element `index` of a tuple, is known to be."""
+    """Returns the value of an integer constant, or None if it is not known.
+
+    If `index` is given, the instruction is a tuple, and the value is that of this element.
+    """
     instruction = frame.computation.instructions[name]
     match instruction.opcode:
         case "constant" if index is None and re.fullmatch(r"-?\d+", instruction.inside):
@@ -193,6 +222,7 @@ def _value(frame: Frame, name: str, index: int | None = None) -> int | None:
         case "parameter" if (
             index is not None and frame.call and frame.caller and frame.call.opcode == "while"
         ):
+            # An element of a loop's state that the body does not change keeps its initial value.
             (body,) = frame.call.called("body")
             moved = _moved(frame.caller.enter(body, frame.call), index)
             return _value(frame.caller, frame.call.operands[0], index) if moved == 0 else None
@@ -200,7 +230,7 @@ def _value(frame: Frame, name: str, index: int | None = None) -> int | None:
 
 
 def _loop_index(name: str, frame: Frame) -> int | None:
-    """Returns which element of the loop's state this is."""
+    """Returns the index of this element in the state of a loop, or None if it is not one."""
     instruction = frame.computation.instructions[name]
     if instruction.opcode in ("copy", "bitcast"):
         return _loop_index(instruction.operands[0], frame)
@@ -211,16 +241,22 @@ def _loop_index(name: str, frame: Frame) -> int | None:
 
 
 def _moved(body: Frame, index: int) -> int | None:
-    """Returns by how much one turn of a loop moves this element of its state, None where it is no constant."""
+    """Returns the change of a state's element in one iteration, or None if it is not constant."""
+    # The body returns the new state as a tuple.
     instructions = body.computation.instructions
     root = instructions[body.computation.root]
     if root.opcode != "tuple":
         return None
     if _loop_index(root.operands[index], body) == index:
         return 0
+
+    # Otherwise it must be the sum of the element and a constant, in either order.
     moved = instructions[root.operands[index]]
     while moved.opcode in ("copy", "bitcast"):
         moved = instructions[moved.operands[0]]
-    if moved.opcode != "add" or _loop_index(moved.operands[0], body) != index:
+    if moved.opcode != "add":
         return None
-    return _value(body, moved.operands[1])
+    element, constant = moved.operands
+    if _loop_index(element, body) != index:
+        element, constant = constant, element
+    return _value(body, constant) if _loop_index(element, body) == index else None

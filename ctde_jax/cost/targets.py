@@ -1,6 +1,7 @@
-"""Rounds compiled and not run, also for devices that are not here: what a TPU or GPU would do can be read without one.
+"""Ahead-of-time compilation of rounds, also for TPUs and GPUs that are not present.
 
-The compiler is all it takes, and it comes with the platform's plugin: `pip install 'jax[tpu]'` or `'jax[cuda12]'`.
+This needs only the compiler, which is part of the platform's plugin: `pip install 'jax[tpu]'` or
+`'jax[cuda12]'`.
 """
 
 import os
@@ -23,28 +24,34 @@ from ctde_jax.rounds import ExampleSource, Span, make_gradient_for, parallel_rou
 
 EXAMPLES = "tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4 (hosts, and devices on each)"
 
+# XLA's `GpuTargetConfigProto` as text: properties that the compiler would query from the device.
 _H100 = """
 gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 \
+core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 \
+shared_memory_per_block_optin: 232448
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 9 }
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 \
+device_memory_size: 84929347584
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 \
+cuda_compute_capability { major: 9 }
 }
 platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 }
-"""  # what the compiler asks a device for
+"""
 
 
 def devices(target: str) -> Sequence[jax.Device]:
-    """Returns the devices of a machine that need not exist; programs can be compiled for them, but not run.
+    """Returns devices that need not be present: programs can be compiled for them, but not run.
 
     Args:
-        target: Such as `tpu:v5e:2x4` or `gpu:h100:2x4`.
+        target: Platform, kind and topology, such as `tpu:v5e:2x4` or `gpu:h100:2x4`.
 
     Raises:
         InputError: The target is not known, or its plugin is not installed.
     """
+    # Parse the target and check that the plugin of its platform is installed.
     match = re.fullmatch(r"(tpu):(.+:.+)|gpu:(h100):(\d+x\d+)", target)
     if not match:
         raise InputError("target", f"must be such as {EXAMPLES}, got {target}.")
@@ -55,7 +62,9 @@ def devices(target: str) -> Sequence[jax.Device]:
             "target",
             f"must be one whose plugin is installed (pip install '{package}'), got {target}.",
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for a cloud around it
+
+    # Otherwise libtpu queries the metadata server of a Cloud TPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         if platform == "tpu":
             return topologies.get_topology_desc(match[2], "tpu").devices
@@ -79,7 +88,8 @@ def compile_rounds(
     *,
     accumulate: int = 1,
 ) -> replica.Program:
-    """Compiles rounds as `fit` would run them, also for devices that are not here."""
+    """Compiles the rounds that `fit` would run, also for devices that are not present."""
+    # Shapes of the state, without computing it. Stacked parts get one row for each device.
     center = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
     create = jax.vmap(
         partial(state.create, optimizer=optimizer, strategy=strategy),
@@ -88,11 +98,11 @@ def compile_rounds(
         axis_name=AXIS,
         axis_size=len(devices),
     )
+
+    # Shapes of the arguments of `Rounds`: state, split, batches, first, last and key.
     round_steps = max(1, strategy.inner_steps)
-    piece, number = (
-        source.shapes(Span(0, round_steps, round_steps)),
-        jax.ShapeDtypeStruct((), np.int32),
-    )
+    piece = source.shapes(Span(0, round_steps, round_steps))
+    number = jax.ShapeDtypeStruct((), np.int32)
     arguments = (
         jax.eval_shape(create, *center),
         *piece,
@@ -100,6 +110,8 @@ def compile_rounds(
         number,
         jax.eval_shape(jax.random.key, 0),
     )
+
+    # The same program as in training, compiled and not run.
     gradient = make_gradient_for(strategy, model, task, accumulate=accumulate)
     train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, source.axis)
     return replica.compiled(replica.lowered(train_rounds, *arguments), devices, strategy.exact)

@@ -1,10 +1,12 @@
-"""What a round sends: the collectives of the compiled program, added up.
+"""Communication of a round: the bytes of the compiled program's collectives.
 
-What is written is not what travels: a compiler widens small types, merges messages, moves them out of loops. So bytes
-are counted in the optimized program alone, in which every collective says what each device puts in and who takes part,
-and its loops say how often. `benchmarks/sockets.py` holds the count against what sockets have sent. Training rounds are
-counted, with the averages of batch statistics that they take; evaluation is not, nor are the sums of metrics, a few
-numbers a step, which go out apart, once for many rounds.
+The Python program does not determine what travels: a compiler widens small dtypes, merges messages
+and moves them out of loops. Bytes are therefore counted in the optimized HLO, which contains the
+payload and the groups of every collective and the trip counts of its loops. `benchmarks/sockets.py`
+compares the count with the bytes sent through sockets.
+
+The count covers training rounds, including averages of batch statistics. It excludes evaluation and
+the sums of metrics, a few numbers per step that are sent separately, once for many rounds.
 """
 
 from collections import Counter
@@ -19,86 +21,98 @@ from ctde_jax.cost.collectives import Collective, read
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a round sends."""
+    """The collectives of one round, and the bytes that they send."""
 
     collectives: tuple[Collective, ...]
     round_steps: int
 
     @property
     def launches(self) -> int:
-        """Collectives that a device takes part in, a round."""
+        """Number of launches of collectives per round, for each device."""
         return sum(one.times for one in self.collectives)
 
     @property
     def sent(self) -> float:
-        """Bytes that leave a device, a round."""
+        """Bytes that leave a device per round."""
         return sum(one.sent * one.times for one in self.collectives)
 
     @property
     def sent_a_step(self) -> float:
-        """Bytes that leave a device, an optimizer step on average."""
+        """Bytes that leave a device per optimizer step, on average."""
         return self.sent / self.round_steps
 
     @property
     def peak(self) -> float:
-        """Bytes that leave a device between two optimizer steps, where they are most: at the end of a round."""
+        """Maximum bytes that leave a device between two optimizer steps: at the end of a round."""
+        # Then a device sends the share of the last local step, and everything outside of the steps.
         during = sum(one.sent * one.times for one in in_local_steps(self))
         return self.sent - during + during / self.round_steps
 
     @property
     def total(self) -> float:
-        """Bytes that leave all devices together, a round."""
+        """Bytes that leave all devices together per round."""
         return sum(one.total * one.times for one in self.collectives)
 
     @property
     def across(self) -> float:
-        """Those of the total that leave a host."""
+        """Part of `total` that leaves a host."""
         return sum(one.across * one.times for one in self.collectives)
 
     @property
     def within(self) -> float:
-        """Those of the total that stay inside a host."""
+        """Part of `total` that stays within a host."""
         return self.total - self.across
 
     @property
     def certain(self) -> bool:
-        """Whether this is what is sent, and not the most that may be sent."""
+        """Whether the counts are exact, and not upper bounds."""
         return all(one.certain for one in self.collectives)
 
 
 def measure(hlo_text: str, inner_steps: int, hosts: Sequence[int] | None = None) -> Traffic:
-    """Counts what a round of a compiled program sends.
+    """Counts the bytes that one round of a compiled program sends.
 
     Args:
-        hlo_text: `compiled.as_text()` of rounds that `round.make_rounds` has put together.
-        inner_steps: Of the strategy.
-        hosts: The process of each device; by default all are on one host.
+        hlo_text: Text of the optimized HLO, `compiled.as_text()`, of rounds made by
+            `round.make_rounds`.
+        inner_steps: Number of local steps of the strategy, 0 for synchronous training.
+        hosts: Process of each device (default: all devices are on one host).
+
+    Raises:
+        InputError: The bytes cannot be determined; see `collectives.read`.
     """
     return Traffic(tuple(read(hlo_text, hosts)), max(1, inner_steps))
 
 
 def in_local_steps(traffic: Traffic) -> list[Collective]:
-    """Lists the collectives in the loop of a round's local steps, where each device should be alone.
+    """Lists the collectives in the loop of local steps, in which devices should not communicate.
 
-    That is the loop within a round that turns as often as there are steps, at least two; a rule that asks again and
-    again has another.
+    This is the loop within a round whose trip count is the number of steps, at least 2. An
+    iterative aggregation rule has a separate loop.
     """
+    # `loops` starts with the loop over rounds.
     return [one for one in traffic.collectives if one.loops[1:2] == (traffic.round_steps,)]
 
 
 def synchronous_bytes(params: int, replicas: int) -> float:
-    """Returns what a device sends in each step to average as many gradients in float32: the measure of all savings."""
+    """Returns the bytes that a device sends to average `params` float32 gradients in one step.
+
+    Savings are relative to this: a ring all-reduce over `replicas` devices.
+    """
     return 2 * (replicas - 1) / replicas * 4 * params
 
 
 def table(traffic: Traffic, params: int, replicas: int) -> Table:
-    """Shows one row for each kind of collective, and what they come to."""
+    """Returns a table with one row for each kind of collective, and the totals."""
+    # Columns: text on the left, numbers on the right.
     caption = summary(traffic, params, replicas)
     shown = Table(title="what a device sends in a round", caption=caption, caption_justify="left")
     for column in ("collective", "type"):
         shown.add_column(column)
     for column in ("payload", "devices", "times", "bytes sent", "across hosts"):
         shown.add_column(column, justify="right")
+
+    # Collectives that are equal in all respects share a row.
     for one, copies in Counter(traffic.collectives).items():
         times = copies * one.times
         shown.add_row(
@@ -110,6 +124,8 @@ def table(traffic: Traffic, params: int, replicas: int) -> Table:
             f"{'' if one.certain else 'at most '}{one.sent * times:,.0f}",
             f"{one.across / one.total:.0%}",
         )
+
+    # Totals per round, and per optimizer step.
     shown.add_section()
     across = f"{traffic.across / traffic.total:.0%}" if traffic.total else ""
     shown.add_row("a round", "", "", "", f"{traffic.launches:,}", f"{traffic.sent:,.0f}", across)
@@ -119,7 +135,7 @@ def table(traffic: Traffic, params: int, replicas: int) -> Table:
 
 
 def summary(traffic: Traffic, params: int, replicas: int) -> str:
-    """Says in a line what each device sends, and how much less that is than synchronous float32 gradients."""
+    """Returns a sentence on the bytes that each device sends, relative to float32 gradients."""
     if not traffic.sent:
         return "one device sends nothing"
     fewer = synchronous_bytes(params, replicas) / traffic.sent_a_step
@@ -127,6 +143,8 @@ def summary(traffic: Traffic, params: int, replicas: int) -> str:
     launches = f"{traffic.launches:,} launch{'es' if traffic.launches > 1 else ''}"
     most = "" if traffic.certain else "at most "
     says = f"each device sends {most}{decimal(round(traffic.sent))} {often} in {launches}"
+
+    # A difference of less than 5 % is not reported.
     if abs(fewer - 1) < 0.05:
         return says
     share = (

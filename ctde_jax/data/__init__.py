@@ -1,4 +1,4 @@
-"""Data sets, who keeps which examples, and who sees them when."""
+"""Data sets, their partition over replicas, and the order of the examples."""
 
 from ctde_jax.data import augment, partition
 from ctde_jax.data.arrays import plain, targets_or_classes

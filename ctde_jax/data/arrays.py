@@ -1,4 +1,4 @@
-"""The user's arrays, of whatever library and type, as arrays of the types that training knows, or refused."""
+"""Conversion of the user's arrays, of any library and dtype, to the dtypes of training; checks."""
 
 from collections.abc import Iterator
 from math import prod
@@ -12,22 +12,26 @@ from ctde_jax.data.disk import DiskArray, on_disk, slices, stays_on_disk
 from ctde_jax.errors import InputError
 
 COARSE = 0.01
-"""A feature is refused if float32 rounds its numbers by more than this fraction of their standard deviation."""
+"""Maximum rounding error of a feature in float32, as a fraction of its standard deviation."""
 
 NOISE = 1e-12
-"""Float64 numbers whose standard deviation is a smaller fraction of them are equal, apart from rounding."""
+"""Float64 numbers are equal up to rounding if their standard deviation is below this fraction of
+the largest one."""
 
 
 def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    """Makes a numpy array of what numpy can read without losing anything, and leaves memory maps in their file.
+    """Converts to a numpy array if that loses nothing; memory maps stay in their file.
 
-    Text becomes `str`. Python objects become numbers or text, if they are that.
+    Bytes are decoded to `str`. Python objects become numbers or text if all of them are.
 
     Raises:
-        InputError: It is sparse, ragged, masked, or has fields or objects that are neither numbers nor text.
+        InputError: If the array is sparse, ragged or masked, or has fields, or objects that are
+            neither numbers nor text.
     """
     if isinstance(array, DiskArray):
         return array
+
+    # numpy would wrap a sparse array as a single object, and discard a mask.
     if hasattr(array, "toarray") and not isinstance(array, np.ndarray):
         raise InputError(
             option,
@@ -38,16 +42,20 @@ def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
             option,
             "must have a number in every place, got masked ones; fill them in with .filled(...).",
         )
+
+    # Convert to a numpy array.
     try:
         found = np.asarray(array)
     except ValueError as error:  # of a ragged list
         raise InputError(
             option, "must be an array with examples of one shape, got a ragged list."
         ) from error
+
+    # In a list with text, numpy also converts the numbers to text, such as NaN; objects keep them.
     if found.dtype.kind in "SU" and not hasattr(array, "dtype"):
-        found = np.asarray(
-            array, object
-        )  # in a list with text, numpy spells out numbers, such as NaN
+        found = np.asarray(array, object)
+
+    # Convert the remaining kinds of dtypes to numbers or `str`.
     if found.dtype.names is not None:
         names = ", ".join(found.dtype.names)
         raise InputError(
@@ -64,29 +72,33 @@ def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
 
 
 def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    """Returns inputs `[examples, ...]` as uint8, int32 or float32.
+    """Converts inputs `[examples, ...]` to uint8, int32 or float32.
 
     Raises:
-        InputError: They have another shape, are no real numbers, do not fit in int32, are not finite in float32, or
-            float32 does not tell the numbers of a feature apart.
+        InputError: If the inputs have another shape, are not real numbers, do not fit in int32, are
+            not finite in float32, or float32 is too coarse for a feature; see `check_precision`.
     """
+    # Check the shape.
     inputs = plain(option, inputs)
     if inputs.ndim < 2:
         raise InputError(option, f"must have the shape [examples, ...], got {inputs.shape}.")
     if 0 in inputs.shape:
         raise InputError(
             option,
-            f"must hold at least one example, of at least one number, got the shape {inputs.shape}.",
+            "must hold at least one example, of at least one number, got the shape "
+            f"{inputs.shape}.",
         )
+
+    # Integers: uint8 stays, all others and booleans become int32.
     if inputs.dtype == np.uint8:
         return inputs
     if inputs.dtype.kind not in "biuf":
         raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
     if inputs.dtype.kind != "f":
         return _as_int32(option, inputs)
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # what does not fit in float32 becomes infinite, and is refused
+
+    # Floats: a number that exceeds float32 becomes infinite in the cast, and is refused.
+    with np.errstate(over="ignore", invalid="ignore"):
         for first, piece in slices(inputs):
             is_finite = np.isfinite(piece.astype(np.float32, copy=False))
             if not is_finite.all():
@@ -94,18 +106,21 @@ def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | D
                 where = ", ".join(map(str, (first + row, *place)))
                 raise InputError(
                     option,
-                    f"must be finite in float32, got NaN or infinity at [{where}]; remove or fill in such examples.",
+                    f"must be finite in float32, got NaN or infinity at [{where}]; remove or fill "
+                    "in such examples.",
                 )
     check_precision(option, inputs)
     return inputs.astype(np.float32)
 
 
 def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    """Returns labels as `int32[examples]`, or targets `[examples, ...]` as int32 or float32.
+    """Converts labels to `int32[examples]`, or targets `[examples, ...]` to int32 or float32.
 
     Raises:
-        InputError: They have another shape or type, do not fit in int32, or are not finite.
+        InputError: If the labels have another shape or dtype, do not fit in int32, or are not
+            finite.
     """
+    # Check the shape, and refuse time differences (kind `m`).
     labels = plain(option, labels)
     if labels.ndim == 0:
         raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
@@ -114,13 +129,20 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
             option,
             f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.",
         )
+
+    # Labels with one number per example are loaded, even if they are in a file.
     if labels.ndim == 1:
         labels = np.asarray(labels)
+
+    # A column of labels is probably meant as `[examples]`.
     if labels.dtype.kind in "biuU" and labels.ndim != 1 and prod(labels.shape[1:]) == 1:
         raise InputError(
             option,
-            f"must have the shape [examples], got {labels.shape}; flatten the labels with numpy.ravel.",
+            f"must have the shape [examples], got {labels.shape}; flatten the labels with "
+            "numpy.ravel.",
         )
+
+    # Integers are classes or tokens, floats are targets.
     if labels.dtype.kind in "biu":
         return _as_int32(option, labels)
     if labels.dtype.kind == "f":
@@ -138,12 +160,16 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
 
 
 def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
-    """Raises InputError if float32 does not tell the numbers of a feature apart, such as seconds since 1970.
+    """Raises InputError if float32 is too coarse for a feature, such as seconds since 1970.
 
-    That is if it rounds them by more than `COARSE` of the feature's standard deviation.
+    The limit for the rounding error is `COARSE` times the standard deviation of the feature. Inputs
+    are `[examples, ...]`.
     """
+    # float32 represents float16 and integers up to 16 bits exactly.
     if inputs.dtype.itemsize <= 2 or inputs.dtype == np.float32:
         return
+
+    # Sums are relative to the first example, so that a large mean causes no cancellation.
     origin = np.asarray(inputs[:1]).astype(np.float64)
     error, largest, total, squares = (np.zeros_like(origin) for _ in range(4))
     for piece in _in_float64(inputs):
@@ -154,25 +180,31 @@ def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
         total += (piece - origin).sum(axis=0, keepdims=True)
         squares += np.square(piece - origin).sum(axis=0, keepdims=True)
     deviation = np.sqrt(np.maximum(squares / len(inputs) - np.square(total / len(inputs)), 0))
+
+    # A deviation below `NOISE` comes from the rounding of equal numbers.
     is_coarse = (error > COARSE * deviation) & (deviation > NOISE * largest)
     if is_coarse.any():
         _, *place = np.argwhere(is_coarse)[0]
         where = ", ".join(map(str, place))
         raise InputError(
             option,
-            f"must hold numbers that float32 tells apart, got numbers around {origin[0][tuple(place)]:.17g} with a "
-            f"standard deviation of {deviation[0][tuple(place)]:.3g} at [:, {where}]; subtract one of them from all "
+            "must hold numbers that float32 tells apart, got numbers around "
+            f"{origin[0][tuple(place)]:.17g} with a standard deviation of "
+            f"{deviation[0][tuple(place)]:.3g} at [:, {where}]; subtract one of them from all "
             "first, in float64.",
         )
 
 
 def targets_or_classes(labels: np.ndarray | DiskArray) -> str:
-    """Returns what labels that name no classes are, and the way out, as the end of a sentence."""
+    """Describes labels that are not class numbers, and the fix, as the end of an error message."""
     if is_one_hot(labels):
         return f"got one-hot labels of the shape {list(labels.shape)}; pass labels.argmax(1)"
     some = np.asarray(labels[:4096])
     if labels.ndim == 1 and labels.dtype.kind == "f" and np.array_equal(some, np.rint(some)):
-        return f"got whole numbers of the type {labels.dtype}; pass labels.astype(int) if they are classes"
+        return (
+            f"got whole numbers of the type {labels.dtype}; pass labels.astype(int) if they are "
+            "classes"
+        )
     return f"got labels of the type {labels.dtype} and the shape {list(labels.shape)}"
 
 
@@ -182,8 +214,10 @@ def _in_float64(array: np.ndarray | DiskArray) -> Iterator[np.ndarray]:
 
 
 def _of_objects(option: str, objects: np.ndarray) -> np.ndarray:
-    """Makes an array of text, integers or floats of Python objects, such as a table of several types gives."""
+    """Converts objects, such as those of a table with mixed dtypes, to text, integers or floats."""
     values: list[Any] = objects.ravel().tolist()
+
+    # Text alone.
     is_text = [isinstance(value, str | bytes) for value in values]
     if values and all(is_text):
         texts = [
@@ -191,19 +225,24 @@ def _of_objects(option: str, objects: np.ndarray) -> np.ndarray:
             for value in values
         ]
         return np.array(texts).reshape(objects.shape)
-    if any(is_text) and prod(objects.shape[1:]) == 1:  # such as labels, of which some are missing
+
+    # Text and other objects: in labels, the others are probably missing values.
+    if any(is_text) and prod(objects.shape[1:]) == 1:
         place = is_text.index(False)
         raise InputError(
             option,
             f"must hold text alone or numbers alone, got text and {type(values[place]).__name__} "
             f"{values[place]!r:.60} at [{place}]; fill in or remove such examples.",
         )
+
+    # Numbers alone; they are integers if all of them can be an index.
     for place, value in enumerate(values):
         if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
             where = ", ".join(map(str, np.unravel_index(place, objects.shape)))
             raise InputError(
                 option,
-                f"must hold numbers, got {type(value).__name__} {value!r:.60} at [{where}]; convert or remove it.",
+                f"must hold numbers, got {type(value).__name__} {value!r:.60} at [{where}]; "
+                "convert or remove it.",
             )
     is_whole = all(hasattr(value, "__index__") for value in values)
     try:
@@ -222,6 +261,7 @@ def _as_float32(option: str, array: np.ndarray) -> np.ndarray:
 
 
 def _as_int32(option: str, integers: np.ndarray | DiskArray) -> np.ndarray | DiskArray:
+    # Dtypes within the bounds of int32 need no look at the values; `initial` serves empty pieces.
     bounds = np.iinfo(np.int32)
     stored = integers.dtype
     if stored.kind != "b" and not (

@@ -1,7 +1,7 @@
-"""Pictures that are a little different in every epoch, made on the device while it trains.
+"""Random augmentations of images, computed on the device during training.
 
-An augmentation sees one example and a key. It works on pixels as they are stored, so what comes in from outside the
-picture or is cut out of it is a stored zero, which is black in bytes.
+An augmentation is a function of one example and a key. It sees pixels as they are stored, so the
+area outside of the image and the area that is cut out are stored zeros, which is black in uint8.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,23 @@ from jax import numpy as jnp
 from ctde_jax.errors import InputError, check_at_least
 
 Augment: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-"""`augment(key, example) -> example`, of the same shape and type."""
+"""Returns a random variant, `augment(key, example) -> example`, of the same shape and dtype."""
 
 
 def apply_to(augment: Augment, key: jax.Array, inputs: jax.Array, examples: jax.Array) -> jax.Array:
-    """Augments each example by the key and its number, wherever it stands in a batch.
+    """Augments each example with a key of its index, wherever it is in the batch.
 
     Args:
-        augment: For a single example.
-        key: Of the step.
-        inputs: `[examples, ...]`
-        examples: The number of each example in the training split, `int32[examples]`; in its batch, where batches come
-            one after another.
+        augment: Augmentation of a single example.
+        key: Key of the step.
+        inputs: Examples, `[examples, ...]` of any dtype.
+        examples: Index of each example in the training split, `int32[examples]`; for a stream, its
+            index in the batch.
 
     Raises:
-        InputError: The augmentation changes the shape or the type of an example.
+        InputError: If the augmentation changes the shape or the dtype of an example.
     """
+    # A key depends on the step and the index of the example, and not on the replica.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, examples)
     augmented = jax.vmap(augment)(keys, inputs)
     if (augmented.shape, augmented.dtype) != (inputs.shape, inputs.dtype):
@@ -42,7 +43,7 @@ def apply_to(augment: Augment, key: jax.Array, inputs: jax.Array, examples: jax.
 
 
 def chain(*augments: Augment) -> Augment:
-    """Applies one after the other, each with a key of its own."""
+    """Applies several augmentations in sequence, each with a separate key."""
 
     def augment(key, example):
         for own_key, each in zip(jax.random.split(key, len(augments)), augments, strict=True):
@@ -53,10 +54,11 @@ def chain(*augments: Augment) -> Augment:
 
 
 def shift(pixels: int) -> Augment:
-    """Moves a picture by up to so many pixels up or down, and left or right; each move is equally likely.
+    """Moves an image by up to `pixels` vertically and horizontally, uniformly at random.
 
     Raises:
-        InputError: It is less than 1 pixel, or, when it is used, as far as the picture is high or wide.
+        InputError: If `pixels` is less than 1, or, when applied, not less than the shorter side of
+            the image.
     """
     check_at_least(1, pixels=pixels)
 
@@ -65,8 +67,10 @@ def shift(pixels: int) -> Augment:
         if pixels >= min(sides):
             raise InputError(
                 "pixels",
-                f"must be less than the shorter side of a picture of {sides[0]} x {sides[1]}, got {pixels}.",
+                f"must be less than the shorter side of a picture of {sides[0]} x {sides[1]}, got "
+                f"{pixels}.",
             )
+        # Pad with zeros and crop at a random corner; the corner (pixels, pixels) moves nothing.
         others = (0,) * (picture.ndim - 2)
         padded = jnp.pad(picture, [(pixels, pixels)] * 2 + [(0, 0)] * len(others))
         top, left = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
@@ -76,9 +80,10 @@ def shift(pixels: int) -> Augment:
 
 
 def flip() -> Augment:
-    """Mirrors every second picture, left to right."""
+    """Mirrors an image left to right with probability 1/2."""
 
     def augment(key, picture):
+        # Only checks the shape.
         _sides(picture)
         return jnp.where(jax.random.bernoulli(key), picture[:, ::-1], picture)
 
@@ -86,12 +91,13 @@ def flip() -> Augment:
 
 
 def cutout(size: int) -> Augment:
-    """Sets a square of so many pixels a side to zero, around any pixel of the picture (DeVries and Taylor, 2017).
+    """Sets a square with sides of `size` pixels around a random pixel to zero.
 
-    Near the border a part of the square lies outside.
+    The square is clipped at the border of the image (DeVries and Taylor, 2017).
 
     Raises:
-        InputError: The size is less than 1, or, when it is used, larger than the picture is high or wide.
+        InputError: If `size` is less than 1, or, when applied, exceeds the shorter side of the
+            image.
     """
     check_at_least(1, size=size)
 
@@ -100,8 +106,10 @@ def cutout(size: int) -> Augment:
         if size > min(sides):
             raise InputError(
                 "size",
-                f"must be at most the shorter side of a picture of {sides[0]} x {sides[1]}, got {size}.",
+                f"must be at most the shorter side of a picture of {sides[0]} x {sides[1]}, got "
+                f"{size}.",
             )
+        # Masks of the square's rows and columns, clipped at the border; broadcast over channels.
         center = jax.random.randint(key, (2,), 0, jnp.array(sides))
         rows, columns = (
             (first <= jnp.arange(side)) & (jnp.arange(side) < first + size)

@@ -1,9 +1,10 @@
-"""Which examples a device sees at which step: a pure function of the seed and the step, never of what ran before.
+"""The order of the examples: a pure function of the seed and the step, not of earlier steps.
 
-A batch is written as indices into the training split, `int32[replica, per_replica]`. Where there are fewer examples
-than places, the rest is filled up with repetitions that do not count: `~i`, a negative number, repeats example `i` of
-the same batch, device or client. So the last batch of an epoch is short instead of dropped, whoever has run out of data
-has a row of negative numbers, and a model never sees anything but real examples.
+A batch is an array of indices into the training split, `int32[replica, per_replica]`. If there are
+fewer examples than places, the remaining places are padding: `~i`, a negative number, repeats
+example `i` of the same batch, device or client, and is masked out. Thus the last batch of an epoch
+is short instead of dropped, a replica that has run out of data has a row of negative numbers, and
+the model only ever sees real examples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,44 +21,47 @@ from ctde_jax.errors import InputError, check_at_least
 
 @dataclass(frozen=True)
 class Batches:
-    """The order in which the replicas see the examples."""
+    """The order in which the replicas process the examples."""
 
     split: Split | Drawn
-    """What the indices count: the whole training split, or a row `[replica, longest_part, ...]` for each replica."""
+    """The indexed examples: the whole training split, or one row `[replica, longest_part, ...]` per
+    replica."""
 
     axis: int | None
-    """None where every device holds all of `split`, 0 where each holds its own row of it, or, where the split is on
-    disk, what was drawn for it."""
+    """None if every device holds all of `split`; 0 if each device holds only its row of it, or, for
+    a split on disk, only the examples drawn for it."""
 
     steps_per_epoch: int
-    """After so many steps every example has been seen once; where clients are sampled, once on average."""
+    """Number of steps in which every example is seen once, on average if clients are sampled."""
 
     steps_per_draw: int
-    """The order is drawn anew after so many steps: after an epoch, or, where clients are sampled, after a round."""
+    """Number of steps between permutations: an epoch, or a round if clients are sampled."""
 
     draw: Callable[[int], np.ndarray]
-    """`draw(number) -> int32[steps_per_draw, replica, per_replica]`"""
+    """Returns a permutation, `draw(number) -> int32[steps_per_draw, replica, per_replica]`."""
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether examples are read when it is their turn."""
+        """Whether the examples of a batch are read from disk when it is due."""
         return isinstance(self.split, Split) and self.split.is_on_disk
 
     def steps(self, start: int, stop: int) -> np.ndarray:
-        """Returns the batches of these steps, at least one, counted from the start of training.
+        """Returns the batches of `range(start, stop)`, `int32[stop - start, replica, per_replica]`.
 
-        Shape and type: `int32[stop - start, replica, per_replica]`.
+        Steps are counted from the start of training; the range must not be empty.
         """
+        # Concatenate the draws that overlap the range, each cut to it.
         length = self.steps_per_draw
         numbers = range(start // length, ceil(stop / length))
         pieces = [self.draw(n)[max(0, start - n * length) : stop - n * length] for n in numbers]
         return np.concatenate(pieces)
 
     def inputs(self, step: int) -> np.ndarray:
-        """Returns the inputs of the batch of a step, of all replicas together: `[examples, ...]`.
+        """Returns the inputs of a step's global batch, `[examples, ...]`.
 
-        Where the examples are dealt anew in every epoch, their order is the same on any number of replicas.
+        Without a partition, their order is the same for any number of replicas.
         """
+        # `_reshuffled` deals the global batch to the replicas in turn; the transpose restores it.
         (indices,) = self.steps(step, step + 1)
         place, own = np.nonzero(indices.T >= 0)
         rows = indices[own, place]
@@ -77,28 +81,31 @@ def deal(
     partition: Sequence[np.ndarray] | None = None,
     inner_steps: int = 1,
 ) -> Batches:
-    """Deals the examples to the replicas.
+    """Assigns the examples to the replicas and determines their order.
 
-    Without a partition every epoch is a new permutation of all examples, and the global batch of a step is the same on
-    any number of replicas. With a part for each replica, every replica goes through its own examples, in a new order in
-    every epoch; an epoch lasts until the largest part is through, and the other replicas have no examples meanwhile.
+    Without a partition, every epoch is a new permutation of all examples, and the global batch of a
+    step is the same for any number of replicas. If the partition has one part per replica, every
+    replica iterates over its part, in a new order in every epoch; an epoch ends with the largest
+    part, and replicas with smaller parts have empty batches until then.
 
-    With more parts than replicas the parts are *clients*, of whom as many as there are replicas take part in a round,
-    drawn at random without replacement (McMahan et al., 2017). A client's own epoch lasts as many steps as the largest
-    client needs. The inner steps of a round are one such epoch after the other, each in a new order, and every round
-    begins anew: E times a client's epoch gives each client exactly E passes over its examples.
+    If the partition has more parts than replicas, the parts are *clients*. Each round samples one
+    client per replica, without replacement (McMahan et al., 2017). A client's epoch has as many
+    steps as the largest client needs. The inner steps of a round are consecutive epochs of the
+    client, each in a new order, and every round starts at the beginning of an epoch: E epochs of
+    inner steps give each client exactly E passes over its examples.
 
     Args:
-        split: The training examples.
-        replicas: How many there are.
-        batch_size: Examples of one step over all replicas together.
-        seed: Of all permutations, and of the clients drawn.
-        partition: The indices of the examples of each replica, or of each client.
-        inner_steps: Steps of a round, at least 1; only read where clients are drawn.
+        split: Training examples.
+        replicas: Number of replicas.
+        batch_size: Global batch size.
+        seed: Random seed for all permutations and for the sampling of clients.
+        partition: Example indices of each replica or client, `int[examples]` arrays.
+        inner_steps: Number of steps per round, at least 1; only used if clients are sampled.
 
     Raises:
-        InputError: The batch size does not divide over the replicas or is larger than the data, or the partition does
-            not give each example to exactly one part, or too few parts have examples.
+        InputError: If the batch size does not divide over the replicas or exceeds the number of
+            examples, the partition does not assign each example to exactly one part, or too few
+            parts have examples.
     """
     steps = steps_per_epoch(len(split.inputs), replicas, batch_size, partition)
     per_replica = batch_size // replicas
@@ -113,15 +120,17 @@ def deal(
 def steps_per_epoch(
     examples: int, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None = None
 ) -> int:
-    """Returns after how many steps every example has been seen; the arguments and errors are those of `deal`.
+    """Returns the number of steps in which every example is seen once.
 
-    Where clients are drawn, every example has then been seen once on average, if a round is made of whole epochs of the
-    clients.
+    If clients are sampled, this is an average, and holds if a round consists of whole epochs of the
+    clients. Arguments and errors are those of `deal`.
     """
     _check_batch_size(batch_size, replicas, examples)
     if partition is None:
         return ceil(examples / batch_size)
     _check_partition(partition, replicas, examples)
+    # A client takes part in every `len(partition) / replicas`-th round on average; with one part
+    # per replica, in every round.
     return ceil(len(partition) * _part_epoch(partition, batch_size // replicas) / replicas)
 
 
@@ -130,11 +139,16 @@ def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed:
 
     def epoch(number: int) -> np.ndarray:
         order = np.random.default_rng((seed, number)).permutation(examples).astype(np.int32)
+
+        # Pad the last batch with masked repetitions of its examples.
         missing = steps * per_replica * replicas - examples
         last_batch = order[(steps - 1) * per_replica * replicas :]
         order = np.concatenate([order, np.resize(~last_batch, missing)])
+
+        # Deal each global batch in turn, so that it is the same for any number of replicas.
         return order.reshape(steps, per_replica, replicas).swapaxes(1, 2)
 
+    # Two draws are cached, for blocks of steps that reach into the next epoch.
     return Batches(
         split, 0 if split.is_on_disk else None, steps, steps, lru_cache(maxsize=2)(epoch)
     )
@@ -143,24 +157,29 @@ def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed:
 def _kept(
     split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: int, seed: int
 ) -> Batches:
-    replicas, longest, counts_all = len(parts), max(map(len, parts)), split.is_on_disk
+    replicas = len(parts)
+    longest = max(map(len, parts))
+    counts_all = split.is_on_disk
 
     def rows(array: np.ndarray) -> np.ndarray:
-        own = np.repeat(
-            np.repeat(array[None, :1], longest, axis=1), replicas, axis=0
-        )  # never all zeros
+        # Pad each part to the longest one with the split's first example, as zeros are no example.
+        own = np.repeat(np.repeat(array[None, :1], longest, axis=1), replicas, axis=0)
         for row, part in zip(own, parts, strict=True):
             row[: len(part)] = array[part]
         return own
 
     def epoch(number: int) -> np.ndarray:
+        # A replica without examples keeps `~0` everywhere.
         order = np.full((replicas, steps * per_replica), ~0, np.int32)
         for row, part, own in zip(order, parts, range(replicas), strict=True):
             if len(part):
+                # Each replica has a separate generator; indices count within its part, or, on disk,
+                # within the whole split.
                 own_order = np.random.default_rng((seed, number, own)).permutation(len(part))
                 row[:] = filled_up(part[own_order] if counts_all else own_order, len(row))
         return order.reshape(replicas, steps, per_replica).swapaxes(0, 1)
 
+    # In memory, each replica's part becomes a row; on disk, the split stays as it is.
     held = split
     if not isinstance(split.inputs, DiskArray) and not isinstance(split.labels, DiskArray):
         held = Drawn(
@@ -184,9 +203,10 @@ def _sampled(
     epoch_steps = _part_epoch(clients, per_replica)
 
     def local_steps(client: int, number: int) -> np.ndarray:
-        rng = np.random.default_rng(
-            (seed, number, 1 + client)
-        )  # numpy takes (seed, number, 0) for (seed, number)
+        # 1 + client, because numpy seeds (seed, number, 0) like the (seed, number) of `a_round`.
+        rng = np.random.default_rng((seed, number, 1 + client))
+
+        # One permutation per epoch of the client; the round may end within the last one.
         epochs = [
             filled_up(rng.permutation(clients[client]), epoch_steps * per_replica)
             for _ in range(ceil(inner_steps / epoch_steps))
@@ -194,6 +214,7 @@ def _sampled(
         return np.concatenate(epochs).reshape(-1, per_replica)[:inner_steps]
 
     def a_round(number: int) -> np.ndarray:
+        # Only clients with examples take part.
         drawn = np.random.default_rng((seed, number)).choice(with_examples, replicas, replace=False)
         return np.stack([local_steps(client, number) for client in drawn], axis=1)
 
@@ -207,18 +228,18 @@ def _part_epoch(parts: Sequence[np.ndarray], per_replica: int) -> int:
 
 
 def filled_up(order: np.ndarray, places: int) -> np.ndarray:
-    """Repeats the order until the places are taken; what is repeated does not count."""
+    """Pads an order `int[examples]` to `int32[places]` with masked repetitions."""
     filled = np.resize(~order, places).astype(np.int32)
     filled[: len(order)] = order
     return filled
 
 
 _MOST_STEPS = 2**31 - 1
-"""A step's number is an int32."""
+"""Step numbers are int32."""
 
 
 def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
-    """Returns the optimizer steps of a run, which is so many epochs or so many steps long."""
+    """Returns the number of optimizer steps of a run, given by `epochs` or by `steps`."""
     if (epochs is None) == (steps is None):
         raise InputError(
             "epochs",
@@ -237,25 +258,31 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
 def index_blocks(
     batches: Batches, inner_steps: int, most: int, start: int, stop: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Cuts the steps from `start` to `stop` into pieces of `most` rounds, the last of what is left.
+    """Cuts the steps from `start` to `stop` into blocks of `most` rounds; the last may have fewer.
 
     Yields:
-        `int32[replica, most, inner_steps, per_replica]`, and how many of these rounds there are. A last round that is
-        short of steps is filled up with empty ones.
+        Indices `int32[replica, most, inner_steps, per_replica]`, and the number of rounds in the
+        block. If the last round lacks steps, it is padded with empty ones.
     """
     for first in range(start, stop, most * inner_steps):
         steps = batches.steps(first, min(first + most * inner_steps, stop))
+        # All blocks have one shape, so that one compiled program runs them; `~0` marks empty steps.
         filled = np.full((most * inner_steps, *steps.shape[1:]), ~0, np.int32)
         filled[: len(steps)] = steps
+
+        # The leading axis is that of the replicas.
         rounds = filled.reshape(most, inner_steps, *steps.shape[1:])
         yield np.ascontiguousarray(np.moveaxis(rounds, 2, 0)), ceil(len(steps) / inner_steps)
 
 
 def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
+    # Every replica needs at least one example.
     if examples < replicas:
         raise InputError(
             "devices", f"must be at most the {examples} training examples, got {replicas}."
         )
+
+    # Suggest the nearest multiple that does not exceed the number of examples.
     if batch_size < 1 or batch_size % replicas:
         nearest = min(max(1, round(batch_size / replicas)), examples // replicas) * replicas
         raise InputError(
@@ -282,12 +309,15 @@ def _check_partition(partition: Sequence[np.ndarray], replicas: int, examples: i
     if len(partition) < replicas:
         raise InputError(
             "partition",
-            f"must have a part for each of the {replicas} devices, or more, of which some are drawn in every round, "
-            f"got {len(partition)}.",
+            f"must have a part for each of the {replicas} devices, or more, of which some are "
+            f"drawn in every round, got {len(partition)}.",
         )
+
+    # A round samples as many clients as there are replicas, all of them with examples.
     with_examples = sum(len(part) > 0 for part in partition)
     if len(partition) > replicas > with_examples:
         raise InputError(
             "partition",
-            f"must have examples in at least {replicas} parts, one for each device, got {with_examples}.",
+            f"must have examples in at least {replicas} parts, one for each device, got "
+            f"{with_examples}.",
         )

@@ -1,4 +1,4 @@
-"""Labels as classes: names for words and numbers, and which numbers cannot be classes."""
+"""Labels as classes: names for words and numbers, and the numbers that cannot be classes."""
 
 from collections.abc import Sequence
 
@@ -9,28 +9,29 @@ from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_known
 
 CLASSES = 2**16
-"""The largest number of numbered classes, unless there are more labels than that; each class gets a name."""
+"""Maximum number of numbered classes, unless there are more labels; each class gets a name."""
 
 FEW_CLASSES = 5
-"""So few different labels are classes, however few examples there are."""
+"""Up to this many different labels are classes, even if there are few examples."""
 
 MANY_CLASSES = 20
-"""A note is written on whole numbers that are taken as more classes than this: they may be measurements."""
+"""If whole numbers make more classes than this, a note is written: they may be measurements."""
 
 _NAMED = 10
-"""Classes that a sentence names at most."""
+"""Maximum number of classes that a sentence names."""
 
 
 def from_words(words: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Names the classes of labels that are written as text, in sorted order.
 
-    If all of them are finite numbers, they are sorted as numbers, and two spellings of one number ("9" and "9.0") are
-    one class. Codes such as "007" are words.
+    If all of them are finite numbers, they are sorted as numbers, and two spellings of one number
+    ("9" and "9.0") are one class. Codes such as "007" are words.
 
     Returns:
-        The names, each as it is spelled first, and the class of each word, `int32[examples]`.
+        The names, each in its first spelling, and the class of each word, `int32[examples]`.
     """
     keys = _keys(words)
+    # In reverse, so that the first spelling of a key is the one that stays.
     spelled = dict(zip(reversed(keys), reversed(words), strict=True))
     ordered = sorted(spelled)
     place = {key: number for number, key in enumerate(ordered)}
@@ -38,53 +39,57 @@ def from_words(words: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def look_up(option: str, words: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Returns the class of each word, `int32[examples]`.
+    """Returns the class of each word of `str[examples]`, as `int32[examples]`.
 
     Raises:
-        InputError: The labels are no words, or one is not the name of a class.
+        InputError: If the labels are not words, or a word is not the name of a class.
     """
     if words.ndim != 1 or words.dtype.kind != "U":
         raise InputError(
             option,
-            f"must hold names of classes in the shape [examples], got {words.dtype} of the shape {words.shape}.",
+            f"must hold names of classes in the shape [examples], got {words.dtype} of the shape "
+            f"{words.shape}.",
         )
     labels = list(map(finder(classes), words.tolist()))
+    # `check_known` raises for the first unknown word, with the nearest names.
     if None in labels:
         check_known(option, words.tolist()[labels.index(None)], classes)
     return np.array(labels, np.int32)
 
 
 def numbered(labels: np.ndarray | DiskArray, option: str = "y_train") -> tuple[str, ...]:
-    """Names the classes from 0 to the largest label, or returns none if labels are not `int32[examples]`.
+    """Names the classes from 0 to the largest label; no names unless labels are `int32[examples]`.
 
     Raises:
-        InputError: The labels are too large, or too many and too far apart, to be numbers of classes.
+        InputError: If the labels are too large, or too many and too far apart, to be class numbers.
     """
     if isinstance(labels, DiskArray) or labels.dtype != np.int32 or labels.ndim != 1:
         return ()
+    # Every number up to the largest gets a name, so a single large label would fill the memory.
     largest = int(labels.max(initial=0))
     if largest >= max(CLASSES, len(labels)):
         raise InputError(
             option,
-            f"must count the classes from 0, got {largest} for example {labels.argmax()}, and there are only "
-            f"{len(labels):,} labels; number the classes without gaps.",
+            f"must count the classes from 0, got {largest} for example {labels.argmax()}, and "
+            f"there are only {len(labels):,} labels; number the classes without gaps.",
         )
+    # Gaps alone are allowed: a class may lack examples.
     different = len(np.unique(labels))
     if largest + 1 > 2 * different and look_measured(labels.tolist()):
         raise InputError(
             option,
-            f"must count the classes from 0, got {different:,} different numbers up to {largest:,} for {len(labels):,} "
-            "examples, which look like measurements; number the classes without gaps, or pass measurements as floats "
-            "with a task of your own.",
+            f"must count the classes from 0, got {different:,} different numbers up to "
+            f"{largest:,} for {len(labels):,} examples, which look like measurements; number the "
+            "classes without gaps, or pass measurements as floats with a task of your own.",
         )
     return tuple(str(i) for i in range(largest + 1))
 
 
 def look_measured(labels: Sequence[float]) -> bool:
-    """Returns whether whole numbers look like measurements, such as prices, and not like classes.
+    """Returns whether whole numbers look like measurements, such as prices, rather than classes.
 
-    That is if there are more than `FEW_CLASSES` different ones with fewer than three examples each on average, or with
-    fewer than two if they are consecutive, as numbers of classes are.
+    They do if there are more than `FEW_CLASSES` different ones, with fewer than three examples each
+    on average, or fewer than two if the numbers are consecutive, as those of classes are.
     """
     different = set(labels)
     if len(different) <= FEW_CLASSES:
@@ -94,59 +99,64 @@ def look_measured(labels: Sequence[float]) -> bool:
 
 
 def note_on_numbers(different: int, place: str) -> list[str]:
-    """Returns a sentence on many whole numbers that are taken as classes, and none on few.
+    """Returns a sentence on whole numbers that are taken as many classes, or none if there are few.
 
     Args:
-        different: How many different numbers there are.
-        place: Where they are, as the sentence names it.
+        different: Number of different labels.
+        place: Location of the labels, as the sentence names it.
     """
     if different <= MANY_CLASSES:
         return []
     return [
-        f"The {different:,} different whole numbers in {place} are taken as classes; if they are measurements, pass "
-        "them as floats to data.from_arrays, with a Task of your own."
+        f"The {different:,} different whole numbers in {place} are taken as classes; if they are "
+        "measurements, pass them as floats to data.from_arrays, with a Task of your own."
     ]
 
 
 def notes_on_classes(
     classes: Sequence[str], train: np.ndarray, test: np.ndarray, is_numbered: bool
 ) -> list[str]:
-    """Returns a sentence on classes without any example, and one on classes that only the test split has.
+    """Returns a sentence on classes without examples, and one on classes only in the test split.
 
     Args:
-        classes: Their names.
-        train: `int32[examples]`
-        test: `int32[examples]`
-        is_numbered: Whether the classes are all numbers up to the largest label, so that some may be gaps.
+        classes: Class names.
+        train: Training labels, `int32[examples]`.
+        test: Test labels, `int32[examples]`.
+        is_numbered: Whether the classes are the numbers up to the largest label, so that some of
+            them may be gaps.
     """
+    # Which classes have examples, `bool[classes]`.
     in_train, in_test = (
         np.bincount(labels, minlength=len(classes)) > 0 for labels in (train, test)
     )
-    notes, gaps, unseen = (
-        [],
-        np.flatnonzero(~in_train & ~in_test),
-        np.flatnonzero(~in_train & in_test),
-    )
+
+    notes = []
+    gaps = np.flatnonzero(~in_train & ~in_test)
+    unseen = np.flatnonzero(~in_train & in_test)
     if is_numbered and len(gaps):
         notes.append(
-            f"No example has the label {_list(classes, gaps)}, of the classes from 0 to {len(classes) - 1}."
+            f"No example has the label {_list(classes, gaps)}, of the classes from 0 to "
+            f"{len(classes) - 1}."
         )
     if len(unseen):
         notes.append(
-            f"The test split has examples of the classes {_list(classes, unseen)}, and the training split has none."
+            f"The test split has examples of the classes {_list(classes, unseen)}, and the "
+            "training split has none."
         )
     return notes
 
 
 def is_one_hot(labels: np.ndarray | DiskArray) -> bool:
-    """Returns whether labels are rows of zeros with a single one."""
+    """Returns whether labels `[examples, classes]` are one-hot, judged by the first 4,096 rows."""
     if labels.ndim != 2 or labels.shape[1] < 2:
         return False
+    # The first rows are enough for a hint in an error message.
     some = np.asarray(labels[:4096])
     return bool(((some == 0) | (some == 1)).all() and (some.sum(axis=1) == 1).all())
 
 
 def _keys(words: Sequence[str]) -> list:
+    # Numbers are sorted by value, so that 10 comes after 9.
     return [number_of(word) for word in words] if are_numbers(words) else list(words)
 
 

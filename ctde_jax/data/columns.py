@@ -1,4 +1,4 @@
-"""What the columns of a table hold: numbers that a model can learn from, or a sentence that says why not."""
+"""Columns of a table: their numbers, or an error with the reason and the fix."""
 
 import re
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ from ctde_jax.data.files import faulty
 from ctde_jax.errors import quoted
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "--", ".")
-"""How tables write that a number is missing, in lower case."""
+"""Spellings of a missing number in tables, in lower case."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 _MOST_DIGITS = 2**53
 """Integers above this one are not exact in float64."""
 
 MANY_LINES = 10
-"""A rule about all lines, such as that they are numbered, is only applied to as many as this."""
+"""Minimum number of lines for a rule about all lines, such as that they are numbered."""
 
 
 class Column(NamedTuple):
     """A column of a table, without its header."""
 
-    name: str  # as a sentence names it
+    name: str  # as messages show it
     lines: Sequence[int]  # in the file, counted from 1
     cells: Sequence[str]
 
 
 def is_missing(cell: str) -> bool:
-    """Returns whether a cell says that its value is missing."""
+    """Returns whether a cell marks a missing value."""
     return cell.lower() in MISSING
 
 
@@ -41,14 +41,16 @@ def numbers(path: Path, column: Column) -> np.ndarray:
     """Returns the numbers of a column, `float64[lines]`.
 
     Raises:
-        InputError: A cell is not a finite number of float32.
+        InputError: If a cell is not a finite number in float32.
     """
+    # NaN fails the comparison, so it counts as wrong.
     found = [number_of(cell) for cell in column.cells]
     places = [
         place for place, number in enumerate(found) if number is None or not abs(number) <= _LARGEST
     ]
     if not places:
         return np.array(found, np.float64)
+    # The message names the first wrong cell, and the fix depends on all of them.
     if not any(column.cells):
         raise faulty(
             path,
@@ -56,36 +58,41 @@ def numbers(path: Path, column: Column) -> np.ndarray:
             "remove it, or the comma at the end of each line",
         )
     wrong = [column.cells[place] for place in places]
-    cell, line = wrong[0], column.lines[places[0]]
+    cell = wrong[0]
+    line = column.lines[places[0]]
     share = f", nor are {len(wrong) - 1:,} more cells of the column" if len(wrong) > 1 else ""
     raise faulty(
         path,
-        f"has {quoted(cell) if cell else 'an empty cell'} in line {line}, column {column.name}, and not a finite "
-        f"float32 number{share}",
+        f"has {quoted(cell) if cell else 'an empty cell'} in line {line}, column {column.name}, "
+        f"and not a finite float32 number{share}",
         _way_out(wrong, len(column.cells)),
     )
 
 
 def check_precision(path: Path, column: Column, values: np.ndarray) -> float | None:
-    """Compares the numbers of a column with what float32 makes of them.
+    """Compares the numbers of a column, `float64[lines]`, with their float32 roundings.
 
     Returns:
-        The largest rounding error as a fraction of their standard deviation, if float32 merges some of them; else None.
+        The largest rounding error as a fraction of the standard deviation, if float32 merges some
+        of the numbers; else None.
 
     Raises:
-        InputError: It merges numbers and rounds by more than `COARSE` of their standard deviation.
+        InputError: If float32 merges numbers and rounds by more than `COARSE` of their standard
+            deviation.
     """
+    # Compare in float64, unless it rounds the numbers of the column, too.
     rounded = values.astype(np.float32).astype(np.float64)
-    largest, deviation = np.abs(values).max(), values.std()
+    largest = np.abs(values).max()
+    deviation = values.std()
     if largest < _MOST_DIGITS and (deviation > NOISE * largest or len(set(column.cells)) == 1):
         error = np.abs(rounded - values).max()
         if len(np.unique(rounded)) == len(np.unique(values)):
             return None
         if error <= COARSE * deviation:
             return error / deviation
-    exact = [
-        _exact(cell, value) for cell, value in zip(column.cells, values, strict=True)
-    ]  # float64 merges some, too
+
+    # Compare exactly, relative to the least number, because float64 merges some numbers, too.
+    exact = [_exact(cell, value) for cell, value in zip(column.cells, values, strict=True)]
     least = min(exact)
     if len(set(exact)) == len(set(rounded)):
         return None
@@ -95,22 +102,26 @@ def check_precision(path: Path, column: Column, values: np.ndarray) -> float | N
     )
     if deviation and error <= COARSE * deviation:
         return error / deviation
+
+    # Find two different numbers with the same rounding for the message.
     first: dict[float, int] = {}
     for place, short in enumerate(rounded):
         if exact[first.setdefault(short, place)] != exact[place]:
-            one, other = quoted(column.cells[first[short]]), quoted(column.cells[place])
+            one = quoted(column.cells[first[short]])
+            other = quoted(column.cells[place])
             smallest = quoted(column.cells[exact.index(least)])
             raise faulty(
                 path,
-                f"has {one} and {other} in the column {column.name}, which are the same number in float32",
-                f"subtract the smallest number, {smallest}, from the whole column, here and where the model is used, "
-                "or remove the column",
+                f"has {one} and {other} in the column {column.name}, which are the same number in "
+                "float32",
+                f"subtract the smallest number, {smallest}, from the whole column, here and where "
+                "the model is used, or remove the column",
             )
     raise AssertionError("numbers were merged")
 
 
 def counts_lines(values: np.ndarray) -> bool:
-    """Returns whether the numbers count the lines, from 0 or 1."""
+    """Returns whether the numbers, `float64[lines]`, count the lines from 0 or 1."""
     count = np.arange(len(values))
     return len(values) >= MANY_LINES and (
         np.array_equal(values, count) or np.array_equal(values, count + 1)
@@ -118,30 +129,40 @@ def counts_lines(values: np.ndarray) -> bool:
 
 
 def is_identifier(name: str, values: np.ndarray) -> bool:
-    """Returns whether every line has another whole number, and they are in order or the column is called an id."""
+    """Returns whether the numbers, `float64[lines]`, are whole, different, and like identifiers.
+
+    They are like identifiers if they increase, or if the name of the column is that of an id.
+    """
     if (
         len(values) < MANY_LINES
         or len(np.unique(values)) < len(values)
         or not np.array_equal(values, np.rint(values))
     ):
         return False
+    # Matches `id` and `user_id`, but not `paid`.
     is_called_so = re.search(r"(^|[^a-z])(id|idx|index|key|no|nr|number|row)$", name.lower())
     return bool(is_called_so) or bool((np.diff(values) > 0).all())
 
 
 def names_the_label(values: np.ndarray, labels: np.ndarray) -> bool:
-    """Returns whether the column has one number for each class, and another for each other class."""
+    """Returns whether the column has exactly one number per class, different for all classes.
+
+    Values are `float64[lines]`, labels `int32[lines]`.
+    """
     classes = len(np.unique(labels))
+    # With few lines for each class, this may be a coincidence.
     if len(values) < max(MANY_LINES, 2 * classes) or len(np.unique(values)) != classes:
         return False
     return len(set(zip(values.tolist(), labels.tolist(), strict=True))) == classes
 
 
 def _way_out(wrong: Sequence[str], cells: int) -> str:
-    """Returns what to do about cells that are no numbers, by what all or most of them are."""
+    """Returns the fix for cells that are not numbers, by the kind of all or most of them."""
+    # Missing values and infinities are not words.
     words = [cell for cell in wrong if not is_missing(cell) and number_of(cell) is None]
     if not words and len(wrong) > 1:
         return "fill in the cells, or remove the lines or the column"
+    # Kinds of cells that can be replaced by numbers.
     if words and all(cell.lower() in ("true", "false") for cell in words):
         return "replace True by 1 and False by 0"
     if words and all(re.fullmatch(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}.*", cell) for cell in words):
@@ -150,10 +171,11 @@ def _way_out(wrong: Sequence[str], cells: int) -> str:
         return (
             "write numbers in digits with a point, without thousands separators or decimal commas"
         )
+    # A column that is mostly words holds something other than a feature.
     if len(words) > max(1, cells // 2):
         return (
-            "remove the column if it only names the lines, name it in label_column (--label-column) if it holds the "
-            "classes, or replace its words by numbers"
+            "remove the column if it only names the lines, name it in label_column "
+            "(--label-column) if it holds the classes, or replace its words by numbers"
         )
     return "correct the cell, or remove the line"
 

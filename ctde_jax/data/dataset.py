@@ -1,8 +1,8 @@
-"""A data set: arrays for training and testing, checked once, and how raw inputs become numbers near zero.
+"""A data set: arrays for training and testing, checked once, and the normalization of the inputs.
 
-Inputs stay as they were stored (a picture is uint8), so that a data set takes a quarter of the room on the devices; the
-model subtracts `shift` and multiplies by `scale` there, in their type. For tokens that is int32, so they stay numbers
-of a vocabulary.
+Inputs keep the dtype in which they are stored (uint8 for images), so that a data set takes a
+quarter of the memory on the devices. There the model subtracts `shift` and multiplies by `scale`,
+in the dtype of these. For tokens it is int32, so they remain indices into a vocabulary.
 """
 
 from collections.abc import Sequence
@@ -22,51 +22,53 @@ from ctde_jax.errors import InputError
 TEST_FRACTION = 0.2
 
 SENSIBLE = (0.01, 10.0)
-"""Inputs whose root mean square lies outside are said to be badly scaled: networks start for numbers around 1."""
+"""Inputs get a note on their scale if their root mean square is outside of this range: networks are
+initialized for numbers around 1."""
 
 _MEASURED = 4096
-"""Examples whose scale is measured."""
+"""Number of examples from which the scale is measured."""
 
 _EXACT = 2**24
-"""The integers up to this one are exact in float32."""
+"""Integers up to this one are exact in float32."""
 
 
 @dataclass(frozen=True, repr=False)
 class Dataset:
-    """Training and test examples; the model sees `(inputs - shift) * scale`."""
+    """Training and test examples; the model receives `(inputs - shift) * scale`."""
 
     name: str
     train: Split
     test: Split
     classes: tuple[str, ...]
-    """The label names, in the order of the labels; empty where labels are targets that are no classes."""
+    """Label names, in the order of the labels; empty if the labels are targets and not classes."""
 
     shift: np.ndarray  # float32[] or float32[1, ...]; int32[] for integer inputs
-    scale: np.ndarray  # likewise
+    scale: np.ndarray  # like shift
     notes: tuple[str, ...] = ()
-    """What was decided for the user, one sentence each."""
+    """Decisions that were made for the user, one sentence each."""
 
     vocabulary: tuple[str, ...] = ()
-    """The characters of a text, in the order of their tokens."""
+    """Characters of a text, in the order of their tokens."""
 
     validation: Split | None = None
-    """Examples set aside from training that say when to stop; see `hold_out`."""
+    """Examples held out from training, for early stopping; see `hold_out`."""
 
     columns: tuple[str, ...] = ()
-    """The names of a table's features, in the order of the inputs; empty if they have no names."""
+    """Feature names of a table, in the order of the inputs; empty if they have none."""
 
     stream: Stream | None = None
-    """Where the training examples come in batches, one after another; then `train` is the first of them."""
+    """Source of the training batches, if they come from an iterable; `train` is the first one."""
 
     def __repr__(self) -> str:
         of_each = "training examples in a batch" if self.stream else "training"
-        train, test = len(self.train.inputs), len(self.test.inputs)
+        train = len(self.train.inputs)
+        test = len(self.test.inputs)
         return (
             f"Dataset({self.name!r}, {train:,} {of_each} and {test:,} test examples, {self.kinds})"
         )
 
     def check_arrays(self, option: str) -> None:
-        """Raises InputError for an option that goes through all training examples where they come in batches."""
+        """Raises InputError for an option that needs all examples, if they come from a stream."""
         if self.stream is not None:
             raise InputError(
                 option,
@@ -75,7 +77,7 @@ class Dataset:
 
     @property
     def kinds(self) -> str:
-        """Says how many different labels there are: characters of a text, or classes."""
+        """Number of characters of a text, or of classes, as a phrase."""
         return (
             f"{len(self.vocabulary)} characters"
             if self.vocabulary
@@ -92,30 +94,33 @@ def from_arrays(
     name: str = "arrays",
     classes: Sequence[str] | None = None,
 ) -> Dataset:
-    """Makes a data set of the user's own arrays: of numpy, JAX, PyTorch on the CPU, pandas, or lists.
+    """Makes a data set of arrays of numpy, JAX, PyTorch (on the CPU) or pandas, or of lists.
 
-    Unsigned bytes are pixels, and reach the model divided by 255. Pictures of 16 bits (uint16 in `[examples, height,
-    width, ...]`) reach it divided by the largest number of as many bits as their brightest pixel needs. Other integers,
-    such as the tokens of a text, reach it as they are in int32, and everything else as it is in float32; if these are
-    far from 1, a note says so, and `standardized` scales them. Without test arrays, a random fifth of the examples
-    (always the same) becomes the test split. The data set's notes say what was decided.
+    uint8 inputs are pixels, and reach the model divided by 255. Images of 16 bits (uint16 in
+    `[examples, height, width, ...]`) reach it divided by 2**b - 1 if the brightest pixel needs b
+    bits. Other integers, such as the tokens of a text, reach it unscaled as int32, and everything
+    else as float32; if these are far from 1, a note recommends `standardized`. Without test arrays,
+    a random fifth of the examples (always the same) becomes the test split. The data set's notes
+    list these decisions.
 
-    A memory map (`np.load(path, mmap_mode="r")`, or `np.memmap`) may be larger than memory: it stays in its file, and
-    what trains on it reads each batch when it is its turn.
+    A memory map (`np.load(path, mmap_mode="r")`, or `np.memmap`) may be larger than memory: it
+    stays in its file, and training reads each batch when it is due.
 
     Args:
         x_train: Inputs, `[examples, ...]`.
-        y_train: Labels, in `[examples]`: integers from 0, booleans, or names of classes. Or targets for a task of the
-            user's own, such as the next token at every place in `[examples, length]`, or floating-point numbers.
+        y_train: Labels, `[examples]`: integers from 0, booleans, or class names. Or targets for a
+            custom task, such as the next token at every position in `[examples, length]`, or
+            floating-point numbers.
         x_test: Test inputs, shaped like the training inputs.
         y_test: Test labels.
-        name: What to call the data set.
-        classes: Label names; by default the numbers from 0 to the largest training label, or the sorted names in the
-            training labels, if there is one label for each example.
+        name: Name of the data set.
+        classes: Label names; by default the numbers from 0 to the largest training label, or the
+            sorted names in the training labels, if there is one label per example.
 
     Raises:
-        InputError: Lengths differ, values are NaN or infinite, arrays are sparse, masked, or of another type than
-            numbers, float32 does not tell the numbers of a feature apart, or labels are not among the classes.
+        InputError: If lengths differ, values are NaN or infinite, arrays are sparse, masked or not
+            numeric, float32 does not distinguish the numbers of a feature, or labels are not among
+            the classes.
     """
     dataset = assemble(x_train, y_train, x_test, y_test, name, classes)
     return replace(dataset, notes=(*dataset.notes, *notes_on_inputs(dataset)))
@@ -129,12 +134,16 @@ def assemble(
     name: str,
     classes: Sequence[str] | None,
 ) -> Dataset:
-    """Makes a data set as `from_arrays` does, without notes on how its inputs reach the model."""
+    """Makes a data set as `from_arrays` does, without the notes of `notes_on_inputs`."""
+    # Test arrays are given as a pair, or not at all.
     if (x_test is None) != (y_test is None):
         missing, present = ("x_test", "y_test") if x_test is None else ("y_test", "x_test")
         raise InputError(missing, f"is missing although {present} is given; pass both or neither.")
-    x_train, y_train = plain("x_train", x_train), plain("y_train", y_train)
+    x_train = plain("x_train", x_train)
+    y_train = plain("y_train", y_train)
     y_test = None if y_test is None else plain("y_test", y_test)
+
+    # Class names become class numbers, in the order of `classes` or in sorted order.
     spells_numbers = False
     if isinstance(y_train, np.ndarray) and y_train.ndim == 1 and y_train.dtype.kind == "U":
         if classes is None:
@@ -142,12 +151,16 @@ def assemble(
             spells_numbers = are_numbers(classes)
         y_train = look_up("y_train", y_train, classes)
         y_test = None if y_test is None else look_up("y_test", np.asarray(y_test), classes)
-    inputs, labels = checked_inputs("x_train", x_train), checked_labels("y_train", y_train)
+
+    # Check the training arrays, and number the classes if they have no names.
+    inputs = checked_inputs("x_train", x_train)
+    labels = checked_labels("y_train", y_train)
     is_numbered = classes is None
     has_numbers = is_numbered or spells_numbers
     classes = numbered(labels) if classes is None else tuple(classes)
     check_pair("y_train", inputs, labels, len(classes))
 
+    # Split off a test set, or check the given one against the training arrays.
     notes: list[str] = []
     if x_test is None or y_test is None:
         if len(inputs) < 2:
@@ -155,7 +168,10 @@ def assemble(
                 "x_train", "must hold at least two examples where there is no test split, got one."
             )
         train, test = _split_off_test(Split(inputs, labels))
-        held_out = f"{len(test.inputs):,} of the {len(inputs):,} examples were set aside at random for testing"
+        held_out = (
+            f"{len(test.inputs):,} of the {len(inputs):,} examples were set aside at random for "
+            "testing"
+        )
         notes.append(f"There is no test split, so {held_out}.")
     else:
         train = Split(inputs, labels)
@@ -172,14 +188,19 @@ def assemble(
         if test.inputs.shape[1:] != inputs.shape[1:]:
             raise InputError(
                 "x_test",
-                f"must have examples of the training shape {inputs.shape[1:]}, got {test.inputs.shape[1:]}.",
+                f"must have examples of the training shape {inputs.shape[1:]}, got "
+                f"{test.inputs.shape[1:]}.",
             )
+
+    # Describe classes that may be measurements, or that have no examples.
     if classes and labels.ndim == 1:
         if has_numbers:
             notes += note_on_numbers(len(np.unique(labels)), "y_train")
         notes += notes_on_classes(
             classes, np.asarray(train.labels), np.asarray(test.labels), is_numbered
         )
+
+    # Scale pixels to [0, 1]: uint8, and uint16, which became int32; other inputs are not scaled.
     is_deep = x_train.dtype == np.uint16 and x_train.ndim > 2
     highest = _highest(inputs) if is_deep else 255 if inputs.dtype == np.uint8 else 1
     seen_as = np.int32 if inputs.dtype == np.int32 and not is_deep else np.float32
@@ -188,23 +209,32 @@ def assemble(
 
 
 def notes_on_inputs(dataset: Dataset) -> list[str]:
-    """Returns a sentence each on inputs that reach the model badly scaled, or with their channels first."""
-    inputs, notes = dataset.train.inputs, []
+    """Returns a sentence each on inputs with channels first, 16-bit images, and a bad scale."""
+    inputs = dataset.train.inputs
+    notes = []
     if is_channels_first(inputs.shape[1:]):
         notes.append(
-            f"Pictures of the shape {list(inputs.shape[1:])} seem to have their channels first, and flax's "
-            "convolutions take them last: pass inputs.transpose(0, 2, 3, 1)."
+            f"Pictures of the shape {list(inputs.shape[1:])} seem to have their channels first, "
+            "and flax's convolutions take them last: pass inputs.transpose(0, 2, 3, 1)."
         )
+
+    # int32 inputs with a float32 scale are images of 16 bits.
     if inputs.dtype == np.int32 and not dataset.scale.ndim and dataset.scale.dtype == np.float32:
         highest = round(1 / float(dataset.scale))
         notes.append(
-            f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest pixel needs."
+            f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest "
+            "pixel needs."
         )
-    some = np.asarray(inputs[:_MEASURED]).astype(np.float64)
+
+    # Inputs that are scaled, or have several labels per example as tokens do, get no note.
     if dataset.scale.ndim or not np.all(dataset.scale == 1) or dataset.train.labels.ndim > 1:
         return notes
-    size, least, largest = float(np.sqrt(np.square(some).mean())), some.min(), some.max()
+    some = np.asarray(inputs[:_MEASURED]).astype(np.float64)
+    size = float(np.sqrt(np.square(some).mean()))
+    least = some.min()
+    largest = some.max()
     if size and not SENSIBLE[0] <= size <= SENSIBLE[1]:
+        # The fix depends on whether these look like pixels, tokens or measurements.
         way_out = "ctde_jax.data.standardized(data) scales every feature"
         if some.ndim > 2 and least >= 0 and largest <= 255 and np.array_equal(some, np.rint(some)):
             way_out = "pixels saved as uint8 are divided by 255"
@@ -216,14 +246,15 @@ def notes_on_inputs(dataset: Dataset) -> list[str]:
             )
             way_out = f"that is right for tokens{rounded}; measurements need scaling: {way_out}"
         notes.append(
-            f"Inputs reach the model as they are, as numbers from {least:.6g} to {largest:.6g}, and networks learn "
-            f"best from numbers around 1: {way_out}."
+            f"Inputs reach the model as they are, as numbers from {least:.6g} to {largest:.6g}, "
+            f"and networks learn best from numbers around 1: {way_out}."
         )
     return notes
 
 
 def is_channels_first(shape: Sequence[int]) -> bool:
-    """Returns whether a picture of this shape seems to be `[channels, height, width]`."""
+    """Returns whether the shape of an image looks like `[channels, height, width]`."""
+    # Only the first axis may look like channels; images of up to 4 pixels a side are ambiguous.
     channels = (1, 3, 4)
     return (
         len(shape) == 3
@@ -234,24 +265,34 @@ def is_channels_first(shape: Sequence[int]) -> bool:
 
 
 def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
-    """Sets a random share of the training examples aside for validation.
+    """Holds out a random share of the training examples for validation.
 
-    Examples that overlap, such as windows of a text with a small stride, leave hardly anything unseen to validate on.
+    If examples overlap, such as windows of a text with a small stride, hardly any part of the
+    validation split is unseen.
 
     Raises:
-        InputError: The share is not between 0 and 1, or leaves no example for training or for validation.
+        InputError: If the share is not between 0 and 1, or leaves no example for training or for
+            validation.
     """
     dataset.check_arrays("validation_share")
     examples = len(dataset.train.inputs)
+    # A share outside of (0, 1) holds out nothing, which is refused.
     held_out = round(share * examples) if 0 < share < 1 else 0
     if not 0 < held_out < examples:
         raise InputError(
             "validation_share",
-            f"must leave some of the {examples:,} training examples for training and some for validation, got {share}.",
+            f"must leave some of the {examples:,} training examples for training and some for "
+            f"validation, got {share}.",
         )
+
+    # Sorted, so that examples keep their order, and rows on disk are read in that of the file.
     order = np.random.default_rng(seed).permutation(examples)
-    kept, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
-    note = f"{held_out:,} of the {examples:,} training examples are set aside at random for validation."
+    kept = np.sort(order[held_out:])
+    validation = np.sort(order[:held_out])
+    note = (
+        f"{held_out:,} of the {examples:,} training examples are set aside at random for "
+        "validation."
+    )
     return replace(
         dataset,
         train=_rows(dataset.train, kept),
@@ -261,33 +302,48 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
 
 
 def standardized(dataset: Dataset) -> Dataset:
-    """Gives every feature zero mean and unit variance over the training split; a constant feature becomes zero."""
+    """Scales every feature to zero mean and unit variance over the training split.
+
+    A constant feature becomes zero.
+    """
     dataset.check_arrays("standardized")
-    inputs, total, squares = dataset.train.inputs, np.zeros(()), np.zeros(())
+    inputs = dataset.train.inputs
+    total = np.zeros(())
+    squares = np.zeros(())
     check_precision("standardized", inputs)
+
+    # First pass: mean and range.
     least = largest = np.asarray(inputs[:1])
     for _, piece in slices(inputs):
         total = total + piece.sum(axis=0, keepdims=True, dtype=np.float64)
         least = np.minimum(least, piece.min(axis=0, keepdims=True))
         largest = np.maximum(largest, piece.max(axis=0, keepdims=True))
     mean = total / len(inputs)
+
+    # Second pass: variance around the mean, so that a large mean causes no cancellation.
     for _, piece in slices(inputs):
         squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
     deviation = np.sqrt(squares / len(inputs))
-    # The mean of equal numbers is rounded, so their deviation need not be 0. Below `tiny` it has no float32 reciprocal.
+
+    # The mean of equal numbers is rounded, so their deviation may exceed 0; hence the range. A
+    # deviation below `tiny` has no reciprocal in float32.
     varies = (largest > least) & (deviation >= np.finfo(np.float32).tiny)
     scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
-    note = "Every feature is standardized by the training split's mean and deviation before it reaches the model."
-    return replace(
-        dataset,
-        shift=mean.astype(np.float32),
-        scale=scale.astype(np.float32),
-        notes=(*(each for each in dataset.notes if each not in notes_on_inputs(dataset)), note),
+
+    scaled = replace(dataset, shift=mean.astype(np.float32), scale=scale.astype(np.float32))
+
+    # Notes on the scale of the raw inputs no longer apply.
+    outdated = {*notes_on_inputs(dataset)} - {*notes_on_inputs(scaled)}
+    note = (
+        "Every feature is standardized by the training split's mean and deviation before it "
+        "reaches the model."
     )
+    kept = [each for each in dataset.notes if each not in outdated]
+    return replace(scaled, notes=(*kept, note))
 
 
 def _highest(inputs: np.ndarray | DiskArray) -> int:
-    """Returns the largest number of as many bits as the largest input needs."""
+    """Returns 2**b - 1, if the largest input needs b bits."""
     largest = max(int(piece.max()) for _, piece in slices(inputs))
     return 2 ** max(1, largest.bit_length()) - 1
 
@@ -296,14 +352,15 @@ def _split_off_test(split: Split) -> tuple[Split, Split]:
     """Moves a random fifth of the examples, always the same ones, into a test split."""
     order = np.random.default_rng(0).permutation(len(split.inputs))
     test = max(1, round(TEST_FRACTION * len(order)))
-    train_rows, test_rows = np.sort(order[test:]), np.sort(order[:test])
+    train_rows = np.sort(order[test:])
+    test_rows = np.sort(order[:test])
     return _rows(split, train_rows), _rows(split, test_rows)
 
 
 def _like_training(
     train: np.ndarray | DiskArray, test: np.ndarray | DiskArray
 ) -> np.ndarray | DiskArray:
-    """Returns test labels in the type of the training labels, or raises InputError if they are of another kind."""
+    """Casts test labels to the dtype of the training labels; raises InputError on a mismatch."""
     if test.shape[1:] != train.shape[1:]:
         wanted, got = (
             str(["examples", *array.shape[1:]]).replace("'", "") for array in (train, test)
@@ -311,6 +368,7 @@ def _like_training(
         raise InputError(
             "y_test", f"must have the shape {wanted} like y_train, got {got}; reshape one of them."
         )
+    # Integers can be cast to float targets, but not the reverse.
     if train.dtype != np.float32 and test.dtype == np.float32:
         raise InputError(
             "y_test", f"must be integers like y_train, got {test.dtype}; convert one of them."

@@ -1,4 +1,4 @@
-"""SHA-256 digests of arrays and data sets, by which a run recognizes the data that it was started with."""
+"""SHA-256 digests by which a run recognizes the data set that it was started with."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -10,18 +10,19 @@ from ctde_jax.data.dataset import Dataset
 from ctde_jax.data.disk import DiskArray, slices
 
 WHOLE_BYTES = 2**28
-"""Arrays of at most this size are digested whole, in 0.2 to 0.6 s per 256 MiB; of larger ones, samples."""
+"""Arrays up to this size are hashed whole, in 0.2 to 0.6 s per 256 MiB; larger ones by samples."""
 
 _SAMPLES = 4096
-"""Rows of a larger array that are digested: evenly spaced, the first and the last among them."""
+"""Number of rows that are hashed of a larger array: evenly spaced, with the first and the last."""
 
 
 def digest(array: np.ndarray | DiskArray) -> str:
-    """Returns the SHA-256 of shape, dtype and content; equal for an array in memory and the same array in a file.
+    """Returns the SHA-256 of shape, dtype and content, equal for an array in memory and in a file.
 
     Args:
-        array: Any shape and dtype. Of more than `WHOLE_BYTES`, only `_SAMPLES` rows are read.
+        array: Array of any shape and dtype. Above `WHOLE_BYTES`, only `_SAMPLES` rows are read.
     """
+    # Shape and dtype are hashed, too, so that a reshaped array has another digest.
     total = sha256(f"{array.dtype}{list(array.shape)}".encode())
     if array.ndim == 0 or len(array) == 0:
         total.update(np.asarray(array).tobytes())
@@ -35,28 +36,34 @@ def digest(array: np.ndarray | DiskArray) -> str:
 
 
 def digests_of(data: Dataset, partition: Sequence[np.ndarray] | None = None) -> dict[str, str]:
-    """Returns a digest of each part of a data set, by the name that an error message gives it.
+    """Returns a digest of each part of a data set, keyed by the part's name in error messages.
 
-    Training batches that arrive one after another are left out: they cannot be read twice.
+    Training batches from a stream are left out, because they cannot be read twice.
 
     Args:
-        data: The data set.
-        partition: The indices of the examples of each device or client, if examples stay with one.
+        data: Data set.
+        partition: Example indices of each device or client, if the examples are partitioned.
     """
     splits = {"validation": data.validation, "test": data.test}
     if data.stream is None:
         splits = {"training": data.train, **splits}
+
+    # Arrays of the splits.
     found = {
         f"the {part} of the {name} split": digest(array)
         for name, split in splits.items()
         if split is not None
         for part, array in zip(split._fields, split, strict=True)
     }
+
+    # Normalization, and the names of classes, columns and characters.
     found["the shift of the inputs"] = digest(data.shift)
     found["the scale of the inputs"] = digest(data.scale)
     found["the class names"] = _digest_of_names(data.classes)
     found["the column names"] = _digest_of_names(data.columns)
     found["the vocabulary"] = _digest_of_names(data.vocabulary)
+
+    # Each part is preceded by its length, so that the borders between parts count.
     if partition is not None:
         parts = [np.asarray(part, np.int64).tobytes() for part in partition]
         found["the partition"] = sha256(

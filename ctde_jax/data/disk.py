@@ -1,8 +1,8 @@
-"""Arrays that stay in their file: only the rows that are asked for are read.
+"""Arrays that stay in their file: only the rows that are indexed are read.
 
-A memory map counts every page that it has touched, and pages around them, as the process's memory. So rows are read by
-plain reads, in the order of the file and each once; the system is told of all of them first, so that the disk works on
-many at a time.
+Every page of a memory map that is touched, and pages around it, count as memory of the process.
+Rows are therefore read by plain reads, in the order of the file and each once. The system is
+advised of all of them first, so that the disk serves many requests at a time.
 """
 
 import mmap
@@ -20,14 +20,14 @@ from numpy.typing import DTypeLike
 from ctde_jax.errors import InputError
 
 STREAMED_FROM = 2**30
-"""An array of a file that takes so many bytes stays there; a smaller one is loaded, and kept on the devices."""
+"""Arrays of at least this many bytes stay in their file; smaller ones are kept on the devices."""
 
 MOST_PACKED = 100
-"""What is as large as `STREAMED_FROM` when it is decompressed, and shrinks by more than this, is not loaded: nothing
-that was measured is so empty, and a small file could fill the memory."""
+"""Maximum compression ratio of a file that decompresses to more than `STREAMED_FROM` bytes:
+measured data compresses less, and a small file could fill the memory."""
 
 PIECE_BYTES = 2**24
-"""What goes through a whole array takes so many bytes at a time."""
+"""Size in bytes of the pieces in which a whole array is processed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +40,14 @@ class DiskArray:
     stored: np.dtype  # in the file
     dtype: np.dtype  # in memory
     shape: tuple[int, ...]
-    numbers: np.ndarray | None = None  # int32[rows], of the rows in the file; None for all of them
+    numbers: np.ndarray | None = None  # int32[rows], indices of rows in the file; None for all
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
         """Reads rows into memory."""
+        # Indices into this array, with negative ones counted from its end.
         if isinstance(rows, slice):
             numbers = np.arange(*rows.indices(len(self)))
         else:
@@ -56,47 +57,54 @@ class DiskArray:
                     f"row {np.abs(numbers).max()} of an array of {len(self)} rows in {self.path}"
                 )
             numbers = np.where(numbers < 0, numbers + len(self), numbers)
+        # Read each row once, in the order of the file, then put it wherever it was asked for.
         in_file = numbers.ravel() if self.numbers is None else self.numbers[numbers.ravel()]
         wanted, places = np.unique(in_file, return_inverse=True)
-        with np.errstate(over="ignore", invalid="ignore"):  # as where arrays in memory are checked
+        # A cast may overflow without a warning, as in the checks of arrays.
+        with np.errstate(over="ignore", invalid="ignore"):
             found = self._read(wanted).astype(self.dtype, copy=False)
         return found[places].reshape(*numbers.shape, *self.shape[1:])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         """Reads everything into memory."""
+        # `copy` belongs to numpy's protocol; each call reads a new array anyway.
         return self[:].astype(dtype or self.dtype, copy=False)
 
     @property
     def ndim(self) -> int:
-        """The number of axes."""
+        """Number of axes."""
         return len(self.shape)
 
     def astype(self, dtype: DTypeLike) -> "DiskArray":
-        """Reads as another type from now on."""
+        """Returns the array with a dtype to which rows are cast when they are read."""
         return replace(self, dtype=np.dtype(dtype))
 
     def reshape(self, rows: int, *shape: int) -> "DiskArray":
-        """Gives each row another shape; the number of rows, which may be said as -1, stays."""
+        """Returns the array with another shape of its rows; `rows` is their number, or -1."""
         if rows not in (-1, len(self)) or prod(shape) != prod(self.shape[1:]):
             raise ValueError(f"rows of the shape {self.shape[1:]} cannot be reshaped to {shape}")
         return replace(self, shape=(len(self), *shape))
 
     def select(self, rows: np.ndarray) -> "DiskArray":
-        """Leaves only these rows, and reads nothing yet."""
+        """Returns the array of these rows, `int[rows]`, without reading them."""
         numbers = (rows if self.numbers is None else self.numbers[rows]).astype(np.int32)
         return replace(self, shape=(len(numbers), *self.shape[1:]), numbers=numbers)
 
     def _read(self, rows: np.ndarray) -> np.ndarray:
-        """Reads these rows of the file, which are in order and each there once."""
+        """Reads rows of the file, `int[rows]`, which are distinct and in ascending order."""
         found = np.empty((len(rows), *self.shape[1:]), self.stored)
         size = self.stored.itemsize * prod(self.shape[1:])
         content = found.reshape(-1).view(np.uint8).data
+        # Find the runs of adjacent rows, each of which takes one read. If rows have gaps between
+        # them, as those of a map that was cut, each row is a run.
         is_first = (
             np.diff(rows, prepend=-2) != 1 if self.stride == size else np.ones(len(rows), bool)
         )
-        firsts = np.flatnonzero(is_first)  # of rows that lie side by side
+        firsts = np.flatnonzero(is_first)
         places = (self.offset + self.stride * rows[firsts].astype(np.int64)).tolist()
         cuts = [*(firsts * size).tolist(), len(content)]
+
+        # Advise the system of all reads, then read; `readinto` may return less than was asked for.
         with _reading(self.path), FileIO(self.path) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -114,31 +122,33 @@ class DiskArray:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raises InputError if the file of an array cannot be read any more."""
+    """Raises InputError if the file of an array can no longer be read."""
     try:
         yield
     except OSError as error:
         raise InputError(
             "data",
-            f"are read from {path} while training goes on, which failed: {error.strerror}; restore the file.",
+            f"are read from {path} while training goes on, which failed: {error.strerror}; "
+            "restore the file.",
         ) from error
 
 
 def stays_on_disk(array: np.ndarray | DiskArray) -> bool:
-    """Says whether an array is in a file: a memory map, a view of one, or one that is read by rows already."""
+    """Returns whether an array is in a file: a memory map, a view of one, or a `DiskArray`."""
     return isinstance(array, DiskArray) or _map_of(array) is not None
 
 
 def on_disk(option: str, array: np.ndarray | DiskArray) -> DiskArray:
-    """Makes of what stays on disk an array that is read by rows.
+    """Converts an array that stays on disk to one that is read by rows.
 
     Raises:
-        InputError: Its rows are not in the file as they are in the map.
+        InputError: If the rows in the file are not those of the map, or are not contiguous.
     """
     if isinstance(array, DiskArray):
         return array
     mapped = _map_of(array)
     assert mapped is not None, "see stays_on_disk"
+    # A copy-on-write map may differ from its file.
     if mapped.filename is None or mapped.mode == "c":
         raise InputError(
             option, f"must be mapped from a file in the mode 'r', got the mode {mapped.mode!r}."
@@ -146,9 +156,10 @@ def on_disk(option: str, array: np.ndarray | DiskArray) -> DiskArray:
     if len(array) and not array[0].flags.c_contiguous:
         raise InputError(
             option,
-            "must have the numbers of an example side by side in its file, got a map that is stored by columns or cut "
-            "across examples; save it with numpy.ascontiguousarray.",
+            "must have the numbers of an example side by side in its file, got a map that is "
+            "stored by columns or cut across examples; save it with numpy.ascontiguousarray.",
         )
+    # The file offset of the first row, from its distance to the start of the map in memory.
     offset = mapped.offset + array.ctypes.data - mapped.ctypes.data
     return DiskArray(
         Path(mapped.filename), offset, array.strides[0], array.dtype, array.dtype, array.shape
@@ -156,24 +167,26 @@ def on_disk(option: str, array: np.ndarray | DiskArray) -> DiskArray:
 
 
 def in_file(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> DiskArray:
-    """Makes an array of the bytes that follow each other in a file from this place on."""
+    """Makes an array of the contiguous bytes in a file from `offset` on."""
     return DiskArray(path, offset, dtype.itemsize * prod(shape[1:]), dtype, dtype, shape)
 
 
 def slices(array: np.ndarray | DiskArray) -> Iterator[tuple[int, np.ndarray]]:
-    """Goes through an array by some rows at a time, each piece with the number of its first row."""
+    """Yields an array in pieces of about `PIECE_BYTES`, each with the index of its first row."""
+    # At least one row, however large it is.
     rows = max(1, PIECE_BYTES // max(1, array.dtype.itemsize * prod(array.shape[1:])))
     for first in range(0, len(array), rows):
         yield first, array[first : first + rows]
 
 
 def most_unpacked(size: int) -> int:
-    """Returns how many bytes a compressed file of a size may decompress to."""
+    """Returns the maximum number of bytes to which a compressed file of `size` may decompress."""
     return max(STREAMED_FROM, MOST_PACKED * size)
 
 
 def _map_of(array: np.ndarray) -> np.memmap | None:
-    """Returns the memory map that an array is a view of, if it is one."""
+    """Returns the memory map that an array is a view of, or None."""
     while isinstance(array.base, np.ndarray):
         array = array.base
+    # A copy of a map has the class `memmap`, too, but no mmap as its base.
     return array if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) else None

@@ -1,4 +1,4 @@
-"""The user's own file of arrays that numpy saved. Large arrays stay in their file, unless it is compressed."""
+"""The user's file of numpy arrays; large arrays stay in the file, unless it is compressed."""
 
 import math
 import os
@@ -21,35 +21,39 @@ from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.devices import memory
 from ctde_jax.errors import InputError, shortened
 
-REQUIRED, OPTIONAL = ("x_train", "y_train"), ("x_test", "y_test")
+REQUIRED = ("x_train", "y_train")
+OPTIONAL = ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
 
 
 def from_npz(path: Path | str) -> Dataset:
-    """Loads the arrays `x_train` and `y_train` of a .npz file, and `x_test` and `y_test` if it has them.
+    """Loads `x_train` and `y_train` from a .npz file, and `x_test` and `y_test` if present.
 
-    Their types are treated as in `from_arrays`; labels are integers from 0, or names of classes.
+    Dtypes are treated as in `from_arrays`; labels are integers from 0, or class names.
 
-    Instead of a .npz file it may be a folder with `x_train.npy` and so on. What takes more than a gigabyte stays in its
-    file and is read while training goes on, unless it is compressed; the notes say so. Nothing is ever unpickled.
+    The path may also be a folder with `x_train.npy` and so on. Arrays of a gigabyte or more stay in
+    their file and are read during training, unless they are compressed or stored by columns; the
+    notes list them. Nothing is ever unpickled.
 
     Raises:
-        InputError: The file is no whole .npz file, or what it holds makes no data set.
+        InputError: If the file is not a complete .npz file, or its arrays do not make a data set.
     """
     path = Path(os.path.expanduser(path))
     arrays = _arrays_of_folder(path) if os.path.isdir(path) else _arrays(path)
+
+    # A file has no custom task, so its labels must be classes: integers or names.
     for name in ("y_train", "y_test"):
         if name in arrays and arrays[name].dtype.kind not in "iubUS":
             raise faulty(
                 path,
-                f"has labels of the type {arrays[name].dtype} in {name} ({targets_or_classes(arrays[name])})",
+                f"has labels of the type {arrays[name].dtype} in {name} "
+                f"({targets_or_classes(arrays[name])})",
                 "save them as integers from 0, one for each class",
             )
-    train, test = (
-        (arrays["x_train"], arrays["y_train"]),
-        (arrays.get("x_test"), arrays.get("y_test")),
-    )
+    train = (arrays["x_train"], arrays["y_train"])
+    test = (arrays.get("x_test"), arrays.get("y_test"))
     try:
+        # An error names an argument of `from_arrays`, but the user passed a file.
         dataset = from_arrays(*train, *test, name=path.stem)
     except InputError as error:
         raise InputError(
@@ -59,14 +63,15 @@ def from_npz(path: Path | str) -> Dataset:
 
 
 def _notes(arrays: Arrays) -> list[str]:
-    """Says of large arrays whether they stay in their file."""
+    """Returns a sentence for each large array, on whether it stays in its file."""
     sizes = {name: array.dtype.itemsize * math.prod(array.shape) for name, array in arrays.items()}
     return [
         f"{name} takes {decimal(sizes[name])}, and "
         + (
             "stays in its file, from which it is read while training goes on."
             if isinstance(array, DiskArray)
-            else "was loaded, as it is compressed or stored by columns: numpy.savez of a contiguous array would not be."
+            else "was loaded, as it is compressed or stored by columns: numpy.savez of a "
+            "contiguous array would not be."
         )
         for name, array in arrays.items()
         if sizes[name] >= STREAMED_FROM and array.ndim > 1
@@ -86,6 +91,7 @@ def _arrays_of_folder(folder: Path) -> Arrays:
     for name, path in paths.items():
         if path.is_file():
             with opened(path) as file, _reading(path, name):
+                # A .npy file is not compressed, so its content is left in place from 0 on.
                 arrays[name] = _array(path, file, 0, path.stat().st_size)
     return arrays
 
@@ -98,7 +104,8 @@ def _arrays(path: Path) -> Arrays:
             more = f" and {len(present) - _NAMED:,} more" if len(present) > _NAMED else ""
             raise faulty(
                 path,
-                f"lacks {' and '.join(missing)} and has {', '.join(present[:_NAMED]) or 'no array'}{more}",
+                f"lacks {' and '.join(missing)} and has "
+                f"{', '.join(present[:_NAMED]) or 'no array'}{more}",
                 "save the arrays with numpy.savez(path, x_train=..., y_train=...)",
             )
         return {
@@ -111,7 +118,8 @@ def _arrays(path: Path) -> Arrays:
 def _archive(path: Path, file: BinaryIO) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(file)
-    except Exception as error:  # a malformed directory makes zipfile stumble in many ways
+    # A malformed directory makes zipfile raise many kinds of exceptions.
+    except Exception as error:
         raise faulty(
             path,
             f"is not a whole .npz file ({shortened(str(error))})",
@@ -124,12 +132,14 @@ def _member(
 ) -> np.ndarray | DiskArray:
     with _reading(path, name), archive.open(f"{name}.npy") as member:
         info = archive.getinfo(f"{name}.npy")
+        # Only a member that is not compressed has its bytes in the file.
         start = _start(file, info) if info.compress_type == zipfile.ZIP_STORED else None
         return _array(path, member, start, info.file_size)
 
 
 def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """Returns where in a zip file the content of a member starts, after its header, its name and its extra field."""
+    """Returns the offset of a zip member's content, after its header, name and extra field."""
+    # The local header has 30 bytes; the lengths of name and extra field are the last four of them.
     place = file.tell()
     file.seek(member.header_offset + 26)
     lengths = struct.unpack("<HH", file.read(4))
@@ -138,10 +148,11 @@ def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
 
 
 def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.ndarray | DiskArray:
-    """Reads an array, or leaves it on disk if it is large and its bytes are in the file as they are from `start` on.
+    """Reads an array, or leaves it on disk if it is large and uncompressed from `start` on.
 
-    As numpy makes room for what the header says before it reads, the header is held against the size first.
+    numpy allocates the size in the header before it reads, so that is compared with the file first.
     """
+    # Parse the header, of a version and a length that arrays of numbers have.
     version = np.lib.format.read_magic(content)
     if version not in _HEADERS:
         raise ValueError(
@@ -151,7 +162,10 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
         raise ValueError("its header is longer than that of any array of numbers")
     content.seek(np.lib.format.MAGIC_LEN)
     shape, by_columns, dtype = _HEADERS[version](content)
-    takes, there = math.prod(shape) * dtype.itemsize, path.stat().st_size
+    takes = math.prod(shape) * dtype.itemsize
+    there = path.stat().st_size
+
+    # Check the size; `read_array` refuses objects, whose size is not in the header.
     if not dtype.hasobject:
         if (
             min(shape, default=0) < 0
@@ -159,6 +173,7 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
             or (start is not None and size > there)
         ):
             raise EOFError("it is shorter than its header says")
+        # A compressed array is loaded, so it must fit into memory.
         if start is None and takes > most_unpacked(there):
             raise ValueError(
                 f"it would take {decimal(takes)} of memory, and the file takes {decimal(there)}"
@@ -167,6 +182,8 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
             memory.check(
                 "data_file", f"the numbers of an array in {path}", takes, "save fewer examples"
             )
+
+        # Leave a large array in the file if its rows are contiguous there.
         if start is not None and takes >= STREAMED_FROM and not by_columns:
             array = in_file(path, start + content.tell(), dtype, shape)
             if array.offset + takes > there:
@@ -182,7 +199,7 @@ _HEADERS = {
 }
 _LONGEST_HEADER = 2**16
 _NAMED = 10
-"""Arrays that a sentence names at most."""
+"""Maximum number of arrays that a sentence names."""
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -199,9 +216,9 @@ def _reading(path: Path, name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of a header that is Python in odd ways
             yield
-    except (
-        Exception
-    ) as error:  # malformed content makes zipfile, its decompressors and numpy stumble in many ways
+    # Malformed content makes zipfile, its decompressors and numpy raise many kinds of exceptions.
+    except Exception as error:
+        # numpy has no exception class for this error, only the text.
         if "Object arrays" in str(error):
             raise faulty(
                 path,
@@ -215,7 +232,7 @@ def _reading(path: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Opens the user's file for reading; raises InputError if it is not a regular file or cannot be read."""
+    """Opens the user's file for reading; raises InputError if it is not a readable regular file."""
     try:
         file = open_regular(path)
     except (OSError, ValueError) as error:  # the latter for what no path can hold
@@ -233,7 +250,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_size(file: BinaryIO) -> None:
-    """Raises InputError for an open file that does not fit into memory."""
+    """Raises InputError if an open file does not fit into memory."""
     memory.check(
         "data_file",
         f"the bytes of {file.name}",
@@ -243,7 +260,7 @@ def check_size(file: BinaryIO) -> None:
 
 
 def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
-    """Returns the error for a file that is not UTF-8; its first bytes show whether it is compressed."""
+    """Returns the error for a file that is not UTF-8; its first bytes show if it is compressed."""
     for start, compression in _COMPRESSED.items():
         if first.startswith(start):
             return faulty(
@@ -255,5 +272,5 @@ def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
 
 
 def faulty(path: Path, fault: str, way_out: str) -> InputError:
-    """Says what is wrong with the user's file, and the way out."""
+    """Returns the error for the user's file, with the fault and the fix."""
     return InputError("data_file", f"names {path}, which {fault}: {way_out}.")

@@ -1,4 +1,4 @@
-"""A data set whose training batches come from an iterable, such as a loader of Grain."""
+"""A data set whose training batches come from an iterable, such as a Grain data loader."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,46 +22,53 @@ def from_batches(
     name: str = "batches",
     classes: tuple[str, ...] | None = None,
 ) -> Dataset:
-    """Makes a data set of training batches that come from an iterable, and of test arrays.
+    """Makes a data set of training batches from an iterable, and of test arrays.
 
-    The batches train in the order in which they come, and a thread draws them while the devices compute: what goes
-    wrong there is raised by `fit`. Types and labels are those of `from_arrays`. A loader of Grain that gives pairs goes
-    in as `from_batches(lambda epoch: loader, ...)`.
+    Batches are used in the order in which they arrive. A thread draws them while the devices
+    compute, and `fit` raises its errors. Dtypes and labels are those of `from_arrays`. A Grain
+    loader that yields pairs is passed as `from_batches(lambda epoch: loader, ...)`.
 
     Args:
-        batches: Called with the number of an epoch, counted from 0, it returns an iterable of pairs of inputs
-            `[examples, ...]` and labels. A batch has as many examples as `fit` is told, or fewer, as the last one of an
-            epoch may. It is also called here, to see the first batch.
-        steps_per_epoch: How many batches are drawn in an epoch.
-        x_test: Test inputs, shaped like those of the batches.
+        batches: Function from the number of an epoch, counted from 0, to an iterable of pairs of
+            inputs `[examples, ...]` and labels. A batch has the batch size of `fit`, or fewer
+            examples, as the last one of an epoch may. It is also called here, for the first batch.
+        steps_per_epoch: Number of batches per epoch.
+        x_test: Test inputs `[examples, ...]`, shaped like those of the batches.
         y_test: Test labels.
-        name: What to call the data set.
-        classes: Label names; by default the numbers from 0 to the largest label of the test split and the first batch.
+        name: Name of the data set.
+        classes: Label names; by default the numbers from 0 to the largest label of the test split
+            and the first batch.
 
     Raises:
-        InputError: The first batch is no pair of arrays, or does not go with the test arrays.
+        InputError: If the first batch is not a pair of arrays, or does not match the test arrays.
     """
     check_at_least(1, steps_per_epoch=steps_per_epoch)
     if not callable(batches):
         raise InputError(
             "batches",
-            f"must be a function from the number of an epoch to an iterable, got {type(batches).__name__}; pass "
-            "lambda epoch: loader.",
+            "must be a function from the number of an epoch to an iterable, got "
+            f"{type(batches).__name__}; pass lambda epoch: loader.",
         )
+
+    # The first batch determines the dtypes and shapes of all others.
     first = next(iter(batches(0)), None)
     if first is None:
         raise InputError("batches", "must give at least one batch, got none in epoch 0.")
     like = of_pair("batch 0 of epoch 0", first)
+
+    # Number the classes if they have no names. Float targets name no classes, even if the test
+    # targets are integers.
     is_numbered = classes is None
     if classes is None:
         test = as_batch("the test split", x_test, y_test)
         own = numbered(like.labels)
-        classes = (
-            max(own, numbered(test.labels), key=len) if own else ()
-        )  # integers may test targets that are floats
+        classes = max(own, numbered(test.labels), key=len) if own else ()
+
+    # `from_arrays` checks the first batch against the test arrays.
     dataset = from_arrays(*like, x_test, y_test, name=name, classes=classes)
     stream = Stream(batches, steps_per_epoch, like, len(classes))
-    # Of the notes on classes only the one on their number holds, as one batch lacks some of them.
+
+    # The first batch may lack classes, so of the notes on classes only that on their number stays.
     notes = [
         *(note_on_numbers(len(classes), "the labels") if is_numbered else []),
         *notes_on_inputs(dataset),

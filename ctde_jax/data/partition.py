@@ -1,7 +1,8 @@
-"""Who keeps which examples, where data must not leave its device.
+"""Partitions: the examples that each replica keeps if data must not leave its device.
 
-A partition is a list with one index array for each replica; every example belongs to exactly one. Without a partition
-the examples are dealt anew to all devices in every epoch (see `batches.py`).
+A partition is a list with one index array `int[examples]` per replica; every example belongs to
+exactly one replica. Without a partition, the examples are reshuffled over all devices in every
+epoch (see `batches.py`).
 """
 
 from collections.abc import Sequence
@@ -17,19 +18,25 @@ if TYPE_CHECKING:
 
 
 def iid(labels: np.ndarray | DiskArray, replicas: int, seed: int = 0) -> list[np.ndarray]:
-    """Gives every replica an equal random share."""
+    """Gives every replica an equal random share of the examples."""
     order = np.random.default_rng(seed).permutation(len(labels))
+    # The sizes of the parts differ by at most 1.
     return [np.sort(part) for part in np.array_split(order, replicas)]
 
 
 def by_label(labels: np.ndarray, replicas: int, shards: int = 2, seed: int = 0) -> list[np.ndarray]:
-    """Sorts the examples by label and gives every replica this many contiguous shards (McMahan et al., 2017, 3)."""
+    """Gives every replica `shards` contiguous shards of the examples sorted by label.
+
+    This is the pathological non-IID partition of McMahan et al. (2017, section 3). `labels` is
+    `int[examples]`.
+    """
     if shards < 1 or replicas * shards > len(labels):
         raise InputError(
             "label_shards",
-            f"must be from 1 to {len(labels) // replicas}, so that each of the {replicas} devices gets examples, "
-            f"got {shards}.",
+            f"must be from 1 to {len(labels) // replicas}, so that each of the {replicas} devices "
+            f"gets examples, got {shards}.",
         )
+    # A stable sort orders equal labels in the same way on every platform.
     pieces = np.array_split(np.argsort(labels, kind="stable"), replicas * shards)
     order = np.random.default_rng(seed).permutation(len(pieces)).reshape(replicas, shards)
     return [np.sort(np.concatenate([pieces[i] for i in row])) for row in order]
@@ -40,13 +47,15 @@ def dirichlet(
 ) -> list[np.ndarray]:
     """Draws each label's shares over the replicas from Dirichlet(alpha) (Hsu et al., 2019).
 
-    A small alpha leaves most of a label with one replica; a large one is nearly `iid`.
+    A small alpha gives most of a label to one replica; a large alpha approaches `iid`. `labels` is
+    `int[examples]`.
     """
     if not 0 < alpha <= 1e6:
         raise InputError("dirichlet_alpha", f"must be greater than 0 and at most 1e6, got {alpha}.")
     rng = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[] for _ in range(replicas)]
     for label in np.unique(labels):
+        # Cut the label's shuffled examples at the cumulative shares, rounded to whole examples.
         members = rng.permutation(np.flatnonzero(labels == label))
         shares = rng.dirichlet(np.full(replicas, alpha))
         cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)
@@ -56,23 +65,27 @@ def dirichlet(
 
 
 def count_labels(labels: np.ndarray, parts: Sequence[np.ndarray], classes: int) -> np.ndarray:
-    """Counts how often each replica holds each label, int `[replica, class]`."""
+    """Counts the examples of each label on each replica, `int[replica, class]`."""
     return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
 
 
 def plot(labels: np.ndarray, parts: Sequence[np.ndarray], classes: Sequence[str]) -> "Figure":
-    """Draws who holds which labels: a row for each device, a column for each class.
+    """Plots the partition of labels `int[examples]`: a row per device, a column per class.
 
-    Up to 25 classes, the classes are named and every cell has its number.
+    With at most 25 classes, the class names are shown and every cell shows its count.
     """
+    # Matplotlib is imported here, because nothing else in this module needs it.
     from matplotlib.figure import Figure
 
+    # The figure grows with the number of classes as long as names and counts fit.
     counts = count_labels(labels, parts, len(classes))
     few = len(classes) <= 25
     width = 2 + 0.6 * len(classes) if few else 17
     figure = Figure(figsize=(width, 1.4 + 0.4 * len(parts)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(counts, cmap="Blues", vmin=0, aspect="auto")
+
+    # Name the classes and the devices.
     if few:
         axes.set_xticks(
             range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 4 else 45
@@ -82,6 +95,8 @@ def plot(labels: np.ndarray, parts: Sequence[np.ndarray], classes: Sequence[str]
     )
     axes.set_xlabel("label")
     axes.set_title("examples of each label on each device")
+
+    # Write each count into its cell, in white on dark cells.
     for (row, column), count in np.ndenumerate(counts) if few else ():
         color = "white" if count > counts.max() / 2 else "black"
         axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)

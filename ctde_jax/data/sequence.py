@@ -1,4 +1,4 @@
-"""Pictures read as sequences, for models that go through an example step by step."""
+"""Images as sequences, for models that process an example step by step."""
 
 from dataclasses import replace
 from math import prod
@@ -13,17 +13,18 @@ VIEWS = ("rows", "pixels")
 
 
 def as_sequence(dataset: Dataset, view: str) -> Dataset:
-    """Reads each picture from its top: row by row, or pixel by pixel (Le et al., 2015).
+    """Reads each image from the top, row by row or pixel by pixel (Le et al., 2015).
 
-    A picture `[height, width]` or `[height, width, channels]` becomes `[height, width * channels]` by rows, and
-    `[height * width, channels]` by pixels, where a picture without channels has one. Types and labels stay.
+    An image `[height, width]` or `[height, width, channels]` becomes `[height, width * channels]`
+    by rows, and `[height * width, channels]` by pixels (one channel if the image has no such axis).
+    Dtypes and labels are unchanged.
 
     Args:
-        dataset: Its inputs are pictures.
+        dataset: Data set of images.
         view: `rows` or `pixels`.
 
     Raises:
-        InputError: The view is not known, or the inputs are no pictures.
+        InputError: If the view is unknown, or the inputs are not images.
     """
     check_known("sequence", view, VIEWS)
     dataset.check_arrays("sequence")
@@ -34,6 +35,8 @@ def as_sequence(dataset: Dataset, view: str) -> Dataset:
             "needs pictures of the shape [height, width] or [height, width, channels], "
             f"got {dataset.name} with examples of the shape {list(picture)}.",
         )
+
+    # One step per row or per pixel.
     steps = picture[0] if view == "rows" else picture[0] * picture[1]
     sequence = (steps, prod(picture) // steps)
 
@@ -41,6 +44,7 @@ def as_sequence(dataset: Dataset, view: str) -> Dataset:
         return split._replace(inputs=split.inputs.reshape(-1, *sequence))
 
     def reshaped_feature(values: np.ndarray) -> np.ndarray:
+        # `shift` and `scale` are scalars, or have one value per pixel, broadcast over the examples.
         return (
             np.broadcast_to(values, (1, *picture)).reshape(1, *sequence) if values.ndim else values
         )

@@ -11,21 +11,21 @@ from ctde_jax.errors import InputError
 
 
 class Split(NamedTuple):
-    """Examples with their labels, in memory, or in a file of which rows are read when they are needed."""
+    """Examples with their labels, in memory or in a file whose rows are read on demand."""
 
-    inputs: np.ndarray | DiskArray  # [examples, ...], uint8, int32 or float32
-    labels: (
-        np.ndarray | DiskArray
-    )  # int32[examples]; or int32 or float32[examples, ...] for targets, no classes
+    # uint8, int32 or float32[examples, ...]
+    inputs: np.ndarray | DiskArray
+    # int32[examples] for classes; int32 or float32[examples, ...] for targets
+    labels: np.ndarray | DiskArray
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether examples are read when they are needed."""
+        """Whether examples are read from a file on demand."""
         return any(isinstance(array, DiskArray) for array in self)
 
 
 class Drawn(NamedTuple):
-    """Examples that were drawn from a split, with their numbers there, by which they are augmented."""
+    """Examples drawn from a split, with their indices in it, which seed their augmentation."""
 
     inputs: np.ndarray
     labels: np.ndarray
@@ -33,7 +33,7 @@ class Drawn(NamedTuple):
 
 
 def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) -> Split:
-    """Makes a split of a batch, with types and checks as in `from_arrays`."""
+    """Converts a batch to a split, with the dtypes and checks of `from_arrays`."""
     batch = Split(
         checked_inputs(f"inputs of {name}", inputs), checked_labels(f"labels of {name}", labels)
     )
@@ -44,12 +44,17 @@ def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) 
 def check_pair(
     option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray | DiskArray, classes: int
 ) -> None:
-    """Raises InputError unless each example has a label, and each label is one of the classes, if there are any."""
+    """Raises InputError unless each example has a label, which is a class if `classes` is not 0.
+
+    Inputs and labels are `[examples, ...]`; classes are the numbers from 0 to `classes - 1`.
+    """
     if len(inputs) != len(labels):
         raise InputError(
             option,
-            f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} labels.",
+            f"must have one label for each of the {len(inputs):,} examples, got {len(labels):,} "
+            "labels.",
         )
+    # Labels may be on disk, so they are checked in pieces; `first` is the first row of a piece.
     for first, piece in slices(labels) if classes else ():
         if piece.min() < 0:
             place = np.unravel_index(np.argmin(piece), piece.shape)

@@ -1,4 +1,4 @@
-"""Batches of the user's own, which come one after another from any iterable, such as a loader of Grain."""
+"""Training batches from any iterable, such as a Grain data loader."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import count, islice
@@ -11,49 +11,57 @@ from ctde_jax.data.split import Split, as_batch
 from ctde_jax.errors import InputError
 
 Pair = tuple[ArrayLike, ArrayLike]
-"""The inputs and the labels of a batch."""
+"""Inputs `[examples, ...]` and labels of a batch."""
 
 
 class Stream(NamedTuple):
-    """Training batches that come one after another."""
+    """Training batches that an iterable yields, epoch by epoch."""
 
     batches: Callable[[int], Iterable[Pair]]
-    """The batches of an epoch, which is counted from 0."""
+    """Returns the batches of an epoch; epochs are counted from 0."""
 
     steps_per_epoch: int
     like: Split
-    """The first batch, whose types and shapes all have."""
+    """The first batch; all batches have its dtypes and example shapes."""
 
     classes: int
-    """How many the labels may name; 0 where they are no classes."""
+    """Number of classes; 0 if the labels are targets."""
 
     def steps(self, start: int = 0) -> Generator[Split]:
-        """Draws the batches of one epoch after the other, each checked.
+        """Yields the batches from step `start` on, epoch after epoch, and checks each of them.
 
-        Those before the start are left out; of its epoch they have to be drawn.
+        If `start` lies within an epoch, the earlier batches of this epoch are drawn and discarded.
 
         Raises:
-            InputError: A batch is not like the first one, or an epoch has too few.
+            InputError: If a batch differs from the first one in dtype or example shape, or an epoch
+                has fewer than `steps_per_epoch` batches.
         """
         for epoch in count(start // self.steps_per_epoch):
-            drawn, left_out = 0, max(0, start - epoch * self.steps_per_epoch)
+            # An iterable cannot seek, so the first epoch is drawn from its first batch on.
+            drawn = 0
+            left_out = max(0, start - epoch * self.steps_per_epoch)
             for drawn, batch in enumerate(islice(self.batches(epoch), self.steps_per_epoch), 1):
                 if drawn > left_out:
                     yield self._checked(batch, f"batch {drawn - 1} of epoch {epoch}")
+
+            # An iterable that ends early would shift the schedule of all later epochs.
             if drawn < self.steps_per_epoch:
                 raise InputError(
                     "steps_per_epoch",
-                    f"must be the number of batches in an epoch, got {self.steps_per_epoch}, but epoch {epoch} ended "
-                    f"after {drawn}.",
+                    f"must be the number of batches in an epoch, got {self.steps_per_epoch}, but "
+                    f"epoch {epoch} ended after {drawn}.",
                 )
 
     def _checked(self, pair: Pair, name: str) -> Split:
+        """Converts a pair to a split and compares its dtypes and example shapes with `like`."""
         batch = of_pair(name, pair, self.classes)
         for part, array, like in zip(batch._fields, batch, self.like, strict=True):
             if (array.shape[1:], array.dtype) != (like.shape[1:], like.dtype):
+                # A shape prints as `[Ellipsis, 28, 28]`; the message shows `[examples, 28, 28]`.
                 raise InputError(
                     "batches",
-                    f"must be like the first one, whose {part} are {like.dtype}{[..., *like.shape[1:]]}, got "
+                    f"must be like the first one, whose {part} are "
+                    f"{like.dtype}{[..., *like.shape[1:]]}, got "
                     f"{array.dtype}{[..., *array.shape[1:]]} in {name}.".replace(
                         "Ellipsis", "examples"
                     ),
@@ -64,13 +72,14 @@ class Stream(NamedTuple):
 def check_stream(
     stream: Stream, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None
 ) -> None:
-    """Raises InputError if the batches of a stream cannot be dealt evenly, or with a partition."""
+    """Raises InputError if the batch size does not suit the replicas, or a partition is given."""
     if batch_size < 1 or batch_size % replicas:
         nearest = max(1, round(batch_size / replicas)) * replicas
         raise InputError(
             "batch_size",
             f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do.",
         )
+    # A partition consists of indices into arrays, and the examples of a stream have none.
     if partition is not None:
         raise InputError(
             "partition", "goes with arrays, and not with batches that come one after another."
@@ -79,19 +88,21 @@ def check_stream(
 
 
 def check_size(examples: int, batch_size: int) -> None:
-    """Raises InputError for a batch of more examples than `fit` was told."""
+    """Raises InputError if a batch has more examples than the batch size of `fit`."""
     if examples > batch_size:
         raise InputError(
             "batch_size",
-            f"must be that of the data set's batches, got {batch_size} and a batch of {examples:,}.",
+            f"must be that of the data set's batches, got {batch_size} and a batch of "
+            f"{examples:,}.",
         )
 
 
 def of_pair(name: str, pair: Pair, classes: int = 0) -> Split:
-    """Makes a split of a pair that a stream gives, or raises InputError."""
+    """Converts a pair from a stream to a split; raises InputError if it is not a pair of arrays."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InputError(
             "batches",
-            f"must be pairs of inputs and labels, got {type(pair).__name__} {pair!r:.60} as {name}.",
+            f"must be pairs of inputs and labels, got {type(pair).__name__} {pair!r:.60} as "
+            f"{name}.",
         )
     return as_batch(name, *pair, classes)

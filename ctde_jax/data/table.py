@@ -1,4 +1,4 @@
-"""The user's own table: a CSV file in which each line is an example, and what is decided about its columns."""
+"""The user's table: a CSV file in which each line is an example, and the use of its columns."""
 
 import csv
 import io
@@ -22,15 +22,15 @@ from ctde_jax.data.files import check_size, faulty, not_utf8, opened
 from ctde_jax.errors import InputError, check_known, quoted
 
 _NAMED = 3
-"""Columns that a sentence names at most."""
+"""Maximum number of columns that a sentence names."""
 
 _NAME_LABELS = "name the column that holds the classes in label_column (--label-column)"
 
 _CHANCE = 1e-3
-"""A line that is at most as probable as this to be an example, judged by the other lines, holds column names."""
+"""The first line holds names if it is at most this probable as an example, given the others."""
 
 _JUDGED = 2000
-"""Lines by which the first one is judged, at most."""
+"""Maximum number of lines by which the first one is judged."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -52,36 +52,43 @@ class _Table(NamedTuple):
         return Column(self.called(place), [row.line for row in self.rows], cells)
 
     def called(self, place: int) -> str:
-        """Returns the column's name as a sentence has it, or its number."""
+        """Returns the quoted name of the column, or its number if it has no name."""
         return quoted(self.names[place]) if self.names and self.names[place] else str(place + 1)
 
 
 def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     """Loads a table of numbers with one column of labels, and standardizes the features.
 
-    Labels may be words or numbers; sorted, they are the classes. The first line holds the column names if one of its
-    feature cells is a word, if one is `label_column`, or if the line only makes sense as names: numbers counted from 0
-    as pandas writes them, or different whole numbers unlike the numbers below them. A note names a doubt.
+    Labels may be words or numbers; sorted, they are the classes. The first line holds the column
+    names if one of its feature cells is a word, if one is `label_column`, or if the line only makes
+    sense as names: numbers counted from 0 as pandas writes them, or different whole numbers unlike
+    the numbers below them. If this is in doubt, a note is added.
 
-    Left out of the features are unnamed columns at the left, the index that `DataFrame.to_csv` writes, and named
-    columns that number the lines. The data set's notes say so, and name columns that look like identifiers, repeat the
-    label, have one value, or have numbers that float32 merges.
+    Unnamed columns at the left, such as the index that `DataFrame.to_csv` writes, and named columns
+    that number the lines are not used as features. The notes of the data set list them. They also
+    list columns that look like identifiers, repeat the label, are constant, or have numbers that
+    float32 merges.
 
     Args:
-        path: A CSV file in UTF-8, with commas between cells and points in numbers.
-        label_column: The name of the column that holds the labels; by default the last column.
+        path: CSV file in UTF-8, with commas between cells and points in numbers.
+        label_column: Name of the column of labels; by default the last column.
 
     Raises:
-        InputError: The file is no table, a feature is not a finite number, float32 does not tell a feature's numbers
-            apart, there are not two classes, or the labels look like measurements.
+        InputError: If the file is not a table, a feature is not a finite number, float32 does not
+            distinguish the numbers of a feature, there are fewer than two classes, or the labels
+            look like measurements.
     """
+    # Read the table, and number its classes.
     path = Path(os.path.expanduser(path))
     table = _table(path, label_column)
     label = table.column(table.label)
     classes, labels = _classes(path, label)
-    features, notes = [], list(table.notes)
+    features = []
+    notes = list(table.notes)
     if are_numbers(classes):
         notes += note_on_numbers(len(classes), f"the column {label.name}")
+
+    # Collect the features as float64; columns that number the lines are left out.
     coarse: dict[str, float] = {}
     for place in table.features:
         column = table.column(place)
@@ -98,13 +105,18 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
         raise faulty(
             path, "has no column of features", "add a column of numbers that the label depends on"
         )
+
+    # One sentence for all columns in which float32 merges numbers, the worst first.
     if coarse:
         worst = sorted(coarse, key=coarse.__getitem__, reverse=True)
         more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
         notes.append(
-            f"Some different numbers become the same in float32 in the column {', '.join(worst[:_NAMED])}{more}, by "
-            f"rounding of at most {coarse[worst[0]]:.0e} of the standard deviation."
+            "Some different numbers become the same in float32 in the column "
+            f"{', '.join(worst[:_NAMED])}{more}, by rounding of at most {coarse[worst[0]]:.0e} of "
+            "the standard deviation."
         )
+
+    # Standardize the features; their names are kept if all of them have one.
     inputs = np.stack([values for _, values in features], axis=1).astype(np.float32)
     dataset = standardized(assemble(inputs, labels, None, None, path.stem, classes))
     names = [table.names[place] for place, _ in features] if table.names else []
@@ -114,45 +126,55 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
 
 
 def _notes_on(column: Column, values: np.ndarray, labels: np.ndarray) -> list[str]:
+    # At most one sentence per column, on its worst fault.
     if len(values) >= MANY_LINES and len(np.unique(values)) == 1:
         return [
-            f"The column {column.name} is {quoted(column.cells[0])} in every line, so it has no effect."
+            f"The column {column.name} is {quoted(column.cells[0])} in every line, so it has no "
+            "effect."
         ]
     if columns.names_the_label(values, labels):
         return [
-            f"The column {column.name} has one number for each class, so it gives the label away: remove it unless it "
-            "is known before the label is."
+            f"The column {column.name} has one number for each class, so it gives the label away: "
+            "remove it unless it is known before the label is."
         ]
     if columns.counts_lines(values) or columns.is_identifier(column.name.strip("'\""), values):
         return [
-            f"The column {column.name} has another whole number in every line, and was kept: remove it if it only "
-            "names the lines."
+            f"The column {column.name} has another whole number in every line, and was kept: "
+            "remove it if it only names the lines."
         ]
     return []
 
 
 def _table(path: Path, label_column: str | None) -> _Table:
     rows = _rows(path)
-    first, width = rows[0].cells, len(rows[0].cells)
+    first = rows[0].cells
+    width = len(rows[0].cells)
     label = first.index(label_column) if label_column in first else width - 1
+
+    # Without a header line, the labels are in the last column.
     if not (label_column in first or _is_header(rows, label)):
         if label_column is not None:
             raise InputError(
                 "label_column",
-                f"must name a column, got {label_column!r}, but {path} has no header line: add one, "
-                "or put the labels into the last column and leave the option out.",
+                f"must name a column, got {label_column!r}, but {path} has no header line: add "
+                "one, or put the labels into the last column and leave the option out.",
             )
         notes = [
             f"There is no line of column names; the labels are in the last column, {label + 1}."
         ]
         return _Table([], label, list(range(width - 1)), rows, [*notes, *_doubt(rows, label)])
+
+    # With a header line, the label may be in any column, and all others are features.
     if label_column is not None:
         check_known("label_column", label_column, first)
     table = _Table(first, label, [place for place in range(width) if place != label], rows[1:], [])
     _check_header(path, table, rows[0])
     table.notes.append(
-        f"Line {rows[0].line} holds the column names; the labels are in the column {table.called(label)}."
+        f"Line {rows[0].line} holds the column names; the labels are in the column "
+        f"{table.called(label)}."
     )
+
+    # Leave out columns at the left without names.
     unnamed = len(list(takewhile(_is_unnamed, first)))
     if unnamed:
         which = (
@@ -161,13 +183,14 @@ def _table(path: Path, label_column: str | None) -> _Table:
             else f"The first {unnamed} columns have no names"
         )
         table.notes.append(
-            f"{which}, like the index that pandas writes, and {'was' if unnamed == 1 else 'were'} left out."
+            f"{which}, like the index that pandas writes, and {'was' if unnamed == 1 else 'were'} "
+            "left out."
         )
     return table._replace(features=[place for place in table.features if place >= unnamed])
 
 
 def _is_unnamed(name: str) -> bool:
-    """Returns whether pandas made up the name of a column that has none, or it has none."""
+    """Returns whether a column has no name, or one that pandas generates for a missing name."""
     return re.fullmatch(r"(Unnamed: \d+(\.\d+)?)?", name) is not None
 
 
@@ -179,20 +202,26 @@ def _check_header(path: Path, table: _Table, header: _Row) -> None:
         raise faulty(
             path, f"has several columns called {quoted(twice[0])}", "give each another name"
         )
+    # Concatenated files repeat the header line.
     for row in table.rows:
         if row.cells == header.cells:
             raise faulty(path, f"repeats the column names in line {row.line}", "remove this line")
 
 
 def _is_header(rows: list[_Row], label: int) -> bool:
-    """Returns whether the first line holds column names and not an example."""
-    first, others = rows[0].cells, [row.cells for row in rows[1:]]
+    """Returns whether the first line holds column names rather than an example."""
+    first = rows[0].cells
+    others = [row.cells for row in rows[1:]]
+
+    # Features are numbers, so a word is a name.
     features = [cell for place, cell in enumerate(first) if place != label]
     if any(number_of(cell) is None and not is_missing(cell) for cell in features):
         return True
     if not others:
         return False
-    # Names as pandas makes them up: numbers from 0, the label's too if it has no other name, after that of an index.
+
+    # Names that pandas generates: numbers from 0, also for a label without a name; the name of an
+    # index, which comes first, is empty.
     has_index = first[0] == "" and label != 0
     names = features[has_index:]
     places = [place for place in range(len(first)) if place != label][has_index:]
@@ -204,11 +233,17 @@ def _is_header(rows: list[_Row], label: int) -> bool:
         has_index or len(names) > 2 or is_above_decimals
     ):
         return True
+
+    # Feature cells that are improbable for an example.
     if _chance(rows, label) <= _CHANCE:
         return True
+
+    # A label that other lines have, too, is not a name.
     labels = Counter(cells[label] for cells in others)
     if first[label] in labels:
         return False
+
+    # Names that are a count or whole above decimals, or a label that is a word above numbers.
     if names == _counted(len(names)) or is_above_decimals:
         return True
     if (
@@ -216,14 +251,15 @@ def _is_header(rows: list[_Row], label: int) -> bool:
         and not is_missing(first[label])
         and are_numbers(list(labels))
     ):
-        return True  # a word above numbers
-    # Increasing whole numbers, such as years, above lines none of which is alone with its label.
+        return True
+
+    # Increasing whole numbers, such as years, if no other line has a unique label.
     is_increasing = is_whole and _increases(names)
     return is_increasing and len(names) > 2 and min(labels.values()) > 1
 
 
 def _are_column_numbers(names: list[str]) -> bool:
-    """Returns whether these may be column numbers or years: different whole numbers of at most four digits."""
+    """Returns whether these may be column numbers or years: different integers below 10,000."""
     return len({*names}) == len(names) and all(
         re.fullmatch(r"0|[1-9]\d{0,3}", name) for name in names
     )
@@ -234,29 +270,38 @@ def _increases(names: list[str]) -> bool:
 
 
 def _chance(rows: list[_Row], label: int) -> float:
-    """Estimates how probable an example like the first line is, from features that only column numbers explain.
+    """Estimates the probability of an example like the first line, given the other lines.
 
-    These are whole numbers above columns of decimals, numbers far outside the columns of whole numbers, a label that no
-    other line has, and all numbers from 0 in some order. Each counts by its share of the other lines, as if they were
-    independent. Without a new label, far outside its column if it is a number, only decimals count: the largest example
-    of a table may come first.
+    Evidence against it is what only column numbers explain: whole numbers above columns of
+    decimals, numbers far outside the columns of whole numbers, a label that no other line has, and
+    all numbers from 0 in some order. Each contributes its share of the other lines, as if they were
+    independent. If the label is not new (far outside its column, if it is a number), only decimals
+    count, because the largest example of a table may come first.
     """
-    first, others = rows[0].cells, [row.cells for row in rows[1 : _JUDGED + 1]]
+    # Column numbers are different whole numbers; fewer than `MANY_LINES` lines are no evidence.
+    first = rows[0].cells
+    others = [row.cells for row in rows[1 : _JUDGED + 1]]
     places = [place for place in range(len(first)) if place != label]
     names = [first[place] for place in places]
     if len(others) < MANY_LINES or not _are_column_numbers(names) or first[label] in names:
         return 1.0
+
+    # Share of whole numbers in each column. If another line has whole numbers only, the first may
+    # be rounded, too, so whole numbers above decimals are no evidence.
     whole = [
         [re.fullmatch(r"[-+]?\d+", cells[place]) is not None for place in places]
         for cells in others
     ]
     shares = [(sum(column) + 1) / (len(others) + 1) for column in zip(*whole, strict=True)]
-    # Rounding comes in whole lines, so that one of whole numbers alone says that there may be others.
     is_rounded = not all(map(all, zip(*whole, strict=True))) and any(map(all, whole))
     chance = 1.0 if is_rounded else math.prod(shares)
+
+    # If the label is not new, only decimals count.
     labels = Counter(row.cells[label] for row in rows[1:])
     if first[label] in labels or _may_follow(first[label], list(labels)):
         return chance
+
+    # A new label, and numbers far outside their columns; counts plus 1, so that no share is 0.
     single = sum(count == 1 for count in labels.values())
     chance *= (single + 1) / len(rows)
     for place, share in zip(places, shares, strict=True):
@@ -264,39 +309,46 @@ def _chance(rows: list[_Row], label: int) -> float:
             int(first[place]), {int(cells[place]) for cells in others}
         ):
             chance *= 2 / (len(others) + 1)
+
+    # All numbers from 0 in some order.
     ordered = sorted(_counted(len(first)))
     is_permuted = len(first) > 4 and sorted(first) == ordered
     return 0.0 if is_permuted and not any(sorted(cells) == ordered for cells in others) else chance
 
 
 def _may_follow(label: str, others: list[str]) -> bool:
-    """Returns whether a numeric label may be one more of such numbers, as the largest one of a sorted table is."""
+    """Returns whether a numeric label may continue the others, as the largest in a sorted table."""
     if not are_numbers([label, *others]):
         return False
     whole = [number_of(other) or 0.0 for other in others]
+    # Among decimals, any number may follow.
     return not all(map(float.is_integer, whole)) or not _is_far_outside(
         int(float(label)), {int(each) for each in whole}
     )
 
 
 def _is_far_outside(number: int, others: set[int]) -> bool:
-    """Returns whether a number is twice as far from the nearest other one as any of these is from the next."""
+    """Returns whether a number lies outside of the others by more than twice their largest gap."""
     ordered = sorted(others)
     largest_gap = max((after - before for before, after in pairwise(ordered)), default=1)
     return max(ordered[0] - number, number - ordered[-1]) > 2 * largest_gap
 
 
 def _doubt(rows: list[_Row], label: int) -> list[str]:
-    """Returns a sentence on a first line that was taken as an example, and may hold column numbers."""
-    first, others = rows[0].cells, [row.cells for row in rows[1:]]
+    """Returns a sentence on a first line taken as an example that may hold column numbers."""
+    first = rows[0].cells
+    others = [row.cells for row in rows[1:]]
     names = [cell for place, cell in enumerate(first) if place != label]
     if not others or not _are_column_numbers(names):
         return []
-    way_out = "if it holds the column names, give the name of the label column, or put a letter into each name"
+    way_out = (
+        "if it holds the column names, give the name of the label column, or put a letter into "
+        "each name"
+    )
     if all(cells[label] != first[label] for cells in others):
         return [
-            f"Line 1 was taken as an example, although no other line has its label, {quoted(first[label])}, and its "
-            f"other cells are different whole numbers: {way_out}."
+            "Line 1 was taken as an example, although no other line has its label, "
+            f"{quoted(first[label])}, and its other cells are different whole numbers: {way_out}."
         ]
     is_permuted = len(first) > 4 and sorted(first) == sorted(_counted(len(first)))
     if len(names) > 2 and (_increases(names) or is_permuted):
@@ -310,7 +362,9 @@ def _counted(count: int) -> list[str]:
 
 
 def _rows(path: Path) -> list[_Row]:
-    rows, line = [], 1
+    rows = []
+    line = 1
+    # `utf-8-sig` skips a byte order mark; `newline=""` leaves line breaks within quotes to csv.
     with (
         opened(path) as content,
         io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file,
@@ -321,7 +375,7 @@ def _rows(path: Path) -> list[_Row]:
             for cells in reader:
                 if cells:
                     rows.append(_Row(line, [cell.strip() for cell in cells]))
-                line = reader.line_num + 1  # a quoted cell may go on over several lines
+                line = reader.line_num + 1  # a quoted cell may span several lines
         except UnicodeDecodeError as error:
             content.seek(0)
             raise not_utf8(
@@ -338,13 +392,15 @@ def _rows(path: Path) -> list[_Row]:
 
 
 def _check_shape(path: Path, rows: list[_Row]) -> None:
-    """Raises InputError if lines have different numbers of cells, or the cells are not separated by commas."""
+    """Raises InputError if lines have different numbers of cells, or other separators."""
     width = len(rows[0].cells)
     wrong = next((row for row in rows if len(row.cells) != width), None)
+    # A comment explains a different number of cells.
     if wrong is not None and (
         comment := next((row for row in rows[:2] if row.cells[0].startswith("#")), None)
     ):
         raise faulty(path, f"has a comment in line {comment.line}", "remove the line")
+    # Another separator: the first two lines have it, and commas do not make columns of numbers.
     for separator, name in _SEPARATORS.items():
         parts = [",".join(row.cells).split(separator) for row in rows[:2]]
         has_decimal_commas = all(
@@ -353,6 +409,7 @@ def _check_shape(path: Path, rows: list[_Row]) -> None:
         if min(map(len, parts)) > 1 and (width < 2 or wrong is not None or has_decimal_commas):
             fault = f"has its cells separated by {name}"
             raise faulty(path, fault, "save it with commas between cells, and points in numbers")
+    # Any other line with a different number of cells.
     if wrong is not None:
         raise faulty(
             path,
@@ -367,6 +424,8 @@ def _check_shape(path: Path, rows: list[_Row]) -> None:
 
 def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
     cells = column.cells
+
+    # Every line needs a label.
     if "" in cells:
         line = column.lines[cells.index("")]
         raise faulty(
@@ -374,28 +433,36 @@ def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
             f"has an empty label in line {line}, column {column.name}",
             "fill in the cell, or remove the line",
         )
+
+    # Numbers are classes only if they are whole and repeat.
     if are_numbers(cells):
         values = [number_of(cell) or 0.0 for cell in cells]
         if not all(value.is_integer() for value in values):
             raise faulty(
                 path,
-                f"has labels such as {quoted(cells[0])} in column {column.name}, which are measurements and no classes",
-                f"{_NAME_LABELS}, or learn measurements in Python, with data.from_arrays and a Task of your own",
+                f"has labels such as {quoted(cells[0])} in column {column.name}, which are "
+                "measurements and no classes",
+                f"{_NAME_LABELS}, or learn measurements in Python, with data.from_arrays and a "
+                "Task of your own",
             )
         if look_measured(values):
             raise faulty(
                 path,
-                f"has labels such as {quoted(cells[0])} in column {column.name}, {len(set(values)):,} different whole "
-                f"numbers in {len(cells):,} lines, which look like measurements and not like classes",
-                f"{_NAME_LABELS}, group the numbers into few classes, or learn measurements in Python, with "
-                "data.from_arrays and a Task of your own",
+                f"has labels such as {quoted(cells[0])} in column {column.name}, "
+                f"{len(set(values)):,} different whole numbers in {len(cells):,} lines, which "
+                "look like measurements and not like classes",
+                f"{_NAME_LABELS}, group the numbers into few classes, or learn measurements in "
+                "Python, with data.from_arrays and a Task of your own",
             )
+
+    # Words are classes only if they repeat, and there must be two classes.
     classes, labels = from_words(cells)
     if len(classes) > FEW_CLASSES and len(cells) < 2 * len(classes) and not are_numbers(classes):
         raise faulty(
             path,
-            f"has labels such as {quoted(cells[0])} in column {column.name}, {len(classes):,} different ones in "
-            f"{len(cells):,} lines, which look like dates or names and not like classes",
+            f"has labels such as {quoted(cells[0])} in column {column.name}, {len(classes):,} "
+            f"different ones in {len(cells):,} lines, which look like dates or names and not like "
+            "classes",
             f"{_NAME_LABELS}, or group the labels into few classes",
         )
     if len(classes) < 2:

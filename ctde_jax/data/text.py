@@ -1,4 +1,4 @@
-"""A text, character by character: each window of it is an example, and the characters that follow are its labels."""
+"""A text, character by character: each window is an example, and its next characters the labels."""
 
 import codecs
 import os
@@ -18,25 +18,28 @@ TRAINING_TENTHS = 9
 
 
 def from_text(path: Path | str, length: int = 128, stride: int | None = None) -> Dataset:
-    """Loads a text in UTF-8, cut into windows: the first nine tenths for training, the rest for testing.
+    """Loads a UTF-8 text as windows: the first nine tenths for training, the rest for testing.
 
-    A character's token is its place among the sorted characters of the whole text, the data set's vocabulary. Inputs
-    and labels are `int32[examples, length]`; a label is the token after its input.
+    A character's token is its index in the vocabulary, the sorted characters of the whole text.
+    Inputs and labels are `int32[examples, length]`; a label is the token after its input.
 
-    By default every character is predicted once in an epoch, always in the same window. A smaller stride shows it in
-    several, which helps where a small text is read often, and multiplies memory and the steps of an epoch.
+    By default, every character is predicted once per epoch, always in the same window. A smaller
+    stride puts it in several windows, which helps if a small text is read often, and multiplies the
+    memory and the steps per epoch.
 
     Args:
-        path: Any text file.
-        length: Characters in a window.
-        stride: Characters from the start of a training window to the start of the next; by default the length, so
-            that windows do not overlap. Test windows never do.
+        path: Text file.
+        length: Window length, in characters.
+        stride: Distance between the starts of training windows, in characters; by default the
+            length, so that windows do not overlap. Test windows never overlap.
 
     Raises:
-        InputError: The file cannot be opened, is not UTF-8, or has a part that is shorter than a window and its last
-            label; or the length or the stride is less than 1.
+        InputError: If the file cannot be opened or is not UTF-8, a part of it is shorter than a
+            window and its last label, or the length or the stride is less than 1.
     """
     check_at_least(1, length=length, stride=stride)
+
+    # The vocabulary covers the test part, too, so that all of its characters have tokens.
     path = Path(os.path.expanduser(path))
     text = _read(path)
     vocabulary = tuple(sorted(set(text)))
@@ -44,18 +47,23 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
     train, test = np.split(tokens, [len(tokens) * TRAINING_TENTHS // 10])
     _check_long_enough(path, length, training=len(train), test=len(test))
 
+    # Overlapping windows may take a multiple of the text: 4 bytes each for an input and its label.
     stride = stride or length
     windows = (len(train) - length - 1) // stride + 1
     memory.check(
         "window", f"{windows:,} training windows", 8 * windows * length, "lower it, or raise stride"
     )
+
+    # Report the characters after the last window of each part, and those between sparse windows.
     unused = (
         len(train) - _covered(len(train), length, stride),
         len(test) - _covered(len(test), length, length),
     )
     notes = (
-        f"The first {len(train):,} characters are for training and the other {len(test):,} for testing.",
-        f"The windows leave out {unused[0]:,} characters of the training part and {unused[1]:,} of the test part.",
+        f"The first {len(train):,} characters are for training and the other {len(test):,} for "
+        "testing.",
+        f"The windows leave out {unused[0]:,} characters of the training part and {unused[1]:,} "
+        "of the test part.",
     )
     return Dataset(
         name=path.stem,
@@ -70,30 +78,32 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
 
 
 def encode(text: str, vocabulary: Sequence[str]) -> np.ndarray:
-    """Writes a text as tokens, `int32[characters]`.
+    """Converts a text to tokens, `int32[characters]`.
 
     Raises:
-        InputError: A character is not in the vocabulary.
+        InputError: If a character is not in the vocabulary.
     """
+    # A table of all code points, because a loop over the characters would be slow.
     token_of = np.full(sys.maxunicode + 1, -1, np.int32)
     token_of[_code_points("".join(vocabulary))] = np.arange(len(vocabulary))
     tokens = token_of[_code_points(text)]
+
     unknown = tokens < 0
     if unknown.any():
         place = int(unknown.argmax())
         raise InputError(
             "text",
-            f"must be written in the {len(vocabulary)} characters of the vocabulary, got {text[place]!r} "
-            f"at place {place:,}; leave it out or replace it.",
+            f"must be written in the {len(vocabulary)} characters of the vocabulary, got "
+            f"{text[place]!r} at place {place:,}; leave it out or replace it.",
         )
     return tokens
 
 
 def decode(tokens: np.typing.ArrayLike, vocabulary: Sequence[str]) -> str:
-    """Reads tokens, `int[characters]`, as a text.
+    """Converts tokens, `int[characters]`, to a text.
 
     Raises:
-        InputError: A token is not a place in the vocabulary.
+        InputError: If a token is not an index into the vocabulary.
     """
     tokens = np.asarray(tokens)
     outside = (tokens < 0) | (tokens >= len(vocabulary))
@@ -111,6 +121,7 @@ def _read(path: Path) -> str:
     try:
         text = stored.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
+        # The decoder counts from behind the byte order mark.
         offset = len(stored) - len(error.object) + error.start
         fault = f"has the byte 0x{stored[offset]:02x} at the offset {offset:,}"
         raise not_utf8(path, stored, fault) from error
@@ -120,28 +131,31 @@ def _read(path: Path) -> str:
 
 
 def _check_long_enough(path: Path, length: int, **characters: int) -> None:
-    """Raises InputError where a part has less than a window and the label of its last character."""
+    """Raises InputError if a part is shorter than a window and the label of its last character."""
     part, shortest = min(characters.items(), key=lambda item: item[1])
     if shortest <= length:
         longest = shortest - 1
         raise faulty(
             path,
-            f"has {shortest:,} of the {length + 1:,} characters that a window with its last label needs "
-            f"in the {part} part",
+            f"has {shortest:,} of the {length + 1:,} characters that a window with its last label "
+            f"needs in the {part} part",
             f"give a longer text{f', or a window of at most {longest:,}' if longest > 0 else ''}",
         )
 
 
 def _windows(tokens: np.ndarray, length: int, stride: int) -> Split:
+    # A window and the label of its last character; inputs and labels overlap, and are copied.
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::stride]
     return Split(np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:]))
 
 
 def _covered(characters: int, length: int, stride: int) -> int:
-    """Counts the characters that are in a window or a label."""
+    """Counts the characters that occur in a window or as a label."""
+    # Each further window adds `stride` characters, or all of its characters if there are gaps.
     others = (characters - length - 1) // stride
     return others * min(stride, length + 1) + length + 1
 
 
 def _code_points(text: str) -> np.ndarray:
+    # `surrogatepass`, as a string may hold lone surrogates, which UTF-32 does not encode otherwise.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

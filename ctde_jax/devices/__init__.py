@@ -1,4 +1,4 @@
-"""Where training runs: devices, replicas, hosts."""
+"""The devices that training runs on: backend, replicas, hosts, memory and settings."""
 
 from ctde_jax.devices import hosts, memory, replica, supervisor
 from ctde_jax.devices.backend import FAKE_DEVICES, check_backend, count_cores, start

@@ -1,7 +1,8 @@
-"""Several hosts: the same command on each, under the launcher that is there; JAX's coordinator brings them together.
+"""Multi-host training: the same command on every host, connected by JAX's coordinator.
 
-Each process is a host. Host 0 has the coordinator, through whose store of keys and values the others learn what it has
-to say before there are arrays, and at which address they all meet. Nothing here starts a process on another machine.
+Each process is a host, started by any launcher; nothing here starts a process on another machine.
+Host 0 runs the coordinator, at whose address all hosts meet. Before there are arrays, the hosts
+communicate through its key-value store.
 """
 
 import ipaddress
@@ -19,10 +20,10 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src.clusters import (
-    ClusterEnv,
-)  # JAX has no public way to what its detection of launchers finds,
-from jax._src.distributed import global_state  # nor to the coordinator's keys and values
+
+# JAX has no public API for what its detection of launchers finds, nor for the key-value store.
+from jax._src.clusters import ClusterEnv
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from ctde_jax.devices.replica import PyTree
@@ -30,23 +31,29 @@ from ctde_jax.errors import HostLost, InputError, check_at_least
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 10
-"""A host that has not answered for so long is given up, and with it the run."""
+"""A host that has not answered for this time counts as lost, which ends the run."""
 
 LOST = os.EX_UNAVAILABLE
-"""The exit status of a run that has lost a host, or never had all of them."""
+"""Exit status of a run that has lost a host, or that not all hosts have joined."""
 
+# Polling period of the thread that ends this process together with the others.
 _LOOK_SECONDS = 1.0
 _PATIENCE_SECONDS = 3600
-"""For a host that is there, and reads its data or a checkpoint."""
+"""Timeout for a host that has joined and is reading its data or a checkpoint."""
 
+# Characters of a message, or uint32 words of a broadcast.
 _PIECE = 2**20
+
+# Key of the reason for which a host has ended the run.
 _ENDED = "ctde_jax/ended"
+
+# Numbers the keys of exchanges. All hosts make the same calls in the same order, so they agree.
 _calls = numbers()
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the hosts of a run meet, and which of them this process is."""
+    """Meeting point of the hosts of a run, and the index of this process among them."""
 
     coordinator: str
     """Address and port of host 0."""
@@ -57,10 +64,10 @@ class Meeting:
     """Address and port that host 0 opens."""
 
     patience: int
-    """Seconds that the hosts may take to come."""
+    """Seconds to wait for all hosts to join."""
 
     local_devices: list[int] | None = None
-    """Of this host, the accelerators that are this process's own; by default all."""
+    """Indices of this machine's accelerators that this process uses (default: all)."""
 
 
 def find_meeting(
@@ -70,21 +77,27 @@ def find_meeting(
     coordinator_bind: str | None = None,
     join_timeout: int = 300,
 ) -> Meeting | None:
-    """Returns where the hosts meet, from these arguments or the environment of the launcher; None for one host alone.
+    """Returns the meeting point of the hosts, or None for a single host.
+
+    If the first three arguments are omitted, they are taken from the launcher's environment.
 
     Args:
-        coordinator: Address and port of host 0, which all hosts reach.
+        coordinator: Address and port of host 0, reachable from all hosts.
         num_processes: Number of hosts.
         process_id: Index of this host.
         coordinator_bind: Address and port that host 0 opens, if it differs from `coordinator`.
         join_timeout: Seconds to wait for the other hosts.
 
     Raises:
-        InputError: The first three are not all given, or an address is none at which all hosts could meet.
+        InputError: If only some of the first three arguments are given, or an address is not one at
+            which all hosts can meet.
     """
+    # One process is a single host, even under a launcher.
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if num_processes == 1:
         return None
+
+    # The three arguments are given together, or not at all.
     missing = [name for name, value in given.items() if value is None]
     check_at_least(1, num_processes=num_processes, join_timeout=join_timeout)
     check_at_least(0, process_id=process_id)
@@ -93,26 +106,34 @@ def find_meeting(
             missing[0],
             "goes with coordinator, num_processes and process_id; give all three or none.",
         )
-    address, count, index, local_devices = coordinator, num_processes, process_id, None
+
+    # Without arguments, ask JAX's detection of launchers. It may recognize a launcher in whose
+    # environment it then fails, with an exception of any type.
+    address = coordinator
+    count = num_processes
+    index = process_id
+    local_devices = None
     if address is None:
         try:
             address, count, index, local_devices = ClusterEnv.auto_detect_unset_distributed_params(
                 None, None, None, None, None, join_timeout
             )
-        except (
-            Exception
-        ) as error:  # of a launcher that JAX knows, in an environment that it cannot read
+        except Exception as error:
             raise InputError(
                 "coordinator",
-                f"could not be found in the environment of the launcher ({error}); give it with --num-processes and "
-                "--process-id, or --num-processes 1 for one host alone.",
+                f"could not be found in the environment of the launcher ({error}); give it with "
+                "--num-processes and --process-id, or --num-processes 1 for one host alone.",
             ) from error
+
+    # Neither arguments nor a launcher name several hosts.
     if address is None or count is None or index is None or count == 1:
         return None
     if index >= count:
         raise InputError(
             "process_id", f"must be less than the {count} of --num-processes, got {index}."
         )
+
+    # Host 0 may listen on all interfaces (0.0.0.0), but the others need an address to connect to.
     if _listens_everywhere(_parts("coordinator", address)[0]):
         raise InputError(
             "coordinator", f"must be the address of host 0 that all hosts reach, got {address}."
@@ -130,7 +151,7 @@ def find_meeting(
 
 
 def check_alone(meeting: Meeting | None) -> None:
-    """Raises InputError for a command that runs on one host if several hosts are to meet."""
+    """Raises InputError if several hosts are to meet; for commands that run on one host."""
     if meeting is not None:
         raise InputError(
             "num_processes",
@@ -139,17 +160,20 @@ def check_alone(meeting: Meeting | None) -> None:
 
 
 def join(meeting: Meeting) -> None:
-    """Makes this process one of several hosts; before JAX starts. Waits for all of them.
+    """Makes this process one of several hosts and waits for the others; call before JAX starts.
 
-    From here on this process ends when another one has said why it ends.
+    From then on, this process ends if another host reports that it has ended the run.
 
     Raises:
-        InputError: Host 0 cannot open its port.
+        InputError: If host 0 cannot open its port.
     """
     if meeting.index == 0:
         _check_port(meeting.listens_on, meeting.patience)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours, see stop.py
+    # SIGTERM is handled in trainer/stop.py.
+    jax.config.update("jax_enable_preemption_service", False)
+
+    # `find_meeting` has already read the environment, so detection is deactivated.
     jax.distributed.initialize(
         meeting.coordinator,
         meeting.count,
@@ -165,17 +189,17 @@ def join(meeting: Meeting) -> None:
 
 
 def count() -> int:
-    """Returns how many hosts there are."""
+    """Returns the number of hosts."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
-    """Returns which of them this is; host 0 writes and shows."""
+    """Returns the index of this host; host 0 writes files and prints."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def platform() -> dict[str, Any]:
-    """Says what a host brings to a run: versions, and its devices; all hosts must bring the same."""
+    """Returns this host's package versions and devices, which must be the same on all hosts."""
     here = jax.local_devices()
     versions = {
         f"the version of {name}": version(name)
@@ -191,18 +215,24 @@ def platform() -> dict[str, Any]:
 def compare(
     tell: Callable[[], Mapping[str, Any]], digests: Callable[[], Mapping[str, Any]] = dict
 ) -> None:
-    """Checks that all hosts have the same facts, through the coordinator, so that no collective can hang.
+    """Checks that all hosts have the same facts, so that no collective can hang.
+
+    The hosts exchange the facts through the coordinator.
 
     Args:
-        tell: Returns what JSON can write, by name; called only if there are several hosts.
-        digests: Returns digests by the name of what they are of; called only if there are several hosts.
+        tell: Returns JSON-serializable facts by name; called only if there are several hosts.
+        digests: Returns digests by the name of the hashed value; called only if there are several
+            hosts.
 
     Raises:
-        InputError: On every host; names the fact, and its values on host 0 and on another host; of a digest the name.
-        HostLost: A host has not come here within an hour.
+        InputError: On every host, if a fact or digest differs between host 0 and another host. The
+            message names it; for a fact it also shows both values.
+        HostLost: If a host does not make this call within an hour.
     """
     if count() == 1:
         return
+
+    # All hosts compare in the same order, so all raise the same error.
     told = _exchange(json.dumps([tell(), digests()]))
     first, first_digests = json.loads(told[0])
     for host, text in sorted(told.items()):
@@ -211,8 +241,8 @@ def compare(
             if first.get(name) != others.get(name):
                 raise InputError(
                     name,
-                    f"must be the same on all hosts, but is {first.get(name, 'not known')} on host 0 and "
-                    f"{others.get(name, 'not known')} on host {host}.",
+                    f"must be the same on all hosts, but is {first.get(name, 'not known')} on host "
+                    f"0 and {others.get(name, 'not known')} on host {host}.",
                 )
         for name in [*first_digests, *other_digests]:
             if first_digests.get(name) != other_digests.get(name):
@@ -223,14 +253,16 @@ def compare(
 
 
 def of_the_first(make: Callable[[], T]) -> T:
-    """Returns on all hosts what JSON can write of the result of host 0, where alone it is made.
+    """Calls `make` on host 0 and returns its JSON-serializable result on all hosts.
 
     Raises:
-        InputError: On all hosts where it was raised on host 0.
-        HostLost: Host 0 has failed otherwise, or has not made it within an hour.
+        InputError: On all hosts, if `make` raises it on host 0.
+        HostLost: On the other hosts, if host 0 fails otherwise or takes more than an hour.
     """
     if count() == 1:
         return make()
+
+    # Host 0 publishes the result or the failure, so that the others do not wait in vain.
     key = f"ctde_jax/{next(_calls)}"
     if index() == 0:
         try:
@@ -243,6 +275,8 @@ def of_the_first(make: Callable[[], T]) -> T:
             raise
         _tell(key, {"made": made})
         return made
+
+    # The others read it and raise the same error.
     pieces = int(_wait_for(0, key))
     told = json.loads("".join(_wait_for(0, f"{key}/{number}") for number in range(pieces)))
     if "sentence" in told:
@@ -253,19 +287,22 @@ def of_the_first(make: Callable[[], T]) -> T:
 
 
 def arrays_of_the_first(arrays: PyTree) -> PyTree:
-    """Returns on all hosts the arrays of host 0, bit for bit; the others give arrays of the same shapes and types."""
+    """Broadcasts the arrays of host 0 to all hosts, bit for bit.
+
+    Every host must pass arrays of the same shapes and dtypes.
+    """
     if count() == 1:
         return arrays
     return jax.tree.map(_array_of_the_first, arrays)
 
 
 def largest(value: int) -> int:
-    """Returns the largest of all hosts' values; every host must ask at the same moment of its run."""
+    """Returns the maximum over all hosts, which must call this at the same point of the run."""
     return int(multihost_utils.process_allgather(np.int32(value)).max()) if count() > 1 else value
 
 
 def part() -> None:
-    """Leaves the other hosts at the end of a run, when all of them have come here."""
+    """Waits for all hosts at the end of a run, then disconnects from them."""
     if count() > 1:
         _exchange("")
         _end_watch()
@@ -273,7 +310,7 @@ def part() -> None:
 
 
 def leave(status: int, sentence: str) -> NoReturn:
-    """Ends this process with a sentence, and tells the other hosts why, who end as well."""
+    """Prints an error, ends this process, and makes the other hosts end for the same reason."""
     _end_watch()
     if sentence:
         print(f"error: host {index()}: {sentence}", file=sys.stderr, flush=True)
@@ -283,20 +320,22 @@ def leave(status: int, sentence: str) -> NoReturn:
             _store().key_value_set(_ENDED, told)
         except jax.errors.JaxRuntimeError:
             pass  # another host was faster
+
+        # The key-value store ends with host 0, so the others need time to poll it.
         if index() == 0:
-            time.sleep(
-                2.5 * _LOOK_SECONDS
-            )  # the others look, for with host 0 goes what they look at
+            time.sleep(2.5 * _LOOK_SECONDS)
+
+    # A regular exit would run JAX's shutdown, which waits for the other hosts.
     os._exit(status)
 
 
 def wait_for_verdict() -> None:
-    """Waits for the coordinator, which ends this process where it misses another host."""
+    """Waits for the coordinator to end this process if it finds that another host is missing."""
     time.sleep(1.5 * HEARTBEAT_SECONDS)
 
 
 def may_be_lost(error: Exception) -> bool:
-    """Says whether an error may be that of a collective in which another host is missing, or of a wait for it."""
+    """Returns whether an error may result from a missing host, in a collective or a wait."""
     return isinstance(error, HostLost | jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
@@ -311,7 +350,7 @@ def _end_watch() -> None:
 
 
 def _store() -> Any:
-    """The coordinator's keys and values."""
+    """Returns the coordinator's key-value store."""
     return global_state.client
 
 
@@ -319,8 +358,11 @@ def _end_with_others() -> None:
     while not _is_over.wait(_LOOK_SECONDS):
         try:
             told = json.loads(_store().key_value_try_get(_ENDED))
+        # The key does not exist: no host has ended the run.
         except jax.errors.JaxRuntimeError:
             continue
+
+        # Meanwhile this host may have begun to end by itself, with its exit status.
         if not _is_over.is_set():
             why = told["sentence"] or "its output says why"
             print(
@@ -338,7 +380,8 @@ def _exchange(text: str) -> dict[int, str]:
 
 
 def _array_of_the_first(array: jax.typing.ArrayLike) -> np.ndarray:
-    """Sends an array in pieces of one size, for each of which devices need room."""
+    """Broadcasts an array in pieces of at most 4 MiB, to bound the memory used on the devices."""
+    # As raw bytes in uint32 words, since JAX would convert 64-bit dtypes.
     own = np.asarray(array)
     words = np.frombuffer(own.tobytes() + b"\0" * (-own.nbytes % 4), np.uint32)
     pieces = [words[start : start + _PIECE] for start in range(0, len(words), _PIECE)]
@@ -349,11 +392,12 @@ def _array_of_the_first(array: jax.typing.ArrayLike) -> np.ndarray:
 
 
 def _tell(key: str, fact: Any) -> None:
-    """Writes what JSON can write, in pieces that a message may have."""
+    """Stores a JSON-serializable value, in pieces that fit into one message each."""
     text = json.dumps(fact)
     pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
     for number, piece in enumerate(pieces):
         _store().key_value_set(f"{key}/{number}", piece)
+    # The count comes last: once a reader has it, all pieces are there.
     _store().key_value_set(key, str(len(pieces)))
 
 
@@ -367,6 +411,7 @@ def _wait_for(host: int, key: str) -> str:
 
 
 def _parts(option: str, address: str) -> tuple[str, int]:
+    # IPv6 addresses are in brackets, such as [::1]:1234.
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise InputError(
@@ -378,15 +423,17 @@ def _parts(option: str, address: str) -> tuple[str, int]:
 def _listens_everywhere(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_unspecified
+    # A name is not an IP address.
     except ValueError:
         return host == "*"
 
 
 def _check_port(address: str, patience: float) -> None:
-    """Raises InputError where a port cannot be opened, for JAX would crash; a name may take a while to be known."""
+    """Raises InputError if a port cannot be opened, since JAX would crash."""
     host, port = _parts("coordinator_bind", address)
     deadline = time.monotonic() + patience
     try:
+        # A host name may take a while to become resolvable.
         while True:
             try:
                 family, kind, protocol, _, place = socket.getaddrinfo(
@@ -397,11 +444,14 @@ def _check_port(address: str, patience: float) -> None:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
+
+        # SO_REUSEADDR: a port in TIME_WAIT after an earlier run counts as free.
         with socket.socket(family, kind, protocol) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(place)
     except OSError as error:
         raise InputError(
             "coordinator",
-            f"must name an address of host 0 and a free port of it, but {address} cannot be opened ({error.strerror}).",
+            f"must name an address of host 0 and a free port of it, but {address} cannot be opened "
+            f"({error.strerror}).",
         ) from error

@@ -1,7 +1,8 @@
-"""Sizes that cannot fit into memory, refused before anything is allocated.
+"""Checks that sizes fit into memory, before anything is allocated.
 
-A system may promise memory that it does not have and then kill the process, and XLA aborts if a size overflows. So what
-is known beforehand is compared with all the memory of the machine: more than that cannot fit, whatever else is running.
+An operating system may promise memory that it does not have and then kill the process, and XLA
+aborts if a size overflows. So sizes that are known beforehand are compared with the total memory of
+the machine: a larger size cannot fit, whatever else is running.
 """
 
 import os
@@ -17,14 +18,15 @@ from rich.filesize import decimal
 from ctde_jax.errors import InputError
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""The memory that the process's container may use, in version 2 and version 1 of cgroups."""
+"""Files with the memory limit of the process's container, in versions 2 and 1 of cgroups."""
 
 
 def of_this_machine() -> int:
-    """Returns the bytes of memory and swap space of this machine, or the limit of its container if that is lower."""
+    """Returns this machine's memory and swap in bytes, or its container's limit if lower."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + _swap()]
     for path in _LIMITS:
-        with suppress(OSError, ValueError):  # there is no such file, or it has no number but `max`
+        # The file does not exist in the other version, and contains `max` if there is no limit.
+        with suppress(OSError, ValueError):
             found.append(int(Path(path).read_text()))
     return min(found)
 
@@ -33,16 +35,16 @@ def check(option: str, what: str, needed: int, way_out: str) -> None:
     """Raises InputError if something needs more bytes than this machine has.
 
     Args:
-        option: The argument that determines the size.
-        what: What takes the memory, as the subject of a sentence in the plural.
-        needed: Bytes, at least.
-        way_out: What to lower, as an imperative.
+        option: Argument that determines the size.
+        what: Plural subject of the error message: the values that take the memory.
+        needed: Lower bound on the required bytes.
+        way_out: Remedy, such as an option to lower, as an imperative.
     """
     _check(option, what, needed, of_this_machine(), way_out)
 
 
 def size_of(tree: Any) -> int:
-    """Returns the bytes of all arrays of a tree, of which only shapes and dtypes are read."""
+    """Returns the total bytes of the arrays in a tree, from their shapes and dtypes alone."""
     return sum(
         prod(leaf.shape) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -51,21 +53,23 @@ def size_of(tree: Any) -> int:
 
 
 def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device]) -> None:
-    """Raises InputError if the state of the training and the gradients exceed the memory of their devices.
+    """Raises InputError if training state and gradients exceed the memory of the devices.
 
-    Fake CPU devices share the memory of the machine; that of an accelerator is compared if JAX knows its size.
+    Fake CPU devices share the memory of the machine. An accelerator is checked only if JAX reports
+    the size of its memory.
 
     Args:
-        train_state: The arrays of all replicas, with a leading replica axis.
-        params: The arrays of one replica.
-        devices: All of them.
+        train_state: Arrays of all replicas, with a leading replica axis.
+        params: Arrays of one replica.
+        devices: Devices of all hosts.
     """
+    # Each device holds one replica's share of the state, and gradients of the size of `params`.
     numbers = sum(prod(leaf.shape) for leaf in jax.tree.leaves(params))
     what = f"{numbers:,} parameters, their gradients and the states of optimizer and strategy"
     a_device = size_of(train_state) // len(devices) + size_of(params)
-    is_model = a_device < 16 * size_of(
-        params
-    )  # else most of it is what a strategy remembers, such as padded chunks
+
+    # From 16 times the parameters on, most of it is strategy state, such as padded chunks.
+    is_model = a_device < 16 * size_of(params)
     way_out = (
         "take a smaller model" if is_model else "lower chunk, rank or fragments of the strategy"
     )
@@ -73,7 +77,8 @@ def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device])
 
 
 def check_program(program: Any, devices: Sequence[jax.Device]) -> None:
-    """Raises InputError if a compiled program needs more memory than its devices have, activations included."""
+    """Raises InputError if a compiled program's temporaries, with activations, exceed memory."""
+    # The wrapper `replica.Waiting` offers no analysis, and a backend may return None.
     analysis = getattr(program, "memory_analysis", lambda: None)()
     if analysis is not None:
         lower = "lower batch_size, sync_every or chunk, or take a smaller model"
@@ -90,6 +95,8 @@ def _check_devices(
     option: str, what: str, a_device: int, devices: Sequence[jax.Device], way_out: str
 ) -> None:
     here = [device for device in devices if device.process_index == jax.process_index()]
+
+    # Every accelerator has separate memory; fake CPU devices share that of the machine.
     if here[0].platform != "cpu":
         there = (here[0].memory_stats() or {}).get("bytes_limit")
         if there is not None:
@@ -108,11 +115,15 @@ def _check_devices(
 
 def _check(option: str, what: str, needed: int, there: int, way_out: str) -> None:
     if needed > there:
-        rule = f"must fit into memory: {what} take at least {decimal(needed)}, and there are {decimal(there)}"
+        rule = (
+            f"must fit into memory: {what} take at least {decimal(needed)}, "
+            f"and there are {decimal(there)}"
+        )
         raise InputError(option, f"{rule}; {way_out}.")
 
 
 def _swap() -> int:
+    # Only Linux has this file; elsewhere swap space is not counted.
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("SwapTotal:")))

@@ -1,9 +1,10 @@
-"""The replica axis: where arrays live, and the one function that runs code on every device.
+"""The replica axis: placement of arrays, and the one function that runs code on every device.
 
-What is equal on all devices is *replicated* (axis `None`); what is a device's own is *sharded* along a leading axis of
-one row per replica (axis 0). Code inside `parallel` sees its own row, and talks to the other replicas by the
-collectives of `jax.lax` over `AXIS`. The same code runs under `jax.vmap(..., axis_name=AXIS)`, where a forgotten
-reduction is an error instead of a silent use of the first device's value; that is how it is tested.
+Arrays that are equal on all devices are *replicated* (axis `None`); arrays that differ between
+devices are *sharded* along a leading axis with one row per replica (axis 0). Code inside `parallel`
+sees one row and communicates through the collectives of `jax.lax` over `AXIS`. Tests run the same
+code under `jax.vmap(..., axis_name=AXIS)`, which raises an error for a forgotten reduction; `pmap`
+silently returns the value of the first device.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "replica"
 
 SHARD = "shard"
-"""The axis of the shards that a replica cuts its batch into; see `gradient.py`."""
+"""Axis of the shards into which a replica splits its batch; see `rounds/gradient.py`."""
 
-_SMALL = 2**14  # numbers
+# Up to this number of elements, `add_up` concatenates arrays.
+_SMALL = 2**14
 PyTree: TypeAlias = Any
 """Any nesting of containers with arrays at its leaves."""
 
@@ -34,14 +36,15 @@ def parallel(
     out_axes: PyTree,
     donate: tuple[int, ...] = (),
 ) -> jax.stages.Wrapped:
-    """Runs a per-replica function on every device at once.
+    """Maps a per-replica function over all devices.
 
     Args:
-        function: Sees one replica's part of every argument.
-        devices: One replica on each.
-        in_axes: A prefix of the arguments: `None` for what is replicated, 0 for what has a row per replica.
-        out_axes: The same for the results. A result under `None` must be equal on all replicas.
-        donate: Positions of the arguments whose memory the results may take over.
+        function: Function of one replica's part of every argument.
+        devices: Devices of all hosts, with one replica on each.
+        in_axes: Prefix tree of the arguments: `None` if replicated, 0 if sharded.
+        out_axes: Prefix tree of the results, as `in_axes`. A result under `None` must be equal on
+            all replicas.
+        donate: Positions of the arguments whose memory the results may reuse.
     """
     return jax.pmap(
         function,
@@ -54,31 +57,29 @@ def parallel(
 
 
 def lowered(function: jax.stages.Wrapped, *like: PyTree) -> jax.stages.Lowered:
-    """Lowers what `parallel` has made, for arrays of all hosts, or shapes and types, such as these."""
+    """Lowers a function made by `parallel` for arguments like global arrays or their shapes."""
+    # pmap takes the shapes of abstract values as global, which several hosts require.
     leaves, structure = jax.tree.flatten(like)
-    abstract = jax.make_jaxpr(lambda *leaves: leaves)(
-        *leaves
-    ).in_avals  # of which pmap knows that they are global
+    abstract = jax.make_jaxpr(lambda *leaves: leaves)(*leaves).in_avals
     return function.lower(*structure.unflatten(abstract))
 
 
 def compiled(
     lowered: jax.stages.Lowered, devices: Sequence[jax.Device], exact: bool = False
 ) -> "Program":
-    """Compiles what `parallel` has made, lowered for its arguments.
+    """Compiles a function made by `parallel` that was lowered for its arguments.
 
-    Several fake devices take one thread each, for they share the cores; one alone takes all of them, unless the bits
-    must be exactly those of several. Where these are of several hosts, a call waits for its result, as two programs at
-    once would wait for each other for ever.
+    Several fake devices use one thread each, since they share the cores. A single one uses all
+    cores, unless `exact` requires the same bits as with several. If fake devices belong to several
+    hosts, a call waits for its result, since two concurrent programs would deadlock.
     """
     is_fake = devices[0].platform == "cpu"
     options: dict[str, str | bool] = {}
     if is_fake and (exact or len(devices) > 1):
         options["xla_cpu_multi_thread_eigen"] = False
     if is_fake and exact:
-        options["xla_disable_hlo_passes"] = (
-            "algsimp"  # which rewrites divisions on one device, and not on several
-        )
+        # The algebraic simplifier rewrites divisions on one device, but not on several.
+        options["xla_disable_hlo_passes"] = "algsimp"
     program = lowered.compile(compiler_options=options or None)
     return Waiting(program) if is_fake and is_spread(devices) else program
 
@@ -86,7 +87,7 @@ def compiled(
 def compiled_once(
     function: jax.stages.Wrapped, devices: Sequence[jax.Device]
 ) -> Callable[..., PyTree]:
-    """Compiles what `parallel` has made at its first call, for arguments like those of this call."""
+    """Returns a function made by `parallel`, compiled for the arguments of its first call."""
     program: list[Program] = []
 
     def call(*arguments: PyTree) -> PyTree:
@@ -98,12 +99,12 @@ def compiled_once(
 
 
 def is_spread(devices: Sequence[jax.Device]) -> bool:
-    """Says whether the devices are those of several hosts."""
+    """Returns whether the devices belong to several hosts."""
     return len({device.process_index for device in devices}) > 1
 
 
 def own(devices: Sequence[jax.Device]) -> list[int]:
-    """Returns which replicas are on this host."""
+    """Returns the indices of the replicas on this host."""
     return [
         replica
         for replica, device in enumerate(devices)
@@ -112,23 +113,25 @@ def own(devices: Sequence[jax.Device]) -> list[int]:
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Puts a tree onto every device, where it may share memory with the original: it is not to be donated.
+    """Places a tree on every device; every host passes the whole tree.
 
-    Every host gives the whole tree.
+    The result must not be donated, since it may share memory with the original.
     """
     return _put(tree, devices, PartitionSpec())
 
 
 def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Puts onto every device its own row of each array `[replica, ...]`, which is not to be donated either.
+    """Places row i of each array `[replica, ...]` on device i.
 
-    Every host gives the rows of all replicas, or those alone that are its `own`.
+    Every host passes the rows of all replicas, or only those of its `own` replicas. The result must
+    not be donated, since it may share memory with the original.
     """
     return _put(tree, devices, PartitionSpec(AXIS))
 
 
 def gathered(leaf: jax.typing.ArrayLike) -> np.ndarray:
-    """Copies an array to every host, where each has the whole of it or some rows."""
+    """Copies an array to every host, whether each holds all of it or only some rows."""
+    # Only an array with rows on other hosts needs communication.
     if (
         isinstance(leaf, jax.Array)
         and not leaf.is_fully_addressable
@@ -141,42 +144,50 @@ def gathered(leaf: jax.typing.ArrayLike) -> np.ndarray:
 def add_up(tree: PyTree) -> PyTree:
     """Sums float32 arrays over the replicas, in one all-reduce.
 
-    A replica that is alone copies nothing. Small arrays travel in one piece, as fake devices meet once for every piece.
+    A single replica copies nothing. Small arrays are concatenated, because fake devices synchronize
+    once per array.
     """
     if lax.axis_size(AXIS) == 1:
         return tree
     leaves, structure = jax.tree.flatten(tree)
     small = [leaf for leaf in leaves if leaf.size <= _SMALL]
     large = [leaf for leaf in leaves if leaf.size > _SMALL]
+
+    # The empty array is there for `concatenate`, which needs at least one.
     together, large = lax.psum(
         (jnp.concatenate([jnp.ravel(leaf) for leaf in [*small, jnp.zeros(0)]]), large), AXIS
     )
-    parts, wholes = iter(jnp.split(together, np.cumsum([leaf.size for leaf in small]))), iter(large)
+    parts = iter(jnp.split(together, np.cumsum([leaf.size for leaf in small])))
+    wholes = iter(large)
     return structure.unflatten(
         next(parts).reshape(leaf.shape) if leaf.size <= _SMALL else next(wholes) for leaf in leaves
     )
 
 
 def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) -> PyTree:
-    """Averages over the replicas, or the shards of one, each counted as often as its weight says.
+    """Returns the weighted mean over the replicas, or over the shards of one replica.
 
-    Replicas with weight 0 are ignored, even if they hold NaN. If all weights are 0, the mean is 0. Counters and other
-    integers, which have no mean, become the largest of all.
+    Replicas with weight 0 are ignored, even if they hold NaN. If all weights are 0, the mean is 0.
+    For counters and other integers, which have no mean, it is the largest value.
     """
     weight = jnp.asarray(weight, jnp.float32)
     leaves, structure = jax.tree.flatten(as_real(tree))
     floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    # A single replica needs no collective.
     if axis == AXIS and lax.axis_size(AXIS) == 1:
         means = iter([jnp.where(weight > 0, leaf, 0) for leaf in floats])
     else:
+        # The product of NaN and a weight of 0 is NaN, hence `where`.
         weighted = [jnp.where(weight > 0, leaf * weight, 0) for leaf in floats]
         sums, total = (
             add_up((weighted, weight)) if axis == AXIS else lax.psum((weighted, weight), axis)
         )
-        share = 1 / jnp.where(
-            total > 0, total, 1
-        )  # a product, unlike a quotient, is fused with what reads it
+        # Unlike a quotient, a product is fused with the operation that reads it.
+        share = 1 / jnp.where(total > 0, total, 1)
         means = iter([x * share for x in sums])
+
+    # Floats in their dtypes, and the maximum of integers.
     mean = structure.unflatten(
         next(means).astype(leaf.dtype)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -187,12 +198,12 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
 
 
 def as_real(tree: PyTree) -> PyTree:
-    """Views each complex leaf as its real and imaginary parts, `[2, ...]`; other leaves stay as they are."""
+    """Stacks the real and imaginary parts of complex leaves, `[2, ...]`; keeps other leaves."""
     return jax.tree.map(lambda x: jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x, tree)
 
 
 def as_complex(tree: PyTree, like: PyTree) -> PyTree:
-    """Inverts `as_real` where the leaf of another tree is complex."""
+    """Inverts `as_real` for each leaf that is complex in `like`."""
     return jax.tree.map(
         lambda x, other: lax.complex(*x) if jnp.iscomplexobj(other) else x, tree, like
     )
@@ -201,29 +212,35 @@ def as_complex(tree: PyTree, like: PyTree) -> PyTree:
 def agreed_state(
     after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS
 ) -> PyTree:
-    """Merges what the replicas, or the shards of one, have made of a model's state.
+    """Merges the model states of the replicas, or of the shards of one replica.
 
-    A number that none of them has changed keeps its bits. Other floats become the weighted mean, and integers, booleans
-    and keys the largest. Replicas with weight 0 are ignored; if all weights are 0, the state stays as it was.
+    Numbers that no replica has changed keep their bits. Other floats become the weighted mean;
+    integers, booleans and keys become the largest value. Replicas with weight 0 are ignored; if all
+    weights are 0, the state remains unchanged.
 
     Args:
-        after: The state of this replica.
-        before: The state that all replicas began with.
-        weight: The number of examples behind `after`.
-        axis: `AXIS` or `SHARD`.
+        after: Model state of this replica after its update.
+        before: Model state that all replicas started from.
+        weight: Number of examples behind `after`, a scalar.
+        axis: Axis to merge over, `AXIS` or `SHARD`.
     """
     if not jax.tree.leaves(after):
         return after
     weight = jnp.asarray(weight, jnp.float32)
     counts = weight > 0
+
+    # A single replica has nothing to merge.
     if axis == AXIS and lax.axis_size(AXIS) == 1:
         return jax.tree.map(lambda new, old: jnp.where(counts, new, old), after, before)
 
+    # Floats are averaged, complex ones as pairs of real numbers; other dtypes are not.
     new_leaves, structure = jax.tree.flatten(after)
     old_leaves = jax.tree.leaves(before)
     is_mean = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in new_leaves]
     new_floats = [_as_real(new) for new, mean in zip(new_leaves, is_mean, strict=True) if mean]
     old_floats = [_as_real(old) for old, mean in zip(old_leaves, is_mean, strict=True) if mean]
+
+    # One collective sums the weights, the weighted floats, and the flags of changed ones.
     summed = (
         weight,
         [jnp.where(counts, leaf * weight, 0) for leaf in new_floats],
@@ -235,22 +252,23 @@ def agreed_state(
     total, sums, changes = add_up(summed) if axis == AXIS else lax.psum(summed, axis)
     means = iter(zip(sums, changes, strict=True))
 
+    # Unchanged numbers come from `before`, as a mean of equal floats may differ by rounding.
     def merge(new: jax.Array, old: jax.Array) -> jax.Array:
         if not jnp.issubdtype(new.dtype, jnp.inexact):
             return jnp.where(total > 0, largest(new, counts, axis), old)
         sum_of_all, change = next(means)
-        mean = sum_of_all / jnp.maximum(
-            total, 1
-        )  # a quotient, so that counters of equal value stay whole
+        # A quotient, unlike a product, keeps counters of equal value whole.
+        mean = sum_of_all / jnp.maximum(total, 1)
         if jnp.iscomplexobj(new):
-            mean, change = lax.complex(mean[0], mean[1]), change.max(axis=0)
+            mean = lax.complex(mean[0], mean[1])
+            change = change.max(axis=0)
         return jnp.where(change > 0, mean.astype(new.dtype), old)
 
     return structure.unflatten(map(merge, new_leaves, old_leaves))
 
 
 def is_changed(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Whether a float differs from another; NaN does not differ from NaN."""
+    """Returns elementwise whether floats differ, bool `[...]`; NaN does not differ from NaN."""
     return (new != old) & ~(jnp.isnan(new) & jnp.isnan(old))
 
 
@@ -259,12 +277,14 @@ def _as_real(x: jax.Array) -> jax.Array:
 
 
 def largest(leaf: jax.Array, counts: jax.Array, axis: str | None = None) -> jax.Array:
-    """Returns the largest integer, boolean or key of those that count, over an axis by name or the first one.
+    """Returns the largest integers, booleans or keys among those with `counts`.
 
-    Of keys each word is compared by itself.
+    The maximum is over a named axis, or over the first axis if `axis` is None. The words of a key
+    are compared separately.
     """
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         words = jax.random.key_data(leaf)
+        # With one flag per row, append axes for the words of a key.
         counts = jnp.expand_dims(counts, range(counts.ndim, words.ndim)) if counts.ndim else counts
         return jax.random.wrap_key_data(
             largest(words, counts, axis), impl=jax.random.key_impl(leaf)
@@ -276,26 +296,31 @@ def largest(leaf: jax.Array, counts: jax.Array, axis: str | None = None) -> jax.
 
 
 class Waiting:
-    """A program that several hosts run at once; a call waits for its result."""
+    """A compiled program that several hosts run together; a call waits for its result."""
 
     def __init__(self, program: jax.stages.Compiled):
         self._program = program
 
     def __call__(self, *arguments: PyTree) -> PyTree:
-        """Runs the program to its end."""
+        """Runs the program and waits for its result."""
         return jax.block_until_ready(self._program(*arguments))
 
     def as_text(self) -> str | None:
-        """Returns the program as XLA has optimized it."""
+        """Returns the optimized HLO of the program."""
         return self._program.as_text()
+
+    def memory_analysis(self) -> Any:
+        """Returns the sizes of the program's arrays, as the compiler reports them."""
+        return self._program.memory_analysis()
 
 
 Program: TypeAlias = jax.stages.Compiled | Waiting
-"""What runs on the devices; called with arrays, and of several hosts by all of them in the same order."""
+"""A compiled program over arrays; several hosts must call their programs in the same order."""
 
 
 def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> PyTree:
     sharding = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec)
+    # If there are several hosts, each contributes only its rows.
     if not is_spread(devices):
         return jax.device_put(tree, sharding)
     return jax.tree.map(partial(_put_leaf, sharding=sharding, devices=devices), tree)
@@ -304,13 +329,15 @@ def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> Py
 def _put_leaf(
     leaf: jax.typing.ArrayLike, sharding: NamedSharding, devices: Sequence[jax.Device]
 ) -> jax.Array:
-    """Puts an array onto the devices of this host, which do not see the others' rows."""
+    """Places an array on the devices of this host: all of it, or their rows."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        # NumPy has no dtype for keys.
         raw = _put_leaf(jax.random.key_data(leaf), sharding, devices)
         return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(leaf))
     rows = np.asarray(leaf)
     if sharding.spec == PartitionSpec():
         return jax.make_array_from_process_local_data(sharding, rows, rows.shape)
+    # The host may have passed the rows of all replicas.
     here = own(devices)
     return jax.make_array_from_process_local_data(
         sharding, rows if len(rows) == len(here) else rows[here], (len(devices), *rows.shape[1:])

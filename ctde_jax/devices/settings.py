@@ -1,6 +1,7 @@
-"""JAX settings under which no run can be compiled, refused by name before anything is computed.
+"""Rejects JAX settings under which no run can be compiled, by name and before any computation.
 
-They come from environment variables such as `JAX_DISABLE_JIT=1`, from `jax.config.update`, or from context managers.
+They come from environment variables such as `JAX_DISABLE_JIT=1`, from `jax.config.update`, or from
+context managers.
 """
 
 import jax
@@ -16,24 +17,24 @@ _NEEDED = {
     "jax_transfer_guard_device_to_host": ("allow", _TRANSFERS),
     "jax_transfer_guard_device_to_device": ("allow", _TRANSFERS),
 }
-"""The value that a setting must have, and the reason."""
+"""Required value of each setting, and the reason."""
 
 
 def check() -> None:
     """Raises InputError for a JAX setting that makes training impossible."""
     for name, (needed, reason) in _NEEDED.items():
-        value = getattr(
-            jax.config, name, None
-        )  # None: this version of JAX lacks it, or a transfer guard is not set
+        # None: this version of JAX lacks the setting, or a transfer guard is not set.
+        value = getattr(jax.config, name, None)
         given = str(getattr(value, "value", value))
+        # A transfer guard of `log` or `log_explicit` forbids nothing.
         is_harmless = (
             value is None or given == needed or (needed == "allow" and "disallow" not in given)
         )
         if not is_harmless:
             raise InputError(
                 name,
-                f"must be {needed}, as {reason}, got {given}; set the environment variable {name.upper()}={needed}, "
-                f"or call jax.config.update({name!r}, {_python(needed)}).",
+                f"must be {needed}, as {reason}, got {given}; set the environment variable "
+                f"{name.upper()}={needed}, or call jax.config.update({name!r}, {_python(needed)}).",
             )
 
 

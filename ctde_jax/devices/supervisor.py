@@ -1,8 +1,8 @@
-"""What a host's command runs under where there are several hosts: it says in a sentence what JAX has ended it for.
+"""Supervises the command of one of several hosts and reports why JAX has ended it.
 
-Where a host is lost, does not come, or comes twice, JAX's coordinator ends all others by abort, with a dump of C++
-frames. So the command of each host is the child of a process that only listens to it, hands signals on, and turns such
-an end into a sentence and an exit status.
+If a host is lost, does not join or joins twice, JAX's coordinator aborts all other hosts with a
+dump of C++ frames. So each host's command runs as the child of a supervisor process, which forwards
+its output, passes signals on to it, and turns such an end into one sentence and an exit status.
 """
 
 import os
@@ -16,26 +16,28 @@ from typing import IO
 
 from ctde_jax.devices.hosts import HEARTBEAT_SECONDS, LOST, Meeting
 
+# Environment variable that marks the child.
 _MARK = "CTDE_JAX_SUPERVISED"
 
 _COORDINATION = re.compile(
     r"[IWEF]\d{4} [\d:.]+ +\d+ (coordination_\w+\.cc|client\.(cc|h)|add_port\.cc):"
 )
-"""How lines of the coordinator's own begin; those that follow without a beginning of their own belong to them."""
+"""Prefix of the coordinator's log lines; lines without any prefix continue the line before."""
 
+# Prefixes of all other log lines and messages, which end a message of the coordinator.
 _OTHER = re.compile(r"[IWEF]\d{4} [\d:.]+ |error: |Traceback |warning: ")
 
 
 def is_child() -> bool:
-    """Says whether this process has a supervisor."""
+    """Returns whether this process has a supervisor."""
     return _MARK in os.environ
 
 
 def run(module: str, arguments: Sequence[str], meeting: Meeting) -> int:
-    """Runs a command as a child to its end, and returns its exit status.
+    """Runs a command as a child process and returns its exit status.
 
-    An end that the coordinator has brought about is told in a sentence, of status `hosts.LOST`; another signal's is 128
-    and its number, as in a shell.
+    If the coordinator has ended the child, one sentence gives the reason and the status is
+    `hosts.LOST`. For any other signal the status is 128 plus its number, as in a shell.
     """
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(
@@ -45,7 +47,8 @@ def run(module: str, arguments: Sequence[str], meeting: Meeting) -> int:
         env={**os.environ, _MARK: "1"},
         text=True,
         errors="replace",
-        process_group=0,  # so that a terminal's Ctrl-C comes to it once, from here
+        # A separate process group: Ctrl-C in a terminal reaches the child only once, from here.
+        process_group=0,
     ) as child:
         assert child.stderr is not None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -54,6 +57,8 @@ def run(module: str, arguments: Sequence[str], meeting: Meeting) -> int:
         status = child.wait()
     if status >= 0:
         return status
+
+    # A negative status means that a signal has ended the child: SIGABRT if by the coordinator.
     sentence = _sentence(said, meeting)
     why = sentence or f"{signal.Signals(-status).name} has ended the training. {said}"
     print(f"error: host {meeting.index}: {why}", file=sys.stderr)
@@ -61,17 +66,18 @@ def run(module: str, arguments: Sequence[str], meeting: Meeting) -> int:
 
 
 def follow_supervisor() -> None:
-    """Ends this process when its supervisor is gone, even if that was killed."""
+    """Ends this process when its supervisor has ended, even if the supervisor was killed."""
 
     def wait() -> None:
-        os.read(sys.stdin.fileno(), 1)  # which nobody writes: it ends with the supervisor
+        # Nothing is ever written to this pipe: the read returns when the supervisor ends.
+        os.read(sys.stdin.fileno(), 1)
         os._exit(LOST)
 
     threading.Thread(target=wait, name="supervisor", daemon=True).start()
 
 
 def _listen(errors: IO[str]) -> str:
-    """Hands on what the child says, and returns what the coordinator in it has said."""
+    """Forwards the child's standard error and returns the log lines of the coordinator."""
     own: list[str] = []
     is_own = False
     for line in errors:
@@ -88,7 +94,8 @@ def _listen(errors: IO[str]) -> str:
 
 
 def _sentence(said: str, meeting: Meeting) -> str:
-    """Says for what the coordinator has ended the child; nothing where it has not."""
+    """Returns the reason for which the coordinator has ended the child, or "" if it has not."""
+    # Lost hosts: the log lists their indices, possibly with this host among them.
     unhealthy = re.findall(r"stopped sending heartbeats\):\n((?:\d+\n)+)", said)
     if unhealthy:
         lost = [host for host in unhealthy[0].split() if int(host) != meeting.index] or unhealthy[
@@ -96,14 +103,18 @@ def _sentence(said: str, meeting: Meeting) -> str:
         ].split()
         names = f"host {lost[0]} has" if len(lost) == 1 else f"the hosts {', '.join(lost)} have"
         return (
-            f"{names} not answered for {HEARTBEAT_SECONDS} seconds, so the run ended; the same command on all hosts "
-            "goes on from its newest checkpoint."
+            f"{names} not answered for {HEARTBEAT_SECONDS} seconds, so the run ended; the same "
+            "command on all hosts goes on from its newest checkpoint."
         )
+
+    # A second process with the same index: the coordinator sees a changed incarnation of the task.
     if "incarnation" in said:
         return (
-            f"two processes of the {meeting.count} have come with the same --process-id, so the run ended; give each "
-            f"host its own, from 0 to {meeting.count - 1}."
+            f"two processes of the {meeting.count} have come with the same --process-id, so the "
+            f"run ended; give each host its own, from 0 to {meeting.count - 1}."
         )
+
+    # Not all hosts have joined in time.
     if "RegisterTask" in said:
         who = (
             "the others have not all come"
@@ -111,12 +122,15 @@ def _sentence(said: str, meeting: Meeting) -> str:
             else "host 0, or another one, has not come"
         )
         return (
-            f"{who} to {meeting.coordinator} within {meeting.patience} seconds, where {meeting.count} hosts were to "
-            "meet; start the same command on each of them, or look at their output."
+            f"{who} to {meeting.coordinator} within {meeting.patience} seconds, where "
+            f"{meeting.count} hosts were to meet; start the same command on each of them, or look "
+            "at their output."
         )
+
+    # The coordinator itself does not answer any more.
     if "PollForError" in said or "Heartbeat" in said:
         return (
-            f"host 0 at {meeting.coordinator} is gone or does not answer, so the run ended; the same command on all "
-            "hosts goes on from its newest checkpoint."
+            f"host 0 at {meeting.coordinator} is gone or does not answer, so the run ended; the "
+            "same command on all hosts goes on from its newest checkpoint."
         )
     return ""

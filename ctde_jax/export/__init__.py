@@ -1,4 +1,4 @@
-"""The second half of the name: a trained model leaves as a bundle, in every form that says the same."""
+"""Export for decentralized execution: a bundle in every format that reproduces the outputs."""
 
 from ctde_jax.export.web import write_page
 from ctde_jax.export.write import DEFAULT, FORMATS, Format, Written, write_bundle

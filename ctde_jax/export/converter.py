@@ -1,9 +1,10 @@
-"""jax2onnx without its patches: importing and running it leaves JAX, Flax and the process as they were.
+"""jax2onnx without its patches: its import and its use leave JAX, Flax and the process unchanged.
 
-jax2onnx replaces functions of JAX and Flax, to write `jnp.cumsum` as one operator for example. Some of these
-patches are made on import and stay (`jnp.cumsum`, `linen.MultiHeadAttention.__call__`), and all of them are visible
-to other threads during a conversion. A program that is a list of `jax.lax` primitives needs none of them. So only the
-plugins of primitives are imported, the patches are not applied, and what an import changes is restored.
+jax2onnx replaces functions of JAX and Flax, for example to write `jnp.cumsum` as one operator. Some
+of these patches are applied on import and stay (`jnp.cumsum`, `linen.MultiHeadAttention.__call__`),
+and all of them are visible to other threads during a conversion. A program that is a list of
+`jax.lax` primitives needs none of them. So only the plugins of primitives are imported, the patches
+are not applied, and changes made by the import are reverted.
 """
 
 import logging
@@ -26,17 +27,30 @@ _PATCHED = ("jax", "jaxlib", "flax")
 """Packages to which jax2onnx adds attributes on import."""
 
 _PLUGINS = ("jax2onnx.plugins.jax.lax", "jax2onnx.plugins.jax.core")
+# One conversion at a time, as patches and their removal affect the whole process.
 _LOCK = Lock()
 
 
 def convert(program: Program, **options: Any) -> Any:
-    """Returns the ONNX model of a program of `jax.lax` primitives; `options` are those of `jax2onnx.to_onnx`."""
+    """Converts a program of `jax.lax` primitives to an ONNX model.
+
+    Args:
+        program: The program.
+        **options: Keyword arguments of `jax2onnx.to_onnx`.
+
+    Returns:
+        The `onnx.ModelProto`.
+    """
     with _LOCK, _restored(), _quiet():
         jax2onnx = import_module("jax2onnx")
         conversion = import_module("jax2onnx.converter.conversion_api")
+
+        # A plugin registers itself on import. Plugins of functions would also register patches.
         for package in map(import_module, _PLUGINS):
             for plugin in pkgutil.iter_modules(package.__path__):
                 import_module(f"{package.__name__}.{plugin.name}")
+
+        # `_activate_plugin_worlds` applies the patches and imports the remaining plugins.
         ir = import_module("onnx_ir._core")
         to_dimension = ir._maybe_convert_to_symbolic_dim
         with (
@@ -49,15 +63,15 @@ def convert(program: Program, **options: Any) -> Any:
 
 
 def _named(length: Any) -> Any:
-    """Returns a symbolic length of JAX as its name, which some plugins do not do."""
+    """Returns the name of a symbolic length of JAX, as some plugins pass the length itself."""
     return str(length) if export.is_symbolic_dim(length) else length
 
 
 @contextmanager
 def _restored() -> Iterator[None]:
-    """Restores the attributes of the modules of JAX and Flax, warning filters and log handlers.
+    """Restores module attributes of JAX and Flax, warning filters and log handlers on exit.
 
-    Submodules imported in between stay.
+    Submodules that are imported in the meantime stay.
     """
     before = {module: dict(vars(module)) for module in _modules()}
     handlers = [*logging.root.handlers]
@@ -66,6 +80,8 @@ def _restored() -> Iterator[None]:
             yield
     finally:
         logging.root.handlers[:] = handlers
+        # Attributes that are submodules stay: Python does not set them again once `sys.modules`
+        # has the submodule.
         for module, attributes in before.items():
             for name, value in [*vars(module).items()]:
                 if name not in attributes and not isinstance(value, ModuleType):
@@ -74,6 +90,7 @@ def _restored() -> Iterator[None]:
 
 
 def _modules() -> Sequence[ModuleType]:
+    # `sys.modules` is copied first, as another thread may import a module in the meantime.
     return [
         module
         for name, module in [*sys.modules.items()]
@@ -83,7 +100,7 @@ def _modules() -> Sequence[ModuleType]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences warnings on the shapes inside a graph, which `onnx._tidy` removes."""
+    """Silences warnings about the shapes inside a graph, which `onnx._tidy` removes."""
     logger = logging.getLogger("onnx_ir.serde")
     before = logger.level
     logger.setLevel(logging.ERROR)

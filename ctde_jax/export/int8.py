@@ -1,6 +1,7 @@
-"""Weights of one byte, quantized by ONNX Runtime's tools; activations are quantized as the model runs.
+"""Dynamic quantization to int8 with ONNX Runtime's tools.
 
-The file has a quarter of the size and other outputs, and is slower on some processors; its receipt shows both.
+Weights take one byte each; activations are quantized as the model runs. The file has a quarter of
+the size and different outputs, and is slower on some processors; its receipt shows both.
 """
 
 import logging
@@ -14,17 +15,25 @@ from ctde_jax.export.program import LeftOut, leaving_out
 
 
 def to_int8(model: bytes) -> bytes:
-    """Returns an ONNX file with its weights in one byte each.
+    """Quantizes the weights of an ONNX file to one byte each.
+
+    Args:
+        model: The content of the ONNX file.
+
+    Returns:
+        The content of the quantized ONNX file.
 
     Raises:
-        LeftOut: ONNX Runtime is not installed, or its tools cannot do it.
+        LeftOut: ONNX Runtime is not installed, or its tools cannot quantize the model.
     """
     if find_spec("onnxruntime") is None:
         raise LeftOut("needs `pip install 'ctde_jax[onnx]'`")
     from onnxruntime.quantization import quantize_dynamic
 
+    # The tools read and write files.
     with TemporaryDirectory() as folder:
-        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        before = Path(folder) / "before.onnx"
+        after = Path(folder) / "after.onnx"
         before.write_bytes(model)
         with _quiet(), leaving_out("onnxruntime.quantization"):
             quantize_dynamic(before, after)
@@ -33,7 +42,8 @@ def to_int8(model: bytes) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back advice to optimize the file first, which here comes from a compiler."""
+    """Suppresses the advice to optimize the file first, as this file comes from a compiler."""
+    # The tools log to the root logger.
     before = logging.root.level
     logging.root.setLevel(logging.ERROR)
     try:

@@ -1,8 +1,8 @@
-"""Primitives that jax2onnx or ONNX Runtime lack, in terms of primitives that both have.
+"""Primitives that jax2onnx or ONNX Runtime lack, in terms of primitives that both support.
 
-Pooling, for example: jax2onnx writes a MaxPool over all axes, batch and channels included, and ONNX Runtime accepts at
-most three. Strided slices and their elementwise maximum are as fast there, and work for any number of axes, any dtype
-and any reducer.
+Pooling is an example: jax2onnx writes a MaxPool over all axes, including batch and channels, and
+ONNX Runtime accepts at most three. Strided slices and their elementwise maximum are as fast in ONNX
+Runtime, and support any number of axes, any dtype and any reducer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,11 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun  # pyright: ignore[reportPrivateImportUsage]
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
+    Primitive,  # pyright: ignore[reportPrivateImportUsage]
+    jaxpr_as_fun,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from ctde_jax.export.program import Rule
 
@@ -26,9 +30,9 @@ def _pool(combine: Combine, over_axis: OverAxis, identity: Callable[[Any], Any])
     """Returns the rule of a reduction over windows.
 
     Args:
-        combine: Reducer of two arrays; associative and commutative.
-        over_axis: Reduction over one whole axis by the same reducer.
-        identity: Identity of the reducer, by dtype.
+        combine: Elementwise reducer of two arrays; associative and commutative.
+        over_axis: Reduction of an array over one axis with the same reducer.
+        identity: Function from a dtype to the identity element of the reducer.
     """
 
     def rule(x: jax.Array, **windows: Any) -> jax.Array:
@@ -49,20 +53,28 @@ def _over_windows(
     base_dilation: Sequence[int],
     window_dilation: Sequence[int],
 ) -> jax.Array:
-    """Reduces windows axis by axis: first pads, then combines one strided slice for each place of a window."""
+    """Reduces windows axis by axis: pads, then combines one strided slice per window position."""
+    # Pad with the identity; base dilation is interior padding.
     config = [
         (low, high, base - 1) for (low, high), base in zip(padding, base_dilation, strict=True)
     ]
     x = _pad(x, jnp.asarray(initial, x.dtype), padding_config=config)
+
+    # A window over several axes is separable, as the reducer is associative and commutative.
     for axis, (window, stride, dilation) in enumerate(
         zip(window_dimensions, window_strides, window_dilation, strict=True)
     ):
         if window == stride == 1:
             continue
-        length, span = x.shape[axis], (window - 1) * dilation + 1
+        length = x.shape[axis]
+        span = (window - 1) * dilation + 1
+
+        # A window as long as the axis, as in global pooling, is a single reduction.
         if over_axis is not None and dilation == 1 and window == length:
             x = jnp.expand_dims(over_axis(x, axis), axis)
             continue
+
+        # One slice per position in the window, each with one element per window.
         places = (length - span) // stride * stride + 1
         starts = range(0, window * dilation, dilation)
         parts = [lax.slice_in_dim(x, start, start + places, stride, axis) for start in starts]
@@ -73,23 +85,26 @@ def _over_windows(
 def _pool_by_program(
     x: jax.Array, initial: jax.Array, *, jaxpr: Any, consts: Sequence[Any], **windows: Any
 ):
-    """Reduces windows by a reducer of the user's."""
+    """Applies a user-defined reducer, given as a jaxpr, over windows."""
     program = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))
 
     def combine(left: jax.Array, right: jax.Array) -> jax.Array:
         (result,) = program(left, right)
         return result
 
+    # As in `lax.reduce_window`, each window is combined with the initial value, identity or not.
     return [combine(_over_windows(combine, None, initial, x, **windows), initial)]
 
 
 def _pad(
     x: jax.Array, value: jax.Array, *, padding_config: Sequence[tuple[int, int, int]]
 ) -> jax.Array:
-    """Pads with plain ONNX operators: interior padding by a reshape, negative padding by a slice."""
+    """Pads with plain ONNX operators: interior padding is a reshape, negative padding a slice."""
     for axis, (low, high, interior) in enumerate(padding_config):
+        # Interior: [..., n, ...] -> [..., n, 1 + interior, ...] -> flat, less the last gap.
         if interior and x.shape[axis] > 1:
-            length, apart = x.shape[axis], jnp.expand_dims(x, axis + 1)
+            length = x.shape[axis]
+            apart = jnp.expand_dims(x, axis + 1)
             gaps = [(0, 0, 0)] * apart.ndim
             gaps[axis + 1] = (0, interior, 0)
             joined = lax.pad(apart, value, gaps)
@@ -97,13 +112,21 @@ def _pad(
             x = lax.slice_in_dim(x, 0, length * (interior + 1) - interior, axis=axis)
         if low < 0 or high < 0:
             x = lax.slice_in_dim(x, max(0, -low), x.shape[axis] + min(0, high), axis=axis)
+
+    # The rest is nonnegative padding at the edges, which the Pad operator supports.
     outside = [(max(0, low), max(0, high), 0) for low, high, _ in padding_config]
     return lax.pad(x, value, outside) if any(low or high for low, high, _ in outside) else x
 
 
 def _cumulative_product(x: jax.Array, *, axis: int, reverse: bool) -> jax.Array:
-    """Doubles the length of the products in every step (Hillis and Steele, 1986): ONNX has no such operator."""
-    distance, length = 1, x.shape[axis]
+    """Computes cumulative products, for which ONNX has no operator.
+
+    Recursive doubling (Hillis and Steele, 1986) needs a logarithmic number of products.
+    """
+    # Each element of x is the product of `distance` elements of the original array, or fewer at
+    # the edge.
+    distance = 1
+    length = x.shape[axis]
     while distance < length:
         ones = jnp.ones_like(lax.slice_in_dim(x, 0, distance, axis=axis))
         if reverse:
@@ -114,12 +137,13 @@ def _cumulative_product(x: jax.Array, *, axis: int, reverse: bool) -> jax.Array:
             shifted = lax.concatenate(
                 [ones, lax.slice_in_dim(x, 0, length - distance, axis=axis)], axis
             )
-        x, distance = x * shifted, 2 * distance
+        x = x * shifted
+        distance = 2 * distance
     return x
 
 
 def _concatenate(*parts: jax.Array, dimension: int) -> jax.Array:
-    """Leaves out empty arrays, which jax2onnx writes as if they had elements."""
+    """Concatenates without empty arrays, which jax2onnx writes as if they had elements."""
     parts = tuple(part for part in parts if 0 not in part.shape) or parts[:1]
     return parts[0] if len(parts) == 1 else lax.concatenate_p.bind(*parts, dimension=dimension)
 
@@ -135,10 +159,16 @@ def _tile(x: jax.Array, *, reps: Sequence[int], **_: Any) -> jax.Array:
 
 
 def _gather(x: jax.Array, indices: jax.Array, *, mode: Any, **params: Any) -> jax.Array:
-    """Clips indices out of bounds, as `lax.dynamic_slice` has them under `vmap`; ONNX Runtime refuses them."""
+    """Clips out-of-bounds indices, such as those of `lax.dynamic_slice` under `vmap`.
+
+    ONNX Runtime refuses them.
+    """
     if mode == lax.GatherScatterMode.CLIP:
+        # The last valid start of a slice along each indexed axis.
         axes = params["dimension_numbers"].start_index_map
         last = [x.shape[axis] - params["slice_sizes"][axis] for axis in axes]
+
+        # A symbolic length is not a number to clip to, so such a gather stays as it is.
         if all(isinstance(length, int) for length in last):
             last = np.array(last, indices.dtype).reshape((1,) * (indices.ndim - 1) + (-1,))
             indices = jnp.clip(indices, 0, last)
@@ -147,15 +177,17 @@ def _gather(x: jax.Array, indices: jax.Array, *, mode: Any, **params: Any) -> ja
 
 
 def _lowest(dtype: Any) -> Any:
+    """Returns the identity of the maximum."""
     return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
 
 
 def _highest(dtype: Any) -> Any:
+    """Returns the identity of the minimum."""
     return np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
 
 
 def _compare(primitive: Primitive) -> Rule:
-    """Compares as ONNX does: unlike the total order of `sort`, NaN is not larger than any number."""
+    """Compares as ONNX does: unlike in the total order of `sort`, NaN is not the largest number."""
     return lambda left, right, **_: primitive.bind(left, right)
 
 
@@ -173,4 +205,4 @@ RULES: Mapping[str, Rule] = {
     "le_to": _compare(lax.le_p),
     "lt_to": _compare(lax.lt_p),
 }
-"""Rules by the name of the primitive; see `program.with_rules`."""
+"""Rules by primitive name; see `program.with_rules`."""

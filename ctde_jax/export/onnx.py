@@ -1,4 +1,4 @@
-"""A program in ONNX, which runs on servers, phones and in browsers, with no JAX."""
+"""Programs as ONNX files, which run on servers, on phones and in browsers, without JAX."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from ctde_jax.export.program import LeftOut, Program, leaving_out, with_rules
 
 OPSET = 23
 LARGEST = 2**31 - 1
-"""Bytes of a file; a larger one would have to keep its weights in a second file."""
+"""Maximum size of a file in bytes; a larger model would need a second file for its weights."""
 
 
 def to_onnx(
@@ -20,19 +20,24 @@ def to_onnx(
     """Writes a program as ONNX.
 
     Args:
-        program: What to write.
-        inputs: The names of its arguments.
-        outputs: The names of its results.
-        says: What the file says of itself, such as the names of the classes.
+        program: The program.
+        inputs: Names of the arguments.
+        outputs: Names of the results.
+        says: Metadata of the file by name, such as the class names; values are written as JSON.
+
+    Returns:
+        The content of the file.
 
     Raises:
-        LeftOut: The packages for it are not installed, or the program has something in it that ONNX has no words for.
+        LeftOut: The required packages are not installed, ONNX cannot express the program, or the
+            file would exceed `LARGEST`.
     """
     if find_spec("jax2onnx") is None or find_spec("onnx") is None:
         raise LeftOut("needs `pip install 'ctde_jax[onnx]'`")
     from onnx.checker import check_model
     from onnx.helper import set_model_props
 
+    # Any exception of jax2onnx or of the checker means that the model has no ONNX form.
     with leaving_out("jax2onnx"):
         model = convert(
             with_rules(program, RULES),
@@ -45,6 +50,8 @@ def to_onnx(
         set_model_props(
             model, {name: json.dumps(fact, ensure_ascii=False) for name, fact in says.items()}
         )
+
+        # Protobuf cannot serialize more than 2 GiB.
         if model.ByteSize() > LARGEST:
             raise LeftOut("would be larger than 2 GiB")
         check_model(model, full_check=True)
@@ -52,16 +59,18 @@ def to_onnx(
 
 
 _PLAIN = {("alpha", 1.0), ("beta", 0), ("beta", 1.0), ("transA", 0), ("transB", 0)}
-"""Of a product that nothing is done to, and no array, or one of zeros, is added to."""
+"""Attributes of a Gemm that is a MatMul if nothing or an array of zeros is added to its result."""
 
 
 def _tidy(graph: Any) -> None:
-    """Writes plain products as such, and takes out arrays that nobody reads and notes on shapes inside.
+    """Writes products as MatMul, and removes unused initializers and shape annotations.
 
-    Such notes may be wrong, and not all runtimes pass over that. Tools that quantize know plain products.
+    Annotations of inner values may be wrong, which not all runtimes tolerate. Quantization tools
+    support MatMul.
     """
     from onnx.numpy_helper import to_array
 
+    # Gemm without bias -> MatMul.
     own = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         is_product = (
@@ -71,6 +80,8 @@ def _tidy(graph: Any) -> None:
         if is_product and not (len(node.input) == 3 and to_array(own[node.input[2]]).any()):
             node.op_type = "MatMul"
             del node.input[2:], node.attribute[:]
+
+    # Einsum over the last axis -> MatMul, also in the bodies of loops and branches.
     inner = list(_within(graph))
     for node in (
         node for each in (graph, *inner) for node in each.node if node.op_type == "Einsum"
@@ -78,6 +89,8 @@ def _tidy(graph: Any) -> None:
         if _is_product(node.attribute[0].s.decode()):
             node.op_type = "MatMul"
             del node.attribute[:]
+
+    # Remove initializers that no node reads and no graph returns; a body may read an outer one.
     read = {name for each in (graph, *inner) for node in each.node for name in node.input}
     read |= {output.name for each in (graph, *inner) for output in each.output}
     for each in (graph, *inner):
@@ -88,7 +101,8 @@ def _tidy(graph: Any) -> None:
 
 
 def _is_product(equation: str) -> bool:
-    """Says whether a sum is that of arrays `[..., inner]` and `[inner, outer]` over the inner axis."""
+    """Returns whether an einsum is the matrix product of `[..., inner]` and `[inner, outer]`."""
+    # For example `abc,cd->abd`.
     operands, result = equation.replace(" ", "").split("->")
     left, *right = operands.split(",")
     if len(right) != 1 or len(right[0]) != 2:
@@ -103,7 +117,7 @@ def _is_product(equation: str) -> bool:
 
 
 def _within(graph: Any) -> Iterator[Any]:
-    """Yields all graphs inside a graph, which may read what is around them."""
+    """Yields all graphs nested in a graph; they may read values of the enclosing graphs."""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):

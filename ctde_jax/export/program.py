@@ -1,7 +1,7 @@
-"""What is exported: a function as a program for any number of examples, without what does not depend on its inputs.
+"""Programs for export: functions traced for any number of examples, with constants folded.
 
-A model in inference has leftovers of training in it: random keys that nobody draws from, rules for gradients, masks
-that could be numbers already. Runtimes other than JAX do not know all of that, and need none of it.
+A model in inference mode still contains parts of training: unused random keys, gradient rules, and
+masks that are constants. Other runtimes do not support all of them, and need none.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import jax
 from jax import export
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var  # pyright: ignore[reportPrivateImportUsage]
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
+    Jaxpr,  # pyright: ignore[reportPrivateImportUsage]
+    JaxprEqn,  # pyright: ignore[reportPrivateImportUsage]
+    Literal,  # pyright: ignore[reportPrivateImportUsage]
+    Var,  # pyright: ignore[reportPrivateImportUsage]
+)
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from ctde_jax.devices import PyTree
@@ -21,19 +27,22 @@ from ctde_jax.errors import on_one_line, shortened
 Arrays = Sequence[jax.Array]
 
 Rule = Callable[..., Any]
-"""From the operands and the parameters of a primitive to its result, or to a list of its results if it has several."""
+"""Function from the operands and parameters of a primitive to its result or a list of results."""
 
 
 class LeftOut(Exception):
-    """A form that a model does not leave in; says why."""
+    """Raised if a model cannot be exported in a format; the message is the reason."""
 
 
 @contextmanager
 def leaving_out(tool: str) -> Iterator[None]:
-    """Turns any exception of a tool into one sentence, with the first line of its message.
+    """Converts any exception of a tool to `LeftOut`, with the first line of its message.
+
+    Args:
+        tool: Name of the tool for the message.
 
     Raises:
-        LeftOut: Instead of any other exception.
+        LeftOut: The body raised an exception.
     """
     try:
         yield
@@ -45,46 +54,52 @@ def leaving_out(tool: str) -> Iterator[None]:
 
 
 class Program(NamedTuple):
-    """A function from arrays `[examples, ...]` to arrays `[examples, ...]`, for any number of examples."""
+    """A function from arrays to arrays, each `[examples, ...]`, for any number of examples."""
 
     run: Callable[..., Arrays]
     like: tuple[jax.ShapeDtypeStruct, ...]
-    """Of its arguments, whose first length is a symbol."""
+    """Shapes and dtypes of the arguments; the length of axis 0 is symbolic."""
 
 
 def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) -> Program:
-    """Makes a program that computes what depends on its inputs, and nothing else.
+    """Traces a function as a program, folds constants and eliminates dead code.
 
-    Where the function needs to know how many examples there are, as a number, the program is that of one example, for
-    each of them.
+    If the function requires a concrete number of examples, the program applies it to one example at
+    a time under `jax.vmap`.
 
     Args:
-        function: Of arrays `[examples, ...]`; returns a sequence of such arrays.
-        *one: Shape and type of each argument, for one example.
+        function: Function from arrays `[examples, ...]` to a sequence of arrays `[examples, ...]`.
+        *one: Shape and dtype of each argument, without the axis of examples.
+
+    Returns:
+        The program.
     """
+    # Trace with a symbolic number of examples. Code such as `reshape(len(inputs), -1)` refuses a
+    # symbol, with exceptions of several types.
     scope = export.SymbolicScope()
     like = tuple(_with_symbol(each, scope) for each in one)
     try:
         traced = jax.make_jaxpr(function)(*like)
-    except (
-        Exception
-    ):  # of a symbolic length: len(inputs) and reshape(len(inputs), -1) raise several types
+    except Exception:
 
         def of_one(*arrays: jax.Array) -> Arrays:
+            # `vmap` removes axis 0; the function gets an axis of length 1 instead.
             return [result[0] for result in function(*(array[None] for array in arrays))]
 
         traced = jax.make_jaxpr(jax.vmap(of_one))(*like)
+
+    # Fold constants, then eliminate dead code.
     folded = jax.make_jaxpr(lambda *arrays: _evaluate(traced.jaxpr, traced.consts, arrays))(*like)
     needed, _ = dce_jaxpr(folded.jaxpr, [True] * len(folded.jaxpr.outvars), instantiate=True)
     return Program(lambda *arrays: _evaluate(needed, folded.consts, arrays), like)
 
 
 def with_rules(program: Program, rules: Mapping[str, Rule]) -> Program:
-    """Returns a program in which every equation of a primitive in `rules` is replaced, in loops and branches as well.
+    """Returns a program in which rules replace primitives, also inside loops and branches.
 
     Args:
-        program: Any program.
-        rules: By the primitive's name, the function that computes its results from its operands and its parameters.
+        program: The program to rewrite.
+        rules: Functions that replace primitives, by primitive name.
     """
     traced = jax.make_jaxpr(program.run)(*program.like)
 
@@ -101,10 +116,10 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
-"""Primitives that only call a program, and the parameter that holds it."""
+"""Primitives that only call a jaxpr, and the parameter that holds it."""
 
 _CONTROL = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
-"""Loops and branches, and the parameters that hold their programs."""
+"""Loops and branches, and the parameters that hold their jaxprs."""
 
 
 def _evaluate(
@@ -113,7 +128,17 @@ def _evaluate(
     arrays: Sequence[PyTree],
     rules: Mapping[str, Rule] = {},
 ) -> list[PyTree]:
-    """Evaluates a program; what does not depend on traced arrays is computed at once."""
+    """Evaluates a jaxpr; equations that do not depend on traced arrays are computed immediately.
+
+    Args:
+        program: The jaxpr.
+        constants: Values of its constants.
+        arrays: Values of its arguments, concrete or traced.
+        rules: Functions that replace primitives, by name.
+
+    Returns:
+        The results.
+    """
     known: dict[Var, PyTree] = dict(zip(program.constvars, constants, strict=True))
     known |= zip(program.invars, arrays, strict=True)
 
@@ -121,22 +146,27 @@ def _evaluate(
         return atom.val if isinstance(atom, Literal) else known[atom]
 
     for equation in program.eqns:
-        operands, name = [read(atom) for atom in equation.invars], equation.primitive.name
+        operands = [read(atom) for atom in equation.invars]
+        name = equation.primitive.name
         if name in _CALLS:
+            # Inline the call, which also drops custom gradient rules.
             inner = equation.params[_CALLS[name]]
             inner, consts = (inner, ()) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
             results = _evaluate(inner, consts, operands, rules)
         elif _is_known(equation, operands):
+            # Fold the constant, even under a trace.
             with jax.ensure_compile_time_eval():
                 results = equation.primitive.bind(*operands, **equation.params)
-        elif (
-            name == "call_hi_primitive"
-        ):  # JAX 0.12 has some functions, such as `searchsorted`, as such primitives
+        elif name == "call_hi_primitive":
+            # JAX 0.12 has some functions, such as `searchsorted`, as such primitives.
             results = _inlined(partial(equation.params["_prim"].expand, *operands), rules)
         elif name in rules:
+            # No rules inside, as a rule may bind the primitive that it replaces.
             results = _inlined(partial(rules[name], *operands, **equation.params), {})
         else:
             results = equation.primitive.bind(*operands, **_with_rules_inside(equation, rules))
+
+        # A rule may return one array instead of a list.
         known |= zip(
             equation.outvars, results if isinstance(results, Sequence) else [results], strict=True
         )
@@ -144,13 +174,13 @@ def _evaluate(
 
 
 def _inlined(function: Callable[[], PyTree], rules: Mapping[str, Rule]) -> list[PyTree]:
-    """Calls a function, whose calls of others, as `jax.jit` makes them, become part of the program."""
+    """Calls a function and inlines nested calls, such as those that `jax.jit` makes."""
     traced = jax.make_jaxpr(function)()
     return _evaluate(traced.jaxpr, traced.consts, (), rules)
 
 
 def _with_rules_inside(equation: JaxprEqn, rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """Returns the parameters of an equation; rules are applied to the programs of loops and branches."""
+    """Returns the parameters of an equation, with rules applied inside loops and branches."""
 
     def applied(inner: ClosedJaxpr) -> ClosedJaxpr:
         avals: Any = inner.in_avals
@@ -160,6 +190,7 @@ def _with_rules_inside(equation: JaxprEqn, rules: Mapping[str, Rule]) -> dict[st
         )
 
     params = dict(equation.params)
+    # `branches` is a tuple of jaxprs; all other parameters hold one.
     for name in _CONTROL.get(equation.primitive.name, ()) if rules else ():
         inner = params[name]
         params[name] = tuple(map(applied, inner)) if isinstance(inner, tuple) else applied(inner)
@@ -167,7 +198,8 @@ def _with_rules_inside(equation: JaxprEqn, rules: Mapping[str, Rule]) -> dict[st
 
 
 def _is_known(equation: JaxprEqn, operands: Sequence[PyTree]) -> bool:
-    """Returns whether results depend neither on traced arrays nor on a symbol, in a shape or as a number."""
+    """Returns whether the results depend neither on traced arrays nor on a symbolic length."""
+    # `dim_as_value` has no operands and a scalar result: its symbol is a parameter.
     if equation.primitive.name == "dim_as_value":
         return False
     lengths = [
@@ -178,5 +210,6 @@ def _is_known(equation: JaxprEqn, operands: Sequence[PyTree]) -> bool:
 
 
 def _with_symbol(one: jax.ShapeDtypeStruct, scope: export.SymbolicScope) -> jax.ShapeDtypeStruct:
+    # The symbol is the name of axis 0 in ONNX files.
     shape = export.symbolic_shape(", ".join(["examples", *map(str, one.shape)]), scope=scope)
     return jax.ShapeDtypeStruct(shape, one.dtype)

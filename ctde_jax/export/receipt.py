@@ -1,7 +1,8 @@
-"""The receipt: what an artifact says beside what the trained model says, over the whole test split, and how fast.
+"""The receipt: accuracy and speed of an artifact, measured against the trained model.
 
-An artifact computes the same in another order, so it is never the same to the last bit. Differences are those of its
-outputs to the trained model's, by JAX, in batches of 64.
+An artifact computes the same function in another order of operations, so its outputs are never
+equal to the last bit. Differences are taken to the outputs of the trained model in JAX, in batches
+of 64, over the whole test split.
 """
 
 import time
@@ -28,16 +29,20 @@ from ctde_jax.models import Task
 from ctde_jax.trainer import Trained
 
 TIMED = (1, 32)
-"""At which batch sizes."""
+"""Batch sizes at which calls are timed."""
 
-_PIECE = 1344  # examples, a multiple of all batch sizes
-_TURNS, _TURN_SECONDS = 7, 0.05
+# Examples that are in memory at once; a multiple of all batch sizes, so that only the last batch of
+# a split is short.
+_PIECE = 1344
+_TURNS = 7
+_TURN_SECONDS = 0.05
 
 Facts = dict[str, Any]
 
 
 def make_reference(trained: Trained) -> Predict:
-    """Makes the function that the trained model computes, by JAX."""
+    """Returns the trained model as a jitted JAX function from inputs to outputs as numpy arrays."""
+    # Parameters are arguments, as `jit` would embed arrays of the closure as constants.
     apply = jax.jit(
         lambda params, model_state, inputs: trained.model.apply(params, model_state, inputs, None)[
             0
@@ -55,20 +60,22 @@ def count_pieces(split: Split) -> int:
 def compare(
     predict: Predict, reference: Predict, split: Split, task: Task, advance: Callable[[], None]
 ) -> Facts:
-    """Measures what an artifact says of a split.
+    """Measures an artifact on a split, at each of `BATCH_SIZES`.
 
     Args:
         predict: The artifact.
         reference: The trained model.
-        split: Of which every example counts once at each batch size.
-        task: Whose loss and metrics are averaged.
-        advance: Is called after each piece of the split at each batch size.
+        split: The examples; each counts once per batch size.
+        task: The task with the loss and metrics to average.
+        advance: Progress callback, called after each piece of the split at each batch size.
 
     Returns:
-        `largest_difference` by batch size, `relative`, the largest of all as `PARITY` has it, and `measured`, the
-        averages.
+        `largest_difference`, the largest absolute difference by batch size; `relative`, the largest
+        difference of all, as defined by `PARITY`; and `measured`, the averages of loss and metrics.
     """
-    largest, relative, sums = dict.fromkeys(map(str, BATCH_SIZES), 0.0), 0.0, {}
+    largest = dict.fromkeys(map(str, BATCH_SIZES), 0.0)
+    relative = 0.0
+    sums = {}
     for first in range(0, len(split.inputs), _PIECE):
         inputs, labels = (np.asarray(array[first : first + _PIECE]) for array in split)
         right = found = in_batches(reference, inputs, 64)
@@ -77,6 +84,8 @@ def compare(
             largest[str(size)] = max(largest[str(size)], float(difference(found, right).max()))
             relative = max(relative, relative_difference(found, right))
             advance()
+
+        # Loss and metrics are those of the last batch size. Sums are in float64.
         for name, values in task.measure(jnp.asarray(found), jnp.asarray(labels)).items():
             sums[name] = sums.get(name, 0.0) + float(np.asarray(values).sum(dtype=np.float64))
     return {
@@ -87,56 +96,82 @@ def compare(
 
 
 def check_same(trained: Trained, measured: Mapping[str, float]) -> None:
-    """Compares what is measured of a model on its test split with the row that its training wrote.
+    """Checks the measured test averages against those that training recorded.
 
-    Both were computed in float32 on CPUs: the relative difference may be 1e-4, and of a metric that counts examples one
-    in 1,000, at least one, may fall differently, as equal outputs do. Accelerators multiply in fewer bits: 1e-2.
+    If both were computed on CPUs, in float32, the relative tolerance is 1e-4, and in a metric that
+    counts examples 1 in 1,000 examples, but at least one, may change, as ties do. On accelerators,
+    which multiply with fewer bits, the relative tolerance is 1e-2.
 
     Args:
         trained: The model and its history.
         measured: Averages over the test split by name.
 
     Raises:
-        InputError: They differ by more, so the model was trained on other data, or by another program.
+        InputError: The difference is larger, so the model was trained on other data or by another
+            program.
     """
     is_cpu = {trained.platform, trained.devices[0].platform} == {"cpu"}
-    relative, examples = (1e-4 if is_cpu else 1e-2), measured["examples"]
+    relative = 1e-4 if is_cpu else 1e-2
+    examples = measured["examples"]
     tested = trained.tested
     for name in trained.task.names:
+        # The factor 1.001 allows for rounding if exactly the allowed number of examples changed.
         tied = max(1.0, 1e-3 * examples) / examples if name in trained.task.metrics else 0.0
         if not np.isclose(
             measured[name], tested[name], rtol=relative, atol=max(1e-6, tied * 1.001)
         ):
             raise InputError(
                 "data",
-                f"must be those that the model was trained on, but there its test {name} is {measured[name]:.6g}, and "
-                f"its training measured {tested[name]:.6g}.",
+                f"must be those that the model was trained on, but there its test {name} is "
+                f"{measured[name]:.6g}, and its training measured {tested[name]:.6g}.",
             )
 
 
 def compare_steps(step: Step, start: Carry, reference: Predict, inputs: np.ndarray) -> float:
-    """Reads sequences place by place; returns how far that is from what the trained model says, as `PARITY` has it."""
-    right, carry, said = reference(inputs), start, []
+    """Runs a recurrent artifact one position at a time and compares it with the trained model.
+
+    Args:
+        step: The artifact.
+        start: The carry before the first position, float32 `[examples, ...]` each.
+        reference: The trained model, which reads whole sequences.
+        inputs: Sequences `[examples, length, ...]`.
+
+    Returns:
+        The largest difference of outputs, as defined by `PARITY`.
+    """
+    right = reference(inputs)
+    carry = start
+    said = []
     for place in range(inputs.shape[1]):
         outputs, carry = step(np.ascontiguousarray(inputs[:, place]), carry)
         said.append(outputs)
+
+    # The model has outputs at every position, or at the last one only.
     found = np.stack(said, axis=1) if right.ndim > said[-1].ndim else said[-1]
     return relative_difference(found, right)
 
 
 def time_all(contestants: Mapping[str, Predict], inputs: np.ndarray) -> dict[str, Facts]:
-    """Times contestants in turns, on batches of each size in `TIMED`.
+    """Times contestants alternately, on batches of each size in `TIMED`.
+
+    Args:
+        contestants: Functions to time, by name.
+        inputs: Examples `[examples, ...]`, repeated or cut to the batch size.
 
     Returns:
-        For each of them, by batch size, the quartiles of a call in milliseconds.
+        By contestant and batch size, the quartiles of the time of a call in milliseconds.
     """
     found: dict[str, Facts] = {name: {} for name in contestants}
     for size in TIMED:
         batch = np.resize(inputs, (size, *inputs.shape[1:]))
+
+        # As many calls per turn as fit into `_TURN_SECONDS`, by an estimate from three calls.
         calls = {
             name: ceil(_TURN_SECONDS / _seconds(predict, batch, 3))
             for name, predict in contestants.items()
         }
+
+        # Alternate, so that a slow phase of the machine affects all contestants.
         turns = [
             {name: _seconds(predict, batch, calls[name]) for name, predict in contestants.items()}
             for _ in range(_TURNS)
@@ -148,7 +183,8 @@ def time_all(contestants: Mapping[str, Predict], inputs: np.ndarray) -> dict[str
 
 
 def _seconds(predict: Predict, batch: np.ndarray, calls: int) -> float:
-    predict(batch)
+    """Returns the mean time of a call."""
+    predict(batch)  # compiles, and allocates memory
     before = time.perf_counter()
     for _ in range(calls):
         predict(batch)

@@ -1,4 +1,4 @@
-"""A program as StableHLO, the form in which JAX gives programs away: versioned, and for hardware that is not here."""
+"""Programs as StableHLO, JAX's export format: versioned, and also for hardware that is absent."""
 
 import jax
 from jax import export
@@ -9,11 +9,18 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def to_stablehlo(program: Program) -> bytes:
-    """Writes a program as `jax.export.deserialize` reads it.
+    """Serializes a program for `jax.export.deserialize`.
+
+    Args:
+        program: The program.
+
+    Returns:
+        The content of the file.
 
     Raises:
-        LeftOut: It has something in it that runs on some hardware only.
+        LeftOut: A part of the program does not lower for all of `PLATFORMS`.
     """
+    # One file serves all platforms: it is lowered for each of them.
     with leaving_out("jax.export"):
         return bytes(
             export.export(jax.jit(program.run), platforms=PLATFORMS)(*program.like).serialize()

@@ -1,7 +1,7 @@
-"""A folder of static files in which a browser runs a model: no server but one for files, and no network behind it.
+"""A folder of static files with which a browser runs a model; it needs only a file server.
 
-The page is in `page/`. What computes is onnxruntime-web, as npm has it: fetched once by npm, held against the SHA-512
-that is pinned here, and kept in the user's cache folder.
+The source of the page is in `page/`. The runtime is onnxruntime-web: npm fetches it once, the
+archive is checked against the SHA-512 pinned here, and the user's cache folder keeps it.
 """
 
 import io
@@ -20,15 +20,17 @@ from platformdirs import user_cache_path
 from ctde_jax.bundle import CARD, Bundle, Card
 from ctde_jax.errors import InputError
 
+# `npm view onnxruntime-web@VERSION dist.integrity` shows the SHA-512 of a version in base64.
 PACKAGE = "onnxruntime-web@1.30.0"
 SHA512 = (
     "ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca"
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
 )
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-"""Of the package: what a page imports, what that loads, and the machine code, for one thread or several.
+"""Files of the package: the module that the page imports, the module that it loads, and the
+WebAssembly binary, for one or more threads.
 
-The page has the scripts as `.js`: not every server knows that `.mjs` is a script.
+The page names the modules `.js`, as not every server sends `.mjs` with the media type of a script.
 """
 
 SUMS_OF_RUNTIME = "ort/files.json"
@@ -36,15 +38,21 @@ PAGE = ("index.html", "page.css", "page.js", "common.js", "pictures.js", "ink.js
 
 
 def check_page(folder: Path, formats: Sequence[str]) -> None:
-    """Finds out before an export whether there can be a page of it.
+    """Checks before an export whether a page can be written.
+
+    Args:
+        folder: Folder for the page.
+        formats: Formats that will be exported.
 
     Raises:
-        InputError: The folder has anything but a page in it, there will be no ONNX file, or npm is needed and not here.
+        InputError: The folder contains anything but a page, the formats lack "onnx" or its packages
+            are not installed, or npm is needed and not installed.
     """
     if "onnx" not in formats:
         raise InputError("web", f"needs the format onnx, and --formats are {' '.join(formats)}.")
     if find_spec("jax2onnx") is None:
         raise InputError("web", "needs the format onnx, and so `pip install 'ctde_jax[onnx]'`.")
+    # Only the first page needs npm; later ones find the archive in the cache.
     if not _kept().exists():
         _find_npm()
     _check_replaceable(folder)
@@ -54,17 +62,20 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     """Writes the page for a model whose bundle has an ONNX file.
 
     Args:
-        bundle: Of a model that reads pictures of uint8 or texts.
-        folder: Is made; a page that is there already is replaced.
+        bundle: Bundle of an image classifier for uint8 images or of a language model.
+        folder: Folder to create; an existing page in it is replaced.
 
     Returns:
         The folder. A browser must get its files from a server, such as `python -m http.server`.
 
     Raises:
-        InputError: The bundle has no ONNX file, its model reads something else, npm is not there or cannot fetch the
-            runtime, or the folder is something else or cannot be written to.
+        InputError: The bundle has no ONNX file, the page does not support the model's inputs, npm
+            is not installed or cannot fetch the runtime, or the folder contains anything but a page
+            or cannot be written to.
     """
-    card, folder = bundle.card, Path(folder)
+    # Check the bundle and the folder.
+    card = bundle.card
+    folder = Path(folder)
     if "onnx" not in card.artifacts:
         raise InputError("web", "needs the format onnx, which the bundle does not have.")
     _check_replaceable(folder)
@@ -74,6 +85,8 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
             "web",
             f"goes with texts, and with pictures in 1 or 3 channels, and the model reads {reads}.",
         )
+
+    # Card and model. `read` verifies a file against the card; the card itself is read directly.
     artifact = card.artifacts["onnx"]
     files = [CARD, artifact.file, *([artifact.step] if artifact.step else [])]
     contents = {
@@ -81,6 +94,8 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
         for name in files
     }
     contents |= {name: (Path(__file__).parent / "page" / name).read_bytes() for name in PAGE}
+
+    # Runtime, with the sizes and SHA-256 that the page checks.
     runtime = {
         f"ort/{name.replace('.mjs', '.js')}": content for name, content in _runtime().items()
     }
@@ -89,6 +104,8 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
         for name, content in runtime.items()
     }
     contents |= {**runtime, SUMS_OF_RUNTIME: json.dumps(said, indent=1).encode()}
+
+    # Nothing is written before everything has been read.
     try:
         (folder / "ort").mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -102,7 +119,11 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
 
 
 def _reads_pictures(card: Card) -> bool:
-    """Says whether inputs are pictures to draw or show: gray or in color, and no sequence that is long and narrow."""
+    """Returns whether the model classifies images: 1 or 3 channels, sides at most 1:2.
+
+    The limit excludes sequences, which are long and narrow.
+    """
+    # Missing axes have length 1: [height, width] is an image with one channel.
     height, width, channels = (*card.input_shape, 1, 1, 1)[:3]
     is_picture = (
         card.predicts == "classes"
@@ -113,7 +134,8 @@ def _reads_pictures(card: Card) -> bool:
 
 
 def _runtime() -> dict[str, bytes]:
-    """Takes the files of the runtime out of its package, which is fetched where the cache does not have it."""
+    """Returns the files of the runtime, from the cached package or a new download."""
+    # A damaged archive is fetched again.
     kept = _kept()
     if not kept.exists() or sha512(kept.read_bytes()).hexdigest() != SHA512:
         try:
@@ -122,13 +144,16 @@ def _runtime() -> dict[str, bytes]:
             raise InputError(
                 "web", f"keeps {PACKAGE} in {kept.parent}, which failed: {error.strerror}."
             ) from error
+
+    # Archives of npm have their files below package/.
     with tarfile.open(fileobj=io.BytesIO(kept.read_bytes())) as package:
         members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
         return {name: member.read() for name, member in members.items() if member}
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Lets nothing be replaced but a page."""
+    """Raises InputError unless the folder is new, empty, or a page written before."""
+    # A file in place of the folder counts as an unknown name.
     names = (
         {path.name for path in folder.iterdir()}
         if folder.is_dir()
@@ -142,7 +167,8 @@ def _check_replaceable(folder: Path) -> None:
     ):
         raise InputError(
             "web",
-            f"must be new, empty, or a page that was written before, and {folder} is none of these.",
+            f"must be new, empty, or a page that was written before, and {folder} is none of "
+            "these.",
         )
 
 
@@ -161,9 +187,11 @@ def _kept() -> Path:
 
 
 def _fetch(kept: Path) -> None:
-    """Lets npm fetch the package, and keeps it if it is the one that is pinned."""
+    """Fetches the package with npm, and keeps it if its SHA-512 is the pinned one."""
     npm = _find_npm()
     kept.parent.mkdir(parents=True, exist_ok=True)
+
+    # `npm pack` downloads the archive without installing it.
     with TemporaryDirectory() as folder:
         done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, text=True)
         (fetched,) = list(Path(folder).glob("*.tgz")) or [None]
@@ -176,13 +204,19 @@ def _fetch(kept: Path) -> None:
         raise InputError(
             "web", f"needs {PACKAGE} as it was published, and what npm fetched has another SHA-512."
         )
+
+    # Atomic, so that an interrupted write leaves no partial archive.
     new = kept.with_suffix(".new")
     new.write_bytes(content)
     new.replace(kept)
 
 
 def _reason(said: str) -> str:
-    """Finds npm's reason among its lines: a sentence, which neither its code nor the place of its log is."""
+    """Returns npm's reason from its error output.
+
+    The reason is the first line with more than three words; error codes are shorter, and the line
+    with the path of the log is skipped.
+    """
     lines = [
         line.removeprefix("npm error").strip()
         for line in said.splitlines()

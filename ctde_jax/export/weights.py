@@ -1,4 +1,4 @@
-"""The parameters by name, and how they make a perceptron, where they do."""
+"""Parameters by name, and the layers of models that numpy can run as a perceptron."""
 
 from collections.abc import Mapping
 from math import prod
@@ -18,32 +18,52 @@ Weights = dict[str, np.ndarray]
 
 
 def gather(trained: Trained, data: Dataset) -> Weights:
-    """Names the parameters, the model's state, and what brings raw inputs to the model's scale.
+    """Collects parameters, model state, and the shift and scale of raw inputs by name.
+
+    Args:
+        trained: The model.
+        data: The data set that it was trained on.
+
+    Returns:
+        Contiguous numpy arrays; those of the model have names such as `params/layers/0/kernel`.
 
     Raises:
         InputError: Two arrays have the same name, because a key contains a slash.
     """
     center = {"params": trained.params, "model_state": trained.model_state}
+
+    # Leaves with the same name collapse in the dictionary.
     arrays = named(center)
     if len(arrays) < len(jax.tree.leaves(center)):
         raise InputError(
             "trained", "must have a different name for each parameter; use keys without slashes."
         )
+
+    # Nodes read raw inputs, so the weights include the scaling of the data set.
     scaling = {perceptron.SHIFT: data.shift, perceptron.SCALE: data.scale}
     return {name: np.asarray(array, order="C") for name, array in {**arrays, **scaling}.items()}
 
 
 def to_safetensors(weights: Mapping[str, np.ndarray]) -> bytes:
-    """Writes arrays by name.
+    """Serializes arrays by name in the safetensors format.
+
+    Args:
+        weights: Contiguous arrays by name.
+
+    Returns:
+        The content of the file.
 
     Raises:
-        InputError: The format does not have the dtype of an array.
+        InputError: The format does not support the dtype of an array.
     """
     try:
         return save(dict(weights))
     except SafetensorError as error:
         dtypes = ", ".join(sorted({str(array.dtype) for array in weights.values()}))
-        rule = f"must have parameters and state of dtypes that the safetensors format has, got {dtypes}"
+        rule = (
+            "must have parameters and state of dtypes that the safetensors format has, "
+            f"got {dtypes}"
+        )
         raise InputError(
             "trained", f"{rule}; split complex arrays into real and imaginary parts."
         ) from error
@@ -52,18 +72,20 @@ def to_safetensors(weights: Mapping[str, np.ndarray]) -> bytes:
 def find_layers(
     trained: Trained, weights: Mapping[str, np.ndarray], inputs: np.ndarray
 ) -> Layers | None:
-    """Finds out whether a model is dense layers one after another, with one activation between them.
+    """Detects whether a model is a chain of dense layers with one activation between them.
 
-    Its layers say in which order they run and what their kernels are; which activation it is, the outputs tell.
+    `Model.layers` gives the order and the kernels of the layers. The activation is the one whose
+    outputs match those of the model.
 
     Args:
         trained: The model.
-        weights: As `gather` names them.
-        inputs: Some examples, `[examples, ...]`.
+        weights: Arrays by name, from `gather`.
+        inputs: Some raw examples, `[examples, ...]`.
 
     Returns:
-        How numpy computes the model, or None where it is something else.
+        The layers and their activation, or None if the model is not such a chain.
     """
+    # A perceptron has no state, and its parameters are the kernels and biases of its layers.
     if trained.model.layers is None or jax.tree.leaves(trained.model_state):
         return None
     in_order = jax.eval_shape(trained.model.layers, trained.params, trained.model_state, inputs)
@@ -76,11 +98,18 @@ def find_layers(
         or any(weights[name].ndim != 2 for name in kernels)
     ):
         return None
+
+    # The numpy runtime computes in float32.
     if any(weights[name].dtype != np.float32 for name in params):
         return None
+
+    # The input width of each kernel is the output width of the layer before it.
     widths = [prod(inputs.shape[1:]), *(weights[name].shape[1] for name in kernels)]
     if any(len(weights[name]) != width for name, width in zip(kernels, widths, strict=False)):
         return None
+
+    # Try every activation. With other operations between the layers, such as a skip connection, no
+    # activation matches.
     right = trained.predict(inputs)
     for layers in (Layers(activation, kernels) for activation in perceptron.ACTIVATIONS):
         found = perceptron.make_predict(layers, weights, inputs.shape[1:])(inputs)

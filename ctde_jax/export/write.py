@@ -1,4 +1,4 @@
-"""From a trained model to a bundle: each form is written, run as a node runs it, and kept if it says the same."""
+"""Writes a trained model as a bundle: each format is run as on a node, and kept if it agrees."""
 
 import json
 import platform
@@ -46,6 +46,8 @@ from ctde_jax.trainer import Trained, accepts, console
 Format = Literal["numpy", "onnx", "jax", "onnx-int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DEFAULT: tuple[Format, ...] = ("numpy", "onnx", "jax")
+
+# Packages whose versions are recorded in the card, if they are installed.
 _PACKAGES = ("ctde_jax", "jax", "flax", "numpy", "jax2onnx", "onnx", "onnxruntime")
 _MOST_EXAMPLE_BYTES = 2**20
 
@@ -53,19 +55,20 @@ Facts = dict[str, Any]
 
 
 class Written(NamedTuple):
-    """What has been written."""
+    """Result of `write_bundle`."""
 
     bundle: Bundle
     left_out: Mapping[str, str]
-    """The formats that were asked for and are not in the bundle, and why."""
+    """Reasons by name of the requested formats that are not in the bundle."""
 
 
 class _Form(NamedTuple):
-    """The model in one form."""
+    """The model in one format."""
 
     file: str
     content: bytes
     step: tuple[str, bytes] | None = None
+    """Name and content of the file that reads one position of a sequence."""
 
 
 def write_bundle(
@@ -78,47 +81,63 @@ def write_bundle(
     options: Mapping[str, Any] = {},
     show: bool = True,
 ) -> Written:
-    """Writes a trained model as a folder that runs on any node, and says how it was measured.
+    """Writes a trained model as a folder that runs on any node, with measurements of each format.
 
-    Every form is run over the whole test split as a node runs it, at batches of 1, 3, 7 and 64. One that differs by
-    more than `PARITY` from the trained model is not written; only those in one byte may, and say by how much.
+    Each format is run over the whole test split as on a node, with batches of 1, 3, 7 and 64. A
+    format that differs from the trained model by more than `PARITY` is not written. int8 may differ
+    more; its receipt records by how much.
 
     Args:
-        trained: What `fit` has returned.
-        data: What it was trained on; its test split is the measure, and its class names go along.
-        folder: Is made; a bundle that is there already is replaced once the new one is whole.
-        formats: Names of runtimes. A perceptron runs with numpy alone; "onnx" needs `ctde_jax[onnx]`.
-        examples: Test examples that go along at most, with the trained model's outputs, so that `verify bundle` can
-            repeat the receipt where the test split is not; about a megabyte of them.
-        options: What else the card is to say of the training, as JSON can.
+        trained: Result of `fit`.
+        data: Data set of the training; formats are measured on its test split, and the bundle
+            contains its class names.
+        folder: Folder to create; an existing bundle is replaced once the new one is complete.
+        formats: Names of runtimes. "numpy" is for perceptrons; "onnx" needs `ctde_jax[onnx]`.
+        examples: Maximum number of test examples in the bundle, about a megabyte in all. They come
+            with the outputs of the trained model, so that `verify bundle` can check the receipt
+            without the test split.
+        options: Facts about the training to add to the card; values that JSON can express.
         show: Whether to show progress.
 
+    Returns:
+        The open bundle, and the reasons for formats that were left out.
+
     Raises:
-        InputError: A format is not known, a number is out of range, the test averages are not those of the training,
-            the model does not return one array of float32 or leaves in none of the formats, or the folder is
-            something else or cannot be written to.
+        InputError: A format is unknown, a number is out of range, the test averages differ from
+            those of the training, the model does not return one float32 array or cannot be exported
+            in any of the formats, or the folder contains anything but a bundle or cannot be written
+            to.
     """
+    # Check the arguments.
     for name in formats:
         check_known("formats", name, FORMATS)
     check_at_least(0, examples=examples)
-    given, folder = folder, Path(folder).resolve()
+
+    # Write to a folder beside the target, which replaces the target only if it is complete.
+    given = folder
+    folder = Path(folder).resolve()
     try:
-        put_back(folder)  # so that what is checked is what would be replaced
+        put_back(folder)  # undo an interrupted replacement, so that the check sees the old bundle
         _check_replaceable(folder)
         with written_whole(folder) as partial:
             left_out = _write(trained, data, partial, formats, examples, options, show)
     except OSError as error:
         raise InputError(
             "folder",
-            f"must be a folder that can be written to and has room, and {given} is none: {error.strerror}.",
+            f"must be a folder that can be written to and has room, and {given} is none: "
+            f"{error.strerror}.",
         ) from error
+
+    # The caller gets the path that it passed, not the resolved one.
     return Written(open_bundle(folder)._replace(folder=Path(given)), left_out)
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Lets nothing be replaced but a bundle: what its sums name, and no file beside them."""
+    """Raises InputError unless the folder is new or a bundle with only the files that it names."""
     if not folder.exists():
         return
+
+    # The lines of the sums are `digest  name`, as `sha256sum` writes them.
     named = {CARD, SUMS}
     if (folder / SUMS).is_file():
         named |= {
@@ -142,16 +161,23 @@ def _write(
     options: Mapping[str, Any],
     show: bool,
 ) -> dict[str, str]:
+    """Writes and measures the formats in an empty folder; returns reasons for those left out."""
+    # Check the model, and that the data are those of the training, before the export.
     _check_outputs(trained, data)
     measured = trained.evaluate(data.test)
     receipt.check_same(trained, measured)
+
+    # Export in each format.
     few = np.asarray(data.test.inputs[:64])
-    weights, reference = gather(trained, data), receipt.make_reference(trained)
+    weights = gather(trained, data)
+    reference = receipt.make_reference(trained)
     layers = find_layers(trained, weights, few)
     forms, left_out = _make_forms(
         trained, data, formats, to_safetensors(weights), layers is not None
     )
     _check_any(forms, left_out)
+
+    # Write the files: weights, artifacts, their step files, and examples.
     files = {WEIGHTS: to_safetensors(weights)}
     files |= {form.file: form.content for form in forms.values()}
     files |= {
@@ -162,6 +188,7 @@ def _write(
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
+    # A preliminary card, with empty receipts, so that the bundle can be opened as on a node.
     facts = _facts(trained, data, options)
     facts["layers"] = layers and {"activation": layers.activation, "kernels": list(layers.kernels)}
     facts["artifacts"] = {
@@ -169,10 +196,14 @@ def _write(
         for name, form in forms.items()
     }
     _seal(folder, facts, files)
+
+    # Measure. This fills in receipts and drops formats that fail.
     bundle = open_bundle(folder)
     _measure(bundle, facts, left_out, trained, data, reference, show)
     facts["trained_model"]["measured"] = measured
     _check_any(facts["artifacts"], left_out)
+
+    # Remove the files of dropped formats, and write the final card.
     kept = {said[kind] for said in facts["artifacts"].values() for kind in ("file", "step")} | {
         WEIGHTS,
         EXAMPLES,
@@ -185,12 +216,16 @@ def _write(
 
 
 def _check_outputs(trained: Trained, data: Dataset) -> None:
-    """Refuses a model that does not return one array of float32, with an axis of examples first."""
+    """Raises InputError unless the model returns one array, float32 `[examples, ...]`."""
+    # Two examples, as axis 0 of a single one could be any axis of length 1.
     two = np.asarray(data.test.inputs[:1]).repeat(2, axis=0)
     outputs, _ = jax.eval_shape(trained.model.apply, trained.params, trained.model_state, two, None)
     leaves = jax.tree.leaves(outputs)
     if [*leaves] != [outputs]:
-        rule = f"must return one array to be exported, got a {type(outputs).__name__} of {len(leaves)} arrays"
+        rule = (
+            f"must return one array to be exported, got a {type(outputs).__name__} of "
+            f"{len(leaves)} arrays"
+        )
         raise InputError(
             "trained",
             f"{rule}; wrap its model in one whose `apply` returns the array that nodes need.",
@@ -203,6 +238,7 @@ def _check_outputs(trained: Trained, data: Dataset) -> None:
 
 
 def _check_any(forms: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
+    """Raises InputError, with the reasons, if no format is left."""
     if not forms:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(
@@ -213,9 +249,10 @@ def _check_any(forms: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
 def _make_forms(
     trained: Trained, data: Dataset, formats: Sequence[Format], weights: bytes, is_perceptron: bool
 ) -> tuple[dict[str, _Form], dict[str, str]]:
-    """Writes the model in each form that it has."""
+    """Exports the model in each format; returns the results, and reasons for formats left out."""
     says = {"classes": data.classes, "vocabulary": data.vocabulary}
 
+    # Traced at most once, and only if a format needs it.
     @cache
     def programs() -> tuple[Program, Program | None]:
         with leaving_out("jax.export"):
@@ -224,6 +261,8 @@ def _make_forms(
     def numpy() -> _Form:
         if not is_perceptron:
             raise LeftOut("is for dense layers of float32 with one activation between them")
+
+        # The artifact is the file of the weights itself.
         return _Form(WEIGHTS, weights)
 
     def in_jax() -> _Form:
@@ -234,11 +273,13 @@ def _make_forms(
             step and ("step.stablehlo", to_stablehlo(step)),
         )
 
+    # Shared by onnx and onnx-int8.
     @cache
     def whole_in_onnx() -> bytes:
         return to_onnx(programs()[0], ["inputs"], ["outputs"], says)
 
     def onnx() -> _Form:
+        # The step reads `inputs` and `carry_0`, ..., and returns `outputs` and `next_0`, ...
         step = programs()[1]
         carried = [] if step is None else [f"carry_{place}" for place in range(len(step.like) - 1)]
         names = [name.replace("carry", "next") for name in carried]
@@ -248,13 +289,15 @@ def _make_forms(
             step and ("step.onnx", to_onnx(step, ["inputs", *carried], ["outputs", *names], says)),
         )
 
+    # A format that cannot express the model is left out.
     ways: Mapping[str, Callable[[], _Form]] = {
         "numpy": numpy,
         "jax": in_jax,
         "onnx": onnx,
         "onnx-int8": lambda: _Form("model.int8.onnx", to_int8(whole_in_onnx())),
     }
-    forms, left_out = {}, {}
+    forms = {}
+    left_out = {}
     for name in formats:
         try:
             forms[name] = ways[name]()
@@ -264,24 +307,28 @@ def _make_forms(
 
 
 def _programs(trained: Trained, data: Dataset) -> tuple[Program, Program | None]:
-    """Makes the program of the whole model, and where it reads place by place that of one place."""
-    model, stream, center = (
-        trained.model,
-        trained.model.stream,
-        (trained.params, trained.model_state),
-    )
-    shape, dtype = data.test.inputs.shape[1:], data.test.inputs.dtype
+    """Returns the program of the whole model and, if it has a `stream`, that of one position."""
+    model = trained.model
+    stream = trained.model.stream
+    center = (trained.params, trained.model_state)
+    shape = data.test.inputs.shape[1:]
+    dtype = data.test.inputs.dtype
+
+    # A key of None selects inference mode.
     whole = make_program(
         lambda inputs: [model.apply(*center, inputs, None)[0]], jax.ShapeDtypeStruct(shape, dtype)
     )
     if stream is None:
         return whole, None
+
+    # A card has only the shapes of the carry, which is zero before the first position.
     start = stream.start(1)
     if any(np.any(part) for part in jax.tree.leaves(start)):
-        return whole, None  # a card says that all begins with zeros
+        return whole, None
     structure = jax.tree.structure(start)
 
     def step(inputs: jax.Array, *carry: jax.Array) -> list[jax.Array]:
+        # The leaves of the carry are separate arguments and results, as artifacts have no pytrees.
         outputs, after = stream.step(*center, structure.unflatten(carry), inputs)
         return [outputs, *jax.tree.leaves(after)]
 
@@ -290,7 +337,11 @@ def _programs(trained: Trained, data: Dataset) -> tuple[Program, Program | None]
 
 
 def _examples(reference: Predict, split: Split, most: int) -> bytes:
-    """Writes the first test examples with the trained model's outputs."""
+    """Serializes the first test examples with the outputs of the trained model.
+
+    At most `most` examples and `_MOST_EXAMPLE_BYTES` bytes, but at least one example.
+    """
+    # The size of one example determines how many are kept.
     inputs, labels = (np.asarray(array[:1]) for array in split)
     each = inputs.nbytes + labels.nbytes + reference(inputs).nbytes
     count = max(1, min(most, _MOST_EXAMPLE_BYTES // each, len(split.inputs)))
@@ -299,6 +350,7 @@ def _examples(reference: Predict, split: Split, most: int) -> bytes:
 
 
 def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts:
+    """Returns the facts of the card that are known before the formats are measured."""
     one = np.asarray(data.test.inputs[:1])
     outputs, _ = jax.eval_shape(trained.model.apply, trained.params, trained.model_state, one, None)
     stream = trained.model.stream
@@ -329,14 +381,16 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
 
 
 def _highest(data: Dataset) -> int:
-    """Returns the largest uint8 input that a node accepts, which is the one that `Trained` accepts."""
+    """Returns the largest uint8 input that a node accepts, which is also that of `Trained`."""
     largest = accepts(data).inputs.largest
     return 255 if largest is None or data.test.inputs.dtype != np.uint8 else largest
 
 
 def _versions() -> dict[str, str]:
+    """Returns the versions of the installed packages among `_PACKAGES`."""
     found = {}
     for package in _PACKAGES:
+        # Packages for optional formats may be missing.
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -353,8 +407,10 @@ def _measure(
     reference: Predict,
     show: bool,
 ) -> None:
-    """Fills in the receipts, and takes out what does not say what the trained model says."""
-    screen, artifacts = console(quiet=not show), facts["artifacts"]
+    """Fills in the receipts in `facts`, and moves formats that fail to `left_out`."""
+    # A progress bar, on terminals only.
+    screen = console(quiet=not show)
+    artifacts = facts["artifacts"]
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -364,6 +420,8 @@ def _measure(
         transient=True,
         disable=not screen.is_terminal,
     )
+
+    # Run each artifact over the test split, loaded as on a node.
     contestants = {"trained model": reference}
     with bar:
         task = bar.add_task(
@@ -376,18 +434,23 @@ def _measure(
                 found = receipt.compare(
                     predict, reference, data.test, trained.task, lambda: bar.advance(task)
                 )
-            except InputError as error:  # its runtime is not here, or refuses it
+            except InputError as error:  # the runtime is not installed, or refuses the file
                 left_out[name] = f"cannot be measured here: {error}"
                 del artifacts[name]
                 continue
+
+            # An exact format must reach parity; of an inexact one, the difference must be finite.
             found["bytes"] = bundle.card.files[artifacts[name]["file"]].size
             if not found["relative"] <= (PARITY if is_exact(name) else sys.float_info.max):
                 left_out[name] = _misses(found["relative"])
                 del artifacts[name]
                 continue
-            contestants[name], artifacts[name]["receipt"] = predict, found
+            contestants[name] = predict
+            artifacts[name]["receipt"] = found
             if artifacts[name]["step"] is not None:
                 _measure_steps(bundle, name, artifacts[name], left_out, reference, data)
+
+        # Time all of them in the same turns, the trained model included.
         bar.update(task, description="timing")
         milliseconds = receipt.time_all(contestants, np.asarray(data.test.inputs[:64]))
     facts["trained_model"] = {"milliseconds": milliseconds.pop("trained model")}
@@ -403,15 +466,19 @@ def _measure_steps(
     reference: Predict,
     data: Dataset,
 ) -> None:
-    """Reads some sequences place by place, and takes that form out where it does not say what the whole says."""
-    step, inputs = load_step(bundle, name), np.asarray(data.test.inputs[:64])
+    """Runs an artifact one position at a time on 64 sequences; drops its step if it differs."""
+    step = load_step(bundle, name)
+    inputs = np.asarray(data.test.inputs[:64])
     assert step is not None
+
+    # A carry starts at zero, with the shapes of the card.
     start = [np.zeros((len(inputs), *shape), np.float32) for shape in bundle.card.carry]
     relative = artifact["receipt"]["place_by_place"] = receipt.compare_steps(
         step, start, reference, inputs
     )
     if not relative <= PARITY:
-        left_out[f"{name}, place by place"], artifact["step"] = _misses(relative), None
+        left_out[f"{name}, place by place"] = _misses(relative)
+        artifact["step"] = None
 
 
 def _misses(relative: float) -> str:
@@ -419,13 +486,15 @@ def _misses(relative: float) -> str:
 
 
 def _seal(folder: Path, facts: Facts, files: Mapping[str, bytes]) -> None:
-    """Writes the card and the sums."""
+    """Writes the card with the sizes and SHA-256 of the files, and the sums."""
     said = {
         name: File(len(content), sha256(content).hexdigest()) for name, content in files.items()
     }
     facts["files"] = {
         name: {"bytes": file.size, "sha256": file.sha256} for name, file in said.items()
     }
+
+    # The sums contain the digest of the card, which contains those of all other files.
     card = json.dumps(facts, indent=1, ensure_ascii=False).encode() + b"\n"
     (folder / CARD).write_bytes(card)
     (folder / SUMS).write_text(sums_of(sha256(card).hexdigest(), said), encoding="utf-8")

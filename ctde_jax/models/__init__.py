@@ -1,4 +1,4 @@
-"""Networks, and the two doors through which a network of the user's own comes in."""
+"""Networks, and the adapters for user-defined nnx and linen modules."""
 
 from ctde_jax.models import initializers
 from ctde_jax.models.base import Model, count_params, in_bfloat16, unscaled, with_raw_inputs

@@ -1,4 +1,4 @@
-"""A model is two pure functions. Any nnx or linen module becomes one; wrapping one gives another."""
+"""A model is a pair of pure functions, made from any nnx or linen module or from another model."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -12,63 +12,68 @@ from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 
 KeyPath = tuple[Hashable, ...]
-"""The keys that lead to a part of nested dictionaries."""
+"""Keys that lead to a node of nested dictionaries."""
 
 
 class Recurrence(NamedTuple):
-    """A network that reads a sequence place by place, with what it has read as a state of fixed size.
+    """A network that processes a sequence position by position, with a carry of fixed size.
 
-    Only for inference. What it says at the last place, or at every place, is what `Model.apply` says of the sequence.
+    It serves inference only. Its outputs at the last position, or at every position, equal those of
+    `Model.apply` for the whole sequence.
     """
 
     start: Callable[[int], PyTree]
-    """`start(examples) -> carry`, the state before the first place; `[examples, ...]`, float32."""
+    """`start(examples) -> carry`: the carry before the first position, `float32[examples, ...]`."""
 
     step: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
-    """`step(params, model_state, carry, inputs) -> (outputs, carry)`; inputs are those of one place.
+    """`step(params, model_state, carry, inputs) -> (outputs, carry)`.
 
-    Outputs are float32.
+    `inputs` are those of one position, and outputs are float32.
     """
 
 
 class Model(NamedTuple):
-    """A network as the trainer sees it."""
+    """The interface between a network and the trainer."""
 
     init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
-    """`init(key, inputs) -> (params, model_state)`; `inputs` is `[examples, ...]`, some of the training examples.
+    """`init(key, inputs) -> (params, model_state)`.
 
-    Most models read only its shape; a start that looks at the data reads all of it.
+    `inputs` is `[examples, ...]`, some of the training examples. Most models use only its shape;
+    data-dependent initialization uses its values.
     """
 
     apply: Callable[..., tuple[PyTree, PyTree]]
     """`apply(params, model_state, inputs, key, mask=None) -> (outputs, model_state)`.
 
-    Outputs are an array or a pytree of arrays: floats in float32, other types as they are.
+    `inputs` is `[examples, ...]`. Outputs are an array or a pytree of arrays: floats in float32,
+    other dtypes unchanged.
 
-    With a key the model is in training: dropout draws from the key, batch statistics are gathered. With None it
-    infers: the same inputs always give the same outputs, whatever the other examples are, and the state stays as it is.
+    If a key is passed, the model is in training: dropout uses the key, and batch statistics are
+    computed. If `key` is None, the model is in inference: the outputs of an example depend on its
+    inputs alone, not on the other examples, and the state is returned unchanged.
 
-    `mask` is `bool[examples]`: False for an example that is repeated to fill a short batch, and must not count in batch
-    statistics. Only a model that has a state is given one, and only in training.
+    `mask` is `bool[examples]`, False for examples that are repeated to fill a short batch and must
+    not count in batch statistics. It is passed only in training, and only if the model has a state.
     """
 
     layers: Callable[[PyTree, PyTree, jax.Array], OrderedDict[KeyPath, jax.Array]] | None = None
-    """`layers(params, model_state, inputs) -> {path: output}`: what each layer with a `kernel` says in inference.
+    """`layers(params, model_state, inputs) -> {path: output}`.
 
-    A path leads to the layer's part of `params`; the order is that of execution, and a layer that is called twice is
-    heard the first time. Layers of a recurrent cell, which run once for every place, are left out. None where a model
-    does not show its layers.
+    Returns the output in inference of each layer that has a `kernel`. A path leads to the layer's
+    subtree of `params`. The order is that of execution; if a layer is called more than once, its
+    first output is returned. Layers of a recurrent cell, which run once per position, are left out.
+    The field is None if a model does not expose its layers.
     """
 
     stream: Recurrence | None = None
-    """How it reads a sequence place by place, where it can."""
+    """The model for position-by-position inference, if the network supports it."""
 
     unscaled: "Unscaled | None" = None
-    """What `with_raw_inputs` wrapped, if it did."""
+    """The model before `with_raw_inputs`, if that made this one."""
 
 
 class Unscaled(NamedTuple):
-    """A model before `with_raw_inputs`, and the functions that this made of it."""
+    """A model before `with_raw_inputs`, and the functions that `with_raw_inputs` made from it."""
 
     model: Model
     init: Callable[..., tuple[PyTree, PyTree]]
@@ -76,19 +81,21 @@ class Unscaled(NamedTuple):
 
 
 def unscaled(model: Model) -> Model:
-    """Returns the model that `with_raw_inputs` wrapped, or the model itself.
+    """Returns the model before `with_raw_inputs`, or the model itself if it was not wrapped.
 
     Raises:
-        InputError: It was changed since it was wrapped, so that its inputs would be scaled twice.
+        InputError: If the model was changed after wrapping, so that inputs would be scaled twice.
     """
     if model.unscaled is None:
         return model
+    # A model made by `_replace` keeps this field, although `before` lacks the change.
     before, init, apply = model.unscaled
     if (model.init, model.apply) != (init, apply):
         raise InputError(
             "model",
-            "must not be made from the model of a Trained, which scales its inputs; change the model that was given to "
-            "fit, and pass init_from=trained to start from the trained parameters.",
+            "must not be made from the model of a Trained, which scales its inputs; change the "
+            "model that was given to fit, and pass init_from=trained to start from the trained "
+            "parameters.",
         )
     return before
 
@@ -96,23 +103,28 @@ def unscaled(model: Model) -> Model:
 def with_raw_inputs(
     model: Model, shift: jax.typing.ArrayLike, scale: jax.typing.ArrayLike
 ) -> Model:
-    """Makes the model take inputs as they are stored, and see `(inputs - shift) * scale` in the type of the scale.
+    """Wraps a model so that it takes stored inputs and computes on `(inputs - shift) * scale`.
 
-    Tokens have an integer scale of 1, and stay integers. Where each number of an input has a scale of its own, a
-    sequence is not read place by place.
+    Inputs `[examples, ...]` are converted to the dtype of `scale`; `shift` and `scale` are scalars
+    or `[1, ...]`. Tokens have an integer scale of 1, and stay integers. If `scale` is not a scalar,
+    the wrapped model has no `stream`.
     """
 
     def normalize(inputs):
         return (jnp.asarray(inputs, jnp.result_type(scale)) - shift) * scale
 
-    layers, stream = model.layers, None if jnp.ndim(scale) else model.stream
+    # A scale per element has the shape of a whole sequence, and does not fit one position.
+    layers = model.layers
+    stream = None if jnp.ndim(scale) else model.stream
 
     def init(key, inputs):
         return model.init(key, normalize(inputs))
 
+    # `*mask` is empty unless a mask was passed, as a model without state need not accept one.
     def apply(params, model_state, inputs, key, *mask):
         return model.apply(params, model_state, normalize(inputs), key, *mask)
 
+    # If the model has no layers or no stream, neither has the wrapped one.
     return Model(
         init=init,
         apply=apply,
@@ -129,14 +141,16 @@ def with_raw_inputs(
 
 
 def in_bfloat16(model: Model) -> Model:
-    """Makes the model compute in bfloat16; parameters, state and outputs stay float32."""
+    """Wraps a model so that it computes in bfloat16; parameters, state and outputs stay float32."""
 
+    # The cast of the parameters is differentiated, too, so gradients are float32. Running averages
+    # in the state stay float32: bfloat16 would lose their small updates.
     def apply(params, model_state, inputs, key, *mask):
         outputs, model_state = model.apply(_cast(params), model_state, _cast(inputs), key, *mask)
         return as_outputs(outputs), model_state
 
-    layers, stream = model.layers, model.stream
-
+    layers = model.layers
+    stream = model.stream
     return Model(
         init=model.init,
         apply=apply,
@@ -153,19 +167,22 @@ def in_bfloat16(model: Model) -> Model:
 
 
 def as_outputs(outputs: PyTree) -> PyTree:
-    """Makes what a network returns a pytree of arrays: floats in float32, other types as they are.
+    """Converts the outputs of a network to arrays: floats in float32, other dtypes unchanged.
 
     Raises:
-        InputError: It returns nothing, or something other than arrays.
+        InputError: If the network returns nothing, or something other than arrays.
     """
+    # A class that is not registered as a pytree is itself a leaf.
     for leaf in jax.tree.leaves(outputs):
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
             kind = type(leaf).__name__
             raise InputError(
                 "model",
-                f"must return an array, or containers of arrays, and it returns {kind}; a dataclass must be registered "
-                "as a pytree, as flax.struct.dataclass does.",
+                f"must return an array, or containers of arrays, and it returns {kind}; a "
+                "dataclass must be registered as a pytree, as flax.struct.dataclass does.",
             )
+
+    # None, and an empty container, are pytrees without leaves.
     if not jax.tree.leaves(outputs):
         raise InputError(
             "model",
@@ -175,16 +192,18 @@ def as_outputs(outputs: PyTree) -> PyTree:
 
 
 def _as_output(leaf: jax.typing.ArrayLike) -> jax.Array:
+    # Outputs such as predicted tokens stay integers.
     array = jnp.asarray(leaf)
     return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
 def count_params(params: PyTree) -> int:
-    """Counts the numbers in the parameters."""
+    """Returns the number of parameters, counted as array elements."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _cast(tree: PyTree) -> PyTree:
+    # Integers stay as they are: bfloat16 represents them exactly only up to 256.
     return jax.tree.map(
         lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )

@@ -1,8 +1,8 @@
-"""The mean and variance of batch normalization in training: over which examples, and only over real ones.
+"""Mean and variance of batch normalization in training, over the examples that count.
 
-Flax averages the means of devices, each with the same weight. Here sums and counts are added up instead, so unequal
-numbers of examples are right. Both doors, `from_linen` and `from_nnx`, replace the statistics of flax's `BatchNorm` by
-these, and leave the normalization to flax.
+Flax averages the means of devices with equal weights. Here, sums and counts are summed over
+devices, so the result is also correct for unequal numbers of examples. `from_linen` and `from_nnx`
+replace the statistics of flax's `BatchNorm` by these, and leave the normalization to flax.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -14,31 +14,35 @@ from jax import numpy as jnp
 from ctde_jax.devices import AXIS, SHARD
 
 BatchStatistics = Literal["averaged", "synchronized"]
-"""Over which examples batch normalization takes its mean and variance in training.
+"""Examples over which batch normalization computes its mean and variance in training.
 
-`synchronized`: all examples whose losses make up one gradient. In synchronous training that is the whole batch, so the
-result is the same on any number of devices; each layer costs one small all-reduce in each direction. In local steps
-(`inner_steps`, `--sync-every`) it is the part of a batch that one device has, so no device waits for another within a
+`synchronized`: all examples whose losses contribute to one gradient. In synchronous training these
+are the global batch, so the result is the same on any number of devices; each layer costs one small
+all-reduce in the forward pass and one in the backward pass. In local steps (`inner_steps`,
+`--sync-every`) they are one device's part of the batch, so no device waits for another within a
 round; the running averages are averaged at the end of the round, weighted by examples.
 
-Robust rules and differential privacy judge each device's gradient by itself, so with `combine` and `clip_norm` it is
-the part of one device, too.
+Robust rules and differential privacy treat each device's gradient separately, so with `combine` and
+`clip_norm` the examples are also one device's part of the batch.
 
-`averaged`: the examples of one device. The running averages are averaged at every aggregation, weighted by examples.
+`averaged`: the examples of one device. The running averages are averaged at every aggregation,
+weighted by examples.
 
-If a batch is computed in microbatches (`accumulate`), each microbatch is normalized with its own statistics, and its
-running averages follow those of the microbatch before. With `--exact` the statistics are those of a shard.
+If a batch is computed in microbatches (`accumulate`), each microbatch is normalized with its
+statistics, and then updates the running averages that the previous one left. With `--exact`, the
+statistics are those of a shard.
 
-This holds for `flax.nnx.BatchNorm`, `flax.linen.BatchNorm` and their subclasses. The first axis of their input is that
-of the examples, or has several consecutive places for each example; `[time, examples, features]` is recognized by its
-second axis. Statistics over examples that a module computes by other means are those of a shard, and count repeated
-examples of a short batch. What replicas and shards write differently to other state becomes the weighted mean of
-floats, and the largest of integers and booleans; a number that none of them writes keeps its bits.
+This applies to `flax.nnx.BatchNorm`, `flax.linen.BatchNorm` and their subclasses. The first axis of
+their input is the axis of examples, or has several consecutive entries per example;
+`[time, examples, features]` is recognized by its second axis. Statistics over examples that a
+module computes by other means are those of a shard, and include the repeated examples of a short
+batch. If replicas and shards write different values to other state, floats become the weighted
+mean, and integers and Booleans the maximum; an element that none of them writes keeps its bits.
 """
 
 
 class BatchNorm(Protocol):
-    """What `nnx.BatchNorm` and `linen.BatchNorm` have in common."""
+    """The common attributes of `nnx.BatchNorm` and `linen.BatchNorm`."""
 
     axis: int
     momentum: float
@@ -52,7 +56,7 @@ class Counted:
     """The examples that count in one application of a model.
 
     Args:
-        mask: `bool[examples]`, or None if all count.
+        mask: Mask of the examples that count, `bool[examples]`, or None if all count.
         batch_statistics: See `BatchStatistics`.
     """
 
@@ -62,7 +66,7 @@ class Counted:
 
 
 class Statistics(NamedTuple):
-    """The mean and variance of each feature."""
+    """Mean and variance of each feature."""
 
     mean: jax.Array
     var: jax.Array
@@ -77,19 +81,20 @@ def compute(
 ) -> tuple[Statistics, Statistics]:
     """Computes the statistics of a batch, and the running averages after it.
 
-    A layer with an `axis_name` takes its statistics over that axis instead. If no example counts, the running averages
-    take the place of the statistics, and stay as they are.
+    If the layer has an `axis_name`, the statistics are computed over that axis instead. If no
+    example counts, the running averages replace the statistics and stay unchanged.
 
     Args:
-        layer: A batch normalization in training.
-        inputs: Of the layer.
-        running: The running averages before the batch.
-        counted: The examples that count.
-        mask: The argument `mask` of the layer: `bool`, broadcastable to the inputs.
+        layer: Batch normalization layer in training.
+        inputs: Inputs of the layer; see `BatchStatistics` for their shape.
+        running: Running averages before the batch.
+        counted: Examples that count.
+        mask: Argument `mask` of the layer, Boolean and broadcastable to the inputs, or None.
 
     Returns:
         The statistics of the batch, and the updated running averages.
     """
+    # As in flax, reduce in float32 even if the layer computes in bfloat16.
     is_float32 = getattr(layer, "force_float32_reductions", True)
     dtype = layer.dtype or inputs.dtype
     x = jnp.asarray(inputs, jnp.promote_types(dtype, jnp.float32) if is_float32 else dtype)
@@ -100,8 +105,11 @@ def compute(
     )
     mask, names, groups = _choose(layer, x, reduced, counted, mask)
 
+    # Number of elements that count per feature: a scalar, unless the mask differs between features.
+    # Integers are summed, as float32 counts exactly only up to 2**24.
     if mask is None:
         count = jnp.float32(x.size / max(1, _size(x, set(range(x.ndim)) - set(reduced))))
+    # One count for all features. If the mask has size 1 along an axis, it counts that often.
     elif all(mask.shape[axis] == 1 for axis in range(x.ndim) if axis not in reduced):
         repeated = _size(x, {axis for axis in reduced if mask.shape[axis] == 1})
         count = jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) * repeated
@@ -110,6 +118,8 @@ def compute(
             jnp.float32
         )
 
+    # Sums and counts share one all-reduce, in which the count of complex inputs is complex as well.
+    # Dividing by at least 1 avoids a NaN, and its gradient, if no example counts.
     def mean_of(*values: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         sums = [jnp.sum(value, reduced, where=mask) for value in values]
         if not names:
@@ -122,6 +132,7 @@ def compute(
         total_count = together[-1].real
         return [total / jnp.maximum(total_count, 1) for total in together[:-1]], total_count
 
+    # The fast variance, mean(x**2) - mean(x)**2, needs one pass but may be negative by rounding.
     if layer.use_fast_variance:
         (mean, square), total_count = mean_of(x, _squared(x))
         var = jnp.maximum(0.0, square.real - _squared(mean))
@@ -130,6 +141,7 @@ def compute(
         (var,), total_count = mean_of(_squared(x - jnp.expand_dims(mean, reduced)))
         var = var.real
 
+    # Without an example that counts, the running averages take the place of the statistics.
     def updated(running: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(
             total_count > 0, layer.momentum * running + (1 - layer.momentum) * new, running
@@ -151,7 +163,8 @@ def _choose(
     counted: Counted,
     mask: jax.Array | None,
 ) -> tuple[jax.Array | None, tuple[str, ...] | str, list[list[int]] | None]:
-    """Returns which numbers count, broadcastable to x, the axes over which to add up, and their groups."""
+    """Returns the mask, broadcastable to `x`, the mapped axes to sum over, and their groups."""
+    # An element counts if both the layer's mask and the mask of the examples include it.
     if mask is not None:
         mask = jnp.asarray(mask, bool)
         mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
@@ -159,13 +172,17 @@ def _choose(
         of_examples = _spread(counted.mask, x, reduced)
         if of_examples is not None:
             mask = of_examples if mask is None else mask & of_examples
+
+    # An axis of the layer replaces those of the trainer. If the first axis of the inputs is a
+    # feature axis, the examples share no statistics.
     if layer.axis_name is not None:
         return mask, layer.axis_name, layer.axis_index_groups
     return mask, axes(counted.batch_statistics) if 0 in reduced else (), None
 
 
 def _spread(mask: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array | None:
-    """Reshapes a mask of examples so that it broadcasts to x; None if x has no axis of examples to reduce."""
+    """Reshapes `bool[examples]` to broadcast to `x`, or returns None if `x` reduces no examples."""
+    # First `[time, examples, features]`; then inputs with consecutive entries per example.
     examples = len(mask)
     if x.ndim == 3 and x.shape[0] != examples == x.shape[1] and 1 in reduced:
         return mask[None, :, None]
@@ -186,7 +203,7 @@ def _squared(x: jax.Array) -> jax.Array:
 
 
 def axes(batch_statistics: BatchStatistics) -> tuple[str, ...]:
-    """Names the axes over which examples lie that share statistics, of those that exist where a model is applied."""
+    """Returns the mapped axes over which statistics are shared, if they are bound in this call."""
 
     def exists(axis: str) -> bool:
         try:
@@ -195,5 +212,6 @@ def axes(batch_statistics: BatchStatistics) -> tuple[str, ...]:
             return False
         return True
 
+    # Outside of the trainer, a model may be applied without either axis.
     axes = (SHARD, AXIS) if batch_statistics == "synchronized" else (SHARD,)
     return tuple(filter(exists, axes))

@@ -17,39 +17,40 @@ HIDDEN = 512
 
 
 class CNN(nnx.Module):
-    """Two 5 x 5 convolutions, each followed by a ReLU and 2 x 2 max pooling, then two dense layers."""
+    """Two 5 x 5 convolutions, each with ReLU and 2 x 2 max pooling, then two dense layers."""
 
     def __init__(self, image_shape: Sequence[int], classes: int, dropout: float, *, rngs: nnx.Rngs):
         self.image_shape = tuple(image_shape)
         first, second = CONVOLUTIONS
         self.first = Conv(count_channels(image_shape), first, (5, 5), rngs=rngs)
         self.second = Conv(first, second, (5, 5), rngs=rngs)
+        # Two poolings, each rounding down, leave a quarter of the height and width.
         height, width = (side // 4 for side in image_shape[:2])
         self.hidden = Linear(height * width * second, HIDDEN, rngs=rngs)
         self.out = Linear(HIDDEN, classes, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps pictures `[examples, *image_shape]` to `[examples, classes]`."""
+        """Maps images `[examples, *image_shape]` to logits `[examples, classes]`."""
         x = as_images(inputs, self.image_shape)
         for convolution in (self.first, self.second):
-            x = nnx.relu(
-                _halve(convolution(x))
-            )  # the same as pooling after the ReLU, with a quarter of the work
+            # Max pooling commutes with the ReLU and leaves it a quarter of the work.
+            x = nnx.relu(_halve(convolution(x)))
         x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
         return self.out(self.dropout(x))
 
 
 def cnn(image_shape: Sequence[int], classes: int, dropout: float = 0.0) -> Model:
-    """Builds the network; on pictures of 28 x 28 with 10 classes it has 1,663,370 parameters.
+    """Builds the network; for images of 28 x 28 and 10 classes it has 1,663,370 parameters.
 
     Args:
-        image_shape: `(height, width)` or `(height, width, channels)`, as the data set stores a picture.
-        classes: The numbers that come out.
-        dropout: Which share of the hidden layer is left out in training.
+        image_shape: `(height, width)` or `(height, width, channels)`, as stored by the data set.
+        classes: Number of classes.
+        dropout: Dropout rate of the hidden layer.
 
     Raises:
-        InputError: It is no picture, or one with fewer than 4 x 4 pixels; or another option is out of range.
+        InputError: `image_shape` is not the shape of an image with at least 4 x 4 pixels, or
+            another argument is out of range.
     """
     check_image_shape(image_shape, halvings=2)
     check_at_least(1, classes=classes)
@@ -57,7 +58,11 @@ def cnn(image_shape: Sequence[int], classes: int, dropout: float = 0.0) -> Model
 
 
 def _halve(x: jax.Array) -> jax.Array:
-    """Takes the largest of each 2 x 2 pixels; on a CPU its gradient takes half the time of `nnx.max_pool`'s."""
+    """Applies 2 x 2 max pooling to `[examples, height, width, channels]`.
+
+    On CPU, the gradient takes half the time of that of `nnx.max_pool`.
+    """
     examples, height, width, channels = x.shape
+    # As in `nnx.max_pool` with padding "VALID", an odd last row or column is dropped.
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(examples, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))

@@ -1,9 +1,10 @@
-"""Convolutions that are fast in a loop on a CPU, where fake devices train.
+"""Convolutions that are fast in a loop on a CPU, on which fake devices train.
 
-XLA brings a convolution into the form that its CPU library knows only where no loop is around it. Training is a loop,
-and there the gradient of a kernel takes 30 times as long (https://github.com/jax-ml/jax/issues/12868). So on a CPU the
-gradients are written here: that of the inputs as a convolution in that form already, that of the kernel as a product of
-matrices for each tap, over as many pictures at a time as the cache holds.
+XLA converts a convolution to the form that its CPU library supports only outside of loops. Training
+is a loop, in which the gradient of a kernel takes 30 times as long
+(https://github.com/jax-ml/jax/issues/12868). On a CPU, the gradients are therefore computed here:
+that of the inputs by a convolution already in this form, that of the kernel by one matrix product
+per tap, over as many images at a time as fit into the cache.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ from jax import numpy as jnp
 
 _CACHE = 2**23  # bytes, of inputs and gradients together
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-"""The form that the CPU's library knows: examples, height, width, channels."""
+"""The layout that the CPU library supports: examples, height, width, channels."""
 
 
 class Conv(nnx.Conv):
-    """An `nnx.Conv` over pictures, `[examples, height, width, channels]`, without groups or dilation."""
+    """An `nnx.Conv` over `[examples, height, width, channels]`, without groups or dilation."""
 
     def __init__(
         self,
@@ -42,21 +43,22 @@ class Conv(nnx.Conv):
 def convolve(
     inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str, **layout: Any
 ) -> jax.Array:
-    """Convolves `[examples, height, width, before]` with `[*taps, before, after]`, as `lax.conv_general_dilated` does.
+    """Convolves images with a kernel, as `lax.conv_general_dilated` does.
 
     Args:
-        inputs: Pictures.
-        kernel: Of the same type.
-        strides: For height and width.
-        padding: "SAME" or "VALID".
-        **layout: What else flax gives to that function, which is always the same here.
+        inputs: Images, `[examples, height, width, before]`.
+        kernel: Kernel of the same dtype, `[*taps, before, after]`.
+        strides: Strides for height and width.
+        padding: Either "SAME" or "VALID".
+        **layout: Other arguments from flax, ignored because they are always the same here.
     """
+    # The gradients need the padding as numbers.
     sides = lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], strides, padding)
     return _convolve(inputs, kernel, tuple(strides), tuple(sides))
 
 
 Sides = tuple[tuple[int, int], ...]
-"""How many zeros are put before and after the height, and the width."""
+"""Padding: the numbers of zeros before and after the height, and the width."""
 
 
 def _plain(
@@ -73,6 +75,7 @@ def _forward(inputs, kernel, strides, sides):
 
 
 def _backward(strides, sides, seen, grads):
+    # On other platforms the gradients are those of JAX.
     def on_cpu(
         inputs: jax.Array, kernel: jax.Array, grads: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
@@ -98,10 +101,13 @@ def _grads_of_inputs(
     sides: Sides,
     grads: jax.Array,
 ) -> jax.Array:
+    # The transposed convolution: `grads`, dilated by the strides, with the mirrored kernel.
     before = [taps - 1 - zeros for taps, (zeros, _) in zip(kernel.shape[:2], sides, strict=True)]
     reach = [
         stride * (places - 1) + 1 for stride, places in zip(strides, grads.shape[1:3], strict=True)
     ]
+    # `reach` is the extent of the dilated gradients. The padding after them also covers inputs that
+    # no tap reaches, so that the result has the size of the inputs.
     after = [
         length + taps - 1 - spread - zeros
         for length, taps, spread, zeros in zip(
@@ -118,11 +124,13 @@ def _grads_of_inputs(
 def _grads_of_kernel(
     inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides, grads: jax.Array
 ) -> jax.Array:
-    """Goes through a few pictures at a time, so that they stay in the cache while every tap looks at them."""
+    """Processes a few images at a time, so that they stay in the cache while all taps read them."""
+    # Equal groups, as few as fit; the zeros that fill the last one add nothing to the sum.
     pictures = len(inputs)
     groups = ceil(pictures / max(1, _CACHE // ((inputs.nbytes + grads.nbytes) // pictures)))
     size = ceil(pictures / groups)
 
+    # Sum over groups in float32, even if the inputs are bfloat16.
     def add_group(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         return total + _grads_of_taps(*group, kernel.shape, strides, sides).astype(
             jnp.float32
@@ -143,6 +151,7 @@ def _grads_of_taps(
     strides: tuple[int, ...],
     sides: Sides,
 ) -> jax.Array:
+    # A tap multiplies every `stride`-th pixel from its position, as many as there are outputs.
     padded = jnp.pad(inputs, [(0, 0), *sides, (0, 0)])
 
     def at_tap(tap: tuple[int, ...]) -> jax.Array:

@@ -1,6 +1,7 @@
-"""Text out of a language model: one token is drawn, joins the text, and the next one follows from it.
+"""Autoregressive text generation: each sampled token is appended to the input of the next one.
 
-Each token costs a pass over all that the model sees: nothing is kept of the pass before, so any model can take part.
+Every token costs a forward pass over the whole context. Nothing is cached between passes, so this
+works for any language model.
 """
 
 from functools import partial
@@ -26,24 +27,28 @@ def generate(
     temperature: float = 1.0,
     window: int | None = None,
 ) -> jax.Array:
-    """Continues a text, token by token.
+    """Continues a text token by token.
 
     Args:
-        model: Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`, where no place looks ahead.
-        params: Its parameters.
-        model_state: Its state.
-        prompt: The start of the text, `int32[length]`.
-        steps: How many tokens to draw.
-        key: Decides the draws: the same key gives the same text.
-        temperature: What the logits are divided by; 0 always takes the likeliest token.
-        window: How many of the latest tokens the model sees, by default all; a transformer has a longest one.
+        model: Causal language model from `int32[examples, length]` to logits
+            `[examples, length, vocabulary]`.
+        params: Parameters of the model.
+        model_state: State of the model.
+        prompt: Start of the text, `int32[length]`.
+        steps: Number of tokens to generate.
+        key: Random key for sampling; the same key gives the same text.
+        temperature: Divisor of the logits; 0 always selects the most likely token.
+        window: Number of most recent tokens that the model reads (default: all). A transformer has
+            a maximum length.
 
     Returns:
         The new tokens, `int32[steps]`.
 
     Raises:
-        InputError: The prompt is empty or holds what is no token of the model, or a number is out of range.
+        InputError: The prompt is empty or contains an unknown token, the model does not return
+            logits, or a number is out of range.
     """
+    # Check the arguments that do not depend on the model.
     check_at_least(1, steps=steps, window=window)
     if not (temperature >= 0 and isfinite(temperature)):
         raise InputError("temperature", f"must be at least 0 and finite, got {temperature}.")
@@ -51,21 +56,28 @@ def generate(
     if prompt.ndim != 1 or not prompt.size or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise InputError(
             "prompt",
-            f"must be one or more tokens, int32[length], got {prompt.dtype} of the shape {prompt.shape}.",
+            f"must be one or more tokens, int32[length], got {prompt.dtype} of the shape "
+            f"{prompt.shape}.",
         )
+
+    # Trace the model once, without computing anything, for the vocabulary size of its logits.
     text = jnp.concatenate([prompt.astype(jnp.int32), jnp.zeros(steps, jnp.int32)])
     seen = len(text) if window is None else min(window, len(text))
     logits, _ = jax.eval_shape(model.apply, params, model_state, text[None, :seen], None)
     if not hasattr(logits, "shape") or len(logits.shape) != 3:
         raise InputError(
             "model",
-            f"must give logits at every place, [examples, length, vocabulary], got {describe(logits)}.",
+            "must give logits at every place, [examples, length, vocabulary], "
+            f"got {describe(logits)}.",
         )
+
+    # An embedding lookup does not raise if a token is out of range, so check the prompt here.
     strange = prompt[(prompt < 0) | (prompt >= logits.shape[2])]
     if strange.size:
         raise InputError(
             "prompt", f"must hold tokens from 0 to {logits.shape[2] - 1}, got {strange[0]}."
         )
+
     return _continue(model.apply, steps, seen, params, model_state, text, key, temperature)[
         len(prompt) :
     ]
@@ -73,16 +85,18 @@ def generate(
 
 @partial(jax.jit, static_argnames=("apply", "steps", "window"))
 def _continue(apply, steps, window, params, model_state, text, key, temperature):
-    """Fills in the last `steps` tokens of the text."""
+    """Fills in the last `steps` tokens of the text, `int32[length]`."""
 
     def write(place, text):
         start = jnp.maximum(place - window, 0)
-        seen = lax.dynamic_slice(
-            text, (start,), (window,)
-        )  # what lies ahead is zero still, and no place looks there
+        # If the text is still shorter than the window, the slice ends in zeros that have not been
+        # filled in; a causal model does not read them at earlier positions.
+        seen = lax.dynamic_slice(text, (start,), (window,))
         logits, _ = apply(params, model_state, seen[None], None)
+
+        # Gumbel-max trick: the argmax of logits + temperature * noise is a sample from
+        # softmax(logits / temperature), and for temperature 0 the most likely token.
         noise = jax.random.gumbel(jax.random.fold_in(key, place), logits.shape[2:])
-        # The largest logit after Gumbel noise is a draw from their softmax; noise of zero leaves the likeliest.
         return text.at[place].set((logits[0, place - start - 1] + temperature * noise).argmax())
 
     return lax.fori_loop(len(text) - steps, len(text), write, text)

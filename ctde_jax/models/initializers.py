@@ -1,8 +1,9 @@
-"""How weights start: each initializer takes a model and returns it with another `init`.
+"""Weight initialization: each initializer takes a model and returns it with another `init`.
 
-It finds what it draws anew by path and shape, so it works for every module of nnx or linen. A kernel is a parameter of
-that name and of rank 2 or more, `[..., inputs, outputs]`. Biases beside kernels start at zero. All else, such as
-embeddings, which are looked up and not multiplied with, and norms, starts as the module says.
+Parameters are selected by path and shape, so initializers work for any nnx or linen module. A
+kernel is a parameter named `kernel` of rank 2 or more, `[..., inputs, outputs]`. Initializers that
+draw kernels set the biases next to them to zero. All other parameters keep the initialization of
+the module, such as normalization parameters and embeddings, which are looked up, not multiplied.
 """
 
 from collections.abc import Callable, Hashable
@@ -17,10 +18,10 @@ from ctde_jax.errors import InputError, check_known
 from ctde_jax.models.base import KeyPath, Model
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-"""`draw(key, [*taps, inputs, outputs])`, as the functions of `jax.nn.initializers` do."""
+"""`draw(key, shape)` with `shape = (*taps, inputs, outputs)`, as in `jax.nn.initializers`."""
 
 BRANCH_ENDS = ("mix", "contract", "second")
-"""The layers with which the residual branches end, in a list named `blocks`: here and in a module of your own."""
+"""Names of the last layer of a residual branch in a list named `blocks`, also in user modules."""
 
 RECURRENT: dict[Hashable, str] = {
     "dense_h": "dense_i",
@@ -28,59 +29,68 @@ RECURRENT: dict[Hashable, str] = {
     **dict.fromkeys(("hi", "hf", "hg", "ho"), "ii"),
     **dict.fromkeys(("hr", "hz", "hn"), "ir"),
 }
-"""The layers of flax's cells that read the cell's own last output, and one beside each that reads the input.
+"""Layers of flax's cells that read the hidden state, each with a sibling that reads the input.
 
-`dense_h` and `dense_i` compute all gates at once, the others one each.
+`dense_h` and `dense_i` compute all gates at once; the other layers compute one gate each.
 """
 
 
 def initialize(model: Model, name: str) -> Model:
-    """Gives a model the start of this name, one of `INITIALIZERS`.
+    """Returns the model with the initializer `name`, one of `INITIALIZERS`.
 
     Raises:
-        InputError: The name is not known; or, when parameters are first made, it does not suit the model.
+        InputError: The name is not known, or the initializer does not suit the model; the latter
+            may be raised only by `init`.
     """
     check_known("init", name, INITIALIZERS)
     return INITIALIZERS[name](model)
 
 
 def flax(model: Model) -> Model:
-    """Leaves the start as the module has it: in flax, where nothing else is said, a variance of 1 / inputs."""
+    """Keeps the initialization of the module; flax's default variance is 1 / inputs."""
     return model
 
 
 def glorot(model: Model) -> Model:
-    """Keeps variances between layers, forward and backward: 2 / (inputs + outputs) (Glorot and Bengio, 2010)."""
+    """Draws kernels with variance 2 / (inputs + outputs) (Glorot and Bengio, 2010).
+
+    This preserves variances from layer to layer, forward and backward.
+    """
     return _draw_kernels(model, lambda kernel: nn.initializers.glorot_uniform())
 
 
 def he(model: Model) -> Model:
-    """Makes up for the half that a ReLU cuts off: a variance of 2 / inputs (He et al., 2015)."""
+    """Draws kernels with variance 2 / inputs (He et al., 2015).
+
+    The factor 2 compensates for the half of the inputs that a ReLU sets to zero.
+    """
     return _draw_kernels(model, lambda kernel: nn.initializers.he_normal())
 
 
 def orthogonal(model: Model) -> Model:
-    """Keeps lengths from layer to layer: orthonormal rows or columns, whichever are fewer (Saxe et al., 2014).
+    """Draws kernels with orthonormal rows or columns, whichever are fewer (Saxe et al., 2014).
 
-    The taps of a convolution count as inputs.
+    This preserves norms from layer to layer. The taps of a convolution count as inputs.
     """
     return _draw_kernels(model, lambda kernel: nn.initializers.orthogonal())
 
 
 def delta_orthogonal(model: Model) -> Model:
-    """Lets a convolution start as an orthogonal matrix at every place: its other taps are zero (Xiao et al., 2018).
+    """Draws an orthogonal matrix as the center tap of each convolution (Xiao et al., 2018).
 
-    The paper has at least as many outputs as inputs, and lengths are kept; with fewer outputs, as in any matrix, it is
-    the columns that are orthonormal. Dense layers are orthogonal.
+    All other taps are zero. The paper requires at least as many outputs as inputs, which preserves
+    norms; with fewer outputs the columns are orthonormal. Dense layers are orthogonal.
 
     Raises:
-        InputError: The model has no convolution.
+        InputError: The model has no convolution; raised by `init`.
     """
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        # The earlier of the two middle taps if their number is even.
         center = tuple((taps - 1) // 2 for taps in shape[:-2])
         return jnp.zeros(shape).at[center].set(nn.initializers.orthogonal()(key, shape[-2:]))
 
+    # The kernels are known only once the model is initialized.
     def check(kernels: dict[KeyPath, Kernel]) -> None:
         if not any(kernel.taps for kernel in kernels.values()):
             raise InputError(
@@ -92,13 +102,14 @@ def delta_orthogonal(model: Model) -> Model:
 
 
 def recurrent(model: Model) -> Model:
-    """Lets a recurrent network remember: the matrix of each gate from state to state is orthogonal (Le et al., 2015).
+    """Draws orthogonal recurrent kernels, one matrix for each gate (Le et al., 2015).
 
-    An LSTM's forget gates have a bias of 1, so that they start open (Jozefowicz et al., 2015). All other kernels are
-    drawn as by `glorot`.
+    The forget gates of an LSTM have bias 1, so that they start open (Jozefowicz et al., 2015). All
+    other kernels are drawn as by `glorot`.
 
     Raises:
-        InputError: The model has no recurrent cell that is known by the names in `RECURRENT`.
+        InputError: The model has no recurrent cell with layers named as in `RECURRENT`; raised by
+            `init`.
     """
 
     def check(kernels: dict[KeyPath, Kernel]) -> None:
@@ -113,8 +124,10 @@ def recurrent(model: Model) -> Model:
             nn.initializers.orthogonal() if kernel.recurrent else nn.initializers.glorot_uniform()
         )
 
+    # Draw all kernels and set the biases next to them to zero.
     drawn = _draw_kernels(model, draw, check)
 
+    # Then open the forget gates.
     def init(key, inputs):
         params, model_state = drawn.init(key, inputs)
         kernels = find_kernels(params)
@@ -123,8 +136,10 @@ def recurrent(model: Model) -> Model:
             kernel = kernels.get(path[:-1])
             if path[-1] != "bias" or kernel is None or not kernel.recurrent:
                 return leaf
-            if kernel.gates == 4:  # flax's order: input, forget, cell, output
+            # One layer for all gates; flax orders them input, forget, cell, output.
+            if kernel.gates == 4:
                 return leaf.at[kernel.outputs : 2 * kernel.outputs].set(1)
+            # One layer for each gate; only an LSTM has one named `hf`.
             return jnp.ones_like(leaf) if path[-2] == "hf" else leaf
 
         return map_with_path(open_forget_gate, params), model_state
@@ -133,25 +148,28 @@ def recurrent(model: Model) -> Model:
 
 
 def residual(model: Model) -> Model:
-    """Lets every residual block start as its shortcut, mostly the identity: the last layer of each branch is zero.
+    """Sets the last layer of each residual branch to zero, so that a block equals its shortcut.
 
-    So the scale at the start is that of any depth (Goyal et al., 2017; Zhang et al., 2019; Bachlechner et al., 2020).
-    All else starts as the module says.
+    The shortcut is mostly the identity, so the initial scale does not depend on the depth (Goyal et
+    al., 2017; Zhang et al., 2019; Bachlechner et al., 2020). All other parameters keep the
+    initialization of the module.
 
     Raises:
-        InputError: The model has no list named `blocks` with layers named as in `BRANCH_ENDS`.
+        InputError: The model has no list named `blocks` with layers named as in `BRANCH_ENDS`;
+            raised by `init`.
     """
 
     def ends_branch(path: KeyPath) -> bool:
         return "blocks" in path[:-2] and path[-2] in BRANCH_ENDS
 
     def init(key, inputs):
+        # Without a branch end this would silently do nothing.
         params, model_state = model.init(key, inputs)
         if not any(ends_branch(path) for path, _ in leaves_with_path(params)):
             raise InputError(
                 "init",
-                "must not be residual for a model without residual branches, which are found in a list named blocks "
-                f"by the names of their last layers, {', '.join(BRANCH_ENDS)}.",
+                "must not be residual for a model without residual branches, which are found in a "
+                f"list named blocks by the names of their last layers, {', '.join(BRANCH_ENDS)}.",
             )
         closed = map_with_path(
             lambda path, leaf: jnp.zeros_like(leaf) if ends_branch(path) else leaf, params
@@ -162,28 +180,35 @@ def residual(model: Model) -> Model:
 
 
 def lsuv(model: Model) -> Model:
-    """Gives each layer's output a variance of one on the inputs at hand (Mishkin and Matas, 2016).
+    """Scales the output of each layer to variance 1 on the given inputs (Mishkin and Matas, 2016).
 
-    Kernels start orthogonal. One after the other, in the order of execution, they are divided by the deviation of what
-    their layer says, which is exact as biases are zero. That takes one pass through the network for each layer. Layers
-    of recurrent cells stay orthogonal.
+    Kernels are drawn orthogonal. In the order of execution, each is divided by the standard
+    deviation of its layer's output, which is exact because biases are zero. This takes one forward
+    pass for each layer. Layers of recurrent cells stay orthogonal.
 
     Raises:
-        InputError: The model does not show its layers.
+        InputError: The model does not expose its layers.
     """
-    layers, drawn = model.layers, orthogonal(model)
+    # Start from orthogonal kernels.
+    layers = model.layers
+    drawn = orthogonal(model)
     if layers is None:
         raise InputError(
             "init", "must not be lsuv for a model that does not show its layers; try orthogonal."
         )
 
+    # Then rescale them one by one. The number of the layer is traced, so that the network is
+    # compiled once and not once for each layer.
     def init(key, inputs):
         params, model_state = drawn.init(key, inputs)
+        # One entry for each layer, in the order of execution.
         paths = list(jax.eval_shape(layers, params, model_state, inputs))
 
         def divide(i: jax.Array, params: PyTree) -> PyTree:
             spoken = layers(params, model_state, inputs).values()
+            # bfloat16 would be too coarse for a standard deviation.
             deviation = jnp.stack([outputs.astype(jnp.float32).std() for outputs in spoken])[i]
+            # A layer with a constant output, such as zero, keeps its kernel.
             divisor = jnp.where(deviation > 0, deviation, 1)
 
             def divide_layer(path: KeyPath, leaf: jax.Array) -> jax.Array:
@@ -214,23 +239,23 @@ INITIALIZERS: dict[str, Callable[[Model], Model]] = {
 
 
 class Kernel(NamedTuple):
-    """What a kernel is: for each gate, and at each tap of a convolution, a matrix from inputs to outputs."""
+    """Dimensions of a kernel: one `[inputs, outputs]` matrix per gate and per convolution tap."""
 
     taps: tuple[int, ...]
-    """The extent of a convolution; empty for a dense layer."""
+    """Spatial size of a convolution; empty for a dense layer."""
 
     inputs: int
     outputs: int
-    """Of one gate."""
+    """Number of outputs of one gate."""
 
     gates: int = 1
-    """How many matrices lie side by side along the outputs; 1 outside of recurrent cells."""
+    """Number of matrices concatenated along the outputs; 1 outside of recurrent cells."""
 
     recurrent: bool = False
-    """Whether its inputs are a cell's own last outputs."""
+    """Whether the inputs are the hidden state of a recurrent cell."""
 
     def draw(self, draw: Draw, key: jax.Array) -> jax.Array:
-        """Draws every gate by itself: `[*taps, inputs, gates * outputs]`."""
+        """Draws each gate with a separate key and returns `[*taps, inputs, gates * outputs]`."""
         shape = (*self.taps, self.inputs, self.outputs)
         return jnp.concatenate(
             [draw(gate_key, shape) for gate_key in jax.random.split(key, self.gates)], axis=-1
@@ -238,7 +263,7 @@ class Kernel(NamedTuple):
 
 
 def find_kernels(params: PyTree) -> dict[KeyPath, Kernel]:
-    """Finds the kernels among the parameters, by the path of their layer."""
+    """Returns the kernels among the parameters, keyed by the path of their layer."""
     leaves = leaves_with_path(params)
     shapes = {
         path[:-1]: leaf.shape for path, leaf in leaves if path[-1:] == ("kernel",) and leaf.ndim > 1
@@ -247,11 +272,13 @@ def find_kernels(params: PyTree) -> dict[KeyPath, Kernel]:
 
 
 def _kernel(path: KeyPath, shapes: dict[KeyPath, tuple[int, ...]]) -> Kernel:
-    shape, name = shapes[path], path[-1] if path else None
+    shape = shapes[path]
+    name = path[-1] if path else None
 
     def beside(name: Hashable) -> KeyPath:
         return (*path[:-1], name)
 
+    # Multi-head attention: flax stores kernels of rank 3, in which the heads have a separate axis.
     in_attention = len(shape) == 3 and all(
         beside(name) in shapes for name in ("query", "key", "value")
     )
@@ -260,6 +287,8 @@ def _kernel(path: KeyPath, shapes: dict[KeyPath, tuple[int, ...]]) -> Kernel:
     if in_attention and name == "out":  # [heads, width of a head, outputs]
         return Kernel((), shape[0] * shape[1], shape[2])
 
+    # All other layers. The number of inputs of a recurrent kernel is the hidden size of the cell,
+    # so a wider layer of the cell computes several gates.
     *taps, inputs, outputs = shape
     recurrent = beside(RECURRENT.get(name)) in shapes
     state = path if recurrent else beside("dense_h") if name == "dense_i" else None
@@ -268,12 +297,12 @@ def _kernel(path: KeyPath, shapes: dict[KeyPath, tuple[int, ...]]) -> Kernel:
 
 
 def leaves_with_path(params: PyTree) -> list[tuple[KeyPath, jax.Array]]:
-    """Lists leaves with the names that lead to them."""
+    """Lists the leaves, each with the names along its path."""
     return [(_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def map_with_path(function: Callable[..., jax.Array], *trees: PyTree) -> PyTree:
-    """Maps the names that lead to a leaf, and the leaf of each tree there."""
+    """Maps `function(path, *leaves)` over trees; `path` holds the names along the path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(_names(path), *leaves), *trees
     )
@@ -284,12 +313,13 @@ def _draw_kernels(
     choose: Callable[[Kernel], Draw],
     check: Callable[[dict[KeyPath, Kernel]], None] = lambda kernels: None,
 ) -> Model:
-    """Draws kernels anew, each from a key of its own, and sets the biases beside them to zero."""
+    """Redraws each kernel with a separate key and sets the biases next to kernels to zero."""
 
     def init(key, inputs):
         params, model_state = model.init(key, inputs)
         kernels = find_kernels(params)
         check(kernels)
+        # `model.init` has used `key` itself, so the kernels derive their keys from another one.
         keys = dict(
             zip(kernels, jax.random.split(jax.random.fold_in(key, 1), len(kernels)), strict=True)
         )
@@ -300,6 +330,7 @@ def _draw_kernels(
                 return leaf
             if path[-1] == "bias":
                 return jnp.zeros_like(leaf)
+            # Attention kernels are drawn as matrices, so the axes of their heads are restored.
             return (
                 kernels[layer]
                 .draw(choose(kernels[layer]), keys[layer])
@@ -313,6 +344,7 @@ def _draw_kernels(
 
 
 def _names(path: tuple[Any, ...]) -> KeyPath:
+    # The entries are `DictKey.key`, `SequenceKey.idx` or `GetAttrKey.name` of `jax.tree_util`.
     return tuple(
         getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))) for entry in path
     )

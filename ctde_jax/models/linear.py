@@ -1,7 +1,8 @@
-"""A dense layer whose gradient is fast on a CPU, where fake devices train.
+"""A dense layer whose gradient is fast on a CPU, on which fake devices train.
 
-The gradient of its kernel is the product `inputs.T @ grads`. Where that is tall and narrow, XLA on a CPU is faster with
-the same product the other way round, `(grads.T @ inputs).T`: its fast library takes no transposed left side.
+The gradient of its kernel is the product `inputs.T @ grads`. If that is tall and narrow, XLA:CPU
+computes the equal product `(grads.T @ inputs).T` faster, because its fast matrix library accepts no
+transposed left operand.
 """
 
 from functools import partial
@@ -12,18 +13,20 @@ from flax import nnx
 from jax import lax
 
 _FEW = 32
-"""Outputs up to which that was faster, by 1.4 to 11 times, in all shapes tried: 16 to 4,096 rows, 128 to 784 inputs.
-Here and below, a row is an example or one of its places."""
+"""Up to this number of outputs, `(grads.T @ inputs).T` was 1.4 to 11 times faster in all shapes
+measured: 16 to 4,096 rows, 128 to 784 inputs. A row is an example or one of its positions."""
 
 _PART = 4
-"""For more outputs it is done where inputs and rows are both at least so many times as many: of nine shapes of 48 to
-512 outputs one was 3 to 9 % slower, the others as fast or up to 1.6 times faster. Elsewhere it went both ways."""
+"""With more outputs, `(grads.T @ inputs).T` is used if the inputs and the rows each number at least
+`_PART` times the outputs. Of nine such shapes with 48 to 512 outputs, one was 3 to 9 % slower, and
+the others were as fast or up to 1.6 times faster. Other shapes gave mixed results."""
 
 
 class Linear(nnx.Linear):
     """An `nnx.Linear` from `[..., inputs]` to `[..., outputs]`.
 
-    It has a gradient of its own, so JAX refuses `jax.jvp` of its outputs, though not of its gradient.
+    It has a custom VJP, so JAX raises an error for `jax.jvp` of its outputs, though not for
+    `jax.jvp` of its gradient.
     """
 
     def __init__(
@@ -38,14 +41,15 @@ def multiply(inputs: jax.Array, kernel: jax.Array, *numbers: Any, **options: Any
     """Multiplies `[..., inputs]` by `[inputs, outputs]`, as `lax.dot_general` does.
 
     Args:
-        inputs: Of any number of axes.
-        kernel: Of the same type.
-        *numbers: What else flax gives to that function, which is always the same here.
-        **options: Likewise.
+        inputs: Array `[..., inputs]` with any number of axes.
+        kernel: Array `[inputs, outputs]` of the same dtype.
+        *numbers: Dimension numbers from flax, ignored because they are always the same here.
+        **options: Other arguments of `lax.dot_general` from flax, ignored for the same reason.
     """
     return _multiply(inputs, kernel)
 
 
+# Only the gradient of the kernel differs from that of JAX.
 @jax.custom_vjp
 def _multiply(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
     return inputs @ kernel
@@ -57,16 +61,21 @@ def _forward(inputs, kernel):
 
 def _backward(seen, grads):
     inputs, kernel = seen
-    rows, grads_of_rows = inputs.reshape(-1, inputs.shape[-1]), grads.reshape(-1, grads.shape[-1])
+    # The gradient of the kernel sums over all leading axes.
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    grads_of_rows = grads.reshape(-1, grads.shape[-1])
 
     def plainly(rows: jax.Array, grads: jax.Array) -> jax.Array:
         return rows.T @ grads
 
     def the_other_way_round(rows: jax.Array, grads: jax.Array) -> jax.Array:
-        across = lax.optimization_barrier(grads.T)  # else XLA puts it back the usual way
+        # Without the barriers, XLA rewrites this as the plain product.
+        across = lax.optimization_barrier(grads.T)
         return lax.optimization_barrier(across @ rows).T
 
-    outputs, to_kernel = kernel.shape[1], plainly
+    # Shapes are static, so one of the products is chosen when the gradient is traced.
+    outputs = kernel.shape[1]
+    to_kernel = plainly
     if outputs <= _FEW or _PART * outputs <= min(rows.shape):
         to_kernel = partial(lax.platform_dependent, cpu=the_other_way_round, default=plainly)
     return grads @ kernel.T, to_kernel(rows, grads_of_rows)

@@ -1,4 +1,4 @@
-"""Any linen module as a model."""
+"""Adapter from any linen module to a `Model`."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -22,13 +22,14 @@ from ctde_jax.models.user_code import reported
 
 
 class _Call(NamedTuple):
-    """How a module is called."""
+    """Mode arguments and random streams with which a module is called."""
 
     modes: Modes
     streams: Mapping[bool, tuple[str, ...]]
-    """The random streams that it asks for, in training and in inference."""
+    """Names of the random streams that it requests in training (True) and inference (False)."""
 
     writes_in_inference: bool
+    """Whether inference fails if the state is immutable."""
 
 
 def from_linen(
@@ -38,26 +39,30 @@ def from_linen(
     train: Mapping[str, Any] = {},
     infer: Mapping[str, Any] = {},
 ) -> Model:
-    """Makes a model of a linen module.
+    """Makes a model from a linen module.
 
-    Whether it trains is passed as the argument that its `__call__`, or its fields, have for it; see `modes.find_modes`.
-    In training, the stream `dropout` has the key that `Model.apply` is given, and any other stream that the module asks
-    for has `jax.random.fold_in(key, zlib.crc32(name.encode()))`. In inference, other streams than `dropout` have keys
-    made of `jax.random.key(0)` in the same way.
+    The mode, training or inference, is set by the mode argument of the module's `__call__` or by
+    its mode fields; see `modes.find_modes`. In training, the random stream `dropout` receives the
+    key of `Model.apply`, and every other stream that the module requests receives
+    `jax.random.fold_in(key, zlib.crc32(name.encode()))`. In inference, streams other than `dropout`
+    receive keys derived from `jax.random.key(0)` in the same way.
 
-    All collections but `params` are state. Parameters that are no floating-point numbers are constants, and part of
-    the state, too. What the module sows or perturbs is dropped: a loss that needs it takes it from the outputs.
-    Partitioning metadata is removed.
+    All collections except `params` are model state. Parameters without a floating-point dtype are
+    constants, and also part of the state. Sown and perturbed values are dropped; if a loss needs
+    them, return them as outputs. Partitioning metadata is removed.
 
     Args:
-        module: A module such as `MyNet(64)`, a class without required fields, or a function that returns a module.
-        batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` of its own keeps that.
-        train: Keyword arguments of `__call__` in training, for those whose meaning cannot be known.
-        infer: The same in inference.
+        module: Module such as `MyNet(64)`, class without required fields, or function that returns
+            a module.
+        batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` takes its
+            statistics over that axis instead.
+        train: Keyword arguments of `__call__` in training whose meaning cannot be inferred.
+        infer: Keyword arguments of `__call__` in inference whose meaning cannot be inferred.
 
     Raises:
-        InputError: It is no unbound linen module, or the meaning of an argument cannot be known. Later, from the
-            functions of the model: the module raised an exception, or its state depends on the number of examples.
+        InputError: If it is not an unbound linen module. The functions of the model raise it if the
+            meaning of an argument cannot be inferred, if the module raises an exception, or if its
+            state depends on the number of examples.
     """
     wrapped = _Wrapped(_built(module), batch_statistics, Modes(train, infer))
     return Model(wrapped.init, wrapped.apply, wrapped.layers)
@@ -69,7 +74,7 @@ class _Wrapped:
     Args:
         network: The module.
         batch_statistics: See `BatchStatistics`.
-        given: The arguments of `__call__` that the user has given for both modes.
+        given: Arguments of `__call__` that the user passed for both modes.
     """
 
     def __init__(self, network: linen.Module, batch_statistics: BatchStatistics, given: Modes):
@@ -82,11 +87,16 @@ class _Wrapped:
         return split_variables(self._variables(self._find_call(inputs), key, inputs))
 
     def apply(self, params, model_state, inputs, key, mask=None):
-        call, variables = self._find_call(inputs), _merged(params, model_state)
+        call = self._find_call(inputs)
+        variables = _merged(params, model_state)
         collections = [name for name in model_state if name != "params"]
+
+        # Inference: the key is fixed, and whatever the module writes to its state is dropped.
         if key is None:
-            arguments, streams, fixed_key = call.modes.infer, call.streams[False], jax.random.key(0)
-            # Batch statistics that are written in inference mean that a layer's mode is wrong: flax raises.
+            arguments = call.modes.infer
+            streams = call.streams[False]
+            fixed_key = jax.random.key(0)
+            # If batch statistics are written in inference, a layer has the wrong mode: flax raises.
             mutable = (
                 [name for name in collections if name != "batch_stats"]
                 if call.writes_in_inference
@@ -97,11 +107,11 @@ class _Wrapped:
                 inferring, variables, inputs, fixed_key, arguments, streams, mutable
             )
             return outputs, model_state
-        arguments, streams, training = (
-            call.modes.train,
-            call.streams[True],
-            _in_mode(self._network, True),
-        )
+
+        # Training: all collections but the constants in "params" may change.
+        arguments = call.modes.train
+        streams = call.streams[True]
+        training = _in_mode(self._network, True)
         with linen.intercept_methods(_counting(Counted(mask, self._batch_statistics))):
             outputs, after = _call_with(
                 training, variables, inputs, key, arguments, streams, collections
@@ -112,7 +122,8 @@ class _Wrapped:
         heard = OrderedDict()
 
         def listen(call, args, kwargs, context):
-            outputs, layer = call(*args, **kwargs), context.module
+            outputs = call(*args, **kwargs)
+            layer = context.module
             in_cell = isinstance(layer.parent, linen.RNNCellBase)
             if (
                 context.method_name == "__call__"
@@ -127,20 +138,24 @@ class _Wrapped:
         return heard
 
     def _find_call(self, inputs) -> _Call:
-        """Finds how the module is called on inputs of this shape and dtype, once."""
+        """Returns how the module is called on inputs of this shape and dtype, cached."""
+        # The number of examples is left out of the key, as it does not change the modes.
         place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
         if place not in self._calls:
             like = jax.ShapeDtypeStruct(jnp.shape(inputs), place[1])
+            # The check calls `init`, which looks up this entry.
             self._calls[place] = _examine(self._network, like, self._given)
             _check_state(self.init, *place)
         return self._calls[place]
 
     def _variables(self, call: _Call, key, inputs):
-        """Returns the variables that exist in inference, and those that exist in training alone."""
-        streams, in_training = call.streams[True], _in_mode(self._network, True)
+        """Initializes the variables of inference, and those that exist only in training."""
+        streams = call.streams[True]
+        in_training = _in_mode(self._network, True)
         everything = _init_as(
             _in_mode(self._network, False), call.modes.infer, key, inputs, streams
         )
+        # Both initializations use the same key, so variables that exist in both modes are equal.
         if in_training is not self._network or call.modes.train:
             more = _init_as(in_training, call.modes.train, key, inputs, streams)
             everything = unflatten_dict({**flatten_dict(more), **flatten_dict(everything)})
@@ -160,12 +175,18 @@ def _call_with(module: linen.Module, variables, inputs, key, arguments, streams,
     arguments = {**arguments, **_random(module, key)}
     with linen.intercept_methods(_sow_nothing), reported("model", "your module", inputs=inputs):
         outputs = module.apply(variables, inputs, **arguments, rngs=rngs, mutable=mutable)
+        # Flax returns a pair only if a collection may change.
         outputs, after = (outputs, {}) if mutable is False else outputs
         return as_outputs(outputs), after
 
 
 def _built(module: Any) -> linen.Module:
-    """Builds the module of a class or function; raises InputError if that is not possible."""
+    """Returns the module of a class or function, or the module itself.
+
+    Raises:
+        InputError: If it cannot be built without arguments, or is not an unbound linen module.
+    """
+    # A linen class or a function is called without arguments.
     if not isinstance(module, linen.Module):
         is_ours = not isclass(module) or issubclass(module, linen.Module)
         if not callable(module) or not is_ours:
@@ -186,13 +207,16 @@ def _built(module: Any) -> linen.Module:
             )
         with reported("module", f"{name}()"):
             module = module()
+
+    # Check the module, whether it was passed or has just been built.
     if not isinstance(module, linen.Module):
         raise InputError("module", f"must be a linen module such as MyNet(64), got {module!r:.60}.")
     if module.scope is not None:
         raise InputError(
             "module", f"must not be bound to variables; pass {type(module).__name__}(...) as built."
         )
-    if not callable(getattr(module, "__call__", None)):  # noqa: B004 - a module without __call__ is not callable
+    # Flax also builds modules that have only other methods.
+    if not callable(getattr(module, "__call__", None)):  # noqa: B004
         raise InputError(
             "module", f"must have a method __call__, and {type(module).__name__} has none."
         )
@@ -204,6 +228,8 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
     asked: set[str] = set()
     key = jax.eval_shape(jax.random.key, 0)
 
+    # An interceptor that notes the streams that a module requests. Linen modules are frozen outside
+    # of setup, hence `object.__setattr__`.
     def note_streams(call, args, kwargs, context):
         module = context.module
         for name in ("make_rng", "has_rng"):
@@ -217,6 +243,7 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
             object.__setattr__(module, name, ask)
         return call(*args, **kwargs)
 
+    # The effect of a call in this mode, or None if the call raises with these arguments.
     def trace(training: bool, arguments: Mapping[str, Any], writes: bool) -> Effect | None:
         module = _in_mode(network, training)
 
@@ -248,22 +275,27 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
             except Exception:
                 return None
             params = {"params": state.pop("params", {})}
-            while (
-                True
-            ):  # a stream whose name is not known yet raises, unless it can be taken from `params`
+            # If a stream has no key, the call raises, unless it can be taken from `params`; by then
+            # its name is noted, so try again until no new name appears.
+            while True:
                 before = len(asked)
                 found = effect_of(run, state, inputs, params)
                 if found is not None or len(asked) == before:
                     return found
 
+    # Mode fields of the module are set by `_in_mode`, so arguments of that name are not modes.
     fixed = tuple(name for name in MODES if isinstance(getattr(network, name, None), bool))
     effect = partial(trace, True, writes=True)
     modes = find_modes(network.__call__, type(network).__name__, effect, given, fixed)
+
+    # Trace with the arguments found, so that only the streams that these calls request are noted.
     asked.clear()
     effect(modes.train)
     in_training = tuple(sorted(asked - {"params"} | {"dropout"})) + (
         ("params",) if "params" in asked else ()
     )
+
+    # Inference has no `dropout` stream: if a layer requests it, the call fails with a hint.
     asked.clear()
     reads_only = trace(False, modes.infer, writes=False) is not None
     in_inference = tuple(sorted(asked - {"dropout"}))
@@ -281,7 +313,8 @@ def _check_state(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -
             flatten_dict(jax.eval_shape(lambda key, inputs: init(key, inputs)[1], key, inputs))
         )
 
-    one, two = leaves(1), leaves(2)
+    one = leaves(1)
+    two = leaves(2)
     for path, leaf in one.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             where = "/".join(map(str, path))
@@ -292,12 +325,13 @@ def _check_state(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -
             raise InputError(
                 "model",
                 "must keep no state whose shape depends on the number of examples, as "
-                f"{'/'.join(map(str, path))} does; turn off its cache (decode=False), or return it as an output.",
+                f"{'/'.join(map(str, path))} does; turn off its cache (decode=False), or return it "
+                "as an output.",
             )
 
 
 def _sow_nothing(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Lets a module sow and perturb without effect, so that its state has the same structure after every step."""
+    """Makes `sow` and `perturb` no-ops, so that every step leaves the same state structure."""
     object.__setattr__(context.module, "sow", lambda *args, **kwargs: False)
     object.__setattr__(
         context.module, "perturb", lambda name, value, collection="perturbations": value
@@ -306,7 +340,7 @@ def _sow_nothing(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
 
 
 def _in_mode(module: linen.Module, training: bool) -> linen.Module:
-    """Sets the fields of a module that say whether it trains; returns the module itself if it has none."""
+    """Sets the mode fields of a module; returns the module itself if it has none."""
     fields: dict[str, Any] = {
         name: value == training
         for name, value in MODES.items()
@@ -316,17 +350,19 @@ def _in_mode(module: linen.Module, training: bool) -> linen.Module:
 
 
 def _random(module: linen.Module, key: jax.Array) -> dict[str, Any]:
-    """Returns the key for an argument of `__call__` that takes one."""
+    """Returns a key for each argument of `__call__` that takes one."""
     names = [name for name in signature(module.__call__).parameters if name in RANDOM]
     return {name: _stream_key(key, name) for name in names}
 
 
 def _stream_key(key: jax.Array, name: str) -> jax.Array:
+    # The hash of a string differs between processes; its checksum does not.
     return key if name == "dropout" else jax.random.fold_in(key, crc32(name.encode()))
 
 
 def split_variables(variables: PyTree) -> tuple[PyTree, PyTree]:
-    """Splits variables into parameters that are differentiated, and everything else."""
+    """Splits linen variables into the parameters to differentiate and the model state."""
+    # Parameters that cannot be differentiated stay under "params" in the state; see `_merged`.
     model_state = dict(variables)
     params = flatten_dict(model_state.pop("params", {}), keep_empty_nodes=True)
     constants = {path: leaf for path, leaf in params.items() if _is_constant(leaf)}
@@ -349,7 +385,7 @@ def _is_constant(leaf: Any) -> bool:
 
 
 def _like(before: PyTree, after: PyTree) -> PyTree:
-    """Gives the state after a step the types it had before; raises InputError for state that is new."""
+    """Casts the state after a step to the dtypes before it; raises InputError for new state."""
     if jax.tree.structure(before) != jax.tree.structure(after):
         new = sorted(
             "/".join(map(str, path)) for path in {*flatten_dict(after)} - {*flatten_dict(before)}
@@ -362,11 +398,11 @@ def _like(before: PyTree, after: PyTree) -> PyTree:
 
 
 def _counting(counted: Counted) -> Callable[..., Any]:
-    """Makes the interceptor that gives batch normalization in training the statistics of the examples that count."""
+    """Makes an interceptor that computes batch statistics over the examples that count."""
 
     def intercept(call, args, kwargs, context):
         layer = context.module
-        # Only flax's own method: what a subclass or a transformed class does around it stays.
+        # Replace only the method of flax: code of a subclass or a lifted class around it stays.
         if context.orig_method.func is not _NORMALIZE or layer.is_initializing():
             return call(*args, **kwargs)
         arguments = signature(_NORMALIZE).bind(layer, *args, **kwargs).arguments
@@ -375,6 +411,8 @@ def _counting(counted: Counted) -> Callable[..., Any]:
         if modes != [False]:  # in inference, or an error that flax reports
             return call(*args, **kwargs)
 
+        # Flax normalizes with the running averages in inference mode: write the statistics of the
+        # batch in their place for this call, and the updated running averages after it.
         running = _running(layer, arguments["x"])
         batch, updated = compute(layer, arguments["x"], running, counted, arguments.get("mask"))
         _write(layer, batch)
@@ -393,6 +431,7 @@ _NORMALIZE = unwrap(linen.BatchNorm.__call__)
 
 
 def _running(layer: linen.BatchNorm, inputs: jax.Array) -> Statistics:
+    # The defaults are the initial values of flax.
     features = layer.axis if isinstance(layer.axis, tuple | list) else (layer.axis,)
     shape = [inputs.shape[axis] for axis in features]
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype

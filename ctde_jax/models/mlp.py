@@ -32,21 +32,28 @@ class MLP(nnx.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps `[examples, ...]` to `[examples, widths[-1]]`."""
         x = inputs.reshape(inputs.shape[0], -1)
+        # The constructor cannot check this, because it does not receive the shape of an input.
         if x.shape[1] != self.layers[0].in_features:
             width = self.layers[0].in_features
             raise InputError(
                 "widths", f"must start with the {x.shape[1]} numbers of an input, got {width}."
             )
+        # The last layer has no activation: it returns logits.
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
 
 
 def mlp(widths: Sequence[int], activation: str = "tanh") -> Model:
-    """Builds a perceptron of these widths, from the input's to the number of classes: `mlp([784, 128, 10])`.
+    """Builds an MLP with these widths, such as `mlp([784, 128, 10])`.
+
+    Args:
+        widths: Size of a flattened input, of each hidden layer, and number of classes.
+        activation: One of `ACTIVATIONS`.
 
     Raises:
-        InputError: The activation's name is not known, or a width is less than 1.
+        InputError: The activation is not known, there are fewer than two widths, or a width is less
+            than 1.
     """
     if len(widths) < 2:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Which arguments of a module's `__call__` tell it whether it trains, by their names or by what they change."""
+"""Finds the mode arguments of a module's `__call__`, by their names or by what they change."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -37,8 +37,9 @@ _TRUE_IN_INFERENCE = (
     "is_test",
 )
 MODES = {**dict.fromkeys(_TRUE_IN_TRAINING, True), **dict.fromkeys(_TRUE_IN_INFERENCE, False)}
-"""Names that are known, and their value in training."""
+"""Known names of mode arguments, and their values in training."""
 
+# Default values by which an argument is recognized as a mode in words.
 _WORDS = (
     "train",
     "training",
@@ -53,29 +54,30 @@ _WORDS = (
 )
 
 RANDOM = ("rngs", "rng", "key", "rng_key", "prng_key")
-"""Names of an argument that takes random streams or a key."""
+"""Names of arguments that take random streams or a key."""
 
 
 class Modes(NamedTuple):
-    """Keyword arguments of a module's `__call__`."""
+    """Keyword arguments of a module's `__call__` in training and in inference."""
 
     train: Mapping[str, Any]
     infer: Mapping[str, Any]
 
 
 class Effect(NamedTuple):
-    """What a call in training does."""
+    """The observable effects of a call in training."""
 
     draws: bool
-    """Whether its outputs or its state depend on its key."""
+    """Whether the outputs or the state depend on the key."""
 
     writes: int
-    """How many arrays of its state it changes."""
+    """Number of arrays of the state that the call changes."""
 
     outputs: PyTree
-    """Shapes and types."""
+    """Shapes and dtypes of the outputs."""
 
     program: str
+    """The printed jaxpr, without addresses."""
 
 
 def effect_of(
@@ -84,7 +86,7 @@ def effect_of(
     """Traces `call(key, state, inputs, *rest) -> (outputs, state)`; returns None if it raises.
 
     Raises:
-        InputError: As the call does.
+        InputError: If the call raises it.
     """
     key = jax.eval_shape(jax.random.key, 0)
     try:
@@ -94,15 +96,20 @@ def effect_of(
     except Exception:
         return None
     outputs, after = shapes
-    count, old = len(jax.tree.leaves(after)), len(jax.tree.leaves(state))
+    count = len(jax.tree.leaves(after))
+    old = len(jax.tree.leaves(state))
+
+    # Dead-code elimination shows which inputs affect a result; the first is the key. The last
+    # `count` results are the state, of which an unchanged array is an input variable itself.
     _, used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars), instantiate=False)
-    before, end = traced.jaxpr.invars[1 : 1 + old], len(traced.jaxpr.outvars)
+    before = traced.jaxpr.invars[1 : 1 + old]
+    end = len(traced.jaxpr.outvars)
     written = [after for after in traced.jaxpr.outvars[end - count :] if after not in before]
     return Effect(used[0], len(written), outputs, without_addresses(str(traced)))
 
 
 def without_addresses(program: str) -> str:
-    """Removes the addresses of functions from a printed program, so that equal programs are equal texts."""
+    """Removes function addresses from a printed program, so that equal programs print equally."""
     return re.sub("0x[0-9a-f]+", "", program)
 
 
@@ -113,22 +120,24 @@ def find_modes(
     given: Modes,
     fixed: tuple[str, ...] = (),
 ) -> Modes:
-    """Finds the arguments that a call needs beside its inputs.
+    """Finds the arguments that a call needs in addition to its inputs.
 
-    A name in `MODES` decides by itself. Any other boolean argument is a mode if it decides whether the call draws
-    random numbers or writes to its state: its value in training is the one with which the call does. A boolean that
-    changes the outputs alone, in values and not in shape, may be a mode or not, so it must be given.
+    An argument with a name in `MODES` is a mode. Any other Boolean argument is a mode if it
+    determines whether the call draws random numbers or writes to its state; its value in training
+    is the one with which the call does so. If a Boolean changes only the values of the outputs, not
+    their shapes, it is ambiguous, and the user must pass it.
 
     Args:
         call: The module's `__call__`.
-        name: The module's class, for errors.
-        effect: Traces a call in training with these keyword arguments.
-        given: Arguments that the user has given.
-        fixed: Names that the module itself has a value for.
+        name: Name of the module's class, for errors.
+        effect: Function that traces a call in training with the given keyword arguments.
+        given: Arguments that the user passed.
+        fixed: Names of arguments for which the module itself has a value.
 
     Raises:
-        InputError: The meaning of an argument cannot be known.
+        InputError: If the meaning of an argument cannot be inferred.
     """
+    # Check the signature: the inputs come first, and the arguments that the user passed exist.
     parameters = list(signature(call).parameters.values())
     if not parameters or parameters[0].kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD):
         raise InputError(
@@ -147,10 +156,11 @@ def find_modes(
                 "model",
                 f"must take the arguments given, and {name}.__call__ has no argument {key}.",
             )
+
+    # Names that are known are modes. A mode in words, such as mode="train", is refused.
     others = [
         other for other in others if other.name not in {*given.train, *given.infer, *RANDOM, *fixed}
     ]
-
     known = {
         other.name: MODES[other.name]
         for other in others
@@ -162,6 +172,9 @@ def find_modes(
             other.default in _WORDS or other.name in ("mode", "phase")
         ):
             raise InputError("model", _sentence(name, other.name))
+
+    # Compare the effects of True and False for every other Boolean or required argument, with False
+    # for the remaining required ones. A `**kwargs` may forward any name in `MODES`.
     base = {
         **known,
         **given.train,
@@ -176,6 +189,8 @@ def find_modes(
         value = _value_in_training(flag, name, base, effect)
         if value is not None:
             known[flag.name] = value
+
+    # In inference a mode has the opposite value. Arguments from the user take precedence.
     return Modes(
         {**known, **given.train},
         {**{key: not value for key, value in known.items()}, **given.infer},
@@ -188,23 +203,31 @@ def _value_in_training(
     base: Mapping[str, Any],
     effect: Callable[[Mapping[str, Any]], Effect | None],
 ) -> bool | None:
-    """Returns the value in training of an argument that turns out to be a mode, else None."""
+    """Returns the value in training of an argument if it is a mode, else None."""
+    # Trace with both values.
     try:
         on, off = (effect({**base, flag.name: value}) for value in (True, False))
     except InputError:
         if flag.default is Parameter.empty:
             raise
         return None  # a value that the call refuses is not needed, as there is a default
+
+    # An argument without a default must have a known meaning.
     if on is None or off is None:
         if flag.default is Parameter.empty:
             raise InputError("model", _sentence(name, flag.name))
         return None
+
+    # In training, a call draws and writes at least as much. If one value draws and the other one
+    # writes, neither is that of training.
     if (on.draws, on.writes) != (off.draws, off.writes):
         if on.draws >= off.draws and on.writes >= off.writes:
             return True
         if on.draws <= off.draws and on.writes <= off.writes:
             return False
         raise InputError("model", _sentence(name, flag.name))
+
+    # Equal effects but other outputs: an ambiguous Boolean.
     changes_values = on.program != off.program and _same_shapes(on.outputs, off.outputs)
     if flag.default is Parameter.empty or (isinstance(flag.default, bool) and changes_values):
         raise InputError("model", _sentence(name, flag.name))
@@ -213,13 +236,15 @@ def _value_in_training(
 
 def _sentence(name: str, argument: str) -> str:
     return (
-        "must be called with its inputs alone, or with a mode of a known name such as train or deterministic, and "
-        f"{name}.__call__ also takes {argument}: pass from_linen or from_nnx(module, train={{'{argument}': ...}}, "
-        f"infer={{'{argument}': ...}}), or several arrays as one."
+        "must be called with its inputs alone, or with a mode of a known name such as train or "
+        f"deterministic, and {name}.__call__ also takes {argument}: pass from_linen or "
+        f"from_nnx(module, train={{'{argument}': ...}}, infer={{'{argument}': ...}}), or several "
+        "arrays as one."
     )
 
 
 def _may_be_boolean(parameter: Parameter) -> bool:
+    # An argument with a known name may take something else, as `test: jax.Array` does.
     is_flag = (
         parameter.default is None
         or parameter.default is Parameter.empty

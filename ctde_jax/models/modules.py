@@ -1,4 +1,4 @@
-"""Whatever a user has: a module, its class, or a function that builds it, as a model."""
+"""Makes a model from a module, its class, or a function that builds it."""
 
 import functools
 from inspect import isclass
@@ -12,6 +12,7 @@ from ctde_jax.models.base import Model
 from ctde_jax.models.linen_modules import from_linen
 from ctde_jax.models.nnx_modules import from_nnx
 
+# Objects that are commonly passed by mistake, by the name of their class.
 _WAYS_OUT = {
     "Trained": "pass its field model",
     "Optimizer": "pass the module, and the optax transformation as the optimizer",
@@ -19,6 +20,7 @@ _WAYS_OUT = {
     "Transformed": "rewrite the function as a flax module",
     "TransformedWithState": "rewrite the function as a flax module",
 }
+# Top-level packages in which the base classes of other libraries are defined.
 _OTHER_LIBRARIES = {
     "equinox": "equinox",
     "haiku": "haiku",
@@ -29,15 +31,18 @@ _OTHER_LIBRARIES = {
 
 
 def as_model(module: Any) -> Model:
-    """Makes a model of an nnx or linen module, its class, or a function that builds it; a model stays as it is.
+    """Makes a model from an nnx or linen module, its class, or a function that builds it.
 
-    A function or class of nnx is given random streams, see `from_nnx`; one of linen is called without arguments.
+    A model is returned unchanged. A class or function that builds an nnx module receives random
+    streams, see `from_nnx`; one that builds a linen module is called without arguments.
 
     Raises:
-        InputError: It is something else; see also `from_nnx` and `from_linen`.
+        InputError: If it is something else; see also `from_nnx` and `from_linen`.
     """
     if isinstance(module, Model):
         return module
+
+    # Refuse what is not a module, by names, as the other libraries may not be installed.
     kind: Any = module if isclass(module) else type(module)
     if isinstance(module, nnx.Optimizer) or kind.__name__ in _WAYS_OUT:
         way_out = _WAYS_OUT.get(kind.__name__, _WAYS_OUT["Optimizer"])
@@ -51,6 +56,8 @@ def as_model(module: Any) -> Model:
                 "model",
                 f"must be a flax module, got {kind.__name__} of {library}; rewrite it in flax.",
             )
+
+    # Linen first: `from_nnx` accepts any callable.
     network: Any = module
     if isinstance(module, linen.Module) or _builds_linen(module):
         return from_linen(network)
@@ -58,19 +65,21 @@ def as_model(module: Any) -> Model:
         return from_nnx(network)
     raise InputError(
         "model",
-        "must be an nnx or linen module, a class or function that builds one, or made by models.mlp(...), "
-        f"models.from_nnx(YourModule) or models.from_linen(YourModule()), got {kind.__name__} {module!r:.60}.",
+        "must be an nnx or linen module, a class or function that builds one, or made by "
+        "models.mlp(...), models.from_nnx(YourModule) or models.from_linen(YourModule()), got "
+        f"{kind.__name__} {module!r:.60}.",
     )
 
 
 def _builds_linen(module: Any) -> bool:
-    """Whether a class, or a function that takes no arguments, builds a linen module."""
+    """Returns whether a class, or a function without arguments, builds a linen module."""
     made = module.func if isinstance(module, functools.partial) else module
     if isclass(made) or not callable(module):
         return isclass(made) and issubclass(made, linen.Module)
     built = []
     try:
-        jax.eval_shape(lambda: built.append(module()))  # an nnx module is not computed
+        # Under `eval_shape` no array of an nnx module is computed.
+        jax.eval_shape(lambda: built.append(module()))
     except Exception:
         return False
     return isinstance(built[0], linen.Module)

@@ -1,17 +1,19 @@
-"""The maximal update parametrization: learning rates that are tuned on a narrow network hold for a wide one.
+"""The maximal update parametrization (muP), in which learning rates transfer across widths.
 
-The model is compared with the same network at a base width, at which nothing changes. A kernel whose inputs grow with
-the width is hidden where its outputs grow as well, and output-like where they do not. All else is input-like: the
-first kernel, embeddings, biases and norms. For Adam (Yang et al., 2022, Table 3), with r times the inputs of the base:
+The model is compared with the same network at a base width, for which nothing changes. A kernel
+whose inputs grow with the width is hidden if its outputs grow as well, and output-like if they do
+not. All other parameters are input-like: the first kernel, embeddings, biases and normalization
+parameters. For Adam (Yang et al., 2022, Table 3), with r the ratio of a kernel's inputs to those at
+base width:
 
-| | deviation at the start | learning rate |
+| | initial standard deviation | learning rate |
 |---|---|---|
-| input-like | as at base | as at base |
+| input-like | as at base width | as at base width |
 | hidden | divided by sqrt(r) | divided by r |
 | output-like | divided by r | divided by r |
 
-Attention needs logits divided by the width of a head rather than its square root, where that width grows. Here it does
-not: widen a transformer by more heads of the same width.
+If the head size grew, attention logits would have to be divided by it rather than by its square
+root. Here the head size is fixed: widen a transformer by adding heads of the same size.
 """
 
 from collections.abc import Callable
@@ -27,19 +29,20 @@ from ctde_jax.models.initializers import find_kernels, leaves_with_path, map_wit
 
 
 def mup(model: Model, base: Model) -> Model:
-    """Gives a model the start of the parametrization.
+    """Returns the model with the initialization of muP.
 
-    A parameter is drawn as the model draws it, and brought to the size, its root mean square, that it has to have.
+    Each parameter is drawn by `model.init` and scaled to the root mean square that muP requires.
 
     Args:
-        model: The network that is trained.
-        base: The same network at the width for which learning rates were tuned.
+        model: Network to train.
+        base: The same network at the width for which the learning rate was tuned.
 
     Raises:
-        InputError: When parameters are first made: the two differ in more than width.
+        InputError: The two networks differ in more than width; raised by `init`.
     """
 
     def init(key, inputs):
+        # The drawn values of the base set the scale, so this works for any initializer.
         params, model_state = model.init(key, inputs)
         at_base, _ = base.init(key, inputs)
         find_growth = _compare(params, at_base)
@@ -47,9 +50,13 @@ def mup(model: Model, base: Model) -> Model:
         def resize(path: KeyPath, leaf: jax.Array, same: jax.Array) -> jax.Array:
             if leaf.shape == same.shape:
                 return leaf
+
+            # Hidden kernels shrink with sqrt(r), output-like ones with r; for all else r is 1.
             in_growth, out_growth = find_growth(path)
             wanted = _size(same) / (in_growth**0.5 if out_growth > 1 else in_growth)
-            return leaf * jnp.where(wanted > 0, wanted / _size(leaf), 1)
+            # A parameter that is zero at either width, as biases usually are, is left as it is.
+            size = _size(leaf)
+            return leaf * jnp.where((wanted > 0) & (size > 0), wanted / jnp.maximum(size, 1e-30), 1)
 
         return map_with_path(resize, params, at_base), model_state
 
@@ -57,16 +64,17 @@ def mup(model: Model, base: Model) -> Model:
 
 
 def scale_learning_rates(base: Model, inputs: jax.typing.ArrayLike) -> optax.GradientTransformation:
-    """Divides the updates of hidden and output-like kernels by how many times more inputs they have than at base.
+    """Divides the updates of hidden and output-like kernels by the growth of their inputs.
 
-    It is chained after an optimizer of Adam's family, whose updates have the learning rate's size whatever the
-    gradient's: `optax.chain(optax.adam(0.01), scale_learning_rates(base, inputs))`. Decoupled weight decay, which is
-    in units of the learning rate, is divided with it.
+    Chain it after an optimizer of the Adam family, whose updates do not scale with the gradient:
+    `optax.chain(optax.adam(0.01), scale_learning_rates(base, inputs))`. Decoupled weight decay is
+    in units of the learning rate, so it is divided as well.
 
     Args:
         base: The same network at the width for which the learning rate was tuned.
-        inputs: One of the training examples or more, `[examples, ...]`; only their shape is read.
+        inputs: One or more training examples, `[examples, ...]`; only the shape is used.
     """
+    # Trace the base without computing its parameters: only their shapes are needed.
     at_base, _ = jax.eval_shape(base.init, jax.eval_shape(jax.random.key, 0), inputs)
 
     def scale(updates: PyTree, params: PyTree = None) -> PyTree:
@@ -77,18 +85,21 @@ def scale_learning_rates(base: Model, inputs: jax.typing.ArrayLike) -> optax.Gra
 
 
 def _compare(params: PyTree, at_base: PyTree) -> Callable[[KeyPath], tuple[float, float]]:
-    """Makes the function from a parameter's path to how many times more inputs and outputs it has than at base."""
+    """Returns a function from a parameter's path to the growth of its inputs and outputs."""
     if _layout(params) != _layout(at_base):
         raise InputError(
             "base",
             "must be the same network as the model in all but its width, of the same depth too.",
         )
-    kernels, at_base = find_kernels(params), find_kernels(at_base)
+    kernels = find_kernels(params)
+    at_base = find_kernels(at_base)
 
     def find_growth(path: KeyPath) -> tuple[float, float]:
+        # Biases, norms and embeddings are input-like whatever their size.
         if path[-1] != "kernel" or path[:-1] not in kernels:
             return 1.0, 1.0
-        kernel, base = kernels[path[:-1]], at_base[path[:-1]]
+        kernel = kernels[path[:-1]]
+        base = at_base[path[:-1]]
         return kernel.inputs / base.inputs, kernel.outputs / base.outputs
 
     return find_growth

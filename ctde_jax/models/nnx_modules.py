@@ -1,4 +1,4 @@
-"""Any nnx module as a model."""
+"""Adapter from any nnx module to a `Model`."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,14 +26,14 @@ class _Abstract(NamedTuple):
 
     graph: Any
     random_state: nnx.State
-    """Shapes and types."""
+    """The random streams, of which only shapes and dtypes are used."""
 
     kind: type
     call: Callable[..., Any]
-    """Its `__call__`, of which only the signature is read."""
+    """The module's `__call__`, of which only the signature is used."""
 
     start: Callable[[int], PyTree] | None
-    """Its method `start`, if it reads a sequence place by place."""
+    """The module's method `start`, if it can process a sequence position by position."""
 
 
 def from_nnx(
@@ -43,31 +43,37 @@ def from_nnx(
     train: Mapping[str, Any] = {},
     infer: Mapping[str, Any] = {},
 ) -> Model:
-    """Makes a model of a function that builds an nnx module, such as `lambda rngs: MyNet(64, rngs=rngs)`.
+    """Makes a model from an nnx module or a function such as `lambda rngs: MyNet(64, rngs=rngs)`.
 
-    `nnx.Param` variables of floating-point numbers are parameters. Any other array is state: other variables, integer
-    parameters, and arrays that are plain attributes. Whether the module trains is set by its methods `train` and
-    `eval`, by its Boolean attributes of a known name, and by the argument that its `__call__` has for it; see
-    `modes.find_modes`. What it sows is dropped: a loss that needs it takes it from the outputs.
+    `nnx.Param` variables with a floating-point dtype are parameters. All other arrays are model
+    state: other variables, integer parameters, and arrays that are plain attributes. The mode,
+    training or inference, is set by the module's methods `train` and `eval`, by its Boolean
+    attributes with a known name, and by the mode argument of its `__call__`; see
+    `modes.find_modes`. Sown values are dropped; if a loss needs them, return them as outputs.
 
-    At every call of `Model.apply` the random streams of the module start again: the i-th of the n arrays of
-    `nnx.state(module, nnx.RngState)`, in the order of `jax.tree.leaves`, becomes
-    `jax.random.split(jax.random.split(key, n)[i], shape)` if it holds keys of this shape, and 0 if it is a
-    count. A `__call__` that takes `rngs` is given `nnx.Rngs(key)`. In inference the key is `jax.random.key(0)`.
+    Every call of `Model.apply` resets the random streams of the module. If
+    `nnx.state(module, nnx.RngState)` has n arrays in the order of `jax.tree.leaves`, the i-th array
+    becomes `jax.random.split(jax.random.split(key, n)[i], shape)` if it holds keys of this shape,
+    and 0 if it is a count. If `__call__` takes `rngs`, it receives `nnx.Rngs(key)`. In inference
+    the key is `jax.random.key(0)`.
 
-    A module that has the methods `start(examples) -> carry` and `step(carry, inputs) -> (outputs, carry)` also reads a
-    sequence place by place.
+    If the module has the methods `start(examples) -> carry` and
+    `step(carry, inputs) -> (outputs, carry)`, the model can also process a sequence position by
+    position.
 
     Args:
-        module: A class or function that builds the module from random streams, `nnx.Rngs`. A module that is already
-            built starts from its weights, whatever the seed; the module itself is not changed.
-        batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` of its own keeps that.
-        train: Keyword arguments of `__call__` in training, for those whose meaning cannot be known.
-        infer: The same in inference.
+        module: Class or function that builds the module from random streams, `nnx.Rngs`. If it is
+            a module instance, every seed starts from the weights of the instance, which itself is
+            not changed.
+        batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` takes its
+            statistics over that axis instead.
+        train: Keyword arguments of `__call__` in training whose meaning cannot be inferred.
+        infer: Keyword arguments of `__call__` in inference whose meaning cannot be inferred.
 
     Raises:
-        InputError: It cannot be built from random streams alone. Later, from the functions of the model: the module
-            raised an exception, or writes to what cannot change in training.
+        InputError: If the module cannot be built from random streams alone. The functions of the
+            model raise it if the module raises an exception, or if it writes to parameters or
+            attributes that must not change in training.
     """
     wrapped = _Wrapped(module, batch_statistics, Modes(train, infer))
     start = wrapped.abstract.start
@@ -80,9 +86,9 @@ class _Wrapped:
     """The functions of a model that calls an nnx module.
 
     Args:
-        module: Builds the module, or is one.
+        module: The module, or a class or function that builds it.
         batch_statistics: See `BatchStatistics`.
-        given: The arguments of `__call__` that the user has given for both modes.
+        given: Arguments of `__call__` that the user passed for both modes.
     """
 
     def __init__(self, module: Any, batch_statistics: BatchStatistics, given: Modes):
@@ -97,19 +103,25 @@ class _Wrapped:
         return _pure(params), _pure(model_state)
 
     def apply(self, params, model_state, inputs, key, mask=None):
-        call, training = self._find_call(inputs), key is not None
+        # Build the module of this call; in inference a fixed key makes the outputs deterministic.
+        call = self._find_call(inputs)
+        training = key is not None
         key = jax.random.key(0) if key is None else key
         module = self.merge(params, model_state, key, training)
         if training:
             _count(module, Counted(mask, self._batch_statistics))
-        attributes, raw_params = _attributes(module), _raw_params(module)
+
+        # An nnx module changes in place, so note what must stay the same before calling it.
+        attributes = _attributes(module)
+        raw_params = _raw_params(module)
         arguments = call.train if training else call.infer
         with reported("model", "your module", inputs=inputs):
             outputs = as_outputs(module(inputs, **arguments, **self.random(key)))
         if not training:
             return outputs, model_state
 
-        # What stays the same from step to step must not have changed.
+        # Attributes and parameters must not change in a step. Compare cheaply first, as the checks
+        # of the consequences trace the module again.
         changed = _changed(attributes, _attributes(module))
         is_written = any(
             one is not other for one, other in zip(raw_params, _raw_params(module), strict=True)
@@ -125,17 +137,18 @@ class _Wrapped:
     def layers(self, params, model_state, inputs):
         key = jax.random.key(0)
         module = self.merge(params, model_state, key, False)
-        heard = _listen(module)
+        heard = _listen(module)  # empty until the module is called
         module(inputs, **self._find_call(inputs).infer, **self.random(key))
         return heard
 
     def step(self, params, model_state, carry, inputs):
         module = self.merge(params, model_state, jax.random.key(0), False)
         outputs, carry = module.step(carry, inputs)
+        # The carry keeps the float32 of `start`, even if the model computes in bfloat16.
         return jnp.asarray(outputs, jnp.float32), optax.tree.cast(carry, jnp.float32)
 
     def merge(self, params, model_state, key, training: bool) -> Any:
-        """Returns the module with these arrays, its random streams begun again, in training or inference mode."""
+        """Returns the module with these arrays and reset random streams, in the given mode."""
         streams = _reseed(self.abstract.random_state, key)
         params, model_state = jax.tree.map(_writable, (params, model_state))
         merged = nnx.merge(self.abstract.graph, params, streams, model_state)
@@ -143,7 +156,7 @@ class _Wrapped:
         return merged
 
     def random(self, key) -> dict[str, Any]:
-        """Returns the random streams that `__call__` takes as an argument."""
+        """Returns the random streams and keys that `__call__` takes as arguments."""
         return _random(self.abstract.call, key)
 
     def _split_made(self, key):
@@ -151,11 +164,13 @@ class _Wrapped:
             return _split(self._make(key))
 
     def _find_call(self, inputs) -> Modes:
-        """Finds the arguments of `__call__` for inputs of this shape and dtype, once."""
+        """Returns the mode arguments of `__call__` for inputs of this shape and dtype, cached."""
+        # The number of examples is left out of the key, as it does not change the modes.
         place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
         if place in self._calls:
             return self._calls[place]
 
+        # The arguments of `run` have the order that `effect_of` expects.
         def effect(arguments):
             def run(key, model_state, inputs, params):
                 merged = self.merge(params, model_state, key, True)
@@ -166,7 +181,8 @@ class _Wrapped:
             params, model_state = jax.eval_shape(self.init, jax.eval_shape(jax.random.key, 0), like)
             return effect_of(run, model_state, like, params)
 
-        call, name = self.abstract.call, self.abstract.kind.__name__
+        call = self.abstract.call
+        name = self.abstract.kind.__name__
         self._calls[place] = find_modes(call, name, effect, self._given)
         return self._calls[place]
 
@@ -174,15 +190,17 @@ class _Wrapped:
 def _check_attributes(
     wrapped: _Wrapped, changed: Mapping[Any, Any], like: Any, arguments: Mapping[str, Any]
 ) -> None:
-    """Raises InputError if the attributes that a call in training has changed change what a later call computes."""
+    """Raises InputError if attributes changed in training alter what a later call computes."""
     later = []
 
     def program(attributes) -> str:
+        # A training step of the module with these attributes, as a printed jaxpr.
         def run(params, model_state, inputs, key):
             merged = wrapped.merge(params, model_state, key, True)
             _set_attributes(merged, attributes)
+            before = _attributes(merged)
             outputs = merged(inputs, **arguments, **wrapped.random(key))
-            later.append(_changed(attributes, _attributes(merged)))
+            later.append(_changed(before, _attributes(merged)))
             return outputs, _pure(nnx.state(merged, is_trained))
 
         return without_addresses(str(jax.make_jaxpr(run)(*like, jax.eval_shape(jax.random.key, 0))))
@@ -191,20 +209,22 @@ def _check_attributes(
         names = ", ".join(sorted(".".join(map(str, (*path, name))) for path, name in changed))
         raise InputError(
             "model",
-            f"must not change {names} in __call__, as Python attributes do not follow compiled steps; make it an "
-            "nnx.Variable that holds an array.",
+            f"must not change {names} in __call__, as Python attributes do not follow compiled "
+            "steps; make it an nnx.Variable that holds an array.",
         )
 
 
 def _check_params(wrapped: _Wrapped, like: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises InputError if a call in training has written another value to a parameter."""
+    """Raises InputError if a call in training wrote a different value to a parameter."""
 
     def run(params, model_state, inputs, key):
         merged = wrapped.merge(params, model_state, key, True)
         merged(inputs, **arguments, **wrapped.random(key))
         return _pure(nnx.state(merged, is_trained))
 
-    with jax.ensure_compile_time_eval():  # some transformations copy parameters, so values decide
+    # Some nnx transformations copy parameters, so an array that is another one may still be equal:
+    # compare values. The caller is usually being traced, hence the evaluation at compile time.
+    with jax.ensure_compile_time_eval():
         ramps, *rest = jax.tree.map(_ramp, like)
         written = jax.jit(run)(ramps, *rest, jax.random.key(0))
         is_same = jax.tree.map(lambda one, other: bool(jnp.array_equal(one, other)), ramps, written)
@@ -216,13 +236,20 @@ def _check_params(wrapped: _Wrapped, like: Any, arguments: Mapping[str, Any]) ->
     if names:
         raise InputError(
             "model",
-            f"must not write to its parameters in __call__, as it does to {names[0]} (nnx.SpectralNorm and "
-            "nnx.WeightNorm do); compute what is written from the parameter instead, or use flax.linen's layer.",
+            f"must not write to its parameters in __call__, as it does to {names[0]} "
+            "(nnx.SpectralNorm and nnx.WeightNorm do); compute what is written from the parameter "
+            "instead, or use flax.linen's layer.",
         )
 
 
 def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
-    """Returns the function from a key to the module; raises InputError if it needs more than random streams."""
+    """Returns a function from a key to the module.
+
+    Raises:
+        InputError: If the module needs more than random streams to be built.
+    """
+    # A clone keeps the current weights, whatever the caller does with the instance later. Values
+    # that it has sown in earlier calls are not state.
     if isinstance(module, nnx.Module):
         built = nnx.clone(module)
         nnx.pop(built, nnx.Intermediate)
@@ -231,6 +258,9 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
         raise InputError(
             "module", f"must be an nnx module, or a function that builds one, got {module!r:.60}."
         )
+
+    # A class or function may require `rngs`, or one argument of any name, which is then taken for
+    # the random streams or a key.
     name = getattr(module, "__name__", type(module).__name__)
     parameters = _parameters(module)
     required = [
@@ -238,16 +268,19 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
         for p in parameters
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    names, streams = [parameter.name for parameter in required], next(iter(required), None)
+    names = [parameter.name for parameter in required]
+    streams = next(iter(required), None)
     takes_rngs = any(parameter.name == "rngs" for parameter in parameters)
     if len([other for other in names if other != "rngs"]) > (0 if takes_rngs else 1):
         arguments = ", ".join(f"{other}=..." for other in names if other != "rngs")
         raise InputError(
             "module",
-            f"must be built from rngs alone, and {name} needs {', '.join(names)}: pass functools.partial({name}, "
-            f"{arguments}), or lambda rngs: {name}(..., rngs=rngs).",
+            f"must be built from rngs alone, and {name} needs {', '.join(names)}: pass "
+            f"functools.partial({name}, {arguments}), or lambda rngs: {name}(..., rngs=rngs).",
         )
 
+    # A required argument with a name of `RANDOM`, except `rngs`, receives a key, unless it is
+    # annotated as nnx.Rngs.
     def make(key: jax.Array) -> nnx.Module:
         rngs = nnx.Rngs(key)
         if takes_rngs:
@@ -274,8 +307,9 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
 
 
 def _parameters(function: Callable[..., Any]) -> list[Parameter]:
-    """Returns the parameters of a function or class, of which nnx hides those of the constructor."""
+    """Returns the parameters of a function, or of the constructor of a class, which nnx hides."""
     if isinstance(function, partial) and isclass(function.func):
+        # None takes the place of `self`.
         function = partial(function.func.__init__, None, *function.args, **function.keywords)
         return list(signature(function).parameters.values())
     if isclass(function):
@@ -284,10 +318,11 @@ def _parameters(function: Callable[..., Any]) -> list[Parameter]:
 
 
 def _abstract(split_made: Callable[[jax.Array], Any], module: Any) -> _Abstract:
-    """Builds the module without computing its arrays."""
+    """Builds the module abstractly, without computing its arrays."""
     if isinstance(module, nnx.Module):
         graph, params, random_state, model_state = split_made(jax.random.key(0))
     else:
+        # `eval_shape` returns only shapes, so the graph leaves the traced function in a list.
         graphs = []
 
         def states_of(key):
@@ -299,6 +334,8 @@ def _abstract(split_made: Callable[[jax.Array], Any], module: Any) -> _Abstract:
             states_of, jax.eval_shape(jax.random.key, 0)
         )
         (graph,) = graphs
+
+    # `start` is bound to a module that may hold shapes only, so it must not read parameters.
     merged: Any = nnx.merge(graph, params, random_state, model_state)
     kind: Any = type(merged)
     if not callable(merged):
@@ -309,12 +346,12 @@ def _abstract(split_made: Callable[[jax.Array], Any], module: Any) -> _Abstract:
 
 
 def is_trained(path: Any, value: Any) -> bool:
-    """Returns whether a variable is a parameter that is differentiated; an nnx filter."""
+    """Returns whether a variable is a parameter to differentiate; serves as an nnx filter."""
     return isinstance(value, nnx.Param) and _is_a(value, jnp.inexact)
 
 
 def is_random(path: Any, value: Any) -> bool:
-    """Returns whether a variable is part of a random stream; an nnx filter."""
+    """Returns whether a variable is part of a random stream; serves as an nnx filter."""
     return isinstance(value, nnx.RngState) or _is_a(value, jax.dtypes.prng_key)
 
 
@@ -325,31 +362,42 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
-    """Splits a module into its graph, its parameters, its random streams and its state."""
+    """Splits a module into its graph, parameters, random streams and model state."""
     for _, node in nnx.iter_graph(module):
         for name, value in vars(node).items() if isinstance(node, nnx.Pytree) else ():
+            # If an array attribute is traced, flax takes it for static: mark it as data.
             if isinstance(value, Tracer) and not node._pytree__nodes.get(name, True):
-                setattr(
-                    node, name, nnx.data(value)
-                )  # flax takes an array for static where it is traced
+                setattr(node, name, nnx.data(value))
+            # An array that flax does not find would leak out of the trace.
             elif not node._pytree__nodes.get(name, False) and _hides_tracer(value):
                 raise InputError(
                     "module",
-                    f"must keep arrays where flax sees them, and the constructor of {type(node).__name__} keeps one "
-                    f"inside {name}; make it an attribute or an nnx.Variable, or build the module first and pass that.",
+                    "must keep arrays where flax sees them, and the constructor of "
+                    f"{type(node).__name__} keeps one inside {name}; make it an attribute or an "
+                    "nnx.Variable, or build the module first and pass that.",
                 )
     graph, *states = nnx.split(module, is_trained, is_random, ...)
     params, random_state, model_state = states
     return graph, params, random_state, model_state
 
 
+def _content(cell: Any) -> Any:
+    """Returns what a closure cell holds; a name that is not assigned yet leaves it empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
 def _hides_tracer(value: Any, depth: int = 3) -> bool:
-    """Whether a function, a container or an object contains an array of the trace that builds the module."""
+    """Returns whether a function, container or object contains an array of the current trace."""
     if isinstance(value, Tracer):
         return True
+    # Flax itself finds the arrays of its modules and variables.
     if depth == 0 or isinstance(value, (nnx.Pytree, nnx.Variable, type)):
         return False
-    parts: list[Any] = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    cells = getattr(value, "__closure__", None) or ()
+    parts: list[Any] = [_content(cell) for cell in cells]
     if isinstance(value, partial):
         parts += [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, (tuple, list)):
@@ -359,18 +407,20 @@ def _hides_tracer(value: Any, depth: int = 3) -> bool:
 
 
 def _writable(leaf: Any) -> Any:
-    """Makes a JAX array of a numpy array, which a module could not write to by index."""
+    """Converts a numpy array to a JAX array, so that a module can write to it by index."""
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _pure(state: nnx.State) -> dict[Any, Any]:
+    # An explicit dtype drops weak types, so that the state has the same types before and after a
+    # step.
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), nnx.to_pure_dict(state)
     )
 
 
 def _set_mode(module: nnx.Module, training: bool) -> None:
-    """Sets the attributes of a module and its parts that say whether it trains."""
+    """Sets the mode of a module and the mode attributes of its submodules."""
     module.train() if training else module.eval()
     for _, part in nnx.iter_modules(module):
         for name in MODES.keys() & vars(part).keys():
@@ -379,7 +429,7 @@ def _set_mode(module: nnx.Module, training: bool) -> None:
 
 
 def _random(call: Callable[..., Any], key: jax.Array) -> dict[str, Any]:
-    """Returns the random streams, or the key, for an argument of `__call__` that takes them."""
+    """Returns the random streams, or the key, for each argument of `__call__` that takes them."""
     given = {}
     for name, parameter in signature(call).parameters.items():
         if name == "rngs" or (name in RANDOM and "Rngs" in str(parameter.annotation)):
@@ -390,11 +440,12 @@ def _random(call: Callable[..., Any], key: jax.Array) -> dict[str, Any]:
 
 
 def _state_after(module: nnx.Module, before: PyTree) -> PyTree:
-    """Returns the state after a step, with the structure and types that it had before.
+    """Returns the state after a step, with the structure and dtypes that it had before.
 
     Raises:
-        InputError: The step has made new state, other than what it sows.
+        InputError: If the step created state other than sown values.
     """
+    # Each filter takes what the earlier ones left, so the last state is without intermediates.
     *_, after = nnx.state(module, is_trained, is_random, nnx.Intermediate, ...)
     after = nnx.to_pure_dict(after)
 
@@ -402,11 +453,11 @@ def _state_after(module: nnx.Module, before: PyTree) -> PyTree:
         if not isinstance(before, dict):
             return jnp.asarray(after, before.dtype)
         for name in after.keys() - before.keys():
-            if not isinstance(after[name], tuple):  # which `sow` makes
+            if not isinstance(after[name], tuple):  # a tuple is made by `sow`
                 raise InputError(
                     "model",
-                    f"must make its variables in the constructor, and {path}{name} is made in __call__; for what is "
-                    "only reported, use a subclass of nnx.Intermediate.",
+                    f"must make its variables in the constructor, and {path}{name} is made in "
+                    "__call__; for what is only reported, use a subclass of nnx.Intermediate.",
                 )
         return {name: pick(after[name], before[name], f"{path}{name}/") for name in before}
 
@@ -414,7 +465,7 @@ def _state_after(module: nnx.Module, before: PyTree) -> PyTree:
 
 
 def _attributes(module: nnx.Module) -> dict[tuple[KeyPath, str], Any]:
-    """Returns the attributes that are not arrays, variables or modules, by the path of their owner and their name."""
+    """Returns attributes other than arrays, variables and modules, by owner's path and name."""
     return {
         (path, name): value
         for path, node in nnx.iter_graph(module)
@@ -428,13 +479,15 @@ def _set_attributes(module: nnx.Module, attributes: Mapping[tuple[KeyPath, str],
     for path, node in list(nnx.iter_graph(module)):
         for (owner, name), value in attributes.items():
             if owner == path:
+                # An array of another trace cannot enter this one; zeros keep its shape and dtype.
                 is_array = isinstance(value, jax.Array)
                 setattr(node, name, jnp.zeros(value.shape, value.dtype) if is_array else value)
 
 
 def _changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Returns the attributes that differ from those before."""
+    """Returns the attributes of `after` that are missing from `before` or differ from it."""
 
+    # Arrays may be tracers, which have no values to compare.
     def is_same(one: Any, other: Any) -> bool:
         if isinstance(one, jax.Array) and isinstance(other, jax.Array):
             return (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -457,6 +510,7 @@ def _raw_params(module: nnx.Module) -> list[Any]:
 
 
 def _ramp(like: jax.ShapeDtypeStruct) -> jax.Array:
+    # The elements of floats are distinct and nonzero, so a write seldom leaves them equal.
     return jnp.linspace(0.5, 1.5, like.size).reshape(like.shape).astype(like.dtype)
 
 
@@ -465,7 +519,7 @@ def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
 
 
 class _CountedBatchNorm(nnx.BatchNorm):
-    """Takes its statistics over the examples that count; the base of every batch normalization in training."""
+    """Base of all batch normalization in training: statistics over the examples that count."""
 
     counted: Counted
 
@@ -473,6 +527,9 @@ class _CountedBatchNorm(nnx.BatchNorm):
         mode = self.use_running_average if use_running_average is None else use_running_average
         if mode is None or mode:  # in inference, or an error that flax reports
             return super().__call__(x, use_running_average, mask=mask)
+
+        # Flax passes the running averages through `promote_dtype` before it normalizes: substitute
+        # the batch's statistics there, and call flax in inference mode, in which it computes none.
         promote_dtype = self.promote_dtype
 
         def with_statistics_of_batch(arrays, dtype):
@@ -490,7 +547,7 @@ class _CountedBatchNorm(nnx.BatchNorm):
 
 
 def _count(module: nnx.Module, counted: Counted) -> None:
-    """Gives batch normalization in training the statistics of the examples that count."""
+    """Makes batch normalization compute its statistics over the examples that count."""
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, nnx.BatchNorm):
             layer.__class__ = _counted_kind(type(layer))
@@ -499,14 +556,14 @@ def _count(module: nnx.Module, counted: Counted) -> None:
 
 @cache
 def _counted_kind(kind: Any) -> type[nnx.BatchNorm]:
-    """Puts `_CountedBatchNorm` between a subclass and `nnx.BatchNorm`, so that what the subclass does stays."""
+    """Inserts `_CountedBatchNorm` between a subclass, whose methods stay, and `nnx.BatchNorm`."""
     if kind is nnx.BatchNorm:
         return _CountedBatchNorm
     return type(kind)(kind.__name__, (kind, _CountedBatchNorm), {})
 
 
 def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
-    """Makes the layers of a module write down what they return; returns the dictionary into which they write."""
+    """Makes layers with a kernel record their first outputs; returns the dictionary of records."""
     heard = OrderedDict()
 
     def listening(kind: Any, path: KeyPath) -> Any:
@@ -517,6 +574,7 @@ def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
 
         return type(kind)(kind.__name__, (kind,), {"__call__": call})
 
+    # Layers of a recurrent cell run inside the scan of `nnx.RNN`, whose tracers must not leave it.
     parts = list(nnx.iter_modules(module))
     cells = {path for path, part in parts if isinstance(part, nnx.RNNCellBase)}
     for path, part in parts:
@@ -527,7 +585,8 @@ def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
 
 
 def _reseed(random_state: nnx.State, key: jax.Array) -> nnx.State:
-    """Gives every random stream of a module its own key, and sets its count to zero."""
+    """Derives a separate key for every random stream of a module, and resets its count to zero."""
+    # Counts use up a key as well: the rule is documented in `from_nnx`, so it must not change.
     leaves, tree = jax.tree.flatten(random_state)
     keys = jax.random.split(key, max(1, len(leaves)))
     is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]

@@ -1,7 +1,8 @@
-"""A small residual network for small pictures, whose blocks normalize before they compute (He et al., 2016).
+"""A small pre-activation residual network for small images (He et al., 2016).
 
-Group normalization (Wu and He, 2018) is the default: an example's answer then depends on no other example, so splitting
-a batch over devices changes nothing. Batch normalization (Ioffe and Szegedy, 2015) couples the examples of a batch.
+Group normalization (Wu and He, 2018) is the default: the outputs for an example then do not depend
+on other examples, so splitting a batch over devices changes nothing. Batch normalization (Ioffe and
+Szegedy, 2015) couples the examples of a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,32 +23,33 @@ GROUPS = 8
 
 NORMS: dict[str, Callable[..., nnx.Module]] = {
     "group": partial(nnx.GroupNorm, num_groups=GROUPS),
-    "batch": partial(
-        nnx.BatchNorm, momentum=0.9
-    ),  # 0.99, the default, would lag by hundreds of steps
+    # The default momentum, 0.99, would make the running averages lag by hundreds of steps.
+    "batch": partial(nnx.BatchNorm, momentum=0.9),
 }
 
 
 class Block(nnx.Module):
-    """Adds to its input what two convolutions make of it, each after a norm and a ReLU."""
+    """A residual block: two 3 x 3 convolutions, each after a normalization and a ReLU."""
 
     def __init__(self, before: int, width: int, stride: int, norm: str, *, rngs: nnx.Rngs):
         self.first_norm = NORMS[norm](before, rngs=rngs)
         self.first = _convolution(before, width, stride, rngs=rngs)
         self.second_norm = NORMS[norm](width, rngs=rngs)
         self.second = _convolution(width, width, rngs=rngs)
+        # The shortcut is the identity if shapes agree, else a 1 x 1 convolution.
         same = before == width and stride == 1
         self.shortcut = None if same else _convolution(before, width, stride, size=1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[examples, height, width, channels]` to as many pixels divided by the stride."""
+        """Maps `[examples, height, width, channels]`; the stride divides height and width."""
+        # A projection reads the activated input, as in the pre-activation networks of the paper.
         active = _activate(self.first_norm, x)
         kept = x if self.shortcut is None else self.shortcut(active)
         return kept + self.second(_activate(self.second_norm, self.first(active)))
 
 
 class ResNet(nnx.Module):
-    """A convolution, stages of blocks that halve the picture from one to the next, and a mean over what is left."""
+    """A convolution, stages of residual blocks, a global mean over pixels and a dense layer."""
 
     def __init__(
         self,
@@ -61,6 +63,8 @@ class ResNet(nnx.Module):
     ):
         self.image_shape = tuple(image_shape)
         self.stem = _convolution(count_channels(image_shape), widths[0], rngs=rngs)
+
+        # The first block of each later stage halves height and width.
         self.blocks = nnx.List([])
         before = widths[0]
         for stage, width in enumerate(widths):
@@ -68,14 +72,16 @@ class ResNet(nnx.Module):
                 halves = stage > 0 and i == 0
                 self.blocks.append(Block(before, width, 2 if halves else 1, norm, rngs=rngs))
                 before = width
+
         self.norm = NORMS[norm](before, rngs=rngs)
         self.out = Linear(before, classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps pictures `[examples, *image_shape]` to `[examples, classes]`."""
+        """Maps images `[examples, *image_shape]` to logits `[examples, classes]`."""
         x = self.stem(as_images(inputs, self.image_shape))
         for block in self.blocks:
             x = block(x)
+        # The last block ends in a convolution, so normalize its output before the mean over pixels.
         return self.out(_activate(self.norm, x).mean(axis=(1, 2)))
 
 
@@ -90,26 +96,30 @@ def resnet(
     """Builds a residual network of `2 * blocks * len(widths) + 2` layers.
 
     Args:
-        image_shape: `(height, width)` or `(height, width, channels)`, as the data set stores a picture.
-        classes: The numbers that come out.
-        widths: The channels of each stage.
-        blocks: The blocks of each stage.
+        image_shape: `(height, width)` or `(height, width, channels)`, as stored by the data set.
+        classes: Number of classes.
+        widths: Number of channels of each stage.
+        blocks: Number of blocks of each stage.
         norm: "group" or "batch".
-        batch_statistics: Over which examples batch normalization takes its mean and variance.
+        batch_statistics: Examples over which batch normalization computes its mean and variance.
 
     Raises:
-        InputError: It is no picture or too small a one, a width is not a multiple of the groups of group
-            normalization, or another option is out of range.
+        InputError: `image_shape` is not the shape of an image or too small for the stages, a width
+            is not a multiple of the `GROUPS` of group normalization, or another argument is out of
+            range.
     """
     if not widths:
         raise InputError("widths", "must name the channels of at least one stage, got none.")
     check_at_least(1, classes=classes, widths=min(widths), blocks=blocks)
     check_known("norm", norm, NORMS)
+
+    # Group normalization splits the channels of every stage into `GROUPS` groups of equal size.
     uneven = [width for width in widths if width % GROUPS]
     if norm == "group" and uneven:
         raise InputError(
             "widths", f"must be multiples of the {GROUPS} groups of a norm, got {uneven[0]}."
         )
+
     check_image_shape(image_shape, halvings=len(widths) - 1)
     return from_nnx(
         lambda rngs: ResNet(image_shape, classes, widths, blocks, norm, rngs=rngs), batch_statistics
@@ -123,6 +133,5 @@ def _convolution(
 
 
 def _activate(norm: nnx.Module, x: jax.Array) -> jax.Array:
-    return nnx.relu(norm(x)).astype(
-        x.dtype
-    )  # a batch norm in bfloat16 gives float32, the type of its statistics
+    # For bfloat16 inputs, batch normalization returns float32, the dtype of its statistics.
+    return nnx.relu(norm(x)).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""Recurrent networks: what was read so far is a state of fixed size, carried from one place to the next.
+"""Recurrent networks: a state of fixed size is carried from one position to the next.
 
-The cells are those of long short-term memory (Hochreiter and Schmidhuber, 1997) and the gated recurrent unit (Cho et
-al., 2014). Dropout falls between the layers and never on the way from place to place (Zaremba et al., 2014).
+The cells are long short-term memory (Hochreiter and Schmidhuber, 1997) and the gated recurrent unit
+(Cho et al., 2014). Dropout applies between layers, never between positions (Zaremba et al., 2014).
 """
 
 from itertools import pairwise
@@ -18,17 +18,18 @@ from ctde_jax.models.linear import Linear
 from ctde_jax.models.nnx_modules import from_nnx
 
 Carry: TypeAlias = tuple[jax.Array, jax.Array] | jax.Array
-"""What a cell remembers, `[examples, width]`: memory and output of an LSTM, or the output of a GRU."""
+"""State of a cell, `[examples, width]` each: memory and output of an LSTM, or output of a GRU."""
 
 CELLS = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell}
 
 
 class Recurrent(nnx.Module):
-    """Layers of cells, each reading what the one before says at every place."""
+    """A stack of recurrent layers, each of which reads the outputs of the layer below."""
 
     def __init__(
         self, features: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs
     ):
+        # The first layer reads the features, every other one the layer below.
         widths = [features] + [width] * layers
         self.layers = nnx.List([nnx.RNN(CELLS[cell](i, o, rngs=rngs)) for i, o in pairwise(widths)])
         self.dropout = Dropout(dropout, rngs=rngs)
@@ -37,15 +38,20 @@ class Recurrent(nnx.Module):
         """Maps `[examples, length, features]` to `[examples, length, width]`."""
         x = self.dropout(x)
         for layer in self.layers:
+            # By default, `nnx.RNN` would start from a float32 state, also for bfloat16 inputs.
             x = self.dropout(layer(x, initial_carry=_empty(layer.cell, x.shape[0], x.dtype)))
         return x
 
     def start(self, examples: int) -> list[Carry]:
-        """Returns the states of all layers before the first place."""
+        """Returns the states of all layers before the first position, float32."""
         return [_empty(layer.cell, examples, jnp.float32) for layer in self.layers]
 
     def step(self, carry: list[Carry], x: jax.Array) -> tuple[jax.Array, list[Carry]]:
-        """Maps the states and `[examples, features]` to `[examples, width]` and the next states, in inference."""
+        """Maps the states and `[examples, features]` to `[examples, width]` and new states.
+
+        This is for inference only, so there is no dropout.
+        """
+        # The cells are called directly, since `nnx.RNN` scans over a length axis.
         after: list[Carry] = []
         for layer, before in zip(self.layers, carry, strict=True):
             state, x = layer.cell(before, x)
@@ -54,7 +60,7 @@ class Recurrent(nnx.Module):
 
 
 class RNNClassifier(nnx.Module):
-    """Says what a sequence is, from the state after its last place."""
+    """Classifies a sequence by the output at its last position."""
 
     def __init__(
         self,
@@ -72,26 +78,28 @@ class RNNClassifier(nnx.Module):
         self.out = Linear(width, classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps `[examples, length, features]` to `[examples, classes]`."""
+        """Maps `[examples, length, features]` to logits `[examples, classes]`."""
         if inputs.ndim != 3 or inputs.shape[2] != self.features:
             raise InputError(
                 "inputs",
-                f"must be sequences [examples, length, {self.features}], got the shape {inputs.shape}.",
+                f"must be sequences [examples, length, {self.features}], "
+                f"got the shape {inputs.shape}.",
             )
+        # All sequences have the same length, so the last position is that of every example.
         return self.out(self.recurrent(inputs)[:, -1])
 
     def start(self, examples: int) -> list[Carry]:
-        """Returns the states before the first place."""
+        """Returns the states before the first position."""
         return self.recurrent.start(examples)
 
     def step(self, carry: list[Carry], inputs: jax.Array) -> tuple[jax.Array, list[Carry]]:
-        """Maps the states and one place `[examples, features]` to `[examples, classes]` and the next states."""
+        """Maps the states and `[examples, features]` to `[examples, classes]` and new states."""
         x, carry = self.recurrent.step(carry, inputs)
         return self.out(x), carry
 
 
 class RNNLanguageModel(nnx.Module):
-    """Predicts the next token at every place, from the state up to there."""
+    """Predicts the next token at every position from the state at that position."""
 
     def __init__(
         self, vocabulary: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs
@@ -109,7 +117,8 @@ class RNNLanguageModel(nnx.Module):
         return self.recurrent.start(examples)
 
     def step(self, carry: list[Carry], tokens: jax.Array) -> tuple[jax.Array, list[Carry]]:
-        """Maps the states and one token `int32[examples]` to logits `[examples, vocabulary]` and the next states."""
+        """Maps the states and `int32[examples]` to `[examples, vocabulary]` and new states."""
+        # `embed` takes sequences, so the tokens get a length axis of 1 for the lookup.
         x, carry = self.recurrent.step(carry, embed(tokens[:, None], self.tokens)[:, 0])
         return self.out(x), carry
 
@@ -122,18 +131,18 @@ def rnn_classifier(
     cell: str = "lstm",
     dropout: float = 0.0,
 ) -> Model:
-    """Builds a classifier of sequences, such as pictures read row by row: `rnn_classifier(28, 10)`.
+    """Builds a classifier of sequences, such as images read row by row: `rnn_classifier(28, 10)`.
 
     Args:
-        features: The numbers at each place of a sequence.
-        classes: The numbers that come out.
-        width: The numbers in the state of a layer.
-        layers: How many there are.
+        features: Number of features at each position of a sequence.
+        classes: Number of classes.
+        width: Hidden size.
+        layers: Number of recurrent layers.
         cell: "lstm" or "gru".
-        dropout: Which share is left out in training, before and after each layer.
+        dropout: Dropout rate before and after each layer.
 
     Raises:
-        InputError: The cell's name is not known, or a number is out of range.
+        InputError: The cell is not known, or a number is out of range.
     """
     check_at_least(1, features=features, classes=classes, width=width, layers=layers)
     check_known("cell", cell, CELLS)
@@ -148,14 +157,14 @@ def rnn_language_model(
     """Builds a language model over the tokens from 0 to `vocabulary - 1`, for texts of any length.
 
     Args:
-        vocabulary: How many tokens there are.
-        width: The numbers in the vector of a token, and in the state of a layer.
-        layers: How many there are.
+        vocabulary: Vocabulary size.
+        width: Embedding size and hidden size.
+        layers: Number of recurrent layers.
         cell: "lstm" or "gru".
-        dropout: Which share is left out in training, before and after each layer.
+        dropout: Dropout rate before and after each layer.
 
     Raises:
-        InputError: The cell's name is not known, or a number is out of range.
+        InputError: The cell is not known, or a number is out of range.
     """
     check_at_least(1, vocabulary=vocabulary, width=width, layers=layers)
     check_known("cell", cell, CELLS)
@@ -165,6 +174,10 @@ def rnn_language_model(
 
 
 def _empty(cell: nnx.RNNCellBase, examples: int, dtype: jax.typing.DTypeLike) -> Carry:
-    """The state before the first place, in the type of the inputs: a float32 one would make all that follows so."""
+    """Returns the state before the first position, all zeros, in the dtype of the inputs.
+
+    A float32 state would promote all outputs of the cell to float32.
+    """
+    # Only the shapes depend on the cell: the states of these cells start at zero.
     like = jax.eval_shape(lambda: cell.initialize_carry((examples, 1), nnx.Rngs(0)))
     return jax.tree.map(lambda part: jnp.zeros(part.shape, dtype), like)

@@ -1,6 +1,7 @@
-"""What a model is trained for: a loss and metrics, each one number for one example.
+"""Tasks of a model: a loss and metrics, each of which returns one number for each example.
 
-Averages are made of these by whoever counts the examples, so they are right for any split into batches and devices.
+The caller sums them and divides by the number of examples, so averages are correct for any split
+into batches and devices.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,45 +34,56 @@ RESERVED = (
     ),
     "objective",
 )
-"""Names that no metric may have: of the other numbers in a row of the history, and of the minimized objective."""
+"""Names that no metric may have: other columns of the history, and the minimized objective."""
 
 
 class Task(NamedTuple):
-    """A loss to be minimized, and metrics to be reported beside it."""
+    """A loss to minimize, and metrics to report with it."""
 
     loss: PerExample
     metrics: Mapping[str, PerExample] = {}
 
     of_the_loss: Mapping[str, Callable[[float], float]] = {}
-    """What is reported as a function of the average loss, such as the perplexity."""
+    """Reported functions of the average loss, such as the perplexity."""
 
     objective: PerExample | None = None
-    """What is minimized where it is not the loss that is reported."""
+    """Function to minimize if it differs from the reported loss."""
 
     predicts: Literal["anything", "classes", "tokens"] = "anything"
-    """What outputs the model must have: `[examples, classes]`, `[examples, length, vocabulary]`, or any."""
+    """Required outputs of the model.
+
+    They are `[examples, classes]` for "classes", `[examples, length, vocabulary]` for "tokens", and
+    any array or pytree for "anything".
+    """
 
     lower_is_better: Collection[str] = ()
-    """The metrics of which less is better, as of the loss and its functions; of the others more is better."""
+    """Metrics for which lower is better, as it is for the loss and its functions.
+
+    For all other metrics, higher is better.
+    """
 
     def measure(self, outputs: PyTree, labels: jax.Array) -> dict[str, jax.Array]:
         """Returns the loss and every metric by name, `float32[examples]` each.
 
         Raises:
-            InputError: One of them is not one number for each example, a metric bears a name of the history's own, or
-                less is better of a metric that there is not.
+            InputError: A function does not return one number for each example, a metric has a
+                reserved name, or `lower_is_better` contains an unknown metric.
         """
+        # Names must not collide with other columns of the history.
         taken = {"loss", *RESERVED} & {*self.metrics, *self.of_the_loss}
         if taken:
             raise InputError(
                 "task", f"must not call a metric {' or '.join(sorted(taken))}; rename it."
             )
+
+        # Only metrics have a choice: lower is always better for the loss and its functions.
         unknown = {*self.lower_is_better} - {*self.metrics}
         if unknown:
             raise InputError(
                 "task",
                 f"must say lower_is_better of its metrics only, got {', '.join(sorted(unknown))}.",
             )
+
         functions = {"loss": self.loss, **self.metrics}
         return {
             name: _per_example(name, function, outputs, labels)
@@ -81,28 +93,34 @@ class Task(NamedTuple):
     def minimized(
         self, outputs: PyTree, labels: jax.Array, measured: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns what is minimized, `float32[examples]`, where `measure` has returned this; raises as that does."""
+        """Returns the values to minimize, `float32[examples]`, given the result of `measure`.
+
+        Raises:
+            InputError: The objective does not return one number for each example.
+        """
         if self.objective is None:
             return measured["loss"]
         return _per_example("objective", self.objective, outputs, labels)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is reported: the loss, the metrics, and what is a function of the loss."""
+        """Reported names: the loss, the metrics, and the functions of the loss."""
         return ("loss", *self.metrics, *self.of_the_loss)
 
     def best(self, name: str, rows: Sequence[Mapping[str, Any]]) -> int | None:
-        """Returns the place of the row that is best by the loss or a metric, of equal ones the first.
+        """Returns the index of the best row by the loss or a metric (ties resolve to the first).
 
-        A row in which it is NaN, or missing, is never best; returns None where there is no other.
+        Rows in which the value is NaN or missing are ignored. If no row is left, returns None.
         """
+        # `min` and `max` are unreliable with NaN, so such rows are excluded first.
         values = [row.get(name, nan) for row in rows]
         places = [place for place, value in enumerate(values) if not isnan(value)]
         first = max if name in self.metrics and name not in self.lower_is_better else min
         return first(places, key=values.__getitem__, default=None)
 
     def averages(self, sums: Mapping[str, float], examples: float) -> dict[str, float]:
-        """Returns the averages of sums over so many examples, and what is a function of the loss."""
+        """Divides sums by the number of examples and adds the functions of the loss."""
+        # Functions of the loss take the average: a mean of perplexities is not the perplexity.
         means = {name: float(sums[name]) / examples for name in ("loss", *self.metrics)}
         return means | {
             name: function(means["loss"]) for name, function in self.of_the_loss.items()
@@ -110,11 +128,14 @@ class Task(NamedTuple):
 
 
 def is_correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Says 1 where the largest output, of equal ones the first, is the label's, else 0; of several, the share.
+    """Returns 1 if the argmax equals the label, else 0 (ties resolve to the lowest index).
 
-    That is `outputs.argmax(-1) == labels`, but among NaNs nothing is right; on a CPU, over many outputs, an argmax
-    would take five times as long.
+    For sequences, returns the fraction of correct positions. Outputs that contain a NaN are never
+    correct. Outputs are `[examples, ..., classes]` with labels `int32[examples, ...]`; the result
+    is `float32[examples]`. On CPU, an argmax over many outputs would take five times as long.
     """
+    # The label's output is beaten by a larger one, an equal one of lower index, or a NaN, for which
+    # `<=` is False.
     own = jnp.take_along_axis(outputs, labels[..., None], axis=-1)
     is_before = lax.broadcasted_iota(jnp.int32, outputs.shape, outputs.ndim - 1) < labels[..., None]
     is_beaten = jnp.any(~(outputs <= own) | ((outputs == own) & is_before), axis=-1)
@@ -122,27 +143,34 @@ def is_correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the negative log-probability of the labels in nats, averaged over the places of an example.
+    """Returns the negative log-likelihood of the labels in nats, averaged over positions.
 
-    Logits are `[examples, classes]` with labels `int32[examples]`, or `[examples, length, vocabulary]` with labels
-    `int32[examples, length]`.
+    Logits are `[examples, classes]` with labels `int32[examples]`, or
+    `[examples, length, vocabulary]` with labels `int32[examples, length]`; the result is
+    `float32[examples]`.
     """
     return _mean_over_places(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def smoothed(task: Task, amount: float) -> Task:
-    """Makes the task minimize the cross-entropy to labels that are mixed with the uniform distribution.
+    """Returns the task with label smoothing in the minimized objective (Szegedy et al., 2016).
 
-    What is reported stays the task's own loss, so that runs can be compared (Szegedy et al., 2016).
+    The objective is the cross-entropy to labels mixed with the uniform distribution. The reported
+    loss does not change, so runs remain comparable.
 
     Args:
-        task: One whose loss is the cross-entropy.
-        amount: The uniform distribution's share, from 0 to less than 1.
+        task: Task whose loss is the cross-entropy.
+        amount: Weight of the uniform distribution, at least 0 and less than 1.
+
+    Raises:
+        InputError: The amount is out of range.
     """
+    # At 1 the objective would not depend on the labels.
     if not 0 <= amount < 1:
         raise InputError("label_smoothing", f"must be at least 0 and less than 1, got {amount}.")
 
     def objective(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        # Cross-entropy is linear in the target, so mix the two losses instead of the targets.
         to_uniform = -_mean_over_places(jax.nn.log_softmax(logits).mean(axis=-1))
         return (1 - amount) * task.loss(logits, labels) + amount * to_uniform
 
@@ -154,19 +182,23 @@ def _mean_over_places(values: jax.Array) -> jax.Array:
 
 
 def _per_example(name: str, function: PerExample, outputs: PyTree, labels: jax.Array) -> jax.Array:
+    # An error raised by user code is reported with the name of the function and its inputs.
     with reported("task", f"your {name}", outputs=outputs, labels=labels):
         values = function(outputs, labels)
+
+    # A scalar, such as a mean over the batch, would broadcast silently in the sums.
     if jnp.shape(values) != labels.shape[:1]:
         raise InputError(
             "task",
-            f"must give one {name} for each example, an array of the shape {labels.shape[:1]}, got the shape "
-            f"{jnp.shape(values)}; leave out the mean over the batch.",
+            f"must give one {name} for each example, an array of the shape "
+            f"{labels.shape[:1]}, got the shape {jnp.shape(values)}; "
+            "leave out the mean over the batch.",
         )
     return values
 
 
 LARGEST_LOSS = 700.0
-"""Of a larger one, in a run that goes astray, the perplexity is not a floating-point number any more."""
+"""Cap of the loss in the perplexity: in a run that diverges, `exp` overflows above 709."""
 
 classification = Task(cross_entropy, {"accuracy": is_correct}, predicts="classes")
 
@@ -179,4 +211,4 @@ language_modeling = Task(
     },
     predicts="tokens",
 )
-"""The next token at every place of a window; each window is one example, and all its places count alike."""
+"""Next-token prediction: a window is one example, and all its positions have equal weight."""

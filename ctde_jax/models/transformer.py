@@ -1,6 +1,6 @@
 """A small decoder-only transformer (Vaswani et al., 2017).
 
-Blocks normalize before they compute, attention looks back only, and positions are learned.
+Blocks normalize their inputs (pre-norm), attention is causal, and position embeddings are learned.
 """
 
 import jax
@@ -14,11 +14,12 @@ from ctde_jax.models.nnx_modules import from_nnx
 
 
 class Block(nnx.Module):
-    """Causal attention, then a perceptron at every place, each added to what came in."""
+    """Causal self-attention and a position-wise MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        # `mix` and `contract` end the residual branches; `initializers.residual` needs these names.
         self.query, self.key, self.value, self.mix = (
             Linear(width, width, use_bias=False, rngs=rngs) for _ in range(4)
         )
@@ -27,22 +28,25 @@ class Block(nnx.Module):
         self.contract = Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
-        """Maps `[examples, length, width]` to the same shape; dropout falls on what is added."""
+        """Maps `[examples, length, width]` to the same shape; dropout applies to both branches."""
 
         def split_heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.heads, -1)
 
+        # Attention branch.
         normed = self.attention_norm(x)
         query, key, value = (
             split_heads(layer(normed)) for layer in (self.query, self.key, self.value)
         )
         seen = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         x = x + dropout(self.mix(seen.reshape(x.shape)))
+
+        # MLP branch.
         return x + dropout(self.contract(nnx.gelu(self.expand(self.perceptron_norm(x)))))
 
 
 class Transformer(nnx.Module):
-    """Predicts the next token at every place of a window."""
+    """Predicts the next token at every position of a window."""
 
     def __init__(
         self,
@@ -66,11 +70,15 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`."""
         x = embed(tokens, self.tokens)
-        length, longest = x.shape[1], self.places.num_embeddings
+        # A longer input would fail only in the addition below, or broadcast a table of one row.
+        length = x.shape[1]
+        longest = self.places.num_embeddings
         if length > longest:
             raise InputError(
                 "length", f"must be at least the {length} tokens of an input, got {longest}."
             )
+
+        # Tokens and positions are embedded; dropout also applies to their sum.
         x = self.dropout(x + self.places.embedding[None, :length])
         for block in self.blocks:
             x = block(x, self.dropout)
@@ -88,12 +96,12 @@ def transformer(
     """Builds the decoder over the tokens from 0 to `vocabulary - 1`.
 
     Args:
-        vocabulary: How many tokens there are.
-        length: The tokens of the longest window.
-        width: The numbers in the vector of a token.
-        blocks: How many there are.
-        heads: The parts that attention splits a vector into.
-        dropout: Which share is left out in training, of the embedding and of what each block adds.
+        vocabulary: Vocabulary size.
+        length: Maximum number of tokens in a window.
+        width: Embedding size.
+        blocks: Number of blocks.
+        heads: Number of attention heads.
+        dropout: Dropout rate of the embeddings and of the branches of each block.
 
     Raises:
         InputError: The heads do not divide the width, or a number is out of range.

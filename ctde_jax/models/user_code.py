@@ -1,4 +1,4 @@
-"""An exception in a user's module or loss, as one sentence with the shapes it was called with and its own line."""
+"""Reports exceptions in user code as one sentence, with the argument shapes and the source line."""
 
 import linecache
 import re
@@ -22,12 +22,15 @@ from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, shortened
 
 _PACKAGES = [str(Path(str(package.__file__)).parent) for package in (flax, jax, np, optax)]
-_OURS, _STANDARD = str(Path(__file__).parents[1]), sysconfig.get_path("stdlib")
+_OURS = str(Path(__file__).parents[1])
+_STANDARD = sysconfig.get_path("stdlib")
 
+# From here on, messages of JAX describe the place of the error in the trace, or link to a page.
 _WHERE_IN_JAX = re.compile(
     r" The error occurred| The problem arose| This concrete value| See https| \(https"
 )
 
+# Exceptions that are not the fault of user code, such as exhausted memory.
 _PASSED_ON = (InputError, MemoryError, jax.errors.JaxRuntimeError)
 
 _NOT_TRACEABLE = (
@@ -40,22 +43,23 @@ _NOT_TRACEABLE = (
 
 @contextmanager
 def reported(option: str, subject: str, **arguments: PyTree) -> Iterator[None]:
-    """Turns an exception in code of the user's into a sentence.
+    """Replaces an exception in user code by an `InputError` with one sentence.
 
     Args:
-        option: The argument that contains the code.
-        subject: What is called, such as "your module".
-        **arguments: What it is called with.
+        option: Name of the argument that contains the code.
+        subject: Description of the code that is called, such as "your module".
+        **arguments: Arguments of the call, by name.
 
     Raises:
-        InputError: Instead of any other exception, which is its cause. Exceptions that are no fault of the code, such
-            as exhausted memory, pass unchanged.
+        InputError: If the code raises an exception, which becomes the cause. Exceptions that are
+            not the fault of the code, such as exhausted memory, propagate unchanged.
     """
     try:
         yield
     except _PASSED_ON:
         raise
     except Exception as error:
+        # The first sentences of the message, on one line.
         with_what = " and ".join(f"{name} {describe(value)}" for name, value in arguments.items())
         reason = shortened(_WHERE_IN_JAX.split(" ".join(str(error).split()))[0]).rstrip(". ")
         where = _own_line(error)
@@ -68,7 +72,7 @@ def reported(option: str, subject: str, **arguments: PyTree) -> Iterator[None]:
 
 
 def describe(tree: PyTree) -> str:
-    """Describes arrays by dtype and shape, such as `float32[8, 28, 28]` or `(float32[8, 3], float32[8, 6])`."""
+    """Describes arrays by dtype and shape, e.g. `float32[8, 28]` or `(float32[8, 3], int32[8])`."""
     if isinstance(tree, dict):
         return f"{{{', '.join(f'{key!r}: {describe(value)}' for key, value in tree.items())}}}"
     if isinstance(tree, (tuple, list)):
@@ -79,7 +83,7 @@ def describe(tree: PyTree) -> str:
 
 
 def _own_line(error: Exception) -> str:
-    """Returns the innermost line that belongs to no library, in parentheses."""
+    """Returns the innermost source line outside of libraries, in parentheses."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         file = frame.f_code.co_filename
         if not _is_library(file):
@@ -89,8 +93,10 @@ def _own_line(error: Exception) -> str:
 
 
 def _is_library(file: str) -> bool:
+    # A notebook cell is user code; other names in angle brackets, such as <string>, are not.
     if file.startswith("<ipython"):
         return False
+    # Installed packages lie inside the folder of the standard library, but may be user code.
     is_installed = "site-packages" in file or "dist-packages" in file
     return file.startswith((*_PACKAGES, _OURS, "<")) or (
         file.startswith(_STANDARD) and not is_installed
@@ -98,18 +104,25 @@ def _is_library(file: str) -> bool:
 
 
 def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
-    """Names the way out of the usual mistakes."""
-    text, inputs = str(error), arguments.get("inputs")
+    """Returns a sentence that resolves a common mistake, or an empty string."""
+    text = str(error)
+    inputs = arguments.get("inputs")
+
+    # Code that cannot be traced.
     if isinstance(error, _NOT_TRACEABLE):
         return (
-            "It is compiled: use jnp.where or lax.cond in place of if, and jnp or lax in place of numpy and Python "
-            "numbers. If only the constructor does this, build the module first and pass the instance."
+            "It is compiled: use jnp.where or lax.cond in place of if, and jnp or lax in place of "
+            "numpy and Python numbers. If only the constructor does this, build the module first "
+            "and pass the instance."
         )
     if isinstance(error, jax.errors.UnexpectedTracerError):
         return (
-            "An array made in the constructor is kept where flax does not see it, such as a closure or a list: make "
-            "it an attribute or an nnx.Variable, or build the module first and pass the instance."
+            "An array made in the constructor is kept where flax does not see it, such as a "
+            "closure or a list: make it an attribute or an nnx.Variable, or build the module first "
+            "and pass the instance."
         )
+
+    # Modes and random streams, recognized by the error texts of flax and JAX.
     if isinstance(error, InvalidRngError) and '"dropout"' in text:
         return (
             "Dropout is active in inference: give __call__ an argument such as train, or pass "
@@ -120,25 +133,38 @@ def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
     if "no `rngs` argument was provided" in text:
         return "Build the layer with random streams, as nnx.Dropout(0.1, rngs=rngs)."
     if "deterministic" in text or "use_running_average" in text:
-        return "Give __call__ an argument such as train, and pass deterministic=not train on to the layer."
+        return (
+            "Give __call__ an argument such as train, and pass deterministic=not train on to the "
+            "layer."
+        )
     if isinstance(error, ModifyScopeVariableError) and "batch_stats" in text:
-        return "A layer trains in inference: give __call__ an argument such as train, and pass it on to the layer."
+        return (
+            "A layer trains in inference: give __call__ an argument such as train, and pass it on "
+            "to the layer."
+        )
+
+    # Shapes and dtypes of the inputs.
     if inputs is None or not hasattr(inputs, "dtype"):
         return ""
     return _hint_for_inputs(error, text, where, inputs)
 
 
 def _hint_for_inputs(error: Exception, text: str, where: str, inputs: Any) -> str:
-    """Names the way out if the shape or the dtype of the inputs is the reason."""
+    """Returns a hint if the shape or the dtype of the inputs is the reason, or an empty string."""
     is_type_or_value = isinstance(error, (TypeError, ValueError))
     if (
         "integer" in text.lower()
         and is_type_or_value
         and jnp.issubdtype(inputs.dtype, jnp.floating)
     ):
-        return "It reads integers: pass integer features to data.from_arrays, which reach it unchanged."
+        return (
+            "It reads integers: pass integer features to data.from_arrays, which reach it "
+            "unchanged."
+        )
     if "reshape" in text and "reshape" in where:
         return "It is called with batches of any size: reshape to (len(x), -1)."
+
+    # If a layer receives the shape of the inputs, it is taken for the first one.
     layer = _layer_with_other_features(error)
     is_first = layer is not None and layer.given.shape[1:] == inputs.shape[1:]
     if (
@@ -156,32 +182,36 @@ def _hint_for_inputs(error: Exception, text: str, where: str, inputs: Any) -> st
         return "A convolution needs a channel axis: x[..., None]."
     if layer.axes == 0 and is_first and layer.wanted == prod(inputs.shape[1:]):
         return "Flatten its inputs: x.reshape(len(x), -1)."
-    return f"{layer.kind} was built with in_features={layer.wanted}, but its inputs have {length} in the last axis."
+    return (
+        f"{layer.kind} was built with in_features={layer.wanted}, but its inputs have {length} in "
+        "the last axis."
+    )
 
 
 class _Layer(NamedTuple):
-    """A layer of flax that was built for another number of input features than its inputs have."""
+    """A flax layer that was built for a different number of features than its inputs have."""
 
     kind: str
     wanted: int
     given: jax.Array
     axes: int
-    """How many axes the inputs of a convolution have, or 0."""
+    """Number of axes of the inputs that a convolution requires, or 0 for other layers."""
 
 
 def _layer_with_other_features(error: Exception) -> _Layer | None:
-    """Returns the outermost such layer among those that were called when the error was raised."""
+    """Returns the outermost such layer among those that were active when the error was raised."""
+    # The layers of flax have the arguments `self` and `inputs`. A traceback starts at the outermost
+    # frame.
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        layer, given = frame.f_locals.get("self"), frame.f_locals.get("inputs")
+        layer = frame.f_locals.get("self")
+        given = frame.f_locals.get("inputs")
         is_of_flax = frame.f_code.co_filename.startswith(_PACKAGES[0]) and isinstance(
             layer, nnx.Module
         )
         if not is_of_flax or not isinstance(given, jax.Array):
             continue
-        wanted, kernel_size = (
-            getattr(layer, "in_features", None),
-            getattr(layer, "kernel_size", None),
-        )
+        wanted = getattr(layer, "in_features", None)
+        kernel_size = getattr(layer, "kernel_size", None)
         if isinstance(wanted, int) and given.ndim and given.shape[-1] != wanted:
             axes = 0 if kernel_size is None else len(kernel_size) + 2
             return _Layer(f"nnx.{type(layer).__name__}", wanted, given, axes)

@@ -1,4 +1,4 @@
-"""What the devices compute: state, gradient, round, evaluation."""
+"""The computation on the devices: state, gradient, round, evaluation."""
 
 from ctde_jax.rounds import exact, guard, state
 from ctde_jax.rounds.evaluate import Averages, make_evaluate

@@ -1,4 +1,4 @@
-"""Exact averages over a split: every example is counted once, on any number of devices and for any batch size."""
+"""Exact averages over a split: each example counts once, on any number of devices."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,13 +17,16 @@ from ctde_jax.models import Model, Task
 from ctde_jax.rounds.feed import prefetched
 
 Averages = dict[str, float]
-"""`loss`, each metric and what is a function of the loss, as means over the examples, and `examples`, their number."""
+"""Means over the examples of `loss`, of each metric and of functions of the loss; and `examples`.
+
+`examples` is the number of examples.
+"""
 
 LABELS_AT_ONCE = 2**16
-"""So long windows of a text are evaluated a few at a time."""
+"""Labels in a batch by default: long windows of a text are evaluated a few at a time."""
 
 BYTES_AT_ONCE = 2**25
-"""A split on disk is evaluated in pieces of so many bytes, or of a batch where that is more."""
+"""Bytes in the pieces in which a split on disk is evaluated, unless a batch is larger."""
 
 
 def make_evaluate(
@@ -37,18 +40,19 @@ def make_evaluate(
 ) -> Callable[[PyTree, PyTree], Averages]:
     """Makes the function that averages over a split.
 
-    The devices hold the split, a part on each, and average in one dispatch. Of a split on disk they get some batches at
-    a time, read while they compute those before.
+    The devices hold the split, a part on each, and compute the averages in one dispatch. A split on
+    disk is read a few batches at a time, while the devices compute the batches before.
 
     Args:
-        model: Evaluated without a key, that is in inference mode.
-        task: Its loss and metrics are averaged.
-        split: At least one example.
-        devices: One replica on each.
-        params: Replicated on the devices; the function is compiled for parameters like these.
-        model_state: Likewise.
-        batch_size: Examples computed at once on all devices together, rounded up to a multiple of them; by default
-            `LABELS_AT_ONCE` labels of them, and at most 1,024.
+        model: Model, evaluated without a key, that is in inference mode.
+        task: Task whose loss and metrics are averaged.
+        split: Examples, at least one.
+        devices: Devices, with one replica on each.
+        params: Parameters, replicated on the devices; the function is compiled for arrays like
+            these.
+        model_state: Model state, replicated too.
+        batch_size: Global batch size, rounded up to a multiple of the number of devices; by default
+            as many examples as have `LABELS_AT_ONCE` labels, and at most 1,024.
 
     Returns:
         `evaluate(params, model_state)`.
@@ -62,16 +66,20 @@ def make_evaluate(
             "split",
             f"must have one label for each example, got {len(split.labels)} for {examples}.",
         )
+
+    # Shape of a piece: one piece for a split in memory, limited in bytes for a split on disk.
     batch_size = batch_size or min(1024, max(1, LABELS_AT_ONCE // prod(split.labels.shape[1:])))
     per_replica = ceil(min(batch_size, examples) / len(devices))
     batches = ceil(examples / (per_replica * len(devices)))
     if split.is_on_disk:
         example_bytes = sum(array.dtype.itemsize * prod(array.shape[1:]) for array in split)
         batches = min(batches, ceil(BYTES_AT_ONCE / (example_bytes * per_replica * len(devices))))
-    shape, here = (len(devices), batches, per_replica), replica.own(devices)
+    shape = (len(devices), batches, per_replica)
+    here = replica.own(devices)
 
     def piece(first: int) -> tuple[Split, jax.Array]:
-        """Returns as many examples as there are places from this one on, and which places have one."""
+        """Returns the examples from `first` on that fill one piece, and the mask of examples."""
+        # Places beyond the last example repeat the first ones, and are masked.
         numbers = np.arange(first, first + prod(shape)).reshape(shape)[here]
         inputs, labels = (
             array[numbers.ravel() % examples].reshape(*numbers.shape, *array.shape[1:])
@@ -97,22 +105,29 @@ def make_evaluate(
 
             return jax.tree.map(add, sums, measured), None
 
+        # Counts are int32, as float32 is exact only up to 2**24.
         zeros = dict.fromkeys(["loss", *task.metrics], jnp.float32(0)) | {"examples": jnp.int32(0)}
         sums, _ = lax.scan(add_batch, zeros, part)
         return lax.psum(sums, AXIS)
 
-    # of three arguments with three leaves in all, pmap would take in_axes leaf by leaf
+    # `center` is one argument: if there were as many arguments as leaves, pmap would apply in_axes
+    # leaf by leaf.
     sum_up = replica.parallel(sum_up, devices, in_axes=(None, 0), out_axes=None)
+
+    # Compiled once, as all pieces have the shape of the first.
     held = [piece(0)]
     compiled = replica.compiled(replica.lowered(sum_up, (params, model_state), held[0]), devices)
 
     def evaluate(params: PyTree, model_state: PyTree) -> Averages:
+        # The first piece stays on the devices; further ones exist only if the split is on disk.
         rest = (piece(first) for first in range(prod(shape), examples, prod(shape)))
         with prefetched(rest) if split.is_on_disk else nullcontext(rest) as rest_of_pieces:
             parts = [
                 jax.device_get(compiled((params, model_state), each))
                 for each in chain(held, rest_of_pieces)
             ]
+
+        # Pieces are added in float64.
         sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
         assert sums["examples"] == examples, f"counted {sums['examples']} of {examples} examples"
         return task.averages(sums, examples) | {"examples": examples}

@@ -1,8 +1,10 @@
-"""Training whose bits do not depend on the number of devices: the third way to advance, beside synchronous and local.
+"""Training whose bits do not depend on the number of devices.
 
-A batch is always cut into 8 shards. Every replica gathers the gradients of all shards and sums them in one order, so 1,
-2, 4 and 8 fake CPU devices compute the same bits. XLA must then compile each part alike on any number of devices, which
-the barriers, loops and conditionals below achieve; `replica.compiled` switches off two of its rewrites.
+This is the third kind of round, besides synchronous and local ones. A batch is always cut into 8
+shards. Every replica gathers the gradients of all shards and sums them in the same order, so 1, 2,
+4 and 8 fake CPU devices compute the same bits. XLA must then compile each part in the same way for
+any number of devices. The barriers, loops and conditionals below achieve this;
+`replica.compiled(exact=True)` also turns off multi-threaded Eigen and the algebraic simplifier.
 """
 
 from collections.abc import Callable
@@ -28,10 +30,13 @@ from ctde_jax.rounds.state import TrainState
 from ctde_jax.rounds.sums import Sums, mean_objective, with_learning_rate
 
 Advance = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
-"""`advance(state, split, batches, key) -> (state, sums over the replica's own examples, float32[steps])`"""
+"""`advance(state, split, batches, key) -> (state, sums over the replica's examples)`
+
+The sums are float32[steps].
+"""
 
 Step = Callable[..., TrainState]
-"""`step(state, grads, value=...) -> state`: the update of the optimizer."""
+"""`step(state, grads, value=...) -> state`, the update of the optimizer."""
 
 
 def check_sizes(replicas: int, batch_size: int, accumulate: int) -> None:
@@ -55,7 +60,7 @@ def check_sizes(replicas: int, batch_size: int, accumulate: int) -> None:
 def check_model(
     model: Model, params: PyTree, model_state: PyTree, inputs: jax.typing.ArrayLike
 ) -> None:
-    """Raises InputError for a model whose shards depend on each other; only shapes and dtypes are read."""
+    """Raises InputError if a model's shards depend on each other; reads only shapes and dtypes."""
     if meets_replicas(
         model, params, model_state, jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.result_type(inputs))
     ):
@@ -70,21 +75,24 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
     """Makes the round of one step on the gradient of all shards.
 
     Args:
-        gradient: Made by `make_exact_gradient`.
-        step: The update of the optimizer.
+        gradient: Gradient function, made by `make_exact_gradient`.
+        step: Update of the optimizer.
     """
 
     def exact(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        # The gradient is already that of all replicas, so the reducer is not used.
         (indices,) = batches
         _, gradient_key = step_keys(key, state.step)
         grads, model_state, sums = gradient(
             state.params, state.model_state, split, indices, gradient_key
         )
+
+        # Every replica takes the same step, compiled apart from the gradient.
         state = state._replace(model_state=model_state)
         exact_step = partial(step, value=partial(mean_objective, sums))
         state = _compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
 
-        # Every replica has the sums over all examples; one of them is enough.
+        # Every replica has the sums over all examples; only the first one reports them.
         is_first = lax.axis_index(AXIS) == 0
         sums = with_learning_rate(sums, state.opt_state)
         return state, jax.tree.map(lambda x: jnp.where(is_first, x, 0)[None], sums)
@@ -93,22 +101,27 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
 
 
 def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gradient:
-    """Makes the gradient of the examples of all replicas, whose bits do not depend on how many there are.
+    """Makes the gradient over the examples of all replicas, the same bits for any number of them.
 
-    A batch is always cut into `SHARDS` shards, of which a replica computes its own, one after another. Then every
-    replica gets the gradients of all and sums them by pairs, so in an order that never changes. The sums over examples
-    are those of all replicas, too. Batch statistics are those of a shard.
+    A batch is always cut into `SHARDS` shards, and each replica computes its shards one after
+    another. Then every replica gathers the gradients of all shards and sums them pairwise, in an
+    order that never changes. The sums over examples are also those of all replicas. Batch
+    statistics are those of a shard.
 
-    Each replica sends its shards' gradients to all others: `8 (R - 1) / R * 4 n` bytes for n numbers.
+    Each replica sends its shards' gradients to all others: `8 (R - 1) / R * 4 n` bytes for n
+    numbers.
     """
     on_shard = make_on_shard(model, task, augment)
 
     def gradient(params, model_state, split, indices, key):
         check_model(model, params, model_state, split.inputs[:1])
+
+        # The shards of this replica, int32[shards, per_shard].
         (examples,), (numbers,) = cut_into_shards(indices, 1, SHARDS)
 
         def of_shard(shard):
-            # the barriers keep XLA from rewriting this together with what differs on more devices
+            # Barriers keep XLA from rewriting this together with code that depends on the number of
+            # devices.
             (examples, number), params, start = lax.optimization_barrier((shard, *center))
 
             def objective(params):
@@ -118,14 +131,21 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
             grads, (new_model_state, sums) = jax.grad(objective, has_aux=True)(params)
             return lax.optimization_barrier((grads, new_model_state, sums))
 
+        # Compute the shards of this replica, and gather those of all: `[SHARDS, ...]`.
         center = (params, model_state)
         grads, states, sums = _of_all_shards(
             _one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0))
         )
-        weights, sums = sums["examples"], jax.tree.map(_sum_in_order, sums)
+
+        # Sum over the shards in a fixed order, and divide once.
+        weights = sums["examples"]
+        sums = jax.tree.map(_sum_in_order, sums)
         total = jnp.maximum(sums["examples"], 1)
 
         def mean_state(shards: jax.Array, before: jax.Array) -> jax.Array:
+            # As in `replica.agreed_state`: a number that no shard has changed keeps its bits, other
+            # floats become the mean weighted by examples, and integers, booleans and keys the
+            # largest.
             each = jnp.expand_dims(weights, range(1, shards.ndim))
             if jnp.issubdtype(shards.dtype, jnp.inexact):
                 weighted = lax.optimization_barrier(jnp.where(each > 0, shards * each, 0))
@@ -147,9 +167,10 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
 def _one_after_another(
     function: Callable[[PyTree], PyTree], arguments: PyTree, is_wanted: jax.Array
 ) -> PyTree:
-    """Maps a function over the first axis, or returns zeros.
+    """Maps a function over the first axis in a loop; returns zeros unless `is_wanted`.
 
-    XLA does not know how often the loop turns, so it compiles the function in the same way for one turn and for eight.
+    XLA does not know the trip count, so it compiles the function in the same way for one iteration
+    and for eight.
     """
     count = len(jax.tree.leaves(arguments)[0])
 
@@ -161,6 +182,7 @@ def _one_after_another(
             lambda all_results, one: all_results.at[number].set(one), so_far, of(number)
         )
 
+    # Results are collected in arrays with the shapes of an abstract call.
     empty = jax.tree.map(
         lambda like: jnp.zeros((count, *like.shape), like.dtype), jax.eval_shape(of, jnp.int32(0))
     )
@@ -170,25 +192,27 @@ def _one_after_another(
 def _compiled_apart(
     function: Callable[..., PyTree], has_examples: jax.Array, *arguments: PyTree, otherwise: PyTree
 ) -> PyTree:
-    """Calls a function where there are examples, and returns something like its result where there are none.
+    """Returns `function(*arguments)` if there are examples, otherwise `otherwise`.
 
-    The compiler, which cannot know where, compiles the function apart from what stands around it, and that differs with
-    the number of devices. Together they would be rounded otherwise: of a product and a sum that meet in one kernel a
-    CPU makes one operation. (For CPUs, XLA takes optimization barriers away before it makes kernels.)
+    The condition is not known to the compiler, so it compiles the function separately from the
+    surrounding code, which depends on the number of devices. Compiled together, they would be
+    rounded differently: a CPU fuses a product and a sum in the same kernel into one operation.
+    (XLA:CPU removes optimization barriers before it forms kernels.)
     """
     return lax.cond(has_examples, function, lambda *_: otherwise, *arguments)
 
 
 def _of_all_shards(own: PyTree) -> PyTree:
-    """Gathers what the replicas have of each of their shards, in the order of their numbers; `[SHARDS, ...]`."""
+    """Gathers the results of all shards in the order of their numbers, `[SHARDS, ...]`."""
     if lax.axis_size(AXIS) == 1:
         return own
+    # Replica r has the shards r, r + R, r + 2 R and so on.
     by_replica = lax.all_gather(own, AXIS)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(SHARDS, *x.shape[2:]), by_replica)
 
 
 def _sum_in_order(shards: jax.Array) -> jax.Array:
-    """Sums over the first axis, whose length is a power of 2, by pairs, pairs of pairs, and so on."""
+    """Sums over the first axis, whose length is a power of 2, pairwise."""
     while len(shards) > 1:
         shards = shards[0::2] + shards[1::2]
     return shards[0]

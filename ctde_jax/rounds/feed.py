@@ -1,4 +1,4 @@
-"""How examples reach the devices: in pieces, which a thread draws one ahead while the devices compute."""
+"""Examples reach the devices in pieces, which a thread prefetches while the devices compute."""
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -15,47 +15,58 @@ T = TypeVar("T")
 
 
 class Span(NamedTuple):
-    """Steps that are computed without a break: rounds of so many steps, which make up rows, which make up pieces."""
+    """Steps that are computed without interruption.
+
+    They form rounds of `round_steps` steps; rounds form rows, and rows form pieces.
+    """
 
     start: int
     stop: int
     round_steps: int
     row_rounds: int = 1
-    """Of a row of the history."""
+    """Rounds in a row of the history."""
 
     piece_rounds: int = 1
-    """Of what reaches the devices at once: whole rows."""
+    """Rounds in a piece, which reaches the devices at once; a whole number of rows."""
 
     @property
     def pieces(self) -> int:
-        """How many there are; the last is filled up with empty steps."""
+        """The number of pieces; the last one is padded with empty steps."""
         return ceil((self.stop - self.start) / (self.piece_rounds * self.round_steps))
 
 
 Piece: TypeAlias = tuple[PyTree, jax.Array, int]
-"""A `Split` or `Drawn` on the devices, the indices `int32[replica, most, round_steps, per_replica]` into it, and how
-many of these rounds there are."""
+"""A `Split` or `Drawn` on the devices, the indices into it, and the number of rounds in use.
+
+The indices are `int32[replica, most, round_steps, per_replica]`; rounds beyond the number are
+empty.
+"""
 
 Feed: TypeAlias = Callable[[Iterable[Span]], AbstractContextManager[Iterator[Piece]]]
-"""Opens the pieces of spans that follow each other, and closes them with what draws them."""
+"""A context manager over the pieces of consecutive spans; on exit, it stops what draws them."""
 
 
 @contextmanager
 def prefetched(items: Generator[T]) -> Iterator[Iterator[T]]:
-    """Draws items in a thread, one ahead of who takes them.
+    """Draws items in a thread, one ahead of the consumer.
 
-    What goes wrong in the thread is raised where its item would have been taken. With the context the thread ends,
-    after the item at hand; only a KeyboardInterrupt does not wait for that.
+    An exception in the thread is raised in the consumer, in place of its item. The thread ends with
+    the context, after the current item; only a KeyboardInterrupt does not wait for that.
     """
     ready: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
-    wanted, is_over = threading.Semaphore(1), threading.Event()
+
+    # One permit at first: the thread draws the first item at once, and another one for each item
+    # taken.
+    wanted = threading.Semaphore(1)
+    is_over = threading.Event()
 
     def draw() -> None:
         try:
             while wanted.acquire() and not is_over.is_set():
                 ready.put((next(items), None))
             items.close()
-        except BaseException as error:  # whatever it is, it is the taker's
+        except BaseException as error:
+            # All exceptions go to the consumer, also StopIteration, which marks the end.
             ready.put((None, error))
 
     def taken() -> Iterator[T]:
@@ -77,6 +88,7 @@ def prefetched(items: Generator[T]) -> Iterator[Iterator[T]]:
         waits = False
         raise
     finally:
+        # Wake the thread, so that it sees the end and closes the generator.
         is_over.set()
         wanted.release()
         if waits:

@@ -1,10 +1,11 @@
-"""A replica's own gradient: of the mean loss over its examples, cut into shards that know nothing of devices.
+"""The gradient of the mean loss over a replica's examples, which are cut into shards.
 
-If a model draws random numbers, a batch is cut into *shards*, and each shard has a key of its own, so the number of
-devices changes no dropout mask. The shards of a replica are computed at once, or in groups one after another.
+If a model draws random numbers, a batch is cut into *shards*, each with a different key, so dropout
+masks do not depend on the number of devices. The shards of a replica are computed at once, or in
+groups (microbatches) one after another.
 
-All random numbers of a run follow from its seed, the number of the step (from 0, counted over the whole run, local
-steps included), the number of the shard and the number of the example:
+All random numbers of a run follow from its seed, the number of the step (from 0, counted over the
+whole run, local steps included), the number of the shard and the number of the example:
 
     init_key, train_key = split(key(seed))
     reduce_key, gradient_key = split(fold_in(train_key, step))
@@ -12,12 +13,15 @@ steps included), the number of the shard and the number of the example:
     key of the model on a shard = fold_in(model_key, shard)
     key of an example's augmentation = fold_in(augment_key, its index in the training split)
 
-A reducer is given the `reduce_key` of the first step of its round. Of `S` shards, shard `s` has the examples whose
-place in the global batch is `s` modulo `S`; of `R` replicas, replica `r` has the shards that are `r` modulo `R`. `S` is
-8, or 1 if the model draws nothing; and the least common multiple of that and `R * accumulate`, so that all replicas and
-groups have equally many shards. If the batch cannot be cut into that many, it is `R * accumulate`.
+A reducer receives the `reduce_key` of the first step of its round. Of `S` shards, shard `s` has the
+examples whose place in the global batch is `s` modulo `S`; of `R` replicas, replica `r` has the
+shards that are `r` modulo `R`. `S` is 8 if the model draws random numbers, or synchronizes batch
+statistics and `accumulate > 1`; otherwise it is 1. It is raised to the least common multiple with
+`R * accumulate`, so that all replicas and groups have equally many shards. If the batch cannot be
+cut into that many, `S` is `R * accumulate`.
 
-`from_nnx` and `from_linen` document how the random streams of a module follow from the key of a shard.
+`from_nnx` and `from_linen` document how the random streams of a module follow from the key of a
+shard.
 """
 
 from collections.abc import Callable
@@ -36,18 +40,21 @@ from ctde_jax.models import Model, Task
 from ctde_jax.rounds.sums import Sums
 
 SHARDS = 8
-"""Shards of a batch, if the model draws random numbers, and devices, groups and batch size allow; else one for each
-device and group."""
+"""Number of shards of a batch, if the model draws random numbers and the batch size allows it.
+
+Otherwise there is one shard for each replica and group; see the module's docstring.
+"""
 
 Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
-"""`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums over own examples)`
+"""`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums)`
 
-`indices` is `int32[per_replica]`, negative where there is no example; the key is the same on all replicas. `alone` is
-True in local steps: then a model that has a state meets no other replica, so batch statistics are those of the
-replica's examples.
+`indices` is `int32[per_replica]`, negative for padding; the key is the same on all replicas. The
+sums are over the replica's examples. `alone` is True in local steps: then a model with a state does
+not communicate, so batch statistics are those of the replica's examples.
 
-If the losses of other replicas depend on a replica's examples, as through synchronized batch statistics, its gradient
-includes these losses. Only the mean over the replicas, weighted by examples, is then the gradient of the mean loss.
+If the losses of other replicas depend on a replica's examples, as through synchronized batch
+statistics, its gradient includes these losses. Only the mean over the replicas, weighted by
+examples, is then the gradient of the mean loss.
 """
 
 
@@ -57,17 +64,18 @@ def make_gradient(
     """Makes the function that differentiates the mean loss over a replica's examples.
 
     Args:
-        model: What is trained.
-        task: What for.
-        augment: Changes each training example, by a key of its own, before the model sees it.
-        accumulate: Groups that a replica's examples are computed in, one after another. The gradient is that of all
-            of them together; the memory that activations take is that of one group.
+        model: Model to train.
+        task: Task that defines the loss and the metrics.
+        augment: Augmentation of each training example, with a different key for each.
+        accumulate: Number of microbatches for gradient accumulation. The gradient is that of all of
+            them together; activations take the memory of one.
     """
 
     def on_shards(
         on_shard, indices, shards, params, model_state, *common
     ) -> tuple[jax.Array, PyTree, Sums]:
-        if len(shards) == 1:  # an axis of one shard would make XLA transpose
+        # A mapped axis of size 1 would make XLA transpose.
+        if len(shards) == 1:
             return on_shard(indices[0], shards[0], params, model_state, *common)
 
         def on_each(indices, shard) -> tuple[jax.Array, PyTree, Sums]:
@@ -80,24 +88,32 @@ def make_gradient(
         return jax.vmap(on_each, out_axes=None, axis_name=SHARD)(indices, shards)
 
     def gradient(params, model_state, split, indices, key, alone=False):
+        # Trace the model on a microbatch: does it use collectives, does it draw random numbers?
         inputs = jax.ShapeDtypeStruct(
             (len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype
         )
         meets = meets_replicas(model, params, model_state, inputs)
         is_random = draws(model, params, model_state, inputs)
+
+        # Cut the examples: int32[accumulate, shards, per_shard]. Without random numbers, shards
+        # only determine which examples form a group, and each group is computed as one shard.
         examples, shards = cut_into_shards(
             indices, accumulate, SHARDS if is_random or (meets and accumulate > 1) else 1
         )
-        if not is_random:  # the shards only decide which examples share a group
-            examples, shards = examples.reshape(accumulate, 1, -1), shards[:, :1]
+        if not is_random:
+            examples = examples.reshape(accumulate, 1, -1)
+            shards = shards[:, :1]
         own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
+
+        # Alone, a model that synchronizes batch statistics uses those of this replica.
         keeps_statistics = meets and bool(jax.tree.leaves(model_state))
         on_shard = make_on_shard(
             _alone(model) if alone and keeps_statistics else model, task, augment
         )
 
-        # The transpose of a sum over replicas adds up their cotangents. So if other losses depend on these examples,
-        # all replicas divide by the same number first, and by the number of their own examples afterwards.
+        # The transpose of a `psum` sums the cotangents of all replicas. So if the losses of other
+        # replicas depend on these examples, all replicas first divide by the same number, and only
+        # after differentiation by the number of their examples.
         is_shared = meets and not alone and lax.axis_size(AXIS) > 1
         divisor = len(indices) if is_shared else own_examples
 
@@ -112,10 +128,11 @@ def make_gradient(
                 return total / divisor, (new_model_state, group_sums)
 
             group_grads, (new_model_state, group_sums) = jax.grad(objective, has_aux=True)(params)
+
+            # An empty group does not change the state. If replicas share statistics, a group that
+            # is empty here still changes it, by the examples of other replicas.
             examples = group_sums["examples"]
-            if (
-                is_shared and accumulate > 1
-            ):  # a group that is empty here has changed what is shared elsewhere
+            if is_shared and accumulate > 1:
                 examples = lax.psum(examples, AXIS)
             model_state = optax.tree.where(examples > 0, new_model_state, model_state)
             return (
@@ -124,6 +141,7 @@ def make_gradient(
                 optax.tree.add(sums, group_sums),
             ), None
 
+        # Accumulate over the groups; the gradient and the sums add up.
         objective_too = [] if task.objective is None else ["objective"]
         zeros = dict.fromkeys(["loss", *task.metrics, "examples", *objective_too], jnp.float32(0))
         start = (optax.tree.zeros_like(params), model_state, zeros)
@@ -136,13 +154,13 @@ def make_gradient(
 
 
 def step_keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys of a step, for the reducer and for the gradient, which all replicas share."""
+    """Returns the keys of a step for the reducer and for the gradient, equal on all replicas."""
     reduce_key, gradient_key = jax.random.split(jax.random.fold_in(key, step))
     return reduce_key, gradient_key
 
 
 def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
-    """Returns whether anything that the model returns in training depends on its key."""
+    """Returns whether the outputs or the state of the model in training depend on its key."""
     program = _in_training(model, params, model_state, inputs)
     return depends_on(program, program.jaxpr.invars[-1:])
 
@@ -150,9 +168,9 @@ def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDt
 def meets_replicas(
     model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct
 ) -> bool:
-    """Returns whether the model itself uses collectives over the replicas in training, as synchronized statistics do.
+    """Returns whether the model uses collectives over the replicas in training.
 
-    Only shapes and dtypes are read.
+    Models with synchronized batch statistics do. Only shapes and dtypes are read.
     """
     program = _in_training(model, params, model_state, inputs)
     return any(getattr(effect, "name", None) == AXIS for effect in program.jaxpr.effects)
@@ -161,20 +179,25 @@ def meets_replicas(
 def _in_training(
     model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct
 ) -> ClosedJaxpr:
-    """Traces a model on one of several replicas; the key is the last argument of the program."""
+    """Traces the model in training; the key is the last argument of the program."""
     key = jax.eval_shape(jax.random.key, 0)
+    # The axis is bound, so that collectives over the replicas can be traced.
     return jax.make_jaxpr(model.apply, axis_env=[(AXIS, 1)])(params, model_state, inputs, key)
 
 
 def make_on_shard(
     model: Model, task: Task, augment: Augment | None
 ) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
-    """Makes the function that sums what is minimized, and all that is measured, over a shard."""
+    """Makes the function that sums the objective, the loss and the metrics over a shard."""
 
     def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
+        # A negative index ~i is padding: example i is computed and masked.
         is_example = indices >= 0
         rows = jnp.where(is_example, indices, ~indices)
-        inputs, labels = _take(split.inputs, rows), _take(split.labels, rows)
+        inputs = _take(split.inputs, rows)
+        labels = _take(split.labels, rows)
+
+        # Augment by the index of each example in the training split (of a stream, in its batch).
         augment_key, model_key = jax.random.split(key)
         if augment is not None:
             inputs = apply_to(
@@ -184,10 +207,13 @@ def make_on_shard(
                 split.numbers[rows] if isinstance(split, Drawn) else rows,
             )
 
+        # Apply the model; only one that has a state receives the mask.
         mask = (is_example,) if jax.tree.leaves(model_state) else ()
         outputs, model_state = model.apply(
             params, model_state, inputs, jax.random.fold_in(model_key, shard), *mask
         )
+
+        # Sums and not means, because shards and replicas may have different numbers of examples.
         measured = {
             **task.measure(outputs, labels),
             "examples": jnp.ones(len(indices), jnp.float32),
@@ -202,7 +228,7 @@ def make_on_shard(
 
 
 def _alone(model: Model) -> Model:
-    """Makes a replica that applies the model the only one on its axis."""
+    """Returns a model that is applied as if its replica were the only one on the axis."""
     return model._replace(
         apply=jax.vmap(model.apply, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)
     )
@@ -211,19 +237,27 @@ def _alone(model: Model) -> Model:
 def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
     """Takes rows of an array `[examples, ...]`.
 
-    As flat ones, for which XLA needs no division to find each number, and without a look whether there are such rows.
+    The array is flattened to two axes, so that XLA needs no division to locate each number, and
+    bounds are not checked.
     """
     flat = array.reshape(len(array), -1).at[rows].get(mode="promise_in_bounds")
     return flat.reshape(len(rows), *array.shape[1:])
 
 
 def cut_into_shards(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.Array, jax.Array]:
-    """Cuts a replica's examples into shards, of which it has every one whose number leaves its own.
+    """Cuts a replica's examples into shards; replica r of R gets the shards r, r + R and so on.
 
-    In all there are `wanted` shards, or as few more as give each replica and group as many.
+    The number of shards is `wanted`, raised to the least common multiple with `replicas * groups`,
+    or `replicas * groups` if the batch cannot be cut into that many.
+
+    Args:
+        indices: Examples of the replica, `int32[per_replica]`.
+        groups: Number of groups (microbatches).
+        wanted: Number of shards of the global batch, if possible.
 
     Returns:
-        The examples `int32[groups, shards, per_shard]`, and the numbers of the shards `int32[groups, shards]`.
+        The examples `int32[groups, shards, per_shard]`, and the numbers of the shards
+        `int32[groups, shards]`.
     """
     replicas = lax.axis_size(AXIS)
     shards = lcm(wanted, replicas * groups)

@@ -1,7 +1,7 @@
-"""Whether the replicas still agree: every leaf that they share is digested on every device, and the digests compared.
+"""Checks that replicas agree: shared leaves are digested on every device and compared.
 
-A reduction that was forgotten in a strategy, or a device that computes wrongly, would otherwise go on unnoticed: what
-is replicated is only ever read from the first device.
+Otherwise a reduction that is missing in a strategy, or a device that computes wrong results, would
+go unnoticed, since replicated arrays are only ever read from the first device.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,14 @@ def shared(state: TrainState, strategy: Strategy) -> dict[str, jax.Array]:
 
 
 def digest(leaf: jax.Array) -> jax.Array:
-    """Sums a hash of the bits of each number and its place, modulo 2^32; uint32[].
+    """Sums a hash of the bits and the position of each number, modulo 2^32; uint32[].
 
-    The hash is MurmurHash3's last step (Appleby, 2011), which is one-to-one: a number that differs is always seen.
-    Several that differ escape with a chance of about one in four billions, whatever they have in common.
+    The hash is the finalizer of MurmurHash3 (Appleby, 2011), which is one-to-one, so a single
+    different number always changes the digest. If several numbers differ, the probability that the
+    digest does not change is about one in four billion, whatever they have in common.
     """
     bits = _words(leaf)
+    # Mix in the position, so that equal numbers at different positions have different hashes.
     hashed = bits ^ (lax.iota(jnp.uint32, bits.size) * jnp.uint32(0x9E3779B1))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         hashed = (hashed ^ (hashed >> shift)) * jnp.uint32(factor)
@@ -43,11 +45,13 @@ def digest(leaf: jax.Array) -> jax.Array:
 
 
 def _words(leaf: jax.Array) -> jax.Array:
-    """Sees the bits of a leaf as uint32[numbers], or as several where a number has more bits."""
+    """Views the bits of a leaf as uint32[words]; numbers of more than 32 bits have several."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         leaf = jnp.stack([leaf.real, leaf.imag])
+
+    # Types narrower than a byte are widened, because a bitcast keeps the number of bits.
     if jnp.issubdtype(leaf.dtype, jnp.bool_) or leaf.dtype in (
         jnp.int4,
         jnp.uint4,
@@ -60,14 +64,16 @@ def _words(leaf: jax.Array) -> jax.Array:
 
 
 def make_look(devices: Sequence[jax.Device], strategy: Strategy) -> jax.stages.Wrapped:
-    """Makes the program that looks at what a dispatch has left behind.
+    """Makes the program that examines the result of a dispatch.
 
-    `look(sums [replica, steps], state) -> (sums [steps] over all replicas, digests uint32[replica, leaf])`; alone, a
-    replica digests nothing.
+    `look(sums, state) -> (sums, digests)` adds up the sums `[replica, steps]` to `[steps]`, and
+    returns the digests `uint32[replica, leaf]` of the shared leaves. If there is only one replica,
+    nothing is digested.
     """
 
     def look(sums: Sums, state: TrainState) -> tuple[Sums, jax.Array]:
         leaves = shared(state, strategy).values() if len(devices) > 1 else ()
+        # `stack` needs at least one array, so a zero precedes the digests.
         own = jnp.stack([jnp.uint32(0), *map(digest, leaves)])[1:]
         return replica.add_up(sums), lax.all_gather(own, AXIS)
 
@@ -75,17 +81,19 @@ def make_look(devices: Sequence[jax.Device], strategy: Strategy) -> jax.stages.W
 
 
 def check(digests: np.ndarray, names: Sequence[str], since: int, until: int) -> None:
-    """Raises ReplicasDiverged where the digests of a leaf are not the same on all devices.
+    """Raises ReplicasDiverged if the digests of a leaf differ between devices.
 
     Args:
-        digests: `uint32[replica, leaf]`.
-        names: Of the leaves.
-        since: The step after which they were last compared.
-        until: The step after which they were made.
+        digests: Digests, `uint32[replica, leaf]`.
+        names: Names of the leaves.
+        since: Step after which they were last compared.
+        until: Step after which the digests were computed.
     """
     differs = (digests != digests[0]).any(axis=0)
     if not differs.any():
         return
+
+    # Group the replicas by their digests of the first leaf that differs, the largest group first.
     own = digests[:, np.argmax(differs)]
     groups = [np.flatnonzero(own == value).tolist() for value in np.unique(own)]
     leaves = [name for name, is_one in zip(names, differs, strict=True) if is_one]

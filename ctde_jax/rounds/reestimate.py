@@ -1,4 +1,4 @@
-"""Batch statistics of the final parameters instead of running averages over the parameters' past."""
+"""Batch statistics of the final parameters, instead of running averages over past parameters."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ from ctde_jax.rounds.feed import Feed, Span
 Reestimate = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], PyTree]
 """`reestimate(params, model_state, split, batches, key) -> model_state`
 
-`batches` is `int32[replica, ..., per_replica]`, negative where there is no example.
+`batches` is `int32[replica, ..., per_replica]`, negative for padding.
 """
 
 
@@ -26,9 +26,10 @@ def of_first_steps(
     steps: int,
     key: jax.Array,
 ) -> Callable[[PyTree, PyTree], PyTree]:
-    """Makes the function from central parameters and the model state to the state to evaluate them with.
+    """Makes the function from central parameters and model state to the state for evaluation.
 
-    It is estimated over the batches of so many steps, the first of a run; over none it stays as it is.
+    That state is estimated over the batches of the first `steps` steps of a run; if `steps` is 0,
+    it is left unchanged.
     """
     if not steps:
         return lambda params, model_state: model_state
@@ -41,16 +42,17 @@ def of_first_steps(
 def make_reestimate(
     model: Model, devices: Sequence[jax.Device], split_axis: int | None
 ) -> Reestimate:
-    """Makes the function that estimates batch statistics anew, as their mean over batches (Wu and Johnson, 2021).
+    """Makes the function that re-estimates batch statistics as their mean over batches.
 
-    A running average `s` becomes `m s + (1 - m) b` in a batch whose statistic is `b`, whatever the module that keeps
-    it. So two starts, 0 and 1, determine both `m` and `b`. Each batch is weighted by its examples, and examples that
-    only fill a short batch do not count. State that is no running average keeps its bits.
+    This is the precise batch normalization of Wu and Johnson (2021). In a batch with the statistic
+    `b`, any module updates a running average `s` to `m s + (1 - m) b`. So two starts, 0 and 1,
+    determine both `m` and `b`. Each batch is weighted by its number of examples, and padding does
+    not count. State that is not a running average keeps its bits.
 
     Args:
-        model: Any whose state has running averages.
-        devices: One replica on each.
-        split_axis: None where every device holds the whole split, 0 where each holds its own row.
+        model: Any model whose state has running averages.
+        devices: Devices, with one replica on each.
+        split_axis: None if every device holds the whole split, 0 if each holds one row of it.
     """
 
     def of_batch(params, model_state, inputs, key, mask) -> PyTree:
@@ -61,6 +63,8 @@ def make_reestimate(
             return model.apply(params, state, inputs, key, mask)[1]
 
         def statistic(before, from_zero, from_one):
+            # From 0 the average becomes (1 - m) b, and from 1, m + (1 - m) b. If m is 1, the batch
+            # does not update it.
             kept = from_one - from_zero
             return (
                 jnp.where(kept < 0.9999, from_zero / (1 - kept), before)
@@ -77,9 +81,13 @@ def make_reestimate(
             rows = jnp.where(indices >= 0, indices, ~indices)
             return of_batch(params, model_state, split.inputs[rows], key, indices >= 0)
 
+        # One estimate per batch; each leaf is [batch, ...].
         batches = batches.reshape(-1, batches.shape[-1])
-        every_step, examples = lax.map(of_step, batches), jnp.sum(batches >= 0, axis=-1)
+        every_step = lax.map(of_step, batches)
+        examples = jnp.sum(batches >= 0, axis=-1)
 
+        # Average over the batches of this replica, then over the replicas, both weighted by
+        # examples.
         def merge(new: PyTree, before: PyTree, weight: jax.Array) -> PyTree:
             return agreed_state(new, before, weight, SHARD)
 

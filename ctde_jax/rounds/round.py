@@ -1,4 +1,4 @@
-"""One round, as one replica sees it: compute on its own examples, then agree. The heart of the trainer."""
+"""One round as one replica sees it, the core of the trainer: compute, then reduce."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,22 +18,26 @@ from ctde_jax.rounds.state import TrainState, axes
 from ctde_jax.rounds.sums import Sums, mean_objective, with_learning_rate
 
 _BLOCK_STEPS = 16
-"""A GPU asks the host before every turn of a loop whose turns the compiler does not know; measured, that takes as long
-as some 20 microseconds of a step. In blocks of so many it asks once."""
+"""Steps per inner loop with a static trip count, on a GPU.
+
+XLA:GPU synchronizes with the host on every iteration of a loop with a dynamic trip count (measured,
+about 20 microseconds per step). Blocks with a static trip count pay that once per block.
+"""
 
 Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
-"""`train_round(state, split, batches, key) -> (state, sums over the replica's own examples, float32[steps])`
+"""`train_round(state, split, batches, key) -> (state, sums over the replica's examples)`
 
-`split` is what the device holds, `batches` is `int32[steps, per_replica]`, negative where there is no example.
+`split` is what the device holds, and `batches` is `int32[steps, per_replica]`, negative for
+padding. The sums are float32[steps].
 """
 
 Rounds = Callable[
     [TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]
 ]
-"""`train_rounds(state, split, batches, first, last, key) -> (state, sums over own examples, float32[most * steps])`
+"""`train_rounds(state, split, batches, first, last, key) -> (state, sums over the examples)`
 
-`batches` is `int32[most, steps, per_replica]`, of which those from `first` up to but not including `last`, both
-`int32[]`, are gone through; the sums of the others are zero.
+`batches` is `int32[most, steps, per_replica]`. The rounds from `first` up to but not including
+`last`, both `int32[]`, are computed. The sums are float32[most * steps], zero for all other rounds.
 """
 
 
@@ -44,7 +48,15 @@ def make_gradient_for(
     augment: Augment | None = None,
     accumulate: int = 1,
 ) -> Gradient:
-    """Makes the gradient that the rounds of a strategy need; arguments are those of `gradient.make_gradient`."""
+    """Makes the gradient that the rounds of a strategy need.
+
+    Args:
+        strategy: Strategy of the rounds.
+        model: Model to train.
+        task: Task that defines the loss and the metrics.
+        augment: Augmentation of each training example, with a different key for each.
+        accumulate: Number of microbatches for gradient accumulation.
+    """
     if strategy.exact:
         return make_exact_gradient(model, task, augment)
     return make_gradient(model, task, augment, accumulate)
@@ -56,16 +68,17 @@ def make_round(
     strategy: Strategy,
     ema_decay: float | None = None,
 ) -> Round:
-    """Makes the round of a strategy. It uses collectives, so it runs under `replica.parallel`.
+    """Makes the round of a strategy; it uses collectives, so it runs under `replica.parallel`.
 
-    A local step for which a replica has no examples leaves that replica as it is. A round begins with a step for which
-    some replica has examples.
+    A local step for which a replica has no examples leaves that replica unchanged. A round begins
+    with a step for which some replica has examples.
 
     Args:
-        gradient: Made by `make_gradient_for` for the same strategy.
-        optimizer: Of every step.
-        strategy: How the replicas agree.
-        ema_decay: What the exponential moving average of the parameters keeps of itself in a round.
+        gradient: Gradient function, made by `make_gradient_for` for the same strategy.
+        optimizer: Optimizer of every step.
+        strategy: Strategy of the rounds.
+        ema_decay: Decay per round of the exponential moving average of the parameters; None for no
+            average.
     """
     optimizer = strategy.local(optimizer)
     alone = partial(gradient, alone=True)
@@ -80,12 +93,14 @@ def make_round(
         if ema_decay is None:
             return state
         share = 1 - ema_decay
-        # A difference keeps the bits of a parameter that has not moved.
+        # A difference keeps the bits of a parameter that does not move.
         ema_params = jax.tree.map(
             lambda ema, x: ema + share * (x - ema), state.ema_params, state.params
         )
         return state._replace(ema_params=ema_params)
 
+    # The three kinds of round. With an independent reducer, no message may depend on the examples
+    # of another replica, so the gradient is computed alone.
     if strategy.exact:
         advance = make_exact(gradient, step)
     elif strategy.inner_steps:
@@ -95,6 +110,7 @@ def make_round(
 
     def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         advanced, sums = advance(state, split, batches, key)
+        # The objective was needed for `value` only; it is not reported.
         sums.pop("objective", None)
         return advanced._replace(step=state.step + len(batches)), sums
 
@@ -108,16 +124,20 @@ def _make_synchronous(
     reduce = optax.with_extra_args_support(strategy.reduce)
 
     def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+        # Compute the gradient over this replica's examples.
         (indices,) = batches
         reduce_key, step_key = step_keys(key, state.step)
         grads, model_state, sums = gradient(
             state.params, state.model_state, split, indices, step_key
         )
 
+        # Reduce the gradients, weighted by the number of examples.
         grads, reduce_state = reduce.update(
             grads, state.reduce_state, state.params, weight=sums["examples"], key=reduce_key
         )
         model_state = agreed_state(model_state, state.model_state, sums["examples"])
+
+        # Every replica takes the same step with the reduced gradient.
         state = state._replace(model_state=model_state, reduce_state=reduce_state)
         state = step(state, grads, value=partial(mean_objective, sums, over_replicas=True))
         sums = with_learning_rate(sums, state.opt_state)
@@ -133,7 +153,8 @@ def _make_local(
     averaged: Callable[[TrainState], TrainState],
 ) -> Round:
     """Makes the round of local steps, whose message is the outer gradient."""
-    reduce, outer = optax.with_extra_args_support(strategy.reduce), adapted(strategy.outer)
+    reduce = optax.with_extra_args_support(strategy.reduce)
+    outer = adapted(strategy.outer)
 
     def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         def local_step(own, step_and_indices):
@@ -146,16 +167,20 @@ def _make_local(
             updates, opt_state = optimizer.update(
                 grads, opt_state, params, value=value, anchor=state.params
             )
+
+            # Without examples in this step, the replica stays as it is.
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
             return optax.tree.where(sums["examples"] > 0, moved, own), with_learning_rate(
                 sums, opt_state
             )
 
+        # Take the local steps, starting from the parameters of the round.
         steps = state.step + jnp.arange(len(batches))
         own = (state.params, state.model_state, state.opt_state)
         (params, model_state, opt_state), sums = lax.scan(local_step, own, (steps, batches))
         examples = sums["examples"].sum()
 
+        # Reduce the outer gradients, weighted by the number of examples in the round.
         outer_grads = optax.tree.sub(state.params, params)
         outer_grads, reduce_state = reduce.update(
             outer_grads,
@@ -164,11 +189,15 @@ def _make_local(
             weight=examples,
             key=step_keys(key, state.step)[0],
         )
+
+        # Take the outer step from the parameters at the start of the round. It is the same on all
+        # replicas, unless the strategy diverges.
         value = partial(mean_objective, sums, over_replicas=True)
         updates, outer_state = outer.update(
             outer_grads, state.outer_state, state.params, value=value
         )
 
+        # The model state is merged over the replicas; each replica keeps its optimizer state.
         state = state._replace(
             params=optax.apply_updates(state.params, updates),
             model_state=agreed_state(model_state, state.model_state, examples),
@@ -182,16 +211,24 @@ def _make_local(
 
 
 def skipping(train_round: Round) -> Round:
-    """Leaves out a round that would put NaN or infinity into the state of any replica; its sums are zero."""
+    """Skips a round that would put NaN or infinity into the state of any replica.
+
+    The sums of such a round are zero.
+    """
 
     def sound_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
         advanced, sums = train_round(state, split, batches, key)
+
+        # A number counts if it was finite before: some optimizers start with an infinity in their
+        # state, such as the best value of `optax.contrib.reduce_on_plateau`.
         is_spoilt = jnp.zeros((), bool)
         for new, old in zip(
             jax.tree.leaves((advanced, sums["loss"])), jax.tree.leaves((state, 0.0)), strict=True
         ):
             if jnp.issubdtype(new.dtype, jnp.inexact):
                 is_spoilt |= jnp.any(~jnp.isfinite(new) & jnp.isfinite(old))
+
+        # All replicas skip the round together, or their shared parameters would differ.
         if lax.axis_size(replica.AXIS) > 1:
             is_spoilt = lax.pmax(is_spoilt.astype(jnp.int32), replica.AXIS) > 0
         kept = optax.tree.where(is_spoilt, state._replace(step=advanced.step), advanced)
@@ -201,17 +238,21 @@ def skipping(train_round: Round) -> Round:
 
 
 def make_rounds(train_round: Round, block_steps: int = 1) -> Rounds:
-    """Makes a program that goes through the rounds that it is told, so that one serves a whole run.
+    """Makes a program that computes any range of rounds, so that one program serves a whole run.
 
     Args:
-        train_round: Made by `make_round`.
-        block_steps: Rounds of together so many steps are a loop of their own, whose number of turns the compiler knows.
+        train_round: Round, made by `make_round`.
+        block_steps: Rounds with this many steps in total form an inner loop with a static trip
+            count.
     """
-    train_round = jax.jit(train_round, inline=True)  # traced once, for its shapes and for the loops
+    # Traced once, for its shapes and for both loops.
+    train_round = jax.jit(train_round, inline=True)
 
     def train_rounds(state, split, batches, first, last, key):
         most, round_steps = batches.shape[:2]
         block = min(most, block_steps // round_steps)
+
+        # Sums are collected in one array, float32[most, names, round_steps].
         _, shapes = jax.eval_shape(train_round, state, split, batches[0], key)
         names = list(shapes)
 
@@ -226,10 +267,13 @@ def make_rounds(train_round: Round, block_steps: int = 1) -> Rounds:
                 0, block, lambda place, so_far: add_round(start + place, so_far), so_far
             )
 
-        so_far, left = (state, jnp.zeros((most, len(names), round_steps))), first
+        # Whole blocks first, then the remaining rounds one by one; both trip counts are dynamic.
+        so_far = (state, jnp.zeros((most, len(names), round_steps)))
+        left = first
         if block > 1:
             blocks = (last - first) // block
-            so_far, left = lax.fori_loop(0, blocks, add_block, so_far), first + blocks * block
+            so_far = lax.fori_loop(0, blocks, add_block, so_far)
+            left = first + blocks * block
         state, sums = lax.fori_loop(left, last, add_round, so_far)
         return state, dict(zip(names, sums.swapaxes(0, 1).reshape(len(names), -1), strict=True))
 
@@ -245,20 +289,21 @@ def parallel_rounds(
     ema_decay: float | None = None,
     skip_nonfinite: bool = False,
 ) -> jax.stages.Wrapped:
-    """Puts several rounds on the devices, as one program that takes over the memory of the state it is given.
+    """Makes the program that computes several rounds on the devices; it donates the state.
 
     Its sums are `float32[replica, most * steps]`; `guard.make_look` adds up those of all replicas.
 
     Args:
-        gradient: Made by `make_gradient_for` for the same strategy.
-        optimizer: Of every step.
-        strategy: How the replicas agree.
-        devices: One replica on each.
-        split_axis: None where every device holds the whole split, 0 where each holds its own row.
-        ema_decay: What the average of the parameters keeps of itself in a round, where there is one.
-        skip_nonfinite: Leaves out, on all replicas together, a round that would spoil the state.
+        gradient: Gradient function, made by `make_gradient_for` for the same strategy.
+        optimizer: Optimizer of every step.
+        strategy: Strategy of the rounds.
+        devices: Devices, with one replica on each.
+        split_axis: None if every device holds the whole split, 0 if each holds one row of it.
+        ema_decay: Decay per round of the moving average of the parameters; None for no average.
+        skip_nonfinite: Whether all replicas together skip a round that would spoil the state.
     """
     train_round = make_round(gradient, optimizer, strategy, ema_decay)
+    # Only on a GPU do dynamic trip counts cost time.
     block_steps = _BLOCK_STEPS if devices[0].platform == "gpu" else 1
     return replica.parallel(
         make_rounds(skipping(train_round) if skip_nonfinite else train_round, block_steps),

@@ -1,7 +1,8 @@
-"""When a run does what: phases of one strategy each, spans between evaluations, rows, dispatches.
+"""The schedule of a run: phases with one strategy each, spans between evaluations, dispatches.
 
-A span is computed without a break, row by row; a row of the history is whole rounds. What a dispatch or a checkpoint
-comes after is always a whole row, so rows are the same however a run is cut, and where it was broken off.
+A span is computed without interruption, row by row; a row of the history is a whole number of
+rounds. Dispatches and checkpoints end with a whole row, so the rows do not depend on how a run is
+cut or where it was interrupted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,31 +21,31 @@ from ctde_jax.rounds.feed import Piece, Span
 
 
 class Phase(NamedTuple):
-    """A part of a run in which one strategy is at work."""
+    """A part of a run with a single strategy."""
 
     strategy: Strategy
     start: int
     spans: list[Span]
-    """From one evaluation to the next, all cut alike."""
+    """Spans from one evaluation to the next, all cut alike."""
 
     def begin(
         self, train_state: state.TrainState, devices: Sequence[jax.Device]
     ) -> state.TrainState:
-        """Goes over from the synchronous phase before this one."""
+        """Converts the state of the preceding synchronous phase to one for this phase."""
         return state.go_over(train_state, Strategy(), self.strategy, devices)
 
     def like_begun(
         self, train_state: state.TrainState, devices: Sequence[jax.Device]
     ) -> state.TrainState:
-        """Says what shapes and types `begin` makes of a state, of which only these are read."""
+        """Returns the shapes and dtypes of the result of `begin`; reads only those of the state."""
         return state.like_after(train_state, Strategy(), self.strategy, devices)
 
     def make_center(self, devices: Sequence[jax.Device]) -> Callable[[state.TrainState], PyTree]:
         """Makes the function from the state to the central parameters to evaluate, replicated."""
         evaluated_point = partial(state.evaluated_point, strategy=self.strategy)
-        rows = replica.shard(
-            np.arange(len(devices), dtype=np.int32), devices
-        )  # pmap needs an argument with rows
+
+        # pmap needs at least one argument with a row for each replica.
+        rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)
         on_replicas = replica.parallel(
             lambda _, train_state: evaluated_point(train_state),
             devices,
@@ -54,6 +55,7 @@ class Phase(NamedTuple):
         compute = replica.compiled_once(on_replicas, devices)
 
         def center(train_state: state.TrainState) -> PyTree:
+            # If the parameters to evaluate are part of the state, nothing runs on the devices.
             if state.has_evaluated_point(train_state, self.strategy):
                 return compute(rows, train_state)
             return evaluated_point(train_state)
@@ -61,37 +63,47 @@ class Phase(NamedTuple):
         return center
 
     def after(self, step: int) -> list[Span]:
-        """Returns what is left of the spans after this step, which is the end of a row."""
+        """Returns the rest of the spans after this step, which is the end of a row."""
         return [
             span._replace(start=max(span.start, step)) for span in self.spans if span.stop > step
         ]
 
 
 _DISPATCH_SECONDS = 0.1
-"""What a dispatch should take: long beside the millisecond that it costs, short for who waits or stops it."""
+"""Target duration of a dispatch.
+
+It is long compared to the overhead of about a millisecond, and short for someone who waits for it
+or stops it.
+"""
 
 _MOST_EVALUATIONS = 2**20
-"""Spans between evaluations are listed in memory, some 300 bytes each."""
+"""Limit of the spans between evaluations, which are listed in memory at about 300 bytes each."""
 
 
 def make_phases(
     strategy: Strategy, total_steps: int, eval_every: int, row_steps: int, piece_steps: int
 ) -> list[Phase]:
-    """Cuts a run into its phases: where a strategy is synchronous at first, two.
+    """Cuts a run into phases: the synchronous steps at its start, if there are any, and the rest.
 
     Args:
-        strategy: Of the run.
-        total_steps: Of the run.
-        eval_every: Steps between two evaluations, which come at the end of a round.
-        row_steps: At most so many, or those of a round where these are more, make a row.
-        piece_steps: At most so many, or those of a row where these are more, make a piece.
+        strategy: Strategy of the run.
+        total_steps: Number of steps of the run.
+        eval_every: Steps between two evaluations, rounded up to whole rounds.
+        row_steps: Maximum steps in a row, or those of a round if these are more.
+        piece_steps: Maximum steps in a piece, or those of a row if these are more.
+
+    Raises:
+        InputError: There would be more than `_MOST_EVALUATIONS` evaluations.
     """
+    # Checked before the list of spans is made.
     if total_steps > eval_every * _MOST_EVALUATIONS:
         raise InputError(
             "eval_every",
-            f"must be at least {ceil(total_steps / _MOST_EVALUATIONS):,}, so that {total_steps:,} steps have at most "
-            f"{_MOST_EVALUATIONS:,} evaluations, got {eval_every:,}.",
+            f"must be at least {ceil(total_steps / _MOST_EVALUATIONS):,}, so that {total_steps:,} "
+            f"steps have at most {_MOST_EVALUATIONS:,} evaluations, got {eval_every:,}.",
         )
+
+    # Empty phases are left out, so there are one or two.
     switch = min(strategy.synchronous_steps, total_steps)
     phases = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
     return [
@@ -102,7 +114,7 @@ def make_phases(
 
 
 def unfinished(phases: Sequence[Phase], step: int) -> list[Phase]:
-    """Returns the phases from the one whose strategy was at work in this step; step 0 is before the first."""
+    """Returns the phases from the one that took this step, counted from 1; all for step 0."""
     at_work = max((number for number, phase in enumerate(phases) if phase.start < step), default=0)
     return list(phases[at_work:])
 
@@ -110,10 +122,19 @@ def unfinished(phases: Sequence[Phase], step: int) -> list[Phase]:
 def cut(
     pieces: Iterable[Piece], pace: Callable[[], int]
 ) -> Iterator[tuple[PyTree, jax.Array, int, int]]:
-    """Cuts pieces into dispatches, of so many rounds as the pace says: from a first one up to a last, not included."""
+    """Cuts pieces into dispatches of `pace()` rounds.
+
+    Args:
+        pieces: Pieces, as drawn by a feed.
+        pace: Function that returns the number of rounds of the next dispatch.
+
+    Yields:
+        The examples, the indices, and the first round and the last, which is not included.
+    """
     for examples, indices, rounds in pieces:
         first = 0
         while first < rounds:
+            # The meter may change the pace between dispatches.
             last = min(first + pace(), rounds)
             yield examples, indices, first, last
             first = last
@@ -122,8 +143,11 @@ def cut(
 def _spans(
     inner_steps: int, eval_every: int, row_steps: int, piece_steps: int, start: int, stop: int
 ) -> list[Span]:
+    # Synchronous steps are rounds of one step.
     round_steps = max(1, inner_steps)
     rounds = ceil(min(eval_every, stop - start) / round_steps)
+
+    # As few rows as `row_steps` allows, of equal length except for the last; pieces are whole rows.
     rows = ceil(rounds / max(1, row_steps // round_steps))
     row_rounds = ceil(rounds / rows)
     piece_rounds = row_rounds * min(rows, max(1, piece_steps // (row_rounds * round_steps)))
@@ -135,5 +159,9 @@ def _spans(
 
 
 def rows_a_dispatch(row_seconds: float) -> int:
-    """Returns how many rows of so many seconds one dispatch computes."""
+    """Returns how many rows one dispatch computes.
+
+    Args:
+        row_seconds: Duration of one row in seconds.
+    """
     return max(1, int(_DISPATCH_SECONDS / row_seconds))

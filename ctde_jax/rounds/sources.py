@@ -1,7 +1,8 @@
-"""Where the examples of a run come from: the memory of the devices, a disk, or batches that arrive.
+"""Sources of training examples: the memory of the devices, a disk, or a stream of batches.
 
-The round is the same for all three, as its indices count what a device holds. If the training split is in memory, the
-devices hold it, and a piece is indices alone. If it is on disk, or comes in batches, a piece brings its own examples.
+The round is the same for all three, because its indices refer to what a device holds. If the
+training split is in memory, the devices hold it, and a piece consists of indices alone. If it is on
+disk, or comes in batches, a piece includes its examples.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,25 +29,25 @@ from ctde_jax.devices import PyTree, replica
 from ctde_jax.rounds.feed import Feed, Span, prefetched
 
 _PLACES = 2**20
-"""Indices of all devices together that are put on the devices at once; 4 MiB."""
+"""Maximum number of indices, over all devices, that are transferred at once; 4 MiB."""
 
 
 class ExampleSource(Protocol):
-    """What a run needs to know of its training examples."""
+    """The interface of a source of training examples."""
 
     @property
     def axis(self) -> int | None:
-        """None if every device holds all examples, 0 if each holds its own row."""
+        """None if every device holds all examples, 0 if each holds one row of them."""
         ...
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which every example has been seen, on average if clients are sampled."""
+        """Steps in which every example is seen once, on average if clients are sampled."""
         ...
 
     @property
     def piece_steps(self) -> int:
-        """Most steps whose indices are put on the devices at once; 1 if their examples travel with them."""
+        """Maximum steps whose indices are transferred at once; 1 if examples travel with them."""
         ...
 
     def inputs(self, step: int) -> np.ndarray:
@@ -58,7 +59,7 @@ class ExampleSource(Protocol):
         ...
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
-        """Puts on the devices what stays there, and returns what draws the pieces."""
+        """Transfers the examples that stay on the devices, and returns the feed of pieces."""
         ...
 
 
@@ -70,7 +71,19 @@ def make_source(
     partition: Sequence[np.ndarray] | None = None,
     inner_steps: int = 1,
 ) -> "Resident | OnDisk | Streamed":
-    """Deals the training examples to the replicas; arguments and errors are those of `data.deal`."""
+    """Makes the source of the training examples, which are dealt to the replicas.
+
+    Args:
+        data: Data set with a training split or a stream.
+        replicas: Number of replicas.
+        batch_size: Global batch size.
+        seed: Random seed for the order of the examples and the sampling of clients.
+        partition: Example indices of each replica or client, `int[examples]` arrays.
+        inner_steps: Number of steps per round.
+
+    Raises:
+        InputError: As for `data.deal`, or for `data.check_stream` if batches come from a stream.
+    """
     if data.stream is not None:
         check_stream(data.stream, replicas, batch_size, partition)
         return Streamed(data.stream, replicas, batch_size)
@@ -80,23 +93,23 @@ def make_source(
 
 @dataclass(frozen=True)
 class Resident:
-    """Examples in memory, which the devices hold for the whole run."""
+    """Examples in memory, which the devices hold during the whole run."""
 
     batches: Batches
 
     @property
     def axis(self) -> int | None:
-        """None if every device holds all examples, 0 if each holds its own row."""
+        """None if every device holds all examples, 0 if each holds one row of them."""
         return self.batches.axis
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which every example has been seen, on average if clients are sampled."""
+        """Steps in which every example is seen once, on average if clients are sampled."""
         return self.batches.steps_per_epoch
 
     @property
     def piece_steps(self) -> int:
-        """Most steps whose indices are put on the devices at once."""
+        """Maximum steps whose indices are transferred at once."""
         return max(1, _PLACES // self.batches.steps(0, 1).size)
 
     def inputs(self, step: int) -> np.ndarray:
@@ -112,12 +125,13 @@ class Resident:
         return examples, _shape_of_indices(span, replicas, per_replica)
 
     def hold(self, devices: Sequence[jax.Device]) -> PyTree:
-        """Puts the examples on the devices."""
+        """Transfers the examples to the devices."""
         place = replica.replicate if self.axis is None else replica.shard
         return place(self.batches.split, devices)
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
-        """Puts the examples on the devices, and returns what draws the indices."""
+        """Transfers the examples to the devices, and returns the feed of indices."""
+        # The same arrays are part of every piece; only indices are transferred again.
         held = self.hold(devices)
         return lambda spans: prefetched(
             (held, replica.shard(indices, devices), rounds)
@@ -127,16 +141,17 @@ class Resident:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """Examples in files, of which a host reads only what its own devices get."""
+    """Examples in files; each host reads only those of its devices."""
 
     batches: Batches
 
+    # Examples travel with each piece, so pieces are as short as rows allow.
     axis = 0
     piece_steps = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which every example has been seen, on average if clients are sampled."""
+        """Steps in which every example is seen once, on average if clients are sampled."""
         return self.batches.steps_per_epoch
 
     def inputs(self, step: int) -> np.ndarray:
@@ -150,7 +165,7 @@ class OnDisk:
         return _shape_of_drawn(self.batches.split, indices), indices
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
-        """Returns what reads the examples of the pieces."""
+        """Returns the feed of pieces with the examples that it reads."""
         here = replica.own(devices)
         return lambda spans: prefetched(
             (*replica.shard(each, devices), rounds) for *each, rounds in self._read(here, spans)
@@ -159,33 +174,36 @@ class OnDisk:
     def _read(
         self, here: list[int], spans: Iterable[Span]
     ) -> Iterator[tuple[Drawn, np.ndarray, int]]:
-        """Reads the examples that these replicas have of each piece."""
+        """Reads the examples of each piece for the replicas on this host."""
         split = self.batches.split
         for indices, rounds in _indices(self.batches, spans):
             indices = indices[here]
+            # A negative index ~i is padding: example i is read and masked.
             numbers = np.where(indices >= 0, indices, ~indices).reshape(len(indices), -1)
             drawn = Drawn(split.inputs[numbers], split.labels[numbers], numbers)
+            # Indices refer to the examples of the piece: each replica has one place for each index.
             yield drawn, _places(indices >= 0), rounds
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """Batches of the user's own that arrive one after another, of which each device gets an equal part."""
+    """Batches of the user that arrive one after another; each device gets an equal part."""
 
     stream: Stream
     replicas: int
     batch_size: int
 
+    # As on disk, examples travel with each piece.
     axis = 0
     piece_steps = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return self.stream.steps_per_epoch
 
     def inputs(self, step: int) -> np.ndarray:
-        """Returns the inputs of the first batch, the only one that can be drawn twice."""
+        """Returns the inputs of the first batch, the only one that can be read twice."""
         assert step == 0, "a stream does not come back"
         return np.asarray(self.stream.like.inputs)
 
@@ -195,7 +213,7 @@ class Streamed:
         return _shape_of_drawn(self.stream.like, indices), indices
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
-        """Returns what draws the batches of the pieces."""
+        """Returns the feed of pieces with the batches that it draws."""
         here = replica.own(devices)
         return lambda spans: prefetched(
             (*replica.shard(each, devices), rounds) for *each, rounds in self._draw(here, spans)
@@ -204,16 +222,22 @@ class Streamed:
     def _draw(
         self, here: list[int], spans: Iterable[Span]
     ) -> Iterator[tuple[Drawn, np.ndarray, int]]:
-        """Draws the batches of each piece, and keeps what these replicas have of them."""
+        """Draws the batches of each piece, and keeps the parts of the replicas on this host."""
+        # A single pass over the stream, from the first step of the first span.
         spans = list(spans)
         steps = self.stream.steps(spans[0].start if spans else 0)
         for span in spans:
+            # A piece has `size` batches, the last one in a span maybe fewer.
             size = span.piece_rounds * span.round_steps
             for first in range(span.start, span.stop, size):
                 dealt = [self._deal(next(steps)) for _ in range(min(size, span.stop - first))]
                 rounds = ceil(len(dealt) / span.round_steps)
+
+                # Pad with masked copies of a batch, as all pieces must have the same shape.
                 empty = (dealt[0][0], np.zeros_like(dealt[0][1]))
                 dealt += [empty] * (size - len(dealt))
+
+                # Join the batches of each replica: [replica, steps * per_replica, ...].
                 drawn, is_example = jax.tree.map(
                     lambda *own: np.concatenate(own, axis=1)[here], *dealt
                 )
@@ -221,9 +245,13 @@ class Streamed:
                 yield drawn, _places(is_example.reshape(shape)), rounds
 
     def _deal(self, batch: Split) -> tuple[Drawn, np.ndarray]:
-        """Deals a batch as `data.deal` deals arrays, padded with itself, and returns which places are examples."""
+        """Deals a batch as `data.deal` deals arrays, and returns it with the mask of its examples.
+
+        A short batch is padded with repetitions of its examples.
+        """
         check_size(len(batch.inputs), self.batch_size)
         order = filled_up(np.arange(len(batch.inputs)), self.batch_size)
+        # int32[replica, per_replica]: replica r gets the places r, r + R and so on.
         order = order.reshape(-1, self.replicas).T
         numbers = np.where(order >= 0, order, ~order)
         return Drawn(batch.inputs[numbers], batch.labels[numbers], numbers), order >= 0
@@ -237,12 +265,14 @@ def _shape_of_indices(span: Span, replicas: int, per_replica: int) -> jax.ShapeD
 
 def _shape_of_drawn(split: Split | Drawn, indices: jax.ShapeDtypeStruct) -> Drawn:
     replicas, rounds, round_steps, per_replica = indices.shape
+    # A piece has one example for each of its indices.
     own = (replicas, rounds * round_steps * per_replica)
 
     def like(shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*own, *shape), dtype)
 
-    inputs, labels = split.inputs, split.labels
+    inputs = split.inputs
+    labels = split.labels
     leaves = [
         like(inputs.shape[1:], inputs.dtype),
         like(labels.shape[1:], labels.dtype),
@@ -257,6 +287,9 @@ def _indices(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[np.ndarr
 
 
 def _places(is_example: np.ndarray) -> np.ndarray:
-    """Counts the places that each replica has; `[replica, rounds, round_steps, per_replica]`."""
+    """Numbers each replica's places, `int32[replica, rounds, steps, per_replica]`.
+
+    The number of a place without an example is negative.
+    """
     places = np.arange(is_example[0].size, dtype=np.int32).reshape(is_example.shape[1:])
     return np.where(is_example, places, ~places)

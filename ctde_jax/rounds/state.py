@@ -1,4 +1,4 @@
-"""What training remembers from one round to the next, and which part of it is whose."""
+"""The state of training between rounds, and which parts of it differ between replicas."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,19 +18,24 @@ from ctde_jax.errors import InputError
 
 
 class TrainState(NamedTuple):
-    """The whole state of training; `params` are the one central model, or where a strategy diverges a replica's own."""
+    """The state of training.
 
-    step: PyTree  # int32[], steps gone through, also such for which nobody had examples
+    `params` are those of the central model, or of each replica if the strategy diverges.
+    """
+
+    step: PyTree  # int32[], number of steps taken, including those without examples
     params: PyTree
-    model_state: PyTree  # what the model keeps beside its parameters, such as batch statistics
-    opt_state: PyTree  # of the optimizer: the center's, or with inner steps each replica's own
-    reduce_state: PyTree  # of the strategy's reducer, each replica's own
-    outer_state: PyTree  # of the strategy's outer optimizer, whose parameters it shares
-    ema_params: PyTree = ()  # the exponential moving average of the parameters, where one is kept
+    model_state: PyTree  # state of the model besides its parameters, such as batch statistics
+    opt_state: PyTree  # state of the optimizer; with inner steps, one per replica
+    reduce_state: PyTree  # state of the strategy's reducer, one per replica
+    outer_state: PyTree  # state of the strategy's outer optimizer; one per replica if it diverges
+    ema_params: PyTree = ()  # exponential moving average of the parameters, if one is kept
 
 
 def axes(strategy: Strategy) -> TrainState:
-    """Says which parts of the state are a replica's own: 0 for those, None for what is equal on all."""
+    """Returns the axis of each part of the state: 0 if it differs between replicas, None if not."""
+    # Local steps move the optimizer state of each replica; if they diverge, also the parameters and
+    # what is updated with them.
     alone = 0 if strategy.inner_steps else None
     astray = 0 if strategy.diverges else None
     return TrainState(
@@ -45,10 +50,14 @@ def axes(strategy: Strategy) -> TrainState:
 
 
 def check(params: PyTree, strategy: Strategy, replicas: int) -> None:
-    """Raises InputError for a strategy that cannot run on so many replicas, before anything is compiled.
+    """Raises InputError if a strategy cannot run on this number of replicas; compiles nothing.
 
-    Of the parameters only shapes and types are read.
+    Args:
+        params: Parameters, of which only shapes and dtypes are read.
+        strategy: Strategy to check.
+        replicas: Number of replicas.
     """
+    # Reducers check the number of replicas in `init`, which needs the axis.
     on_replicas = jax.vmap(strategy.reduce.init, in_axes=None, axis_name=AXIS, axis_size=replicas)
     jax.eval_shape(on_replicas, params)
 
@@ -60,7 +69,7 @@ def create(
     strategy: Strategy,
     ema: bool = False,
 ) -> TrainState:
-    """Makes the first state of a replica; on the replica axis, so that reducers may ask how many replicas there are."""
+    """Makes the first state of a replica, on the replica axis, whose size reducers may read."""
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -80,7 +89,8 @@ def like_created(
     replicas: int,
     ema: bool = False,
 ) -> TrainState:
-    """Returns the shapes and dtypes of the first state of all replicas, `[replica, ...]`, without computing it."""
+    """Returns the shapes and dtypes of the first state of all replicas, `[replica, ...]`."""
+    # The axis is that of vmap, so that no devices are needed.
     make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
     return jax.eval_shape(
         jax.vmap(make, in_axes=None, axis_name=AXIS, axis_size=replicas), params, model_state
@@ -95,7 +105,8 @@ def place(
     devices: Sequence[jax.Device],
     ema: bool = False,
 ) -> TrainState:
-    """Sends what has been initialized at the center to the devices, and makes the first state there."""
+    """Copies initial parameters and model state to the devices, and makes the first state there."""
+    # Reducers read the number of replicas, so their state is made on the devices.
     make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
     center = replica.replicate((params, model_state), devices)
     return _run(_on_replicas(make, center, (None, None), axes(strategy), devices), center, devices)
@@ -104,14 +115,14 @@ def place(
 def go_over(
     state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
 ) -> TrainState:
-    """Goes over from one strategy's state to another's; the optimizer's state goes along."""
+    """Converts a state from one strategy to another; the optimizer's state is kept."""
     return _run(_going_over(state, before, after, devices), (state,), devices)
 
 
 def like_after(
     state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
 ) -> TrainState:
-    """Says what shapes and types `go_over` makes of a state, of which only these are read."""
+    """Returns the shapes and dtypes of the result of `go_over`; reads only those of the state."""
     return _going_over(state, before, after, devices).out_info
 
 
@@ -119,6 +130,7 @@ def _going_over(
     state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
 ) -> jax.stages.Lowered:
     def begin(state: TrainState) -> TrainState:
+        # `Strategy.local` chains `inner` and the optimizer; only the state of the latter is kept.
         _, opt_state = state.opt_state
         return state._replace(
             opt_state=(adapted(after.inner).init(state.params), opt_state),
@@ -130,16 +142,17 @@ def _going_over(
 
 
 def has_evaluated_point(state: TrainState, strategy: Strategy) -> bool:
-    """Returns whether the central parameters are not those of the state; only its structure is read."""
+    """Returns whether the central parameters may not be part of the state; reads its structure."""
     return strategy.diverges or _has_evaluated_point(_central_optimizer(state, strategy))
 
 
 def evaluated_point(state: TrainState, strategy: Strategy) -> PyTree:
-    """Returns the central parameters to evaluate, to return and to export. It may use a collective.
+    """Returns the central parameters to evaluate, to return and to export; may use a collective.
 
-    They are the moving average if one is kept; else the point that the optimizer of the central parameters is evaluated
-    at; and if replicas diverge, the mean over them.
+    They are the moving average if one is kept, otherwise the point at which the optimizer of the
+    central parameters is evaluated. If replicas diverge, they are averaged.
     """
+    # An empty tree means that no average is kept.
     if jax.tree.leaves(state.ema_params):
         params = state.ema_params
     else:
@@ -148,7 +161,8 @@ def evaluated_point(state: TrainState, strategy: Strategy) -> PyTree:
 
 
 def _mean_of_replicas(own: PyTree) -> PyTree:
-    """Averages parameters over the replicas; those that are equal on all keep their bits, which a mean may round."""
+    """Averages parameters over the replicas; those equal on all keep their bits."""
+    # A mean may round, so equal parameters are not averaged.
     real = replica.as_real(own)
     mean = replica.weighted_mean(real, 1.0)
     center = jax.tree.map(
@@ -158,10 +172,11 @@ def _mean_of_replicas(own: PyTree) -> PyTree:
 
 
 def of_optimizer(state: TrainState) -> PyTree:
-    """Copies the state of a run's optimizer to this host: numpy arrays, and keys as JAX has them.
+    """Copies the state of a run's optimizer to this host, as numpy arrays and JAX keys.
 
-    Leaves that are each replica's own have a leading axis `[replica, ...]`.
+    Leaves that differ between replicas have a leading axis `[replica, ...]`.
     """
+    # `Strategy.local` chains `inner` and the optimizer.
     _, opt_state = state.opt_state
 
     def copied(leaf: jax.Array) -> np.ndarray | jax.Array:
@@ -178,7 +193,10 @@ def _central_optimizer(state: TrainState, strategy: Strategy) -> PyTree:
 
 
 def to_tensors(tree: PyTree) -> dict[str, np.ndarray]:
-    """Copies a tree to every host, each leaf by its name; a replica's own leaves have a row for each replica."""
+    """Copies a tree to every host, as arrays by name.
+
+    Leaves that differ between replicas have a row for each replica.
+    """
     return {name: replica.gathered(_raw(leaf)) for name, leaf in named(tree).items()}
 
 
@@ -192,26 +210,34 @@ def from_tensors(
 ) -> TrainState:
     """Puts a state that `to_tensors` has named onto the devices.
 
-    On another number of replicas, what is a replica's own begins as the mean of all that there were (of integers, the
-    largest): its optimizer's moments, its parameters where the strategy diverges, what it has yet to say. What an owner
-    of a slice remembers goes along with the numbers of its slice.
+    On another number of replicas, parts that differ between replicas begin as the mean over the
+    former replicas (integers as the largest): the optimizer's moments, the parameters if the
+    strategy diverges, residuals. The state of the owner of a slice moves with the numbers of its
+    slice.
 
     Args:
-        tensors: By name.
-        like: A state of the same model, optimizer and strategy on these devices; only shapes and types are read.
-        strategy: At work when the state was named.
-        replicas: How many there were then.
-        devices: One replica on each.
-        option: Which has named them, for errors.
+        tensors: Arrays by name.
+        like: A state of the same model, optimizer and strategy on these devices; only shapes and
+            dtypes are read.
+        strategy: Strategy of the named state.
+        replicas: Number of replicas of the named state.
+        devices: Devices, with one replica on each.
+        option: Name of the argument that the tensors come from, for errors.
 
     Raises:
         InputError: The tensors are not those of such a state; lists all differences.
     """
     raw = jax.tree.map(_raw_shape, like)
+
+    # Find each leaf by its name, and convert it to this number of replicas.
     saved = in_place(tensors, raw, option)
     if replicas != len(devices):
         saved = _spread(saved, raw, strategy)
+
+    # The error lists all leaves that differ, not the first one only.
     _check_shapes(saved, raw, option)
+
+    # Put it onto the devices. Keys travel as raw integers.
     placed = TrainState(
         *(
             replica.replicate(part, devices) if axis is None else replica.shard(part, devices)
@@ -222,14 +248,22 @@ def from_tensors(
 
 
 def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
-    """Returns arrays on the host that `to_tensors` has named, for a tree that has no keys; raises as `from_tensors`."""
+    """Returns arrays on the host that `to_tensors` has named, for a tree without keys.
+
+    Raises:
+        InputError: As for `from_tensors`.
+    """
     saved = in_place(tensors, like, "run_dir")
     _check_shapes(saved, like, "run_dir")
     return saved
 
 
 def in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:
-    """Puts tensors into a tree like this one, by the names of its leaves; raises InputError if names differ."""
+    """Puts tensors into a tree like `like`, by the names of its leaves.
+
+    Raises:
+        InputError: Names are missing or unknown.
+    """
     wanted = named(like)
     missing = [f"{name} is missing" for name in wanted if name not in tensors]
     _raise_if(missing + [f"{name} is not known" for name in tensors if name not in wanted], option)
@@ -238,7 +272,8 @@ def in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> Py
 
 def _check_shapes(saved: PyTree, like: PyTree, option: str) -> None:
     differences = [
-        f"{name} is {tensor.dtype}{list(tensor.shape)} there and {leaf.dtype}{list(leaf.shape)} here"
+        f"{name} is {tensor.dtype}{list(tensor.shape)} there "
+        f"and {leaf.dtype}{list(leaf.shape)} here"
         for (name, leaf), tensor in zip(named(like).items(), jax.tree.leaves(saved), strict=True)
         if (tensor.shape, tensor.dtype) != (leaf.shape, leaf.dtype)
     ]
@@ -252,13 +287,13 @@ def _raise_if(differences: Sequence[str], option: str) -> None:
 
 
 def named(tree: PyTree) -> dict[str, jax.Array]:
-    """Names each leaf by its place, such as `params/layers/0/kernel`."""
+    """Returns the leaves of a tree by their paths, such as `params/layers/0/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _raw(leaf: jax.Array) -> jax.Array:
-    """Sees a key as the integers that it is made of."""
+    """Views a key as the integers that it consists of."""
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
@@ -273,12 +308,13 @@ def _as_key(raw: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _spread(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainState:
-    """Gives another number of replicas what is their own."""
+    """Converts the parts that differ between replicas to another number of replicas."""
 
     def is_cut(part: PyTree) -> bool:
         return isinstance(part, CutByOwner)
 
     def spread(part: PyTree, like: PyTree) -> PyTree:
+        # A reducer's state that is cut by owner is recut as a whole, not leaf by leaf.
         return part.recut(like) if is_cut(part) else _mean_of_all(part, like)
 
     return TrainState(
@@ -290,12 +326,15 @@ def _spread(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainSta
 
 
 def _mean_of_all(rows: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+    # Wrong shapes are reported later, together with all other differences.
     if rows.shape[1:] != like.shape[1:]:
         return rows
     if not jnp.issubdtype(rows.dtype, jnp.inexact):
         return np.broadcast_to(rows.max(axis=0), like.shape)
+
+    # A mean may round, so numbers that are equal on all replicas are not averaged.
     mean = rows.mean(axis=0, dtype=jnp.promote_types(rows.dtype, np.float32)).astype(rows.dtype)
-    is_equal = (rows == rows[:1]).all(axis=0)  # then the mean may differ by a rounding
+    is_equal = (rows == rows[:1]).all(axis=0)
     return np.broadcast_to(np.where(is_equal, rows[0], mean), like.shape)
 
 
@@ -306,9 +345,8 @@ def _on_replicas(
     out_axes: TrainState,
     devices: Sequence[jax.Device],
 ) -> jax.stages.Lowered:
-    row = jax.ShapeDtypeStruct(
-        (len(devices),), np.int32
-    )  # pmap insists on an argument with a row for each replica
+    # pmap needs at least one argument with a row for each replica.
+    row = jax.ShapeDtypeStruct((len(devices),), np.int32)
     on_replicas = replica.parallel(lambda _, *rest: make(*rest), devices, (0, *in_axes), out_axes)
     return replica.lowered(on_replicas, row, *like)
 
@@ -316,12 +354,12 @@ def _on_replicas(
 def _run(
     making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Sequence[jax.Device]
 ) -> TrainState:
-    """Makes a state of which no two leaves share the memory that is to be donated with them."""
+    """Makes a state whose leaves share no memory, since all of it is to be donated."""
     rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)
     return _copied(replica.compiled(making, devices)(rows, *arguments))
 
 
 def _copied(state: TrainState) -> TrainState:
-    """Copies a state; the shardings are given because `jit` would replicate an array without elements."""
+    """Copies a state; without shardings, `jit` would replicate an array without elements."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)(state)

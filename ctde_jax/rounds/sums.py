@@ -1,4 +1,4 @@
-"""What a step sums over its examples: the loss, the metrics, and what follows from them."""
+"""Sums over the examples of a step: the loss, the metrics, and what is computed from them."""
 
 import jax
 from jax import numpy as jnp
@@ -7,11 +7,19 @@ from ctde_jax.aggregate import learning_rate
 from ctde_jax.devices import PyTree, replica
 
 Sums = dict[str, jax.Array]
-"""Over examples: `loss`, each metric, their number `examples`, and `objective` if that is not the loss; float32."""
+"""Sums over examples, float32: `loss`, each metric, `examples`, and `objective`.
+
+`examples` is the number of examples; `objective` exists only if it is not the loss.
+"""
 
 
 def mean_objective(sums: Sums, over_replicas: bool = False) -> jax.Array:
-    """Returns what is minimized, averaged over the examples of all steps; 0 if there are none."""
+    """Returns the mean objective over the examples of all steps, float32[]; 0 if there are none.
+
+    Args:
+        sums: Sums of the replica, arrays of any shape.
+        over_replicas: Whether to average over the examples of all replicas, with a collective.
+    """
     objective = jnp.sum(sums.get("objective", sums["loss"]))
     total = {"objective": objective, "examples": jnp.sum(sums["examples"])}
     if over_replicas:
@@ -20,6 +28,7 @@ def mean_objective(sums: Sums, over_replicas: bool = False) -> jax.Array:
 
 
 def with_learning_rate(sums: Sums, opt_state: PyTree) -> Sums:
-    """Adds the learning rate, once for each example, if the optimizer's state holds it."""
+    """Adds the learning rate, times the number of examples, if the optimizer's state holds it."""
     rate = learning_rate(opt_state)
+    # As for all other sums, division by `examples` gives the mean.
     return sums if rate is None else {**sums, "learning_rate": rate * sums["examples"]}

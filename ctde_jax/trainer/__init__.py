@@ -1,4 +1,4 @@
-"""What the host does: checks, the loop, logs, results."""
+"""Training on the host: checks of the arguments, the training loop, logs and results."""
 
 from ctde_jax.trainer import picture, stopwatch
 from ctde_jax.trainer.fit import fit, train

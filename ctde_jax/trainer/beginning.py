@@ -1,4 +1,4 @@
-"""What a run begins with, on its devices: the data, and a state that is initialized, given, resumed or branched."""
+"""The data and the first state of a run on its devices: initialized, given, resumed or branched."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ from ctde_jax.trainer.warm_start import start_from
 
 
 class Beginning(NamedTuple):
-    """The first state of a run, and what it needs to go on from there."""
+    """The first state of a run, and the values that training needs to continue from it."""
 
     train_state: state.TrainState  # on the devices
     center: tuple[PyTree, PyTree]
-    """Initialized parameters and model state on the host, of the shapes and dtypes of the central ones."""
+    """Initialized parameters and model state on the host, in the central shapes and dtypes."""
 
     best: Best
     feed: Feed
@@ -31,24 +31,25 @@ class Beginning(NamedTuple):
 def begin(
     training: Training, phases: Sequence[Phase], found: Found, say: Callable[[Any], None]
 ) -> Beginning:
-    """Makes the first state of a run on its devices.
+    """Creates the first state of a run on its devices.
 
     Args:
-        training: What determines the numbers.
-        phases: Those that are not finished; the state is that of the first.
+        training: Everything that determines the numbers of the run.
+        phases: The unfinished phases; the state belongs to the first of them.
         found: The checkpoint from which the run continues, if there is one.
         say: Prints a line or a table.
 
     Raises:
-        InputError: The state exceeds the memory, the model mixes examples in inference, or the checkpoint or the given
-            parameters are those of another model.
+        InputError: The state exceeds the memory, the model mixes examples in inference, or the
+            checkpoint or the given parameters belong to another model.
     """
-    devices, strategy = training.devices, phases[0].strategy
+    devices = training.devices
+    strategy = phases[0].strategy
     keeps_average = training.ema_decay is not None
     init_key, train_key = jax.random.split(jax.random.key(training.seed))
 
-    # On shapes alone, sizes that cannot fit are refused before anything is allocated.
-    first = training.source.inputs(0)
+    # Refuse sizes that cannot fit, from shapes alone, before anything is allocated.
+    first = training.source.inputs(0)  # [examples, ...], the first global batch
     traced = jax.jit(training.raw_model.init).trace(init_key, first)
     shapes_of_params, shapes_of_state = traced.out_info
     like = state.like_created(
@@ -59,6 +60,9 @@ def begin(
     # Initialize on one device. A checkpoint needs that as well, for its shapes and dtypes.
     init = replica.compiled(traced.lower(), jax.local_devices()[:1], training.strategy.exact)
     params, model_state = init(init_key, first)
+
+    # A new run may start from given parameters. If the user passed the model of a `Trained` alone,
+    # its parameters are random all the same, and the printed line points to `init_from`.
     if found.checkpoint is None:
         if training.given is not None:
             params, model_state, table = start_from(
@@ -68,15 +72,18 @@ def begin(
         elif training.model.unscaled is not None:
             say("start      random parameters; init_from=trained starts from those of a Trained")
         check_examples_apart(training.raw_model, params, model_state, training.data)
+
+    # The parameters of host 0 are those of all hosts, bit for bit.
     params, model_state = hosts.arrays_of_the_first((params, model_state))
 
-    # Put the state on the devices, and replace it by that of the checkpoint.
+    # Put the state on the devices, and replace it by the state of the checkpoint.
     train_state = state.place(
         params, model_state, training.optimizer, strategy, devices, keeps_average
     )
     best = Best(training.patience)
     if found.checkpoint is not None:
         train_state = _restored(found.checkpoint, found.is_branch, train_state, strategy, devices)
+        # A branch is a new run, so its early stopping starts without a best loss.
         if not found.is_branch:
             best.restore(found.checkpoint, (params, model_state))
     feed = training.source.feed(devices)
@@ -92,7 +99,8 @@ def _restored(
     strategy: Strategy,
     devices: Sequence[jax.Device],
 ) -> state.TrainState:
-    """Returns the state of a checkpoint; a branch has the hyperparameters of its own optimizer."""
+    """Returns the state of a checkpoint; a branch gets the hyperparameters of the new optimizer."""
+    # The best parameters and the scaling of the inputs are stored beside the state.
     tensors = {
         name: tensor
         for name, tensor in checkpoint.tensors.items()

@@ -1,4 +1,4 @@
-"""Early stopping: the parameters of the lowest validation loss, and when to stop."""
+"""Early stopping: the parameters with the lowest validation loss, and when to stop."""
 
 from typing import Any
 
@@ -12,16 +12,17 @@ from ctde_jax.trainer.log import Row
 
 
 class Best:
-    """Keeps the parameters of the lowest validation loss, if there is a patience.
+    """Keeps the parameters with the lowest validation loss if early stopping is enabled.
 
     Args:
-        patience: Evaluations without improvement after which the run stops; None never stops.
+        patience: Number of evaluations without improvement after which the run stops; None never
+            stops the run and keeps no parameters.
     """
 
     def __init__(self, patience: int | None):
         self._patience = patience
         self._loss = np.inf
-        self._in_vain = 0
+        self._in_vain = 0  # evaluations since the last improvement
         self.center: tuple[PyTree, PyTree] | None = None
         self.step = 0
 
@@ -32,14 +33,14 @@ class Best:
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """What the manifest of a checkpoint holds of it."""
+        """Loss, step and number of evaluations without improvement, for a checkpoint's manifest."""
         if self.center is None:
             return None
         return {"loss": self._loss, "step": self.step, "in_vain": self._in_vain}
 
     @property
     def tensors(self) -> Tensors:
-        """The parameters and model state, by name, as a checkpoint holds them."""
+        """Parameters and model state by name, for a checkpoint; empty if none are kept."""
         return {} if self.center is None else state.to_tensors({BEST: self.center})
 
     def restore(self, found: Checkpoint, like: tuple[PyTree, PyTree]) -> None:
@@ -47,9 +48,10 @@ class Best:
 
         Args:
             found: The checkpoint.
-            like: Parameters and model state, of which shapes and dtypes are read.
+            like: Parameters and model state; only their shapes and dtypes are read.
         """
         tensors = {name: tensor for name, tensor in found.tensors.items() if name.startswith(BEST)}
+        # A checkpoint from before the first evaluation, or without patience, has none.
         if not tensors:
             return
         facts = found.facts["best"]
@@ -66,6 +68,7 @@ class Best:
             self._loss = validated["loss"]
             self.step = validated["step"]
             self._in_vain = 0
+            # Copy to the host: the next dispatch donates the buffers of the training state.
             self.center = jax.device_get((params, model_state))
         else:
             self._in_vain += 1

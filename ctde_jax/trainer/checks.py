@@ -1,4 +1,4 @@
-"""What `fit` refuses, in sentences, before anything is trained or written."""
+"""Checks of the arguments of `fit`, made before anything is trained or written."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,27 +26,31 @@ def check_network(
     takes_mask: bool,
     reestimates: bool,
 ) -> None:
-    """Raises InputError for a model whose state or outputs do not go with the data and the task.
+    """Raises InputError for a model whose state or outputs do not suit the data and the task.
 
     Everything is traced on shapes and dtypes alone.
 
     Args:
-        model: Takes inputs as the data set stores them.
-        center: Shapes and dtypes of its parameters and state.
+        model: A model that takes inputs as the data set stores them.
+        center: Shapes and dtypes of the parameters and the model state.
         data: Training and test examples.
         task: The loss and the metrics.
         takes_mask: Whether the user's model takes the mask of real examples.
         reestimates: Whether batch statistics are estimated again before evaluations.
     """
+    # Trace abstractly: one example `[1, ...]`, a key[], parameters and state without values.
     inputs = data.train.inputs[:1]
     key = jax.eval_shape(jax.random.key, 0)
     params, model_state = center
     has_state = bool(jax.tree.leaves(model_state))
+
+    # A stateful model must know which examples are padding; others have nothing to reestimate.
     if has_state and not takes_mask:
         raise InputError(
             "model",
-            "has a state, so its apply must take a fifth argument, mask=None: bool[examples], False for examples that "
-            "only fill a short batch and must not count in the state; see models.Model.",
+            "has a state, so its apply must take a fifth argument, mask=None: bool[examples], "
+            "False for examples that only fill a short batch and must not count in the state; see "
+            "models.Model.",
         )
     if reestimates and not has_state:
         raise InputError(
@@ -58,7 +62,8 @@ def check_network(
             f'must have metrics by name, such as {{"error": function}}, got {task.metrics!r:.60}.',
         )
 
-    # Two batch sizes: a model may drop or merge the axis of examples, which one size alone does not show.
+    # Two batch sizes: one alone does not reveal a model that drops or merges the examples axis.
+    # Each is traced without a key, as in inference, and with one, as in training.
     for examples in (1, 2):
         few = _like(inputs, examples)
         outputs, _ = jax.eval_shape(model.apply, params, model_state, few, None)
@@ -70,7 +75,7 @@ def check_network(
 def check_strategy(
     model: Model, center: tuple[PyTree, PyTree], data: Dataset, strategy: Strategy, replicas: int
 ) -> None:
-    """Raises InputError for a strategy that cannot run on this number of replicas, or not with this model."""
+    """Raises InputError for a strategy that cannot run on this many replicas or with this model."""
     params, model_state = center
     state.check(params, strategy, replicas)
     if strategy.exact:
@@ -78,17 +83,18 @@ def check_strategy(
 
 
 def check_augment(augment: Augment, data: Dataset) -> None:
-    """Raises what an augmentation raises for examples like these, which is traced on their shapes and dtypes."""
+    """Raises the error of an augmentation that fails on the shapes and dtypes of these examples."""
     key = jax.eval_shape(jax.random.key, 0)
     jax.eval_shape(partial(apply_to, augment), key, data.train.inputs[:1], np.zeros(1, np.int32))
 
 
 def check_devices(devices: object) -> None:
-    """Raises InputError for a number, or anything else that is no list of devices."""
+    """Raises InputError for anything other than None or a list of devices, such as a number."""
     if devices is None or (
         isinstance(devices, Sequence) and all(hasattr(each, "platform") for each in devices)
     ):
         return
+    # A number is a common mistake, so show the call that returns this many devices.
     way_out = (
         f"pass devices.start({devices})"
         if isinstance(devices, int)
@@ -105,17 +111,18 @@ def check_optimizer(
     averages: bool,
     rolls_back: bool,
 ) -> None:
-    """Raises InputError for optimizers that do not work in a step, or not with other options.
+    """Raises InputError for optimizers that fail in a training step or conflict with other options.
 
     Args:
-        optimizer: Of every step.
-        strategy: Whose outer optimizer is checked, too.
-        params: Of which only shapes and dtypes are read.
+        optimizer: The optimizer of every step.
+        strategy: The strategy, whose outer optimizer is checked, too.
+        params: The parameters; only their shapes and dtypes are read.
         replicas: The number of replicas.
         averages: Whether a moving average of the parameters is kept.
         rolls_back: Whether a run that is not finite continues with smaller updates.
     """
 
+    # Trace one update of each optimizer on the replica axis, as optimizers may use collectives.
     def on_replicas(option: str, optimizer: optax.GradientTransformation) -> PyTree:
         trace = jax.vmap(
             partial(transformations.traced, optimizer, option=option),
@@ -127,22 +134,32 @@ def check_optimizer(
 
     opt_state = on_replicas("optimizer", optimizer)
     outer_state = on_replicas("outer", strategy.outer)
+
+    # Optimizers such as schedule_free compute the parameters from positions in their state, which
+    # averaging the replicas' parameters does not change.
     own = transformations.own_point(opt_state)
     if own and strategy.inner_steps:
-        rule = f"must not be {own} in local steps: each replica would go back to a point of its own after the average"
+        rule = (
+            f"must not be {own} in local steps: each replica would go back to a point of its own "
+            "after the average"
+        )
         raise InputError(
             "optimizer", f"{rule}; aggregate at every step, or make it the outer optimizer."
         )
+
+    # Otherwise the outer optimizer may hold such positions; the rules below apply to both.
     option, own = ("optimizer", own) if own else ("outer", transformations.own_point(outer_state))
     if own and strategy.diverges:
         raise InputError(
             option, f"must not be {own} if replicas diverge, as no parameters are shared."
         )
-    if averages and transformations.has_evaluated_point((opt_state, outer_state)):
-        raise InputError(
-            "ema_decay",
-            f"must be left out with {own}, which is evaluated at a point of its own already.",
-        )
+    for part in (opt_state, outer_state):
+        if averages and transformations.has_evaluated_point(part):
+            raise InputError(
+                "ema_decay",
+                f"must be left out with {transformations.own_point(part)}, which is evaluated at a "
+                "point of its own already.",
+            )
     if own and rolls_back:
         rule = (
             f"must not be rollback with {own}: halved updates do not halve the steps of its point"
@@ -151,7 +168,8 @@ def check_optimizer(
 
 
 def takes_mask(model: Model) -> bool:
-    """Returns whether a model takes the mask of real examples, its fifth argument."""
+    """Returns whether `model.apply` takes a fifth argument, the mask of real examples."""
+    # Bind five placeholders, as only the number of arguments matters.
     try:
         signature(model.apply).bind(*range(5))
     except TypeError:
@@ -168,9 +186,10 @@ _MADE_BY = {
 
 
 def check_types(**arguments: object) -> None:
-    """Raises InputError for an argument that has the wrong type."""
+    """Raises InputError for an argument of the wrong type; `_MADE_BY` lists names and types."""
     for name, value in arguments.items():
         kind, maker = _MADE_BY[name]
+        # `optax.MultiSteps` has `init` and `update`, but is not a GradientTransformation.
         is_like_multi_steps = (
             name == "optimizer" and not isinstance(value, type) and _has_init_and_update(value)
         )
@@ -181,31 +200,36 @@ def check_types(**arguments: object) -> None:
 
 
 def _has_init_and_update(value: object) -> bool:
-    """Returns whether an object can be called as `optax.MultiSteps` is, without being a transformation."""
+    """Returns whether an object can be called like `optax.MultiSteps`."""
     return all(callable(getattr(value, name, None)) for name in ("init", "update"))
 
 
 def _like(array: Any, examples: int) -> jax.ShapeDtypeStruct:
+    # JAX computes in the canonical dtype, such as float32 for float64, unless x64 is enabled.
     return jax.ShapeDtypeStruct(
         (examples, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
     )
 
 
 def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
-    """Raises InputError for a task that fails on outputs and labels like these, or whose loss mixes examples.
+    """Raises InputError for a task that fails on such outputs and labels or mixes examples.
 
-    A loss mixes them if it broadcasts `[n, 1]` minus `[n]` to `[n, n]`, for example. That is tried on one trace of the
-    loss, with random outputs `a, b`, then `a, a` and `b, b`: a loss that draws numbers as it is traced is no mixture.
+    For example, a loss mixes examples if it broadcasts `[n, 1]` minus `[n]` to `[n, n]`. The check
+    evaluates one trace of the loss on random outputs `a, b`, then on `a, a` and `b, b`. As there is
+    only one trace, a loss that draws random numbers while it is traced is not reported.
     """
 
     def losses(outputs: PyTree, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         measured = task.measure(outputs, labels)
         return measured["loss"], task.minimized(outputs, labels, measured)
 
+    # The trace itself raises the task's errors. Values are needed only to find mixed examples.
     labels = jax.numpy.asarray(data.train.labels[:2])
     traced = jax.make_jaxpr(losses)(outputs, _like(data.train.labels, 2))
     if task.predicts != "anything" or len(labels) < 2:
         return
+
+    # Random outputs, mostly between 0 and 1, where most losses are finite.
     rng = np.random.default_rng(0)
     drawn = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape).astype(leaf.dtype), outputs)
     evaluate = jaxpr_as_fun(traced)
@@ -213,36 +237,40 @@ def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
         shapes = f"outputs {describe(outputs)} and labels {describe(labels)}"
         raise InputError(
             "task",
-            "must compute the loss of each example from that example alone, but it mixes the examples of "
-            f"{shapes}; give both the same shape, as outputs[..., 0] - labels does.",
+            "must compute the loss of each example from that example alone, but it mixes the "
+            f"examples of {shapes}; give both the same shape, as outputs[..., 0] - labels does.",
         )
 
 
 def check_examples_apart(model: Model, params: PyTree, model_state: PyTree, data: Dataset) -> None:
-    """Raises InputError for a model whose outputs for one example depend on the others of the batch in inference.
+    """Raises InputError for a model whose outputs depend on other examples of a batch in inference.
 
-    The averages of its evaluation would depend on the batch size. The check compiles the inference of two examples.
+    The averages of an evaluation would then depend on the batch size. The check compiles the
+    inference of two examples.
 
     Args:
-        model: Takes inputs as they are stored.
-        params: The initial parameters. Zeros, as in the kernel of a last layer, are replaced: they would hide the rest.
-        model_state: The initial state.
-        data: At least one training example.
+        model: A model that takes inputs as the data set stores them.
+        params: The initial parameters. Leaves of zeros, such as the kernel of a last layer, are
+            replaced, because they would hide the mixture.
+        model_state: The initial model state.
+        data: A data set with at least one training example.
     """
 
     @jax.jit
     def infer(params: PyTree, model_state: PyTree, inputs: jax.Array) -> PyTree:
         return model.apply(params, model_state, inputs, None)[0]
 
-    # The second example is halved, as the maxima of two pictures are often equal; half a token is a token.
+    # Halve the second example: the maxima of two pictures are often equal. Half a token is a token.
     few = np.asarray(data.train.inputs[:2])
     pair = np.stack([few[0], (few[-1] / 2).astype(few.dtype)])
     if _mixes(partial(infer, jax.tree.map(_nonzero, params), model_state), pair):
         raise InputError(
             "model",
-            "must compute the outputs of each example from that example alone in inference, but they change with the "
-            "other examples of the batch; in place of x - x.mean(0) or x / x.max(), normalize by constants or with "
-            f"BatchNorm{', and give convolutions a channel axis, x[..., None]' if pair.ndim == 3 else ''}.",
+            "must compute the outputs of each example from that example alone in inference, but "
+            "they change with the other examples of the batch; in place of x - x.mean(0) or "
+            "x / x.max(), normalize by constants or with "
+            "BatchNorm"
+            f"{', and give convolutions a channel axis, x[..., None]' if pair.ndim == 3 else ''}.",
         )
 
 
@@ -253,10 +281,10 @@ def _nonzero(leaf: jax.Array) -> jax.Array | np.ndarray:
 
 
 def _mixes(function: Callable[..., PyTree], *pair: PyTree) -> bool:
-    """Returns whether results for two examples `a, b` differ from those for `a, a` and `b, b`.
+    """Returns whether the results for two examples `a, b` differ from those for `a, a` and `b, b`.
 
-    The same row of the same program is compared, so rounding does not matter. Results without an axis of examples may
-    differ.
+    The same row of the same program is compared, so rounding does not matter. Results without an
+    examples axis may differ.
     """
     together = jax.tree.leaves(function(*pair))
     for example in range(2):
@@ -273,40 +301,46 @@ def _mixes(function: Callable[..., PyTree], *pair: PyTree) -> bool:
 
 
 def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
+    # The tolerance is relative to the largest number, as single outputs may be close to zero.
     largest = np.abs(one[np.isfinite(one)]).max(initial=0)
     return np.allclose(one, other, rtol=0, atol=1e-3 * largest + 1e-6, equal_nan=True)
 
 
 def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) -> None:
-    """Raises InputError if the outputs for so many examples are not what the task predicts."""
-    got, count = describe(outputs), "one example" if examples == 1 else f"{examples} examples"
+    """Raises InputError if the outputs for this many examples do not have the task's shape."""
+    # Every task needs an output for each example, `[examples, ...]`.
+    got = describe(outputs)
+    count = "one example" if examples == 1 else f"{examples} examples"
     if not any(leaf.shape[:1] == (examples,) for leaf in jax.tree.leaves(outputs)):
         raise InputError(
             "model",
-            f"must return outputs for each example, [examples, ...], got {got} for {count}; batches have "
-            "any size, so keep the first axis, as x.reshape(len(x), -1) does.",
+            f"must return outputs for each example, [examples, ...], got {got} for {count}; "
+            "batches have any size, so keep the first axis, as x.reshape(len(x), -1) does.",
         )
     if task.predicts == "anything":
         return
+
+    # The built-in tasks need logits in one array, of a shape that follows from the labels.
     if not hasattr(outputs, "shape"):
         raise InputError(
             "model",
-            f"must return one array for a task that predicts {task.predicts}, got {got}; return the logits alone, or "
-            "pass task=Task(lambda outputs, labels: ...).",
+            f"must return one array for a task that predicts {task.predicts}, got {got}; return "
+            "the logits alone, or pass task=Task(lambda outputs, labels: ...).",
         )
     classes = len(data.vocabulary or data.classes)
     if task.predicts == "tokens":
-        places, tokens = data.train.labels.shape[1:], classes or outputs.shape[-1]
-        wanted, says = (
-            (examples, *places, tokens),
-            f"[examples, length, {tokens}], one for each token",
-        )
+        places = data.train.labels.shape[1:]
+        tokens = classes or outputs.shape[-1]
+        wanted = (examples, *places, tokens)
+        says = f"[examples, length, {tokens}], one for each token"
     elif classes:
-        wanted, says = (examples, classes), f"[examples, {classes}], one for each class"
+        wanted = (examples, classes)
+        says = f"[examples, {classes}], one for each class"
     else:
         raise InputError(
             "task",
-            f"must be a loss of your own for labels that are no classes; {targets_or_classes(data.train.labels)}.",
+            "must be a loss of your own for labels that are no classes; "
+            f"{targets_or_classes(data.train.labels)}.",
         )
     if outputs.shape != wanted:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The folder of a run, claimed for as long as the run takes, and the checkpoint from which the run continues."""
+"""The claim on the folder of a run, and the checkpoint from which the run continues."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,20 +18,20 @@ from ctde_jax.trainer.training import Saving, Training
 
 
 class Found(NamedTuple):
-    """Where a run continues."""
+    """The checkpoint from which a run continues, and the options that determine its numbers."""
 
     checkpoint: Checkpoint | None
     """None if the run starts from its beginning."""
 
     is_branch: bool
-    """Whether the checkpoint is that of another run."""
+    """Whether the checkpoint belongs to another run."""
 
     decided: Options
-    """What determines the numbers of the run, by name."""
+    """Values of the options, by name; a run continues only if its checkpoint has the same."""
 
     @property
     def position(self) -> Position:
-        """How far the run is."""
+        """The progress of the run: steps, bytes sent and skipped rounds."""
         if self.checkpoint is None:
             return Position()
         return Position(**self.checkpoint.facts["position"])
@@ -44,21 +44,26 @@ class Found(NamedTuple):
 
 @contextmanager
 def claim(training: Training, saving: Saving, say: Callable[[str], None]) -> Iterator[Found]:
-    """Claims the folder of a run, and finds the checkpoint of this run, or the one to branch from.
+    """Claims the folder of a run until the run ends, and finds the checkpoint to continue from.
 
-    All hosts compare what they are about to train; only host 0 opens the folder.
+    That is the newest intact checkpoint of this run, or the one to branch from. All hosts compare
+    what they are about to train; only host 0 opens the folder.
 
     Args:
-        training: What determines the numbers.
-        saving: Where the files are.
+        training: Everything that determines the numbers of the run.
+        saving: The files of the run.
         say: Prints a line.
 
     Raises:
-        InputError: The hosts differ, or the folder is in use, cannot be written to, or holds another run.
+        InputError: The hosts differ, or the folder is in use, cannot be written to, or holds
+            another run.
     """
+    # Compare the hosts first: if they differ, a later collective could hang.
     saving.check(training)
     folder = saving.folder
-    decided, identity = training.deciding(saving), training.identity
+    decided = training.deciding(saving)
+    identity = training.identity
+    # These do not determine the numbers, but hosts must agree on when and where to save.
     files = {
         "save_every": saving.save_every,
         "keep_best": saving.keep_best,
@@ -70,6 +75,7 @@ def claim(training: Training, saving: Saving, say: Callable[[str], None]) -> Ite
         yield Found(None, False, decided)
         return
 
+    # Host 0 claims the folder and reads the checkpoint; the other hosts receive its arrays.
     with ExitStack() as at_end:
 
         def find_here() -> Checkpoint | None:
@@ -77,5 +83,7 @@ def claim(training: Training, saving: Saving, say: Callable[[str], None]) -> Ite
             return find(folder, saving.resume, saving.trunk, decided, identity, say)
 
         found = found_by_the_first(find_here)
+
+        # Any checkpoint outside this folder, or found although `resume` is False, is a branch.
         is_own = saving.resume and found is not None and found.path.parent == folder / CHECKPOINTS
         yield Found(found, found is not None and not is_own, decided)

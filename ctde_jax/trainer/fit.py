@@ -1,4 +1,4 @@
-"""The walk from a model and data to a trained model: `fit`, and `train`, which takes every option."""
+"""From a model and data to a trained model: `fit`, and `train`, which takes every option."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -56,43 +56,45 @@ def fit(
 ) -> Trained:
     """Trains one central model on many devices.
 
-    Ctrl-C ends the training after the current dispatch and returns what has been trained; a second Ctrl-C raises
-    KeyboardInterrupt. With a `run_dir`, the same call continues a run that was interrupted in any way, also on another
-    number of devices; on the same number, the bits are those of an uninterrupted run.
+    Ctrl-C ends the training after the current dispatch and returns the model as it is then; a
+    second Ctrl-C raises KeyboardInterrupt. With a `run_dir`, the same call resumes a run after any
+    interruption, also on another number of devices; on the same number, the bits are those of an
+    uninterrupted run.
 
     Args:
         model: A model such as `models.mlp(...)`, or any nnx or linen module: `Net`, `Net(64)`,
-            `functools.partial(Net, 64)` or `lambda rngs: Net(64, rngs=rngs)`. An nnx module that is already built
-            starts from its weights, whatever the seed, and is not changed. See `models.from_nnx` and
-            `models.from_linen` for modules whose mode arguments cannot be recognized.
+            `functools.partial(Net, 64)` or `lambda rngs: Net(64, rngs=rngs)`. A built nnx module
+            starts from its weights, whatever the seed, and is not changed. `models.from_nnx` and
+            `models.from_linen` adapt modules whose mode arguments cannot be recognized.
         data: Training and test examples.
-        optimizer: Any optax transformation. Its `update` is also passed `grad`, and as `value` and `loss` the mean
-            objective of the batch (in local steps, of the replica's part of it). Optimizers that train at one point
-            and are evaluated at another, such as `optax.contrib.schedule_free`, are evaluated, returned and exported
-            at the latter. For complex parameters it gets what `jax.grad` returns, the conjugate of the direction
-            of steepest ascent, as in any optax loop.
-        strategy: How the devices agree.
-        task: The loss to minimize and the metrics to report; by default classification, or language modeling if the
-            data are a text.
+        optimizer: Any optax transformation. Its `update` also receives `grad`, and as `value` and
+            `loss` the mean objective of the batch (in local steps, of the replica's part). If it is
+            evaluated at another point than it trains at, as `optax.contrib.schedule_free` is, that
+            point is evaluated, returned and exported. As in any optax loop, complex gradients are
+            those of `jax.grad`, the conjugate of the direction of steepest ascent.
+        strategy: When the replicas communicate, what they send, and how the result is applied.
+        task: The loss to minimize and the metrics to report; by default classification, or
+            language modeling if the data are a text.
         batch_size: The global batch size, over all devices together.
         epochs: Passes over the training examples; give this or `steps`.
         steps: Optimizer steps.
-        devices: One replica runs on each; by default those of `devices.start()`.
+        devices: The devices, with one replica on each; by default those of `devices.start()`.
         seed: Random seed for initialization, data order, augmentation and dropout.
-        eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
+        eval_every: Steps between evaluations, rounded up to whole rounds; by default an epoch.
         run_dir: Folder for `metrics.jsonl`, `curves.png` and checkpoints. None writes no files.
-        resume: Whether to continue the run in the folder; if False, it moves into the subfolder `previous-1`, or the
-            next number.
+        resume: Whether to continue the run in the folder; if False, it moves into the subfolder
+            `previous-1`, or the next number.
         show: Whether to show progress.
-        describe: Returns a text to print at every evaluation, given parameters and model state (numpy arrays).
-        **options: Any other field of `trainer.Training`, such as `augment`, `ema_decay`, `init_from`, `partition` or
-            `patience`, and of `trainer.Saving`, such as `save_every`, `keep_best` or `branch_from`.
+        describe: Returns a text to print at evaluations from parameters and state (numpy arrays).
+        **options: Other fields of `trainer.Training`, such as `augment`, `ema_decay`, `init_from`,
+            `partition` or `patience`, and of `trainer.Saving`, such as `save_every` or `keep_best`.
 
     Raises:
-        InputError: An argument breaks a rule, or the folder holds another run; nothing has been trained yet.
-        NonFiniteLoss: The loss became NaN or infinite; the metrics until then are in the folder.
-        ReplicasDiverged: Devices differ in what they must share.
-        Preempted: SIGTERM has ended the training, which is saved. Without a `run_dir` it ends the process.
+        InputError: An argument breaks a rule, or the folder holds another run. Nothing was trained.
+        NonFiniteLoss: The loss became NaN or infinite; the folder has the metrics until then.
+        ReplicasDiverged: Values that must be equal on all devices differ.
+        Preempted: SIGTERM or SIGHUP ended the training, and a checkpoint is written. Without a
+            `run_dir`, these signals end the process.
         TypeError: An option is unknown.
     """
     of_training, of_saving = _split(options)
@@ -123,23 +125,25 @@ def train(
     show: bool = True,
     describe: Describe | None = None,
 ) -> Trained:
-    """Trains as `fit` does, with every option in one of two values.
+    """Trains as `fit` does, with all options in two values.
 
     Args:
-        training: What determines the numbers.
-        saving: Where the files are.
+        training: Everything that determines the numbers of the run.
+        saving: The files of the run.
         show: Whether to show progress.
-        describe: Returns a text to print at every evaluation, given parameters and model state (numpy arrays).
+        describe: Returns a text to print at evaluations from parameters and state (numpy arrays).
 
     Raises:
-        Exception: As `fit`.
+        Exception: The exceptions of `fit`.
     """
-    # Refuse settings of the environment that rule out training, such as a thread pool that is too small.
-    clock, screen = Clock(), console(quiet=not show)
+    # Refuse settings of the environment that rule out training, such as too small a thread pool.
+    clock = Clock()
+    screen = console(quiet=not show)
     check_backend(training.devices)
 
     # Resume: the newest intact checkpoint of this run, the one to branch from, or none.
     with claim(training, saving, screen.print) as found:
+        # Checkpoints come after whole rows, so a row is at most as long as their interval.
         row_steps = min(training.log_every, saving.save_every or training.log_every)
         phases = unfinished(training.phases(row_steps), found.position.gone_through)
 
@@ -150,15 +154,17 @@ def train(
             screen.print(completed(found.position.step, found.decided))
         clock.lap("start-up")
 
-        # Compile everything before the first step, so that a mistake costs seconds and not an epoch.
+        # Compile everything before the first step, so that an error costs seconds and not an epoch.
         programs = compile_programs(training, phases, beginning, found.position.gone_through)
+
+        # Show the bytes that a round sends, counted in the compiled program of the last phase.
         count = count_params(beginning.center[0])
         wire = summary(programs.phases[-1].traffic, count, len(training.devices))
         later = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
         screen.print(f"wire       {wire}{later}")
         clock.lap("compile")
 
-        # Train: each phase in spans from one evaluation to the next.
+        # Train: each phase in spans from one evaluation to the next. Files are written only now.
         prepare_folder(saving, found, screen.print)
         with open_run(training, saving, found, beginning, programs, clock, show, describe) as run:
             for program in programs.phases:
@@ -167,9 +173,10 @@ def train(
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sorts options by the value that has a field of their name; raises TypeError for unknown ones."""
+    """Splits options into fields of `Training` and of `Saving`; raises TypeError for others."""
     training = {field.name for field in fields(Training)}
     saving = {field.name for field in fields(Saving)}
+    # Report unknown names as Python does, with a suggestion.
     for name in options:
         if name not in training | saving:
             suggestion = did_you_mean(name, training | saving)
@@ -179,10 +186,11 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _checked(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
-    """Returns the devices of a run; raises InputError unless all hosts have the same number of them."""
+    """Returns the devices of a run; raises InputError if hosts have different numbers of them."""
     check_devices(devices)
     chosen = list(devices or start())
     check_backend(chosen)
+    # Every host compares its devices with an equal share of all devices.
     if len(chosen) != len(replica.own(chosen)) * hosts.count():
         rule = f"must contain the same number of devices on each of the {hosts.count()} hosts"
         raise InputError("devices", f"{rule}; pass the result of devices.start().")
@@ -190,11 +198,13 @@ def _checked(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
 
 
 def _default_task(data: Dataset) -> Task:
+    # Only a text has a vocabulary.
     if data.vocabulary:
         return language_modeling
     if data.classes:
         return classification
     raise InputError(
         "task",
-        f"must be given, as Task(loss), unless labels are classes or a text; {targets_or_classes(data.train.labels)}.",
+        "must be given, as Task(loss), unless labels are classes or a text; "
+        f"{targets_or_classes(data.train.labels)}.",
     )

@@ -1,11 +1,14 @@
-"""What a person sees of a run: a progress bar, a line of JSON for every measurement, and the curves.
+"""The display and the records of a run: a progress bar, measurements as JSON lines, and curves.
 
-A measurement is a row, a flat dict: `split` ("train", "validation" or "test"), `step`, `epoch`, `loss`, the task's
-metrics, `examples`, and for training also `examples_per_second` and `bytes_sent`, what each device has sent since the
-start, and where rounds that are not finite are left out, `skipped`, their number since the start. If the optimizer was
-made by `optax.inject_hyperparams`, as those of the command are, `learning_rate` is that of the row's last step. If it
-contains several of them, such as in `optax.multi_transform`, no learning rate is that of all parameters, and none is
-logged.
+A measurement is a row, a flat dict: `split` ("train", "validation" or "test"), `step`, `epoch`,
+`loss`, the metrics of the task, and `examples`. Rows of the training split also have:
+
+- `examples_per_second`;
+- `bytes_sent`: bytes that each device has sent since the start;
+- `skipped`: rounds skipped since the start, if rounds that are not finite are skipped;
+- `learning_rate`: the learning rate of the row's last step, if `optax.inject_hyperparams` made the
+  optimizer, as it makes those of the command. If the optimizer contains several learning rates, as
+  `optax.multi_transform` may, none applies to all parameters, and none is logged.
 """
 
 import json
@@ -48,11 +51,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_UPDATES = 1.0  # of the line in a notebook
 _BURST = 12  # lines
 _LONGEST_ROW = 2**20  # bytes
-_NARROWEST = 40  # columns; a table has no room for its numbers in fewer
+_NARROWEST = 40  # columns; in fewer, a table has no room for its numbers
 
 
 class Log:
-    """Keeps the rows of a run, writes each as soon as it is known, and shows how far the run is.
+    """Keeps the rows of a run, writes each at once, and shows the progress.
 
     Made by `open_log`.
     """
@@ -66,12 +69,10 @@ class Log:
         progress: Progress,
     ):
         self.rows = rows
-        self._total_steps, self._folder, self._file, self._progress = (
-            total_steps,
-            folder,
-            file,
-            progress,
-        )
+        self._total_steps = total_steps
+        self._folder = folder
+        self._file = file
+        self._progress = progress
         done = rows[-1]["step"] if rows else 0
         self._task = progress.add_task("training", total=total_steps, completed=done, summary="")
         self._latest: dict[str, Row] = {}  # by split
@@ -81,11 +82,13 @@ class Log:
         """Keeps, writes and shows one measurement."""
         self.rows.append(row)
         if self._folder and self._file:
+            # Flush each row: a checkpoint relies on all rows before it being in the file.
             with writing_to(self._folder):
                 self._file.write(json.dumps(row) + "\n")
                 self._file.flush()
 
         self._latest[row["split"]] = row
+        # Outside a terminal the bar is disabled, and lines are printed instead.
         if self._progress.disable:
             rows = list(self._latest.values())
             self._lines.show(
@@ -98,34 +101,35 @@ class Log:
             )
 
     def close(self) -> None:
-        """Shows the last measurement if it has not been shown."""
+        """Shows the last measurement if it has not been shown yet."""
         self._lines.finish()
 
     def say(self, text: str) -> None:
-        """Shows a text as it is."""
+        """Prints a text unchanged."""
         self._progress.console.print(text)
 
 
 class _Lines:
-    """Progress where no bar can move: lines, as few as a person wants to read, or in a notebook one that is replaced.
+    """Progress without a bar: a limited number of lines, or in a notebook one that is replaced.
 
-    Evaluations may come in bursts of `_BURST` lines; in the long run there is a line every `_SECONDS_BETWEEN_LINES`.
+    Evaluations may come in bursts of `_BURST` lines; in the long run there is one line every
+    `_SECONDS_BETWEEN_LINES` seconds.
     """
 
     def __init__(self, console: Console):
-        self._console, self._started, self._shown, self._waiting = (
-            console,
-            time.perf_counter(),
-            0,
-            "",
-        )
+        self._console = console
+        self._started = time.perf_counter()
+        self._shown = 0
+        self._waiting = ""
+        # A notebook shows its first line at once; elsewhere the first rows of training can wait.
         self._last = self._started if not console.is_jupyter else -math.inf
         self._handle: Any = None  # of IPython's display, once there is one
 
     def show(self, text: str, is_evaluation: bool) -> None:
-        """Shows a line now, or keeps it until one is due."""
+        """Shows a line now, or keeps it until the next one is due."""
         self._waiting = text
         now = time.perf_counter()
+        # In a notebook a new line replaces the old one, so only the rate of updates is limited.
         allowed = _BURST + (now - self._started) / _SECONDS_BETWEEN_LINES
         if self._console.is_jupyter:
             is_due = now - self._last > _SECONDS_BETWEEN_UPDATES
@@ -138,17 +142,19 @@ class _Lines:
             self.finish()
 
     def finish(self) -> None:
-        """Shows the line that is kept."""
+        """Shows the line that has been kept, if there is one."""
         if not self._waiting:
             return
         if self._console.is_jupyter and not self._console.quiet:
             self._replace(self._waiting)
         else:
             self._console.print(self._waiting)
-        self._waiting, self._shown = "", self._shown + 1
+        self._waiting = ""
+        self._shown = self._shown + 1
 
     def _replace(self, text: str) -> None:
-        from IPython.display import display  # there in a notebook
+        # A notebook always has IPython; other programs need not.
+        from IPython.display import display
 
         content = {"text/plain": text}
         if self._handle is None:
@@ -158,12 +164,13 @@ class _Lines:
 
 
 class _Fitted:
-    """The latest measurements in as many words as the terminal has room for."""
+    """The latest measurements, shortened to the width of the terminal."""
 
     def __init__(self, rows: Sequence[Row]):
         trained = [row for row in rows if row["split"] == "train"]
         others = [row for row in rows if row["split"] != "train"]
         without_metrics = [{name: row[name] for name in ("split", "loss")} for row in trained]
+        # From the longest to the shortest: the last resort is the test split alone.
         self._texts = [
             _summary([*trained, *others]),
             _summary([*trained, *others], speed=False),
@@ -176,6 +183,7 @@ class _Fitted:
         yield Text(fitting[0] if fitting else self._texts[-1], no_wrap=True, overflow="ellipsis")
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        # The column may shrink to 10 columns, and takes all the width that the others leave.
         return Measurement(min(10, options.max_width), options.max_width)
 
 
@@ -185,12 +193,16 @@ class _SummaryColumn(ProgressColumn):
 
 
 def console(quiet: bool = False, lasting: bool = True) -> Console:
-    """Returns the screen on which a run is shown, on several hosts that of host 0; lines are never broken.
+    """Returns the console on which a run is shown; of several hosts, only host 0 prints.
+
+    Lines are never wrapped.
 
     Args:
-        quiet: Shows nothing.
-        lasting: Drops what standard output does not take any more, so that training goes on; else that is an OSError.
+        quiet: Whether to print nothing.
+        lasting: Whether to drop output that standard output no longer accepts, so that training
+            continues; otherwise such output raises an OSError.
     """
+    # Standard output is None in a process that was started with it closed.
     file = cast(IO[str], Screen(sys.stdout)) if lasting and sys.stdout is not None else None
     screen = Console(
         quiet=quiet or hosts.index() > 0, soft_wrap=True, highlight=False, markup=False, file=file
@@ -203,17 +215,19 @@ def console(quiet: bool = False, lasting: bool = True) -> Console:
 def open_log(
     total_steps: int, folder: Path | None = None, show: bool = True, kept: int = 0
 ) -> Iterator[Log]:
-    """Opens the log of a run, and closes it however the run ends, the curves drawn.
+    """Opens the log of a run; at the end, however the run ends, closes it and draws the curves.
 
     Args:
         total_steps: Optimizer steps of the whole run.
-        folder: Where host 0 writes `metrics.jsonl` and `curves.png`; None writes no files.
-        show: Shows a bar in a terminal, one line that is replaced in a notebook, and plain lines elsewhere.
-        kept: The run goes on after so many of the rows that the folder has; those after them are taken out.
+        folder: Folder for `metrics.jsonl` and `curves.png`, which host 0 writes; None for no files.
+        show: Whether to show a bar in a terminal, one line that is replaced in a notebook, and
+            plain lines elsewhere.
+        kept: Number of rows in the folder after which the run continues; later rows are removed.
 
     Raises:
         InputError: The folder cannot be written to, or has fewer rows.
     """
+    # A bar in a terminal alone; everywhere else it is disabled, and `Log` prints lines.
     screen = console(quiet=not show)
     bar = Progress(
         BarColumn(bar_width=10 if screen.width >= 100 else 4),
@@ -221,11 +235,12 @@ def open_log(
         TimeRemainingColumn(),
         _SummaryColumn(table_column=Column(ratio=1, no_wrap=True)),
         expand=True,
-        refresh_per_second=4,  # each takes the CPU 2 ms, which may be the only one there is
+        refresh_per_second=4,  # each takes 2 ms of CPU time, and there may be only one CPU
         console=screen,
         disable=screen.quiet or screen.is_jupyter or not screen.is_terminal,
     )
-    files: list[TextIO] = []  # of host 0
+    # Host 0 reads the rows that the checkpoint counts, and cuts off the rows after them.
+    files: list[TextIO] = []  # empty on other hosts
 
     def read_kept() -> list[Row]:
         assert folder is not None
@@ -233,7 +248,8 @@ def open_log(
         with writing_to(folder):
             rows, length = _read(path, kept) if kept else ([], 0)
             if path.exists():
-                open_regular(path).close()  # a pipe would wait for a reader
+                # Refuse a pipe first, as opening it for writing would wait for a reader.
+                open_regular(path).close()
             file = path.open("a", encoding="utf-8")
             file.truncate(length)
         files.append(file)
@@ -241,6 +257,8 @@ def open_log(
 
     rows = [] if folder is None else hosts.of_the_first(read_kept)
     log = Log(total_steps, rows, folder, files[0] if files else None, bar)
+
+    # However the run ends, show its last row, close the file and draw the curves.
     try:
         with bar:
             yield log
@@ -257,7 +275,11 @@ def open_log(
 
 
 def read_rows(folder: Path, count: int) -> list[Row]:
-    """Returns the first rows of the metrics of a run, however damaged the file is after them.
+    """Returns the first rows of the metrics of a run, even if the file is damaged after them.
+
+    Args:
+        folder: The folder of the run.
+        count: Number of rows to read.
 
     Raises:
         InputError: The file cannot be read, or has fewer intact rows.
@@ -266,14 +288,15 @@ def read_rows(folder: Path, count: int) -> list[Row]:
 
 
 def _read(path: Path, count: int) -> tuple[list[Row], int]:
-    """Returns so many rows of a file, and the number of bytes that they take."""
+    """Returns the first `count` rows of a file, and the number of bytes that they take."""
     rows: list[Row] = []
     length = 0
+    # The rows end at the first line that is no text, no JSON or no row, or has no line end.
     try:
         with (
             open_regular(path) as file,
             suppress(ValueError, RecursionError),
-        ):  # a line is not JSON, or not text
+        ):
             while len(rows) < count and (line := file.readline(_LONGEST_ROW)).endswith(b"\n"):
                 row = json.loads(line)
                 if not _is_row(row):
@@ -287,8 +310,8 @@ def _read(path: Path, count: int) -> tuple[list[Row], int]:
     if len(rows) < count:
         raise InputError(
             "run_dir",
-            f"must have the {count} rows in {path} that were there when its checkpoint was written, got {len(rows)}; "
-            "name another folder.",
+            f"must have the {count} rows in {path} that were there when its checkpoint was "
+            f"written, got {len(rows)}; name another folder.",
         )
     return rows, length
 
@@ -303,11 +326,17 @@ def _is_row(value: object) -> bool:
 
 
 def plot_curves(rows: Sequence[Row]) -> "Figure":
-    """Draws the loss and every metric over the steps, for training and test."""
+    """Draws the loss and every metric over the optimizer steps, with one curve for each split.
+
+    Args:
+        rows: The rows of a run; the first one determines the metrics.
+    """
+    # Imported here, as only runs with a folder need matplotlib.
     from matplotlib.figure import Figure
 
     names = list(_measured(rows[0]))
     figure = Figure(figsize=(4.8 * len(names), 3.6), layout="constrained")
+    # One panel each for the loss and every metric; the test split is drawn last, on top.
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
         for split, color in [
             ("train", "tab:gray"),
@@ -315,10 +344,12 @@ def plot_curves(rows: Sequence[Row]) -> "Figure":
             ("test", "tab:blue"),
         ]:
             points = [(row["step"], row[name]) for row in rows if row["split"] == split]
+            # A line does not show a single point; markers on many points hide the curve.
             if points:
                 marker = "." if len(points) <= 30 else ""
                 axes.plot(*zip(*points, strict=True), label=split, color=color, marker=marker)
         axes.set(xlabel="optimizer step", title=name)
+        # A logarithmic axis needs positive values; the loss of a density model may be negative.
         axes.set_yscale(
             "log" if name == "loss" and all(row["loss"] > 0 for row in rows) else "linear"
         )
@@ -328,12 +359,12 @@ def plot_curves(rows: Sequence[Row]) -> "Figure":
 
 
 def _measured(row: Row) -> dict[str, float]:
-    """Picks the loss and the metrics out of a row."""
+    """Returns the loss and the metrics of a row."""
     return {name: value for name, value in row.items() if name not in RESERVED}
 
 
 def _summary(rows: Iterable[Row], speed: bool = True) -> str:
-    """Writes the loss and the metrics of the latest row of each split."""
+    """Returns the loss and the metrics of these rows as text, with the speed if it is wanted."""
     words = []
     for row in rows:
         measured = [f"{name} {value:.4f}" for name, value in _measured(row).items()]

@@ -1,4 +1,4 @@
-"""How far a run is, what it has measured, and how fast: the rows of its history, and the pace of its dispatches."""
+"""The progress of a run, the rows of its history, and the length of its dispatches."""
 
 import time
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from ctde_jax.rounds import Averages, Span, Sums, rows_a_dispatch
 from ctde_jax.trainer.log import Row
 
 _SAVE_SECONDS = 60.0
-"""What lies between two checkpoints, about, where no number of steps is given."""
+"""Approximate time between two checkpoints if `save_every` is not given."""
 
 
 MOST_SKIPPED = 10
-"""So many rounds in a row that were left out end a run all the same."""
+"""Number of consecutive skipped rounds after which a run ends with NonFiniteLoss."""
 
 
 class Clock:
@@ -30,14 +30,14 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Counts the time since the last lap towards this part."""
+        """Adds the time since the last lap to this part."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
 
 
 class Meter:
-    """Turns the sums of dispatches into rows of the history, and says how long dispatches should be."""
+    """Turns the sums of dispatches into rows of the history, and sets the length of dispatches."""
 
     def __init__(
         self,
@@ -51,30 +51,33 @@ class Meter:
         self._task = task
         self._skips = skips
         self.position = position
-        """How far the run is; steps gone through count when they are dispatched, all else when rows are made."""
+        """Steps gone through count when they are dispatched, all else when rows are made."""
 
         self._save_every = save_every
         self._saved = position.gone_through
         self._saved_at = self._last = time.perf_counter()
+        # One row in each dispatch until the time of a row has been measured.
         self._rows_a_dispatch = 1
         self.start(Span(position.gone_through, position.gone_through, round_steps=1), sent=0)
 
     def start(self, span: Span, sent: float) -> None:
-        """Begins a span, in whose rounds each device sends so many bytes."""
+        """Begins a span in whose rounds each device sends this many bytes."""
         self._span = span
         self._sent_a_round = sent
         self._dispatches = 0
         self._last = time.perf_counter()
 
     def pace(self) -> int:
-        """Returns how many rounds the next dispatch should have, lest a checkpoint is late."""
+        """Returns the number of rounds of the next dispatch, such that no checkpoint is late."""
         rows = self._rows_a_dispatch
         if self._save_every is not None:
+            # At least one row, as a row has at least one round, and that may exceed `save_every`.
             rows = max(1, min(rows, self._steps_until(self._save_every) // self._row_steps))
         return rows * self._span.row_rounds
 
     def dispatched(self, rounds: int) -> None:
-        """Takes note of a dispatch."""
+        """Records that this many rounds have been dispatched."""
+        # The last round of a span is padded with empty steps, which do not count.
         gone_through = min(
             self.position.gone_through + rounds * self._span.round_steps, self._span.stop
         )
@@ -82,42 +85,63 @@ class Meter:
 
     @property
     def is_at_end(self) -> bool:
-        """Whether the span is whole."""
+        """Whether the whole span has been dispatched."""
         return self.position.gone_through == self._span.stop
 
     def is_save_due(self) -> bool:
-        """Says whether a minute has gone by, or another row would make too many steps without a checkpoint."""
+        """Returns whether to write a checkpoint before the next row.
+
+        One is due after a minute, or if `save_every` is given, when another row would exceed it.
+        """
+        # Hosts must agree on the answer, as all of them take part in a checkpoint.
         if self._save_every is None:
             return _of_the_first_host(time.perf_counter() - self._saved_at) > _SAVE_SECONDS
+        # The last row of a span may be shorter; after it, the next span begins with a whole row.
         next_row = min(
             self._row_steps, (self._span.stop - self.position.gone_through) or self._row_steps
         )
         return self._steps_until(self._save_every) < next_row
 
     def saved(self) -> None:
-        """Takes note of a checkpoint."""
-        self._saved, self._saved_at = self.position.gone_through, time.perf_counter()
+        """Records that a checkpoint has been written."""
+        self._saved = self.position.gone_through
+        self._saved_at = time.perf_counter()
 
     def row(self, split: str, averages: Averages) -> Row:
-        """Raises NonFiniteLoss where the last step, whose loss was finite, has spoilt the parameters."""
+        """Returns the row of an evaluation.
+
+        Raises:
+            NonFiniteLoss: The averaged loss is NaN or infinite, because the last step, whose
+                loss was still finite, has damaged the parameters.
+        """
         if not np.isfinite(averages["loss"]):
             raise NonFiniteLoss(self.position.step)
         return {"split": split, **self._where(), **averages}
 
     def rows(self, sums: Sums, first: int, last: int) -> Iterator[Row]:
-        """Waits for the dispatch that computes these rounds of a piece, and yields its rows, all of the same speed.
+        """Waits for a dispatch, and yields the rows of its rounds, all with the same speed.
+
+        Args:
+            sums: Sums of the steps of a piece over all replicas, by name, each float32[steps].
+            first: First round of the dispatch within the piece.
+            last: End of these rounds, exclusive.
 
         Raises:
-            NonFiniteLoss: The loss of one of its steps is NaN or infinite.
+            NonFiniteLoss: The loss of a step is NaN or infinite.
         """
-        round_steps, row_rounds = self._span.round_steps, self._span.row_rounds
+        round_steps = self._span.round_steps
+        row_rounds = self._span.row_rounds
+        # The device_get waits for the dispatch, so the clock is read after it.
         sums = {
             name: all_sums[first * round_steps :] for name, all_sums in jax.device_get(sums).items()
         }
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        seconds = now - self._last
+        self._last = now
+
+        # The first dispatch also waited for an evaluation or for threads, so time the second.
         self._dispatches += 1
-        if self._dispatches == 2:  # the first one waited for an evaluation, or for threads to start
+        if self._dispatches == 2:
             self._rows_a_dispatch = rows_a_dispatch(
                 _of_the_first_host(seconds / ceil((last - first) / row_rounds))
             )
@@ -125,6 +149,7 @@ class Meter:
         speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
         for start in range(0, last - first, row_rounds):
             row = self._row(sums, round_steps * start, min(row_rounds, last - first - start), speed)
+            # A row of skipped rounds alone has no averages.
             if row["examples"]:
                 yield row
 
@@ -133,42 +158,49 @@ class Meter:
         return self._span.row_rounds * self._span.round_steps
 
     def _steps_until(self, period: int) -> int:
-        """Returns how many are left of so many after the last checkpoint."""
+        """Returns the number of steps until a period after the last checkpoint has passed."""
         return self._saved + period - self.position.gone_through
 
     def _row(self, sums: Sums, start: int, rounds: int, speed: float) -> Row:
-        """Makes a row of so many rounds, whose sums begin at this place; of no examples where all were left out."""
+        """Returns the row of these rounds; it has no examples if all of them were skipped."""
+        # The sums of these rounds alone, each float32[rounds * round_steps].
         sums = {
             name: all_sums[start : start + rounds * self._span.round_steps]
             for name, all_sums in sums.items()
         }
-        step, skipped, in_a_row = (
-            self.position.step,
-            self.position.skipped,
-            self.position.skipped_in_a_row,
-        )
+        step = self.position.step
+        skipped = self.position.skipped
+        in_a_row = self.position.skipped_in_a_row
+
+        # Name the first step whose loss is not finite, counted from 1. The sums of a skipped round
+        # are zero, so a run that skips such rounds does not fail here.
         bad = ~np.isfinite(sums["loss"])
         if bad.any():
-            raise NonFiniteLoss(step + int(np.argmax(bad)) + 1)
+            first = int(np.argmax(bad))
+            raise NonFiniteLoss(step + int((sums["examples"][: first + 1] > 0).sum()))
 
-        for examples in sums["examples"][
-            :: self._span.round_steps
-        ]:  # a round begins with a step that has some
+        # The first step of a round has examples, unless the round was skipped.
+        for examples in sums["examples"][:: self._span.round_steps]:
             skipped, in_a_row = (skipped, 0) if examples else (skipped + 1, in_a_row + 1)
             if in_a_row == MOST_SKIPPED:
                 raise NonFiniteLoss(step + 1)
+
+        # A step in which no replica has examples is not an optimizer step.
         self.position = self.position._replace(
             step=step + int((sums["examples"] > 0).sum()),
             sent=self.position.sent + rounds * self._sent_a_round,
             skipped=skipped,
             skipped_in_a_row=in_a_row,
         )
+
+        # Average in float64: a row may have more examples than float32 counts exactly.
         totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
         means = self._task.averages(totals, totals["examples"] or 1)
         counts = {"examples": int(totals["examples"]), "examples_per_second": speed}
         counts["bytes_sent"] = round(self.position.sent)
         if self._skips:
             counts["skipped"] = skipped
+        # The sum is the learning rate times the examples of the step; see `with_learning_rate`.
         if "learning_rate" in sums and totals["examples"]:
             last = np.flatnonzero(sums["examples"])[-1]
             counts["learning_rate"] = float(sums["learning_rate"][last] / sums["examples"][last])
@@ -182,5 +214,5 @@ class Meter:
 
 
 def _of_the_first_host(seconds: float) -> float:
-    """Returns the same number on all hosts, so that all cut their dispatches alike."""
+    """Returns the value of host 0 on all hosts, so that they cut their dispatches alike."""
     return float(hosts.arrays_of_the_first(np.float32(seconds)))

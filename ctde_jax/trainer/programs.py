@@ -1,4 +1,7 @@
-"""The programs of a run, all compiled before its first step, so that a mistake costs seconds and not an epoch."""
+"""The programs of a run, all compiled before the first step.
+
+An error then costs seconds and not an epoch.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -23,55 +26,58 @@ from ctde_jax.trainer.training import Training
 
 
 class PhaseProgram(NamedTuple):
-    """The compiled rounds of a phase, and what is left of it."""
+    """The compiled rounds of a phase, and the spans of it that are left."""
 
     phase: Phase
     spans: Sequence[Span]
-    """The spans that are not finished."""
+    """The unfinished spans."""
 
     train_rounds: Program
     look: Program
-    """Adds up the sums of a dispatch over all replicas, and digests the state that it leaves."""
+    """Adds up the sums of a dispatch over all replicas, and digests the state after it."""
 
     shared: Sequence[str]
     """Names of the leaves that must be equal on all devices."""
 
     traffic: Traffic
     center_of: Callable[[state.TrainState], PyTree]
-    """From a state to the central parameters to evaluate."""
+    """Maps a state to the central parameters to evaluate."""
 
     @property
     def begins(self) -> bool:
-        """Whether the run goes over to this phase from the synchronous one before it."""
+        """Whether the run enters this phase from the synchronous phase before it."""
         return bool(self.spans) and self.spans[0].start == self.phase.start > 0
 
 
 class Programs(NamedTuple):
-    """Everything that the devices compute in a run."""
+    """All programs that the devices run."""
 
     phases: Sequence[PhaseProgram]
     evaluate: Mapping[str, Callable[[PyTree, PyTree], Averages]]
     """By split, validation first if there is one."""
 
     reestimate: Callable[[PyTree, PyTree], PyTree]
-    """From central parameters and model state to the model state to evaluate them with."""
+    """Maps central parameters and model state to the model state to evaluate them with."""
 
 
 def compile_programs(
     training: Training, phases: Sequence[Phase], beginning: Beginning, gone_through: int
 ) -> Programs:
-    """Compiles what a run computes from its first state on.
+    """Compiles the programs of a run from its first state on.
 
     Args:
-        training: What determines the numbers.
-        phases: Those that are not finished.
+        training: Everything that determines the numbers of the run.
+        phases: The unfinished phases.
         beginning: The first state.
-        gone_through: Steps that are done already.
+        gone_through: Number of steps that are done.
 
     Raises:
         InputError: A program needs more memory than its devices have.
     """
-    devices, source, model = training.devices, training.source, training.raw_model
+    # The gradient is the same in all phases; each phase applies it by its strategy.
+    devices = training.devices
+    source = training.source
+    model = training.raw_model
     is_exact = training.strategy.exact
     strategy = training.strategy
     gradient = make_gradient_for(
@@ -80,7 +86,8 @@ def compile_programs(
     host_of_each = [device.process_index for device in devices]
 
     # Compile the rounds of each phase for the state that the phase before leaves.
-    like, key = beginning.train_state, beginning.key
+    like = beginning.train_state
+    key = beginning.key
     programs: list[PhaseProgram] = []
     for phase in phases:
         if programs:
@@ -94,12 +101,16 @@ def compile_programs(
             training.ema_decay,
             training.on_nonfinite == "skip",
         )
+
+        # Lower for shapes alone: one piece, whose first and last round are arguments.
         piece = source.shapes(phase.spans[0])
         lowered = replica.lowered(rounds, like, *piece, np.int32(0), np.int32(0), key)
         look = guard.make_look(devices, phase.strategy)
         train_rounds = replica.compiled(lowered, devices, is_exact)
         memory.check_program(train_rounds, devices)
-        text, inner_steps = train_rounds.as_text() or "", phase.strategy.inner_steps
+        # The optimized HLO shows the bytes that travel, which may differ from those written.
+        text = train_rounds.as_text() or ""
+        inner_steps = phase.strategy.inner_steps
         program = PhaseProgram(
             phase,
             phase.after(gone_through),
@@ -111,7 +122,7 @@ def compile_programs(
         )
         programs.append(program)
 
-    # The splits are put on the devices once, and evaluated with parameters like the initial ones.
+    # Put the splits on the devices once; evaluate parameters with the initial shapes and dtypes.
     center = replica.replicate(beginning.center, devices)
     splits = {"validation": training.data.validation, "test": training.data.test}
     evaluate = {
@@ -119,6 +130,8 @@ def compile_programs(
         for name, split in splits.items()
         if split is not None
     }
+
+    # Batch statistics are estimated over the first batches of the run, which are drawn here.
     batches_used = training.reestimate_batches
     reestimate = of_first_steps(model, beginning.feed, devices, source.axis, batches_used, key)
     return Programs(programs, evaluate, reestimate)

@@ -1,6 +1,7 @@
-"""Rollback: a run whose loss became NaN or infinite continues from its newest checkpoint with smaller updates.
+"""Rollback: if the loss is NaN or infinite, a run resumes from a checkpoint with smaller updates.
 
-All updates are multiplied by a factor in the optimizer state, which each rollback halves in the checkpoint.
+All updates are multiplied by a factor in the optimizer state. A rollback halves the factor in the
+newest checkpoint, from which the run then continues.
 """
 
 from collections.abc import Callable
@@ -22,17 +23,17 @@ from ctde_jax.trainer.trained import Trained
 from ctde_jax.trainer.training import Saving, Training
 
 ROLLBACKS = 3
-"""How often a run is rolled back at most."""
+"""Maximum number of rollbacks of a run."""
 
 SCALED = "opt_state/1/0/"
-"""What the names of the state of a scaled optimizer begin with in a checkpoint."""
+"""Prefix of the names of a scaled optimizer's state in a checkpoint."""
 
 
 def rolling_back(run: Callable[..., Trained]) -> Callable[..., Trained]:
-    """Runs a training again, with smaller updates, if its loss became NaN or infinite and it is to be rolled back.
+    """Restarts a run with smaller updates if its loss is not finite and `on_nonfinite` asks for it.
 
     Args:
-        run: Takes a `Training`, a `Saving` and keyword arguments, of which `show` is read.
+        run: A function of a `Training`, a `Saving` and keyword arguments; only `show` is read.
     """
 
     @wraps(run)
@@ -40,13 +41,16 @@ def rolling_back(run: Callable[..., Trained]) -> Callable[..., Trained]:
         if training.on_nonfinite != "rollback":
             return run(training, saving, **rest)
         saving.check(training)
+        # The factor is part of the optimizer state, so that every checkpoint holds it.
         training = replace(training, optimizer=shrunk(training.optimizer))
         say = console(quiet=not rest.get("show", True)).print
         while True:
+            # Each attempt but the first resumes from the checkpoint whose factor was halved.
             try:
                 trained = run(training, saving, **rest)
             except NonFiniteLoss as error:
                 assert saving.folder is not None
+                # Host 0 alone writes the folder; all hosts raise if there is no rollback left.
                 if not hosts.of_the_first(partial(_halve_updates, saving.folder, error, say)):
                     raise
                 saving = replace(saving, resume=True, branch_from=None)
@@ -57,17 +61,18 @@ def rolling_back(run: Callable[..., Trained]) -> Callable[..., Trained]:
 
 
 class ShrunkState(NamedTuple):
-    """What all updates are multiplied by."""
+    """The factor by which all updates are multiplied."""
 
     update_factor: jax.Array  # float32[]
 
 
 def shrunk(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the updates of an optimizer by a factor in its state, which is 1 until a run is rolled back."""
+    """Multiplies the updates of an optimizer by a factor in its state, 1 before any rollback."""
 
     def update(updates, state, params=None, **extra_args):
         return optax.tree.scale(state.update_factor, updates), state
 
+    # The factor comes last, so that it scales the final updates.
     factor = optax.GradientTransformationExtraArgs(
         lambda params: ShrunkState(jnp.float32(1)), update
     )
@@ -75,20 +80,22 @@ def shrunk(optimizer: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def unscaled_state(opt_state: PyTree) -> PyTree:
-    """Returns the state of the optimizer that `shrunk` was given."""
+    """Returns the state of the optimizer that `shrunk` wrapped."""
     own, _ = opt_state
     return own
 
 
 def _halve_updates(folder: Path, error: NonFiniteLoss, say: Callable[[str], None]) -> bool:
-    """Halves all updates from the newest checkpoint of a run's folder on, in the checkpoint.
+    """Halves the factor in the newest intact checkpoint of a folder, and writes it back.
 
-    Returns False where that has been done too often.
+    Returns:
+        False if there is no checkpoint, or the factor was halved `ROLLBACKS` times already.
     """
     with claimed(folder), writing_to(folder):
         found = newest_intact(folder / CHECKPOINTS, say)
         if found is None:
             return False
+        # In local steps each replica has a factor, all of them equal.
         factors = {
             name: tensor / 2
             for name, tensor in found.tensors.items()
@@ -98,7 +105,9 @@ def _halve_updates(folder: Path, error: NonFiniteLoss, say: Callable[[str], None
         if factor < 2.0**-ROLLBACKS:
             return False
         say(
-            f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all updates times {factor:g}"
+            f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all "
+            f"updates times {factor:g}"
         )
+        # Replace the checkpoint: an interruption leaves either the old one or the new one.
         write(found.path, {**found.tensors, **factors}, found.facts)
     return True

@@ -33,35 +33,37 @@ from ctde_jax.trainer.trained import Trained, accepts
 from ctde_jax.trainer.training import Saving, Training
 
 Describe = Callable[[PyTree, PyTree], str]
-"""From parameters and model state, numpy arrays, to a text that is printed at every evaluation."""
+"""Maps parameters and model state, numpy arrays, to a text that is printed at every evaluation."""
 
 
 class _Dispatch(NamedTuple):
-    """Rounds that have been dispatched, and the steps before and after them."""
+    """Rounds that have been dispatched, and their place in the piece and in the run."""
 
-    sums: Sums
-    digests: jax.Array
-    first: int
-    last: int
-    since: int
-    until: int
+    sums: Sums  # over all replicas, each float32[steps of the piece]
+    digests: jax.Array  # uint32[replica, leaf]
+    first: int  # round of the piece
+    last: int  # exclusive
+    since: int  # steps gone through before the dispatch
+    until: int  # and after it
 
 
 class Run:
-    """A run in progress: the state on the devices, and what is logged and saved of it. Made by `open_run`.
+    """A run in progress: the state on the devices, its log and its checkpoints.
+
+    Made by `open_run`.
 
     Args:
-        training: What determines the numbers.
-        saving: Where the files are.
+        training: Everything that determines the numbers of the run.
+        saving: The files of the run.
         found: The checkpoint from which the run continues, if there is one.
         beginning: The first state.
-        programs: What the devices compute.
-        pieces: The examples of all spans, one after another.
-        log: Where rows go.
-        saver: What writes checkpoints; None on hosts other than the first, and without a folder.
-        stop: Which signal has asked for the end.
+        programs: The compiled programs.
+        pieces: The examples of all spans, in order.
+        log: The log of the rows.
+        saver: The writer of checkpoints; None without a folder, and on all hosts but the first.
+        stop: The signal that has asked the run to stop, if any.
         clock: The wall time by part.
-        describe: What to print of the parameters at every evaluation.
+        describe: Returns a text to print at every evaluation.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Run:
         clock: Clock,
         describe: Describe | None,
     ):
+        # The parts of the run.
         self._training = training
         self._folder = saving.folder
         self._programs = programs
@@ -91,8 +94,10 @@ class Run:
         self._keep_best = saving.keep_best
         self._facts = _facts(training, saving, found)
         self._key = beginning.key
+
+        # The progress of the run.
         self._best = beginning.best
-        self._center: tuple[PyTree, PyTree] | None = None  # what was evaluated last
+        self._center: tuple[PyTree, PyTree] | None = None  # parameters and state evaluated last
         self._meter = Meter(
             training.source.steps_per_epoch,
             training.task,
@@ -103,17 +108,20 @@ class Run:
         self.train_state = beginning.train_state
 
     def advance(self, program: PhaseProgram) -> None:
-        """Computes what is left of a phase, with its evaluations and checkpoints, or until the run is over."""
+        """Computes the rest of a phase with evaluations and checkpoints, until the run is over."""
         if self._is_over:
             return
         self._phase = program
         if program.begins:
             self.train_state = program.phase.begin(self.train_state, self._training.devices)
+
+        # A span ends with an evaluation, unless a signal stopped the run in the middle of it.
         for span in program.spans:
             self._go_through(span)
             self._clock.lap("train")
             if self._meter.is_at_end:
                 self._evaluate()
+            # The checkpoint comes after the evaluation, so that it holds the evaluation's rows.
             if self._is_over or not self._meter.is_at_end or self._is_save_due(span):
                 self.save()
             self._clock.lap("evaluate")
@@ -121,14 +129,16 @@ class Run:
                 break
 
     def result(self) -> Trained:
-        """Waits for the last checkpoint, and returns what was trained.
+        """Waits for the last checkpoint, and returns the trained model.
 
         Raises:
-            Preempted: SIGTERM or SIGHUP has ended the run, and its checkpoint is written.
+            Preempted: SIGTERM or SIGHUP ended the run, and its checkpoint is written.
         """
         self.wait()
         if self._saver is not None and self._saver.best is not None:
             self._log.say(f"best       {self._saver.best}, by {self._keep_best}")
+
+        # A preempted run is not evaluated, as the process may be killed soon.
         is_whole = (
             self._meter.position.gone_through == self._training.total_steps or self._best.is_over
         )
@@ -136,10 +146,13 @@ class Run:
             assert self._stop.asked_by is not None
             raise Preempted(self._meter.position.step, self._folder, self._stop.asked_by.name)
 
-        # After Ctrl-C the rows of this evaluation are dropped again when the run continues.
+        # After Ctrl-C, evaluate the parameters as they are. The rows of this evaluation come after
+        # the last checkpoint, so they are dropped when the run continues.
         if self._best.center is None and not self._is_evaluated:
             self._evaluate()
             self._clock.lap("evaluate")
+
+        # With early stopping, the parameters and the step are those of the lowest validation loss.
         params, model_state = self._best.center or jax.device_get(self._center)
         training = self._training
         return Trained(
@@ -160,19 +173,23 @@ class Run:
         )
 
     def save(self) -> None:
-        """Begins to write a checkpoint; all rows up to here have been logged.
+        """Begins to write a checkpoint. All rows up to here must have been logged.
 
         Raises:
             NonFiniteLoss: The last step has made a parameter NaN or infinite.
         """
         if self._folder is None:
             return
+        # All hosts take part in copying the state, and all check it.
         tensors = state.to_tensors(self.train_state)
         params = [tensor for name, tensor in tensors.items() if name.startswith("params/")]
         if not all(np.isfinite(tensor).all() for tensor in params):
             raise NonFiniteLoss(self._meter.position.step)
+
+        # Host 0 writes the state, the best parameters and the scaling of the inputs.
         if self._saver is not None:
-            data, diverges = self._training.data, self._phase.phase.strategy.diverges
+            data = self._training.data
+            diverges = self._phase.phase.strategy.diverges
             other_point = state.has_evaluated_point(self.train_state, self._phase.phase.strategy)
             facts = {
                 "position": self._meter.position._asdict(),
@@ -180,6 +197,7 @@ class Run:
                 "best": self._best.facts,
                 MEASURED: self._measured,
                 **self._facts,
+                # If replicas diverge, the center is the mean of the saved parameters.
                 OTHER_POINT: other_point and not diverges,
             }
             inputs = {f"{INPUTS}shift": data.shift, f"{INPUTS}scale": data.scale}
@@ -188,7 +206,7 @@ class Run:
         self._meter.saved()
 
     def wait(self) -> None:
-        """Waits on all hosts for the checkpoint that host 0 is writing; raises InputError if it failed."""
+        """Waits on all hosts for the checkpoint of host 0; raises InputError if it failed."""
         hosts.of_the_first(lambda: None if self._saver is None else self._saver.wait())
 
     @property
@@ -201,27 +219,36 @@ class Run:
         return is_last or self._meter.is_save_due() or self._is_new_best
 
     def _go_through(self, span: Span) -> None:
-        """Computes the dispatches of a span, or those until it is stopped, and logs their rows."""
-        program, meter = self._phase, self._meter
+        """Computes the dispatches of a span, up to a signal, and logs their rows."""
+        program = self._phase
+        meter = self._meter
         meter.start(span, program.traffic.sent)
-        unread: list[_Dispatch] = []  # fetched while the next dispatch is computed
+        unread: list[_Dispatch] = []  # the rows of these are not logged yet
         pieces = islice(self._pieces, span.pieces)
         for examples, indices, first, last in cut(pieces, meter.pace):
+            # Dispatch the rounds, which take over the memory of the old state.
             self.train_state, sums = program.train_rounds(
                 self.train_state, examples, indices, np.int32(first), np.int32(last), self._key
             )
+
+            # Sum over the replicas and digest the state, once for all rounds of the dispatch.
             since = meter.position.gone_through
             meter.dispatched(last - first)
             sums, digests = program.look(sums, self.train_state)
             until = meter.position.gone_through
             unread.append(_Dispatch(sums, digests, first, last, since, until))
+
+            # Read the previous dispatch while this one is computed.
             if len(unread) > 1:
                 self._read(unread.pop(0))
+            # A failed write ends the run here, not only at the next checkpoint.
             if self._saver is not None:
                 self._saver.check()
+            # A checkpoint within a span holds the rows of this dispatch, so read it first.
             if self._folder is not None and not meter.is_at_end and meter.is_save_due():
                 self._read(unread.pop())
                 self.save()
+            # Hosts agree after every dispatch, so that all of them leave the loop at the same one.
             self._stop.agree()
             if self._stop:
                 break
@@ -229,18 +256,21 @@ class Run:
             self._read(dispatch)
 
     def _read(self, dispatch: _Dispatch) -> None:
+        # Check the replicas first: if they differ, the rows mean nothing.
         digests = jax.device_get(dispatch.digests)
         guard.check(digests, self._phase.shared, dispatch.since, dispatch.until)
         for row in self._meter.rows(dispatch.sums, dispatch.first, dispatch.last):
             self._log.add(row)
 
     def _evaluate(self) -> None:
-        """Averages over the splits at the central parameters, and logs it if the log does not have it yet."""
+        """Evaluates the central parameters on all splits; logs the rows unless the log has them."""
         params = self._phase.center_of(self.train_state)
         model_state = self._programs.reestimate(params, self.train_state.model_state)
         self._center = (params, model_state)
+        # The log of a resumed run may already have the rows of this evaluation.
         if self._is_evaluated:
             return
+        # Compute all rows before any is logged: a loss that is not finite must leave none of them.
         rows = [
             self._meter.row(name, averages(params, model_state))
             for name, averages in self._programs.evaluate.items()
@@ -253,25 +283,26 @@ class Run:
 
     @property
     def _is_evaluated(self) -> bool:
-        """Whether the log has the averages of the parameters as they are, and these are at hand."""
+        """Whether the log has the averages of the current parameters, and these are at hand."""
         return self._center is not None and self._measured is not None
 
     @property
     def _is_new_best(self) -> bool:
-        """Whether no evaluation before the last was as good, if the best checkpoint is kept."""
+        """Whether the best checkpoint is kept and the last evaluation is better than all before."""
         if self._keep_best is None:
             return False
+        # `best` returns the first of equal ones, so a tie is not a new best.
         judged = [row for row in self._log.rows if row["split"] == self._judge]
         return self._training.task.best(self._keep_best, judged) == len(judged) - 1
 
     @property
     def _judge(self) -> str:
-        """The split that determines what is best: validation, or else test."""
+        """The split that determines the best parameters: validation if there is one, else test."""
         return next(iter(self._programs.evaluate))
 
     @property
     def _measured(self) -> Row | None:
-        """The row of that split for the parameters as they are, if the log has it."""
+        """The judging split's row for the current parameters, if the log has it."""
         rows = reversed(self._log.rows)
         last = next((row for row in rows if row["split"] == self._judge), None)
         return None if last is None or last["step"] != self._meter.position.step else last
@@ -288,19 +319,23 @@ def open_run(
     show: bool,
     describe: Describe | None,
 ) -> Iterator[Run]:
-    """Opens the log, the examples and the writer of checkpoints of a run, and closes them however it ends.
+    """Opens the log, the examples and the writer of checkpoints, and closes them however it ends.
 
-    From here on the first signal is noted only, and ends the run after the dispatch that is being computed. A new run
-    with a folder has a checkpoint before its first row.
+    From here on, the first signal is only recorded; it ends the run after the current dispatch. A
+    new run with a folder has a checkpoint before its first row.
     """
     folder = saving.folder
     is_first = hosts.index() == 0
     spans = [span for program in programs.phases for span in program.spans]
+
+    # The order matters: contexts close in reverse, so the last checkpoint is written and the feed
+    # ends before the log draws the curves, and signals are deferred until all of that is done.
     kept = 0 if found.is_new or found.checkpoint is None else found.checkpoint.facts["rows"]
     with ExitStack() as stack:
         stop = stack.enter_context(deferred(saves=folder is not None))
         log = stack.enter_context(open_log(training.total_steps, folder, show, kept))
         pieces = stack.enter_context(beginning.feed(spans))
+        # Host 0 alone writes checkpoints.
         saver = None
         if folder is not None and is_first:
             keep_best = saving.keep_best
@@ -309,6 +344,8 @@ def open_run(
                 folder / CHECKPOINTS, saving.keep_checkpoints, choose, folder / METRICS
             )
             saver = stack.enter_context(opened)
+
+        # Save the first state, so that even a run that fails at once can be continued.
         shown = describe if is_first else None
         run = Run(
             training, saving, found, beginning, programs, pieces, log, saver, stop, clock, shown
@@ -322,7 +359,7 @@ def open_run(
 def prepare_folder(saving: Saving, found: Found, say: Callable[[str], None]) -> None:
     """Moves an earlier run out of the folder of a new one, and lets the caller write files there.
 
-    Only after the programs are compiled, as a module that does not compile must not move anything.
+    Call it after the programs are compiled: a model that fails to compile must not move anything.
     """
     folder = saving.folder
     if folder is None:
@@ -334,7 +371,7 @@ def prepare_folder(saving: Saving, found: Found, say: Callable[[str], None]) -> 
 
 
 def _facts(training: Training, saving: Saving, found: Found) -> dict[str, Any]:
-    """Returns what is the same in every checkpoint of a run."""
+    """Returns the facts that all checkpoints of a run share."""
     facts = {
         "replicas": len(training.devices),
         "options": found.decided,
@@ -343,6 +380,7 @@ def _facts(training: Training, saving: Saving, found: Found) -> dict[str, Any]:
         "vocabulary": training.data.vocabulary,
         "platform": training.devices[0].platform,
     }
+    # The digests need a trace of the program, so only runs with checkpoints make them.
     if saving.folder is not None:
         facts["identity"] = training.identity.facts
     return facts

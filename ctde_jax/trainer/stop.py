@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a training after the dispatch at hand, not in the middle of it."""
+"""Ctrl-C, SIGTERM and SIGHUP: they end a training after the current dispatch, not within it."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ from ctde_jax.devices import hosts
 
 
 class Stop:
-    """Which signal has asked for the end, if any; of several hosts, all end where they have agreed to."""
+    """The signal that has asked a run to stop, if any; several hosts stop at the same dispatch."""
 
     def __init__(self):
         self.asked_by: signal.Signals | None = None
@@ -20,30 +20,33 @@ class Stop:
         return self.asked_by is not None
 
     def note(self, asked_by: signal.Signals) -> bool:
-        """Takes note of a signal of this host; returns whether it is the first."""
-        is_first, self._noted = self._noted is None, self._noted or asked_by
+        """Records a signal that this host received; returns whether it is the first."""
+        is_first = self._noted is None
+        self._noted = self._noted or asked_by
+        # On several hosts, a signal takes effect only once they have agreed on it.
         if hosts.count() == 1:
             self.asked_by = self._noted
         return is_first
 
     def agree(self) -> None:
-        """Makes the signal of any host that of all, which must all call this after the same dispatch."""
+        """Agrees on a signal of any host; all hosts must call this after the same dispatch."""
+        # Signal numbers are positive, so the largest is a signal if any host received one.
         number = hosts.largest(self._noted or 0)
         self.asked_by = signal.Signals(number) if number else None
 
     @property
     def is_preemption(self) -> bool:
-        """Whether somebody else wants the machine."""
+        """Whether another party wants the machine: SIGTERM, as from a scheduler, or SIGHUP."""
         return self.asked_by in (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def deferred(saves: bool) -> Iterator[Stop]:
-    """Lets a first signal be noted only; Ctrl-C after it ends at once.
+    """Defers the first signal, which is recorded; a Ctrl-C after it raises KeyboardInterrupt.
 
     Args:
-        saves: Whether there are checkpoints. Without them SIGTERM and SIGHUP end the process at once; a SIGHUP that is
-            ignored, as under nohup, stays ignored.
+        saves: Whether the run writes checkpoints. If not, SIGTERM and SIGHUP end the process at
+            once. An ignored SIGHUP, as under nohup, stays ignored.
     """
     stop = Stop()
 
@@ -51,11 +54,13 @@ def deferred(saves: bool) -> Iterator[Stop]:
         if not stop.note(signal.Signals(number)) and number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python delivers signals to the main thread only
+    # Python delivers signals to the main thread only.
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+
+    # Restore the handlers at the end; None stands for a handler that was not set from Python, such
+    # as that of JAX on several hosts.
     numbers = [signal.SIGINT, signal.SIGTERM] if saves else [signal.SIGINT]
     if saves and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -64,6 +69,4 @@ def deferred(saves: bool) -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(
-                number, signal.SIG_DFL if handler is None else handler
-            )  # None: JAX's, for several hosts
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,15 +1,21 @@
-"""Where the time of a training goes: each part measured beside the others, in turns.
+"""A profile of a training: the time of each part of a step, measured in turns.
 
-A step is *input* (its indices made and put on the devices), *dispatch* (until the host's call has returned), *compute*
-and *aggregation*. Input and dispatch are measured. So is a dispatch of as many steps in which every device stays alone,
-until its results are there: without the host's call that is compute. By how much longer the strategy's own dispatch
-takes is aggregation: what is encoded, sent and combined, and waiting for the slowest device. The loop of training does
-some of this at the same time, so the parts may come to more than a step of that loop, which is measured, too.
+A step consists of four parts:
 
-Fake CPU devices share the cores with the host, whose call may return only after they have begun: there the sum of
-dispatch and compute is more certain than either.
+- *input*: indices are made and put on the devices. Measured directly.
+- *dispatch*: the time until the host's call returns. Measured directly.
+- *compute*: a dispatch of the same number of steps without communication, until its results are
+  ready, less the host's call.
+- *aggregation*: the additional time of the strategy's dispatch: encoding, sending, combining, and
+  waiting for the slowest device (the straggler).
 
-The contestants take turns in one process, so that whatever else the machine does meets them all.
+The training loop overlaps some of these parts, so their sum may exceed a step of that loop, which
+is measured, too.
+
+Fake CPU devices share the cores with the host, so the host's call may return only after they have
+started. On them, the sum of dispatch and compute is more certain than either.
+
+All contestants take turns in one process, so that other load on the machine affects all of them.
 """
 
 import sys
@@ -42,22 +48,21 @@ from ctde_jax.rounds import (
 from ctde_jax.trainer.training import Training
 
 PARTS = ("input", "dispatch", "compute", "aggregation")
-"""Of a step, in the order in which they happen."""
+"""The parts of a step, in the order in which they happen."""
 
-_LEAST_TURNS, _MOST_TURNS = 5, 100
-_LOOP_SECONDS, _LEAST_LOOP, _MOST_LOOP = (
-    0.1,
-    3,
-    50,
-)  # how long a loop is, and how many dispatches at least and at most
+_LEAST_TURNS = 5
+_MOST_TURNS = 100
+_LOOP_SECONDS = 0.1
+_LEAST_LOOP = 3  # dispatches
+_MOST_LOOP = 50  # dispatches
 _TRACED_DISPATCHES = 3
 
 _NOT_DRAWN = 2**20
-"""The orders from this one on are not in the cache, as no contestant takes so many."""
+"""First draw of the data order that is not in the cache, as no contestant needs that many draws."""
 
 
 class Spread(NamedTuple):
-    """What the middle turn has measured, and the quartiles."""
+    """Median and quartiles of the values of all turns."""
 
     median: float
     low: float
@@ -65,42 +70,42 @@ class Spread(NamedTuple):
 
 
 Partition = Callable[[int], Sequence[np.ndarray] | None]
-"""From a number of devices to the examples that each of them keeps, or None."""
+"""Maps a number of devices to the examples that each of them keeps, or to None."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What has been measured; times are in seconds."""
+    """The measurements; times are in seconds."""
 
     replicas: int
     cores: int | None
-    """Those that fake CPU devices share; None for devices that are what they seem."""
+    """Number of cores that CPU devices share with the host; None for accelerators."""
 
     batch_size: int
     steps: int
-    """Of the whole run, of which only a few have been taken."""
+    """Optimizer steps of the whole run, of which only a few are taken."""
 
     steps_per_dispatch: int
     steps_per_evaluation: int
 
     once: dict[str, float]
-    """Before the first step."""
+    """Time of each part of the start-up, before the first step."""
 
     parts: dict[str, Spread]
-    """Of a step."""
+    """Time of each part of a step."""
 
     scaling: dict[int, Spread]
-    """A step of the training loop by the number of devices, always with the same global batch."""
+    """Time of a step of the training loop, by number of devices, at the same global batch size."""
 
-    evaluation: Spread
+    evaluation: Spread  # of all splits, with the batch statistics if they are reestimated
     half_batch: Spread | None
-    """How many times as long as a step one with half the batch takes; None where the batch cannot be halved."""
+    """Time of a step with half the batch size, relative to a step; None if it cannot be halved."""
 
     turns: int
 
     @property
     def step(self) -> Spread:
-        """A step of the training loop."""
+        """Time of a step of the training loop on all devices."""
         return self.scaling[self.replicas]
 
 
@@ -111,16 +116,18 @@ def measure(
     trace: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Profile:
-    """Measures the parts of a training, without finishing it.
+    """Measures the parts of a training without finishing it.
 
-    It takes the memory of several trainings: one for each number of devices, and two to compare with.
+    This takes the memory of several trainings: one for each number of devices, and two to compare
+    with.
 
     Args:
-        training: What is trained; if its strategy is synchronous at first, the phase after that is measured.
-        partition: That of the training, for fewer devices, too.
-        seconds: Seconds after which the turns end, but not before there are enough for a median.
-        trace: A folder for a trace of a few dispatches, or None.
-        say: Prints what is being done.
+        training: The training; if its strategy starts with a synchronous phase, the phase after
+            that is measured.
+        partition: The partition of the training, also for fewer devices.
+        seconds: Seconds after which the turns end, unless there are too few for a median.
+        trace: Folder for a trace of a few dispatches, or None.
+        say: Prints the stage of the measurement.
 
     Raises:
         InputError: The training data are not in memory.
@@ -128,10 +135,14 @@ def measure(
     if training.data.train.is_on_disk or training.data.stream is not None:
         raise InputError(
             "dataset",
-            f"must be in memory to be profiled, got {training.data.name}, which is not; profile part of it.",
+            f"must be in memory to be profiled, got {training.data.name}, which is not; "
+            "profile part of it.",
         )
     phase = training.phases(training.log_every)[-1]
-    strategy, span = phase.strategy, phase.spans[0]
+    strategy = phase.strategy
+    span = phase.spans[0]
+
+    # Time the initialization, compilation included, as a run does it once.
     before = time.perf_counter()
     first = training.data.train.inputs[: training.batch_size]
     center = jax.jit(training.raw_model.init)(
@@ -140,17 +151,21 @@ def measure(
     jax.block_until_ready(center)
     started = time.perf_counter() - before
 
+    # Size the dispatches as training does: from the time of one row, measured after a first
+    # dispatch that starts the threads.
     say(f"compiling for {len(training.devices)} devices")
     own = _Contestant(training, center, strategy, span)
-    own.dispatch()  # which starts the threads
+    own.dispatch()
     rows = rows_a_dispatch(own.dispatch().ready * span.row_rounds * span.round_steps)
     own.rounds = min(rows * span.row_rounds, span.piece_rounds)
     steps = own.rounds * span.round_steps
+
+    # Compile the evaluation.
     before = time.perf_counter()
     evaluate = _make_evaluation(training, center, own)
     compiled_evaluation = time.perf_counter() - before
 
-    # Beside it: the same steps without communication, steps of half the batch, and fewer devices.
+    # To compare with: the same steps without communication, half the batch size, fewer devices.
     lonely = Strategy(steps, optax.identity(), inner=strategy.inner)
     alone = _Contestant(training, center, lonely, Span(0, steps, steps), own)
     half = None
@@ -161,11 +176,13 @@ def measure(
     scaling = _on_fewer_devices(training, partition, center, strategy, span, say)
     scaling[len(training.devices)] = own
 
+    # Measure first: the profiler would affect the times.
     turns, loops = _take_turns(own, alone, half, scaling, evaluate, seconds, say)
     if trace is not None:
         say("tracing")
         own.trace(trace)
 
+    # Summarize the turns by median and quartiles.
     measured = {name: spread([turn[name] for turn in turns]) for name in turns[0]}
     return Profile(
         replicas=len(training.devices),
@@ -191,14 +208,19 @@ def _on_fewer_devices(
     span: Span,
     say: Callable[[str], None],
 ) -> dict[int, "_Contestant"]:
-    """Compiles the same training for each smaller number of devices that it can run on."""
+    """Compiles the same training for each smaller number of devices that it can run on.
+
+    Returns:
+        The contestants by number of devices.
+    """
     scaling = {}
     for count in _fewer(len(training.devices)):
         say(f"compiling for {count} of {len(training.devices)} devices")
         try:
             fewer = replace(training, devices=training.devices[:count], partition=partition(count))
         except InputError:
-            continue  # a strategy, a batch or a partition that does not go with so few devices
+            # The strategy, the batch size or the partition rules out this number of devices.
+            continue
         scaling[count] = _Contestant(fewer, center, strategy, span)
     return scaling
 
@@ -215,8 +237,10 @@ def _take_turns(
     """Measures all contestants in turns.
 
     Returns:
-        The seconds of each part of a step in each turn, and those of a step of the loop by number of devices.
+        The seconds of each part of a step in each turn, and the seconds of a step of the training
+        loop in each turn, by number of devices.
     """
+    # Warm up with dispatches of the same length for all, and choose the length of the loops.
     say("warming up")
     for contestant in (*([half] if half else []), *scaling.values()):
         contestant.rounds = own.rounds
@@ -226,12 +250,15 @@ def _take_turns(
     dispatched = own.dispatch().ready * own.steps
     length = int(np.clip(_LOOP_SECONDS / dispatched, _LEAST_LOOP, _MOST_LOOP))
 
+    # Every turn measures everything once, so that a slow moment of the machine affects all.
     turns: list[dict[str, float]] = []
     loops: dict[int, list[float]] = {count: [] for count in scaling}
     ends = time.perf_counter() + seconds
     while len(turns) < _LEAST_TURNS or (time.perf_counter() < ends and len(turns) < _MOST_TURNS):
         say(f"measuring, turn {len(turns) + 1}")
-        taken, taken_alone = own.dispatch(), alone.dispatch()
+        taken = own.dispatch()
+        taken_alone = alone.dispatch()
+        # The module's docstring explains the differences.
         turn = {
             "input": own.input(len(turns)),
             "dispatch": taken.returned,
@@ -248,22 +275,33 @@ def _take_turns(
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Returns median and quartiles. A difference of times that is negative is noise around zero, and becomes zero."""
+    """Returns median and quartiles; negative values become 0.
+
+    A negative difference of times is noise around zero.
+
+    Args:
+        values: Seconds, or ratios of them.
+    """
     low, middle, high = np.maximum(np.percentile(values, [25, 50, 75]), 0)
     return Spread(float(middle), float(low), float(high))
 
 
 class _Dispatch(NamedTuple):
-    """Seconds a step, from the host's call until it has returned, and until the results are there."""
+    """Seconds per step until the host's call has returned, and until the results are ready."""
 
     returned: float
     ready: float
 
 
 class _Contestant:
-    """A compiled program of rounds, the state with which it goes on, and the batches to come.
+    """A compiled program of rounds, with its current state and its next batches.
 
-    One on the same devices may stand beside it, whose examples it uses.
+    Args:
+        training: The training, whose data are in memory.
+        center: Initial parameters and model state.
+        strategy: The strategy of the rounds.
+        span: The sizes of rounds, rows and pieces.
+        beside: A contestant on the same devices, whose examples this one uses, too.
     """
 
     def __init__(
@@ -274,6 +312,7 @@ class _Contestant:
         span: Span,
         beside: "_Contestant | None" = None,
     ):
+        # Draw the batches in the order of training.
         devices = training.devices
         self.devices = devices
         self.rounds = span.row_rounds
@@ -283,6 +322,7 @@ class _Contestant:
         self.batches = training.source.batches
         self._inputs = self._draw()
 
+        # Put the state and the examples on the devices.
         before = time.perf_counter()
         averages = training.ema_decay is not None
         params, model_state = center
@@ -293,6 +333,8 @@ class _Contestant:
         self.key = replica.replicate(jax.random.split(jax.random.key(training.seed))[1], devices)
         jax.block_until_ready((self._state, self.examples))
         placed = time.perf_counter()
+
+        # Trace, lower and compile, each timed. The first inputs are drawn before the clock starts.
         gradient = make_gradient(
             training.raw_model, training.task, training.augment, training.accumulate
         )
@@ -301,6 +343,7 @@ class _Contestant:
         )
         arguments = (self._state, self.examples, *next(self._inputs), self.key)
         ready = time.perf_counter()
+        # `eval_shape` only traces, so that tracing and lowering are timed apart.
         jax.eval_shape(rounds, *arguments)
         traced = time.perf_counter()
         lowered = rounds.lower(*arguments)
@@ -316,12 +359,13 @@ class _Contestant:
 
     @property
     def steps(self) -> int:
-        """The steps of a dispatch."""
+        """Number of steps of a dispatch."""
         return self.rounds * self._span.round_steps
 
     def dispatch(self) -> _Dispatch:
-        """Runs the program once, its input there already."""
-        drawn, steps = jax.block_until_ready(next(self._inputs)), self.steps
+        """Runs the program once, with its input already on the devices."""
+        drawn = jax.block_until_ready(next(self._inputs))
+        steps = self.steps
         before = time.perf_counter()
         sums = self._advance(*drawn)
         returned = time.perf_counter()
@@ -329,28 +373,33 @@ class _Contestant:
         return _Dispatch((returned - before) / steps, (time.perf_counter() - before) / steps)
 
     def loop(self, length: int) -> float:
-        """Runs the program so many times as training does, and returns the seconds that a step has taken."""
-        before, unread = time.perf_counter(), None
+        """Runs the program `length` times as training does; returns the seconds of a step."""
+        before = time.perf_counter()
+        unread = None
         for _ in range(length):
             sums = self._look(self._advance(*next(self._inputs)), self._state)
+            # Read the previous dispatch while this one runs, as training does.
             if unread is not None:
-                jax.device_get(unread)  # of the dispatch before, while this one runs
+                jax.device_get(unread)
             unread = sums
         jax.device_get(unread)
         return (time.perf_counter() - before) / (length * self.steps)
 
     def input(self, turn: int) -> float:
-        """Makes the batches of a piece and puts them on the devices; returns the seconds that a step of it takes.
+        """Makes the batches of a piece and puts them on the devices; returns the seconds per step.
 
-        Where the order is drawn for more steps than these, each of those bears its share of it.
+        If the order is drawn for more steps than a piece has, each step takes its share of a draw.
         """
         drawn_steps = self.batches.steps_per_draw
         steps = self._span.piece_rounds * self._span.round_steps
         number = _NOT_DRAWN + turn
+        # Draw outside the piece's time, into the cache from which `index_blocks` then takes it.
         before = time.perf_counter()
         if drawn_steps > steps:
             self.batches.draw(number)
         drawn = time.perf_counter()
+
+        # Make the piece's indices and put them on the devices.
         start = number * max(drawn_steps, steps)
         cut = index_blocks(
             self.batches, self._span.round_steps, self._span.piece_rounds, start, start + steps
@@ -359,18 +408,20 @@ class _Contestant:
         return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / steps
 
     def trace(self, folder: Path) -> None:
-        """Writes what host and devices do in a few dispatches, for XProf and Perfetto."""
+        """Writes a trace of host and devices in a few dispatches, for XProf and Perfetto."""
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             for number in range(_TRACED_DISPATCHES):
                 with jax.profiler.StepTraceAnnotation("dispatch", step_num=number):
                     self.dispatch()
 
     def _draw(self) -> Iterator[tuple[jax.Array, np.int32, np.int32]]:
-        """Yields the indices of a piece with the first and the last round of each dispatch, all of them full."""
+        """Yields the indices of a piece with the first and the last round of each full dispatch."""
         for indices, _ in index_blocks(
             self.batches, self._span.round_steps, self._span.piece_rounds, 0, sys.maxsize
         ):
-            indices, first = replica.shard(indices, self.devices), 0
+            indices = replica.shard(indices, self.devices)
+            first = 0
+            # A rest shorter than a dispatch is left out, as all dispatches must be equally long.
             while first + self.rounds <= self._span.piece_rounds:
                 yield indices, np.int32(first), np.int32(first + self.rounds)
                 first += self.rounds
@@ -383,8 +434,9 @@ class _Contestant:
 def _make_evaluation(
     training: Training, center: tuple[PyTree, PyTree], contestant: _Contestant
 ) -> Callable[[], float]:
-    """Makes the function that evaluates as training does, and returns the seconds that it took."""
-    devices, batches = contestant.devices, contestant.batches
+    """Makes a function that evaluates as training does, and returns the seconds that it takes."""
+    devices = contestant.devices
+    batches = contestant.batches
     center = replica.replicate(center, devices)
     splits = [
         split for split in (training.data.validation, training.data.test) if split is not None
@@ -393,6 +445,7 @@ def _make_evaluation(
         make_evaluate(training.raw_model, training.task, split, devices, *center)
         for split in splits
     ]
+    # int32[replica, steps, per_replica]; at least one step, even if nothing is reestimated.
     reestimate = make_reestimate(training.raw_model, devices, batches.axis)
     again = batches.steps(0, max(1, training.reestimate_batches)).swapaxes(0, 1)
     indices = replica.shard(np.ascontiguousarray(again), devices)
@@ -400,6 +453,7 @@ def _make_evaluation(
     def evaluate() -> float:
         before = time.perf_counter()
         params, model_state = center
+        # Averages are numbers on the host, so each call has waited for its result.
         if training.reestimate_batches:
             model_state = reestimate(
                 params, model_state, contestant.examples, indices, contestant.key
@@ -412,5 +466,5 @@ def _make_evaluation(
 
 
 def _fewer(devices: int) -> list[int]:
-    """Counts 1, 2, 4, ... up to less than all devices."""
+    """Returns the powers of two below the number of devices: 1, 2, 4, ..."""
     return [2**power for power in range((devices - 1).bit_length())]

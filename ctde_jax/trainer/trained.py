@@ -1,4 +1,4 @@
-"""What a training returns: the aggregated model, and what was measured on the way."""
+"""The result of a training: the aggregated model, and the measurements of the run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,30 +18,35 @@ from ctde_jax.models import Model, Task
 from ctde_jax.rounds import Averages, make_evaluate
 from ctde_jax.trainer.log import Row
 
-_MOST_AT_ONCE, _MOST_BYTES_AT_ONCE = 1024, 2**25
-"""`predict` computes at most so many examples, of so many bytes of inputs, at a time."""
+_MOST_AT_ONCE = 1024
+_MOST_BYTES_AT_ONCE = 2**25
+"""`predict` computes at most this many examples, and this many bytes of inputs, at a time."""
 
 
 class Accepts(NamedTuple):
-    """What a trained model is asked about: arrays like those it was trained on."""
+    """The inputs and labels that a trained model accepts: arrays like those of the training."""
 
     inputs: Accepted
     labels: Accepted
     classes: tuple[str, ...]
-    """The names of the labels; empty if they are no classes."""
+    """The names of the labels; empty if the labels are not classes."""
 
 
 def accepts(data: Dataset) -> Accepts:
-    """Returns which inputs and labels a model trained on these data accepts.
+    """Returns the inputs and labels that a model trained on these data accepts.
 
-    If there is a label at every place of a sequence, sequences may have another length than in training.
+    If there is a label at every position of a sequence, sequences may have another length than in
+    training.
     """
     inputs, labels = data.train
     classes = len(data.vocabulary or data.classes)
     largest = len(data.vocabulary) - 1 if data.vocabulary else _white(data)
-    example, label = inputs.shape[1:], labels.shape[1:]
+    example = inputs.shape[1:]
+    label = labels.shape[1:]
+    # One label for each token: any length.
     if inputs.dtype == np.int32 and len(label) == 1 and label == example[:1]:
-        example, label = (None, *example[1:]), (None,)
+        example = (None, *example[1:])
+        label = (None,)
     return Accepts(
         Accepted(str(inputs.dtype), example, largest),
         Accepted(str(labels.dtype), label, classes - 1 if classes else None),
@@ -50,7 +55,11 @@ def accepts(data: Dataset) -> Accepts:
 
 
 def _white(data: Dataset) -> int | None:
-    """Returns the uint8 input that reaches the model as 1, or None if it is 255, or some inputs are larger."""
+    """Returns the uint8 input that the model receives as 1, if it is below 255 and the largest.
+
+    Returns None if it is 255, or if some inputs are larger.
+    """
+    # Only a positive scale, the same for all features and without a shift, has such an input.
     if (
         data.train.inputs.dtype != np.uint8
         or data.scale.ndim
@@ -61,6 +70,7 @@ def _white(data: Dataset) -> int | None:
     white = round(1 / float(data.scale))
     if not 0 < white < 255:
         return None
+    # Reads all inputs, in slices, as those on disk may exceed the memory.
     splits = [split for split in (data.train, data.validation, data.test) if split]
     is_largest = all(
         np.asarray(piece).max() <= white for split in splits for _, piece in slices(split.inputs)
@@ -70,43 +80,50 @@ def _white(data: Dataset) -> int | None:
 
 @dataclass(frozen=True, repr=False)
 class Trained:
-    """The aggregated model, and what was measured while it was trained."""
+    """The aggregated model, and the measurements of its training."""
 
     model: Model
-    """Takes inputs as the data set stores them."""
+    """The model, which takes inputs as the data set stores them."""
 
     params: PyTree  # numpy arrays
     model_state: PyTree  # numpy arrays
     opt_state: PyTree
-    """The state of the optimizer after the last step that was trained, also if `patience` returned earlier parameters.
+    """The state of the optimizer after the last step of the training.
 
-    The leaves are numpy arrays, with a leading axis `[replica, ...]` if the strategy has local steps. If the optimizer
-    trains at another point than `params`, as `optax.contrib.schedule_free` does, that point is not in here.
+    This holds even if `patience` returned earlier parameters. The leaves are numpy arrays, with a
+    leading axis `[replica, ...]` if the strategy has local steps. If the optimizer trains at
+    another point than `params`, as `optax.contrib.schedule_free` does, that point is not included.
     """
 
     step: int  # optimizer steps that these parameters have seen
     history: list[Row]
-    """One row for each measurement, as `log.py` describes it."""
+    """One row for each measurement; see `log.py` for its fields."""
 
     seconds: dict[str, float]
-    """Wall time by part: `start-up`, `compile`, `train`, `evaluate`; without `train` if nothing was trained, because
-    the run in the folder was complete."""
+    """Wall time by part: `start-up`, `compile`, `train`, `evaluate`.
+
+    There is no `train` if nothing was trained because the run in the folder was complete.
+    """
 
     interrupted: bool
     """Whether Ctrl-C ended the training before its last step."""
 
     stopped_early: bool
-    """Whether its patience ended the training; with patience the parameters are those of the lowest validation loss."""
+    """Whether early stopping ended the training.
+
+    With `patience`, the parameters are those of the lowest validation loss.
+    """
 
     task: Task
     devices: Sequence[jax.Device]
     traffic: Traffic | None
-    """What each device sends in a round, counted in the compiled program; None where it was loaded from a folder."""
+    """Messages of a device in a round, from the compiled program; None if loaded from a folder."""
 
     accepts: Accepts
-    """The inputs and labels of `predict` and `evaluate`: of the type, shape and range of the training data."""
+    """Inputs and labels of `predict` and `evaluate`: dtype, shape and range as in training."""
+
     platform: str | None = None
-    """The platform of the devices that measured the history, such as `cpu`; None if a checkpoint does not name it."""
+    """Platform of the devices that measured the history, such as `cpu`; None if not recorded."""
 
     def __repr__(self) -> str:
         says = ", ".join(
@@ -117,7 +134,7 @@ class Trained:
 
     @property
     def tested(self) -> Row:
-        """The row of the history with the test averages of these parameters."""
+        """The row of the history with the averages of these parameters over the test split."""
         return next(
             row for row in self.history if row["split"] == "test" and row["step"] == self.step
         )
@@ -128,31 +145,36 @@ class Trained:
         At most 1,024 examples, or 32 MiB of inputs, are computed at a time.
 
         Args:
-            inputs: `[examples, ...]`, in the units of the training data: uint8 pixels if it was trained on uint8,
-                floats of any precision if on floats, integers that fit if on integers. Lists are converted. There may
-                be no examples.
+            inputs: `[examples, ...]`, in the units of the training data: uint8 pixels if it was
+                trained on uint8, floats of any precision if on floats, integers in range if on
+                integers. Lists are converted. There may be 0 examples.
 
         Returns:
             float32 `[examples, ...]`, or a tree of such arrays if the model returns one.
 
         Raises:
-            InputError: The inputs have another type, shape or range than those of the training.
+            InputError: The inputs have another dtype, shape or range than those of the training.
         """
         array = _conforming("inputs", inputs, self.accepts.inputs)
-        center, apply = jax.device_put((self.params, self.model_state)), jax.jit(self.model.apply)
+        center = jax.device_put((self.params, self.model_state))
+        apply = jax.jit(self.model.apply)
 
+        # Pad every piece to the same size with copies of its last example: one compilation.
         def compute(piece: np.ndarray, places: int) -> PyTree:
             piece = self.accepts.inputs.conform("inputs", piece)
             filled = np.concatenate([piece, np.repeat(piece[-1:], places - len(piece), axis=0)])
             outputs, _ = apply(*center, filled, None)
             return jax.tree.map(lambda output: np.asarray(output)[: len(piece)], outputs)
 
+        # Without examples, only the shapes of the outputs are needed.
         if not len(array):
             one = np.zeros((1, *array.shape[1:]), array.dtype)
             outputs, _ = jax.eval_shape(self.model.apply, *center, one, None)
             return jax.tree.map(
                 lambda output: np.zeros((0, *output.shape[1:]), output.dtype), outputs
             )
+
+        # Compute in pieces of at most 1,024 examples or 32 MiB of inputs.
         example_bytes = max(1, array.dtype.itemsize * prod(array.shape[1:]))
         places = min(len(array), _MOST_AT_ONCE, max(1, _MOST_BYTES_AT_ONCE // example_bytes))
         outputs = [
@@ -164,18 +186,22 @@ class Trained:
         """Averages loss and metrics over all examples of a split, on all devices of the training.
 
         Args:
-            split: Examples like those of the training. Labels are numbers of classes, or their names as in training;
-                or targets, if the model was trained on targets.
+            split: Examples like those of the training. Labels are class indices, or class names as
+                in training; or targets, if the model was trained on targets.
+
+        Returns:
+            The averages by name, and the number of examples as `examples`.
 
         Raises:
-            InputError: It is no `Split`, is empty, or its inputs or labels have another type, shape or range than those
-                of the training.
+            InputError: The argument is not a `Split`, is empty, or has inputs or labels of another
+                dtype, shape or range than those of the training.
         """
         if not isinstance(split, Split):
             rule = "must be a Split, such as data.test or data.Split(inputs, labels)"
             raise InputError("split", f"{rule}, got {type(split).__name__} {split!r:.60}.")
         inputs = _conforming("inputs", split.inputs, self.accepts.inputs)
         labels = self._labels(split.labels)
+        # Each device evaluates a part of the examples, with a copy of the parameters.
         params, model_state = replica.replicate((self.params, self.model_state), self.devices)
         checked = Split(inputs, labels)
         return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(
@@ -183,7 +209,9 @@ class Trained:
         )
 
     def _labels(self, given: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-        labels, classes = plain("labels", given), self.accepts.classes
+        labels = plain("labels", given)
+        classes = self.accepts.classes
+        # Names of classes become their indices.
         if isinstance(labels, np.ndarray) and labels.dtype.kind == "U" and classes:
             return look_up("labels", labels, classes)
         return _conforming("labels", given, self.accepts.labels)
@@ -191,18 +219,21 @@ class Trained:
     def __reduce__(self) -> Any:
         raise InputError(
             "trained",
-            "cannot be pickled, as its model is a function: write a bundle with ctde_jax.write_bundle, or pickle "
-            "trained.params and trained.model_state, which are numpy arrays.",
+            "cannot be pickled, as its model is a function: write a bundle with "
+            "ctde_jax.write_bundle, or pickle trained.params and trained.model_state, which are "
+            "numpy arrays.",
         )
 
 
 def _conforming(
     option: str, given: ArrayLike | DiskArray, accepted: Accepted
 ) -> np.ndarray | DiskArray:
-    """Returns values as `Accepted.conform` does; those on disk stay there, and have any float type."""
+    """Returns values as `Accepted.conform` does; arrays on disk stay there, in any float dtype."""
     if not isinstance(given, DiskArray):
         array = plain(option, given)
+        # Only lists pass unchanged: in a list, integers may stand for floats.
         return accepted.conform(option, given if isinstance(given, list | tuple) else array)
+    # Read all of an array on disk only if its range must be checked.
     for _, piece in slices(given) if accepted.largest is not None else [(0, given[:1])]:
         accepted.conform(option, np.asarray(piece))
     wanted = np.dtype(accepted.dtype)

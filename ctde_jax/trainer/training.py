@@ -1,4 +1,7 @@
-"""What a run is: `Training` determines its numbers, `Saving` its files. Each checks itself when it is made."""
+"""A run in two values: `Training` determines its numbers, `Saving` its files.
+
+Each of them checks itself when it is created.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +30,7 @@ from ctde_jax.trainer import checks
 from ctde_jax.trainer.warm_start import Given, Source, read_source
 
 _MOST_REESTIMATED = 2**16
-"""The indices of all batches over which statistics are estimated are in memory at once."""
+"""Limit of `reestimate_batches`, as the indices of all these batches are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -35,44 +38,47 @@ class Training:
     """Everything that determines the numbers of a run.
 
     Args:
-        model: Of inputs as the network sees them, such as `models.mlp(...)`.
+        model: A model of the inputs as the network receives them, such as `models.mlp(...)`.
         data: Training and test examples.
         optimizer: Any optax transformation.
-        strategy: How the devices agree.
+        strategy: When the replicas communicate, what they send, and how the result is applied.
         task: The loss to minimize and the metrics to report.
-        devices: One replica runs on each.
+        devices: The devices, with one replica on each.
         batch_size: The global batch size, over all devices together.
-        epochs: Passes over the training examples; exactly one of this and `steps` is given.
+        epochs: Passes over the training examples; give exactly one of this and `steps`.
         steps: Optimizer steps.
-        partition: For each device, the indices of the examples that never leave it. With more parts than devices, the
-            parts are clients, and each round draws as many of them as there are devices. By default, all examples are
-            dealt to the devices again in every epoch.
+        partition: For each device, the indices of the examples that stay on it. If there are more
+            parts than devices, the parts are clients, and each round draws as many of them as there
+            are devices. By default, all examples are shuffled and dealt to the devices in every
+            epoch.
         seed: Random seed for initialization, data order, augmentation and dropout.
-        init_from: Initial parameters: a `Trained`, the path of a run, checkpoint, bundle or safetensors file, or a
-            tree of parameters; see `warm_start.Source`. By default, the model's random initialization. Every host
-            must be able to read it. A run that continues must be given the same parameters again, so name a
-            checkpoint of a run that is training.
-        init_only: Patterns of the parameters to take from `init_from`, such as `["encoder/*"]`; the others are
-            initialized as usual. By default, all parameters must match.
-        augment: Changes every training example before the model sees it; see `data.augment`.
+        init_from: Initial parameters: a `Trained`, the path of a run, checkpoint, bundle or
+            safetensors file, or a tree of parameters; see `warm_start.Source`. By default, the
+            model's random initialization. Every host must be able to read it. A resumed run must be
+            given the same parameters again, so name a checkpoint of a run that is still training.
+        init_only: Patterns of the parameters to take from `init_from`, such as `["encoder/*"]`; the
+            others are initialized as usual. By default, all parameters must match.
+        augment: Changes every training example before the model receives it; see `data.augment`.
         accumulate: Number of microbatches for gradient accumulation on each device.
-        ema_decay: Decay of an exponential moving average of the parameters, updated at every aggregation; the average
-            is then evaluated and returned. It starts at the initial parameters, so it needs several times
-            `1 / (1 - ema_decay)` aggregations to forget them. Batch statistics are those of the parameters
-            themselves, unless `reestimate_batches` is positive.
-        reestimate_batches: Number of training batches from which batch statistics are estimated again before every
-            evaluation; 0 uses the running averages.
-        patience: Early stopping: stop after this many evaluations without improvement of the validation loss, and
-            return the parameters of the lowest. Requires data with a validation split.
-        on_nonfinite: What happens if the loss or the parameters become NaN or infinite: `stop`; `skip` the round on
-            all devices, unless ten in a row are skipped; or `rollback` to the newest checkpoint and continue with
-            updates half as large, at most three times.
-        eval_every: Steps between two evaluations, which come at the end of a round; by default an epoch.
-        log_every: Steps of a row of the history, or a round if that is longer. One dispatch computes as many rows as
-            take a tenth of a second, at least one.
+        ema_decay: Decay of an exponential moving average of the parameters, updated at every
+            aggregation; if given, the average is evaluated and returned. It starts at the initial
+            parameters, so it needs several times `1 / (1 - ema_decay)` aggregations to forget them.
+            Batch statistics are those of the parameters themselves, unless `reestimate_batches` is
+            positive.
+        reestimate_batches: Number of training batches from which batch statistics are estimated
+            again before every evaluation; 0 uses the running averages.
+        patience: Early stopping: stop after this many evaluations without improvement of the
+            validation loss, and return the parameters with the lowest one. Requires data with a
+            validation split.
+        on_nonfinite: Action if the loss or the parameters become NaN or infinite: `stop`; `skip`
+            the round on all devices, but stop after ten skipped rounds in a row; or `rollback` to
+            the newest checkpoint and continue with updates half as large, at most three times.
+        eval_every: Steps between evaluations, rounded up to whole rounds; by default an epoch.
+        log_every: Steps of a row of the history, or a round if that is longer. A dispatch computes
+            as many rows as take 0.1 seconds, and at least one.
 
     Raises:
-        InputError: An argument breaks a rule. Nothing has been computed then, apart from shapes and dtypes.
+        InputError: An argument breaks a rule. Nothing has been computed except shapes and dtypes.
     """
 
     model: Model
@@ -98,9 +104,12 @@ class Training:
     log_every: int = 20
 
     def __post_init__(self) -> None:
+        # The cheap rules come first: the checks below trace model, task and optimizers.
         self._check_values()
         self._check_combinations()
-        model, center, replicas = self.raw_model, self.shapes, len(self.devices)
+        model = self.raw_model
+        center = self.shapes
+        replicas = len(self.devices)
         checks.check_network(
             model,
             center,
@@ -120,23 +129,24 @@ class Training:
         )
         if self.augment is not None:
             checks.check_augment(self.augment, self.data)
-        # Read the given parameters last: every other mistake is reported without waiting for a file.
-        _ = self.given
 
     @cached_property
     def raw_model(self) -> Model:
-        """The model on inputs as the data set stores them."""
+        """The model that takes inputs as the data set stores them, such as uint8 pixels."""
+        # `unscaled` undoes an earlier wrapping, so that inputs are scaled only once.
         return with_raw_inputs(unscaled(self.model), self.data.shift, self.data.scale)
 
     @cached_property
     def shapes(self) -> tuple[Any, Any]:
-        """Shapes and dtypes of parameters and model state."""
+        """Shapes and dtypes of parameters and model state; nothing is initialized."""
+        # A key[] and one example, `[1, ...]`, determine all shapes.
         key = jax.eval_shape(jax.random.key, 0)
         return jax.eval_shape(self.raw_model.init, key, self.data.train.inputs[:1])
 
     @cached_property
     def source(self) -> Resident | OnDisk | Streamed:
-        """Where the replicas get their examples from, and in which order."""
+        """The source of the replicas' examples, which also determines their order."""
+        # The steps of a round matter only if clients are sampled, as each round draws new ones.
         return make_source(
             self.data,
             len(self.devices),
@@ -158,12 +168,13 @@ class Training:
 
     @cached_property
     def given(self) -> Given | None:
-        """The parameters of `init_from`."""
+        """The parameters of `init_from`, read once."""
         return None if self.init_from is None else read_source(self.init_from)
 
     @property
     def patterns(self) -> tuple[str, ...] | None:
         """The patterns of `init_only`."""
+        # A string is one pattern, not a sequence of characters.
         if isinstance(self.init_only, str):
             return (self.init_only,)
         return None if self.init_only is None else tuple(self.init_only)
@@ -171,6 +182,7 @@ class Training:
     @cached_property
     def identity(self) -> Identity:
         """Digests of the data and the program."""
+        # Traced only if a checkpoint or another host needs the digests.
         trace = partial(
             parts_of,
             unscaled(self.model),
@@ -183,13 +195,14 @@ class Training:
         return Identity(self.data, self.partition, trace, len(self.devices))
 
     def phases(self, row_steps: int) -> list[Phase]:
-        """Returns the phases of the whole run, with rows of this many steps, or a round if that is longer."""
+        """Returns the phases of the whole run, with rows of this many steps or of one round."""
         return make_phases(
             self.strategy, self.total_steps, self.interval, row_steps, self.source.piece_steps
         )
 
     def deciding(self, saving: "Saving") -> Options:
-        """Returns what determines the numbers of the run, by name, in types of JSON."""
+        """Returns the values that determine the numbers of the run, by name, in types of JSON."""
+        # A run is resumed only if all of these are equal, so names must not change.
         is_shared = self.partition is not None and len(self.partition) > len(self.devices)
         parts = "clients" if is_shared else "on their devices"
         rolls_back = self.on_nonfinite == "rollback"
@@ -222,6 +235,7 @@ class Training:
         return Options(plain(values), flag)
 
     def _check_values(self) -> None:
+        # A wrong type would make the comparisons below fail with an error that names no argument.
         """Checks each value alone."""
         checks.check_types(
             data=self.data, optimizer=self.optimizer, strategy=self.strategy, task=self.task
@@ -233,6 +247,7 @@ class Training:
             accumulate=self.accumulate, eval_every=self.eval_every, log_every=self.log_every
         )
         check_whole(patience=self.patience, reestimate_batches=self.reestimate_batches)
+        # The ranges of batch size, epochs and steps depend on the data; see `_check_combinations`.
         check_seed(self.seed)
         check_at_least(1, accumulate=self.accumulate, patience=self.patience)
         check_at_least(1, eval_every=self.eval_every, log_every=self.log_every)
@@ -246,6 +261,7 @@ class Training:
 
     def _check_combinations(self) -> None:
         """Checks the rules between values."""
+        # Options that need another option, or exclude one.
         replicas = len(self.devices)
         if self.patience is not None and self.data.validation is None:
             rule = "needs data with a validation split (hold_out, or --validation-share)"
@@ -257,10 +273,15 @@ class Training:
                 "partition",
                 "must be reshuffled where bits are exact: else devices decide what a batch holds.",
             )
-        # The data order checks the batch size and the partition, the total the number of epochs or steps.
+        # These properties raise for the batch size and the partition, and for the epochs or steps.
         _ = self.source, self.total_steps
+
+        # Each device has the same number of examples in every microbatch.
         if self.batch_size % (replicas * self.accumulate):
-            rule = f"must cut the {self.batch_size // replicas} examples that each device has of a batch"
+            rule = (
+                f"must cut the {self.batch_size // replicas} examples that each device has of a "
+                "batch"
+            )
             raise InputError("accumulate", f"{rule} into equal groups, got {self.accumulate}.")
         if self.strategy.exact:
             exact.check_sizes(replicas, self.batch_size, self.accumulate)
@@ -271,20 +292,23 @@ class Saving:
     """Everything about the files of a run.
 
     Args:
-        run_dir: Folder for `metrics.jsonl`, `curves.png` and checkpoints; it is created if necessary. None writes no
-            files.
-        resume: Whether to continue the run in the folder. Its data, program (model, loss, metrics, optimizer,
-            augmentation, strategy) and options must be those of the training; a run that is complete is read, and
-            nothing is trained. If False, an earlier run moves into the subfolder `previous-1`, or the next number.
+        run_dir: Folder for `metrics.jsonl`, `curves.png` and checkpoints; it is created if
+            necessary. None writes no files.
+        resume: Whether to continue the run in the folder. Its data, program (model, loss, metrics,
+            optimizer, augmentation, strategy) and options must be equal to those of the training; a
+            complete run is read, and nothing is trained. If False, an earlier run moves into the
+            subfolder `previous-1`, or the next number.
         branch_from: Checkpoint of another run, from which a new run continues with other arguments.
-        save_every: Most steps between two checkpoints, or a round if that is longer; by default about a minute's. The
-            last step is always saved.
+        save_every: Maximum number of steps between two checkpoints, or a round if that is longer;
+            by default the steps of about a minute. The last step is always saved.
         keep_checkpoints: Number of newest checkpoints to keep.
-        keep_best: `loss`, or the name of a metric: the checkpoint that is best by it on the validation split, or else
-            on the test split, is kept, too. A new best is saved at once.
-        options: Further values that determine the numbers of the run, by name; a run is continued only if they are
-            the same.
-        prepare: Called on host 0 with the folder of a run that starts, before its first checkpoint, to write files.
+        keep_best: `loss`, or the name of a metric: also keeps the checkpoint that is best by it on
+            the validation split, or on the test split if there is none. A new best is saved at
+            once.
+        options: Further values that determine the numbers of the run, by name; a run is resumed
+            only if they are equal.
+        prepare: Writes files into the folder of a new run before its first checkpoint; called on
+            host 0 with the folder.
 
     Raises:
         InputError: An argument breaks a rule.
@@ -302,6 +326,7 @@ class Saving:
     def __post_init__(self) -> None:
         check_whole(save_every=self.save_every, keep_checkpoints=self.keep_checkpoints)
         check_at_least(1, save_every=self.save_every, keep_checkpoints=self.keep_checkpoints)
+        # `branch_from` and `keep_best` need a folder for checkpoints.
         if self.run_dir is not None:
             return
         if self.branch_from is not None:
@@ -311,24 +336,27 @@ class Saving:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the run."""
+        """The folder of the run, with `~` expanded."""
         return None if self.run_dir is None else named("run_dir", self.run_dir)
 
     @property
     def trunk(self) -> Path | None:
-        """The checkpoint of another run from which this one branches off."""
+        """The checkpoint of another run from which this run branches off."""
         return None if self.branch_from is None else named("branch_from", self.branch_from)
 
     def check(self, training: Training) -> None:
-        """Raises InputError for values that do not go with the training."""
+        """Raises InputError for values that conflict with the training."""
         folder = self.folder
         if self.keep_best is not None:
             check_known("keep_best", self.keep_best, training.task.names)
+
+        # A rollback needs checkpoints, and a run has one source of initial parameters.
         if training.on_nonfinite == "rollback" and folder is None:
             rule = "needs a run_dir for rollback, as it goes back to a checkpoint"
             raise InputError("on_nonfinite", f"{rule}.")
         if training.init_from is not None and self.branch_from is not None:
             rule = "cannot be combined with branch_from, which starts from a whole training state"
             raise InputError("init_from", f"{rule}.")
+        # The files of this run change while it trains, so it cannot start from one of them.
         if isinstance(training.init_from, Path | str) and folder is not None:
             check_outside(Path(training.init_from), folder)

@@ -1,4 +1,4 @@
-"""Starting from given parameters instead of random ones: which of them a model takes, and from where."""
+"""Initial parameters from a source instead of random ones: which are taken, and from where."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -33,7 +33,7 @@ from ctde_jax.rounds import state
 from ctde_jax.trainer.trained import Trained
 
 Source: TypeAlias = Trained | Path | str | nnx.Module | nnx.State | Mapping[str, Any]
-"""Where parameters come from.
+"""A source of parameters.
 
 - a `Trained`;
 - the folder of a run (its newest checkpoint), of one of its checkpoints, or of a bundle;
@@ -42,20 +42,21 @@ Source: TypeAlias = Trained | Path | str | nnx.Module | nnx.State | Mapping[str,
 """
 
 _MOST_LINES = 40
-"""Longest table that is printed; of a larger one the first lines of each kind."""
+"""Maximum length of the printed table; a longer one shows the first lines of each kind."""
 
 
 class Given(NamedTuple):
-    """What a source holds, by name."""
+    """The parameters and the model state of a source, by name."""
 
     params: Tensors
     model_state: Tensors  # empty if the source has parameters alone
     is_checkpoint: bool = False
-    """Whether parameters may have a leading axis, a row for each replica, as under gossip."""
+    """Whether parameters may have a leading axis, `[replica, ...]`, as in gossip."""
 
     @property
     def digest(self) -> str:
         """SHA-256 of all names, shapes, dtypes and values."""
+        # Sorted by name, so that the order of a file or a dict does not matter.
         digest = sha256()
         for part in (self.params, self.model_state):
             for name, tensor in sorted(part.items()):
@@ -65,7 +66,7 @@ class Given(NamedTuple):
 
 
 class Start(NamedTuple):
-    """The initial parameters and model state of a run, and a table of where each came from."""
+    """Initial parameters and model state of a run, and a table that shows the source of each."""
 
     params: PyTree  # numpy arrays
     model_state: PyTree  # numpy arrays
@@ -78,25 +79,27 @@ def start_from(
     """Replaces initialized parameters and model state by given ones of the same names.
 
     Without `only`, source and model must have exactly the same parameters. With patterns, the
-    parameters and model state whose name matches one of them are taken, the others stay as they were
-    initialized, and whatever else the source holds is ignored. If the source holds parameters alone,
-    the model state stays as it was initialized.
+    parameters and model state whose name matches a pattern are taken; all others stay as they were
+    initialized, and everything else in the source is ignored. If the source holds parameters
+    alone, the model state stays as it was initialized.
 
     Args:
-        given: Read by `read_source`.
+        given: The parameters that `read_source` returned.
         params: The initialized parameters of the model.
-        model_state: Its initialized state, such as batch statistics.
-        only: Patterns of names as `fnmatch` reads them, such as `encoder/*` or `*/kernel`.
+        model_state: The initialized model state, such as batch statistics.
+        only: Patterns of names in the syntax of `fnmatch`, such as `encoder/*` or `*/kernel`.
 
     Raises:
         InputError: A pattern matches nothing, or a parameter that must be taken is missing or has
             another shape or kind of dtype; lists the differences.
     """
+    # Name the leaves of both sides. Without patterns, everything must match.
     own = {"params": state.named(params), "model_state": state.named(model_state)}
     there = {"params": given.params, "model_state": given.model_state}
     patterns = ["*"] if only is None else list(only)
     if not patterns:
         raise InputError("init_only", "must hold at least one pattern, such as 'encoder/*'.")
+    # A pattern that matches nothing is probably a typo, so suggest the nearest name.
     names = [name for part in own.values() for name in part]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -106,12 +109,14 @@ def start_from(
                 f"must match parameters of the model, got {quoted(pattern)}{suggestion}",
             )
 
+    # Decide for each leaf of the model, and collect all faults for one error.
     taken: dict[str, Tensors] = {"params": {}, "model_state": {}}
     lines: list[tuple[str, str, str]] = []
     faults: list[str] = []
     for part, leaves in own.items():
         for name, leaf in leaves.items():
-            tensor, shape = there[part].get(name), f"{leaf.dtype}{list(leaf.shape)}"
+            tensor = there[part].get(name)
+            shape = f"{leaf.dtype}{list(leaf.shape)}"
             is_wanted = any(fnmatchcase(name, pattern) for pattern in patterns)
             if not is_wanted:
                 lines.append((name, shape, "initialized, not in init_only"))
@@ -128,10 +133,14 @@ def start_from(
             else:
                 lines.append((name, shape, "taken"))
                 taken[part][name] = np.asarray(tensor).astype(leaf.dtype)
+
+    # Leftovers of the source are a fault unless `init_only` selects some parameters.
     unused = [name for part in own for name in there[part] if name not in own[part]]
     lines += [(name, "", "unused") for name in unused]
     if only is None:
         faults += [f"{name} is unused" for name in unused]
+
+    # Report at most ten faults.
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise InputError(
@@ -147,12 +156,13 @@ def start_from(
 
 
 def _replaced(tree: PyTree, taken: Tensors) -> PyTree:
+    # `named` keeps the order of the leaves, so the structure can be filled again.
     leaves = [taken.get(name, leaf) for name, leaf in state.named(tree).items()]
     return jax.tree.structure(tree).unflatten(leaves)
 
 
 def _fits(tensor: np.ndarray, leaf: jax.Array) -> bool:
-    """Whether a tensor can stand for a leaf: same shape, and the same dtype or both floating."""
+    """Returns whether a tensor can replace a leaf: same shape, and same dtype or both floating."""
     both_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (tensor, leaf))
     return tensor.shape == leaf.shape and (both_float or tensor.dtype == leaf.dtype)
 
@@ -160,6 +170,7 @@ def _fits(tensor: np.ndarray, leaf: jax.Array) -> bool:
 def _table(lines: Sequence[tuple[str, str, str]]) -> Table:
     table = Table("parameter", "shape", "start", title="Initial parameters", title_justify="left")
     kinds = list(dict.fromkeys(kind for _, _, kind in lines))
+    # Every kind gets the same number of lines, so that none of them hides the others.
     per_kind = _MOST_LINES // max(1, len(kinds)) if len(lines) > _MOST_LINES else len(lines)
     for kind in kinds:
         own = [line for line in lines if line[2] == kind]
@@ -173,16 +184,22 @@ def _table(lines: Sequence[tuple[str, str, str]]) -> Table:
 def read_source(source: Source) -> Given:
     """Reads the parameters and model state of a source.
 
+    Args:
+        source: One of the kinds of `Source`.
+
     Raises:
-        InputError: It is none of the kinds of `Source`, or cannot be read.
+        InputError: The source is none of these kinds, or cannot be read.
     """
     if isinstance(source, Trained):
         return Given(_arrays(source.params), _arrays(source.model_state))
+    # Objects of nnx, without their random streams, as a run draws from its seed.
     if isinstance(source, nnx.Module):
         source = nnx.state(source)
     if isinstance(source, nnx.State):
         params, _, rest = nnx.split_state(source, is_trained, is_random, ...)
         return Given(_arrays(nnx.to_pure_dict(params)), _arrays(nnx.to_pure_dict(rest)))
+
+    # The variables of a linen module have collections beside `params`; other trees are parameters.
     if isinstance(source, Mapping):
         tree = source.unfreeze() if isinstance(source, FrozenDict) else dict(source)
         rest = {name: part for name, part in tree.items() if name != "params"}
@@ -191,12 +208,14 @@ def read_source(source: Source) -> Given:
             params, rest = split_variables(tree)
             return Given(_arrays(params), _arrays(rest))
         return Given(_arrays(tree), {})
+
+    # A path; anything else is an error.
     if isinstance(source, Path | str):
         return _from_path(Path(source).expanduser())
     raise InputError(
         "init_from",
-        "must be a Trained, the path of a run, checkpoint, bundle or .safetensors file, or a tree of "
-        f"parameters, got {type(source).__name__}.",
+        "must be a Trained, the path of a run, checkpoint, bundle or .safetensors file, or a tree "
+        f"of parameters, got {type(source).__name__}.",
     )
 
 
@@ -205,6 +224,7 @@ def _arrays(tree: PyTree) -> Tensors:
 
 
 def _from_path(path: Path) -> Given:
+    # A file, a bundle, or else a run or one of its checkpoints.
     if path.is_file():
         return _parts(_load_file(path))
     if (path / CARD).is_file():
@@ -213,24 +233,30 @@ def _from_path(path: Path) -> Given:
     if not is_run and not (path / MANIFEST).is_file():
         raise InputError(
             "init_from",
-            f"must be the path of a run, checkpoint, bundle or .safetensors file, got {quoted(str(path))}.",
+            "must be the path of a run, checkpoint, bundle or .safetensors file, got "
+            f"{quoted(str(path))}.",
         )
+
+    # Read the newest checkpoint of a run without falling back to an older one if it is damaged.
     try:
         _, tensors, facts = read(newest(path / CHECKPOINTS) if is_run else path)
     except (Damaged, IndexError) as error:
         fault = error if isinstance(error, Damaged) else f"{path} has none yet"
         raise InputError("init_from", f"must lead to an intact checkpoint, but {fault}.") from error
+
+    # The point at which such an optimizer is evaluated is not among the tensors.
     if facts.get(OTHER_POINT) and not any(name.startswith(BEST) for name in tensors):
         raise InputError(
             "init_from",
-            f"must not be {path}, as its optimizer is evaluated at another point than the parameters in it; make the "
-            "same call of fit, which reads its checkpoint, and give what it returns.",
+            f"must not be {path}, as its optimizer is evaluated at another point than the "
+            "parameters in it; make the same call of fit, which reads its checkpoint, and give "
+            "what it returns.",
         )
     return _of_checkpoint(tensors)
 
 
 def _of_checkpoint(tensors: Tensors) -> Given:
-    """Takes what `fit` would have returned at this checkpoint: the best, the averaged, or the newest."""
+    """Returns what `fit` would return at this checkpoint: best, averaged or newest parameters."""
 
     def below(*prefixes: str) -> Tensors:
         for prefix in prefixes:
@@ -244,7 +270,8 @@ def _of_checkpoint(tensors: Tensors) -> Given:
 
 
 def _center(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
-    """Averages the replicas if each has parameters of its own."""
+    """Averages the replicas if the tensor has a row for each of them."""
+    # Accumulate at least in float32.
     if tensor.ndim != leaf.ndim + 1 or tensor.shape[1:] != leaf.shape:
         return tensor
     return tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(
@@ -263,7 +290,8 @@ def _load_file(path: Path) -> Tensors:
 
 
 def _parts(tensors: Tensors) -> Given:
-    """Sorts tensors by the first part of their names; without one, all of them are parameters."""
+    """Splits tensors by the first part of their names; without such parts, all are parameters."""
+    # Names with dots are paths, too, as in files of other libraries.
     if not any("/" in name for name in tensors):
         tensors = {name.replace(".", "/"): tensor for name, tensor in tensors.items()}
     parts: dict[str, Tensors] = {"params": {}, "model_state": {}}

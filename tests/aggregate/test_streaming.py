@@ -61,3 +61,12 @@ def test_message_does_not_wait_for_the_local_steps(key):
     state = jax.vmap(reduce.init, axis_name=replica.AXIS)(jnp.ones((2, 6)))
     slope = jax.jacobian(jax.vmap(agreed, axis_name=replica.AXIS))(jnp.ones((2, 6)), state)
     assert not slope.any()
+
+
+def test_outer_state_of_each_fragment_starts_from_its_own_parameters():
+    """An outer optimizer may keep a point, as schedule-free ones do."""
+    outer = optax.contrib.schedule_free_sgd(0.7)
+    reduce = streaming(FRAGMENTS, outer=outer)
+    params = jnp.arange(1.0, 4 * FRAGMENTS + 1)
+    state = jax.vmap(reduce.init, axis_name=replica.AXIS)({"p": jnp.stack([params] * REPLICAS)})
+    np.testing.assert_array_equal(state.outer.z["p"][0], params.reshape(FRAGMENTS, -1))

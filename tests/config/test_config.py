@@ -226,3 +226,10 @@ def test_argument_of_the_library_is_named_as_the_option_that_sets_it():
     assert config.flag("inner_steps") == "--sync-every"
     assert config.flag("k") == "--keep"
     assert config.flag("x_train") == "x_train"
+
+
+def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = config.parse(["--run-dir=~/run", "--dataset=csv", "--data-file=~/mine.csv"])
+    assert parsed.run.run_dir == tmp_path / "run"
+    assert parsed.data.data_file == tmp_path / "mine.csv"

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWar
 STEPS, BATCH, SHARDS = 20, 8, 8
 QUICK = (
     "array attributes",
+    "attribute that is only written",
     "keyword-only rngs",
     "built module",
     "rngs in the call",

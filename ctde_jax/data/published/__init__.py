@@ -1,1 +1,1 @@
-"""Data sets that are downloaded or come with scikit-learn."""
+"""Data sets that are downloaded, or that come with scikit-learn."""

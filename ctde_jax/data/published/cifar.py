@@ -1,7 +1,7 @@
-"""CIFAR-10 in its binary version: files of records, each one byte for the label and 3,072 for the picture.
+"""CIFAR-10 in its binary version: records of one byte for the label and 3,072 for the image.
 
-Files that are already in the folder are the user's own and are used as they are; those that are not there are read from
-the published archive, which is downloaded where it is not there either. Nothing is unpacked onto the disk.
+Files that are already in the folder are used as they are. Missing files are read from the published
+archive, which is downloaded if it is missing, too. Nothing is unpacked to the disk.
 """
 
 import gzip
@@ -22,6 +22,7 @@ from ctde_jax.data.split import Split
 from ctde_jax.errors import shortened
 
 CHANNELS_FIRST = (3, 32, 32)
+# One byte for the label, then the red, green and blue pixels of the image.
 RECORD = 1 + 3 * 32 * 32
 UNPACKED = "cifar-10-batches-bin"
 ARCHIVE = "cifar-10-binary.tar.gz"
@@ -61,13 +62,15 @@ def cifar10(data_dir: Path | str | None = None) -> Dataset:
     """Loads the small color photographs of Krizhevsky (2009), `uint8[examples, 32, 32, 3]`.
 
     Args:
-        data_dir: An existing folder with the files of records, or with the archive of them; by default the user's cache
-            folder. The archive is downloaded into it where files are missing.
+        data_dir: Existing folder with the binary files, or with their archive; by default the
+            user's cache folder. The archive is downloaded into it if files are missing.
 
     Raises:
-        InputError: There is no such folder, a file in it is damaged, or the archive is missing and no mirror gave it.
+        InputError: If there is no such folder, a file in it is damaged, or the archive is missing
+            and no mirror provides it.
     """
     folder = CIFAR10.folder(data_dir)
+    # Local files come first, the archive fills in for the others.
     paths = {name: path for name in CIFAR10.sha256 if (path := _local(folder, name))}
     contents = {name: b"".join(content_of(path)) for name, path in paths.items()}
     missing = [name for name in CIFAR10.sha256 if name not in paths]
@@ -77,6 +80,8 @@ def cifar10(data_dir: Path | str | None = None) -> Dataset:
         )
         contents |= _members(archive, missing)
         paths |= dict.fromkeys(missing, archive)
+
+    # The files are listed in order, the test file last.
     *train, test = (_split(name, contents[name], paths[name]) for name in CIFAR10.sha256)
     inputs, labels = map(np.concatenate, zip(*train, strict=True))
     dataset = from_arrays(inputs, labels, *test, name=CIFAR10.name, classes=CIFAR10.classes)
@@ -88,12 +93,13 @@ def _local(folder: Path, name: str) -> Path | None:
 
 
 def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Reads files of an archive, in whatever folder they are there."""
+    """Reads files of an archive by their names, in any of its folders."""
     contents = {}
     try:
         with _Unpacked(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as members:
             for member in members:
                 name = PurePosixPath(member.name).name
+                # A header may announce more than an archive of this size can hold.
                 if name in names and member.size > most_unpacked(archive.stat().st_size):
                     raise damaged(
                         archive,
@@ -110,13 +116,14 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
 
 
 class _Unpacked(gzip.GzipFile):
-    """What an archive unpacks to, of which nobody reads more at once than it may be in all, whatever a header says."""
+    """A decompressed archive that limits a single read to the maximum size of the whole."""
 
     def __init__(self, archive: Path):
         super().__init__(archive, "rb")
         self._most = most_unpacked(archive.stat().st_size)
 
     def read(self, size: int | None = -1) -> bytes:
+        # tarfile reads as many bytes as a header announces, which could fill the memory.
         if size is not None and size > self._most:
             raise EOFError(f"a header says that {decimal(size)} follow")
         return super().read(size)
@@ -129,8 +136,10 @@ def _split(name: str, content: bytes, path: Path) -> Split:
             path, f"has {len(content):,} bytes{where} instead of one or more records of {RECORD:,}"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
-    labels, pictures = records[:, 0], records[:, 1:].reshape(-1, *CHANNELS_FIRST)
+    labels = records[:, 0]
+    pictures = records[:, 1:].reshape(-1, *CHANNELS_FIRST)
     if labels.max() >= len(CIFAR10.classes):
         fault = f"has the label {labels.max()}{where} in record {labels.argmax()}"
         raise damaged(path, f"{fault}, while labels lie from 0 to {len(CIFAR10.classes) - 1}")
+    # The networks take channels last.
     return Split(np.ascontiguousarray(np.moveaxis(pictures, 1, -1)), labels)

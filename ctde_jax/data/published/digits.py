@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1,797 pictures of 8 x 8 pixels that come with the library."""
+"""Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels that come with the library."""
 
 from dataclasses import replace
 from importlib.metadata import distribution
@@ -11,12 +11,11 @@ FILE = "sklearn/datasets/data/digits.csv.gz"
 
 
 def digits() -> Dataset:
-    """Loads the digits; a fixed random fifth of them is the test split.
+    """Loads the digits, `uint8[examples, 8, 8]`; a fixed random fifth of them is the test split.
 
-    They are read from the library's file, for the library itself takes a second to import.
+    They are read from the file of the library, because its import takes a second.
     """
     table = np.loadtxt(str(distribution("scikit-learn").locate_file(FILE)), np.uint8, delimiter=",")
     dataset = from_arrays(table[:, :-1].reshape(-1, 8, 8), table[:, -1], name="digits")
-    return replace(
-        dataset, scale=np.asarray(1 / 16, np.float32)
-    )  # a pixel is a number from 0 to 16
+    # A pixel is a number from 0 to 16.
+    return replace(dataset, scale=np.asarray(1 / 16, np.float32))

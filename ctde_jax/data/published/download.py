@@ -1,8 +1,8 @@
-"""Fetching a published file: any mirror may send it, and only its checksum makes it believed.
+"""Downloads of published files, from any mirror, verified by their checksum.
 
-What has arrived stays in `<target>.part`, so a connection that breaks off costs no more than the rest. The
-checksum is that of the decompressed content, which is the same however a mirror packed it; only an archive, `.tar.gz`,
-is checked and read as it is.
+Received bytes stay in `<target>.part`, so a connection that breaks off costs no more than the rest.
+The checksum is that of the decompressed content, which does not depend on a mirror's compression.
+Only an archive, `.tar.gz`, is verified and read as it is.
 """
 
 import gzip
@@ -25,27 +25,30 @@ from ctde_jax.bundle import open_regular
 from ctde_jax.errors import InputError
 
 BLOCK = 1 << 16
+# Attempts to resume a broken connection, for each mirror.
 RESUMES = 5
 PART = ".part"
 
-Report = Callable[[int, int | None], None]  # (bytes here, bytes in all, where the mirror says so)
+Report = Callable[[int, int | None], None]
+"""Reports the bytes received and their total, if the mirror provides it."""
 
 
 def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0) -> Path:
-    """Downloads one file unless it is there already, and returns its path.
+    """Downloads a file unless it exists, and returns its path.
 
     Args:
-        urls: The same file at several mirrors, tried in turn.
-        target: Where the file shall be; it appears there whole and verified, or not at all.
-        sha256: The checksum of the file's decompressed content, or of an archive as it is.
-        timeout: Seconds within which a mirror has to answer, and then to send each further 64 KiB.
+        urls: URLs of the file at several mirrors, tried in order.
+        target: Path of the file; it appears there complete and verified, or not at all.
+        sha256: Checksum of the file's decompressed content, or of an archive as it is.
+        timeout: Seconds within which a mirror has to respond, and then to send each further 64 KiB.
 
     Raises:
-        InputError: No mirror gave the file, or its folder cannot be written to.
+        InputError: If no mirror provides the file, or its folder is not writable.
     """
     part = target.with_name(target.name + PART)
     reasons = []
     try:
+        # Try the mirrors in order; the file only gets its name when it is verified.
         if target.exists():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +56,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0)
             for url in urls:
                 try:
                     _fetch_verified(url, part, sha256, timeout, report)
+                    # `replace` is atomic, so the target is never incomplete.
                     os.replace(part, target)
                     return target
                 except _MirrorFailed as failure:
@@ -60,9 +64,12 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0)
     except OSError as error:
         raise InputError(
             "data_dir",
-            f"must be a folder that can be written to, got {target.parent} ({error.strerror or error}); "
-            "make room or give permission there, or pass another folder.",
+            f"must be a folder that can be written to, got {target.parent} "
+            f"({error.strerror or error}); make room or give permission there, or pass another "
+            "folder.",
         ) from error
+
+    # No mirror provided the file.
     raise InputError(
         "data_dir",
         f"has no {target.name}, and it could not be downloaded: {'; '.join(reasons)}. "
@@ -71,7 +78,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0)
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the checksum of what `content_of` yields."""
+    """Returns the SHA-256 of what `content_of` yields."""
     digest = hashlib.sha256()
     for block in content_of(path):
         digest.update(block)
@@ -79,11 +86,12 @@ def sha256_of(path: Path) -> str:
 
 
 def content_of(path: Path) -> Iterator[bytes]:
-    """Yields a file's content block by block, decompressed if its name ends in .gz and not in .tar.gz.
+    """Yields the content in blocks, decompressed if the name ends in .gz and not in .tar.gz.
 
     Raises:
-        InputError: The file cannot be read, or is not whole.
+        InputError: If the file cannot be read, or is incomplete.
     """
+    # The name of the target determines the compression, also of a partial file.
     name = path.name.removesuffix(PART)
     packed = name.endswith(".gz") and not name.endswith(".tar.gz")
     try:
@@ -102,14 +110,15 @@ def content_of(path: Path) -> Iterator[bytes]:
 
 
 def existing(paths: Iterable[Path]) -> Path | None:
-    """Returns the first of these that is there as a regular file, or None if there is nothing.
+    """Returns the first of these paths that is a regular file, or None if none exists.
 
     Raises:
-        InputError: Only something else is there, such as a folder of that name.
+        InputError: If only something else exists, such as a folder with the name.
     """
     there = [path for path in paths if os.path.lexists(path)]
     found = next((path for path in there if os.path.isfile(path)), None)
     if there and found is None:
+        # Opening it raises an error with the reason.
         try:
             open_regular(there[0]).close()
         except OSError as error:
@@ -118,17 +127,17 @@ def existing(paths: Iterable[Path]) -> Path | None:
 
 
 def damaged(path: Path, fault: str) -> InputError:
-    """Says what is wrong with a file of the data folder, and the two ways out."""
+    """Returns the error for a file of the data folder, with its fault and the two fixes."""
     way_out = "replace it, or remove it to have the published file downloaded"
     return InputError("data_dir", f"holds {path}, which {fault}; {way_out}.")
 
 
 class _MirrorFailed(Exception):
-    """Says why a mirror did not give the file."""
+    """Raised if a mirror does not provide the file; the message is the reason."""
 
 
 class _BrokeOff(_MirrorFailed):
-    """The connection ended in the middle, so the same mirror may yet send the rest."""
+    """Raised if a connection breaks off, so that the same mirror may still send the rest."""
 
 
 def _fetch_verified(url: str, part: Path, sha256: str, timeout: float, report: Report) -> None:
@@ -139,7 +148,8 @@ def _fetch_verified(url: str, part: Path, sha256: str, timeout: float, report: R
     part.unlink()
     if not inherited:
         raise _MirrorFailed("sent something other than the published file (the checksum differs)")
-    _fetch_verified(url, part, sha256, timeout, report)  # what was here before may be to blame
+    # Bytes from an earlier download may be the cause, so try once more without them.
+    _fetch_verified(url, part, sha256, timeout, report)
 
 
 def _matches(part: Path, sha256: str) -> bool:
@@ -150,6 +160,7 @@ def _matches(part: Path, sha256: str) -> bool:
 
 
 def _complete(url: str, part: Path, timeout: float, report: Report) -> None:
+    # Resume only as long as each attempt adds to the file.
     for resumes_left in reversed(range(RESUMES + 1)):
         before = _size(part)
         try:
@@ -162,6 +173,7 @@ def _complete(url: str, part: Path, timeout: float, report: Report) -> None:
 def _append(url: str, part: Path, timeout: float, report: Report) -> None:
     response, start = _answer(url, _size(part), timeout)
     total = None if response.length is None else start + response.length
+    # If the mirror ignored the range, the partial file is overwritten.
     with response, part.open("ab" if start else "wb") as file:
         for piece in _pieces(response, timeout):
             file.write(piece)
@@ -175,12 +187,13 @@ def _size(part: Path) -> int:
 
 
 def _answer(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
-    """Asks for the bytes from `start` on; returns the response and where it begins, at `start` or at 0."""
+    """Requests the bytes from `start` on; returns the response and its offset, `start` or 0."""
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urlopen(request, timeout=timeout)
     except HTTPError as error:
         error.close()
+        # 416: the range is not satisfiable, because `start` is beyond the end of the file.
         if error.code == 416 and start:
             return _answer(url, 0, timeout)
         raise _MirrorFailed(f"answered {error.code} {error.reason}") from error
@@ -189,8 +202,10 @@ def _answer(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
         if isinstance(reason, TimeoutError):
             raise _MirrorFailed(f"did not answer within {timeout:g} s") from error
         raise _MirrorFailed(f"could not be reached ({reason})") from error
+    # A mirror may ignore the range and send the whole file.
     if response.status != 206:
         return response, 0
+    # 206: the response must start at the requested byte, else request the whole file.
     if response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         return response, start
     response.close()
@@ -200,14 +215,17 @@ def _answer(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
 
 
 def _pieces(response: HTTPResponse, timeout: float) -> Iterator[bytes]:
-    """Yields what arrives; a mirror that trickles is given up like one that stalls."""
-    arrived, deadline = 0, time.monotonic() + timeout
+    """Yields the received bytes; fails if fewer than `BLOCK` arrive within the timeout."""
+    # A timeout of the socket alone would accept a mirror that sends a byte now and then.
+    arrived = 0
+    deadline = time.monotonic() + timeout
     try:
         while piece := response.read1(BLOCK):
             yield piece
             arrived += len(piece)
             if arrived >= BLOCK:
-                arrived, deadline = 0, time.monotonic() + timeout
+                arrived = 0
+                deadline = time.monotonic() + timeout
             elif time.monotonic() > deadline:
                 raise TimeoutError
     except TimeoutError as error:
@@ -218,6 +236,7 @@ def _pieces(response: HTTPResponse, timeout: float) -> Iterator[bytes]:
 
 @contextmanager
 def _progress(name: str) -> Iterator[Report]:
+    # Without a terminal, one line instead of a progress bar.
     if not sys.stderr.isatty():
         print(f"Downloading {name}", file=sys.stderr)
         yield lambda here, total: None

@@ -1,7 +1,6 @@
-"""The IDX format, and the two data sets of 28 x 28 pictures that are published in it.
+"""The IDX format, and the two data sets of 28 x 28 images that are published in it.
 
-Files that are already in the folder are the user's own and are used as they are; a file that is not there is
-downloaded.
+Files that are already in the folder are used as they are; missing files are downloaded.
 """
 
 import math
@@ -29,10 +28,18 @@ MNIST = Published(
         "http://yann.lecun.com/exdb/mnist/",
     ),
     sha256={
-        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        "train-images-idx3-ubyte": (
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
+        ),
+        "train-labels-idx1-ubyte": (
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
+        ),
+        "t10k-images-idx3-ubyte": (
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"
+        ),
+        "t10k-labels-idx1-ubyte": (
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
+        ),
     },
 )
 
@@ -47,60 +54,79 @@ FASHION_MNIST = Published(
         "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
     ),
     sha256={
-        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        "train-images-idx3-ubyte": (
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
+        ),
+        "train-labels-idx1-ubyte": (
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
+        ),
+        "t10k-images-idx3-ubyte": (
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
+        ),
+        "t10k-labels-idx1-ubyte": (
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
+        ),
     },
 )
 
 
 def mnist(data_dir: Path | str | None = None) -> Dataset:
-    """Loads the handwritten digits of LeCun et al. (1998).
+    """Loads the handwritten digits of LeCun et al. (1998), `uint8[examples, 28, 28]`.
 
     Args:
-        data_dir: An existing folder with the IDX files, plain or .gz; by default the user's cache folder.
-            A file that is missing is downloaded into it.
+        data_dir: Existing folder with the IDX files, plain or .gz; by default the user's cache
+            folder. Missing files are downloaded into it.
 
     Raises:
-        InputError: There is no such folder, a file in it is damaged, or one is missing and no mirror gave it.
+        InputError: If there is no such folder, a file in it is damaged, or one is missing and no
+            mirror provides it.
     """
     return _load(MNIST, data_dir)
 
 
 def fashion_mnist(data_dir: Path | str | None = None) -> Dataset:
-    """Loads the pictures of clothes of Xiao et al. (2017), in the format of MNIST; see `mnist`."""
+    """Loads the images of clothes of Xiao et al. (2017), in the format of MNIST; see `mnist`."""
     return _load(FASHION_MNIST, data_dir)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes, plain or .gz.
+    """Reads an IDX file of unsigned bytes, plain or .gz, as a uint8 array.
+
+    Args:
+        path: IDX file.
+        dimensions: Number of axes that the array must have.
 
     Raises:
-        InputError: The file is damaged, is no IDX file, or has another number of dimensions.
+        InputError: If the file is damaged, is not an IDX file, or has another number of dimensions.
     """
     return _parse(_content(path, dimensions), dimensions)
 
 
 def _load(published: Published, data_dir: Path | str | None) -> Dataset:
     folder = published.folder(data_dir)
-    arrays, contents, large = [], {}, []
+    arrays = []
+    contents = {}
+    large = []
     for name, sha256 in published.sha256.items():
+        # A local file comes first. A large one stays on disk, unless it is compressed.
         urls = [f"{mirror}{name}.gz" for mirror in published.mirrors]
         path = _local(folder, name) or fetch(urls, folder / f"{name}.gz", sha256)
         if path.suffix != ".gz" and path.stat().st_size >= STREAMED_FROM:
             arrays.append(_on_disk(path, 3 if "images" in name else 1))
             large.append(
-                f"{path} takes {decimal(path.stat().st_size)}, so it is read while training goes on."
+                f"{path} takes {decimal(path.stat().st_size)}, so it is read while training goes "
+                "on."
             )
         else:
             contents[name] = _content(path, 3 if "images" in name else 1)
             arrays.append(_parse(contents[name], 3 if "images" in name else 1))
+        # Other data in the same format is accepted, but not other sizes of images.
         if "images" in name and arrays[-1].shape[1:] != PICTURE:
             raise damaged(
                 path, f"has pictures of the size {arrays[-1].shape[1:]} instead of {PICTURE}"
             )
     try:
+        # The user's files may not match each other.
         dataset = from_arrays(*arrays, name=published.name, classes=published.classes)
     except InputError as error:
         raise InputError(
@@ -112,6 +138,7 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
 
 
 def _local(folder: Path, name: str) -> Path | None:
+    # Some distributions unpack the files with a dot in their names.
     spellings = (name, name.replace("-idx", ".idx"))
     return existing(
         folder / f"{spelling}{suffix}" for spelling in spellings for suffix in ("", ".gz")
@@ -119,6 +146,7 @@ def _local(folder: Path, name: str) -> Path | None:
 
 
 def _on_disk(path: Path, dimensions: int) -> DiskArray:
+    # The header is enough: the rest of the file is read during training.
     header = next(content_of(path), b"")[: _header_bytes(dimensions)]
     shape = _shape(header, path, dimensions)
     _check_size(path, shape, path.stat().st_size - len(header))
@@ -126,16 +154,20 @@ def _on_disk(path: Path, dimensions: int) -> DiskArray:
 
 
 def _content(path: Path, dimensions: int) -> bytes:
-    """Reads a file that holds what its header says, and no further, however much a .gz file would unpack to."""
+    """Reads a file as far as its header announces, however much a .gz file would decompress to."""
     blocks = content_of(path)
     read = [next(blocks, b"")]
     shape = _shape(read[0], path, dimensions)
     size = path.stat().st_size
+    # A small .gz file with a huge shape is refused before it is decompressed.
     if path.suffix == ".gz" and math.prod(shape) > most_unpacked(size):
         raise damaged(
             path,
-            f"takes {decimal(size)}, and the shape {shape} in its header {decimal(math.prod(shape))}",
+            f"takes {decimal(size)}, and the shape {shape} in its header "
+            f"{decimal(math.prod(shape))}",
         )
+
+    # One block beyond the announced size is enough to detect trailing bytes.
     got = len(read[0]) - _header_bytes(dimensions)
     while got <= math.prod(shape) and (block := next(blocks, b"")):
         read.append(block)
@@ -150,7 +182,8 @@ def _parse(content: bytes, dimensions: int) -> np.ndarray:
 
 
 def _header_bytes(dimensions: int) -> int:
-    return 4 + 4 * dimensions  # the magic number, and each length as a big-endian uint32
+    # The magic number, and each length as a big-endian uint32.
+    return 4 + 4 * dimensions
 
 
 def _lengths(content: bytes, dimensions: int) -> tuple[int, ...]:
@@ -158,7 +191,8 @@ def _lengths(content: bytes, dimensions: int) -> tuple[int, ...]:
 
 
 def _shape(content: bytes, path: Path, dimensions: int) -> tuple[int, ...]:
-    """Reads the shape from the start of a file."""
+    """Parses the shape from the start of a file, and checks the header."""
+    # The magic number: two zeros, the code of the dtype, and the number of dimensions.
     magic = bytes((0, 0, 8, dimensions))  # 8 stands for unsigned bytes
     header = _header_bytes(dimensions)
     if not content:
@@ -174,7 +208,10 @@ def _shape(content: bytes, path: Path, dimensions: int) -> tuple[int, ...]:
 
 
 def _check_size(path: Path, shape: tuple[int, ...], got: int) -> None:
-    """Raises InputError where other than the bytes of this shape follow the header; the first too many are enough."""
+    """Raises InputError unless the header is followed by the bytes of its shape, and no others.
+
+    `got` may be a lower bound if there are too many bytes.
+    """
     announced = math.prod(shape)
     if got != announced:
         fault, many = (

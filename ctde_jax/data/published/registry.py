@@ -1,4 +1,4 @@
-"""A data set as it is published: where its files are kept, and whether those that are there are the published ones."""
+"""Published data sets: the location of their files, and a check of local files against them."""
 
 import hashlib
 import os
@@ -13,19 +13,19 @@ from ctde_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Published:
-    """The files that make up a data set, and where they can be had."""
+    """The files of a published data set, and the mirrors that provide them."""
 
     name: str
     classes: tuple[str, ...]
     mirrors: tuple[str, ...]
     sha256: Mapping[str, str]
-    """Of each file's decompressed content, in the order that the data set is made of."""
+    """SHA-256 of each file's decompressed content, in the order in which the data set uses them."""
 
     def folder(self, data_dir: Path | str | None) -> Path:
-        """Returns the folder for the files: the user's, or by default one in the user's cache.
+        """Returns the folder for the files: `data_dir`, or by default one in the user's cache.
 
         Raises:
-            InputError: There is no such folder.
+            InputError: If there is no such folder.
         """
         cache = user_cache_path("ctde_jax") / self.name
         if data_dir is None:
@@ -34,13 +34,19 @@ class Published:
         if not os.path.isdir(folder):
             raise InputError(
                 "data_dir",
-                f"must be an existing folder, got {folder}; create it to have {self.name} downloaded into it, "
-                f"or leave the option out to use {cache}.",
+                f"must be an existing folder, got {folder}; create it to have {self.name} "
+                f"downloaded into it, or leave the option out to use {cache}.",
             )
         return folder
 
     def notes(self, folder: Path, contents: Mapping[str, bytes]) -> tuple[str, ...]:
-        """Says which files of the folder, given by their decompressed contents, are the user's own."""
+        """Returns a sentence on the files of a folder that differ from the published ones.
+
+        Args:
+            folder: Folder of the files.
+            contents: Decompressed content of each file, keyed by its name.
+        """
+        # Checksums are those of the decompressed content, as a local file may be plain or .gz.
         differing = [
             name
             for name in contents
@@ -49,5 +55,6 @@ class Published:
         if not differing:
             return ()
         return (
-            f"{', '.join(differing)} in {folder} differ by checksum from the published {self.name}.",
+            f"{', '.join(differing)} in {folder} differ by checksum from the published "
+            f"{self.name}.",
         )
