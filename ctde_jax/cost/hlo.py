@@ -50,7 +50,7 @@ class Computation(NamedTuple):
     is_entry: bool
 
 
-class Program(NamedTuple):
+class HloModule(NamedTuple):
     """All computations of a program, and the number of devices on which it runs."""
 
     computations: dict[str, Computation]
@@ -61,7 +61,7 @@ class Program(NamedTuple):
 class Frame(NamedTuple):
     """A computation in a call: the instruction that calls it, and the frame of the caller."""
 
-    program: Program
+    program: HloModule
     computation: Computation
     caller: "Frame | None" = None
     call: Instruction | None = None
@@ -71,7 +71,7 @@ class Frame(NamedTuple):
         return Frame(self.program, self.program.computations[name], self, call)
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> HloModule:
     """Parses the text of an HLO module, such as `compiled.as_text()`.
 
     Raises:
@@ -93,7 +93,7 @@ def parse(text: str) -> Program:
         re.search(rf"{name}=(\d+)", header[0] if header else "")
         for name in ("replica_count", "num_partitions")
     ]
-    return Program(computations, entries[0], prod(int(match[1]) for match in counts if match))
+    return HloModule(computations, entries[0], prod(int(match[1]) for match in counts if match))
 
 
 def count_bytes(shape: str) -> int:

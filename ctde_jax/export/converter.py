@@ -21,7 +21,7 @@ from unittest import mock
 
 from jax import export
 
-from ctde_jax.export.program import Program
+from ctde_jax.export.program import Inference
 
 _PATCHED = ("jax", "jaxlib", "flax")
 """Packages to which jax2onnx adds attributes on import."""
@@ -31,7 +31,7 @@ _PLUGINS = ("jax2onnx.plugins.jax.lax", "jax2onnx.plugins.jax.core")
 _LOCK = Lock()
 
 
-def convert(program: Program, **options: Any) -> Any:
+def convert(program: Inference, **options: Any) -> Any:
     """Converts a program of `jax.lax` primitives to an ONNX model.
 
     Args:

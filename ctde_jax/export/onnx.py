@@ -7,7 +7,7 @@ from typing import Any
 
 from ctde_jax.export.converter import convert
 from ctde_jax.export.lowering import RULES
-from ctde_jax.export.program import LeftOut, Program, leaving_out, with_rules
+from ctde_jax.export.program import Inference, LeftOut, leaving_out, with_rules
 
 OPSET = 23
 LARGEST = 2**31 - 1
@@ -15,7 +15,7 @@ LARGEST = 2**31 - 1
 
 
 def to_onnx(
-    program: Program, inputs: Sequence[str], outputs: Sequence[str], says: Mapping[str, Any]
+    program: Inference, inputs: Sequence[str], outputs: Sequence[str], says: Mapping[str, Any]
 ) -> bytes:
     """Writes a program as ONNX.
 

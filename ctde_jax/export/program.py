@@ -53,7 +53,7 @@ def leaving_out(tool: str) -> Iterator[None]:
         raise LeftOut(f"{tool} cannot write it ({shortened(on_one_line(reason))})") from error
 
 
-class Program(NamedTuple):
+class Inference(NamedTuple):
     """A function from arrays to arrays, each `[examples, ...]`, for any number of examples."""
 
     run: Callable[..., Arrays]
@@ -61,7 +61,7 @@ class Program(NamedTuple):
     """Shapes and dtypes of the arguments; the length of axis 0 is symbolic."""
 
 
-def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) -> Program:
+def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) -> Inference:
     """Traces a function as a program, folds constants and eliminates dead code.
 
     If the function requires a concrete number of examples, the program applies it to one example at
@@ -91,10 +91,10 @@ def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) ->
     # Fold constants, then eliminate dead code.
     folded = jax.make_jaxpr(lambda *arrays: _evaluate(traced.jaxpr, traced.consts, arrays))(*like)
     needed, _ = dce_jaxpr(folded.jaxpr, [True] * len(folded.jaxpr.outvars), instantiate=True)
-    return Program(lambda *arrays: _evaluate(needed, folded.consts, arrays), like)
+    return Inference(lambda *arrays: _evaluate(needed, folded.consts, arrays), like)
 
 
-def with_rules(program: Program, rules: Mapping[str, Rule]) -> Program:
+def with_rules(program: Inference, rules: Mapping[str, Rule]) -> Inference:
     """Returns a program in which rules replace primitives, also inside loops and branches.
 
     Args:

@@ -3,12 +3,12 @@
 import jax
 from jax import export
 
-from ctde_jax.export.program import Program, leaving_out
+from ctde_jax.export.program import Inference, leaving_out
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def to_stablehlo(program: Program) -> bytes:
+def to_stablehlo(program: Inference) -> bytes:
     """Serializes a program for `jax.export.deserialize`.
 
     Args:

@@ -37,7 +37,7 @@ from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.export import receipt
 from ctde_jax.export.int8 import to_int8
 from ctde_jax.export.onnx import to_onnx
-from ctde_jax.export.program import LeftOut, Program, leaving_out, make_program
+from ctde_jax.export.program import Inference, LeftOut, leaving_out, make_program
 from ctde_jax.export.stablehlo import to_stablehlo
 from ctde_jax.export.weights import find_layers, gather, to_safetensors
 from ctde_jax.models import count_params
@@ -254,7 +254,7 @@ def _make_forms(
 
     # Traced at most once, and only if a format needs it.
     @cache
-    def programs() -> tuple[Program, Program | None]:
+    def programs() -> tuple[Inference, Inference | None]:
         with leaving_out("jax.export"):
             return _programs(trained, data)
 
@@ -306,7 +306,7 @@ def _make_forms(
     return forms, left_out
 
 
-def _programs(trained: Trained, data: Dataset) -> tuple[Program, Program | None]:
+def _programs(trained: Trained, data: Dataset) -> tuple[Inference, Inference | None]:
     """Returns the program of the whole model and, if it has a `stream`, that of one position."""
     model = trained.model
     stream = trained.model.stream
