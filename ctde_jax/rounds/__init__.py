@@ -1,10 +1,10 @@
 """The computation on the devices: state, gradient, round, evaluation."""
 
-from ctde_jax.rounds import exact, guard, state
+from ctde_jax.rounds import digests, exact, state
+from ctde_jax.rounds.digests import make_digests
 from ctde_jax.rounds.evaluate import Averages, make_evaluate
 from ctde_jax.rounds.feed import Feed, Piece, Span
 from ctde_jax.rounds.gradient import make_gradient
-from ctde_jax.rounds.guard import make_look
 from ctde_jax.rounds.reestimate import make_reestimate, of_first_steps
 from ctde_jax.rounds.round import make_gradient_for, parallel_rounds
 from ctde_jax.rounds.schedule import Phase, cut, make_phases, rows_a_dispatch, unfinished
@@ -24,12 +24,12 @@ __all__ = [
     "Streamed",
     "Sums",
     "cut",
+    "digests",
     "exact",
-    "guard",
+    "make_digests",
     "make_evaluate",
     "make_gradient",
     "make_gradient_for",
-    "make_look",
     "make_phases",
     "make_reestimate",
     "make_source",

@@ -14,7 +14,7 @@ from ctde_jax.rounds import (
     Averages,
     Phase,
     Span,
-    guard,
+    digests,
     make_evaluate,
     make_gradient_for,
     of_first_steps,
@@ -33,7 +33,7 @@ class PhaseProgram(NamedTuple):
     """The unfinished spans."""
 
     train_rounds: Program
-    look: Program
+    digest: Program
     """Adds up the sums of a dispatch over all replicas, and digests the state after it."""
 
     shared: Sequence[str]
@@ -105,7 +105,7 @@ def compile_programs(
         # Lower for shapes alone: one piece, whose first and last round are arguments.
         piece = source.shapes(phase.spans[0])
         lowered = replica.lowered(rounds, like, *piece, np.int32(0), np.int32(0), key)
-        look = guard.make_look(devices, phase.strategy)
+        digest = digests.make_digests(devices, phase.strategy)
         train_rounds = replica.compiled(lowered, devices, is_exact)
         memory.check_program(train_rounds, devices)
         # The optimized HLO shows the bytes that travel, which may differ from those written.
@@ -115,8 +115,8 @@ def compile_programs(
             phase,
             phase.after(gone_through),
             train_rounds,
-            replica.compiled(replica.lowered(look, lowered.out_info[1], like), devices),
-            list(guard.shared(like, phase.strategy)),
+            replica.compiled(replica.lowered(digest, lowered.out_info[1], like), devices),
+            list(digests.shared(like, phase.strategy)),
             measure(text, inner_steps, host_of_each),
             phase.make_center(devices),
         )

@@ -22,7 +22,7 @@ from ctde_jax.checkpoint import (
 )
 from ctde_jax.devices import PyTree, hosts
 from ctde_jax.errors import NonFiniteLoss, Preempted
-from ctde_jax.rounds import Piece, Span, Sums, cut, guard, state
+from ctde_jax.rounds import Piece, Span, Sums, cut, state
 from ctde_jax.trainer.beginning import Beginning
 from ctde_jax.trainer.claim import Found
 from ctde_jax.trainer.log import Log, Row, open_log
@@ -234,7 +234,7 @@ class Run:
             # Sum over the replicas and digest the state, once for all rounds of the dispatch.
             since = meter.position.gone_through
             meter.dispatched(last - first)
-            sums, digests = program.look(sums, self.train_state)
+            sums, digests = program.digest(sums, self.train_state)
             until = meter.position.gone_through
             unread.append(_Dispatch(sums, digests, first, last, since, until))
 
@@ -258,7 +258,7 @@ class Run:
     def _read(self, dispatch: _Dispatch) -> None:
         # Check the replicas first: if they differ, the rows mean nothing.
         digests = jax.device_get(dispatch.digests)
-        guard.check(digests, self._phase.shared, dispatch.since, dispatch.until)
+        digests.check(digests, self._phase.shared, dispatch.since, dispatch.until)
         for row in self._meter.rows(dispatch.sums, dispatch.first, dispatch.last):
             self._log.add(row)
 

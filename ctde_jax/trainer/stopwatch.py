@@ -37,9 +37,9 @@ from ctde_jax.rounds import (
     Resident,
     Span,
     Sums,
+    make_digests,
     make_evaluate,
     make_gradient,
-    make_look,
     make_reestimate,
     parallel_rounds,
     rows_a_dispatch,
@@ -349,7 +349,7 @@ class _Contestant:
         lowered = rounds.lower(*arguments)
         is_lowered = time.perf_counter()
         self._run = replica.compiled(lowered, devices)
-        self._look = make_look(devices, strategy)
+        self._digest = make_digests(devices, strategy)
         self.once = {
             "state and data on the devices": placed - before,
             "trace": traced - ready,
@@ -377,7 +377,7 @@ class _Contestant:
         before = time.perf_counter()
         unread = None
         for _ in range(length):
-            sums = self._look(self._advance(*next(self._inputs)), self._state)
+            sums = self._digest(self._advance(*next(self._inputs)), self._state)
             # Read the previous dispatch while this one runs, as training does.
             if unread is not None:
                 jax.device_get(unread)

@@ -63,21 +63,21 @@ def _words(leaf: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(leaf, word).ravel().astype(jnp.uint32)
 
 
-def make_look(devices: Sequence[jax.Device], strategy: Strategy) -> jax.stages.Wrapped:
+def make_digests(devices: Sequence[jax.Device], strategy: Strategy) -> jax.stages.Wrapped:
     """Makes the program that examines the result of a dispatch.
 
-    `look(sums, state) -> (sums, digests)` adds up the sums `[replica, steps]` to `[steps]`, and
+    `compare(sums, state) -> (sums, digests)` adds up the sums `[replica, steps]` to `[steps]`, and
     returns the digests `uint32[replica, leaf]` of the shared leaves. If there is only one replica,
     nothing is digested.
     """
 
-    def look(sums: Sums, state: TrainState) -> tuple[Sums, jax.Array]:
+    def compare(sums: Sums, state: TrainState) -> tuple[Sums, jax.Array]:
         leaves = shared(state, strategy).values() if len(devices) > 1 else ()
         # `stack` needs at least one array, so a zero precedes the digests.
         own = jnp.stack([jnp.uint32(0), *map(digest, leaves)])[1:]
         return replica.add_up(sums), lax.all_gather(own, AXIS)
 
-    return replica.parallel(look, devices, in_axes=(0, axes(strategy)), out_axes=None)
+    return replica.parallel(compare, devices, in_axes=(0, axes(strategy)), out_axes=None)
 
 
 def check(digests: np.ndarray, names: Sequence[str], since: int, until: int) -> None:

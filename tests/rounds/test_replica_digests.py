@@ -12,7 +12,7 @@ import ctde_jax as ctde
 from ctde_jax import checkpoint, devices, models
 from ctde_jax.devices import replica
 from ctde_jax.errors import ReplicasDiverged
-from ctde_jax.rounds import guard, round
+from ctde_jax.rounds import digests, round
 
 MODEL = models.mlp([64, 8, 10])
 ARRAYS = {
@@ -34,15 +34,15 @@ def test_digest_sees_every_single_bit(name):
     for row, bit in enumerate(bits):
         flipped[row, bit // 8] ^= 1 << bit % 8
     flipped = flipped.view(array.dtype).reshape(len(bits), *array.shape)
-    digests = np.asarray(jax.vmap(guard.digest)(jnp.asarray(flipped)))
-    assert not (digests == np.asarray(guard.digest(jnp.asarray(array)))).any()
+    found = np.asarray(jax.vmap(digests.digest)(jnp.asarray(flipped)))
+    assert not (found == np.asarray(digests.digest(jnp.asarray(array)))).any()
 
 
 def test_digest_sees_two_numbers_that_have_changed_places():
     a = np.arange(10, dtype=np.float32)
     b = a.copy()
     b[[2, 7]] = b[[7, 2]]
-    assert guard.digest(jnp.asarray(a)) != guard.digest(jnp.asarray(b))
+    assert digests.digest(jnp.asarray(a)) != digests.digest(jnp.asarray(b))
 
 
 @pytest.mark.parametrize("shape", [(64,), (128, 10), (64, 128), (7, 3)])
@@ -51,16 +51,16 @@ def test_digest_sees_two_numbers_that_have_changed_places():
 )
 def test_digest_sees_a_wrong_sign_a_sum_for_a_mean_and_another_order(shape, change):
     x = jax.random.normal(jax.random.key(0), shape)
-    assert guard.digest(x) != guard.digest(change(x))
+    assert digests.digest(x) != digests.digest(change(x))
 
 
 def test_those_that_differ_from_most_are_named():
-    digests = np.array([[1, 5], [1, 6], [1, 5], [1, 7]], np.uint32)
+    found = np.array([[1, 5], [1, 6], [1, 5], [1, 7]], np.uint32)
     sentence = r"^b should be .* between the devices \[0, 2\] and \[1\] and \[3\] since a step from 21 to 40"
     with pytest.raises(ReplicasDiverged, match=sentence) as caught:
-        guard.check(digests, ["a", "b"], 20, 40)
+        digests.check(found, ["a", "b"], 20, 40)
     assert (caught.value.leaves, caught.value.groups) == (["b"], [[0, 2], [1], [3]])
-    guard.check(digests[:, :1], ["a"], 20, 40)
+    digests.check(found[:, :1], ["a"], 20, 40)
 
 
 def fit(digits, folder=None, **more):
