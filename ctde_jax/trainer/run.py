@@ -234,9 +234,9 @@ class Run:
             # Sum over the replicas and digest the state, once for all rounds of the dispatch.
             since = meter.position.gone_through
             meter.dispatched(last - first)
-            sums, digests = program.digest(sums, self.train_state)
+            sums, found = program.digest(sums, self.train_state)
             until = meter.position.gone_through
-            unread.append(_Dispatch(sums, digests, first, last, since, until))
+            unread.append(_Dispatch(sums, found, first, last, since, until))
 
             # Read the previous dispatch while this one is computed.
             if len(unread) > 1:
@@ -257,8 +257,8 @@ class Run:
 
     def _read(self, dispatch: _Dispatch) -> None:
         # Check the replicas first: if they differ, the rows mean nothing.
-        digests = jax.device_get(dispatch.digests)
-        digests.check(digests, self._phase.shared, dispatch.since, dispatch.until)
+        found = jax.device_get(dispatch.digests)
+        digests.check(found, self._phase.shared, dispatch.since, dispatch.until)
         for row in self._meter.rows(dispatch.sums, dispatch.first, dispatch.last):
             self._log.add(row)
 
