@@ -22,7 +22,7 @@ from ctde_jax.checkpoint import (
 )
 from ctde_jax.devices import PyTree, hosts
 from ctde_jax.errors import NonFiniteLoss, Preempted
-from ctde_jax.rounds import Piece, Span, Sums, cut, state
+from ctde_jax.rounds import Piece, Span, Sums, cut, digests, state
 from ctde_jax.trainer.beginning import Beginning
 from ctde_jax.trainer.claim import Found
 from ctde_jax.trainer.log import Log, Row, open_log
