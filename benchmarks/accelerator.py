@@ -1,15 +1,16 @@
-"""Throughput on an accelerator, which share of its arithmetic that is, and device time to an accuracy.
+"""Measures throughput on an accelerator, its fraction of peak, and device time to an accuracy.
 
     python benchmarks/accelerator.py --data-dir FOLDER/mnist
 
-Needs the package (`pip install .`), and takes PyTorch as a rival if it is installed. On a CPU it runs in a small
-form that shows that everything works, and whose figures mean little.
+Requires the package (`pip install .`), and compares with PyTorch if it is installed. On a CPU, a
+small version runs, which shows that everything works but whose numbers are not meaningful.
 
-While `fit` waits in `describe`, its rivals take their turns: a loop by hand in JAX, one dispatch a turn, of the same
-network; and PyTorch, eager, and if there is CUDA also compiled and as one CUDA graph a step. All have the examples
-on the device as they are stored, a new order in every epoch, and Adam at 0.001; the time of a turn ends when the device
-is done. The operations that `limit.py` counts are held against a large product of matrices of the same precision,
-measured in the same run. What the file of results has already is not measured again.
+While `fit` waits in `describe`, its rivals take their turns: a loop by hand in JAX of the same
+network, with one dispatch per turn; and PyTorch, eager and, with CUDA, also compiled and as one
+CUDA graph per step. All keep the examples on the device in their stored dtype, use a new order in
+every epoch and Adam at 0.001; a turn ends when the device has finished. Peak is the rate of a large
+matrix product of the same precision in the same run, and `limit.py` counts the operations.
+Measurements that are in the file of results are not repeated.
 """
 
 import math
@@ -21,9 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # both frameworks share the device's memory
+# JAX must not preallocate memory, because PyTorch uses the same device. Set before JAX is imported.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
@@ -37,24 +37,23 @@ from limit import Layer, cnn_layers, mlp_layers, operations, transformer_layers
 import ctde_jax as ctde
 from ctde_jax.models import Model, in_bfloat16, with_raw_inputs
 
-LEARNING_RATE, VOCABULARY = 0.001, 256
-OURS, BY_HAND = "this trainer", "JAX, by hand"
-PRECISIONS = {
-    "f32": "highest",
-    "tf32": "tensorfloat32",
-    "bf16": "default",
-}  # bf16: activations are bfloat16, too
+LEARNING_RATE = 0.001
+VOCABULARY = 256
+OURS = "this trainer"
+BY_HAND = "JAX, by hand"
+# Precisions of matrix products in JAX; in bf16, activations are bfloat16, too.
+PRECISIONS = {"f32": "highest", "tf32": "tensorfloat32", "bf16": "default"}
 
 
 class Work(NamedTuple):
-    """What is trained, by both frameworks."""
+    """A training that both frameworks run."""
 
     name: str
     model: Model
     data: ctde.data.Dataset
     task: ctde.Task
     batch_size: int
-    steps: int  # of a turn
+    steps: int  # per turn
     layers: list[Layer]
     build_torch: Callable[[], Any]
 
@@ -66,17 +65,17 @@ def perceptron_work(widths: tuple[int, ...], batch_size: int, steps: int) -> Wor
         layers = [[nn.Linear(before, after), nn.ReLU()] for before, after in pairwise(widths)]
         return nn.Sequential(nn.Flatten(), *[layer for pair in layers for layer in pair][:-1])
 
-    model, name = ctde.models.mlp(widths, "relu"), f"mlp {'-'.join(map(str, widths))}"
-    data, task = random_pictures(16 * batch_size), ctde.tasks.classification
+    model = ctde.models.mlp(widths, "relu")
+    name = f"mlp {'-'.join(map(str, widths))}"
+    data = random_pictures(16 * batch_size)
+    task = ctde.tasks.classification
     return Work(name, model, data, task, batch_size, steps, mlp_layers(widths), build_torch)
 
 
 def convolutional_work(batch_size: int, steps: int) -> Work:
-    model, data, task = (
-        ctde.models.cnn((28, 28), 10),
-        random_pictures(16 * batch_size),
-        ctde.tasks.classification,
-    )
+    model = ctde.models.cnn((28, 28), 10)
+    data = random_pictures(16 * batch_size)
+    task = ctde.tasks.classification
     return Work(
         "cnn", model, data, task, batch_size, steps, cnn_layers(), lambda: torch_network("cnn")
     )
@@ -86,21 +85,17 @@ def transformer_work(window: int, width: int, blocks: int, batch_size: int, step
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (16 * batch_size, window + 1))
     data = ctde.data.from_arrays(tokens[:, :-1], tokens[:, 1:], tokens[:8, :-1], tokens[:8, 1:])
     size = {"length": window, "width": width, "blocks": blocks, "heads": max(1, width // 64)}
-    model, name = (
-        ctde.models.transformer(VOCABULARY, **size),
-        f"transformer {blocks} x {width}, window {window}",
-    )
-    layers, build_torch = (
-        transformer_layers(VOCABULARY, window, width, blocks),
-        lambda: torch_transformer(**size),
-    )
+    model = ctde.models.transformer(VOCABULARY, **size)
+    name = f"transformer {blocks} x {width}, window {window}"
+    layers = transformer_layers(VOCABULARY, window, width, blocks)
+    build_torch = lambda: torch_transformer(**size)  # noqa: E731 (as in the other functions)
     return Work(
         name, model, data, ctde.tasks.language_modeling, batch_size, steps, layers, build_torch
     )
 
 
 def random_pictures(examples: int) -> ctde.data.Dataset:
-    """Makes noise in the form of MNIST."""
+    """Draws random images in the shape of MNIST, with 8 test examples."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (examples, 28, 28), dtype=np.uint8)
     labels = rng.integers(0, 10, examples)
@@ -114,6 +109,7 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
     import torch
     from torch import nn
 
+    # Normalization comes before attention and perceptron; projections have no biases.
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -125,6 +121,7 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
             )
 
         def forward(self, x):
+            # Query, key and value, each [examples, heads, length, width / heads].
             parts = (
                 self.incoming(self.norms[0](x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             )
@@ -135,7 +132,8 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
     class Embedding(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
+            self.tokens = nn.Embedding(VOCABULARY, width)
+            self.places = nn.Embedding(length, width)
 
         def forward(self, tokens):
             return self.tokens(tokens) + self.places(
@@ -147,12 +145,13 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
 
 
 class Rival(NamedTuple):
-    """A training that is compared with this trainer's."""
+    """A training that is compared with this trainer."""
 
     turn: Callable[[], object]  # takes the steps of a turn, and returns when the device is done
-    predict: Callable[[np.ndarray], np.ndarray]  # pictures to labels
+    predict: Callable[[np.ndarray], np.ndarray]  # uint8[n, 28, 28] to int[n]
 
     def accuracy(self, split: ctde.data.Split) -> float:
+        # In parts of 1,000, to limit the memory of activations.
         parts = np.split(split.inputs, range(1000, len(split.inputs), 1000))
         return float(
             (np.concatenate([self.predict(part) for part in parts]) == split.labels).mean()
@@ -166,19 +165,20 @@ def timed(act: Callable[[], object]) -> float:
 
 
 def by_hand(work: Work, precision: str, seed: int, device: jax.Device) -> Rival:
-    """A loop written by hand: a turn is one scan, the data stay on the device, the carry is donated."""
-    model, optimizer, rng = (
-        network(work, precision),
-        optax.adam(LEARNING_RATE),
-        np.random.default_rng(seed),
-    )
-    data, order = jax.device_put(tuple(work.data.train), device), np.zeros(0, np.int32)
+    """A JAX loop by hand: a turn is one scan, data stay on the device, the carry is donated."""
+    # State and examples, on the device.
+    model = network(work, precision)
+    optimizer = optax.adam(LEARNING_RATE)
+    rng = np.random.default_rng(seed)
+    data = jax.device_put(tuple(work.data.train), device)
+    order = np.zeros(0, np.int32)
     params, model_state = jax.jit(model.init)(jax.random.key(seed), data[0][:1])
     carry = jax.device_put((params, optimizer.init(params)), device)
     classify = jax.jit(
         lambda params, inputs: model.apply(params, model_state, inputs, None)[0].argmax(-1)
     )
 
+    # A turn is a program that takes the indices of its batches.
     def step(inputs, labels, carry, batch):
         params, state = carry
 
@@ -197,6 +197,7 @@ def by_hand(work: Work, precision: str, seed: int, device: jax.Device) -> Rival:
     with jax.default_matmul_precision(PRECISIONS[precision]):
         steps = jax.jit(scan, donate_argnums=0).lower(carry, shape, *data).compile()
 
+    # Batches run on across epochs, so that every turn has full batches of one shape.
     def turn() -> None:
         nonlocal carry, order
         while len(order) < shape.size:
@@ -209,12 +210,16 @@ def by_hand(work: Work, precision: str, seed: int, device: jax.Device) -> Rival:
 
 
 def in_torch(how: str, work: Work, precision: str, seed: int, beside: jax.Device) -> Rival:
-    """PyTorch, eager, compiled, or as a CUDA graph."""
+    """A PyTorch loop: eager, compiled, or as a CUDA graph."""
     import torch
 
-    device, fast = "cpu" if beside.platform == "cpu" else "cuda", precision == "tf32"
+    device = "cpu" if beside.platform == "cpu" else "cuda"
+    fast = precision == "tf32"
     torch.manual_seed(seed)
-    torch._dynamo.reset()  # else what it compiles again for another precision soon counts as too often
+    # Otherwise, compilations for other precisions count towards the recompilation limit.
+    torch._dynamo.reset()
+
+    # The network, and the examples in their stored dtype.
     network = work.build_torch().to(device)
     model = torch.compile(network, dynamic=False) if how == "compiled" else network
     optimizer = torch.optim.Adam(
@@ -240,8 +245,10 @@ def in_torch(how: str, work: Work, precision: str, seed: int, beside: jax.Device
         torch.nn.functional.cross_entropy(logits.float(), labels[batch].flatten()).backward()
         optimizer.step()
 
+    # Warm up on a side stream, as the documentation of CUDA graphs requires, and record one step.
     def capture() -> Callable[[Any], None]:
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         before = {name: value.clone() for name, value in network.state_dict().items()}
         with torch.cuda.stream(side):
@@ -251,7 +258,8 @@ def in_torch(how: str, work: Work, precision: str, seed: int, beside: jax.Device
         optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph):
             step(graph_batch)
-        network.load_state_dict(before)  # as if these steps had not been taken
+        # Undo the warmup steps: parameters and the state of the optimizer.
+        network.load_state_dict(before)
         for value in (value for state in optimizer.state.values() for value in state.values()):
             value.zero_()
 
@@ -273,14 +281,15 @@ def in_torch(how: str, work: Work, precision: str, seed: int, beside: jax.Device
             return network(torch.tensor(pictures).to(device).float() / 255).argmax(-1).cpu().numpy()
 
     set_precision()
-    batches, take_step = epochs(), capture() if how == "CUDA graph" else step
+    batches = epochs()
+    take_step = capture() if how == "CUDA graph" else step
     return Rival(turn, predict)
 
 
 def make_rivals(
     work: Work, precision: str, seed: int, device: jax.Device
 ) -> tuple[dict[str, Rival], dict[str, Row]]:
-    """Returns the rivals that are ready to begin, and for the others the reason why they are absent."""
+    """Returns the rivals that are ready to start, and rows with the reasons of failures."""
     hows = ("eager",) if device.platform == "cpu" else ("eager", "compiled", "CUDA graph")
     ways: dict[str, Callable[[], Rival]] = {
         BY_HAND: partial(by_hand, work, precision, seed, device)
@@ -288,31 +297,34 @@ def make_rivals(
     ways |= {
         f"PyTorch {how}": partial(in_torch, how, work, precision, seed, device) for how in hows
     }
-    present, absent = {}, {}
+    present = {}
+    absent = {}
     for name, make in ways.items():
+        # A rival may fail in any way; the reason takes the place of its numbers.
         try:
             present[name] = make()
-        except (
-            Exception
-        ) as error:  # the reason for the failure of a rival takes the place of its figures
+        except Exception as error:
             absent[name] = {
-                "absent": f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                "absent": "failed: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             }
     return present, absent
 
 
 def network(work: Work, precision: str) -> Model:
-    """Returns the model as it is trained: of the data as they are stored."""
+    """Returns the model with the precision's dtype, for inputs as they are stored."""
     model = in_bfloat16(work.model) if precision == "bf16" else work.model
     return with_raw_inputs(model, work.data.shift, work.data.scale)
 
 
 def measure_peak(size: int, precision: str) -> float:
-    """Returns the FLOP/s of ten large products of matrices one after the other, the best of five times."""
+    """Returns the FLOP/s of ten matrix products in sequence, the best of five measurements."""
+    # Scaled so that products of products keep their magnitude.
     dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
     matrix = jax.random.normal(jax.random.key(0), (size, size), dtype) / jnp.asarray(
         math.sqrt(size), dtype
     )
+    # The first of six measurements compiles.
     products = jax.jit(lambda x, matrix: lax.fori_loop(0, 10, lambda _, x: x @ matrix, x))
     with jax.default_matmul_precision(PRECISIONS[precision]):
         seconds = [timed(lambda: products(matrix, matrix).block_until_ready()) for _ in range(6)]
@@ -330,10 +342,11 @@ def train(work: Work, precision: str, device: jax.Device, **options: Any) -> ctd
 def compare(
     work: Work, precision: str, peak: float, turns: int, device: jax.Device
 ) -> dict[str, Row]:
-    """Lets all take turns, of which the first is not counted; returns what each has reached."""
+    """Compares the throughput of all contestants in turns; the first turn is not counted."""
     rivals, absent = make_rivals(work, precision, 0, device)
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
 
+    # `fit` calls this after the evaluation at the end of its turn.
     def others(*center: ctde.devices.PyTree) -> str:
         for name, rival in rivals.items():
             seconds[name].append(timed(rival.turn))
@@ -344,6 +357,8 @@ def compare(
     ours = [
         row["examples"] / row["examples_per_second"] for row in history if row["split"] == "train"
     ]
+
+    # Quartiles of throughput, and of the ratio to this trainer in the same turn.
     found = {}
     for name, taken in {OURS: ours, **seconds}.items():
         speed = work.steps * work.batch_size / np.array(taken[1:])
@@ -358,8 +373,12 @@ def compare(
 def race(
     work: Work, target: float, most_epochs: int, seed: int, device: jax.Device
 ) -> dict[str, Row]:
-    """Trains until a test after an epoch, which is a turn, gives the target; takes the time of training alone."""
+    """Trains until a test after an epoch gives the target; returns seconds of training alone.
 
+    A turn of the rivals is an epoch.
+    """
+
+    # Training seconds and test accuracy of each epoch.
     def ours() -> Iterator[tuple[float, float]]:
         seconds = 0.0
         for row in train(work, "tf32", device, epochs=most_epochs, seed=seed).history:
@@ -389,7 +408,8 @@ def throughput_table(rows: Sequence[Row], peaks: dict[str, float]) -> Table:
     def figures(row: Row) -> tuple[str, str, str]:
         if "absent" in row:
             return row["absent"], "-", "-"
-        (low, middle, high), (first, ratio, last) = row["examples_per_second"], row["times"]
+        low, middle, high = row["examples_per_second"]
+        first, ratio, last = row["times"]
         speed = f"{middle:,.0f} ({low:,.0f}-{high:,.0f})"
         return speed, f"{row['share_of_peak']:.1%}", f"{ratio:.2f} ({first:.2f}-{last:.2f})"
 
@@ -434,18 +454,21 @@ def main(
 
     Args:
         data_dir: Folder of MNIST's files, for the time to an accuracy.
-        turns: Turns of each contestant.
-        seeds: Trainings to an accuracy, on an accelerator.
+        turns: Number of turns of each contestant.
+        seeds: Number of trainings to an accuracy on an accelerator; a CPU runs one.
         results: Folder for accelerator-DEVICE.jsonl and .md.
     """
+    # The log belongs to a kind of device; rows also name the machine and the versions.
     (device,) = ctde.devices.start(1)
-    on_cpu, kind = device.platform == "cpu", device.device_kind
+    on_cpu = device.platform == "cpu"
+    kind = device.device_kind
     log = Log(results / f"accelerator-{kind.lower().replace(' ', '-')}.jsonl")
     here = {"device": f"{kind}, {machine('torch')}"}
     console.print(here["device"])
     if on_cpu:
         console.print(
-            "There is no accelerator here: this is the small form, and the figures of GPUs are open."
+            "There is no accelerator here: "
+            "this is the small form, and the figures of GPUs are open."
         )
 
     def add(run: Callable[[], dict[str, Row]], **what: Any) -> None:
@@ -457,6 +480,7 @@ def main(
                 f"{', '.join(map(str, what.values()))}: {time.perf_counter() - begin:.0f} s"
             )
 
+    # Peak FLOP/s of each precision.
     peaks = {}
     for name in [name for name in PRECISIONS if not (on_cpu and name == "tf32")]:
         size = 1024 if on_cpu else 8192
@@ -467,9 +491,8 @@ def main(
         )
         peaks[name] = log.find(**here, part="peak", precision=name)[0]["flops"]
 
-    small = perceptron_work(
-        (784, 128, 10), 512, steps=40 if on_cpu else 1000
-    )  # on a GPU little but launches
+    # Throughput. On a GPU, launches take most of the time of the small perceptron.
+    small = perceptron_work((784, 128, 10), 512, steps=40 if on_cpu else 1000)
     if on_cpu:
         works = [small, convolutional_work(32, 40), transformer_work(32, 64, 2, 16, 40)]
     else:
@@ -479,14 +502,13 @@ def main(
         run = partial(compare, work, name, peaks[name], turns, device)
         add(run, part="throughput", network=work.name, precision=name, batch_size=work.batch_size)
 
+    # Time to an accuracy, if MNIST is there; the CNN takes too long on a CPU.
     epoch = {"data": ctde.data.mnist(data_dir), "batch_size": 120, "steps": 500} if data_dir else {}
     races = [
         (perceptron_work((784, 512, 10), 120, 500), 0.98, 15),
         (convolutional_work(120, 500), 0.99, 10),
     ]
-    for work, target, epochs in (
-        races[: 1 if on_cpu else 2] if data_dir else ()
-    ):  # the CNN takes too long on a CPU
+    for work, target, epochs in races[: 1 if on_cpu else 2] if data_dir else ():
         for seed in range(1 if on_cpu else seeds):
             run = partial(race, work._replace(**epoch), target, epochs, seed, device)
             add(run, part="to_accuracy", network=work.name, target=target, seed=seed)

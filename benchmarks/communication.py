@@ -1,11 +1,12 @@
-"""The ladder of bytes: what each strategy sends, and how near it comes to synchronous training on the same tokens.
+"""Compares the bytes that strategies send, and their losses, with synchronous training.
 
-    python benchmarks/communication.py --task transformer    # runs what is missing; takes hours, may be interrupted
+    python benchmarks/communication.py --task transformer    # takes hours; resumes if interrupted
     python benchmarks/communication.py --task mnist --arm "averaging, Muon, H=128, int2"
-    python benchmarks/communication.py --report              # tables and a picture of what has been measured
+    python benchmarks/communication.py --report      # tables and a figure of earlier measurements
 
-An arm is a strategy, with the few settings among which it may choose. Seed 0 tries each of them; the best goes on
-to the seeds 1, 2 and 3, and only these are reported. Bytes are read off the compiled program.
+All strategies train on the same examples in the same number of steps. An arm is a strategy with a
+small grid of settings. Seed 0 tries all of them, seeds 1, 2 and 3 repeat the best ones, and only
+these three are reported. Bytes are counted in the compiled program.
 """
 
 import math
@@ -26,13 +27,14 @@ from ctde_jax.aggregate import Codec, error_feedback, quantize, sign, top_k, two
 from ctde_jax.aggregate import mean as exact_mean
 from ctde_jax.config.optimizers import build_schedule
 
-REPLICAS, TUNING_SEED = 8, 0
+REPLICAS = 8
+TUNING_SEED = 0
 
 Settings = Mapping[str, Any]
 
 
 class Problem(NamedTuple):
-    """What is learned, and for how long; every arm sees the same examples in the same number of steps."""
+    """Model, data and length of a training; equal for all arms."""
 
     model: ctde.models.Model
     data: ctde.data.Dataset
@@ -42,14 +44,14 @@ class Problem(NamedTuple):
 
 
 def learn_text(folder: Path) -> Problem:
-    """Predicts the next character of Shakespeare, 64 windows of 64 characters a step."""
+    """Next-character prediction on Shakespeare, with 64 windows of 64 characters per step."""
     data = ctde.data.from_text(folder / "text" / "tinyshakespeare.txt", length=64, stride=16)
     model = ctde.models.transformer(len(data.vocabulary), 64)
     return Problem(model, data, ctde.tasks.language_modeling, batch_size=64, steps=600)
 
 
 def learn_digits(folder: Path) -> Problem:
-    """Recognizes handwritten digits, ten times through."""
+    """Classification of MNIST for ten epochs."""
     data = ctde.data.mnist(folder / "mnist")
     return Problem(
         ctde.models.mlp([784, 128, 10]), data, ctde.tasks.classification, batch_size=512, steps=1152
@@ -57,10 +59,8 @@ def learn_digits(folder: Path) -> Problem:
 
 
 PROBLEMS = {"transformer": learn_text, "mnist": learn_digits}
-MEASURES = {
-    "transformer": ("loss", 1),
-    "mnist": ("accuracy", -1),
-}  # by which arms are compared, and the sign of worse
+# The metric that compares the arms of a task, and the sign of a worse one.
+MEASURES = {"transformer": ("loss", 1), "mnist": ("accuracy", -1)}
 
 
 def combinations(**values: Sequence[Any]) -> list[Settings]:
@@ -68,13 +68,12 @@ def combinations(**values: Sequence[Any]) -> list[Settings]:
 
 
 class Arm(NamedTuple):
-    """A strategy, and the settings among which it may choose."""
+    """A strategy and its grid of settings."""
 
     grid: list[Settings]
     inner_steps: int = 0
-    codec: Codec | None = (
-        None  # sent by way of the owners of the slices; None sends float32 in one all-reduce
-    )
+    # Codec of a two-phase exchange through the owners of slices; None is a float32 all-reduce.
+    codec: Codec | None = None
 
     def strategy(self, settings: Settings) -> ctde.Strategy:
         """Builds the strategy with the outer optimizer of the settings."""
@@ -88,7 +87,7 @@ class Arm(NamedTuple):
 
 
 def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    """Builds the optimizer of every step, warmed up and then annealed to zero."""
+    """Builds the optimizer of the inner steps, with 30 warmup steps and cosine decay to zero."""
     learning_rate = build_schedule(settings["learning_rate"], "cosine", 30, steps)
     if settings["optimizer"] == "adamw":
         return optax.adamw(learning_rate)
@@ -99,7 +98,10 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
 
 
 def matrices(params: ctde.devices.PyTree) -> ctde.devices.PyTree:
-    """Selects what Muon updates: all matrices but embeddings and the transformer's output, which are AdamW's."""
+    """Selects the parameters for Muon: all matrices except embeddings and the transformer's output.
+
+    All other parameters are updated by AdamW.
+    """
 
     def dimensions(path: tuple, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         names = {getattr(key, "key", None) for key in path}
@@ -109,10 +111,8 @@ def matrices(params: ctde.devices.PyTree) -> ctde.devices.PyTree:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-BASELINES = (
-    "synchronous, AdamW",
-    "synchronous, Muon",
-)  # float32 gradients at every step; all are compared with both
+# Arms that average float32 gradients at every step; every arm is compared with both.
+BASELINES = ("synchronous, AdamW", "synchronous, Muon")
 TEXT_ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.006, 0.012, 0.024]}
 TEXT_MUON = {"optimizer": ["muon"], "learning_rate": [0.012, 0.024, 0.048]}
 DIGITS_ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.005, 0.01, 0.02]}
@@ -120,7 +120,8 @@ DIGITS_MUON = {"optimizer": ["muon"], "learning_rate": [0.003, 0.006, 0.012]}
 AVERAGED = {"outer_learning_rate": [1.0], "outer_momentum": [0.0]}
 NESTEROV = {"outer_learning_rate": [1.0], "outer_momentum": [0.3, 0.6]}
 
-# Codecs with error feedback: the best levels for normally distributed numbers in 2 bits; one number of 32 in 2 bits.
+# Codecs with error feedback. "statistical" has the best 2-bit levels for normally distributed
+# numbers; `sparse` keeps one number of 32, also in 2 bits.
 int4, int2, one_bit = (
     error_feedback(codec) for codec in (quantize(4), quantize(2, "statistical"), sign())
 )
@@ -153,7 +154,8 @@ ARMS: dict[str, dict[str, Arm]] = {
 def train(
     problem: Problem, arm: Arm, settings: Settings, seed: int, devices: list[jax.Device]
 ) -> Row:
-    """Trains once; returns what came out, and what each device has sent for it."""
+    """Trains once; returns test loss and accuracy, and the bytes and launches of each device."""
+    # A single evaluation, after the last step.
     try:
         trained = ctde.fit(
             problem.model,
@@ -173,6 +175,8 @@ def train(
         return dict.fromkeys(("loss", "accuracy", "bytes", "launches", "seconds"))
     if trained.interrupted:
         raise KeyboardInterrupt
+
+    # Traffic is per round; a synchronous strategy has a round in every step.
     rounds = math.ceil(problem.steps / max(1, arm.inner_steps))
     return {
         "loss": trained.history[-1]["loss"],
@@ -184,7 +188,7 @@ def train(
 
 
 def best_settings(log: Log, task: str, arm: str) -> Settings | None:
-    """Returns the settings with which the arm did best on the tuning seed; None if not all have been tried."""
+    """Returns the best settings on the tuning seed, or None if some have not been tried."""
     name, worse = MEASURES[task]
     tried = [
         log.find(task=task, arm=arm, settings=settings, seed=TUNING_SEED)
@@ -192,20 +196,21 @@ def best_settings(log: Log, task: str, arm: str) -> Settings | None:
     ]
     if not all(tried):
         return None
-    values = [
-        math.inf if row[name] is None else worse * row[name] for row, *_ in tried
-    ]  # None: has diverged
+    # A metric is None if the training diverged.
+    values = [math.inf if row[name] is None else worse * row[name] for row, *_ in tried]
     return tried[values.index(min(values))][0]["settings"]
 
 
 def make(task: str, arm: str, seeds: Sequence[int], folder: Path, log: Log) -> None:
-    """Makes the runs of an arm that are missing."""
-    problem, devices = PROBLEMS[task](folder), ctde.devices.start(REPLICAS)
+    """Runs the trainings of an arm that the log does not have."""
+    problem = PROBLEMS[task](folder)
+    devices = ctde.devices.start(REPLICAS)
 
     def run(settings: Settings, seed: int) -> None:
         train_once = partial(train, problem, ARMS[task][arm], settings, seed, devices)
         log.make(train_once, task=task, arm=arm, seed=seed, settings=settings, steps=problem.steps)
 
+    # Tune on one seed, then repeat the best settings on the others.
     for settings in ARMS[task][arm].grid if TUNING_SEED in seeds else []:
         run(settings, TUNING_SEED)
     best = best_settings(log, task, arm)
@@ -215,22 +220,23 @@ def make(task: str, arm: str, seeds: Sequence[int], folder: Path, log: Log) -> N
 
 
 class Rung(NamedTuple):
-    """What the seeds of an arm come to."""
+    """Result of an arm over its seeds."""
 
     arm: str
     settings: Settings
-    value: float  # of the measure, averaged over seeds
-    spread: float  # its standard deviation
+    value: float  # mean of the metric over seeds
+    spread: float  # standard deviation of the metric over seeds
     seeds: int
-    bytes: float
+    bytes: float  # sent by each device in a training
 
 
 def ladder(log: Log, task: str) -> list[Rung]:
-    """Returns the arms that are finished, from the most bytes to the least."""
+    """Returns the results of finished arms, from the most bytes to the least."""
     rungs = []
     for arm in ARMS[task]:
         best = best_settings(log, task, arm)
         runs = log.find(task=task, arm=arm, settings=best)
+        # The tuning seed is left out, because it has chosen the settings.
         runs = [row for row in runs if row["seed"] != TUNING_SEED and row["bytes"] is not None]
         if runs:
             values = [row[MEASURES[task][0]] for row in runs]
@@ -240,9 +246,11 @@ def ladder(log: Log, task: str) -> list[Rung]:
 
 
 def make_table(task: str, rungs: list[Rung]) -> Table:
-    """Shows what every arm has reached, beside what the two synchronous ones have."""
-    (name, worse), baselines = MEASURES[task], [rung for rung in rungs if rung.arm in BASELINES]
+    """Compares every arm with the synchronous ones."""
+    name, worse = MEASURES[task]
+    baselines = [rung for rung in rungs if rung.arm in BASELINES]
 
+    # Losses are compared by their ratio, and accuracies by their difference.
     def difference(rung: Rung, baseline: Rung) -> str:
         if worse == 1:
             return f"{rung.value / baseline.value - 1:+.2%}"
@@ -267,7 +275,7 @@ def make_table(task: str, rungs: list[Rung]) -> Table:
 
 
 def draw(ladders: Mapping[str, list[Rung]], file: Path) -> None:
-    """Draws the measure of each task over bytes."""
+    """Draws the metric of each task over bytes, with dotted lines at the synchronous arms."""
     figure, panels = pyplot.subplots(
         1, len(ladders), figsize=(7 * len(ladders), 7), squeeze=False, layout="tight"
     )
@@ -285,6 +293,7 @@ def draw(ladders: Mapping[str, list[Rung]], file: Path) -> None:
             xlabel="bytes that a device sends",
             ylabel=f"test {MEASURES[task][0]}",
         )
+        # Below the panel, because the arms would cover most of it.
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8, frameon=False
         )
@@ -299,13 +308,13 @@ def main(
     data_dir: Path = Path("data"),
     results: Path = RESULTS,
 ) -> None:
-    """Makes the runs of the ladder that are missing, and reports all.
+    """Runs the trainings that the log does not have, and reports all.
 
     Args:
-        task: Only this one.
-        arm: Only this one.
-        seeds: 0 tries all settings, the others repeat the best.
-        report: Only show what has been measured.
+        task: Task to run; by default all.
+        arm: Arm to run; by default all.
+        seeds: Random seeds; 0 tries all settings, and the others repeat the best ones.
+        report: Show earlier results without training.
         data_dir: Folder of `text/tinyshakespeare.txt` and `mnist/`.
         results: Folder for communication.jsonl, .md and .png.
     """
@@ -315,6 +324,7 @@ def main(
     ]:
         if task in (None, name) and arm in (None, other):
             make(name, other, seeds, data_dir, log)
+    # A table needs a synchronous arm, which sends the most bytes, and another one.
     ladders = {
         name: rungs
         for name in ARMS

@@ -1,11 +1,11 @@
-"""The contestants of `peers.py`: the same training, as this package and as others do it.
+"""Contestants of `peers.py`: the same training in this package and in other frameworks.
 
-Each runs in a process of its own, so that thread pools, XLA flags and devices are its own. What
-is the same for all: MNIST divided by 255, the network, Adam at 0.001, the global batch, a new order in every epoch, and
-the short last batch, which is trained on like the others. What each framework decides by default (how weights start,
-threads) stays as it is, unless the contestant says otherwise.
+Each runs in a separate process, so that they share no thread pools, XLA flags or devices. All use
+MNIST divided by 255, the same network, Adam at 0.001, the same global batch, a new order in every
+epoch, and the short last batch. The defaults of each framework (initialization, threads) are kept,
+unless the contestant's docstring states otherwise.
 
-Top-level imports are light: some of these processes are timed from their very start.
+Imports at the top are light, because some of these processes are timed from their start.
 """
 
 import gzip
@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LEARNING_RATE = 0.001
-HIDDEN, CLASSES = 128, 10
+HIDDEN = 128
+CLASSES = 10
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a contestant is to do."""
+    """The training of a contestant."""
 
     contestant: str
     model: str
@@ -37,35 +38,37 @@ class Job:
     devices: int
     epochs: int
     data_dir: str
-    examples: int | None = None  # the first training pictures; None: all
-    every_epoch: bool = False  # whether to evaluate after every epoch, or after the last one
-    rank: int = 0  # of several processes of a contestant; the first one reports
-    meeting: str = ""  # the file by which these processes find each other
+    examples: int | None = None  # use the first training examples only; None uses all
+    every_epoch: bool = False  # evaluate after every epoch instead of only after the last one
+    rank: int = 0  # index among the processes of a contestant; rank 0 reports
+    meeting: str = ""  # file through which these processes find each other
 
 
 class Referee:
-    """Lets a contestant begin its epochs one by one, and takes the time of each, the same way for all.
+    """Starts the epochs of a contestant one by one and times each, in the same way for all.
 
-    On the one side stands the command that compares: it writes a line to the standard input when the contestant may
-    begin, and reads lines of JSON. On the other side the contestant calls `ready` once and `done` after every epoch.
+    `peers.py` writes a line to the standard input when the contestant may begin an epoch, and reads
+    JSON lines. The contestant calls `ready` once, and `done` after every epoch.
     """
 
     def __init__(self, job: Job):
-        self._job, self._epochs_left = job, job.epochs
+        self._job = job
+        self._epochs_left = job.epochs
+        # Results use a copy of stdout. What the framework prints to stdout itself is discarded.
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # progress and logging go on, and disturb nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         self._begin = 0.0
 
     def ready(self) -> None:
-        """Waits until the next epoch may begin; in the first one whatever is compiled is compiled."""
+        """Waits until the next epoch may begin; the first epoch includes compilation."""
+        # An empty read is the end of the file: `peers.py` has ended.
         if self._job.rank == 0 and not sys.stdin.readline():
             sys.exit("the command that compares has ended")
         self._begin = time.perf_counter()
 
     def done(self, evaluate: Callable[[], float]) -> None:
-        """Ends an epoch, whose results must be there, and waits for the next one."""
+        """Ends an epoch, whose results must be ready, and waits for the next one."""
+        # The clock stops before the evaluation.
         self._say(seconds=time.perf_counter() - self._begin)
         self._epochs_left -= 1
         if self._job.every_epoch or not self._epochs_left:
@@ -79,7 +82,7 @@ class Referee:
 
 
 class Pictures(NamedTuple):
-    """MNIST between 0 and 1."""
+    """MNIST with pixels between 0 and 1."""
 
     x: np.ndarray  # float32[examples, 28, 28]
     y: np.ndarray  # int32[examples]
@@ -88,7 +91,7 @@ class Pictures(NamedTuple):
 
 
 def read_mnist(job: Job) -> Pictures:
-    """Reads the four files as anybody would."""
+    """Reads the four IDX files, compressed or not."""
 
     def read(name: str, header: int) -> np.ndarray:
         path = Path(job.data_dir) / name
@@ -99,6 +102,7 @@ def read_mnist(job: Job) -> Pictures:
         )
         return np.frombuffer(content, np.uint8, offset=header)
 
+    # The header of an IDX file has 16 bytes for images and 8 for labels.
     def pictures(split: str, examples: int | None) -> tuple[np.ndarray, np.ndarray]:
         pixels = read(f"{split}-images-idx3-ubyte", 16).reshape(-1, 28, 28)[:examples]
         return pixels.astype(np.float32) / 255, read(f"{split}-labels-idx1-ubyte", 8)[
@@ -109,7 +113,8 @@ def read_mnist(job: Job) -> Pictures:
 
 
 def accuracy(predict: Callable[[np.ndarray], Any], pictures: Pictures) -> float:
-    """Averages over the test pictures, a thousand at a time."""
+    """Returns the test accuracy of `predict`, which maps float32[n, 28, 28] to float[n, 10]."""
+    # In parts: the first convolution of the CNN has 1 GB of activations for 10,000 examples.
     parts = range(0, len(pictures.x_test), 1000)
     labels = [
         np.asarray(predict(pictures.x_test[start : start + 1000])).argmax(-1) for start in parts
@@ -120,20 +125,23 @@ def accuracy(predict: Callable[[np.ndarray], Any], pictures: Pictures) -> float:
 def this_trainer(job: Job, referee: Referee) -> None:
     """`ctde.fit` with its progress, its log and its files.
 
-    It evaluates after every epoch, and then lets the referee know. So the test split that it is given is one picture a
-    device: the time of an epoch is taken as for the others, and what is left of the evaluation counts against it.
+    `fit` evaluates after every epoch and then calls `describe`, which notifies the referee. The
+    test split therefore has one example per device. The time of an epoch includes this small
+    evaluation, which counts against this trainer.
     """
     import jax
     import optax
 
     import ctde_jax as ctde
 
+    # The data: the first training examples, and as few test examples as possible.
     devices = ctde.devices.start(job.devices)
     data = ctde.data.mnist(job.data_dir)
     train = ctde.data.Split(*(array[: job.examples] for array in data.train))
     data = replace(
         data, train=train, test=ctde.data.Split(*(array[: job.devices] for array in data.test))
     )
+    # The model, and the accuracy on all test examples, computed outside the timed part.
     model = {
         "mlp": lambda: ctde.models.mlp([28 * 28, HIDDEN, CLASSES], "relu"),
         "cnn": lambda: ctde.models.cnn((28, 28), CLASSES),
@@ -147,6 +155,7 @@ def this_trainer(job: Job, referee: Referee) -> None:
         )
         return ""
 
+    # Train as users do, with a run folder.
     referee.ready()
     with TemporaryDirectory() as folder:
         ctde.fit(
@@ -162,30 +171,35 @@ def this_trainer(job: Job, referee: Referee) -> None:
 
 
 def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
-    """A loop written by hand, on one device or under `shard_map`: data on the devices, the carry donated.
+    """A loop written by hand, on one device or under `shard_map`.
+
+    The data are on the devices, and the carry is donated.
 
     Args:
-        job: What to train.
-        referee: Who takes the time.
-        scan: Whether an epoch is one dispatch, or each step is.
+        job: Training to run.
+        referee: Referee that times the epochs.
+        scan: Whether an epoch is one dispatch; otherwise each step is one.
     """
+    # Set before JAX is imported. XLA's thread pool has NPROC threads, and collectives may deadlock
+    # if these are fewer than twice the devices.
     os.environ["JAX_NUM_CPU_DEVICES"] = str(job.devices)
-    os.environ["NPROC"] = str(
-        max(2 * job.devices, os.cpu_count() or 1)
-    )  # else collectives wait for ever
+    os.environ["NPROC"] = str(max(2 * job.devices, os.cpu_count() or 1))
     import jax
     import optax
     from jax import lax
     from jax.sharding import NamedSharding, PartitionSpec
 
+    # Replicate the state and all examples; batches are int32 indices into them.
     pictures = read_mnist(job)
-    network, optimizer = linen_network(job.model), optax.adam(LEARNING_RATE)
+    network = linen_network(job.model)
+    optimizer = optax.adam(LEARNING_RATE)
     params = network.init(jax.random.key(0), pictures.x[:1])
     mesh = jax.make_mesh((job.devices,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     carry = jax.device_put((params, optimizer.init(params)), everywhere)
     x, y = jax.device_put((pictures.x, pictures.y), everywhere)
 
+    # A step and an epoch, as functions of the carry and of the indices of their batches.
     def step(carry, indices, x, y):
         params, state = carry
 
@@ -200,6 +214,7 @@ def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
         return (optax.apply_updates(params, updates), state), value
 
     def epoch(carry, batches, last, x, y):
+        # The short last batch has another shape, so it is a step after the scan.
         carry, losses = lax.scan(lambda carry, indices: step(carry, indices, x, y), carry, batches)
         return step(carry, last, x, y) if last.size else (carry, losses[-1])
 
@@ -211,10 +226,14 @@ def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
             )
         return jax.jit(function, donate_argnums=0)
 
+    # Every batch is split over the devices.
     one_step = compiled(step, PartitionSpec("replica"))
     one_epoch = compiled(epoch, PartitionSpec(None, "replica"), PartitionSpec("replica"))
-    rng, predict, size = np.random.default_rng(0), jax.jit(network.apply), job.batch_size
+    rng = np.random.default_rng(0)
+    predict = jax.jit(network.apply)
+    size = job.batch_size
 
+    # Train: an epoch ends when its results are ready.
     referee.ready()
     for _ in range(job.epochs):
         order = rng.permutation(len(x)).astype(np.int32)
@@ -230,9 +249,10 @@ def plain_jax(job: Job, referee: Referee, scan: bool) -> None:
 
 
 def linen_network(name: str) -> Any:
-    """Builds a flax.linen module for pictures `[examples, 28, 28]`."""
+    """Builds a flax.linen module that maps float32[examples, 28, 28] to logits."""
     from flax import linen
 
+    # Pooling before ReLU gives the same as after it, with a quarter of the work for ReLU.
     halve = partial(linen.max_pool, window_shape=(2, 2), strides=(2, 2))
     layers = {
         "mlp": lambda: [
@@ -256,24 +276,27 @@ def linen_network(name: str) -> Any:
 
 
 def pytorch(job: Job, referee: Referee, fused: bool = False, compiled: bool = False) -> None:
-    """A loop over batches of tensors that are in memory; with several devices, processes under DDP over Gloo.
+    """A loop over batches of tensors in memory; several devices are processes under DDP over Gloo.
 
     Args:
-        job: What to train.
-        referee: Who takes the time.
-        fused: Whether Adam is the fused one, instead of the default.
-        compiled: Whether the network goes through `torch.compile`.
+        job: Training to run.
+        referee: Referee that times the epochs.
+        fused: Use the fused Adam instead of the default one.
+        compiled: Use `torch.compile`.
     """
     import torch
     from torch import distributed
     from torch.nn.functional import cross_entropy
 
+    # The same seed in every process, so that all of them draw the same order of the examples.
     torch.manual_seed(0)
     pictures = read_mnist(job)
-    x, y = torch.from_numpy(pictures.x), torch.from_numpy(pictures.y).long()
+    x = torch.from_numpy(pictures.x)
+    y = torch.from_numpy(pictures.y).long()
+    # `network` has the parameters; `model` is `network`, possibly wrapped or compiled.
     network = model = torch_network(job.model)
     if job.devices > 1:
-        torch.set_num_threads(1)  # as torchrun has it
+        torch.set_num_threads(1)  # the default of torchrun
         distributed.init_process_group(
             "gloo", f"file://{job.meeting}", rank=job.rank, world_size=job.devices
         )
@@ -286,13 +309,12 @@ def pytorch(job: Job, referee: Referee, fused: bool = False, compiled: bool = Fa
         with torch.inference_mode():
             return network(torch.from_numpy(x))
 
+    # Train: each rank takes every n-th example of a batch.
     referee.ready()
     for _ in range(job.epochs):
         if job.devices > 1:
-            distributed.barrier()  # the others wait here until the first one may begin
-        for batch in torch.randperm(len(x)).split(
-            job.batch_size
-        ):  # the same order in all processes
+            distributed.barrier()  # the other ranks wait here until rank 0 may begin
+        for batch in torch.randperm(len(x)).split(job.batch_size):
             own = batch[job.rank :: job.devices]
             optimizer.zero_grad()
             cross_entropy(model(x[own]), y[own]).backward()
@@ -301,7 +323,7 @@ def pytorch(job: Job, referee: Referee, fused: bool = False, compiled: bool = Fa
 
 
 def torch_network(name: str) -> Any:
-    """Builds a PyTorch module for pictures `[examples, 28, 28]`."""
+    """Builds a PyTorch module that maps float32[examples, 28, 28] to logits."""
     from torch import nn
 
     class LastState(nn.LSTM):
@@ -328,7 +350,7 @@ def torch_network(name: str) -> Any:
 
 
 def distributed_data_parallel(job: Job, referee: Referee) -> None:
-    """PyTorch's DistributedDataParallel over loopback: this process, and the others that it starts."""
+    """PyTorch's DistributedDataParallel over loopback, in this process and those that it starts."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if job.rank:
         return pytorch(job, referee)
@@ -346,15 +368,18 @@ def distributed_data_parallel(job: Job, referee: Referee) -> None:
 
 
 def keras(job: Job, referee: Referee) -> None:
-    """Keras 3 on JAX: `compile` and `fit`, which prints a line an epoch.
+    """Keras 3 on JAX: `compile` and `fit`, which prints a line per epoch.
 
-    Kernels start as flax has them: Keras' own, larger start is a point ahead after the first epochs of the perceptron.
+    Kernels are initialized as in flax (LeCun normal): the default of Keras is larger, and is a
+    percentage point ahead after the first epochs of the perceptron.
     """
+    # Keras reads its backend on import.
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
     from keras import layers
 
-    pictures, start = read_mnist(job), {"kernel_initializer": "lecun_normal"}
+    pictures = read_mnist(job)
+    start = {"kernel_initializer": "lecun_normal"}
     network = {
         "mlp": lambda: [
             layers.Flatten(),

@@ -1,16 +1,18 @@
-"""Federated averaging's own table, again: rounds to 97 % on MNIST (McMahan et al., 2017, Tables 1 and 2, the 2NN).
+"""Reproduces the table of federated averaging: rounds to 97 % on MNIST with the 2NN.
 
     python benchmarks/fedavg_table.py --cells iid-c10-b10 by_label-c10-b10
 
-A perceptron 784-200-200-10 with ReLU; 100 clients of 600 pictures each, either at random or from two shards of the
-pictures sorted by label; 10 or 20 clients in a round, each on a fake device of its own; each goes through its pictures
-once (E = 1) by plain SGD, and the results are averaged. As in the paper, the learning rate is tuned for each cell, the
-curve of test accuracy is made monotone by its best value so far, and the round at which it crosses the target is
-interpolated.
+The source is McMahan et al., 2017, Tables 1 and 2. The model is a perceptron 784-200-200-10 with
+ReLU. There are 100 clients of 600 images each, either at random or from two shards of the images
+sorted by label. 10 or 20 clients take part in a round, each on one fake device; each trains for one
+epoch (E = 1) by plain SGD, and the results are averaged. As in the paper, the learning rate is
+tuned for each cell, the curve of test accuracy is replaced by its running maximum, and the round at
+which it crosses the target is interpolated.
 
-The paper says neither how it draws the first weights, here flax's defaults, nor how it scales pixels, which matters
-more: `--pixels unit` divides them by 255; `--pixels centered` brings them to [-0.5, 0.5], as TensorFlow's example for
-MNIST did at the time. The dark background, most of every picture, is then -0.5 instead of 0, and training is slower.
+The paper specifies neither the initialization (here the defaults of flax) nor the scale of pixels,
+which matters more: `--pixels unit` divides them by 255; `--pixels centered` maps them to
+[-0.5, 0.5], as TensorFlow's example for MNIST did at the time. The dark background, most of every
+image, is then -0.5 instead of 0, and training is slower.
 """
 
 import time
@@ -30,8 +32,10 @@ import ctde_jax as ctde
 from ctde_jax.data import Dataset, partition
 from ctde_jax.errors import NonFiniteLoss, check_known
 
-CLIENTS, CLIENT_EXAMPLES = 100, 600
-PARAMS, TARGET = 199_210, 0.97
+CLIENTS = 100
+CLIENT_EXAMPLES = 600
+PARAMS = 199_210
+TARGET = 0.97
 SPLITS = {"iid": "IID", "by_label": "2 label shards"}
 
 
@@ -39,10 +43,10 @@ class Cell(NamedTuple):
     """One number of the paper's tables."""
 
     split: str
-    drawn: int  # clients in a round; the paper's C times 100
-    batch_size: int  # of one client; the paper's B, its infinity being all 600 examples
-    paper: int  # rounds to the target
-    start: int  # the learning rate that is tried first is 10 to this many thirds
+    drawn: int  # clients in a round; 100 times the paper's C
+    batch_size: int  # of one client; the paper's B, whose infinity is all 600 examples
+    paper: int  # rounds to the target in the paper
+    start: int  # the first learning rate is 10^(start / 3)
 
 
 CELLS = {
@@ -61,23 +65,31 @@ CELLS = {
 def reproduce(
     name: str, pixels: str, data: Dataset, devices: Sequence[jax.Device], patience: float, seed: int
 ) -> Row:
-    """Tunes the learning rate of a cell."""
-    began, rounds_run, cell = time.perf_counter(), 0, CELLS[name]
+    """Tunes the learning rate of a cell; returns the row of the best one."""
+    began = time.perf_counter()
+    rounds_run = 0
+    cell = CELLS[name]
 
     def run(exponent: int, limit: float) -> float:
         nonlocal rounds_run
-        learning_rate, before = 10 ** (exponent / 3), time.perf_counter()
+        learning_rate = 10 ** (exponent / 3)
+        before = time.perf_counter()
         accuracies = train(cell, data, devices, learning_rate, ceil(limit), seed)
+        # A training that diverges has no accuracies, and its rounds are infinity.
         rounds = rounds_to(TARGET, accuracies)
         rounds_run += len(accuracies)
         console.print(
-            f"{name}, {pixels}: learning rate {learning_rate:.3g}: {rounds:.1f} rounds, best accuracy "
-            f"{max(accuracies, default=0):.4f} after {len(accuracies)}, {time.perf_counter() - before:.0f} s"
+            f"{name}, {pixels}: learning rate {learning_rate:.3g}: {rounds:.1f} rounds, "
+            f"best accuracy {max(accuracies, default=0):.4f} after {len(accuracies)}, "
+            f"{time.perf_counter() - before:.0f} s"
         )
         return rounds
 
+    # For centered pixels, the search starts at the next smaller learning rate.
     tried = tune(run, cell.start - (pixels == "centered"), limit=patience * cell.paper)
-    best, seconds = min(tried, key=tried.__getitem__), time.perf_counter() - began
+    best = min(tried, key=tried.__getitem__)
+    seconds = time.perf_counter() - began
+    # JSON has no infinity, so learning rates that miss the target have None.
     known = {
         exponent: rounds if isfinite(rounds) else None for exponent, rounds in sorted(tried.items())
     }
@@ -98,9 +110,12 @@ def train(
     rounds: int,
     seed: int,
 ) -> list[float]:
-    """Returns the test accuracy after each round, none if the training diverges."""
-    inner_steps, labels = CLIENT_EXAMPLES // cell.batch_size, data.train.labels
+    """Returns the test accuracy after each round, or an empty list if training diverges."""
+    # A round is one epoch of a client: E = 1.
+    inner_steps = CLIENT_EXAMPLES // cell.batch_size
+    labels = data.train.labels
     shards = partial(partition.by_label, shards=2) if cell.split == "by_label" else partition.iid
+    # The defaults of a strategy average parameters, and each drawn client has a device.
     try:
         trained = ctde.fit(
             ctde.models.mlp([784, 200, 200, 10], "relu"),
@@ -122,7 +137,8 @@ def train(
 
 
 def rounds_to(target: float, accuracies: Sequence[float]) -> float:
-    """Returns where the best accuracy so far crosses the target, between two rounds; infinity if it never does."""
+    """Returns the interpolated round at which the running maximum reaches the target, or inf."""
+    # The curve starts at round 0 with accuracy 0.
     curve = np.maximum.accumulate([0.0, *accuracies])
     if curve[-1] < target:
         return inf
@@ -131,33 +147,40 @@ def rounds_to(target: float, accuracies: Sequence[float]) -> float:
 
 
 def tune(run: Callable[[int, float], float], start: int, limit: float) -> dict[int, float]:
-    """Walks over learning rates by the paper's factor 10^(1/3), on to the better neighbor until there is none.
+    """Tunes the learning rate in the paper's factors of 10^(1/3), by hill climbing.
 
     Args:
-        run: Returns the rounds for an exponent in thirds, within a limit; infinity if these do not suffice.
-        start: The exponent to start from.
-        limit: Number of rounds, as long as no learning rate is known to need fewer.
+        run: Function of an exponent in thirds and a limit of rounds, which returns the rounds to
+            the target, or infinity if the limit does not suffice.
+        start: First exponent.
+        limit: Limit of rounds, until a learning rate is known that needs fewer.
 
     Returns:
-        The rounds by exponent.
+        Rounds by exponent.
     """
     tried: dict[int, float] = {}
-    center, best = None, start
+    center = None
+    best = start
+    # Ends when neither neighbor of the center is better.
     while center != best:
         center = best
         for exponent in (center, center + 1, center - 1):
             if exponent not in tried:
+                # A learning rate that needs more rounds than the best one cannot be the best.
                 tried[exponent] = run(exponent, min([limit, *tried.values()]))
         best = min(tried, key=tried.__getitem__)
     return tried
 
 
 def as_table(found: Sequence[Row]) -> Table:
-    """Puts ours beside theirs, with what each device sent until the target: its share of a ring's float32 sums."""
+    """Compares our rounds with the paper's, and adds the MB that each device sends until then."""
     rows = []
     for row in sorted(found, key=lambda row: ([*CELLS].index(row["cell"]), row["pixels"])):
-        cell, rounds, ours = CELLS[row["cell"]], row["rounds"], ("not reached", "-", "-")
+        cell = CELLS[row["cell"]]
+        rounds = row["rounds"]
+        ours = ("not reached", "-", "-")
         if rounds is not None:
+            # A ring all-reduce of float32 sends 2 (n - 1) / n of the parameters per device.
             sent = 2 * (cell.drawn - 1) / cell.drawn * 4 * PARAMS * rounds
             ours = (f"{rounds:.0f}", f"{rounds / cell.paper:.2f}", f"{sent / 1e6:,.0f}")
         batch = str(cell.batch_size) if cell.batch_size < CLIENT_EXAMPLES else "all"
@@ -205,21 +228,26 @@ def main(
     patience: float = 1.5,
     seed: int = 0,
 ) -> None:
-    """Reproduces cells of the table, each instead of what came of it before.
+    """Reproduces cells of the table, and replaces their earlier results.
 
     Args:
-        cells: Which ones, by name.
-        pixels: In [0, 1] or in [-0.5, 0.5].
-        data_dir: Folder with MNIST's files; by default the cache folder, into which they are downloaded.
+        cells: Names of the cells.
+        pixels: Scale of the pixels: [0, 1] for unit, [-0.5, 0.5] for centered.
+        data_dir: Folder with MNIST's files; by default the cache folder, into which they are
+            downloaded.
         results: Folder for fedavg_table.jsonl and fedavg_table.md.
-        patience: A learning rate is given up after this many times the paper's rounds, or when it cannot be the best.
-        seed: Of the split, the start, the clients drawn and their orders.
+        patience: Give up a learning rate after this multiple of the paper's rounds, or when it
+            cannot be the best any more.
+        seed: Random seed for the split, initialization, the clients drawn and the data order.
     """
+    # Check all names before the first cell, which takes minutes.
     for name in cells:
         check_known("cells", name, CELLS)
-    log, data = Log(results / "fedavg_table.jsonl"), ctde.data.mnist(data_dir)
+    log = Log(results / "fedavg_table.jsonl")
+    data = ctde.data.mnist(data_dir)
     devices = ctde.devices.start(max(CELLS[name].drawn for name in cells))
     if pixels == "centered":
+        # The model reads (x - shift) / 255.
         data = replace(data, shift=np.full((), 127.5, np.float32))
     for name in cells:
         log.put(

@@ -1,15 +1,17 @@
-"""What the start of the weights is worth: steps to a target for each initializer, and one learning rate for all widths.
+"""Compares initializers by steps to a target, and muP with the standard parametrization.
 
-    python benchmarks/initialization.py --data-dir FOLDER              # runs what is missing, may be interrupted
-    python benchmarks/initialization.py --models mlp-50 transformer    # only these
-    python benchmarks/initialization.py --report                       # tables and pictures of what has been measured
+    python benchmarks/initialization.py --data-dir FOLDER             # resumes if interrupted
+    python benchmarks/initialization.py --models mlp-50 transformer   # only these
+    python benchmarks/initialization.py --report           # tables and figures of earlier results
 
-Seed 0 tries every learning rate of a model's grid with every initializer that suits it; the one that reaches the target
-in the fewest steps goes on to the seeds 1, 2 and 3, and only these are reported. A run ends at the target, at its last
-step, or when the loss is no longer finite. One device, constant learning rates, no regularization.
+Seed 0 tries every learning rate of a model's grid with every initializer that suits the model.
+Seeds 1, 2 and 3 repeat the learning rate that reaches the target in the fewest steps, and only
+these three are reported. A run ends at the target, at its last step, or if the loss is not finite.
+All runs use one device, a constant learning rate and no regularization.
 
-The second part trains a perceptron of several widths over a grid of learning rates, in the standard and in the maximal
-update parametrization: in the second one the best learning rate should stay the same. Means of seeds 1, 2 and 3.
+The second part trains a perceptron of several widths over a grid of learning rates, in the standard
+and in the maximal update parametrization (muP). Under muP, the best learning rate should not depend
+on the width. Losses are means of seeds 1, 2 and 3.
 """
 
 import math
@@ -33,14 +35,16 @@ import ctde_jax as ctde
 from ctde_jax.models.initializers import initialize
 from ctde_jax.models.mup import mup, scale_learning_rates
 
-TUNING_SEED, SEEDS = 0, (1, 2, 3)
+TUNING_SEED = 0
+SEEDS = (1, 2, 3)
+# Initializers that suit every model.
 ANY = ("flax", "glorot", "he", "orthogonal", "lsuv")
 
 ModelName = Literal["mlp-2", "mlp-10", "mlp-50", "cnn", "lstm", "transformer", "mup"]
 
 
 class Problem(NamedTuple):
-    """What is learned, how well, and with what."""
+    """Model, data, target and hyperparameters of a comparison."""
 
     model: ctde.models.Model
     data: ctde.data.Dataset
@@ -48,14 +52,14 @@ class Problem(NamedTuple):
     optimizer: optax.GradientTransformation  # without a learning rate
     learning_rates: tuple[float, ...]
     batch_size: int
-    steps: int  # after which a run is given up
-    target: float  # of the measure, averaged over the test split: an accuracy to rise to, or a loss to fall to
+    steps: int  # limit after which a run has failed
+    target: float  # of the mean of `measure` over the test split
     measure: str = "accuracy"
     task: ctde.Task = ctde.tasks.classification
     every: int = 5  # steps between two evaluations
 
     def reaches(self, measured: jax.typing.ArrayLike) -> jax.Array:
-        """Returns whether the target is reached."""
+        """Returns whether an accuracy is at least the target, or a loss at most the target."""
         return jnp.asarray(
             measured >= self.target if self.measure == "accuracy" else measured <= self.target
         )
@@ -63,10 +67,11 @@ class Problem(NamedTuple):
 
 @cache
 def small_mnist(folder: Path) -> ctde.data.Dataset:
-    """The first 6,000 training and 500 test pictures of MNIST, each 2 x 2 pixels averaged: 14 x 14."""
+    """First 6,000 training and 500 test images of MNIST, reduced to 14 x 14 by averaging."""
     data = ctde.data.mnist(folder / "mnist")
 
     def shrink(split: ctde.data.Split, examples: int) -> ctde.data.Split:
+        # [examples, 28, 28] to [examples, 14, 14], by the mean of 2 x 2 pixels
         pixels = split.inputs[:examples].reshape(examples, 14, 2, 14, 2).mean(axis=(2, 4))
         return ctde.data.Split(pixels.astype(np.uint8), split.labels[:examples])
 
@@ -75,13 +80,13 @@ def small_mnist(folder: Path) -> ctde.data.Dataset:
 
 @cache
 def small_text(folder: Path) -> ctde.data.Dataset:
-    """Shakespeare in windows of 32 characters, tested on every tenth of the test windows."""
+    """Shakespeare in windows of 32 characters, with every tenth of the test windows."""
     data = ctde.data.from_text(folder / "text" / "tinyshakespeare.txt", length=32)
     return replace(data, test=ctde.data.Split(*(array[::10] for array in data.test)))
 
 
 def perceptron(depth: int, folder: Path) -> Problem:
-    """Hidden layers of 64 tanh units on scikit-learn's digits, by SGD with momentum."""
+    """`depth` hidden layers of 64 tanh units on scikit-learn's digits, by SGD with momentum."""
     return Problem(
         model=ctde.models.mlp([64] * (depth + 1) + [10]),
         data=ctde.data.digits(),
@@ -94,6 +99,7 @@ def perceptron(depth: int, folder: Path) -> Problem:
     )
 
 
+# Functions of the data folder, so that only the data of the requested models are read.
 PROBLEMS: dict[str, Callable[[Path], Problem]] = {
     "mlp-2": partial(perceptron, 2),
     "mlp-10": partial(perceptron, 10),
@@ -134,13 +140,14 @@ PROBLEMS: dict[str, Callable[[Path], Problem]] = {
 }
 
 WIDTHS = (64, 128, 256, 512, 1024)
-WIDE_LEARNING_RATES = tuple(2.0**exponent for exponent in range(-12, -2))
-WIDE_STEPS, LAST_STEPS = 150, 20  # the training loss is averaged over the last ones
+WIDE_LEARNING_RATES = tuple(2.0**exponent for exponent in range(-12, -2))  # 2^-12 to 2^-3
+WIDE_STEPS = 150
+LAST_STEPS = 20  # the training loss is averaged over the last ones
 WAYS = {"standard": "standard", "mup": "maximal update"}
 
 
 def normalized(data: ctde.data.Dataset) -> tuple[ctde.data.Split, ctde.data.Split]:
-    """Returns the training and the test split, as the model sees them."""
+    """Returns the training and test splits with the inputs that the model receives."""
     return tuple(
         split._replace(inputs=(split.inputs - data.shift) * data.scale)
         for split in (data.train, data.test)
@@ -154,13 +161,14 @@ def make_step(
     split: ctde.data.Split,
     batch_size: int,
 ) -> Callable[..., Any]:
-    """Makes one step on examples that the key draws, for `lax.scan`; it gives the loss."""
+    """Returns a training step for `lax.scan` on a random batch, whose output is the loss."""
     inputs, labels = map(jnp.asarray, split)
 
     def step(
         learning_rate: jax.Array, carry: tuple[Any, Any], key: jax.Array
     ) -> tuple[tuple[Any, Any], jax.Array]:
         params, state = carry
+        # int32[batch_size], drawn with replacement
         chosen = jax.random.randint(key, (batch_size,), 0, len(inputs))
 
         def loss(params: ctde.devices.PyTree) -> jax.Array:
@@ -169,6 +177,7 @@ def make_step(
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(grads, state, params)
+        # The learning rate is an argument, so that one program serves the whole grid.
         updates = jax.tree.map(lambda update: -learning_rate * update, updates)
         return (optax.apply_updates(params, updates), state), value
 
@@ -176,15 +185,20 @@ def make_step(
 
 
 def make_race(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Makes the function from a start to how many steps were taken and what was measured then."""
+    """Returns a function that trains from given parameters until the target is reached.
+
+    `race(params, learning_rate, key)` returns the number of steps (int32) and the last test metric.
+    """
     train, test = normalized(problem.data)
     step = make_step(problem.model, problem.task, problem.optimizer, train, problem.batch_size)
 
+    # The metric decides whether the target is reached, and the loss whether training diverged.
     def measure(params: ctde.devices.PyTree) -> tuple[jax.Array, jax.Array]:
         outputs, _ = problem.model.apply(params, {}, jnp.asarray(test.inputs), None)
         measured = problem.task.measure(outputs, jnp.asarray(test.labels))
         return measured[problem.measure].mean(), measured["loss"].mean()
 
+    # A whole run is one program, with an evaluation after every `every` steps.
     @jax.jit
     def race(
         params: ctde.devices.PyTree, learning_rate: float, key: jax.Array
@@ -195,6 +209,7 @@ def make_race(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
         def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             steps, trained, _, _ = carry
+            # Keys depend on the step only, so all runs of a seed draw the same batches.
             keys = jax.random.split(jax.random.fold_in(key, steps), problem.every)
             trained, _ = lax.scan(partial(step, learning_rate), trained, keys)
             return steps + problem.every, trained, *measure(trained[0])
@@ -207,9 +222,11 @@ def make_race(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
 
 def compare_initializers(name: str, folder: Path, log: Log) -> None:
-    """Makes the runs of a model that are missing."""
+    """Runs the trainings of a model that the log does not have."""
     problem = PROBLEMS[name](folder)
-    race, first = make_race(problem), jnp.asarray(normalized(problem.data)[0].inputs[:256])
+    # LSUV measures activations on the first 256 examples.
+    race = make_race(problem)
+    first = jnp.asarray(normalized(problem.data)[0].inputs[:256])
 
     def run(start: Callable[..., Any], learning_rate: float, seed: int) -> Row:
         init_key, train_key = jax.random.split(jax.random.key(seed))
@@ -218,10 +235,9 @@ def compare_initializers(name: str, folder: Path, log: Log) -> None:
         return {"steps": int(steps) if problem.reaches(measured) else None, problem.measure: found}
 
     for initializer in problem.initializers:
-        start, arm = (
-            jax.jit(initialize(problem.model, initializer).init),
-            {"model": name, "init": initializer},
-        )
+        start = jax.jit(initialize(problem.model, initializer).init)
+        arm = {"model": name, "init": initializer}
+        # Tune the learning rate on one seed, then repeat the best one on the others.
         for rate in problem.learning_rates:
             log.make(
                 partial(run, start, rate, TUNING_SEED), **arm, seed=TUNING_SEED, learning_rate=rate
@@ -232,8 +248,9 @@ def compare_initializers(name: str, folder: Path, log: Log) -> None:
 
 
 def best_rate(tried: Sequence[Row], measure: str) -> float:
-    """Returns the learning rate with the fewest steps to the target, or if none has reached it came nearest."""
+    """Returns the learning rate with the fewest steps to the target, or else the best metric."""
 
+    # None stands for a target that was not reached, or a metric that is not finite.
     def rank(row: Row) -> tuple[float, float]:
         measured = (
             math.inf
@@ -246,13 +263,14 @@ def best_rate(tried: Sequence[Row], measure: str) -> float:
 
 
 def compare_widths(folder: Path, log: Log) -> None:
-    """Makes the runs of wide perceptrons that are missing."""
+    """Runs the trainings of perceptrons of several widths that the log does not have."""
     train, _ = normalized(small_mnist(folder))
     first = jnp.asarray(train.inputs[:1])
 
     def build(width: int) -> ctde.models.Model:
         return ctde.models.mlp([196, width, width, width, 10], "relu")
 
+    # A function of learning rate and seed that returns the mean of the last training losses.
     def make_run(
         model: ctde.models.Model, optimizer: optax.GradientTransformation
     ) -> Callable[[float, int], Row]:
@@ -271,8 +289,11 @@ def compare_widths(folder: Path, log: Log) -> None:
 
         return run
 
-    base, adam = build(WIDTHS[0]), optax.scale_by_adam()
+    # All widths, learning rates and seeds, in both parametrizations.
+    base = build(WIDTHS[0])
+    adam = optax.scale_by_adam()
     for way, width in product(WAYS, WIDTHS):
+        # At the base width, muP changes nothing.
         if way == "mup":
             run = make_run(
                 mup(build(width), base=base), optax.chain(adam, scale_learning_rates(base, first))
@@ -293,10 +314,14 @@ def compare_widths(folder: Path, log: Log) -> None:
 def finished(
     log: Log, problems: dict[str, Problem]
 ) -> dict[tuple[str, str], tuple[float, list[int]]]:
-    """Returns, by model and initializer, the best learning rate and the steps of the runs that reached the target."""
+    """Returns, by model and initializer, the best learning rate and the steps to the target.
+
+    Runs that do not reach the target have no steps in the list.
+    """
     found = {}
     for model, problem in problems.items():
         for init in problem.initializers:
+            # Skip an initializer until all its runs are in the log.
             tried = log.find(model=model, init=init, seed=TUNING_SEED)
             if len(tried) < len(problem.learning_rates):
                 continue
@@ -315,9 +340,10 @@ def finished(
 
 
 def cell(learning_rate: float, steps: Sequence[int], of_flax: Sequence[int]) -> str:
-    """Formats mean and range of the steps, and how many times fewer than flax's if all runs of both arrive."""
+    """Formats mean and range of the steps, and their ratio to flax if all runs reach the target."""
     if not steps:
         return "not reached"
+    # The ratio is left out for flax itself.
     some = "" if len(steps) == len(SEEDS) else f", {len(steps)} of {len(SEEDS)} runs"
     text = f"{mean(steps):.0f} ({min(steps)}-{max(steps)}{some}) at {learning_rate:g}"
     comparable = steps is not of_flax and len(steps) == len(of_flax) == len(SEEDS)
@@ -325,11 +351,13 @@ def cell(learning_rate: float, steps: Sequence[int], of_flax: Sequence[int]) -> 
 
 
 def report_initializers(log: Log, folder: Path) -> None:
-    """Writes a table of the steps to the target, and a picture."""
+    """Writes a table of the steps to the target, and draws them."""
     problems = {name: build(folder) for name, build in PROBLEMS.items() if log.find(model=name)}
     found = finished(log, problems)
     if not found:
         return
+
+    # The table has a row for each initializer and a column for each model.
     models, inits = ([*dict.fromkeys(names)] for names in zip(*found, strict=True))
     goals = {
         name: f"{one.measure} {one.target:g} in {one.steps} steps" for name, one in problems.items()
@@ -339,9 +367,13 @@ def report_initializers(log: Log, folder: Path) -> None:
         arms = [(found.get((model, init)), found.get((model, "flax"), (0, []))) for model in models]
         rows.append([init, *(cell(*arm, flax[1]) if arm else "-" for arm, flax in arms)])
     header = ["start", *(f"{model}, {goals[model]}" for model in models)]
-    note = "Mean (and range) over three seeds, at the best learning rate of seed 0; x is how many times fewer than flax."
+    note = (
+        "Mean (and range) over three seeds, at the best learning rate of seed 0; "
+        "x is how many times fewer than flax."
+    )
     publish(log.file.with_suffix(".md"), [Table("Steps to the target", header, rows)], note)
 
+    # The figure has a panel for each model, with a point for each run.
     shape = {
         "figsize": (3.2 * len(models), 3.5),
         "sharey": True,
@@ -360,7 +392,7 @@ def report_initializers(log: Log, folder: Path) -> None:
 
 
 def mean_losses(rows: Sequence[Row]) -> dict[float, float]:
-    """Returns the mean loss of each learning rate all of whose seeds stayed finite."""
+    """Returns the mean loss by learning rate, for those at which no seed diverged."""
     by_rate = {
         rate: [row["loss"] for row in rows if row["learning_rate"] == rate]
         for rate in WIDE_LEARNING_RATES
@@ -373,8 +405,9 @@ def mean_losses(rows: Sequence[Row]) -> dict[float, float]:
 
 
 def report_widths(log: Log) -> None:
-    """Writes the best learning rate of every width, and draws the final loss over the learning rates."""
+    """Prints the best learning rate of every width, and draws the losses over learning rates."""
     figure, panels = pyplot.subplots(1, len(WAYS), figsize=(10, 4), sharey=True, layout="tight")
+    # A panel for each parametrization, with a line for each width.
     best = {width: [str(width)] for width in WIDTHS}
     for panel, way in zip(panels, WAYS, strict=True):
         for width in WIDTHS:
@@ -403,13 +436,13 @@ def main(
     results: Path = RESULTS,
     report: bool = False,
 ) -> None:
-    """Runs what is missing, and reports all.
+    """Runs the trainings that the log does not have, and reports all.
 
     Args:
-        models: Which ones; mup is the comparison of widths.
+        models: Models to compare; mup is the comparison of widths.
         data_dir: Folder of `mnist/` and `text/tinyshakespeare.txt`.
         results: Folder for initialization.jsonl, .md and .png, and mup.png.
-        report: Only show what has been measured.
+        report: Show earlier results without training.
     """
     log = Log(results / "initialization.jsonl")
     for name in models if not report else ():

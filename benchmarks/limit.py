@@ -1,26 +1,30 @@
-"""How near training comes to what the machine can do: arithmetic and memory bounds beside the measured time of `fit`.
+"""Compares the step time of `fit` with the arithmetic and memory bounds of the machine (roofline).
 
-    python benchmarks/limit.py                        # seven turns, half an hour; may be interrupted and goes on
+    python benchmarks/limit.py                   # seven turns, half an hour; resumes if interrupted
     python benchmarks/limit.py --turns 2 --only mlp-512
-    python benchmarks/limit.py --report               # the table and the picture of what has been measured
+    python benchmarks/limit.py --report          # table and figure of earlier measurements
 
-**Operations.** A layer of m multiply-adds for an example takes 2 m floating-point operations forward, 2 m for the
-gradient of its weights, and 2 m for that of its inputs if something before it learns. So an epoch of 60,000 examples
-through 784-128-10 takes 60,000 x 2 x (2 x 784 x 128 + 3 x 128 x 10) = 24.5 GFLOP. Activations, losses and the optimizer
-are not counted, nor what meets padding or, in causal attention, the future.
+**Operations.** A layer with m multiply-adds per example takes 2 m floating-point operations
+forward, 2 m for the gradient of its weights, and 2 m for the gradient of its inputs if earlier
+layers have parameters. An epoch of 60,000 examples through 784-128-10 therefore takes
+60,000 x 2 x (2 x 784 x 128 + 3 x 128 x 10) = 24.5 GFLOP. Activations, losses and the optimizer are
+not counted, nor are products with padding or, in causal attention, with later positions.
 
-**Bytes.** Every parameter is moved ten times a step (read forward and backward; its gradient written and read;
-parameter and both moments of Adam read and written), every number that leaves a layer four times (it and its gradient
-written and read), and the inputs are read as they are stored.
+**Bytes.** Every parameter is moved ten times per step (read forward and backward; its gradient
+written and read; parameter and both moments of Adam read and written), every output of a layer four
+times (it and its gradient written and read), and the inputs are read as they are stored.
 
-The ceiling of arithmetic is the fastest product of square float32 matrices, by numpy or by JAX, with all cores; that of
-memory the faster of numpy's copy and JAX's triad: in main memory, or in the last-level cache if what a step touches
-fits in there. The columns "by XLA" hold both counts against XLA's own, of one step as it is compiled: operations of the
-gradient alone, which have the activations in them, and bytes that its instructions read and write, wherever those are.
-XLA counts the body of a loop once, so the LSTM is held against it for a sequence of one place, and its bytes are not.
+The arithmetic bound is the fastest product of square float32 matrices, by numpy or by JAX, on all
+cores. The memory bound is the faster of numpy's copy and JAX's triad: in the last-level cache if
+the working set of a step fits into it, otherwise in main memory. The columns "by XLA" compare both
+counts with those of XLA for a compiled step: operations of the gradient alone, including
+activations, and bytes that instructions read and write, in any memory. XLA counts the body of a
+loop once, so the LSTM's operations are compared for a sequence of length 1, and its bytes are not
+compared.
 
-Ceilings and contestants take turns, each in a process of its own; a ratio is made of what one turn has measured.
-The data are random, in the shape of MNIST and of windows of text, which makes no difference to speed.
+Bounds and contestants take turns, each in a separate process; a ratio uses measurements of the same
+turn. The data are random, in the shape of MNIST and of windows of text, because values do not
+affect the speed.
 """
 
 import time
@@ -42,28 +46,34 @@ from matplotlib import pyplot
 import ctde_jax as ctde
 
 LIMIT = 600  # seconds for one process
-WINDOW, VOCABULARY = 64, 65
-PLACES, FEATURES, LSTM_WIDTH = 28, 28, 128
+WINDOW = 64
+VOCABULARY = 65
+# The LSTM reads an image of 28 x 28 as 28 rows of 28 pixels.
+PLACES = 28
+FEATURES = 28
+LSTM_WIDTH = 128
 
 CaseName = Literal["mlp-64", "mlp-512", "cnn", "lstm", "transformer"]
 
 
 class Layer(NamedTuple):
-    """What one layer does with one example, going forward."""
+    """Cost of one layer for one example in the forward pass."""
 
     multiply_adds: int
     outputs: int
-    to_inputs: float = 1.0  # the share of its inputs whose gradient is needed
+    to_inputs: float = 1.0  # fraction of the inputs that need a gradient
 
 
 def mlp_layers(widths: Sequence[int]) -> list[Layer]:
+    # No gradient of the inputs of the first layer is needed.
     first, *others = [Layer(before * after, after) for before, after in pairwise(widths)]
     return [first._replace(to_inputs=0), *others]
 
 
 def cnn_layers() -> list[Layer]:
-    """Two convolutions of 5 x 5 with 32 and 64 channels, halved after each, then 512 and 10."""
-    return [  # of 5 taps for each row, two rows at either border see one and two less, 6 in all; so do columns
+    """Two 5 x 5 convolutions with 32 and 64 channels, each with pooling, then 512 and 10 units."""
+    # Along each axis, the outputs at either border have one and two taps fewer: 6 fewer in all.
+    return [
         Layer((5 * 28 - 6) ** 2 * 32, 28 * 28 * 32, to_inputs=0),
         Layer((5 * 14 - 6) ** 2 * 32 * 64, 14 * 14 * 64),
         *(Layer(7 * 7 * 64 * 512, 512), Layer(512 * 10, 10)),
@@ -71,7 +81,10 @@ def cnn_layers() -> list[Layer]:
 
 
 def lstm_layers(places: int = PLACES) -> list[Layer]:
-    """The four gates at every place, from the input and from the state, which is empty at first."""
+    """Four gates at every position, from the input and from the state, and the output layer.
+
+    The initial state is zero, so the first position needs no gradient of it.
+    """
     gates = 4 * LSTM_WIDTH
     return [
         Layer(places * FEATURES * gates, places * gates, to_inputs=0),
@@ -83,7 +96,8 @@ def lstm_layers(places: int = PLACES) -> list[Layer]:
 
 
 def transformer_layers(vocabulary: int, window: int, width: int, blocks: int) -> list[Layer]:
-    """At every place: query, key, value and mix, attention to half of the window, and the perceptron."""
+    """Blocks of projections, attention and perceptron at every position, and the output layer."""
+    # Causal attention multiplies window (window + 1) / 2 pairs of positions, twice.
     block = [
         Layer(window * 4 * width**2, window * 5 * width),
         Layer(round(2 * window * (window + 1) / 2 * width), window * width),
@@ -98,24 +112,25 @@ def operations(layers: Sequence[Layer]) -> float:
 
 
 class Case(NamedTuple):
-    """What is trained."""
+    """A training to measure."""
 
     build: Callable[[], ctde.models.Model]
     layers: list[Layer]
     input_shape: tuple[int, ...]
     batch_size: int
-    examples: int  # of an epoch; fewer if an example takes long
-    epochs: int  # those after the first, which warms up
+    examples: int  # per epoch; fewer if an example takes long
+    epochs: int  # counted epochs, after the first one, which warms up
     task: ctde.Task = ctde.tasks.classification
 
     @property
     def step_examples(self) -> float:
-        """Examples of a step, on average: the last batch of an epoch is filled up with some that do not count."""
+        """Mean number of examples per step; the last batch of an epoch may be padded."""
         return self.examples / ceil(self.examples / self.batch_size)
 
     def draw(self, examples: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draws random pictures and digits, or tokens and the next tokens."""
-        rng, shape = np.random.default_rng(0), (examples, *self.input_shape)
+        """Draws random images (uint8) and labels, or tokens and the next tokens (int32)."""
+        rng = np.random.default_rng(0)
+        shape = (examples, *self.input_shape)
         if self.task is ctde.tasks.language_modeling:
             tokens = rng.integers(0, VOCABULARY, shape, dtype=np.int32)
             return tokens, np.roll(tokens, -1, axis=1)
@@ -124,13 +139,13 @@ class Case(NamedTuple):
         )
 
 
-WIDTHS, TRANSFORMER = (784, 128, 10), {"vocabulary": VOCABULARY, "width": 128, "blocks": 4}
+WIDTHS = (784, 128, 10)
+TRANSFORMER = {"vocabulary": VOCABULARY, "width": 128, "blocks": 4}
 mlp = partial(Case, partial(ctde.models.mlp, WIDTHS), mlp_layers(WIDTHS), (28, 28))
-cnn, lstm = (
-    partial(ctde.models.cnn, (28, 28), 10),
-    partial(ctde.models.rnn_classifier, FEATURES, 10, LSTM_WIDTH),
-)
-transformer, windows = partial(ctde.models.transformer, length=WINDOW, **TRANSFORMER), (WINDOW,)
+cnn = partial(ctde.models.cnn, (28, 28), 10)
+lstm = partial(ctde.models.rnn_classifier, FEATURES, 10, LSTM_WIDTH)
+transformer = partial(ctde.models.transformer, length=WINDOW, **TRANSFORMER)
+windows = (WINDOW,)
 CASES: dict[str, Case] = {
     "mlp-64": mlp(batch_size=64, examples=60_000, epochs=5),
     "mlp-512": mlp(batch_size=512, examples=60_000, epochs=10),
@@ -144,13 +159,17 @@ CASES: dict[str, Case] = {
 
 
 def count(name: str) -> Row:
-    """Counts operations and bytes by formula and by XLA."""
+    """Counts operations and bytes by formula, and divides the counts of XLA by them."""
+    # Shapes alone determine the counts, so that the model is not initialized.
     case = CASES[name]
     inputs, labels = case.draw(case.batch_size)
-    model, optimizer, is_loop = case.build(), optax.adam(1e-3), name == "lstm"
+    model = case.build()
+    optimizer = optax.adam(1e-3)
+    is_loop = name == "lstm"
     seen = (inputs / 255).astype(np.float32) if inputs.dtype == np.uint8 else inputs
     params, model_state = jax.eval_shape(model.init, jax.random.key(0), seen)
 
+    # XLA counts the gradient for the operations, and the whole step for the bytes.
     def gradient(params, inputs):
         return jax.grad(
             lambda params: case.task.loss(
@@ -166,8 +185,12 @@ def count(name: str) -> Row:
         return jax.jit(function).lower(params, *arguments).compile().cost_analysis()
 
     whole = by_xla(step, jax.eval_shape(optimizer.init, params), seen)
+    # XLA counts the body of a loop once, so the LSTM is compared for one position.
     counted = operations(lstm_layers(places=1) if is_loop else case.layers)
-    numbers, outputs = ctde.models.count_params(params), sum(layer.outputs for layer in case.layers)
+
+    # The counts by formula; see the docstring of the module.
+    numbers = ctde.models.count_params(params)
+    outputs = sum(layer.outputs for layer in case.layers)
     moved = 10 * 4 * numbers + case.batch_size * (
         prod(case.input_shape) * inputs.itemsize + 4 * 4 * outputs
     )
@@ -184,9 +207,10 @@ def count(name: str) -> Row:
 
 
 def time_fit(name: str, devices: int) -> Row:
-    """Trains and returns the seconds of a step in each epoch after the first, without what evaluation takes."""
+    """Trains; returns the seconds per step of each epoch after the first, without evaluation."""
     case = CASES[name]
     inputs, labels = case.draw(case.examples)
+    # A small test split keeps the evaluations short.
     few = slice(8 * case.batch_size)
     trained = ctde.fit(
         case.build(),
@@ -198,6 +222,8 @@ def time_fit(name: str, devices: int) -> Row:
         epochs=1 + case.epochs,
         show=False,
     )
+
+    # Rows report throughput since the previous row; sum their seconds for each epoch.
     seconds = np.zeros(1 + case.epochs)
     for row in trained.history:
         if row["split"] == "train":
@@ -210,9 +236,11 @@ def time_fit(name: str, devices: int) -> Row:
 
 
 def fastest(function: Callable[[], object], seconds: float = 0.15) -> float:
-    """Calls it again and again, at least twice, and returns the seconds of the fastest call."""
+    """Calls a function for `seconds`, at least twice; returns the seconds of the fastest call."""
+    # The first call compiles, and is not counted.
     function()
-    times, end = [], time.perf_counter() + seconds
+    times = []
+    end = time.perf_counter() + seconds
     while len(times) < 2 or time.perf_counter() < end:
         before = time.perf_counter()
         function()
@@ -221,16 +249,19 @@ def fastest(function: Callable[[], object], seconds: float = 0.15) -> float:
 
 
 def time_ceilings() -> Row:
-    """Measures the fastest product of matrices, in operations a second, and copies, in bytes a second."""
+    """Measures products of matrices in FLOP/s, and copies in bytes per second."""
+    # Square float32 products of several sizes.
     ctde.devices.start(1)
-    products, multiply = {}, jax.jit(jnp.matmul)
+    products = {}
+    multiply = jax.jit(jnp.matmul)
     for size in (512, 1024, 2048, 3072):
         a, b, c = (np.random.default_rng(i).random((size, size), np.float32) for i in range(3))
         on_device = jnp.asarray(a), jnp.asarray(b)
         by_numpy = fastest(partial(np.matmul, a, b, out=c))
         by_jax = fastest(lambda on_device=on_device: multiply(*on_device).block_until_ready())
         products |= {f"numpy {size}": 2 * size**3 / by_numpy, f"jax {size}": 2 * size**3 / by_jax}
-    # The size of the last-level cache, 8 MiB if the system does not tell.
+
+    # The size of the last-level cache, or 8 MiB if the system does not report it.
     sizes = [
         file.read_text().strip()
         for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -247,13 +278,14 @@ def time_ceilings() -> Row:
 
 
 def time_copies(size: int) -> dict[str, float]:
-    """Moves this number of bytes in all, in one thread per core."""
+    """Measures bytes per second when `size` bytes are read and written, with all cores."""
+    # numpy: a copy of an array of float32 in each thread.
     threads = cores()
     pairs = [
         tuple(np.ones(size // 2 // threads // 4, np.float32) for _ in range(2))
         for _ in range(threads)
     ]
-    again = max(1, 2**26 // size)  # so that starting the threads does not count
+    again = max(1, 2**26 // size)  # repetitions, so that starting the threads takes little time
 
     def copy(pair: tuple[np.ndarray, ...]) -> None:
         for _ in range(again):
@@ -262,7 +294,9 @@ def time_copies(size: int) -> dict[str, float]:
     with ThreadPoolExecutor(threads) as pool:
         by_numpy = fastest(lambda: list(pool.map(copy, pairs))) / again
 
-    a, b = jnp.ones(size // 12, jnp.float32), jnp.ones(size // 12, jnp.float32)
+    # JAX: two float32 arrays are read, and one is written in place of the second.
+    a = jnp.ones(size // 12, jnp.float32)
+    b = jnp.ones(size // 12, jnp.float32)
     triad = jax.jit(lambda a, b: a + 0.5 * b, donate_argnums=1)
 
     def move() -> None:
@@ -283,23 +317,23 @@ def measure_point(point: Row) -> Row:
 
 
 class Measured(NamedTuple):
-    """What all turns have measured of one case; arrays have an entry for each turn."""
+    """Measurements of a case in all turns; arrays are float64[turns]."""
 
     name: str
     devices: int
     counted: Row
-    seconds: np.ndarray  # of a step
-    arithmetic: np.ndarray  # the bound of arithmetic, in seconds of a step
-    moving: np.ndarray  # that of memory
+    seconds: np.ndarray  # per step
+    arithmetic: np.ndarray  # arithmetic bound in seconds per step
+    moving: np.ndarray  # memory bound in seconds per step
 
     @property
     def flop(self) -> float:
-        """Operations of a step."""
+        """Floating-point operations per step."""
         return self.counted["operations"] * CASES[self.name].step_examples
 
 
 def everything(log: Log, ceilings: dict[int, Row]) -> list[Measured]:
-    """Pairs each measurement of a case with the ceilings of the same turn."""
+    """Pairs each measurement of a case with the bounds of the same turn."""
     counts = {row["case"]: row for row in log.find(what="count") if "failed" not in row}
     measured = []
     for name, devices in {(row["case"], row["devices"]): None for row in log.find(what="fit")}:
@@ -307,6 +341,7 @@ def everything(log: Log, ceilings: dict[int, Row]) -> list[Measured]:
         turns = [row for row in rows if "failed" not in row and row["turn"] in ceilings]
         if not turns or name not in counts:
             continue
+        # Memory is that of the last-level cache if the working set fits into it.
         fits = counts[name]["working_set"] <= ceilings[turns[0]["turn"]]["cache_bytes"]
         seconds = np.array([np.median(row["step_seconds"]) for row in turns])
         peak = np.array([max(ceilings[row["turn"]]["products"].values()) for row in turns])
@@ -346,7 +381,7 @@ def cells(one: Measured) -> list[str]:
 
 
 def ceilings_text(ceilings: Sequence[Row]) -> str:
-    """Names the ceilings, and which program reached them."""
+    """Describes the bounds, and which program reached each of them."""
     lines = []
     for what, unit in (
         ("products", "GFLOP/s"),
@@ -357,6 +392,7 @@ def ceilings_text(ceilings: Sequence[Row]) -> str:
             name: float(np.median([row[what][name] for row in ceilings]))
             for name in ceilings[0][what]
         }
+        # The text names the program with the highest median.
         highest = [max(row[what].values()) / 1e9 for row in ceilings]
         lines.append(
             f"{spread(highest, '.1f')} {unit} (mostly {max(medians, key=medians.__getitem__)})"
@@ -365,7 +401,8 @@ def ceilings_text(ceilings: Sequence[Row]) -> str:
 
 
 def draw(measured: list[Measured], ceilings: Sequence[Row], file: Path) -> None:
-    """Draws the roofline, and where each case stands below it."""
+    """Draws the roofline and the cases below it."""
+    # The roofs: the smaller of the arithmetic bound, and memory times operations per byte.
     highest = {
         what: np.median([max(row[what].values()) for row in ceilings])
         for what in ("products", "memory", "cached")
@@ -378,6 +415,8 @@ def draw(measured: list[Measured], ceilings: Sequence[Row], file: Path) -> None:
     ):
         roof = np.minimum(highest["products"], intensity * highest[what]) / 1e9
         axes.loglog(intensity, roof, style, color="tab:gray", label=label)
+
+    # The cases: a color for each, and open squares for several devices.
     names = list(dict.fromkeys(one.name for one in measured))
     for one in measured:
         color = f"C{names.index(one.name)}"
@@ -412,14 +451,15 @@ def main(
     """Measures what is missing.
 
     Args:
-        turns: Turns of each contestant, including those of earlier runs.
-        only: Cases.
-        devices: Numbers of fake devices, one after another.
-        report: Only show what has been measured.
+        turns: Number of turns of each contestant, including those of earlier runs.
+        only: Cases to measure.
+        devices: Numbers of fake devices, measured one after another.
+        report: Show earlier results without measuring.
         results: Folder for limit.jsonl, .md and .png.
     """
     log = Log(results / "limit.jsonl")
     wanted: list[Row] = [{"what": "count", "case": name} for name in only]
+    # Every turn measures the bounds, and then all cases.
     for turn in range(turns):
         fits = [
             {"what": "fit", "case": name, "devices": count} for name in only for count in devices

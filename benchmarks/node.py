@@ -1,10 +1,11 @@
-"""What a node needs: what each runtime installs, and the time from the start of a process to its first answer.
+"""Requirements of a node: installed size of each runtime, and time from start to first answer.
 
-    python benchmarks/node.py                  # builds a virtual environment for each; some minutes, and a download
+    python benchmarks/node.py        # one virtual environment per runtime; minutes and a download
 
-The networks are the default perceptron on the digits and the convolutional network of federated averaging on pictures
-of 28 x 28, both as they start, for their weights change no time. Each is executed by `python -m ctde_jax.execute` on
-one example, in turns; the files were read once before, so they come out of the system's cache.
+The networks are the default perceptron on the digits and the convolutional network of federated
+averaging on images of 28 x 28, both untrained, because weights do not affect the time. Each is
+executed in turns by `python -m ctde_jax.execute` on one example; the files have been read once
+before, so they come from the page cache.
 """
 
 import subprocess
@@ -42,25 +43,27 @@ HEADER = ("runtime", "what is installed", "MB", "model", "seconds from start to 
 
 
 def build(folder: Path, packages: list[str]) -> Path:
-    """Installs what a node needs, this library without its dependencies among it; returns the interpreter."""
+    """Installs packages and this library without its dependencies; returns the interpreter."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pip = [python, "-m", "pip", "install", "-q", "--no-warn-conflicts"]
     subprocess.run([*pip, "--no-deps", str(ROOT)], check=True)
     subprocess.run([*pip, *packages], check=True)
+    # A node does not need pip, whose size would count.
     subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "pip", "setuptools"], check=True)
     return python
 
 
 def megabytes(folder: Path) -> int:
-    """Returns the size of what is installed."""
+    """Returns the size of the installed packages in MB (1e6 bytes)."""
     site = next(folder.glob("lib/python*/site-packages"))
     return round(sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) / 1e6)
 
 
 def write_bundles(folder: Path) -> dict[str, Path]:
-    """Writes a perceptron and a convolutional network."""
+    """Writes the bundles of a perceptron and a convolutional network; returns folders by name."""
     digits = ctde.data.digits()
+    # A small test split keeps the evaluation short.
     few = ctde.data.Split(*(array[:64] for array in digits.test))
     pictures = np.random.default_rng(0).integers(0, 256, (64, 28, 28)).astype(np.uint8)
     large = ctde.data.from_arrays(pictures, np.arange(64) % 10)
@@ -70,6 +73,7 @@ def write_bundles(folder: Path) -> dict[str, Path]:
     }
     found = {}
     for name, (model, data) in models.items():
+        # One step at learning rate 0, so that the bundle holds the initial weights.
         options = {"devices": ctde.devices.start(1), "batch_size": 32, "steps": 1, "show": False}
         trained = ctde.fit(model, data, optax.sgd(0.0), **options)
         found[name] = folder / name.split()[0]
@@ -79,7 +83,7 @@ def write_bundles(folder: Path) -> dict[str, Path]:
 
 
 def timed(*command: str | Path) -> Callable[[], float]:
-    """Returns a function that runs a process to its end."""
+    """Returns a function that runs a process to its end and returns its seconds."""
 
     def run() -> float:
         with started(command) as process:
@@ -89,14 +93,15 @@ def timed(*command: str | Path) -> Callable[[], float]:
 
 
 def main(turns: int = 15, report: bool = False, results: Path = RESULTS) -> None:
-    """Measures all, instead of what was measured before.
+    """Measures all runtimes, and replaces earlier results.
 
     Args:
-        turns: Turns of each contestant.
-        report: Only show what has been measured.
+        turns: Number of turns of each contestant.
+        report: Show earlier results without measuring.
         results: Folder for node.jsonl and .md.
     """
     log = Log(results / "node.jsonl")
+    # Build the environments, and let the runtimes answer in turns.
     if not report:
         log.file.unlink(missing_ok=True)
         with TemporaryDirectory() as temporary:
@@ -108,6 +113,7 @@ def main(turns: int = 15, report: bool = False, results: Path = RESULTS) -> None
             installed = {
                 name: {"runtime": name, "megabytes": megabytes(folder / name)} for name in nodes
             }
+            # The lower bound: a process that only imports numpy.
             bare = installed["numpy"] | {"model": "import numpy alone"}
             contestants: list[tuple[Row, Callable[[], float]]] = [
                 (bare, timed(nodes["numpy"], "-c", "import numpy"))
@@ -118,9 +124,13 @@ def main(turns: int = 15, report: bool = False, results: Path = RESULTS) -> None
                     run = timed(nodes[runtime], "-m", "ctde_jax.execute", *arguments)
                     contestants.append((installed[runtime] | {"model": name}, run))
             take_turns(log, contestants, turns)
-    rows, measured = [], max((len(row.get("seconds", ())) for row in log.find()), default=0)
+
+    # Report what the log has.
+    rows = []
+    measured = max((len(row.get("seconds", ())) for row in log.find()), default=0)
     for row in log.find():
-        packages, seconds = ", ".join(["ctde_jax", *PACKAGES[row["runtime"]]]), row.get("seconds")
+        packages = ", ".join(["ctde_jax", *PACKAGES[row["runtime"]]])
+        seconds = row.get("seconds")
         answered = spread(seconds, ".3f") if seconds else row["failed"]
         rows.append([row["runtime"], packages, str(row["megabytes"]), row["model"], answered])
     publish(

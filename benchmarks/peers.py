@@ -1,14 +1,15 @@
-"""This trainer beside what people would use instead, on a CPU: seconds an epoch, and from start to a target.
+"""Compares this trainer with alternatives on a CPU: time per epoch, and time to a test accuracy.
 
-    python benchmarks/peers.py                 # seconds an epoch; runs what is missing, may be interrupted
-    python benchmarks/peers.py --start-up      # whole processes to a target accuracy, cold and warm
-    python benchmarks/peers.py --first-step    # the default command's second start, beside bare imports
-    python benchmarks/peers.py --report        # tables and picture of what has been measured
+    python benchmarks/peers.py                 # seconds per epoch; resumes if interrupted
+    python benchmarks/peers.py --start-up      # whole processes to a test accuracy, cold and warm
+    python benchmarks/peers.py --first-step    # second start of the default command, bare imports
+    python benchmarks/peers.py --report        # tables and figure of earlier measurements
 
-The contestants are in `contestants.py`. Those of one network and one batch size run side by side, each in a process of
-its own, and train an epoch in turn while all others wait; so whatever else the machine does meets them all. The first
-epoch compiles and is not counted. A ratio is taken turn by turn, to this trainer on as many devices. In the end all
-must have reached the same test accuracy.
+The contestants are in `contestants.py`. All contestants of one network and batch size run side by
+side in separate processes, and train an epoch in turn while the others wait, so that other load on
+the machine affects all of them alike. The first epoch compiles and is not counted. Ratios are
+computed turn by turn, relative to this trainer on the same number of devices. At the end, all
+contestants must have reached the same test accuracy.
 """
 
 import json
@@ -49,22 +50,20 @@ OURS = "this trainer"
 ON_ONE = {*TRAIN} - {"PyTorch DDP, Gloo"}
 ON_SEVERAL = {OURS, "JAX, one dispatch a step", "JAX, one scan an epoch", "PyTorch DDP, Gloo"}
 LEFT_OUT = {
-    (
-        "cnn",
-        "JAX, one scan an epoch",
-    ): "XLA's gradients of convolutions are some 20 times slower in a loop on a CPU",
+    ("cnn", "JAX, one scan an epoch"): (
+        "XLA's gradients of convolutions are some 20 times slower in a loop on a CPU"
+    ),
 }
-SPREAD = (
-    0.007  # largest distance to the median accuracy, for contestants that have seen all examples
-)
-TARGET, MOST_EPOCHS = 0.97, 15
+# Largest distance to the median accuracy, for contestants that train on all examples.
+SPREAD = 0.007
+TARGET = 0.97
+MOST_EPOCHS = 15
 BARE = "bare: import jax, flax, optax, and loading the digits"
 SCRIPT = Path(__file__).with_name("contestants.py")
 
 ModelName = Literal["mlp", "cnn", "lstm"]
-Run = Callable[
-    [dict[str, str], Path], float
-]  # from environment variables and a run folder to seconds
+# Takes environment variables and a run folder, and returns seconds.
+Run = Callable[[dict[str, str], Path], float]
 
 
 def command(job: Job) -> list[str | Path]:
@@ -72,7 +71,8 @@ def command(job: Job) -> list[str | Path]:
 
 
 def compare_epochs(alike: Row, devices: Sequence[int], turns: int, folder: Path, log: Log) -> bool:
-    """Lets all contestants train an epoch in turn; returns whether this trainer and all others trained the same."""
+    """Measures contestants in turns of an epoch; returns whether their accuracies agree."""
+    # The contestants on each number of devices. If the log has all of them, nothing is left to do.
     rows = [
         {**alike, "contestant": name, "devices": count}
         for count in devices
@@ -83,7 +83,9 @@ def compare_epochs(alike: Row, devices: Sequence[int], turns: int, folder: Path,
         any("accuracy" in known or "failed" in known for known in log.find(**row)) for row in rows
     ):
         return True
+
     with ExitStack() as at_end:
+        # A process starts in the first turn of its contestant, and is kept until the last one.
         processes: dict[int, Process] = {}
 
         def train(place: int, row: Row) -> float:
@@ -101,6 +103,8 @@ def compare_epochs(alike: Row, devices: Sequence[int], turns: int, folder: Path,
 
         contestants = [(row, partial(train, place, row)) for place, row in enumerate(rows)]
         take_turns(log, contestants, turns)
+
+        # Each contestant evaluates after its last epoch.
         for place, row in enumerate(rows):
             (known,) = log.find(**row)
             if "failed" not in known:
@@ -109,9 +113,10 @@ def compare_epochs(alike: Row, devices: Sequence[int], turns: int, folder: Path,
 
 
 def trained_alike(rows: Sequence[Row]) -> bool:
-    """Returns whether this trainer has finished, and all contestants that saw all examples are as accurate."""
+    """Returns whether this trainer has finished, and all accuracies are close to the median."""
     accuracies = {title(row): row["accuracy"] for row in rows if "accuracy" in row}
     median = float(np.median([*accuracies.values()]))
+    # SPREAD holds for training on all examples; `examples` is None then.
     apart = {
         name: each
         for name, each in accuracies.items()
@@ -124,11 +129,15 @@ def trained_alike(rows: Sequence[Row]) -> bool:
 
 
 def race_to_target(turns: int, folder: Path, log: Log) -> None:
-    """Takes the time of whole processes, from their start until an evaluation after an epoch gives the target."""
+    """Times whole processes from their start until an evaluation after an epoch gives TARGET."""
 
     def this_trainer(cache: dict[str, str], run_dir: Path) -> float:
-        options = f"-m ctde_jax.train --dataset mnist --model mlp --widths 128 --activation relu --batch-size 64 \
-            --learning-rate {LEARNING_RATE} --schedule constant --devices 1 --epochs {MOST_EPOCHS}".split()
+        # The command prints text for people, so its rows are read from the run folder.
+        options = (
+            "-m ctde_jax.train --dataset mnist --model mlp --widths 128 --activation relu "
+            f"--batch-size 64 \
+            --learning-rate {LEARNING_RATE} --schedule constant --devices 1 --epochs {MOST_EPOCHS}"
+        ).split()
         with started(
             [sys.executable, *options, "--data-dir", folder, "--run-dir", run_dir], cache
         ) as process:
@@ -143,6 +152,7 @@ def race_to_target(turns: int, folder: Path, log: Log) -> None:
 
         def run(cache: dict[str, str], run_dir: Path) -> float:
             with started(command(job), cache) as process:
+                # Permit all epochs at once, so that the process never waits.
                 process.go(MOST_EPOCHS)
                 while process.hear("accuracy") < TARGET:
                     pass
@@ -150,7 +160,9 @@ def race_to_target(turns: int, folder: Path, log: Log) -> None:
 
         return run
 
-    plain, keras = another("JAX, one dispatch a step"), another("Keras on JAX")
+    # Frameworks that compile run with and without a warm compilation cache; PyTorch is eager.
+    plain = another("JAX, one dispatch a step")
+    keras = another("Keras on JAX")
     contestants = {
         f"{OURS}, cold cache": (this_trainer, "cold"),
         f"{OURS}, warm cache": (this_trainer, "warm"),
@@ -165,7 +177,7 @@ def race_to_target(turns: int, folder: Path, log: Log) -> None:
 
 
 def race_to_first_step(turns: int, log: Log) -> None:
-    """Takes the time of the default command's second start until its first training row is on disk."""
+    """Times the second start of the default command until its first training row is on disk."""
 
     def default_command(cache: dict[str, str], run_dir: Path) -> float:
         with started(
@@ -173,15 +185,20 @@ def race_to_first_step(turns: int, log: Log) -> None:
         ) as process:
             process.wait_for_row(run_dir / "metrics.jsonl", lambda row: row["split"] == "train")
             seconds = process.seconds
-            process.wait()  # so that all its programs are in the cache
+            process.wait()  # until all its programs are in the cache
             return seconds
 
     def bare(cache: dict[str, str], run_dir: Path) -> float:
-        imports = "import jax, flax, optax, sklearn.datasets as d; d.load_digits(); print('{\"there\": 1}', flush=True)"
+        # The minimum for any program with these imports.
+        imports = (
+            "import jax, flax, optax, sklearn.datasets as d; d.load_digits(); "
+            "print('{\"there\": 1}', flush=True)"
+        )
         with started([sys.executable, "-c", imports], cache) as process:
             process.hear("there")
             return process.seconds
 
+    # Turn 0 fills the cache, so that every counted turn measures a later start.
     race(
         "first-step",
         {BARE: (bare, "none"), f"{OURS}, warm cache": (default_command, "warm")},
@@ -191,18 +208,22 @@ def race_to_first_step(turns: int, log: Log) -> None:
 
 
 def race(part: str, contestants: dict[str, tuple[Run, str]], turns: int, log: Log) -> None:
-    """Lets whole processes take turns.
+    """Runs whole processes in turns.
 
-    A warm compilation cache is the folder of the turns before; a cold one is a new folder for each turn.
+    A warm compilation cache is the folder of the preceding turns; a cold one is emptied before
+    each turn.
     """
     with tempfile.TemporaryDirectory() as folder:
 
         def timed(name: str, run: Run, cache: str) -> float:
-            cached, run_dir = Path(folder, name), Path(tempfile.mkdtemp(dir=folder), "run")
+            cached = Path(folder, name)
+            run_dir = Path(tempfile.mkdtemp(dir=folder), "run")
             if cache == "cold":
                 shutil.rmtree(cached, ignore_errors=True)
+            # JAX by default caches only programs that take a second to compile.
             small = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             by_jax = {"JAX_COMPILATION_CACHE_DIR": str(cached), **small}
+            # This trainer chooses a folder below XDG_CACHE_HOME by itself.
             environment = {"XDG_CACHE_HOME": str(cached)} if OURS in name else by_jax
             return run({} if cache == "none" else environment, run_dir)
 
@@ -225,10 +246,11 @@ def title(row: Row) -> str:
 
 
 def ratio(row: Row, to: Iterable[Row]) -> str:
-    """Formats how many times the seconds of another row these are, turn by turn."""
+    """Formats the ratio of the seconds of a row to those of the first finished row in `to`."""
     others = [other["seconds"] for other in to if "seconds" in other]
     if not others:
         return "-"
+    # Divide turn by turn: both have run under the same load.
     return spread([mine / other for mine, other in zip(row["seconds"], others[0], strict=False)])
 
 
@@ -273,11 +295,12 @@ def process_table(heading: str, rows: Sequence[Row], reference: str) -> Table:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Draws the medians as bars, with their quartiles, a panel for each network and batch size."""
+    """Draws medians as bars with quartiles, in one panel for each network and batch size."""
     panels = list(dict.fromkeys((row["model"], row["batch_size"], row["examples"]) for row in rows))
     shape = -(-len(panels) // 2), min(2, len(panels))
     figure = Figure(figsize=(5.2 * shape[1], 3.2 * shape[0]), layout="constrained")
     for axes, panel in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=False):
+        # Reversed, because `barh` draws the first bar at the bottom.
         shown = [
             row for row in rows if (row["model"], row["batch_size"], row["examples"]) == panel
         ][::-1]
@@ -295,7 +318,8 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def epoch_rows(log: Log) -> list[Row]:
-    models, names = get_args(ModelName), [*TRAIN]
+    models = get_args(ModelName)
+    names = [*TRAIN]
 
     def place(row: Row) -> tuple[int, ...]:
         return (
@@ -309,7 +333,7 @@ def epoch_rows(log: Log) -> list[Row]:
 
 
 def publish_all(log: Log) -> None:
-    """Prints the tables, and saves them as Markdown and the first as a picture."""
+    """Prints the tables, writes them as Markdown, and draws the first one."""
     tables = [epoch_table(log)] if log.find(part="epoch") else []
     if rows := log.find(part="start-up"):
         heading = f"Seconds from the start of a process to {TARGET:.0%}: MLP, batch 64, 1 device"
@@ -334,28 +358,32 @@ def main(
     first_step: bool = False,
     report: bool = False,
 ) -> int:
-    """Measures what is missing; the exit status is 1 if contestants have not reached the same accuracy.
+    """Measures what is missing; the exit status is 1 if the accuracies of contestants differ.
 
     Args:
         models: Networks.
         batch_sizes: Global batch sizes.
-        devices: Numbers of fake CPU devices, or processes.
+        devices: Numbers of fake CPU devices, or of processes for DDP.
         turns: Measurements of each contestant, after one that is not counted.
-        examples: Number of training examples, by default all 60,000. With fewer no accuracies are compared.
-        data_dir: Folder of MNIST's files; by default the cache folder, into which they are downloaded.
+        examples: Number of training examples, by default all 60,000. If there are fewer,
+            accuracies are not compared.
+        data_dir: Folder of MNIST's files; by default the cache folder, into which they are
+            downloaded.
         results: Folder for peers.jsonl, .md and .png.
         start_up: Measure whole processes, from their start to the target accuracy.
         first_step: Measure the second start of the default command until its first step.
-        report: Only show what has been measured.
+        report: Show earlier results without measuring.
     """
-    log, agree = Log(results / "peers.jsonl"), True
+    log = Log(results / "peers.jsonl")
+    agree = True
     if not report:
-        ctde.data.mnist(data_dir)  # downloads it if need be
+        ctde.data.mnist(data_dir)  # downloads the files if they are missing
         folder = MNIST.folder(data_dir)
         if start_up:
             race_to_target(turns, folder, log)
         if first_step:
             race_to_first_step(turns, log)
+        # The measurements of whole processes replace those of epochs.
         for model, batch_size in (
             product(models, batch_sizes) if not (start_up or first_step) else ()
         ):

@@ -1,20 +1,23 @@
-"""What training costs as the work grows: memory and time over parameters, devices and examples.
+"""Measures memory and time of training as parameters, devices and examples grow.
 
-    python benchmarks/scale.py                           # six minutes; may be interrupted and goes on
-    python benchmarks/scale.py --axis devices            # or parameters, examples, strategies, models
-    python benchmarks/scale.py --report                  # tables and pictures of what has been measured
+    python benchmarks/scale.py                    # six minutes; resumes if interrupted
+    python benchmarks/scale.py --axis devices     # or parameters, examples, strategies, models
+    python benchmarks/scale.py --report           # tables and figures of earlier measurements
 
-Every point is a run of `fit` in a process of its own, on random data.
+Every point is a run of `fit` in a separate process, on random data.
 
 - parameters: the MLP 784-w-w-10, one device, batch 64.
-- devices: the MLP 784-128-10, global batch 512, on 1 to 64 fake devices that share this machine's cores; synchronous,
-  and DiLoCo every 16 steps in 4 bits with error feedback.
-- examples: 28 x 28 bytes each, one device, batch 512. A point that would not fit into free memory is left out.
-- strategies, models: each preset and each network for a few steps on 64 fake devices, to see that it runs.
+- devices: the MLP 784-128-10, global batch 512, on 1 to 64 fake devices that share the cores of
+  this machine; synchronous, and DiLoCo every 16 steps in 4 bits with error feedback.
+- examples: 28 x 28 bytes each, one device, batch 512. A point is skipped if it would not fit into
+  free memory.
+- strategies, models: each preset and each network for a few steps on 64 fake devices, as a test
+  that it runs.
 
-*Device memory* is what the compiled program needs on each device, as XLA says: arguments (state, training examples,
-batches), results that do not take over the memory of arguments, and what lies between. *Process* is the peak of
-resident memory; fake devices are all in one process, so it has every device's copy, and the data set itself.
+*Device memory* is what the compiled program needs on each device, according to XLA: arguments
+(state, training examples, batches), results that do not reuse the memory of arguments, and
+temporary buffers. *Process* is the peak of resident memory; all fake devices are in one process, so
+it includes the copy of every device and the data set.
 """
 
 import resource
@@ -38,6 +41,7 @@ from ctde_jax.rounds import Resident
 MOST_DEVICES = 64
 AxisName = Literal["parameters", "devices", "examples", "strategies", "models"]
 
+# The strategies that are compared over devices.
 AGREEMENTS = {
     "synchronous": ctde.Strategy(),
     "DiLoCo 16, int4": ctde.Strategy(
@@ -64,7 +68,7 @@ AXES: dict[str, list[Row]] = {
 
 
 def pictures(examples: int) -> ctde.data.Dataset:
-    """Draws random pictures in the shape of MNIST; the test split is small."""
+    """Draws random images in the shape of MNIST, with 512 test examples."""
     rng = np.random.default_rng(0)
     inputs = rng.integers(0, 256, (examples, 28, 28), dtype=np.uint8)
     labels = (np.arange(examples) % 10).astype(np.int32)
@@ -72,7 +76,8 @@ def pictures(examples: int) -> ctde.data.Dataset:
 
 
 def perceptron(parameters: int) -> ctde.models.Model:
-    """Builds the MLP 784-w-w-10 with about so many parameters."""
+    """Builds the MLP 784-w-w-10 with about `parameters` parameters."""
+    # Solve w^2 + (784 + 10 + 2) w + 10 = parameters for w.
     linear = 784 + 10 + 2
     width = round((sqrt(linear**2 + 4 * (parameters - 10)) - linear) / 2)
     return ctde.models.mlp([784, width, width, 10])
@@ -87,9 +92,16 @@ def time_training(
     dispatch: int = 16,
     **options: Any,
 ) -> Row:
-    """Trains for five dispatches of so many steps; says how long a step took after the first one, and what memory."""
-    around, before = ctde.devices.start(devices), peak_memory()
+    """Trains for five dispatches of `dispatch` steps; returns time per step, and memory in bytes.
+
+    The first dispatch is not counted.
+    """
+    # The memory that the process has before training: JAX and the data set.
+    around = ctde.devices.start(devices)
+    before = peak_memory()
     steps = 5 * dispatch
+
+    # One row in the log for each dispatch, and a single evaluation at the end.
     trained = ctde.fit(
         model,
         data,
@@ -103,6 +115,8 @@ def time_training(
         show=False,
         **options,
     )
+
+    # Quartiles over the dispatches after the first.
     rows = [row for row in trained.history if row["split"] == "train"]
     seconds = [batch_size / row["examples_per_second"] for row in rows[1:]]
     return {
@@ -121,14 +135,16 @@ def device_memory(
     batch_size: int,
     strategy: ctde.Strategy,
 ) -> Row:
-    """Compiles rounds like those of `fit`, places nothing, and asks XLA what memory each device needs for them."""
-    around, batches = ctde.devices.start(devices), deal(data.train, devices, batch_size, seed=0)
+    """Compiles rounds as `fit` does, without data, and returns the memory per device in bytes."""
+    around = ctde.devices.start(devices)
+    batches = deal(data.train, devices, batch_size, seed=0)
     model = ctde.models.with_raw_inputs(model, data.shift, data.scale)
     task = ctde.tasks.classification
     program = compile_rounds(
         model, data, task, optax.adam(1e-4), strategy, Resident(batches), around
     )
     needs = program.memory_analysis()
+    # Donated arguments alias results, which take no memory in addition.
     return {
         "arguments": needs.argument_size_in_bytes,
         "results": needs.output_size_in_bytes - needs.alias_size_in_bytes,
@@ -137,11 +153,14 @@ def device_memory(
 
 
 def measure_point(point: Row) -> Row:
-    """Trains, and then asks XLA, whose answer takes memory of its own."""
-    options, strategy = {}, ctde.Strategy()
+    """Measures a training, and except for strategies and models the memory that XLA reports."""
+    # XLA comes last, because its compilation would add to the peak memory of the process.
+    options = {}
+    strategy = ctde.Strategy()
     match point["axis"]:
         case "parameters":
             parts = (perceptron(point["parameters"]), pictures(10_000), 1, 64)
+            # Fewer steps for large models, whose steps take long.
             options = {"dispatch": max(1, min(16, 20_000_000 // point["parameters"]))}
         case "devices":
             parts = (ctde.models.mlp([784, 128, 10]), pictures(60_000), point["devices"], 512)
@@ -157,13 +176,15 @@ def measure_point(point: Row) -> Row:
 
 
 def try_model(name: str) -> Row:
-    """Trains a small one of these networks on many devices."""
-    digits, task = ctde.data.digits(), ctde.tasks.language_modeling
-    rows, tokens = (
-        ctde.data.as_sequence(digits, "rows"),
-        np.random.default_rng(0).integers(0, 32, (1024, 16)),
-    )
+    """Trains a small network of this name on MOST_DEVICES devices."""
+    # The data: images, their rows as sequences, and random tokens.
+    digits = ctde.data.digits()
+    task = ctde.tasks.language_modeling
+    rows = ctde.data.as_sequence(digits, "rows")
+    tokens = np.random.default_rng(0).integers(0, 32, (1024, 16))
     text = ctde.data.from_arrays(tokens, np.roll(tokens, -1, axis=1), tokens[:64], tokens[:64])
+
+    # The slow networks take fewer steps in a dispatch.
     build, data, batch_size, options = {
         "mlp": (lambda: ctde.models.mlp([64, 32, 10]), digits, 256, {}),
         "cnn": (lambda: ctde.models.cnn((8, 8), 10), digits, 64, {"dispatch": 2}),
@@ -181,13 +202,15 @@ def try_model(name: str) -> Row:
 
 
 def peak_memory() -> int:
-    """Returns the most bytes that this process has had in memory so far."""
+    """Returns the peak of the resident memory of this process in bytes."""
+    # macOS counts in bytes, and Linux in KiB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def free_memory() -> float:
-    """Returns how many bytes programs may still take, infinity where the system does not say it."""
+    """Returns the available memory in bytes, or infinity if the system does not report it."""
+    # Only Linux has this file. MemAvailable includes caches that the kernel can drop.
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next(
@@ -197,12 +220,12 @@ def free_memory() -> float:
 
 
 def will_fit(point: Row) -> bool:
-    """Returns whether a point leaves a tenth of the free memory: pictures are there twice, beside 0.5 GB."""
+    """Returns whether 0.5 GB and two copies of the images fit into 90 % of the free memory."""
     return 0.5e9 + 2 * 28 * 28 * point.get("examples", 0) < 0.9 * free_memory()
 
 
 def rows_of(log: Log, axis: str) -> list[Row]:
-    """Returns the points of an axis that have come to an end, from the smallest to the largest."""
+    """Returns the successful points of an axis, from the smallest to the largest."""
     return sorted(
         (row for row in log.find(axis=axis) if "failed" not in row),
         key=lambda row: row.get(axis, 0),
@@ -250,7 +273,7 @@ def cells(row: Row) -> list[str]:
 
 
 def growth(log: Log) -> str:
-    """Describes what 64 devices need in comparison with one, each."""
+    """Describes the memory per device on 64 devices, relative to one device."""
     text = ""
     for name in AGREEMENTS:
         rows = {row["devices"]: row for row in rows_of(log, "devices") if row["strategy"] == name}
@@ -263,10 +286,11 @@ def growth(log: Log) -> str:
 
 
 def draw(log: Log) -> None:
-    """Draws memory above time, over each of the three sizes that is measured."""
+    """Draws memory above time, over each of the three sizes that has been measured."""
     sizes = [axis for axis in ("parameters", "devices", "examples") if rows_of(log, axis)]
     if not sizes:
         return
+    # A column for each axis: memory in the first row, time in the second.
     shape = {
         "figsize": (1 + 4 * len(sizes), 7),
         "layout": "constrained",
@@ -276,6 +300,7 @@ def draw(log: Log) -> None:
     figure, panels = pyplot.subplots(2, len(sizes), **shape)
     for axis, (memory, times) in zip(sizes, panels.T, strict=True):
         rows = rows_of(log, axis)
+        # Over devices there is one line for each strategy, elsewhere a single line.
         for i, name in enumerate(AGREEMENTS if axis == "devices" else [None]):
             own = [row for row in rows if row.get("strategy") == name]
             x = [row[axis] for row in own]
@@ -297,9 +322,11 @@ def draw(log: Log) -> None:
             times.errorbar(
                 x, middle, [middle - low, high - middle], color=f"C{i}", marker="o", label=name
             )
+
+        # Both axes are logarithmic, except the time over examples, which is nearly constant.
         memory.set(xscale="log", yscale="log", title=f"over {axis}")
         times.set(xscale="log", yscale="log", xlabel=axis)
-        if axis == "examples":  # which time hardly knows of
+        if axis == "examples":
             times.set(yscale="linear", ylim=(0, None))
         if axis == "devices":
             times.set_xticks(DEVICES, [str(devices) for devices in DEVICES])
@@ -323,10 +350,10 @@ def main(
     """Measures what is missing.
 
     Args:
-        axis: What grows.
-        largest: The largest point of an axis that is measured.
-        limit: Seconds for one point.
-        report: Only show what has been measured.
+        axis: Axes to measure.
+        largest: Largest value of an axis to measure.
+        limit: Time limit of a point in seconds.
+        report: Show earlier results without measuring.
         results: Folder for scale.jsonl, .md and .png.
     """
     log = Log(results / "scale.jsonl")

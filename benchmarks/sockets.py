@@ -1,8 +1,9 @@
-"""Holds the bytes that `traffic.py` reads off compiled programs against the machine's own count of bytes sent.
+"""Compares the bytes that `traffic.py` counts in compiled programs with the bytes of real sockets.
 
-Real processes on this machine, one CPU device each, talk over loopback sockets through Gloo. What `/proc/net/dev` says
-was sent through `lo`, minus what the same barriers send without a program between them, is what went over the wire:
-with the headers of TCP and IP, which are 0.2 % of long messages.
+Processes on this machine with one CPU device each communicate over loopback sockets through Gloo.
+The bytes on the wire are those that `/proc/net/dev` counts as sent through `lo`, minus those of the
+same barriers without a program between them. They include the headers of TCP and IP, which are
+0.2 % of long messages.
 
     python benchmarks/sockets.py                      # every program and strategy, four processes
     python benchmarks/sockets.py --processes 3 --only all-reduce,synchronous --size 65536
@@ -51,7 +52,7 @@ from ctde_jax.rounds import Resident, state
 
 REPEATS = 20
 BATCH_SIZE = 24  # divides over 2, 3, 4, 6 and 8 processes
-TIMEOUT = 120  # seconds for one program, after which processes that wait for each other are ended
+TIMEOUT = 120  # seconds for one program; ends processes that wait for each other
 
 
 COLLECTIVES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -84,8 +85,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gossip exponential": {"graph": "exponential"},
     "streaming-diloco int4": {"reduce": "int4"},
 }
-"""Variants of the presets, by a preset's name and a word."""
+"""Variants of the presets, by the name of a preset and a suffix."""
 
+# Four local steps in a round, except for ddp, which communicates at every step.
 STRATEGIES = {
     **{
         name: ctde.strategy(name, sync_every=4 * (name != "ddp"), synchronous_steps=0)
@@ -97,14 +99,14 @@ STRATEGIES = {
     },
 }
 
-Program = tuple[
-    Callable[[], object], str, int
-]  # a call runs one round; its HLO; the steps of a round
+# A function that runs one round, its HLO, and the number of local steps in a round.
+Program = tuple[Callable[[], object], str, int]
 
 
 def collective(function: Callable[[jax.Array], jax.Array], size: int) -> Program:
-    """Compiles a collective over messages of so many numbers."""
+    """Compiles a collective over float32 messages of `size` numbers on each device."""
     devices = jax.devices()
+    # Rounded down to a multiple of the devices, as scattered collectives need it.
     message = replica.shard(
         np.ones((len(devices), size - size % len(devices)), np.float32), devices
     )
@@ -113,22 +115,25 @@ def collective(function: Callable[[jax.Array], jax.Array], size: int) -> Program
 
 
 def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
-    """Compiles a round of a strategy for a model of about so many parameters."""
+    """Compiles a round of a strategy for a perceptron of about `size` parameters."""
+    # The model and its data. A hidden unit has 32 + 4 weights.
     devices = jax.devices()
     width = size // (32 + 4)
     inputs = np.random.default_rng(0).normal(size=(BATCH_SIZE * 4, 32)).astype(np.float32)
     data = ctde.data.from_arrays(
         inputs, np.arange(len(inputs)) % 4, inputs, np.arange(len(inputs)) % 4
     )
-    model, optimizer = ctde.models.mlp([32, width, 4]), optax.sgd(0.1)
+    model = ctde.models.mlp([32, width, 4])
+    optimizer = optax.sgd(0.1)
     batches = deal(data.train, len(devices), BATCH_SIZE, seed=0)
+
+    # The arguments of the program: state, examples, and the order of one round.
     params, model_state = jax.jit(model.init)(jax.random.key(0), data.train.inputs[:1])
     train_state = state.place(params, model_state, optimizer, strategy, devices)
     examples, key = replica.replicate((batches.split, jax.random.key(1)), devices)
     steps = max(1, strategy.inner_steps)
-    indices = replica.shard(
-        batches.steps(0, steps).swapaxes(0, 1)[:, None], devices
-    )  # [replica, round, step, example]
+    # int32[replica, round, step, example]
+    indices = replica.shard(batches.steps(0, steps).swapaxes(0, 1)[:, None], devices)
     program = compile_rounds(
         model, data, ctde.tasks.classification, optimizer, strategy, Resident(batches), devices
     )
@@ -142,19 +147,21 @@ def strategy_round(strategy: ctde.Strategy, size: int) -> Program:
 
 
 def sent_through_loopback() -> int:
-    """Reads how many bytes this machine, or this network namespace, has sent to itself."""
+    """Returns the bytes sent through `lo` so far in this network namespace."""
     (line,) = (
         line
         for line in Path("/proc/net/dev").read_text().splitlines()
         if line.strip().startswith("lo:")
     )
+    # Eight columns for received data precede the bytes sent.
     return int(line.split(":")[1].split()[8])
 
 
 def count(run: Callable[[], object], repeats: int) -> int:
-    """Returns the bytes sent by so many runs, all processes together, and by the barriers around them."""
+    """Returns the bytes that all processes send in `repeats` runs and the barriers around them."""
+    # Other processes may leave a barrier later, so wait until all its packets have been counted.
     multihost_utils.sync_global_devices("before")
-    time.sleep(0.1)  # the other processes leave the barrier later
+    time.sleep(0.1)
     before = sent_through_loopback()
     multihost_utils.sync_global_devices("start")
     for _ in range(repeats):
@@ -165,9 +172,10 @@ def count(run: Callable[[], object], repeats: int) -> int:
 
 
 def run_process(point: Row) -> None:
-    """Is one of the processes; the first one prints a line of JSON for each program."""
+    """Runs one of the processes; the first one prints a JSON line for each program."""
+    # Gloo prints to stdout, which is read only from the first process.
     if point["index"]:
-        os.dup2(2, 1)  # Gloo prints, and only the first process is listened to
+        os.dup2(2, 1)
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{point['port']}", point["processes"], point["index"])
@@ -179,7 +187,8 @@ def run_process(point: Row) -> None:
         )
         run, hlo, steps = make(point["size"])
         measured = traffic.measure(hlo, steps, [device.process_index for device in jax.devices()])
-        jax.block_until_ready(run())  # opens the sockets
+        # The first run opens the sockets; a count without runs is that of the barriers.
+        jax.block_until_ready(run())
         idle = count(run, 0)
         row = {
             "name": name,
@@ -192,7 +201,8 @@ def run_process(point: Row) -> None:
 
 
 def measure(processes: int, names: list[str], size: int) -> list[Row]:
-    """Runs the processes and returns the bytes of each program by name, of all processes together, a round."""
+    """Runs the processes; returns a row for each program with bytes per round of all processes."""
+    # Port 0 lets the system choose a free one, at which the processes meet.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         point = {
@@ -202,7 +212,7 @@ def measure(processes: int, names: list[str], size: int) -> list[Row]:
             "size": size,
         }
     with ExitStack() as at_end:
-        threads = {"NPROC": "4"}  # of XLA's pool, in which collectives wait
+        threads = {"NPROC": "4"}  # size of XLA's thread pool, in which collectives wait
         commands = [
             point_command(__file__, {**point, "index": index}) for index in range(processes)
         ]
@@ -216,7 +226,10 @@ def measure(processes: int, names: list[str], size: int) -> list[Row]:
 
 
 def enter_namespace() -> None:
-    """Starts this command again with a loopback that nobody else uses, if possible; no process stays behind."""
+    """Restarts this command, if possible, in a network namespace whose `lo` nobody else uses.
+
+    All its processes end with it (`--kill-child`).
+    """
     enter = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
     tools = shutil.which("unshare") and shutil.which("ip")
     if (
@@ -224,6 +237,7 @@ def enter_namespace() -> None:
         and tools
         and not subprocess.run([*enter, "true"], capture_output=True).returncode
     ):
+        # `lo` is down in a new namespace.
         up = ["env", "ALONE=1", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
         os.execvp(enter[0], [*enter, *up, sys.executable, *sys.argv])
 
@@ -234,13 +248,13 @@ def main(
     only: str = ",".join([*COLLECTIVES, *STRATEGIES]),
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Prints the table.
+    """Prints a table of the bytes of each program.
 
     Args:
         processes: Number of processes.
         size: Numbers in a message, or parameters of the model.
-        only: Names of programs, with commas between.
-        as_json: Print lines of JSON instead of a table.
+        only: Comma-separated names of programs.
+        as_json: Print JSON lines instead of a table.
     """
     enter_namespace()
     rows = measure(processes, only.split(","), size)

@@ -1,4 +1,4 @@
-"""Small trained models and their bundles, made once for all tests of a process that ask for them."""
+"""Small trained models and their bundles, made once per process for all tests that use them."""
 
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ WINDOW = 16
 
 
 class LinenMLP(linen.Module):
-    """Asks in Python how many examples there are, as many modules do."""
+    """Uses the number of examples in Python, as many modules do."""
 
     @linen.compact
     def __call__(self, x):

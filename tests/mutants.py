@@ -1,4 +1,4 @@
-"""Mutation tests: changes one token of the trainer's core at a time and runs the tests of that line.
+"""Mutation tests: change one token of the trainer's core at a time, and run the tests of that line.
 
     pip install -e '.[test]' coverage cosmic-ray
     python tests/mutants.py --sample 320
@@ -108,7 +108,10 @@ def main() -> None:
             with results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(
-                f"{number:4} {result['outcome']:9} {result['seconds']:5.0f} s  {result['diff'][:150]}",
+                (
+                    f"{number:4} {result['outcome']:9} {result['seconds']:5.0f} s  "
+                    f"{result['diff'][:150]}"
+                ),
                 flush=True,
             )
     report([result for result in known if tuple(result["mutant"]) in set(chosen)])
@@ -171,12 +174,12 @@ def measure(folder: Path, processes: int, programs: Path, files: list[str]) -> d
 
 
 def short(name: str) -> str:
-    """Returns the file and the function of a test, without folders and parameters; both are unique."""
+    """Returns the file and function of a test, without folders and parameters; both are unique."""
     return ".".join(name.split("[")[0].split(".")[-2:])
 
 
 def sample(paths: list[Path], count: int, seed: int) -> list[tuple]:
-    """Returns mutants `(module, operator, occurrence, line)`, at most one for each place in the source."""
+    """Returns mutants `(module, operator, occurrence, line)`, at most one per source place."""
     with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/work.sqlite") as database:
         init(paths, database, {})
         mutations = [mutation for item in database.work_items for mutation in item.mutations]
@@ -246,7 +249,7 @@ def judge(mutant: tuple, copy: Path, tests: dict, programs: Path, most: int) -> 
 
 
 def tests_of(module: str, line: int, tests: dict) -> list[str]:
-    """Returns the tests that execute a line, the module's own first; for code run on import, of the nearest one."""
+    """Returns the tests of a line (if it runs on import, of the nearest), the module's first."""
     lines = tests["lines"].get(module, {})
     near = sorted(lines, key=lambda other: abs(other - line))
     contexts = (
@@ -278,7 +281,7 @@ def pytest() -> list[str]:
 
 
 def environment(copy: Path, programs: Path) -> dict[str, str]:
-    """Lets all runs share compiled programs, as processes of pytest-xdist do."""
+    """Returns an environment in which all runs share compiled programs."""
     shared = {"JAX_COMPILATION_CACHE_DIR": str(programs), "PYTEST_XDIST_WORKER": "gw0"}
     return {**os.environ, **shared, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, and what is compared of runs."""
+"""Killed runs, and the parts of runs that tests compare."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def killed_after(monkeypatch, lines: int, run) -> None:
-    """Runs until so many rows have been written."""
+    """Runs until `lines` rows have been written, and then kills the run."""
     add = Log.add
 
     def add_or_die(log: Log, row):

@@ -1,4 +1,4 @@
-"""The shape of the house: rooms that name what others may use, one `jax.pmap`, and a map that is true."""
+"""Architecture: rooms name what others may import, there is one `jax.pmap`, and the map is true."""
 
 import ast
 import re
@@ -48,7 +48,7 @@ def test_contract_of_the_imports_is_kept():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_room_is_entered_by_its_door(path):
-    """What is imported from another room is named in its `__init__`, or is a module of it."""
+    """Imports from another room are names in its `__init__`, or its modules."""
     for module, name in imported(path):
         _, _, inside = module.partition(".")
         other, _, deeper = inside.partition(".")

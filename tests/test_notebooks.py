@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, and are committed without what they printed."""
+"""Notebooks run from top to bottom, and are committed without outputs."""
 
 import time
 from pathlib import Path
@@ -36,7 +36,8 @@ warnings.simplefilter("error")
 """
     train = """
 import ctde_jax as ctde, optax
-ctde.fit(ctde.models.mlp([64, 8, 10]), ctde.data.digits(), optax.adam(0.01), devices=ctde.devices.start(1),
+ctde.fit(ctde.models.mlp([64, 8, 10]), ctde.data.digits(), optax.adam(0.01), \
+devices=ctde.devices.start(1),
          batch_size=64, steps=600, eval_every=1, log_every=1, run_dir="run").step
 """
     notebook = nbformat.v4.new_notebook(
@@ -68,7 +69,7 @@ ctde.fit(ctde.models.mlp([64, 8, 10]), ctde.data.digits(), optax.adam(0.01), dev
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
 def test_notebook_runs_and_learns(path, monkeypatch):
-    """In a kernel of its own, as Jupyter starts it, with JAX's platform left to what the machine has."""
+    """In a separate kernel, as Jupyter starts it, with the JAX platform that the machine has."""
     monkeypatch.delenv("NPROC", raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     notebook = nbformat.read(path, as_version=4)

@@ -1,23 +1,39 @@
-"""What the README shows is what happens."""
+"""What the README and the pages of the documentation show is what happens."""
 
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from sklearn.datasets import load_wine
+
+import ctde_jax
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
+def commands(text: str) -> list[str]:
+    return [
+        block.strip() for block in blocks(text, "bash") if block.startswith("python -m ctde_jax")
+    ]
+
+
 def shape(output: str) -> list[str]:
-    """The output without its numbers, which depend on the machine, and without the spaces and lines that fit them."""
+    """The output without its numbers, which depend on the machine, and the spaces that fit them."""
     lines = (re.sub("─+", "─", " ".join(line.split())) for line in output.strip().splitlines())
     return [re.sub(r"\d[\d,.]*", "0", line) for line in lines]
 
@@ -39,6 +55,17 @@ def in_shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A working folder with a text and a table, as a user has them."""
+    (tmp_path / "mine.txt").write_text("\n".join(PAGES.values())[:12000])
+    wine = load_wine()
+    table = np.column_stack([wine.data, wine.target])
+    names = ",".join([*wine.feature_names, "cultivar"])
+    np.savetxt(tmp_path / "mine.csv", table, "%g", ",", header=names, comments="")
+    return tmp_path
+
+
 def test_transcript_is_what_the_first_command_prints(tmp_path):
     install, command = blocks(README, "bash")[0].strip().split(" && ")
     assert install == "pip install ."
@@ -46,13 +73,10 @@ def test_transcript_is_what_the_first_command_prints(tmp_path):
 
 
 @pytest.mark.slow
-def test_other_commands_run(tmp_path):
-    (tmp_path / "mine.txt").write_text(README[:12000])
-    commands = [
-        block.strip() for block in blocks(README, "bash") if block.startswith("python -m ctde_jax")
-    ]
-    assert commands
-    says = {
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if commands(text)])
+def test_commands_run(page, folder):
+    """The commands of a page, in their order and in one folder."""
+    prints = {
         "train": "test accuracy",
         "wire": "a round",
         "profile": "speed-up",
@@ -60,25 +84,56 @@ def test_other_commands_run(tmp_path):
         "export": "sha256",
         "execute": "probability",
     }
-    for command in commands:
+    for command in commands(PAGES[page]):
         name = re.search(r"ctde_jax\.(\w+)", command)[1]
-        assert says[name] in in_shell(command, tmp_path)
+        assert prints[name] in in_shell(command, folder)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_python_blocks_run(name):
-    for block in blocks((ROOT / name).read_text(), "python"):
-        exec(block, {})
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+def test_python_blocks_run(page, folder, monkeypatch):
+    """The blocks of a page, in their order and in one namespace."""
+    monkeypatch.chdir(folder)
+    namespace = {}
+    for block in blocks(PAGES[page], "python"):
+        exec(block, namespace)
+
+
+def test_readme_has_at_most_250_lines():
+    assert len(README.splitlines()) <= 250
 
 
 def test_tree_names_every_folder():
-    tree = blocks(README, "text")[-1]
+    tree = blocks((ROOT / "CONTRIBUTING.md").read_text(), "text")[0]
     named = set(re.findall(r"^([\w.]+)/", tree, flags=re.MULTILINE))
     assert named == {"ctde_jax", "examples", "notebooks", "benchmarks", "tests", "docs", ".ci"}
     assert all((ROOT / name).is_dir() for name in named)
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    commands = [block.strip() for block in blocks(README, "bash") if "pytest" in block]
-    assert len(commands) == 1
-    assert commands[0] in (ROOT / ".ci" / "run").read_text()
+    tested = [block.strip() for block in blocks(README, "bash") if "pytest" in block]
+    assert len(tested) == 1
+    assert tested[0] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_reference_has_every_public_name():
+    """A room has a directive, which shows its `__all__`, and so have the names that it hides.
+
+    These are public modules, and functions that hide a module of the same name.
+    """
+    found = re.findall(r"^::: ([\w.]+)$", "\n".join(PAGES.values()), flags=re.MULTILINE)
+    assert len(found) == len(set(found))
+    names = [path.parent.name for path in (ROOT / "ctde_jax").glob("*/__init__.py")]
+    rooms = [getattr(ctde_jax, name) for name in names]
+    for module in [ctde_jax, *rooms]:
+        for name in module.__all__:
+            value = getattr(module, name)
+            if isinstance(value, ModuleType):
+                assert value.__name__ in found
+                continue
+
+            # Constants have no module; those of a room are shown with it.
+            path = f"{getattr(value, '__module__', '')}.{name}"
+            room = module if module in rooms else import_module(".".join(path.split(".")[:2]))
+            is_shown = name in getattr(room, "__all__", vars(room))
+            is_hidden = (Path(room.__file__).parent / f"{name}.py").exists()
+            assert path in found or (is_shown and not is_hidden), path

@@ -1,4 +1,4 @@
-"""Modules as users write them, by what is special about each; `test_user_modules.py` trains them all."""
+"""Modules as users write them, by special property; `test_user_modules.py` trains all."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ class ArrayAttribute(Plain):
 
 
 class KeepsAShape(Plain):
-    """Notes what it was called with, which changes nothing."""
+    """Stores the shape of its input, which does not affect the output."""
 
     def __call__(self, x):
         self.last_shape = x.shape
@@ -147,7 +147,7 @@ def negative_elbo(outputs, labels):
 
 
 class Running(nnx.Variable):
-    """A type of the user's own."""
+    """A type that a user defines."""
 
 
 class OwnVariable(Plain):
@@ -728,7 +728,10 @@ REFUSED = {
     "another size": (
         of(lambda m, x: m.layer(x[:, :4])),
         "features",
-        r"float32\[1, 6\].* nnx.Linear was built with in_features=6, but its inputs have 4 in the last axis\.$",
+        (
+            r"float32\[1, 6\].* nnx.Linear was built with in_features=6, but its inputs have 4 in "
+            r"the last axis\.$"
+        ),
     ),
     "another size in a sequence": (
         of(lambda m, x: m.layer(m.layer(x)).mean(1)),

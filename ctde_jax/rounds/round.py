@@ -291,7 +291,8 @@ def parallel_rounds(
 ) -> jax.stages.Wrapped:
     """Makes the program that computes several rounds on the devices; it donates the state.
 
-    Its sums are `float32[replica, most * steps]`; `digests.make_digests` adds up those of all replicas.
+    Its sums are `float32[replica, most * steps]`; `digests.make_digests` adds up those of all
+    replicas.
 
     Args:
         gradient: Gradient function, made by `make_gradient_for` for the same strategy.

@@ -1,4 +1,4 @@
-"""What every reducer promises, what it sends, and what makes each one special."""
+"""The contract of all reducers, the bytes that they send, and the properties of each."""
 
 from functools import partial
 from math import ceil
@@ -35,7 +35,7 @@ KEY = jax.random.key(7)
 
 
 class Contract(NamedTuple):
-    """A reducer, and how closely it must keep what all replicas already agree on."""
+    """A reducer, and its tolerance for messages that are equal on all replicas."""
 
     reduce: optax.GradientTransformation
     tolerance: float
@@ -169,7 +169,7 @@ def test_trivial_setting_is_the_mean(name, key):
 
 @pytest.mark.parametrize("name", ["two-phase f32", "gathered f32"])
 def test_whoever_has_no_weight_is_not_heard(name, key):
-    """Not even with a NaN; and where nobody has weight the mean is zero."""
+    """Weight 0 excludes a replica, even one with NaN; if all weights are 0, the mean is 0."""
     rows = messages(key)
     spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
     assert_close(agree(REDUCERS[name].reduce, spoilt), average(rows))
@@ -199,7 +199,7 @@ def test_mean_counts_every_replica_by_its_examples(key):
 
 
 def test_mean_by_hosts_is_the_mean(key):
-    """On real devices, as virtual ones cannot talk in groups; replica 1 has no weight and says nonsense."""
+    """On devices, because vmap does not support axis groups; replica 1 has weight 0 and NaN."""
     rows = messages(key)
     spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
     by_hosts = replica.parallel(
@@ -237,7 +237,7 @@ def test_mean_of_nobodys_examples_is_zero(key):
 @pytest.mark.parametrize("exchange", [two_phase, gathered])
 @pytest.mark.parametrize("name", FORGETFUL)
 def test_error_feedback_says_everything_in_the_end(name, exchange, key):
-    """What is agreed on in T rounds is T times the mean, up to a rest that does not grow."""
+    """The sum of T results is T times the mean, up to an error that does not grow with T."""
     reduce, rows, weights = (
         exchange(error_feedback(FORGETFUL[name])),
         messages(key),
@@ -285,7 +285,7 @@ def test_replica_without_weight_keeps_what_nobody_has_heard(key):
 
 
 def test_rule_that_hears_everybody_leaves_nobody_with_what_was_said(key):
-    """Without weights, a replica without examples is heard too, so its residual moves on like all others."""
+    """The median has no weights: a replica without examples counts, and its residual changes."""
     reduce, rows = two_phase(error_feedback(sign(8)), aggregate.median()), messages(key)
 
     def once(message, weight):
@@ -372,7 +372,7 @@ BYTES = {
 
 
 def sent_bytes(reduce: optax.GradientTransformation, n: int, replicas: int) -> float:
-    """What a device sends in one round, read off the compiled program."""
+    """Returns the bytes that a device sends in one round, counted in the compiled program."""
     reduce = optax.with_extra_args_support(reduce)
 
     def update(message, params, state, weight):

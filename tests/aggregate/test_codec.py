@@ -1,4 +1,4 @@
-"""What is written can be read, and what is lost is known."""
+"""Codecs: decoding inverts encoding up to a loss that `encode` returns."""
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ def test_packed_integers_are_unpacked(bits, count):
 
 @pytest.mark.parametrize("name", CODECS)
 def test_rows_are_written_one_by_one(name, key):
-    """A row of a matrix says what it says alone."""
+    """Each row of a matrix is encoded independently."""
     codec, values = CODECS[name], jax.random.normal(key, (3, SIZE))
     alone = jnp.stack([round_trip(codec, row) for row in values])
     np.testing.assert_allclose(round_trip(codec, values), alone, rtol=1e-6)
@@ -60,11 +60,10 @@ def test_zeros_stay_zeros(name):
     assert not round_trip(CODECS[name], jnp.zeros(SIZE)).any()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CODECS if name != "int2"]
-)  # of another root mean square
+# The root mean square of decoded int2 differs from that of its input.
+@pytest.mark.parametrize("name", [name for name in CODECS if name != "int2"])
 def test_what_is_read_is_written_the_same_way_again(name, key):
-    """A codec changes nothing in what it has said itself; only the mean magnitude of signs may round."""
+    """Decoded values are encoded without further loss, except for the rounded mean of signs."""
     said = round_trip(CODECS[name], jax.random.normal(key, (SIZE,)))
     np.testing.assert_allclose(round_trip(CODECS[name], said), said, rtol=1e-5)
 
@@ -157,14 +156,13 @@ def test_sent_and_residual_are_what_was_wanted(name, decay, key):
 @pytest.mark.parametrize("largest", [1.5e-30, 1.8e19, 1e30, float(jnp.finfo(jnp.float32).max)])
 @pytest.mark.parametrize("name", CODECS)
 def test_magnitude_changes_nothing_but_the_scale(name, largest, key):
-    """As numpy scales what is read of numbers near 1, up to the largest float32."""
+    """The decoded values scale with the input, up to the largest float32."""
     values = np.asarray(jax.random.normal(key, (SIZE,)), np.float64)
     values /= np.abs(values).max()
     scaled = (values * largest).astype(np.float32)
     codec = CODECS[name]
-    write = jax.jit(
-        lambda values: codec.encode(values, codec.init(values.shape), KEY)[:2]
-    )  # as the compiler rounds
+    # Both are compiled, so that they round alike.
+    write = jax.jit(lambda values: codec.encode(values, codec.init(values.shape), KEY)[:2])
     payload, said = write(scaled)
     read = jax.jit(lambda payload: codec.decode(payload, SIZE, KEY))(payload)
     np.testing.assert_array_equal(read, said)

@@ -1,4 +1,4 @@
-"""Parameters that no device changes keep their bits, whatever the message and whatever freezes them."""
+"""Frozen parameters keep their bits, for any message and any way of freezing them."""
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ MIXING = ["ring", "exponential", "pairs", "streaming", "streaming without feedba
 
 
 def rounds(reduce: optax.GradientTransformation, messages, weights, initial):
-    """Applies what is agreed in each round; returns the parameters `[replica, round, ...]` and the last state."""
+    """Applies the result of each round; returns `[replica, round, ...]` and the last state."""
     reduce = optax.with_extra_args_support(reduce)
 
     def on_replica(params, state, message, weight, key):
@@ -96,7 +96,7 @@ def test_leaf_of_zeros_stays_in_every_round(name, key):
 @pytest.mark.parametrize("exchange", [two_phase, gathered])
 @pytest.mark.parametrize("name", ["sign", "int2, statistical", "random-k"])
 def test_leaf_of_zeros_leaves_no_residual(exchange, name):
-    """What a codec cannot write is kept for later in the leaves that move, and nowhere else."""
+    """Only leaves that change keep the error of the codec as a residual."""
     reduce = exchange(error_feedback(FORGETFUL[name]))
     messages = {
         "a": jnp.zeros((REPLICAS, ROUNDS, 20)),
@@ -170,7 +170,7 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_frozen_layers_keep_their_bits_in_training(name):
-    """On 3 devices, whose sums of three equal numbers round, with an average of the parameters over time."""
+    """On 3 devices, where sums of three equal numbers round, and with an EMA of the parameters."""
     preset, options = STRATEGIES[name]
     model = ctde.models.from_nnx(Partly)
     trained = ctde.fit(

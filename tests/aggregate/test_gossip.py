@@ -1,4 +1,4 @@
-"""Replicas without a center: the mean stays, the spread shrinks by what the graph is known for."""
+"""Gossip preserves the mean, and the spread shrinks at the rate of the graph."""
 
 import jax
 import numpy as np
@@ -79,9 +79,9 @@ def test_every_round_of_pairs_is_drawn_equally_often(replicas):
     mixed = jax.jit(jax.vmap(together, (None, 0)))(
         jnp.eye(replicas), jax.random.split(jax.random.key(5), draws)
     )
-    own = np.where(
-        np.arange(replicas)[:, None] == np.arange(replicas), 0.25, 0
-    )  # so a replica alone finds itself
+    # Subtract a quarter on the diagonal, so that the maximum is at the partner, or at the replica
+    # itself if it has none.
+    own = np.where(np.arange(replicas)[:, None] == np.arange(replicas), 0.25, 0)
     partners = np.argmax(np.asarray(mixed) - own, axis=-1)
     drawn, counts = np.unique(partners, axis=0, return_counts=True)
 
@@ -100,7 +100,7 @@ def test_everybody_meets_everybody_once(replicas):
 
 
 def test_local_steps_are_mixed_with_the_parameters(key):
-    """With d the outer gradients, a replica ends at the mix of everybody's `params - d`."""
+    """Each replica ends at the mix of `params - outer_grads` of all replicas."""
     params, steps = jax.random.normal(key, (2, 4, 3))
     reduce = gossip("exponential")
 

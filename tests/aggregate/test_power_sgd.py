@@ -1,4 +1,4 @@
-"""PowerSGD: factors of full rank are the mean, nothing is lost, and a constant message is learned."""
+"""PowerSGD: full-rank factors give the mean, nothing is lost, and constant messages are learned."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def messages(key: jax.Array) -> dict[str, jax.Array]:
 
 
 def agree(reduce, rows, rounds: int, key: jax.Array, weights: jax.Array = WEIGHTS):
-    """Sends the same message in every round; returns what was agreed in each, and the replicas' last states."""
+    """Sends the same message in every round; returns the result of each, and the final states."""
 
     def send(message, weight):
         def one(state, round_key):
@@ -58,7 +58,7 @@ def test_rank_that_saves_nothing_is_the_mean(key):
 
 
 def test_factors_that_hold_the_whole_mean_say_it_at_once(key):
-    """Messages of rank 2 have a mean of rank 8; two columns more keep a random start well conditioned."""
+    """The mean of 4 messages has rank 8; 2 more columns keep the random start well conditioned."""
     left, right = (jax.random.normal(k, (REPLICAS, 40, 2)) for k in jax.random.split(key))
     rows = {"kernel": jnp.einsum("rik,rjk->rij", left, right)}
     agreed, state = agree(power_sgd(rank=10), rows, 1, key)
@@ -74,7 +74,7 @@ def test_what_is_agreed_has_the_rank(rank, key):
 
 
 def test_agreed_and_kept_are_what_was_wanted(key):
-    """Over all rounds: what was agreed, and the average of what is left over, add up to what was sent in."""
+    """The results of all rounds and the average residual add up to the messages."""
     rows, rounds = messages(key), 7
     agreed, state = agree(power_sgd(rank=1), rows, rounds, key)
     left_over = dict(zip(("conv", "kernel"), state.residual, strict=True))
@@ -97,7 +97,7 @@ def test_first_round_keeps_what_the_own_factors_do_not_say(key):
 
 
 def test_constant_message_gets_through(key):
-    """The residual stays bounded, so the average of what is agreed tends to the average of the messages."""
+    """The residual stays bounded, so the mean result tends to the mean of the messages."""
     rows, rounds = messages(key), 400
     agreed, _ = agree(power_sgd(rank=2), rows, rounds, key)
     for name, wanted in average(rows).items():
@@ -130,7 +130,7 @@ def test_warm_start_is_power_iteration(key):
 
 
 def test_direction_that_was_lost_is_found_again(key):
-    """After rounds of zeros, and of a rank below that of the factors, the next message gets through as the first."""
+    """After a message of zeros, or of a lower rank, the next one gets through with full rank."""
     rows = {"kernel": jnp.zeros((REPLICAS, 12, 10)).at[:, 5:].set(messages(key)["kernel"][:, 5:])}
     reduce = power_sgd(rank=2)
     zeros = jax.tree.map(jnp.zeros_like, rows)
@@ -170,7 +170,7 @@ def test_rank_below_one_is_refused():
 
 @pytest.mark.parametrize("magnitude", [2.0**-80, 2.0**80])
 def test_magnitude_of_the_message_changes_nothing_else(magnitude, key):
-    """Also where products of two messages are no float32, as those with the last right factor would be."""
+    """Even if products of two messages leave the range of float32."""
     rows = messages(key)
     agreed, _ = agree(power_sgd(rank=1), jax.tree.map(lambda x: x * magnitude, rows), 3, key)
     expected, _ = agree(power_sgd(rank=1), rows, 3, key)

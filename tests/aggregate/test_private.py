@@ -1,4 +1,4 @@
-"""Private aggregation: how much a replica can move the answer, how much noise hides it, and what that buys."""
+"""Private aggregation: sensitivity to one replica, noise, and the resulting privacy guarantee."""
 
 import sys
 from math import exp, sqrt
@@ -82,7 +82,7 @@ def test_noise_is_new_in_every_round(key):
 
 
 def gaussian_delta(epsilon: float, noise_multiplier: float, rounds: int) -> float:
-    """The exact delta of so many Gaussian mechanisms in a row (Balle and Wang, 2018, theorem 8)."""
+    """The exact delta of composed Gaussian mechanisms (Balle and Wang, 2018, theorem 8)."""
     mu, phi = sqrt(rounds) / noise_multiplier, NormalDist().cdf
     return phi(mu / 2 - epsilon / mu) - exp(epsilon) * phi(-mu / 2 - epsilon / mu)
 

@@ -1,4 +1,4 @@
-"""Each robust rule against its definition in numpy, against its breakdown point, and in training under attack."""
+"""Robust rules: their definitions in numpy, breakdown points, and training under attack."""
 
 from collections.abc import Callable
 from functools import cache
@@ -36,9 +36,8 @@ def numpy_multi_krum(rows: np.ndarray, byzantine: int, selected: int) -> np.ndar
     scores = []
     for own in rows:
         squared = sorted(float((own - other) @ (own - other)) for other in rows)
-        scores.append(
-            sum(squared[1 : len(rows) - byzantine])
-        )  # the first is the distance to itself
+        # The first distance is that to itself.
+        scores.append(sum(squared[1 : len(rows) - byzantine]))
     return rows[np.argsort(scores)[:selected]].mean(axis=0)
 
 
@@ -60,7 +59,7 @@ def numpy_centered_clipping(rows: np.ndarray, radius: float, iterations: int) ->
 
 
 class Rule(NamedTuple):
-    """A rule with options that bear 2 bad replicas of 8, and the same written from its definition."""
+    """A rule that tolerates 2 bad replicas of 8, and a reference from its definition."""
 
     combine: Combine
     reference: Callable[[np.ndarray], np.ndarray]
@@ -96,7 +95,7 @@ def compiled(combine: Combine):
 
 
 def combined(combine: Combine, rows: np.ndarray) -> np.ndarray:
-    """The agreed message, where each replica owns a slice and the last slices are filled up with zeros."""
+    """Returns the combined message; each replica owns a slice, and the last ones are padded."""
     replicas, size = rows.shape
     slices = (
         np.pad(rows, ((0, 0), (0, -size % replicas))).reshape(replicas, replicas, -1).swapaxes(0, 1)
@@ -141,7 +140,7 @@ def test_weights_buy_no_influence(name, key):
 @pytest.mark.parametrize("nonsense", [1e6, -1e30, np.nan, np.inf])
 @pytest.mark.parametrize("name", RULES)
 def test_two_bad_replicas_of_eight_do_not_move_the_answer_away_from_the_honest(name, nonsense):
-    """The answer is no farther from the average of the honest than one of them, or than the zero of the clipping."""
+    """As near to the honest mean as some honest replica is, or zero in the case of clipping."""
     rows = np.random.default_rng(0).uniform(1.0, 2.0, (8, 20))
     rows[[2, 5]] = nonsense
     honest = np.delete(rows, [2, 5], axis=0)
@@ -198,9 +197,8 @@ def test_geometric_median_has_the_least_sum_of_distances():
 def test_centered_clipping_starts_from_what_was_agreed_last():
     """Far away the center takes a step of the radius in every round, and then it is there."""
     combine = centered_clipping(2.0)
-    far = jnp.full(
-        (4, 5), 3.0
-    )  # at a distance of 3 sqrt(20) = 13.4, as each of the 4 replicas owns 5 numbers
+    # At a distance of 3 sqrt(20) = 13.4, because each of the 4 replicas owns 5 numbers.
+    far = jnp.full((4, 5), 3.0)
 
     def rounds(slice_):
         def one(state, _):
@@ -250,12 +248,18 @@ def test_rule_that_makes_no_sense_is_refused(build, sentence):
         (
             krum(3),
             8,
-            "devices must be at least 9 for Krum .* 3 bad devices .* got 8; .* byzantine to at most 2",
+            (
+                "devices must be at least 9 for Krum .* 3 bad devices .* got 8; .* byzantine to "
+                "at most 2"
+            ),
         ),
         (
             krum(0),
             2,
-            "devices must be at least 3 for Krum .* got 2; use more devices, or choose another rule",
+            (
+                "devices must be at least 3 for Krum .* got 2; use more devices, or choose "
+                "another rule"
+            ),
         ),
         (
             multi_krum(2, selected=7),
@@ -265,7 +269,7 @@ def test_rule_that_makes_no_sense_is_refused(build, sentence):
     ],
 )
 def test_too_few_replicas_are_refused_where_the_state_begins(combine, replicas, sentence):
-    """Shapes alone will do, so it is said before anything is compiled."""
+    """Shapes suffice for the check, so the error comes before any compilation."""
     begin = jax.vmap(two_phase(combine=combine).init, axis_name=AXIS)
     with pytest.raises(InputError, match=sentence):
         jax.eval_shape(begin, jax.ShapeDtypeStruct((replicas, 20), jnp.float32))
@@ -293,7 +297,7 @@ TRAINED_BY = [
 def accuracies(
     combine: Combine, digits: data.Dataset, rounds: int = 300, per_replica: int = 128
 ) -> dict[str, float]:
-    """Test accuracies in percent after synchronous training with 2 bad replicas of 8, by their attack."""
+    """Trains with 2 bad replicas of 8; returns test accuracies in percent by attack."""
     reduce = two_phase(combine=combine)
     inputs, test_inputs = (
         jnp.asarray(split.inputs.reshape(-1, 64), jnp.float32) / 16

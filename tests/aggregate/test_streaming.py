@@ -14,7 +14,7 @@ REPLICAS, SIZE, FRAGMENTS = 3, 10, 4
 
 @pytest.mark.parametrize("mix", [0.0, 0.5])
 def test_streaming_is_the_loop_that_the_paper_describes(mix, key):
-    """Against numpy: fragments, late answers, outer steps with momentum, and mixing, over three turns."""
+    """Three turns against numpy: fragments, late results, momentum in the outer step, mixing."""
     outer = optax.sgd(0.7, momentum=0.9)
     reduce = streaming(FRAGMENTS, outer=outer, mix=mix)
     rounds = 3 * FRAGMENTS
@@ -44,14 +44,13 @@ def test_streaming_is_the_loop_that_the_paper_describes(mix, key):
         params, state = own_round(params, state, steps[:, number])
         np.testing.assert_allclose(params, own.reshape(REPLICAS, -1)[:, :SIZE], atol=1e-4)
         for replicas_center in state.center["p"]:
-            np.testing.assert_array_equal(
-                replicas_center, state.center["p"][0]
-            )  # the same bits everywhere
+            # All replicas have the same bits.
+            np.testing.assert_array_equal(replicas_center, state.center["p"][0])
             np.testing.assert_allclose(replicas_center, center, atol=1e-4)
 
 
 def test_message_does_not_wait_for_the_local_steps(key):
-    """What is reduced in a round depends on nothing of that round, so it may travel meanwhile."""
+    """The message does not depend on the local steps of its round, so both can overlap."""
     reduce = streaming(2)
     params = jnp.ones(6)
 

@@ -1,4 +1,4 @@
-"""Any optax transformation trains as in a plain loop on one device, or is refused by name before compilation."""
+"""Any optax transformation trains as in a plain loop, or is refused by name before compilation."""
 
 import shutil
 from functools import cache, partial
@@ -141,7 +141,7 @@ def losses(trained: ctde.Trained) -> list[float]:
 
 
 def plain_loop(name: str) -> tuple[list[float], dict]:
-    """Returns the losses of a loop as optax's documentation writes it, and the parameters to evaluate."""
+    """Returns the losses of a loop as in optax's documentation, and the parameters to evaluate."""
     optimizer, train = OPTIMIZERS[name](), dataset().train
     params, _ = MODEL.init(jax.random.split(jax.random.key(0))[0], jnp.zeros((1, FEATURES)))
     if name == "lookahead":
@@ -195,7 +195,7 @@ def _filled(masked, params):
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    """Makes the run of an optimizer on four devices, once, with a checkpoint after every five steps."""
+    """Returns a cached run on four devices, with a checkpoint after every five steps."""
 
     @cache
     def run(name: str) -> tuple[ctde.Trained, Path]:
@@ -225,7 +225,7 @@ def test_optimizer_trains_as_in_a_plain_loop_on_one_device_and_on_four(name, on_
 
 
 def test_lbfgs_with_a_learning_rate_trains_as_in_a_plain_loop():
-    """On all examples, and for five steps: L-BFGS amplifies rounding errors a thousandfold within twenty."""
+    """Five steps on all examples: L-BFGS amplifies rounding errors a thousandfold within twenty."""
     optimizer, params, expected = optax.lbfgs(0.1, linesearch=None), first_params(), []
     state = optimizer.init(params)
 
@@ -260,7 +260,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
 def test_run_that_continues_after_ten_steps_ends_with_the_bits_of_one_that_was_not_interrupted(
     name, on_four, tmp_path
 ):
-    """The folder is that of a run killed after its checkpoint of step 10; rows after it are dropped."""
+    """The folder is that of a run killed after its checkpoint of step 10; later rows go."""
     whole, folder = on_four(name)
     shutil.copytree(folder, tmp_path / "killed")
     for step in checkpoint.steps(tmp_path / "killed" / "checkpoints"):
@@ -278,7 +278,7 @@ def test_run_that_continues_after_ten_steps_ends_with_the_bits_of_one_that_was_n
 
 
 def recorder(*names: str) -> optax.GradientTransformationExtraArgs:
-    """Leaves the parameters as they are, and keeps the extra arguments of the last update in its state."""
+    """Keeps the parameters unchanged, and the last extra arguments in its state."""
 
     def init(params):
         return {
@@ -464,7 +464,7 @@ def test_optimizer_state_is_that_of_the_last_step_also_with_patience_and_rollbac
 
 
 def test_schedule_free_training_goes_on_from_the_point_of_the_gradients(tmp_path):
-    """On another number of devices; the checkpoint has both points, and the best is an evaluated one."""
+    """On other devices; the checkpoint has both points, and the best is an evaluated one."""
     held = ctde.data.hold_out(dataset(), 0.3, 0)
     optimizer = contrib.schedule_free_sgd(0.3)
     run = partial(fit, optimizer, data=held, patience=50, eval_every=5)
@@ -544,7 +544,10 @@ REFUSED = {
             contrib.differentially_private_aggregate(1.0, 1.0, key=0), optax.sgd(0.1)
         ),
         {},
-        "must not contain differentially_private_aggregate .*the gradient of every example.*aggregate.private",
+        (
+            "must not contain differentially_private_aggregate .*the gradient of every "
+            "example.*aggregate.private"
+        ),
     ),
     "an argument of one's own": (
         lambda: optax.chain(optax.sgd(0.1), scaled_by_curvature()),
@@ -554,7 +557,10 @@ REFUSED = {
     "labels of another tree": (
         lambda: optax.multi_transform({"a": optax.sgd(0.1)}, {"dense": "a"}),
         {},
-        r"the parameters of this model \(layers/0/bias \[5\], .*\), but .*raised ValueError: .*must match this tree",
+        (
+            r"the parameters of this model \(layers/0/bias \[5\], .*\), but .*raised ValueError: "
+            ".*must match this tree"
+        ),
     ),
     "mask of another tree": (
         lambda: optax.masked(optax.sgd(0.1), {"dense": True}),
@@ -569,7 +575,10 @@ REFUSED = {
     "a state that grows": (
         lambda: of_state(lambda params: jnp.zeros(1), lambda x: jnp.append(x, 0)),
         {},
-        r"must keep shapes and types of its state in an update, but .* from float32\[1\] to float32\[2\]",
+        (
+            r"must keep shapes and types of its state in an update, but .* from float32\[1\] to "
+            r"float32\[2\]"
+        ),
     ),
     "a state that is rounded": (
         lambda: of_state(

@@ -1,7 +1,7 @@
-"""Damaged and hostile bundles: each is refused in a sentence before anything of it runs, and none takes memory for it.
+"""Damaged and hostile bundles are refused with a sentence, before they run or take memory.
 
-Damage changes bytes and leaves the sums. Who is hostile can make the sums again; then the card and the files must
-still be what they claim, and a runtime that refuses a file does so in a sentence, too.
+Damage changes bytes but not the checksums. An attacker can update the checksums; then the card and
+the files are still validated, and errors of a runtime are also reported in a sentence.
 """
 
 import json
@@ -37,7 +37,7 @@ def copy(tmp_path) -> Path:
 
 
 def refuse(folder: Path) -> str:
-    """Opens a bundle, reads all of it and runs every artifact, of which something must be refused; returns why."""
+    """Reads a bundle and runs its artifacts, one of which must be refused; returns why."""
 
     def use() -> None:
         opened = node.open_bundle(folder)
@@ -58,7 +58,7 @@ def refuse(folder: Path) -> str:
 
 
 def seal(folder: Path, card: Any = None, **files: bytes) -> None:
-    """Writes files and makes all sums anew, as somebody does who wants them to be believed."""
+    """Writes files and updates all checksums, as an attacker would."""
     card = json.loads((folder / CARD).read_bytes()) if card is None else card
     for name, content in files.items():
         name = name.replace("_", ".")
@@ -388,7 +388,10 @@ def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_pa
     card["artifacts"] = {"litert": card["artifacts"]["litert"]}
     seal(copy, card)
     assert execute.main(given) == 2
-    rule = f"must be one that this version knows ({', '.join(node.RUNTIMES)}), and {copy} has only ['litert']"
+    rule = (
+        f"must be one that this version knows ({', '.join(node.RUNTIMES)}), and {copy} has only "
+        "['litert']"
+    )
     assert capsys.readouterr().err == f"error: --runtime {rule}; export the model again.\n"
     assert verify.main(["bundle", str(copy)]) == 2
     assert (
@@ -456,7 +459,7 @@ def test_malformed_file_is_refused_though_its_sums_are_right(kind, content, copy
 
 
 def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
-    """Weights that an ONNX file keeps elsewhere are not looked for, whatever place it names: not even in memory."""
+    """External data of an ONNX file are never read, from any location, not even from memory."""
     onnx = pytest.importorskip("onnx")
     (tmp_path / "secret").write_bytes(b"\0" * 4096)
     (copy / "secret").write_bytes(b"\0" * 4096)
@@ -481,7 +484,7 @@ def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
 
 
 def test_pickles_are_never_read(copy, tmp_path, capsys):
-    """Neither as a file of the bundle, nor as what is fed to it."""
+    """Neither as a file of the bundle nor as its input."""
     mark = tmp_path / "mark"
 
     class Payload:

@@ -1,6 +1,6 @@
-"""A node has Python, numpy and maybe ONNX Runtime: a virtual environment with nothing else runs what was trained here.
+"""A virtual environment with Python, numpy and optionally ONNX Runtime runs trained models.
 
-What it has is linked from the environment of the tests, so that nothing is downloaded.
+Its packages are links into the environment of the tests, so that nothing is downloaded.
 """
 
 import subprocess
@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "ctde_jax"
 
 
 def build(folder: Path, *packages: str) -> Path:
-    """Makes a virtual environment with these packages and this library, and returns its interpreter."""
+    """Creates an environment with these packages and this library; returns its interpreter."""
     venv.create(folder, symlinks=True)
     site = next(folder.glob("lib/python*/site-packages"))
     for name in packages:
@@ -121,7 +121,7 @@ def test_what_a_node_lacks_is_a_sentence(numpy_alone, tmp_path):
 
 
 def test_first_answer_is_timed(numpy_alone, with_onnxruntime, tmp_path, record_property):
-    """From the start of the process; what it takes is printed and not judged, see `benchmarks/node.py`."""
+    """Starting the process included; recorded, not asserted (see `benchmarks/node.py`)."""
     inputs = bundles.trained("mlp")[1].test.inputs
     np.save(tmp_path / "x.npy", inputs[:1])
     for runtime, python in (("numpy", numpy_alone), ("onnx", with_onnxruntime)):

@@ -1,4 +1,4 @@
-"""A file that is no regular file is refused in a sentence, whichever option names it: nothing waits, nothing grows."""
+"""A file that is not regular is refused by every option, without waiting or using memory."""
 
 import os
 import stat
@@ -81,7 +81,7 @@ def test_only_regular_files_of_a_checkpoint_are_read(tmp_path, name):
 
 @pytest.mark.parametrize("read", [ctde.data.from_csv, ctde.data.from_text])
 def test_error_in_the_middle_of_a_file_is_a_sentence(read):
-    """The first page of a process's memory cannot be read, as a block of a broken disk."""
+    """Reading the first page of a process's memory fails like a bad disk block."""
     with pytest.raises(
         InputError, match=r"/proc/self/mem, which cannot be read \(Input/output error\)"
     ):

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, broken or ASCII: one sentence or none, and no traceback."""
+"""Standard streams that are closed, full, broken or ASCII: at most one sentence, no traceback."""
 
 import os
 import subprocess
@@ -15,7 +15,10 @@ PRINT = "print('a' * 100_000)"
 
 def command(body: str, redirection: str, cwd: Path | None = None, **environment: str):
     """Runs a command whose `main` has this body, from a shell."""
-    program = f"import sys; from ctde_jax.bundle import streams\ndef main(arguments):\n  {body}; return 0\n"
+    program = (
+        "import sys; from ctde_jax.bundle import streams\ndef main(arguments):\n"
+        f"  {body}; return 0\n"
+    )
     program += "sys.exit(streams.run(main))"
     return subprocess.run(
         ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, program],
@@ -40,7 +43,10 @@ def test_output_that_nobody_reads_ends_the_command_in_silence():
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_fault_and_no_file_takes_their_place(tmp_path, closed):
-    body = "import os; f = open('file', 'w'); print(f.fileno(), file=f); print('out'); print('err', file=sys.stderr)"
+    body = (
+        "import os; f = open('file', 'w'); print(f.fileno(), file=f); "
+        "print('out'); print('err', file=sys.stderr)"
+    )
     done = command(body, closed, cwd=tmp_path)
     assert done.returncode == 0
     assert int((tmp_path / "file").read_text()) > 2
@@ -56,7 +62,8 @@ def test_working_folder_that_is_gone_is_one_sentence(tmp_path):
     done = command("print('never')", '"$(rmdir ../gone)"', cwd=tmp_path / "gone")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith(
-        "error: the working folder cannot be used (No such file or directory); change to another one.\n"
+        "error: the working folder cannot be used (No such file or directory); change to "
+        "another one.\n"
     )
 
 

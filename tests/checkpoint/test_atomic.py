@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, whatever breaks off their replacement."""
+"""A folder is complete or absent, even if its replacement is interrupted at any point."""
 
 import pytest
 

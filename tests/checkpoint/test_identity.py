@@ -1,4 +1,4 @@
-"""A run continues with the data and the program that it was started with; others are refused by name."""
+"""A run resumes only with the same data and program; differences are reported by name."""
 
 import os
 import shutil
@@ -194,7 +194,7 @@ def test_change_is_refused_by_its_name_before_anything_is_compiled(name, run, mo
 
 
 def test_what_decides_no_number_may_change(run, capsys):
-    """Equal copies, other containers, other functions of the same content, and how often something is shown."""
+    """Equal copies, other containers, equal functions, and options that only affect the output."""
     again = fit(
         run,
         model=models.from_nnx(jax.tree_util.Partial(Net)),
@@ -214,16 +214,19 @@ def test_what_decides_no_number_may_change(run, capsys):
     )
     said = capsys.readouterr().out
     assert (
-        "nothing was trained: this run was complete at step 8; resume=False or another run_dir trains it"
-        in said
-    )
+        "nothing was trained: this run was complete at step 8; resume=False or another "
+        "run_dir trains it"
+    ) in said
     assert "train" not in again.seconds
     assert repr(again).startswith("Trained(loaded, ")
 
 
 def test_digests_do_not_depend_on_the_process(tmp_path):
     """On the seed of Python's hashes, ids of objects, or where the code stands."""
-    source = "import sys; sys.path.insert(0, sys.argv[1]); import test_identity as t; print(sorted(t.digests().items()))"
+    source = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_identity as t; "
+        "print(sorted(t.digests().items()))"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", source, os.path.dirname(__file__)]
     other = subprocess.run(

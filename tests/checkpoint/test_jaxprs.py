@@ -1,4 +1,4 @@
-"""The digest of a program is that of what it computes, wherever and however it was written."""
+"""A program's digest depends on its computation, not on its source or location."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""A run that was ended, by whatever and wherever, goes on as if nothing had happened: same bits, same rows."""
+"""A run that was interrupted in any way and at any point resumes with the same bits and rows."""
 
 import os
 import random
@@ -126,7 +126,7 @@ def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monke
 
 
 def test_copy_of_a_run_goes_on_elsewhere_with_the_same_bits(small, tmp_path, monkeypatch):
-    """Its files are copied without their permissions and times, as through an object store."""
+    """The copy has other permissions and times, as from an object store."""
     whole = fit(small, tmp_path / "whole")
     killed_after(monkeypatch, 4, partial(fit, small, tmp_path / "killed"))
     shutil.copytree(tmp_path / "killed", tmp_path / "copy", copy_function=shutil.copyfile)
@@ -250,7 +250,7 @@ def test_finished_run_is_read_and_not_repeated(small, tmp_path):
 
 
 def test_work_lost_is_at_most_save_every_steps(small, tmp_path, monkeypatch):
-    """Wherever the run is killed, its newest checkpoint has at least the steps of the rows less save_every."""
+    """At any kill, the newest checkpoint is at most `save_every` steps older than the last row."""
     for lines in (2, 5, 9):
         folder = tmp_path / str(lines)
         killed_after(
@@ -276,7 +276,10 @@ def test_damaged_checkpoint_is_passed_over(small, tmp_path, monkeypatch, capsys)
 def test_other_options_are_listed(small, tmp_path):
     fit(small, tmp_path, options={"learning_rate": 0.01})
     before = tensors(tmp_path)
-    sentence = r"run_dir holds a run with other options: learning_rate 0.01 there and 0.02 here; seed 0 there and 1 here"
+    sentence = (
+        "run_dir holds a run with other options: learning_rate 0.01 there and 0.02 here; seed 0 "
+        "there and 1 here"
+    )
     with pytest.raises(ctde.InputError, match=sentence):
         fit(small, tmp_path, seed=1, options={"learning_rate": 0.02})
     assert tensors(tmp_path) == before
@@ -419,10 +422,13 @@ def test_branch_off_a_run_that_patience_ended_has_patience_anew(small, tmp_path)
 
 
 def test_branch_must_have_steps_left(small, tmp_path):
-    """Which the sentence asks for by either name, as the call may give epochs."""
+    """The error names both steps and epochs, because a call may give either."""
     fit(small, tmp_path / "trunk")
     trunk = checkpoint.newest(tmp_path / "trunk" / "checkpoints")
-    rule = "^branch_from must lead to a checkpoint from before the end of this run at step 40, got .* of step 40; "
+    rule = (
+        "^branch_from must lead to a checkpoint from before the end of this run at step 40, got "
+        ".* of step 40; "
+    )
     with pytest.raises(
         ctde.InputError,
         match=f"{rule}raise epochs or steps, which count from the start of its parent",
@@ -467,10 +473,8 @@ def test_sigterm_within_a_span_and_at_its_end(small, tmp_path, monkeypatch):
     """The same call goes on from where the signal came."""
     whole = fit(small, tmp_path / "whole")
     add = Log.add
-    for moment in (
-        4,
-        11,
-    ):  # the third row of the second span, whose end is step 20, and the evaluation after it
+    # The third row of the second span, which ends at step 20, and the evaluation after that span.
+    for moment in (4, 11):
 
         def add_and_signal(log: Log, row, moment=moment):
             add(log, row)
@@ -598,7 +602,7 @@ def command(folder: Path, *more: str) -> list[str]:
     [(), ("--strategy", "diloco", "--sync-every", "5", "--reduce", "int4", "--error-feedback")],
 )
 def test_command_killed_at_30_random_moments_ends_with_the_same_bits(tmp_path, more):
-    """Moments during start, compilation, training and saving; a run that has ended begins anew in another folder."""
+    """During start, compilation, training and saving; a finished run is started again."""
     subprocess.run(command(tmp_path / "whole", *more), check=True, capture_output=True)
     draw, kills, number = random.Random(0), 0, 0
     while kills < 30:

@@ -1,4 +1,4 @@
-"""A bundle runs alone: right answers from every kind of file, in every runtime, and a sentence for every mistake."""
+"""A bundle runs alone: correct outputs for all formats and runtimes, clear errors."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def run(capsys, *arguments: object) -> list[str]:
 
 
 def refused(capsys, *arguments: object) -> str:
-    """Executes what is a mistake, and returns the sentence."""
+    """Executes a command that must fail, and returns its error."""
     assert execute.main([str(argument) for argument in arguments]) == 2
     said = capsys.readouterr()
     assert not said.out
@@ -295,7 +295,7 @@ def test_tokens_without_a_vocabulary_are_told_by_their_numbers(tmp_path, capsys)
 
 
 def test_node_imports_nothing_of_the_trainer(digits, images, tmp_path):
-    """Neither JAX nor flax nor what draws progress bars; only numpy, and the runtime that is asked for."""
+    """Imports neither JAX nor flax nor rich, only numpy and the requested runtime."""
     np.save(tmp_path / "x.npy", images[:1])
     trainer = {"jax", "jaxlib", "flax", "optax", "rich", "tyro", "sklearn", "safetensors"}
     for runtime in ("numpy", "onnx"):

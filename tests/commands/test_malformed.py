@@ -1,7 +1,7 @@
-"""A malformed file becomes one sentence: no other exception, no memory beyond its size, nothing executed.
+"""A malformed file gives one sentence: no other exception, no memory beyond its size, no execution.
 
-A mutation may be harmless; then what is read must be well formed. Hypothesis mutates whole files, and those that lie
-with intent are written by hand.
+A mutation may be harmless; then the result must be well formed. Hypothesis mutates whole files;
+files that deceive on purpose are written by hand.
 """
 
 import gzip
@@ -74,7 +74,7 @@ def npy_bytes(array: np.ndarray, **save) -> bytes:
 
 
 def npy_of(header: str | bytes, content: bytes = b"", version: tuple[int, int] = (1, 0)) -> bytes:
-    """Writes an .npy file whose header says what it wants."""
+    """Returns an .npy file with an arbitrary header."""
     text = header.encode() if isinstance(header, str) else header
     length = struct.pack("<H" if version == (1, 0) else "<I", len(text))
     return b"\x93NUMPY" + bytes(version) + length + text + content
@@ -103,20 +103,20 @@ def npz_bytes(
 
 
 def safetensors_bytes(header: object, content: bytes = b"") -> bytes:
-    """Writes a .safetensors file whose header says what it wants."""
+    """Returns a .safetensors file with an arbitrary header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + content
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads a checkpoint whose checksums are those of its files, so that only its readers are left to notice."""
+    """Reads a checkpoint with updated checksums, so that only the readers can detect the damage."""
     (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
     return checkpoint.read(folder)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: how a valid one is made in a folder, which of its files is mutated, and how it is read."""
+    """A kind of file: a function that writes a valid one, the file to mutate, and a reader."""
 
     make: Callable[[Path], Path]
     read: Callable[[Path], object]
@@ -153,7 +153,8 @@ def make_npy(folder: Path, mutated: str) -> Path:
 def make_csv(folder: Path) -> Path:
     path = folder / "mine.csv"
     path.write_text(
-        'length,width,"the\nkind"\n1,2.5,setosa\n2,3.5,"virginica"\n3,-1.5e3,setosa\n4,0.5,virginica\n'
+        'length,width,"the\nkind"\n'
+        '1,2.5,setosa\n2,3.5,"virginica"\n3,-1.5e3,setosa\n4,0.5,virginica\n'
     )
     return path
 
@@ -207,14 +208,15 @@ KINDS = {
     "manifest": Kind(
         lambda f: make_checkpoint(f, MANIFEST), lambda path: read_checkpoint(path.parent)
     ),
-    "manifest of damaged tensors": Kind(  # which is never whole, and the last of these
+    # Never intact, and the last of these.
+    "manifest of damaged tensors": Kind(
         lambda f: make_checkpoint(f, MANIFEST), lambda path: read_with_damaged_tensors(path.parent)
     ),
 }
 
 
 def read_with_damaged_tensors(folder: Path) -> Checkpoint:
-    """Reads a checkpoint whose manifest is as its checksum says and whose tensors are not."""
+    """Reads a checkpoint whose manifest matches its checksum and whose tensors do not."""
     (folder / SUMS).write_text(_sums(folder).replace("a", "b", 1), encoding="utf-8")
     return checkpoint.read(folder)
 
@@ -225,7 +227,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 def check_well_formed(found: object) -> None:
-    """Asserts of what was read what the rest of the library takes for granted."""
+    """Asserts the invariants that the rest of the library assumes."""
     if isinstance(found, Dataset):
         for inputs, labels in (found.train, found.test):
             assert len(inputs) == len(labels) > 0
@@ -243,7 +245,7 @@ def check_well_formed(found: object) -> None:
 
 
 def sentence_of(read: Callable[[Path], object], path: Path, traces: bool = True) -> str:
-    """Reads a file, and returns the sentence that it ends with, or nothing if it is fine after all."""
+    """Reads a file; returns the sentence of its error, or an empty string if the file is valid."""
     if traces:
         tracemalloc.start()
     try:
@@ -262,7 +264,7 @@ def sentence_of(read: Callable[[Path], object], path: Path, traces: bool = True)
 
 
 def mutations(content: bytes) -> st.SearchStrategy[bytes]:
-    """Cuts a file off, flips its bytes, and inserts, removes, repeats and overwrites parts of it."""
+    """Truncates a file, flips bytes, and inserts, removes, repeats and overwrites parts."""
     place = st.integers(0, len(content))
     part = st.tuples(place, place).map(sorted)
     some = st.one_of(
@@ -593,7 +595,7 @@ HARMLESS_ZIPS = {
 
 @pytest.mark.parametrize("content", HARMLESS_ZIPS.values(), ids=HARMLESS_ZIPS)
 def test_zip_whose_lie_is_of_no_use_is_read(tmp_path: Path, content: bytes):
-    """How long an array is, its own header says."""
+    """The length of an array is in its header."""
     path = tmp_path / "mine.npz"
     path.write_bytes(content)
     assert sentence_of(from_npz, path) == ""
@@ -874,7 +876,7 @@ except InputError as error:
 
 
 def bomb(path: Path) -> None:
-    """Writes an .npz file of some kilobytes whose header and directory agree that it unpacks to 4 GB."""
+    """Writes an .npz file of some kilobytes whose header and directory claim 4 GB of content."""
     header = npy_of(header_of((GIGABYTES // 4, 1)))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("y_train.npy", npy_bytes(Y))

@@ -1,4 +1,4 @@
-"""Where the time goes: parts of a step, sentences that follow from numbers, and the command. No time is held."""
+"""Profiling: parts of a step, advice derived from numbers, and the command. No time is asserted."""
 
 import re
 from dataclasses import replace
@@ -219,9 +219,13 @@ def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, mon
 MISTAKES = {
     "--trace": "--trace must name a folder, got none.",
     "--trace --devices 2": "--trace must name a folder, got none.",
-    "--trace file/trace": "--trace must name a folder to write to, but file/trace failed: Not a directory.",
+    "--trace file/trace": (
+        "--trace must name a folder to write to, but file/trace failed: Not a directory."
+    ),
     "--eval-every 0": "--eval-every must be at least 1, got 0.",
-    "--batch-size 66 --devices 4": "--batch-size must be a multiple of the 4 devices, got 66; 64 would do.",
+    "--batch-size 66 --devices 4": (
+        "--batch-size must be a multiple of the 4 devices, got 66; 64 would do."
+    ),
     "--run-dir file/run": "--run-dir must be a folder that can be written to and has room",
     "--trase x": "--trase is no option",
 }

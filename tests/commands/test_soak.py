@@ -32,7 +32,7 @@ on_linux = pytest.mark.skipif(
 @pytest.mark.slow
 @on_linux
 def test_100_000_steps_on_eight_fake_devices(tmp_path):
-    """With rows, evaluations and checkpoints; from a fifth of the run on, memory grows by less than 5 %."""
+    """With rows, evaluations and checkpoints; memory grows by less than 5 % after a fifth of it."""
     command = [
         sys.executable,
         "-m",

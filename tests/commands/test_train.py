@@ -1,4 +1,4 @@
-"""The command line, as a person uses it: good runs, and every mistake in one sentence."""
+"""The command line as users run it: valid runs, and one sentence for every mistake."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ QUICK = ["--devices", "2", "--steps", "4", "--log-every", "2"]
 def command(
     *arguments: str, cwd: Path | None = None, before: str = "true"
 ) -> subprocess.Popen[str]:
-    """Starts the command in a process of its own, from a shell that may have set something before."""
+    """Starts the command in a subprocess, from a shell that first runs `before`."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")
     }
@@ -162,7 +162,7 @@ def test_partitions_and_schedules_run(tmp_path, partition, schedule):
 
 @pytest.mark.parametrize("sync_every", ["0", "2"])
 def test_run_works_where_jax_counts_in_64_bits(tmp_path, sync_every):
-    """As for users who have set `jax_enable_x64`; the command itself computes in 32 bits."""
+    """With `jax_enable_x64` set by the user; the command computes in 32 bits."""
     process = command(
         *QUICK,
         "--sync-every",
@@ -178,8 +178,14 @@ def test_run_works_where_jax_counts_in_64_bits(tmp_path, sync_every):
 @pytest.mark.curves
 def test_run_works_in_an_odd_shell(tmp_path):
     """Settings that a notebook, a job script or a serial terminal leaves behind, all at once."""
-    shell = "export MPLBACKEND=garbage PYTHONIOENCODING=ascii COLUMNS=1 TERM=dumb NPROC=many HOME=/proc/none LC_ALL=C"
-    shell += " MPLCONFIGDIR=/proc/none TMPDIR=/nowhere PYTHONOPTIMIZE=2 TZ=none/x JAX_DEBUG_NANS=1; unset XDG_CACHE_HOME"
+    shell = (
+        "export MPLBACKEND=garbage PYTHONIOENCODING=ascii COLUMNS=1 TERM=dumb NPROC=many "
+        "HOME=/proc/none LC_ALL=C"
+    )
+    shell += (
+        " MPLCONFIGDIR=/proc/none TMPDIR=/nowhere PYTHONOPTIMIZE=2 TZ=none/x JAX_DEBUG_NANS=1; "
+        "unset XDG_CACHE_HOME"
+    )
     process = command(*QUICK, "--run-dir", str(tmp_path / "run"), before=shell)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -193,9 +199,9 @@ def test_output_on_a_full_disk_is_refused_and_leaves_nothing_behind(tmp_path):
     process = command(*QUICK, cwd=tmp_path, before="exec > /dev/full")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert (
-        errors
-        == "error: standard output must be writable, got No space left on device; redirect it to a file with room.\n"
+    assert errors == (
+        "error: standard output must be writable, got No space left on device; redirect it to "
+        "a file with room.\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -240,9 +246,8 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path):
         before="export PYTHONUNBUFFERED=1",
     )
     assert process.stdout is not None
-    assert (
-        "devices" in process.stdout.readline()
-    )  # the plan, which is printed before programs are compiled
+    # The plan, which is printed before programs are compiled.
+    assert "devices" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
 
@@ -251,7 +256,7 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path):
 
 @pytest.mark.parametrize("blocks", [2, 160])
 def test_full_disk_gets_a_sentence(tmp_path, blocks):
-    """A limit on the size of files stands for the disk: no checkpoint fits, or only the first lines do."""
+    """A file size limit simulates a full disk: no checkpoint fits, or only the first lines fit."""
     many_rows = ["--devices", "1", "--epochs", "60", "--log-every", "1"]
     without_programs = f"ulimit -f {blocks}; export JAX_ENABLE_COMPILATION_CACHE=false"
     process = command(*many_rows, "--run-dir", str(tmp_path / "run"), before=without_programs)
@@ -329,9 +334,9 @@ def test_clients_take_turns_on_the_devices(tmp_path, capsys):
     assert train.main([*QUICK, *clients, "--run-dir", str(tmp_path)]) == 0
     plan = " ".join(capsys.readouterr().out.split())
     assert (
-        "by_label: 12 clients keep 119 to 120 examples each (partition.png), and 2 of them, drawn anew"
-        in plan
-    )
+        "by_label: 12 clients keep 119 to 120 examples each (partition.png), and 2 of them, "
+        "drawn anew"
+    ) in plan
     assert "fedavg: the mean of the parameters after every 2 steps alone" in plan
 
 
@@ -379,29 +384,47 @@ def test_text_is_kept_by_devices_and_sampled(tmp_path, capsys):
 
 
 MISTAKES = {
-    "--batch-size 66 --devices 4": "--batch-size must be a multiple of the 4 devices, got 66; 64 would do.",
-    "--batch-size 4000": "--batch-size must be at most the 1,438 training examples, got 4000; 1436 would do.",
+    "--batch-size 66 --devices 4": (
+        "--batch-size must be a multiple of the 4 devices, got 66; 64 would do."
+    ),
+    "--batch-size 4000": (
+        "--batch-size must be at most the 1,438 training examples, got 4000; 1436 would do."
+    ),
     "--devices 0": "--devices must be at least 1, got 0.",
     "--epochs 0": "--epochs must be at least 1, got 0.",
     "--steps 0": "--steps must be at least 1, got 0.",
     "--eval-every 0": "--eval-every must be at least 1, got 0.",
     "--sync-every -1": "--sync-every must be at least 0, got -1.",
-    "--strategy diloco --sync-every 0": "--outer needs steps alone .sync_every. of at least 1, got 0.",
-    "--strategy gossip --devices 1": "--devices must be at least 2 for gossip, which needs a neighbor, got 1.",
-    "--combine krum --byzantine 1": "--devices must be at least 5 for Krum to withstand 1 bad device",
+    "--strategy diloco --sync-every 0": (
+        "--outer needs steps alone .sync_every. of at least 1, got 0."
+    ),
+    "--strategy gossip --devices 1": (
+        "--devices must be at least 2 for gossip, which needs a neighbor, got 1."
+    ),
+    "--combine krum --byzantine 1": (
+        "--devices must be at least 5 for Krum to withstand 1 bad device"
+    ),
     "--reduce power_sgd --rank 0": "--rank must be at least 1, got 0.",
     "--reduce top_k --keep 5000": "--keep must be from 1 to the 4096 numbers of a chunk, got 5000.",
-    "--reduce int4 --error-feedback --feedback-decay 2": "--feedback-decay must be from 0 to 1, got 2.0.",
-    "--clients 10": "--clients need a --partition that stays, such as iid, got --partition reshuffled.",
+    "--reduce int4 --error-feedback --feedback-decay 2": (
+        "--feedback-decay must be from 0 to 1, got 2.0."
+    ),
+    "--clients 10": (
+        "--clients need a --partition that stays, such as iid, got --partition reshuffled."
+    ),
     "--clients 2 --partition iid": "--clients must be at least 4, got 2.",
     "--rank 2": "--rank goes with --reduce power_sgd.",
     "--error-feedback": "--error-feedback goes with --reduce int8 or --reduce int4 or",
-    "--outer-momentum 0.5 --strategy fedadam": "--outer-momentum goes with --outer momentum or --outer nesterov.",
+    "--outer-momentum 0.5 --strategy fedadam": (
+        "--outer-momentum goes with --outer momentum or --outer nesterov."
+    ),
     "--learning-rate -1": "--learning-rate must be greater than 0 and finite, got -1.0.",
     "--warmup-steps 900": "--warmup-steps must be fewer than the 230 steps of the run, got 900.",
     "--seed -1": "--seed must be from 0 to 4294967295, got -1.",
     "--seed 99999999999999999999": "--seed must be from 0 to 4294967295",
-    "--dirichlet-alpha inf --partition dirichlet": "--dirichlet-alpha must be greater than 0 and at most 1e6, got inf.",
+    "--dirichlet-alpha inf --partition dirichlet": (
+        "--dirichlet-alpha must be greater than 0 and at most 1e6, got inf."
+    ),
     "--epochs 3 --steps 4": "--epochs and --steps exclude each other",
     "--epochs many": "--epochs must be a whole number, got 'many'.",
     "--widths 0": "--widths must be at least 1, got 0.",
@@ -412,68 +435,141 @@ MISTAKES = {
     "--batchsize 3": "--batchsize is no option; did you mean '--batch-size'?",
     "--dataset npz": "--data-file must name your file for --dataset npz, got none.",
     "--dataset csv --data-file nowhere.csv": "--data-file .*nowhere.csv",
-    "--data-file words.csv": "--data-file goes with --dataset text or npz or csv, got --dataset digits.",
-    "--dataset text --data-file latin.txt --model lstm": "--data-file .*latin.txt.*0xdf at the offset 3, .*not UTF-8",
-    "--dataset text --data-file short.txt --model lstm": "--data-file .*short.txt, which has 1 of the 129",
-    "--dataset text --data-file file --model lstm": "--data-file .*file, which is empty: give a file with a text.",
-    "--dataset text --data-file some.txt": "--model must be lstm, gru or transformer for a text, got mlp.",
-    "--dataset text --data-file some.txt --model lstm --prompt X": "--prompt must be written in the 10 characters of",
-    "--dataset text --data-file some.txt --model lstm --prompt=": "--prompt must be at least one character, got none.",
-    "--dataset text --data-file some.txt --model lstm --partition dirichlet": "--partition must be reshuffled or iid",
-    "--dataset text --data-file some.txt --model transformer --heads 3": "--heads must divide the width of 128, got 3.",
-    "--model transformer": "--model transformer reads texts .--dataset text., got the data set digits.",
-    "--dataset csv --data-file table.csv --model cnn": "image_shape must be .height, width. or .* got .2,.",
-    "--dataset csv --data-file table.csv --model lstm": "--model lstm reads sequences .length, features., got examples",
-    "--dataset csv --data-file table.csv --sequence rows": "--sequence needs pictures of the shape .height, width.",
-    "--model resnet --widths 16 20": "--widths must be multiples of the 8 groups of a norm, got 20.",
-    "--model resnet --widths 8 8 8 8 8": "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8.",
-    "--model cnn --init recurrent": "--init must not be recurrent for a model without a recurrent cell",
+    "--data-file words.csv": (
+        "--data-file goes with --dataset text or npz or csv, got --dataset digits."
+    ),
+    "--dataset text --data-file latin.txt --model lstm": (
+        "--data-file .*latin.txt.*0xdf at the offset 3, .*not UTF-8"
+    ),
+    "--dataset text --data-file short.txt --model lstm": (
+        "--data-file .*short.txt, which has 1 of the 129"
+    ),
+    "--dataset text --data-file file --model lstm": (
+        "--data-file .*file, which is empty: give a file with a text."
+    ),
+    "--dataset text --data-file some.txt": (
+        "--model must be lstm, gru or transformer for a text, got mlp."
+    ),
+    "--dataset text --data-file some.txt --model lstm --prompt X": (
+        "--prompt must be written in the 10 characters of"
+    ),
+    "--dataset text --data-file some.txt --model lstm --prompt=": (
+        "--prompt must be at least one character, got none."
+    ),
+    "--dataset text --data-file some.txt --model lstm --partition dirichlet": (
+        "--partition must be reshuffled or iid"
+    ),
+    "--dataset text --data-file some.txt --model transformer --heads 3": (
+        "--heads must divide the width of 128, got 3."
+    ),
+    "--model transformer": (
+        "--model transformer reads texts .--dataset text., got the data set digits."
+    ),
+    "--dataset csv --data-file table.csv --model cnn": (
+        "image_shape must be .height, width. or .* got .2,."
+    ),
+    "--dataset csv --data-file table.csv --model lstm": (
+        "--model lstm reads sequences .length, features., got examples"
+    ),
+    "--dataset csv --data-file table.csv --sequence rows": (
+        "--sequence needs pictures of the shape .height, width."
+    ),
+    "--model resnet --widths 16 20": (
+        "--widths must be multiples of the 8 groups of a norm, got 20."
+    ),
+    "--model resnet --widths 8 8 8 8 8": (
+        "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8."
+    ),
+    "--model cnn --init recurrent": (
+        "--init must not be recurrent for a model without a recurrent cell"
+    ),
     "--model resnet --layers 0": "--layers must be at least 1, got 0.",
     "--base-width 8": "--base-width goes with --init mup.",
-    "--init mup": "--base-width must say at which width the learning rate was found for --init mup, got none.",
-    "--init mup --base-width 8 --optimizer sgd": "--optimizer must be adam, adamw or lion with --init mup, got sgd.",
+    "--init mup": (
+        "--base-width must say at which width the learning rate was found for --init mup, got none."
+    ),
+    "--init mup --base-width 8 --optimizer sgd": (
+        "--optimizer must be adam, adamw or lion with --init mup, got sgd."
+    ),
     "--model cnn --dropout 1": "--dropout must be at least 0 and less than 1, got 1.0.",
     "--shift 8": "--shift must be less than the shorter side of a picture of 8 x 8, got 8.",
     "--cutout 9": "--cutout must be at most the shorter side of a picture of 8 x 8, got 9.",
-    "--flip --sequence rows": "--sequence must be none where pictures are augmented: they are no pictures any more.",
-    "--accumulate 3 --devices 4": "--accumulate must cut the 16 examples that each device has of a batch into equal",
+    "--flip --sequence rows": (
+        "--sequence must be none where pictures are augmented: they are no pictures any more."
+    ),
+    "--accumulate 3 --devices 4": (
+        "--accumulate must cut the 16 examples that each device has of a batch into equal"
+    ),
     "--ema-decay 1": "--ema-decay must be at least 0 and less than 1, got 1.0.",
-    "--patience 2": "--patience needs data with a validation split .hold_out, or --validation-share.",
-    "--validation-share 1": "--validation-share must leave some of the 1,438 training examples for training",
+    "--patience 2": (
+        "--patience needs data with a validation split .hold_out, or --validation-share."
+    ),
+    "--validation-share 1": (
+        "--validation-share must leave some of the 1,438 training examples for training"
+    ),
     "--label-smoothing 1": "--label-smoothing must be at least 0 and less than 1, got 1.0.",
     "--max-grad-norm 0": "--max-grad-norm must be greater than 0 and finite, got 0.0.",
     "--dataset mnist --data-dir nowhere": "--data-dir .*nowhere",
     "--dataset mnist --data-dir short": "--data-dir .*train-images",
     "--dataset mnist --data-dir magic": "--data-dir .*train-images.*magic",
-    "--dataset mnist --data-dir lengths": "--data-dir .*must have one label for each of the 4 examples, got 3 labels",
+    "--dataset mnist --data-dir lengths": (
+        "--data-dir .*must have one label for each of the 4 examples, got 3 labels"
+    ),
     "--dataset mnist --data-dir gz": "--data-dir .*train-images",
     "--dataset npz --data-file pickled.npz": "--data-file .*pickled.npz",
     "--dataset npz --data-file corrupt.npz": "--data-file .*corrupt.npz",
-    "--dataset npz --data-file lengths.npz": "--data-file .*one label for each of the 4 examples, got 2 labels",
+    "--dataset npz --data-file lengths.npz": (
+        "--data-file .*one label for each of the 4 examples, got 2 labels"
+    ),
     "--dataset npz --data-file nan.npz": "--data-file .*NaN or infinity",
     "--dataset npz --data-file outside.npz": "--data-file .*y_test must lie from 0 to 1.* got 7",
     "--dataset csv --data-file words.csv": "--data-file .*words.csv.*hello",
-    "--dataset csv --data-file words.csv --label-column c": "--label-column must be one of a, b, got 'c'",
-    "--run-dir file/run": "--run-dir must be a folder that can be written to and has room, .*Not a directory",
-    "--run-dir used": "--run-dir must not hold a run already, but used has metrics.jsonl or checkpoints; name another",
-    "--optimizer sgd --schedule constant --learning-rate 1e38": "the loss is not finite at step 2, so training stopped",
+    "--dataset csv --data-file words.csv --label-column c": (
+        "--label-column must be one of a, b, got 'c'"
+    ),
+    "--run-dir file/run": (
+        "--run-dir must be a folder that can be written to and has room, .*Not a directory"
+    ),
+    "--run-dir used": (
+        "--run-dir must not hold a run already, but used has metrics.jsonl or checkpoints; name "
+        "another"
+    ),
+    "--optimizer sgd --schedule constant --learning-rate 1e38": (
+        "the loss is not finite at step 2, so training stopped"
+    ),
 }
 
 
 ABSURD = {
     "--devices 100000": "--devices must be at most 1,024, got 100000.",
     "--widths 2147483647 2147483647": "--widths must be at most 10,000,000, got 2147483647.",
-    "--widths 9999999 9999999": "--model must fit into memory: 100,000,739,999,935 .* take at least",
+    "--widths 9999999 9999999": (
+        "--model must fit into memory: 100,000,739,999,935 .* take at least"
+    ),
     "--model resnet --layers 2147483647": "--layers must be at most 1,000, got 2147483647.",
-    "--epochs 2147483647": "--epochs must make at most 2,147,483,647 optimizer steps, got 2,147,483,647.",
-    "--steps 2147483647 --eval-every 1": "--eval-every must be at least 2,048, so that 2,147,483,647 steps have at",
+    "--epochs 2147483647": (
+        "--epochs must make at most 2,147,483,647 optimizer steps, got 2,147,483,647."
+    ),
+    "--steps 2147483647 --eval-every 1": (
+        "--eval-every must be at least 2,048, so that 2,147,483,647 steps have at"
+    ),
     "--partition iid --clients 2147483647": "--clients must be at most 1,438, got 2147483647.",
-    "--strategy sparse-loco --chunk 2147483647": "--strategy must fit into memory: 9,610 .*; lower chunk, rank or",
-    "--strategy streaming-diloco --fragments 2147483647": "--fragments must be at most 1,000, got 2147483647.",
-    "--dataset text --data-file some.txt --model lstm --sample-length 2147483647": "--sample-length must be at most",
+    "--strategy sparse-loco --chunk 2147483647": (
+        "--strategy must fit into memory: 9,610 .*; lower chunk, rank or"
+    ),
+    "--strategy streaming-diloco --fragments 2147483647": (
+        "--fragments must be at most 1,000, got 2147483647."
+    ),
+    "--dataset text --data-file some.txt --model lstm --sample-length 2147483647": (
+        "--sample-length must be at most"
+    ),
     "--run-dir=": "--run-dir must be a path, got ''.",
-    "--run-dir a/b --branch-from nowhere": "--branch-from must name the folder of an intact checkpoint, but nowhere is",
-    "--config=/dev/zero": "--config must name .* cannot be read .it is a device and not a regular file",
+    "--run-dir a/b --branch-from nowhere": (
+        "--branch-from must name the folder of an intact checkpoint, but nowhere is"
+    ),
+    "--config=/dev/zero": (
+        "--config must name .* cannot be read .it is a device and not a regular file"
+    ),
 }
 MISTAKES |= ABSURD
 
@@ -523,7 +619,7 @@ def test_read_only_run_folder_gets_a_sentence(tmp_path, monkeypatch, capsys):
     ids=["on a device", "numpy's", "Python's"],
 )
 def test_model_that_is_too_large_gets_a_sentence(tmp_path, monkeypatch, capsys, error):
-    """Simulated: a system may promise memory that it does not have, and then kill who asks for it."""
+    """Simulated, because a system may overcommit memory and kill the process later."""
 
     def raise_it(*_, **__):
         raise error
@@ -538,7 +634,10 @@ def test_model_that_is_too_large_gets_a_sentence(tmp_path, monkeypatch, capsys, 
 
 def test_mistake_costs_no_import_of_jax():
     """An unknown option is answered at once."""
-    program = "import sys; from ctde_jax import train; print(train.main(['--epoch', '3']), 'jax' in sys.modules)"
+    program = (
+        "import sys; from ctde_jax import train; "
+        "print(train.main(['--epoch', '3']), 'jax' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""The commands that prove the promises say so where they hold, and notice where they do not."""
+"""`verify` confirms guarantees that hold, and reports those that do not."""
 
 import numpy as np
 import pytest
@@ -48,9 +48,9 @@ def test_devices_that_do_not_are_told(monkeypatch, capsys):
     monkeypatch.setattr(proofs, "train", diverge)
     assert verify.main(["replicas", *RUN]) == 1
     assert (
-        "wrong: params/w should be the same on all devices, but differs between the devices [0] and [1]"
-        in capsys.readouterr().err
-    )
+        "wrong: params/w should be the same on all devices, but differs between the devices "
+        "[0] and [1]"
+    ) in capsys.readouterr().err
 
 
 def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
@@ -69,7 +69,10 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
     [
         (
             ["resum"],
-            "verify must be one of resume, exact, replicas, eval, checkpoint, bundle, got 'resum'; did you",
+            (
+                "verify must be one of resume, exact, replicas, eval, checkpoint, bundle, got "
+                "'resum'; did you"
+            ),
         ),
         (
             ["checkpoint"],
@@ -99,7 +102,10 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
         (["resume", "--run-dir", "x"], "--run-dir must be left out"),
         (
             ["checkpoint", "nowhere"],
-            "verify checkpoint wants the folder of a run or of a checkpoint, and nowhere is neither.",
+            (
+                "verify checkpoint wants the folder of a run or of a checkpoint, and nowhere is "
+                "neither."
+            ),
         ),
     ],
 )

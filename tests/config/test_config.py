@@ -177,7 +177,10 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         (["word"], "word is no option."),
         (
             ["--model", "ccn"],
-            "--model must be one of mlp, cnn, resnet, lstm, gru, transformer, got 'ccn'; did you mean",
+            (
+                "--model must be one of mlp, cnn, resnet, lstm, gru, transformer, got 'ccn'; did "
+                "you mean"
+            ),
         ),
         (["--width", "8"], "width goes with --model lstm or --model gru or --model transformer."),
         (
@@ -194,7 +197,10 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         (["--widths", "12,34"], "--widths must be a whole number, got '12,34'."),
         (
             ["--config", "nowhere.json"],
-            "config must name the config.json that a run has left in its folder, but nowhere.json cannot be read",
+            (
+                "config must name the config.json that a run has left in its folder, but "
+                "nowhere.json cannot be read"
+            ),
         ),
     ],
 )

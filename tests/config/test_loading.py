@@ -1,4 +1,4 @@
-"""A run's folder gives back the model that was trained, whatever decides which parameters that is."""
+"""Loading a run's folder returns the trained model, however its parameters were chosen."""
 
 import errno
 import json
@@ -74,9 +74,8 @@ WAYS = {
 def test_loaded_model_is_the_one_that_was_trained(way):
     right = trained(*WAYS[way])
     found, data, chosen = ctde.load_run("run")
-    exact = (
-        {} if way in ("averaged over devices", "fragments") else {"rtol": 0, "atol": 0}
-    )  # a mean over devices
+    # These two are means over devices, which may round differently.
+    exact = {} if way in ("averaged over devices", "fragments") else {"rtol": 0, "atol": 0}
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, **{"rtol": 1e-6, "atol": 1e-7, **exact}),
         (found.params, found.model_state),
@@ -92,7 +91,7 @@ def test_loaded_model_is_the_one_that_was_trained(way):
 
 
 def test_named_checkpoint_gives_its_own_parameters():
-    """As they were then; and what was not measured at that step is measured now."""
+    """Metrics that were not measured at that step are measured after loading."""
     whole = trained("--keep-checkpoints", "9", "--eval-every", "30")
     short = trained("--keep-checkpoints", "9", folder="other")
     found, data, _ = ctde.load_run("run/checkpoints/step-00000010")
@@ -168,9 +167,9 @@ def test_data_that_have_changed_are_refused_by_every_command(name, csv_run, caps
     assert main(["run", "--formats", "numpy", "--data-file", "d.csv"]) == 2
     said = capsys.readouterr().err
     assert (
-        "error: --data-file must lead to the data that the run was trained on, but d differs from them in "
-        in said
-    )
+        "error: --data-file must lead to the data that the run was trained on, but d differs "
+        "from them in "
+    ) in said
     assert part in said
     assert not Path("run/bundle").exists()
     assert train.main(command) == 2
@@ -178,9 +177,9 @@ def test_data_that_have_changed_are_refused_by_every_command(name, csv_run, caps
     assert "error: --run-dir holds a run with other " in said
     assert part in said or "training examples" in said
     assert (
-        "Give another --run-dir, --resume never to train from the start, or --branch-from run/checkpoints"
-        in said
-    )
+        "Give another --run-dir, --resume never to train from the start, or --branch-from "
+        "run/checkpoints"
+    ) in said
 
 
 def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run, capsys):
@@ -197,14 +196,17 @@ def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run,
         "12",
     ]
     assert train.main([*command, "--learning-rate", "0.01", "--steps", "40"]) == 2
-    sentence = "with other options: --learning-rate 0.008 there and 0.01 here; the number of steps 30 there and 40 here. Give"
+    sentence = (
+        "with other options: --learning-rate 0.008 there and 0.01 here; the number of steps 30 "
+        "there and 40 here. Give"
+    )
     assert sentence in capsys.readouterr().err
     assert train.main(command) == 0
     said = capsys.readouterr().out
     assert (
-        "this run was complete at step 30; --resume never or another --run-dir trains it from the start"
-        in said
-    )
+        "this run was complete at step 30; --resume never or another --run-dir trains it from "
+        "the start"
+    ) in said
     assert "complete at step 30 before; nothing was trained" in " ".join(said.split())
     assert (
         train.main(
@@ -252,7 +254,7 @@ def test_bundle_of_a_model_on_other_test_examples_is_refused(csv_run, monkeypatc
 
 
 def test_run_leaves_as_a_bundle(capsys):
-    """By one command; its card says how it was trained, and how to insist on it."""
+    """One command exports a run; its card has the training options, and its output `--expect`."""
     right = trained()
     assert main(["run", "--formats", "numpy", "jax", "onnx-int8", "--examples", "3"]) == 0
     said = capsys.readouterr().out
@@ -295,8 +297,11 @@ def test_run_leaves_as_a_bundle(capsys):
         (["empty"], "RUN must have a checkpoint, and empty has none yet"),
         (
             ["other"],
-            "RUN must be loaded with the options of its checkpoint other/checkpoints/step-00000030, but differs in "
-            "--widths [12] there and [13] here; correct config.json",
+            (
+                "RUN must be loaded with the options of its checkpoint "
+                "other/checkpoints/step-00000030, but differs in --widths [12] there and [13] "
+                "here; correct config.json"
+            ),
         ),
         (["run/checkpoints/step-00000020"], "RUN must lead to an intact checkpoint"),
     ],
@@ -365,7 +370,7 @@ def test_run_in_a_folder_that_can_only_be_read_is_loaded_and_exported(monkeypatc
 
 
 def test_bundle_of_a_checkpoint_is_not_written_into_it(capsys):
-    """For there it would be gone with the checkpoint, and the checkpoint no longer as it was written."""
+    """The bundle would be deleted with the checkpoint, and would change its contents."""
     trained()
     assert main(["run/checkpoints/step-00000020", "--formats", "numpy"]) == 0
     assert ctde.open_bundle("run/bundle").card.facts["training"]["step"] == 20

@@ -1,4 +1,4 @@
-"""Schedules have their documented values at their corners; decay and clipping do what they say."""
+"""Schedules have their documented values at their ends; decay and clipping work."""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,10 @@ def test_optimizer_goes_downhill(name):
     [
         (
             ("adm", 0.1),
-            "optimizer must be one of sgd, momentum, adam, adamw, lion, muon, got 'adm'; did you mean 'adam'",
+            (
+                "optimizer must be one of sgd, momentum, adam, adamw, lion, muon, got 'adm'; did "
+                "you mean 'adam'"
+            ),
         ),
         (
             ("sgd", 0.1, "constant", 0, 0, 0.1),
@@ -101,7 +104,7 @@ def test_wrong_setting_is_refused_in_a_sentence(arguments, sentence):
 
 @pytest.mark.parametrize("name", optimizers.DECAYING)
 def test_decay_takes_off_kernels_and_leaves_biases(name):
-    """Where the gradient is zero, a step is the decay alone: learning rate times decay times weight."""
+    """If the gradient is zero, the update is -learning_rate * weight_decay * weight."""
     params = {"kernel": jnp.full((3, 2), 2.0), "bias": jnp.full(2, 2.0)}
     optimizer = optimizers.build(name, 0.1, weight_decay=0.5)
     updates, _ = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params)

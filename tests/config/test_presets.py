@@ -1,4 +1,4 @@
-"""Every published method can be had by its name, says whose it is, and trains."""
+"""Every preset is available by name, cites its paper, and trains."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Bytes are counted from programs written by hand, from programs compiled here, and against real sockets."""
+"""Counted bytes of handwritten and compiled programs, and of real sockets."""
 
 import json
 import subprocess
@@ -107,7 +107,8 @@ def test_asynchronous_collective_is_counted_where_it_starts():
     lines = f"""
   %start = (f32[100]{{0}}, f32[400]{{0}}) all-gather-start(%x), {GROUPS}, dimensions={{0}}
   %done = f32[400]{{0}} all-gather-done(%start)
-  %shift = (f32[100]{{0}}, f32[100]{{0}}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{{{0,1}}}}
+  %shift = (f32[100]{{0}}, f32[100]{{0}}, u32[], u32[]) collective-permute-start(%x), \
+source_target_pairs={{{{0,1}}}}
   %shifted = f32[100]{{0}} collective-permute-done(%shift)
   %wrapped = ((f32[100]{{0}}), f32[100]{{0}}, s32[]) async-start(%x), calls=%wrap
   %waiting = ((f32[100]{{0}}), f32[100]{{0}}, s32[]) async-update(%wrapped), calls=%wrap
@@ -123,7 +124,10 @@ def test_asynchronous_collective_is_counted_where_it_starts():
 
 
 def test_merged_collective_counts_all_its_operands():
-    line = f"%r = (f32[100]{{0}}, /*index=1*/u8[80]{{0}}) all-reduce(%x, /*index=1*/%u), {GROUPS}, to_apply=%sum"
+    line = (
+        f"%r = (f32[100]{{0}}, /*index=1*/u8[80]{{0}}) all-reduce(%x, /*index=1*/%u), {GROUPS}, "
+        "to_apply=%sum"
+    )
 
     (one,) = collectives.read(module(line))
 
@@ -154,9 +158,8 @@ def test_groups_say_what_leaves_a_host(groups: str, size: int, crossing: float):
 def test_all_to_all_crosses_hosts_by_pairs():
     (one,) = collectives.read(module(LINES["all-to-all"][0]), hosts=[0, 0, 1, 1])
 
-    assert one.across / one.total == pytest.approx(
-        2 / 3
-    )  # of three others, two are on the other host
+    # Of the three other devices, two are on the other host.
+    assert one.across / one.total == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +180,12 @@ def test_shapes_have_the_bytes_of_their_elements(shape: str, size: int):
 
 
 def loop(name: str, around: str, turns: int | None) -> str:
-    """The line that turns the computations of `counted`; without `turns` only they say how often."""
+    """Returns the loop over `counted`; without `turns`, only its computations give the count."""
     known = "" if turns is None else f', backend_config={{"known_trip_count":{{"n":"{turns}"}}}}'
-    return f"%loop.{name} = (s32[], f32[100]{{0}}) while(%{around}), condition=%test.{name}, body=%body.{name}{known}"
+    return (
+        f"%loop.{name} = (s32[], f32[100]{{0}}) while(%{around}), condition=%test.{name}, "
+        f"body=%body.{name}{known}"
+    )
 
 
 def counted(name: str, inside: str, step: int, limit: str = "constant(17)") -> str:
@@ -444,7 +450,10 @@ def test_command_prints_the_table(capsys):
     [
         (
             ["--target", "tpu"],
-            "error: --target must be such as tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4",
+            (
+                "error: --target must be such as tpu:v5e:2x4 (a slice of so many chips) or "
+                "gpu:h100:2x4"
+            ),
         ),
         (["--target"], "got none."),
         (["--target=gpu:b1:2x4"], "got gpu:b1:2x4."),
@@ -467,7 +476,7 @@ def test_target_without_its_plugin_is_an_error(monkeypatch):
 
 @pytest.mark.slow
 def test_sockets_agree():
-    """Three real processes send within 3 % of what the compiled programs say."""
+    """Three processes send within 3 % of the bytes counted in the compiled programs."""
     names = "all-reduce,all-gather u8,all-to-all u8,collective-permute,diloco,diloco int4"
     script = Path(__file__).parents[2] / "benchmarks" / "sockets.py"
     command = [

@@ -1,4 +1,4 @@
-"""Arrays of any library and type become those of training with the same numbers, or are refused in a sentence."""
+"""Arrays of any library and dtype train with the same numbers, or are refused clearly."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -148,7 +148,10 @@ REFUSED = {
     "NaN in a list of words": ((X, [*WORDS[1:], np.nan]), f"{MIXED} float nan at [59]; {FILL}"),
     "NaN among numbers": (
         (X, np.array([*Y[1:], np.nan])),
-        "y_train must be finite, got NaN or infinity for example 59; remove or fill in such examples.",
+        (
+            "y_train must be finite, got NaN or infinity for example 59; remove or fill in such "
+            "examples."
+        ),
     ),
     "a column of words": (
         (X, np.array(WORDS, object)[:, None]),
@@ -193,7 +196,10 @@ def test_pictures_of_sixteen_bits_reach_the_model_between_0_and_1(largest, highe
     seen = (dataset.train.inputs - dataset.shift) * dataset.scale
     np.testing.assert_allclose(seen, pictures / highest, rtol=1e-6)
     assert dataset.notes == (
-        f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest pixel needs.",
+        (
+            f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest "
+            "pixel needs."
+        ),
     )
 
 

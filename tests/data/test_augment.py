@@ -1,4 +1,4 @@
-"""Augmented pictures are exactly the old ones moved, mirrored or cut, and depend on the example's number alone."""
+"""Augmented images are exact shifts, flips or cuts that depend only on the example."""
 
 from collections.abc import Callable
 from functools import partial
@@ -156,7 +156,10 @@ def test_chain_applies_one_after_the_other_with_keys_of_their_own(key: jax.Array
         (
             lambda: lambda key, example: example.astype(float)[1:],
             (7, 5),
-            "augment must leave an example in its shape [7, 5] and type uint8, got [6, 5] and float32.",
+            (
+                "augment must leave an example in its shape [7, 5] and type uint8, got [6, 5] and "
+                "float32."
+            ),
         ),
     ],
 )

@@ -58,7 +58,7 @@ def test_every_pass_has_an_order_of_its_own():
 
 
 def test_round_that_is_no_whole_epoch_starts_at_the_beginning_of_a_new_one():
-    """Nine steps are an epoch of six and the first half of the next; the next round has nothing to do with that."""
+    """Nine steps are one and a half epochs of six steps; the next round starts with a new epoch."""
     nine, twelve = data.deal(SPLIT, 2, 8, 0, CLIENTS, inner_steps=9), deal(epochs=2)
     for number in range(3):
         np.testing.assert_array_equal(nine.draw(number), twelve.draw(number)[:9])
@@ -73,7 +73,7 @@ def test_draws_depend_on_the_seed_and_the_round_and_on_nothing_else():
 
 
 def test_clients_are_drawn_without_replacement_and_equally_often():
-    """Each of 8 clients is among the 2 of a round with probability 1/4, each pair with 1/28: within five deviations."""
+    """With 2 of 8 drawn: clients 1/4 of the time, pairs 1/28, within 5 standard deviations."""
     batches, rounds = data.deal(SPLIT, 2, 16, 0, EVEN), 2000
     first = batches.steps(0, rounds)[:, :, 0]  # [round, replica]
     drawn = np.where(first < 0, ~first, first) // 8
@@ -95,7 +95,7 @@ def test_client_without_examples_is_never_drawn():
 
 
 def test_every_example_is_seen_once_an_epoch_on_average():
-    """Eight clients on two devices: four rounds of one client's epoch, or as many steps of any other round."""
+    """Eight clients on two devices: an epoch is as many steps as four client epochs."""
     batches = data.deal(SPLIT, 2, 8, 0, EVEN, inner_steps=2)
     assert batches.steps_per_epoch == 8
     epochs = 500

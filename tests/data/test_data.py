@@ -1,4 +1,4 @@
-"""Data sets are checked once; every epoch shows every example exactly once to exactly one replica."""
+"""Data sets are checked once; every epoch gives each example to exactly one replica once."""
 
 import numpy as np
 import pytest
@@ -196,7 +196,10 @@ BYTES = np.zeros((4, 2), np.uint8)
         ((BYTES, [0.0, 1.0, np.inf, 0.0]), "y_train must be finite, got NaN or infinity"),
         (
             (BYTES, [[0], [1], [0], [1]]),
-            "y_train must have the shape [examples], got (4, 1); flatten the labels with numpy.ravel.",
+            (
+                "y_train must have the shape [examples], got (4, 1); flatten the labels with "
+                "numpy.ravel."
+            ),
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The user's own file becomes a data set, or a sentence that says where it is not one."""
+"""A user's file becomes a data set, or an error that locates the fault."""
 
 import bz2
 import gzip
@@ -84,7 +84,10 @@ def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
         ),
         (
             {"x_train": X, "y_train": np.eye(3)[Y]},
-            "(got one-hot labels of the shape [6, 3]; pass labels.argmax(1)): save them as integers from 0",
+            (
+                "(got one-hot labels of the shape [6, 3]; pass labels.argmax(1)): save them as "
+                "integers from 0"
+            ),
         ),
         (
             {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y / 2},
@@ -199,13 +202,13 @@ def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault:
 
 @pytest.mark.parametrize("read", [from_npz, from_csv])
 def test_path_that_is_no_file_is_named(tmp_path: Path, read):
-    """An absent file and a folder are told apart."""
-    folder = (
-        [(tmp_path, "it is a folder and not a regular file")] if read is from_csv else []
-    )  # from_npz reads a folder, too
+    """The errors for an absent file and for a folder differ."""
+    # `from_npz` reads a folder, too.
+    folder = [(tmp_path, "it is a folder and not a regular file")] if read is from_csv else []
     for path, reason in [(tmp_path / "absent", "No such file or directory"), *folder]:
         assert fault_of(read, path) == (
-            f"data_file names {path}, which cannot be opened ({reason}): give the path of a readable file."
+            f"data_file names {path}, which cannot be opened ({reason}): give the path of a "
+            "readable file."
         )
 
 
@@ -247,7 +250,7 @@ def test_features_of_the_training_split_are_standardized(tmp_path: Path):
 
 
 def test_what_was_decided_is_noted(tmp_path: Path):
-    """A first line taken for a header is said, as it could have been an example."""
+    """A first line taken for a header is noted, because it could be an example."""
     named, split, standardized = from_csv(save(tmp_path, IRIS)).notes
     assert named == "Line 1 holds the column names; the labels are in the column 'species'."
     assert "set aside at random" in split
@@ -313,7 +316,10 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
         ),
         pytest.param(
             "w,h,l\n1,2,x\n3,tall,y\n",
-            "has 'tall' in line 3, column 'h', and not a finite float32 number: correct the cell, or remove",
+            (
+                "has 'tall' in line 3, column 'h', and not a finite float32 number: correct the "
+                "cell, or remove"
+            ),
             id="word",
         ),
         pytest.param(
@@ -358,7 +364,7 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
     ],
 )
 def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str):
-    """The user can go to the line and the column, and knows what to do there."""
+    """The error names the line, the column and the correction."""
     path = save(tmp_path, stored)
     assert fault_of(from_csv, path).startswith(f"data_file names {path}, which {fault}")
 
@@ -411,7 +417,7 @@ def test_label_column_needs_a_header(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
 def test_large_arrays_stay_in_their_file(tmp_path, monkeypatch, kind):
-    """Whole, they are the same data set; `.npz` is a zip of what the folder has."""
+    """A folder of `.npy` files and an `.npz` file give the same data set."""
     x, y = np.arange(600, dtype=np.int64).reshape(50, 3, 4) % 11, np.arange(50) % 3
     np.savez(tmp_path / "arrays.npz", first=x, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
     path = tmp_path / "arrays.npz"
@@ -426,7 +432,10 @@ def test_large_arrays_stay_in_their_file(tmp_path, monkeypatch, kind):
     assert isinstance(large.train.inputs, data.DiskArray)
     assert not isinstance(large.test.inputs, data.DiskArray)
     assert large.notes == (
-        "x_train takes 4.8 kB, and stays in its file, from which it is read while training goes on.",
+        (
+            "x_train takes 4.8 kB, and stays in its file, from which it is read while training "
+            "goes on."
+        ),
     )
     assert loaded.notes == ()
     for array, expected in zip(

@@ -1,4 +1,4 @@
-"""What is decided about a table of the user's is right, and stands in the notes."""
+"""Decisions about a user's table are right, and are noted."""
 
 import dataclasses
 from pathlib import Path
@@ -159,7 +159,8 @@ def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence
     assert notes[1].startswith("Line 1 was taken as an example, although ")
     assert sentence in notes[1]
     assert notes[1].endswith(
-        ": if it holds the column names, give the name of the label column, or put a letter into each name."
+        ": if it holds the column names, give the name of the label column, or put a letter "
+        "into each name."
     )
 
 
@@ -180,7 +181,7 @@ def test_missing_cell_in_the_first_line_makes_no_header_of_an_example(tmp_path):
 @pytest.mark.parametrize("name", ["", "Unnamed: 0", "Unnamed: 0.1"])
 @pytest.mark.parametrize("values", [range(LINES), MIXED, [f"row {line}" for line in range(LINES)]])
 def test_index_of_pandas_is_left_out(tmp_path, name, values):
-    """In file order, after shuffling, or of words; sorted by class, it would give the label away."""
+    """In file order, shuffled, or words; in sorted files, the index reveals the label."""
     dataset = from_csv(write(tmp_path, f"{name},a,b,c,d,species", values, *X.T, sorted(WORDS)))
     plain = from_csv(write(tmp_path, "a,b,c,d,species", *X.T, sorted(WORDS)))
     np.testing.assert_array_equal(all_inputs(dataset), all_inputs(plain))
@@ -316,21 +317,21 @@ MEASURED = {
 def test_whole_numbers_that_measure_are_no_classes(tmp_path, name):
     sentence = fault(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
     assert (
-        "whole numbers in 60 lines, which look like measurements and not like classes: name the column"
-        in sentence
-    )
+        "whole numbers in 60 lines, which look like measurements and not like classes: name "
+        "the column"
+    ) in sentence
 
 
 def test_words_of_which_most_lines_have_another_are_no_classes(tmp_path):
     """Such as dates, with a column of words before them that holds the classes."""
-    days = [
-        f"2024-01-{line // 2 + 1:02d}" for line in range(31)
-    ]  # one has a line, the others have two
+    # The last day has one line, and the others have two.
+    days = [f"2024-01-{line // 2 + 1:02d}" for line in range(31)]
     path = write(tmp_path, "a,kind,day", X[:31, 0], WORDS[:31], days)
     assert fault(path) == (
-        f"data_file names {path}, which has labels such as '2024-01-01' in column 'day', 16 different ones in 31 "
-        "lines, which look like dates or names and not like classes: name the column that holds the classes in "
-        "label_column (--label-column), or group the labels into few classes."
+        f"data_file names {path}, which has labels such as '2024-01-01' in column 'day', 16 "
+        "different ones in 31 lines, which look like dates or names and not like classes: name "
+        "the column that holds the classes in label_column (--label-column), or group the labels "
+        "into few classes."
     )
     assert len(from_csv(write(tmp_path, "a,day", X[:30, 0], days[:30])).classes) == 15
 
@@ -356,7 +357,10 @@ def test_many_whole_numbers_that_become_classes_are_noted(tmp_path, different):
     dataset = from_csv(
         write(tmp_path, "a,age", X[:, 0], [line % different for line in range(LINES)])
     )
-    sentence = "The 21 different whole numbers in the column 'age' are taken as classes; if they are measurements, "
+    sentence = (
+        "The 21 different whole numbers in the column 'age' are taken as classes; if they are "
+        "measurements, "
+    )
     assert any(note.startswith(sentence) for note in dataset.notes) == (different > 20)
     assert sum("are taken as classes" in note for note in dataset.notes) == (different > 20)
 
@@ -371,10 +375,11 @@ def test_codes_with_leading_zeros_are_words(tmp_path):
 
 def test_class_that_only_the_test_split_has_is_named(tmp_path):
     labels = ["usual"] * 9 + ["rare"]
+    # Two of the ten lines are test examples, so the rare class is one of them in two of ten files.
     notes = [
         from_csv(write(tmp_path, "a,y", X[:10, 0], labels[k:] + labels[:k])).notes
         for k in range(10)
-    ]  # one of the ten is drawn twice into the test split of two
+    ]
     wanted = "The test split has examples of the classes rare, and the training split has none."
     assert sum(wanted in each for each in notes) == 2
 

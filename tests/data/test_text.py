@@ -1,4 +1,4 @@
-"""A text becomes windows of tokens, each with the characters that follow; what is read back is the text."""
+"""A text becomes windows of tokens, with the next characters as labels; decoding inverts it."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_windows_and_their_labels_are_slices_of_the_text(path: Path):
 
 
 def test_every_character_is_predicted_once_by_default(path: Path):
-    """Put together, the labels are the text without its first character and the rest that fills no window."""
+    """The labels in sequence are the text without the first character and a partial window."""
     data, cut = load(path, TEXT, 10), len(TEXT) * 9 // 10
 
     for split, part in [(data.train, TEXT[:cut]), (data.test, TEXT[cut:])]:
@@ -114,7 +114,10 @@ def test_characters_that_no_window_covers_are_counted(path: Path, characters: in
     assert (
         parts == f"The first {train} characters are for training and the other {test} for testing."
     )
-    unused = f"The windows leave out {train_unused} characters of the training part and {test_unused} of the test part."
+    unused = (
+        f"The windows leave out {train_unused} characters of the training part and {test_unused} "
+        "of the test part."
+    )
     assert left_out == ([unused] if train_unused or test_unused else [])
 
 
@@ -140,7 +143,10 @@ def test_byte_order_mark_is_no_character(path: Path):
         (
             "ä" * 9,
             (),
-            "has 1 of the 129 characters that a window with its last label needs in the test part: give a longer text.",
+            (
+                "has 1 of the 129 characters that a window with its last label needs in the test "
+                "part: give a longer text."
+            ),
         ),
         (
             "ab" * 50,
@@ -151,7 +157,10 @@ def test_byte_order_mark_is_no_character(path: Path):
         (
             "a",
             (1,),
-            "has 0 of the 2 characters that a window with its last label needs in the training part",
+            (
+                "has 0 of the 2 characters that a window with its last label needs in the "
+                "training part"
+            ),
         ),
     ],
 )

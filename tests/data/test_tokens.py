@@ -18,9 +18,8 @@ class Bigram(flax.nnx.Module):
     """Knows the next token from the last one alone."""
 
     def __init__(self, rngs: flax.nnx.Rngs):
-        self.logits = flax.nnx.Embed(
-            VOCABULARY, VOCABULARY, rngs=rngs
-        )  # refuses what is not an integer
+        # Raises for inputs that are not integers.
+        self.logits = flax.nnx.Embed(VOCABULARY, VOCABULARY, rngs=rngs)
         self.bias = flax.nnx.Param(jax.numpy.zeros(VOCABULARY))
 
     def __call__(self, tokens):
@@ -46,10 +45,9 @@ def test_tokens_reach_the_model_as_they_are(kind):
 
 
 def test_next_token_is_learned_as_well_as_counting_does():
-    """A bigram model ends at the entropy of the next token given the last, which is a table of counts."""
-    tokens = (np.cumsum(TOKENS % 2 + 1, axis=1) % VOCABULARY).astype(
-        np.int32
-    )  # the next token is one of two
+    """A bigram model reaches the conditional entropy of the next token, computed from counts."""
+    # The next token is one of two.
+    tokens = (np.cumsum(TOKENS % 2 + 1, axis=1) % VOCABULARY).astype(np.int32)
     inputs, following = tokens[:, :-1], tokens[:, 1:]
     data = ctde.data.from_arrays(inputs, following, inputs, following)
 
@@ -74,7 +72,7 @@ def test_next_token_is_learned_as_well_as_counting_does():
 
 
 def test_whole_numbers_are_measurements_to_a_dense_layer():
-    """A table of integers gives what the same table in floating point gives."""
+    """Integers give the same result as the same table in floating point."""
     integers = ctde.data.from_arrays(INPUTS, INPUTS[:, 0])
     floats = ctde.data.from_arrays(INPUTS.astype(np.float32), INPUTS[:, 0])
     outputs = []
@@ -99,7 +97,10 @@ def test_integers_can_be_standardized():
         ((INPUTS, NEXT - 2**40), "y_train must fit in int32, got -10995"),
         (
             (INPUTS, NEXT[:, :1]),
-            "y_train must have the shape [examples], got (64, 1); flatten the labels with numpy.ravel.",
+            (
+                "y_train must have the shape [examples], got (64, 1); flatten the labels with "
+                "numpy.ravel."
+            ),
         ),
         ((INPUTS, NEXT[0, 0]), "y_train must have the shape [examples], got ()."),
         (

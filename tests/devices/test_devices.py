@@ -1,4 +1,4 @@
-"""Fake CPU devices start whatever has happened before, and survive what they are used for."""
+"""Fake CPU devices start in any state of JAX, and survive long runs."""
 
 import os
 import subprocess
@@ -12,7 +12,8 @@ from ctde_jax import devices
 from ctde_jax.errors import InputError
 
 LOOP = """
-step = jax.pmap(lambda x: jax.lax.pmean(x, "replica") * 1.0001, axis_name="replica", donate_argnums=0)
+step = jax.pmap(lambda x: jax.lax.pmean(x, "replica") * 1.0001, axis_name="replica", \
+donate_argnums=0)
 x = jnp.ones((COUNT, 1000))
 for _ in range(2000):
     x = step(x)
@@ -22,7 +23,7 @@ print("survived on", len(x), "devices")
 
 
 def run(program: str, **environment: str) -> str:
-    """Runs a program in a process of its own, where JAX has not started yet."""
+    """Runs a program in a new process, in which JAX has not started yet."""
     clean = {
         name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")
     }
@@ -57,10 +58,12 @@ from ctde_jax.rounds.round import parallel_rounds
 from ctde_jax.models.tasks import classification
 devices = ctde_jax.devices.start({count})
 train = ctde_jax.data.digits().train
-model, optimizer, strategy = ctde_jax.models.mlp([64, 128, 10]), optax.adam(0.01), ctde_jax.Strategy()
+model, optimizer, strategy = \
+ctde_jax.models.mlp([64, 128, 10]), optax.adam(0.01), ctde_jax.Strategy()
 params, model_state = model.init(jax.random.key(0), train.inputs[:1])
 here = state.place(params, model_state, optimizer, strategy, devices)
-train_rounds = parallel_rounds(make_gradient(model, classification), optimizer, strategy, devices, None)
+train_rounds = \
+parallel_rounds(make_gradient(model, classification), optimizer, strategy, devices, None)
 indices = np.arange({count} * 8, dtype=np.int32).reshape({count}, 1, 1, 8)
 split, key = replica.replicate((train, jax.random.key(1)), devices)
 batches = replica.shard(indices, devices)
@@ -72,7 +75,7 @@ print("survived", int(here.step), "rounds")
 
 
 def test_second_start_finds_the_programs_of_the_first(monkeypatch, tmp_path):
-    """In the user's cache folder, or where JAX has been told to keep them."""
+    """In the user's cache folder, or in the folder that is set in JAX."""
     program = """
 import ctde_jax, jax
 ctde_jax.devices.start(2)
@@ -94,7 +97,7 @@ print(jax.config.jax_compilation_cache_dir, "cache_hits" in found)
 
 
 def test_backend_that_is_already_up_is_started_anew():
-    """As in a notebook that has used JAX before; what it made stays readable."""
+    """As in a notebook that has used JAX before; its arrays stay readable."""
     program = """
 import jax, jax.numpy as jnp
 old = jnp.arange(3.0)
@@ -127,7 +130,8 @@ COUNT = len(ctde_jax.devices.start(4))
 def test_without_accelerators_one_cpu_device_is_the_default_and_commands_ask_for_four():
     program = """
 from ctde_jax import devices
-print(len(devices.start()), len(devices.start(cpu_devices=devices.FAKE_DEVICES)), len(devices.start(2, 4)))
+print(len(devices.start()), len(devices.start(cpu_devices=devices.FAKE_DEVICES)), \
+len(devices.start(2, 4)))
 """
     assert run(program) == "1 4 2\n"
 
@@ -165,7 +169,8 @@ for platform in ("cuda", "gpu", "garbage", "CPU"):
     for line in lines:
         assert line.startswith("JAX_PLATFORMS must name a platform that JAX can start here")
         assert line.endswith(
-            "set the environment variable JAX_PLATFORMS=cpu to train on fake CPU devices, or unset it."
+            "set the environment variable JAX_PLATFORMS=cpu to train on fake CPU devices, or "
+            "unset it."
         )
 
 
@@ -187,7 +192,7 @@ def test_less_than_one_device_is_refused(count):
 
 
 def test_more_accelerators_than_exist_are_refused(monkeypatch):
-    """On a machine that says it has two GPUs."""
+    """On a machine that reports two GPUs."""
     gpus = [SimpleNamespace(platform="gpu", id=number, process_index=0) for number in range(2)]
     monkeypatch.setattr(jax, "devices", lambda: gpus)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -1,4 +1,4 @@
-"""Several hosts, each a process on loopback that talks through Gloo: they compute as one, and end as one."""
+"""Several hosts, each a process on loopback with Gloo, compute as one and end as one."""
 
 import json
 import os
@@ -76,7 +76,7 @@ class Job:
         )
 
     def signal(self, index: int, number: signal.Signals) -> None:
-        """To the command, which hands it on; what nobody can hand on also to its child, as if the machine were gone."""
+        """Signals the command; also its child if the signal cannot be handled, like a lost host."""
         pid = self.processes[index].pid
         children = Path(f"/proc/{pid}/task/{pid}/children")
         if number in (signal.SIGKILL, signal.SIGSTOP) and children.exists():
@@ -216,11 +216,15 @@ def test_hosts_with_other_inputs_are_told_which(job, tmp_path):
 
 
 STRATEGIES = {
-    "diloco with int4 and feedback": "--strategy diloco --sync-every 4 --reduce int4 --error-feedback",
+    "diloco with int4 and feedback": (
+        "--strategy diloco --sync-every 4 --reduce int4 --error-feedback"
+    ),
     "gossip": "--strategy gossip",
     "synchronous at first": "--strategy post-local-sgd --sync-every 4 --synchronous-steps 12",
     "clients that keep their examples": "--strategy fedavg --partition iid",
-    "batch statistics, estimated anew": "--model resnet --widths 4 --norm batch --reestimate-batches 2",
+    "batch statistics, estimated anew": (
+        "--model resnet --widths 4 --norm batch --reestimate-batches 2"
+    ),
     "four devices each": "--devices 4 --steps 400 --batch-size 64",
     "three hosts": "",
 }
@@ -229,7 +233,7 @@ STRATEGIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_hosts_compute_what_as_many_devices_do(name, job, tmp_path):
-    """Whatever is a replica's own is on its host, and in the checkpoint of host 0."""
+    """Per-replica state is on its host, and in the checkpoint of host 0."""
     count = 3 if name == "three hosts" else 2
     more = [
         "--eval-every",
@@ -330,7 +334,7 @@ def test_ctrl_c_on_one_host_saves_and_ends_all(more, job):
 
 @pytest.mark.slow
 def test_command_that_is_killed_takes_its_training_along(job):
-    """Only the process that listens is killed; the other host is told the same as where both are."""
+    """Only the supervisor is killed; the other host reports the same as if both were lost."""
     for index in (0, 1):
         job.start(index, *LONG, "--save-every", "200")
     job.until(lambda: (job.saved() or 0) > 400)
@@ -342,7 +346,7 @@ def test_command_that_is_killed_takes_its_training_along(job):
 
 @pytest.mark.slow
 def test_fault_in_writing_ends_all_with_its_sentence(job):
-    """The folder vanishes, and cannot be made anew."""
+    """The folder is deleted, and cannot be created again."""
     for index in (0, 1):
         job.start(index, *LONG, "--save-every", "200")
     job.until(lambda: (job.saved() or 0) > 400)
@@ -380,14 +384,8 @@ def test_run_goes_on_with_other_numbers_of_hosts(job, tmp_path):
 
 @pytest.mark.slow
 def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
-    arguments = [
-        "--epochs",
-        "240",
-        "--eval-every",
-        "460",
-        "--save-every",
-        "60",
-    ]  # not over before the last kill
+    # Long enough that the run does not end before the last kill.
+    arguments = ["--epochs", "240", "--eval-every", "460", "--save-every", "60"]
 
     def run(folder: Path, kill_after: float | None) -> list[Ended]:
         job = Job(folder)
@@ -540,7 +538,8 @@ import jax, optax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import ctde_jax as ctde
 trained = ctde.fit(
-    ctde.models.mlp([64, 16, 10]), ctde.data.digits(), optax.adam(0.01), devices=ctde.devices.start(2), batch_size=64,
+    ctde.models.mlp([64, 16, 10]), ctde.data.digits(), optax.adam(0.01), \
+devices=ctde.devices.start(2), batch_size=64,
     epochs=2, run_dir=sys.argv[3], show=False,
 )
 print(len(trained.devices), trained.history[-1]["step"], trained.tested["accuracy"])
@@ -580,7 +579,8 @@ digits = ctde.data.digits()
 pictures = np.load(sys.argv[2], mmap_mode="r")
 data = ctde.data.from_arrays(pictures, digits.train.labels, *digits.test)
 trained = ctde.fit(
-    ctde.models.mlp([64, 16, 10]), data, optax.adam(0.01), devices=ctde.devices.start(2 // hosts), batch_size=64,
+    ctde.models.mlp([64, 16, 10]), data, optax.adam(0.01), \
+devices=ctde.devices.start(2 // hosts), batch_size=64,
     epochs=2, run_dir=sys.argv[3], show=False,
 )
 """
@@ -627,7 +627,7 @@ def test_best_checkpoint_stays_on_hosts_as_on_one(job, tmp_path):
 
 @pytest.mark.slow
 def test_hosts_roll_back_together_and_give_up_together(job):
-    """A learning rate that no halving saves: three times to the checkpoint, and the same sentence on both."""
+    """Halving cannot save this learning rate: three rollbacks, and the same error on both hosts."""
     for index in (0, 1):
         job.start(
             index,

@@ -52,7 +52,10 @@ def test_training_is_refused_below_what_it_needs_and_not_above(digits, monkeypat
     devices = ctde.devices.start(4)
     fit = {"devices": devices, "batch_size": 64, "steps": 1, "show": False}
     with_memory(monkeypatch, needed - 1)
-    rule = f"model must fit into memory: {PARAMS:,} parameters, .* on 4 CPU devices take at least .* kB"
+    rule = (
+        f"model must fit into memory: {PARAMS:,} parameters, .* on 4 CPU devices take at least .* "
+        "kB"
+    )
     with pytest.raises(InputError, match=rule):
         ctde.fit(MODEL, digits, optax.adam(0.01), **fit)
     with_memory(monkeypatch, max(needed, 10**9))

@@ -1,4 +1,4 @@
-"""JAX settings of a notebook or a shell: training gives the same numbers under them, or they are refused by name."""
+"""JAX settings of a notebook or shell do not change training, or are refused by name."""
 
 import jax
 import numpy as np
@@ -58,7 +58,10 @@ def fit(digits):
 def test_setting_that_rules_out_training_is_refused_with_the_way_out(digits, setting, name):
     devices, (value, needed) = ctde.devices.start(2), REFUSED[name]
     setting(name, value)
-    sentence = f"^{name} must be {needed}, as .*, got {value}; set the environment variable {name.upper()}={needed}, or"
+    sentence = (
+        f"^{name} must be {needed}, as .*, got {value}; set the environment variable "
+        f"{name.upper()}={needed}, or"
+    )
     with pytest.raises(InputError, match=sentence):
         ctde.devices.start(2)
     with pytest.raises(InputError, match=sentence):

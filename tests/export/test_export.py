@@ -1,4 +1,4 @@
-"""What leaves is what was trained: every form, at every batch size, to the example."""
+"""Every artifact equals the trained model, at every batch size, for every example."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ READ_PLACE_BY_PLACE = ("lstm", "gru", "lstm-text", "gru-text")
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_every_form_says_what_the_model_says(name):
-    """Over the whole test split, at every batch size; and what is right is right in all of them, to the example."""
+    """On the whole test split, at every batch size, with the same number of correct predictions."""
     (trained, data), written = bundles.trained(name), bundles.written(name)
     card = written.bundle.card
     assert {*card.artifacts} == (
@@ -65,7 +65,7 @@ def test_artifacts_take_raw_inputs_in_any_number(name):
 
 
 def test_every_file_has_its_sum():
-    """The card's and those of `sha256sum --check`, which knows nothing of bundles, are of the same bytes."""
+    """The checksums of the card agree with those that `sha256sum --check` computes."""
     bundle = bundles.written("mlp").bundle
     done = subprocess.run(
         ["sha256sum", "--check", "SHA256SUMS"], cwd=bundle.folder, capture_output=True, text=True
@@ -121,7 +121,7 @@ def test_examples_carry_what_the_trained_model_says_of_them():
 
 
 def test_artifact_that_says_something_else_is_not_written(monkeypatch, tmp_path):
-    """Its file is not there, the card does not know it, and the reason is said; the others are as they were."""
+    """Its file is not written, the card gives the reason, and other artifacts are unaffected."""
     trained, data = bundles.trained("mlp")
 
     def halved(program):
@@ -230,7 +230,7 @@ def test_folder_with_anything_else_in_it_is_not_replaced(others, tmp_path):
 
 @pytest.mark.parametrize("fails", ["rename", "rmtree", "write"])
 def test_bundle_that_is_there_outlives_a_replacement_that_fails(fails, tmp_path, monkeypatch):
-    """And what a killed process has left in the way is put back, or taken away, by the next one."""
+    """The next process restores or removes files that a killed process has left."""
     trained, data = bundles.trained("mlp")
     first = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False).bundle
 
@@ -396,7 +396,7 @@ def _layers(model: ctde.models.Model):
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_nan_in_one_batch_size_is_enough_to_miss(batch, monkeypatch, tmp_path):
-    """It is larger than nothing and smaller than nothing, so whoever asks for the larger of two may lose it."""
+    """Comparisons with NaN are false, so that a maximum of two numbers may drop it."""
     trained, data = bundles.trained("mlp")
     load = write.load
 
@@ -423,7 +423,7 @@ def test_bad_outputs_are_told_from_rounding():
 
 
 def test_edge_nodes_improve_a_model_that_leaves_again(tmp_path):
-    """A model leaves, learns by federated averaging where data never leave their node, and leaves again."""
+    """Exports a model, improves it by federated averaging on four nodes, and exports it again."""
     data = ctde.data.digits()
     nodes = ctde.data.partition.dirichlet(data.train.labels, 4, 0.5, seed=0)
     accuracies = []

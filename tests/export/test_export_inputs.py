@@ -1,4 +1,4 @@
-"""A perceptron leaves as numpy, whatever dtype its features have."""
+"""A perceptron is exported for numpy with features of any dtype."""
 
 import json
 

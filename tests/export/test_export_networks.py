@@ -1,6 +1,7 @@
 """The networks of Flax's tutorials and the operations of other usual networks run in ONNX Runtime.
 
-Each one is converted by itself, without training, and compared with Flax at batches of 1, 3, 7 and 64.
+Each one is converted separately, without training, and compared with Flax at batch sizes of 1, 3,
+7 and 64.
 """
 
 from dataclasses import replace
@@ -33,7 +34,7 @@ def layer(module, shape=PICTURE, dtype: type = np.float32, **options):
 
 
 def stack(make, shape=PICTURE, dtype: type = np.float32):
-    """An nnx module, as its shape, dtype and function; it is merged anew within each trace."""
+    """An nnx module, as its shape, dtype and function; each trace merges a new copy."""
     graph, state = nnx.split(make(nnx.Rngs(0)))
     return shape, dtype, lambda x: nnx.merge(graph, state, copy=True)(x)
 
@@ -130,8 +131,8 @@ CASES = {
         linen.MultiHeadAttention(num_heads=2, normalize_qk=True), (5, 16)
     ),
     **{
-        f"{name} pool {window} {strides} {padding}": lambda arguments=(pool, window, strides, padding): (
-            pooled(*arguments)
+        f"{name} pool {window} {strides} {padding}": (
+            lambda arguments=(pool, window, strides, padding): pooled(*arguments)
         )
         for name, pool in {"max": nnx.max_pool, "avg": nnx.avg_pool, "min": nnx.min_pool}.items()
         for window, strides, padding in [
@@ -313,7 +314,7 @@ def test_outputs_that_no_bundle_has_are_refused(change, sentence, perceptron, tm
 
 
 def test_form_that_answers_wrongly_or_not_at_all_is_left_out_by_name(perceptron, tmp_path):
-    """The inverse error function has another accuracy in ONNX; a Fourier transform cannot be written."""
+    """The inverse error function is less accurate in ONNX; singular values cannot be converted."""
     trained, data = perceptron
     inexact = _measured(_with(trained, lambda y: lax.erf_inv(jnp.tanh(3 * y))), data)
     written = ctde.write_bundle(inexact, data, tmp_path / "wrong", ["onnx", "jax"], show=False)

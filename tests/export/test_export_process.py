@@ -1,4 +1,4 @@
-"""An export leaves the process as it was: jax2onnx patches JAX and Flax, and not all of its patches are undone."""
+"""An export restores the process, although jax2onnx patches JAX and Flax for good."""
 
 import json
 import subprocess
@@ -29,7 +29,8 @@ from ctde_jax.export.program import LeftOut, make_program
 ROOTS = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 def attributes():
-    """Every attribute of every module and class of these packages, and the sizes of their tables."""
+    """Every attribute of every module and class of these packages, \
+and the sizes of their tables."""
     found = {}
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] not in ROOTS or not isinstance(module, types.ModuleType):
@@ -45,11 +46,13 @@ def attributes():
     return found
 
 def process():
-    loggers = {name: each for name, each in logging.root.manager.loggerDict.items() if name.split(".")[0] in ROOTS}
+    loggers = {name: each for name, each in logging.root.manager.loggerDict.items() \
+if name.split(".")[0] in ROOTS}
     return {
         "config": {name: str(value) for name, value in jax.config.values.items()},
         "filters": list(map(str, warnings.filters)),
-        "levels": {"": logging.root.level} | {name: getattr(each, "level", None) for name, each in loggers.items()},
+        "levels": {"": logging.root.level} | \
+{name: getattr(each, "level", None) for name, each in loggers.items()},
         "handlers": list(map(str, logging.root.handlers)),
         "errors": np.geterr(),
         "path": list(sys.path),
@@ -63,7 +66,8 @@ def network(x):
     return [jnp.cumsum(x.reshape(x.shape[0], -1), 1)]
 
 program = make_program(network, jax.ShapeDtypeStruct((4, 4, 2), np.float32))
-callback = lambda x: [jax.pure_callback(np.sort, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="sequential")]
+callback = lambda x: [jax.pure_callback(np.sort, jax.ShapeDtypeStruct(x.shape, x.dtype), x, \
+vmap_method="sequential")]
 fails = make_program(callback, jax.ShapeDtypeStruct((3,), np.float32))
 jax.jit(network)(np.zeros((2, 4, 4, 2), np.float32))
 before = attributes(), process()

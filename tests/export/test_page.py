@@ -1,4 +1,4 @@
-"""The page, in a real browser that can reach nothing but the test's own server: what Python says, the page says."""
+"""The page in a real browser, which reaches only the test's server, computes the same as Python."""
 
 import functools
 import http.server
@@ -88,7 +88,7 @@ class Exported(NamedTuple):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder on the loopback, and keeps what it was asked for."""
+    """Serves a folder on loopback, and records the requests."""
 
     def __init__(self, folder: Path):
         self.asked: list[str] = []
@@ -139,7 +139,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def watched(browser, server):
-    """After a test, nobody but the server was asked for anything, and the console has nothing to say."""
+    """After a test, no server but the test's was contacted, and the console has no messages."""
     for kind in ("performance", "browser"):
         browser.get_log(kind)  # of the test before
     yield browser
@@ -249,7 +249,7 @@ def text_pages(root) -> dict[str, Exported]:
 
 
 def open_page(browser, url: str) -> bool:
-    """Opens a page, and says whether its model runs."""
+    """Opens a page, and returns whether its model runs."""
     browser.get(url)
     return browser.execute_async_script("window.page.ready.then(arguments[0])")
 
@@ -277,10 +277,11 @@ def draw(
 
 
 def seen(browser) -> np.ndarray:
-    """What the model sees, `uint8[height, width, 4]`; ink is what is not transparent."""
+    """Returns the model's input, `uint8[height, width, 4]`; ink is opaque."""
     script = """
         const { width, height } = document.getElementById("seen");
-        const { data } = document.getElementById("seen").getContext("2d").getImageData(0, 0, width, height);
+        const { data } = document.getElementById("seen").getContext("2d")\
+.getImageData(0, 0, width, height);
         return [width, height, ...data];
     """
     width, height, *pixels = browser.execute_script(script)
@@ -288,7 +289,7 @@ def seen(browser) -> np.ndarray:
 
 
 def settle(browser) -> None:
-    """Waits until the page has shown what the model says of the last change."""
+    """Waits until the page shows the output for the last change."""
     browser.execute_async_script(
         "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(arguments[0])))"
     )
@@ -377,7 +378,7 @@ def test_all_digits_are_read_by_a_network_of_mnist(watched, server, mnist_page):
 
 
 def test_picture_is_made_as_mnist_was(watched, server, enlarged_page):
-    """Ink is in a box of 20 x 20 pixels or little more, and its center of mass is that of the picture."""
+    """Ink fits into about 20 x 20 pixels, and its center of mass is in the center of the image."""
     assert open_page(watched, f"{server.url}/enlarged/")
     for label, scale, shift in [(0, 1, 0), (7, 1, 0), (4, 0.5, 0.2)]:
         watched.find_element("id", "clear").click()
@@ -445,7 +446,8 @@ def test_key_that_is_held_acts_once_and_the_pen_says_when_it_is_down(watched, se
     assert open_page(watched, f"{server.url}/digits/")
     script = """
         for (const repeat of [false, true, true, true, true]) {
-            const event = new KeyboardEvent("keydown", { key: " ", repeat, bubbles: true, cancelable: true });
+            const event = new KeyboardEvent("keydown", \
+{ key: " ", repeat, bubbles: true, cancelable: true });
             document.getElementById("board").dispatchEvent(event);
         }
     """
@@ -457,13 +459,14 @@ def test_key_that_is_held_acts_once_and_the_pen_says_when_it_is_down(watched, se
 
 
 def test_what_has_been_said_is_not_said_again(watched, server, digits_page):
-    """While the pen that is up moves, nothing is spoken anew."""
+    """Moving the lifted pen does not repeat the announcement."""
     assert open_page(watched, f"{server.url}/digits/")
     draw(watched, DIGITS[1])
     script = """
         window.spoken = 0;
         const observer = new MutationObserver((changes) => (window.spoken += changes.length));
-        observer.observe(document.getElementById("spoken"), { childList: true, characterData: true, subtree: true });
+        observer.observe(document.getElementById("spoken"), \
+{ childList: true, characterData: true, subtree: true });
     """
     watched.execute_script(script)
     watched.find_element("id", "board").send_keys(6 * Keys.ARROW_DOWN)
@@ -502,7 +505,8 @@ def test_long_drawing_is_drawn(watched, server, digits_page):
         const done = arguments[0];
         const points = Array.from({ length: 250000 }, (_, place) => [4, 1 + (6 * place) / 250000]);
         const context = document.getElementById("seen").getContext("2d");
-        import("./ink.js").then(({ fit }) => fit(context, [points])).then(() => done("drawn"), (e) => done(e.message));
+        import("./ink.js").then(({ fit }) => fit(context, [points]))\
+.then(() => done("drawn"), (e) => done(e.message));
     """
     assert watched.execute_async_script(script) == "drawn"
     assert seen(watched)[..., 3].any()
@@ -510,7 +514,7 @@ def test_long_drawing_is_drawn(watched, server, digits_page):
 
 @pytest.mark.parametrize("color", ["red", "green", "blue"])
 def test_picture_of_the_users_own_is_named(watched, server, colors_page, tmp_path, color):
-    """Its middle is what fits into 8 x 12; what is left and right of it is not seen."""
+    """The center is scaled to 8 x 12; the margins on the left and right are cut off."""
     picture = np.full((80, 400, 3), 255, np.uint8)
     picture[:, 130:270] = np.array(
         {"red": (250, 40, 40), "green": (40, 250, 40), "blue": (40, 40, 250)}[color]
@@ -628,7 +632,8 @@ def test_keys_on_the_button_begin_once(watched, server, text_pages):
     watched.find_element("id", "go").send_keys(Keys.CONTROL, Keys.ENTER)
     assert len(encode(wait_for_the_end(watched), text_pages["lstm"].data.vocabulary)) == 304
     script = """
-        const event = { key: "Enter", ctrlKey: true, repeat: true, bubbles: true, cancelable: true };
+        const event = \
+{ key: "Enter", ctrlKey: true, repeat: true, bubbles: true, cancelable: true };
         document.getElementById("text").dispatchEvent(new KeyboardEvent("keydown", event));
     """
     watched.execute_script(script)
@@ -636,7 +641,7 @@ def test_keys_on_the_button_begin_once(watched, server, text_pages):
 
 
 def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server, root, key):
-    """A text box has another line end, whatever is written there."""
+    """A text box replaces line ends by its own kind."""
     (root / "windows.txt").write_bytes(
         40 * b"The quick brown fox jumps.\r\nAnd the dog sleeps on.\r\n"
     )
@@ -671,7 +676,10 @@ def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server
         (
             "The Ω\tß",
             5,
-            'The model has never seen "Ω", "\\t", and "ß": leave out or replace what it does not know.',
+            (
+                'The model has never seen "Ω", "\\t", and "ß": leave out or replace what it does '
+                "not know."
+            ),
         ),
         ("", 5, "The model needs a beginning: write a character or more."),
         ("The", 0, "Length must be a whole number from 1 to 10000."),
@@ -679,7 +687,10 @@ def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server
         (
             "The\u00a0\u200bq",
             5,
-            "The model has never seen U+00A0 and U+200B: leave out or replace what it does not know.",
+            (
+                "The model has never seen U+00A0 and U+200B: leave out or replace what it does "
+                "not know."
+            ),
         ),
     ],
 )
@@ -752,7 +763,7 @@ def test_damaged_folder_is_refused_in_a_sentence(
 
 
 def test_page_says_where_a_browser_cannot_check(browser, server, digits_page):
-    """A name that is not the machine's own, without https, is no safe context."""
+    """A host name other than localhost is not a secure context without https."""
     assert open_page(browser, f"http://{ELSEWHERE}:{server.server_port}/digits/")
     assert "not checked, which a browser can on https and localhost only" in said(browser, "facts")
     draw(browser, DIGITS[1])
@@ -856,9 +867,8 @@ def test_same_file_says_the_same_in_node(digits_page, tmp_path):
         """
     )
     shutil.copytree(digits_page.folder, tmp_path / "page")
-    (tmp_path / "page" / "package.json").write_text(
-        '{"type": "module"}'
-    )  # as a browser knows by the page
+    # A browser takes this from the page.
+    (tmp_path / "page" / "package.json").write_text('{"type": "module"}')
     pictures = digits_page.data.test.inputs[:10]
     done = subprocess.run(
         [NODE, tmp_path / "run.mjs", tmp_path / "page"],

@@ -1,4 +1,4 @@
-"""Batch statistics are those of the real examples of a batch, on any number of devices, as in a plain flax loop."""
+"""Batch statistics are those of the real examples, on any number of devices, as in plain flax."""
 
 from functools import cache, partial
 
@@ -58,7 +58,7 @@ class Drawing(Nnx):
 
 
 def plain_apply(door: str):
-    """The module's own training step in flax, without this package: `(params, state, x) -> (outputs, state)`."""
+    """The training step in flax without this package: `(params, state, x) -> (outputs, state)`."""
     if door == "linen":
         return lambda params, state, x: Linen().apply(
             {"params": params, **state}, x, train=True, mutable=[*state]
@@ -88,7 +88,7 @@ def assert_close(tree, other, rtol=1e-5, atol=1e-5):
 
 @cache
 def plain_loop(door: str, steps: int):
-    """Losses, parameters and running averages of a flax loop over batches of the trainer's order."""
+    """Losses, parameters and averages of a flax loop over the trainer's batches."""
     data = dataset()
     inputs = (np.asarray(data.train.inputs) - data.shift) * data.scale
     init_key, _ = jax.random.split(jax.random.key(0))
@@ -116,7 +116,7 @@ def dataset() -> ctde.data.Dataset:
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_default_is_a_plain_flax_loop_on_any_number_of_devices(door, count):
-    """20 steps, three of them on a batch of 10 examples, of which 8 devices have one or two each."""
+    """20 steps; three of them have a batch of 10 examples, one or two on each of 8 devices."""
     trained = ctde.fit(
         DOORS[door](),
         dataset(),
@@ -149,20 +149,20 @@ def on_replicas(model, accumulate=1):
 
 
 def first_of(on_one):
-    """Runs `on_one(params, state, indices)` on virtual replicas, and returns what the first one returns."""
+    """Runs `on_one(params, state, indices)` on virtual replicas; returns the first result."""
     run = jax.jit(jax.vmap(on_one, in_axes=(None, None, 0), axis_name=replica.AXIS))
     return lambda *arguments: jax.tree.map(lambda x: x[0], run(*arguments))
 
 
 def dealt(examples: int, replicas: int, places: int = BATCH) -> np.ndarray:
-    """A batch of the first examples, filled up with repetitions as the trainer does: `int32[replica, per_replica]`."""
+    """Returns a padded batch of the first examples, `int32[replica, per_replica]`."""
     order = np.arange(examples, dtype=np.int32)
     return np.concatenate([order, np.resize(~order, places - examples)]).reshape(-1, replicas).T
 
 
 @jax.jit
 def by_hand(params, statistics, rows, weights):
-    """Gradient and running averages of both architectures, written out; examples of weight 0 take no part."""
+    """Gradient and running averages of both models in closed form; weight 0 excludes."""
 
     def normalize(name, params, x, momentum):
         mean = weights @ x / weights.sum()
@@ -209,7 +209,7 @@ def model_of(door: str) -> models.Model:
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])
 @pytest.mark.parametrize("door", DOORS)
 def test_gradient_of_every_short_batch_is_that_of_its_real_examples(door, replicas):
-    """Also where replicas have no example at all, as 7 of 8 have in a batch of one."""
+    """Even if replicas have no examples, as 7 of 8 in a batch of one."""
     params, state = model_of(door).init(jax.random.key(0), SPLIT.inputs[:1])
     for examples in range(1, BATCH + 1):
         grads, after, _ = on_replicas(model_of(door))(params, state, dealt(examples, replicas))
@@ -226,7 +226,7 @@ def test_shards_share_the_statistics_of_their_batch(replicas):
 
 @pytest.mark.parametrize("door", [*DOORS, "drawing"])
 def test_microbatches_are_the_same_on_any_number_of_devices(door):
-    """The places that are 0 to 3 modulo 8, then 4 to 7, each with its own statistics; the second may be empty."""
+    """Positions 0 to 3 modulo 8, then 4 to 7, normalized separately; the second may be empty."""
     params, state = model_of(door).init(jax.random.key(0), SPLIT.inputs[:1])
     for examples in (3, 6, 13, 16):
         groups = [[i for i in range(examples) if i % 8 // 4 == group] for group in (0, 1)]
@@ -492,7 +492,7 @@ squares = ctde.Task(
 
 
 def check_kind(model: models.Model, flax_apply) -> None:
-    """Compares outputs, gradients and running averages with flax on the real examples, on 1 and 4 replicas."""
+    """Compares outputs, gradients and running averages with flax, on 1 and 4 replicas."""
     inputs = SPLIT.inputs[:BATCH]
     params, state = model.init(jax.random.key(0), inputs)
     params = jax.tree.map(lambda x: x + jnp.linspace(0.1, 0.3, x.size).reshape(x.shape), params)
@@ -552,7 +552,7 @@ def test_kind_of_linen_counts_real_examples_only(name):
 
 
 def test_messages_that_are_judged_one_by_one_depend_on_no_other_replica():
-    """As those of robust rules and private averages; each is the gradient of a replica's own real examples."""
+    """For robust rules and private averages: gradients of a replica's real examples."""
     from test_round import begin, under_vmap
 
     from ctde_jax.rounds.round import make_round

@@ -17,7 +17,7 @@ def test_cnn_has_the_parameters_of_the_paper(key):
 
 
 def test_cnn_is_the_formula(key):
-    """Pooling after the ReLU by the library's own function gives the same; a last odd row and column are left out."""
+    """Equals pooling by nnx after the ReLU; a last odd row or column is dropped."""
     model, images = models.cnn((9, 6), 3), jax.random.normal(key, (2, 9, 6))
     params, model_state = jax.jit(model.init)(key, images)
 
@@ -53,7 +53,10 @@ def test_picture_without_a_channel_axis_has_one_channel(key):
         (
             (64,),
             {},
-            "image_shape must be (height, width) or (height, width, channels), got (64,); what is no picture",
+            (
+                "image_shape must be (height, width) or (height, width, channels), got (64,); "
+                "what is no picture"
+            ),
         ),
         (
             (2, 2, 2, 2),

@@ -1,4 +1,4 @@
-"""Complex parameters: the numbers of a plain optax loop, on one device and on several, and back from a checkpoint."""
+"""Complex parameters equal those of a plain optax loop, on any devices and after resuming."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""A convolution with gradients of its own has those of flax."""
+"""The convolution with custom gradients equals that of flax."""
 
 import re
 
@@ -18,7 +18,7 @@ from ctde_jax.models.convolution import Conv
 def test_convolution_and_its_gradients_are_those_of_flax(
     key, sides, cache, size, strides, monkeypatch
 ):
-    """The same parameters, outputs and gradients; also of several batches at once, and of 3 pictures 2 at a time."""
+    """Equal parameters, outputs and gradients, also under vmap, and for 3 images in groups of 2."""
     monkeypatch.setattr(convolution, "_CACHE", cache)
     pictures = jax.random.normal(key, (2, 3, *sides, 4))
     own, theirs = (kind(4, 6, size, strides=strides, rngs=nnx.Rngs(0)) for kind in (Conv, nnx.Conv))
@@ -39,7 +39,7 @@ def test_convolution_and_its_gradients_are_those_of_flax(
 
 
 def test_program_for_a_cpu_has_no_gradient_in_a_form_that_loops_slow_down(key):
-    """All its convolutions have the channels last; those for other hardware are as JAX writes them."""
+    """Channels-last on a CPU; other platforms lower convolutions as JAX does."""
     layer = Conv(3, 2, (3, 3), rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
     grads = jax.grad(lambda params, x: jnp.sin(nnx.merge(graph, params)(x)).sum(), (0, 1))

@@ -1,4 +1,4 @@
-"""Generated text is what the model says of the text so far, drawn token by token."""
+"""Text is generated token by token from the model's distribution given the text so far."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ CONSTANT = Model(
 
 
 def started(name: str) -> tuple[Model, PyTree, PyTree]:
-    """Parameters are large, so that the likeliest token is a clear one, and another for another past."""
+    """Large parameters make the likeliest token clear, and dependent on the preceding tokens."""
     model = MODELS[name]
     params, model_state = jax.jit(model.init)(jax.random.key(0), np.zeros((1, LONGEST), np.int32))
     return model, jax.tree.map(lambda x: 5 * x, params), model_state

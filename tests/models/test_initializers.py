@@ -1,4 +1,4 @@
-"""Weights start as the papers say: variances, orthogonality and zeros are asserted, and what they are for."""
+"""Initializers: variances, orthogonality and zeros as published, and their purpose."""
 
 from functools import partial
 from itertools import pairwise
@@ -70,7 +70,7 @@ def start(model: str, name: str, seed: int = 0):
 
 
 def matrices(params) -> dict[tuple, list[np.ndarray]]:
-    """Each kernel by the path of its layer, as the matrices of its gates, `[taps * inputs, outputs]`."""
+    """Returns the kernel of each layer as the matrices of its gates, `[taps * inputs, outputs]`."""
     leaves = dict(leaves_with_path(params))
     return {
         path: np.split(
@@ -315,7 +315,7 @@ def test_layers_of_cells_run_once_for_every_place_and_are_not_shown(model, shown
 
 @pytest.mark.slow
 def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(digits):
-    """Tanh layers of 32, 300 steps of plain SGD: products of 50 random matrices lose almost all directions."""
+    """300 steps of SGD with 32 tanh units: 50 random matrices lose almost all directions."""
     inputs = jnp.asarray((digits.train.inputs - digits.shift) * digits.scale, jnp.float32).reshape(
         -1, 64
     )
@@ -366,7 +366,10 @@ def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(di
         ),
         (
             "residual",
-            "init must not be residual for a model without residual branches, which are found in a list",
+            (
+                "init must not be residual for a model without residual branches, which are found "
+                "in a list"
+            ),
         ),
     ],
 )

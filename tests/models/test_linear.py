@@ -1,4 +1,4 @@
-"""A dense layer with a gradient of its own has that of flax."""
+"""The dense layer with a custom gradient equals that of flax."""
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ def test_second_derivatives_are_those_of_flax(key):
 def test_program_for_a_cpu_multiplies_narrow_kernels_the_other_way_round(
     rows, inputs, outputs, is_narrow
 ):
-    """The gradient of a narrow kernel is a product with outputs as rows; for other hardware it is as JAX writes it."""
+    """On a CPU, a narrow kernel's gradient has outputs as rows; elsewhere it is as in JAX."""
     params, loss = loss_of(Linear(inputs, outputs, rngs=nnx.Rngs(0)))
     traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((rows, inputs)))
     for_cpu, for_tpu = (

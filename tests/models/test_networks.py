@@ -39,9 +39,8 @@ def resnet_params(channels: int, widths: tuple[int, ...], blocks: int, classes: 
 
 
 def transformer_params(vocabulary: int, length: int, width: int, blocks: int) -> int:
-    block = (
-        4 * width**2 + 8 * width**2 + 5 * width + 4 * width
-    )  # attention, perceptron and its biases, two norms
+    # Attention, perceptron and its biases, two norms.
+    block = 4 * width**2 + 8 * width**2 + 5 * width + 4 * width
     return (2 * vocabulary + length) * width + blocks * block + 2 * width
 
 
@@ -174,7 +173,7 @@ def test_every_parameter_has_a_finite_gradient(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_product_of_bfloat16_is_one(name):
-    """Nothing in between, such as a norm, a table or an empty state, makes the numbers float32 again."""
+    """No operation in between, such as a norm, a table or an initial state, promotes to float32."""
     _, params, model_state, inputs = started(name)
     model = models.in_bfloat16(NETWORKS[name].model)
     program = jax.jit(model.apply).lower(params, model_state, inputs, jax.random.key(0)).as_text()

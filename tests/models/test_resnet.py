@@ -1,4 +1,4 @@
-"""The residual network: blocks that may do nothing, stages that halve, norms that couple examples or do not."""
+"""The residual network: zero-initialized blocks, stages that halve the size, and its norms."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def test_block_with_a_stride_halves_the_picture(side, halved):
 
 
 def test_block_is_the_formula(key):
-    """Norm, ReLU, convolution, twice; the shortcut starts after the first ReLU where the shape changes."""
+    """Norm, ReLU, convolution, twice; if the shape changes, the shortcut follows the first ReLU."""
     block = Block(8, 16, 2, "group", rngs=nnx.Rngs(0))
     x = jax.random.normal(key, (2, 6, 6, 8))
 

@@ -1,4 +1,4 @@
-"""Recurrent networks: the equations, and what a state can know."""
+"""Recurrent networks: their equations, and the dependence of states on inputs."""
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ def test_language_model_knows_the_past_and_not_the_future(cell, key):
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_step_by_step_says_what_the_whole_sequence_says(cell, precision, key):
-    """Of raw inputs, at every place of a text and at the last place of a sequence; dropout is off in both."""
+    """With raw inputs, at every position of a text and at the end of a sequence; no dropout."""
     wrap = models.in_bfloat16 if precision == "bf16" else lambda model: model
     pixels = jax.random.randint(key, (2, 5, 3), 0, 256).astype(jnp.uint8)
     for model, sequence in [
@@ -89,7 +89,7 @@ def test_only_what_can_be_read_place_by_place_has_a_stream(key):
 
 
 def test_dropout_spares_the_way_from_place_to_place():
-    """With zeroed inputs the dropped share is all that differs: the states below are those without dropout."""
+    """Zeroed inputs leave only the dropped fraction: the states below are those without dropout."""
     recurrent, plain = (
         Recurrent(3, 8, 1, "lstm", dropout, rngs=nnx.Rngs(0)) for dropout in (0.5, 0.0)
     )

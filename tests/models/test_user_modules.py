@@ -1,4 +1,4 @@
-"""Modules as users write them train as in a plain flax loop on one device, or are refused in a sentence."""
+"""Modules as users write them train as in a plain flax loop, or are refused with a sentence."""
 
 import re
 from functools import cache, partial
@@ -104,7 +104,7 @@ def stream_key(key, name):
 
 
 def plain_nnx(case: Case, init_key):
-    """Returns the trained state, and the loss of a part of a batch as flax's own loop computes it."""
+    """Returns the trained state, and the loss of a part of a batch as computed by a flax loop."""
     module = case.make(nnx.Rngs(init_key)) if case.make else build(case.module, init_key)
     module.train()
 
@@ -206,13 +206,13 @@ def plain_linen(case: Case, init_key):
 
 @cache
 def alone(name: str) -> ctde.Trained:
-    """What one device trains."""
+    """The result of training on one device."""
     return fit(MODULES[name], 1)
 
 
 @cache
 def plain_losses(name: str) -> list[float]:
-    """Trains in a loop of flax and optax alone, with the keys that the documentation of `gradient` states."""
+    """Trains in a loop of flax and optax alone, with the keys that `gradient` documents."""
     case = MODULES[name]
     dataset = data_of(case)
     init_key, train_key = jax.random.split(jax.random.key(0))

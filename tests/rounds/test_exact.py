@@ -1,4 +1,4 @@
-"""The same bits on any number of devices, where a strategy asks for them."""
+"""Exact strategies give the same bits on any number of devices."""
 
 import os
 import subprocess
@@ -195,7 +195,7 @@ def test_option_that_would_do_nothing_beside_it_is_refused(other):
 
 
 def test_wire_counts_what_a_run_sends(capsys):
-    """Each of 4 devices sends its two shards' gradients, of 9,610 parameters, and three sums to three others."""
+    """Each of 4 devices sends 2 gradients of 9,610 parameters, and 3 sums, to the 3 others."""
     assert wire.main(["--exact", "--devices", "4"]) == 0
     assert f"{2 * 3 * 4 * (9610 + 3):,}" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Training from disk, and from batches that come one after another, is training on what the devices hold."""
+"""Training from disk, or from an iterator of batches, equals training on data that devices hold."""
 
 import os
 import signal
@@ -109,7 +109,7 @@ def test_evaluation_from_disk_counts_every_example_once(in_memory, on_disk, coun
 
 
 def in_batches(dataset: data.Dataset, batch_size: int, seed: int = 0):
-    """What `fit` would draw, batch by batch, as an iterable of the user's own."""
+    """The batches that `fit` would draw, as an iterable of the user."""
     order = data.deal(dataset.train, 1, batch_size, seed)
 
     def batches(epoch: int):
@@ -294,7 +294,7 @@ def test_thread_ends_with_the_run(on_disk, tmp_path):
 
 
 def test_second_interrupt_does_not_wait_for_the_iterable():
-    """The thread hangs in the user's code; what it hangs on is let go at the end."""
+    """The thread blocks in the user's code, and is released at the end."""
     hangs = threading.Event()
 
     def interrupted():

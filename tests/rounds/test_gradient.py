@@ -1,4 +1,4 @@
-"""A replica's gradient, and what must not depend on the number of devices: masks, statistics, augmentation."""
+"""A replica's gradient, and masks, statistics and augmentation for any devices."""
 
 from functools import cache, partial
 
@@ -171,7 +171,7 @@ def test_averaged_statistics_are_means_over_devices(split, key, door):
 
 
 def test_augmentation_follows_the_example_and_not_its_place(key):
-    """A model that sums up what it sees; shifting pictures with one bright corner tells whether it has moved."""
+    """With one bright corner, the gradient of a linear model shows how each image was shifted."""
     pictures = jnp.zeros((40, 4, 4)).at[:, 0, 0].set(1.0)
     split = Split(pictures, jnp.zeros(40, jnp.int32))
     model = models.mlp([16, CLASSES])

@@ -35,7 +35,7 @@ class Linen(linen.Module):
 @pytest.mark.parametrize("shared", ["averaged", "synchronized"])
 @pytest.mark.parametrize("door", ["nnx", "linen"])
 def test_statistics_are_the_mean_of_those_of_the_batches_by_examples(door, shared, key):
-    """Whatever the running averages were before; two devices, three batches on each, the last a single example."""
+    """For any previous averages; two devices with three batches, the last of one example."""
     model = models.from_nnx(Nnx, shared) if door == "nnx" else models.from_linen(Linen(), shared)
     two = devices.start(2)
     inputs = np.random.default_rng(0).normal(3, 2, (40, 4)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Replicas that should hold the same and do not are noticed at the next dispatch, and what differs is named."""
+"""Replicas that differ but should be equal are detected at the next dispatch, and named."""
 
 import jax
 import ml_dtypes
@@ -56,7 +56,10 @@ def test_digest_sees_a_wrong_sign_a_sum_for_a_mean_and_another_order(shape, chan
 
 def test_those_that_differ_from_most_are_named():
     found = np.array([[1, 5], [1, 6], [1, 5], [1, 7]], np.uint32)
-    sentence = r"^b should be .* between the devices \[0, 2\] and \[1\] and \[3\] since a step from 21 to 40"
+    sentence = (
+        r"^b should be .* between the devices \[0, 2\] and \[1\] and \[3\] since a step from 21 "
+        "to 40"
+    )
     with pytest.raises(ReplicasDiverged, match=sentence) as caught:
         digests.check(found, ["a", "b"], 20, 40)
     assert (caught.value.leaves, caught.value.groups) == (["b"], [[0, 2], [1], [3]])
@@ -89,7 +92,7 @@ def test_forgotten_reduction_stops_at_the_first_row(digits, tmp_path, inner_step
 
 
 def test_statistics_that_were_not_averaged_are_named(digits, monkeypatch):
-    """If the round forgets to average what the model keeps beside its parameters."""
+    """A round that does not average the model state is detected."""
     model = models.resnet((8, 8), 10, widths=(4,), norm="batch", batch_statistics="averaged")
     monkeypatch.setattr(round, "agreed_state", lambda after, before, weight: after)
     with pytest.raises(ReplicasDiverged, match=r"^model_state/") as caught:

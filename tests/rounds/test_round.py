@@ -1,4 +1,4 @@
-"""A round is one function for all strategies; here it is held against routes that know nothing of replicas."""
+"""A round is one function for all strategies; here it is compared with code without replicas."""
 
 from functools import partial
 
@@ -94,7 +94,7 @@ def begin(
 
 
 def under_vmap(function, strategy):
-    """Runs per-replica code on the rows of a batch axis, where a forgotten reduction is an error."""
+    """Runs per-replica code under vmap over the rows, where a forgotten reduction is an error."""
     axes = state.axes(strategy)
     return jax.jit(
         jax.vmap(
@@ -114,7 +114,7 @@ def mean_loss(params, split, indices):
 
 @pytest.mark.parametrize("missing", [0, 3])
 def test_synchronous_round_is_one_step_on_the_whole_batch(split, key, missing):
-    """The gradient is that of the mean over all examples, also when replicas have unequal numbers of them."""
+    """The gradient is that of the mean over all examples, even if replicas have unequal numbers."""
     strategy = STRATEGIES["synchronous"]
     batches = steps_of(strategy)
     batches.flat[:missing] = -1
@@ -134,11 +134,10 @@ def test_synchronous_round_is_one_step_on_the_whole_batch(split, key, missing):
 
 @pytest.mark.parametrize("name", ["local sgd", "diloco"])
 def test_local_rounds_are_loops_on_each_replica_and_outer_steps(split, key, name):
-    """Two rounds, as momentum outlives a round; one replica has no examples for a part of the first."""
+    """Two rounds, so that momentum matters; one replica lacks examples in part of the first."""
     strategy = STRATEGIES[name]
-    batches = np.stack(
-        [steps_of(strategy), (steps_of(strategy) + 5) % 40]
-    )  # [round, replica, steps, per_replica]
+    # [round, replica, steps, per_replica]
+    batches = np.stack([steps_of(strategy), (steps_of(strategy) + 5) % 40])
     batches[0, 1, 1:] = -1
     here = begin(MODEL, strategy, key)
     params, outer_state = here.params, here.outer_state
@@ -216,7 +215,7 @@ def test_one_inner_step_of_sgd_is_a_synchronous_step(split, key):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_vmap_and_pmap_agree(split, key, name):
-    """The same per-replica code, dropout and batch statistics included, on virtual and on real replicas."""
+    """The same code, with dropout and batch statistics, on virtual and real replicas."""
     strategy, model = STRATEGIES[name], models.from_nnx(Noisy)
     devices = jax.devices()[:REPLICAS]
     train_round = make_round(make_gradient(model, classification), OPTIMIZER, strategy)
@@ -234,7 +233,7 @@ def test_vmap_and_pmap_agree(split, key, name):
 
 
 def test_forgotten_reduction_is_caught(split, key):
-    """A reducer that does not reduce leaves the replicas with different parameters, which vmap refuses to return."""
+    """Without a reduction, parameters differ between replicas, and vmap refuses to return them."""
     strategy = Strategy(reduce=optax.identity())
     train_round = under_vmap(
         make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
@@ -245,7 +244,7 @@ def test_forgotten_reduction_is_caught(split, key):
 
 
 def test_replica_without_examples_does_not_count(split, key):
-    """Two replicas with data and two without agree on what the two with data alone would have agreed on."""
+    """Two replicas with data and two without give the same result as the two with data alone."""
     strategy = STRATEGIES["local sgd"]
     batches = steps_of(strategy)
     batches[2:] = -1
@@ -303,7 +302,7 @@ def test_model_state_is_averaged_over_the_examples(split, key):
 
 
 def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
-    """A model whose gradient is not a number at zero, on data in which only the example 0 is zero."""
+    """The gradient of the model is NaN at zero, and only example 0, the padding, is zero."""
     split = Split(jnp.ones((8, FEATURES)).at[0].set(0.0), jnp.zeros(8, jnp.int32))
     model = models.Model(
         MODEL.init,
@@ -326,9 +325,8 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
 def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, name, block):
     strategy = STRATEGIES[name]
     train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
-    batches = np.stack(
-        [(steps_of(strategy) + shift) % 40 for shift in (0, 7, 11)], axis=1
-    )  # [replica, round, ...]
+    # [replica, round, ...]
+    batches = np.stack([(steps_of(strategy) + shift) % 40 for shift in (0, 7, 11)], axis=1)
 
     axes = state.axes(strategy)
     program = jax.vmap(
@@ -370,7 +368,7 @@ TALK = {
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_round_talks_once(split, key, name):
-    """Message and weights go out together, whatever the number of steps before it."""
+    """Message and weights share one collective, for any number of local steps."""
     strategy, devices = STRATEGIES[name], jax.devices()[:REPLICAS]
     axes = state.axes(strategy)
     on_devices = replica.parallel(
@@ -389,7 +387,7 @@ def test_round_talks_once(split, key, name):
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if not STRATEGIES[name].diverges])
 def test_all_replicas_hold_the_same_bits_after_every_round(split, key, name):
-    """Every device's own copy of what counts as shared, two rounds long."""
+    """Compares every device's copy of the shared state for two rounds."""
     strategy, devices = STRATEGIES[name], jax.devices()[:REPLICAS]
     all_copies = state.axes(strategy)._replace(params=0, outer_state=0, model_state=0)
     train_round = make_round(
@@ -454,7 +452,7 @@ def reveal(keys: list[jax.Array]) -> np.ndarray:
 
 
 def test_keys_of_local_steps_are_those_of_their_step_number(split, key):
-    """Two rounds of three steps, against a loop that follows the rule in `gradient.py`; all keys differ."""
+    """Two rounds of three steps, against a loop with the rule in `gradient.py`; all keys differ."""
     strategy, places = STRATEGIES["local sgd"], 2
     still = optax.sgd(0.0)
     model = models.Model(

@@ -1,4 +1,4 @@
-"""Whole runs: any number of devices, any way of cutting the run, anything of the user's own."""
+"""Whole runs, for any number of devices, dispatches, and objects of users."""
 
 import json
 import signal
@@ -80,7 +80,7 @@ def test_any_number_of_devices_gives_the_losses_of_a_plain_loop(digits):
 
 
 def test_two_replicas_that_gossip_are_two_that_average(digits):
-    """Half of each is the mean, so gossip is local SGD by another route, with parameters of each replica's own."""
+    """Half of each of two is the mean, so gossip equals local SGD with per-replica parameters."""
     local, gossip = (
         ctde.fit(
             MODEL,
@@ -104,7 +104,7 @@ def test_two_replicas_that_gossip_are_two_that_average(digits):
 
 
 def test_strategy_begins_after_its_synchronous_steps(digits):
-    """Until then every loss is that of synchronous training; then the optimizer goes on with its state."""
+    """Losses before equal those of synchronous training; then the optimizer keeps its state."""
 
     def losses_of(strategy: ctde.Strategy, steps: int) -> list[float]:
         arguments = {"devices": devices.start(2), "batch_size": 64, "eval_every": 8, "log_every": 4}
@@ -186,7 +186,7 @@ def test_strategy_that_cannot_run_is_refused_before_anything_is_compiled(digits)
 
 @pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
 def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
-    """One round a dispatch, several, a last dispatch that is not full, and pieces of few rows: the same bits."""
+    """One or several rounds per dispatch, a partial last one, small spans: the same bits."""
 
     def run(eval_every: int, log_every: int, seconds: float, places: int = 2**20) -> ctde.Trained:
         monkeypatch.setattr(schedule, "_DISPATCH_SECONDS", seconds)
@@ -218,7 +218,7 @@ def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
 
 
 def test_every_function_is_traced_once_in_a_run(digits):
-    """Full and partly filled dispatches, several epochs and evaluations: one trace each to check, train, evaluate."""
+    """Full and partial dispatches, several epochs: one trace to check, train and evaluate."""
     traces = []
 
     def loss(outputs, labels):
@@ -397,7 +397,7 @@ def test_metric_that_would_hide_a_column_of_the_history_is_refused(digits):
 
 
 def test_what_the_user_passed_in_survives(digits):
-    """An optimizer whose state is the parameters, and one whose state is the user's own array, on donated memory."""
+    """States alias the parameters or an array of the user, although buffers are donated."""
     anchor = jnp.ones(3)
 
     def init(params):
@@ -421,7 +421,7 @@ def test_what_the_user_passed_in_survives(digits):
 
 
 def test_state_is_donated_and_bytes_stay_bytes(digits, monkeypatch):
-    """What is on the devices while training: one copy of the state, and the examples as they are stored."""
+    """During training, devices hold one copy of the state, and the examples as they are stored."""
     placed, states = [], []
     replicate, place = ctde.devices.replica.replicate, ctde.rounds.state.place
     monkeypatch.setattr(
@@ -473,7 +473,7 @@ def test_non_finite_loss_stops_and_names_the_first_step(tmp_path, digits):
 
 
 def test_last_step_that_spoils_the_parameters_is_noticed(digits):
-    """The loss of every step is finite; only the evaluation sees what the last update did."""
+    """The loss of every step is finite; only the evaluation detects the last update."""
     optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
     with pytest.raises(ctde.NonFiniteLoss, match="step 5"):
         ctde.fit(
@@ -483,7 +483,7 @@ def test_last_step_that_spoils_the_parameters_is_noticed(digits):
 
 @pytest.mark.curves
 def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):
-    """The signal comes while the run is under way; the folder then holds what the result holds."""
+    """The signal arrives during the run; the folder then matches the result."""
     metrics = tmp_path / "metrics.jsonl"
 
     def interrupt():
@@ -610,7 +610,7 @@ def test_wrong_argument_is_named(digits, arguments, sentence):
 
 
 def test_average_of_the_parameters_is_what_is_evaluated_and_returned(digits):
-    """Of a decay of 0 the average is the parameters; of one near 1 the start, which knows nothing."""
+    """With decay 0 the average is the parameters; with decay near 1, the initial parameters."""
     arguments = {"batch_size": 64, "steps": 46, "devices": devices.start(2), "show": False}
     plain = ctde.fit(MODEL, digits, optax.adam(0.01), **arguments)
     same = ctde.fit(MODEL, digits, optax.adam(0.01), ema_decay=0.0, **arguments)
@@ -663,7 +663,7 @@ def test_description_of_the_model_is_shown_at_every_evaluation(digits, capsys):
 
 
 def test_statistics_estimated_anew_are_those_that_are_evaluated(digits):
-    """After few steps the running averages still hold the start; the test loss says so."""
+    """After a few steps, initial running averages still affect the test loss."""
     model = models.resnet((8, 8), 10, widths=(8,), norm="batch")
     arguments = {"batch_size": 64, "steps": 20, "devices": devices.start(2), "show": False}
     running = ctde.fit(model, digits, optax.adam(0.01), **arguments)

@@ -50,7 +50,8 @@ def test_plain_lines_where_the_output_is_no_terminal(capsys):
         opened.add(TRAIN)
         opened.add(TEST)
     assert capsys.readouterr().out == (
-        "step 10 of 10  loss 0.5000 accuracy 0.8000 1,234 examples/s  test loss 0.4000 accuracy 0.9000\n"
+        "step 10 of 10  loss 0.5000 accuracy 0.8000 1,234 examples/s  test loss 0.4000 "
+        "accuracy 0.9000\n"
     )
 
 
@@ -82,7 +83,7 @@ def test_bar_never_cuts_the_test_accuracy_off(monkeypatch, capsys, width):
 
 
 def test_lines_where_no_bar_moves_are_a_handful_a_minute(monkeypatch, capsys):
-    """A thousand evaluations a second for ten minutes: a first burst, then one line every ten seconds, and the last."""
+    """100 evaluations a second for ten minutes: a burst, a line every ten seconds, the last."""
     now = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
     with log.open_log(600_000) as opened:

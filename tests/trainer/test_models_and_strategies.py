@@ -55,7 +55,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """Every training compiles programs of its own, and a process can map only so many of them into memory."""
+    """Every training compiles new programs, and a process can map only a limited number of them."""
     yield
     jax.clear_caches()
 
@@ -132,7 +132,7 @@ def test_every_model_and_every_strategy_learn(name, strategy, data_sets):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_goes_with_every_strategy(name, data_sets):
-    """A round keeps the shapes and types of the state, and reads the parameters of every kind of layer."""
+    """A round keeps the state's shapes and dtypes, for parameters of every layer kind."""
     model, kind = MODELS[name]
     dataset, task = (
         data_sets[kind],

@@ -1,4 +1,4 @@
-"""A loss that is not finite stops a run, or is left out by all devices together, or sends it back to a checkpoint."""
+"""A loss that is not finite stops a run, is skipped by all devices, or rolls the run back."""
 
 import json
 
@@ -47,7 +47,7 @@ def fit(dataset, count=4, **more) -> ctde.Trained:
     ],
 )
 def test_bad_batch_is_left_out_by_all_devices(name, with_a_bad_example):
-    """Once in an epoch; the state of every device stays finite, what error feedback remembers, too."""
+    """Once per epoch; all state stays finite, including error-feedback residuals."""
     options = {
         "ddp": {"reduce": "int8", "error_feedback": True},
         "local-sgd": {"sync_every": 2},
@@ -117,7 +117,7 @@ LINE = data.from_arrays(np.ones((64, 1), np.float32), np.ones(64, np.float32))
 
 
 def descend(folder, learning_rate: float, **more) -> ctde.Trained:
-    """Fits w to 1 by steps of 2 (w - 1): the distance is multiplied by 1 - 2 times the learning rate each time."""
+    """Fits w to 1; each step multiplies the distance by 1 - 2 * learning_rate."""
     task = ctde.Task(lambda outputs, targets: jnp.square(outputs[:, 0] - targets))
     arguments = {
         "model": models.mlp([1, 1]),

@@ -1,4 +1,4 @@
-"""A picture needs no window and no valid backend; where it cannot be drawn, a sentence replaces it."""
+"""Figures need neither a window nor a valid backend; if drawing fails, a sentence replaces them."""
 
 import os
 import subprocess
@@ -37,7 +37,8 @@ from pathlib import Path
 from ctde_jax.trainer import log, picture
 print(repr(picture.save(lambda: log.plot_curves(ROWS), Path("curves.png"))))
 import matplotlib
-print("matplotlib.pyplot" in sys.modules, os.environ["MPLBACKEND"], matplotlib.rcParams._get_backend_or_none())
+print("matplotlib.pyplot" in sys.modules, os.environ["MPLBACKEND"], \
+matplotlib.rcParams._get_backend_or_none())
 """
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""A trained model answers what it was trained for, in pieces or at once, and refuses anything else."""
+"""A trained model predicts for valid inputs, at once or in parts, and refuses all others."""
 
 import dataclasses
 import pickle
@@ -100,16 +100,25 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
     [
         (
             np.zeros((2, 4), np.uint8),
-            "inputs must be floats, as the model was trained on float32, got uint8; bring them to the scale",
+            (
+                "inputs must be floats, as the model was trained on float32, got uint8; bring "
+                "them to the scale"
+            ),
         ),
         (
             np.zeros((2, 4), np.int64),
-            "inputs must be floats, as the model was trained on float32, got int64; bring them to the scale",
+            (
+                "inputs must be floats, as the model was trained on float32, got int64; bring "
+                "them to the scale"
+            ),
         ),
         (X[:, :2], "inputs must be examples of the shape [4], got the shape [60, 2]."),
         (
             X[0],
-            "must be examples of the shape [4], got the shape [4]; add an axis to a single example: x[None].",
+            (
+                "must be examples of the shape [4], got the shape [4]; add an axis to a single "
+                "example: x[None]."
+            ),
         ),
         ([["a"] * 4], "inputs must be floats, as the model was trained on float32, got <U1"),
     ],

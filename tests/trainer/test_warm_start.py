@@ -180,9 +180,8 @@ def test_only_the_matching_layers_start_from_the_source(once, digits, capsys):
 def test_run_of_another_start_is_not_resumed(once, digits, tmp_path):
     trained, _ = once
     train(MODEL, digits, init_from=trained, run_dir=tmp_path)
-    train(
-        MODEL, digits, init_from=trained.params, run_dir=tmp_path
-    )  # the same numbers by another route
+    # The same parameters by another route.
+    train(MODEL, digits, init_from=trained.params, run_dir=tmp_path)
     other = jax.tree.map(lambda x: x + 1, trained.params)
     for start_again in ({"init_from": other}, {}):
         with pytest.raises(
@@ -197,7 +196,10 @@ def test_start_from_a_run_that_has_trained_on_is_named_with_a_way_out(digits, tm
     train(MODEL, digits, run_dir=tmp_path / "later", steps=9)
     newer = Path("checkpoints", "step-00000009")
     shutil.copytree(tmp_path / "later" / newer, tmp_path / "source" / newer)
-    way_out = r"which change if it names a run that is training \(name one of its checkpoints, or a bundle\)\."
+    way_out = (
+        r"which change if it names a run that is training \(name one of its checkpoints, or a "
+        r"bundle\)\."
+    )
     with pytest.raises(
         InputError, match=rf"other options: the initial parameters \(init_from\), {way_out}"
     ):

@@ -28,7 +28,7 @@ LABELS = {name: RNG.integers(0, 10, 2, np.uint8) for name in PICTURES}
 
 
 def packed_records(name: str) -> bytes:
-    """Writes the pictures of a file in the published format: the label, then all reds, greens and blues."""
+    """Encodes images in the published format: the label, then red, green and blue."""
     pairs = zip(LABELS[name], PICTURES[name], strict=True)
     return b"".join(
         bytes([label]) + b"".join(picture[..., c].tobytes() for c in range(3))
@@ -47,7 +47,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def packed(files: Mapping[str, bytes]) -> bytes:
-    """Makes an archive as the published one is made, with a file in it that nobody asks for."""
+    """Makes an archive like the published one, with one file that is not needed."""
     stored = io.BytesIO()
     with tarfile.open(fileobj=stored, mode="w:gz") as archive:
         folder = tarfile.TarInfo(UNPACKED)
@@ -61,7 +61,7 @@ def packed(files: Mapping[str, bytes]) -> bytes:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder and says nothing."""
+    """Serves a folder without logging."""
 
     def log_message(self, format, *args):
         """Keeps quiet."""
@@ -69,7 +69,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Serves a tiny archive as the published one, and returns the list of what was asked for."""
+    """Serves a tiny archive as the published one; returns the list of requests."""
     archive, asked = packed(FILES), []
     write(tmp_path / "mirror", {ARCHIVE: archive})
 
@@ -148,7 +148,7 @@ def test_files_other_than_the_published_ones_are_noted(folder: Path):
 
 
 def test_absent_archive_is_downloaded_once(folder: Path, mirror: list[str]):
-    """It is kept as it came, nothing is unpacked, and what it holds is the data."""
+    """The archive is kept as downloaded and not unpacked, and contains the data."""
     first, second = cifar10(folder), cifar10(folder)
 
     assert mirror == [f"/{ARCHIVE}"]
@@ -200,9 +200,8 @@ def test_damaged_records_are_said_in_a_sentence(folder: Path, content: bytes, fa
     way_out = "; replace it, or remove it to have the published file downloaded."
 
     write(folder, {ARCHIVE: packed(broken)})
-    assert (
-        fault_of(folder)
-        == f"data_dir holds {folder / ARCHIVE}, which {fault.format(' in data_batch_3.bin')}{way_out}"
+    assert fault_of(folder) == (
+        f"data_dir holds {folder / ARCHIVE}, which {fault.format(' in data_batch_3.bin')}{way_out}"
     )
     write(folder, broken)
     assert (

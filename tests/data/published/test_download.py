@@ -19,9 +19,8 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 PACKED = gzip.compress(CONTENT, mtime=0)
 TIMEOUT = 0.3
 
-Behavior = Callable[
-    ["Handler", bytes, int | None], None
-]  # the file, and where the requested range starts
+# Takes the handler, the file, and the start of the requested range.
+Behavior = Callable[["Handler", bytes, int | None], None]
 
 
 class Mirror(ThreadingHTTPServer):
@@ -98,7 +97,7 @@ def breaks_off_after(limit: int) -> Behavior:
 
 
 def whole_breaks_off_after(limit: int) -> Behavior:
-    """Breaks off at the same byte every time, as it knows nothing of ranges."""
+    """Ignores ranges, and breaks off at the same byte every time."""
     return lambda handler, file, start: partial(handler, file, None, limit)
 
 
@@ -205,7 +204,7 @@ def test_one_plain_line_says_what_is_downloaded(
 def test_terminal_gets_a_progress_bar(
     serve, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """The bar ends at what was to be fetched."""
+    """The bar ends at the size of the download."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     fetch([serve(whole).url], target, SHA256)
@@ -214,7 +213,7 @@ def test_terminal_gets_a_progress_bar(
 
 
 def test_broken_connection_is_resumed_where_it_broke_off(serve, target: Path):
-    """Every request asks for what is not yet here, and no byte comes twice."""
+    """Every request is for the missing bytes only, and no byte is sent twice."""
     mirror = serve(breaks_off_after(1000))
 
     assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
@@ -306,7 +305,7 @@ def test_what_a_stalled_mirror_sent_is_kept(serve, target: Path):
 
 
 def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, target: Path):
-    """The user learns what was tried and what to do by hand."""
+    """The error lists the mirrors tried and the manual way."""
     gone = Mirror(whole)
     gone.server_close()
     mirrors = {
@@ -392,7 +391,7 @@ def test_checksum_is_that_of_the_decompressed_content(tmp_path: Path):
     ],
 )
 def test_damaged_file_has_no_checksum(tmp_path: Path, stored: bytes | None, fault: str):
-    """The sentence tells truncated from corrupt."""
+    """The error distinguishes truncated from corrupt files."""
     path = tmp_path / "file.gz"
     if stored is not None:
         path.write_bytes(stored)

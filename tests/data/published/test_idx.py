@@ -48,7 +48,7 @@ def write(
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path, str]]:
-    """Replaces the downloads by tiny files, and returns the list of what was asked for."""
+    """Replaces the downloads by tiny files; returns the list of requests."""
     asked = []
 
     def fetch(urls: list[str], target: Path, sha256: str) -> Path:
@@ -63,7 +63,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path, st
 @pytest.mark.parametrize("name", ["file", "file.gz"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (0, 28, 28)])
 def test_array_survives_the_format(tmp_path: Path, name: str, shape: tuple[int, ...]):
-    """What is written by the rules of the format is read back equal, packed or not."""
+    """An array written in the format is read back equal, compressed or not."""
     array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     write(tmp_path, {name: array})
 
@@ -102,7 +102,7 @@ GOOD = packed_idx(np.arange(6).reshape(1, 2, 3))
     ],
 )
 def test_damaged_file_is_said_in_a_sentence(tmp_path: Path, name: str, stored: bytes, fault: str):
-    """It names the file, what is wrong with it, and the way out."""
+    """The error names the file, its fault, and the way out."""
     path = tmp_path / name
     path.write_bytes(stored)
 
@@ -258,7 +258,7 @@ def test_files_that_do_not_fit_together_name_the_folder(
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MNIST is not in ../shared/data/mnist")
 def test_real_mnist_is_the_published_one():
-    """Checksums, sizes and label counts are those that the world knows."""
+    """Checksums, sizes and label counts are the published ones."""
     dataset = mnist(REAL)
 
     assert dataset.train.inputs.shape == (60_000, 28, 28)
