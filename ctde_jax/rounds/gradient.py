@@ -71,22 +71,6 @@ def make_gradient(
             them together; activations take the memory of one.
     """
 
-    def on_shards(
-        on_shard, indices, shards, params, model_state, *common
-    ) -> tuple[jax.Array, PyTree, Sums]:
-        # A mapped axis of size 1 would make XLA transpose.
-        if len(shards) == 1:
-            return on_shard(indices[0], shards[0], params, model_state, *common)
-
-        def on_each(indices, shard) -> tuple[jax.Array, PyTree, Sums]:
-            objective, new_model_state, sums = on_shard(
-                indices, shard, params, model_state, *common
-            )
-            new_model_state = agreed_state(new_model_state, model_state, sums["examples"], SHARD)
-            return lax.psum(objective, SHARD), new_model_state, lax.psum(sums, SHARD)
-
-        return jax.vmap(on_each, out_axes=None, axis_name=SHARD)(indices, shards)
-
     def gradient(params, model_state, split, indices, key, alone=False):
         # Trace the model on a microbatch: does it use collectives, does it draw random numbers?
         inputs = jax.ShapeDtypeStruct(
@@ -122,7 +106,7 @@ def make_gradient(
             examples, shards = group
 
             def objective(params):
-                total, new_model_state, group_sums = on_shards(
+                total, new_model_state, group_sums = _on_shards(
                     on_shard, examples, shards, params, model_state, split, key
                 )
                 return total / divisor, (new_model_state, group_sums)
@@ -151,6 +135,22 @@ def make_gradient(
         return grads, model_state, sums
 
     return gradient
+
+
+def _on_shards(
+    on_shard, indices, shards, params, model_state, *common
+) -> tuple[jax.Array, PyTree, Sums]:
+    """Sums over several shards at once, each with its own number."""
+    # A mapped axis of size 1 would make XLA transpose.
+    if len(shards) == 1:
+        return on_shard(indices[0], shards[0], params, model_state, *common)
+
+    def on_each(indices, shard) -> tuple[jax.Array, PyTree, Sums]:
+        objective, new_model_state, sums = on_shard(indices, shard, params, model_state, *common)
+        new_model_state = agreed_state(new_model_state, model_state, sums["examples"], SHARD)
+        return lax.psum(objective, SHARD), new_model_state, lax.psum(sums, SHARD)
+
+    return jax.vmap(on_each, out_axes=None, axis_name=SHARD)(indices, shards)
 
 
 def step_keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
