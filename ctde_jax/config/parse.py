@@ -305,8 +305,42 @@ def _bad_config(path: Path, fault: str, end: str = ".") -> InputError:
     )
 
 
+_SYNONYMS = {
+    "accumulation_steps": "accumulate",
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "clip": "max_grad_norm",
+    "clip_grad": "max_grad_norm",
+    "ema": "ema_decay",
+    "early_stopping": "patience",
+    "gpus": "devices",
+    "grad_accum": "accumulate",
+    "grad_clip": "max_grad_norm",
+    "gradient_accumulation": "accumulate",
+    "gradient_clipping": "max_grad_norm",
+    "hidden": "width",
+    "hidden_size": "width",
+    "hidden_sizes": "widths",
+    "input": "data_file",
+    "lr": "learning_rate",
+    "lr_schedule": "schedule",
+    "num_devices": "devices",
+    "num_epochs": "epochs",
+    "num_heads": "heads",
+    "num_layers": "layers",
+    "output_dir": "run_dir",
+    "random_seed": "seed",
+    "warmup": "warmup_steps",
+    "wd": "weight_decay",
+}
+"""Names that other libraries use, and the options that they mean here."""
+
+
 def _unknown(name: str, known: Iterable[str]) -> InputError:
+    bare = name.removeprefix("--").replace("-", "_")
     suggestion = did_you_mean(name.replace("_", "-"), known)
+    if bare in _SYNONYMS:
+        suggestion = f"; did you mean {as_flag(_SYNONYMS[bare])!r}?"
     return InputError(quoted(name)[1:-1], f"is no option{suggestion} --help lists them all.")
 
 

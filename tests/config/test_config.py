@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from ctde_jax import config
-from ctde_jax.config import presets
+from ctde_jax.config import parse, presets
 from ctde_jax.errors import InputError
 from ctde_jax.models import initializers
 
@@ -239,3 +239,25 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
     parsed = config.parse(["--run-dir=~/run", "--dataset=csv", "--data-file=~/mine.csv"])
     assert parsed.run.run_dir == tmp_path / "run"
     assert parsed.data.data_file == tmp_path / "mine.csv"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("--lr", "--learning-rate"),
+        ("--bs", "--batch-size"),
+        ("--clip", "--max-grad-norm"),
+        ("--wd", "--weight-decay"),
+        ("--gpus", "--devices"),
+        ("--learning-rat", "--learning-rate"),
+    ],
+)
+def test_option_of_another_library_gets_the_name_here(name, meant):
+    with pytest.raises(InputError, match=f"is no option; did you mean '{meant}'?"):
+        config.parse([name, "1"])
+
+
+def test_every_synonym_means_an_option_and_is_none():
+    options = parse._option_types()
+    assert {*parse._SYNONYMS.values()} <= {*options}
+    assert not {*parse._SYNONYMS} & {*options}
