@@ -1,5 +1,6 @@
 """Options and presets, the command line, and the objects that they build."""
 
+from ctde_jax.config.command_line import deciding, flag, new_run_folder, parse, save, take
 from ctde_jax.config.options import (
     AggregationOptions,
     Config,
@@ -8,7 +9,6 @@ from ctde_jax.config.options import (
     OptimizationOptions,
     RunOptions,
 )
-from ctde_jax.config.parse import deciding, flag, new_run_folder, parse, save, take
 
 __all__ = [
     "AggregationOptions",

@@ -26,8 +26,8 @@ from ctde_jax.checkpoint import (
     plain,
 )
 from ctde_jax.config import build
+from ctde_jax.config.command_line import deciding, flag, parse
 from ctde_jax.config.options import Config, DataOptions
-from ctde_jax.config.parse import deciding, flag, parse
 from ctde_jax.data import Dataset, digests_of
 from ctde_jax.devices import FAKE_DEVICES, PyTree, replica, start
 from ctde_jax.errors import InputError

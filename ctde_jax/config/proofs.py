@@ -16,8 +16,8 @@ from jax import numpy as jnp
 from ctde_jax import checkpoint
 from ctde_jax.checkpoint import CHECKPOINTS, METRICS, Checkpoint, Damaged
 from ctde_jax.config import build
+from ctde_jax.config.command_line import parse
 from ctde_jax.config.options import Config
-from ctde_jax.config.parse import parse
 from ctde_jax.config.walk import train
 from ctde_jax.devices import FAKE_DEVICES, hosts, start
 from ctde_jax.errors import InputError

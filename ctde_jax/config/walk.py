@@ -14,8 +14,8 @@ from rich.table import Table
 from ctde_jax import checkpoint, trainer
 from ctde_jax.checkpoint import Options
 from ctde_jax.config import build, report
+from ctde_jax.config.command_line import deciding, flag, new_run_folder, save
 from ctde_jax.config.options import Config, RunOptions
-from ctde_jax.config.parse import deciding, flag, new_run_folder, save
 from ctde_jax.data import Dataset, decode, encode, partition
 from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, replica, start
 from ctde_jax.errors import InputError, check_at_least, check_at_most

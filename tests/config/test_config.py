@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from ctde_jax import config
-from ctde_jax.config import parse, presets
+from ctde_jax.config import command_line, presets
 from ctde_jax.errors import InputError
 from ctde_jax.models import initializers
 
@@ -258,6 +258,6 @@ def test_option_of_another_library_gets_the_name_here(name, meant):
 
 
 def test_every_synonym_means_an_option_and_is_none():
-    options = parse._option_types()
-    assert {*parse._SYNONYMS.values()} <= {*options}
-    assert not {*parse._SYNONYMS} & {*options}
+    options = command_line._option_types()
+    assert {*command_line._SYNONYMS.values()} <= {*options}
+    assert not {*command_line._SYNONYMS} & {*options}
