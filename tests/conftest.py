@@ -1,9 +1,8 @@
 """Every test runs on up to eight fake CPU devices, which must exist before JAX starts.
 
 Compiling small programs takes most of the time. Machine code is therefore not optimized, which
-saves a third, and made from HLO without MLIR, which saves half of the rest. HLO is optimized, so
-that collectives and bytes are those that users get. Tests and processes share a compilation cache
-that exists as long as the tests run, which saves a quarter.
+saves a third; HLO is optimized, so that collectives and bytes are those that users get. Tests and
+processes share a compilation cache that exists as long as the tests run, which saves a quarter.
 """
 
 import os
@@ -23,10 +22,7 @@ if not IS_WORKER:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0"]
-if jax.__version_info__ < (0, 11):  # later versions have no such flag, and would abort
-    QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE])
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 ALL_DEVICES = devices.start(8)
