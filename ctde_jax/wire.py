@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     try:
         target, arguments = config.take("target", arguments, f"be such as {targets.EXAMPLES}")
-        _print_table(config.parse(arguments), target)
+        _print_table(config.parse(arguments, "wire"), target)
         return 0
     except InputError as error:
         option = "--target" if error.option == "target" else config.flag(error.option)

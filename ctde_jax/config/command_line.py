@@ -28,10 +28,14 @@ from ctde_jax.config.rules import NEEDS
 from ctde_jax.errors import InputError, check_known, check_seed, did_you_mean, quoted
 
 
-def parse(arguments: Sequence[str]) -> Config:
+def parse(arguments: Sequence[str], command: str = "train") -> Config:
     """Parses a command line, and the saved configuration that it names.
 
     `--help` prints the options and ends the process.
+
+    Args:
+        arguments: Words of the command line.
+        command: Name of the module that `--help` shows, such as `wire`.
 
     Raises:
         InputError: If an option, a name or a value is wrong, or the saved configuration cannot be
@@ -41,7 +45,7 @@ def parse(arguments: Sequence[str]) -> Config:
     typed = _check(arguments)
     if {"--epochs", "--steps"} <= typed:
         raise InputError("epochs", "and --steps exclude each other; give one.")
-    chosen = _parse(arguments)
+    chosen = _parse(arguments, command)
 
     # Find the saved options: those of --config, of this branch if it was started before, or else of
     # the run that it branches off from.
@@ -78,7 +82,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
     # In order of increasing precedence: presets, saved options, command line.
     options = {**MODELS[model].options, **PRESETS[strategy].options, **options}
-    parsed = _parse([*_as_arguments(options), *arguments])
+    parsed = _parse([*_as_arguments(options), *arguments], command)
     _check_effect(typed, parsed)
     return parsed
 
@@ -219,9 +223,9 @@ _OPTION_OF = {
 """Options whose names differ from the arguments that they set."""
 
 
-def _parse(arguments: Sequence[str]) -> Config:
+def _parse(arguments: Sequence[str], command: str) -> Config:
     flat = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config)
-    parsed = tyro.cli(flat, prog="python -m ctde_jax.train", args=arguments)
+    parsed = tyro.cli(flat, prog=f"python -m ctde_jax.{command}", args=arguments)
     groups = {group.name: getattr(parsed, group.name) for group in fields(parsed)}
     return replace(parsed, **{name: _with_expanded_paths(group) for name, group in groups.items()})
 

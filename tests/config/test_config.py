@@ -1,6 +1,7 @@
 """Every option is explained, checked, and saved so that it can be read again."""
 
 from dataclasses import fields
+from importlib import import_module
 from typing import get_args, get_type_hints
 
 import pytest
@@ -261,3 +262,11 @@ def test_every_synonym_means_an_option_and_is_none():
     options = command_line._option_types()
     assert {*command_line._SYNONYMS.values()} <= {*options}
     assert not {*command_line._SYNONYMS} & {*options}
+
+
+@pytest.mark.parametrize("command", ["train", "wire", "profile"])
+def test_help_names_the_command(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"ctde_jax.{command}").main(["--help"])
+    assert ended.value.code == 0
+    assert f"usage: python -m ctde_jax.{command} " in capsys.readouterr().out
