@@ -19,7 +19,7 @@ The public names are those of `__init__.pyi`. Each is imported on first use, so 
 """
 
 import ast
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 # The stub is the one list of public names: type checkers read it, and so does this module.
@@ -38,6 +38,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return metadata.version(__name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # `from . import name` in the stub has no module: the name is a submodule of this package.

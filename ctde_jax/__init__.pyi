@@ -33,3 +33,5 @@ from .trainer import Trained as Trained
 from .trainer import Training as Training
 from .trainer import fit as fit
 from .trainer import plot_curves as plot_curves
+
+__version__: str

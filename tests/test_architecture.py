@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+
+import ctde_jax
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ctde_jax"
@@ -93,6 +95,10 @@ for name in ctde_jax.__all__:
     assert not os.wait()[1], name
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True)
+
+
+def test_version_is_that_of_the_installed_package():
+    assert ctde_jax.__version__ == metadata.version("ctde_jax")
 
 
 def test_functions_have_at_most_eighty_lines():
