@@ -7,6 +7,7 @@
 tables, a figure and advice.
 """
 
+import os
 import signal
 import sys
 import time
@@ -64,7 +65,11 @@ def main(arguments: Sequence[str]) -> int:
         )
     try:
         trace, rest = options.take("trace", arguments, "name a folder")
-        _profile(options.parse(rest, "profile"), None if trace is None else Path(trace), started)
+        _profile(
+            options.parse(rest, "profile"),
+            None if trace is None else Path(os.path.expanduser(trace)),
+            started,
+        )
         return 0
     except InputError as error:
         option = "--trace" if error.option == "trace" else options.flag(error.option)

@@ -65,7 +65,10 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         training.strategy,
         training.source,
         devices,
+        augment=training.augment,
         accumulate=training.accumulate,
+        ema_decay=training.ema_decay,
+        skip_nonfinite=training.on_nonfinite == "skip",
     )
     hosts_of_devices = [device.process_index for device in devices]
     traffic = measure(program.as_text() or "", training.strategy.inner_steps, hosts_of_devices)

@@ -594,6 +594,25 @@ def start_from_data(module, x):
     return module.layer(x)
 
 
+def keep_first(module, x):
+    if getattr(module, "is_first", True):
+        module.kept[...] = x.mean(0)
+        module.is_first = False
+    return module.layer(x - module.kept[...][None])
+
+
+def copy_once(module, x):
+    if getattr(module, "is_first", True):
+        module.kept[...] = module.other[...]
+        module.is_first = False
+    return module.layer(x - module.kept[...][None])
+
+
+def put_statistics(module, rngs):
+    module.kept = nnx.BatchStat(jnp.zeros(FEATURES))
+    module.other = nnx.BatchStat(jnp.ones(FEATURES))
+
+
 def create_late(module, x):
     module.ema = nnx.Variable(jnp.zeros(FEATURES))
     return module.layer(x)
@@ -857,6 +876,16 @@ REFUSED = {
         of(start_from_data),
         "features",
         "must not change is_ready in __call__",
+    ),
+    "statistics of the first batch": (
+        of(keep_first, put_statistics),
+        "features",
+        "must not change is_first in __call__",
+    ),
+    "statistics that are copied once": (
+        of(copy_once, put_statistics),
+        "features",
+        "must not change is_first in __call__",
     ),
     "late variable": (of(create_late), "features", "ema is made in __call__"),
     "array in a closure": (

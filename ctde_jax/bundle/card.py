@@ -16,10 +16,11 @@ with the one that its author has published (`expect`).
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -353,7 +354,7 @@ def _artifact(name: str, said: Any, files: Facts) -> Artifact:
         receipt.get("relative", 0.0),
         *_check(receipt.get("measured", {}), dict, fault).values(),
     ):
-        if not isinstance(number, float | int) or not isfinite(number):
+        if not isinstance(number, float | int) or not abs(number) <= sys.float_info.max:
             raise _Odd(fault)
     return Artifact(file, step, receipt)
 

@@ -268,8 +268,8 @@ _MOST_LAYERS = 1000
 """Each layer is traced and compiled separately, so a million layers would take days to compile."""
 
 _LARGEST_WIDTH = 10_000_000
-"""Products of such widths do not overflow, which would end the process. Smaller networks that
-exceed the memory are refused by `devices/memory.py`."""
+"""An overflow in the product of two widths would end the process; up to this width there is none.
+Smaller networks that exceed the memory are refused by `devices/memory.py`."""
 
 
 def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:

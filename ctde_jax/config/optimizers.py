@@ -49,8 +49,8 @@ def build(
         warmup_steps: Number of optimizer steps of linear warmup from zero.
         total_steps: Optimizer steps of the whole run, including warmup; only read by schedules that
             decay.
-        weight_decay: Decoupled weight decay, in units of the learning rate; applied to kernels, not
-            to biases or normalization parameters. By default that of the optimizer.
+        weight_decay: Decoupled weight decay, in units of the learning rate; applied to parameters
+            with two or more axes. By default that of the optimizer.
         max_grad_norm: Clip gradients to this global norm.
         schedule_start: Optimizer step at which warmup and schedule start; earlier steps count for
             neither.

@@ -169,8 +169,8 @@ class OptimizationOptions:
     --schedule or --warmup-steps, the step of that checkpoint."""
 
     weight_decay: Number = None
-    """Decoupled weight decay, in units of the learning rate; applied to kernels, not to biases or
-    normalization parameters; by default 0.0001 for adamw, 0.001 for lion, and 0 for muon."""
+    """Decoupled weight decay, in units of the learning rate; applied to parameters with two or more
+    axes; by default 0.0001 for adamw, 0.001 for lion, and 0 for muon."""
 
     max_grad_norm: Number = None
     """Clip gradients to this global norm; by default no clipping."""

@@ -259,4 +259,11 @@ def _moved(body: Frame, index: int) -> int | None:
     element, constant = moved.operands
     if _loop_index(element, body) != index:
         element, constant = constant, element
-    return _value(body, constant) if _loop_index(element, body) == index else None
+    if _loop_index(element, body) != index:
+        return None
+
+    # A second element is a constant only if the body does not change it.
+    second = _loop_index(constant, body)
+    if second is not None and _loop_index(root.operands[second], body) != second:
+        return None
+    return _value(body, constant)

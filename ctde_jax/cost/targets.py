@@ -16,7 +16,7 @@ import optax
 from jax.experimental import topologies
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import Dataset
+from ctde_jax.data import Augment, Dataset
 from ctde_jax.devices import AXIS, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task
@@ -86,13 +86,16 @@ def compile_rounds(
     source: ExampleSource,
     devices: Sequence[jax.Device],
     *,
+    augment: Augment | None = None,
     accumulate: int = 1,
+    ema_decay: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> replica.Program:
     """Compiles the rounds that `fit` would run, also for devices that are not present."""
     # Shapes of the state, without computing it. Stacked parts get one row for each device.
     center = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
     create = jax.vmap(
-        partial(state.create, optimizer=optimizer, strategy=strategy),
+        partial(state.create, optimizer=optimizer, strategy=strategy, ema=ema_decay is not None),
         in_axes=(None, None),
         out_axes=state.axes(strategy),
         axis_name=AXIS,
@@ -112,8 +115,10 @@ def compile_rounds(
     )
 
     # The same program as in training, compiled and not run.
-    gradient = make_gradient_for(strategy, model, task, accumulate=accumulate)
-    train_rounds = parallel_rounds(gradient, optimizer, strategy, devices, source.axis)
+    gradient = make_gradient_for(strategy, model, task, augment, accumulate)
+    train_rounds = parallel_rounds(
+        gradient, optimizer, strategy, devices, source.axis, ema_decay, skip_nonfinite
+    )
     return replica.compiled(replica.lowered(train_rounds, *arguments), devices, strategy.exact)
 
 

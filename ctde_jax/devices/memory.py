@@ -78,8 +78,8 @@ def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device])
 
 def check_program(program: Any, devices: Sequence[jax.Device]) -> None:
     """Raises InputError if a compiled program's temporaries, with activations, exceed memory."""
-    # The wrapper `replica.Waiting` offers no analysis, and a backend may return None.
-    analysis = getattr(program, "memory_analysis", lambda: None)()
+    # A backend may return None.
+    analysis = program.memory_analysis()
     if analysis is not None:
         lower = "lower batch_size, sync_every or chunk, or take a smaller model"
         _check_devices(

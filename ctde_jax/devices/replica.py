@@ -168,7 +168,8 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
     """Returns the weighted mean over the replicas, or over the shards of one replica.
 
     Replicas with weight 0 are ignored, even if they hold NaN. If all weights are 0, the mean is 0.
-    For counters and other integers, which have no mean, it is the largest value.
+    For counters and other integers, which have no mean, it is the largest value, whatever the
+    weights are.
     """
     weight = jnp.asarray(weight, jnp.float32)
     leaves, structure = jax.tree.flatten(as_real(tree))

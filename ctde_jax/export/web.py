@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from platformdirs import user_cache_path
 
 from ctde_jax.bundle import CARD, Bundle, Card
-from ctde_jax.checkpoint import written_whole
 from ctde_jax.errors import InputError
 
 # `npm view onnxruntime-web@VERSION dist.integrity` shows the SHA-512 of a version in base64.
@@ -76,8 +75,7 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     """
     # Check the bundle and the folder.
     card = bundle.card
-    given = folder
-    folder = Path(folder).resolve()
+    folder = Path(folder)
     if "onnx" not in card.artifacts:
         raise InputError("web", "needs the format onnx, which the bundle does not have.")
     _check_replaceable(folder)
@@ -107,18 +105,17 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     }
     contents |= {**runtime, SUMS_OF_RUNTIME: json.dumps(said, indent=1).encode()}
 
-    # Nothing is written before everything has been read, and the page appears as a whole.
+    # Nothing is written before everything has been read.
     try:
-        with written_whole(folder) as partial:
-            (partial / "ort").mkdir()
-            for name, content in contents.items():
-                (partial / name).write_bytes(content)
+        (folder / "ort").mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
     except OSError as error:
         raise InputError(
             "web",
-            f"must be a folder that can be written to, and {given} is none: {error.strerror}.",
+            f"must be a folder that can be written to, and {folder} is none: {error.strerror}.",
         ) from error
-    return Path(given)
+    return folder
 
 
 def _reads_pictures(card: Card) -> bool:

@@ -145,7 +145,11 @@ class _Wrapped:
             like = jax.ShapeDtypeStruct(jnp.shape(inputs), place[1])
             # The check calls `init`, which looks up this entry.
             self._calls[place] = _examine(self._network, like, self._given)
-            _check_state(self.init, *place)
+            try:
+                _check_state(self.init, *place)
+            except BaseException:
+                del self._calls[place]
+                raise
         return self._calls[place]
 
     def _variables(self, call: _Call, key, inputs):

@@ -201,7 +201,8 @@ def _check_attributes(
             before = _attributes(merged)
             outputs = merged(inputs, **arguments, **wrapped.random(key))
             later.append(_changed(before, _attributes(merged)))
-            return outputs, _pure(nnx.state(merged, is_trained))
+            params = _pure(nnx.state(merged, is_trained))
+            return outputs, params, _state_after(merged, model_state)
 
         return without_addresses(str(jax.make_jaxpr(run)(*like, jax.eval_shape(jax.random.key, 0))))
 

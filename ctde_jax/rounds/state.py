@@ -142,7 +142,7 @@ def _going_over(
 
 
 def has_evaluated_point(state: TrainState, strategy: Strategy) -> bool:
-    """Returns whether the central parameters may not be part of the state; reads its structure."""
+    """Returns whether the central parameters must be computed; only the structure is read."""
     return strategy.diverges or _has_evaluated_point(_central_optimizer(state, strategy))
 
 

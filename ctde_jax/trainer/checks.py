@@ -28,7 +28,7 @@ def check_network(
 ) -> None:
     """Raises InputError for a model whose state or outputs do not suit the data and the task.
 
-    Everything is traced on shapes and dtypes alone.
+    Only shapes and dtypes are traced, and a loss is evaluated on two random outputs.
 
     Args:
         model: A model that takes inputs as the data set stores them.

@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import index_blocks
+from ctde_jax.data import Batches, deal, index_blocks
 from ctde_jax.devices import PyTree, count_cores, replica
 from ctde_jax.errors import InputError
 from ctde_jax.rounds import (
@@ -56,9 +56,6 @@ _LOOP_SECONDS = 0.1
 _LEAST_LOOP = 3  # dispatches
 _MOST_LOOP = 50  # dispatches
 _TRACED_DISPATCHES = 3
-
-_NOT_DRAWN = 2**20
-"""First draw of the data order that is not in the cache, as no contestant needs that many draws."""
 
 
 class Spread(NamedTuple):
@@ -318,8 +315,9 @@ class _Contestant:
         self.rounds = span.row_rounds
         self._span = span
         assert isinstance(training.source, Resident), "checked by measure"
-        self.source = training.source
-        self.batches = training.source.batches
+        # Each contestant has a cache of draws of its own, and `input` another.
+        self.batches = _deal(training)
+        self._fresh = _deal(training)
         self._inputs = self._draw()
 
         # Put the state and the examples on the devices.
@@ -329,7 +327,7 @@ class _Contestant:
         self._state = state.place(
             params, model_state, training.optimizer, strategy, devices, averages
         )
-        self.examples = self.source.hold(devices) if beside is None else beside.examples
+        self.examples = training.source.hold(devices) if beside is None else beside.examples
         self.key = replica.replicate(jax.random.split(jax.random.key(training.seed))[1], devices)
         jax.block_until_ready((self._state, self.examples))
         placed = time.perf_counter()
@@ -392,17 +390,16 @@ class _Contestant:
         """
         drawn_steps = self.batches.steps_per_draw
         steps = self._span.piece_rounds * self._span.round_steps
-        number = _NOT_DRAWN + turn
         # Draw outside the piece's time, into the cache from which `index_blocks` then takes it.
         before = time.perf_counter()
         if drawn_steps > steps:
-            self.batches.draw(number)
+            self._fresh.draw(turn)
         drawn = time.perf_counter()
 
         # Make the piece's indices and put them on the devices.
-        start = number * max(drawn_steps, steps)
+        start = turn * max(drawn_steps, steps)
         cut = index_blocks(
-            self.batches, self._span.round_steps, self._span.piece_rounds, start, start + steps
+            self._fresh, self._span.round_steps, self._span.piece_rounds, start, start + steps
         )
         jax.block_until_ready(replica.shard(next(cut)[0], self.devices))
         return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / steps
@@ -429,6 +426,20 @@ class _Contestant:
     def _advance(self, indices: jax.Array, first: np.int32, last: np.int32) -> Sums:
         self._state, sums = self._run(self._state, self.examples, indices, first, last, self.key)
         return sums
+
+
+def _deal(training: Training) -> Batches:
+    """Returns the data order of a training, with an empty cache."""
+    inner_steps = max(1, training.strategy.inner_steps)
+    replicas = len(training.devices)
+    return deal(
+        training.data.train,
+        replicas,
+        training.batch_size,
+        training.seed,
+        training.partition,
+        inner_steps,
+    )
 
 
 def _make_evaluation(

@@ -78,7 +78,7 @@ class Training:
             as many rows as take 0.1 seconds, and at least one.
 
     Raises:
-        InputError: An argument breaks a rule. Nothing has been computed except shapes and dtypes.
+        InputError: An argument breaks a rule. Nothing has been trained or written.
     """
 
     model: Model
@@ -115,7 +115,7 @@ class Training:
             center,
             self.data,
             self.task,
-            takes_mask=checks.takes_mask(self.model),
+            takes_mask=checks.takes_mask(unscaled(self.model)),
             reestimates=self.reestimate_batches > 0,
         )
         checks.check_strategy(model, center, self.data, self.strategy, replicas)
@@ -235,8 +235,8 @@ class Training:
         return Options(plain(values), flag)
 
     def _check_values(self) -> None:
-        # A wrong type would make the comparisons below fail with an error that names no argument.
         """Checks each value alone."""
+        # A wrong type would make the comparisons below fail with an error that names no argument.
         checks.check_types(
             data=self.data, optimizer=self.optimizer, strategy=self.strategy, task=self.task
         )
