@@ -261,8 +261,9 @@ def parts_of(
 
 def _agreement(strategy: Strategy) -> Callable[..., PyTree]:
     """Returns the function that a round applies to a message, starting from the initial states."""
-    # The outer optimizer is part of a round only if the round has local steps.
-    reduce = optax.with_extra_args_support(strategy.reduce)
+    # The outer optimizer is part of a round only if the round has local steps, and the reducer only
+    # if the round is not exact.
+    reduce = optax.with_extra_args_support(optax.identity() if strategy.exact else strategy.reduce)
     inner = optax.with_extra_args_support(strategy.inner)
 
     def agree(message, params, weight, key):

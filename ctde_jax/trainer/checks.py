@@ -89,10 +89,9 @@ def check_augment(augment: Augment, data: Dataset) -> None:
 
 
 def check_devices(devices: object) -> None:
-    """Raises InputError for anything other than None or a list of devices, such as a number."""
-    if devices is None or (
-        isinstance(devices, Sequence) and all(hasattr(each, "platform") for each in devices)
-    ):
+    """Raises InputError for anything other than a list of devices, such as a number."""
+    is_list = isinstance(devices, Sequence) and all(hasattr(each, "platform") for each in devices)
+    if is_list and devices:
         return
     # A number is a common mistake, so show the call that returns this many devices.
     way_out = (

@@ -1,5 +1,6 @@
 """From a model and data to a trained model: `fit`, and `train`, which takes every option."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -97,6 +98,7 @@ def fit(
             `run_dir`, these signals end the process.
         TypeError: An option is unknown.
     """
+    started = time.perf_counter()
     of_training, of_saving = _split(options)
     check_types(data=data, optimizer=optimizer, strategy=strategy)
     training = Training(
@@ -105,7 +107,7 @@ def fit(
         optimizer=as_transformation(optimizer),
         strategy=strategy,
         task=_default_task(data) if task is None else task,
-        devices=_checked(devices),
+        devices=_started(devices),
         batch_size=batch_size,
         epochs=epochs,
         steps=steps,
@@ -114,7 +116,10 @@ def fit(
         **of_training,
     )
     saving = Saving(run_dir, resume, **of_saving)
-    return train(training, saving, show=show, describe=describe)
+    before = time.perf_counter() - started
+    trained = train(training, saving, show=show, describe=describe)
+    trained.seconds["start-up"] += before
+    return trained
 
 
 @rolling_back
@@ -139,7 +144,7 @@ def train(
     # Refuse settings of the environment that rule out training, such as too small a thread pool.
     clock = Clock()
     screen = console(quiet=not show)
-    check_backend(training.devices)
+    _check_ready(training.devices)
 
     # Resume: the newest intact checkpoint of this run, the one to branch from, or none.
     with claim(training, saving, screen.print) as found:
@@ -185,16 +190,23 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return of_training, {name: value for name, value in options.items() if name in saving}
 
 
-def _checked(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
-    """Returns the devices of a run; raises InputError if hosts have different numbers of them."""
-    check_devices(devices)
+def _started(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+    """Returns the devices of a run, by default those of `devices.start()`."""
+    if devices is not None:
+        check_devices(devices)
     chosen = list(devices or start())
-    check_backend(chosen)
+    # Before anything is traced, which fails under some settings.
+    _check_ready(chosen)
+    return chosen
+
+
+def _check_ready(devices: Sequence[jax.Device]) -> None:
+    """Raises InputError if JAX cannot train here, or hosts have different numbers of devices."""
+    check_backend(devices)
     # Every host compares its devices with an equal share of all devices.
-    if len(chosen) != len(replica.own(chosen)) * hosts.count():
+    if len(devices) != len(replica.own(devices)) * hosts.count():
         rule = f"must contain the same number of devices on each of the {hosts.count()} hosts"
         raise InputError("devices", f"{rule}; pass the result of devices.start().")
-    return chosen
 
 
 def _default_task(data: Dataset) -> Task:

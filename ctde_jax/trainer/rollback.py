@@ -42,7 +42,7 @@ def rolling_back(run: Callable[..., Trained]) -> Callable[..., Trained]:
             return run(training, saving, **rest)
         saving.check(training)
         # The factor is part of the optimizer state, so that every checkpoint holds it.
-        training = replace(training, optimizer=shrunk(training.optimizer))
+        training = training.with_optimizer(shrunk(training.optimizer))
         say = console(quiet=not rest.get("show", True)).print
         while True:
             # Each attempt but the first resumes from the checkpoint whose factor was halved.

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ import numpy as np
 import optax
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import Batches, deal, index_blocks
+from ctde_jax.data import Batches, index_blocks
 from ctde_jax.devices import PyTree, count_cores, replica
 from ctde_jax.errors import InputError
 from ctde_jax.rounds import (
@@ -316,8 +317,8 @@ class _Contestant:
         self._span = span
         assert isinstance(training.source, Resident), "checked by measure"
         # Each contestant has a cache of draws of its own, and `input` another.
-        self.batches = _deal(training)
-        self._fresh = _deal(training)
+        self.batches = _uncached(training.source.batches)
+        self._fresh = _uncached(training.source.batches)
         self._inputs = self._draw()
 
         # Put the state and the examples on the devices.
@@ -428,18 +429,9 @@ class _Contestant:
         return sums
 
 
-def _deal(training: Training) -> Batches:
-    """Returns the data order of a training, with an empty cache."""
-    inner_steps = max(1, training.strategy.inner_steps)
-    replicas = len(training.devices)
-    return deal(
-        training.data.train,
-        replicas,
-        training.batch_size,
-        training.seed,
-        training.partition,
-        inner_steps,
-    )
+def _uncached(batches: Batches) -> Batches:
+    """Returns the same data order with an empty cache of its draws."""
+    return replace(batches, draw=lru_cache(maxsize=2)(batches.draw.__wrapped__))  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _make_evaluation(

@@ -4,6 +4,7 @@ Each of them checks itself when it is created.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -194,6 +195,13 @@ class Training:
         )
         return Identity(self.data, self.partition, trace, len(self.devices))
 
+    def with_optimizer(self, optimizer: optax.GradientTransformation) -> "Training":
+        """Returns the training with another optimizer; it is not checked, and no data are dealt."""
+        changed = copy(self)
+        object.__setattr__(changed, "optimizer", optimizer)
+        changed.__dict__.pop("identity", None)
+        return changed
+
     def phases(self, row_steps: int) -> list[Phase]:
         """Returns the phases of the whole run, with rows of this many steps or of one round."""
         return make_phases(
@@ -237,6 +245,7 @@ class Training:
     def _check_values(self) -> None:
         """Checks each value alone."""
         # A wrong type would make the comparisons below fail with an error that names no argument.
+        checks.check_devices(self.devices)
         checks.check_types(
             data=self.data, optimizer=self.optimizer, strategy=self.strategy, task=self.task
         )
