@@ -88,7 +88,7 @@ def transformer_work(window: int, width: int, blocks: int, batch_size: int, step
     model = ctde.models.transformer(VOCABULARY, **size)
     name = f"transformer {blocks} x {width}, window {window}"
     layers = transformer_layers(VOCABULARY, window, width, blocks)
-    build_torch = lambda: torch_transformer(**size)  # noqa: E731 (as in the other functions)
+    build_torch = partial(torch_transformer, **size)
     return Work(
         name, model, data, ctde.tasks.language_modeling, batch_size, steps, layers, build_torch
     )

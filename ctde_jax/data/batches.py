@@ -8,7 +8,7 @@ the model only ever sees real examples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
@@ -55,6 +55,12 @@ class Batches:
         numbers = range(start // length, ceil(stop / length))
         pieces = [self.draw(n)[max(0, start - n * length) : stop - n * length] for n in numbers]
         return np.concatenate(pieces)
+
+    def with_empty_cache(self) -> "Batches":
+        """Returns the same order, whose draws are not in the cache yet."""
+        # The function that `deal` has cached.
+        draw = self.draw.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+        return replace(self, draw=lru_cache(maxsize=2)(draw))
 
     def inputs(self, step: int) -> np.ndarray:
         """Returns the inputs of a step's global batch, `[examples, ...]`.

@@ -220,7 +220,7 @@ def _built(module: Any) -> linen.Module:
             "module", f"must not be bound to variables; pass {type(module).__name__}(...) as built."
         )
     # Flax also builds modules that have only other methods.
-    if not callable(getattr(module, "__call__", None)):  # noqa: B004
+    if not callable(module):
         raise InputError(
             "module", f"must have a method __call__, and {type(module).__name__} has none."
         )

@@ -5,7 +5,7 @@ training split is in memory, the devices hold it, and a piece consists of indice
 disk, or comes in batches, a piece includes its examples.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
@@ -166,10 +166,7 @@ class OnDisk:
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
         """Returns the feed of pieces with the examples that it reads."""
-        here = replica.own(devices)
-        return lambda spans: prefetched(
-            (*replica.shard(each, devices), rounds) for *each, rounds in self._read(here, spans)
-        )
+        return _feed_of_drawn(self._read, devices)
 
     def _read(
         self, here: list[int], spans: Iterable[Span]
@@ -214,10 +211,7 @@ class Streamed:
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
         """Returns the feed of pieces with the batches that it draws."""
-        here = replica.own(devices)
-        return lambda spans: prefetched(
-            (*replica.shard(each, devices), rounds) for *each, rounds in self._draw(here, spans)
-        )
+        return _feed_of_drawn(self._draw, devices)
 
     def _draw(
         self, here: list[int], spans: Iterable[Span]
@@ -255,6 +249,23 @@ class Streamed:
         order = order.reshape(-1, self.replicas).T
         numbers = np.where(order >= 0, order, ~order)
         return Drawn(batch.inputs[numbers], batch.labels[numbers], numbers), order >= 0
+
+
+def _feed_of_drawn(
+    draw: Callable[[list[int], Iterable[Span]], Iterator[tuple[Drawn, np.ndarray, int]]],
+    devices: Sequence[jax.Device],
+) -> Feed:
+    """Returns the feed of pieces that bring their own examples.
+
+    Args:
+        draw: Yields the examples, the indices and the number of rounds of each piece, for the
+            replicas on this host.
+        devices: The devices, with one replica on each.
+    """
+    here = replica.own(devices)
+    return lambda spans: prefetched(
+        (*replica.shard(each, devices), rounds) for *each, rounds in draw(here, spans)
+    )
 
 
 def _shape_of_indices(span: Span, replicas: int, per_replica: int) -> jax.ShapeDtypeStruct:

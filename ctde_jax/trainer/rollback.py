@@ -40,7 +40,6 @@ def rolling_back(run: Callable[..., Trained]) -> Callable[..., Trained]:
     def run_until_finite(training: Training, saving: Saving = Saving(), **rest: Any) -> Trained:
         if training.on_nonfinite != "rollback":
             return run(training, saving, **rest)
-        saving.check(training)
         # The factor is part of the optimizer state, so that every checkpoint holds it.
         training = training.with_optimizer(shrunk(training.optimizer))
         say = console(quiet=not rest.get("show", True)).print

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ import numpy as np
 import optax
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import Batches, index_blocks
+from ctde_jax.data import index_blocks
 from ctde_jax.devices import PyTree, count_cores, replica
 from ctde_jax.errors import InputError
 from ctde_jax.rounds import (
@@ -317,8 +316,8 @@ class _Contestant:
         self._span = span
         assert isinstance(training.source, Resident), "checked by measure"
         # Each contestant has a cache of draws of its own, and `input` another.
-        self.batches = _uncached(training.source.batches)
-        self._fresh = _uncached(training.source.batches)
+        self.batches = training.source.batches.with_empty_cache()
+        self._fresh = training.source.batches.with_empty_cache()
         self._inputs = self._draw()
 
         # Put the state and the examples on the devices.
@@ -427,11 +426,6 @@ class _Contestant:
     def _advance(self, indices: jax.Array, first: np.int32, last: np.int32) -> Sums:
         self._state, sums = self._run(self._state, self.examples, indices, first, last, self.key)
         return sums
-
-
-def _uncached(batches: Batches) -> Batches:
-    """Returns the same data order with an empty cache of its draws."""
-    return replace(batches, draw=lru_cache(maxsize=2)(batches.draw.__wrapped__))  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _make_evaluation(

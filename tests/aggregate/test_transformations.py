@@ -189,7 +189,10 @@ def plain_loop(name: str) -> tuple[list[float], dict]:
 
 def _filled(masked, params):
     """Puts something in the places that a mask leaves out."""
-    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+
+    def is_masked(node) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
     return jax.tree.map(lambda z, y: y if is_masked(z) else z, masked, params, is_leaf=is_masked)
 
 
