@@ -84,7 +84,7 @@ def convolutional_work(batch_size: int, steps: int) -> Work:
 def transformer_work(window: int, width: int, blocks: int, batch_size: int, steps: int) -> Work:
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (16 * batch_size, window + 1))
     data = ctde.data.from_arrays(tokens[:, :-1], tokens[:, 1:], tokens[:8, :-1], tokens[:8, 1:])
-    size = {"length": window, "width": width, "blocks": blocks, "heads": max(1, width // 64)}
+    size = {"length": window, "hidden_size": width, "blocks": blocks, "heads": max(1, width // 64)}
     model = ctde.models.transformer(VOCABULARY, **size)
     name = f"transformer {blocks} x {width}, window {window}"
     layers = transformer_layers(VOCABULARY, window, width, blocks)
@@ -104,7 +104,7 @@ def random_pictures(examples: int) -> ctde.data.Dataset:
     )
 
 
-def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
+def torch_transformer(length: int, hidden_size: int, blocks: int, heads: int) -> Any:
     """Builds the network of `ctde.models.transformer` in PyTorch."""
     import torch
     from torch import nn
@@ -113,15 +113,17 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-            self.incoming = nn.Linear(width, 3 * width, bias=False)
-            self.mix = nn.Linear(width, width, bias=False)
+            self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(2))
+            self.incoming = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+            self.mix = nn.Linear(hidden_size, hidden_size, bias=False)
             self.perceptron = nn.Sequential(
-                nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+                nn.Linear(hidden_size, 4 * hidden_size),
+                nn.GELU("tanh"),
+                nn.Linear(4 * hidden_size, hidden_size),
             )
 
         def forward(self, x):
-            # Query, key and value, each [examples, heads, length, width / heads].
+            # Query, key and value, each [examples, heads, length, hidden_size / heads].
             parts = (
                 self.incoming(self.norms[0](x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             )
@@ -132,15 +134,15 @@ def torch_transformer(length: int, width: int, blocks: int, heads: int) -> Any:
     class Embedding(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens = nn.Embedding(VOCABULARY, width)
-            self.places = nn.Embedding(length, width)
+            self.tokens = nn.Embedding(VOCABULARY, hidden_size)
+            self.places = nn.Embedding(length, hidden_size)
 
         def forward(self, tokens):
             return self.tokens(tokens) + self.places(
                 torch.arange(tokens.shape[1], device=tokens.device)
             )
 
-    out = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+    out = nn.LayerNorm(hidden_size), nn.Linear(hidden_size, VOCABULARY, bias=False)
     return nn.Sequential(Embedding(), *(Block() for _ in range(blocks)), *out)
 
 

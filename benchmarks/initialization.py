@@ -115,7 +115,7 @@ PROBLEMS: dict[str, Callable[[Path], Problem]] = {
         target=0.9,
     ),
     "lstm": lambda folder: Problem(
-        model=ctde.models.rnn_classifier(14, 10, width=64),
+        model=ctde.models.rnn_classifier(14, 10, hidden_size=64),
         data=small_mnist(folder),
         initializers=(*ANY, "recurrent"),
         optimizer=optax.scale_by_adam(),
@@ -125,7 +125,9 @@ PROBLEMS: dict[str, Callable[[Path], Problem]] = {
         target=0.9,
     ),
     "transformer": lambda folder: Problem(
-        model=ctde.models.transformer(len(small_text(folder).vocabulary), 32, width=64, blocks=4),
+        model=ctde.models.transformer(
+            len(small_text(folder).vocabulary), 32, hidden_size=64, blocks=4
+        ),
         data=small_text(folder),
         initializers=(*ANY, "residual"),
         optimizer=optax.scale_by_adam(),

@@ -95,15 +95,15 @@ def lstm_layers(places: int = PLACES) -> list[Layer]:
     ]
 
 
-def transformer_layers(vocabulary: int, window: int, width: int, blocks: int) -> list[Layer]:
+def transformer_layers(vocabulary: int, window: int, hidden_size: int, blocks: int) -> list[Layer]:
     """Blocks of projections, attention and perceptron at every position, and the output layer."""
     # Causal attention multiplies window (window + 1) / 2 pairs of positions, twice.
     block = [
-        Layer(window * 4 * width**2, window * 5 * width),
-        Layer(round(2 * window * (window + 1) / 2 * width), window * width),
-        Layer(window * 8 * width**2, window * 6 * width),
+        Layer(window * 4 * hidden_size**2, window * 5 * hidden_size),
+        Layer(round(2 * window * (window + 1) / 2 * hidden_size), window * hidden_size),
+        Layer(window * 8 * hidden_size**2, window * 6 * hidden_size),
     ]
-    return [*blocks * block, Layer(window * width * vocabulary, window * vocabulary)]
+    return [*blocks * block, Layer(window * hidden_size * vocabulary, window * vocabulary)]
 
 
 def operations(layers: Sequence[Layer]) -> float:
@@ -140,7 +140,7 @@ class Case(NamedTuple):
 
 
 WIDTHS = (784, 128, 10)
-TRANSFORMER = {"vocabulary": VOCABULARY, "width": 128, "blocks": 4}
+TRANSFORMER = {"vocabulary": VOCABULARY, "hidden_size": 128, "blocks": 4}
 mlp = partial(Case, partial(ctde.models.mlp, WIDTHS), mlp_layers(WIDTHS), (28, 28))
 cnn = partial(ctde.models.cnn, (28, 28), 10)
 lstm = partial(ctde.models.rnn_classifier, FEATURES, 10, LSTM_WIDTH)

@@ -134,7 +134,7 @@ def race_to_target(turns: int, folder: Path, log: Log) -> None:
     def this_trainer(cache: dict[str, str], run_dir: Path) -> float:
         # The command prints text for people, so its rows are read from the run folder.
         options = (
-            "-m ctde_jax.train --dataset mnist --model mlp --widths 128 --activation relu "
+            "-m ctde_jax.train --dataset mnist --model mlp --hidden-sizes 128 --activation relu "
             f"--batch-size 64 \
             --learning-rate {LEARNING_RATE} --schedule constant --devices 1 --epochs {MOST_EPOCHS}"
         ).split()

@@ -192,7 +192,7 @@ def try_model(name: str) -> Row:
         "lstm": (lambda: ctde.models.rnn_classifier(8, 10, 16), rows, 64, {}),
         "gru": (lambda: ctde.models.rnn_classifier(8, 10, 16, cell="gru"), rows, 64, {}),
         "transformer": (
-            lambda: ctde.models.transformer(32, 16, width=32),
+            lambda: ctde.models.transformer(32, 16, hidden_size=32),
             text,
             64,
             {"dispatch": 2, "task": task},

@@ -66,7 +66,7 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         training.source,
         devices,
         augment=training.augment,
-        accumulate=training.accumulate,
+        accumulation_steps=training.accumulation_steps,
         ema_decay=training.ema_decay,
         skip_nonfinite=training.on_nonfinite == "skip",
     )

@@ -43,7 +43,7 @@ PICTURES = {
     "resnet": lambda: ctde.models.resnet((8, 8), 10, (8, 16)),
     "batch-norm": lambda: ctde.models.resnet((8, 8), 10, (8, 16), norm="batch"),
     "lstm": lambda: ctde.models.rnn_classifier(8, 10, 16, 2),
-    "gru": lambda: ctde.models.rnn_classifier(8, 10, 16, cell="gru", dropout=0.2),
+    "gru": lambda: ctde.models.rnn_classifier(8, 10, 16, cell="gru", dropout_rate=0.2),
 }
 TEXTS = {
     "lstm-text": lambda words: ctde.models.rnn_language_model(words, 16, 2),

@@ -656,7 +656,7 @@ class Pooled(nn.Module):
 
 
 def refuse_sizes():
-    raise InputError("widths", f"must start with the {FEATURES} numbers of an input, got 4.")
+    raise InputError("layer_sizes", f"must start with {FEATURES}, got 4.")
 
 
 class RefusesSizes(nn.Module):
@@ -814,12 +814,12 @@ REFUSED = {
     "error of its own": (
         RefusesSizes(),
         "features",
-        "^widths must start with the 6 numbers of an input, got 4",
+        "^layer_sizes must start with 6, got 4",
     ),
     "nnx error of its own": (
         NnxRefusesSizes,
         "features",
-        "^widths must start with the 6 numbers of an input, got 4",
+        "^layer_sizes must start with 6, got 4",
     ),
     "floats into an embedding": (
         of(lambda m, x: m.embed(x).mean(1)),

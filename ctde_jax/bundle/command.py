@@ -12,9 +12,11 @@ from ctde_jax.errors import InputError
 class Parser(ArgumentParser):
     """Argument parser with one-sentence errors and the module's docstring as description."""
 
-    def __init__(self, command: str, says: str):
+    def __init__(self, command: str, description: str):
         super().__init__(
-            f"python -m {command}", description=says, formatter_class=RawDescriptionHelpFormatter
+            f"python -m {command}",
+            description=description,
+            formatter_class=RawDescriptionHelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:

@@ -75,7 +75,7 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
         init_from=run.init_from,
         init_only=run.init_only or None,
         augment=build_augment(chosen.data),
-        accumulate=optimization.accumulate,
+        accumulation_steps=optimization.accumulation_steps,
         ema_decay=optimization.ema_decay,
         reestimate_batches=run.reestimate_batches,
         patience=optimization.patience,
@@ -97,8 +97,8 @@ def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
     if chosen.sequence != "none":
         dataset = data.as_sequence(dataset, chosen.sequence)
     return (
-        data.hold_out(dataset, chosen.validation_share, seed)
-        if chosen.validation_share
+        data.hold_out(dataset, chosen.validation_fraction, seed)
+        if chosen.validation_fraction
         else dataset
     )
 
@@ -114,7 +114,7 @@ def _load(chosen: DataOptions) -> Dataset:
         case "cifar10":
             return data.cifar10(chosen.data_dir)
         case "text":
-            return data.from_text(_data_file(chosen), chosen.window, chosen.stride)
+            return data.from_text(_data_file(chosen), chosen.context_length, chosen.stride)
         case "npz":
             return data.from_npz(_data_file(chosen))
         case "csv":
@@ -217,7 +217,7 @@ def build_optimizer(
         options.warmup_steps,
         total_steps,
         options.weight_decay,
-        options.max_grad_norm,
+        options.clip_grad_norm,
         options.schedule_start,
     )
 
@@ -241,26 +241,30 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
     if base is None:
         raise InputError(
             "base_width",
-            "must say at which width the learning rate was found for --init mup, got none.",
+            "must be the width at which the learning rate was tuned if --init is mup, got none.",
         )
     match chosen.model:
         case "mlp":
-            return _build_network(replace(chosen, widths=(base,) * len(chosen.widths)), dataset)
+            return _build_network(
+                replace(chosen, hidden_sizes=(base,) * len(chosen.hidden_sizes)), dataset
+            )
         case "lstm" | "gru":
-            return _build_network(replace(chosen, width=base), dataset)
+            return _build_network(replace(chosen, hidden_size=base), dataset)
         case "transformer":
-            # The width of a head must stay the same, as attention logits depend on it.
-            if base * chosen.heads % chosen.width:
+            # The size of a head must stay the same, as attention logits depend on it.
+            if base * chosen.heads % chosen.hidden_size:
+                size = chosen.hidden_size // chosen.heads
                 raise InputError(
                     "base_width",
-                    f"must be a multiple of {chosen.width // chosen.heads}, a head's width.",
+                    f"must be a multiple of {size}, the size of an attention head.",
                 )
             return _build_network(
-                replace(chosen, width=base, heads=base * chosen.heads // chosen.width), dataset
+                replace(chosen, hidden_size=base, heads=base * chosen.heads // chosen.hidden_size),
+                dataset,
             )
         case _:
             raise InputError(
-                "init", f"must not be mup for {chosen.model}, whose widths do not grow together."
+                "init", f"must not be mup for {chosen.model}, whose layers have different widths."
             )
 
 
@@ -275,7 +279,12 @@ Smaller networks that exceed the memory are refused by `devices/memory.py`."""
 def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
     # Sizes that would fail late or without a message are refused here.
     check_at_most(_MOST_LAYERS, layers=chosen.layers)
-    check_at_most(_LARGEST_WIDTH, width=chosen.width, widths=max(chosen.widths, default=0))
+    check_at_most(
+        _LARGEST_WIDTH,
+        hidden_size=chosen.hidden_size,
+        hidden_sizes=max(chosen.hidden_sizes, default=0),
+        channels=max(chosen.channels, default=0),
+    )
     shape = dataset.train.inputs.shape[1:]
     classes = len(dataset.classes)
     if dataset.vocabulary:
@@ -284,12 +293,12 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
     # Networks that classify one example: an array, a picture or a sequence.
     match chosen.model:
         case "mlp":
-            return models.mlp([prod(shape), *chosen.widths, classes], chosen.activation)
+            return models.mlp([prod(shape), *chosen.hidden_sizes, classes], chosen.activation)
         case "cnn":
-            return models.cnn(shape, classes, chosen.dropout)
+            return models.cnn(shape, classes, chosen.dropout_rate)
         case "resnet":
             return models.resnet(
-                shape, classes, chosen.widths, chosen.layers, chosen.norm, chosen.batch_statistics
+                shape, classes, chosen.channels, chosen.layers, chosen.norm, chosen.batch_statistics
             )
         case "lstm" | "gru":
             # Images `[height, width, channels]` can be read as sequences by --sequence.
@@ -301,7 +310,12 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
                     f"{shape}{way_out}.",
                 )
             return models.rnn_classifier(
-                shape[-1], classes, chosen.width, chosen.layers, chosen.model, chosen.dropout
+                shape[-1],
+                classes,
+                chosen.hidden_size,
+                chosen.layers,
+                chosen.model,
+                chosen.dropout_rate,
             )
         case _:
             raise InputError(
@@ -316,11 +330,16 @@ def _build_language_model(chosen: ModelOptions, dataset: Dataset) -> Model:
     match chosen.model:
         case "lstm" | "gru":
             return models.rnn_language_model(
-                vocabulary, chosen.width, chosen.layers, chosen.model, chosen.dropout
+                vocabulary, chosen.hidden_size, chosen.layers, chosen.model, chosen.dropout_rate
             )
         case "transformer":
             return models.transformer(
-                vocabulary, length, chosen.width, chosen.layers, chosen.heads, chosen.dropout
+                vocabulary,
+                length,
+                chosen.hidden_size,
+                chosen.layers,
+                chosen.heads,
+                chosen.dropout_rate,
             )
         case _:
             raise InputError(
@@ -394,9 +413,9 @@ def _build_reduce(chosen: AggregationOptions) -> optax.GradientTransformation:
             if chosen.exchange == "two_phase"
             else aggregate.gathered(codec)
         )
-    if chosen.clip_norm is None:
+    if chosen.dp_clip_norm is None:
         return reduce
-    return aggregate.private(chosen.clip_norm, chosen.noise_multiplier, reduce)
+    return aggregate.private(chosen.dp_clip_norm, chosen.dp_noise_multiplier, reduce)
 
 
 def _build_codec(chosen: AggregationOptions) -> Codec:

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from ctde_jax.bundle import read_small
+from ctde_jax.config import help
 from ctde_jax.config.options import (
     AggregationOptions,
     Config,
@@ -215,7 +216,10 @@ _OPTION_OF = {
     "decay": "feedback_decay",
     "radius": "clip_radius",
     "strength": "proximal",
-    "length": "window",
+    "length": "context_length",
+    "layer_sizes": "hidden_sizes",
+    "clip_norm": "dp_clip_norm",
+    "noise_multiplier": "dp_noise_multiplier",
     "pixels": "shift",
     "size": "cutout",
     "blocks": "layers",
@@ -225,7 +229,13 @@ _OPTION_OF = {
 
 def _parse(arguments: Sequence[str], command: str) -> Config:
     flat = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config)
-    parsed = tyro.cli(flat, prog=f"python -m ctde_jax.{command}", args=arguments)
+    parsed = tyro.cli(
+        flat,
+        prog=f"python -m ctde_jax.{command}",
+        description=help.overview(command) if {"-h", "--help"} & set(arguments) else None,
+        args=arguments,
+        registry=help.registry,
+    )
     groups = {group.name: getattr(parsed, group.name) for group in fields(parsed)}
     return replace(parsed, **{name: _with_expanded_paths(group) for name, group in groups.items()})
 
@@ -310,30 +320,35 @@ def _bad_config(path: Path, fault: str, end: str = ".") -> InputError:
 
 
 _SYNONYMS = {
-    "accumulation_steps": "accumulate",
     "batch": "batch_size",
+    "block_size": "context_length",
     "bs": "batch_size",
-    "clip": "max_grad_norm",
-    "clip_grad": "max_grad_norm",
-    "ema": "ema_decay",
+    "clip": "clip_grad_norm",
+    "clip_grad": "clip_grad_norm",
+    "clip_norm": "clip_grad_norm",
+    "dropout": "dropout_rate",
     "early_stopping": "patience",
+    "ema": "ema_decay",
     "gpus": "devices",
-    "grad_accum": "accumulate",
-    "grad_clip": "max_grad_norm",
-    "gradient_accumulation": "accumulate",
-    "gradient_clipping": "max_grad_norm",
-    "hidden": "width",
-    "hidden_size": "width",
-    "hidden_sizes": "widths",
+    "grad_accum": "accumulation_steps",
+    "grad_clip": "clip_grad_norm",
+    "gradient_accumulation": "accumulation_steps",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "gradient_clipping": "clip_grad_norm",
+    "hidden": "hidden_sizes",
     "input": "data_file",
     "lr": "learning_rate",
     "lr_schedule": "schedule",
+    "max_grad_norm": "clip_grad_norm",
+    "noise_multiplier": "dp_noise_multiplier",
     "num_devices": "devices",
     "num_epochs": "epochs",
     "num_heads": "heads",
     "num_layers": "layers",
     "output_dir": "run_dir",
     "random_seed": "seed",
+    "seq_len": "context_length",
+    "validation_split": "validation_fraction",
     "warmup": "warmup_steps",
     "wd": "weight_decay",
 }

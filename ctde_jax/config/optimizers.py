@@ -37,7 +37,7 @@ def build(
     warmup_steps: int = 0,
     total_steps: int = 0,
     weight_decay: float | None = None,
-    max_grad_norm: float | None = None,
+    clip_grad_norm: float | None = None,
     schedule_start: int = 0,
 ) -> optax.GradientTransformation:
     """Builds an optimizer with linear warmup and a learning-rate schedule.
@@ -51,7 +51,7 @@ def build(
             decay.
         weight_decay: Decoupled weight decay, in units of the learning rate; applied to parameters
             with two or more axes. By default that of the optimizer.
-        max_grad_norm: Clip gradients to this global norm.
+        clip_grad_norm: Clip gradients to this global norm.
         schedule_start: Optimizer step at which warmup and schedule start; earlier steps count for
             neither.
 
@@ -75,13 +75,13 @@ def build(
     optimizer = make(learning_rate=rate)
 
     # Clip the gradients, not the updates.
-    if max_grad_norm is None:
+    if clip_grad_norm is None:
         return optimizer
-    if not 0 < max_grad_norm < inf:
+    if not 0 < clip_grad_norm < inf:
         raise InputError(
-            "max_grad_norm", f"must be greater than 0 and finite, got {max_grad_norm}."
+            "clip_grad_norm", f"must be greater than 0 and finite, got {clip_grad_norm}."
         )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+    return optax.chain(optax.clip_by_global_norm(clip_grad_norm), optimizer)
 
 
 def is_decayed(params: PyTree) -> PyTree:

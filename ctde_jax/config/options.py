@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ctde_jax.config.presets import MODELS, PRESETS, describe
+from ctde_jax.config.presets import MODELS, PRESETS
 
 # Options that default to None: their docstrings describe the default, so tyro must not append it.
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
@@ -17,13 +17,8 @@ Names = Annotated[
 ]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-StrategyName = Annotated[
-    Literal[tuple(PRESETS)],  # pyright: ignore[reportInvalidTypeForm]
-    tyro.conf.arg(
-        help="A published method: default values for the options below and --optimizer.\n"
-        f"{describe(PRESETS)}"
-    ),
-]
+ModelName = Literal[tuple(MODELS)]  # pyright: ignore[reportInvalidTypeForm]
+StrategyName = Literal[tuple(PRESETS)]  # pyright: ignore[reportInvalidTypeForm]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 
 
@@ -33,8 +28,8 @@ class DataOptions:
 
     # Source of the examples.
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "text", "npz", "csv"] = "digits"
-    """Data set: digits comes with scikit-learn; the MNIST family and CIFAR-10 are downloaded if
-    absent; text, npz and csv are read from --data-file."""
+    """Data set; digits comes with scikit-learn, the MNIST family and CIFAR-10 are downloaded if
+    absent, and text, npz and csv are read from --data-file."""
 
     data_dir: Folder = None
     """Folder with the files of the MNIST family (IDX, plain or gz) or of CIFAR-10 (binary);
@@ -45,7 +40,7 @@ class DataOptions:
     with these names, or .csv file; by default none."""
 
     # Texts, and images as sequences.
-    window: int = 128
+    context_length: int = 128
     """Context length: number of characters per example, for --dataset text."""
 
     stride: Count = None
@@ -64,7 +59,7 @@ class DataOptions:
     cutout: int = 0
     """Augmentation: side length of a random square cut out of training images, in pixels."""
 
-    validation_share: float = 0.0
+    validation_fraction: float = 0.0
     """Fraction of the training examples held out for validation; see --patience."""
 
     label_column: Name = None
@@ -90,22 +85,20 @@ class DataOptions:
 class ModelOptions:
     """Network, initialization and precision."""
 
-    model: Annotated[
-        Literal[tuple(MODELS)],  # pyright: ignore[reportInvalidTypeForm]
-        tyro.conf.arg(
-            help=f"The network, and default values for the options of its kind.\n{describe(MODELS)}"
-        ),
-    ] = "mlp"
+    model: ModelName = "mlp"
+    """Network, and default values for the options of its kind."""
 
     # Architecture.
-    widths: tuple[int, ...] = (128,)
-    """Hidden sizes of an mlp (those of input and output follow from the data), or channels of the
-    stages of a resnet."""
+    hidden_sizes: tuple[int, ...] = (128,)
+    """Hidden sizes of an mlp; the sizes of its input and output follow from the data."""
+
+    channels: tuple[int, ...] = (16, 32, 64)
+    """Number of channels of each stage of a resnet."""
 
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
     """Activation function of an mlp."""
 
-    width: int = 128
+    hidden_size: int = 128
     """Hidden size of recurrent layers; embedding size of the transformer."""
 
     layers: int = 1
@@ -114,7 +107,7 @@ class ModelOptions:
     heads: int = 4
     """Number of attention heads of the transformer."""
 
-    dropout: float = 0.0
+    dropout_rate: float = 0.0
     """Dropout rate."""
 
     norm: Literal["group", "batch"] = "group"
@@ -156,7 +149,7 @@ class OptimizationOptions:
     """Optimizer; with --sync-every, that of the local steps."""
 
     learning_rate: float = 0.008
-    """Peak learning rate."""
+    """Peak learning rate (lr)."""
 
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Learning-rate schedule after warmup; cosine and linear decay to zero."""
@@ -172,7 +165,7 @@ class OptimizationOptions:
     """Decoupled weight decay, in units of the learning rate; applied to parameters with two or more
     axes; by default 0.0001 for adamw, 0.001 for lion, and 0 for muon."""
 
-    max_grad_norm: Number = None
+    clip_grad_norm: Number = None
     """Clip gradients to this global norm; by default no clipping."""
 
     # Loss and batch.
@@ -182,7 +175,7 @@ class OptimizationOptions:
     batch_size: int = 64
     """Global batch size: examples per optimizer step, over all devices together."""
 
-    accumulate: int = 1
+    accumulation_steps: int = 1
     """Number of microbatches per device for gradient accumulation, to save memory."""
 
     # Averaging and stopping.
@@ -214,10 +207,11 @@ class AggregationOptions:
     """When devices communicate, what they send, and how the result updates the parameters."""
 
     devices: Count = None
-    """Number of devices per host; by default all accelerators, or if there are none
-    4 fake CPU devices (1 per host with several hosts)."""
+    """Number of devices (GPUs, TPU cores) per host; by default all accelerators, or if there are
+    none 4 fake CPU devices (1 per host with several hosts)."""
 
     strategy: StrategyName = "ddp"
+    """Published method: default values for the options below and --optimizer."""
 
     # When devices communicate.
     sync_every: int = 0
@@ -282,12 +276,12 @@ class AggregationOptions:
     """Radius of centered_clipping around the last aggregated message, as a global norm."""
 
     # Differential privacy.
-    clip_norm: Number = None
+    dp_clip_norm: Number = None
     """Differential privacy: clip each device's message to this global norm; by default none."""
 
-    noise_multiplier: float = 0.0
+    dp_noise_multiplier: float = 0.0
     """Differential privacy: standard deviation of the noise on the sum of clipped messages,
-    in units of --clip-norm."""
+    in units of --dp-clip-norm."""
 
     # Update of the parameters.
     outer: Literal["average", "momentum", "nesterov", "adam"] = "average"
@@ -398,7 +392,7 @@ class HostOptions:
 
 @dataclass(frozen=True)
 class Config:
-    """Trains one central model on many devices, and evaluates the aggregated parameters."""
+    """Trains one model on many devices, and evaluates the aggregated parameters."""
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)

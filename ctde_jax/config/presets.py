@@ -15,8 +15,8 @@ class Preset(NamedTuple):
     options: Mapping[str, Any]
     """Fields of `AggregationOptions` or `ModelOptions`, and if needed of `OptimizationOptions`."""
 
-    says: str
-    """Description, paper and recommended values, for the help text."""
+    description: str
+    """Method, paper and recommended values, for the help text."""
 
 
 # Options that several presets share.
@@ -120,24 +120,24 @@ MODELS = {
         "two convolutions and two dense layers (McMahan et al., 2017)",
     ),
     "resnet": Preset(
-        {"learning_rate": 0.002, "widths": (16, 32, 64)},
+        {"learning_rate": 0.002},
         "residual blocks that normalize first (He et al., 2016)",
     ),
     # Gradients of long sequences are clipped, as they may explode.
     "lstm": Preset(
-        {"learning_rate": 0.003, "max_grad_norm": 1.0, "init": "recurrent"},
+        {"learning_rate": 0.003, "clip_grad_norm": 1.0, "init": "recurrent"},
         "long short-term memory (Hochreiter and Schmidhuber, 1997), which reads a sequence or "
         "writes on a text",
     ),
     "gru": Preset(
-        {"learning_rate": 0.003, "max_grad_norm": 1.0},
+        {"learning_rate": 0.003, "clip_grad_norm": 1.0},
         "gated recurrent units (Cho et al., 2014), likewise",
     ),
     "transformer": Preset(
         {
             "optimizer": "adamw",
             "learning_rate": 0.001,
-            "max_grad_norm": 1.0,
+            "clip_grad_norm": 1.0,
             "layers": 2,
             "init": "lsuv",
         },
@@ -152,11 +152,9 @@ def as_flag(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
-def describe(presets: Mapping[str, Preset]) -> str:
+def describe(presets: Mapping[str, Preset]) -> list[str]:
     """Returns a line for each preset: description, paper, recommended values, options it sets."""
-    return "\n".join(
-        f"{name}: {preset.says}{_settings(preset)}." for name, preset in presets.items()
-    )
+    return [f"{name}: {preset.description}{_settings(preset)}." for name, preset in presets.items()]
 
 
 def _settings(preset: Preset) -> str:

@@ -76,7 +76,11 @@ def plan(config: Config, training: Training, folder: Path) -> Table:
     table.add_row(
         "model", f"{describe_network(network, data)}, {count_params(params):,} parameters"
     )
-    groups = f" in {optimization.accumulate} groups" if optimization.accumulate > 1 else ""
+    groups = (
+        f" in {optimization.accumulation_steps} groups"
+        if optimization.accumulation_steps > 1
+        else ""
+    )
     table.add_row(
         "batch",
         f"{optimization.batch_size} examples a step, {optimization.batch_size // len(devices)} on "
@@ -96,24 +100,24 @@ def describe_network(chosen: ModelOptions, data: Dataset) -> str:
     shape = data.train.inputs.shape[1:]
     match chosen.model:
         case "mlp":
-            words = [
-                f"{'-'.join(map(str, (prod(shape), *chosen.widths, len(data.classes))))} with "
-                f"{chosen.activation}"
-            ]
+            sizes = (prod(shape), *chosen.hidden_sizes, len(data.classes))
+            words = [f"{'-'.join(map(str, sizes))} with {chosen.activation}"]
         case "resnet":
             words = [
-                f"{chosen.layers} a stage of {', '.join(map(str, chosen.widths))} channels, "
+                f"{chosen.layers} a stage of {', '.join(map(str, chosen.channels))} channels, "
                 f"{chosen.norm} norm"
             ]
         case "cnn":
             words = [f"on {' x '.join(map(str, shape))}"]
         case "transformer":
-            words = [f"{chosen.layers} blocks of width {chosen.width}, {chosen.heads} heads"]
+            words = [f"{chosen.layers} blocks of size {chosen.hidden_size}, {chosen.heads} heads"]
         case _:
-            words = [f"{chosen.layers} layer{'s' * (chosen.layers > 1)} of width {chosen.width}"]
+            words = [
+                f"{chosen.layers} layer{'s' * (chosen.layers > 1)} of size {chosen.hidden_size}"
+            ]
     # Name options only if they differ from their defaults.
-    if chosen.dropout:
-        words.append(f"dropout {chosen.dropout:g}")
+    if chosen.dropout_rate:
+        words.append(f"dropout rate {chosen.dropout_rate:g}")
     if chosen.init != "flax":
         words.append(f"{chosen.init} start")
     return ", ".join([f"{chosen.model} {words[0]}", *words[1:], chosen.precision])
@@ -128,8 +132,8 @@ def describe_optimization(chosen: OptimizationOptions) -> str:
     ]
     if chosen.weight_decay is not None:
         words.append(f"weight decay {chosen.weight_decay:g}")
-    if chosen.max_grad_norm is not None:
-        words.append(f"gradients of at most norm {chosen.max_grad_norm:g}")
+    if chosen.clip_grad_norm is not None:
+        words.append(f"gradients of at most norm {chosen.clip_grad_norm:g}")
     if chosen.label_smoothing:
         words.append(f"labels smoothed by {chosen.label_smoothing:g}")
     if chosen.ema_decay is not None:
@@ -174,8 +178,10 @@ def describe_strategy(chosen: AggregationOptions) -> str:
         words.append(f"with the neighbors {neighbors[chosen.graph]}, and no center")
     if chosen.fragments > 1:
         words.append(f"one of {chosen.fragments} fragments at a time")
-    if chosen.clip_norm is not None:
-        words.append(f"clipped to {chosen.clip_norm:g} with noise of {chosen.noise_multiplier:g}")
+    if chosen.dp_clip_norm is not None:
+        words.append(
+            f"clipped to {chosen.dp_clip_norm:g} with noise of {chosen.dp_noise_multiplier:g}"
+        )
 
     # The local steps and the outer optimizer.
     if chosen.proximal:

@@ -23,7 +23,7 @@ EXCLUSIONS = (
     # Exactness, and options of rounds with local steps.
     Exclusion(
         lambda chosen: chosen.exact,
-        ("sync_every", "reduce", "combine", "clip_norm"),
+        ("sync_every", "reduce", "combine", "dp_clip_norm"),
         "must be left out with exact, which sums the gradient of every step as it is.",
     ),
     Exclusion(
@@ -34,7 +34,7 @@ EXCLUSIONS = (
     # Gossip and fragments, which determine what is sent.
     Exclusion(
         lambda chosen: chosen.graph != "none",
-        ("reduce", "combine", "clip_norm", "fragments"),
+        ("reduce", "combine", "dp_clip_norm", "fragments"),
         "must be left out with graph {graph}, which sends parameters.",
     ),
     Exclusion(
@@ -60,17 +60,17 @@ EXCLUSIONS = (
     ),
     # Differential privacy: the noise is calibrated for the exact average of clipped messages.
     Exclusion(
-        lambda chosen: chosen.clip_norm is None,
-        ("noise_multiplier",),
-        "needs a clip_norm, got none.",
+        lambda chosen: chosen.dp_clip_norm is None,
+        ("dp_noise_multiplier",),
+        "needs a dp_clip_norm, got none.",
     ),
     Exclusion(
-        lambda chosen: chosen.clip_norm is not None,
+        lambda chosen: chosen.dp_clip_norm is not None,
         ("synchronous_steps",),
-        "must be 0 with clip_norm, as they send gradients as they are.",
+        "must be 0 with dp_clip_norm, as they send gradients as they are.",
     ),
     Exclusion(
-        lambda chosen: chosen.clip_norm is not None and chosen.noise_multiplier,
+        lambda chosen: chosen.dp_clip_norm is not None and chosen.dp_noise_multiplier,
         ("reduce", "combine"),
         "must be left out with noise, which is measured for the exact average.",
     ),
@@ -93,17 +93,18 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "outer_learning_rate": ("outer", ("momentum", "nesterov", "adam")),
     "outer_momentum": ("outer", ("momentum", "nesterov")),
     # Texts.
-    "window": ("dataset", ("text",)),
+    "context_length": ("dataset", ("text",)),
     "stride": ("dataset", ("text",)),
     "prompt": ("dataset", ("text",)),
     "sample_length": ("dataset", ("text",)),
     # Networks and their optimizer.
-    "widths": ("model", ("mlp", "resnet")),
+    "hidden_sizes": ("model", ("mlp",)),
+    "channels": ("model", ("resnet",)),
     "activation": ("model", ("mlp",)),
-    "width": ("model", ("lstm", "gru", "transformer")),
+    "hidden_size": ("model", ("lstm", "gru", "transformer")),
     "layers": ("model", ("resnet", "lstm", "gru", "transformer")),
     "heads": ("model", ("transformer",)),
-    "dropout": ("model", ("cnn", "lstm", "gru", "transformer")),
+    "dropout_rate": ("model", ("cnn", "lstm", "gru", "transformer")),
     "norm": ("model", ("resnet",)),
     "batch_statistics": ("norm", ("batch",)),
     "reestimate_batches": ("norm", ("batch",)),

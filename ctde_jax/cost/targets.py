@@ -87,7 +87,7 @@ def compile_rounds(
     devices: Sequence[jax.Device],
     *,
     augment: Augment | None = None,
-    accumulate: int = 1,
+    accumulation_steps: int = 1,
     ema_decay: float | None = None,
     skip_nonfinite: bool = False,
 ) -> replica.Program:
@@ -115,7 +115,7 @@ def compile_rounds(
     )
 
     # The same program as in training, compiled and not run.
-    gradient = make_gradient_for(strategy, model, task, augment, accumulate)
+    gradient = make_gradient_for(strategy, model, task, augment, accumulation_steps)
     train_rounds = parallel_rounds(
         gradient, optimizer, strategy, devices, source.axis, ema_decay, skip_nonfinite
     )

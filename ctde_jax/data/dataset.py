@@ -274,13 +274,13 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
         InputError: If the share is not between 0 and 1, or leaves no example for training or for
             validation.
     """
-    dataset.check_arrays("validation_share")
+    dataset.check_arrays("validation_fraction")
     examples = len(dataset.train.inputs)
     # A share outside of (0, 1) holds out nothing, which is refused.
     held_out = round(share * examples) if 0 < share < 1 else 0
     if not 0 < held_out < examples:
         raise InputError(
-            "validation_share",
+            "validation_fraction",
             f"must leave some of the {examples:,} training examples for training and some for "
             f"validation, got {share}.",
         )

@@ -15,7 +15,7 @@ LARGEST = 2**31 - 1
 
 
 def to_onnx(
-    program: Inference, inputs: Sequence[str], outputs: Sequence[str], says: Mapping[str, Any]
+    program: Inference, inputs: Sequence[str], outputs: Sequence[str], metadata: Mapping[str, Any]
 ) -> bytes:
     """Writes a program as ONNX.
 
@@ -23,7 +23,7 @@ def to_onnx(
         program: The program.
         inputs: Names of the arguments.
         outputs: Names of the results.
-        says: Metadata of the file by name, such as the class names; values are written as JSON.
+        metadata: Metadata of the file by name, such as the class names; values are written as JSON.
 
     Returns:
         The content of the file.
@@ -48,7 +48,7 @@ def to_onnx(
         )
         _tidy(model.graph)
         set_model_props(
-            model, {name: json.dumps(fact, ensure_ascii=False) for name, fact in says.items()}
+            model, {name: json.dumps(fact, ensure_ascii=False) for name, fact in metadata.items()}
         )
 
         # Protobuf cannot serialize more than 2 GiB.

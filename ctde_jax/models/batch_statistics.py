@@ -28,9 +28,9 @@ Robust rules and differential privacy treat each device's gradient separately, s
 `averaged`: the examples of one device. The running averages are averaged at every aggregation,
 weighted by examples.
 
-If a batch is computed in microbatches (`accumulate`), each microbatch is normalized with its
-statistics, and then updates the running averages that the previous one left. With `--exact`, the
-statistics are those of a shard.
+If a batch is computed in microbatches (`accumulation_steps`), each microbatch is normalized with
+its statistics, and then updates the running averages that the previous one left. With `--exact`,
+the statistics are those of a shard.
 
 This applies to `flax.nnx.BatchNorm`, `flax.linen.BatchNorm` and their subclasses. The first axis of
 their input is the axis of examples, or has several consecutive entries per example;

@@ -19,7 +19,9 @@ HIDDEN = 512
 class CNN(nnx.Module):
     """Two 5 x 5 convolutions, each with ReLU and 2 x 2 max pooling, then two dense layers."""
 
-    def __init__(self, image_shape: Sequence[int], classes: int, dropout: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self, image_shape: Sequence[int], classes: int, dropout_rate: float, *, rngs: nnx.Rngs
+    ):
         self.image_shape = tuple(image_shape)
         first, second = CONVOLUTIONS
         self.first = Conv(count_channels(image_shape), first, (5, 5), rngs=rngs)
@@ -28,7 +30,7 @@ class CNN(nnx.Module):
         height, width = (side // 4 for side in image_shape[:2])
         self.hidden = Linear(height * width * second, HIDDEN, rngs=rngs)
         self.out = Linear(HIDDEN, classes, rngs=rngs)
-        self.dropout = Dropout(dropout, rngs=rngs)
+        self.dropout = Dropout(dropout_rate, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps images `[examples, *image_shape]` to logits `[examples, classes]`."""
@@ -40,13 +42,13 @@ class CNN(nnx.Module):
         return self.out(self.dropout(x))
 
 
-def cnn(image_shape: Sequence[int], classes: int, dropout: float = 0.0) -> Model:
+def cnn(image_shape: Sequence[int], classes: int, dropout_rate: float = 0.0) -> Model:
     """Builds the network; for images of 28 x 28 and 10 classes it has 1,663,370 parameters.
 
     Args:
         image_shape: `(height, width)` or `(height, width, channels)`, as stored by the data set.
         classes: Number of classes.
-        dropout: Dropout rate of the hidden layer.
+        dropout_rate: Dropout rate of the hidden layer.
 
     Raises:
         InputError: `image_shape` is not the shape of an image with at least 4 x 4 pixels, or
@@ -54,7 +56,7 @@ def cnn(image_shape: Sequence[int], classes: int, dropout: float = 0.0) -> Model
     """
     check_image_shape(image_shape, halvings=2)
     check_at_least(1, classes=classes)
-    return from_nnx(lambda rngs: CNN(image_shape, classes, dropout, rngs=rngs))
+    return from_nnx(lambda rngs: CNN(image_shape, classes, dropout_rate, rngs=rngs))
 
 
 def _halve(x: jax.Array) -> jax.Array:

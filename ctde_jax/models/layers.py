@@ -80,5 +80,5 @@ class Dropout(nnx.Dropout):
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
         if not 0 <= rate < 1:
-            raise InputError("dropout", f"must be at least 0 and less than 1, got {rate}.")
+            raise InputError("dropout_rate", f"must be at least 0 and less than 1, got {rate}.")
         super().__init__(rate, rngs=rngs)

@@ -24,19 +24,24 @@ class MLP(nnx.Module):
     """Dense layers with an activation between them; an input of any shape is flattened."""
 
     def __init__(
-        self, widths: Sequence[int], activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs
+        self,
+        layer_sizes: Sequence[int],
+        activation: Callable[[jax.Array], jax.Array],
+        *,
+        rngs: nnx.Rngs,
     ):
-        self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in pairwise(widths)])
+        self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in pairwise(layer_sizes)])
         self.activation = activation
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps `[examples, ...]` to `[examples, widths[-1]]`."""
+        """Maps `[examples, ...]` to `[examples, layer_sizes[-1]]`."""
         x = inputs.reshape(inputs.shape[0], -1)
         # The constructor cannot check this, because it does not receive the shape of an input.
         if x.shape[1] != self.layers[0].in_features:
-            width = self.layers[0].in_features
+            size = self.layers[0].in_features
             raise InputError(
-                "widths", f"must start with the {x.shape[1]} numbers of an input, got {width}."
+                "layer_sizes",
+                f"must start with the size of a flattened input, {x.shape[1]}, got {size}.",
             )
         # The last layer has no activation: it returns logits.
         for layer in self.layers[:-1]:
@@ -44,21 +49,22 @@ class MLP(nnx.Module):
         return self.layers[-1](x)
 
 
-def mlp(widths: Sequence[int], activation: str = "tanh") -> Model:
-    """Builds an MLP with these widths, such as `mlp([784, 128, 10])`.
+def mlp(layer_sizes: Sequence[int], activation: str = "tanh") -> Model:
+    """Builds an MLP with these layer sizes, such as `mlp([784, 128, 10])`.
 
     Args:
-        widths: Size of a flattened input, of each hidden layer, and number of classes.
+        layer_sizes: Size of a flattened input, sizes of the hidden layers, and number of classes.
         activation: One of `ACTIVATIONS`.
 
     Raises:
-        InputError: The activation is not known, there are fewer than two widths, or a width is less
+        InputError: The activation is not known, there are fewer than two sizes, or a size is less
             than 1.
     """
-    if len(widths) < 2:
+    if len(layer_sizes) < 2:
         raise InputError(
-            "widths", f"must name at least those of the input and the output, got {list(widths)}."
+            "layer_sizes",
+            f"must contain at least the sizes of input and output, got {list(layer_sizes)}.",
         )
-    check_at_least(1, widths=min(widths))
+    check_at_least(1, layer_sizes=min(layer_sizes))
     check_known("activation", activation, ACTIVATIONS)
-    return from_nnx(lambda rngs: MLP(widths, ACTIVATIONS[activation], rngs=rngs))
+    return from_nnx(lambda rngs: MLP(layer_sizes, ACTIVATIONS[activation], rngs=rngs))

@@ -55,19 +55,19 @@ class ResNet(nnx.Module):
         self,
         image_shape: Sequence[int],
         classes: int,
-        widths: Sequence[int],
+        channels: Sequence[int],
         blocks: int,
         norm: str,
         *,
         rngs: nnx.Rngs,
     ):
         self.image_shape = tuple(image_shape)
-        self.stem = _convolution(count_channels(image_shape), widths[0], rngs=rngs)
+        self.stem = _convolution(count_channels(image_shape), channels[0], rngs=rngs)
 
         # The first block of each later stage halves height and width.
         self.blocks = nnx.List([])
-        before = widths[0]
-        for stage, width in enumerate(widths):
+        before = channels[0]
+        for stage, width in enumerate(channels):
             for i in range(blocks):
                 halves = stage > 0 and i == 0
                 self.blocks.append(Block(before, width, 2 if halves else 1, norm, rngs=rngs))
@@ -88,41 +88,42 @@ class ResNet(nnx.Module):
 def resnet(
     image_shape: Sequence[int],
     classes: int,
-    widths: Sequence[int] = (16, 32, 64),
+    channels: Sequence[int] = (16, 32, 64),
     blocks: int = 1,
     norm: str = "group",
     batch_statistics: BatchStatistics = "synchronized",
 ) -> Model:
-    """Builds a residual network of `2 * blocks * len(widths) + 2` layers.
+    """Builds a residual network of `2 * blocks * len(channels) + 2` layers.
 
     Args:
         image_shape: `(height, width)` or `(height, width, channels)`, as stored by the data set.
         classes: Number of classes.
-        widths: Number of channels of each stage.
+        channels: Number of channels of each stage.
         blocks: Number of blocks of each stage.
         norm: "group" or "batch".
         batch_statistics: Examples over which batch normalization computes its mean and variance.
 
     Raises:
-        InputError: `image_shape` is not the shape of an image or too small for the stages, a width
+        InputError: `image_shape` is not the shape of an image or too small for the stages, a stage
             is not a multiple of the `GROUPS` of group normalization, or another argument is out of
             range.
     """
-    if not widths:
-        raise InputError("widths", "must name the channels of at least one stage, got none.")
-    check_at_least(1, classes=classes, widths=min(widths), blocks=blocks)
+    if not channels:
+        raise InputError("channels", "must contain at least one stage, got none.")
+    check_at_least(1, classes=classes, channels=min(channels), blocks=blocks)
     check_known("norm", norm, NORMS)
 
     # Group normalization splits the channels of every stage into `GROUPS` groups of equal size.
-    uneven = [width for width in widths if width % GROUPS]
+    uneven = [each for each in channels if each % GROUPS]
     if norm == "group" and uneven:
         raise InputError(
-            "widths", f"must be multiples of the {GROUPS} groups of a norm, got {uneven[0]}."
+            "channels", f"must be multiples of the {GROUPS} groups of a norm, got {uneven[0]}."
         )
 
-    check_image_shape(image_shape, halvings=len(widths) - 1)
+    check_image_shape(image_shape, halvings=len(channels) - 1)
     return from_nnx(
-        lambda rngs: ResNet(image_shape, classes, widths, blocks, norm, rngs=rngs), batch_statistics
+        lambda rngs: ResNet(image_shape, classes, channels, blocks, norm, rngs=rngs),
+        batch_statistics,
     )
 
 

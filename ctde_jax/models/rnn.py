@@ -18,7 +18,7 @@ from ctde_jax.models.linear import Linear
 from ctde_jax.models.nnx_modules import from_nnx
 
 Carry: TypeAlias = tuple[jax.Array, jax.Array] | jax.Array
-"""State of a cell, `[examples, width]` each: memory and output of an LSTM, or output of a GRU."""
+"""`[examples, hidden_size]` each: memory and output of an LSTM, or output of a GRU."""
 
 CELLS = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell}
 
@@ -27,15 +27,22 @@ class Recurrent(nnx.Module):
     """A stack of recurrent layers, each of which reads the outputs of the layer below."""
 
     def __init__(
-        self, features: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs
+        self,
+        features: int,
+        hidden_size: int,
+        layers: int,
+        cell: str,
+        dropout_rate: float,
+        *,
+        rngs: nnx.Rngs,
     ):
         # The first layer reads the features, every other one the layer below.
-        widths = [features] + [width] * layers
+        widths = [features] + [hidden_size] * layers
         self.layers = nnx.List([nnx.RNN(CELLS[cell](i, o, rngs=rngs)) for i, o in pairwise(widths)])
-        self.dropout = Dropout(dropout, rngs=rngs)
+        self.dropout = Dropout(dropout_rate, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[examples, length, features]` to `[examples, length, width]`."""
+        """Maps `[examples, length, features]` to `[examples, length, hidden_size]`."""
         x = self.dropout(x)
         for layer in self.layers:
             # By default, `nnx.RNN` would start from a float32 state, also for bfloat16 inputs.
@@ -47,7 +54,7 @@ class Recurrent(nnx.Module):
         return [_empty(layer.cell, examples, jnp.float32) for layer in self.layers]
 
     def step(self, carry: list[Carry], x: jax.Array) -> tuple[jax.Array, list[Carry]]:
-        """Maps the states and `[examples, features]` to `[examples, width]` and new states.
+        """Maps the states and `[examples, features]` to `[examples, hidden_size]` and new states.
 
         This is for inference only, so there is no dropout.
         """
@@ -66,16 +73,16 @@ class RNNClassifier(nnx.Module):
         self,
         features: int,
         classes: int,
-        width: int,
+        hidden_size: int,
         layers: int,
         cell: str,
-        dropout: float,
+        dropout_rate: float,
         *,
         rngs: nnx.Rngs,
     ):
         self.features = features
-        self.recurrent = Recurrent(features, width, layers, cell, dropout, rngs=rngs)
-        self.out = Linear(width, classes, rngs=rngs)
+        self.recurrent = Recurrent(features, hidden_size, layers, cell, dropout_rate, rngs=rngs)
+        self.out = Linear(hidden_size, classes, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps `[examples, length, features]` to logits `[examples, classes]`."""
@@ -102,11 +109,18 @@ class RNNLanguageModel(nnx.Module):
     """Predicts the next token at every position from the state at that position."""
 
     def __init__(
-        self, vocabulary: int, width: int, layers: int, cell: str, dropout: float, *, rngs: nnx.Rngs
+        self,
+        vocabulary: int,
+        hidden_size: int,
+        layers: int,
+        cell: str,
+        dropout_rate: float,
+        *,
+        rngs: nnx.Rngs,
     ):
-        self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.recurrent = Recurrent(width, width, layers, cell, dropout, rngs=rngs)
-        self.out = Linear(width, vocabulary, rngs=rngs)
+        self.tokens = nnx.Embed(vocabulary, hidden_size, rngs=rngs)
+        self.recurrent = Recurrent(hidden_size, hidden_size, layers, cell, dropout_rate, rngs=rngs)
+        self.out = Linear(hidden_size, vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`."""
@@ -126,50 +140,58 @@ class RNNLanguageModel(nnx.Module):
 def rnn_classifier(
     features: int,
     classes: int,
-    width: int = 128,
+    hidden_size: int = 128,
     layers: int = 1,
     cell: str = "lstm",
-    dropout: float = 0.0,
+    dropout_rate: float = 0.0,
 ) -> Model:
     """Builds a classifier of sequences, such as images read row by row: `rnn_classifier(28, 10)`.
 
     Args:
         features: Number of features at each position of a sequence.
         classes: Number of classes.
-        width: Hidden size.
+        hidden_size: Hidden size.
         layers: Number of recurrent layers.
         cell: "lstm" or "gru".
-        dropout: Dropout rate before and after each layer.
+        dropout_rate: Dropout rate before and after each layer.
 
     Raises:
         InputError: The cell is not known, or a number is out of range.
     """
-    check_at_least(1, features=features, classes=classes, width=width, layers=layers)
+    check_at_least(1, features=features, classes=classes, hidden_size=hidden_size, layers=layers)
     check_known("cell", cell, CELLS)
     return from_nnx(
-        lambda rngs: RNNClassifier(features, classes, width, layers, cell, dropout, rngs=rngs)
+        lambda rngs: RNNClassifier(
+            features, classes, hidden_size, layers, cell, dropout_rate, rngs=rngs
+        )
     )
 
 
 def rnn_language_model(
-    vocabulary: int, width: int = 128, layers: int = 2, cell: str = "lstm", dropout: float = 0.0
+    vocabulary: int,
+    hidden_size: int = 128,
+    layers: int = 2,
+    cell: str = "lstm",
+    dropout_rate: float = 0.0,
 ) -> Model:
     """Builds a language model over the tokens from 0 to `vocabulary - 1`, for texts of any length.
 
     Args:
         vocabulary: Vocabulary size.
-        width: Embedding size and hidden size.
+        hidden_size: Embedding size and hidden size.
         layers: Number of recurrent layers.
         cell: "lstm" or "gru".
-        dropout: Dropout rate before and after each layer.
+        dropout_rate: Dropout rate before and after each layer.
 
     Raises:
         InputError: The cell is not known, or a number is out of range.
     """
-    check_at_least(1, vocabulary=vocabulary, width=width, layers=layers)
+    check_at_least(1, vocabulary=vocabulary, hidden_size=hidden_size, layers=layers)
     check_known("cell", cell, CELLS)
     return from_nnx(
-        lambda rngs: RNNLanguageModel(vocabulary, width, layers, cell, dropout, rngs=rngs)
+        lambda rngs: RNNLanguageModel(
+            vocabulary, hidden_size, layers, cell, dropout_rate, rngs=rngs
+        )
     )
 
 

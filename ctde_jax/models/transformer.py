@@ -16,19 +16,19 @@ from ctde_jax.models.nnx_modules import from_nnx
 class Block(nnx.Module):
     """Causal self-attention and a position-wise MLP, each with a residual connection."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, hidden_size: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
-        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.attention_norm = nnx.LayerNorm(hidden_size, rngs=rngs)
         # `mix` and `contract` end the residual branches; `initializers.residual` needs these names.
         self.query, self.key, self.value, self.mix = (
-            Linear(width, width, use_bias=False, rngs=rngs) for _ in range(4)
+            Linear(hidden_size, hidden_size, use_bias=False, rngs=rngs) for _ in range(4)
         )
-        self.perceptron_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.expand = Linear(width, 4 * width, rngs=rngs)
-        self.contract = Linear(4 * width, width, rngs=rngs)
+        self.perceptron_norm = nnx.LayerNorm(hidden_size, rngs=rngs)
+        self.expand = Linear(hidden_size, 4 * hidden_size, rngs=rngs)
+        self.contract = Linear(4 * hidden_size, hidden_size, rngs=rngs)
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
-        """Maps `[examples, length, width]` to the same shape; dropout applies to both branches."""
+        """Maps `[examples, length, hidden_size]` to the same shape; both branches have dropout."""
 
         def split_heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.heads, -1)
@@ -52,20 +52,20 @@ class Transformer(nnx.Module):
         self,
         vocabulary: int,
         length: int,
-        width: int,
+        hidden_size: int,
         blocks: int,
         heads: int,
-        dropout: float,
+        dropout_rate: float,
         *,
         rngs: nnx.Rngs,
     ):
         start = nnx.initializers.normal(0.02)
-        self.tokens = nnx.Embed(vocabulary, width, embedding_init=start, rngs=rngs)
-        self.places = nnx.Embed(length, width, embedding_init=start, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(blocks)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.out = Linear(width, vocabulary, use_bias=False, rngs=rngs)
-        self.dropout = Dropout(dropout, rngs=rngs)
+        self.tokens = nnx.Embed(vocabulary, hidden_size, embedding_init=start, rngs=rngs)
+        self.places = nnx.Embed(length, hidden_size, embedding_init=start, rngs=rngs)
+        self.blocks = nnx.List([Block(hidden_size, heads, rngs=rngs) for _ in range(blocks)])
+        self.norm = nnx.LayerNorm(hidden_size, rngs=rngs)
+        self.out = Linear(hidden_size, vocabulary, use_bias=False, rngs=rngs)
+        self.dropout = Dropout(dropout_rate, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`."""
@@ -88,27 +88,31 @@ class Transformer(nnx.Module):
 def transformer(
     vocabulary: int,
     length: int,
-    width: int = 96,
+    hidden_size: int = 96,
     blocks: int = 2,
     heads: int = 4,
-    dropout: float = 0.0,
+    dropout_rate: float = 0.0,
 ) -> Model:
     """Builds the decoder over the tokens from 0 to `vocabulary - 1`.
 
     Args:
         vocabulary: Vocabulary size.
         length: Maximum number of tokens in a window.
-        width: Embedding size.
+        hidden_size: Embedding size, which is the hidden size of every block.
         blocks: Number of blocks.
         heads: Number of attention heads.
-        dropout: Dropout rate of the embeddings and of the branches of each block.
+        dropout_rate: Dropout rate of the embeddings and of the branches of each block.
 
     Raises:
-        InputError: The heads do not divide the width, or a number is out of range.
+        InputError: The heads do not divide the hidden size, or a number is out of range.
     """
-    check_at_least(1, vocabulary=vocabulary, length=length, width=width, blocks=blocks, heads=heads)
-    if width % heads:
-        raise InputError("heads", f"must divide the width of {width}, got {heads}.")
+    check_at_least(
+        1, vocabulary=vocabulary, length=length, hidden_size=hidden_size, blocks=blocks, heads=heads
+    )
+    if hidden_size % heads:
+        raise InputError("heads", f"must divide the hidden_size of {hidden_size}, got {heads}.")
     return from_nnx(
-        lambda rngs: Transformer(vocabulary, length, width, blocks, heads, dropout, rngs=rngs)
+        lambda rngs: Transformer(
+            vocabulary, length, hidden_size, blocks, heads, dropout_rate, rngs=rngs
+        )
     )

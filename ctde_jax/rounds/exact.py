@@ -39,7 +39,7 @@ Step = Callable[..., TrainState]
 """`step(state, grads, value=...) -> state`, the update of the optimizer."""
 
 
-def check_sizes(replicas: int, batch_size: int, accumulate: int) -> None:
+def check_sizes(replicas: int, batch_size: int, accumulation_steps: int) -> None:
     """Raises InputError unless a batch can be cut into the same shards on any number of devices."""
     if SHARDS % replicas:
         raise InputError(
@@ -50,10 +50,10 @@ def check_sizes(replicas: int, batch_size: int, accumulate: int) -> None:
             "batch_size",
             f"must be a multiple of the {SHARDS} shards whose sum is exact, got {batch_size}.",
         )
-    if accumulate > 1:
+    if accumulation_steps > 1:
         raise InputError(
-            "accumulate",
-            f"must be 1 where shards are computed one after another, got {accumulate}.",
+            "accumulation_steps",
+            f"must be 1 where shards are computed one after another, got {accumulation_steps}.",
         )
 
 

@@ -16,9 +16,9 @@ whole run, local steps included), the number of the shard and the number of the 
 A reducer receives the `reduce_key` of the first step of its round. Of `S` shards, shard `s` has the
 examples whose place in the global batch is `s` modulo `S`; of `R` replicas, replica `r` has the
 shards that are `r` modulo `R`. `S` is 8 if the model draws random numbers, or synchronizes batch
-statistics and `accumulate > 1`; otherwise it is 1. It is raised to the least common multiple with
-`R * accumulate`, so that all replicas and groups have equally many shards. If the batch cannot be
-cut into that many, `S` is `R * accumulate`.
+statistics and `accumulation_steps > 1`; otherwise it is 1. It is raised to the least common
+multiple with `R * accumulation_steps`, so that all replicas and groups have equally many shards. If
+the batch cannot be cut into that many, `S` is `R * accumulation_steps`.
 
 `from_nnx` and `from_linen` document how the random streams of a module follow from the key of a
 shard.
@@ -59,7 +59,7 @@ examples, is then the gradient of the mean loss.
 
 
 def make_gradient(
-    model: Model, task: Task, augment: Augment | None = None, accumulate: int = 1
+    model: Model, task: Task, augment: Augment | None = None, accumulation_steps: int = 1
 ) -> Gradient:
     """Makes the function that differentiates the mean loss over a replica's examples.
 
@@ -67,25 +67,27 @@ def make_gradient(
         model: Model to train.
         task: Task that defines the loss and the metrics.
         augment: Augmentation of each training example, with a different key for each.
-        accumulate: Number of microbatches for gradient accumulation. The gradient is that of all of
-            them together; activations take the memory of one.
+        accumulation_steps: Number of microbatches for gradient accumulation. The gradient is that
+            of all of them together; activations take the memory of one.
     """
 
     def gradient(params, model_state, split, indices, key, alone=False):
         # Trace the model on a microbatch: does it use collectives, does it draw random numbers?
         inputs = jax.ShapeDtypeStruct(
-            (len(indices) // accumulate, *split.inputs.shape[1:]), split.inputs.dtype
+            (len(indices) // accumulation_steps, *split.inputs.shape[1:]), split.inputs.dtype
         )
         meets = meets_replicas(model, params, model_state, inputs)
         is_random = draws(model, params, model_state, inputs)
 
-        # Cut the examples: int32[accumulate, shards, per_shard]. Without random numbers, shards
-        # only determine which examples form a group, and each group is computed as one shard.
+        # Cut the examples: int32[accumulation_steps, shards, per_shard]. Without random numbers,
+        # shards only determine which examples form a group; each group is computed as one shard.
         examples, shards = cut_into_shards(
-            indices, accumulate, SHARDS if is_random or (meets and accumulate > 1) else 1
+            indices,
+            accumulation_steps,
+            SHARDS if is_random or (meets and accumulation_steps > 1) else 1,
         )
         if not is_random:
-            examples = examples.reshape(accumulate, 1, -1)
+            examples = examples.reshape(accumulation_steps, 1, -1)
             shards = shards[:, :1]
         own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
 
@@ -116,7 +118,7 @@ def make_gradient(
             # An empty group does not change the state. If replicas share statistics, a group that
             # is empty here still changes it, by the examples of other replicas.
             examples = group_sums["examples"]
-            if is_shared and accumulate > 1:
+            if is_shared and accumulation_steps > 1:
                 examples = lax.psum(examples, AXIS)
             model_state = optax.tree.where(examples > 0, new_model_state, model_state)
             return (

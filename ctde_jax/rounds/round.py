@@ -46,7 +46,7 @@ def make_gradient_for(
     model: Model,
     task: Task,
     augment: Augment | None = None,
-    accumulate: int = 1,
+    accumulation_steps: int = 1,
 ) -> Gradient:
     """Makes the gradient that the rounds of a strategy need.
 
@@ -55,11 +55,11 @@ def make_gradient_for(
         model: Model to train.
         task: Task that defines the loss and the metrics.
         augment: Augmentation of each training example, with a different key for each.
-        accumulate: Number of microbatches for gradient accumulation.
+        accumulation_steps: Number of microbatches for gradient accumulation.
     """
     if strategy.exact:
         return make_exact_gradient(model, task, augment)
-    return make_gradient(model, task, augment, accumulate)
+    return make_gradient(model, task, augment, accumulation_steps)
 
 
 def make_round(

@@ -166,7 +166,7 @@ def measure(
     lonely = Strategy(steps, optax.identity(), inner=strategy.inner)
     alone = _Contestant(training, center, lonely, Span(0, steps, steps), own)
     half = None
-    if training.batch_size % (2 * len(training.devices) * training.accumulate) == 0:
+    if training.batch_size % (2 * len(training.devices) * training.accumulation_steps) == 0:
         half = _Contestant(
             replace(training, batch_size=training.batch_size // 2), center, strategy, span, own
         )
@@ -334,7 +334,7 @@ class _Contestant:
 
         # Trace, lower and compile, each timed. The first inputs are drawn before the clock starts.
         gradient = make_gradient(
-            training.raw_model, training.task, training.augment, training.accumulate
+            training.raw_model, training.task, training.augment, training.accumulation_steps
         )
         rounds = parallel_rounds(
             gradient, training.optimizer, strategy, devices, self.batches.axis, training.ema_decay

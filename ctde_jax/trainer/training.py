@@ -60,7 +60,7 @@ class Training:
         init_only: Patterns of the parameters to take from `init_from`, such as `["encoder/*"]`; the
             others are initialized as usual. By default, all parameters must match.
         augment: Changes every training example before the model receives it; see `data.augment`.
-        accumulate: Number of microbatches for gradient accumulation on each device.
+        accumulation_steps: Number of microbatches for gradient accumulation on each device.
         ema_decay: Decay of an exponential moving average of the parameters, updated at every
             aggregation; if given, the average is evaluated and returned. It starts at the initial
             parameters, so it needs several times `1 / (1 - ema_decay)` aggregations to forget them.
@@ -96,7 +96,7 @@ class Training:
     init_from: Source | None = None
     init_only: Sequence[str] | str | None = None
     augment: Augment | None = None
-    accumulate: int = 1
+    accumulation_steps: int = 1
     ema_decay: float | None = None
     reestimate_batches: int = 0
     patience: int | None = None
@@ -229,7 +229,7 @@ class Training:
             "seed": self.seed,
             "init_from": None if self.given is None else self.given.digest,
             "init_only": self.patterns,
-            "accumulate": self.accumulate,
+            "accumulation_steps": self.accumulation_steps,
             "ema_decay": self.ema_decay,
             "reestimate_batches": self.reestimate_batches,
             "patience": self.patience,
@@ -253,12 +253,14 @@ class Training:
             batch_size=self.batch_size, epochs=self.epochs, steps=self.steps, seed=self.seed
         )
         check_whole(
-            accumulate=self.accumulate, eval_every=self.eval_every, log_every=self.log_every
+            accumulation_steps=self.accumulation_steps,
+            eval_every=self.eval_every,
+            log_every=self.log_every,
         )
         check_whole(patience=self.patience, reestimate_batches=self.reestimate_batches)
         # The ranges of batch size, epochs and steps depend on the data; see `_check_combinations`.
         check_seed(self.seed)
-        check_at_least(1, accumulate=self.accumulate, patience=self.patience)
+        check_at_least(1, accumulation_steps=self.accumulation_steps, patience=self.patience)
         check_at_least(1, eval_every=self.eval_every, log_every=self.log_every)
         check_at_least(0, reestimate_batches=self.reestimate_batches)
         check_at_most(_MOST_REESTIMATED, reestimate_batches=self.reestimate_batches)
@@ -273,7 +275,7 @@ class Training:
         # Options that need another option, or exclude one.
         replicas = len(self.devices)
         if self.patience is not None and self.data.validation is None:
-            rule = "needs data with a validation split (hold_out, or --validation-share)"
+            rule = "needs data with a validation split (hold_out, or --validation-fraction)"
             raise InputError("patience", f"{rule}.")
         if self.init_only is not None and self.init_from is None:
             raise InputError("init_only", "requires init_from.")
@@ -286,14 +288,16 @@ class Training:
         _ = self.source, self.total_steps
 
         # Each device has the same number of examples in every microbatch.
-        if self.batch_size % (replicas * self.accumulate):
+        if self.batch_size % (replicas * self.accumulation_steps):
             rule = (
                 f"must cut the {self.batch_size // replicas} examples that each device has of a "
                 "batch"
             )
-            raise InputError("accumulate", f"{rule} into equal groups, got {self.accumulate}.")
+            raise InputError(
+                "accumulation_steps", f"{rule} into equal groups, got {self.accumulation_steps}."
+            )
         if self.strategy.exact:
-            exact.check_sizes(replicas, self.batch_size, self.accumulate)
+            exact.check_sizes(replicas, self.batch_size, self.accumulation_steps)
 
 
 @dataclass(frozen=True)

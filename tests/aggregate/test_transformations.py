@@ -297,7 +297,7 @@ def recorder(*names: str) -> optax.GradientTransformationExtraArgs:
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"accumulate": 2}, {"strategy": ctde.Strategy(exact=True)}],
+    [{}, {"accumulation_steps": 2}, {"strategy": ctde.Strategy(exact=True)}],
     ids=["batch", "groups", "exact"],
 )
 def test_extra_arguments_are_those_of_the_global_batch(more):

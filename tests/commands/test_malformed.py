@@ -168,7 +168,7 @@ def make_text(folder: Path) -> Path:
 
 
 def make_config(folder: Path) -> Path:
-    config.save(config.parse(["--steps", "7", "--widths", "8", "9"]), folder / "config.json")
+    config.save(config.parse(["--steps", "7", "--hidden-sizes", "8", "9"]), folder / "config.json")
     return folder / "config.json"
 
 
@@ -722,12 +722,12 @@ BAD_CONFIGS = {
     "null for a strategy": '{"strategy": null}',
     "list for a strategy": '{"strategy": ["ddp"]}',
     "list for a number": '{"steps": [3]}',
-    "number for a list": '{"widths": 8}',
-    "list in a list": '{"widths": [[8]]}',
-    "text in a list": '{"widths": ["8"]}',
-    "option in a list": '{"widths": ["8", "--run-dir", "elsewhere"]}',
-    "NaN in a list": '{"widths": [NaN]}',
-    "huge number in a list": '{"widths": [1' + "0" * 300 + "]}",
+    "number for a list": '{"hidden_sizes": 8}',
+    "list in a list": '{"hidden_sizes": [[8]]}',
+    "text in a list": '{"hidden_sizes": ["8"]}',
+    "option in a list": '{"hidden_sizes": ["8", "--run-dir", "elsewhere"]}',
+    "NaN in a list": '{"hidden_sizes": [NaN]}',
+    "huge number in a list": '{"hidden_sizes": [1' + "0" * 300 + "]}",
     "object for a file": '{"data_file": {"a": 1}}',
     "NUL in a file": '{"data_file": "a\\u0000b"}',
     "NUL in a folder": '{"run_dir": "a\\u0000b"}',
@@ -959,7 +959,7 @@ def test_command_refuses_a_malformed_idx_file(tmp_path: Path, capsys, content: b
             BAD_CONFIGS.get,
             ["deep objects", "help", "newline in a name", "NUL in a folder", "null for a model"],
         ),
-        '{"validation_share": NaN}',
+        '{"validation_fraction": NaN}',
         '{"learning_rate": 1e999}',
     ],
 )

@@ -191,7 +191,7 @@ def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, mon
     options = [
         "--devices",
         "2",
-        "--widths",
+        "--hidden-sizes",
         "8",
         "--log-every",
         "4",

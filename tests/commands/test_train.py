@@ -122,7 +122,7 @@ def test_mnist_reaches_97_5_percent_in_ten_epochs(tmp_path):
 
 def test_run_is_repeated_bit_for_bit_from_its_configuration(tmp_path):
     options = [
-        "--widths",
+        "--hidden-sizes",
         "24",
         "--sync-every",
         "2",
@@ -349,11 +349,11 @@ def test_text_is_kept_by_devices_and_sampled(tmp_path, capsys):
         str(tmp_path / "some.txt"),
         "--model",
         "transformer",
-        "--window",
+        "--context-length",
         "16",
     ]
     small = [
-        "--width",
+        "--hidden-size",
         "16",
         "--heads",
         "2",
@@ -427,8 +427,8 @@ MISTAKES = {
     ),
     "--epochs 3 --steps 4": "--epochs and --steps exclude each other",
     "--epochs many": "--epochs must be a whole number, got 'many'.",
-    "--widths 0": "--widths must be at least 1, got 0.",
-    "--widths 4294967295": "--widths must be at most 2147483647, got '4294967295'.",
+    "--hidden-sizes 0": "--hidden-sizes must be at least 1, got 0.",
+    "--hidden-sizes 4294967295": "--hidden-sizes must be at most 2147483647, got '4294967295'.",
     "--save-every 0": "--save-every must be at least 1, got 0.",
     "--keep-checkpoints 0": "--keep-checkpoints must be at least 1, got 0.",
     "--dataset mnits": "did you mean 'mnist'?",
@@ -474,10 +474,10 @@ MISTAKES = {
     "--dataset csv --data-file table.csv --sequence rows": (
         "--sequence needs pictures of the shape .height, width."
     ),
-    "--model resnet --widths 16 20": (
-        "--widths must be multiples of the 8 groups of a norm, got 20."
+    "--model resnet --channels 16 20": (
+        "--channels must be multiples of the 8 groups of a norm, got 20."
     ),
-    "--model resnet --widths 8 8 8 8 8": (
+    "--model resnet --channels 8 8 8 8 8": (
         "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8."
     ),
     "--model cnn --init recurrent": (
@@ -486,29 +486,30 @@ MISTAKES = {
     "--model resnet --layers 0": "--layers must be at least 1, got 0.",
     "--base-width 8": "--base-width goes with --init mup.",
     "--init mup": (
-        "--base-width must say at which width the learning rate was found for --init mup, got none."
+        "--base-width must be the width at which the learning rate was tuned if --init is mup, got "
+        "none."
     ),
     "--init mup --base-width 8 --optimizer sgd": (
         "--optimizer must be adam, adamw or lion with --init mup, got sgd."
     ),
-    "--model cnn --dropout 1": "--dropout must be at least 0 and less than 1, got 1.0.",
+    "--model cnn --dropout-rate 1": "--dropout-rate must be at least 0 and less than 1, got 1.0.",
     "--shift 8": "--shift must be less than the shorter side of a picture of 8 x 8, got 8.",
     "--cutout 9": "--cutout must be at most the shorter side of a picture of 8 x 8, got 9.",
     "--flip --sequence rows": (
         "--sequence must be none where pictures are augmented: they are no pictures any more."
     ),
-    "--accumulate 3 --devices 4": (
-        "--accumulate must cut the 16 examples that each device has of a batch into equal"
+    "--accumulation-steps 3 --devices 4": (
+        "--accumulation-steps must cut the 16 examples that each device has of a batch into equal"
     ),
     "--ema-decay 1": "--ema-decay must be at least 0 and less than 1, got 1.0.",
     "--patience 2": (
-        "--patience needs data with a validation split .hold_out, or --validation-share."
+        "--patience needs data with a validation split .hold_out, or --validation-fraction."
     ),
-    "--validation-share 1": (
-        "--validation-share must leave some of the 1,438 training examples for training"
+    "--validation-fraction 1": (
+        "--validation-fraction must leave some of the 1,438 training examples for training"
     ),
     "--label-smoothing 1": "--label-smoothing must be at least 0 and less than 1, got 1.0.",
-    "--max-grad-norm 0": "--max-grad-norm must be greater than 0 and finite, got 0.0.",
+    "--clip-grad-norm 0": "--clip-grad-norm must be greater than 0 and finite, got 0.0.",
     "--dataset mnist --data-dir nowhere": "--data-dir .*nowhere",
     "--dataset mnist --data-dir short": "--data-dir .*train-images",
     "--dataset mnist --data-dir magic": "--data-dir .*train-images.*magic",
@@ -542,8 +543,10 @@ MISTAKES = {
 
 ABSURD = {
     "--devices 100000": "--devices must be at most 1,024, got 100000.",
-    "--widths 2147483647 2147483647": "--widths must be at most 10,000,000, got 2147483647.",
-    "--widths 9999999 9999999": (
+    "--hidden-sizes 2147483647 2147483647": (
+        "--hidden-sizes must be at most 10,000,000, got 2147483647."
+    ),
+    "--hidden-sizes 9999999 9999999": (
         "--model must fit into memory: 100,000,739,999,935 .* take at least"
     ),
     "--model resnet --layers 2147483647": "--layers must be at most 1,000, got 2147483647.",
@@ -705,7 +708,7 @@ def test_refused_start_leaves_the_earlier_run_where_it_is(tmp_path, capsys):
     for mistake in (
         ["--init-from", str(tmp_path / "nowhere")],
         ["--init-from", folder],
-        ["--init-from", parent, "--widths", "9"],
+        ["--init-from", parent, "--hidden-sizes", "9"],
     ):
         assert train.main([*QUICK, "--run-dir", folder, "--resume", "never", *mistake]) == 2
         assert sorted((tmp_path / "run").rglob("*")) == before

@@ -1,7 +1,9 @@
 """Every option is explained, checked, and saved so that it can be read again."""
 
+import re
 from dataclasses import fields
 from importlib import import_module
+from itertools import pairwise
 from typing import get_args, get_type_hints
 
 import pytest
@@ -26,9 +28,69 @@ def test_help_explains_every_option_with_its_default(capsys):
     assert text.count("(default:") + text.count("by default") == len(OPTIONS)
 
 
+@pytest.fixture
+def help_at(capsys, monkeypatch):
+    """Prints `--help` in a terminal of a given number of columns."""
+
+    def print_help(columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            config.parse(["--help"])
+        return capsys.readouterr().out
+
+    return print_help
+
+
+@pytest.mark.parametrize(
+    ("word", "option"),
+    {
+        "clip": "--clip-grad-norm",
+        "hidden": "--hidden-sizes",
+        "lr": "--learning-rate",
+        "dropout": "--dropout-rate",
+        "accumulat": "--accumulation-steps",
+        "seed": "--seed",
+        "gpu": "--devices",
+    }.items(),
+)
+def test_help_that_is_searched_for_a_word_finds_its_option_first(help_at, word, option):
+    """The word is in the name of the option, or in the first description that has it."""
+    text = help_at(80).lower()
+    at = text.index(word)
+    inside = re.search(r"\S*$", text[:at]).group()
+    if not inside.startswith("--"):
+        *_, inside = re.findall(r"^ +(--\S+)", text[:at], re.MULTILINE)
+    assert option.startswith(inside)
+
+
+def test_examples_at_the_top_of_help_are_valid(help_at):
+    lines = [line for line in help_at(80).splitlines() if line.startswith("  python")]
+    assert len(lines) == 3
+    for line in lines:
+        config.parse(line.split()[3:])
+
+
+@pytest.mark.parametrize("columns", [80, 120, 160])
+def test_lines_of_help_end_where_the_next_word_does_not_fit(help_at, columns):
+    """A line that could take the first word of the next one ends a paragraph."""
+    lines = [line.rstrip("│ ") for line in help_at(columns).splitlines()]
+    assert max(map(len, lines)) <= columns
+    inner = [line[28:] if line.startswith("│" + " " * 27) else None for line in lines]
+    texts = [command_line.help.help_text(group, o.name) for group in GROUPS for o in fields(group)]
+    paragraphs = {line for text in texts for line in text.split("\n")}
+    for line, following in pairwise(inner):
+        if (
+            line
+            and following
+            and not any(p.startswith(following.split(":")[0]) for p in paragraphs)
+        ):
+            word = following.split()[0]
+            assert 28 + len(line) + 1 + len(word) > columns - 3, (line, following)
+
+
 def test_saved_configuration_is_read_back_and_the_command_line_wins(tmp_path):
     chosen = config.parse(
-        ["--widths", "32", "16", "--steps", "7", "--learning-rate", "0.25", "--run-dir", "x"]
+        ["--hidden-sizes", "32", "16", "--steps", "7", "--learning-rate", "0.25", "--run-dir", "x"]
     )
     config.save(chosen, tmp_path / "config.json")
 
@@ -109,7 +171,11 @@ def test_network_gives_defaults_that_the_command_line_replaces(tmp_path):
     saved = config.parse(
         ["--model", "transformer", "--strategy", "fedavg", "--layers", "5", "--seed", "3"]
     )
-    assert (saved.model.layers, saved.optimization.max_grad_norm, saved.optimization.optimizer) == (
+    assert (
+        saved.model.layers,
+        saved.optimization.clip_grad_norm,
+        saved.optimization.optimizer,
+    ) == (
         5,
         1.0,
         "sgd",
@@ -119,7 +185,7 @@ def test_network_gives_defaults_that_the_command_line_replaces(tmp_path):
     assert config.parse(path).model == saved.model
     again = config.parse([*path, "--model", "resnet"])
     assert again.model == config.parse(["--model", "resnet"]).model
-    assert (again.optimization.max_grad_norm, again.optimization.seed) == (None, 3)
+    assert (again.optimization.clip_grad_norm, again.optimization.seed) == (None, 3)
     assert again.aggregation == saved.aggregation
 
 
@@ -133,7 +199,7 @@ def test_new_choice_over_a_saved_configuration_brings_its_own_defaults(tmp_path)
         fresh.optimization,
         fresh.aggregation,
     )
-    assert (chosen.optimization.max_grad_norm, chosen.optimization.optimizer) == (1.0, "adamw")
+    assert (chosen.optimization.clip_grad_norm, chosen.optimization.optimizer) == (1.0, "adamw")
 
 
 def test_options_name_every_start_and_network():
@@ -163,7 +229,7 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
             ["--no-error-feedbak"],
             "--no-error-feedbak is no option; did you mean '--no-error-feedback'?",
         ),
-        (["--clip-norm", "one"], "--clip-norm must be a number, got 'one'."),
+        (["--dp-clip-norm", "one"], "--dp-clip-norm must be a number, got 'one'."),
         (
             ["--batchsize", "8"],
             "--batchsize is no option; did you mean '--batch-size'? --help lists them all.",
@@ -183,7 +249,10 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
                 "you mean"
             ),
         ),
-        (["--width", "8"], "width goes with --model lstm or --model gru or --model transformer."),
+        (
+            ["--hidden-size", "8"],
+            "hidden_size goes with --model lstm or --model gru or --model transformer.",
+        ),
         (
             ["--model", "resnet", "--batch-statistics", "averaged"],
             "batch_statistics goes with --norm batch.",
@@ -195,7 +264,7 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         (["--epochs", "many"], "--epochs must be a whole number, got 'many'."),
         (["--steps", "2.5"], "--steps must be a whole number, got '2.5'."),
         (["--learning-rate", "1e"], "--learning-rate must be a number, got '1e'."),
-        (["--widths", "12,34"], "--widths must be a whole number, got '12,34'."),
+        (["--hidden-sizes", "12,34"], "--hidden-sizes must be a whole number, got '12,34'."),
         (
             ["--config", "nowhere.json"],
             (
@@ -247,7 +316,7 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
     [
         ("--lr", "--learning-rate"),
         ("--bs", "--batch-size"),
-        ("--clip", "--max-grad-norm"),
+        ("--clip", "--clip-grad-norm"),
         ("--wd", "--weight-decay"),
         ("--gpus", "--devices"),
         ("--learning-rat", "--learning-rate"),

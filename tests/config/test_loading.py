@@ -26,7 +26,7 @@ RUN = (
     "10",
     "--save-every",
     "10",
-    "--widths",
+    "--hidden-sizes",
     "12",
 )
 
@@ -47,20 +47,20 @@ WAYS = {
     "averaged over devices": ("--strategy", "gossip"),
     "local steps": ("--strategy", "diloco", "--sync-every", "5"),
     "fragments": ("--strategy", "streaming-diloco", "--sync-every", "5", "--fragments", "2"),
-    "the best": ("--validation-share", "0.2", "--patience", "9"),
+    "the best": ("--validation-fraction", "0.2", "--patience", "9"),
     "the best before patience ran out": (
-        "--validation-share",
+        "--validation-fraction",
         "0.2",
         "--patience",
         "1",
         "--learning-rate",
         "3",
     ),
-    "statistics": ("--model", "resnet", "--widths", "8", "--norm", "batch"),
+    "statistics": ("--model", "resnet", "--channels", "8", "--norm", "batch"),
     "statistics anew": (
         "--model",
         "resnet",
-        "--widths",
+        "--hidden-sizes",
         "8",
         "--norm",
         "batch",
@@ -261,7 +261,7 @@ def test_run_leaves_as_a_bundle(capsys):
     bundle = ctde.open_bundle("run/bundle")
     assert f"sha256     {bundle.sha256}" in said
     assert f"--expect {bundle.sha256[:12]}" in said
-    assert bundle.card.facts["training"]["options"]["widths"] == [12]
+    assert bundle.card.facts["training"]["options"]["hidden_sizes"] == [12]
     assert bundle.card.facts["training"]["step"] == 30
     found = ctde.bundle.load(bundle, "numpy")(ctde.data.digits().test.inputs[:9])
     np.testing.assert_allclose(found, right.predict(ctde.data.digits().test.inputs[:9]), atol=1e-5)
@@ -299,8 +299,8 @@ def test_run_leaves_as_a_bundle(capsys):
             ["other"],
             (
                 "RUN must be loaded with the options of its checkpoint "
-                "other/checkpoints/step-00000030, but differs in --widths [12] there and [13] "
-                "here; correct config.json"
+                "other/checkpoints/step-00000030, but differs in --hidden-sizes [12] there and "
+                "[13] here; correct config.json"
             ),
         ),
         (["run/checkpoints/step-00000020"], "RUN must lead to an intact checkpoint"),
@@ -313,7 +313,7 @@ def test_mistake_is_a_sentence(arguments, sentence, capsys):
     Path("silent/metrics.jsonl").unlink()
     shutil.rmtree("empty/checkpoints")
     saved = json.loads(Path("other/config.json").read_text())
-    Path("other/config.json").write_text(json.dumps({**saved, "widths": [13]}))
+    Path("other/config.json").write_text(json.dumps({**saved, "hidden_sizes": [13]}))
     with Path("run/checkpoints/step-00000020/tensors.safetensors").open("ab") as file:
         file.write(b"0")
     Path("mine").mkdir()

@@ -85,7 +85,7 @@ def test_optimizer_goes_downhill(name):
         ),
         (
             ("adamw", 0.1, "constant", 0, 0, None, 0.0),
-            "max_grad_norm must be greater than 0 and finite, got 0.0",
+            "clip_grad_norm must be greater than 0 and finite, got 0.0",
         ),
         (("sgd", 0.1, "cosin"), "did you mean 'cosine'"),
         (("sgd", 0.0), "learning_rate must be greater than 0 and finite, got 0.0"),
@@ -114,7 +114,7 @@ def test_decay_takes_off_kernels_and_leaves_biases(name):
 
 @pytest.mark.parametrize(("norm", "length"), [(1.0, 1.0), (10.0, 5.0)])
 def test_longer_gradients_are_shortened_to_the_norm(norm, length):
-    optimizer = optimizers.build("sgd", 1.0, max_grad_norm=norm)
+    optimizer = optimizers.build("sgd", 1.0, clip_grad_norm=norm)
     grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     updates, _ = optimizer.update(grads, optimizer.init(grads))
     assert float(optax.tree.norm(updates)) == pytest.approx(length)

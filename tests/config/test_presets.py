@@ -136,20 +136,22 @@ def test_command_line_and_python_mean_the_same():
             "reduce must not be power_sgd with fragments",
         ),
         (
-            lambda: ctde.strategy("ddp", noise_multiplier=1.0),
-            "noise_multiplier needs a clip_norm, got none",
+            lambda: ctde.strategy("ddp", dp_noise_multiplier=1.0),
+            "dp_noise_multiplier needs a dp_clip_norm, got none",
         ),
         (
-            lambda: ctde.strategy("ddp", clip_norm=1.0, noise_multiplier=1.0, reduce="int8"),
+            lambda: ctde.strategy("ddp", dp_clip_norm=1.0, dp_noise_multiplier=1.0, reduce="int8"),
             "reduce must be left out",
         ),
         (
-            lambda: ctde.strategy("ddp", clip_norm=1.0, noise_multiplier=1.0, combine="median"),
+            lambda: ctde.strategy(
+                "ddp", dp_clip_norm=1.0, dp_noise_multiplier=1.0, combine="median"
+            ),
             "combine must be left",
         ),
         (
-            lambda: ctde.strategy("post-local-sgd", clip_norm=1.0),
-            "synchronous_steps must be 0 with clip_norm",
+            lambda: ctde.strategy("post-local-sgd", dp_clip_norm=1.0),
+            "synchronous_steps must be 0 with dp_clip_norm",
         ),
         (
             lambda: ctde.strategy("post-local-sgd", combine="median"),
@@ -170,7 +172,7 @@ def test_strategy_that_makes_no_sense_is_refused(make, sentence):
 def test_streamed_fragments_are_as_private_as_whole_messages(digits):
     """Clipping to nearly nothing leaves the model where it began."""
     frozen = ctde.strategy(
-        "streaming-diloco", sync_every=2, clip_norm=1e-9, outer="average", fragments=2
+        "streaming-diloco", sync_every=2, dp_clip_norm=1e-9, outer="average", fragments=2
     )
     moving = ctde.strategy("streaming-diloco", sync_every=2, outer="average", fragments=2)
 

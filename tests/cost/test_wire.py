@@ -438,7 +438,7 @@ def compiled(strategy: Strategy, digits, model: models.Model = MODEL) -> traffic
 
 
 def test_command_prints_the_table(capsys):
-    assert wire.main(["--devices", "4", "--widths", "8", "--sync-every", "3"]) == 0
+    assert wire.main(["--devices", "4", "--hidden-sizes", "8", "--sync-every", "3"]) == 0
 
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{2 * 3 * (PARAMS + 1):,}" in shown

@@ -246,6 +246,6 @@ def test_held_out_examples_are_training_examples_that_train_no_more(digits):
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 1e-6])
 def test_share_that_leaves_nothing_is_refused(digits, share):
     with pytest.raises(
-        InputError, match="validation_share must leave some of the 1,438 training examples"
+        InputError, match="validation_fraction must leave some of the 1,438 training examples"
     ):
         data.hold_out(digits, share)

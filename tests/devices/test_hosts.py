@@ -223,7 +223,7 @@ STRATEGIES = {
     "synchronous at first": "--strategy post-local-sgd --sync-every 4 --synchronous-steps 12",
     "clients that keep their examples": "--strategy fedavg --partition iid",
     "batch statistics, estimated anew": (
-        "--model resnet --widths 4 --norm batch --reestimate-batches 2"
+        "--model resnet --channels 4 --norm batch --reestimate-batches 2"
     ),
     "four devices each": "--devices 4 --steps 400 --batch-size 64",
     "three hosts": "",
@@ -316,7 +316,7 @@ def test_sigterm_saves_the_same_step_on_all_hosts(told, job, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--validation-share", "0.2", "--patience", "100"]])
+@pytest.mark.parametrize("more", [[], ["--validation-fraction", "0.2", "--patience", "100"]])
 def test_ctrl_c_on_one_host_saves_and_ends_all(more, job):
     """Host 0 shows and writes its results, though the other has less to do."""
     for index in (0, 1):

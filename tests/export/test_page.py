@@ -44,7 +44,7 @@ FLAGS = [
         "--disable-gpu",
         "--disable-quic",
         "--no-first-run",
-        "--window-size=1000,900",
+        "--context-length-size=1000,900",
     ),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1 , MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
@@ -239,8 +239,8 @@ def text_pages(root) -> dict[str, Exported]:
     data = ctde.data.from_text(root / "fox.txt", length=LENGTH, stride=1)
     tokens = len(data.vocabulary)
     models = {
-        "lstm": ctde.models.rnn_language_model(tokens, width=48, layers=1),
-        "transformer": ctde.models.transformer(tokens, LENGTH, width=48, blocks=1),
+        "lstm": ctde.models.rnn_language_model(tokens, hidden_size=48, layers=1),
+        "transformer": ctde.models.transformer(tokens, LENGTH, hidden_size=48, blocks=1),
     }
     return {
         name: export(root, name, model, data, optax.adam(0.005), batch_size=32, steps=200)
@@ -646,7 +646,7 @@ def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server
         40 * b"The quick brown fox jumps.\r\nAnd the dog sleeps on.\r\n"
     )
     data = ctde.data.from_text(root / "windows.txt", length=LENGTH, stride=1)
-    model = ctde.models.rnn_language_model(len(data.vocabulary), width=48, layers=1)
+    model = ctde.models.rnn_language_model(len(data.vocabulary), hidden_size=48, layers=1)
     exported = export(root, "windows", model, data, optax.adam(0.005), batch_size=32, steps=200)
     trained, beginning = exported.trained, "The quick brown fox jumps.\r\nAnd"
     given = encode(beginning, data.vocabulary)

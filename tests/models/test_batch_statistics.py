@@ -133,8 +133,8 @@ def test_default_is_a_plain_flax_loop_on_any_number_of_devices(door, count):
 
 
 @cache
-def on_replicas(model, accumulate=1):
-    gradient = make_gradient(model, classification, accumulate=accumulate)
+def on_replicas(model, accumulation_steps=1):
+    gradient = make_gradient(model, classification, accumulation_steps=accumulation_steps)
 
     def on_one(params, model_state, indices):
         grads, new_state, sums = gradient(params, model_state, SPLIT, indices, jax.random.key(3))
@@ -236,7 +236,7 @@ def test_microbatches_are_the_same_on_any_number_of_devices(door):
             own_grads, after = wanted(params, after, group)
             grads = optax.tree.add(grads, optax.tree.scale(len(group) / examples, own_grads))
         for replicas in (1, 2, 4):
-            found, found_after, _ = on_replicas(model_of(door), accumulate=2)(
+            found, found_after, _ = on_replicas(model_of(door), accumulation_steps=2)(
                 params, state, dealt(examples, replicas)
             )
             assert_is(found, found_after, (grads, after))

@@ -65,7 +65,11 @@ def test_picture_without_a_channel_axis_has_one_channel(key):
         ),
         ((28, 3), {}, "image_shape must have at least 4 x 4 pixels for 2 halvings, got 28 x 3."),
         ((28, 28, 0), {}, "channels must be at least 1, got 0."),
-        ((28, 28), {"dropout": 1.0}, "dropout must be at least 0 and less than 1, got 1.0."),
+        (
+            (28, 28),
+            {"dropout_rate": 1.0},
+            "dropout_rate must be at least 0 and less than 1, got 1.0.",
+        ),
         ((28, 28), {"classes": 0}, "classes must be at least 1, got 0."),
     ],
 )

@@ -14,9 +14,9 @@ from ctde_jax.models.generation import generate
 LONGEST = 6
 MODELS = {
     "transformer": models.with_raw_inputs(
-        models.transformer(11, LONGEST, width=8, heads=2), np.int32(0), np.int32(1)
+        models.transformer(11, LONGEST, hidden_size=8, heads=2), np.int32(0), np.int32(1)
     ),
-    "lstm": models.rnn_language_model(11, width=8),
+    "lstm": models.rnn_language_model(11, hidden_size=8),
 }
 LOGITS = jnp.array([0.0, 1.0, 2.0, -1.0])
 CONSTANT = Model(

@@ -48,8 +48,8 @@ TOKENS = jax.random.randint(jax.random.key(7), (32, 6), 0, 5)
 MODELS = {
     "mlp": (models.mlp([16, *[12] * 9, 4]), noise(64, 16)),
     "cnn": (models.cnn((4, 4), 4), noise(32, 4, 4)),
-    "resnet": (models.resnet((8, 8), 4, widths=(8, 16)), noise(16, 8, 8)),
-    "transformer": (models.transformer(5, 6, width=8, heads=2), TOKENS),
+    "resnet": (models.resnet((8, 8), 4, channels=(8, 16)), noise(16, 8, 8)),
+    "transformer": (models.transformer(5, 6, hidden_size=8, heads=2), TOKENS),
     "lstm": (models.rnn_language_model(5, 8, layers=1), TOKENS),
     "gru": (models.rnn_classifier(6, 4, 8, cell="gru"), noise(16, 6, 6)),
     "lstm cell": (models.from_nnx(partial(OneCell, nnx.LSTMCell)), noise(16, 6, 8)),

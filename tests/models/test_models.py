@@ -130,14 +130,14 @@ def test_bfloat16_computes_coarsely_and_keeps_parameters_fine(key):
         ),
         (
             lambda: models.mlp([64]),
-            r"widths must name at least those of the input and the output, got \[64\]",
+            r"layer_sizes must contain at least the sizes of input and output, got \[64\]",
         ),
         (
             lambda: models.from_nnx(3),
             "module must be an nnx module, or a function that builds one, got 3",
         ),
         (lambda: models.from_linen(Nnx), "module must be a linen module such as"),
-        (lambda: models.mlp([4, 0, 3]), "widths must be at least 1, got 0"),
+        (lambda: models.mlp([4, 0, 3]), "layer_sizes must be at least 1, got 0"),
     ],
 )
 def test_wrong_network_is_refused_in_a_sentence(build, sentence):

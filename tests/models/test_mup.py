@@ -50,7 +50,7 @@ def test_learning_rates_are_the_tables(key):
 NETWORKS = {
     "mlp": (perceptron, INPUTS),
     "resnet": (
-        lambda width: models.resnet((8, 8), 4, widths=(width // 8, width // 4)),
+        lambda width: models.resnet((8, 8), 4, channels=(width // 8, width // 4)),
         jnp.ones((1, 8, 8)),
     ),
     "lstm": (lambda width: models.rnn_language_model(5, width, layers=1), TOKENS),

@@ -52,7 +52,7 @@ def rnn_params(gates: int, features: int, width: int, layers: int) -> int:
 CNN_PARAMS = 25 * 3 * 32 + 32 + 25 * 32 * 64 + 64 + 2 * 2 * 64 * 512 + 512 + 512 * 4 + 4
 NETWORKS = {
     "mlp": Case(models.mlp([9 * 8 * 3, 4]), IMAGES, 9 * 8 * 3 * 4 + 4),
-    "cnn": Case(models.cnn((9, 8, 3), 4, dropout=0.5), IMAGES, CNN_PARAMS),
+    "cnn": Case(models.cnn((9, 8, 3), 4, dropout_rate=0.5), IMAGES, CNN_PARAMS),
     "resnet": Case(
         models.resnet((9, 8), 4, (8, 16), 2), IMAGES[..., 0], resnet_params(1, (8, 16), 2, 4)
     ),
@@ -68,7 +68,7 @@ NETWORKS = {
         rnn_params(3, 8, 6, 2) + 6 * 4 + 4,
     ),
     "lstm language": Case(
-        models.rnn_language_model(7, 6, dropout=0.5),
+        models.rnn_language_model(7, 6, dropout_rate=0.5),
         TOKENS,
         7 * 6 + rnn_params(4, 6, 6, 2) + 6 * 7 + 7,
     ),
@@ -78,7 +78,7 @@ NETWORKS = {
         7 * 6 + rnn_params(3, 6, 6, 1) + 6 * 7 + 7,
     ),
     "transformer": Case(
-        models.transformer(7, 5, 8, 2, 4, dropout=0.5), TOKENS, transformer_params(7, 5, 8, 2)
+        models.transformer(7, 5, 8, 2, 4, dropout_rate=0.5), TOKENS, transformer_params(7, 5, 8, 2)
     ),
 }
 WITH_DROPOUT = ["cnn", "gru", "lstm language", "gru language", "transformer"]

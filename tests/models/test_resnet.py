@@ -62,13 +62,13 @@ def test_only_batch_normalization_lets_training_examples_see_each_other(norm, co
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"widths": ()}, "widths must name the channels of at least one stage, got none."),
-        ({"widths": (16, 20)}, "widths must be multiples of the 8 groups of a norm, got 20."),
-        ({"widths": (16, 0)}, "widths must be at least 1, got 0."),
+        ({"channels": ()}, "channels must contain at least one stage, got none."),
+        ({"channels": (16, 20)}, "channels must be multiples of the 8 groups of a norm, got 20."),
+        ({"channels": (16, 0)}, "channels must be at least 1, got 0."),
         ({"blocks": 0}, "blocks must be at least 1, got 0."),
         ({"norm": "bach"}, "norm must be one of group, batch, got 'bach'; did you mean 'batch'?"),
         (
-            {"widths": (8, 8, 8, 8, 8)},
+            {"channels": (8, 8, 8, 8, 8)},
             "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8.",
         ),
         (

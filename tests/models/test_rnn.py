@@ -37,7 +37,7 @@ def gru(layer, x):
 
 @pytest.mark.parametrize(("cell", "equations"), [("lstm", lstm), ("gru", gru)])
 def test_classifier_reads_its_answer_off_the_last_state(cell, equations, key):
-    model = models.rnn_classifier(3, 6, width=4, cell=cell)
+    model = models.rnn_classifier(3, 6, hidden_size=4, cell=cell)
     params, model_state = jax.jit(model.init)(key, SEQUENCES)
     last = equations(params["recurrent"]["layers"][0]["cell"], SEQUENCES)
     outputs, _ = jax.jit(model.apply)(params, model_state, SEQUENCES, None)
@@ -48,7 +48,7 @@ def test_classifier_reads_its_answer_off_the_last_state(cell, equations, key):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_language_model_knows_the_past_and_not_the_future(cell, key):
-    model = models.rnn_language_model(5, width=4, cell=cell)
+    model = models.rnn_language_model(5, hidden_size=4, cell=cell)
     tokens = jnp.array([[0, 1, 2, 3, 4, 0]])
     params, model_state = jax.jit(model.init)(key, tokens)
     apply = jax.jit(model.apply)
@@ -127,8 +127,8 @@ def test_what_is_no_sequence_is_refused_in_a_sentence(shape, key):
         (lambda: models.rnn_classifier(3, 6, layers=0), "layers must be at least 1, got 0."),
         (lambda: models.rnn_language_model(0), "vocabulary must be at least 1, got 0."),
         (
-            lambda: models.rnn_language_model(5, dropout=-0.1),
-            "dropout must be at least 0 and less than 1, got -0.1.",
+            lambda: models.rnn_language_model(5, dropout_rate=-0.1),
+            "dropout_rate must be at least 0 and less than 1, got -0.1.",
         ),
     ],
 )

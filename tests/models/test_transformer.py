@@ -11,7 +11,7 @@ from ctde_jax.errors import InputError
 from ctde_jax.models.layers import Dropout
 from ctde_jax.models.transformer import Block
 
-MODEL = models.transformer(5, length=6, width=8, blocks=2, heads=2)
+MODEL = models.transformer(5, length=6, hidden_size=8, blocks=2, heads=2)
 TOKENS = jnp.array([[0, 1, 2, 3, 4, 0]])
 
 
@@ -88,7 +88,7 @@ def test_wrong_inputs_are_refused_in_a_sentence(inputs, sentence, key):
         ({"heads": 5}, "heads must divide the width of 96, got 5."),
         ({"heads": 0}, "heads must be at least 1, got 0."),
         ({"length": 0}, "length must be at least 1, got 0."),
-        ({"dropout": 2}, "dropout must be at least 0 and less than 1, got 2."),
+        ({"dropout_rate": 2}, "dropout_rate must be at least 0 and less than 1, got 2."),
     ],
 )
 def test_wrong_network_is_refused_in_a_sentence(options, sentence):

@@ -163,7 +163,7 @@ def test_synchronized_statistics_are_refused_on_any_number_of_devices(small, tmp
 
 
 def test_commands_refuse_synchronized_statistics_by_their_option(capsys):
-    assert wire.main(["--exact", "--model", "resnet", "--widths", "8", "--norm", "batch"]) == 2
+    assert wire.main(["--exact", "--model", "resnet", "--channels", "8", "--norm", "batch"]) == 2
     assert (
         "--exact requires batch statistics that devices do not share: --batch-statistics"
         in capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_commands_refuse_synchronized_statistics_by_their_option(capsys):
     [
         ({"batch_size": 36, "devices": 4}, "batch_size must be a multiple of the 8 shards"),
         ({"devices": 3, "batch_size": 24}, "devices must divide the 8 shards"),
-        ({"accumulate": 2}, "accumulate must be 1"),
+        ({"accumulation_steps": 2}, "accumulation_steps must be 1"),
         ({"partition": np.split(np.arange(300), 4)}, "partition must be reshuffled"),
     ],
 )
@@ -218,7 +218,7 @@ def test_exact_goes_with_the_gradient_of_every_step_and_the_mean():
     [
         ["mlp"],
         ["mlp", "--init", "lsuv"],
-        ["mlp", "--ema-decay", "0.9", "--on-nonfinite", "skip", "--max-grad-norm", "1"],
+        ["mlp", "--ema-decay", "0.9", "--on-nonfinite", "skip", "--clip-grad-norm", "1"],
         ["resnet", "--norm", "batch", "--batch-statistics", "averaged"],
         ["lstm", "--sequence", "rows"],
     ],

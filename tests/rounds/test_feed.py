@@ -90,7 +90,9 @@ def test_training_from_disk_gives_the_same_bits(name, in_memory, on_disk):
 
 def test_dropout_and_batch_statistics_from_disk_are_the_same(in_memory, on_disk):
     model = models.from_nnx(Net)
-    one, other = (train(d, model, accumulate=2, reestimate_batches=3) for d in (on_disk, in_memory))
+    one, other = (
+        train(d, model, accumulation_steps=2, reestimate_batches=3) for d in (on_disk, in_memory)
+    )
     assert_same_run(one, other)
     jax.tree.map(np.testing.assert_array_equal, one.model_state, other.model_state)
 

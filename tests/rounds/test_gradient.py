@@ -69,8 +69,16 @@ def split() -> Split:
         (models.mlp([FEATURES, 4, CLASSES]), (2, FEATURES), False),
         (models.from_linen(LinenNormed()), (2, FEATURES), False),
         (models.from_linen(linen.Dropout(0.5)), (2, FEATURES), True),
-        (models.rnn_classifier(1, CLASSES, width=4, dropout=0.0), (2, FEATURES, 1), False),
-        (models.rnn_classifier(1, CLASSES, width=4, dropout=0.1), (2, FEATURES, 1), True),
+        (
+            models.rnn_classifier(1, CLASSES, hidden_size=4, dropout_rate=0.0),
+            (2, FEATURES, 1),
+            False,
+        ),
+        (
+            models.rnn_classifier(1, CLASSES, hidden_size=4, dropout_rate=0.1),
+            (2, FEATURES, 1),
+            True,
+        ),
     ],
     ids=["nnx dropout", "mlp", "linen", "linen dropout", "no dropout", "dropout"],
 )
@@ -135,7 +143,9 @@ def test_groups_one_after_another_give_the_gradient_of_the_whole_batch(split, ke
     batch[BATCH - missing :] = ~batch[0]
     arguments = (params, model_state, split, dealt(batch, 2), key)
     whole, _ = on_replicas(GRADIENT_OF_NOISY, *arguments)
-    grouped, _ = on_replicas(make_gradient(NOISY, classification, accumulate=groups), *arguments)
+    grouped, _ = on_replicas(
+        make_gradient(NOISY, classification, accumulation_steps=groups), *arguments
+    )
     assert_close(grouped, whole, rtol=0, atol=1e-6)
 
 

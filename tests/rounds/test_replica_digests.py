@@ -93,7 +93,7 @@ def test_forgotten_reduction_stops_at_the_first_row(digits, tmp_path, inner_step
 
 def test_statistics_that_were_not_averaged_are_named(digits, monkeypatch):
     """A round that does not average the model state is detected."""
-    model = models.resnet((8, 8), 10, widths=(4,), norm="batch", batch_statistics="averaged")
+    model = models.resnet((8, 8), 10, channels=(4,), norm="batch", batch_statistics="averaged")
     monkeypatch.setattr(round, "agreed_state", lambda after, before, weight: after)
     with pytest.raises(ReplicasDiverged, match=r"^model_state/") as caught:
         ctde.fit(

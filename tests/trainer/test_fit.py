@@ -532,9 +532,9 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
             r"model must give outputs of the shape \[examples, 10\].* got \[1, 5\]",
         ),
         (
-            "accumulate",
+            "accumulation_steps",
             3,
-            "accumulate must cut the 16 examples that each device has of a batch into equal",
+            "accumulation_steps must cut the 16 examples that each device has of a batch into",
         ),
         ("ema_decay", 1.0, "ema_decay must be at least 0 and less than 1, got 1.0"),
         ("patience", 2, "patience needs data with a validation split"),
@@ -546,7 +546,7 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
         (
             "model",
             models.mlp([10, 10]),
-            "widths must start with the 64 numbers of an input, got 10",
+            "layer_sizes must start with the size of a flattened input, 64, got 10",
         ),
         (
             "optimizer",
@@ -664,7 +664,7 @@ def test_description_of_the_model_is_shown_at_every_evaluation(digits, capsys):
 
 def test_statistics_estimated_anew_are_those_that_are_evaluated(digits):
     """After a few steps, initial running averages still affect the test loss."""
-    model = models.resnet((8, 8), 10, widths=(8,), norm="batch")
+    model = models.resnet((8, 8), 10, channels=(8,), norm="batch")
     arguments = {"batch_size": 64, "steps": 20, "devices": devices.start(2), "show": False}
     running = ctde.fit(model, digits, optax.adam(0.01), **arguments)
     anew = ctde.fit(model, digits, optax.adam(0.01), reestimate_batches=10, **arguments)

@@ -38,16 +38,22 @@ class OwnLinen(flax.linen.Module):
 
 MODELS = {
     "mlp": (models.mlp([64, 16, 10]), PICTURES),
-    "cnn": (models.cnn((8, 8), 10, dropout=0.2), PICTURES),
-    "resnet": (models.resnet((8, 8), 10, widths=(8, 8)), PICTURES),
+    "cnn": (models.cnn((8, 8), 10, dropout_rate=0.2), PICTURES),
+    "resnet": (models.resnet((8, 8), 10, channels=(8, 8)), PICTURES),
     "resnet with batch norm": (
-        models.resnet((8, 8), 10, widths=(8, 8), norm="batch", batch_statistics="synchronized"),
+        models.resnet((8, 8), 10, channels=(8, 8), norm="batch", batch_statistics="synchronized"),
         PICTURES,
     ),
-    "lstm": (models.rnn_classifier(8, 10, width=16, cell="lstm", dropout=0.2), PICTURES),
-    "gru": (models.rnn_classifier(8, 10, width=16, cell="gru", dropout=0.2), PICTURES),
-    "lstm on text": (models.rnn_language_model(8, width=16, layers=1, dropout=0.2), TEXT),
-    "transformer": (models.transformer(8, 16, width=16, blocks=1, heads=2, dropout=0.2), TEXT),
+    "lstm": (models.rnn_classifier(8, 10, hidden_size=16, cell="lstm", dropout_rate=0.2), PICTURES),
+    "gru": (models.rnn_classifier(8, 10, hidden_size=16, cell="gru", dropout_rate=0.2), PICTURES),
+    "lstm on text": (
+        models.rnn_language_model(8, hidden_size=16, layers=1, dropout_rate=0.2),
+        TEXT,
+    ),
+    "transformer": (
+        models.transformer(8, 16, hidden_size=16, blocks=1, heads=2, dropout_rate=0.2),
+        TEXT,
+    ),
     "own nnx": (models.from_nnx(OwnNnx), PICTURES),
     "own linen": (models.from_linen(OwnLinen(), batch_statistics="synchronized"), PICTURES),
 }
