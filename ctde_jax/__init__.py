@@ -1,20 +1,43 @@
 """Centralized training, decentralized execution: one Flax model, trained over many devices.
 
-A room, that is a module or subpackage, imports only rooms before it in this list;
-`docs/architecture.md` suggests a reading order:
+    import ctde_jax as ctde
 
-    errors, bundle              exceptions and checks; bundles and their runtimes, with numpy alone
-    devices                     devices, hosts, and the replica axis
-    data                        data sets, partitions, batches
-    models, aggregate           networks and tasks; strategies and reducers
-    rounds                      the computation of the devices
-    cost, checkpoint            communicated bytes; checkpoints and run folders
-    trainer                     the training loop of the host
-    config                      options of the command line, and the objects that they build
-    export                      bundles and web pages of trained models
-    train, execute, wire, ...   commands
+Training
+    fit               trains a model on data, with an optax optimizer and a strategy
+    Training, Saving  all options of `trainer.train`, in two values
+    Trained           the result: `predict`, `evaluate`, parameters, history
+    load_run          reads a run's folder as a `Trained`
+    plot_curves       draws the metrics of a run
 
-The public names are those of `__init__.pyi`. Each is imported on first use, so that
+Data, models and tasks
+    data              data sets from arrays, files and iterables; partitions
+    augment           augmentations on the devices
+    models            networks, and adapters of nnx and linen modules
+    tasks, Task       losses and metrics
+    initializers, mup initializations; the maximal update parametrization
+    optimizers        the optimizers and learning-rate schedules of the command line
+    generate          continues a text with a language model
+
+Aggregation and its cost
+    Strategy          when devices communicate, what they send, and how it is applied
+    strategy          a published method by name, such as `strategy("diloco")`
+    aggregate         reducers, codecs, robust rules, differential privacy
+    cost              bytes on the wire, read from the compiled program
+
+Execution
+    write_bundle      writes a trained model as a bundle: numpy, ONNX, StableHLO
+    write_page        writes a bundle as a web page
+    open_bundle       opens a bundle for prediction, with numpy and one runtime
+    bundle, export    formats and runtimes of bundles; the export to each format
+
+Devices and errors
+    devices           `devices.start()`: accelerators, fake CPU devices, hosts
+    InputError        an argument breaks a rule; all others end a training that has begun:
+                      NonFiniteLoss, ReplicasDiverged, HostLost, Preempted (with a checkpoint)
+    errors, config, checkpoint, rounds, trainer
+                      the other rooms of the package; see `docs/architecture.md`
+
+`python -m ctde_jax` lists the commands. Each name is imported on first use, so that
 `import ctde_jax` neither imports JAX nor initializes a device.
 """
 

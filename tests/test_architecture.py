@@ -80,7 +80,45 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_package_has_at_most_twenty_entries():
-    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 20
+    """Beside `py.typed`, an empty file for type checkers."""
+    entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "py.typed"}
+    assert len(entries) <= 20
+
+
+def test_help_of_the_package_lists_every_public_name():
+    entries = re.findall(
+        r"^    (\w[\w, ]*?)(?:  |$| initializations)", ctde_jax.__doc__, re.MULTILINE
+    )
+    named = {name for entry in entries for name in entry.split(", ")}
+    others = {"HostLost", "NonFiniteLoss", "Preempted", "ReplicasDiverged"}
+    assert named - {"import ctde_jax as ctde"} == {*ctde_jax.__all__} - others
+    assert all(name in ctde_jax.__doc__ for name in others)
+
+
+def test_package_as_a_command_lists_the_commands():
+    """`python -m ctde_jax`, at most 80 columns wide; every command is there, and no other."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "ctde_jax"], capture_output=True, text=True, check=True
+    ).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    commands = {path.stem for path in PACKAGE.glob("[!_]*.py")} - {"errors"}
+    assert {*re.findall(r"^  python -m ctde_jax\.(\w+) ", shown, re.MULTILINE)} == commands | {
+        "export"
+    }
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "output", "error"),
+    [
+        ("--version", 0, metadata.version("ctde_jax"), ""),
+        ("train", 2, "", "error: train is not an option; use python -m ctde_jax.train"),
+    ],
+)
+def test_package_as_a_command_takes_no_other_argument_than_version(argument, status, output, error):
+    shown = subprocess.run(
+        [sys.executable, "-m", "ctde_jax", argument], capture_output=True, text=True
+    )
+    assert (shown.returncode, shown.stdout.strip(), shown.stderr.strip()) == (status, output, error)
 
 
 def test_public_names_are_found_whatever_was_imported_before():

@@ -81,7 +81,7 @@ def train(config: Config, started: float) -> Trained:
 
         # Print the plan, then train. The time before counts as start-up.
         saving.check(training)
-        _show(report.plan(config, training, folder))
+        _show(trainer.plan(training, folder, report.names(config, data)))
         before = time.perf_counter() - started
         trained = trainer.train(training, saving, describe=describe)
     trained.seconds["start-up"] += before

@@ -3,6 +3,7 @@
 from ctde_jax.trainer import picture, stopwatch
 from ctde_jax.trainer.fit import fit, train
 from ctde_jax.trainer.log import Row, console, plot_curves, read_rows
+from ctde_jax.trainer.plan import plan
 from ctde_jax.trainer.rollback import SCALED
 from ctde_jax.trainer.stopwatch import Profile, Spread
 from ctde_jax.trainer.trained import Trained, accepts
@@ -20,6 +21,7 @@ __all__ = [
     "console",
     "fit",
     "picture",
+    "plan",
     "plot_curves",
     "read_rows",
     "stopwatch",

@@ -29,6 +29,7 @@ from ctde_jax.trainer.checks import check_devices, check_types
 from ctde_jax.trainer.claim import claim
 from ctde_jax.trainer.log import console
 from ctde_jax.trainer.meter import Clock
+from ctde_jax.trainer.plan import line, plan
 from ctde_jax.trainer.programs import compile_programs
 from ctde_jax.trainer.rollback import rolling_back
 from ctde_jax.trainer.run import Describe, open_run, prepare_folder
@@ -85,7 +86,7 @@ def fit(
         run_dir: Folder for `metrics.jsonl`, `curves.png` and checkpoints. None writes no files.
         resume: Whether to continue the run in the folder; if False, it moves into the subfolder
             `previous-1`, or the next number.
-        show: Whether to show progress.
+        show: Whether to print the plan and the progress.
         describe: Returns a text to print at evaluations from parameters and state (numpy arrays).
         **options: Other fields of `trainer.Training`, such as `augment`, `ema_decay`, `init_from`,
             `partition` or `patience`, and of `trainer.Saving`, such as `save_every` or `keep_best`.
@@ -116,6 +117,8 @@ def fit(
         **of_training,
     )
     saving = Saving(run_dir, resume, **of_saving)
+    if show:
+        console().print(plan(training, saving.folder))
     before = time.perf_counter() - started
     trained = train(training, saving, show=show, describe=describe)
     trained.seconds["start-up"] += before
@@ -166,7 +169,7 @@ def train(
         count = count_params(beginning.center[0])
         wire = summary(programs.phases[-1].traffic, count, len(training.devices))
         later = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
-        screen.print(f"wire       {wire}{later}")
+        screen.print(line("wire", wire + later))
         clock.lap("compile")
 
         # Train: each phase in spans from one evaluation to the next. Files are written only now.

@@ -76,14 +76,14 @@ def test_default_command_reaches_97_percent_and_leaves_its_results(tmp_path):
     assert last["examples"] == 359
     plan = [
         "4 fake CPU devices",
-        "for demonstration; --devices 1 is",
+        "they show how devices communicate",
         "1,438 training and 359 test",
         "mlp 64-128-10 with tanh",
         "9,610 parameters",
     ]
     plan += [
-        "64 examples a step, 16 on each device",
-        "the mean of the gradients",
+        "64 examples, 16 per device",
+        "mean of the gradients",
         str(folder.relative_to(tmp_path)),
     ]
     table = [
@@ -334,10 +334,10 @@ def test_clients_take_turns_on_the_devices(tmp_path, capsys):
     assert train.main([*QUICK, *clients, "--run-dir", str(tmp_path)]) == 0
     plan = " ".join(capsys.readouterr().out.split())
     assert (
-        "by_label: 12 clients keep 119 to 120 examples each (partition.png), and 2 of them, "
-        "drawn anew"
+        "by_label (partition.png): 12 clients with 119 to 120 examples each; 2 of them, drawn at "
+        "random, train in each round"
     ) in plan
-    assert "fedavg: the mean of the parameters after every 2 steps alone" in plan
+    assert "fedavg: mean of the parameters after every 2 local steps" in plan
 
 
 def test_text_is_kept_by_devices_and_sampled(tmp_path, capsys):

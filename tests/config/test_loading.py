@@ -207,7 +207,7 @@ def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run,
         "this run was complete at step 30; --resume never or another --run-dir trains it from "
         "the start"
     ) in said
-    assert "complete at step 30 before; nothing was trained" in " ".join(said.split())
+    assert "this run was complete at step 30; nothing was trained" in " ".join(said.split())
     assert (
         train.main(
             [*command, "--resume", "never", "--branch-from", "run/checkpoints/step-00000030"]

@@ -1,0 +1,129 @@
+"""The plan of a run, printed before it starts: devices, data, model, batch, steps and folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from rich.table import Table
+
+from ctde_jax.aggregate import Strategy
+from ctde_jax.data import Dataset
+from ctde_jax.devices import count_cores
+from ctde_jax.models import count_params
+from ctde_jax.trainer.training import Training
+
+
+def plan(training: Training, folder: Path | None, names: Mapping[str, str] = {}) -> Table:
+    """Returns a table of what is trained, on which devices and data, and of the output folder.
+
+    Args:
+        training: The training.
+        folder: Folder of the run; None if it writes no files.
+        names: Descriptions of parts that are functions and have no description: `model`,
+            `optimizer`, `strategy` and `partition`.
+    """
+    devices = training.devices
+    data = training.data
+    table = _grid()
+
+    # Devices first, then the data and how the devices divide them.
+    table.add_row("devices", _describe_devices(training))
+    if note := _note_on_fake_devices(training):
+        table.add_row("", note)
+    table.add_row(
+        "data",
+        f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test "
+        f"examples, {data.kinds}",
+    )
+    for note in data.notes:
+        table.add_row("", note)
+    table.add_row("inputs", _describe_inputs(data))
+    table.add_row("split", _describe_split(training, names.get("partition", "partition")))
+
+    # Model, batch, optimizer and strategy.
+    count = f"{count_params(training.shapes[0]):,} parameters"
+    table.add_row("model", f"{names['model']}, {count}" if "model" in names else count)
+    microbatches = training.accumulation_steps
+    cut = f" in {microbatches} microbatches" if microbatches > 1 else ""
+    table.add_row(
+        "batch",
+        f"{training.batch_size} examples, {training.batch_size // len(devices)} per device{cut}",
+    )
+    table.add_row(
+        "steps", f"{training.total_steps:,}, {training.source.steps_per_epoch:,} per epoch"
+    )
+    if "optimizer" in names:
+        table.add_row("optimizer", names["optimizer"])
+    table.add_row("strategy", names.get("strategy") or _describe_strategy(training.strategy))
+    if folder is not None:
+        table.add_row("results", str(folder))
+    return table
+
+
+def line(name: str, text: str) -> Table:
+    """Returns a line that continues a plan."""
+    table = _grid()
+    table.add_row(name, text)
+    return table
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=len("optimizer"))
+    table.add_column()
+    return table
+
+
+def _describe_devices(training: Training) -> str:
+    devices = training.devices
+    kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
+    if devices[0].platform == "cpu" and len(devices) == 1:
+        kind = "CPU"
+    hosts = len({device.process_index for device in devices})
+    spread = f" on {hosts} hosts" if hosts > 1 else ""
+    return f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}"
+
+
+def _note_on_fake_devices(training: Training) -> str | None:
+    """Returns a sentence on what several fake devices are for; None for all other devices."""
+    devices = training.devices
+    here = sum(device.process_index == jax.process_index() for device in devices)
+    if devices[0].platform != "cpu" or here == 1:
+        return None
+    cores = f"{count_cores()} core{'s' * (count_cores() > 1)}"
+    return (
+        f"{here} fake devices share {cores}: they show how devices communicate; 1 device is "
+        "usually faster."
+    )
+
+
+def _describe_inputs(data: Dataset) -> str:
+    shape = " x ".join(map(str, data.train.inputs.shape[1:]))
+    scaling = ""
+    if data.scale.ndim:
+        scaling = ", standardized"
+    elif data.scale != 1:
+        scaling = f", divided by {1 / float(data.scale):g}"
+    return f"{shape} {data.train.inputs.dtype}{scaling}"
+
+
+def _describe_split(training: Training, name: str) -> str:
+    """Describes the assignment of examples: reshuffled, to clients, or to devices."""
+    partition = training.partition
+    devices = len(training.devices)
+    if partition is None:
+        examples = len(training.data.train.inputs) / devices
+        return f"reshuffled in every epoch, {examples:,.0f} examples per device"
+    sizes = [len(part) for part in partition]
+    if len(sizes) > devices:
+        return (
+            f"{name}: {len(sizes)} clients with {min(sizes):,} to {max(sizes):,} examples each; "
+            f"{devices} of them, drawn at random, train in each round"
+        )
+    return f"{name}: {', '.join(f'{size:,}' for size in sizes)} examples, fixed to their devices"
+
+
+def _describe_strategy(strategy: Strategy) -> str:
+    if strategy.inner_steps:
+        return f"rounds of {strategy.inner_steps} local steps"
+    return "aggregated gradients at every step"
