@@ -14,7 +14,7 @@ COMMANDS = {
     "profile": "measure where the time of a step goes",
     "verify": "check resume, determinism and bundles here",
 }
-"""What each command is for, by name."""
+"""Purpose of each command."""
 
 _OVERVIEW = "\n".join(
     [

@@ -26,7 +26,7 @@ class InputError(ValueError):
 
 
 class NonFiniteLoss(ArithmeticError):
-    """Raised if the training loss becomes NaN or infinite; metrics measured before are kept.
+    """Raised if the training loss becomes NaN or infinite; earlier metrics are kept.
 
     Args:
         step: First optimizer step, counted from 1, with a loss that is not finite.
@@ -34,9 +34,9 @@ class NonFiniteLoss(ArithmeticError):
 
     def __init__(self, step: int):
         super().__init__(
-            f"the loss is not finite at step {step}, so training stopped; the metrics up to there "
-            "are kept. Lower the learning rate, add warm-up steps, or look for extreme values in "
-            "the inputs."
+            f"the loss is not finite at step {step}, so training stopped; earlier metrics are "
+            "kept. Lower the learning rate, add warmup steps, or check the inputs for extreme "
+            "values."
         )
         self.step = step
 
@@ -55,10 +55,10 @@ class ReplicasDiverged(RuntimeError):
         # The message names the first leaf only; the attributes have all of them.
         more = f" and {len(leaves) - 1} more" if len(leaves) > 1 else ""
         super().__init__(
-            f"{leaves[0]}{more} should be the same on all devices, but differs between the devices "
-            f"{' and '.join(map(str, groups))} since a step from {since + 1} to {until}, so "
-            "training stopped. A reduction is missing in the strategy, or a device computes "
-            "wrongly; older checkpoints are as they were."
+            f"{leaves[0]}{more} must be equal on all devices. All devices agreed after step "
+            f"{since}, but devices {' and '.join(map(str, groups))} differ after step {until}, so "
+            "training stopped. Either the strategy lacks a reduction, or a device computes wrong "
+            "results; earlier checkpoints are unchanged."
         )
         self.leaves = leaves
         self.groups = groups
@@ -67,28 +67,25 @@ class ReplicasDiverged(RuntimeError):
 
 
 class Preempted(Exception):
-    """Raised after SIGTERM or SIGHUP has ended the training and a checkpoint has been written.
+    """Raised after SIGTERM or SIGHUP has stopped the training and a checkpoint has been written.
 
     Args:
         step: Number of optimizer steps completed.
-        folder: Folder of the run, with which the same command resumes.
+        folder: Folder of the run; the same command continues from it.
         by: Name of the signal.
     """
 
     def __init__(self, step: int, folder: Path, by: str = "SIGTERM"):
         super().__init__(
-            f"{by} ended the training at step {step:,}, which is saved; the same command with "
-            f"--run-dir {folder} goes on."
+            f"{by} stopped the training after step {step:,}, and a checkpoint was saved; run the "
+            f"same command with --run-dir {folder} to continue."
         )
         self.step = step
         self.folder = folder
 
 
 class HostLost(RuntimeError):
-    """Raised if another host fails, or does not arrive at a point where this one waits for it.
-
-    The message names the host and the point.
-    """
+    """Raised if another host fails, or does not reach a point at which this host waits for it."""
 
 
 def on_one_line(text: str) -> str:
@@ -132,7 +129,7 @@ def check_whole(**options: object) -> None:
     for option, value in options.items():
         # numpy integers are integers; bool is one in Python, but a mistake here.
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
-            raise InputError(option, f"must be a whole number, got {value!r:.60}.")
+            raise InputError(option, f"must be an integer, got {value!r:.60}.")
 
 
 def check_at_most(most: int, **options: int | None) -> None:

@@ -1,11 +1,11 @@
-"""The command `python -m ctde_jax.execute`: a bundle runs on a node, alone.
+"""The command `python -m ctde_jax.execute`: runs a bundle on a node.
 
     python -m ctde_jax.execute BUNDLE --input pictures.npy
     python -m ctde_jax.execute BUNDLE --input table.csv --score
     python -m ctde_jax.execute BUNDLE --prompt "ROMEO:"
 
-It needs numpy, and the runtime that it is asked for: nothing of what trained the model, no other
-node, no network.
+It needs only numpy and the selected runtime: no package of the trainer, no other node and no
+network.
 """
 
 import json
@@ -57,15 +57,19 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Parser("ctde_jax.execute", __doc__ or "")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder of a bundle")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
 
     # Either examples or a text to continue.
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--input", type=Path, nargs="+", metavar="FILE", help=".npy, .npz, .csv, or .png files"
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="examples: one .npy, .npz, .csv or .png file, or several .png files",
     )
-    what.add_argument(
-        "--prompt", metavar="TEXT", help="how a text begins that a language model goes on with"
+    mode.add_argument(
+        "--prompt", metavar="TEXT", help="beginning of a text that a language model continues"
     )
 
     # For both.
@@ -73,54 +77,66 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--runtime",
         metavar="NAME",
-        help=f"{runtimes}; by default the first that is in the bundle and installed",
+        help=f"one of {runtimes} (default: the first of these that is installed and in the bundle)",
     )
     parser.add_argument(
-        "--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin"
+        "--expect",
+        metavar="SHA256",
+        help="required beginning of the SHA-256 of card.json, 8 or more digits",
     )
 
     # With --input: `_OF_INPUTS`.
     parser.add_argument(
         "--score",
         action="store_true",
-        help="compare with labels: y_test of a .npz, a column of a .csv",
+        help="print accuracy and loss; labels are y_test of a .npz or a column of a .csv file",
     )
     parser.add_argument(
         "--label-column",
         metavar="NAME",
-        help="the column of a .csv that has the labels; by default the last",
+        help="column of a .csv file that contains the labels (default: the last)",
     )
     parser.add_argument(
         "--batch-size",
         type=int,
         default=64,
         metavar="N",
-        help="examples that are computed at once (64)",
+        help="number of examples per batch (default: 64)",
     )
     parser.add_argument(
-        "--all-devices", action="store_true", help="with jax: a copy of the model on each device"
+        "--all-devices",
+        action="store_true",
+        help="run an independent copy of the model on each device; requires the runtime jax",
     )
     parser.add_argument(
-        "--json", action="store_true", help="a line of JSON for each example, instead of a table"
+        "--json", action="store_true", help="print one line of JSON per example, or of the score"
     )
 
     # With --prompt: `_OF_TEXTS`.
     parser.add_argument(
-        "--length", type=int, default=200, metavar="N", help="characters to write (200)"
+        "--length",
+        type=int,
+        default=200,
+        metavar="N",
+        help="number of characters to generate (default: 200)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest (1)"
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="sampling temperature; 0 selects the most likely character (default: 1)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="decides what is drawn (0)"
+        "--seed", type=int, default=0, metavar="N", help="random seed of the sampling (default: 0)"
     )
 
     # An option of the other mode would be ignored, so it is refused.
     chosen = parser.parse_args(arguments)
-    this, others = ("--prompt", _OF_INPUTS) if chosen.input is None else ("--input", _OF_TEXTS)
+    given, others = ("--prompt", _OF_INPUTS) if chosen.input is None else ("--input", _OF_TEXTS)
     for name in others:
         if getattr(chosen, name) != parser.get_default(name):
-            raise InputError(name, f"does not go with {this}; leave one of them out.")
+            raise InputError(name, f"cannot be combined with {given}; leave one of them out.")
     return chosen
 
 
@@ -134,7 +150,7 @@ def _execute(chosen: Namespace) -> None:
         text = answers.write(
             bundle, runtime, chosen.prompt, chosen.length, chosen.temperature, chosen.seed
         )
-        for part in chain([chosen.prompt], map(_harmless, text), ["\n"]):
+        for part in chain([chosen.prompt], map(_escaped, text), ["\n"]):
             print(part, end="", flush=True)
         return
 
@@ -169,7 +185,7 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
         The function from inputs to outputs, and its batch size.
     """
     if runtime != "jax":
-        raise InputError("all_devices", f"goes with the runtime jax, got {runtime}.")
+        raise InputError("all_devices", f"requires the runtime jax, got {runtime}.")
     load(bundle, runtime)  # raises InputError if the runtime or the artifact is missing
     import jax
 
@@ -180,30 +196,35 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
         from ctde_jax.devices import replica
     except ImportError as error:
         raise InputError(
-            "all_devices", f"needs this package with what it depends on, such as {error.name}."
+            "all_devices",
+            f"requires ctde_jax with its dependencies, but {error.name} cannot be imported.",
         ) from error
 
     # Compile for inputs [device, examples per device, ...].
-    here = devices.start(cpu_devices=devices.FAKE_DEVICES)
+    local_devices = devices.start(cpu_devices=devices.FAKE_DEVICES)
     card = bundle.card
-    each = ceil(size / len(here))
+    per_device = ceil(size / len(local_devices))
     call = traceable(bundle, bundle.read(card.artifacts[runtime].file))
-    copies = replica.parallel(call, here, in_axes=(0,), out_axes=0)
-    like = jax.ShapeDtypeStruct((len(here), each, *card.input_shape), card.input_dtype)
-    program = replica.compiled(replica.lowered(copies, like), here)
+    copies = replica.parallel(call, local_devices, in_axes=(0,), out_axes=0)
+    shape = (len(local_devices), per_device, *card.input_shape)
+    like = jax.ShapeDtypeStruct(shape, card.input_dtype)
+    program = replica.compiled(replica.lowered(copies, like), local_devices)
 
     # Independence is a property of the compiled program: it has no collectives.
-    talk = collectives.read(program.as_text() or "")
-    assert not talk, f"copies that run alone send {talk}"
-    print(f"{len(here)} independent copies, no collective in their program", file=sys.stderr)
+    found = collectives.read(program.as_text() or "")
+    assert not found, f"the program of independent copies contains {found}"
+    print(
+        f"{len(local_devices)} independent copies; their program contains no collective",
+        file=sys.stderr,
+    )
 
     def predict(inputs: np.ndarray) -> np.ndarray:
         # Examples are repeated to fill a short batch, and the surplus outputs dropped.
-        filled = np.resize(inputs, like.shape)
-        (outputs,) = map(np.asarray, program(replica.shard(filled, here)))
+        filled = np.resize(inputs, shape)
+        (outputs,) = map(np.asarray, program(replica.shard(filled, local_devices)))
         return outputs.reshape(-1, *outputs.shape[2:])[: len(inputs)]
 
-    return predict, each * len(here)
+    return predict, per_device * len(local_devices)
 
 
 def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
@@ -211,8 +232,8 @@ def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
     describe = {"classes": _class, "tokens": _token, "anything": _numbers}[bundle.card.predicts]
     first = 0
     for batch in outputs:
-        for example, said in enumerate(batch, start=first):
-            row = {"example": example, **describe(bundle, said)}
+        for example, output in enumerate(batch, start=first):
+            row = {"example": example, **describe(bundle, output)}
             if as_json:
                 print(json.dumps(row))
                 continue
@@ -254,8 +275,8 @@ def _cell(value: Any) -> str:
     return on_one_line(str(value))
 
 
-def _harmless(character: str) -> str:
-    """Escapes control characters other than line ends and tabs, as a terminal may obey them."""
+def _escaped(character: str) -> str:
+    """Escapes control characters other than line ends and tabs, which a terminal may interpret."""
     return character if character in "\n\r\t" else on_one_line(character)
 
 
@@ -266,18 +287,18 @@ def _show_score(
     assert examples.labels is not None
     done = 0
     loss = 0.0
-    right = 0.0
+    correct = 0.0
     for batch in outputs:
         labels = examples.labels[done : done + len(batch)]
-        losses, is_right = answers.score(batch, labels)
+        losses, is_correct = answers.score(batch, labels)
         done = done + len(batch)
         loss = loss + losses.sum()
-        right = right + is_right.sum()
-    row = {"examples": done, "accuracy": right / done, "loss": loss / done}
+        correct = correct + is_correct.sum()
+    row = {"examples": done, "accuracy": correct / done, "loss": loss / done}
     if as_json:
         print(json.dumps(row))
     else:
-        print(f"examples {done:,}  accuracy {right / done:.2%}  loss {loss / done:.4f}")
+        print(f"examples {done:,}  accuracy {correct / done:.2%}  loss {loss / done:.4f}")
 
 
 if __name__ == "__main__":

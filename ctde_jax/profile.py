@@ -1,7 +1,7 @@
-"""The command `python -m ctde_jax.profile`: why a training with these options is not faster.
+"""The command `python -m ctde_jax.profile`: measures the parts of a training, and gives advice.
 
-    python -m ctde_jax.profile --model cnn                       # takes options of ctde_jax.train
-    python -m ctde_jax.profile --model cnn --trace runs/trace    # and writes a trace of a few steps
+    python -m ctde_jax.profile --model cnn                       # options of ctde_jax.train
+    python -m ctde_jax.profile --model cnn --trace runs/trace    # also writes a trace of some steps
 
 `trainer/stopwatch.py` measures; this module parses the options and presents the measurements as
 tables, a figure and advice.
@@ -41,8 +41,8 @@ _COLORS = {
 }
 
 # Thresholds for advice.
-_SMALL_BATCH = 0.8  # time of a step with half the batch, as a fraction of that of a step
-_LONG_EVALUATION = 0.1  # fraction of the time from one evaluation to the next
+_SMALL_BATCH = 0.8  # time of a step with half the batch size, relative to a step
+_LONG_EVALUATION = 0.1  # fraction of the time of the steps between evaluations and an evaluation
 _LONG_AGGREGATION = 1 / 3  # fraction of a step
 
 
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     # Help on the one option of this command; the parser of the other options prints the rest.
     if {"-h", "--help"} & set(arguments):
         print(
-            "--trace FOLDER  write a trace of a few steps for XProf and Perfetto; all other "
-            "options are those of a run:"
+            "--trace FOLDER  also write a trace of a few steps for XProf and Perfetto; all other "
+            "options are those of python -m ctde_jax.train:"
         )
     try:
         trace, rest = options.take("trace", arguments, "name a folder")
@@ -82,10 +82,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     # Check the options that this command does not support.
     ctde.devices.hosts.check_alone(ctde.devices.hosts.find_meeting(**vars(config.hosts)))
     if config.aggregation.exact:
-        raise InputError(
-            "exact",
-            "must be left out: what is measured are devices that agree on means, and such alone.",
-        )
+        raise InputError("exact", "must be left out; exact training cannot be profiled.")
 
     # Imported here, so that the import of JAX is measured.
     from ctde_jax.config import build
@@ -94,11 +91,15 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     # Time what a run does once: imports, start of the devices, loading of the data.
     imported = time.perf_counter()
     devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
-    on = time.perf_counter()
+    started_devices = time.perf_counter()
     seed = config.optimization.seed
     data = build.load_data(config.data, seed)
     loaded = time.perf_counter()
-    once = {"imports": imported - started, "devices": on - imported, "data": loaded - on}
+    once = {
+        "imports": imported - started,
+        "device start-up": started_devices - imported,
+        "data loading": loaded - started_devices,
+    }
 
     # The partition is a function of the number of devices, for the measurement on fewer devices.
     training = build.build_training(config, data, devices)
@@ -115,9 +116,9 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
         screen = ctde.trainer.console()
         count = _count(len(devices), "device")
         title = (
-            f"{config.model.model} on {data.name}, {count}, {training.batch_size} examples a step"
+            f"{config.model.model} on {data.name}, {count}, {training.batch_size} examples per step"
         )
-        with screen.status("starting") as status:
+        with screen.status("initializing") as status:
             measured = stopwatch.measure(training, partition, SECONDS, trace, status.update)
         measured = replace(measured, once={**once, **measured.once})
 
@@ -127,10 +128,10 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
             screen.print(table)
         for sentence in advice(measured):
             screen.print(f"- {sentence}")
-        screen.print(failure or f"picture    {folder / 'profile.png'}")
+        screen.print(failure or f"figure     {folder / 'profile.png'}")
         if trace is not None:
             screen.print(
-                f"trace      {trace}: open perfetto_trace.json.gz in its deepest folder at "
+                f"trace      {trace}: open perfetto_trace.json.gz in its deepest subfolder at "
                 f"https://ui.perfetto.dev, or run pip install xprof && xprof --logdir {trace}"
             )
 
@@ -140,12 +141,12 @@ def _make_trace_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            "trace", f"must name a folder to write to, but {folder} failed: {error.strerror}."
+            "trace", f"must be a folder that can be created, got {folder}: {error.strerror}."
         ) from error
 
 
 def advice(profile: "Profile") -> list[str]:
-    """Returns sentences about what makes a training slow and what helps; at least one.
+    """Returns at least one sentence: the bottlenecks of a training, and the options that help.
 
     Args:
         profile: The measurements.
@@ -159,7 +160,7 @@ def advice(profile: "Profile") -> list[str]:
         *_about_aggregation(profile),
         *_about_compilation(profile),
         *_about_evaluation(profile),
-    ] or [f"Nothing stands out: {_share(profile, 'compute'):.0%} of a step is compute."]
+    ] or [f"No bottleneck was found: compute takes {_fraction(profile, 'compute'):.0%} of a step."]
 
 
 def _about_cores(profile: "Profile") -> Iterable[str]:
@@ -167,75 +168,73 @@ def _about_cores(profile: "Profile") -> Iterable[str]:
     if profile.cores is None or profile.replicas == 1:
         return
     yield (
-        f"{profile.replicas} fake devices share {_count(profile.cores, 'core')}: they show how "
-        "devices agree, and cannot be faster than the cores are. Where speed matters, compare "
-        "--devices 1."
+        f"{profile.replicas} fake devices share {_count(profile.cores, 'core')}, so they cannot be "
+        "faster than these. They are for demonstration; compare the speed with --devices 1."
     )
 
 
 def _about_batch(profile: "Profile") -> Iterable[str]:
-    # `half_batch` is a ratio: the time of a step with half the batch over that of a whole step.
+    # `half_batch` is a ratio: the time of a step with half the batch size over that of a step.
     if profile.half_batch is None or profile.half_batch.median < _SMALL_BATCH:
         return
-    own = profile.batch_size // profile.replicas
+    per_replica = profile.batch_size // profile.replicas
     yield (
-        f"With half the batch a step takes {profile.half_batch.median:.0%} of its time: {own} "
-        "examples on a device are too few to keep it busy. A larger --batch-size costs little "
-        "time, or fewer --devices suffice."
+        f"With half the batch size, a step takes {profile.half_batch.median:.0%} of the time: "
+        f"{per_replica} examples per device do not keep a device busy. Increase --batch-size, "
+        "which costs little time per step, or use fewer --devices."
     )
 
 
 def _about_dispatch(profile: "Profile") -> Iterable[str]:
-    # A dispatch runs no further than to the next evaluation.
+    # A dispatch ends at the next evaluation at the latest.
     if profile.steps_per_evaluation == 1 < profile.steps:
         yield (
-            "The host stands between any two steps, as each is evaluated: with a larger "
-            "--eval-every many go out at once."
+            "Every step is a separate dispatch, because the model is evaluated after every step. "
+            "Increase --eval-every, so that a dispatch contains many steps."
         )
 
 
 def _about_input(profile: "Profile") -> Iterable[str]:
     # Input is prefetched, so it delays a step only if it takes longer than everything else.
-    taken = profile.parts["input"].median
-    rest = _sum(profile) - taken
-    if taken > rest:
+    duration = profile.parts["input"].median
+    rest = _sum(profile) - duration
+    if duration > rest:
         yield (
-            f"Input takes {_time(taken)} a step, all else {_time(rest)}: the devices wait for it. "
-            "Larger batches make it cheaper."
+            f"Input takes {_time(duration)} per step, and all other parts take {_time(rest)}, so "
+            "the devices wait for input. Increase --batch-size to reduce its time per example."
         )
 
 
 def _about_aggregation(profile: "Profile") -> Iterable[str]:
-    share = _share(profile, "aggregation")
-    if profile.replicas > 1 and share > _LONG_AGGREGATION:
+    fraction = _fraction(profile, "aggregation")
+    if profile.replicas > 1 and fraction > _LONG_AGGREGATION:
         yield (
-            f"Aggregation is {share:.0%} of a step, waiting for the slowest device included: let "
-            "the devices talk less often (--sync-every), or compute more between two talks "
-            "(--batch-size)."
+            f"Aggregation, with the wait for the slowest device, takes {fraction:.0%} of a step. "
+            "Communicate less often (--sync-every), or compute more per step (--batch-size)."
         )
 
 
 def _about_compilation(profile: "Profile") -> Iterable[str]:
-    # Everything that compiles, from tracing on.
+    # From tracing to the executable.
     compiling = sum(
         profile.once[part] for part in ("trace", "lower", "compile", "compile evaluation")
     )
     training = profile.steps * profile.step.median
     if compiling > training:
         yield (
-            f"Compilation takes {_time(compiling)}, and all {profile.steps:,} steps "
-            f"{_time(training)}: a run this short does not become faster by faster steps."
+            f"Compilation takes {_time(compiling)}, and all {profile.steps:,} steps take "
+            f"{_time(training)}, so faster steps would hardly shorten this run."
         )
 
 
 def _about_evaluation(profile: "Profile") -> Iterable[str]:
     # An interval is the steps between two evaluations, and one evaluation.
     between = profile.steps_per_evaluation * profile.step.median
-    share = profile.evaluation.median / (between + profile.evaluation.median)
-    if share > _LONG_EVALUATION:
+    fraction = profile.evaluation.median / (between + profile.evaluation.median)
+    if fraction > _LONG_EVALUATION:
         yield (
-            f"Evaluation takes {share:.0%} of the time from one evaluation to the next, which come "
-            f"every {profile.steps_per_evaluation:,} steps: a larger --eval-every asks less often."
+            f"Evaluation every {_count(profile.steps_per_evaluation, 'step')} takes "
+            f"{fraction:.0%} of the time of training and evaluation. Increase --eval-every."
         )
 
 
@@ -246,25 +245,25 @@ def step_table(profile: "Profile", title: str) -> Table:
         profile: The measurements.
         title: Model, data, devices and batch size, for the title of the table.
     """
-    table = Table(title=f"a step of {title}", title_justify="left", caption_justify="left")
-    _add_columns(table, "part", "ms, median", "quartiles", "share", "")
+    table = Table(title=f"step time, {title}", title_justify="left", caption_justify="left")
+    _add_columns(table, "part", "median, ms", "quartiles, ms", "fraction", "")
     for part, spread in profile.parts.items():
-        share = _share(profile, part)
-        table.add_row(part, *_milliseconds(spread), f"{share:.0%}", _bar(share))
+        fraction = _fraction(profile, part)
+        table.add_row(part, *_milliseconds(spread), f"{fraction:.0%}", _bar(fraction))
     table.add_section()
-    table.add_row("one after another", f"{_sum(profile) * 1e3:,.3f}", "", "100%")
-    table.add_row("in training", *_milliseconds(profile.step), "")
+    table.add_row("sum of parts", f"{_sum(profile) * 1e3:,.3f}", "", "100%")
+    table.add_row("training step", *_milliseconds(profile.step), "")
 
-    # The parts are measured one by one; in training they overlap, as input is prefetched.
+    # The parts are measured separately; in training they overlap, as input is prefetched.
     table.caption = (
-        f"{profile.turns} turns, {profile.steps_per_dispatch} steps a dispatch. Compute is a "
-        "difference: steps alone, less dispatch. So is aggregation: steps of the strategy, less "
-        "steps alone."
+        f"Measured in {profile.turns} turns with {profile.steps_per_dispatch} steps per dispatch. "
+        "Compute is the time of a step without communication, minus dispatch; aggregation is the "
+        "additional time with communication."
     )
     if profile.cores is not None:
         table.caption += (
-            " On a CPU host and devices share cores: of dispatch and compute only the sum is "
-            "certain."
+            " On a CPU, host and devices share the cores, so only the sum of dispatch and compute "
+            "is certain."
         )
     return table
 
@@ -282,12 +281,13 @@ def run_table(profile: "Profile") -> Table:
         f"{_count(evaluations, 'evaluation')}, estimated": evaluations * profile.evaluation.median,
     }
     total = sum(seconds.values())
-    table = Table(title="the whole run", title_justify="left")
-    _add_columns(table, "part", "seconds", "share", "")
-    for part, taken in seconds.items():
-        table.add_row(part, f"{taken:,.2f}", f"{taken / total:.0%}", _bar(taken / total))
+    table = Table(title="time of the whole run", title_justify="left")
+    _add_columns(table, "part", "seconds", "fraction", "")
+    for part, duration in seconds.items():
+        fraction = duration / total
+        table.add_row(part, f"{duration:,.2f}", f"{fraction:.0%}", _bar(fraction))
     table.add_section()
-    table.add_row("together", f"{total:,.2f}", "100%")
+    table.add_row("total", f"{total:,.2f}", "100%")
     return table
 
 
@@ -298,18 +298,19 @@ def scaling_table(profile: "Profile") -> Table:
         profile: The measurements.
     """
     table = Table(
-        title=f"steps of {profile.batch_size} examples on more devices", title_justify="left"
+        title=f"step time by number of devices, {profile.batch_size} examples per step",
+        title_justify="left",
     )
     _add_columns(
-        table, "devices", "ms, median", "quartiles", "examples/s", "speed-up", "efficiency"
+        table, "devices", "median, ms", "quartiles, ms", "examples/s", "speed-up", "efficiency"
     )
-    for (count, spread), faster in zip(profile.scaling.items(), _speed_ups(profile), strict=True):
+    for (count, spread), speed_up in zip(profile.scaling.items(), _speed_ups(profile), strict=True):
         table.add_row(
             f"{count}",
             *_milliseconds(spread),
             f"{profile.batch_size / spread.median:,.0f}",
-            f"{faster:.2f}",
-            f"{faster / count:.0%}",
+            f"{speed_up:.2f}",
+            f"{speed_up / count:.0%}",
         )
     return table
 
@@ -339,11 +340,9 @@ def plot(profile: "Profile", title: str) -> "Figure":
     left.barh(
         parts, milliseconds, xerr=(low, high), color=[_COLORS[part] for part in parts], capsize=3
     )
-    left.axvline(
-        1e3 * profile.step.median, color="tab:gray", linestyle="--", label="a step in training"
-    )
+    left.axvline(1e3 * profile.step.median, color="tab:gray", linestyle="--", label="training step")
     left.invert_yaxis()
-    left.set(xlabel="ms a step", title="where the time goes")
+    left.set(xlabel="ms per step", title="time of the parts of a step")
     left.legend()
 
     # Right: examples per second. The slow end of an error bar is the high quartile of the time.
@@ -361,7 +360,7 @@ def plot(profile: "Profile", title: str) -> "Figure":
         (middle - slow, fast - middle),
         marker="o",
         capsize=3,
-        label="measured, with efficiency",
+        label="measured (with efficiency)",
     )
     # `middle / speed_ups` is the throughput of one device.
     right.plot(
@@ -369,11 +368,15 @@ def plot(profile: "Profile", title: str) -> "Figure":
         middle / speed_ups * counts,
         color="tab:gray",
         linestyle="--",
-        label="in proportion to devices",
+        label="linear scaling",
     )
-    for count, speed, faster in zip(counts, middle, speed_ups, strict=True):
+    for count, speed, speed_up in zip(counts, middle, speed_ups, strict=True):
         right.annotate(
-            f"{faster / count:.0%}", (count, speed), (0, 7), textcoords="offset points", ha="center"
+            f"{speed_up / count:.0%}",
+            (count, speed),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
         )
 
     # From zero, so that heights are proportional to throughput.
@@ -408,7 +411,7 @@ def _sum(profile: "Profile") -> float:
     return sum(spread.median for spread in profile.parts.values())
 
 
-def _share(profile: "Profile", part: str) -> float:
+def _fraction(profile: "Profile", part: str) -> float:
     return profile.parts[part].median / _sum(profile)
 
 
@@ -424,8 +427,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number > 1)}"
 
 
-def _bar(share: float) -> str:
-    return "█" * round(share * _BAR)
+def _bar(fraction: float) -> str:
+    return "█" * round(fraction * _BAR)
 
 
 if __name__ == "__main__":

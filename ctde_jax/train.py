@@ -103,14 +103,14 @@ def _outcome(
     except HostLost as error:
         return ctde.devices.hosts.LOST, str(error)
     except KeyboardInterrupt:
-        return 130, "interrupted twice; what was measured is in the run's folder"
+        return 130, "interrupted twice; the metrics up to there are in the run folder"
     except Exception as error:
         # XLA reports a lack of memory as a JaxRuntimeError with this status in its text.
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            said = " ".join(str(error).split()[:12]) or "no more to be had"
+            reason = " ".join(str(error).split()[:12]) or "an allocation failed"
             return (
                 2,
-                f"memory does not suffice ({said}): take a smaller model, or a lower --batch-size.",
+                f"out of memory ({reason}); use a smaller model or a smaller --batch-size.",
             )
 
         # On one host it is a bug: Python prints the traceback.

@@ -1,18 +1,20 @@
-"""The command `python -m ctde_jax.verify`: what this library promises, proved on the user's own
-machine.
+"""The command `python -m ctde_jax.verify`: tests the guarantees of this library on this machine.
 
-    python -m ctde_jax.verify resume               # a run that is killed again and again ends
-                                                   # with the same bits
-    python -m ctde_jax.verify exact                # 1, 2, 4 and 8 devices train to the same bits
-    python -m ctde_jax.verify replicas             # all devices hold the same after every dispatch
+    python -m ctde_jax.verify resume               # a run that is killed repeatedly ends with
+                                                   # the same bits
+    python -m ctde_jax.verify exact                # training on 1, 2, 4 and 8 devices gives
+                                                   # the same bits
+    python -m ctde_jax.verify replicas             # all devices hold equal values after every
+                                                   # dispatch
     python -m ctde_jax.verify eval                 # every test example counts once
-    python -m ctde_jax.verify checkpoint FOLDER    # every bit of a run's checkpoints is as it
-                                                   # was written
-    python -m ctde_jax.verify bundle FOLDER        # a bundle says here what the trained model said
+    python -m ctde_jax.verify checkpoint FOLDER    # the tensors of a run's checkpoints match
+                                                   # their SHA-256
+    python -m ctde_jax.verify bundle FOLDER        # the artifacts of a bundle reproduce the
+                                                   # outputs of the trained model
 
-The first four take the options of a run. The last takes --input FILE, labeled test examples to
-score, and --expect SHA256, how that of the card must begin; on a node it needs numpy and the
-runtimes that it is to prove.
+The first four take the options of python -m ctde_jax.train. The last takes --input FILE (labeled
+examples to score) and --expect SHA256 (the required beginning of the SHA-256 of card.json); on a
+node it needs only numpy and the runtimes to verify.
 """
 
 import os
@@ -41,16 +43,16 @@ def main(arguments: Sequence[str]) -> int:
         The exit status: 0 if the property holds, 1 if not, 2 for invalid input, 75 if a signal
         ended the training.
     """
-    what, *rest = arguments or ["--help"]
-    if what == "bundle":
+    name, *rest = arguments or ["--help"]
+    if name == "bundle":
         return _bundle(rest)
-    if {"-h", "--help"} & {what, *rest}:
+    if {"-h", "--help"} & {name, *rest}:
         print(__doc__)
         return 0
-    return _training(what, rest)
+    return _training(name, rest)
 
 
-def _training(what: str, arguments: Sequence[str]) -> int:
+def _training(name: str, arguments: Sequence[str]) -> int:
     """Verifies a property of training or checkpoints."""
     # Not imported at the top, as a node lacks the packages of the trainer.
     try:
@@ -58,16 +60,16 @@ def _training(what: str, arguments: Sequence[str]) -> int:
         from ctde_jax.config import proofs
     except ImportError as error:
         print(
-            f"error: verify {what} needs what trains, such as {error.name}; a node without it has "
-            "bundle alone.",
+            f"error: verify {name} requires the packages of the trainer, such as {error.name}; "
+            "without them only verify bundle is available.",
             file=sys.stderr,
         )
         return 2
 
     # A divergence of the replicas is a verdict, not an error.
     try:
-        check_known("verify", what, [*proofs.PROOFS, "bundle"])
-        wrong, right = proofs.PROOFS[what](arguments)
+        check_known("verify", name, [*proofs.PROOFS, "bundle"])
+        violations, success = proofs.PROOFS[name](arguments)
     except InputError as error:
         print(f"error: {config.flag(error.option)} {error.sentence}", file=sys.stderr)
         return 2
@@ -75,26 +77,29 @@ def _training(what: str, arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ReplicasDiverged as error:
-        wrong = [str(error)]
-        right = ""
+        violations = [str(error)]
+        success = ""
     except Preempted as error:
         print(error, file=sys.stderr)
         return os.EX_TEMPFAIL
-    return _say(wrong, right)
+    return _print_verdict(violations, success)
 
 
 def _bundle(arguments: Sequence[str]) -> int:
     """Verifies the artifacts of a bundle with the runtimes that are installed."""
     # The options.
     parser = Parser(
-        "ctde_jax.verify bundle", "Proves that a bundle says here what the trained model said."
+        "ctde_jax.verify bundle",
+        "Verifies on this machine that a bundle reproduces the outputs of the trained model.",
     )
-    parser.add_argument("bundle", type=Path, metavar="FOLDER", help="of the bundle")
+    parser.add_argument("bundle", type=Path, metavar="FOLDER", help="folder of the bundle")
     parser.add_argument(
-        "--input", type=Path, metavar="FILE", help=".npz or .csv with labels, to score"
+        "--input", type=Path, metavar="FILE", help="labeled examples to score, a .npz or .csv file"
     )
     parser.add_argument(
-        "--expect", metavar="SHA256", help="how the SHA-256 of card.json must begin"
+        "--expect",
+        metavar="SHA256",
+        help="required beginning of the SHA-256 of card.json, 8 or more digits",
     )
     chosen = parser.parse_args(arguments)
     status = 0
@@ -109,70 +114,72 @@ def _bundle(arguments: Sequence[str]) -> int:
         if examples is None and EXAMPLES not in bundle.card.files:
             raise InputError(
                 "input",
-                f"must be given, as {bundle.folder} came without examples: a file with labels.",
+                f"must name a file with labels, because {bundle.folder} contains no examples.",
             )
 
         # Run each artifact and print one line per format.
         tried = []
-        wrong = []
+        violations = []
         for name in bundle.card.artifacts:
             if name not in RUNTIMES:
-                print(f"{quoted(name)}: not known to this version, so not tried")
+                print(f"{quoted(name)}: skipped, this version does not support the format")
         for name, found in parity.repeat(bundle).items():
             if found is None:
                 print(
-                    f"{name}: not installed here, so not tried; "
+                    f"{name}: skipped, its runtime is not installed; "
                     f"`pip install {RUNTIMES[name].install}`"
                 )
                 continue
 
             # Difference on the examples of the bundle, accuracy on those of the user, receipt.
-            says = (
-                [f"differs by {found.relative:.1e} in {found.examples:,} examples"]
+            results = (
+                [f"maximum difference {found.relative:.1e} on {found.examples:,} examples"]
                 if found.examples
                 else []
             )
             if examples is not None:
-                says.append(
-                    f"is right in {parity.score(bundle, name, examples):.4f} of "
-                    f"{len(examples.inputs):,}"
+                results.append(
+                    f"accuracy {parity.score(bundle, name, examples):.4f} on "
+                    f"{len(examples.inputs):,} examples"
                 )
             receipt = bundle.card.artifacts[name].receipt.get("measured", {})
-            says.append(
-                "its receipt says "
-                f"{', '.join(f'{what} {mean:.4f}' for what, mean in receipt.items())}"
+            results.append(
+                f"receipt {', '.join(f'{metric} {mean:.4f}' for metric, mean in receipt.items())}"
             )
-            print(f"{name}: {'; '.join(says)}")
+            print(f"{name}: {'; '.join(results)}")
             tried.append(name)
             if not found.holds:
-                wrong.append(
+                violations.append(
                     f"{name} differs from the trained model by more than {found.allowed:.1e}"
                 )
 
         # A bundle of which nothing ran is not verified.
         if not tried:
-            raise InputError("bundle", "has no artifact that runs here; the lines above state why.")
-        status = _say(wrong, f"every file is as it was written, and {_sayings(tried)}")
+            raise InputError(
+                "bundle", "has no artifact that can run on this machine; see the lines above."
+            )
+        status = _print_verdict(violations, f"every file matches its SHA-256; {_agreement(tried)}")
 
     return run(prove, names={"bundle": "FOLDER"}) or status
 
 
-def _sayings(tried: Sequence[str]) -> str:
+def _agreement(tried: Sequence[str]) -> str:
     """Returns the verdict on artifacts that hold; inexact ones may differ as in their receipts."""
     exact = [name for name in tried if parity.is_exact(name)]
-    others = [name for name in tried if not parity.is_exact(name)]
-    says = [f"{', '.join(exact)} say what the model said"] if exact else []
-    says += [f"{', '.join(others)} differ no more than their receipts say"] if others else []
-    return ", and ".join(says)
+    inexact = [name for name in tried if not parity.is_exact(name)]
+    parts = [f"the outputs of {', '.join(exact)} agree with the trained model"] if exact else []
+    if inexact:
+        parts.append(f"the outputs of {', '.join(inexact)} differ by no more than at the export")
+    return "; ".join(parts)
 
 
-def _say(wrong: Sequence[str], right: str) -> int:
+def _print_verdict(violations: Sequence[str], success: str) -> int:
     """Prints the verdict and returns the exit status."""
-    for difference in wrong:
-        print(f"wrong: {difference}", file=sys.stderr)
-    if not wrong:
-        print(f"holds: {right}")
-    return 1 if wrong else 0
+    for violation in violations:
+        print(f"wrong: {violation}", file=sys.stderr)
+    if not violations:
+        print(f"holds: {success}")
+    return 1 if violations else 0
 
 
 if __name__ == "__main__":

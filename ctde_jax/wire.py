@@ -1,7 +1,7 @@
-"""The command `python -m ctde_jax.wire`: the communication of a run, computed without training.
+"""The command `python -m ctde_jax.wire`: counts the bytes that a run would send, without training.
 
 python -m ctde_jax.wire --sync-every 16                       # options of ctde_jax.train
-python -m ctde_jax.wire --sync-every 16 --target tpu:v5e:2x4  # compiled for absent hardware
+python -m ctde_jax.wire --sync-every 16 --target tpu:v5e:2x4  # compiles for absent hardware
 """
 
 import sys
@@ -31,11 +31,13 @@ def main(arguments: Sequence[str]) -> int:
     # Help on the one option of this command; the parser of the other options prints the rest.
     if {"-h", "--help"} & set(arguments):
         print(
-            f"--target TARGET  compile for {targets.EXAMPLES}; all other options are those of a "
-            "run:"
+            f"--target TARGET  compile for this hardware, which may be absent, such as "
+            f"{targets.EXAMPLES}; all other options are those of python -m ctde_jax.train:"
         )
     try:
-        target, arguments = config.take("target", arguments, f"be such as {targets.EXAMPLES}")
+        target, arguments = config.take(
+            "target", arguments, f"be a target such as {targets.EXAMPLES}"
+        )
         _print_table(config.parse(arguments, "wire"), target)
         return 0
     except InputError as error:

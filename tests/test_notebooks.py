@@ -1,5 +1,6 @@
-"""Notebooks run from top to bottom, and are committed without outputs."""
+"""Notebooks run from top to bottom on any machine, and are committed without outputs."""
 
+import re
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-PICTURES = {"04_decentralised_execution": 5}
+NEEDED_DEVICES = {"01_quickstart": 2, "02_aggregation": 4, "04_decentralized_execution": 2}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -16,6 +17,20 @@ def test_notebook_is_committed_without_outputs(path):
     for cell in nbformat.read(path, as_version=4).cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_opens_in_colab_and_installs_a_missing_package(path):
+    title, install, *_ = nbformat.read(path, as_version=4).cells
+    address = f"github/OWNER/ctde_jax/blob/main/notebooks/{path.name}"
+    assert f"](https://colab.research.google.com/{address})" in title.source
+    assert install.source.split("\n")[2] == 'if find_spec("ctde_jax") is None:'
+    assert "    %pip install -q 'ctde_jax[notebook" in install.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_takes_all_accelerators_or_four_fake_devices(path):
+    assert re.findall(r"devices\.start\((.*?)\)", path.read_text()) == ["cpu_devices=4"]
 
 
 @pytest.mark.slow
@@ -58,39 +73,84 @@ devices=ctde.devices.start(1),
     lines = [
         output.data["text/plain"] for output in outputs if output.output_type == "display_data"
     ]
-    assert [line.split()[0] for line in lines] == ["wire", "step"]
-    assert lines[1].startswith("step 600 of 600")
+    assert [line.split()[0] for line in lines] == ["devices", "wire", "step"]
+    assert lines[2].startswith("step 600 of 600")
     assert kinds.count("update_display_data") <= seconds + 2
     assert outputs[-1].data["text/plain"] == "600"
     assert (tmp_path / "run" / "curves.png").exists()
+
+
+def execute(path: Path, monkeypatch, first: str = "") -> list[nbformat.NotebookNode]:
+    """Runs a notebook in a separate kernel, as Jupyter starts it; returns the outputs of its cells.
+
+    Args:
+        path: The notebook.
+        monkeypatch: The fixture.
+        first: Code of a cell to run before those of the notebook.
+    """
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=300, resources=resources).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def fallbacks(outputs: list[nbformat.NotebookNode]) -> int:
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    return printed.count("on four fake CPU devices.")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
 def test_notebook_runs_and_learns(path, monkeypatch):
-    """In a separate kernel, as Jupyter starts it, with the JAX platform that the machine has."""
-    monkeypatch.delenv("NPROC", raising=False)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
-    ).execute()
-
+    """On a machine without accelerators, on four fake CPU devices."""
+    outputs = execute(path, monkeypatch)
+    # The results are three test accuracies and four pictures.
     measured = [
         output.data["text/plain"]
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
+        for output in outputs
         if output.output_type == "execute_result"
         and "'accuracy'" in output.data.get("text/plain", "")
     ]
     accuracies = [float(text.split("'accuracy': ")[1].split(",")[0]) for text in measured]
     assert len(accuracies) == 3
     assert min(accuracies) > 0.9
-    pictures = [
-        o
-        for cell in notebook.cells
-        for o in cell.get("outputs", [])
-        if "image/png" in o.get("data", {})
-    ]
-    assert len(pictures) == PICTURES.get(path.stem, 4)
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 4
+    assert fallbacks(outputs) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accelerators", [1, 2, 8])
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
+def test_notebook_asks_for_no_devices_that_a_machine_lacks(path, accelerators, monkeypatch):
+    """With simulated accelerators, and trainings of one epoch.
+
+    The first fake CPU devices are the accelerators: `start` returns them or raises an error, and
+    `jax.devices("cpu")` returns at least the four that the notebook requests. So batch sizes and
+    partitions are valid for these numbers of devices, and a notebook that needs more devices prints
+    one sentence and uses fake ones. That its programs compile for a GPU or TPU is not proved.
+    """
+    machine = f"""
+import ctde_jax as ctde
+
+fake, fit = ctde.devices.start({max(accelerators, 4)}), ctde.fit
+
+
+def start(wanted=None, cpu_devices=1):
+    assert (wanted or 1) <= {accelerators}, "there are fewer accelerators"
+    return fake[: wanted or {accelerators}]
+
+
+def fit_for_an_epoch(*arguments, **options):
+    length = {{"epochs": 1}} if "epochs" in options else {{}}
+    return fit(*arguments, **{{**options, **length}})
+
+
+ctde.devices.start, ctde.fit = start, fit_for_an_epoch
+"""
+    outputs = execute(path, monkeypatch, machine)
+    assert fallbacks(outputs) == (accelerators < NEEDED_DEVICES.get(path.stem, 1))

@@ -78,7 +78,7 @@ def test_commands_run(page, folder):
     """The commands of a page, in their order and in one folder."""
     prints = {
         "train": "test accuracy",
-        "wire": "a round",
+        "wire": "per round",
         "profile": "speed-up",
         "verify": "holds:",
         "export": "sha256",

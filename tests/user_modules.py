@@ -748,24 +748,24 @@ REFUSED = {
         of(lambda m, x: m.layer(x[:, :4])),
         "features",
         (
-            r"float32\[1, 6\].* nnx.Linear was built with in_features=6, but its inputs have 4 in "
-            r"the last axis\.$"
+            r"float32\[1, 6\].* nnx.Linear was built with in_features=6, but the last axis of its "
+            r"inputs has 4\.$"
         ),
     ),
     "another size in a sequence": (
         of(lambda m, x: m.layer(m.layer(x)).mean(1)),
         "sequences",
-        r" nnx.Linear was built with in_features=6, but its inputs have 3 in the last axis\.$",
+        r" nnx.Linear was built with in_features=6, but the last axis of its inputs has 3\.$",
     ),
     "another size after an embedding": (
         of(lambda m, x: m.layer(m.embed(x)).mean(1)),
         "tokens",
-        r" nnx.Linear was built with in_features=6, but its inputs have 3 in the last axis\.$",
+        r" nnx.Linear was built with in_features=6, but the last axis of its inputs has 3\.$",
     ),
     "another size after flattening": (
         of(lambda m, x: m.layer(x.reshape(len(x), -1))),
         "pictures",
-        r" nnx.Linear was built with in_features=6, but its inputs have 64 in the last axis\.$",
+        r" nnx.Linear was built with in_features=6, but the last axis of its inputs has 64\.$",
     ),
     "not flattened": (
         of(
@@ -773,17 +773,17 @@ REFUSED = {
             lambda m, rngs: setattr(m, "wide", nnx.Linear(64, CLASSES, rngs=rngs)),
         ),
         "pictures",
-        r" Flatten its inputs: x.reshape\(len\(x\), -1\)\.$",
+        r" Flatten the inputs: x.reshape\(len\(x\), -1\)\.$",
     ),
     "another number of channels": (
         of(lambda m, x: m.conv(m.conv(x)).mean((1, 2))),
         "pictures",
-        r" nnx.Conv was built with in_features=1, but its inputs have 4 in the last axis\.$",
+        r" nnx.Conv was built with in_features=1, but the last axis of its inputs has 4\.$",
     ),
     "another number of channels, after an axis was added": (
         of(lambda m, x: m.conv(m.conv(x[..., None])).mean((1, 2))),
         "sequences",
-        r" nnx.Conv was built with in_features=1, but its inputs have 4 in the last axis\.$",
+        r" nnx.Conv was built with in_features=1, but the last axis of its inputs has 4\.$",
     ),
     "another number of channels in a sequence": (
         of(
@@ -791,7 +791,7 @@ REFUSED = {
             lambda m, rngs: setattr(m, "over", nnx.Conv(64, CLASSES, (3,), rngs=rngs)),
         ),
         "sequences",
-        r" nnx.Conv was built with in_features=64, but its inputs have 6 in the last axis\.$",
+        r" nnx.Conv was built with in_features=64, but the last axis of its inputs has 6\.$",
     ),
     "dropout without rngs": (
         of(
@@ -799,7 +799,7 @@ REFUSED = {
             lambda m, rngs: setattr(m, "dropout", nnx.Dropout(0.5)),
         ),
         "features",
-        r" Build the layer with random streams, as nnx.Dropout\(0.1, rngs=rngs\)\.$",
+        r" Build the layer with random streams, as in nnx.Dropout\(0.1, rngs=rngs\)\.$",
     ),
     "linen layer of two sizes": (
         SharedDense(),
@@ -824,28 +824,28 @@ REFUSED = {
     "floats into an embedding": (
         of(lambda m, x: m.embed(x).mean(1)),
         "features",
-        "It reads integers",
+        "This code requires integers",
     ),
     "tokens into a dense layer": (
         of(lambda m, x: m.layer(x)),
         "tokens",
-        r"int32\[1, 5\].*Its inputs are integers",
+        r"int32\[1, 5\].*The inputs are integers",
     ),
     "fixed batch size": (
         of(lambda m, x: m.layer(x.reshape(8, -1))),
         "features",
-        "batches of any size",
+        "The batch size varies",
     ),
     "branch on a value": (
         of(lambda m, x: m.layer(x) if x.sum() > 0 else x),
         "features",
         "use jnp.where or lax.cond",
     ),
-    "numpy": (of(lambda m, x: m.layer(np.sort(x))), "features", "jnp or lax in place of numpy"),
+    "numpy": (of(lambda m, x: m.layer(np.sort(x))), "features", "jnp or lax instead of numpy"),
     "no outputs": (
         of(lambda m, x: None),
         "features",
-        "it returns None; does __call__ end in return",
+        "must return an array, got None; end __call__ with a return statement",
     ),
     "a scalar": (
         of(lambda m, x: m.layer(x).mean()),
@@ -856,7 +856,7 @@ REFUSED = {
     "an object": (
         of(lambda m, x: Unregistered()),
         "features",
-        "it returns Unregistered; a dataclass must be registered",
+        "got Unregistered; register a dataclass as a pytree",
     ),
     "a tuple for classes": (
         of(lambda m, x: (m.layer(x), x)),
@@ -887,26 +887,30 @@ REFUSED = {
         "features",
         "must not change is_first in __call__",
     ),
-    "late variable": (of(create_late), "features", "ema is made in __call__"),
+    "late variable": (of(create_late), "features", "ema is created in __call__"),
     "array in a closure": (
         of(lambda m, x: m.function(x), keep_in_closure),
         "features",
-        "keeps one inside function",
+        "stores one inside function",
     ),
     "needs sizes": (
         NeedsSizes,
         "features",
-        r"NeedsSizes needs inputs, outputs, rngs: pass functools.partial",
+        r"NeedsSizes requires inputs, outputs, rngs; pass functools.partial",
     ),
     "no call": (NoCall, "features", "must have a method __call__"),
     "several arrays": (
         SeveralArrays(),
         "features",
-        "SeveralArrays.__call__ also takes mask: pass from_linen",
+        "SeveralArrays.__call__ also takes mask; pass from_linen",
     ),
-    "flag of the outputs": (OutputFlag(), "features", "also takes doubled: pass from_linen"),
-    "mode in words": (WordMode(), "features", "also takes mode: pass from_linen"),
-    "cache": (Cache(), "sequences", "no state whose shape depends on the number of examples"),
+    "flag of the outputs": (OutputFlag(), "features", "also takes doubled; pass from_linen"),
+    "mode in words": (WordMode(), "features", "also takes mode; pass from_linen"),
+    "cache": (
+        Cache(),
+        "sequences",
+        "must not have state whose shape depends on the number of examples",
+    ),
     "dropout in inference": (AlwaysDropout(), "features", "Dropout is active in inference"),
     "optimizer": (
         nnx.Optimizer(Plain(nnx.Rngs(0)), optax.sgd(0.1), wrt=nnx.Param),

@@ -67,21 +67,21 @@ class Strategy:
             raise InputError("exact", f"requires inner_steps=0, got {self.inner_steps}.")
         if self.exact and self.reduce is not MEAN:
             raise InputError(
-                "exact", "must be left out with another reducer, as it sums gradients itself."
+                "exact", "requires the default reducer, because it sums the gradients itself."
             )
 
         # Options that have no effect without inner steps are rejected, not ignored.
         if self.inner_steps == 0:
-            self._needs_inner_steps(
-                "outer", self.outer is not AVERAGE, "where the optimizer is the center's own"
+            self._requires_inner_steps(
+                "outer", self.outer is not AVERAGE, "the optimizer updates the shared parameters"
             )
-            self._needs_inner_steps(
-                "inner", self.inner is not UNCHANGED, "where no step is a replica's own"
+            self._requires_inner_steps(
+                "inner", self.inner is not UNCHANGED, "there are no local steps"
             )
-            self._needs_inner_steps(
-                "synchronous_steps", self.synchronous_steps > 0, "where every step is synchronous"
+            self._requires_inner_steps(
+                "synchronous_steps", self.synchronous_steps > 0, "every step is synchronous"
             )
-            self._needs_inner_steps("diverges", self.diverges, "where no step is a replica's own")
+            self._requires_inner_steps("diverges", self.diverges, "replicas cannot diverge")
         elif self.synchronous_steps % self.inner_steps:
             rule = f"must be a multiple of the {self.inner_steps} inner steps of a round"
             raise InputError("synchronous_steps", f"{rule}, got {self.synchronous_steps}.")
@@ -100,6 +100,8 @@ class Strategy:
         """
         return optax.with_extra_args_support(optax.chain(adapted(self.inner), adapted(optimizer)))
 
-    def _needs_inner_steps(self, part: str, given: bool, reason: str) -> None:
+    def _requires_inner_steps(self, part: str, given: bool, reason: str) -> None:
         if given:
-            raise InputError(part, f"needs inner_steps of at least 1, got 0, {reason}.")
+            raise InputError(
+                part, f"requires inner_steps of at least 1; with inner_steps=0, {reason}."
+            )

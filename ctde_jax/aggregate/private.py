@@ -135,7 +135,7 @@ def epsilon(
     if not 0.1 <= noise_multiplier < math.inf:
         raise InputError(
             "noise_multiplier",
-            f"must be at least 0.1 and finite to be accounted, got {noise_multiplier}.",
+            f"must be at least 0.1 and finite for the accountant, got {noise_multiplier}.",
         )
     if not 0 < sampling_rate <= 1:
         raise InputError(
@@ -151,7 +151,7 @@ def epsilon(
     except ImportError:
         raise InputError(
             "noise_multiplier",
-            "is accounted by dp-accounting, which is not installed: "
+            "requires the package dp-accounting, which is not installed; run "
             "pip install 'ctde_jax[privacy]'.",
         ) from None
 

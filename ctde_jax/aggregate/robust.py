@@ -101,7 +101,8 @@ def multi_krum(byzantine: int, selected: int | None = None) -> Combine:
         if selected is not None and selected > honest:
             raise InputError(
                 "selected",
-                f"must be at most {honest}, the replicas that are not bad, got {selected}.",
+                f"must be at most {honest}, the number of replicas that are not Byzantine, got "
+                f"{selected}.",
             )
         return ()
 
@@ -226,20 +227,17 @@ def _check_replicas(rule: str, byzantine: int, least: int) -> None:
     needed = 2 * byzantine + least
     if replicas >= needed:
         return
-    bad = f"{byzantine} bad device{'' if byzantine == 1 else 's'}"
-    rule = (
-        f"must be at least {needed} for {rule} to withstand {bad} (2 * byzantine + {least}), "
-        f"got {replicas}"
+    bad = f"{byzantine} Byzantine device{'' if byzantine == 1 else 's'}"
+    requirement = (
+        f"must be at least {needed} (2 * byzantine + {least}) for {rule} with {bad}, got {replicas}"
     )
 
     # With fewer than `least` replicas, not even byzantine=0 is possible.
     most = (replicas - least) // 2
     way_out = (
-        f"set byzantine to at most {most}"
-        if most >= 0
-        else "choose another rule, such as the median"
+        f"set byzantine to at most {most}" if most >= 0 else "use another rule, such as the median"
     )
-    raise InputError("devices", f"{rule}; use more devices, or {way_out}.")
+    raise InputError("devices", f"{requirement}; use more devices, or {way_out}.")
 
 
 def _check_positive(**options: float) -> None:

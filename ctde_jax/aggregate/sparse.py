@@ -97,12 +97,11 @@ def _chunkwise(
         read: `read(payload, (..., c, k), key) -> (positions, the rest of the payload)`
     """
     if not 1 <= k <= chunk:
-        raise InputError("k", f"must be from 1 to the {chunk} numbers of a chunk, got {k}.")
+        raise InputError("k", f"must be from 1 to {chunk}, the chunk size, got {k}.")
     if k % values.block:
         raise InputError(
             "k",
-            f"must be a multiple of {values.block}, the block of the numbers that are kept, "
-            f"got {k}.",
+            f"must be a multiple of {values.block}, the block size of the values, got {k}.",
         )
 
     def scatter(positions: jax.Array, kept: jax.Array) -> jax.Array:

@@ -40,12 +40,11 @@ _WITH_OWN_POINT = (
 """States that hold points in parameter space, from which the next parameters are computed."""
 
 _NOT_PER_STEP = {
-    "value_fn": "the objective as a function of the parameters, to evaluate it several times in a "
-    "step; use a learning rate or schedule instead, such as optax.lbfgs(0.1, linesearch=None)",
+    "value_fn": "the objective as a function of the parameters; use a learning rate or schedule "
+    "instead of a line search, such as optax.lbfgs(0.1, linesearch=None)",
     "grad_fn": "the gradient as a function of the parameters; use optax.contrib.sam(..., "
     "opaque_mode=False), whose adversarial steps are steps of the run",
-    "obj_fn": "the objective as a function of the parameters, to differentiate it twice; use "
-    "optax.adamw or optax.lion",
+    "obj_fn": "the objective as a function of the parameters; use optax.adamw or optax.lion",
 }
 """Arguments of `update` that a training step cannot pass, and what to use instead."""
 
@@ -90,9 +89,9 @@ def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         if _found(like, contrib.DifferentiallyPrivateAggregateState):
             raise InputError(
                 "optimizer",
-                "must not contain differentially_private_aggregate (dpsgd), which needs the "
-                "gradient of every example, and a step has only their mean; aggregate.private in "
-                "the strategy protects each device's message.",
+                "must not contain differentially_private_aggregate (dpsgd), which requires the "
+                "gradient of every example, because a step has only their mean; use "
+                "aggregate.private in the strategy to protect each device's message.",
             )
 
         # The slow parameters start equal to the fast ones.
@@ -208,8 +207,8 @@ def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
         option: Name of the argument that holds the optimizer, for errors.
 
     Raises:
-        InputError: `init` or `update` fails, needs what a step does not have, or returns updates of
-            another tree.
+        InputError: `init` or `update` fails, requires an argument that a step does not pass, or
+            returns updates of another structure.
     """
     transformation = adapted(optimizer)
 
@@ -225,7 +224,7 @@ def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
     except Exception as error:
         raise InputError(option, _refusal(error, params)) from error
     if _types(updates, shapes_only=True) != _types(params, shapes_only=True):
-        rule = "must return updates with the tree and shapes of the parameters"
+        rule = "must return updates with the structure and shapes of the parameters"
         raise InputError(option, f"{rule} ({_shapes(params)}), got {_shapes(updates)}.")
     return state
 
@@ -313,7 +312,9 @@ def _with_lasting_types(
 
         # Only a dtype may change, and only to a wider one, which holds all of its numbers.
         if before.keys() != now.keys() or jax.tree.structure(state) != jax.tree.structure(then):
-            raise InputError("optimizer", "must keep the structure of its state in an update.")
+            raise InputError(
+                "optimizer", "must not change the structure of its state in an update."
+            )
         for name, (shape, dtype) in before.items():
             new_shape, new_dtype = now[name]
             if (shape, dtype) == (new_shape, new_dtype):
@@ -321,8 +322,8 @@ def _with_lasting_types(
             if shape != new_shape or jnp.promote_types(dtype, new_dtype) != new_dtype:
                 raise InputError(
                     "optimizer",
-                    f"must keep shapes and types of its state in an update, but {name} goes from "
-                    f"{dtype}{list(shape)} to {new_dtype}{list(new_shape)}.",
+                    f"must keep the shapes and dtypes of its state, but an update changes {name} "
+                    f"from {dtype}{list(shape)} to {new_dtype}{list(new_shape)}.",
                 )
         state = jax.tree.map(
             lambda x, like: jnp.asarray(x, like.dtype) if _type(x) != _type(like) else x,
@@ -331,7 +332,7 @@ def _with_lasting_types(
         )
     raise InputError(
         "optimizer",
-        "must keep the types of its state in an update, but they change at every update.",
+        "must keep the dtypes of its state, but every update changes them.",
     )
 
 
@@ -385,19 +386,23 @@ def _refusal(error: Exception, params: PyTree) -> str:
     # An argument that a step cannot pass: the message names it.
     for argument, reason in _NOT_PER_STEP.items():
         if argument in text:
-            return f"must work with what a step has, but {name} needs `{argument}`, {reason}."
+            return (
+                "must require only the arguments that a step passes (value, loss, grad), but "
+                f"{name} requires `{argument}`, {reason}."
+            )
 
     # Any other keyword-only argument without a default.
     missing = re.search(r"missing \d+ required keyword-only arguments?: (.*)", text)
     if missing:
         return (
-            f"must work with what a step passes (value, loss, grad), but {name} needs {missing[1]}."
+            "must require only the arguments that a step passes (value, loss, grad), but "
+            f"{name} requires {missing[1]}."
         )
 
     # Any other exception: its first line, and a hint if a tree of labels or a mask does not match.
     first_line = shortened(text.strip().partition("\n")[0]).rstrip(".")
     hint = (
-        " Labels and masks must match this tree, or be functions of it."
+        " Labels and masks must have the structure of the parameters, or be functions of them."
         if "tree" in first_line
         else ""
     )

@@ -51,22 +51,19 @@ class Accepted(NamedTuple):
             is_one = len(array.shape) == len(self.shape) and all(
                 wanted in (None, own) for wanted, own in zip(self.shape, array.shape, strict=True)
             )
-            way_out = "; add an axis to a single example: x[None]" if is_one else ""
+            way_out = "; pass a single example as x[None]" if is_one else ""
             raise InputError(
                 option,
                 f"must be examples of the shape {shape}, got the shape {list(array.shape)}"
                 f"{way_out}.",
             )
 
-        # Kind: a wrong one hints at another scale, so it is not converted. Numbers in a list have
-        # no dtype that the user has chosen.
+        # Kind: a wrong one suggests another scale, so it is not converted. A list has no dtype that
+        # the user has chosen.
         kinds = "biu" if dtype.kind != "f" else "bfiu" if is_list else "bf"
         if array.dtype.kind not in kinds:
             kind = "floats" if dtype.kind == "f" else "integers"
-            way_out = (
-                "bring them to the scale of the training and convert them with "
-                f".astype({str(dtype)!r})"
-            )
+            way_out = f"scale them as in training and convert them with .astype({str(dtype)!r})"
             raise InputError(
                 option,
                 f"must be {kind}, as the model was trained on {dtype}, got {array.dtype}; "
@@ -82,7 +79,7 @@ class Accepted(NamedTuple):
             if not np.isfinite(converted).all():
                 raise InputError(
                     option,
-                    f"must be finite in {dtype}, got NaN or infinity; remove or fill in such "
+                    f"must be finite in {dtype}, got NaN or infinity; remove or impute such "
                     "examples.",
                 )
             return converted

@@ -55,7 +55,7 @@ def write(
     # This function is not a generator, so that mistakes raise at the call, not at the first draw.
     vocabulary = bundle.card.vocabulary
     if not vocabulary or bundle.card.predicts != "tokens":
-        raise InputError("prompt", f"goes with a language model, and {bundle.folder} is none.")
+        raise InputError("prompt", f"requires a language model, but {bundle.folder} is not one.")
     check_at_least(1, length=length)
     check_at_least(0, seed=seed)
     if not 0 <= temperature < np.inf:
@@ -65,7 +65,7 @@ def write(
     token_of = {character: token for token, character in enumerate(vocabulary)}
     strange = [character for character in prompt if character not in token_of]
     if strange or not prompt:
-        got = f"{strange[0]!r}, which is none of them" if strange else "none"
+        got = repr(strange[0]) if strange else "none"
         raise InputError(
             "prompt", f"must be one or more of the model's {len(vocabulary)} characters, got {got}."
         )

@@ -142,7 +142,7 @@ class Bundle(NamedTuple):
         said = self.card.files[name]
         content = _read(self.folder, name, said.size)
         if len(content) != said.size or sha256(content).hexdigest() != said.sha256:
-            raise _faulty(self.folder, f"{name} differs from its SHA-256", "copy the bundle again")
+            raise faulty(self.folder, f"{name} does not match its SHA-256", "copy the bundle again")
         return content
 
 
@@ -161,11 +161,11 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(
-            "bundle", f"must be the folder of a bundle, and {quoted(str(folder))} is no folder."
+            "bundle", f"must be the folder of a bundle, but {quoted(str(folder))} is not a folder."
         )
     if not (folder / CARD).exists() and (folder / "bundle" / CARD).exists():
         raise InputError(
-            "bundle", f"must be the folder of a bundle, which in {folder} is {folder / 'bundle'}."
+            "bundle", f"must be the folder of a bundle, got {folder}; pass {folder / 'bundle'}."
         )
 
     # Damage: the first line of SHA256SUMS is that of the card, in a format fixed to the byte.
@@ -173,36 +173,36 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
     found = sha256(content).hexdigest()
     sums = _read(folder, SUMS, _LONGEST_CARD)
     if not sums.startswith(f"{found}  {CARD}\n".encode()):
-        raise _faulty(
-            folder, f"{CARD} differs from what {SUMS} says of it", "copy the bundle again"
-        )
+        raise faulty(folder, f"{CARD} does not match {SUMS}", "copy the bundle again")
 
     # Forgery: the author's digest, of which eight digits suffice.
     if expect is not None and not (
         re.fullmatch("[0-9a-f]{8,64}", expect.lower()) and found.startswith(expect.lower())
     ):
-        rule = "must be eight or more of the first digits of the card's SHA-256"
+        rule = f"must be the first eight or more digits of the SHA-256 of {CARD}"
         raise InputError(
-            "expect", f"{rule}, got {quoted(expect)}, and that of {folder} is {found}."
+            "expect", f"{rule}, got {quoted(expect)}, but that of {folder} is {found}."
         )
 
     # Deeply nested JSON raises RecursionError.
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _faulty(folder, f"{CARD} is no JSON ({error})", "export the model again") from error
+        raise faulty(
+            folder, f"{CARD} is not valid JSON ({error})", "export the model again"
+        ) from error
     try:
         card = _parse(facts)
     except _Odd as error:
-        raise _faulty(folder, f"{CARD} {error}", "export the model again") from error
+        raise faulty(folder, f"{CARD} {error}", "export the model again") from error
     except _Newer as error:
         raise InputError(
-            "bundle", f"names {folder}, of {error}; install a newer ctde_jax."
+            "bundle", f"{folder} has the {error}; install a newer ctde_jax."
         ) from error
 
     # The card lists the SHA-256 of every file, too, and both lists must agree.
     if sums != sums_of(found, card.files).encode():
-        raise _faulty(folder, f"{SUMS} differs from what {CARD} says", "copy the bundle again")
+        raise faulty(folder, f"{SUMS} does not match {CARD}", "copy the bundle again")
     return Bundle(folder, card, found)
 
 
@@ -223,10 +223,10 @@ class _Newer(Exception):
 
 def _parse(facts: Any) -> Card:
     # The format number comes first: a newer one may have another schema.
-    facts = _check(facts, dict, "is no object")
+    facts = _check(facts, dict, "is not a JSON object")
     number = _take(facts, "format", int)
     if number > FORMAT:
-        raise _Newer(f"format {number}, and this version reads up to {FORMAT}")
+        raise _Newer(f"format {number}, but this version reads formats up to {FORMAT}")
 
     # Check the type and range of every field.
     files = {_name(name): _file(name, said) for name, said in _take(facts, "files", dict).items()}
@@ -237,7 +237,7 @@ def _parse(facts: Any) -> Card:
         name: _artifact(name, said, files) for name, said in _take(facts, "artifacts", dict).items()
     }
     if layers is not None and WEIGHTS not in files:
-        raise _Odd(f"has layers without {WEIGHTS}")
+        raise _Odd(f"has layers, but no {WEIGHTS}")
     card = Card(
         predicts=_one_of("predicts", facts.get("predicts"), ("anything", "classes", "tokens")),
         input_shape=_shape("input", inputs.get("shape")),
@@ -247,7 +247,7 @@ def _parse(facts: Any) -> Card:
         carry=tuple(carry),
         classes=_names("classes", facts.get("classes")),
         vocabulary=_names("vocabulary", facts.get("vocabulary")),
-        layers=None if layers is None else _layers(_check(layers, dict, "has odd layers")),
+        layers=None if layers is None else _layers(_check(layers, dict, "has invalid layers")),
         artifacts=artifacts,
         files=files,
         versions={name: str(version) for name, version in _take(facts, "versions", dict).items()},
@@ -258,7 +258,7 @@ def _parse(facts: Any) -> Card:
     # Named columns are the features of a table, one for each input.
     if card.columns and (len(card.columns),) != card.input_shape:
         raise _Odd(
-            f"names {len(card.columns)} columns of inputs of the shape {list(card.input_shape)}"
+            f"has {len(card.columns)} columns for inputs of the shape {list(card.input_shape)}"
         )
 
     # Logits have one axis for classes and two for tokens. There may be more logits than names.
@@ -266,8 +266,7 @@ def _parse(facts: Any) -> Card:
     names = card.vocabulary if card.predicts == "tokens" else card.classes
     if axes is not None and (len(card.output_shape) != axes or len(names) > card.output_shape[-1]):
         raise _Odd(
-            f"says that outputs of the shape {list(card.output_shape)} are {card.predicts}, "
-            f"{len(names)} of them"
+            f"has outputs of the shape {list(card.output_shape)} for {len(names)} {card.predicts}"
         )
 
     # A language model maps one token per position to logits at the same position.
@@ -276,7 +275,7 @@ def _parse(facts: Any) -> Card:
         and card.vocabulary
         and (card.input_shape, card.input_dtype) != (card.output_shape[:1], "int32")
     ):
-        raise _Odd("has a vocabulary, and its input is no tokens")
+        raise _Odd("has a vocabulary, but its inputs are not tokens")
     return card
 
 
@@ -288,34 +287,35 @@ def _check(value: Any, kind: type[T], fault: str) -> T:
 
 
 def _take(facts: Facts, name: str, kind: type[T]) -> T:
-    return _check(facts.get(name), kind, f"does not say its {name}")
+    return _check(facts.get(name), kind, f"has no valid {name}")
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
     if value not in known:
-        raise _Odd(f"says of its {name} {quoted(value)}, which is none of {', '.join(known)}")
+        raise _Odd(f"has the {name} {quoted(value)}, which is not one of {', '.join(known)}")
     return value
 
 
 def _highest(value: Any) -> int:
-    if not 0 < _check(value, int, "does not say what white is") < 256:
-        raise _Odd(f"says that white is {value}")
+    if not 0 < _check(value, int, "has no valid value of white") < 256:
+        raise _Odd(f"has the value of white {value}, which is not from 1 to 255")
     return value
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:
-    fault = f"has an odd shape of its {name}"
+    fault = f"has an invalid shape of its {name}"
     lengths = [_check(length, int, fault) for length in _check(value, list, fault)]
     # Bounds, so that an invalid card cannot make a runtime allocate any amount of memory.
     is_odd = len(lengths) > MOST_AXES or not all(0 < length <= _LARGEST_ARRAY for length in lengths)
     if is_odd or prod(lengths) > _LARGEST_ARRAY:
-        raise _Odd(f"has for its {name} the shape {quoted(lengths)}, which no example has")
+        raise _Odd(f"has for its {name} the invalid shape {quoted(lengths)}")
     return tuple(lengths)
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
     return tuple(
-        _check(each, str, f"has odd {name}") for each in _check(value, list, f"has odd {name}")
+        _check(each, str, f"has invalid {name}")
+        for each in _check(value, list, f"has invalid {name}")
     )
 
 
@@ -323,33 +323,33 @@ def _name(name: str) -> str:
     """Accepts only names of files that are directly in the bundle's folder."""
     # Without separators and a leading dot, no name leads out of the folder.
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name):
-        raise _Odd(f"names the file {quoted(name)}, which is none of a bundle")
+        raise _Odd(f"lists the file {quoted(name)}, whose name is invalid")
     return name
 
 
 def _file(name: str, said: Any) -> File:
-    said = _check(said, dict, f"says nothing of {name}")
+    said = _check(said, dict, f"has no valid entry for {name}")
     size = _take(said, "bytes", int)
     digest = _take(said, "sha256", str)
     if size < 0 or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise _Odd(f"has an odd size or SHA-256 of {name}")
+        raise _Odd(f"has an invalid size or SHA-256 of {name}")
     return File(size, digest)
 
 
 def _artifact(name: str, said: Any, files: Facts) -> Artifact:
-    said = _check(said, dict, f"says nothing of the artifact {quoted(name)}")
+    said = _check(said, dict, f"has no valid entry for the artifact {quoted(name)}")
     file = _take(said, "file", str)
     step = said.get("step")
     # The files must be listed, so that their SHA-256 is checked.
     for each in (file, *([] if step is None else [step])):
         if each not in files:
             raise _Odd(
-                f"has the artifact {quoted(name)} in {quoted(each)}, which is none of its files"
+                f"has the artifact {quoted(name)} in {quoted(each)}, which is not one of its files"
             )
 
     # Comparisons compute with these numbers of the receipt.
     receipt = _take(said, "receipt", dict)
-    fault = f"has an odd receipt of the artifact {quoted(name)}"
+    fault = f"has an invalid receipt of the artifact {quoted(name)}"
     for number in (
         receipt.get("relative", 0.0),
         *_check(receipt.get("measured", {}), dict, fault).values(),
@@ -370,19 +370,18 @@ def _read(folder: Path, name: str, most: int) -> bytes:
     path = folder / name
     try:
         if path.is_symlink() or not path.is_file():
-            raise _faulty(folder, f"{name} is missing", "copy the bundle again")
+            raise faulty(folder, f"{name} is missing", "copy the bundle again")
         if path.stat().st_size > most:
-            raise _faulty(folder, f"{name} is longer than it was written", "copy the bundle again")
+            raise faulty(folder, f"{name} is larger than expected", "copy the bundle again")
         return path.read_bytes()
     except OSError as error:
-        raise _faulty(
+        raise faulty(
             folder, f"{name} cannot be read ({error.strerror})", "copy the bundle again"
         ) from error
     except MemoryError as error:
-        raise _faulty(
-            folder, f"{name} is larger than the memory here", "take another machine"
-        ) from error
+        raise faulty(folder, f"{name} does not fit into memory", "use another machine") from error
 
 
-def _faulty(folder: Path, fault: str, way_out: str) -> InputError:
-    return InputError("bundle", f"names {folder}, whose {fault}: {way_out}.")
+def faulty(folder: Path, fault: str, way_out: str) -> InputError:
+    """Returns the error for a bundle, with the fault and the fix."""
+    return InputError("bundle", f"{folder} cannot be used: {fault}; {way_out}.")

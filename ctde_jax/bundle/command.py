@@ -1,4 +1,4 @@
-"""Command lines that also run on a node: mistakes become one sentence, without further imports."""
+"""Command lines that also run on a node: invalid input is reported in one sentence."""
 
 import os
 import sys
@@ -21,12 +21,12 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the error and ends the process with status 2."""
-        print(f"error: {message}; --help explains every option.", file=sys.stderr)
+        print(f"error: {message}; --help lists all options.", file=sys.stderr)
         sys.exit(2)
 
 
 def run(command: Callable[[], Any], names: Mapping[str, str]) -> int:
-    """Runs a command and returns its exit status; prints one sentence and returns 2 for a mistake.
+    """Runs a command and returns its exit status; prints InputError and returns 2.
 
     Args:
         command: Function to run.
@@ -40,7 +40,7 @@ def run(command: Callable[[], Any], names: Mapping[str, str]) -> int:
         option = names.get(error.option) or "--" + error.option.replace("_", "-")
         print(f"error: {option} {error.sentence}", file=sys.stderr)
         return 2
-    # The reader is gone, such as `head`. Python would flush once more at exit, and fail.
+    # The reader, such as `head`, has exited. Python would flush once more at exit, and fail.
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

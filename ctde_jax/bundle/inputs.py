@@ -54,18 +54,18 @@ def read(
     if labeled and card.predicts == "anything":
         raise InputError(
             "input",
-            "is scored for classes or texts; what this model is scored by only its author knows.",
+            "cannot be scored, as the model predicts neither classes nor tokens.",
         )
     examples = _read(paths, card, label_column, labeled)
 
     # One label for each example, if there are labels.
     if labeled and examples.labels is None:
         raise InputError(
-            "input", f"needs labels: {LABELS} in a .npz file, or one more column in a .csv file."
+            "input", f"requires labels: {LABELS} in a .npz file, or a label column in a .csv file."
         )
     if examples.labels is not None and len(examples.labels) != len(examples.inputs):
         fault = f"has {len(examples.labels)} labels for {len(examples.inputs)} examples"
-        raise _faulty(paths[0], fault, "give one for each")
+        raise _faulty(paths[0], fault, "provide one label per example")
     return examples
 
 
@@ -77,10 +77,10 @@ def _read(paths: Sequence[Path], card: Card, label_column: str | None, labeled: 
             "input", f"must be one file, or several .png files, got {', '.join(map(str, paths))}."
         )
     if label_column is not None and kinds != {".csv"}:
-        raise InputError("label_column", f"goes with a .csv file, got {paths[0]}.")
+        raise InputError("label_column", f"requires a .csv file, got {paths[0]}.")
     for path in paths:
         if kinds <= _KINDS and not path.is_file():
-            raise InputError("input", f"must be a file, and there is none at {path}.")
+            raise InputError("input", f"must be a file, but {path} is not one.")
     match kinds.pop():
         case ".npy":
             return Examples(_fitting(paths[0], _array(paths[0]), card), None)
@@ -103,14 +103,16 @@ def _array(path: Path) -> np.ndarray:
         with warnings.catch_warnings(action="ignore"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(array, np.ndarray):
-                raise _faulty(path, "holds no array", "save one with numpy.save")
+                raise _faulty(path, "contains no array", "save one with numpy.save")
             return array
     except InputError:
         raise
     # A malformed header raises exceptions of many types.
     except Exception as error:
         raise _faulty(
-            path, f"is no whole .npy file ({shortened(str(error))})", "save it with numpy.save"
+            path,
+            f"is not a complete .npy file ({shortened(str(error))})",
+            "save it with numpy.save",
         ) from error
 
 
@@ -130,7 +132,7 @@ def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
                 raise _faulty(
                     path,
                     f"has the arrays {', '.join(names[:9]) or 'none'}",
-                    f"call its inputs {INPUTS}",
+                    f"name its inputs {INPUTS}",
                 )
             arrays = archive[inputs], archive[LABELS] if labeled and LABELS in names else None
     except InputError:
@@ -138,7 +140,9 @@ def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
     # Malformed content raises many types, in zipfile, its decompressors and numpy.
     except Exception as error:
         raise _faulty(
-            path, f"is no whole .npz file ({shortened(str(error))})", "save it with numpy.savez"
+            path,
+            f"is not a complete .npz file ({shortened(str(error))})",
+            "save it with numpy.savez",
         ) from error
     return Examples(
         _fitting(path, arrays[0], card),
@@ -160,13 +164,13 @@ def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
         raise _faulty(
             path,
             f"has labels of {labels.dtype} {list(labels.shape)}",
-            f"give integers of the shape [{shape}]",
+            f"provide integers of the shape [{shape}]",
         )
     if labels.size and not (labels.min() >= 0 and labels.max() < highest):
         raise _faulty(
             path,
             f"has labels from {labels.min()} to {labels.max()}",
-            f"give them from 0 to {highest - 1}",
+            f"provide labels from 0 to {highest - 1}",
         )
     return labels.astype(np.int32)
 
@@ -178,16 +182,18 @@ def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
         array = array[None]
     if array.shape[1:] != shape or not array.ndim:
         raise _faulty(
-            path, f"has the shape {list(array.shape)}", f"give examples of the shape {list(shape)}"
+            path,
+            f"has the shape {list(array.shape)}",
+            f"provide examples of the shape {list(shape)}",
         )
     if array.dtype.kind not in "biuf":
-        raise _faulty(path, f"holds {array.dtype}", f"give numbers of the type {card.input_dtype}")
+        raise _faulty(path, f"contains {array.dtype}", f"provide numbers of {card.input_dtype}")
     if not len(array):
-        raise _faulty(path, "holds no example", "give at least one")
+        raise _faulty(path, "contains no example", "provide at least one")
     try:
         return card.accepted.conform("inputs", array)
     except InputError as error:
-        raise InputError("input", f"names {path}, whose inputs {error.sentence}") from error
+        raise InputError("input", f"{path} {error.sentence}") from error
 
 
 class _Columns(NamedTuple):
@@ -223,12 +229,10 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
     has_words = any(cell and number_of(cell) is None for cell in rows[0][:width])
     has_header = is_named or is_counted or has_words or _has_column_numbers(rows, width, card)
     if has_header and len(rows) == 1:
-        raise _faulty(path, "has a header line and no examples", "add one line for each example")
+        raise _faulty(path, "has a header line but no examples", "add one line per example")
     names = rows[0] if has_header else []
     if label_column is not None and label_column not in names:
-        raise InputError(
-            "label_column", f"must name a column of {path}, got {quoted(label_column)}."
-        )
+        raise InputError("label_column", f"must be a column of {path}, got {quoted(label_column)}.")
 
     # By name: the columns may have any order, and others may stand between them.
     if is_named:
@@ -241,19 +245,19 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
     if has_header and card.columns:
         missing = ", ".join(quoted(name) for name in card.columns if name not in names)
         raise _faulty(
-            path, f"has no column {missing}", "name its columns as those of the training table"
+            path, f"has no column {missing}", "name its columns like those of the training table"
         )
     count = len(rows[0])
     if count not in (width, width + 1):
         fault = f"has {count} columns"
         raise _faulty(
-            path, fault, f"give the {width} numbers of an example in each line, and maybe its label"
+            path, fault, f"provide {width} features per line, optionally followed by the label"
         )
 
     # With an index column, every feature would be read from the column before it.
     if label_column is None and count == width + 1 and _starts_with_index(rows[has_header:], card):
-        fault = "numbers its lines in the first of its columns, like the index that pandas writes"
-        raise _faulty(path, fault, "leave the index out, or name the columns and the label column")
+        fault = "numbers its lines in the first column, like the index that pandas writes"
+        raise _faulty(path, fault, "remove the index, or add a header and pass label_column")
 
     # The label is the last column, unless the user has named another one.
     label = None
@@ -267,14 +271,14 @@ def _numbers(path: Path, cells: list[list[str]], card: Card) -> np.ndarray:
     for example, row in enumerate(cells, start=1):
         for cell in row:
             if number_of(cell) is None:
-                raise _faulty(path, f"has {quoted(cell)} in example {example}", "give a number")
+                raise _faulty(path, f"has {quoted(cell)} in example {example}", "provide a number")
     numbers = np.array([[number_of(cell) for cell in row] for row in cells]).reshape(
         -1, *card.input_shape
     )
     if card.input_dtype == "float32":
         return numbers
     if not (np.isfinite(numbers).all() and np.array_equal(numbers, np.rint(numbers))):
-        raise _faulty(path, f"holds numbers that are no {card.input_dtype}", "give whole numbers")
+        raise _faulty(path, f"contains numbers that are not {card.input_dtype}", "provide integers")
     # Clip to what int64 can hold; `_fitting` checks the range of the card.
     return np.clip(numbers, -(2.0**62), 2.0**62).astype(np.int64)
 
@@ -333,14 +337,16 @@ def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
     # A language model has a label at every position, which one column cannot hold.
     if card.predicts != "classes":
         raise _faulty(
-            path, "has one label for each example", "give those of every place in a .npz file"
+            path,
+            "has one label per example, but the model predicts every position",
+            "provide the labels of all positions in a .npz file",
         )
     # Classes without names are called by their indices.
     names = card.classes or [str(number) for number in range(card.output_shape[0])]
     labels = list(map(finder(names), words))
     if None in labels:
         fault = f"has the label {quoted(words[labels.index(None)])}"
-        raise _faulty(path, fault, f"give one of {', '.join(names[:20])}")
+        raise _faulty(path, fault, f"use one of {', '.join(names[:20])}")
     return np.array(labels, np.int32)
 
 
@@ -355,12 +361,12 @@ def _rows(path: Path) -> list[list[str]]:
         ]
     except (OSError, ValueError, csv.Error) as error:
         raise _faulty(
-            path, f"is no CSV file in UTF-8 ({shortened(str(error))})", "correct it"
+            path, f"is not valid CSV in UTF-8 ({shortened(str(error))})", "correct it"
         ) from error
     if not rows or len({len(row) for row in rows}) != 1:
         raise _faulty(
             path,
-            "has lines of different lengths, or none",
+            "has lines with different numbers of cells, or no lines",
             "give every line the same number of cells",
         )
     return rows
@@ -373,7 +379,8 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
         from PIL import Image
     except ImportError as error:
         raise InputError(
-            "input", "needs Pillow for .png files; `pip install pillow`, or give a .npy file."
+            "input",
+            "requires Pillow for .png files; run `pip install pillow`, or pass a .npy file.",
         ) from error
 
     # Models of other dtypes or shapes have no defined conversion from pixels.
@@ -392,12 +399,12 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
         with Image.open(path, formats=["PNG"]) as picture:
             if (picture.height, picture.width) != shape[:2]:
                 fault = f"has {picture.height} x {picture.width} pixels"
-                raise _faulty(path, fault, f"give a picture of {shape[0]} x {shape[1]}")
+                raise _faulty(path, fault, f"provide an image of {shape[0]} x {shape[1]}")
             if (
                 picture.has_transparency_data
                 and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
             ):
-                raise _faulty(path, "has transparent pixels", "save it without")
+                raise _faulty(path, "has transparent pixels", "save it without transparency")
             is_deep = picture.mode.startswith("I")
             plain = picture if is_deep else picture.convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(plain, np.float64) / (257 if is_deep else 1)
@@ -408,7 +415,7 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
     # A malformed picture raises exceptions of many types.
     except Exception as error:
         raise _faulty(
-            path, f"is no whole PNG picture ({shortened(str(error))})", "save it again"
+            path, f"is not a complete PNG image ({shortened(str(error))})", "save it again"
         ) from error
 
     # White becomes the value that it has in the training data.
@@ -416,4 +423,4 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
 
 
 def _faulty(path: Path, fault: str, way_out: str) -> InputError:
-    return InputError("input", f"names {path}, which {fault}: {way_out}.")
+    return InputError("input", f"{path} {fault}; {way_out}.")

@@ -6,10 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ctde_jax.bundle import answers, tensors
-from ctde_jax.bundle.card import EXAMPLES, Bundle
+from ctde_jax.bundle.card import EXAMPLES, Bundle, faulty
 from ctde_jax.bundle.inputs import Examples
 from ctde_jax.bundle.runtimes import RUNTIMES, Predict, is_installed, load
-from ctde_jax.errors import InputError
 
 BATCH_SIZES = (1, 3, 7, 64)
 """Batch sizes to compare; one artifact serves all of them."""
@@ -86,10 +85,10 @@ def _examples(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
                 len(stored["inputs"]),
                 *like.shape[1:],
             ):
-                raise tensors.Malformed(f"{name} are of another shape or type than the card says")
+                raise tensors.Malformed(f"the shape or dtype of {name} does not match the card")
     except (tensors.Malformed, KeyError, TypeError) as error:
-        raise InputError(
-            "bundle", f"names {bundle.folder}, whose {EXAMPLES} make no sense: {error}."
+        raise faulty(
+            bundle.folder, f"{EXAMPLES} is invalid ({error})", "export the model again"
         ) from error
     return stored["inputs"], stored["outputs"]
 

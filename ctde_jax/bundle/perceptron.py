@@ -58,7 +58,7 @@ def make_predict(
         np.broadcast_shapes(each.shape, (1, *input_shape)) != (1, *input_shape)
         for each in (shift, scale)
     ):
-        raise ValueError("inputs are of another shape than what is subtracted or multiplied")
+        raise ValueError("the shape of the inputs does not match that of the shift or the scale")
     width = outputs = prod(input_shape)
     for kernel, bias in dense:
         if (
@@ -66,7 +66,7 @@ def make_predict(
             or len(kernel) != outputs
             or (bias is not None and bias.shape != kernel.shape[1:])
         ):
-            raise ValueError("a layer does not go with the one before it")
+            raise ValueError("the shape of a layer does not match the previous layer")
         outputs = kernel.shape[1]
 
     def predict(inputs: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ def open_regular(path: Path | str) -> BufferedReader:
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         raise OSError(
-            None, f"it is {_KINDS.get(kind, 'something else')} and not a regular file", str(path)
+            None, f"it is {_KINDS.get(kind, 'something else')}, not a regular file", str(path)
         )
     return open(path, "rb")
 

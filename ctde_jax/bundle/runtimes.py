@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctde_jax.bundle import perceptron, tensors
-from ctde_jax.bundle.card import CARD, WEIGHTS, Bundle
+from ctde_jax.bundle.card import CARD, WEIGHTS, Bundle, faulty
 from ctde_jax.errors import InputError, check_known, quoted, shortened
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -90,15 +90,17 @@ def pick(bundle: Bundle) -> str:
     # The order of RUNTIMES is that of preference.
     there = [name for name in RUNTIMES if name in bundle.card.artifacts]
     if not there:
-        rule = f"must be one that this version knows ({', '.join(RUNTIMES)})"
+        rule = f"must be one of {', '.join(RUNTIMES)}"
         got = quoted([*bundle.card.artifacts])
         raise InputError(
-            "runtime", f"{rule}, and {bundle.folder} has only {got}; export the model again."
+            "runtime", f"{rule}, but {bundle.folder} has only {got}; export the model again."
         )
     for name in filter(is_installed, there):
         return name
     ways = " or ".join(f"`pip install {RUNTIMES[name].install}`" for name in there)
-    raise InputError("runtime", f"must be one that is installed, and the bundle needs {ways}.")
+    raise InputError(
+        "runtime", f"must be installed, but none of {', '.join(there)} is; run {ways}."
+    )
 
 
 def is_installed(runtime: str) -> bool:
@@ -113,7 +115,7 @@ def _known(bundle: Bundle, runtime: str) -> str:
         there = ", ".join(name for name in RUNTIMES if name in bundle.card.artifacts) or "none"
         raise InputError(
             "runtime",
-            f"must be one that {bundle.folder} has an artifact for ({there}), got {runtime}.",
+            f"must be one of the artifacts in {bundle.folder} ({there}), got {runtime}.",
         )
     return runtime
 
@@ -123,18 +125,16 @@ def _load(bundle: Bundle, runtime: str, file: str) -> Callable[..., Sequence[np.
     own = RUNTIMES[runtime]
     content = bundle.read(file)
     if not is_installed(runtime):
-        raise InputError(
-            "runtime", f"{runtime} needs a package that is not here; `pip install {own.install}`."
-        )
+        raise InputError("runtime", f"{runtime} is not installed; run `pip install {own.install}`.")
     try:
         return own.run(bundle, content)
     except InputError:
         raise
     # The type of the exception depends on the runtime.
     except Exception as error:
-        fault = f"{file} is refused by {own.packages[0]} ({shortened(str(error))})"
+        fault = f"{own.packages[0]} rejects {file} ({shortened(str(error))})"
         way_out = f"install a newer {own.packages[0]}, or export the model again"
-        raise InputError("bundle", f"names {bundle.folder}, whose {fault}: {way_out}.") from error
+        raise faulty(bundle.folder, fault, way_out) from error
 
 
 def _checked(
@@ -148,10 +148,8 @@ def _checked(
     try:
         outputs = run(*inputs)
     except Exception as error:
-        fault = f"model does not run on what {CARD} says that it reads ({shortened(str(error))})"
-        raise InputError(
-            "bundle", f"names {bundle.folder}, whose {fault}: export the model again."
-        ) from error
+        fault = f"the model does not run on the inputs in {CARD} ({shortened(str(error))})"
+        raise faulty(bundle.folder, fault, "export the model again") from error
 
     # float32 outputs `[examples, *like]`, one row for each example.
     fits = [
@@ -164,14 +162,14 @@ def _checked(
         or {len(each) for each in outputs} != {len(inputs[0])}
     ):
         got = ", ".join(f"{each.dtype} {list(each.shape)}" for each in outputs)
-        fault = f"model returns {got} for {len(inputs[0])} examples, which is not what {CARD} says"
-        raise InputError("bundle", f"names {bundle.folder}, whose {fault}: export the model again.")
+        fault = f"the model returns {got} for {len(inputs[0])} examples, unlike {CARD}"
+        raise faulty(bundle.folder, fault, "export the model again")
     return outputs
 
 
 def _numpy(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]:
     if bundle.card.layers is None:
-        raise ValueError(f"the card does not say how {WEIGHTS} make a perceptron")
+        raise ValueError(f"the card has no layers for {WEIGHTS}")
     predict = perceptron.make_predict(
         bundle.card.layers, tensors.parse(content), bundle.card.input_shape
     )
@@ -209,10 +207,11 @@ def traceable(bundle: Bundle, content: bytes) -> Callable[..., Any]:
 
     written = bundle.card.versions.get("jax", "0")
     if _numbers(jax.__version__) < _numbers(written):
-        way_out = f"install jax {written} or newer, or take another runtime"
+        way_out = f"install jax {written} or newer, or use another runtime"
         raise InputError(
             "runtime",
-            f"jax is {jax.__version__} here, older than the {written} that wrote: {way_out}.",
+            f"jax must be at least {written}, which exported the bundle, got {jax.__version__}; "
+            f"{way_out}.",
         )
     return export.deserialize(bytearray(content)).call
 

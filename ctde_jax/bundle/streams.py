@@ -14,17 +14,17 @@ _OF_STREAMS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, 
 def run(main: Callable[[Sequence[str]], int]) -> int:
     """Runs a command with the arguments of this process and returns its exit status.
 
-    If the reader of standard output is gone, as under `head`, the command ends with status 1 and no
-    message. If standard output cannot be written to, it ends with status 2 and one sentence.
+    If the reader of standard output has exited, such as `head`, the command ends with status 1 and
+    no message. If standard output is not writable, it ends with status 2 and one sentence.
     """
     _prepare()
 
-    # A deleted working folder cannot be used, since no relative path can be resolved in it.
+    # A deleted working directory cannot be used, since no relative path can be resolved in it.
     try:
         os.getcwd()
     except OSError as error:
         print(
-            f"error: the working folder cannot be used ({error.strerror}); change to another one.",
+            f"error: the working directory is not usable ({error.strerror}); use another one.",
             file=sys.stderr,
         )
         return 2
@@ -41,9 +41,7 @@ def run(main: Callable[[Sequence[str]], int]) -> int:
         if isinstance(error, BrokenPipeError):
             return status or 1
         if not status:
-            print(
-                f"error: standard output cannot be written to: {error.strerror}.", file=sys.stderr
-            )
+            print(f"error: standard output is not writable: {error.strerror}.", file=sys.stderr)
         return status or 2
     return status
 
@@ -94,7 +92,7 @@ class Screen:
         with suppress(OSError):  # standard error may be gone, too
             reason = error.strerror or error
             print(
-                f"Standard output cannot be written to ({reason}), so the rest of it is dropped.",
+                f"Standard output is not writable ({reason}); further output is dropped.",
                 file=sys.stderr,
             )
 

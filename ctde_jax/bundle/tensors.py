@@ -34,7 +34,7 @@ def parse(content: bytes) -> dict[str, np.ndarray]:
     if len(content) < 8 or not 0 < length <= min(_LONGEST_HEADER, len(content) - 8):
         raise Malformed("its header is longer than the file")
 
-    # The header may be no JSON, deeply nested, or JSON of any other structure.
+    # The header may be invalid JSON, deeply nested, or JSON of any other structure.
     try:
         header = json.loads(content[8 : 8 + length])
         entries = {name: said for name, said in header.items() if name != "__metadata__"}
@@ -47,7 +47,7 @@ def parse(content: bytes) -> dict[str, np.ndarray]:
         RecursionError,
         OverflowError,
     ) as error:
-        raise Malformed(f"its header makes no sense ({error})") from error
+        raise Malformed(f"its header is invalid ({error})") from error
 
 
 def _array(content: bytes, start: int, said: dict) -> np.ndarray:
@@ -55,11 +55,11 @@ def _array(content: bytes, start: int, said: dict) -> np.ndarray:
     shape = said["shape"]
     first, last = said["data_offsets"]
     if not all(type(number) is int and 0 <= number < _LARGEST for number in (*shape, first, last)):
-        raise ValueError("a number in it is none, or too large")
+        raise ValueError("a length or offset is not an integer from 0 to 2**40 - 1")
     if len(shape) > MOST_AXES:
         raise ValueError("an array has too many axes")
     count = prod(shape)
     # The offsets count from the end of the header.
     if last - first != count * dtype.itemsize or start + last > len(content):
-        raise ValueError("an array is longer or shorter than its shape")
+        raise ValueError("the size of an array does not match its shape and dtype")
     return np.frombuffer(content, dtype.newbyteorder("<"), count, start + first).reshape(shape)

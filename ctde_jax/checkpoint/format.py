@@ -90,7 +90,7 @@ def steps(folder: Path) -> list[int]:
         names = []
     except OSError as error:
         raise InputError(
-            "run_dir", f"has checkpoints in {folder}, which cannot be read: {error.strerror}."
+            "run_dir", f"has checkpoints in {folder} that cannot be read: {error.strerror}."
         ) from error
     # Temporary folders have names that start with a period, which do not match.
     found = [re.fullmatch(r"step-(\d{8,})", name) for name in names]
@@ -146,11 +146,11 @@ def read(path: Path) -> Checkpoint:
     """
     # `isdir` also returns False for a path that cannot exist, such as one with a null byte.
     if not os.path.isdir(path):
-        raise Damaged(f"{path} is no folder")
+        raise Damaged(f"{path} is not a folder")
     with _reading(path):
         # Verify both files before either of them is parsed.
         if _sums(path) != read_small(path / SUMS).decode():
-            raise Damaged(f"{path}: {_find_damage(path)} differs from its SHA-256")
+            raise Damaged(f"{path}: SHA-256 mismatch in {_find_damage(path)}")
         facts, _ = parse(read_small(path / MANIFEST), path)
         with safe_open(path / TENSORS, framework="numpy") as file:
             tensors = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
@@ -165,22 +165,23 @@ def parse(manifest: bytes, path: Path) -> tuple[Facts, dict[str, Facts]]:
         InputError: If it was written by a newer version of this library.
     """
     try:
-        says = json.loads(manifest)
+        content = json.loads(manifest)
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: {MANIFEST} is no JSON ({error})") from error
+        raise Damaged(f"{path}: {MANIFEST} is not valid JSON ({error})") from error
     if not (
-        isinstance(says, dict)
-        and isinstance(says.get("format"), int)
-        and isinstance(says.get("tensors"), dict)
+        isinstance(content, dict)
+        and isinstance(content.get("format"), int)
+        and isinstance(content.get("tensors"), dict)
     ):
-        raise Damaged(f"{path}: {MANIFEST} is none of a checkpoint")
-    if says["format"] > FORMAT:
+        raise Damaged(f"{path}: {MANIFEST} is not the manifest of a checkpoint")
+    if content["format"] > FORMAT:
         raise InputError(
             "run_dir",
-            f"holds the checkpoint {path} of format {says['format']}, and this version reads up to "
-            f"{FORMAT}; install a newer ctde_jax.",
+            f"contains the checkpoint {path} of format {content['format']}, but this version reads "
+            f"formats up to {FORMAT}; install a newer ctde_jax.",
         )
-    return {name: fact for name, fact in says.items() if name not in _OWN}, says["tensors"]
+    facts = {name: fact for name, fact in content.items() if name not in _OWN}
+    return facts, content["tensors"]
 
 
 def describe(tensor: np.ndarray) -> Facts:
@@ -210,11 +211,9 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
         try:
             return read(path_of(folder, step))
         except Damaged as error:
-            say(f"damaged    {error}; going back to an older checkpoint")
+            say(f"damaged    {error}; falling back to an older checkpoint")
     if found:
-        raise InputError(
-            "run_dir", f"has no checkpoint that is intact in {folder}; name another folder."
-        )
+        raise InputError("run_dir", f"has no intact checkpoint in {folder}; choose another folder.")
     return None
 
 
@@ -331,7 +330,7 @@ def _put_back_all(folder: Path) -> None:
 def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise OSError(None, f"a checkpoint takes {size:,} bytes, and {free:,} are free")
+        raise OSError(None, f"a checkpoint needs {size:,} bytes, but only {free:,} are free")
 
 
 @contextmanager
@@ -344,10 +343,10 @@ def _reading(path: Path) -> Iterator[None]:
     # Other errors of the file system, such as missing permissions, are no damage.
     except OSError as error:
         raise InputError(
-            "run_dir", f"has the checkpoint {path}, which cannot be read: {error.strerror}."
+            "run_dir", f"has a checkpoint {path} that cannot be read: {error.strerror}."
         ) from error
     except UnicodeDecodeError as error:
-        raise Damaged(f"{path}: {SUMS} is no text any more") from error
+        raise Damaged(f"{path}: {SUMS} is not valid UTF-8") from error
     except SafetensorError as error:
         raise Damaged(f"{path}: {TENSORS} is malformed ({shortened(str(error))})") from error
 
@@ -381,11 +380,11 @@ def _sum(path: Path, name: str) -> str:
 def _find_damage(path: Path) -> str:
     """Returns the names of the tensors or files that differ from what was written."""
     # Compare the files; `_sums` lists the tensors first and the manifest second.
-    said = (path / SUMS).read_text(encoding="utf-8").splitlines()
+    recorded = (path / SUMS).read_text(encoding="utf-8").splitlines()
     found = _sums(path).splitlines()
-    if found[1] not in said:
-        return f"{MANIFEST}, or what {SUMS} says of it,"
-    if found[0] in said:
+    if found[1] not in recorded:
+        return f"{MANIFEST} or its line in {SUMS}"
+    if found[0] in recorded:
         return SUMS
 
     # The manifest is intact, so its digests identify the tensors that differ.
@@ -398,5 +397,5 @@ def _find_damage(path: Path) -> str:
     except SafetensorError:
         return f"the header or the length of {TENSORS}"
     if not tensors:
-        return f"the header of {TENSORS}, or what {SUMS} says of it,"
+        return f"the header of {TENSORS} or its line in {SUMS}"
     return f"{', '.join(tensors)} in {TENSORS}"

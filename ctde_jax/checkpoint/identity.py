@@ -93,12 +93,10 @@ class Identity:
             before: Facts of the checkpoint; None if its version did not store them.
         """
         if before is None:
-            return Difference([], [], ["data and program, of which the checkpoint has no digests"])
+            return Difference([], [], ["data and program, as the checkpoint has no digests"])
 
         # Batches of a stream cannot be read in advance, so they have no digest.
-        notes = (
-            ["the training batches, which arrive one after another"] if self._data.stream else []
-        )
+        notes = ["the training batches, as a stream is read only once"] if self._data.stream else []
         data = differing(before["data"], self.facts["data"])
 
         # Jaxprs are comparable only if equal versions of these packages have traced them.
@@ -113,7 +111,7 @@ class Identity:
             return Difference(
                 data,
                 [],
-                [*notes, f"the program, which was traced by {there} and is now traced by {here}"],
+                [*notes, f"the program, traced with {there} in the checkpoint and {here} here"],
             )
 
         # The versions are equal, so the program is compared part by part.
@@ -121,7 +119,7 @@ class Identity:
         return Difference(
             data,
             program,
-            notes + [f"{name}, which is traced differently each time" for name in unstable],
+            notes + [f"{name}, as two traces of it differ" for name in unstable],
         )
 
     def _compare_program(

@@ -57,8 +57,10 @@ def digest_of(function: Callable[..., PyTree], *like: PyTree, replicas: int = 1)
 def digest_of_shapes(*tree: PyTree) -> str:
     """Returns the digest of the structure of trees and of the shape and dtype of each leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    told = [f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
-    return sha256("\n".join(told).encode()).hexdigest()
+    lines = [
+        f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
+    ]
+    return sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _program(jaxpr: Jaxpr, consts: Sequence[Any]) -> Digest:

@@ -95,23 +95,23 @@ def find(
             ways = "another --run-dir, --resume never to train from the start, or --branch-from"
         raise InputError(
             "run_dir",
-            f"holds a run with {'; '.join(different)}. Give {ways} {found.path} to continue it "
-            "with the new ones.",
+            f"contains a run with {'; '.join(different)}. Pass {ways} {found.path} to continue "
+            "that run with these changes.",
         )
     say(f"resume     {found.path}")
     for note in notes:
-        say(f"           not compared with that run: {note}")
+        say(f"           not compared with the checkpoint: {note}")
     return found
 
 
 def completed(step: int, options: Options) -> str:
-    """Returns the line to print if a run was already complete when it was called again."""
+    """Returns the line to print if a run is already complete, so that nothing is trained."""
     way = (
         "--resume never or another --run-dir" if options.flag else "resume=False or another run_dir"
     )
     return (
-        f"complete   nothing was trained: this run was complete at step {step:,}; {way} trains it "
-        "from the start"
+        f"complete   nothing was trained, because this run is complete at step {step:,}; to train "
+        f"it from the start, pass {way}"
     )
 
 
@@ -130,16 +130,17 @@ def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | No
         return {"path": str(checkpoint.path), "tensors": tensors, "facts": checkpoint.facts}
 
     # All hosts must pass arrays of the same shapes, so the shapes are sent first.
-    told = hosts.of_the_first(describe)
-    if told is None:
+    described = hosts.of_the_first(describe)
+    if described is None:
         return None
     # Host 0 passes the tensors of the checkpoint, the others zeros of these shapes.
     like = (
         found[0].tensors
         if found
-        else {name: np.zeros(*each) for name, each in told["tensors"].items()}
+        else {name: np.zeros(*each) for name, each in described["tensors"].items()}
     )
-    return Checkpoint(Path(told["path"]), hosts.arrays_of_the_first(like), told["facts"])
+    tensors = hosts.arrays_of_the_first(like)
+    return Checkpoint(Path(described["path"]), tensors, described["facts"])
 
 
 def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Checkpoint:
@@ -147,13 +148,13 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
     if (path / CHECKPOINTS).is_dir() and steps(path / CHECKPOINTS):
         raise InputError(
             "branch_from",
-            f"must name a checkpoint, such as {newest(path / CHECKPOINTS)}, got a run.",
+            f"must be a checkpoint, such as {newest(path / CHECKPOINTS)}, got a run.",
         )
     try:
         found = read(path)
     except Damaged as error:
         raise InputError(
-            "branch_from", f"must name the folder of an intact checkpoint, but {error}."
+            "branch_from", f"must be the folder of an intact checkpoint, but {error}."
         ) from error
     check_facts(found, "branch_from")
 
@@ -161,19 +162,16 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
     gone_through = found.facts["position"]["gone_through"]
     if options["steps"] <= gone_through:
         longer = "--epochs or --steps" if options.flag else "epochs or steps"
-        rule = (
-            "must lead to a checkpoint from before the end of this run at step "
-            f"{options['steps']:,}"
-        )
         raise InputError(
             "branch_from",
-            f"{rule}, got {path} of step {gone_through:,}; raise {longer}, which count from the "
-            "start of its parent.",
+            f"must be a checkpoint before the end of this run at step {options['steps']:,}, got "
+            f"{path} of step {gone_through:,}; increase {longer}, which count from the start of "
+            "the parent run.",
         )
 
     # A branch may differ from its parent in anything; print the differences.
     different, _ = _differences(found, options, identity)
-    others = "; all others as there" if different and options.flag else ""
+    others = "; all other options are unchanged" if different and options.flag else ""
     say(f"branch     {path}, with {'; '.join(different) or 'the same options'}{others}")
     return found
 
@@ -186,43 +184,48 @@ def check_facts(found: Checkpoint, option: str) -> None:
         if not isinstance(found.facts.get(name), kind):
             raise InputError(
                 option,
-                f"leads to the checkpoint {found.path}, whose manifest does not say its {name}.",
+                f"refers to the checkpoint {found.path}, whose manifest has no valid {name}.",
             )
 
     # Facts that older versions did not write may be missing, but not malformed.
     if "identity" in found.facts and not is_identity(found.facts["identity"]):
         raise InputError(
-            option, f"leads to the checkpoint {found.path}, whose identity is not that of a run."
+            option,
+            f"refers to the checkpoint {found.path}, whose manifest has a malformed identity.",
         )
     if not isinstance(found.facts.get("best"), dict | None):
         raise InputError(
-            option, f"leads to the checkpoint {found.path}, whose best is not that of a run."
+            option, f"refers to the checkpoint {found.path}, whose manifest has a malformed best."
         )
     position = found.facts["position"]
     if position.keys() != {*Position._fields} or not all(
         isinstance(value, int | float) for value in position.values()
     ):
         raise InputError(
-            option, f"leads to the checkpoint {found.path}, whose position is not that of a run."
+            option,
+            f"refers to the checkpoint {found.path}, whose manifest has a malformed position.",
         )
 
 
 def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
     """Returns a description of each option that differs, with both values."""
     spelled = now.flag or str
-    unknown = "not known"
+    missing = "not recorded"
 
     def differs(name: str) -> str:
         # The values of this option are digests, which are not worth printing.
         if name == "init_from":
             are_given = None not in (before.get(name), now.get(name))
-            why = (
-                ", which change if it names a run that is training (name one of its checkpoints, "
-                "or a bundle)"
+            hint = (
+                ", which change if this is a run that is still training; pass one of its "
+                "checkpoints or a bundle"
             )
-            return f"the initial parameters ({spelled(name)}){why if are_given else ''}"
+            return f"the initial parameters ({spelled(name)}{hint if are_given else ''})"
         option = _IN_WORDS.get(name) or spelled(name)
-        return f"{option} {before.get(name, unknown)} there and {now.get(name, unknown)} here"
+        return (
+            f"{option} {before.get(name, missing)} in the checkpoint and {now.get(name, missing)} "
+            "here"
+        )
 
     names = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
     return [differs(name) for name in names if name not in _DECIDE_NOTHING]
@@ -240,10 +243,10 @@ def _differences(
     kinds = {"options": others, "data": difference.data, "program": difference.program}
     if others and options.flag:
         kinds = {"options": others}
-    # "other options", "other data", but "another program".
-    article = {"program": "another"}
+    # "different options", "different data", but "a different program".
+    article = {"program": "a "}
     named = [
-        f"{article.get(kind, 'other')} {kind}: {'; '.join(names)}"
+        f"{article.get(kind, '')}different {kind}: {'; '.join(names)}"
         for kind, names in kinds.items()
         if names
     ]

@@ -1,4 +1,4 @@
-"""The folder of a run, created if necessary and written to by one trainer at a time."""
+"""The folder of a run, created if necessary and written to by one process at a time."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ _MOVING = ".previous.partial"
 def named(option: str, path: Path | str) -> Path:
     """Returns the path that the user gave, with ~ expanded; raises InputError if it is empty."""
     if not str(path):
-        raise InputError(option, "must name a folder, got an empty name.")
+        raise InputError(option, "must be the path of a folder, got an empty string.")
     return Path(os.path.expanduser(path))
 
 
@@ -38,7 +38,7 @@ def claimed(folder: Path) -> Iterator[Path]:
     including parent folders.
 
     Raises:
-        InputError: If another trainer is writing to the folder, or it cannot be written to.
+        InputError: If another process is writing to the folder, or it cannot be written to.
     """
     # A singleton, so that this process can acquire the lock of a folder again.
     lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
@@ -53,12 +53,10 @@ def claimed(folder: Path) -> Iterator[Path]:
             try:
                 lock.acquire()
             except Timeout as error:
-                rule = (
-                    "must not be used by two trainers at once, but another one is writing to "
-                    f"{folder}"
-                )
                 raise InputError(
-                    "run_dir", f"{rule}; wait for its end, or name another folder."
+                    "run_dir",
+                    "must not be used by two runs at once, but another process is writing to "
+                    f"{folder}; wait until it ends, or choose another folder.",
                 ) from error
 
         # Remove the files of a run that was refused before it began.
@@ -103,9 +101,10 @@ def check_outside(path: Path, folder: Path) -> None:
     own = folder.resolve()
     source = path.expanduser().resolve()
     if source == own or any(source.is_relative_to(own / name) for name in _OF_A_RUN):
-        rule = "must not be in the folder of this run, whose checkpoints change as it trains"
         raise InputError(
-            "init_from", f"{rule}, got {shortened(str(path))}; name another folder for this run."
+            "init_from",
+            "must not be in the folder of this run, because its files change during training, got "
+            f"{shortened(str(path))}; choose another folder for this run.",
         )
 
 
@@ -138,14 +137,17 @@ def make_way(folder: Path, resume: bool, say: Callable[[str], None]) -> None:
         while (folder / f"previous-{number}").exists():
             number += 1
         moved = moving.rename(folder / f"previous-{number}")
-    say(f"previous   the run that {folder} held is now in {moved}")
+    say(f"previous   the earlier run in {folder} was moved to {moved}")
 
 
 def check_new(folder: Path) -> None:
     """Raises InputError if a folder already holds a run."""
     if not is_new(folder):
-        fault = f"but {folder} has {METRICS} or {CHECKPOINTS}"
-        raise InputError("run_dir", f"must not hold a run already, {fault}; name another folder.")
+        raise InputError(
+            "run_dir",
+            f"must not contain another run, but {folder} has {METRICS} or {CHECKPOINTS}; choose "
+            "another folder.",
+        )
 
 
 @contextmanager
@@ -160,6 +162,6 @@ def writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             "run_dir",
-            "must be a folder that can be written to and has room, but writing to "
+            "must be a writable folder with enough free space, but writing to "
             f"{shortened(str(folder))} failed: {error.strerror}; choose another folder.",
         ) from error

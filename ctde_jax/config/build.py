@@ -92,7 +92,7 @@ def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
 
     # A file may hold targets instead of classes, for which the command line has no task.
     if not dataset.classes and not dataset.vocabulary:
-        rule = "must hold labels that are classes, integers from 0 in [examples], in y_train"
+        rule = "must contain class labels in y_train, integers from 0 of the shape [examples]"
         raise InputError("data_file", f"{rule}, {targets_or_classes(dataset.train.labels)}.")
     if chosen.sequence != "none":
         dataset = data.as_sequence(dataset, chosen.sequence)
@@ -122,7 +122,7 @@ def _load(chosen: DataOptions) -> Dataset:
 
 
 def build_task(chosen: OptimizationOptions, dataset: Dataset) -> Task:
-    """Returns the task of the data: classification, or language modeling if they are a text."""
+    """Returns the task of the data: language modeling for a text, or else classification."""
     return smoothed(
         language_modeling if dataset.vocabulary else classification, chosen.label_smoothing
     )
@@ -139,7 +139,9 @@ def build_augment(chosen: DataOptions) -> Augment | None:
     ]
     if parts and chosen.sequence != "none":
         raise InputError(
-            "sequence", "must be none where pictures are augmented: they are no pictures any more."
+            "sequence",
+            "must be none with --shift, --flip and --cutout, which augment images, got "
+            f"{chosen.sequence}.",
         )
     return augment.chain(*parts) if parts else None
 
@@ -163,7 +165,7 @@ def make_partition(
     """
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError(
-            "clients", "need a --partition that stays, such as iid, got --partition reshuffled."
+            "clients", "requires a fixed --partition, such as iid, got --partition reshuffled."
         )
 
     # Every device trains one client in each round, so there must be enough clients.
@@ -174,7 +176,7 @@ def make_partition(
     if labels.ndim > 1 and chosen.partition in ("by_label", "dirichlet"):
         raise InputError(
             "partition",
-            f"must be reshuffled or iid where examples have no class, got {chosen.partition}.",
+            f"must be reshuffled or iid if examples have no classes, got {chosen.partition}.",
         )
 
     # One part per client, or else per device.
@@ -241,7 +243,7 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
     if base is None:
         raise InputError(
             "base_width",
-            "must be the width at which the learning rate was tuned if --init is mup, got none.",
+            "must be the width at which the learning rate was tuned, for --init mup, got none.",
         )
     match chosen.model:
         case "mlp":
@@ -256,7 +258,7 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
                 size = chosen.hidden_size // chosen.heads
                 raise InputError(
                     "base_width",
-                    f"must be a multiple of {size}, the size of an attention head.",
+                    f"must be a multiple of {size}, the size of an attention head, got {base}.",
                 )
             return _build_network(
                 replace(chosen, hidden_size=base, heads=base * chosen.heads // chosen.hidden_size),
@@ -264,7 +266,8 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
             )
         case _:
             raise InputError(
-                "init", f"must not be mup for {chosen.model}, whose layers have different widths."
+                "init",
+                f"must not be mup with --model {chosen.model}, whose layers have different widths.",
             )
 
 
@@ -277,7 +280,7 @@ Smaller networks that exceed the memory are refused by `devices/memory.py`."""
 
 
 def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
-    # Sizes that would fail late or without a message are refused here.
+    # Sizes that would fail late or without a message are rejected here.
     check_at_most(_MOST_LAYERS, layers=chosen.layers)
     check_at_most(
         _LARGEST_WIDTH,
@@ -303,11 +306,11 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
         case "lstm" | "gru":
             # Images `[height, width, channels]` can be read as sequences by --sequence.
             if len(shape) != 2:
-                way_out = "; give --sequence rows or pixels" if len(shape) == 3 else ""
+                way_out = "; pass --sequence rows or pixels" if len(shape) == 3 else ""
                 raise InputError(
                     "model",
-                    f"{chosen.model} reads sequences [length, features], got examples of "
-                    f"{shape}{way_out}.",
+                    f"{chosen.model} requires sequences [length, features], got examples of the "
+                    f"shape {shape}{way_out}.",
                 )
             return models.rnn_classifier(
                 shape[-1],
@@ -320,7 +323,7 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
         case _:
             raise InputError(
                 "model",
-                f"{chosen.model} reads texts (--dataset text), got the data set {dataset.name}.",
+                f"{chosen.model} requires --dataset text, got the data set {dataset.name}.",
             )
 
 
@@ -343,7 +346,7 @@ def _build_language_model(chosen: ModelOptions, dataset: Dataset) -> Model:
             )
         case _:
             raise InputError(
-                "model", f"must be lstm, gru or transformer for a text, got {chosen.model}."
+                "model", f"must be lstm, gru or transformer for --dataset text, got {chosen.model}."
             )
 
 
@@ -442,8 +445,7 @@ def _build_values(chosen: AggregationOptions) -> Codec:
     if chosen.keep % 8:
         raise InputError(
             "keep",
-            f"must be a multiple of 8 where numbers are kept as {chosen.kept_as}, got "
-            f"{chosen.keep}.",
+            f"must be a multiple of 8 with kept_as {chosen.kept_as}, got {chosen.keep}.",
         )
 
     # The largest block of at most 256 values that divides the values kept in each chunk.
@@ -493,6 +495,6 @@ def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
 def _data_file(chosen: DataOptions) -> Path:
     if chosen.data_file is None:
         raise InputError(
-            "data_file", f"must name your file for --dataset {chosen.dataset}, got none."
+            "data_file", f"must be the path of a file for --dataset {chosen.dataset}, got none."
         )
     return chosen.data_file

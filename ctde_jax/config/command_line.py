@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str], command: str = "train") -> Config:
     # Check what the user typed, by itself.
     typed = _check(arguments)
     if {"--epochs", "--steps"} <= typed:
-        raise InputError("epochs", "and --steps exclude each other; give one.")
+        raise InputError("epochs", "and --steps are mutually exclusive; pass only one of them.")
     chosen = _parse(arguments, command)
 
     # Find the saved options: those of --config, of this branch if it was started before, or else of
@@ -107,8 +107,8 @@ def _config_of(checkpoint: Path) -> Path | None:
         raise InputError(
             "branch_from",
             "must be a checkpoint of a run of python -m ctde_jax.train, such as "
-            f"runs/mine/checkpoints/step-00000100, and {quoted(str(checkpoint))} belongs to none: "
-            f"there is no {path}.",
+            f"runs/mine/checkpoints/step-00000100, got {quoted(str(checkpoint))}, but {path} does "
+            "not exist.",
         )
     return path
 
@@ -256,21 +256,20 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise _bad_config(path, f"cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise _bad_config(path, f"is no JSON ({error})") from error
+        raise _bad_config(path, f"is not valid JSON ({error})") from error
     if not isinstance(saved, dict):
-        raise _bad_config(path, f"holds a {type(saved).__name__} instead of an object")
+        raise _bad_config(path, f"contains a {type(saved).__name__} instead of an object")
 
     # Check names and types here; the values are checked with those of the command line.
     types = _option_types()
     for name, value in saved.items():
         if name not in types:
             raise _bad_config(
-                path, f"has the unknown option {quoted(name)}", did_you_mean(name, types)
+                path, f"contains the unknown option {quoted(name)}", did_you_mean(name, types)
             )
         if not _is_saved(value, types[name]):
             raise _bad_config(
-                path,
-                f"has for {name} the value {quoted(value)}, which none of its values is saved as",
+                path, f"contains the value {quoted(value)} of the wrong type for {name}"
             )
     return saved
 
@@ -307,7 +306,7 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
         elif isinstance(value, (list, tuple)):
             arguments += [] if not value else [as_flag(name), *map(str, value)]
         elif value is not None:
-            # A value may look like an option, so it must not stand alone.
+            # A value may look like an option, so it must be in the same argument as its name.
             arguments.append(f"{as_flag(name)}={value}")
     return arguments
 
@@ -315,7 +314,7 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
 def _bad_config(path: Path, fault: str, end: str = ".") -> InputError:
     return InputError(
         "config",
-        f"must name the config.json that a run has left in its folder, but {path} {fault}{end}",
+        f"must be the config.json in the folder of a run, but {path} {fault}{end}",
     )
 
 
@@ -360,7 +359,7 @@ def _unknown(name: str, known: Iterable[str]) -> InputError:
     suggestion = did_you_mean(name.replace("_", "-"), known)
     if bare in _SYNONYMS:
         suggestion = f"; did you mean {as_flag(_SYNONYMS[bare])!r}?"
-    return InputError(quoted(name)[1:-1], f"is no option{suggestion} --help lists them all.")
+    return InputError(quoted(name)[1:-1], f"is not an option{suggestion} --help lists all options.")
 
 
 def _check(arguments: Sequence[str]) -> set[str]:
@@ -401,7 +400,7 @@ def _check_effect(typed: set[str], parsed: Config) -> None:
                 as_flag(other) if value is True else f"{as_flag(other)} {value}"
                 for value in allowed
             )
-            raise InputError(option, f"goes with {names}.")
+            raise InputError(option, f"requires {names}.")
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:

@@ -68,16 +68,17 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
     if not os.path.isfile(folder / CONFIG):
         raise InputError(
             "run_dir",
-            "must be the folder of a run of python -m ctde_jax.train, or of its checkpoint, and "
-            f"{path} has no {CONFIG}. A run of fit in Python is loaded by the same call of fit, "
-            "which reads its checkpoint; give write_bundle what it returns.",
+            "must be the folder of a run of python -m ctde_jax.train, or of one of its "
+            f"checkpoints, but {path} has no {CONFIG}. To export a run of fit, call fit again with "
+            "the same arguments, which restores its checkpoint, and pass its result to "
+            "write_bundle.",
         )
 
     # Read the checkpoint, which must have been written with these options.
     chosen = parse(["--config", str(folder / CONFIG), *options])
     found = _read(path) if is_checkpoint else newest_intact(folder / CHECKPOINTS, console().print)
     if found is None:
-        raise InputError("run_dir", f"must have a checkpoint, and {folder} has none yet.")
+        raise InputError("run_dir", f"must contain a checkpoint, but {folder} has none yet.")
     check_facts(found, "run_dir")
     _check_options(found, chosen)
 
@@ -130,7 +131,7 @@ def _read(path: Path) -> Checkpoint:
     try:
         return checkpoint.read(path)
     except Damaged as error:
-        raise InputError("run_dir", f"must lead to an intact checkpoint, but {error}.") from error
+        raise InputError("run_dir", f"must contain an intact checkpoint, but {error}.") from error
 
 
 def _check_options(found: Checkpoint, chosen: Config) -> None:
@@ -139,7 +140,7 @@ def _check_options(found: Checkpoint, chosen: Config) -> None:
     now = Options(plain(deciding(chosen)), flag)
     if not isinstance(sealed, dict):
         console().print(
-            f"           not compared with {found.path}: the options, which it does not list"
+            f"           not compared with {found.path}: the options, as it does not list them"
         )
         return
 
@@ -148,8 +149,8 @@ def _check_options(found: Checkpoint, chosen: Config) -> None:
     if different:
         raise InputError(
             "run_dir",
-            f"must be loaded with the options of its checkpoint {found.path}, but differs in "
-            f"{'; '.join(different)}; correct {CONFIG}, or leave these options out.",
+            f"must be loaded with the options of its checkpoint {found.path}, but these differ: "
+            f"{'; '.join(different)}; correct {CONFIG}, or omit these options.",
         )
 
 
@@ -162,7 +163,7 @@ def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Datase
     identity = found.facts.get("identity")
     if identity is None:
         console().print(
-            f"           not compared with {found.path}: the data, of which it has no digests"
+            f"           not compared with {found.path}: the data, as it has no digests of them"
         )
         return data
 
@@ -173,8 +174,8 @@ def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Datase
         option = "data_file" if chosen.data_file else "data_dir"
         raise InputError(
             option,
-            f"must lead to the data that the run was trained on, but {data.name} differs from them "
-            f"in {', '.join(different)}; restore them, or train again.",
+            f"must contain the data of the run, but {data.name} differs in "
+            f"{', '.join(different)}; restore the original data, or train again.",
         )
     return replace(
         data,

@@ -65,7 +65,7 @@ def build(
     decay = () if weight_decay is None else (weight_decay,)
     if decay and name not in DECAYING:
         raise InputError(
-            "weight_decay", f"goes with {', '.join(DECAYING)}, got the optimizer {name}."
+            "weight_decay", f"requires one of {', '.join(DECAYING)}, got the optimizer {name}."
         )
     if weight_decay is not None and not 0 <= weight_decay < inf:
         raise InputError("weight_decay", f"must be at least 0 and finite, got {weight_decay}.")
@@ -111,17 +111,17 @@ def build_schedule(
     if schedule_start and total_steps <= schedule_start:
         raise InputError(
             "steps",
-            f"must be more than the {schedule_start:,} at which the schedule starts, got "
-            f"{total_steps:,}; steps and epochs of a branch count from the start of its parent.",
+            f"must be greater than schedule_start, {schedule_start:,}, got {total_steps:,}; steps "
+            "and epochs of a branch count from the start of its parent.",
         )
     if schedule != "constant" and decay_steps < 1:
         raise InputError(
             "warmup_steps",
-            f"must be fewer than the {total_steps - schedule_start} steps of the run, got "
+            f"must be less than the {total_steps - schedule_start} steps of the schedule, got "
             f"{warmup_steps}.",
         )
 
-    # Functions, because optax refuses to build a decay of no steps, which `constant` may have.
+    # Functions, because optax rejects a decay of 0 steps, which `constant` may have.
     after = {
         "constant": lambda: optax.constant_schedule(learning_rate),
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, decay_steps),

@@ -44,14 +44,14 @@ class DataOptions:
     """Context length: number of characters per example, for --dataset text."""
 
     stride: Count = None
-    """Characters between the starts of training windows of a text; by default those of a window."""
+    """Characters between the starts of training windows of a text; by default --context-length."""
 
     sequence: Literal["none", "rows", "pixels"] = "none"
     """Read images as sequences, row by row or pixel by pixel."""
 
     # Augmentations, applied on the devices during training.
     shift: int = 0
-    """Augmentation: largest random shift of training images in pixels, different in every epoch."""
+    """Augmentation: maximum random shift of training images in pixels, different in every epoch."""
 
     flip: bool = False
     """Augmentation: random horizontal flips of training images."""
@@ -196,7 +196,7 @@ class OptimizationOptions:
     """Number of epochs."""
 
     steps: Count = None
-    """Number of optimizer steps, instead of --epochs; by default those of the epochs."""
+    """Number of optimizer steps, instead of --epochs; by default the steps of --epochs."""
 
     seed: int = 0
     """Random seed for initialization, data order, augmentation and dropout."""
@@ -297,14 +297,14 @@ class AggregationOptions:
     """Make the singular values of each matrix of the aggregated change equal before --outer."""
 
     proximal: float = 0.0
-    """FedProx: strength of the pull of local steps to the parameters at the start of the round."""
+    """FedProx: weight of the proximal term, which keeps local and shared parameters close."""
 
     fragments: int = 1
     """Streaming DiLoCo: number of fragments of the model, aggregated in turn, one per round,
     during the local steps of the next round."""
 
     graph: Literal["none", "ring", "exponential", "pairs"] = "none"
-    """Gossip: graph of neighbors with which a device mixes its parameters, instead of a center."""
+    """Gossip: graph in which each device mixes its parameters with those of its neighbors only."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class RunOptions:
 
     init_from: Folder = None
     """Start from the parameters of this run, checkpoint, bundle or .safetensors file
-    (default: random initialization). Optimizer state and step are not taken;
+    (default: random initialization). Optimizer state and step are not loaded;
     see --branch-from to continue a run with both."""
 
     init_only: Names = ()
@@ -338,8 +338,8 @@ class RunOptions:
 
     # Checkpoints.
     save_every: Count = None
-    """Largest number of optimizer steps between checkpoints, or a round if that is longer;
-    by default the steps of about a minute."""
+    """Maximum number of optimizer steps between checkpoints, or a round if that is longer;
+    by default about a minute of steps."""
 
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
@@ -354,7 +354,7 @@ class RunOptions:
     """Optimizer steps between evaluations, each at the end of a round; by default an epoch."""
 
     log_every: int = 20
-    """Largest number of optimizer steps between rows of metrics, or a round if that is longer."""
+    """Maximum number of optimizer steps between rows of metrics, or a round if that is longer."""
 
     reestimate_batches: int = 0
     """Number of training batches from which the statistics of --norm batch are re-estimated
@@ -373,17 +373,17 @@ class HostOptions:
     """Hosts, each of which runs this command; by default those of Slurm, MPI or a TPU pod."""
 
     coordinator: Text = None
-    """Address and port of host 0, which it opens and all others reach, such as 10.0.0.1:1234;
+    """Address and port of host 0, reachable from all other hosts, such as 10.0.0.1:1234;
     by default that of the launcher."""
 
     num_processes: Count = None
-    """Number of hosts; by default as many as the launcher has started."""
+    """Number of hosts; by default that of the launcher."""
 
     process_id: Count = None
     """Index of this host, from 0; by default that of the launcher."""
 
     coordinator_bind: Text = None
-    """Address and port that host 0 opens if it is not --coordinator, such as 0.0.0.0:1234;
+    """Address and port on which host 0 listens, if not --coordinator, such as 0.0.0.0:1234;
     connections are not authenticated."""
 
     join_timeout: int = 300

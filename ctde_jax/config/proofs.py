@@ -1,4 +1,4 @@
-"""Proofs of the guarantees of training, run on the user's machine; see `verify.py`."""
+"""Tests of the guarantees of training, run on the user's machine; see `verify.py`."""
 
 import json
 import random
@@ -39,11 +39,11 @@ def prove_resume(arguments: Sequence[str]) -> Verdict:
         whole = Path(folder) / "whole"
         killed = Path(folder) / "killed"
         command = [sys.executable, "-m", "ctde_jax.train", *arguments, "--run-dir"]
-        with screen.status("training without a break"):
+        with screen.status("training without interruption"):
             _end([*command, str(whole)])
-        taken = checkpoint.steps(whole / CHECKPOINTS)
-        first = min(taken)
-        last = max(taken)
+        saved_steps = checkpoint.steps(whole / CHECKPOINTS)
+        first = min(saved_steps)
+        last = max(saved_steps)
 
         # By default, checkpoints are about a minute apart, too few for a short run to be resumed.
         every = chosen.run.save_every or chosen.run.log_every
@@ -55,28 +55,22 @@ def prove_resume(arguments: Sequence[str]) -> Verdict:
         # after its next checkpoint. At least one kill must leave it in the middle of its steps.
         seconds = (_written(whole, last) - _written(whole, first)) * every / max(1, last - first)
         for _ in range(KILLS):
-            with screen.status("training, to be killed"):
+            with screen.status("training until killed"):
                 is_killed = _kill(
                     [*command, str(killed)], killed / CHECKPOINTS, draw.uniform(0, seconds)
                 )
             steps = checkpoint.steps(killed / CHECKPOINTS)
             kills += is_killed and any(0 < step < last for step in steps[:1])
-            saved = (
-                f"its newest checkpoint is that of step {steps[0]:,}"
-                if steps
-                else "before its first checkpoint"
-            )
-            screen.print(
-                f"{'killed' if is_killed else 'ended before it was to be killed'}, {saved}"
-            )
+            saved = f"newest checkpoint at step {steps[0]:,}" if steps else "no checkpoint yet"
+            screen.print(f"{'killed' if is_killed else 'completed before the kill'}, {saved}")
         if not kills:
             raise InputError(
                 "verify",
-                "resume was killed in the middle of no run, so it proves nothing: train longer.",
+                "resume killed no run between its steps, so nothing was verified; train longer.",
             )
 
         # Let the second run end, and compare the two.
-        with screen.status("training to the end"):
+        with screen.status("training without kills"):
             _end([*command, str(killed)])
         one = _newest(whole)
         wrong = _differing(whole, killed)
@@ -85,8 +79,8 @@ def prove_resume(arguments: Sequence[str]) -> Verdict:
     differences += [] if rows[0] == rows[1] else [f"the rows of {METRICS} differ"]
     return (
         differences,
-        f"all {len(one.tensors)} tensors and {len(rows[0])} rows are those of the run nobody has "
-        "killed",
+        f"all {len(one.tensors)} tensors and {len(rows[0])} rows equal those of the uninterrupted "
+        "run",
     )
 
 
@@ -94,33 +88,39 @@ def prove_exact(arguments: Sequence[str]) -> Verdict:
     """Proves that `--exact` trains to the same bits on 1, 2, 4 and 8 devices (if available)."""
     arguments = ["--exact", *(word for word in arguments if word != "--exact")]
     if _parse(arguments).aggregation.devices is not None:
-        raise InputError("devices", "must be left out, as their number is what changes.")
+        raise InputError("devices", "must not be set, as exact trains on 1, 2, 4 and 8 devices.")
 
-    # Fake CPU devices are not limited; of accelerators, take no more than there are.
-    here = start()
-    counts = [count for count in (1, 2, 4, 8) if here[0].platform == "cpu" or count <= len(here)]
+    # The number of fake CPU devices is not limited, that of accelerators is.
+    available = start()
+    is_cpu = available[0].platform == "cpu"
+    counts = [count for count in (1, 2, 4, 8) if is_cpu or count <= len(available)]
     screen = console()
     wrong = []
 
     # Train on each number of devices, and compare with one device.
     with TemporaryDirectory() as folder:
         folders = {count: Path(folder) / str(count) for count in counts}
-        for count, own in folders.items():
-            with screen.status(f"training on {count}"):
+        for count, run_folder in folders.items():
+            with screen.status(f"training, --devices {count}"):
                 command = [sys.executable, "-m", "ctde_jax.train", *arguments]
-                _end([*command, "--devices", str(count), "--run-dir", str(own)])
-            differing = _differing(folders[1], own)
-            screen.print(f"{count} devices: {len(differing)} tensors differ from those of one")
-            wrong += [f"the bits of {name} differ on {count} devices" for name in differing]
+                _end([*command, "--devices", str(count), "--run-dir", str(run_folder)])
+            differing = _differing(folders[1], run_folder)
+            screen.print(f"{count} devices: {len(differing)} tensors differ from those on 1 device")
+            wrong += [
+                f"the bits of {name} differ between 1 and {count} devices" for name in differing
+            ]
         tensors = len(_newest(folders[1]).tensors)
-    return wrong, f"all {tensors} tensors are the same on {', '.join(map(str, counts))} devices"
+    return (
+        wrong,
+        f"all {tensors} tensors have the same bits on {', '.join(map(str, counts))} devices",
+    )
 
 
 def prove_replicas(arguments: Sequence[str]) -> Verdict:
-    """Proves that devices share the same state: training compares it after every dispatch."""
+    """Proves that all devices hold equal values: training compares them after every dispatch."""
     chosen = _parse(arguments)
     if len(start(chosen.aggregation.devices, FAKE_DEVICES)) == 1:
-        raise InputError("devices", "must be at least 2 where they are to be compared, got 1.")
+        raise InputError("devices", "must be at least 2, so that replicas can be compared, got 1.")
 
     # A difference raises ReplicasDiverged, which the command reports.
     trained = train(chosen, time.perf_counter())
@@ -128,7 +128,7 @@ def prove_replicas(arguments: Sequence[str]) -> Verdict:
     steps = trained.history[-1]["step"]
     return (
         [],
-        f"what the {devices} share was the same on all of them after every dispatch of {steps:,} "
+        f"the replicated state was equal on all {devices} after every dispatch, for {steps:,} "
         "steps",
     )
 
@@ -153,16 +153,16 @@ def prove_eval(arguments: Sequence[str]) -> Verdict:
     # The order of summation differs, so the averages agree only up to rounding.
     tested = trained.tested
     differences = [
-        f"the test {name} is {tested[name]:.6f} on all devices, and {value:.6f} one by one"
+        f"the test {name} is {tested[name]:.6f} on all devices, but {value:.6f} one by one"
         for name, value in alone.items()
         if not np.isclose(tested[name], value, rtol=1e-4, atol=1e-6)
     ]
     if tested["examples"] != len(inputs):
-        differences.append(f"{tested['examples']:,} examples were counted, of {len(inputs):,}")
+        differences.append(f"{tested['examples']:,} of {len(inputs):,} examples were counted")
     return (
         differences,
-        f"all {len(inputs):,} test examples count once, one by one as on {len(trained.devices)} "
-        "devices",
+        f"all {len(inputs):,} test examples count once: the metrics of {len(trained.devices)} "
+        "devices equal those of an evaluation one by one",
     )
 
 
@@ -170,7 +170,9 @@ def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
     """Proves that every checkpoint of a run, or a given one, is as it was written."""
     if len(arguments) != 1:
         raise InputError(
-            "verify", "checkpoint wants the folder of a run or of a checkpoint, and nothing else."
+            "verify",
+            f"checkpoint requires one argument, the folder of a run or a checkpoint, got "
+            f"{len(arguments)}.",
         )
 
     # Find the checkpoints of a run; otherwise the folder must be a checkpoint.
@@ -180,7 +182,7 @@ def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
     if not paths and not (folder / checkpoint.MANIFEST).exists():
         raise InputError(
             "verify",
-            f"checkpoint wants the folder of a run or of a checkpoint, and {folder} is neither.",
+            f"checkpoint requires the folder of a run or a checkpoint, but {folder} is neither.",
         )
     paths = paths or [folder]
 
@@ -194,17 +196,17 @@ def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
             damaged.append(str(error))
     return (
         damaged,
-        f"{tensors} tensors in {', '.join(path.name for path in paths)} have their SHA-256",
+        f"{tensors} tensors in {', '.join(path.name for path in paths)} match their SHA-256",
     )
 
 
 def _parse(arguments: Sequence[str]) -> Config:
-    # A proof runs on this host alone, and must train instead of reading a run that is complete.
+    # A proof runs on this host alone, and must train instead of loading a complete run.
     chosen = parse(arguments)
     hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if chosen.run.run_dir is not None:
         raise InputError(
-            "run_dir", "must be left out, as a run that is there already proves nothing."
+            "run_dir", "must not be set, as an existing run in this folder would not be trained."
         )
     return chosen
 
@@ -212,7 +214,7 @@ def _parse(arguments: Sequence[str]) -> Config:
 def _end(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise InputError("verify", f"could not train: {done.stderr.strip()}")
+        raise InputError("verify", f"failed to train: {done.stderr.strip()}")
 
 
 def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:

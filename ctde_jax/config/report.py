@@ -1,4 +1,4 @@
-"""What the command line prints about a run: descriptions for its plan, and the result."""
+"""Output of the command line for a run: descriptions for its plan, and the table of results."""
 
 from math import prod
 from pathlib import Path

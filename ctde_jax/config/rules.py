@@ -1,4 +1,4 @@
-"""Rules between options, as tables: which option needs another, and which exclude each other."""
+"""Rules between options, as tables: options that require others, and mutually exclusive ones."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from ctde_jax.config.options import AggregationOptions, DataOptions
 from ctde_jax.errors import InputError, check_at_least, check_at_most
 
 _MOST_FRAGMENTS = 1000
-"""Largest number of fragments, each of which is a part of the program of a round."""
+"""Maximum number of fragments; each one adds to the compiled program of a round."""
 
 
 class Exclusion(NamedTuple):
@@ -24,55 +24,55 @@ EXCLUSIONS = (
     Exclusion(
         lambda chosen: chosen.exact,
         ("sync_every", "reduce", "combine", "dp_clip_norm"),
-        "must be left out with exact, which sums the gradient of every step as it is.",
+        "must not be set with exact, which sums the uncompressed gradients of every step.",
     ),
     Exclusion(
         lambda chosen: chosen.sync_every < 1,
         ("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"),
-        "needs steps alone (sync_every) of at least 1, got {sync_every}.",
+        "requires sync_every of at least 1, got {sync_every}.",
     ),
     # Gossip and fragments, which determine what is sent.
     Exclusion(
         lambda chosen: chosen.graph != "none",
         ("reduce", "combine", "dp_clip_norm", "fragments"),
-        "must be left out with graph {graph}, which sends parameters.",
+        "must not be set with graph {graph}, which mixes the parameters of neighbors.",
     ),
     Exclusion(
         lambda chosen: chosen.fragments > 1 and chosen.reduce == "power_sgd",
         ("reduce",),
-        "must not be power_sgd with fragments, which cut matrices into vectors.",
+        "must not be power_sgd with fragments, which split matrices into vectors.",
     ),
     Exclusion(
         lambda chosen: chosen.fragments > 1,
         ("isotropic",),
-        "must be left out with fragments, which cut matrices into vectors.",
+        "must not be set with fragments, which split matrices into vectors.",
     ),
     # Combination of messages: only the owner of a slice can apply a robust rule to it.
     Exclusion(
         lambda chosen: chosen.reduce == "power_sgd" or chosen.exchange == "gathered",
         ("combine",),
-        "must be average where messages have no owners, got {combine}.",
+        "must be average with reduce power_sgd or exchange gathered, got {combine}.",
     ),
     Exclusion(
         lambda chosen: chosen.combine != "average",
         ("synchronous_steps",),
-        "must be 0 with combine {combine}, as they take the plain mean.",
+        "must be 0 with combine {combine}, as synchronous steps average the gradients.",
     ),
     # Differential privacy: the noise is calibrated for the exact average of clipped messages.
     Exclusion(
         lambda chosen: chosen.dp_clip_norm is None,
         ("dp_noise_multiplier",),
-        "needs a dp_clip_norm, got none.",
+        "requires dp_clip_norm, got none.",
     ),
     Exclusion(
         lambda chosen: chosen.dp_clip_norm is not None,
         ("synchronous_steps",),
-        "must be 0 with dp_clip_norm, as they send gradients as they are.",
+        "must be 0 with dp_clip_norm, as synchronous steps send unclipped gradients.",
     ),
     Exclusion(
         lambda chosen: chosen.dp_clip_norm is not None and chosen.dp_noise_multiplier,
         ("reduce", "combine"),
-        "must be left out with noise, which is measured for the exact average.",
+        "must not be set with dp_noise_multiplier, as the noise is calibrated for the mean.",
     ),
 )
 
@@ -125,7 +125,7 @@ _FILES = {
 
 
 def check_aggregation(chosen: AggregationOptions) -> None:
-    """Raises InputError if options exclude each other, so that none is ignored silently."""
+    """Raises InputError if options are mutually exclusive, so that none is ignored silently."""
     # An option counts as given if it differs from its default.
     default = AggregationOptions()
     check_at_least(1, fragments=chosen.fragments)
@@ -139,10 +139,8 @@ def check_aggregation(chosen: AggregationOptions) -> None:
 
 
 def check_files(chosen: DataOptions) -> None:
-    """Raises InputError if a file is given from which the data set is not read."""
+    """Raises InputError if a file or a column is given that the data set does not use."""
     for option, datasets in _FILES.items():
         if getattr(chosen, option) is not None and chosen.dataset not in datasets:
             known = " or ".join(datasets)
-            raise InputError(
-                option, f"goes with --dataset {known}, got --dataset {chosen.dataset}."
-            )
+            raise InputError(option, f"requires --dataset {known}, got --dataset {chosen.dataset}.")

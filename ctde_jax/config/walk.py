@@ -41,9 +41,9 @@ def train(config: Config, started: float) -> Trained:
 
     options = Options(deciding(config), flag)
 
-    # Record the number of devices, so that another machine repeats the run on as many.
-    here = len(replica.own(devices))
-    config = replace(config, aggregation=replace(config.aggregation, devices=here))
+    # Record the number of devices, so that the run can be repeated on another machine.
+    count = len(replica.own(devices))
+    config = replace(config, aggregation=replace(config.aggregation, devices=count))
     screen = console()
     with ExitStack() as at_end:
         # The claim lasts until the end of the run.
@@ -94,9 +94,9 @@ def _check_trunk(chosen: RunOptions, folder: Path) -> None:
     if chosen.branch_from is None or chosen.resume == "auto":
         return
     if chosen.branch_from.resolve().is_relative_to(folder.resolve() / checkpoint.CHECKPOINTS):
-        rule = f"must be a checkpoint outside {folder}, whose run --resume never moves"
+        rule = f"must be outside of {folder}, as --resume never moves the run there"
         raise InputError(
-            "branch_from", f"{rule}, got {chosen.branch_from}; name another --run-dir."
+            "branch_from", f"{rule}, got {chosen.branch_from}; pass another --run-dir."
         )
 
 
@@ -110,12 +110,12 @@ def _show(plan: Table) -> None:
     except OSError as error:
         raise InputError(
             "standard output",
-            f"must be writable, got {error.strerror}; redirect it to a file with room.",
+            f"must be writable, got {error.strerror}; redirect it to a writable file.",
         ) from error
 
 
 _LONGEST_SAMPLE = 1_000_000
-"""Largest number of characters, which are generated one by one at every evaluation."""
+"""Maximum number of characters, as they are generated one by one at every evaluation."""
 
 
 def _sampler(

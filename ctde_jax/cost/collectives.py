@@ -5,14 +5,14 @@ In a collective over a group of `g` devices that each contribute `n` bytes, each
     all-reduce          2 (g - 1) / g x n    once around the ring to reduce, once more to broadcast
     reduce-scatter        (g - 1) / g x n
     all-gather            (g - 1)     x n
-    all-to-all            (g - 1) / g x n    an equal share to each other device
+    all-to-all            (g - 1) / g x n    an equal part to every other device
     collective-permute                  n    nothing from a device that is in no pair
 
 A ring visits its group in the order in which the program lists it and returns to the start, and a
 device sends only to the next one. Bytes therefore cross hosts if two neighbors in the list are on
 different hosts.
 
-Of the branches of a conditional, the one that sends most is counted. Its collectives are marked
+Of the branches of a conditional, the one that sends the most is counted. Its collectives are marked
 `certain=False` unless all branches send the same.
 """
 
@@ -45,7 +45,7 @@ class Collective(NamedTuple):
     """Trip counts of the enclosing loops, outermost first; a loop over rounds counts as 1."""
 
     certain: bool
-    """False if a conditional may send something else instead, at most as many bytes."""
+    """False if other branches of a conditional send fewer bytes, so the count is an upper bound."""
 
     sent: float
     """Bytes that leave the device that sends most."""
@@ -105,7 +105,7 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
         if op in _UNCOUNTABLE and "is_host_transfer=true" not in instruction.attributes:
             raise InputError(
                 "hlo_text",
-                f"must send what can be counted before it runs, got {op} %{instruction.name}.",
+                f"must only contain collectives of known size, got {op} %{instruction.name}.",
             )
 
         # Loops and conditionals have separate rules. Any other instruction that calls computations,
@@ -113,10 +113,10 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
         if op in _COLLECTIVES:
             found += _collective(op, instruction, frame, loops, hosts)
         elif op == "while":
-            turns = hlo.trip_count(instruction, frame)
-            inside = _loop(instruction, turns, frame, loops, hosts)
+            trip_count = hlo.trip_count(instruction, frame)
+            inside = _loop(instruction, trip_count, frame, loops, hosts)
             # The last loop over rounds replaces an earlier one, which runs blocks of them.
-            if turns is None and not loops:
+            if trip_count is None and not loops:
                 in_rounds = inside or in_rounds
             else:
                 found += inside
@@ -130,24 +130,25 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
 
 def _loop(
     loop: hlo.Instruction,
-    turns: int | None,
+    trip_count: int | None,
     frame: hlo.Frame,
     loops: tuple[int, ...],
     hosts: Sequence[int],
 ) -> list[Collective]:
     # A loop of unknown trip count is one over rounds if it is outermost, and counts as one round.
     # An inner one counts as 0, which does not matter: it must not contain collectives.
-    counted = int(not loops) if turns is None else turns
+    counted = int(not loops) if trip_count is None else trip_count
 
     # The condition of a loop runs once more than its body.
     found: list[Collective] = []
     for name, times in zip(loop.called("body", "condition"), (counted, counted + 1), strict=True):
         found += _walk(frame.enter(name, loop), (*loops, times), hosts)
-    if found and turns is None and loops:
+    if found and trip_count is None and loops:
         raise InputError(
             "hlo_text",
-            f"must say how often its loops with collectives turn, but %{loop.name} turns until a "
-            "condition holds; use lax.scan, or lax.fori_loop with constant bounds.",
+            "must have a constant trip count for every loop with collectives within a round, but "
+            f"%{loop.name} runs until a condition holds; use lax.scan, or lax.fori_loop with "
+            "constant bounds.",
         )
     return [one for one in found if one.times]
 
@@ -203,8 +204,8 @@ def _collective(
 def _links(op: str, payload: int, group: list[int]) -> list[_Link]:
     others = len(group) - 1
     if op == "all-to-all":
-        share = payload / len(group)
-        return [(source, target, share) for source in group for target in group if source != target]
+        part = payload / len(group)
+        return [(source, target, part) for source in group for target in group if source != target]
 
     # All others are rings: every device sends the same number of bytes to the next one.
     around = {

@@ -126,7 +126,7 @@ def trip_count(loop: Instruction, frame: Frame) -> int | None:
     # The count follows from three constants: the initial value, the limit and the step.
     start = _value(frame, loop.operands[0], index)
     stop = _value(condition, limit)
-    step = _moved(body, index)
+    step = _increment(body, index)
     if start is None or stop is None or not step:
         return None
     return max(0, ceil((stop - start) / step))
@@ -224,8 +224,8 @@ def _value(frame: Frame, name: str, index: int | None = None) -> int | None:
         ):
             # An element of a loop's state that the body does not change keeps its initial value.
             (body,) = frame.call.called("body")
-            moved = _moved(frame.caller.enter(body, frame.call), index)
-            return _value(frame.caller, frame.call.operands[0], index) if moved == 0 else None
+            increment = _increment(frame.caller.enter(body, frame.call), index)
+            return _value(frame.caller, frame.call.operands[0], index) if increment == 0 else None
     return None
 
 
@@ -240,7 +240,7 @@ def _loop_index(name: str, frame: Frame) -> int | None:
     return int(instruction.attribute("index")) if source.opcode == "parameter" else None
 
 
-def _moved(body: Frame, index: int) -> int | None:
+def _increment(body: Frame, index: int) -> int | None:
     """Returns the change of a state's element in one iteration, or None if it is not constant."""
     # The body returns the new state as a tuple.
     instructions = body.computation.instructions
@@ -251,12 +251,12 @@ def _moved(body: Frame, index: int) -> int | None:
         return 0
 
     # Otherwise it must be the sum of the element and a constant, in either order.
-    moved = instructions[root.operands[index]]
-    while moved.opcode in ("copy", "bitcast"):
-        moved = instructions[moved.operands[0]]
-    if moved.opcode != "add":
+    updated = instructions[root.operands[index]]
+    while updated.opcode in ("copy", "bitcast"):
+        updated = instructions[updated.operands[0]]
+    if updated.opcode != "add":
         return None
-    element, constant = moved.operands
+    element, constant = updated.operands
     if _loop_index(element, body) != index:
         element, constant = constant, element
     if _loop_index(element, body) != index:

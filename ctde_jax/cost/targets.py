@@ -22,7 +22,7 @@ from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task
 from ctde_jax.rounds import ExampleSource, Span, make_gradient_for, parallel_rounds, state
 
-EXAMPLES = "tpu:v5e:2x4 (a slice of so many chips) or gpu:h100:2x4 (hosts, and devices on each)"
+EXAMPLES = "tpu:v5e:2x4 (a slice of 2 x 4 chips) or gpu:h100:2x4 (2 hosts with 4 GPUs each)"
 
 # XLA's `GpuTargetConfigProto` as text: properties that the compiler would query from the device.
 _H100 = """
@@ -54,13 +54,13 @@ def devices(target: str) -> Sequence[jax.Device]:
     # Parse the target and check that the plugin of its platform is installed.
     match = re.fullmatch(r"(tpu):(.+:.+)|gpu:(h100):(\d+x\d+)", target)
     if not match:
-        raise InputError("target", f"must be such as {EXAMPLES}, got {target}.")
+        raise InputError("target", f"must be a target such as {EXAMPLES}, got {target}.")
     platform = "tpu" if match[1] else "gpu"
     if not _plugin_is_installed(platform):
         package = {"tpu": "jax[tpu]", "gpu": "jax[cuda12]"}[platform]
         raise InputError(
             "target",
-            f"must be one whose plugin is installed (pip install '{package}'), got {target}.",
+            f"must be a target whose plugin is installed (pip install '{package}'), got {target}.",
         )
 
     # Otherwise libtpu queries the metadata server of a Cloud TPU.
@@ -73,7 +73,7 @@ def devices(target: str) -> Sequence[jax.Device]:
         ).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise InputError(
-            "target", f"must be known to the plugin, got {target} ({error})."
+            "target", f"must be a target that the plugin supports, got {target} ({error})."
         ) from error
 
 

@@ -1,6 +1,6 @@
 """Communication of a round: the bytes of the compiled program's collectives.
 
-The Python program does not determine what travels: a compiler widens small dtypes, merges messages
+The Python program does not determine the bytes: the compiler widens small dtypes, merges messages
 and moves them out of loops. Bytes are therefore counted in the optimized HLO, which contains the
 payload and the groups of every collective and the trip counts of its loops. `benchmarks/sockets.py`
 compares the count with the bytes sent through sockets.
@@ -37,14 +37,14 @@ class Traffic:
         return sum(one.sent * one.times for one in self.collectives)
 
     @property
-    def sent_a_step(self) -> float:
+    def sent_per_step(self) -> float:
         """Bytes that leave a device per optimizer step, on average."""
         return self.sent / self.round_steps
 
     @property
     def peak(self) -> float:
         """Maximum bytes that leave a device between two optimizer steps: at the end of a round."""
-        # Then a device sends the share of the last local step, and everything outside of the steps.
+        # The messages of the last local step, and all that are outside of the loop of local steps.
         during = sum(one.sent * one.times for one in in_local_steps(self))
         return self.sent - during + during / self.round_steps
 
@@ -106,10 +106,10 @@ def table(traffic: Traffic, params: int, replicas: int) -> Table:
     """Returns a table with one row for each kind of collective, and the totals."""
     # Columns: text on the left, numbers on the right.
     caption = summary(traffic, params, replicas)
-    shown = Table(title="what a device sends in a round", caption=caption, caption_justify="left")
-    for column in ("collective", "type"):
+    shown = Table(title="bytes sent by each device", caption=caption, caption_justify="left")
+    for column in ("collective", "dtype"):
         shown.add_column(column)
-    for column in ("payload", "devices", "times", "bytes sent", "across hosts"):
+    for column in ("payload", "devices", "calls", "bytes sent", "across hosts"):
         shown.add_column(column, justify="right")
 
     # Collectives that are equal in all respects share a row.
@@ -128,28 +128,28 @@ def table(traffic: Traffic, params: int, replicas: int) -> Table:
     # Totals per round, and per optimizer step.
     shown.add_section()
     across = f"{traffic.across / traffic.total:.0%}" if traffic.total else ""
-    shown.add_row("a round", "", "", "", f"{traffic.launches:,}", f"{traffic.sent:,.0f}", across)
-    shown.add_row("a step, on average", "", "", "", "", f"{traffic.sent_a_step:,.0f}")
-    shown.add_row("a step, at most", "", "", "", "", f"{traffic.peak:,.0f}")
+    shown.add_row("per round", "", "", "", f"{traffic.launches:,}", f"{traffic.sent:,.0f}", across)
+    shown.add_row("mean step", "", "", "", "", f"{traffic.sent_per_step:,.0f}")
+    shown.add_row("peak step", "", "", "", "", f"{traffic.peak:,.0f}")
     return shown
 
 
 def summary(traffic: Traffic, params: int, replicas: int) -> str:
     """Returns a sentence on the bytes that each device sends, relative to float32 gradients."""
     if not traffic.sent:
-        return "one device sends nothing"
-    fewer = synchronous_bytes(params, replicas) / traffic.sent_a_step
-    often = f"every {traffic.round_steps} steps" if traffic.round_steps > 1 else "at every step"
-    launches = f"{traffic.launches:,} launch{'es' if traffic.launches > 1 else ''}"
-    most = "" if traffic.certain else "at most "
-    says = f"each device sends {most}{decimal(round(traffic.sent))} {often} in {launches}"
+        return "no communication between devices"
+    period = f"every {traffic.round_steps} steps" if traffic.round_steps > 1 else "per step"
+    collectives = f"{traffic.launches:,} collective{'s' if traffic.launches > 1 else ''}"
+    bound = "" if traffic.certain else "at most "
+    total = f"each device sends {bound}{decimal(round(traffic.sent))} {period} in {collectives}"
 
     # A difference of less than 5 % is not reported.
-    if abs(fewer - 1) < 0.05:
-        return says
-    share = (
-        f"{fewer:,.3g} times fewer bytes than"
-        if fewer > 1
-        else f"{1 / fewer:,.3g} times the bytes of"
+    saving = synchronous_bytes(params, replicas) / traffic.sent_per_step
+    if abs(saving - 1) < 0.05:
+        return total
+    ratio = (
+        f"{saving:,.3g} times fewer bytes than"
+        if saving > 1
+        else f"{1 / saving:,.3g} times the bytes of"
     )
-    return f"{says}, {share} float32 gradients at every step"
+    return f"{total}, {ratio} averaging float32 gradients at every step"

@@ -40,7 +40,7 @@ def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
     if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
         raise InputError(
             option,
-            "must have a number in every place, got masked ones; fill them in with .filled(...).",
+            "must not contain masked values; replace them with .filled(...).",
         )
 
     # Convert to a numpy array.
@@ -48,7 +48,7 @@ def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
         found = np.asarray(array)
     except ValueError as error:  # of a ragged list
         raise InputError(
-            option, "must be an array with examples of one shape, got a ragged list."
+            option, "must contain examples of the same shape, got a ragged list."
         ) from error
 
     # In a list with text, numpy also converts the numbers to text, such as NaN; objects keep them.
@@ -60,7 +60,7 @@ def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
         names = ", ".join(found.dtype.names)
         raise InputError(
             option,
-            f"must be a plain array, got one with the fields {names}; stack them along an axis.",
+            f"must be an array without fields, got the fields {names}; stack them along an axis.",
         )
     if found.dtype == object:
         found = _of_objects(option, found)
@@ -85,7 +85,7 @@ def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | D
     if 0 in inputs.shape:
         raise InputError(
             option,
-            "must hold at least one example, of at least one number, got the shape "
+            "must contain at least one example with at least one feature, got the shape "
             f"{inputs.shape}.",
         )
 
@@ -93,11 +93,11 @@ def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | D
     if inputs.dtype == np.uint8:
         return inputs
     if inputs.dtype.kind not in "biuf":
-        raise InputError(option, f"must hold real numbers, got the type {inputs.dtype}.")
+        raise InputError(option, f"must contain real numbers, got the dtype {inputs.dtype}.")
     if inputs.dtype.kind != "f":
         return _as_int32(option, inputs)
 
-    # Floats: a number that exceeds float32 becomes infinite in the cast, and is refused.
+    # Floats: a number that exceeds float32 becomes infinite in the cast, and is rejected.
     with np.errstate(over="ignore", invalid="ignore"):
         for first, piece in slices(inputs):
             is_finite = np.isfinite(piece.astype(np.float32, copy=False))
@@ -106,8 +106,8 @@ def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | D
                 where = ", ".join(map(str, (first + row, *place)))
                 raise InputError(
                     option,
-                    f"must be finite in float32, got NaN or infinity at [{where}]; remove or fill "
-                    "in such examples.",
+                    f"must be finite in float32, got NaN or infinity at [{where}]; remove or "
+                    "impute such examples.",
                 )
     check_precision(option, inputs)
     return inputs.astype(np.float32)
@@ -120,14 +120,15 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
         InputError: If the labels have another shape or dtype, do not fit in int32, or are not
             finite.
     """
-    # Check the shape, and refuse time differences (kind `m`).
+    # Check the shape, and reject time differences (kind `m`).
     labels = plain(option, labels)
     if labels.ndim == 0:
         raise InputError(option, f"must have the shape [examples], got {labels.shape}.")
     if 0 in labels.shape[1:] or labels.dtype.kind == "m":
         raise InputError(
             option,
-            f"must hold numbers for each example, got the shape {labels.shape}, {labels.dtype}.",
+            f"must contain numbers for each example, got {labels.dtype} of the shape "
+            f"{labels.shape}.",
         )
 
     # Labels with one number per example are loaded, even if they are in a file.
@@ -151,11 +152,12 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
                 row = first + np.argwhere(~np.isfinite(piece))[0][0]
                 fault = f"got NaN or infinity for example {row}"
                 raise InputError(
-                    option, f"must be finite, {fault}; remove or fill in such examples."
+                    option, f"must be finite, {fault}; remove or impute such examples."
                 )
         return labels.astype(np.float32)
     raise InputError(
-        option, f"must hold integers from 0, or real-valued targets, got the type {labels.dtype}."
+        option,
+        f"must contain integers from 0 or real-valued targets, got the dtype {labels.dtype}.",
     )
 
 
@@ -188,10 +190,10 @@ def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
         where = ", ".join(map(str, place))
         raise InputError(
             option,
-            "must hold numbers that float32 tells apart, got numbers around "
+            "must contain numbers that float32 distinguishes, got numbers around "
             f"{origin[0][tuple(place)]:.17g} with a standard deviation of "
-            f"{deviation[0][tuple(place)]:.3g} at [:, {where}]; subtract one of them from all "
-            "first, in float64.",
+            f"{deviation[0][tuple(place)]:.3g} at [:, {where}]; subtract their minimum in "
+            "float64 first.",
         )
 
 
@@ -202,10 +204,10 @@ def targets_or_classes(labels: np.ndarray | DiskArray) -> str:
     some = np.asarray(labels[:4096])
     if labels.ndim == 1 and labels.dtype.kind == "f" and np.array_equal(some, np.rint(some)):
         return (
-            f"got whole numbers of the type {labels.dtype}; pass labels.astype(int) if they are "
+            f"got whole numbers of the dtype {labels.dtype}; pass labels.astype(int) if they are "
             "classes"
         )
-    return f"got labels of the type {labels.dtype} and the shape {list(labels.shape)}"
+    return f"got labels of the dtype {labels.dtype} and the shape {list(labels.shape)}"
 
 
 def _in_float64(array: np.ndarray | DiskArray) -> Iterator[np.ndarray]:
@@ -231,8 +233,8 @@ def _of_objects(option: str, objects: np.ndarray) -> np.ndarray:
         place = is_text.index(False)
         raise InputError(
             option,
-            f"must hold text alone or numbers alone, got text and {type(values[place]).__name__} "
-            f"{values[place]!r:.60} at [{place}]; fill in or remove such examples.",
+            f"must contain only text or only numbers, got text and {type(values[place]).__name__} "
+            f"{values[place]!r:.60} at [{place}]; impute or remove such examples.",
         )
 
     # Numbers alone; they are integers if all of them can be an index.
@@ -241,27 +243,27 @@ def _of_objects(option: str, objects: np.ndarray) -> np.ndarray:
             where = ", ".join(map(str, np.unravel_index(place, objects.shape)))
             raise InputError(
                 option,
-                f"must hold numbers, got {type(value).__name__} {value!r:.60} at [{where}]; "
+                f"must contain numbers, got {type(value).__name__} {value!r:.60} at [{where}]; "
                 "convert or remove it.",
             )
     is_whole = all(hasattr(value, "__index__") for value in values)
     try:
         return objects.astype(np.int64 if is_whole else np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            option, f"must hold numbers, got objects that are none ({error})."
-        ) from error
+        raise InputError(option, f"must contain numbers, got other objects ({error}).") from error
 
 
 def _as_float32(option: str, array: np.ndarray) -> np.ndarray:
     try:
         return array.astype(np.float32)
     except (TypeError, ValueError) as error:
-        raise InputError(option, f"must hold real numbers, got the type {array.dtype}.") from error
+        raise InputError(
+            option, f"must contain real numbers, got the dtype {array.dtype}."
+        ) from error
 
 
 def _as_int32(option: str, integers: np.ndarray | DiskArray) -> np.ndarray | DiskArray:
-    # Dtypes within the bounds of int32 need no look at the values; `initial` serves empty pieces.
+    # Values are checked only if the dtype exceeds int32; `initial` is for empty pieces.
     bounds = np.iinfo(np.int32)
     stored = integers.dtype
     if stored.kind != "b" and not (

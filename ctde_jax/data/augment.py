@@ -36,7 +36,7 @@ def apply_to(augment: Augment, key: jax.Array, inputs: jax.Array, examples: jax.
     if (augmented.shape, augmented.dtype) != (inputs.shape, inputs.dtype):
         raise InputError(
             "augment",
-            f"must leave an example in its shape {list(inputs.shape[1:])} and type {inputs.dtype}, "
+            f"must preserve the shape {list(inputs.shape[1:])} and the dtype {inputs.dtype}, "
             f"got {list(augmented.shape[1:])} and {augmented.dtype}.",
         )
     return augmented
@@ -67,7 +67,7 @@ def shift(pixels: int) -> Augment:
         if pixels >= min(sides):
             raise InputError(
                 "pixels",
-                f"must be less than the shorter side of a picture of {sides[0]} x {sides[1]}, got "
+                f"must be less than the shorter side of an image of {sides[0]} x {sides[1]}, got "
                 f"{pixels}.",
             )
         # Pad with zeros and crop at a random corner; the corner (pixels, pixels) moves nothing.
@@ -106,7 +106,7 @@ def cutout(size: int) -> Augment:
         if size > min(sides):
             raise InputError(
                 "size",
-                f"must be at most the shorter side of a picture of {sides[0]} x {sides[1]}, got "
+                f"must be at most the shorter side of an image of {sides[0]} x {sides[1]}, got "
                 f"{size}.",
             )
         # Masks of the square's rows and columns, clipped at the border; broadcast over channels.
@@ -127,7 +127,7 @@ def _sides(picture: jax.Array) -> tuple[int, int]:
     if picture.ndim not in (2, 3):
         raise InputError(
             "augment",
-            "needs pictures of the shape [height, width] or [height, width, channels], "
+            "requires images of the shape [height, width] or [height, width, channels], "
             f"got an example of the shape {list(picture.shape)}.",
         )
     return picture.shape[0], picture.shape[1]

@@ -249,14 +249,14 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
     if (epochs is None) == (steps is None):
         raise InputError(
             "epochs",
-            f"or steps must be given, and not both, got epochs={epochs} and steps={steps}.",
+            f"or steps must be set, but not both, got epochs={epochs} and steps={steps}.",
         )
     check_at_least(1, epochs=epochs, steps=steps)
     total = steps or an_epoch * (epochs or 0)
     if total > _MOST_STEPS:
         option, given = ("epochs", epochs) if steps is None else ("steps", steps)
         raise InputError(
-            option, f"must make at most {_MOST_STEPS:,} optimizer steps, got {given:,}."
+            option, f"must result in at most {_MOST_STEPS:,} optimizer steps, got {given:,}."
         )
     return total
 
@@ -285,7 +285,8 @@ def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
     # Every replica needs at least one example.
     if examples < replicas:
         raise InputError(
-            "devices", f"must be at most the {examples} training examples, got {replicas}."
+            "devices",
+            f"must be at most the number of training examples, {examples}, got {replicas}.",
         )
 
     # Suggest the nearest multiple that does not exceed the number of examples.
@@ -293,13 +294,13 @@ def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
         nearest = min(max(1, round(batch_size / replicas)), examples // replicas) * replicas
         raise InputError(
             "batch_size",
-            f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do.",
+            f"must be a multiple of the {replicas} devices, got {batch_size}; use {nearest}.",
         )
     if batch_size > examples:
         raise InputError(
             "batch_size",
-            f"must be at most the {examples:,} training examples, got {batch_size}; "
-            f"{examples // replicas * replicas} would do.",
+            f"must be at most the number of training examples, {examples:,}, got {batch_size}; "
+            f"use {examples // replicas * replicas}.",
         )
 
 
@@ -309,14 +310,14 @@ def _check_partition(partition: Sequence[np.ndarray], replicas: int, examples: i
     ):
         raise InputError(
             "partition",
-            f"must give each of the {examples:,} training examples to exactly one part, "
+            f"must assign each of the {examples:,} training examples to exactly one part, "
             f"got {len(partition)} parts with {sum(map(len, partition)):,} examples.",
         )
     if len(partition) < replicas:
         raise InputError(
             "partition",
-            f"must have a part for each of the {replicas} devices, or more, of which some are "
-            f"drawn in every round, got {len(partition)}.",
+            f"must have at least one part for each of the {replicas} devices, got "
+            f"{len(partition)}.",
         )
 
     # A round samples as many clients as there are replicas, all of them with examples.
@@ -324,6 +325,6 @@ def _check_partition(partition: Sequence[np.ndarray], replicas: int, examples: i
     if len(partition) > replicas > with_examples:
         raise InputError(
             "partition",
-            f"must have examples in at least {replicas} parts, one for each device, got "
+            f"must have at least {replicas} parts with examples, one for each device, got "
             f"{with_examples}.",
         )

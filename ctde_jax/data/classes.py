@@ -1,4 +1,4 @@
-"""Labels as classes: names for words and numbers, and the numbers that cannot be classes."""
+"""Labels as classes: names of words and numbers, and checks for labels that are measurements."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ FEW_CLASSES = 5
 """Up to this many different labels are classes, even if there are few examples."""
 
 MANY_CLASSES = 20
-"""If whole numbers make more classes than this, a note is written: they may be measurements."""
+"""A note is added if integers result in more classes than this, as they may be measurements."""
 
 _NAMED = 10
 """Maximum number of classes that a sentence names."""
@@ -47,7 +47,7 @@ def look_up(option: str, words: np.ndarray, classes: Sequence[str]) -> np.ndarra
     if words.ndim != 1 or words.dtype.kind != "U":
         raise InputError(
             option,
-            f"must hold names of classes in the shape [examples], got {words.dtype} of the shape "
+            f"must contain class names of the shape [examples], got {words.dtype} of the shape "
             f"{words.shape}.",
         )
     labels = list(map(finder(classes), words.tolist()))
@@ -70,7 +70,7 @@ def numbered(labels: np.ndarray | DiskArray, option: str = "y_train") -> tuple[s
     if largest >= max(CLASSES, len(labels)):
         raise InputError(
             option,
-            f"must count the classes from 0, got {largest} for example {labels.argmax()}, and "
+            f"must be class indices from 0, got {largest} for example {labels.argmax()}, but "
             f"there are only {len(labels):,} labels; number the classes without gaps.",
         )
     # Gaps alone are allowed: a class may lack examples.
@@ -78,9 +78,9 @@ def numbered(labels: np.ndarray | DiskArray, option: str = "y_train") -> tuple[s
     if largest + 1 > 2 * different and look_measured(labels.tolist()):
         raise InputError(
             option,
-            f"must count the classes from 0, got {different:,} different numbers up to "
+            f"must be class indices from 0, got {different:,} distinct integers up to "
             f"{largest:,} for {len(labels):,} examples, which look like measurements; number the "
-            "classes without gaps, or pass measurements as floats with a task of your own.",
+            "classes without gaps, or pass measurements as floats with a custom task.",
         )
     return tuple(str(i) for i in range(largest + 1))
 
@@ -99,7 +99,7 @@ def look_measured(labels: Sequence[float]) -> bool:
 
 
 def note_on_numbers(different: int, place: str) -> list[str]:
-    """Returns a sentence on whole numbers that are taken as many classes, or none if there are few.
+    """Returns a sentence on integers that are used as classes, or none if there are few classes.
 
     Args:
         different: Number of different labels.
@@ -108,8 +108,8 @@ def note_on_numbers(different: int, place: str) -> list[str]:
     if different <= MANY_CLASSES:
         return []
     return [
-        f"The {different:,} different whole numbers in {place} are taken as classes; if they are "
-        "measurements, pass them as floats to data.from_arrays, with a Task of your own."
+        f"The {different:,} distinct integers in {place} are used as classes; if they are "
+        "measurements, pass them as floats to data.from_arrays, with a custom Task."
     ]
 
 
@@ -135,12 +135,12 @@ def notes_on_classes(
     unseen = np.flatnonzero(~in_train & in_test)
     if is_numbered and len(gaps):
         notes.append(
-            f"No example has the label {_list(classes, gaps)}, of the classes from 0 to "
+            f"No example has the label {_list(classes, gaps)}, although classes range from 0 to "
             f"{len(classes) - 1}."
         )
     if len(unseen):
         notes.append(
-            f"The test split has examples of the classes {_list(classes, unseen)}, and the "
+            f"The test split has examples of the classes {_list(classes, unseen)}, but the "
             "training split has none."
         )
     return notes

@@ -1,4 +1,4 @@
-"""Columns of a table: their numbers, or an error with the reason and the fix."""
+"""Columns of a table: converts their cells to numbers, or raises an error with the fix."""
 
 import re
 from collections.abc import Sequence
@@ -60,11 +60,11 @@ def numbers(path: Path, column: Column) -> np.ndarray:
     wrong = [column.cells[place] for place in places]
     cell = wrong[0]
     line = column.lines[places[0]]
-    share = f", nor are {len(wrong) - 1:,} more cells of the column" if len(wrong) > 1 else ""
+    more = f", and {len(wrong) - 1:,} more such cells" if len(wrong) > 1 else ""
     raise faulty(
         path,
         f"has {quoted(cell) if cell else 'an empty cell'} in line {line}, column {column.name}, "
-        f"and not a finite float32 number{share}",
+        f"which is not a finite float32 number{more}",
         _way_out(wrong, len(column.cells)),
     )
 
@@ -112,10 +112,9 @@ def check_precision(path: Path, column: Column, values: np.ndarray) -> float | N
             smallest = quoted(column.cells[exact.index(least)])
             raise faulty(
                 path,
-                f"has {one} and {other} in the column {column.name}, which are the same number in "
-                "float32",
-                f"subtract the smallest number, {smallest}, from the whole column, here and where "
-                "the model is used, or remove the column",
+                f"has {one} and {other} in column {column.name}, which are equal in float32",
+                f"subtract the minimum, {smallest}, from the column here and in later inputs of "
+                "the model, or remove the column",
             )
     raise AssertionError("numbers were merged")
 
@@ -164,18 +163,16 @@ def _way_out(wrong: Sequence[str], cells: int) -> str:
         return "fill in the cells, or remove the lines or the column"
     # Kinds of cells that can be replaced by numbers.
     if words and all(cell.lower() in ("true", "false") for cell in words):
-        return "replace True by 1 and False by 0"
+        return "replace True with 1 and False with 0"
     if words and all(re.fullmatch(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}.*", cell) for cell in words):
-        return "replace dates by numbers, such as the days since the first one"
+        return "replace dates with numbers, such as the days since the first date"
     if words and all(re.fullmatch(r"[-+]?\d[\d.,'\s]*", cell) for cell in words):
-        return (
-            "write numbers in digits with a point, without thousands separators or decimal commas"
-        )
-    # A column that is mostly words holds something other than a feature.
+        return "write numbers with decimal points, without thousands separators or decimal commas"
+    # A column that is mostly words is not a feature.
     if len(words) > max(1, cells // 2):
         return (
-            "remove the column if it only names the lines, name it in label_column "
-            "(--label-column) if it holds the classes, or replace its words by numbers"
+            "remove the column if it identifies the lines, pass it as label_column "
+            "(--label-column) if it contains the classes, or replace its words with numbers"
         )
     return "correct the cell, or remove the line"
 

@@ -72,7 +72,8 @@ class Dataset:
         if self.stream is not None:
             raise InputError(
                 option,
-                f"goes with arrays, and {self.name} comes in batches; do it where they are made.",
+                f"requires a data set of arrays, but {self.name} yields batches; apply it to the "
+                "source of the batches.",
             )
 
     @property
@@ -96,10 +97,10 @@ def from_arrays(
 ) -> Dataset:
     """Makes a data set of arrays of numpy, JAX, PyTorch (on the CPU) or pandas, or of lists.
 
-    uint8 inputs are pixels, and reach the model divided by 255. Images of 16 bits (uint16 in
-    `[examples, height, width, ...]`) reach it divided by 2**b - 1 if the brightest pixel needs b
-    bits. Other integers, such as the tokens of a text, reach it unscaled as int32, and everything
-    else as float32; if these are far from 1, a note recommends `standardized`. Without test arrays,
+    uint8 inputs are pixels, which are divided by 255. Images of 16 bits (uint16 in
+    `[examples, height, width, ...]`) are divided by 2**b - 1 if the brightest pixel needs b bits.
+    Other integers, such as the tokens of a text, become int32 without scaling, and everything else
+    becomes float32; if these are far from 1, a note recommends `standardized`. Without test arrays,
     a random fifth of the examples (always the same) becomes the test split. The data set's notes
     list these decisions.
 
@@ -165,11 +166,11 @@ def assemble(
     if x_test is None or y_test is None:
         if len(inputs) < 2:
             raise InputError(
-                "x_train", "must hold at least two examples where there is no test split, got one."
+                "x_train", "must contain at least two examples if there is no test split, got one."
             )
         train, test = _split_off_test(Split(inputs, labels))
         held_out = (
-            f"{len(test.inputs):,} of the {len(inputs):,} examples were set aside at random for "
+            f"{len(test.inputs):,} of the {len(inputs):,} examples were held out at random for "
             "testing"
         )
         notes.append(f"There is no test split, so {held_out}.")
@@ -183,12 +184,13 @@ def assemble(
         if test.inputs.dtype != inputs.dtype:
             raise InputError(
                 "x_test",
-                f"must be {inputs.dtype} like x_train, got {test.inputs.dtype}; convert one.",
+                f"must have the dtype of x_train, {inputs.dtype}, got {test.inputs.dtype}; convert "
+                "one of them.",
             )
         if test.inputs.shape[1:] != inputs.shape[1:]:
             raise InputError(
                 "x_test",
-                f"must have examples of the training shape {inputs.shape[1:]}, got "
+                f"must have examples of the shape of x_train, {inputs.shape[1:]}, got "
                 f"{test.inputs.shape[1:]}.",
             )
 
@@ -214,16 +216,16 @@ def notes_on_inputs(dataset: Dataset) -> list[str]:
     notes = []
     if is_channels_first(inputs.shape[1:]):
         notes.append(
-            f"Pictures of the shape {list(inputs.shape[1:])} seem to have their channels first, "
-            "and flax's convolutions take them last: pass inputs.transpose(0, 2, 3, 1)."
+            f"Images of the shape {list(inputs.shape[1:])} seem to have channels first, but Flax "
+            "convolutions expect them last; pass inputs.transpose(0, 2, 3, 1)."
         )
 
     # int32 inputs with a float32 scale are images of 16 bits.
     if inputs.dtype == np.int32 and not dataset.scale.ndim and dataset.scale.dtype == np.float32:
         highest = round(1 / float(dataset.scale))
         notes.append(
-            f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest "
-            "pixel needs."
+            f"Images of 16 bits are divided by {highest:,}, as their brightest pixel needs "
+            f"{highest.bit_length()} bits."
         )
 
     # Inputs that are scaled, or have several labels per example as tokens do, get no note.
@@ -237,17 +239,17 @@ def notes_on_inputs(dataset: Dataset) -> list[str]:
         # The fix depends on whether these look like pixels, tokens or measurements.
         way_out = "ctde_jax.data.standardized(data) scales every feature"
         if some.ndim > 2 and least >= 0 and largest <= 255 and np.array_equal(some, np.rint(some)):
-            way_out = "pixels saved as uint8 are divided by 255"
+            way_out = "save pixels as uint8, which are divided by 255"
         elif inputs.dtype == np.int32:
             rounded = (
-                ", and float32 rounds those above 16,777,216"
+                ", but float32 rounds those above 16,777,216"
                 if max(-least, largest) > _EXACT
                 else ""
             )
-            way_out = f"that is right for tokens{rounded}; measurements need scaling: {way_out}"
+            way_out = f"this is correct for tokens{rounded}; for measurements, {way_out}"
         notes.append(
-            f"Inputs reach the model as they are, as numbers from {least:.6g} to {largest:.6g}, "
-            f"and networks learn best from numbers around 1: {way_out}."
+            f"Inputs are not scaled and range from {least:.6g} to {largest:.6g}, but networks "
+            f"train best on numbers around 1; {way_out}."
         )
     return notes
 
@@ -265,18 +267,18 @@ def is_channels_first(shape: Sequence[int]) -> bool:
 
 
 def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
-    """Holds out a random share of the training examples for validation.
+    """Holds out a random fraction of the training examples for validation.
 
-    If examples overlap, such as windows of a text with a small stride, hardly any part of the
-    validation split is unseen.
+    If examples overlap, such as windows of a text with a small stride, the model has seen most of
+    the validation split in training.
 
     Raises:
-        InputError: If the share is not between 0 and 1, or leaves no example for training or for
+        InputError: If the fraction is not between 0 and 1, or leaves no example for training or for
             validation.
     """
     dataset.check_arrays("validation_fraction")
     examples = len(dataset.train.inputs)
-    # A share outside of (0, 1) holds out nothing, which is refused.
+    # A fraction outside of (0, 1) holds out nothing, which is rejected.
     held_out = round(share * examples) if 0 < share < 1 else 0
     if not 0 < held_out < examples:
         raise InputError(
@@ -290,8 +292,7 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
     kept = np.sort(order[held_out:])
     validation = np.sort(order[:held_out])
     note = (
-        f"{held_out:,} of the {examples:,} training examples are set aside at random for "
-        "validation."
+        f"{held_out:,} of the {examples:,} training examples are held out at random for validation."
     )
     return replace(
         dataset,
@@ -334,10 +335,7 @@ def standardized(dataset: Dataset) -> Dataset:
 
     # Notes on the scale of the raw inputs no longer apply.
     outdated = {*notes_on_inputs(dataset)} - {*notes_on_inputs(scaled)}
-    note = (
-        "Every feature is standardized by the training split's mean and deviation before it "
-        "reaches the model."
-    )
+    note = "Every feature is standardized by the mean and standard deviation of the training split."
     kept = [each for each in dataset.notes if each not in outdated]
     return replace(scaled, notes=(*kept, note))
 

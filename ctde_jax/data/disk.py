@@ -54,10 +54,11 @@ class DiskArray:
             numbers = np.asarray(rows)
             if numbers.size and not (-len(self) <= numbers.min() and numbers.max() < len(self)):
                 raise IndexError(
-                    f"row {np.abs(numbers).max()} of an array of {len(self)} rows in {self.path}"
+                    f"row {np.abs(numbers).max()} is out of range for the {len(self)} rows of "
+                    f"{self.path}"
                 )
             numbers = np.where(numbers < 0, numbers + len(self), numbers)
-        # Read each row once, in the order of the file, then put it wherever it was asked for.
+        # Read each row once, in the order of the file, then copy it to the requested positions.
         in_file = numbers.ravel() if self.numbers is None else self.numbers[numbers.ravel()]
         wanted, places = np.unique(in_file, return_inverse=True)
         # A cast may overflow without a warning, as in the checks of arrays.
@@ -115,7 +116,7 @@ class DiskArray:
                 while start < stop:
                     got = file.readinto(content[start:stop])
                     if not got:
-                        raise OSError(None, "it has become shorter")
+                        raise OSError(None, "the file was truncated")
                     start += got
         return found
 
@@ -128,8 +129,7 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             "data",
-            f"are read from {path} while training goes on, which failed: {error.strerror}; "
-            "restore the file.",
+            f"could not be read from {path} during training ({error.strerror}); restore the file.",
         ) from error
 
 
@@ -151,13 +151,13 @@ def on_disk(option: str, array: np.ndarray | DiskArray) -> DiskArray:
     # A copy-on-write map may differ from its file.
     if mapped.filename is None or mapped.mode == "c":
         raise InputError(
-            option, f"must be mapped from a file in the mode 'r', got the mode {mapped.mode!r}."
+            option, f"must be a memory map in the mode 'r', got the mode {mapped.mode!r}."
         )
     if len(array) and not array[0].flags.c_contiguous:
         raise InputError(
             option,
-            "must have the numbers of an example side by side in its file, got a map that is "
-            "stored by columns or cut across examples; save it with numpy.ascontiguousarray.",
+            "must store each example contiguously in its file, got a memory map in column-major "
+            "order or a slice of one; save it with numpy.ascontiguousarray.",
         )
     # The file offset of the first row, from its distance to the start of the map in memory.
     offset = mapped.offset + array.ctypes.data - mapped.ctypes.data

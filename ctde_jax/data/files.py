@@ -1,4 +1,4 @@
-"""The user's file of numpy arrays; large arrays stay in the file, unless it is compressed."""
+"""Loads a file of numpy arrays; large arrays stay in the file, unless it is compressed."""
 
 import math
 import os
@@ -46,9 +46,8 @@ def from_npz(path: Path | str) -> Dataset:
         if name in arrays and arrays[name].dtype.kind not in "iubUS":
             raise faulty(
                 path,
-                f"has labels of the type {arrays[name].dtype} in {name} "
-                f"({targets_or_classes(arrays[name])})",
-                "save them as integers from 0, one for each class",
+                f"does not contain class indices in {name} ({targets_or_classes(arrays[name])})",
+                "save them as integers from 0",
             )
     train = (arrays["x_train"], arrays["y_train"])
     test = (arrays.get("x_test"), arrays.get("y_test"))
@@ -57,7 +56,7 @@ def from_npz(path: Path | str) -> Dataset:
         dataset = from_arrays(*train, *test, name=path.stem)
     except InputError as error:
         raise InputError(
-            "data_file", f"names {path}, whose arrays make no data set: {error}"
+            "data_file", f"{path} does not contain a valid data set: {error}"
         ) from error
     return replace(dataset, notes=(*_notes(arrays), *dataset.notes))
 
@@ -66,12 +65,12 @@ def _notes(arrays: Arrays) -> list[str]:
     """Returns a sentence for each large array, on whether it stays in its file."""
     sizes = {name: array.dtype.itemsize * math.prod(array.shape) for name, array in arrays.items()}
     return [
-        f"{name} takes {decimal(sizes[name])}, and "
+        f"{name} ({decimal(sizes[name])}) "
         + (
-            "stays in its file, from which it is read while training goes on."
+            "stays in its file, and is read from there during training."
             if isinstance(array, DiskArray)
-            else "was loaded, as it is compressed or stored by columns: numpy.savez of a "
-            "contiguous array would not be."
+            else "was loaded into memory, as it is compressed or in column-major order; to keep it "
+            "in its file, save a C-contiguous array with numpy.savez."
         )
         for name, array in arrays.items()
         if sizes[name] >= STREAMED_FROM and array.ndim > 1
@@ -85,7 +84,7 @@ def _arrays_of_folder(folder: Path) -> Arrays:
         raise faulty(
             folder,
             f"is a folder without {' and '.join(missing)}",
-            "save the arrays there with numpy.save",
+            "save the arrays in it with numpy.save",
         )
     arrays = {}
     for name, path in paths.items():
@@ -104,7 +103,7 @@ def _arrays(path: Path) -> Arrays:
             more = f" and {len(present) - _NAMED:,} more" if len(present) > _NAMED else ""
             raise faulty(
                 path,
-                f"lacks {' and '.join(missing)} and has "
+                f"lacks {' and '.join(missing)}, but has "
                 f"{', '.join(present[:_NAMED]) or 'no array'}{more}",
                 "save the arrays with numpy.savez(path, x_train=..., y_train=...)",
             )
@@ -122,7 +121,7 @@ def _archive(path: Path, file: BinaryIO) -> zipfile.ZipFile:
     except Exception as error:
         raise faulty(
             path,
-            f"is not a whole .npz file ({shortened(str(error))})",
+            f"is not a complete .npz file ({shortened(str(error))})",
             "save the arrays with numpy.savez, or copy it again",
         ) from error
 
@@ -155,39 +154,37 @@ def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.n
     # Parse the header, of a version and a length that arrays of numbers have.
     version = np.lib.format.read_magic(content)
     if version not in _HEADERS:
-        raise ValueError(
-            f"it is in version {version} of the format, which no array of numbers needs"
-        )
+        raise ValueError(f"version {version} of its format is not supported")
     if version == (2, 0) and int.from_bytes(content.read(4), "little") > _LONGEST_HEADER:
-        raise ValueError("its header is longer than that of any array of numbers")
+        raise ValueError(f"its header is longer than {_LONGEST_HEADER:,} bytes")
     content.seek(np.lib.format.MAGIC_LEN)
     shape, by_columns, dtype = _HEADERS[version](content)
     takes = math.prod(shape) * dtype.itemsize
     there = path.stat().st_size
 
-    # Check the size; `read_array` refuses objects, whose size is not in the header.
+    # Check the size; `read_array` rejects objects, whose size is not in the header.
     if not dtype.hasobject:
         if (
             min(shape, default=0) < 0
             or takes > size - content.tell()
             or (start is not None and size > there)
         ):
-            raise EOFError("it is shorter than its header says")
+            raise EOFError("it is shorter than the shape in its header")
         # A compressed array is loaded, so it must fit into memory.
         if start is None and takes > most_unpacked(there):
             raise ValueError(
-                f"it would take {decimal(takes)} of memory, and the file takes {decimal(there)}"
+                f"it would take {decimal(takes)} of memory, but the file has only {decimal(there)}"
             )
         if start is None:
             memory.check(
-                "data_file", f"the numbers of an array in {path}", takes, "save fewer examples"
+                "data_file", f"the values of an array in {path}", takes, "save fewer examples"
             )
 
         # Leave a large array in the file if its rows are contiguous there.
         if start is not None and takes >= STREAMED_FROM and not by_columns:
             array = in_file(path, start + content.tell(), dtype, shape)
             if array.offset + takes > there:
-                raise EOFError("it is shorter than its header says")
+                raise EOFError("it is shorter than the shape in its header")
             return array
     content.seek(0)
     return np.lib.format.read_array(content, allow_pickle=False)
@@ -222,11 +219,13 @@ def _reading(path: Path, name: str) -> Iterator[None]:
         if "Object arrays" in str(error):
             raise faulty(
                 path,
-                f"has Python objects in {name}, which are never unpickled",
-                "save a plain array of numbers, with examples of one shape",
+                f"contains Python objects in {name}, which are not unpickled",
+                "save an array of numbers, with examples of the same shape",
             ) from error
         raise faulty(
-            path, f"is damaged in {name} ({shortened(str(error))})", "save or copy the file again"
+            path,
+            f"has a damaged array {name} ({shortened(str(error))})",
+            "save or copy the file again",
         ) from error
 
 
@@ -235,10 +234,10 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """Opens the user's file for reading; raises InputError if it is not a readable regular file."""
     try:
         file = open_regular(path)
-    except (OSError, ValueError) as error:  # the latter for what no path can hold
+    except (OSError, ValueError) as error:  # ValueError: invalid characters in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise faulty(
-            path, f"cannot be opened ({reason})", "give the path of a readable file"
+            path, f"cannot be opened ({reason})", "pass the path of a readable file"
         ) from error
     with file:
         try:
@@ -255,7 +254,7 @@ def check_size(file: BinaryIO) -> None:
         "data_file",
         f"the bytes of {file.name}",
         os.fstat(file.fileno()).st_size,
-        "give a smaller file",
+        "use a smaller file",
     )
 
 
@@ -268,9 +267,9 @@ def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
                 f"is compressed ({compression})",
                 "decompress it, or save it as plain text in UTF-8",
             )
-    return faulty(path, f"{fault}, which is not UTF-8", "save it in UTF-8")
+    return faulty(path, f"{fault}, which is not valid UTF-8", "save it in UTF-8")
 
 
 def faulty(path: Path, fault: str, way_out: str) -> InputError:
     """Returns the error for the user's file, with the fault and the fix."""
-    return InputError("data_file", f"names {path}, which {fault}: {way_out}.")
+    return InputError("data_file", f"{path} {fault}; {way_out}.")

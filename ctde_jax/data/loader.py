@@ -53,7 +53,7 @@ def from_batches(
     # The first batch determines the dtypes and shapes of all others.
     first = next(iter(batches(0)), None)
     if first is None:
-        raise InputError("batches", "must give at least one batch, got none in epoch 0.")
+        raise InputError("batches", "must yield at least one batch, got none in epoch 0.")
     like = of_pair("batch 0 of epoch 0", first)
 
     # Number the classes if they have no names. Float targets name no classes, even if the test

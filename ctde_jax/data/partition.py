@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def iid(labels: np.ndarray | DiskArray, replicas: int, seed: int = 0) -> list[np.ndarray]:
-    """Gives every replica an equal random share of the examples."""
+    """Assigns an equal number of random examples to every replica."""
     order = np.random.default_rng(seed).permutation(len(labels))
     # The sizes of the parts differ by at most 1.
     return [np.sort(part) for part in np.array_split(order, replicas)]
 
 
 def by_label(labels: np.ndarray, replicas: int, shards: int = 2, seed: int = 0) -> list[np.ndarray]:
-    """Gives every replica `shards` contiguous shards of the examples sorted by label.
+    """Assigns `shards` contiguous shards of the examples sorted by label to every replica.
 
     This is the pathological non-IID partition of McMahan et al. (2017, section 3). `labels` is
     `int[examples]`.
@@ -45,17 +45,17 @@ def by_label(labels: np.ndarray, replicas: int, shards: int = 2, seed: int = 0) 
 def dirichlet(
     labels: np.ndarray, replicas: int, alpha: float = 0.5, seed: int = 0
 ) -> list[np.ndarray]:
-    """Draws each label's shares over the replicas from Dirichlet(alpha) (Hsu et al., 2019).
+    """Draws the fractions of each label on the replicas from Dirichlet(alpha) (Hsu et al., 2019).
 
-    A small alpha gives most of a label to one replica; a large alpha approaches `iid`. `labels` is
-    `int[examples]`.
+    A small alpha assigns most of a label to one replica; a large alpha approaches `iid`. `labels`
+    is `int[examples]`.
     """
     if not 0 < alpha <= 1e6:
         raise InputError("dirichlet_alpha", f"must be greater than 0 and at most 1e6, got {alpha}.")
     rng = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[] for _ in range(replicas)]
     for label in np.unique(labels):
-        # Cut the label's shuffled examples at the cumulative shares, rounded to whole examples.
+        # Split the label's shuffled examples at the cumulative fractions, rounded to integers.
         members = rng.permutation(np.flatnonzero(labels == label))
         shares = rng.dirichlet(np.full(replicas, alpha))
         cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)

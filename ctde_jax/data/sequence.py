@@ -32,7 +32,7 @@ def as_sequence(dataset: Dataset, view: str) -> Dataset:
     if len(picture) not in (2, 3):
         raise InputError(
             "sequence",
-            "needs pictures of the shape [height, width] or [height, width, channels], "
+            "requires images of the shape [height, width] or [height, width, channels], "
             f"got {dataset.name} with examples of the shape {list(picture)}.",
         )
 

@@ -60,13 +60,13 @@ def check_pair(
             place = np.unravel_index(np.argmin(piece), piece.shape)
             example = first + place[0]
             raise InputError(
-                option, f"must count the classes from 0, got {piece[place]} for example {example}."
+                option, f"must be class indices from 0, got {piece[place]} for example {example}."
             )
         outside = piece >= classes
         if outside.any():
             place = tuple(np.argwhere(outside)[0])
             raise InputError(
                 option,
-                f"must lie from 0 to {classes - 1}, one for each of the {classes} classes, "
+                f"must be from 0 to {classes - 1}, one for each of the {classes} classes, "
                 f"got {piece[place]} for example {first + place[0]}.",
             )

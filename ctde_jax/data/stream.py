@@ -60,7 +60,7 @@ class Stream(NamedTuple):
                 # A shape prints as `[Ellipsis, 28, 28]`; the message shows `[examples, 28, 28]`.
                 raise InputError(
                     "batches",
-                    f"must be like the first one, whose {part} are "
+                    f"must match the first batch, whose {part} are "
                     f"{like.dtype}{[..., *like.shape[1:]]}, got "
                     f"{array.dtype}{[..., *array.shape[1:]]} in {name}.".replace(
                         "Ellipsis", "examples"
@@ -72,18 +72,16 @@ class Stream(NamedTuple):
 def check_stream(
     stream: Stream, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None
 ) -> None:
-    """Raises InputError if the batch size does not suit the replicas, or a partition is given."""
+    """Raises InputError if replicas do not divide the batch size, or a partition is given."""
     if batch_size < 1 or batch_size % replicas:
         nearest = max(1, round(batch_size / replicas)) * replicas
         raise InputError(
             "batch_size",
-            f"must be a multiple of the {replicas} devices, got {batch_size}; {nearest} would do.",
+            f"must be a multiple of the {replicas} devices, got {batch_size}; use {nearest}.",
         )
     # A partition consists of indices into arrays, and the examples of a stream have none.
     if partition is not None:
-        raise InputError(
-            "partition", "goes with arrays, and not with batches that come one after another."
-        )
+        raise InputError("partition", "requires a data set of arrays, got one that yields batches.")
     check_size(len(stream.like.inputs), batch_size)
 
 
@@ -92,8 +90,8 @@ def check_size(examples: int, batch_size: int) -> None:
     if examples > batch_size:
         raise InputError(
             "batch_size",
-            f"must be that of the data set's batches, got {batch_size} and a batch of "
-            f"{examples:,}.",
+            f"must be the size of the data set's batches, got {batch_size}, but a batch has "
+            f"{examples:,} examples.",
         )
 
 
@@ -102,7 +100,7 @@ def of_pair(name: str, pair: Pair, classes: int = 0) -> Split:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InputError(
             "batches",
-            f"must be pairs of inputs and labels, got {type(pair).__name__} {pair!r:.60} as "
+            f"must yield pairs of inputs and labels, got {type(pair).__name__} {pair!r:.60} as "
             f"{name}.",
         )
     return as_batch(name, *pair, classes)

@@ -24,10 +24,10 @@ from ctde_jax.errors import InputError, check_known, quoted
 _NAMED = 3
 """Maximum number of columns that a sentence names."""
 
-_NAME_LABELS = "name the column that holds the classes in label_column (--label-column)"
+_PASS_LABELS = "pass the column that contains the classes as label_column (--label-column)"
 
 _CHANCE = 1e-3
-"""The first line holds names if it is at most this probable as an example, given the others."""
+"""The first line is a header if its probability as an example is at most this."""
 
 _JUDGED = 2000
 """Maximum number of lines by which the first one is judged."""
@@ -94,7 +94,7 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
         column = table.column(place)
         values = columns.numbers(path, column)
         if table.names and len(table.features) > 1 and columns.counts_lines(values):
-            notes.append(f"The column {column.name} numbers the lines, and was left out.")
+            notes.append(f"The column {column.name} numbers the lines and is not used.")
             continue
         error = columns.check_precision(path, column, values)
         if error is not None:
@@ -103,7 +103,7 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
         features.append((place, values))
     if not features:
         raise faulty(
-            path, "has no column of features", "add a column of numbers that the label depends on"
+            path, "has no column of features", "add a column of numbers that predict the label"
         )
 
     # One sentence for all columns in which float32 merges numbers, the worst first.
@@ -111,9 +111,9 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
         worst = sorted(coarse, key=coarse.__getitem__, reverse=True)
         more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
         notes.append(
-            "Some different numbers become the same in float32 in the column "
-            f"{', '.join(worst[:_NAMED])}{more}, by rounding of at most {coarse[worst[0]]:.0e} of "
-            "the standard deviation."
+            "Distinct numbers become equal in float32 in the column "
+            f"{', '.join(worst[:_NAMED])}{more}; the rounding error is at most "
+            f"{coarse[worst[0]]:.0e} of the standard deviation."
         )
 
     # Standardize the features; their names are kept if all of them have one.
@@ -134,13 +134,13 @@ def _notes_on(column: Column, values: np.ndarray, labels: np.ndarray) -> list[st
         ]
     if columns.names_the_label(values, labels):
         return [
-            f"The column {column.name} has one number for each class, so it gives the label away: "
-            "remove it unless it is known before the label is."
+            f"The column {column.name} has one distinct number per class, so it determines the "
+            "label; remove it unless it is known before the label."
         ]
     if columns.counts_lines(values) or columns.is_identifier(column.name.strip("'\""), values):
         return [
-            f"The column {column.name} has another whole number in every line, and was kept: "
-            "remove it if it only names the lines."
+            f"The column {column.name} has a different integer in every line and is used as a "
+            "feature; remove it if it only identifies the lines."
         ]
     return []
 
@@ -156,12 +156,10 @@ def _table(path: Path, label_column: str | None) -> _Table:
         if label_column is not None:
             raise InputError(
                 "label_column",
-                f"must name a column, got {label_column!r}, but {path} has no header line: add "
-                "one, or put the labels into the last column and leave the option out.",
+                f"must be the name of a column, got {label_column!r}, but {path} has no header "
+                "line; add one, or move the labels to the last column and omit this option.",
             )
-        notes = [
-            f"There is no line of column names; the labels are in the last column, {label + 1}."
-        ]
+        notes = [f"There is no header line; the labels are in the last column, {label + 1}."]
         return _Table([], label, list(range(width - 1)), rows, [*notes, *_doubt(rows, label)])
 
     # With a header line, the label may be in any column, and all others are features.
@@ -170,7 +168,7 @@ def _table(path: Path, label_column: str | None) -> _Table:
     table = _Table(first, label, [place for place in range(width) if place != label], rows[1:], [])
     _check_header(path, table, rows[0])
     table.notes.append(
-        f"Line {rows[0].line} holds the column names; the labels are in the column "
+        f"Line {rows[0].line} contains the column names; the labels are in the column "
         f"{table.called(label)}."
     )
 
@@ -183,8 +181,8 @@ def _table(path: Path, label_column: str | None) -> _Table:
             else f"The first {unnamed} columns have no names"
         )
         table.notes.append(
-            f"{which}, like the index that pandas writes, and {'was' if unnamed == 1 else 'were'} "
-            "left out."
+            f"{which}, like the index that pandas writes, and {'is' if unnamed == 1 else 'are'} "
+            "not used."
         )
     return table._replace(features=[place for place in table.features if place >= unnamed])
 
@@ -196,11 +194,11 @@ def _is_unnamed(name: str) -> bool:
 
 def _check_header(path: Path, table: _Table, header: _Row) -> None:
     if not table.rows:
-        raise faulty(path, "has a header line and no examples", "add one line for each example")
+        raise faulty(path, "has a header line but no examples", "add one line per example")
     twice = [name for name, count in Counter(header.cells).items() if name and count > 1]
     if twice:
         raise faulty(
-            path, f"has several columns called {quoted(twice[0])}", "give each another name"
+            path, f"has several columns named {quoted(twice[0])}", "give each a different name"
         )
     # Concatenated files repeat the header line.
     for row in table.rows:
@@ -272,11 +270,11 @@ def _increases(names: list[str]) -> bool:
 def _chance(rows: list[_Row], label: int) -> float:
     """Estimates the probability of an example like the first line, given the other lines.
 
-    Evidence against it is what only column numbers explain: whole numbers above columns of
-    decimals, numbers far outside the columns of whole numbers, a label that no other line has, and
-    all numbers from 0 in some order. Each contributes its share of the other lines, as if they were
-    independent. If the label is not new (far outside its column, if it is a number), only decimals
-    count, because the largest example of a table may come first.
+    Evidence for column numbers is: whole numbers above columns of decimals, numbers far outside the
+    columns of whole numbers, a label that no other line has, and all numbers from 0 in some order.
+    Each contributes its fraction of the other lines, as if they were independent. If the label is
+    not new (far outside its column, if it is a number), only decimals count, because the largest
+    example of a table may come first.
     """
     # Column numbers are different whole numbers; fewer than `MANY_LINES` lines are no evidence.
     first = rows[0].cells
@@ -335,25 +333,25 @@ def _is_far_outside(number: int, others: set[int]) -> bool:
 
 
 def _doubt(rows: list[_Row], label: int) -> list[str]:
-    """Returns a sentence on a first line taken as an example that may hold column numbers."""
+    """Returns a sentence on a first line used as an example that may contain column numbers."""
     first = rows[0].cells
     others = [row.cells for row in rows[1:]]
     names = [cell for place, cell in enumerate(first) if place != label]
     if not others or not _are_column_numbers(names):
         return []
     way_out = (
-        "if it holds the column names, give the name of the label column, or put a letter into "
+        "if it contains the column names, pass the name of the label column, or add a letter to "
         "each name"
     )
     if all(cells[label] != first[label] for cells in others):
         return [
-            "Line 1 was taken as an example, although no other line has its label, "
-            f"{quoted(first[label])}, and its other cells are different whole numbers: {way_out}."
+            "Line 1 is used as an example, although no other line has its label, "
+            f"{quoted(first[label])}, and its other cells are distinct integers; {way_out}."
         ]
     is_permuted = len(first) > 4 and sorted(first) == sorted(_counted(len(first)))
     if len(names) > 2 and (_increases(names) or is_permuted):
-        which = "all numbers from 0" if is_permuted else "increasing whole numbers"
-        return [f"Line 1 was taken as an example, although its cells are {which}: {way_out}."]
+        which = "all numbers from 0" if is_permuted else "increasing integers"
+        return [f"Line 1 is used as an example, although its cells are {which}; {way_out}."]
     return []
 
 
@@ -383,10 +381,10 @@ def _rows(path: Path) -> list[_Row]:
             ) from error
         except csv.Error as error:
             raise faulty(
-                path, f"is no CSV file at line {line} ({error})", "correct this line"
+                path, f"is not valid CSV in line {line} ({error})", "correct this line"
             ) from error
     if not rows:
-        raise faulty(path, "is empty", "give a file with one line for each example")
+        raise faulty(path, "is empty", "pass a file with one line per example")
     _check_shape(path, rows)
     return rows
 
@@ -407,8 +405,8 @@ def _check_shape(path: Path, rows: list[_Row]) -> None:
             number_of(first.replace(",", ".")) is not None for first, *_ in parts
         )
         if min(map(len, parts)) > 1 and (width < 2 or wrong is not None or has_decimal_commas):
-            fault = f"has its cells separated by {name}"
-            raise faulty(path, fault, "save it with commas between cells, and points in numbers")
+            fault = f"has cells separated by {name}"
+            raise faulty(path, fault, "save it with commas between cells and decimal points")
     # Any other line with a different number of cells.
     if wrong is not None:
         raise faulty(
@@ -441,18 +439,18 @@ def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
             raise faulty(
                 path,
                 f"has labels such as {quoted(cells[0])} in column {column.name}, which are "
-                "measurements and no classes",
-                f"{_NAME_LABELS}, or learn measurements in Python, with data.from_arrays and a "
-                "Task of your own",
+                "measurements, not classes",
+                f"{_PASS_LABELS}, or train on measurements in Python, with data.from_arrays and a "
+                "custom Task",
             )
         if look_measured(values):
             raise faulty(
                 path,
                 f"has labels such as {quoted(cells[0])} in column {column.name}, "
-                f"{len(set(values)):,} different whole numbers in {len(cells):,} lines, which "
-                "look like measurements and not like classes",
-                f"{_NAME_LABELS}, group the numbers into few classes, or learn measurements in "
-                "Python, with data.from_arrays and a Task of your own",
+                f"{len(set(values)):,} distinct integers in {len(cells):,} lines, which look like "
+                "measurements, not classes",
+                f"{_PASS_LABELS}, group the numbers into fewer classes, or train on measurements "
+                "in Python, with data.from_arrays and a custom Task",
             )
 
     # Words are classes only if they repeat, and there must be two classes.
@@ -461,14 +459,13 @@ def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
         raise faulty(
             path,
             f"has labels such as {quoted(cells[0])} in column {column.name}, {len(classes):,} "
-            f"different ones in {len(cells):,} lines, which look like dates or names and not like "
-            "classes",
-            f"{_NAME_LABELS}, or group the labels into few classes",
+            f"distinct ones in {len(cells):,} lines, which look like dates or names, not classes",
+            f"{_PASS_LABELS}, or group the labels into fewer classes",
         )
     if len(classes) < 2:
         raise faulty(
             path,
             f"has only the label {quoted(cells[0])} in column {column.name}",
-            "give at least two classes",
+            "provide at least two classes",
         )
     return classes, labels

@@ -60,10 +60,10 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
         len(test) - _covered(len(test), length, length),
     )
     notes = (
-        f"The first {len(train):,} characters are for training and the other {len(test):,} for "
+        f"The first {len(train):,} characters are for training and the last {len(test):,} for "
         "testing.",
-        f"The windows leave out {unused[0]:,} characters of the training part and {unused[1]:,} "
-        "of the test part.",
+        f"The windows omit {unused[0]:,} characters of the training part and {unused[1]:,} of the "
+        "test part.",
     )
     return Dataset(
         name=path.stem,
@@ -93,8 +93,8 @@ def encode(text: str, vocabulary: Sequence[str]) -> np.ndarray:
         place = int(unknown.argmax())
         raise InputError(
             "text",
-            f"must be written in the {len(vocabulary)} characters of the vocabulary, got "
-            f"{text[place]!r} at place {place:,}; leave it out or replace it.",
+            f"must consist of the {len(vocabulary)} characters of the vocabulary, got "
+            f"{text[place]!r} at position {place:,}; remove or replace it.",
         )
     return tokens
 
@@ -109,7 +109,7 @@ def decode(tokens: np.typing.ArrayLike, vocabulary: Sequence[str]) -> str:
     outside = (tokens < 0) | (tokens >= len(vocabulary))
     if outside.any():
         raise InputError(
-            "tokens", f"must lie from 0 to {len(vocabulary) - 1}, got {tokens[outside][0]}."
+            "tokens", f"must be from 0 to {len(vocabulary) - 1}, got {tokens[outside][0]}."
         )
     return "".join(vocabulary[int(token)] for token in tokens)
 
@@ -126,7 +126,7 @@ def _read(path: Path) -> str:
         fault = f"has the byte 0x{stored[offset]:02x} at the offset {offset:,}"
         raise not_utf8(path, stored, fault) from error
     if not text:
-        raise faulty(path, "is empty", "give a file with a text")
+        raise faulty(path, "is empty", "pass a file that contains text")
     return text
 
 
@@ -137,9 +137,9 @@ def _check_long_enough(path: Path, length: int, **characters: int) -> None:
         longest = shortest - 1
         raise faulty(
             path,
-            f"has {shortest:,} of the {length + 1:,} characters that a window with its last label "
-            f"needs in the {part} part",
-            f"give a longer text{f', or a window of at most {longest:,}' if longest > 0 else ''}",
+            f"has {shortest:,} characters in the {part} part, but a window and its last label need "
+            f"{length + 1:,}",
+            f"pass a longer text{f', or a window of at most {longest:,}' if longest > 0 else ''}",
         )
 
 

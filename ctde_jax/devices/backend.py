@@ -82,8 +82,9 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
     if count is not None and count > here:
         raise InputError(
             "devices",
-            f"must be at most {here}, the {kind.upper()} devices of this machine, got {count}; "
-            "to train on fake CPU devices instead, set the environment variable JAX_PLATFORMS=cpu.",
+            f"must be at most {here}, the number of {kind.upper()} devices of this machine, got "
+            f"{count}; to train on fake CPU devices, set the environment variable "
+            "JAX_PLATFORMS=cpu.",
         )
     return [device for devices in by_host for device in devices[:count]]
 
@@ -95,8 +96,9 @@ def check_backend(devices: Sequence[jax.Device]) -> None:
     if devices[0].platform == "cpu" and len(devices) > 1 and not _threads_suffice(here):
         raise InputError(
             "devices",
-            f"are {here} fake CPU devices on a thread pool that was started too small for them; "
-            f"get them from ctde_jax.devices.start({here}), which starts the CPU backend anew.",
+            f"must have {_THREADS_A_DEVICE} threads for each fake CPU device, but the thread pool "
+            f"is too small for {here} devices; call ctde_jax.devices.start({here}), which restarts "
+            "the CPU backend.",
         )
 
 
@@ -121,7 +123,7 @@ def _start_platform() -> None:
 
 
 def _reason(error: Exception) -> str:
-    return shortened(str(error).split(" (set JAX_PLATFORMS")[0] or "there is no plugin for it")
+    return shortened(str(error).split(" (set JAX_PLATFORMS")[0] or "no plugin for it is installed")
 
 
 def _keep_programs() -> None:

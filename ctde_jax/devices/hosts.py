@@ -37,7 +37,7 @@ LOST = os.EX_UNAVAILABLE
 """Exit status of a run that has lost a host, or that not all hosts have joined."""
 
 # Polling period of the thread that ends this process together with the others.
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 3600
 """Timeout for a host that has joined and is reading its data or a checkpoint."""
 
@@ -104,7 +104,7 @@ def find_meeting(
     if 0 < len(missing) < len(given):
         raise InputError(
             missing[0],
-            "goes with coordinator, num_processes and process_id; give all three or none.",
+            "is missing; pass coordinator, num_processes and process_id together, or none of them.",
         )
 
     # Without arguments, ask JAX's detection of launchers. It may recognize a launcher in whose
@@ -121,8 +121,8 @@ def find_meeting(
         except Exception as error:
             raise InputError(
                 "coordinator",
-                f"could not be found in the environment of the launcher ({error}); give it with "
-                "--num-processes and --process-id, or --num-processes 1 for one host alone.",
+                f"could not be detected from the environment of the launcher ({error}); pass it "
+                "with --num-processes and --process-id, or pass --num-processes 1 for one host.",
             ) from error
 
     # Neither arguments nor a launcher name several hosts.
@@ -130,13 +130,14 @@ def find_meeting(
         return None
     if index >= count:
         raise InputError(
-            "process_id", f"must be less than the {count} of --num-processes, got {index}."
+            "process_id", f"must be less than --num-processes, which is {count}, got {index}."
         )
 
     # Host 0 may listen on all interfaces (0.0.0.0), but the others need an address to connect to.
     if _listens_everywhere(_parts("coordinator", address)[0]):
         raise InputError(
-            "coordinator", f"must be the address of host 0 that all hosts reach, got {address}."
+            "coordinator",
+            f"must be an address of host 0 that all hosts can reach, got {address}.",
         )
     listens_on = coordinator_bind or address
     _parts("coordinator_bind", listens_on)
@@ -151,7 +152,7 @@ def find_meeting(
 
 
 def check_alone(meeting: Meeting | None) -> None:
-    """Raises InputError if several hosts are to meet; for commands that run on one host."""
+    """Raises InputError if the run has several hosts; for commands that run on one host."""
     if meeting is not None:
         raise InputError(
             "num_processes",
@@ -213,14 +214,14 @@ def platform() -> dict[str, Any]:
 
 
 def compare(
-    tell: Callable[[], Mapping[str, Any]], digests: Callable[[], Mapping[str, Any]] = dict
+    facts: Callable[[], Mapping[str, Any]], digests: Callable[[], Mapping[str, Any]] = dict
 ) -> None:
     """Checks that all hosts have the same facts, so that no collective can hang.
 
     The hosts exchange the facts through the coordinator.
 
     Args:
-        tell: Returns JSON-serializable facts by name; called only if there are several hosts.
+        facts: Returns JSON-serializable facts by name; called only if there are several hosts.
         digests: Returns digests by the name of the hashed value; called only if there are several
             hosts.
 
@@ -233,16 +234,16 @@ def compare(
         return
 
     # All hosts compare in the same order, so all raise the same error.
-    told = _exchange(json.dumps([tell(), digests()]))
-    first, first_digests = json.loads(told[0])
-    for host, text in sorted(told.items()):
+    texts = _exchange(json.dumps([facts(), digests()]))
+    first, first_digests = json.loads(texts[0])
+    for host, text in sorted(texts.items()):
         others, other_digests = json.loads(text)
         for name in [*first, *(name for name in others if name not in first)]:
             if first.get(name) != others.get(name):
                 raise InputError(
                     name,
-                    f"must be the same on all hosts, but is {first.get(name, 'not known')} on host "
-                    f"0 and {others.get(name, 'not known')} on host {host}.",
+                    f"must be the same on all hosts, but is {first.get(name, 'not set')} on host "
+                    f"0 and {others.get(name, 'not set')} on host {host}.",
                 )
         for name in [*first_digests, *other_digests]:
             if first_digests.get(name) != other_digests.get(name):
@@ -268,22 +269,22 @@ def of_the_first(make: Callable[[], T]) -> T:
         try:
             made = make()
         except InputError as error:
-            _tell(key, {"option": error.option, "sentence": error.sentence})
+            _publish(key, {"option": error.option, "sentence": error.sentence})
             raise
         except Exception as error:
-            _tell(key, {"failed": f"host 0 has failed: {error}"})
+            _publish(key, {"failed": f"host 0 failed: {error}"})
             raise
-        _tell(key, {"made": made})
+        _publish(key, {"made": made})
         return made
 
     # The others read it and raise the same error.
     pieces = int(_wait_for(0, key))
-    told = json.loads("".join(_wait_for(0, f"{key}/{number}") for number in range(pieces)))
-    if "sentence" in told:
-        raise InputError(told["option"], told["sentence"])
-    if "failed" in told:
-        raise HostLost(told["failed"])
-    return told["made"]
+    received = json.loads("".join(_wait_for(0, f"{key}/{number}") for number in range(pieces)))
+    if "sentence" in received:
+        raise InputError(received["option"], received["sentence"])
+    if "failed" in received:
+        raise HostLost(received["failed"])
+    return received["made"]
 
 
 def arrays_of_the_first(arrays: PyTree) -> PyTree:
@@ -316,14 +317,14 @@ def leave(status: int, sentence: str) -> NoReturn:
         print(f"error: host {index()}: {sentence}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         try:
-            told = json.dumps({"host": index(), "status": status, "sentence": sentence})
-            _store().key_value_set(_ENDED, told)
+            ended = json.dumps({"host": index(), "status": status, "sentence": sentence})
+            _store().key_value_set(_ENDED, ended)
         except jax.errors.JaxRuntimeError:
             pass  # another host was faster
 
         # The key-value store ends with host 0, so the others need time to poll it.
         if index() == 0:
-            time.sleep(2.5 * _LOOK_SECONDS)
+            time.sleep(2.5 * _POLL_SECONDS)
 
     # A regular exit would run JAX's shutdown, which waits for the other hosts.
     os._exit(status)
@@ -355,22 +356,22 @@ def _store() -> Any:
 
 
 def _end_with_others() -> None:
-    while not _is_over.wait(_LOOK_SECONDS):
+    while not _is_over.wait(_POLL_SECONDS):
         try:
-            told = json.loads(_store().key_value_try_get(_ENDED))
+            ended = json.loads(_store().key_value_try_get(_ENDED))
         # The key does not exist: no host has ended the run.
         except jax.errors.JaxRuntimeError:
             continue
 
         # Meanwhile this host may have begun to end by itself, with its exit status.
         if not _is_over.is_set():
-            why = told["sentence"] or "its output says why"
+            why = ended["sentence"] or "see its output"
             print(
-                f"error: host {index()}: host {told['host']} has ended the run: {why}",
+                f"error: host {index()}: host {ended['host']} ended the run: {why}",
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(told["status"])
+            os._exit(ended["status"])
 
 
 def _exchange(text: str) -> dict[int, str]:
@@ -391,7 +392,7 @@ def _array_of_the_first(array: jax.typing.ArrayLike) -> np.ndarray:
     return np.frombuffer(sent[: own.nbytes], own.dtype).reshape(own.shape)
 
 
-def _tell(key: str, fact: Any) -> None:
+def _publish(key: str, fact: Any) -> None:
     """Stores a JSON-serializable value, in pieces that fit into one message each."""
     text = json.dumps(fact)
     pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
@@ -406,7 +407,7 @@ def _wait_for(host: int, key: str) -> str:
         return _store().blocking_key_value_get(key, 1000 * _PATIENCE_SECONDS)
     except jax.errors.JaxRuntimeError as error:
         raise HostLost(
-            f"host {host} is there, but has not come to where the others wait for it."
+            f"host {host} has joined, but did not reach a point at which the other hosts wait."
         ) from error
 
 
@@ -452,6 +453,6 @@ def _check_port(address: str, patience: float) -> None:
     except OSError as error:
         raise InputError(
             "coordinator",
-            f"must name an address of host 0 and a free port of it, but {address} cannot be opened "
+            f"must be an address and a free port of host 0, but {address} cannot be opened "
             f"({error.strerror}).",
         ) from error

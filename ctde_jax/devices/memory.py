@@ -63,7 +63,7 @@ def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device])
         params: Arrays of one replica.
         devices: Devices of all hosts.
     """
-    # Each device holds one replica's share of the state, and gradients of the size of `params`.
+    # Each device holds one replica's part of the state, and gradients of the size of `params`.
     numbers = sum(prod(leaf.shape) for leaf in jax.tree.leaves(params))
     what = f"{numbers:,} parameters, their gradients and the states of optimizer and strategy"
     a_device = size_of(train_state) // len(devices) + size_of(params)
@@ -71,7 +71,7 @@ def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device])
     # From 16 times the parameters on, most of it is strategy state, such as padded chunks.
     is_model = a_device < 16 * size_of(params)
     way_out = (
-        "take a smaller model" if is_model else "lower chunk, rank or fragments of the strategy"
+        "use a smaller model" if is_model else "lower chunk, rank or fragments of the strategy"
     )
     _check_devices("model" if is_model else "strategy", what, a_device, devices, way_out)
 
@@ -81,7 +81,7 @@ def check_program(program: Any, devices: Sequence[jax.Device]) -> None:
     # A backend may return None.
     analysis = program.memory_analysis()
     if analysis is not None:
-        lower = "lower batch_size, sync_every or chunk, or take a smaller model"
+        lower = "lower batch_size, sync_every or chunk, or use a smaller model"
         _check_devices(
             "batch_size",
             "the temporary arrays of a step",
@@ -117,7 +117,7 @@ def _check(option: str, what: str, needed: int, there: int, way_out: str) -> Non
     if needed > there:
         rule = (
             f"must fit into memory: {what} take at least {decimal(needed)}, "
-            f"and there are {decimal(there)}"
+            f"but there are only {decimal(there)}"
         )
         raise InputError(option, f"{rule}; {way_out}.")
 

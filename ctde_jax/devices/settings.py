@@ -33,7 +33,7 @@ def check() -> None:
         if not is_harmless:
             raise InputError(
                 name,
-                f"must be {needed}, as {reason}, got {given}; set the environment variable "
+                f"must be {needed}, because {reason}, got {given}; set the environment variable "
                 f"{name.upper()}={needed}, or call jax.config.update({name!r}, {_python(needed)}).",
             )
 

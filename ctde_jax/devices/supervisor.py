@@ -1,4 +1,4 @@
-"""Supervises the command of one of several hosts and reports why JAX has ended it.
+"""Supervises the command of one of several hosts and reports why JAX ended it.
 
 If a host is lost, does not join or joins twice, JAX's coordinator aborts all other hosts with a
 dump of C++ frames. So each host's command runs as the child of a supervisor process, which forwards
@@ -53,14 +53,14 @@ def run(module: str, arguments: Sequence[str], meeting: Meeting) -> int:
         assert child.stderr is not None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: child.send_signal(number))
-        said = _listen(child.stderr)
+        log = _listen(child.stderr)
         status = child.wait()
     if status >= 0:
         return status
 
     # A negative status means that a signal has ended the child: SIGABRT if by the coordinator.
-    sentence = _sentence(said, meeting)
-    why = sentence or f"{signal.Signals(-status).name} has ended the training. {said}"
+    sentence = _sentence(log, meeting)
+    why = sentence or f"{signal.Signals(-status).name} ended the training. {log}"
     print(f"error: host {meeting.index}: {why}", file=sys.stderr)
     return LOST if sentence else 128 - status
 
@@ -93,44 +93,39 @@ def _listen(errors: IO[str]) -> str:
     return "".join(own)
 
 
-def _sentence(said: str, meeting: Meeting) -> str:
+def _sentence(log: str, meeting: Meeting) -> str:
     """Returns the reason for which the coordinator has ended the child, or "" if it has not."""
     # Lost hosts: the log lists their indices, possibly with this host among them.
-    unhealthy = re.findall(r"stopped sending heartbeats\):\n((?:\d+\n)+)", said)
+    unhealthy = re.findall(r"stopped sending heartbeats\):\n((?:\d+\n)+)", log)
     if unhealthy:
         lost = [host for host in unhealthy[0].split() if int(host) != meeting.index] or unhealthy[
             0
         ].split()
-        names = f"host {lost[0]} has" if len(lost) == 1 else f"the hosts {', '.join(lost)} have"
+        names = f"host {lost[0]} has" if len(lost) == 1 else f"hosts {', '.join(lost)} have"
         return (
-            f"{names} not answered for {HEARTBEAT_SECONDS} seconds, so the run ended; the same "
-            "command on all hosts goes on from its newest checkpoint."
+            f"{names} not answered for {HEARTBEAT_SECONDS} seconds, so the run ended; run the same "
+            "command on all hosts to continue from its newest checkpoint."
         )
 
     # A second process with the same index: the coordinator sees a changed incarnation of the task.
-    if "incarnation" in said:
+    if "incarnation" in log:
         return (
-            f"two processes of the {meeting.count} have come with the same --process-id, so the "
-            f"run ended; give each host its own, from 0 to {meeting.count - 1}."
+            "two processes have the same --process-id, so the run ended; give each of the "
+            f"{meeting.count} hosts a different one, from 0 to {meeting.count - 1}."
         )
 
     # Not all hosts have joined in time.
-    if "RegisterTask" in said:
-        who = (
-            "the others have not all come"
-            if meeting.index == 0
-            else "host 0, or another one, has not come"
-        )
+    if "RegisterTask" in log:
+        late = "another host" if meeting.index == 0 else "host 0, or another host,"
         return (
-            f"{who} to {meeting.coordinator} within {meeting.patience} seconds, where "
-            f"{meeting.count} hosts were to meet; start the same command on each of them, or look "
-            "at their output."
+            f"{late} did not join at {meeting.coordinator} within {meeting.patience} seconds; "
+            f"start the same command on all {meeting.count} hosts, or check their output."
         )
 
     # The coordinator itself does not answer any more.
-    if "PollForError" in said or "Heartbeat" in said:
+    if "PollForError" in log or "Heartbeat" in log:
         return (
-            f"host 0 at {meeting.coordinator} is gone or does not answer, so the run ended; the "
-            "same command on all hosts goes on from its newest checkpoint."
+            f"host 0 at {meeting.coordinator} does not answer, so the run ended; run the same "
+            "command on all hosts to continue from its newest checkpoint."
         )
     return ""

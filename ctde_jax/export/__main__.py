@@ -1,13 +1,12 @@
-"""The command `python -m ctde_jax.export`: what a run has trained, as a bundle that executes
-anywhere.
+"""The command `python -m ctde_jax.export`: writes the trained model of a run as a bundle.
 
     python -m ctde_jax.export RUN                            # writes RUN/bundle
-    python -m ctde_jax.export RUN --formats onnx onnx-int8   # in these forms alone
-    python -m ctde_jax.export RUN --web FOLDER               # and a page that runs the model
-                                                             # in a browser
+    python -m ctde_jax.export RUN --formats onnx onnx-int8   # writes these formats only
+    python -m ctde_jax.export RUN --web FOLDER               # also writes a page that runs the
+                                                             # model in a browser
 
-RUN is the folder of a run of python -m ctde_jax.train, of which its newest checkpoint is meant,
-or of one checkpoint.
+RUN is the folder of a run of python -m ctde_jax.train, whose newest checkpoint is exported, or the
+folder of one checkpoint.
 """
 
 import sys
@@ -37,31 +36,36 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Parser("ctde_jax.export", __doc__ or "")
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="the folder of a run or of a checkpoint"
-    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of a checkpoint")
     parser.add_argument(
         "--to",
         type=Path,
         metavar="FOLDER",
-        help="the bundle; by default bundle in the run's folder",
+        help="folder to write the bundle to (default: bundle in the run folder)",
     )
     parser.add_argument(
         "--formats",
         nargs="+",
         default=list(DEFAULT),
         metavar="NAME",
-        help=f"of {', '.join(FORMATS)}; by default those of f32",
+        help=f"one or more of {', '.join(FORMATS)} (default: {' '.join(DEFAULT)})",
     )
     parser.add_argument(
-        "--web", type=Path, metavar="FOLDER", help="for a page of static files that runs the model"
+        "--web",
+        type=Path,
+        metavar="FOLDER",
+        help="folder to write a page to, static files that run the model in a browser",
     )
     parser.add_argument(
-        "--examples", type=int, default=100, metavar="N", help="test examples that go along (100)"
+        "--examples",
+        type=int,
+        default=100,
+        metavar="N",
+        help="maximum number of test examples in the bundle (default: 100)",
     )
-    for name, what in (("--data-dir", "folder"), ("--data-file", "file")):
+    for name, kind in (("--data-dir", "folder"), ("--data-file", "file")):
         parser.add_argument(
-            name, metavar=what.upper(), help=f"the {what} of the data, where it has moved"
+            name, metavar=kind.upper(), help=f"{kind} of the data, if it has moved since the run"
         )
     return parser.parse_args(arguments)
 
@@ -77,13 +81,18 @@ def _export(chosen: Namespace) -> None:
     )
 
     # The card records the options that affect the numbers of the run.
-    said = config.deciding(options)
+    recorded = config.deciding(options)
     folder = chosen.to or load.folder_of(chosen.run) / "bundle"
     written = write_bundle(
-        trained, data, folder, chosen.formats, examples=chosen.examples, options={"options": said}
+        trained,
+        data,
+        folder,
+        chosen.formats,
+        examples=chosen.examples,
+        options={"options": recorded},
     )
 
-    # The sum of the card is printed so that a node can require it with --expect.
+    # The SHA-256 of the card is printed, so that a node can require it with --expect.
     screen = console()
     screen.print(_table(written))
     for name, reason in written.left_out.items():
@@ -91,12 +100,12 @@ def _export(chosen: Namespace) -> None:
     screen.print(f"bundle     {folder}")
     if chosen.web is not None:
         screen.print(
-            f"page       {write_page(written.bundle, chosen.web)}; "
+            f"page       {write_page(written.bundle, chosen.web)}; serve it with "
             f"python -m http.server -d {chosen.web}"
         )
     screen.print(
-        f"sha256     {written.bundle.sha256}, of its card; "
-        f"--expect {written.bundle.sha256[:12]} insists on it"
+        f"sha256     {written.bundle.sha256} of card.json; to require it on a node: "
+        f"--expect {written.bundle.sha256[:12]}"
     )
 
 
@@ -104,25 +113,29 @@ def _table(written: Written) -> Table:
     """Returns a table of the receipts, one row per format."""
     facts = written.bundle.card.facts
     trained = facts["trained_model"]
-    rows = Table(title=f"after {facts['training']['step']:,} steps")
+    rows = Table(
+        title=f"model after {facts['training']['step']:,} steps",
+        caption="difference: maximum, from the trained model; ms (n): median for n examples",
+        caption_justify="left",
+    )
 
     # Two measures at most: with them the table fits into 80 columns.
     measures = list(trained["measured"])[:2]
-    for name in ("runtime", "size", "differs", *measures, "ms of 1", "of 32"):
+    for name in ("runtime", "size", "difference", *measures, "ms (1)", "ms (32)"):
         rows.add_column(name, justify="left" if name == "runtime" else "right")
 
-    def add(name: str, size: str, difference: str, said: Mapping[str, Any]) -> None:
-        measured = [f"{said['measured'][measure]:.4f}" for measure in measures]
+    def add(name: str, size: str, difference: str, receipt: Mapping[str, Any]) -> None:
+        measured = [f"{receipt['measured'][measure]:.4f}" for measure in measures]
         # Quartiles of a call: index 1 is the median.
-        taken = [said["milliseconds"][batch][1] for batch in ("1", "32")]
+        medians = [receipt["milliseconds"][batch][1] for batch in ("1", "32")]
         rows.add_row(
-            name, size, difference, *measured, *(f"{ms:.{3 if ms < 10 else 1}f}" for ms in taken)
+            name, size, difference, *measured, *(f"{ms:.{3 if ms < 10 else 1}f}" for ms in medians)
         )
 
     add("trained (jit)", "", "", trained)
     for name, artifact in written.bundle.card.artifacts.items():
-        said = artifact.receipt
-        add(name, decimal(said["bytes"]), f"{said['relative']:.1e}", said)
+        receipt = artifact.receipt
+        add(name, decimal(receipt["bytes"]), f"{receipt['relative']:.1e}", receipt)
     return rows
 
 

@@ -75,9 +75,9 @@ def _over_windows(
             continue
 
         # One slice per position in the window, each with one element per window.
-        places = (length - span) // stride * stride + 1
+        covered = (length - span) // stride * stride + 1
         starts = range(0, window * dilation, dilation)
-        parts = [lax.slice_in_dim(x, start, start + places, stride, axis) for start in starts]
+        parts = [lax.slice_in_dim(x, start, start + covered, stride, axis) for start in starts]
         x = reduce(combine, parts)
     return x
 

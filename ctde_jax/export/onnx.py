@@ -71,13 +71,14 @@ def _tidy(graph: Any) -> None:
     from onnx.numpy_helper import to_array
 
     # Gemm without bias -> MatMul.
-    own = {tensor.name: tensor for tensor in graph.initializer}
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         is_product = (
             node.op_type == "Gemm"
             and {(each.name, each.f or each.i) for each in node.attribute} <= _PLAIN
         )
-        if is_product and not (len(node.input) == 3 and to_array(own[node.input[2]]).any()):
+        has_bias = len(node.input) == 3 and to_array(initializers[node.input[2]]).any()
+        if is_product and not has_bias:
             node.op_type = "MatMul"
             del node.input[2:], node.attribute[:]
 

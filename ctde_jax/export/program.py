@@ -50,7 +50,9 @@ def leaving_out(tool: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LeftOut(f"{tool} cannot write it ({shortened(on_one_line(reason))})") from error
+        raise LeftOut(
+            f"{tool} cannot convert the model ({shortened(on_one_line(reason))})"
+        ) from error
 
 
 class Inference(NamedTuple):

@@ -78,11 +78,11 @@ def compare(
     sums = {}
     for first in range(0, len(split.inputs), _PIECE):
         inputs, labels = (np.asarray(array[first : first + _PIECE]) for array in split)
-        right = found = in_batches(reference, inputs, 64)
+        expected = found = in_batches(reference, inputs, 64)
         for size in BATCH_SIZES:
             found = in_batches(predict, inputs, size)
-            largest[str(size)] = max(largest[str(size)], float(difference(found, right).max()))
-            relative = max(relative, relative_difference(found, right))
+            largest[str(size)] = max(largest[str(size)], float(difference(found, expected).max()))
+            relative = max(relative, relative_difference(found, expected))
             advance()
 
         # Loss and metrics are those of the last batch size. Sums are in float64.
@@ -122,8 +122,8 @@ def check_same(trained: Trained, measured: Mapping[str, float]) -> None:
         ):
             raise InputError(
                 "data",
-                f"must be those that the model was trained on, but there its test {name} is "
-                f"{measured[name]:.6g}, and its training measured {tested[name]:.6g}.",
+                f"must be those of the training, but the test {name} on them is "
+                f"{measured[name]:.6g}, and training measured {tested[name]:.6g}.",
             )
 
 
@@ -139,16 +139,16 @@ def compare_steps(step: Step, start: Carry, reference: Predict, inputs: np.ndarr
     Returns:
         The largest difference of outputs, as defined by `PARITY`.
     """
-    right = reference(inputs)
+    expected = reference(inputs)
     carry = start
-    said = []
-    for place in range(inputs.shape[1]):
-        outputs, carry = step(np.ascontiguousarray(inputs[:, place]), carry)
-        said.append(outputs)
+    steps = []
+    for position in range(inputs.shape[1]):
+        outputs, carry = step(np.ascontiguousarray(inputs[:, position]), carry)
+        steps.append(outputs)
 
     # The model has outputs at every position, or at the last one only.
-    found = np.stack(said, axis=1) if right.ndim > said[-1].ndim else said[-1]
-    return relative_difference(found, right)
+    found = np.stack(steps, axis=1) if expected.ndim > steps[-1].ndim else steps[-1]
+    return relative_difference(found, expected)
 
 
 def time_all(contestants: Mapping[str, Predict], inputs: np.ndarray) -> dict[str, Facts]:

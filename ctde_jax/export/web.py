@@ -1,7 +1,7 @@
 """A folder of static files with which a browser runs a model; it needs only a file server.
 
 The source of the page is in `page/`. The runtime is onnxruntime-web: npm fetches it once, the
-archive is checked against the SHA-512 pinned here, and the user's cache folder keeps it.
+archive is checked against the SHA-512 pinned here, and stored in the user's cache folder.
 """
 
 import io
@@ -49,11 +49,11 @@ def check_page(folder: Path, formats: Sequence[str]) -> None:
             are not installed, or npm is needed and not installed.
     """
     if "onnx" not in formats:
-        raise InputError("web", f"needs the format onnx, and --formats are {' '.join(formats)}.")
+        raise InputError("web", f"requires the format onnx, but --formats are {' '.join(formats)}.")
     if find_spec("jax2onnx") is None:
-        raise InputError("web", "needs the format onnx, and so `pip install 'ctde_jax[onnx]'`.")
+        raise InputError("web", "requires the format onnx; `pip install 'ctde_jax[onnx]'`.")
     # Only the first page needs npm; later ones find the archive in the cache.
-    if not _kept().exists():
+    if not _cached_archive().exists():
         _find_npm()
     _check_replaceable(folder)
 
@@ -77,13 +77,14 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     card = bundle.card
     folder = Path(folder)
     if "onnx" not in card.artifacts:
-        raise InputError("web", "needs the format onnx, which the bundle does not have.")
+        raise InputError("web", "requires the format onnx, which the bundle does not contain.")
     _check_replaceable(folder)
     if not (_reads_pictures(card) or card.predicts == "tokens"):
-        reads = f"{card.input_dtype} of the shape {list(card.input_shape)}"
+        got = f"inputs of {card.input_dtype} {list(card.input_shape)}"
         raise InputError(
             "web",
-            f"goes with texts, and with pictures in 1 or 3 channels, and the model reads {reads}.",
+            "requires a language model, or a classifier of uint8 images with 1 or 3 channels, got "
+            f"{got}.",
         )
 
     # Card and model. `read` verifies a file against the card; the card itself is read directly.
@@ -99,11 +100,11 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     runtime = {
         f"ort/{name.replace('.mjs', '.js')}": content for name, content in _runtime().items()
     }
-    said = {
+    sums = {
         name: {"bytes": len(content), "sha256": sha256(content).hexdigest()}
         for name, content in runtime.items()
     }
-    contents |= {**runtime, SUMS_OF_RUNTIME: json.dumps(said, indent=1).encode()}
+    contents |= {**runtime, SUMS_OF_RUNTIME: json.dumps(sums, indent=1).encode()}
 
     # Nothing is written before everything has been read.
     try:
@@ -113,7 +114,7 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
     except OSError as error:
         raise InputError(
             "web",
-            f"must be a folder that can be written to, and {folder} is none: {error.strerror}.",
+            f"must be a writable folder, but writing to {folder} failed: {error.strerror}.",
         ) from error
     return folder
 
@@ -136,17 +137,17 @@ def _reads_pictures(card: Card) -> bool:
 def _runtime() -> dict[str, bytes]:
     """Returns the files of the runtime, from the cached package or a new download."""
     # A damaged archive is fetched again.
-    kept = _kept()
-    if not kept.exists() or sha512(kept.read_bytes()).hexdigest() != SHA512:
+    cached = _cached_archive()
+    if not cached.exists() or sha512(cached.read_bytes()).hexdigest() != SHA512:
         try:
-            _fetch(kept)
+            _fetch(cached)
         except OSError as error:
             raise InputError(
-                "web", f"keeps {PACKAGE} in {kept.parent}, which failed: {error.strerror}."
+                "web", f"cannot cache {PACKAGE} in {cached.parent}: {error.strerror}."
             ) from error
 
     # Archives of npm have their files below package/.
-    with tarfile.open(fileobj=io.BytesIO(kept.read_bytes())) as package:
+    with tarfile.open(fileobj=io.BytesIO(cached.read_bytes())) as package:
         members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
         return {name: member.read() for name, member in members.items() if member}
 
@@ -167,8 +168,7 @@ def _check_replaceable(folder: Path) -> None:
     ):
         raise InputError(
             "web",
-            f"must be new, empty, or a page that was written before, and {folder} is none of "
-            "these.",
+            f"must be a new folder, an empty one, or an existing page, got {folder}.",
         )
 
 
@@ -177,19 +177,19 @@ def _find_npm() -> str:
     if npm is None:
         raise InputError(
             "web",
-            f"needs npm, of https://nodejs.org, to fetch {PACKAGE} once; it is not installed here.",
+            f"requires npm (https://nodejs.org) to fetch {PACKAGE}, but npm is not installed.",
         )
     return npm
 
 
-def _kept() -> Path:
+def _cached_archive() -> Path:
     return user_cache_path("ctde_jax") / "npm" / f"{PACKAGE.replace('@', '-')}.tgz"
 
 
-def _fetch(kept: Path) -> None:
-    """Fetches the package with npm, and keeps it if its SHA-512 is the pinned one."""
+def _fetch(cached: Path) -> None:
+    """Fetches the package with npm, and caches it if its SHA-512 is the pinned one."""
     npm = _find_npm()
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    cached.parent.mkdir(parents=True, exist_ok=True)
 
     # `npm pack` downloads the archive without installing it.
     with TemporaryDirectory() as folder:
@@ -197,21 +197,21 @@ def _fetch(kept: Path) -> None:
         (fetched,) = list(Path(folder).glob("*.tgz")) or [None]
         if done.returncode or fetched is None:
             raise InputError(
-                "web", f"needs {PACKAGE}, which npm could not fetch: {_reason(done.stderr)}."
+                "web", f"requires {PACKAGE}, but npm could not fetch it: {_reason(done.stderr)}."
             )
         content = fetched.read_bytes()
     if sha512(content).hexdigest() != SHA512:
         raise InputError(
-            "web", f"needs {PACKAGE} as it was published, and what npm fetched has another SHA-512."
+            "web", f"requires {PACKAGE}, but the archive that npm fetched has another SHA-512."
         )
 
     # Atomic, so that an interrupted write leaves no partial archive.
-    new = kept.with_suffix(".new")
+    new = cached.with_suffix(".new")
     new.write_bytes(content)
-    new.replace(kept)
+    new.replace(cached)
 
 
-def _reason(said: str) -> str:
+def _reason(stderr: str) -> str:
     """Returns npm's reason from its error output.
 
     The reason is the first line with more than three words; error codes are shorter, and the line
@@ -219,10 +219,10 @@ def _reason(said: str) -> str:
     """
     lines = [
         line.removeprefix("npm error").strip()
-        for line in said.splitlines()
+        for line in stderr.splitlines()
         if line.startswith("npm error")
     ]
     reasons = [
         line for line in lines if len(line.split()) > 3 and not line.startswith("A complete log")
     ]
-    return next(iter(reasons), "it did not say why").rstrip(".")
+    return next(iter(reasons), "npm gave no reason").rstrip(".")

@@ -61,7 +61,7 @@ def to_safetensors(weights: Mapping[str, np.ndarray]) -> bytes:
     except SafetensorError as error:
         dtypes = ", ".join(sorted({str(array.dtype) for array in weights.values()}))
         rule = (
-            "must have parameters and state of dtypes that the safetensors format has, "
+            "must have parameters and state of dtypes that the safetensors format supports, "
             f"got {dtypes}"
         )
         raise InputError(
@@ -110,9 +110,9 @@ def find_layers(
 
     # Try every activation. With other operations between the layers, such as a skip connection, no
     # activation matches.
-    right = trained.predict(inputs)
+    expected = trained.predict(inputs)
     for layers in (Layers(activation, kernels) for activation in perceptron.ACTIVATIONS):
         found = perceptron.make_predict(layers, weights, inputs.shape[1:])(inputs)
-        if found.shape == right.shape and np.allclose(found, right, rtol=1e-4, atol=1e-4):
+        if found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4, atol=1e-4):
             return layers
     return None

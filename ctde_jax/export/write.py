@@ -124,7 +124,7 @@ def write_bundle(
     except OSError as error:
         raise InputError(
             "folder",
-            f"must be a folder that can be written to and has room, and {given} is none: "
+            f"must be a writable folder with enough free space, but writing to {given} failed: "
             f"{error.strerror}.",
         ) from error
 
@@ -146,9 +146,10 @@ def _check_replaceable(folder: Path) -> None:
         }
     others = {path.name for path in folder.iterdir()} - named if folder.is_dir() else {folder.name}
     if others or not (folder / SUMS).is_file() or not (folder / CARD).is_file():
-        rule = f"must be new or a bundle, and {folder} is something else"
+        content = f", which contains {min(others)}" if others else ""
         raise InputError(
-            "folder", f"{rule}{f', with {min(others)} in it' if others else ''}; name another one."
+            "folder",
+            f"must be new or an existing bundle, got {folder}{content}; choose another folder.",
         )
 
 
@@ -204,10 +205,9 @@ def _write(
     _check_any(facts["artifacts"], left_out)
 
     # Remove the files of dropped formats, and write the final card.
-    kept = {said[kind] for said in facts["artifacts"].values() for kind in ("file", "step")} | {
-        WEIGHTS,
-        EXAMPLES,
-    }
+    artifacts = facts["artifacts"].values()
+    kept = {artifact[kind] for artifact in artifacts for kind in ("file", "step")}
+    kept |= {WEIGHTS, EXAMPLES}
     for name in files.keys() - kept:
         (folder / name).unlink()
     facts["left_out"] = left_out
@@ -242,7 +242,7 @@ def _check_any(forms: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
     if not forms:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(
-            "formats", f"must have one that the model leaves in, and it leaves in none ({reasons})."
+            "formats", f"must contain one in which the model can be exported ({reasons})."
         )
 
 
@@ -250,7 +250,7 @@ def _make_forms(
     trained: Trained, data: Dataset, formats: Sequence[Format], weights: bytes, is_perceptron: bool
 ) -> tuple[dict[str, _Form], dict[str, str]]:
     """Exports the model in each format; returns the results, and reasons for formats left out."""
-    says = {"classes": data.classes, "vocabulary": data.vocabulary}
+    metadata = {"classes": data.classes, "vocabulary": data.vocabulary}
 
     # Traced at most once, and only if a format needs it.
     @cache
@@ -260,7 +260,7 @@ def _make_forms(
 
     def numpy() -> _Form:
         if not is_perceptron:
-            raise LeftOut("is for dense layers of float32 with one activation between them")
+            raise LeftOut("supports only float32 dense layers with one activation between them")
 
         # The artifact is the file of the weights itself.
         return _Form(WEIGHTS, weights)
@@ -276,21 +276,25 @@ def _make_forms(
     # Shared by onnx and onnx-int8.
     @cache
     def whole_in_onnx() -> bytes:
-        return to_onnx(programs()[0], ["inputs"], ["outputs"], says)
+        return to_onnx(programs()[0], ["inputs"], ["outputs"], metadata)
 
     def onnx() -> _Form:
         # The step reads `inputs` and `carry_0`, ..., and returns `outputs` and `next_0`, ...
         step = programs()[1]
-        carried = [] if step is None else [f"carry_{place}" for place in range(len(step.like) - 1)]
+        carried = [] if step is None else [f"carry_{index}" for index in range(len(step.like) - 1)]
         names = [name.replace("carry", "next") for name in carried]
         return _Form(
             "model.onnx",
             whole_in_onnx(),
-            step and ("step.onnx", to_onnx(step, ["inputs", *carried], ["outputs", *names], says)),
+            step
+            and (
+                "step.onnx",
+                to_onnx(step, ["inputs", *carried], ["outputs", *names], metadata),
+            ),
         )
 
     # A format that cannot express the model is left out.
-    ways: Mapping[str, Callable[[], _Form]] = {
+    writers: Mapping[str, Callable[[], _Form]] = {
         "numpy": numpy,
         "jax": in_jax,
         "onnx": onnx,
@@ -300,7 +304,7 @@ def _make_forms(
     left_out = {}
     for name in formats:
         try:
-            forms[name] = ways[name]()
+            forms[name] = writers[name]()
         except LeftOut as error:
             left_out[name] = str(error)
     return forms, left_out
@@ -435,7 +439,7 @@ def _measure(
                     predict, reference, data.test, trained.task, lambda: bar.advance(task)
                 )
             except InputError as error:  # the runtime is not installed, or refuses the file
-                left_out[name] = f"cannot be measured here: {error}"
+                left_out[name] = f"cannot be measured on this machine: {error}"
                 del artifacts[name]
                 continue
 
@@ -454,8 +458,8 @@ def _measure(
         bar.update(task, description="timing")
         milliseconds = receipt.time_all(contestants, np.asarray(data.test.inputs[:64]))
     facts["trained_model"] = {"milliseconds": milliseconds.pop("trained model")}
-    for name, taken in milliseconds.items():
-        artifacts[name]["receipt"]["milliseconds"] = taken
+    for name, quartiles in milliseconds.items():
+        artifacts[name]["receipt"]["milliseconds"] = quartiles
 
 
 def _measure_steps(
@@ -477,7 +481,7 @@ def _measure_steps(
         step, start, reference, inputs
     )
     if not relative <= PARITY:
-        left_out[f"{name}, place by place"] = _misses(relative)
+        left_out[f"{name}, one position at a time"] = _misses(relative)
         artifact["step"] = None
 
 
@@ -487,14 +491,14 @@ def _misses(relative: float) -> str:
 
 def _seal(folder: Path, facts: Facts, files: Mapping[str, bytes]) -> None:
     """Writes the card with the sizes and SHA-256 of the files, and the sums."""
-    said = {
+    entries = {
         name: File(len(content), sha256(content).hexdigest()) for name, content in files.items()
     }
     facts["files"] = {
-        name: {"bytes": file.size, "sha256": file.sha256} for name, file in said.items()
+        name: {"bytes": file.size, "sha256": file.sha256} for name, file in entries.items()
     }
 
     # The sums contain the digest of the card, which contains those of all other files.
     card = json.dumps(facts, indent=1, ensure_ascii=False).encode() + b"\n"
     (folder / CARD).write_bytes(card)
-    (folder / SUMS).write_text(sums_of(sha256(card).hexdigest(), said), encoding="utf-8")
+    (folder / SUMS).write_text(sums_of(sha256(card).hexdigest(), entries), encoding="utf-8")

@@ -93,9 +93,9 @@ def unscaled(model: Model) -> Model:
     if (model.init, model.apply) != (init, apply):
         raise InputError(
             "model",
-            "must not be made from the model of a Trained, which scales its inputs; change the "
-            "model that was given to fit, and pass init_from=trained to start from the trained "
-            "parameters.",
+            "must not be derived from the model of a Trained, which already scales its inputs; "
+            "change the model that was passed to fit, and pass init_from=trained to start from the "
+            "trained parameters.",
         )
     return before
 
@@ -178,15 +178,15 @@ def as_outputs(outputs: PyTree) -> PyTree:
             kind = type(leaf).__name__
             raise InputError(
                 "model",
-                f"must return an array, or containers of arrays, and it returns {kind}; a "
-                "dataclass must be registered as a pytree, as flax.struct.dataclass does.",
+                f"must return an array or a pytree of arrays, got {kind}; register a dataclass as "
+                "a pytree, for example with flax.struct.dataclass.",
             )
 
     # None, and an empty container, are pytrees without leaves.
     if not jax.tree.leaves(outputs):
         raise InputError(
             "model",
-            f"must return an array, and it returns {outputs!r:.40}; does __call__ end in return?",
+            f"must return an array, got {outputs!r:.40}; end __call__ with a return statement.",
         )
     return jax.tree.map(_as_output, outputs)
 

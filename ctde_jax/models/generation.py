@@ -56,7 +56,7 @@ def generate(
     if prompt.ndim != 1 or not prompt.size or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise InputError(
             "prompt",
-            f"must be one or more tokens, int32[length], got {prompt.dtype} of the shape "
+            f"must be one or more tokens, int32[length], got {prompt.dtype} of shape "
             f"{prompt.shape}.",
         )
 
@@ -67,7 +67,7 @@ def generate(
     if not hasattr(logits, "shape") or len(logits.shape) != 3:
         raise InputError(
             "model",
-            "must give logits at every place, [examples, length, vocabulary], "
+            "must return logits at every position, [examples, length, vocabulary], "
             f"got {describe(logits)}.",
         )
 
@@ -75,7 +75,7 @@ def generate(
     strange = prompt[(prompt < 0) | (prompt >= logits.shape[2])]
     if strange.size:
         raise InputError(
-            "prompt", f"must hold tokens from 0 to {logits.shape[2] - 1}, got {strange[0]}."
+            "prompt", f"must contain tokens from 0 to {logits.shape[2] - 1}, got {strange[0]}."
         )
 
     return _continue(model.apply, steps, seen, params, model_state, text, key, temperature)[

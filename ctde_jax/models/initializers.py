@@ -95,7 +95,7 @@ def delta_orthogonal(model: Model) -> Model:
         if not any(kernel.taps for kernel in kernels.values()):
             raise InputError(
                 "init",
-                "must not be delta_orthogonal for a model without a convolution; try orthogonal.",
+                "must not be delta_orthogonal for a model without a convolution; use orthogonal.",
             )
 
     return _draw_kernels(model, lambda kernel: draw, check)
@@ -116,7 +116,7 @@ def recurrent(model: Model) -> Model:
         if not any(kernel.recurrent for kernel in kernels.values()):
             raise InputError(
                 "init",
-                "must not be recurrent for a model without a recurrent cell; try orthogonal.",
+                "must not be recurrent for a model without a recurrent cell; use orthogonal.",
             )
 
     def draw(kernel: Kernel) -> Draw:
@@ -168,8 +168,9 @@ def residual(model: Model) -> Model:
         if not any(ends_branch(path) for path, _ in leaves_with_path(params)):
             raise InputError(
                 "init",
-                "must not be residual for a model without residual branches, which are found in a "
-                f"list named blocks by the names of their last layers, {', '.join(BRANCH_ENDS)}.",
+                "must not be residual for a model without residual branches, which are elements of "
+                "a list named blocks and end in a layer with one of the names "
+                f"{', '.join(BRANCH_ENDS)}.",
             )
         closed = map_with_path(
             lambda path, leaf: jnp.zeros_like(leaf) if ends_branch(path) else leaf, params
@@ -194,7 +195,7 @@ def lsuv(model: Model) -> Model:
     drawn = orthogonal(model)
     if layers is None:
         raise InputError(
-            "init", "must not be lsuv for a model that does not show its layers; try orthogonal."
+            "init", "must not be lsuv for a model that does not expose its layers; use orthogonal."
         )
 
     # Then rescale them one by one. The number of the layer is traced, so that the network is

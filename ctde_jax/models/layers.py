@@ -11,19 +11,19 @@ from ctde_jax.errors import InputError, check_at_least
 
 
 def check_image_shape(image_shape: Sequence[int], halvings: int) -> None:
-    """Raises InputError if it is no image shape, or an axis has fewer than 2**halvings pixels."""
+    """Raises InputError for an invalid image shape, or an axis of less than 2**halvings pixels."""
     if len(image_shape) not in (2, 3):
         raise InputError(
             "image_shape",
             f"must be (height, width) or (height, width, channels), got {tuple(image_shape)}; "
-            "what is no picture goes into an mlp.",
+            "for other inputs, use an mlp.",
         )
     # The layout of PyTorch, such as (3, 32, 32), has a valid number of axes.
     if is_channels_first(image_shape):
         raise InputError(
             "image_shape",
-            f"must be (height, width, channels), got {tuple(image_shape)}, which seems to have the "
-            "channels first; transpose the pictures with inputs.transpose(0, 2, 3, 1).",
+            f"must be (height, width, channels), got {tuple(image_shape)}, which appears to have "
+            "the channels first; transpose the images with inputs.transpose(0, 2, 3, 1).",
         )
 
     # Each halving must leave at least one pixel.
@@ -51,7 +51,7 @@ def as_images(inputs: jax.Array, image_shape: Sequence[int]) -> jax.Array:
     if inputs.shape[1:] != tuple(image_shape):
         raise InputError(
             "image_shape",
-            f"must be that of an input, {inputs.shape[1:]}, got {tuple(image_shape)}.",
+            f"must be the shape of an input, {inputs.shape[1:]}, got {tuple(image_shape)}.",
         )
     # An image without a channel axis receives one.
     return inputs.reshape(*inputs.shape[:3], count_channels(image_shape))
@@ -66,7 +66,7 @@ def embed(tokens: jax.Array, table: nnx.Embed) -> jax.Array:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise InputError(
             "inputs",
-            f"must be tokens, integers [examples, length], got {tokens.dtype} of the shape "
+            f"must be tokens, integers [examples, length], got {tokens.dtype} of shape "
             f"{tokens.shape}.",
         )
 

@@ -207,7 +207,8 @@ def _built(module: Any) -> linen.Module:
         if required:
             raise InputError(
                 "module",
-                f"must be built, and {name} needs {', '.join(required)}: pass {name}(...).",
+                f"must be an instance, because {name} requires the arguments "
+                f"{', '.join(required)}; pass {name}(...).",
             )
         with reported("module", f"{name}()"):
             module = module()
@@ -217,12 +218,13 @@ def _built(module: Any) -> linen.Module:
         raise InputError("module", f"must be a linen module such as MyNet(64), got {module!r:.60}.")
     if module.scope is not None:
         raise InputError(
-            "module", f"must not be bound to variables; pass {type(module).__name__}(...) as built."
+            "module",
+            f"must not be bound to variables; pass an unbound {type(module).__name__}(...).",
         )
     # Flax also builds modules that have only other methods.
     if not callable(module):
         raise InputError(
-            "module", f"must have a method __call__, and {type(module).__name__} has none."
+            "module", f"must have a method __call__, but {type(module).__name__} has none."
         )
     return module
 
@@ -321,15 +323,16 @@ def _check_state(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -
     two = leaves(2)
     for path, leaf in one.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            where = "/".join(map(str, path))
             raise InputError(
-                "model", f"must keep no random keys, as {where} is: use self.make_rng('dropout')."
+                "model",
+                f"must not store random keys, but {'/'.join(map(str, path))} is one; use "
+                "self.make_rng('dropout').",
             )
         if path not in two or leaf.shape != two[path].shape:
             raise InputError(
                 "model",
-                "must keep no state whose shape depends on the number of examples, as "
-                f"{'/'.join(map(str, path))} does; turn off its cache (decode=False), or return it "
+                "must not have state whose shape depends on the number of examples, but that of "
+                f"{'/'.join(map(str, path))} does; turn off the cache (decode=False), or return it "
                 "as an output.",
             )
 
@@ -394,9 +397,9 @@ def _like(before: PyTree, after: PyTree) -> PyTree:
         new = sorted(
             "/".join(map(str, path)) for path in {*flatten_dict(after)} - {*flatten_dict(before)}
         )
-        what = f"{', '.join(new)} appears" if new else "its structure changes"
+        change = f"creates {', '.join(new)}" if new else "changes the structure of the state"
         raise InputError(
-            "model", f"must make all of its state in init, and {what} only in a training step."
+            "model", f"must create all of its state in init, but a training step {change}."
         )
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, before)
 

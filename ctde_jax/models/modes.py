@@ -141,7 +141,9 @@ def find_modes(
     parameters = list(signature(call).parameters.values())
     if not parameters or parameters[0].kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD):
         raise InputError(
-            "model", f"must take the inputs as the first argument, and {name}.__call__ takes none."
+            "model",
+            f"must take the inputs as the first argument, but {name}.__call__ takes no positional "
+            "argument.",
         )
     others = parameters[1:]
     takes_any = any(other.kind == Parameter.VAR_KEYWORD for other in others)
@@ -154,7 +156,8 @@ def find_modes(
         if key not in {other.name for other in others} and not takes_any:
             raise InputError(
                 "model",
-                f"must take the arguments given, and {name}.__call__ has no argument {key}.",
+                f"must accept the arguments of train and infer, but {name}.__call__ has no "
+                f"argument {key}.",
             )
 
     # Names that are known are modes. A mode in words, such as mode="train", is refused.
@@ -236,10 +239,10 @@ def _value_in_training(
 
 def _sentence(name: str, argument: str) -> str:
     return (
-        "must be called with its inputs alone, or with a mode of a known name such as train or "
-        f"deterministic, and {name}.__call__ also takes {argument}: pass from_linen or "
-        f"from_nnx(module, train={{'{argument}': ...}}, infer={{'{argument}': ...}}), or several "
-        "arrays as one."
+        "must take only its inputs and a mode argument with a known name, such as train or "
+        f"deterministic, but {name}.__call__ also takes {argument}; pass from_linen or "
+        f"from_nnx(module, train={{'{argument}': ...}}, infer={{'{argument}': ...}}), or combine "
+        "several input arrays into one."
     )
 
 

@@ -16,7 +16,7 @@ from ctde_jax.models.nnx_modules import from_nnx
 _WAYS_OUT = {
     "Trained": "pass its field model",
     "Optimizer": "pass the module, and the optax transformation as the optimizer",
-    "TrainState": "pass the module, and let fit make the state",
+    "TrainState": "pass the module, from which fit creates the state",
     "Transformed": "rewrite the function as a flax module",
     "TransformedWithState": "rewrite the function as a flax module",
 }
@@ -65,7 +65,7 @@ def as_model(module: Any) -> Model:
         return from_nnx(network)
     raise InputError(
         "model",
-        "must be an nnx or linen module, a class or function that builds one, or made by "
+        "must be an nnx or linen module, a class or function that builds one, or a Model, such as "
         "models.mlp(...), models.from_nnx(YourModule) or models.from_linen(YourModule()), got "
         f"{kind.__name__} {module!r:.60}.",
     )

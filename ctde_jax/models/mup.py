@@ -89,7 +89,8 @@ def _compare(params: PyTree, at_base: PyTree) -> Callable[[KeyPath], tuple[float
     if _layout(params) != _layout(at_base):
         raise InputError(
             "base",
-            "must be the same network as the model in all but its width, of the same depth too.",
+            "must differ from the model only in width, but its parameters have other names or "
+            "numbers of axes; build it with the depth of the model.",
         )
     kernels = find_kernels(params)
     at_base = find_kernels(at_base)

@@ -210,8 +210,8 @@ def _check_attributes(
         names = ", ".join(sorted(".".join(map(str, (*path, name))) for path, name in changed))
         raise InputError(
             "model",
-            f"must not change {names} in __call__, as Python attributes do not follow compiled "
-            "steps; make it an nnx.Variable that holds an array.",
+            f"must not change {names} in __call__, because a compiled step does not update Python "
+            "attributes; make it an nnx.Variable that holds an array.",
         )
 
 
@@ -237,9 +237,9 @@ def _check_params(wrapped: _Wrapped, like: Any, arguments: Mapping[str, Any]) ->
     if names:
         raise InputError(
             "model",
-            f"must not write to its parameters in __call__, as it does to {names[0]} "
-            "(nnx.SpectralNorm and nnx.WeightNorm do); compute what is written from the parameter "
-            "instead, or use flax.linen's layer.",
+            f"must not write to its parameters in __call__, but it writes to {names[0]}, as "
+            "nnx.SpectralNorm and nnx.WeightNorm do; compute the new value without storing it, or "
+            "use the layer of flax.linen.",
         )
 
 
@@ -276,7 +276,7 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
         arguments = ", ".join(f"{other}=..." for other in names if other != "rngs")
         raise InputError(
             "module",
-            f"must be built from rngs alone, and {name} needs {', '.join(names)}: pass "
+            f"must require no arguments but rngs, but {name} requires {', '.join(names)}; pass "
             f"functools.partial({name}, {arguments}), or lambda rngs: {name}(..., rngs=rngs).",
         )
 
@@ -300,7 +300,7 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
             made = module(rngs)
         if not isinstance(made, nnx.Module):
             raise InputError(
-                "module", f"must build an nnx module, and {name} returns {type(made).__name__}."
+                "module", f"must build an nnx module, but {name} returns {type(made).__name__}."
             )
         return made
 
@@ -340,7 +340,7 @@ def _abstract(split_made: Callable[[jax.Array], Any], module: Any) -> _Abstract:
     merged: Any = nnx.merge(graph, params, random_state, model_state)
     kind: Any = type(merged)
     if not callable(merged):
-        raise InputError("module", f"must have a method __call__, and {kind.__name__} has none.")
+        raise InputError("module", f"must have a method __call__, but {kind.__name__} has none.")
     start = getattr(merged, "start", None)
     is_stream = callable(getattr(kind, "start", None)) and callable(getattr(kind, "step", None))
     return _Abstract(graph, random_state, kind, merged.__call__, start if is_stream else None)
@@ -373,9 +373,9 @@ def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
             elif not node._pytree__nodes.get(name, False) and _hides_tracer(value):
                 raise InputError(
                     "module",
-                    "must keep arrays where flax sees them, and the constructor of "
-                    f"{type(node).__name__} keeps one inside {name}; make it an attribute or an "
-                    "nnx.Variable, or build the module first and pass that.",
+                    "must store arrays in attributes that flax tracks, but the constructor of "
+                    f"{type(node).__name__} stores one inside {name}; make it an attribute or an "
+                    "nnx.Variable, or build the module first and pass the instance.",
                 )
     graph, *states = nnx.split(module, is_trained, is_random, ...)
     params, random_state, model_state = states
@@ -457,8 +457,9 @@ def _state_after(module: nnx.Module, before: PyTree) -> PyTree:
             if not isinstance(after[name], tuple):  # a tuple is made by `sow`
                 raise InputError(
                     "model",
-                    f"must make its variables in the constructor, and {path}{name} is made in "
-                    "__call__; for what is only reported, use a subclass of nnx.Intermediate.",
+                    f"must create its variables in the constructor, but {path}{name} is created "
+                    "in __call__; for a value that is only reported, use a subclass of "
+                    "nnx.Intermediate.",
                 )
         return {name: pick(after[name], before[name], f"{path}{name}/") for name in before}
 

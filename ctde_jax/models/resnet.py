@@ -117,7 +117,8 @@ def resnet(
     uneven = [each for each in channels if each % GROUPS]
     if norm == "group" and uneven:
         raise InputError(
-            "channels", f"must be multiples of the {GROUPS} groups of a norm, got {uneven[0]}."
+            "channels",
+            f"must be multiples of the {GROUPS} groups of group normalization, got {uneven[0]}.",
         )
 
     check_image_shape(image_shape, halvings=len(channels) - 1)

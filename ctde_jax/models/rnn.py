@@ -89,8 +89,7 @@ class RNNClassifier(nnx.Module):
         if inputs.ndim != 3 or inputs.shape[2] != self.features:
             raise InputError(
                 "inputs",
-                f"must be sequences [examples, length, {self.features}], "
-                f"got the shape {inputs.shape}.",
+                f"must be sequences [examples, length, {self.features}], got shape {inputs.shape}.",
             )
         # All sequences have the same length, so the last position is that of every example.
         return self.out(self.recurrent(inputs)[:, -1])

@@ -73,7 +73,9 @@ class Task(NamedTuple):
         taken = {"loss", *RESERVED} & {*self.metrics, *self.of_the_loss}
         if taken:
             raise InputError(
-                "task", f"must not call a metric {' or '.join(sorted(taken))}; rename it."
+                "task",
+                f"must not have a metric with a reserved name, got {', '.join(sorted(taken))}; "
+                "rename it.",
             )
 
         # Only metrics have a choice: lower is always better for the loss and its functions.
@@ -81,7 +83,8 @@ class Task(NamedTuple):
         if unknown:
             raise InputError(
                 "task",
-                f"must say lower_is_better of its metrics only, got {', '.join(sorted(unknown))}.",
+                "must have only names of its metrics in lower_is_better, got "
+                f"{', '.join(sorted(unknown))}.",
             )
 
         functions = {"loss": self.loss, **self.metrics}
@@ -190,9 +193,8 @@ def _per_example(name: str, function: PerExample, outputs: PyTree, labels: jax.A
     if jnp.shape(values) != labels.shape[:1]:
         raise InputError(
             "task",
-            f"must give one {name} for each example, an array of the shape "
-            f"{labels.shape[:1]}, got the shape {jnp.shape(values)}; "
-            "leave out the mean over the batch.",
+            f"must return one {name} for each example, an array of shape {labels.shape[:1]}, got "
+            f"shape {jnp.shape(values)}; do not average over the batch.",
         )
     return values
 

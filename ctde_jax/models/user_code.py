@@ -79,7 +79,7 @@ def describe(tree: PyTree) -> str:
         return f"({', '.join(map(describe, tree))})"
     if hasattr(tree, "shape") and hasattr(tree, "dtype"):
         return f"{tree.dtype}[{', '.join(map(str, tree.shape))}]"
-    return "nothing" if tree is None else type(tree).__name__
+    return "None" if tree is None else type(tree).__name__
 
 
 def _own_line(error: Exception) -> str:
@@ -111,13 +111,13 @@ def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
     # Code that cannot be traced.
     if isinstance(error, _NOT_TRACEABLE):
         return (
-            "It is compiled: use jnp.where or lax.cond in place of if, and jnp or lax in place of "
-            "numpy and Python numbers. If only the constructor does this, build the module first "
-            "and pass the instance."
+            "This code is compiled: use jnp.where or lax.cond instead of if, and jnp or lax "
+            "instead of numpy and Python numbers. If only the constructor does this, build the "
+            "module first and pass the instance."
         )
     if isinstance(error, jax.errors.UnexpectedTracerError):
         return (
-            "An array made in the constructor is kept where flax does not see it, such as a "
+            "An array from the constructor is stored where flax does not track it, such as in a "
             "closure or a list: make it an attribute or an nnx.Variable, or build the module first "
             "and pass the instance."
         )
@@ -125,22 +125,22 @@ def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
     # Modes and random streams, recognized by the error texts of flax and JAX.
     if isinstance(error, InvalidRngError) and '"dropout"' in text:
         return (
-            "Dropout is active in inference: give __call__ an argument such as train, or pass "
+            "Dropout is active in inference: add an argument such as train to __call__, or pass "
             "from_linen(module, train={...}, infer={...})."
         )
     if isinstance(error, NameError) and "axis name" in text:
-        return "Leave out axis_name: batch statistics are shared over the batch."
+        return "Remove axis_name: batch statistics are synchronized without it."
     if "no `rngs` argument was provided" in text:
-        return "Build the layer with random streams, as nnx.Dropout(0.1, rngs=rngs)."
+        return "Build the layer with random streams, as in nnx.Dropout(0.1, rngs=rngs)."
     if "deterministic" in text or "use_running_average" in text:
         return (
-            "Give __call__ an argument such as train, and pass deterministic=not train on to the "
+            "Add an argument such as train to __call__, and pass deterministic=not train to the "
             "layer."
         )
     if isinstance(error, ModifyScopeVariableError) and "batch_stats" in text:
         return (
-            "A layer trains in inference: give __call__ an argument such as train, and pass it on "
-            "to the layer."
+            "A layer updates its batch statistics in inference: add an argument such as train to "
+            "__call__, and pass it to the layer."
         )
 
     # Shapes and dtypes of the inputs.
@@ -158,11 +158,11 @@ def _hint_for_inputs(error: Exception, text: str, where: str, inputs: Any) -> st
         and jnp.issubdtype(inputs.dtype, jnp.floating)
     ):
         return (
-            "It reads integers: pass integer features to data.from_arrays, which reach it "
-            "unchanged."
+            "This code requires integers: pass integer features to data.from_arrays, which does "
+            "not scale them."
         )
     if "reshape" in text and "reshape" in where:
-        return "It is called with batches of any size: reshape to (len(x), -1)."
+        return "The batch size varies: reshape to (len(x), -1)."
 
     # If a layer receives the shape of the inputs, it is taken for the first one.
     layer = _layer_with_other_features(error)
@@ -172,19 +172,17 @@ def _hint_for_inputs(error: Exception, text: str, where: str, inputs: Any) -> st
         and isinstance(error, TypeError)
         and (is_first or layer is None)
     ):
-        return (
-            "Its inputs are integers: pass float features, or look tokens up in an embedding first."
-        )
+        return "The inputs are integers: pass float features, or embed tokens first."
     if layer is None:
         return ""
     length = layer.given.shape[-1]
     if layer.axes == inputs.ndim + 1 and length == inputs.shape[-1]:
         return "A convolution needs a channel axis: x[..., None]."
     if layer.axes == 0 and is_first and layer.wanted == prod(inputs.shape[1:]):
-        return "Flatten its inputs: x.reshape(len(x), -1)."
+        return "Flatten the inputs: x.reshape(len(x), -1)."
     return (
-        f"{layer.kind} was built with in_features={layer.wanted}, but its inputs have {length} in "
-        "the last axis."
+        f"{layer.kind} was built with in_features={layer.wanted}, but the last axis of its inputs "
+        f"has {length}."
     )
 
 

@@ -43,17 +43,18 @@ def check_sizes(replicas: int, batch_size: int, accumulation_steps: int) -> None
     """Raises InputError unless a batch can be cut into the same shards on any number of devices."""
     if SHARDS % replicas:
         raise InputError(
-            "devices", f"must divide the {SHARDS} shards whose sum is exact, got {replicas}."
+            "devices", f"must divide the {SHARDS} shards of exact training, got {replicas}."
         )
     if batch_size % SHARDS:
         raise InputError(
             "batch_size",
-            f"must be a multiple of the {SHARDS} shards whose sum is exact, got {batch_size}.",
+            f"must be a multiple of the {SHARDS} shards of exact training, got {batch_size}.",
         )
     if accumulation_steps > 1:
         raise InputError(
             "accumulation_steps",
-            f"must be 1 where shards are computed one after another, got {accumulation_steps}.",
+            "must be 1 in exact training, which computes the shards one after another, got "
+            f"{accumulation_steps}.",
         )
 
 
@@ -66,8 +67,8 @@ def check_model(
     ):
         raise InputError(
             "exact",
-            "requires batch statistics that devices do not share: --batch-statistics averaged, or "
-            'batch_statistics="averaged" of models.from_nnx, models.from_linen or models.resnet.',
+            'requires --batch-statistics averaged, or batch_statistics="averaged" in '
+            "models.from_nnx, models.from_linen or models.resnet.",
         )
 
 

@@ -2,7 +2,7 @@
 
 A span is computed without interruption, row by row; a row of the history is a whole number of
 rounds. Dispatches and checkpoints end with a whole row, so the rows do not depend on how a run is
-cut or where it was interrupted.
+cut, or on the step at which it was interrupted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

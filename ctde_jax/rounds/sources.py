@@ -71,7 +71,7 @@ def make_source(
     partition: Sequence[np.ndarray] | None = None,
     inner_steps: int = 1,
 ) -> "Resident | OnDisk | Streamed":
-    """Makes the source of the training examples, which are dealt to the replicas.
+    """Makes the source of the training examples, which distributes them among the replicas.
 
     Args:
         data: Data set with a training split or a stream.
@@ -201,7 +201,7 @@ class Streamed:
 
     def inputs(self, step: int) -> np.ndarray:
         """Returns the inputs of the first batch, the only one that can be read twice."""
-        assert step == 0, "a stream does not come back"
+        assert step == 0, "a stream can be read only once"
         return np.asarray(self.stream.like.inputs)
 
     def shapes(self, span: Span) -> tuple[PyTree, jax.ShapeDtypeStruct]:

@@ -266,14 +266,14 @@ def in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> Py
     """
     wanted = named(like)
     missing = [f"{name} is missing" for name in wanted if name not in tensors]
-    _raise_if(missing + [f"{name} is not known" for name in tensors if name not in wanted], option)
+    unknown = [f"{name} is not expected" for name in tensors if name not in wanted]
+    _raise_if(missing + unknown, option)
     return jax.tree.structure(like).unflatten([tensors[name] for name in wanted])
 
 
 def _check_shapes(saved: PyTree, like: PyTree, option: str) -> None:
     differences = [
-        f"{name} is {tensor.dtype}{list(tensor.shape)} there "
-        f"and {leaf.dtype}{list(leaf.shape)} here"
+        f"{name} is {tensor.dtype}{list(tensor.shape)} instead of {leaf.dtype}{list(leaf.shape)}"
         for (name, leaf), tensor in zip(named(like).items(), jax.tree.leaves(saved), strict=True)
         if (tensor.shape, tensor.dtype) != (leaf.shape, leaf.dtype)
     ]
@@ -282,7 +282,7 @@ def _check_shapes(saved: PyTree, like: PyTree, option: str) -> None:
 
 def _raise_if(differences: Sequence[str], option: str) -> None:
     if differences:
-        rule = "must lead to a checkpoint of the same model, optimizer and strategy"
+        rule = "must refer to a checkpoint of the same model, optimizer and strategy"
         raise InputError(option, f"{rule}, but {'; '.join(differences)}.")
 
 

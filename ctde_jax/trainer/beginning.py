@@ -70,7 +70,7 @@ def begin(
             )
             say(table)
         elif training.model.unscaled is not None:
-            say("start      random parameters; init_from=trained starts from those of a Trained")
+            say("start      random parameters; pass init_from=trained for those of a Trained")
         check_examples_apart(training.raw_model, params, model_state, training.data)
 
     # The parameters of host 0 are those of all hosts, bit for bit.

@@ -26,7 +26,7 @@ def check_network(
     takes_mask: bool,
     reestimates: bool,
 ) -> None:
-    """Raises InputError for a model whose state or outputs do not suit the data and the task.
+    """Raises InputError if a model's state or outputs are incompatible with the data and the task.
 
     Only shapes and dtypes are traced, and a loss is evaluated on two random outputs.
 
@@ -48,18 +48,18 @@ def check_network(
     if has_state and not takes_mask:
         raise InputError(
             "model",
-            "has a state, so its apply must take a fifth argument, mask=None: bool[examples], "
-            "False for examples that only fill a short batch and must not count in the state; see "
-            "models.Model.",
+            "has state, so its apply must take a fifth argument, mask=None: bool[examples], False "
+            "for padding examples, which must not affect the state; see models.Model.",
         )
     if reestimates and not has_state:
         raise InputError(
-            "reestimate_batches", "goes with a model that has batch statistics; leave it out."
+            "reestimate_batches", "requires a model with batch statistics; set it to 0."
         )
     if not isinstance(task.metrics, Mapping) or not all(map(callable, task.metrics.values())):
         raise InputError(
             "task",
-            f'must have metrics by name, such as {{"error": function}}, got {task.metrics!r:.60}.',
+            "must have metrics that map names to functions, such as "
+            f'{{"error": function}}, got {task.metrics!r:.60}.',
         )
 
     # Two batch sizes: one alone does not reveal a model that drops or merges the examples axis.
@@ -97,7 +97,7 @@ def check_devices(devices: object) -> None:
     way_out = (
         f"pass devices.start({devices})"
         if isinstance(devices, int)
-        else "pass what devices.start() returns"
+        else "pass the result of devices.start()"
     )
     raise InputError("devices", f"must be a list of JAX devices, got {devices!r:.60}; {way_out}.")
 
@@ -138,32 +138,34 @@ def check_optimizer(
     # averaging the replicas' parameters does not change.
     own = transformations.own_point(opt_state)
     if own and strategy.inner_steps:
-        rule = (
-            f"must not be {own} in local steps: each replica would go back to a point of its own "
-            "after the average"
-        )
         raise InputError(
-            "optimizer", f"{rule}; aggregate at every step, or make it the outer optimizer."
+            "optimizer",
+            f"must not be {own} in local steps, because it computes parameters from points in its "
+            "state, which averaging the parameters does not change; aggregate at every step, or "
+            "use it as the outer optimizer.",
         )
 
     # Otherwise the outer optimizer may hold such positions; the rules below apply to both.
     option, own = ("optimizer", own) if own else ("outer", transformations.own_point(outer_state))
     if own and strategy.diverges:
         raise InputError(
-            option, f"must not be {own} if replicas diverge, as no parameters are shared."
+            option,
+            f"must not be {own} if replicas diverge, because they share no parameters; use another "
+            "optimizer.",
         )
     for part in (opt_state, outer_state):
         if averages and transformations.has_evaluated_point(part):
             raise InputError(
                 "ema_decay",
-                f"must be left out with {transformations.own_point(part)}, which is evaluated at a "
-                "point of its own already.",
+                f"cannot be combined with {transformations.own_point(part)}, which is already "
+                "evaluated at other parameters than it trains.",
             )
     if own and rolls_back:
-        rule = (
-            f"must not be rollback with {own}: halved updates do not halve the steps of its point"
+        raise InputError(
+            "on_nonfinite",
+            f"must not be rollback with {own}, because halving its updates does not halve the "
+            "changes of the points in its state; use skip, or a lower learning rate.",
         )
-        raise InputError("on_nonfinite", f"{rule}; use skip, or a lower learning rate.")
 
 
 def takes_mask(model: Model) -> bool:
@@ -176,26 +178,28 @@ def takes_mask(model: Model) -> bool:
     return True
 
 
-_MADE_BY = {
-    "data": (Dataset, "data.digits() or data.from_arrays(...)"),
-    "optimizer": (optax.GradientTransformation, "optax, such as optax.adam(0.001)"),
-    "strategy": (Strategy, "Strategy(...)"),
-    "task": (Task, "Task(your_loss, {...})"),
+_TYPES = {
+    "data": (Dataset, "a Dataset, such as data.digits() or data.from_arrays(...)"),
+    "optimizer": (
+        optax.GradientTransformation,
+        "an optax transformation, such as optax.adam(0.001)",
+    ),
+    "strategy": (Strategy, "a Strategy, such as Strategy(inner_steps=16)"),
+    "task": (Task, "a Task, such as Task(your_loss, {...})"),
 }
+"""Type of each argument, and its description for errors."""
 
 
 def check_types(**arguments: object) -> None:
-    """Raises InputError for an argument of the wrong type; `_MADE_BY` lists names and types."""
+    """Raises InputError for an argument of the wrong type; `_TYPES` lists names and types."""
     for name, value in arguments.items():
-        kind, maker = _MADE_BY[name]
+        kind, wanted = _TYPES[name]
         # `optax.MultiSteps` has `init` and `update`, but is not a GradientTransformation.
         is_like_multi_steps = (
             name == "optimizer" and not isinstance(value, type) and _has_init_and_update(value)
         )
         if not isinstance(value, kind) and not is_like_multi_steps:
-            raise InputError(
-                name, f"must be made by {maker}, got {type(value).__name__} {value!r:.60}."
-            )
+            raise InputError(name, f"must be {wanted}, got {type(value).__name__} {value!r:.60}.")
 
 
 def _has_init_and_update(value: object) -> bool:
@@ -237,7 +241,7 @@ def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
         raise InputError(
             "task",
             "must compute the loss of each example from that example alone, but it mixes the "
-            f"examples of {shapes}; give both the same shape, as outputs[..., 0] - labels does.",
+            f"examples of {shapes}; make their shapes equal, as in outputs[..., 0] - labels.",
         )
 
 
@@ -263,13 +267,13 @@ def check_examples_apart(model: Model, params: PyTree, model_state: PyTree, data
     few = np.asarray(data.train.inputs[:2])
     pair = np.stack([few[0], (few[-1] / 2).astype(few.dtype)])
     if _mixes(partial(infer, jax.tree.map(_nonzero, params), model_state), pair):
+        channels = ", and add a channel axis for convolutions, x[..., None]"
         raise InputError(
             "model",
             "must compute the outputs of each example from that example alone in inference, but "
-            "they change with the other examples of the batch; in place of x - x.mean(0) or "
-            "x / x.max(), normalize by constants or with "
-            "BatchNorm"
-            f"{', and give convolutions a channel axis, x[..., None]' if pair.ndim == 3 else ''}.",
+            "they depend on the other examples of the batch; instead of x - x.mean(0) or "
+            "x / x.max(), normalize by constants or with BatchNorm"
+            f"{channels if pair.ndim == 3 else ''}.",
         )
 
 
@@ -313,8 +317,8 @@ def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) ->
     if not any(leaf.shape[:1] == (examples,) for leaf in jax.tree.leaves(outputs)):
         raise InputError(
             "model",
-            f"must return outputs for each example, [examples, ...], got {got} for {count}; "
-            "batches have any size, so keep the first axis, as x.reshape(len(x), -1) does.",
+            f"must return outputs for each example, [examples, ...], got {got} for {count}; the "
+            "batch size varies, so keep the first axis, as x.reshape(len(x), -1) does.",
         )
     if task.predicts == "anything":
         return
@@ -324,25 +328,25 @@ def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) ->
         raise InputError(
             "model",
             f"must return one array for a task that predicts {task.predicts}, got {got}; return "
-            "the logits alone, or pass task=Task(lambda outputs, labels: ...).",
+            "only the logits, or pass task=Task(lambda outputs, labels: ...).",
         )
     classes = len(data.vocabulary or data.classes)
     if task.predicts == "tokens":
         places = data.train.labels.shape[1:]
         tokens = classes or outputs.shape[-1]
         wanted = (examples, *places, tokens)
-        says = f"[examples, length, {tokens}], one for each token"
+        axes = f"[examples, length, {tokens}], one for each token"
     elif classes:
         wanted = (examples, classes)
-        says = f"[examples, {classes}], one for each class"
+        axes = f"[examples, {classes}], one for each class"
     else:
         raise InputError(
             "task",
-            "must be a loss of your own for labels that are no classes; "
+            "must be Task(your_loss) if the labels are not classes; "
             f"{targets_or_classes(data.train.labels)}.",
         )
     if outputs.shape != wanted:
         raise InputError(
             "model",
-            f"must give outputs of the shape {says}, got {list(outputs.shape)} for {count}.",
+            f"must return outputs of shape {axes}, got {list(outputs.shape)} for {count}.",
         )

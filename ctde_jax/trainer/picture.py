@@ -43,8 +43,8 @@ def save(draw: Callable[[], "Figure"], path: Path) -> str:
             else f"{type(error).__name__}: {error}"
         )
         return (
-            f"{path} could not be drawn ({on_one_line(shortened(reason))}); "
-            "nothing else depends on it."
+            f"could not draw {path} ({on_one_line(shortened(reason))}); nothing else depends on "
+            "this file."
         )
     return ""
 

@@ -104,8 +104,8 @@ def _halve_updates(folder: Path, error: NonFiniteLoss, say: Callable[[str], None
         if factor < 2.0**-ROLLBACKS:
             return False
         say(
-            f"rollback   not finite at step {error.step:,}; on from {found.path.name} with all "
-            f"updates times {factor:g}"
+            f"rollback   loss not finite at step {error.step:,}; continuing from "
+            f"{found.path.name} with all updates multiplied by {factor:g}"
         )
         # Replace the checkpoint: an interruption leaves either the old one or the new one.
         write(found.path, {**found.tensors, **factors}, found.facts)

@@ -132,8 +132,8 @@ def measure(
     if training.data.train.is_on_disk or training.data.stream is not None:
         raise InputError(
             "dataset",
-            f"must be in memory to be profiled, got {training.data.name}, which is not; "
-            "profile part of it.",
+            f"must be in memory to be profiled, got {training.data.name}, which is on disk or a "
+            "stream; profile a subset of it.",
         )
     phase = training.phases(training.log_every)[-1]
     strategy = phase.strategy
@@ -188,7 +188,11 @@ def measure(
         steps=training.total_steps,
         steps_per_dispatch=steps,
         steps_per_evaluation=span.stop - span.start,
-        once={"start of the model": started, **own.once, "compile evaluation": compiled_evaluation},
+        once={
+            "initialize the model": started,
+            **own.once,
+            "compile evaluation": compiled_evaluation,
+        },
         parts={part: measured[part] for part in PARTS},
         scaling={count: spread(loops[count]) for count in sorted(loops)},
         evaluation=measured["evaluation"],
@@ -315,7 +319,7 @@ class _Contestant:
         self.rounds = span.row_rounds
         self._span = span
         assert isinstance(training.source, Resident), "checked by measure"
-        # Each contestant has a cache of draws of its own, and `input` another.
+        # Each contestant has a separate cache of draws, and `input` another.
         self.batches = training.source.batches.with_empty_cache()
         self._fresh = training.source.batches.with_empty_cache()
         self._inputs = self._draw()
@@ -349,7 +353,7 @@ class _Contestant:
         self._run = replica.compiled(lowered, devices)
         self._digest = make_digests(devices, strategy)
         self.once = {
-            "state and data on the devices": placed - before,
+            "place state and data": placed - before,
             "trace": traced - ready,
             "lower": is_lowered - traced,
             "compile": time.perf_counter() - is_lowered,
@@ -386,7 +390,8 @@ class _Contestant:
     def input(self, turn: int) -> float:
         """Makes the batches of a piece and puts them on the devices; returns the seconds per step.
 
-        If the order is drawn for more steps than a piece has, each step takes its share of a draw.
+        If the order is drawn for more steps than a piece has, the time of a draw is divided by its
+        number of steps.
         """
         drawn_steps = self.batches.steps_per_draw
         steps = self._span.piece_rounds * self._span.round_steps

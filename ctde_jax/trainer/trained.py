@@ -126,11 +126,11 @@ class Trained:
     """Platform of the devices that measured the history, such as `cpu`; None if not recorded."""
 
     def __repr__(self) -> str:
-        says = ", ".join(
+        averages = ", ".join(
             f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split"
         )
         loaded = "" if "train" in self.seconds else "loaded, "
-        return f"Trained({'interrupted, ' if self.interrupted else loaded}{says})"
+        return f"Trained({'interrupted, ' if self.interrupted else loaded}{averages})"
 
     @property
     def tested(self) -> Row:
@@ -219,7 +219,7 @@ class Trained:
     def __reduce__(self) -> Any:
         raise InputError(
             "trained",
-            "cannot be pickled, as its model is a function: write a bundle with "
+            "cannot be pickled, because its model contains functions; write a bundle with "
             "ctde_jax.write_bundle, or pickle trained.params and trained.model_state, which are "
             "numpy arrays.",
         )

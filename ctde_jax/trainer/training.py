@@ -50,8 +50,8 @@ class Training:
         steps: Optimizer steps.
         partition: For each device, the indices of the examples that stay on it. If there are more
             parts than devices, the parts are clients, and each round draws as many of them as there
-            are devices. By default, all examples are shuffled and dealt to the devices in every
-            epoch.
+            are devices. By default, all examples are shuffled and distributed over the devices in
+            every epoch.
         seed: Random seed for initialization, data order, augmentation and dropout.
         init_from: Initial parameters: a `Trained`, the path of a run, checkpoint, bundle or
             safetensors file, or a tree of parameters; see `warm_start.Source`. By default, the
@@ -196,7 +196,7 @@ class Training:
         return Identity(self.data, self.partition, trace, len(self.devices))
 
     def with_optimizer(self, optimizer: optax.GradientTransformation) -> "Training":
-        """Returns the training with another optimizer; it is not checked, and no data are dealt."""
+        """Returns the training with another optimizer, without checks or a new data order."""
         changed = copy(self)
         object.__setattr__(changed, "optimizer", optimizer)
         changed.__dict__.pop("identity", None)
@@ -275,26 +275,27 @@ class Training:
         # Options that need another option, or exclude one.
         replicas = len(self.devices)
         if self.patience is not None and self.data.validation is None:
-            rule = "needs data with a validation split (hold_out, or --validation-fraction)"
-            raise InputError("patience", f"{rule}.")
+            raise InputError(
+                "patience",
+                "requires a validation split; use data.hold_out(...) or --validation-fraction.",
+            )
         if self.init_only is not None and self.init_from is None:
             raise InputError("init_only", "requires init_from.")
         if self.strategy.exact and self.partition is not None:
             raise InputError(
                 "partition",
-                "must be reshuffled where bits are exact: else devices decide what a batch holds.",
+                "must be reshuffled (None in Python) if the strategy is exact, because with a "
+                "fixed partition the batches depend on the number of devices.",
             )
         # These properties raise for the batch size and the partition, and for the epochs or steps.
         _ = self.source, self.total_steps
 
         # Each device has the same number of examples in every microbatch.
         if self.batch_size % (replicas * self.accumulation_steps):
-            rule = (
-                f"must cut the {self.batch_size // replicas} examples that each device has of a "
-                "batch"
-            )
             raise InputError(
-                "accumulation_steps", f"{rule} into equal groups, got {self.accumulation_steps}."
+                "accumulation_steps",
+                f"must divide the {self.batch_size // replicas} examples of a device's batch, got "
+                f"{self.accumulation_steps}.",
             )
         if self.strategy.exact:
             exact.check_sizes(replicas, self.batch_size, self.accumulation_steps)
@@ -343,9 +344,9 @@ class Saving:
         if self.run_dir is not None:
             return
         if self.branch_from is not None:
-            raise InputError("branch_from", "needs a run_dir, the folder of the new run.")
+            raise InputError("branch_from", "requires run_dir, the folder of the new run.")
         if self.keep_best is not None:
-            raise InputError("keep_best", "needs a run_dir, where checkpoints are kept.")
+            raise InputError("keep_best", "requires run_dir, the folder of the checkpoints.")
 
     @property
     def folder(self) -> Path | None:
@@ -365,11 +366,17 @@ class Saving:
 
         # A rollback needs checkpoints, and a run has one source of initial parameters.
         if training.on_nonfinite == "rollback" and folder is None:
-            rule = "needs a run_dir for rollback, as it goes back to a checkpoint"
-            raise InputError("on_nonfinite", f"{rule}.")
+            raise InputError(
+                "on_nonfinite",
+                "must not be rollback without run_dir, because a rollback restores a checkpoint; "
+                "set run_dir, or use skip.",
+            )
         if training.init_from is not None and self.branch_from is not None:
-            rule = "cannot be combined with branch_from, which starts from a whole training state"
-            raise InputError("init_from", f"{rule}.")
+            raise InputError(
+                "init_from",
+                "cannot be combined with branch_from, which restores a complete training state; "
+                "pass only one of them.",
+            )
         # The files of this run change while it trains, so it cannot start from one of them.
         if isinstance(training.init_from, Path | str) and folder is not None:
             check_outside(Path(training.init_from), folder)

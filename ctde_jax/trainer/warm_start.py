@@ -1,4 +1,4 @@
-"""Initial parameters from a source instead of random ones: which are taken, and from where."""
+"""Warm start: initial parameters that are loaded from a source instead of drawn at random."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -79,9 +79,9 @@ def start_from(
     """Replaces initialized parameters and model state by given ones of the same names.
 
     Without `only`, source and model must have exactly the same parameters. With patterns, the
-    parameters and model state whose name matches a pattern are taken; all others stay as they were
-    initialized, and everything else in the source is ignored. If the source holds parameters
-    alone, the model state stays as it was initialized.
+    parameters and model state whose name matches a pattern are loaded; all others stay as they were
+    initialized, and everything else in the source is ignored. If the source has no model state, the
+    model state stays as it was initialized.
 
     Args:
         given: The parameters that `read_source` returned.
@@ -90,7 +90,7 @@ def start_from(
         only: Patterns of names in the syntax of `fnmatch`, such as `encoder/*` or `*/kernel`.
 
     Raises:
-        InputError: A pattern matches nothing, or a parameter that must be taken is missing or has
+        InputError: A pattern matches nothing, or a parameter that must be loaded is missing or has
             another shape or kind of dtype; lists the differences.
     """
     # Name the leaves of both sides. Without patterns, everything must match.
@@ -98,7 +98,7 @@ def start_from(
     there = {"params": given.params, "model_state": given.model_state}
     patterns = ["*"] if only is None else list(only)
     if not patterns:
-        raise InputError("init_only", "must hold at least one pattern, such as 'encoder/*'.")
+        raise InputError("init_only", "must contain at least one pattern, such as 'encoder/*'.")
     # A pattern that matches nothing is probably a typo, so suggest the nearest name.
     names = [name for part in own.values() for name in part]
     for pattern in patterns:
@@ -110,7 +110,7 @@ def start_from(
             )
 
     # Decide for each leaf of the model, and collect all faults for one error.
-    taken: dict[str, Tensors] = {"params": {}, "model_state": {}}
+    loaded: dict[str, Tensors] = {"params": {}, "model_state": {}}
     lines: list[tuple[str, str, str]] = []
     faults: list[str] = []
     for part, leaves in own.items():
@@ -121,43 +121,41 @@ def start_from(
             if not is_wanted:
                 lines.append((name, shape, "initialized, not in init_only"))
             elif part == "model_state" and not there[part]:
-                lines.append((name, shape, "initialized, the source has parameters alone"))
+                lines.append((name, shape, "initialized, no model state in the source"))
             elif tensor is None:
                 faults.append(f"{name} is missing")
             elif not _fits(
                 tensor := _center(tensor, leaf) if given.is_checkpoint else tensor, leaf
             ):
-                faults.append(
-                    f"{name} is {tensor.dtype}{list(tensor.shape)} there and {shape} here"
-                )
+                faults.append(f"{name} is {tensor.dtype}{list(tensor.shape)} instead of {shape}")
             else:
-                lines.append((name, shape, "taken"))
-                taken[part][name] = np.asarray(tensor).astype(leaf.dtype)
+                lines.append((name, shape, "loaded"))
+                loaded[part][name] = np.asarray(tensor).astype(leaf.dtype)
 
     # Leftovers of the source are a fault unless `init_only` selects some parameters.
     unused = [name for part in own for name in there[part] if name not in own[part]]
     lines += [(name, "", "unused") for name in unused]
     if only is None:
-        faults += [f"{name} is unused" for name in unused]
+        faults += [f"{name} is not in the model" for name in unused]
 
     # Report at most ten faults.
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise InputError(
             "init_from",
-            f"must hold the parameters of this model, but {'; '.join(faults[:10])}{more}. To take "
-            "some of the parameters, give init_only their names or patterns.",
+            f"must contain the parameters of this model, but {'; '.join(faults[:10])}{more}. To "
+            "load only some parameters, pass their names or patterns as init_only.",
         )
     return Start(
-        _replaced(params, taken["params"]),
-        _replaced(model_state, taken["model_state"]),
+        _replaced(params, loaded["params"]),
+        _replaced(model_state, loaded["model_state"]),
         _table(lines),
     )
 
 
-def _replaced(tree: PyTree, taken: Tensors) -> PyTree:
+def _replaced(tree: PyTree, loaded: Tensors) -> PyTree:
     # `named` keeps the order of the leaves, so the structure can be filled again.
-    leaves = [taken.get(name, leaf) for name, leaf in state.named(tree).items()]
+    leaves = [loaded.get(name, leaf) for name, leaf in state.named(tree).items()]
     return jax.tree.structure(tree).unflatten(leaves)
 
 
@@ -168,7 +166,7 @@ def _fits(tensor: np.ndarray, leaf: jax.Array) -> bool:
 
 
 def _table(lines: Sequence[tuple[str, str, str]]) -> Table:
-    table = Table("parameter", "shape", "start", title="Initial parameters", title_justify="left")
+    table = Table("parameter", "shape", "source", title="Initial parameters", title_justify="left")
     kinds = list(dict.fromkeys(kind for _, _, kind in lines))
     # Every kind gets the same number of lines, so that none of them hides the others.
     per_kind = _MOST_LINES // max(1, len(kinds)) if len(lines) > _MOST_LINES else len(lines)
@@ -242,15 +240,16 @@ def _from_path(path: Path) -> Given:
         _, tensors, facts = read(newest(path / CHECKPOINTS) if is_run else path)
     except (Damaged, IndexError) as error:
         fault = error if isinstance(error, Damaged) else f"{path} has none yet"
-        raise InputError("init_from", f"must lead to an intact checkpoint, but {fault}.") from error
+        raise InputError(
+            "init_from", f"must refer to an intact checkpoint, but {fault}."
+        ) from error
 
     # The point at which such an optimizer is evaluated is not among the tensors.
     if facts.get(OTHER_POINT) and not any(name.startswith(BEST) for name in tensors):
         raise InputError(
             "init_from",
-            f"must not be {path}, as its optimizer is evaluated at another point than the "
-            "parameters in it; make the same call of fit, which reads its checkpoint, and give "
-            "what it returns.",
+            f"must not be {path}, because its optimizer is evaluated at other parameters than the "
+            "saved ones; repeat the call of fit, which loads its checkpoint, and pass the result.",
         )
     return _of_checkpoint(tensors)
 

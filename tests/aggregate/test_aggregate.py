@@ -62,7 +62,10 @@ TRIVIAL = ["two-phase f32", "gathered f32", "all of top-k", "all of random-k"]
 """Those that are the mean in another way, weights and all."""
 
 NEED_OTHERS = ["trimmed mean", "multi-krum"]
-"""Those that bear bad replicas among several."""
+"""Reducers that need more than one replica."""
+
+ROBUST = ["median", "trimmed mean", "multi-krum", "geometric median", "centered clipping"]
+"""Reducers that tolerate Byzantine replicas."""
 
 FORGETFUL = {
     "int2": quantize(2),
@@ -229,9 +232,27 @@ def test_mean_leaves_counters_whole():
     assert mean_of(counters, WEIGHTS) == 16_777_217
 
 
-def test_mean_of_nobodys_examples_is_zero(key):
-    agreed = agree(mean(), messages(key), jnp.zeros(REPLICAS))
+@pytest.mark.parametrize("name", [name for name in REDUCERS if name not in ROBUST])
+def test_result_is_zero_if_all_weights_are_zero(name, key):
+    """Robust rules do not use weights, which a Byzantine replica could choose."""
+    agreed = agree(REDUCERS[name].reduce, messages(key), jnp.zeros(REPLICAS))
     assert not any(leaf.any() for leaf in jax.tree.leaves(agreed))
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_default_weight_is_one(name, key):
+    reduce = optax.with_extra_args_support(REDUCERS[name].reduce)
+
+    def update(message, **weight):
+        return reduce.update(message, reduce.init(message), key=KEY, **weight)[0]
+
+    results = [
+        jax.jit(jax.vmap(partial(update, **weight), axis_name=replica.AXIS, out_axes=None))
+        for weight in ({}, {"weight": 1.0})
+    ]
+    default, explicit = (result(messages(key)) for result in results)
+    assert any(leaf.any() for leaf in jax.tree.leaves(explicit))
+    jax.tree.map(np.testing.assert_array_equal, default, explicit)
 
 
 @pytest.mark.parametrize("exchange", [two_phase, gathered])
@@ -409,16 +430,22 @@ def test_int8_sends_a_quarter_of_f32():
     ("build", "sentence"),
     [
         (lambda: Strategy(inner_steps=-1), "inner_steps must be at least 0, got -1"),
-        (lambda: Strategy(outer=optax.sgd(0.7)), "outer needs inner_steps of at least 1, got 0"),
+        (
+            lambda: Strategy(outer=optax.sgd(0.7)),
+            "outer requires inner_steps of at least 1; with inner_steps=0, the optimizer updates",
+        ),
         (
             lambda: Strategy(inner=aggregate.proximal(1.0)),
-            "inner needs inner_steps of at least 1, got 0",
+            "inner requires inner_steps of at least 1; with inner_steps=0, there are no local",
         ),
         (
             lambda: Strategy(synchronous_steps=8),
-            "synchronous_steps needs inner_steps of at least 1, got 0",
+            "synchronous_steps requires inner_steps of at least 1; with inner_steps=0, every step",
         ),
-        (lambda: Strategy(diverges=True), "diverges needs inner_steps of at least 1, got 0"),
+        (
+            lambda: Strategy(diverges=True),
+            "diverges requires inner_steps of at least 1; with inner_steps=0, replicas cannot",
+        ),
         (
             lambda: Strategy(inner_steps=16, synchronous_steps=40),
             "synchronous_steps must be a multiple of the 16 inner steps of a round, got 40",
@@ -427,12 +454,12 @@ def test_int8_sends_a_quarter_of_f32():
         (lambda: quantize(4, "cubic"), "levels must be one of linear, statistical, got 'cubic'"),
         (lambda: quantize(4, block=12), "block must be a multiple of 8, got 12"),
         (lambda: sign(4), "block must be at least 8, got 4"),
-        (lambda: top_k(0), "k must be from 1 to the 4096 numbers of a chunk, got 0"),
+        (lambda: top_k(0), "k must be from 1 to 4096, the chunk size, got 0"),
         (
             lambda: top_k(12, 64, sign(8)),
-            "k must be a multiple of 8, the block of the numbers that are kept, got 12",
+            "k must be a multiple of 8, the block size of the values, got 12",
         ),
-        (lambda: random_k(9, 8), "k must be from 1 to the 8 numbers of a chunk, got 9"),
+        (lambda: random_k(9, 8), "k must be from 1 to 8, the chunk size, got 9"),
         (lambda: error_feedback(sign(), 1.5), "decay must be from 0 to 1, got 1.5"),
         (lambda: hierarchical_mean(0), "per_host must be at least 1, got 0"),
         (lambda: power_sgd(0), "rank must be at least 1, got 0"),
@@ -462,7 +489,7 @@ def test_strategy_that_makes_no_sense_is_refused(build, sentence):
         (
             two_phase(combine=aggregate.krum(1)),
             4,
-            "devices must be at least 5 for Krum to withstand 1 bad device .*got 4",
+            "devices must be at least 5 .* for Krum with 1 Byzantine device, got 4",
         ),
         (
             two_phase(combine=aggregate.trimmed_mean(2)),

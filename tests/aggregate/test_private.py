@@ -105,10 +105,11 @@ def test_epsilon_falls_with_noise_and_with_sampling_and_grows_with_rounds():
 
 def test_missing_accountant_is_said_in_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(
-        InputError,
-        match=r"dp-accounting, which is not installed: pip install 'ctde_jax\[privacy\]'",
-    ):
+    sentence = (
+        r"the package dp-accounting, which is not installed; run pip install "
+        r"'ctde_jax\[privacy\]'"
+    )
+    with pytest.raises(InputError, match=sentence):
         epsilon(1.0, 10)
 
 
@@ -119,7 +120,7 @@ def test_missing_accountant_is_said_in_a_sentence(monkeypatch):
         (lambda: private(1.0, -1.0), "noise_multiplier must be at least 0 and finite, got -1.0"),
         (
             lambda: epsilon(0.01, 10),
-            "noise_multiplier must be at least 0.1 and finite to be accounted, got 0.01",
+            "noise_multiplier must be at least 0.1 and finite for the accountant, got 0.01",
         ),
         (lambda: epsilon(1.0, 0), "rounds must be at least 1, got 0"),
         (

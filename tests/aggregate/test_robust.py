@@ -238,7 +238,7 @@ def test_rule_that_makes_no_sense_is_refused(build, sentence):
         (
             trimmed_mean(4),
             8,
-            r"devices must be at least 9 for the trimmed mean to withstand 4 bad devices .* got 8",
+            r"devices must be at least 9 .* for the trimmed mean with 4 Byzantine devices, got 8",
         ),
         (
             trimmed_mean(1),
@@ -249,22 +249,22 @@ def test_rule_that_makes_no_sense_is_refused(build, sentence):
             krum(3),
             8,
             (
-                "devices must be at least 9 for Krum .* 3 bad devices .* got 8; .* byzantine to "
-                "at most 2"
+                "devices must be at least 9 .* for Krum with 3 Byzantine devices, got 8; .* "
+                "byzantine to at most 2"
             ),
         ),
         (
             krum(0),
             2,
             (
-                "devices must be at least 3 for Krum .* got 2; use more devices, or choose "
+                "devices must be at least 3 .* for Krum .* got 2; use more devices, or use "
                 "another rule"
             ),
         ),
         (
             multi_krum(2, selected=7),
             8,
-            "selected must be at most 6, the replicas that are not bad, got 7",
+            "selected must be at most 6, the number of replicas that are not Byzantine, got 7",
         ),
     ],
 )

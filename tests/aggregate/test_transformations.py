@@ -525,22 +525,22 @@ REFUSED = {
     "lbfgs": (
         lambda: optax.lbfgs(),
         {},
-        "optimizer .*scale_by_zoom_linesearch needs `value_fn`.* linesearch=None",
+        "optimizer .*scale_by_zoom_linesearch requires `value_fn`.* linesearch=None",
     ),
     "backtracking": (
         lambda: optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5)),
         {},
-        "scale_by_backtracking_linesearch needs `value_fn`.*use a learning rate",
+        "scale_by_backtracking_linesearch requires `value_fn`.*use a learning rate",
     ),
     "opaque sam": (
         lambda: contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True),
         {},
-        r"sam needs `grad_fn`.*use optax.contrib.sam\(..., opaque_mode=False\)",
+        r"sam requires `grad_fn`.*use optax.contrib.sam\(..., opaque_mode=False\)",
     ),
     "sophia": (
         lambda: contrib.sophia(0.1),
         {},
-        "hutchinson_estimator_diag_hessian needs `obj_fn`.*optax.adamw",
+        "hutchinson_estimator_diag_hessian requires `obj_fn`.*optax.adamw",
     ),
     "dpsgd": (
         lambda: optax.chain(
@@ -555,32 +555,35 @@ REFUSED = {
     "an argument of one's own": (
         lambda: optax.chain(optax.sgd(0.1), scaled_by_curvature()),
         {},
-        r"what a step passes \(value, loss, grad\), but scaled_by_curvature needs 'batch'",
+        r"that a step passes \(value, loss, grad\), but scaled_by_curvature requires 'batch'",
     ),
     "labels of another tree": (
         lambda: optax.multi_transform({"a": optax.sgd(0.1)}, {"dense": "a"}),
         {},
         (
             r"the parameters of this model \(layers/0/bias \[5\], .*\), but .*raised ValueError: "
-            ".*must match this tree"
+            ".*must have the structure of the parameters"
         ),
     ),
     "mask of another tree": (
         lambda: optax.masked(optax.sgd(0.1), {"dense": True}),
         {},
-        "but masked raised ValueError: .*must match this tree",
+        "but masked raised ValueError: .*must have the structure of the parameters",
     ),
     "updates of another shape": (
         lambda: optax.stateless(lambda updates, params: jax.tree.map(jnp.sum, updates)),
         {},
-        r"must return updates with the tree and shapes of the parameters .*got layers/0/bias \[\]",
+        (
+            r"must return updates with the structure and shapes of the parameters .*got "
+            r"layers/0/bias \[\]"
+        ),
     ),
     "a state that grows": (
         lambda: of_state(lambda params: jnp.zeros(1), lambda x: jnp.append(x, 0)),
         {},
         (
-            r"must keep shapes and types of its state in an update, but .* from float32\[1\] to "
-            r"float32\[2\]"
+            r"must keep the shapes and dtypes of its state, but an update changes .* from "
+            r"float32\[1\] to float32\[2\]"
         ),
     ),
     "a state that is rounded": (
@@ -589,7 +592,7 @@ REFUSED = {
             lambda state: {"x": state["x"].astype(jnp.bfloat16)},
         ),
         {},
-        r"but x goes from float32\[\] to bfloat16\[\]",
+        r"but an update changes x from float32\[\] to bfloat16\[\]",
     ),
     "a function in the state": (
         lambda: of_state(lambda params: {"fn": jnp.tanh}),
@@ -601,7 +604,7 @@ REFUSED = {
         {},
         "raised TracerBoolConversionError",
     ),
-    "not called": (lambda: optax.adam, {}, "must be made by optax, such as optax.adam"),
+    "not called": (lambda: optax.adam, {}, "must be an optax transformation, such as optax.adam"),
     "schedule-free in local steps": (
         lambda: contrib.schedule_free_sgd(0.1),
         LOCAL,
@@ -616,7 +619,7 @@ REFUSED = {
     "schedule-free with an average": (
         lambda: contrib.schedule_free_sgd(0.1),
         {"ema_decay": 0.9},
-        "ema_decay must be left out with schedule_free",
+        "ema_decay cannot be combined with schedule_free",
     ),
     "schedule-free rolled back": (
         lambda: contrib.schedule_free_sgd(0.1),
@@ -643,7 +646,7 @@ def test_what_cannot_work_in_a_step_is_refused_before_compilation(name, monkeypa
 def test_outer_optimizer_is_refused_by_its_own_name():
     with pytest.raises(
         ctde.InputError,
-        match=r"^outer must work with what a step has, but scale_by_zoom_linesearch",
+        match=r"^outer must require only the arguments .*, but scale_by_zoom_linesearch requires",
     ):
         fit(optax.sgd(0.1), strategy=ctde.Strategy(inner_steps=2, outer=optax.lbfgs()))
 

@@ -49,7 +49,7 @@ REFUSED = [
     (
         "float32",
         np.array([1, 2], np.float32),
-        r"shape \[2\], got the shape \[2\]; add an axis .* example: x\[None\]\.$",
+        r"shape \[2\], got the shape \[2\]; pass a single example as x\[None\]\.$",
     ),
     (
         "float32",

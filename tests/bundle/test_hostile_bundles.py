@@ -301,7 +301,7 @@ GROWING = {
 def test_weights_that_would_grow_are_refused_before_they_do(fault, copy):
     seal(copy, weights_safetensors=to_safetensors(GROWING[fault]))
     tracemalloc.start()
-    with pytest.raises(InputError, match="is refused by numpy"):
+    with pytest.raises(InputError, match=r"numpy rejects weights\.safetensors"):
         node.load(node.open_bundle(copy), "numpy")
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
@@ -321,7 +321,7 @@ def test_examples_that_do_not_go_with_the_card_are_told(fault, copy, capsys):
     arrays = {"inputs": np.zeros(inputs, kind), "outputs": np.zeros(outputs, np.float32)}
     seal(copy, examples_safetensors=to_safetensors(arrays))
     assert verify.main(["bundle", str(copy)]) == 2
-    assert "whose examples.safetensors make no sense" in capsys.readouterr().err
+    assert "cannot be used: examples.safetensors is invalid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:20])
@@ -335,7 +335,7 @@ def test_file_outside_the_folder_is_never_opened(name, copy, monkeypatch):
     monkeypatch.setattr(
         Path, "read_bytes", lambda self, read=Path.read_bytes: opened.append(self) or read(self)
     )
-    assert "names the file" in refuse(copy)
+    assert "lists the file" in refuse(copy)
     assert {path.name for path in opened} <= {CARD, SUMS}
 
 
@@ -365,7 +365,7 @@ def test_card_that_is_no_card_is_refused(content, copy):
 def test_newer_format_says_what_to_install(copy):
     card = json.loads((copy / CARD).read_bytes())
     seal(copy, {**card, "format": 2})
-    assert "of format 2, and this version reads up to 1; install a newer ctde_jax" in refuse(copy)
+    assert "has the format 2, but this version reads formats up to 1; install" in refuse(copy)
 
 
 def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_path, capsys):
@@ -378,7 +378,7 @@ def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_pa
     given = [str(copy), "--input", str(tmp_path / "x.npy")]
     assert execute.main(given) == 0
     assert verify.main(["bundle", str(copy)]) == 0
-    assert "'litert': not known to this version, so not tried" in capsys.readouterr().out
+    assert "'litert': skipped, this version does not support the format" in capsys.readouterr().out
     assert execute.main([*given, "--runtime", "litert"]) == 2
     assert (
         capsys.readouterr().err
@@ -388,15 +388,12 @@ def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_pa
     card["artifacts"] = {"litert": card["artifacts"]["litert"]}
     seal(copy, card)
     assert execute.main(given) == 2
-    rule = (
-        f"must be one that this version knows ({', '.join(node.RUNTIMES)}), and {copy} has only "
-        "['litert']"
-    )
+    rule = f"must be one of {', '.join(node.RUNTIMES)}, but {copy} has only ['litert']"
     assert capsys.readouterr().err == f"error: --runtime {rule}; export the model again.\n"
     assert verify.main(["bundle", str(copy)]) == 2
     assert (
         capsys.readouterr().err
-        == "error: FOLDER has no artifact that runs here; the lines above state why.\n"
+        == "error: FOLDER has no artifact that can run on this machine; see the lines above.\n"
     )
 
 
@@ -405,7 +402,7 @@ def test_newer_jax_is_told_before_its_file_is_read(copy):
     card["versions"]["jax"] = "99.1.0"
     seal(copy, card)
     with pytest.raises(
-        InputError, match=r"older than the 99\.1\.0 that wrote: install jax 99\.1\.0 or newer"
+        InputError, match=r"jax must be at least 99\.1\.0, .* got .*; install jax 99\.1\.0 or newer"
     ):
         node.load(node.open_bundle(copy), "jax")
 
@@ -454,7 +451,7 @@ def test_malformed_file_is_refused_though_its_sums_are_right(kind, content, copy
     runtime = USED[FILE_OF[kind].replace("_", ".")]
     with pytest.raises(InputError) as refusal:
         node.load(node.open_bundle(copy), runtime)
-    assert "is refused by" in str(refusal.value)
+    assert " rejects " in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -479,7 +476,7 @@ def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
         kernel.data_location = onnx.TensorProto.EXTERNAL
         kernel.external_data.add(key="location", value=place)
         seal(copy, model_onnx=model.SerializeToString())
-        with pytest.raises(InputError, match="is refused by onnxruntime"):
+        with pytest.raises(InputError, match="onnxruntime rejects "):
             node.load(node.open_bundle(copy), "onnx")
 
 

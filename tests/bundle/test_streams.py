@@ -32,7 +32,7 @@ def command(body: str, redirection: str, cwd: Path | None = None, **environment:
 @pytest.mark.parametrize("body", ["print('short')", PRINT, f"{PRINT}; sys.exit(0)"])
 def test_full_output_is_one_sentence(body):
     done = command(body, "> /dev/full")
-    assert done.stderr == "error: standard output cannot be written to: No space left on device.\n"
+    assert done.stderr == "error: standard output is not writable: No space left on device.\n"
     assert done.returncode == 2
 
 
@@ -62,8 +62,7 @@ def test_working_folder_that_is_gone_is_one_sentence(tmp_path):
     done = command("print('never')", '"$(rmdir ../gone)"', cwd=tmp_path / "gone")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith(
-        "error: the working folder cannot be used (No such file or directory); change to "
-        "another one.\n"
+        "error: the working directory is not usable (No such file or directory); use another one.\n"
     )
 
 
@@ -78,7 +77,7 @@ def test_screen_that_fails_is_reported_once_and_the_work_goes_on(redirection, re
     assert done.returncode == 0
     assert (
         done.stderr
-        == f"Standard output cannot be written to ({reason}), so the rest of it is dropped.\ndone\n"
+        == f"Standard output is not writable ({reason}); further output is dropped.\ndone\n"
     )
 
 

@@ -185,7 +185,7 @@ def test_change_is_refused_by_its_name_before_anything_is_compiled(name, run, mo
     said = (
         str(caught.value)
         .split(" with ", 1)[1]
-        .split(". Give another run_dir, resume=False to train")[0]
+        .split(". Pass another run_dir, resume=False to train")[0]
     )
     listed = [part.split(": ")[-1] for part in said.split("; ")]
     assert listed == names
@@ -214,8 +214,8 @@ def test_what_decides_no_number_may_change(run, capsys):
     )
     said = capsys.readouterr().out
     assert (
-        "nothing was trained: this run was complete at step 8; resume=False or another "
-        "run_dir trains it"
+        "nothing was trained, because this run is complete at step 8; to train it from the "
+        "start, pass resume=False or another run_dir"
     ) in said
     assert "train" not in again.seconds
     assert repr(again).startswith("Trained(loaded, ")
@@ -264,7 +264,7 @@ def test_run_continues_on_another_number_of_devices(tmp_path):
     shutil.rmtree(checkpoint.path_of(tmp_path / "checkpoints", 8))
     for count in (2, 1):
         assert fit(tmp_path, **shared, devices=devices.start(count)).step == 8
-    with pytest.raises(ctde.InputError, match="another program: the strategy"):
+    with pytest.raises(ctde.InputError, match="a different program: the strategy"):
         fit(tmp_path, **{**shared, "strategy": ctde.Strategy(4)}, devices=devices.start(1))
 
 
@@ -282,9 +282,11 @@ def test_program_traced_by_another_version_is_not_compared(run, tmp_path, capsys
 
     rewritten(run, tmp_path, as_by_another_jax)
     fit(tmp_path / "run", show=True, optimizer=optax.adam(0.5))
-    versions = f"which was traced by jax 0.4.1 and is now traced by jax {jax.__version__}"
-    assert f"not compared with that run: the program, {versions}" in capsys.readouterr().out
-    with pytest.raises(ctde.InputError, match=r"other data: the labels of the test split\. Give"):
+    versions = f"traced with jax 0.4.1 in the checkpoint and jax {jax.__version__} here"
+    assert f"not compared with the checkpoint: the program, {versions}" in capsys.readouterr().out
+    with pytest.raises(
+        ctde.InputError, match=r"different data: the labels of the test split\. Pass"
+    ):
         fit(tmp_path / "run", data=with_split("test", labels=changed(DATA.test.labels)))
 
 
@@ -296,7 +298,7 @@ def test_checkpoint_without_digests_is_not_compared(run, tmp_path, capsys):
     )
     fit(tmp_path / "run", show=True, optimizer=optax.adam(0.5))
     assert (
-        "not compared with that run: data and program, of which the checkpoint has no digests"
+        "not compared with the checkpoint: data and program, as the checkpoint has no digests"
         in capsys.readouterr().out
     )
 
@@ -306,7 +308,7 @@ def test_checkpoint_without_digests_is_not_compared(run, tmp_path, capsys):
 )
 def test_malformed_digests_are_a_sentence(run, tmp_path, identity):
     rewritten(run, tmp_path, lambda facts: {**facts, "identity": identity})
-    with pytest.raises(ctde.InputError, match="whose identity is not that of a run"):
+    with pytest.raises(ctde.InputError, match="whose manifest has a malformed identity"):
         fit(tmp_path / "run")
 
 
@@ -317,7 +319,7 @@ def test_program_that_is_traced_differently_each_time_is_not_compared(tmp_path, 
     for show in (False, True):
         fit(tmp_path, **QUICK, task=ctde.Task(unstable), show=show)
     assert (
-        "not compared with that run: the loss, which is traced differently each time"
+        "not compared with the checkpoint: the loss, as two traces of it differ"
         in capsys.readouterr().out
     )
 
@@ -330,17 +332,17 @@ def test_batches_that_arrive_are_not_compared_and_test_arrays_are(tmp_path, caps
     run(data=stream())
     run(data=stream(), show=True)
     assert (
-        "not compared with that run: the training batches, which arrive one after another"
+        "not compared with the checkpoint: the training batches, as a stream is read only once"
         in capsys.readouterr().out
     )
-    with pytest.raises(ctde.InputError, match="other data: the labels of the test split"):
+    with pytest.raises(ctde.InputError, match="different data: the labels of the test split"):
         run(data=stream(changed(Y[80:])))
 
 
 def test_interrupted_run_is_compared_as_well(tmp_path):
     fit(tmp_path, **QUICK, save_every=4)
     shutil.rmtree(checkpoint.path_of(tmp_path / "checkpoints", 8))
-    with pytest.raises(ctde.InputError, match="another program: the optimizer"):
+    with pytest.raises(ctde.InputError, match="a different program: the optimizer"):
         fit(tmp_path, **QUICK, optimizer=optax.adam(0.5))
     again = fit(tmp_path, **QUICK)
     assert again.step == 8

@@ -73,7 +73,7 @@ def test_disk_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(
         InputError,
-        match=r"run_dir must be a folder that can be written to.*: Read-only file system",
+        match=r"run_dir must be a writable folder .*: Read-only file system",
     ):
         refuse_in(tmp_path / "run")
 
@@ -81,9 +81,12 @@ def test_disk_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"branch_from": "nowhere"}, "branch_from must name the folder of an intact checkpoint"),
-        ({"run_dir": ""}, "run_dir must name a folder, got an empty name"),
-        ({"resume": False, "branch_from": ""}, "branch_from must name a folder, got an empty name"),
+        ({"branch_from": "nowhere"}, "branch_from must be the folder of an intact checkpoint"),
+        ({"run_dir": ""}, "run_dir must be the path of a folder, got an empty string"),
+        (
+            {"resume": False, "branch_from": ""},
+            "branch_from must be the path of a folder, got an empty string",
+        ),
     ],
 )
 def test_refused_fit_leaves_nothing_behind(digits, tmp_path, monkeypatch, arguments, sentence):

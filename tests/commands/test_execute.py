@@ -175,7 +175,7 @@ def test_words_are_labels_in_arrays_as_in_tables(kind, digits, images, tmp_path)
     np.savez(tmp_path / "x.npz", x_test=images[:3], y_test=np.array(["dog", "owl", "c"], kind))
     assert inputs.read([tmp_path / "x.npz"], card, labeled=True).labels.tolist() == [1, 0, 4]
     np.savez(tmp_path / "x.npz", x_test=images[:1], y_test=["cow"])
-    with pytest.raises(InputError, match="which has the label 'cow': give one of owl, dog, a"):
+    with pytest.raises(InputError, match="has the label 'cow'; use one of owl, dog, a"):
         inputs.read([tmp_path / "x.npz"], card, labeled=True)
 
 
@@ -193,7 +193,7 @@ def test_copies_on_all_devices_do_not_talk_and_say_the_same(digits, images, tmp_
         ]
     )
     said = capsys.readouterr()
-    assert "independent copies, no collective in their program" in said.err
+    assert "independent copies; their program contains no collective" in said.err
     assert [json.loads(line)["label"] for line in said.out.splitlines()] == predicted(images[:21])[
         0
     ]
@@ -266,7 +266,7 @@ def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
     found = np.array([json.loads(line)["outputs"] for line in lines])
     np.testing.assert_allclose(found, trained.predict(points[:2]), atol=1e-5)
     said = refused(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--score")
-    assert "--input is scored for classes or texts" in said
+    assert "--input cannot be scored, as the model predicts neither classes nor tokens" in said
     np.savez(tmp_path / "x.npz", x_test=points[:2], y_test=np.zeros(2, np.float32))
     assert run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npz", "--json") == lines
     np.savetxt(tmp_path / "x.csv", np.c_[points[:2], [7, 8]], delimiter=",")
@@ -318,7 +318,8 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
     assert node.pick(bundle) == "onnx"
     monkeypatch.setattr(node.runtimes, "find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match="needs `pip install numpy` or `pip install onnxruntime` or"
+        InputError,
+        match=r"but none of numpy, onnx, .* is; run `pip install numpy` or `pip install onnx",
     ):
         node.pick(bundle)
 
@@ -329,63 +330,69 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
         (["--input", "x.npy", "--runtime", "onyx"], "--runtime must be one of numpy, onnx"),
         (
             ["--input", "x.npy", "--runtime", "onnx-int8"],
-            "must be one that .* has an artifact for (numpy, onnx",
+            "must be one of the artifacts in .* (numpy, onnx",
         ),
         (
             ["--input", "x.npy", "--expect", "0123"],
-            "--expect must be eight or more of the first digits",
+            "--expect must be the first eight or more digits of the SHA-256",
         ),
         (["--input", "x.npy", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--input", "x.npy", "--score"], "--input needs labels: y_test in a .npz file"),
-        (["--input", "x.npy", "--label-column", "digit"], "--label-column goes with a .csv file"),
+        (["--input", "x.npy", "--score"], "--input requires labels: y_test in a .npz file"),
+        (["--input", "x.npy", "--label-column", "digit"], "--label-column requires a .csv file"),
         (
             ["--input", "x.npy", "--all-devices", "--runtime", "onnx"],
-            "--all-devices goes with the runtime jax",
+            "--all-devices requires the runtime jax, got onnx",
         ),
         (["--input", "x.npy", "x.npz"], "--input must be one file, or several .png files"),
         (["--input", "x.jpg"], "--input must be a .npy, .npz, .csv or .png file, got '.jpg'"),
-        (["--input", "missing.npy"], "--input must be a file, and there is none at missing.npy"),
+        (["--input", "missing.npy"], "--input must be a file, but missing.npy is not one."),
         (
             ["--input", "floats.npy"],
-            "whose inputs must be integers, as the model was trained on uint8",
+            "--input floats.npy must be integers, as the model was trained on uint8",
         ),
         (
             ["--input", "large.npy"],
-            "which has the shape [2, 9, 8]: give examples of the shape [8, 8]",
+            "large.npy has the shape [2, 9, 8]; provide examples of the shape [8, 8]",
         ),
-        (["--input", "none.npy"], "which holds no example"),
-        (["--input", "words.npy"], "which holds <U3"),
+        (["--input", "none.npy"], "none.npy contains no example"),
+        (["--input", "words.npy"], "words.npy contains <U3"),
         (
             ["--input", "pickle.npy"],
-            "which is no whole .npy file (Array can't be memory-mapped: Python objects",
+            "is not a complete .npy file (Array can't be memory-mapped: Python objects",
         ),
-        (["--input", "empty.csv"], "which has lines of different lengths, or none"),
+        (["--input", "empty.csv"], "has lines with different numbers of cells, or no lines"),
         (
             ["--input", "short.csv"],
-            "which has 3 columns: give the 64 numbers of an example in each line",
+            "short.csv has 3 columns; provide 64 features per line",
         ),
-        (["--input", "word.csv"], "which has 'x' in example"),
-        (["--input", "odd.png"], "is no whole PNG picture"),
-        (["--input", "size.png"], "which has 9 x 8 pixels: give a picture of 8 x 8"),
+        (["--input", "word.csv"], "word.csv has 'x' in example"),
+        (["--input", "odd.png"], "is not a complete PNG image"),
+        (["--input", "size.png"], "size.png has 9 x 8 pixels; provide an image of 8 x 8"),
         (
             ["--input", "labels.npz", "--score"],
-            "which has labels from 0 to 10: give them from 0 to 9",
+            "labels.npz has labels from 0 to 10; provide labels from 0 to 9",
         ),
         (
             ["--input", "halves.npz", "--score"],
-            "has labels of float64 [2]: give integers of the shape [examples]",
+            "has labels of float64 [2]; provide integers of the shape [examples]",
         ),
-        (["--input", "few.npz", "--score"], "which has 1 labels for 2 examples: give one for each"),
-        (["--input", "clear.png"], "which has transparent pixels: save it without"),
+        (
+            ["--input", "few.npz", "--score"],
+            "few.npz has 1 labels for 2 examples; provide one label per example",
+        ),
+        (
+            ["--input", "clear.png"],
+            "clear.png has transparent pixels; save it without transparency",
+        ),
         (
             ["--input", "x.npy", "--length", "3"],
-            "--length does not go with --input; leave one of them out.",
+            "--length cannot be combined with --input; leave one of them out.",
         ),
         (
             ["--prompt", "To be", "--json"],
-            "--json does not go with --prompt; leave one of them out.",
+            "--json cannot be combined with --prompt; leave one of them out.",
         ),
-        (["--prompt", "To be"], "--prompt goes with a language model"),
+        (["--prompt", "To be"], "--prompt requires a language model"),
     ],
 )
 def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, monkeypatch, capsys):
@@ -416,7 +423,7 @@ def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, mo
     ("arguments", "sentence"),
     [
         (["--prompt", ""], "--prompt must be one or more of the model's"),
-        (["--prompt", "To be ☃"], "got '☃', which is none of them"),
+        (["--prompt", "To be ☃"], "characters, got '☃'."),
         (["--prompt", "To", "--length", "0"], "--length must be at least 1, got 0"),
         (
             ["--prompt", "To", "--temperature", "-1"],
@@ -435,7 +442,7 @@ def test_no_command_line_is_a_sentence(capsys):
         execute.main(["bundle"])
     assert end.value.code == 2
     assert (
-        "one of the arguments --input --prompt is required; --help explains"
+        "one of the arguments --input --prompt is required; --help lists all options."
         in capsys.readouterr().err
     )
 
@@ -452,12 +459,12 @@ def test_receipt_is_repeated_where_the_bundle_is(digits, images, labels, tmp_pat
     said = capsys.readouterr().out
     accuracy = bundles.trained("mlp")[0].tested["accuracy"]
     for name in ("numpy", "onnx", "jax"):
-        assert f"{name}: differs by" in said
-    assert said.count(f"is right in {accuracy:.4f} of 359; its receipt says loss") == 3
+        assert f"{name}: maximum difference" in said
+    assert said.count(f"accuracy {accuracy:.4f} on 359 examples; receipt loss") == 3
     assert (
-        "holds: every file is as it was written, and numpy, onnx, jax say what the model said"
-        in said
-    )
+        "holds: every file matches its SHA-256; the outputs of numpy, onnx, jax agree with the "
+        "trained model\n"
+    ) in said
 
 
 def test_artifact_that_says_something_else_here_is_told(digits, monkeypatch, capsys):
@@ -480,13 +487,13 @@ def test_bundle_that_came_without_examples_says_what_is_missing(tmp_path, capsys
     trained, data = bundles.trained("mlp")
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], examples=0, show=False)
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 2
-    assert "--input must be given, as" in capsys.readouterr().err
+    assert "--input must name a file with labels, because" in capsys.readouterr().err
     np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
     assert (
         verify.main(["bundle", str(tmp_path / "bundle"), "--input", str(tmp_path / "x.npz")]) == 0
     )
     assert (
-        f"is right in {trained.evaluate(data.test)['accuracy']:.4f} of 359"
+        f"accuracy {trained.evaluate(data.test)['accuracy']:.4f} on 359 examples"
         in capsys.readouterr().out
     )
 
@@ -497,9 +504,9 @@ def test_fewer_bits_are_held_against_their_own_receipt(tmp_path, monkeypatch, ca
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 0
     said = capsys.readouterr().out
     assert (
-        "numpy say what the model said, and onnx-int8 differ no more than their receipts say"
-        in said
-    )
+        "the outputs of numpy agree with the trained model; "
+        "the outputs of onnx-int8 differ by no more than at the export\n"
+    ) in said
     load = parity.load
     monkeypatch.setattr(
         parity, "load", lambda *these: lambda inputs: load(*these)(inputs) * np.float32(np.nan)

@@ -44,27 +44,27 @@ FAST = Profile(
 
 
 def test_nothing_stands_out_where_a_step_is_compute():
-    assert profile.advice(FAST) == ["Nothing stands out: 90% of a step is compute."]
+    assert profile.advice(FAST) == ["No bottleneck was found: compute takes 90% of a step."]
 
 
 SLOW = {
-    "4 fake devices share 2 cores: they show how devices agree": {"cores": 2},
-    "4 fake devices share 1 core: they": {"cores": 1},
-    "With half the batch a step takes 93% of its time: 64 examples on a device are too few": {
+    "4 fake devices share 2 cores, so they cannot be faster than these. They are": {"cores": 2},
+    "4 fake devices share 1 core, so they": {"cores": 1},
+    "With half the batch size, a step takes 93% of the time: 64 examples per device do not": {
         "half_batch": exactly(0.93)
     },
-    "The host stands between any two steps, as each is evaluated": {
+    "Every step is a separate dispatch, because the model is evaluated after every step.": {
         "steps_per_evaluation": 1,
         "evaluation": exactly(0),
     },
-    "Input takes 12 ms a step, all else 9.9 ms: the devices wait for it.": {
+    "Input takes 12 ms per step, and all other parts take 9.9 ms, so the devices wait": {
         "parts": parts(input=12)
     },
-    "Aggregation is 53% of a step, waiting for the slowest device included": {
+    "Aggregation, with the wait for the slowest device, takes 53% of a step.": {
         "parts": parts(aggregation=10.2)
     },
-    "Compilation takes 5.00 s, and all 100 steps 1.00 s: a run this short": {"steps": 100},
-    "Evaluation takes 25% of the time from one evaluation to the next, which come every 3 steps": {
+    "Compilation takes 5.00 s, and all 100 steps take 1.00 s, so faster steps": {"steps": 100},
+    "Evaluation every 3 steps takes 25% of the time of training and evaluation.": {
         "steps_per_evaluation": 3,
         "evaluation": exactly(0.01),
     },
@@ -80,7 +80,7 @@ def test_what_makes_it_slow_is_said(sentence: str):
 @pytest.mark.parametrize("changes", [{"cores": 2}, {"parts": parts(aggregation=10.2)}])
 def test_single_device_is_no_crowd(changes: dict):
     alone = replace(FAST, replicas=1, scaling={1: exactly(0.010)}, **changes)
-    assert profile.advice(alone)[0].startswith("Nothing stands out")
+    assert profile.advice(alone)[0].startswith("No bottleneck was found")
 
 
 def test_batch_that_cannot_be_halved_is_not_called_small():
@@ -97,19 +97,18 @@ def shown(table) -> str:
 def test_shares_of_a_step_are_of_its_parts_one_after_another():
     text = shown(profile.step_table(FAST, "a network"))
     assert [int(share) for share in re.findall(r"(\d+)%", text)] == [1, 1, 90, 8, 100]
-    assert "one after another │     10.000" in text
-    assert "9 turns, 20 steps a dispatch. Compute is a difference" in text
-    assert "only the sum is certain" not in text
-    assert "only the sum is certain" in shown(
-        profile.step_table(replace(FAST, cores=2), "a network")
-    )
+    assert "sum of parts  │     10.000" in text
+    assert "Measured in 9 turns with 20 steps per dispatch. Compute is" in text
+    on_cpu = shown(profile.step_table(replace(FAST, cores=2), "a network"))
+    assert "only the sum of dispatch and compute is certain" not in " ".join(text.split())
+    assert "only the sum of dispatch and compute is certain" in " ".join(on_cpu.split())
 
 
 def test_run_is_what_happens_once_and_all_steps_and_evaluations():
     text = shown(profile.run_table(FAST))
     assert "1,000 steps, estimated    │   10.00" in text
     assert "10 evaluations, estimated │    0.50" in text
-    assert "together                  │   16.50" in text
+    assert "total                     │   16.50" in text
 
 
 def test_speed_up_is_counted_from_one_device():
@@ -208,26 +207,26 @@ def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, mon
     for words in [
         "mlp on digits, 2 devices, 64 examples",
         *stopwatch.PARTS,
-        "together",
+        "total",
         "efficiency",
     ]:
         assert words in output
     assert "2 fake devices share" in output
-    assert f"trace      {trace}: open perfetto_trace.json.gz" in output
+    assert f"trace      {trace}: open perfetto_trace.json.gz in its deepest subfolder" in output
 
 
 MISTAKES = {
     "--trace": "--trace must name a folder, got none.",
     "--trace --devices 2": "--trace must name a folder, got none.",
     "--trace file/trace": (
-        "--trace must name a folder to write to, but file/trace failed: Not a directory."
+        "--trace must be a folder that can be created, got file/trace: Not a directory."
     ),
     "--eval-every 0": "--eval-every must be at least 1, got 0.",
     "--batch-size 66 --devices 4": (
-        "--batch-size must be a multiple of the 4 devices, got 66; 64 would do."
+        "--batch-size must be a multiple of the 4 devices, got 66; use 64."
     ),
-    "--run-dir file/run": "--run-dir must be a folder that can be written to and has room",
-    "--trase x": "--trase is no option",
+    "--run-dir file/run": "--run-dir must be a writable folder with enough free space, but",
+    "--trase x": "--trase is not an option",
 }
 
 

@@ -201,7 +201,7 @@ def test_output_on_a_full_disk_is_refused_and_leaves_nothing_behind(tmp_path):
     assert process.returncode == 2
     assert errors == (
         "error: standard output must be writable, got No space left on device; redirect it to "
-        "a file with room.\n"
+        "a writable file.\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -264,7 +264,7 @@ def test_full_disk_gets_a_sentence(tmp_path, blocks):
 
     assert process.returncode == 2
     assert errors.startswith(
-        "error: --run-dir must be a folder that can be written to and has room, but writing to"
+        "error: --run-dir must be a writable folder with enough free space, but writing to"
     )
     assert errors.count("\n") == 1
     if blocks == 2:
@@ -385,73 +385,73 @@ def test_text_is_kept_by_devices_and_sampled(tmp_path, capsys):
 
 MISTAKES = {
     "--batch-size 66 --devices 4": (
-        "--batch-size must be a multiple of the 4 devices, got 66; 64 would do."
+        "--batch-size must be a multiple of the 4 devices, got 66; use 64."
     ),
     "--batch-size 4000": (
-        "--batch-size must be at most the 1,438 training examples, got 4000; 1436 would do."
+        "--batch-size must be at most the number of training examples, 1,438, got 4000; use 1436."
     ),
     "--devices 0": "--devices must be at least 1, got 0.",
     "--epochs 0": "--epochs must be at least 1, got 0.",
     "--steps 0": "--steps must be at least 1, got 0.",
     "--eval-every 0": "--eval-every must be at least 1, got 0.",
     "--sync-every -1": "--sync-every must be at least 0, got -1.",
-    "--strategy diloco --sync-every 0": (
-        "--outer needs steps alone .sync_every. of at least 1, got 0."
-    ),
+    "--strategy diloco --sync-every 0": ("--outer requires sync_every of at least 1, got 0."),
     "--strategy gossip --devices 1": (
         "--devices must be at least 2 for gossip, which needs a neighbor, got 1."
     ),
     "--combine krum --byzantine 1": (
-        "--devices must be at least 5 for Krum to withstand 1 bad device"
+        "--devices must be at least 5 .* for Krum with 1 Byzantine device"
     ),
     "--reduce power_sgd --rank 0": "--rank must be at least 1, got 0.",
-    "--reduce top_k --keep 5000": "--keep must be from 1 to the 4096 numbers of a chunk, got 5000.",
+    "--reduce top_k --keep 5000": "--keep must be from 1 to 4096, the chunk size, got 5000.",
     "--reduce int4 --error-feedback --feedback-decay 2": (
         "--feedback-decay must be from 0 to 1, got 2.0."
     ),
     "--clients 10": (
-        "--clients need a --partition that stays, such as iid, got --partition reshuffled."
+        "--clients requires a fixed --partition, such as iid, got --partition reshuffled."
     ),
     "--clients 2 --partition iid": "--clients must be at least 4, got 2.",
-    "--rank 2": "--rank goes with --reduce power_sgd.",
-    "--error-feedback": "--error-feedback goes with --reduce int8 or --reduce int4 or",
+    "--rank 2": "--rank requires --reduce power_sgd.",
+    "--error-feedback": "--error-feedback requires --reduce int8 or --reduce int4 or",
     "--outer-momentum 0.5 --strategy fedadam": (
-        "--outer-momentum goes with --outer momentum or --outer nesterov."
+        "--outer-momentum requires --outer momentum or --outer nesterov."
     ),
     "--learning-rate -1": "--learning-rate must be greater than 0 and finite, got -1.0.",
-    "--warmup-steps 900": "--warmup-steps must be fewer than the 230 steps of the run, got 900.",
+    "--warmup-steps 900": (
+        "--warmup-steps must be less than the 230 steps of the schedule, got 900."
+    ),
     "--seed -1": "--seed must be from 0 to 4294967295, got -1.",
     "--seed 99999999999999999999": "--seed must be from 0 to 4294967295",
     "--dirichlet-alpha inf --partition dirichlet": (
         "--dirichlet-alpha must be greater than 0 and at most 1e6, got inf."
     ),
-    "--epochs 3 --steps 4": "--epochs and --steps exclude each other",
+    "--epochs 3 --steps 4": "--epochs and --steps are mutually exclusive; pass only one of them.",
     "--epochs many": "--epochs must be a whole number, got 'many'.",
     "--hidden-sizes 0": "--hidden-sizes must be at least 1, got 0.",
     "--hidden-sizes 4294967295": "--hidden-sizes must be at most 2147483647, got '4294967295'.",
     "--save-every 0": "--save-every must be at least 1, got 0.",
     "--keep-checkpoints 0": "--keep-checkpoints must be at least 1, got 0.",
     "--dataset mnits": "did you mean 'mnist'?",
-    "--batchsize 3": "--batchsize is no option; did you mean '--batch-size'?",
-    "--dataset npz": "--data-file must name your file for --dataset npz, got none.",
+    "--batchsize 3": "--batchsize is not an option; did you mean '--batch-size'?",
+    "--dataset npz": "--data-file must be the path of a file for --dataset npz, got none.",
     "--dataset csv --data-file nowhere.csv": "--data-file .*nowhere.csv",
     "--data-file words.csv": (
-        "--data-file goes with --dataset text or npz or csv, got --dataset digits."
+        "--data-file requires --dataset text or npz or csv, got --dataset digits."
     ),
     "--dataset text --data-file latin.txt --model lstm": (
-        "--data-file .*latin.txt.*0xdf at the offset 3, .*not UTF-8"
+        "--data-file .*latin.txt.*0xdf at the offset 3, .*not valid UTF-8"
     ),
     "--dataset text --data-file short.txt --model lstm": (
-        "--data-file .*short.txt, which has 1 of the 129"
+        "--data-file .*short.txt has 1 characters in the test part, but .* need 129"
     ),
     "--dataset text --data-file file --model lstm": (
-        "--data-file .*file, which is empty: give a file with a text."
+        "--data-file .*file is empty; pass a file that contains text."
     ),
     "--dataset text --data-file some.txt": (
-        "--model must be lstm, gru or transformer for a text, got mlp."
+        "--model must be lstm, gru or transformer for --dataset text, got mlp."
     ),
     "--dataset text --data-file some.txt --model lstm --prompt X": (
-        "--prompt must be written in the 10 characters of"
+        "--prompt must consist of the 10 characters of"
     ),
     "--dataset text --data-file some.txt --model lstm --prompt=": (
         "--prompt must be at least one character, got none."
@@ -460,22 +460,22 @@ MISTAKES = {
         "--partition must be reshuffled or iid"
     ),
     "--dataset text --data-file some.txt --model transformer --heads 3": (
-        "--heads must divide the width of 128, got 3."
+        "--heads must divide the hidden_size of 128, got 3."
     ),
     "--model transformer": (
-        "--model transformer reads texts .--dataset text., got the data set digits."
+        "--model transformer requires --dataset text, got the data set digits."
     ),
     "--dataset csv --data-file table.csv --model cnn": (
         "image_shape must be .height, width. or .* got .2,."
     ),
     "--dataset csv --data-file table.csv --model lstm": (
-        "--model lstm reads sequences .length, features., got examples"
+        "--model lstm requires sequences .length, features., got examples"
     ),
     "--dataset csv --data-file table.csv --sequence rows": (
-        "--sequence needs pictures of the shape .height, width."
+        "--sequence requires images of the shape .height, width."
     ),
     "--model resnet --channels 16 20": (
-        "--channels must be multiples of the 8 groups of a norm, got 20."
+        "--channels must be multiples of the 8 groups of group normalization, got 20."
     ),
     "--model resnet --channels 8 8 8 8 8": (
         "image_shape must have at least 16 x 16 pixels for 4 halvings, got 8 x 8."
@@ -484,26 +484,26 @@ MISTAKES = {
         "--init must not be recurrent for a model without a recurrent cell"
     ),
     "--model resnet --layers 0": "--layers must be at least 1, got 0.",
-    "--base-width 8": "--base-width goes with --init mup.",
+    "--base-width 8": "--base-width requires --init mup.",
     "--init mup": (
-        "--base-width must be the width at which the learning rate was tuned if --init is mup, got "
+        "--base-width must be the width at which the learning rate was tuned, for --init mup, got "
         "none."
     ),
     "--init mup --base-width 8 --optimizer sgd": (
         "--optimizer must be adam, adamw or lion with --init mup, got sgd."
     ),
     "--model cnn --dropout-rate 1": "--dropout-rate must be at least 0 and less than 1, got 1.0.",
-    "--shift 8": "--shift must be less than the shorter side of a picture of 8 x 8, got 8.",
-    "--cutout 9": "--cutout must be at most the shorter side of a picture of 8 x 8, got 9.",
+    "--shift 8": "--shift must be less than the shorter side of an image of 8 x 8, got 8.",
+    "--cutout 9": "--cutout must be at most the shorter side of an image of 8 x 8, got 9.",
     "--flip --sequence rows": (
-        "--sequence must be none where pictures are augmented: they are no pictures any more."
+        "--sequence must be none with --shift, --flip and --cutout, which augment images, got rows."
     ),
     "--accumulation-steps 3 --devices 4": (
-        "--accumulation-steps must cut the 16 examples that each device has of a batch into equal"
+        "--accumulation-steps must divide the 16 examples of a device's batch, got 3."
     ),
     "--ema-decay 1": "--ema-decay must be at least 0 and less than 1, got 1.0.",
     "--patience 2": (
-        "--patience needs data with a validation split .hold_out, or --validation-fraction."
+        "--patience requires a validation split; use data.hold_out.*or --validation-fraction."
     ),
     "--validation-fraction 1": (
         "--validation-fraction must leave some of the 1,438 training examples for training"
@@ -523,16 +523,16 @@ MISTAKES = {
         "--data-file .*one label for each of the 4 examples, got 2 labels"
     ),
     "--dataset npz --data-file nan.npz": "--data-file .*NaN or infinity",
-    "--dataset npz --data-file outside.npz": "--data-file .*y_test must lie from 0 to 1.* got 7",
+    "--dataset npz --data-file outside.npz": "--data-file .*y_test must be from 0 to 1.* got 7",
     "--dataset csv --data-file words.csv": "--data-file .*words.csv.*hello",
     "--dataset csv --data-file words.csv --label-column c": (
         "--label-column must be one of a, b, got 'c'"
     ),
     "--run-dir file/run": (
-        "--run-dir must be a folder that can be written to and has room, .*Not a directory"
+        "--run-dir must be a writable folder with enough free space, .*Not a directory"
     ),
     "--run-dir used": (
-        "--run-dir must not hold a run already, but used has metrics.jsonl or checkpoints; name "
+        "--run-dir must not contain another run, but used has metrics.jsonl or checkpoints; choose "
         "another"
     ),
     "--optimizer sgd --schedule constant --learning-rate 1e38": (
@@ -551,7 +551,7 @@ ABSURD = {
     ),
     "--model resnet --layers 2147483647": "--layers must be at most 1,000, got 2147483647.",
     "--epochs 2147483647": (
-        "--epochs must make at most 2,147,483,647 optimizer steps, got 2,147,483,647."
+        "--epochs must result in at most 2,147,483,647 optimizer steps, got 2,147,483,647."
     ),
     "--steps 2147483647 --eval-every 1": (
         "--eval-every must be at least 2,048, so that 2,147,483,647 steps have at"
@@ -568,10 +568,10 @@ ABSURD = {
     ),
     "--run-dir=": "--run-dir must be a path, got ''.",
     "--run-dir a/b --branch-from nowhere": (
-        "--branch-from must name the folder of an intact checkpoint, but nowhere is"
+        "--branch-from must be the folder of an intact checkpoint, but nowhere is"
     ),
     "--config=/dev/zero": (
-        "--config must name .* cannot be read .it is a device and not a regular file"
+        "--config must be .* cannot be read .it is a device, not a regular file"
     ),
 }
 MISTAKES |= ABSURD
@@ -605,9 +605,7 @@ def test_read_only_run_folder_gets_a_sentence(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert train.main([*QUICK, "--run-dir", str(tmp_path / "run")]) == 2
-    assert (
-        "--run-dir must be a folder that can be written to and has room" in capsys.readouterr().err
-    )
+    assert "--run-dir must be a writable folder with enough free space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -630,8 +628,8 @@ def test_model_that_is_too_large_gets_a_sentence(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(walk.trainer, "train", raise_it)
     assert train.main([*QUICK, "--run-dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: memory does not suffice (")
-    assert said.endswith("): take a smaller model, or a lower --batch-size.\n")
+    assert said.startswith("error: out of memory (")
+    assert said.endswith("); use a smaller model or a smaller --batch-size.\n")
     assert said.count("\n") == 1
 
 
@@ -679,8 +677,8 @@ def test_branch_has_the_options_of_its_parent_and_a_schedule_of_its_own(tmp_path
     ]
     assert train.main([*given, "--run-dir", str(branch)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "--learning-rate 0.008 there and 0.001 here" in printed
-    assert "all others as there" in printed
+    assert "--learning-rate 0.008 in the checkpoint and 0.001 here" in printed
+    assert "all other options are unchanged" in printed
 
     saved = json.loads((branch / "config.json").read_text())
     assert (saved["dataset"], saved["batch_size"], saved["schedule_start"]) == ("csv", 12, 4)
@@ -753,9 +751,6 @@ def test_branch_that_has_no_steps_left_is_told_how_steps_count(tmp_path, capsys)
         )
         == 2
     )
-    assert (
-        "--steps must be more than the 4 at which the schedule starts, got 4"
-        in capsys.readouterr().err
-    )
+    assert "--steps must be greater than schedule_start, 4, got 4" in capsys.readouterr().err
     assert train.main(["--branch-from", str(parent), "--run-dir", str(tmp_path / "b")]) == 2
     assert "--branch-from must name a checkpoint, such as" in capsys.readouterr().err

@@ -18,7 +18,10 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_examples_count_once(capsys):
     assert verify.main(["eval", *RUN]) == 0
-    assert "all 359 test examples count once, one by one as on 2 devices" in capsys.readouterr().out
+    assert (
+        "all 359 test examples count once: the metrics of 2 devices equal those of an"
+        in capsys.readouterr().out
+    )
 
 
 def test_examples_that_count_twice_are_noticed(monkeypatch, capsys):
@@ -29,15 +32,14 @@ def test_examples_that_count_twice_are_noticed(monkeypatch, capsys):
     monkeypatch.setattr(ctde.Trained, "tested", property(twice))
     assert verify.main(["eval", *RUN]) == 1
     said = capsys.readouterr().err
-    assert "the test accuracy is 0.500000 on all devices, and 0.9" in said
-    assert "718 examples were counted, of 359" in said
+    assert "the test accuracy is 0.500000 on all devices, but 0.9" in said
+    assert "718 of 359 examples were counted" in said
 
 
 def test_devices_that_hold_the_same_are_told(capsys):
     assert verify.main(["replicas", *RUN]) == 0
-    assert (
-        "what the 2 devices share was the same on all of them after every dispatch of 60 steps"
-        in (capsys.readouterr().out)
+    assert "the replicated state was equal on all 2 devices after every dispatch, for 60 steps" in (
+        capsys.readouterr().out
     )
 
 
@@ -48,8 +50,8 @@ def test_devices_that_do_not_are_told(monkeypatch, capsys):
     monkeypatch.setattr(proofs, "train", diverge)
     assert verify.main(["replicas", *RUN]) == 1
     assert (
-        "wrong: params/w should be the same on all devices, but differs between the devices "
-        "[0] and [1]"
+        "wrong: params/w must be equal on all devices. All devices agreed after step 0, but "
+        "devices [0] and [1] differ after step 20"
     ) in capsys.readouterr().err
 
 
@@ -57,7 +59,9 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
     for step in (3, 9):
         checkpoint.write(checkpoint.path_of(tmp_path / "checkpoints", step), {"x": np.zeros(3)}, {})
     assert verify.main(["checkpoint", str(tmp_path)]) == 0
-    assert "2 tensors in step-00000009, step-00000003 have their SHA-256" in capsys.readouterr().out
+    assert (
+        "2 tensors in step-00000009, step-00000003 match their SHA-256" in capsys.readouterr().out
+    )
     damaged = checkpoint.path_of(tmp_path / "checkpoints", 3) / checkpoint.TENSORS
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"1")
     assert verify.main(["checkpoint", str(tmp_path)]) == 1
@@ -76,15 +80,15 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
         ),
         (
             ["checkpoint"],
-            "verify checkpoint wants the folder of a run or of a checkpoint, and nothing else.",
+            "verify checkpoint requires one argument, the folder of a run or a checkpoint, got 0.",
         ),
         (
             ["replicas", "--devices", "1"],
-            "--devices must be at least 2 where they are to be compared, got 1.",
+            "--devices must be at least 2, so that replicas can be compared, got 1.",
         ),
         (
             ["exact", "--devices", "2"],
-            "--devices must be left out, as their number is what changes.",
+            "--devices must not be set, as exact trains on 1, 2, 4 and 8 devices.",
         ),
         (
             [
@@ -98,12 +102,12 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
             ],
             "--num-processes must be 1 for this command, which runs on one host, got 2.",
         ),
-        (["eval", "--lr", "3"], "--lr is no option"),
-        (["resume", "--run-dir", "x"], "--run-dir must be left out"),
+        (["eval", "--lr", "3"], "--lr is not an option"),
+        (["resume", "--run-dir", "x"], "--run-dir must not be set"),
         (
             ["checkpoint", "nowhere"],
             (
-                "verify checkpoint wants the folder of a run or of a checkpoint, and nowhere is "
+                "verify checkpoint requires the folder of a run or a checkpoint, but nowhere is "
                 "neither."
             ),
         ),
@@ -117,7 +121,7 @@ def test_mistakes_are_sentences(arguments, sentence, capsys):
 @pytest.mark.slow
 def test_killed_run_ends_with_the_same_bits(capsys):
     assert verify.main(["resume", *RUN, "--save-every", "5"]) == 0
-    assert "tensors and 16 rows are those of the run nobody has killed" in capsys.readouterr().out
+    assert "tensors and 16 rows equal those of the uninterrupted run" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -125,4 +129,4 @@ def test_bits_on_any_number_of_devices_are_the_same(capsys):
     assert (
         verify.main(["exact", *(word for word in RUN if word not in ("--devices", "4", "2"))]) == 0
     )
-    assert "tensors are the same on 1, 2, 4, 8 devices" in capsys.readouterr().out
+    assert "tensors have the same bits on 1, 2, 4, 8 devices" in capsys.readouterr().out

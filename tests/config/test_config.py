@@ -227,12 +227,12 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         (["--error-feedback", "yes"], "--error-feedback takes no value, got yes."),
         (
             ["--no-error-feedbak"],
-            "--no-error-feedbak is no option; did you mean '--no-error-feedback'?",
+            "--no-error-feedbak is not an option; did you mean '--no-error-feedback'?",
         ),
         (["--dp-clip-norm", "one"], "--dp-clip-norm must be a number, got 'one'."),
         (
             ["--batchsize", "8"],
-            "--batchsize is no option; did you mean '--batch-size'? --help lists them all.",
+            "--batchsize is not an option; did you mean '--batch-size'? --help lists all options.",
         ),
         (
             ["--dataset", "mnits"],
@@ -241,7 +241,7 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         (["--optimizer=adm"], "did you mean 'adam'?"),
         (["--activation"], "--activation takes one value, got none."),
         (["--seed", "1", "-e", "3"], "--seed takes one value, got 1 -e 3."),
-        (["word"], "word is no option."),
+        (["word"], "word is not an option."),
         (
             ["--model", "ccn"],
             (
@@ -251,15 +251,15 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         ),
         (
             ["--hidden-size", "8"],
-            "hidden_size goes with --model lstm or --model gru or --model transformer.",
+            "hidden_size requires --model lstm or --model gru or --model transformer.",
         ),
         (
             ["--model", "resnet", "--batch-statistics", "averaged"],
-            "batch_statistics goes with --norm batch.",
+            "batch_statistics requires --norm batch.",
         ),
         (
             ["--weight-decay", "0.1"],
-            "weight_decay goes with --optimizer adamw or --optimizer lion or --optimizer muon.",
+            "weight_decay requires --optimizer adamw or --optimizer lion or --optimizer muon.",
         ),
         (["--epochs", "many"], "--epochs must be a whole number, got 'many'."),
         (["--steps", "2.5"], "--steps must be a whole number, got '2.5'."),
@@ -268,8 +268,8 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         (
             ["--config", "nowhere.json"],
             (
-                "config must name the config.json that a run has left in its folder, but "
-                "nowhere.json cannot be read"
+                "config must be the config.json in the folder of a run, but nowhere.json cannot "
+                "be read"
             ),
         ),
     ],
@@ -283,9 +283,9 @@ def test_unknown_name_gets_the_nearest_known_one(arguments, sentence):
 @pytest.mark.parametrize(
     ("saved", "sentence"),
     [
-        ('{"epochs": 3', "is no JSON (Expecting"),
-        ("[1, 2]", "holds a list instead of an object."),
-        ('{"epoch": 3}', "config.json has the unknown option 'epoch'; did you mean 'epochs'?"),
+        ('{"epochs": 3', "is not valid JSON (Expecting"),
+        ("[1, 2]", "contains a list instead of an object."),
+        ('{"epoch": 3}', "config.json contains the unknown option 'epoch'; did you mean 'epochs'?"),
         ('{"epochs": "many"}', "--epochs must be a whole number, got 'many'."),
         ('{"model": "mpl"}', "got 'mpl'; did you mean 'mlp'?"),
     ],
@@ -323,7 +323,7 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
     ],
 )
 def test_option_of_another_library_gets_the_name_here(name, meant):
-    with pytest.raises(InputError, match=f"is no option; did you mean '{meant}'?"):
+    with pytest.raises(InputError, match=f"is not an option; did you mean '{meant}'?"):
         config.parse([name, "1"])
 
 

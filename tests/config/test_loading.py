@@ -111,7 +111,7 @@ def test_data_that_have_moved_are_found(tmp_path):
     right = trained("--dataset", "npz", "--data-file", "mine.npz", "--batch-size", "20")
     Path("elsewhere").mkdir()
     shutil.move("mine.npz", "elsewhere/yours.npz")
-    with pytest.raises(InputError, match=r"mine\.npz, which cannot be opened"):
+    with pytest.raises(InputError, match=r"mine\.npz cannot be opened"):
         ctde.load_run("run")
     found, _, _ = ctde.load_run("run", ["--data-file", "elsewhere/yours.npz"])
     jax.tree.map(np.testing.assert_array_equal, found.params, right.params)
@@ -166,18 +166,15 @@ def test_data_that_have_changed_are_refused_by_every_command(name, csv_run, caps
     ]
     assert main(["run", "--formats", "numpy", "--data-file", "d.csv"]) == 2
     said = capsys.readouterr().err
-    assert (
-        "error: --data-file must lead to the data that the run was trained on, but d differs "
-        "from them in "
-    ) in said
+    assert ("error: --data-file must contain the data of the run, but d differs in ") in said
     assert part in said
     assert not Path("run/bundle").exists()
     assert train.main(command) == 2
     said = capsys.readouterr().err
-    assert "error: --run-dir holds a run with other " in said
+    assert "error: --run-dir contains a run with different " in said
     assert part in said or "training examples" in said
     assert (
-        "Give another --run-dir, --resume never to train from the start, or --branch-from "
+        "Pass another --run-dir, --resume never to train from the start, or --branch-from "
         "run/checkpoints"
     ) in said
 
@@ -197,15 +194,15 @@ def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run,
     ]
     assert train.main([*command, "--learning-rate", "0.01", "--steps", "40"]) == 2
     sentence = (
-        "with other options: --learning-rate 0.008 there and 0.01 here; the number of steps 30 "
-        "there and 40 here. Give"
+        "with different options: --learning-rate 0.008 in the checkpoint and 0.01 here; the "
+        "number of steps 30 in the checkpoint and 40 here. Pass"
     )
     assert sentence in capsys.readouterr().err
     assert train.main(command) == 0
     said = capsys.readouterr().out
     assert (
-        "this run was complete at step 30; --resume never or another --run-dir trains it from "
-        "the start"
+        "this run is complete at step 30; to train it from the start, pass --resume never or "
+        "another --run-dir"
     ) in said
     assert "this run was complete at step 30; nothing was trained" in " ".join(said.split())
     assert (
@@ -215,7 +212,7 @@ def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run,
         == 2
     )
     assert (
-        "--branch-from must be a checkpoint outside run, whose run --resume never moves"
+        "--branch-from must be outside of run, as --resume never moves the run there"
         in capsys.readouterr().err
     )
     assert train.main([*command, "--learning-rate", "0.01", "--resume", "never"]) == 0
@@ -241,7 +238,7 @@ def test_bundle_of_a_model_on_other_test_examples_is_refused(csv_run, monkeypatc
     labels[0] = (labels[0] + 1) % 3
     with pytest.raises(
         InputError,
-        match="data must be those that the model was trained on, but there its test loss is",
+        match="data must be those of the training, but the test loss on them is",
     ):
         ctde.write_bundle(
             found,
@@ -272,14 +269,14 @@ def test_run_leaves_as_a_bundle(capsys):
     [
         (["nowhere"], "RUN must be the folder of a run of python -m ctde_jax.train"),
         (["run", "--formats", "onyx"], "--formats must be one of numpy, onnx"),
-        (["run", "--to", "mine"], "--to must be new or a bundle"),
+        (["run", "--to", "mine"], "--to must be new or an existing bundle"),
         (
             ["run", "--to", "/proc/none/bundle"],
-            "--to must be a folder that can be written to and has room",
+            "--to must be a writable folder with enough free space, but",
         ),
         (
             ["run", "--to", "run/config.json/bundle"],
-            "--to must be a folder that can be written to and has room",
+            "--to must be a writable folder with enough free space, but",
         ),
         (
             ["silent"],
@@ -287,23 +284,23 @@ def test_run_leaves_as_a_bundle(capsys):
         ),
         (
             ["run", "--formats", "numpy", "--web", "page"],
-            "--web needs the format onnx, and --formats are numpy",
+            "--web requires the format onnx, but --formats are numpy",
         ),
         (
             ["run", "--web", "mine"],
-            "--web must be new, empty, or a page that was written before, and mine",
+            "--web must be a new folder, an empty one, or an existing page, got mine",
         ),
         (["run", "--examples", "-1"], "--examples must be at least 0, got -1"),
-        (["empty"], "RUN must have a checkpoint, and empty has none yet"),
+        (["empty"], "RUN must contain a checkpoint, but empty has none yet"),
         (
             ["other"],
             (
                 "RUN must be loaded with the options of its checkpoint "
-                "other/checkpoints/step-00000030, but differs in --hidden-sizes [12] there and "
-                "[13] here; correct config.json"
+                "other/checkpoints/step-00000030, but these differ: --hidden-sizes [12] in the "
+                "checkpoint and [13] here; correct config.json"
             ),
         ),
-        (["run/checkpoints/step-00000020"], "RUN must lead to an intact checkpoint"),
+        (["run/checkpoints/step-00000020"], "RUN must contain an intact checkpoint"),
     ],
 )
 def test_mistake_is_a_sentence(arguments, sentence, capsys):

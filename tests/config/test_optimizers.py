@@ -77,7 +77,7 @@ def test_optimizer_goes_downhill(name):
         ),
         (
             ("sgd", 0.1, "constant", 0, 0, 0.1),
-            "weight_decay goes with adamw, lion, muon, got the optimizer sgd",
+            "weight_decay requires one of adamw, lion, muon, got the optimizer sgd",
         ),
         (
             ("adamw", 0.1, "constant", 0, 0, -1.0),
@@ -93,7 +93,7 @@ def test_optimizer_goes_downhill(name):
         (("sgd", 0.1, "constant", -1), "warmup_steps must be at least 0, got -1"),
         (
             ("sgd", 0.1, "cosine", 10, 10),
-            "warmup_steps must be fewer than the 10 steps of the run, got 10",
+            "warmup_steps must be less than the 10 steps of the schedule, got 10",
         ),
     ],
 )

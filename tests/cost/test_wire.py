@@ -263,7 +263,7 @@ def test_loop_of_unknown_length_is_that_over_rounds_and_an_error_within_a_round(
 
     assert collectives.read(program("")) == collectives.read(in_a_round("")) == []
     assert [one.loops for one in collectives.read(program(REDUCE_Y))] == [(1,)]
-    with pytest.raises(InputError, match=r"%loop.in turns until a condition holds; use lax.scan"):
+    with pytest.raises(InputError, match=r"%loop.in runs until a condition holds; use lax.scan"):
         collectives.read(in_a_round(REDUCE_Y))
 
 
@@ -306,9 +306,12 @@ def test_fusions_and_calls_are_followed():
     [
         (
             "%r = f32[100]{0} ragged-all-to-all(%x, %x)",
-            "hlo_text must send what can be counted .* ragged-all-to-all %r",
+            "hlo_text must only contain collectives of known size, .* ragged-all-to-all %r",
         ),
-        ("%r = (f32[100]{0}, token[]) send(%x)", "hlo_text must send what can be counted"),
+        (
+            "%r = (f32[100]{0}, token[]) send(%x)",
+            "hlo_text must only contain collectives of known size",
+        ),
     ],
 )
 def test_uncountable_collective_is_an_error(line: str, sentence: str):
@@ -381,7 +384,7 @@ def test_mean_sends_the_parameters_and_its_weight(name: str, digits):
     measured = compiled(strategy, digits)
 
     assert measured.sent == measured.peak == 2 * 3 / 4 * 4 * (PARAMS + 1)
-    assert measured.sent_a_step == measured.sent / steps
+    assert measured.sent_per_step == measured.sent / steps
     assert (measured.total, measured.across, measured.within) == (
         4 * measured.sent,
         0,
@@ -442,7 +445,7 @@ def test_command_prints_the_table(capsys):
 
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{2 * 3 * (PARAMS + 1):,}" in shown
-    assert "every 3 steps in 1 launch, 3 times fewer bytes" in shown
+    assert "every 3 steps in 1 collective, 3 times fewer bytes" in shown
 
 
 @pytest.mark.parametrize(
@@ -451,13 +454,13 @@ def test_command_prints_the_table(capsys):
         (
             ["--target", "tpu"],
             (
-                "error: --target must be such as tpu:v5e:2x4 (a slice of so many chips) or "
+                "error: --target must be a target such as tpu:v5e:2x4 (a slice of 2 x 4 chips) or "
                 "gpu:h100:2x4"
             ),
         ),
         (["--target"], "got none."),
         (["--target=gpu:b1:2x4"], "got gpu:b1:2x4."),
-        (["--sync-evry", "3"], "error: --sync-evry is no option"),
+        (["--sync-evry", "3"], "error: --sync-evry is not an option"),
     ],
 )
 def test_command_says_what_is_wrong(arguments: list[str], sentence: str, capsys):
@@ -469,7 +472,7 @@ def test_target_without_its_plugin_is_an_error(monkeypatch):
     monkeypatch.setattr(targets, "find_spec", lambda name: None)
     with pytest.raises(
         InputError,
-        match=r"target must be one whose plugin is installed \(pip install 'jax\[tpu\]'\)",
+        match=r"target must be a target whose plugin is installed \(pip install 'jax\[tpu\]'\)",
     ):
         targets.devices("tpu:v5e:2x4")
 

@@ -104,7 +104,7 @@ def test_words_follow_given_classes():
     np.testing.assert_array_equal(dataset.train.labels, 2 - Y)
     sentence = "y_test must be one of cat, dog, owl, got 'cow'; did you mean 'owl'?"
     assert refused(X, WORDS, X[:1], ["cow"]) == sentence
-    assert "y_test must hold names of classes in the shape [examples], got int64" in refused(
+    assert "y_test must contain class names of the shape [examples], got int64" in refused(
         X, WORDS, X, Y
     )
 
@@ -114,27 +114,30 @@ def test_npz_may_hold_words(tmp_path):
     assert data.from_npz(tmp_path / "mine.npz").classes == ("cat", "dog", "owl")
 
 
-MIXED = "y_train must hold text alone or numbers alone, got text and"
-FILL = "fill in or remove such examples."
+MIXED = "y_train must contain only text or only numbers, got text and"
+FILL = "impute or remove such examples."
 REFUSED = {
     "sparse": (
         (sparse.csr_matrix(X), Y),
         "must be a dense array, got a sparse csr_matrix; pass its .toarray().",
     ),
     "sparse array": ((sparse.coo_array(X), Y), "got a sparse coo_array; pass its .toarray()."),
-    "masked": ((np.ma.masked_less(X, 0), Y), "got masked ones; fill them in with .filled(...)."),
+    "masked": (
+        (np.ma.masked_less(X, 0), Y),
+        "must not contain masked values; replace them with .filled(...).",
+    ),
     "fields": (
         (np.zeros(60, [("a", float), ("b", int)]), Y),
-        "one with the fields a, b; stack them along an axis.",
+        "without fields, got the fields a, b; stack them along an axis.",
     ),
     "ragged": (
         ([[1.0, 2.0], [1.0]], [0, 1]),
-        "must be an array with examples of one shape, got a ragged list.",
+        "must contain examples of the same shape, got a ragged list.",
     ),
-    "complex": ((X * 1j, Y), "x_train must hold real numbers, got the type complex"),
+    "complex": ((X * 1j, Y), "x_train must contain real numbers, got the dtype complex"),
     "dates": (
         (np.zeros((60, 2), "M8[s]"), Y),
-        "x_train must hold real numbers, got the type datetime64[s].",
+        "x_train must contain real numbers, got the dtype datetime64[s].",
     ),
     "words among numbers": (
         (np.array([["a", 1.5]] * 60, object), Y),
@@ -149,7 +152,7 @@ REFUSED = {
     "NaN among numbers": (
         (X, np.array([*Y[1:], np.nan])),
         (
-            "y_train must be finite, got NaN or infinity for example 59; remove or fill in such "
+            "y_train must be finite, got NaN or infinity for example 59; remove or impute such "
             "examples."
         ),
     ),
@@ -160,7 +163,7 @@ REFUSED = {
     "a number": ((3, Y), "x_train must have the shape [examples, ...], got ()."),
     "seconds since 1970": (
         (1.7e9 + RNG.integers(0, 60, (60, 1)).astype(np.float64), Y),
-        "x_train must hold numbers that float32 tells apart, got numbers around 17000000",
+        "x_train must contain numbers that float32 distinguishes, got numbers around 17000000",
     ),
     "prices": (
         (X, RNG.integers(10_000, 60_000, 60)),
@@ -177,7 +180,9 @@ def test_arrays_that_lose_something_are_refused_with_a_way_out(name):
 
 def test_standardized_integers_that_float32_merges_are_refused():
     moments = data.from_arrays(1_700_000_000 + RNG.integers(0, 60, (60, 1)), Y)
-    with pytest.raises(InputError, match="standardized must hold numbers that float32 tells apart"):
+    with pytest.raises(
+        InputError, match="standardized must contain numbers that float32 distinguishes"
+    ):
         data.standardized(moments)
 
 
@@ -197,8 +202,8 @@ def test_pictures_of_sixteen_bits_reach_the_model_between_0_and_1(largest, highe
     np.testing.assert_allclose(seen, pictures / highest, rtol=1e-6)
     assert dataset.notes == (
         (
-            f"Pictures of 16 bits reach the model divided by {highest:,}, as their brightest "
-            "pixel needs."
+            f"Images of 16 bits are divided by {highest:,}, as their brightest pixel needs "
+            f"{(highest + 1).bit_length() - 1} bits."
         ),
     )
 
@@ -212,18 +217,18 @@ PIXELS = RNG.integers(0, 256, (60, 8, 8))
 SCALES = {
     "pixels as floats": (
         PIXELS.astype(float),
-        "from 0 to 255, and networks learn best from numbers around 1: pixels",
+        "from 0 to 255, but networks train best on numbers around 1; save pixels",
     ),
-    "pixels as int64": (PIXELS, "pixels saved as uint8 are divided by 255"),
+    "pixels as int64": (PIXELS, "save pixels as uint8, which are divided by 255"),
     "large": (1000 * X, "ctde_jax.data.standardized(data) scales every feature"),
     "small": (1e-5 * X, "ctde_jax.data.standardized(data) scales every feature"),
     "integers": (
         RNG.integers(0, 5000, (60, 3)),
-        "that is right for tokens; measurements need scaling",
+        "this is correct for tokens; for measurements, ctde_jax.data.standardized(data)",
     ),
     "large integers": (
         RNG.integers(0, 2**30, (60, 3)),
-        "and float32 rounds those above 16,777,216",
+        "but float32 rounds those above 16,777,216",
     ),
 }
 
@@ -233,7 +238,7 @@ def test_badly_scaled_inputs_are_noted_until_they_are_standardized(name):
     inputs, sentence = SCALES[name]
     dataset = data.from_arrays(inputs, Y, inputs, Y)
     (note,) = dataset.notes
-    assert note.startswith("Inputs reach the model as they are, as numbers from ")
+    assert note.startswith("Inputs are not scaled and range from ")
     assert sentence in note
     assert data.standardized(dataset).notes[:-1] == ()
 
@@ -249,7 +254,7 @@ def test_channels_first_are_noted_and_no_picture_of_our_networks():
     assert note.endswith("pass inputs.transpose(0, 2, 3, 1).")
     for build in (lambda: models.cnn((3, 32, 32), 3), lambda: models.resnet((1, 28, 28), 3)):
         with pytest.raises(
-            InputError, match=r"which seems to have the channels first; transpose the pictures with"
+            InputError, match=r"which appears to have the channels first; transpose the images with"
         ):
             build()
 
@@ -264,9 +269,9 @@ def test_gaps_between_classes_and_classes_without_training_examples_are_noted():
         data.from_arrays(X, np.where(Y == 0, 3, Y), X[:2], [1, 2]),
         data.from_arrays(X, Y % 2 * 2, X[:2], [0, 1]),
     )
-    assert gap.notes == ("No example has the label 0, of the classes from 0 to 3.",)
+    assert gap.notes == ("No example has the label 0, although classes range from 0 to 3.",)
     assert unseen.notes == (
-        "The test split has examples of the classes 1, and the training split has none.",
+        "The test split has examples of the classes 1, but the training split has none.",
     )
     assert data.from_arrays(X, Y, X, Y).notes == ()
 
@@ -349,5 +354,5 @@ def test_many_whole_numbers_that_become_classes_are_noted(kind):
     assert notes[20] == ()
     (note,) = notes[21]
     assert note.startswith(
-        "The 21 different whole numbers in y_train are taken as classes; if they are measurements,"
+        "The 21 distinct integers in y_train are used as classes; if they are measurements,"
     )

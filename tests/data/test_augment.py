@@ -136,19 +136,19 @@ def test_chain_applies_one_after_the_other_with_keys_of_their_own(key: jax.Array
         (
             lambda: shift(5),
             (7, 5),
-            "pixels must be less than the shorter side of a picture of 7 x 5, got 5.",
+            "pixels must be less than the shorter side of an image of 7 x 5, got 5.",
         ),
         (
             lambda: cutout(6),
             (7, 5, 1),
-            "size must be at most the shorter side of a picture of 7 x 5, got 6.",
+            "size must be at most the shorter side of an image of 7 x 5, got 6.",
         ),
         *(
             (
                 lambda make=make: make,
                 shape,
-                "augment needs pictures of the shape [height, width] or [height, width, channels], "
-                f"got an example of the shape {list(shape)}.",
+                "augment requires images of the shape [height, width] or [height, width, "
+                f"channels], got an example of the shape {list(shape)}.",
             )
             for make in (shift(2), flip(), cutout(2))
             for shape in [(7,), (7, 5, 3, 2)]
@@ -156,10 +156,7 @@ def test_chain_applies_one_after_the_other_with_keys_of_their_own(key: jax.Array
         (
             lambda: lambda key, example: example.astype(float)[1:],
             (7, 5),
-            (
-                "augment must leave an example in its shape [7, 5] and type uint8, got [6, 5] and "
-                "float32."
-            ),
+            ("augment must preserve the shape [7, 5] and the dtype uint8, got [6, 5] and float32."),
         ),
     ],
 )

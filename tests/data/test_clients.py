@@ -166,15 +166,15 @@ def test_fit_with_clients_is_federated_averaging(epochs):
     [
         (
             np.split(np.arange(64), 2),
-            "must have a part for each of the 4 devices, or more, .* got 2",
+            "must have at least one part for each of the 4 devices, got 2",
         ),
         (
             [*np.split(np.arange(64), 2), *[np.arange(0)] * 4],
-            "must have examples in at least 4 parts, .* got 2",
+            "must have at least 4 parts with examples, .* got 2",
         ),
         (
             [*EVEN[:-1], np.arange(48, 64)],
-            "must give each of the 64 training examples to exactly one part, got 8",
+            "must assign each of the 64 training examples to exactly one part, got 8",
         ),
     ],
 )

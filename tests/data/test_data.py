@@ -163,20 +163,20 @@ BYTES = np.zeros((4, 2), np.uint8)
             (BYTES, [0, 1, 2]),
             "y_train must have one label for each of the 4 examples, got 3 labels.",
         ),
-        ((BYTES, [0, 1, 2, -1]), "y_train must count the classes from 0, got -1 for example 3."),
-        ((BYTES, [0, 1, 0, 1], BYTES, [0, 1, 2, 0]), "y_test must lie from 0 to 1"),
+        ((BYTES, [0, 1, 2, -1]), "y_train must be class indices from 0, got -1 for example 3."),
+        ((BYTES, [0, 1, 0, 1], BYTES, [0, 1, 2, 0]), "y_test must be from 0 to 1"),
         ((BYTES, [0, 1, 0, 1], BYTES), "y_test is missing although x_test is given"),
         (
             (BYTES, [0, 1, 0, 1], np.zeros((2, 2)), [0, 1]),
-            "x_test must be uint8 like x_train, got float32",
+            "x_test must have the dtype of x_train, uint8, got float32",
         ),
         (
             (BYTES[:1], [0]),
-            "x_train must hold at least two examples where there is no test split, got one.",
+            "x_train must contain at least two examples if there is no test split, got one.",
         ),
         (
             (BYTES, [0, 1, 0, 1], np.zeros((2, 3), np.uint8), [0, 1]),
-            "x_test must have examples of the training shape (2,)",
+            "x_test must have examples of the shape of x_train, (2,)",
         ),
         (
             ([[1.0], [np.nan]], [0, 1]),
@@ -186,12 +186,12 @@ BYTES = np.zeros((4, 2), np.uint8)
             ([[1e300], [0.0]], [0, 1]),
             "x_train must be finite in float32, got NaN or infinity at [0, 0]",
         ),
-        (([["a"], ["b"]], [0, 1]), "x_train must hold real numbers, got the type <U1."),
+        (([["a"], ["b"]], [0, 1]), "x_train must contain real numbers, got the dtype <U1."),
         (([0.0, 1.0], [0, 1]), "x_train must have the shape [examples, ...], got (2,)."),
-        ((np.zeros((0, 2)), []), "x_train must hold at least one example"),
+        ((np.zeros((0, 2)), []), "x_train must contain at least one example"),
         (
             (BYTES, [["a", "b"]] * 4),
-            "y_train must hold integers from 0, or real-valued targets, got the type <U1.",
+            "y_train must contain integers from 0 or real-valued targets, got the dtype <U1.",
         ),
         ((BYTES, [0.0, 1.0, np.inf, 0.0]), "y_train must be finite, got NaN or infinity"),
         (
@@ -211,7 +211,7 @@ def test_wrong_arrays_are_refused_in_a_sentence(arrays, sentence):
 
 def test_more_devices_than_examples_are_refused():
     with pytest.raises(
-        InputError, match="devices must be at most the 1000 training examples, got 1001"
+        InputError, match="devices must be at most the number of training examples, 1000, got 1001"
     ):
         data.deal(SPLIT, 1001, 1001, seed=0)
 
@@ -240,7 +240,7 @@ def test_held_out_examples_are_training_examples_that_train_no_more(digits):
         np.sort(together, axis=0), np.sort(digits.train.inputs.reshape(-1, 64), axis=0)
     )
     assert held.test is digits.test
-    assert "set aside at random for validation" in held.notes[-1]
+    assert "held out at random for validation" in held.notes[-1]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 1e-6])

@@ -67,51 +67,51 @@ def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
 
     assert (len(dataset.train.inputs), len(dataset.test.inputs)) == (5, 1)
     assert dataset.train.inputs.dtype == np.uint8
-    assert "set aside at random" in dataset.notes[0]
+    assert "held out at random" in dataset.notes[0]
 
 
 @pytest.mark.parametrize(
     ("arrays", "fault"),
     [
-        ({"X_train": X, "labels": Y}, "which lacks x_train and y_train and has X_train, labels: "),
+        ({"X_train": X, "labels": Y}, " lacks x_train and y_train, but has X_train, labels; "),
         (
             {"x_train": X},
-            "which lacks y_train and has x_train: save the arrays with numpy.savez(path, x_train=",
+            " lacks y_train, but has x_train; save the arrays with numpy.savez(path, x_train=",
         ),
         (
             {"x_train": X, "y_train": Y / 2},
-            "which has labels of the type float64 in y_train (got labels",
+            " does not contain class indices in y_train (got labels of the dtype float64",
         ),
         (
             {"x_train": X, "y_train": np.eye(3)[Y]},
             (
-                "(got one-hot labels of the shape [6, 3]; pass labels.argmax(1)): save them as "
-                "integers from 0"
+                "(got one-hot labels of the shape [6, 3]; pass labels.argmax(1)); save them as "
+                "integers from 0."
             ),
         ),
         (
             {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y / 2},
-            "the type float64 in y_test (got labels",
+            " does not contain class indices in y_test (got labels of the dtype float64",
         ),
         (
             {"x_train": X, "y_train": Y[:5]},
-            "whose arrays make no data set: y_train must have one label for each",
+            " does not contain a valid data set: y_train must have one label for each",
         ),
         (
             {"x_train": X, "y_train": Y, "x_test": X},
-            "whose arrays make no data set: y_test is missing",
+            " does not contain a valid data set: y_test is missing",
         ),
         (
             {"x_train": X + np.inf, "y_train": Y},
-            "whose arrays make no data set: x_train must be finite in float32",
+            " does not contain a valid data set: x_train must be finite in float32",
         ),
         (
             {"x_train": X, "y_train": Y - 1},
-            "make no data set: y_train must count the classes from 0, got -1",
+            " does not contain a valid data set: y_train must be class indices from 0, got -1",
         ),
         (
             {"x_train": X.astype(str), "y_train": Y},
-            "make no data set: x_train must hold real numbers",
+            " does not contain a valid data set: x_train must contain real numbers",
         ),
     ],
 )
@@ -122,7 +122,7 @@ def test_npz_without_a_data_set_says_what_is_missing(tmp_path: Path, arrays: dic
 
     sentence = fault_of(from_npz, path)
 
-    assert sentence.startswith(f"data_file names {path}, ")
+    assert sentence.startswith(f"data_file {path} ")
     assert fault in sentence
 
 
@@ -145,8 +145,8 @@ def test_npz_is_never_unpickled(tmp_path: Path):
 
     assert not (tmp_path / "exploded").exists()
     assert sentence == (
-        f"data_file names {path}, which has Python objects in x_train, which are never unpickled: "
-        "save a plain array of numbers, with examples of one shape."
+        f"data_file {path} contains Python objects in x_train, which are not unpickled; save an "
+        "array of numbers, with examples of the same shape."
     )
 
 
@@ -172,22 +172,24 @@ WHOLE = npz_bytes(x_train=npy_bytes(X), y_train=npy_bytes(Y))
 @pytest.mark.parametrize(
     ("stored", "fault"),
     [
-        pytest.param(b"", "is not a whole .npz file", id="empty"),
-        pytest.param(b"1,2,a\n", "is not a whole .npz file", id="no zip"),
-        pytest.param(npy_bytes(X), "is not a whole .npz file", id="npy"),
-        pytest.param(WHOLE[:-30], "is not a whole .npz file", id="truncated file"),
-        pytest.param(npz_bytes(), "lacks x_train and y_train and has no array", id="no members"),
+        pytest.param(b"", "is not a complete .npz file", id="empty"),
+        pytest.param(b"1,2,a\n", "is not a complete .npz file", id="no zip"),
+        pytest.param(npy_bytes(X), "is not a complete .npz file", id="npy"),
+        pytest.param(WHOLE[:-30], "is not a complete .npz file", id="truncated file"),
+        pytest.param(npz_bytes(), "lacks x_train and y_train, but has no array", id="no members"),
         pytest.param(
-            WHOLE.replace(X.tobytes(), X[::-1].tobytes()), "is damaged in x_train (", id="wrong CRC"
+            WHOLE.replace(X.tobytes(), X[::-1].tobytes()),
+            "has a damaged array x_train (",
+            id="wrong CRC",
         ),
         pytest.param(
             npz_bytes(x_train=npy_bytes(X)[:-8], y_train=npy_bytes(Y)),
-            "is damaged in x_train (",
+            "has a damaged array x_train (",
             id="truncated member",
         ),
         pytest.param(
             npz_bytes(x_train=b"", y_train=npy_bytes(Y)),
-            "is damaged in x_train (",
+            "has a damaged array x_train (",
             id="empty member",
         ),
     ],
@@ -196,19 +198,18 @@ def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault:
     """No trace of zip or numpy internals is left to the user."""
     path = save(tmp_path, stored)
     sentence = fault_of(from_npz, path)
-    assert sentence.startswith(f"data_file names {path}, which {fault}")
-    assert "): save " in sentence or "array: save " in sentence
+    assert sentence.startswith(f"data_file {path} {fault}")
+    assert "); save " in sentence or "array; save " in sentence
 
 
 @pytest.mark.parametrize("read", [from_npz, from_csv])
 def test_path_that_is_no_file_is_named(tmp_path: Path, read):
     """The errors for an absent file and for a folder differ."""
     # `from_npz` reads a folder, too.
-    folder = [(tmp_path, "it is a folder and not a regular file")] if read is from_csv else []
+    folder = [(tmp_path, "it is a folder, not a regular file")] if read is from_csv else []
     for path, reason in [(tmp_path / "absent", "No such file or directory"), *folder]:
         assert fault_of(read, path) == (
-            f"data_file names {path}, which cannot be opened ({reason}): give the path of a "
-            "readable file."
+            f"data_file {path} cannot be opened ({reason}); pass the path of a readable file."
         )
 
 
@@ -252,14 +253,13 @@ def test_features_of_the_training_split_are_standardized(tmp_path: Path):
 def test_what_was_decided_is_noted(tmp_path: Path):
     """A first line taken for a header is noted, because it could be an example."""
     named, split, standardized = from_csv(save(tmp_path, IRIS)).notes
-    assert named == "Line 1 holds the column names; the labels are in the column 'species'."
-    assert "set aside at random" in split
+    assert named == "Line 1 contains the column names; the labels are in the column 'species'."
+    assert "held out at random" in split
     assert "standardized" in standardized
 
     without_header = from_csv(save(tmp_path, IRIS.partition("\n")[2]))
     assert (
-        without_header.notes[0]
-        == "There is no line of column names; the labels are in the last column, 3."
+        without_header.notes[0] == "There is no header line; the labels are in the last column, 3."
     )
 
 
@@ -272,7 +272,7 @@ def test_label_column_is_chosen_by_name(tmp_path: Path):
 def test_one_word_among_the_features_makes_a_header(tmp_path: Path):
     """The name of the label column may be a number."""
     path = save(tmp_path, "a,1\n1,0\n2,1\n")
-    assert from_csv(path).notes[0].startswith("Line 1 holds the column names")
+    assert from_csv(path).notes[0].startswith("Line 1 contains the column names")
 
 
 def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path):
@@ -302,63 +302,67 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
 @pytest.mark.parametrize(
     ("stored", "fault"),
     [
-        pytest.param("", "is empty: give a file with one line for each example", id="empty"),
-        pytest.param("\n\n", "is empty: give a file with one line for each example", id="blank"),
-        pytest.param("a,b\n", "has a header line and no examples: add one line", id="header only"),
+        pytest.param("", "is empty; pass a file with one line per example", id="empty"),
+        pytest.param("\n\n", "is empty; pass a file with one line per example", id="blank"),
+        pytest.param("a,b\n", "has a header line but no examples; add one line", id="header only"),
         pytest.param(
-            "a;b\n1;2\n", "has its cells separated by semicolons: save it with", id="semicolons"
+            "a;b\n1;2\n", "has cells separated by semicolons; save it with", id="semicolons"
         ),
         pytest.param(
-            "1,2,x\n3,y\n", "has 2 cells in line 2 and 3 in line 1: give every line", id="ragged"
+            "1,2,x\n3,y\n", "has 2 cells in line 2 and 3 in line 1; give every line", id="ragged"
         ),
         pytest.param(
-            "1,2,x\n\n3,4,y,\n", "has 4 cells in line 3 and 3 in line 1: give every", id="too many"
+            "1,2,x\n\n3,4,y,\n", "has 4 cells in line 3 and 3 in line 1; give every", id="too many"
         ),
         pytest.param(
             "w,h,l\n1,2,x\n3,tall,y\n",
             (
-                "has 'tall' in line 3, column 'h', and not a finite float32 number: correct the "
-                "cell, or remove"
+                "has 'tall' in line 3, column 'h', which is not a finite float32 number; correct "
+                "the cell, or remove"
             ),
             id="word",
         ),
         pytest.param(
             "1,2,x\n3,,y\n",
-            "has an empty cell in line 2, column 2, and not a finite",
+            "has an empty cell in line 2, column 2, which is not a finite",
             id="empty cell",
         ),
         pytest.param(
-            "1,nan,x\n3,4,y\n", "has 'nan' in line 1, column 2, and not a finite", id="nan"
+            "1,nan,x\n3,4,y\n", "has 'nan' in line 1, column 2, which is not a finite", id="nan"
         ),
         pytest.param(
-            "1,2,x\n-inf,4,y\n", "has '-inf' in line 2, column 1, and not a finite", id="infinite"
+            "1,2,x\n-inf,4,y\n",
+            "has '-inf' in line 2, column 1, which is not a finite",
+            id="infinite",
         ),
         pytest.param(
-            "1,2,x\n3,1e39,y\n", "has '1e39' in line 2, column 2, and not a finite", id="too large"
+            "1,2,x\n3,1e39,y\n",
+            "has '1e39' in line 2, column 2, which is not a finite",
+            id="too large",
         ),
         pytest.param(
             'a,"b\nc",l\n1,2,x\n3,?,y\n',
-            "has '?' in line 4, column 'b\\nc', and not",
+            "has '?' in line 4, column 'b\\nc', which is not",
             id="line number",
         ),
         pytest.param(
             "1,2,x\n3,4,\n",
-            "has an empty label in line 2, column 3: fill in the cell",
+            "has an empty label in line 2, column 3; fill in the cell",
             id="no label",
         ),
         pytest.param(
             "1,2,x\n3,4,x\n",
-            "has only the label 'x' in column 3: give at least two",
+            "has only the label 'x' in column 3; provide at least two",
             id="one class",
         ),
         pytest.param(
             b"1,2,caf\xe9\n3,4,x\n",
-            "has the byte 0xe9, which is not UTF-8: save it in",
+            "has the byte 0xe9, which is not valid UTF-8; save it in",
             id="Latin-1",
         ),
         pytest.param(
             '1,2,x\n3,4,"y\n',
-            "is no CSV file at line 2 (unexpected end of data): correct",
+            "is not valid CSV in line 2 (unexpected end of data); correct",
             id="quote",
         ),
     ],
@@ -366,7 +370,7 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
 def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str):
     """The error names the line, the column and the correction."""
     path = save(tmp_path, stored)
-    assert fault_of(from_csv, path).startswith(f"data_file names {path}, which {fault}")
+    assert fault_of(from_csv, path).startswith(f"data_file {path} {fault}")
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
@@ -376,15 +380,13 @@ def test_compressed_file_is_named_as_such(tmp_path: Path, compress, read):
     path = save(tmp_path, compress(IRIS.encode()))
     kind = {gzip.compress: "gzip", bz2.compress: "bzip2", lzma.compress: "xz"}[compress]
     way_out = "decompress it, or save it as plain text in UTF-8."
-    assert (
-        fault_of(read, path) == f"data_file names {path}, which is compressed ({kind}): {way_out}"
-    )
+    assert fault_of(read, path) == f"data_file {path} is compressed ({kind}); {way_out}"
 
 
 def test_archive_is_no_table(tmp_path: Path):
     """Such as a spreadsheet."""
     np.savez_compressed(tmp_path / "mine.npz", x_train=X)
-    assert "is compressed (zip, as .npz and .xlsx files are): decompress" in fault_of(
+    assert "is compressed (zip, as .npz and .xlsx files are); decompress" in fault_of(
         from_csv, tmp_path / "mine.npz"
     )
 
@@ -401,7 +403,7 @@ def test_csv_with_measurements_for_labels_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,0.5\n2,0.25\n3,0.75\n")
     with pytest.raises(
         InputError,
-        match=r"labels such as '0.5' in column 'b', which are measurements and no classes",
+        match=r"labels such as '0.5' in column 'b', which are measurements, not classes",
     ):
         from_csv(tmp_path / "t.csv")
 
@@ -410,8 +412,8 @@ def test_label_column_needs_a_header(tmp_path: Path):
     """Without names there is nothing to choose by."""
     path = save(tmp_path, "1,2,x\n3,4,y\n")
     assert fault_of(from_csv, path, "species") == (
-        f"label_column must name a column, got 'species', but {path} has no header line: add one, "
-        "or put the labels into the last column and leave the option out."
+        f"label_column must be the name of a column, got 'species', but {path} has no header line; "
+        "add one, or move the labels to the last column and omit this option."
     )
 
 
@@ -432,10 +434,7 @@ def test_large_arrays_stay_in_their_file(tmp_path, monkeypatch, kind):
     assert isinstance(large.train.inputs, data.DiskArray)
     assert not isinstance(large.test.inputs, data.DiskArray)
     assert large.notes == (
-        (
-            "x_train takes 4.8 kB, and stays in its file, from which it is read while training "
-            "goes on."
-        ),
+        "x_train (4.8 kB) stays in its file, and is read from there during training.",
     )
     assert loaded.notes == ()
     for array, expected in zip(
@@ -453,7 +452,7 @@ def test_large_array_that_cannot_stay_in_its_file_is_loaded_and_said(tmp_path, m
     dataset = data.from_npz(tmp_path / "arrays.npz")
     assert isinstance(dataset.train.inputs, np.ndarray)
     assert (
-        "x_train takes 4.8 kB, and was loaded, as it is compressed or stored by columns"
+        "x_train (4.8 kB) was loaded into memory, as it is compressed or in column-major order"
         in dataset.notes[0]
     )
 
@@ -461,7 +460,7 @@ def test_large_array_that_cannot_stay_in_its_file_is_loaded_and_said(tmp_path, m
 def test_folder_without_the_arrays_is_refused(tmp_path):
     np.save(tmp_path / "x_train.npy", np.zeros((3, 2)))
     with pytest.raises(
-        InputError, match=r"is a folder without y_train.npy: save the arrays there with numpy.save"
+        InputError, match=r"is a folder without y_train.npy; save the arrays in it with numpy.save"
     ):
         data.from_npz(tmp_path)
 
@@ -473,6 +472,6 @@ def test_large_array_that_is_cut_off_is_damaged(tmp_path, monkeypatch):
     with (tmp_path / "x_train.npy").open("r+b") as file:
         file.truncate(500)
     with pytest.raises(
-        InputError, match=r"is damaged in x_train .it is shorter than its header says"
+        InputError, match=r"has a damaged array x_train .it is shorter than the shape in its header"
     ):
         data.from_npz(tmp_path)

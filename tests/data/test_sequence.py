@@ -75,7 +75,7 @@ def test_only_pictures_are_read_as_sequences(shape: tuple[int, ...]):
     with pytest.raises(InputError) as caught:
         data.as_sequence(pictures(*shape), "rows")
     assert str(caught.value) == (
-        "sequence needs pictures of the shape [height, width] or [height, width, channels], "
+        "sequence requires images of the shape [height, width] or [height, width, channels], "
         f"got arrays with examples of the shape {list(shape)}."
     )
 

@@ -98,7 +98,7 @@ def test_header_is_no_example(tmp_path, name):
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == LINES
     assert len(dataset.classes) == len(set(columns[-1]))
     assert dataset.notes[0].startswith(
-        "Line 1 holds the column names; the labels are in the column "
+        "Line 1 contains the column names; the labels are in the column "
     )
     assert dataset.columns == tuple(header.strip(",").split(",")[:-1])
 
@@ -129,7 +129,7 @@ def test_first_example_is_no_header(tmp_path, name):
     columns = NO_HEADERS[name]
     dataset = from_csv(write(tmp_path, None, *columns))
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == len(columns[-1])
-    assert dataset.notes[0].startswith("There is no line of column names")
+    assert dataset.notes[0].startswith("There is no header line")
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ def test_first_example_is_no_header(tmp_path, name):
     [
         (
             [[4, 1, 2], [5, 2, 3], [9, 1, 1]],
-            "no other line has its label, '9', and its other cells are different",
+            "no other line has its label, '9', and its other cells are distinct integers",
         ),
         (
             [[2, *PIXELS[0]], [3, *PIXELS[1]], [5, *PIXELS[2]], [1, *CYCLE]],
-            "its cells are increasing whole numbers: ",
+            "its cells are increasing integers; ",
         ),
         (
             [[3, 1, 2], [5, 2, 3], [7, 1, 1], ["name", "ann", "bob"]],
@@ -155,12 +155,12 @@ def test_first_example_is_no_header(tmp_path, name):
 )
 def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence):
     notes = from_csv(write(tmp_path, None, *columns)).notes
-    assert notes[0].startswith("There is no line of column names")
-    assert notes[1].startswith("Line 1 was taken as an example, although ")
+    assert notes[0].startswith("There is no header line")
+    assert notes[1].startswith("Line 1 is used as an example, although ")
     assert sentence in notes[1]
     assert notes[1].endswith(
-        ": if it holds the column names, give the name of the label column, or put a letter "
-        "into each name."
+        "; if it contains the column names, pass the name of the label column, or add a letter "
+        "to each name."
     )
 
 
@@ -175,7 +175,7 @@ def test_named_label_column_makes_the_first_line_a_header(tmp_path):
 def test_missing_cell_in_the_first_line_makes_no_header_of_an_example(tmp_path):
     for missing in ("", "NA", "?"):
         path = write(tmp_path, None, [missing, *X[1:, 0]], X[:, 1], WORDS)
-        assert "in line 1, column 1, and not a finite float32 number" in fault(path)
+        assert "in line 1, column 1, which is not a finite float32 number" in fault(path)
 
 
 @pytest.mark.parametrize("name", ["", "Unnamed: 0", "Unnamed: 0.1"])
@@ -187,7 +187,7 @@ def test_index_of_pandas_is_left_out(tmp_path, name, values):
     np.testing.assert_array_equal(all_inputs(dataset), all_inputs(plain))
     assert dataset.columns == ("a", "b", "c", "d")
     assert (
-        "The first column has no name, like the index that pandas writes, and was left out."
+        "The first column has no name, like the index that pandas writes, and is not used."
         in dataset.notes
     )
 
@@ -196,7 +196,7 @@ def test_all_levels_of_an_index_are_left_out(tmp_path):
     dataset = from_csv(write(tmp_path, ",,a,b,c,d,y", MIXED, range(LINES), *X.T, WORDS))
     assert dataset.train.inputs.shape[1] == 4
     assert (
-        "The first 2 columns have no names, like the index that pandas writes, and were left out."
+        "The first 2 columns have no names, like the index that pandas writes, and are not used."
         in dataset.notes
     )
 
@@ -205,7 +205,7 @@ def test_all_levels_of_an_index_are_left_out(tmp_path):
 def test_column_that_numbers_the_lines_is_left_out(tmp_path, start):
     dataset = from_csv(write(tmp_path, "id,a,y", range(start, LINES + start), X[:, 0], WORDS))
     assert dataset.columns == ("a",)
-    assert "The column 'id' numbers the lines, and was left out." in dataset.notes
+    assert "The column 'id' numbers the lines and is not used." in dataset.notes
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_column_like_an_identifier_is_kept_and_named(tmp_path, header, column):
     assert dataset.train.inputs.shape[1] == 2
     name = "1" if header is None else repr(header.split(",")[0])
     assert any(
-        note.startswith(f"The column {name} has another whole number in every")
+        note.startswith(f"The column {name} has a different integer in every")
         for note in dataset.notes
     )
 
@@ -236,7 +236,8 @@ def test_column_that_gives_the_label_away_is_named(tmp_path):
         notes = from_csv(write(tmp_path, "code,a,y", code, X[:, 0], WORDS)).notes
         assert (
             any(
-                note.startswith("The column 'code' has one number for each class") for note in notes
+                note.startswith("The column 'code' has one distinct number per class")
+                for note in notes
             )
             is is_named
         )
@@ -271,10 +272,7 @@ MERGED = {
 @pytest.mark.parametrize("name", MERGED)
 def test_column_that_float32_merges_is_refused(tmp_path, name):
     sentence = fault(write(tmp_path, "a,time,y", X[:, 0], MERGED[name], WORDS))
-    assert (
-        "in the column 'time', which are the same number in float32: subtract the smallest number, "
-        in sentence
-    )
+    assert "in column 'time', which are equal in float32; subtract the minimum, " in sentence
     assert f"{MERGED[name][0]!s}" in sentence, "the smallest is that of the first line"
 
 
@@ -291,11 +289,11 @@ def test_merging_that_hardly_matters_is_noted(tmp_path):
     (note,) = (
         note
         for note in dataset.notes
-        if "become the same in float32 in the column 'time', by rounding" in note
+        if "become equal in float32 in the column 'time'; the rounding error" in note
     )
     rounded = np.array(moments, np.float32).astype(float)
     right = np.abs(rounded - moments).max() / np.std(moments)
-    assert f"of at most {right:.0e} of the standard deviation." in note
+    assert f"is at most {right:.0e} of the standard deviation." in note
 
 
 def test_columns_are_standardized_as_by_scikit_learn(tmp_path):
@@ -317,8 +315,7 @@ MEASURED = {
 def test_whole_numbers_that_measure_are_no_classes(tmp_path, name):
     sentence = fault(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
     assert (
-        "whole numbers in 60 lines, which look like measurements and not like classes: name "
-        "the column"
+        "distinct integers in 60 lines, which look like measurements, not classes; pass the column"
     ) in sentence
 
 
@@ -328,10 +325,9 @@ def test_words_of_which_most_lines_have_another_are_no_classes(tmp_path):
     days = [f"2024-01-{line // 2 + 1:02d}" for line in range(31)]
     path = write(tmp_path, "a,kind,day", X[:31, 0], WORDS[:31], days)
     assert fault(path) == (
-        f"data_file names {path}, which has labels such as '2024-01-01' in column 'day', 16 "
-        "different ones in 31 lines, which look like dates or names and not like classes: name "
-        "the column that holds the classes in label_column (--label-column), or group the labels "
-        "into few classes."
+        f"data_file {path} has labels such as '2024-01-01' in column 'day', 16 distinct ones in 31 "
+        "lines, which look like dates or names, not classes; pass the column that contains the "
+        "classes as label_column (--label-column), or group the labels into fewer classes."
     )
     assert len(from_csv(write(tmp_path, "a,day", X[:30, 0], days[:30])).classes) == 15
 
@@ -358,11 +354,11 @@ def test_many_whole_numbers_that_become_classes_are_noted(tmp_path, different):
         write(tmp_path, "a,age", X[:, 0], [line % different for line in range(LINES)])
     )
     sentence = (
-        "The 21 different whole numbers in the column 'age' are taken as classes; if they are "
+        "The 21 distinct integers in the column 'age' are used as classes; if they are "
         "measurements, "
     )
     assert any(note.startswith(sentence) for note in dataset.notes) == (different > 20)
-    assert sum("are taken as classes" in note for note in dataset.notes) == (different > 20)
+    assert sum("are used as classes" in note for note in dataset.notes) == (different > 20)
 
 
 def test_codes_with_leading_zeros_are_words(tmp_path):
@@ -380,7 +376,7 @@ def test_class_that_only_the_test_split_has_is_named(tmp_path):
         from_csv(write(tmp_path, "a,y", X[:10, 0], labels[k:] + labels[:k])).notes
         for k in range(10)
     ]
-    wanted = "The test split has examples of the classes rare, and the training split has none."
+    wanted = "The test split has examples of the classes rare, but the training split has none."
     assert sum(wanted in each for each in notes) == 2
 
 
@@ -389,43 +385,43 @@ def test_class_that_only_the_test_split_has_is_named(tmp_path):
     [
         (
             "id,a,y\n" + "".join(f"C{i},{i}.5,{'xy'[i % 2]}\n" for i in range(20)),
-            "remove the column if it only names",
+            "remove the column if it identifies the lines",
         ),
         (
             "kind,y\n" + "u,0\nv,1\n" * 9,
-            "name it in label_column (--label-column) if it holds the classes, or replace",
+            "pass it as label_column (--label-column) if it contains the classes, or replace",
         ),
         (
             "day,y\n" + "".join(f"2024-01-{i + 1:02d},{'xy'[i % 2]}\n" for i in range(20)),
-            "replace dates by numbers",
+            "replace dates with numbers",
         ),
-        ("f,y\n" + "True,x\nFalse,y\n" * 9, "replace True by 1 and False by 0."),
+        ("f,y\n" + "True,x\nFalse,y\n" * 9, "replace True with 1 and False with 0."),
         (
             "a,y\n" + ",x\n1,y\n" * 9,
-            "nor are 8 more cells of the column: fill in the cells, or remove the lines",
+            "number, and 8 more such cells; fill in the cells, or remove the lines",
         ),
         (
             "a,y\n" + '"1,200",x\n"1,5",y\n' * 9,
-            "write numbers in digits with a point, without thousands separators",
+            "write numbers with decimal points, without thousands separators",
         ),
         (
             "a,y\n1,200,x\n1,300,y\n",
-            "has 3 cells in line 2 and 2 in line 1: give every line the same number of",
+            "has 3 cells in line 2 and 2 in line 1; give every line the same number of",
         ),
         (
             "a;b;y\n1,5;2,5;x\n1,7;2,7;y\n",
-            "has its cells separated by semicolons: save it with commas between",
+            "has cells separated by semicolons; save it with commas between",
         ),
-        ("1,5;2,5;x\n1,7;2,7;y\n", "has its cells separated by semicolons"),
-        ("a\tb\ty\n1\t2\tx\n3\t4\ty\n", "has its cells separated by tabs"),
+        ("1,5;2,5;x\n1,7;2,7;y\n", "has cells separated by semicolons"),
+        ("a\tb\ty\n1\t2\tx\n3\t4\ty\n", "has cells separated by tabs"),
         (
             "a,b,y,\n1,2,x,\n3,4,y,\n",
-            "has an empty last column: remove the comma at the end of each line.",
+            "has an empty last column; remove the comma at the end of each line.",
         ),
-        ("a,b,y\n1,,x\n3,,y\n", "has an empty column 'b': remove it"),
-        ("a,b,y\n1,2,x\na,b,y\n3,4,y\n", "repeats the column names in line 3: remove this line."),
-        ("# measured in May\na,b,y\n1,2,x\n3,4,y\n", "has a comment in line 1: remove the line."),
-        ("a,a,y\n1,2,x\n3,4,y\n", "has several columns called 'a': give each another name."),
+        ("a,b,y\n1,,x\n3,,y\n", "has an empty column 'b'; remove it"),
+        ("a,b,y\n1,2,x\na,b,y\n3,4,y\n", "repeats the column names in line 3; remove this line."),
+        ("# measured in May\na,b,y\n1,2,x\n3,4,y\n", "has a comment in line 1; remove the line."),
+        ("a,a,y\n1,2,x\n3,4,y\n", "has several columns named 'a'; give each a different name."),
         (",y\n1,x\n2,z\n", "has no column of features"),
     ],
 )
@@ -470,7 +466,7 @@ def test_node_finds_the_features_by_their_names(learned, tmp_path, name):
 
 def test_node_refuses_a_table_without_a_feature(learned, tmp_path):
     with pytest.raises(
-        InputError, match=r"has no column 'd': name its columns as those of the training table"
+        InputError, match=r"has no column 'd'; name its columns like those of the training table"
     ):
         node_inputs.read([write(tmp_path, "a,b,c,e", *X.T)], learned[1].card)
 
@@ -492,7 +488,7 @@ def test_node_takes_no_other_numbers_of_columns_for_an_example(
 ):
     columns = [*(X.T if decimals else PIXELS[:4]), WORDS][: len(header.split(","))]
     with pytest.raises(
-        InputError, match=r"has no column '\d'.*: name its columns as those of the training table"
+        InputError, match=r"has no column '\d'.*; name its columns like those of the training table"
     ):
         node_inputs.read([write(tmp_path, header, *columns)], numbered)
 
@@ -519,7 +515,7 @@ def test_node_refuses_an_index_in_the_place_of_a_feature(numbered, tmp_path, lin
     path = write(tmp_path, header, range(start, lines + start), *X[:lines].T)
     with pytest.raises(
         InputError,
-        match=r"numbers its lines in the first of its columns.*: leave the index out, or name",
+        match=r"numbers its lines in the first column.*; remove the index, or add a header",
     ):
         node_inputs.read([path], dataclasses.replace(numbered, columns=()))
 

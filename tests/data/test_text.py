@@ -85,14 +85,14 @@ def test_unknown_character_is_named(text: str):
     with pytest.raises(InputError) as caught:
         encode(text, ("a", "b"))
     assert str(caught.value) == (
-        f"text must be written in the 2 characters of the vocabulary, got {text[2]!r} at place 2; "
-        "leave it out or replace it."
+        f"text must consist of the 2 characters of the vocabulary, got {text[2]!r} at position 2; "
+        "remove or replace it."
     )
 
 
 @pytest.mark.parametrize("token", [-1, 2])
 def test_token_outside_the_vocabulary_is_named(token: int):
-    with pytest.raises(InputError, match=f"tokens must lie from 0 to 1, got {token}"):
+    with pytest.raises(InputError, match=f"tokens must be from 0 to 1, got {token}"):
         decode([0, token], ("a", "b"))
 
 
@@ -112,10 +112,10 @@ def test_characters_that_no_window_covers_are_counted(path: Path, characters: in
     train_unused, test_unused = train - seen[0], test - seen[1]
     parts, *left_out = data.notes
     assert (
-        parts == f"The first {train} characters are for training and the other {test} for testing."
+        parts == f"The first {train} characters are for training and the last {test} for testing."
     )
     unused = (
-        f"The windows leave out {train_unused} characters of the training part and {test_unused} "
+        f"The windows omit {train_unused} characters of the training part and {test_unused} "
         "of the test part."
     )
     assert left_out == ([unused] if train_unused or test_unused else [])
@@ -128,46 +128,43 @@ def test_byte_order_mark_is_no_character(path: Path):
 @pytest.mark.parametrize(
     ("stored", "window", "fault"),
     [
-        (b"", (), "is empty: give a file with a text."),
-        (b"\xef\xbb\xbf", (), "is empty: give a file with a text."),
+        (b"", (), "is empty; pass a file that contains text."),
+        (b"\xef\xbb\xbf", (), "is empty; pass a file that contains text."),
         (
             b"abc\xff",
             (),
-            "has the byte 0xff at the offset 3, which is not UTF-8: save it in UTF-8.",
+            "has the byte 0xff at the offset 3, which is not valid UTF-8; save it in UTF-8.",
         ),
         (
             b"\xef\xbb\xbfabc\xff",
             (),
-            "has the byte 0xff at the offset 6, which is not UTF-8: save it in UTF-8.",
+            "has the byte 0xff at the offset 6, which is not valid UTF-8; save it in UTF-8.",
         ),
         (
             "ä" * 9,
             (),
             (
-                "has 1 of the 129 characters that a window with its last label needs in the test "
-                "part: give a longer text."
+                "has 1 characters in the test part, but a window and its last label need 129; "
+                "pass a longer text."
             ),
         ),
         (
             "ab" * 50,
             (10,),
-            "has 10 of the 11 characters that a window with its last label needs in the test part: "
-            "give a longer text, or a window of at most 9.",
+            "has 10 characters in the test part, but a window and its last label need 11; pass a "
+            "longer text, or a window of at most 9.",
         ),
         (
             "a",
             (1,),
-            (
-                "has 0 of the 2 characters that a window with its last label needs in the "
-                "training part"
-            ),
+            "has 0 characters in the training part, but a window and its last label need 2",
         ),
     ],
 )
 def test_text_of_no_use_is_said_in_a_sentence(
     path: Path, stored: str | bytes, window: tuple[int, ...], fault: str
 ):
-    assert fault_of(path, stored, *window).startswith(f"data_file names {path}, which {fault}")
+    assert fault_of(path, stored, *window).startswith(f"data_file {path} {fault}")
 
 
 def test_longest_window_that_is_named_does(path: Path):
@@ -176,7 +173,7 @@ def test_longest_window_that_is_named_does(path: Path):
 
 def test_file_that_cannot_be_opened_is_named(path: Path):
     with pytest.raises(
-        InputError, match=r"mine\.txt, which cannot be opened \(No such file or directory\)"
+        InputError, match=r"mine\.txt cannot be opened \(No such file or directory\)"
     ):
         from_text(path)
 

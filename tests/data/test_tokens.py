@@ -105,7 +105,7 @@ def test_integers_can_be_standardized():
         ((INPUTS, NEXT[0, 0]), "y_train must have the shape [examples], got ()."),
         (
             (INPUTS, NEXT, INPUTS / 2, NEXT),
-            "x_test must be int32 like x_train, got float32; convert one.",
+            "x_test must have the dtype of x_train, int32, got float32; convert one of them.",
         ),
     ],
 )
@@ -116,5 +116,5 @@ def test_wrong_tokens_are_refused_in_a_sentence(arrays, sentence):
 
 
 def test_label_outside_the_vocabulary_is_found():
-    with pytest.raises(InputError, match=r"y_train must lie from 0 to 3, .* got 4 for example"):
+    with pytest.raises(InputError, match=r"y_train must be from 0 to 3, .* got 4 for example"):
         ctde.data.from_arrays(INPUTS, NEXT, classes=tuple("abcd"))

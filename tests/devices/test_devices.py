@@ -200,6 +200,6 @@ def test_more_accelerators_than_exist_are_refused(monkeypatch):
     assert devices.start() == gpus
     assert devices.start(1) == gpus[:1]
     with pytest.raises(
-        InputError, match=r"at most 2, the GPU devices .* got 3; .* JAX_PLATFORMS=cpu"
+        InputError, match=r"at most 2, the number of GPU devices .* got 3; .* JAX_PLATFORMS=cpu"
     ):
         devices.start(3)

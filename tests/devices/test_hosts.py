@@ -300,7 +300,7 @@ def test_sigterm_saves_the_same_step_on_all_hosts(told, job, whole):
     assert [each.status for each in ended] == [PREEMPTED, PREEMPTED], [
         each.errors for each in ended
     ]
-    said = [each.errors.split("at step ")[1].split(",")[0:2] for each in ended]
+    said = [each.errors.split("after step ")[1].split(",")[0:2] for each in ended]
     assert said[0] == said[1]
     assert job.saved() < whole.saved() == 80 * 23
 
@@ -354,7 +354,7 @@ def test_fault_in_writing_ends_all_with_its_sentence(job):
     job.folder.write_text("a file")
     for ended in job.end(60):
         assert ended.status == 2
-        assert "--run-dir must be a folder that can be written to" in one_sentence(ended)
+        assert "--run-dir must be a writable folder" in one_sentence(ended)
 
 
 @pytest.mark.slow
@@ -488,7 +488,7 @@ def test_fault_of_one_host_ends_the_others_with_its_sentence(job):
         job.start(index, *QUICK)
     for ended in job.end():
         assert ended.status == 2
-        assert "seed 1 there and 0 here" in one_sentence(ended)
+        assert "seed 1 in the checkpoint and 0 here" in one_sentence(ended)
 
 
 @pytest.mark.slow
@@ -641,7 +641,7 @@ def test_hosts_roll_back_together_and_give_up_together(job):
         )
     first, second = job.end()
     assert (first.status, second.status) == (2, 2), (first.errors, second.errors)
-    assert first.output.count("rollback   not finite") == 3
+    assert first.output.count("rollback   loss not finite") == 3
     assert "the loss is not finite at step" in one_sentence(first)
     assert "the loss is not finite at step" in one_sentence(second)
 
@@ -649,8 +649,8 @@ def test_hosts_roll_back_together_and_give_up_together(job):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"coordinator": "10.0.0.1:1234"}, "num_processes goes with coordinator"),
-        ({"num_processes": 2, "process_id": 0}, "coordinator goes with"),
+        ({"coordinator": "10.0.0.1:1234"}, "num_processes is missing; pass coordinator"),
+        ({"num_processes": 2, "process_id": 0}, "coordinator is missing; pass"),
         (
             {"coordinator": "10.0.0.1", "num_processes": 2, "process_id": 0},
             "must be an address and a port",
@@ -661,15 +661,15 @@ def test_hosts_roll_back_together_and_give_up_together(job):
         ),
         (
             {"coordinator": "0.0.0.0:1234", "num_processes": 2, "process_id": 0},
-            "must be the address of host 0",
+            "must be an address of host 0",
         ),
         (
             {"coordinator": "[::]:1234", "num_processes": 2, "process_id": 0},
-            "must be the address of host 0",
+            "must be an address of host 0",
         ),
         (
             {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 2},
-            "must be less than the 2",
+            "must be less than --num-processes, which is 2",
         ),
         (
             {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": -1},

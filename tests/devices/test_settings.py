@@ -59,7 +59,7 @@ def test_setting_that_rules_out_training_is_refused_with_the_way_out(digits, set
     devices, (value, needed) = ctde.devices.start(2), REFUSED[name]
     setting(name, value)
     sentence = (
-        f"^{name} must be {needed}, as .*, got {value}; set the environment variable "
+        f"^{name} must be {needed}, because .*, got {value}; set the environment variable "
         f"{name.upper()}={needed}, or"
     )
     with pytest.raises(InputError, match=sentence):

@@ -142,7 +142,7 @@ def test_what_runs_place_by_place_but_differs_is_taken_out_alone(monkeypatch, tm
     monkeypatch.setattr(write.receipt, "compare_steps", lambda *arguments: 0.01)
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
     assert written.bundle.card.artifacts["jax"].step is None
-    assert written.left_out.keys() == {"jax, place by place"}
+    assert written.left_out.keys() == {"jax, one position at a time"}
     assert not (tmp_path / "bundle" / "step.stablehlo").exists()
 
 
@@ -197,7 +197,9 @@ def test_bundle_is_replaced_and_nothing_else_ever_is(tmp_path):
     trained, data = bundles.trained("mlp")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(InputError, match=r"must be new or a bundle, and .*mine is something else"):
+    with pytest.raises(
+        InputError, match=r"must be new or an existing bundle, got .*mine, which contains"
+    ):
         ctde.write_bundle(trained, data, tmp_path / "mine", ["numpy"], show=False)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
     for formats, file in ((["jax"], "model.stablehlo"), (["numpy"], "weights.safetensors")):
@@ -222,7 +224,7 @@ def test_folder_with_anything_else_in_it_is_not_replaced(others, tmp_path):
         (folder / name).write_text(content)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(
-        InputError, match=r"must be new or a bundle, and .*mine is something else, with"
+        InputError, match=r"must be new or an existing bundle, got .*mine, which contains"
     ):
         ctde.write_bundle(trained, data, folder, ["numpy"], show=False)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -251,7 +253,7 @@ def test_bundle_that_is_there_outlives_a_replacement_that_fails(fails, tmp_path,
         (tmp_path / ".bundle.partial").mkdir()
         monkeypatch.setattr(write, "_write", fail)
     with pytest.raises(
-        InputError, match=r"and has room, and .*bundle is none: No space left on device"
+        InputError, match=r"with enough free space, but writing to .*bundle failed: No space left"
     ):
         ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
     monkeypatch.undo()
@@ -276,7 +278,9 @@ def test_bundle_is_not_replaced_by_nothing(tmp_path, monkeypatch):
     trained, data = bundles.trained("mlp")
     first = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False).bundle
     monkeypatch.setattr(onnx, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"and it leaves in none .*pip install 'ctde_jax"):
+    with pytest.raises(
+        InputError, match=r"in which the model can be exported .*pip install 'ctde_jax"
+    ):
         ctde.write_bundle(trained, data, tmp_path / "bundle", ["onnx"], show=False)
     assert ctde.open_bundle(tmp_path / "bundle").sha256 == first.sha256
 
@@ -288,10 +292,7 @@ def test_runtime_that_is_not_here_costs_its_own_form_alone(tmp_path, monkeypatch
     )
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx"], show=False)
     assert written.bundle.card.artifacts.keys() == {"numpy"}
-    assert (
-        "onnx needs a package that is not here; `pip install onnxruntime`"
-        in written.left_out["onnx"]
-    )
+    assert "onnx is not installed; run `pip install onnxruntime`" in written.left_out["onnx"]
 
 
 @pytest.mark.parametrize("kind", ["fourier", "bfloat16"])
@@ -313,8 +314,8 @@ def test_model_that_a_form_has_no_words_for_leaves_in_the_others(kind, tmp_path)
     trained = ctde.fit(ctde.models.from_linen(Net()), data, optax.adam(0.01), **options)
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", show=False)
     assert "jax" in written.bundle.card.artifacts
-    assert "dense layers of float32" in written.left_out["numpy"]
-    assert kind == "bfloat16" or "jax2onnx cannot write it" in written.left_out["onnx"]
+    assert "float32 dense layers" in written.left_out["numpy"]
+    assert kind == "bfloat16" or "jax2onnx cannot convert the model" in written.left_out["onnx"]
 
 
 @pytest.mark.parametrize(
@@ -369,7 +370,7 @@ def test_word_that_onnx_does_not_have_is_named():
         ]
 
     program = make_program(asks_python, jax.ShapeDtypeStruct((3,), np.float32))
-    with pytest.raises(LeftOut, match=r"jax2onnx cannot write it .*pure_callback"):
+    with pytest.raises(LeftOut, match=r"jax2onnx cannot convert the model .*pure_callback"):
         onnx.to_onnx(program, ["inputs"], ["outputs"], {})
 
 

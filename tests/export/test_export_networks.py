@@ -328,7 +328,7 @@ def test_form_that_answers_wrongly_or_not_at_all_is_left_out_by_name(perceptron,
         _measured(unwritten, data), data, tmp_path / "none", ["onnx", "jax"], show=False
     )
     assert written.left_out == {
-        "onnx": "jax2onnx cannot write it (svd currently supports rank-2 inputs only)"
+        "onnx": "jax2onnx cannot convert the model (svd currently supports rank-2 inputs only)"
     }
 
 

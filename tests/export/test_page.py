@@ -319,7 +319,7 @@ def test_page_says_what_the_model_is(watched, server, digits_page):
     ]
     for fact in [
         *facts,
-        "runs on this device, alone",
+        "runs only on this device",
         f"{card['files']['model.onnx']['sha256'][:12]}… checked",
     ]:
         assert fact in said(watched, "facts")
@@ -364,7 +364,7 @@ def test_strokes_are_read(watched, server, digits_page, kind):
         watched.find_element("id", "clear").click()
         draw(watched, DIGITS[label], kind, scale, shift)
         assert said(watched, "winner") == str(label)
-        assert said(watched, "spoken").startswith(f"The model says {label}, ")
+        assert said(watched, "spoken").startswith(f"Prediction: {label}, ")
 
 
 def test_all_digits_are_read_by_a_network_of_mnist(watched, server, mnist_page):
@@ -455,7 +455,7 @@ def test_key_that_is_held_acts_once_and_the_pen_says_when_it_is_down(watched, se
     assert said(watched, "spoken") == "The pen is down."
     watched.find_element("id", "board").send_keys(10 * Keys.ARROW_DOWN, Keys.SPACE)
     settle(watched)
-    assert said(watched, "spoken").startswith("The model says")
+    assert said(watched, "spoken").startswith("Prediction: ")
 
 
 def test_what_has_been_said_is_not_said_again(watched, server, digits_page):
@@ -532,7 +532,7 @@ def test_file_that_is_no_picture_is_refused_in_a_sentence(watched, server, color
     (tmp_path / "notes.txt").write_text("no picture")
     assert open_page(watched, f"{server.url}/colors/")
     watched.find_element("id", "file").send_keys(str(tmp_path / "notes.txt"))
-    sentence = "notes.txt is no picture that this browser can read."
+    sentence = "notes.txt is not an image that this browser can read."
     WebDriverWait(watched, 10).until(lambda browser: said(browser, "trouble") == sentence)
     assert said(watched, "winner") == "nothing yet"
 
@@ -548,7 +548,7 @@ def ask_to_continue(browser, beginning: str, length: int | str) -> None:
 
 def wait_for_the_end(browser) -> str:
     WebDriverWait(browser, 60).until(
-        lambda browser: said(browser, "progress").endswith("a second.")
+        lambda browser: said(browser, "progress").endswith("per second.")
     )
     return browser.find_element("id", "text").get_property("value")
 
@@ -677,19 +677,19 @@ def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server
             "The Ω\tß",
             5,
             (
-                'The model has never seen "Ω", "\\t", and "ß": leave out or replace what it does '
-                "not know."
+                'The model\'s vocabulary does not contain "Ω", "\\t", and "ß": remove or replace '
+                "these characters."
             ),
         ),
-        ("", 5, "The model needs a beginning: write a character or more."),
+        ("", 5, "The model needs a prompt: enter at least one character."),
         ("The", 0, "Length must be a whole number from 1 to 10000."),
         ("The", "", "Length must be a whole number from 1 to 10000."),
         (
             "The\u00a0\u200bq",
             5,
             (
-                "The model has never seen U+00A0 and U+200B: leave out or replace what it does "
-                "not know."
+                "The model's vocabulary does not contain U+00A0 and U+200B: remove or replace "
+                "these characters."
             ),
         ),
     ],
@@ -710,7 +710,7 @@ def flip(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-OTHER = "{} is not the file that was written, so nothing was run: copy the folder again."
+OTHER = "{} does not match its checksum, so the model does not run: copy the folder again."
 WASM = "ort/ort-wasm-simd-threaded.wasm"
 DAMAGES = {
     "flipped byte": ("digits", "model.onnx", flip, OTHER.format("model.onnx")),
@@ -738,7 +738,7 @@ DAMAGES = {
         "digits",
         "card.json",
         lambda content: content.replace(b'"format": 1', b'"format": 2'),
-        "card.json has format 2, and this page reads 1.",
+        "card.json has format 2, but the page supports 1.",
     ),
 }
 
@@ -765,7 +765,9 @@ def test_damaged_folder_is_refused_in_a_sentence(
 def test_page_says_where_a_browser_cannot_check(browser, server, digits_page):
     """A host name other than localhost is not a secure context without https."""
     assert open_page(browser, f"http://{ELSEWHERE}:{server.server_port}/digits/")
-    assert "not checked, which a browser can on https and localhost only" in said(browser, "facts")
+    assert "not checked, because browsers can only do so on https and localhost" in said(
+        browser, "facts"
+    )
     draw(browser, DIGITS[1])
     assert said(browser, "winner") == "1"
     assert browser.get_log("browser") == []
@@ -824,7 +826,7 @@ def test_page_replaces_nothing_but_a_page(digits_page, root, tmp_path):
     (tmp_path / "page" / "notes.txt").touch()
     for name in ("home", "page"):
         with pytest.raises(
-            InputError, match="web must be new, empty, or a page that was written before"
+            InputError, match="web must be a new folder, an empty one, or an existing page, got"
         ):
             write_page(bundle, tmp_path / name)
     assert (tmp_path / "home" / "index.html").read_text() == "my home page"
@@ -839,11 +841,11 @@ def test_what_npm_cannot_fetch_is_a_sentence_with_its_reason(
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
     monkeypatch.setenv("npm_config_fetch_retries", "0")
     monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
-    with pytest.raises(InputError, match=r"npm could not fetch: .*127\.0\.0\.1:9"):
+    with pytest.raises(InputError, match=r"npm could not fetch it: .*127\.0\.0\.1:9"):
         write_page(bundle, tmp_path / "page")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"keeps onnxruntime-web@.* which failed: Not a directory"):
+    with pytest.raises(InputError, match=r"cannot cache onnxruntime-web@.*: Not a directory"):
         write_page(bundle, tmp_path / "page")
 
 

@@ -595,6 +595,6 @@ def test_hand_written_model_with_a_state_has_to_take_the_mask():
         model.init, lambda params, state, inputs, key: model.apply(params, state, inputs, key)
     )
     with pytest.raises(
-        InputError, match="model has a state, so its apply must take a fifth argument, mask"
+        InputError, match="model has state, so its apply must take a fifth argument, mask"
     ):
         ctde.fit(blind, dataset(), optax.sgd(0.1), batch_size=BATCH, steps=1, show=False)

@@ -55,7 +55,7 @@ def test_picture_without_a_channel_axis_has_one_channel(key):
             {},
             (
                 "image_shape must be (height, width) or (height, width, channels), got (64,); "
-                "what is no picture"
+                "for other inputs, use an mlp"
             ),
         ),
         (
@@ -86,4 +86,4 @@ def test_inputs_of_another_shape_are_refused_in_a_sentence(build, shape, key):
     params, model_state = jax.eval_shape(model.init, key, jnp.zeros((1, 28, 28)))
     with pytest.raises(InputError) as caught:
         jax.eval_shape(model.apply, params, model_state, jnp.zeros((2, *shape)), None)
-    assert str(caught.value) == f"image_shape must be that of an input, {shape}, got (28, 28)."
+    assert str(caught.value) == f"image_shape must be the shape of an input, {shape}, got (28, 28)."

@@ -94,18 +94,21 @@ def test_generation_is_compiled_once(key):
     [
         (
             {"prompt": []},
-            "prompt must be one or more tokens, int32[length], got float32 of the shape (0,).",
+            "prompt must be one or more tokens, int32[length], got float32 of shape (0,).",
         ),
         (
             {"prompt": [[1, 2]]},
-            "prompt must be one or more tokens, int32[length], got int32 of the shape (1, 2).",
+            "prompt must be one or more tokens, int32[length], got int32 of shape (1, 2).",
         ),
         (
             {"prompt": [0.5]},
-            "prompt must be one or more tokens, int32[length], got float32 of the shape (1,).",
+            "prompt must be one or more tokens, int32[length], got float32 of shape (1,).",
         ),
-        ({"prompt": [1, 11], "window": LONGEST}, "prompt must hold tokens from 0 to 10, got 11."),
-        ({"prompt": [-1], "window": LONGEST}, "prompt must hold tokens from 0 to 10, got -1."),
+        (
+            {"prompt": [1, 11], "window": LONGEST},
+            "prompt must contain tokens from 0 to 10, got 11.",
+        ),
+        ({"prompt": [-1], "window": LONGEST}, "prompt must contain tokens from 0 to 10, got -1."),
         ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0."),
         ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan."),
         ({"steps": 0}, "steps must be at least 1, got 0."),
@@ -126,5 +129,7 @@ def test_wrong_wish_is_refused_in_a_sentence(options, sentence, key):
 def test_classifier_is_refused_in_a_sentence(key):
     model = models.mlp([3, 11])
     params, model_state = model.init(key, jnp.zeros((1, 3)))
-    with pytest.raises(InputError, match=r"model must give logits at every place, .* got float32"):
+    with pytest.raises(
+        InputError, match=r"model must return logits at every position, .* got float32"
+    ):
         generate(model, params, model_state, [1, 2], 1, key)

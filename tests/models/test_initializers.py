@@ -358,17 +358,17 @@ def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(di
     [
         (
             "delta_orthogonal",
-            "init must not be delta_orthogonal for a model without a convolution; try orthogonal",
+            "init must not be delta_orthogonal for a model without a convolution; use orthogonal",
         ),
         (
             "recurrent",
-            "init must not be recurrent for a model without a recurrent cell; try orthogonal",
+            "init must not be recurrent for a model without a recurrent cell; use orthogonal",
         ),
         (
             "residual",
             (
-                "init must not be residual for a model without residual branches, which are found "
-                "in a list"
+                "init must not be residual for a model without residual branches, which are "
+                "elements of a list"
             ),
         ),
     ],
@@ -387,6 +387,6 @@ def test_wrong_initializer_is_refused_in_a_sentence():
     ):
         initialize(network, "orthoganal")
     with pytest.raises(
-        InputError, match="init must not be lsuv for a model that does not show its layers"
+        InputError, match="init must not be lsuv for a model that does not expose its layers"
     ):
         initialize(models.Model(network.init, network.apply), "lsuv")

@@ -132,10 +132,10 @@ def test_activations_move_alike_at_all_widths_and_without_it_the_more_the_wider(
 @pytest.mark.parametrize("other", [models.mlp([16, 64, 10]), models.from_linen(linen.Dense(10))])
 def test_another_network_is_no_base(other, key):
     with pytest.raises(
-        InputError, match="base must be the same network as the model in all but its width"
+        InputError, match="base must differ from the model only in width, but its parameters have"
     ):
         mup(perceptron(64), other).init(key, INPUTS)
-    with pytest.raises(InputError, match="base must be the same network"):
+    with pytest.raises(InputError, match="base must differ from the model only in width"):
         scale_learning_rates(other, INPUTS).update(
             perceptron(64).init(key, INPUTS)[0], optax.EmptyState()
         )

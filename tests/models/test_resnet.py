@@ -63,7 +63,10 @@ def test_only_batch_normalization_lets_training_examples_see_each_other(norm, co
     ("options", "sentence"),
     [
         ({"channels": ()}, "channels must contain at least one stage, got none."),
-        ({"channels": (16, 20)}, "channels must be multiples of the 8 groups of a norm, got 20."),
+        (
+            {"channels": (16, 20)},
+            "channels must be multiples of the 8 groups of group normalization, got 20.",
+        ),
         ({"channels": (16, 0)}, "channels must be at least 1, got 0."),
         ({"blocks": 0}, "blocks must be at least 1, got 0."),
         ({"norm": "bach"}, "norm must be one of group, batch, got 'bach'; did you mean 'batch'?"),

@@ -109,7 +109,7 @@ def test_what_is_no_sequence_is_refused_in_a_sentence(shape, key):
         jax.eval_shape(model.apply, params, model_state, jnp.zeros((2, *shape)), None)
     assert (
         str(caught.value)
-        == f"inputs must be sequences [examples, length, 3], got the shape {(2, *shape)}."
+        == f"inputs must be sequences [examples, length, 3], got shape {(2, *shape)}."
     )
 
 

@@ -72,19 +72,19 @@ def test_smoothing_by_nothing_is_the_task_itself():
     [
         (
             tasks.Task(lambda outputs, labels: jnp.mean(outputs)),
-            "must give one loss for each example",
+            "must return one loss for each example",
         ),
         (
             tasks.Task(tasks.cross_entropy, {"step": tasks.is_correct}),
-            "must not call a metric step; rename it",
+            "must not have a metric with a reserved name, got step; rename it",
         ),
         (
             tasks.Task(tasks.cross_entropy, lower_is_better=["mae"]),
-            "must say lower_is_better of its metrics only, got mae",
+            "must have only names of its metrics in lower_is_better, got mae",
         ),
         (
             tasks.Task(tasks.cross_entropy, of_the_loss={"loss": abs}),
-            "must not call a metric loss; rename it",
+            "must not have a metric with a reserved name, got loss; rename it",
         ),
     ],
 )
@@ -123,8 +123,14 @@ def test_best_is_the_least_loss_or_the_most_of_a_metric(name, place):
             Task(lambda outputs, labels: jnp.square(outputs - labels).mean(-1)),
             "^task must compute the loss of each example .* mixes the examples of outputs",
         ),
-        (Task(lambda outputs, labels: outputs[:, 0], print), "must have metrics by name"),
-        (Task(lambda outputs, labels: outputs[:, 0], [print]), "must have metrics by name"),
+        (
+            Task(lambda outputs, labels: outputs[:, 0], print),
+            "must have metrics that map names to functions",
+        ),
+        (
+            Task(lambda outputs, labels: outputs[:, 0], [print]),
+            "must have metrics that map names to functions",
+        ),
     ],
 )
 def test_loss_that_mixes_examples_and_metrics_without_names_are_refused(task, sentence):

@@ -67,11 +67,11 @@ def test_block_is_the_formula(key):
         (np.zeros((2, 7), np.int32), "length must be at least the 7 tokens of an input, got 6."),
         (
             np.zeros((2, 6), np.float32),
-            "inputs must be tokens, integers [examples, length], got float32 of the shape",
+            "inputs must be tokens, integers [examples, length], got float32 of shape",
         ),
         (
             np.zeros((2, 6, 6), np.int32),
-            "inputs must be tokens, integers [examples, length], got int32 of the shape",
+            "inputs must be tokens, integers [examples, length], got int32 of shape",
         ),
     ],
 )
@@ -85,7 +85,7 @@ def test_wrong_inputs_are_refused_in_a_sentence(inputs, sentence, key):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"heads": 5}, "heads must divide the width of 96, got 5."),
+        ({"heads": 5}, "heads must divide the hidden_size of 96, got 5."),
         ({"heads": 0}, "heads must be at least 1, got 0."),
         ({"length": 0}, "length must be at least 1, got 0."),
         ({"dropout_rate": 2}, "dropout_rate must be at least 0 and less than 1, got 2."),

@@ -302,7 +302,7 @@ def test_module_that_mixes_examples_is_refused_before_it_is_trained(tmp_path):
         fit(Case(*MIXING["mean"]), 2, run_dir=tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     with pytest.raises(
-        ctde.InputError, match=r"and give convolutions a channel axis, x\[..., None\]\.$"
+        ctde.InputError, match=r"and add a channel axis for convolutions, x\[..., None\]\.$"
     ):
         fit(Case(*MIXING["linen convolution"]), 2)
 

@@ -7,6 +7,7 @@ import pytest
 from ctde_jax import models
 from ctde_jax.data import Split
 from ctde_jax.devices import replica
+from ctde_jax.errors import InputError
 from ctde_jax.models.tasks import classification
 from ctde_jax.rounds.evaluate import make_evaluate
 
@@ -42,3 +43,11 @@ def test_averages_are_numpys_on_any_number_of_devices_and_for_any_batch_size(
     )
     expected = -log_probabilities[np.arange(examples), split.labels].mean()
     assert measured["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("examples", "labels"), [(0, 0), (5, 4), (5, 0)])
+def test_split_without_a_label_for_each_example_is_refused(key, examples, labels):
+    split = Split(np.zeros((examples, 64), np.float32), np.zeros(labels, np.int32))
+    params, model_state = MODEL.init(key, np.zeros((1, 64), np.float32))
+    with pytest.raises(InputError, match=f"got {labels} for {examples}"):
+        make_evaluate(MODEL, classification, split, jax.devices()[:2], params, model_state)

@@ -155,7 +155,7 @@ BATCH = (np.ones((64, 64)), np.zeros(64, int))
 MISTAKES = {
     "another shape": (
         (np.ones((64, 8)), BATCH[1]),
-        r"batches must be like the first.*examples, 64\].*examples, 8\]",
+        r"batches must match the first batch.*examples, 64\].*examples, 8\]",
     ),
     "another type": (
         (np.ones((64, 64), np.uint8), BATCH[1]),
@@ -163,11 +163,11 @@ MISTAKES = {
     ),
     "a larger one": (
         (np.ones((65, 64)), np.zeros(65, int)),
-        "batch_size must be that .* got 64 and a batch of 65",
+        "batch_size must be the size .* got 64, but a batch has 65",
     ),
     "an unknown class": (
         (BATCH[0], np.full(64, 10)),
-        "labels of batch 1 of epoch 0 must lie from 0 to 9",
+        "labels of batch 1 of epoch 0 must be from 0 to 9",
     ),
     "fewer labels": (
         (BATCH[0], np.zeros(63, int)),
@@ -175,9 +175,9 @@ MISTAKES = {
     ),
     "nothing": (
         (np.ones((0, 64)), np.zeros(0, int)),
-        "inputs of batch 1 of epoch 0 must hold at least one example",
+        "inputs of batch 1 of epoch 0 must contain at least one example",
     ),
-    "no pair": ({"inputs": BATCH[0]}, "batches must be pairs of inputs and labels, got dict"),
+    "no pair": ({"inputs": BATCH[0]}, "batches must yield pairs of inputs and labels, got dict"),
     "NaN": ((np.full((64, 64), np.nan), BATCH[1]), "inputs of batch 1 of epoch 0 must be finite"),
 }
 
@@ -197,7 +197,7 @@ def test_epoch_that_ends_early_is_said_in_a_sentence():
     ):
         train(small(lambda epoch: Loader([BATCH] * (3 - epoch))), steps=8, log_every=1)
     with pytest.raises(
-        InputError, match="batches must give at least one batch, got none in epoch 0"
+        InputError, match="batches must yield at least one batch, got none in epoch 0"
     ):
         small(lambda epoch: [])
 
@@ -205,17 +205,19 @@ def test_epoch_that_ends_early_is_said_in_a_sentence():
 def test_what_goes_through_all_examples_is_refused_for_batches():
     dataset = small(lambda epoch: Loader([BATCH] * 3))
     for way in (lambda: data.hold_out(dataset, 0.1), lambda: data.standardized(dataset)):
-        with pytest.raises(InputError, match="goes with arrays, and batches comes in batches"):
+        with pytest.raises(
+            InputError, match="requires a data set of arrays, but batches yields batches"
+        ):
             way()
-    with pytest.raises(InputError, match="partition goes with arrays"):
+    with pytest.raises(InputError, match="partition requires a data set of arrays"):
         train(dataset, partition=PARTS)
     with pytest.raises(
-        InputError, match="batch_size must be a multiple of the 4 devices, got 62; 64 would do"
+        InputError, match="batch_size must be a multiple of the 4 devices, got 62; use 64"
     ):
         train(dataset, batch_size=62)
     with pytest.raises(
         InputError,
-        match="batch_size must be that of the data set's batches, got 32 and a batch of 64",
+        match="batch_size must be the size of the data set's batches, got 32, but a batch has 64",
     ):
         train(dataset, batch_size=32)
 

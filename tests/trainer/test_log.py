@@ -115,6 +115,6 @@ def test_curves_have_a_panel_for_the_loss_and_every_metric():
 
 def test_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    sentence = r"run_dir must be a folder .* writing to .*file failed: Not a directory"
+    sentence = r"run_dir must be a writable folder .* writing to .*file failed: Not a directory"
     with pytest.raises(InputError, match=sentence), log.open_log(10, tmp_path / "file", show=False):
         pass

@@ -137,7 +137,7 @@ def descend(folder, learning_rate: float, **more) -> ctde.Trained:
 
 def test_run_that_diverges_goes_back_and_on_with_half_the_updates(tmp_path, capsys):
     trained = descend(tmp_path, 1.2, show=True)
-    assert "rollback   not finite at step" in capsys.readouterr().out
+    assert "rollback   loss not finite at step" in capsys.readouterr().out
     assert trained.tested["loss"] < 1e-6
     steps = [row["step"] for row in trained.history if row["split"] == "train"]
     assert steps == sorted(set(steps))
@@ -167,9 +167,9 @@ def test_rollback_that_was_killed_goes_on(tmp_path, monkeypatch):
 def test_rollback_gives_up_after_three_times(tmp_path, capsys):
     with pytest.raises(ctde.NonFiniteLoss):
         descend(tmp_path, 100.0, show=True)
-    assert capsys.readouterr().out.count("rollback   not finite") == 3
+    assert capsys.readouterr().out.count("rollback   loss not finite") == 3
 
 
 def test_rollback_needs_a_folder():
-    with pytest.raises(ctde.InputError, match="on_nonfinite needs a run_dir for rollback"):
+    with pytest.raises(ctde.InputError, match="on_nonfinite must not be rollback without run_dir"):
         descend(None, 1.0)

@@ -65,7 +65,7 @@ def test_warnings_and_floating_point_errors_of_the_user_do_not_apply(tmp_path):
 
 def test_picture_that_cannot_be_written_is_a_sentence():
     assert picture.save(draw, Path("/dev/full")) == (
-        "/dev/full could not be drawn (No space left on device); nothing else depends on it."
+        "could not draw /dev/full (No space left on device); nothing else depends on this file."
     )
 
 
@@ -77,5 +77,5 @@ def test_picture_that_cannot_be_drawn_does_not_cost_the_result(
     devices = ctde.devices.start(1)
     fit = {"devices": devices, "batch_size": 64, "steps": 2, "run_dir": tmp_path}
     assert ctde.fit(ctde.models.mlp([64, 10]), digits, optax.sgd(0.1), **fit).step == 2
-    sentence = f"{tmp_path / 'curves.png'} could not be drawn (ZeroDivisionError: division by zero)"
+    sentence = f"could not draw {tmp_path / 'curves.png'} (ZeroDivisionError: division by zero)"
     assert sentence in capsys.readouterr().out

@@ -101,23 +101,23 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
         (
             np.zeros((2, 4), np.uint8),
             (
-                "inputs must be floats, as the model was trained on float32, got uint8; bring "
-                "them to the scale"
+                "inputs must be floats, as the model was trained on float32, got uint8; scale "
+                "them as in training"
             ),
         ),
         (
             np.zeros((2, 4), np.int64),
             (
-                "inputs must be floats, as the model was trained on float32, got int64; bring "
-                "them to the scale"
+                "inputs must be floats, as the model was trained on float32, got int64; scale "
+                "them as in training"
             ),
         ),
         (X[:, :2], "inputs must be examples of the shape [4], got the shape [60, 2]."),
         (
             X[0],
             (
-                "must be examples of the shape [4], got the shape [4]; add an axis to a single "
-                "example: x[None]."
+                "must be examples of the shape [4], got the shape [4]; pass a single example as "
+                "x[None]."
             ),
         ),
         ([["a"] * 4], "inputs must be floats, as the model was trained on float32, got <U1"),
@@ -268,15 +268,18 @@ def test_pickling_names_what_can_be_saved(measured):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"steps": None, "epochs": 1.5}, "epochs must be a whole number, got 1.5."),
-        ({"batch_size": 12.0}, "batch_size must be a whole number, got 12.0."),
-        ({"seed": "0"}, "seed must be a whole number, got '0'."),
-        ({"eval_every": 2.0}, "eval_every must be a whole number, got 2.0."),
-        ({"steps": True}, "steps must be a whole number, got True."),
+        ({"steps": None, "epochs": 1.5}, "epochs must be an integer, got 1.5."),
+        ({"batch_size": 12.0}, "batch_size must be an integer, got 12.0."),
+        ({"seed": "0"}, "seed must be an integer, got '0'."),
+        ({"eval_every": 2.0}, "eval_every must be an integer, got 2.0."),
+        ({"steps": True}, "steps must be an integer, got True."),
         ({"devices": 4}, "devices must be a list of JAX devices, got 4; pass devices.start(4)."),
         (
             {"devices": "cpu"},
-            "devices must be a list of JAX devices, got 'cpu'; pass what devices.start() returns.",
+            (
+                "devices must be a list of JAX devices, got 'cpu'; pass the result of "
+                "devices.start()."
+            ),
         ),
     ],
 )
@@ -296,9 +299,9 @@ def test_fit_refuses_counts_and_devices_of_another_type(options, sentence):
         ),
         (
             Y.astype(float),
-            "got whole numbers of the type float32; pass labels.astype(int) if they are classes.",
+            "got whole numbers of the dtype float32; pass labels.astype(int) if they are classes.",
         ),
-        (X[:, 0], "got labels of the type float32 and the shape [48]."),
+        (X[:, 0], "got labels of the dtype float32 and the shape [48]."),
     ],
 )
 def test_labels_that_need_a_task_are_named(labels, sentence):

@@ -1,4 +1,4 @@
-"""Starting from given parameters: which are taken, and that training continues from them."""
+"""Starting from given parameters: which are loaded, and that training continues from them."""
 
 import shutil
 from pathlib import Path
@@ -51,8 +51,8 @@ def test_tree_of_parameters_is_taken_whole_and_the_state_stays():
     same(begun.params, GIVEN)
     same(begun.model_state, STATE)
     assert rows(begun) == {
-        **dict.fromkeys(state.named(PARAMS), "taken"),
-        "body/mean": "initialized, the source has parameters alone",
+        **dict.fromkeys(state.named(PARAMS), "loaded"),
+        "body/mean": "initialized, no model state in the source",
     }
 
 
@@ -104,9 +104,13 @@ def test_half_precision_is_cast_to_the_model():
     ("given", "only", "sentence"),
     [
         ({"body": GIVEN["body"]}, None, "head/kernel is missing"),
-        ({**GIVEN, "extra": {"x": np.ones(1)}}, None, "extra/x is unused"),
-        ({**GIVEN, "head": {"kernel": np.ones((4, 9), np.float32)}}, None, "float32[4, 9] there"),
-        ({**GIVEN, "head": {"kernel": np.ones((4, 2), np.int32)}}, None, "int32[4, 2] there"),
+        ({**GIVEN, "extra": {"x": np.ones(1)}}, None, "extra/x is not in the model"),
+        (
+            {**GIVEN, "head": {"kernel": np.ones((4, 9), np.float32)}},
+            None,
+            "float32[4, 9] instead of",
+        ),
+        ({**GIVEN, "head": {"kernel": np.ones((4, 2), np.int32)}}, None, "int32[4, 2] instead of"),
         ({"body": GIVEN["body"]}, ["head/*"], "head/kernel is missing"),
         (GIVEN, ["hed/*"], "must match parameters of the model, got 'hed/*'"),
         (GIVEN, [], "at least one pattern"),
@@ -185,7 +189,7 @@ def test_run_of_another_start_is_not_resumed(once, digits, tmp_path):
     other = jax.tree.map(lambda x: x + 1, trained.params)
     for start_again in ({"init_from": other}, {}):
         with pytest.raises(
-            InputError, match=r"other options: the initial parameters \(init_from\)"
+            InputError, match=r"different options: the initial parameters \(init_from[,)]"
         ):
             train(MODEL, digits, run_dir=tmp_path, **start_again)
 
@@ -197,11 +201,11 @@ def test_start_from_a_run_that_has_trained_on_is_named_with_a_way_out(digits, tm
     newer = Path("checkpoints", "step-00000009")
     shutil.copytree(tmp_path / "later" / newer, tmp_path / "source" / newer)
     way_out = (
-        r"which change if it names a run that is training \(name one of its checkpoints, or a "
+        r"which change if this is a run that is still training; pass one of its checkpoints or a "
         r"bundle\)\."
     )
     with pytest.raises(
-        InputError, match=rf"other options: the initial parameters \(init_from\), {way_out}"
+        InputError, match=rf"different options: the initial parameters \(init_from, {way_out}"
     ):
         train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
     first = tmp_path / "source" / "checkpoints" / "step-00000008"
@@ -215,7 +219,8 @@ def test_start_from_the_files_of_the_same_run_is_refused(digits, tmp_path, monke
     train(MODEL, digits, run_dir="run")
     train(MODEL, digits, run_dir="run", seed=1, resume=False)
     rule = (
-        r"^init_from must not be in the folder of this run, .*; name another folder for this run\.$"
+        r"^init_from must not be in the folder of this run, .*; choose another folder for this "
+        r"run\.$"
     )
     for source in (
         "run",
@@ -253,7 +258,7 @@ def test_checkpoint_of_an_optimizer_that_is_evaluated_elsewhere_is_refused(digit
         train(MODEL, digits, init_from=trained.params, steps=1).params,
     )
     with pytest.raises(
-        InputError, match=r"must not be .*, as its optimizer is evaluated at another point"
+        InputError, match=r"must not be .*, because its optimizer is evaluated at other parameters"
     ):
         train(MODEL, digits, init_from=tmp_path)
 
@@ -265,7 +270,7 @@ def test_model_made_from_that_of_a_trained_is_refused(once, digits):
         trained.model._replace(init=lambda *_: None),
         models.in_bfloat16(trained.model),
     ):
-        with pytest.raises(InputError, match="must not be made from the model of a Trained"):
+        with pytest.raises(InputError, match="must not be derived from the model of a Trained"):
             train(changed, digits)
 
 

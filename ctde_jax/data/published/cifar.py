@@ -99,16 +99,18 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
         with _Unpacked(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as members:
             for member in members:
                 name = PurePosixPath(member.name).name
-                # A header may announce more than an archive of this size can hold.
+                # A header may announce more than an archive of this size can contain.
                 if name in names and member.size > most_unpacked(archive.stat().st_size):
                     raise damaged(
                         archive,
-                        f"says that {name} takes {decimal(member.size)}, far more than it does",
+                        f"lists {name} with {decimal(member.size)}, more than it can contain",
                     )
                 if name in names and member.isfile() and (file := members.extractfile(member)):
                     contents[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise damaged(archive, f"is no whole .tar.gz archive ({shortened(str(error))})") from error
+        raise damaged(
+            archive, f"is not a complete .tar.gz archive ({shortened(str(error))})"
+        ) from error
     missing = [name for name in names if name not in contents]
     if missing:
         raise damaged(archive, f"lacks {', '.join(missing)}")
@@ -125,7 +127,7 @@ class _Unpacked(gzip.GzipFile):
     def read(self, size: int | None = -1) -> bytes:
         # tarfile reads as many bytes as a header announces, which could fill the memory.
         if size is not None and size > self._most:
-            raise EOFError(f"a header says that {decimal(size)} follow")
+            raise EOFError(f"a header announces {decimal(size)}")
         return super().read(size)
 
 
@@ -140,6 +142,6 @@ def _split(name: str, content: bytes, path: Path) -> Split:
     pictures = records[:, 1:].reshape(-1, *CHANNELS_FIRST)
     if labels.max() >= len(CIFAR10.classes):
         fault = f"has the label {labels.max()}{where} in record {labels.argmax()}"
-        raise damaged(path, f"{fault}, while labels lie from 0 to {len(CIFAR10.classes) - 1}")
+        raise damaged(path, f"{fault}, but labels are from 0 to {len(CIFAR10.classes) - 1}")
     # The networks take channels last.
     return Split(np.ascontiguousarray(np.moveaxis(pictures, 1, -1)), labels)

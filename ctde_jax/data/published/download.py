@@ -1,6 +1,6 @@
 """Downloads of published files, from any mirror, verified by their checksum.
 
-Received bytes stay in `<target>.part`, so a connection that breaks off costs no more than the rest.
+Received bytes stay in `<target>.part`, so a download resumes after a broken connection.
 The checksum is that of the decompressed content, which does not depend on a mirror's compression.
 Only an archive, `.tar.gz`, is verified and read as it is.
 """
@@ -64,16 +64,15 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0)
     except OSError as error:
         raise InputError(
             "data_dir",
-            f"must be a folder that can be written to, got {target.parent} "
-            f"({error.strerror or error}); make room or give permission there, or pass another "
-            "folder.",
+            f"must be a writable folder with enough free space, got {target.parent} "
+            f"({error.strerror or error}); pass another folder.",
         ) from error
 
     # No mirror provided the file.
     raise InputError(
         "data_dir",
         f"has no {target.name}, and it could not be downloaded: {'; '.join(reasons)}. "
-        f"Put the file into {target.parent} by hand, or name a folder that has it.",
+        f"Copy the file to {target.parent}, or pass a folder that contains it.",
     )
 
 
@@ -128,8 +127,8 @@ def existing(paths: Iterable[Path]) -> Path | None:
 
 def damaged(path: Path, fault: str) -> InputError:
     """Returns the error for a file of the data folder, with its fault and the two fixes."""
-    way_out = "replace it, or remove it to have the published file downloaded"
-    return InputError("data_dir", f"holds {path}, which {fault}; {way_out}.")
+    way_out = "replace it, or remove it to download the published file"
+    return InputError("data_dir", f"contains {path}, which {fault}; {way_out}.")
 
 
 class _MirrorFailed(Exception):
@@ -147,7 +146,7 @@ def _fetch_verified(url: str, part: Path, sha256: str, timeout: float, report: R
         return
     part.unlink()
     if not inherited:
-        raise _MirrorFailed("sent something other than the published file (the checksum differs)")
+        raise _MirrorFailed("sent a different file (the checksum differs)")
     # Bytes from an earlier download may be the cause, so try once more without them.
     _fetch_verified(url, part, sha256, timeout, report)
 
@@ -179,7 +178,7 @@ def _append(url: str, part: Path, timeout: float, report: Report) -> None:
             file.write(piece)
             report(file.tell(), total)
     if total is not None and _size(part) < total:
-        raise _BrokeOff(f"broke off after {_size(part):,} of {total:,} bytes")
+        raise _BrokeOff(f"closed the connection after {_size(part):,} of {total:,} bytes")
 
 
 def _size(part: Path) -> int:
@@ -196,11 +195,11 @@ def _answer(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
         # 416: the range is not satisfiable, because `start` is beyond the end of the file.
         if error.code == 416 and start:
             return _answer(url, 0, timeout)
-        raise _MirrorFailed(f"answered {error.code} {error.reason}") from error
+        raise _MirrorFailed(f"returned {error.code} {error.reason}") from error
     except (OSError, HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
         if isinstance(reason, TimeoutError):
-            raise _MirrorFailed(f"did not answer within {timeout:g} s") from error
+            raise _MirrorFailed(f"did not respond within {timeout:g} s") from error
         raise _MirrorFailed(f"could not be reached ({reason})") from error
     # A mirror may ignore the range and send the whole file.
     if response.status != 206:
@@ -211,12 +210,12 @@ def _answer(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
     response.close()
     if start:
         return _answer(url, 0, timeout)
-    raise _MirrorFailed("sent another part of the file than it was asked for")
+    raise _MirrorFailed("sent a different part of the file than requested")
 
 
 def _pieces(response: HTTPResponse, timeout: float) -> Iterator[bytes]:
     """Yields the received bytes; fails if fewer than `BLOCK` arrive within the timeout."""
-    # A timeout of the socket alone would accept a mirror that sends a byte now and then.
+    # The timeout of the socket alone would accept a mirror that sends a byte from time to time.
     arrived = 0
     deadline = time.monotonic() + timeout
     try:
@@ -229,9 +228,9 @@ def _pieces(response: HTTPResponse, timeout: float) -> Iterator[bytes]:
             elif time.monotonic() > deadline:
                 raise TimeoutError
     except TimeoutError as error:
-        raise _MirrorFailed(f"sent too little within {timeout:g} s") from error
+        raise _MirrorFailed(f"sent less than {BLOCK:,} bytes within {timeout:g} s") from error
     except (OSError, HTTPException) as error:
-        raise _BrokeOff(f"broke off ({error})") from error
+        raise _BrokeOff(f"closed the connection ({error})") from error
 
 
 @contextmanager

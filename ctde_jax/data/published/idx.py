@@ -114,8 +114,8 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
         if path.suffix != ".gz" and path.stat().st_size >= STREAMED_FROM:
             arrays.append(_on_disk(path, 3 if "images" in name else 1))
             large.append(
-                f"{path} takes {decimal(path.stat().st_size)}, so it is read while training goes "
-                "on."
+                f"{path} ({decimal(path.stat().st_size)}) stays on disk, and is read from there "
+                "during training."
             )
         else:
             contents[name] = _content(path, 3 if "images" in name else 1)
@@ -123,7 +123,7 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
         # Other data in the same format is accepted, but not other sizes of images.
         if "images" in name and arrays[-1].shape[1:] != PICTURE:
             raise damaged(
-                path, f"has pictures of the size {arrays[-1].shape[1:]} instead of {PICTURE}"
+                path, f"contains images of the size {arrays[-1].shape[1:]} instead of {PICTURE}"
             )
     try:
         # The user's files may not match each other.
@@ -131,8 +131,8 @@ def _load(published: Published, data_dir: Path | str | None) -> Dataset:
     except InputError as error:
         raise InputError(
             "data_dir",
-            f"holds in {folder} files that make no {published.name} data set: {error} "
-            "Remove the files that are not the published ones to have those downloaded.",
+            f"{folder} does not contain a valid {published.name} data set: {error} To download the "
+            "published files, remove those that differ from them.",
         ) from error
     return replace(dataset, notes=(*large, *published.notes(folder, contents)))
 
@@ -159,11 +159,11 @@ def _content(path: Path, dimensions: int) -> bytes:
     read = [next(blocks, b"")]
     shape = _shape(read[0], path, dimensions)
     size = path.stat().st_size
-    # A small .gz file with a huge shape is refused before it is decompressed.
+    # A small .gz file with a huge shape is rejected before it is decompressed.
     if path.suffix == ".gz" and math.prod(shape) > most_unpacked(size):
         raise damaged(
             path,
-            f"takes {decimal(size)}, and the shape {shape} in its header "
+            f"has only {decimal(size)}, but the shape {shape} in its header takes "
             f"{decimal(math.prod(shape))}",
         )
 
@@ -218,5 +218,5 @@ def _check_size(path: Path, shape: tuple[int, ...], got: int) -> None:
             ("is truncated", "") if got < announced else ("has trailing bytes", "at least ")
         )
         raise damaged(
-            path, f"{fault}: its shape {shape} takes {announced:,} bytes, and it has {many}{got:,}"
+            path, f"{fault}: its shape {shape} takes {announced:,} bytes, but it has {many}{got:,}"
         )

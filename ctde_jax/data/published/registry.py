@@ -34,8 +34,8 @@ class Published:
         if not os.path.isdir(folder):
             raise InputError(
                 "data_dir",
-                f"must be an existing folder, got {folder}; create it to have {self.name} "
-                f"downloaded into it, or leave the option out to use {cache}.",
+                f"must be an existing folder, got {folder}; create it to download {self.name} into "
+                f"it, or omit this option to use {cache}.",
             )
         return folder
 
@@ -55,6 +55,6 @@ class Published:
         if not differing:
             return ()
         return (
-            f"{', '.join(differing)} in {folder} differ by checksum from the published "
-            f"{self.name}.",
+            f"{', '.join(differing)} in {folder} differ from the published {self.name} (by "
+            "checksum).",
         )

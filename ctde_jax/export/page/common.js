@@ -1,4 +1,4 @@
-// What pictures and texts have in common.
+// Functions shared by pictures.js and texts.js.
 
 export const part = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;

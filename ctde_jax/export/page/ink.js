@@ -1,4 +1,4 @@
-// What is drawn on a canvas: strokes, lists of points [x, y], and pictures.
+// Drawing on a canvas: strokes, which are lists of points [x, y], and images.
 
 export const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
 
@@ -17,8 +17,8 @@ export function trace(context, strokes, thickness) {
   context.stroke();
 }
 
-// As MNIST was made: ink fills 20/28 of the side, and has its center of mass in the middle. Pictures that are too small
-// for a margin, such as scikit-learn's of 8 x 8, it fills. However large one draws, the pen is the same.
+// Scales a drawing as in MNIST: it fills 20/28 of the side, with its center of mass in the middle. It fills images that
+// are too small for a margin, such as the 8 x 8 ones of scikit-learn. The thickness does not depend on the drawn size.
 export function fit(context, strokes) {
   const sides = [context.canvas.width, context.canvas.height];
   const fills = Math.min(...sides) < 16 ? 1 : 20 / 28;
@@ -56,7 +56,7 @@ function centerOfMass({ data, width }) {
   return [x / sum, y / sum];
 }
 
-// Draws the middle of a picture, as much of it as fills the canvas.
+// Draws the center of an image, scaled to cover the canvas.
 export function cover(context, picture) {
   const { width, height } = context.canvas;
   const scale = Math.max(width / picture.width, height / picture.height);

@@ -1,4 +1,4 @@
-// Runs the model of card.json on this device, alone: all that is fetched lies beside this page.
+// Runs the model of card.json on this device; all files are fetched from the folder of this page.
 
 import { fail, part, percent, say, softmax } from "./common.js";
 import { startPictures } from "./pictures.js";
@@ -9,19 +9,19 @@ const COMPILED = "ort/ort-wasm-simd-threaded.wasm";
 const canCheck = Boolean(window.crypto?.subtle); // a browser has it on https and on localhost
 
 async function start() {
-  part.late.remove(); // that is for where no script runs
+  part.late.remove(); // its text is for browsers that do not run the script
   const card = await getFacts("card.json");
-  if (card.format > NEWEST_FORMAT) fail(`card.json has format ${card.format}, and this page reads ${NEWEST_FORMAT}.`);
+  if (card.format > NEWEST_FORMAT) fail(`card.json has format ${card.format}, but the page supports ${NEWEST_FORMAT}.`);
   const { file: whole, step } = card.artifacts.onnx;
   const isText = card.vocabulary.length > 0;
   const file = isText && step ? step : whole;
   const runtime = await getFacts("ort/files.json");
   const megabytes = (card.files[file].bytes + runtime[COMPILED].bytes) / 1e6;
-  part.loading.textContent = `Loading the model, ${megabytes.toFixed(0)} MB with what runs it …`;
+  part.loading.textContent = `Loading the model and its runtime, ${megabytes.toFixed(0)} MB …`;
   const model = await getChecked(file, card.files[file]);
 
   const wasmBinary = await getChecked(COMPILED, runtime[COMPILED]);
-  const ort = await import("./ort/ort.wasm.min.js").catch(() => fail("ort/ort.wasm.min.js did not come as a script."));
+  const ort = await import("./ort/ort.wasm.min.js").catch(() => fail("ort/ort.wasm.min.js could not be imported."));
   const wasmPaths = { mjs: new URL("./ort/ort-wasm-simd-threaded.js", import.meta.url).href };
   Object.assign(ort.env.wasm, { wasmBinary, wasmPaths, numThreads: 1 }); // more threads need a server's own headers
   const session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] }).catch((error) =>
@@ -43,20 +43,21 @@ async function start() {
 }
 
 async function get(name) {
-  const response = await fetch(name, { cache: "no-cache" }).catch(() => fail(`${name} did not come: no server.`));
-  return response.ok ? response : fail(`${name} did not come: the server answered ${response.status}.`);
+  const lost = () => fail(`${name} could not be loaded: there is no server.`);
+  const response = await fetch(name, { cache: "no-cache" }).catch(lost);
+  return response.ok ? response : fail(`${name} could not be loaded: the server returned status ${response.status}.`);
 }
 
 async function getFacts(name) {
   return (await get(name)).json().catch(() => fail(`${name} is damaged: copy the folder again.`));
 }
 
-async function getChecked(name, said) {
-  const cut = () => fail(`${name} did not come whole: the connection was lost.`);
+async function getChecked(name, expected) {
+  const cut = () => fail(`${name} was loaded only in part: the connection was lost.`);
   const content = new Uint8Array(await (await get(name)).arrayBuffer().catch(cut));
-  const digest = canCheck ? toHex(await crypto.subtle.digest("SHA-256", content)) : said.sha256;
-  if (content.length === said.bytes && digest === said.sha256) return content;
-  return fail(`${name} is not the file that was written, so nothing was run: copy the folder again.`);
+  const digest = canCheck ? toHex(await crypto.subtle.digest("SHA-256", content)) : expected.sha256;
+  if (content.length === expected.bytes && digest === expected.sha256) return content;
+  return fail(`${name} does not match its checksum, so the model does not run: copy the folder again.`);
 }
 
 function toHex(buffer) {
@@ -76,13 +77,13 @@ function showFacts(card, file) {
     `trained on ${card.data.name}`,
     `${card.model.parameters.toLocaleString("en")} parameters`,
     ...(accuracy === undefined ? [] : [`test accuracy ${percent(accuracy, 2)}`]),
-    "runs on this device, alone",
-    canCheck ? `${digits} checked` : `${digits} not checked, which a browser can on https and localhost only`,
+    "runs only on this device",
+    canCheck ? `${digits} checked` : `${digits} not checked, because browsers can only do so on https and localhost`,
   ];
   part.facts.textContent = facts.join(" · ");
 }
 
-// For tests. `ready` becomes true once the model runs, or false once the page has said why it does not. `predict` takes
-// the numbers of one raw example, pixels or the tokens so far, and gives the probabilities of classes or next tokens.
+// For tests. `ready` becomes true if the model runs, or false if the page shows an error. `predict` takes one raw
+// example, pixels or the tokens so far, and returns the probabilities of the classes or of the next token.
 const started = start();
 window.page = { ready: started.then(() => true, refuse), predict: async (example) => (await started)(example) };

@@ -1,14 +1,14 @@
-// What is drawn or shown becomes the model's picture, and what the model says becomes bars.
+// A drawing or an image file becomes the input of the model, and its probabilities become bars.
 
 import { fail, listen, part, percent, say } from "./common.js";
 import { clamp, cover, fit, trace, wipe } from "./ink.js";
 
-const MOST_BARS = 12; // of more classes, the likeliest
+const MOST_BARS = 12; // if there are more classes, only the most likely ones are shown
 const make = (kind, className = "") => Object.assign(document.createElement(kind), { className });
 
 export function startPictures(card, predict) {
   const [height, width, channels = 1] = card.input.shape;
-  if (channels !== 1 && channels !== 3) fail(`The model reads ${channels} channels, and this page shows it 1 or 3.`);
+  if (channels !== 1 && channels !== 3) fail(`The model takes ${channels} channels, but this page supports 1 or 3.`);
   const inColor = channels === 3;
   const names = Array.from({ length: card.output.shape[0] }, (_, label) => card.classes[label] ?? String(label));
   const large = part.board.getContext("2d");
@@ -47,7 +47,7 @@ export function startPictures(card, predict) {
     large.stroke();
   }
 
-  // Makes the model's picture; null of an empty board.
+  // Returns the pixels of the model's input; null if the board is empty.
   function see() {
     wipe(small);
     if (photo) cover(small, photo);
@@ -72,10 +72,10 @@ export function startPictures(card, predict) {
     });
     part.winner.textContent = shares ? names[best] : "nothing yet";
     part.winner.className = shares ? (names[best].length > 3 ? "long" : "") : "none";
-    if (!pen.isDown) speak(shares ? `The model says ${names[best]}, ${percent(shares[best])}.` : "");
+    if (!pen.isDown) speak(shares ? `Prediction: ${names[best]}, ${percent(shares[best])}.` : "");
   }
 
-  // What is set anew is spoken anew, so not what has been said already.
+  // Screen readers read a text again if it is set again, so an unchanged text is not set.
   function speak(sentence) {
     if (part.spoken.textContent !== sentence) part.spoken.textContent = sentence;
   }
@@ -98,7 +98,7 @@ export function startPictures(card, predict) {
     refresh();
   }
 
-  // A mouse tells its place a thousand times a second.
+  // A mouse reports up to a thousand positions per second.
   function isApart(point, last) {
     return Math.hypot(point[0] - last[0], point[1] - last[1]) > height / 500;
   }
@@ -122,7 +122,7 @@ export function startPictures(card, predict) {
   async function load([file]) {
     if (!file) return;
     const picture = await createImageBitmap(file).catch(() => null);
-    say(picture ? "" : `${file.name} is no picture that this browser can read.`);
+    say(picture ? "" : `${file.name} is not an image that this browser can read.`);
     photo = picture ?? photo;
     refresh();
   }
@@ -140,7 +140,7 @@ export function startPictures(card, predict) {
 
   const pens = {
     pointerdown(event) {
-      if (pen.pointer !== null || event.button !== 0) return; // one finger draws, whatever the others rest on
+      if (pen.pointer !== null || event.button !== 0) return; // only one finger draws
       part.board.setPointerCapture(event.pointerId);
       pen.pointer = event.pointerId;
       pen.isShown = false;
@@ -174,7 +174,7 @@ export function startPictures(card, predict) {
     },
   };
   const files = {
-    dragover: (event) => event.preventDefault(), // which says that files may be dropped
+    dragover: (event) => event.preventDefault(), // allows files to be dropped
     drop(event) {
       event.preventDefault();
       load(event.dataTransfer.files);
@@ -187,7 +187,7 @@ export function startPictures(card, predict) {
 
   Object.assign(part.seen, { width, height });
   part.pictures.style.setProperty("--ratio", width / height);
-  part.title.textContent = inColor ? "Show a picture, and the model names it" : "Draw, and the model reads it";
+  part.title.textContent = inColor ? "Choose an image, and the model classifies it" : "Draw, and the model classifies it";
   for (const bar of bars) bar.append(make("span"), make("span", "bar"), make("span", "share"));
   part.bars.append(...bars);
   part.pictures.hidden = false;
@@ -196,7 +196,7 @@ export function startPictures(card, predict) {
     part.undo.remove();
     part.hint.remove();
     part.board.setAttribute("role", "img");
-    part.board.setAttribute("aria-label", "The picture");
+    part.board.setAttribute("aria-label", "The image");
     listen(document, files);
   } else {
     part.choose.remove();

@@ -1,5 +1,5 @@
-// A text grows token by token. A reader gives the logits of what follows, each time of the same tokens and some more;
-// or nothing, once it is no longer wanted.
+// Generates text token by token. A reader returns the logits of the next token for the tokens so far, which extend
+// those of its previous call; or null if generation has been stopped.
 
 import { listen, part, say, softmax } from "./common.js";
 
@@ -8,15 +8,15 @@ export function readPlaces(card, run, isWanted) {
   let carry = card.carry.map((shape) => ["float32", zeros(shape), [1, ...shape]]);
   let place = 0;
   return async (tokens) => {
-    let said;
+    let results;
     while (place < tokens.length) {
       if (!isWanted()) return null;
       const carried = Object.fromEntries(carry.map((each, index) => [`carry_${index}`, each]));
-      said = await run({ inputs: ["int32", [tokens[place++]], [1]], ...carried });
-      carry = carry.map(([type, , shape], index) => [type, said[`next_${index}`].data, shape]);
+      results = await run({ inputs: ["int32", [tokens[place++]], [1]], ...carried });
+      carry = carry.map(([type, , shape], index) => [type, results[`next_${index}`].data, shape]);
       await breathe();
     }
-    return said.outputs.data;
+    return results.outputs.data;
   };
 }
 
@@ -24,7 +24,7 @@ export function readWindows(card, run) {
   const [length, vocabulary] = card.output.shape;
   return async (tokens) => {
     const latest = tokens.slice(-length);
-    const window = new Int32Array(length); // zeros lie ahead, where no place looks
+    const window = new Int32Array(length); // the zeros at the end are masked by causal attention
     window.set(latest);
     const { outputs } = await run({ inputs: ["int32", window, [1, length]] });
     return outputs.data.slice((latest.length - 1) * vocabulary, latest.length * vocabulary);
@@ -37,7 +37,7 @@ export function startTexts(vocabulary, makeReader) {
   let isRunning = false;
   let isWanted = false;
 
-  async function goOn() {
+  async function generate() {
     const beginning = part.text.value;
     const fault = findFault(beginning);
     say(fault);
@@ -63,7 +63,7 @@ export function startTexts(vocabulary, makeReader) {
     isRunning = isWanted = part.text.readOnly = false;
     part.go.textContent = "Continue";
     const speed = Math.round((1000 * count) / (performance.now() - since));
-    part.progress.textContent = `${count} characters, ${speed.toLocaleString("en")} a second.`;
+    part.progress.textContent = `${count} characters, ${speed.toLocaleString("en")} per second.`;
   }
 
   function toTokens(text) {
@@ -73,8 +73,8 @@ export function startTexts(vocabulary, makeReader) {
   function findFault(text) {
     const strange = [...new Set(text.replaceAll("\n", lineEnd))].filter((character) => !tokenOf.has(character));
     const listed = new Intl.ListFormat("en").format(strange.slice(0, 10).map(nameOf));
-    if (strange.length) return `The model has never seen ${listed}: leave out or replace what it does not know.`;
-    if (!text) return "The model needs a beginning: write a character or more.";
+    if (strange.length) return `The model's vocabulary does not contain ${listed}: remove or replace these characters.`;
+    if (!text) return "The model needs a prompt: enter at least one character.";
     return part.length.checkValidity() ? "" : `Length must be a whole number from 1 to ${part.length.max}.`;
   }
 
@@ -85,7 +85,7 @@ export function startTexts(vocabulary, makeReader) {
 
   function goOrStop() {
     if (isRunning) isWanted = false;
-    else goOn();
+    else generate();
   }
 
   function onKey(event) {
@@ -99,7 +99,7 @@ export function startTexts(vocabulary, makeReader) {
     part.degrees.value = part.temperature.valueAsNumber.toFixed(2);
   }
 
-  part.title.textContent = "Begin a text, and the model goes on";
+  part.title.textContent = "Begin a text, and the model continues it";
   part.text.value = [..."The "].every((character) => tokenOf.has(character)) ? "The " : vocabulary[0];
   part.texts.hidden = false;
   showTemperature();
@@ -109,13 +109,13 @@ export function startTexts(vocabulary, makeReader) {
   return async (tokens) => softmax(await makeReader(() => true)(tokens));
 }
 
-// A character in quotes, or its number where one would not see it.
+// A character in quotes, or its code point if it is invisible.
 function nameOf(character) {
   const number = () => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
   return character !== " " && /[\p{Z}\p{Cf}]/u.test(character) ? number() : JSON.stringify(character);
 }
 
-// The largest logit after Gumbel noise is a draw from their softmax; without noise it is the likeliest.
+// The argmax of the logits with Gumbel noise is a sample of their softmax; without noise it is the most likely token.
 function choose(logits, temperature) {
   const noise = () => (temperature ? -temperature * Math.log(-Math.log(1 - Math.random())) : 0);
   const noisy = Array.from(logits, (logit) => logit + noise());
@@ -124,7 +124,7 @@ function choose(logits, temperature) {
 
 let breathed = 0;
 
-// Lets the browser paint and listen, where a picture of the screen is due.
+// Lets the browser paint and handle events, at most once per frame.
 async function breathe() {
   if (performance.now() - breathed < 16) return false;
   await new Promise((done) => setTimeout(done));

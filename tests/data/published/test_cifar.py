@@ -144,7 +144,9 @@ def test_files_other_than_the_published_ones_are_noted(folder: Path):
     """A subset may be trained on, but not unknowingly."""
     write(folder, FILES)
     (note,) = cifar10(folder).notes
-    assert note == f"{', '.join(FILES)} in {folder} differ by checksum from the published cifar10."
+    assert (
+        note == f"{', '.join(FILES)} in {folder} differ from the published cifar10 (by checksum)."
+    )
 
 
 def test_absent_archive_is_downloaded_once(folder: Path, mirror: list[str]):
@@ -169,7 +171,7 @@ def test_only_missing_files_are_read_from_the_archive(folder: Path, mirror: list
     dataset = cifar10(folder)
     np.testing.assert_array_equal(dataset.test.inputs, PICTURES["data_batch_1.bin"])
     assert dataset.notes == (
-        f"test_batch.bin in {folder} differ by checksum from the published cifar10.",
+        f"test_batch.bin in {folder} differ from the published cifar10 (by checksum).",
     )
     assert mirror == [f"/{ARCHIVE}"]
 
@@ -178,7 +180,7 @@ def test_archive_of_other_content_is_not_believed(
     folder: Path, mirror: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(cifar, "ARCHIVE_SHA256", CIFAR10.sha256["test_batch.bin"])
-    assert "sent something other than the published file (the checksum differs)" in fault_of(folder)
+    assert "sent a different file (the checksum differs)" in fault_of(folder)
     assert list(folder.iterdir()) == []
 
 
@@ -190,33 +192,36 @@ def test_archive_of_other_content_is_not_believed(
         (bytes(2 * RECORD + 1), "has 6,147 bytes{} instead of one or more records of 3,073"),
         (
             bytes(RECORD) + b"\x0a" + bytes(RECORD - 1),
-            "has the label 10{} in record 1, while labels lie from 0 to 9",
+            "has the label 10{} in record 1, but labels are from 0 to 9",
         ),
     ],
 )
 def test_damaged_records_are_said_in_a_sentence(folder: Path, content: bytes, fault: str):
     """The file on the disk is named, and within an archive the one in it."""
     broken = {**FILES, "data_batch_3.bin": content}
-    way_out = "; replace it, or remove it to have the published file downloaded."
+    way_out = "; replace it, or remove it to download the published file."
 
     write(folder, {ARCHIVE: packed(broken)})
     assert fault_of(folder) == (
-        f"data_dir holds {folder / ARCHIVE}, which {fault.format(' in data_batch_3.bin')}{way_out}"
+        f"data_dir contains {folder / ARCHIVE}, which "
+        f"{fault.format(' in data_batch_3.bin')}{way_out}"
     )
     write(folder, broken)
     assert (
         fault_of(folder)
-        == f"data_dir holds {folder / 'data_batch_3.bin'}, which {fault.format('')}{way_out}"
+        == f"data_dir contains {folder / 'data_batch_3.bin'}, which {fault.format('')}{way_out}"
     )
 
 
 @pytest.mark.parametrize(
     ("archive", "fault"),
     [
-        pytest.param(packed(FILES)[:-5000], "is no whole .tar.gz archive (", id="truncated"),
-        pytest.param(gzip.compress(b"no archive"), "is no whole .tar.gz archive (", id="no tar"),
-        pytest.param(b"no gzip", "is no whole .tar.gz archive (", id="no gzip"),
-        pytest.param(b"", "is no whole .tar.gz archive (", id="empty"),
+        pytest.param(packed(FILES)[:-5000], "is not a complete .tar.gz archive (", id="truncated"),
+        pytest.param(
+            gzip.compress(b"no archive"), "is not a complete .tar.gz archive (", id="no tar"
+        ),
+        pytest.param(b"no gzip", "is not a complete .tar.gz archive (", id="no gzip"),
+        pytest.param(b"", "is not a complete .tar.gz archive (", id="empty"),
         pytest.param(
             packed({name: FILES[name] for name in TRAIN[:4]}),
             "lacks data_batch_5.bin, test_batch.bin;",
@@ -226,7 +231,7 @@ def test_damaged_records_are_said_in_a_sentence(folder: Path, content: bytes, fa
 )
 def test_damaged_archive_is_said_in_a_sentence(folder: Path, archive: bytes, fault: str):
     write(folder, {ARCHIVE: archive})
-    assert fault_of(folder).startswith(f"data_dir holds {folder / ARCHIVE}, which {fault}")
+    assert fault_of(folder).startswith(f"data_dir contains {folder / ARCHIVE}, which {fault}")
 
 
 def test_folder_that_does_not_exist_is_named(tmp_path: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctde_jax.data.published.download import RESUMES, fetch, sha256_of
+from ctde_jax.data.published.download import BLOCK, RESUMES, fetch, sha256_of
 from ctde_jax.errors import InputError
 
 CONTENT = np.random.default_rng(0).bytes(3000)
@@ -309,14 +309,16 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     gone = Mirror(whole)
     gone.server_close()
     mirrors = {
-        serve(not_found).url: "answered 404 Not Found",
+        serve(not_found).url: "returned 404 Not Found",
         serve(
             whole, file=gzip.compress(b"wrong", mtime=0)
-        ).url: "sent something other than the published file",
-        serve(always_partial).url: "sent another part of the file than it was asked for",
-        serve(silent).url: "did not answer within 0.3 s",
-        serve(trickles).url: "sent too little within 0.3 s",
-        serve(whole_breaks_off_after(5)).url: f"broke off after 5 of {len(PACKED):,} bytes",
+        ).url: "sent a different file (the checksum differs)",
+        serve(always_partial).url: "sent a different part of the file than requested",
+        serve(silent).url: "did not respond within 0.3 s",
+        serve(trickles).url: f"sent less than {BLOCK:,} bytes within 0.3 s",
+        serve(
+            whole_breaks_off_after(5)
+        ).url: f"closed the connection after 5 of {len(PACKED):,} bytes",
         gone.url: "could not be reached",
     }
     with pytest.raises(InputError) as caught:
@@ -327,7 +329,7 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     for url, reason in mirrors.items():
         assert f"{url} {reason}" in sentence
     assert sentence.endswith(
-        f"Put the file into {target.parent} by hand, or name a folder that has it."
+        f"Copy the file to {target.parent}, or pass a folder that contains it."
     )
 
 
@@ -359,7 +361,7 @@ def test_folder_that_cannot_be_written_to_is_named(serve, target: Path):
     mirror = serve(whole)
 
     with pytest.raises(
-        InputError, match="data_dir must be a folder that can be written to"
+        InputError, match="data_dir must be a writable folder with enough free space"
     ) as caught:
         fetch([mirror.url], target, SHA256)
 
@@ -399,7 +401,5 @@ def test_damaged_file_has_no_checksum(tmp_path: Path, stored: bytes | None, faul
     with pytest.raises(InputError) as caught:
         sha256_of(path)
 
-    assert str(caught.value).startswith(f"data_dir holds {path}, which {fault}")
-    assert str(caught.value).endswith(
-        "replace it, or remove it to have the published file downloaded."
-    )
+    assert str(caught.value).startswith(f"data_dir contains {path}, which {fault}")
+    assert str(caught.value).endswith("replace it, or remove it to download the published file.")

@@ -90,11 +90,11 @@ GOOD = packed_idx(np.arange(6).reshape(1, 2, 3))
         ("f", packed_idx(np.arange(3)), "has 1 dimensions instead of 3"),
         ("f", GOOD[:3], "is truncated in its header of 16 bytes"),
         ("f", GOOD[:15], "is truncated in its header of 16 bytes"),
-        ("f", GOOD[:-1], "is truncated: its shape (1, 2, 3) takes 6 bytes, and it has 5"),
+        ("f", GOOD[:-1], "is truncated: its shape (1, 2, 3) takes 6 bytes, but it has 5"),
         (
             "f",
             GOOD + b"\0\0",
-            "has trailing bytes: its shape (1, 2, 3) takes 6 bytes, and it has at least 8",
+            "has trailing bytes: its shape (1, 2, 3) takes 6 bytes, but it has at least 8",
         ),
         ("f.gz", gzip.compress(GOOD, mtime=0)[:-4], "is a truncated gzip file"),
         ("f.gz", GOOD, "is a corrupt gzip file"),
@@ -109,7 +109,7 @@ def test_damaged_file_is_said_in_a_sentence(tmp_path: Path, name: str, stored: b
     with pytest.raises(InputError) as caught:
         read_idx(path, 3)
 
-    assert str(caught.value).startswith(f"data_dir holds {path}, which {fault}")
+    assert str(caught.value).startswith(f"data_dir contains {path}, which {fault}")
     assert "replace it, or remove it" in str(caught.value)
     assert caught.value.option == "data_dir"
 
@@ -145,7 +145,7 @@ def test_files_other_than_the_published_ones_are_noted(tmp_path: Path):
     (note,) = mnist(str(tmp_path)).notes
     assert (
         note
-        == f"{', '.join(MNIST.sha256)} in {tmp_path} differ by checksum from the published mnist."
+        == f"{', '.join(MNIST.sha256)} in {tmp_path} differ from the published mnist (by checksum)."
     )
 
 
@@ -211,9 +211,7 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
     assert str(caught.value).startswith(
         f"data_dir must be an existing folder, got {tmp_path / 'nowhere'}"
     )
-    assert "create it to have mnist downloaded into it, or leave the option out" in str(
-        caught.value
-    )
+    assert "create it to download mnist into it, or omit this option" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +220,7 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
         (
             "train-labels-idx1-ubyte",
             np.array([0, 10, 2]),
-            "y_train must lie from 0 to 9, one for each of the 10 classes, got 10 for example 1.",
+            "y_train must be from 0 to 9, one for each of the 10 classes, got 10 for example 1.",
         ),
         (
             "t10k-labels-idx1-ubyte",
@@ -232,12 +230,15 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
         (
             "train-images-idx3-ubyte",
             np.zeros((0, 28, 28)),
-            "x_train must hold at least one example",
+            "x_train must contain at least one example",
         ),
         (
             "t10k-images-idx3-ubyte",
             np.zeros((2, 32, 32)),
-            "t10k-images-idx3-ubyte, which has pictures of the size (32, 32) instead of (28, 28)",
+            (
+                "t10k-images-idx3-ubyte, which contains images of the size (32, 32) instead of "
+                "(28, 28)"
+            ),
         ),
     ],
 )
@@ -250,10 +251,11 @@ def test_files_that_do_not_fit_together_name_the_folder(
     with pytest.raises(InputError) as caught:
         mnist(tmp_path)
 
-    assert str(caught.value).startswith("data_dir holds ")
-    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).startswith(
+        (f"data_dir contains {tmp_path}", f"data_dir {tmp_path} does not contain a valid mnist")
+    )
     assert fault in str(caught.value)
-    assert "downloaded." in str(caught.value)
+    assert "download th" in str(caught.value)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MNIST is not in ../shared/data/mnist")
@@ -287,7 +289,7 @@ def test_large_file_is_read_while_training_goes_on(tmp_path, monkeypatch):
     large = mnist(tmp_path)
     assert isinstance(large.train.inputs, DiskArray)
     assert not isinstance(large.test.inputs, DiskArray)
-    assert "so it is read while training goes on" in large.notes[0]
+    assert "stays on disk, and is read from there during training" in large.notes[0]
     np.testing.assert_array_equal(large.train.inputs[:], loaded.train.inputs)
     np.testing.assert_array_equal(large.train.labels, loaded.train.labels)
     assert isinstance(mnist(tmp_path / "packed").train.inputs, np.ndarray)

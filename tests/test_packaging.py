@@ -1,0 +1,44 @@
+"""What the extras install, and what the workflows run."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def packages(extra: str) -> set[str]:
+    """The packages that an extra adds, also through other extras of this package."""
+    found = set()
+    for requirement in map(Requirement, EXTRAS[extra]):
+        if requirement.name == PROJECT["name"]:
+            found |= set().union(*(packages(inner) for inner in requirement.extras))
+        else:
+            found.add(requirement.name)
+    return found
+
+
+@pytest.mark.parametrize("extra", ["cuda12", "cuda13", "tpu"])
+def test_extra_of_a_platform_requires_jax_in_the_supported_range(extra):
+    """An extra of the platform's name adds JAX's extra of that name, and nothing else."""
+    [jax] = [each for each in map(Requirement, PROJECT["dependencies"]) if each.name == "jax"]
+    [platform] = map(Requirement, EXTRAS[extra])
+    assert platform.name == "jax"
+    assert platform.extras == {extra}
+    assert platform.specifier == jax.specifier
+
+
+def test_notebook_extra_does_not_install_the_export_stack():
+    assert "onnx" in packages("onnx")
+    assert not packages("notebook") & packages("onnx")
+
+
+def test_workflow_runs_the_test_command_of_the_readme():
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    [command] = re.findall(r"^pip .* python -m pytest$", (ROOT / "README.md").read_text(), re.M)
+    assert command in workflow
