@@ -6,6 +6,8 @@ Training
     fit               trains a model on data, with an optax optimizer and a strategy
     Training, Saving  all options of `trainer.train`, in two values
     Trained           the result: `predict`, `evaluate`, parameters, history
+    Callback          the methods by which a run calls the user's code
+    trackers          callbacks for TensorBoard, MLflow, Weights & Biases and Trackio
     load_run          reads a run's folder as a `Trained`
     plot_curves       draws the metrics of a run
 

@@ -28,10 +28,12 @@ from .models import generate as generate
 from .models import initializers as initializers
 from .models import mup as mup
 from .models import tasks as tasks
+from .trainer import Callback as Callback
 from .trainer import Saving as Saving
 from .trainer import Trained as Trained
 from .trainer import Training as Training
 from .trainer import fit as fit
 from .trainer import plot_curves as plot_curves
+from .trainer import trackers as trackers
 
 __version__: str

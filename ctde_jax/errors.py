@@ -16,6 +16,13 @@ class InputError(ValueError):
         option: Name of the argument in Python; the command line shows `batch_size` as
             `--batch-size`.
         sentence: Rest of the message: the rule, the value, and the way out.
+
+    Examples:
+        >>> try:
+        ...     ctde.models.mlp([64])
+        ... except ctde.InputError as error:
+        ...     error.option
+        'layer_sizes'
     """
 
     def __init__(self, option: str, sentence: str):

@@ -1,4 +1,4 @@
-"""Small trained models and their bundles, made once per process for all tests that use them."""
+"""Small trained models and their bundles, created once per process for all tests that use them."""
 
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ class LinenMLP(linen.Module):
 
 
 class Noisy(linen.Module):
-    """Has batch statistics and dropout, of which inference must be rid."""
+    """Has batch statistics, which inference must not update, and dropout, which it must omit."""
 
     @linen.compact
     def __call__(self, x, train: bool):
@@ -46,16 +46,16 @@ PICTURES = {
     "gru": lambda: ctde.models.rnn_classifier(8, 10, 16, cell="gru", dropout_rate=0.2),
 }
 TEXTS = {
-    "lstm-text": lambda words: ctde.models.rnn_language_model(words, 16, 2),
-    "gru-text": lambda words: ctde.models.rnn_language_model(words, 16, 1, "gru"),
-    "transformer": lambda words: ctde.models.transformer(words, WINDOW, 16, 2, 2, 0.1),
+    "lstm-text": lambda tokens: ctde.models.rnn_language_model(tokens, 16, 2),
+    "gru-text": lambda tokens: ctde.models.rnn_language_model(tokens, 16, 1, "gru"),
+    "transformer": lambda tokens: ctde.models.transformer(tokens, WINDOW, 16, 2, 2, 0.1),
 }
 MODELS = [*PICTURES, *TEXTS]
 
 
 @cache
 def trained(name: str) -> tuple[ctde.Trained, ctde.data.Dataset]:
-    """Trains a model for some steps on the digits, or on a text."""
+    """Trains a model for 60 steps on the digits or on a text."""
     if name in PICTURES:
         data = ctde.data.digits()
         model = PICTURES[name]()
@@ -78,7 +78,7 @@ def written(name: str, *formats: Format) -> Written:
 
 
 def folder() -> Path:
-    """Makes a folder that lives as long as the tests' temporary files do."""
+    """Creates a temporary folder that outlives the test."""
     return Path(mkdtemp(prefix="ctde_jax-test-"))
 
 

@@ -1,7 +1,7 @@
 """Every test runs on up to eight fake CPU devices, which must exist before JAX starts.
 
 Compiling small programs takes most of the time. Machine code is therefore not optimized, which
-saves a third; HLO is optimized, so that collectives and bytes are those that users get. Tests and
+saves a third; HLO is optimized, so that collectives and bytes equal those of users. Tests and
 processes share a compilation cache that exists as long as the tests run, which saves a quarter.
 """
 
@@ -34,7 +34,7 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
+def clear_programs():
     """Caching thousands of programs would take gigabytes, and minutes of garbage collection."""
     yield
     jax.clear_caches()

@@ -4,9 +4,9 @@
     python tests/mutants.py --sample 320
 
 The mutants come from Cosmic Ray. Each sampled place in the source gets one of its mutants, drawn at
-random. Places in annotations are left out, because a mutant there either fails on import or changes
-nothing. `coverage` records which tests execute which line; a mutant is killed if one of the tests
-that execute its line fails, or if the tests do not end. Results are appended to a file, so an
+random. Annotations are excluded, because a mutant there either fails on import or changes nothing.
+`coverage` records which tests execute which line; a mutant is killed if one of the tests that
+execute its line fails, or if the tests do not end. Results are appended to a file, so an
 interrupted run continues.
 """
 
@@ -39,7 +39,7 @@ CORE = [
     *(f"aggregate/{path.stem}" for path in sorted((ROOT / "ctde_jax/aggregate").glob("[!_]*.py"))),
 ]
 TIMEOUT = 600
-"""Seconds until the tests of a mutant count as endless."""
+"""Timeout for the tests of a mutant, in seconds."""
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         "--most-tests",
         type=int,
         default=60,
-        help="tests for one mutant at most: those of the module's own file first, then the fastest",
+        help="maximum number of tests per mutant: the module's file first, then the fastest",
     )
     parser.add_argument("--folder", type=Path, default=Path("mutants"), help="coverage and results")
     options = parser.parse_args()
@@ -165,9 +165,9 @@ def measure(folder: Path, processes: int, programs: Path, files: list[str]) -> d
     covered.read()
     lines = {}
     for path in covered.measured_files():
-        own = covered.contexts_by_lineno(path)
+        by_line = covered.contexts_by_lineno(path)
         lines[str(Path(path).relative_to(ROOT))] = {
-            line: {short(c) for c in cs if c} for line, cs in own.items()
+            line: {short(c) for c in cs if c} for line, cs in by_line.items()
         }
     paths = {path.stem: str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
     return {"lines": lines, "seconds": json.loads(durations.read_text()), "paths": paths}
@@ -196,7 +196,7 @@ def sample(paths: list[Path], count: int, seed: int) -> list[tuple]:
 
 
 def annotations(path: Path) -> list[tuple]:
-    """Returns where annotations and type aliases start and end."""
+    """Returns the start and the end of annotations and type aliases."""
     nodes = []
     for node in ast.walk(ast.parse(path.read_text())):
         nodes += [getattr(node, "annotation", None), getattr(node, "returns", None)]
@@ -221,6 +221,10 @@ def judge(mutant: tuple, copy: Path, tests: dict, programs: Path, most: int) -> 
     mutated = mutate_code(source, get_operator(operator)(), occurrence)
     before, after = source.splitlines()[line - 1].strip(), mutated.splitlines()[line - 1].strip()
     chosen = tests_of(module, line, tests)[:most]
+    if not chosen:
+        # pytest would run all tests.
+        diff = f"{module}:{line}: {before}  ->  {after}"
+        return {"mutant": mutant, "outcome": "no tests", "diff": diff, "seconds": 0, "tests": 0}
     started = os.times().elapsed
     try:
         path.write_text(mutated)
@@ -233,7 +237,7 @@ def judge(mutant: tuple, copy: Path, tests: dict, programs: Path, most: int) -> 
             capture_output=True,
             text=True,
         )
-        outcome = {0: "survived", 5: "no tests"}.get(status.returncode, "killed")
+        outcome = "survived" if status.returncode == 0 else "killed"
     except subprocess.TimeoutExpired:
         outcome = "killed"
     finally:

@@ -10,11 +10,11 @@ from ctde_jax.trainer.log import Log
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Represents the end of the process."""
 
 
-class Dropping(nnx.Module):
-    """Draws random numbers, and keeps batch statistics."""
+class DropoutNet(nnx.Module):
+    """A network with dropout and batch statistics."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.first, self.last = nnx.Linear(64, 8, rngs=rngs), nnx.Linear(8, 10, rngs=rngs)
@@ -25,10 +25,11 @@ class Dropping(nnx.Module):
 
 
 def rows(folder: Path) -> list[dict]:
-    """The rows of a run, but for its speed."""
+    """Returns the rows of a run without speed and time."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines
+        {k: v for k, v in json.loads(line).items() if k not in ("examples_per_second", "time")}
+        for line in lines
     ]
 
 
@@ -36,12 +37,12 @@ def killed_after(monkeypatch, lines: int, run) -> None:
     """Runs until `lines` rows have been written, and then kills the run."""
     add = Log.add
 
-    def add_or_die(log: Log, row):
+    def add_or_kill(log: Log, row):
         if len(log.rows) == lines:
             raise Killed
         add(log, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "add", add_or_die)
+        patch.setattr(Log, "add", add_or_kill)
         with pytest.raises(Killed):
             run()

@@ -1,4 +1,4 @@
-"""Architecture: rooms name what others may import, there is one `jax.pmap`, and the map is true."""
+"""Architecture: layers and public names of rooms, one `jax.pmap`, a correct architecture page."""
 
 import ast
 import re
@@ -16,24 +16,24 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ctde_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-MAP = (ROOT / "docs" / "architecture.md").read_text()
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def room(path: Path) -> str:
-    """The folder or module at the top of the package that a file is in."""
+    """Returns the top-level folder or module of a file."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> list[tuple[str, str]]:
-    """Modules of this package and the names that a file imports from them."""
+    """Returns the modules of this package and the names that a file imports from them."""
     nodes = [
         node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
     ]
     return [(str(node.module), alias.name) for node in nodes for alias in node.names]
 
 
-def test_contract_of_the_imports_is_kept():
-    """`pyproject.toml` has the layers; `exhaustive` makes a new room ask for its place."""
+def test_import_contract_holds():
+    """`pyproject.toml` has the layers; `exhaustive` requires a layer for every room."""
     pytest.importorskip("importlinter")
     result = subprocess.run(
         [
@@ -49,8 +49,8 @@ def test_contract_of_the_imports_is_kept():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_room_is_entered_by_its_door(path):
-    """Imports from another room are names in its `__init__`, or its modules."""
+def test_rooms_are_imported_by_their_public_names(path):
+    """Imports from another room are names in its `__all__`, or its modules."""
     for module, name in imported(path):
         _, _, inside = module.partition(".")
         other, _, deeper = inside.partition(".")
@@ -61,7 +61,7 @@ def test_room_is_entered_by_its_door(path):
         assert is_module or name in import_module(module).__all__, f"{name} of {module} in {path}"
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_imports_have_no_cycles():
     known = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path
         for path in MODULES
@@ -80,7 +80,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_package_has_at_most_twenty_entries():
-    """Beside `py.typed`, an empty file for type checkers."""
+    """Not counting `py.typed`, an empty file for type checkers."""
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "py.typed"}
     assert len(entries) <= 20
 
@@ -114,14 +114,14 @@ def test_package_as_a_command_lists_the_commands():
         ("train", 2, "", "error: train is not an option; use python -m ctde_jax.train"),
     ],
 )
-def test_package_as_a_command_takes_no_other_argument_than_version(argument, status, output, error):
+def test_package_as_a_command_accepts_only_version(argument, status, output, error):
     shown = subprocess.run(
         [sys.executable, "-m", "ctde_jax", argument], capture_output=True, text=True
     )
     assert (shown.returncode, shown.stdout.strip(), shown.stderr.strip()) == (status, output, error)
 
 
-def test_public_names_are_found_whatever_was_imported_before():
+def test_public_names_are_found_after_other_imports():
     program = """
 import os, sys, ctde_jax
 assert not {"jax", "numpy"} & set(sys.modules)
@@ -135,25 +135,25 @@ for name in ctde_jax.__all__:
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True)
 
 
-def test_version_is_that_of_the_installed_package():
+def test_version_equals_that_of_the_installed_package():
     assert ctde_jax.__version__ == metadata.version("ctde_jax")
 
 
 def test_functions_have_at_most_eighty_lines():
-    """Without the docstring; `ruff` holds the complexity."""
+    """Not counting the docstring; `ruff` limits the complexity."""
     long = {}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 has_docstring = ast.get_docstring(node) is not None
-                begin = node.body[0].end_lineno if has_docstring else node.lineno
-                if node.end_lineno - begin > 80:
-                    long[f"{path.relative_to(PACKAGE)}: {node.name}"] = node.end_lineno - begin
+                start = node.body[0].end_lineno if has_docstring else node.lineno
+                if node.end_lineno - start > 80:
+                    long[f"{path.relative_to(PACKAGE)}: {node.name}"] = node.end_lineno - start
     assert not long
 
 
-def test_fit_is_a_page():
-    """`fit` makes the values that `train` takes, whose paragraphs have comments."""
+def test_fit_and_train_fit_on_a_page():
+    """`fit` builds the arguments of `train`, whose paragraphs have comments."""
     source = (PACKAGE / "trainer" / "fit.py").read_text()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name in ("fit", "train"):
@@ -176,9 +176,9 @@ def test_only_replica_calls_pmap():
     assert [path.stem for path in MODULES if "pmap" in names(path)] == ["replica"]
 
 
-def test_map_names_every_room_and_its_files_exist():
-    assert {*re.findall(r"^\| `(\w+)/` \|", MAP, re.M)} == ROOMS
-    for path in re.findall(r"`(\w+/\w+(?:/\w+)?\.py)`", MAP):
+def test_architecture_page_names_every_room_and_existing_files():
+    assert {*re.findall(r"^\| `(\w+)/` \|", PAGE, re.M)} == ROOMS
+    for path in re.findall(r"`(\w+/\w+(?:/\w+)?\.py)`", PAGE):
         assert (PACKAGE / path).exists(), path
 
 

@@ -1,4 +1,4 @@
-"""The harness of the benchmarks, and that each of them starts."""
+"""The harness of the benchmarks, and the start of each benchmark."""
 
 import importlib.util
 import subprocess
@@ -45,7 +45,7 @@ def test_log_measures_only_what_is_missing(harness, tmp_path):
     assert [row["value"] for row in log.find(who="a")] == [1]
 
 
-def test_turns_alternate_without_the_first_and_without_failures(harness, tmp_path):
+def test_turns_alternate_and_omit_warmup_and_failures(harness, tmp_path):
     log, calls = harness.Log(tmp_path / "log.jsonl"), []
 
     def contestant(name: str, fails_at: int | None = None):

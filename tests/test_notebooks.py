@@ -29,7 +29,7 @@ def test_notebook_opens_in_colab_and_installs_a_missing_package(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_takes_all_accelerators_or_four_fake_devices(path):
+def test_notebook_uses_all_accelerators_or_four_fake_devices(path):
     assert re.findall(r"devices\.start\((.*?)\)", path.read_text()) == ["cpu_devices=4"]
 
 
@@ -37,9 +37,9 @@ def test_notebook_takes_all_accelerators_or_four_fake_devices(path):
 @pytest.mark.parametrize(
     "widgets", ["import ipywidgets", "import sys; sys.modules['ipywidgets'] = None"]
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
-def test_fit_shows_one_line_that_is_replaced(widgets, monkeypatch, tmp_path):
-    """Six hundred evaluations, in a notebook whose first cells are not kind."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
+def test_fit_updates_a_single_line(widgets, monkeypatch, tmp_path):
+    """Six hundred evaluations; the first cell turns warnings and numpy errors into exceptions."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     first = f"""
 {widgets}
@@ -104,7 +104,7 @@ def fallbacks(outputs: list[nbformat.NotebookNode]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
 def test_notebook_runs_and_learns(path, monkeypatch):
     """On a machine without accelerators, on four fake CPU devices."""
     outputs = execute(path, monkeypatch)
@@ -125,14 +125,14 @@ def test_notebook_runs_and_learns(path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("accelerators", [1, 2, 8])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
-def test_notebook_asks_for_no_devices_that_a_machine_lacks(path, accelerators, monkeypatch):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
+def test_notebook_runs_on_any_number_of_accelerators(path, accelerators, monkeypatch):
     """With simulated accelerators, and trainings of one epoch.
 
     The first fake CPU devices are the accelerators: `start` returns them or raises an error, and
     `jax.devices("cpu")` returns at least the four that the notebook requests. So batch sizes and
     partitions are valid for these numbers of devices, and a notebook that needs more devices prints
-    one sentence and uses fake ones. That its programs compile for a GPU or TPU is not proved.
+    one sentence and uses fake ones. Compilation for a GPU or TPU is not tested.
     """
     machine = f"""
 import ctde_jax as ctde

@@ -1,4 +1,4 @@
-"""What the extras install, and what the workflows run."""
+"""Packages of the extras, and commands of the workflows."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def packages(extra: str) -> set[str]:
-    """The packages that an extra adds, also through other extras of this package."""
+    """Returns the packages of an extra, including those of other extras that it requires."""
     found = set()
     for requirement in map(Requirement, EXTRAS[extra]):
         if requirement.name == PROJECT["name"]:
@@ -25,7 +25,7 @@ def packages(extra: str) -> set[str]:
 
 @pytest.mark.parametrize("extra", ["cuda12", "cuda13", "tpu"])
 def test_extra_of_a_platform_requires_jax_in_the_supported_range(extra):
-    """An extra of the platform's name adds JAX's extra of that name, and nothing else."""
+    """The extra of a platform installs JAX's extra of the same name, and nothing else."""
     [jax] = [each for each in map(Requirement, PROJECT["dependencies"]) if each.name == "jax"]
     [platform] = map(Requirement, EXTRAS[extra])
     assert platform.name == "jax"

@@ -1,4 +1,4 @@
-"""What the README and the pages of the documentation show is what happens."""
+"""Commands, transcripts and Python of the README and the documentation run as shown."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def commands(text: str) -> list[str]:
 
 
 def shape(output: str) -> list[str]:
-    """The output without its numbers, which depend on the machine, and the spaces that fit them."""
+    """Returns the lines of the output; numbers, which depend on the machine, are replaced by 0."""
     lines = (re.sub("─+", "─", " ".join(line.split())) for line in output.strip().splitlines())
     return [re.sub(r"\d[\d,.]*", "0", line) for line in lines]
 
@@ -57,7 +57,7 @@ def in_shell(command: str, folder: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A working folder with a text and a table, as a user has them."""
+    """A working folder with a text and a table of a user."""
     (tmp_path / "mine.txt").write_text("\n".join(PAGES.values())[:12000])
     wine = load_wine()
     table = np.column_stack([wine.data, wine.target])
@@ -66,7 +66,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_transcript_is_what_the_first_command_prints(tmp_path):
+def test_transcript_equals_the_output_of_the_first_command(tmp_path):
     install, command = blocks(README, "bash")[0].strip().split(" && ")
     assert install == "pip install ."
     assert shape(in_shell(command, tmp_path)) == shape(blocks(README, "text")[0])
@@ -75,7 +75,7 @@ def test_transcript_is_what_the_first_command_prints(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if commands(text)])
 def test_commands_run(page, folder):
-    """The commands of a page, in their order and in one folder."""
+    """Runs the commands of a page in order and in one folder."""
     prints = {
         "train": "test accuracy",
         "wire": "per round",
@@ -91,7 +91,7 @@ def test_commands_run(page, folder):
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
 def test_python_blocks_run(page, folder, monkeypatch):
-    """The blocks of a page, in their order and in one namespace."""
+    """Runs the blocks of a page in order and in one namespace."""
     monkeypatch.chdir(folder)
     namespace = {}
     for block in blocks(PAGES[page], "python"):
@@ -116,9 +116,9 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_reference_has_every_public_name():
-    """A room has a directive, which shows its `__all__`, and so have the names that it hides.
+    """Every room has a directive, which shows its `__all__`.
 
-    These are public modules, and functions that hide a module of the same name.
+    Public modules, and functions with the name of a module, have separate directives.
     """
     found = re.findall(r"^::: ([\w.]+)$", "\n".join(PAGES.values()), flags=re.MULTILINE)
     assert len(found) == len(set(found))

@@ -1,4 +1,4 @@
-"""Modules as users write them, by special property; `test_user_modules.py` trains all."""
+"""Modules of users by special property; `test_user_modules.py` trains all of them."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,10 +27,10 @@ LABELS = RNG.integers(0, CLASSES, EXAMPLES).astype(np.int32)
 
 
 class Case(NamedTuple):
-    """A module, and how a plain loop calls it."""
+    """A module, and the arguments with which a plain loop calls it."""
 
     module: Any
-    """What is given to `fit`."""
+    """The argument of `fit`."""
 
     inputs: str = "features"
     train: dict[str, Any] = {}
@@ -147,10 +147,10 @@ def negative_elbo(outputs, labels):
 
 
 class Running(nnx.Variable):
-    """A type that a user defines."""
+    """A variable type that a user defines."""
 
 
-class OwnVariable(Plain):
+class CustomVariable(Plain):
     def __init__(self, rngs: nnx.Rngs):
         super().__init__(rngs)
         self.largest, self.calls = Running(jnp.zeros(FEATURES)), nnx.Variable(0)
@@ -305,7 +305,7 @@ class DataclassOutputs(Plain):
 
 
 class RefusedFlag(Plain):
-    """Trains, as the flag stays off."""
+    """Trains because the flag is never set."""
 
     def __call__(self, x, late=False):
         if late:
@@ -328,7 +328,7 @@ def sequential(rngs):
 
 
 class LinenDropout(nn.Module):
-    """Has a mode of the name that a subclass gives it."""
+    """Applies dropout; a subclass names the argument of the mode."""
 
     @nn.compact
     def body(self, x, train):
@@ -499,7 +499,7 @@ NNX = {
         NnxMode, train={"is_train": True}, infer={"is_train": False}, is_random=True
     ),
     "variational autoencoder": Case(Vae, task=tasks.Task(negative_elbo), is_random=True),
-    "variables of its own": Case(OwnVariable),
+    "custom variable type": Case(CustomVariable),
     "sow": Case(Sowing),
     "integer parameter": Case(IntegerParam),
     "tied weights": Case(Tied),
@@ -566,8 +566,8 @@ MODULES = {**NNX, **LINEN}
 # --- refused -----------------------------------------------------------------
 
 
-def of(call, put=lambda module, rngs: None):
-    """Makes an nnx module that calls `call(module, inputs)`."""
+def nnx_class(call, put=lambda module, rngs: None):
+    """Returns an nnx class that calls `call(module, inputs)`."""
 
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -709,30 +709,33 @@ class ZeroHead(nn.Module):
 
 
 MIXING = {
-    "mean": (of(lambda m, x: m.layer(x - x.mean(0, keepdims=True))), "features"),
-    "maximum": (of(lambda m, x: m.layer(x / x.max())), "features"),
-    "maximum of equal maxima": (of(lambda m, x: m.layer(x / x.max())), "bytes"),
-    "softmax": (of(softmax_over_batch), "features"),
-    "neighbor": (of(lambda m, x: m.layer(jnp.roll(x, 1, axis=0))), "features"),
+    "mean": (nnx_class(lambda m, x: m.layer(x - x.mean(0, keepdims=True))), "features"),
+    "maximum": (nnx_class(lambda m, x: m.layer(x / x.max())), "features"),
+    "maximum of equal maxima": (nnx_class(lambda m, x: m.layer(x / x.max())), "bytes"),
+    "softmax": (nnx_class(softmax_over_batch), "features"),
+    "neighbor": (nnx_class(lambda m, x: m.layer(jnp.roll(x, 1, axis=0))), "features"),
     "one output of several": (
-        of(lambda m, x: {"logits": m.layer(x), "shares": softmax_over_batch(m, x)}),
+        nnx_class(lambda m, x: {"logits": m.layer(x), "shares": softmax_over_batch(m, x)}),
         "features",
     ),
-    "embedding": (of(embedding_minus_mean), "tokens"),
+    "embedding": (nnx_class(embedding_minus_mean), "tokens"),
     "before zeros": (ZeroHead(), "features"),
     "linen convolution": (ConvolvesExamples(), "sequences"),
 }
 """In inference the outputs of one example depend on the other examples of the batch."""
 
-APART = {
-    "normalized example": (of(lambda m, x: m.layer(x - x.mean(1, keepdims=True))), "features"),
-    "a number for the batch": (
-        of(lambda m, x: {"logits": m.layer(x), "balance": m.layer(x).mean()}),
+INDEPENDENT = {
+    "normalized example": (
+        nnx_class(lambda m, x: m.layer(x - x.mean(1, keepdims=True))),
         "features",
     ),
-    "NaN": (of(lambda m, x: m.layer(x) * jnp.nan), "features"),
-    "infinite": (of(lambda m, x: m.layer(x) / 0), "features"),
-    "numbered rows": (of(lambda m, x: m.layer(x) + jnp.arange(len(x))[:, None]), "features"),
+    "a number for the batch": (
+        nnx_class(lambda m, x: {"logits": m.layer(x), "balance": m.layer(x).mean()}),
+        "features",
+    ),
+    "NaN": (nnx_class(lambda m, x: m.layer(x) * jnp.nan), "features"),
+    "infinite": (nnx_class(lambda m, x: m.layer(x) / 0), "features"),
+    "numbered rows": (nnx_class(lambda m, x: m.layer(x) + jnp.arange(len(x))[:, None]), "features"),
     "tokens": (Bag, "tokens"),
     "batch norm": (NnxBatchNorm, "features"),
     "attention": (Attention, "sequences"),
@@ -740,12 +743,12 @@ APART = {
 
 REFUSED = {
     "no channel axis": (
-        of(lambda m, x: m.conv(x)),
+        nnx_class(lambda m, x: m.conv(x)),
         "sequences",
         r"float32\[1, 5, 6\].*user_modules.py:.*channel axis",
     ),
     "another size": (
-        of(lambda m, x: m.layer(x[:, :4])),
+        nnx_class(lambda m, x: m.layer(x[:, :4])),
         "features",
         (
             r"float32\[1, 6\].* nnx.Linear was built with in_features=6, but the last axis of its "
@@ -753,22 +756,22 @@ REFUSED = {
         ),
     ),
     "another size in a sequence": (
-        of(lambda m, x: m.layer(m.layer(x)).mean(1)),
+        nnx_class(lambda m, x: m.layer(m.layer(x)).mean(1)),
         "sequences",
         r" nnx.Linear was built with in_features=6, but the last axis of its inputs has 3\.$",
     ),
     "another size after an embedding": (
-        of(lambda m, x: m.layer(m.embed(x)).mean(1)),
+        nnx_class(lambda m, x: m.layer(m.embed(x)).mean(1)),
         "tokens",
         r" nnx.Linear was built with in_features=6, but the last axis of its inputs has 3\.$",
     ),
     "another size after flattening": (
-        of(lambda m, x: m.layer(x.reshape(len(x), -1))),
+        nnx_class(lambda m, x: m.layer(x.reshape(len(x), -1))),
         "pictures",
         r" nnx.Linear was built with in_features=6, but the last axis of its inputs has 64\.$",
     ),
     "not flattened": (
-        of(
+        nnx_class(
             lambda m, x: m.wide(x),
             lambda m, rngs: setattr(m, "wide", nnx.Linear(64, CLASSES, rngs=rngs)),
         ),
@@ -776,17 +779,17 @@ REFUSED = {
         r" Flatten the inputs: x.reshape\(len\(x\), -1\)\.$",
     ),
     "another number of channels": (
-        of(lambda m, x: m.conv(m.conv(x)).mean((1, 2))),
+        nnx_class(lambda m, x: m.conv(m.conv(x)).mean((1, 2))),
         "pictures",
         r" nnx.Conv was built with in_features=1, but the last axis of its inputs has 4\.$",
     ),
     "another number of channels, after an axis was added": (
-        of(lambda m, x: m.conv(m.conv(x[..., None])).mean((1, 2))),
+        nnx_class(lambda m, x: m.conv(m.conv(x[..., None])).mean((1, 2))),
         "sequences",
         r" nnx.Conv was built with in_features=1, but the last axis of its inputs has 4\.$",
     ),
     "another number of channels in a sequence": (
-        of(
+        nnx_class(
             lambda m, x: m.over(x).mean(1),
             lambda m, rngs: setattr(m, "over", nnx.Conv(64, CLASSES, (3,), rngs=rngs)),
         ),
@@ -794,7 +797,7 @@ REFUSED = {
         r" nnx.Conv was built with in_features=64, but the last axis of its inputs has 6\.$",
     ),
     "dropout without rngs": (
-        of(
+        nnx_class(
             lambda m, x: m.layer(m.dropout(x)),
             lambda m, rngs: setattr(m, "dropout", nnx.Dropout(0.5)),
         ),
@@ -811,85 +814,89 @@ REFUSED = {
         "sequences",
         r"ZeroDivisionError.*-1\)\)\)\.$",
     ),
-    "error of its own": (
+    "InputError": (
         RefusesSizes(),
         "features",
         "^layer_sizes must start with 6, got 4",
     ),
-    "nnx error of its own": (
+    "nnx InputError": (
         NnxRefusesSizes,
         "features",
         "^layer_sizes must start with 6, got 4",
     ),
     "floats into an embedding": (
-        of(lambda m, x: m.embed(x).mean(1)),
+        nnx_class(lambda m, x: m.embed(x).mean(1)),
         "features",
         "This code requires integers",
     ),
     "tokens into a dense layer": (
-        of(lambda m, x: m.layer(x)),
+        nnx_class(lambda m, x: m.layer(x)),
         "tokens",
         r"int32\[1, 5\].*The inputs are integers",
     ),
     "fixed batch size": (
-        of(lambda m, x: m.layer(x.reshape(8, -1))),
+        nnx_class(lambda m, x: m.layer(x.reshape(8, -1))),
         "features",
         "The batch size varies",
     ),
     "branch on a value": (
-        of(lambda m, x: m.layer(x) if x.sum() > 0 else x),
+        nnx_class(lambda m, x: m.layer(x) if x.sum() > 0 else x),
         "features",
         "use jnp.where or lax.cond",
     ),
-    "numpy": (of(lambda m, x: m.layer(np.sort(x))), "features", "jnp or lax instead of numpy"),
+    "numpy": (
+        nnx_class(lambda m, x: m.layer(np.sort(x))),
+        "features",
+        "jnp or lax instead of numpy",
+    ),
     "no outputs": (
-        of(lambda m, x: None),
+        nnx_class(lambda m, x: None),
         "features",
         "must return an array, got None; end __call__ with a return statement",
     ),
     "a scalar": (
-        of(lambda m, x: m.layer(x).mean()),
+        nnx_class(lambda m, x: m.layer(x).mean()),
         "features",
         r"for each example.*got float32\[\] for one example",
     ),
-    "flat outputs": (of(lambda m, x: m.layer(x).ravel()), "features", "keep the first axis"),
+    "flat outputs": (nnx_class(lambda m, x: m.layer(x).ravel()), "features", "keep the first axis"),
     "an object": (
-        of(lambda m, x: Unregistered()),
+        nnx_class(lambda m, x: Unregistered()),
         "features",
         "got Unregistered; register a dataclass as a pytree",
     ),
     "a tuple for classes": (
-        of(lambda m, x: (m.layer(x), x)),
+        nnx_class(lambda m, x: (m.layer(x), x)),
         "features",
         "one array for a task that predicts classes",
     ),
     "writes parameters": (
-        of(
+        nnx_class(
             lambda m, x: m.norm(x),
             lambda m, rngs: setattr(m, "norm", nnx.SpectralNorm(m.layer, rngs=rngs)),
         ),
         "features",
         "must not write to its parameters",
     ),
-    "counts in Python": (of(count_calls), "features", "must not change calls in __call__"),
+    "counts in Python": (nnx_class(count_calls), "features", "must not change calls in __call__"),
     "starts from the first batch": (
-        of(start_from_data),
+        nnx_class(start_from_data),
         "features",
         "must not change is_ready in __call__",
     ),
     "statistics of the first batch": (
-        of(keep_first, put_statistics),
+        nnx_class(keep_first, put_statistics),
         "features",
         "must not change is_first in __call__",
     ),
     "statistics that are copied once": (
-        of(copy_once, put_statistics),
+        nnx_class(copy_once, put_statistics),
         "features",
         "must not change is_first in __call__",
     ),
-    "late variable": (of(create_late), "features", "ema is created in __call__"),
+    "late variable": (nnx_class(create_late), "features", "ema is created in __call__"),
     "array in a closure": (
-        of(lambda m, x: m.function(x), keep_in_closure),
+        nnx_class(lambda m, x: m.function(x), keep_in_closure),
         "features",
         "stores one inside function",
     ),
@@ -918,7 +925,7 @@ REFUSED = {
         "got Optimizer",
     ),
     "bound": (Setup().bind({}), "features", "must not be bound to variables"),
-    "neither": (3, "features", "must be an nnx or linen module.* got int 3"),
+    "not a module": (3, "features", "must be an nnx or linen module.* got int 3"),
     "a function of arrays": (
         jax.nn.relu,
         "features",

@@ -26,6 +26,17 @@ class Strategy:
     `gradient -> reduce -> optimizer`. With `inner_steps = H`, each replica takes H optimizer steps
     by itself, and the message is the outer gradient, the shared parameters minus those of the
     replica: `H local steps -> outer gradient -> reduce -> outer`.
+
+    Raises:
+        InputError: `inner_steps` or `synchronous_steps` is negative, `synchronous_steps` is not a
+            multiple of `inner_steps`, `exact` is combined with inner steps or another reducer, or
+            an argument that needs inner steps is given without them.
+
+    Examples:
+        >>> gradients = ctde.Strategy()
+        >>> local_sgd = ctde.Strategy(inner_steps=8)
+        >>> outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
+        >>> diloco = ctde.Strategy(inner_steps=32, outer=outer)
     """
 
     inner_steps: int = 0

@@ -6,18 +6,29 @@ integers if a collective sums them, but sends bytes unchanged.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Float32, Key, UInt8
 
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 
+Payload: TypeAlias = UInt8[Array, "... bytes"]
+"""Encoded vectors."""
+
 
 class Codec(NamedTuple):
-    """Encodes and decodes vectors, each row of `[..., size]` by itself."""
+    """Encodes and decodes vectors, each row by itself.
+
+    Examples:
+        >>> codec = ctde.aggregate.exact()
+        >>> values, key = np.array([1, 2, 3], np.float32), jax.random.key(0)
+        >>> payload, decoded, state = codec.encode(values, codec.init(values.shape), key)
+        >>> codec.decode(payload, 3, key)
+        Array([1., 2., 3.], dtype=float32)
+    """
 
     block: int
     """`size` must be a multiple of this."""
@@ -29,19 +40,26 @@ class Codec(NamedTuple):
     state of some numbers and keep that of others.
     """
 
-    encode: Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]
+    encode: Callable[
+        [Float32[Array, "... size"], PyTree, Key[Array, ""]],
+        tuple[UInt8[Array, "... bytes"], Float32[Array, "... size"], PyTree],
+    ]
     """`encode(values, state, key) -> (payload, decoded, state)`
 
-    `values` and `decoded` are `float32[..., size]`, and `payload` is `uint8[..., bytes]`. `decoded`
-    is what `decode` returns for the payload.
+    `decoded` is what `decode` returns for the payload.
     """
 
-    decode: Callable[[jax.Array, int, jax.Array], jax.Array]
-    """`decode(payload, size, key) -> values`, with the shapes and the key of `encode`."""
+    decode: Callable[[UInt8[Array, "... bytes"], int, Key[Array, ""]], Float32[Array, "... size"]]
+    """`decode(payload, size, key) -> values`, with the key of `encode`."""
 
 
 def exact() -> Codec:
-    """Encodes numbers unchanged, as 4 bytes each."""
+    """Encodes numbers unchanged, as 4 bytes each: `float32[..., n]` as `uint8[..., 4 n]`.
+
+    Examples:
+        >>> codec = ctde.aggregate.exact()
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(codec))
+    """
     # The bits are copied, so the decoded values are the values themselves.
     return Codec(
         block=1,
@@ -54,7 +72,7 @@ def exact() -> Codec:
 class ErrorFeedbackState(NamedTuple):
     """The encoding error that is still to be sent, and the state of the wrapped codec."""
 
-    residual: jax.Array  # float32, shaped like the values
+    residual: Float32[Array, "... size"]
     codec: PyTree
 
 
@@ -72,6 +90,10 @@ def error_feedback(codec: Codec, decay: float = 1.0) -> Codec:
 
     Raises:
         InputError: `decay` is not from 0 to 1.
+
+    Examples:
+        >>> codec = ctde.aggregate.error_feedback(ctde.aggregate.sign(), decay=0.95)
+        >>> strategy = ctde.Strategy(inner_steps=16, reduce=ctde.aggregate.two_phase(codec))
     """
     if not 0 <= decay <= 1:
         raise InputError("decay", f"must be from 0 to 1, got {decay}.")
@@ -88,12 +110,12 @@ def error_feedback(codec: Codec, decay: float = 1.0) -> Codec:
     return Codec(codec.block, init, encode, codec.decode)
 
 
-def to_bytes(values: jax.Array) -> jax.Array:
-    """Reinterprets `float32[..., n]` as `uint8[..., 4 n]`."""
+def to_bytes(values: Float32[Array, "... n"]) -> UInt8[Array, "... 4*n"]:
+    """Reinterprets each number as its 4 bytes."""
     # The bitcast appends an axis of 4 bytes, which is merged into the last axis.
     return lax.bitcast_convert_type(values, jnp.uint8).reshape(*values.shape[:-1], -1)
 
 
-def from_bytes(payload: jax.Array) -> jax.Array:
-    """Reinterprets `uint8[..., 4 n]` as `float32[..., n]`."""
+def from_bytes(payload: UInt8[Array, "... bytes"]) -> Float32[Array, "... bytes//4"]:
+    """Inverts `to_bytes`."""
     return lax.bitcast_convert_type(payload.reshape(*payload.shape[:-1], -1, 4), jnp.float32)

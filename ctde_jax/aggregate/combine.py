@@ -1,12 +1,15 @@
 """Rules by which the owner of a slice combines all messages; robust rules are in `robust.py`."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import jax
 from jax import numpy as jnp
+from jaxtyping import Array, Float32
 
 from ctde_jax.devices import PyTree
+
+Rows: TypeAlias = Float32[Array, "replicas size"]
+"""The messages of all replicas for one slice."""
 
 
 class Combine(NamedTuple):
@@ -14,6 +17,12 @@ class Combine(NamedTuple):
 
     It runs on a replica, which owns one slice, so a sum over whole messages is a `psum` over
     slices.
+
+    Examples:
+        >>> def update(rows, weights, state):
+        ...     return rows.max(axis=0), state
+        >>> largest = ctde.aggregate.Combine(init=lambda size: (), update=update)
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=largest))
     """
 
     init: Callable[[int], PyTree]
@@ -22,12 +31,11 @@ class Combine(NamedTuple):
     Raises InputError if there are too few replicas for the rule.
     """
 
-    update: Callable[[jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
-    """`update(rows, weights, state) -> (combined, state)`
-
-    `rows` is float32[replica, size], `weights` is float32[replica], and `combined` is
-    float32[size].
-    """
+    update: Callable[
+        [Float32[Array, "replicas size"], Float32[Array, " replicas"], PyTree],
+        tuple[Float32[Array, " size"], PyTree],
+    ]
+    """`update(rows, weights, state) -> (combined, state)`"""
 
     weighted: bool = False
     """Whether rows with weight 0 are ignored; if False, every row counts once."""
@@ -37,9 +45,18 @@ def average() -> Combine:
     """Computes the weighted mean of the rows.
 
     Rows with weight 0 are ignored, even if they hold NaN. If all weights are 0, the mean is 0.
+
+    Examples:
+        >>> rule = ctde.aggregate.average()
+        >>> rows = np.array([[1, 2], [3, 6], [np.nan, 0]], np.float32)
+        >>> combined, _ = rule.update(rows, np.array([1, 1, 0], np.float32), ())
+        >>> combined
+        Array([2., 4.], dtype=float32)
     """
 
-    def update(rows: jax.Array, weights: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
+    def update(
+        rows: Rows, weights: Float32[Array, " replicas"], state: PyTree
+    ) -> tuple[Float32[Array, " size"], PyTree]:
         # The rows are masked too, since a share of 0 times NaN is NaN.
         shares = weights / jnp.where(weights.sum() > 0, weights.sum(), 1)
         return shares @ jnp.where(weights[:, None] > 0, rows, 0), state

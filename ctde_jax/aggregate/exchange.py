@@ -7,18 +7,22 @@ bytes.
 
 from itertools import accumulate, pairwise
 from math import ceil
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Shaped, UInt8
 
-from ctde_jax.aggregate.codec import Codec, exact, from_bytes, to_bytes
+from ctde_jax.aggregate.codec import Codec, Payload, exact, from_bytes, to_bytes
 from ctde_jax.aggregate.combine import Combine, average
 from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.devices import AXIS, PyTree
+
+Vector: TypeAlias = Float32[Array, " size"]
+"""A message as it travels: all its leaves, one after another."""
 
 
 class TwoPhaseState(NamedTuple):
@@ -69,6 +73,18 @@ def two_phase(
     leaf do not change, so codecs that cannot represent zero do not move a frozen layer. The flag is
     per leaf: zeros in a leaf with other numbers are as exact as the codec, so `sign` and
     statistical levels move them.
+
+    Args:
+        codec: Codec of the slices; by default float32, 4 bytes per number.
+        combine: Rule that combines the messages; by default their mean, weighted by examples.
+
+    Raises:
+        InputError: At initialization, if there are too few replicas for `combine`.
+
+    Examples:
+        >>> codec = ctde.aggregate.error_feedback(ctde.aggregate.quantize(bits=4))
+        >>> compressed = ctde.Strategy(reduce=ctde.aggregate.two_phase(codec))
+        >>> robust = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=ctde.aggregate.median()))
     """
 
     def slice_size(tree: PyTree) -> int:
@@ -132,8 +148,10 @@ def two_phase(
     return reducer(init, update, independent=not combine.weighted)
 
 
-def _slices(x: np.ndarray, count: int, size: int) -> np.ndarray:
-    """Recuts vectors `[..., slice, size]` into `count` slices of a new size, padded with zeros."""
+def _slices(
+    x: Shaped[np.ndarray, "... slices slice_size"], count: int, size: int
+) -> Shaped[np.ndarray, "... count size"]:
+    """Recuts vectors into other slices, padded with zeros."""
     # Numbers beyond the new slices are padding of the old ones.
     vectors = x.reshape(*x.shape[:-2], -1)[..., : count * size]
     missing = count * size - vectors.shape[-1]
@@ -148,6 +166,13 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
     If the n numbers, rounded up to whole blocks of the codec, are encoded in `b` bytes, every
     replica sends `(R - 1) * (b + ceil(leaves / 8) + 4)` bytes. If every replica sends zeros for a
     leaf, the result is exactly zero, as in `two_phase`.
+
+    Args:
+        codec: Codec of the whole message, a vector of its n numbers in float32.
+
+    Examples:
+        >>> codec = ctde.aggregate.error_feedback(ctde.aggregate.top_k(k=128))
+        >>> strategy = ctde.Strategy(inner_steps=16, reduce=ctde.aggregate.gathered(codec))
     """
 
     def padded_size(tree: PyTree) -> int:
@@ -170,7 +195,9 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
         shares = weights / jnp.where(weights.sum() > 0, weights.sum(), 1)
         moving = _of_each_number(jnp.any(moves & (weights > 0)[:, None], axis=0), updates, size)
 
-        def add(total: jax.Array, message: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def add(
+            total: Vector, message: tuple[UInt8[Array, " bytes"], Float32[Array, ""]]
+        ) -> tuple[Vector, None]:
             payload, share = message
             return total + jnp.where(share > 0, codec.decode(payload, size, key) * share, 0), None
 
@@ -183,15 +210,15 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
     return reducer(lambda params: codec.init((padded_size(params),)), update)
 
 
-def as_vector(tree: PyTree, size: int | None = None) -> jax.Array:
-    """Concatenates the leaves of a tree to float32[size], padded with zeros."""
+def as_vector(tree: PyTree, size: int | None = None) -> Vector:
+    """Concatenates the leaves of a tree to one vector, padded with zeros."""
     missing = [jnp.zeros((size or _count(tree)) - _count(tree))]
     return jnp.concatenate(
         [leaf.ravel().astype(jnp.float32) for leaf in jax.tree.leaves(tree)] + missing
     )
 
 
-def as_tree(vector: jax.Array, like: PyTree) -> PyTree:
+def as_tree(vector: Vector, like: PyTree) -> PyTree:
     """Inverts `as_vector`; shapes and dtypes are those of `like`."""
     leaves, structure = jax.tree.flatten(like)
     borders = [0, *accumulate(leaf.size for leaf in leaves)]
@@ -208,38 +235,38 @@ def _count(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def with_weight(payload: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
-    """Appends a weight, float32[], to each row of `uint8[..., bytes]`."""
+def with_weight(payload: Payload, weight: Float[ArrayLike, ""]) -> Payload:
+    """Appends a weight to each row of a payload, as a float32."""
     written = to_bytes(jnp.asarray(weight, jnp.float32)[None])
     return jnp.concatenate([payload, jnp.broadcast_to(written, (*payload.shape[:-1], 4))], axis=-1)
 
 
-def split_weights(payload: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inverts `with_weight`: returns the payload, and the weights `float32[...]`."""
+def split_weights(payload: Payload) -> tuple[Payload, Float32[Array, "..."]]:
+    """Inverts `with_weight`: returns the payload and the weights."""
     return payload[..., :-4], from_bytes(payload[..., -4:])[..., 0]
 
 
-def _with_flags(payload: jax.Array, flags: jax.Array) -> jax.Array:
-    """Appends `bool[n]`, packed into `ceil(n / 8)` bytes, to each row of `uint8[..., bytes]`."""
+def _with_flags(payload: Payload, flags: Bool[Array, " leaves"]) -> Payload:
+    """Appends flags, packed into `ceil(leaves / 8)` bytes, to each row of a payload."""
     written = jnp.packbits(flags)
     return jnp.concatenate(
         [payload, jnp.broadcast_to(written, (*payload.shape[:-1], len(written)))], axis=-1
     )
 
 
-def _split_flags(payload: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Inverts `_with_flags`: returns the payload, and the flags `bool[..., count]`."""
+def _split_flags(payload: Payload, count: int) -> tuple[Payload, Bool[Array, "... count"]]:
+    """Inverts `_with_flags`: returns the payload and the flags."""
     end = payload.shape[-1] - ceil(count / 8)
     return payload[..., :end], jnp.unpackbits(payload[..., end:], axis=-1, count=count) > 0
 
 
-def _moves(tree: PyTree) -> jax.Array:
-    """Returns whether each leaf has a nonzero number, bool[leaf]; NaN counts as nonzero."""
+def _moves(tree: PyTree) -> Bool[Array, " leaves"]:
+    """Returns whether each leaf has a nonzero number; NaN counts as nonzero."""
     return jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)])
 
 
-def _of_each_number(moves: jax.Array, tree: PyTree, size: int) -> jax.Array:
-    """Repeats each leaf's flag for each of its numbers, in the order of `as_vector`; bool[size]."""
+def _of_each_number(moves: Bool[Array, " leaves"], tree: PyTree, size: int) -> Bool[Array, " size"]:
+    """Repeats each leaf's flag for each of its numbers, in the order of `as_vector`."""
     flags = [
         jnp.broadcast_to(flag, leaf.size)
         for flag, leaf in zip(moves, jax.tree.leaves(tree), strict=True)
@@ -248,7 +275,7 @@ def _of_each_number(moves: jax.Array, tree: PyTree, size: int) -> jax.Array:
     return jnp.concatenate([*flags, jnp.zeros(size - _count(tree), bool)])
 
 
-def _where(moving: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+def _where(moving: Bool[Array, "... size"], new: PyTree, old: PyTree) -> PyTree:
     """Selects the codec state: `new` for numbers that move, `old` for the others.
 
     Its arrays are shaped like the values; see `Codec.init`.

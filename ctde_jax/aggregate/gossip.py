@@ -7,8 +7,9 @@ import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Int32, Key
 
-from ctde_jax.aggregate.exchange import as_tree, as_vector
+from ctde_jax.aggregate.exchange import Vector, as_tree, as_vector
 from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.devices import AXIS, PyTree
 from ctde_jax.errors import InputError, check_known
@@ -19,7 +20,7 @@ Graph = Literal["ring", "exponential", "pairs"]
 class GossipState(NamedTuple):
     """The position in the cycle of exponential graphs."""
 
-    rounds: jax.Array  # int32[], rounds since the start
+    rounds: Int32[Array, ""]  # rounds since the start
 
 
 def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -53,6 +54,10 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
     Raises:
         InputError: `graph` is unknown, `pull` is not from 0 to 1, or, at initialization, there is
             only one replica.
+
+    Examples:
+        >>> ring = ctde.aggregate.gossip("ring")
+        >>> strategy = ctde.Strategy(inner_steps=1, reduce=ring, diverges=True)
     """
     check_known("graph", graph, ("ring", "exponential", "pairs"))
     if not 0 <= pull <= 1:
@@ -75,7 +80,7 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
     return reducer(init, update)
 
 
-def _ring(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
+def _ring(vector: Vector, rounds: Int32[Array, ""], key: Key[Array, ""]) -> Vector:
     replicas = lax.axis_size(AXIS)
     # Both neighbors are the same replica, so the ring is a pair.
     if replicas == 2:
@@ -86,7 +91,7 @@ def _ring(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
     return ((left - vector) + (right - vector)) / 3
 
 
-def _exponential(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
+def _exponential(vector: Vector, rounds: Int32[Array, ""], key: Key[Array, ""]) -> Vector:
     replicas = lax.axis_size(AXIS)
     hops = [2**j for j in range((replicas - 1).bit_length())]
     return _one_of(
@@ -96,18 +101,18 @@ def _exponential(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Ar
     )
 
 
-def _pairs(vector: jax.Array, rounds: jax.Array, key: jax.Array) -> jax.Array:
+def _pairs(vector: Vector, rounds: Int32[Array, ""], key: Key[Array, ""]) -> Vector:
     # In a random round of a tournament, all partners of a replica are equally likely.
     rounds_of_all = tournament(lax.axis_size(AXIS))
     return _one_of(rounds_of_all, jax.random.randint(key, (), 0, len(rounds_of_all)), vector)
 
 
-_AWAY: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+_AWAY: dict[str, Callable[[Vector, Int32[Array, ""], Key[Array, ""]], Vector]] = {
     "ring": _ring,
     "exponential": _exponential,
     "pairs": _pairs,
 }
-"""`away(vector, rounds, key)`: the mixed vector minus that of the replica, float32[size]."""
+"""`away(vector, rounds, key)`: the mixed vector minus that of the replica."""
 
 
 def tournament(replicas: int) -> list[list[int]]:
@@ -129,16 +134,16 @@ def tournament(replicas: int) -> list[list[int]]:
     return rounds
 
 
-def _one_of(choices: Sequence[Sequence[int]], choice: jax.Array, vector: jax.Array) -> jax.Array:
+def _one_of(choices: Sequence[Sequence[int]], choice: Int32[Array, ""], vector: Vector) -> Vector:
     """Returns the change by averaging with the chosen source; `choice` is equal on all replicas."""
 
-    def away(sources: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
+    def away(sources: Sequence[int]) -> Callable[[Vector], Vector]:
         return lambda vector: (_from(vector, sources) - vector) / 2
 
     # Branches contain collectives: all replicas must take the same one.
     return lax.switch(choice, [away(sources) for sources in choices], vector)
 
 
-def _from(vector: jax.Array, sources: Sequence[int]) -> jax.Array:
+def _from(vector: Vector, sources: Sequence[int]) -> Vector:
     """Returns the vector of replica `sources[i]` on each replica i."""
     return lax.ppermute(vector, AXIS, [(source, i) for i, source in enumerate(sources)])

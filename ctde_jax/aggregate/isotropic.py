@@ -8,12 +8,16 @@ from ctde_jax.aggregate.scaling import relative
 
 
 def isotropic() -> optax.GradientTransformation:
-    """Sets all singular values of every matrix to their mean.
+    """Sets all singular values of every matrix to their mean (Marczak et al., 2025).
 
-    Marczak et al. (2025) do this to merged models. The average of the changes of many replicas is
+    The paper does this to merged models. The average of the changes of many replicas is
     large in the few directions that they share and small in all others; equal singular values
     preserve every direction. Chain it before an outer optimizer. A leaf with more than two axes is
     a matrix `[all other axes, last axis]`; vectors are left unchanged.
+
+    Examples:
+        >>> outer = optax.chain(ctde.aggregate.isotropic(), optax.sgd(0.7, momentum=0.9))
+        >>> strategy = ctde.Strategy(inner_steps=32, outer=outer)
     """
 
     def flatten_spectrum(leaf: jax.Array) -> jax.Array:

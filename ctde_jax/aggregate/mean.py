@@ -18,6 +18,9 @@ def mean() -> optax.GradientTransformationExtraArgs:
     last batch is short; for outer gradients, it is federated averaging (McMahan et al., 2017). In
     one all-reduce, every replica sends `2 (R - 1) / R * 4 (n + 1)` bytes for n numbers and the
     weight.
+
+    Examples:
+        >>> strategy = ctde.Strategy(inner_steps=8, reduce=ctde.aggregate.mean())
     """
 
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
@@ -40,6 +43,9 @@ def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
     Raises:
         InputError: `per_host` is less than 1, or, at initialization, the number of replicas is not
             a multiple of it.
+
+    Examples:
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.hierarchical_mean(per_host=8))
     """
     check_at_least(1, per_host=per_host)
 

@@ -44,6 +44,9 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
 
     Raises:
         InputError: `rank` is less than 1.
+
+    Examples:
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.power_sgd(rank=2))
     """
     check_at_least(1, rank=rank)
 

@@ -16,6 +16,7 @@ import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from ctde_jax.aggregate.mean import mean
 from ctde_jax.aggregate.reducer import reducer
@@ -51,6 +52,10 @@ def private(
     Raises:
         InputError: `clip_norm` is not positive, `noise_multiplier` is negative, or one of them is
             not finite.
+
+    Examples:
+        >>> reduce = ctde.aggregate.private(clip_norm=1.0, noise_multiplier=1.0)
+        >>> strategy = ctde.Strategy(inner_steps=20, reduce=reduce)
     """
     if not 0 < clip_norm < math.inf:
         raise InputError("clip_norm", f"must be greater than 0 and finite, got {clip_norm}.")
@@ -64,8 +69,8 @@ def private(
         state,
         params=None,
         *,
-        weight: jax.typing.ArrayLike = 1.0,
-        key: jax.Array,
+        weight: Float[ArrayLike, ""] = 1.0,
+        key: Key[Array, ""],
         **extra_args,
     ):
         # All messages have the weight 1: with a larger one, a replica could move the average by
@@ -130,6 +135,10 @@ def epsilon(
 
     Raises:
         InputError: An argument is out of range, or dp-accounting is not installed.
+
+    Examples:
+        >>> round(ctde.aggregate.epsilon(noise_multiplier=1.0, rounds=100, sampling_rate=0.1), 1)
+        7.0
     """
     check_at_least(1, rounds=rounds)
     if not 0.1 <= noise_multiplier < math.inf:

@@ -18,6 +18,9 @@ def proximal(strength: float) -> optax.GradientTransformationExtraArgs:
 
     Raises:
         InputError: `strength` is negative.
+
+    Examples:
+        >>> fedprox = ctde.Strategy(inner_steps=20, inner=ctde.aggregate.proximal(0.01))
     """
     # `not >=` also rejects NaN.
     if not strength >= 0:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from statistics import NormalDist
 from typing import Literal
 
-import jax
 import numpy as np
 from jax import numpy as jnp
+from jaxtyping import Array, Float32, Num, UInt8
 
 from ctde_jax.aggregate.codec import Codec, from_bytes, to_bytes
 from ctde_jax.aggregate.scaling import power_towards_one, relative
@@ -30,6 +30,13 @@ def quantize(bits: int, levels: Levels = "linear", block: int = 256) -> Codec:
 
     Raises:
         InputError: An argument is not one of these values.
+
+    Examples:
+        >>> codec = ctde.aggregate.quantize(bits=4, block=256)
+        >>> values = np.linspace(-1, 1, 256, dtype=np.float32)
+        >>> payload, decoded, _ = codec.encode(values, codec.init(values.shape), jax.random.key(0))
+        >>> payload.nbytes
+        132
     """
     if bits not in (8, 4, 2):
         raise InputError("bits", f"must be 8, 4 or 2, got {bits}.")
@@ -69,6 +76,13 @@ def sign(block: int = 256) -> Codec:
 
     Raises:
         InputError: `block` is not a positive multiple of 8.
+
+    Examples:
+        >>> codec = ctde.aggregate.sign(block=8)
+        >>> values = np.array([1, -2, 3, -4, 5, -6, 7, -8], np.float32)
+        >>> payload, decoded, _ = codec.encode(values, codec.init(values.shape), jax.random.key(0))
+        >>> payload.nbytes, decoded[:2]
+        (5, Array([ 4.5, -4.5], dtype=float32))
     """
     _check_block(block)
     return _blockwise(
@@ -80,8 +94,8 @@ def sign(block: int = 256) -> Codec:
     )
 
 
-def normal_levels(bits: int) -> np.ndarray:
-    """Returns the levels of least squared error for the normal distribution, float32[2**bits].
+def normal_levels(bits: int) -> Float32[np.ndarray, " levels"]:
+    """Returns the `2**bits` levels of least squared error for the normal distribution.
 
     The levels ascend. They are found by Lloyd's iteration (Max, 1960): each border is midway
     between two levels, and each level is the mean of the distribution between its borders.
@@ -102,9 +116,9 @@ def normal_levels(bits: int) -> np.ndarray:
 def _blockwise(
     bits: int,
     block: int,
-    scale: Callable[[jax.Array], jax.Array],
-    code: Callable[[jax.Array], jax.Array],
-    level: Callable[[jax.Array], jax.Array],
+    scale: Callable[[Float32[Array, "... block"]], Float32[Array, "..."]],
+    code: Callable[[Float32[Array, "... block"]], Num[Array, "... block"]],
+    level: Callable[[Num[Array, "... block"]], Float32[Array, "... block"]],
 ) -> Codec:
     """Makes a blockwise codec from three functions; the scale of each block is part of its payload.
 
@@ -115,7 +129,7 @@ def _blockwise(
     Args:
         bits: Bits per number.
         block: Numbers that share a scale.
-        scale: `scale(parts [..., block]) -> [...]`, in units of the largest magnitude.
+        scale: `scale(parts)`, in units of the largest magnitude.
         code: `code(parts / scale)`, a whole number less than `2**bits`.
         level: Inverse of `code`, up to rounding.
     """
@@ -139,7 +153,9 @@ def _blockwise(
         numbers = read(unpack(written[..., :-4], bits), from_bytes(written[..., -4:]))
         return numbers.reshape(*payload.shape[:-1], size)
 
-    def read(codes: jax.Array, scales: jax.Array) -> jax.Array:
+    def read(
+        codes: Num[Array, "... block"], scales: Float32[Array, "... 1"]
+    ) -> Float32[Array, "... block"]:
         # The scale is brought nearer to 1: `level * scale` could pass through subnormal numbers,
         # which a CPU flushes to zero.
         power = power_towards_one(scales)
@@ -153,8 +169,8 @@ def _blockwise(
     return Codec(block, lambda shape: (), encode, decode)
 
 
-def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Packs whole numbers `[..., n]` into `uint8[..., n * bits / 8]`.
+def pack(codes: Num[Array, "... n"], bits: int) -> UInt8[Array, "... bytes"]:
+    """Packs whole numbers into `n * bits / 8` bytes.
 
     Args:
         codes: Whole numbers from 0 to `2**bits - 1`, of any dtype.
@@ -168,13 +184,13 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     return packed.astype(jnp.uint8)
 
 
-def unpack(packed: jax.Array, bits: int) -> jax.Array:
-    """Inverts `pack`, to uint8."""
+def unpack(packed: UInt8[Array, "... bytes"], bits: int) -> UInt8[Array, "... n"]:
+    """Inverts `pack`."""
     places = [packed >> jnp.uint8(bits * place) for place in range(8 // bits)]
     return jnp.concatenate(places, axis=-1) & jnp.uint8(2**bits - 1)
 
 
-def _largest(blocks: jax.Array) -> jax.Array:
+def _largest(blocks: Float32[Array, "... block"]) -> Float32[Array, "..."]:
     """Returns the maximum of each row.
 
     Rows are halved first, which a CPU computes with vector instructions instead of number by

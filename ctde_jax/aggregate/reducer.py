@@ -44,6 +44,12 @@ def reducer(
             shapes and dtypes of the message. Both functions receive complex leaves as their real
             and imaginary parts, real `[2, ...]`.
         independent: Whether to return an `IndependentReducer`.
+
+    Examples:
+        >>> def update(message, state, params=None, **extra_args):
+        ...     return jax.lax.pmax(message, ctde.devices.AXIS), state
+        >>> largest = ctde.aggregate.reducer(lambda params: optax.EmptyState(), update)
+        >>> strategy = ctde.Strategy(reduce=largest)
     """
 
     # Complex leaves are converted here, so that reducers and codecs handle real numbers only.

@@ -16,11 +16,11 @@ vectors sum the squared distances that the owners compute on their slices: 3 R x
 
 from math import inf
 
-import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Float32
 
-from ctde_jax.aggregate.combine import Combine
+from ctde_jax.aggregate.combine import Combine, Rows
 from ctde_jax.aggregate.scaling import norm
 from ctde_jax.devices import AXIS
 from ctde_jax.errors import InputError, check_at_least
@@ -30,6 +30,13 @@ def median() -> Combine:
     """Takes the median of each coordinate (Yin et al., 2018).
 
     If the number of replicas is even, this is the mean of the middle two.
+
+    Examples:
+        >>> rule = ctde.aggregate.median()
+        >>> combined, _ = rule.update(np.float32([[1, 2], [3, 4], [90, -70]]), np.ones(3), ())
+        >>> combined
+        Array([3., 2.], dtype=float32)
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=rule))
     """
 
     def update(rows, weights, state):
@@ -50,6 +57,10 @@ def trimmed_mean(byzantine: int) -> Combine:
 
     Raises:
         InputError: `byzantine` is negative, or, at initialization, half of the replicas or more.
+
+    Examples:
+        >>> rule = ctde.aggregate.trimmed_mean(byzantine=1)
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=rule))
     """
     check_at_least(0, byzantine=byzantine)
 
@@ -77,6 +88,10 @@ def krum(byzantine: int) -> Combine:
     Raises:
         InputError: `byzantine` is negative, or, at initialization, there are fewer than 2 f + 3
             replicas.
+
+    Examples:
+        >>> rule = ctde.aggregate.krum(byzantine=1)
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=rule))
     """
     return multi_krum(byzantine, selected=1)
 
@@ -91,6 +106,10 @@ def multi_krum(byzantine: int, selected: int | None = None) -> Combine:
 
     Raises:
         InputError: As for `krum`, or `selected` is not from 1 to R - f.
+
+    Examples:
+        >>> rule = ctde.aggregate.multi_krum(byzantine=1, selected=4)
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=rule))
     """
     check_at_least(0, byzantine=byzantine)
     check_at_least(1, selected=selected)
@@ -135,6 +154,10 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
 
     Raises:
         InputError: `smoothing` is not positive and finite, or `iterations` is less than 1.
+
+    Examples:
+        >>> rule = ctde.aggregate.geometric_median()
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=rule))
     """
     _check_positive(smoothing=smoothing)
     check_at_least(1, iterations=iterations)
@@ -168,6 +191,10 @@ def centered_clipping(radius: float, iterations: int = 1) -> Combine:
 
     Raises:
         InputError: `radius` is not positive and finite, or `iterations` is less than 1.
+
+    Examples:
+        >>> rule = ctde.aggregate.centered_clipping(radius=1.0)
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=rule))
     """
     _check_positive(radius=radius)
     check_at_least(1, iterations=iterations)
@@ -185,8 +212,8 @@ def centered_clipping(radius: float, iterations: int = 1) -> Combine:
     return Combine(jnp.zeros, update)
 
 
-def _distances(rows: jax.Array, center: jax.Array) -> jax.Array:
-    """Returns each message's distance from a point, float32[replica]; infinite if not finite."""
+def _distances(rows: Rows, center: Float32[Array, " size"]) -> Float32[Array, " replicas"]:
+    """Returns each message's distance from a point; infinite if not finite."""
     return _summed_over_owners(_squares(rows - center[None]))
 
 
@@ -194,8 +221,8 @@ def _distances(rows: jax.Array, center: jax.Array) -> jax.Array:
 _SCALES = (2.0**75, 1.0, 2.0**-75)
 
 
-def _squares(slices: jax.Array) -> jax.Array:
-    """Sums the squares of each slice at three scales, float32[3, replica].
+def _squares(slices: Rows) -> Float32[Array, "3 replicas"]:
+    """Sums the squares of each slice at three scales.
 
     At one of the scales, the sum neither overflows nor underflows. These are the three accumulators
     of Blue (1978), which need one all-reduce; a common scale would need two.
@@ -203,8 +230,10 @@ def _squares(slices: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum((slices * scale) ** 2, axis=1) for scale in _SCALES])
 
 
-def _summed_over_owners(squares: jax.Array) -> jax.Array:
-    """Sums `_squares`, `[..., 3, replica]`, over the owners, and returns norms of whole messages.
+def _summed_over_owners(
+    squares: Float32[Array, "... 3 replicas"],
+) -> Float32[Array, "... replicas"]:
+    """Sums `_squares` over the owners, and returns norms of whole messages.
 
     The norm of a message that is not finite is infinite.
     """
@@ -216,7 +245,7 @@ def _summed_over_owners(squares: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(norms), jnp.inf, norms)
 
 
-def _mean(rows: jax.Array) -> jax.Array:
+def _mean(rows: Rows) -> Float32[Array, " size"]:
     """Averages rows; divides first, so that the sum of large numbers does not overflow."""
     return jnp.sum(rows / len(rows), axis=0)
 

@@ -1,13 +1,21 @@
 """Sparse codecs: the largest numbers of each chunk, or a random choice that needs no positions."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Float32, Int, Int32, Key, UInt8
 
-from ctde_jax.aggregate.codec import Codec, exact
+from ctde_jax.aggregate.codec import Codec, Payload, exact
 from ctde_jax.errors import InputError
+
+Chunks: TypeAlias = Float32[Array, "... chunks chunk"]
+"""Vectors, cut into chunks of equal size."""
+
+Positions: TypeAlias = Int32[Array, "... chunks k"]
+"""Positions in each chunk of the numbers that are kept."""
 
 
 def top_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
@@ -24,18 +32,25 @@ def top_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
 
     Raises:
         InputError: `k` is not from 1 to `chunk`, or not a multiple of the block of `values`.
+
+    Examples:
+        >>> codec = ctde.aggregate.top_k(k=2, chunk=8)
+        >>> values = np.array([3, 0, 1, 0, -5, 0, 2, 0], np.float32)
+        >>> payload, decoded, _ = codec.encode(values, codec.init(values.shape), jax.random.key(0))
+        >>> payload.nbytes, decoded
+        (9, Array([ 3.,  0.,  0.,  0., -5.,  0.,  0.,  0.], dtype=float32))
     """
     bits = max(1, (chunk - 1).bit_length())
 
-    def choose(chunks: jax.Array, key: jax.Array) -> jax.Array:
+    def choose(chunks: Chunks, key: Key[Array, ""]) -> Positions:
         return jnp.sort(lax.top_k(jnp.abs(chunks), k)[1], axis=-1)
 
-    def write(positions: jax.Array) -> jax.Array:
+    def write(positions: Positions) -> Payload:
         return pack_integers(positions.reshape(*positions.shape[:-2], -1), bits)
 
     def read(
-        payload: jax.Array, shape: tuple[int, ...], key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        payload: Payload, shape: tuple[int, ...], key: Key[Array, ""]
+    ) -> tuple[Positions, Payload]:
         # The positions of all chunks come first.
         count = shape[-2] * k
         border = -(-count * bits // 8)
@@ -60,9 +75,13 @@ def random_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
 
     Raises:
         InputError: `k` is not from 1 to `chunk`, or not a multiple of the block of `values`.
+
+    Examples:
+        >>> codec = ctde.aggregate.error_feedback(ctde.aggregate.random_k(k=128, chunk=4096))
+        >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(codec))
     """
 
-    def draw(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    def draw(shape: tuple[int, ...], key: Key[Array, ""]) -> Positions:
         # The positions of the k largest of random numbers are a choice without replacement. All
         # rows share the choice.
         positions = lax.top_k(jax.random.bits(key, (shape[-2], chunk)), k)[1]
@@ -82,9 +101,9 @@ def _chunkwise(
     k: int,
     chunk: int,
     values: Codec,
-    choose: Callable[[jax.Array, jax.Array], jax.Array],
-    write: Callable[[jax.Array], jax.Array],
-    read: Callable[[jax.Array, tuple[int, ...], jax.Array], tuple[jax.Array, jax.Array]],
+    choose: Callable[[Chunks, Key[Array, ""]], Positions],
+    write: Callable[[Positions], Payload],
+    read: Callable[[Payload, tuple[int, ...], Key[Array, ""]], tuple[Positions, Payload]],
 ) -> Codec:
     """Makes a codec that keeps k numbers of each chunk.
 
@@ -92,9 +111,9 @@ def _chunkwise(
         k: Numbers to keep in each chunk.
         chunk: Numbers in a chunk.
         values: Stateless codec of the numbers that are kept.
-        choose: `choose(chunks [..., c, chunk], key) -> positions int32[..., c, k]`
-        write: `write(positions) -> uint8[..., bytes]`
-        read: `read(payload, (..., c, k), key) -> (positions, the rest of the payload)`
+        choose: `choose(chunks, key) -> positions`
+        write: `write(positions) -> payload`
+        read: `read(payload, shape of the positions, key) -> (positions, the rest of the payload)`
     """
     if not 1 <= k <= chunk:
         raise InputError("k", f"must be from 1 to {chunk}, the chunk size, got {k}.")
@@ -104,7 +123,9 @@ def _chunkwise(
             f"must be a multiple of {values.block}, the block size of the values, got {k}.",
         )
 
-    def scatter(positions: jax.Array, kept: jax.Array) -> jax.Array:
+    def scatter(
+        positions: Positions, kept: Float32[Array, "... kept"]
+    ) -> Float32[Array, "... size"]:
         # [..., c, k] -> [..., c, chunk], zeros elsewhere -> [..., size]
         zeros = jnp.zeros((*positions.shape[:-1], chunk))
         placed = jnp.put_along_axis(
@@ -132,8 +153,8 @@ def _chunkwise(
     return Codec(chunk, lambda shape: (), encode, decode)
 
 
-def pack_integers(integers: jax.Array, bits: int) -> jax.Array:
-    """Packs `int[..., n]` of `bits` bits each into `uint8[..., ceil(n * bits / 8)]`."""
+def pack_integers(integers: Int[Array, "... n"], bits: int) -> UInt8[Array, "... bytes"]:
+    """Packs integers of `bits` bits each into `ceil(n * bits / 8)` bytes."""
     # Bits in a trailing axis, lowest first.
     shifts = jnp.arange(bits).reshape((1,) * integers.ndim + (bits,))
     return jnp.packbits(
@@ -141,8 +162,10 @@ def pack_integers(integers: jax.Array, bits: int) -> jax.Array:
     )
 
 
-def unpack_integers(packed: jax.Array, bits: int, count: int) -> jax.Array:
-    """Inverts `pack_integers`: returns `int32[..., count]`."""
+def unpack_integers(
+    packed: UInt8[Array, "... bytes"], bits: int, count: int
+) -> Int32[Array, "... count"]:
+    """Inverts `pack_integers`."""
     ones = jnp.unpackbits(packed, axis=-1, count=count * bits).reshape(
         *packed.shape[:-1], count, bits
     )

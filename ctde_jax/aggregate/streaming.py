@@ -48,6 +48,10 @@ def streaming(
 
     Raises:
         InputError: `fragments` is less than 1, or `mix` is not from 0 to 1.
+
+    Examples:
+        >>> reduce = ctde.aggregate.streaming(fragments=4)
+        >>> strategy = ctde.Strategy(inner_steps=8, reduce=reduce, diverges=True)
     """
     check_at_least(1, fragments=fragments)
     if not 0 <= mix <= 1:

@@ -163,6 +163,11 @@ def learning_rate(opt_state: PyTree) -> jax.Array | None:
 
     It is None if the state holds no scalar learning rate, or several, as that of
     `optax.multi_transform` may, since none of these applies to all parameters.
+
+    Examples:
+        >>> opt_state = ctde.optimizers.build("sgd", 0.1).init({"kernel": np.ones(3)})
+        >>> round(float(ctde.aggregate.learning_rate(opt_state)), 3)
+        0.1
     """
     states = _found(opt_state, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
     rates = [

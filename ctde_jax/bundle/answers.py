@@ -10,7 +10,12 @@ from ctde_jax.errors import InputError, check_at_least
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Returns the log-softmax over the last axis, float64 `[..., classes]`."""
+    """Returns the log-softmax of logits `[..., classes]` in nats, float64 `[..., classes]`.
+
+    Examples:
+        >>> ctde.bundle.answers.log_probabilities(np.zeros((1, 2), np.float32)).round(3)
+        array([[-0.693, -0.693]])
+    """
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -23,6 +28,12 @@ def score(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
     Args:
         outputs: Logits, float32 `[examples, ..., classes]`.
         labels: Indices of classes, int32 `[examples, ...]`.
+
+    Examples:
+        >>> logits = np.array([[0, 9], [9, 0]], np.float32)
+        >>> losses, hits = ctde.bundle.answers.score(logits, np.array([1, 1], np.int32))
+        >>> hits
+        array([1., 0.])
     """
     of_label = np.take_along_axis(log_probabilities(outputs), labels[..., None], axis=-1)[..., 0]
     is_right = outputs.argmax(axis=-1) == labels

@@ -156,6 +156,13 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
     Raises:
         InputError: If the folder is not a bundle, its card is damaged, not the expected one or
             invalid, or it was written by a newer version.
+
+    Examples:
+        >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+        >>> trained = ctde.fit(model, data, optax.sgd(0.1), steps=1, show=False)
+        >>> written = ctde.write_bundle(trained, data, "bundle", ["numpy"], show=False)
+        >>> ctde.open_bundle("bundle").card.input_shape
+        (8, 8)
     """
     # The folder of a run, which contains the bundle, is a common mistake.
     folder = Path(folder)

@@ -37,9 +37,25 @@ class Runtime(NamedTuple):
 def load(bundle: Bundle, runtime: str) -> Predict:
     """Returns the function of an artifact, which checks its inputs against the card.
 
+    The function maps raw inputs `[examples, ...]`, in the units and the dtype of the data set, to
+    outputs, `float32[examples, ...]`. There may be 0 examples. It raises InputError for inputs of
+    another dtype, shape or range.
+
+    Args:
+        bundle: An open bundle; see `open_bundle`.
+        runtime: Name of the runtime, one of `RUNTIMES`; see `pick`.
+
     Raises:
         InputError: If the bundle has no such artifact, or the runtime is not installed or rejects
             the file.
+
+    Examples:
+        >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+        >>> trained = ctde.fit(model, data, optax.sgd(0.1), steps=1, show=False)
+        >>> bundle, _ = ctde.write_bundle(trained, data, "bundle", ["numpy"], show=False)
+        >>> predict = ctde.bundle.load(bundle, ctde.bundle.pick(bundle))
+        >>> predict(data.test.inputs[:5]).shape
+        (5, 10)
     """
     run = _load(bundle, runtime, bundle.card.artifacts[_known(bundle, runtime)].file)
     accepted = bundle.card.accepted

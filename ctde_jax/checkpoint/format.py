@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -234,6 +235,8 @@ class Saver:
         self._beside = beside
         self._thread = thread
         self._last: Future[None] | None = None
+        self.completed: deque[Path] = deque()
+        """Checkpoints that were written since the caller last removed them from here."""
 
     def save(self, step: int, tensors: Tensors, facts: Facts) -> None:
         """Waits for the previous checkpoint, and starts to write this one.
@@ -271,6 +274,7 @@ class Saver:
             if self._beside.exists():
                 bring_to_disk(self._beside)
             write(path_of(self._folder, step), tensors, facts)
+            self.completed.append(path_of(self._folder, step))
 
             # Keep the newest checkpoints and the best one. Those of later steps are left from
             # before the run resumed from an older checkpoint, as they were damaged.

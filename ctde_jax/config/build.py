@@ -41,7 +41,7 @@ from ctde_jax.models import (
     mup,
     smoothed,
 )
-from ctde_jax.trainer import Training
+from ctde_jax.trainer import Training, trackers
 
 
 def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Device]) -> Training:
@@ -362,6 +362,11 @@ def strategy(name: str, **options: Any) -> Strategy:
 
     Raises:
         InputError: If the name or an option is unknown, or options exclude each other.
+
+    Examples:
+        >>> diloco = ctde.strategy("diloco", sync_every=64, reduce="int4")
+        >>> diloco.inner_steps
+        64
     """
     # The command line checks names and values when it parses them; here they come from Python.
     check_known("strategy", name, PRESETS)
@@ -490,6 +495,23 @@ def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
     }
     outer = outers[chosen.outer]()
     return optax.chain(aggregate.isotropic(), outer) if chosen.isotropic else outer
+
+
+def build_trackers(names: Sequence[str], folder: Path) -> list[trackers.Tracker]:
+    """Builds trackers of the run in a folder, whose name is that of the tracked run."""
+
+    def build(name: str) -> trackers.Tracker:
+        match name:
+            case "tensorboard":
+                return trackers.TensorBoard(folder / "tensorboard")
+            case "mlflow":
+                return trackers.MLflow(name=folder.name)
+            case "wandb":
+                return trackers.WandB(name=folder.name)
+            case _:
+                return trackers.Trackio(name=folder.name)
+
+    return [build(name) for name in names]
 
 
 def _data_file(chosen: DataOptions) -> Path:

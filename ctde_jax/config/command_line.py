@@ -152,6 +152,7 @@ _DECIDE_NOTHING = (
     "log_every",
     "keep_checkpoints",
     "keep_best",
+    "track",
     "prompt",
     "sample_length",
 )
@@ -281,7 +282,7 @@ def _is_saved(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         (kind, *_) = get_args(kind)
         return isinstance(value, list) and all(
-            isinstance(each, str if kind is str else (int, float)) for each in value
+            isinstance(each, (int, float) if kind in (int, float) else str) for each in value
         )
     return isinstance(value, (str, int, float))
 
@@ -417,9 +418,9 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
         raise InputError(option, f"takes one value, got {' '.join(values) or 'none'}.")
 
     # Each value must be one of the choices, a number in range, or a path.
-    if get_origin(kind) is Literal:
-        check_known(option, values[0], get_args(kind))
     for value in values:
+        if get_origin(kind) is Literal:
+            check_known(option, value, get_args(kind))
         if kind in (int, float) and not (optional and value == "None"):
             try:
                 number = kind(value)

@@ -57,9 +57,19 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
             `fit` would return (with `patience`, the best); a checkpoint's are those at its step.
         options: Command-line options, such as `["--data-dir", "elsewhere"]` if the data have moved.
 
+    Returns:
+        The model, the data and the options of the run: `trained`, `data` and `config`.
+
     Raises:
         InputError: If the folder does not belong to a command-line run, has no intact checkpoint,
             or its options or data differ from those of the checkpoint.
+
+    Examples:
+        >>> from ctde_jax import train
+        >>> train.main(["--run-dir", "runs/digits", "--devices", "1", "--steps", "1"])
+        >>> trained, data, options = ctde.load_run("runs/digits")
+        >>> trained.step, data.name, options.optimization.batch_size
+        (1, 'digits', 64)
     """
     # Find the saved options of the run.
     path = named("run_dir", path)

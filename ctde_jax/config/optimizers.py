@@ -55,8 +55,17 @@ def build(
         schedule_start: Optimizer step at which warmup and schedule start; earlier steps count for
             neither.
 
+    Returns:
+        A transformation whose state holds the learning rate, as `optax.inject_hyperparams` keeps
+        it.
+
     Raises:
-        InputError: If a name is unknown, or a number is out of range.
+        InputError: If a name is unknown, a number is out of range, `weight_decay` is given for an
+            optimizer without it, or `total_steps` leaves no step for a schedule that decays.
+
+    Examples:
+        >>> adamw = ctde.optimizers.build("adamw", 0.001, "cosine", total_steps=100)
+        >>> clipped = ctde.optimizers.build("sgd", 0.1, clip_grad_norm=1.0)
     """
     check_known("optimizer", name, OPTIMIZERS)
     rate = build_schedule(learning_rate, schedule, warmup_steps, total_steps, schedule_start)
@@ -89,6 +98,13 @@ def is_decayed(params: PyTree) -> PyTree:
 
     A parameter with at least two axes counts as a kernel. Muon ignores this mask and decays only
     the matrices that it orthogonalizes.
+
+    Returns:
+        A tree of booleans with the structure of `params`.
+
+    Examples:
+        >>> ctde.optimizers.is_decayed({"bias": np.ones(3), "kernel": np.ones((2, 3))})
+        {'bias': False, 'kernel': True}
     """
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
@@ -100,7 +116,19 @@ def build_schedule(
     total_steps: int = 0,
     schedule_start: int = 0,
 ) -> optax.Schedule:
-    """Builds the function from the optimizer step to the learning rate; see `build`."""
+    """Builds the function from the optimizer step to the learning rate.
+
+    Arguments are those of `build`.
+
+    Raises:
+        InputError: If the schedule is unknown, a number is out of range, or `total_steps` leaves no
+            step for a schedule that decays.
+
+    Examples:
+        >>> rate = ctde.optimizers.build_schedule(0.1, "linear", warmup_steps=10, total_steps=110)
+        >>> [round(float(rate(step)), 3) for step in (0, 10, 60, 110)]
+        [0.0, 0.1, 0.05, 0.0]
+    """
     check_known("schedule", schedule, SCHEDULES)
     if not 0 < learning_rate < inf:
         raise InputError(

@@ -19,6 +19,10 @@ Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint=""
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 ModelName = Literal[tuple(MODELS)]  # pyright: ignore[reportInvalidTypeForm]
 StrategyName = Literal[tuple(PRESETS)]  # pyright: ignore[reportInvalidTypeForm]
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...],
+    tyro.conf.arg(help_behavior_hint=""),
+]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 
 
@@ -359,6 +363,10 @@ class RunOptions:
     reestimate_batches: int = 0
     """Number of training batches from which the statistics of --norm batch are re-estimated
     before every evaluation; 0 uses the running averages."""
+
+    track: Trackers = ()
+    """Trackers to which all metrics are written, each of which needs the extra of its name;
+    tensorboard writes to the run folder; by default none."""
 
     prompt: Text = None
     """Prompt of the text that a language model generates at every evaluation;

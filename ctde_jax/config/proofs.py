@@ -254,10 +254,10 @@ def _differing(one: Path, other: Path) -> list[str]:
 
 
 def _rows(folder: Path) -> list[Row]:
-    """Returns the rows of a run without its speed, which differs between runs."""
+    """Returns the rows of a run without speed and time, which differ between runs."""
     rows = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
     return [
-        {name: value for name, value in row.items() if name != "examples_per_second"}
+        {name: value for name, value in row.items() if name not in ("examples_per_second", "time")}
         for row in rows
     ]
 

@@ -1,7 +1,6 @@
 """From command-line options to a trained model, by the same calls as in a notebook."""
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from ctde_jax.data import Dataset, decode, encode, partition
 from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, replica, start
 from ctde_jax.errors import InputError, check_at_least, check_at_most
 from ctde_jax.models import Model, generate
-from ctde_jax.trainer import Saving, Trained, console, picture
+from ctde_jax.trainer import Saving, Trained, Training, console, picture
 
 
 def train(config: Config, started: float) -> Trained:
@@ -37,7 +36,7 @@ def train(config: Config, started: float) -> Trained:
     # Build the data and the training, which checks itself.
     data = build.load_data(config.data, config.optimization.seed)
     training = build.build_training(config, data, devices)
-    describe = _sampler(config.run, training.model, data, training.seed)
+    samplers = _samplers(config.run, training)
 
     options = Options(deciding(config), flag)
 
@@ -79,11 +78,14 @@ def train(config: Config, started: float) -> Trained:
             prepare=prepare,
         )
 
+        # Trackers need their packages, so make them before anything is printed.
+        callbacks = [*samplers, *build.build_trackers(config.run.track, folder)]
+
         # Print the plan, then train. The time before counts as start-up.
         saving.check(training)
         _show(trainer.plan(training, folder, report.names(config, data)))
         before = time.perf_counter() - started
-        trained = trainer.train(training, saving, describe=describe)
+        trained = trainer.train(training, saving, callbacks=callbacks)
     trained.seconds["start-up"] += before
     screen.print(report.result(trained, folder))
     return trained
@@ -118,34 +120,43 @@ _LONGEST_SAMPLE = 1_000_000
 """Maximum number of characters, as they are generated one by one at every evaluation."""
 
 
-def _sampler(
-    chosen: RunOptions, model: Model, data: Dataset, seed: int
-) -> Callable[[PyTree, PyTree], str] | None:
-    """Returns the function that samples a text from a language model; None without one."""
+class _Sampler:
+    """Callback that prints a text of a language model at every evaluation."""
+
+    def __init__(self, chosen: RunOptions, model: Model, data: Dataset, seed: int):
+        # By default, prompt with the first character of the training text.
+        prompt = chosen.prompt
+        self._prompt = data.vocabulary[data.train.inputs[0][0]] if prompt is None else prompt
+        if not self._prompt:
+            raise InputError("prompt", "must be at least one character, got none.")
+        try:
+            tokens = encode(self._prompt, data.vocabulary)
+        except InputError as error:
+            raise InputError("prompt", error.sentence) from error
+
+        def generate_tokens(params: PyTree, model_state: PyTree) -> jax.Array:
+            return generate(
+                model,
+                params,
+                model_state,
+                tokens,
+                chosen.sample_length,
+                jax.random.key(seed),
+                window=data.train.inputs.shape[1],
+            )
+
+        self._generate = generate_tokens
+        self._vocabulary = data.vocabulary
+
+    def on_evaluation(self, rows: object, params: PyTree, model_state: PyTree) -> None:
+        tokens = self._generate(params, model_state)
+        console().print(self._prompt + decode(tokens, self._vocabulary))
+
+
+def _samplers(chosen: RunOptions, training: Training) -> list[_Sampler]:
+    """Returns the sampler of a language model; an empty list for other models."""
     check_at_least(0, sample_length=chosen.sample_length)
     check_at_most(_LONGEST_SAMPLE, sample_length=chosen.sample_length)
-    if not data.vocabulary or not chosen.sample_length:
-        return None
-
-    # By default, prompt with the first character of the training text.
-    beginning = data.vocabulary[data.train.inputs[0][0]] if chosen.prompt is None else chosen.prompt
-    if not beginning:
-        raise InputError("prompt", "must be at least one character, got none.")
-    try:
-        prompt = encode(beginning, data.vocabulary)
-    except InputError as error:
-        raise InputError("prompt", error.sentence) from error
-
-    def sample(params, model_state) -> str:
-        tokens = generate(
-            model,
-            params,
-            model_state,
-            prompt,
-            chosen.sample_length,
-            jax.random.key(seed),
-            window=data.train.inputs.shape[1],
-        )
-        return beginning + decode(tokens, data.vocabulary)
-
-    return sample
+    if not training.data.vocabulary or not chosen.sample_length:
+        return []
+    return [_Sampler(chosen, training.model, training.data, training.seed)]

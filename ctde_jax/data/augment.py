@@ -10,22 +10,27 @@ from typing import TypeAlias
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Int32, Key, Shaped
 
 from ctde_jax.errors import InputError, check_at_least
 
-Augment: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+Augment: TypeAlias = Callable[[Key[Array, ""], Shaped[Array, "..."]], Shaped[Array, "..."]]
 """Returns a random variant, `augment(key, example) -> example`, of the same shape and dtype."""
 
 
-def apply_to(augment: Augment, key: jax.Array, inputs: jax.Array, examples: jax.Array) -> jax.Array:
+def apply_to(
+    augment: Augment,
+    key: Key[Array, ""],
+    inputs: Shaped[Array, "examples ..."],
+    examples: Int32[Array, " examples"],
+) -> Shaped[Array, "examples ..."]:
     """Augments each example with a key of its index, wherever it is in the batch.
 
     Args:
         augment: Augmentation of a single example.
         key: Key of the step.
-        inputs: Examples, `[examples, ...]` of any dtype.
-        examples: Index of each example in the training split, `int32[examples]`; for a stream, its
-            index in the batch.
+        inputs: Examples.
+        examples: Index of each example in the training split; for a stream, its index in the batch.
 
     Raises:
         InputError: If the augmentation changes the shape or the dtype of an example.
@@ -43,7 +48,16 @@ def apply_to(augment: Augment, key: jax.Array, inputs: jax.Array, examples: jax.
 
 
 def chain(*augments: Augment) -> Augment:
-    """Applies several augmentations in sequence, each with a separate key."""
+    """Applies several augmentations in sequence, each with a separate key.
+
+    Args:
+        *augments: Augmentations of a single example; each receives the result of the previous one.
+
+    Examples:
+        >>> augment = ctde.augment.chain(ctde.augment.shift(1), ctde.augment.flip())
+        >>> augment(jax.random.key(0), np.ones((8, 8, 3), np.uint8)).shape
+        (8, 8, 3)
+    """
 
     def augment(key, example):
         for own_key, each in zip(jax.random.split(key, len(augments)), augments, strict=True):
@@ -56,9 +70,20 @@ def chain(*augments: Augment) -> Augment:
 def shift(pixels: int) -> Augment:
     """Moves an image by up to `pixels` vertically and horizontally, uniformly at random.
 
+    Images are `[height, width]` or `[height, width, channels]`, of any dtype. Pixels that enter the
+    image are 0.
+
+    Args:
+        pixels: Largest shift in each direction, in pixels.
+
     Raises:
         InputError: If `pixels` is less than 1, or, when applied, not less than the shorter side of
-            the image.
+            the image, or if the example is not an image.
+
+    Examples:
+        >>> augment = ctde.augment.shift(pixels=2)
+        >>> augment(jax.random.key(0), np.ones((8, 8), np.uint8)).shape
+        (8, 8)
     """
     check_at_least(1, pixels=pixels)
 
@@ -80,7 +105,18 @@ def shift(pixels: int) -> Augment:
 
 
 def flip() -> Augment:
-    """Mirrors an image left to right with probability 1/2."""
+    """Mirrors an image left to right with probability 1/2.
+
+    Images are `[height, width]` or `[height, width, channels]`, of any dtype.
+
+    Raises:
+        InputError: When applied, if the example is not an image.
+
+    Examples:
+        >>> augment = ctde.augment.flip()
+        >>> augment(jax.random.key(0), np.ones((8, 8, 3), np.uint8)).shape
+        (8, 8, 3)
+    """
 
     def augment(key, picture):
         # Only checks the shape.
@@ -93,11 +129,20 @@ def flip() -> Augment:
 def cutout(size: int) -> Augment:
     """Sets a square with sides of `size` pixels around a random pixel to zero.
 
-    The square is clipped at the border of the image (DeVries and Taylor, 2017).
+    The square is clipped at the border of the image (DeVries and Taylor, 2017). Images are
+    `[height, width]` or `[height, width, channels]`, of any dtype.
+
+    Args:
+        size: Side of the square, in pixels.
 
     Raises:
         InputError: If `size` is less than 1, or, when applied, exceeds the shorter side of the
-            image.
+            image, or if the example is not an image.
+
+    Examples:
+        >>> augment = ctde.augment.cutout(size=4)
+        >>> augment(jax.random.key(0), np.ones((8, 8), np.uint8)).dtype
+        dtype('uint8')
     """
     check_at_least(1, size=size)
 
@@ -123,7 +168,7 @@ def cutout(size: int) -> Augment:
     return augment
 
 
-def _sides(picture: jax.Array) -> tuple[int, int]:
+def _sides(picture: Shaped[Array, "height width ..."]) -> tuple[int, int]:
     if picture.ndim not in (2, 3):
         raise InputError(
             "augment",

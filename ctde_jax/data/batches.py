@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
+from typing import TypeAlias
 
 import numpy as np
+from jaxtyping import Int, Int32, Shaped
 
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.data.split import Drawn, Split
 from ctde_jax.errors import InputError, check_at_least
+
+Parts: TypeAlias = Sequence[Int[np.ndarray, " examples"]]
+"""Indices of the examples of each replica or client."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,16 @@ class Batches:
     steps_per_draw: int
     """Number of steps between permutations: an epoch, or a round if clients are sampled."""
 
-    draw: Callable[[int], np.ndarray]
-    """Returns a permutation, `draw(number) -> int32[steps_per_draw, replica, per_replica]`."""
+    draw: Callable[[int], Int32[np.ndarray, "steps_per_draw replicas per_replica"]]
+    """Returns a permutation, `draw(number)`."""
 
     @property
     def is_on_disk(self) -> bool:
         """Whether the examples of a batch are read from disk when it is due."""
         return isinstance(self.split, Split) and self.split.is_on_disk
 
-    def steps(self, start: int, stop: int) -> np.ndarray:
-        """Returns the batches of `range(start, stop)`, `int32[stop - start, replica, per_replica]`.
+    def steps(self, start: int, stop: int) -> Int32[np.ndarray, "steps replicas per_replica"]:
+        """Returns the batches of the steps in `range(start, stop)`.
 
         Steps are counted from the start of training; the range must not be empty.
         """
@@ -62,8 +67,8 @@ class Batches:
         draw = self.draw.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
         return replace(self, draw=lru_cache(maxsize=2)(draw))
 
-    def inputs(self, step: int) -> np.ndarray:
-        """Returns the inputs of a step's global batch, `[examples, ...]`.
+    def inputs(self, step: int) -> Shaped[np.ndarray, "examples ..."]:
+        """Returns the inputs of a step's global batch.
 
         Without a partition, their order is the same for any number of replicas.
         """
@@ -84,7 +89,7 @@ def deal(
     replicas: int,
     batch_size: int,
     seed: int,
-    partition: Sequence[np.ndarray] | None = None,
+    partition: Parts | None = None,
     inner_steps: int = 1,
 ) -> Batches:
     """Assigns the examples to the replicas and determines their order.
@@ -105,7 +110,7 @@ def deal(
         replicas: Number of replicas.
         batch_size: Global batch size.
         seed: Random seed for all permutations and for the sampling of clients.
-        partition: Example indices of each replica or client, `int[examples]` arrays.
+        partition: Example indices of each replica or client.
         inner_steps: Number of steps per round, at least 1; only used if clients are sampled.
 
     Raises:
@@ -124,12 +129,22 @@ def deal(
 
 
 def steps_per_epoch(
-    examples: int, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None = None
+    examples: int, replicas: int, batch_size: int, partition: Parts | None = None
 ) -> int:
     """Returns the number of steps in which every example is seen once.
 
     If clients are sampled, this is an average, and holds if a round consists of whole epochs of the
-    clients. Arguments and errors are those of `deal`.
+    clients. Errors are those of `deal`.
+
+    Args:
+        examples: Number of training examples.
+        replicas: Number of replicas.
+        batch_size: Global batch size.
+        partition: Example indices of each replica or client.
+
+    Examples:
+        >>> ctde.data.steps_per_epoch(examples=1438, replicas=4, batch_size=64)
+        23
     """
     _check_batch_size(batch_size, replicas, examples)
     if partition is None:
@@ -143,7 +158,7 @@ def steps_per_epoch(
 def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed: int) -> Batches:
     examples = len(split.inputs)
 
-    def epoch(number: int) -> np.ndarray:
+    def epoch(number: int) -> Int32[np.ndarray, "steps replicas per_replica"]:
         order = np.random.default_rng((seed, number)).permutation(examples).astype(np.int32)
 
         # Pad the last batch with masked repetitions of its examples.
@@ -160,21 +175,21 @@ def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed:
     )
 
 
-def _kept(
-    split: Split, parts: Sequence[np.ndarray], per_replica: int, steps: int, seed: int
-) -> Batches:
+def _kept(split: Split, parts: Parts, per_replica: int, steps: int, seed: int) -> Batches:
     replicas = len(parts)
     longest = max(map(len, parts))
     counts_all = split.is_on_disk
 
-    def rows(array: np.ndarray) -> np.ndarray:
+    def rows(
+        array: Shaped[np.ndarray, "examples ..."],
+    ) -> Shaped[np.ndarray, "replicas longest_part ..."]:
         # Pad each part to the longest one with the split's first example, as zeros are no example.
         own = np.repeat(np.repeat(array[None, :1], longest, axis=1), replicas, axis=0)
         for row, part in zip(own, parts, strict=True):
             row[: len(part)] = array[part]
         return own
 
-    def epoch(number: int) -> np.ndarray:
+    def epoch(number: int) -> Int32[np.ndarray, "steps replicas per_replica"]:
         # A replica without examples keeps `~0` everywhere.
         order = np.full((replicas, steps * per_replica), ~0, np.int32)
         for row, part, own in zip(order, parts, range(replicas), strict=True):
@@ -198,7 +213,7 @@ def _kept(
 
 def _sampled(
     split: Split,
-    clients: Sequence[np.ndarray],
+    clients: Parts,
     replicas: int,
     per_replica: int,
     steps: int,
@@ -208,7 +223,7 @@ def _sampled(
     with_examples = [number for number, client in enumerate(clients) if len(client)]
     epoch_steps = _part_epoch(clients, per_replica)
 
-    def local_steps(client: int, number: int) -> np.ndarray:
+    def local_steps(client: int, number: int) -> Int32[np.ndarray, "inner_steps per_replica"]:
         # 1 + client, because numpy seeds (seed, number, 0) like the (seed, number) of `a_round`.
         rng = np.random.default_rng((seed, number, 1 + client))
 
@@ -219,7 +234,7 @@ def _sampled(
         ]
         return np.concatenate(epochs).reshape(-1, per_replica)[:inner_steps]
 
-    def a_round(number: int) -> np.ndarray:
+    def a_round(number: int) -> Int32[np.ndarray, "inner_steps replicas per_replica"]:
         # Only clients with examples take part.
         drawn = np.random.default_rng((seed, number)).choice(with_examples, replicas, replace=False)
         return np.stack([local_steps(client, number) for client in drawn], axis=1)
@@ -229,12 +244,12 @@ def _sampled(
     )
 
 
-def _part_epoch(parts: Sequence[np.ndarray], per_replica: int) -> int:
+def _part_epoch(parts: Parts, per_replica: int) -> int:
     return ceil(max(map(len, parts)) / per_replica)
 
 
-def filled_up(order: np.ndarray, places: int) -> np.ndarray:
-    """Pads an order `int[examples]` to `int32[places]` with masked repetitions."""
+def filled_up(order: Int[np.ndarray, " examples"], places: int) -> Int32[np.ndarray, " places"]:
+    """Pads an order with masked repetitions."""
     filled = np.resize(~order, places).astype(np.int32)
     filled[: len(order)] = order
     return filled
@@ -263,12 +278,12 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
 
 def index_blocks(
     batches: Batches, inner_steps: int, most: int, start: int, stop: int
-) -> Iterator[tuple[np.ndarray, int]]:
+) -> Iterator[tuple[Int32[np.ndarray, "replicas rounds inner_steps per_replica"], int]]:
     """Cuts the steps from `start` to `stop` into blocks of `most` rounds; the last may have fewer.
 
     Yields:
-        Indices `int32[replica, most, inner_steps, per_replica]`, and the number of rounds in the
-        block. If the last round lacks steps, it is padded with empty ones.
+        Indices of `most` rounds, and the number of rounds in the block. If the last round lacks
+        steps, it is padded with empty ones.
     """
     for first in range(start, stop, most * inner_steps):
         steps = batches.steps(first, min(first + most * inner_steps, stop))
@@ -304,7 +319,7 @@ def _check_batch_size(batch_size: int, replicas: int, examples: int) -> None:
         )
 
 
-def _check_partition(partition: Sequence[np.ndarray], replicas: int, examples: int) -> None:
+def _check_partition(partition: Parts, replicas: int, examples: int) -> None:
     if not len(partition) or not np.array_equal(
         np.sort(np.concatenate(partition)), np.arange(examples)
     ):

@@ -34,7 +34,15 @@ _EXACT = 2**24
 
 @dataclass(frozen=True, repr=False)
 class Dataset:
-    """Training and test examples; the model receives `(inputs - shift) * scale`."""
+    """Training and test examples; the model receives `(inputs - shift) * scale`.
+
+    Examples:
+        >>> data = ctde.data.digits()
+        >>> data
+        Dataset('digits', 1,438 training and 359 test examples, 10 classes)
+        >>> data.train.inputs.shape, data.train.inputs.dtype, float(data.scale)
+        ((1438, 8, 8), dtype('uint8'), 0.0625)
+    """
 
     name: str
     train: Split
@@ -122,6 +130,13 @@ def from_arrays(
         InputError: If lengths differ, values are NaN or infinite, arrays are sparse, masked or not
             numeric, float32 does not distinguish the numbers of a feature, or labels are not among
             the classes.
+
+    Examples:
+        >>> points = np.random.default_rng(0).normal(size=(100, 2))
+        >>> sides = np.where(points[:, 0] < 0, "left", "right")
+        >>> data = ctde.data.from_arrays(points, sides)
+        >>> data.classes, data.train.inputs.shape
+        (('left', 'right'), (80, 2))
     """
     dataset = assemble(x_train, y_train, x_test, y_test, name, classes)
     return replace(dataset, notes=(*dataset.notes, *notes_on_inputs(dataset)))
@@ -272,9 +287,19 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
     If examples overlap, such as windows of a text with a small stride, the model has seen most of
     the validation split in training.
 
+    Args:
+        dataset: Data set of arrays.
+        share: Fraction of the training examples to hold out, between 0 and 1.
+        seed: Random seed of the choice.
+
     Raises:
         InputError: If the fraction is not between 0 and 1, or leaves no example for training or for
-            validation.
+            validation, or if the examples come from a stream.
+
+    Examples:
+        >>> data = ctde.data.hold_out(ctde.data.digits(), 0.1)
+        >>> len(data.train.inputs), len(data.validation.inputs)
+        (1294, 144)
     """
     dataset.check_arrays("validation_fraction")
     examples = len(dataset.train.inputs)
@@ -305,7 +330,17 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
 def standardized(dataset: Dataset) -> Dataset:
     """Scales every feature to zero mean and unit variance over the training split.
 
-    A constant feature becomes zero.
+    A constant feature becomes zero. The stored inputs do not change: `shift` and `scale` become
+    float32 `[1, ...]`, with one number for each feature.
+
+    Raises:
+        InputError: If the examples come from a stream, or float32 does not distinguish the numbers
+            of a feature.
+
+    Examples:
+        >>> data = ctde.data.standardized(ctde.data.digits())
+        >>> data.shift.shape, data.scale.dtype
+        ((1, 8, 8), dtype('float32'))
     """
     dataset.check_arrays("standardized")
     inputs = dataset.train.inputs

@@ -35,8 +35,17 @@ def from_npz(path: Path | str) -> Dataset:
     their file and are read during training, unless they are compressed or stored by columns; the
     notes list them. Nothing is ever unpickled.
 
+    Args:
+        path: .npz file, or folder of .npy files.
+
     Raises:
         InputError: If the file is not a complete .npz file, or its arrays do not make a data set.
+
+    Examples:
+        >>> inputs, labels = ctde.data.digits().train
+        >>> np.savez("digits.npz", x_train=inputs, y_train=labels)
+        >>> ctde.data.from_npz("digits.npz")
+        Dataset('digits', 1,150 training and 288 test examples, 10 classes)
     """
     path = Path(os.path.expanduser(path))
     arrays = _arrays_of_folder(path) if os.path.isdir(path) else _arrays(path)

@@ -41,6 +41,14 @@ def from_batches(
 
     Raises:
         InputError: If the first batch is not a pair of arrays, or does not match the test arrays.
+
+    Examples:
+        >>> digits = ctde.data.digits()
+        >>> def loader(epoch):
+        ...     order = np.random.default_rng(epoch).permutation(1438)
+        ...     for rows in np.array_split(order, 23):
+        ...         yield digits.train.inputs[rows], digits.train.labels[rows]
+        >>> data = ctde.data.from_batches(loader, 23, *digits.test)
     """
     check_at_least(1, steps_per_epoch=steps_per_epoch)
     if not callable(batches):

@@ -18,7 +18,22 @@ if TYPE_CHECKING:
 
 
 def iid(labels: np.ndarray | DiskArray, replicas: int, seed: int = 0) -> list[np.ndarray]:
-    """Assigns an equal number of random examples to every replica."""
+    """Assigns random examples to every replica; their numbers differ by at most 1.
+
+    Args:
+        labels: Labels, `[examples, ...]`; only their number is used.
+        replicas: Number of replicas.
+        seed: Random seed.
+
+    Returns:
+        Sorted indices of each replica's examples, `int64[examples]` each.
+
+    Examples:
+        >>> labels = ctde.data.digits().train.labels
+        >>> parts = ctde.data.partition.iid(labels, replicas=4)
+        >>> [len(part) for part in parts]
+        [360, 360, 359, 359]
+    """
     order = np.random.default_rng(seed).permutation(len(labels))
     # The sizes of the parts differ by at most 1.
     return [np.sort(part) for part in np.array_split(order, replicas)]
@@ -27,8 +42,25 @@ def iid(labels: np.ndarray | DiskArray, replicas: int, seed: int = 0) -> list[np
 def by_label(labels: np.ndarray, replicas: int, shards: int = 2, seed: int = 0) -> list[np.ndarray]:
     """Assigns `shards` contiguous shards of the examples sorted by label to every replica.
 
-    This is the pathological non-IID partition of McMahan et al. (2017, section 3). `labels` is
-    `int[examples]`.
+    This is the pathological non-IID partition of McMahan et al. (2017, section 3).
+
+    Args:
+        labels: Labels, `int[examples]`.
+        replicas: Number of replicas.
+        shards: Number of shards per replica.
+        seed: Random seed.
+
+    Returns:
+        Sorted indices of each replica's examples, `int64[examples]` each.
+
+    Raises:
+        InputError: If `shards` is less than 1, or there are more shards than examples.
+
+    Examples:
+        >>> labels = np.array([0, 1, 2, 3, 0, 1, 2, 3])
+        >>> parts = ctde.data.partition.by_label(labels, replicas=2, shards=1)
+        >>> sorted(labels[parts[0]].tolist() + labels[parts[1]].tolist())
+        [0, 0, 1, 1, 2, 2, 3, 3]
     """
     if shards < 1 or replicas * shards > len(labels):
         raise InputError(
@@ -47,8 +79,25 @@ def dirichlet(
 ) -> list[np.ndarray]:
     """Draws the fractions of each label on the replicas from Dirichlet(alpha) (Hsu et al., 2019).
 
-    A small alpha assigns most of a label to one replica; a large alpha approaches `iid`. `labels`
-    is `int[examples]`.
+    A small alpha assigns most of a label to one replica; a large alpha approaches `iid`.
+
+    Args:
+        labels: Labels, `int[examples]`.
+        replicas: Number of replicas.
+        alpha: Concentration of the distribution, at most 1e6.
+        seed: Random seed.
+
+    Returns:
+        Sorted indices of each replica's examples, `int64[examples]` each. A replica may have none.
+
+    Raises:
+        InputError: If `alpha` is not greater than 0 and at most 1e6.
+
+    Examples:
+        >>> labels = ctde.data.digits().train.labels
+        >>> parts = ctde.data.partition.dirichlet(labels, replicas=4, alpha=0.3)
+        >>> sum(len(part) for part in parts)
+        1438
     """
     if not 0 < alpha <= 1e6:
         raise InputError("dirichlet_alpha", f"must be greater than 0 and at most 1e6, got {alpha}.")
@@ -65,14 +114,41 @@ def dirichlet(
 
 
 def count_labels(labels: np.ndarray, parts: Sequence[np.ndarray], classes: int) -> np.ndarray:
-    """Counts the examples of each label on each replica, `int[replica, class]`."""
+    """Counts the examples of each label on each replica, `int64[replica, class]`.
+
+    Args:
+        labels: Labels from 0 to `classes - 1`, `int[examples]`.
+        parts: Indices of each replica's examples, `int[examples]` each.
+        classes: Number of classes.
+
+    Examples:
+        >>> labels = np.array([0, 1, 1, 2])
+        >>> parts = [np.array([0, 1]), np.array([2, 3])]
+        >>> ctde.data.partition.count_labels(labels, parts, classes=3)
+        array([[1, 1, 0],
+               [0, 1, 1]])
+    """
     return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
 
 
 def plot(labels: np.ndarray, parts: Sequence[np.ndarray], classes: Sequence[str]) -> "Figure":
-    """Plots the partition of labels `int[examples]`: a row per device, a column per class.
+    """Plots the number of examples of each label on each device: a row per device.
 
     With at most 25 classes, the class names are shown and every cell shows its count.
+
+    Args:
+        labels: Labels, `int[examples]`.
+        parts: Indices of each device's examples, `int[examples]` each.
+        classes: Names of the classes, one for each column.
+
+    Returns:
+        The matplotlib figure, which is not shown.
+
+    Examples:
+        >>> digits = ctde.data.digits()
+        >>> parts = ctde.data.partition.dirichlet(digits.train.labels, replicas=4)
+        >>> figure = ctde.data.partition.plot(digits.train.labels, parts, digits.classes)
+        >>> figure.savefig("partition.png")
     """
     # Matplotlib is imported here, because nothing else in this module needs it.
     from matplotlib.figure import Figure

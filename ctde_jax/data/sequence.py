@@ -24,7 +24,14 @@ def as_sequence(dataset: Dataset, view: str) -> Dataset:
         view: `rows` or `pixels`.
 
     Raises:
-        InputError: If the view is unknown, or the inputs are not images.
+        InputError: If the view is unknown, the inputs are not images, or the examples come from a
+            stream.
+
+    Examples:
+        >>> data = ctde.data.as_sequence(ctde.data.digits(), "rows")
+        >>> model = ctde.models.rnn_classifier(features=8, classes=10)
+        >>> data.train.inputs.shape
+        (1438, 8, 8)
     """
     check_known("sequence", view, VIEWS)
     dataset.check_arrays("sequence")

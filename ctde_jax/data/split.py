@@ -11,7 +11,14 @@ from ctde_jax.errors import InputError
 
 
 class Split(NamedTuple):
-    """Examples with their labels, in memory or in a file whose rows are read on demand."""
+    """Examples with their labels, in memory or in a file whose rows are read on demand.
+
+    Examples:
+        >>> digits = ctde.data.digits()
+        >>> few = ctde.data.Split(digits.test.inputs[:50], digits.test.labels[:50])
+        >>> few.inputs.shape, few.labels.dtype
+        ((50, 8, 8), dtype('int32'))
+    """
 
     # uint8, int32 or float32[examples, ...]
     inputs: np.ndarray | DiskArray

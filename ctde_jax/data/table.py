@@ -77,6 +77,14 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
         InputError: If the file is not a table, a feature is not a finite number, float32 does not
             distinguish the numbers of a feature, there are fewer than two classes, or the labels
             look like measurements.
+
+    Examples:
+        >>> points = np.random.default_rng(0).normal(size=(50, 2))
+        >>> table = np.column_stack([points, points[:, 0] < 0])
+        >>> np.savetxt("points.csv", table, "%g", ",", header="x,y,side", comments="")
+        >>> data = ctde.data.from_csv("points.csv", label_column="side")
+        >>> data.columns, data.classes
+        (('x', 'y'), ('0', '1'))
     """
     # Read the table, and number its classes.
     path = Path(os.path.expanduser(path))

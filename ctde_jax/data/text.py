@@ -36,6 +36,13 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
     Raises:
         InputError: If the file cannot be opened or is not UTF-8, a part of it is shorter than a
             window and its last label, or the length or the stride is less than 1.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> characters = Path("song.txt").write_text("la la li lu " * 100)
+        >>> data = ctde.data.from_text("song.txt", length=32)
+        >>> data.vocabulary, data.train.inputs.shape
+        ((' ', 'a', 'i', 'l', 'u'), (33, 32))
     """
     check_at_least(1, length=length, stride=stride)
 
@@ -80,8 +87,16 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
 def encode(text: str, vocabulary: Sequence[str]) -> np.ndarray:
     """Converts a text to tokens, `int32[characters]`.
 
+    Args:
+        text: Text of any length.
+        vocabulary: Characters, in the order of their tokens; `vocabulary` of a `Dataset`.
+
     Raises:
         InputError: If a character is not in the vocabulary.
+
+    Examples:
+        >>> ctde.data.encode("abba", vocabulary=["a", "b"])
+        array([0, 1, 1, 0], dtype=int32)
     """
     # A table of all code points, because a loop over the characters would be slow.
     token_of = np.full(sys.maxunicode + 1, -1, np.int32)
@@ -100,10 +115,18 @@ def encode(text: str, vocabulary: Sequence[str]) -> np.ndarray:
 
 
 def decode(tokens: np.typing.ArrayLike, vocabulary: Sequence[str]) -> str:
-    """Converts tokens, `int[characters]`, to a text.
+    """Converts tokens to a text.
+
+    Args:
+        tokens: Indices into the vocabulary, `int[characters]`.
+        vocabulary: Characters, in the order of their tokens.
 
     Raises:
         InputError: If a token is not an index into the vocabulary.
+
+    Examples:
+        >>> ctde.data.decode([0, 1, 1, 0], vocabulary=["a", "b"])
+        'abba'
     """
     tokens = np.asarray(tokens)
     outside = (tokens < 0) | (tokens >= len(vocabulary))

@@ -51,6 +51,11 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
     Raises:
         InputError: If there are fewer accelerators than `count`, JAX cannot start the platform in
             JAX_PLATFORMS, or a JAX setting rules out training.
+
+    Examples:
+        >>> devices = ctde.devices.start(cpu_devices=4)
+        >>> len(devices)
+        4
     """
     check_at_least(1, devices=count)
     check_at_most(_MOST_DEVICES, devices=count)

@@ -72,6 +72,10 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
         InputError: The bundle has no ONNX file, the page does not support the model's inputs, npm
             is not installed or cannot fetch the runtime, or the folder contains anything but a page
             or cannot be written to.
+
+    Examples:
+        >>> bundle = ctde.open_bundle("bundle")  # doctest: +SKIP
+        >>> folder = ctde.write_page(bundle, "page")  # doctest: +SKIP
     """
     # Check the bundle and the folder.
     card = bundle.card

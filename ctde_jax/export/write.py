@@ -107,6 +107,13 @@ def write_bundle(
             those of the training, the model does not return one float32 array or cannot be exported
             in any of the formats, or the folder contains anything but a bundle or cannot be written
             to.
+
+    Examples:
+        >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+        >>> trained = ctde.fit(model, data, optax.sgd(0.1), steps=1, show=False)
+        >>> written = ctde.write_bundle(trained, data, "bundle", ["numpy"], show=False)
+        >>> sorted(written.bundle.card.artifacts), written.left_out
+        (['numpy'], {})
     """
     # Check the arguments.
     for name in formats:

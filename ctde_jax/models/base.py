@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jaxtyping import Array, Float32, Key, Shaped
 
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
@@ -25,21 +26,32 @@ class Recurrence(NamedTuple):
     start: Callable[[int], PyTree]
     """`start(examples) -> carry`: the carry before the first position, `float32[examples, ...]`."""
 
-    step: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+    step: Callable[
+        [PyTree, PyTree, PyTree, Shaped[Array, "examples ..."]],
+        tuple[Float32[Array, "examples ..."], PyTree],
+    ]
     """`step(params, model_state, carry, inputs) -> (outputs, carry)`.
 
-    `inputs` are those of one position, and outputs are float32.
+    `inputs` are those of one position.
     """
 
 
 class Model(NamedTuple):
-    """The interface between a network and the trainer."""
+    """The interface between a network and the trainer.
 
-    init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
+    Examples:
+        >>> def init(key, inputs):
+        ...     return {"kernel": jax.numpy.zeros((inputs.shape[1], 10))}, {}
+        >>> def apply(params, model_state, inputs, key, mask=None):
+        ...     return inputs @ params["kernel"], model_state
+        >>> model = ctde.models.Model(init, apply)
+    """
+
+    init: Callable[[Key[Array, ""], Shaped[Array, "examples ..."]], tuple[PyTree, PyTree]]
     """`init(key, inputs) -> (params, model_state)`.
 
-    `inputs` is `[examples, ...]`, some of the training examples. Most models use only its shape;
-    data-dependent initialization uses its values.
+    `inputs` holds some of the training examples. Most models use only its shape; data-dependent
+    initialization uses its values.
     """
 
     apply: Callable[..., tuple[PyTree, PyTree]]
@@ -108,6 +120,10 @@ def with_raw_inputs(
     Inputs `[examples, ...]` are converted to the dtype of `scale`; `shift` and `scale` are scalars
     or `[1, ...]`. Tokens have an integer scale of 1, and stay integers. If `scale` is not a scalar,
     the wrapped model has no `stream`.
+
+    Examples:
+        >>> model = ctde.models.with_raw_inputs(ctde.models.mlp([64, 10]), shift=0.0, scale=1 / 255)
+        >>> params, _ = jax.eval_shape(model.init, jax.random.key(0), np.ones((1, 8, 8), np.uint8))
     """
 
     def normalize(inputs):
@@ -141,7 +157,19 @@ def with_raw_inputs(
 
 
 def in_bfloat16(model: Model) -> Model:
-    """Wraps a model so that it computes in bfloat16; parameters, state and outputs stay float32."""
+    """Wraps a model so that it computes in bfloat16; parameters, state and outputs stay float32.
+
+    Parameters and floating-point inputs are cast before the model is applied, and gradients are
+    float32.
+
+    Examples:
+        >>> model = ctde.models.in_bfloat16(ctde.models.mlp([64, 10]))
+        >>> inputs = np.ones((1, 64), np.float32)
+        >>> params, model_state = model.init(jax.random.key(0), inputs)
+        >>> outputs, _ = model.apply(params, model_state, inputs, None)
+        >>> outputs.dtype
+        dtype('float32')
+    """
 
     # The cast of the parameters is differentiated, too, so gradients are float32. Running averages
     # in the state stay float32: bfloat16 would lose their small updates.
@@ -198,7 +226,12 @@ def _as_output(leaf: jax.typing.ArrayLike) -> jax.Array:
 
 
 def count_params(params: PyTree) -> int:
-    """Returns the number of parameters, counted as array elements."""
+    """Returns the number of parameters, counted as array elements.
+
+    Examples:
+        >>> ctde.models.count_params({"kernel": np.ones((64, 10)), "bias": np.ones(10)})
+        650
+    """
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

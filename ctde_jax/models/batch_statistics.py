@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Inexact
 
 from ctde_jax.devices import AXIS, SHARD
 
@@ -56,11 +57,11 @@ class Counted:
     """The examples that count in one application of a model.
 
     Args:
-        mask: Mask of the examples that count, `bool[examples]`, or None if all count.
+        mask: Mask of the examples that count, or None if all count.
         batch_statistics: See `BatchStatistics`.
     """
 
-    def __init__(self, mask: jax.Array | None, batch_statistics: BatchStatistics):
+    def __init__(self, mask: Bool[Array, " examples"] | None, batch_statistics: BatchStatistics):
         self.mask = mask
         self.batch_statistics: BatchStatistics = batch_statistics
 
@@ -68,16 +69,16 @@ class Counted:
 class Statistics(NamedTuple):
     """Mean and variance of each feature."""
 
-    mean: jax.Array
-    var: jax.Array
+    mean: Inexact[Array, "*features"]
+    var: Float[Array, "*features"]
 
 
 def compute(
     layer: BatchNorm,
-    inputs: jax.Array,
+    inputs: Inexact[Array, "..."],
     running: Statistics,
     counted: Counted,
-    mask: jax.Array | None,
+    mask: Bool[Array, "..."] | None,
 ) -> tuple[Statistics, Statistics]:
     """Computes the statistics of a batch, and the running averages after it.
 
@@ -89,7 +90,7 @@ def compute(
         inputs: Inputs of the layer; see `BatchStatistics` for their shape.
         running: Running averages before the batch.
         counted: Examples that count.
-        mask: Argument `mask` of the layer, Boolean and broadcastable to the inputs, or None.
+        mask: Argument `mask` of the layer, broadcastable to the inputs, or None.
 
     Returns:
         The statistics of the batch, and the updated running averages.
@@ -158,11 +159,11 @@ def compute(
 
 def _choose(
     layer: BatchNorm,
-    x: jax.Array,
+    x: Inexact[Array, "..."],
     reduced: tuple[int, ...],
     counted: Counted,
-    mask: jax.Array | None,
-) -> tuple[jax.Array | None, tuple[str, ...] | str, list[list[int]] | None]:
+    mask: Bool[Array, "..."] | None,
+) -> tuple[Bool[Array, "..."] | None, tuple[str, ...] | str, list[list[int]] | None]:
     """Returns the mask, broadcastable to `x`, the mapped axes to sum over, and their groups."""
     # An element counts if both the layer's mask and the mask of the examples include it.
     if mask is not None:
@@ -180,8 +181,10 @@ def _choose(
     return mask, axes(counted.batch_statistics) if 0 in reduced else (), None
 
 
-def _spread(mask: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array | None:
-    """Reshapes `bool[examples]` to broadcast to `x`, or returns None if `x` reduces no examples."""
+def _spread(
+    mask: Bool[Array, " examples"], x: Inexact[Array, "..."], reduced: tuple[int, ...]
+) -> Bool[Array, "..."] | None:
+    """Reshapes a mask to broadcast to `x`, or returns None if `x` reduces no examples."""
     # First `[time, examples, features]`; then inputs with consecutive entries per example.
     examples = len(mask)
     if x.ndim == 3 and x.shape[0] != examples == x.shape[1] and 1 in reduced:

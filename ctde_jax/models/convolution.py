@@ -11,16 +11,22 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from math import ceil
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from ctde_jax.models.layers import Images
 
 _CACHE = 2**23  # bytes, of inputs and gradients together
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 """The layout that the CPU library supports: examples, height, width, channels."""
+
+ConvKernel: TypeAlias = Float[Array, "height width in_channels out_channels"]
+"""Kernel of a convolution; `height` and `width` count its taps."""
 
 
 class Conv(nnx.Conv):
@@ -41,13 +47,13 @@ class Conv(nnx.Conv):
 
 
 def convolve(
-    inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str, **layout: Any
-) -> jax.Array:
+    inputs: Images, kernel: ConvKernel, strides: Sequence[int], padding: str, **layout: Any
+) -> Images:
     """Convolves images with a kernel, as `lax.conv_general_dilated` does.
 
     Args:
-        inputs: Images, `[examples, height, width, before]`.
-        kernel: Kernel of the same dtype, `[*taps, before, after]`.
+        inputs: Images.
+        kernel: Kernel of the same dtype.
         strides: Strides for height and width.
         padding: Either "SAME" or "VALID".
         **layout: Other arguments from flax, ignored because they are always the same here.
@@ -61,9 +67,7 @@ Sides = tuple[tuple[int, int], ...]
 """Padding: the numbers of zeros before and after the height, and the width."""
 
 
-def _plain(
-    inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides
-) -> jax.Array:
+def _plain(inputs: Images, kernel: ConvKernel, strides: tuple[int, ...], sides: Sides) -> Images:
     return lax.conv_general_dilated(inputs, kernel, strides, sides, dimension_numbers=LAYOUT)
 
 
@@ -76,15 +80,11 @@ def _forward(inputs, kernel, strides, sides):
 
 def _backward(strides, sides, seen, grads):
     # On other platforms the gradients are those of JAX.
-    def on_cpu(
-        inputs: jax.Array, kernel: jax.Array, grads: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def on_cpu(inputs: Images, kernel: ConvKernel, grads: Images) -> tuple[Images, ConvKernel]:
         to_inputs = _grads_of_inputs(inputs.shape, kernel, strides, sides, grads)
         return to_inputs, _grads_of_kernel(inputs, kernel, strides, sides, grads)
 
-    def elsewhere(
-        inputs: jax.Array, kernel: jax.Array, grads: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def elsewhere(inputs: Images, kernel: ConvKernel, grads: Images) -> tuple[Images, ConvKernel]:
         _, pull_back = jax.vjp(partial(_plain, strides=strides, sides=sides), inputs, kernel)
         return pull_back(grads)
 
@@ -96,11 +96,11 @@ _convolve.defvjp(_forward, _backward)
 
 def _grads_of_inputs(
     shape: tuple[int, ...],
-    kernel: jax.Array,
+    kernel: ConvKernel,
     strides: tuple[int, ...],
     sides: Sides,
-    grads: jax.Array,
-) -> jax.Array:
+    grads: Images,
+) -> Images:
     # The transposed convolution: `grads`, dilated by the strides, with the mirrored kernel.
     before = [taps - 1 - zeros for taps, (zeros, _) in zip(kernel.shape[:2], sides, strict=True)]
     reach = [
@@ -122,8 +122,8 @@ def _grads_of_inputs(
 
 
 def _grads_of_kernel(
-    inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], sides: Sides, grads: jax.Array
-) -> jax.Array:
+    inputs: Images, kernel: ConvKernel, strides: tuple[int, ...], sides: Sides, grads: Images
+) -> ConvKernel:
     """Processes a few images at a time, so that they stay in the cache while all taps read them."""
     # Equal groups, as few as fit; the zeros that fill the last one add nothing to the sum.
     pictures = len(inputs)
@@ -131,12 +131,12 @@ def _grads_of_kernel(
     size = ceil(pictures / groups)
 
     # Sum over groups in float32, even if the inputs are bfloat16.
-    def add_group(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def add_group(total: ConvKernel, group: tuple[Images, Images]) -> tuple[ConvKernel, None]:
         return total + _grads_of_taps(*group, kernel.shape, strides, sides).astype(
             jnp.float32
         ), None
 
-    def cut(array: jax.Array) -> jax.Array:
+    def cut(array: Images) -> Float[Array, "groups size height width channels"]:
         filled = jnp.pad(array, [(0, groups * size - pictures), (0, 0), (0, 0), (0, 0)])
         return filled.reshape(groups, size, *array.shape[1:])
 
@@ -145,16 +145,16 @@ def _grads_of_kernel(
 
 
 def _grads_of_taps(
-    inputs: jax.Array,
-    grads: jax.Array,
+    inputs: Images,
+    grads: Images,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     sides: Sides,
-) -> jax.Array:
+) -> ConvKernel:
     # A tap multiplies every `stride`-th pixel from its position, as many as there are outputs.
     padded = jnp.pad(inputs, [(0, 0), *sides, (0, 0)])
 
-    def at_tap(tap: tuple[int, ...]) -> jax.Array:
+    def at_tap(tap: tuple[int, ...]) -> Float[Array, "in_channels out_channels"]:
         rows, columns = (
             slice(first, first + stride * (places - 1) + 1, stride)
             for first, stride, places in zip(tap, strides, grads.shape[1:3], strict=True)

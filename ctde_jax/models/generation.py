@@ -10,6 +10,7 @@ from math import isfinite
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, ArrayLike, Int, Int32, Key
 
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, check_at_least
@@ -21,12 +22,12 @@ def generate(
     model: Model,
     params: PyTree,
     model_state: PyTree,
-    prompt: jax.typing.ArrayLike,
+    prompt: Int[ArrayLike, " length"],
     steps: int,
-    key: jax.Array,
+    key: Key[Array, ""],
     temperature: float = 1.0,
     window: int | None = None,
-) -> jax.Array:
+) -> Int32[Array, " steps"]:
     """Continues a text token by token.
 
     Args:
@@ -34,7 +35,7 @@ def generate(
             `[examples, length, vocabulary]`.
         params: Parameters of the model.
         model_state: State of the model.
-        prompt: Start of the text, `int32[length]`.
+        prompt: Start of the text.
         steps: Number of tokens to generate.
         key: Random key for sampling; the same key gives the same text.
         temperature: Divisor of the logits; 0 always selects the most likely token.
@@ -42,11 +43,19 @@ def generate(
             a maximum length.
 
     Returns:
-        The new tokens, `int32[steps]`.
+        The new tokens.
 
     Raises:
         InputError: The prompt is empty or contains an unknown token, the model does not return
             logits, or a number is out of range.
+
+    Examples:
+        >>> bigram = ctde.models.from_nnx(lambda rngs: nnx.Embed(5, 5, rngs=rngs))
+        >>> key = jax.random.key(0)
+        >>> params, model_state = bigram.init(key, np.zeros((1, 8), np.int32))
+        >>> tokens = ctde.generate(bigram, params, model_state, [0, 1], steps=20, key=key)
+        >>> tokens.shape
+        (20,)
     """
     # Check the arguments that do not depend on the model.
     check_at_least(1, steps=steps, window=window)
@@ -84,8 +93,17 @@ def generate(
 
 
 @partial(jax.jit, static_argnames=("apply", "steps", "window"))
-def _continue(apply, steps, window, params, model_state, text, key, temperature):
-    """Fills in the last `steps` tokens of the text, `int32[length]`."""
+def _continue(
+    apply,
+    steps,
+    window,
+    params,
+    model_state,
+    text: Int32[Array, " length"],
+    key: Key[Array, ""],
+    temperature,
+) -> Int32[Array, " length"]:
+    """Fills in the last `steps` tokens of the text."""
 
     def write(place, text):
         start = jnp.maximum(place - window, 0)

@@ -41,13 +41,21 @@ def initialize(model: Model, name: str) -> Model:
     Raises:
         InputError: The name is not known, or the initializer does not suit the model; the latter
             may be raised only by `init`.
+
+    Examples:
+        >>> model = ctde.initializers.initialize(ctde.models.mlp([64, 32, 10], "relu"), "he")
+        >>> params, model_state = model.init(jax.random.key(0), np.zeros((1, 64), np.float32))
     """
     check_known("init", name, INITIALIZERS)
     return INITIALIZERS[name](model)
 
 
 def flax(model: Model) -> Model:
-    """Keeps the initialization of the module; flax's default variance is 1 / inputs."""
+    """Keeps the initialization of the module; flax's default variance is 1 / inputs.
+
+    Examples:
+        >>> model = ctde.initializers.flax(ctde.models.mlp([64, 32, 10]))
+    """
     return model
 
 
@@ -55,6 +63,9 @@ def glorot(model: Model) -> Model:
     """Draws kernels with variance 2 / (inputs + outputs) (Glorot and Bengio, 2010).
 
     This preserves variances from layer to layer, forward and backward.
+
+    Examples:
+        >>> model = ctde.initializers.glorot(ctde.models.mlp([64, 32, 10], "tanh"))
     """
     return _draw_kernels(model, lambda kernel: nn.initializers.glorot_uniform())
 
@@ -63,6 +74,9 @@ def he(model: Model) -> Model:
     """Draws kernels with variance 2 / inputs (He et al., 2015).
 
     The factor 2 compensates for the half of the inputs that a ReLU sets to zero.
+
+    Examples:
+        >>> model = ctde.initializers.he(ctde.models.mlp([64, 32, 10], "relu"))
     """
     return _draw_kernels(model, lambda kernel: nn.initializers.he_normal())
 
@@ -71,6 +85,9 @@ def orthogonal(model: Model) -> Model:
     """Draws kernels with orthonormal rows or columns, whichever are fewer (Saxe et al., 2014).
 
     This preserves norms from layer to layer. The taps of a convolution count as inputs.
+
+    Examples:
+        >>> model = ctde.initializers.orthogonal(ctde.models.mlp([64, 64, 10]))
     """
     return _draw_kernels(model, lambda kernel: nn.initializers.orthogonal())
 
@@ -83,6 +100,9 @@ def delta_orthogonal(model: Model) -> Model:
 
     Raises:
         InputError: The model has no convolution; raised by `init`.
+
+    Examples:
+        >>> model = ctde.initializers.delta_orthogonal(ctde.models.cnn((28, 28), classes=10))
     """
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -110,6 +130,9 @@ def recurrent(model: Model) -> Model:
     Raises:
         InputError: The model has no recurrent cell with layers named as in `RECURRENT`; raised by
             `init`.
+
+    Examples:
+        >>> model = ctde.initializers.recurrent(ctde.models.rnn_classifier(features=28, classes=10))
     """
 
     def check(kernels: dict[KeyPath, Kernel]) -> None:
@@ -157,6 +180,9 @@ def residual(model: Model) -> Model:
     Raises:
         InputError: The model has no list named `blocks` with layers named as in `BRANCH_ENDS`;
             raised by `init`.
+
+    Examples:
+        >>> model = ctde.initializers.residual(ctde.models.resnet((32, 32, 3), classes=10))
     """
 
     def ends_branch(path: KeyPath) -> bool:
@@ -189,6 +215,9 @@ def lsuv(model: Model) -> Model:
 
     Raises:
         InputError: The model does not expose its layers.
+
+    Examples:
+        >>> model = ctde.initializers.lsuv(ctde.models.mlp([64, 32, 10], "relu"))
     """
     # Start from orthogonal kernels.
     layers = model.layers

@@ -1,13 +1,17 @@
 """Parts that several networks share: image and token inputs, and dropout."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
-import jax
 from flax import nnx
 from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ctde_jax.data import is_channels_first
 from ctde_jax.errors import InputError, check_at_least
+
+Images: TypeAlias = Float[Array, "examples height width channels"]
+"""Images, or the outputs of a convolution."""
 
 
 def check_image_shape(image_shape: Sequence[int], halvings: int) -> None:
@@ -42,8 +46,8 @@ def count_channels(image_shape: Sequence[int]) -> int:
     return (*image_shape, 1)[2]
 
 
-def as_images(inputs: jax.Array, image_shape: Sequence[int]) -> jax.Array:
-    """Returns inputs `[examples, *image_shape]` as `[examples, height, width, channels]`.
+def as_images(inputs: Float[Array, " examples *image_shape"], image_shape: Sequence[int]) -> Images:
+    """Reshapes inputs to images with an axis of channels.
 
     Raises:
         InputError: If their shape differs from the one that the network was built for.
@@ -57,8 +61,10 @@ def as_images(inputs: jax.Array, image_shape: Sequence[int]) -> jax.Array:
     return inputs.reshape(*inputs.shape[:3], count_channels(image_shape))
 
 
-def embed(tokens: jax.Array, table: nnx.Embed) -> jax.Array:
-    """Embeds tokens `int32[examples, length]` as vectors `[examples, length, width]`.
+def embed(
+    tokens: Int[Array, "examples length"], table: nnx.Embed
+) -> Float[Array, "examples length features"]:
+    """Embeds tokens as vectors.
 
     Raises:
         InputError: If the tokens are not integers, or not sequences.

@@ -63,6 +63,14 @@ def from_linen(
         InputError: If it is not an unbound linen module. The functions of the model raise it if the
             meaning of an argument cannot be inferred, if the module raises an exception, or if its
             state depends on the number of examples.
+
+    Examples:
+        >>> from flax import linen
+        >>> model = ctde.models.from_linen(linen.Dense(3))
+        >>> inputs = np.ones((5, 4), np.float32)
+        >>> params, model_state = model.init(jax.random.key(0), inputs)
+        >>> jax.tree.map(np.shape, params)
+        {'bias': (3,), 'kernel': (4, 3)}
     """
     wrapped = _Wrapped(_built(module), batch_statistics, Modes(train, infer))
     return Model(wrapped.init, wrapped.apply, wrapped.layers)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jaxtyping import Array, Float
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import Model
@@ -33,8 +34,8 @@ class MLP(nnx.Module):
         self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in pairwise(layer_sizes)])
         self.activation = activation
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps `[examples, ...]` to `[examples, layer_sizes[-1]]`."""
+    def __call__(self, inputs: Float[Array, "examples ..."]) -> Float[Array, "examples classes"]:
+        """Flattens each input and maps it to logits."""
         x = inputs.reshape(inputs.shape[0], -1)
         # The constructor cannot check this, because it does not receive the shape of an input.
         if x.shape[1] != self.layers[0].in_features:
@@ -52,6 +53,9 @@ class MLP(nnx.Module):
 def mlp(layer_sizes: Sequence[int], activation: str = "tanh") -> Model:
     """Builds an MLP with these layer sizes, such as `mlp([784, 128, 10])`.
 
+    The model flattens inputs `[examples, ...]` and returns logits,
+    `float32[examples, layer_sizes[-1]]`.
+
     Args:
         layer_sizes: Size of a flattened input, sizes of the hidden layers, and number of classes.
         activation: One of `ACTIVATIONS`.
@@ -59,6 +63,12 @@ def mlp(layer_sizes: Sequence[int], activation: str = "tanh") -> Model:
     Raises:
         InputError: The activation is not known, there are fewer than two sizes, or a size is less
             than 1.
+
+    Examples:
+        >>> model = ctde.models.mlp([64, 32, 10], activation="relu")
+        >>> params, model_state = model.init(jax.random.key(0), np.zeros((1, 64), np.float32))
+        >>> ctde.models.count_params(params)
+        2410
     """
     if len(layer_sizes) < 2:
         raise InputError(

@@ -38,6 +38,11 @@ def as_model(module: Any) -> Model:
 
     Raises:
         InputError: If it is something else; see also `from_nnx` and `from_linen`.
+
+    Examples:
+        >>> model = ctde.models.as_model(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
+        >>> isinstance(model, ctde.models.Model)
+        True
     """
     if isinstance(module, Model):
         return module

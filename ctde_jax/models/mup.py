@@ -29,7 +29,7 @@ from ctde_jax.models.initializers import find_kernels, leaves_with_path, map_wit
 
 
 def mup(model: Model, base: Model) -> Model:
-    """Returns the model with the initialization of muP.
+    """Returns the model with the initialization of muP (Yang et al., 2022).
 
     Each parameter is drawn by `model.init` and scaled to the root mean square that muP requires.
 
@@ -39,6 +39,10 @@ def mup(model: Model, base: Model) -> Model:
 
     Raises:
         InputError: The two networks differ in more than width; raised by `init`.
+
+    Examples:
+        >>> base = ctde.models.mlp([64, 32, 10])
+        >>> model = ctde.mup.mup(ctde.models.mlp([64, 256, 10]), base)
     """
 
     def init(key, inputs):
@@ -66,6 +70,8 @@ def mup(model: Model, base: Model) -> Model:
 def scale_learning_rates(base: Model, inputs: jax.typing.ArrayLike) -> optax.GradientTransformation:
     """Divides the updates of hidden and output-like kernels by the growth of their inputs.
 
+    These are the learning rates of muP for Adam (Yang et al., 2022, Table 3).
+
     Chain it after an optimizer of the Adam family, whose updates do not scale with the gradient:
     `optax.chain(optax.adam(0.01), scale_learning_rates(base, inputs))`. Decoupled weight decay is
     in units of the learning rate, so it is divided as well.
@@ -73,6 +79,14 @@ def scale_learning_rates(base: Model, inputs: jax.typing.ArrayLike) -> optax.Gra
     Args:
         base: The same network at the width for which the learning rate was tuned.
         inputs: One or more training examples, `[examples, ...]`; only the shape is used.
+
+    Raises:
+        InputError: The networks differ in more than width; raised by `update`.
+
+    Examples:
+        >>> base = ctde.models.mlp([64, 32, 10])
+        >>> rates = ctde.mup.scale_learning_rates(base, np.zeros((1, 64), np.float32))
+        >>> optimizer = optax.chain(optax.adam(0.01), rates)
     """
     # Trace the base without computing its parameters: only their shapes are needed.
     at_base, _ = jax.eval_shape(base.init, jax.eval_shape(jax.random.key, 0), inputs)

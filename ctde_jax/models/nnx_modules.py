@@ -74,6 +74,14 @@ def from_nnx(
         InputError: If the module cannot be built from random streams alone. The functions of the
             model raise it if the module raises an exception, or if it writes to parameters or
             attributes that must not change in training.
+
+    Examples:
+        >>> model = ctde.models.from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
+        >>> inputs = np.ones((5, 4), np.float32)
+        >>> params, model_state = model.init(jax.random.key(0), inputs)
+        >>> outputs, _ = model.apply(params, model_state, inputs, None)
+        >>> outputs.shape
+        (5, 3)
     """
     wrapped = _Wrapped(module, batch_statistics, Modes(train, infer))
     start = wrapped.abstract.start

@@ -8,14 +8,14 @@ Szegedy, 2015) couples the examples of a batch.
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import Model
 from ctde_jax.models.batch_statistics import BatchStatistics
 from ctde_jax.models.convolution import Conv
-from ctde_jax.models.layers import as_images, check_image_shape, count_channels
+from ctde_jax.models.layers import Images, as_images, check_image_shape, count_channels
 from ctde_jax.models.linear import Linear
 from ctde_jax.models.nnx_modules import from_nnx
 
@@ -40,8 +40,8 @@ class Block(nnx.Module):
         same = before == width and stride == 1
         self.shortcut = None if same else _convolution(before, width, stride, size=1, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[examples, height, width, channels]`; the stride divides height and width."""
+    def __call__(self, x: Images) -> Images:
+        """Applies the block; the stride divides height and width."""
         # A projection reads the activated input, as in the pre-activation networks of the paper.
         active = _activate(self.first_norm, x)
         kept = x if self.shortcut is None else self.shortcut(active)
@@ -76,8 +76,10 @@ class ResNet(nnx.Module):
         self.norm = NORMS[norm](before, rngs=rngs)
         self.out = Linear(before, classes, rngs=rngs)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps images `[examples, *image_shape]` to logits `[examples, classes]`."""
+    def __call__(
+        self, inputs: Float[Array, " examples *image_shape"]
+    ) -> Float[Array, "examples classes"]:
+        """Maps images to logits."""
         x = self.stem(as_images(inputs, self.image_shape))
         for block in self.blocks:
             x = block(x)
@@ -93,7 +95,11 @@ def resnet(
     norm: str = "group",
     batch_statistics: BatchStatistics = "synchronized",
 ) -> Model:
-    """Builds a residual network of `2 * blocks * len(channels) + 2` layers.
+    """Builds a pre-activation residual network (He et al., 2016).
+
+    It has `2 * blocks * len(channels) + 2` layers, and group normalization (Wu and He, 2018) or
+    batch normalization (Ioffe and Szegedy, 2015). The model maps images `[examples, *image_shape]`
+    to logits, `float32[examples, classes]`.
 
     Args:
         image_shape: `(height, width)` or `(height, width, channels)`, as stored by the data set.
@@ -107,6 +113,13 @@ def resnet(
         InputError: `image_shape` is not the shape of an image or too small for the stages, a stage
             is not a multiple of the `GROUPS` of group normalization, or another argument is out of
             range.
+
+    Examples:
+        >>> model = ctde.models.resnet((32, 32, 3), classes=10, norm="batch")
+        >>> images = np.zeros((1, 32, 32, 3), np.float32)
+        >>> params, batch_stats = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> ctde.models.count_params(params)
+        77850
     """
     if not channels:
         raise InputError("channels", "must contain at least one stage, got none.")
@@ -134,6 +147,6 @@ def _convolution(
     return Conv(before, after, (size, size), strides=stride, use_bias=False, rngs=rngs)
 
 
-def _activate(norm: nnx.Module, x: jax.Array) -> jax.Array:
+def _activate(norm: nnx.Module, x: Images) -> Images:
     # For bfloat16 inputs, batch normalization returns float32, the dtype of its statistics.
     return nnx.relu(norm(x)).astype(x.dtype)

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from ctde_jax.errors import InputError, check_at_least, check_known
 from ctde_jax.models.base import Model
@@ -17,8 +18,11 @@ from ctde_jax.models.layers import Dropout, embed
 from ctde_jax.models.linear import Linear
 from ctde_jax.models.nnx_modules import from_nnx
 
-Carry: TypeAlias = tuple[jax.Array, jax.Array] | jax.Array
-"""`[examples, hidden_size]` each: memory and output of an LSTM, or output of a GRU."""
+Hidden: TypeAlias = Float[Array, "examples hidden_size"]
+"""Outputs of a recurrent layer at one position."""
+
+Carry: TypeAlias = tuple[Hidden, Hidden] | Hidden
+"""Memory and output of an LSTM, or output of a GRU."""
 
 CELLS = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell}
 
@@ -41,8 +45,10 @@ class Recurrent(nnx.Module):
         self.layers = nnx.List([nnx.RNN(CELLS[cell](i, o, rngs=rngs)) for i, o in pairwise(widths)])
         self.dropout = Dropout(dropout_rate, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[examples, length, features]` to `[examples, length, hidden_size]`."""
+    def __call__(
+        self, x: Float[Array, "examples length features"]
+    ) -> Float[Array, "examples length hidden_size"]:
+        """Returns the outputs of the last layer at every position."""
         x = self.dropout(x)
         for layer in self.layers:
             # By default, `nnx.RNN` would start from a float32 state, also for bfloat16 inputs.
@@ -53,8 +59,10 @@ class Recurrent(nnx.Module):
         """Returns the states of all layers before the first position, float32."""
         return [_empty(layer.cell, examples, jnp.float32) for layer in self.layers]
 
-    def step(self, carry: list[Carry], x: jax.Array) -> tuple[jax.Array, list[Carry]]:
-        """Maps the states and `[examples, features]` to `[examples, hidden_size]` and new states.
+    def step(
+        self, carry: list[Carry], x: Float[Array, "examples features"]
+    ) -> tuple[Hidden, list[Carry]]:
+        """Returns the outputs of the last layer at the next position, and the new states.
 
         This is for inference only, so there is no dropout.
         """
@@ -84,8 +92,10 @@ class RNNClassifier(nnx.Module):
         self.recurrent = Recurrent(features, hidden_size, layers, cell, dropout_rate, rngs=rngs)
         self.out = Linear(hidden_size, classes, rngs=rngs)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps `[examples, length, features]` to logits `[examples, classes]`."""
+    def __call__(
+        self, inputs: Float[Array, "examples length features"]
+    ) -> Float[Array, "examples classes"]:
+        """Maps sequences to logits."""
         if inputs.ndim != 3 or inputs.shape[2] != self.features:
             raise InputError(
                 "inputs",
@@ -98,8 +108,10 @@ class RNNClassifier(nnx.Module):
         """Returns the states before the first position."""
         return self.recurrent.start(examples)
 
-    def step(self, carry: list[Carry], inputs: jax.Array) -> tuple[jax.Array, list[Carry]]:
-        """Maps the states and `[examples, features]` to `[examples, classes]` and new states."""
+    def step(
+        self, carry: list[Carry], inputs: Float[Array, "examples features"]
+    ) -> tuple[Float[Array, "examples classes"], list[Carry]]:
+        """Returns the logits after the next position, and the new states."""
         x, carry = self.recurrent.step(carry, inputs)
         return self.out(x), carry
 
@@ -121,16 +133,20 @@ class RNNLanguageModel(nnx.Module):
         self.recurrent = Recurrent(hidden_size, hidden_size, layers, cell, dropout_rate, rngs=rngs)
         self.out = Linear(hidden_size, vocabulary, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`."""
+    def __call__(
+        self, tokens: Int32[Array, "examples length"]
+    ) -> Float[Array, "examples length vocabulary"]:
+        """Maps tokens to logits of the next token at every position."""
         return self.out(self.recurrent(embed(tokens, self.tokens)))
 
     def start(self, examples: int) -> list[Carry]:
         """Returns the states before the first token."""
         return self.recurrent.start(examples)
 
-    def step(self, carry: list[Carry], tokens: jax.Array) -> tuple[jax.Array, list[Carry]]:
-        """Maps the states and `int32[examples]` to `[examples, vocabulary]` and new states."""
+    def step(
+        self, carry: list[Carry], tokens: Int32[Array, " examples"]
+    ) -> tuple[Float[Array, "examples vocabulary"], list[Carry]]:
+        """Returns the logits of the next token, and the new states."""
         # `embed` takes sequences, so the tokens get a length axis of 1 for the lookup.
         x, carry = self.recurrent.step(carry, embed(tokens[:, None], self.tokens)[:, 0])
         return self.out(x), carry
@@ -146,6 +162,10 @@ def rnn_classifier(
 ) -> Model:
     """Builds a classifier of sequences, such as images read row by row: `rnn_classifier(28, 10)`.
 
+    Cells are long short-term memory (Hochreiter and Schmidhuber, 1997) or gated recurrent units
+    (Cho et al., 2014). The model maps `[examples, length, features]` to logits,
+    `float32[examples, classes]`.
+
     Args:
         features: Number of features at each position of a sequence.
         classes: Number of classes.
@@ -156,6 +176,13 @@ def rnn_classifier(
 
     Raises:
         InputError: The cell is not known, or a number is out of range.
+
+    Examples:
+        >>> model = ctde.models.rnn_classifier(features=28, classes=10, cell="gru")
+        >>> images = np.zeros((1, 28, 28), np.float32)
+        >>> params, _ = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> ctde.models.count_params(params)
+        61578
     """
     check_at_least(1, features=features, classes=classes, hidden_size=hidden_size, layers=layers)
     check_known("cell", cell, CELLS)
@@ -175,6 +202,9 @@ def rnn_language_model(
 ) -> Model:
     """Builds a language model over the tokens from 0 to `vocabulary - 1`, for texts of any length.
 
+    Cells are those of `rnn_classifier`. The model maps `int32[examples, length]` to logits,
+    `float32[examples, length, vocabulary]`.
+
     Args:
         vocabulary: Vocabulary size.
         hidden_size: Embedding size and hidden size.
@@ -184,6 +214,13 @@ def rnn_language_model(
 
     Raises:
         InputError: The cell is not known, or a number is out of range.
+
+    Examples:
+        >>> model = ctde.models.rnn_language_model(vocabulary=65, hidden_size=128)
+        >>> tokens = np.zeros((1, 32), np.int32)
+        >>> params, _ = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        >>> ctde.models.count_params(params)
+        279873
     """
     check_at_least(1, vocabulary=vocabulary, hidden_size=hidden_size, layers=layers)
     check_known("cell", cell, CELLS)

@@ -12,14 +12,14 @@ import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 from ctde_jax.models.user_code import reported
 
-PerExample = Callable[[PyTree, jax.Array], jax.Array]
-"""`function(outputs [examples, ...], labels [examples, ...]) -> float32[examples]`"""
-
+PerExample = Callable[[PyTree, Shaped[Array, "examples ..."]], Float32[Array, " examples"]]
+"""`function(outputs, labels) -> values`; each leaf of `outputs` is `[examples, ...]`."""
 
 RESERVED = (
     *(
@@ -28,6 +28,7 @@ RESERVED = (
         "epoch",
         "examples",
         "examples_per_second",
+        "time",
         "bytes_sent",
         "skipped",
         "learning_rate",
@@ -38,7 +39,15 @@ RESERVED = (
 
 
 class Task(NamedTuple):
-    """A loss to minimize, and metrics to report with it."""
+    """A loss to minimize, and metrics to report with it.
+
+    Examples:
+        >>> def squared_error(outputs, targets):
+        ...     return optax.squared_error(outputs[:, 0], targets)
+        >>> regression = ctde.Task(squared_error)
+        >>> regression.names
+        ('loss',)
+    """
 
     loss: PerExample
     metrics: Mapping[str, PerExample] = {}
@@ -62,8 +71,10 @@ class Task(NamedTuple):
     For all other metrics, higher is better.
     """
 
-    def measure(self, outputs: PyTree, labels: jax.Array) -> dict[str, jax.Array]:
-        """Returns the loss and every metric by name, `float32[examples]` each.
+    def measure(
+        self, outputs: PyTree, labels: Shaped[Array, "examples ..."]
+    ) -> dict[str, Float32[Array, " examples"]]:
+        """Returns the loss and every metric by name.
 
         Raises:
             InputError: A function does not return one number for each example, a metric has a
@@ -94,9 +105,12 @@ class Task(NamedTuple):
         }
 
     def minimized(
-        self, outputs: PyTree, labels: jax.Array, measured: Mapping[str, jax.Array]
-    ) -> jax.Array:
-        """Returns the values to minimize, `float32[examples]`, given the result of `measure`.
+        self,
+        outputs: PyTree,
+        labels: Shaped[Array, "examples ..."],
+        measured: Mapping[str, Float32[Array, " examples"]],
+    ) -> Float32[Array, " examples"]:
+        """Returns the values to minimize, given the result of `measure`.
 
         Raises:
             InputError: The objective does not return one number for each example.
@@ -130,12 +144,18 @@ class Task(NamedTuple):
         }
 
 
-def is_correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+def is_correct(
+    outputs: Float[Array, "examples ... classes"], labels: Int32[Array, "examples ..."]
+) -> Float32[Array, " examples"]:
     """Returns 1 if the argmax equals the label, else 0 (ties resolve to the lowest index).
 
     For sequences, returns the fraction of correct positions. Outputs that contain a NaN are never
-    correct. Outputs are `[examples, ..., classes]` with labels `int32[examples, ...]`; the result
-    is `float32[examples]`. On CPU, an argmax over many outputs would take five times as long.
+    correct. On CPU, an argmax over many outputs would take five times as long.
+
+    Examples:
+        >>> logits = jax.numpy.array([[0.1, 0.9], [0.8, 0.2]])
+        >>> ctde.tasks.is_correct(logits, jax.numpy.array([1, 1]))
+        Array([1., 0.], dtype=float32)
     """
     # The label's output is beaten by a larger one, an equal one of lower index, or a NaN, for which
     # `<=` is False.
@@ -145,12 +165,16 @@ def is_correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     return _mean_over_places((~is_beaten).astype(jnp.float32))
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: Float[Array, "examples ... classes"], labels: Int32[Array, "examples ..."]
+) -> Float32[Array, " examples"]:
     """Returns the negative log-likelihood of the labels in nats, averaged over positions.
 
-    Logits are `[examples, classes]` with labels `int32[examples]`, or
-    `[examples, length, vocabulary]` with labels `int32[examples, length]`; the result is
-    `float32[examples]`.
+    Examples:
+        >>> logits = jax.numpy.zeros((2, 10))
+        >>> losses = ctde.tasks.cross_entropy(logits, jax.numpy.array([3, 7]))
+        >>> [round(float(loss), 3) for loss in losses]
+        [2.303, 2.303]
     """
     return _mean_over_places(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
@@ -167,12 +191,19 @@ def smoothed(task: Task, amount: float) -> Task:
 
     Raises:
         InputError: The amount is out of range.
+
+    Examples:
+        >>> task = ctde.tasks.smoothed(ctde.tasks.classification, 0.1)
+        >>> task.names
+        ('loss', 'accuracy')
     """
     # At 1 the objective would not depend on the labels.
     if not 0 <= amount < 1:
         raise InputError("label_smoothing", f"must be at least 0 and less than 1, got {amount}.")
 
-    def objective(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def objective(
+        logits: Float[Array, "examples ... classes"], labels: Int32[Array, "examples ..."]
+    ) -> Float32[Array, " examples"]:
         # Cross-entropy is linear in the target, so mix the two losses instead of the targets.
         to_uniform = -_mean_over_places(jax.nn.log_softmax(logits).mean(axis=-1))
         return (1 - amount) * task.loss(logits, labels) + amount * to_uniform
@@ -180,11 +211,13 @@ def smoothed(task: Task, amount: float) -> Task:
     return task._replace(objective=objective) if amount else task
 
 
-def _mean_over_places(values: jax.Array) -> jax.Array:
+def _mean_over_places(values: Float32[Array, "examples ..."]) -> Float32[Array, " examples"]:
     return values.reshape(len(values), -1).mean(axis=1)
 
 
-def _per_example(name: str, function: PerExample, outputs: PyTree, labels: jax.Array) -> jax.Array:
+def _per_example(
+    name: str, function: PerExample, outputs: PyTree, labels: Shaped[Array, "examples ..."]
+) -> Float32[Array, " examples"]:
     # An error raised by user code is reported with the name of the function and its inputs.
     with reported("task", f"your {name}", outputs=outputs, labels=labels):
         values = function(outputs, labels)

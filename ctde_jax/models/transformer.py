@@ -5,6 +5,7 @@ Blocks normalize their inputs (pre-norm), attention is causal, and position embe
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float, Int32
 
 from ctde_jax.errors import InputError, check_at_least
 from ctde_jax.models.base import Model
@@ -27,10 +28,14 @@ class Block(nnx.Module):
         self.expand = Linear(hidden_size, 4 * hidden_size, rngs=rngs)
         self.contract = Linear(4 * hidden_size, hidden_size, rngs=rngs)
 
-    def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
-        """Maps `[examples, length, hidden_size]` to the same shape; both branches have dropout."""
+    def __call__(
+        self, x: Float[Array, "examples length hidden_size"], dropout: Dropout
+    ) -> Float[Array, "examples length hidden_size"]:
+        """Applies the block; both branches have dropout."""
 
-        def split_heads(x: jax.Array) -> jax.Array:
+        def split_heads(
+            x: Float[Array, "examples length hidden_size"],
+        ) -> Float[Array, "examples length heads features"]:
             return x.reshape(*x.shape[:2], self.heads, -1)
 
         # Attention branch.
@@ -67,8 +72,10 @@ class Transformer(nnx.Module):
         self.out = Linear(hidden_size, vocabulary, use_bias=False, rngs=rngs)
         self.dropout = Dropout(dropout_rate, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps `int32[examples, length]` to logits `[examples, length, vocabulary]`."""
+    def __call__(
+        self, tokens: Int32[Array, "examples length"]
+    ) -> Float[Array, "examples length vocabulary"]:
+        """Maps tokens to logits of the next token at every position."""
         x = embed(tokens, self.tokens)
         # A longer input would fail only in the addition below, or broadcast a table of one row.
         length = x.shape[1]
@@ -93,7 +100,11 @@ def transformer(
     heads: int = 4,
     dropout_rate: float = 0.0,
 ) -> Model:
-    """Builds the decoder over the tokens from 0 to `vocabulary - 1`.
+    """Builds a decoder-only transformer over the tokens from 0 to `vocabulary - 1`.
+
+    Blocks normalize their inputs, attention is causal, and position embeddings are learned (Vaswani
+    et al., 2017). The model maps `int32[examples, length]` to logits,
+    `float32[examples, length, vocabulary]`, also for inputs that are shorter than `length`.
 
     Args:
         vocabulary: Vocabulary size.
@@ -105,6 +116,13 @@ def transformer(
 
     Raises:
         InputError: The heads do not divide the hidden size, or a number is out of range.
+
+    Examples:
+        >>> model = ctde.models.transformer(vocabulary=65, length=128)
+        >>> tokens = np.zeros((1, 128), np.int32)
+        >>> params, _ = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        >>> ctde.models.count_params(params)
+        247872
     """
     check_at_least(
         1, vocabulary=vocabulary, length=length, hidden_size=hidden_size, blocks=blocks, heads=heads

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Bool, Num
 
 from ctde_jax.data import Split
 from ctde_jax.devices import AXIS, PyTree, replica
@@ -77,7 +78,7 @@ def make_evaluate(
     shape = (len(devices), batches, per_replica)
     here = replica.own(devices)
 
-    def piece(first: int) -> tuple[Split, jax.Array]:
+    def piece(first: int) -> tuple[Split, Bool[Array, "replicas batches per_replica"]]:
         """Returns the examples from `first` on that fill one piece, and the mask of examples."""
         # Places beyond the last example repeat the first ones, and are masked.
         numbers = np.arange(first, first + prod(shape)).reshape(shape)[here]
@@ -88,8 +89,8 @@ def make_evaluate(
         return replica.shard((Split(inputs, labels), numbers < examples), devices)
 
     def sum_up(
-        center: tuple[PyTree, PyTree], part: tuple[Split, jax.Array]
-    ) -> dict[str, jax.Array]:
+        center: tuple[PyTree, PyTree], part: tuple[Split, Bool[Array, "batches per_replica"]]
+    ) -> dict[str, Num[Array, ""]]:
         params, model_state = center
 
         def add_batch(sums, batch_and_mask):

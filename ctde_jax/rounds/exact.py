@@ -13,6 +13,7 @@ from functools import partial
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Int32, Key
 
 from ctde_jax.data import Augment, Split
 from ctde_jax.devices import AXIS, PyTree, is_changed, largest
@@ -21,19 +22,17 @@ from ctde_jax.models import Model, Task
 from ctde_jax.rounds.gradient import (
     SHARDS,
     Gradient,
+    StepIndices,
     cut_into_shards,
     make_on_shard,
     meets_replicas,
     step_keys,
 )
 from ctde_jax.rounds.state import TrainState
-from ctde_jax.rounds.sums import Sums, mean_objective, with_learning_rate
+from ctde_jax.rounds.sums import StepSums, mean_objective, with_learning_rate
 
-Advance = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
-"""`advance(state, split, batches, key) -> (state, sums over the replica's examples)`
-
-The sums are float32[steps].
-"""
+Advance = Callable[[TrainState, Split, StepIndices, Key[Array, ""]], tuple[TrainState, StepSums]]
+"""`advance(state, split, batches, key) -> (state, sums over the replica's examples)`"""
 
 Step = Callable[..., TrainState]
 """`step(state, grads, value=...) -> state`, the update of the optimizer."""
@@ -80,7 +79,12 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
         step: Update of the optimizer.
     """
 
-    def exact(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+    def exact(
+        state: TrainState,
+        split: Split,
+        batches: Int32[Array, "1 per_replica"],
+        key: Key[Array, ""],
+    ):
         # The gradient is already that of all replicas, so the reducer is not used.
         (indices,) = batches
         _, gradient_key = step_keys(key, state.step)

@@ -26,12 +26,14 @@ shard.
 
 from collections.abc import Callable
 from math import lcm
+from typing import TypeAlias
 
 import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
 from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+from jaxtyping import Array, Float32, Int32, Key, Shaped
 
 from ctde_jax.aggregate import depends_on
 from ctde_jax.data import Augment, Drawn, apply_to
@@ -44,6 +46,9 @@ SHARDS = 8
 
 Otherwise there is one shard for each replica and group; see the module's docstring.
 """
+
+StepIndices: TypeAlias = Int32[Array, "steps per_replica"]
+"""Examples of a replica in each step, as indices into its split; negative for padding."""
 
 Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
 """`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums)`
@@ -140,14 +145,19 @@ def make_gradient(
 
 
 def _on_shards(
-    on_shard, indices, shards, params, model_state, *common
-) -> tuple[jax.Array, PyTree, Sums]:
+    on_shard,
+    indices: Int32[Array, "shards per_shard"],
+    shards: Int32[Array, " shards"],
+    params,
+    model_state,
+    *common,
+) -> tuple[Float32[Array, ""], PyTree, Sums]:
     """Sums over several shards at once, each with its own number."""
     # A mapped axis of size 1 would make XLA transpose.
     if len(shards) == 1:
         return on_shard(indices[0], shards[0], params, model_state, *common)
 
-    def on_each(indices, shard) -> tuple[jax.Array, PyTree, Sums]:
+    def on_each(indices, shard) -> tuple[Float32[Array, ""], PyTree, Sums]:
         objective, new_model_state, sums = on_shard(indices, shard, params, model_state, *common)
         new_model_state = agreed_state(new_model_state, model_state, sums["examples"], SHARD)
         return lax.psum(objective, SHARD), new_model_state, lax.psum(sums, SHARD)
@@ -155,7 +165,7 @@ def _on_shards(
     return jax.vmap(on_each, out_axes=None, axis_name=SHARD)(indices, shards)
 
 
-def step_keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+def step_keys(key: Key[Array, ""], step: Int32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """Returns the keys of a step for the reducer and for the gradient, equal on all replicas."""
     reduce_key, gradient_key = jax.random.split(jax.random.fold_in(key, step))
     return reduce_key, gradient_key
@@ -189,10 +199,17 @@ def _in_training(
 
 def make_on_shard(
     model: Model, task: Task, augment: Augment | None
-) -> Callable[..., tuple[jax.Array, PyTree, Sums]]:
+) -> Callable[..., tuple[Float32[Array, ""], PyTree, Sums]]:
     """Makes the function that sums the objective, the loss and the metrics over a shard."""
 
-    def on_shard(indices, shard, params, model_state, split, key) -> tuple[jax.Array, PyTree, Sums]:
+    def on_shard(
+        indices: Int32[Array, " per_shard"],
+        shard: Int32[Array, ""],
+        params,
+        model_state,
+        split,
+        key: Key[Array, ""],
+    ) -> tuple[Float32[Array, ""], PyTree, Sums]:
         # A negative index ~i is padding: example i is computed and masked.
         is_example = indices >= 0
         rows = jnp.where(is_example, indices, ~indices)
@@ -236,8 +253,10 @@ def _alone(model: Model) -> Model:
     )
 
 
-def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
-    """Takes rows of an array `[examples, ...]`.
+def _take(
+    array: Shaped[Array, "examples ..."], rows: Int32[Array, " rows"]
+) -> Shaped[Array, "rows ..."]:
+    """Takes rows of an array.
 
     The array is flattened to two axes, so that XLA needs no division to locate each number, and
     bounds are not checked.
@@ -246,20 +265,21 @@ def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
     return flat.reshape(len(rows), *array.shape[1:])
 
 
-def cut_into_shards(indices: jax.Array, groups: int, wanted: int) -> tuple[jax.Array, jax.Array]:
+def cut_into_shards(
+    indices: Int32[Array, " per_replica"], groups: int, wanted: int
+) -> tuple[Int32[Array, "groups shards per_shard"], Int32[Array, "groups shards"]]:
     """Cuts a replica's examples into shards; replica r of R gets the shards r, r + R and so on.
 
     The number of shards is `wanted`, raised to the least common multiple with `replicas * groups`,
     or `replicas * groups` if the batch cannot be cut into that many.
 
     Args:
-        indices: Examples of the replica, `int32[per_replica]`.
+        indices: Examples of the replica.
         groups: Number of groups (microbatches).
         wanted: Number of shards of the global batch, if possible.
 
     Returns:
-        The examples `int32[groups, shards, per_shard]`, and the numbers of the shards
-        `int32[groups, shards]`.
+        The examples, and the numbers of the shards.
     """
     replicas = lax.axis_size(AXIS)
     shards = lcm(wanted, replicas * groups)

@@ -7,15 +7,16 @@ import jax
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Float32, Int32, Key
 
 from ctde_jax.aggregate import Strategy, Value, adapted
 from ctde_jax.data import Augment, Split
 from ctde_jax.devices import PyTree, agreed_state, replica
 from ctde_jax.models import Model, Task
 from ctde_jax.rounds.exact import make_exact, make_exact_gradient
-from ctde_jax.rounds.gradient import Gradient, make_gradient, step_keys
+from ctde_jax.rounds.gradient import Gradient, StepIndices, make_gradient, step_keys
 from ctde_jax.rounds.state import TrainState, axes
-from ctde_jax.rounds.sums import Sums, mean_objective, with_learning_rate
+from ctde_jax.rounds.sums import StepSums, mean_objective, with_learning_rate
 
 _BLOCK_STEPS = 16
 """Steps per inner loop with a static trip count, on a GPU.
@@ -24,20 +25,27 @@ XLA:GPU synchronizes with the host on every iteration of a loop with a dynamic t
 about 20 microseconds per step). Blocks with a static trip count pay that once per block.
 """
 
-Round = Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Sums]]
+Round = Callable[[TrainState, Split, StepIndices, Key[Array, ""]], tuple[TrainState, StepSums]]
 """`train_round(state, split, batches, key) -> (state, sums over the replica's examples)`
 
-`split` is what the device holds, and `batches` is `int32[steps, per_replica]`, negative for
-padding. The sums are float32[steps].
+`split` contains the examples that the device holds.
 """
 
 Rounds = Callable[
-    [TrainState, Split, jax.Array, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]
+    [
+        TrainState,
+        Split,
+        Int32[Array, "rounds steps per_replica"],
+        Int32[Array, ""],
+        Int32[Array, ""],
+        Key[Array, ""],
+    ],
+    tuple[TrainState, dict[str, Float32[Array, " rounds*steps"]]],
 ]
 """`train_rounds(state, split, batches, first, last, key) -> (state, sums over the examples)`
 
-`batches` is `int32[most, steps, per_replica]`. The rounds from `first` up to but not including
-`last`, both `int32[]`, are computed. The sums are float32[most * steps], zero for all other rounds.
+The rounds from `first` up to but not including `last` are computed. The sums of all other rounds
+are zero.
 """
 
 
@@ -108,7 +116,7 @@ def make_round(
     else:
         advance = _make_synchronous(alone if strategy.is_independent else gradient, strategy, step)
 
-    def train_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+    def train_round(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         advanced, sums = advance(state, split, batches, key)
         # The objective was needed for `value` only; it is not reported.
         sums.pop("objective", None)
@@ -123,7 +131,12 @@ def _make_synchronous(
     """Makes the round of one step, whose message is the gradient."""
     reduce = optax.with_extra_args_support(strategy.reduce)
 
-    def synchronous(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+    def synchronous(
+        state: TrainState,
+        split: Split,
+        batches: Int32[Array, "1 per_replica"],
+        key: Key[Array, ""],
+    ):
         # Compute the gradient over this replica's examples.
         (indices,) = batches
         reduce_key, step_key = step_keys(key, state.step)
@@ -156,7 +169,7 @@ def _make_local(
     reduce = optax.with_extra_args_support(strategy.reduce)
     outer = adapted(strategy.outer)
 
-    def local(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+    def local(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         def local_step(own, step_and_indices):
             params, model_state, opt_state = own
             step, indices = step_and_indices
@@ -216,7 +229,7 @@ def skipping(train_round: Round) -> Round:
     The sums of such a round are zero.
     """
 
-    def sound_round(state: TrainState, split: Split, batches: jax.Array, key: jax.Array):
+    def sound_round(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         advanced, sums = train_round(state, split, batches, key)
 
         # A number counts if it was finite before: some optimizers start with an infinity in their
@@ -291,7 +304,7 @@ def parallel_rounds(
 ) -> jax.stages.Wrapped:
     """Makes the program that computes several rounds on the devices; it donates the state.
 
-    Its sums are `float32[replica, most * steps]`; `digests.make_digests` adds up those of all
+    Its sums are `float32[replicas, rounds * steps]`; `digests.make_digests` adds up those of all
     replicas.
 
     Args:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int32
 
 from ctde_jax.aggregate import Strategy
 from ctde_jax.devices import PyTree, replica
@@ -121,7 +122,7 @@ def unfinished(phases: Sequence[Phase], step: int) -> list[Phase]:
 
 def cut(
     pieces: Iterable[Piece], pace: Callable[[], int]
-) -> Iterator[tuple[PyTree, jax.Array, int, int]]:
+) -> Iterator[tuple[PyTree, Int32[Array, "replicas rounds round_steps per_replica"], int, int]]:
     """Cuts pieces into dispatches of `pace()` rounds.
 
     Args:

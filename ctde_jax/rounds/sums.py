@@ -1,23 +1,26 @@
 """Sums over the examples of a step: the loss, the metrics, and what is computed from them."""
 
-import jax
 from jax import numpy as jnp
+from jaxtyping import Array, Float32
 
 from ctde_jax.aggregate import learning_rate
 from ctde_jax.devices import PyTree, replica
 
-Sums = dict[str, jax.Array]
-"""Sums over examples, float32: `loss`, each metric, `examples`, and `objective`.
+Sums = dict[str, Float32[Array, "..."]]
+"""Sums over examples: `loss`, each metric, `examples`, and `objective`.
 
 `examples` is the number of examples; `objective` exists only if it is not the loss.
 """
 
+StepSums = dict[str, Float32[Array, " steps"]]
+"""`Sums` of each step of a round."""
 
-def mean_objective(sums: Sums, over_replicas: bool = False) -> jax.Array:
-    """Returns the mean objective over the examples of all steps, float32[]; 0 if there are none.
+
+def mean_objective(sums: Sums, over_replicas: bool = False) -> Float32[Array, ""]:
+    """Returns the mean objective over the examples of all steps; 0 if there are none.
 
     Args:
-        sums: Sums of the replica, arrays of any shape.
+        sums: Sums of the replica.
         over_replicas: Whether to average over the examples of all replicas, with a collective.
     """
     objective = jnp.sum(sums.get("objective", sums["loss"]))

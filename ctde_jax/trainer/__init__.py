@@ -1,6 +1,7 @@
 """Training on the host: checks of the arguments, the training loop, logs and results."""
 
-from ctde_jax.trainer import picture, stopwatch
+from ctde_jax.trainer import picture, stopwatch, trackers
+from ctde_jax.trainer.callbacks import Callback
 from ctde_jax.trainer.fit import fit, train
 from ctde_jax.trainer.log import Row, console, plot_curves, read_rows
 from ctde_jax.trainer.plan import plan
@@ -11,6 +12,7 @@ from ctde_jax.trainer.training import Saving, Training
 
 __all__ = [
     "SCALED",
+    "Callback",
     "Profile",
     "Row",
     "Saving",
@@ -25,5 +27,6 @@ __all__ = [
     "plot_curves",
     "read_rows",
     "stopwatch",
+    "trackers",
     "train",
 ]

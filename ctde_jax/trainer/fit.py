@@ -25,6 +25,7 @@ from ctde_jax.models import (
 )
 from ctde_jax.rounds import unfinished
 from ctde_jax.trainer.beginning import begin
+from ctde_jax.trainer.callbacks import AnyCallback, check_callbacks
 from ctde_jax.trainer.checks import check_devices, check_types
 from ctde_jax.trainer.claim import claim
 from ctde_jax.trainer.log import console
@@ -32,7 +33,7 @@ from ctde_jax.trainer.meter import Clock
 from ctde_jax.trainer.plan import line, plan
 from ctde_jax.trainer.programs import compile_programs
 from ctde_jax.trainer.rollback import rolling_back
-from ctde_jax.trainer.run import Describe, open_run, prepare_folder
+from ctde_jax.trainer.run import open_run, prepare_folder
 from ctde_jax.trainer.trained import Trained
 from ctde_jax.trainer.training import Saving, Training
 
@@ -53,7 +54,7 @@ def fit(
     run_dir: Path | str | None = None,
     resume: bool = True,
     show: bool = True,
-    describe: Describe | None = None,
+    callbacks: Sequence[AnyCallback] = (),
     **options: Any,
 ) -> Trained:
     """Trains one central model on many devices.
@@ -87,7 +88,8 @@ def fit(
         resume: Whether to continue the run in the folder; if False, it moves into the subfolder
             `previous-1`, or the next number.
         show: Whether to print the plan and the progress.
-        describe: Returns a text to print at evaluations from parameters and state (numpy arrays).
+        callbacks: Functions that receive every row, or objects with methods of `Callback`, such as
+            a tracker. They may stop the run.
         **options: Other fields of `trainer.Training`, such as `augment`, `ema_decay`, `init_from`,
             `partition` or `patience`, and of `trainer.Saving`, such as `save_every` or `keep_best`.
 
@@ -98,6 +100,13 @@ def fit(
         Preempted: SIGTERM or SIGHUP ended the training, and a checkpoint is written. Without a
             `run_dir`, these signals end the process.
         TypeError: An option is unknown.
+
+    Examples:
+        >>> data = ctde.data.digits()
+        >>> model = ctde.models.mlp([64, 32, 10])
+        >>> trained = ctde.fit(model, data, optax.adam(0.01), epochs=2, show=False)
+        >>> trained.tested["accuracy"] > 0.8
+        True
     """
     started = time.perf_counter()
     of_training, of_saving = _split(options)
@@ -120,7 +129,7 @@ def fit(
     if show:
         console().print(plan(training, saving.folder))
     before = time.perf_counter() - started
-    trained = train(training, saving, show=show, describe=describe)
+    trained = train(training, saving, show=show, callbacks=callbacks)
     trained.seconds["start-up"] += before
     return trained
 
@@ -131,7 +140,7 @@ def train(
     saving: Saving = Saving(),
     *,
     show: bool = True,
-    describe: Describe | None = None,
+    callbacks: Sequence[AnyCallback] = (),
 ) -> Trained:
     """Trains as `fit` does, with all options in two values.
 
@@ -139,15 +148,24 @@ def train(
         training: Everything that determines the numbers of the run.
         saving: The files of the run.
         show: Whether to show progress.
-        describe: Returns a text to print at evaluations from parameters and state (numpy arrays).
+        callbacks: Functions that receive every row, or objects with methods of `Callback`.
 
     Raises:
         Exception: The exceptions of `fit`.
+
+    Examples:
+        >>> network, digits = ctde.models.mlp([64, 10]), ctde.data.digits()
+        >>> sgd, strategy, task = optax.sgd(0.1), ctde.Strategy(), ctde.tasks.classification
+        >>> devices = ctde.devices.start()
+        >>> training = ctde.Training(network, digits, sgd, strategy, task, devices, steps=1)
+        >>> ctde.trainer.train(training, show=False).step
+        1
     """
     # Refuse settings of the environment that rule out training, such as too small a thread pool.
     clock = Clock()
     screen = console(quiet=not show)
     _check_ready(training.devices)
+    check_callbacks(callbacks)
 
     # Resume: the newest intact checkpoint of this run, the one to branch from, or none.
     with claim(training, saving, screen.print) as found:
@@ -174,7 +192,7 @@ def train(
 
         # Train: each phase in spans from one evaluation to the next. Files are written only now.
         prepare_folder(saving, found, screen.print)
-        with open_run(training, saving, found, beginning, programs, clock, show, describe) as run:
+        with open_run(training, saving, found, beginning, programs, clock, show, callbacks) as run:
             for program in programs.phases:
                 run.advance(program)
             return run.result()

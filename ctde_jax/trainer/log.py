@@ -4,6 +4,7 @@ A measurement is a row, a flat dict: `split` ("train", "validation" or "test"), 
 `loss`, the metrics of the task, and `examples`. Rows of the training split also have:
 
 - `examples_per_second`;
+- `time`: when the row was computed, in seconds since 1970 (Unix time);
 - `bytes_sent`: bytes that each device has sent since the start;
 - `skipped`: rounds skipped since the start, if rounds that are not finite are skipped;
 - `learning_rate`: the learning rate of the row's last step, if `optax.inject_hyperparams` made the
@@ -329,7 +330,15 @@ def plot_curves(rows: Sequence[Row]) -> "Figure":
     """Draws the loss and every metric over the optimizer steps, with one curve for each split.
 
     Args:
-        rows: The rows of a run; the first one determines the metrics.
+        rows: The rows of a run, such as `Trained.history`; the first one determines the metrics.
+
+    Returns:
+        The matplotlib figure, which is not shown, with one panel for the loss and each metric.
+
+    Examples:
+        >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+        >>> trained = ctde.fit(model, data, optax.sgd(0.1), steps=1, show=False)
+        >>> ctde.plot_curves(trained.history).savefig("curves.png")
     """
     # Imported here, as only runs with a folder need matplotlib.
     from matplotlib.figure import Figure

@@ -196,7 +196,8 @@ class Meter:
         # Average in float64: a row may have more examples than float32 counts exactly.
         totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
         means = self._task.averages(totals, totals["examples"] or 1)
-        counts = {"examples": int(totals["examples"]), "examples_per_second": speed}
+        counts: Row = {"examples": int(totals["examples"]), "examples_per_second": speed}
+        counts["time"] = round(time.time(), 3)
         counts["bytes_sent"] = round(self.position.sent)
         if self._skips:
             counts["skipped"] = skipped

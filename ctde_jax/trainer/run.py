@@ -1,6 +1,6 @@
 """A run in progress: its dispatches, rows, evaluations and checkpoints."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
@@ -24,6 +24,7 @@ from ctde_jax.devices import PyTree, hosts
 from ctde_jax.errors import NonFiniteLoss, Preempted
 from ctde_jax.rounds import Piece, Span, Sums, cut, digests, state
 from ctde_jax.trainer.beginning import Beginning
+from ctde_jax.trainer.callbacks import AnyCallback, Callbacks, open_callbacks
 from ctde_jax.trainer.claim import Found
 from ctde_jax.trainer.log import Log, Row, open_log
 from ctde_jax.trainer.meter import Clock, Meter
@@ -31,9 +32,6 @@ from ctde_jax.trainer.programs import PhaseProgram, Programs
 from ctde_jax.trainer.stop import Stop, deferred
 from ctde_jax.trainer.trained import Trained, accepts
 from ctde_jax.trainer.training import Saving, Training
-
-Describe = Callable[[PyTree, PyTree], str]
-"""Maps parameters and model state, numpy arrays, to a text that is printed at every evaluation."""
 
 
 class _Dispatch(NamedTuple):
@@ -63,7 +61,7 @@ class Run:
         saver: The writer of checkpoints; None without a folder, and on all hosts but the first.
         stop: The signal that has asked the run to stop, if any.
         clock: The wall time by part.
-        describe: Returns a text to print at every evaluation.
+        callbacks: The callbacks of the user.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Run:
         saver: Saver | None,
         stop: Stop,
         clock: Clock,
-        describe: Describe | None,
+        callbacks: Callbacks,
     ):
         # The parts of the run.
         self._training = training
@@ -90,7 +88,7 @@ class Run:
         self._saver = saver
         self._stop = stop
         self._clock = clock
-        self._describe = describe
+        self._callbacks = callbacks
         self._keep_best = saving.keep_best
         self._facts = _facts(training, saving, found)
         self._key = beginning.key
@@ -155,7 +153,7 @@ class Run:
         # With early stopping, the parameters and the step are those of the lowest validation loss.
         params, model_state = self._best.center or jax.device_get(self._center)
         training = self._training
-        return Trained(
+        trained = Trained(
             model=training.raw_model,
             params=params,
             model_state=model_state,
@@ -171,6 +169,8 @@ class Run:
             accepts=accepts(training.data),
             platform=training.devices[0].platform,
         )
+        self._callbacks("on_end", trained)
+        return trained
 
     def save(self) -> None:
         """Begins to write a checkpoint. All rows up to here must have been logged.
@@ -208,6 +208,7 @@ class Run:
     def wait(self) -> None:
         """Waits on all hosts for the checkpoint of host 0; raises InputError if it failed."""
         hosts.of_the_first(lambda: None if self._saver is None else self._saver.wait())
+        self._report_checkpoints()
 
     @property
     def _is_over(self) -> bool:
@@ -244,6 +245,7 @@ class Run:
             # A failed write ends the run here, not only at the next checkpoint.
             if self._saver is not None:
                 self._saver.check()
+                self._report_checkpoints()
             # A checkpoint within a span holds the rows of this dispatch, so read it first.
             if self._folder is not None and not meter.is_at_end and meter.is_save_due():
                 self._read(unread.pop())
@@ -260,7 +262,7 @@ class Run:
         found = jax.device_get(dispatch.digests)
         digests.check(found, self._phase.shared, dispatch.since, dispatch.until)
         for row in self._meter.rows(dispatch.sums, dispatch.first, dispatch.last):
-            self._log.add(row)
+            self._add(row)
 
     def _evaluate(self) -> None:
         """Evaluates the central parameters on all splits; logs the rows unless the log has them."""
@@ -276,10 +278,21 @@ class Run:
             for name, averages in self._programs.evaluate.items()
         ]
         for row in rows:
-            self._log.add(row)
+            self._add(row)
         self._best.update(rows[0], params, model_state)
-        if self._describe is not None:
-            self._log.say(self._describe(*jax.device_get(self._center)))
+        # Only a callback needs a copy of the parameters on the host.
+        if self._callbacks.have("on_evaluation"):
+            by_split = {row["split"]: row for row in rows}
+            self._callbacks("on_evaluation", by_split, *jax.device_get(self._center))
+
+    def _add(self, row: Row) -> None:
+        self._log.add(row)
+        self._callbacks("on_row", row)
+
+    def _report_checkpoints(self) -> None:
+        """Passes the checkpoints that the thread has completed to the callbacks."""
+        while self._saver is not None and self._saver.completed:
+            self._callbacks("on_checkpoint", self._saver.completed.popleft())
 
     @property
     def _is_evaluated(self) -> bool:
@@ -317,7 +330,7 @@ def open_run(
     programs: Programs,
     clock: Clock,
     show: bool,
-    describe: Describe | None,
+    callbacks: Sequence[AnyCallback],
 ) -> Iterator[Run]:
     """Opens the log, the examples and the writer of checkpoints, and closes them however it ends.
 
@@ -333,6 +346,7 @@ def open_run(
     kept = 0 if found.is_new or found.checkpoint is None else found.checkpoint.facts["rows"]
     with ExitStack() as stack:
         stop = stack.enter_context(deferred(saves=folder is not None))
+        opened_callbacks = stack.enter_context(open_callbacks(callbacks, stop))
         log = stack.enter_context(open_log(training.total_steps, folder, show, kept))
         pieces = stack.enter_context(beginning.feed(spans))
         # Host 0 alone writes checkpoints.
@@ -346,10 +360,20 @@ def open_run(
             saver = stack.enter_context(opened)
 
         # Save the first state, so that even a run that fails at once can be continued.
-        shown = describe if is_first else None
         run = Run(
-            training, saving, found, beginning, programs, pieces, log, saver, stop, clock, shown
+            training,
+            saving,
+            found,
+            beginning,
+            programs,
+            pieces,
+            log,
+            saver,
+            stop,
+            clock,
+            opened_callbacks,
         )
+        opened_callbacks("on_start", found.decided, log.rows)
         if folder is not None and found.is_new:
             run.save()
             run.wait()

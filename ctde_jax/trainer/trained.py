@@ -80,7 +80,14 @@ def _white(data: Dataset) -> int | None:
 
 @dataclass(frozen=True, repr=False)
 class Trained:
-    """The aggregated model, and the measurements of its training."""
+    """The aggregated model, and the measurements of its training.
+
+    Examples:
+        >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+        >>> trained = ctde.fit(model, data, optax.sgd(0.1), steps=1, show=False)
+        >>> trained.step, sorted(trained.seconds)
+        (1, ['compile', 'evaluate', 'start-up', 'train'])
+    """
 
     model: Model
     """The model, which takes inputs as the data set stores them."""
@@ -154,6 +161,12 @@ class Trained:
 
         Raises:
             InputError: The inputs have another dtype, shape or range than those of the training.
+
+        Examples:
+            >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+            >>> trained = ctde.fit(model, data, optax.sgd(0.1), steps=1, show=False)
+            >>> trained.predict(data.test.inputs[:5]).shape
+            (5, 10)
         """
         array = _conforming("inputs", inputs, self.accepts.inputs)
         center = jax.device_put((self.params, self.model_state))
@@ -195,6 +208,13 @@ class Trained:
         Raises:
             InputError: The argument is not a `Split`, is empty, or has inputs or labels of another
                 dtype, shape or range than those of the training.
+
+        Examples:
+            >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+            >>> trained = ctde.fit(model, data, optax.sgd(0.1), steps=1, show=False)
+            >>> averages = trained.evaluate(data.test)
+            >>> sorted(averages)
+            ['accuracy', 'examples', 'loss']
         """
         if not isinstance(split, Split):
             rule = "must be a Split, such as data.test or data.Split(inputs, labels)"

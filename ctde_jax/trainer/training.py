@@ -80,6 +80,14 @@ class Training:
 
     Raises:
         InputError: An argument breaks a rule. Nothing has been trained or written.
+
+    Examples:
+        >>> network, digits = ctde.models.mlp([64, 10]), ctde.data.digits()
+        >>> sgd, strategy, task = optax.sgd(0.1), ctde.Strategy(), ctde.tasks.classification
+        >>> devices = ctde.devices.start()
+        >>> training = ctde.Training(network, digits, sgd, strategy, task, devices, epochs=2)
+        >>> training.total_steps
+        46
     """
 
     model: Model
@@ -326,6 +334,11 @@ class Saving:
 
     Raises:
         InputError: An argument breaks a rule.
+
+    Examples:
+        >>> saving = ctde.Saving("runs/digits", save_every=100, keep_best="accuracy")
+        >>> saving.folder.name
+        'digits'
     """
 
     run_dir: Path | str | None = None

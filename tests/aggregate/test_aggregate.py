@@ -48,9 +48,9 @@ REDUCERS = {
     "int8": Contract(two_phase(quantize(8)), 15 / 127),
     "int4": Contract(two_phase(quantize(4)), 15 / 7),
     "int4, statistical": Contract(two_phase(quantize(4, "statistical")), 4),
-    "all of top-k": Contract(two_phase(top_k(16, 16)), 1e-6),
-    "all of random-k": Contract(gathered(random_k(16, 16)), 1e-6),
-    "power-sgd of full rank": Contract(power_sgd(2), 1e-5),
+    "top-k with k = chunk size": Contract(two_phase(top_k(16, 16)), 1e-6),
+    "random-k with k = chunk size": Contract(gathered(random_k(16, 16)), 1e-6),
+    "full-rank power-sgd": Contract(power_sgd(2), 1e-5),
     "median": Contract(two_phase(combine=aggregate.median()), 1e-6),
     "trimmed mean": Contract(two_phase(combine=aggregate.trimmed_mean(1)), 1e-6),
     "multi-krum": Contract(two_phase(combine=aggregate.multi_krum(0)), 1e-6),
@@ -58,16 +58,21 @@ REDUCERS = {
     "centered clipping": Contract(two_phase(combine=aggregate.centered_clipping(1e6)), 1e-5),
 }
 
-TRIVIAL = ["two-phase f32", "gathered f32", "all of top-k", "all of random-k"]
-"""Those that are the mean in another way, weights and all."""
+LOSSLESS = [
+    "two-phase f32",
+    "gathered f32",
+    "top-k with k = chunk size",
+    "random-k with k = chunk size",
+]
+"""Lossless reducers, which compute the weighted mean."""
 
-NEED_OTHERS = ["trimmed mean", "multi-krum"]
+NEED_SEVERAL_REPLICAS = ["trimmed mean", "multi-krum"]
 """Reducers that need more than one replica."""
 
 ROBUST = ["median", "trimmed mean", "multi-krum", "geometric median", "centered clipping"]
 """Reducers that tolerate Byzantine replicas."""
 
-FORGETFUL = {
+LOSSY = {
     "int2": quantize(2),
     "int2, statistical": quantize(2, "statistical"),
     "sign": sign(8),
@@ -75,11 +80,11 @@ FORGETFUL = {
     "top-k in 2 bits": top_k(8, 16, quantize(2, "statistical", 8)),
     "random-k": random_k(4, 8),
 }
-"""Codecs that lose much, and are meant for error feedback."""
+"""Codecs with large errors, which are used with error feedback."""
 
 
 def messages(key: jax.Array) -> dict[str, jax.Array]:
-    """One message for each replica, as rows."""
+    """Returns one message for each replica, as rows."""
     return {
         "w": jax.random.normal(key, (REPLICAS, 3, 2)),
         "b": jnp.arange(4.0 * REPLICAS).reshape(REPLICAS, 4),
@@ -90,8 +95,8 @@ def average(rows, weights: jax.Array = WEIGHTS):
     return jax.tree.map(lambda x: np.average(x, axis=0, weights=weights), rows)
 
 
-def agree(reduce: optax.GradientTransformation, rows, weights: jax.Array = WEIGHTS):
-    """One round on virtual replicas, which must come to the same."""
+def run_reducer(reduce: optax.GradientTransformation, rows, weights: jax.Array = WEIGHTS):
+    """Runs one round on virtual replicas, whose results must be equal."""
 
     def update(message, weight):
         extra = {"weight": weight, "key": KEY}
@@ -107,48 +112,48 @@ def assert_close(tree, other, rtol=1e-5, atol=1e-6):
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-def test_agreement_is_a_fixed_point(name, key):
-    """Replicas that send the same message get that message back."""
+def test_equal_messages_are_a_fixed_point(name, key):
+    """If all replicas send the same message, the result is that message."""
     message = jax.tree.map(lambda rows: rows[0], messages(key))
     same = jax.tree.map(lambda x: jnp.stack([x] * REPLICAS), message)
-    agreed = agree(REDUCERS[name].reduce, same)
+    reduced = run_reducer(REDUCERS[name].reduce, same)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=REDUCERS[name].tolerance),
-        agreed,
+        reduced,
         message,
     )
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-def test_agreement_of_complex_numbers_is_a_fixed_point(name, key):
+def test_equal_complex_messages_are_a_fixed_point(name, key):
     message = jax.tree.map(lambda rows: rows[0] - 0.5j * rows[1], messages(key))
     same = jax.tree.map(lambda x: jnp.stack([x] * REPLICAS), message)
-    agreed = agree(REDUCERS[name].reduce, same)
+    reduced = run_reducer(REDUCERS[name].reduce, same)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=2 * REDUCERS[name].tolerance),
-        agreed,
+        reduced,
         message,
     )
 
 
-@pytest.mark.parametrize("name", ["mean", *TRIVIAL])
-def test_mean_of_complex_numbers_is_that_of_numpy(name, key):
+@pytest.mark.parametrize("name", ["mean", *LOSSLESS])
+def test_complex_mean_equals_numpy(name, key):
     rows = jax.tree.map(lambda x: x - 0.5j * x[::-1], messages(key))
-    assert_close(agree(REDUCERS[name].reduce, rows), average(rows))
+    assert_close(run_reducer(REDUCERS[name].reduce, rows), average(rows))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
 @pytest.mark.parametrize("name", REDUCERS)
-def test_agreement_keeps_shapes_and_dtypes(name, dtype, key):
+def test_result_keeps_shapes_and_dtypes(name, dtype, key):
     rows = jax.tree.map(lambda x: x.astype(dtype), messages(key))
-    agreed = agree(REDUCERS[name].reduce, rows)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), agreed) == jax.tree.map(
+    reduced = run_reducer(REDUCERS[name].reduce, rows)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), reduced) == jax.tree.map(
         lambda x: (x.shape[1:], x.dtype), rows
     )
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-def test_agreement_is_the_same_bits_on_all_real_devices(name, key):
+def test_result_has_the_same_bits_on_all_devices(name, key):
     reduce = optax.with_extra_args_support(REDUCERS[name].reduce)
     on_devices = replica.parallel(
         lambda message, weight: reduce.update(
@@ -159,35 +164,33 @@ def test_agreement_is_the_same_bits_on_all_real_devices(name, key):
         out_axes=0,
     )
     rows = messages(key)
-    agreed = jax.device_get(on_devices(rows, WEIGHTS))
-    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.stack([x[0]] * REPLICAS)), agreed)
-    assert_close(jax.tree.map(lambda x: x[0], agreed), agree(reduce, rows))
+    reduced = jax.device_get(on_devices(rows, WEIGHTS))
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.stack([x[0]] * REPLICAS)), reduced)
+    assert_close(jax.tree.map(lambda x: x[0], reduced), run_reducer(reduce, rows))
 
 
-@pytest.mark.parametrize("name", TRIVIAL)
-def test_trivial_setting_is_the_mean(name, key):
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_lossless_reducer_computes_the_mean(name, key):
     rows = messages(key)
-    assert_close(agree(REDUCERS[name].reduce, rows), average(rows))
+    assert_close(run_reducer(REDUCERS[name].reduce, rows), average(rows))
 
 
 @pytest.mark.parametrize("name", ["two-phase f32", "gathered f32"])
-def test_whoever_has_no_weight_is_not_heard(name, key):
+def test_replica_with_weight_zero_is_ignored(name, key):
     """Weight 0 excludes a replica, even one with NaN; if all weights are 0, the mean is 0."""
     rows = messages(key)
-    spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
-    assert_close(agree(REDUCERS[name].reduce, spoilt), average(rows))
-    nothing = agree(REDUCERS[name].reduce, rows, jnp.zeros(REPLICAS))
-    assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+    with_nan = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
+    assert_close(run_reducer(REDUCERS[name].reduce, with_nan), average(rows))
+    reduced = run_reducer(REDUCERS[name].reduce, rows, jnp.zeros(REPLICAS))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(reduced))
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in (*REDUCERS, *FORGETFUL) if name not in NEED_OTHERS]
+    "name", [name for name in (*REDUCERS, *LOSSY) if name not in NEED_SEVERAL_REPLICAS]
 )
 def test_one_replica_keeps_its_message(name, key):
-    """Nothing is lost where nothing has to travel."""
-    reduce = (
-        REDUCERS[name].reduce if name in REDUCERS else two_phase(error_feedback(FORGETFUL[name]))
-    )
+    """A single replica sends nothing, so the codec loses nothing."""
+    reduce = REDUCERS[name].reduce if name in REDUCERS else two_phase(error_feedback(LOSSY[name]))
     rows = jax.tree.map(lambda x: x[:1], messages(key))
 
     def update(message):
@@ -196,16 +199,16 @@ def test_one_replica_keeps_its_message(name, key):
     assert_close(jax.vmap(update, axis_name=replica.AXIS)(rows), rows, atol=1e-5)
 
 
-def test_mean_counts_every_replica_by_its_examples(key):
+def test_mean_weights_replicas_by_their_examples(key):
     rows = messages(key)
-    assert_close(agree(mean(), rows), average(rows))
+    assert_close(run_reducer(mean(), rows), average(rows))
 
 
-def test_mean_by_hosts_is_the_mean(key):
+def test_hierarchical_mean_is_the_mean(key):
     """On devices, because vmap does not support axis groups; replica 1 has weight 0 and NaN."""
     rows = messages(key)
-    spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
-    by_hosts = replica.parallel(
+    with_nan = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
+    hierarchical = replica.parallel(
         lambda message, weight: hierarchical_mean(2).update(
             message, optax.EmptyState(), weight=weight
         )[0],
@@ -213,21 +216,25 @@ def test_mean_by_hosts_is_the_mean(key):
         in_axes=(0, 0),
         out_axes=0,
     )
-    for own in range(REPLICAS):
+    for index in range(REPLICAS):
         assert_close(
-            jax.tree.map(lambda x, own=own: x[own], jax.device_get(by_hosts(spoilt, WEIGHTS))),
+            jax.tree.map(
+                lambda x, index=index: x[index], jax.device_get(hierarchical(with_nan, WEIGHTS))
+            ),
             average(rows),
         )
 
 
-def test_mean_does_not_see_whoever_has_no_weight(key):
+def test_mean_ignores_nan_of_a_replica_with_weight_zero(key):
     rows = messages(key)
-    spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
-    jax.tree.map(np.testing.assert_array_equal, agree(mean(), spoilt), agree(mean(), rows))
+    with_nan = jax.tree.map(lambda x: x.at[1].set(jnp.nan), rows)
+    jax.tree.map(
+        np.testing.assert_array_equal, run_reducer(mean(), with_nan), run_reducer(mean(), rows)
+    )
 
 
-def test_mean_leaves_counters_whole():
-    counters = jnp.full(REPLICAS, 16_777_217)  # not a float32
+def test_mean_of_equal_integers_is_exact():
+    counters = jnp.full(REPLICAS, 16_777_217)  # not representable in float32
     mean_of = jax.vmap(replica.weighted_mean, axis_name=replica.AXIS, out_axes=None)
     assert mean_of(counters, WEIGHTS) == 16_777_217
 
@@ -235,8 +242,8 @@ def test_mean_leaves_counters_whole():
 @pytest.mark.parametrize("name", [name for name in REDUCERS if name not in ROBUST])
 def test_result_is_zero_if_all_weights_are_zero(name, key):
     """Robust rules do not use weights, which a Byzantine replica could choose."""
-    agreed = agree(REDUCERS[name].reduce, messages(key), jnp.zeros(REPLICAS))
-    assert not any(leaf.any() for leaf in jax.tree.leaves(agreed))
+    reduced = run_reducer(REDUCERS[name].reduce, messages(key), jnp.zeros(REPLICAS))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(reduced))
 
 
 @pytest.mark.parametrize("name", REDUCERS)
@@ -256,11 +263,11 @@ def test_default_weight_is_one(name, key):
 
 
 @pytest.mark.parametrize("exchange", [two_phase, gathered])
-@pytest.mark.parametrize("name", FORGETFUL)
-def test_error_feedback_says_everything_in_the_end(name, exchange, key):
+@pytest.mark.parametrize("name", LOSSY)
+def test_error_feedback_sends_everything_eventually(name, exchange, key):
     """The sum of T results is T times the mean, up to an error that does not grow with T."""
     reduce, rows, weights = (
-        exchange(error_feedback(FORGETFUL[name])),
+        exchange(error_feedback(LOSSY[name])),
         messages(key),
         jnp.ones(REPLICAS),
     )
@@ -269,8 +276,8 @@ def test_error_feedback_says_everything_in_the_end(name, exchange, key):
     @partial(jax.vmap, in_axes=((0, None), None, 0), out_axes=(0, None), axis_name=replica.AXIS)
     def one_round(carry, key, message):
         state, total = carry
-        agreed, state = reduce.update(message, state, weight=1.0, key=key)
-        return state, optax.tree.add(total, agreed)
+        reduced, state = reduce.update(message, state, weight=1.0, key=key)
+        return state, optax.tree.add(total, reduced)
 
     state = jax.vmap(reduce.init, axis_name=replica.AXIS)(rows)
     total = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), rows)
@@ -290,8 +297,8 @@ def test_error_feedback_says_everything_in_the_end(name, exchange, key):
     assert_close(optax.tree.scale(1 / 400, after_400), expected, rtol=0.05, atol=0.5)
 
 
-def test_replica_without_weight_keeps_what_nobody_has_heard(key):
-    """Its residual is as it was, on real rows of weights that differ from round to round."""
+def test_replica_with_weight_zero_keeps_its_residual(key):
+    """The residual does not change in a round in which the weight is 0."""
     reduce, rows = two_phase(error_feedback(sign(8))), messages(key)
 
     def twice(message, weights):
@@ -305,7 +312,7 @@ def test_replica_without_weight_keeps_what_nobody_has_heard(key):
     assert (first[0] != second[0]).any()
 
 
-def test_rule_that_hears_everybody_leaves_nobody_with_what_was_said(key):
+def test_unweighted_rule_updates_every_residual(key):
     """The median has no weights: a replica without examples counts, and its residual changes."""
     reduce, rows = two_phase(error_feedback(sign(8)), aggregate.median()), messages(key)
 
@@ -326,16 +333,16 @@ def sparse_bytes(k: int, chunk: int, position_bits: int, values):
     return lambda n: ceil(ceil(n / chunk) * k * position_bits / 8) + values(ceil(n / chunk) * k)
 
 
-def through_owners(codec_bytes):
-    """And 4 bytes of weight, and one byte of flags for the two leaves on either way."""
+def two_phase_bytes(codec_bytes):
+    """Adds 4 bytes for the weight and, in each direction, one byte of flags for the two leaves."""
     return lambda n, replicas: (replicas - 1) * (2 * codec_bytes(ceil(n / replicas)) + 4 + 1 + 1)
 
 
-def to_everybody(codec_bytes):
+def gathered_bytes(codec_bytes):
     return lambda n, replicas: (replicas - 1) * (codec_bytes(n) + 4 + 1)
 
 
-def four(n: int) -> int:
+def f32_bytes(n: int) -> int:
     return 4 * n
 
 
@@ -343,42 +350,42 @@ def ring(n: float, replicas: int) -> float:
     return 2 * (replicas - 1) / replicas * n
 
 
-def in_and_across_hosts(n: int, replicas: int) -> float:
-    """Two devices a host."""
-    even = 2 * ceil((n + 1) / 2)
-    return ring(4 * even, 2) + ring(4 * even / 2, replicas // 2)
+def hierarchical_bytes(n: int, replicas: int) -> float:
+    """Assumes two devices per host."""
+    padded = 2 * ceil((n + 1) / 2)
+    return ring(4 * padded, 2) + ring(4 * padded / 2, replicas // 2)
 
 
 BYTES = {
     "mean": (mean(), lambda n, r: ring(4 * (n + 1), r)),
-    "hierarchical mean": (hierarchical_mean(2), in_and_across_hosts),
-    "two-phase f32": (two_phase(), through_owners(four)),
-    "gathered f32": (gathered(exact()), to_everybody(four)),
-    **{f"int{b}": (two_phase(quantize(b)), through_owners(int_bytes(b))) for b in (8, 4, 2)},
+    "hierarchical mean": (hierarchical_mean(2), hierarchical_bytes),
+    "two-phase f32": (two_phase(), two_phase_bytes(f32_bytes)),
+    "gathered f32": (gathered(exact()), gathered_bytes(f32_bytes)),
+    **{f"int{b}": (two_phase(quantize(b)), two_phase_bytes(int_bytes(b))) for b in (8, 4, 2)},
     "int4 in small blocks": (
         two_phase(error_feedback(quantize(4, block=64))),
-        through_owners(int_bytes(4, 64)),
+        two_phase_bytes(int_bytes(4, 64)),
     ),
-    "int2, statistical": (gathered(quantize(2, "statistical")), to_everybody(int_bytes(2))),
-    "sign": (two_phase(sign()), through_owners(int_bytes(1))),
-    "top-k": (two_phase(top_k(5, 100)), through_owners(sparse_bytes(5, 100, 7, four))),
+    "int2, statistical": (gathered(quantize(2, "statistical")), gathered_bytes(int_bytes(2))),
+    "sign": (two_phase(sign()), two_phase_bytes(int_bytes(1))),
+    "top-k": (two_phase(top_k(5, 100)), two_phase_bytes(sparse_bytes(5, 100, 7, f32_bytes))),
     "sparse-loco": (
         gathered(error_feedback(top_k(32, 1024, quantize(2, "statistical", 32)))),
-        to_everybody(sparse_bytes(32, 1024, 10, int_bytes(2, 32))),
+        gathered_bytes(sparse_bytes(32, 1024, 10, int_bytes(2, 32))),
     ),
-    "random-k": (two_phase(random_k(5, 100)), through_owners(sparse_bytes(5, 100, 0, four))),
-    "median": (two_phase(combine=aggregate.median()), through_owners(four)),
+    "random-k": (two_phase(random_k(5, 100)), two_phase_bytes(sparse_bytes(5, 100, 0, f32_bytes))),
+    "median": (two_phase(combine=aggregate.median()), two_phase_bytes(f32_bytes)),
     "krum": (
         two_phase(combine=aggregate.krum(1)),
-        lambda n, r: through_owners(four)(n, r) + ring(3 * 4 * r * r, r),
+        lambda n, r: two_phase_bytes(f32_bytes)(n, r) + ring(3 * 4 * r * r, r),
     ),
     "geometric median": (
         two_phase(combine=aggregate.geometric_median(iterations=8)),
-        lambda n, r: through_owners(four)(n, r) + 8 * ring(3 * 4 * r, r),
+        lambda n, r: two_phase_bytes(f32_bytes)(n, r) + 8 * ring(3 * 4 * r, r),
     ),
     "centered clipping": (
         two_phase(combine=aggregate.centered_clipping(1.0, iterations=3)),
-        lambda n, r: through_owners(four)(n, r) + 3 * ring(3 * 4 * r, r),
+        lambda n, r: two_phase_bytes(f32_bytes)(n, r) + 3 * ring(3 * 4 * r, r),
     ),
     "power-sgd": (power_sgd(2), lambda n, r: ring(4 * (2 * (50 + (n - 7) // 50) + 1 + 7 + 1), r)),
     "private": (aggregate.private(1.0, 1.0), lambda n, r: ring(4 * (n + 1), r)),
@@ -387,7 +394,7 @@ BYTES = {
     "pairs": (aggregate.gossip("pairs"), lambda n, r: 4 * n),
     "streaming int4": (
         aggregate.streaming(3, two_phase(quantize(4))),
-        lambda n, r: through_owners(int_bytes(4))(ceil((n - 7) / 3) + ceil(7 / 3), r),
+        lambda n, r: two_phase_bytes(int_bytes(4))(ceil((n - 7) / 3) + ceil(7 / 3), r),
     ),
 }
 
@@ -412,13 +419,13 @@ def sent_bytes(reduce: optax.GradientTransformation, n: int, replicas: int) -> f
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_bytes_in_the_compiled_program_are_those_of_the_formula(name):
+def test_compiled_bytes_match_the_formula(name):
     reduce, formula = BYTES[name]
     assert sent_bytes(reduce, 5007, 8) == pytest.approx(formula(5007, 8), rel=1e-12)
 
 
 def test_int8_sends_a_quarter_of_f32():
-    """At 8 devices 1.75 bytes a parameter and the scales, against 7.00."""
+    """On 8 devices: 1.75 bytes per parameter and the scales, compared with 7.00."""
     n = 8 * 256 * 5
     scales, weights = 2 * 7 * 5 * 4, 7 * 4
     flags = 2 * 7 * 1
@@ -473,7 +480,7 @@ def test_int8_sends_a_quarter_of_f32():
         (lambda: aggregate.gossip(pull=-1), "pull must be from 0 to 1, got -1"),
     ],
 )
-def test_strategy_that_makes_no_sense_is_refused(build, sentence):
+def test_invalid_strategy_is_refused(build, sentence):
     with pytest.raises(InputError, match=sentence):
         build()
 

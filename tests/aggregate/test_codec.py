@@ -1,4 +1,4 @@
-"""Codecs: decoding inverts encoding up to a loss that `encode` returns."""
+"""Codecs: `decode` returns the values that `encode` predicts, with known errors."""
 
 import jax
 import numpy as np
@@ -24,11 +24,11 @@ CODECS = {
 
 
 def round_trip(codec, values):
-    payload, said, _ = codec.encode(values, codec.init(values.shape), KEY)
-    read = codec.decode(payload, values.shape[-1], KEY)
+    payload, predicted, _ = codec.encode(values, codec.init(values.shape), KEY)
+    decoded = codec.decode(payload, values.shape[-1], KEY)
     assert payload.dtype == jnp.uint8
-    np.testing.assert_array_equal(read, said)
-    return read
+    np.testing.assert_array_equal(decoded, predicted)
+    return decoded
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -48,11 +48,11 @@ def test_packed_integers_are_unpacked(bits, count):
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_rows_are_written_one_by_one(name, key):
+def test_rows_are_encoded_independently(name, key):
     """Each row of a matrix is encoded independently."""
     codec, values = CODECS[name], jax.random.normal(key, (3, SIZE))
-    alone = jnp.stack([round_trip(codec, row) for row in values])
-    np.testing.assert_allclose(round_trip(codec, values), alone, rtol=1e-6)
+    separate = jnp.stack([round_trip(codec, row) for row in values])
+    np.testing.assert_allclose(round_trip(codec, values), separate, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -62,15 +62,15 @@ def test_zeros_stay_zeros(name):
 
 # The root mean square of decoded int2 differs from that of its input.
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "int2"])
-def test_what_is_read_is_written_the_same_way_again(name, key):
+def test_decoded_values_are_encoded_without_loss(name, key):
     """Decoded values are encoded without further loss, except for the rounded mean of signs."""
-    said = round_trip(CODECS[name], jax.random.normal(key, (SIZE,)))
-    np.testing.assert_allclose(round_trip(CODECS[name], said), said, rtol=1e-5)
+    decoded = round_trip(CODECS[name], jax.random.normal(key, (SIZE,)))
+    np.testing.assert_allclose(round_trip(CODECS[name], decoded), decoded, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_number_that_is_none_is_not_hidden(name, bad):
+def test_nan_and_infinity_are_not_hidden(name, bad):
     codec = CODECS[name]
     values = jnp.full(SIZE, bad) if name == "random-k" else jnp.ones(SIZE).at[7].set(bad)
     payload, _, _ = codec.encode(values, codec.init(values.shape), KEY)
@@ -78,7 +78,7 @@ def test_number_that_is_none_is_not_hidden(name, bad):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_linear_levels_are_half_a_step_from_every_number(bits, key):
+def test_error_of_linear_levels_is_at_most_half_a_step(bits, key):
     values = jax.random.normal(key, (4, 256))
     largest = jnp.abs(values).max(axis=1, keepdims=True)
     step = largest / (2 ** (bits - 1) - 1)
@@ -92,14 +92,14 @@ def test_statistical_levels_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize(("bits", "error"), [(2, 0.1175), (4, 0.009497)])
-def test_statistical_levels_lose_what_the_paper_says(bits, error, key):
-    """Mean squared error of unit normal numbers, Max (1960), table I."""
+def test_error_of_statistical_levels_is_that_of_the_paper(bits, error, key):
+    """Mean squared error of standard normal numbers, Max (1960), table I."""
     values = jax.random.normal(key, (256 * 2000,))
-    lost = jnp.mean((round_trip(quantize(bits, "statistical"), values) - values) ** 2)
-    assert lost == pytest.approx(error, rel=0.03)
+    measured = jnp.mean((round_trip(quantize(bits, "statistical"), values) - values) ** 2)
+    assert measured == pytest.approx(error, rel=0.03)
 
 
-def test_statistical_levels_lose_less_than_linear_ones(key):
+def test_error_of_statistical_levels_is_smaller_than_of_linear_levels(key):
     values = jax.random.normal(key, (256 * 100,))
 
     def loss(levels, bits):
@@ -125,13 +125,13 @@ def test_top_k_keeps_the_largest_of_each_chunk(key):
     np.testing.assert_array_equal(round_trip(top_k(3, 64), values), kept)
 
 
-def test_random_k_draws_every_number_alike(key):
+def test_random_k_draws_every_value_equally_often(key):
     codec, values = random_k(10, 40), jnp.ones(40)
 
-    def say(key):
+    def send(key):
         return codec.decode(codec.encode(values, (), key)[0], 40, key)
 
-    drawn = jax.vmap(say)(jax.random.split(key, 2000))
+    drawn = jax.vmap(send)(jax.random.split(key, 2000))
     np.testing.assert_array_equal(drawn.sum(axis=1), np.full(2000, 10.0))
     np.testing.assert_allclose(
         drawn.mean(axis=0), np.full(40, 0.25), atol=5 * np.sqrt(0.1875 / 2000)
@@ -140,16 +140,16 @@ def test_random_k_draws_every_number_alike(key):
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("decay", [1.0, 0.9])
-def test_sent_and_residual_are_what_was_wanted(name, decay, key):
+def test_sent_values_and_residual_add_up_to_the_target(name, decay, key):
     """At every step of a sequence of different messages."""
     codec = error_feedback(CODECS[name], decay)
     state = codec.init((3, SIZE))
     for step_key in jax.random.split(key, 5):
         values = jax.random.normal(step_key, (3, SIZE))
-        wanted = values + decay * state.residual
+        target = values + decay * state.residual
         payload, _, state = codec.encode(values, state, step_key)
         np.testing.assert_allclose(
-            codec.decode(payload, SIZE, step_key) + state.residual, wanted, atol=1e-5
+            codec.decode(payload, SIZE, step_key) + state.residual, target, atol=1e-5
         )
 
 
@@ -161,15 +161,15 @@ def test_magnitude_changes_nothing_but_the_scale(name, largest, key):
     values /= np.abs(values).max()
     scaled = (values * largest).astype(np.float32)
     codec = CODECS[name]
-    # Both are compiled, so that they round alike.
-    write = jax.jit(lambda values: codec.encode(values, codec.init(values.shape), KEY)[:2])
-    payload, said = write(scaled)
-    read = jax.jit(lambda payload: codec.decode(payload, SIZE, KEY))(payload)
-    np.testing.assert_array_equal(read, said)
+    # Both are compiled, so that they round equally.
+    encode = jax.jit(lambda values: codec.encode(values, codec.init(values.shape), KEY)[:2])
+    payload, predicted = encode(scaled)
+    decoded = jax.jit(lambda payload: codec.decode(payload, SIZE, KEY))(payload)
+    np.testing.assert_array_equal(decoded, predicted)
     bound = float(jnp.finfo(jnp.float32).max)
     expected = np.clip(
-        np.asarray(write(values.astype(np.float32))[1], np.float64) * largest, -bound, bound
+        np.asarray(encode(values.astype(np.float32))[1], np.float64) * largest, -bound, bound
     )
     np.testing.assert_allclose(
-        np.asarray(read, np.float64), expected, rtol=1e-5, atol=0.01 * largest / 127
+        np.asarray(decoded, np.float64), expected, rtol=1e-5, atol=0.01 * largest / 127
     )

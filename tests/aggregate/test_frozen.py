@@ -1,4 +1,4 @@
-"""Frozen parameters keep their bits, for any message and any way of freezing them."""
+"""Frozen parameters keep their bits, with every reducer and every way of freezing."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax import numpy as jnp
-from test_aggregate import FORGETFUL, REDUCERS
+from test_aggregate import LOSSY, REDUCERS
 
 import ctde_jax as ctde
 from ctde_jax import aggregate
@@ -25,14 +25,14 @@ from ctde_jax.devices import replica
 
 REPLICAS, ROUNDS = 3, 4
 SHAPES = {"live": (7, 3), "frozen": (5, 4), "later": (3, 5), "scalar": (), "nothing": (0, 2)}
-MESSAGES = {
+ALL_REDUCERS = {
     **{name: contract.reduce for name, contract in REDUCERS.items()},
-    **{f"{name}, two-phase": two_phase(codec) for name, codec in FORGETFUL.items()},
-    **{f"{name}, gathered": gathered(codec) for name, codec in FORGETFUL.items()},
-    **{f"{name}, feedback": two_phase(error_feedback(codec)) for name, codec in FORGETFUL.items()},
+    **{f"{name}, two-phase": two_phase(codec) for name, codec in LOSSY.items()},
+    **{f"{name}, gathered": gathered(codec) for name, codec in LOSSY.items()},
+    **{f"{name}, feedback": two_phase(error_feedback(codec)) for name, codec in LOSSY.items()},
     **{
         f"{name}, gathered feedback": gathered(error_feedback(codec))
-        for name, codec in FORGETFUL.items()
+        for name, codec in LOSSY.items()
     },
     "median of signs": two_phase(sign(8), aggregate.median()),
     "clipping of signs": two_phase(error_feedback(sign(8)), aggregate.centered_clipping(1.0)),
@@ -44,16 +44,16 @@ MESSAGES = {
     "streaming without feedback": streaming(2, two_phase(quantize(2, "statistical", 8)), mix=0.3),
 }
 MIXING = ["ring", "exponential", "pairs", "streaming", "streaming without feedback"]
-"""Those that draw together what differs between the replicas."""
+"""Reducers that mix the parameters of replicas, which differ."""
 
 
 def rounds(reduce: optax.GradientTransformation, messages, weights, initial):
-    """Applies the result of each round; returns `[replica, round, ...]` and the last state."""
+    """Runs all rounds; returns the parameters `[replica, round, ...]` and the last state."""
     reduce = optax.with_extra_args_support(reduce)
 
     def on_replica(params, state, message, weight, key):
-        agreed, state = reduce.update(message, state, params, weight=weight, key=key)
-        return optax.tree.sub(params, agreed), state
+        reduced, state = reduce.update(message, state, params, weight=weight, key=key)
+        return optax.tree.sub(params, reduced), state
 
     one_round = jax.jit(jax.vmap(on_replica, in_axes=(0, 0, 0, 0, None), axis_name=replica.AXIS))
     params = jax.tree.map(lambda x: np.stack([x] * REPLICAS), initial)
@@ -66,9 +66,9 @@ def rounds(reduce: optax.GradientTransformation, messages, weights, initial):
     return jax.tree.map(lambda *each: np.stack(each, axis=1), *after), state
 
 
-@pytest.mark.parametrize("name", MESSAGES)
-def test_leaf_of_zeros_stays_in_every_round(name, key):
-    """Leaves that are frozen always, or only in the last rounds."""
+@pytest.mark.parametrize("name", ALL_REDUCERS)
+def test_leaf_with_zero_messages_is_unchanged(name, key):
+    """One leaf is frozen in all rounds, another one only in the last rounds."""
     keys = jax.random.split(key, len(SHAPES))
     initial = {
         leaf: np.asarray(jax.random.normal(k, SHAPES[leaf]))
@@ -79,25 +79,25 @@ def test_leaf_of_zeros_stays_in_every_round(name, key):
     )
     messages["frozen"] = jnp.zeros_like(messages["frozen"])
     messages["later"] = messages["later"].at[:, ROUNDS // 2 :].set(0)
-    if name in MIXING:  # the replicas' parameters differ in what they have learned alone
+    if name in MIXING:  # parameters differ between replicas after the first rounds
         messages["later"] = jnp.zeros_like(messages["later"])
 
-    params, _ = rounds(MESSAGES[name], messages, jnp.asarray([2.0, 0.0, 1.0]), initial)
+    params, _ = rounds(ALL_REDUCERS[name], messages, jnp.asarray([2.0, 0.0, 1.0]), initial)
     assert (params["live"] != initial["live"]).any()
-    for own in range(REPLICAS):
+    for index in range(REPLICAS):
         for number in range(ROUNDS):
-            np.testing.assert_array_equal(params["frozen"][own, number], initial["frozen"])
+            np.testing.assert_array_equal(params["frozen"][index, number], initial["frozen"])
         np.testing.assert_array_equal(
-            params["later"][own, -1], params["later"][own, ROUNDS // 2 - 1]
+            params["later"][index, -1], params["later"][index, ROUNDS // 2 - 1]
         )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("exchange", [two_phase, gathered])
 @pytest.mark.parametrize("name", ["sign", "int2, statistical", "random-k"])
-def test_leaf_of_zeros_leaves_no_residual(exchange, name):
+def test_leaf_with_zero_messages_has_no_residual(exchange, name):
     """Only leaves that change keep the error of the codec as a residual."""
-    reduce = exchange(error_feedback(FORGETFUL[name]))
+    reduce = exchange(error_feedback(LOSSY[name]))
     messages = {
         "a": jnp.zeros((REPLICAS, ROUNDS, 20)),
         "b": jnp.ones((REPLICAS, ROUNDS, 21)).at[..., ::2].set(-3),
@@ -109,8 +109,8 @@ def test_leaf_of_zeros_leaves_no_residual(exchange, name):
     assert vectors[:, 20:].any()
 
 
-def test_replica_without_weight_unfreezes_nothing():
-    """Not even with NaN."""
+def test_replica_with_weight_zero_unfreezes_no_leaf():
+    """Not even with a message of NaN."""
     messages = {
         "a": jnp.zeros((REPLICAS, ROUNDS, 9)).at[1].set(jnp.nan),
         "b": jnp.ones((REPLICAS, ROUNDS, 9)),
@@ -121,13 +121,13 @@ def test_replica_without_weight_unfreezes_nothing():
         np.testing.assert_array_equal(params["a"], np.ones((REPLICAS, ROUNDS, 9)))
 
 
-def test_isotropic_leaves_zeros_alone():
+def test_isotropic_keeps_zeros():
     zeros, update = jnp.zeros((4, 3)), aggregate.isotropic()
     assert not update.update({"w": zeros}, update.init(zeros))[0]["w"].any()
 
 
-class Partly(nnx.Module):
-    """Layers that are frozen in every way there is, and a head that learns."""
+class PartlyFrozen(nnx.Module):
+    """Layers that are frozen in different ways, and a head that is trained."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.base, self.slow, self.stopped = (nnx.Linear(6, 6, rngs=rngs) for _ in range(3))
@@ -172,7 +172,7 @@ STRATEGIES = {
 def test_frozen_layers_keep_their_bits_in_training(name):
     """On 3 devices, where sums of three equal numbers round, and with an EMA of the parameters."""
     preset, options = STRATEGIES[name]
-    model = ctde.models.from_nnx(Partly)
+    model = ctde.models.from_nnx(PartlyFrozen)
     trained = ctde.fit(
         model,
         DATA,

@@ -12,7 +12,7 @@ from ctde_jax.devices import replica
 
 
 def mix(reduce: optax.GradientTransformation, params: jax.Array, rounds: int) -> np.ndarray:
-    """Parameters `[round, replica, size]` of replicas that do nothing but mix."""
+    """Returns the parameters `[round, replica, size]` of replicas that only mix."""
 
     def on_replica(params):
         def one(carry, key):
@@ -29,7 +29,7 @@ def mix(reduce: optax.GradientTransformation, params: jax.Array, rounds: int) ->
 
 @pytest.mark.parametrize("graph", ["ring", "exponential", "pairs"])
 @pytest.mark.parametrize("replicas", [2, 3, 4, 7, 8])
-def test_mean_stays(graph, replicas, key):
+def test_mixing_preserves_the_mean(graph, replicas, key):
     params = jax.random.normal(key, (replicas, 5))
     for mixed in mix(gossip(graph), params, 6):
         np.testing.assert_allclose(mixed.mean(axis=0), params.mean(axis=0), atol=1e-6)
@@ -46,7 +46,7 @@ def test_spread_in_a_ring_shrinks_by_the_second_eigenvalue(replicas):
 
 
 @pytest.mark.parametrize("replicas", [2, 4, 8])
-def test_exponential_graph_agrees_exactly_after_log2_rounds(replicas, key):
+def test_exponential_graph_reaches_the_mean_after_log2_rounds(replicas, key):
     params = jax.random.normal(key, (replicas, 5))
     rounds = replicas.bit_length() - 1
     after = mix(gossip("exponential"), params, rounds)
@@ -68,21 +68,21 @@ def test_random_pairs_shrink_the_squared_spread_as_expected(key):
 
 @pytest.mark.parametrize("replicas", [3, 4, 8])
 def test_every_round_of_pairs_is_drawn_equally_often(replicas):
-    """One-hot parameters show the partner that each replica was drawn."""
+    """One-hot parameters show the partner of each replica."""
     reduce, draws = gossip("pairs"), 400 * len(tournament(replicas))
 
     def on_replica(params, key):
         outer_grads, _ = reduce.update(jnp.zeros_like(params), reduce.init(params), params, key=key)
         return params - outer_grads
 
-    together = jax.vmap(on_replica, (0, None), axis_name=replica.AXIS)
-    mixed = jax.jit(jax.vmap(together, (None, 0)))(
+    on_replicas = jax.vmap(on_replica, (0, None), axis_name=replica.AXIS)
+    mixed = jax.jit(jax.vmap(on_replicas, (None, 0)))(
         jnp.eye(replicas), jax.random.split(jax.random.key(5), draws)
     )
     # Subtract a quarter on the diagonal, so that the maximum is at the partner, or at the replica
     # itself if it has none.
-    own = np.where(np.arange(replicas)[:, None] == np.arange(replicas), 0.25, 0)
-    partners = np.argmax(np.asarray(mixed) - own, axis=-1)
+    diagonal = np.where(np.arange(replicas)[:, None] == np.arange(replicas), 0.25, 0)
+    partners = np.argmax(np.asarray(mixed) - diagonal, axis=-1)
     drawn, counts = np.unique(partners, axis=0, return_counts=True)
 
     assert sorted(map(list, drawn)) == sorted(tournament(replicas))
@@ -90,13 +90,13 @@ def test_every_round_of_pairs_is_drawn_equally_often(replicas):
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 6, 9])
-def test_everybody_meets_everybody_once(replicas):
+def test_every_pair_of_replicas_meets_once(replicas):
     rounds = np.array(tournament(replicas))
-    own = np.arange(replicas)
+    indices = np.arange(replicas)
     for partners in rounds:
-        np.testing.assert_array_equal(partners[partners], own)
-    met = [set(rounds[:, i]) - {i} for i in own]
-    assert met == [set(own) - {i} for i in own]
+        np.testing.assert_array_equal(partners[partners], indices)
+    met = [set(rounds[:, i]) - {i} for i in indices]
+    assert met == [set(indices) - {i} for i in indices]
 
 
 def test_local_steps_are_mixed_with_the_parameters(key):

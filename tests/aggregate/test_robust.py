@@ -34,8 +34,8 @@ def numpy_trimmed_mean(rows: np.ndarray, byzantine: int) -> np.ndarray:
 
 def numpy_multi_krum(rows: np.ndarray, byzantine: int, selected: int) -> np.ndarray:
     scores = []
-    for own in rows:
-        squared = sorted(float((own - other) @ (own - other)) for other in rows)
+    for row in rows:
+        squared = sorted(float((row - other) @ (row - other)) for other in rows)
         # The first distance is that to itself.
         scores.append(sum(squared[1 : len(rows) - byzantine]))
     return rows[np.argsort(scores)[:selected]].mean(axis=0)
@@ -88,10 +88,10 @@ RULES = {
 
 @cache
 def compiled(combine: Combine):
-    def own(slice_):
+    def on_replica(slice_):
         return combine.update(slice_, jnp.ones(len(slice_)), combine.init(slice_.shape[1]))[0]
 
-    return jax.jit(jax.vmap(own, axis_name=AXIS))
+    return jax.jit(jax.vmap(on_replica, axis_name=AXIS))
 
 
 def combined(combine: Combine, rows: np.ndarray) -> np.ndarray:
@@ -105,14 +105,14 @@ def combined(combine: Combine, rows: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("replicas", "size"), [(8, 50), (7, 1), (13, 40)])
 @pytest.mark.parametrize("name", RULES)
-def test_rule_is_its_definition_however_the_message_is_cut(name, replicas, size):
+def test_rule_equals_its_definition_for_any_slicing(name, replicas, size):
     rows = np.random.default_rng(replicas).normal(1.0, 1.0, (replicas, size))
     expected = RULES[name].reference(rows)
     np.testing.assert_allclose(combined(RULES[name].combine, rows), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rule_does_not_know_who_is_who(name):
+def test_rule_is_invariant_to_the_order_of_replicas(name):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(8, 20))
     shuffled = combined(RULES[name].combine, rng.permutation(rows))
@@ -120,42 +120,42 @@ def test_rule_does_not_know_who_is_who(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_weights_buy_no_influence(name, key):
-    """A replica that claims a million examples counts once, in the exchange itself."""
+def test_weights_have_no_influence(name, key):
+    """A replica that claims a million examples counts once."""
     rows = jax.random.normal(key, (8, 20))
     reduce = two_phase(combine=RULES[name].combine)
 
-    def agreed(weights):
+    def reduced(weights):
         def update(message, weight):
             return reduce.update(message, reduce.init(message), weight=weight, key=key)[0]
 
         return jax.jit(jax.vmap(update, axis_name=AXIS, out_axes=None))(rows, weights)
 
-    np.testing.assert_array_equal(agreed(jnp.ones(8)), agreed(jnp.full(8, 1.0).at[3].set(1e6)))
+    np.testing.assert_array_equal(reduced(jnp.ones(8)), reduced(jnp.full(8, 1.0).at[3].set(1e6)))
     np.testing.assert_allclose(
-        agreed(jnp.ones(8)), RULES[name].reference(np.asarray(rows)), rtol=1e-4, atol=1e-5
+        reduced(jnp.ones(8)), RULES[name].reference(np.asarray(rows)), rtol=1e-4, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("nonsense", [1e6, -1e30, np.nan, np.inf])
 @pytest.mark.parametrize("name", RULES)
-def test_two_bad_replicas_of_eight_do_not_move_the_answer_away_from_the_honest(name, nonsense):
-    """As near to the honest mean as some honest replica is, or zero in the case of clipping."""
+def test_two_bad_replicas_of_eight_have_a_bounded_influence(name, nonsense):
+    """The bound is the distance of the farthest honest replica, or of zero for clipping."""
     rows = np.random.default_rng(0).uniform(1.0, 2.0, (8, 20))
     rows[[2, 5]] = nonsense
     honest = np.delete(rows, [2, 5], axis=0)
     center = honest.mean(axis=0)
-    reach = np.linalg.norm(center if "clipping" in name else honest - center[None], axis=-1).max()
-    assert np.linalg.norm(combined(RULES[name].combine, rows) - center) <= reach
+    bound = np.linalg.norm(center if "clipping" in name else honest - center[None], axis=-1).max()
+    assert np.linalg.norm(combined(RULES[name].combine, rows) - center) <= bound
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed mean"])
-def test_coordinates_stay_within_the_range_of_the_honest(name):
+def test_coordinates_stay_within_the_range_of_honest_replicas(name):
     rows = np.random.default_rng(0).uniform(1.0, 2.0, (8, 20))
     rows[[2, 5]] = [[1e6], [-np.inf]]
     honest = np.delete(rows, [2, 5], axis=0)
-    agreed = combined(RULES[name].combine, rows)
-    assert ((honest.min(axis=0) <= agreed) & (agreed <= honest.max(axis=0))).all()
+    reduced = combined(RULES[name].combine, rows)
+    assert ((honest.min(axis=0) <= reduced) & (reduced <= honest.max(axis=0))).all()
 
 
 def test_average_is_moved_by_one_bad_replica():
@@ -164,12 +164,12 @@ def test_average_is_moved_by_one_bad_replica():
     assert (combined(average(), rows) > 1e5).all()
 
 
-def test_trimming_nobody_is_the_mean():
+def test_trimming_zero_replicas_is_the_mean():
     rows = np.random.default_rng(0).normal(size=(8, 20))
     np.testing.assert_allclose(combined(trimmed_mean(0), rows), rows.mean(axis=0), atol=1e-6)
 
 
-def test_selecting_everybody_is_the_mean():
+def test_selecting_all_replicas_is_the_mean():
     rows = np.random.default_rng(0).normal(size=(8, 20))
     np.testing.assert_allclose(combined(multi_krum(0), rows), rows.mean(axis=0), atol=1e-6)
 
@@ -179,7 +179,7 @@ def test_clipping_to_a_large_radius_is_the_mean():
     np.testing.assert_allclose(combined(centered_clipping(1e3), rows), rows.mean(axis=0), atol=1e-6)
 
 
-def test_krum_answers_with_one_of_the_messages():
+def test_krum_returns_one_of_the_messages():
     rows = np.random.default_rng(0).normal(size=(8, 20)).astype(np.float32)
     assert any(np.array_equal(combined(krum(2), rows), row) for row in rows)
 
@@ -194,21 +194,21 @@ def test_geometric_median_has_the_least_sum_of_distances():
     )
 
 
-def test_centered_clipping_starts_from_what_was_agreed_last():
-    """Far away the center takes a step of the radius in every round, and then it is there."""
+def test_centered_clipping_starts_from_the_last_result():
+    """The center moves by the radius in every round until it reaches the distant message."""
     combine = centered_clipping(2.0)
     # At a distance of 3 sqrt(20) = 13.4, because each of the 4 replicas owns 5 numbers.
     far = jnp.full((4, 5), 3.0)
 
     def rounds(slice_):
         def one(state, _):
-            agreed, state = combine.update(slice_, jnp.ones(4), state)
-            return state, agreed
+            reduced, state = combine.update(slice_, jnp.ones(4), state)
+            return state, reduced
 
         return lax.scan(one, combine.init(5), length=8)[1]
 
-    agreed = jax.vmap(rounds, axis_name=AXIS, axis_size=4, in_axes=None)(far)
-    norms = np.linalg.norm(np.moveaxis(agreed, 0, 1).reshape(8, -1), axis=1)
+    reduced = jax.vmap(rounds, axis_name=AXIS, axis_size=4, in_axes=None)(far)
+    norms = np.linalg.norm(np.moveaxis(reduced, 0, 1).reshape(8, -1), axis=1)
     np.testing.assert_allclose(norms, [2, 4, 6, 8, 10, 12, 3 * 20**0.5, 3 * 20**0.5], rtol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_centered_clipping_starts_from_what_was_agreed_last():
         (lambda: centered_clipping(1.0, iterations=0), "iterations must be at least 1, got 0"),
     ],
 )
-def test_rule_that_makes_no_sense_is_refused(build, sentence):
+def test_invalid_rule_is_refused(build, sentence):
     with pytest.raises(InputError, match=sentence):
         build()
 
@@ -268,11 +268,11 @@ def test_rule_that_makes_no_sense_is_refused(build, sentence):
         ),
     ],
 )
-def test_too_few_replicas_are_refused_where_the_state_begins(combine, replicas, sentence):
+def test_too_few_replicas_are_refused_at_initialization(combine, replicas, sentence):
     """Shapes suffice for the check, so the error comes before any compilation."""
-    begin = jax.vmap(two_phase(combine=combine).init, axis_name=AXIS)
+    init = jax.vmap(two_phase(combine=combine).init, axis_name=AXIS)
     with pytest.raises(InputError, match=sentence):
-        jax.eval_shape(begin, jax.ShapeDtypeStruct((replicas, 20), jnp.float32))
+        jax.eval_shape(init, jax.ShapeDtypeStruct((replicas, 20), jnp.float32))
 
 
 ATTACKS = {
@@ -284,7 +284,7 @@ ATTACKS = {
     "label flip": attacks.honest(),
 }
 MODEL = models.mlp([64, 32, 10])
-TRAINED_BY = [
+TRAINED_RULES = [
     "median",
     "trimmed mean",
     "Krum",
@@ -305,26 +305,28 @@ def accuracies(
     )
     labels = jnp.asarray(digits.train.labels)
 
-    def train(which: jax.Array) -> jax.Array:
+    def train(attack_index: jax.Array) -> jax.Array:
         attacked = attacks.attacked(
-            reduce, lambda *known: lax.switch(which, list(ATTACKS.values()), *known)
+            reduce, lambda *known: lax.switch(attack_index, list(ATTACKS.values()), *known)
         )
-        flips = which == list(ATTACKS).index("label flip")
-        own_labels = jnp.where(flips, attacks.flip_labels(labels, classes=10), labels)
+        flips = attack_index == list(ATTACKS).index("label flip")
+        replica_labels = jnp.where(flips, attacks.flip_labels(labels, classes=10), labels)
 
         def loss(params, rows):
             outputs, _ = MODEL.apply(params, {}, inputs[rows], None)
-            return optax.softmax_cross_entropy_with_integer_labels(outputs, own_labels[rows]).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(
+                outputs, replica_labels[rows]
+            ).mean()
 
         def step(center, key):
             params, reduce_state = center
-            own_key = jax.random.fold_in(key, lax.axis_index(AXIS))
-            rows = jax.random.randint(own_key, (per_replica,), 0, len(labels))
+            replica_key = jax.random.fold_in(key, lax.axis_index(AXIS))
+            rows = jax.random.randint(replica_key, (per_replica,), 0, len(labels))
             grads = jax.grad(loss)(params, rows)
-            agreed, reduce_state = attacked.update(
+            reduced, reduce_state = attacked.update(
                 grads, reduce_state, weight=jnp.float32(per_replica), key=key
             )
-            return (optax.tree.sub(params, agreed), reduce_state), None
+            return (optax.tree.sub(params, reduced), reduce_state), None
 
         params, _ = MODEL.init(jax.random.key(0), inputs[:1])
         (params, _), _ = lax.scan(
@@ -336,34 +338,34 @@ def accuracies(
     compiled_once = jax.jit(
         jax.vmap(train, axis_name=AXIS, axis_size=8, in_axes=None, out_axes=None)
     )
-    return {name: float(compiled_once(which)) for which, name in enumerate(ATTACKS)}
+    return {name: float(compiled_once(attack_index)) for attack_index, name in enumerate(ATTACKS)}
 
 
 @pytest.fixture(scope="module")
-def of_the_mean(digits) -> dict[str, float]:
+def mean_accuracies(digits) -> dict[str, float]:
     return accuracies(average(), digits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", ["sign flip", "large noise", "not a number"])
-def test_plain_mean_falls_to_two_bad_replicas_of_eight(of_the_mean, attack):
-    assert of_the_mean["none"] > 96
-    assert of_the_mean[attack] < 70
+def test_mean_fails_with_two_bad_replicas_of_eight(mean_accuracies, attack):
+    assert mean_accuracies["none"] > 96
+    assert mean_accuracies[attack] < 70
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINED_BY)
-def test_training_survives_two_bad_replicas_of_eight(of_the_mean, digits, name):
-    """Within 2 points of the clean accuracy of the mean, under every attack and under none."""
+@pytest.mark.parametrize("name", TRAINED_RULES)
+def test_training_tolerates_two_bad_replicas_of_eight(mean_accuracies, digits, name):
+    """Every accuracy is at most 2 points below that of the mean without an attack."""
     under_attack = accuracies(RULES[name].combine, digits)
     assert {
-        name: value for name, value in under_attack.items() if value < of_the_mean["none"] - 2
+        name: value for name, value in under_attack.items() if value < mean_accuracies["none"] - 2
     } == {}
 
 
 @pytest.mark.parametrize("magnitude", [1e-25, 1e25, 1e37])
 @pytest.mark.parametrize("name", RULES)
-def test_rule_is_its_definition_for_numbers_whose_squares_are_no_float32(name, magnitude):
+def test_rule_equals_its_definition_if_squares_leave_the_range_of_float32(name, magnitude):
     """The definition is computed in float64."""
     rows = magnitude * np.random.default_rng(1).normal(1.0, 1.0, (8, 20))
     expected = RULES[name].reference(rows)
@@ -372,7 +374,7 @@ def test_rule_is_its_definition_for_numbers_whose_squares_are_no_float32(name, m
     )
 
 
-@pytest.mark.parametrize("name", TRAINED_BY)
+@pytest.mark.parametrize("name", TRAINED_RULES)
 def test_one_enormous_message_does_not_hide_the_distances_between_the_others(name):
     rows = 1e-12 * np.random.default_rng(1).normal(1.0, 1.0, (8, 20))
     rows[3] = 1e28

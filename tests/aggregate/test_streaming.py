@@ -1,4 +1,4 @@
-"""Fragments in turn, one round late."""
+"""Streaming equals the loop of its paper: one fragment per round, applied one round late."""
 
 import jax
 import numpy as np
@@ -13,8 +13,8 @@ REPLICAS, SIZE, FRAGMENTS = 3, 10, 4
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.5])
-def test_streaming_is_the_loop_that_the_paper_describes(mix, key):
-    """Three turns against numpy: fragments, late results, momentum in the outer step, mixing."""
+def test_streaming_equals_the_loop_of_the_paper(mix, key):
+    """Three passes over the fragments, compared with numpy; with outer momentum and mixing."""
     outer = optax.sgd(0.7, momentum=0.9)
     reduce = streaming(FRAGMENTS, outer=outer, mix=mix)
     rounds = 3 * FRAGMENTS
@@ -25,45 +25,45 @@ def test_streaming_is_the_loop_that_the_paper_describes(mix, key):
         outer_grads, state = reduce.update({"p": step}, state, {"p": params}, weight=1.0, key=key)
         return params - outer_grads["p"], state
 
-    own_round = jax.jit(jax.vmap(on_replica, axis_name=replica.AXIS))
+    run_round = jax.jit(jax.vmap(on_replica, axis_name=replica.AXIS))
     params = jnp.stack([start] * REPLICAS)
     state = jax.vmap(reduce.init, axis_name=replica.AXIS)({"p": params})
 
     padded = np.zeros((FRAGMENTS, 3), np.float32)
     padded.ravel()[:SIZE] = start
-    own, center, momentum = np.stack([padded] * REPLICAS), padded.copy(), np.zeros_like(padded)
+    local, center, momentum = np.stack([padded] * REPLICAS), padded.copy(), np.zeros_like(padded)
     message = None
     for number in range(rounds):
-        own.reshape(REPLICAS, -1)[:, :SIZE] -= steps[:, number]
+        local.reshape(REPLICAS, -1)[:, :SIZE] -= steps[:, number]
         if message is not None:
             late = (number - 1) % FRAGMENTS
             momentum[late] = 0.9 * momentum[late] + message.mean(axis=0)
             center[late] -= 0.7 * momentum[late]
-            own[:, late] = mix * own[:, late] + (1 - mix) * center[late]
-        message = center[number % FRAGMENTS] - own[:, number % FRAGMENTS]
-        params, state = own_round(params, state, steps[:, number])
-        np.testing.assert_allclose(params, own.reshape(REPLICAS, -1)[:, :SIZE], atol=1e-4)
+            local[:, late] = mix * local[:, late] + (1 - mix) * center[late]
+        message = center[number % FRAGMENTS] - local[:, number % FRAGMENTS]
+        params, state = run_round(params, state, steps[:, number])
+        np.testing.assert_allclose(params, local.reshape(REPLICAS, -1)[:, :SIZE], atol=1e-4)
         for replicas_center in state.center["p"]:
             # All replicas have the same bits.
             np.testing.assert_array_equal(replicas_center, state.center["p"][0])
             np.testing.assert_allclose(replicas_center, center, atol=1e-4)
 
 
-def test_message_does_not_wait_for_the_local_steps(key):
+def test_message_does_not_depend_on_the_local_steps(key):
     """The message does not depend on the local steps of its round, so both can overlap."""
     reduce = streaming(2)
     params = jnp.ones(6)
 
-    def agreed(step, state):
+    def next_center(step, state):
         return reduce.update(step, state, params, weight=1.0, key=key)[1].center
 
     state = jax.vmap(reduce.init, axis_name=replica.AXIS)(jnp.ones((2, 6)))
-    slope = jax.jacobian(jax.vmap(agreed, axis_name=replica.AXIS))(jnp.ones((2, 6)), state)
+    slope = jax.jacobian(jax.vmap(next_center, axis_name=replica.AXIS))(jnp.ones((2, 6)), state)
     assert not slope.any()
 
 
-def test_outer_state_of_each_fragment_starts_from_its_own_parameters():
-    """An outer optimizer may keep a point, as schedule-free ones do."""
+def test_outer_state_of_each_fragment_starts_from_its_parameters():
+    """Schedule-free outer optimizers keep a copy of the parameters in their state."""
     outer = optax.contrib.schedule_free_sgd(0.7)
     reduce = streaming(FRAGMENTS, outer=outer)
     params = jnp.arange(1.0, 4 * FRAGMENTS + 1)

@@ -95,14 +95,14 @@ OPTIMIZERS = {
     ),
 }
 TAKING_VALUE = {"polyak sgd", "momo", "momo adam", "reduce on plateau", "MultiSteps of momo"}
-FREE_STATE = {
+SCHEDULE_FREE_STATE = {
     "schedule-free": lambda state: state,
     "clipped schedule-free": lambda state: state[1],
     "injected schedule-free": lambda state: state.inner_state,
     "MultiSteps of schedule-free": lambda state: state.inner_opt_state,
     "schedule-free if finite": lambda state: state.inner_state,
 }
-"""Where optax's `schedule_free_eval_params` finds its state."""
+"""Functions that return the state that optax's `schedule_free_eval_params` takes."""
 
 QUICK = [
     "noisy sgd",
@@ -171,24 +171,25 @@ def plain_loop(name: str) -> tuple[list[float], dict]:
         params = params.slow
     if name == "sam":
         params = state.cache  # the last step was adversarial
-    if name in FREE_STATE:
-        params = contrib.schedule_free_eval_params(FREE_STATE[name](state), params)
+    if name in SCHEDULE_FREE_STATE:
+        params = contrib.schedule_free_eval_params(SCHEDULE_FREE_STATE[name](state), params)
     if name == "schedule-free kernels":
-        own = {label: masked.inner_state for label, masked in state.inner_states.items()}
+        states = {label: masked.inner_state for label, masked in state.inner_states.items()}
         params = jax.tree.map(
             lambda label, y, z, other: (
-                (y - (1 - own[label].b1) * (z if label == "kernel" else other)) / own[label].b1
+                (y - (1 - states[label].b1) * (z if label == "kernel" else other))
+                / states[label].b1
             ),
             by_name(params),
             params,
-            _filled(own["kernel"].z, params),
-            _filled(own["bias"].z, params),
+            _filled(states["kernel"].z, params),
+            _filled(states["bias"].z, params),
         )
     return found, params
 
 
 def _filled(masked, params):
-    """Puts something in the places that a mask leaves out."""
+    """Replaces masked leaves by the parameters."""
 
     def is_masked(node) -> bool:
         return isinstance(node, optax.MaskedNode)
@@ -212,8 +213,8 @@ SAVED = {"save_every": 5, "keep_checkpoints": 5}
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_optimizer_trains_as_in_a_plain_loop_on_one_device_and_on_four(name, on_four):
-    """Losses and evaluated parameters, over short last batches."""
+def test_optimizer_trains_as_in_a_plain_loop_on_one_and_four_devices(name, on_four):
+    """Losses and evaluated parameters are equal, also with short last batches."""
     expected, params = plain_loop(name)
     for trained in (fit(OPTIMIZERS[name](), 1), on_four(name)[0]):
         np.testing.assert_allclose(losses(trained), expected, rtol=1e-5)
@@ -260,10 +261,8 @@ def tensors(folder: Path) -> dict[str, bytes]:
         for name in OPTIMIZERS
     ],
 )
-def test_run_that_continues_after_ten_steps_ends_with_the_bits_of_one_that_was_not_interrupted(
-    name, on_four, tmp_path
-):
-    """The folder is that of a run killed after its checkpoint of step 10; later rows go."""
+def test_resumed_run_has_the_bits_of_an_uninterrupted_run(name, on_four, tmp_path):
+    """The later checkpoints are deleted, as if the run had been killed after step 10."""
     whole, folder = on_four(name)
     shutil.copytree(folder, tmp_path / "killed")
     for step in checkpoint.steps(tmp_path / "killed" / "checkpoints"):
@@ -298,7 +297,7 @@ def recorder(*names: str) -> optax.GradientTransformationExtraArgs:
 @pytest.mark.parametrize(
     "more",
     [{}, {"accumulation_steps": 2}, {"strategy": ctde.Strategy(exact=True)}],
-    ids=["batch", "groups", "exact"],
+    ids=["batch", "microbatches", "exact"],
 )
 def test_extra_arguments_are_those_of_the_global_batch(more):
     """The third batch has 10 examples, so 4 replicas have unequal numbers of them."""
@@ -323,7 +322,7 @@ def first_loss(params, examples, targets=None):
     ).mean()
 
 
-def test_value_is_what_is_minimized_and_not_what_is_reported():
+def test_value_is_the_minimized_loss_and_not_the_reported_loss():
     smoothed = tasks.smoothed(tasks.classification, 0.3)
     trained = fit(recorder("value"), task=smoothed, steps=1)
     order = batches.deal(dataset().train, 1, BATCH, 0).steps(0, 1).ravel()
@@ -333,18 +332,18 @@ def test_value_is_what_is_minimized_and_not_what_is_reported():
     assert trained.history[0]["loss"] != pytest.approx(float(expected), rel=1e-3)
 
 
-def test_value_in_local_steps_is_the_loss_of_the_replicas_own_examples():
+def test_value_in_local_steps_is_the_loss_of_the_examples_of_the_replica():
     trained = fit(recorder("value"), strategy=ctde.Strategy(inner_steps=1), steps=1)
-    own = trained.opt_state["value"]
-    assert own.shape == (4,)
+    values = trained.opt_state["value"]
+    assert values.shape == (4,)
     for order, value in zip(
-        batches.deal(dataset().train, 4, BATCH, 0).steps(0, 1)[0], own, strict=True
+        batches.deal(dataset().train, 4, BATCH, 0).steps(0, 1)[0], values, strict=True
     ):
         assert value == pytest.approx(float(first_loss(first_params(), order)), rel=1e-5)
 
 
 def test_value_of_the_outer_optimizer_is_the_mean_loss_of_the_round(tmp_path):
-    """Over rounds of 32 and of 28 examples."""
+    """The rounds have 32 and 28 examples."""
     outer = optax.chain(optax.sgd(1.0), contrib.reduce_on_plateau(accumulation_size=10**6))
     strategy = ctde.Strategy(inner_steps=2, outer=outer)
     trained = fit(optax.sgd(0.1), strategy=strategy, steps=4, log_every=2, run_dir=tmp_path)
@@ -364,15 +363,15 @@ def scaled_by_value() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def test_signature_with_fewer_arguments_gets_those_it_has():
-    """Alone, in a chain, and in local steps, where `anchor` is passed as well."""
+def test_update_receives_only_the_arguments_in_its_signature():
+    """Alone, in a chain, and in local steps, which pass `anchor` as well."""
     expected = losses(fit(scaled_by_value(), steps=5))
     assert losses(fit(optax.chain(scaled_by_value(), optax.identity()), steps=5)) == expected
     assert expected != losses(fit(optax.sgd(0.1), steps=5))
     fit(scaled_by_value(), strategy=ctde.Strategy(inner_steps=2), steps=5)
 
 
-def test_only_an_optimizer_that_reads_the_value_sends_it():
+def test_value_is_sent_only_if_the_optimizer_reads_it():
     """A float32 and its weight: 2 (R - 1) / R * 8 bytes."""
     sent = {
         name: fit(optimizer, steps=1).traffic.sent
@@ -389,7 +388,7 @@ def test_only_an_optimizer_that_reads_the_value_sends_it():
 # States
 
 
-def of_state(first, then=lambda x: x) -> optax.GradientTransformation:
+def with_state(first, then=lambda x: x) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         return optax.tree.scale(-0.1, updates), then(state)
 
@@ -397,13 +396,13 @@ def of_state(first, then=lambda x: x) -> optax.GradientTransformation:
 
 
 STATES = {
-    "numbers of Python": (lambda params: {"count": 0, "rate": 0.5, "done": False}, None),
+    "Python numbers": (lambda params: {"count": 0, "rate": 0.5, "done": False}, None),
     "none and empty": (lambda params: (None, (), {"nothing": []}, jnp.zeros((0, 3))), None),
     "keys": (lambda params: {"typed": jax.random.key(3), "raw": jax.random.PRNGKey(3)}, None),
     "becomes a float": (lambda params: jnp.int32(1), lambda x: x * 0.5),
-    "of Python, becomes a float": (lambda params: 1, lambda x: x * jnp.float32(0.5)),
+    "Python number, becomes a float": (lambda params: 1, lambda x: x * jnp.float32(0.5)),
     "becomes a longer float": (lambda params: jnp.bfloat16(1), lambda x: x * jnp.float32(0.5)),
-    "by value": (
+    "normalized parameters": (
         lambda params: jax.tree.map(lambda x: x / jnp.maximum(jnp.abs(x).max(), 1e-3), params),
         None,
     ),
@@ -412,8 +411,8 @@ STATES = {
 
 @pytest.mark.parametrize("inner_steps", [0, 2])
 def test_state_may_have_any_leaves(inner_steps, tmp_path):
-    """And is read back from a checkpoint."""
-    optimizer = of_state(
+    """It is also restored from a checkpoint."""
+    optimizer = with_state(
         lambda params: {name: first(params) for name, (first, _) in STATES.items()},
         lambda state: {
             name: state[name] if then is None else then(state[name])
@@ -427,10 +426,10 @@ def test_state_may_have_any_leaves(inner_steps, tmp_path):
         run_dir=tmp_path,
         steps=4,
     )
-    trained, read_back = run(optimizer), run(optimizer)
-    assert jax.tree.structure(trained.opt_state) == jax.tree.structure(read_back.opt_state)
+    trained, restored = run(optimizer), run(optimizer)
+    assert jax.tree.structure(trained.opt_state) == jax.tree.structure(restored.opt_state)
     for leaf, other in zip(
-        jax.tree.leaves(trained.opt_state), jax.tree.leaves(read_back.opt_state), strict=True
+        jax.tree.leaves(trained.opt_state), jax.tree.leaves(restored.opt_state), strict=True
     ):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf, other = jax.random.key_data(leaf), jax.random.key_data(other)
@@ -443,7 +442,7 @@ def test_state_may_have_any_leaves(inner_steps, tmp_path):
             )
 
 
-def test_optimizer_state_of_a_result_can_be_read_and_continued():
+def test_returned_optimizer_state_works_with_optax():
     trained = fit(optax.adam(0.05))
     assert optax.tree.get(trained.opt_state, "count") == STEPS
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(trained.opt_state))
@@ -451,7 +450,7 @@ def test_optimizer_state_of_a_result_can_be_read_and_continued():
     assert len(repr(trained)) < 120
 
 
-def test_optimizer_state_is_that_of_the_last_step_also_with_patience_and_rollback(tmp_path):
+def test_optimizer_state_with_patience_or_rollback_is_that_of_the_last_step(tmp_path):
     held = ctde.data.hold_out(dataset(), 0.3, 0)
     trained = fit(optax.adam(1.0), data=held, patience=1, eval_every=2, steps=100)
     last = max(row["step"] for row in trained.history)
@@ -463,11 +462,11 @@ def test_optimizer_state_is_that_of_the_last_step_also_with_patience_and_rollbac
     assert rolling.opt_state.gradient_step == 2
 
 
-# Optimizers with another point than the one they train at
+# Optimizers that are evaluated at another point than they are trained at
 
 
-def test_schedule_free_training_goes_on_from_the_point_of_the_gradients(tmp_path):
-    """On other devices; the checkpoint has both points, and the best is an evaluated one."""
+def test_checkpoint_of_schedule_free_training_has_both_points(tmp_path):
+    """The best parameters are an evaluated point, the current ones the point of the gradients."""
     held = ctde.data.hold_out(dataset(), 0.3, 0)
     optimizer = contrib.schedule_free_sgd(0.3)
     run = partial(fit, optimizer, data=held, patience=50, eval_every=5)
@@ -484,8 +483,8 @@ def test_schedule_free_training_goes_on_from_the_point_of_the_gradients(tmp_path
     )
 
 
-def test_lookahead_is_local_steps_with_an_outer_rate():
-    """On one device: sync_period steps alone, and slow_step_size of the way."""
+def test_lookahead_equals_local_steps_with_an_outer_learning_rate():
+    """On one device; `sync_period` is the local steps, `slow_step_size` the outer learning rate."""
     ahead = fit(optax.lookahead(optax.adam(0.05), 5, 0.5), count=1)
     local = fit(
         optax.adam(0.05), count=1, strategy=ctde.Strategy(inner_steps=5, outer=optax.sgd(0.5))
@@ -510,7 +509,7 @@ def test_schedule_free_outer_optimizer_is_evaluated_at_its_average(tmp_path):
     )
 
 
-# What is refused
+# Refused optimizers
 
 
 def scaled_by_curvature() -> optax.GradientTransformationExtraArgs:
@@ -552,7 +551,7 @@ REFUSED = {
             "example.*aggregate.private"
         ),
     ),
-    "an argument of one's own": (
+    "unknown required argument": (
         lambda: optax.chain(optax.sgd(0.1), scaled_by_curvature()),
         {},
         r"that a step passes \(value, loss, grad\), but scaled_by_curvature requires 'batch'",
@@ -579,7 +578,7 @@ REFUSED = {
         ),
     ),
     "a state that grows": (
-        lambda: of_state(lambda params: jnp.zeros(1), lambda x: jnp.append(x, 0)),
+        lambda: with_state(lambda params: jnp.zeros(1), lambda x: jnp.append(x, 0)),
         {},
         (
             r"must keep the shapes and dtypes of its state, but an update changes .* from "
@@ -587,7 +586,7 @@ REFUSED = {
         ),
     ),
     "a state that is rounded": (
-        lambda: of_state(
+        lambda: with_state(
             lambda params: {"x": jnp.float32(0)},
             lambda state: {"x": state["x"].astype(jnp.bfloat16)},
         ),
@@ -595,12 +594,14 @@ REFUSED = {
         r"but an update changes x from float32\[\] to bfloat16\[\]",
     ),
     "a function in the state": (
-        lambda: of_state(lambda params: {"fn": jnp.tanh}),
+        lambda: with_state(lambda params: {"fn": jnp.tanh}),
         {},
         "raised TypeError",
     ),
-    "decisions of Python": (
-        lambda: of_state(lambda params: jnp.int32(0), lambda state: state + 1 if state else state),
+    "Python control flow": (
+        lambda: with_state(
+            lambda params: jnp.int32(0), lambda state: state + 1 if state else state
+        ),
         {},
         "raised TracerBoolConversionError",
     ),
@@ -616,7 +617,7 @@ REFUSED = {
         "must not be lookahead in",
     ),
     "cocob in local steps": (lambda: contrib.cocob(), LOCAL, "must not be cocob in local steps"),
-    "schedule-free with an average": (
+    "schedule-free with EMA": (
         lambda: contrib.schedule_free_sgd(0.1),
         {"ema_decay": 0.9},
         "ema_decay cannot be combined with schedule_free",
@@ -630,7 +631,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_work_in_a_step_is_refused_before_compilation(name, monkeypatch, tmp_path):
+def test_unsupported_optimizer_is_refused_before_compilation(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     make, more, sentence = REFUSED[name]
     monkeypatch.setattr(
@@ -643,7 +644,7 @@ def test_what_cannot_work_in_a_step_is_refused_before_compilation(name, monkeypa
     print(f"{name}: {found.value}")
 
 
-def test_outer_optimizer_is_refused_by_its_own_name():
+def test_error_of_an_outer_optimizer_names_outer():
     with pytest.raises(
         ctde.InputError,
         match=r"^outer must require only the arguments .*, but scale_by_zoom_linesearch requires",

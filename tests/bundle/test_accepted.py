@@ -1,4 +1,4 @@
-"""A model answers only for inputs like those it was trained on."""
+"""A model accepts only inputs like those of its training."""
 
 import numpy as np
 import pytest
@@ -66,19 +66,19 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("dtype", "inputs"), ACCEPTED)
-def test_inputs_of_the_training_kind_keep_their_numbers(dtype, inputs):
+def test_inputs_like_those_of_training_keep_their_values(dtype, inputs):
     found = Accepted(dtype, (2,)).conform("inputs", inputs)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, np.asarray(inputs).astype(dtype))
 
 
 @pytest.mark.parametrize(("dtype", "inputs", "sentence"), REFUSED)
-def test_inputs_of_another_kind_or_range_are_refused(dtype, inputs, sentence):
+def test_inputs_of_another_dtype_shape_or_range_are_refused(dtype, inputs, sentence):
     with pytest.raises(InputError, match=sentence):
         Accepted(dtype, (2,)).conform("inputs", inputs)
 
 
-def test_pixels_and_tokens_have_the_range_of_training():
+def test_pixels_and_tokens_must_be_in_the_range_of_training():
     with pytest.raises(
         InputError, match="must be from 0 to 16, as in training, got numbers from 0 to 17"
     ):
@@ -90,8 +90,8 @@ def test_pixels_and_tokens_have_the_range_of_training():
     np.testing.assert_array_equal(Accepted("int32", (2,), 9).conform("inputs", [[0, 9]]), [[0, 9]])
 
 
-def test_no_examples_are_accepted():
+def test_empty_inputs_are_accepted():
     accepted = Accepted("float32", (3, None))
-    for nothing in ([], np.zeros((0, 3, 5))):
-        found = accepted.conform("inputs", nothing)
+    for inputs in ([], np.zeros((0, 3, 5))):
+        found = accepted.conform("inputs", inputs)
         assert (found.shape[:2], found.dtype) == ((0, 3), np.float32)

@@ -1,7 +1,7 @@
-"""Damaged and hostile bundles are refused with a sentence, before they run or take memory.
+"""Damaged and malicious bundles are refused with one sentence, before they run or use memory.
 
 Damage changes bytes but not the checksums. An attacker can update the checksums; then the card and
-the files are still validated, and errors of a runtime are also reported in a sentence.
+the files are still validated, and errors of a runtime are also reported in one sentence.
 """
 
 import json
@@ -37,7 +37,7 @@ def copy(tmp_path) -> Path:
 
 
 def refuse(folder: Path) -> str:
-    """Reads a bundle and runs its artifacts, one of which must be refused; returns why."""
+    """Reads a bundle and runs its artifacts; one must be refused. Returns the error message."""
 
     def use() -> None:
         opened = node.open_bundle(folder)
@@ -50,11 +50,11 @@ def refuse(folder: Path) -> str:
 
     with pytest.raises(InputError) as refusal:
         use()
-    said = str(refusal.value)
-    assert said.endswith((".", "?"))
-    assert "\n" not in said
-    assert "Traceback" not in said
-    return said
+    message = str(refusal.value)
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+    assert "Traceback" not in message
+    return message
 
 
 def seal(folder: Path, card: Any = None, **files: bytes) -> None:
@@ -77,21 +77,23 @@ def seal(folder: Path, card: Any = None, **files: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_flipped_bit_is_noticed_wherever_it_is(name, copy):
-    """Twenty places of each file, drawn at random, one at a time: 120 bundles."""
+def test_flipped_bit_is_detected_in_every_file(name, copy):
+    """Flips 20 random bits of each file, one at a time: 120 bundles."""
     path, draw = copy / name, random.Random(name)
-    right = path.read_bytes()
+    original = path.read_bytes()
     for _ in range(20):
-        place, bit = draw.randrange(len(right)), draw.randrange(8)
-        path.write_bytes(right[:place] + bytes([right[place] ^ 1 << bit]) + right[place + 1 :])
+        position, bit = draw.randrange(len(original)), draw.randrange(8)
+        path.write_bytes(
+            original[:position] + bytes([original[position] ^ 1 << bit]) + original[position + 1 :]
+        )
         assert name in refuse(copy)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file_that_is_cut_off_longer_or_gone_is_noticed(name, copy):
+def test_truncated_extended_or_missing_file_is_detected(name, copy):
     path = copy / name
-    right = path.read_bytes()
-    for content in (b"", right[: len(right) // 2], right[:-1], right + b"\0"):
+    original = path.read_bytes()
+    for content in (b"", original[: len(original) // 2], original[:-1], original + b"\0"):
         path.write_bytes(content)
         refuse(copy)
     path.unlink()
@@ -103,15 +105,15 @@ def test_file_that_is_cut_off_longer_or_gone_is_noticed(name, copy):
     assert f"{name} is missing" in refuse(copy)
 
 
-def changed(*keys: Any) -> Callable[[dict, Any], None]:
-    """Makes the function that sets what these keys lead to."""
+def set_at(*keys: Any) -> Callable[[dict, Any], None]:
+    """Returns a function that sets the value at these nested keys."""
 
-    def change(card: dict, value: Any) -> None:
+    def set_value(card: dict, value: Any) -> None:
         for key in keys[:-1]:
             card = card[key]
         card[keys[-1]] = value
 
-    return change
+    return set_value
 
 
 CARDS = {
@@ -185,19 +187,19 @@ NAMES = [
     "x" * 300,
     "a b",
 ]
-WRONG = [(keys, value) for keys, values in CARDS.items() for value in values]
+INVALID = [(keys, value) for keys, values in CARDS.items() for value in values]
 
 
-@pytest.mark.parametrize(("keys", "value"), WRONG, ids=lambda each: repr(each)[:40])
-def test_card_that_makes_no_sense_is_refused_though_its_sums_are_right(keys, value, copy):
+@pytest.mark.parametrize(("keys", "value"), INVALID, ids=lambda each: repr(each)[:40])
+def test_invalid_card_with_valid_checksums_is_refused(keys, value, copy):
     card = json.loads((copy / CARD).read_bytes())
-    changed(*([keys] if isinstance(keys, str) else keys))(card, value)
+    set_at(*([keys] if isinstance(keys, str) else keys))(card, value)
     seal(copy, card)
-    said = refuse(copy)
-    assert str(copy) in said or "must be" in said
+    message = refuse(copy)
+    assert str(copy) in message or "must be" in message
 
 
-LIES = {
+CONTRADICTIONS = {
     ("input", "dtype"): ["float32", "int32"],
     ("input", "shape"): [[9, 8], [64], []],
     ("output", "shape"): [[], [3], [10, 1], [11]],
@@ -209,30 +211,30 @@ LIES = {
         {"relative": "small"},
     ],
 }
-"""What a card may say of itself, but not of the files."""
+"""Values that are valid in a card but contradict the files."""
 
-HARMLESS = [
+ACCEPTED_BY_NUMPY = [
     (("input", "dtype"), "float32"),
     (("input", "dtype"), "int32"),
     (("input", "shape"), [64]),
 ]
-"""What numpy has no reason to refuse: it reads any numbers, as many as the first layer has."""
+"""The numpy runtime accepts any dtype and any shape with the size of the first layer."""
 
-LIES_TO = [
+CONTRADICTION_CASES = [
     (runtime, keys, value)
     for runtime in USED.values()
-    for keys, values in LIES.items()
+    for keys, values in CONTRADICTIONS.items()
     for value in values
-    if runtime != "numpy" or (keys, value) not in HARMLESS
+    if runtime != "numpy" or (keys, value) not in ACCEPTED_BY_NUMPY
 ]
 
 
-@pytest.mark.parametrize(("runtime", "keys", "value"), LIES_TO, ids=repr)
-def test_card_that_lies_of_its_files_is_told_when_they_run(
+@pytest.mark.parametrize(("runtime", "keys", "value"), CONTRADICTION_CASES, ids=repr)
+def test_card_that_contradicts_its_files_is_reported_when_they_run(
     runtime, keys, value, copy, tmp_path, capsys
 ):
     card = json.loads((copy / CARD).read_bytes())
-    changed(*([keys] if isinstance(keys, str) else keys))(card, value)
+    set_at(*([keys] if isinstance(keys, str) else keys))(card, value)
     seal(copy, card)
     np.savez(
         tmp_path / "x.npz",
@@ -242,25 +244,25 @@ def test_card_that_lies_of_its_files_is_told_when_they_run(
     given = [str(copy), "--input", str(tmp_path / "x.npz"), "--runtime", runtime]
     for more in ([], ["--score"]):
         assert execute.main([*given, *more]) == 2
-        said = capsys.readouterr()
-        assert said.err.startswith("error: ")
-        assert said.err.count("\n") == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
 
 
-def test_names_are_no_commands_to_a_terminal(copy, tmp_path, capsys):
+def test_control_characters_in_class_names_are_not_printed(copy, tmp_path, capsys):
     card = json.loads((copy / CARD).read_bytes())
     card["classes"] = ["\x1b[2J\n 1 9 1.0", *(f"\ud800{number}" for number in range(9))]
     seal(copy, card)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 17, (9, 8, 8)))
     assert execute.main([str(copy), "--input", str(tmp_path / "x.npy")]) == 0
-    said = capsys.readouterr().out
-    assert said.count("\n") == 10
-    assert said.replace("\n", "").isprintable()
+    output = capsys.readouterr().out
+    assert output.count("\n") == 10
+    assert output.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_numbers_of_thousands_of_digits_are_never_multiplied(count, copy, monkeypatch):
-    """Of as many as a card has room for, the product would take hours."""
+    """The product of all numbers that fit into a card would take hours."""
     monkeypatch.setattr(
         card_module, "prod", lambda lengths: prod(lengths) if max(lengths) < 2**30 else 1 / 0
     )
@@ -286,7 +288,7 @@ def layer(bias: tuple[int, ...], kernel: tuple[int, ...] = (64, 16)) -> dict[str
     }
 
 
-GROWING = {
+BROADCASTING = {
     "bias that is a column": layer((2**19, 1)),
     "kernel of three axes": layer((16,), (1, 64, 16)),
     "kernel for other inputs": layer((16,), (63, 16)),
@@ -297,9 +299,9 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize("fault", GROWING)
-def test_weights_that_would_grow_are_refused_before_they_do(fault, copy):
-    seal(copy, weights_safetensors=to_safetensors(GROWING[fault]))
+@pytest.mark.parametrize("fault", BROADCASTING)
+def test_weights_that_would_broadcast_are_refused_before_use(fault, copy):
+    seal(copy, weights_safetensors=to_safetensors(BROADCASTING[fault]))
     tracemalloc.start()
     with pytest.raises(InputError, match=r"numpy rejects weights\.safetensors"):
         node.load(node.open_bundle(copy), "numpy")
@@ -310,15 +312,15 @@ def test_weights_that_would_grow_are_refused_before_they_do(fault, copy):
 EXAMPLES_OF = {
     "no axis": ((), np.uint8, (0, 10)),
     "fewer outputs": ((3, 8, 8), np.uint8, (2, 10)),
-    "other numbers": ((3, 8, 8), np.float32, (3, 10)),
+    "other dtype": ((3, 8, 8), np.float32, (3, 10)),
     "other outputs": ((3, 8, 8), np.uint8, (3, 9)),
 }
 
 
 @pytest.mark.parametrize("fault", EXAMPLES_OF)
-def test_examples_that_do_not_go_with_the_card_are_told(fault, copy, capsys):
-    inputs, kind, outputs = EXAMPLES_OF[fault]
-    arrays = {"inputs": np.zeros(inputs, kind), "outputs": np.zeros(outputs, np.float32)}
+def test_examples_that_contradict_the_card_are_reported(fault, copy, capsys):
+    inputs, dtype, outputs = EXAMPLES_OF[fault]
+    arrays = {"inputs": np.zeros(inputs, dtype), "outputs": np.zeros(outputs, np.float32)}
     seal(copy, examples_safetensors=to_safetensors(arrays))
     assert verify.main(["bundle", str(copy)]) == 2
     assert "cannot be used: examples.safetensors is invalid" in capsys.readouterr().err
@@ -357,19 +359,19 @@ def test_file_outside_the_folder_is_never_opened(name, copy, monkeypatch):
     ],
     ids=lambda content: repr(content[:20]),
 )
-def test_card_that_is_no_card_is_refused(content, copy):
+def test_malformed_card_is_refused(content, copy):
     seal(copy, content)
     refuse(copy)
 
 
-def test_newer_format_says_what_to_install(copy):
+def test_newer_format_is_refused(copy):
     card = json.loads((copy / CARD).read_bytes())
     seal(copy, {**card, "format": 2})
     assert "has the format 2, but this version reads formats up to 1; install" in refuse(copy)
 
 
-def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_path, capsys):
-    """An earlier version wrote `litert`; it is no reason not to run the others."""
+def test_unknown_format_is_named_and_skipped(copy, tmp_path, capsys):
+    """An earlier version wrote `litert`; the other formats still run."""
     card = json.loads((copy / CARD).read_bytes())
     card["artifacts"]["litert"] = card["artifacts"].pop("jax") | {"file": "model.tflite"}
     seal(copy, card, model_tflite=b"TFL3")
@@ -397,7 +399,7 @@ def test_form_that_this_version_does_not_know_is_named_and_left_out(copy, tmp_pa
     )
 
 
-def test_newer_jax_is_told_before_its_file_is_read(copy):
+def test_newer_jax_is_reported_before_its_file_is_read(copy):
     card = json.loads((copy / CARD).read_bytes())
     card["versions"]["jax"] = "99.1.0"
     seal(copy, card)
@@ -446,7 +448,7 @@ FILE_OF = {"weights": "weights_safetensors", "onnx": "model_onnx", "stablehlo": 
     [(kind, content) for kind, contents in MALFORMED.items() for content in contents],
     ids=lambda each: repr(each)[:30],
 )
-def test_malformed_file_is_refused_though_its_sums_are_right(kind, content, copy):
+def test_malformed_file_with_valid_checksums_is_refused(kind, content, copy):
     seal(copy, **{FILE_OF[kind]: content})
     runtime = USED[FILE_OF[kind].replace("_", ".")]
     with pytest.raises(InputError) as refusal:
@@ -456,7 +458,7 @@ def test_malformed_file_is_refused_though_its_sums_are_right(kind, content, copy
 
 
 def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
-    """External data of an ONNX file are never read, from any location, not even from memory."""
+    """External data of an ONNX file is never read, from any location, not even from memory."""
     onnx = pytest.importorskip("onnx")
     (tmp_path / "secret").write_bytes(b"\0" * 4096)
     (copy / "secret").write_bytes(b"\0" * 4096)
@@ -481,7 +483,7 @@ def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
 
 
 def test_pickles_are_never_read(copy, tmp_path, capsys):
-    """Neither as a file of the bundle nor as its input."""
+    """Neither as a file of the bundle nor as an input."""
     mark = tmp_path / "mark"
 
     class Payload:
@@ -490,9 +492,9 @@ def test_pickles_are_never_read(copy, tmp_path, capsys):
 
     content = pickle.dumps(Payload())
     for name in ("weights_safetensors", "model_onnx", "model_stablehlo", "examples_safetensors"):
-        again = Path(shutil.copytree(copy, tmp_path / name))
-        seal(again, **{name: content})
-        assert verify.main(["bundle", str(again)]) == 2
+        damaged = Path(shutil.copytree(copy, tmp_path / name))
+        seal(damaged, **{name: content})
+        assert verify.main(["bundle", str(damaged)]) == 2
     np.save(tmp_path / "x.npy", np.array([Payload()]), allow_pickle=True)
     np.savez(tmp_path / "x.npz", x_test=np.array([Payload()]))
     for file in ("x.npy", "x.npz"):
@@ -501,7 +503,7 @@ def test_pickles_are_never_read(copy, tmp_path, capsys):
     assert not mark.exists()
 
 
-def test_what_is_no_folder_is_refused(tmp_path, capsys):
+def test_path_without_a_bundle_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "none", tmp_path / "file", tmp_path):
         assert execute.main([str(path), "--input", "x.npy"]) == 2

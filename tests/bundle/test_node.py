@@ -1,6 +1,6 @@
 """A virtual environment with Python, numpy and optionally ONNX Runtime runs trained models.
 
-Its packages are links into the environment of the tests, so that nothing is downloaded.
+Its packages are links to those of the tests, so that nothing is downloaded.
 """
 
 import subprocess
@@ -42,7 +42,7 @@ def with_onnxruntime(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("node") / "onnx", "numpy", "onnxruntime")
 
 
-def on(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_with(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [python, *map(str, arguments)], capture_output=True, text=True, cwd=python.parent
     )
@@ -52,22 +52,22 @@ def classes(trained: bundles.ctde.Trained, inputs: np.ndarray) -> Sequence[str]:
     return [str(label) for label in trained.predict(inputs).argmax(-1)]
 
 
-@pytest.mark.parametrize("has", ["numpy_alone", "with_onnxruntime"])
-def test_node_has_nothing_of_the_trainer(has, request):
-    python = request.getfixturevalue(has)
+@pytest.mark.parametrize("environment", ["numpy_alone", "with_onnxruntime"])
+def test_node_has_no_package_of_the_trainer(environment, request):
+    python = request.getfixturevalue(environment)
     for module in ("jax", "flax", "optax", "rich", "safetensors"):
-        assert "No module named" in on(python, "-c", f"import {module}").stderr
+        assert "No module named" in run_with(python, "-c", f"import {module}").stderr
 
 
 @pytest.mark.parametrize("name", ["mlp", "linen"])
 def test_perceptron_runs_with_numpy_alone(name, numpy_alone, tmp_path):
     (trained, data), folder = bundles.trained(name), bundles.written(name).bundle.folder
     np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
-    done = on(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", tmp_path / "x.npz")
+    done = run_with(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", tmp_path / "x.npz")
     assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(
         trained, data.test.inputs
     )
-    verified = on(
+    verified = run_with(
         numpy_alone, "-m", "ctde_jax.verify", "bundle", folder, "--input", tmp_path / "x.npz"
     )
     assert (
@@ -90,38 +90,40 @@ def test_any_classifier_runs_with_numpy_and_onnxruntime(name, with_onnxruntime, 
         "--runtime",
         "onnx",
     ]
-    done = on(with_onnxruntime, *arguments)
+    done = run_with(with_onnxruntime, *arguments)
     assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(
         trained, data.test.inputs
     )
     assert (
         f"accuracy {trained.tested['accuracy']:.2%}"
-        in on(with_onnxruntime, *arguments, "--score").stdout
+        in run_with(with_onnxruntime, *arguments, "--score").stdout
     )
 
 
 @pytest.mark.parametrize("name", bundles.TEXTS)
-def test_any_text_is_written_with_numpy_and_onnxruntime(name, with_onnxruntime):
+def test_any_language_model_runs_with_numpy_and_onnxruntime(name, with_onnxruntime):
     folder = bundles.written(name).bundle.folder
-    done = on(
+    done = run_with(
         with_onnxruntime, "-m", "ctde_jax.execute", folder, "--prompt", "To be", "--temperature", 0
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) == len("To be") + 200 + 1
 
 
-def test_what_a_node_lacks_is_a_sentence(numpy_alone, tmp_path):
+def test_missing_runtime_is_reported_in_one_sentence(numpy_alone, tmp_path):
     folder, path = bundles.written("cnn").bundle.folder, tmp_path / "x.npy"
     np.save(path, bundles.trained("cnn")[1].test.inputs[:1])
     for arguments in ([], ["--runtime", "onnx"], ["--runtime", "jax"]):
-        done = on(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", path, *arguments)
+        done = run_with(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", path, *arguments)
         assert done.returncode == 2
         assert "pip install" in done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_first_answer_is_timed(numpy_alone, with_onnxruntime, tmp_path, record_property):
-    """Starting the process included; recorded, not asserted (see `benchmarks/node.py`)."""
+def test_time_to_the_first_prediction_is_recorded(
+    numpy_alone, with_onnxruntime, tmp_path, record_property
+):
+    """Includes the start of the process; recorded, not asserted (see `benchmarks/node.py`)."""
     inputs = bundles.trained("mlp")[1].test.inputs
     np.save(tmp_path / "x.npy", inputs[:1])
     for runtime, python in (("numpy", numpy_alone), ("onnx", with_onnxruntime)):
@@ -132,9 +134,9 @@ def test_first_answer_is_timed(numpy_alone, with_onnxruntime, tmp_path, record_p
             "--input",
             tmp_path / "x.npy",
         ]
-        before = time.perf_counter()
-        done = on(python, *arguments, "--runtime", runtime)
-        seconds = time.perf_counter() - before
+        start = time.perf_counter()
+        done = run_with(python, *arguments, "--runtime", runtime)
+        seconds = time.perf_counter() - start
         assert done.returncode == 0, done.stderr
         record_property(f"{runtime}, seconds to the first answer", round(seconds, 3))
         print(f"{runtime}: {seconds:.3f} s to the first answer", file=sys.stderr)

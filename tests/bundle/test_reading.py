@@ -78,13 +78,13 @@ def test_only_regular_files_of_a_checkpoint_are_read(tmp_path, name):
 
 
 @pytest.mark.parametrize("read", [ctde.data.from_csv, ctde.data.from_text])
-def test_error_in_the_middle_of_a_file_is_a_sentence(read):
+def test_read_error_within_a_file_is_reported_in_one_sentence(read):
     """Reading the first page of a process's memory fails like a bad disk block."""
     with pytest.raises(InputError, match=r"/proc/self/mem cannot be read \(Input/output error\)"):
         read("/proc/self/mem")
 
 
-def test_description_of_any_length_is_not_read(tmp_path, monkeypatch):
+def test_configuration_over_the_size_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_SMALL", 10)
     (tmp_path / "config.json").write_text("{}" + " " * 9)
     with pytest.raises(InputError, match="it has more than 10 bytes"):

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, broken or ASCII: at most one sentence, no traceback."""
+"""Closed, full, broken or ASCII-only standard streams cause at most one sentence, no traceback."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import ctde_jax
 
 PRINT = "print('a' * 100_000)"
-"""More than a pipe or a buffer takes at once."""
+"""Prints more than the capacity of a pipe or a buffer."""
 
 
 def command(body: str, redirection: str, cwd: Path | None = None, **environment: str):
@@ -30,19 +30,19 @@ def command(body: str, redirection: str, cwd: Path | None = None, **environment:
 
 
 @pytest.mark.parametrize("body", ["print('short')", PRINT, f"{PRINT}; sys.exit(0)"])
-def test_full_output_is_one_sentence(body):
+def test_full_output_is_reported_in_one_sentence(body):
     done = command(body, "> /dev/full")
     assert done.stderr == "error: standard output is not writable: No space left on device.\n"
     assert done.returncode == 2
 
 
-def test_output_that_nobody_reads_ends_the_command_in_silence():
+def test_broken_pipe_ends_the_command_silently():
     done = command(f"{PRINT}; {PRINT}; {PRINT}", "| head -c 1")
     assert (done.returncode, done.stdout, done.stderr) == (1, "a", "")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_no_fault_and_no_file_takes_their_place(tmp_path, closed):
+def test_descriptors_of_closed_streams_are_not_reused(tmp_path, closed):
     body = (
         "import os; f = open('file', 'w'); print(f.fileno(), file=f); "
         "print('out'); print('err', file=sys.stderr)"
@@ -52,12 +52,12 @@ def test_closed_streams_are_no_fault_and_no_file_takes_their_place(tmp_path, clo
     assert int((tmp_path / "file").read_text()) > 2
 
 
-def test_characters_that_the_encoding_lacks_are_escaped():
+def test_characters_outside_the_encoding_are_escaped():
     done = command("print('R\\u00e9nyi')", "", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "R\\xe9nyi\n")
 
 
-def test_working_folder_that_is_gone_is_one_sentence(tmp_path):
+def test_deleted_working_folder_is_reported_in_one_sentence(tmp_path):
     (tmp_path / "gone").mkdir()
     done = command("print('never')", '"$(rmdir ../gone)"', cwd=tmp_path / "gone")
     assert (done.returncode, done.stdout) == (2, "")
@@ -70,7 +70,7 @@ def test_working_folder_that_is_gone_is_one_sentence(tmp_path):
     ("redirection", "reason"),
     [("> /dev/full", "No space left on device"), ("| true", "Broken pipe")],
 )
-def test_screen_that_fails_is_reported_once_and_the_work_goes_on(redirection, reason):
+def test_console_error_is_reported_once_and_the_command_continues(redirection, reason):
     body = "import time; from ctde_jax.trainer.log import console; time.sleep(0.3); "
     body += "[console().print('a' * 9999) for _ in range(9)]"
     done = command(f"{body}; print('done', file=sys.stderr)", redirection)
@@ -81,7 +81,7 @@ def test_screen_that_fails_is_reported_once_and_the_work_goes_on(redirection, re
     )
 
 
-def test_screen_shows_what_it_can_of_other_characters():
+def test_console_replaces_characters_outside_the_encoding():
     done = command(
         "from ctde_jax.trainer.log import console; console().print('R\\u00e9nyi')",
         "",

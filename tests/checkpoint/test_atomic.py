@@ -18,7 +18,7 @@ def content(folder):
     return (folder / "inner" / "file").read_text()
 
 
-def test_new_one_takes_the_place_of_all_that_was_there(folder):
+def test_new_folder_replaces_all_previous_files(folder):
     (folder / "more").touch()
     with written_whole(folder) as new:
         assert not [*new.iterdir()]
@@ -29,7 +29,7 @@ def test_new_one_takes_the_place_of_all_that_was_there(folder):
     assert not (folder / "more").exists()
 
 
-def test_what_cannot_be_filled_changes_nothing(folder):
+def test_failed_write_changes_nothing(folder):
     def fail():
         with written_whole(folder) as new:
             (new / "file").touch()
@@ -50,7 +50,7 @@ def test_killed_replacement_is_undone_or_completed(folder, renamed):
     assert content(folder) == ["first", "second"][renamed - 1]
 
 
-def test_what_a_killed_process_has_left_is_in_nobodys_way(folder):
+def test_files_of_a_killed_process_do_not_interfere(folder):
     folder.with_name(".folder.partial").mkdir()
     (folder.with_name(".folder.partial") / "half").touch()
     with written_whole(folder) as new:

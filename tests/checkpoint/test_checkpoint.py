@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and no damaged bit of it is ever loaded."""
+"""A checkpoint is complete or absent, and a damaged one is never loaded."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_what_is_read_is_what_was_written(saved):
+def test_read_returns_what_was_written(saved):
     found = read(saved)
     assert found.facts["rows"] == 3
     assert found.tensors.keys() == ARRAYS.keys()
@@ -55,7 +55,7 @@ def test_what_is_read_is_what_was_written(saved):
         np.testing.assert_array_equal(found.tensors[name], array)
 
 
-def test_system_can_check_the_sums(saved):
+def test_sha256sum_verifies_the_checksums(saved):
     subprocess.run(
         ["sha256sum", "--check", "--strict", SUMS], cwd=saved, check=True, capture_output=True
     )
@@ -69,7 +69,7 @@ def test_manifest_names_versions_and_tensors(saved):
 
 
 @pytest.mark.parametrize("name", [TENSORS, MANIFEST, SUMS])
-def test_every_flipped_bit_is_noticed(saved, name):
+def test_every_flipped_bit_is_detected(saved, name):
     whole = (saved / name).read_bytes()
     for bit in RNG.choice(8 * len(whole), size=140, replace=False):
         flipped = bytearray(whole)
@@ -107,22 +107,22 @@ MALFORMED = {
     "empty": b"",
     "shorter than its length": (8).to_bytes(8, "little"),
     "a header of exabytes": (2**62).to_bytes(8, "little") + HEADER,
-    "a header of no JSON": (4).to_bytes(8, "little") + b"nope",
+    "a header that is not JSON": (4).to_bytes(8, "little") + b"nope",
     "a header that is a list": (2).to_bytes(8, "little") + b"[]",
     "no data": len(HEADER).to_bytes(8, "little") + HEADER,
     "too much data": len(HEADER).to_bytes(8, "little") + HEADER + bytes(9),
     "offsets outside": (54).to_bytes(8, "little") + HEADER.replace(b"[0,8]", b"[8,0]") + bytes(8),
     "an unknown type": (54).to_bytes(8, "little") + HEADER.replace(b"F32", b"X32") + bytes(8),
     "a negative shape": (55).to_bytes(8, "little") + HEADER.replace(b"[2]", b"[-2]") + bytes(8),
-    "a shape of more than there is": (63).to_bytes(8, "little")
+    "a shape larger than the data": (63).to_bytes(8, "little")
     + HEADER.replace(b"[2]", b"[999999999]")
     + bytes(8),
 }
 
 
 @pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_tensors_with_the_right_sum_are_refused(saved, content):
-    """Somebody has made the checksums, too: nothing is loaded, and nothing large allocated."""
+def test_malformed_tensors_with_valid_checksums_are_refused(saved, content):
+    """The checksums are updated as well; nothing is loaded, and no large array is allocated."""
     (saved / TENSORS).write_bytes(content)
     (saved / SUMS).write_text(checkpoint._sums(saved))
     with pytest.raises(Damaged, match=f"{TENSORS} is malformed"):
@@ -130,7 +130,7 @@ def test_malformed_tensors_with_the_right_sum_are_refused(saved, content):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": "1"}', "[" * 100_000])
-def test_malformed_manifest_with_the_right_sum_is_refused(saved, text):
+def test_malformed_manifest_with_valid_checksums_is_refused(saved, text):
     (saved / MANIFEST).write_text(text)
     (saved / SUMS).write_text(checkpoint._sums(saved))
     with pytest.raises(
@@ -139,20 +139,20 @@ def test_malformed_manifest_with_the_right_sum_is_refused(saved, text):
         read(saved)
 
 
-def test_newest_intact_one_is_taken_and_the_damaged_one_is_named(tmp_path):
+def test_newest_intact_checkpoint_is_loaded_and_the_damaged_one_is_named(tmp_path):
     for step in (5, 10, 15):
         checkpoint.write(path_of(tmp_path, step), ARRAYS, {"at": step})
     (path_of(tmp_path, 15) / TENSORS).write_bytes(b"")
-    said = []
-    found = newest_intact(tmp_path, said.append)
+    messages = []
+    found = newest_intact(tmp_path, messages.append)
     assert found is not None
     assert found.facts["at"] == 10
-    assert len(said) == 1
-    assert "step-00000015" in said[0]
-    assert TENSORS in said[0]
+    assert len(messages) == 1
+    assert "step-00000015" in messages[0]
+    assert TENSORS in messages[0]
 
 
-def test_run_is_not_begun_anew_where_all_are_damaged(tmp_path):
+def test_run_without_an_intact_checkpoint_is_refused(tmp_path):
     checkpoint.write(path_of(tmp_path, 5), ARRAYS, {})
     (path_of(tmp_path, 5) / MANIFEST).unlink()
     with pytest.raises(InputError, match="has no intact checkpoint in"):
@@ -169,7 +169,7 @@ def test_newer_format_is_refused(saved, monkeypatch):
         read(saved)
 
 
-def test_step_that_is_written_again_is_replaced(saved):
+def test_checkpoint_of_the_same_step_is_replaced(saved):
     checkpoint.write(saved, ARRAYS, {"rows": 4})
     assert read(saved).facts["rows"] == 4
     assert names(saved.parent) == {saved.name}
@@ -179,7 +179,7 @@ def test_step_that_is_written_again_is_replaced(saved):
     ("module", "part"),
     [(checkpoint, "save_file"), (atomic, "bring_to_disk"), (checkpoint, "_sums")],
 )
-def test_failed_write_leaves_the_folder_as_it_was(saved, monkeypatch, module, part):
+def test_failed_write_leaves_the_folder_unchanged(saved, monkeypatch, module, part):
     def fail(*arguments, **more):
         raise OSError(28, "No space left on device")
 
@@ -191,7 +191,7 @@ def test_failed_write_leaves_the_folder_as_it_was(saved, monkeypatch, module, pa
     read(saved)
 
 
-def test_room_is_looked_for_first(saved, monkeypatch):
+def test_free_space_is_checked_first(saved, monkeypatch):
     usage = checkpoint.shutil.disk_usage(saved)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     with pytest.raises(OSError, match="1,000 are free"):
@@ -199,8 +199,8 @@ def test_room_is_looked_for_first(saved, monkeypatch):
     assert names(saved.parent) == {saved.name}
 
 
-def test_replacement_that_was_broken_off_is_undone(saved):
-    """A kill between the two renames."""
+def test_interrupted_replacement_is_undone(saved):
+    """The process was killed between the two renames."""
     saved.rename(saved.with_name(f".{saved.name}.replaced"))
     saved.with_name(f".{saved.name}.partial").mkdir()
     found = newest_intact(saved.parent, print)
@@ -208,7 +208,7 @@ def test_replacement_that_was_broken_off_is_undone(saved):
     assert found.facts["rows"] == 3
 
 
-def test_failed_replacement_keeps_what_was_there(saved, monkeypatch):
+def test_failed_replacement_keeps_the_previous_checkpoint(saved, monkeypatch):
     rename = checkpoint.Path.rename
 
     def fail_second(path, target):
@@ -224,8 +224,8 @@ def test_failed_replacement_keeps_what_was_there(saved, monkeypatch):
     assert read(saved).facts["rows"] == 3
 
 
-def test_newer_ones_that_were_given_up_are_removed(tmp_path):
-    """A run that has gone back to step 3 saves step 4, and step 9 is no part of it any more."""
+def test_abandoned_checkpoints_are_removed(tmp_path):
+    """A run that was rolled back to step 3 saves step 4; step 9 is no longer part of the run."""
     checkpoint.write(path_of(tmp_path, 9), ARRAYS, {})
     checkpoint.write(path_of(tmp_path, 3), ARRAYS, {})
     with open_saver(tmp_path, 2, None, tmp_path / "metrics.jsonl") as saver:
@@ -233,7 +233,7 @@ def test_newer_ones_that_were_given_up_are_removed(tmp_path):
     assert names(tmp_path) == {"step-00000003", "step-00000004"}
 
 
-def test_saver_keeps_the_newest_and_removes_what_a_killed_one_left(tmp_path):
+def test_saver_keeps_the_newest_and_removes_partial_checkpoints(tmp_path):
     (tmp_path / ".step-00000003.partial").mkdir()
     with open_saver(tmp_path, 2, None, tmp_path / "metrics.jsonl") as saver:
         for step in (1, 2, 3, 4):
@@ -242,18 +242,18 @@ def test_saver_keeps_the_newest_and_removes_what_a_killed_one_left(tmp_path):
 
 
 def largest(measured) -> int | None:
-    return max(range(len(measured)), key=lambda place: measured[place]["x"], default=None)
+    return max(range(len(measured)), key=lambda index: measured[index]["x"], default=None)
 
 
 def save(folder, values: dict[int, float | None], keep: int = 2):
-    """Saves these steps, of which this was measured."""
+    """Saves a checkpoint of each step with its measured value."""
     with open_saver(folder, keep, largest, folder / "metrics.jsonl") as saver:
         for step, value in values.items():
             saver.save(step, ARRAYS, {"measured": None if value is None else {"x": value}})
         return saver.best
 
 
-def test_best_stays_beside_the_newest(tmp_path):
+def test_best_checkpoint_is_kept_with_the_newest(tmp_path):
     best = save(tmp_path, {1: 0.3, 2: 0.9, 3: 0.5, 4: None, 5: 0.9, 6: 0.1, 7: None})
     assert best == path_of(tmp_path, 2)
     assert names(tmp_path) == {"step-00000002", "step-00000006", "step-00000007"}
@@ -261,19 +261,19 @@ def test_best_stays_beside_the_newest(tmp_path):
     assert names(tmp_path) == {"step-00000008", "step-00000009"}
 
 
-def test_there_may_be_no_best(tmp_path):
+def test_run_without_measurements_has_no_best_checkpoint(tmp_path):
     assert save(tmp_path, {1: None, 2: None, 3: None}) is None
     assert names(tmp_path) == {"step-00000002", "step-00000003"}
 
 
-def test_best_is_none_of_those_that_were_given_up(tmp_path):
+def test_abandoned_checkpoint_is_not_the_best(tmp_path):
     save(tmp_path, {3: 0.3, 9: 0.9})
     assert save(tmp_path, {4: 0.4}) == path_of(tmp_path, 4)
     assert names(tmp_path) == {"step-00000003", "step-00000004"}
 
 
 @pytest.mark.parametrize("loss", [MANIFEST, SUMS, "all"])
-def test_where_the_best_is_lost_the_best_of_the_others_stays(tmp_path, loss):
+def test_best_of_the_others_is_kept_if_the_best_is_lost(tmp_path, loss):
     best = save(tmp_path, {1: 0.9, 2: 0.3, 3: 0.2})
     assert best == path_of(tmp_path, 1)
     if loss == "all":
@@ -285,7 +285,7 @@ def test_where_the_best_is_lost_the_best_of_the_others_stays(tmp_path, loss):
 
 
 @pytest.mark.parametrize("fault", ["blocked", "vanished"])
-def test_fault_of_the_thread_is_raised_at_the_next_step(tmp_path, fault):
+def test_error_of_the_thread_is_raised_at_the_next_step(tmp_path, fault):
     folder = tmp_path / "run" / "checkpoints"
     with open_saver(folder, 2, None, tmp_path / "metrics.jsonl") as saver:
         saver.save(1, ARRAYS, {})
@@ -309,7 +309,7 @@ def check_until_it_raises(saver):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
-def test_checkpoint_of_a_killed_process_is_whole_or_not_there(tmp_path):
+def test_checkpoint_of_a_killed_process_is_complete_or_absent(tmp_path):
     script = (
         "import sys, numpy as np; from pathlib import Path; from ctde_jax import checkpoint as c\n"
         "a = {'x': np.arange(300_000, dtype=np.float32)}\n"

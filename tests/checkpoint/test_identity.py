@@ -29,7 +29,7 @@ QUICK = {
     "augment": None,
     "partition": None,
 }
-"""What is compiled faster."""
+"""Options that compile faster."""
 
 
 class Net(nnx.Module):
@@ -52,7 +52,7 @@ class Net(nnx.Module):
 
 
 class Dense(linen.Module):
-    """The same number of outputs."""
+    """Another module with the same number of outputs."""
 
     @linen.compact
     def __call__(self, x):
@@ -107,7 +107,7 @@ def with_split(name: str, **arrays) -> data.Dataset:
 
 
 def changed(array: np.ndarray) -> np.ndarray:
-    """Another array of the same shape; a single number differs."""
+    """Returns a copy in which a single number differs."""
     other = array.copy()
     other.flat[-1] = other.flat[-1] == 0
     return other
@@ -176,24 +176,24 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_change_is_refused_by_its_name_before_anything_is_compiled(name, run, monkeypatch):
+def test_change_is_named_before_compilation(name, run, monkeypatch):
     change, names = CHANGES[name]
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     with pytest.raises(ctde.InputError) as caught:
         fit(run, **change)
-    said = (
+    differences = (
         str(caught.value)
         .split(" with ", 1)[1]
         .split(". Pass another run_dir, resume=False to train")[0]
     )
-    listed = [part.split(": ")[-1] for part in said.split("; ")]
+    listed = [part.split(": ")[-1] for part in differences.split("; ")]
     assert listed == names
     assert f"or branch_from {run}/checkpoints/step-00000008" in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_what_decides_no_number_may_change(run, capsys):
+def test_options_that_affect_no_number_may_change(run, capsys):
     """Equal copies, other containers, equal functions, and options that only affect the output."""
     again = fit(
         run,
@@ -209,20 +209,20 @@ def test_what_decides_no_number_may_change(run, capsys):
         log_every=3,
         save_every=2,
         keep_checkpoints=5,
-        describe=lambda params, model_state: "",
+        callbacks=[lambda row: None],
         show=True,
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "nothing was trained, because this run is complete at step 8; to train it from the "
         "start, pass resume=False or another run_dir"
-    ) in said
+    ) in output
     assert "train" not in again.seconds
     assert repr(again).startswith("Trained(loaded, ")
 
 
 def test_digests_do_not_depend_on_the_process(tmp_path):
-    """On the seed of Python's hashes, ids of objects, or where the code stands."""
+    """They do not depend on Python's hash seed, object ids or the location of the code."""
     source = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_identity as t; "
         "print(sorted(t.digests().items()))"
@@ -243,19 +243,19 @@ def digests() -> dict:
         np.zeros((4, 8, 8, 1), np.uint8),
         np.zeros(4, int),
     )
-    made = {
+    cases = {
         "net": (net(), DATA),
         "linen": (models.from_linen(Dense()), DATA),
         "resnet": (models.resnet((8, 8, 1), 1, (4,), 1, "batch", "synchronized"), pictures),
     }
-    for name, (model, dataset) in made.items():
+    for name, (model, dataset) in cases.items():
         parts = parts_of(model, dataset, make_task(), optax.adamw(0.1), diloco(), None, 4)
         found |= {f"{name}, {part}": digest for part, digest in parts.items()}
     return found
 
 
 def test_run_continues_on_another_number_of_devices(tmp_path):
-    """And the checkpoint that it writes there is compared likewise."""
+    """The checkpoint that it writes on them is compared as well."""
     shared = {
         **QUICK,
         "strategy": ctde.Strategy(4, ctde.aggregate.two_phase(ctde.aggregate.quantize(8))),
@@ -269,18 +269,18 @@ def test_run_continues_on_another_number_of_devices(tmp_path):
 
 
 def rewritten(run, tmp_path, change) -> None:
-    """Copies a run, and changes the facts of its checkpoint."""
+    """Copies a run and changes the facts of its checkpoint."""
     shutil.copytree(run, tmp_path / "run")
     found = checkpoint.read(checkpoint.newest(tmp_path / "run" / "checkpoints"))
     checkpoint.write(found.path, found.tensors, change(found.facts))
 
 
 def test_program_traced_by_another_version_is_not_compared(run, tmp_path, capsys):
-    def as_by_another_jax(facts):
+    def traced_by_another_jax(facts):
         versions = {**facts["identity"]["versions"], "jax": "0.4.1"}
         return {**facts, "identity": {**facts["identity"], "versions": versions}}
 
-    rewritten(run, tmp_path, as_by_another_jax)
+    rewritten(run, tmp_path, traced_by_another_jax)
     fit(tmp_path / "run", show=True, optimizer=optax.adam(0.5))
     versions = f"traced with jax 0.4.1 in the checkpoint and jax {jax.__version__} here"
     assert f"not compared with the checkpoint: the program, {versions}" in capsys.readouterr().out
@@ -306,7 +306,7 @@ def test_checkpoint_without_digests_is_not_compared(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "identity", [None, 3, {}, {"data": {}, "versions": {}, "replicas": 2, "program": {"a": 1}}]
 )
-def test_malformed_digests_are_a_sentence(run, tmp_path, identity):
+def test_malformed_digests_are_refused(run, tmp_path, identity):
     rewritten(run, tmp_path, lambda facts: {**facts, "identity": identity})
     with pytest.raises(ctde.InputError, match="whose manifest has a malformed identity"):
         fit(tmp_path / "run")
@@ -324,7 +324,7 @@ def test_program_that_is_traced_differently_each_time_is_not_compared(tmp_path, 
     )
 
 
-def test_batches_that_arrive_are_not_compared_and_test_arrays_are(tmp_path, capsys):
+def test_streamed_batches_are_not_compared_but_test_arrays_are(tmp_path, capsys):
     def stream(test_labels=Y[80:]):
         return data.from_batches(lambda epoch: [(X[:16], Y[:16])] * 4, 4, X[80:], test_labels)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from runs import Dropping, Killed, killed_after, rows
+from runs import DropoutNet, Killed, killed_after, rows
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, data, devices, models
@@ -25,10 +25,12 @@ from ctde_jax.trainer.run import Run
 MODEL = models.mlp([64, 8, 10])
 RUNS: dict[str, dict] = {
     "ddp": {},
-    "rows and evaluations that do not divide": {"log_every": 7, "eval_every": 11, "steps": 41},
-    "random numbers and batch statistics": {"model": models.from_nnx(Dropping)},
+    "periods that do not divide the steps": {"log_every": 7, "eval_every": 11, "steps": 41},
+    "dropout and batch statistics": {"model": models.from_nnx(DropoutNet)},
     "average of the parameters": {"ema_decay": 0.9},
-    "int4 with feedback": {"strategy": ctde.strategy("ddp", reduce="int4", error_feedback=True)},
+    "int4 with error feedback": {
+        "strategy": ctde.strategy("ddp", reduce="int4", error_feedback=True)
+    },
     "power_sgd": {"strategy": ctde.strategy("ddp", reduce="power_sgd", rank=1)},
     "diloco": {"strategy": ctde.strategy("diloco", sync_every=4), "steps": 42},
     "diloco int4": {
@@ -78,7 +80,7 @@ def fit(small: data.Dataset, folder: Path, count: int = 2, **more) -> ctde.Train
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
-    """The last checkpoint of a run."""
+    """Returns the tensors of the newest checkpoint of a run."""
     found = checkpoint.read(checkpoint.newest(folder / "checkpoints"))
     return {name: tensor.tobytes() for name, tensor in found.tensors.items()}
 
@@ -102,8 +104,8 @@ def test_run_killed_at_several_moments_ends_with_the_same_bits(name, small, tmp_
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
 )
-def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monkeypatch):
-    """8 -> 2 -> 4; synchronous float32 aggregation is the same on any number of them."""
+def test_run_resumes_on_another_number_of_devices(name, small, tmp_path, monkeypatch):
+    """8 -> 2 -> 4 devices; synchronous float32 aggregation is equal on any number of devices."""
     run = partial(fit, small, **RUNS[name])
     killed_after(monkeypatch, 4, partial(run, tmp_path / "run", 8))
     killed_after(monkeypatch, 7, partial(run, tmp_path / "run", 2))
@@ -113,8 +115,8 @@ def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monke
     assert [row["step"] for row in rows(tmp_path / "run")] == [
         row["step"] for row in rows(tmp_path / "whole")
     ]
-    own, last = rows(tmp_path / "run")[-1], whole.history[-1]
-    if name in ("ddp", "rows and evaluations that do not divide", "average of the parameters"):
+    resumed, last = rows(tmp_path / "run")[-1], whole.history[-1]
+    if name in ("ddp", "periods that do not divide the steps", "average of the parameters"):
         for part, tensor in checkpoint.read(
             checkpoint.newest(tmp_path / "run" / "checkpoints")
         ).tensors.items():
@@ -122,11 +124,11 @@ def test_run_goes_on_with_another_number_of_devices(name, small, tmp_path, monke
                 part
             ]
             np.testing.assert_allclose(tensor, other, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(own["loss"], last["loss"], rtol=0.3)
+    np.testing.assert_allclose(resumed["loss"], last["loss"], rtol=0.3)
 
 
-def test_copy_of_a_run_goes_on_elsewhere_with_the_same_bits(small, tmp_path, monkeypatch):
-    """The copy has other permissions and times, as from an object store."""
+def test_copy_of_a_run_resumes_with_the_same_bits(small, tmp_path, monkeypatch):
+    """The copy has other permissions and times, like a download from an object store."""
     whole = fit(small, tmp_path / "whole")
     killed_after(monkeypatch, 4, partial(fit, small, tmp_path / "killed"))
     shutil.copytree(tmp_path / "killed", tmp_path / "copy", copy_function=shutil.copyfile)
@@ -135,8 +137,8 @@ def test_copy_of_a_run_goes_on_elsewhere_with_the_same_bits(small, tmp_path, mon
     assert rows(tmp_path / "copy") == rows(tmp_path / "whole")
 
 
-def test_patience_goes_on(small, tmp_path, monkeypatch):
-    """The best parameters so far, and how often nothing better came, are in the checkpoint."""
+def test_resumed_run_keeps_its_patience(small, tmp_path, monkeypatch):
+    """The checkpoint has the best parameters and the number of evaluations without improvement."""
     run = partial(
         fit,
         data.hold_out(small, 0.2, 0),
@@ -154,19 +156,17 @@ def test_patience_goes_on(small, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
 
-THERE_AND_BACK = {
+RISING_LOSS = {
     "optimizer": optax.adam(lambda step: 0.2 - 0.3 * (step >= 20)),
     "eval_every": 4,
     "save_every": 12,
 }
-"""A run that goes uphill after step 20."""
+"""A run whose loss rises after step 20."""
 
 
 @pytest.mark.parametrize(("name", "first"), [("loss", min), ("accuracy", max)])
-def test_best_checkpoint_stays_and_killing_the_run_does_not_change_which(
-    name, first, small, tmp_path, monkeypatch
-):
-    run = partial(fit, data.hold_out(small, 0.2, 0), **THERE_AND_BACK, keep_best=name)
+def test_killed_run_keeps_the_same_best_checkpoint(name, first, small, tmp_path, monkeypatch):
+    run = partial(fit, data.hold_out(small, 0.2, 0), **RISING_LOSS, keep_best=name)
     whole = run(tmp_path / "whole")
     validated = [row for row in whole.history if row["split"] == "validation"]
     best = first(validated, key=lambda row: row[name])
@@ -183,19 +183,19 @@ def test_best_checkpoint_stays_and_killing_the_run_does_not_change_which(
     jax.tree.map(np.testing.assert_array_equal, again.tensors, kept.tensors)
 
 
-def test_keeping_the_best_changes_no_row_and_may_begin_in_the_middle(
+def test_keep_best_changes_no_row_and_may_be_added_on_resuming(
     small, tmp_path, monkeypatch, capsys
 ):
-    whole = fit(small, tmp_path / "whole", **THERE_AND_BACK)
-    killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed", **THERE_AND_BACK))
-    again = fit(small, tmp_path / "killed", **THERE_AND_BACK, keep_best="accuracy", show=True)
+    whole = fit(small, tmp_path / "whole", **RISING_LOSS)
+    killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed", **RISING_LOSS))
+    again = fit(small, tmp_path / "killed", **RISING_LOSS, keep_best="accuracy", show=True)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     assert again.tested == whole.tested
     assert f"best       {tmp_path / 'killed' / 'checkpoints' / 'step-'}" in capsys.readouterr().out
 
 
-def test_branch_off_the_best_has_its_parameters(small, tmp_path):
-    run = partial(fit, small, **THERE_AND_BACK | {"keep_best": "accuracy"})
+def test_branch_from_the_best_checkpoint_has_its_parameters(small, tmp_path):
+    run = partial(fit, small, **RISING_LOSS | {"keep_best": "accuracy"})
     trunk = run(tmp_path / "trunk")
     step = checkpoint.steps(tmp_path / "trunk" / "checkpoints")[-1]
     branch = run(
@@ -208,7 +208,7 @@ def test_branch_off_the_best_has_its_parameters(small, tmp_path):
     assert branch.tested["accuracy"] == tested[step] == max(tested.values())
 
 
-def test_best_by_an_unknown_metric_is_refused_before_anything_is_written(small, tmp_path):
+def test_unknown_metric_of_keep_best_is_refused_before_anything_is_written(small, tmp_path):
     with pytest.raises(
         ctde.InputError,
         match="keep_best must be one of loss, accuracy, got 'acuracy'; did you mean",
@@ -219,13 +219,13 @@ def test_best_by_an_unknown_metric_is_refused_before_anything_is_written(small, 
         fit(small, None, save_every=None, keep_best="loss")
 
 
-def test_batches_that_come_one_after_another_go_on(small, tmp_path, monkeypatch):
-    """They are drawn again up to the place."""
+def test_run_on_a_stream_resumes(small, tmp_path, monkeypatch):
+    """The stream is read again up to the position of the checkpoint."""
     x, y = small.train
 
     def batches(epoch: int):
         order = np.random.default_rng(epoch).permutation(len(x)).reshape(-1, 32)
-        return ((x[own], y[own]) for own in order)
+        return ((x[indices], y[indices]) for indices in order)
 
     stream = data.from_batches(batches, 10, *small.test)
     whole = fit(stream, tmp_path / "whole")
@@ -235,7 +235,7 @@ def test_batches_that_come_one_after_another_go_on(small, tmp_path, monkeypatch)
     assert again.tested == whole.tested
 
 
-def test_finished_run_is_read_and_not_repeated(small, tmp_path):
+def test_finished_run_is_loaded_and_not_repeated(small, tmp_path):
     whole = fit(small, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
     again = fit(small, tmp_path)
@@ -249,7 +249,7 @@ def test_finished_run_is_read_and_not_repeated(small, tmp_path):
     } == before
 
 
-def test_work_lost_is_at_most_save_every_steps(small, tmp_path, monkeypatch):
+def test_killed_run_loses_at_most_save_every_steps(small, tmp_path, monkeypatch):
     """At any kill, the newest checkpoint is at most `save_every` steps older than the last row."""
     for lines in (2, 5, 9):
         folder = tmp_path / str(lines)
@@ -262,7 +262,7 @@ def test_work_lost_is_at_most_save_every_steps(small, tmp_path, monkeypatch):
         assert checkpoint.steps(folder / "checkpoints")[0] >= seen - 6
 
 
-def test_damaged_checkpoint_is_passed_over(small, tmp_path, monkeypatch, capsys):
+def test_damaged_checkpoint_is_skipped(small, tmp_path, monkeypatch, capsys):
     fit(small, tmp_path / "whole")
     killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed"))
     newest = checkpoint.newest(tmp_path / "killed" / "checkpoints") / checkpoint.TENSORS
@@ -273,7 +273,7 @@ def test_damaged_checkpoint_is_passed_over(small, tmp_path, monkeypatch, capsys)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
-def test_other_options_are_listed(small, tmp_path):
+def test_different_options_are_listed(small, tmp_path):
     fit(small, tmp_path, options={"learning_rate": 0.01})
     before = tensors(tmp_path)
     sentence = (
@@ -307,7 +307,7 @@ def test_every_tensor_of_another_optimizer_is_listed(small, tmp_path):
         fit(small, tmp_path / "branch", optimizer=optax.sgd(0.1), branch_from=trunk, steps=50)
 
 
-def test_without_resume_a_run_starts_anew_and_the_earlier_ones_stay(small, tmp_path, capsys):
+def test_run_without_resume_restarts_and_keeps_earlier_runs(small, tmp_path, capsys):
     (tmp_path / "previous-1").mkdir()
     runs = [fit(small, tmp_path, resume=False, seed=seed, show=True) for seed in range(2)]
     assert (
@@ -322,20 +322,18 @@ def test_without_resume_a_run_starts_anew_and_the_earlier_ones_stay(small, tmp_p
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3])
-def test_move_that_was_interrupted_is_completed_by_the_next_call(
-    small, tmp_path, monkeypatch, renames
-):
+def test_interrupted_move_is_completed_by_the_next_call(small, tmp_path, monkeypatch, renames):
     fit(small, tmp_path)
     before, rename, done = tensors(tmp_path), Path.rename, []
 
-    def rename_or_die(path: Path, target: Path) -> Path:
+    def rename_or_kill(path: Path, target: Path) -> Path:
         done.append(path)
         if len(done) > renames:
             raise Killed
         return rename(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", rename_or_die)
+        patch.setattr(Path, "rename", rename_or_kill)
         with pytest.raises(Killed):
             fit(small, tmp_path, resume=False, seed=1)
     fit(small, tmp_path, seed=1)
@@ -369,19 +367,19 @@ def test_branch_may_start_from_the_run_that_is_moved(small, tmp_path):
     assert checkpoint.steps(tmp_path / "previous-1" / "checkpoints")[0] == 40
 
 
-def test_branch_goes_on_from_a_checkpoint_with_other_options(small, tmp_path, capsys):
+def test_branch_continues_from_a_checkpoint_with_other_options(small, tmp_path, capsys):
     fit(small, tmp_path / "trunk", keep_checkpoints=20)
     start = checkpoint.path_of(tmp_path / "trunk" / "checkpoints", 20)
     branch = fit(small, tmp_path / "trunk" / "branch", branch_from=start, seed=1, show=True)
     assert "seed 0 in the checkpoint and 1 here" in capsys.readouterr().out
     assert branch.history[0]["step"] == 24
     assert branch.history[-1]["step"] == 40
-    same = fit(small, tmp_path, branch_from=start)  # which has the trunk within it
+    same = fit(small, tmp_path, branch_from=start)  # this folder contains the trunk
     assert same.tested == fit(small, tmp_path / "trunk", keep_checkpoints=20).tested
 
 
 @pytest.mark.parametrize("fact", ["position", "rows", "replicas", "options"])
-def test_checkpoint_that_is_none_of_a_run_is_refused(small, tmp_path, fact):
+def test_checkpoint_without_the_facts_of_a_run_is_refused(small, tmp_path, fact):
     fit(small, tmp_path)
     found = checkpoint.read(checkpoint.newest(tmp_path / "checkpoints"))
     checkpoint.write(
@@ -391,14 +389,14 @@ def test_checkpoint_that_is_none_of_a_run_is_refused(small, tmp_path, fact):
         fit(small, tmp_path)
 
 
-def test_branch_needs_an_intact_checkpoint(small, tmp_path):
+def test_branch_requires_an_intact_checkpoint(small, tmp_path):
     with pytest.raises(
         ctde.InputError, match="branch_from must be the folder of an intact checkpoint"
     ):
         fit(small, tmp_path / "branch", branch_from=tmp_path / "nowhere")
 
 
-def test_branch_that_was_killed_goes_on_by_the_same_call(small, tmp_path, monkeypatch):
+def test_killed_branch_resumes_with_the_same_call(small, tmp_path, monkeypatch):
     fit(small, tmp_path / "trunk", keep_checkpoints=20)
     start = checkpoint.path_of(tmp_path / "trunk" / "checkpoints", 20)
     branch = partial(fit, small, branch_from=start, seed=1)
@@ -408,7 +406,7 @@ def test_branch_that_was_killed_goes_on_by_the_same_call(small, tmp_path, monkey
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
-def test_branch_off_a_run_that_patience_ended_has_patience_anew(small, tmp_path):
+def test_branch_from_an_early_stopped_run_resets_patience(small, tmp_path):
     held = data.hold_out(small, 0.2, 0)
     run = partial(fit, held, patience=2, eval_every=4, optimizer=optax.adam(0.2), steps=200)
     trunk = run(tmp_path / "trunk")
@@ -437,10 +435,10 @@ def test_branch_must_have_steps_left(small, tmp_path):
 
 
 @pytest.mark.parametrize("rows_before", [0, 5])
-def test_ctrl_c_before_the_first_step_returns_what_there_is(
+def test_ctrl_c_before_the_first_step_returns_the_current_model(
     small, tmp_path, monkeypatch, rows_before
 ):
-    """At the start of a run, and of one that goes on."""
+    """At the start of a new run and of a resumed run."""
     whole = fit(small, tmp_path / "whole")
     if rows_before:
         killed_after(monkeypatch, rows_before, partial(fit, small, tmp_path / "run"))
@@ -459,18 +457,18 @@ def test_ctrl_c_before_the_first_step_returns_what_there_is(
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
-def test_signal_in_the_last_evaluation_ends_a_run_that_is_done(small, tmp_path):
-    def describe(params, model_state) -> str:
-        signal.raise_signal(signal.SIGTERM)
-        return ""
+def test_signal_in_the_last_evaluation_does_not_interrupt_the_run(small, tmp_path):
+    class AtEvaluation(ctde.Callback):
+        def on_evaluation(self, rows, params, model_state):
+            signal.raise_signal(signal.SIGTERM)
 
-    trained = fit(small, tmp_path, eval_every=40, describe=describe)
+    trained = fit(small, tmp_path, eval_every=40, callbacks=[AtEvaluation()])
     assert not trained.interrupted
     assert trained.step == 40
 
 
-def test_sigterm_within_a_span_and_at_its_end(small, tmp_path, monkeypatch):
-    """The same call goes on from where the signal came."""
+def test_run_resumes_after_sigterm_within_a_span_and_at_its_end(small, tmp_path, monkeypatch):
+    """The same call continues from the step of the signal."""
     whole = fit(small, tmp_path / "whole")
     add = Log.add
     # The third row of the second span, which ends at step 20, and the evaluation after that span.
@@ -490,26 +488,26 @@ def test_sigterm_within_a_span_and_at_its_end(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_lost_terminal_saves_unless_it_is_ignored(small, tmp_path, ignored):
-    """As nohup ignores it."""
+def test_sighup_saves_unless_it_is_ignored(small, tmp_path, ignored):
+    """`nohup` ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
-    def describe(params, model_state) -> str:
-        signal.raise_signal(signal.SIGHUP)
-        return ""
+    class AtEvaluation(ctde.Callback):
+        def on_evaluation(self, rows, params, model_state):
+            signal.raise_signal(signal.SIGHUP)
 
     try:
         if ignored:
-            assert fit(small, tmp_path, describe=describe).step == 40
+            assert fit(small, tmp_path, callbacks=[AtEvaluation()]).step == 40
         else:
             with pytest.raises(ctde.Preempted, match="SIGHUP stopped the training after step"):
-                fit(small, tmp_path, describe=describe)
+                fit(small, tmp_path, callbacks=[AtEvaluation()])
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_by_default_a_checkpoint_comes_after_a_minute(small, tmp_path, monkeypatch):
-    """Also where every span is one row, and so one dispatch."""
+def test_default_period_of_checkpoints_is_a_minute(small, tmp_path, monkeypatch):
+    """Also if every span is one row and therefore one dispatch."""
     fit(small, tmp_path / "soon", save_every=None, keep_checkpoints=20)
     assert checkpoint.steps(tmp_path / "soon" / "checkpoints") == [40, 0]
     monkeypatch.setattr(meter, "_SAVE_SECONDS", 0)
@@ -517,7 +515,7 @@ def test_by_default_a_checkpoint_comes_after_a_minute(small, tmp_path, monkeypat
     assert checkpoint.steps(tmp_path / "late" / "checkpoints") == [*range(40, -1, -4)]
 
 
-def test_options_may_be_numbers_of_numpy_and_paths(small, tmp_path):
+def test_options_may_be_numpy_numbers_and_paths(small, tmp_path):
     options = {"learning_rate": np.float32(0.1), "where": tmp_path}
     for _ in range(2):
         fit(small, tmp_path, options=options, seed=np.int64(3), steps=np.int64(8))
@@ -543,7 +541,9 @@ def test_options_may_be_numbers_of_numpy_and_paths(small, tmp_path):
         ),
     ],
 )
-def test_what_would_change_the_numbers_is_refused(small, tmp_path, before, after, sentence):
+def test_options_that_would_change_the_numbers_are_refused(
+    small, tmp_path, before, after, sentence
+):
     fit(small, tmp_path, **{"eval_every": 10, **before})
     with pytest.raises(ctde.InputError, match=sentence):
         fit(small, tmp_path, **{"eval_every": 10, **after})
@@ -632,7 +632,7 @@ def test_command_killed_at_30_random_moments_ends_with_the_same_bits(tmp_path, m
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     more = ("--steps", "5000")
     process = subprocess.Popen(
         command(tmp_path / "run", *more),

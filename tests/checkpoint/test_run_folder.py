@@ -1,4 +1,4 @@
-"""A folder is claimed by one trainer at a time, and a refused start leaves it as it was."""
+"""A folder is claimed by one trainer at a time, and a refused start leaves it unchanged."""
 
 import errno
 import os
@@ -26,10 +26,10 @@ def refuse_in(folder: Path, *written: str) -> None:
 
 @pytest.mark.parametrize("written", [(), ("config.json", "partition.png", "metrics.jsonl")])
 @pytest.mark.parametrize(
-    "there", [(), ("run",), ("run", "run/config.json"), ("run", "run/notes.txt")]
+    "existing", [(), ("run",), ("run", "run/config.json"), ("run", "run/notes.txt")]
 )
-def test_refusal_removes_what_it_created_and_nothing_else(tmp_path, there, written):
-    for name in there:
+def test_refusal_removes_what_it_created_and_nothing_else(tmp_path, existing, written):
+    for name in existing:
         (tmp_path / name).mkdir() if name == "run" else (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
     with pytest.raises(InputError, match="anything is refused"):
@@ -45,7 +45,7 @@ def test_refusal_removes_the_parents_that_it_created(tmp_path):
     assert not contents(tmp_path)
 
 
-def test_files_of_others_stay(tmp_path):
+def test_files_of_others_are_kept(tmp_path):
     with pytest.raises(InputError, match="anything is refused"):
         refuse_in(tmp_path / "a" / "run", "notes.txt")
     assert contents(tmp_path) == {
@@ -55,7 +55,7 @@ def test_files_of_others_stay(tmp_path):
     }
 
 
-def test_run_that_has_begun_stays(tmp_path):
+def test_started_run_is_kept(tmp_path):
     def fail() -> None:
         with run_folder.claimed(tmp_path / "run"):
             (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
@@ -66,7 +66,7 @@ def test_run_that_has_begun_stays(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_disk_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
+def test_read_only_disk_is_reported_in_one_sentence(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.EROFS, "Read-only file system")
 

@@ -1,4 +1,4 @@
-"""A bundle runs alone: correct outputs for all formats and runtimes, clear errors."""
+"""A bundle runs without the trainer: correct outputs in all formats and runtimes, clear errors."""
 
 import csv
 import json
@@ -35,21 +35,21 @@ def labels() -> np.ndarray:
     return bundles.trained("mlp")[1].test.labels
 
 
-def run(capsys, *arguments: object) -> list[str]:
-    """Executes, and returns the lines that were printed."""
+def output_lines(capsys, *arguments: object) -> list[str]:
+    """Executes a bundle, and returns the lines that are printed."""
     assert execute.main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
 
-def refused(capsys, *arguments: object) -> str:
-    """Executes a command that must fail, and returns its error."""
+def error_of(capsys, *arguments: object) -> str:
+    """Executes a bundle with invalid options, and returns the error."""
     assert execute.main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr()
-    assert not said.out
-    assert said.err.startswith("error: ")
-    assert said.err.endswith((".\n", "?\n"))
-    assert said.err.count("\n") == 1
-    return said.err
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.startswith("error: ")
+    assert captured.err.endswith((".\n", "?\n"))
+    assert captured.err.count("\n") == 1
+    return captured.err
 
 
 def predicted(images: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -59,7 +59,7 @@ def predicted(images: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 @pytest.mark.parametrize("runtime", [None, "numpy", "onnx", "jax"])
 @pytest.mark.parametrize("kind", ["npy", "npz", "csv", "png"])
-def test_files_of_every_kind_are_read_and_answered(kind, runtime, digits, images, tmp_path, capsys):
+def test_files_of_every_kind_are_predicted(kind, runtime, digits, images, tmp_path, capsys):
     files = [tmp_path / f"x.{kind}"]
     if kind == "npy":
         np.save(files[0], images[:4])
@@ -73,38 +73,39 @@ def test_files_of_every_kind_are_read_and_answered(kind, runtime, digits, images
         for file, picture in zip(files, images, strict=False):
             image.fromarray(np.rint(picture * (255 / 16)).astype(np.uint8)).save(file)
     chosen = [] if runtime is None else ["--runtime", runtime]
-    rows = [json.loads(line) for line in run(capsys, digits, "--input", *files, "--json", *chosen)]
+    rows = [
+        json.loads(line)
+        for line in output_lines(capsys, digits, "--input", *files, "--json", *chosen)
+    ]
     names, probabilities = predicted(images[:4])
     assert [row["label"] for row in rows] == names
     assert [row["example"] for row in rows] == [0, 1, 2, 3]
     np.testing.assert_allclose([row["probability"] for row in rows], probabilities, atol=1e-5)
 
 
-def test_picture_of_sixteen_bits_and_an_opaque_one_are_read_as_any_other(
-    digits, images, tmp_path, capsys
-):
+def test_16_bit_and_opaque_pictures_are_predicted_like_others(digits, images, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     deep = np.rint(images[0] * (65535 / 16)).astype(np.uint16)
     image.fromarray(deep).save(tmp_path / "deep.png")
-    bytes_of = np.rint(images[0] * (255 / 16)).astype(np.uint8)
-    image.fromarray(np.dstack([bytes_of] * 3 + [np.full((8, 8), 255, np.uint8)])).save(
+    pixels = np.rint(images[0] * (255 / 16)).astype(np.uint8)
+    image.fromarray(np.dstack([pixels] * 3 + [np.full((8, 8), 255, np.uint8)])).save(
         tmp_path / "opaque.png"
     )
     np.save(tmp_path / "x.npy", images[:1])
-    right = run(capsys, digits, "--input", tmp_path / "x.npy", "--json")
+    expected = output_lines(capsys, digits, "--input", tmp_path / "x.npy", "--json")
     for name in ("deep.png", "opaque.png"):
-        assert run(capsys, digits, "--input", tmp_path / name, "--json") == right
+        assert output_lines(capsys, digits, "--input", tmp_path / name, "--json") == expected
 
 
 @pytest.mark.parametrize("start", [0, 1])
-def test_line_of_numbers_that_count_on_is_a_header(start, digits, images, tmp_path, capsys):
-    """As pandas writes columns that have no names."""
+def test_line_of_consecutive_numbers_is_a_header(start, digits, images, tmp_path, capsys):
+    """Columns without names are numbered by pandas."""
     with (tmp_path / "x.csv").open("w") as file:
         csv.writer(file).writerows([range(start, start + 64), *images[:2].reshape(2, -1)])
-    assert len(run(capsys, digits, "--input", tmp_path / "x.csv", "--json")) == 2
+    assert len(output_lines(capsys, digits, "--input", tmp_path / "x.csv", "--json")) == 2
 
 
-def test_reader_that_stops_reading_gets_no_traceback(digits, images, tmp_path):
+def test_closed_pipe_causes_no_traceback(digits, images, tmp_path):
     np.save(tmp_path / "x.npy", np.resize(images, (20_000, 8, 8)))
     command = [
         sys.executable,
@@ -125,52 +126,54 @@ def test_reader_that_stops_reading_gets_no_traceback(digits, images, tmp_path):
         assert process.wait() == 1
 
 
-def test_table_is_for_people(digits, images, tmp_path, capsys):
+def test_default_output_is_a_table(digits, images, tmp_path, capsys):
     np.save(tmp_path / "x.npy", images[:3])
-    lines = run(capsys, digits, "--input", tmp_path / "x.npy")
+    lines = output_lines(capsys, digits, "--input", tmp_path / "x.npy")
     names, probabilities = predicted(images[:3])
     assert lines[0].split() == ["example", "label", "probability"]
-    right = [
+    expected = [
         [str(i), name, f"{p:.4f}"]
         for i, (name, p) in enumerate(zip(names, probabilities, strict=True))
     ]
-    assert [line.split() for line in lines[1:]] == right
+    assert [line.split() for line in lines[1:]] == expected
 
 
 @pytest.mark.parametrize("runtime", ["numpy", "onnx", "jax"])
-def test_score_is_that_of_evaluation(runtime, digits, images, labels, tmp_path, capsys):
-    """Whatever the batch size, to the example."""
-    right = bundles.trained("mlp")[0].evaluate(bundles.trained("mlp")[1].test)
+def test_score_equals_that_of_evaluate(runtime, digits, images, labels, tmp_path, capsys):
+    """For every batch size, with the same number of correct examples."""
+    expected = bundles.trained("mlp")[0].evaluate(bundles.trained("mlp")[1].test)
     np.savez(tmp_path / "x.npz", x_test=images, y_test=labels)
     for size in (1, 50, 1000):
         arguments = ["--score", "--json", "--runtime", runtime, "--batch-size", size]
-        (line,) = run(capsys, digits, "--input", tmp_path / "x.npz", *arguments)
+        (line,) = output_lines(capsys, digits, "--input", tmp_path / "x.npz", *arguments)
         score = json.loads(line)
-        assert score["examples"] == right["examples"]
-        assert round(score["accuracy"] * 359) == round(right["accuracy"] * 359)
-        assert score["loss"] == pytest.approx(right["loss"], rel=1e-5)
+        assert score["examples"] == expected["examples"]
+        assert round(score["accuracy"] * 359) == round(expected["accuracy"] * 359)
+        assert score["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("spelled", ["{}", "{}.0"])
+@pytest.mark.parametrize("label_format", ["{}", "{}.0"])
 @pytest.mark.parametrize("label_column", [None, "digit"])
-def test_table_of_numbers_may_have_labels(
-    label_column, spelled, digits, images, labels, tmp_path, capsys
+def test_table_of_numbers_may_have_a_label_column(
+    label_column, label_format, digits, images, labels, tmp_path, capsys
 ):
-    """In the last column, or in a named one."""
+    """The labels are in the last column or in a named one."""
     with (tmp_path / "x.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         names = [f"pixel {number}" for number in range(64)]
         writer.writerow([*names, "digit"] if label_column is None else ["digit", *names])
-        for picture, label in zip(images.reshape(-1, 64), map(spelled.format, labels), strict=True):
+        for picture, label in zip(
+            images.reshape(-1, 64), map(label_format.format, labels), strict=True
+        ):
             writer.writerow([*picture, label] if label_column is None else [label, *picture])
     chosen = [] if label_column is None else ["--label-column", label_column]
-    (line,) = run(capsys, digits, "--input", tmp_path / "x.csv", "--score", *chosen)
+    (line,) = output_lines(capsys, digits, "--input", tmp_path / "x.csv", "--score", *chosen)
     accuracy = bundles.trained("mlp")[0].tested["accuracy"]
     assert f"examples 359  accuracy {accuracy:.2%}" in line
 
 
 @pytest.mark.parametrize("kind", ["U", "S"])
-def test_words_are_labels_in_arrays_as_in_tables(kind, digits, images, tmp_path):
+def test_labels_in_arrays_may_be_class_names(kind, digits, images, tmp_path):
     card = replace(node.open_bundle(digits).card, classes=("owl", "dog", *"abcdefgh"))
     np.savez(tmp_path / "x.npz", x_test=images[:3], y_test=np.array(["dog", "owl", "c"], kind))
     assert inputs.read([tmp_path / "x.npz"], card, labeled=True).labels.tolist() == [1, 0, 4]
@@ -179,7 +182,7 @@ def test_words_are_labels_in_arrays_as_in_tables(kind, digits, images, tmp_path)
         inputs.read([tmp_path / "x.npz"], card, labeled=True)
 
 
-def test_copies_on_all_devices_do_not_talk_and_say_the_same(digits, images, tmp_path, capsys):
+def test_copies_on_all_devices_are_independent_and_agree(digits, images, tmp_path, capsys):
     np.save(tmp_path / "x.npy", images[:21])
     execute.main(
         [
@@ -192,17 +195,17 @@ def test_copies_on_all_devices_do_not_talk_and_say_the_same(digits, images, tmp_
             "10",
         ]
     )
-    said = capsys.readouterr()
-    assert "independent copies; their program contains no collective" in said.err
-    assert [json.loads(line)["label"] for line in said.out.splitlines()] == predicted(images[:21])[
-        0
-    ]
+    captured = capsys.readouterr()
+    assert "independent copies; their program contains no collective" in captured.err
+    assert [json.loads(line)["label"] for line in captured.out.splitlines()] == predicted(
+        images[:21]
+    )[0]
 
 
 @pytest.mark.parametrize("name", ["lstm-text", pytest.param("transformer", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("runtime", ["onnx", "jax"])
-def test_text_without_chance_is_that_of_generate(name, runtime, capsys):
-    """Place by place with a state, or in a window; both beyond the window."""
+def test_text_at_temperature_0_equals_that_of_generate(name, runtime, capsys):
+    """One position at a time with a state, or in a window; the text is longer than the window."""
     trained, data = bundles.trained(name)
     window = bundles.WINDOW if name == "transformer" else None
     prompt, length = "To be", 3 * bundles.WINDOW
@@ -217,34 +220,34 @@ def test_text_without_chance_is_that_of_generate(name, runtime, capsys):
         window=window,
     )
     options = ["--prompt", prompt, "--length", length, "--temperature", 0, "--runtime", runtime]
-    lines = run(capsys, bundles.written(name).bundle.folder, *options)
+    lines = output_lines(capsys, bundles.written(name).bundle.folder, *options)
     assert "\n".join(lines) == prompt + ctde.data.decode(tokens, data.vocabulary)
 
 
-def test_seed_decides_the_text(capsys):
+def test_seed_determines_the_text(capsys):
     folder = bundles.written("lstm-text").bundle.folder
     texts = [
-        run(capsys, folder, "--prompt", "T", "--seed", seed, "--temperature", 2)
+        output_lines(capsys, folder, "--prompt", "T", "--seed", seed, "--temperature", 2)
         for seed in (0, 0, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_draws_follow_the_probabilities():
-    """At a temperature of 1 the share of each first character is its probability."""
+def test_sampled_characters_follow_the_probabilities():
+    """At temperature 1, the frequency of each first character is its probability."""
     bundle = bundles.written("lstm-text").bundle
     trained, data = bundles.trained("lstm-text")
     tokens = ctde.data.encode("To be", data.vocabulary)
     logits = trained.predict(tokens[None])[0, -1]
-    drawn = [next(answers.write(bundle, "onnx", "To be", 1, 1.0, seed)) for seed in range(400)]
-    shares = np.array([drawn.count(character) / 400 for character in data.vocabulary])
-    np.testing.assert_allclose(shares, bundles.probabilities(logits), atol=0.1)
+    samples = [next(answers.write(bundle, "onnx", "To be", 1, 1.0, seed)) for seed in range(400)]
+    frequencies = np.array([samples.count(character) / 400 for character in data.vocabulary])
+    np.testing.assert_allclose(frequencies, bundles.probabilities(logits), atol=0.1)
 
 
-def test_next_character_of_tokens_is_told(tmp_path, capsys):
+def test_next_character_is_predicted_for_tokens(tmp_path, capsys):
     trained, data = bundles.trained("lstm-text")
     np.save(tmp_path / "x.npy", data.test.inputs[:2])
-    lines = run(
+    lines = output_lines(
         capsys, bundles.written("lstm-text").bundle.folder, "--input", tmp_path / "x.npy", "--json"
     )
     best = trained.predict(data.test.inputs[:2])[:, -1].argmax(-1)
@@ -253,7 +256,7 @@ def test_next_character_of_tokens_is_told(tmp_path, capsys):
     ]
 
 
-def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
+def test_outputs_are_printed_if_the_model_has_no_classes(tmp_path, capsys):
     points = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     data = ctde.data.from_arrays(points, points[:, 0] + points[:, 1])
     task = ctde.Task(lambda outputs, targets: optax.squared_error(outputs[:, 0], targets))
@@ -262,15 +265,19 @@ def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False)
     assert written.bundle.card.artifacts["numpy"].receipt["measured"].keys() == {"loss"}
     np.save(tmp_path / "x.npy", points[:2])
-    lines = run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--json")
+    lines = output_lines(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--json")
     found = np.array([json.loads(line)["outputs"] for line in lines])
     np.testing.assert_allclose(found, trained.predict(points[:2]), atol=1e-5)
-    said = refused(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--score")
-    assert "--input cannot be scored, as the model predicts neither classes nor tokens" in said
+    error = error_of(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--score")
+    assert "--input cannot be scored, as the model predicts neither classes nor tokens" in error
     np.savez(tmp_path / "x.npz", x_test=points[:2], y_test=np.zeros(2, np.float32))
-    assert run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npz", "--json") == lines
+    assert (
+        output_lines(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npz", "--json") == lines
+    )
     np.savetxt(tmp_path / "x.csv", np.c_[points[:2], [7, 8]], delimiter=",")
-    assert run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.csv", "--json") == lines
+    assert (
+        output_lines(capsys, tmp_path / "bundle", "--input", tmp_path / "x.csv", "--json") == lines
+    )
     for labels in (np.zeros(2, np.float32), np.zeros(2, np.int32)):
         np.savez(tmp_path / "x.npz", x_test=points[:2], y_test=labels)
         assert (
@@ -279,7 +286,7 @@ def test_numbers_are_printed_where_a_model_has_no_classes(tmp_path, capsys):
         )
 
 
-def test_tokens_without_a_vocabulary_are_told_by_their_numbers(tmp_path, capsys):
+def test_tokens_without_a_vocabulary_are_printed_as_numbers(tmp_path, capsys):
     tokens = np.random.default_rng(0).integers(0, 5, (40, 9))
     data = ctde.data.from_arrays(tokens[:, :-1], tokens[:, 1:])
     model = ctde.models.rnn_language_model(5, 8, 1)
@@ -288,13 +295,14 @@ def test_tokens_without_a_vocabulary_are_told_by_their_numbers(tmp_path, capsys)
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
     np.save(tmp_path / "x.npy", data.test.inputs[:2])
     rows = map(
-        json.loads, run(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--json")
+        json.loads,
+        output_lines(capsys, tmp_path / "bundle", "--input", tmp_path / "x.npy", "--json"),
     )
-    right = trained.predict(data.test.inputs[:2])[:, -1].argmax(-1)
-    assert [row["next"] for row in rows] == right.tolist()
+    expected = trained.predict(data.test.inputs[:2])[:, -1].argmax(-1)
+    assert [row["next"] for row in rows] == expected.tolist()
 
 
-def test_node_imports_nothing_of_the_trainer(digits, images, tmp_path):
+def test_execute_imports_no_package_of_the_trainer(digits, images, tmp_path):
     """Imports neither JAX nor flax nor rich, only numpy and the requested runtime."""
     np.save(tmp_path / "x.npy", images[:1])
     trainer = {"jax", "jaxlib", "flax", "optax", "rich", "tyro", "sklearn", "safetensors"}
@@ -311,7 +319,7 @@ def test_node_imports_nothing_of_the_trainer(digits, images, tmp_path):
         assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
+def test_first_installed_runtime_is_selected(digits, monkeypatch):
     bundle = node.open_bundle(digits)
     assert node.pick(bundle) == "numpy"
     monkeypatch.setattr(node.runtimes, "find_spec", lambda name: None if name == "numpy" else name)
@@ -395,7 +403,9 @@ def test_runtime_that_comes_first_is_taken(digits, monkeypatch):
         (["--prompt", "To be"], "--prompt requires a language model"),
     ],
 )
-def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, monkeypatch, capsys):
+def test_mistake_is_reported_in_one_sentence(
+    arguments, sentence, digits, images, tmp_path, monkeypatch, capsys
+):
     image = pytest.importorskip("PIL.Image")
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", images[:2])
@@ -414,9 +424,9 @@ def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, mo
     Path("odd.png").write_bytes(b"\x89PNG and no more")
     image.fromarray(np.zeros((9, 8), np.uint8)).save("size.png")
     np.savez("labels.npz", x_test=images[:2], y_test=[0, 10])
-    said = refused(capsys, digits, *arguments)
+    error = error_of(capsys, digits, *arguments)
     for part in sentence.split(".*"):
-        assert part in said
+        assert part in error
 
 
 @pytest.mark.parametrize(
@@ -432,12 +442,12 @@ def test_mistake_is_a_sentence(arguments, sentence, digits, images, tmp_path, mo
         (["--prompt", "To", "--seed", "-1"], "--seed must be at least 0, got -1"),
     ],
 )
-def test_mistake_in_a_prompt_is_a_sentence(arguments, sentence, capsys):
+def test_invalid_prompt_option_is_reported_in_one_sentence(arguments, sentence, capsys):
     assert execute.main([str(bundles.written("lstm-text").bundle.folder), *arguments]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_no_command_line_is_a_sentence(capsys):
+def test_missing_input_is_reported_in_one_sentence(capsys):
     with pytest.raises(SystemExit) as end:
         execute.main(["bundle"])
     assert end.value.code == 2
@@ -447,7 +457,7 @@ def test_no_command_line_is_a_sentence(capsys):
     )
 
 
-def test_receipt_is_repeated_where_the_bundle_is(digits, images, labels, tmp_path, capsys):
+def test_verify_repeats_the_measurements_of_the_receipt(digits, images, labels, tmp_path, capsys):
     np.savez(tmp_path / "x.npz", x_test=images, y_test=labels)
     sha256 = node.open_bundle(digits).sha256
     assert (
@@ -456,26 +466,26 @@ def test_receipt_is_repeated_where_the_bundle_is(digits, images, labels, tmp_pat
         )
         == 0
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     accuracy = bundles.trained("mlp")[0].tested["accuracy"]
     for name in ("numpy", "onnx", "jax"):
-        assert f"{name}: maximum difference" in said
-    assert said.count(f"accuracy {accuracy:.4f} on 359 examples; receipt loss") == 3
+        assert f"{name}: maximum difference" in output
+    assert output.count(f"accuracy {accuracy:.4f} on 359 examples; receipt loss") == 3
     assert (
         "holds: every file matches its SHA-256; the outputs of numpy, onnx, jax agree with the "
         "trained model\n"
-    ) in said
+    ) in output
 
 
-def test_artifact_that_says_something_else_here_is_told(digits, monkeypatch, capsys):
-    """Such as a runtime that computes wrongly on this machine."""
+def test_artifact_with_different_outputs_is_reported(digits, monkeypatch, capsys):
+    """A runtime may compute wrong outputs on this machine."""
 
-    def wrongly(*arguments):
+    def make_wrong_predict(*arguments):
         predict = make_predict(*arguments)
         return lambda inputs: predict(inputs) + np.float32(1e-3)
 
     make_predict = node.perceptron.make_predict
-    monkeypatch.setattr(node.perceptron, "make_predict", wrongly)
+    monkeypatch.setattr(node.perceptron, "make_predict", make_wrong_predict)
     assert verify.main(["bundle", str(digits)]) == 1
     assert (
         "wrong: numpy differs from the trained model by more than 1.0e-05"
@@ -483,7 +493,7 @@ def test_artifact_that_says_something_else_here_is_told(digits, monkeypatch, cap
     )
 
 
-def test_bundle_that_came_without_examples_says_what_is_missing(tmp_path, capsys):
+def test_verify_of_a_bundle_without_examples_requires_an_input(tmp_path, capsys):
     trained, data = bundles.trained("mlp")
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], examples=0, show=False)
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 2
@@ -498,18 +508,20 @@ def test_bundle_that_came_without_examples_says_what_is_missing(tmp_path, capsys
     )
 
 
-def test_fewer_bits_are_held_against_their_own_receipt(tmp_path, monkeypatch, capsys):
+def test_quantized_artifact_is_compared_with_its_receipt(tmp_path, monkeypatch, capsys):
     trained, data = bundles.trained("mlp")
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx-int8"], show=False)
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "the outputs of numpy agree with the trained model; "
         "the outputs of onnx-int8 differ by no more than at the export\n"
-    ) in said
+    ) in output
     load = parity.load
     monkeypatch.setattr(
-        parity, "load", lambda *these: lambda inputs: load(*these)(inputs) * np.float32(np.nan)
+        parity,
+        "load",
+        lambda *arguments: lambda inputs: load(*arguments)(inputs) * np.float32(np.nan),
     )
     assert verify.main(["bundle", str(tmp_path / "bundle")]) == 1
     assert "onnx-int8 differs" in capsys.readouterr().err

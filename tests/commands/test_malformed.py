@@ -1,7 +1,7 @@
-"""A malformed file gives one sentence: no other exception, no memory beyond its size, no execution.
+"""A malformed file is refused in one sentence: no other exception, excess memory or execution.
 
 A mutation may be harmless; then the result must be well formed. Hypothesis mutates whole files;
-files that deceive on purpose are written by hand.
+malicious files are written by hand.
 """
 
 import gzip
@@ -40,8 +40,8 @@ MUTATIONS = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-ROOM = 2**24
-"""Bytes that reading a file of some kilobytes may take; a small file that lies would claim more."""
+MEMORY = 2**24
+"""Bytes of memory for reading a file of some kilobytes; a malformed file may claim more."""
 
 GIGABYTES = 2**32 - 2**16
 
@@ -50,7 +50,7 @@ Y = np.array([0, 1, 2, 0, 1, 2])
 
 
 class Payload:
-    """Makes a mark on the disk if anyone unpickles it."""
+    """Creates the file `mark` when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -60,7 +60,7 @@ class Payload:
 
 
 def idx_bytes(array: np.ndarray, *lengths: int) -> bytes:
-    """Writes an array in the IDX format, under other lengths if any are given."""
+    """Returns an array in the IDX format, with other lengths in the header if any are given."""
     header = bytes((0, 0, 8, array.ndim)) + struct.pack(
         f">{array.ndim}I", *(lengths or array.shape)
     )
@@ -80,8 +80,8 @@ def npy_of(header: str | bytes, content: bytes = b"", version: tuple[int, int] =
     return b"\x93NUMPY" + bytes(version) + length + text + content
 
 
-def header_of(shape: object, descr: object = "<f4", by_columns: object = False) -> str:
-    return f"{{'descr': {descr!r}, 'fortran_order': {by_columns!r}, 'shape': {shape!r}, }}\n"
+def header_of(shape: object, descr: object = "<f4", fortran_order: object = False) -> str:
+    return f"{{'descr': {descr!r}, 'fortran_order': {fortran_order!r}, 'shape': {shape!r}, }}\n"
 
 
 def npz_bytes(
@@ -120,7 +120,7 @@ class Kind:
 
     make: Callable[[Path], Path]
     read: Callable[[Path], object]
-    traces: bool = True  # memory; parsing a command line takes seconds then
+    traces: bool = True  # whether memory is traced; parsing options would take seconds
 
 
 def make_idx(folder: Path, mutated: str, packed: bool = False) -> Path:
@@ -208,7 +208,7 @@ KINDS = {
     "manifest": Kind(
         lambda f: make_checkpoint(f, MANIFEST), lambda path: read_checkpoint(path.parent)
     ),
-    # Never intact, and the last of these.
+    # This kind is never intact, and must be the last.
     "manifest of damaged tensors": Kind(
         lambda f: make_checkpoint(f, MANIFEST), lambda path: read_with_damaged_tensors(path.parent)
     ),
@@ -245,7 +245,7 @@ def check_well_formed(found: object) -> None:
 
 
 def sentence_of(read: Callable[[Path], object], path: Path, traces: bool = True) -> str:
-    """Reads a file; returns the sentence of its error, or an empty string if the file is valid."""
+    """Reads a file; returns the error message, or an empty string if the file is valid."""
     if traces:
         tracemalloc.start()
     try:
@@ -260,14 +260,14 @@ def sentence_of(read: Callable[[Path], object], path: Path, traces: bool = True)
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak < ROOM + 100 * path.stat().st_size
+        assert peak < MEMORY + 100 * path.stat().st_size
 
 
 def mutations(content: bytes) -> st.SearchStrategy[bytes]:
     """Truncates a file, flips bytes, and inserts, removes, repeats and overwrites parts."""
-    place = st.integers(0, len(content))
-    part = st.tuples(place, place).map(sorted)
-    some = st.one_of(
+    position = st.integers(0, len(content))
+    part = st.tuples(position, position).map(sorted)
+    extra = st.one_of(
         st.binary(max_size=20),
         st.sampled_from([b"\xff" * 8, b"\0" * 8, b"\n", b'"', b"[" * 3000, b"-" * 3000, b"1e999"]),
     )
@@ -277,15 +277,17 @@ def mutations(content: bytes) -> st.SearchStrategy[bytes]:
 
     def flip(places: list[tuple[int, int]]) -> bytes:
         flipped = bytearray(content)
-        for at, bits in places:
-            flipped[at] ^= bits
+        for index, bits in places:
+            flipped[index] ^= bits
         return bytes(flipped)
 
     return st.one_of(
-        place.map(lambda at: content[:at]),
+        position.map(lambda index: content[:index]),
         flips.map(flip),
-        st.tuples(place, some).map(lambda m: content[: m[0]] + m[1] + content[m[0] :]),
-        st.tuples(place, some).map(lambda m: content[: m[0]] + m[1] + content[m[0] + len(m[1]) :]),
+        st.tuples(position, extra).map(lambda m: content[: m[0]] + m[1] + content[m[0] :]),
+        st.tuples(position, extra).map(
+            lambda m: content[: m[0]] + m[1] + content[m[0] + len(m[1]) :]
+        ),
         part.map(lambda ends: content[: ends[0]] + content[ends[1] :]),
         part.map(lambda ends: content[: ends[1]] + content[ends[0] :]),
     )
@@ -296,7 +298,7 @@ def test_valid_file_of_each_kind_is_read(kind: Kind, tmp_path: Path):
     assert sentence_of(kind.read, kind.make(tmp_path), kind.traces) == ""
 
 
-def test_mutated_file_is_read_or_refused_in_a_sentence(kind: Kind, tmp_path: Path):
+def test_mutated_file_is_read_or_refused_in_one_sentence(kind: Kind, tmp_path: Path):
     path = kind.make(tmp_path)
 
     @settings(MUTATIONS, max_examples=100 if kind.traces else 30)
@@ -308,19 +310,19 @@ def test_mutated_file_is_read_or_refused_in_a_sentence(kind: Kind, tmp_path: Pat
     check()
 
 
-def squeezed(content: bytes) -> bytes:
+def gzipped(content: bytes) -> bytes:
     return gzip.compress(content, 1, mtime=0)
 
 
-ZEROS = squeezed(bytes(2**24))
-"""Gzip files that follow each other are one file; so many of these unpack to any size."""
+ZEROS = gzipped(bytes(2**24))
+"""Concatenated gzip files are one file, so copies of this one unpack to any size."""
 
 IMAGES = idx_bytes(np.zeros((5, 28, 28)))
 BAD_IDX = {
     "empty": b"",
-    "magic alone": IMAGES[:4],
+    "magic only": IMAGES[:4],
     "half a header": IMAGES[:9],
-    "header alone": IMAGES[:16],
+    "header only": IMAGES[:16],
     "a byte short": IMAGES[:-1],
     "a byte more": IMAGES + b"\0",
     "no magic": b"\x01" + IMAGES[1:],
@@ -334,15 +336,15 @@ BAD_IDX = {
     "another size of pictures": idx_bytes(np.zeros((5, 14, 56))),
     "2**31 pictures": idx_bytes(np.zeros((5, 28, 28)), 2**31, 28, 28),
     "2**96 bytes": idx_bytes(np.zeros((5, 28, 28)), 2**32 - 1, 2**32 - 1, 2**32 - 1),
-    "2**32 bytes that are 0 in 32 bits": idx_bytes(np.zeros((5, 28, 28)), 2**16, 2**16, 1),
+    "2**32 bytes, 0 modulo 2**32": idx_bytes(np.zeros((5, 28, 28)), 2**16, 2**16, 1),
 }
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("content", BAD_IDX.values(), ids=BAD_IDX)
-def test_idx_that_lies_is_refused(tmp_path: Path, content: bytes, packed: bool):
+def test_malformed_idx_is_refused(tmp_path: Path, content: bytes, packed: bool):
     path = make_idx(tmp_path, f"train-images-idx3-ubyte{'.gz' if packed else ''}", packed)
-    path.write_bytes(squeezed(content) if packed else content)
+    path.write_bytes(gzipped(content) if packed else content)
     assert sentence_of(lambda _: mnist(tmp_path), path).startswith(
         (
             f"data_dir contains {path}",
@@ -354,41 +356,39 @@ def test_idx_that_lies_is_refused(tmp_path: Path, content: bytes, packed: bool):
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(IMAGES, id="not packed"),
+        pytest.param(IMAGES, id="not compressed"),
         pytest.param(b"", id="empty"),
-        pytest.param(squeezed(squeezed(IMAGES)), id="packed twice"),
-        pytest.param(squeezed(IMAGES) + b"more", id="trailing bytes"),
+        pytest.param(gzipped(gzipped(IMAGES)), id="compressed twice"),
+        pytest.param(gzipped(IMAGES) + b"more", id="trailing bytes"),
         pytest.param(b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * 2**16, id="endless name"),
-        pytest.param(
-            b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff", id="extra field that is not there"
-        ),
-        pytest.param(b"\x1f\x8b\x07" + squeezed(IMAGES)[3:], id="unknown method"),
-        pytest.param(squeezed(IMAGES)[:-8] + bytes(8), id="wrong checksum"),
+        pytest.param(b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff", id="missing extra field"),
+        pytest.param(b"\x1f\x8b\x07" + gzipped(IMAGES)[3:], id="unknown method"),
+        pytest.param(gzipped(IMAGES)[:-8] + bytes(8), id="wrong checksum"),
         pytest.param(ZEROS * 64, id="bomb of zeros"),
-        pytest.param(squeezed(IMAGES) + ZEROS * 64, id="bomb after the pictures"),
+        pytest.param(gzipped(IMAGES) + ZEROS * 64, id="bomb after the pictures"),
         pytest.param(
-            squeezed(idx_bytes(np.zeros((5, 28, 28)), 2**24, 28, 28)) + ZEROS * 64,
+            gzipped(idx_bytes(np.zeros((5, 28, 28)), 2**24, 28, 28)) + ZEROS * 64,
             id="bomb of pictures",
         ),
     ],
 )
-def test_gz_that_lies_is_refused(tmp_path: Path, content: bytes):
+def test_malformed_gz_is_refused(tmp_path: Path, content: bytes):
     path = make_idx(tmp_path, "train-images-idx3-ubyte.gz", packed=True)
     path.write_bytes(content)
     assert sentence_of(lambda _: mnist(tmp_path), path).startswith("data_dir contains ")
 
 
-def test_label_that_is_no_class_is_refused(tmp_path: Path):
+def test_label_outside_the_classes_is_refused(tmp_path: Path):
     path = make_idx(tmp_path, "train-labels-idx1-ubyte")
     path.write_bytes(idx_bytes(np.array([0, 1, 2, 255, 4])))
     assert "got 255 for example 3" in sentence_of(lambda _: mnist(tmp_path), path)
 
 
-def test_cifar_archive_whose_member_lies_is_refused(tmp_path: Path):
-    """A sparse member takes no room in the archive, and any when it is read."""
-    lies = tarfile.TarInfo("data_batch_1.bin")
-    lies.size = RECORD * 2**24
-    (tmp_path / ARCHIVE).write_bytes(squeezed(lies.tobuf(tarfile.GNU_FORMAT) + bytes(2**14)))
+def test_cifar_archive_with_an_oversized_member_is_refused(tmp_path: Path):
+    """A sparse member takes no space in the archive, but unpacks to any size."""
+    member = tarfile.TarInfo("data_batch_1.bin")
+    member.size = RECORD * 2**24
+    (tmp_path / ARCHIVE).write_bytes(gzipped(member.tobuf(tarfile.GNU_FORMAT) + bytes(2**14)))
     assert "lists data_batch_1.bin with 51.6 GB, more than it can contain" in sentence_of(
         lambda _: cifar10(tmp_path), tmp_path / ARCHIVE
     )
@@ -407,7 +407,7 @@ DEEP = {
     "empty": "",
     "NUL": "{'descr': '<f4'\0}",
     "newlines": "{'a\\n': 1,\n\n 'b': 2}",
-    "escape that is none": r"{'descr': '\d'}",
+    "invalid escape": r"{'descr': '\d'}",
     "no shape": "{'descr': '<f4', 'fortran_order': False}",
     "more": "{'descr': '<f4', 'fortran_order': False, 'shape': (6, 4), 'more': 1}",
     "unfinished": "{'descr': '<f4'",
@@ -476,8 +476,8 @@ BAD_NPY = {
     **{f"header of {name}": npy_of(text, CONTENT) for name, text in DEEP.items()},
     **{f"shape {shape}"[:60]: npy_of(header_of(shape), CONTENT) for shape in SHAPES},
     **{f"type {descr}"[:60]: npy_of(header_of((6, 4), descr), CONTENT) for descr in DTYPES},
-    "order that is none": npy_of(header_of((6, 4), by_columns="no"), CONTENT),
-    "header of no UTF-8": npy_of(b"\xff\xfe" * 50, CONTENT),
+    "invalid order": npy_of(header_of((6, 4), fortran_order="no"), CONTENT),
+    "header that is not UTF-8": npy_of(b"\xff\xfe" * 50, CONTENT),
     "header of bytes": npy_of(b"{b'descr': b'<f4'}", CONTENT),
     "header longer than the file": npy_of(header_of((6, 4)), CONTENT)[:40],
     "long header": npy_of(header_of((6, 4)) + " " * 2**17, CONTENT, version=(2, 0)),
@@ -485,7 +485,7 @@ BAD_NPY = {
     "version 3": npy_of(header_of((6, 4)), CONTENT, version=(3, 0)),
     "version 9": npy_of(header_of((6, 4)), CONTENT, version=(9, 9)),
     "no magic": b"\x93NUMPX" + npy_bytes(X)[6:],
-    "magic alone": b"\x93NUMPY",
+    "magic only": b"\x93NUMPY",
     "a pickle": pickle.dumps(X),
     "an .npz file": npz_bytes(npy_bytes(X)),
     "NaN": npy_bytes(np.where(X == 5, np.nan, X)),
@@ -497,7 +497,7 @@ BAD_NPY = {
 
 @pytest.mark.parametrize("stored", ["npy", "npz", "npz compressed"])
 @pytest.mark.parametrize("content", BAD_NPY.values(), ids=BAD_NPY)
-def test_npy_that_lies_is_refused(tmp_path: Path, content: bytes, stored: str):
+def test_malformed_npy_is_refused(tmp_path: Path, content: bytes, stored: str):
     path = make_npy(tmp_path, "x_train.npy")
     if stored == "npy":
         path.write_bytes(content)
@@ -529,7 +529,7 @@ BAD_LABELS = {
 
 
 @pytest.mark.parametrize("labels", BAD_LABELS.values(), ids=BAD_LABELS)
-def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: np.ndarray):
+def test_labels_that_are_not_classes_are_refused(tmp_path: Path, labels: np.ndarray):
     path = tmp_path / "mine.npz"
     path.write_bytes(npz_bytes(npy_bytes(X), npy_bytes(labels)))
     assert sentence_of(from_npz, path).startswith(f"data_file {path} ")
@@ -539,14 +539,14 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: np.ndarr
 @pytest.mark.parametrize("stored", ["npy", "npz"])
 def test_pickle_is_never_executed(tmp_path: Path, name: str, stored: str):
     mark = tmp_path / "executed"
-    loaded = npy_bytes(np.array([Payload(mark)] * 6, object), allow_pickle=True)
+    payload = npy_bytes(np.array([Payload(mark)] * 6, object), allow_pickle=True)
     contents = {
         "x_train": npy_bytes(X),
         "y_train": npy_bytes(Y),
         "x_test": npy_bytes(X),
         "y_test": npy_bytes(Y),
     }
-    contents[name] = loaded
+    contents[name] = payload
     if stored == "npy":
         for each, content in contents.items():
             (tmp_path / f"{each}.npy").write_bytes(content)
@@ -557,59 +557,61 @@ def test_pickle_is_never_executed(tmp_path: Path, name: str, stored: str):
         sentence = sentence_of(from_npz, path)
     assert f"contains Python objects in {name}, which are not unpickled" in sentence
     assert not mark.exists()
-    np.load(io.BytesIO(loaded), allow_pickle=True)
-    assert mark.exists(), "the payload would have worked"
+    np.load(io.BytesIO(payload), allow_pickle=True)
+    assert mark.exists(), "the payload must create the file when it is unpickled"
 
 
-WHOLE = npz_bytes(npy_bytes(X))
+VALID_NPZ = npz_bytes(npy_bytes(X))
 
 
 def directory_with(offset: int, field: bytes) -> bytes:
     """Overwrites a field of the first entry in the directory of a zip file."""
-    at = WHOLE.index(b"PK\x01\x02") + offset
-    return WHOLE[:at] + field + WHOLE[at + len(field) :]
+    start = VALID_NPZ.index(b"PK\x01\x02") + offset
+    return VALID_NPZ[:start] + field + VALID_NPZ[start + len(field) :]
 
 
 BAD_ZIPS = {
     "empty": b"",
-    "end alone": WHOLE[-22:],
-    "no end": WHOLE[:-22],
+    "end record only": VALID_NPZ[-22:],
+    "no end": VALID_NPZ[:-22],
     "a pickle": pickle.dumps({"x_train": X}),
-    "no UTF-8 in a name": directory_with(8, b"\x00\x08").replace(b"x_train.npy", b"\xff_train.npy"),
-    "newlines in a name": WHOLE.replace(b"x_train.npy", b"x\n\x1b[2Jn.npy"),
+    "invalid UTF-8 in a name": directory_with(8, b"\x00\x08").replace(
+        b"x_train.npy", b"\xff_train.npy"
+    ),
+    "newlines in a name": VALID_NPZ.replace(b"x_train.npy", b"x\n\x1b[2Jn.npy"),
     "encrypted": directory_with(8, b"\x01\x00"),
     "needs version 99": directory_with(6, b"\x63\x00"),
-    "method 12 of another": directory_with(10, b"\x0c\x00"),
-    "method 14 of another": directory_with(10, b"\x0e\x00"),
-    "method that is unknown": directory_with(10, b"\x63\x00"),
-    "begins behind the end": directory_with(42, b"\xfe\xff\xff\xff"),
-    "extra field that is not there": directory_with(30, b"\xff\xff"),
+    "method 12 in the directory": directory_with(10, b"\x0c\x00"),
+    "method 14 in the directory": directory_with(10, b"\x0e\x00"),
+    "unknown method in the directory": directory_with(10, b"\x63\x00"),
+    "starts after the end": directory_with(42, b"\xfe\xff\xff\xff"),
+    "missing extra field": directory_with(30, b"\xff\xff"),
     "wrong checksum": directory_with(16, b"\0\0\0\0"),
-    "directory of 4 GB": WHOLE[:-10] + b"\xfe\xff\xff\xff" + WHOLE[-6:],
-    "name without .npy": WHOLE.replace(b"x_train.npy", b"/x_train.np"),
+    "directory of 4 GB": VALID_NPZ[:-10] + b"\xfe\xff\xff\xff" + VALID_NPZ[-6:],
+    "name without .npy": VALID_NPZ.replace(b"x_train.npy", b"/x_train.np"),
     "thousands of other members": npz_bytes(
         npy_bytes(X), **{f"a{i}": b"" for i in range(3000)}
     ).replace(b"x_train.npy", b"z_train.npy"),
 }
 
 HARMLESS_ZIPS = {
-    "4 GB in the directory": directory_with(24, b"\xfe\xff\xff\xff"),
-    "packed to 4 GB in the directory": directory_with(20, b"\xfe\xff\xff\xff"),
+    "size of 4 GB in the directory": directory_with(24, b"\xfe\xff\xff\xff"),
+    "compressed size of 4 GB in the directory": directory_with(20, b"\xfe\xff\xff\xff"),
     "more than 64 bits": directory_with(24, b"\xff\xff\xff\xff"),
-    "65,535 members": WHOLE[:-14] + b"\xff\xff\xff\xff" + WHOLE[-10:],
+    "65,535 members": VALID_NPZ[:-14] + b"\xff\xff\xff\xff" + VALID_NPZ[-10:],
 }
 
 
 @pytest.mark.parametrize("content", HARMLESS_ZIPS.values(), ids=HARMLESS_ZIPS)
-def test_zip_whose_lie_is_of_no_use_is_read(tmp_path: Path, content: bytes):
-    """The length of an array is in its header."""
+def test_zip_with_harmless_damage_is_read(tmp_path: Path, content: bytes):
+    """The length of an array is read from its header instead."""
     path = tmp_path / "mine.npz"
     path.write_bytes(content)
     assert sentence_of(from_npz, path) == ""
 
 
 @pytest.mark.parametrize("content", BAD_ZIPS.values(), ids=BAD_ZIPS)
-def test_zip_that_lies_is_refused(tmp_path: Path, content: bytes):
+def test_malformed_zip_is_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "mine.npz"
     path.write_bytes(content)
     assert sentence_of(from_npz, path).startswith(f"data_file {path} ")
@@ -619,8 +621,8 @@ ROWS = "a,b,kind\n1,2,x\n3,4,y\n"
 BAD_CSV = {
     "empty": "",
     "blank lines": "\n\n\n",
-    "byte order mark alone": "\ufeff",
-    "a header alone": "a,b,kind\n",
+    "byte order mark only": "\ufeff",
+    "header only": "a,b,kind\n",
     "one column": "1\n2\n",
     "ragged": ROWS + "5,6\n",
     "ragged to the right": ROWS + "5,6,x,7\n",
@@ -644,31 +646,31 @@ BAD_CSV = {
     "measurements as labels": "a,b,kind\n1,2,0.5\n3,4,1\n",
     "semicolons": ROWS.replace(",", ";"),
     "carriage returns in quotes": ROWS + '5,"\r\r\n",x\n',
-    "no UTF-8": ROWS.encode() + b"5,\xff,x\n",
+    "invalid UTF-8": ROWS.encode() + b"5,\xff,x\n",
     "UTF-16": ROWS.encode("utf-16"),
     "half a character at the end": ROWS.encode() + "5,6,ß".encode()[:-1],
     "surrogate": ROWS.encode() + b"5,\xed\xa0\x80,x\n",
     "a pickle": pickle.dumps({"x": [1, 2]}),
-    "an .npz file": WHOLE,
+    "an .npz file": VALID_NPZ,
 }
 
 
 @pytest.mark.parametrize("content", BAD_CSV.values(), ids=BAD_CSV)
-def test_csv_that_is_no_table_is_refused(tmp_path: Path, content: str | bytes):
+def test_malformed_csv_is_refused(tmp_path: Path, content: str | bytes):
     path = tmp_path / "mine.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     assert sentence_of(from_csv, path).startswith(f"data_file {path} ")
 
 
-def test_long_label_does_not_widen_all_the_others(tmp_path: Path):
-    """An array of words would take the longest one's room for each."""
+def test_memory_of_labels_does_not_scale_with_the_longest(tmp_path: Path):
+    """A numpy array of strings allocates the size of the longest label for each."""
     path = tmp_path / "mine.csv"
     path.write_text(ROWS + "5,6," + "z" * 100_000 + "\n" + "1,2,x\n3,4,y\n" * 4000)
     assert sentence_of(from_csv, path) == ""
 
 
-def test_feature_that_hardly_varies_is_standardized(tmp_path: Path):
-    """The reciprocal of its deviation is beyond float32."""
+def test_feature_with_a_tiny_deviation_is_standardized(tmp_path: Path):
+    """The reciprocal of its standard deviation exceeds float32."""
     path = tmp_path / "mine.csv"
     path.write_text("1e-45,1,x\n0,2,y\n" * 4)
     assert sentence_of(from_csv, path) == ""
@@ -676,20 +678,20 @@ def test_feature_that_hardly_varies_is_standardized(tmp_path: Path):
 
 BAD_TEXT = {
     "empty": b"",
-    "byte order mark alone": b"\xef\xbb\xbf",
+    "byte order mark only": b"\xef\xbb\xbf",
     "short": b"short",
-    "no UTF-8": b"abc \xff" * 40,
+    "invalid UTF-8": b"abc \xff" * 40,
     "overlong": b"abc \xc0\x80" * 40,
     "surrogates": b"abc \xed\xa0\x80" * 40,
     "beyond Unicode": b"abc \xf4\x90\x80\x80" * 40,
     "UTF-16": ("abc " * 40).encode("utf-16"),
     "half a character at the end": b"abc " * 40 + b"\xe2\x82",
-    "packed": squeezed(b"abc " * 40),
+    "packed": gzipped(b"abc " * 40),
 }
 
 
 @pytest.mark.parametrize("content", BAD_TEXT.values(), ids=BAD_TEXT)
-def test_text_that_is_none_is_refused(tmp_path: Path, content: bytes):
+def test_malformed_text_is_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "mine.txt"
     path.write_bytes(content)
     sentence = sentence_of(lambda path: from_text(path, length=8), path)
@@ -706,7 +708,7 @@ BAD_CONFIGS = {
     "more": '{"steps": 3} {"steps": 4}',
     "comment": '{"steps": 3} // of a few',
     "byte order mark": '\ufeff{"steps": 3}',
-    "no UTF-8": b'{"prompt": "\xff"}',
+    "invalid UTF-8": b'{"prompt": "\xff"}',
     "UTF-16": '{"steps": 3}'.encode("utf-16"),
     "NUL": b'{"steps": 3}\0',
     "deep lists": "[" * 100_000,
@@ -754,14 +756,14 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("content", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
-def test_configuration_that_is_none_is_refused(tmp_path: Path, content: str | bytes):
+def test_malformed_configuration_is_refused(tmp_path: Path, content: str | bytes):
     path = tmp_path / "config.json"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     assert sentence_of(parse_config, path, traces=False)
 
 
 @pytest.mark.parametrize("prompt", ["--help", "--steps=3", "-h", "a = b", "--", "@file", ""])
-def test_value_of_a_saved_configuration_is_no_option(tmp_path: Path, prompt: str):
+def test_saved_value_is_not_parsed_as_an_option(tmp_path: Path, prompt: str):
     config.save(config.parse(["--dataset", "text", f"--prompt={prompt}"]), tmp_path / "config.json")
     assert parse_config(tmp_path / "config.json").run.prompt == prompt
 
@@ -769,18 +771,18 @@ def test_value_of_a_saved_configuration_is_no_option(tmp_path: Path, prompt: str
 FOUR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 BAD_TENSORS = {
     "empty": b"",
-    "length alone": bytes(8),
+    "length only": bytes(8),
     "header of 2**60 bytes": struct.pack("<Q", 2**60) + b"{}",
     "header of 2**64 bytes": b"\xff" * 8 + b"{}",
     "header of 90 MB": struct.pack("<Q", 90_000_000) + b"{}",
-    "no JSON": safetensors_bytes(b"{"),
-    "no UTF-8": safetensors_bytes(b'{"\xff": 1}'),
+    "invalid JSON": safetensors_bytes(b"{"),
+    "invalid UTF-8": safetensors_bytes(b'{"\xff": 1}'),
     "deep": safetensors_bytes(b"[" * 100_000),
     "deep objects": safetensors_bytes(b'{"a":' * 100_000),
     "list": safetensors_bytes([1]),
     "metadata of numbers": safetensors_bytes({"__metadata__": {"a": 3}}),
     "unknown type": safetensors_bytes({"a": {**FOUR, "dtype": "OBJECT"}}, bytes(4)),
-    "type that numpy has not": safetensors_bytes(
+    "type that numpy lacks": safetensors_bytes(
         {"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, bytes(4)
     ),
     "type of half a byte": safetensors_bytes(
@@ -788,7 +790,7 @@ BAD_TENSORS = {
     ),
     "shape too large": safetensors_bytes({"a": {**FOUR, "shape": [2**31]}}, bytes(4)),
     "shape beyond 64 bits": safetensors_bytes({"a": {**FOUR, "shape": [2**62, 2**62]}}, bytes(4)),
-    "shape of nothing beyond 64 bits": safetensors_bytes(
+    "empty shape beyond 64 bits": safetensors_bytes(
         {"a": {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}}
     ),
     "shape with a dimension of 2**63": safetensors_bytes(
@@ -796,7 +798,7 @@ BAD_TENSORS = {
     ),
     "negative shape": safetensors_bytes({"a": {**FOUR, "shape": [-1]}}, bytes(4)),
     "100 dimensions": safetensors_bytes({"a": {**FOUR, "shape": [1] * 100}}, bytes(4)),
-    "offsets behind the end": safetensors_bytes({"a": {**FOUR, "data_offsets": [4, 8]}}, bytes(4)),
+    "offsets after the end": safetensors_bytes({"a": {**FOUR, "data_offsets": [4, 8]}}, bytes(4)),
     "offsets of 2**63": safetensors_bytes(
         {"a": {**FOUR, "data_offsets": [2**63, 2**63 + 4]}}, bytes(4)
     ),
@@ -808,7 +810,7 @@ BAD_TENSORS = {
 
 
 @pytest.mark.parametrize("content", BAD_TENSORS.values(), ids=BAD_TENSORS)
-def test_tensors_that_lie_are_refused(tmp_path: Path, content: bytes):
+def test_malformed_tensors_are_refused(tmp_path: Path, content: bytes):
     path = make_checkpoint(tmp_path, TENSORS)
     path.write_bytes(content)
     sentence = sentence_of(lambda path: read_checkpoint(path.parent), path)
@@ -830,14 +832,14 @@ BAD_MANIFESTS = {
     "huge format": '{"format": ' + "9" * 400 + "}",
     "deep": "[" * 100_000,
     "deep objects": '{"format": ' * 100_000,
-    "no UTF-8": b'{"format": "\xff"}',
+    "invalid UTF-8": b'{"format": "\xff"}',
     "NUL": b"\0\0\0",
     "newlines": "\n\n{\n\n",
 }
 
 
 @pytest.mark.parametrize("content", BAD_MANIFESTS.values(), ids=BAD_MANIFESTS)
-def test_manifest_that_is_none_is_refused(tmp_path: Path, content: str | bytes):
+def test_malformed_manifest_is_refused(tmp_path: Path, content: str | bytes):
     path = make_checkpoint(tmp_path, MANIFEST)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     assert sentence_of(lambda path: read_checkpoint(path.parent), path)
@@ -857,16 +859,16 @@ def test_manifest_that_is_none_is_refused(tmp_path: Path, content: str | bytes):
         '{"bias": 1e999}',
     ],
 )
-def test_manifest_that_describes_no_tensors_still_names_the_damage(tmp_path: Path, tensors: str):
+def test_damage_is_named_even_if_the_manifest_is_malformed(tmp_path: Path, tensors: str):
     path = make_checkpoint(tmp_path, MANIFEST)
     path.write_text(f'{{"format": 1, "tensors": {tensors}}}')
     sentence = sentence_of(lambda path: read_with_damaged_tensors(path.parent), path)
     assert TENSORS in sentence or MANIFEST in sentence
 
 
-# In a process of its own, whose memory is limited by the system
+# In a separate process, whose memory is limited by the system
 
-BOMBED = """
+READ_WITH_LIMITED_MEMORY = """
 import resource
 import sys
 from pathlib import Path
@@ -883,7 +885,7 @@ except InputError as error:
 """
 
 
-def bomb(path: Path) -> None:
+def write_bomb(path: Path) -> None:
     """Writes an .npz file of some kilobytes whose header and directory claim 4 GB of content."""
     header = npy_of(header_of((GIGABYTES // 4, 1)))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -898,16 +900,16 @@ def bomb(path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is that of Linux")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit the memory")
 @pytest.mark.parametrize("name", ["mine.npz", "train-images-idx3-ubyte.gz"])
-def test_bomb_fills_no_memory(tmp_path: Path, name: str):
+def test_bomb_is_refused_within_limited_memory(tmp_path: Path, name: str):
     path = make_idx(tmp_path, name, packed=True)
     if path.suffix == ".npz":
-        bomb(path)
+        write_bomb(path)
     else:
-        path.write_bytes(squeezed(idx_bytes(np.zeros((1, 28, 28)), 2**25, 28, 28)) + ZEROS * 1024)
+        path.write_bytes(gzipped(idx_bytes(np.zeros((1, 28, 28)), 2**25, 28, 28)) + ZEROS * 1024)
     done = subprocess.run(
-        [sys.executable, "-c", BOMBED, str(path)],
+        [sys.executable, "-c", READ_WITH_LIMITED_MEMORY, str(path)],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
     )
@@ -924,14 +926,14 @@ def test_bomb_fills_no_memory(tmp_path: Path, name: str):
 
 
 def check_command(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    """Asserts that the command ends with one sentence, and leaves the folder as it is."""
+    """Asserts that the command ends with one sentence, and leaves the folder unchanged."""
     before = sorted(folder.rglob("*"))
     assert train.main([*arguments, "--devices", "1", "--run-dir", str(folder / "run")]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: --")
-    assert said.err.count("\n") == 1
-    assert said.err.endswith("\n")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: --")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
     assert sorted(folder.rglob("*")) == before
 
 
@@ -957,7 +959,7 @@ def test_command_refuses_a_malformed_data_file(
     check_command(["--dataset", dataset, "--data-file", str(tmp_path / name)], capsys, tmp_path)
 
 
-@pytest.mark.parametrize("content", [BAD_IDX["2**96 bytes"], b"\n\n", squeezed(IMAGES)])
+@pytest.mark.parametrize("content", [BAD_IDX["2**96 bytes"], b"\n\n", gzipped(IMAGES)])
 def test_command_refuses_a_malformed_idx_file(tmp_path: Path, capsys, content: bytes):
     make_idx(tmp_path, "train-images-idx3-ubyte").write_bytes(content)
     check_command(["--dataset", "mnist", "--data-dir", str(tmp_path)], capsys, tmp_path)
@@ -979,7 +981,7 @@ def test_command_refuses_a_malformed_configuration(tmp_path: Path, capsys, conte
     check_command(["--config", str(tmp_path / "config.json")], capsys, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["header of 2**60 bytes", "type that numpy has not"])
+@pytest.mark.parametrize("name", ["header of 2**60 bytes", "type that numpy lacks"])
 def test_command_refuses_a_malformed_checkpoint(tmp_path: Path, capsys, name: str):
     path = make_checkpoint(tmp_path / "trunk" / "checkpoints", TENSORS)
     (tmp_path / "trunk" / "config.json").write_text("{}")
@@ -989,15 +991,15 @@ def test_command_refuses_a_malformed_checkpoint(tmp_path: Path, capsys, name: st
     (tmp_path / "run" / ".lock").touch()
     arguments = ["--branch-from", str(path.parent), "--steps", "1", "--devices", "1"]
     assert train.main([*arguments, "--run-dir", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(
+    captured = capsys.readouterr()
+    assert captured.err.startswith(
         "error: --branch-from must be the folder of an intact checkpoint, but "
     )
-    assert said.err.count("\n") == 1
+    assert captured.err.count("\n") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-# What has no numbers, or none that can be computed with
+# Arrays without usable numbers
 
 
 @pytest.mark.parametrize(
@@ -1010,21 +1012,21 @@ def test_command_refuses_a_malformed_checkpoint(tmp_path: Path, capsys, name: st
         {"x_train": np.frombuffer(b"\1\0\0\0\0\0\xf0\x7f" * 24).reshape(6, 4)},
     ],
     ids=[
-        "inputs of no numbers",
-        "labels of no numbers",
-        "spans of time",
-        "labels of time",
+        "empty inputs",
+        "empty labels",
+        "inputs of timedelta",
+        "labels of timedelta",
         "signaling NaN",
     ],
 )
-def test_arrays_of_no_usable_numbers_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]):
+def test_arrays_without_usable_numbers_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]):
     path = tmp_path / "mine.npz"
-    whole = {"x_train": np.eye(6, 4, dtype=np.float32), "y_train": np.array([0, 1, 2, 0, 1, 2])}
-    np.savez(path, **{**whole, **arrays})
+    valid = {"x_train": np.eye(6, 4, dtype=np.float32), "y_train": np.array([0, 1, 2, 0, 1, 2])}
+    np.savez(path, **{**valid, **arrays})
     assert sentence_of(data.from_npz, path)
 
 
-def test_header_of_rows_without_numbers_is_not_gone_through(tmp_path: Path):
+def test_rows_without_columns_are_refused_without_iteration(tmp_path: Path):
     header = repr({"descr": "<f4", "fortran_order": False, "shape": (2**59, 0)}).encode()
     with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
         archive.writestr("x_train.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header)
@@ -1033,7 +1035,7 @@ def test_header_of_rows_without_numbers_is_not_gone_through(tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/mine.npz", "x" * 5000])
-def test_path_that_cannot_be_is_refused(path: str):
+def test_impossible_path_is_refused(path: str):
     for read in (data.from_npz, data.mnist, lambda path: data.from_text(path, 8, None)):
         with pytest.raises(InputError):
             read(path)
@@ -1042,7 +1044,7 @@ def test_path_that_cannot_be_is_refused(path: str):
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", "{}", "\x00", '{"split": "test"}'])
-def test_rows_that_are_none_are_not_gone_on_with(tmp_path: Path, line: str):
+def test_run_with_a_malformed_row_is_not_resumed(tmp_path: Path, line: str):
     (tmp_path / "metrics.jsonl").write_text(
         '{"split": "train", "step": 1, "loss": 1.0}\n' + line + "\n"
     )

@@ -1,4 +1,4 @@
-"""Profiling: parts of a step, advice derived from numbers, and the command. No time is asserted."""
+"""Profiling: parts of a step, advice based on measurements, and the command. Asserts no times."""
 
 import re
 from dataclasses import replace
@@ -17,14 +17,16 @@ from ctde_jax.trainer import Training, stopwatch
 from ctde_jax.trainer.stopwatch import Profile, Spread, measure, spread
 
 
-def exactly(seconds: float) -> Spread:
+def constant(seconds: float) -> Spread:
     return Spread(seconds, seconds, seconds)
 
 
 def parts(**milliseconds: float) -> dict[str, Spread]:
-    """A step that is nearly all compute, but for these parts."""
-    usual = {"input": 0.1, "dispatch": 0.1, "compute": 9.0, "aggregation": 0.8}
-    return {part: exactly(time / 1e3) for part, time in {**usual, **milliseconds}.items()}
+    """The parts of a step that is mostly compute, with these changes."""
+    defaults = {"input": 0.1, "dispatch": 0.1, "compute": 9.0, "aggregation": 0.8}
+    return {
+        part: constant(duration / 1e3) for part, duration in {**defaults, **milliseconds}.items()
+    }
 
 
 FAST = Profile(
@@ -36,14 +38,14 @@ FAST = Profile(
     steps_per_evaluation=100,
     once={"imports": 1.0, "trace": 0.5, "lower": 0.5, "compile": 3.0, "compile evaluation": 1.0},
     parts=parts(),
-    scaling={1: exactly(0.038), 2: exactly(0.019), 4: exactly(0.010)},
-    evaluation=exactly(0.05),
-    half_batch=exactly(0.55),
+    scaling={1: constant(0.038), 2: constant(0.019), 4: constant(0.010)},
+    evaluation=constant(0.05),
+    half_batch=constant(0.55),
     turns=9,
 )
 
 
-def test_nothing_stands_out_where_a_step_is_compute():
+def test_step_that_is_mostly_compute_has_no_bottleneck():
     assert profile.advice(FAST) == ["No bottleneck was found: compute takes 90% of a step."]
 
 
@@ -51,11 +53,11 @@ SLOW = {
     "4 fake devices share 2 cores, so they cannot be faster than these. They are": {"cores": 2},
     "4 fake devices share 1 core, so they": {"cores": 1},
     "With half the batch size, a step takes 93% of the time: 64 examples per device do not": {
-        "half_batch": exactly(0.93)
+        "half_batch": constant(0.93)
     },
     "Every step is a separate dispatch, because the model is evaluated after every step.": {
         "steps_per_evaluation": 1,
-        "evaluation": exactly(0),
+        "evaluation": constant(0),
     },
     "Input takes 12 ms per step, and all other parts take 9.9 ms, so the devices wait": {
         "parts": parts(input=12)
@@ -66,24 +68,24 @@ SLOW = {
     "Compilation takes 5.00 s, and all 100 steps take 1.00 s, so faster steps": {"steps": 100},
     "Evaluation every 3 steps takes 25% of the time of training and evaluation.": {
         "steps_per_evaluation": 3,
-        "evaluation": exactly(0.01),
+        "evaluation": constant(0.01),
     },
 }
 
 
 @pytest.mark.parametrize("sentence", SLOW)
-def test_what_makes_it_slow_is_said(sentence: str):
-    (said,) = profile.advice(replace(FAST, **SLOW[sentence]))
-    assert said.startswith(sentence)
+def test_bottleneck_is_named(sentence: str):
+    (advice,) = profile.advice(replace(FAST, **SLOW[sentence]))
+    assert advice.startswith(sentence)
 
 
 @pytest.mark.parametrize("changes", [{"cores": 2}, {"parts": parts(aggregation=10.2)}])
-def test_single_device_is_no_crowd(changes: dict):
-    alone = replace(FAST, replicas=1, scaling={1: exactly(0.010)}, **changes)
-    assert profile.advice(alone)[0].startswith("No bottleneck was found")
+def test_advice_on_many_devices_is_not_given_for_one(changes: dict):
+    single = replace(FAST, replicas=1, scaling={1: constant(0.010)}, **changes)
+    assert profile.advice(single)[0].startswith("No bottleneck was found")
 
 
-def test_batch_that_cannot_be_halved_is_not_called_small():
+def test_batch_that_cannot_be_halved_causes_no_advice():
     assert profile.advice(replace(FAST, half_batch=None)) == profile.advice(FAST)
 
 
@@ -94,9 +96,9 @@ def shown(table) -> str:
     return capture.get()
 
 
-def test_shares_of_a_step_are_of_its_parts_one_after_another():
+def test_percentages_of_a_step_relate_to_the_sum_of_its_parts():
     text = shown(profile.step_table(FAST, "a network"))
-    assert [int(share) for share in re.findall(r"(\d+)%", text)] == [1, 1, 90, 8, 100]
+    assert [int(percentage) for percentage in re.findall(r"(\d+)%", text)] == [1, 1, 90, 8, 100]
     assert "sum of parts  │     10.000" in text
     assert "Measured in 9 turns with 20 steps per dispatch. Compute is" in text
     on_cpu = shown(profile.step_table(replace(FAST, cores=2), "a network"))
@@ -104,21 +106,23 @@ def test_shares_of_a_step_are_of_its_parts_one_after_another():
     assert "only the sum of dispatch and compute is certain" in " ".join(on_cpu.split())
 
 
-def test_run_is_what_happens_once_and_all_steps_and_evaluations():
+def test_run_table_sums_startup_steps_and_evaluations():
     text = shown(profile.run_table(FAST))
     assert "1,000 steps, estimated    │   10.00" in text
     assert "10 evaluations, estimated │    0.50" in text
     assert "total                     │   16.50" in text
 
 
-def test_speed_up_is_counted_from_one_device():
+def test_speed_up_is_relative_to_one_device():
     text = shown(profile.scaling_table(FAST))
     assert re.search(r"1 │.* 1.00 │ +100%", text)
     assert re.search(r"4 │.* 25,600 │ +3.80 │ +95%", text)
 
 
-def test_where_one_device_cannot_run_two_count_as_two():
-    text = shown(profile.scaling_table(replace(FAST, scaling={2: exactly(0.02), 4: exactly(0.01)})))
+def test_speed_up_of_two_devices_is_two_if_one_is_not_measured():
+    text = shown(
+        profile.scaling_table(replace(FAST, scaling={2: constant(0.02), 4: constant(0.01)}))
+    )
     assert re.search(r"2 │.* 2.00 │ +100%", text)
     assert re.search(r"4 │.* 4.00 │ +100%", text)
 
@@ -128,8 +132,8 @@ def test_spread_has_quartiles_and_no_negative_time():
     assert spread([-3, -2, -1, 1, 2]) == (0, 0, 1)
 
 
-def test_every_part_is_measured_where_devices_keep_data_and_cannot_be_alone(digits: data.Dataset):
-    """Gossip needs a neighbor, so one device is left out; so is half of a batch of two examples."""
+def test_every_part_is_measured_with_a_partition_and_gossip(digits: data.Dataset):
+    """Gossip requires a neighbor, so one device is not measured; nor is half of a batch of two."""
 
     def partition(replicas: int) -> list[np.ndarray]:
         return data.partition.iid(digits.train.labels, replicas, 0)
@@ -152,8 +156,8 @@ def test_every_part_is_measured_where_devices_keep_data_and_cannot_be_alone(digi
     measured = measure(training, partition, seconds=0, say=lambda text: None)
 
     assert tuple(measured.parts) == stopwatch.PARTS
-    for one in [*measured.parts.values(), measured.evaluation, measured.step]:
-        assert 0 <= one.low <= one.median <= one.high
+    for measurement in [*measured.parts.values(), measured.evaluation, measured.step]:
+        assert 0 <= measurement.low <= measurement.median <= measurement.high
     assert min(measured.once.values()) > 0
     assert list(measured.scaling) == [2]
     assert measured.half_batch is None
@@ -161,7 +165,7 @@ def test_every_part_is_measured_where_devices_keep_data_and_cannot_be_alone(digi
     assert measured.cores
 
 
-def test_data_on_disk_are_refused_in_a_sentence(digits: data.Dataset, tmp_path):
+def test_data_on_disk_is_refused(digits: data.Dataset, tmp_path):
     np.save(tmp_path / "x.npy", digits.train.inputs)
     pictures = np.load(tmp_path / "x.npy", mmap_mode="r")
     training = Training(
@@ -183,7 +187,7 @@ def test_data_on_disk_are_refused_in_a_sentence(digits: data.Dataset, tmp_path):
         measure(training, lambda replicas: None, seconds=0)
 
 
-def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, monkeypatch, capsys):
+def test_command_prints_times_and_writes_picture_and_trace(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(profile, "SECONDS", 0)
     folder, trace = tmp_path / "run", tmp_path / "trace"
 
@@ -204,13 +208,13 @@ def test_command_says_where_time_goes_and_leaves_picture_and_trace(tmp_path, mon
     assert list(trace.rglob("*.xplane.pb"))
     assert list(trace.rglob("perfetto_trace.json.gz"))
     output = capsys.readouterr().out
-    for words in [
+    for text in [
         "mlp on digits, 2 devices, 64 examples",
         *stopwatch.PARTS,
         "total",
         "efficiency",
     ]:
-        assert words in output
+        assert text in output
     assert "2 fake devices share" in output
     assert f"trace      {trace}: open perfetto_trace.json.gz in its deepest subfolder" in output
 
@@ -231,7 +235,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, mistake: str):
+def test_mistake_is_reported_in_one_sentence_with_status_2(
+    tmp_path, monkeypatch, capsys, mistake: str
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
 
@@ -243,7 +249,7 @@ def test_mistake_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, m
     assert not (tmp_path / "runs").exists()
 
 
-def test_help_names_the_option_of_its_own_and_those_of_a_run(capsys):
+def test_help_lists_trace_and_the_options_of_a_run(capsys):
     with pytest.raises(SystemExit):
         profile.main(["--help"])
     assert re.search(r"--trace FOLDER .*--batch-size", capsys.readouterr().out, flags=re.DOTALL)

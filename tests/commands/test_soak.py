@@ -1,4 +1,4 @@
-"""Long runs on fake devices neither hang nor abort, and do not grow."""
+"""Long runs on fake devices neither hang nor abort, and their memory does not grow."""
 
 import os
 import socket
@@ -14,25 +14,25 @@ import pytest
 from ctde_jax import checkpoint
 
 STEPS, STEPS_OF_HOSTS = 100_000, 25_000
-OFTEN = ["--log-every", "500", "--eval-every", "2000", "--save-every", "5000"]
+PERIODS = ["--log-every", "500", "--eval-every", "2000", "--save-every", "5000"]
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process has now."""
+    """Returns the resident memory of a process in bytes."""
     pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-on_linux = pytest.mark.skipif(
+requires_linux = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(),
-    reason="needs Linux, which says how much memory a process has",
+    reason="needs /proc/self/statm of Linux",
 )
 
 
 @pytest.mark.slow
-@on_linux
-def test_100_000_steps_on_eight_fake_devices(tmp_path):
-    """With rows, evaluations and checkpoints; memory grows by less than 5 % after a fifth of it."""
+@requires_linux
+def test_memory_is_bounded_for_100_000_steps_on_eight_fake_devices(tmp_path):
+    """With rows, evaluations and checkpoints; memory grows by under 5 % after 20 % of the run."""
     command = [
         sys.executable,
         "-m",
@@ -41,7 +41,7 @@ def test_100_000_steps_on_eight_fake_devices(tmp_path):
         "8",
         "--steps",
         str(STEPS),
-        *OFTEN,
+        *PERIODS,
     ]
     sizes = []
     with subprocess.Popen(
@@ -63,16 +63,16 @@ def test_100_000_steps_on_eight_fake_devices(tmp_path):
 
 
 def check_growth(sizes: list[tuple[list[int], int]], steps: int) -> None:
-    """Of the newest checkpoint and the memory at many moments."""
+    """Compares the memory late and early in a run; `sizes` are pairs of newest step and memory."""
     early = [size for step, size in sizes if step and steps // 5 <= step[0] < steps // 2]
     late = [size for step, size in sizes if step and step[0] >= 4 * steps // 5]
     assert np.median(late) < 1.05 * np.median(early)
 
 
 @pytest.mark.slow
-@on_linux
-def test_two_hosts_for_long(tmp_path):
-    """Each with two fake devices; neither grows, and both end well."""
+@requires_linux
+def test_memory_of_two_hosts_is_bounded(tmp_path):
+    """Each has two fake devices; both end with status 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -84,7 +84,7 @@ def test_two_hosts_for_long(tmp_path):
         "2",
         "--steps",
         str(STEPS_OF_HOSTS),
-        *OFTEN,
+        *PERIODS,
     ]
     command += [
         "--coordinator",
@@ -94,9 +94,9 @@ def test_two_hosts_for_long(tmp_path):
         "--run-dir",
         str(tmp_path),
     ]
-    with ExitStack() as at_end:
+    with ExitStack() as stack:
         hosts = [
-            at_end.enter_context(
+            stack.enter_context(
                 subprocess.Popen(
                     [*command, "--process-id", str(index)],
                     env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -110,13 +110,13 @@ def test_two_hosts_for_long(tmp_path):
         sizes: list[list[tuple[list[int], int]]] = [[], []]
         while any(host.poll() is None for host in hosts):
             time.sleep(0.5)
-            for host, own in zip(hosts, sizes, strict=True):
+            for host, sizes_of_host in zip(hosts, sizes, strict=True):
                 children = Path(f"/proc/{host.pid}/task/{host.pid}/children")
                 if children.exists() and (child := children.read_text().split()):
-                    own.append(
+                    sizes_of_host.append(
                         (checkpoint.steps(tmp_path / "checkpoints")[:1], resident(int(child[0])))
                     )
-        said = [(host.returncode, host.stderr.read()) for host in hosts]
-    assert said == [(0, ""), (0, "")]
-    for own in sizes:
-        check_growth(own, STEPS_OF_HOSTS)
+        results = [(host.returncode, host.stderr.read()) for host in hosts]
+    assert results == [(0, ""), (0, "")]
+    for sizes_of_host in sizes:
+        check_growth(sizes_of_host, STEPS_OF_HOSTS)

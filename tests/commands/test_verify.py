@@ -12,11 +12,11 @@ RUN = ["--devices", "2", "--steps", "60"]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_examples_count_once(capsys):
+def test_every_example_is_counted_once(capsys):
     assert verify.main(["eval", *RUN]) == 0
     assert (
         "all 359 test examples count once: the metrics of 2 devices equal those of an"
@@ -24,26 +24,26 @@ def test_examples_count_once(capsys):
     )
 
 
-def test_examples_that_count_twice_are_noticed(monkeypatch, capsys):
+def test_examples_that_are_counted_twice_are_reported(monkeypatch, capsys):
     def twice(self):
         row = next(row for row in self.history if row["split"] == "test")
         return row | {"examples": 2 * row["examples"], "accuracy": 0.5}
 
     monkeypatch.setattr(ctde.Trained, "tested", property(twice))
     assert verify.main(["eval", *RUN]) == 1
-    said = capsys.readouterr().err
-    assert "the test accuracy is 0.500000 on all devices, but 0.9" in said
-    assert "718 of 359 examples were counted" in said
+    error = capsys.readouterr().err
+    assert "the test accuracy is 0.500000 on all devices, but 0.9" in error
+    assert "718 of 359 examples were counted" in error
 
 
-def test_devices_that_hold_the_same_are_told(capsys):
+def test_equal_replicas_are_confirmed(capsys):
     assert verify.main(["replicas", *RUN]) == 0
     assert "the replicated state was equal on all 2 devices after every dispatch, for 60 steps" in (
         capsys.readouterr().out
     )
 
 
-def test_devices_that_do_not_are_told(monkeypatch, capsys):
+def test_different_replicas_are_reported(monkeypatch, capsys):
     def diverge(chosen: config.Config, started: float):
         raise ReplicasDiverged(["params/w"], [[0], [1]], 0, 20)
 
@@ -55,7 +55,7 @@ def test_devices_that_do_not_are_told(monkeypatch, capsys):
     ) in capsys.readouterr().err
 
 
-def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
+def test_checkpoints_of_a_run_are_verified(tmp_path, capsys):
     for step in (3, 9):
         checkpoint.write(checkpoint.path_of(tmp_path / "checkpoints", step), {"x": np.zeros(3)}, {})
     assert verify.main(["checkpoint", str(tmp_path)]) == 0
@@ -113,7 +113,7 @@ def test_checkpoints_of_a_run_are_read(tmp_path, capsys):
         ),
     ],
 )
-def test_mistakes_are_sentences(arguments, sentence, capsys):
+def test_mistake_is_reported_in_one_sentence(arguments, sentence, capsys):
     assert verify.main(arguments) == 2
     assert f"error: {sentence}" in capsys.readouterr().err
 
@@ -125,7 +125,7 @@ def test_killed_run_ends_with_the_same_bits(capsys):
 
 
 @pytest.mark.slow
-def test_bits_on_any_number_of_devices_are_the_same(capsys):
+def test_exact_run_has_the_same_bits_on_any_number_of_devices(capsys):
     assert (
         verify.main(["exact", *(word for word in RUN if word not in ("--devices", "4", "2"))]) == 0
     )

@@ -1,4 +1,4 @@
-"""Every option is explained, checked, and saved so that it can be read again."""
+"""Every option is documented, checked, and saved so that it can be loaded."""
 
 import re
 from dataclasses import fields
@@ -53,14 +53,14 @@ def help_at(capsys, monkeypatch):
         "gpu": "--devices",
     }.items(),
 )
-def test_help_that_is_searched_for_a_word_finds_its_option_first(help_at, word, option):
-    """The word is in the name of the option, or in the first description that has it."""
+def test_first_match_of_a_word_in_help_is_its_option(help_at, word, option):
+    """The match is in the name or in the description of the option."""
     text = help_at(80).lower()
-    at = text.index(word)
-    inside = re.search(r"\S*$", text[:at]).group()
-    if not inside.startswith("--"):
-        *_, inside = re.findall(r"^ +(--\S+)", text[:at], re.MULTILINE)
-    assert option.startswith(inside)
+    position = text.index(word)
+    match = re.search(r"\S*$", text[:position]).group()
+    if not match.startswith("--"):
+        *_, match = re.findall(r"^ +(--\S+)", text[:position], re.MULTILINE)
+    assert option.startswith(match)
 
 
 def test_examples_at_the_top_of_help_are_valid(help_at):
@@ -71,8 +71,8 @@ def test_examples_at_the_top_of_help_are_valid(help_at):
 
 
 @pytest.mark.parametrize("columns", [80, 120, 160])
-def test_lines_of_help_end_where_the_next_word_does_not_fit(help_at, columns):
-    """A line that could take the first word of the next one ends a paragraph."""
+def test_lines_of_help_break_only_if_the_next_word_does_not_fit(help_at, columns):
+    """A line with room for the first word of the next line ends a paragraph."""
     lines = [line.rstrip("│ ") for line in help_at(columns).splitlines()]
     assert max(map(len, lines)) <= columns
     inner = [line[28:] if line.startswith("│" + " " * 27) else None for line in lines]
@@ -88,7 +88,7 @@ def test_lines_of_help_end_where_the_next_word_does_not_fit(help_at, columns):
             assert 28 + len(line) + 1 + len(word) > columns - 3, (line, following)
 
 
-def test_saved_configuration_is_read_back_and_the_command_line_wins(tmp_path):
+def test_command_line_overrides_a_saved_configuration(tmp_path):
     chosen = config.parse(
         ["--hidden-sizes", "32", "16", "--steps", "7", "--learning-rate", "0.25", "--run-dir", "x"]
     )
@@ -106,16 +106,16 @@ def test_saved_configuration_is_read_back_and_the_command_line_wins(tmp_path):
         again.optimization.learning_rate,
         again.optimization.seed,
     ) == (7, 0.25, 5)
-    assert again.run.run_dir is None, "a repeated run has a folder of its own"
+    assert again.run.run_dir is None, "a repeated run must have a new folder"
 
 
-def test_epochs_on_the_command_line_win_over_saved_steps(tmp_path):
+def test_epochs_on_the_command_line_override_saved_steps(tmp_path):
     config.save(config.parse(["--steps", "7"]), tmp_path / "config.json")
     again = config.parse(["--config", str(tmp_path / "config.json"), "--epochs", "3"])
     assert (again.optimization.epochs, again.optimization.steps) == (3, None)
 
 
-def test_saved_paths_hold_from_any_folder(tmp_path, monkeypatch):
+def test_saved_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config.save(
         config.parse(["--dataset", "csv", "--data-file", "mine.csv"]), tmp_path / "config.json"
@@ -123,18 +123,23 @@ def test_saved_paths_hold_from_any_folder(tmp_path, monkeypatch):
     assert config.parse(["--config", "config.json"]).data.data_file == tmp_path / "mine.csv"
 
 
-def test_preset_gives_defaults_that_the_command_line_replaces():
+def test_command_line_overrides_the_defaults_of_a_preset():
     chosen = config.parse(
         ["--strategy", "diloco", "--sync-every", "64", "--reduce", "int4", "--error-feedback"]
     )
-    agreed = chosen.aggregation
-    assert (agreed.strategy, agreed.sync_every, agreed.reduce, agreed.error_feedback) == (
+    aggregation = chosen.aggregation
+    assert (
+        aggregation.strategy,
+        aggregation.sync_every,
+        aggregation.reduce,
+        aggregation.error_feedback,
+    ) == (
         "diloco",
         64,
         "int4",
         True,
     )
-    assert (agreed.outer, agreed.outer_learning_rate, agreed.outer_momentum) == (
+    assert (aggregation.outer, aggregation.outer_learning_rate, aggregation.outer_momentum) == (
         "nesterov",
         0.7,
         0.9,
@@ -153,21 +158,23 @@ def test_preset_gives_defaults_that_the_command_line_replaces():
     ).aggregation.error_feedback
 
 
-def test_preset_replaces_a_saved_way_to_agree(tmp_path):
+def test_preset_replaces_a_saved_strategy(tmp_path):
     saved = config.parse(["--strategy", "sparse-loco", "--devices", "2", "--batch-size", "32"])
     config.save(saved, tmp_path / "config.json")
     path = ["--config", str(tmp_path / "config.json")]
     assert config.parse(path).aggregation == saved.aggregation
     assert config.parse(path).optimization.optimizer == "adamw"
     again = config.parse([*path, "--strategy", "local-sgd"])
-    assert again.optimization.optimizer == "adam", "the optimizer was the first strategy's"
+    assert again.optimization.optimizer == "adam", (
+        "the optimizer of the first strategy must not be kept"
+    )
     assert (
         again.aggregation == config.parse(["--strategy", "local-sgd", "--devices", "2"]).aggregation
     )
     assert again.optimization.batch_size == 32
 
 
-def test_network_gives_defaults_that_the_command_line_replaces(tmp_path):
+def test_command_line_overrides_the_defaults_of_a_network(tmp_path):
     saved = config.parse(
         ["--model", "transformer", "--strategy", "fedavg", "--layers", "5", "--seed", "3"]
     )
@@ -189,7 +196,7 @@ def test_network_gives_defaults_that_the_command_line_replaces(tmp_path):
     assert again.aggregation == saved.aggregation
 
 
-def test_new_choice_over_a_saved_configuration_brings_its_own_defaults(tmp_path):
+def test_new_preset_over_a_saved_configuration_sets_its_defaults(tmp_path):
     config.save(config.parse(["--seed", "3"]), tmp_path / "config.json")
     path = ["--config", str(tmp_path / "config.json")]
     chosen = config.parse([*path, "--model", "lstm", "--strategy", "diloco"])
@@ -202,7 +209,7 @@ def test_new_choice_over_a_saved_configuration_brings_its_own_defaults(tmp_path)
     assert (chosen.optimization.clip_grad_norm, chosen.optimization.optimizer) == (1.0, "adamw")
 
 
-def test_options_name_every_start_and_network():
+def test_options_list_every_initializer_and_network():
     assert set(get_args(get_type_hints(config.ModelOptions)["init"])) == {
         *initializers.INITIALIZERS,
         "mup",
@@ -211,7 +218,7 @@ def test_options_name_every_start_and_network():
         assert preset.options.keys() <= set(OPTIONS), name
 
 
-def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
+def test_preset_in_a_configuration_file_equals_that_of_the_command_line(tmp_path):
     (tmp_path / "config.json").write_text('{"strategy": "diloco", "sync_every": 8}')
     chosen = config.parse(["--config", str(tmp_path / "config.json")])
     assert (
@@ -274,7 +281,7 @@ def test_preset_in_a_hand_written_configuration_means_the_same(tmp_path):
         ),
     ],
 )
-def test_unknown_name_gets_the_nearest_known_one(arguments, sentence):
+def test_invalid_command_line_is_refused(arguments, sentence):
     with pytest.raises(InputError) as caught:
         config.parse(arguments)
     assert sentence in str(caught.value)
@@ -290,14 +297,14 @@ def test_unknown_name_gets_the_nearest_known_one(arguments, sentence):
         ('{"model": "mpl"}', "got 'mpl'; did you mean 'mlp'?"),
     ],
 )
-def test_broken_saved_configuration_is_refused_in_a_sentence(tmp_path, saved, sentence):
+def test_invalid_saved_configuration_is_refused(tmp_path, saved, sentence):
     (tmp_path / "config.json").write_text(saved)
     with pytest.raises(InputError) as caught:
         config.parse(["--config", str(tmp_path / "config.json")])
     assert sentence in str(caught.value)
 
 
-def test_argument_of_the_library_is_named_as_the_option_that_sets_it():
+def test_library_argument_is_named_by_its_option():
     assert config.flag("batch_size") == "--batch-size"
     assert config.flag("inner_steps") == "--sync-every"
     assert config.flag("k") == "--keep"
@@ -312,7 +319,7 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "option"),
     [
         ("--lr", "--learning-rate"),
         ("--bs", "--batch-size"),
@@ -322,12 +329,12 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
         ("--learning-rat", "--learning-rate"),
     ],
 )
-def test_option_of_another_library_gets_the_name_here(name, meant):
-    with pytest.raises(InputError, match=f"is not an option; did you mean '{meant}'?"):
+def test_common_synonym_is_answered_with_the_option(name, option):
+    with pytest.raises(InputError, match=f"is not an option; did you mean '{option}'?"):
         config.parse([name, "1"])
 
 
-def test_every_synonym_means_an_option_and_is_none():
+def test_synonyms_refer_to_options_and_are_not_options():
     options = command_line._option_types()
     assert {*command_line._SYNONYMS.values()} <= {*options}
     assert not {*command_line._SYNONYMS} & {*options}

@@ -1,4 +1,4 @@
-"""Loading a run's folder returns the trained model, however its parameters were chosen."""
+"""Loading a run returns the trained model, for every selection of its parameters."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ RUN = (
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -40,15 +40,15 @@ def trained(*arguments: str, folder: str = "run") -> ctde.Trained:
     return walk.train(config.parse([*RUN, "--run-dir", folder, *arguments]), 0.0)
 
 
-WAYS = {
+OPTIONS = {
     "plain": (),
-    "rolled back if need be": ("--on-nonfinite", "rollback"),
-    "averaged over time": ("--ema-decay", "0.9"),
-    "averaged over devices": ("--strategy", "gossip"),
+    "rollback": ("--on-nonfinite", "rollback"),
+    "average of the parameters": ("--ema-decay", "0.9"),
+    "gossip, averaged over devices": ("--strategy", "gossip"),
     "local steps": ("--strategy", "diloco", "--sync-every", "5"),
     "fragments": ("--strategy", "streaming-diloco", "--sync-every", "5", "--fragments", "2"),
-    "the best": ("--validation-fraction", "0.2", "--patience", "9"),
-    "the best before patience ran out": (
+    "best validation loss": ("--validation-fraction", "0.2", "--patience", "9"),
+    "best validation loss, stopped early": (
         "--validation-fraction",
         "0.2",
         "--patience",
@@ -56,8 +56,8 @@ WAYS = {
         "--learning-rate",
         "3",
     ),
-    "statistics": ("--model", "resnet", "--channels", "8", "--norm", "batch"),
-    "statistics anew": (
+    "batch statistics": ("--model", "resnet", "--channels", "8", "--norm", "batch"),
+    "reestimated batch statistics": (
         "--model",
         "resnet",
         "--hidden-sizes",
@@ -70,28 +70,31 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_loaded_model_is_the_one_that_was_trained(way):
-    right = trained(*WAYS[way])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_loaded_model_equals_the_trained_one(name):
+    expected = trained(*OPTIONS[name])
     found, data, chosen = ctde.load_run("run")
     # These two are means over devices, which may round differently.
-    exact = {} if way in ("averaged over devices", "fragments") else {"rtol": 0, "atol": 0}
+    exact = {} if name in ("gossip, averaged over devices", "fragments") else {"rtol": 0, "atol": 0}
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, **{"rtol": 1e-6, "atol": 1e-7, **exact}),
         (found.params, found.model_state),
-        (right.params, right.model_state),
+        (expected.params, expected.model_state),
     )
-    jax.tree.map(np.testing.assert_array_equal, found.opt_state, right.opt_state)
-    assert found.step == right.step
-    assert found.history == right.history
-    assert found.tested == right.tested
-    assert (found.interrupted, found.stopped_early) == (right.interrupted, right.stopped_early)
-    assert len(data.test.inputs) == right.tested["examples"]
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, expected.opt_state)
+    assert found.step == expected.step
+    assert found.history == expected.history
+    assert found.tested == expected.tested
+    assert (found.interrupted, found.stopped_early) == (
+        expected.interrupted,
+        expected.stopped_early,
+    )
+    assert len(data.test.inputs) == expected.tested["examples"]
     assert chosen.optimization.steps == 30
 
 
-def test_named_checkpoint_gives_its_own_parameters():
-    """Metrics that were not measured at that step are measured after loading."""
+def test_checkpoint_is_loaded_with_its_parameters_and_metrics():
+    """Metrics that were not computed at that step are computed after loading."""
     whole = trained("--keep-checkpoints", "9", "--eval-every", "30")
     short = trained("--keep-checkpoints", "9", folder="other")
     found, data, _ = ctde.load_run("run/checkpoints/step-00000010")
@@ -105,16 +108,16 @@ def test_named_checkpoint_gives_its_own_parameters():
     ].count("train")
 
 
-def test_data_that_have_moved_are_found(tmp_path):
+def test_moved_data_file_is_loaded_from_its_new_path(tmp_path):
     rng = np.random.default_rng(0)
     np.savez("mine.npz", x_train=rng.normal(size=(80, 4)), y_train=rng.integers(0, 3, 80))
-    right = trained("--dataset", "npz", "--data-file", "mine.npz", "--batch-size", "20")
+    expected = trained("--dataset", "npz", "--data-file", "mine.npz", "--batch-size", "20")
     Path("elsewhere").mkdir()
     shutil.move("mine.npz", "elsewhere/yours.npz")
     with pytest.raises(InputError, match=r"mine\.npz cannot be opened"):
         ctde.load_run("run")
     found, _, _ = ctde.load_run("run", ["--data-file", "elsewhere/yours.npz"])
-    jax.tree.map(np.testing.assert_array_equal, found.params, right.params)
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     assert main(["run", "--formats", "numpy", "--data-file", "elsewhere/yours.npz"]) == 0
 
 
@@ -127,11 +130,11 @@ CSV_CHANGES = {
         "the class names",
     ),
     "rows are appended": (lambda lines: [*lines, *["3000,1,bee"] * 12], "the shift of the inputs"),
-    "one label is another": (
+    "one label is changed": (
         lambda lines: [*lines[:-1], lines[-1].replace("cat", "bee")],
         "the labels of the t",
     ),
-    "a unit is another": (
+    "a unit is changed": (
         lambda lines: [lines[0], *("1" + line for line in lines[1:])],
         "the inputs of the test split",
     ),
@@ -149,7 +152,7 @@ def csv_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CSV_CHANGES)
-def test_data_that_have_changed_are_refused_by_every_command(name, csv_run, capsys):
+def test_changed_data_is_refused_by_every_command(name, csv_run, capsys):
     shutil.copytree(csv_run, ".", dirs_exist_ok=True)
     change, part = CSV_CHANGES[name]
     Path("d.csv").write_text("\n".join(change(COLUMNS)))
@@ -165,21 +168,21 @@ def test_data_that_have_changed_are_refused_by_every_command(name, csv_run, caps
         "12",
     ]
     assert main(["run", "--formats", "numpy", "--data-file", "d.csv"]) == 2
-    said = capsys.readouterr().err
-    assert ("error: --data-file must contain the data of the run, but d differs in ") in said
-    assert part in said
+    errors = capsys.readouterr().err
+    assert ("error: --data-file must contain the data of the run, but d differs in ") in errors
+    assert part in errors
     assert not Path("run/bundle").exists()
     assert train.main(command) == 2
-    said = capsys.readouterr().err
-    assert "error: --run-dir contains a run with different " in said
-    assert part in said or "training examples" in said
+    errors = capsys.readouterr().err
+    assert "error: --run-dir contains a run with different " in errors
+    assert part in errors or "training examples" in errors
     assert (
         "Pass another --run-dir, --resume never to train from the start, or --branch-from "
         "run/checkpoints"
-    ) in said
+    ) in errors
 
 
-def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run, capsys):
+def test_command_names_different_options_as_flags(csv_run, capsys):
     shutil.copytree(csv_run, ".", dirs_exist_ok=True)
     command = [
         *RUN,
@@ -199,12 +202,12 @@ def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run,
     )
     assert sentence in capsys.readouterr().err
     assert train.main(command) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "this run is complete at step 30; to train it from the start, pass --resume never or "
         "another --run-dir"
-    ) in said
-    assert "this run was complete at step 30; nothing was trained" in " ".join(said.split())
+    ) in output
+    assert "this run was complete at step 30; nothing was trained" in " ".join(output.split())
     assert (
         train.main(
             [*command, "--resume", "never", "--branch-from", "run/checkpoints/step-00000030"]
@@ -220,7 +223,7 @@ def test_command_names_flags_and_only_the_options_that_explain_the_rest(csv_run,
     assert ctde.load_run("run/previous-1").config.optimization.learning_rate == 0.008
 
 
-def test_what_inference_needs_is_in_the_checkpoint(csv_run):
+def test_checkpoint_has_scaling_classes_and_options(csv_run):
     found = checkpoint.read(checkpoint.newest(csv_run / "run" / "checkpoints"))
     rows = np.array([line.split(",")[:2] for line in COLUMNS[1:]], float)
     test = np.sort(np.random.default_rng(0).permutation(60)[:12])
@@ -231,10 +234,10 @@ def test_what_inference_needs_is_in_the_checkpoint(csv_run):
     assert found.facts["given_options"]["learning_rate"] == 0.008
 
 
-def test_bundle_of_a_model_on_other_test_examples_is_refused(csv_run, monkeypatch):
+def test_bundle_with_other_test_examples_is_refused(csv_run, monkeypatch):
     monkeypatch.chdir(csv_run)
-    found, right, _ = ctde.load_run("run")
-    labels = right.test.labels.copy()
+    found, data, _ = ctde.load_run("run")
+    labels = data.test.labels.copy()
     labels[0] = (labels[0] + 1) % 3
     with pytest.raises(
         InputError,
@@ -242,7 +245,7 @@ def test_bundle_of_a_model_on_other_test_examples_is_refused(csv_run, monkeypatc
     ):
         ctde.write_bundle(
             found,
-            replace(right, test=right.test._replace(labels=labels)),
+            replace(data, test=data.test._replace(labels=labels)),
             "other",
             ["numpy"],
             show=False,
@@ -250,18 +253,20 @@ def test_bundle_of_a_model_on_other_test_examples_is_refused(csv_run, monkeypatc
     assert not Path("other").exists()
 
 
-def test_run_leaves_as_a_bundle(capsys):
-    """One command exports a run; its card has the training options, and its output `--expect`."""
-    right = trained()
+def test_run_is_exported_as_a_bundle(capsys):
+    """The card has the training options, and the output has the argument of `--expect`."""
+    expected = trained()
     assert main(["run", "--formats", "numpy", "jax", "onnx-int8", "--examples", "3"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     bundle = ctde.open_bundle("run/bundle")
-    assert f"sha256     {bundle.sha256}" in said
-    assert f"--expect {bundle.sha256[:12]}" in said
+    assert f"sha256     {bundle.sha256}" in output
+    assert f"--expect {bundle.sha256[:12]}" in output
     assert bundle.card.facts["training"]["options"]["hidden_sizes"] == [12]
     assert bundle.card.facts["training"]["step"] == 30
     found = ctde.bundle.load(bundle, "numpy")(ctde.data.digits().test.inputs[:9])
-    np.testing.assert_allclose(found, right.predict(ctde.data.digits().test.inputs[:9]), atol=1e-5)
+    np.testing.assert_allclose(
+        found, expected.predict(ctde.data.digits().test.inputs[:9]), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -303,7 +308,7 @@ def test_run_leaves_as_a_bundle(capsys):
         (["run/checkpoints/step-00000020"], "RUN must contain an intact checkpoint"),
     ],
 )
-def test_mistake_is_a_sentence(arguments, sentence, capsys):
+def test_mistake_is_reported_in_one_sentence(arguments, sentence, capsys):
     trained()
     for name in ("empty", "other", "silent"):
         shutil.copytree("run", name)
@@ -324,15 +329,15 @@ def test_mistake_is_a_sentence(arguments, sentence, capsys):
 @pytest.mark.parametrize(
     "damage", [b'{"split": "te', b"\xff\xfe\0\n", b"[1]\n", b'{"split": "test", "step": "x"}\n']
 )
-def test_damage_to_the_log_matters_only_within_the_rows_of_the_checkpoint(place, damage):
-    right = trained()
+def test_damaged_log_is_refused_only_within_the_rows_of_the_checkpoint(place, damage):
+    expected = trained()
     path = Path("run/metrics.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(
         b"".join([*lines, damage] if place == "after" else [*lines[:2], damage, *lines[3:]])
     )
     if place == "after":
-        assert ctde.load_run("run").trained.history == right.history
+        assert ctde.load_run("run").trained.history == expected.history
     else:
         with pytest.raises(
             InputError,
@@ -341,9 +346,9 @@ def test_damage_to_the_log_matters_only_within_the_rows_of_the_checkpoint(place,
             ctde.load_run("run")
 
 
-def test_run_in_a_folder_that_can_only_be_read_is_loaded_and_exported(monkeypatch):
-    """Simulated: the tests may run as root, whom no permission stops."""
-    right = trained()
+def test_run_in_a_read_only_folder_is_loaded_and_exported(monkeypatch):
+    """Simulated, because the tests may run as root, which ignores permissions."""
+    expected = trained()
     open_file, make = os.open, os.mkdir
 
     def is_in_run(path) -> bool:
@@ -361,13 +366,15 @@ def test_run_in_a_folder_that_can_only_be_read_is_loaded_and_exported(monkeypatc
 
     monkeypatch.setattr(os, "open", refuse_writing)
     monkeypatch.setattr(os, "mkdir", refuse_folder)
-    jax.tree.map(np.testing.assert_array_equal, ctde.load_run("run").trained.params, right.params)
+    jax.tree.map(
+        np.testing.assert_array_equal, ctde.load_run("run").trained.params, expected.params
+    )
     assert main(["run", "--formats", "numpy", "--to", "elsewhere"]) == 0
     assert main(["run", "--formats", "numpy"]) == 2
 
 
-def test_bundle_of_a_checkpoint_is_not_written_into_it(capsys):
-    """The bundle would be deleted with the checkpoint, and would change its contents."""
+def test_bundle_of_a_checkpoint_is_written_outside_of_it(capsys):
+    """A bundle in the checkpoint would change its contents and would be deleted with it."""
     trained()
     assert main(["run/checkpoints/step-00000020", "--formats", "numpy"]) == 0
     assert ctde.open_bundle("run/bundle").card.facts["training"]["step"] == 20

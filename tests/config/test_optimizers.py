@@ -19,7 +19,7 @@ from ctde_jax.errors import InputError
         ("cosine", [0, 0.5, 1, 0.5, 0]),
     ],
 )
-def test_schedule_rises_to_the_peak_and_goes_on_as_named(schedule, expected):
+def test_schedule_warms_up_and_decays(schedule, expected):
     rate = optimizers.build_schedule(1.0, schedule, warmup_steps=10, total_steps=30)
     assert [float(rate(step)) for step in (0, 5, 10, 20, 30)] == pytest.approx(expected, abs=1e-6)
 
@@ -35,8 +35,8 @@ def test_schedule_of_a_branch_starts_at_its_first_step():
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_optimizer_takes_the_steps_of_optax(name):
-    """With the learning rate in the state or not."""
+def test_updates_equal_those_of_optax(name):
+    """Storing the learning rate in the state does not change the updates."""
     params, grads = jnp.ones((3, 4)), jnp.linspace(-1, 1, 12).reshape(3, 4)
     built, plain = optimizers.build(name, 0.1), optimizers.OPTIMIZERS[name](0.1)
     expected, _ = plain.update(grads, plain.init(params), params)
@@ -44,19 +44,19 @@ def test_optimizer_takes_the_steps_of_optax(name):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_one_learning_rate_is_logged_and_none_of_several():
-    """The first of them is not that of all parameters."""
+def test_learning_rate_is_logged_only_if_there_is_one():
+    """The first of several learning rates does not apply to all parameters."""
     params, adam = {"a": jnp.ones(3), "b": jnp.ones(2)}, optax.inject_hyperparams(optax.adam)
-    alone = optax.chain(
+    single = optax.chain(
         optax.clip(1.0), adam(0.1), optax.inject_hyperparams(optax.clip)(max_delta=1.0)
     )
-    assert float(transformations.learning_rate(alone.init(params))) == pytest.approx(0.1)
+    assert float(transformations.learning_rate(single.init(params))) == pytest.approx(0.1)
     several = optax.multi_transform({"a": adam(0.1), "b": adam(0.01)}, {"a": "a", "b": "b"})
     assert transformations.learning_rate(several.init(params)) is None
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_optimizer_goes_downhill(name):
+def test_optimizer_minimizes_a_quadratic_function(name):
     optimizer = optimizers.build(name, 0.1)
     x, state = jnp.float32(3), optimizer.init(jnp.float32(3))
     for _ in range(100):
@@ -97,13 +97,13 @@ def test_optimizer_goes_downhill(name):
         ),
     ],
 )
-def test_wrong_setting_is_refused_in_a_sentence(arguments, sentence):
+def test_invalid_setting_is_refused(arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         optimizers.build(*arguments)
 
 
 @pytest.mark.parametrize("name", optimizers.DECAYING)
-def test_decay_takes_off_kernels_and_leaves_biases(name):
+def test_weight_decay_applies_to_kernels_and_not_to_biases(name):
     """If the gradient is zero, the update is -learning_rate * weight_decay * weight."""
     params = {"kernel": jnp.full((3, 2), 2.0), "bias": jnp.full(2, 2.0)}
     optimizer = optimizers.build(name, 0.1, weight_decay=0.5)
@@ -113,7 +113,7 @@ def test_decay_takes_off_kernels_and_leaves_biases(name):
 
 
 @pytest.mark.parametrize(("norm", "length"), [(1.0, 1.0), (10.0, 5.0)])
-def test_longer_gradients_are_shortened_to_the_norm(norm, length):
+def test_gradients_are_clipped_to_the_global_norm(norm, length):
     optimizer = optimizers.build("sgd", 1.0, clip_grad_norm=norm)
     grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     updates, _ = optimizer.update(grads, optimizer.init(grads))

@@ -15,7 +15,7 @@ MODEL = ctde.models.mlp([64, 32, 10])
 OF_ITS_OWN_NAME = {"ddp", "gossip"}
 
 
-def test_the_methods_are_those_of_the_literature():
+def test_presets_are_the_published_methods():
     assert list(presets.PRESETS) == [
         *("ddp", "local-sgd", "post-local-sgd", "fedavg", "fedprox", "fedadam", "slowmo", "diloco"),
         *("streaming-diloco", "mu-loco", "sparse-loco", "iso-loco", "gossip", "no-loco"),
@@ -27,16 +27,16 @@ def test_help_names_the_paper_of_every_method(name, capsys):
     with pytest.raises(SystemExit):
         config.parse(["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    said = re.search(
+    match = re.search(
         rf"{name}: [^;]+\((after )?[A-Z]\w+( et al\.)?, \d{{4}}\).*?; sets --[a-z]", text
     )
-    assert said, text
+    assert match, text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_method_learns_the_digits(name, digits):
-    """Four devices, five epochs; a guess would be right once in ten times."""
+    """Four devices, five epochs; the accuracy of a random guess is 10 %."""
     inner = (
         optax.contrib.muon(0.02)
         if "optimizer" in presets.PRESETS[name].options
@@ -52,7 +52,7 @@ def test_every_method_learns_the_digits(name, digits):
     assert trained.history[-1]["accuracy"] > 0.9
 
 
-def test_command_line_and_python_mean_the_same():
+def test_command_line_and_python_build_the_same_strategy():
     arguments = ["--strategy", "fedadam", "--sync-every", "7"]
     by_command = build.build_strategy(config.parse(arguments).aggregation)
     by_name = ctde.strategy("fedadam", sync_every=7)
@@ -167,17 +167,17 @@ def test_command_line_and_python_mean_the_same():
         (lambda: ctde.strategy("local-sgd", fragments=0), "fragments must be at least 1, got 0"),
     ],
 )
-def test_strategy_that_makes_no_sense_is_refused(make, sentence):
+def test_invalid_strategy_is_refused(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()
 
 
-def test_streamed_fragments_are_as_private_as_whole_messages(digits):
-    """Clipping to nearly nothing leaves the model where it began."""
-    frozen = ctde.strategy(
+def test_clip_norm_applies_to_streamed_fragments(digits):
+    """A clip norm close to 0 keeps the parameters at their initial values."""
+    clipped = ctde.strategy(
         "streaming-diloco", sync_every=2, dp_clip_norm=1e-9, outer="average", fragments=2
     )
-    moving = ctde.strategy("streaming-diloco", sync_every=2, outer="average", fragments=2)
+    unclipped = ctde.strategy("streaming-diloco", sync_every=2, outer="average", fragments=2)
 
     def accuracy(strategy: ctde.Strategy) -> float:
         arguments = {"devices": ctde.devices.start(2), "batch_size": 64, "steps": 40, "show": False}
@@ -185,4 +185,4 @@ def test_streamed_fragments_are_as_private_as_whole_messages(digits):
             "accuracy"
         ]
 
-    assert accuracy(frozen) < 0.6 < 0.85 < accuracy(moving)
+    assert accuracy(clipped) < 0.6 < 0.85 < accuracy(unclipped)

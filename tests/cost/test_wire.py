@@ -37,7 +37,7 @@ SUM = """
 
 
 def module(body: str, devices: int = REPLICAS, before: str = "") -> str:
-    """A program whose entry has `%x = f32[100]`, `%u = u8[80]` and these lines."""
+    """Returns a program whose entry has `%x = f32[100]`, `%u = u8[80]` and these lines."""
     return f"""HloModule by_hand, is_scheduled=true, num_partitions={devices}
 {SUM}{before}
 ENTRY %main (x: f32[100], u: u8[80]) -> f32[] {{
@@ -50,7 +50,7 @@ ENTRY %main (x: f32[100], u: u8[80]) -> f32[] {{
 
 
 def computation(name: str, body: str) -> str:
-    """A computation with `%p.NAME = f32[100]` and this line, which defines `%r.NAME`."""
+    """Returns a computation with `%p.NAME = f32[100]` and this line, which defines `%r.NAME`."""
     return f"""
 %{name} (p: f32[100]) -> f32[100] {{
   %p.{name} = f32[100]{{0}} parameter(0)
@@ -88,7 +88,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("op", LINES)
-def test_each_collective_sends_what_its_formula_says(op: str):
+def test_bytes_of_each_collective_match_its_formula(op: str):
     line, payload, sent = LINES[op]
 
     (one,) = collectives.read(module(line))
@@ -103,7 +103,7 @@ def test_group_of_one_and_permutation_onto_itself_send_nothing():
     assert collectives.read(module(f"{alone}\n{itself}")) == []
 
 
-def test_asynchronous_collective_is_counted_where_it_starts():
+def test_asynchronous_collective_is_counted_at_its_start():
     lines = f"""
   %start = (f32[100]{{0}}, f32[400]{{0}}) all-gather-start(%x), {GROUPS}, dimensions={{0}}
   %done = f32[400]{{0}} all-gather-done(%start)
@@ -145,7 +145,7 @@ def test_merged_collective_counts_all_its_operands():
         ("{{0,4,1,5},{2,6,3,7}}", 4, 1),
     ],
 )
-def test_groups_say_what_leaves_a_host(groups: str, size: int, crossing: float):
+def test_replica_groups_determine_the_bytes_between_hosts(groups: str, size: int, crossing: float):
     line = f"%r = f32[100]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%sum"
 
     (one,) = collectives.read(module(line, devices=8), hosts=[0] * 4 + [1] * 4)
@@ -179,17 +179,21 @@ def test_shapes_have_the_bytes_of_their_elements(shape: str, size: int):
     assert hlo.count_bytes(shape) == size
 
 
-def loop(name: str, around: str, turns: int | None) -> str:
-    """Returns the loop over `counted`; without `turns`, only its computations give the count."""
-    known = "" if turns is None else f', backend_config={{"known_trip_count":{{"n":"{turns}"}}}}'
+def loop(name: str, operand: str, trip_count: int | None) -> str:
+    """Returns the loop over `counted`; without `trip_count`, its condition gives the count."""
+    known = (
+        ""
+        if trip_count is None
+        else f', backend_config={{"known_trip_count":{{"n":"{trip_count}"}}}}'
+    )
     return (
-        f"%loop.{name} = (s32[], f32[100]{{0}}) while(%{around}), condition=%test.{name}, "
+        f"%loop.{name} = (s32[], f32[100]{{0}}) while(%{operand}), condition=%test.{name}, "
         f"body=%body.{name}{known}"
     )
 
 
 def counted(name: str, inside: str, step: int, limit: str = "constant(17)") -> str:
-    """A loop's computations, which count the state's first element up by `step` to 17."""
+    """Returns a loop's computations, which increase the state's first element by `step` to 17."""
     return f"""
 %body.{name} (s: (s32[], f32[100])) -> (s32[], f32[100]) {{
   %s = (s32[]{{:T(128)}}, f32[100]{{0}}) parameter(0)
@@ -217,7 +221,7 @@ def start_at(first: str) -> str:
 REDUCE_Y = f"%r = f32[100]{{0}} all-reduce(%y), {GROUPS}, to_apply=%sum"
 
 
-def test_nested_loops_multiply():
+def test_trip_counts_of_nested_loops_multiply():
     inner = "%t2 = (s32[], f32[100]{0}) tuple(%i, %y)\n  " + loop("in", "t2", 5)
     computations = counted("in", REDUCE_Y, 1) + counted("out", inner, 1)
 
@@ -229,14 +233,16 @@ def test_nested_loops_multiply():
 
 
 @pytest.mark.parametrize(
-    ("first", "step", "turns"), [(0, 1, 17), (3, 1, 14), (0, 4, 5), (17, 1, 0)]
+    ("first", "step", "trip_count"), [(0, 1, 17), (3, 1, 14), (0, 4, 5), (17, 1, 0)]
 )
-def test_counting_loop_is_read_where_the_backend_does_not_say(first: int, step: int, turns: int):
+def test_trip_count_is_read_from_the_condition_if_the_backend_omits_it(
+    first: int, step: int, trip_count: int
+):
     program = module(
         start_at(f"constant({first})") + loop("it", "t", None), before=counted("it", REDUCE_Y, step)
     )
 
-    assert sum(one.times for one in collectives.read(program)) == turns
+    assert sum(one.times for one in collectives.read(program)) == trip_count
 
 
 @pytest.mark.parametrize(
@@ -244,10 +250,8 @@ def test_counting_loop_is_read_where_the_backend_does_not_say(first: int, step: 
     [("constant(0)", "custom-call()"), ("custom-call()", "constant(17)")],
     ids=["limit", "start"],
 )
-def test_loop_of_unknown_length_is_that_over_rounds_and_an_error_within_a_round(
-    first: str, limit: str
-):
-    """Only where collectives are in it."""
+def test_loop_of_unknown_length_is_an_error_only_within_a_round(first: str, limit: str):
+    """The loop is an error only if it contains collectives."""
 
     def program(inside: str) -> str:
         return module(
@@ -319,14 +323,14 @@ def test_uncountable_collective_is_an_error(line: str, sentence: str):
         collectives.read(module(line))
 
 
-def test_message_to_the_host_is_none_on_the_wire():
+def test_transfer_to_the_host_is_not_counted():
     assert (
         collectives.read(module("%r = (f32[100]{0}, token[]) send(%x), is_host_transfer=true"))
         == []
     )
 
 
-def test_text_that_is_no_program_is_an_error():
+def test_text_without_a_program_is_an_error():
     with pytest.raises(
         InputError, match="hlo_text must be one HLO module, got a text with 0 ENTRY"
     ):
@@ -335,7 +339,7 @@ def test_text_that_is_no_program_is_an_error():
         collectives.read(module(""), hosts=[0, 1])
 
 
-def next_one(x: jax.Array) -> jax.Array:
+def send_to_next(x: jax.Array) -> jax.Array:
     return lax.ppermute(x, AXIS, [(i, (i + 1) % REPLICAS) for i in range(REPLICAS)])
 
 
@@ -345,7 +349,7 @@ COMPILED = {
     "all_gather": (lambda x: lax.all_gather(x, AXIS), jnp.uint8, 3),
     "all_to_all": (lambda x: lax.all_to_all(x, AXIS, 0, 0, tiled=True), jnp.uint8, 0.75),
     "ppermute in a scan of 5": (
-        lambda x: lax.scan(lambda x, _: (next_one(x) + 1, None), x, None, 5)[0],
+        lambda x: lax.scan(lambda x, _: (send_to_next(x) + 1, None), x, None, 5)[0],
         jnp.float32,
         20,
     ),
@@ -359,14 +363,14 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_program_sends_exactly(name: str):
-    """Bytes that leave each of four devices, for each element."""
-    function, dtype, bytes_an_element = COMPILED[name]
+def test_bytes_of_a_compiled_program_are_exact(name: str):
+    """Counts the bytes that each of four devices sends per element."""
+    function, dtype, bytes_per_element = COMPILED[name]
     program = replica.parallel(function, DEVICES, in_axes=(0,), out_axes=0)
 
     text = program.lower(jax.ShapeDtypeStruct((REPLICAS, 4096), dtype)).compile().as_text() or ""
 
-    assert traffic.measure(text, inner_steps=0).sent == bytes_an_element * 4096
+    assert traffic.measure(text, inner_steps=0).sent == bytes_per_element * 4096
 
 
 STRATEGIES = {
@@ -377,7 +381,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_mean_sends_the_parameters_and_its_weight(name: str, digits):
+def test_mean_sends_the_parameters_and_the_weight(name: str, digits):
     strategy = STRATEGIES[name]
     steps = max(1, strategy.inner_steps)
 
@@ -398,7 +402,7 @@ def test_mean_sends_the_parameters_and_its_weight(name: str, digits):
 @pytest.mark.parametrize("block_steps", [1, 4], ids=["round by round", "in blocks"])
 def test_one_round_of_many_is_counted(block_steps: int):
     def train_round(state, split, batches, key):
-        return next_one(state), {"examples": jnp.zeros(len(batches))}
+        return send_to_next(state), {"examples": jnp.zeros(len(batches))}
 
     axes = {"in_axes": (0, None, 0, None, None, None), "out_axes": (0, 0)}
     rounds = replica.parallel(make_rounds(train_round, block_steps), DEVICES, **axes)
@@ -416,7 +420,7 @@ def test_one_round_of_many_is_counted(block_steps: int):
 
 
 def test_collective_in_the_local_steps_is_found(digits):
-    """A loss that asks the others is the mistake that the check is there for."""
+    """The check exists to find models that average parameters in every local step."""
     chatty = models.Model(
         MODEL.init, lambda params, *rest: MODEL.apply(lax.pmean(params, AXIS), *rest)
     )
@@ -463,7 +467,7 @@ def test_command_prints_the_table(capsys):
         (["--sync-evry", "3"], "error: --sync-evry is not an option"),
     ],
 )
-def test_command_says_what_is_wrong(arguments: list[str], sentence: str, capsys):
+def test_command_reports_invalid_arguments(arguments: list[str], sentence: str, capsys):
     assert wire.main(arguments) == 2
     assert sentence in capsys.readouterr().err
 
@@ -478,7 +482,7 @@ def test_target_without_its_plugin_is_an_error(monkeypatch):
 
 
 @pytest.mark.slow
-def test_sockets_agree():
+def test_sockets_send_the_counted_bytes():
     """Three processes send within 3 % of the bytes counted in the compiled programs."""
     names = "all-reduce,all-gather u8,all-to-all u8,collective-permute,diloco,diloco int4"
     script = Path(__file__).parents[2] / "benchmarks" / "sockets.py"

@@ -16,7 +16,7 @@ WORDS = np.array(["cat", "dog", "owl"])[Y]
 
 
 class Frame:
-    """What of a pandas table numpy sees."""
+    """The part of a pandas table that numpy uses."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
@@ -29,13 +29,13 @@ class Frame:
 
 
 def mixed() -> np.ndarray:
-    """A table with columns of several types is an array of objects."""
+    """Returns a table with columns of several types, which is an array of objects."""
     objects = np.empty((60, 3), object)
     objects[:, 0], objects[:, 1], objects[:, 2] = X[:, 0].tolist(), Y.tolist(), (Y == 1).tolist()
     return objects
 
 
-def refused(*arrays, **options) -> str:
+def error_message(*arrays, **options) -> str:
     with pytest.raises(InputError) as caught:
         data.from_arrays(*arrays, **options)
     return str(caught.value)
@@ -48,7 +48,7 @@ KINDS = {
     "bfloat16": (X.astype(ml_dtypes.bfloat16), X.astype(ml_dtypes.bfloat16)),
     "JAX": (jnp.asarray(X), X),
     "list": (X.tolist(), X),
-    "masked nowhere": (np.ma.array(X), X),
+    "masked array without masked values": (np.ma.array(X), X),
     "table": (Frame(X), X),
     "table of several types": (Frame(mixed()), np.column_stack([X[:, 0], Y, Y == 1])),
     "table of integers": (Frame(mixed()[:, 1:]), np.column_stack([Y, Y == 1])),
@@ -58,7 +58,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_inputs_of_any_library_and_type_keep_their_numbers(name):
+def test_inputs_of_any_library_and_type_keep_their_values(name):
     inputs, right = KINDS[name]
     dataset = data.from_arrays(inputs, Y, inputs, Y)
     np.testing.assert_array_equal(
@@ -103,13 +103,13 @@ def test_words_follow_given_classes():
     dataset = data.from_arrays(X, WORDS, X, WORDS, classes=("owl", "dog", "cat", "emu"))
     np.testing.assert_array_equal(dataset.train.labels, 2 - Y)
     sentence = "y_test must be one of cat, dog, owl, got 'cow'; did you mean 'owl'?"
-    assert refused(X, WORDS, X[:1], ["cow"]) == sentence
-    assert "y_test must contain class names of the shape [examples], got int64" in refused(
+    assert error_message(X, WORDS, X[:1], ["cow"]) == sentence
+    assert "y_test must contain class names of the shape [examples], got int64" in error_message(
         X, WORDS, X, Y
     )
 
 
-def test_npz_may_hold_words(tmp_path):
+def test_npz_may_contain_words(tmp_path):
     np.savez(tmp_path / "mine.npz", x_train=X, y_train=WORDS, x_test=X, y_test=WORDS)
     assert data.from_npz(tmp_path / "mine.npz").classes == ("cat", "dog", "owl")
 
@@ -173,33 +173,33 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_arrays_that_lose_something_are_refused_with_a_way_out(name):
+def test_unusable_arrays_are_refused(name):
     arrays, sentence = REFUSED[name]
-    assert sentence in refused(*arrays)
+    assert sentence in error_message(*arrays)
 
 
 def test_standardized_integers_that_float32_merges_are_refused():
-    moments = data.from_arrays(1_700_000_000 + RNG.integers(0, 60, (60, 1)), Y)
+    timestamps = data.from_arrays(1_700_000_000 + RNG.integers(0, 60, (60, 1)), Y)
     with pytest.raises(
         InputError, match="standardized must contain numbers that float32 distinguishes"
     ):
-        data.standardized(moments)
+        data.standardized(timestamps)
 
 
-def test_nearly_equal_float64_numbers_are_equal():
-    """Rounding errors of float64 are no measurements that float32 would lose."""
+def test_nearly_equal_float64_numbers_are_accepted():
+    """Rounding errors of float64 are not differences that float32 must keep."""
     equal = np.full((60, 1), 1e9)
     equal[::2] = np.nextafter(equal[::2], np.inf)
     assert data.from_arrays(np.hstack([equal, X]), Y).train.inputs.shape == (48, 5)
 
 
 @pytest.mark.parametrize(("largest", "highest"), [(65_535, 65_535), (4_000, 4_095), (1_023, 1_023)])
-def test_pictures_of_sixteen_bits_reach_the_model_between_0_and_1(largest, highest):
-    pictures = RNG.integers(0, largest, (60, 8, 8), np.uint16)
-    pictures[0, 0, 0] = largest
-    dataset = data.from_arrays(pictures, Y, pictures, Y)
+def test_images_of_sixteen_bits_are_scaled_between_0_and_1(largest, highest):
+    images = RNG.integers(0, largest, (60, 8, 8), np.uint16)
+    images[0, 0, 0] = largest
+    dataset = data.from_arrays(images, Y, images, Y)
     seen = (dataset.train.inputs - dataset.shift) * dataset.scale
-    np.testing.assert_allclose(seen, pictures / highest, rtol=1e-6)
+    np.testing.assert_allclose(seen, images / highest, rtol=1e-6)
     assert dataset.notes == (
         (
             f"Images of 16 bits are divided by {highest:,}, as their brightest pixel needs "
@@ -248,9 +248,9 @@ def test_inputs_around_1_are_not_noted(inputs):
     assert data.from_arrays(inputs, Y, inputs, Y).notes == ()
 
 
-def test_channels_first_are_noted_and_no_picture_of_our_networks():
-    pictures = RNG.integers(0, 256, (60, 3, 32, 32), np.uint8)
-    (note,) = data.from_arrays(pictures, Y, pictures, Y).notes
+def test_channels_first_are_noted_and_refused_by_networks():
+    images = RNG.integers(0, 256, (60, 3, 32, 32), np.uint8)
+    (note,) = data.from_arrays(images, Y, images, Y).notes
     assert note.endswith("pass inputs.transpose(0, 2, 3, 1).")
     for build in (lambda: models.cnn((3, 32, 32), 3), lambda: models.resnet((1, 28, 28), 3)):
         with pytest.raises(
@@ -260,7 +260,7 @@ def test_channels_first_are_noted_and_no_picture_of_our_networks():
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3), (3, 4, 4), (4, 4, 1), (64, 64, 64)])
-def test_other_pictures_are_not_taken_for_channels_first(shape):
+def test_other_images_are_not_taken_for_channels_first(shape):
     assert not data.dataset.is_channels_first(shape)
 
 
@@ -284,8 +284,8 @@ def test_batches_must_come_from_a_function():
         data.from_batches(iter([(X, Y)]), 1, X, Y)
 
 
-def test_batches_lack_classes_without_a_note():
-    """Only the first of them is seen."""
+def test_missing_classes_in_batches_are_not_noted():
+    """Only the first batch is inspected."""
     dataset = data.from_batches(lambda epoch: [(X[:2], Y[:2])], 1, X, Y)
     assert (dataset.notes, dataset.classes) == ((), ("0", "1", "2"))
 
@@ -294,12 +294,12 @@ TARGETS = X[:, 0] * 3
 
 
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
-@pytest.mark.parametrize("made", ["arrays", "batches"])
-def test_integers_test_targets_that_are_floats(made, shape):
+@pytest.mark.parametrize("source", ["arrays", "batches"])
+def test_integer_test_targets_become_floats_like_the_training_targets(source, shape):
     train, test = TARGETS.reshape(shape), np.arange(60).reshape(shape)
     test = test if test.ndim == 1 else np.hstack([test, test])
     train = train if train.ndim == 1 else np.hstack([train, train])
-    if made == "arrays":
+    if source == "arrays":
         dataset = data.from_arrays(X, train, X, test)
     else:
         dataset = data.from_batches(lambda epoch: [(X, train)], 1, X, test)
@@ -337,14 +337,14 @@ def test_integers_test_targets_that_are_floats(made, shape):
     ],
 )
 def test_test_labels_of_another_kind_are_refused(train, test, sentence):
-    assert sentence in refused(X, train, X, test)
+    assert sentence in error_message(X, train, X, test)
     with pytest.raises(InputError) as caught:
         data.from_batches(lambda epoch: [(X, train)], 1, X, test)
     assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [int, str])
-def test_many_whole_numbers_that_become_classes_are_noted(kind):
+def test_many_distinct_integers_used_as_classes_are_noted(kind):
     inputs = np.repeat(X, 2, axis=0)
     labels = {different: (np.arange(120) % different).astype(kind) for different in (20, 21)}
     notes = {

@@ -22,54 +22,52 @@ AUGMENTS: dict[str, Augment] = {
 }
 
 
-def picture(*channels: int, dtype: str = "uint8") -> np.ndarray:
-    """Returns a picture whose pixels all differ, and are not zero."""
+def image(*channels: int, dtype: str = "uint8") -> np.ndarray:
+    """Returns an image with distinct pixels, none of which is zero."""
     shape = (HEIGHT, WIDTH, *channels)
     return (1 + np.arange(np.prod(shape))).reshape(shape).astype(dtype)
 
 
 def augmented(augment: Augment, example: np.ndarray, key: jax.Array) -> np.ndarray:
-    """Augments the picture as if it were many examples."""
+    """Augments copies of the image as different examples."""
     return np.asarray(
         jax.jit(partial(apply_to, augment))(key, np.stack([example] * len(MANY)), MANY)
     )
 
 
-def counted(results: np.ndarray, possible: list[np.ndarray]) -> list[int]:
-    """Counts how often each possibility has come out; there are no others."""
+def count_results(results: np.ndarray, possible: list[np.ndarray]) -> list[int]:
+    """Returns the number of results equal to each possible one; there are no others."""
     counts = [int((results == one).reshape(len(results), -1).all(axis=1).sum()) for one in possible]
     assert sum(counts) == len(results)
     return counts
 
 
 @pytest.mark.parametrize("channels", [(), (1,), (3,)])
-def test_shift_moves_the_picture_by_every_offset_and_fills_up_with_zeros(
-    key: jax.Array, channels: tuple[int, ...]
-):
-    example = picture(*channels)
+def test_shift_uses_every_offset_and_pads_with_zeros(key: jax.Array, channels: tuple[int, ...]):
+    example = image(*channels)
     padded = np.pad(example, [(2, 2), (2, 2), *[(0, 0)] * len(channels)])
-    moves = [
+    shifted = [
         padded[top : top + HEIGHT, left : left + WIDTH] for top in range(5) for left in range(5)
     ]
 
-    counts = counted(augmented(shift(2), example, key), moves)
+    counts = count_results(augmented(shift(2), example, key), shifted)
 
     assert min(counts) > 0
     assert max(counts) < 3 * len(MANY) / 25
 
 
 @pytest.mark.parametrize("channels", [(), (3,)])
-def test_flip_mirrors_half_of_the_pictures(key: jax.Array, channels: tuple[int, ...]):
-    example = picture(*channels)
-    kept, mirrored = counted(augmented(flip(), example, key), [example, example[:, ::-1]])
+def test_flip_mirrors_half_of_the_images(key: jax.Array, channels: tuple[int, ...]):
+    example = image(*channels)
+    kept, mirrored = count_results(augmented(flip(), example, key), [example, example[:, ::-1]])
     assert kept == pytest.approx(mirrored, rel=0.3)
 
 
-def test_flip_undoes_itself(key: jax.Array):
-    example = jnp.asarray(picture(3))
+def test_flip_with_the_same_key_is_an_involution(key: jax.Array):
+    example = jnp.asarray(image(3))
     for number in range(4):
-        own = jax.random.fold_in(key, number)
-        np.testing.assert_array_equal(flip()(own, flip()(own, example)), example)
+        flip_key = jax.random.fold_in(key, number)
+        np.testing.assert_array_equal(flip()(flip_key, flip()(flip_key, example)), example)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -78,7 +76,7 @@ def test_cutout_zeroes_a_square_around_every_pixel(
     key: jax.Array, size: int, channels: tuple[int, ...]
 ):
     """Near the border the square is clipped."""
-    example, squares = picture(*channels), []
+    example, squares = image(*channels), []
     for row in range(HEIGHT):
         for column in range(WIDTH):
             cut = example.copy()
@@ -94,9 +92,9 @@ def test_cutout_zeroes_a_square_around_every_pixel(
 
 @pytest.mark.parametrize("name", AUGMENTS)
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "float32", "bool"])
-def test_shape_and_type_stay(key: jax.Array, name: str, dtype: str):
+def test_shape_and_dtype_are_preserved(key: jax.Array, name: str, dtype: str):
     for channels in [(), (2,)]:
-        inputs = jnp.asarray(picture(*channels, dtype=dtype))[None]
+        inputs = jnp.asarray(image(*channels, dtype=dtype))[None]
         outputs = jax.eval_shape(
             lambda inputs: apply_to(AUGMENTS[name], key, inputs, jnp.arange(1)), inputs
         )
@@ -104,8 +102,8 @@ def test_shape_and_type_stay(key: jax.Array, name: str, dtype: str):
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
-def test_example_is_augmented_alike_in_any_batch_and_place(key: jax.Array, name: str):
-    """The number of an example decides, not its neighbors."""
+def test_augmentation_does_not_depend_on_batch_and_position(key: jax.Array, name: str):
+    """The key of an example derives from its number, not from its position."""
     rng, apply = np.random.default_rng(0), jax.jit(partial(apply_to, AUGMENTS[name], key))
     inputs, order = rng.integers(1, 256, (40, HEIGHT, WIDTH), np.uint8), rng.permutation(40)[:13]
 
@@ -115,13 +113,15 @@ def test_example_is_augmented_alike_in_any_batch_and_place(key: jax.Array, name:
 
 
 @pytest.mark.parametrize("name", [name for name in AUGMENTS if name != "empty chain"])
-def test_another_key_augments_otherwise(key: jax.Array, name: str):
-    first, second = (augmented(AUGMENTS[name], picture(), own) for own in jax.random.split(key))
+def test_augmentation_depends_on_the_key(key: jax.Array, name: str):
+    first, second = (
+        augmented(AUGMENTS[name], image(), augment_key) for augment_key in jax.random.split(key)
+    )
     assert (first != second).any()
 
 
-def test_chain_applies_one_after_the_other_with_keys_of_their_own(key: jax.Array):
-    example = jnp.asarray(picture())
+def test_chain_applies_augmentations_in_order_with_different_keys(key: jax.Array):
+    example = jnp.asarray(image())
     first, second = jax.random.split(key)
     np.testing.assert_array_equal(
         chain(shift(2), shift(2))(key, example), shift(2)(second, shift(2)(first, example))
@@ -160,7 +160,7 @@ def test_chain_applies_one_after_the_other_with_keys_of_their_own(key: jax.Array
         ),
     ],
 )
-def test_what_cannot_be_augmented_is_refused_in_a_sentence(
+def test_invalid_augmentation_is_refused(
     key: jax.Array, make: Callable[[], Augment], shape: tuple[int, ...], fault: str
 ):
     with pytest.raises(InputError) as caught:

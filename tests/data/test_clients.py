@@ -1,4 +1,4 @@
-"""More parts than devices are clients, of whom some are drawn in every round."""
+"""If a partition has more parts than devices, its parts are clients, sampled in every round."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ LABELS = RNG.integers(0, 3, sum(SIZES), dtype=np.int32)
 INPUTS = RNG.normal(size=(sum(SIZES), 4)).astype(np.float32)
 SPLIT = data.Split(INPUTS, LABELS)
 CLIENTS = np.split(RNG.permutation(sum(SIZES)), np.cumsum(SIZES)[:-1])
-CLIENT_EPOCH = 6  # steps in which the largest client is through, four examples at a time
+CLIENT_EPOCH = 6  # steps of an epoch of the largest client, with four examples per step
 EVEN = np.split(np.arange(64), 8)
 
 
@@ -25,31 +25,35 @@ def deal(epochs: int = 1, seed: int = 0) -> data.Batches:
 
 
 def client_of(rows: np.ndarray) -> int:
-    """The client whose examples, real ones and repetitions alike, these rows are."""
+    """Returns the client whose examples these rows are, including padding by repetition."""
     (client,) = [
-        i for i, own in enumerate(CLIENTS) if set(np.where(rows < 0, ~rows, rows).flat) <= set(own)
+        i
+        for i, examples in enumerate(CLIENTS)
+        if set(np.where(rows < 0, ~rows, rows).flat) <= set(examples)
     ]
     return client
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_client_sees_each_of_its_examples_once_in_each_of_its_epochs(epochs):
+def test_client_uses_each_example_once_per_epoch(epochs):
     batches = deal(epochs)
     for number in range(8):
         for rows in batches.draw(number).swapaxes(0, 1):
-            own = CLIENTS[client_of(rows)]
-            for an_epoch in rows.reshape(epochs, -1):
-                np.testing.assert_array_equal(np.sort(an_epoch[an_epoch >= 0]), np.sort(own))
+            examples = CLIENTS[client_of(rows)]
+            for epoch_rows in rows.reshape(epochs, -1):
+                np.testing.assert_array_equal(
+                    np.sort(epoch_rows[epoch_rows >= 0]), np.sort(examples)
+                )
 
 
 def test_examples_of_a_client_fill_its_batches_from_the_front():
-    """So a client takes as many steps as it has batches, and rests until the largest is through."""
+    """A client takes one step per batch, and is idle until the largest client has finished."""
     for rows in deal().draw(0).swapaxes(0, 1):
         assert (np.diff((rows >= 0).ravel().astype(int)) <= 0).all()
 
 
-def test_every_pass_has_an_order_of_its_own():
-    """In another round, in another epoch of the round, and on another client."""
+def test_every_pass_has_another_order():
+    """Orders differ between rounds, between epochs of a round, and between clients."""
     batches = data.deal(SPLIT, 2, 16, seed=0, partition=np.split(np.arange(64), 4), inner_steps=4)
     passes = [
         rows for number in range(6) for rows in batches.draw(number).swapaxes(0, 1).reshape(4, 16)
@@ -57,7 +61,7 @@ def test_every_pass_has_an_order_of_its_own():
     assert len({tuple(rows % 16) for rows in passes}) == 24
 
 
-def test_round_that_is_no_whole_epoch_starts_at_the_beginning_of_a_new_one():
+def test_round_after_a_partial_epoch_starts_a_new_epoch():
     """Nine steps are one and a half epochs of six steps; the next round starts with a new epoch."""
     nine, twelve = data.deal(SPLIT, 2, 8, 0, CLIENTS, inner_steps=9), deal(epochs=2)
     for number in range(3):
@@ -65,7 +69,7 @@ def test_round_that_is_no_whole_epoch_starts_at_the_beginning_of_a_new_one():
         np.testing.assert_array_equal(nine.steps(number * 9, number * 9 + 9), nine.draw(number))
 
 
-def test_draws_depend_on_the_seed_and_the_round_and_on_nothing_else():
+def test_draws_depend_only_on_the_seed_and_the_round():
     batches, again = deal(), deal()
     backwards = [again.draw(number) for number in reversed(range(6))]
     np.testing.assert_array_equal(batches.steps(0, 36), np.concatenate(backwards[::-1]))
@@ -94,7 +98,7 @@ def test_client_without_examples_is_never_drawn():
     } == {0, 1, 2, 3, 5}
 
 
-def test_every_example_is_seen_once_an_epoch_on_average():
+def test_every_example_is_used_once_per_epoch_on_average():
     """Eight clients on two devices: an epoch is as many steps as four client epochs."""
     batches = data.deal(SPLIT, 2, 8, 0, EVEN, inner_steps=2)
     assert batches.steps_per_epoch == 8
@@ -106,14 +110,14 @@ def test_every_example_is_seen_once_an_epoch_on_average():
     assert abs(counts - epochs).max() < 5 * np.sqrt(4 * epochs * 3 / 16)
 
 
-def test_clients_leave_the_whole_split_on_every_device_and_devices_keep_their_own():
+def test_split_is_replicated_with_clients_and_sharded_without():
     assert deal().axis is None
     assert deal().split is SPLIT
     assert data.deal(SPLIT, 8, 8, 0, EVEN).axis == 0
 
 
 def softmax_regression(params: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The gradient of the mean loss over these examples, in closed form."""
+    """Returns the gradient of the mean loss over these examples, in closed form."""
     outputs = INPUTS[rows] @ params["kernel"] + params["bias"][None]
     probabilities = np.exp(outputs) / np.exp(outputs).sum(axis=1, keepdims=True)
     error = (probabilities - np.eye(3)[LABELS[rows]]) / len(rows)
@@ -121,22 +125,22 @@ def softmax_regression(params: dict[str, np.ndarray], rows: np.ndarray) -> dict[
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_fit_with_clients_is_federated_averaging(epochs):
-    """Against Algorithm 1 of McMahan et al. (2017) as one would write it by hand, in float64."""
+def test_fit_with_clients_equals_federated_averaging(epochs):
+    """Compares with Algorithm 1 of McMahan et al. (2017), written in numpy in float64."""
     batches, learning_rate, rounds = deal(epochs, seed=3), 0.3, 7
     center = {"kernel": np.zeros((4, 3)), "bias": np.zeros(3)}
     for number in range(rounds):
         returned, sizes = [], []
         for rows in batches.draw(number).swapaxes(0, 1):
-            own = center
+            local = center
             for step in rows:
                 if (step >= 0).any():
-                    grads = softmax_regression(own, step[step >= 0])
-                    own = {name: own[name] - learning_rate * grads[name] for name in own}
-            returned.append(own)
+                    grads = softmax_regression(local, step[step >= 0])
+                    local = {name: local[name] - learning_rate * grads[name] for name in local}
+            returned.append(local)
             sizes.append(len(CLIENTS[client_of(rows)]))
         center = {
-            name: np.average([own[name] for own in returned], axis=0, weights=sizes)
+            name: np.average([local[name] for local in returned], axis=0, weights=sizes)
             for name in center
         }
 
@@ -157,8 +161,8 @@ def test_fit_with_clients_is_federated_averaging(epochs):
         seed=3,
         show=False,
     )
-    for name, wanted in center.items():
-        np.testing.assert_allclose(trained.params[name], wanted, rtol=1e-5, atol=1e-7)
+    for name, expected in center.items():
+        np.testing.assert_allclose(trained.params[name], expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +182,7 @@ def test_fit_with_clients_is_federated_averaging(epochs):
         ),
     ],
 )
-def test_partition_that_does_not_fit_is_refused_in_a_sentence(clients, sentence):
+def test_invalid_partition_is_refused(clients, sentence):
     with pytest.raises(InputError, match=f"partition {sentence}"):
         data.deal(SPLIT, 4, 8, 0, clients)
 

@@ -28,19 +28,19 @@ def test_partition_gives_every_example_to_one_replica(name, replicas):
     )
 
 
-def test_iid_parts_are_equal_and_alike():
+def test_iid_parts_have_equal_sizes_and_all_labels():
     counts = partition.count_labels(LABELS, partition.iid(LABELS, 4), 10)
     assert set(counts.sum(axis=1)) == {250}
     assert (counts > 0).all()
 
 
 def test_by_label_leaves_few_labels_on_each_replica():
-    """Two shards touch at most two labels each, less the ends that they share."""
+    """A shard has at most two labels, and each replica has two shards."""
     counts = partition.count_labels(LABELS, partition.by_label(LABELS, 10, shards=2), 10)
     assert (counts > 0).sum(axis=1).max() <= 4
 
 
-def test_dirichlet_goes_from_uneven_to_even_with_alpha():
+def test_dirichlet_parts_are_more_even_with_larger_alpha():
     def unevenness(alpha: float) -> float:
         counts = partition.count_labels(LABELS, partition.dirichlet(LABELS, 4, alpha), 10)
         return float((counts / counts.sum(axis=0)).std())
@@ -49,7 +49,7 @@ def test_dirichlet_goes_from_uneven_to_even_with_alpha():
     assert unevenness(1000.0) < 0.02
 
 
-def test_picture_of_the_partition_says_every_count():
+def test_plot_of_the_partition_shows_every_count():
     parts = partition.dirichlet(LABELS, 4)
     axes = partition.plot(LABELS, parts, [str(i) for i in range(10)]).axes[0]
     assert [int(text.get_text()) for text in axes.texts] == list(
@@ -59,7 +59,7 @@ def test_picture_of_the_partition_says_every_count():
 
 @pytest.mark.parametrize("name", [None, *PARTITIONS])
 @pytest.mark.parametrize("batch_size", [4, 64, 1000])
-def test_epoch_shows_every_example_once(name, batch_size):
+def test_epoch_contains_every_example_once(name, batch_size):
     parts = None if name is None else PARTITIONS[name](4)
     batches = data.deal(SPLIT, 4, batch_size, seed=0, partition=parts)
     for number in range(2):
@@ -67,9 +67,9 @@ def test_epoch_shows_every_example_once(name, batch_size):
         assert epoch.shape == (batches.steps_per_epoch, 4, batch_size // 4)
         seen = []
         for replica in range(4):
-            own = epoch[:, replica]
+            rows = epoch[:, replica]
             inputs = batches.split.inputs if parts is None else batches.split.inputs[replica]
-            seen.append(inputs[own[own >= 0]])
+            seen.append(inputs[rows[rows >= 0]])
         np.testing.assert_array_equal(
             np.sort(np.concatenate(seen), axis=0), np.sort(SPLIT.inputs, axis=0)
         )
@@ -83,19 +83,19 @@ def test_global_batch_is_the_same_on_any_number_of_replicas():
         )
 
 
-def test_short_batch_is_shared_evenly():
+def test_short_batch_is_distributed_evenly():
     """1,000 examples in batches of 48 leave 40 for the last, 10 for each of 4 replicas."""
     last = data.deal(SPLIT, 4, 48, seed=0).draw(0)[-1]
     assert ((last >= 0).sum(axis=1) == 10).all()
 
 
-def test_short_batch_is_filled_up_with_its_own_examples():
-    """Batch statistics see no example of another batch."""
+def test_short_batch_is_padded_with_its_examples():
+    """Batch statistics must not depend on examples of another batch."""
     last = data.deal(SPLIT, 4, 48, seed=0).draw(0)[-1]
     assert set(~last[last < 0]) <= set(last[last >= 0])
 
 
-def test_device_that_has_run_out_repeats_its_own_examples():
+def test_device_without_further_examples_repeats_those_of_its_part():
     parts = [np.arange(990), np.arange(990, 1000)]
     batches = data.deal(SPLIT, 2, 40, seed=0, partition=parts)
     second = batches.draw(0)[:, 1]
@@ -103,7 +103,7 @@ def test_device_that_has_run_out_repeats_its_own_examples():
     assert (rows[..., None, :] == SPLIT.inputs[990:]).all(-1).any(-1).all()
 
 
-def test_order_changes_with_the_seed_and_the_epoch_and_with_nothing_else():
+def test_order_depends_only_on_the_seed_and_the_epoch():
     first = data.deal(SPLIT, 4, 64, seed=0)
     np.testing.assert_array_equal(
         first.steps(20, 40), data.deal(SPLIT, 4, 64, seed=0).steps(20, 40)
@@ -113,32 +113,32 @@ def test_order_changes_with_the_seed_and_the_epoch_and_with_nothing_else():
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 16), (5, 40), (16, 17), (31, 33)])
-def test_steps_go_on_from_one_epoch_to_the_next(start, stop):
+def test_steps_continue_across_epochs(start, stop):
     batches = data.deal(SPLIT, 4, 64, seed=0)
     whole = np.concatenate([batches.draw(number) for number in range(3)])
     np.testing.assert_array_equal(batches.steps(start, stop), whole[start:stop])
 
 
-def test_pieces_cut_the_steps_into_rounds_and_fill_up_the_last():
+def test_index_blocks_contain_rounds_and_pad_the_last_one():
     batches = data.deal(SPLIT, 4, 64, seed=0)
-    cut, rounds = zip(
+    blocks, rounds = zip(
         *data.index_blocks(batches, inner_steps=3, most=2, start=0, stop=14), strict=True
     )
     assert rounds == (2, 2, 1)
-    assert [piece.shape for piece in cut] == [(4, 2, 3, 16)] * 3
-    steps = np.concatenate([np.moveaxis(piece.reshape(4, 6, 16), 0, 1) for piece in cut])
+    assert [block.shape for block in blocks] == [(4, 2, 3, 16)] * 3
+    steps = np.concatenate([np.moveaxis(block.reshape(4, 6, 16), 0, 1) for block in blocks])
     np.testing.assert_array_equal(steps[:14], batches.steps(0, 14))
     assert (steps[14:] == -1).all()
 
 
-def test_digits_are_whole(digits):
+def test_digits_are_complete(digits):
     assert len(digits.train.inputs) + len(digits.test.inputs) == 1797
     assert digits.train.inputs.dtype == np.uint8
     assert digits.train.inputs.max() * digits.scale == 1
     assert "359 of the 1,797" in digits.notes[0]
 
 
-def test_split_that_is_made_is_disjoint_and_always_the_same():
+def test_default_test_split_is_disjoint_and_deterministic():
     first, second = (data.from_arrays(SPLIT.inputs, LABELS) for _ in range(2))
     np.testing.assert_array_equal(first.test.inputs, second.test.inputs)
     both = np.concatenate([first.train.inputs, first.test.inputs])
@@ -203,7 +203,7 @@ BYTES = np.zeros((4, 2), np.uint8)
         ),
     ],
 )
-def test_wrong_arrays_are_refused_in_a_sentence(arrays, sentence):
+def test_invalid_arrays_are_refused(arrays, sentence):
     with pytest.raises(InputError) as caught:
         data.from_arrays(*arrays)
     assert sentence in str(caught.value)
@@ -217,7 +217,7 @@ def test_more_devices_than_examples_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("share_out", "sentence"),
+    ("build", "sentence"),
     [
         (lambda: partition.by_label(LABELS, 4, 251), "label_shards must be from 1 to 250"),
         (lambda: partition.by_label(LABELS, 4, 0), "label_shards must be from 1 to 250"),
@@ -227,12 +227,12 @@ def test_more_devices_than_examples_are_refused():
         ),
     ],
 )
-def test_wrong_partition_is_refused_in_a_sentence(share_out, sentence):
+def test_invalid_partition_is_refused(build, sentence):
     with pytest.raises(InputError, match=sentence):
-        share_out()
+        build()
 
 
-def test_held_out_examples_are_training_examples_that_train_no_more(digits):
+def test_held_out_examples_are_removed_from_the_training_split(digits):
     held = data.hold_out(digits, 0.25, seed=3)
     together = np.concatenate([held.train.inputs, held.validation.inputs]).reshape(-1, 64)
     assert len(held.validation.inputs) == round(0.25 * len(digits.train.inputs))
@@ -243,9 +243,9 @@ def test_held_out_examples_are_training_examples_that_train_no_more(digits):
     assert "held out at random for validation" in held.notes[-1]
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 1e-6])
-def test_share_that_leaves_nothing_is_refused(digits, share):
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1e-6])
+def test_fraction_that_leaves_an_empty_split_is_refused(digits, fraction):
     with pytest.raises(
         InputError, match="validation_fraction must leave some of the 1,438 training examples"
     ):
-        data.hold_out(digits, share)
+        data.hold_out(digits, fraction)

@@ -1,4 +1,4 @@
-"""A digest of an array is of its content, wherever that is kept."""
+"""The digest of an array depends on its content only, in memory and on disk."""
 
 from dataclasses import replace
 from hashlib import sha256
@@ -21,7 +21,7 @@ def test_digest_is_that_of_shape_dtype_and_all_bytes():
 
 @pytest.mark.parametrize("whole", [2**28, 100])
 def test_array_on_disk_has_the_digest_of_the_array_in_memory(tmp_path, monkeypatch, whole):
-    """Whole, and by samples."""
+    """With the digest of the whole array, and with that of samples."""
     monkeypatch.setattr(digests, "WHOLE_BYTES", whole)
     x = RNG.normal(size=(5000, 3)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
@@ -32,7 +32,7 @@ def test_array_on_disk_has_the_digest_of_the_array_in_memory(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("row", [0, 4999])
-def test_samples_of_a_large_array_have_its_ends(monkeypatch, row):
+def test_samples_of_a_large_array_include_both_ends(monkeypatch, row):
     monkeypatch.setattr(digests, "WHOLE_BYTES", 100)
     x = RNG.normal(size=(5000, 3)).astype(np.float32)
     other = x.copy()
@@ -40,7 +40,7 @@ def test_samples_of_a_large_array_have_its_ends(monkeypatch, row):
     assert data.digest(x) != data.digest(other)
 
 
-def test_each_part_of_a_data_set_is_named():
+def test_digest_names_the_changed_part_of_a_data_set():
     x, y = RNG.normal(size=(40, 3)).astype(np.float32), RNG.integers(0, 3, 40)
     small = data.hold_out(data.from_arrays(x, y, x[:10], y[:10]), 0.25)
     parts = [np.arange(15), np.arange(15, 30)]
@@ -59,7 +59,7 @@ def test_each_part_of_a_data_set_is_named():
         "the vocabulary": {"vocabulary": ("a", "b")},
     }
     for name, change in changes.items():
-        now = data.digests_of(replace(small, **change), parts)
-        assert [part for part in before if before[part] != now[part]] == [name]
+        after = data.digests_of(replace(small, **change), parts)
+        assert [part for part in before if before[part] != after[part]] == [name]
     assert data.digests_of(small, tuple(map(list, parts))) == before
     assert data.digests_of(small, parts[::-1])["the partition"] != before["the partition"]

@@ -1,4 +1,4 @@
-"""Arrays that stay in their file are the arrays that are in memory, row by row."""
+"""Memory-mapped arrays give the same rows and data sets as arrays in memory."""
 
 import numpy as np
 import pytest
@@ -17,10 +17,10 @@ def mapped(tmp_path) -> np.memmap:
     return np.load(tmp_path / "rows.npy", mmap_mode="r")
 
 
-PLACES = [np.array([7, 2, 7, 49, -50]), np.array([[3, 4], [5, 3]]), np.zeros(0, int)]
+INDICES = [np.array([7, 2, 7, 49, -50]), np.array([[3, 4], [5, 3]]), np.zeros(0, int)]
 
 
-@pytest.mark.parametrize("rows", [3, -1, slice(None), slice(4, 20, 5), *PLACES], ids=str)
+@pytest.mark.parametrize("rows", [3, -1, slice(None), slice(4, 20, 5), *INDICES], ids=str)
 def test_rows_are_those_of_the_array(mapped, rows):
     array = on_disk("x", mapped)
     np.testing.assert_array_equal(array[rows], ROWS[rows])
@@ -48,22 +48,22 @@ def test_rows_are_those_of_the_array(mapped, rows):
         "every third",
         "backwards",
         "reshaped",
-        "of an example",
-        "rows of examples",
-        "plain",
+        "part of an example",
+        "without first rows",
+        "base array",
         "big-endian",
     ],
 )
-def test_view_of_a_map_is_read_where_it_lies(mapped, view):
+def test_view_of_a_memory_map_is_read_from_disk(mapped, view):
     assert stays_on_disk(view(mapped))
     np.testing.assert_array_equal(np.asarray(on_disk("x", view(mapped))), view(ROWS))
 
 
-def test_copy_of_a_map_is_in_memory(mapped):
+def test_copy_of_a_memory_map_is_in_memory(mapped):
     assert not any(map(stays_on_disk, (mapped.copy(), mapped[np.array([1, 2])], mapped + 1, ROWS)))
 
 
-def test_map_whose_rows_are_not_whole_is_refused(mapped, tmp_path):
+def test_memory_map_without_contiguous_examples_is_refused(mapped, tmp_path):
     np.save(tmp_path / "columns.npy", np.asfortranarray(ROWS))
     columns = np.load(tmp_path / "columns.npy", mmap_mode="r")
     for array in (mapped[:, :, :2], mapped.transpose(2, 1, 0), columns):
@@ -75,7 +75,7 @@ def test_map_whose_rows_are_not_whole_is_refused(mapped, tmp_path):
         data.from_arrays(np.load(tmp_path / "rows.npy", mmap_mode="c"), np.zeros(50, int))
 
 
-def test_pieces_are_the_whole(mapped, monkeypatch):
+def test_slices_cover_the_array(mapped, monkeypatch):
     monkeypatch.setattr(disk, "PIECE_BYTES", 7 * 12)
     found = list(slices(on_disk("x", mapped)))
     assert [first for first, _ in found] == list(range(0, 50, 7))
@@ -83,8 +83,8 @@ def test_pieces_are_the_whole(mapped, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64, np.bool_, ">f4"])
-def test_data_set_on_disk_is_the_one_in_memory(tmp_path, dtype, monkeypatch):
-    """Types, test split, validation split, sequence and scaling."""
+def test_data_set_on_disk_equals_the_one_in_memory(tmp_path, dtype, monkeypatch):
+    """Compares dtypes, splits, sequences and scaling."""
     monkeypatch.setattr(disk, "PIECE_BYTES", 1000)
     np.save(tmp_path / "x.npy", ROWS.astype(dtype))
     np.save(tmp_path / "y.npy", ROWS[:, 0, 0] % 3)
@@ -97,11 +97,11 @@ def test_data_set_on_disk_is_the_one_in_memory(tmp_path, dtype, monkeypatch):
         lambda x: data.hold_out(x, 0.3),
         lambda x: data.as_sequence(x, "rows"),
     ):
-        there, here = change(stored), change(loaded)
-        assert there.classes == here.classes
+        stored_set, loaded_set = change(stored), change(loaded)
+        assert stored_set.classes == loaded_set.classes
         for split in ("train", "test", "validation"):
             for array, expected in zip(
-                getattr(there, split) or (), getattr(here, split) or (), strict=True
+                getattr(stored_set, split) or (), getattr(loaded_set, split) or (), strict=True
             ):
                 assert isinstance(array, DiskArray) == (array.ndim > 1)
                 assert array.dtype == expected.dtype
@@ -114,9 +114,9 @@ def test_data_set_on_disk_is_the_one_in_memory(tmp_path, dtype, monkeypatch):
     )
 
 
-def test_mistake_on_disk_is_found_where_it_is(tmp_path, monkeypatch):
+def test_error_on_disk_names_the_position(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "PIECE_BYTES", 1000)
-    for value, wide, sentence in [
+    for value, dtype, sentence in [
         (
             np.nan,
             np.float32,
@@ -124,14 +124,14 @@ def test_mistake_on_disk_is_found_where_it_is(tmp_path, monkeypatch):
         ),
         (2**40, np.int64, "x_train must fit in int32, got 1099511627776"),
     ]:
-        values = ROWS.astype(wide)
+        values = ROWS.astype(dtype)
         values[41, 2, 1] = value
         np.save(tmp_path / "x.npy", values)
         with pytest.raises(InputError, match=sentence):
             data.from_arrays(np.load(tmp_path / "x.npy", mmap_mode="r"), np.zeros(50, int))
 
 
-def test_file_that_has_become_shorter_is_an_error(mapped):
+def test_truncated_file_is_an_error(mapped):
     array = on_disk("x", mapped)
     with open(mapped.filename, "r+b") as file:
         file.truncate(500)

@@ -27,7 +27,7 @@ def save(folder: Path, stored: str | bytes) -> Path:
 
 
 def examples(dataset) -> dict[tuple[float, ...], str]:
-    """Returns each example's label by its inputs, wherever the split has put it."""
+    """Returns the label of each example of both splits by its inputs."""
     return {
         tuple(example.tolist()): dataset.classes[label]
         for split in (dataset.train, dataset.test)
@@ -35,8 +35,8 @@ def examples(dataset) -> dict[tuple[float, ...], str]:
     }
 
 
-def fault_of(read, *args) -> str:
-    """Returns the sentence that reading ends with."""
+def error_message(read, *args) -> str:
+    """Returns the message of the error that reading raises."""
     with pytest.raises(InputError) as caught:
         read(*args)
     return str(caught.value)
@@ -45,8 +45,8 @@ def fault_of(read, *args) -> str:
 # .npz
 
 
-def test_npz_with_a_test_split_is_used_as_it_is(tmp_path: Path):
-    """Other arrays in the file do no harm."""
+def test_npz_with_a_test_split_is_used_unchanged(tmp_path: Path):
+    """Other arrays in the file are ignored."""
     path = tmp_path / "mine.npz"
     np.savez_compressed(path, x_train=X, y_train=Y, x_test=X + 1, y_test=Y, unrelated=Y)
 
@@ -58,7 +58,7 @@ def test_npz_with_a_test_split_is_used_as_it_is(tmp_path: Path):
     assert (dataset.name, dataset.classes, dataset.notes) == ("mine", ("0", "1", "2"), ())
 
 
-def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
+def test_npz_without_a_test_split_gets_one_and_a_note(tmp_path: Path):
     """Bytes stay bytes."""
     path = tmp_path / "mine.npz"
     np.savez(path, x_train=X.astype(np.uint8), y_train=Y)
@@ -115,19 +115,19 @@ def test_npz_without_a_test_split_gets_one_and_says_so(tmp_path: Path):
         ),
     ],
 )
-def test_npz_without_a_data_set_says_what_is_missing(tmp_path: Path, arrays: dict, fault: str):
-    """The sentence names the file, the array and the rule."""
+def test_npz_without_a_data_set_is_refused(tmp_path: Path, arrays: dict, fault: str):
+    """The error names the file, the array and the rule."""
     path = tmp_path / "mine.npz"
     np.savez(path, **arrays)
 
-    sentence = fault_of(from_npz, path)
+    sentence = error_message(from_npz, path)
 
     assert sentence.startswith(f"data_file {path} ")
     assert fault in sentence
 
 
 class Bomb:
-    """Makes a mark on the disk if anyone unpickles it."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -137,11 +137,11 @@ class Bomb:
 
 
 def test_npz_is_never_unpickled(tmp_path: Path):
-    """A file from a stranger runs no code."""
+    """An untrusted file runs no code."""
     path = tmp_path / "mine.npz"
     np.savez(path, x_train=np.array([Bomb(tmp_path / "exploded")] * 6), y_train=Y)
 
-    sentence = fault_of(from_npz, path)
+    sentence = error_message(from_npz, path)
 
     assert not (tmp_path / "exploded").exists()
     assert sentence == (
@@ -194,21 +194,21 @@ WHOLE = npz_bytes(x_train=npy_bytes(X), y_train=npy_bytes(Y))
         ),
     ],
 )
-def test_damaged_npz_is_said_in_a_sentence(tmp_path: Path, stored: bytes, fault: str):
-    """No trace of zip or numpy internals is left to the user."""
+def test_damaged_npz_is_refused(tmp_path: Path, stored: bytes, fault: str):
+    """The error contains no internals of zipfile or numpy."""
     path = save(tmp_path, stored)
-    sentence = fault_of(from_npz, path)
+    sentence = error_message(from_npz, path)
     assert sentence.startswith(f"data_file {path} {fault}")
     assert "); save " in sentence or "array; save " in sentence
 
 
 @pytest.mark.parametrize("read", [from_npz, from_csv])
-def test_path_that_is_no_file_is_named(tmp_path: Path, read):
+def test_path_that_is_not_a_file_is_refused(tmp_path: Path, read):
     """The errors for an absent file and for a folder differ."""
     # `from_npz` reads a folder, too.
     folder = [(tmp_path, "it is a folder, not a regular file")] if read is from_csv else []
     for path, reason in [(tmp_path / "absent", "No such file or directory"), *folder]:
-        assert fault_of(read, path) == (
+        assert error_message(read, path) == (
             f"data_file {path} cannot be opened ({reason}); pass the path of a readable file."
         )
 
@@ -228,8 +228,8 @@ def test_path_that_is_no_file_is_named(tmp_path: Path, read):
         pytest.param(IRIS.partition("\n")[2], id="no header"),
     ],
 )
-def test_table_is_read_however_it_is_written(tmp_path: Path, stored: str):
-    """All these spellings are one table."""
+def test_all_spellings_of_a_table_are_equivalent(tmp_path: Path, stored: str):
+    """All these files contain the same table."""
     dataset = from_csv(str(save(tmp_path, stored)))
 
     assert examples(dataset) == {
@@ -250,7 +250,7 @@ def test_features_of_the_training_split_are_standardized(tmp_path: Path):
     np.testing.assert_allclose(seen.std(axis=0), 1, atol=1e-6)
 
 
-def test_what_was_decided_is_noted(tmp_path: Path):
+def test_decisions_are_noted(tmp_path: Path):
     """A first line taken for a header is noted, because it could be an example."""
     named, split, standardized = from_csv(save(tmp_path, IRIS)).notes
     assert named == "Line 1 contains the column names; the labels are in the column 'species'."
@@ -264,7 +264,7 @@ def test_what_was_decided_is_noted(tmp_path: Path):
 
 
 def test_label_column_is_chosen_by_name(tmp_path: Path):
-    """It may stand anywhere."""
+    """It may be at any position."""
     path = save(tmp_path, "kind,a,b\nx,1,2\ny,3,4\nx,5,6\n")
     assert examples(from_csv(path, "kind")) == {(1, 2): "x", (3, 4): "y", (5, 6): "x"}
 
@@ -276,7 +276,7 @@ def test_one_word_among_the_features_makes_a_header(tmp_path: Path):
 
 
 def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path):
-    """Two spellings of one number are one class, called as it was spelled first."""
+    """Two spellings of one number are one class, named by the first spelling."""
     rows = "1,10\n2,9\n3,-1\n4,9.0\n"
     dataset = from_csv(save(tmp_path, rows))
     assert dataset.classes == ("-1", "9", "10")
@@ -284,7 +284,7 @@ def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path):
 
 
 def test_words_and_numbers_as_labels_are_sorted_as_words(tmp_path: Path):
-    """One word makes words of all; nan is one."""
+    """If one label is a word, all are; nan is a word."""
     assert from_csv(save(tmp_path, "1,10\n2,9\n3,none\n4,nan\n")).classes == (
         "10",
         "9",
@@ -367,33 +367,33 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
         ),
     ],
 )
-def test_cell_at_fault_is_named(tmp_path: Path, stored: str | bytes, fault: str):
+def test_error_names_the_invalid_cell(tmp_path: Path, stored: str | bytes, fault: str):
     """The error names the line, the column and the correction."""
     path = save(tmp_path, stored)
-    assert fault_of(from_csv, path).startswith(f"data_file {path} {fault}")
+    assert error_message(from_csv, path).startswith(f"data_file {path} {fault}")
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
 @pytest.mark.parametrize("read", [from_csv, data.from_text])
-def test_compressed_file_is_named_as_such(tmp_path: Path, compress, read):
-    """And not taken for another encoding."""
+def test_compressed_file_is_refused(tmp_path: Path, compress, read):
+    """The error names the compression, and not an encoding."""
     path = save(tmp_path, compress(IRIS.encode()))
     kind = {gzip.compress: "gzip", bz2.compress: "bzip2", lzma.compress: "xz"}[compress]
     way_out = "decompress it, or save it as plain text in UTF-8."
-    assert fault_of(read, path) == f"data_file {path} is compressed ({kind}); {way_out}"
+    assert error_message(read, path) == f"data_file {path} is compressed ({kind}); {way_out}"
 
 
-def test_archive_is_no_table(tmp_path: Path):
-    """Such as a spreadsheet."""
+def test_archive_is_refused(tmp_path: Path):
+    """Spreadsheets are archives, too."""
     np.savez_compressed(tmp_path / "mine.npz", x_train=X)
-    assert "is compressed (zip, as .npz and .xlsx files are); decompress" in fault_of(
+    assert "is compressed (zip, as .npz and .xlsx files are); decompress" in error_message(
         from_csv, tmp_path / "mine.npz"
     )
 
 
-def test_misspelled_label_column_is_corrected(tmp_path: Path):
-    """The sentence lists the columns and suggests one."""
-    sentence = fault_of(from_csv, save(tmp_path, IRIS), "specie")
+def test_misspelled_label_column_is_refused_with_a_suggestion(tmp_path: Path):
+    """The error lists the columns and suggests one."""
+    sentence = error_message(from_csv, save(tmp_path, IRIS), "specie")
     assert sentence == (
         "label_column must be one of length, width, species, got 'specie'; did you mean 'species'?"
     )
@@ -409,9 +409,9 @@ def test_csv_with_measurements_for_labels_is_refused(tmp_path):
 
 
 def test_label_column_needs_a_header(tmp_path: Path):
-    """Without names there is nothing to choose by."""
+    """Without a header, columns have no names."""
     path = save(tmp_path, "1,2,x\n3,4,y\n")
-    assert fault_of(from_csv, path, "species") == (
+    assert error_message(from_csv, path, "species") == (
         f"label_column must be the name of a column, got 'species', but {path} has no header line; "
         "add one, or move the labels to the last column and omit this option."
     )
@@ -443,8 +443,8 @@ def test_large_arrays_stay_in_their_file(tmp_path, monkeypatch, kind):
         np.testing.assert_array_equal(np.asarray(array), expected)
 
 
-@pytest.mark.parametrize("how", ["compressed", "by columns"])
-def test_large_array_that_cannot_stay_in_its_file_is_loaded_and_said(tmp_path, monkeypatch, how):
+@pytest.mark.parametrize("how", ["compressed", "column-major"])
+def test_large_array_that_cannot_stay_in_its_file_is_loaded_and_noted(tmp_path, monkeypatch, how):
     x = np.arange(600).reshape(50, 3, 4)
     save, x = (np.savez_compressed, x) if how == "compressed" else (np.savez, np.asfortranarray(x))
     save(tmp_path / "arrays.npz", x_train=x, y_train=np.arange(50) % 3)
@@ -465,7 +465,7 @@ def test_folder_without_the_arrays_is_refused(tmp_path):
         data.from_npz(tmp_path)
 
 
-def test_large_array_that_is_cut_off_is_damaged(tmp_path, monkeypatch):
+def test_truncated_large_array_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "STREAMED_FROM", 1)
     np.save(tmp_path / "x_train.npy", np.zeros((50, 20)))
     np.save(tmp_path / "y_train.npy", np.zeros(50, int))

@@ -19,7 +19,7 @@ LINES = 60
 X = RNG.normal(size=(LINES, 4)).round(4)
 WORDS = [["setosa", "versicolor", "virginica"][line % 3] for line in range(LINES)]
 MIXED = [line * 7 % LINES for line in range(LINES)]
-"""The numbers of the lines, shuffled."""
+"""Line numbers, shuffled."""
 
 
 def write(folder: Path, header: str | None, *columns) -> Path:
@@ -29,20 +29,20 @@ def write(folder: Path, header: str | None, *columns) -> Path:
     return path
 
 
-def fault(*arguments) -> str:
+def error_message(*arguments) -> str:
     with pytest.raises(InputError) as caught:
         from_csv(*arguments)
     return str(caught.value)
 
 
 def all_inputs(dataset: ctde.data.Dataset) -> np.ndarray:
-    """The inputs of both splits, in a fixed order."""
+    """Returns the inputs of both splits, in a fixed order."""
     both = np.concatenate([dataset.train.inputs, dataset.test.inputs])
     return both[np.lexsort(both.T)]
 
 
 PIXELS = [RNG.permutation(LINES) % 17 for _ in range(64)]
-"""Columns that have every number from 0 to 16."""
+"""Columns that contain every number from 0 to 16."""
 
 CYCLE = [line % 3 for line in range(LINES)]
 SOME_WHOLE = [
@@ -92,7 +92,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_header_is_no_example(tmp_path, name):
+def test_header_is_not_an_example(tmp_path, name):
     header, columns = HEADERS[name]
     dataset = from_csv(write(tmp_path, header, *columns))
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == LINES
@@ -106,8 +106,8 @@ def test_header_is_no_example(tmp_path, name):
 NO_HEADERS = {
     "decimals": [*X.T, WORDS],
     "first label occurs once": [*X.T, ["rare", *WORDS[1:]]],
-    "a table of truth": [[0, 0, 1, 1], [1, 0, 0, 1], ["odd", "even", "odd", "even"]],
-    "a table of truth in numbers": [[0, 0, 1, 1], [1, 0, 0, 1], [1, 0, 1, 0]],
+    "truth table": [[0, 0, 1, 1], [1, 0, 0, 1], ["odd", "even", "odd", "even"]],
+    "truth table of numbers": [[0, 0, 1, 1], [1, 0, 0, 1], [1, 0, 1, 0]],
     "integers": [MIXED, MIXED[::-1], WORDS],
     "rankings": [*np.array([np.roll([3, 1, 0, 4, 2], line % 5) for line in range(LINES)]).T],
     "counts, the largest first": [
@@ -125,7 +125,7 @@ NO_HEADERS = {
 
 
 @pytest.mark.parametrize("name", NO_HEADERS)
-def test_first_example_is_no_header(tmp_path, name):
+def test_first_example_is_not_a_header(tmp_path, name):
     columns = NO_HEADERS[name]
     dataset = from_csv(write(tmp_path, None, *columns))
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == len(columns[-1])
@@ -165,17 +165,17 @@ def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence
 
 
 def test_named_label_column_makes_the_first_line_a_header(tmp_path):
-    """Whatever else it looks like."""
+    """Even if the line looks like an example."""
     dataset = from_csv(write(tmp_path, "0,1,5", MIXED, MIXED[::-1], [5, *[0, 1] * 29, 1]), "5")
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == LINES
     numbered = write(tmp_path, "0,1,2,3,label", *X.T, WORDS)
     assert from_csv(numbered, "label").classes == ("setosa", "versicolor", "virginica")
 
 
-def test_missing_cell_in_the_first_line_makes_no_header_of_an_example(tmp_path):
+def test_missing_cell_does_not_make_an_example_a_header(tmp_path):
     for missing in ("", "NA", "?"):
         path = write(tmp_path, None, [missing, *X[1:, 0]], X[:, 1], WORDS)
-        assert "in line 1, column 1, which is not a finite float32 number" in fault(path)
+        assert "in line 1, column 1, which is not a finite float32 number" in error_message(path)
 
 
 @pytest.mark.parametrize("name", ["", "Unnamed: 0", "Unnamed: 0.1"])
@@ -216,7 +216,7 @@ def test_column_that_numbers_the_lines_is_left_out(tmp_path, start):
         (None, range(LINES)),
     ],
 )
-def test_column_like_an_identifier_is_kept_and_named(tmp_path, header, column):
+def test_column_like_an_identifier_is_kept_and_noted(tmp_path, header, column):
     dataset = from_csv(write(tmp_path, header, column, X[:, 0], WORDS))
     assert dataset.train.inputs.shape[1] == 2
     name = "1" if header is None else repr(header.split(",")[0])
@@ -226,12 +226,12 @@ def test_column_like_an_identifier_is_kept_and_named(tmp_path, header, column):
     )
 
 
-def test_column_that_gives_the_label_away_is_named(tmp_path):
-    of_length = [len(word) for word in WORDS]
+def test_column_that_determines_the_label_is_noted(tmp_path):
+    lengths = [len(word) for word in WORDS]
     for code, is_named in (
-        (of_length, True),
-        (np.minimum(of_length, 9), False),
-        ([*of_length[:-1], 8], False),
+        (lengths, True),
+        (np.minimum(lengths, 9), False),
+        ([*lengths[:-1], 8], False),
     ):
         notes = from_csv(write(tmp_path, "code,a,y", code, X[:, 0], WORDS)).notes
         assert (
@@ -244,7 +244,7 @@ def test_column_that_gives_the_label_away_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("value", [0, 0.1, 1e30])
-def test_constant_column_is_named_and_stays_finite(tmp_path, value):
+def test_constant_column_is_noted_and_stays_finite(tmp_path, value):
     dataset = from_csv(write(tmp_path, "a,b,y", [value] * LINES, X[:, 0], WORDS))
     assert f"The column 'a' is '{value}' in every line, so it has no effect." in dataset.notes
     seen = (dataset.train.inputs - dataset.shift) * dataset.scale
@@ -260,8 +260,8 @@ def test_feature_that_is_constant_in_training_has_a_scale_of_0():
 
 
 MERGED = {
-    "moments of a minute": [1_700_000_000 + line for line in MIXED],
-    "moments of an hour": [1_700_000_000 + 60 * line for line in MIXED],
+    "timestamps of a minute": [1_700_000_000 + line for line in MIXED],
+    "timestamps of an hour": [1_700_000_000 + 60 * line for line in MIXED],
     "identifiers above 2^53": [2**53 + line for line in MIXED],
     "identifiers above 2^60": [2**60 + line for line in MIXED],
     "money": [f"{12345678 + line}.50" for line in MIXED],
@@ -271,28 +271,28 @@ MERGED = {
 
 @pytest.mark.parametrize("name", MERGED)
 def test_column_that_float32_merges_is_refused(tmp_path, name):
-    sentence = fault(write(tmp_path, "a,time,y", X[:, 0], MERGED[name], WORDS))
+    sentence = error_message(write(tmp_path, "a,time,y", X[:, 0], MERGED[name], WORDS))
     assert "in column 'time', which are equal in float32; subtract the minimum, " in sentence
-    assert f"{MERGED[name][0]!s}" in sentence, "the smallest is that of the first line"
+    assert f"{MERGED[name][0]!s}" in sentence, "the error must contain the number of the first line"
 
 
-def test_way_out_of_merged_numbers_keeps_them_apart(tmp_path):
+def test_numbers_without_their_minimum_stay_distinct(tmp_path):
     dataset = from_csv(write(tmp_path, "a,time,y", X[:, 0], MIXED, WORDS))
     assert len(np.unique(all_inputs(dataset)[:, 1])) == LINES
 
 
-def test_merging_that_hardly_matters_is_noted(tmp_path):
-    """Moments of a year, two of them in one second step of float32."""
-    moments = [1_700_000_000 + 500_000 * line for line in MIXED]
-    moments[1] = moments[0] + 1
-    dataset = from_csv(write(tmp_path, "time,y", moments, WORDS))
+def test_negligible_rounding_to_float32_is_noted(tmp_path):
+    """Timestamps of a year, two of which are equal in float32."""
+    timestamps = [1_700_000_000 + 500_000 * line for line in MIXED]
+    timestamps[1] = timestamps[0] + 1
+    dataset = from_csv(write(tmp_path, "time,y", timestamps, WORDS))
     (note,) = (
         note
         for note in dataset.notes
         if "become equal in float32 in the column 'time'; the rounding error" in note
     )
-    rounded = np.array(moments, np.float32).astype(float)
-    right = np.abs(rounded - moments).max() / np.std(moments)
+    rounded = np.array(timestamps, np.float32).astype(float)
+    right = np.abs(rounded - timestamps).max() / np.std(timestamps)
     assert f"is at most {right:.0e} of the standard deviation." in note
 
 
@@ -312,19 +312,19 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_whole_numbers_that_measure_are_no_classes(tmp_path, name):
-    sentence = fault(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
+def test_integer_measurements_are_refused_as_classes(tmp_path, name):
+    sentence = error_message(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
     assert (
         "distinct integers in 60 lines, which look like measurements, not classes; pass the column"
     ) in sentence
 
 
-def test_words_of_which_most_lines_have_another_are_no_classes(tmp_path):
-    """Such as dates, with a column of words before them that holds the classes."""
+def test_mostly_distinct_words_are_refused_as_classes(tmp_path):
+    """Dates are refused; the column of words before them has the classes."""
     # The last day has one line, and the others have two.
     days = [f"2024-01-{line // 2 + 1:02d}" for line in range(31)]
     path = write(tmp_path, "a,kind,day", X[:31, 0], WORDS[:31], days)
-    assert fault(path) == (
+    assert error_message(path) == (
         f"data_file {path} has labels such as '2024-01-01' in column 'day', 16 distinct ones in 31 "
         "lines, which look like dates or names, not classes; pass the column that contains the "
         "classes as label_column (--label-column), or group the labels into fewer classes."
@@ -335,7 +335,7 @@ def test_words_of_which_most_lines_have_another_are_no_classes(tmp_path):
 @pytest.mark.parametrize(
     "labels", [[0, 10, 20, 30, 40] * 2, [3, 5] * 5, [7] * 9 + [8], list("abcde") * 2, range(1, 6)]
 )
-def test_few_classes_of_few_examples_are_classes(tmp_path, labels):
+def test_few_labels_of_few_examples_are_classes(tmp_path, labels):
     assert len(from_csv(write(tmp_path, "a,y", X[: len(labels), 0], labels)).classes) == len(
         set(labels)
     )
@@ -349,7 +349,7 @@ def test_numbered_classes_of_two_examples_each_are_classes(tmp_path):
 
 
 @pytest.mark.parametrize("different", [20, 21])
-def test_many_whole_numbers_that_become_classes_are_noted(tmp_path, different):
+def test_many_distinct_integers_used_as_classes_are_noted(tmp_path, different):
     dataset = from_csv(
         write(tmp_path, "a,age", X[:, 0], [line % different for line in range(LINES)])
     )
@@ -369,15 +369,15 @@ def test_codes_with_leading_zeros_are_words(tmp_path):
     )
 
 
-def test_class_that_only_the_test_split_has_is_named(tmp_path):
+def test_class_without_training_examples_is_noted(tmp_path):
     labels = ["usual"] * 9 + ["rare"]
     # Two of the ten lines are test examples, so the rare class is one of them in two of ten files.
     notes = [
         from_csv(write(tmp_path, "a,y", X[:10, 0], labels[k:] + labels[:k])).notes
         for k in range(10)
     ]
-    wanted = "The test split has examples of the classes rare, but the training split has none."
-    assert sum(wanted in each for each in notes) == 2
+    expected = "The test split has examples of the classes rare, but the training split has none."
+    assert sum(expected in each for each in notes) == 2
 
 
 @pytest.mark.parametrize(
@@ -425,14 +425,14 @@ def test_class_that_only_the_test_split_has_is_named(tmp_path):
         (",y\n1,x\n2,z\n", "has no column of features"),
     ],
 )
-def test_table_that_cannot_be_used_is_refused_with_a_way_out(tmp_path, content, sentence):
+def test_unusable_table_is_refused(tmp_path, content, sentence):
     (tmp_path / "t.csv").write_text(content)
-    assert sentence in fault(tmp_path / "t.csv")
+    assert sentence in error_message(tmp_path / "t.csv")
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """A model of a table with an index, and its bundle."""
+def trained_and_bundle(tmp_path_factory):
+    """Returns a model of a table with an index, and its bundle."""
     folder = tmp_path_factory.mktemp("table")
     data = from_csv(write(folder, ",a,b,c,d,species", range(LINES), *X.T, WORDS))
     options = {"devices": jax.devices()[:1], "batch_size": 24, "epochs": 1, "show": False}
@@ -456,24 +456,24 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_node_finds_the_features_by_their_names(learned, tmp_path, name):
-    trained, bundle = learned
+def test_node_finds_the_features_by_their_names(trained_and_bundle, tmp_path, name):
+    trained, bundle = trained_and_bundle
     header, columns = FILES[name]
     read = node_inputs.read([write(tmp_path, header, *columns)], bundle.card)
     predict = ctde.bundle.load(bundle, "numpy")
     np.testing.assert_allclose(predict(read.inputs), trained.predict(X), atol=1e-5)
 
 
-def test_node_refuses_a_table_without_a_feature(learned, tmp_path):
+def test_node_refuses_a_table_without_a_feature(trained_and_bundle, tmp_path):
     with pytest.raises(
         InputError, match=r"has no column 'd'; name its columns like those of the training table"
     ):
-        node_inputs.read([write(tmp_path, "a,b,c,e", *X.T)], learned[1].card)
+        node_inputs.read([write(tmp_path, "a,b,c,e", *X.T)], trained_and_bundle[1].card)
 
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
-    """The card of a model of a table whose columns have numbers for names."""
+    """Returns the card of a model of a table whose column names are numbers."""
     folder = tmp_path_factory.mktemp("numbered")
     data = from_csv(write(folder, "0,1,2,3,label", *PIXELS[:4], WORDS))
     options = {"devices": jax.devices()[:1], "batch_size": 24, "epochs": 1, "show": False}
@@ -483,9 +483,7 @@ def numbered(tmp_path_factory):
 
 @pytest.mark.parametrize("header", ["1,2,3,4", "7,8,9,10", "0,2,3,9", "1,2,3,4,label", "0,1,2,4"])
 @pytest.mark.parametrize("decimals", [False, True])
-def test_node_takes_no_other_numbers_of_columns_for_an_example(
-    numbered, tmp_path, header, decimals
-):
+def test_node_refuses_other_column_numbers(numbered, tmp_path, header, decimals):
     columns = [*(X.T if decimals else PIXELS[:4]), WORDS][: len(header.split(","))]
     with pytest.raises(
         InputError, match=r"has no column '\d'.*; name its columns like those of the training table"
@@ -493,14 +491,14 @@ def test_node_takes_no_other_numbers_of_columns_for_an_example(
         node_inputs.read([write(tmp_path, header, *columns)], numbered)
 
 
-def test_node_leaves_out_column_numbers_where_the_model_has_no_names(numbered, tmp_path):
+def test_node_skips_column_numbers_if_the_model_has_no_names(numbered, tmp_path):
     path = write(tmp_path, "1,2,3,4", *PIXELS[:4])
     read = node_inputs.read([path], dataclasses.replace(numbered, columns=()))
     np.testing.assert_array_equal(read.inputs, np.array(PIXELS[:4]).T)
 
 
 @pytest.mark.parametrize("first", [[3, 1, 4, 2], [1, 2, 3, 5], [1, 2, 3, 4]])
-def test_node_takes_whole_numbers_for_an_example(numbered, tmp_path, first):
+def test_node_reads_integers_as_an_example(numbered, tmp_path, first):
     rows = np.array([first, [5, 2, 7, 1], [2, 3, 4, 5]])
     read = node_inputs.read(
         [write(tmp_path, None, *rows.T)], dataclasses.replace(numbered, columns=())
@@ -511,7 +509,7 @@ def test_node_takes_whole_numbers_for_an_example(numbered, tmp_path, first):
 @pytest.mark.parametrize("header", [None, ",w,x,y,z"])
 @pytest.mark.parametrize("lines", [1, 2, LINES])
 @pytest.mark.parametrize("start", [0, 1])
-def test_node_refuses_an_index_in_the_place_of_a_feature(numbered, tmp_path, lines, start, header):
+def test_node_refuses_an_index_instead_of_a_feature(numbered, tmp_path, lines, start, header):
     path = write(tmp_path, header, range(start, lines + start), *X[:lines].T)
     with pytest.raises(
         InputError,
@@ -521,7 +519,7 @@ def test_node_refuses_an_index_in_the_place_of_a_feature(numbered, tmp_path, lin
 
 
 @pytest.mark.parametrize("lines", [1, 2, LINES])
-def test_node_takes_a_feature_that_counts_before_labels(numbered, tmp_path, lines):
+def test_node_accepts_a_feature_that_numbers_the_lines_if_labels_follow(numbered, tmp_path, lines):
     path = write(tmp_path, None, range(lines), *X[:lines, :3].T, WORDS[:lines])
     read = node_inputs.read([path], numbered, labeled=True)
     np.testing.assert_array_equal(read.inputs[:, 0], range(lines))

@@ -15,7 +15,7 @@ SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "text" / "tinyshak
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Returns where the user's text is."""
+    """Returns the path of the user's text."""
     return tmp_path / "mine.txt"
 
 
@@ -25,8 +25,8 @@ def load(path: Path, stored: str | bytes, *window: int) -> Dataset:
     return from_text(path, *window)
 
 
-def fault_of(path: Path, stored: str | bytes, *window: int) -> str:
-    """Returns the sentence that loading ends with."""
+def error_message(path: Path, stored: str | bytes, *window: int) -> str:
+    """Returns the message of the error that loading raises."""
     with pytest.raises(InputError) as caught:
         load(path, stored, *window)
     return str(caught.value)
@@ -57,7 +57,7 @@ def test_every_character_is_predicted_once_by_default(path: Path):
         )
 
 
-def test_tokens_stay_tokens_on_the_way_to_the_model(path: Path):
+def test_tokens_are_not_converted_or_scaled(path: Path):
     data = load(path, TEXT, 10)
     arrays = (*data.train, *data.test, data.shift, data.scale)
     assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
@@ -71,7 +71,7 @@ def test_vocabulary_is_the_sorted_characters_of_the_whole_text(path: Path):
     assert repr(data) == "Dataset('mine', 24 training and 2 test examples, 3 characters)"
 
 
-def test_text_survives_encoding_and_decoding():
+def test_decoding_inverts_encoding():
     vocabulary = tuple(sorted(set(TEXT)))
     tokens = encode(TEXT, vocabulary)
     assert tokens.dtype == np.int32
@@ -99,7 +99,7 @@ def test_token_outside_the_vocabulary_is_named(token: int):
 @pytest.mark.parametrize("stride", [1, 3, 4, 5, 6, 9])
 @pytest.mark.parametrize("characters", [60, 61, 62, 63, 99])
 def test_characters_that_no_window_covers_are_counted(path: Path, characters: int, stride: int):
-    """The count is that of the places that occur in no input and no label."""
+    """The count is that of the positions that occur in no input and no label."""
     text = "".join(map(chr, range(0x4E00, 0x4E00 + characters)))  # each character occurs once
     data = load(path, text, 4, stride)
 
@@ -121,7 +121,7 @@ def test_characters_that_no_window_covers_are_counted(path: Path, characters: in
     assert left_out == ([unused] if train_unused or test_unused else [])
 
 
-def test_byte_order_mark_is_no_character(path: Path):
+def test_byte_order_mark_is_not_a_character(path: Path):
     assert load(path, b"\xef\xbb\xbf" + b"ab" * 50, 4).vocabulary == ("a", "b")
 
 
@@ -161,13 +161,13 @@ def test_byte_order_mark_is_no_character(path: Path):
         ),
     ],
 )
-def test_text_of_no_use_is_said_in_a_sentence(
+def test_unusable_text_is_refused(
     path: Path, stored: str | bytes, window: tuple[int, ...], fault: str
 ):
-    assert fault_of(path, stored, *window).startswith(f"data_file {path} {fault}")
+    assert error_message(path, stored, *window).startswith(f"data_file {path} {fault}")
 
 
-def test_longest_window_that_is_named_does(path: Path):
+def test_longest_window_in_the_error_message_works(path: Path):
     assert len(load(path, "ab" * 50, 9).test.inputs) == 1
 
 
@@ -181,12 +181,12 @@ def test_file_that_cannot_be_opened_is_named(path: Path):
 @pytest.mark.parametrize(
     ("window", "fault"), [((0,), "length must be at least 1"), ((4, 0), "stride must be at least")]
 )
-def test_window_of_no_size_is_refused(path: Path, window: tuple[int, ...], fault: str):
-    assert fault_of(path, "ab" * 50, *window).startswith(fault)
+def test_window_or_stride_of_zero_is_refused(path: Path, window: tuple[int, ...], fault: str):
+    assert error_message(path, "ab" * 50, *window).startswith(fault)
 
 
 @pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="the text is not in ../shared/data/text")
-def test_shakespeare_has_the_65_characters_that_the_world_knows():
+def test_shakespeare_has_65_characters():
     data = from_text(SHAKESPEARE)
     assert (
         repr(data)

@@ -1,4 +1,4 @@
-"""Integer inputs, such as the tokens of a text, reach the model as they are."""
+"""Integer inputs, such as the tokens of a text, reach the model unchanged."""
 
 import flax.nnx
 import jax
@@ -15,7 +15,7 @@ INPUTS, NEXT = TOKENS[:, :-1], TOKENS[:, 1:]
 
 
 class Bigram(flax.nnx.Module):
-    """Knows the next token from the last one alone."""
+    """Predicts the next token from the last one only."""
 
     def __init__(self, rngs: flax.nnx.Rngs):
         # Raises for inputs that are not integers.
@@ -31,7 +31,7 @@ def mean_cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16])
-def test_tokens_reach_the_model_as_they_are(kind):
+def test_tokens_reach_the_model_unchanged(kind):
     data = ctde.data.from_arrays(INPUTS.astype(kind), NEXT.astype(kind))
     model = ctde.models.from_nnx(Bigram)
     raw = ctde.models.with_raw_inputs(model, data.shift, data.scale)
@@ -44,9 +44,9 @@ def test_tokens_reach_the_model_as_they_are(kind):
     assert data.classes == ()
 
 
-def test_next_token_is_learned_as_well_as_counting_does():
+def test_bigram_model_reaches_the_conditional_entropy():
     """A bigram model reaches the conditional entropy of the next token, computed from counts."""
-    # The next token is one of two.
+    # There are two possible next tokens.
     tokens = (np.cumsum(TOKENS % 2 + 1, axis=1) % VOCABULARY).astype(np.int32)
     inputs, following = tokens[:, :-1], tokens[:, 1:]
     data = ctde.data.from_arrays(inputs, following, inputs, following)
@@ -65,13 +65,13 @@ def test_next_token_is_learned_as_well_as_counting_does():
 
     counts = np.zeros((VOCABULARY, VOCABULARY))
     np.add.at(counts, (inputs, following), 1)
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    entropy = -(counts * np.log(np.where(shares > 0, shares, 1))).sum() / counts.sum()
+    probabilities = counts / counts.sum(axis=1, keepdims=True)
+    entropy = -(counts * np.log(np.where(probabilities > 0, probabilities, 1))).sum() / counts.sum()
     assert entropy < 0.75
     np.testing.assert_allclose(trained.history[-1]["loss"], entropy, atol=0.005)
 
 
-def test_whole_numbers_are_measurements_to_a_dense_layer():
+def test_integers_equal_floats_in_a_dense_layer():
     """Integers give the same result as the same table in floating point."""
     integers = ctde.data.from_arrays(INPUTS, INPUTS[:, 0])
     floats = ctde.data.from_arrays(INPUTS.astype(np.float32), INPUTS[:, 0])
@@ -109,12 +109,12 @@ def test_integers_can_be_standardized():
         ),
     ],
 )
-def test_wrong_tokens_are_refused_in_a_sentence(arrays, sentence):
+def test_invalid_tokens_are_refused(arrays, sentence):
     with pytest.raises(InputError) as caught:
         ctde.data.from_arrays(*arrays)
     assert sentence in str(caught.value)
 
 
-def test_label_outside_the_vocabulary_is_found():
+def test_label_outside_the_vocabulary_is_refused():
     with pytest.raises(InputError, match=r"y_train must be from 0 to 3, .* got 4 for example"):
         ctde.data.from_arrays(INPUTS, NEXT, classes=tuple("abcd"))

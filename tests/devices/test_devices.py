@@ -47,8 +47,8 @@ def test_fake_devices_survive_two_thousand_asynchronous_steps(count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4, 8, 16])
-def test_fake_devices_survive_two_thousand_training_rounds_that_nobody_waits_for(count):
-    """The real round, one a dispatch, with nothing fetched before the end."""
+def test_fake_devices_survive_two_thousand_asynchronous_rounds(count):
+    """One training round per dispatch; nothing is fetched before the end."""
     program = f"""
 import ctde_jax, jax, numpy as np, optax
 from ctde_jax.devices import replica
@@ -74,8 +74,8 @@ print("survived", int(here.step), "rounds")
     assert run(program) == "survived 2000 rounds\n"
 
 
-def test_second_start_finds_the_programs_of_the_first(monkeypatch, tmp_path):
-    """In the user's cache folder, or in the folder that is set in JAX."""
+def test_second_start_loads_programs_from_the_cache(monkeypatch, tmp_path):
+    """The cache is in the user's cache folder, or in the folder that JAX is configured with."""
     program = """
 import ctde_jax, jax
 ctde_jax.devices.start(2)
@@ -84,7 +84,7 @@ jax.monitoring.register_event_listener(lambda event, **facts: found.append(event
 jax.jit(lambda x: x * 2 + 1)(3.0)
 print(jax.config.jax_compilation_cache_dir, "cache_hits" in found)
 """
-    own = str(tmp_path / "own")
+    custom = str(tmp_path / "own")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -93,11 +93,11 @@ print(jax.config.jax_compilation_cache_dir, "cache_hits" in found)
 
     assert [start[1] for start in starts] == ["False", "True"]
     assert starts[0][0].startswith(str(tmp_path / "ctde_jax" / "programs"))
-    assert run(program, JAX_COMPILATION_CACHE_DIR=own).split()[0] == own
+    assert run(program, JAX_COMPILATION_CACHE_DIR=custom).split()[0] == custom
 
 
-def test_backend_that_is_already_up_is_started_anew():
-    """As in a notebook that has used JAX before; its arrays stay readable."""
+def test_running_backend_is_restarted():
+    """A notebook may have used JAX before; its arrays stay readable."""
     program = """
 import jax, jax.numpy as jnp
 old = jnp.arange(3.0)
@@ -115,9 +115,9 @@ assert old.sum() == 3
         ("", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "2"}),
         ("import jax; jax.config.update('jax_num_cpu_devices', 4)", {}),
     ],
-    ids=["by a flag", "by JAX's own option"],
+    ids=["by XLA_FLAGS", "by jax_num_cpu_devices"],
 )
-def test_backend_with_enough_devices_but_too_few_threads_is_started_anew(before, environment):
+def test_backend_with_too_few_threads_is_restarted(before, environment):
     program = """
 import jax, jax.numpy as jnp
 assert len(jax.devices()) == 4
@@ -127,7 +127,7 @@ COUNT = len(ctde_jax.devices.start(4))
     assert "survived on 4 devices" in run(before + program + LOOP, **environment)
 
 
-def test_without_accelerators_one_cpu_device_is_the_default_and_commands_ask_for_four():
+def test_default_without_accelerators_is_one_cpu_device_or_four_in_commands():
     program = """
 from ctde_jax import devices
 print(len(devices.start()), len(devices.start(cpu_devices=devices.FAKE_DEVICES)), \
@@ -136,7 +136,7 @@ len(devices.start(2, 4)))
     assert run(program) == "1 4 2\n"
 
 
-def test_fit_without_devices_takes_one_cpu_device():
+def test_fit_without_devices_uses_one_cpu_device():
     program = """
 import ctde_jax, optax
 model, data = ctde_jax.models.mlp([64, 10]), ctde_jax.data.digits()
@@ -149,7 +149,7 @@ def test_importing_the_package_imports_no_jax():
     assert run("import sys, ctde_jax; print('jax' in sys.modules)") == "False\n"
 
 
-def test_platform_that_cannot_start_is_refused_with_the_way_out():
+def test_unavailable_platform_is_refused():
     program = """
 import jax, ctde_jax
 for platform in ("cuda", "gpu", "garbage", "CPU"):
@@ -175,12 +175,12 @@ for platform in ("cuda", "gpu", "garbage", "CPU"):
 
 
 @pytest.mark.parametrize("nproc", ["100000", "many", "-1", "0", ""])
-def test_any_nproc_starts_devices(nproc):
+def test_devices_start_with_any_value_of_nproc(nproc):
     assert run("import ctde_jax; print(len(ctde_jax.devices.start(2)))", NPROC=nproc) == "2\n"
 
 
 @pytest.mark.parametrize("count", [1025, 100_000, 2**31 - 1])
-def test_more_devices_than_a_host_has_are_refused_at_once(count):
+def test_more_than_1024_devices_are_refused(count):
     with pytest.raises(InputError, match=f"devices must be at most 1,024, got {count}"):
         devices.start(count)
 
@@ -192,7 +192,7 @@ def test_less_than_one_device_is_refused(count):
 
 
 def test_more_accelerators_than_exist_are_refused(monkeypatch):
-    """On a machine that reports two GPUs."""
+    """The machine reports two GPUs."""
     gpus = [SimpleNamespace(platform="gpu", id=number, process_index=0) for number in range(2)]
     monkeypatch.setattr(jax, "devices", lambda: gpus)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

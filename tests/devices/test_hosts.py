@@ -1,4 +1,4 @@
-"""Several hosts, each a process on loopback with Gloo, compute as one and end as one."""
+"""Several hosts, simulated by processes on loopback with Gloo, train and end together."""
 
 import json
 import os
@@ -26,8 +26,8 @@ LONG = ["--epochs", "20000", "--eval-every", "10000"]
 LOST, PREEMPTED = 69, 75
 
 
-class Ended(NamedTuple):
-    """How a host's command ended, and how long after the fault."""
+class Result(NamedTuple):
+    """Exit status, output and duration of the command of a host."""
 
     status: int
     output: str
@@ -50,7 +50,7 @@ class Job:
         environment: dict[str, str] | None = None,
         join: int = 60,
     ):
-        here = [
+        coordinator = [
             "--coordinator",
             f"127.0.0.1:{self.port}",
             "--num-processes",
@@ -59,7 +59,7 @@ class Job:
             str(index),
         ]
         self.spawn(
-            [*here, "--join-timeout", str(join), "--run-dir", str(self.folder), *arguments],
+            [*coordinator, "--join-timeout", str(join), "--run-dir", str(self.folder), *arguments],
             environment or {},
         )
 
@@ -76,30 +76,30 @@ class Job:
         )
 
     def signal(self, index: int, number: signal.Signals) -> None:
-        """Signals the command; also its child if the signal cannot be handled, like a lost host."""
+        """Sends a signal to the command, and to its children if the signal cannot be handled."""
         pid = self.processes[index].pid
         children = Path(f"/proc/{pid}/task/{pid}/children")
         if number in (signal.SIGKILL, signal.SIGSTOP) and children.exists():
             for child in children.read_text().split():
-                with suppress(ProcessLookupError):  # it may have ended by itself just now
+                with suppress(ProcessLookupError):  # it may have ended in the meantime
                     os.kill(int(child), number)
         os.kill(pid, number)
 
     def saved(self) -> int | None:
-        """The newest step that has a checkpoint."""
+        """Returns the newest step with a checkpoint."""
         return next(iter(checkpoint.steps(self.folder / "checkpoints")), None)
 
-    def until(self, is_so) -> None:
-        """Waits until something is so, or a host has ended."""
+    def until(self, condition) -> None:
+        """Waits until the condition holds; fails if a host ends before that."""
         deadline = time.monotonic() + 120
-        while not is_so():
+        while not condition():
             assert all(process.poll() is None for process in self.processes), self.end()
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def end(self, patience: float = 180) -> list[Ended]:
-        """Waits for the end of all that still run."""
-        since, ended = time.monotonic(), {}
+    def end(self, patience: float = 180) -> list[Result]:
+        """Waits until all commands have ended, and kills them after `patience` seconds."""
+        since, results = time.monotonic(), {}
 
         def wait(index: int, process: subprocess.Popen) -> None:
             if process.stdout is None or process.stdout.closed:
@@ -109,14 +109,14 @@ class Job:
             except subprocess.TimeoutExpired:
                 self.signal(index, signal.SIGKILL)
                 output, errors = process.communicate()
-            ended[index] = Ended(process.returncode, output, errors, time.monotonic() - since)
+            results[index] = Result(process.returncode, output, errors, time.monotonic() - since)
 
         threads = [threading.Thread(target=wait, args=each) for each in enumerate(self.processes)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return [ended[index] for index in sorted(ended)]
+        return [results[index] for index in sorted(results)]
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def free_port() -> int:
 
 
 def train(folder: Path, *arguments: str) -> None:
-    """The same on one host."""
+    """Runs the same command on one host."""
     subprocess.run(
         [sys.executable, "-m", "ctde_jax.train", "--run-dir", str(folder), *arguments],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -147,22 +147,23 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def rows(folder: Path) -> list[dict]:
-    """The rows of a run, but for its speed."""
+    """Returns the rows of a run without speed and time."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines
+        {k: v for k, v in json.loads(line).items() if k not in ("examples_per_second", "time")}
+        for line in lines
     ]
 
 
-def one_sentence(ended: Ended) -> str:
-    """The error that a host ended with: a line, and nothing else that looks like a crash."""
-    lines = [line for line in ended.errors.splitlines() if line.strip()]
-    assert len(lines) == 1, ended.errors
-    assert lines[0].startswith("error: "), ended.errors
+def one_sentence(result: Result) -> str:
+    """Returns the error of a host, which must be the only line on standard error."""
+    lines = [line for line in result.errors.splitlines() if line.strip()]
+    assert len(lines) == 1, result.errors
+    assert lines[0].startswith("error: "), result.errors
     return lines[0]
 
 
-def test_two_hosts_compute_what_two_devices_do(job, tmp_path):
+def test_two_hosts_compute_the_same_as_two_devices(job, tmp_path):
     for index in (0, 1):
         job.start(index, *QUICK)
     first, second = job.end()
@@ -171,10 +172,10 @@ def test_two_hosts_compute_what_two_devices_do(job, tmp_path):
     assert (first.status, second.status) == (0, 0), (first.errors, second.errors)
     assert "test accuracy" in first.output
     assert "test accuracy" not in second.output
-    here, alone = tensors(job.folder), tensors(tmp_path / "alone")
-    assert here.keys() == alone.keys()
-    for name, tensor in here.items():
-        np.testing.assert_allclose(tensor, alone[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    distributed, single = tensors(job.folder), tensors(tmp_path / "alone")
+    assert distributed.keys() == single.keys()
+    for name, tensor in distributed.items():
+        np.testing.assert_allclose(tensor, single[name], rtol=1e-6, atol=1e-6, err_msg=name)
     assert [row["step"] for row in rows(job.folder)] == [
         row["step"] for row in rows(tmp_path / "alone")
     ]
@@ -183,20 +184,20 @@ def test_two_hosts_compute_what_two_devices_do(job, tmp_path):
     )
 
 
-def test_hosts_with_other_options_are_told_which(job):
+def test_different_options_of_hosts_are_named(job):
     job.start(0, *QUICK)
     job.start(1, *QUICK, "--batch-size", "32")
-    for index, ended in enumerate(job.end()):
-        assert ended.status == 2
+    for index, result in enumerate(job.end()):
+        assert result.status == 2
         assert (
             "--batch-size must be the same on all hosts, but is 64 on host 0 and 32 on host 1."
-            in one_sentence(ended)
+            in one_sentence(result)
         ), index
     assert not job.folder.exists()
 
 
-def test_hosts_with_other_inputs_are_told_which(job, tmp_path):
-    """One number of one picture; names, sizes and labels are the same."""
+def test_different_inputs_of_hosts_are_refused(job, tmp_path):
+    """One pixel differs; names, sizes and labels are equal."""
     x, y = data.digits().train
     for index in (0, 1):
         (tmp_path / str(index)).mkdir()
@@ -206,34 +207,34 @@ def test_hosts_with_other_inputs_are_told_which(job, tmp_path):
         )
         x = x.copy()
         x[7, 3, 3] ^= 1
-    for ended in job.end():
-        assert ended.status == 2
+    for result in job.end():
+        assert result.status == 2
         assert (
             "split must be the same on all hosts, but differs between host 0 and host 1."
-            in one_sentence(ended)
+            in one_sentence(result)
         )
     assert not (job.folder / "checkpoints").exists()
 
 
 STRATEGIES = {
-    "diloco with int4 and feedback": (
+    "diloco with int4 and error feedback": (
         "--strategy diloco --sync-every 4 --reduce int4 --error-feedback"
     ),
     "gossip": "--strategy gossip",
-    "synchronous at first": "--strategy post-local-sgd --sync-every 4 --synchronous-steps 12",
-    "clients that keep their examples": "--strategy fedavg --partition iid",
-    "batch statistics, estimated anew": (
+    "synchronous steps first": "--strategy post-local-sgd --sync-every 4 --synchronous-steps 12",
+    "fixed partition": "--strategy fedavg --partition iid",
+    "reestimated batch statistics": (
         "--model resnet --channels 4 --norm batch --reestimate-batches 2"
     ),
-    "four devices each": "--devices 4 --steps 400 --batch-size 64",
+    "four devices per host": "--devices 4 --steps 400 --batch-size 64",
     "three hosts": "",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_hosts_compute_what_as_many_devices_do(name, job, tmp_path):
-    """Per-replica state is on its host, and in the checkpoint of host 0."""
+def test_hosts_compute_the_same_as_devices_of_one_host(name, job, tmp_path):
+    """Per-replica state is stored on its host, and in the checkpoint of host 0."""
     count = 3 if name == "three hosts" else 2
     more = [
         "--eval-every",
@@ -245,13 +246,13 @@ def test_hosts_compute_what_as_many_devices_do(name, job, tmp_path):
     more += STRATEGIES[name].split()
     for index in range(count):
         job.start(index, *more, count=count)
-    assert [ended.status for ended in job.end()] == [0] * count
-    devices = "8" if name == "four devices each" else str(count)
+    assert [result.status for result in job.end()] == [0] * count
+    devices = "8" if name == "four devices per host" else str(count)
     train(tmp_path / "alone", *more, "--devices", devices)
 
-    here, alone = tensors(job.folder), tensors(tmp_path / "alone")
-    assert {name: tensor.shape for name, tensor in here.items()} == {
-        name: tensor.shape for name, tensor in alone.items()
+    distributed, single = tensors(job.folder), tensors(tmp_path / "alone")
+    assert {name: tensor.shape for name, tensor in distributed.items()} == {
+        name: tensor.shape for name, tensor in single.items()
     }
     losses = [
         [row["loss"] for row in rows(folder) if row["split"] == "test"]
@@ -268,11 +269,11 @@ def test_lost_host_ends_the_others_within_15_seconds(lost, fault, job):
         job.start(index, *LONG, "--save-every", "200")
     job.until(lambda: (job.saved() or 0) > 400)
     job.signal(lost, fault)
-    ended = job.end(25)[1 - lost]
+    result = job.end(25)[1 - lost]
 
-    assert ended.status == LOST
-    assert f"host {lost} " in one_sentence(ended)
-    assert ended.seconds < 15
+    assert result.status == LOST
+    assert f"host {lost} " in one_sentence(result)
+    assert result.seconds < 15
 
 
 INTERRUPTED = ["--epochs", "80", "--eval-every", "460", "--save-every", "92"]
@@ -280,7 +281,7 @@ INTERRUPTED = ["--epochs", "80", "--eval-every", "460", "--save-every", "92"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Job:
-    """The run that nothing interrupts."""
+    """The uninterrupted run."""
     job = Job(tmp_path_factory.mktemp("whole") / "run")
     for index in (0, 1):
         job.start(index, *INTERRUPTED)
@@ -289,19 +290,19 @@ def whole(tmp_path_factory) -> Job:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [[0], [1], [0, 1]])
-def test_sigterm_saves_the_same_step_on_all_hosts(told, job, whole):
+@pytest.mark.parametrize("signaled", [[0], [1], [0, 1]])
+def test_sigterm_saves_the_same_step_on_all_hosts(signaled, job, whole):
     for index in (0, 1):
         job.start(index, *INTERRUPTED)
     job.until(lambda: (job.saved() or 0) > 0)
-    for index in told:
+    for index in signaled:
         job.signal(index, signal.SIGTERM)
-    ended = job.end(30)
-    assert [each.status for each in ended] == [PREEMPTED, PREEMPTED], [
-        each.errors for each in ended
+    results = job.end(30)
+    assert [each.status for each in results] == [PREEMPTED, PREEMPTED], [
+        each.errors for each in results
     ]
-    said = [each.errors.split("after step ")[1].split(",")[0:2] for each in ended]
-    assert said[0] == said[1]
+    steps = [each.errors.split("after step ")[1].split(",")[0:2] for each in results]
+    assert steps[0] == steps[1]
     assert job.saved() < whole.saved() == 80 * 23
 
     again = Job(job.folder)
@@ -318,7 +319,7 @@ def test_sigterm_saves_the_same_step_on_all_hosts(told, job, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--validation-fraction", "0.2", "--patience", "100"]])
 def test_ctrl_c_on_one_host_saves_and_ends_all(more, job):
-    """Host 0 shows and writes its results, though the other has less to do."""
+    """Host 0 prints and writes its results, although the other host ends earlier."""
     for index in (0, 1):
         job.start(index, *LONG, "--save-every", "200", *more)
     job.until(lambda: (job.saved() or 0) > 400)
@@ -333,8 +334,8 @@ def test_ctrl_c_on_one_host_saves_and_ends_all(more, job):
 
 
 @pytest.mark.slow
-def test_command_that_is_killed_takes_its_training_along(job):
-    """Only the supervisor is killed; the other host reports the same as if both were lost."""
+def test_training_ends_with_its_killed_command(job):
+    """Only the supervisor is killed; the other host reports that this host was lost."""
     for index in (0, 1):
         job.start(index, *LONG, "--save-every", "200")
     job.until(lambda: (job.saved() or 0) > 400)
@@ -345,27 +346,27 @@ def test_command_that_is_killed_takes_its_training_along(job):
 
 
 @pytest.mark.slow
-def test_fault_in_writing_ends_all_with_its_sentence(job):
-    """The folder is deleted, and cannot be created again."""
+def test_write_error_ends_all_hosts_with_its_message(job):
+    """The folder is moved away, and cannot be created again."""
     for index in (0, 1):
         job.start(index, *LONG, "--save-every", "200")
     job.until(lambda: (job.saved() or 0) > 400)
     job.folder.rename(job.folder.with_name("elsewhere"))
     job.folder.write_text("a file")
-    for ended in job.end(60):
-        assert ended.status == 2
-        assert "--run-dir must be a writable folder" in one_sentence(ended)
+    for result in job.end(60):
+        assert result.status == 2
+        assert "--run-dir must be a writable folder" in one_sentence(result)
 
 
 @pytest.mark.slow
-def test_run_goes_on_with_other_numbers_of_hosts(job, tmp_path):
-    """2 -> 1, 2 and 4, with the same bits as --exact promises."""
+def test_run_continues_on_other_numbers_of_hosts(job, tmp_path):
+    """2 -> 1, 2 and 4 hosts, with the equal bits that `--exact` guarantees."""
     arguments = ["--exact", "--eval-every", "23", "--save-every", "23", "--batch-size", "48"]
     for index in (0, 1):
         job.start(index, *arguments, "--steps", "200000")
     job.until(lambda: (job.saved() or 0) >= 46)
     job.signal(0, signal.SIGTERM)
-    assert [ended.status for ended in job.end(30)] == [PREEMPTED, PREEMPTED]
+    assert [result.status for result in job.end(30)] == [PREEMPTED, PREEMPTED]
     step = checkpoint.steps(job.folder / "checkpoints")[0]
     branch = ["--branch-from", str(checkpoint.newest(job.folder / "checkpoints"))]
     more = [*arguments, *branch, "--steps", str(step + 60)]
@@ -373,7 +374,7 @@ def test_run_goes_on_with_other_numbers_of_hosts(job, tmp_path):
         again = Job(tmp_path / folder)
         for index in range(count):
             again.start(index, *more, count=count)
-        assert [ended.status for ended in again.end()] == [0] * count
+        assert [result.status for result in again.end()] == [0] * count
     train(tmp_path / "one", *more, "--devices", "1")
     digests = {
         tuple(tensor.tobytes() for tensor in tensors(tmp_path / folder).values())
@@ -387,7 +388,7 @@ def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
     # Long enough that the run does not end before the last kill.
     arguments = ["--epochs", "240", "--eval-every", "460", "--save-every", "60"]
 
-    def run(folder: Path, kill_after: float | None) -> list[Ended]:
+    def run(folder: Path, kill_after: float | None) -> list[Result]:
         job = Job(folder)
         for index in (0, 1):
             job.start(index, *arguments)
@@ -398,13 +399,13 @@ def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
             time.sleep(kill_after)
             for lost in draw.choice([[0], [1], [0, 1]]):
                 job.signal(lost, signal.SIGKILL)
-        return job.end(180 if kill_after is None else 1)  # that who is left ends is another test's
+        return job.end(180 if kill_after is None else 1)  # another test covers the remaining host
 
     draw = random.Random(0)
     run(tmp_path / "whole", None)
     for _ in range(8):
         run(tmp_path / "killed", draw.uniform(0, 0.4))
-    assert [ended.status for ended in run(tmp_path / "killed", None)] == [0, 0]
+    assert [result.status for result in run(tmp_path / "killed", None)] == [0, 0]
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     one, other = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
     assert {name: tensor.tobytes() for name, tensor in one.items()} == {
@@ -413,60 +414,60 @@ def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_taken_process_id_ends_all_with_a_sentence(job):
+def test_duplicate_process_id_ends_all_hosts_with_one_sentence(job):
     for index in (0, 1):
         job.start(index, *LONG)
     job.until(lambda: job.saved() is not None)
     job.start(1, *LONG, join=20)
-    for ended in job.end(60):
-        assert ended.status in (2, LOST)
-        one_sentence(ended)
+    for result in job.end(60):
+        assert result.status in (2, LOST)
+        one_sentence(result)
 
 
 @pytest.mark.slow
-def test_process_id_that_is_taken_from_the_start_ends_all_with_a_sentence(job):
+def test_duplicate_process_id_at_the_start_ends_all_hosts_with_one_sentence(job):
     for index in (0, 1, 1):
         job.start(index, *QUICK, count=3, join=15)
-    for ended in job.end(60):
-        assert ended.status == LOST
-        one_sentence(ended)
+    for result in job.end(60):
+        assert result.status == LOST
+        one_sentence(result)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
-def test_host_that_never_comes_is_given_up(index, job):
+def test_missing_host_ends_the_other_after_the_join_timeout(index, job):
     job.start(index, *QUICK, join=6)
-    (ended,) = job.end(60)
-    assert ended.status == LOST
-    assert "within 6 seconds" in one_sentence(ended)
-    assert ended.seconds < 30
+    (result,) = job.end(60)
+    assert result.status == LOST
+    assert "within 6 seconds" in one_sentence(result)
+    assert result.seconds < 30
 
 
 @pytest.mark.slow
-def test_port_in_use_is_told(job):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", job.port))
-        taken.listen()
+def test_port_in_use_is_reported(job):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", job.port))
+        listener.listen()
         job.start(0, *QUICK)
-        (ended,) = job.end(60)
-    assert ended.status == 2
-    assert f"127.0.0.1:{job.port} cannot be opened" in one_sentence(ended)
+        (result,) = job.end(60)
+    assert result.status == 2
+    assert f"127.0.0.1:{job.port} cannot be opened" in one_sentence(result)
 
 
 @pytest.mark.slow
-def test_hosts_with_other_numbers_of_devices_are_told(job):
+def test_different_numbers_of_devices_are_reported(job):
     for index in (0, 1):
         job.start(index, *QUICK, "--devices", str(index + 1))
-    for ended in job.end():
-        assert ended.status == 2
+    for result in job.end():
+        assert result.status == 2
         assert (
             "the number of devices must be the same on all hosts, but is 1 on host 0 and 2"
-            in one_sentence(ended)
+            in one_sentence(result)
         )
 
 
 @pytest.mark.slow
-def test_hosts_with_other_versions_are_told(job, tmp_path):
+def test_different_versions_are_reported(job, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.metadata as m\nreal = m.version\n"
         "m.version = lambda name: '0.0.1' if name == 'optax' else real(name)\n"
@@ -475,24 +476,24 @@ def test_hosts_with_other_versions_are_told(job, tmp_path):
     job.start(
         1, *QUICK, environment={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     )
-    for ended in job.end():
-        assert ended.status == 2
-        assert "the version of optax must be the same on all hosts" in one_sentence(ended)
+    for result in job.end():
+        assert result.status == 2
+        assert "the version of optax must be the same on all hosts" in one_sentence(result)
 
 
 @pytest.mark.slow
-def test_fault_of_one_host_ends_the_others_with_its_sentence(job):
-    """Here host 0 finds a run of other options."""
+def test_error_of_one_host_ends_the_others_with_its_message(job):
+    """Host 0 finds a run with different options."""
     train(job.folder, *QUICK, "--seed", "1")
     for index in (0, 1):
         job.start(index, *QUICK)
-    for ended in job.end():
-        assert ended.status == 2
-        assert "seed 1 in the checkpoint and 0 here" in one_sentence(ended)
+    for result in job.end():
+        assert result.status == 2
+        assert "seed 1 in the checkpoint and 0 here" in one_sentence(result)
 
 
 @pytest.mark.slow
-def test_hosts_that_slurm_has_started_find_each_other(job):
+def test_hosts_started_by_slurm_connect(job):
     slurm = {
         "SLURM_JOB_ID": str(free_port()),
         "SLURM_STEP_NODELIST": "localhost",
@@ -501,9 +502,9 @@ def test_hosts_that_slurm_has_started_find_each_other(job):
         "JAX_COORDINATOR_PORT": str(job.port),
     }
     for index in ("0", "1"):
-        own = {**slurm, "SLURM_PROCID": index, "SLURM_LOCALID": index}
-        job.spawn([*QUICK, "--run-dir", str(job.folder)], own)
-    assert [ended.status for ended in job.end()] == [0, 0]
+        environment = {**slurm, "SLURM_PROCID": index, "SLURM_LOCALID": index}
+        job.spawn([*QUICK, "--run-dir", str(job.folder)], environment)
+    assert [result.status for result in job.end()] == [0, 0]
     assert rows(job.folder)[-1]["step"] == 46
 
 
@@ -511,7 +512,7 @@ def test_hosts_that_slurm_has_started_find_each_other(job):
 @pytest.mark.skipif(
     shutil.which("mpirun") is None, reason="needs mpirun, such as that of Debian's openmpi-bin"
 )
-def test_hosts_that_mpirun_has_started_find_each_other(tmp_path):
+def test_hosts_started_by_mpirun_connect(tmp_path):
     loopback = ["--mca", "oob_tcp_if_include", "lo", "--mca", "btl", "self,vader"]
     command = [
         "mpirun",
@@ -547,8 +548,8 @@ print(len(trained.devices), trained.history[-1]["step"], trained.tested["accurac
 
 
 @pytest.mark.slow
-def test_fit_takes_the_hosts_that_others_have_brought_together(tmp_path):
-    """As Ray Train or a notebook would; both return the same."""
+def test_fit_uses_hosts_that_are_already_connected(tmp_path):
+    """Ray Train or a notebook may connect the hosts; both return the same result."""
     address, folder = f"127.0.0.1:{free_port()}", str(tmp_path / "run")
     started = [
         subprocess.Popen(
@@ -560,10 +561,10 @@ def test_fit_takes_the_hosts_that_others_have_brought_together(tmp_path):
         )
         for index in (0, 1)
     ]
-    said = [process.communicate(timeout=120) for process in started]
-    lines = [output.splitlines()[-1] for output, _ in said]
+    outputs = [process.communicate(timeout=120) for process in started]
+    lines = [output.splitlines()[-1] for output, _ in outputs]
     assert lines[0] == lines[1]
-    assert lines[0].startswith("4 46 0.9"), said
+    assert lines[0].startswith("4 46 0.9"), outputs
 
 
 ON_DISK = """
@@ -587,7 +588,7 @@ devices=ctde.devices.start(2 // hosts), batch_size=64,
 
 
 @pytest.mark.slow
-def test_hosts_read_from_disk_what_their_own_devices_get(tmp_path):
+def test_two_hosts_train_on_data_on_disk_like_one(tmp_path):
     np.save(tmp_path / "x.npy", data.digits().train.inputs)
     address = f"127.0.0.1:{free_port()}"
 
@@ -606,28 +607,28 @@ def test_hosts_read_from_disk_what_their_own_devices_get(tmp_path):
         assert [
             process.wait(120) for process in [run(count, folder, index) for index in range(count)]
         ] == [0] * count
-    here, alone = tensors(tmp_path / "run"), tensors(tmp_path / "alone")
-    for name, tensor in here.items():
-        np.testing.assert_allclose(tensor, alone[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    distributed, single = tensors(tmp_path / "run"), tensors(tmp_path / "alone")
+    for name, tensor in distributed.items():
+        np.testing.assert_allclose(tensor, single[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
-def test_best_checkpoint_stays_on_hosts_as_on_one(job, tmp_path):
+def test_two_hosts_keep_the_same_best_checkpoint_as_one(job, tmp_path):
     more = [*QUICK, "--eval-every", "8", "--keep-best", "accuracy", "--keep-checkpoints", "1"]
     for index in (0, 1):
         job.start(index, *more)
-    assert [ended.status for ended in job.end()] == [0, 0]
+    assert [result.status for result in job.end()] == [0, 0]
     train(tmp_path / "alone", *more, "--devices", "2")
-    here, alone = (
+    distributed, single = (
         checkpoint.steps(folder / "checkpoints") for folder in (job.folder, tmp_path / "alone")
     )
-    assert here == alone
-    assert len(here) in (1, 2)
+    assert distributed == single
+    assert len(distributed) in (1, 2)
 
 
 @pytest.mark.slow
-def test_hosts_roll_back_together_and_give_up_together(job):
-    """Halving cannot save this learning rate: three rollbacks, and the same error on both hosts."""
+def test_hosts_roll_back_and_stop_together(job):
+    """The learning rate is too high even when halved: three rollbacks, then equal errors."""
     for index in (0, 1):
         job.start(
             index,
@@ -677,19 +678,19 @@ def test_hosts_roll_back_together_and_give_up_together(job):
         ),
     ],
 )
-def test_meeting_that_cannot_be_is_refused(given, sentence):
+def test_invalid_coordinator_is_refused(given, sentence):
     with pytest.raises(InputError, match=sentence.replace("[", r"\[")):
         hosts.find_meeting(**given)
 
 
-def test_host_0_opens_only_its_own_address_unless_told(monkeypatch):
+def test_host_0_listens_only_on_the_coordinator_address_by_default(monkeypatch):
     given = {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 0}
     assert hosts.find_meeting(**given).listens_on == "10.0.0.1:1234"
-    everywhere = hosts.find_meeting(**given, coordinator_bind="0.0.0.0:1234")
-    assert everywhere.listens_on == "0.0.0.0:1234"
+    on_all_addresses = hosts.find_meeting(**given, coordinator_bind="0.0.0.0:1234")
+    assert on_all_addresses.listens_on == "0.0.0.0:1234"
 
 
-def test_one_host_meets_nobody():
+def test_single_host_requires_no_coordinator():
     assert hosts.find_meeting() is None
     assert hosts.count() == 1
     assert hosts.of_the_first(lambda: [1]) == [1]

@@ -1,4 +1,4 @@
-"""Sizes that cannot fit are refused with both numbers, and nothing that fits is refused."""
+"""Training that exceeds the memory is refused with both sizes; training that fits is not."""
 
 from pathlib import Path
 
@@ -20,13 +20,13 @@ def with_memory(monkeypatch, size: int) -> None:
     monkeypatch.setattr(memory, "of_this_machine", lambda: size)
 
 
-def test_memory_of_the_machine_is_what_the_system_reports():
+def test_memory_of_the_machine_is_at_most_that_of_proc_meminfo():
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total = sum(1024 * int(lines[name].split()[0]) for name in ("MemTotal", "SwapTotal"))
     assert 0 < memory.of_this_machine() <= total
 
 
-def test_limit_of_a_container_counts(tmp_path, monkeypatch):
+def test_limit_of_a_container_is_respected(tmp_path, monkeypatch):
     (tmp_path / "v2").write_text("123456\n")
     (tmp_path / "none").write_text("max\n")
     monkeypatch.setattr(
@@ -41,13 +41,13 @@ def test_state_of_adam_takes_three_times_the_parameters(replicas):
         MODEL.init, jax.random.key(0), np.zeros((1, 64), np.float32)
     )
     like = state.like_created(params, model_state, optax.adam(0.1), ctde.Strategy(), replicas)
-    counters = 4 + 4  # the step, and Adam's own
+    counters = 4 + 4  # the step counters of the state and of Adam
     assert memory.size_of(params) == 4 * PARAMS
     assert memory.size_of(like) == replicas * (3 * 4 * PARAMS + counters)
 
 
-def test_training_is_refused_below_what_it_needs_and_not_above(digits, monkeypatch):
-    """Four replicas of parameters, two moments and gradients: 16 bytes a parameter."""
+def test_training_is_refused_only_if_it_exceeds_the_memory(digits, monkeypatch):
+    """Four replicas of parameters, two moments and gradients: 16 bytes per parameter."""
     needed = 4 * (16 * PARAMS + 8)
     devices = ctde.devices.start(4)
     fit = {"devices": devices, "batch_size": 64, "steps": 1, "show": False}
@@ -79,7 +79,7 @@ def test_temporary_arrays_are_counted_before_the_first_step(digits, monkeypatch)
         )
 
 
-def test_overlapping_windows_of_a_text_are_counted_before_they_are_cut(tmp_path, monkeypatch):
+def test_overlapping_windows_of_a_text_are_counted_before_they_are_created(tmp_path, monkeypatch):
     (tmp_path / "text").write_text("ab" * 500)
     needed = 2 * 4 * 99 * (900 - 99)  # inputs and labels, int32, of the 900 characters for training
     with_memory(monkeypatch, needed)

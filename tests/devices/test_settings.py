@@ -30,7 +30,7 @@ HARMLESS = {
 
 @pytest.fixture
 def setting():
-    """Sets options of JAX, and puts them back."""
+    """Sets options of JAX, and restores them after the test."""
     before: dict[str, object] = {}
 
     def update(name: str, value: object) -> None:
@@ -55,7 +55,7 @@ def fit(digits):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_setting_that_rules_out_training_is_refused_with_the_way_out(digits, setting, name):
+def test_incompatible_setting_is_refused_with_the_required_value(digits, setting, name):
     devices, (value, needed) = ctde.devices.start(2), REFUSED[name]
     setting(name, value)
     sentence = (
@@ -75,15 +75,15 @@ def test_setting_that_rules_out_training_is_refused_with_the_way_out(digits, set
         )
 
 
-def test_context_manager_counts_as_a_setting(digits):
+def test_setting_of_a_context_manager_is_checked(digits):
     with jax.disable_jit(), pytest.raises(InputError, match="jax_disable_jit must be False"):
         fit(digits)
 
 
 def test_harmless_settings_change_no_bit(digits, setting):
-    right = fit(digits)
+    expected = fit(digits)
     for name, value in HARMLESS.items():
         setting(name, value)
     with np.errstate(all="raise"):
         found = fit(digits)
-    jax.tree.map(np.testing.assert_array_equal, found.params, right.params)
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)

@@ -20,18 +20,19 @@ from ctde_jax.export import onnx, write
 from ctde_jax.export.program import LeftOut, make_program
 from ctde_jax.models import count_params
 
-SOON = ("mlp", "linen", "lstm-text")
+IN_DEFAULT_SUITE = ("mlp", "linen", "lstm-text")
 """Models that the default suite exports; the others are slow."""
 
 EXPORTED = [
-    pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in bundles.MODELS
+    pytest.param(name, marks=() if name in IN_DEFAULT_SUITE else pytest.mark.slow)
+    for name in bundles.MODELS
 ]
 PERCEPTRONS = ("mlp", "linen")
-READ_PLACE_BY_PLACE = ("lstm", "gru", "lstm-text", "gru-text")
+STEPWISE = ("lstm", "gru", "lstm-text", "gru-text")
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_every_form_says_what_the_model_says(name):
+def test_every_artifact_agrees_with_the_model(name):
     """On the whole test split, at every batch size, with the same number of correct predictions."""
     (trained, data), written = bundles.trained(name), bundles.written(name)
     card = written.bundle.card
@@ -39,23 +40,23 @@ def test_every_form_says_what_the_model_says(name):
         {"numpy", "onnx", "jax"} if name in PERCEPTRONS else {"onnx", "jax"}
     )
     assert written.left_out.keys() == ({*()} if name in PERCEPTRONS else {"numpy"})
-    right = trained.evaluate(data.test)
-    assert card.facts["trained_model"]["measured"] == right
+    expected = trained.evaluate(data.test)
+    assert card.facts["trained_model"]["measured"] == expected
     for artifact in card.artifacts.values():
         receipt = artifact.receipt
         assert receipt["largest_difference"].keys() == {"1", "3", "7", "64"}
         assert 0 <= receipt["relative"] <= 1e-5
-        assert round(receipt["measured"]["accuracy"] * right["examples"], 3) == round(
-            right["accuracy"] * right["examples"], 3
+        assert round(receipt["measured"]["accuracy"] * expected["examples"], 3) == round(
+            expected["accuracy"] * expected["examples"], 3
         )
-        assert receipt["measured"]["loss"] == pytest.approx(right["loss"], rel=1e-4)
-        assert (artifact.step is not None) == (name in READ_PLACE_BY_PLACE)
+        assert receipt["measured"]["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert (artifact.step is not None) == (name in STEPWISE)
         assert receipt.get("place_by_place", 0) <= 1e-5
         assert all(low <= middle <= high for low, middle, high in receipt["milliseconds"].values())
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_artifacts_take_raw_inputs_in_any_number(name):
+def test_artifacts_accept_any_number_of_raw_inputs(name):
     (trained, data), written = bundles.trained(name), bundles.written(name)
     inputs = data.test.inputs[:5]
     for runtime in written.bundle.card.artifacts:
@@ -64,17 +65,17 @@ def test_artifacts_take_raw_inputs_in_any_number(name):
         np.testing.assert_allclose(found, trained.predict(inputs), atol=2e-5)
 
 
-def test_every_file_has_its_sum():
+def test_every_file_has_a_checksum():
     """The checksums of the card agree with those that `sha256sum --check` computes."""
     bundle = bundles.written("mlp").bundle
     done = subprocess.run(
         ["sha256sum", "--check", "SHA256SUMS"], cwd=bundle.folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    there = {path.name for path in bundle.folder.iterdir()}
+    files = {path.name for path in bundle.folder.iterdir()}
     assert (
         {line.split(": ")[0] for line in done.stdout.splitlines()}
-        == there - {"SHA256SUMS"}
+        == files - {"SHA256SUMS"}
         == {
             *bundle.card.files,
             "card.json",
@@ -84,7 +85,7 @@ def test_every_file_has_its_sum():
         assert len(bundle.read(name)) == bundle.card.files[name].size
 
 
-def test_card_says_what_the_model_is():
+def test_card_describes_the_model():
     card = bundles.written("mlp").bundle.card
     assert (card.predicts, card.input_shape, card.input_dtype, card.highest) == (
         "classes",
@@ -102,14 +103,14 @@ def test_card_says_what_the_model_is():
     assert text.vocabulary == bundles.trained("lstm-text")[1].vocabulary
 
 
-def test_onnx_file_says_the_names_of_the_classes():
+def test_onnx_file_contains_the_class_names():
     session = pytest.importorskip("onnxruntime").InferenceSession(
         bundles.written("mlp").bundle.read("model.onnx")
     )
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [*"0123456789"]
 
 
-def test_examples_carry_what_the_trained_model_says_of_them():
+def test_examples_have_the_outputs_of_the_trained_model():
     trained, data = bundles.trained("mlp")
     stored = node.tensors.parse(bundles.written("mlp").bundle.read("examples.safetensors"))
     assert len(stored["inputs"]) == 100
@@ -120,7 +121,7 @@ def test_examples_carry_what_the_trained_model_says_of_them():
     )
 
 
-def test_artifact_that_says_something_else_is_not_written(monkeypatch, tmp_path):
+def test_artifact_with_different_outputs_is_not_written(monkeypatch, tmp_path):
     """Its file is not written, the card gives the reason, and other artifacts are unaffected."""
     trained, data = bundles.trained("mlp")
 
@@ -137,7 +138,7 @@ def test_artifact_that_says_something_else_is_not_written(monkeypatch, tmp_path)
     assert written.bundle.card.facts["left_out"] == written.left_out
 
 
-def test_what_runs_place_by_place_but_differs_is_taken_out_alone(monkeypatch, tmp_path):
+def test_stepwise_program_with_different_outputs_is_omitted(monkeypatch, tmp_path):
     trained, data = bundles.trained("lstm-text")
     monkeypatch.setattr(write.receipt, "compare_steps", lambda *arguments: 0.01)
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["jax"], show=False)
@@ -146,31 +147,31 @@ def test_what_runs_place_by_place_but_differs_is_taken_out_alone(monkeypatch, tm
     assert not (tmp_path / "bundle" / "step.stablehlo").exists()
 
 
-def test_format_whose_packages_are_not_here_says_how_to_get_them(monkeypatch, tmp_path):
+def test_format_without_its_packages_names_the_installation(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx, "find_spec", lambda name: None)
     trained, data = bundles.trained("mlp")
     written = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx"], show=False)
     assert written.left_out == {"onnx": "needs `pip install 'ctde_jax[onnx]'`"}
 
 
-def test_one_byte_weights_are_smaller_and_never_the_default():
+def test_int8_weights_are_smaller_and_not_the_default():
     pytest.importorskip("onnxruntime")
     assert "onnx-int8" not in bundles.written("mlp").bundle.card.artifacts
     artifacts = bundles.written("mlp", "onnx", "onnx-int8").bundle.card.artifacts
-    receipt, whole = artifacts["onnx-int8"].receipt, artifacts["onnx"].receipt
+    receipt, float32 = artifacts["onnx-int8"].receipt, artifacts["onnx"].receipt
     assert receipt["relative"] > 1e-5
-    assert receipt["measured"]["accuracy"] > whole["measured"]["accuracy"] - 0.05
-    assert receipt["bytes"] < whole["bytes"]
+    assert receipt["measured"]["accuracy"] > float32["measured"]["accuracy"] - 0.05
+    assert receipt["bytes"] < float32["bytes"]
 
 
 @pytest.mark.slow
-def test_weights_of_a_transformer_are_written_in_one_byte():
+def test_weights_of_a_transformer_are_quantized():
     onnx_package = pytest.importorskip("onnx")
     bundle = bundles.written("transformer", "onnx-int8").bundle
     arrays = onnx_package.load_from_string(bundle.read("model.int8.onnx")).graph.initializer
     kinds = (onnx_package.TensorProto.INT8, onnx_package.TensorProto.UINT8)
-    in_one_byte = sum(int(np.prod(array.dims)) for array in arrays if array.data_type in kinds)
-    assert in_one_byte > 0.8 * count_params(bundles.trained("transformer")[0].params)
+    quantized = sum(int(np.prod(array.dims)) for array in arrays if array.data_type in kinds)
+    assert quantized > 0.8 * count_params(bundles.trained("transformer")[0].params)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +189,12 @@ def test_weights_of_a_transformer_are_written_in_one_byte():
         ("ab,bc,cd->ad", False),
     ],
 )
-def test_sum_that_is_a_product_of_matrices_is_told(equation, is_product):
-    """Which ONNX Runtime computes faster, and its tools write in fewer bits."""
+def test_einsum_that_is_a_matrix_product_is_recognized(equation, is_product):
+    """ONNX Runtime computes matrix products faster, and its tools quantize only these."""
     assert onnx._is_product(equation) is is_product
 
 
-def test_bundle_is_replaced_and_nothing_else_ever_is(tmp_path):
+def test_only_a_bundle_is_replaced(tmp_path):
     trained, data = bundles.trained("mlp")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
@@ -212,8 +213,8 @@ def test_bundle_is_replaced_and_nothing_else_ever_is(tmp_path):
 @pytest.mark.parametrize(
     "others", [{"card.json": '{"suit": "hearts"}', "thesis.txt": ""}, {"thesis.txt": ""}]
 )
-def test_folder_with_anything_else_in_it_is_not_replaced(others, tmp_path):
-    """Neither one with a card of another game, nor a bundle to which something was added."""
+def test_folder_with_other_files_is_not_replaced(others, tmp_path):
+    """Neither a folder with another kind of card, nor a bundle with an additional file."""
     trained, data = bundles.trained("mlp")
     folder = tmp_path / "mine"
     if "card.json" in others:
@@ -231,7 +232,7 @@ def test_folder_with_anything_else_in_it_is_not_replaced(others, tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["rename", "rmtree", "write"])
-def test_bundle_that_is_there_outlives_a_replacement_that_fails(fails, tmp_path, monkeypatch):
+def test_bundle_survives_a_failed_replacement(fails, tmp_path, monkeypatch):
     """The next process restores or removes files that a killed process has left."""
     trained, data = bundles.trained("mlp")
     first = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False).bundle
@@ -248,7 +249,7 @@ def test_bundle_that_is_there_outlives_a_replacement_that_fails(fails, tmp_path,
         )
     elif fails == "write":
         monkeypatch.setattr(Path, "write_bytes", fail)
-    else:  # as a process that is killed between both
+    else:  # like a process that is killed between both renames
         (tmp_path / "bundle").rename(tmp_path / ".bundle.replaced")
         (tmp_path / ".bundle.partial").mkdir()
         monkeypatch.setattr(write, "_write", fail)
@@ -263,7 +264,7 @@ def test_bundle_that_is_there_outlives_a_replacement_that_fails(fails, tmp_path,
     assert ctde.open_bundle(tmp_path / "bundle").card.artifacts.keys() == {"jax"}
 
 
-def test_bundle_may_be_behind_a_link_or_the_folder_that_one_is_in(tmp_path, monkeypatch):
+def test_bundle_may_be_a_link_or_the_working_folder(tmp_path, monkeypatch):
     trained, data = bundles.trained("mlp")
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False)
     (tmp_path / "link").symlink_to("bundle")
@@ -274,7 +275,7 @@ def test_bundle_may_be_behind_a_link_or_the_folder_that_one_is_in(tmp_path, monk
     assert ctde.open_bundle(tmp_path / "bundle").card.artifacts.keys() == {"numpy"}
 
 
-def test_bundle_is_not_replaced_by_nothing(tmp_path, monkeypatch):
+def test_bundle_is_kept_if_no_format_can_be_exported(tmp_path, monkeypatch):
     trained, data = bundles.trained("mlp")
     first = ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False).bundle
     monkeypatch.setattr(onnx, "find_spec", lambda name: None)
@@ -285,7 +286,7 @@ def test_bundle_is_not_replaced_by_nothing(tmp_path, monkeypatch):
     assert ctde.open_bundle(tmp_path / "bundle").sha256 == first.sha256
 
 
-def test_runtime_that_is_not_here_costs_its_own_form_alone(tmp_path, monkeypatch):
+def test_missing_runtime_omits_only_its_format(tmp_path, monkeypatch):
     trained, data = bundles.trained("mlp")
     monkeypatch.setattr(
         node.runtimes, "find_spec", lambda name: None if name == "onnxruntime" else name
@@ -296,7 +297,7 @@ def test_runtime_that_is_not_here_costs_its_own_form_alone(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["fourier", "bfloat16"])
-def test_model_that_a_form_has_no_words_for_leaves_in_the_others(kind, tmp_path):
+def test_model_is_exported_in_the_formats_that_can_express_it(kind, tmp_path):
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x):
@@ -325,15 +326,15 @@ def test_model_that_a_form_has_no_words_for_leaves_in_the_others(kind, tmp_path)
         ({"examples": -1}, "examples must be at least 0, got -1"),
     ],
 )
-def test_mistake_is_a_sentence(options, sentence, tmp_path):
+def test_mistake_is_reported_in_one_sentence(options, sentence, tmp_path):
     trained, data = bundles.trained("mlp")
     with pytest.raises(InputError, match=sentence):
         ctde.write_bundle(trained, data, tmp_path / "bundle", show=False, **options)
     assert not [*tmp_path.iterdir()]
 
 
-def test_program_is_rid_of_what_only_training_needs():
-    """No random key, no rule for gradients, no inner call, and masks are numbers already."""
+def test_program_has_no_operations_of_training():
+    """It has no random keys, custom gradients or inner calls, and masks are constants."""
 
     def inference(x):
         key = jax.random.key(0)
@@ -348,7 +349,7 @@ def test_program_is_rid_of_what_only_training_needs():
     assert names <= {"max", "select_n", "broadcast_in_dim"}
 
 
-def test_program_takes_any_number_of_examples_also_where_python_counts_them():
+def test_program_has_any_batch_size_even_if_python_reads_it():
     def counts(x):
         return [x.reshape(len(x), -1).sum(axis=1), x * len(x.reshape(len(x), -1)[0])]
 
@@ -359,22 +360,22 @@ def test_program_takes_any_number_of_examples_also_where_python_counts_them():
     np.testing.assert_allclose(scaled, 6 * x)
 
 
-def test_word_that_onnx_does_not_have_is_named():
+def test_operation_that_onnx_lacks_is_named():
     pytest.importorskip("jax2onnx")
 
-    def asks_python(x):
+    def calls_python(x):
         return [
             jax.pure_callback(
                 np.sort, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="broadcast_all"
             )
         ]
 
-    program = make_program(asks_python, jax.ShapeDtypeStruct((3,), np.float32))
+    program = make_program(calls_python, jax.ShapeDtypeStruct((3,), np.float32))
     with pytest.raises(LeftOut, match=r"jax2onnx cannot convert the model .*pure_callback"):
         onnx.to_onnx(program, ["inputs"], ["outputs"], {})
 
 
-def test_chain_of_dense_layers_is_told_from_what_only_looks_like_one():
+def test_only_chains_of_dense_layers_are_recognized():
     for activation in ("tanh", "relu", "gelu", "silu"):
         assert _layers(ctde.models.mlp([64, 12, 8, 10], activation)).activation == activation
     assert _layers(ctde.models.rnn_classifier(8, 10, 4)) is None
@@ -396,13 +397,13 @@ def _layers(model: ctde.models.Model):
 
 
 @pytest.mark.parametrize("batch", [1, 64])
-def test_nan_in_one_batch_size_is_enough_to_miss(batch, monkeypatch, tmp_path):
+def test_nan_at_one_batch_size_is_detected(batch, monkeypatch, tmp_path):
     """Comparisons with NaN are false, so that a maximum of two numbers may drop it."""
     trained, data = bundles.trained("mlp")
     load = write.load
 
-    def with_nan(*these):
-        predict = load(*these)
+    def with_nan(*arguments):
+        predict = load(*arguments)
         return lambda inputs: np.where(len(inputs) == batch, np.float32(np.nan), predict(inputs))
 
     monkeypatch.setattr(write, "load", with_nan)
@@ -412,18 +413,18 @@ def test_nan_in_one_batch_size_is_enough_to_miss(batch, monkeypatch, tmp_path):
         ctde.write_bundle(trained, data, tmp_path / "bundle", ["onnx-int8"], show=False)
 
 
-def test_bad_outputs_are_told_from_rounding():
-    right = np.array([[1.0, -40.0], [0.5, 0.25]], np.float32)
-    assert parity.relative_difference(right, right) == 0
+def test_wrong_outputs_are_distinguished_from_rounding():
+    expected = np.array([[1.0, -40.0], [0.5, 0.25]], np.float32)
+    assert parity.relative_difference(expected, expected) == 0
     assert parity.relative_difference(
-        right + np.float32([[0, 4e-4], [0, 0]]), right
+        expected + np.float32([[0, 4e-4], [0, 0]]), expected
     ) == pytest.approx(1e-5, rel=0.1)
     assert parity.relative_difference(
-        right + np.float32([[0, 0], [0, 1e-3]]), right
+        expected + np.float32([[0, 0], [0, 1e-3]]), expected
     ) == pytest.approx(1e-3, rel=0.01)
 
 
-def test_edge_nodes_improve_a_model_that_leaves_again(tmp_path):
+def test_federated_training_improves_an_exported_model(tmp_path):
     """Exports a model, improves it by federated averaging on four nodes, and exports it again."""
     data = ctde.data.digits()
     nodes = ctde.data.partition.dirichlet(data.train.labels, 4, 0.5, seed=0)

@@ -26,14 +26,15 @@ STORED = {
 }
 """The dtype in which a data set stores features."""
 
-SOON = ("int64",)
+IN_DEFAULT_SUITE = ("int64",)
 """Exported in the default suite; the others are slow."""
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(d, marks=() if d in SOON else pytest.mark.slow) for d in STORED]
+    "dtype",
+    [pytest.param(d, marks=() if d in IN_DEFAULT_SUITE else pytest.mark.slow) for d in STORED],
 )
-def test_perceptron_on_features_of_any_dtype_has_a_numpy_bundle(
+def test_perceptron_with_features_of_any_dtype_is_exported_for_numpy(
     dtype, tmp_path, monkeypatch, capsys
 ):
     rng = np.random.default_rng(0)
@@ -50,13 +51,15 @@ def test_perceptron_on_features_of_any_dtype_has_a_numpy_bundle(
     )
     assert written.left_out == {}
 
-    # The right answers: two dense layers in float64, of the features as the user has them.
+    # The expected outputs: two dense layers in float64, applied to the user's features.
     layers = [jax.tree.map(np.float64, trained.params["layers"][place]) for place in (0, 1)]
     scale = 255 if dtype == "uint8" else 1
     hidden = np.tanh(features / scale @ layers[0]["kernel"] + layers[0]["bias"])
-    right = hidden @ layers[1]["kernel"] + layers[1]["bias"]
+    expected = hidden @ layers[1]["kernel"] + layers[1]["bias"]
     for runtime in written.bundle.card.artifacts:
-        np.testing.assert_allclose(node.load(written.bundle, runtime)(features), right, atol=1e-5)
+        np.testing.assert_allclose(
+            node.load(written.bundle, runtime)(features), expected, atol=1e-5
+        )
         assert node.load(written.bundle, runtime)(features[:0]).shape == (0, 3)
 
     # The same features from files.
@@ -66,9 +69,9 @@ def test_perceptron_on_features_of_any_dtype_has_a_numpy_bundle(
     for file in ("features.npy", "features.csv"):
         assert execute.main(["bundle", "--input", file, "--json"]) == 0
         labels = [int(json.loads(line)["label"]) for line in capsys.readouterr().out.splitlines()]
-        assert labels == right.argmax(-1).tolist()
+        assert labels == expected.argmax(-1).tolist()
 
-    # Features of another scale are refused by every form.
+    # Features of another scale are refused by every runtime.
     other = features.astype("uint8" if STORED[dtype] == "float32" else "float32")
     for runtime in written.bundle.card.artifacts:
         with pytest.raises(InputError, match=f"as the model was trained on {STORED[dtype]}"):

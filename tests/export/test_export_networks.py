@@ -1,4 +1,4 @@
-"""The networks of Flax's tutorials and the operations of other usual networks run in ONNX Runtime.
+"""The networks of Flax's tutorials and the operations of other common networks run in ONNX Runtime.
 
 Each one is converted separately, without training, and compared with Flax at batch sizes of 1, 3,
 7 and 64.
@@ -27,14 +27,14 @@ PICTURE, SEQUENCE, VECTOR, TOKENS = (8, 8, 3), (6, 5), (7,), (6,)
 
 
 def layer(module, shape=PICTURE, dtype: type = np.float32, **options):
-    """A layer of linen, as its shape, dtype and function."""
+    """Returns the shape, dtype and function of a linen layer."""
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     variables = module.init(rngs, jnp.zeros((2, *shape), dtype), **options)
     return shape, dtype, lambda x: module.apply(variables, x, **options)
 
 
 def stack(make, shape=PICTURE, dtype: type = np.float32):
-    """An nnx module, as its shape, dtype and function; each trace merges a new copy."""
+    """Returns the shape, dtype and function of an nnx module; each trace merges a new copy."""
     graph, state = nnx.split(make(nnx.Rngs(0)))
     return shape, dtype, lambda x: nnx.merge(graph, state, copy=True)(x)
 
@@ -117,7 +117,7 @@ CASES = {
     "linen LSTM": lambda: layer(linen.RNN(linen.LSTMCell(4)), SEQUENCE),
     "linen GRU": lambda: layer(linen.RNN(linen.GRUCell(4)), SEQUENCE),
     "linen ConvLSTM": lambda: layer(linen.RNN(linen.ConvLSTMCell(2, (3, 3))), (3, 4, 4, 2)),
-    "both directions": lambda: layer(
+    "bidirectional GRU": lambda: layer(
         linen.Bidirectional(linen.RNN(linen.GRUCell(4)), linen.RNN(linen.GRUCell(4))), SEQUENCE
     ),
     "VAE decoder": lambda: layer(Decoder(), VECTOR),
@@ -142,13 +142,13 @@ CASES = {
             ((8, 8), None, "VALID"),
         ]
     },
-    "pool without the padding's count": lambda: plain(
+    "average pool that excludes padding": lambda: plain(
         lambda x: linen.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False), PICTURE
     ),
     "max pool of sequences": lambda: pooled(nnx.max_pool, (3,), (2,), "SAME", SEQUENCE),
     "max pool of volumes": lambda: pooled(nnx.max_pool, (2, 2, 2), (2, 2, 2), "SAME", (5, 4, 6, 2)),
     "avg pool of volumes": lambda: pooled(nnx.avg_pool, (2, 2, 2), (2, 2, 2), "SAME", (5, 4, 6, 2)),
-    "max pool with a start of 0": lambda: windows(0.0, lax.max),
+    "max pool with initial value 0": lambda: windows(0.0, lax.max),
     "product pool": lambda: windows(1.0, lax.mul),
     "log-sum-exp pool": lambda: windows(-jnp.inf, jnp.logaddexp),
     "dilated max pool": lambda: windows(
@@ -178,7 +178,7 @@ CASES = {
     "one hot": lambda: plain(lambda x: jax.nn.one_hot(x % 5, 5), TOKENS, np.int32),
     "mod": lambda: plain(lambda x: jnp.mod(x, 0.7)),
     "padding": lambda: plain(lambda x: jnp.pad(x, ((0, 0), (2, 1), (0, 2))), SEQUENCE),
-    "padding by the edge": lambda: plain(
+    "edge padding": lambda: plain(
         lambda x: jnp.pad(x, ((0, 0), (2, 1), (1, 2)), mode="edge"), SEQUENCE
     ),
     "padding, negative and inside": lambda: plain(
@@ -186,7 +186,7 @@ CASES = {
     ),
     "stack": lambda: plain(lambda x: jnp.stack([x, 2 * x], 1)),
     "tile": lambda: plain(lambda x: jnp.tile(x, (1, 3))),
-    "slice at an index of the data": lambda: plain(
+    "slice at a computed index": lambda: plain(
         jax.vmap(lambda row: lax.dynamic_slice_in_dim(row, jnp.argmax(row), 3))
     ),
     "branch by example": lambda: plain(
@@ -199,22 +199,26 @@ CASES = {
         lambda x: jax.image.resize(x, (x.shape[0], 16, 5, 3), "bilinear"), PICTURE
     ),
     "minus the batch mean": lambda: plain(lambda x: x - x.mean(0, keepdims=True)),
-    "one number in": lambda: plain(lambda x: jnp.stack([x, x**2], -1), ()),
-    "one number out": lambda: plain(lambda x: x.sum(-1)),
+    "scalar inputs": lambda: plain(lambda x: jnp.stack([x, x**2], -1), ()),
+    "scalar outputs": lambda: plain(lambda x: x.sum(-1)),
 }
-SOON = ("linen tutorial CNN", "max pool in a loop", "cumprod")
+IN_DEFAULT_SUITE = ("linen tutorial CNN", "max pool in a loop", "cumprod")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in CASES]
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_DEFAULT_SUITE else pytest.mark.slow)
+        for name in CASES
+    ],
 )
-def test_onnx_runtime_computes_what_flax_computes(name):
+def test_onnx_runtime_computes_the_same_as_flax(name):
     runtime = pytest.importorskip("onnxruntime")
     shape, dtype, function = CASES[name]()
     program = make_program(lambda x: [function(x)], jax.ShapeDtypeStruct(shape, dtype))
     content = to_onnx(program, ["inputs"], ["outputs"], {})
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    rng, right = np.random.default_rng(0), jax.jit(function)
+    rng, reference = np.random.default_rng(0), jax.jit(function)
     for examples in (1, 3, 7, 64):
         size = (examples, *shape)
         x = (
@@ -223,13 +227,13 @@ def test_onnx_runtime_computes_what_flax_computes(name):
             else rng.integers(0, 9, size).astype(dtype)
         )
         (found,) = session.run(None, {"inputs": x})
-        assert relative_difference(found, np.asarray(right(x))) <= 1e-5
+        assert relative_difference(found, np.asarray(reference(x))) <= 1e-5
 
 
 @pytest.mark.parametrize(
     "formats", [["onnx"], pytest.param(["onnx", "onnx-int8"], marks=pytest.mark.slow)]
 )
-def test_max_pool_leaves_as_onnx_and_runs_from_its_bundle(formats, tmp_path):
+def test_max_pool_is_exported_to_onnx_and_runs_from_its_bundle(formats, tmp_path):
 
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -272,7 +276,7 @@ def perceptron():
 
 
 def _with(trained, change):
-    """The same trained model with other outputs."""
+    """Returns the trained model with changed outputs."""
     apply = trained.model.apply
 
     def changed(params, model_state, inputs, key):
@@ -283,7 +287,7 @@ def _with(trained, change):
 
 
 def _measured(trained, data):
-    """As if it had been trained: the export compares with its last test row."""
+    """Adds the test row with which an export compares."""
     row = {"split": "test", "step": trained.step, **trained.evaluate(data.test)}
     return replace(trained, history=[row])
 
@@ -306,34 +310,34 @@ def _measured(trained, data):
         ),
     ],
 )
-def test_outputs_that_no_bundle_has_are_refused(change, sentence, perceptron, tmp_path):
+def test_unsupported_outputs_are_refused(change, sentence, perceptron, tmp_path):
     trained, data = perceptron
     with pytest.raises(InputError, match=sentence):
         ctde.write_bundle(_with(trained, change), data, tmp_path / "bundle", show=False)
     assert not [*tmp_path.iterdir()]
 
 
-def test_form_that_answers_wrongly_or_not_at_all_is_left_out_by_name(perceptron, tmp_path):
+def test_inaccurate_or_unsupported_format_is_omitted_with_a_reason(perceptron, tmp_path):
     """The inverse error function is less accurate in ONNX; singular values cannot be converted."""
     trained, data = perceptron
     inexact = _measured(_with(trained, lambda y: lax.erf_inv(jnp.tanh(3 * y))), data)
     written = ctde.write_bundle(inexact, data, tmp_path / "wrong", ["onnx", "jax"], show=False)
     assert "jax" in written.bundle.card.artifacts
     assert "onnx" in written.bundle.card.artifacts or "differs by" in written.left_out["onnx"]
-    unwritten = _with(
+    unsupported = _with(
         trained,
         lambda y: jnp.linalg.svd(y[:, :, None] * y[:, None] + jnp.eye(3)[None], compute_uv=False),
     )
     written = ctde.write_bundle(
-        _measured(unwritten, data), data, tmp_path / "none", ["onnx", "jax"], show=False
+        _measured(unsupported, data), data, tmp_path / "none", ["onnx", "jax"], show=False
     )
     assert written.left_out == {
         "onnx": "jax2onnx cannot convert the model (svd currently supports rank-2 inputs only)"
     }
 
 
-def test_parameters_of_any_shape_and_dtype_leave_with_their_own(perceptron, tmp_path):
-    """Those of one number have no axes; integers, bfloat16 and complex numbers stay so."""
+def test_exported_parameters_keep_their_shapes_and_dtypes(perceptron, tmp_path):
+    """Scalars have no axes; integers, bfloat16 and complex numbers keep their dtype."""
     trained, data = perceptron
     params = {
         "gain": np.float32(2),

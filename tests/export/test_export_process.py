@@ -97,7 +97,7 @@ print(json.dumps({
 
 
 def test_conversion_changes_no_attribute_and_no_setting():
-    """In a process that has not seen jax2onnx, over all modules of JAX, Flax, optax and numpy."""
+    """Compares all modules of JAX, Flax, optax and numpy, before and after, in a new process."""
     pytest.importorskip("jax2onnx")
     done = subprocess.run(
         [sys.executable, "-c", CONVERT_AND_COMPARE], capture_output=True, text=True
@@ -144,7 +144,7 @@ FUNCTIONS = {
 
 @pytest.fixture(scope="module")
 def converted():
-    """A process in which one program was converted, and another one could not be."""
+    """A process in which one program was converted and the conversion of another failed."""
     pytest.importorskip("jax2onnx")
     to_onnx(_program(lambda x: jnp.cumsum(x, 1)), ["inputs"], ["outputs"], {})
     with pytest.raises(LeftOut):
@@ -157,14 +157,14 @@ def _program(function):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_jax_compute_the_same_after_a_conversion(name, converted):
-    ours, right = FUNCTIONS[name]
-    for found in (ours(X), jax.jit(ours)(X), jax.vmap(ours)(X[None])[0]):
-        np.testing.assert_allclose(found, right(np.float64(X)), rtol=1e-5, atol=1e-5)
+    function, reference = FUNCTIONS[name]
+    for found in (function(X), jax.jit(function)(X), jax.vmap(function)(X[None])[0]):
+        np.testing.assert_allclose(found, reference(np.float64(X)), rtol=1e-5, atol=1e-5)
 
     # The gradient along a direction, against a difference quotient in float64.
     direction = np.random.default_rng(1).normal(size=X.shape)
-    slope = (right(X + 1e-5 * direction) - right(X - 1e-5 * direction)).sum() / 2e-5
-    gradient = jax.jit(jax.grad(lambda x: ours(x).sum()))(X)
+    slope = (reference(X + 1e-5 * direction) - reference(X - 1e-5 * direction)).sum() / 2e-5
+    gradient = jax.jit(jax.grad(lambda x: function(x).sum()))(X)
     np.testing.assert_allclose(
         (np.float64(gradient) * direction).sum(), slope, rtol=1e-3, atol=1e-4
     )
@@ -190,8 +190,8 @@ def test_conversion_that_raises_restores_everything(monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_after_an_export_gives_the_same_numbers(tmp_path):
-    """And a second export the same file."""
+def test_export_does_not_change_later_training(tmp_path):
+    """A second export writes the same file."""
 
     class Net(linen.Module):
         @linen.compact

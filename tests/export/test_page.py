@@ -36,7 +36,7 @@ CHROMIUM, CHROMEDRIVER, NODE = (shutil.which(name) for name in ("chromium", "chr
 MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 SENTENCE = "The quick brown 🦊 jumps over the lazy dog, and the dog sleeps on. "
 LENGTH = 16
-ELSEWHERE = "elsewhere.test"
+OTHER_HOST = "elsewhere.test"
 FLAGS = [
     *(
         "--headless",
@@ -47,7 +47,7 @@ FLAGS = [
         "--context-length-size=1000,900",
     ),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1 , MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+    f"--host-resolver-rules=MAP {OTHER_HOST} 127.0.0.1 , MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
 
 pytestmark = [
@@ -60,7 +60,7 @@ Stroke = list[tuple[float, float]]
 
 
 def arc(x: float, y: float, wide: float, high: float, start: int, end: int) -> Stroke:
-    """Goes around a center, clockwise from the right, in degrees."""
+    """Returns points around a center, clockwise; angles in degrees, 0 is to the right."""
     angles = [radians(start + (end - start) * step / 12) for step in range(13)]
     return [(x + wide * cos(angle), y + high * sin(angle)) for angle in angles]
 
@@ -91,7 +91,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves a folder on loopback, and records the requests."""
 
     def __init__(self, folder: Path):
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         super().__init__(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -103,7 +103,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
     def send_head(self):
-        self.server.asked.append(self.path)
+        self.server.requested.append(self.path)
         return super().send_head()
 
 
@@ -133,15 +133,15 @@ def browser(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     with selenium.Chrome(options, selenium.ChromeService(CHROMEDRIVER)) as browser:
-        browser.get("about:blank")  # instead of the browser's own first page
+        browser.get("about:blank")  # instead of the browser's start page
         yield browser
 
 
 @pytest.fixture
 def watched(browser, server):
-    """After a test, no server but the test's was contacted, and the console has no messages."""
+    """Asserts after the test that only its server was contacted, and that the console is empty."""
     for kind in ("performance", "browser"):
-        browser.get_log(kind)  # of the test before
+        browser.get_log(kind)  # discards messages of the previous test
     yield browser
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [
@@ -196,7 +196,7 @@ def mnist_page(root) -> Exported:
 
 @pytest.fixture(scope="module")
 def enlarged_page(root, digits) -> Exported:
-    """The digits of 8 x 8, three times as large and with a margin, so of the size of MNIST's."""
+    """The 8 x 8 digits, enlarged three times and padded to the 28 x 28 pixels of MNIST."""
     pictures = np.kron(digits.train.inputs, np.full((3, 3), 15, np.uint8))
     pictures = np.pad(pictures, ((0, 0), (2, 2), (2, 2)))
     data = ctde.data.from_arrays(pictures, digits.train.labels, name="enlarged")
@@ -213,7 +213,7 @@ def enlarged_page(root, digits) -> Exported:
 
 @pytest.fixture(scope="module")
 def colors_page(root) -> Exported:
-    """Pictures of 8 x 12 pixels, all of them red, green or blue, more or less."""
+    """Pictures of 8 x 12 pixels in red, green or blue, with noise."""
     random = np.random.default_rng(0)
     labels = np.arange(300) % 3
     pictures = (
@@ -254,7 +254,7 @@ def open_page(browser, url: str) -> bool:
     return browser.execute_async_script("window.page.ready.then(arguments[0])")
 
 
-def said(browser, part: str) -> str:
+def text_of(browser, part: str) -> str:
     return browser.find_element("id", part).text
 
 
@@ -276,7 +276,7 @@ def draw(
     settle(browser)
 
 
-def seen(browser) -> np.ndarray:
+def model_input(browser) -> np.ndarray:
     """Returns the model's input, `uint8[height, width, 4]`; ink is opaque."""
     script = """
         const { width, height } = document.getElementById("seen");
@@ -299,17 +299,19 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(jax.nn.softmax(logits.astype(np.float32)))
 
 
-def test_probabilities_are_those_of_python(watched, server, digits_page):
+def test_probabilities_equal_those_of_python(watched, server, digits_page):
     assert open_page(watched, f"{server.url}/digits/")
     pictures = digits_page.data.test.inputs[:10]
     script = "const [picture, done] = arguments; window.page.predict(picture).then(done)"
-    shares = [
+    probabilities = [
         watched.execute_async_script(script, picture.flatten().tolist()) for picture in pictures
     ]
-    np.testing.assert_allclose(shares, softmax(digits_page.trained.predict(pictures)), atol=1e-5)
+    np.testing.assert_allclose(
+        probabilities, softmax(digits_page.trained.predict(pictures)), atol=1e-5
+    )
 
 
-def test_page_says_what_the_model_is(watched, server, digits_page):
+def test_page_describes_the_model(watched, server, digits_page):
     assert open_page(watched, f"{server.url}/digits/")
     card = json.loads((digits_page.folder / "card.json").read_text(encoding="utf-8"))
     facts = [
@@ -322,21 +324,21 @@ def test_page_says_what_the_model_is(watched, server, digits_page):
         "runs only on this device",
         f"{card['files']['model.onnx']['sha256'][:12]}… checked",
     ]:
-        assert fact in said(watched, "facts")
+        assert fact in text_of(watched, "facts")
 
 
-def test_browser_asks_for_the_files_of_the_folder_only(watched, server, digits_page):
-    server.asked.clear()
+def test_browser_requests_only_the_files_of_the_folder(watched, server, digits_page):
+    server.requested.clear()
     assert open_page(watched, f"{server.url}/digits/")
     names = ["", *(name for name in PAGE if name != "index.html"), "card.json", "model.onnx"]
     names += [f"ort/{path.name}" for path in (digits_page.folder / "ort").iterdir()]
-    assert sorted(server.asked) == sorted(f"/digits/{name}" for name in names)
+    assert sorted(server.requested) == sorted(f"/digits/{name}" for name in names)
     assert not list(digits_page.folder.rglob("*.mjs")), (
-        "of which not every server knows that they are scripts"
+        "some servers do not serve .mjs files as scripts"
     )
 
 
-def test_page_itself_forbids_other_servers(browser, server, digits_page, root):
+def test_policy_of_the_page_forbids_other_servers(browser, server, digits_page, root):
     """Another port of the same machine is another server."""
     assert open_page(browser, f"{server.url}/digits/")
     other = Server(root)
@@ -344,14 +346,14 @@ def test_page_itself_forbids_other_servers(browser, server, digits_page, root):
         "fetch(arguments[0]).then(() => arguments[1]('came'), () => arguments[1]('did not come'))"
     )
     assert browser.execute_async_script(script, other.url) == "did not come"
-    assert other.asked == []
+    assert other.requested == []
     other.server_close()
     assert "Content Security Policy" in browser.get_log("browser")[0]["message"]
 
 
 @pytest.mark.parametrize("kind", ["mouse", "touch", "pen"])
-def test_strokes_are_read(watched, server, digits_page, kind):
-    """With all that points; a small drawing in a corner is as good as one that fills the board."""
+def test_strokes_are_recognized(watched, server, digits_page, kind):
+    """With every kind of pointer; a small drawing in a corner is recognized like a large one."""
     assert open_page(watched, f"{server.url}/digits/")
     for label, scale, shift in [
         (0, 1, 0),
@@ -363,27 +365,27 @@ def test_strokes_are_read(watched, server, digits_page, kind):
     ]:
         watched.find_element("id", "clear").click()
         draw(watched, DIGITS[label], kind, scale, shift)
-        assert said(watched, "winner") == str(label)
-        assert said(watched, "spoken").startswith(f"Prediction: {label}, ")
+        assert text_of(watched, "winner") == str(label)
+        assert text_of(watched, "spoken").startswith(f"Prediction: {label}, ")
 
 
-def test_all_digits_are_read_by_a_network_of_mnist(watched, server, mnist_page):
+def test_mnist_network_recognizes_all_digits(watched, server, mnist_page):
     assert open_page(watched, f"{server.url}/mnist/")
-    read = []
+    recognized = []
     for strokes in DIGITS:
         watched.find_element("id", "clear").click()
         draw(watched, strokes)
-        read.append(said(watched, "winner"))
-    assert read == list("0123456789")
+        recognized.append(text_of(watched, "winner"))
+    assert recognized == list("0123456789")
 
 
-def test_picture_is_made_as_mnist_was(watched, server, enlarged_page):
+def test_picture_is_preprocessed_like_mnist(watched, server, enlarged_page):
     """Ink fits into about 20 x 20 pixels, and its center of mass is in the center of the image."""
     assert open_page(watched, f"{server.url}/enlarged/")
     for label, scale, shift in [(0, 1, 0), (7, 1, 0), (4, 0.5, 0.2)]:
         watched.find_element("id", "clear").click()
         draw(watched, DIGITS[label], scale=scale, shift=shift)
-        ink = seen(watched)[..., 3].astype(int)
+        ink = model_input(watched)[..., 3].astype(int)
         rows, columns = np.nonzero(ink > 8)
         assert np.ptp(rows) + 1 in (20, 21)
         assert 10 < np.ptp(columns) + 1 <= 21
@@ -391,34 +393,34 @@ def test_picture_is_made_as_mnist_was(watched, server, enlarged_page):
         np.testing.assert_allclose(mass, 14, atol=0.1)
 
 
-def test_bars_are_what_python_says_of_the_picture_that_is_shown(watched, server, digits_page):
-    """White is 16 there; a bar's number has one digit after the point."""
+def test_bars_equal_the_probabilities_of_python(watched, server, digits_page):
+    """White is 16 in this data set; the percentage of a bar has one decimal place."""
     assert open_page(watched, f"{server.url}/digits/")
     for strokes in DIGITS[6:]:
         watched.find_element("id", "clear").click()
         draw(watched, strokes)
-        picture = np.round(seen(watched)[..., 3] / 255 * 16).astype(np.uint8)
-        shares = softmax(digits_page.trained.predict(picture[None]))[0]
+        picture = np.round(model_input(watched)[..., 3] / 255 * 16).astype(np.uint8)
+        probabilities = softmax(digits_page.trained.predict(picture[None]))[0]
         shown = [bar.text.split() for bar in watched.find_elements("css selector", "#bars li")]
         assert [name for name, _ in shown] == list("0123456789")
         np.testing.assert_allclose(
-            [float(share[:-1]) for _, share in shown], 100 * shares, atol=0.051
+            [float(percentage[:-1]) for _, percentage in shown], 100 * probabilities, atol=0.051
         )
 
 
-def test_board_without_ink_is_not_read(watched, server, digits_page):
-    """Neither at first, nor when the last stroke is taken back."""
+def test_empty_board_has_no_prediction(watched, server, digits_page):
+    """Neither at the start, nor after the last stroke is undone."""
     assert open_page(watched, f"{server.url}/digits/")
     settle(watched)
-    assert said(watched, "winner") == "nothing yet"
+    assert text_of(watched, "winner") == "nothing yet"
     draw(watched, DIGITS[4])
-    assert said(watched, "winner") != "nothing yet"
-    assert said(watched, "bars").count("%") == 10
+    assert text_of(watched, "winner") != "nothing yet"
+    assert text_of(watched, "bars").count("%") == 10
     for _ in DIGITS[4]:
         watched.find_element("id", "undo").click()
     settle(watched)
-    assert said(watched, "winner") == "nothing yet"
-    assert said(watched, "bars").count("%") == 0
+    assert text_of(watched, "winner") == "nothing yet"
+    assert text_of(watched, "bars").count("%") == 0
 
 
 def test_keyboard_draws(watched, server, digits_page):
@@ -431,10 +433,10 @@ def test_keyboard_draws(watched, server, digits_page):
         9 * Keys.ARROW_UP, Keys.SPACE, 18 * Keys.ARROW_DOWN, Keys.SPACE, 3 * Keys.ARROW_RIGHT
     )
     settle(watched)
-    assert said(watched, "winner") == "1"
+    assert text_of(watched, "winner") == "1"
     board.send_keys("c")
     settle(watched)
-    assert said(watched, "winner") == "nothing yet"
+    assert text_of(watched, "winner") == "nothing yet"
     stops = []
     for _ in range(2):
         watched.switch_to.active_element.send_keys(Keys.TAB)
@@ -442,7 +444,7 @@ def test_keyboard_draws(watched, server, digits_page):
     assert stops == ["undo", "clear"]
 
 
-def test_key_that_is_held_acts_once_and_the_pen_says_when_it_is_down(watched, server, digits_page):
+def test_held_key_acts_once_and_the_pen_state_is_announced(watched, server, digits_page):
     assert open_page(watched, f"{server.url}/digits/")
     script = """
         for (const repeat of [false, true, true, true, true]) {
@@ -452,13 +454,13 @@ def test_key_that_is_held_acts_once_and_the_pen_says_when_it_is_down(watched, se
         }
     """
     watched.execute_script(script)
-    assert said(watched, "spoken") == "The pen is down."
+    assert text_of(watched, "spoken") == "The pen is down."
     watched.find_element("id", "board").send_keys(10 * Keys.ARROW_DOWN, Keys.SPACE)
     settle(watched)
-    assert said(watched, "spoken").startswith("Prediction: ")
+    assert text_of(watched, "spoken").startswith("Prediction: ")
 
 
-def test_what_has_been_said_is_not_said_again(watched, server, digits_page):
+def test_announcement_is_not_repeated(watched, server, digits_page):
     """Moving the lifted pen does not repeat the announcement."""
     assert open_page(watched, f"{server.url}/digits/")
     draw(watched, DIGITS[1])
@@ -474,8 +476,8 @@ def test_what_has_been_said_is_not_said_again(watched, server, digits_page):
     assert watched.execute_script("return window.spoken") == 0
 
 
-def test_finger_draws_while_another_one_rests(watched, server, digits_page):
-    """On the title first, then on the board; what rests draws no line."""
+def test_finger_draws_while_another_rests(watched, server, digits_page):
+    """A finger rests on the title, then a palm on the board; neither draws a line."""
     assert open_page(watched, f"{server.url}/digits/")
     board = watched.find_element("id", "board").rect
 
@@ -495,11 +497,11 @@ def test_finger_draws_while_another_one_rests(watched, server, digits_page):
         touch("touchMove", resting, (1, *on_board((0.5, 0.2 + 0.05 * step))), palm)
     touch("touchEnd")
     settle(watched)
-    assert said(watched, "winner") == "1"
+    assert text_of(watched, "winner") == "1"
 
 
-def test_long_drawing_is_drawn(watched, server, digits_page):
-    """A quarter of a million points, more than a function takes arguments."""
+def test_drawing_may_have_many_points(watched, server, digits_page):
+    """It has 250,000 points, more than a function accepts arguments."""
     assert open_page(watched, f"{server.url}/digits/")
     script = """
         const done = arguments[0];
@@ -509,11 +511,11 @@ def test_long_drawing_is_drawn(watched, server, digits_page):
 .then(() => done("drawn"), (e) => done(e.message));
     """
     assert watched.execute_async_script(script) == "drawn"
-    assert seen(watched)[..., 3].any()
+    assert model_input(watched)[..., 3].any()
 
 
 @pytest.mark.parametrize("color", ["red", "green", "blue"])
-def test_picture_of_the_users_own_is_named(watched, server, colors_page, tmp_path, color):
+def test_uploaded_picture_is_classified(watched, server, colors_page, tmp_path, color):
     """The center is scaled to 8 x 12; the margins on the left and right are cut off."""
     picture = np.full((80, 400, 3), 255, np.uint8)
     picture[:, 130:270] = np.array(
@@ -522,62 +524,62 @@ def test_picture_of_the_users_own_is_named(watched, server, colors_page, tmp_pat
     matplotlib.image.imsave(tmp_path / "picture.png", picture)
     assert open_page(watched, f"{server.url}/colors/")
     watched.find_element("id", "file").send_keys(str(tmp_path / "picture.png"))
-    WebDriverWait(watched, 10).until(lambda browser: said(browser, "winner") == color)
+    WebDriverWait(watched, 10).until(lambda browser: text_of(browser, "winner") == color)
     np.testing.assert_array_equal(
-        seen(watched)[..., :3], np.broadcast_to(picture[0, 200], (8, 12, 3))
+        model_input(watched)[..., :3], np.broadcast_to(picture[0, 200], (8, 12, 3))
     )
 
 
-def test_file_that_is_no_picture_is_refused_in_a_sentence(watched, server, colors_page, tmp_path):
+def test_file_that_is_not_a_picture_is_refused(watched, server, colors_page, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     assert open_page(watched, f"{server.url}/colors/")
     watched.find_element("id", "file").send_keys(str(tmp_path / "notes.txt"))
     sentence = "notes.txt is not an image that this browser can read."
-    WebDriverWait(watched, 10).until(lambda browser: said(browser, "trouble") == sentence)
-    assert said(watched, "winner") == "nothing yet"
+    WebDriverWait(watched, 10).until(lambda browser: text_of(browser, "trouble") == sentence)
+    assert text_of(watched, "winner") == "nothing yet"
 
 
-def ask_to_continue(browser, beginning: str, length: int | str) -> None:
-    """At temperature 0."""
+def ask_to_continue(browser, prompt: str, length: int | str) -> None:
+    """Requests a continuation of the prompt at temperature 0."""
     browser.find_element("id", "temperature").send_keys(Keys.HOME)
     browser.find_element("id", "length").clear()
     browser.find_element("id", "length").send_keys(str(length))
-    browser.execute_script("document.getElementById('text').value = arguments[0]", beginning)
+    browser.execute_script("document.getElementById('text').value = arguments[0]", prompt)
     browser.find_element("id", "text").send_keys(Keys.CONTROL, Keys.ENTER)
 
 
 def wait_for_the_end(browser) -> str:
     WebDriverWait(browser, 60).until(
-        lambda browser: said(browser, "progress").endswith("per second.")
+        lambda browser: text_of(browser, "progress").endswith("per second.")
     )
     return browser.find_element("id", "text").get_property("value")
 
 
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
-@pytest.mark.parametrize("beginning", ["The q", "the 🦊 sleeps on. The lazy dog jumps"])
-def test_text_goes_on_as_in_python(watched, server, text_pages, key, name, beginning):
-    """Place by place, or from a window that the text outgrows."""
+@pytest.mark.parametrize("prompt", ["The q", "the 🦊 sleeps on. The lazy dog jumps"])
+def test_generated_text_equals_that_of_python(watched, server, text_pages, key, name, prompt):
+    """One position at a time, or from a window that is shorter than the text."""
     (trained, data, folder), length = text_pages[name], 60
     assert (folder / "step.onnx").exists() == (name == "lstm")
     assert open_page(watched, f"{server.url}/{name}/")
-    assert f"trained on {data.name}" in said(watched, "facts")
+    assert f"trained on {data.name}" in text_of(watched, "facts")
     tokens = ctde.generate(
         trained.model,
         trained.params,
         trained.model_state,
-        encode(beginning, data.vocabulary),
+        encode(prompt, data.vocabulary),
         length,
         key,
         temperature=0,
         window=None if name == "lstm" else LENGTH,
     )
-    ask_to_continue(watched, beginning, length)
-    assert wait_for_the_end(watched) == beginning + decode(np.asarray(tokens), data.vocabulary)
-    assert said(watched, "degrees") == "0.00"
+    ask_to_continue(watched, prompt, length)
+    assert wait_for_the_end(watched) == prompt + decode(np.asarray(tokens), data.vocabulary)
+    assert text_of(watched, "degrees") == "0.00"
 
 
-def test_warm_text_is_another_each_time(watched, server, text_pages):
-    """At the highest temperature a model that is sure of one text writes many."""
+def test_text_at_a_high_temperature_varies(watched, server, text_pages):
+    """At the highest temperature, even a model with confident predictions varies."""
     assert open_page(watched, f"{server.url}/lstm/")
     watched.find_element("id", "temperature").send_keys(Keys.END)
     texts = set()
@@ -590,44 +592,44 @@ def test_warm_text_is_another_each_time(watched, server, text_pages):
     assert {len(encode(text, text_pages["lstm"].data.vocabulary)) for text in texts} == {304}
 
 
-def test_text_stops_when_told(watched, server, text_pages):
+def test_generation_stops_on_request(watched, server, text_pages):
     assert open_page(watched, f"{server.url}/lstm/")
     ask_to_continue(watched, "The", 10_000)
-    WebDriverWait(watched, 10, 0.02).until(lambda browser: said(browser, "go") == "Stop")
-    time.sleep(0.2)  # for some characters
+    WebDriverWait(watched, 10, 0.02).until(lambda browser: text_of(browser, "go") == "Stop")
+    time.sleep(0.2)  # time for some characters
     watched.find_element("id", "go").click()
     assert 3 < len(wait_for_the_end(watched)) < 10_000
-    assert said(watched, "go") == "Continue"
+    assert text_of(watched, "go") == "Continue"
 
 
-def test_text_that_is_stopped_while_it_is_read_stops(watched, server, text_pages):
-    """A second click, before it has stopped, does not begin another one."""
+def test_generation_stops_while_the_prompt_is_read(watched, server, text_pages):
+    """A second click before the end does not start another generation."""
     assert open_page(watched, f"{server.url}/lstm/")
-    beginning = "The " * 10_000
-    ask_to_continue(watched, beginning, 10_000)
+    prompt = "The " * 10_000
+    ask_to_continue(watched, prompt, 10_000)
     go = watched.find_element("id", "go")
     WebDriverWait(watched, 10, 0.02).until(lambda browser: go.text == "Stop")
     watched.execute_script(
         "for (let time = 0; time < 3; time++) document.getElementById('go').click()"
     )
-    assert wait_for_the_end(watched) == beginning
-    assert said(watched, "progress").startswith("0 characters")
-    time.sleep(0.5)  # in which another one would write
+    assert wait_for_the_end(watched) == prompt
+    assert text_of(watched, "progress").startswith("0 characters")
+    time.sleep(0.5)  # time for another generation to write
     assert (go.text, watched.find_element("id", "text").get_property("value")) == (
         "Continue",
-        beginning,
+        prompt,
     )
 
 
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
-def test_double_click_begins_once(watched, server, text_pages, name):
+def test_double_click_starts_once(watched, server, text_pages, name):
     assert open_page(watched, f"{server.url}/{name}/")
     ActionChains(watched).double_click(watched.find_element("id", "go")).perform()
     assert len(encode(wait_for_the_end(watched), text_pages[name].data.vocabulary)) == 304
 
 
-def test_keys_on_the_button_begin_once(watched, server, text_pages):
-    """Ctrl+Enter would press it, too; and a key that is held is pressed once."""
+def test_keys_on_the_button_start_once(watched, server, text_pages):
+    """Ctrl+Enter would also press the button, and a held key would repeat."""
     assert open_page(watched, f"{server.url}/lstm/")
     watched.find_element("id", "go").send_keys(Keys.CONTROL, Keys.ENTER)
     assert len(encode(wait_for_the_end(watched), text_pages["lstm"].data.vocabulary)) == 304
@@ -637,33 +639,33 @@ def test_keys_on_the_button_begin_once(watched, server, text_pages):
         document.getElementById("text").dispatchEvent(new KeyboardEvent("keydown", event));
     """
     watched.execute_script(script)
-    assert said(watched, "go") == "Continue"
+    assert text_of(watched, "go") == "Continue"
 
 
-def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server, root, key):
-    """A text box replaces line ends by its own kind."""
+def test_text_with_windows_line_ends_equals_that_of_python(watched, server, root, key):
+    """A text box normalizes line ends."""
     (root / "windows.txt").write_bytes(
         40 * b"The quick brown fox jumps.\r\nAnd the dog sleeps on.\r\n"
     )
     data = ctde.data.from_text(root / "windows.txt", length=LENGTH, stride=1)
     model = ctde.models.rnn_language_model(len(data.vocabulary), hidden_size=48, layers=1)
     exported = export(root, "windows", model, data, optax.adam(0.005), batch_size=32, steps=200)
-    trained, beginning = exported.trained, "The quick brown fox jumps.\r\nAnd"
-    given = encode(beginning, data.vocabulary)
+    trained, prompt = exported.trained, "The quick brown fox jumps.\r\nAnd"
+    prompt_tokens = encode(prompt, data.vocabulary)
     tokens = ctde.generate(
         trained.model,
         trained.params,
         trained.model_state,
-        given,
+        prompt_tokens,
         60,
         key,
         temperature=0,
         window=None,
     )
-    written = beginning + decode(np.asarray(tokens), data.vocabulary)
+    written = prompt + decode(np.asarray(tokens), data.vocabulary)
     assert written.count("\r\n") > 2
     assert open_page(watched, f"{server.url}/windows/")
-    ask_to_continue(watched, beginning, 30)
+    ask_to_continue(watched, prompt, 30)
     half = wait_for_the_end(watched)
     watched.execute_script("document.getElementById('progress').textContent = ''")
     ask_to_continue(watched, half, 30)
@@ -671,7 +673,7 @@ def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server
 
 
 @pytest.mark.parametrize(
-    ("beginning", "length", "sentence"),
+    ("prompt", "length", "sentence"),
     [
         (
             "The Ω\tß",
@@ -694,34 +696,34 @@ def test_text_with_the_line_ends_of_windows_goes_on_as_in_python(watched, server
         ),
     ],
 )
-def test_wish_that_cannot_be_met_is_refused_in_a_sentence(
-    watched, server, text_pages, beginning, length, sentence
+def test_invalid_request_is_refused_in_one_sentence(
+    watched, server, text_pages, prompt, length, sentence
 ):
     assert open_page(watched, f"{server.url}/lstm/")
-    ask_to_continue(watched, beginning, length)
-    assert said(watched, "trouble") == sentence
-    assert watched.find_element("id", "text").get_property("value") == beginning
+    ask_to_continue(watched, prompt, length)
+    assert text_of(watched, "trouble") == sentence
+    assert watched.find_element("id", "text").get_property("value") == prompt
     ask_to_continue(watched, "The", 5)
     wait_for_the_end(watched)
-    assert said(watched, "trouble") == ""
+    assert text_of(watched, "trouble") == ""
 
 
 def flip(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-OTHER = "{} does not match its checksum, so the model does not run: copy the folder again."
+MISMATCH = "{} does not match its checksum, so the model does not run: copy the folder again."
 WASM = "ort/ort-wasm-simd-threaded.wasm"
 DAMAGES = {
-    "flipped byte": ("digits", "model.onnx", flip, OTHER.format("model.onnx")),
+    "flipped byte": ("digits", "model.onnx", flip, MISMATCH.format("model.onnx")),
     "short file": (
         "digits",
         "model.onnx",
         lambda content: content[:-1],
-        OTHER.format("model.onnx"),
+        MISMATCH.format("model.onnx"),
     ),
-    "flipped byte of a step": ("lstm", "step.onnx", flip, OTHER.format("step.onnx")),
-    "flipped byte of what runs it": ("digits", WASM, flip, OTHER.format(WASM)),
+    "flipped byte of a step": ("lstm", "step.onnx", flip, MISMATCH.format("step.onnx")),
+    "flipped byte of the runtime": ("digits", WASM, flip, MISMATCH.format(WASM)),
     "damaged list": (
         "digits",
         "ort/files.json",
@@ -744,32 +746,34 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_folder_is_refused_in_a_sentence(
+def test_damaged_folder_is_refused_in_one_sentence(
     watched, server, root, digits_page, text_pages, damage
 ):
-    """Then nothing is run: what runs models is not even imported."""
+    """No model runs, and the runtime is not even imported."""
     name, file, change, sentence = DAMAGES[damage]
     folder = root / damage.replace(" ", "-")
     shutil.copytree(root / name, folder)
     (folder / file).write_bytes(change((folder / file).read_bytes()))
-    server.asked.clear()
+    server.requested.clear()
     assert not open_page(watched, f"{server.url}/{folder.name}/")
-    assert said(watched, "trouble") == sentence
+    assert text_of(watched, "trouble") == sentence
     assert [
-        path for path in server.asked if "/ort/" in path and not path.endswith(("files.json", file))
+        path
+        for path in server.requested
+        if "/ort/" in path and not path.endswith(("files.json", file))
     ] == []
     script = "window.page.predict([0]).catch((error) => arguments[0](error.message))"
     assert watched.execute_async_script(script) == sentence
 
 
-def test_page_says_where_a_browser_cannot_check(browser, server, digits_page):
+def test_page_warns_if_the_browser_cannot_verify_checksums(browser, server, digits_page):
     """A host name other than localhost is not a secure context without https."""
-    assert open_page(browser, f"http://{ELSEWHERE}:{server.server_port}/digits/")
-    assert "not checked, because browsers can only do so on https and localhost" in said(
+    assert open_page(browser, f"http://{OTHER_HOST}:{server.server_port}/digits/")
+    assert "not checked, because browsers can only do so on https and localhost" in text_of(
         browser, "facts"
     )
     draw(browser, DIGITS[1])
-    assert said(browser, "winner") == "1"
+    assert text_of(browser, "winner") == "1"
     assert browser.get_log("browser") == []
 
 
@@ -801,23 +805,23 @@ def is_on_screen(browser, part: str) -> bool:
     return browser.execute_script(f"{script} return 0 <= top && bottom < innerHeight + 1", part)
 
 
-def test_phone_shows_board_and_answer_together(phone, server, digits_page):
+def test_phone_shows_board_and_prediction_together(phone, server, digits_page):
     assert open_page(phone, f"{server.url}/digits/")
     draw(phone, DIGITS[1], "touch")
     assert is_on_screen(phone, "board")
     assert is_on_screen(phone, "winner")
 
 
-def test_phone_shows_a_refusal(phone, server, text_pages):
+def test_phone_shows_an_error(phone, server, text_pages):
     assert open_page(phone, f"{server.url}/lstm/")
     phone.execute_script("document.getElementById('text').value = 'The Ω'")
     phone.find_element("id", "go").click()
-    assert "Ω" in said(phone, "trouble")
+    assert "Ω" in text_of(phone, "trouble")
     assert is_on_screen(phone, "trouble")
 
 
-def test_page_replaces_nothing_but_a_page(digits_page, root, tmp_path):
-    """Neither a home page, nor a page to which something was added."""
+def test_page_replaces_only_a_page(digits_page, root, tmp_path):
+    """Neither a home page, nor a page with an additional file."""
     bundle = ctde.open_bundle(root / "digits-bundle")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "index.html").write_text("my home page")
@@ -833,7 +837,7 @@ def test_page_replaces_nothing_but_a_page(digits_page, root, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
-def test_what_npm_cannot_fetch_is_a_sentence_with_its_reason(
+def test_failed_download_by_npm_is_reported_with_its_reason(
     digits_page, root, tmp_path, monkeypatch
 ):
     bundle = ctde.open_bundle(root / "digits-bundle")
@@ -850,8 +854,8 @@ def test_what_npm_cannot_fetch_is_a_sentence_with_its_reason(
 
 
 @pytest.mark.skipif(NODE is None, reason="needs node")
-def test_same_file_says_the_same_in_node(digits_page, tmp_path):
-    """Without a browser: the runtime's WebAssembly is the same."""
+def test_exported_model_computes_the_same_in_node(digits_page, tmp_path):
+    """Node runs the same WebAssembly of the runtime without a browser."""
     assert NODE is not None
     (tmp_path / "run.mjs").write_text(
         """
@@ -869,7 +873,7 @@ def test_same_file_says_the_same_in_node(digits_page, tmp_path):
         """
     )
     shutil.copytree(digits_page.folder, tmp_path / "page")
-    # A browser takes this from the page.
+    # A browser gets the module type from the page.
     (tmp_path / "page" / "package.json").write_text('{"type": "module"}')
     pictures = digits_page.data.test.inputs[:10]
     done = subprocess.run(

@@ -47,7 +47,7 @@ class Nnx(nnx.Module):
 
 
 class Drawing(Nnx):
-    """Depends on its key, in bits but not in value, so a batch is cut into 8 shards."""
+    """Depends on its key in bits but not in value, so a batch is cut into 8 shards."""
 
     def __init__(self, rngs: nnx.Rngs):
         super().__init__(rngs)
@@ -57,9 +57,9 @@ class Drawing(Nnx):
         return super().__call__(x) + 0 * self.dropout(jnp.ones((1, CLASSES)))
 
 
-def plain_apply(door: str):
+def plain_apply(api: str):
     """The training step in flax without this package: `(params, state, x) -> (outputs, state)`."""
-    if door == "linen":
+    if api == "linen":
         return lambda params, state, x: Linen().apply(
             {"params": params, **state}, x, train=True, mutable=[*state]
         )
@@ -74,11 +74,11 @@ def plain_apply(door: str):
     return apply
 
 
-DOORS = {"linen": partial(models.from_linen, Linen()), "nnx": partial(models.from_nnx, Nnx)}
+APIS = {"linen": partial(models.from_linen, Linen()), "nnx": partial(models.from_nnx, Nnx)}
 
 
-def plain_loss(door, params, state, inputs, labels):
-    outputs, state = plain_apply(door)(params, state, inputs)
+def plain_loss(api, params, state, inputs, labels):
+    outputs, state = plain_apply(api)(params, state, inputs)
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean(), state
 
 
@@ -87,20 +87,20 @@ def assert_close(tree, other, rtol=1e-5, atol=1e-5):
 
 
 @cache
-def plain_loop(door: str, steps: int):
-    """Losses, parameters and averages of a flax loop over the trainer's batches."""
+def plain_loop(api: str, steps: int):
+    """Returns losses, parameters and averages of a flax loop over the trainer's batches."""
     data = dataset()
     inputs = (np.asarray(data.train.inputs) - data.shift) * data.scale
     init_key, _ = jax.random.split(jax.random.key(0))
-    params, state = DOORS[door]().init(init_key, jnp.asarray(inputs[:1]))
+    params, state = APIS[api]().init(init_key, jnp.asarray(inputs[:1]))
     optimizer = optax.sgd(0.1, momentum=0.9)
     opt_state = optimizer.init(params)
-    step = jax.jit(jax.value_and_grad(partial(plain_loss, door), has_aux=True))
+    step = jax.jit(jax.value_and_grad(partial(plain_loss, api), has_aux=True))
     losses, epoch_steps = [], -(-EXAMPLES // BATCH)
     for number in range(steps):
-        epoch, place = divmod(number, epoch_steps)
+        epoch, position = divmod(number, epoch_steps)
         batch = np.random.default_rng((0, epoch)).permutation(EXAMPLES)[
-            place * BATCH : (place + 1) * BATCH
+            position * BATCH : (position + 1) * BATCH
         ]
         (loss, state), grads = step(params, state, inputs[batch], LABELS[batch])
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -113,12 +113,12 @@ def dataset() -> ctde.data.Dataset:
     return ctde.data.from_arrays(INPUTS, LABELS, INPUTS[:20], LABELS[:20])
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_default_is_a_plain_flax_loop_on_any_number_of_devices(door, count):
+def test_default_equals_a_plain_flax_loop_on_any_number_of_devices(api, count):
     """20 steps; three of them have a batch of 10 examples, one or two on each of 8 devices."""
     trained = ctde.fit(
-        DOORS[door](),
+        APIS[api](),
         dataset(),
         optax.sgd(0.1, momentum=0.9),
         devices=ctde.devices.start(count),
@@ -127,7 +127,7 @@ def test_default_is_a_plain_flax_loop_on_any_number_of_devices(door, count):
         log_every=1,
         show=False,
     )
-    losses, params, state = plain_loop(door, 20)
+    losses, params, state = plain_loop(api, 20)
     assert_close([row["loss"] for row in trained.history if row["split"] == "train"], losses)
     assert_close((trained.params, trained.model_state), (params, state))
 
@@ -136,7 +136,7 @@ def test_default_is_a_plain_flax_loop_on_any_number_of_devices(door, count):
 def on_replicas(model, accumulation_steps=1):
     gradient = make_gradient(model, classification, accumulation_steps=accumulation_steps)
 
-    def on_one(params, model_state, indices):
+    def on_replica(params, model_state, indices):
         grads, new_state, sums = gradient(params, model_state, SPLIT, indices, jax.random.key(3))
         weight = sums["examples"]
         return (
@@ -145,24 +145,24 @@ def on_replicas(model, accumulation_steps=1):
             sums,
         )
 
-    return first_of(on_one)
+    return first_of(on_replica)
 
 
-def first_of(on_one):
-    """Runs `on_one(params, state, indices)` on virtual replicas; returns the first result."""
-    run = jax.jit(jax.vmap(on_one, in_axes=(None, None, 0), axis_name=replica.AXIS))
+def first_of(on_replica):
+    """Runs `on_replica(params, state, indices)` on virtual replicas; returns the first result."""
+    run = jax.jit(jax.vmap(on_replica, in_axes=(None, None, 0), axis_name=replica.AXIS))
     return lambda *arguments: jax.tree.map(lambda x: x[0], run(*arguments))
 
 
-def dealt(examples: int, replicas: int, places: int = BATCH) -> np.ndarray:
+def padded_batch(examples: int, replicas: int, batch_size: int = BATCH) -> np.ndarray:
     """Returns a padded batch of the first examples, `int32[replica, per_replica]`."""
     order = np.arange(examples, dtype=np.int32)
-    return np.concatenate([order, np.resize(~order, places - examples)]).reshape(-1, replicas).T
+    return np.concatenate([order, np.resize(~order, batch_size - examples)]).reshape(-1, replicas).T
 
 
 @jax.jit
-def by_hand(params, statistics, rows, weights):
-    """Gradient and running averages of both models in closed form; weight 0 excludes."""
+def closed_form(params, statistics, rows, weights):
+    """Gradient and running averages in closed form; examples with weight 0 are excluded."""
 
     def normalize(name, params, x, momentum):
         mean = weights @ x / weights.sum()
@@ -187,9 +187,9 @@ def by_hand(params, statistics, rows, weights):
     return jax.grad(loss, has_aux=True)(params)
 
 
-def wanted(params, state, examples: list[int]):
+def expected_results(params, state, examples: list[int]):
     rows = np.resize(examples, BATCH)
-    return by_hand(
+    return closed_form(
         params,
         state.get("batch_stats", state),
         rows,
@@ -197,56 +197,60 @@ def wanted(params, state, examples: list[int]):
     )
 
 
-def assert_is(grads, after, by_hand):
-    assert_close((grads, after.get("batch_stats", after)), by_hand, rtol=1e-4)
+def assert_matches(grads, after, expected):
+    assert_close((grads, after.get("batch_stats", after)), expected, rtol=1e-4)
 
 
 @cache
-def model_of(door: str) -> models.Model:
-    return DOORS[door]() if door in DOORS else models.from_nnx(Drawing)
+def model_of(api: str) -> models.Model:
+    return APIS[api]() if api in APIS else models.from_nnx(Drawing)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])
-@pytest.mark.parametrize("door", DOORS)
-def test_gradient_of_every_short_batch_is_that_of_its_real_examples(door, replicas):
-    """Even if replicas have no examples, as 7 of 8 in a batch of one."""
-    params, state = model_of(door).init(jax.random.key(0), SPLIT.inputs[:1])
+@pytest.mark.parametrize("api", APIS)
+def test_gradient_of_every_short_batch_is_that_of_its_real_examples(api, replicas):
+    """Some replicas have no examples, such as 7 of 8 in a batch of one."""
+    params, state = model_of(api).init(jax.random.key(0), SPLIT.inputs[:1])
     for examples in range(1, BATCH + 1):
-        grads, after, _ = on_replicas(model_of(door))(params, state, dealt(examples, replicas))
-        assert_is(grads, after, wanted(params, state, list(range(examples))))
+        grads, after, _ = on_replicas(model_of(api))(
+            params, state, padded_batch(examples, replicas)
+        )
+        assert_matches(grads, after, expected_results(params, state, list(range(examples))))
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_shards_share_the_statistics_of_their_batch(replicas):
     params, state = model_of("drawing").init(jax.random.key(0), SPLIT.inputs[:1])
     for examples in (1, 3, 11, 16):
-        grads, after, _ = on_replicas(model_of("drawing"))(params, state, dealt(examples, replicas))
-        assert_is(grads, after, wanted(params, state, list(range(examples))))
+        grads, after, _ = on_replicas(model_of("drawing"))(
+            params, state, padded_batch(examples, replicas)
+        )
+        assert_matches(grads, after, expected_results(params, state, list(range(examples))))
 
 
-@pytest.mark.parametrize("door", [*DOORS, "drawing"])
-def test_microbatches_are_the_same_on_any_number_of_devices(door):
+@pytest.mark.parametrize("api", [*APIS, "drawing"])
+def test_microbatches_are_the_same_on_any_number_of_devices(api):
     """Positions 0 to 3 modulo 8, then 4 to 7, normalized separately; the second may be empty."""
-    params, state = model_of(door).init(jax.random.key(0), SPLIT.inputs[:1])
+    params, state = model_of(api).init(jax.random.key(0), SPLIT.inputs[:1])
     for examples in (3, 6, 13, 16):
         groups = [[i for i in range(examples) if i % 8 // 4 == group] for group in (0, 1)]
         groups = [group for group in groups if group]
         after, grads = state, optax.tree.zeros_like(params)
         for group in groups:
-            own_grads, after = wanted(params, after, group)
-            grads = optax.tree.add(grads, optax.tree.scale(len(group) / examples, own_grads))
+            group_grads, after = expected_results(params, after, group)
+            grads = optax.tree.add(grads, optax.tree.scale(len(group) / examples, group_grads))
         for replicas in (1, 2, 4):
-            found, found_after, _ = on_replicas(model_of(door), accumulation_steps=2)(
-                params, state, dealt(examples, replicas)
+            found, found_after, _ = on_replicas(model_of(api), accumulation_steps=2)(
+                params, state, padded_batch(examples, replicas)
             )
-            assert_is(found, found_after, (grads, after))
+            assert_matches(found, found_after, (grads, after))
 
 
 @pytest.mark.parametrize("shared", ["averaged", "synchronized"])
-@pytest.mark.parametrize("door", DOORS)
-def test_a_replica_alone_normalizes_with_its_own_real_examples(door, shared):
-    """As in local steps. The last replica has no example, and gives no NaN."""
-    model = DOORS[door](shared)
+@pytest.mark.parametrize("api", APIS)
+def test_local_steps_normalize_with_the_real_examples_of_the_replica(api, shared):
+    """The last replica has no examples, and its results are finite."""
+    model = APIS[api](shared)
     params, state = model.init(jax.random.key(0), SPLIT.inputs[:1])
     gradient = make_gradient(model, classification)
     indices = np.array([[0, 1, 2, 3], [4, 5, ~4, ~5], [6, ~6, ~6, ~6], [~0, ~0, ~0, ~0]], np.int32)
@@ -258,16 +262,16 @@ def test_a_replica_alone_normalizes_with_its_own_real_examples(door, shared):
         )
     )
     grads, after, sums = run(params, state, SPLIT, indices, jax.random.key(0))
-    for own, row in enumerate(indices[:3]):
-        found = jax.tree.map(lambda x, own=own: x[own], (grads, after))
-        assert_is(*found, wanted(params, state, list(row[row >= 0])))
+    for index, row in enumerate(indices[:3]):
+        found = jax.tree.map(lambda x, index=index: x[index], (grads, after))
+        assert_matches(*found, expected_results(params, state, list(row[row >= 0])))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, after, sums)))
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[3], y), after, state)
 
 
-def test_local_steps_wait_for_nobody():
-    """The compiled round has one meeting, outside of the loop of the local steps."""
-    from test_round import begin
+def test_local_steps_have_no_collectives():
+    """The compiled round has one collective, outside the loop of the local steps."""
+    from test_round import initial_state
 
     from ctde_jax.cost import collectives
     from ctde_jax.rounds import state
@@ -279,14 +283,17 @@ def test_local_steps_wait_for_nobody():
     on_devices = replica.parallel(train_round, devices, (axes, None, 0, None), (axes, 0))
     batches = np.arange(48, dtype=np.int32).reshape(4, 3, 4)
     compiled = on_devices.lower(
-        begin(model, strategy, jax.random.key(0), optimizer), SPLIT, batches, jax.random.key(0)
+        initial_state(model, strategy, jax.random.key(0), optimizer),
+        SPLIT,
+        batches,
+        jax.random.key(0),
     )
     found = collectives.read(compiled.compile().as_text())
     assert {one.op for one in found} == {"all-reduce"}
     assert {one.times for one in found} == {1}
 
 
-# Kinds of batch normalization, each against flax on the real examples alone.
+# Variants of batch normalization, each compared with flax on the real examples.
 
 
 class Subclass(nnx.BatchNorm):
@@ -295,14 +302,14 @@ class Subclass(nnx.BatchNorm):
 
 
 class Reshaped(nnx.Module):
-    """Several places for each example, merged with the examples."""
+    """Merges the positions of an example with the batch axis."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.norm = nnx.BatchNorm(FEATURES, rngs=rngs)
 
     def __call__(self, x):
-        places = jnp.stack([x, x**2, jnp.sin(x)], axis=1)
-        return self.norm(places.reshape(-1, FEATURES)).reshape(places.shape).sum(1)
+        positions = jnp.stack([x, x**2, jnp.sin(x)], axis=1)
+        return self.norm(positions.reshape(-1, FEATURES)).reshape(positions.shape).sum(1)
 
 
 class TimeFirst(Reshaped):
@@ -310,7 +317,7 @@ class TimeFirst(Reshaped):
         return self.norm(jnp.stack([x, x**2, jnp.sin(x)])).sum(0)
 
 
-class Pictures(Reshaped):
+class Images(Reshaped):
     def __call__(self, x):
         return self.norm(x[:, None, None] * jnp.arange(1.0, 7).reshape(1, 2, 3, 1)).sum((1, 2))
 
@@ -323,7 +330,7 @@ class ChannelsFirst(nnx.Module):
         return self.norm(x[:, :, None] * jnp.arange(1.0, 7).reshape(1, 1, 6)).sum(2)
 
 
-class OwnMask(Reshaped):
+class ExplicitMask(Reshaped):
     def __call__(self, x):
         return self.norm(x, mask=x > 0)
 
@@ -365,7 +372,7 @@ class Jitted(Reshaped):
 
 
 class Frozen(Reshaped):
-    """One layer that is constructed frozen, and one that is called so."""
+    """One layer is constructed frozen, and one is frozen by the argument of its call."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.frozen = nnx.BatchNorm(FEATURES, use_running_average=True, rngs=rngs)
@@ -392,11 +399,11 @@ NNX = {
     "momentum 1": layer(momentum=1.0),
     "bfloat16": layer(dtype=jnp.bfloat16),
     "slow variance": layer(use_fast_variance=False),
-    "merged places": Reshaped,
+    "merged positions": Reshaped,
     "time first": TimeFirst,
-    "pictures": Pictures,
+    "images": Images,
     "channels first": ChannelsFirst,
-    "mask of its own": OwnMask,
+    "explicit mask": ExplicitMask,
     "nnx.vmap": Members,
     "nnx.scan": Scanned,
     "nnx.remat": Remat,
@@ -429,19 +436,19 @@ class LinenFrozen(linen.Module):
         return linen.BatchNorm(use_running_average=True)(x)
 
 
-class LinenPlaces(linen.Module):
+class LinenPositions(linen.Module):
     layout: str
 
     @linen.compact
     def __call__(self, x, train: bool):
-        norm, places = (
+        norm, positions = (
             linen.BatchNorm(use_running_average=not train),
             jnp.stack([x, x**2, jnp.sin(x)], axis=1),
         )
         if self.layout == "merged":
-            return norm(places.reshape(-1, FEATURES)).reshape(places.shape).sum(1)
+            return norm(positions.reshape(-1, FEATURES)).reshape(positions.shape).sum(1)
         if self.layout == "time first":
-            return norm(places.swapaxes(0, 1)).sum(0)
+            return norm(positions.swapaxes(0, 1)).sum(0)
         return norm(x, mask=x > 0)
 
 
@@ -477,21 +484,21 @@ LINEN = {
     "bfloat16": LinenLayer({"dtype": jnp.bfloat16}),
     "slow variance": LinenLayer({"use_fast_variance": False}),
     "frozen": LinenFrozen(),
-    "merged places": LinenPlaces("merged"),
-    "time first": LinenPlaces("time first"),
-    "mask of its own": LinenPlaces("own mask"),
+    "merged positions": LinenPositions("merged"),
+    "time first": LinenPositions("time first"),
+    "explicit mask": LinenPositions("explicit mask"),
     "remat": LinenLifted("remat"),
     "jit": LinenLifted("jit"),
     "vmap": LinenLifted("vmap"),
     "scan": LinenLifted("scan"),
 }
 
-squares = ctde.Task(
+cubes = ctde.Task(
     lambda outputs, labels: jnp.sum((outputs.astype(jnp.float32) - 0.5) ** 3, axis=-1)
 )
 
 
-def check_kind(model: models.Model, flax_apply) -> None:
+def check_variant(model: models.Model, flax_apply) -> None:
     """Compares outputs, gradients and running averages with flax, on 1 and 4 replicas."""
     inputs = SPLIT.inputs[:BATCH]
     params, state = model.init(jax.random.key(0), inputs)
@@ -500,13 +507,13 @@ def check_kind(model: models.Model, flax_apply) -> None:
 
         def loss(params, examples=examples):
             outputs, after = flax_apply(params, state, inputs[:examples])
-            return squares.loss(outputs, SPLIT.labels[:examples]).mean(), after
+            return cubes.loss(outputs, SPLIT.labels[:examples]).mean(), after
 
         (value, after), grads = jax.value_and_grad(loss, has_aux=True)(params)
         for replicas in (1, 4):
-            gradient = make_gradient(model, squares)
+            gradient = make_gradient(model, cubes)
 
-            def on_one(params, state, indices, gradient=gradient):
+            def on_replica(params, state, indices, gradient=gradient):
                 grads, new_state, sums = gradient(params, state, SPLIT, indices, jax.random.key(0))
                 weight = sums["examples"]
                 return (
@@ -515,7 +522,9 @@ def check_kind(model: models.Model, flax_apply) -> None:
                     replica.add_up(sums),
                 )
 
-            own_grads, own_state, sums = first_of(on_one)(params, state, dealt(examples, replicas))
+            replica_grads, replica_state, sums = first_of(on_replica)(
+                params, state, padded_batch(examples, replicas)
+            )
             rtol = (
                 2e-2
                 if any(
@@ -525,11 +534,11 @@ def check_kind(model: models.Model, flax_apply) -> None:
                 else 1e-4
             )
             np.testing.assert_allclose(sums["loss"] / sums["examples"], value, rtol=rtol)
-            assert_close((own_grads, own_state), (grads, after), rtol=rtol, atol=rtol)
+            assert_close((replica_grads, replica_state), (grads, after), rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("name", NNX)
-def test_kind_of_nnx_counts_real_examples_only(name):
+def test_nnx_variant_counts_real_examples_only(name):
     graph, _, _ = nnx.split(NNX[name](nnx.Rngs(0)), nnx.Param, ...)
 
     def apply(params, state, x):
@@ -537,13 +546,13 @@ def test_kind_of_nnx_counts_real_examples_only(name):
         outputs = module(x)
         return outputs, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
 
-    check_kind(models.from_nnx(NNX[name]), apply)
+    check_variant(models.from_nnx(NNX[name]), apply)
 
 
 @pytest.mark.parametrize("name", LINEN)
-def test_kind_of_linen_counts_real_examples_only(name):
+def test_linen_variant_counts_real_examples_only(name):
     module = LINEN[name]
-    check_kind(
+    check_variant(
         models.from_linen(module),
         lambda params, state, x: module.apply(
             {"params": params, **state}, x, train=True, mutable=[*state]
@@ -551,28 +560,30 @@ def test_kind_of_linen_counts_real_examples_only(name):
     )
 
 
-def test_messages_that_are_judged_one_by_one_depend_on_no_other_replica():
+def test_message_of_an_independent_reducer_depends_on_one_replica():
     """For robust rules and private averages: gradients of a replica's real examples."""
-    from test_round import begin, under_vmap
+    from test_round import initial_state, under_vmap
 
     from ctde_jax.rounds.round import make_round
 
     def update(message, state, params=None, **extra_args):
         return replica.weighted_mean(message, 1.0), message
 
-    remember = partial(reducer, lambda params: optax.tree.zeros_like(params), update)
-    strategy = ctde.Strategy(reduce=remember(independent=True))
+    recorder = partial(reducer, lambda params: optax.tree.zeros_like(params), update)
+    strategy = ctde.Strategy(reduce=recorder(independent=True))
     model = models.from_linen(Linen())
-    here = begin(model, strategy, jax.random.key(0))
-    batches = dealt(11, 4)[:, None]
+    current = initial_state(model, strategy, jax.random.key(0))
+    batches = padded_batch(11, 4)[:, None]
     train_round = under_vmap(
         make_round(make_gradient(model, classification), optax.sgd(0.1, 0.9), strategy), strategy
     )
-    after, _ = train_round(here, SPLIT, batches, jax.random.key(0))
-    for own, (row,) in enumerate(batches):
-        message = jax.tree.map(lambda x, own=own: x[own], after.reduce_state)
+    after, _ = train_round(current, SPLIT, batches, jax.random.key(0))
+    for index, (row,) in enumerate(batches):
+        message = jax.tree.map(lambda x, index=index: x[index], after.reduce_state)
         assert_close(
-            message, wanted(here.params, here.model_state, list(row[row >= 0]))[0], rtol=1e-4
+            message,
+            expected_results(current.params, current.model_state, list(row[row >= 0]))[0],
+            rtol=1e-4,
         )
 
 
@@ -585,16 +596,16 @@ def test_messages_that_are_judged_one_by_one_depend_on_no_other_replica():
         (aggregate.private(1.0, 0.1), True),
     ],
 )
-def test_reducers_that_do_not_weight_by_examples_judge_messages_one_by_one(reduce, is_independent):
+def test_reducers_without_weights_are_independent(reduce, is_independent):
     assert isinstance(reduce, IndependentReducer) == is_independent
 
 
-def test_hand_written_model_with_a_state_has_to_take_the_mask():
+def test_custom_model_with_state_must_take_the_mask():
     model = models.from_linen(Linen())
-    blind = models.Model(
+    without_mask = models.Model(
         model.init, lambda params, state, inputs, key: model.apply(params, state, inputs, key)
     )
     with pytest.raises(
         InputError, match="model has state, so its apply must take a fifth argument, mask"
     ):
-        ctde.fit(blind, dataset(), optax.sgd(0.1), batch_size=BATCH, steps=1, show=False)
+        ctde.fit(without_mask, dataset(), optax.sgd(0.1), batch_size=BATCH, steps=1, show=False)

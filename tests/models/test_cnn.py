@@ -1,4 +1,4 @@
-"""The convolutional network of federated averaging, and the pictures that it takes."""
+"""The convolutional network of federated averaging, and the shapes of its inputs."""
 
 import jax
 import numpy as np
@@ -16,8 +16,8 @@ def test_cnn_has_the_parameters_of_the_paper(key):
     assert models.count_params(params) == 1_663_370
 
 
-def test_cnn_is_the_formula(key):
-    """Equals pooling by nnx after the ReLU; a last odd row or column is dropped."""
+def test_cnn_equals_its_formula(key):
+    """Equals pooling by nnx after the ReLU; an odd last row or column is dropped."""
     model, images = models.cnn((9, 6), 3), jax.random.normal(key, (2, 9, 6))
     params, model_state = jax.jit(model.init)(key, images)
 
@@ -36,7 +36,7 @@ def test_cnn_is_the_formula(key):
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_picture_without_a_channel_axis_has_one_channel(key):
+def test_image_without_a_channel_axis_has_one_channel(key):
     flat, deep = models.cnn((4, 4), 3), models.cnn((4, 4, 1), 3)
     images = jax.random.normal(key, (2, 4, 4))
     params, model_state = jax.jit(flat.init)(key, images)
@@ -73,7 +73,7 @@ def test_picture_without_a_channel_axis_has_one_channel(key):
         ((28, 28), {"classes": 0}, "classes must be at least 1, got 0."),
     ],
 )
-def test_wrong_network_is_refused_in_a_sentence(image_shape, options, sentence):
+def test_invalid_network_is_refused(image_shape, options, sentence):
     with pytest.raises(InputError) as caught:
         models.cnn(image_shape, **{"classes": 10, **options})
     assert sentence in str(caught.value)
@@ -81,7 +81,7 @@ def test_wrong_network_is_refused_in_a_sentence(image_shape, options, sentence):
 
 @pytest.mark.parametrize("build", [models.cnn, models.resnet])
 @pytest.mark.parametrize("shape", [(784,), (28, 28, 1), (28, 27)])
-def test_inputs_of_another_shape_are_refused_in_a_sentence(build, shape, key):
+def test_inputs_of_another_shape_are_refused(build, shape, key):
     model = build((28, 28), 10)
     params, model_state = jax.eval_shape(model.init, key, jnp.zeros((1, 28, 28)))
     with pytest.raises(InputError) as caught:

@@ -13,7 +13,7 @@ STEPS, BATCH = 12, 24
 
 
 class Network(nnx.Module):
-    """A complex kernel, beside real parameters."""
+    """Has a complex kernel and a real bias."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.kernel = nnx.Param(0.3 * jax.random.normal(rngs.params(), (6, 3), jnp.complex64))
@@ -27,7 +27,7 @@ class Network(nnx.Module):
 MODEL = ctde.models.from_nnx(Network)
 INPUTS = np.random.default_rng(0).normal(size=(BATCH * 5 // 4, 6)).astype(np.float32)
 DATA = ctde.data.from_arrays(INPUTS, (INPUTS[:, 0] > 0).astype(int) + (INPUTS[:, 1] > 0))
-"""One batch is the whole training split, so the order of the examples does not count."""
+"""One batch is the whole training split, so the order of the examples does not matter."""
 
 CONJUGATED = optax.chain(
     optax.stateless(lambda updates, _: jax.tree.map(jnp.conj, updates)), optax.adam(0.05)
@@ -35,7 +35,7 @@ CONJUGATED = optax.chain(
 
 
 def plain_loop():
-    """The losses and parameters of optax alone."""
+    """Returns the losses and parameters of a plain optax loop."""
     params, _ = MODEL.init(jax.random.split(jax.random.key(0))[0], DATA.train.inputs[:1])
     opt_state = CONJUGATED.init(params)
 
@@ -65,8 +65,8 @@ def train(strategy: ctde.Strategy, replicas: int, **options) -> ctde.Trained:
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
-def test_training_is_the_plain_loop(replicas, tmp_path):
-    """And the same call, again, reads the same parameters from the checkpoint."""
+def test_training_equals_a_plain_loop(replicas, tmp_path):
+    """A second call restores the same parameters from the checkpoint."""
     assert len(DATA.train.inputs) == BATCH
     trained = train(ctde.Strategy(), replicas, run_dir=tmp_path)
     losses, params = plain_loop()
@@ -88,7 +88,7 @@ def test_training_is_the_plain_loop(replicas, tmp_path):
         ("iso-loco", {"sync_every": 2}),
     ],
 )
-def test_real_and_imaginary_parts_learn_under_every_message(preset, options):
+def test_real_and_imaginary_parts_are_trained_by_every_strategy(preset, options):
     initial, _ = MODEL.init(jax.random.split(jax.random.key(0))[0], DATA.train.inputs[:1])
     trained = train(ctde.strategy(preset, **options), 4, ema_decay=0.5)
     moved = trained.params["kernel"] - initial["kernel"]

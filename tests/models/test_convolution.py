@@ -20,34 +20,36 @@ def test_convolution_and_its_gradients_are_those_of_flax(
 ):
     """Equal parameters, outputs and gradients, also under vmap, and for 3 images in groups of 2."""
     monkeypatch.setattr(convolution, "_CACHE", cache)
-    pictures = jax.random.normal(key, (2, 3, *sides, 4))
-    own, theirs = (kind(4, 6, size, strides=strides, rngs=nnx.Rngs(0)) for kind in (Conv, nnx.Conv))
+    images = jax.random.normal(key, (2, 3, *sides, 4))
+    custom, reference = (
+        kind(4, 6, size, strides=strides, rngs=nnx.Rngs(0)) for kind in (Conv, nnx.Conv)
+    )
 
     def outputs_and_grads(layer):
         graph, params = nnx.split(layer)
 
-        def outputs(params, pictures):
-            return jax.vmap(nnx.merge(graph, params))(pictures)
+        def outputs(params, images):
+            return jax.vmap(nnx.merge(graph, params))(images)
 
-        def loss(params, pictures):
-            return jnp.sin(outputs(params, pictures)).sum()
+        def loss(params, images):
+            return jnp.sin(outputs(params, images)).sum()
 
-        return outputs(params, pictures), *jax.jit(jax.grad(loss, (0, 1)))(params, pictures)
+        return outputs(params, images), *jax.jit(jax.grad(loss, (0, 1)))(params, images)
 
-    found, right = outputs_and_grads(own), outputs_and_grads(theirs)
+    found, right = outputs_and_grads(custom), outputs_and_grads(reference)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, right)
 
 
-def test_program_for_a_cpu_has_no_gradient_in_a_form_that_loops_slow_down(key):
+def test_cpu_program_has_only_channels_last_convolutions(key):
     """Channels-last on a CPU; other platforms lower convolutions as JAX does."""
     layer = Conv(3, 2, (3, 3), rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
     grads = jax.grad(lambda params, x: jnp.sin(nnx.merge(graph, params)(x)).sum(), (0, 1))
     traced = jax.jit(grads).trace(params, jnp.zeros((2, 8, 8, 3)))
 
-    def forms(platform: str) -> set[str]:
+    def layouts(platform: str) -> set[str]:
         program = traced.lower(lowering_platforms=(platform,)).as_text()
         return set(re.findall(r"dim_numbers = (.*?), window", program))
 
-    assert forms("cpu") == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
-    assert len(forms("tpu")) > 1
+    assert layouts("cpu") == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+    assert len(layouts("tpu")) > 1

@@ -28,8 +28,8 @@ CONSTANT = Model(
 )
 
 
-def started(name: str) -> tuple[Model, PyTree, PyTree]:
-    """Large parameters make the likeliest token clear, and dependent on the preceding tokens."""
+def initialized(name: str) -> tuple[Model, PyTree, PyTree]:
+    """Large parameters separate the likeliest token, and make it depend on the preceding tokens."""
     model = MODELS[name]
     params, model_state = jax.jit(model.init)(jax.random.key(0), np.zeros((1, LONGEST), np.int32))
     return model, jax.tree.map(lambda x: 5 * x, params), model_state
@@ -37,9 +37,9 @@ def started(name: str) -> tuple[Model, PyTree, PyTree]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("prompt", "steps"), [([1, 2, 3, 4], 6), ([1, 2, 3, 4, 5, 6, 7, 8], 3)])
-def test_cold_text_is_that_of_a_loop_over_the_growing_text(name, prompt, steps, key):
-    """From below the window to beyond it, and with a prompt that is longer."""
-    model, params, model_state = started(name)
+def test_greedy_text_equals_that_of_a_loop_over_the_growing_text(name, prompt, steps, key):
+    """The text grows beyond the window, or the prompt is longer than the window."""
+    model, params, model_state = initialized(name)
     apply = jax.jit(model.apply)
 
     text = list(prompt)
@@ -52,23 +52,24 @@ def test_cold_text_is_that_of_a_loop_over_the_growing_text(name, prompt, steps, 
     assert tokens.tolist() == text[len(prompt) :]
 
 
-def test_by_default_the_model_sees_all_of_the_text(key):
-    everything, long, short = (
-        generate(*started("lstm"), [1, 2, 3], 20, key, window=seen) for seen in (None, 99, 1)
+def test_default_window_is_the_whole_text(key):
+    default, long, short = (
+        generate(*initialized("lstm"), [1, 2, 3], 20, key, window=window)
+        for window in (None, 99, 1)
     )
-    np.testing.assert_array_equal(everything, long)
-    assert (everything != short).any()
+    np.testing.assert_array_equal(default, long)
+    assert (default != short).any()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_as_frequent_as_the_softmax_says(temperature, key):
+def test_token_frequencies_match_the_softmax(temperature, key):
     """Pearson's statistic with three degrees of freedom is below 16.3 in 999 of 1,000 samples."""
     tokens = generate(CONSTANT, {}, {}, [0], 4000, key, temperature, window=1)
     expected = 4000 * jax.nn.softmax(LOGITS / temperature)
     assert ((np.bincount(tokens, minlength=4) - expected) ** 2 / expected).sum() < 16.3
 
 
-def test_same_key_gives_the_same_text_and_a_longer_one_goes_on(key):
+def test_same_key_gives_the_same_text_and_longer_text_continues_it(key):
     text = generate(CONSTANT, {}, {}, [0], 50, key, window=1)
     np.testing.assert_array_equal(generate(CONSTANT, {}, {}, [0], 50, key, window=1), text)
     np.testing.assert_array_equal(generate(CONSTANT, {}, {}, [0], 80, key, window=1)[:50], text)
@@ -116,7 +117,7 @@ def test_generation_is_compiled_once(key):
         ({"window": LONGEST + 1}, "length must be at least the 7 tokens of an input, got 6."),
     ],
 )
-def test_wrong_wish_is_refused_in_a_sentence(options, sentence, key):
+def test_invalid_arguments_are_refused(options, sentence, key):
     model = MODELS["transformer"]
     params, model_state = jax.eval_shape(model.init, key, np.zeros((1, LONGEST), np.int32))
     with pytest.raises(InputError) as caught:
@@ -126,7 +127,7 @@ def test_wrong_wish_is_refused_in_a_sentence(options, sentence, key):
     assert sentence in str(caught.value)
 
 
-def test_classifier_is_refused_in_a_sentence(key):
+def test_classifier_is_refused(key):
     model = models.mlp([3, 11])
     params, model_state = model.init(key, jnp.zeros((1, 3)))
     with pytest.raises(

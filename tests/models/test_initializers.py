@@ -1,4 +1,4 @@
-"""Initializers: variances, orthogonality and zeros as published, and their purpose."""
+"""Initializers: variances, orthogonality and zeros as published, and their effects."""
 
 from functools import partial
 from itertools import pairwise
@@ -18,7 +18,7 @@ from ctde_jax.models.initializers import INITIALIZERS, find_kernels, initialize,
 
 
 class OneCell(nnx.Module):
-    """Reads with any cell of nnx."""
+    """A recurrent network with any cell of nnx."""
 
     def __init__(self, cell: type[nnx.RNNCellBase], rngs: nnx.Rngs):
         self.rnn = nnx.RNN(cell(8, 8, rngs=rngs), rngs=rngs)
@@ -29,7 +29,7 @@ class OneCell(nnx.Module):
 
 
 class Linen(flax.linen.Module):
-    """Has an embedding, attention, a recurrent cell and a convolution, all of linen's making."""
+    """Has an embedding, attention, a recurrent cell and a convolution of linen."""
 
     @flax.linen.compact
     def __call__(self, tokens):
@@ -56,15 +56,15 @@ MODELS = {
     "simple cell": (models.from_nnx(partial(OneCell, nnx.SimpleCell)), noise(16, 6, 8)),
     "linen": (models.from_linen(Linen()), TOKENS),
 }
-SUITED = {
+SUITABLE = {
     "delta_orthogonal": {"cnn", "resnet", "linen"},
     "recurrent": {"lstm", "gru", "lstm cell", "simple cell", "linen"},
     "residual": {"resnet", "transformer"},
 }
 
 
-def start(model: str, name: str, seed: int = 0):
-    """The parameters of a model, drawn by an initializer."""
+def initial_params(model: str, name: str, seed: int = 0):
+    """Returns the parameters of a model, drawn by an initializer."""
     network, inputs = MODELS[model]
     return initialize(network, name).init(jax.random.key(seed), inputs)[0]
 
@@ -83,7 +83,7 @@ def matrices(params) -> dict[tuple, list[np.ndarray]]:
 
 
 def assert_orthonormal(matrix: np.ndarray):
-    """Rows or columns are, whichever are fewer."""
+    """Checks the rows or the columns, whichever are fewer."""
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     np.testing.assert_allclose(short @ short.T, np.eye(len(short)), atol=1e-5)
 
@@ -93,23 +93,25 @@ def assert_equal(first, second):
 
 
 @pytest.mark.parametrize("name", INITIALIZERS)
-def test_same_key_gives_the_same_start_and_another_key_another(name):
+def test_parameters_depend_on_the_key(name):
     model = "lstm" if name == "recurrent" else "resnet"
-    first, second, other = (start(model, name, seed) for seed in (1, 1, 2))
+    first, second, other = (initial_params(model, name, seed) for seed in (1, 1, 2))
     assert_equal(first, second)
-    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, start(model, "flax"))
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, initial_params(model, "flax"))
     assert any(
         (x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
     )
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_flax_leaves_every_bit(model, key):
-    assert_equal(start(model, "flax"), MODELS[model][0].init(key, MODELS[model][1])[0])
+def test_initializer_flax_keeps_every_bit(model, key):
+    assert_equal(initial_params(model, "flax"), MODELS[model][0].init(key, MODELS[model][1])[0])
 
 
-def test_only_kernels_and_their_biases_are_drawn_anew():
-    before, after = (dict(leaves_with_path(start("transformer", name))) for name in ("flax", "he"))
+def test_only_kernels_and_their_biases_are_redrawn():
+    before, after = (
+        dict(leaves_with_path(initial_params("transformer", name))) for name in ("flax", "he")
+    )
     changed = {path[-1] for path in before if (before[path] != after[path]).any()}
     assert changed == {"kernel"}
     assert {path[-1] for path in before} == {"kernel", "bias", "scale", "embedding"}
@@ -122,14 +124,14 @@ def test_only_kernels_and_their_biases_are_drawn_anew():
         ("he", lambda inputs, outputs: 2 / inputs),
     ],
 )
-def test_variance_is_the_papers(name, variance, key):
+def test_variance_is_that_of_the_paper(name, variance, key):
     dense = models.mlp([300, 200])
     kernel = initialize(dense, name).init(key, jnp.ones((1, 300)))[0]["layers"][0]["kernel"]
     assert float(kernel.var()) == pytest.approx(variance(300, 200), rel=0.03)
     assert abs(float(kernel.mean())) < 0.001
 
-    picture = models.from_linen(flax.linen.Conv(64, (3, 3)))
-    kernel = initialize(picture, name).init(key, jnp.ones((1, 8, 8, 32)))[0]["kernel"]
+    convolution = models.from_linen(flax.linen.Conv(64, (3, 3)))
+    kernel = initialize(convolution, name).init(key, jnp.ones((1, 8, 8, 32)))[0]["kernel"]
     assert float(kernel.var()) == pytest.approx(variance(9 * 32, 9 * 64), rel=0.03)
 
     heads = models.from_linen(
@@ -145,7 +147,7 @@ def test_variance_is_the_papers(name, variance, key):
         assert float(layers[layer]["kernel"].var()) == pytest.approx(variance(*fans), rel=0.04)
 
 
-def test_he_carries_the_signal_through_relus_and_flax_loses_half_of_its_variance_at_each(key):
+def test_he_preserves_the_variance_through_relus_and_flax_halves_it(key):
     model, inputs = models.mlp([256] * 21, "relu"), noise(64, 256)
 
     def power(name: str) -> np.ndarray:
@@ -159,21 +161,24 @@ def test_he_carries_the_signal_through_relus_and_flax_loses_half_of_its_variance
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_orthogonal_kernels_are_for_each_gate(model):
-    for gates in matrices(start(model, "orthogonal")).values():
+def test_kernels_are_orthogonal_for_each_gate(model):
+    for gates in matrices(initial_params(model, "orthogonal")).values():
         for matrix in gates:
             assert_orthonormal(matrix)
 
 
 @pytest.mark.parametrize(("model", "gates"), [("lstm", 4), ("gru", 3), ("simple cell", 1)])
-def test_gates_that_lie_side_by_side_are_counted(model, gates):
-    found = {path[-1]: kernel.gates for path, kernel in find_kernels(start(model, "flax")).items()}
+def test_gates_of_a_fused_kernel_are_counted(model, gates):
+    found = {
+        path[-1]: kernel.gates
+        for path, kernel in find_kernels(initial_params(model, "flax")).items()
+    }
     assert found == {"dense_h": gates, "dense_i": gates, "out": 1}
 
 
-@pytest.mark.parametrize("model", sorted(SUITED["delta_orthogonal"]))
-def test_delta_orthogonal_convolution_is_an_orthogonal_matrix_at_every_place(model):
-    params = start(model, "delta_orthogonal")
+@pytest.mark.parametrize("model", sorted(SUITABLE["delta_orthogonal"]))
+def test_delta_orthogonal_kernel_is_orthogonal_in_the_center_and_zero_elsewhere(model):
+    params = initial_params(model, "delta_orthogonal")
     leaves = dict(leaves_with_path(params))
     for path, kernel in find_kernels(params).items():
         taps = np.array(leaves[*path, "kernel"]).reshape(
@@ -185,21 +190,19 @@ def test_delta_orthogonal_convolution_is_an_orthogonal_matrix_at_every_place(mod
         assert not taps.any()
 
 
-def test_delta_orthogonal_convolutions_keep_the_norm_of_a_picture(key):
+def test_delta_orthogonal_convolution_preserves_the_norm_of_an_image(key):
     model = initialize(
         models.from_nnx(lambda rngs: nnx.Conv(8, 16, (3, 3), rngs=rngs)), "delta_orthogonal"
     )
-    picture = noise(1, 6, 6, 8)
-    params, model_state = model.init(key, picture)
-    outputs, _ = model.apply(params, model_state, picture, None)
-    assert float(jnp.linalg.norm(outputs)) == pytest.approx(
-        float(jnp.linalg.norm(picture)), rel=1e-5
-    )
+    image = noise(1, 6, 6, 8)
+    params, model_state = model.init(key, image)
+    outputs, _ = model.apply(params, model_state, image, None)
+    assert float(jnp.linalg.norm(outputs)) == pytest.approx(float(jnp.linalg.norm(image)), rel=1e-5)
 
 
-@pytest.mark.parametrize("model", sorted(SUITED["recurrent"]))
-def test_recurrent_kernels_are_orthogonal_for_each_gate_and_all_others_are_glorots(model):
-    params = start(model, "recurrent")
+@pytest.mark.parametrize("model", sorted(SUITABLE["recurrent"]))
+def test_recurrent_kernels_are_orthogonal_and_other_kernels_are_glorot(model):
+    params = initial_params(model, "recurrent")
     kernels, by_path = find_kernels(params), matrices(params)
     assert any(kernel.recurrent for kernel in kernels.values())
     for path, kernel in kernels.items():
@@ -216,13 +219,13 @@ def test_recurrent_kernels_are_orthogonal_for_each_gate_and_all_others_are_gloro
 
 def test_forget_gates_start_open():
     closed, opened = np.zeros(8), np.ones(8)
-    cell = start("lstm", "recurrent")["recurrent"]["layers"][0]["cell"]
+    cell = initial_params("lstm", "recurrent")["recurrent"]["layers"][0]["cell"]
     np.testing.assert_array_equal(
         cell["dense_h"]["bias"], np.concatenate([closed, opened, closed, closed])
     )
     for cell in (
-        start("lstm cell", "recurrent")["rnn"]["cell"],
-        start("linen", "recurrent")["LSTMCell_0"],
+        initial_params("lstm cell", "recurrent")["rnn"]["cell"],
+        initial_params("linen", "recurrent")["LSTMCell_0"],
     ):
         assert [float(cell[name]["bias"].mean()) for name in ("hi", "hf", "hg", "ho")] == [
             0,
@@ -233,7 +236,7 @@ def test_forget_gates_start_open():
 
 
 def test_open_forget_gate_is_the_second_of_four(key):
-    """The cell keeps its memory where the bias of that gate is large, and no other one is."""
+    """The cell keeps its memory if only the bias of that gate is large."""
     cell = nnx.OptimizedLSTMCell(2, 3, rngs=nnx.Rngs(0))
     cell.dense_i.kernel[...], cell.dense_h.kernel[...] = jnp.zeros((2, 12)), jnp.zeros((3, 12))
     cell.dense_h.bias[...] = jnp.zeros(12).at[3:6].set(100)
@@ -241,21 +244,23 @@ def test_open_forget_gate_is_the_second_of_four(key):
     np.testing.assert_allclose(memory, 1)
 
 
-@pytest.mark.parametrize("model", sorted(SUITED["residual"]))
-def test_residual_branches_start_at_zero_so_deep_is_as_shallow(model, key):
+@pytest.mark.parametrize("model", sorted(SUITABLE["residual"]))
+def test_residual_branches_are_zero_at_initialization(model, key):
     network, inputs = MODELS[model]
     params, model_state = initialize(network, "residual").init(key, inputs)
     ends = {
-        path: said
-        for path, said in network.layers(params, model_state, inputs).items()
+        path: outputs
+        for path, outputs in network.layers(params, model_state, inputs).items()
         if "blocks" in path
     }
-    ends = {path: said for path, said in ends.items() if path[-1] in ("mix", "contract", "second")}
+    ends = {
+        path: outputs for path, outputs in ends.items() if path[-1] in ("mix", "contract", "second")
+    }
     assert len(ends) == {"transformer": 4, "resnet": 2}[model]
-    assert not any(said.any() for said in ends.values())
+    assert not any(outputs.any() for outputs in ends.values())
 
 
-def test_transformer_of_zero_branches_is_the_identity_through_its_blocks(key):
+def test_transformer_blocks_with_zero_branches_are_the_identity(key):
     network = initialize(MODELS["transformer"][0], "residual")
     params, _ = network.init(key, TOKENS)
     x = params["tokens"]["embedding"][TOKENS] + params["places"]["embedding"][None]
@@ -268,14 +273,14 @@ def test_transformer_of_zero_branches_is_the_identity_through_its_blocks(key):
 def test_lsuv_gives_every_layer_unit_variance(model, key):
     network, inputs = MODELS[model]
     params, model_state = jax.jit(initialize(network, "lsuv").init)(key, inputs)
-    said = network.layers(params, model_state, inputs)
-    assert set(said) == {path for path in find_kernels(params) if "LSTMCell_0" not in path}
-    for path, outputs in said.items():
+    layer_outputs = network.layers(params, model_state, inputs)
+    assert set(layer_outputs) == {path for path in find_kernels(params) if "LSTMCell_0" not in path}
+    for path, outputs in layer_outputs.items():
         assert float(outputs.var()) == pytest.approx(1, abs=1e-3), path
 
 
-def test_lsuv_sees_the_inputs_as_the_network_does(key):
-    """It is the same whether a wrapper normalizes them or they come normalized."""
+def test_lsuv_uses_normalized_inputs(key):
+    """`initialize` and `with_raw_inputs` can be applied in either order."""
     network, inputs = models.mlp([4, 8, 3]), 100 + 50 * noise(64, 4)
     raw = models.with_raw_inputs(initialize(network, "lsuv"), np.float32(100), np.float32(1 / 50))
     wrapped = initialize(
@@ -286,35 +291,35 @@ def test_lsuv_sees_the_inputs_as_the_network_does(key):
         assert float(outputs.var()) == pytest.approx(1, abs=1e-3)
 
 
-def test_model_shows_its_layers_in_the_order_of_execution(key):
+def test_layers_are_listed_in_the_order_of_execution(key):
     network, inputs = MODELS["mlp"]
     params, _ = network.init(key, inputs)
-    said = jax.jit(network.layers)(params, {}, inputs)
-    assert list(said) == [("layers", i) for i in range(10)]
-    for before, after in pairwise(said):
+    layer_outputs = jax.jit(network.layers)(params, {}, inputs)
+    assert list(layer_outputs) == [("layers", i) for i in range(10)]
+    for before, after in pairwise(layer_outputs):
         layer = params["layers"][after[1]]
-        expected = jnp.tanh(said[before]) @ layer["kernel"] + layer["bias"][None]
-        np.testing.assert_allclose(said[after], expected, rtol=1e-4, atol=1e-5)
+        expected = jnp.tanh(layer_outputs[before]) @ layer["kernel"] + layer["bias"][None]
+        np.testing.assert_allclose(layer_outputs[after], expected, rtol=1e-4, atol=1e-5)
     outputs, _ = network.apply(params, {}, inputs, None)
-    np.testing.assert_allclose(said["layers", 9], outputs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer_outputs["layers", 9], outputs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("model", "shown"),
+    ("model", "listed"),
     [
         ("lstm", ["out"]),
         ("simple cell", ["out"]),
         ("linen", ["query", "key", "value", "out", "Conv_0", "Dense_0"]),
     ],
 )
-def test_layers_of_cells_run_once_for_every_place_and_are_not_shown(model, shown, key):
+def test_layers_in_recurrent_cells_are_not_listed(model, listed, key):
     network, inputs = MODELS[model]
-    said = network.layers(*network.init(key, inputs), inputs)
-    assert [path[-1] for path in said] == shown
+    layer_outputs = network.layers(*network.init(key, inputs), inputs)
+    assert [path[-1] for path in layer_outputs] == listed
 
 
 @pytest.mark.slow
-def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(digits):
+def test_fifty_layers_are_trained_with_orthogonal_and_lsuv_and_not_with_flax(digits):
     """300 steps of SGD with 32 tanh units: 50 random matrices lose almost all directions."""
     inputs = jnp.asarray((digits.train.inputs - digits.shift) * digits.scale, jnp.float32).reshape(
         -1, 64
@@ -373,13 +378,13 @@ def test_fifty_layers_that_flaxs_start_does_not_train_are_trained_from_others(di
         ),
     ],
 )
-def test_initializer_that_does_not_suit_a_model_is_refused_in_a_sentence(name, sentence, key):
+def test_unsuitable_initializer_is_refused(name, sentence, key):
     network = initialize(MODELS["mlp"][0], name)
     with pytest.raises(InputError, match=sentence):
         jax.eval_shape(network.init, key, MODELS["mlp"][1])
 
 
-def test_wrong_initializer_is_refused_in_a_sentence():
+def test_invalid_initializer_is_refused():
     network = MODELS["mlp"][0]
     with pytest.raises(
         InputError,

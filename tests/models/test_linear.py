@@ -16,12 +16,12 @@ def loss_of(layer):
 
 
 @pytest.mark.parametrize("outputs", [1, 10, 33])
-@pytest.mark.parametrize("around", [(6,), (2, 3), (1,)])
+@pytest.mark.parametrize("batch_shape", [(6,), (2, 3), (1,)])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_layer_and_its_gradients_are_those_of_flax(key, outputs, around, use_bias):
+def test_layer_and_its_gradients_are_those_of_flax(key, outputs, batch_shape, use_bias):
     """The same parameters, outputs and gradients; also of several batches at once."""
-    inputs = jax.random.normal(key, (4, *around, 7))
-    own, theirs = (
+    inputs = jax.random.normal(key, (4, *batch_shape, 7))
+    custom, reference = (
         kind(7, outputs, use_bias=use_bias, rngs=nnx.Rngs(0)) for kind in (Linear, nnx.Linear)
     )
 
@@ -32,8 +32,8 @@ def test_layer_and_its_gradients_are_those_of_flax(key, outputs, around, use_bia
 
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
-        results(own),
-        results(theirs),
+        results(custom),
+        results(reference),
     )
 
 
@@ -50,17 +50,17 @@ def test_second_derivatives_are_those_of_flax(key):
             params
         )
 
-    own, theirs = (results(kind(7, 3, rngs=nnx.Rngs(0))) for kind in (Linear, nnx.Linear))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), own, theirs)
+    custom, reference = (results(kind(7, 3, rngs=nnx.Rngs(0))) for kind in (Linear, nnx.Linear))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), custom, reference
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "is_narrow"),
     [(5, 7, 3, True), (136, 132, 33, True), (136, 131, 33, False), (131, 132, 33, False)],
 )
-def test_program_for_a_cpu_multiplies_narrow_kernels_the_other_way_round(
-    rows, inputs, outputs, is_narrow
-):
+def test_cpu_program_transposes_the_gradient_of_narrow_kernels(rows, inputs, outputs, is_narrow):
     """On a CPU, a narrow kernel's gradient has outputs as rows; elsewhere it is as in JAX."""
     params, loss = loss_of(Linear(inputs, outputs, rngs=nnx.Rngs(0)))
     traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((rows, inputs)))

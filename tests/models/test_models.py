@@ -1,4 +1,4 @@
-"""Any nnx or linen module becomes a pair of pure functions, and keeps its meaning."""
+"""Any nnx or linen module becomes a pair of pure functions that compute the same outputs."""
 
 import flax.linen
 import jax
@@ -43,7 +43,7 @@ INPUTS = jax.random.normal(jax.random.key(7), (6, 4))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model_infers_the_same_every_time_and_leaves_its_state(name, key):
+def test_inference_is_deterministic_and_keeps_the_state(name, key):
     model = MODELS[name]
     params, model_state = model.init(key, INPUTS)
 
@@ -56,7 +56,7 @@ def test_model_infers_the_same_every_time_and_leaves_its_state(name, key):
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"mlp"}))
-def test_model_in_training_draws_from_the_key_and_gathers_statistics(name, key):
+def test_training_uses_the_key_and_updates_the_state(name, key):
     model = MODELS[name]
     params, model_state = model.init(key, INPUTS)
 
@@ -77,13 +77,13 @@ def test_model_in_training_draws_from_the_key_and_gathers_statistics(name, key):
     )
 
 
-def test_two_dropouts_of_one_module_have_masks_of_their_own(key):
+def test_two_dropout_layers_of_one_module_have_different_masks(key):
     params, model_state = MODELS["nnx"].init(key, INPUTS)
     outputs, _ = MODELS["nnx"].apply(params, model_state, INPUTS, key)
     assert (outputs[0] != outputs[1]).any()
 
 
-def test_mlp_is_the_formula(key):
+def test_mlp_equals_its_formula(key):
     params, model_state = MODELS["mlp"].init(key, INPUTS)
     first, second = params["layers"][0], params["layers"][1]
     hidden = jax.nn.gelu(INPUTS @ first["kernel"] + first["bias"][None])
@@ -94,10 +94,10 @@ def test_mlp_is_the_formula(key):
     assert models.count_params(params) == 4 * 8 + 8 + 8 * 3 + 3
 
 
-def test_mlp_flattens_pictures(key):
-    model, pictures = models.mlp([784, 128, 10]), jnp.ones((2, 28, 28))
-    params, model_state = model.init(key, pictures)
-    assert model.apply(params, model_state, pictures, None)[0].shape == (2, 10)
+def test_mlp_flattens_images(key):
+    model, images = models.mlp([784, 128, 10]), jnp.ones((2, 28, 28))
+    params, model_state = model.init(key, images)
+    assert model.apply(params, model_state, images, None)[0].shape == (2, 10)
     assert models.count_params(params) == 101_770
 
 
@@ -110,7 +110,7 @@ def test_raw_inputs_are_normalized_before_the_model(key):
     np.testing.assert_allclose(raw.apply(params, model_state, pixels, None)[0], expected, rtol=1e-5)
 
 
-def test_bfloat16_computes_coarsely_and_keeps_parameters_fine(key):
+def test_bfloat16_model_has_float32_parameters_and_gradients(key):
     model = models.mlp([4, 64, 3])
     coarse = models.in_bfloat16(model)
     params, model_state = coarse.init(key, INPUTS)
@@ -140,6 +140,6 @@ def test_bfloat16_computes_coarsely_and_keeps_parameters_fine(key):
         (lambda: models.mlp([4, 0, 3]), "layer_sizes must be at least 1, got 0"),
     ],
 )
-def test_wrong_network_is_refused_in_a_sentence(build, sentence):
+def test_invalid_network_is_refused(build, sentence):
     with pytest.raises(InputError, match=sentence):
         build()

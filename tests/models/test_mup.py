@@ -1,4 +1,4 @@
-"""At the base width nothing changes, and at every other one activations move as much in a step."""
+"""At the base width nothing changes; at other widths, activations change equally in a step."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def deviation(leaf: jax.Array) -> float:
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_deviations_at_the_start_are_the_tables(ratio, key):
+def test_initial_deviations_are_those_of_the_table(ratio, key):
     params, _ = mup(perceptron(BASE * ratio), perceptron(BASE)).init(key, INPUTS)
     first, *hidden, last = (deviation(params["layers"][i]["kernel"]) for i in range(4))
     assert first == pytest.approx(1 / 16**0.5, rel=0.05)
@@ -34,7 +34,7 @@ def test_deviations_at_the_start_are_the_tables(ratio, key):
     assert last == pytest.approx(1 / BASE**0.5 / ratio, rel=0.05)
 
 
-def test_learning_rates_are_the_tables(key):
+def test_learning_rates_are_those_of_the_table(key):
     params, _ = perceptron(BASE * 4).init(key, INPUTS)
     optimizer = optax.chain(optax.sgd(1.0), scale_learning_rates(perceptron(BASE), INPUTS[:1]))
     updates, _ = optimizer.update(
@@ -73,7 +73,7 @@ def test_base_width_is_the_standard_parametrization(name, key):
 
 
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
-def test_embeddings_have_the_size_of_the_base_and_logits_shrink(name, key):
+def test_embeddings_have_the_scale_of_the_base_and_logits_shrink(name, key):
     build, inputs = NETWORKS[name]
     wide, base = (
         dict(leaves_with_path(mup(build(w), build(BASE)).init(key, inputs)[0]))
@@ -118,7 +118,7 @@ def slopes(build, key) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_activations_move_alike_at_all_widths_and_without_it_the_more_the_wider(key):
+def test_activations_change_equally_at_all_widths_only_with_mup(key):
     """The coordinate check (Yang et al., 2022, Appendix D.1)."""
     base = perceptron(BASE)
     flat = slopes(
@@ -130,7 +130,7 @@ def test_activations_move_alike_at_all_widths_and_without_it_the_more_the_wider(
 
 
 @pytest.mark.parametrize("other", [models.mlp([16, 64, 10]), models.from_linen(linen.Dense(10))])
-def test_another_network_is_no_base(other, key):
+def test_base_of_another_structure_is_refused(other, key):
     with pytest.raises(
         InputError, match="base must differ from the model only in width, but its parameters have"
     ):

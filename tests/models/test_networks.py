@@ -1,4 +1,4 @@
-"""What every network of the package promises."""
+"""The contract of all networks of the package."""
 
 import re
 from functools import cache
@@ -16,7 +16,7 @@ from ctde_jax.models import Model
 
 
 class Case(NamedTuple):
-    """A network, inputs for it, and how many parameters it must have."""
+    """A network, its inputs, and its number of parameters."""
 
     model: Model
     inputs: np.ndarray
@@ -28,7 +28,7 @@ TOKENS = np.random.default_rng(0).integers(0, 7, (4, 5)).astype(np.int32)
 
 
 def resnet_params(channels: int, widths: tuple[int, ...], blocks: int, classes: int) -> int:
-    """Kernels, norms of two numbers a channel, and a shortcut of 1 x 1 where the width changes."""
+    """Counts kernels, norms, and a shortcut of 1 x 1 at each change of the width."""
     total, before = 9 * channels * widths[0], widths[0]
     for stage, width in enumerate(widths):
         for i in range(blocks):
@@ -86,20 +86,20 @@ WITHOUT_DROPOUT = sorted(set(NETWORKS) - set(WITH_DROPOUT) - {"batch resnet"})
 
 
 @cache
-def started(name: str) -> tuple[Model, PyTree, PyTree, np.ndarray]:
+def initialized(name: str) -> tuple[Model, PyTree, PyTree, np.ndarray]:
     model, inputs, _ = NETWORKS[name]
     return model, *jax.jit(model.init)(jax.random.key(0), inputs), inputs
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_parameters_are_as_many_as_the_formula_says(name):
+def test_number_of_parameters_is_that_of_the_formula(name):
     params, _ = jax.eval_shape(NETWORKS[name].model.init, jax.random.key(0), NETWORKS[name].inputs)
     assert sum(prod(leaf.shape) for leaf in jax.tree.leaves(params)) == NETWORKS[name].params
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_inference_is_the_same_each_time_and_compiled(name):
-    model, params, model_state, inputs = started(name)
+def test_inference_is_deterministic_and_the_same_when_compiled(name):
+    model, params, model_state, inputs = initialized(name)
 
     first, state_after = model.apply(params, model_state, inputs, None)
     second, _ = model.apply(params, model_state, inputs, None)
@@ -112,9 +112,9 @@ def test_inference_is_the_same_each_time_and_compiled(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_examples_are_inferred_one_by_one(name):
-    """In groups under vmap, and alone, an example gets the same answer."""
-    model, params, model_state, inputs = started(name)
+def test_outputs_do_not_depend_on_other_examples(name):
+    """An example has the same outputs alone, in a batch, and in groups under vmap."""
+    model, params, model_state, inputs = initialized(name)
     groups = inputs.reshape(2, 2, *inputs.shape[1:])
 
     together, _ = jax.jit(model.apply)(params, model_state, inputs, None)
@@ -128,8 +128,8 @@ def test_examples_are_inferred_one_by_one(name):
 
 
 @pytest.mark.parametrize("name", WITH_DROPOUT)
-def test_dropout_draws_from_the_key(name):
-    model, params, model_state, inputs = started(name)
+def test_dropout_depends_on_the_key(name):
+    model, params, model_state, inputs = initialized(name)
     apply = jax.jit(model.apply)
 
     first, again, other = (
@@ -141,8 +141,8 @@ def test_dropout_draws_from_the_key(name):
 
 
 @pytest.mark.parametrize("name", WITH_DROPOUT)
-def test_dropout_falls_differently_on_every_group(name):
-    model, params, model_state, inputs = started(name)
+def test_dropout_masks_differ_between_keys_under_vmap(name):
+    model, params, model_state, inputs = initialized(name)
     twice, keys = np.stack([inputs, inputs]), jax.random.split(jax.random.key(0), 2)
     outputs, _ = jax.jit(jax.vmap(model.apply, in_axes=(None, None, 0, 0)))(
         params, model_state, twice, keys
@@ -151,8 +151,8 @@ def test_dropout_falls_differently_on_every_group(name):
 
 
 @pytest.mark.parametrize("name", WITHOUT_DROPOUT)
-def test_without_dropout_training_computes_what_inference_does(name):
-    model, params, model_state, inputs = started(name)
+def test_training_without_dropout_equals_inference(name):
+    model, params, model_state, inputs = initialized(name)
     inferred, _ = model.apply(params, model_state, inputs, None)
     trained, _ = model.apply(params, model_state, inputs, jax.random.key(1))
     np.testing.assert_array_equal(inferred, trained)
@@ -160,7 +160,7 @@ def test_without_dropout_training_computes_what_inference_does(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_has_a_finite_gradient(name):
-    model, params, model_state, inputs = started(name)
+    model, params, model_state, inputs = initialized(name)
 
     def loss(params):
         outputs, _ = model.apply(params, model_state, inputs, jax.random.key(3))
@@ -172,9 +172,9 @@ def test_every_parameter_has_a_finite_gradient(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_product_of_bfloat16_is_one(name):
-    """No operation in between, such as a norm, a table or an initial state, promotes to float32."""
-    _, params, model_state, inputs = started(name)
+def test_every_product_is_computed_in_bfloat16(name):
+    """No norm, table or initial state promotes operands to float32."""
+    _, params, model_state, inputs = initialized(name)
     model = models.in_bfloat16(NETWORKS[name].model)
     program = jax.jit(model.apply).lower(params, model_state, inputs, jax.random.key(0)).as_text()
     operands = re.findall(r"stablehlo\.(?:dot_general|convolution).* : \((.*)\) ->", program)

@@ -12,7 +12,7 @@ from ctde_jax.models.resnet import Block
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_block_whose_last_convolution_is_zero_hands_on_its_input(norm, key):
+def test_block_with_a_zero_last_convolution_is_the_identity(norm, key):
     block = Block(8, 8, 1, norm, rngs=nnx.Rngs(0))
     block.second.kernel[...] = jnp.zeros_like(block.second.kernel[...])
     x = jax.random.normal(key, (2, 4, 4, 8))
@@ -20,12 +20,12 @@ def test_block_whose_last_convolution_is_zero_hands_on_its_input(norm, key):
 
 
 @pytest.mark.parametrize(("side", "halved"), [(8, 4), (7, 4), (2, 1)])
-def test_block_with_a_stride_halves_the_picture(side, halved):
+def test_block_with_a_stride_halves_the_image(side, halved):
     block = Block(8, 16, 2, "group", rngs=nnx.Rngs(0))
     assert jax.eval_shape(block, jnp.ones((1, side, side, 8))).shape == (1, halved, halved, 16)
 
 
-def test_block_is_the_formula(key):
+def test_block_equals_its_formula(key):
     """Norm, ReLU, convolution, twice; if the shape changes, the shortcut follows the first ReLU."""
     block = Block(8, 16, 2, "group", rngs=nnx.Rngs(0))
     x = jax.random.normal(key, (2, 6, 6, 8))
@@ -46,7 +46,7 @@ def test_block_is_the_formula(key):
 
 
 @pytest.mark.parametrize(("norm", "couples"), [("group", False), ("batch", True)])
-def test_only_batch_normalization_lets_training_examples_see_each_other(norm, couples, key):
+def test_only_batch_normalization_couples_training_examples(norm, couples, key):
     model = models.resnet((4, 4), 3, (8,), norm=norm)
     images = jax.random.normal(key, (4, 4, 4))
     params, model_state = jax.jit(model.init)(key, images)
@@ -80,7 +80,7 @@ def test_only_batch_normalization_lets_training_examples_see_each_other(norm, co
         ),
     ],
 )
-def test_wrong_network_is_refused_in_a_sentence(options, sentence):
+def test_invalid_network_is_refused(options, sentence):
     with pytest.raises(InputError) as caught:
         models.resnet(**{"image_shape": (8, 8), "classes": 10, **options})
     assert sentence in str(caught.value)

@@ -12,10 +12,10 @@ from ctde_jax.models import tasks
 from ctde_jax.models.tasks import Task
 
 
-def test_language_modeling_counts_every_place_alike(key):
+def test_language_modeling_weights_every_position_equally(key):
     logits, labels = jax.random.normal(key, (2, 3, 5)), jnp.array([[0, 1, 2], [4, 4, 0]])
-    chances = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    of_labels = np.take_along_axis(chances, np.asarray(labels)[..., None], axis=-1)[..., 0]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    of_labels = np.take_along_axis(probabilities, np.asarray(labels)[..., None], axis=-1)[..., 0]
 
     measured = tasks.language_modeling.measure(logits, labels)
     averages = tasks.language_modeling.averages(
@@ -32,8 +32,8 @@ def test_language_modeling_counts_every_place_alike(key):
 
 
 @pytest.mark.parametrize("shape", [(500, 7), (40, 9, 7)], ids=["classes", "tokens"])
-def test_correct_is_the_first_of_the_largest_outputs(shape, key):
-    outputs = jax.random.randint(key, shape, 0, 4).astype(jnp.float32)  # so many are equal
+def test_ties_resolve_to_the_lowest_index(shape, key):
+    outputs = jax.random.randint(key, shape, 0, 4).astype(jnp.float32)  # with many ties
     labels = jax.random.randint(key, shape[:-1], 0, 7)
 
     expected = (np.asarray(outputs).argmax(-1) == labels).reshape(len(labels), -1).mean(axis=1)
@@ -42,14 +42,14 @@ def test_correct_is_the_first_of_the_largest_outputs(shape, key):
     np.testing.assert_allclose(tasks.is_correct(outputs, labels), expected, rtol=1e-6)
 
 
-def test_nothing_is_correct_among_nans():
+def test_outputs_with_nan_are_not_correct():
     outputs = jnp.array([[jnp.nan, 1.0], [1.0, jnp.nan], [jnp.nan, jnp.nan]])
 
     for label in (0, 1):
         assert not tasks.is_correct(outputs, jnp.full(3, label)).any()
 
 
-def test_perplexity_of_a_run_that_goes_astray_is_still_a_number():
+def test_perplexity_of_a_huge_loss_is_finite():
     assert np.isfinite(
         tasks.language_modeling.averages({"loss": 1e30, "accuracy": 0.0}, 1)["perplexity"]
     )
@@ -63,7 +63,7 @@ def test_smoothing_out_of_range_is_refused(amount):
         tasks.smoothed(tasks.classification, amount)
 
 
-def test_smoothing_by_nothing_is_the_task_itself():
+def test_smoothing_of_zero_returns_the_task():
     assert tasks.smoothed(tasks.classification, 0.0) is tasks.classification
 
 
@@ -88,16 +88,16 @@ def test_smoothing_by_nothing_is_the_task_itself():
         ),
     ],
 )
-def test_wrong_task_is_refused_in_a_sentence(task, sentence):
+def test_invalid_task_is_refused(task, sentence):
     with pytest.raises(InputError, match=sentence):
         task.measure(jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32))
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "index"),
     [("loss", 1), ("perplexity", 1), ("accuracy", 2), ("error", 3), ("lost", None)],
 )
-def test_best_is_the_least_loss_or_the_most_of_a_metric(name, place):
+def test_best_row_has_the_lowest_loss_or_the_highest_metric(name, index):
     task = tasks.language_modeling._replace(
         metrics={"accuracy": tasks.is_correct, "error": tasks.is_correct}, lower_is_better=["error"]
     )
@@ -112,7 +112,7 @@ def test_best_is_the_least_loss_or_the_most_of_a_metric(name, place):
             name,
             [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         )
-        == place
+        == index
     )
 
 

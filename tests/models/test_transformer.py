@@ -1,4 +1,4 @@
-"""The decoder: attention that looks back only, windows of at most its length."""
+"""The decoder: causal attention, and windows of at most its length."""
 
 import jax
 import numpy as np
@@ -15,12 +15,12 @@ MODEL = models.transformer(5, length=6, hidden_size=8, blocks=2, heads=2)
 TOKENS = jnp.array([[0, 1, 2, 3, 4, 0]])
 
 
-def test_benchmark_network_has_its_parameters(key):
+def test_benchmark_network_has_241728_parameters(key):
     params, _ = jax.eval_shape(models.transformer(65, 64).init, key, TOKENS)
     assert models.count_params(params) == 241_728
 
 
-def test_no_place_looks_ahead(key):
+def test_attention_is_causal(key):
     params, model_state = jax.jit(MODEL.init)(key, TOKENS)
     apply = jax.jit(MODEL.apply)
     logits, _ = apply(params, model_state, TOKENS, None)
@@ -29,7 +29,7 @@ def test_no_place_looks_ahead(key):
     assert (logits[:, 3:] != other[:, 3:]).any(axis=2).all()
 
 
-def test_shorter_window_is_the_start_of_a_longer_one(key):
+def test_logits_of_a_shorter_window_are_a_prefix(key):
     params, model_state = jax.jit(MODEL.init)(key, TOKENS)
     apply = jax.jit(MODEL.apply)
     logits, _ = apply(params, model_state, TOKENS, None)
@@ -37,7 +37,7 @@ def test_shorter_window_is_the_start_of_a_longer_one(key):
     np.testing.assert_allclose(start, logits[:, :4], rtol=1e-5, atol=1e-6)
 
 
-def test_block_is_the_formula(key):
+def test_block_equals_its_formula(key):
     block, x = Block(8, 2, rngs=nnx.Rngs(0)), jax.random.normal(key, (5, 8))
 
     def normed(x):
@@ -75,7 +75,7 @@ def test_block_is_the_formula(key):
         ),
     ],
 )
-def test_wrong_inputs_are_refused_in_a_sentence(inputs, sentence, key):
+def test_invalid_inputs_are_refused(inputs, sentence, key):
     params, model_state = jax.eval_shape(MODEL.init, key, TOKENS)
     with pytest.raises(InputError) as caught:
         jax.eval_shape(MODEL.apply, params, model_state, inputs, None)
@@ -91,7 +91,7 @@ def test_wrong_inputs_are_refused_in_a_sentence(inputs, sentence, key):
         ({"dropout_rate": 2}, "dropout_rate must be at least 0 and less than 1, got 2."),
     ],
 )
-def test_wrong_network_is_refused_in_a_sentence(options, sentence):
+def test_invalid_network_is_refused(options, sentence):
     with pytest.raises(InputError) as caught:
         models.transformer(**{"vocabulary": 5, "length": 6, **options})
     assert sentence in str(caught.value)

@@ -1,4 +1,4 @@
-"""Modules as users write them train as in a plain flax loop, or are refused with a sentence."""
+"""Modules as users write them train as in a plain flax loop, or are refused with the cause."""
 
 import re
 from functools import cache, partial
@@ -11,7 +11,7 @@ import pytest
 from flax import linen, nnx
 from jax import numpy as jnp
 from user_modules import (
-    APART,
+    INDEPENDENT,
     INPUTS,
     LABELS,
     MIXING,
@@ -41,7 +41,7 @@ QUICK = (
     "built module",
     "rngs in the call",
     "mode in the call",
-    "variables of its own",
+    "custom variable type",
     "batch norm",
     "linen batch norm",
     "sow",
@@ -141,9 +141,11 @@ def plain_nnx(case: Case, init_key):
         before = nnx.state(module, nnx.Not(nnx.RngState))
         for number, (inputs, labels) in enumerate(shards):
             nnx.update(module, before)  # every shard starts from the state before the step
-            loss, own = value_and_grad(module, inputs, labels, jax.random.fold_in(key, number))
+            loss, shard_grads = value_and_grad(
+                module, inputs, labels, jax.random.fold_in(key, number)
+            )
             total += loss
-            grads = own if grads is None else jax.tree.map(jnp.add, grads, own)
+            grads = shard_grads if grads is None else jax.tree.map(jnp.add, grads, shard_grads)
         examples = sum(len(labels) for _, labels in shards)
         optimizer.update(module, jax.tree.map(lambda grad: grad / examples, grads))
         return total / examples
@@ -205,14 +207,14 @@ def plain_linen(case: Case, init_key):
 
 
 @cache
-def alone(name: str) -> ctde.Trained:
-    """The result of training on one device."""
+def on_one_device(name: str) -> ctde.Trained:
+    """Returns the result of training on one device."""
     return fit(MODULES[name], 1)
 
 
 @cache
 def plain_losses(name: str) -> list[float]:
-    """Trains in a loop of flax and optax alone, with the keys that `gradient` documents."""
+    """Returns the losses of a plain flax loop with the keys that `gradient` documents."""
     case = MODULES[name]
     dataset = data_of(case)
     init_key, train_key = jax.random.split(jax.random.key(0))
@@ -238,13 +240,15 @@ def test_losses_are_those_of_a_plain_loop(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_losses_are_those_of_a_plain_loop_on_one_device(name):
-    np.testing.assert_allclose(train_losses(alone(name)), plain_losses(name), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        train_losses(on_one_device(name)), plain_losses(name), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", some(MODULES, "array attributes", "linen noise stream"))
-def test_run_goes_on_from_its_checkpoint_and_its_export_answers_like_the_model(name, tmp_path):
+def test_run_resumes_from_its_checkpoint_and_its_export_equals_the_model(name, tmp_path):
     case = MODULES[name]
-    whole = alone(name)
+    whole = on_one_device(name)
     fit(case, 1, steps=STEPS // 2, run_dir=tmp_path / "run")
     resumed = fit(case, 1, branch_from=newest(tmp_path / "run"), run_dir=tmp_path / "rest")
 
@@ -267,7 +271,7 @@ def test_run_goes_on_from_its_checkpoint_and_its_export_answers_like_the_model(n
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_module_that_cannot_train_is_refused_in_a_sentence(name):
+def test_unsupported_module_is_refused(name):
     module, inputs, sentence = REFUSED[name]
     with pytest.raises(ctde.InputError, match=re.compile(sentence, re.MULTILINE)) as caught:
         fit(Case(module, inputs), 1)
@@ -277,15 +281,15 @@ def test_module_that_cannot_train_is_refused_in_a_sentence(name):
 @pytest.mark.parametrize(
     "wrap", [lambda model: model, models.in_bfloat16], ids=["float32", "bfloat16"]
 )
-@pytest.mark.parametrize("name", [*MIXING, *APART])
+@pytest.mark.parametrize("name", [*MIXING, *INDEPENDENT])
 def test_module_that_mixes_examples_in_inference_is_found(name, wrap, key):
-    module, inputs = (MIXING | APART)[name]
+    module, inputs = (MIXING | INDEPENDENT)[name]
     model, dataset = wrap(models.as_model(module)), data_of(Case(module, inputs))
     model = models.with_raw_inputs(model, dataset.shift, dataset.scale)
     check = partial(
         check_examples_apart, model, *model.init(key, dataset.train.inputs[:1]), dataset
     )
-    if name in APART:
+    if name in INDEPENDENT:
         check()
     else:
         with pytest.raises(
@@ -307,14 +311,14 @@ def test_module_that_mixes_examples_is_refused_before_it_is_trained(tmp_path):
         fit(Case(*MIXING["linen convolution"]), 2)
 
 
-def test_single_example_is_compared_with_its_half(key):
+def test_mixing_is_found_with_a_single_example(key):
     model, one = models.as_model(MIXING["mean"][0]), INPUTS["features"][:1]
     dataset = data.from_arrays(one, np.float32([1.0]), one, np.float32([1.0]))
     with pytest.raises(ctde.InputError, match="must compute the outputs of each example"):
         check_examples_apart(model, *model.init(key, one), dataset)
 
 
-def test_exception_in_a_module_is_the_cause_of_the_sentence():
+def test_exception_in_a_module_is_the_cause_of_the_error():
     module, inputs, _ = REFUSED["no channel axis"]
     with pytest.raises(ctde.InputError) as caught:
         fit(Case(module, inputs), 1)
@@ -322,7 +326,7 @@ def test_exception_in_a_module_is_the_cause_of_the_sentence():
     assert "m.conv(x)" in str(caught.value)  # the line of the module
 
 
-def test_exception_in_a_loss_names_what_it_was_called_with():
+def test_error_in_a_loss_names_its_arguments():
     task = ctde.Task(lambda outputs, labels: outputs["logits"])
     with pytest.raises(
         ctde.InputError,
@@ -331,7 +335,7 @@ def test_exception_in_a_loss_names_what_it_was_called_with():
         fit(Case(Plain, task=task), 1)
 
 
-def test_mode_in_words_trains_when_it_is_given():
+def test_mode_passed_as_a_word_is_used():
     module, mode = WordMode(), {"train": {"mode": "train"}, "infer": {"mode": "eval"}}
     model = ctde.models.from_linen(module, **mode)
     inputs, key = INPUTS["features"], jax.random.key(0)
@@ -357,5 +361,5 @@ def test_built_module_is_not_changed():
 def test_outputs_keep_their_containers_and_integers():
     model = ctde.models.as_model(TupleOutputs)
     params, model_state = model.init(jax.random.key(0), INPUTS["features"])
-    logits, places = model.apply(params, model_state, INPUTS["features"], None)[0]
-    assert (logits.dtype, places.dtype) == (jnp.float32, jnp.int32)
+    logits, integers = model.apply(params, model_state, INPUTS["features"], None)[0]
+    assert (logits.dtype, integers.dtype) == (jnp.float32, jnp.int32)

@@ -18,7 +18,7 @@ MODEL = models.mlp([64, 12, 10])
 @pytest.mark.parametrize(
     ("replicas", "batch_size"), [(8, 1024), (8, 7), (8, 64), (1, 1000), (3, 2000)]
 )
-def test_averages_are_numpys_on_any_number_of_devices_and_for_any_batch_size(
+def test_averages_equal_numpy_for_any_number_of_devices_and_batch_size(
     key, examples, replicas, batch_size
 ):
     rng = np.random.default_rng(examples)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from runs import Dropping, killed_after, rows
+from runs import DropoutNet, killed_after, rows
 
 import ctde_jax as ctde
 from ctde_jax import aggregate, checkpoint, config, data, devices, models, profile, wire
@@ -25,7 +25,7 @@ COUNTS = (1, 2, 4, 8)
 
 @pytest.fixture
 def small(digits) -> data.Dataset:
-    """Of 300 examples, so that the last batch of an epoch is not full."""
+    """Returns 300 examples, so that the last batch of an epoch is not full."""
     return data.from_arrays(
         digits.train.inputs[:300],
         digits.train.labels[:300],
@@ -63,13 +63,13 @@ def fit(dataset: data.Dataset, folder: Path, count: int, **more) -> ctde.Trained
 
 
 def digest(folder: Path) -> str:
-    """Of parameters, model state and optimizer state."""
+    """Returns the digest of parameters, model state and optimizer state."""
     tensors = checkpoint.read(checkpoint.newest(folder / "checkpoints")).tensors
     return sha256(b"".join(tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
 
 
 def trained_rows(folder: Path) -> list[dict]:
-    """What training measured; the bytes sent are those of the number of devices."""
+    """Returns the training rows without the sent bytes, which depend on the number of devices."""
     return [
         {k: v for k, v in row.items() if k != "bytes_sent"}
         for row in rows(folder)
@@ -79,20 +79,20 @@ def trained_rows(folder: Path) -> list[dict]:
 
 RUNS: dict[str, dict] = {
     "mlp": {},
-    "random numbers and batch statistics": {"model": models.from_nnx(Dropping, "averaged")},
-    "average, clipping, left out rounds": {
+    "random numbers and batch statistics": {"model": models.from_nnx(DropoutNet, "averaged")},
+    "EMA, clipping, skipped rounds": {
         "ema_decay": 0.9,
         "optimizer": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01)),
         "on_nonfinite": "skip",
     },
-    "pictures moved at random": {"augment": ctde.augment.shift(1)},
+    "random shifts": {"augment": ctde.augment.shift(1)},
     "residual network": {
         "model": models.resnet((8, 8), 10, (4, 8), 1, "batch", "averaged"),
         "steps": 6,
     },
     "lstm": {"model": models.rnn_classifier(8, 10, 16, 1, "lstm", 0.1), "dataset": sequences},
     "transformer": {"dataset": text},
-    "a start that looks at the data": {
+    "data-dependent initialization": {
         "model": ctde.initializers.initialize(models.mlp([64, 16, 10]), "lsuv")
     },
 }
@@ -116,16 +116,18 @@ def test_bits_are_the_same_on_any_number_of_devices(name, small, tmp_path):
     )
 
 
-def test_without_it_they_are_not(small, tmp_path):
-    """Or the test above would prove nothing."""
+def test_bits_differ_without_exact(small, tmp_path):
+    """Otherwise the test above would not prove anything."""
     for count in COUNTS:
         fit(small, tmp_path / str(count), count, strategy=ctde.Strategy())
     assert len({digest(tmp_path / str(count)) for count in COUNTS}) == len(COUNTS)
 
 
-def test_bits_are_the_same_where_a_run_goes_on_with_other_devices(small, tmp_path, monkeypatch):
-    """8 -> 2 -> 4."""
-    run = partial(fit, small, model=models.from_nnx(Dropping, "averaged"), save_every=4)
+def test_bits_are_the_same_if_a_run_resumes_on_another_number_of_devices(
+    small, tmp_path, monkeypatch
+):
+    """8, then 2, then 4 devices."""
+    run = partial(fit, small, model=models.from_nnx(DropoutNet, "averaged"), save_every=4)
     killed_after(monkeypatch, 2, partial(run, tmp_path / "run", 8))
     killed_after(monkeypatch, 4, partial(run, tmp_path / "run", 2))
     run(tmp_path / "run", 4)
@@ -134,8 +136,8 @@ def test_bits_are_the_same_where_a_run_goes_on_with_other_devices(small, tmp_pat
     assert trained_rows(tmp_path / "run") == trained_rows(tmp_path / "whole")
 
 
-def test_exact_gradient_is_the_gradient(small, tmp_path):
-    """Of the mean over the batch, to what rounding allows; also of a last batch of 12 examples."""
+def test_exact_gradient_equals_the_gradient(small, tmp_path):
+    """Up to rounding, the mean over the batch; the last batch has 12 examples."""
     exact = fit(small, tmp_path / "exact", 4, optimizer=optax.sgd(0.1))
     plain = fit(small, tmp_path / "plain", 4, optimizer=optax.sgd(0.1), strategy=ctde.Strategy())
     for one, other in zip(
@@ -146,7 +148,7 @@ def test_exact_gradient_is_the_gradient(small, tmp_path):
 
 
 class Synchronized(nnx.Module):
-    """Has a batch normalization."""
+    """Has batch normalization."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.last, self.norm = nnx.Linear(64, 10, rngs=rngs), nnx.BatchNorm(64, rngs=rngs)
@@ -162,7 +164,7 @@ def test_synchronized_statistics_are_refused_on_any_number_of_devices(small, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_commands_refuse_synchronized_statistics_by_their_option(capsys):
+def test_command_line_refuses_synchronized_statistics(capsys):
     assert wire.main(["--exact", "--model", "resnet", "--channels", "8", "--norm", "batch"]) == 2
     assert "--exact requires --batch-statistics averaged, or" in capsys.readouterr().err
 
@@ -176,7 +178,7 @@ def test_commands_refuse_synchronized_statistics_by_their_option(capsys):
         ({"partition": np.split(np.arange(300), 4)}, "partition must be reshuffled"),
     ],
 )
-def test_what_cannot_be_exact_is_refused(more, sentence, small, tmp_path):
+def test_incompatible_arguments_are_refused(more, sentence, small, tmp_path):
     more = {**more, "devices": devices.start(more.get("devices", 4))}
     with pytest.raises(InputError, match=sentence):
         fit(small, tmp_path / "run", 4, **more)
@@ -186,23 +188,23 @@ def test_what_cannot_be_exact_is_refused(more, sentence, small, tmp_path):
 @pytest.mark.parametrize(
     "other", [["--sync-every", "4"], ["--reduce", "int8"], ["--combine", "median"]]
 )
-def test_option_that_would_do_nothing_beside_it_is_refused(other):
+def test_option_without_effect_is_refused(other):
     with pytest.raises(InputError, match="must not be set with exact"):
         build.build_strategy(config.parse(["--exact", *other]).aggregation)
 
 
-def test_wire_counts_what_a_run_sends(capsys):
+def test_wire_counts_the_bytes_of_a_run(capsys):
     """Each of 4 devices sends 2 gradients of 9,610 parameters, and 3 sums, to the 3 others."""
     assert wire.main(["--exact", "--devices", "4"]) == 0
     assert f"{2 * 3 * 4 * (9610 + 3):,}" in capsys.readouterr().out
 
 
-def test_profile_refuses_it(capsys):
+def test_profile_refuses_exact(capsys):
     assert profile.main(["--exact"]) == 2
     assert "error: --exact must be left out" in capsys.readouterr().err
 
 
-def test_exact_goes_with_the_gradient_of_every_step_and_the_mean():
+def test_exact_requires_synchronous_steps_and_the_default_reducer():
     with pytest.raises(InputError, match="exact requires inner_steps=0, got 4"):
         ctde.Strategy(inner_steps=4, exact=True)
     with pytest.raises(InputError, match="exact requires the default reducer"):
@@ -220,8 +222,8 @@ def test_exact_goes_with_the_gradient_of_every_step_and_the_mean():
         ["lstm", "--sequence", "rows"],
     ],
 )
-def test_command_has_the_same_bits(model, tmp_path):
-    """As users run it, with XLA's own optimizations."""
+def test_command_gives_the_same_bits_on_any_number_of_devices(model, tmp_path):
+    """As users run it, with the default optimizations of XLA."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     for count in COUNTS:
         folder = ["--run-dir", str(tmp_path / str(count))]

@@ -1,4 +1,4 @@
-"""Training from disk, or from an iterator of batches, equals training on data that devices hold."""
+"""Training from disk, or from an iterator of batches, equals training on data in device memory."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ MODEL = models.mlp([64, 16, 10])
 
 
 class Net(nnx.Module):
-    """With dropout and batch statistics."""
+    """Has dropout and batch statistics."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.hidden = nnx.Linear(64, 16, rngs=rngs)
@@ -35,7 +35,7 @@ class Net(nnx.Module):
 
 @pytest.fixture
 def on_disk(digits, tmp_path):
-    """The digits, in files."""
+    """Returns the digits as memory-mapped files."""
     arrays = (digits.train.inputs, digits.train.labels, digits.test.inputs, digits.test.labels)
     for i, array in enumerate(arrays):
         np.save(tmp_path / f"{i}.npy", array)
@@ -99,7 +99,7 @@ def test_dropout_and_batch_statistics_from_disk_are_the_same(in_memory, on_disk)
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_evaluation_from_disk_counts_every_example_once(in_memory, on_disk, count, monkeypatch):
-    """In one piece, in several, and with a last one that is not full."""
+    """In one piece, in several pieces, and with a last piece that is not full."""
     trained = train(in_memory, devices=devices.start(count), batch_size=48, steps=2)
     expected = trained.evaluate(in_memory.test)
     for size in (1, 100 * 68, 2**25):
@@ -111,7 +111,7 @@ def test_evaluation_from_disk_counts_every_example_once(in_memory, on_disk, coun
 
 
 def in_batches(dataset: data.Dataset, batch_size: int, seed: int = 0):
-    """The batches that `fit` would draw, as an iterable of the user."""
+    """Returns the batches that `fit` would draw, as a function of the epoch, and their number."""
     order = data.deal(dataset.train, 1, batch_size, seed)
 
     def batches(epoch: int):
@@ -135,7 +135,7 @@ def test_training_from_an_iterable_gives_the_same_bits(in_memory):
 
 
 class Loader:
-    """Like a loader of Grain: an object with `__iter__`, whose iterators keep their place."""
+    """An iterable object, like a Grain loader."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -161,11 +161,11 @@ MISTAKES = {
         (np.ones((64, 64), np.uint8), BATCH[1]),
         "inputs are float32.* got uint8.* in batch 1 of epoch 0",
     ),
-    "a larger one": (
+    "larger batch": (
         (np.ones((65, 64)), np.zeros(65, int)),
         "batch_size must be the size .* got 64, but a batch has 65",
     ),
-    "an unknown class": (
+    "unknown class": (
         (BATCH[0], np.full(64, 10)),
         "labels of batch 1 of epoch 0 must be from 0 to 9",
     ),
@@ -173,17 +173,17 @@ MISTAKES = {
         (BATCH[0], np.zeros(63, int)),
         "labels of batch 1 .* for each of the 64 examples, got 63",
     ),
-    "nothing": (
+    "empty batch": (
         (np.ones((0, 64)), np.zeros(0, int)),
         "inputs of batch 1 of epoch 0 must contain at least one example",
     ),
-    "no pair": ({"inputs": BATCH[0]}, "batches must yield pairs of inputs and labels, got dict"),
+    "not a pair": ({"inputs": BATCH[0]}, "batches must yield pairs of inputs and labels, got dict"),
     "NaN": ((np.full((64, 64), np.nan), BATCH[1]), "inputs of batch 1 of epoch 0 must be finite"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_batch_that_is_not_like_the_first_is_said_in_a_sentence(mistake):
+def test_batch_that_differs_from_the_first_is_refused(mistake):
     batch, sentence = MISTAKES[mistake]
     dataset = small(lambda epoch: Loader([BATCH, batch, BATCH]))
     with pytest.raises(InputError, match=sentence):
@@ -191,7 +191,7 @@ def test_batch_that_is_not_like_the_first_is_said_in_a_sentence(mistake):
     assert_no_thread()
 
 
-def test_epoch_that_ends_early_is_said_in_a_sentence():
+def test_epoch_that_ends_early_is_an_error():
     with pytest.raises(
         InputError, match=r"steps_per_epoch must be the number .* got 3, but epoch 1 ended after 2"
     ):
@@ -202,13 +202,13 @@ def test_epoch_that_ends_early_is_said_in_a_sentence():
         small(lambda epoch: [])
 
 
-def test_what_goes_through_all_examples_is_refused_for_batches():
+def test_functions_of_all_examples_refuse_batches():
     dataset = small(lambda epoch: Loader([BATCH] * 3))
-    for way in (lambda: data.hold_out(dataset, 0.1), lambda: data.standardized(dataset)):
+    for function in (lambda: data.hold_out(dataset, 0.1), lambda: data.standardized(dataset)):
         with pytest.raises(
             InputError, match="requires a data set of arrays, but batches yields batches"
         ):
-            way()
+            function()
     with pytest.raises(InputError, match="partition requires a data set of arrays"):
         train(dataset, partition=PARTS)
     with pytest.raises(
@@ -222,23 +222,23 @@ def test_what_goes_through_all_examples_is_refused_for_batches():
         train(dataset, batch_size=32)
 
 
-def test_error_of_the_iterable_is_raised_as_it_is():
-    class Mine(Exception):
+def test_exception_of_the_iterable_is_raised_unchanged():
+    class CameraError(Exception):
         pass
 
     def batches(epoch: int):
         yield BATCH
         yield BATCH
         if threading.current_thread() is not threading.main_thread():
-            raise Mine("the camera is off")
+            raise CameraError("the camera is off")
 
-    with pytest.raises(Mine, match="the camera is off") as caught:
+    with pytest.raises(CameraError, match="the camera is off") as caught:
         train(small(batches), steps=8, log_every=1)
     assert caught.traceback[-1].name == "batches"
     assert_no_thread()
 
 
-def test_grain_loader_goes_in():
+def test_grain_loader_is_accepted():
     grain = pytest.importorskip("grain.python")
     examples = [(np.full(64, i / 1000, np.float32), np.int32(i % 10)) for i in range(192)]
     dataset = grain.MapDataset.source(examples).shuffle(seed=0).batch(64)
@@ -252,7 +252,7 @@ def assert_no_thread():
     ] == []
 
 
-def test_one_item_is_drawn_ahead():
+def test_one_item_is_prefetched():
     drawn = []
     with prefetched(drawn.append(i) or i for i in range(9)) as items:
         for expected in range(4):
@@ -269,7 +269,7 @@ def test_one_item_is_drawn_ahead():
 
 
 def test_thread_ends_with_the_run(on_disk, tmp_path):
-    """At its end, on a loss that is not finite, and on Ctrl-C."""
+    """At the end of training, on a loss that is not finite, and on Ctrl-C."""
     train(on_disk, steps=3)
     assert_no_thread()
 
@@ -319,7 +319,7 @@ def test_second_interrupt_does_not_wait_for_the_iterable():
 
 
 def test_memory_stays_bounded(tmp_path):
-    """Reading all of a file of 200 MB row by row leaves none of it in the process."""
+    """Reading a file of 200 MB row by row adds at most 30 MB of resident memory."""
     with open(tmp_path / "big", "wb") as file:
         file.truncate(200 * 2**20)
     inputs = np.memmap(tmp_path / "big", np.uint8, "r", shape=(200 * 1024, 32, 32))

@@ -1,4 +1,4 @@
-"""A replica's gradient, and masks, statistics and augmentation for any devices."""
+"""Gradients, dropout masks, batch statistics and augmentation on any number of devices."""
 
 from functools import cache, partial
 
@@ -82,30 +82,32 @@ def split() -> Split:
     ],
     ids=["nnx dropout", "mlp", "linen", "linen dropout", "no dropout", "dropout"],
 )
-def test_only_a_model_whose_outputs_depend_on_its_key_draws(model, shape, random):
+def test_model_draws_only_if_its_outputs_depend_on_the_key(model, shape, random):
     inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
     params, model_state = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), inputs)
     assert draws(model, params, model_state, inputs) == random
 
 
-def dealt(batch: np.ndarray, replicas: int) -> np.ndarray:
-    """Deals a global batch as the trainer does: `int32[replica, per_replica]`."""
+def distribute(batch: np.ndarray, replicas: int) -> np.ndarray:
+    """Distributes a global batch as the trainer does: `int32[replica, per_replica]`."""
     return batch.reshape(-1, replicas).T
 
 
 @cache
 def compiled(gradient: Gradient):
-    def on_one(params, model_state, split, indices, key):
+    def on_replica(params, model_state, split, indices, key):
         grads, model_state_, sums = gradient(params, model_state, split, indices, key)
         return replica.weighted_mean(grads, sums["examples"]), replica.weighted_mean(
             model_state_, sums["examples"]
         )
 
-    return jax.jit(jax.vmap(on_one, in_axes=(None, None, None, 0, None), axis_name=replica.AXIS))
+    return jax.jit(
+        jax.vmap(on_replica, in_axes=(None, None, None, 0, None), axis_name=replica.AXIS)
+    )
 
 
 def on_replicas(gradient, params, model_state, split, indices, key):
-    """The mean gradient over virtual replicas, and what else each returns."""
+    """Returns the mean gradient and the mean model state of virtual replicas."""
     returned = compiled(gradient)(params, model_state, split, indices, key)
     return jax.tree.map(lambda x: x[0], returned)
 
@@ -125,33 +127,35 @@ def differs(tree, other) -> bool:
 def test_dropout_masks_do_not_depend_on_the_number_of_devices(split, key, replicas):
     params, model_state = NOISY.init(key, split.inputs[:1])
     gradient, batch = GRADIENT_OF_NOISY, np.arange(BATCH, dtype=np.int32)
-    alone, _ = on_replicas(gradient, params, model_state, split, dealt(batch, 1), key)
-    together, _ = on_replicas(gradient, params, model_state, split, dealt(batch, replicas), key)
+    alone, _ = on_replicas(gradient, params, model_state, split, distribute(batch, 1), key)
+    together, _ = on_replicas(
+        gradient, params, model_state, split, distribute(batch, replicas), key
+    )
     other_key, _ = on_replicas(
-        gradient, params, model_state, split, dealt(batch, replicas), jax.random.key(1)
+        gradient, params, model_state, split, distribute(batch, replicas), jax.random.key(1)
     )
     assert_close(together, alone)
     assert differs(other_key, alone)
 
 
 @pytest.mark.parametrize("missing", [0, 3])
-@pytest.mark.parametrize("groups", [2, 4])
-def test_groups_one_after_another_give_the_gradient_of_the_whole_batch(split, key, groups, missing):
-    """Also with dropout, and where the last group has fewer examples."""
+@pytest.mark.parametrize("accumulation_steps", [2, 4])
+def test_accumulated_gradient_is_that_of_the_whole_batch(split, key, accumulation_steps, missing):
+    """Also with dropout, and if the last microbatch has fewer examples."""
     params, model_state = NOISY.init(key, split.inputs[:1])
     batch = np.arange(BATCH, dtype=np.int32)
     batch[BATCH - missing :] = ~batch[0]
-    arguments = (params, model_state, split, dealt(batch, 2), key)
+    arguments = (params, model_state, split, distribute(batch, 2), key)
     whole, _ = on_replicas(GRADIENT_OF_NOISY, *arguments)
-    grouped, _ = on_replicas(
-        make_gradient(NOISY, classification, accumulation_steps=groups), *arguments
+    accumulated, _ = on_replicas(
+        make_gradient(NOISY, classification, accumulation_steps=accumulation_steps), *arguments
     )
-    assert_close(grouped, whole, rtol=0, atol=1e-6)
+    assert_close(accumulated, whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("door", NORMED)
-def test_synchronized_statistics_do_not_depend_on_the_number_of_devices(split, key, door):
-    model = NORMED[door]("synchronized")
+@pytest.mark.parametrize("api", NORMED)
+def test_synchronized_statistics_do_not_depend_on_the_number_of_devices(split, key, api):
+    model = NORMED[api]("synchronized")
     params, model_state = model.init(key, split.inputs[:1])
     gradient, batch = make_gradient(model, classification), np.arange(BATCH, dtype=np.int32)
 
@@ -162,46 +166,46 @@ def test_synchronized_statistics_do_not_depend_on_the_number_of_devices(split, k
     grads, after = jax.grad(mean_loss, has_aux=True)(params)
     for replicas in (1, 4):
         assert_close(
-            on_replicas(gradient, params, model_state, split, dealt(batch, replicas), key),
+            on_replicas(gradient, params, model_state, split, distribute(batch, replicas), key),
             (grads, after),
         )
 
 
-@pytest.mark.parametrize("door", NORMED)
-def test_averaged_statistics_are_means_over_devices(split, key, door):
-    model = NORMED[door]("averaged")
+@pytest.mark.parametrize("api", NORMED)
+def test_averaged_statistics_are_means_over_devices(split, key, api):
+    model = NORMED[api]("averaged")
     params, model_state = model.init(key, split.inputs[:1])
     gradient, indices = (
         make_gradient(model, classification),
-        dealt(np.arange(BATCH, dtype=np.int32), 4),
+        distribute(np.arange(BATCH, dtype=np.int32), 4),
     )
-    own = [model.apply(params, model_state, split.inputs[rows], key)[1] for rows in indices]
-    mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *own)
+    states = [model.apply(params, model_state, split.inputs[rows], key)[1] for rows in indices]
+    mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *states)
     assert_close(on_replicas(gradient, params, model_state, split, indices, key)[1], mean)
 
 
-def test_augmentation_follows_the_example_and_not_its_place(key):
+def test_augmentation_depends_on_the_example_and_not_on_its_position(key):
     """With one bright corner, the gradient of a linear model shows how each image was shifted."""
-    pictures = jnp.zeros((40, 4, 4)).at[:, 0, 0].set(1.0)
-    split = Split(pictures, jnp.zeros(40, jnp.int32))
+    images = jnp.zeros((40, 4, 4)).at[:, 0, 0].set(1.0)
+    split = Split(images, jnp.zeros(40, jnp.int32))
     model = models.mlp([16, CLASSES])
-    params, model_state = model.init(key, pictures[:1])
+    params, model_state = model.init(key, images[:1])
     gradient, batch = (
         make_gradient(model, classification, shift(1)),
         np.arange(BATCH, dtype=np.int32),
     )
-    whole, _ = on_replicas(gradient, params, model_state, split, dealt(batch, 1), key)
+    whole, _ = on_replicas(gradient, params, model_state, split, distribute(batch, 1), key)
     other_order, _ = on_replicas(
-        gradient, params, model_state, split, dealt(batch[::-1].copy(), 4), key
+        gradient, params, model_state, split, distribute(batch[::-1].copy(), 4), key
     )
     plain, _ = on_replicas(
-        make_gradient(model, classification), params, model_state, split, dealt(batch, 1), key
+        make_gradient(model, classification), params, model_state, split, distribute(batch, 1), key
     )
     assert_close(other_order, whole)
     assert differs(whole, plain)
 
 
-def test_smoothed_labels_are_what_is_minimized_and_not_what_is_reported(split, key):
+def test_label_smoothing_changes_the_gradient_and_not_the_reported_loss(split, key):
     model, task = models.mlp([FEATURES, CLASSES]), tasks.smoothed(classification, 0.3)
     params, model_state = model.init(key, split.inputs[:1])
     batch = np.arange(BATCH, dtype=np.int32)
@@ -212,7 +216,7 @@ def test_smoothed_labels_are_what_is_minimized_and_not_what_is_reported(split, k
         return optax.softmax_cross_entropy(outputs, labels).mean()
 
     grads, _ = on_replicas(
-        make_gradient(model, task), params, model_state, split, dealt(batch, 2), key
+        make_gradient(model, task), params, model_state, split, distribute(batch, 2), key
     )
     assert_close(grads, jax.grad(mean_loss)(params))
     outputs, _ = model.apply(params, model_state, split.inputs, None)

@@ -1,4 +1,4 @@
-"""Batch statistics are read off any running average, exactly."""
+"""Batch statistics are reestimated exactly, for any previous running averages."""
 
 import jax
 import numpy as np
@@ -33,10 +33,10 @@ class Linen(linen.Module):
 
 
 @pytest.mark.parametrize("shared", ["averaged", "synchronized"])
-@pytest.mark.parametrize("door", ["nnx", "linen"])
-def test_statistics_are_the_mean_of_those_of_the_batches_by_examples(door, shared, key):
-    """For any previous averages; two devices with three batches, the last of one example."""
-    model = models.from_nnx(Nnx, shared) if door == "nnx" else models.from_linen(Linen(), shared)
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_statistics_are_the_weighted_mean_over_the_batches(api, shared, key):
+    """Two devices with three batches each; the last batch has one example."""
+    model = models.from_nnx(Nnx, shared) if api == "nnx" else models.from_linen(Linen(), shared)
     two = devices.start(2)
     inputs = np.random.default_rng(0).normal(3, 2, (40, 4)).astype(np.float32)
     split = Split(inputs, np.zeros(40, np.int32))
@@ -59,10 +59,10 @@ def test_statistics_are_the_mean_of_those_of_the_batches_by_examples(door, share
         list(map(len, rows)),
     )
     averages = [leaf for leaf in jax.tree.leaves(estimated) if leaf.dtype == jnp.float32]
-    wanted = [
+    expected = [
         np.average([f(h, 0) for h in hidden], axis=0, weights=sizes) for f in (np.mean, np.var)
     ]
-    for found, right in zip(averages, wanted, strict=True):
+    for found, right in zip(averages, expected, strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-3)
     counters = [leaf for leaf in jax.tree.leaves(estimated) if leaf.dtype == jnp.int32]
     assert all(counter == 7 for counter in counters)

@@ -26,7 +26,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_digest_sees_every_single_bit(name):
+def test_digest_depends_on_every_bit(name):
     array = np.atleast_1d(ARRAYS[name])
     raw = np.frombuffer(array.tobytes(), np.uint8)
     bits = range(8 * len(raw)) if array.dtype != bool else range(0, 8 * len(raw), 8)
@@ -38,7 +38,7 @@ def test_digest_sees_every_single_bit(name):
     assert not (found == np.asarray(digests.digest(jnp.asarray(array)))).any()
 
 
-def test_digest_sees_two_numbers_that_have_changed_places():
+def test_digest_depends_on_the_positions_of_numbers():
     a = np.arange(10, dtype=np.float32)
     b = a.copy()
     b[[2, 7]] = b[[7, 2]]
@@ -49,12 +49,12 @@ def test_digest_sees_two_numbers_that_have_changed_places():
 @pytest.mark.parametrize(
     "change", [lambda x: -x, lambda x: 2 * x, lambda x: 4 * x, lambda x: x[::-1]]
 )
-def test_digest_sees_a_wrong_sign_a_sum_for_a_mean_and_another_order(shape, change):
+def test_digest_depends_on_sign_scale_and_order(shape, change):
     x = jax.random.normal(jax.random.key(0), shape)
     assert digests.digest(x) != digests.digest(change(x))
 
 
-def test_those_that_differ_from_most_are_named():
+def test_error_names_leaves_and_groups_of_devices():
     found = np.array([[1, 5], [1, 6], [1, 5], [1, 7]], np.uint32)
     sentence = (
         r"^b must be equal .* agreed after step 20, but devices \[0, 2\] and \[1\] and \[3\] "
@@ -81,17 +81,17 @@ def fit(digits, folder=None, **more):
 
 
 @pytest.mark.parametrize("inner_steps", [0, 4])
-def test_forgotten_reduction_stops_at_the_first_row(digits, tmp_path, inner_steps):
-    forgetful = ctde.Strategy(inner_steps=inner_steps, reduce=optax.identity())
+def test_missing_reduction_is_detected_at_the_first_row(digits, tmp_path, inner_steps):
+    without_reduction = ctde.Strategy(inner_steps=inner_steps, reduce=optax.identity())
     with pytest.raises(
         ReplicasDiverged, match=r"^params/.* agreed after step 0, but .* differ after step 4,"
     ) as caught:
-        fit(digits, tmp_path, strategy=forgetful)
+        fit(digits, tmp_path, strategy=without_reduction)
     assert len(caught.value.leaves) >= 4
-    assert checkpoint.steps(tmp_path / "checkpoints") == [0], "nothing that differs is saved"
+    assert checkpoint.steps(tmp_path / "checkpoints") == [0], "a diverged state must not be saved"
 
 
-def test_statistics_that_were_not_averaged_are_named(digits, monkeypatch):
+def test_error_names_statistics_that_are_not_averaged(digits, monkeypatch):
     """A round that does not average the model state is detected."""
     model = models.resnet((8, 8), 10, channels=(4,), norm="batch", batch_statistics="averaged")
     monkeypatch.setattr(round, "agreed_state", lambda after, before, weight: after)
@@ -110,8 +110,8 @@ def test_statistics_that_were_not_averaged_are_named(digits, monkeypatch):
     )
 
 
-def test_device_that_computes_wrongly_is_named(digits, monkeypatch):
-    """Replica 2 alone gets another sum, once, in step 20."""
+def test_error_names_the_device_with_a_wrong_sum(digits, monkeypatch):
+    """Only replica 2 gets a wrong sum."""
     add_up = replica.add_up
 
     def wrong(tree):

@@ -1,4 +1,4 @@
-"""A round is one function for all strategies; here it is compared with code without replicas."""
+"""A round is one function for all strategies, and equals code without replicas."""
 
 from functools import partial
 
@@ -78,10 +78,10 @@ def steps_of(strategy: Strategy, per_replica: int = 2) -> np.ndarray:
     )
 
 
-def begin(
+def initial_state(
     model, strategy, key, optimizer=OPTIMIZER, replicas=REPLICAS, ema=False
 ) -> state.TrainState:
-    """The first state of virtual replicas."""
+    """Returns the initial state of virtual replicas."""
     create = partial(state.create, optimizer=optimizer, strategy=strategy, ema=ema)
     on_replicas = jax.vmap(
         create,
@@ -94,7 +94,7 @@ def begin(
 
 
 def under_vmap(function, strategy):
-    """Runs per-replica code under vmap over the rows, where a forgotten reduction is an error."""
+    """Runs per-replica code under vmap over the rows, where a missing reduction is an error."""
     axes = state.axes(strategy)
     return jax.jit(
         jax.vmap(
@@ -118,7 +118,7 @@ def test_synchronous_round_is_one_step_on_the_whole_batch(split, key, missing):
     strategy = STRATEGIES["synchronous"]
     batches = steps_of(strategy)
     batches.flat[:missing] = -1
-    before = begin(MODEL, strategy, key)
+    before = initial_state(MODEL, strategy, key)
 
     after, sums = under_vmap(
         make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
@@ -133,68 +133,70 @@ def test_synchronous_round_is_one_step_on_the_whole_batch(split, key, missing):
 
 
 @pytest.mark.parametrize("name", ["local sgd", "diloco"])
-def test_local_rounds_are_loops_on_each_replica_and_outer_steps(split, key, name):
+def test_local_round_equals_a_loop_on_each_replica_and_an_outer_step(split, key, name):
     """Two rounds, so that momentum matters; one replica lacks examples in part of the first."""
     strategy = STRATEGIES[name]
     # [round, replica, steps, per_replica]
     batches = np.stack([steps_of(strategy), (steps_of(strategy) + 5) % 40])
     batches[0, 1, 1:] = -1
-    here = begin(MODEL, strategy, key)
-    params, outer_state = here.params, here.outer_state
+    current = initial_state(MODEL, strategy, key)
+    params, outer_state = current.params, current.outer_state
     opt_states = [OPTIMIZER.init(params)] * REPLICAS
     train_round = under_vmap(
         make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
     )
 
     for number in range(2):
-        here, _ = train_round(here, split, batches[number], key)
+        current, _ = train_round(current, split, batches[number], key)
         ends = []
-        for own, own_batches in enumerate(batches[number]):
+        for index, replica_batches in enumerate(batches[number]):
             end = params
-            for indices in own_batches[own_batches[:, 0] >= 0]:
-                updates, opt_states[own] = OPTIMIZER.update(
-                    jax.grad(mean_loss)(end, split, indices), opt_states[own]
+            for indices in replica_batches[replica_batches[:, 0] >= 0]:
+                updates, opt_states[index] = OPTIMIZER.update(
+                    jax.grad(mean_loss)(end, split, indices), opt_states[index]
                 )
                 end = optax.apply_updates(end, updates)
             ends.append(end)
         average = partial(np.average, axis=0, weights=(batches[number] >= 0).sum(axis=(1, 2)))
         outer_grads = optax.tree.sub(
-            params, jax.tree.map(lambda *own, average=average: average(own), *ends)
+            params, jax.tree.map(lambda *leaves, average=average: average(leaves), *ends)
         )
         updates, outer_state = strategy.outer.update(outer_grads, outer_state, params)
         params = optax.apply_updates(params, updates)
 
-    assert_close(here.params, params)
-    assert here.step == 2 * strategy.inner_steps
+    assert_close(current.params, params)
+    assert current.step == 2 * strategy.inner_steps
 
 
-def test_reducer_keeps_a_state_of_its_own_from_round_to_round(split, key):
+def test_reducer_state_is_kept_between_rounds(split, key):
     """A toy with error feedback: it sends half, and keeps the other half for the next round."""
 
     def update(updates, residual, params=None, *, weight, **extra_args):
-        wanted = optax.tree.add(updates, residual)
-        said = optax.tree.scale(0.5, wanted)
-        return replica.weighted_mean(said, weight), optax.tree.sub(wanted, said)
+        target = optax.tree.add(updates, residual)
+        sent = optax.tree.scale(0.5, target)
+        return replica.weighted_mean(sent, weight), optax.tree.sub(target, sent)
 
     toy = optax.GradientTransformationExtraArgs(optax.tree.zeros_like, update)
     strategy = Strategy(reduce=toy)
-    still = optax.sgd(0.0)  # parameters do not move, so every round has the same gradient
-    center = here = begin(MODEL, strategy, key, still)
+    without_learning = optax.sgd(
+        0.0
+    )  # parameters do not move, so every round has the same gradient
+    center = current = initial_state(MODEL, strategy, key, without_learning)
     axes = state.axes(strategy)
     train_round = under_vmap(
-        make_round(make_gradient(MODEL, classification), still, strategy), strategy
+        make_round(make_gradient(MODEL, classification), without_learning, strategy), strategy
     )
     batches = steps_of(strategy)
 
     for _ in range(2):
-        here, _ = train_round(here, split, batches, key)
+        current, _ = train_round(current, split, batches, key)
 
     assert axes.reduce_state == 0
-    for own, own_batches in enumerate(batches):
-        grads = jax.grad(mean_loss)(center.params, split, own_batches[0])
-        # half of the gradient, then half of one and a half of it
+    for index, replica_batches in enumerate(batches):
+        grads = jax.grad(mean_loss)(center.params, split, replica_batches[0])
+        # half of the gradient, then half of 1.5 times the gradient
         assert_close(
-            jax.tree.map(lambda x, own=own: x[own], here.reduce_state),
+            jax.tree.map(lambda x, index=index: x[index], current.reduce_state),
             optax.tree.scale(0.75, grads),
         )
 
@@ -208,7 +210,7 @@ def test_one_inner_step_of_sgd_is_a_synchronous_step(split, key):
             make_round(make_gradient(MODEL, classification), optimizer, strategy), strategy
         )
         batches = np.arange(8, dtype=np.int32).reshape(REPLICAS, 1, 2)
-        before = begin(MODEL, strategy, key, optimizer)
+        before = initial_state(MODEL, strategy, key, optimizer)
         results.append(train_round(before, split, batches, key)[0].params)
     assert_close(*results)
 
@@ -220,7 +222,7 @@ def test_vmap_and_pmap_agree(split, key, name):
     devices = jax.devices()[:REPLICAS]
     train_round = make_round(make_gradient(model, classification), OPTIMIZER, strategy)
     axes = state.axes(strategy)
-    before, batches = begin(model, strategy, key), steps_of(strategy, per_replica=8)
+    before, batches = initial_state(model, strategy, key), steps_of(strategy, per_replica=8)
 
     virtual = under_vmap(train_round, strategy)(before, split, batches, key)
     on_devices = replica.parallel(
@@ -232,7 +234,7 @@ def test_vmap_and_pmap_agree(split, key, name):
     assert_close(virtual, real)
 
 
-def test_forgotten_reduction_is_caught(split, key):
+def test_missing_reduction_is_an_error_under_vmap(split, key):
     """Without a reduction, parameters differ between replicas, and vmap refuses to return them."""
     strategy = Strategy(reduce=optax.identity())
     train_round = under_vmap(
@@ -240,19 +242,21 @@ def test_forgotten_reduction_is_caught(split, key):
     )
 
     with pytest.raises(ValueError, match=r"mapped output .* but out_axes is None"):
-        train_round(begin(MODEL, strategy, key), split, steps_of(strategy), key)
+        train_round(initial_state(MODEL, strategy, key), split, steps_of(strategy), key)
 
 
-def test_replica_without_examples_does_not_count(split, key):
+def test_replica_without_examples_is_ignored(split, key):
     """Two replicas with data and two without give the same result as the two with data alone."""
     strategy = STRATEGIES["local sgd"]
     batches = steps_of(strategy)
     batches[2:] = -1
     train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
-    four = under_vmap(train_round, strategy)(begin(MODEL, strategy, key), split, batches, key)[0]
+    four = under_vmap(train_round, strategy)(
+        initial_state(MODEL, strategy, key), split, batches, key
+    )[0]
 
     two = under_vmap(train_round, strategy)(
-        begin(MODEL, strategy, key, replicas=2), split, batches[:2], key
+        initial_state(MODEL, strategy, key, replicas=2), split, batches[:2], key
     )[0]
 
     assert_close(four.params, two.params)
@@ -260,12 +264,12 @@ def test_replica_without_examples_does_not_count(split, key):
 
 @pytest.mark.parametrize("name", ["synchronous", "local sgd"])
 def test_dropout_differs_between_steps_and_replicas_and_repeats_with_the_key(split, key, name):
-    """Without learning, the losses of equal batches differ only by their masks."""
-    strategy, model, still = STRATEGIES[name], models.from_nnx(Noisy), optax.sgd(0.0)
+    """With a learning rate of 0, the losses of equal batches differ only by their masks."""
+    strategy, model, without_learning = STRATEGIES[name], models.from_nnx(Noisy), optax.sgd(0.0)
     train_round = under_vmap(
-        make_round(make_gradient(model, classification), still, strategy), strategy
+        make_round(make_gradient(model, classification), without_learning, strategy), strategy
     )
-    before = begin(model, strategy, key, still)
+    before = initial_state(model, strategy, key, without_learning)
     same_examples = np.tile(
         np.arange(8, dtype=np.int32), (REPLICAS, max(1, strategy.inner_steps), 1)
     )
@@ -277,7 +281,7 @@ def test_dropout_differs_between_steps_and_replicas_and_repeats_with_the_key(spl
     assert losses(before, key) != losses(before, jax.random.key(1))
     assert losses(before, key) != losses(before._replace(step=jnp.int32(7)), key)
     assert len(set(losses(before, key))) == same_examples.shape[1], (
-        "every step has masks of its own"
+        "every step must have different masks"
     )
     only = [np.where(np.arange(REPLICAS)[:, None, None] == r, same_examples, -1) for r in range(2)]
     assert losses(before, key, only[0]) != losses(before, key, only[1])
@@ -286,7 +290,7 @@ def test_dropout_differs_between_steps_and_replicas_and_repeats_with_the_key(spl
 def test_model_state_is_averaged_over_the_examples(split, key):
     """A replica with twice the examples counts twice in the batch statistics, too."""
     strategy, model = STRATEGIES["synchronous"], models.from_nnx(Noisy, "averaged")
-    before, batches = begin(model, strategy, key), steps_of(strategy, per_replica=4)
+    before, batches = initial_state(model, strategy, key), steps_of(strategy, per_replica=4)
     batches[1, 0, 2:] = ~batches[1, 0, :2]
 
     after, _ = under_vmap(
@@ -294,14 +298,14 @@ def test_model_state_is_averaged_over_the_examples(split, key):
     )(before, split, batches, key)
 
     rows = [row[0][row[0] >= 0] for row in batches]
-    own = [
+    states = [
         model.apply(before.params, before.model_state, split.inputs[row], key)[1] for row in rows
     ]
-    mean = jax.tree.map(lambda *x: np.average(x, axis=0, weights=[4, 2, 4, 4]), *own)
+    mean = jax.tree.map(lambda *x: np.average(x, axis=0, weights=[4, 2, 4, 4]), *states)
     assert_close(after.model_state, mean)
 
 
-def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
+def test_padding_does_not_affect_the_parameters(key):
     """The gradient of the model is NaN at zero, and only example 0, the padding, is zero."""
     split = Split(jnp.ones((8, FEATURES)).at[0].set(0.0), jnp.zeros(8, jnp.int32))
     model = models.Model(
@@ -314,7 +318,7 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
 
     after, sums = under_vmap(
         make_round(make_gradient(model, classification), OPTIMIZER, strategy), strategy
-    )(begin(model, strategy, key), split, batches, key)
+    )(initial_state(model, strategy, key), split, batches, key)
 
     assert np.isfinite(sums["loss"]).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
@@ -322,7 +326,7 @@ def test_nothing_that_is_filled_up_can_spoil_the_parameters(key):
 
 @pytest.mark.parametrize("block", [1, 2], ids=["round by round", "in blocks"])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, name, block):
+def test_program_of_several_rounds_equals_single_rounds(split, key, name, block):
     strategy = STRATEGIES[name]
     train_round = make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy)
     # [replica, round, ...]
@@ -338,15 +342,20 @@ def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, na
     train_rounds, one_round = jax.jit(program), under_vmap(train_round, strategy)
     for first, last in [(0, 0), (0, 2), (2, 3), (0, 3)]:
         together, sums = train_rounds(
-            begin(MODEL, strategy, key), split, batches, np.int32(first), np.int32(last), key
+            initial_state(MODEL, strategy, key),
+            split,
+            batches,
+            np.int32(first),
+            np.int32(last),
+            key,
         )
         one_by_one, losses = (
-            begin(MODEL, strategy, key),
+            initial_state(MODEL, strategy, key),
             np.zeros((REPLICAS, 3, max(1, strategy.inner_steps))),
         )
         for number in range(first, last):
-            one_by_one, own_sums = one_round(one_by_one, split, batches[:, number], key)
-            losses[:, number] = own_sums["loss"]
+            one_by_one, round_sums = one_round(one_by_one, split, batches[:, number], key)
+            losses[:, number] = round_sums["loss"]
 
         assert_close(together, one_by_one)
         np.testing.assert_allclose(sums["loss"], losses.reshape(REPLICAS, -1), rtol=1e-5)
@@ -354,7 +363,7 @@ def test_program_of_three_rounds_does_those_it_is_told_one_by_one(split, key, na
 
 MEAN = ["all-reduce"]
 TWO_PHASE = ["all-gather", "all-to-all"]
-TALK = {
+EXPECTED_COLLECTIVES = {
     "synchronous": MEAN,
     "local sgd": MEAN,
     "diloco": MEAN,
@@ -367,7 +376,7 @@ TALK = {
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_round_talks_once(split, key, name):
+def test_round_communicates_once(split, key, name):
     """Message and weights share one collective, for any number of local steps."""
     strategy, devices = STRATEGIES[name], jax.devices()[:REPLICAS]
     axes = state.axes(strategy)
@@ -378,11 +387,11 @@ def test_round_talks_once(split, key, name):
         (axes, 0),
     )
     compiled = on_devices.lower(
-        begin(MODEL, strategy, key), split, steps_of(strategy), key
+        initial_state(MODEL, strategy, key), split, steps_of(strategy), key
     ).compile()
     found = collectives.read(compiled.as_text())
-    assert sorted(one.op for one in found) == TALK[name]
-    assert {one.times for one in found} == {1}, "none is in the loop of the local steps"
+    assert sorted(one.op for one in found) == EXPECTED_COLLECTIVES[name]
+    assert {one.times for one in found} == {1}, "the loop of the local steps must not contain any"
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if not STRATEGIES[name].diverges])
@@ -397,64 +406,68 @@ def test_all_replicas_hold_the_same_bits_after_every_round(split, key, name):
     center = models.from_nnx(Noisy).init(key, jnp.zeros((1, FEATURES)))
     batches = steps_of(strategy, per_replica=8)
 
-    here = state.place(*center, OPTIMIZER, strategy, devices)
-    shared = (here.params, here.outer_state, here.model_state)
+    current = state.place(*center, OPTIMIZER, strategy, devices)
+    shared = (current.params, current.outer_state, current.model_state)
     params, outer_state, model_state = jax.tree.map(
         lambda x: np.stack([x] * REPLICAS), jax.device_get(shared)
     )
-    here = here._replace(params=params, outer_state=outer_state, model_state=model_state)
+    current = current._replace(params=params, outer_state=outer_state, model_state=model_state)
     for shift in (0, 7):
-        here, _ = run(here, split, (batches + shift) % 40, key)
+        current, _ = run(current, split, (batches + shift) % 40, key)
 
-    for leaf in jax.tree.leaves(jax.device_get((here.params, here.outer_state, here.model_state))):
+    for leaf in jax.tree.leaves(
+        jax.device_get((current.params, current.outer_state, current.model_state))
+    ):
         for copy in leaf[1:]:
             np.testing.assert_array_equal(copy, leaf[0])
 
 
 @pytest.mark.parametrize("name", ["int4", "sparse", "gossip", "streaming"])
-def test_saved_and_restored_state_goes_on_with_the_same_bits(tmp_path, split, key, name):
-    """Residuals, fragments on their way and all: through a file of plain arrays."""
+def test_restored_state_continues_with_the_same_bits(tmp_path, split, key, name):
+    """A file of plain arrays holds the state, including residuals and pending fragments."""
     strategy = STRATEGIES[name]
     train_round = under_vmap(
         make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
     )
     batches = steps_of(strategy)
-    here, _ = train_round(begin(MODEL, strategy, key), split, batches, key)
+    current, _ = train_round(initial_state(MODEL, strategy, key), split, batches, key)
 
-    leaves, structure = jax.tree.flatten(here)
+    leaves, structure = jax.tree.flatten(current)
     np.savez(tmp_path / "state.npz", *leaves)
     with np.load(tmp_path / "state.npz") as saved:
         restored = structure.unflatten([saved[file] for file in saved.files])
 
     again, _ = train_round(restored, split, (batches + 7) % 40, key)
-    here, _ = train_round(here, split, (batches + 7) % 40, key)
-    jax.tree.map(np.testing.assert_array_equal, again, here)
+    current, _ = train_round(current, split, (batches + 7) % 40, key)
+    jax.tree.map(np.testing.assert_array_equal, again, current)
 
 
 @pytest.mark.parametrize("name", ["synchronous", "diloco", "gossip"])
-def test_average_of_the_parameters_is_its_closed_form(split, key, name):
-    """After n rounds: d^n of the start, and (1 - d) d^(n - i) of the parameters after round i."""
+def test_ema_of_the_parameters_equals_its_closed_form(split, key, name):
+    """After n rounds: d^n times the initial, (1 - d) d^(n - i) times the parameters of round i."""
     strategy, decay, rounds = STRATEGIES[name], 0.8, 5
     train_round = under_vmap(
         make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy, decay), strategy
     )
-    here = begin(MODEL, strategy, key, ema=True)
-    expected = jax.tree.map(lambda p: decay**rounds * p, here.params)
+    current = initial_state(MODEL, strategy, key, ema=True)
+    expected = jax.tree.map(lambda p: decay**rounds * p, current.params)
     for number in range(rounds):
-        here, _ = train_round(here, split, steps_of(strategy), key)
-        share = (1 - decay) * decay ** (rounds - 1 - number)
-        expected = jax.tree.map(lambda e, p, share=share: e + share * p, expected, here.params)
-    assert_close(here.ema_params, expected)
+        current, _ = train_round(current, split, steps_of(strategy), key)
+        weight = (1 - decay) * decay ** (rounds - 1 - number)
+        expected = jax.tree.map(
+            lambda e, p, weight=weight: e + weight * p, expected, current.params
+        )
+    assert_close(current.ema_params, expected)
 
 
-def reveal(keys: list[jax.Array]) -> np.ndarray:
+def draw_uniform(keys: list[jax.Array]) -> np.ndarray:
     return np.array([jax.random.uniform(key) for key in keys])
 
 
-def test_keys_of_local_steps_are_those_of_their_step_number(split, key):
-    """Two rounds of three steps, against a loop with the rule in `gradient.py`; all keys differ."""
-    strategy, places = STRATEGIES["local sgd"], 2
-    still = optax.sgd(0.0)
+def test_keys_of_local_steps_derive_from_the_step_number(split, key):
+    """Compares two rounds with a loop that follows the rule in `gradient.py`; all keys differ."""
+    strategy, per_replica = STRATEGIES["local sgd"], 2
+    without_learning = optax.sgd(0.0)
     model = models.Model(
         lambda key, inputs: ({"shift": jnp.zeros(1)}, {}),
         lambda params, state, inputs, key: (
@@ -475,30 +488,34 @@ def test_keys_of_local_steps_are_those_of_their_step_number(split, key):
         return jnp.full_like(example, jax.random.uniform(key))
 
     train_round = under_vmap(
-        make_round(make_gradient(model, task, augment), still, strategy), strategy
+        make_round(make_gradient(model, task, augment), without_learning, strategy), strategy
     )
-    here, masks, moves = begin(model, strategy, key, still), [], []
-    batches = np.arange(REPLICAS * 3 * places, dtype=np.int32).reshape(REPLICAS, 3, places)
+    current, masks, moves = initial_state(model, strategy, key, without_learning), [], []
+    batches = np.arange(REPLICAS * 3 * per_replica, dtype=np.int32).reshape(
+        REPLICAS, 3, per_replica
+    )
     for _ in range(2):
-        here, sums = train_round(here, split, batches, key)
+        current, sums = train_round(current, split, batches, key)
         masks.append(sums["mask"])
         moves.append(sums["moved"])
 
     for step in range(6):
         _, gradient_key = jax.random.split(jax.random.fold_in(key, step))
         augment_key, model_key = jax.random.split(gradient_key)
-        for own in range(REPLICAS):
-            shards = [own, own + REPLICAS]  # of 8, one example each
-            drawn = reveal([jax.random.fold_in(model_key, shard) for shard in shards])
-            moved = reveal([jax.random.fold_in(augment_key, row) for row in batches[own, step % 3]])
-            np.testing.assert_allclose(masks[step // 3][own, step % 3], drawn.sum(), rtol=1e-6)
-            np.testing.assert_allclose(moves[step // 3][own, step % 3], moved.sum(), rtol=1e-6)
+        for index in range(REPLICAS):
+            shards = [index, index + REPLICAS]  # of 8, one example each
+            drawn = draw_uniform([jax.random.fold_in(model_key, shard) for shard in shards])
+            moved = draw_uniform(
+                [jax.random.fold_in(augment_key, row) for row in batches[index, step % 3]]
+            )
+            np.testing.assert_allclose(masks[step // 3][index, step % 3], drawn.sum(), rtol=1e-6)
+            np.testing.assert_allclose(moves[step // 3][index, step % 3], moved.sum(), rtol=1e-6)
     assert len(np.unique(np.stack(masks))) == 6 * REPLICAS
     assert len(np.unique(np.stack(moves))) == 6 * REPLICAS
 
 
-class Keeping(nnx.Module):
-    """Has state that nothing writes to, of every kind, and counters."""
+class ConstantState(nnx.Module):
+    """Has state of several dtypes that the module does not change, and counters."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.last = nnx.Linear(FEATURES, CLASSES, rngs=rngs)
@@ -524,9 +541,9 @@ class Keeping(nnx.Module):
 
 @pytest.mark.parametrize("name", ["synchronous", "local sgd"])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4, 8])
-def test_state_that_nothing_writes_to_keeps_its_bits(split, key, name, replicas):
-    """On uneven numbers of examples, of which the last replica has fewest; counters count steps."""
-    strategy, model = STRATEGIES[name], models.from_nnx(Keeping)
+def test_constant_model_state_keeps_its_bits(split, key, name, replicas):
+    """The last replica has fewer examples than the others; counters count steps."""
+    strategy, model = STRATEGIES[name], models.from_nnx(ConstantState)
     axes, steps = state.axes(strategy), max(1, strategy.inner_steps)
     train_round = jax.jit(
         jax.vmap(
@@ -539,21 +556,22 @@ def test_state_that_nothing_writes_to_keeps_its_bits(split, key, name, replicas)
             axis_name=replica.AXIS,
         )
     )
-    before = begin(model, strategy, key, replicas=replicas)
+    before = initial_state(model, strategy, key, replicas=replicas)
     batches = np.broadcast_to(np.arange(5, dtype=np.int32), (replicas, steps, 5)).copy()
     batches[-1, :, 2:] = ~0
     after, _ = train_round(before, split, batches, key)
 
     written = {"steps": steps, "time": steps, "left": 100 - steps}
     for name, leaf in after.model_state.items():
-        for own in range(replicas) if name != "frozen" else ():
+        for index in range(replicas) if name != "frozen" else ():
             if name in written:
-                assert leaf[own] == written[name]
+                assert leaf[index] == written[name]
             else:
-                assert bits(leaf[own]) == bits(before.model_state[name])
+                assert bits(leaf[index]) == bits(before.model_state[name])
     for name, leaf in after.model_state["frozen"].items():
         assert all(
-            bits(leaf[own]) == bits(before.model_state["frozen"][name]) for own in range(replicas)
+            bits(leaf[index]) == bits(before.model_state["frozen"][name])
+            for index in range(replicas)
         )
 
 

@@ -1,4 +1,4 @@
-"""Whole runs, for any number of devices, dispatches, and objects of users."""
+"""Whole runs: any number of devices and dispatches, and user-defined models, losses and data."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ def assert_same_bits(tree, other):
 
 
 def plain_loop(dataset: data.Dataset, steps: int, batch_size: int, seed: int) -> list[float]:
-    """Fifty steps as one would write them by hand for one device."""
+    """A hand-written training loop for one device; returns the loss of each step."""
     optimizer = optax.adam(0.01)
     params, _ = MODEL.init(jax.random.split(jax.random.key(seed))[0], jnp.zeros((1, 64)))
     opt_state = optimizer.init(params)
@@ -61,8 +61,8 @@ def plain_loop(dataset: data.Dataset, steps: int, batch_size: int, seed: int) ->
     return found
 
 
-def test_any_number_of_devices_gives_the_losses_of_a_plain_loop(digits):
-    """Fifty steps over two epochs, the short last batch of the first among them."""
+def test_losses_equal_those_of_a_plain_loop_on_any_number_of_devices(digits):
+    """Fifty steps include the short last batches of two epochs."""
     expected = plain_loop(digits, steps=50, batch_size=64, seed=3)
     for count in (1, 2, 4, 8):
         trained = ctde.fit(
@@ -79,8 +79,8 @@ def test_any_number_of_devices_gives_the_losses_of_a_plain_loop(digits):
         np.testing.assert_allclose(losses(trained), expected, rtol=1e-5)
 
 
-def test_two_replicas_that_gossip_are_two_that_average(digits):
-    """Half of each of two is the mean, so gossip equals local SGD with per-replica parameters."""
+def test_gossip_of_two_replicas_equals_local_sgd(digits):
+    """Gossip with weights 1/2 computes the mean, so it equals local SGD."""
     local, gossip = (
         ctde.fit(
             MODEL,
@@ -104,7 +104,7 @@ def test_two_replicas_that_gossip_are_two_that_average(digits):
 
 
 def test_strategy_begins_after_its_synchronous_steps(digits):
-    """Losses before equal those of synchronous training; then the optimizer keeps its state."""
+    """The first losses equal those of synchronous training; the optimizer state is kept."""
 
     def losses_of(strategy: ctde.Strategy, steps: int) -> list[float]:
         arguments = {"devices": devices.start(2), "batch_size": 64, "eval_every": 8, "log_every": 4}
@@ -124,10 +124,10 @@ def test_strategy_begins_after_its_synchronous_steps(digits):
     )
 
 
-def test_model_of_a_single_parameter_trains(digits):
-    """One leaf and no state, so that there are as many leaves as arguments in places."""
+def test_model_with_a_single_parameter_trains(digits):
+    """The parameters have one leaf, and the model state has none."""
 
-    class Lines(nnx.Module):
+    class Linear(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
             self.lines = nnx.Linear(64, 10, use_bias=False, rngs=rngs)
 
@@ -136,12 +136,12 @@ def test_model_of_a_single_parameter_trains(digits):
 
     arguments = {"devices": devices.start(2), "batch_size": 64, "epochs": 3, "show": False}
     for strategy in (ctde.Strategy(), LOCAL):
-        trained = ctde.fit(models.from_nnx(Lines), digits, optax.adam(0.01), strategy, **arguments)
+        trained = ctde.fit(models.from_nnx(Linear), digits, optax.adam(0.01), strategy, **arguments)
         assert trained.history[-1]["accuracy"] > 0.85
 
 
-def test_history_counts_the_bytes_that_each_device_has_sent(digits):
-    """Two rounds of synchronous gradients: the parameters and the weight in each."""
+def test_history_counts_the_bytes_sent_by_each_device(digits):
+    """Two rounds of synchronous gradients; each device sends the gradients and the weight."""
     arguments = {
         "devices": devices.start(4),
         "batch_size": 64,
@@ -150,15 +150,15 @@ def test_history_counts_the_bytes_that_each_device_has_sent(digits):
         "show": False,
     }
     trained = ctde.fit(MODEL, digits, optax.adam(0.01), **arguments)
-    a_round = 2 * 3 / 4 * 4 * (64 * 16 + 16 + 16 * 10 + 10 + 1)
+    bytes_per_round = 2 * 3 / 4 * 4 * (64 * 16 + 16 + 16 * 10 + 10 + 1)
     assert [row["bytes_sent"] for row in trained.history if row["split"] == "train"] == [
-        a_round,
-        2 * a_round,
+        bytes_per_round,
+        2 * bytes_per_round,
     ]
-    assert trained.traffic.sent == a_round
+    assert trained.traffic.sent == bytes_per_round
 
 
-def test_strategy_that_cannot_run_is_refused_before_anything_is_compiled(digits):
+def test_strategy_that_cannot_run_is_refused_before_compilation(digits):
     strategy = ctde.strategy("ddp", combine="krum", byzantine=2)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -179,25 +179,25 @@ def test_strategy_that_cannot_run_is_refused_before_anything_is_compiled(digits)
             )
         assert not compiled
         jax.jit(lambda x: x + len(compiled))(1.0)
-        assert compiled, "the listener hears"
+        assert compiled, "the listener must record compilations"
     finally:
         jax.monitoring.clear_event_listeners()
 
 
 @pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
-def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
-    """One or several rounds per dispatch, a partial last one, small spans: the same bits."""
+def test_run_does_not_depend_on_its_division_into_dispatches(digits, strategy, monkeypatch):
+    """One or several rounds per dispatch, a partial last dispatch and small spans: equal bits."""
 
     def run(eval_every: int, log_every: int, seconds: float, places: int = 2**20) -> ctde.Trained:
         monkeypatch.setattr(schedule, "_DISPATCH_SECONDS", seconds)
         monkeypatch.setattr(sources, "_PLACES", places)
-        cut = {"eval_every": eval_every, "log_every": log_every}
+        periods = {"eval_every": eval_every, "log_every": log_every}
         arguments = {
             "devices": devices.start(4),
             "batch_size": 64,
             "steps": 36,
             "show": False,
-            **cut,
+            **periods,
         }
         return ctde.fit(MODEL, digits, optax.adam(0.01), strategy, **arguments)
 
@@ -218,7 +218,7 @@ def test_run_does_not_depend_on_how_it_is_cut(digits, strategy, monkeypatch):
 
 
 def test_every_function_is_traced_once_in_a_run(digits):
-    """Full and partial dispatches, several epochs: one trace to check, train and evaluate."""
+    """Full and partial dispatches, several epochs: one trace each to check, train and evaluate."""
     traces = []
 
     def loss(outputs, labels):
@@ -240,8 +240,8 @@ def test_every_function_is_traced_once_in_a_run(digits):
     assert traces == [(2, 10), (50, 10), (180, 10)]
 
 
-def test_parts_of_unequal_size_are_all_seen_once_an_epoch(digits):
-    """The sums of an epoch count every example once, though one device has many and one has few."""
+def test_examples_of_unequal_parts_are_seen_once_per_epoch(digits):
+    """The metrics of an epoch count every example once, although the parts differ in size."""
     order = np.random.default_rng(0).permutation(len(digits.train.inputs))
     parts = np.split(order, [1000, 1400, 1420])
     trained = ctde.fit(
@@ -260,8 +260,8 @@ def test_parts_of_unequal_size_are_all_seen_once_an_epoch(digits):
     assert trained.history[-1]["step"] == 2 * -(-1000 // 16)
 
 
-def test_data_that_stays_on_one_device_is_that_of_one_device(digits):
-    """Where one replica has all the data, local training is training on that replica alone."""
+def test_devices_without_data_do_not_change_the_result(digits):
+    """If one replica has all the data, local training equals training on that replica alone."""
     parts = [np.arange(len(digits.train.inputs)), *[np.zeros(0, int)] * 3]
     options = {"steps": 12, "show": False, "seed": 1}
     four = ctde.fit(
@@ -289,7 +289,7 @@ def test_data_that_stays_on_one_device_is_that_of_one_device(digits):
     )
 
 
-class OwnNnx(nnx.Module):
+class UserNnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.hidden = nnx.Linear(2, 32, rngs=rngs)
         self.norm = nnx.BatchNorm(32, rngs=rngs)
@@ -299,7 +299,7 @@ class OwnNnx(nnx.Module):
         return self.out(nnx.relu(self.norm(self.hidden(x))))
 
 
-class OwnLinen(flax.linen.Module):
+class UserLinen(flax.linen.Module):
     @flax.linen.compact
     def __call__(self, x, train: bool):
         x = flax.linen.relu(flax.linen.Dense(32)(x))
@@ -308,11 +308,11 @@ class OwnLinen(flax.linen.Module):
 
 
 @pytest.mark.parametrize(
-    "model", [models.from_nnx(OwnNnx), models.from_linen(OwnLinen())], ids=["nnx", "linen"]
+    "model", [models.from_nnx(UserNnx), models.from_linen(UserLinen())], ids=["nnx", "linen"]
 )
 @pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
-def test_own_model_arrays_loss_and_optax_chain_learn(model, strategy):
-    """Points inside or outside a ring, by nothing that the package brings."""
+def test_user_model_loss_and_optax_chain_learn(model, strategy):
+    """Classifies points inside and outside a circle; model, loss and optimizer are the user's."""
     rng = np.random.default_rng(0)
     points = rng.normal(size=(1200, 2)).astype(np.float32)
     labels = (np.linalg.norm(points, axis=1) < 1.2).astype(np.int64)
@@ -344,7 +344,7 @@ def test_own_model_arrays_loss_and_optax_chain_learn(model, strategy):
     assert (predicted == dataset.test.labels).mean() == pytest.approx(measured["accuracy"])
 
 
-def test_real_valued_targets_need_a_task_and_then_learn():
+def test_regression_requires_a_task_and_learns():
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(400, 3)).astype(np.float32)
     dataset = data.from_arrays(inputs, inputs @ np.float32([[1.0], [-2.0], [0.5]]))
@@ -358,7 +358,7 @@ def test_real_valued_targets_need_a_task_and_then_learn():
     assert trained.history[-1]["loss"] < 1e-6
 
 
-def test_loss_that_is_averaged_by_the_user_is_refused(digits):
+def test_loss_averaged_over_the_batch_is_refused(digits):
     task = ctde.Task(
         lambda outputs, labels: optax.softmax_cross_entropy_with_integer_labels(
             outputs, labels
@@ -376,7 +376,7 @@ def test_loss_that_is_averaged_by_the_user_is_refused(digits):
         )
 
 
-def test_metric_that_would_hide_a_column_of_the_history_is_refused(digits):
+def test_metric_with_a_reserved_name_is_refused(digits):
     task = ctde.Task(
         optax.softmax_cross_entropy_with_integer_labels, {"loss": is_correct, "step": is_correct}
     )
@@ -394,8 +394,8 @@ def test_metric_that_would_hide_a_column_of_the_history_is_refused(digits):
         )
 
 
-def test_what_the_user_passed_in_survives(digits):
-    """States alias the parameters or an array of the user, although buffers are donated."""
+def test_arrays_of_the_user_are_not_donated(digits):
+    """The optimizer state may alias the parameters or a user's array, although it is donated."""
     anchor = jnp.ones(3)
 
     def init(params):
@@ -418,8 +418,8 @@ def test_what_the_user_passed_in_survives(digits):
     np.testing.assert_array_equal(anchor, np.ones(3))
 
 
-def test_state_is_donated_and_bytes_stay_bytes(digits, monkeypatch):
-    """During training, devices hold one copy of the state, and the examples as they are stored."""
+def test_state_is_donated_and_examples_stay_uint8(digits, monkeypatch):
+    """During training, devices hold one copy of the state, and the examples as stored."""
     placed, states = [], []
     replicate, place = ctde.devices.replica.replicate, ctde.rounds.state.place
     monkeypatch.setattr(
@@ -444,13 +444,13 @@ def test_state_is_donated_and_bytes_stay_bytes(digits, monkeypatch):
     assert not examples[0].inputs.is_deleted()
     (first,) = states
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.params, first.opt_state))), (
-        "it is used up"
+        "the initial state must be donated"
     )
 
 
 @pytest.mark.curves
-def test_non_finite_loss_stops_and_names_the_first_step(tmp_path, digits):
-    """The loss is made infinite by a learning rate that becomes infinite at the fifth step."""
+def test_nonfinite_loss_stops_the_run_and_names_the_step(tmp_path, digits):
+    """The learning rate becomes infinite at the fifth step."""
     optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
     with pytest.raises(ctde.NonFiniteLoss, match="step 6") as caught:
         ctde.fit(
@@ -470,7 +470,7 @@ def test_non_finite_loss_stops_and_names_the_first_step(tmp_path, digits):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_last_step_that_spoils_the_parameters_is_noticed(digits):
+def test_nonfinite_update_in_the_last_step_is_detected(digits):
     """The loss of every step is finite; only the evaluation detects the last update."""
     optimizer = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 0.01))
     with pytest.raises(ctde.NonFiniteLoss, match="step 5"):
@@ -480,7 +480,7 @@ def test_last_step_that_spoils_the_parameters_is_noticed(digits):
 
 
 @pytest.mark.curves
-def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):
+def test_ctrl_c_returns_the_model_trained_so_far(tmp_path, digits):
     """The signal arrives during the run; the folder then matches the result."""
     metrics = tmp_path / "metrics.jsonl"
 
@@ -489,8 +489,8 @@ def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):
             time.sleep(0.05)
         signal.raise_signal(signal.SIGINT)
 
-    presser = threading.Thread(target=interrupt)
-    presser.start()
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
     trained = ctde.fit(
         MODEL,
         digits,
@@ -501,7 +501,7 @@ def test_ctrl_c_returns_what_has_been_trained(tmp_path, digits):
         run_dir=tmp_path,
         show=False,
     )
-    presser.join()
+    interrupter.join()
 
     assert trained.interrupted
     assert trained.history[-1]["split"] == "test"
@@ -557,7 +557,7 @@ def test_fake_devices_on_too_small_a_thread_pool_are_refused(monkeypatch, digits
         ("seed", -1, "seed must be from 0 to 4294967295, got -1"),
     ],
 )
-def test_argument_of_the_wrong_kind_is_named(digits, name, value, sentence):
+def test_invalid_argument_is_named(digits, name, value, sentence):
     arguments = {
         "model": MODEL,
         "data": digits,
@@ -569,7 +569,7 @@ def test_argument_of_the_wrong_kind_is_named(digits, name, value, sentence):
         ctde.fit(**arguments | {name: value}, devices=devices.start(4))
 
 
-def test_data_and_results_are_shown_in_a_line(digits):
+def test_repr_of_data_and_results_is_one_line(digits):
     trained = ctde.fit(
         MODEL, digits, optax.sgd(0.1), batch_size=64, steps=2, devices=devices.start(2), show=False
     )
@@ -601,14 +601,14 @@ def test_data_and_results_are_shown_in_a_line(digits):
         ),
     ],
 )
-def test_wrong_argument_is_named(digits, arguments, sentence):
+def test_invalid_batch_size_or_period_is_named(digits, arguments, sentence):
     with pytest.raises(ctde.InputError) as caught:
         ctde.fit(MODEL, digits, optax.sgd(0.1), devices=devices.start(4), **arguments)
     assert sentence in str(caught.value)
 
 
-def test_average_of_the_parameters_is_what_is_evaluated_and_returned(digits):
-    """With decay 0 the average is the parameters; with decay near 1, the initial parameters."""
+def test_average_of_the_parameters_is_evaluated_and_returned(digits):
+    """With decay 0 the average equals the parameters; with decay near 1, the initial parameters."""
     arguments = {"batch_size": 64, "steps": 46, "devices": devices.start(2), "show": False}
     plain = ctde.fit(MODEL, digits, optax.adam(0.01), **arguments)
     same = ctde.fit(MODEL, digits, optax.adam(0.01), ema_decay=0.0, **arguments)
@@ -620,7 +620,7 @@ def test_average_of_the_parameters_is_what_is_evaluated_and_returned(digits):
 
 
 def test_patience_ends_the_training_and_returns_the_best(digits):
-    """A learning rate that is too high soon makes the validation loss rise."""
+    """A learning rate that is too high after step 40 makes the validation loss rise."""
     held = data.hold_out(digits, 0.2)
     too_fast = optax.sgd(optax.piecewise_constant_schedule(0.1, {40: 100.0}))
     options = {
@@ -643,7 +643,7 @@ def test_patience_ends_the_training_and_returns_the_best(digits):
     assert trained.tested["step"] == trained.step
 
 
-def test_run_without_a_reason_to_stop_goes_to_its_end(digits):
+def test_run_with_a_falling_loss_is_not_stopped_early(digits):
     held = data.hold_out(digits, 0.2)
     trained = ctde.fit(
         MODEL, held, optax.sgd(0.01), batch_size=64, epochs=2, patience=5, show=False
@@ -652,19 +652,11 @@ def test_run_without_a_reason_to_stop_goes_to_its_end(digits):
     assert trained.step == trained.history[-1]["step"] == 2 * 18
 
 
-def test_description_of_the_model_is_shown_at_every_evaluation(digits, capsys):
-    def describe(params, model_state):
-        return f"norm {np.linalg.norm(params['layers'][1]['bias'])}"
-
-    ctde.fit(MODEL, digits, optax.adam(0.01), batch_size=64, epochs=2, describe=describe)
-    assert capsys.readouterr().out.count("norm ") == 2
-
-
-def test_statistics_estimated_anew_are_those_that_are_evaluated(digits):
+def test_reestimated_statistics_are_evaluated(digits):
     """After a few steps, initial running averages still affect the test loss."""
     model = models.resnet((8, 8), 10, channels=(8,), norm="batch")
     arguments = {"batch_size": 64, "steps": 20, "devices": devices.start(2), "show": False}
     running = ctde.fit(model, digits, optax.adam(0.01), **arguments)
-    anew = ctde.fit(model, digits, optax.adam(0.01), reestimate_batches=10, **arguments)
-    assert losses(anew) == losses(running)
-    assert anew.tested["loss"] < running.tested["loss"]
+    reestimated = ctde.fit(model, digits, optax.adam(0.01), reestimate_batches=10, **arguments)
+    assert losses(reestimated) == losses(running)
+    assert reestimated.tested["loss"] < running.tested["loss"]

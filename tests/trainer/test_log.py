@@ -1,4 +1,4 @@
-"""Rows reach the file at once, the screen in plain lines or a bar, and the curves at the end."""
+"""Rows are written at once, shown as plain lines or a progress bar, and plotted at the end."""
 
 import json
 
@@ -15,7 +15,7 @@ TRAIN["examples_per_second"] = 1234.5
 TEST = {"split": "test", "step": 10, "epoch": 1.0, "loss": 0.4, "accuracy": 0.9, "examples": 100}
 
 
-def test_row_is_in_the_file_before_the_next_one_comes(tmp_path):
+def test_each_row_is_written_at_once(tmp_path):
     with log.open_log(10, tmp_path, show=False) as opened:
         opened.add(TRAIN)
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == TRAIN
@@ -27,7 +27,7 @@ def test_row_is_in_the_file_before_the_next_one_comes(tmp_path):
     assert opened.rows == [TRAIN, TEST]
 
 
-def test_curves_are_drawn_also_when_the_run_fails(tmp_path):
+def test_curves_are_drawn_even_if_the_run_fails(tmp_path):
     def failing_run():
         with log.open_log(10, tmp_path, show=False) as opened:
             opened.add(TRAIN)
@@ -45,7 +45,7 @@ def test_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_plain_lines_where_the_output_is_no_terminal(capsys):
+def test_output_without_a_terminal_is_plain_lines(capsys):
     with log.open_log(10) as opened:
         opened.add(TRAIN)
         opened.add(TEST)
@@ -55,7 +55,7 @@ def test_plain_lines_where_the_output_is_no_terminal(capsys):
     )
 
 
-def test_bar_in_a_terminal_has_loss_accuracy_speed_and_time_left(monkeypatch, capsys):
+def test_bar_shows_loss_accuracy_speed_and_remaining_time(monkeypatch, capsys):
     monkeypatch.setattr(
         log, "console", lambda quiet=False: Console(force_terminal=True, width=150, quiet=quiet)
     )
@@ -68,7 +68,7 @@ def test_bar_in_a_terminal_has_loss_accuracy_speed_and_time_left(monkeypatch, ca
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])
-def test_bar_never_cuts_the_test_accuracy_off(monkeypatch, capsys, width):
+def test_bar_never_truncates_the_test_accuracy(monkeypatch, capsys, width):
     monkeypatch.setattr(
         log, "console", lambda quiet=False: Console(force_terminal=True, width=width, quiet=quiet)
     )
@@ -82,8 +82,8 @@ def test_bar_never_cuts_the_test_accuracy_off(monkeypatch, capsys, width):
     assert "…" not in last
 
 
-def test_lines_where_no_bar_moves_are_a_handful_a_minute(monkeypatch, capsys):
-    """100 evaluations a second for ten minutes: a burst, a line every ten seconds, the last."""
+def test_plain_lines_are_limited_to_a_few_per_minute(monkeypatch, capsys):
+    """100 evaluations per second for ten minutes: a burst, a line per ten seconds, the last."""
     now = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
     with log.open_log(600_000) as opened:
@@ -99,7 +99,7 @@ def test_lines_where_no_bar_moves_are_a_handful_a_minute(monkeypatch, capsys):
     assert lines[-1].startswith("step 600,000 of 600,000")
 
 
-def test_table_keeps_its_numbers_on_the_narrowest_screen(monkeypatch):
+def test_console_has_at_least_40_columns(monkeypatch):
     for columns in ("1", "0", "-3", "many"):
         monkeypatch.setenv("COLUMNS", columns)
         assert log.console().width >= 40
@@ -113,7 +113,7 @@ def test_curves_have_a_panel_for_the_loss_and_every_metric():
         assert [list(line.get_xdata()) for line in axes.lines] == [[5], [10]]
 
 
-def test_folder_that_cannot_be_written_to_is_named(tmp_path):
+def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     sentence = r"run_dir must be a writable folder .* writing to .*file failed: Not a directory"
     with pytest.raises(InputError, match=sentence), log.open_log(10, tmp_path / "file", show=False):

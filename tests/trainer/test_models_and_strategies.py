@@ -1,4 +1,4 @@
-"""Every network trains under every strategy, and alike on any number of devices."""
+"""Every network trains with every strategy, with equal losses on any number of devices."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ TOKENS = np.tile(np.arange(8), 200)[: 80 * 17].reshape(80, 17)
 PICTURES, TEXT = "pictures", "text"
 
 
-class OwnNnx(nnx.Module):
+class UserNnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.first, self.last = nnx.Linear(64, 16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs)
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
@@ -27,7 +27,7 @@ class OwnNnx(nnx.Module):
         return self.last(self.dropout(nnx.relu(self.first(x.reshape(len(x), -1)))))
 
 
-class OwnLinen(flax.linen.Module):
+class UserLinen(flax.linen.Module):
     @flax.linen.compact
     def __call__(self, x, train: bool):
         x = flax.linen.Dense(16)(x.reshape(len(x), -1))
@@ -54,13 +54,13 @@ MODELS = {
         models.transformer(8, 16, hidden_size=16, blocks=1, heads=2, dropout_rate=0.2),
         TEXT,
     ),
-    "own nnx": (models.from_nnx(OwnNnx), PICTURES),
-    "own linen": (models.from_linen(OwnLinen(), batch_statistics="synchronized"), PICTURES),
+    "nnx module": (models.from_nnx(UserNnx), PICTURES),
+    "linen module": (models.from_linen(UserLinen(), batch_statistics="synchronized"), PICTURES),
 }
 
 
 @pytest.fixture(autouse=True)
-def forget_programs():
+def clear_programs():
     """Every training compiles new programs, and a process can map only a limited number of them."""
     yield
     jax.clear_caches()
@@ -77,7 +77,7 @@ def data_sets(digits) -> dict[str, data.Dataset]:
 def losses(
     name: str, data_sets: dict[str, data.Dataset], strategy: ctde.Strategy, devices: int, steps: int
 ):
-    """Trains, and returns the mean losses of every four steps."""
+    """Trains and returns the mean loss of every four steps."""
     model, kind = MODELS[name]
     devices = ctde.devices.start(devices)
     trained = ctde.fit(
@@ -102,13 +102,11 @@ def losses(
         for name in MODELS
     ],
 )
-def test_losses_are_those_of_one_device(name, data_sets):
+def test_losses_equal_those_of_one_device(name, data_sets):
     """With dropout, and with batch statistics over the whole batch."""
-    alone, together = (
-        losses(name, data_sets, ctde.Strategy(), devices, steps=16) for devices in (1, 4)
-    )
-    np.testing.assert_allclose(together, alone, rtol=1e-3)
-    assert alone[-1] < alone[0]
+    one, four = (losses(name, data_sets, ctde.Strategy(), devices, steps=16) for devices in (1, 4))
+    np.testing.assert_allclose(four, one, rtol=1e-3)
+    assert one[-1] < one[0]
 
 
 def composed(strategy: str) -> ctde.Strategy:
@@ -124,7 +122,7 @@ LEARNING = [
     for j, strategy in enumerate(PRESETS)
     if (i + j) % 4 == 0
 ]
-"""Every model meets a quarter of the strategies, every strategy two or three models."""
+"""Each model trains with a quarter of the strategies, each strategy with two or three models."""
 
 
 @pytest.mark.slow
@@ -137,8 +135,8 @@ def test_every_model_and_every_strategy_learn(name, strategy, data_sets):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_goes_with_every_strategy(name, data_sets):
-    """A round keeps the state's shapes and dtypes, for parameters of every layer kind."""
+def test_round_keeps_shapes_and_dtypes_of_every_model_and_strategy(name, data_sets):
+    """The models have parameters of every kind of layer."""
     model, kind = MODELS[name]
     dataset, task = (
         data_sets[kind],

@@ -16,8 +16,8 @@ MODEL = models.mlp([64, 8, 10])
 
 
 @pytest.fixture
-def with_a_bad_example(digits) -> data.Dataset:
-    """One training example that is no number: one batch of every epoch."""
+def with_a_nan_example(digits) -> data.Dataset:
+    """One training example contains NaN, so the loss of one batch per epoch is not finite."""
     inputs = digits.train.inputs[:320].astype(np.float32) / 16
     tested = digits.test.inputs[:64].astype(np.float32) / 16
     dataset = data.from_arrays(inputs, digits.train.labels[:320], tested, digits.test.labels[:64])
@@ -46,31 +46,31 @@ def fit(dataset, count=4, **more) -> ctde.Trained:
         pytest.param("gossip", marks=pytest.mark.slow),
     ],
 )
-def test_bad_batch_is_left_out_by_all_devices(name, with_a_bad_example):
-    """Once per epoch; all state stays finite, including error-feedback residuals."""
+def test_nonfinite_batch_is_skipped_on_all_devices(name, with_a_nan_example):
+    """It occurs once per epoch; all state stays finite, including error-feedback residuals."""
     options = {
         "ddp": {"reduce": "int8", "error_feedback": True},
         "local-sgd": {"sync_every": 2},
         "gossip": {},
     }[name]
-    trained = fit(with_a_bad_example, strategy=ctde.strategy(name, **options), on_nonfinite="skip")
+    trained = fit(with_a_nan_example, strategy=ctde.strategy(name, **options), on_nonfinite="skip")
     rows = [row for row in trained.history if row["split"] == "train"]
     assert rows[-1]["skipped"] == 3
-    left_out = 32 * max(1, options.get("sync_every", 1))
-    assert sum(row["examples"] for row in rows) == 3 * (320 - left_out)
+    skipped = 32 * max(1, options.get("sync_every", 1))
+    assert sum(row["examples"] for row in rows) == 3 * (320 - skipped)
     assert trained.tested["loss"] < trained.history[0]["loss"]
 
 
-def test_left_out_step_is_as_if_it_had_not_been(with_a_bad_example):
-    """The same on any number of devices, and as a loop over all other batches."""
-    four, one = (fit(with_a_bad_example, count, on_nonfinite="skip") for count in (4, 1))
+def test_skipped_step_has_no_effect(with_a_nan_example):
+    """The result is equal on 1 and 4 devices, and in a plain loop over all other batches."""
+    four, one = (fit(with_a_nan_example, count, on_nonfinite="skip") for count in (4, 1))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), four.params, one.params
     )
 
-    batches = data.deal(with_a_bad_example.train, 1, 32, seed=0)
+    batches = data.deal(with_a_nan_example.train, 1, 32, seed=0)
     model, optimizer = (
-        models.with_raw_inputs(MODEL, with_a_bad_example.shift, with_a_bad_example.scale),
+        models.with_raw_inputs(MODEL, with_a_nan_example.shift, with_a_nan_example.scale),
         optax.adam(0.01),
     )
     params, state = model.init(jax.random.split(jax.random.key(0))[0], batches.inputs(0))
@@ -90,16 +90,16 @@ def test_left_out_step_is_as_if_it_had_not_been(with_a_bad_example):
             params, opt_state = step(
                 params,
                 opt_state,
-                with_a_bad_example.train.inputs[indices],
-                with_a_bad_example.train.labels[indices],
+                with_a_nan_example.train.inputs[indices],
+                with_a_nan_example.train.labels[indices],
             )
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one.params, params
     )
 
 
-def test_ten_bad_batches_in_a_row_stop_all_the_same(digits, tmp_path):
-    """Also in a run that goes on."""
+def test_ten_consecutive_nonfinite_batches_stop_the_run(digits, tmp_path):
+    """Also if the run is resumed."""
     optimizer = optax.sgd(lambda count: jnp.where(count >= 12, jnp.inf, 0.01))
     for _ in range(3):
         with pytest.raises(ctde.NonFiniteLoss, match="step 13"):
@@ -135,7 +135,7 @@ def descend(folder, learning_rate: float, **more) -> ctde.Trained:
     return fit(LINE, 2, on_nonfinite="rollback", **{**arguments, **more})
 
 
-def test_run_that_diverges_goes_back_and_on_with_half_the_updates(tmp_path, capsys):
+def test_diverging_run_rolls_back_and_halves_the_updates(tmp_path, capsys):
     trained = descend(tmp_path, 1.2, show=True)
     assert "rollback   loss not finite at step" in capsys.readouterr().out
     assert trained.tested["loss"] < 1e-6
@@ -146,17 +146,17 @@ def test_run_that_diverges_goes_back_and_on_with_half_the_updates(tmp_path, caps
     ] == trained.history
 
 
-def test_rollback_that_was_killed_goes_on(tmp_path, monkeypatch):
+def test_killed_rollback_resumes(tmp_path, monkeypatch):
     whole = descend(tmp_path / "whole", 1.2)
     add = Log.add
 
-    def die(log, row):
+    def kill(log, row):
         if row["step"] == 300 and row["split"] == "train":
             raise ZeroDivisionError
         add(log, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "add", die)
+        patch.setattr(Log, "add", kill)
         with pytest.raises(ZeroDivisionError):
             descend(tmp_path / "killed", 1.2)
     again = descend(tmp_path / "killed", 1.2)
@@ -164,12 +164,12 @@ def test_rollback_that_was_killed_goes_on(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
 
-def test_rollback_gives_up_after_three_times(tmp_path, capsys):
+def test_run_stops_after_three_rollbacks(tmp_path, capsys):
     with pytest.raises(ctde.NonFiniteLoss):
         descend(tmp_path, 100.0, show=True)
     assert capsys.readouterr().out.count("rollback   loss not finite") == 3
 
 
-def test_rollback_needs_a_folder():
+def test_rollback_requires_run_dir():
     with pytest.raises(ctde.InputError, match="on_nonfinite must not be rollback without run_dir"):
         descend(None, 1.0)

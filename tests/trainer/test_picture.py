@@ -1,4 +1,4 @@
-"""Figures need neither a window nor a valid backend; if drawing fails, a sentence replaces them."""
+"""Figures require neither a display nor a valid backend; a failure is reported in one sentence."""
 
 import os
 import subprocess
@@ -29,8 +29,8 @@ def draw():
 @pytest.mark.parametrize(
     "backend", ["module://matplotlib_inline.backend_inline", "module://absent", "garbage"]
 )
-def test_backend_of_a_notebook_does_not_matter(tmp_path, backend):
-    """The backend that the user chose stays chosen, and pyplot is not imported."""
+def test_backend_of_the_environment_has_no_effect(tmp_path, backend):
+    """The user's backend stays selected, and pyplot is not imported."""
     program = """
 import os, sys
 from pathlib import Path
@@ -53,7 +53,7 @@ matplotlib.rcParams._get_backend_or_none())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_warnings_and_floating_point_errors_of_the_user_do_not_apply(tmp_path):
+def test_warning_and_floating_point_settings_of_the_user_have_no_effect(tmp_path):
     def warn():
         warnings.warn("a glyph is missing", stacklevel=1)
         assert np.float32(1e-30) * np.float32(1e-30) == 0
@@ -63,15 +63,13 @@ def test_warnings_and_floating_point_errors_of_the_user_do_not_apply(tmp_path):
         assert picture.save(warn, tmp_path / "curves.png") == ""
 
 
-def test_picture_that_cannot_be_written_is_a_sentence():
+def test_unwritable_picture_is_reported_in_one_sentence():
     assert picture.save(draw, Path("/dev/full")) == (
         "could not draw /dev/full (No space left on device); nothing else depends on this file."
     )
 
 
-def test_picture_that_cannot_be_drawn_does_not_cost_the_result(
-    digits, tmp_path, capsys, monkeypatch
-):
+def test_run_returns_its_result_if_drawing_fails(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "figure.figsize", (4, 3))
     monkeypatch.setattr(log, "plot_curves", lambda rows: 1 / 0)
     devices = ctde.devices.start(1)

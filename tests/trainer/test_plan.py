@@ -1,4 +1,4 @@
-"""The plan: `fit` prints the rows of the command; it counts what the devices will compute."""
+"""The plan: `fit` and the command print the same rows, which describe the computation."""
 
 import numpy as np
 import optax
@@ -13,7 +13,7 @@ MODEL = ctde.models.mlp([64, 8, 10])
 
 
 def rows(text):
-    """Returns the rows of a plan by name; further lines of a row are joined."""
+    """Returns the rows of a plan by name; continuation lines of a row are joined."""
     parts, last = {}, ""
     for line in text.splitlines():
         name, value = line[:9].strip(), line[9:].strip()
@@ -25,21 +25,21 @@ def rows(text):
 def test_fit_prints_the_plan_of_the_command(tmp_path, capsys):
     options = ["--devices", "4", "--hidden-sizes", "8", "--steps", "2", "--batch-size", "32"]
     assert train.main([*options, "--run-dir", str(tmp_path / "run")]) == 0
-    of_command = rows(capsys.readouterr().out)
+    command_rows = rows(capsys.readouterr().out)
 
     devices = ctde.devices.start(4)
     digits = ctde.data.digits()
     ctde.fit(MODEL, digits, optax.adam(0.008), steps=2, batch_size=32, devices=devices)
-    of_fit = rows(capsys.readouterr().out)
+    fit_rows = rows(capsys.readouterr().out)
 
-    assert next(iter(of_fit)) == "devices"
+    assert next(iter(fit_rows)) == "devices"
     for name in ("devices", "data", "inputs", "split", "batch", "steps", "wire"):
-        assert of_fit[name] == of_command[name]
-    assert of_command["model"] == f"mlp 64-8-10 with tanh, f32, {of_fit['model']}"
-    assert of_fit["model"] == f"{64 * 8 + 8 + 8 * 10 + 10} parameters"
+        assert fit_rows[name] == command_rows[name]
+    assert command_rows["model"] == f"mlp 64-8-10 with tanh, f32, {fit_rows['model']}"
+    assert fit_rows["model"] == f"{64 * 8 + 8 + 8 * 10 + 10} parameters"
 
 
-def test_fit_that_shows_nothing_prints_no_plan(capsys):
+def test_fit_without_show_prints_no_plan(capsys):
     ctde.fit(MODEL, ctde.data.digits(), optax.sgd(0.1), steps=1, show=False)
     assert capsys.readouterr().out == ""
 

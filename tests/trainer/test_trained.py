@@ -28,71 +28,73 @@ def fit(model, data, **options):
 
 
 @pytest.fixture(scope="module")
-def measured():
-    """Trained on floats."""
+def float_model():
+    """A model trained on floats."""
     return fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, Y))
 
 
 @pytest.fixture(scope="module")
-def pictured():
-    """Trained on bytes from 0 to 16."""
+def pixel_model():
+    """A model trained on bytes from 0 to 16."""
     return fit(ctde.models.mlp([64, 8, 10]), ctde.data.digits())
 
 
 def perceptron(trained, inputs: np.ndarray) -> np.ndarray:
-    """The outputs by numpy alone, in float64."""
+    """The outputs computed by numpy in float64."""
     first, last = trained.params["layers"][0], trained.params["layers"][1]
     x = np.asarray(inputs, np.float64).reshape(len(inputs), -1)
     return np.tanh(x @ first["kernel"] + first["bias"]) @ last["kernel"] + last["bias"]
 
 
-ASKED = {
+INPUTS = {
     "float32": X,
     "float64": X.astype(np.float64),
     "list": X.tolist(),
     "JAX": jax.numpy.asarray(X),
     "list of integers": [[1, -2, 3, 0]],
-    "one": X[:1],
+    "one example": X[:1],
 }
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_predict_is_numpys_for_floats_of_any_kind(measured, name):
+@pytest.mark.parametrize("name", INPUTS)
+def test_predict_equals_numpy_for_any_float_inputs(float_model, name):
     np.testing.assert_allclose(
-        measured.predict(ASKED[name]), perceptron(measured, ASKED[name]), atol=1e-5
+        float_model.predict(INPUTS[name]), perceptron(float_model, INPUTS[name]), atol=1e-5
     )
 
 
-def test_predict_takes_pixels_as_integers_that_fit(pictured, digits):
+def test_predict_accepts_pixels_of_any_integer_type(pixel_model, digits):
     pixels = digits.test.inputs
-    right = perceptron(pictured, pixels / 16)
-    for asked in (pixels, pixels.astype(np.int64), pixels.tolist()):
-        np.testing.assert_allclose(pictured.predict(asked), right, atol=1e-5)
+    expected = perceptron(pixel_model, pixels / 16)
+    for inputs in (pixels, pixels.astype(np.int64), pixels.tolist()):
+        np.testing.assert_allclose(pixel_model.predict(inputs), expected, atol=1e-5)
 
 
-def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits, tmp_path):
-    """In the same sentence."""
+def test_predict_refuses_inputs_that_a_bundle_refuses(float_model, pixel_model, digits, tmp_path):
+    """With the same error message."""
     pixels = digits.test.inputs
-    asked = {
+    refused = {
         "other dtype": pixels / np.float32(16),
         "whole floats": pixels.astype(np.float32),
         "other range": (pixels * 15).astype(np.uint8),
         "other shape": pixels.reshape(-1, 64),
         "no examples of another shape": pixels[:0, :4],
-        "a picture alone": pixels[0],
+        "a single picture": pixels[0],
     }
-    bundle = ctde.write_bundle(pictured, digits, tmp_path / "bundle", ["numpy"], show=False).bundle
-    of_the_bundle = ctde.bundle.load(bundle, "numpy")
-    for inputs in asked.values():
-        with pytest.raises(InputError) as ours:
-            pictured.predict(inputs)
-        with pytest.raises(InputError) as theirs:
-            of_the_bundle(inputs)
-        assert ours.value.sentence == theirs.value.sentence
+    bundle = ctde.write_bundle(
+        pixel_model, digits, tmp_path / "bundle", ["numpy"], show=False
+    ).bundle
+    bundle_predict = ctde.bundle.load(bundle, "numpy")
+    for inputs in refused.values():
+        with pytest.raises(InputError) as of_trained:
+            pixel_model.predict(inputs)
+        with pytest.raises(InputError) as of_bundle:
+            bundle_predict(inputs)
+        assert of_trained.value.sentence == of_bundle.value.sentence
     with pytest.raises(
         InputError, match="inputs must be from 0 to 16, as in training, got numbers from 0 to 240"
     ):
-        pictured.predict(asked["other range"])
+        pixel_model.predict(refused["other range"])
 
 
 @pytest.mark.parametrize(
@@ -123,51 +125,55 @@ def test_predict_refuses_inputs_that_a_bundle_refuses(measured, pictured, digits
         ([["a"] * 4], "inputs must be floats, as the model was trained on float32, got <U1"),
     ],
 )
-def test_predict_refuses_another_type_or_shape_in_a_sentence(measured, inputs, sentence):
+def test_predict_refuses_another_dtype_or_shape(float_model, inputs, sentence):
     with pytest.raises(InputError) as caught:
-        measured.predict(inputs)
+        float_model.predict(inputs)
     assert sentence in str(caught.value)
 
 
-def test_predict_of_no_examples_gives_none(measured, pictured, digits):
+def test_predict_of_no_examples_returns_an_empty_array(float_model, pixel_model, digits):
     for outputs, shape in (
-        (measured.predict(X[:0]), (0, 3)),
-        (measured.predict([]), (0, 3)),
-        (pictured.predict(digits.test.inputs[:0]), (0, 10)),
+        (float_model.predict(X[:0]), (0, 3)),
+        (float_model.predict([]), (0, 3)),
+        (pixel_model.predict(digits.test.inputs[:0]), (0, 10)),
     ):
         assert (outputs.shape, outputs.dtype) == (shape, np.float32)
 
 
 @pytest.mark.parametrize("examples", [7, 8, 9, 16, 23])
-def test_predict_in_pieces_is_that_of_all_at_once_in_one_program(measured, monkeypatch, examples):
-    at_once, traced = measured.predict(X[:examples]), []
+def test_predict_in_pieces_is_traced_once_and_changes_no_output(float_model, monkeypatch, examples):
+    at_once, traced = float_model.predict(X[:examples]), []
 
     def apply(*arguments):
         traced.append(arguments[2].shape)
-        return measured.model.apply(*arguments)
+        return float_model.model.apply(*arguments)
 
     monkeypatch.setattr(trained_module, "_MOST_AT_ONCE", 8)
-    counted = ctde.Trained(**{**vars(measured), "model": measured.model._replace(apply=apply)})
+    counted = ctde.Trained(
+        **{**vars(float_model), "model": float_model.model._replace(apply=apply)}
+    )
     np.testing.assert_allclose(counted.predict(X[:examples]), at_once, atol=1e-6)
     assert traced == [(min(examples, 8), 4)]
 
 
-def test_predict_bounds_the_bytes_of_a_piece(measured, monkeypatch):
+def test_predict_bounds_the_bytes_of_a_piece(float_model, monkeypatch):
     monkeypatch.setattr(trained_module, "_MOST_BYTES_AT_ONCE", 100)  # 6 examples of 16 bytes
-    np.testing.assert_allclose(measured.predict(X), perceptron(measured, X), atol=1e-5)
+    np.testing.assert_allclose(float_model.predict(X), perceptron(float_model, X), atol=1e-5)
 
 
-def test_predict_returns_the_tree_that_a_model_returns(measured, monkeypatch):
+def test_predict_keeps_the_output_structure_of_the_model(float_model, monkeypatch):
     def apply(params, model_state, inputs, key):
-        outputs, model_state = measured.model.apply(params, model_state, inputs, key)
+        outputs, model_state = float_model.model.apply(params, model_state, inputs, key)
         return {"logits": outputs, "inputs": (inputs,)}, model_state
 
-    both = ctde.Trained(**{**vars(measured), "model": measured.model._replace(apply=apply)})
+    tree_model = ctde.Trained(
+        **{**vars(float_model), "model": float_model.model._replace(apply=apply)}
+    )
     monkeypatch.setattr(trained_module, "_MOST_AT_ONCE", 8)
-    found = both.predict(X)
-    np.testing.assert_allclose(found["logits"], measured.predict(X), atol=1e-6)
+    found = tree_model.predict(X)
+    np.testing.assert_allclose(found["logits"], float_model.predict(X), atol=1e-6)
     np.testing.assert_array_equal(found["inputs"][0], X)
-    assert both.predict(X[:0])["inputs"][0].shape == (0, 4)
+    assert tree_model.predict(X[:0])["inputs"][0].shape == (0, 4)
 
 
 def test_text_model_takes_sequences_of_any_length():
@@ -219,18 +225,18 @@ def test_text_model_refuses_tokens_beyond_its_vocabulary(tmp_path):
         ),
     ],
 )
-def test_evaluate_refuses_what_would_be_measured_wrongly(measured, split, sentence):
+def test_evaluate_refuses_an_invalid_split(float_model, split, sentence):
     with pytest.raises(InputError) as caught:
-        measured.evaluate(split)
+        float_model.evaluate(split)
     assert sentence in str(caught.value)
 
 
-def test_evaluate_takes_names_of_classes_as_training_does():
-    words = np.array(["owl", "dog", "cat"])[Y]
-    trained = fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, words))
+def test_evaluate_accepts_class_names():
+    names = np.array(["owl", "dog", "cat"])[Y]
+    trained = fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, names))
     numbers = 2 - Y  # sorted: cat, dog, owl
-    assert trained.evaluate(Split(X, words)) == trained.evaluate(Split(X, numbers))
-    assert trained.evaluate(Split(X, words))["accuracy"] == np.mean(
+    assert trained.evaluate(Split(X, names)) == trained.evaluate(Split(X, numbers))
+    assert trained.evaluate(Split(X, names))["accuracy"] == np.mean(
         trained.predict(X).argmax(-1) == numbers
     )
     with pytest.raises(
@@ -239,15 +245,15 @@ def test_evaluate_takes_names_of_classes_as_training_does():
         trained.evaluate(Split(X[:1], ["cow"]))
 
 
-def test_evaluate_is_numpys_for_labels_of_any_integer_type(measured):
-    logits = perceptron(measured, X)
-    right = (np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(60), Y]).mean()
+def test_evaluate_equals_numpy_for_any_integer_labels(float_model):
+    logits = perceptron(float_model, X)
+    expected = (np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(60), Y]).mean()
     for labels in (Y, Y.astype(np.int8), Y.tolist()):
-        assert measured.evaluate(Split(X, labels))["loss"] == pytest.approx(right, rel=1e-5)
+        assert float_model.evaluate(Split(X, labels))["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_labels_of_a_task_of_ones_own_must_be_classes_too():
-    """Its loss would clamp them."""
+def test_labels_of_a_user_task_must_be_classes():
+    """The loss would clamp other labels."""
     task = ctde.Task(optax.softmax_cross_entropy_with_integer_labels)
     trained = fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, Y), task=task)
     with pytest.raises(
@@ -256,13 +262,13 @@ def test_labels_of_a_task_of_ones_own_must_be_classes_too():
         trained.evaluate(Split(X, np.full(60, 7)))
 
 
-def test_pickling_names_what_can_be_saved(measured):
+def test_error_of_pickling_names_the_alternatives(float_model):
     with pytest.raises(
         InputError,
         match=r"cannot be pickled, .* write a bundle with ctde_jax.write_bundle, or pickle",
     ):
-        pickle.dumps(measured)
-    assert pickle.loads(pickle.dumps(measured.params))["layers"][0]["kernel"].shape == (4, 8)
+        pickle.dumps(float_model)
+    assert pickle.loads(pickle.dumps(float_model.params))["layers"][0]["kernel"].shape == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,7 @@ def test_pickling_names_what_can_be_saved(measured):
         ),
     ],
 )
-def test_fit_refuses_counts_and_devices_of_another_type(options, sentence):
+def test_fit_refuses_counts_and_devices_of_the_wrong_type(options, sentence):
     with pytest.raises(InputError) as caught:
         fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, Y), **options)
     assert str(caught.value) == sentence
@@ -304,7 +310,7 @@ def test_fit_refuses_counts_and_devices_of_another_type(options, sentence):
         (X[:, 0], "got labels of the dtype float32 and the shape [48]."),
     ],
 )
-def test_labels_that_need_a_task_are_named(labels, sentence):
+def test_labels_that_require_a_task_are_named(labels, sentence):
     with pytest.raises(InputError) as caught:
         fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, labels))
     assert (
@@ -323,9 +329,7 @@ def test_labels_that_need_a_task_are_named(labels, sentence):
         (16, 0, 0, 255),
     ],
 )
-def test_bytes_of_the_training_are_accepted_however_they_are_scaled(
-    largest, shift, scale, accepted
-):
+def test_bytes_of_the_training_are_accepted_for_any_scaling(largest, shift, scale, accepted):
     pixels = np.resize(np.arange(largest + 1, dtype=np.uint8), (100, 4))
     data = ctde.data.from_arrays(pixels, np.arange(100) % 3)
     data = dataclasses.replace(data, shift=np.float32(shift), scale=np.float32(scale))

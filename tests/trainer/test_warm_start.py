@@ -40,38 +40,38 @@ def same(tree, other):
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
-def rows(begun: Start) -> dict[str, str]:
-    """The table as a user reads it: what happened to each parameter."""
-    names, _, kinds = (list(column.cells) for column in begun.table.columns)
+def rows(started: Start) -> dict[str, str]:
+    """The table that is shown: the origin of each parameter."""
+    names, _, kinds = (list(column.cells) for column in started.table.columns)
     return dict(zip(names, kinds, strict=True))
 
 
-def test_tree_of_parameters_is_taken_whole_and_the_state_stays():
-    begun = start(GIVEN, PARAMS, STATE)
-    same(begun.params, GIVEN)
-    same(begun.model_state, STATE)
-    assert rows(begun) == {
+def test_parameter_tree_is_loaded_and_the_model_state_is_kept():
+    started = start(GIVEN, PARAMS, STATE)
+    same(started.params, GIVEN)
+    same(started.model_state, STATE)
+    assert rows(started) == {
         **dict.fromkeys(state.named(PARAMS), "loaded"),
         "body/mean": "initialized, no model state in the source",
     }
 
 
-def test_variables_of_a_linen_module_bring_their_state():
+def test_linen_variables_include_the_model_state():
     module = linen.BatchNorm(use_running_average=True)
     variables = module.init(jax.random.key(0), jnp.ones((1, 3)))
     given = jax.tree.map(lambda x: x + 3, variables)
-    begun = start(given, variables["params"], {"batch_stats": variables["batch_stats"]})
-    same(begun.params, given["params"])
-    same(begun.model_state, {"batch_stats": given["batch_stats"]})
+    started = start(given, variables["params"], {"batch_stats": variables["batch_stats"]})
+    same(started.params, given["params"])
+    same(started.model_state, {"batch_stats": given["batch_stats"]})
 
 
-def test_nnx_module_brings_parameters_and_state():
+def test_nnx_module_provides_parameters_and_model_state():
     module, other = Small(nnx.Rngs(0)), Small(nnx.Rngs(1))
     module.norm.mean[...] += 5
     _, params, rest = nnx.split(other, nnx.Param, nnx.Not(nnx.Param))
-    begun = start(module, nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
-    same(begun.params["body"]["kernel"], module.body.kernel[...])
-    same(begun.model_state["norm"]["mean"], np.full(4, 5))
+    started = start(module, nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
+    same(started.params["body"]["kernel"], module.body.kernel[...])
+    same(started.model_state["norm"]["mean"], np.full(4, 5))
 
 
 @pytest.mark.parametrize("separator", ["/", "."])
@@ -81,23 +81,23 @@ def test_safetensors_file_is_read_by_path(tmp_path, separator):
     same(start(tmp_path / "weights.safetensors", PARAMS, STATE).params, GIVEN)
 
 
-def test_pattern_takes_what_matches_and_ignores_the_rest_of_the_source():
+def test_pattern_selects_parameters_and_ignores_the_rest_of_the_source():
     given = {
         "body": GIVEN["body"],
         "head": {"kernel": np.ones((4, 9), np.float32)},
         "extra": {"x": np.ones(1)},
     }
-    begun = start(given, PARAMS, STATE, ["body/*"])
-    same(begun.params, {"body": GIVEN["body"], "head": PARAMS["head"]})
-    assert rows(begun)["head/kernel"] == "initialized, not in init_only"
-    assert rows(begun)["extra/x"] == "unused"
+    started = start(given, PARAMS, STATE, ["body/*"])
+    same(started.params, {"body": GIVEN["body"], "head": PARAMS["head"]})
+    assert rows(started)["head/kernel"] == "initialized, not in init_only"
+    assert rows(started)["extra/x"] == "unused"
 
 
-def test_half_precision_is_cast_to_the_model():
+def test_half_precision_is_cast_to_the_dtype_of_the_model():
     given = jax.tree.map(lambda x: x.astype(np.float16), GIVEN)
-    begun = start(given, PARAMS, STATE)
-    assert begun.params["body"]["bias"].dtype == np.float32
-    same(begun.params, GIVEN)
+    started = start(given, PARAMS, STATE)
+    assert started.params["body"]["bias"].dtype == np.float32
+    same(started.params, GIVEN)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_half_precision_is_cast_to_the_model():
         (__file__, None, "must be a readable .safetensors file"),
     ],
 )
-def test_what_does_not_fit_is_refused(given, only, sentence):
+def test_incompatible_source_is_refused(given, only, sentence):
     with pytest.raises(InputError) as error:
         start(given, PARAMS, STATE, only)
     assert sentence in str(error.value)
@@ -135,14 +135,14 @@ MODEL = models.mlp([64, 16, 10])
 
 
 @pytest.fixture(scope="module")
-def once(digits, tmp_path_factory) -> tuple[ctde.Trained, object]:
+def source_run(digits, tmp_path_factory) -> tuple[ctde.Trained, object]:
     folder = tmp_path_factory.mktemp("run")
     return train(MODEL, digits, run_dir=folder), folder
 
 
-def test_training_continues_from_a_trained_model_and_from_its_files(once, digits, tmp_path):
-    """The first loss is that of a plain evaluation of the given parameters on the first batch."""
-    trained, folder = once
+def test_training_continues_from_a_trained_model_and_from_its_files(source_run, digits, tmp_path):
+    """The first loss equals that of the given parameters on the first batch, computed in numpy."""
+    trained, folder = source_run
     ctde.write_bundle(trained, digits, tmp_path / "bundle", ["numpy"], show=False)
     save_file(
         {k: np.asarray(v) for k, v in state.named(trained.params).items()},
@@ -161,42 +161,42 @@ def test_training_continues_from_a_trained_model_and_from_its_files(once, digits
         same(run.params, runs[0].params)
 
 
-def test_model_of_a_trained_scales_inputs_once(once, digits, capsys):
-    trained, _ = once
+def test_model_of_a_trained_object_scales_inputs_once(source_run, digits, capsys):
+    trained, _ = source_run
     continued = train(trained.model, digits, init_from=trained)
     same(continued.params, train(MODEL, digits, init_from=trained).params)
-    anew = train(trained.model, digits, show=True)
-    same(anew.params, trained.params)
+    fresh = train(trained.model, digits, show=True)
+    same(fresh.params, trained.params)
     assert "init_from=trained" in capsys.readouterr().out
 
 
-def test_only_the_matching_layers_start_from_the_source(once, digits, capsys):
-    trained, _ = once
+def test_only_the_matching_layers_start_from_the_source(source_run, digits, capsys):
+    trained, _ = source_run
     wider = models.mlp([64, 16, 16, 10])
-    begun = train(wider, digits, init_from=trained, init_only=["layers/0/*"], steps=1, show=True)
-    anew = train(wider, digits, steps=1)
-    assert begun.history[0]["loss"] != anew.history[0]["loss"]
+    started = train(wider, digits, init_from=trained, init_only=["layers/0/*"], steps=1, show=True)
+    fresh = train(wider, digits, steps=1)
+    assert started.history[0]["loss"] != fresh.history[0]["loss"]
     printed = capsys.readouterr().out
     assert "layers/0/kernel" in printed
     assert "initialized, not in init_only" in printed
 
 
-def test_run_of_another_start_is_not_resumed(once, digits, tmp_path):
-    trained, _ = once
+def test_run_with_other_initial_parameters_is_not_resumed(source_run, digits, tmp_path):
+    trained, _ = source_run
     train(MODEL, digits, init_from=trained, run_dir=tmp_path)
-    # The same parameters by another route.
+    # The same parameters in another form.
     train(MODEL, digits, init_from=trained.params, run_dir=tmp_path)
     other = jax.tree.map(lambda x: x + 1, trained.params)
-    for start_again in ({"init_from": other}, {}):
+    for options in ({"init_from": other}, {}):
         with pytest.raises(
             InputError, match=r"different options: the initial parameters \(init_from[,)]"
         ):
-            train(MODEL, digits, run_dir=tmp_path, **start_again)
+            train(MODEL, digits, run_dir=tmp_path, **options)
 
 
-def test_start_from_a_run_that_has_trained_on_is_named_with_a_way_out(digits, tmp_path):
+def test_source_run_that_has_changed_is_refused(digits, tmp_path):
     train(MODEL, digits, run_dir=tmp_path / "source")
-    begun = train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
+    started = train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
     train(MODEL, digits, run_dir=tmp_path / "later", steps=9)
     newer = Path("checkpoints", "step-00000009")
     shutil.copytree(tmp_path / "later" / newer, tmp_path / "source" / newer)
@@ -209,12 +209,14 @@ def test_start_from_a_run_that_has_trained_on_is_named_with_a_way_out(digits, tm
     ):
         train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
     first = tmp_path / "source" / "checkpoints" / "step-00000008"
-    assert train(MODEL, digits, init_from=first, run_dir=tmp_path / "run").history == begun.history
+    assert (
+        train(MODEL, digits, init_from=first, run_dir=tmp_path / "run").history == started.history
+    )
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_start_from_the_files_of_the_same_run_is_refused(digits, tmp_path, monkeypatch, resume):
-    """However they are spelled; an earlier run in a subfolder stays as it is."""
+def test_source_in_the_folder_of_the_run_is_refused(digits, tmp_path, monkeypatch, resume):
+    """For any spelling of the path. An earlier run in a subfolder is a valid source."""
     monkeypatch.chdir(tmp_path)
     train(MODEL, digits, run_dir="run")
     train(MODEL, digits, run_dir="run", seed=1, resume=False)
@@ -245,12 +247,12 @@ def test_start_from_the_files_of_the_same_run_is_refused(digits, tmp_path, monke
         ),
     ],
 )
-def test_start_that_makes_no_sense_is_refused(digits, arguments, sentence):
+def test_contradictory_options_of_the_start_are_refused(digits, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         train(MODEL, digits, **arguments)
 
 
-def test_checkpoint_of_an_optimizer_that_is_evaluated_elsewhere_is_refused(digits, tmp_path):
+def test_checkpoint_of_a_schedule_free_optimizer_is_refused(digits, tmp_path):
     optimizer = optax.contrib.schedule_free_adamw(0.01)
     trained = train(MODEL, digits, optimizer=optimizer, run_dir=tmp_path)
     same(
@@ -263,9 +265,9 @@ def test_checkpoint_of_an_optimizer_that_is_evaluated_elsewhere_is_refused(digit
         train(MODEL, digits, init_from=tmp_path)
 
 
-def test_model_made_from_that_of_a_trained_is_refused(once, digits):
-    """Its inputs would be scaled twice, or its changes lost."""
-    trained, _ = once
+def test_model_derived_from_a_trained_object_is_refused(source_run, digits):
+    """Inputs would be scaled twice, or the changes would be lost."""
+    trained, _ = source_run
     for changed in (
         trained.model._replace(init=lambda *_: None),
         models.in_bfloat16(trained.model),
@@ -274,7 +276,7 @@ def test_model_made_from_that_of_a_trained_is_refused(once, digits):
             train(changed, digits)
 
 
-def test_integer_parameters_come_from_a_module_of_the_same_kind(digits):
+def test_integer_parameters_are_loaded_from_a_module(digits):
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
             self.order, self.out = nnx.Param(jnp.arange(64)), nnx.Linear(64, 10, rngs=rngs)
@@ -286,7 +288,7 @@ def test_integer_parameters_come_from_a_module_of_the_same_kind(digits):
     same(train(Net, digits, init_from=net, steps=1).params, train(net, digits, steps=1).params)
 
 
-def test_branch_has_the_constant_hyperparameters_of_its_own_optimizer(digits, tmp_path):
+def test_branch_uses_the_hyperparameters_of_its_optimizer(digits, tmp_path):
     make = optax.inject_hyperparams(optax.sgd)
     train(MODEL, digits, make(learning_rate=0.1), run_dir=tmp_path / "trunk", steps=4)
     start = tmp_path / "trunk" / "checkpoints" / "step-00000004"

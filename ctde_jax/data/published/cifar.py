@@ -61,6 +61,8 @@ CIFAR10 = Published(
 def cifar10(data_dir: Path | str | None = None) -> Dataset:
     """Loads the small color photographs of Krizhevsky (2009), `uint8[examples, 32, 32, 3]`.
 
+    There are 50,000 training and 10,000 test images in 10 classes, with labels `int32[examples]`.
+
     Args:
         data_dir: Existing folder with the binary files, or with their archive; by default the
             user's cache folder. The archive is downloaded into it if files are missing.
@@ -68,6 +70,9 @@ def cifar10(data_dir: Path | str | None = None) -> Dataset:
     Raises:
         InputError: If there is no such folder, a file in it is damaged, or the archive is missing
             and no mirror provides it.
+
+    Examples:
+        >>> data = ctde.data.cifar10()  # doctest: +SKIP
     """
     folder = CIFAR10.folder(data_dir)
     # Local files come first, the archive fills in for the others.

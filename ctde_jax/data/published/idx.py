@@ -73,6 +73,8 @@ FASHION_MNIST = Published(
 def mnist(data_dir: Path | str | None = None) -> Dataset:
     """Loads the handwritten digits of LeCun et al. (1998), `uint8[examples, 28, 28]`.
 
+    There are 60,000 training and 10,000 test images in 10 classes, with labels `int32[examples]`.
+
     Args:
         data_dir: Existing folder with the IDX files, plain or .gz; by default the user's cache
             folder. Missing files are downloaded into it.
@@ -80,12 +82,21 @@ def mnist(data_dir: Path | str | None = None) -> Dataset:
     Raises:
         InputError: If there is no such folder, a file in it is damaged, or one is missing and no
             mirror provides it.
+
+    Examples:
+        >>> data = ctde.data.mnist()  # doctest: +SKIP
     """
     return _load(MNIST, data_dir)
 
 
 def fashion_mnist(data_dir: Path | str | None = None) -> Dataset:
-    """Loads the images of clothes of Xiao et al. (2017), in the format of MNIST; see `mnist`."""
+    """Loads the images of clothes of Xiao et al. (2017), in the format of MNIST.
+
+    Shapes, dtypes, arguments and errors are those of `mnist`.
+
+    Examples:
+        >>> data = ctde.data.fashion_mnist()  # doctest: +SKIP
+    """
     return _load(FASHION_MNIST, data_dir)
 
 

@@ -1,4 +1,4 @@
-"""Files of records become color pictures, wherever they lie; a damaged one becomes a sentence."""
+"""CIFAR-10 files become color images, from a folder or an archive; damaged files are refused."""
 
 import gzip
 import hashlib
@@ -21,22 +21,22 @@ from ctde_jax.errors import InputError
 
 TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
 RNG = np.random.default_rng(0)
-PICTURES = {
+IMAGES = {
     name: RNG.integers(0, 256, (2, 32, 32, 3), np.uint8) for name in [*TRAIN, "test_batch.bin"]
 }
-LABELS = {name: RNG.integers(0, 10, 2, np.uint8) for name in PICTURES}
+LABELS = {name: RNG.integers(0, 10, 2, np.uint8) for name in IMAGES}
 
 
 def packed_records(name: str) -> bytes:
     """Encodes images in the published format: the label, then red, green and blue."""
-    pairs = zip(LABELS[name], PICTURES[name], strict=True)
+    pairs = zip(LABELS[name], IMAGES[name], strict=True)
     return b"".join(
-        bytes([label]) + b"".join(picture[..., c].tobytes() for c in range(3))
-        for label, picture in pairs
+        bytes([label]) + b"".join(image[..., c].tobytes() for c in range(3))
+        for label, image in pairs
     )
 
 
-FILES = {name: packed_records(name) for name in PICTURES}
+FILES = {name: packed_records(name) for name in IMAGES}
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -64,22 +64,22 @@ class Quiet(SimpleHTTPRequestHandler):
     """Serves a folder without logging."""
 
     def log_message(self, format, *args):
-        """Keeps quiet."""
+        """Logs nothing."""
 
 
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Serves a tiny archive as the published one; returns the list of requests."""
-    archive, asked = packed(FILES), []
+    archive, requests = packed(FILES), []
     write(tmp_path / "mirror", {ARCHIVE: archive})
 
-    class Noting(Quiet):
+    class Recording(Quiet):
         def do_GET(self):
-            asked.append(self.path)
+            requests.append(self.path)
             super().do_GET()
 
     server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Noting, directory=str(tmp_path / "mirror"))
+        ("127.0.0.1", 0), partial(Recording, directory=str(tmp_path / "mirror"))
     )
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -88,7 +88,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
     tiny = replace(CIFAR10, mirrors=(f"http://127.0.0.1:{server.server_port}/",), sha256=sha256)
     monkeypatch.setattr(cifar, "CIFAR10", tiny)
     monkeypatch.setattr(cifar, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
-    yield asked
+    yield requests
     server.shutdown()
     thread.join()
     server.server_close()
@@ -101,28 +101,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def fault_of(folder: Path) -> str:
-    """Returns the sentence that loading ends with."""
+def error_message(folder: Path) -> str:
+    """Returns the message of the error that loading raises."""
     with pytest.raises(InputError) as caught:
         cifar10(folder)
     assert caught.value.option == "data_dir"
     return str(caught.value)
 
 
-@pytest.mark.parametrize("where", [".", UNPACKED])
-def test_own_files_are_used_as_they_are(folder: Path, mirror: list[str], where: str):
-    """Nothing is downloaded, whether the files lie in the folder or in that of the archive."""
-    write(folder / where, FILES)
+@pytest.mark.parametrize("subfolder", [".", UNPACKED])
+def test_local_files_are_used_unchanged(folder: Path, mirror: list[str], subfolder: str):
+    """Nothing is downloaded if the files are in the folder, or in the folder of the archive."""
+    write(folder / subfolder, FILES)
 
     dataset = cifar10(str(folder))
 
     np.testing.assert_array_equal(
-        dataset.train.inputs, np.concatenate([PICTURES[name] for name in TRAIN])
+        dataset.train.inputs, np.concatenate([IMAGES[name] for name in TRAIN])
     )
     np.testing.assert_array_equal(
         dataset.train.labels, np.concatenate([LABELS[name] for name in TRAIN])
     )
-    np.testing.assert_array_equal(dataset.test.inputs, PICTURES["test_batch.bin"])
+    np.testing.assert_array_equal(dataset.test.inputs, IMAGES["test_batch.bin"])
     np.testing.assert_array_equal(dataset.test.labels, LABELS["test_batch.bin"])
     assert [array.dtype for array in (*dataset.train, *dataset.test)] == [
         np.uint8,
@@ -141,7 +141,7 @@ def test_own_files_are_used_as_they_are(folder: Path, mirror: list[str], where: 
 
 
 def test_files_other_than_the_published_ones_are_noted(folder: Path):
-    """A subset may be trained on, but not unknowingly."""
+    """Training on a subset is possible, but noted."""
     write(folder, FILES)
     (note,) = cifar10(folder).notes
     assert (
@@ -156,31 +156,31 @@ def test_absent_archive_is_downloaded_once(folder: Path, mirror: list[str]):
     assert mirror == [f"/{ARCHIVE}"]
     assert [path.name for path in folder.iterdir()] == [ARCHIVE]
     write(folder, FILES)
-    own = cifar10(folder)
+    local = cifar10(folder)
     for dataset in (first, second):
         assert dataset.notes == ()
         for array, same in zip(
-            (*dataset.train, *dataset.test), (*own.train, *own.test), strict=True
+            (*dataset.train, *dataset.test), (*local.train, *local.test), strict=True
         ):
             np.testing.assert_array_equal(array, same)
 
 
 def test_only_missing_files_are_read_from_the_archive(folder: Path, mirror: list[str]):
-    """The user's own file is not replaced by the published one."""
+    """The user's file is not replaced by the published one."""
     write(folder, {"test_batch.bin": FILES["data_batch_1.bin"]})
     dataset = cifar10(folder)
-    np.testing.assert_array_equal(dataset.test.inputs, PICTURES["data_batch_1.bin"])
+    np.testing.assert_array_equal(dataset.test.inputs, IMAGES["data_batch_1.bin"])
     assert dataset.notes == (
         f"test_batch.bin in {folder} differ from the published cifar10 (by checksum).",
     )
     assert mirror == [f"/{ARCHIVE}"]
 
 
-def test_archive_of_other_content_is_not_believed(
+def test_archive_with_a_wrong_checksum_is_refused(
     folder: Path, mirror: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(cifar, "ARCHIVE_SHA256", CIFAR10.sha256["test_batch.bin"])
-    assert "sent a different file (the checksum differs)" in fault_of(folder)
+    assert "sent a different file (the checksum differs)" in error_message(folder)
     assert list(folder.iterdir()) == []
 
 
@@ -196,19 +196,19 @@ def test_archive_of_other_content_is_not_believed(
         ),
     ],
 )
-def test_damaged_records_are_said_in_a_sentence(folder: Path, content: bytes, fault: str):
-    """The file on the disk is named, and within an archive the one in it."""
+def test_damaged_records_are_refused(folder: Path, content: bytes, fault: str):
+    """The error names the file on the disk and, within an archive, the member."""
     broken = {**FILES, "data_batch_3.bin": content}
     way_out = "; replace it, or remove it to download the published file."
 
     write(folder, {ARCHIVE: packed(broken)})
-    assert fault_of(folder) == (
+    assert error_message(folder) == (
         f"data_dir contains {folder / ARCHIVE}, which "
         f"{fault.format(' in data_batch_3.bin')}{way_out}"
     )
     write(folder, broken)
     assert (
-        fault_of(folder)
+        error_message(folder)
         == f"data_dir contains {folder / 'data_batch_3.bin'}, which {fault.format('')}{way_out}"
     )
 
@@ -229,19 +229,19 @@ def test_damaged_records_are_said_in_a_sentence(folder: Path, content: bytes, fa
         ),
     ],
 )
-def test_damaged_archive_is_said_in_a_sentence(folder: Path, archive: bytes, fault: str):
+def test_damaged_archive_is_refused(folder: Path, archive: bytes, fault: str):
     write(folder, {ARCHIVE: archive})
-    assert fault_of(folder).startswith(f"data_dir contains {folder / ARCHIVE}, which {fault}")
+    assert error_message(folder).startswith(f"data_dir contains {folder / ARCHIVE}, which {fault}")
 
 
-def test_folder_that_does_not_exist_is_named(tmp_path: Path):
-    assert fault_of(tmp_path / "nowhere").startswith(
+def test_missing_folder_is_refused(tmp_path: Path):
+    assert error_message(tmp_path / "nowhere").startswith(
         f"data_dir must be an existing folder, got {tmp_path / 'nowhere'}"
     )
 
 
-def test_each_published_file_has_a_checksum_of_its_own():
-    """The files come in the order that the data set is made of."""
+def test_checksums_of_the_published_files_differ():
+    """The files are in the order of the data set."""
     checksums = [*CIFAR10.sha256.values(), cifar.ARCHIVE_SHA256]
     assert list(CIFAR10.sha256) == list(FILES)
     assert {len(bytes.fromhex(sha256)) for sha256 in checksums} == {32}

@@ -1,4 +1,4 @@
-"""A file arrives whole and verified, or not at all, however badly its mirrors behave."""
+"""A downloaded file is complete and verified, whatever its mirrors send, or there is an error."""
 
 import gzip
 import hashlib
@@ -24,7 +24,7 @@ Behavior = Callable[["Handler", bytes, int | None], None]
 
 
 class Mirror(ThreadingHTTPServer):
-    """A server that answers each request with the next behavior, and the last one ever after."""
+    """A server that answers each request with the next behavior, and repeats the last one."""
 
     def __init__(self, *behaviors: Behavior, file: bytes = PACKED):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -34,27 +34,27 @@ class Mirror(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/file.gz"
 
     def handle_error(self, request, client_address):
-        """Keeps quiet when the client has gone away."""
+        """Ignores clients that disconnect."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Hands each request to the mirror's behavior."""
+    """Passes each request to the mirror's behavior."""
 
     @property
     def mirror(self) -> Mirror:
-        """Returns the server by its own type."""
+        """Returns the server with its type."""
         assert isinstance(self.server, Mirror)
         return self.server
 
     def do_GET(self):
-        """Notes the range that is asked for, and behaves."""
-        mirror, asked = self.mirror, self.headers["Range"]
-        mirror.ranges.append(asked)
+        """Records the requested range, and calls the next behavior."""
+        mirror, requested = self.mirror, self.headers["Range"]
+        mirror.ranges.append(requested)
         behavior = mirror.behaviors.pop(0) if len(mirror.behaviors) > 1 else mirror.behaviors[0]
         behavior(
             self,
             mirror.file,
-            int(asked.removeprefix("bytes=").removesuffix("-")) if asked else None,
+            int(requested.removeprefix("bytes=").removesuffix("-")) if requested else None,
         )
 
     def head(self, status: int, length: int, **headers: str) -> None:
@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format, *args):
-        """Keeps quiet."""
+        """Logs nothing."""
 
 
 def partial(
@@ -87,12 +87,12 @@ def partial(
 
 
 def whole(handler: Handler, file: bytes, start: int | None) -> None:
-    """Knows nothing of ranges."""
+    """Ignores ranges."""
     partial(handler, file, None)
 
 
 def breaks_off_after(limit: int) -> Behavior:
-    """Promises the whole range and closes the connection early."""
+    """Announces the whole range and closes the connection early."""
     return lambda handler, file, start: partial(handler, file, start, limit)
 
 
@@ -107,7 +107,7 @@ def wrong_range(handler: Handler, file: bytes, start: int | None) -> None:
 
 
 def always_partial(handler: Handler, file: bytes, start: int | None) -> None:
-    """Answers with a range although none was asked for."""
+    """Answers with a range although none was requested."""
     partial(handler, file, start or 0, shift=7)
 
 
@@ -122,7 +122,7 @@ def stalls_after(limit: int) -> Behavior:
 
 
 def trickles(handler: Handler, file: bytes, start: int | None) -> None:
-    """Sends a byte now and then, each well within the timeout."""
+    """Sends single bytes, each well within the timeout."""
     partial(handler, file, start, 10)
     while not handler.mirror.closing.wait(TIMEOUT / 5):
         handler.wfile.write(b"x")
@@ -160,31 +160,31 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mirror]]:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """Returns a path in a folder that is still to be made."""
+    """Returns a path in a folder that does not exist yet."""
     return tmp_path / "data" / "file.gz"
 
 
 def part_of(target: Path) -> Path:
-    """Returns where the beginning of a file is kept."""
+    """Returns the path of the partial file."""
     return target.with_name("file.gz.part")
 
 
-def begin(target: Path, arrived: bytes) -> None:
-    """Leaves what an earlier run would have."""
+def write_part(target: Path, arrived: bytes) -> None:
+    """Writes the partial file of an earlier run."""
     target.parent.mkdir()
     part_of(target).write_bytes(arrived)
 
 
 @pytest.mark.parametrize("behavior", [partial, whole])
 def test_file_arrives_byte_for_byte(serve, target: Path, behavior: Behavior):
-    """The folder is made, and holds the file as the mirror has it and nothing else."""
+    """The folder is created, and contains only the file."""
     assert fetch([serve(behavior).url], target, SHA256) == target
     assert target.read_bytes() == PACKED
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_file_that_is_there_is_not_asked_for(serve, target: Path):
-    """Whatever it holds, it is the user's."""
+def test_existing_file_is_not_downloaded(serve, target: Path):
+    """Its content is not checked, because it is the user's file."""
     mirror = serve(whole)
     target.parent.mkdir()
     target.write_bytes(b"the user's own")
@@ -193,10 +193,8 @@ def test_file_that_is_there_is_not_asked_for(serve, target: Path):
     assert mirror.ranges == []
 
 
-def test_one_plain_line_says_what_is_downloaded(
-    serve, target: Path, capsys: pytest.CaptureFixture[str]
-):
-    """A log is not filled with the frames of a bar."""
+def test_log_gets_one_plain_line(serve, target: Path, capsys: pytest.CaptureFixture[str]):
+    """A log does not contain the frames of a progress bar."""
     fetch([serve(whole).url], target, SHA256)
     assert capsys.readouterr().err == "Downloading file.gz\n"
 
@@ -212,7 +210,7 @@ def test_terminal_gets_a_progress_bar(
     assert f"{len(PACKED) / 1000:.1f}/{len(PACKED) / 1000:.1f} kB" in capsys.readouterr().err
 
 
-def test_broken_connection_is_resumed_where_it_broke_off(serve, target: Path):
+def test_broken_connection_is_resumed_at_the_first_missing_byte(serve, target: Path):
     """Every request is for the missing bytes only, and no byte is sent twice."""
     mirror = serve(breaks_off_after(1000))
 
@@ -220,8 +218,8 @@ def test_broken_connection_is_resumed_where_it_broke_off(serve, target: Path):
     assert mirror.ranges == [None, "bytes=1000-", "bytes=2000-", "bytes=3000-"]
 
 
-def test_wrong_range_within_a_download_is_started_over(serve, target: Path):
-    """The bytes that do not follow are not taken, so the only mirror still gives the file."""
+def test_download_is_restarted_after_a_wrong_range(serve, target: Path):
+    """Bytes of another range are discarded, so one mirror is enough."""
     mirror = serve(breaks_off_after(1000), wrong_range, partial)
 
     assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
@@ -229,7 +227,7 @@ def test_wrong_range_within_a_download_is_started_over(serve, target: Path):
 
 
 def test_mirror_without_ranges_is_left_when_it_makes_no_progress(serve, target: Path):
-    """Starting over gets as far as before, so a third time would too."""
+    """A restart gets no further than before, so the next mirror is used."""
     broken, good = serve(whole_breaks_off_after(1000)), serve(partial)
 
     assert fetch([broken.url, good.url], target, SHA256).read_bytes() == PACKED
@@ -238,7 +236,7 @@ def test_mirror_without_ranges_is_left_when_it_makes_no_progress(serve, target: 
 
 
 def test_mirror_that_keeps_breaking_off_is_left(serve, target: Path):
-    """Progress alone does not bind the user to a bad mirror forever."""
+    """The number of resumptions is limited, even if each makes progress."""
     broken, good = serve(breaks_off_after(10)), serve(partial)
 
     assert fetch([broken.url, good.url], target, SHA256).read_bytes() == PACKED
@@ -247,9 +245,9 @@ def test_mirror_that_keeps_breaking_off_is_left(serve, target: Path):
 
 
 def test_part_of_an_earlier_run_is_resumed(serve, target: Path):
-    """An interrupted program costs only the rest."""
+    """Only the missing bytes are requested."""
     mirror = serve(partial)
-    begin(target, PACKED[:1234])
+    write_part(target, PACKED[:1234])
 
     assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
     assert mirror.ranges == ["bytes=1234-"]
@@ -264,12 +262,12 @@ def test_part_of_an_earlier_run_is_resumed(serve, target: Path):
         pytest.param(partial, b"something else", ["bytes=14-", None], id="wrong part"),
     ],
 )
-def test_part_that_cannot_be_resumed_is_started_over(
+def test_download_is_restarted_if_the_part_cannot_be_resumed(
     serve, target: Path, behavior: Behavior, arrived: bytes, ranges: list[str | None]
 ):
-    """One mirror is enough to recover from a part of no use."""
+    """One mirror is enough to recover from an unusable part."""
     mirror = serve(behavior)
-    begin(target, arrived)
+    write_part(target, arrived)
 
     assert fetch([mirror.url], target, SHA256).read_bytes() == PACKED
     assert mirror.ranges == ranges
@@ -278,17 +276,17 @@ def test_part_that_cannot_be_resumed_is_started_over(
 @pytest.mark.parametrize(
     "wrong", [gzip.compress(b"wrong", mtime=0), b"<html>no gzip</html>", PACKED[:-9], b""]
 )
-def test_wrong_content_is_dropped_for_the_next_mirror(serve, target: Path, wrong: bytes):
-    """The next mirror is asked for the whole, not for the end of something else."""
-    lying, good = serve(whole, file=wrong), serve(partial)
+def test_wrong_content_is_discarded_for_the_next_mirror(serve, target: Path, wrong: bytes):
+    """The whole file is requested from the next mirror."""
+    bad, good = serve(whole, file=wrong), serve(partial)
 
-    assert fetch([lying.url, good.url], target, SHA256).read_bytes() == PACKED
+    assert fetch([bad.url, good.url], target, SHA256).read_bytes() == PACKED
     assert good.ranges == [None]
 
 
 @pytest.mark.parametrize("behavior", [stalls_after(1000), trickles, silent])
 def test_mirror_that_stalls_is_left_after_the_timeout(serve, target: Path, behavior: Behavior):
-    """It is asked once, and the next one gives the file."""
+    """It gets one request, and the next mirror sends the file."""
     slow, good = serve(behavior), serve(partial)
     start = time.monotonic()
 
@@ -297,15 +295,15 @@ def test_mirror_that_stalls_is_left_after_the_timeout(serve, target: Path, behav
     assert slow.ranges == [None]
 
 
-def test_what_a_stalled_mirror_sent_is_kept(serve, target: Path):
+def test_bytes_of_a_stalled_mirror_are_kept(serve, target: Path):
     """The next mirror sends only the rest."""
     slow, good = serve(stalls_after(1000)), serve(partial)
     fetch([slow.url, good.url], target, SHA256, timeout=TIMEOUT)
     assert good.ranges == ["bytes=1000-"]
 
 
-def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, target: Path):
-    """The error lists the mirrors tried and the manual way."""
+def test_failure_names_every_mirror_with_its_reason_and_the_solution(serve, target: Path):
+    """The error lists the mirrors and the manual download."""
     gone = Mirror(whole)
     gone.server_close()
     mirrors = {
@@ -337,10 +335,10 @@ def test_failure_names_every_mirror_with_its_reason_and_the_way_out(serve, targe
     ("behavior", "kept"),
     [(stalls_after(1000), PACKED[:1000]), (whole_breaks_off_after(5), PACKED[:5])],
 )
-def test_after_failure_there_is_the_part_and_no_target(
+def test_failure_leaves_the_part_and_no_target(
     serve, target: Path, behavior: Behavior, kept: bytes
 ):
-    """Who finds the target finds it whole."""
+    """If the target exists, it is complete."""
     with pytest.raises(InputError):
         fetch([serve(behavior).url], target, SHA256, timeout=TIMEOUT)
 
@@ -348,15 +346,15 @@ def test_after_failure_there_is_the_part_and_no_target(
     assert part_of(target).read_bytes() == kept
 
 
-def test_after_wrong_content_there_is_nothing(serve, target: Path):
-    """Content known to be wrong is no beginning."""
+def test_wrong_content_leaves_no_file(serve, target: Path):
+    """Wrong content is not kept as a part."""
     with pytest.raises(InputError):
         fetch([serve(whole, file=gzip.compress(b"wrong", mtime=0)).url], target, SHA256)
     assert list(target.parent.iterdir()) == []
 
 
-def test_folder_that_cannot_be_written_to_is_named(serve, target: Path):
-    """Nothing is fetched that could not be kept."""
+def test_unwritable_folder_is_refused(serve, target: Path):
+    """Nothing is requested if it cannot be stored."""
     target.parent.write_text("a file where the folder should be")
     mirror = serve(whole)
 
@@ -371,7 +369,7 @@ def test_folder_that_cannot_be_written_to_is_named(serve, target: Path):
 
 
 def test_checksum_is_that_of_the_decompressed_content(tmp_path: Path):
-    """The name decides whether there is anything to decompress."""
+    """The name determines whether a file is decompressed."""
     (tmp_path / "plain").write_bytes(CONTENT)
     (tmp_path / "packed.gz").write_bytes(PACKED)
     (tmp_path / "packed").write_bytes(PACKED)

@@ -1,4 +1,4 @@
-"""IDX files become the data set that they hold, and a damaged one becomes a sentence."""
+"""IDX files become a data set; damaged files are refused."""
 
 import gzip
 import hashlib
@@ -49,20 +49,20 @@ def write(
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path, str]]:
     """Replaces the downloads by tiny files; returns the list of requests."""
-    asked = []
+    requests = []
 
     def fetch(urls: list[str], target: Path, sha256: str) -> Path:
-        asked.append((urls, target, sha256))
+        requests.append((urls, target, sha256))
         write(target.parent, {target.stem: tiny()[target.stem]}, "{}.gz".format)
         return target
 
     monkeypatch.setattr(idx, "fetch", fetch)
-    return asked
+    return requests
 
 
 @pytest.mark.parametrize("name", ["file", "file.gz"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (0, 28, 28)])
-def test_array_survives_the_format(tmp_path: Path, name: str, shape: tuple[int, ...]):
+def test_reading_inverts_writing(tmp_path: Path, name: str, shape: tuple[int, ...]):
     """An array written in the format is read back equal, compressed or not."""
     array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     write(tmp_path, {name: array})
@@ -101,8 +101,8 @@ GOOD = packed_idx(np.arange(6).reshape(1, 2, 3))
         ("f.gz", gzip.compress(GOOD, mtime=0) + b"more", "is a corrupt gzip file"),
     ],
 )
-def test_damaged_file_is_said_in_a_sentence(tmp_path: Path, name: str, stored: bytes, fault: str):
-    """The error names the file, its fault, and the way out."""
+def test_damaged_file_is_refused(tmp_path: Path, name: str, stored: bytes, fault: str):
+    """The error names the file, its fault, and the solution."""
     path = tmp_path / name
     path.write_bytes(stored)
 
@@ -124,23 +124,23 @@ def test_damaged_file_is_said_in_a_sentence(tmp_path: Path, name: str, stored: b
     ],
 )
 @pytest.mark.parametrize("name", LOADERS)
-def test_own_files_are_used_as_they_are(tmp_path: Path, name: str, spelling: Callable[[str], str]):
+def test_local_files_are_used_unchanged(tmp_path: Path, name: str, spelling: Callable[[str], str]):
     """Every usual spelling of the names is found, and nothing is downloaded."""
     arrays = tiny()
     write(tmp_path, arrays, spelling)
 
     dataset = LOADERS[name](tmp_path)
 
-    held = (*dataset.train, *dataset.test)
-    for array, stored in zip(held, arrays.values(), strict=True):
+    loaded = (*dataset.train, *dataset.test)
+    for array, stored in zip(loaded, arrays.values(), strict=True):
         np.testing.assert_array_equal(array, stored)
-    assert [array.dtype for array in held] == [np.uint8, np.int32, np.uint8, np.int32]
+    assert [array.dtype for array in loaded] == [np.uint8, np.int32, np.uint8, np.int32]
     assert dataset.name == name
     assert (dataset.shift, dataset.scale) == (0, np.float32(1 / 255))
 
 
 def test_files_other_than_the_published_ones_are_noted(tmp_path: Path):
-    """A subset may be trained on, but not unknowingly."""
+    """Training on a subset is possible, but noted."""
     write(tmp_path, tiny())
     (note,) = mnist(str(tmp_path)).notes
     assert (
@@ -150,15 +150,15 @@ def test_files_other_than_the_published_ones_are_noted(tmp_path: Path):
 
 
 def test_classes_are_digits_or_garments():
-    """They stand in the order of the labels."""
+    """They are in the order of the labels."""
     assert MNIST.classes == tuple("0123456789")
     assert len(FASHION_MNIST.classes) == 10
     assert (FASHION_MNIST.classes[0], FASHION_MNIST.classes[9]) == ("T-shirt/top", "Ankle boot")
 
 
 @pytest.mark.parametrize("source", [MNIST, FASHION_MNIST], ids=lambda source: source.name)
-def test_each_file_has_a_checksum_of_its_own(source: idx.Published):
-    """The four files come in the order that the data set is made of."""
+def test_checksums_of_the_files_differ(source: idx.Published):
+    """The four files are in the order of the data set."""
     assert list(source.sha256) == list(tiny())
     assert len({*source.sha256.values()}) == 4
     assert all(len(bytes.fromhex(sha256)) == 32 for sha256 in source.sha256.values())
@@ -168,7 +168,7 @@ def test_each_file_has_a_checksum_of_its_own(source: idx.Published):
 def test_absent_file_is_downloaded_into_the_given_folder(
     tmp_path: Path, published, source: idx.Published
 ):
-    """The files that are there stay, and only the missing one is asked for."""
+    """Existing files are kept, and only the missing one is requested."""
     arrays = tiny()
     absent = "t10k-labels-idx1-ubyte"
     write(tmp_path, {name: array for name, array in arrays.items() if name != absent})
@@ -184,7 +184,7 @@ def test_absent_file_is_downloaded_into_the_given_folder(
 def test_files_are_kept_in_the_cache_folder_by_default(
     tmp_path: Path, published, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    """They are downloaded the first time and found the second."""
+    """They are downloaded by the first call only."""
     monkeypatch.setattr("ctde_jax.data.published.registry.user_cache_path", tmp_path.joinpath)
     LOADERS[name]()
     LOADERS[name]()
@@ -197,14 +197,14 @@ def test_files_are_kept_in_the_cache_folder_by_default(
 def test_downloaded_file_is_the_published_one(
     tmp_path: Path, published, monkeypatch: pytest.MonkeyPatch
 ):
-    """There is nothing to note about it."""
+    """Its checksum is right, so there is no note."""
     sha256 = {name: hashlib.sha256(packed_idx(array)).hexdigest() for name, array in tiny().items()}
     monkeypatch.setattr(idx, "MNIST", idx.Published("mnist", MNIST.classes, MNIST.mirrors, sha256))
     assert mnist(tmp_path).notes == ()
 
 
-def test_folder_that_does_not_exist_is_named(tmp_path: Path):
-    """A misspelled folder is not made."""
+def test_missing_folder_is_refused(tmp_path: Path):
+    """A misspelled folder is not created."""
     with pytest.raises(InputError) as caught:
         mnist(tmp_path / "nowhere")
 
@@ -242,10 +242,10 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path):
         ),
     ],
 )
-def test_files_that_do_not_fit_together_name_the_folder(
+def test_error_of_inconsistent_files_names_the_folder(
     tmp_path: Path, name: str, array: np.ndarray, fault: str
 ):
-    """The user passed data_dir, so the sentence is about data_dir."""
+    """The user passed data_dir, so the error is about data_dir."""
     write(tmp_path, {**tiny(), name: array})
 
     with pytest.raises(InputError) as caught:
@@ -280,8 +280,8 @@ def test_real_mnist_is_the_published_one():
     assert dataset.notes == ()
 
 
-def test_large_file_is_read_while_training_goes_on(tmp_path, monkeypatch):
-    """It is the same data set; a packed one is loaded."""
+def test_large_file_is_read_during_training(tmp_path, monkeypatch):
+    """The data set is the same; a compressed file is loaded."""
     write(tmp_path, tiny(40, 30))
     write(tmp_path / "packed", tiny(40, 30), "{}.gz".format)
     loaded = mnist(tmp_path)

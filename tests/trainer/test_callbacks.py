@@ -1,0 +1,160 @@
+"""Callbacks receive the results of a run in order, may stop it, and change none of its numbers."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import ctde_jax as ctde
+from ctde_jax.errors import InputError
+
+MODEL = ctde.models.mlp([64, 8, 10])
+
+
+class Recorder(ctde.Callback):
+    """Keeps every call, and whether it was entered and left."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __enter__(self):
+        self.calls.append(("enter",))
+        return self
+
+    def __exit__(self, *error):
+        self.calls.append(("exit", error[0]))
+
+    def on_start(self, options, rows):
+        self.calls.append(("start", options, list(rows)))
+
+    def on_row(self, row):
+        self.calls.append(("row", row))
+
+    def on_evaluation(self, rows, params, model_state):
+        self.calls.append(("evaluation", rows, params))
+
+    def on_checkpoint(self, path):
+        assert (path / "manifest.json").exists()
+        self.calls.append(("checkpoint", path))
+
+    def on_end(self, trained):
+        self.calls.append(("end", trained))
+
+    def of(self, event):
+        return [call[1] for call in self.calls if call[0] == event]
+
+
+def fit(folder: Path | None = None, callbacks=(), **options):
+    settings = {"batch_size": 64, "steps": 40, "eval_every": 20, "log_every": 5, "show": False}
+    return ctde.fit(
+        MODEL,
+        ctde.data.digits(),
+        optax.adam(0.01),
+        run_dir=folder,
+        callbacks=callbacks,
+        **(settings | options),
+    )
+
+
+def test_callback_receives_the_rows_evaluations_checkpoints_and_result_of_a_run(tmp_path):
+    recorder = Recorder()
+    trained = fit(tmp_path / "run", [recorder])
+
+    # The order: entered and started first, ended and left last.
+    events = [call[0] for call in recorder.calls]
+    assert events[:2] == ["enter", "start"]
+    assert events[-2:] == ["end", "exit"]
+    # Every row of the file once, in order, and the rows of an evaluation before the evaluation.
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert recorder.of("row") == [json.loads(line) for line in lines] == trained.history
+    assert [rows["test"] for rows in recorder.of("evaluation")] == [
+        row for row in trained.history if row["split"] == "test"
+    ]
+    for place, (event, *content) in enumerate(recorder.calls):
+        if event == "evaluation":
+            assert recorder.calls[place - 1] == ("row", content[0]["test"])
+    # The parameters of the last evaluation are those of the result.
+    *_, (_, _, params) = [call for call in recorder.calls if call[0] == "evaluation"]
+    jax.tree.map(np.testing.assert_array_equal, params, trained.params)
+    # Every checkpoint once, when it is complete; the last one is of the last step.
+    steps = [int(path.name.removeprefix("step-")) for path in recorder.of("checkpoint")]
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (0, 40)
+    assert recorder.of("end") == [trained]
+    assert recorder.of("exit") == [None]
+
+
+def test_callbacks_change_no_bit(tmp_path):
+    plain = fit(log_every=20)
+    watched = fit(tmp_path / "run", [Recorder(), lambda row: None], log_every=20)
+    jax.tree.map(np.testing.assert_array_equal, plain.params, watched.params)
+
+
+def test_function_receives_every_row():
+    rows = []
+    assert fit(callbacks=[rows.append]).history == rows
+
+
+@pytest.mark.parametrize("event", ["on_row", "on_evaluation"])
+def test_callback_that_returns_true_stops_the_run_which_can_be_resumed(tmp_path, event):
+    whole = fit()
+
+    class AtTwenty(ctde.Callback):
+        pass
+
+    def stop(self, row, *_):
+        return (row.get("test") or row)["step"] >= 20
+
+    setattr(AtTwenty, event, stop)
+    stopped = fit(tmp_path / "run", [AtTwenty()])
+    assert stopped.interrupted
+    assert 20 <= stopped.step < 40
+
+    recorder = Recorder()
+    resumed = fit(tmp_path / "run", [recorder])
+    assert not resumed.interrupted
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    # The rows of before are passed at the start, and only the others are new.
+    (_, _, kept) = recorder.calls[1]
+    assert kept + recorder.of("row") == resumed.history
+    assert kept
+
+
+def test_result_that_is_only_true_like_does_not_stop_a_run():
+    assert fit(callbacks=[lambda row: "written", lambda row: 1]).step == 40
+
+
+def test_error_of_a_callback_ends_the_run_and_leaves_every_callback(tmp_path):
+    recorder = Recorder()
+
+    def fail(row):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "run", [recorder, fail])
+    assert recorder.of("exit") == [ZeroDivisionError]
+    assert not recorder.of("end")
+
+
+def test_complete_run_starts_and_ends_its_callbacks(tmp_path):
+    fit(tmp_path / "run")
+    recorder = Recorder()
+    again = fit(tmp_path / "run", [recorder])
+    assert recorder.of("row") == []
+    assert recorder.of("end") == [again]
+
+
+def test_options_of_the_run_are_passed_at_the_start():
+    recorder = Recorder()
+    fit(callbacks=[recorder], seed=3)
+    (options,) = recorder.of("start")
+    assert (options["batch_size"], options["seed"]) == (64, 3)
+
+
+@pytest.mark.parametrize("callback", [3, "print", Recorder])
+def test_value_that_is_no_callback_is_refused_before_training(callback):
+    with pytest.raises(InputError, match="callbacks must be functions of a row, or objects with"):
+        fit(callbacks=[callback])
