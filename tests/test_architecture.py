@@ -152,7 +152,7 @@ def test_functions_have_at_most_eighty_lines():
     assert not long
 
 
-def test_fit_and_train_fit_on_a_page():
+def test_fit_and_train_have_at_most_60_lines():
     """`fit` builds the arguments of `train`, whose paragraphs have comments."""
     source = (PACKAGE / "trainer" / "fit.py").read_text()
     for node in ast.parse(source).body:

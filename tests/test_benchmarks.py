@@ -36,7 +36,7 @@ def test_log_replaces_a_measurement_and_keeps_the_others(harness, tmp_path):
     assert log.find(settings={"rate": 0.1}) == log.find(who="b")
 
 
-def test_log_measures_only_what_is_missing(harness, tmp_path):
+def test_log_measures_only_missing_values(harness, tmp_path):
     log, calls = harness.Log(tmp_path / "log.jsonl"), []
     for value in (1, 2):
         log.make(lambda value=value: calls.append(value) or {"value": value}, who="a")

@@ -310,16 +310,16 @@ def _with_lasting_types(
     # One wider number may widen others at the next update, so try a few times.
     for _ in range(3):
         then = after(state)
+        if jax.tree.structure(state) != jax.tree.structure(then):
+            raise InputError(
+                "optimizer", "must not change the structure of its state in an update."
+            )
         before = _types(state)
         now = _types(then)
         if before == now:
             return state
 
         # Only a dtype may change, and only to a wider one, which holds all of its numbers.
-        if before.keys() != now.keys() or jax.tree.structure(state) != jax.tree.structure(then):
-            raise InputError(
-                "optimizer", "must not change the structure of its state in an update."
-            )
         for name, (shape, dtype) in before.items():
             new_shape, new_dtype = now[name]
             if (shape, dtype) == (new_shape, new_dtype):

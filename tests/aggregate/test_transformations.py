@@ -585,6 +585,11 @@ REFUSED = {
             r"float32\[1\] to float32\[2\]"
         ),
     ),
+    "a state that becomes a list": (
+        lambda: with_state(lambda params: (jnp.float32(0),), list),
+        {},
+        "optimizer must not change the structure of its state in an update",
+    ),
     "a state that is rounded": (
         lambda: with_state(
             lambda params: {"x": jnp.float32(0)},

@@ -463,7 +463,7 @@ def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
     (tmp_path / "secret").write_bytes(b"\0" * 4096)
     (copy / "secret").write_bytes(b"\0" * 4096)
     monkeypatch.chdir(tmp_path)
-    places = [
+    locations = [
         "secret",
         "./secret",
         "bundle/secret",
@@ -471,12 +471,12 @@ def test_onnx_file_reads_no_other_file(copy, tmp_path, monkeypatch):
         str(tmp_path / "secret"),
         "/etc/passwd",
     ]
-    for place in [*places, "*/_ORT_MEM_ADDR_/*"]:
+    for location in [*locations, "*/_ORT_MEM_ADDR_/*"]:
         model = onnx.load_from_string((copy / "model.onnx").read_bytes())
         kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2)
         kernel.ClearField("raw_data")
         kernel.data_location = onnx.TensorProto.EXTERNAL
-        kernel.external_data.add(key="location", value=place)
+        kernel.external_data.add(key="location", value=location)
         seal(copy, model_onnx=model.SerializeToString())
         with pytest.raises(InputError, match="onnxruntime rejects "):
             node.load(node.open_bundle(copy), "onnx")

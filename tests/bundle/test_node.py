@@ -32,7 +32,7 @@ def build(folder: Path, *packages: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def numpy_alone(tmp_path_factory) -> Path:
+def numpy_only(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("node") / "numpy", "numpy")
 
 
@@ -52,7 +52,7 @@ def classes(trained: bundles.ctde.Trained, inputs: np.ndarray) -> Sequence[str]:
     return [str(label) for label in trained.predict(inputs).argmax(-1)]
 
 
-@pytest.mark.parametrize("environment", ["numpy_alone", "with_onnxruntime"])
+@pytest.mark.parametrize("environment", ["numpy_only", "with_onnxruntime"])
 def test_node_has_no_package_of_the_trainer(environment, request):
     python = request.getfixturevalue(environment)
     for module in ("jax", "flax", "optax", "rich", "safetensors"):
@@ -60,15 +60,15 @@ def test_node_has_no_package_of_the_trainer(environment, request):
 
 
 @pytest.mark.parametrize("name", ["mlp", "linen"])
-def test_perceptron_runs_with_numpy_alone(name, numpy_alone, tmp_path):
+def test_perceptron_runs_with_numpy_only(name, numpy_only, tmp_path):
     (trained, data), folder = bundles.trained(name), bundles.written(name).bundle.folder
     np.savez(tmp_path / "x.npz", x_test=data.test.inputs, y_test=data.test.labels)
-    done = run_with(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", tmp_path / "x.npz")
+    done = run_with(numpy_only, "-m", "ctde_jax.execute", folder, "--input", tmp_path / "x.npz")
     assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == classes(
         trained, data.test.inputs
     )
     verified = run_with(
-        numpy_alone, "-m", "ctde_jax.verify", "bundle", folder, "--input", tmp_path / "x.npz"
+        numpy_only, "-m", "ctde_jax.verify", "bundle", folder, "--input", tmp_path / "x.npz"
     )
     assert (
         "holds: every file matches its SHA-256; the outputs of numpy agree with the trained model"
@@ -110,23 +110,23 @@ def test_any_language_model_runs_with_numpy_and_onnxruntime(name, with_onnxrunti
     assert len(done.stdout) == len("To be") + 200 + 1
 
 
-def test_missing_runtime_is_reported_in_one_sentence(numpy_alone, tmp_path):
+def test_missing_runtime_is_reported_in_one_sentence(numpy_only, tmp_path):
     folder, path = bundles.written("cnn").bundle.folder, tmp_path / "x.npy"
     np.save(path, bundles.trained("cnn")[1].test.inputs[:1])
     for arguments in ([], ["--runtime", "onnx"], ["--runtime", "jax"]):
-        done = run_with(numpy_alone, "-m", "ctde_jax.execute", folder, "--input", path, *arguments)
+        done = run_with(numpy_only, "-m", "ctde_jax.execute", folder, "--input", path, *arguments)
         assert done.returncode == 2
         assert "pip install" in done.stderr
         assert "Traceback" not in done.stderr
 
 
 def test_time_to_the_first_prediction_is_recorded(
-    numpy_alone, with_onnxruntime, tmp_path, record_property
+    numpy_only, with_onnxruntime, tmp_path, record_property
 ):
     """Includes the start of the process; recorded, not asserted (see `benchmarks/node.py`)."""
     inputs = bundles.trained("mlp")[1].test.inputs
     np.save(tmp_path / "x.npy", inputs[:1])
-    for runtime, python in (("numpy", numpy_alone), ("onnx", with_onnxruntime)):
+    for runtime, python in (("numpy", numpy_only), ("onnx", with_onnxruntime)):
         arguments = [
             "-m",
             "ctde_jax.execute",

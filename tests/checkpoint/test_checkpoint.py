@@ -46,7 +46,7 @@ def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_read_returns_what_was_written(saved):
+def test_read_returns_the_written_tensors(saved):
     found = read(saved)
     assert found.facts["rows"] == 3
     assert found.tensors.keys() == ARRAYS.keys()
@@ -83,8 +83,8 @@ def test_every_flipped_bit_is_detected(saved, name):
 
 def test_damaged_tensor_is_named(saved):
     whole = bytearray((saved / TENSORS).read_bytes())
-    place = whole.index(ARRAYS["params/layers/0/kernel"].tobytes())
-    whole[place + 9] ^= 4
+    offset = whole.index(ARRAYS["params/layers/0/kernel"].tobytes())
+    whole[offset + 9] ^= 4
     (saved / TENSORS).write_bytes(whole)
     with pytest.raises(Damaged, match=f"SHA-256 mismatch in params/layers/0/kernel in {TENSORS}"):
         read(saved)

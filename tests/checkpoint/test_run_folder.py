@@ -28,7 +28,7 @@ def refuse_in(folder: Path, *written: str) -> None:
 @pytest.mark.parametrize(
     "existing", [(), ("run",), ("run", "run/config.json"), ("run", "run/notes.txt")]
 )
-def test_refusal_removes_what_it_created_and_nothing_else(tmp_path, existing, written):
+def test_refusal_removes_only_what_it_created(tmp_path, existing, written):
     for name in existing:
         (tmp_path / name).mkdir() if name == "run" else (tmp_path / name).write_text("mine")
     before = contents(tmp_path)

@@ -275,9 +275,9 @@ def mutations(content: bytes) -> st.SearchStrategy[bytes]:
         st.tuples(st.integers(0, len(content) - 1), st.integers(1, 255)), min_size=1, max_size=4
     )
 
-    def flip(places: list[tuple[int, int]]) -> bytes:
+    def flip(positions: list[tuple[int, int]]) -> bytes:
         flipped = bytearray(content)
-        for index, bits in places:
+        for index, bits in positions:
             flipped[index] ^= bits
         return bytes(flipped)
 

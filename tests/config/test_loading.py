@@ -325,18 +325,18 @@ def test_mistake_is_reported_in_one_sentence(arguments, sentence, capsys):
     assert f"error: {sentence}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", ["after", "within"])
+@pytest.mark.parametrize("position", ["after", "within"])
 @pytest.mark.parametrize(
     "damage", [b'{"split": "te', b"\xff\xfe\0\n", b"[1]\n", b'{"split": "test", "step": "x"}\n']
 )
-def test_damaged_log_is_refused_only_within_the_rows_of_the_checkpoint(place, damage):
+def test_damaged_log_is_refused_only_within_the_rows_of_the_checkpoint(position, damage):
     expected = trained()
     path = Path("run/metrics.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(
-        b"".join([*lines, damage] if place == "after" else [*lines[:2], damage, *lines[3:]])
+        b"".join([*lines, damage] if position == "after" else [*lines[:2], damage, *lines[3:]])
     )
-    if place == "after":
+    if position == "after":
         assert ctde.load_run("run").trained.history == expected.history
     else:
         with pytest.raises(

@@ -52,7 +52,7 @@ def test_perceptron_with_features_of_any_dtype_is_exported_for_numpy(
     assert written.left_out == {}
 
     # The expected outputs: two dense layers in float64, applied to the user's features.
-    layers = [jax.tree.map(np.float64, trained.params["layers"][place]) for place in (0, 1)]
+    layers = [jax.tree.map(np.float64, trained.params["layers"][index]) for index in (0, 1)]
     scale = 255 if dtype == "uint8" else 1
     hidden = np.tanh(features / scale @ layers[0]["kernel"] + layers[0]["bias"])
     expected = hidden @ layers[1]["kernel"] + layers[1]["bias"]

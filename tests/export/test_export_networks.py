@@ -368,7 +368,7 @@ def test_exported_parameters_keep_their_shapes_and_dtypes(perceptron, tmp_path):
         np.testing.assert_array_equal(stored[f"params/{name}"], array)
 
 
-def test_parameters_that_share_a_name_are_refused(perceptron, tmp_path):
+def test_parameters_with_the_same_name_are_refused(perceptron, tmp_path):
     trained, data = perceptron
     one = np.ones(1, np.float32)
     other = replace(

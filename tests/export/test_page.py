@@ -266,10 +266,10 @@ def draw(
     for stroke in strokes:
         chain = ActionChains(browser, duration=10, devices=[PointerInput(kind, kind)])
         pointer = chain.w3c_actions.pointer_action
-        for place, point in enumerate(stroke):
+        for index, point in enumerate(stroke):
             x, y = (round((scale * (to - 0.5) + shift) * board.size["width"]) for to in point)
             pointer.move_to(board, x, y)
-            if place == 0:
+            if index == 0:
                 pointer.pointer_down()
         pointer.pointer_up()
         chain.perform()
@@ -485,8 +485,8 @@ def test_finger_draws_while_another_rests(watched, server, digits_page):
         touches = [{"id": finger, "x": x, "y": y} for finger, x, y in points]
         watched.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
 
-    def on_board(place: tuple[float, float]) -> tuple[float, float]:
-        return board["x"] + place[0] * board["width"], board["y"] + place[1] * board["height"]
+    def on_board(point: tuple[float, float]) -> tuple[float, float]:
+        return board["x"] + point[0] * board["width"], board["y"] + point[1] * board["height"]
 
     resting = (0, 20, 20)
     touch("touchStart", resting)

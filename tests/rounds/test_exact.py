@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax import numpy as jnp
 from runs import DropoutNet, killed_after, rows
 
 import ctde_jax as ctde
@@ -244,3 +245,35 @@ def test_command_gives_the_same_bits_on_any_number_of_devices(model, tmp_path):
             capture_output=True,
         )
     assert len({digest(tmp_path / str(count)) for count in COUNTS}) == 1
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_integer_state_becomes_the_maximum_over_the_shards(small, count):
+    """Of the shards that have examples: the last batch of an epoch has less than 8 shards."""
+    mlp = models.mlp([64, 10])
+
+    def init(key, inputs):
+        return mlp.init(key, inputs)[0], {"largest": jnp.int32(0)}
+
+    def apply(params, state, inputs, key, mask=None):
+        outputs, _ = mlp.apply(params, mlp.init(jax.random.key(0), inputs)[1], inputs, key)
+        if key is None:
+            return outputs, state
+        sums = jnp.round(255 * inputs.reshape(len(inputs), -1).sum(axis=1)).astype(jnp.int32)
+        # Without examples, a shard has a larger value, which must not count.
+        largest = jnp.max(jnp.where(mask, sums, 0)) if mask is not None else jnp.max(sums)
+        largest = jnp.where(jnp.any(mask), largest, 10**6) if mask is not None else largest
+        return outputs, {"largest": jnp.maximum(state["largest"], largest)}
+
+    trained = ctde.fit(
+        models.Model(init, apply),
+        data.from_arrays(*[np.asarray(x)[:36] for x in small.train], *small.test),
+        optax.sgd(0.1),
+        EXACT,
+        devices=devices.start(count),
+        batch_size=32,
+        epochs=1,
+        show=False,
+    )
+    inputs = np.asarray(small.train.inputs[:36], np.int64).reshape(36, -1)
+    assert trained.model_state["largest"] == inputs.sum(axis=1).max()

@@ -15,7 +15,7 @@ from ctde_jax.data.augment import shift
 from ctde_jax.devices import replica
 from ctde_jax.models import tasks
 from ctde_jax.models.tasks import classification
-from ctde_jax.rounds.gradient import Gradient, draws, make_gradient
+from ctde_jax.rounds.gradient import Gradient, cut_into_shards, draws, make_gradient
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
 
@@ -223,3 +223,35 @@ def test_label_smoothing_changes_the_gradient_and_not_the_reported_loss(split, k
     np.testing.assert_array_equal(
         task.measure(outputs, split.labels)["loss"], classification.loss(outputs, split.labels)
     )
+
+
+@pytest.mark.parametrize(
+    ("replicas", "examples", "groups", "wanted", "shards"),
+    [
+        (1, 8, 1, 8, 8),
+        (2, 8, 1, 8, 8),
+        (4, 8, 2, 8, 8),
+        # More than wanted, as all replicas and groups get equally many shards.
+        (3, 8, 1, 8, 24),
+        (4, 16, 4, 8, 16),
+        # The batch cannot be cut into the least common multiple.
+        (4, 3, 1, 8, 4),
+        (3, 4, 2, 8, 6),
+        (1, 3, 3, 1, 3),
+    ],
+)
+def test_batch_is_cut_into_shards_of_equal_size(replicas, examples, groups, wanted, shards):
+    """Each example is in one shard, and each shard on one replica, in the order of its number."""
+    indices = np.arange(replicas * examples, dtype=np.int32).reshape(replicas, examples)
+    cut, numbers = jax.vmap(
+        lambda own: cut_into_shards(own, groups, wanted), axis_name=replica.AXIS
+    )(indices)
+
+    per_shard = replicas * examples // shards
+    assert cut.shape == (replicas, groups, shards // replicas // groups, per_shard)
+    np.testing.assert_array_equal(np.sort(cut.ravel()), indices.ravel())
+    np.testing.assert_array_equal(np.sort(numbers.ravel()), np.arange(shards))
+    for own, own_numbers, own_examples in zip(cut, numbers, indices, strict=True):
+        assert {*own.ravel().tolist()} == {*own_examples.tolist()}
+        assert (np.diff(own_numbers.ravel()) > 0).all()
+        assert {*(own_numbers.ravel() % replicas).tolist()} == {int(own_numbers[0, 0]) % replicas}

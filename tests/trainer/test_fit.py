@@ -103,7 +103,7 @@ def test_gossip_of_two_replicas_equals_local_sgd(digits):
     assert gossip.history[-1]["loss"] == pytest.approx(local.history[-1]["loss"], rel=1e-4)
 
 
-def test_strategy_begins_after_its_synchronous_steps(digits):
+def test_strategy_starts_after_its_synchronous_steps(digits):
     """The first losses equal those of synchronous training; the optimizer state is kept."""
 
     def losses_of(strategy: ctde.Strategy, steps: int) -> list[float]:

@@ -200,12 +200,12 @@ def test_source_run_that_has_changed_is_refused(digits, tmp_path):
     train(MODEL, digits, run_dir=tmp_path / "later", steps=9)
     newer = Path("checkpoints", "step-00000009")
     shutil.copytree(tmp_path / "later" / newer, tmp_path / "source" / newer)
-    way_out = (
+    remedy = (
         r"which change if this is a run that is still training; pass one of its checkpoints or a "
         r"bundle\)\."
     )
     with pytest.raises(
-        InputError, match=rf"different options: the initial parameters \(init_from, {way_out}"
+        InputError, match=rf"different options: the initial parameters \(init_from, {remedy}"
     ):
         train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
     first = tmp_path / "source" / "checkpoints" / "step-00000008"
