@@ -277,3 +277,28 @@ def test_integer_state_becomes_the_maximum_over_the_shards(small, count):
     )
     inputs = np.asarray(small.train.inputs[:36], np.int64).reshape(36, -1)
     assert trained.model_state["largest"] == inputs.sum(axis=1).max()
+
+
+def test_float_state_becomes_the_mean_over_the_shards(small):
+    """Also if each of the 8 shards has one example."""
+    mlp = models.mlp([64, 2])
+
+    def init(key, inputs):
+        return mlp.init(key, inputs)[0], {"ink": jnp.float32(0)}
+
+    def apply(params, state, inputs, key, mask=None):
+        outputs, _ = mlp.apply(params, mlp.init(jax.random.key(0), inputs)[1], inputs, key)
+        return outputs, state if key is None else {"ink": 255 * jnp.mean(inputs)}
+
+    inputs = np.asarray(small.train.inputs[:8])
+    trained = ctde.fit(
+        models.Model(init, apply),
+        data.from_arrays(inputs, np.arange(8) % 2, inputs[:2], np.arange(2)),
+        optax.sgd(0.1),
+        EXACT,
+        devices=devices.start(2),
+        batch_size=8,
+        steps=1,
+        show=False,
+    )
+    np.testing.assert_allclose(trained.model_state["ink"], inputs.mean(), rtol=1e-5)
