@@ -1,4 +1,4 @@
-"""The command `python -m ctde_jax`: prints the commands and what each is for, or the version."""
+"""Command `python -m ctde_jax`: prints the commands and their purposes, or the version."""
 
 import sys
 from collections.abc import Sequence

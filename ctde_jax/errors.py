@@ -1,7 +1,7 @@
 """Exceptions with messages for users, and the checks of arguments that raise them.
 
 Library users catch them as ordinary exceptions. The commands print the message and exit with status
-2 for invalid input; `train.main` lists the others.
+2 for invalid input; `train.main` lists the other statuses.
 """
 
 import difflib
@@ -33,10 +33,13 @@ class InputError(ValueError):
 
 
 class NonFiniteLoss(ArithmeticError):
-    """Raised if the training loss becomes NaN or infinite; earlier metrics are kept.
+    """Raised if the loss or a parameter becomes NaN or infinite; earlier metrics are kept.
+
+    It is also raised if too many consecutive rounds are skipped for this reason.
 
     Args:
-        step: First optimizer step, counted from 1, with a loss that is not finite.
+        step: First optimizer step, counted from 1, whose training loss is not finite or that was
+            skipped. For an evaluated loss or a parameter, the last step before it was checked.
     """
 
     def __init__(self, step: int):
@@ -52,10 +55,11 @@ class ReplicasDiverged(RuntimeError):
     """Raised if state that must be equal on all devices differs; earlier checkpoints are kept.
 
     Args:
-        leaves: Names of the leaves that differ.
-        groups: Groups of replicas that agree on the first of these leaves, largest group first.
+        leaves: Names of the leaves of the training state that differ.
+        groups: Indices of the replicas, grouped by equal values of the first of these leaves;
+            largest group first.
         since: Last step after which all replicas agreed.
-        until: Step after which they were found to differ.
+        until: Step after which the replicas were found to differ.
     """
 
     def __init__(self, leaves: list[str], groups: list[list[int]], since: int, until: int):
@@ -78,7 +82,7 @@ class Preempted(Exception):
 
     Args:
         step: Number of optimizer steps completed.
-        folder: Folder of the run; the same command continues from it.
+        folder: Folder of the run, from which the same command continues.
         by: Name of the signal.
     """
 
@@ -92,11 +96,11 @@ class Preempted(Exception):
 
 
 class HostLost(RuntimeError):
-    """Raised if another host fails, or does not reach a point at which this host waits for it."""
+    """Raised if another host fails, or if this host has waited for it for an hour."""
 
 
 def on_one_line(text: str) -> str:
-    """Escapes characters that are not printable, such as line ends, so that text is one line."""
+    """Escapes the characters of a text that are not printable, such as line ends."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
@@ -104,18 +108,27 @@ def on_one_line(text: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """Returns the repr of a value from a file or a user, shortened in the middle if it is long."""
+    """Returns the repr of a value from a file or a user, shortened to at most 200 characters."""
     return shortened(repr(value))
 
 
 def shortened(text: str) -> str:
-    """Removes the middle of a long text, such as another library's message that quotes a file."""
+    """Shortens a text to at most 200 characters by replacing its middle with an ellipsis.
+
+    An example is a message of another library that quotes the content of a file.
+    """
     # 200 characters in all: 120 + 3 + 77.
     return text if len(text) <= 200 else f"{text[:120]}...{text[-77:]}"
 
 
 def check_known(option: str, name: str, known: Iterable[str]) -> None:
-    """Raises InputError if a name is not among the known ones; suggests the most similar one."""
+    """Raises InputError if `name` is not in `known`; the message suggests the most similar name.
+
+    Args:
+        option: Name of the argument in the error message.
+        name: Name that the user passed.
+        known: Valid names.
+    """
     names = list(known)
     if name not in names:
         raise InputError(
@@ -153,6 +166,6 @@ def check_seed(seed: int) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns a period, or the end of a sentence that suggests a known name of similar spelling."""
+    """Returns the end of an error message: "; did you mean 'x'?", or "." if no name is similar."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else "."

@@ -1,4 +1,4 @@
-"""The command `python -m ctde_jax.execute`: runs a bundle on a node.
+"""Command `python -m ctde_jax.execute`: runs a bundle on a node.
 
     python -m ctde_jax.execute BUNDLE --input pictures.npy
     python -m ctde_jax.execute BUNDLE --input table.csv --score
@@ -56,7 +56,26 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
+    """Parses the command line.
+
+    Raises:
+        InputError: An option requires --input, but --prompt is given, or vice versa.
+    """
     parser = Parser("ctde_jax.execute", __doc__ or "")
+    _add_common_options(parser)
+    _add_input_options(parser)
+    _add_prompt_options(parser)
+    chosen = parser.parse_args(arguments)
+
+    # An option of the other mode would be ignored, so it is refused.
+    given, others = ("--prompt", _OF_INPUTS) if chosen.input is None else ("--input", _OF_TEXTS)
+    for name in others:
+        if getattr(chosen, name) != parser.get_default(name):
+            raise InputError(name, f"cannot be combined with {given}; leave one of them out.")
+    return chosen
+
+
+def _add_common_options(parser: Parser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
 
     # Either examples or a text to continue.
@@ -72,7 +91,6 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         "--prompt", metavar="TEXT", help="beginning of a text that a language model continues"
     )
 
-    # For both.
     runtimes = ", ".join(RUNTIMES)
     parser.add_argument(
         "--runtime",
@@ -85,7 +103,9 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         help="required beginning of the SHA-256 of card.json, 8 or more digits",
     )
 
-    # With --input: `_OF_INPUTS`.
+
+def _add_input_options(parser: Parser) -> None:
+    """Adds the options that require --input, `_OF_INPUTS`."""
     parser.add_argument(
         "--score",
         action="store_true",
@@ -112,7 +132,9 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         "--json", action="store_true", help="print one line of JSON per example, or of the score"
     )
 
-    # With --prompt: `_OF_TEXTS`.
+
+def _add_prompt_options(parser: Parser) -> None:
+    """Adds the options that require --prompt, `_OF_TEXTS`."""
     parser.add_argument(
         "--length",
         type=int,
@@ -131,21 +153,13 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         "--seed", type=int, default=0, metavar="N", help="random seed of the sampling (default: 0)"
     )
 
-    # An option of the other mode would be ignored, so it is refused.
-    chosen = parser.parse_args(arguments)
-    given, others = ("--prompt", _OF_INPUTS) if chosen.input is None else ("--input", _OF_TEXTS)
-    for name in others:
-        if getattr(chosen, name) != parser.get_default(name):
-            raise InputError(name, f"cannot be combined with {given}; leave one of them out.")
-    return chosen
-
 
 def _execute(chosen: Namespace) -> None:
     check_at_least(1, batch_size=chosen.batch_size)
     bundle = open_bundle(chosen.bundle, chosen.expect)
     runtime = chosen.runtime or ("jax" if chosen.all_devices else pick(bundle))
 
-    # Continue a text, printed character by character.
+    # Continue a text, and print it character by character.
     if chosen.prompt is not None:
         text = answers.write(
             bundle, runtime, chosen.prompt, chosen.length, chosen.temperature, chosen.seed
@@ -182,7 +196,11 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
         size: Batch size; rounded up to a multiple of the number of devices.
 
     Returns:
-        The function from inputs to outputs, and its batch size.
+        The function from inputs to outputs, and the rounded batch size, its maximum.
+
+    Raises:
+        InputError: The runtime is not "jax" or is not installed, the bundle has no artifact for it,
+            or the packages of the trainer are not installed.
     """
     if runtime != "jax":
         raise InputError("all_devices", f"requires the runtime jax, got {runtime}.")
@@ -228,7 +246,7 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
 
 
 def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
-    """Prints one line per example, as soon as its batch is computed."""
+    """Prints the outputs, one line per example, as soon as a batch is computed."""
     describe = {"classes": _class, "tokens": _token, "anything": _numbers}[bundle.card.predicts]
     first = 0
     for batch in outputs:

@@ -1,4 +1,4 @@
-"""The command `python -m ctde_jax.profile`: measures the parts of a training, and gives advice.
+"""Command `python -m ctde_jax.profile`: measures the parts of a training, and prints advice.
 
     python -m ctde_jax.profile --model cnn                       # options of ctde_jax.train
     python -m ctde_jax.profile --model cnn --trace runs/trace    # also writes a trace of some steps
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ctde_jax.trainer import Profile, Spread
 
 SECONDS = 10.0
-"""Approximate duration of the measurement; longer if the minimum number of turns takes longer."""
+"""Approximate duration of all turns; the minimum number of turns may take longer."""
 
 _BAR = 20  # characters
 _COLORS = {
@@ -47,7 +47,7 @@ _LONG_AGGREGATION = 1 / 3  # fraction of a step
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Profiles a training with these options.
+    """Measures a training with the given options and prints the result.
 
     Args:
         arguments: Arguments of the command line.
@@ -78,7 +78,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _profile(config: options.Config, trace: Path | None, started: float) -> None:
-    """Measures, prints tables and advice, and saves the figure."""
+    """Measures a training, prints tables and advice, and saves the figure to the run folder.
+
+    Args:
+        config: Options of the run.
+        trace: Folder for a trace, or None.
+        started: Start of the command, by `time.perf_counter`.
+
+    Raises:
+        InputError: An option is invalid or not supported, or a folder cannot be written to.
+    """
     # Check the options that this command does not support.
     ctde.devices.hosts.check_alone(ctde.devices.hosts.find_meeting(**vars(config.hosts)))
     if config.aggregation.exact:
@@ -105,7 +114,7 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     training = build.build_training(config, data, devices)
     partition = partial(build.make_partition, config.data, data.train.labels, seed=seed)
 
-    # Claim the folders before the measurement, so that it is not lost if they cannot be written to.
+    # Claim the folders before the measurement, whose result would be lost if they are not writable.
     if trace is not None:
         _make_trace_folder(trace)
     folder = config.run.run_dir or options.new_run_folder(config, "profile-")
@@ -146,7 +155,7 @@ def _make_trace_folder(folder: Path) -> None:
 
 
 def advice(profile: "Profile") -> list[str]:
-    """Returns at least one sentence: the bottlenecks of a training, and the options that help.
+    """Returns a sentence for each bottleneck and the options that reduce it, or one if none exists.
 
     Args:
         profile: The measurements.
@@ -397,8 +406,8 @@ def _add_columns(table: Table, *names: str) -> None:
 def _speed_ups(profile: "Profile") -> list[float]:
     """Returns the speed-up over one device for each number of devices.
 
-    If a single device cannot run the training, the smallest number of devices that can is assumed
-    to scale perfectly.
+    If one device cannot run the training, the speed-up of the smallest number of devices that can
+    is assumed to equal this number.
     """
     fewest = min(profile.scaling)
     return [

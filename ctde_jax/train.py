@@ -1,6 +1,6 @@
-"""The command `python -m ctde_jax.train`: trains with the given options; writes metrics and curves.
+"""Command `python -m ctde_jax.train`: trains with the given options, and writes metrics and curves.
 
-It makes the same calls as a notebook, in the same order, with arguments from the options.
+It calls the library in the same order as a notebook would, with arguments from the options.
 """
 
 import os
@@ -24,7 +24,7 @@ from ctde_jax.errors import (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Trains according to the options; on one of several hosts, in a child process.
+    """Trains according to the options; if there are several hosts, in a child process.
 
     Args:
         arguments: Arguments of the command line.
@@ -69,10 +69,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _import_jax() -> None:
-    """Raises InputError if JAX cannot be imported.
-
-    A cause is an invalid value of one of its environment variables.
-    """
+    """Raises InputError if the import of JAX fails, for example for its environment variables."""
     try:
         import jax  # noqa: F401  # not at the top: invalid options are reported without it
     except Exception as error:
@@ -84,7 +81,19 @@ def _import_jax() -> None:
 def _outcome(
     config: options.Config, started: float, meeting: "ctde.devices.hosts.Meeting | None" = None
 ) -> tuple[int, str]:
-    """Trains; returns the exit status and a message, which is empty after success."""
+    """Trains, and converts exceptions to exit statuses.
+
+    Args:
+        config: Options of the run.
+        started: Start of the command, by `time.perf_counter`.
+        meeting: Meeting point of the hosts; None for a single host.
+
+    Returns:
+        The exit status, as of `main`, and a message, which is empty if there was no exception.
+
+    Raises:
+        Exception: An exception that has no status, if there is only one host.
+    """
     from ctde_jax.config import walk  # not at the top, as it imports JAX
 
     # Each exception of the library has its status.
@@ -113,11 +122,11 @@ def _outcome(
                 f"out of memory ({reason}); use a smaller model or a smaller --batch-size.",
             )
 
-        # On one host it is a bug: Python prints the traceback.
+        # On one host, an unknown exception is raised, so that Python prints the traceback.
         if meeting is None:
             raise
 
-        # If a host is lost, a collective raises first; then the coordinator ends this process.
+        # If a host is lost, a collective may raise before the coordinator ends this process.
         if ctde.devices.hosts.may_be_lost(error):
             ctde.devices.hosts.wait_for_verdict()
         traceback.print_exc()  # no host was lost

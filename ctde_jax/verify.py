@@ -1,4 +1,4 @@
-"""The command `python -m ctde_jax.verify`: tests the guarantees of this library on this machine.
+"""Command `python -m ctde_jax.verify`: tests the guarantees of this library on this machine.
 
     python -m ctde_jax.verify resume               # a run that is killed repeatedly ends with
                                                    # the same bits
@@ -53,7 +53,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _training(name: str, arguments: Sequence[str]) -> int:
-    """Verifies a property of training or checkpoints."""
+    """Verifies a property of training or checkpoints, and returns the exit status.
+
+    Args:
+        name: Name of the property, a key of `PROOFS`.
+        arguments: Options of `ctde_jax.train`, or the folder of checkpoints.
+    """
     # Not imported at the top, as a node lacks the packages of the trainer.
     try:
         from ctde_jax import config
@@ -66,7 +71,7 @@ def _training(name: str, arguments: Sequence[str]) -> int:
         )
         return 2
 
-    # A divergence of the replicas is a verdict, not an error.
+    # A divergence of the replicas is a violation of the property, not an error.
     try:
         check_known("verify", name, [*proofs.PROOFS, "bundle"])
         violations, success = proofs.PROOFS[name](arguments)
@@ -86,7 +91,7 @@ def _training(name: str, arguments: Sequence[str]) -> int:
 
 
 def _bundle(arguments: Sequence[str]) -> int:
-    """Verifies the artifacts of a bundle with the runtimes that are installed."""
+    """Verifies the artifacts of a bundle with the installed runtimes; returns the exit status."""
     # The options.
     parser = Parser(
         "ctde_jax.verify bundle",
@@ -108,7 +113,7 @@ def _bundle(arguments: Sequence[str]) -> int:
     def prove() -> None:
         nonlocal status
 
-        # There must be something to compare with: examples in the bundle, or labels from the user.
+        # The bundle must contain examples, or the user must pass labeled ones.
         bundle = open_bundle(chosen.bundle, chosen.expect)
         examples = None if chosen.input is None else read([chosen.input], bundle.card, labeled=True)
         if examples is None and EXAMPLES not in bundle.card.files:
@@ -153,7 +158,7 @@ def _bundle(arguments: Sequence[str]) -> int:
                     f"{name} differs from the trained model by more than {found.allowed:.1e}"
                 )
 
-        # A bundle of which nothing ran is not verified.
+        # A bundle is not verified if no artifact was run.
         if not tried:
             raise InputError(
                 "bundle", "has no artifact that can run on this machine; see the lines above."
@@ -164,7 +169,7 @@ def _bundle(arguments: Sequence[str]) -> int:
 
 
 def _agreement(tried: Sequence[str]) -> str:
-    """Returns the verdict on artifacts that hold; inexact ones may differ as in their receipts."""
+    """Returns the verdict on artifacts whose outputs are within their tolerances."""
     exact = [name for name in tried if parity.is_exact(name)]
     inexact = [name for name in tried if not parity.is_exact(name)]
     parts = [f"the outputs of {', '.join(exact)} agree with the trained model"] if exact else []
@@ -174,7 +179,7 @@ def _agreement(tried: Sequence[str]) -> str:
 
 
 def _print_verdict(violations: Sequence[str], success: str) -> int:
-    """Prints the verdict and returns the exit status."""
+    """Prints the violations, or `success` if there are none; returns the exit status, 1 or 0."""
     for violation in violations:
         print(f"wrong: {violation}", file=sys.stderr)
     if not violations:

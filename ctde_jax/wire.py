@@ -1,4 +1,4 @@
-"""The command `python -m ctde_jax.wire`: counts the bytes that a run would send, without training.
+"""Command `python -m ctde_jax.wire`: counts the bytes that a run would send, without training.
 
 python -m ctde_jax.wire --sync-every 16                       # options of ctde_jax.train
 python -m ctde_jax.wire --sync-every 16 --target tpu:v5e:2x4  # compiles for absent hardware
@@ -47,7 +47,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _print_table(chosen: config.Config, target: str | None) -> None:
-    # Devices of this machine, or descriptions of those of the target.
+    """Compiles the rounds of a run, and prints the bytes of their collectives.
+
+    Args:
+        chosen: Options of the run.
+        target: Hardware to compile for, such as `tpu:v5e:2x4`; None for the present devices.
+
+    Raises:
+        InputError: An option or the target is invalid.
+    """
+    # Devices of this machine, or descriptions of the devices of the target.
     hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if target is None:
         devices = start(chosen.aggregation.devices, FAKE_DEVICES)

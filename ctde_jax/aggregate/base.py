@@ -13,6 +13,7 @@ AVERAGE = optax.sgd(1.0)
 """Outer optimizer that sets the shared parameters to the average of the replicas' parameters."""
 
 UNCHANGED = optax.identity()
+"""Default `Strategy.inner`, which does not change the gradients."""
 
 # A single instance, so that `Strategy.exact` recognizes the default reducer by identity.
 MEAN = mean()
@@ -20,12 +21,13 @@ MEAN = mean()
 
 @dataclass(frozen=True)
 class Strategy:
-    """The composition that all aggregation methods share.
+    """When replicas communicate, what they send, and how the result is applied.
 
-    With `inner_steps = 0`, the message is the gradient of every step:
-    `gradient -> reduce -> optimizer`. With `inner_steps = H`, each replica takes H optimizer steps
-    by itself, and the message is the outer gradient, the shared parameters minus those of the
-    replica: `H local steps -> outer gradient -> reduce -> outer`.
+    A *message* is the pytree that a replica sends, with the shapes of the parameters. With
+    `inner_steps = 0`, it is the gradient of every step: `gradient -> reduce -> optimizer`. With
+    `inner_steps = H`, each replica takes H optimizer steps without communication, and the message
+    is the outer gradient, the shared parameters minus those of the replica:
+    `H local steps -> outer gradient -> reduce -> outer`.
 
     Raises:
         InputError: `inner_steps` or `synchronous_steps` is negative, `synchronous_steps` is not a
@@ -61,7 +63,10 @@ class Strategy:
     """
 
     diverges: bool = False
-    """Whether parameters differ between replicas; their mean is then evaluated and returned."""
+    """Whether parameters differ between replicas after a round, as with `gossip`.
+
+    Their mean over the replicas is then evaluated and returned.
+    """
 
     exact: bool = False
     """Whether training computes the same bits on 1, 2, 4 and 8 fake CPU devices.
@@ -99,15 +104,15 @@ class Strategy:
 
     @property
     def is_independent(self) -> bool:
-        """Whether the reducer treats each message separately; see `IndependentReducer`."""
+        """Whether the reducer is an `IndependentReducer`."""
         return isinstance(self.reduce, IndependentReducer)
 
     def local(
         self, optimizer: optax.GradientTransformation
     ) -> optax.GradientTransformationExtraArgs:
-        """Returns the optimizer of a replica's steps: `inner`, then `optimizer`, both adapted.
+        """Returns the optimizer of a replica's steps: `inner`, followed by `optimizer`.
 
-        See `transformations.adapted`.
+        Both accept any extra arguments; see `transformations.adapted`.
         """
         return optax.with_extra_args_support(optax.chain(adapted(self.inner), adapted(optimizer)))
 

@@ -20,7 +20,7 @@ Payload: TypeAlias = UInt8[Array, "... bytes"]
 
 
 class Codec(NamedTuple):
-    """Encodes and decodes vectors, each row by itself.
+    """Encodes and decodes vectors; rows are encoded independently.
 
     Examples:
         >>> codec = ctde.aggregate.exact()
@@ -31,13 +31,13 @@ class Codec(NamedTuple):
     """
 
     block: int
-    """`size` must be a multiple of this."""
+    """The size of a vector must be a multiple of this."""
 
     init: Callable[[tuple[int, ...]], PyTree]
     """`init(shape) -> state` for values of this shape.
 
-    Every array in the state has the shape of the values too, so that an exchange can update the
-    state of some numbers and keep that of others.
+    Every array in the state has the shape of the values, so that an exchange can update the state
+    of some elements and keep that of others.
     """
 
     encode: Callable[
@@ -70,7 +70,7 @@ def exact() -> Codec:
 
 
 class ErrorFeedbackState(NamedTuple):
-    """The encoding error that is still to be sent, and the state of the wrapped codec."""
+    """The encoding error that is added to the next message, and the state of the wrapped codec."""
 
     residual: Float32[Array, "... size"]
     codec: PyTree
@@ -85,8 +85,7 @@ def error_feedback(codec: Codec, decay: float = 1.0) -> Codec:
 
     Args:
         codec: Codec to wrap.
-        decay: Factor of the last residual, from 0 to 1; below 1 it is gradually forgotten
-            (SparseLoCo uses 0.95).
+        decay: Factor of the residual in the next round, from 0 to 1 (SparseLoCo uses 0.95).
 
     Raises:
         InputError: `decay` is not from 0 to 1.
@@ -103,15 +102,15 @@ def error_feedback(codec: Codec, decay: float = 1.0) -> Codec:
         return ErrorFeedbackState(jnp.zeros(shape), codec.init(shape))
 
     def encode(values, state: ErrorFeedbackState, key):
-        wanted = values + decay * state.residual
-        payload, said, codec_state = codec.encode(wanted, state.codec, key)
-        return payload, said, ErrorFeedbackState(wanted - said, codec_state)
+        target = values + decay * state.residual
+        payload, decoded, codec_state = codec.encode(target, state.codec, key)
+        return payload, decoded, ErrorFeedbackState(target - decoded, codec_state)
 
     return Codec(codec.block, init, encode, codec.decode)
 
 
 def to_bytes(values: Float32[Array, "... n"]) -> UInt8[Array, "... 4*n"]:
-    """Reinterprets each number as its 4 bytes."""
+    """Reinterprets each float32 as its 4 bytes."""
     # The bitcast appends an axis of 4 bytes, which is merged into the last axis.
     return lax.bitcast_convert_type(values, jnp.uint8).reshape(*values.shape[:-1], -1)
 

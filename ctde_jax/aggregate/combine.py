@@ -13,10 +13,10 @@ Rows: TypeAlias = Float32[Array, "replicas size"]
 
 
 class Combine(NamedTuple):
-    """A rule that combines rows of messages.
+    """A rule that combines the messages of all replicas, slice by slice.
 
-    It runs on a replica, which owns one slice, so a sum over whole messages is a `psum` over
-    slices.
+    `two_phase` cuts messages into slices and runs the rule on the owner of each slice, whose rows
+    are the slices of all messages. A sum over whole messages is therefore a `psum` over the owners.
 
     Examples:
         >>> def update(rows, weights, state):
@@ -26,7 +26,7 @@ class Combine(NamedTuple):
     """
 
     init: Callable[[int], PyTree]
-    """`init(size) -> state` for a slice of `size` numbers.
+    """`init(size) -> state` for a slice of `size` elements.
 
     Raises InputError if there are too few replicas for the rule.
     """
@@ -38,7 +38,7 @@ class Combine(NamedTuple):
     """`update(rows, weights, state) -> (combined, state)`"""
 
     weighted: bool = False
-    """Whether rows with weight 0 are ignored; if False, every row counts once."""
+    """Whether the rule uses the weights and ignores rows with weight 0; else all rows are equal."""
 
 
 def average() -> Combine:
@@ -57,7 +57,7 @@ def average() -> Combine:
     def update(
         rows: Rows, weights: Float32[Array, " replicas"], state: PyTree
     ) -> tuple[Float32[Array, " size"], PyTree]:
-        # The rows are masked too, since a share of 0 times NaN is NaN.
+        # The rows are masked too, since 0 times NaN is NaN.
         shares = weights / jnp.where(weights.sum() > 0, weights.sum(), 1)
         return shares @ jnp.where(weights[:, None] > 0, rows, 0), state
 

@@ -1,8 +1,9 @@
-"""How encoded messages travel: through the owner of each slice, or from each replica to all others.
+"""Exchanges of encoded messages: through the owner of each slice, or from each replica to all.
 
-A message of any tree travels as one float32 vector, the concatenation of its leaves. It is followed
-by one bit for each leaf, which is set if the leaf has a nonzero number, and by the weight in 4
-bytes.
+A message is sent as one float32 vector, the concatenation of its leaves, in encoded form. It is
+followed by one flag bit for each leaf, which is set if the leaf has a nonzero element, and by the
+weight in 4 bytes. A leaf *moves* if the flag of any replica is set; if the weights are used, of any
+replica with a positive weight.
 """
 
 from itertools import accumulate, pairwise
@@ -22,7 +23,7 @@ from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.devices import AXIS, PyTree
 
 Vector: TypeAlias = Float32[Array, " size"]
-"""A message as it travels: all its leaves, one after another."""
+"""The concatenated leaves of a message."""
 
 
 class TwoPhaseState(NamedTuple):
@@ -33,10 +34,10 @@ class TwoPhaseState(NamedTuple):
     combine: PyTree  # state of the combination rule for the slice that this replica owns
 
     def recut(self, like: "TwoPhaseState") -> "TwoPhaseState":
-        """Returns the state of all replicas for another number of replicas, which own other slices.
+        """Converts the state of all replicas to a different number of replicas, and so of slices.
 
-        The residual of each sender becomes the mean over all senders, which preserves the mean of
-        what is still to be sent. The state of an owner moves with the numbers of its slice.
+        The residual of each sender becomes the mean over all senders, so that the mean of the
+        residuals is preserved. The state of an owner is reassigned with the elements of its slice.
 
         Args:
             like: Arrays or `ShapeDtypeStruct`s `[replica, ...]`, shaped like the state to return.
@@ -63,19 +64,19 @@ def two_phase(
 ) -> optax.GradientTransformationExtraArgs:
     """Sends each slice to its owner, which combines it and sends the result to all replicas.
 
-    The message of n numbers is cut into R slices, one owned by each of the R replicas: encode,
+    The message of n elements is cut into R slices, one owned by each of the R replicas: encode,
     all-to-all, decode, combine the owned slice in float32, encode, all-gather, decode. A slice has
-    `ceil(n / R)` numbers, rounded up to whole blocks of the codec. If it is encoded in `b` bytes
+    `ceil(n / R)` elements, rounded up to whole blocks of the codec. If it is encoded in `b` bytes
     and the flags take `f = ceil(leaves / 8)` bytes, every replica sends `(R - 1) * (b + f + 4)`
     bytes to the owners and `(R - 1) * (b + f)` bytes as an owner.
 
     If every replica sends zeros for a leaf, the result is exactly zero and the residuals of the
-    leaf do not change, so codecs that cannot represent zero do not move a frozen layer. The flag is
-    per leaf: zeros in a leaf with other numbers are as exact as the codec, so `sign` and
-    statistical levels move them.
+    leaf do not change, so a frozen layer does not change even if the codec cannot represent zero.
+    Zeros in a leaf with nonzero elements are encoded like all other elements, so `sign` and
+    statistical levels decode them as nonzero.
 
     Args:
-        codec: Codec of the slices; by default float32, 4 bytes per number.
+        codec: Codec of the slices; by default float32, 4 bytes per element.
         combine: Rule that combines the messages; by default their mean, weighted by examples.
 
     Raises:
@@ -118,10 +119,10 @@ def two_phase(
         payload, weights = split_weights(sent)
         payload, moves = _split_flags(payload, len(moves))
 
-        # A leaf moves if any replica that counts sends a nonzero number for it. All owners get the
-        # same flags, so they agree on this.
-        is_heard = weights > 0 if combine.weighted else jnp.ones(replicas, bool)
-        moves = jnp.any(moves & is_heard[:, None], axis=0)
+        # A leaf moves if any replica, except those that the rule ignores, sends a nonzero element
+        # for it. All owners receive the same flags, so they agree on this.
+        is_used = weights > 0 if combine.weighted else jnp.ones(replicas, bool)
+        moves = jnp.any(moves & is_used[:, None], axis=0)
         own_moving = _of_each_number(moves, updates, slices.size).reshape(-1, size)[
             lax.axis_index(AXIS)
         ]
@@ -137,8 +138,8 @@ def two_phase(
         moving = _of_each_number(jnp.any(moves, axis=0), updates, slices.size).reshape(-1, size)
         agreed = jnp.where(moving, codec.decode(payload, size, key), 0)
 
-        # Numbers that do not move keep their codec state. A weighted rule ignores messages with
-        # weight 0, so their senders keep all of it.
+        # Elements of leaves that do not move keep their codec state. A weighted rule ignores
+        # messages with weight 0, so their senders keep all of it.
         sender = _where(moving, sender, state.sender)
         owner = _where(own_moving, owner, state.owner)
         if combine.weighted:
@@ -151,8 +152,8 @@ def two_phase(
 def _slices(
     x: Shaped[np.ndarray, "... slices slice_size"], count: int, size: int
 ) -> Shaped[np.ndarray, "... count size"]:
-    """Recuts vectors into other slices, padded with zeros."""
-    # Numbers beyond the new slices are padding of the old ones.
+    """Recuts vectors, given as slices, into `count` slices of `size`, padded with zeros."""
+    # Elements beyond the new slices are padding of the old ones.
     vectors = x.reshape(*x.shape[:-2], -1)[..., : count * size]
     missing = count * size - vectors.shape[-1]
     return np.pad(vectors, [(0, 0)] * (vectors.ndim - 1) + [(0, missing)]).reshape(
@@ -163,12 +164,12 @@ def _slices(
 def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
     """Sends the encoded message to all replicas, each of which computes the weighted average.
 
-    If the n numbers, rounded up to whole blocks of the codec, are encoded in `b` bytes, every
+    If the n elements, rounded up to whole blocks of the codec, are encoded in `b` bytes, every
     replica sends `(R - 1) * (b + ceil(leaves / 8) + 4)` bytes. If every replica sends zeros for a
     leaf, the result is exactly zero, as in `two_phase`.
 
     Args:
-        codec: Codec of the whole message, a vector of its n numbers in float32.
+        codec: Codec of the whole message, a vector of its n elements in float32.
 
     Examples:
         >>> codec = ctde.aggregate.error_feedback(ctde.aggregate.top_k(k=128))
@@ -203,7 +204,7 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
 
         agreed, _ = lax.scan(add, jnp.zeros(size), (payloads, shares))
 
-        # As in `two_phase`, the codec state stays for numbers that do not move and for weight 0.
+        # As in `two_phase`, elements that do not move and messages with weight 0 keep their state.
         sender = optax.tree.where(jnp.asarray(weight) > 0, _where(moving, sender, state), state)
         return as_tree(jnp.where(moving, agreed, 0), updates), sender
 
@@ -211,7 +212,7 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
 
 
 def as_vector(tree: PyTree, size: int | None = None) -> Vector:
-    """Concatenates the leaves of a tree to one vector, padded with zeros."""
+    """Concatenates the leaves of a tree to one vector, padded with zeros to `size`, if given."""
     missing = [jnp.zeros((size or _count(tree)) - _count(tree))]
     return jnp.concatenate(
         [leaf.ravel().astype(jnp.float32) for leaf in jax.tree.leaves(tree)] + missing
@@ -261,12 +262,18 @@ def _split_flags(payload: Payload, count: int) -> tuple[Payload, Bool[Array, "..
 
 
 def _moves(tree: PyTree) -> Bool[Array, " leaves"]:
-    """Returns whether each leaf has a nonzero number; NaN counts as nonzero."""
+    """Returns whether each leaf has a nonzero element; NaN is nonzero."""
     return jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)])
 
 
 def _of_each_number(moves: Bool[Array, " leaves"], tree: PyTree, size: int) -> Bool[Array, " size"]:
-    """Repeats each leaf's flag for each of its numbers, in the order of `as_vector`."""
+    """Repeats each leaf's flag for each of its elements, in the order of `as_vector`.
+
+    Args:
+        moves: Flags of the leaves.
+        tree: The message.
+        size: Size of the result; the flags of the padding are False.
+    """
     flags = [
         jnp.broadcast_to(flag, leaf.size)
         for flag, leaf in zip(moves, jax.tree.leaves(tree), strict=True)
@@ -276,8 +283,8 @@ def _of_each_number(moves: Bool[Array, " leaves"], tree: PyTree, size: int) -> B
 
 
 def _where(moving: Bool[Array, "... size"], new: PyTree, old: PyTree) -> PyTree:
-    """Selects the codec state: `new` for numbers that move, `old` for the others.
+    """Selects the codec state elementwise: `new` for elements that move, `old` for the others.
 
-    Its arrays are shaped like the values; see `Codec.init`.
+    All arrays of a codec state have the shape of the values; see `Codec.init`.
     """
     return jax.tree.map(lambda x, y: jnp.where(moving, x, y), new, old)

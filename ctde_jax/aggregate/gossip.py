@@ -24,7 +24,7 @@ class GossipState(NamedTuple):
 
 
 def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransformationExtraArgs:
-    """Mixes parameters with those of the neighbors in a graph; for a `Strategy` that `diverges`.
+    """Mixes parameters with those of the neighbors in a graph; requires `Strategy.diverges`.
 
     With W the symmetric or circulant, doubly stochastic mixing matrix, p the parameters before the
     round and d the outer gradients, replica i gets
@@ -42,9 +42,9 @@ def gossip(graph: Graph = "ring", pull: float = 1.0) -> optax.GradientTransforma
       key in every round (Kolehmainen et al., 2025); a factor of `(1 - 1 / (R - 1)) / 2` per round
       for the expected squared deviation, if R is even.
 
-    Every replica sends its n numbers in float32 to each neighbor: `2 * 4 n` bytes in a ring of 3 or
-    more, otherwise `4 n`. Mixing adds differences from the neighbors, so parameters that are equal
-    on all replicas and do not move keep their bits.
+    Every replica sends its n parameters in float32 to each neighbor: `2 * 4 n` bytes in a ring of 3
+    or more, otherwise `4 n`. Mixing adds differences from the neighbors, so parameters that are
+    equal on all replicas, with a zero outer gradient, keep their bits.
 
     Args:
         graph: Mixing graph: `ring`, `exponential` or `pairs`.
@@ -112,7 +112,7 @@ _AWAY: dict[str, Callable[[Vector, Int32[Array, ""], Key[Array, ""]], Vector]] =
     "exponential": _exponential,
     "pairs": _pairs,
 }
-"""`away(vector, rounds, key)`: the mixed vector minus that of the replica."""
+"""`away(vector, rounds, key)`, the change of the vector by mixing: the mixed vector minus it."""
 
 
 def tournament(replicas: int) -> list[list[int]]:
@@ -135,7 +135,13 @@ def tournament(replicas: int) -> list[list[int]]:
 
 
 def _one_of(choices: Sequence[Sequence[int]], choice: Int32[Array, ""], vector: Vector) -> Vector:
-    """Returns the change by averaging with the chosen source; `choice` is equal on all replicas."""
+    """Returns the change of a vector if it is averaged with that of its source replica.
+
+    Args:
+        choices: For each choice, the source of every replica.
+        choice: Index of the choice, equal on all replicas.
+        vector: Vector of this replica.
+    """
 
     def away(sources: Sequence[int]) -> Callable[[Vector], Vector]:
         return lambda vector: (_from(vector, sources) - vector) / 2

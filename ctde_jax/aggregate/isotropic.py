@@ -1,4 +1,4 @@
-"""Outer gradients that move the model equally far in every direction."""
+"""Outer gradients with equal singular values."""
 
 import jax
 import optax
@@ -10,10 +10,10 @@ from ctde_jax.aggregate.scaling import relative
 def isotropic() -> optax.GradientTransformation:
     """Sets all singular values of every matrix to their mean (Marczak et al., 2025).
 
-    The paper does this to merged models. The average of the changes of many replicas is
-    large in the few directions that they share and small in all others; equal singular values
-    preserve every direction. Chain it before an outer optimizer. A leaf with more than two axes is
-    a matrix `[all other axes, last axis]`; vectors are left unchanged.
+    The paper applies this to merged models, whose average change is large in the few directions
+    that the models share and small in all others; equal singular values preserve every direction.
+    Here, it is applied to outer gradients: chain it before an outer optimizer. A leaf with more
+    than two axes is a matrix `[all other axes, last axis]`; vectors are left unchanged.
 
     Examples:
         >>> outer = optax.chain(ctde.aggregate.isotropic(), optax.sgd(0.7, momentum=0.9))

@@ -12,12 +12,12 @@ from ctde_jax.errors import InputError, check_at_least
 
 
 def mean() -> optax.GradientTransformationExtraArgs:
-    """Averages the messages, weighted by the number of examples behind each.
+    """Averages the messages, weighted by the number of examples of each replica in the round.
 
     For gradients of mean losses, this is the gradient of the mean over all examples, even if the
     last batch is short; for outer gradients, it is federated averaging (McMahan et al., 2017). In
-    one all-reduce, every replica sends `2 (R - 1) / R * 4 (n + 1)` bytes for n numbers and the
-    weight.
+    one all-reduce, every replica sends `2 (R - 1) / R * 4 (n + 1)` bytes for the n elements of a
+    message and the weight.
 
     Examples:
         >>> strategy = ctde.Strategy(inner_steps=8, reduce=ctde.aggregate.mean())
@@ -30,11 +30,11 @@ def mean() -> optax.GradientTransformationExtraArgs:
 
 
 def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
-    """Averages within each host and then across hosts, which exchange each number only once.
+    """Averages within each host and then across hosts, so that hosts exchange each element once.
 
     The steps are a reduce-scatter within each host, an all-reduce among the devices at the same
     position of all hosts, and an all-gather within each host. With L devices on each of h hosts and
-    n numbers, including the weight and rounded up to a multiple of L, a replica sends
+    n elements, including the weight and rounded up to a multiple of L, a replica sends
     `2 (L - 1) / L * 4 n` bytes within its host and `2 (h - 1) / h * 4 n / L` bytes across hosts.
 
     Args:

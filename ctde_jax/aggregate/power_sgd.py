@@ -1,4 +1,4 @@
-"""PowerSGD: matrices travel as two low-rank factors, which an all-reduce can average."""
+"""PowerSGD: matrices are sent as two low-rank factors, which an all-reduce can average."""
 
 from math import prod
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ctde_jax.errors import check_at_least
 
 
 class PowerSGDState(NamedTuple):
-    """One matrix for each leaf that travels as factors, in the order of the tree."""
+    """One matrix for each leaf that is sent as factors, in the order of the tree."""
 
     residual: list[jax.Array]  # error feedback of this replica, float32[rows, columns]
     q: list[jax.Array]  # last right factor, float32[columns, rank], equal on all replicas
@@ -27,14 +27,14 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
 
     A round is one step of power iteration that starts from the right factor of the last round:
     `P = M Q`, averaged and orthogonalized, then `Q = M^T P`, averaged; the result is `P Q^T`. The
-    difference between a replica's message and its approximation stays in its residual for the next
-    round. All P travel in one all-reduce, all Q and the other leaves in a second one.
+    difference between a replica's message and its approximation is kept in its residual and added
+    to the next message. All P are sent in one all-reduce, all Q and the other leaves in another.
 
     A leaf is treated as the matrix `[all other axes, last axis]`. It is sent whole if the factors
-    would not be smaller, as for biases; with a rank that high, this is `mean`. For factored leaves
-    of shape m x n and k numbers in whole leaves, every replica sends
-    `2 (R - 1) / R * 4 * (sum(rank * (m + n) + 1) + k + 1)` bytes: each pair of factors includes one
-    number that is 0 if all replicas send zeros, and the weight is sent once.
+    would not be smaller, as for biases; if that is so for all leaves, the result is that of `mean`.
+    For factored leaves of shape m x n and k elements in whole leaves, every replica sends
+    `2 (R - 1) / R * 4 * (sum(rank * (m + n) + 1) + k + 1)` bytes: with each pair of factors, a flag
+    that is 0 if all replicas send zeros, and the weight once.
 
     If every replica sends zeros for a leaf, the result is exactly zero and its residual does not
     change.
@@ -88,28 +88,28 @@ def power_sgd(rank: int) -> optax.GradientTransformationExtraArgs:
 
         # The target of the approximation is the message plus the residual.
         moves = [jnp.any(matrix != 0).astype(jnp.float32) for matrix in matrices]
-        wanted = [
+        targets = [
             matrix + residual for matrix, residual in zip(matrices, state.residual, strict=True)
         ]
         starts = [_start(q, jax.random.fold_in(key, i)) for i, q in enumerate(state.q)]
 
-        # First all-reduce: P, which leaves move, and the weight. The sum of P need not be divided,
-        # as its orthogonal basis is the same.
-        *sums, total = sum_weighted([*map(jnp.matmul, wanted, starts), *moves, jnp.ones(())])
+        # First all-reduce: P, the flags of nonzero leaves, and the weight. The sum of P need not be
+        # divided, as its orthogonal basis is the same.
+        *sums, total = sum_weighted([*map(jnp.matmul, targets, starts), *moves, jnp.ones(())])
         sums, moving = sums[: len(matrices)], [x > 0 for x in sums[len(matrices) :]]
         bases = [jnp.linalg.qr(p).Q for p in sums]
 
         # Second all-reduce: Q, and the leaves that are sent whole.
-        own_q = [matrix.T @ basis for matrix, basis in zip(wanted, bases, strict=True)]
+        own_q = [matrix.T @ basis for matrix, basis in zip(targets, bases, strict=True)]
         averages = [x / jnp.where(total > 0, total, 1) for x in sum_weighted(own_q + whole)]
         q = averages[: len(own_q)]
         whole = averages[len(own_q) :]
 
-        # Error feedback. The residual stays if the leaf does not move, or if the message has weight
-        # 0 and was ignored.
-        unsaid = [m - basis @ own.T for m, basis, own in zip(wanted, bases, own_q, strict=True)]
-        unsaid = list(map(jnp.where, moving, unsaid, state.residual))
-        residual = optax.tree.where(weight > 0, unsaid, state.residual)
+        # Error feedback. The residual does not change if all replicas send zeros for the leaf, or
+        # if the message has weight 0 and was ignored.
+        errors = [m - basis @ own.T for m, basis, own in zip(targets, bases, own_q, strict=True)]
+        errors = list(map(jnp.where, moving, errors, state.residual))
+        residual = optax.tree.where(weight > 0, errors, state.residual)
 
         # Restore the tree: the product of the factors, or zeros, for matrices, and the mean for
         # whole leaves.

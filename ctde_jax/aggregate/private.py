@@ -32,11 +32,11 @@ def private(
 ) -> optax.GradientTransformationExtraArgs:
     """Averages clipped messages and adds Gaussian noise (McMahan et al., 2018).
 
-    A message is scaled down to the norm `clip_norm` if it is longer. Each message counts once,
-    however many examples are behind it, so a replica moves the average of R by at most
-    `clip_norm / R`. The noise on each number of the average has the standard deviation
+    A message is scaled down to the norm `clip_norm` if it is longer. All messages have equal
+    weight, whatever the number of examples, so a replica changes the average of R by at most
+    `clip_norm / R`. The noise on each element of the average has the standard deviation
     `noise_multiplier * clip_norm / R`, and is the same on all replicas. A message that is not
-    finite counts as zeros.
+    finite is replaced by zeros.
 
     Noise is added to every leaf, even if all replicas send zeros for it, since that fact must be
     hidden too. With inner steps, the noise therefore moves a frozen layer; without, the optimizer
@@ -73,7 +73,7 @@ def private(
         key: Key[Array, ""],
         **extra_args,
     ):
-        # All messages have the weight 1: with a larger one, a replica could move the average by
+        # All messages have the weight 1: with a larger one, a replica could change the average by
         # more.
         reduce_key, noise_key = jax.random.split(key)
         clipped = _clipped(updates, clip_norm)
@@ -98,7 +98,7 @@ def private(
 
 
 def _clipped(message: PyTree, clip_norm: float) -> PyTree:
-    """Scales a message down to the norm `clip_norm`; returns zeros if a number is not finite."""
+    """Scales a message down to the norm `clip_norm`; returns zeros if an element is not finite."""
     largest = jnp.stack(
         [jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0) for x in jax.tree.leaves(message)]
     ).max()
@@ -125,7 +125,7 @@ def epsilon(
     of Google's dp-accounting, which are tight: `pip install 'ctde_jax[privacy]'`.
 
     Args:
-        noise_multiplier: As in `private`, at least 0.1; smaller values give no useful guarantee.
+        noise_multiplier: As in `private`, at least 0.1.
         rounds: Number of aggregations.
         sampling_rate: Probability that a client takes part in a round, independently of all others;
             1 if all clients take part in every round. (If a fixed number of clients is drawn, as

@@ -1,4 +1,4 @@
-"""Quantization to a few bits: a block of numbers shares a scale, which is part of the payload."""
+"""Quantization to a few bits: a block of elements has one scale, which is part of the payload."""
 
 from collections.abc import Callable
 from statistics import NormalDist
@@ -16,17 +16,17 @@ Levels = Literal["linear", "statistical"]
 
 
 def quantize(bits: int, levels: Levels = "linear", block: int = 256) -> Codec:
-    """Encodes each number as the nearest of a few levels.
+    """Encodes each element as the nearest of a few levels.
 
-    A block is encoded in `block * bits / 8 + 4` bytes.
+    A block is encoded in `block * bits / 8 + 4` bytes: an index per element, and the scale.
 
     Args:
-        bits: Bits per number: 8, 4 or 2.
+        bits: Bits per element: 8, 4 or 2.
         levels: `linear` levels are evenly spaced between plus and minus the block's largest
             magnitude and include zero; `statistical` levels are optimal for normally distributed
             numbers with the block's root mean square (Max, 1960), and have a smaller error at few
             bits.
-        block: Numbers that share a scale, a multiple of 8.
+        block: Number of elements with one scale, a multiple of 8.
 
     Raises:
         InputError: An argument is not one of these values.
@@ -66,13 +66,13 @@ def quantize(bits: int, levels: Levels = "linear", block: int = 256) -> Codec:
 
 
 def sign(block: int = 256) -> Codec:
-    """Encodes the sign of each number and the mean magnitude of each block.
+    """Encodes the sign of each element and the mean magnitude of each block of elements.
 
     A block is encoded in `block / 8 + 4` bytes (Karimireddy et al., 2019). Zeros are encoded as
     negative.
 
     Args:
-        block: Numbers that share a mean magnitude, a multiple of 8.
+        block: Number of elements in a block, a multiple of 8.
 
     Raises:
         InputError: `block` is not a positive multiple of 8.
@@ -95,7 +95,7 @@ def sign(block: int = 256) -> Codec:
 
 
 def normal_levels(bits: int) -> Float32[np.ndarray, " levels"]:
-    """Returns the `2**bits` levels of least squared error for the normal distribution.
+    """Returns the `2**bits` levels with the least squared error for the normal distribution.
 
     The levels ascend. They are found by Lloyd's iteration (Max, 1960): each border is midway
     between two levels, and each level is the mean of the distribution between its borders.
@@ -122,15 +122,15 @@ def _blockwise(
 ) -> Codec:
     """Makes a blockwise codec from three functions; the scale of each block is part of its payload.
 
-    The functions are given `parts`, the numbers divided by the largest magnitude of their block,
+    The functions receive `parts`, the elements divided by the largest magnitude of their block,
     because the squares and sums of large numbers would overflow and those of small ones would be
     zero.
 
     Args:
-        bits: Bits per number.
-        block: Numbers that share a scale.
+        bits: Bits per element.
+        block: Number of elements with one scale.
         scale: `scale(parts)`, in units of the largest magnitude.
-        code: `code(parts / scale)`, a whole number less than `2**bits`.
+        code: `code(parts / scale)`, an integer from 0 to `2**bits - 1`.
         level: Inverse of `code`, up to rounding.
     """
 
@@ -143,10 +143,10 @@ def _blockwise(
         scales = scale(parts)[..., None]
         codes = code(parts / jnp.where(largest > 0, scales, 1))
 
-        # A block travels as its codes, followed by its scale in float32.
+        # The payload of a block is its codes, followed by its scale in float32.
         written = jnp.concatenate([pack(codes, bits), to_bytes(scales * largest)], axis=-1)
-        said = read(codes, scales * largest)
-        return written.reshape(*values.shape[:-1], -1), said.reshape(values.shape), state
+        decoded = read(codes, scales * largest)
+        return written.reshape(*values.shape[:-1], -1), decoded.reshape(values.shape), state
 
     def decode(payload, size, key):
         written = payload.reshape(*payload.shape[:-1], size // block, -1)
@@ -156,13 +156,13 @@ def _blockwise(
     def read(
         codes: Num[Array, "... block"], scales: Float32[Array, "... 1"]
     ) -> Float32[Array, "... block"]:
-        # The scale is brought nearer to 1: `level * scale` could pass through subnormal numbers,
+        # The scale is brought nearer to 1: partial products of `level * scale` could be subnormal,
         # which a CPU flushes to zero.
         power = power_towards_one(scales)
         numbers = level(codes) * (scales * power) / power
 
-        # A number at the outermost level may exceed the largest float32 and is clipped to it, but a
-        # scale that is not finite stays visible.
+        # An element at the outermost level may exceed the largest float32 and is clipped to it. If
+        # the scale is not finite, the elements are not clipped.
         bound = jnp.finfo(jnp.float32).max
         return jnp.where(jnp.isfinite(scales), jnp.clip(numbers, -bound, bound), numbers)
 
@@ -170,10 +170,10 @@ def _blockwise(
 
 
 def pack(codes: Num[Array, "... n"], bits: int) -> UInt8[Array, "... bytes"]:
-    """Packs whole numbers into `n * bits / 8` bytes.
+    """Packs integers into `n * bits / 8` bytes.
 
     Args:
-        codes: Whole numbers from 0 to `2**bits - 1`, of any dtype.
+        codes: Integers from 0 to `2**bits - 1`, of any dtype.
         bits: 1, 2, 4 or 8 bits for each number.
     """
     # Byte i holds the i-th number of each of `8 / bits` contiguous parts; neighbors would need
@@ -193,8 +193,8 @@ def unpack(packed: UInt8[Array, "... bytes"], bits: int) -> UInt8[Array, "... n"
 def _largest(blocks: Float32[Array, "... block"]) -> Float32[Array, "..."]:
     """Returns the maximum of each row.
 
-    Rows are halved first, which a CPU computes with vector instructions instead of number by
-    number.
+    Rows are halved first, which a CPU computes with vector instructions instead of element by
+    element.
     """
     while blocks.shape[-1] > 16 and blocks.shape[-1] % 2 == 0:
         blocks = jnp.maximum(*jnp.split(blocks, 2, axis=-1))

@@ -1,4 +1,7 @@
-"""A reducer turns the messages of the replicas into their result, usually equal on all of them."""
+"""A reducer combines the messages of the replicas; usually, all replicas receive the same result.
+
+A *message* is the pytree that a replica sends: a gradient, or the outer gradient of a local round.
+"""
 
 from collections.abc import Callable
 from typing import Protocol, Self, runtime_checkable
@@ -9,10 +12,9 @@ from ctde_jax.devices import PyTree, as_complex, as_real
 
 
 class IndependentReducer(optax.GradientTransformationExtraArgs):
-    """A reducer that treats each message separately, as robust rules and private averages do.
+    """A reducer that requires each message to depend only on the examples of its replica.
 
-    No message may depend on the examples of another replica, so batch statistics are not
-    synchronized.
+    Robust rules and private averages do, so batch statistics are then not synchronized.
     """
 
 
@@ -21,7 +23,7 @@ class CutByOwner(Protocol):
     """A part of a reducer's state that is cut into slices, one owned by each replica."""
 
     def recut(self, like: Self) -> Self:
-        """Returns the state of all replicas for another number of replicas, which own other slices.
+        """Converts the state of all replicas to a different number of replicas, and so of slices.
 
         Args:
             like: Arrays or `ShapeDtypeStruct`s `[replica, ...]`, shaped like the state to return.
@@ -39,10 +41,10 @@ def reducer(
     Args:
         init: `init(params) -> state`, the state of one replica.
         update: `update(message, state, params=None, *, weight, key, **extra_args)`, which returns
-            `(reduced, state)`. `weight`, float32[], is the number of examples behind this replica's
-            message; `key` is equal on all replicas and different in every round. `reduced` has the
-            shapes and dtypes of the message. Both functions receive complex leaves as their real
-            and imaginary parts, real `[2, ...]`.
+            `(reduced, state)`. `weight`, float32[], is the number of examples of this replica in
+            the round; `key` is equal on all replicas and different in every round. `reduced` has
+            the shapes and dtypes of the message. Both functions receive complex leaves as their
+            real and imaginary parts, real `[2, ...]`.
         independent: Whether to return an `IndependentReducer`.
 
     Examples:

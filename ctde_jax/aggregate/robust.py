@@ -1,17 +1,16 @@
 """Robust rules tolerate bad messages of some replicas, due to faults, bad data or attacks.
 
-Every replica counts once: a weight is only a claim, and must not buy influence. So a replica
-without examples, whose message is zero, counts as a vote for no change. A message that is not
-finite has no effect on any of these rules, as long as there are no more such messages than the rule
-tolerates.
+All messages have equal weight, because a faulty replica could claim any number of examples. So a
+replica without examples contributes a message of zeros. A message that is not finite has no effect
+on any of these rules, as long as there are no more such messages than the rule tolerates.
 
 A rule protects against messages. It does not protect against a replica that sends a wrong result as
 the owner of a slice, and it does not cover batch statistics or losses, which are averaged
 elsewhere.
 
-The coordinate-wise rules need no further communication between the replicas. The rules for whole
-vectors sum the squared distances that the owners compute on their slices: 3 R x R floats for Krum,
-3 R floats per iteration for the others.
+The coordinate-wise rules (median and trimmed mean) need no further communication between the
+replicas. The rules for whole vectors sum the squared distances that the owners compute on their
+slices: 3 R x R floats for Krum, 3 R floats per iteration for the others.
 """
 
 from math import inf
@@ -76,14 +75,14 @@ def trimmed_mean(byzantine: int) -> Combine:
 
 
 def krum(byzantine: int) -> Combine:
-    """Selects the message that is nearest to its neighbors (Blanchard et al., 2017).
+    """Selects the message with the nearest neighbors (Blanchard et al., 2017).
 
     The neighbors of a message are the R - f messages nearest to it, including itself. Its score is
     the sum of the squared distances to them, and the message with the lowest score is selected.
     This is the definition of ByzFL; the paper has one neighbor fewer.
 
     Args:
-        byzantine: The paper's f, the number of replicas that may be bad.
+        byzantine: The paper's f, the number of replicas whose messages may be arbitrary.
 
     Raises:
         InputError: `byzantine` is negative, or, at initialization, there are fewer than 2 f + 3
@@ -97,10 +96,10 @@ def krum(byzantine: int) -> Combine:
 
 
 def multi_krum(byzantine: int, selected: int | None = None) -> Combine:
-    """Averages the messages of lowest score, where `krum` selects one (Blanchard et al., 2017).
+    """Averages the messages with the lowest scores of `krum` (Blanchard et al., 2017).
 
     Args:
-        byzantine: The paper's f, the number of replicas that may be bad.
+        byzantine: The paper's f, the number of replicas whose messages may be arbitrary.
         selected: The paper's m, the number of messages that are averaged; by default R - f, as in
             ByzFL.
 
@@ -169,8 +168,8 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
             # Weights relative to the largest one, which as an inverse distance might underflow. A
             # message that is not finite has weight 0 and is masked, as 0 * NaN is NaN.
             pulls = distances.min() / distances
-            heard = jnp.where(pulls[:, None] > 0, rows, 0)
-            return jnp.sum(heard * (pulls / pulls.sum())[:, None], axis=0)
+            finite = jnp.where(pulls[:, None] > 0, rows, 0)
+            return jnp.sum(finite * (pulls / pulls.sum())[:, None], axis=0)
 
         return lax.fori_loop(0, iterations, average, jnp.zeros_like(rows[0])), state
 
@@ -178,7 +177,7 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
 
 
 def centered_clipping(radius: float, iterations: int = 1) -> Combine:
-    """Moves the last result towards each message by at most a radius (Karimireddy et al., 2021).
+    """Moves the last result by the average of clipped differences (Karimireddy et al., 2021).
 
     Every iteration moves the center by the average of the messages' differences from it, each
     clipped to the radius. The center starts from the last result, and in the first round from zero.
@@ -213,7 +212,10 @@ def centered_clipping(radius: float, iterations: int = 1) -> Combine:
 
 
 def _distances(rows: Rows, center: Float32[Array, " size"]) -> Float32[Array, " replicas"]:
-    """Returns each message's distance from a point; infinite if not finite."""
+    """Returns the distances of whole messages from a point, of which each owner holds a slice.
+
+    The distance of a message that is not finite is infinite.
+    """
     return _summed_over_owners(_squares(rows - center[None]))
 
 
@@ -233,7 +235,7 @@ def _squares(slices: Rows) -> Float32[Array, "3 replicas"]:
 def _summed_over_owners(
     squares: Float32[Array, "... 3 replicas"],
 ) -> Float32[Array, "... replicas"]:
-    """Sums `_squares` over the owners, and returns norms of whole messages.
+    """Sums the results of `_squares` over all owners, and returns the norms of whole messages.
 
     The norm of a message that is not finite is infinite.
     """

@@ -10,7 +10,7 @@ def power_towards_one(magnitude: jax.Array) -> jax.Array:
 
 
 def relative(x: jax.Array, largest: jax.Array) -> jax.Array:
-    """Divides `x` by `largest`, its largest magnitude, which broadcasts; zeros stay zeros.
+    """Divides `x` by `largest`, its largest magnitude (broadcastable); if that is 0, returns zeros.
 
     XLA multiplies by the reciprocal of a divisor that is broadcast. The reciprocal of a number
     greater than 8.5e37 is less than the smallest normal float32, which a CPU flushes to zero, so

@@ -1,4 +1,4 @@
-"""Sparse codecs: the largest numbers of each chunk, or a random choice that needs no positions."""
+"""Sparse codecs: the elements of largest magnitude in each chunk, or randomly chosen elements."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -15,20 +15,20 @@ Chunks: TypeAlias = Float32[Array, "... chunks chunk"]
 """Vectors, cut into chunks of equal size."""
 
 Positions: TypeAlias = Int32[Array, "... chunks k"]
-"""Positions in each chunk of the numbers that are kept."""
+"""Positions in each chunk of the elements that are kept."""
 
 
 def top_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
     """Encodes the k largest magnitudes of each chunk and their packed positions.
 
-    SparseLoCo (Sarfi et al., 2025) selects numbers in this way. The positions of c chunks take
+    SparseLoCo (Sarfi et al., 2025) selects elements in this way. The positions of c chunks take
     `ceil(c * k * bits / 8)` bytes, with `bits` the logarithm `log2(chunk)` rounded up; they are
-    followed by the `c * k` numbers, as encoded by `values`.
+    followed by the `c * k` elements, as encoded by `values`. All other elements decode to zero.
 
     Args:
-        k: Numbers to keep in each chunk.
-        chunk: Numbers in a chunk.
-        values: Stateless codec of the numbers that are kept.
+        k: Number of elements to keep in each chunk.
+        chunk: Number of elements in a chunk.
+        values: Stateless codec of the elements that are kept.
 
     Raises:
         InputError: `k` is not from 1 to `chunk`, or not a multiple of the block of `values`.
@@ -62,16 +62,16 @@ def top_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
 
 
 def random_k(k: int, chunk: int = 4096, values: Codec = exact()) -> Codec:
-    """Encodes k random numbers of each chunk, drawn in every round from the shared key.
+    """Encodes k random elements of each chunk, whose positions follow from the key of the round.
 
     Positions are not sent, as every replica draws the same ones. (Konečný et al., 2016, call this a
-    random mask.) Numbers that are not drawn are decoded as zero, so use it with error feedback. The
-    `c * k` numbers of c chunks are encoded by `values`.
+    random mask.) All other elements decode to zero, so use it with error feedback. The `c * k`
+    elements of c chunks are encoded by `values`.
 
     Args:
-        k: Numbers to keep in each chunk.
-        chunk: Numbers in a chunk.
-        values: Stateless codec of the numbers that are kept.
+        k: Number of elements to keep in each chunk.
+        chunk: Number of elements in a chunk.
+        values: Stateless codec of the elements that are kept.
 
     Raises:
         InputError: `k` is not from 1 to `chunk`, or not a multiple of the block of `values`.
@@ -105,12 +105,12 @@ def _chunkwise(
     write: Callable[[Positions], Payload],
     read: Callable[[Payload, tuple[int, ...], Key[Array, ""]], tuple[Positions, Payload]],
 ) -> Codec:
-    """Makes a codec that keeps k numbers of each chunk.
+    """Makes a codec that keeps k elements of each chunk.
 
     Args:
-        k: Numbers to keep in each chunk.
-        chunk: Numbers in a chunk.
-        values: Stateless codec of the numbers that are kept.
+        k: Number of elements to keep in each chunk.
+        chunk: Number of elements in a chunk.
+        values: Stateless codec of the elements that are kept.
         choose: `choose(chunks, key) -> positions`
         write: `write(positions) -> payload`
         read: `read(payload, shape of the positions, key) -> (positions, the rest of the payload)`
@@ -138,10 +138,10 @@ def _chunkwise(
         chunks = numbers.reshape(*numbers.shape[:-1], -1, chunk)
         positions = choose(chunks, key)
         kept = jnp.take_along_axis(chunks, positions, axis=-1).reshape(*numbers.shape[:-1], -1)
-        payload, said, _ = values.encode(kept, (), key)
+        payload, decoded, _ = values.encode(kept, (), key)
         return (
             jnp.concatenate([write(positions), payload], axis=-1),
-            scatter(positions, said),
+            scatter(positions, decoded),
             state,
         )
 

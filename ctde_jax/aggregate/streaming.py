@@ -17,10 +17,10 @@ from ctde_jax.errors import InputError, check_at_least
 class StreamingState(NamedTuple):
     """The central fragments, equal on all replicas, and this replica's message in flight."""
 
-    rounds: jax.Array  # int32[]
+    rounds: jax.Array  # int32[], number of rounds since the start
     center: PyTree  # each leaf float32[fragment, size]
     message: PyTree  # each leaf float32[size], for the fragment of the last round
-    weight: jax.Array  # float32[], number of examples behind the message
+    weight: jax.Array  # float32[], number of examples of the replica in the last round
     reduce: PyTree  # state of the reducer, one row per fragment
     outer: PyTree  # state of the outer optimizer, one row per fragment
 
@@ -33,18 +33,20 @@ def streaming(
 ) -> optax.GradientTransformationExtraArgs:
     """Aggregates one fragment per round, while the next local steps run (Douillard et al., 2025).
 
-    For a `Strategy` that `diverges`. Every leaf, as a vector, is cut into equal fragments. At the
-    end of round t, the message of a replica is the outer gradient of fragment `t mod fragments`. It
-    travels during the local steps of round t + 1; then the central fragment takes its outer step,
-    and the fragment of the replica becomes `mix * own + (1 - mix) * central`. A round sends what
-    `reduce` sends for `ceil(n / fragments)` numbers of each leaf of n numbers.
+    It requires `Strategy.diverges`. Every leaf, as a vector, is cut into equal fragments. Besides
+    its parameters, each replica holds the central parameters, which are equal on all replicas. At
+    the end of round t, the message of a replica is the outer gradient of its fragment with index
+    `t mod fragments`. It is reduced during the local steps of round t + 1; then the central
+    fragment takes its outer step, and the fragment of the replica becomes
+    `mix * own + (1 - mix) * central`. A round sends the bytes of `reduce` for
+    `ceil(n / fragments)` elements of each leaf of n elements.
 
     Args:
         fragments: Number of fragments.
-        reduce: Any reducer except `mean()`, whose all-reduce a compiler merges with that of the
+        reduce: Any reducer except `mean()`, whose all-reduce a compiler may merge with that of the
             metrics, which waits for the local steps; by default `two_phase()`.
         outer: Outer optimizer; by default SGD with learning rate 0.7 and Nesterov momentum 0.9.
-        mix: Weight of a replica's fragment, which has moved on while the message traveled.
+        mix: Weight of a replica's fragment in the mixture with the central one, from 0 to 1.
 
     Raises:
         InputError: `fragments` is less than 1, or `mix` is not from 0 to 1.
@@ -92,7 +94,7 @@ def streaming(
             state.message, _row(state.reduce, sent), at_sent, weight=state.weight, key=key
         )
         step, outer_state = optimizer.update(agreed, _row(state.outer, sent), at_sent)
-        heard = StreamingState(
+        received = StreamingState(
             rounds=state.rounds,
             center=_with_row(state.center, sent, optax.tree.add(at_sent, step)),
             message=state.message,
@@ -103,18 +105,20 @@ def streaming(
 
         # Mix the fragment with the central one. In the first round no message is in flight, so
         # nothing changes.
-        mixed = jax.tree.map(mixture, _row(own, sent), _row(heard.center, sent))
+        mixed = jax.tree.map(mixture, _row(own, sent), _row(received.center, sent))
         is_first = state.rounds == 0
-        heard, own = optax.tree.where(is_first, (state, own), (heard, _with_row(own, sent, mixed)))
+        received, own = optax.tree.where(
+            is_first, (state, own), (received, _with_row(own, sent, mixed))
+        )
 
         # Return the change of the parameters as an outer gradient, and send the next fragment's
         # message.
         moved = jax.tree.map(
             lambda p, x, d: (p - _whole(x, p)).astype(d.dtype), before, own, updates
         )
-        return moved, heard._replace(
+        return moved, received._replace(
             rounds=state.rounds + 1,
-            message=optax.tree.sub(_row(heard.center, sending), _row(own, sending)),
+            message=optax.tree.sub(_row(received.center, sending), _row(own, sending)),
             weight=jnp.asarray(weight, jnp.float32),
         )
 
@@ -122,13 +126,13 @@ def streaming(
 
 
 def _cut(fragments: int, leaf: jax.Array) -> jax.Array:
-    """Cuts a leaf into equal fragments, float32[fragment, size], the last one padded with zeros."""
+    """Cuts a leaf into equal fragments, float32[fragment, size]; the last is padded with zeros."""
     vector = leaf.ravel().astype(jnp.float32)
     return jnp.pad(vector, (0, -vector.size % fragments)).reshape(fragments, -1)
 
 
 def _whole(pieces: jax.Array, like: jax.Array) -> jax.Array:
-    """Inverts `_cut`, to the shape of `like`."""
+    """Inverts `_cut`: returns the leaf with the shape of `like`, float32."""
     return pieces.ravel()[: like.size].reshape(like.shape)
 
 

@@ -1,4 +1,4 @@
-"""Adapts optax transformations to a training step: extra arguments, evaluation points, limits."""
+"""Adapts optax transformations to a training step: extra arguments, and points of evaluation."""
 
 import logging
 import re
@@ -62,12 +62,12 @@ def as_transformation(optimizer: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    """Makes a transformation that a training step can call, whatever extra arguments it accepts.
+    """Makes a transformation that a training step can call with any extra arguments.
 
-    Its `update(updates, state, params, *, value=None, **extra_args)` passes on `value` (a `Value`,
-    evaluated), the same number as `loss`, the incoming updates as `grad`, and `extra_args`;
-    arguments that the signature rejects are dropped. If the result does not depend on the value,
-    `value` is not called, and the program is that of an update without it.
+    Its `update(updates, state, params, *, value=None, **extra_args)` calls `optimizer.update` with
+    the result of `value` (a `Value`) as `value` and as `loss`, the incoming updates as `grad`, and
+    `extra_args`; arguments that `optimizer.update` rejects are dropped. If the result does not
+    depend on the value, `value` is not called, and the program is that of an update without it.
 
     `optax.lookahead` receives its pair of fast and slow parameters; the slow ones are kept in the
     state.
@@ -76,8 +76,8 @@ def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         optimizer: Any optax transformation, or an object with `init` and `update`.
 
     Raises:
-        InputError: In `init`, if the optimizer needs the gradient of every example, or if its
-            updates change the structure of its state.
+        InputError: In `init`, if the optimizer contains `differentially_private_aggregate`, or if
+            its updates change the structure or a shape of its state, or narrow a dtype.
     """
     inner = as_transformation(optimizer)
 
@@ -97,8 +97,8 @@ def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         # The slow parameters start equal to the fast ones.
         if _found(like, optax.LookaheadState):
             pair = optax.LookaheadParams.init_synced(params)
-            return LookaheadSlow(_with_lasting_types(inner, inner.init(pair), params, pair), params)
-        return _with_lasting_types(inner, inner.init(params), params, params)
+            return LookaheadSlow(_with_stable_types(inner, inner.init(pair), params, pair), params)
+        return _with_stable_types(inner, inner.init(params), params, params)
 
     def update(
         updates: PyTree,
@@ -111,7 +111,7 @@ def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         if not isinstance(state, LookaheadSlow):
             return _update(inner, updates, state, params, value, extra_args)
 
-        # The step moves the fast parameters; the slow ones move here, and stay in the state.
+        # The step updates the fast parameters; the slow ones are updated here, in the state.
         pair = optax.LookaheadParams(fast=params, slow=state.slow)
         moved, own = _update(inner, updates, state.state, pair, value, extra_args)
         return moved.fast, LookaheadSlow(own, optax.apply_updates(state.slow, moved.slow))
@@ -120,11 +120,11 @@ def adapted(optimizer: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def evaluated_point(opt_state: PyTree, params: PyTree) -> PyTree:
-    """Returns the parameters at which an optimizer that trains at another point is evaluated.
+    """Returns the parameters to evaluate, which for some optimizers are not those to train.
 
-    These are the average of `optax.contrib.schedule_free`, the slow parameters of
+    They are the average of `optax.contrib.schedule_free`, the slow parameters of
     `optax.lookahead`, and the parameters before the adversarial steps of `optax.contrib.sam`,
-    wherever they are in the state. For any other optimizer they are `params`.
+    wherever they are in the state. For all other optimizers they are `params`.
     """
     for state in _found(opt_state, LookaheadSlow):
         params = state.slow
@@ -150,7 +150,10 @@ def has_evaluated_point(opt_state: PyTree) -> bool:
 
 
 def own_point(opt_state: PyTree) -> str | None:
-    """Returns the optimizer's name if it computes parameters from points in its state, or None."""
+    """Returns the name of an optimizer that computes parameters from points in its state, or None.
+
+    Such optimizers are `schedule_free`, `lookahead`, `sam`, `cocob` and `madgrad`.
+    """
     found = _found(opt_state, _WITH_OWN_POINT)
     if not found:
         return None
@@ -161,8 +164,8 @@ def own_point(opt_state: PyTree) -> str | None:
 def learning_rate(opt_state: PyTree) -> jax.Array | None:
     """Returns the learning rate of the last update, float32[], from `optax.inject_hyperparams`.
 
-    It is None if the state holds no scalar learning rate, or several, as that of
-    `optax.multi_transform` may, since none of these applies to all parameters.
+    Returns None if the state contains no scalar learning rate, or several, as that of
+    `optax.multi_transform` may.
 
     Examples:
         >>> opt_state = ctde.optimizers.build("sgd", 0.1).init({"kernel": np.ones(3)})
@@ -182,8 +185,8 @@ def with_hyperparams_of(fresh: PyTree, opt_state: PyTree) -> PyTree:
     """Returns `opt_state` with the constant hyperparameters of `fresh`.
 
     These are the numbers that `optax.inject_hyperparams` keeps in a state. A run that branches off
-    another one uses the numbers that its optimizer was created with. Schedules are part of the
-    program, and continue from their step.
+    an earlier run thus uses the numbers of its optimizer, not those of the earlier run. Schedules
+    are part of the program, and continue from their step.
 
     Args:
         fresh: A state of the new run's optimizer, just initialized.
@@ -204,16 +207,18 @@ def with_hyperparams_of(fresh: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
-    """Traces the first update of an optimizer, and returns its state; runs under `jax.eval_shape`.
+    """Traces the first update of an optimizer, and returns its initial state.
+
+    It is called under `jax.eval_shape`, so that nothing is computed.
 
     Args:
-        optimizer: As for `adapted`.
+        optimizer: Any optax transformation, or an object with `init` and `update`.
         params: Parameters of the model.
         option: Name of the argument that holds the optimizer, for errors.
 
     Raises:
         InputError: `init` or `update` fails, requires an argument that a step does not pass, or
-            returns updates of another structure.
+            returns updates whose structure or shapes differ from those of the parameters.
     """
     transformation = adapted(optimizer)
 
@@ -236,7 +241,7 @@ def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
 
 def depends_on(program: ClosedJaxpr, inputs: list[Var]) -> bool:
     """Returns whether any result of a traced program depends on one of the given inputs."""
-    # Equations with inner programs count as a whole: an output may depend on any of their inputs.
+    # Any output of an equation, also of one with inner programs, may depend on any of its inputs.
     reached = set(inputs)
     for equation in program.jaxpr.eqns:
         if not reached.isdisjoint(x for x in equation.invars if isinstance(x, Var)):
@@ -252,7 +257,20 @@ def _update(
     value: Value | None,
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
-    """Calls an update with those of the extra arguments that its signature accepts."""
+    """Calls `inner.update` with those of the extra arguments that it accepts.
+
+    Args:
+        inner: Transformation to call.
+        updates: Incoming updates, also offered as `grad`.
+        state: State of the transformation.
+        params: Argument `params` of the update.
+        value: Mean objective, offered as `value` and `loss`; called only if the result depends on
+            it.
+        extra_args: Further extra arguments.
+
+    Returns:
+        The updates and the state.
+    """
     names = ["value", "loss", "grad", *extra_args]
 
     def call(value, updates, state, params, extra_args):
@@ -279,13 +297,13 @@ def _update(
     )
 
 
-def _with_lasting_types(
+def _with_stable_types(
     inner: optax.GradientTransformationExtraArgs, state: PyTree, params: PyTree, given: PyTree
 ) -> PyTree:
     """Converts an initial state to the dtypes that it has after an update, if they are wider.
 
-    A loop requires a state of constant types, but some transformations return wider types than they
-    started with.
+    A loop requires a state of constant dtypes, but some transformations return a state with wider
+    dtypes than their initial state.
 
     Args:
         inner: Transformation that the state belongs to.
@@ -307,7 +325,7 @@ def _with_lasting_types(
             *(params, state, given),
         )
 
-    # One wider number may widen others at the next update, so try a few times.
+    # A wider array may widen others at the next update, so try a few times.
     for _ in range(3):
         then = after(state)
         if jax.tree.structure(state) != jax.tree.structure(then):
@@ -362,7 +380,14 @@ def _found(tree: PyTree, kinds: Any) -> list[Any]:
 
 
 def _map_unmasked(function: Callable[..., jax.Array], own: PyTree, params: PyTree) -> PyTree:
-    """Maps over parameters, except those that `optax.masked` hides from the owner of `own`."""
+    """Maps `function(own, param)` over parameters; masked ones are returned unchanged.
+
+    Args:
+        function: Function of a leaf of `own` and of `params`.
+        own: Tree from an optimizer state, with `optax.MaskedNode` for the parameters that
+            `optax.masked` hides from the optimizer.
+        params: Parameters of the model.
+    """
 
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)

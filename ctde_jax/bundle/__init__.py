@@ -1,6 +1,8 @@
-"""Bundles of trained models, which nodes run without the trainer and without a network.
+"""Bundles of trained models, and the code that runs them on a node.
 
-Nothing here imports JAX, unless a node selects it as the runtime.
+A *bundle* is a folder with a trained model in the formats of several runtimes. A *node* is a
+machine that runs it, without the trainer and without network access. Nothing here imports JAX,
+unless the node selects it as the runtime.
 """
 
 from ctde_jax.bundle import answers, parity, perceptron, streams

@@ -1,4 +1,7 @@
-"""Checks that arrays have the kind, shape and range that a model was trained on."""
+"""Validates arrays against the dtype, shape and integer range of the training data.
+
+Valid arrays are converted to the dtype of the training data.
+"""
 
 from typing import NamedTuple
 
@@ -9,20 +12,20 @@ from ctde_jax.errors import InputError
 
 
 class Accepted(NamedTuple):
-    """Specification of inputs or labels `[examples, ...]` that are like those of the data set."""
+    """Specification of the inputs or labels `[examples, ...]` that a trained model accepts."""
 
     dtype: str
-    shape: tuple[int | None, ...]  # of one example; None accepts any length
+    shape: tuple[int | None, ...]  # of one example; None for an axis of any length
     largest: int | None = None
-    """Largest integer, with 0 as the smallest one; None accepts the whole range of the dtype."""
+    """Largest accepted integer; the smallest is then 0. None accepts the range of the dtype."""
 
     def conform(self, option: str, values: ArrayLike) -> np.ndarray:
-        """Checks values against the training data and converts them to its dtype.
+        """Validates values against this specification and converts them to its dtype.
 
-        A conversion changes no number beyond the rounding of float64 to float32, and never the
-        scale. Integers of any width, floats of any precision and booleans are accepted, but a model
-        trained on integers (such as pixels from 0 to 255) accepts no floats, and a model trained on
-        floats (such as pixels from 0 to 1) no integers. In a list, integers may stand for floats.
+        If `dtype` is an integer dtype, integers of any width and booleans are accepted, but no
+        floats. If it is float32, floats of any precision and booleans are accepted, and integers
+        only in a list. Values are never rescaled: integers instead of floats suggest a different
+        scale, such as pixels from 0 to 255 instead of 0 to 1, so they raise an error.
 
         Args:
             option: Name of the argument in error messages.
@@ -32,16 +35,17 @@ class Accepted(NamedTuple):
             Contiguous array `[examples, *shape]` of `dtype`.
 
         Raises:
-            InputError: If the shape, dtype or range differs, or a number is NaN or infinite.
+            InputError: If the values violate the specification, or a number is NaN or infinite
+                after the conversion.
         """
-        # An empty list has no example shape: use length 1 for each variable one.
+        # An empty list has no example shape: use length 1 for each axis of any length.
         array = np.asarray(values)
         dtype = np.dtype(self.dtype)
         is_list = not hasattr(values, "dtype")
         if is_list and array.shape == (0,):
             return np.zeros((0, *(length or 1 for length in self.shape)), dtype)
 
-        # Shape: a variable length matches any; a single example is a common mistake.
+        # Shape: None matches any length. Passing a single example is a common mistake.
         lengths = (
             own if wanted is None else wanted
             for wanted, own in zip(self.shape, array.shape[1:], strict=False)
@@ -58,8 +62,8 @@ class Accepted(NamedTuple):
                 f"{way_out}.",
             )
 
-        # Kind: a wrong one suggests another scale, so it is not converted. A list has no dtype that
-        # the user has chosen.
+        # Kind of the dtype: integers instead of floats, or the reverse, suggest a different scale,
+        # so they are not converted. The dtype of a list was not chosen by the user.
         kinds = "biu" if dtype.kind != "f" else "bfiu" if is_list else "bf"
         if array.dtype.kind not in kinds:
             kind = "floats" if dtype.kind == "f" else "integers"

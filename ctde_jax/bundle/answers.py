@@ -21,9 +21,9 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def score(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each example's cross-entropy in nats and its accuracy, float64 `[examples]`.
+    """Returns the cross-entropy in nats and the accuracy of each example, float64 `[examples]`.
 
-    Both are means over the positions of a sequence.
+    For sequences, both are averaged over the positions.
 
     Args:
         outputs: Logits, float32 `[examples, ..., classes]`.
@@ -47,23 +47,28 @@ def write(
 ) -> Iterator[str]:
     """Continues a text and returns an iterator over its new characters.
 
-    A model with a step function remembers the whole text; any other model sees the last tokens that
-    fit into its input. At temperature 0 the text equals that of `ctde_jax.generate`; at any other
-    temperature the random numbers differ.
+    If the artifact has a step function, the model reads the whole text; otherwise it reads the last
+    characters that fit into its input. As in `ctde_jax.generate`, temperature 0 selects the
+    character with the largest logit; at other temperatures, the random numbers of the two functions
+    differ.
 
     Args:
         bundle: Bundle of a language model.
         runtime: Name of the runtime that computes the logits.
         prompt: Start of the text.
         length: Number of characters to generate.
-        temperature: Divisor of the logits; 0 always takes the likeliest character.
+        temperature: Divisor of the logits; 0 always selects the most likely character.
         seed: Random seed for sampling.
+
+    Returns:
+        An iterator over `length` characters; each is computed when it is requested.
 
     Raises:
         InputError: If the model is not a language model, the prompt is empty or contains a
-            character outside the vocabulary, or a number is out of range.
+            character outside the vocabulary, a number is out of range, or the artifact cannot be
+            loaded; see `runtimes.load`.
     """
-    # This function is not a generator, so that mistakes raise at the call, not at the first draw.
+    # This function is not a generator, so that it raises errors before the first character.
     vocabulary = bundle.card.vocabulary
     if not vocabulary or bundle.card.predicts != "tokens":
         raise InputError("prompt", f"requires a language model, but {bundle.folder} is not one.")
@@ -74,9 +79,9 @@ def write(
 
     # Tokens are characters.
     token_of = {character: token for token, character in enumerate(vocabulary)}
-    strange = [character for character in prompt if character not in token_of]
-    if strange or not prompt:
-        got = repr(strange[0]) if strange else "none"
+    unknown = [character for character in prompt if character not in token_of]
+    if unknown or not prompt:
+        got = repr(unknown[0]) if unknown else "none"
         raise InputError(
             "prompt", f"must be one or more of the model's {len(vocabulary)} characters, got {got}."
         )
@@ -101,7 +106,10 @@ def write(
 
 
 def _in_window(predict: Predict, tokens: Sequence[int], window: int) -> Iterator[np.ndarray]:
-    """Yields the logits after the last token of a growing list, float32 `[vocabulary]`."""
+    """Yields the logits of the token after the last `window` tokens, float32 `[vocabulary]`.
+
+    The caller appends a token to `tokens` before it requests the next logits.
+    """
     while True:
         # Zeros fill the rest of the window; no position depends on later ones.
         seen = np.zeros((1, window), np.int32)
@@ -113,7 +121,13 @@ def _in_window(predict: Predict, tokens: Sequence[int], window: int) -> Iterator
 def _place_by_place(
     step: Step, tokens: Sequence[int], carry: Sequence[Sequence[int]]
 ) -> Iterator[np.ndarray]:
-    """Yields the same logits from a step function, which reads every token once."""
+    """Yields the same logits as `_in_window`, from a step function that reads every token once.
+
+    Args:
+        step: Step function of the model.
+        tokens: All tokens of the text, to which the caller appends.
+        carry: Shapes of the carry for one example.
+    """
     read = 0
     state = [np.zeros((1, *shape), np.float32) for shape in carry]
     outputs = np.zeros(0)

@@ -3,15 +3,15 @@
     bundle/
         card.json             see `Card`
         weights.safetensors   parameters and model state by name, and the scaling of raw inputs
-        model.stablehlo       the model as a JAX program of raw inputs, for any batch size
+        model.stablehlo       the model as a JAX program, for any batch size
         model.onnx            the same in ONNX
         step.stablehlo, .onnx the model for one position of a sequence, if it can run stepwise
         examples.safetensors  some test examples, with the outputs of the trained model
         SHA256SUMS            SHA-256 of all files, in the format of `sha256sum --check`
 
-Nothing in a bundle is executed as code, and a file is used only if it matches its SHA-256. These
-sums protect against damage, not against forgery. For that, a user compares the SHA-256 of the card
-with the one that its author has published (`expect`).
+Models take raw inputs: in the dtype and scale in which the data set stores them. A bundle contains
+no Python code, and a file is used only if it matches its SHA-256. The digests detect damage. To
+detect forgery, pass the SHA-256 of the card that the author has published to `open_bundle`.
 """
 
 import json
@@ -56,8 +56,10 @@ class Artifact(NamedTuple):
     """The model in the format of a runtime."""
 
     file: str
+    """Name of the file with the model for whole examples."""
+
     step: str | None
-    """File with the model for one position of a sequence, or None."""
+    """Name of the file with the model for one position of a sequence, or None."""
 
     receipt: Facts
     """Measurements made at the export; see `export/receipt.py`."""
@@ -73,7 +75,10 @@ class Layers(NamedTuple):
     """Activation function between two layers."""
 
     kernels: tuple[str, ...]
-    """Names of the kernels in the weights; the name of a bias has `bias` instead of `kernel`."""
+    """Names of the kernels in the weights, in the order of execution.
+
+    The bias of a layer, if any, has the same name with `bias` instead of `kernel`.
+    """
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,21 @@ class Card:
     """Content of a bundle's card."""
 
     predicts: Literal["anything", "classes", "tokens"]
-    """Kind of the outputs: logits `[classes]`, logits `[length, vocabulary]`, or anything else."""
+    """Output of one example.
+
+    Logits `[classes]` for "classes", logits `[length, vocabulary]` for "tokens", any array for
+    "anything".
+    """
 
     input_shape: tuple[int, ...]
     """Shape of one example, as the data set stores it."""
 
     input_dtype: str
     highest: int
-    """Value of white in a uint8 picture, which the model receives as 1."""
+    """Value of a white pixel, to which .png files are scaled.
+
+    If it is below 255, the model receives it as 1.0, and rejects larger uint8 inputs.
+    """
 
     output_shape: tuple[int, ...]
     """Shape of the output for one example, float32."""
@@ -100,12 +112,20 @@ class Card:
     """
 
     classes: tuple[str, ...]
+    """Class names, in the order of the logits."""
+
     vocabulary: tuple[str, ...]
+    """Characters of a language model, in the order of their tokens; else empty."""
+
     layers: Layers | None
+    """The model as a chain of dense layers, for the numpy runtime; None if it is not one."""
+
     artifacts: Mapping[str, Artifact]
     """Artifacts by the name of the runtime."""
 
     files: Mapping[str, File]
+    """All files of the bundle except the card and SHA256SUMS, by name."""
+
     versions: Mapping[str, str]
     """Versions of the packages that wrote the bundle."""
 
@@ -118,7 +138,7 @@ class Card:
     @property
     def accepted(self) -> Accepted:
         """Specification of the inputs that the model accepts."""
-        # Tokens are bounded by the vocabulary; pixels by white, if it is below the dtype's maximum.
+        # Tokens are bounded by the vocabulary, pixels by `highest` if it is below 255.
         is_dark = self.input_dtype == "uint8" and self.highest < 255
         largest = len(self.vocabulary) - 1 if self.vocabulary else self.highest if is_dark else None
         return Accepted(self.input_dtype, self.input_shape, largest)
@@ -133,15 +153,15 @@ class Bundle(NamedTuple):
     """SHA-256 of the card, which covers all files that the card lists."""
 
     def read(self, name: str) -> bytes:
-        """Returns the content of a file, which matches its SHA-256.
+        """Reads a file that the card lists, and checks its size and SHA-256.
 
         Raises:
-            InputError: If the file is missing or differs from its SHA-256.
+            InputError: If the file is missing, cannot be read, or does not match the card.
         """
         # No more than the listed size is read into memory.
-        said = self.card.files[name]
-        content = _read(self.folder, name, said.size)
-        if len(content) != said.size or sha256(content).hexdigest() != said.sha256:
+        entry = self.card.files[name]
+        content = _read(self.folder, name, entry.size)
+        if len(content) != entry.size or sha256(content).hexdigest() != entry.sha256:
             raise faulty(self.folder, f"{name} does not match its SHA-256", "copy the bundle again")
         return content
 
@@ -154,8 +174,9 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
         expect: SHA-256 of the card as published by its author, or its first eight or more digits.
 
     Raises:
-        InputError: If the folder is not a bundle, its card is damaged, not the expected one or
-            invalid, or it was written by a newer version.
+        InputError: If the folder is not a bundle, its card or SHA256SUMS is damaged or invalid, the
+            SHA-256 of the card does not start with `expect`, or a newer version of ctde_jax wrote
+            the bundle.
 
     Examples:
         >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
@@ -214,7 +235,12 @@ def open_bundle(folder: Path | str, expect: str | None = None) -> Bundle:
 
 
 def sums_of(card: str, files: Mapping[str, File]) -> str:
-    """Formats the SHA-256 of the card and of its files, as `sha256sum --check` reads them."""
+    """Returns the content of SHA256SUMS, in the format of `sha256sum --check`.
+
+    Args:
+        card: SHA-256 of the card.
+        files: All other files by name.
+    """
     # Two spaces stand between digest and name.
     lines = {CARD: card} | {name: file.sha256 for name, file in files.items()}
     return "".join(f"{digest}  {name}\n" for name, digest in lines.items())
@@ -229,19 +255,20 @@ class _Newer(Exception):
 
 
 def _parse(facts: Any) -> Card:
-    # The format number comes first: a newer one may have another schema.
+    # The format number comes first: a newer one may have a different schema.
     facts = _check(facts, dict, "is not a JSON object")
     number = _take(facts, "format", int)
     if number > FORMAT:
         raise _Newer(f"format {number}, but this version reads formats up to {FORMAT}")
 
     # Check the type and range of every field.
-    files = {_name(name): _file(name, said) for name, said in _take(facts, "files", dict).items()}
+    files = {_name(name): _file(name, entry) for name, entry in _take(facts, "files", dict).items()}
     inputs = _take(facts, "input", dict)
     layers = facts.get("layers")
     carry = [_shape("carry", shape) for shape in _take(facts, "carry", list)]
     artifacts = {
-        name: _artifact(name, said, files) for name, said in _take(facts, "artifacts", dict).items()
+        name: _artifact(name, entry, files)
+        for name, entry in _take(facts, "artifacts", dict).items()
     }
     if layers is not None and WEIGHTS not in files:
         raise _Odd(f"has layers, but no {WEIGHTS}")
@@ -327,26 +354,26 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _name(name: str) -> str:
-    """Accepts only names of files that are directly in the bundle's folder."""
+    """Returns the name; raises `_Odd` unless it is that of a file directly in the folder."""
     # Without separators and a leading dot, no name leads out of the folder.
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", name):
         raise _Odd(f"lists the file {quoted(name)}, whose name is invalid")
     return name
 
 
-def _file(name: str, said: Any) -> File:
-    said = _check(said, dict, f"has no valid entry for {name}")
-    size = _take(said, "bytes", int)
-    digest = _take(said, "sha256", str)
+def _file(name: str, entry: Any) -> File:
+    entry = _check(entry, dict, f"has no valid entry for {name}")
+    size = _take(entry, "bytes", int)
+    digest = _take(entry, "sha256", str)
     if size < 0 or not re.fullmatch("[0-9a-f]{64}", digest):
         raise _Odd(f"has an invalid size or SHA-256 of {name}")
     return File(size, digest)
 
 
-def _artifact(name: str, said: Any, files: Facts) -> Artifact:
-    said = _check(said, dict, f"has no valid entry for the artifact {quoted(name)}")
-    file = _take(said, "file", str)
-    step = said.get("step")
+def _artifact(name: str, entry: Any, files: Facts) -> Artifact:
+    entry = _check(entry, dict, f"has no valid entry for the artifact {quoted(name)}")
+    file = _take(entry, "file", str)
+    step = entry.get("step")
     # The files must be listed, so that their SHA-256 is checked.
     for each in (file, *([] if step is None else [step])):
         if each not in files:
@@ -354,8 +381,8 @@ def _artifact(name: str, said: Any, files: Facts) -> Artifact:
                 f"has the artifact {quoted(name)} in {quoted(each)}, which is not one of its files"
             )
 
-    # Comparisons compute with these numbers of the receipt.
-    receipt = _take(said, "receipt", dict)
+    # Comparisons compute with these numbers of the receipt, so they must be finite.
+    receipt = _take(entry, "receipt", dict)
     fault = f"has an invalid receipt of the artifact {quoted(name)}"
     for number in (
         receipt.get("relative", 0.0),
@@ -366,13 +393,18 @@ def _artifact(name: str, said: Any, files: Facts) -> Artifact:
     return Artifact(file, step, receipt)
 
 
-def _layers(said: Facts) -> Layers:
-    kernels = _names("layers", said.get("kernels"))
-    return Layers(_one_of("activation", said.get("activation"), get_args(Activation)), kernels)
+def _layers(entry: Facts) -> Layers:
+    kernels = _names("layers", entry.get("kernels"))
+    return Layers(_one_of("activation", entry.get("activation"), get_args(Activation)), kernels)
 
 
 def _read(folder: Path, name: str, most: int) -> bytes:
-    """Reads a file of the bundle, if it has no more than `most` bytes."""
+    """Reads a file of the bundle.
+
+    Raises:
+        InputError: If the file is missing, is a symbolic link, has more than `most` bytes, or
+            cannot be read.
+    """
     # A symbolic link could lead out of the folder.
     path = folder / name
     try:
@@ -390,5 +422,11 @@ def _read(folder: Path, name: str, most: int) -> bytes:
 
 
 def faulty(folder: Path, fault: str, way_out: str) -> InputError:
-    """Returns the error for a bundle, with the fault and the fix."""
+    """Returns the InputError for a bundle.
+
+    Args:
+        folder: Folder of the bundle.
+        fault: Reason for which it cannot be used, a clause.
+        way_out: Remedy, as an imperative.
+    """
     return InputError("bundle", f"{folder} cannot be used: {fault}; {way_out}.")

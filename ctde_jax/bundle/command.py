@@ -1,4 +1,4 @@
-"""Command lines that also run on a node: invalid input is reported in one sentence."""
+"""Parsing and exit statuses of the commands, with errors as one line."""
 
 import os
 import sys
@@ -10,7 +10,14 @@ from ctde_jax.errors import InputError
 
 
 class Parser(ArgumentParser):
-    """Argument parser with one-sentence errors and the module's docstring as description."""
+    """Argument parser for `python -m {command}` that prints each error as one line.
+
+    The usage text is printed only for `--help`.
+
+    Args:
+        command: Name of the module.
+        description: Description in the help text, printed without reformatting.
+    """
 
     def __init__(self, command: str, description: str):
         super().__init__(
@@ -26,11 +33,16 @@ class Parser(ArgumentParser):
 
 
 def run(command: Callable[[], Any], names: Mapping[str, str]) -> int:
-    """Runs a command and returns its exit status; prints InputError and returns 2.
+    """Runs a command and returns its exit status.
 
     Args:
         command: Function to run.
-        names: Command-line names of library arguments that are not options under their name.
+        names: Maps library arguments to their command-line names, for those that are not
+            `--argument-name`.
+
+    Returns:
+        0; 1 if the reader of standard output has exited; 2 after an InputError, which is printed as
+        one line; 130 after Ctrl-C.
     """
     # Flush here, so that a closed pipe is noticed in this function.
     try:

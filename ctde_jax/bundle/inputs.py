@@ -36,7 +36,7 @@ class Examples(NamedTuple):
 def read(
     paths: Sequence[Path], card: Card, label_column: str | None = None, *, labeled: bool = False
 ) -> Examples:
-    """Reads examples from one file of arrays or numbers, or from several pictures.
+    """Reads examples from one .npy, .npz or .csv file, or from one or more .png files.
 
     Args:
         paths: Paths of the files.
@@ -45,6 +45,9 @@ def read(
             no feature). If the card names the columns of the training table and the file has a
             header, features are found by these names and other columns are ignored.
         labeled: Whether labels are required; if not, they are ignored.
+
+    Returns:
+        The inputs, and the labels if `labeled`, else None.
 
     Raises:
         InputError: If a file cannot be read, its content does not fit the card, or required labels
@@ -176,7 +179,14 @@ def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
 
 
 def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
-    """Returns the examples of an array in the card's dtype; the array may be a single example."""
+    """Validates an array of examples, or a single example, and converts it to the card's dtype.
+
+    Returns:
+        Inputs `[examples, *input_shape]`, at least one example.
+
+    Raises:
+        InputError: If the shape, dtype or range of the array does not match the card.
+    """
     shape = card.input_shape
     if array.shape == shape:
         array = array[None]
@@ -220,9 +230,16 @@ def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> 
 
 
 def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | None) -> _Columns:
-    """Finds the feature columns by the names of the training table, or by their number."""
+    """Determines whether the table has a header, and which columns hold the features and the label.
+
+    Columns are found by the names of the training table if the header has all of them, otherwise by
+    their position.
+
+    Raises:
+        InputError: If the columns do not match the card.
+    """
     # The first line is a header if it has the names of the training table, the numbers with which
-    # pandas names columns, a word, or other numbers that must be names.
+    # pandas names columns, text, or other column numbers.
     width = math.prod(card.input_shape)
     is_named = bool(card.columns) and {*card.columns} <= {*rows[0]}
     is_counted = width > 1 and rows[0][:width] == [str(place) for place in range(width)]
@@ -241,7 +258,7 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
         label = names.index(label_column) if label_column is not None else max(others, default=None)
         return _Columns(True, features, label)
 
-    # By number: the features in the order of the training, and possibly a label.
+    # By position: the features in the order of the training table, and possibly a label.
     if has_header and card.columns:
         missing = ", ".join(quoted(name) for name in card.columns if name not in names)
         raise _faulty(
@@ -284,16 +301,22 @@ def _numbers(path: Path, cells: list[list[str]], card: Card) -> np.ndarray:
 
 
 def _has_column_numbers(rows: list[list[str]], width: int, card: Card) -> bool:
-    """Returns whether the first line holds whole numbers that are column names and not features.
+    """Returns whether the first line holds column numbers instead of features.
 
-    They must be distinct. Besides, either the other lines hold no whole numbers, or only the first
-    line counts up by one, or its numbers increase and most of them are column names of the card.
+    Its first `width` cells must be two or more distinct integers from 0 to 9999, and other lines
+    must follow. Besides, one of these must hold:
+
+    - no other line contains an integer;
+    - there are more than three cells, each one more than the previous one, and no other line has
+      such cells;
+    - there are more than three cells in ascending order, all column names of the card are integers,
+      and more than half of the cells are among them.
     """
     first = rows[0][:width]
     others = [row[:width] for row in rows[1:]]
     if width < 2 or not others or len({*first}) < width or not all(map(_is_column_number, first)):
         return False
-    # Whole numbers above decimals alone are names.
+    # Integers above columns of decimals are names.
     if not any(re.fullmatch(r"[-+]?\d+", cell) for cells in others for cell in cells):
         return True
     # A sequence such as 5, 6, 7, 8 that no other line has is that of the column numbers.
@@ -316,10 +339,11 @@ def _counts(cells: list[str]) -> bool:
 
 
 def _starts_with_index(rows: list[list[str]], card: Card) -> bool:
-    """Returns whether the first cells number the lines from 0 or 1, and the last may be features.
+    """Returns whether the first column is probably an index, and not a feature.
 
-    If the last cells are class names in words, they are certainly labels; numbers may be a feature
-    as well. A single line is no evidence of an index, unless its last cell is not a class.
+    It must number the lines from 0 or 1, and the last column must possibly be a feature: it has a
+    cell that is not a class name, or numbers only. A single line has an index only if the card has
+    class names and the last cell is none of them.
     """
     first = [number_of(row[0]) for row in rows]
     if not any(
@@ -373,7 +397,12 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _of_png(path: Path, card: Card) -> np.ndarray:
-    """Reads a picture as uint8 `input_shape`, in the range of the training pictures."""
+    """Reads a picture as uint8 `input_shape`, from 0 for black to `card.highest` for white.
+
+    Raises:
+        InputError: If Pillow is not installed, the model does not take uint8 images, or the picture
+            cannot be read, has a different size or is transparent.
+    """
     # Pillow is optional, since only pictures need it.
     try:
         from PIL import Image
@@ -393,7 +422,7 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
             f"{list(shape)}.",
         )
 
-    # Decode to float64 from 0 to 255. Pillow's `convert` would cut 16-bit pixels off, so these are
+    # Decode to float64 from 0 to 255. Pillow's `convert` would clip 16-bit pixels, so these are
     # divided by 257 = 65535 / 255 instead.
     try:
         with Image.open(path, formats=["PNG"]) as picture:
@@ -418,7 +447,7 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
             path, f"is not a complete PNG image ({shortened(str(error))})", "save it again"
         ) from error
 
-    # White becomes the value that it has in the training data.
+    # White, 255, becomes `card.highest`.
     return np.rint(pixels * card.highest / 255).astype(np.uint8).reshape(shape)
 
 

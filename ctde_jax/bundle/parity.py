@@ -11,10 +11,13 @@ from ctde_jax.bundle.inputs import Examples
 from ctde_jax.bundle.runtimes import RUNTIMES, Predict, is_installed, load
 
 BATCH_SIZES = (1, 3, 7, 64)
-"""Batch sizes to compare; one artifact serves all of them."""
+"""Batch sizes at which every artifact is compared."""
 
 PARITY = 1e-5
-"""Tolerance of outputs, relative to the largest magnitude of an example if that exceeds 1.
+"""Tolerance of the differences of an example's outputs.
+
+It is relative to the largest magnitude among the outputs of the example, or absolute if that is
+below 1.
 
 It allows for float32 rounding: the logits of JAX itself, if they reach 40, differ by 1.7e-5 between
 a batch of one picture and a batch of 64.
@@ -22,11 +25,13 @@ a batch of one picture and a batch of 64.
 
 
 class Repeated(NamedTuple):
-    """Comparison of a runtime on this machine, repeated with the examples of a bundle."""
+    """Comparison of an artifact on this machine with the trained model."""
 
     examples: int
+    """Number of examples in the bundle that were compared."""
+
     relative: float
-    """Largest difference from the trained model, scaled as for `PARITY`; 0 without examples."""
+    """Largest difference of the outputs, scaled as for `PARITY`; 0 without examples."""
 
     allowed: float
     """Tolerance: `PARITY`, plus the difference in the receipt if the artifact is quantized."""
@@ -38,10 +43,13 @@ class Repeated(NamedTuple):
 
 
 def repeat(bundle: Bundle) -> Mapping[str, Repeated | None]:
-    """Runs every artifact on the bundle's examples; None stands for a runtime not installed here.
+    """Compares every artifact with the outputs of the trained model that are stored in the bundle.
+
+    Returns:
+        The comparison for each runtime with an artifact; None if the runtime is not installed here.
 
     Raises:
-        InputError: If a file is damaged, or a runtime rejects one.
+        InputError: If a file is damaged, or a runtime rejects or fails to run an artifact.
     """
     # Check the SHA-256 of all files, including those that no runtime reads.
     for name in bundle.card.files:
@@ -94,28 +102,34 @@ def _examples(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_exact(runtime: str) -> bool:
-    """Returns whether the artifact of a runtime has the full precision of the trained model."""
+    """Returns whether the artifact of a runtime is in float32 and not quantized."""
     return "int8" not in runtime
 
 
 def score(bundle: Bundle, runtime: str, examples: Examples) -> float:
-    """Returns the accuracy of a runtime on labeled examples."""
+    """Returns the accuracy of a runtime's artifact on examples, which must have labels."""
     assert examples.labels is not None
     outputs = in_batches(load(bundle, runtime), examples.inputs, BATCH_SIZES[-1])
     return float(answers.score(outputs, examples.labels)[1].mean())
 
 
 def in_batches(predict: Predict, inputs: np.ndarray, size: int) -> np.ndarray:
-    """Computes the outputs of `inputs` `[examples, ...]` in batches of at most `size` examples."""
+    """Computes the outputs of one or more examples, in batches of at most `size` examples."""
     return np.concatenate(
         [predict(inputs[first : first + size]) for first in range(0, len(inputs), size)]
     )
 
 
 def relative_difference(found: np.ndarray, right: np.ndarray) -> float:
-    """Returns the largest difference of outputs `[examples, ...]`, scaled as for `PARITY`.
+    """Returns the largest difference of outputs, scaled as for `PARITY`.
 
-    The difference is infinite if the shapes differ or a value is NaN in only one of the arrays.
+    Args:
+        found: Outputs to compare, `[examples, ...]`.
+        right: Outputs of the trained model, which determine the scale.
+
+    Returns:
+        The difference; infinite if the shapes differ, or a value is NaN or infinite in only one of
+        the arrays.
     """
     if found.shape != right.shape:
         return np.inf
@@ -130,7 +144,10 @@ def relative_difference(found: np.ndarray, right: np.ndarray) -> float:
 
 
 def difference(found: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns elementwise absolute differences, infinite if only one value is NaN or infinite."""
+    """Returns elementwise absolute differences; equal infinities and two NaNs have difference 0.
+
+    The difference is infinite if only one value is NaN or infinite.
+    """
     # `where` drops the NaN that results from the difference of equal infinities.
     with np.errstate(invalid="ignore"):
         apart = np.where(found == right, 0, np.abs(found - right))

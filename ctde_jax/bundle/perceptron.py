@@ -40,13 +40,17 @@ ACTIVATIONS: Mapping[Activation, Callable[[np.ndarray], np.ndarray]] = {
 def make_predict(
     layers: Layers, weights: Mapping[str, np.ndarray], input_shape: Sequence[int]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the function from raw inputs `[examples, *input_shape]` to outputs.
+    """Returns the function from raw inputs to outputs, float32 `[examples, outputs]`.
 
-    The outputs are float32 `[examples, outputs]`.
+    Args:
+        layers: Activation and names of the kernels.
+        weights: Arrays by name: kernels, biases, and the scaling of the inputs.
+        input_shape: Shape of one example.
 
     Raises:
-        KeyError: If the weights lack a layer.
-        ValueError: If the shape of an array does not match the previous one.
+        KeyError: If the weights lack the scaling or a kernel.
+        ValueError: If the scaling does not match `input_shape`, or a layer does not match the
+            previous one.
     """
     activate = ACTIVATIONS[layers.activation]
     shift = weights[SHIFT]

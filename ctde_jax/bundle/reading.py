@@ -26,7 +26,7 @@ def open_regular(path: Path | str) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading.
 
     Raises:
-        OSError: If the file cannot be opened or is not a regular file; `strerror` is the reason.
+        OSError: If the file cannot be opened or is not a regular file; `strerror` describes why.
     """
     # Check before opening, since opening a pipe without a writer blocks.
     kind = stat.S_IFMT(os.stat(path).st_mode)
@@ -38,7 +38,7 @@ def open_regular(path: Path | str) -> BufferedReader:
 
 
 def read_small(path: Path | str) -> bytes:
-    """Reads a regular file that contains a description and not data.
+    """Reads a whole regular file of at most 256 MiB, such as a configuration.
 
     Raises:
         OSError: If the file cannot be read, is not a regular file, or has more than 256 MiB.
@@ -61,7 +61,7 @@ def number_of(cell: str) -> float | None:
 
 
 def are_numbers(words: Sequence[str]) -> bool:
-    """Returns whether all labels are finite numbers, and none is a code with a leading zero."""
+    """Returns whether all labels are finite numbers, and none has a leading zero, such as "007"."""
     numbers = [number_of(word) for word in words]
     return all(
         number is not None and math.isfinite(number) and not re.match(r"[-+]?0\d", word)
@@ -70,7 +70,7 @@ def are_numbers(words: Sequence[str]) -> bool:
 
 
 def finder(classes: Sequence[str]) -> Callable[[str], int | None]:
-    """Returns the function from a label to the index of its class, or to None for other labels.
+    """Returns a function from a label to the index of its class, or to None if it is no class.
 
     If all class names are numbers, labels are compared as numbers: "5.0" is the class "5".
     """

@@ -25,29 +25,29 @@ class Runtime(NamedTuple):
     """Implementation that runs an artifact."""
 
     packages: tuple[str, ...]
-    """Packages that it imports."""
+    """Names of the top-level modules that the runtime imports."""
 
     install: str
-    """Arguments of `pip install` for these packages."""
+    """Arguments of `pip install` for these modules."""
 
     run: Callable[[Bundle, bytes], Callable[..., Sequence[np.ndarray]]]
-    """Function from a bundle and the content of a file to the function of the model."""
+    """`run(bundle, content)` loads a file and returns a function from its inputs to its outputs."""
 
 
 def load(bundle: Bundle, runtime: str) -> Predict:
-    """Returns the function of an artifact, which checks its inputs against the card.
+    """Loads an artifact and returns its function from inputs to outputs.
 
     The function maps raw inputs `[examples, ...]`, in the units and the dtype of the data set, to
-    outputs, `float32[examples, ...]`. There may be 0 examples. It raises InputError for inputs of
-    another dtype, shape or range.
+    outputs, `float32[examples, ...]`. There may be 0 examples. It raises InputError if the inputs
+    violate the card's specification (`Card.accepted`), or the runtime fails.
 
     Args:
         bundle: An open bundle; see `open_bundle`.
         runtime: Name of the runtime, one of `RUNTIMES`; see `pick`.
 
     Raises:
-        InputError: If the bundle has no such artifact, or the runtime is not installed or rejects
-            the file.
+        InputError: If the bundle has no such artifact, its file is damaged, or the runtime is not
+            installed or rejects the file.
 
     Examples:
         >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
@@ -73,7 +73,14 @@ def load(bundle: Bundle, runtime: str) -> Predict:
 
 
 def load_step(bundle: Bundle, runtime: str) -> Step | None:
-    """Returns the function of one position of a sequence, or None if the artifact has none.
+    """Loads the step function of an artifact, which processes one position of a sequence.
+
+    Args:
+        bundle: An open bundle.
+        runtime: Name of the runtime, one of `RUNTIMES`.
+
+    Returns:
+        The step function, or None if the artifact has none.
 
     Raises:
         InputError: As for `load`.
@@ -98,10 +105,11 @@ def load_step(bundle: Bundle, runtime: str) -> Step | None:
 
 
 def pick(bundle: Bundle) -> str:
-    """Returns the first runtime that has an artifact in the bundle and is installed here.
+    """Returns the first of `RUNTIMES` that has an artifact in the bundle and is installed here.
 
     Raises:
-        InputError: If there is none.
+        InputError: If the bundle has no artifact of a known runtime, or none of its runtimes is
+            installed.
     """
     # The order of RUNTIMES is that of preference.
     there = [name for name in RUNTIMES if name in bundle.card.artifacts]
@@ -137,7 +145,11 @@ def _known(bundle: Bundle, runtime: str) -> str:
 
 
 def _load(bundle: Bundle, runtime: str, file: str) -> Callable[..., Sequence[np.ndarray]]:
-    """Loads a file with a runtime; raises InputError if the runtime rejects it."""
+    """Loads a file of a bundle with a runtime.
+
+    Raises:
+        InputError: If the file is damaged, or the runtime is not installed or rejects it.
+    """
     own = RUNTIMES[runtime]
     content = bundle.read(file)
     if not is_installed(runtime):
@@ -159,7 +171,17 @@ def _checked(
     like: Sequence[tuple[int, ...] | None],
     *inputs: np.ndarray,
 ) -> Sequence[np.ndarray]:
-    """Runs a model and checks the dtype and shapes of its outputs; None accepts any shape."""
+    """Runs a model and checks the dtype and shapes of its outputs.
+
+    Args:
+        bundle: Bundle of the model, for errors.
+        run: Function that `_load` returned.
+        like: Shape of each output for one example; None accepts any shape.
+        *inputs: Inputs of the model, `[examples, ...]` each.
+
+    Raises:
+        InputError: If the model fails, or an output has a different shape or is not float32.
+    """
     # The type of an exception depends on the runtime.
     try:
         outputs = run(*inputs)
@@ -213,10 +235,10 @@ def _onnx(bundle: Bundle, content: bytes) -> Callable[..., Sequence[np.ndarray]]
 
 
 def traceable(bundle: Bundle, content: bytes) -> Callable[..., Any]:
-    """Returns a StableHLO file as a JAX function, which may be part of a larger program.
+    """Deserializes the content of a StableHLO file to a function that JAX can trace and compile.
 
     Raises:
-        InputError: If this JAX is older than the one that wrote the file.
+        InputError: If this JAX is older than the one that exported the bundle.
     """
     import jax
     from jax import export

@@ -8,14 +8,16 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 _OF_STREAMS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
-"""Errors of writes to standard output; failed writes to files are reported with their folder."""
+"""Error numbers of failed writes to standard output."""
 
 
 def run(main: Callable[[Sequence[str]], int]) -> int:
     """Runs a command with the arguments of this process and returns its exit status.
 
-    If the reader of standard output has exited, such as `head`, the command ends with status 1 and
-    no message. If standard output is not writable, it ends with status 2 and one sentence.
+    Returns:
+        The status of the command if it is not 0. Otherwise 1 if the reader of standard output, such
+        as `head`, has exited; 2, with one sentence on standard error, if standard output is not
+        writable or the working directory is not usable.
     """
     _prepare()
 
@@ -29,7 +31,7 @@ def run(main: Callable[[Sequence[str]], int]) -> int:
         )
         return 2
 
-    # Flush here, so that a failure is noticed in this function. Errors of files carry a file name.
+    # Flush here, so that a failure is noticed in this function. Errors of files have a file name.
     status = 0
     try:
         status = _exit_status(main)
@@ -47,12 +49,12 @@ def run(main: Callable[[Sequence[str]], int]) -> int:
 
 
 def discard_output() -> None:
-    """Redirects standard output to the null device, including what is still buffered."""
+    """Redirects standard output to the null device, including buffered output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Screen:
-    """Standard output for progress and results, whose failure does not end the training.
+    """Wraps standard output, so that a failed write does not end the training.
 
     The first failure, such as a full disk or a closed terminal, is reported on standard error in
     one sentence; later output is dropped. Characters that the encoding lacks are replaced by
@@ -67,7 +69,7 @@ class Screen:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes a text, or drops it after a failure."""
+        """Writes a text, or drops it after a failure; returns its length in both cases."""
         if not self._is_lost:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             try:
@@ -106,7 +108,7 @@ def _exit_status(main: Callable[[Sequence[str]], int]) -> int:
 
 
 def _prepare() -> None:
-    """Opens closed streams, and escapes the characters that an encoding lacks."""
+    """Opens the null device for closed streams, and escapes characters that an encoding lacks."""
     # A file of the run would otherwise take the descriptor of a closed stream.
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:

@@ -25,7 +25,9 @@ class Malformed(Exception):
 
 
 def parse(content: bytes) -> dict[str, np.ndarray]:
-    """Reads all arrays, which are read-only and share the memory of `content`.
+    """Parses the content of a file and returns its arrays by name.
+
+    The arrays are read-only and share the memory of `content`.
 
     Raises:
         Malformed: If the content violates the format.
@@ -37,8 +39,8 @@ def parse(content: bytes) -> dict[str, np.ndarray]:
     # The header may be invalid JSON, deeply nested, or JSON of any other structure.
     try:
         header = json.loads(content[8 : 8 + length])
-        entries = {name: said for name, said in header.items() if name != "__metadata__"}
-        return {name: _array(content, 8 + length, said) for name, said in entries.items()}
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _array(content, 8 + length, entry) for name, entry in entries.items()}
     except (
         ValueError,
         TypeError,
@@ -50,10 +52,10 @@ def parse(content: bytes) -> dict[str, np.ndarray]:
         raise Malformed(f"its header is invalid ({error})") from error
 
 
-def _array(content: bytes, start: int, said: dict) -> np.ndarray:
-    dtype = np.dtype(_DTYPES[said["dtype"]])
-    shape = said["shape"]
-    first, last = said["data_offsets"]
+def _array(content: bytes, start: int, entry: dict) -> np.ndarray:
+    dtype = np.dtype(_DTYPES[entry["dtype"]])
+    shape = entry["shape"]
+    first, last = entry["data_offsets"]
     if not all(type(number) is int and 0 <= number < _LARGEST for number in (*shape, first, last)):
         raise ValueError("a length or offset is not an integer from 0 to 2**40 - 1")
     if len(shape) > MOST_AXES:

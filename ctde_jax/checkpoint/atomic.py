@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: written beside their place, flushed to disk and renamed."""
+"""Atomic writes of folders: written under a temporary name, flushed to disk and renamed."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill, which then takes the place of `folder`.
+    """Yields an empty temporary folder, which replaces `folder` after the body has filled it.
 
-    If the body raises, `folder` stays as it was. If the process is killed between the two renames
-    of a replacement, `put_back` undoes the first.
+    If the body raises, `folder` remains unchanged. A replacement takes two renames; if the process
+    is killed between them, `put_back` undoes the first.
 
     Raises:
         OSError: If the parent folder cannot be written to.
@@ -40,7 +40,10 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def put_back(folder: Path) -> None:
-    """Undoes an interrupted replacement of a folder, or removes what a completed one replaced."""
+    """Cleans up after an interrupted `written_whole`.
+
+    If the old folder was renamed, it is renamed back, or removed if the new folder is in its place.
+    """
     replaced = _replaced(folder)
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
@@ -52,7 +55,7 @@ def _replaced(folder: Path) -> Path:
 
 
 def bring_to_disk(path: Path) -> None:
-    """Waits until the contents of a file, or the entries of a folder, are on disk (`fsync`)."""
+    """Flushes the contents of a file, or the entries of a folder, to disk (`fsync`)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

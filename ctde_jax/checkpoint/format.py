@@ -45,10 +45,10 @@ _OWN = ("format", "versions", "tensors")
 
 Tensors = dict[str, np.ndarray]
 Facts = dict[str, Any]
-"""Values that a run needs besides its arrays to continue; serializable as JSON."""
+"""Facts of a run: values besides its arrays that it needs to continue; serializable as JSON."""
 
 BEST = "best"
-"""Prefix of the names of the best parameters and model state."""
+"""Prefix of the names of early stopping's best parameters and model state."""
 
 INPUTS = "inputs/"
 """Prefix of the names of the shift and the scale of the inputs."""
@@ -57,14 +57,14 @@ OTHER_POINT = "evaluated_at_another_point"
 """Key of a fact: whether the optimizer is evaluated at a point other than the saved parameters."""
 
 MEASURED = "measured"
-"""Key of a fact: the row of an evaluation of the checkpoint, or None if it was not evaluated."""
+"""Key of a fact: the history row of the checkpoint's evaluation, or None if there was none."""
 
 Choose = Callable[[Sequence[Facts]], int | None]
-"""Returns the index of the best row (the first if several are equal), or None if there is none."""
+"""Returns the index of the best history row (ties resolve to the first), or None without rows."""
 
 
 class Damaged(Exception):
-    """Raised if a checkpoint differs from what was written; names the damaged files or tensors."""
+    """Raised if a checkpoint is incomplete or corrupted; names the damaged files or tensors."""
 
     def __init__(self, sentence: str):
         super().__init__(on_one_line(sentence))
@@ -84,7 +84,11 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """Returns the steps that have a checkpoint, newest first."""
+    """Returns the steps that have a checkpoint in a folder, newest first.
+
+    Raises:
+        InputError: If the folder exists but cannot be read.
+    """
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -99,15 +103,26 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> Path:
-    """Returns the path of the newest checkpoint of a folder that has at least one."""
+    """Returns the path of the newest checkpoint of a folder.
+
+    Raises:
+        IndexError: If the folder has no checkpoint.
+        InputError: If the folder cannot be read.
+    """
     return path_of(folder, steps(folder)[0])
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
-    """Writes a checkpoint of arrays of any shape and dtype, replacing one of the same name.
+    """Writes a checkpoint, which replaces an existing one at the same path.
+
+    Args:
+        path: Folder of the checkpoint.
+        tensors: Arrays by name, of any shape and dtype that safetensors supports.
+        facts: Entries of the manifest.
 
     Raises:
-        OSError: If the folder cannot be written to or has too little space; it is then unchanged.
+        OSError: If the folder cannot be written to or has too little space. An existing checkpoint
+            remains unchanged.
     """
     # safetensors writes the buffer of an array as it is, so its order must be C.
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
@@ -141,9 +156,10 @@ def read(path: Path) -> Checkpoint:
     """Reads a checkpoint and verifies its checksums.
 
     Raises:
-        Damaged: If a file is missing or differs from its checksum.
-        InputError: If the checkpoint was written by a newer version of this library, or cannot be
-            read.
+        Damaged: If the path is not a folder, or a file is missing, malformed or differs from its
+            checksum.
+        InputError: If the checkpoint was written by a newer version of this library, or a file
+            cannot be opened, for example because of its permissions.
     """
     # `isdir` also returns False for a path that cannot exist, such as one with a null byte.
     if not os.path.isdir(path):
@@ -159,11 +175,15 @@ def read(path: Path) -> Checkpoint:
 
 
 def parse(manifest: bytes, path: Path) -> tuple[Facts, dict[str, Facts]]:
-    """Returns the facts and the descriptions of the tensors in a checkpoint's manifest.
+    """Returns the facts, and the description of each tensor by name, of a manifest.
+
+    Args:
+        manifest: Content of the manifest.
+        path: Path of the checkpoint, for messages.
 
     Raises:
-        Damaged: If it is not a manifest.
-        InputError: If it was written by a newer version of this library.
+        Damaged: If the content is not a manifest.
+        InputError: If the checkpoint was written by a newer version of this library.
     """
     try:
         content = json.loads(manifest)
@@ -195,14 +215,15 @@ def describe(tensor: np.ndarray) -> Facts:
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """Reads the newest intact checkpoint of a folder, and reports newer ones that are damaged.
 
-    Returns None if the folder has no checkpoint.
-
     Args:
         folder: Folder of the checkpoints.
         say: Prints a line for each damaged checkpoint.
 
+    Returns:
+        The checkpoint, or None if the folder has none.
+
     Raises:
-        InputError: If the folder has checkpoints, but none is intact.
+        InputError: If the folder has checkpoints, but none is intact, or one cannot be read.
     """
     # A folder that is only readable stays as it is.
     with suppress(OSError):
@@ -226,22 +247,22 @@ class Saver:
         folder: Path,
         keep: int,
         choose: Choose | None,
-        beside: Path,
+        metrics: Path,
         thread: ThreadPoolExecutor,
     ):
         self._folder = folder
         self._keep = keep
         self._choose = choose
-        self._beside = beside
+        self._metrics = metrics
         self._thread = thread
         self._last: Future[None] | None = None
         self.completed: deque[Path] = deque()
-        """Checkpoints that were written since the caller last removed them from here."""
+        """Paths of the checkpoints that were written; the caller removes those it has read."""
 
     def save(self, step: int, tensors: Tensors, facts: Facts) -> None:
-        """Waits for the previous checkpoint, and starts to write this one.
+        """Waits for the previous checkpoint, then starts to write the next one in the thread.
 
-        The thread reads the arrays, of any shape and dtype, so they must not be modified any more.
+        The arrays must not be modified afterwards, because the thread reads them.
 
         Raises:
             InputError: If the previous checkpoint could not be written.
@@ -264,20 +285,24 @@ class Saver:
 
     @property
     def best(self) -> Path | None:
-        """The best checkpoint in the folder; None if none is kept as the best."""
+        """Path of the best checkpoint, after a wait; None without `choose` or without evaluations.
+
+        Raises:
+            InputError: If the last checkpoint could not be written.
+        """
         self.wait()
         return self._best(steps(self._folder))
 
     def _write(self, step: int, tensors: Tensors, facts: Facts) -> None:
         with writing_to(self._folder):
             # The facts count the lines of this file, so they must be on disk first.
-            if self._beside.exists():
-                bring_to_disk(self._beside)
+            if self._metrics.exists():
+                bring_to_disk(self._metrics)
             write(path_of(self._folder, step), tensors, facts)
             self.completed.append(path_of(self._folder, step))
 
-            # Keep the newest checkpoints and the best one. Those of later steps are left from
-            # before the run resumed from an older checkpoint, as they were damaged.
+            # Keep the newest checkpoints and the best one. If there are checkpoints of later steps,
+            # they were damaged, and the run resumed from an older one: remove them.
             there = steps(self._folder)
             past = [number for number in there if number <= step]
             kept = {path_of(self._folder, number) for number in past[: self._keep]} | {
@@ -290,7 +315,10 @@ class Saver:
                     shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
 
     def _best(self, among: Sequence[int]) -> Path | None:
-        """Returns the best checkpoint by the rows in the manifests; the oldest if several tie."""
+        """Returns the best of the checkpoints `among` by their evaluations; ties: the oldest.
+
+        Returns None without `choose`, or if no checkpoint has an evaluation.
+        """
         if self._choose is None:
             return None
         # Oldest first, as the first of equal rows is chosen.
@@ -301,17 +329,21 @@ class Saver:
 
 
 @contextmanager
-def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> Iterator[Saver]:
-    """Opens the thread that writes checkpoints, and waits for the last one on exit.
+def open_saver(folder: Path, keep: int, choose: Choose | None, metrics: Path) -> Iterator[Saver]:
+    """Starts the thread that writes checkpoints, and waits for the last one on exit.
 
     Removes the incomplete checkpoints of a killed process, so no other process may use the folder.
 
     Args:
         folder: Folder of the checkpoints.
         keep: Number of newest checkpoints to keep.
-        choose: Selects the best checkpoint, which is kept as well, by the evaluation rows of all;
-            None keeps only the newest.
-        beside: File that is flushed to disk before each checkpoint.
+        choose: Function that selects the best of several evaluations, whose checkpoint is kept as
+            well; None keeps only the newest checkpoints.
+        metrics: File of the history rows, which is flushed to disk before each checkpoint.
+
+    Raises:
+        InputError: If the folder cannot be written to, or, on exit, if the last checkpoint could
+            not be written.
     """
     # Clean up after a process that was killed while it wrote or removed a checkpoint.
     with writing_to(folder):
@@ -320,13 +352,13 @@ def open_saver(folder: Path, keep: int, choose: Choose | None, beside: Path) -> 
             shutil.rmtree(left)
     # If the body raises, the executor still waits for the checkpoint that is being written.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
-        saver = Saver(folder, keep, choose, beside, thread)
+        saver = Saver(folder, keep, choose, metrics, thread)
         yield saver
         saver.wait()
 
 
 def _put_back_all(folder: Path) -> None:
-    """Undoes interrupted replacements of checkpoints, and removes what completed ones replaced."""
+    """Calls `put_back` for every checkpoint in the folder whose replacement was interrupted."""
     for replaced in folder.glob(".step-*.replaced"):
         put_back(replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced")))
 
@@ -339,7 +371,12 @@ def _check_room(folder: Path, size: int) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raises Damaged if the body finds a file of the checkpoint missing or malformed."""
+    """Converts exceptions of the body, which reads the files of a checkpoint.
+
+    Raises:
+        Damaged: If a file is missing or malformed.
+        InputError: If a file cannot be opened for another reason.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -356,7 +393,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _measured(path: Path) -> Facts | None:
-    """Returns the evaluation row in a manifest; None if it has none or is damaged."""
+    """Returns the history row of a checkpoint's evaluation; None without one, or if damaged."""
     # Only the manifest is read and verified, as the tensors may be large.
     with suppress(Damaged), _reading(path):
         if _sum(path, MANIFEST) in (path / SUMS).read_text(encoding="utf-8").splitlines():
@@ -382,7 +419,7 @@ def _sum(path: Path, name: str) -> str:
 
 
 def _find_damage(path: Path) -> str:
-    """Returns the names of the tensors or files that differ from what was written."""
+    """Returns the names of the damaged tensors or files of a checkpoint, for a message."""
     # Compare the files; `_sums` lists the tensors first and the manifest second.
     recorded = (path / SUMS).read_text(encoding="utf-8").splitlines()
     found = _sums(path).splitlines()

@@ -37,7 +37,7 @@ class Difference(NamedTuple):
     """Differences between a run and the run of a checkpoint."""
 
     data: list[str]
-    """Names of the data that differ."""
+    """Names of the parts of the data that differ."""
 
     program: list[str]
     """Names of the parts of the program that differ."""
@@ -51,9 +51,10 @@ class Identity:
 
     Args:
         data: Data set.
-        partition: Integer arrays with the example indices of each device or client, if the examples
-            are partitioned.
-        trace: Function from the number of replicas to the digests of the program; see `parts_of`.
+        partition: Integer arrays with the example indices of each device or client; None if the
+            examples are not partitioned.
+        trace: Function from a number of replicas to the digests of the program for that number; see
+            `parts_of`.
         replicas: Number of replicas of this run.
     """
 
@@ -80,7 +81,7 @@ class Identity:
         }
 
     def digests(self) -> dict[str, Any]:
-        """Returns the digests of all parts by name, which all hosts must agree on."""
+        """Returns the digests of data and program by name, which must be equal on all hosts."""
         return {**self.facts["data"], **self.facts["program"]}
 
     def compare(self, before: Mapping[str, Any] | None) -> Difference:
@@ -125,7 +126,16 @@ class Identity:
     def _compare_program(
         self, before: Mapping[str, Any], data_differ: bool
     ) -> tuple[list[str], list[str]]:
-        """Returns the parts that differ, and those that differ even between two traces here."""
+        """Compares the program with that of a checkpoint part by part.
+
+        Args:
+            before: Facts of the checkpoint.
+            data_differ: Whether the data differ, which explains differences in the program.
+
+        Returns:
+            The names of the parts that differ, and of those that cannot be compared, because two
+            traces of them in this process differ.
+        """
         # Both traces must be for the same number of replicas.
         there = {name: tuple(part) for name, part in before["program"].items()}
         here = (
@@ -190,10 +200,13 @@ def parts_of(
         task: Loss and metrics.
         optimizer: Optimizer of each step.
         strategy: Strategy by which the replicas communicate.
-        augment: Augmentation of the training examples, if any.
+        augment: Augmentation of the training examples, or None.
         replicas: Length of the replica axis.
+
+    Returns:
+        The digests by the name of the part, such as "the model".
     """
-    # Shapes and dtypes of one example and of everything that the model makes of it.
+    # Shapes and dtypes of one example, and of parameters, state and outputs for it.
     key = jax.eval_shape(jax.random.key, 0)
     raw, labels = (jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype) for array in data.train)
     inputs = jax.ShapeDtypeStruct(raw.shape, data.scale.dtype)
@@ -258,7 +271,11 @@ def parts_of(
 
 
 def _agreement(strategy: Strategy) -> Callable[..., PyTree]:
-    """Returns the function that a round applies to a message, starting from the initial states."""
+    """Returns the function that applies the transformations of a strategy to one message.
+
+    They are the reducer, `inner`, and, if there are local steps, the outer optimizer; each starts
+    from its initial state.
+    """
     # The outer optimizer is part of a round only if the round has local steps, and the reducer only
     # if the round is not exact.
     reduce = optax.with_extra_args_support(optax.identity() if strategy.exact else strategy.reduce)
@@ -289,7 +306,7 @@ def _agreement(strategy: Strategy) -> Callable[..., PyTree]:
 def _differentiated(
     function: Callable[[PyTree], tuple[PyTree, PyTree]], argument: PyTree
 ) -> PyTree:
-    """Returns the results of a function, and the gradient of the sum of the first one's floats."""
+    """Returns the results of a function, and the gradient of the sum of floats in the first one."""
 
     def total(argument: PyTree) -> tuple[jax.Array, PyTree]:
         results = function(argument)
@@ -304,7 +321,7 @@ def _differentiated(
 
 
 def _probed(function: Callable[[float], float], loss: float) -> float | None:
-    """Returns a function of the loss at this value, or None if it is undefined there."""
+    """Returns `function(loss)`, or None if it raises ArithmeticError or ValueError."""
     try:
         return float(function(loss))
     except (ArithmeticError, ValueError):

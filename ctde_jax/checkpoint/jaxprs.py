@@ -2,8 +2,8 @@
 
 Every value is digested from its operation and the digests of its inputs. Therefore the names of
 functions and variables, source lines, the order of independent operations, operations with unused
-results, and `jax.jit` within the program have no effect. All bits of a constant count, such as
-those of a learning rate that an optimizer closes over.
+results, and `jax.jit` within the program do not affect the digest. All bits of a constant do, such
+as those of a learning rate that an optimizer closes over.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -27,7 +27,10 @@ from ctde_jax.devices import AXIS, SHARD, PyTree
 Digest = bytes
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
-"""Calls that equal their jaxpr; custom derivatives are in the program if it takes them."""
+"""Calls that are digested as their jaxpr.
+
+Custom derivative rules appear in a program only if it is differentiated.
+"""
 
 _IGNORED_OPERATIONS = ("debug_callback", "debug_print")
 _IGNORED_PARAMETERS = (
@@ -42,7 +45,7 @@ _IGNORED_PARAMETERS = (
 
 
 def digest_of(function: Callable[..., PyTree], *like: PyTree, replicas: int = 1) -> str:
-    """Traces a function and returns the digest of its jaxpr.
+    """Traces a function and returns the SHA-256 digest of its jaxpr, in hexadecimal.
 
     Args:
         function: Function of one replica; it may use collectives over `replica.AXIS` and
@@ -55,7 +58,7 @@ def digest_of(function: Callable[..., PyTree], *like: PyTree, replicas: int = 1)
 
 
 def digest_of_shapes(*tree: PyTree) -> str:
-    """Returns the digest of the structure of trees and of the shape and dtype of each leaf."""
+    """Returns the SHA-256 digest of the paths, shapes and dtypes of all leaves, in hexadecimal."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     lines = [
         f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
@@ -76,7 +79,14 @@ def _program(jaxpr: Jaxpr, consts: Sequence[Any]) -> Digest:
 def _outputs(
     jaxpr: Jaxpr, consts: Sequence[Digest], inputs: Sequence[Digest], effects: list[Digest]
 ) -> list[Digest]:
-    """Returns the digests of a jaxpr's outputs, and appends those of effectful operations."""
+    """Returns the digests of the outputs of a jaxpr.
+
+    Args:
+        jaxpr: Program without values for its constants.
+        consts: Digests of the constants.
+        inputs: Digests of the inputs.
+        effects: List to which the digests of operations with side effects are appended.
+    """
     digests = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
 
     def read(atom: Any) -> Digest:
@@ -103,7 +113,7 @@ def _results(equation: JaxprEqn, operands: list[Digest], effects: list[Digest]) 
     if operation in _IGNORED_OPERATIONS:
         return [_joined(operation) for _ in equation.outvars]
 
-    # The position distinguishes the results. An operation with effects counts even if unused.
+    # The position distinguishes the results. An operation with effects is digested even if unused.
     kept = {
         name: value for name, value in equation.params.items() if name not in _IGNORED_PARAMETERS
     }
@@ -155,7 +165,7 @@ def _array(array: Any) -> Digest:
 
 
 def _joined(*parts: Digest | str | int) -> Digest:
-    # Each part is preceded by its length, so that the borders between parts count.
+    # Each part is preceded by its length, so that the borders between parts matter.
     total = sha256()
     for part in parts:
         content = part if isinstance(part, bytes) else str(part).encode()

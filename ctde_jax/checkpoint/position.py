@@ -7,7 +7,7 @@ class Position(NamedTuple):
     """Progress of a run."""
 
     gone_through: int = 0
-    """Number of steps, including those without examples on any device."""
+    """Number of dispatched steps, including those without examples on any device."""
 
     step: int = 0
     """Number of optimizer steps: those with examples on at least one device."""
@@ -16,7 +16,7 @@ class Position(NamedTuple):
     """Bytes sent by each device."""
 
     skipped: int = 0
-    """Number of rounds skipped because they were not finite."""
+    """Number of rounds skipped because of NaN or infinity."""
 
     skipped_in_a_row: int = 0
-    """Number of rounds skipped since the last finite one."""
+    """Number of consecutive skipped rounds up to now."""

@@ -24,12 +24,12 @@ from ctde_jax.errors import InputError
 
 
 class Options(dict[str, Any]):
-    """Values that determine the numbers of a run, by name.
+    """Options that determine the result of a run, its parameters and metrics, by name.
 
     Args:
         options: Values by name.
-        flag: Function from a name to the option of a command; by default, messages name the
-            arguments of `fit`.
+        flag: Function from a name to the command-line option, for messages about a run of the
+            command; None if the names are arguments of `fit`.
     """
 
     def __init__(self, options: Mapping[str, Any] = {}, flag: Callable[[str], str] | None = None):
@@ -47,9 +47,9 @@ _DECIDE_NOTHING = ("log_every",)
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts options to the types of JSON."""
+    """Converts the values of options to types of JSON."""
 
-    # numpy scalars become Python numbers; anything else, such as a path, becomes a string.
+    # numpy scalars become Python numbers; other unsupported types, such as paths, become strings.
     def as_json(value: object) -> object:
         return value.item() if isinstance(value, np.generic) else str(value)
 
@@ -68,15 +68,19 @@ def find(
 
     Args:
         folder: Folder of the run.
-        resume: Whether to continue the run in the folder; if False, its files stay there for now.
-        branch_from: Checkpoint of another run, from which a new run branches off.
-        options: Values that determine the numbers of the run.
+        resume: Whether to continue the run in the folder; if False, its checkpoints are ignored.
+        branch_from: Checkpoint of another run, from which a new run branches off, or None.
+        options: Options that determine the result of the run.
         identity: Digests of the data and the program of the run.
         say: Prints a line.
 
+    Returns:
+        The checkpoint, or None if the run starts from the beginning.
+
     Raises:
-        InputError: If the folder holds a run with other options, data or program, whose differences
-            are listed, or if the checkpoint of the other run is damaged.
+        InputError: If the run in the folder has different options, data or program, which are
+            listed, or no intact checkpoint; or if `branch_from` is not an intact checkpoint before
+            the last step of this run.
     """
     # With `resume=True`, this only completes a move that was interrupted.
     make_way(folder, resume=True, say=say)
@@ -116,7 +120,12 @@ def completed(step: int, options: Options) -> str:
 
 
 def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-    """Returns on all hosts the checkpoint that host 0 finds; only host 0 needs access to it."""
+    """Calls `find` on host 0, and returns its result on all hosts.
+
+    Raises:
+        InputError: On all hosts, if `find` raises it.
+        HostLost: On the other hosts, if host 0 fails.
+    """
     found: list[Checkpoint] = []
 
     def describe() -> Facts | None:
@@ -177,7 +186,15 @@ def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Check
 
 
 def check_facts(found: Checkpoint, option: str) -> None:
-    """Raises InputError if a checkpoint lacks a fact that a run needs to continue."""
+    """Checks the facts of a checkpoint that a run needs to continue.
+
+    Args:
+        found: The checkpoint.
+        option: Name of the argument that refers to the checkpoint, for messages.
+
+    Raises:
+        InputError: If a fact is missing or malformed.
+    """
     # Facts that every version has written.
     kinds = {"position": dict, "rows": int, "replicas": int, "options": dict}
     for name, kind in kinds.items():
@@ -208,12 +225,17 @@ def check_facts(found: Checkpoint, option: str) -> None:
 
 
 def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
-    """Returns a description of each option that differs, with both values."""
+    """Returns a description of each option that differs, with both values unless they are digests.
+
+    Args:
+        before: Options of the checkpoint.
+        now: Options of this run.
+    """
     spelled = now.flag or str
     missing = "not recorded"
 
     def differs(name: str) -> str:
-        # The values of this option are digests, which are not worth printing.
+        # The values of this option are digests, which are not printed.
         if name == "init_from":
             are_given = None not in (before.get(name), now.get(name))
             hint = (
@@ -234,9 +256,12 @@ def different_options(before: Mapping[str, Any], now: Options) -> list[str]:
 def _differences(
     found: Checkpoint, options: Options, identity: Identity
 ) -> tuple[list[str], list[str]]:
-    """Returns the differences between a checkpoint and a run by kind, and what was not compared.
+    """Compares the options, the data and the program of a run with those of a checkpoint.
 
-    If command-line options differ, they cause all other differences, so only they are returned.
+    Returns:
+        A sentence for each of these that differs, and notes on parts that were not compared. If
+        command-line options differ, only these are described, because data and program are built
+        from them.
     """
     others = different_options(found.facts["options"], options)
     difference = identity.compare(found.facts.get("identity"))

@@ -13,7 +13,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 _OF_A_RUN = ("bundle", "config.json", "curves.png", "partition.png", METRICS, CHECKPOINTS)
-"""Entries that a run and its export write, in the order of `make_way`: checkpoints last."""
+"""Entries that a run and its export write, in the order in which `make_way` moves them."""
 
 OWN = frozenset({LOCK, *_OF_A_RUN} - {"bundle"})
 """Entries that a trainer writes to the folder of a run."""
@@ -33,9 +33,9 @@ def named(option: str, path: Path | str) -> Path:
 def claimed(folder: Path) -> Iterator[Path]:
     """Creates a folder if necessary, and locks it until the body or this process ends.
 
-    A process may claim the same folder again. If the body raises before the folder has metrics or a
-    checkpoint, the run was refused, and whatever this claim and its body created is removed,
-    including parent folders.
+    A process may claim the same folder again within the body. If the body raises before the folder
+    has metrics or a checkpoint, the files in `OWN` that were created since the claim are removed,
+    and new folders that are empty, including parent folders.
 
     Raises:
         InputError: If another process is writing to the folder, or it cannot be written to.
@@ -77,7 +77,7 @@ def claimed(folder: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
-    """Removes files and empty folders that a run may have created before its first row."""
+    """Removes the files and empty folders of these names; ignores missing files."""
     # A folder with contents is not removed: `rmdir` raises.
     for path in (folder / name for name in names):
         if path.is_dir():
@@ -96,11 +96,19 @@ def is_new(folder: Path) -> bool:
 
 
 def check_outside(path: Path, folder: Path) -> None:
-    """Raises InputError if initial parameters are among the files that a run in `folder` writes."""
+    """Checks that a run in `folder` does not start from files that it writes itself.
+
+    Args:
+        path: Path of the initial parameters.
+        folder: Folder of the run.
+
+    Raises:
+        InputError: If the path is the folder, or within an entry that a run writes.
+    """
     # Resolve symbolic links, so that two names of one folder are equal.
-    own = folder.resolve()
+    resolved = folder.resolve()
     source = path.expanduser().resolve()
-    if source == own or any(source.is_relative_to(own / name) for name in _OF_A_RUN):
+    if source == resolved or any(source.is_relative_to(resolved / name) for name in _OF_A_RUN):
         raise InputError(
             "init_from",
             "must not be in the folder of this run, because its files change during training, got "
@@ -141,7 +149,7 @@ def make_way(folder: Path, resume: bool, say: Callable[[str], None]) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Raises InputError if a folder already holds a run."""
+    """Raises InputError if a folder already has metrics or a checkpoint of a run."""
     if not is_new(folder):
         raise InputError(
             "run_dir",

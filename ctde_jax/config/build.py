@@ -45,11 +45,16 @@ from ctde_jax.trainer import Training, trackers
 
 
 def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Device]) -> Training:
-    """Builds everything that determines the numbers of a run, on these devices.
+    """Builds the `Training` that a configuration describes.
+
+    Args:
+        chosen: Options of the run.
+        dataset: Data set, from `load_data`.
+        devices: Devices, with one replica on each.
 
     Raises:
-        InputError: If an option breaks a rule, alone or with other options, the data or the
-            devices.
+        InputError: If an option is invalid, alone or in combination with other options, the data or
+            the devices.
     """
     optimization = chosen.optimization
     run = chosen.run
@@ -60,7 +65,7 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
     epochs = optimization.epochs if optimization.steps is None else None
     steps = count_steps(epoch, epochs, optimization.steps)
 
-    # The training checks all of this when it is created.
+    # `Training` checks its arguments when it is created.
     return Training(
         model=build_model(chosen.model, dataset),
         data=dataset,
@@ -86,7 +91,16 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
 
 
 def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
-    """Loads the data set that the options name; the seed determines the validation split."""
+    """Loads the data set that the options name, with sequences and a validation split if chosen.
+
+    Args:
+        chosen: Options of the data.
+        seed: Random seed of the validation split.
+
+    Raises:
+        InputError: If an option is invalid, a file cannot be read or is malformed, or the data have
+            neither classes nor a vocabulary.
+    """
     check_files(chosen)
     dataset = _load(chosen)
 
@@ -122,14 +136,18 @@ def _load(chosen: DataOptions) -> Dataset:
 
 
 def build_task(chosen: OptimizationOptions, dataset: Dataset) -> Task:
-    """Returns the task of the data: language modeling for a text, or else classification."""
+    """Returns language modeling for a text, otherwise classification, with label smoothing."""
     return smoothed(
         language_modeling if dataset.vocabulary else classification, chosen.label_smoothing
     )
 
 
 def build_augment(chosen: DataOptions) -> Augment | None:
-    """Chains the augmentations of the options; returns None if there are none."""
+    """Chains the augmentations of the options; returns None if there are none.
+
+    Raises:
+        InputError: If an option is out of range, or images are also to be read as sequences.
+    """
     check_at_least(0, shift=chosen.shift, cutout=chosen.cutout)
     # In the order in which they are applied.
     parts = [
@@ -149,7 +167,7 @@ def build_augment(chosen: DataOptions) -> Augment | None:
 def make_partition(
     chosen: DataOptions, labels: np.ndarray | DiskArray, replicas: int, seed: int
 ) -> list[np.ndarray] | None:
-    """Partitions the training examples over devices or clients; None if they are reshuffled.
+    """Partitions the training examples over devices or clients.
 
     Args:
         chosen: Options of the data.
@@ -158,10 +176,10 @@ def make_partition(
         seed: Random seed of the partition.
 
     Returns:
-        An integer array of example indices for each part.
+        An integer array of example indices for each part; None if examples are reshuffled.
 
     Raises:
-        InputError: If an option is out of range, or does not fit the labels.
+        InputError: If an option is out of range, or unsuitable for the labels.
     """
     if chosen.clients is not None and chosen.partition == "reshuffled":
         raise InputError(
@@ -197,7 +215,7 @@ def build_model(chosen: ModelOptions, dataset: Dataset) -> Model:
     """Builds the network for the data, with the chosen initialization and precision.
 
     Raises:
-        InputError: If the network does not fit the data, or an option is out of range.
+        InputError: If the network is unsuitable for the data, or an option is out of range.
     """
     model = _build_network(chosen, dataset)
     base = _build_base(chosen, dataset)
@@ -210,7 +228,16 @@ def build_model(chosen: ModelOptions, dataset: Dataset) -> Model:
 def build_optimizer(
     chosen: Config, dataset: Dataset, total_steps: int
 ) -> optax.GradientTransformation:
-    """Builds the optimizer of a run of `total_steps` optimizer steps."""
+    """Builds the optimizer of a run.
+
+    Args:
+        chosen: Options of the run.
+        dataset: Data set of the run.
+        total_steps: Number of optimizer steps of the whole run.
+
+    Raises:
+        InputError: If an option is out of range, or the optimizer does not support `--init mup`.
+    """
     options = chosen.optimization
     optimizer = optimizers.build(
         options.optimizer,
@@ -235,7 +262,12 @@ def build_optimizer(
 
 
 def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
-    """Builds the network at the base width of maximal update parametrization; None without it."""
+    """Builds the network at `--base-width`; returns None unless `--init` is mup.
+
+    Raises:
+        InputError: If there is no base width, it is out of range, or the network has layers of
+            different widths.
+    """
     if chosen.init != "mup":
         return None
     check_at_least(1, base_width=chosen.base_width)
@@ -272,11 +304,12 @@ def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:
 
 
 _MOST_LAYERS = 1000
-"""Each layer is traced and compiled separately, so a million layers would take days to compile."""
+"""Maximum number of layers, as each of them is traced and compiled separately."""
 
 _LARGEST_WIDTH = 10_000_000
-"""An overflow in the product of two widths would end the process; up to this width there is none.
-Smaller networks that exceed the memory are refused by `devices/memory.py`."""
+"""Maximum width of a layer, at which the product of two widths does not overflow.
+
+`devices/memory.py` refuses smaller networks that exceed the memory."""
 
 
 def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
@@ -351,7 +384,7 @@ def _build_language_model(chosen: ModelOptions, dataset: Dataset) -> Model:
 
 
 def strategy(name: str, **options: Any) -> Strategy:
-    """Returns a published strategy with options replaced: `strategy("diloco", sync_every=64)`.
+    """Builds the strategy of a preset, with options overridden.
 
     The inner optimizer is not part of a strategy: `mu-loco` is DiLoCo with Muon as its inner
     optimizer, so pass Muon to `fit`.
@@ -361,7 +394,8 @@ def strategy(name: str, **options: Any) -> Strategy:
         **options: Fields of `AggregationOptions`.
 
     Raises:
-        InputError: If the name or an option is unknown, or options exclude each other.
+        InputError: If the name or an option is unknown, a value is invalid or out of range, or
+            options conflict.
 
     Examples:
         >>> diloco = ctde.strategy("diloco", sync_every=64, reduce="int4")
@@ -382,10 +416,10 @@ def strategy(name: str, **options: Any) -> Strategy:
 
 
 def build_strategy(chosen: AggregationOptions) -> Strategy:
-    """Composes the strategy of the options.
+    """Builds the strategy that the options describe.
 
     Raises:
-        InputError: If an option is out of range, or options exclude each other.
+        InputError: If an option is out of range, or options conflict.
     """
     check_aggregation(chosen)
     if chosen.exact:
@@ -444,7 +478,7 @@ def _build_codec(chosen: AggregationOptions) -> Codec:
 
 
 def _build_values(chosen: AggregationOptions) -> Codec:
-    """Builds the codec of the values that a sparse codec keeps."""
+    """Builds the codec that encodes the values that top_k or random_k keeps."""
     if chosen.kept_as == "f32":
         return aggregate.exact()
     if chosen.keep % 8:
@@ -481,7 +515,7 @@ def _build_combine(chosen: AggregationOptions) -> Combine:
 def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
     rate = chosen.outer_learning_rate
     momentum = chosen.outer_momentum
-    # optax accepts any number.
+    # optax does not check these numbers.
     if not 0 < rate < inf:
         raise InputError("outer_learning_rate", f"must be greater than 0 and finite, got {rate}.")
     if not 0 <= momentum < 1:
@@ -498,7 +532,16 @@ def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
 
 
 def build_trackers(names: Sequence[str], folder: Path) -> list[trackers.Tracker]:
-    """Builds trackers of the run in a folder, whose name is that of the tracked run."""
+    """Builds trackers by name.
+
+    Args:
+        names: Names of trackers, as in `RunOptions.track`.
+        folder: Folder of the run. Tracked runs have its name; TensorBoard's files are written to
+            its subfolder `tensorboard`.
+
+    Raises:
+        InputError: If the package of a tracker is not installed.
+    """
 
     def build(name: str) -> trackers.Tracker:
         match name:

@@ -36,13 +36,16 @@ def parse(arguments: Sequence[str], command: str = "train") -> Config:
 
     Args:
         arguments: Words of the command line.
-        command: Name of the module that `--help` shows, such as `wire`.
+        command: Name of the command that `--help` shows, such as `wire`.
+
+    Returns:
+        The options, with defaults from the chosen presets and the saved configuration.
 
     Raises:
-        InputError: If an option, a name or a value is wrong, or the saved configuration cannot be
-            read.
+        InputError: If an option is unknown, has an invalid value or would have no effect, or the
+            saved configuration cannot be read.
     """
-    # Check what the user typed, by itself.
+    # Check the options of the user, before those of a saved configuration.
     typed = _check(arguments)
     if {"--epochs", "--steps"} <= typed:
         raise InputError("epochs", "and --steps are mutually exclusive; pass only one of them.")
@@ -89,17 +92,24 @@ def parse(arguments: Sequence[str], command: str = "train") -> Config:
 
 
 _STARTS = ("init_from", "init_only", "branch_from")
-"""Options that determine the initial parameters of a run."""
+"""Options that determine the initial state of a run."""
 
 
 def _config_of_branch(run: RunOptions) -> Path | None:
-    """Returns the saved options of a branch that was started before; its parent may not exist."""
+    """Returns the path of the config.json of a branch that is resumed, or None if it is new.
+
+    The parent of a resumed branch need not exist any more.
+    """
     path = None if run.run_dir is None else run.run_dir / "config.json"
     return path if path is not None and run.resume == "auto" and os.path.isfile(path) else None
 
 
 def _config_of(checkpoint: Path) -> Path | None:
-    """Returns the saved options of a checkpoint's run, or None if this is not a checkpoint."""
+    """Returns the path of the config.json of a checkpoint's run, or None if it is no checkpoint.
+
+    Raises:
+        InputError: If the run of the checkpoint has no config.json.
+    """
     if not os.path.isfile(checkpoint / "manifest.json"):
         return None
     path = checkpoint.absolute().parent.parent / "config.json"
@@ -114,7 +124,7 @@ def _config_of(checkpoint: Path) -> Path | None:
 
 
 def _step_of(checkpoint: Path | None) -> int:
-    """Returns the step of a checkpoint, or 0 if its manifest is unreadable (reported later)."""
+    """Returns the optimizer step of a checkpoint, or 0 if its manifest cannot be read."""
     try:
         assert checkpoint is not None
         return int(
@@ -127,7 +137,7 @@ def _step_of(checkpoint: Path | None) -> int:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes the options as a JSON object for `--config`, without those of a single run."""
+    """Writes the options to a JSON file for `--config`, except `_OF_ONE_RUN`, such as run_dir."""
     chosen = {name: value for name, value in _flat(config).items() if name not in _OF_ONE_RUN}
     # Paths are made absolute, so that the file can be used from any folder.
     path.write_text(
@@ -136,12 +146,14 @@ def save(config: Config, path: Path) -> None:
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """Returns the options that determine the numbers of a run, by name."""
+    """Returns the options that determine the parameters and metrics of a run, by name."""
     options = _flat(config).items()
     return {name: value for name, value in options if name not in _OF_ONE_RUN + _DECIDE_NOTHING}
 
 
 _OF_ONE_RUN = ("config", "run_dir", "resume", *(option.name for option in fields(HostOptions)))
+"""Options that apply to one run on one machine, and are not saved."""
+
 _DECIDE_NOTHING = (
     *_STARTS,
     "devices",
@@ -169,19 +181,22 @@ def _flat(config: Config) -> dict[str, Any]:
 
 
 def new_run_folder(config: Config, prefix: str = "") -> Path:
-    """Returns a folder for a run without --run-dir, by data set, model, time and process."""
+    """Returns the default path of a run folder: data set, model, time and process after a prefix.
+
+    The folder is not created.
+    """
     # Two runs may start within a second, so the time alone is not unique.
     now = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     return Path("runs") / f"{prefix}{config.data.dataset}-{config.model.model}-{now}"
 
 
 def take(option: str, arguments: Sequence[str], rule: str) -> tuple[str | None, list[str]]:
-    """Removes an option that only one command has, with its value, from the options of a run.
+    """Removes an option that is not one of `train`, and its value, from a command line.
 
     Args:
         option: Name of the option, spelled as a field.
         arguments: Command line.
-        rule: Rule for the value, to complete a sentence that starts with "must".
+        rule: Rule for the value, which completes an error message after "must".
 
     Returns:
         The value of the option, or None if it is not given, and the remaining arguments.
@@ -189,7 +204,7 @@ def take(option: str, arguments: Sequence[str], rule: str) -> tuple[str | None, 
     Raises:
         InputError: If the option has no value.
     """
-    # Split `--option=value`, so that both spellings are handled alike.
+    # Split `--option=value`, so that both spellings are handled in the same way.
     flag = as_flag(option)
     flat = [
         part
@@ -206,7 +221,10 @@ def take(option: str, arguments: Sequence[str], rule: str) -> tuple[str | None, 
 
 
 def flag(argument: str) -> str:
-    """Returns the option that sets an argument of the library, or the argument if there is none."""
+    """Returns the option that sets an argument, such as `--batch-size` for `batch_size`.
+
+    If no option sets it, returns the argument unchanged.
+    """
     option = _OPTION_OF.get(argument, argument)
     return as_flag(option) if option in _option_types() else argument
 
@@ -276,7 +294,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _is_saved(value: Any, kind: Any) -> bool:
-    """Returns whether a JSON value has a type of an option; its content is checked by `_check`."""
+    """Returns whether a JSON value has a suitable type for an option whose annotation is `kind`.
+
+    `_check` checks the value itself.
+    """
     if value is None:
         return isinstance(kind, UnionType)
     if get_origin(kind) is tuple:
@@ -288,8 +309,15 @@ def _is_saved(value: Any, kind: Any) -> bool:
 
 
 def _without(options: dict[str, Any], group: type, before: Preset, after: Preset) -> dict[str, Any]:
-    """Removes the options of a group, and those of other groups that one of two presets sets."""
-    # The number of devices belongs to the machine, not to the strategy.
+    """Removes options that do not apply after a change of the model or the strategy.
+
+    Args:
+        options: Saved options by name.
+        group: Class of the options that are all removed, except `devices`.
+        before: Preset of the old model or strategy, whose options are removed as well.
+        after: Preset of the new one, whose options are removed as well.
+    """
+    # The number of devices depends on the machine, not on the strategy.
     dropped = (
         {option.name for option in fields(group)} | before.options.keys() | after.options.keys()
     )
@@ -364,9 +392,12 @@ def _unknown(name: str, known: Iterable[str]) -> InputError:
 
 
 def _check(arguments: Sequence[str]) -> set[str]:
-    """Returns the names of the options in a command line, after it has checked names and values.
+    """Checks the names and values of the options in a command line, and returns the names.
 
     tyro checks them as well, but prints its errors in a box instead of one line.
+
+    Raises:
+        InputError: If an option is unknown, or a value is missing or invalid.
     """
     # Types by option, including the negated form of flags.
     types = {as_flag(name): kind for name, kind in _option_types().items()}
@@ -405,7 +436,7 @@ def _check_effect(typed: set[str], parsed: Config) -> None:
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:
-    # A flag takes no value, an option one, an option that is a tuple any number.
+    # A flag takes no value, a tuple any number of values, and all other options take one.
     if kind is bool:
         if values:
             raise InputError(option, f"takes no value, got {' '.join(values)}.")

@@ -39,10 +39,10 @@ MOST_USED = (
 
 
 def overview(command: str) -> str:
-    """Returns the text above the groups of options, wrapped to the terminal.
+    """Returns the first part of `--help`, wrapped to the terminal: examples and `MOST_USED`.
 
     Args:
-        command: Name of the module, such as `wire`.
+        command: Name of the command, such as `wire`.
     """
     # Leave a margin, as argument parsers do.
     width = shutil.get_terminal_size().columns - 2
@@ -69,7 +69,12 @@ def overview(command: str) -> str:
 
 
 def help_text(group: type, option: str) -> str:
-    """Returns the docstring of an option as one line, followed by a line for each preset."""
+    """Returns the docstring of an option as one line, followed by a line for each preset.
+
+    Args:
+        group: Class of options, such as `RunOptions`.
+        option: Name of a field of the class; only `model` and `strategy` have presets.
+    """
     parsed = docstring_parser.parse_from_object(group)
     texts = {each.arg_name: each.description or "" for each in parsed.params}
     presets = {"model": MODELS, "strategy": PRESETS}.get(option, {})

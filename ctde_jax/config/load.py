@@ -39,7 +39,7 @@ CONFIG = "config.json"
 
 
 class Loaded(NamedTuple):
-    """A run that was read from its folder."""
+    """A run that was loaded from its folder: its result, its data and its options."""
 
     trained: Trained
     data: Dataset
@@ -61,8 +61,8 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         The model, the data and the options of the run: `trained`, `data` and `config`.
 
     Raises:
-        InputError: If the folder does not belong to a command-line run, has no intact checkpoint,
-            or its options or data differ from those of the checkpoint.
+        InputError: If the folder does not belong to a command-line run or has no intact checkpoint,
+            if `options` are invalid, or if options or data differ from those of the checkpoint.
 
     Examples:
         >>> from ctde_jax import train
@@ -145,7 +145,13 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _check_options(found: Checkpoint, chosen: Config) -> None:
-    """Raises InputError if options differ from the checkpoint's, as in an edited config.json."""
+    """Compares the options with those of the checkpoint, in case config.json has been edited.
+
+    Options that the checkpoint or this version does not have are not compared.
+
+    Raises:
+        InputError: If options differ; lists them.
+    """
     sealed = found.facts.get("given_options")
     now = Options(plain(deciding(chosen)), flag)
     if not isinstance(sealed, dict):
@@ -165,7 +171,12 @@ def _check_options(found: Checkpoint, chosen: Config) -> None:
 
 
 def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Dataset:
-    """Returns the data with the shift, scale, classes and vocabulary of the training.
+    """Returns the data with the shift, scale, classes and vocabulary of the checkpoint.
+
+    Args:
+        found: Checkpoint; if it has no digests of the data, these are returned unchanged.
+        data: Data set that was loaded.
+        chosen: Options of the data, which determine the argument in error messages.
 
     Raises:
         InputError: If the data differ from those of the training; lists the differences.
@@ -199,7 +210,20 @@ def _as_trained(found: Checkpoint, data: Dataset, chosen: DataOptions) -> Datase
 def _center(
     found: Checkpoint, model: Model, data: Dataset, may_be_best: bool
 ) -> tuple[tuple[PyTree, PyTree], bool]:
-    """Returns the central parameters and model state, and whether they are the best evaluated."""
+    """Returns the parameters and model state of a checkpoint to evaluate.
+
+    Args:
+        found: Checkpoint.
+        model: Model of the run.
+        data: Data set of the run; only shapes and dtypes are read.
+        may_be_best: Whether the best parameters of early stopping take precedence.
+
+    Returns:
+        The pair of parameters and model state, and whether it is the best of early stopping.
+
+    Raises:
+        InputError: If the arrays of the checkpoint do not match the model.
+    """
     like = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), data.train.inputs[:1])
 
     # With early stopping, the checkpoint also holds the best parameters and their model state.
@@ -251,7 +275,7 @@ def _reestimated(
     params: PyTree,
     model_state: PyTree,
 ) -> PyTree:
-    """Re-estimates batch statistics as the run did before every evaluation."""
+    """Returns the model state with batch statistics that are re-estimated as in training."""
     # The same source of batches and the same key as in training.
     seed = chosen.optimization.seed
     batch_size = chosen.optimization.batch_size
@@ -270,7 +294,7 @@ def _reestimated(
 
 
 def _tested(trained: Trained, data: Dataset) -> list[Row]:
-    """Returns the test row of these parameters, or nothing if the history has it."""
+    """Evaluates on the test split and returns the row, or no row if the history has it."""
     if any(row["split"] == "test" and row["step"] == trained.step for row in trained.history):
         return []
     return [{"split": "test", "step": trained.step, **trained.evaluate(data.test)}]

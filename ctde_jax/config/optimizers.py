@@ -22,7 +22,7 @@ OPTIMIZERS = {
     ),
     "muon": lambda learning_rate, decay=0.0: optax.contrib.muon(learning_rate, weight_decay=decay),
 }
-"""Functions of the learning rate and, if supported, of the decoupled weight decay."""
+"""Functions from the learning rate and, if supported, the weight decay to an optimizer, by name."""
 
 DECAYING = ("adamw", "lion", "muon")
 """The optimizers with decoupled weight decay (Loshchilov and Hutter, 2019)."""
@@ -52,8 +52,8 @@ def build(
         weight_decay: Decoupled weight decay, in units of the learning rate; applied to parameters
             with two or more axes. By default that of the optimizer.
         clip_grad_norm: Clip gradients to this global norm.
-        schedule_start: Optimizer step at which warmup and schedule start; earlier steps count for
-            neither.
+        schedule_start: Optimizer step at which warmup and schedule start, as for a branch; earlier
+            steps have the first learning rate.
 
     Returns:
         A transformation whose state holds the learning rate, as `optax.inject_hyperparams` keeps
@@ -94,10 +94,10 @@ def build(
 
 
 def is_decayed(params: PyTree) -> PyTree:
-    """Returns whether weight decay applies to each parameter: to kernels, not to biases and norms.
+    """Returns whether weight decay applies to each parameter: True if it has two or more axes.
 
-    A parameter with at least two axes counts as a kernel. Muon ignores this mask and decays only
-    the matrices that it orthogonalizes.
+    These are kernels, not biases and parameters of normalization. Muon ignores this mask and decays
+    only the matrices that it orthogonalizes.
 
     Returns:
         A tree of booleans with the structure of `params`.
@@ -156,7 +156,7 @@ def build_schedule(
         "linear": lambda: optax.linear_schedule(learning_rate, 0.0, decay_steps),
     }[schedule]()
 
-    # Join warmup and schedule; all steps before `schedule_start` count as its first.
+    # Join warmup and schedule; all steps before `schedule_start` have the rate at that step.
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
     whole = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
     return (lambda step: whole(jnp.maximum(step - schedule_start, 0))) if schedule_start else whole

@@ -1,8 +1,8 @@
 """Published strategies and networks as presets of options.
 
 A preset consists of default values: `--strategy diloco` or `--model cnn` sets the options below,
-and options that are given override them. `ctde_jax.strategy("diloco")` returns the same strategy in
-Python.
+and other options of the command line override them. `ctde_jax.strategy("diloco")` returns the same
+strategy in Python.
 """
 
 from collections.abc import Mapping
@@ -145,7 +145,7 @@ MODELS = {
         "decoder-only language model (Vaswani et al., 2017)",
     ),
 }
-"""Networks; options that are not listed have the defaults of their fields."""
+"""Presets of networks; options that are not listed have the defaults of their fields."""
 
 
 def as_flag(option: str) -> str:
@@ -154,7 +154,7 @@ def as_flag(option: str) -> str:
 
 
 def describe(presets: Mapping[str, Preset]) -> list[str]:
-    """Returns a line for each preset: description, paper, recommended values, options it sets."""
+    """Returns a line for each preset: description, paper, recommended values, and its options."""
     return [f"{name}: {preset.description}{_settings(preset)}." for name, preset in presets.items()]
 
 

@@ -1,4 +1,8 @@
-"""Tests of the guarantees of training, run on the user's machine; see `verify.py`."""
+"""Tests of the guarantees of training, which run on the user's machine; see `verify.py`.
+
+`arguments` are command-line options of `ctde_jax.train`, except those of `prove_checkpoint`. Every
+test raises InputError if they are invalid or the guarantee cannot be tested with them.
+"""
 
 import json
 import random
@@ -24,13 +28,14 @@ from ctde_jax.errors import InputError
 from ctde_jax.trainer import Row, console
 
 KILLS = 5
+"""Number of times that `prove_resume` kills a run."""
 
 Verdict = tuple[list[str], str]
-"""The violations, and the sentence to print if there are none."""
+"""A sentence for each violation, and the sentence to print if there are none."""
 
 
 def prove_resume(arguments: Sequence[str]) -> Verdict:
-    """Proves that a run killed at random moments ends with the bits of an uninterrupted run."""
+    """Tests that a run killed at random moments ends with the bits of an uninterrupted run."""
     chosen = _parse(arguments)
     screen = console()
     draw = random.Random()
@@ -85,7 +90,10 @@ def prove_resume(arguments: Sequence[str]) -> Verdict:
 
 
 def prove_exact(arguments: Sequence[str]) -> Verdict:
-    """Proves that `--exact` trains to the same bits on 1, 2, 4 and 8 devices (if available)."""
+    """Tests that `--exact` trains to the same bits on 1, 2, 4 and 8 devices.
+
+    On accelerators, numbers of devices that exceed those present are left out.
+    """
     arguments = ["--exact", *(word for word in arguments if word != "--exact")]
     if _parse(arguments).aggregation.devices is not None:
         raise InputError("devices", "must not be set, as exact trains on 1, 2, 4 and 8 devices.")
@@ -117,7 +125,11 @@ def prove_exact(arguments: Sequence[str]) -> Verdict:
 
 
 def prove_replicas(arguments: Sequence[str]) -> Verdict:
-    """Proves that all devices hold equal values: training compares them after every dispatch."""
+    """Tests that replicated state is equal on all devices: trains, which compares it.
+
+    Raises:
+        ReplicasDiverged: If it differs after a dispatch.
+    """
     chosen = _parse(arguments)
     if len(start(chosen.aggregation.devices, FAKE_DEVICES)) == 1:
         raise InputError("devices", "must be at least 2, so that replicas can be compared, got 1.")
@@ -134,7 +146,10 @@ def prove_replicas(arguments: Sequence[str]) -> Verdict:
 
 
 def prove_eval(arguments: Sequence[str]) -> Verdict:
-    """Proves that every test example counts once: evaluates them one by one on one device."""
+    """Tests that an evaluation on all devices includes every test example exactly once.
+
+    Trains, and compares the test metrics with an evaluation of the examples one by one.
+    """
     chosen = _parse(arguments)
     trained = train(chosen, time.perf_counter())
 
@@ -167,7 +182,11 @@ def prove_eval(arguments: Sequence[str]) -> Verdict:
 
 
 def prove_checkpoint(arguments: Sequence[str]) -> Verdict:
-    """Proves that every checkpoint of a run, or a given one, is as it was written."""
+    """Tests that every checkpoint of a run, or a single checkpoint, matches its checksums.
+
+    Args:
+        arguments: One argument, the folder of the run or of the checkpoint.
+    """
     if len(arguments) != 1:
         raise InputError(
             "verify",
@@ -232,7 +251,7 @@ def _kill(command: Sequence[str], folder: Path, seconds: float) -> bool:
 
 
 def _written(folder: Path, step: int) -> float:
-    """Returns the time at which a run wrote a checkpoint, in seconds since the epoch."""
+    """Returns the time at which a run wrote a checkpoint, in seconds since 1970."""
     return (checkpoint.path_of(folder / CHECKPOINTS, step) / checkpoint.MANIFEST).stat().st_mtime
 
 
@@ -269,4 +288,4 @@ PROOFS: Mapping[str, Callable[[Sequence[str]], Verdict]] = {
     "eval": prove_eval,
     "checkpoint": prove_checkpoint,
 }
-"""Proofs by their names on the command line."""
+"""Tests by their names on the command line."""

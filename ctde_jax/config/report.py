@@ -13,7 +13,7 @@ from ctde_jax.trainer import Trained
 
 
 def names(config: Config, data: Dataset) -> dict[str, str]:
-    """Returns descriptions of model, optimizer, strategy and partition for the plan."""
+    """Returns the descriptions of model, optimizer, strategy and partition for `trainer.plan`."""
     picture = " (partition.png)" if data.classes else ""
     return {
         "model": _describe_network(config.model, data),
@@ -124,7 +124,12 @@ def _describe_strategy(chosen: AggregationOptions) -> str:
 
 
 def result(trained: Trained, folder: Path) -> Table:
-    """Returns a table of the test metrics of a run, its traffic and its wall time."""
+    """Returns a table of the test metrics of a run, the bytes sent and the wall time.
+
+    Args:
+        trained: Result of the run.
+        folder: Folder of the run.
+    """
     # The title names the step of the parameters, and how the run ended.
     tested = trained.tested
     title = f"after {trained.step:,} steps"

@@ -11,9 +11,11 @@ _MOST_FRAGMENTS = 1000
 
 
 class Exclusion(NamedTuple):
-    """Options of the aggregation that must keep their defaults if a condition holds."""
+    """Options of the aggregation that must have their default values if a condition holds."""
 
     applies: Callable[[AggregationOptions], Any]
+    """The condition, whose result is true or false."""
+
     options: tuple[str, ...]
     sentence: str
     """End of the error message; names of options in braces are replaced by their values."""
@@ -114,7 +116,10 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "label_shards": ("partition", ("by_label",)),
     "dirichlet_alpha": ("partition", ("dirichlet",)),
 }
-"""Options that have no effect unless another one has one of these values."""
+"""Options that have no effect unless another option has one of the listed values.
+
+By option: the name of the other option and these values.
+"""
 
 _FILES = {
     "data_dir": ("mnist", "fashion_mnist", "cifar10"),
@@ -125,8 +130,8 @@ _FILES = {
 
 
 def check_aggregation(chosen: AggregationOptions) -> None:
-    """Raises InputError if options are mutually exclusive, so that none is ignored silently."""
-    # An option counts as given if it differs from its default.
+    """Raises InputError if options of the aggregation conflict, or `fragments` is out of range."""
+    # An option is regarded as given if it differs from its default.
     default = AggregationOptions()
     check_at_least(1, fragments=chosen.fragments)
     check_at_most(_MOST_FRAGMENTS, fragments=chosen.fragments)

@@ -28,6 +28,12 @@ def train(config: Config, started: float) -> Trained:
     Args:
         config: Options of the run.
         started: Start of the command, by `time.perf_counter`.
+
+    Returns:
+        The result of the training.
+
+    Raises:
+        Exception: The exceptions of `fit`.
     """
     # Start the devices. Hosts must agree on the options before any of them can wait for another.
     devices = start(config.aggregation.devices, FAKE_DEVICES)
@@ -41,7 +47,7 @@ def train(config: Config, started: float) -> Trained:
     options = Options(deciding(config), flag)
 
     # Record the number of devices, so that the run can be repeated on another machine.
-    count = len(replica.own(devices))
+    count = len(replica.local_replicas(devices))
     config = replace(config, aggregation=replace(config.aggregation, devices=count))
     screen = console()
     with ExitStack() as at_end:
@@ -52,7 +58,7 @@ def train(config: Config, started: float) -> Trained:
                 new_run_folder(config) if chosen is None else checkpoint.named("run_dir", chosen)
             )
             at_end.enter_context(checkpoint.claimed(folder))
-            _check_trunk(config.run, folder)
+            _check_branch_from(config.run, folder)
             return str(folder)
 
         # Called before the first checkpoint of a new run.
@@ -78,7 +84,7 @@ def train(config: Config, started: float) -> Trained:
             prepare=prepare,
         )
 
-        # Trackers need their packages, so make them before anything is printed.
+        # Trackers require packages that may be missing, so make them before anything is printed.
         callbacks = [*samplers, *build.build_trackers(config.run.track, folder)]
 
         # Print the plan, then train. The time before counts as start-up.
@@ -91,8 +97,8 @@ def train(config: Config, started: float) -> Trained:
     return trained
 
 
-def _check_trunk(chosen: RunOptions, folder: Path) -> None:
-    """Raises InputError if `--resume never` would move the checkpoint to branch from."""
+def _check_branch_from(chosen: RunOptions, folder: Path) -> None:
+    """Raises InputError if `--resume never` would move the checkpoint `--branch-from`."""
     if chosen.branch_from is None or chosen.resume == "auto":
         return
     if chosen.branch_from.resolve().is_relative_to(folder.resolve() / checkpoint.CHECKPOINTS):
@@ -108,7 +114,7 @@ def _show(plan: Table) -> None:
     Errors of standard output after this point do not stop the training.
     """
     try:
-        console(lasting=False).print(plan)
+        console(ignore_failures=False).print(plan)
     except OSError as error:
         raise InputError(
             "standard output",
@@ -121,7 +127,17 @@ _LONGEST_SAMPLE = 1_000_000
 
 
 class _Sampler:
-    """Callback that prints a text of a language model at every evaluation."""
+    """Callback that prints a text that a language model generates at every evaluation.
+
+    Args:
+        chosen: Options of the run, with the prompt and the length of the text.
+        model: Model to generate with.
+        data: Data set whose vocabulary and context length are used.
+        seed: Random seed of the sampling, equal at every evaluation.
+
+    Raises:
+        InputError: If the prompt is empty or has a character that the vocabulary lacks.
+    """
 
     def __init__(self, chosen: RunOptions, model: Model, data: Dataset, seed: int):
         # By default, prompt with the first character of the training text.
@@ -154,7 +170,7 @@ class _Sampler:
 
 
 def _samplers(chosen: RunOptions, training: Training) -> list[_Sampler]:
-    """Returns the sampler of a language model; an empty list for other models."""
+    """Returns the sampler of a language model; an empty list for other models or length 0."""
     check_at_least(0, sample_length=chosen.sample_length)
     check_at_most(_LONGEST_SAMPLE, sample_length=chosen.sample_length)
     if not training.data.vocabulary or not chosen.sample_length:

@@ -29,9 +29,11 @@ from ctde_jax.errors import InputError
 
 
 class Collective(NamedTuple):
-    """A collective of a compiled program; bytes are those of one launch."""
+    """A collective of a compiled program; all numbers of bytes are those of one launch."""
 
     op: str
+    """Name of the operation, such as `all-reduce`."""
+
     dtypes: tuple[str, ...]
     """Dtypes of the payload, as HLO writes them; merged messages may have several."""
 
@@ -48,13 +50,13 @@ class Collective(NamedTuple):
     """False if other branches of a conditional send fewer bytes, so the count is an upper bound."""
 
     sent: float
-    """Bytes that leave the device that sends most."""
+    """Bytes sent by the device that sends the most."""
 
     total: float
-    """Bytes that leave all devices together."""
+    """Bytes sent by all devices together."""
 
     across: float
-    """Part of `total` that leaves a host."""
+    """Part of `total` that is sent to another host."""
 
     @property
     def times(self) -> int:
@@ -65,17 +67,18 @@ class Collective(NamedTuple):
 def read(hlo_text: str, hosts: Sequence[int] | None = None) -> list[Collective]:
     """Lists the collectives of a compiled program that send any bytes.
 
-    An outermost loop whose trip count is not a constant is a loop over rounds, of which one is
-    counted. If there are several such loops, only the last is counted, which runs the rounds that
-    remain after the blocks of rounds.
+    An outermost loop whose trip count is not a constant is a loop over rounds, of which one round
+    is counted. If several such loops contain collectives, only the last is counted, which runs the
+    rounds that remain after the blocks of rounds.
 
     Args:
         hlo_text: Text of the optimized HLO module, `compiled.as_text()`.
         hosts: Process of each device (default: all devices are on one host).
 
     Raises:
-        InputError: Another loop with collectives has an unknown trip count, the bytes of a
-            collective cannot be determined, or `hosts` is too short.
+        InputError: The text is not one HLO module, an inner loop with collectives has an unknown
+            trip count, the bytes of a collective cannot be determined, or `hosts` has fewer entries
+            than the program has devices.
     """
     program = hlo.parse(hlo_text)
     hosts = [0] * program.devices if hosts is None else hosts
@@ -115,7 +118,7 @@ def _walk(frame: hlo.Frame, loops: tuple[int, ...], hosts: Sequence[int]) -> lis
         elif op == "while":
             trip_count = hlo.trip_count(instruction, frame)
             inside = _loop(instruction, trip_count, frame, loops, hosts)
-            # The last loop over rounds replaces an earlier one, which runs blocks of them.
+            # The last loop over rounds replaces an earlier one, which runs blocks of rounds.
             if trip_count is None and not loops:
                 in_rounds = inside or in_rounds
             else:
@@ -221,9 +224,9 @@ def _links(op: str, payload: int, group: list[int]) -> list[_Link]:
 
 
 def _groups(text: str, devices: int) -> list[list[int]]:
-    """Parses replica groups.
+    """Parses the attribute `replica_groups` of a collective to lists of device numbers.
 
-    They are `{{0,1},{2,3}}`, `{}` for one group of all devices, or the iota form
+    Its form is `{{0,1},{2,3}}`, `{}` for one group of all devices, or the iota form
     `[groups,size]<=[dimensions]T(permutation)`.
     """
     iota = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)

@@ -35,7 +35,7 @@ class Instruction(NamedTuple):
         return match[1] if match else ""
 
     def called(self, *attributes: str) -> list[str]:
-        """Returns the names of the computations in these attributes, in order."""
+        """Returns the names of the computations that these attributes contain, in order."""
         return [
             name for key in attributes for name in re.findall(r"%([\w.\-]+)", self.attribute(key))
         ]
@@ -59,7 +59,10 @@ class HloModule(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A computation in a call: the instruction that calls it, and the frame of the caller."""
+    """A computation with its call: the instruction that calls it, and the frame of the caller.
+
+    The frame of the entry computation has neither.
+    """
 
     program: HloModule
     computation: Computation
@@ -205,9 +208,12 @@ def _bits(dtype: str) -> int:
 
 
 def _value(frame: Frame, name: str, index: int | None = None) -> int | None:
-    """Returns the value of an integer constant, or None if it is not known.
+    """Returns the value of an instruction if it is a known integer constant, otherwise None.
 
-    If `index` is given, the instruction is a tuple, and the value is that of this element.
+    Args:
+        frame: Frame of the computation that contains the instruction.
+        name: Name of the instruction.
+        index: Index of an element, whose value is returned, if the instruction is a tuple.
     """
     instruction = frame.computation.instructions[name]
     match instruction.opcode:
@@ -230,7 +236,12 @@ def _value(frame: Frame, name: str, index: int | None = None) -> int | None:
 
 
 def _loop_index(name: str, frame: Frame) -> int | None:
-    """Returns the index of this element in the state of a loop, or None if it is not one."""
+    """Returns the index of an instruction's value in the loop state, or None if it has none.
+
+    Args:
+        name: Name of the instruction.
+        frame: Frame of the body or the condition of the loop.
+    """
     instruction = frame.computation.instructions[name]
     if instruction.opcode in ("copy", "bitcast"):
         return _loop_index(instruction.operands[0], frame)
@@ -241,7 +252,12 @@ def _loop_index(name: str, frame: Frame) -> int | None:
 
 
 def _increment(body: Frame, index: int) -> int | None:
-    """Returns the change of a state's element in one iteration, or None if it is not constant."""
+    """Returns the constant that an iteration adds to an element of the loop state, or None.
+
+    Args:
+        body: Frame of the body of the loop.
+        index: Index of the element in the loop state.
+    """
     # The body returns the new state as a tuple.
     instructions = body.computation.instructions
     root = instructions[body.computation.root]
@@ -250,7 +266,7 @@ def _increment(body: Frame, index: int) -> int | None:
     if _loop_index(root.operands[index], body) == index:
         return 0
 
-    # Otherwise it must be the sum of the element and a constant, in either order.
+    # Otherwise the new element must be the sum of the old one and a constant, in either order.
     updated = instructions[root.operands[index]]
     while updated.opcode in ("copy", "bitcast"):
         updated = instructions[updated.operands[0]]

@@ -23,6 +23,7 @@ from ctde_jax.models import Model, Task
 from ctde_jax.rounds import ExampleSource, Span, make_gradient_for, parallel_rounds, state
 
 EXAMPLES = "tpu:v5e:2x4 (a slice of 2 x 4 chips) or gpu:h100:2x4 (2 hosts with 4 GPUs each)"
+"""Examples of targets, for messages."""
 
 # XLA's `GpuTargetConfigProto` as text: properties that the compiler would query from the device.
 _H100 = """
@@ -43,13 +44,14 @@ dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 }
 
 
 def devices(target: str) -> Sequence[jax.Device]:
-    """Returns devices that need not be present: programs can be compiled for them, but not run.
+    """Returns descriptions of devices, for which programs can be compiled, but not run.
 
     Args:
         target: Platform, kind and topology, such as `tpu:v5e:2x4` or `gpu:h100:2x4`.
 
     Raises:
-        InputError: The target is not known, or its plugin is not installed.
+        InputError: The target is malformed, its plugin is not installed, or the plugin does not
+            support it.
     """
     # Parse the target and check that the plugin of its platform is installed.
     match = re.fullmatch(r"(tpu):(.+:.+)|gpu:(h100):(\d+x\d+)", target)
@@ -91,7 +93,21 @@ def compile_rounds(
     ema_decay: float | None = None,
     skip_nonfinite: bool = False,
 ) -> replica.Program:
-    """Compiles the rounds that `fit` would run, also for devices that are not present."""
+    """Compiles the rounds that `fit` would run, also for devices that are not present.
+
+    Args:
+        model: Model of raw inputs, as the data set stores them.
+        data: Data set; only the shapes and dtypes of its training examples are read.
+        task: Loss and metrics.
+        optimizer: Optimizer of every step.
+        strategy: Strategy of the rounds.
+        source: Source of the training examples.
+        devices: Devices, with one replica on each; see `devices`.
+        augment: Augmentation of each training example.
+        accumulation_steps: Number of microbatches for gradient accumulation.
+        ema_decay: Decay per round of the moving average of the parameters; None for no average.
+        skip_nonfinite: Whether rounds with NaN or infinity are skipped.
+    """
     # Shapes of the state, without computing it. Stacked parts get one row for each device.
     center = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
     create = jax.vmap(

@@ -41,29 +41,29 @@ class Traffic:
 
     @property
     def sent(self) -> float:
-        """Bytes that leave a device per round."""
+        """Bytes that each device sends per round; the maximum, if devices differ."""
         return sum(one.sent * one.times for one in self.collectives)
 
     @property
     def sent_per_step(self) -> float:
-        """Bytes that leave a device per optimizer step, on average."""
+        """Bytes that each device sends per optimizer step, on average."""
         return self.sent / self.round_steps
 
     @property
     def peak(self) -> float:
-        """Maximum bytes that leave a device between two optimizer steps: at the end of a round."""
-        # The messages of the last local step, and all that are outside of the loop of local steps.
+        """Bytes that each device sends for the last step of a round, the maximum of all steps."""
+        # The messages of the last local step, and all outside of the loop of local steps.
         during = sum(one.sent * one.times for one in in_local_steps(self))
         return self.sent - during + during / self.round_steps
 
     @property
     def total(self) -> float:
-        """Bytes that leave all devices together per round."""
+        """Bytes that all devices together send per round."""
         return sum(one.total * one.times for one in self.collectives)
 
     @property
     def across(self) -> float:
-        """Part of `total` that leaves a host."""
+        """Part of `total` that is sent to another host."""
         return sum(one.across * one.times for one in self.collectives)
 
     @property
@@ -118,7 +118,7 @@ def synchronous_bytes(params: int, replicas: int) -> float:
 
 
 def table(traffic: Traffic, params: int, replicas: int) -> Table:
-    """Returns a table with one row for each kind of collective, and the totals, in bytes.
+    """Returns a table of the bytes sent, with one row for each distinct collective, and totals.
 
     Args:
         traffic: Collectives of a round.

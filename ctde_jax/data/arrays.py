@@ -1,4 +1,4 @@
-"""Conversion of the user's arrays, of any library and dtype, to the dtypes of training; checks."""
+"""Validates the user's arrays, of any library and dtype, and converts them to training dtypes."""
 
 from collections.abc import Iterator
 from math import prod
@@ -15,18 +15,23 @@ COARSE = 0.01
 """Maximum rounding error of a feature in float32, as a fraction of its standard deviation."""
 
 NOISE = 1e-12
-"""Float64 numbers are equal up to rounding if their standard deviation is below this fraction of
-the largest one."""
+"""Numbers are treated as equal up to float64 rounding if their standard deviation is at most this
+fraction of their largest magnitude."""
 
 
 def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    """Converts to a numpy array if that loses nothing; memory maps stay in their file.
+    """Converts an array of any library, or a list, to a numpy array of numbers or text.
 
-    Bytes are decoded to `str`. Python objects become numbers or text if all of them are.
+    A memory map becomes a `DiskArray`, which stays in its file. Bytes are decoded to `str`. Python
+    objects become int64, float64 or `str`, and dtypes that numpy lacks, such as bfloat16, float32.
+
+    Args:
+        option: Name of the argument in error messages.
+        array: Array or list.
 
     Raises:
-        InputError: If the array is sparse, ragged or masked, or has fields, or objects that are
-            neither numbers nor text.
+        InputError: If the array is sparse, ragged or masked, has fields or objects that are neither
+            all numbers nor all text, or is a memory map that `disk.on_disk` rejects.
     """
     if isinstance(array, DiskArray):
         return array
@@ -72,11 +77,18 @@ def plain(option: str, array: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
 
 
 def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    """Converts inputs `[examples, ...]` to uint8, int32 or float32.
+    """Validates inputs `[examples, ...]` and converts them to a dtype of training.
+
+    uint8 is kept, other integers and booleans become int32, and floats become float32.
+
+    Args:
+        option: Name of the argument in error messages.
+        inputs: Array of any library, or a list.
 
     Raises:
-        InputError: If the inputs have another shape, are not real numbers, do not fit in int32, are
-            not finite in float32, or float32 is too coarse for a feature; see `check_precision`.
+        InputError: If the inputs have rank below 2, are empty, are not real numbers, overflow int32
+            or float32, contain NaN or infinity, or lose too much precision in float32; see
+            `check_precision`. Also as for `plain`.
     """
     # Check the shape.
     inputs = plain(option, inputs)
@@ -114,11 +126,18 @@ def checked_inputs(option: str, inputs: ArrayLike | DiskArray) -> np.ndarray | D
 
 
 def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
-    """Converts labels to `int32[examples]`, or targets `[examples, ...]` to int32 or float32.
+    """Validates labels `[examples]` or targets `[examples, ...]`, and converts them.
+
+    Integers and booleans become int32, and floats become float32.
+
+    Args:
+        option: Name of the argument in error messages.
+        labels: Array of any library, or a list.
 
     Raises:
-        InputError: If the labels have another shape or dtype, do not fit in int32, or are not
-            finite.
+        InputError: If the labels are a scalar, a column `[examples, 1]` of integers, booleans or
+            text, have no element per example, are not real numbers, overflow int32, or contain NaN
+            or infinity. Also as for `plain`.
     """
     # Check the shape, and reject time differences (kind `m`).
     labels = plain(option, labels)
@@ -164,8 +183,12 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
 def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
     """Raises InputError if float32 is too coarse for a feature, such as seconds since 1970.
 
-    The limit for the rounding error is `COARSE` times the standard deviation of the feature. Inputs
-    are `[examples, ...]`.
+    It is too coarse if the largest rounding error exceeds `COARSE` times the standard deviation of
+    the feature. Features that are constant up to float64 rounding (`NOISE`) pass.
+
+    Args:
+        option: Name of the argument in error messages.
+        inputs: Inputs of any numeric dtype, `[examples, ...]`.
     """
     # float32 represents float16 and integers up to 16 bits exactly.
     if inputs.dtype.itemsize <= 2 or inputs.dtype == np.float32:
@@ -198,7 +221,10 @@ def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
 
 
 def targets_or_classes(labels: np.ndarray | DiskArray) -> str:
-    """Describes labels that are not class numbers, and the fix, as the end of an error message."""
+    """Returns the end of an error message about labels that are not class indices.
+
+    It starts with "got", describes the labels, and adds the fix if they are one-hot or whole.
+    """
     if is_one_hot(labels):
         return f"got one-hot labels of the shape {list(labels.shape)}; pass labels.argmax(1)"
     some = np.asarray(labels[:4096])

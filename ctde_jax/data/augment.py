@@ -15,7 +15,7 @@ from jaxtyping import Array, Int32, Key, Shaped
 from ctde_jax.errors import InputError, check_at_least
 
 Augment: TypeAlias = Callable[[Key[Array, ""], Shaped[Array, "..."]], Shaped[Array, "..."]]
-"""Returns a random variant, `augment(key, example) -> example`, of the same shape and dtype."""
+"""`augment(key, example) -> example`, a random variant of the same shape and dtype."""
 
 
 def apply_to(
@@ -24,7 +24,7 @@ def apply_to(
     inputs: Shaped[Array, "examples ..."],
     examples: Int32[Array, " examples"],
 ) -> Shaped[Array, "examples ..."]:
-    """Augments each example with a key of its index, wherever it is in the batch.
+    """Augments each example with a key derived from `key` and the index of the example.
 
     Args:
         augment: Augmentation of a single example.

@@ -1,10 +1,10 @@
 """The order of the examples: a pure function of the seed and the step, not of earlier steps.
 
-A batch is an array of indices into the training split, `int32[replica, per_replica]`. If there are
-fewer examples than places, the remaining places are padding: `~i`, a negative number, repeats
+A batch is an array of indices into the training split, `int32[replica, per_replica]`. If it has
+fewer examples than elements, the other elements are padding: `~i`, a negative number, repeats
 example `i` of the same batch, device or client, and is masked out. Thus the last batch of an epoch
 is short instead of dropped, a replica that has run out of data has a row of negative numbers, and
-the model only ever sees real examples.
+the inputs of the model are always real examples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,14 +40,14 @@ class Batches:
     """Number of steps in which every example is seen once, on average if clients are sampled."""
 
     steps_per_draw: int
-    """Number of steps between permutations: an epoch, or a round if clients are sampled."""
+    """Number of steps that `draw` returns: an epoch, or a round if clients are sampled."""
 
     draw: Callable[[int], Int32[np.ndarray, "steps_per_draw replicas per_replica"]]
-    """Returns a permutation, `draw(number)`."""
+    """`draw(number)` returns the batches of this epoch, or round if clients are sampled."""
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether the examples of a batch are read from disk when it is due."""
+        """Whether the examples of each batch are read from disk during training."""
         return isinstance(self.split, Split) and self.split.is_on_disk
 
     def steps(self, start: int, stop: int) -> Int32[np.ndarray, "steps replicas per_replica"]:
@@ -55,24 +55,25 @@ class Batches:
 
         Steps are counted from the start of training; the range must not be empty.
         """
-        # Concatenate the draws that overlap the range, each cut to it.
+        # Concatenate the draws that overlap the range, each restricted to it.
         length = self.steps_per_draw
         numbers = range(start // length, ceil(stop / length))
         pieces = [self.draw(n)[max(0, start - n * length) : stop - n * length] for n in numbers]
         return np.concatenate(pieces)
 
     def with_empty_cache(self) -> "Batches":
-        """Returns the same order, whose draws are not in the cache yet."""
+        """Returns a copy with the same order and an empty cache of draws."""
         # The function that `deal` has cached.
         draw = self.draw.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
         return replace(self, draw=lru_cache(maxsize=2)(draw))
 
     def inputs(self, step: int) -> Shaped[np.ndarray, "examples ..."]:
-        """Returns the inputs of a step's global batch.
+        """Returns the inputs of a step's global batch, without padding.
 
         Without a partition, their order is the same for any number of replicas.
         """
-        # `_reshuffled` deals the global batch to the replicas in turn; the transpose restores it.
+        # `_reshuffled` assigns the examples to the replicas in turn; the transpose restores their
+        # order.
         (indices,) = self.steps(step, step + 1)
         place, own = np.nonzero(indices.T >= 0)
         rows = indices[own, place]
@@ -96,8 +97,8 @@ def deal(
 
     Without a partition, every epoch is a new permutation of all examples, and the global batch of a
     step is the same for any number of replicas. If the partition has one part per replica, every
-    replica iterates over its part, in a new order in every epoch; an epoch ends with the largest
-    part, and replicas with smaller parts have empty batches until then.
+    replica iterates over its part, in a new order in every epoch; an epoch lasts until the replica
+    with the largest part has finished it, and the others have empty batches until then.
 
     If the partition has more parts than replicas, the parts are *clients*. Each round samples one
     client per replica, without replacement (McMahan et al., 2017). A client's epoch has as many
@@ -114,9 +115,9 @@ def deal(
         inner_steps: Number of steps per round, at least 1; only used if clients are sampled.
 
     Raises:
-        InputError: If the batch size does not divide over the replicas or exceeds the number of
-            examples, the partition does not assign each example to exactly one part, or too few
-            parts have examples.
+        InputError: If the batch size is not a multiple of the replicas or exceeds the number of
+            examples, there are fewer examples or parts than replicas, the partition does not assign
+            each example to exactly one part, or too few clients have examples.
     """
     steps = steps_per_epoch(len(split.inputs), replicas, batch_size, partition)
     per_replica = batch_size // replicas
@@ -133,14 +134,17 @@ def steps_per_epoch(
 ) -> int:
     """Returns the number of steps in which every example is seen once.
 
-    If clients are sampled, this is an average, and holds if a round consists of whole epochs of the
-    clients. Errors are those of `deal`.
+    If clients are sampled, this is an average, and holds only if a round consists of whole epochs
+    of the clients.
 
     Args:
         examples: Number of training examples.
         replicas: Number of replicas.
         batch_size: Global batch size.
         partition: Example indices of each replica or client.
+
+    Raises:
+        InputError: As for `deal`.
 
     Examples:
         >>> ctde.data.steps_per_epoch(examples=1438, replicas=4, batch_size=64)
@@ -166,10 +170,11 @@ def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed:
         last_batch = order[(steps - 1) * per_replica * replicas :]
         order = np.concatenate([order, np.resize(~last_batch, missing)])
 
-        # Deal each global batch in turn, so that it is the same for any number of replicas.
+        # Assign the examples of each global batch to the replicas in turn, so that the global batch
+        # is the same for any number of replicas.
         return order.reshape(steps, per_replica, replicas).swapaxes(1, 2)
 
-    # Two draws are cached, for blocks of steps that reach into the next epoch.
+    # Two draws are cached, for blocks of steps that extend into the next epoch.
     return Batches(
         split, 0 if split.is_on_disk else None, steps, steps, lru_cache(maxsize=2)(epoch)
     )
@@ -194,13 +199,13 @@ def _kept(split: Split, parts: Parts, per_replica: int, steps: int, seed: int) -
         order = np.full((replicas, steps * per_replica), ~0, np.int32)
         for row, part, own in zip(order, parts, range(replicas), strict=True):
             if len(part):
-                # Each replica has a separate generator; indices count within its part, or, on disk,
-                # within the whole split.
+                # Each replica has a separate generator; indices are those of its part, or, on disk,
+                # of the whole split.
                 own_order = np.random.default_rng((seed, number, own)).permutation(len(part))
                 row[:] = filled_up(part[own_order] if counts_all else own_order, len(row))
         return order.reshape(replicas, steps, per_replica).swapaxes(0, 1)
 
-    # In memory, each replica's part becomes a row; on disk, the split stays as it is.
+    # In memory, each replica's part becomes a row; on disk, the split is unchanged.
     held = split
     if not isinstance(split.inputs, DiskArray) and not isinstance(split.labels, DiskArray):
         held = Drawn(
@@ -249,7 +254,7 @@ def _part_epoch(parts: Parts, per_replica: int) -> int:
 
 
 def filled_up(order: Int[np.ndarray, " examples"], places: int) -> Int32[np.ndarray, " places"]:
-    """Pads an order with masked repetitions."""
+    """Pads one or more indices to the length `places` with masked repetitions of them."""
     filled = np.resize(~order, places).astype(np.int32)
     filled[: len(order)] = order
     return filled
@@ -260,7 +265,17 @@ _MOST_STEPS = 2**31 - 1
 
 
 def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
-    """Returns the number of optimizer steps of a run, given by `epochs` or by `steps`."""
+    """Returns the number of optimizer steps of a run, given by `epochs` or by `steps`.
+
+    Args:
+        an_epoch: Number of steps per epoch.
+        epochs: Number of epochs, or None.
+        steps: Number of steps, or None.
+
+    Raises:
+        InputError: If not exactly one of `epochs` and `steps` is given, it is less than 1, or the
+            steps exceed int32.
+    """
     if (epochs is None) == (steps is None):
         raise InputError(
             "epochs",
@@ -279,11 +294,18 @@ def count_steps(an_epoch: int, epochs: int | None, steps: int | None) -> int:
 def index_blocks(
     batches: Batches, inner_steps: int, most: int, start: int, stop: int
 ) -> Iterator[tuple[Int32[np.ndarray, "replicas rounds inner_steps per_replica"], int]]:
-    """Cuts the steps from `start` to `stop` into blocks of `most` rounds; the last may have fewer.
+    """Cuts the steps in `range(start, stop)` into blocks of rounds of the same shape.
+
+    Args:
+        batches: Order of the examples.
+        inner_steps: Number of steps per round.
+        most: Number of rounds per block.
+        start: First step.
+        stop: Step after the last one.
 
     Yields:
-        Indices of `most` rounds, and the number of rounds in the block. If the last round lacks
-        steps, it is padded with empty ones.
+        Indices of `most` rounds, and the number of them that have steps, which is less only in the
+        last block. Missing steps are padded with empty batches.
     """
     for first in range(start, stop, most * inner_steps):
         steps = batches.steps(first, min(first + most * inner_steps, stop))

@@ -1,4 +1,7 @@
-"""Labels as classes: names of words and numbers, and checks for labels that are measurements."""
+"""Labels as classes: class names of text and integers, and checks for labels that are measurements.
+
+A *note* is a sentence in the notes of a data set, for the user.
+"""
 
 from collections.abc import Sequence
 
@@ -9,10 +12,13 @@ from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_known
 
 CLASSES = 2**16
-"""Maximum number of numbered classes, unless there are more labels; each class gets a name."""
+"""Integer labels must be below this number, or below the number of labels.
+
+Each number up to the largest label is the name of a class.
+"""
 
 FEW_CLASSES = 5
-"""Up to this many different labels are classes, even if there are few examples."""
+"""Integer labels with at most this many distinct values are classes, however few examples exist."""
 
 MANY_CLASSES = 20
 """A note is added if integers result in more classes than this, as they may be measurements."""
@@ -22,13 +28,14 @@ _NAMED = 10
 
 
 def from_words(words: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names the classes of labels that are written as text, in sorted order.
+    """Finds the classes of labels that are written as text, in sorted order.
 
-    If all of them are finite numbers, they are sorted as numbers, and two spellings of one number
-    ("9" and "9.0") are one class. Codes such as "007" are words.
+    If all labels are finite numbers, they are sorted as numbers, and two spellings of one number
+    ("9" and "9.0") are one class. If one has a leading zero, such as "007", all are sorted as text.
 
     Returns:
-        The names, each in its first spelling, and the class of each word, `int32[examples]`.
+        The class names, each in its first spelling, and the class index of each label,
+        `int32[examples]`.
     """
     keys = _keys(words)
     # In reverse, so that the first spelling of a key is the one that stays.
@@ -39,10 +46,15 @@ def from_words(words: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def look_up(option: str, words: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Returns the class of each word of `str[examples]`, as `int32[examples]`.
+    """Returns the class index of each label, `int32[examples]`.
+
+    Args:
+        option: Name of the argument in error messages.
+        words: Labels, `str[examples]`.
+        classes: Class names.
 
     Raises:
-        InputError: If the labels are not words, or a word is not the name of a class.
+        InputError: If the labels are not text, or a label is not the name of a class.
     """
     if words.ndim != 1 or words.dtype.kind != "U":
         raise InputError(
@@ -58,7 +70,14 @@ def look_up(option: str, words: np.ndarray, classes: Sequence[str]) -> np.ndarra
 
 
 def numbered(labels: np.ndarray | DiskArray, option: str = "y_train") -> tuple[str, ...]:
-    """Names the classes from 0 to the largest label; no names unless labels are `int32[examples]`.
+    """Returns class names for integer labels: the numbers from 0 to the largest label.
+
+    Args:
+        labels: Labels or targets, `[examples, ...]`.
+        option: Name of the argument in error messages.
+
+    Returns:
+        The names; empty if the labels are on disk or not `int32[examples]`.
 
     Raises:
         InputError: If the labels are too large, or too many and too far apart, to be class numbers.
@@ -75,7 +94,7 @@ def numbered(labels: np.ndarray | DiskArray, option: str = "y_train") -> tuple[s
         )
     # Gaps alone are allowed: a class may lack examples.
     different = len(np.unique(labels))
-    if largest + 1 > 2 * different and look_measured(labels.tolist()):
+    if largest + 1 > 2 * different and may_be_measurements(labels.tolist()):
         raise InputError(
             option,
             f"must be class indices from 0, got {different:,} distinct integers up to "
@@ -85,11 +104,11 @@ def numbered(labels: np.ndarray | DiskArray, option: str = "y_train") -> tuple[s
     return tuple(str(i) for i in range(largest + 1))
 
 
-def look_measured(labels: Sequence[float]) -> bool:
-    """Returns whether whole numbers look like measurements, such as prices, rather than classes.
+def may_be_measurements(labels: Sequence[float]) -> bool:
+    """Returns whether integer labels are probably measurements, such as prices, and not classes.
 
-    They do if there are more than `FEW_CLASSES` different ones, with fewer than three examples each
-    on average, or fewer than two if the numbers are consecutive, as those of classes are.
+    They are if there are more than `FEW_CLASSES` distinct ones, with fewer than three examples each
+    on average, or fewer than two if the integers are consecutive, as class indices are.
     """
     different = set(labels)
     if len(different) <= FEW_CLASSES:
@@ -99,11 +118,11 @@ def look_measured(labels: Sequence[float]) -> bool:
 
 
 def note_on_numbers(different: int, place: str) -> list[str]:
-    """Returns a sentence on integers that are used as classes, or none if there are few classes.
+    """Returns a note that integers are used as classes, or [] for at most `MANY_CLASSES` classes.
 
     Args:
-        different: Number of different labels.
-        place: Location of the labels, as the sentence names it.
+        different: Number of distinct labels.
+        place: Location of the labels in the note, such as "y_train".
     """
     if different <= MANY_CLASSES:
         return []
@@ -116,14 +135,14 @@ def note_on_numbers(different: int, place: str) -> list[str]:
 def notes_on_classes(
     classes: Sequence[str], train: np.ndarray, test: np.ndarray, is_numbered: bool
 ) -> list[str]:
-    """Returns a sentence on classes without examples, and one on classes only in the test split.
+    """Returns notes on classes without examples, and on classes that occur only in the test split.
 
     Args:
         classes: Class names.
         train: Training labels, `int32[examples]`.
         test: Test labels, `int32[examples]`.
-        is_numbered: Whether the classes are the numbers up to the largest label, so that some of
-            them may be gaps.
+        is_numbered: Whether the classes are the numbers up to the largest label; only then is there
+            a note on classes without any example.
     """
     # Which classes have examples, `bool[classes]`.
     in_train, in_test = (
@@ -147,7 +166,7 @@ def notes_on_classes(
 
 
 def is_one_hot(labels: np.ndarray | DiskArray) -> bool:
-    """Returns whether labels `[examples, classes]` are one-hot, judged by the first 4,096 rows."""
+    """Returns whether the first 4,096 labels are one-hot, `[examples, classes]`."""
     if labels.ndim != 2 or labels.shape[1] < 2:
         return False
     # The first rows are enough for a hint in an error message.

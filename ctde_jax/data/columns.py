@@ -1,4 +1,4 @@
-"""Columns of a table: converts their cells to numbers, or raises an error with the fix."""
+"""Columns of a table: conversion of their cells to numbers, and signs that they are no features."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _MOST_DIGITS = 2**53
 """Integers above this one are not exact in float64."""
 
 MANY_LINES = 10
-"""Minimum number of lines for a rule about all lines, such as that they are numbered."""
+"""Minimum number of lines for conclusions from all lines, such as that a column numbers them."""
 
 
 class Column(NamedTuple):
@@ -43,7 +43,7 @@ def numbers(path: Path, column: Column) -> np.ndarray:
     Raises:
         InputError: If a cell is not a finite number in float32.
     """
-    # NaN fails the comparison, so it counts as wrong.
+    # NaN fails the comparison, so its cell is wrong.
     found = [number_of(cell) for cell in column.cells]
     places = [
         place for place, number in enumerate(found) if number is None or not abs(number) <= _LARGEST
@@ -73,12 +73,12 @@ def check_precision(path: Path, column: Column, values: np.ndarray) -> float | N
     """Compares the numbers of a column, `float64[lines]`, with their float32 roundings.
 
     Returns:
-        The largest rounding error as a fraction of the standard deviation, if float32 merges some
-        of the numbers; else None.
+        The largest rounding error as a fraction of the standard deviation, if some distinct numbers
+        are equal in float32; else None.
 
     Raises:
-        InputError: If float32 merges numbers and rounds by more than `COARSE` of their standard
-            deviation.
+        InputError: If some distinct numbers are equal in float32, and the largest rounding error
+            exceeds `COARSE` times the standard deviation.
     """
     # Compare in float64, unless it rounds the numbers of the column, too.
     rounded = values.astype(np.float32).astype(np.float64)
@@ -91,7 +91,7 @@ def check_precision(path: Path, column: Column, values: np.ndarray) -> float | N
         if error <= COARSE * deviation:
             return error / deviation
 
-    # Compare exactly, relative to the least number, because float64 merges some numbers, too.
+    # Compare exactly, relative to the least number, because float64 may round them, too.
     exact = [_exact(cell, value) for cell, value in zip(column.cells, values, strict=True)]
     least = min(exact)
     if len(set(exact)) == len(set(rounded)):
@@ -120,7 +120,7 @@ def check_precision(path: Path, column: Column, values: np.ndarray) -> float | N
 
 
 def counts_lines(values: np.ndarray) -> bool:
-    """Returns whether the numbers, `float64[lines]`, count the lines from 0 or 1."""
+    """Returns whether `float64[lines]` counts `MANY_LINES` or more lines from 0 or 1."""
     count = np.arange(len(values))
     return len(values) >= MANY_LINES and (
         np.array_equal(values, count) or np.array_equal(values, count + 1)
@@ -128,9 +128,10 @@ def counts_lines(values: np.ndarray) -> bool:
 
 
 def is_identifier(name: str, values: np.ndarray) -> bool:
-    """Returns whether the numbers, `float64[lines]`, are whole, different, and like identifiers.
+    """Returns whether a column of numbers, `float64[lines]`, probably holds identifiers.
 
-    They are like identifiers if they increase, or if the name of the column is that of an id.
+    These are `MANY_LINES` or more distinct integers that increase, or in a column whose name ends
+    in a word such as `id`, `key` or `number`.
     """
     if (
         len(values) < MANY_LINES
@@ -144,9 +145,13 @@ def is_identifier(name: str, values: np.ndarray) -> bool:
 
 
 def names_the_label(values: np.ndarray, labels: np.ndarray) -> bool:
-    """Returns whether the column has exactly one number per class, different for all classes.
+    """Returns whether a column has exactly one number per class, different for all classes.
 
-    Values are `float64[lines]`, labels `int32[lines]`.
+    It is False if there are fewer than `MANY_LINES` lines, or on average fewer than two per class.
+
+    Args:
+        values: Numbers of the column, `float64[lines]`.
+        labels: Class indices, `int32[lines]`.
     """
     classes = len(np.unique(labels))
     # With few lines for each class, this may be a coincidence.
@@ -156,7 +161,12 @@ def names_the_label(values: np.ndarray, labels: np.ndarray) -> bool:
 
 
 def _way_out(wrong: Sequence[str], cells: int) -> str:
-    """Returns the fix for cells that are not numbers, by the kind of all or most of them."""
+    """Returns the fix for cells that are not numbers, as an imperative.
+
+    Args:
+        wrong: The cells that are not numbers.
+        cells: Number of all cells of the column.
+    """
     # Missing values and infinities are not words.
     words = [cell for cell in wrong if not is_missing(cell) and number_of(cell) is None]
     if not words and len(wrong) > 1:

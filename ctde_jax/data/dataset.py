@@ -65,7 +65,10 @@ class Dataset:
     """Feature names of a table, in the order of the inputs; empty if they have none."""
 
     stream: Stream | None = None
-    """Source of the training batches, if they come from an iterable; `train` is the first one."""
+    """Source of the training batches, if they come from an iterable.
+
+    `train` is then the first batch.
+    """
 
     def __repr__(self) -> str:
         of_each = "training examples in a batch" if self.stream else "training"
@@ -76,7 +79,7 @@ class Dataset:
         )
 
     def check_arrays(self, option: str) -> None:
-        """Raises InputError for an option that needs all examples, if they come from a stream."""
+        """Raises InputError for `option`, which needs all examples, if they come from a stream."""
         if self.stream is not None:
             raise InputError(
                 option,
@@ -113,7 +116,7 @@ def from_arrays(
     list these decisions.
 
     A memory map (`np.load(path, mmap_mode="r")`, or `np.memmap`) may be larger than memory: it
-    stays in its file, and training reads each batch when it is due.
+    stays in its file, from which training reads each batch.
 
     Args:
         x_train: Inputs, `[examples, ...]`.
@@ -209,7 +212,7 @@ def assemble(
                 f"{test.inputs.shape[1:]}.",
             )
 
-    # Describe classes that may be measurements, or that have no examples.
+    # Add notes on classes that may be measurements, or that have no examples.
     if classes and labels.ndim == 1:
         if has_numbers:
             notes += note_on_numbers(len(np.unique(labels)), "y_train")
@@ -226,7 +229,7 @@ def assemble(
 
 
 def notes_on_inputs(dataset: Dataset) -> list[str]:
-    """Returns a sentence each on inputs with channels first, 16-bit images, and a bad scale."""
+    """Returns notes, if they apply: on channels first, 16-bit images, and inputs far from 1."""
     inputs = dataset.train.inputs
     notes = []
     if is_channels_first(inputs.shape[1:]):

@@ -22,7 +22,7 @@ def digest(array: np.ndarray | DiskArray) -> str:
     Args:
         array: Array of any shape and dtype. Above `WHOLE_BYTES`, only `_SAMPLES` rows are read.
     """
-    # Shape and dtype are hashed, too, so that a reshaped array has another digest.
+    # Shape and dtype are hashed, too, so that a reshaped array has a different digest.
     total = sha256(f"{array.dtype}{list(array.shape)}".encode())
     if array.ndim == 0 or len(array) == 0:
         total.update(np.asarray(array).tobytes())
@@ -63,7 +63,7 @@ def digests_of(data: Dataset, partition: Sequence[np.ndarray] | None = None) -> 
     found["the column names"] = _digest_of_names(data.columns)
     found["the vocabulary"] = _digest_of_names(data.vocabulary)
 
-    # Each part is preceded by its length, so that the borders between parts count.
+    # Each part is preceded by its length, so that the digest depends on their borders.
     if partition is not None:
         parts = [np.asarray(part, np.int64).tobytes() for part in partition]
         found["the partition"] = sha256(

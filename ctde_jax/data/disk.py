@@ -1,8 +1,8 @@
 """Arrays that stay in their file: only the rows that are indexed are read.
 
 Every page of a memory map that is touched, and pages around it, count as memory of the process.
-Rows are therefore read by plain reads, in the order of the file and each once. The system is
-advised of all of them first, so that the disk serves many requests at a time.
+Rows are therefore read by plain reads, in the order of the file and each once. The operating system
+is advised of all reads first, so that the disk serves many requests at a time.
 """
 
 import mmap
@@ -46,7 +46,12 @@ class DiskArray:
         return self.shape[0]
 
     def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
-        """Reads rows into memory."""
+        """Reads rows into memory.
+
+        Raises:
+            IndexError: If an index is out of range.
+            InputError: If the file cannot be read.
+        """
         # Indices into this array, with negative ones counted from its end.
         if isinstance(rows, slice):
             numbers = np.arange(*rows.indices(len(self)))
@@ -67,7 +72,7 @@ class DiskArray:
         return found[places].reshape(*numbers.shape, *self.shape[1:])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        """Reads everything into memory."""
+        """Reads all rows into memory."""
         # `copy` belongs to numpy's protocol; each call reads a new array anyway.
         return self[:].astype(dtype or self.dtype, copy=False)
 
@@ -77,11 +82,15 @@ class DiskArray:
         return len(self.shape)
 
     def astype(self, dtype: DTypeLike) -> "DiskArray":
-        """Returns the array with a dtype to which rows are cast when they are read."""
+        """Returns the array with a different dtype, to which rows are cast when they are read."""
         return replace(self, dtype=np.dtype(dtype))
 
     def reshape(self, rows: int, *shape: int) -> "DiskArray":
-        """Returns the array with another shape of its rows; `rows` is their number, or -1."""
+        """Returns the array with its rows reshaped to `shape`.
+
+        Raises:
+            ValueError: If `rows` is neither the number of rows nor -1, or the sizes differ.
+        """
         if rows not in (-1, len(self)) or prod(shape) != prod(self.shape[1:]):
             raise ValueError(f"rows of the shape {self.shape[1:]} cannot be reshaped to {shape}")
         return replace(self, shape=(len(self), *shape))
@@ -97,7 +106,7 @@ class DiskArray:
         size = self.stored.itemsize * prod(self.shape[1:])
         content = found.reshape(-1).view(np.uint8).data
         # Find the runs of adjacent rows, each of which takes one read. If rows have gaps between
-        # them, as those of a map that was cut, each row is a run.
+        # them, as in a slice of a memory map, each row is a run.
         is_first = (
             np.diff(rows, prepend=-2) != 1 if self.stride == size else np.ones(len(rows), bool)
         )
@@ -139,10 +148,11 @@ def stays_on_disk(array: np.ndarray | DiskArray) -> bool:
 
 
 def on_disk(option: str, array: np.ndarray | DiskArray) -> DiskArray:
-    """Converts an array that stays on disk to one that is read by rows.
+    """Converts a memory map, or a view of one, to a `DiskArray`.
 
     Raises:
-        InputError: If the rows in the file are not those of the map, or are not contiguous.
+        InputError: If the map is copy-on-write, so that it may differ from its file, or an example
+            is not contiguous in the file.
     """
     if isinstance(array, DiskArray):
         return array
@@ -167,12 +177,12 @@ def on_disk(option: str, array: np.ndarray | DiskArray) -> DiskArray:
 
 
 def in_file(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> DiskArray:
-    """Makes an array of the contiguous bytes in a file from `offset` on."""
+    """Returns the array that is stored C-contiguously in a file, starting at byte `offset`."""
     return DiskArray(path, offset, dtype.itemsize * prod(shape[1:]), dtype, dtype, shape)
 
 
 def slices(array: np.ndarray | DiskArray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields an array in pieces of about `PIECE_BYTES`, each with the index of its first row."""
+    """Yields `(index of the first row, rows)` for pieces of at most `PIECE_BYTES` or one row."""
     # At least one row, however large it is.
     rows = max(1, PIECE_BYTES // max(1, array.dtype.itemsize * prod(array.shape[1:])))
     for first in range(0, len(array), rows):

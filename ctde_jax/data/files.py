@@ -39,7 +39,8 @@ def from_npz(path: Path | str) -> Dataset:
         path: .npz file, or folder of .npy files.
 
     Raises:
-        InputError: If the file is not a complete .npz file, or its arrays do not make a data set.
+        InputError: If a file cannot be read or is incomplete, an array is missing, or the arrays do
+            not make a data set.
 
     Examples:
         >>> inputs, labels = ctde.data.digits().train
@@ -71,7 +72,7 @@ def from_npz(path: Path | str) -> Dataset:
 
 
 def _notes(arrays: Arrays) -> list[str]:
-    """Returns a sentence for each large array, on whether it stays in its file."""
+    """Returns a note for each large array, on whether it stays in its file."""
     sizes = {name: array.dtype.itemsize * math.prod(array.shape) for name, array in arrays.items()}
     return [
         f"{name} ({decimal(sizes[name])}) "
@@ -156,9 +157,21 @@ def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
 
 
 def _array(path: Path, content: IO[bytes], start: int | None, size: int) -> np.ndarray | DiskArray:
-    """Reads an array, or leaves it on disk if it is large and uncompressed from `start` on.
+    """Reads an array in .npy format, or leaves it on disk if it is large and not compressed.
 
-    numpy allocates the size in the header before it reads, so that is compared with the file first.
+    numpy allocates the size in the header before it reads, so this size is first compared with that
+    of the file.
+
+    Args:
+        path: Path of the file, for errors and for an array that stays on disk.
+        content: Open .npy content.
+        start: Offset of the .npy content in the file; None if it is compressed.
+        size: Size of the .npy content, in bytes.
+
+    Raises:
+        EOFError: If the content is shorter than the shape in its header.
+        ValueError: If the header is malformed or not supported, or the array contains objects.
+        InputError: If a compressed array does not fit into memory.
     """
     # Parse the header, of a version and a length that arrays of numbers have.
     version = np.lib.format.read_magic(content)
@@ -240,7 +253,7 @@ def _reading(path: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Opens the user's file for reading; raises InputError if it is not a readable regular file."""
+    """Opens the user's file; raises InputError if it is not regular or a read fails."""
     try:
         file = open_regular(path)
     except (OSError, ValueError) as error:  # ValueError: invalid characters in the path
@@ -268,7 +281,13 @@ def check_size(file: BinaryIO) -> None:
 
 
 def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
-    """Returns the error for a file that is not UTF-8; its first bytes show if it is compressed."""
+    """Returns the InputError for a file that is not UTF-8.
+
+    Args:
+        path: Path of the file.
+        first: First bytes of the file, from which a compressed file is recognized.
+        fault: Description of the invalid byte, for a file that is not compressed.
+    """
     for start, compression in _COMPRESSED.items():
         if first.startswith(start):
             return faulty(
@@ -280,5 +299,11 @@ def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
 
 
 def faulty(path: Path, fault: str, way_out: str) -> InputError:
-    """Returns the error for the user's file, with the fault and the fix."""
+    """Returns the InputError for the user's file.
+
+    Args:
+        path: Path of the file.
+        fault: Description of the fault, as a predicate of the path.
+        way_out: Remedy, as an imperative.
+    """
     return InputError("data_file", f"{path} {fault}; {way_out}.")

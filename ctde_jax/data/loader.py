@@ -24,14 +24,14 @@ def from_batches(
 ) -> Dataset:
     """Makes a data set of training batches from an iterable, and of test arrays.
 
-    Batches are used in the order in which they arrive. A thread draws them while the devices
-    compute, and `fit` raises its errors. Dtypes and labels are those of `from_arrays`. A Grain
-    loader that yields pairs is passed as `from_batches(lambda epoch: loader, ...)`.
+    Batches are used in the order of the iterable. A thread reads them while the devices compute,
+    and `fit` raises the exceptions of the iterable. Dtypes and labels are those of `from_arrays`. A
+    Grain loader that yields pairs is passed as `from_batches(lambda epoch: loader, ...)`.
 
     Args:
         batches: Function from the number of an epoch, counted from 0, to an iterable of pairs of
-            inputs `[examples, ...]` and labels. A batch has the batch size of `fit`, or fewer
-            examples, as the last one of an epoch may. It is also called here, for the first batch.
+            inputs `[examples, ...]` and labels. A batch has at most the batch size of `fit`. The
+            function is also called by `from_batches`, for the first batch.
         steps_per_epoch: Number of batches per epoch.
         x_test: Test inputs `[examples, ...]`, shaped like those of the batches.
         y_test: Test labels.
@@ -40,7 +40,8 @@ def from_batches(
             and the first batch.
 
     Raises:
-        InputError: If the first batch is not a pair of arrays, or does not match the test arrays.
+        InputError: If `batches` is not a function or yields nothing, `steps_per_epoch` is less than
+            1, or the first batch is not a pair of arrays or does not match the test arrays.
 
     Examples:
         >>> digits = ctde.data.digits()
@@ -76,7 +77,7 @@ def from_batches(
     dataset = from_arrays(*like, x_test, y_test, name=name, classes=classes)
     stream = Stream(batches, steps_per_epoch, like, len(classes))
 
-    # The first batch may lack classes, so of the notes on classes only that on their number stays.
+    # The first batch may lack classes, so the only note on classes is that on their number.
     notes = [
         *(note_on_numbers(len(classes), "the labels") if is_numbered else []),
         *notes_on_inputs(dataset),

@@ -1,4 +1,4 @@
-"""Images as sequences, for models that process an example step by step."""
+"""Converts images to sequences of rows or pixels, for recurrent models."""
 
 from dataclasses import replace
 from math import prod
@@ -13,7 +13,7 @@ VIEWS = ("rows", "pixels")
 
 
 def as_sequence(dataset: Dataset, view: str) -> Dataset:
-    """Reads each image from the top, row by row or pixel by pixel (Le et al., 2015).
+    """Converts each image to a sequence of rows, or of pixels row by row (Le et al., 2015).
 
     An image `[height, width]` or `[height, width, channels]` becomes `[height, width * channels]`
     by rows, and `[height * width, channels]` by pixels (one channel if the image has no such axis).

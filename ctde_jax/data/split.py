@@ -32,7 +32,10 @@ class Split(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Examples drawn from a split, with their indices in it, which seed their augmentation."""
+    """Examples taken from a split, with their indices in it.
+
+    Augmentation keys are derived from the indices.
+    """
 
     inputs: np.ndarray
     labels: np.ndarray
@@ -40,7 +43,17 @@ class Drawn(NamedTuple):
 
 
 def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) -> Split:
-    """Converts a batch to a split, with the dtypes and checks of `from_arrays`."""
+    """Converts a batch to a split, with the dtypes of `from_arrays`.
+
+    Args:
+        name: Description of the batch in error messages.
+        inputs: Inputs, `[examples, ...]`.
+        labels: Labels or targets, `[examples, ...]`.
+        classes: Number of classes; 0 if the labels are targets.
+
+    Raises:
+        InputError: As for `checked_inputs`, `checked_labels` and `check_pair`.
+    """
     batch = Split(
         checked_inputs(f"inputs of {name}", inputs), checked_labels(f"labels of {name}", labels)
     )
@@ -51,9 +64,13 @@ def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) 
 def check_pair(
     option: str, inputs: np.ndarray | DiskArray, labels: np.ndarray | DiskArray, classes: int
 ) -> None:
-    """Raises InputError unless each example has a label, which is a class if `classes` is not 0.
+    """Raises InputError unless each example has a label that is the index of a class.
 
-    Inputs and labels are `[examples, ...]`; classes are the numbers from 0 to `classes - 1`.
+    Args:
+        option: Name of the labels in error messages.
+        inputs: Inputs, `[examples, ...]`.
+        labels: Labels or targets, `[examples, ...]`.
+        classes: Number of classes; 0 if the labels are targets, whose values are not checked.
     """
     if len(inputs) != len(labels):
         raise InputError(

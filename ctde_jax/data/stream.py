@@ -21,6 +21,8 @@ class Stream(NamedTuple):
     """Returns the batches of an epoch; epochs are counted from 0."""
 
     steps_per_epoch: int
+    """Number of batches per epoch; further ones are ignored."""
+
     like: Split
     """The first batch; all batches have its dtypes and example shapes."""
 
@@ -33,8 +35,8 @@ class Stream(NamedTuple):
         If `start` lies within an epoch, the earlier batches of this epoch are drawn and discarded.
 
         Raises:
-            InputError: If a batch differs from the first one in dtype or example shape, or an epoch
-                has fewer than `steps_per_epoch` batches.
+            InputError: If a batch is not a pair of valid arrays, differs from the first batch in
+                dtype or example shape, or an epoch has fewer than `steps_per_epoch` batches.
         """
         for epoch in count(start // self.steps_per_epoch):
             # An iterable cannot seek, so the first epoch is drawn from its first batch on.
@@ -72,7 +74,11 @@ class Stream(NamedTuple):
 def check_stream(
     stream: Stream, replicas: int, batch_size: int, partition: Sequence[np.ndarray] | None
 ) -> None:
-    """Raises InputError if replicas do not divide the batch size, or a partition is given."""
+    """Raises InputError if a stream cannot be used with these arguments of `fit`.
+
+    It cannot if the batch size is not a multiple of the replicas or less than the first batch, or
+    if a partition is given.
+    """
     if batch_size < 1 or batch_size % replicas:
         nearest = max(1, round(batch_size / replicas)) * replicas
         raise InputError(
@@ -86,7 +92,7 @@ def check_stream(
 
 
 def check_size(examples: int, batch_size: int) -> None:
-    """Raises InputError if a batch has more examples than the batch size of `fit`."""
+    """Raises InputError if a batch of `examples` exceeds the batch size of `fit`."""
     if examples > batch_size:
         raise InputError(
             "batch_size",
@@ -96,7 +102,16 @@ def check_size(examples: int, batch_size: int) -> None:
 
 
 def of_pair(name: str, pair: Pair, classes: int = 0) -> Split:
-    """Converts a pair from a stream to a split; raises InputError if it is not a pair of arrays."""
+    """Converts a pair of inputs and labels from a stream to a split.
+
+    Args:
+        name: Description of the batch in error messages.
+        pair: Batch that the iterable yielded.
+        classes: Number of classes; 0 if the labels are targets.
+
+    Raises:
+        InputError: If it is not a pair, or as for `as_batch`.
+    """
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InputError(
             "batches",

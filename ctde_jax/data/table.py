@@ -15,7 +15,7 @@ import numpy as np
 
 from ctde_jax.bundle import are_numbers, number_of
 from ctde_jax.data import columns
-from ctde_jax.data.classes import FEW_CLASSES, from_words, look_measured, note_on_numbers
+from ctde_jax.data.classes import FEW_CLASSES, from_words, may_be_measurements, note_on_numbers
 from ctde_jax.data.columns import MANY_LINES, Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
 from ctde_jax.data.files import check_size, faulty, not_utf8, opened
@@ -27,10 +27,10 @@ _NAMED = 3
 _PASS_LABELS = "pass the column that contains the classes as label_column (--label-column)"
 
 _CHANCE = 1e-3
-"""The first line is a header if its probability as an example is at most this."""
+"""The first line is a header if the probability of such an example is at most this."""
 
 _JUDGED = 2000
-"""Maximum number of lines by which the first one is judged."""
+"""Maximum number of lines that the first line is compared with."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -59,24 +59,24 @@ class _Table(NamedTuple):
 def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     """Loads a table of numbers with one column of labels, and standardizes the features.
 
-    Labels may be words or numbers; sorted, they are the classes. The first line holds the column
-    names if one of its feature cells is a word, if one is `label_column`, or if the line only makes
-    sense as names: numbers counted from 0 as pandas writes them, or different whole numbers unlike
-    the numbers below them. If this is in doubt, a note is added.
+    Labels may be text or integers; the sorted distinct labels are the classes. The first line is a
+    header if one of its feature cells is text, if one is `label_column`, or if it holds column
+    numbers: 0, 1, 2, ... as pandas writes them, or distinct integers that are improbable as an
+    example of this table. In doubtful cases, a note is added.
 
     Unnamed columns at the left, such as the index that `DataFrame.to_csv` writes, and named columns
     that number the lines are not used as features. The notes of the data set list them. They also
-    list columns that look like identifiers, repeat the label, are constant, or have numbers that
-    float32 merges.
+    list columns that look like identifiers, determine the label, are constant, or contain distinct
+    numbers that are equal in float32.
 
     Args:
         path: CSV file in UTF-8, with commas between cells and points in numbers.
         label_column: Name of the column of labels; by default the last column.
 
     Raises:
-        InputError: If the file is not a table, a feature is not a finite number, float32 does not
-            distinguish the numbers of a feature, there are fewer than two classes, or the labels
-            look like measurements.
+        InputError: If the file is not a table, `label_column` is not one of its columns, a feature
+            is not a finite number, float32 does not distinguish the numbers of a feature, there are
+            fewer than two classes, or the labels look like measurements, dates or names.
 
     Examples:
         >>> points = np.random.default_rng(0).normal(size=(50, 2))
@@ -114,7 +114,7 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
             path, "has no column of features", "add a column of numbers that predict the label"
         )
 
-    # One sentence for all columns in which float32 merges numbers, the worst first.
+    # One note for all columns in which distinct numbers are equal in float32, the worst first.
     if coarse:
         worst = sorted(coarse, key=coarse.__getitem__, reverse=True)
         more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
@@ -226,8 +226,8 @@ def _is_header(rows: list[_Row], label: int) -> bool:
     if not others:
         return False
 
-    # Names that pandas generates: numbers from 0, also for a label without a name; the name of an
-    # index, which comes first, is empty.
+    # Names that pandas generates: numbers from 0, including the label; the name of an index, which
+    # comes first, is empty.
     has_index = first[0] == "" and label != 0
     names = features[has_index:]
     places = [place for place in range(len(first)) if place != label][has_index:]
@@ -249,7 +249,7 @@ def _is_header(rows: list[_Row], label: int) -> bool:
     if first[label] in labels:
         return False
 
-    # Names that are a count or whole above decimals, or a label that is a word above numbers.
+    # Names that are 0, 1, 2, ... or integers above decimals, or a label that is text above numbers.
     if names == _counted(len(names)) or is_above_decimals:
         return True
     if (
@@ -265,7 +265,7 @@ def _is_header(rows: list[_Row], label: int) -> bool:
 
 
 def _are_column_numbers(names: list[str]) -> bool:
-    """Returns whether these may be column numbers or years: different integers below 10,000."""
+    """Returns whether these are distinct integers from 0 to 9999, such as column numbers."""
     return len({*names}) == len(names) and all(
         re.fullmatch(r"0|[1-9]\d{0,3}", name) for name in names
     )
@@ -278,11 +278,16 @@ def _increases(names: list[str]) -> bool:
 def _chance(rows: list[_Row], label: int) -> float:
     """Estimates the probability of an example like the first line, given the other lines.
 
-    Evidence for column numbers is: whole numbers above columns of decimals, numbers far outside the
-    columns of whole numbers, a label that no other line has, and all numbers from 0 in some order.
-    Each contributes its fraction of the other lines, as if they were independent. If the label is
-    not new (far outside its column, if it is a number), only decimals count, because the largest
-    example of a table may come first.
+    It is low if the first line probably holds column numbers. The evidence is: integers above
+    columns of decimals, integers far outside the columns of integers, a label that no other line
+    has, and all numbers from 0 in some order. The probability is the product of the fractions of
+    the other lines that have each property. If another line has the label, or it is a number that
+    is not far outside its column, only the decimals are evidence, because the largest example of a
+    table may come first.
+
+    Returns:
+        The probability; 1 if the first line holds no column numbers, or there are fewer than
+        `MANY_LINES` other lines.
     """
     # Column numbers are different whole numbers; fewer than `MANY_LINES` lines are no evidence.
     first = rows[0].cells
@@ -292,8 +297,8 @@ def _chance(rows: list[_Row], label: int) -> float:
     if len(others) < MANY_LINES or not _are_column_numbers(names) or first[label] in names:
         return 1.0
 
-    # Share of whole numbers in each column. If another line has whole numbers only, the first may
-    # be rounded, too, so whole numbers above decimals are no evidence.
+    # Fraction of integers in each column. If another line has integers only, the first may be
+    # rounded, too, so integers above decimals are no evidence.
     whole = [
         [re.fullmatch(r"[-+]?\d+", cells[place]) is not None for place in places]
         for cells in others
@@ -302,12 +307,12 @@ def _chance(rows: list[_Row], label: int) -> float:
     is_rounded = not all(map(all, zip(*whole, strict=True))) and any(map(all, whole))
     chance = 1.0 if is_rounded else math.prod(shares)
 
-    # If the label is not new, only decimals count.
+    # If the label is not new, only decimals are evidence.
     labels = Counter(row.cells[label] for row in rows[1:])
     if first[label] in labels or _may_follow(first[label], list(labels)):
         return chance
 
-    # A new label, and numbers far outside their columns; counts plus 1, so that no share is 0.
+    # A new label, and integers far outside their columns; counts plus 1, so that no fraction is 0.
     single = sum(count == 1 for count in labels.values())
     chance *= (single + 1) / len(rows)
     for place, share in zip(places, shares, strict=True):
@@ -334,14 +339,14 @@ def _may_follow(label: str, others: list[str]) -> bool:
 
 
 def _is_far_outside(number: int, others: set[int]) -> bool:
-    """Returns whether a number lies outside of the others by more than twice their largest gap."""
+    """Returns whether `number` is outside the range of `others` by over twice their largest gap."""
     ordered = sorted(others)
     largest_gap = max((after - before for before, after in pairwise(ordered)), default=1)
     return max(ordered[0] - number, number - ordered[-1]) > 2 * largest_gap
 
 
 def _doubt(rows: list[_Row], label: int) -> list[str]:
-    """Returns a sentence on a first line used as an example that may contain column numbers."""
+    """Returns a note if the first line, used as an example, may hold column numbers; else []."""
     first = rows[0].cells
     others = [row.cells for row in rows[1:]]
     names = [cell for place, cell in enumerate(first) if place != label]
@@ -398,7 +403,10 @@ def _rows(path: Path) -> list[_Row]:
 
 
 def _check_shape(path: Path, rows: list[_Row]) -> None:
-    """Raises InputError if lines have different numbers of cells, or other separators."""
+    """Raises InputError unless all lines have the same number of cells, separated by commas.
+
+    There must be at least two columns, and the last one must not be empty.
+    """
     width = len(rows[0].cells)
     wrong = next((row for row in rows if len(row.cells) != width), None)
     # A comment explains a different number of cells.
@@ -406,7 +414,7 @@ def _check_shape(path: Path, rows: list[_Row]) -> None:
         comment := next((row for row in rows[:2] if row.cells[0].startswith("#")), None)
     ):
         raise faulty(path, f"has a comment in line {comment.line}", "remove the line")
-    # Another separator: the first two lines have it, and commas do not make columns of numbers.
+    # A different separator: the first two lines have it, and commas do not make columns of numbers.
     for separator, name in _SEPARATORS.items():
         parts = [",".join(row.cells).split(separator) for row in rows[:2]]
         has_decimal_commas = all(
@@ -451,7 +459,7 @@ def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
                 f"{_PASS_LABELS}, or train on measurements in Python, with data.from_arrays and a "
                 "custom Task",
             )
-        if look_measured(values):
+        if may_be_measurements(values):
             raise faulty(
                 path,
                 f"has labels such as {quoted(cells[0])} in column {column.name}, "

@@ -23,9 +23,9 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
     A character's token is its index in the vocabulary, the sorted characters of the whole text.
     Inputs and labels are `int32[examples, length]`; a label is the token after its input.
 
-    By default, every character is predicted once per epoch, always in the same window. A smaller
-    stride puts it in several windows, which helps if a small text is read often, and multiplies the
-    memory and the steps per epoch.
+    By default, windows do not overlap, so every character is predicted once per epoch. With a
+    stride smaller than the length, it is predicted in several windows, which multiplies the memory
+    and the steps per epoch.
 
     Args:
         path: Text file.
@@ -34,8 +34,9 @@ def from_text(path: Path | str, length: int = 128, stride: int | None = None) ->
             length, so that windows do not overlap. Test windows never overlap.
 
     Raises:
-        InputError: If the file cannot be opened or is not UTF-8, a part of it is shorter than a
-            window and its last label, or the length or the stride is less than 1.
+        InputError: If the file cannot be opened or is not UTF-8, the training or test part has
+            fewer than `length + 1` characters, the windows do not fit into memory, or the length or
+            the stride is less than 1.
 
     Examples:
         >>> from pathlib import Path
@@ -144,7 +145,7 @@ def _read(path: Path) -> str:
     try:
         text = stored.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        # The decoder counts from behind the byte order mark.
+        # The offsets of the decoder start after the byte order mark.
         offset = len(stored) - len(error.object) + error.start
         fault = f"has the byte 0x{stored[offset]:02x} at the offset {offset:,}"
         raise not_utf8(path, stored, fault) from error
@@ -154,7 +155,13 @@ def _read(path: Path) -> str:
 
 
 def _check_long_enough(path: Path, length: int, **characters: int) -> None:
-    """Raises InputError if a part is shorter than a window and the label of its last character."""
+    """Raises InputError if a part of the text has fewer than `length + 1` characters.
+
+    Args:
+        path: Path of the text.
+        length: Window length.
+        **characters: Number of characters of each part, by its name.
+    """
     part, shortest = min(characters.items(), key=lambda item: item[1])
     if shortest <= length:
         longest = shortest - 1

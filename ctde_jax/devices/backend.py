@@ -20,7 +20,7 @@ from ctde_jax.devices import settings
 from ctde_jax.errors import InputError, check_at_least, check_at_most, quoted, shortened
 
 FAKE_DEVICES = 4
-"""Default number of CPU devices in the commands, to demonstrate communication between devices."""
+"""Default number of fake CPU devices in the commands."""
 
 # Measured: with fewer than two threads per device, collectives can deadlock.
 _THREADS_A_DEVICE = 2
@@ -49,8 +49,8 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
         The devices of all hosts, those of host 0 first.
 
     Raises:
-        InputError: If there are fewer accelerators than `count`, JAX cannot start the platform in
-            JAX_PLATFORMS, or a JAX setting rules out training.
+        InputError: If `count` is out of range or exceeds the devices of this host, JAX cannot start
+            the platform in JAX_PLATFORMS, or a JAX setting rules out training.
 
     Examples:
         >>> devices = ctde.devices.start(cpu_devices=4)
@@ -95,7 +95,10 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
 
 
 def check_backend(devices: Sequence[jax.Device]) -> None:
-    """Raises InputError if a JAX setting rules out training or `devices` have too few threads."""
+    """Raises InputError if a JAX setting rules out training, or collectives may deadlock.
+
+    They may deadlock if the thread pool of the CPU backend is too small for fake `devices`.
+    """
     settings.check()
     here = sum(device.process_index == jax.process_index() for device in devices)
     if devices[0].platform == "cpu" and len(devices) > 1 and not _threads_suffice(here):
@@ -148,7 +151,10 @@ def _keep_programs() -> None:
 
 
 def _kind_of_machine() -> str:
-    """Identifies the CPU: cache keys of JAX do not, and different machines may share a home."""
+    """Returns a name for this type of CPU, for the cache folder of compiled programs.
+
+    JAX's cache keys do not include it, and different machines may share a home folder.
+    """
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     abilities = next(
@@ -171,7 +177,7 @@ def _threads_suffice(count: int) -> bool:
 
 
 def _threads() -> int:
-    """Returns the thread pool size of a CPU backend that would start now."""
+    """Returns the thread pool size of a CPU backend if it starts now."""
     chosen = os.environ.get("NPROC", "")
     if chosen.isdecimal():
         # XLA would start every thread that is requested, even a million.

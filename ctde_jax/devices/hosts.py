@@ -1,7 +1,7 @@
 """Multi-host training: the same command on every host, connected by JAX's coordinator.
 
 Each process is a host, started by any launcher; nothing here starts a process on another machine.
-Host 0 runs the coordinator, at whose address all hosts meet. Before there are arrays, the hosts
+Host 0 runs the coordinator, to whose address all hosts connect. Before there are arrays, the hosts
 communicate through its key-value store.
 """
 
@@ -31,7 +31,7 @@ from ctde_jax.errors import HostLost, InputError, check_at_least
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 10
-"""A host that has not answered for this time counts as lost, which ends the run."""
+"""A host is lost, and the run ends, if the coordinator receives no heartbeat for this time."""
 
 LOST = os.EX_UNAVAILABLE
 """Exit status of a run that has lost a host, or that not all hosts have joined."""
@@ -41,10 +41,10 @@ _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 3600
 """Timeout for a host that has joined and is reading its data or a checkpoint."""
 
-# Characters of a message, or uint32 words of a broadcast.
+# Maximum size of a message in characters, and of a broadcast in uint32 words.
 _PIECE = 2**20
 
-# Key of the reason for which a host has ended the run.
+# Key under which a host that ends the run stores its exit status and message.
 _ENDED = "ctde_jax/ended"
 
 # Numbers the keys of exchanges. All hosts make the same calls in the same order, so they agree.
@@ -53,15 +53,19 @@ _calls = numbers()
 
 @dataclass(frozen=True)
 class Meeting:
-    """Meeting point of the hosts of a run, and the index of this process among them."""
+    """Address of the coordinator of a run, and the index of this process among the hosts."""
 
     coordinator: str
-    """Address and port of host 0."""
+    """Address and port of host 0, to which the hosts connect."""
 
     count: int
+    """Number of hosts."""
+
     index: int
+    """Index of this process among the hosts."""
+
     listens_on: str
-    """Address and port that host 0 opens."""
+    """Address and port on which host 0 listens."""
 
     patience: int
     """Seconds to wait for all hosts to join."""
@@ -77,20 +81,22 @@ def find_meeting(
     coordinator_bind: str | None = None,
     join_timeout: int = 300,
 ) -> Meeting | None:
-    """Returns the meeting point of the hosts, or None for a single host.
+    """Returns how this process connects to the other hosts, or None for a single host.
 
-    If the first three arguments are omitted, they are taken from the launcher's environment.
+    If the first three arguments are omitted, they are taken from the environment of a launcher that
+    JAX supports, such as Slurm.
 
     Args:
         coordinator: Address and port of host 0, reachable from all hosts.
         num_processes: Number of hosts.
         process_id: Index of this host.
-        coordinator_bind: Address and port that host 0 opens, if it differs from `coordinator`.
+        coordinator_bind: Address and port on which host 0 listens (default: `coordinator`).
         join_timeout: Seconds to wait for the other hosts.
 
     Raises:
-        InputError: If only some of the first three arguments are given, or an address is not one at
-            which all hosts can meet.
+        InputError: If only some of the first three arguments are given, a number is out of range,
+            the environment of the launcher cannot be read, or an address has no valid port or is
+            not one to which other hosts can connect.
     """
     # One process is a single host, even under a launcher.
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -161,9 +167,10 @@ def check_alone(meeting: Meeting | None) -> None:
 
 
 def join(meeting: Meeting) -> None:
-    """Makes this process one of several hosts and waits for the others; call before JAX starts.
+    """Connects this process to the other hosts, and waits until all have joined.
 
-    From then on, this process ends if another host reports that it has ended the run.
+    It must be called before JAX starts a backend. A thread then ends this process if another host
+    reports, through `leave`, that it has ended the run.
 
     Raises:
         InputError: If host 0 cannot open its port.
@@ -221,14 +228,14 @@ def compare(
     The hosts exchange the facts through the coordinator.
 
     Args:
-        facts: Returns JSON-serializable facts by name; called only if there are several hosts.
+        facts: Returns JSON-serializable values by name; called only if there are several hosts.
         digests: Returns digests by the name of the hashed value; called only if there are several
             hosts.
 
     Raises:
         InputError: On every host, if a fact or digest differs between host 0 and another host. The
-            message names it; for a fact it also shows both values.
-        HostLost: If a host does not make this call within an hour.
+            message contains its name, and for a fact both values.
+        HostLost: If another host does not make this call within an hour.
     """
     if count() == 1:
         return
@@ -258,7 +265,8 @@ def of_the_first(make: Callable[[], T]) -> T:
 
     Raises:
         InputError: On all hosts, if `make` raises it on host 0.
-        HostLost: On the other hosts, if host 0 fails otherwise or takes more than an hour.
+        HostLost: On the other hosts, if `make` raises any other exception or takes more than an
+            hour. On host 0, the exception propagates.
     """
     if count() == 1:
         return make()
@@ -290,7 +298,11 @@ def of_the_first(make: Callable[[], T]) -> T:
 def arrays_of_the_first(arrays: PyTree) -> PyTree:
     """Broadcasts the arrays of host 0 to all hosts, bit for bit.
 
-    Every host must pass arrays of the same shapes and dtypes.
+    Args:
+        arrays: Tree of arrays, with the same structure, shapes and dtypes on every host.
+
+    Returns:
+        The arrays of host 0 as numpy arrays; on a single host, `arrays` itself.
     """
     if count() == 1:
         return arrays
@@ -298,12 +310,12 @@ def arrays_of_the_first(arrays: PyTree) -> PyTree:
 
 
 def largest(value: int) -> int:
-    """Returns the maximum over all hosts, which must call this at the same point of the run."""
+    """Returns the maximum of an int32 over all hosts, which must all make this call."""
     return int(multihost_utils.process_allgather(np.int32(value)).max()) if count() > 1 else value
 
 
 def part() -> None:
-    """Waits for all hosts at the end of a run, then disconnects from them."""
+    """Waits until all hosts have reached the end of the run, then disconnects from them."""
     if count() > 1:
         _exchange("")
         _end_watch()
@@ -311,7 +323,12 @@ def part() -> None:
 
 
 def leave(status: int, sentence: str) -> NoReturn:
-    """Prints an error, ends this process, and makes the other hosts end for the same reason."""
+    """Ends this process, and makes the other hosts end with the same exit status.
+
+    Args:
+        status: Exit status.
+        sentence: Error message, which every host prints; if empty, this host prints nothing.
+    """
     _end_watch()
     if sentence:
         print(f"error: host {index()}: {sentence}", file=sys.stderr, flush=True)
@@ -331,12 +348,12 @@ def leave(status: int, sentence: str) -> NoReturn:
 
 
 def wait_for_verdict() -> None:
-    """Waits for the coordinator to end this process if it finds that another host is missing."""
+    """Waits long enough for the coordinator to end this process if another host is lost."""
     time.sleep(1.5 * HEARTBEAT_SECONDS)
 
 
 def may_be_lost(error: Exception) -> bool:
-    """Returns whether an error may result from a missing host, in a collective or a wait."""
+    """Returns whether a lost host may be the cause of an error in a collective or a wait."""
     return isinstance(error, HostLost | jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
@@ -375,6 +392,7 @@ def _end_with_others() -> None:
 
 
 def _exchange(text: str) -> dict[int, str]:
+    """Sends a text to all hosts through the key-value store; returns the texts of all by host."""
     folder = f"ctde_jax/{next(_calls)}"
     _store().key_value_set(f"{folder}/{index()}", text)
     return {host: _wait_for(host, f"{folder}/{host}") for host in range(count())}
@@ -430,7 +448,12 @@ def _listens_everywhere(host: str) -> bool:
 
 
 def _check_port(address: str, patience: float) -> None:
-    """Raises InputError if a port cannot be opened, since JAX would crash."""
+    """Raises InputError if host 0 cannot open its port, because JAX would abort the process.
+
+    Args:
+        address: Address and port.
+        patience: Seconds to wait until the host name can be resolved.
+    """
     host, port = _parts("coordinator_bind", address)
     deadline = time.monotonic() + patience
     try:

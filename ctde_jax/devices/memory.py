@@ -59,8 +59,9 @@ def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device])
     the size of its memory.
 
     Args:
-        train_state: Arrays of all replicas, with a leading replica axis.
-        params: Arrays of one replica.
+        train_state: Training state of all replicas, `[replica, ...]`; only shapes and dtypes are
+            read.
+        params: Parameters of one replica; only shapes and dtypes are read.
         devices: Devices of all hosts.
     """
     # Each device holds one replica's part of the state, and gradients of the size of `params`.
@@ -77,7 +78,14 @@ def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device])
 
 
 def check_program(program: Any, devices: Sequence[jax.Device]) -> None:
-    """Raises InputError if a compiled program's temporaries, with activations, exceed memory."""
+    """Raises InputError if a program's temporary arrays, such as activations, exceed memory.
+
+    Nothing is checked if the backend reports no memory analysis.
+
+    Args:
+        program: A compiled program of a training step; see `replica.Program`.
+        devices: Devices of all hosts.
+    """
     # A backend may return None.
     analysis = program.memory_analysis()
     if analysis is not None:

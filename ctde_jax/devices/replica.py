@@ -2,9 +2,9 @@
 
 Arrays that are equal on all devices are *replicated* (axis `None`); arrays that differ between
 devices are *sharded* along a leading axis with one row per replica (axis 0). Code inside `parallel`
-sees one row and communicates through the collectives of `jax.lax` over `AXIS`. Tests run the same
-code under `jax.vmap(..., axis_name=AXIS)`, which raises an error for a forgotten reduction; `pmap`
-silently returns the value of the first device.
+receives one row and communicates through the collectives of `jax.lax` over `AXIS`. Tests run the
+same code under `jax.vmap(..., axis_name=AXIS)`, which raises an error for a forgotten reduction;
+`pmap` silently returns the value of the first device.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "replica"
 
 SHARD = "shard"
-"""Axis of the shards into which a replica splits its batch; see `rounds/gradient.py`."""
+"""Axis of the shards, the equal parts into which a replica cuts its part of a batch.
+
+See `rounds/gradient.py`.
+"""
 
 # Up to this number of elements, `add_up` concatenates arrays.
 _SMALL = 2**14
@@ -36,7 +39,7 @@ def parallel(
     out_axes: PyTree,
     donate: tuple[int, ...] = (),
 ) -> jax.stages.Wrapped:
-    """Maps a per-replica function over all devices.
+    """Maps a per-replica function over all devices with `jax.pmap`.
 
     Args:
         function: Function of one replica's part of every argument.
@@ -57,7 +60,13 @@ def parallel(
 
 
 def lowered(function: jax.stages.Wrapped, *like: PyTree) -> jax.stages.Lowered:
-    """Lowers a function made by `parallel` for arguments like global arrays or their shapes."""
+    """Lowers a function made by `parallel`.
+
+    Args:
+        function: The function.
+        *like: Global arrays or `ShapeDtypeStruct`s of the arguments; only shapes and dtypes are
+            read.
+    """
     # pmap takes the shapes of abstract values as global, which several hosts require.
     leaves, structure = jax.tree.flatten(like)
     abstract = jax.make_jaxpr(lambda *leaves: leaves)(*leaves).in_avals
@@ -67,11 +76,17 @@ def lowered(function: jax.stages.Wrapped, *like: PyTree) -> jax.stages.Lowered:
 def compiled(
     lowered: jax.stages.Lowered, devices: Sequence[jax.Device], exact: bool = False
 ) -> "Program":
-    """Compiles a function made by `parallel` that was lowered for its arguments.
+    """Compiles a function made by `parallel`.
 
-    Several fake devices use one thread each, since they share the cores. A single one uses all
-    cores, unless `exact` requires the same bits as with several. If fake devices belong to several
-    hosts, a call waits for its result, since two concurrent programs would deadlock.
+    Several fake devices use one thread each, since they share the cores. A single fake device uses
+    all cores, unless `exact` is set. If fake devices belong to several hosts, the program waits for
+    its result, since two concurrent programs would deadlock.
+
+    Args:
+        lowered: Result of `lowered`.
+        devices: Devices of all hosts.
+        exact: Whether fake devices must compute the same bits for any number of devices; this also
+            disables XLA's algebraic simplifier.
     """
     is_fake = devices[0].platform == "cpu"
     options: dict[str, str | bool] = {}
@@ -87,7 +102,7 @@ def compiled(
 def compiled_once(
     function: jax.stages.Wrapped, devices: Sequence[jax.Device]
 ) -> Callable[..., PyTree]:
-    """Returns a function made by `parallel`, compiled for the arguments of its first call."""
+    """Compiles a function made by `parallel` at its first call, for the shapes of its arguments."""
     program: list[Program] = []
 
     def call(*arguments: PyTree) -> PyTree:
@@ -103,7 +118,7 @@ def is_spread(devices: Sequence[jax.Device]) -> bool:
     return len({device.process_index for device in devices}) > 1
 
 
-def own(devices: Sequence[jax.Device]) -> list[int]:
+def local_replicas(devices: Sequence[jax.Device]) -> list[int]:
     """Returns the indices of the replicas on this host."""
     return [
         replica
@@ -123,14 +138,14 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
 def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """Places row i of each array `[replica, ...]` on device i.
 
-    Every host passes the rows of all replicas, or only those of its `own` replicas. The result must
-    not be donated, since it may share memory with the original.
+    Every host passes the rows of all replicas, or only those of its `local_replicas`. The result
+    must not be donated, since it may share memory with the original.
     """
     return _put(tree, devices, PartitionSpec(AXIS))
 
 
 def gathered(leaf: jax.typing.ArrayLike) -> np.ndarray:
-    """Copies an array to every host, whether each holds all of it or only some rows."""
+    """Returns all rows of an array as a numpy array on every host; all hosts must call it."""
     # Only an array with rows on other hosts needs communication.
     if (
         isinstance(leaf, jax.Array)
@@ -142,10 +157,10 @@ def gathered(leaf: jax.typing.ArrayLike) -> np.ndarray:
 
 
 def add_up(tree: PyTree) -> PyTree:
-    """Sums float32 arrays over the replicas, in one all-reduce.
+    """Sums a tree of float32 arrays over the replicas, with one `psum`.
 
-    A single replica copies nothing. Small arrays are concatenated, because fake devices synchronize
-    once per array.
+    Small arrays are concatenated, because fake devices synchronize once per array. With a single
+    replica, `tree` itself is returned.
     """
     if lax.axis_size(AXIS) == 1:
         return tree
@@ -165,11 +180,15 @@ def add_up(tree: PyTree) -> PyTree:
 
 
 def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) -> PyTree:
-    """Returns the weighted mean over the replicas, or over the shards of one replica.
+    """Returns the weighted mean over a mapped axis; of integers, the unweighted maximum.
 
-    Replicas with weight 0 are ignored, even if they hold NaN. If all weights are 0, the mean is 0.
-    For counters and other integers, which have no mean, it is the largest value, whatever the
-    weights are.
+    Participants with weight 0 are ignored in the mean, even if they hold NaN. If all weights are 0,
+    the mean is 0.
+
+    Args:
+        tree: Arrays of this participant: floats, complex numbers or integers.
+        weight: Weight of this participant, a scalar.
+        axis: Axis to average over, `AXIS` or `SHARD`.
     """
     weight = jnp.asarray(weight, jnp.float32)
     leaves, structure = jax.tree.flatten(as_real(tree))
@@ -188,7 +207,7 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
         share = 1 / jnp.where(total > 0, total, 1)
         means = iter([x * share for x in sums])
 
-    # Floats in their dtypes, and the maximum of integers.
+    # Floats are cast back to their dtypes; integers, such as counters, become the maximum.
     mean = structure.unflatten(
         next(means).astype(leaf.dtype)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -213,26 +232,27 @@ def as_complex(tree: PyTree, like: PyTree) -> PyTree:
 def agreed_state(
     after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS
 ) -> PyTree:
-    """Merges the model states of the replicas, or of the shards of one replica.
+    """Merges the model states of the participants of a mapped axis.
 
-    Numbers that no replica has changed keep their bits. Other floats become the weighted mean;
-    integers, booleans and keys become the largest value. Replicas with weight 0 are ignored; if all
-    weights are 0, the state remains unchanged.
+    A float element that differs from `before` on any participant with a positive weight becomes the
+    weighted mean; all other float elements are returned bit for bit from `before`. Integers and
+    booleans become the maximum, and PRNG keys the maximum of each word. Participants with weight 0
+    are ignored; if all weights are 0, the result is `before`.
 
     Args:
-        after: Model state of this replica after its update.
-        before: Model state that all replicas started from.
-        weight: Number of examples behind `after`, a scalar.
-        axis: Axis to merge over, `AXIS` or `SHARD`.
+        after: Model state of this participant after its update.
+        before: Model state before the update, equal on all participants.
+        weight: Number of examples that this participant has processed, a scalar.
+        axis: Axis to merge over: `AXIS` for replicas, `SHARD` for the shards of one replica.
     """
     if not jax.tree.leaves(after):
         return after
     weight = jnp.asarray(weight, jnp.float32)
-    counts = weight > 0
+    has_weight = weight > 0
 
     # A single replica has nothing to merge.
     if axis == AXIS and lax.axis_size(AXIS) == 1:
-        return jax.tree.map(lambda new, old: jnp.where(counts, new, old), after, before)
+        return jax.tree.map(lambda new, old: jnp.where(has_weight, new, old), after, before)
 
     # Floats are averaged, complex ones as pairs of real numbers; other dtypes are not.
     new_leaves, structure = jax.tree.flatten(after)
@@ -241,24 +261,25 @@ def agreed_state(
     new_floats = [_as_real(new) for new, mean in zip(new_leaves, is_mean, strict=True) if mean]
     old_floats = [_as_real(old) for old, mean in zip(old_leaves, is_mean, strict=True) if mean]
 
-    # One collective sums the weights, the weighted floats, and the flags of changed ones.
+    # One collective sums the weights, the weighted floats, and the flags of changed elements.
     summed = (
         weight,
-        [jnp.where(counts, leaf * weight, 0) for leaf in new_floats],
+        [jnp.where(has_weight, leaf * weight, 0) for leaf in new_floats],
         [
-            (counts & is_changed(*pair)).astype(jnp.float32)
+            (has_weight & is_changed(*pair)).astype(jnp.float32)
             for pair in zip(new_floats, old_floats, strict=True)
         ],
     )
     total, sums, changes = add_up(summed) if axis == AXIS else lax.psum(summed, axis)
     means = iter(zip(sums, changes, strict=True))
 
-    # Unchanged numbers come from `before`, as a mean of equal floats may differ by rounding.
+    # Unchanged elements come from `before`, as a mean of equal floats may differ by rounding.
     def merge(new: jax.Array, old: jax.Array) -> jax.Array:
         if not jnp.issubdtype(new.dtype, jnp.inexact):
-            return jnp.where(total > 0, largest(new, counts, axis), old)
+            return jnp.where(total > 0, largest(new, has_weight, axis), old)
         sum_of_all, change = next(means)
-        # A quotient, unlike a product, keeps counters of equal value whole.
+        # A quotient keeps float counters that are equal on all participants whole; a product with
+        # the reciprocal may not.
         mean = sum_of_all / jnp.maximum(total, 1)
         if jnp.iscomplexobj(new):
             mean = lax.complex(mean[0], mean[1])
@@ -277,27 +298,35 @@ def _as_real(x: jax.Array) -> jax.Array:
     return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
 
 
-def largest(leaf: jax.Array, counts: jax.Array, axis: str | None = None) -> jax.Array:
-    """Returns the largest integers, booleans or keys among those with `counts`.
+def largest(leaf: jax.Array, included: jax.Array, axis: str | None = None) -> jax.Array:
+    """Returns the elementwise maximum over a mapped axis; for PRNG keys, that of each word.
 
-    The maximum is over a named axis, or over the first axis if `axis` is None. The words of a key
-    are compared separately.
+    Args:
+        leaf: Integers, booleans or keys of this participant, or of all participants along the first
+            axis if `axis` is None.
+        included: Whether the participant is included, bool[]; if `axis` is None, bool with one
+            element per participant along the first axis, broadcastable to `leaf`.
+        axis: Mapped axis, or None for the first axis.
+
+    Returns:
+        The maximum; the smallest value of the dtype if no participant is included.
     """
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         words = jax.random.key_data(leaf)
         # With one flag per row, append axes for the words of a key.
-        counts = jnp.expand_dims(counts, range(counts.ndim, words.ndim)) if counts.ndim else counts
+        if included.ndim:
+            included = jnp.expand_dims(included, range(included.ndim, words.ndim))
         return jax.random.wrap_key_data(
-            largest(words, counts, axis), impl=jax.random.key_impl(leaf)
+            largest(words, included, axis), impl=jax.random.key_impl(leaf)
         )
     if leaf.dtype == jnp.bool_:
-        return largest(leaf.astype(jnp.uint8), counts, axis).astype(jnp.bool_)
-    candidates = jnp.where(counts, leaf, jnp.iinfo(leaf.dtype).min)
+        return largest(leaf.astype(jnp.uint8), included, axis).astype(jnp.bool_)
+    candidates = jnp.where(included, leaf, jnp.iinfo(leaf.dtype).min)
     return candidates.max(axis=0) if axis is None else lax.pmax(candidates, axis)
 
 
 class Waiting:
-    """A compiled program that several hosts run together; a call waits for its result."""
+    """Wraps a compiled program so that a call waits for its result."""
 
     def __init__(self, program: jax.stages.Compiled):
         self._program = program
@@ -330,7 +359,7 @@ def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> Py
 def _put_leaf(
     leaf: jax.typing.ArrayLike, sharding: NamedSharding, devices: Sequence[jax.Device]
 ) -> jax.Array:
-    """Places an array on the devices of this host: all of it, or their rows."""
+    """Places an array on the devices of this host: all of it if replicated, else their rows."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         # NumPy has no dtype for keys.
         raw = _put_leaf(jax.random.key_data(leaf), sharding, devices)
@@ -339,7 +368,7 @@ def _put_leaf(
     if sharding.spec == PartitionSpec():
         return jax.make_array_from_process_local_data(sharding, rows, rows.shape)
     # The host may have passed the rows of all replicas.
-    here = own(devices)
+    here = local_replicas(devices)
     return jax.make_array_from_process_local_data(
         sharding, rows if len(rows) == len(here) else rows[here], (len(devices), *rows.shape[1:])
     )

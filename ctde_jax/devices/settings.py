@@ -1,7 +1,7 @@
-"""Rejects JAX settings under which no run can be compiled, by name and before any computation.
+"""Rejects JAX settings that make training impossible, before any computation.
 
-They come from environment variables such as `JAX_DISABLE_JIT=1`, from `jax.config.update`, or from
-context managers.
+Settings come from environment variables such as `JAX_DISABLE_JIT=1`, from `jax.config.update`, or
+from context managers.
 """
 
 import jax
@@ -21,7 +21,7 @@ _NEEDED = {
 
 
 def check() -> None:
-    """Raises InputError for a JAX setting that makes training impossible."""
+    """Raises InputError if a JAX setting has a value with which training is impossible."""
     for name, (needed, reason) in _NEEDED.items():
         # None: this version of JAX lacks the setting, or a transfer guard is not set.
         value = getattr(jax.config, name, None)

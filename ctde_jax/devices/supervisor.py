@@ -1,8 +1,9 @@
-"""Supervises the command of one of several hosts and reports why JAX ended it.
+"""Supervises the command of one of several hosts, and explains why JAX terminated it.
 
 If a host is lost, does not join or joins twice, JAX's coordinator aborts all other hosts with a
 dump of C++ frames. So each host's command runs as the child of a supervisor process, which forwards
-its output, passes signals on to it, and turns such an end into one sentence and an exit status.
+its output and the signals that it receives, and replaces such a dump by one sentence and an exit
+status.
 """
 
 import os
@@ -34,10 +35,16 @@ def is_child() -> bool:
 
 
 def run(module: str, arguments: Sequence[str], meeting: Meeting) -> int:
-    """Runs a command as a child process and returns its exit status.
+    """Runs `python -m {module}` as a child process and returns its exit status.
 
-    If the coordinator has ended the child, one sentence gives the reason and the status is
-    `hosts.LOST`. For any other signal the status is 128 plus its number, as in a shell.
+    Args:
+        module: Name of the module.
+        arguments: Arguments of the command line.
+        meeting: The hosts of the run, for error messages.
+
+    Returns:
+        The exit status of the child; `hosts.LOST`, with an explanation on standard error, if the
+        coordinator terminated it; 128 plus the number of any other signal that ended it.
     """
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(
@@ -53,7 +60,7 @@ def run(module: str, arguments: Sequence[str], meeting: Meeting) -> int:
         assert child.stderr is not None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: child.send_signal(number))
-        log = _listen(child.stderr)
+        log = _forward(child.stderr)
         status = child.wait()
     if status >= 0:
         return status
@@ -76,25 +83,33 @@ def follow_supervisor() -> None:
     threading.Thread(target=wait, name="supervisor", daemon=True).start()
 
 
-def _listen(errors: IO[str]) -> str:
+def _forward(errors: IO[str]) -> str:
     """Forwards the child's standard error and returns the log lines of the coordinator."""
-    own: list[str] = []
-    is_own = False
+    kept: list[str] = []
+    is_kept = False
     for line in errors:
         if _COORDINATION.match(line):
-            is_own = True
+            is_kept = True
         elif _OTHER.match(line):
-            is_own = False
-        if is_own:
-            own.append(line)
+            is_kept = False
+        if is_kept:
+            kept.append(line)
         else:
             sys.stderr.write(line)
             sys.stderr.flush()
-    return "".join(own)
+    return "".join(kept)
 
 
 def _sentence(log: str, meeting: Meeting) -> str:
-    """Returns the reason for which the coordinator has ended the child, or "" if it has not."""
+    """Explains in one sentence why the coordinator terminated the child.
+
+    Args:
+        log: The coordinator's log lines from the child's standard error.
+        meeting: The hosts of the run.
+
+    Returns:
+        The sentence, or "" if the log shows no such termination.
+    """
     # Lost hosts: the log lists their indices, possibly with this host among them.
     unhealthy = re.findall(r"stopped sending heartbeats\):\n((?:\d+\n)+)", log)
     if unhealthy:

@@ -1,4 +1,4 @@
-"""Export for decentralized execution: a bundle in every format that reproduces the outputs."""
+"""Export for decentralized execution: a bundle with every format that reproduces the outputs."""
 
 from ctde_jax.export.web import write_page
 from ctde_jax.export.write import DEFAULT, FORMATS, Format, Written, write_bundle

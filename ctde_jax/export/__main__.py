@@ -1,4 +1,4 @@
-"""The command `python -m ctde_jax.export`: writes the trained model of a run as a bundle.
+"""Command `python -m ctde_jax.export`: writes the trained model of a run as a bundle.
 
     python -m ctde_jax.export RUN                            # writes RUN/bundle
     python -m ctde_jax.export RUN --formats onnx onnx-int8   # writes these formats only
@@ -27,7 +27,14 @@ from ctde_jax.trainer import console
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes a bundle according to the options; returns the exit status, 2 for invalid input."""
+    """Writes a bundle according to the options.
+
+    Args:
+        arguments: Arguments of the command line.
+
+    Returns:
+        The exit status: 0, or 2 for invalid input.
+    """
     return run(
         lambda: _export(_parse(arguments)),
         names={"run_dir": "RUN", "folder": "--to", "data": "the data"},
@@ -80,7 +87,7 @@ def _export(chosen: Namespace) -> None:
         chosen.run, [f"{name}={value}" for name, value in moved if value is not None]
     )
 
-    # The card records the options that affect the numbers of the run.
+    # The card records the options that determine the result of the run.
     recorded = config.deciding(options)
     folder = chosen.to or load.folder_of(chosen.run) / "bundle"
     written = write_bundle(
@@ -110,7 +117,7 @@ def _export(chosen: Namespace) -> None:
 
 
 def _table(written: Written) -> Table:
-    """Returns a table of the receipts, one row per format."""
+    """Returns a table of the receipts: a row for the trained model, and one for each format."""
     facts = written.bundle.card.facts
     trained = facts["trained_model"]
     rows = Table(

@@ -63,7 +63,10 @@ def convert(program: Inference, **options: Any) -> Any:
 
 
 def _named(length: Any) -> Any:
-    """Returns the name of a symbolic length of JAX, as some plugins pass the length itself."""
+    """Returns the name of a symbolic length of JAX; returns any other length unchanged.
+
+    Some plugins of jax2onnx pass the symbolic length itself instead of its name.
+    """
     return str(length) if export.is_symbolic_dim(length) else length
 
 
@@ -71,7 +74,7 @@ def _named(length: Any) -> Any:
 def _restored() -> Iterator[None]:
     """Restores module attributes of JAX and Flax, warning filters and log handlers on exit.
 
-    Submodules that are imported in the meantime stay.
+    Submodules that are imported within the body remain.
     """
     before = {module: dict(vars(module)) for module in _modules()}
     handlers = [*logging.root.handlers]
@@ -100,7 +103,7 @@ def _modules() -> Sequence[ModuleType]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences warnings about the shapes inside a graph, which `onnx._tidy` removes."""
+    """Silences warnings about shape annotations within a graph, which `onnx._tidy` removes."""
     logger = logging.getLogger("onnx_ir.serde")
     before = logger.level
     logger.setLevel(logging.ERROR)

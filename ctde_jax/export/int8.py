@@ -1,7 +1,8 @@
 """Dynamic quantization to int8 with ONNX Runtime's tools.
 
-Weights take one byte each; activations are quantized as the model runs. The file has a quarter of
-the size and different outputs, and is slower on some processors; its receipt shows both.
+Weights take one byte each; activations are quantized as the model runs. The file has about a
+quarter of the size, but its outputs differ, and it is slower on some processors; the receipt of the
+export records both.
 """
 
 import logging
@@ -42,7 +43,7 @@ def to_int8(model: bytes) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppresses the advice to optimize the file first, as this file comes from a compiler."""
+    """Suppresses the advice to optimize the file first."""
     # The tools log to the root logger.
     before = logging.root.level
     logging.root.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Primitives that jax2onnx or ONNX Runtime lack, in terms of primitives that both support.
+"""Rewrites primitives that jax2onnx or ONNX Runtime lack to primitives that both support.
 
 Pooling is an example: jax2onnx writes a MaxPool over all axes, including batch and channels, and
 ONNX Runtime accepts at most three. Strided slices and their elementwise maximum are as fast in ONNX
@@ -53,7 +53,19 @@ def _over_windows(
     base_dilation: Sequence[int],
     window_dilation: Sequence[int],
 ) -> jax.Array:
-    """Reduces windows axis by axis: pads, then combines one strided slice per window position."""
+    """Reduces windows axis by axis: pads, then combines one strided slice per window position.
+
+    Args:
+        combine: Elementwise reducer of two arrays; associative and commutative.
+        over_axis: Reduction of an array over one axis with the same reducer; None if there is none.
+        initial: Value of the padding.
+        x: Array to reduce.
+        window_dimensions: Parameters of `lax.reduce_window_p`, as all following.
+        window_strides: See `window_dimensions`.
+        padding: See `window_dimensions`.
+        base_dilation: See `window_dimensions`.
+        window_dilation: See `window_dimensions`.
+    """
     # Pad with the identity; base dilation is interior padding.
     config = [
         (low, high, base - 1) for (low, high), base in zip(padding, base_dilation, strict=True)
@@ -85,7 +97,7 @@ def _over_windows(
 def _pool_by_program(
     x: jax.Array, initial: jax.Array, *, jaxpr: Any, consts: Sequence[Any], **windows: Any
 ):
-    """Applies a user-defined reducer, given as a jaxpr, over windows."""
+    """Reduces windows with a user-defined reducer, given as a jaxpr."""
     program = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))
 
     def combine(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -99,7 +111,7 @@ def _pool_by_program(
 def _pad(
     x: jax.Array, value: jax.Array, *, padding_config: Sequence[tuple[int, int, int]]
 ) -> jax.Array:
-    """Pads with plain ONNX operators: interior padding is a reshape, negative padding a slice."""
+    """Pads as `lax.pad`: interior padding by a reshape, negative padding by a slice."""
     for axis, (low, high, interior) in enumerate(padding_config):
         # Interior: [..., n, ...] -> [..., n, 1 + interior, ...] -> flat, less the last gap.
         if interior and x.shape[axis] > 1:
@@ -159,9 +171,9 @@ def _tile(x: jax.Array, *, reps: Sequence[int], **_: Any) -> jax.Array:
 
 
 def _gather(x: jax.Array, indices: jax.Array, *, mode: Any, **params: Any) -> jax.Array:
-    """Clips out-of-bounds indices, such as those of `lax.dynamic_slice` under `vmap`.
+    """Gathers with clipped indices if the mode is CLIP, as in `lax.dynamic_slice` under `vmap`.
 
-    ONNX Runtime refuses them.
+    ONNX Runtime refuses indices out of bounds.
     """
     if mode == lax.GatherScatterMode.CLIP:
         # The last valid start of a slice along each indexed axis.
@@ -177,17 +189,21 @@ def _gather(x: jax.Array, indices: jax.Array, *, mode: Any, **params: Any) -> ja
 
 
 def _lowest(dtype: Any) -> Any:
-    """Returns the identity of the maximum."""
+    """Returns the identity element of the maximum: the lowest value of a dtype."""
     return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
 
 
 def _highest(dtype: Any) -> Any:
-    """Returns the identity of the minimum."""
+    """Returns the identity element of the minimum: the highest value of a dtype."""
     return np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
 
 
 def _compare(primitive: Primitive) -> Rule:
-    """Compares as ONNX does: unlike in the total order of `sort`, NaN is not the largest number."""
+    """Returns the rule that replaces a comparison in total order by `primitive`.
+
+    In the total order, which `sort` uses, NaN is the largest number. ONNX has only the ordinary
+    comparison.
+    """
     return lambda left, right, **_: primitive.bind(left, right)
 
 

@@ -63,10 +63,10 @@ _PLAIN = {("alpha", 1.0), ("beta", 0), ("beta", 1.0), ("transA", 0), ("transB", 
 
 
 def _tidy(graph: Any) -> None:
-    """Writes products as MatMul, and removes unused initializers and shape annotations.
+    """Rewrites matrix products as MatMul, and removes unused initializers and shape annotations.
 
-    Annotations of inner values may be wrong, which not all runtimes tolerate. Quantization tools
-    support MatMul.
+    Quantization tools support MatMul. Shape annotations of intermediate values may be wrong, which
+    not all runtimes tolerate.
     """
     from onnx.numpy_helper import to_array
 

@@ -1,7 +1,7 @@
-"""Programs for export: functions traced for any number of examples, with constants folded.
+"""Traces functions for export with a symbolic number of examples.
 
-A model in inference mode still contains parts of training: unused random keys, gradient rules, and
-masks that are constants. Other runtimes do not support all of them, and need none.
+Constants are folded and dead code is removed: a trace of inference still contains unused PRNG keys,
+custom JVP and VJP rules, and constant masks, which some runtimes do not support.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from ctde_jax.errors import on_one_line, shortened
 Arrays = Sequence[jax.Array]
 
 Rule = Callable[..., Any]
-"""Function from the operands and parameters of a primitive to its result or a list of results."""
+"""`rule(*operands, **parameters)` replaces a primitive; returns its result, or all in a list."""
 
 
 class LeftOut(Exception):
@@ -36,10 +36,10 @@ class LeftOut(Exception):
 
 @contextmanager
 def leaving_out(tool: str) -> Iterator[None]:
-    """Converts any exception of a tool to `LeftOut`, with the first line of its message.
+    """Converts any exception of the body to `LeftOut`, with the first line of its message.
 
     Args:
-        tool: Name of the tool for the message.
+        tool: Name of the library that the body calls, for the message.
 
     Raises:
         LeftOut: The body raised an exception.
@@ -66,8 +66,8 @@ class Inference(NamedTuple):
 def make_program(function: Callable[..., Arrays], *one: jax.ShapeDtypeStruct) -> Inference:
     """Traces a function as a program, folds constants and eliminates dead code.
 
-    If the function requires a concrete number of examples, the program applies it to one example at
-    a time under `jax.vmap`.
+    If the function raises for a symbolic number of examples, the program applies it to single
+    examples under `jax.vmap`.
 
     Args:
         function: Function from arrays `[examples, ...]` to a sequence of arrays `[examples, ...]`.
@@ -101,7 +101,7 @@ def with_rules(program: Inference, rules: Mapping[str, Rule]) -> Inference:
 
     Args:
         program: The program to rewrite.
-        rules: Functions that replace primitives, by primitive name.
+        rules: Rules by the name of the primitive that they replace.
     """
     traced = jax.make_jaxpr(program.run)(*program.like)
 
@@ -136,10 +136,10 @@ def _evaluate(
         program: The jaxpr.
         constants: Values of its constants.
         arrays: Values of its arguments, concrete or traced.
-        rules: Functions that replace primitives, by name.
+        rules: Rules by the name of the primitive that they replace.
 
     Returns:
-        The results.
+        The results, concrete if they do not depend on traced arrays.
     """
     known: dict[Var, PyTree] = dict(zip(program.constvars, constants, strict=True))
     known |= zip(program.invars, arrays, strict=True)
@@ -176,7 +176,7 @@ def _evaluate(
 
 
 def _inlined(function: Callable[[], PyTree], rules: Mapping[str, Rule]) -> list[PyTree]:
-    """Calls a function and inlines nested calls, such as those that `jax.jit` makes."""
+    """Returns the results of a function without arguments, with calls such as `jit` inlined."""
     traced = jax.make_jaxpr(function)()
     return _evaluate(traced.jaxpr, traced.consts, (), rules)
 
@@ -200,8 +200,11 @@ def _with_rules_inside(equation: JaxprEqn, rules: Mapping[str, Rule]) -> dict[st
 
 
 def _is_known(equation: JaxprEqn, operands: Sequence[PyTree]) -> bool:
-    """Returns whether the results depend neither on traced arrays nor on a symbolic length."""
-    # `dim_as_value` has no operands and a scalar result: its symbol is a parameter.
+    """Returns whether an equation can be folded to constants.
+
+    This requires that no operand is a tracer, and that no result has a symbolic dimension.
+    """
+    # `dim_as_value` has no operands and a scalar result: its symbolic dimension is a parameter.
     if equation.primitive.name == "dim_as_value":
         return False
     lengths = [

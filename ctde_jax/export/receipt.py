@@ -1,8 +1,8 @@
-"""The receipt: accuracy and speed of an artifact, measured against the trained model.
+"""The receipt of an artifact: its accuracy and speed, compared with the trained model.
 
-An artifact computes the same function in another order of operations, so its outputs are never
-equal to the last bit. Differences are taken to the outputs of the trained model in JAX, in batches
-of 64, over the whole test split.
+An artifact computes the same function in a different order of operations, so outputs differ by
+rounding. They are compared with those of the trained model in JAX, computed in batches of 64, over
+the whole test split.
 """
 
 import time
@@ -53,7 +53,7 @@ def make_reference(trained: Trained) -> Predict:
 
 
 def count_pieces(split: Split) -> int:
-    """Returns how often `compare` calls its `advance` for each batch size."""
+    """Returns the number of pieces into which `compare` divides a split."""
     return ceil(len(split.inputs) / _PIECE)
 
 
@@ -71,7 +71,8 @@ def compare(
 
     Returns:
         `largest_difference`, the largest absolute difference by batch size; `relative`, the largest
-        difference of all, as defined by `PARITY`; and `measured`, the averages of loss and metrics.
+        difference at any batch size, scaled as for `PARITY`; and `measured`, the averages of loss
+        and metrics.
     """
     largest = dict.fromkeys(map(str, BATCH_SIZES), 0.0)
     relative = 0.0
@@ -96,19 +97,19 @@ def compare(
 
 
 def check_same(trained: Trained, measured: Mapping[str, float]) -> None:
-    """Checks the measured test averages against those that training recorded.
+    """Checks that averages over the test split agree with those that training recorded.
 
-    If both were computed on CPUs, in float32, the relative tolerance is 1e-4, and in a metric that
-    counts examples 1 in 1,000 examples, but at least one, may change, as ties do. On accelerators,
-    which multiply with fewer bits, the relative tolerance is 1e-2.
+    The relative tolerance is 1e-4 if both were computed on CPUs, in float32, and 1e-2 otherwise,
+    because accelerators may multiply with fewer bits. Metrics may also differ by the contribution
+    of 0.1 % of the examples, but at least of one, because rounding can break ties differently.
 
     Args:
         trained: The model and its history.
         measured: Averages over the test split by name.
 
     Raises:
-        InputError: The difference is larger, so the model was trained on other data or by another
-            program.
+        InputError: A difference exceeds its tolerance, for example because the data are not those
+            of the training.
     """
     is_cpu = {trained.platform, trained.devices[0].platform} == {"cpu"}
     relative = 1e-4 if is_cpu else 1e-2
@@ -137,7 +138,7 @@ def compare_steps(step: Step, start: Carry, reference: Predict, inputs: np.ndarr
         inputs: Sequences `[examples, length, ...]`.
 
     Returns:
-        The largest difference of outputs, as defined by `PARITY`.
+        The largest difference of outputs, scaled as for `PARITY`.
     """
     expected = reference(inputs)
     carry = start
@@ -159,7 +160,8 @@ def time_all(contestants: Mapping[str, Predict], inputs: np.ndarray) -> dict[str
         inputs: Examples `[examples, ...]`, repeated or cut to the batch size.
 
     Returns:
-        By contestant and batch size, the quartiles of the time of a call in milliseconds.
+        For each contestant, by batch size, the three quartiles of the time of a call in
+        milliseconds.
     """
     found: dict[str, Facts] = {name: {} for name in contestants}
     for size in TIMED:
@@ -183,7 +185,7 @@ def time_all(contestants: Mapping[str, Predict], inputs: np.ndarray) -> dict[str
 
 
 def _seconds(predict: Predict, batch: np.ndarray, calls: int) -> float:
-    """Returns the mean time of a call."""
+    """Returns the mean time of a call in seconds, after one call that is not timed."""
     predict(batch)  # compiles, and allocates memory
     before = time.perf_counter()
     for _ in range(calls):

@@ -45,8 +45,8 @@ def check_page(folder: Path, formats: Sequence[str]) -> None:
         formats: Formats that will be exported.
 
     Raises:
-        InputError: The folder contains anything but a page, the formats lack "onnx" or its packages
-            are not installed, or npm is needed and not installed.
+        InputError: The folder contains files that do not belong to a page, the formats lack "onnx"
+            or its packages are not installed, or npm is required and not installed.
     """
     if "onnx" not in formats:
         raise InputError("web", f"requires the format onnx, but --formats are {' '.join(formats)}.")
@@ -70,8 +70,8 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
 
     Raises:
         InputError: The bundle has no ONNX file, the page does not support the model's inputs, npm
-            is not installed or cannot fetch the runtime, or the folder contains anything but a page
-            or cannot be written to.
+            is not installed or cannot fetch the runtime, or the folder cannot be written to or
+            contains files that do not belong to a page.
 
     Examples:
         >>> bundle = ctde.open_bundle("bundle")  # doctest: +SKIP
@@ -124,9 +124,9 @@ def write_page(bundle: Bundle, folder: Path | str) -> Path:
 
 
 def _reads_pictures(card: Card) -> bool:
-    """Returns whether the model classifies images: 1 or 3 channels, sides at most 1:2.
+    """Returns whether the model classifies images: uint8, 1 or 3 channels, sides at most 1:2.
 
-    The limit excludes sequences, which are long and narrow.
+    The limit of the ratio excludes sequences of features.
     """
     # Missing axes have length 1: [height, width] is an image with one channel.
     height, width, channels = (*card.input_shape, 1, 1, 1)[:3]
@@ -139,7 +139,11 @@ def _reads_pictures(card: Card) -> bool:
 
 
 def _runtime() -> dict[str, bytes]:
-    """Returns the files of the runtime, from the cached package or a new download."""
+    """Returns the contents of the files of the runtime, from the cached archive or a download.
+
+    Raises:
+        InputError: npm is not installed or cannot fetch the archive, or it cannot be cached.
+    """
     # A damaged archive is fetched again.
     cached = _cached_archive()
     if not cached.exists() or sha512(cached.read_bytes()).hexdigest() != SHA512:
@@ -191,7 +195,12 @@ def _cached_archive() -> Path:
 
 
 def _fetch(cached: Path) -> None:
-    """Fetches the package with npm, and caches it if its SHA-512 is the pinned one."""
+    """Fetches the package with npm, and caches it if its SHA-512 is the pinned one.
+
+    Raises:
+        InputError: npm is not installed or fails, or the SHA-512 differs.
+        OSError: The archive cannot be written.
+    """
     npm = _find_npm()
     cached.parent.mkdir(parents=True, exist_ok=True)
 
@@ -216,10 +225,11 @@ def _fetch(cached: Path) -> None:
 
 
 def _reason(stderr: str) -> str:
-    """Returns npm's reason from its error output.
+    """Returns the reason for a failure from the standard error of npm.
 
-    The reason is the first line with more than three words; error codes are shorter, and the line
-    with the path of the log is skipped.
+    This is the text of the first `npm error` line that has more than three words and does not
+    contain the path of the log; error codes are shorter. If there is no such line, returns "npm
+    gave no reason".
     """
     lines = [
         line.removeprefix("npm error").strip()

@@ -1,4 +1,4 @@
-"""Parameters by name, and the layers of models that numpy can run as a perceptron."""
+"""Parameters by name, and the layers of models that the numpy runtime can execute."""
 
 from collections.abc import Mapping
 from math import prod
@@ -74,7 +74,7 @@ def find_layers(
 ) -> Layers | None:
     """Detects whether a model is a chain of dense layers with one activation between them.
 
-    `Model.layers` gives the order and the kernels of the layers. The activation is the one whose
+    `Model.layers` gives the order and the kernels of the layers. Activations are tried until the
     outputs match those of the model.
 
     Args:

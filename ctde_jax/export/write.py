@@ -1,4 +1,7 @@
-"""Writes a trained model as a bundle: each format is run as on a node, and kept if it agrees."""
+"""Writes a trained model as a bundle.
+
+Each format is run as on a node, and kept only if its outputs agree with those of the trained model.
+"""
 
 import json
 import platform
@@ -59,7 +62,7 @@ class Written(NamedTuple):
 
     bundle: Bundle
     left_out: Mapping[str, str]
-    """Reasons by name of the requested formats that are not in the bundle."""
+    """The requested formats that are not in the bundle, each with the reason."""
 
 
 class _Form(NamedTuple):
@@ -68,7 +71,7 @@ class _Form(NamedTuple):
     file: str
     content: bytes
     step: tuple[str, bytes] | None = None
-    """Name and content of the file that reads one position of a sequence."""
+    """Name and content of the file that processes one position of a sequence, if there is one."""
 
 
 def write_bundle(
@@ -84,29 +87,30 @@ def write_bundle(
     """Writes a trained model as a folder that runs on any node, with measurements of each format.
 
     Each format is run over the whole test split as on a node, with batches of 1, 3, 7 and 64. A
-    format that differs from the trained model by more than `PARITY` is not written. int8 may differ
-    more; its receipt records by how much.
+    format whose outputs differ from those of the trained model by more than `PARITY` is left out.
+    "onnx-int8" may differ more; its receipt records the difference.
 
     Args:
         trained: Result of `fit`.
         data: Data set of the training; formats are measured on its test split, and the bundle
             contains its class names.
         folder: Folder to create; an existing bundle is replaced once the new one is complete.
-        formats: Names of runtimes. "numpy" is for perceptrons; "onnx" needs `ctde_jax[onnx]`.
-        examples: Maximum number of test examples in the bundle, about a megabyte in all. They come
-            with the outputs of the trained model, so that `verify bundle` can check the receipt
+        formats: Names of formats. "numpy" supports only perceptrons; "onnx" requires the extra
+            `ctde_jax[onnx]`.
+        examples: Maximum number of test examples in the bundle, in at most about a megabyte. They
+            are stored with the outputs of the trained model, so that `verify bundle` can compare
             without the test split.
-        options: Facts about the training to add to the card; values that JSON can express.
+        options: Facts about the training to add to the card, serializable as JSON.
         show: Whether to show progress.
 
     Returns:
         The open bundle, and the reasons for formats that were left out.
 
     Raises:
-        InputError: A format is unknown, a number is out of range, the test averages differ from
-            those of the training, the model does not return one float32 array or cannot be exported
-            in any of the formats, or the folder contains anything but a bundle or cannot be written
-            to.
+        InputError: A format is unknown, `examples` is negative, the test averages differ from those
+            of the training, the model does not return one float32 array or cannot be exported in
+            any of the formats, or the folder cannot be written to or contains files that do not
+            belong to a bundle.
 
     Examples:
         >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
@@ -120,7 +124,7 @@ def write_bundle(
         check_known("formats", name, FORMATS)
     check_at_least(0, examples=examples)
 
-    # Write to a folder beside the target, which replaces the target only if it is complete.
+    # Write to a temporary folder, which replaces the target only after it is complete.
     given = folder
     folder = Path(folder).resolve()
     try:
@@ -140,7 +144,7 @@ def write_bundle(
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises InputError unless the folder is new or a bundle with only the files that it names."""
+    """Raises InputError unless the folder does not exist, or has only the files of a bundle."""
     if not folder.exists():
         return
 
@@ -169,7 +173,10 @@ def _write(
     options: Mapping[str, Any],
     show: bool,
 ) -> dict[str, str]:
-    """Writes and measures the formats in an empty folder; returns reasons for those left out."""
+    """Writes a bundle to an empty folder; returns the reasons for formats that were left out.
+
+    Arguments and exceptions are those of `write_bundle`.
+    """
     # Check the model, and that the data are those of the training, before the export.
     _check_outputs(trained, data)
     measured = trained.evaluate(data.test)
@@ -245,7 +252,7 @@ def _check_outputs(trained: Trained, data: Dataset) -> None:
 
 
 def _check_any(forms: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
-    """Raises InputError, with the reasons, if no format is left."""
+    """Raises InputError, with the reasons in `left_out`, if there are no `forms`."""
     if not forms:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InputError(
@@ -256,7 +263,18 @@ def _check_any(forms: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
 def _make_forms(
     trained: Trained, data: Dataset, formats: Sequence[Format], weights: bytes, is_perceptron: bool
 ) -> tuple[dict[str, _Form], dict[str, str]]:
-    """Exports the model in each format; returns the results, and reasons for formats left out."""
+    """Exports the model in each format.
+
+    Args:
+        trained: The model.
+        data: Data set of the training.
+        formats: Names of formats.
+        weights: The arrays of the model in the safetensors format.
+        is_perceptron: Whether the numpy runtime supports the model.
+
+    Returns:
+        The results by format, and the reasons for formats that were left out.
+    """
     metadata = {"classes": data.classes, "vocabulary": data.vocabulary}
 
     # Traced at most once, and only if a format needs it.
@@ -318,7 +336,10 @@ def _make_forms(
 
 
 def _programs(trained: Trained, data: Dataset) -> tuple[Inference, Inference | None]:
-    """Returns the program of the whole model and, if it has a `stream`, that of one position."""
+    """Returns the program of the model, and that of one position of a sequence or None.
+
+    The latter requires a model with a `stream` whose initial carry is zero.
+    """
     model = trained.model
     stream = trained.model.stream
     center = (trained.params, trained.model_state)
@@ -348,9 +369,9 @@ def _programs(trained: Trained, data: Dataset) -> tuple[Inference, Inference | N
 
 
 def _examples(reference: Predict, split: Split, most: int) -> bytes:
-    """Serializes the first test examples with the outputs of the trained model.
+    """Serializes the first examples of a split with the outputs of the trained model.
 
-    At most `most` examples and `_MOST_EXAMPLE_BYTES` bytes, but at least one example.
+    These are at most `most` examples and `_MOST_EXAMPLE_BYTES` bytes, but at least one example.
     """
     # The size of one example determines how many are kept.
     inputs, labels = (np.asarray(array[:1]) for array in split)
@@ -392,7 +413,10 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
 
 
 def _highest(data: Dataset) -> int:
-    """Returns the largest uint8 input that a node accepts, which is also that of `Trained`."""
+    """Returns the largest uint8 input that a node accepts, as `Trained.predict` does.
+
+    Returns 255 if the inputs are not uint8.
+    """
     largest = accepts(data).inputs.largest
     return 255 if largest is None or data.test.inputs.dtype != np.uint8 else largest
 
@@ -418,7 +442,17 @@ def _measure(
     reference: Predict,
     show: bool,
 ) -> None:
-    """Fills in the receipts in `facts`, and moves formats that fail to `left_out`."""
+    """Measures every artifact of a bundle, and adds the receipts to the facts of its card.
+
+    Args:
+        bundle: The bundle, opened as on a node.
+        facts: Facts of the card. Receipts are added, and artifacts that fail are removed.
+        left_out: Reasons by format, to which those of the removed artifacts are added.
+        trained: The trained model.
+        data: Data set whose test split is used.
+        reference: Function of the trained model.
+        show: Whether to show progress.
+    """
     # A progress bar, on terminals only.
     screen = console(quiet=not show)
     artifacts = facts["artifacts"]
@@ -477,7 +511,11 @@ def _measure_steps(
     reference: Predict,
     data: Dataset,
 ) -> None:
-    """Runs an artifact one position at a time on 64 sequences; drops its step if it differs."""
+    """Compares an artifact that processes one position at a time with the trained model.
+
+    The difference on at most 64 test sequences is added to the receipt. If it exceeds `PARITY`, the
+    step file is removed from `artifact`, and the reason is added to `left_out`.
+    """
     step = load_step(bundle, name)
     inputs = np.asarray(data.test.inputs[:64])
     assert step is not None
@@ -497,7 +535,13 @@ def _misses(relative: float) -> str:
 
 
 def _seal(folder: Path, facts: Facts, files: Mapping[str, bytes]) -> None:
-    """Writes the card with the sizes and SHA-256 of the files, and the sums."""
+    """Writes the card, with the size and SHA-256 of each file, and the file of checksums.
+
+    Args:
+        folder: Folder of the bundle.
+        facts: Facts of the card, to which `files` is added.
+        files: Contents of all other files by name.
+    """
     entries = {
         name: File(len(content), sha256(content).hexdigest()) for name, content in files.items()
     }

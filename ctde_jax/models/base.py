@@ -13,14 +13,14 @@ from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 
 KeyPath = tuple[Hashable, ...]
-"""Keys that lead to a node of nested dictionaries."""
+"""Path to a node of nested dictionaries, from the outermost key to the innermost."""
 
 
 class Recurrence(NamedTuple):
     """A network that processes a sequence position by position, with a carry of fixed size.
 
-    It serves inference only. Its outputs at the last position, or at every position, equal those of
-    `Model.apply` for the whole sequence.
+    It is for inference only. Its outputs equal those of `Model.apply` for the whole sequence: at
+    the last position if the model has one output per sequence, else at every position.
     """
 
     start: Callable[[int], PyTree]
@@ -81,11 +81,11 @@ class Model(NamedTuple):
     """The model for position-by-position inference, if the network supports it."""
 
     unscaled: "Unscaled | None" = None
-    """The model before `with_raw_inputs`, if that made this one."""
+    """The model before `with_raw_inputs` wrapped it; None if this model was not wrapped."""
 
 
 class Unscaled(NamedTuple):
-    """A model before `with_raw_inputs`, and the functions that `with_raw_inputs` made from it."""
+    """A model before `with_raw_inputs`, and the `init` and `apply` of the wrapped model."""
 
     model: Model
     init: Callable[..., tuple[PyTree, PyTree]]
@@ -100,7 +100,7 @@ def unscaled(model: Model) -> Model:
     """
     if model.unscaled is None:
         return model
-    # A model made by `_replace` keeps this field, although `before` lacks the change.
+    # A wrapped model changed by `_replace` keeps this field, although `before` lacks the change.
     before, init, apply = model.unscaled
     if (model.init, model.apply) != (init, apply):
         raise InputError(
@@ -129,7 +129,7 @@ def with_raw_inputs(
     def normalize(inputs):
         return (jnp.asarray(inputs, jnp.result_type(scale)) - shift) * scale
 
-    # A scale per element has the shape of a whole sequence, and does not fit one position.
+    # A scale per feature has the shape of a whole example, and not of one position.
     layers = model.layers
     stream = None if jnp.ndim(scale) else model.stream
 

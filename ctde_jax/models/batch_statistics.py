@@ -1,4 +1,4 @@
-"""Mean and variance of batch normalization in training, over the examples that count.
+"""Mean and variance of batch normalization in training, without the padding of short batches.
 
 Flax averages the means of devices with equal weights. Here, sums and counts are summed over
 devices, so the result is also correct for unequal numbers of examples. `from_linen` and `from_nnx`
@@ -30,13 +30,14 @@ Robust rules and differential privacy treat each device's gradient separately, s
 weighted by examples.
 
 If a batch is computed in microbatches (`accumulation_steps`), each microbatch is normalized with
-its statistics, and then updates the running averages that the previous one left. With `--exact`,
-the statistics are those of a shard.
+its statistics, and then updates the running averages after the previous microbatch. With `--exact`,
+the statistics are those of a shard, one eighth of the batch.
 
 This applies to `flax.nnx.BatchNorm`, `flax.linen.BatchNorm` and their subclasses. The first axis of
 their input is the axis of examples, or has several consecutive entries per example;
 `[time, examples, features]` is recognized by its second axis. Statistics over examples that a
-module computes by other means are those of a shard, and include the repeated examples of a short
+module computes by other means are those of a shard, one of the equal parts into which a device cuts
+its part of the batch (see `rounds/gradient.py`), and include the repeated examples of a short
 batch. If replicas and shards write different values to other state, floats become the weighted
 mean, and integers and Booleans the maximum; an element that none of them writes keeps its bits.
 """
@@ -53,11 +54,11 @@ class BatchNorm(Protocol):
     use_fast_variance: bool
 
 
-class Counted:
-    """The examples that count in one application of a model.
+class NormSettings:
+    """How batch normalization computes its statistics in one call of `Model.apply`.
 
     Args:
-        mask: Mask of the examples that count, or None if all count.
+        mask: False for padding; None if no example is padding.
         batch_statistics: See `BatchStatistics`.
     """
 
@@ -77,19 +78,20 @@ def compute(
     layer: BatchNorm,
     inputs: Inexact[Array, "..."],
     running: Statistics,
-    counted: Counted,
+    settings: NormSettings,
     mask: Bool[Array, "..."] | None,
 ) -> tuple[Statistics, Statistics]:
     """Computes the statistics of a batch, and the running averages after it.
 
-    If the layer has an `axis_name`, the statistics are computed over that axis instead. If no
-    example counts, the running averages replace the statistics and stay unchanged.
+    Masked elements are ignored. If the layer has an `axis_name`, the statistics are computed over
+    that axis instead of the axes of replicas and shards. If all elements are masked, the running
+    averages are returned as the statistics and stay unchanged.
 
     Args:
         layer: Batch normalization layer in training.
         inputs: Inputs of the layer; see `BatchStatistics` for their shape.
         running: Running averages before the batch.
-        counted: Examples that count.
+        settings: Mask of the examples, and the examples to compute the statistics over.
         mask: Argument `mask` of the layer, broadcastable to the inputs, or None.
 
     Returns:
@@ -104,13 +106,13 @@ def compute(
     reduced = tuple(
         axis for axis in range(x.ndim) if axis not in {feature % x.ndim for feature in features}
     )
-    mask, names, groups = _choose(layer, x, reduced, counted, mask)
+    mask, names, groups = _choose(layer, x, reduced, settings, mask)
 
-    # Number of elements that count per feature: a scalar, unless the mask differs between features.
+    # Number of unmasked elements per feature: a scalar, unless the mask differs between features.
     # Integers are summed, as float32 counts exactly only up to 2**24.
     if mask is None:
         count = jnp.float32(x.size / max(1, _size(x, set(range(x.ndim)) - set(reduced))))
-    # One count for all features. If the mask has size 1 along an axis, it counts that often.
+    # One count for all features, times the sizes of the axes along which the mask is broadcast.
     elif all(mask.shape[axis] == 1 for axis in range(x.ndim) if axis not in reduced):
         repeated = _size(x, {axis for axis in reduced if mask.shape[axis] == 1})
         count = jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) * repeated
@@ -120,7 +122,7 @@ def compute(
         )
 
     # Sums and counts share one all-reduce, in which the count of complex inputs is complex as well.
-    # Dividing by at least 1 avoids a NaN, and its gradient, if no example counts.
+    # Dividing by at least 1 avoids a NaN, and its gradient, if all elements are masked.
     def mean_of(*values: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         sums = [jnp.sum(value, reduced, where=mask) for value in values]
         if not names:
@@ -142,7 +144,7 @@ def compute(
         (var,), total_count = mean_of(_squared(x - jnp.expand_dims(mean, reduced)))
         var = var.real
 
-    # Without an example that counts, the running averages take the place of the statistics.
+    # If all elements are masked, the running averages replace the statistics.
     def updated(running: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(
             total_count > 0, layer.momentum * running + (1 - layer.momentum) * new, running
@@ -161,16 +163,16 @@ def _choose(
     layer: BatchNorm,
     x: Inexact[Array, "..."],
     reduced: tuple[int, ...],
-    counted: Counted,
+    settings: NormSettings,
     mask: Bool[Array, "..."] | None,
 ) -> tuple[Bool[Array, "..."] | None, tuple[str, ...] | str, list[list[int]] | None]:
     """Returns the mask, broadcastable to `x`, the mapped axes to sum over, and their groups."""
-    # An element counts if both the layer's mask and the mask of the examples include it.
+    # An element is unmasked if both the layer's mask and the mask of the examples include it.
     if mask is not None:
         mask = jnp.asarray(mask, bool)
         mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
-    if counted.mask is not None:
-        of_examples = _spread(counted.mask, x, reduced)
+    if settings.mask is not None:
+        of_examples = _spread(settings.mask, x, reduced)
         if of_examples is not None:
             mask = of_examples if mask is None else mask & of_examples
 
@@ -178,13 +180,16 @@ def _choose(
     # feature axis, the examples share no statistics.
     if layer.axis_name is not None:
         return mask, layer.axis_name, layer.axis_index_groups
-    return mask, axes(counted.batch_statistics) if 0 in reduced else (), None
+    return mask, axes(settings.batch_statistics) if 0 in reduced else (), None
 
 
 def _spread(
     mask: Bool[Array, " examples"], x: Inexact[Array, "..."], reduced: tuple[int, ...]
 ) -> Bool[Array, "..."] | None:
-    """Reshapes a mask to broadcast to `x`, or returns None if `x` reduces no examples."""
+    """Reshapes a mask of examples so that it broadcasts to `x`.
+
+    Returns None if `x` has no axis of examples, or it is not among the `reduced` axes.
+    """
     # First `[time, examples, features]`; then inputs with consecutive entries per example.
     examples = len(mask)
     if x.ndim == 3 and x.shape[0] != examples == x.shape[1] and 1 in reduced:
@@ -206,7 +211,7 @@ def _squared(x: jax.Array) -> jax.Array:
 
 
 def axes(batch_statistics: BatchStatistics) -> tuple[str, ...]:
-    """Returns the mapped axes over which statistics are shared, if they are bound in this call."""
+    """Returns the mapped axes over which statistics are summed, of those bound in this trace."""
 
     def exists(axis: str) -> bool:
         try:
@@ -215,6 +220,6 @@ def axes(batch_statistics: BatchStatistics) -> tuple[str, ...]:
             return False
         return True
 
-    # Outside of the trainer, a model may be applied without either axis.
+    # Outside of the trainer, a model may be applied without these axes.
     axes = (SHARD, AXIS) if batch_statistics == "synchronized" else (SHARD,)
     return tuple(filter(exists, axes))

@@ -124,7 +124,10 @@ def _grads_of_inputs(
 def _grads_of_kernel(
     inputs: Images, kernel: ConvKernel, strides: tuple[int, ...], sides: Sides, grads: Images
 ) -> ConvKernel:
-    """Processes a few images at a time, so that they stay in the cache while all taps read them."""
+    """Returns the gradient of the kernel.
+
+    A few images are processed at a time, so that they stay in the cache while all taps read them.
+    """
     # Equal groups, as few as fit; the zeros that fill the last one add nothing to the sum.
     pictures = len(inputs)
     groups = ceil(pictures / max(1, _CACHE // ((inputs.nbytes + grads.nbytes) // pictures)))

@@ -1,6 +1,6 @@
 """Autoregressive text generation: each sampled token is appended to the input of the next one.
 
-Every token costs a forward pass over the whole context. Nothing is cached between passes, so this
+Every token takes a forward pass over the whole context. Nothing is cached between passes, so this
 works for any language model.
 """
 
@@ -39,8 +39,8 @@ def generate(
         steps: Number of tokens to generate.
         key: Random key for sampling; the same key gives the same text.
         temperature: Divisor of the logits; 0 always selects the most likely token.
-        window: Number of most recent tokens that the model reads (default: all). A transformer has
-            a maximum length.
+        window: Number of most recent tokens that the model reads (default: all). Required if the
+            model has a maximum length, such as a transformer, and the text exceeds it.
 
     Returns:
         The new tokens.
@@ -81,10 +81,10 @@ def generate(
         )
 
     # An embedding lookup does not raise if a token is out of range, so check the prompt here.
-    strange = prompt[(prompt < 0) | (prompt >= logits.shape[2])]
-    if strange.size:
+    unknown = prompt[(prompt < 0) | (prompt >= logits.shape[2])]
+    if unknown.size:
         raise InputError(
-            "prompt", f"must contain tokens from 0 to {logits.shape[2] - 1}, got {strange[0]}."
+            "prompt", f"must contain tokens from 0 to {logits.shape[2] - 1}, got {unknown[0]}."
         )
 
     return _continue(model.apply, steps, seen, params, model_state, text, key, temperature)[

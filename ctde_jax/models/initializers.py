@@ -1,9 +1,13 @@
-"""Weight initialization: each initializer takes a model and returns it with another `init`.
+"""Weight initialization: each initializer takes a model and returns it with a different `init`.
 
 Parameters are selected by path and shape, so initializers work for any nnx or linen module. A
 kernel is a parameter named `kernel` of rank 2 or more, `[..., inputs, outputs]`. Initializers that
 draw kernels set the biases next to them to zero. All other parameters keep the initialization of
 the module, such as normalization parameters and embeddings, which are looked up, not multiplied.
+
+As in `jax.nn.initializers`, fan_in is the number of inputs times the number of convolution taps,
+and fan_out the number of outputs times the number of taps. In recurrent cells, each gate has a
+separate matrix with its fan_in and fan_out.
 """
 
 from collections.abc import Callable, Hashable
@@ -51,7 +55,9 @@ def initialize(model: Model, name: str) -> Model:
 
 
 def flax(model: Model) -> Model:
-    """Keeps the initialization of the module; flax's default variance is 1 / inputs.
+    """Returns the model unchanged, with the initialization of the module.
+
+    The default of flax's dense layers and convolutions is `lecun_normal`, of variance 1 / fan_in.
 
     Examples:
         >>> model = ctde.initializers.flax(ctde.models.mlp([64, 32, 10]))
@@ -60,9 +66,10 @@ def flax(model: Model) -> Model:
 
 
 def glorot(model: Model) -> Model:
-    """Draws kernels with variance 2 / (inputs + outputs) (Glorot and Bengio, 2010).
+    """Returns the model with kernels drawn by `glorot_uniform` and zero biases.
 
-    This preserves variances from layer to layer, forward and backward.
+    The variance 2 / (fan_in + fan_out) is a compromise between preserving the variance of
+    activations and that of gradients from layer to layer (Glorot and Bengio, 2010).
 
     Examples:
         >>> model = ctde.initializers.glorot(ctde.models.mlp([64, 32, 10], "tanh"))
@@ -71,9 +78,10 @@ def glorot(model: Model) -> Model:
 
 
 def he(model: Model) -> Model:
-    """Draws kernels with variance 2 / inputs (He et al., 2015).
+    """Returns the model with kernels drawn by `he_normal` and zero biases (He et al., 2015).
 
-    The factor 2 compensates for the half of the inputs that a ReLU sets to zero.
+    In the variance 2 / fan_in, the factor 2 compensates for the half of the inputs that a ReLU sets
+    to zero.
 
     Examples:
         >>> model = ctde.initializers.he(ctde.models.mlp([64, 32, 10], "relu"))
@@ -82,9 +90,10 @@ def he(model: Model) -> Model:
 
 
 def orthogonal(model: Model) -> Model:
-    """Draws kernels with orthonormal rows or columns, whichever are fewer (Saxe et al., 2014).
+    """Returns the model with orthogonal kernels and zero biases (Saxe et al., 2014).
 
-    This preserves norms from layer to layer. The taps of a convolution count as inputs.
+    A kernel is a matrix `[fan_in, outputs]` with orthonormal rows or columns, whichever are fewer.
+    It preserves the norm of its input if `outputs` is at least fan_in.
 
     Examples:
         >>> model = ctde.initializers.orthogonal(ctde.models.mlp([64, 64, 10]))
@@ -93,10 +102,10 @@ def orthogonal(model: Model) -> Model:
 
 
 def delta_orthogonal(model: Model) -> Model:
-    """Draws an orthogonal matrix as the center tap of each convolution (Xiao et al., 2018).
+    """Returns the model with an orthogonal center tap in each convolution (Xiao et al., 2018).
 
-    All other taps are zero. The paper requires at least as many outputs as inputs, which preserves
-    norms; with fewer outputs the columns are orthonormal. Dense layers are orthogonal.
+    All other taps and biases are zero. The paper requires at least as many outputs as inputs, which
+    preserves norms; with fewer outputs the columns are orthonormal. Dense layers are orthogonal.
 
     Raises:
         InputError: The model has no convolution; raised by `init`.
@@ -122,7 +131,7 @@ def delta_orthogonal(model: Model) -> Model:
 
 
 def recurrent(model: Model) -> Model:
-    """Draws orthogonal recurrent kernels, one matrix for each gate (Le et al., 2015).
+    """Returns the model with orthogonal recurrent kernels, one per gate (Le et al., 2015).
 
     The forget gates of an LSTM have bias 1, so that they start open (Jozefowicz et al., 2015). All
     other kernels are drawn as by `glorot`.
@@ -171,11 +180,11 @@ def recurrent(model: Model) -> Model:
 
 
 def residual(model: Model) -> Model:
-    """Sets the last layer of each residual branch to zero, so that a block equals its shortcut.
+    """Returns the model with the last layer of each residual branch set to zero.
 
-    The shortcut is mostly the identity, so the initial scale does not depend on the depth (Goyal et
-    al., 2017; Zhang et al., 2019; Bachlechner et al., 2020). All other parameters keep the
-    initialization of the module.
+    A block then equals its shortcut, which is mostly the identity, so the initial scale does not
+    depend on the depth (Goyal et al., 2017; Zhang et al., 2019; Bachlechner et al., 2020). All
+    other parameters keep the initialization of the module.
 
     Raises:
         InputError: The model has no list named `blocks` with layers named as in `BRANCH_ENDS`;
@@ -207,11 +216,11 @@ def residual(model: Model) -> Model:
 
 
 def lsuv(model: Model) -> Model:
-    """Scales the output of each layer to variance 1 on the given inputs (Mishkin and Matas, 2016).
+    """Returns the model with layers scaled to output variance 1 (Mishkin and Matas, 2016).
 
     Kernels are drawn orthogonal. In the order of execution, each is divided by the standard
-    deviation of its layer's output, which is exact because biases are zero. This takes one forward
-    pass for each layer. Layers of recurrent cells stay orthogonal.
+    deviation of its layer's output on the inputs of `init`, which is exact because biases are zero.
+    This takes one forward pass for each layer. Layers of recurrent cells stay orthogonal.
 
     Raises:
         InputError: The model does not expose its layers.
@@ -235,9 +244,9 @@ def lsuv(model: Model) -> Model:
         paths = list(jax.eval_shape(layers, params, model_state, inputs))
 
         def divide(i: jax.Array, params: PyTree) -> PyTree:
-            spoken = layers(params, model_state, inputs).values()
+            in_order = layers(params, model_state, inputs).values()
             # bfloat16 would be too coarse for a standard deviation.
-            deviation = jnp.stack([outputs.astype(jnp.float32).std() for outputs in spoken])[i]
+            deviation = jnp.stack([outputs.astype(jnp.float32).std() for outputs in in_order])[i]
             # A layer with a constant output, such as zero, keeps its kernel.
             divisor = jnp.where(deviation > 0, deviation, 1)
 
@@ -293,7 +302,7 @@ class Kernel(NamedTuple):
 
 
 def find_kernels(params: PyTree) -> dict[KeyPath, Kernel]:
-    """Returns the kernels among the parameters, keyed by the path of their layer."""
+    """Returns the dimensions of all kernels of rank 2 or more, keyed by the path of their layer."""
     leaves = leaves_with_path(params)
     shapes = {
         path[:-1]: leaf.shape for path, leaf in leaves if path[-1:] == ("kernel",) and leaf.ndim > 1
@@ -327,12 +336,12 @@ def _kernel(path: KeyPath, shapes: dict[KeyPath, tuple[int, ...]]) -> Kernel:
 
 
 def leaves_with_path(params: PyTree) -> list[tuple[KeyPath, jax.Array]]:
-    """Lists the leaves, each with the names along its path."""
+    """Lists the leaves of a tree, each with its path: dictionary keys, indices or attributes."""
     return [(_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def map_with_path(function: Callable[..., jax.Array], *trees: PyTree) -> PyTree:
-    """Maps `function(path, *leaves)` over trees; `path` holds the names along the path."""
+    """Maps `function(path, *leaves)` over trees, with paths as in `leaves_with_path`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(_names(path), *leaves), *trees
     )
@@ -343,13 +352,19 @@ def _draw_kernels(
     choose: Callable[[Kernel], Draw],
     check: Callable[[dict[KeyPath, Kernel]], None] = lambda kernels: None,
 ) -> Model:
-    """Redraws each kernel with a separate key and sets the biases next to kernels to zero."""
+    """Returns the model with an `init` that redraws all kernels and sets their biases to zero.
+
+    Args:
+        model: Model whose other parameters are initialized as before.
+        choose: Returns the distribution of a kernel, given its dimensions.
+        check: Raises InputError if the initializer does not suit kernels of these dimensions.
+    """
 
     def init(key, inputs):
         params, model_state = model.init(key, inputs)
         kernels = find_kernels(params)
         check(kernels)
-        # `model.init` has used `key` itself, so the kernels derive their keys from another one.
+        # `model.init` has used `key` itself, so the kernels derive their keys from a new one.
         keys = dict(
             zip(kernels, jax.random.split(jax.random.fold_in(key, 1), len(kernels)), strict=True)
         )

@@ -1,4 +1,4 @@
-"""Parts that several networks share: image and token inputs, and dropout."""
+"""Code that several networks use: image and token inputs, and dropout."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -15,7 +15,12 @@ Images: TypeAlias = Float[Array, "examples height width channels"]
 
 
 def check_image_shape(image_shape: Sequence[int], halvings: int) -> None:
-    """Raises InputError for an invalid image shape, or an axis of less than 2**halvings pixels."""
+    """Raises InputError for the shape of an image that a convolutional network cannot process.
+
+    Args:
+        image_shape: `(height, width)` or `(height, width, channels)`.
+        halvings: Number of layers that halve height and width, of which one pixel must remain.
+    """
     if len(image_shape) not in (2, 3):
         raise InputError(
             "image_shape",
@@ -50,7 +55,7 @@ def as_images(inputs: Float[Array, " examples *image_shape"], image_shape: Seque
     """Reshapes inputs to images with an axis of channels.
 
     Raises:
-        InputError: If their shape differs from the one that the network was built for.
+        InputError: If the shape of an input differs from `image_shape`.
     """
     if inputs.shape[1:] != tuple(image_shape):
         raise InputError(

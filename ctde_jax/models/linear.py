@@ -1,8 +1,7 @@
 """A dense layer whose gradient is fast on a CPU, on which fake devices train.
 
 The gradient of its kernel is the product `inputs.T @ grads`. If that is tall and narrow, XLA:CPU
-computes the equal product `(grads.T @ inputs).T` faster, because its fast matrix library accepts no
-transposed left operand.
+computes the equal product `(grads.T @ inputs).T` faster; see `_FEW` and `_PART`.
 """
 
 from functools import partial

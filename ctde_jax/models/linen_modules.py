@@ -16,20 +16,20 @@ from jax import numpy as jnp
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 from ctde_jax.models.base import Model, as_outputs
-from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute
+from ctde_jax.models.batch_statistics import BatchStatistics, NormSettings, Statistics, compute
 from ctde_jax.models.modes import MODES, RANDOM, Effect, Modes, effect_of, find_modes
 from ctde_jax.models.user_code import reported
 
 
 class _Call(NamedTuple):
-    """Mode arguments and random streams with which a module is called."""
+    """How a module is called on inputs of one shape and dtype."""
 
     modes: Modes
     streams: Mapping[bool, tuple[str, ...]]
-    """Names of the random streams that it requests in training (True) and inference (False)."""
+    """Names of the RNG streams that are requested in training (True) and in inference (False)."""
 
     writes_in_inference: bool
-    """Whether inference fails if the state is immutable."""
+    """Whether inference requires mutable collections, because the module writes to its state."""
 
 
 def from_linen(
@@ -42,7 +42,7 @@ def from_linen(
     """Makes a model from a linen module.
 
     The mode, training or inference, is set by the mode argument of the module's `__call__` or by
-    its mode fields; see `modes.find_modes`. In training, the random stream `dropout` receives the
+    its mode fields; see `modes.find_modes`. In training, the RNG stream `dropout` receives the
     key of `Model.apply`, and every other stream that the module requests receives
     `jax.random.fold_in(key, zlib.crc32(name.encode()))`. In inference, streams other than `dropout`
     receive keys derived from `jax.random.key(0)` in the same way.
@@ -56,13 +56,14 @@ def from_linen(
             a module.
         batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` takes its
             statistics over that axis instead.
-        train: Keyword arguments of `__call__` in training whose meaning cannot be inferred.
-        infer: Keyword arguments of `__call__` in inference whose meaning cannot be inferred.
+        train: Keyword arguments to pass to `__call__` in training, if their meaning cannot be
+            inferred.
+        infer: The same arguments with their values in inference.
 
     Raises:
-        InputError: If it is not an unbound linen module. The functions of the model raise it if the
-            meaning of an argument cannot be inferred, if the module raises an exception, or if its
-            state depends on the number of examples.
+        InputError: If `module` does not give an unbound linen module. The functions of the model
+            raise it if the meaning of an argument cannot be inferred, if the module raises an
+            exception, or if the shape of its state depends on the number of examples.
 
     Examples:
         >>> from flax import linen
@@ -82,7 +83,7 @@ class _Wrapped:
     Args:
         network: The module.
         batch_statistics: See `BatchStatistics`.
-        given: Arguments of `__call__` that the user passed for both modes.
+        given: Arguments `train` and `infer` of `from_linen`.
     """
 
     def __init__(self, network: linen.Module, batch_statistics: BatchStatistics, given: Modes):
@@ -99,7 +100,7 @@ class _Wrapped:
         variables = _merged(params, model_state)
         collections = [name for name in model_state if name != "params"]
 
-        # Inference: the key is fixed, and whatever the module writes to its state is dropped.
+        # Inference: the key is fixed, and the changes of the state are dropped.
         if key is None:
             arguments = call.modes.infer
             streams = call.streams[False]
@@ -120,16 +121,16 @@ class _Wrapped:
         arguments = call.modes.train
         streams = call.streams[True]
         training = _in_mode(self._network, True)
-        with linen.intercept_methods(_counting(Counted(mask, self._batch_statistics))):
+        with linen.intercept_methods(_norm_interceptor(NormSettings(mask, self._batch_statistics))):
             outputs, after = _call_with(
                 training, variables, inputs, key, arguments, streams, collections
             )
         return outputs, _like(model_state, {**model_state, **unfreeze(linen.meta.unbox(after))})
 
     def layers(self, params, model_state, inputs):
-        heard = OrderedDict()
+        recorded = OrderedDict()
 
-        def listen(call, args, kwargs, context):
+        def record(call, args, kwargs, context):
             outputs = call(*args, **kwargs)
             layer = context.module
             in_cell = isinstance(layer.parent, linen.RNNCellBase)
@@ -138,15 +139,15 @@ class _Wrapped:
                 and layer.has_variable("params", "kernel")
                 and not in_cell
             ):
-                heard.setdefault(layer.path, outputs)
+                recorded.setdefault(layer.path, outputs)
             return outputs
 
-        with linen.intercept_methods(listen):
+        with linen.intercept_methods(record):
             self.apply(params, model_state, inputs, None)
-        return heard
+        return recorded
 
     def _find_call(self, inputs) -> _Call:
-        """Returns how the module is called on inputs of this shape and dtype, cached."""
+        """Returns how the module is called on inputs of this shape and dtype, and caches it."""
         # The number of examples is left out of the key, as it does not change the modes.
         place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
         if place not in self._calls:
@@ -193,10 +194,11 @@ def _call_with(module: linen.Module, variables, inputs, key, arguments, streams,
 
 
 def _built(module: Any) -> linen.Module:
-    """Returns the module of a class or function, or the module itself.
+    """Returns a module itself, or the one that a class or function builds without arguments.
 
     Raises:
-        InputError: If it cannot be built without arguments, or is not an unbound linen module.
+        InputError: If the module cannot be built without arguments, or is not an unbound linen
+            module.
     """
     # A linen class or a function is called without arguments.
     if not isinstance(module, linen.Module):
@@ -238,8 +240,18 @@ def _built(module: Any) -> linen.Module:
 
 
 def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) -> _Call:
-    """Finds the modes and random streams of a module by tracing it."""
-    asked: set[str] = set()
+    """Traces a module to find how it must be called.
+
+    Args:
+        network: The module.
+        inputs: Shape and dtype of its inputs.
+        given: Arguments of `__call__` that the user passed for both modes.
+
+    Returns:
+        The mode arguments, the RNG streams that the module requests in training and in inference,
+        and whether inference requires mutable collections.
+    """
+    requested: set[str] = set()
     key = jax.eval_shape(jax.random.key, 0)
 
     # An interceptor that notes the streams that a module requests. Linen modules are frozen outside
@@ -251,18 +263,18 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
             def ask(
                 stream: str = "params", method=getattr(type(module), name).__get__(module)
             ) -> Any:
-                asked.add(stream)
+                requested.add(stream)
                 return method(stream)
 
             object.__setattr__(module, name, ask)
         return call(*args, **kwargs)
 
-    # The effect of a call in this mode, or None if the call raises with these arguments.
+    # The effect of a call in training or inference, or None if it raises with these arguments.
     def trace(training: bool, arguments: Mapping[str, Any], writes: bool) -> Effect | None:
         module = _in_mode(network, training)
 
         def start(key: jax.Array, inputs: jax.Array) -> PyTree:
-            rngs = {"params": key, "dropout": key} | dict.fromkeys(asked, key)
+            rngs = {"params": key, "dropout": key} | dict.fromkeys(requested, key)
             return linen.meta.unbox(
                 module.init(rngs, inputs, **{**arguments, **_random(module, key)})
             )
@@ -272,7 +284,7 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
         ) -> tuple[PyTree, PyTree]:
             rngs = {
                 name: _stream_key(key, name)
-                for name in {*asked, *(["dropout"] if training else [])}
+                for name in {*requested, *(["dropout"] if training else [])}
             }
             mutable = list(state) if writes else False
             arguments_and_key = {**arguments, **_random(module, key)}
@@ -292,32 +304,35 @@ def _examine(network: linen.Module, inputs: jax.ShapeDtypeStruct, given: Modes) 
             # If a stream has no key, the call raises, unless it can be taken from `params`; by then
             # its name is noted, so try again until no new name appears.
             while True:
-                before = len(asked)
+                before = len(requested)
                 found = effect_of(run, state, inputs, params)
-                if found is not None or len(asked) == before:
+                if found is not None or len(requested) == before:
                     return found
 
-    # Mode fields of the module are set by `_in_mode`, so arguments of that name are not modes.
+    # Mode fields of the module are set by `_in_mode`, so arguments with such a name are not passed.
     fixed = tuple(name for name in MODES if isinstance(getattr(network, name, None), bool))
     effect = partial(trace, True, writes=True)
     modes = find_modes(network.__call__, type(network).__name__, effect, given, fixed)
 
     # Trace with the arguments found, so that only the streams that these calls request are noted.
-    asked.clear()
+    requested.clear()
     effect(modes.train)
-    in_training = tuple(sorted(asked - {"params"} | {"dropout"})) + (
-        ("params",) if "params" in asked else ()
+    in_training = tuple(sorted(requested - {"params"} | {"dropout"})) + (
+        ("params",) if "params" in requested else ()
     )
 
     # Inference has no `dropout` stream: if a layer requests it, the call fails with a hint.
-    asked.clear()
+    requested.clear()
     reads_only = trace(False, modes.infer, writes=False) is not None
-    in_inference = tuple(sorted(asked - {"dropout"}))
+    in_inference = tuple(sorted(requested - {"dropout"}))
     return _Call(modes, {True: in_training, False: in_inference}, not reads_only)
 
 
 def _check_state(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> None:
-    """Raises InputError if the state depends on the number of examples, as a cache does."""
+    """Raises InputError if the shape of the state depends on the number of examples.
+
+    A cache for decoding does. It also raises if the state contains a PRNG key.
+    """
     key = jax.eval_shape(jax.random.key, 0)
 
     def leaves(examples: int) -> dict[Any, Any]:
@@ -355,7 +370,7 @@ def _sow_nothing(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
 
 
 def _in_mode(module: linen.Module, training: bool) -> linen.Module:
-    """Sets the mode fields of a module; returns the module itself if it has none."""
+    """Returns a clone with the mode fields set, or the module itself if it has none."""
     fields: dict[str, Any] = {
         name: value == training
         for name, value in MODES.items()
@@ -365,7 +380,7 @@ def _in_mode(module: linen.Module, training: bool) -> linen.Module:
 
 
 def _random(module: linen.Module, key: jax.Array) -> dict[str, Any]:
-    """Returns a key for each argument of `__call__` that takes one."""
+    """Returns a key for each argument of `__call__` with a name in `RANDOM`."""
     names = [name for name in signature(module.__call__).parameters if name in RANDOM]
     return {name: _stream_key(key, name) for name in names}
 
@@ -376,7 +391,10 @@ def _stream_key(key: jax.Array, name: str) -> jax.Array:
 
 
 def split_variables(variables: PyTree) -> tuple[PyTree, PyTree]:
-    """Splits linen variables into the parameters to differentiate and the model state."""
+    """Splits linen variables into `(params, model_state)`.
+
+    Parameters without a floating-point dtype are part of the state, under "params".
+    """
     # Parameters that cannot be differentiated stay under "params" in the state; see `_merged`.
     model_state = dict(variables)
     params = flatten_dict(model_state.pop("params", {}), keep_empty_nodes=True)
@@ -400,7 +418,11 @@ def _is_constant(leaf: Any) -> bool:
 
 
 def _like(before: PyTree, after: PyTree) -> PyTree:
-    """Casts the state after a step to the dtypes before it; raises InputError for new state."""
+    """Casts the state after a step to the dtypes of the state before it.
+
+    Raises:
+        InputError: If the step has created state.
+    """
     if jax.tree.structure(before) != jax.tree.structure(after):
         new = sorted(
             "/".join(map(str, path)) for path in {*flatten_dict(after)} - {*flatten_dict(before)}
@@ -412,12 +434,12 @@ def _like(before: PyTree, after: PyTree) -> PyTree:
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, before)
 
 
-def _counting(counted: Counted) -> Callable[..., Any]:
-    """Makes an interceptor that computes batch statistics over the examples that count."""
+def _norm_interceptor(settings: NormSettings) -> Callable[..., Any]:
+    """Makes an interceptor that replaces the statistics of `linen.BatchNorm` in training."""
 
     def intercept(call, args, kwargs, context):
         layer = context.module
-        # Replace only the method of flax: code of a subclass or a lifted class around it stays.
+        # Replace only the method of flax; code of a subclass or lifted class around it still runs.
         if context.orig_method.func is not _NORMALIZE or layer.is_initializing():
             return call(*args, **kwargs)
         arguments = signature(_NORMALIZE).bind(layer, *args, **kwargs).arguments
@@ -429,7 +451,7 @@ def _counting(counted: Counted) -> Callable[..., Any]:
         # Flax normalizes with the running averages in inference mode: write the statistics of the
         # batch in their place for this call, and the updated running averages after it.
         running = _running(layer, arguments["x"])
-        batch, updated = compute(layer, arguments["x"], running, counted, arguments.get("mask"))
+        batch, updated = compute(layer, arguments["x"], running, settings, arguments.get("mask"))
         _write(layer, batch)
         object.__setattr__(layer, "use_running_average", True)
         try:

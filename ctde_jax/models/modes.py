@@ -1,4 +1,8 @@
-"""Finds the mode arguments of a module's `__call__`, by their names or by what they change."""
+"""Finds the mode arguments of a module's `__call__`, by their names or by their effects.
+
+A *mode* is training or inference. A *mode argument* is a Boolean that sets it, such as `train` or
+`deterministic`; a *mode field* is such a Boolean attribute of the module.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -39,7 +43,7 @@ _TRUE_IN_INFERENCE = (
 MODES = {**dict.fromkeys(_TRUE_IN_TRAINING, True), **dict.fromkeys(_TRUE_IN_INFERENCE, False)}
 """Known names of mode arguments, and their values in training."""
 
-# Default values by which an argument is recognized as a mode in words.
+# Default values by which a string argument, such as mode="train", is recognized as a mode.
 _WORDS = (
     "train",
     "training",
@@ -54,7 +58,7 @@ _WORDS = (
 )
 
 RANDOM = ("rngs", "rng", "key", "rng_key", "prng_key")
-"""Names of arguments that take random streams or a key."""
+"""Names of arguments that take RNG streams or a key."""
 
 
 class Modes(NamedTuple):
@@ -65,13 +69,13 @@ class Modes(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """The observable effects of a call in training."""
+    """The observable effects of a call, found by tracing it."""
 
     draws: bool
     """Whether the outputs or the state depend on the key."""
 
     writes: int
-    """Number of arrays of the state that the call changes."""
+    """Number of arrays of the state that the call writes."""
 
     outputs: PyTree
     """Shapes and dtypes of the outputs."""
@@ -120,9 +124,9 @@ def find_modes(
     given: Modes,
     fixed: tuple[str, ...] = (),
 ) -> Modes:
-    """Finds the arguments that a call needs in addition to its inputs.
+    """Finds the arguments to pass to a module in addition to its inputs, in both modes.
 
-    An argument with a name in `MODES` is a mode. Any other Boolean argument is a mode if it
+    An argument with a name in `MODES` is a mode argument. Any other Boolean argument is one if it
     determines whether the call draws random numbers or writes to its state; its value in training
     is the one with which the call does so. If a Boolean changes only the values of the outputs, not
     their shapes, it is ambiguous, and the user must pass it.
@@ -131,8 +135,9 @@ def find_modes(
         call: The module's `__call__`.
         name: Name of the module's class, for errors.
         effect: Function that traces a call in training with the given keyword arguments.
-        given: Arguments that the user passed.
-        fixed: Names of arguments for which the module itself has a value.
+        given: Arguments that the user passed, which take precedence.
+        fixed: Names of arguments that are not passed, because the module has mode fields of these
+            names.
 
     Raises:
         InputError: If the meaning of an argument cannot be inferred.
@@ -160,7 +165,7 @@ def find_modes(
                 f"argument {key}.",
             )
 
-    # Names that are known are modes. A mode in words, such as mode="train", is refused.
+    # Arguments with a name in `MODES` are mode arguments. A string, as mode="train", is rejected.
     others = [
         other for other in others if other.name not in {*given.train, *given.infer, *RANDOM, *fixed}
     ]
@@ -206,14 +211,24 @@ def _value_in_training(
     base: Mapping[str, Any],
     effect: Callable[[Mapping[str, Any]], Effect | None],
 ) -> bool | None:
-    """Returns the value in training of an argument if it is a mode, else None."""
+    """Returns the value of an argument in training if it is a mode argument, else None.
+
+    Args:
+        flag: The argument.
+        name: Name of the module's class, for errors.
+        base: Values of all other arguments in training.
+        effect: As for `find_modes`.
+
+    Raises:
+        InputError: If the argument is required or changes the outputs, but its meaning is unknown.
+    """
     # Trace with both values.
     try:
         on, off = (effect({**base, flag.name: value}) for value in (True, False))
     except InputError:
         if flag.default is Parameter.empty:
             raise
-        return None  # a value that the call refuses is not needed, as there is a default
+        return None  # a value that the call rejects is not needed, as there is a default
 
     # An argument without a default must have a known meaning.
     if on is None or off is None:
@@ -230,7 +245,7 @@ def _value_in_training(
             return False
         raise InputError("model", _sentence(name, flag.name))
 
-    # Equal effects but other outputs: an ambiguous Boolean.
+    # Equal effects but different outputs: an ambiguous Boolean.
     changes_values = on.program != off.program and _same_shapes(on.outputs, off.outputs)
     if flag.default is Parameter.empty or (isinstance(flag.default, bool) and changes_values):
         raise InputError("model", _sentence(name, flag.name))

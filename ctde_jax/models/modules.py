@@ -33,11 +33,11 @@ _OTHER_LIBRARIES = {
 def as_model(module: Any) -> Model:
     """Makes a model from an nnx or linen module, its class, or a function that builds it.
 
-    A model is returned unchanged. A class or function that builds an nnx module receives random
+    A model is returned unchanged. A class or function that builds an nnx module receives RNG
     streams, see `from_nnx`; one that builds a linen module is called without arguments.
 
     Raises:
-        InputError: If it is something else; see also `from_nnx` and `from_linen`.
+        InputError: If `module` is none of these, or as for `from_nnx` and `from_linen`.
 
     Examples:
         >>> model = ctde.models.as_model(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
@@ -47,7 +47,7 @@ def as_model(module: Any) -> Model:
     if isinstance(module, Model):
         return module
 
-    # Refuse what is not a module, by names, as the other libraries may not be installed.
+    # Reject objects of other libraries by name, as these may not be installed.
     kind: Any = module if isclass(module) else type(module)
     if isinstance(module, nnx.Optimizer) or kind.__name__ in _WAYS_OUT:
         way_out = _WAYS_OUT.get(kind.__name__, _WAYS_OUT["Optimizer"])

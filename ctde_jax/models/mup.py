@@ -99,7 +99,13 @@ def scale_learning_rates(base: Model, inputs: jax.typing.ArrayLike) -> optax.Gra
 
 
 def _compare(params: PyTree, at_base: PyTree) -> Callable[[KeyPath], tuple[float, float]]:
-    """Returns a function from a parameter's path to the growth of its inputs and outputs."""
+    """Returns a function from a parameter's path to the growth of its inputs and outputs.
+
+    The growth is the ratio to the base width, and 1 for all parameters except kernels.
+
+    Raises:
+        InputError: If names or numbers of axes of the parameters differ.
+    """
     if _layout(params) != _layout(at_base):
         raise InputError(
             "base",

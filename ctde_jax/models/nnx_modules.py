@@ -16,17 +16,17 @@ from jax.core import Tracer
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
 from ctde_jax.models.base import KeyPath, Model, Recurrence, as_outputs
-from ctde_jax.models.batch_statistics import BatchStatistics, Counted, Statistics, compute
+from ctde_jax.models.batch_statistics import BatchStatistics, NormSettings, Statistics, compute
 from ctde_jax.models.modes import MODES, RANDOM, Modes, effect_of, find_modes, without_addresses
 from ctde_jax.models.user_code import reported
 
 
 class _Abstract(NamedTuple):
-    """A module without its arrays."""
+    """A module without its arrays, from which calls rebuild it."""
 
     graph: Any
     random_state: nnx.State
-    """The random streams, of which only shapes and dtypes are used."""
+    """The RNG streams, of which only shapes and dtypes are used."""
 
     kind: type
     call: Callable[..., Any]
@@ -51,7 +51,7 @@ def from_nnx(
     attributes with a known name, and by the mode argument of its `__call__`; see
     `modes.find_modes`. Sown values are dropped; if a loss needs them, return them as outputs.
 
-    Every call of `Model.apply` resets the random streams of the module. If
+    Every call of `Model.apply` resets the RNG streams of the module. If
     `nnx.state(module, nnx.RngState)` has n arrays in the order of `jax.tree.leaves`, the i-th array
     becomes `jax.random.split(jax.random.split(key, n)[i], shape)` if it holds keys of this shape,
     and 0 if it is a count. If `__call__` takes `rngs`, it receives `nnx.Rngs(key)`. In inference
@@ -62,16 +62,17 @@ def from_nnx(
     position.
 
     Args:
-        module: Class or function that builds the module from random streams, `nnx.Rngs`. If it is
-            a module instance, every seed starts from the weights of the instance, which itself is
-            not changed.
+        module: Class or function that builds the module from RNG streams, `nnx.Rngs`. If it is a
+            module instance, every seed starts from the weights of the instance, which itself is not
+            changed.
         batch_statistics: See `BatchStatistics`; a batch normalization with an `axis_name` takes its
             statistics over that axis instead.
-        train: Keyword arguments of `__call__` in training whose meaning cannot be inferred.
-        infer: Keyword arguments of `__call__` in inference whose meaning cannot be inferred.
+        train: Keyword arguments to pass to `__call__` in training, if their meaning cannot be
+            inferred.
+        infer: The same arguments with their values in inference.
 
     Raises:
-        InputError: If the module cannot be built from random streams alone. The functions of the
+        InputError: If the module cannot be built from RNG streams alone. The functions of the
             model raise it if the module raises an exception, or if it writes to parameters or
             attributes that must not change in training.
 
@@ -96,7 +97,7 @@ class _Wrapped:
     Args:
         module: The module, or a class or function that builds it.
         batch_statistics: See `BatchStatistics`.
-        given: Arguments of `__call__` that the user passed for both modes.
+        given: Arguments `train` and `infer` of `from_nnx`.
     """
 
     def __init__(self, module: Any, batch_statistics: BatchStatistics, given: Modes):
@@ -117,9 +118,9 @@ class _Wrapped:
         key = jax.random.key(0) if key is None else key
         module = self.merge(params, model_state, key, training)
         if training:
-            _count(module, Counted(mask, self._batch_statistics))
+            _replace_norms(module, NormSettings(mask, self._batch_statistics))
 
-        # An nnx module changes in place, so note what must stay the same before calling it.
+        # An nnx module changes in place, so record its attributes and parameters before the call.
         attributes = _attributes(module)
         raw_params = _raw_params(module)
         arguments = call.train if training else call.infer
@@ -128,8 +129,8 @@ class _Wrapped:
         if not training:
             return outputs, model_state
 
-        # Attributes and parameters must not change in a step. Compare cheaply first, as the checks
-        # of the consequences trace the module again.
+        # Attributes and parameters must not change in a step. Compare cheaply first, as the full
+        # checks trace the module again.
         changed = _changed(attributes, _attributes(module))
         is_written = any(
             one is not other for one, other in zip(raw_params, _raw_params(module), strict=True)
@@ -145,9 +146,9 @@ class _Wrapped:
     def layers(self, params, model_state, inputs):
         key = jax.random.key(0)
         module = self.merge(params, model_state, key, False)
-        heard = _listen(module)  # empty until the module is called
+        recorded = _record_outputs(module)  # empty until the module is called
         module(inputs, **self._find_call(inputs).infer, **self.random(key))
-        return heard
+        return recorded
 
     def step(self, params, model_state, carry, inputs):
         module = self.merge(params, model_state, jax.random.key(0), False)
@@ -156,7 +157,7 @@ class _Wrapped:
         return jnp.asarray(outputs, jnp.float32), optax.tree.cast(carry, jnp.float32)
 
     def merge(self, params, model_state, key, training: bool) -> Any:
-        """Returns the module with these arrays and reset random streams, in the given mode."""
+        """Rebuilds the module with these arrays and reset RNG streams, in training or inference."""
         streams = _reseed(self.abstract.random_state, key)
         params, model_state = jax.tree.map(_writable, (params, model_state))
         merged = nnx.merge(self.abstract.graph, params, streams, model_state)
@@ -164,7 +165,7 @@ class _Wrapped:
         return merged
 
     def random(self, key) -> dict[str, Any]:
-        """Returns the random streams and keys that `__call__` takes as arguments."""
+        """Returns the RNG streams and keys that `__call__` takes as arguments, by name."""
         return _random(self.abstract.call, key)
 
     def _split_made(self, key):
@@ -172,7 +173,10 @@ class _Wrapped:
             return _split(self._make(key))
 
     def _find_call(self, inputs) -> Modes:
-        """Returns the mode arguments of `__call__` for inputs of this shape and dtype, cached."""
+        """Returns the mode arguments of `__call__` for inputs of this shape and dtype.
+
+        The result is cached.
+        """
         # The number of examples is left out of the key, as it does not change the modes.
         place = (jnp.shape(inputs)[1:], jnp.result_type(inputs))
         if place in self._calls:
@@ -198,7 +202,14 @@ class _Wrapped:
 def _check_attributes(
     wrapped: _Wrapped, changed: Mapping[Any, Any], like: Any, arguments: Mapping[str, Any]
 ) -> None:
-    """Raises InputError if attributes changed in training alter what a later call computes."""
+    """Raises InputError if attributes that a training step has changed alter later steps.
+
+    Args:
+        wrapped: The functions of the model.
+        changed: New values of the attributes, by owner's path and name.
+        like: Shapes and dtypes of the parameters, the model state and the inputs.
+        arguments: Mode arguments of `__call__` in training.
+    """
     later = []
 
     def program(attributes) -> str:
@@ -224,15 +235,18 @@ def _check_attributes(
 
 
 def _check_params(wrapped: _Wrapped, like: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises InputError if a call in training wrote a different value to a parameter."""
+    """Raises InputError if a call in training writes a different value to a parameter.
+
+    The arguments are those of `_check_attributes`.
+    """
 
     def run(params, model_state, inputs, key):
         merged = wrapped.merge(params, model_state, key, True)
         merged(inputs, **arguments, **wrapped.random(key))
         return _pure(nnx.state(merged, is_trained))
 
-    # Some nnx transformations copy parameters, so an array that is another one may still be equal:
-    # compare values. The caller is usually being traced, hence the evaluation at compile time.
+    # Some nnx transformations copy parameters, so a different array may have equal values: compare
+    # values. The caller is usually being traced, hence the evaluation at compile time.
     with jax.ensure_compile_time_eval():
         ramps, *rest = jax.tree.map(_ramp, like)
         written = jax.jit(run)(ramps, *rest, jax.random.key(0))
@@ -255,10 +269,10 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
     """Returns a function from a key to the module.
 
     Raises:
-        InputError: If the module needs more than random streams to be built.
+        InputError: If the module cannot be built from RNG streams alone.
     """
-    # A clone keeps the current weights, whatever the caller does with the instance later. Values
-    # that it has sown in earlier calls are not state.
+    # A clone keeps the current weights if the caller changes the instance later. Values that
+    # earlier calls have sown are not state.
     if isinstance(module, nnx.Module):
         built = nnx.clone(module)
         nnx.pop(built, nnx.Intermediate)
@@ -268,8 +282,8 @@ def _maker(module: Any) -> Callable[[jax.Array], nnx.Module]:
             "module", f"must be an nnx module, or a function that builds one, got {module!r:.60}."
         )
 
-    # A class or function may require `rngs`, or one argument of any name, which is then taken for
-    # the random streams or a key.
+    # A class or function may require `rngs`, or one argument of any name, which then receives the
+    # RNG streams or a key.
     name = getattr(module, "__name__", type(module).__name__)
     parameters = _parameters(module)
     required = [
@@ -360,7 +374,7 @@ def is_trained(path: Any, value: Any) -> bool:
 
 
 def is_random(path: Any, value: Any) -> bool:
-    """Returns whether a variable is part of a random stream; serves as an nnx filter."""
+    """Returns whether a variable is part of an RNG stream; serves as an nnx filter."""
     return isinstance(value, nnx.RngState) or _is_a(value, jax.dtypes.prng_key)
 
 
@@ -371,10 +385,14 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
-    """Splits a module into its graph, parameters, random streams and model state."""
+    """Splits a module into its graph, parameters, RNG streams and model state.
+
+    Raises:
+        InputError: If the module hides an array of the current trace from flax.
+    """
     for _, node in nnx.iter_graph(module):
         for name, value in vars(node).items() if isinstance(node, nnx.Pytree) else ():
-            # If an array attribute is traced, flax takes it for static: mark it as data.
+            # Flax treats a traced array attribute as static: mark it as data.
             if isinstance(value, Tracer) and not node._pytree__nodes.get(name, True):
                 setattr(node, name, nnx.data(value))
             # An array that flax does not find would leak out of the trace.
@@ -391,7 +409,7 @@ def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
 
 
 def _content(cell: Any) -> Any:
-    """Returns what a closure cell holds; a name that is not assigned yet leaves it empty."""
+    """Returns the content of a closure cell; None if its variable has no value yet."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -438,7 +456,7 @@ def _set_mode(module: nnx.Module, training: bool) -> None:
 
 
 def _random(call: Callable[..., Any], key: jax.Array) -> dict[str, Any]:
-    """Returns the random streams, or the key, for each argument of `__call__` that takes them."""
+    """Returns the RNG streams or a key for each argument of `__call__` that takes one of them."""
     given = {}
     for name, parameter in signature(call).parameters.items():
         if name == "rngs" or (name in RANDOM and "Rngs" in str(parameter.annotation)):
@@ -454,7 +472,7 @@ def _state_after(module: nnx.Module, before: PyTree) -> PyTree:
     Raises:
         InputError: If the step created state other than sown values.
     """
-    # Each filter takes what the earlier ones left, so the last state is without intermediates.
+    # Each filter takes the variables that earlier ones left, so the last has no intermediates.
     *_, after = nnx.state(module, is_trained, is_random, nnx.Intermediate, ...)
     after = nnx.to_pure_dict(after)
 
@@ -475,7 +493,10 @@ def _state_after(module: nnx.Module, before: PyTree) -> PyTree:
 
 
 def _attributes(module: nnx.Module) -> dict[tuple[KeyPath, str], Any]:
-    """Returns attributes other than arrays, variables and modules, by owner's path and name."""
+    """Returns the static attributes of a module and its submodules, by owner's path and name.
+
+    These are all attributes except arrays, variables and modules.
+    """
     return {
         (path, name): value
         for path, node in nnx.iter_graph(module)
@@ -489,7 +510,7 @@ def _set_attributes(module: nnx.Module, attributes: Mapping[tuple[KeyPath, str],
     for path, node in list(nnx.iter_graph(module)):
         for (owner, name), value in attributes.items():
             if owner == path:
-                # An array of another trace cannot enter this one; zeros keep its shape and dtype.
+                # An array of an earlier trace cannot enter this one; use zeros of its shape.
                 is_array = isinstance(value, jax.Array)
                 setattr(node, name, jnp.zeros(value.shape, value.dtype) if is_array else value)
 
@@ -528,10 +549,10 @@ def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
-class _CountedBatchNorm(nnx.BatchNorm):
-    """Base of all batch normalization in training: statistics over the examples that count."""
+class _MaskedBatchNorm(nnx.BatchNorm):
+    """Replaces `nnx.BatchNorm` in training; see `batch_statistics.py`."""
 
-    counted: Counted
+    norm_settings: NormSettings
 
     def __call__(self, x, use_running_average=None, *, mask=None):
         mode = self.use_running_average if use_running_average is None else use_running_average
@@ -545,7 +566,7 @@ class _CountedBatchNorm(nnx.BatchNorm):
         def with_statistics_of_batch(arrays, dtype):
             x, _, _, scale, bias = promote_dtype(arrays, dtype=dtype)
             running = Statistics(self.mean[...], self.var[...])
-            batch, updated = compute(self, x, running, self.counted, mask)
+            batch, updated = compute(self, x, running, self.norm_settings, mask)
             self.mean[...], self.var[...] = updated
             return x, *batch, scale, bias
 
@@ -556,30 +577,30 @@ class _CountedBatchNorm(nnx.BatchNorm):
             self.promote_dtype = promote_dtype
 
 
-def _count(module: nnx.Module, counted: Counted) -> None:
-    """Makes batch normalization compute its statistics over the examples that count."""
+def _replace_norms(module: nnx.Module, settings: NormSettings) -> None:
+    """Replaces the class of each `nnx.BatchNorm` in a module, so that it uses these settings."""
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, nnx.BatchNorm):
-            layer.__class__ = _counted_kind(type(layer))
-            layer.counted = counted  # pyright: ignore[reportAttributeAccessIssue]
+            layer.__class__ = _masked_kind(type(layer))
+            layer.norm_settings = settings  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
-def _counted_kind(kind: Any) -> type[nnx.BatchNorm]:
-    """Inserts `_CountedBatchNorm` between a subclass, whose methods stay, and `nnx.BatchNorm`."""
+def _masked_kind(kind: Any) -> type[nnx.BatchNorm]:
+    """Inserts `_MaskedBatchNorm` between `nnx.BatchNorm` and a subclass, whose methods are kept."""
     if kind is nnx.BatchNorm:
-        return _CountedBatchNorm
-    return type(kind)(kind.__name__, (kind, _CountedBatchNorm), {})
+        return _MaskedBatchNorm
+    return type(kind)(kind.__name__, (kind, _MaskedBatchNorm), {})
 
 
-def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
+def _record_outputs(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
     """Makes layers with a kernel record their first outputs; returns the dictionary of records."""
-    heard = OrderedDict()
+    recorded = OrderedDict()
 
-    def listening(kind: Any, path: KeyPath) -> Any:
+    def recording(kind: Any, path: KeyPath) -> Any:
         def call(self, *args, **kwargs):
             outputs = kind.__call__(self, *args, **kwargs)
-            heard.setdefault(path, outputs)
+            recorded.setdefault(path, outputs)
             return outputs
 
         return type(kind)(kind.__name__, (kind,), {"__call__": call})
@@ -590,13 +611,13 @@ def _listen(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
     for path, part in parts:
         in_cell = any(path[:depth] in cells for depth in range(len(path)))
         if isinstance(getattr(part, "kernel", None), nnx.Param) and not in_cell:
-            part.__class__ = listening(type(part), path)
-    return heard
+            part.__class__ = recording(type(part), path)
+    return recorded
 
 
 def _reseed(random_state: nnx.State, key: jax.Array) -> nnx.State:
-    """Derives a separate key for every random stream of a module, and resets its count to zero."""
-    # Counts use up a key as well: the rule is documented in `from_nnx`, so it must not change.
+    """Derives a separate key for every RNG stream of a module, and resets its count to zero."""
+    # A key is also split off for each count: `from_nnx` documents this rule, so it must not change.
     leaves, tree = jax.tree.flatten(random_state)
     keys = jax.random.split(key, max(1, len(leaves)))
     is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]

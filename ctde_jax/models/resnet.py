@@ -41,7 +41,7 @@ class Block(nnx.Module):
         self.shortcut = None if same else _convolution(before, width, stride, size=1, rngs=rngs)
 
     def __call__(self, x: Images) -> Images:
-        """Applies the block; the stride divides height and width."""
+        """Applies the block; height and width are divided by the stride."""
         # A projection reads the activated input, as in the pre-activation networks of the paper.
         active = _activate(self.first_norm, x)
         kept = x if self.shortcut is None else self.shortcut(active)

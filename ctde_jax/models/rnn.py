@@ -232,9 +232,9 @@ def rnn_language_model(
 
 
 def _empty(cell: nnx.RNNCellBase, examples: int, dtype: jax.typing.DTypeLike) -> Carry:
-    """Returns the state before the first position, all zeros, in the dtype of the inputs.
+    """Returns the state of a cell before the first position: zeros of the given dtype.
 
-    A float32 state would promote all outputs of the cell to float32.
+    `dtype` is that of the inputs: a float32 state would promote all outputs of the cell to float32.
     """
     # Only the shapes depend on the cell: the states of these cells start at zero.
     like = jax.eval_shape(lambda: cell.initialize_carry((examples, 1), nnx.Rngs(0)))

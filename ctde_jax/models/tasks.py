@@ -53,7 +53,7 @@ class Task(NamedTuple):
     metrics: Mapping[str, PerExample] = {}
 
     of_the_loss: Mapping[str, Callable[[float], float]] = {}
-    """Reported functions of the average loss, such as the perplexity."""
+    """Functions of the average loss to report by name, such as the perplexity."""
 
     objective: PerExample | None = None
     """Function to minimize if it differs from the reported loss."""
@@ -125,9 +125,10 @@ class Task(NamedTuple):
         return ("loss", *self.metrics, *self.of_the_loss)
 
     def best(self, name: str, rows: Sequence[Mapping[str, Any]]) -> int | None:
-        """Returns the index of the best row by the loss or a metric (ties resolve to the first).
+        """Returns the index of the row with the best loss or metric `name`.
 
-        Rows in which the value is NaN or missing are ignored. If no row is left, returns None.
+        Ties resolve to the first row. Rows in which the value is NaN or missing are ignored; if no
+        row is left, None is returned.
         """
         # `min` and `max` are unreliable with NaN, so such rows are excluded first.
         values = [row.get(name, nan) for row in rows]
@@ -136,7 +137,12 @@ class Task(NamedTuple):
         return first(places, key=values.__getitem__, default=None)
 
     def averages(self, sums: Mapping[str, float], examples: float) -> dict[str, float]:
-        """Divides sums by the number of examples and adds the functions of the loss."""
+        """Returns the averages of the loss and the metrics, and the functions of the average loss.
+
+        Args:
+            sums: Sums over all examples, by name.
+            examples: Number of examples.
+        """
         # Functions of the loss take the average: a mean of perplexities is not the perplexity.
         means = {name: float(sums[name]) / examples for name in ("loss", *self.metrics)}
         return means | {
@@ -157,8 +163,8 @@ def is_correct(
         >>> ctde.tasks.is_correct(logits, jax.numpy.array([1, 1]))
         Array([1., 0.], dtype=float32)
     """
-    # The label's output is beaten by a larger one, an equal one of lower index, or a NaN, for which
-    # `<=` is False.
+    # The argmax is not the label if any output is larger, equal with a lower index, or NaN, for
+    # which `<=` is False.
     own = jnp.take_along_axis(outputs, labels[..., None], axis=-1)
     is_before = lax.broadcasted_iota(jnp.int32, outputs.shape, outputs.ndim - 1) < labels[..., None]
     is_beaten = jnp.any(~(outputs <= own) | ((outputs == own) & is_before), axis=-1)

@@ -62,7 +62,7 @@ def reported(option: str, subject: str, **arguments: PyTree) -> Iterator[None]:
         # The first sentences of the message, on one line.
         with_what = " and ".join(f"{name} {describe(value)}" for name, value in arguments.items())
         reason = shortened(_WHERE_IN_JAX.split(" ".join(str(error).split()))[0]).rstrip(". ")
-        where = _own_line(error)
+        where = _user_line(error)
         hint = _hint(error, where, arguments)
         sentence = f"failed: {subject}{f', called with {with_what},' if with_what else ''} raised "
         raise InputError(
@@ -72,7 +72,7 @@ def reported(option: str, subject: str, **arguments: PyTree) -> Iterator[None]:
 
 
 def describe(tree: PyTree) -> str:
-    """Describes arrays by dtype and shape, e.g. `float32[8, 28]` or `(float32[8, 3], int32[8])`."""
+    """Describes a tree by dtypes and shapes, such as `(float32[8, 3], int32[8])`."""
     if isinstance(tree, dict):
         return f"{{{', '.join(f'{key!r}: {describe(value)}' for key, value in tree.items())}}}"
     if isinstance(tree, (tuple, list)):
@@ -82,8 +82,8 @@ def describe(tree: PyTree) -> str:
     return "None" if tree is None else type(tree).__name__
 
 
-def _own_line(error: Exception) -> str:
-    """Returns the innermost source line outside of libraries, in parentheses."""
+def _user_line(error: Exception) -> str:
+    """Returns the innermost source line of user code, in parentheses, or an empty string."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         file = frame.f_code.co_filename
         if not _is_library(file):
@@ -104,7 +104,13 @@ def _is_library(file: str) -> bool:
 
 
 def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
-    """Returns a sentence that resolves a common mistake, or an empty string."""
+    """Returns a sentence with the fix of a common mistake, or an empty string.
+
+    Args:
+        error: Exception that user code raised.
+        where: User source line that raised it, as returned by `_user_line`.
+        arguments: Arguments of the call, by name.
+    """
     text = str(error)
     inputs = arguments.get("inputs")
 
@@ -122,7 +128,7 @@ def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
             "and pass the instance."
         )
 
-    # Modes and random streams, recognized by the error texts of flax and JAX.
+    # Modes and RNG streams, recognized by the error texts of flax and JAX.
     if isinstance(error, InvalidRngError) and '"dropout"' in text:
         return (
             "Dropout is active in inference: add an argument such as train to __call__, or pass "
@@ -150,7 +156,14 @@ def _hint(error: Exception, where: str, arguments: dict[str, Any]) -> str:
 
 
 def _hint_for_inputs(error: Exception, text: str, where: str, inputs: Any) -> str:
-    """Returns a hint if the shape or the dtype of the inputs is the reason, or an empty string."""
+    """Returns a hint if a shape or dtype probably caused the error, or an empty string.
+
+    Args:
+        error: Exception that user code raised.
+        text: Message of the error.
+        where: User source line that raised it, as returned by `_user_line`.
+        inputs: Inputs of the model.
+    """
     is_type_or_value = isinstance(error, (TypeError, ValueError))
     if (
         "integer" in text.lower()
@@ -164,7 +177,7 @@ def _hint_for_inputs(error: Exception, text: str, where: str, inputs: Any) -> st
     if "reshape" in text and "reshape" in where:
         return "The batch size varies: reshape to (len(x), -1)."
 
-    # If a layer receives the shape of the inputs, it is taken for the first one.
+    # A layer whose inputs have the shape of the model's inputs is treated as the first layer.
     layer = _layer_with_other_features(error)
     is_first = layer is not None and layer.given.shape[1:] == inputs.shape[1:]
     if (
@@ -197,7 +210,10 @@ class _Layer(NamedTuple):
 
 
 def _layer_with_other_features(error: Exception) -> _Layer | None:
-    """Returns the outermost such layer among those that were active when the error was raised."""
+    """Returns the outermost layer in the traceback whose inputs do not match it, or None.
+
+    These are layers of flax that were built for a different number of features.
+    """
     # The layers of flax have the arguments `self` and `inputs`. A traceback starts at the outermost
     # frame.
     for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -7,7 +7,7 @@ from ctde_jax.rounds.feed import Feed, Piece, Span
 from ctde_jax.rounds.gradient import make_gradient
 from ctde_jax.rounds.reestimate import make_reestimate, of_first_steps
 from ctde_jax.rounds.round import make_gradient_for, parallel_rounds
-from ctde_jax.rounds.schedule import Phase, cut, make_phases, rows_a_dispatch, unfinished
+from ctde_jax.rounds.schedule import Phase, cut, make_phases, rows_per_dispatch, unfinished
 from ctde_jax.rounds.sources import ExampleSource, OnDisk, Resident, Streamed, make_source
 from ctde_jax.rounds.state import named
 from ctde_jax.rounds.sums import Sums
@@ -36,7 +36,7 @@ __all__ = [
     "named",
     "of_first_steps",
     "parallel_rounds",
-    "rows_a_dispatch",
+    "rows_per_dispatch",
     "state",
     "unfinished",
 ]

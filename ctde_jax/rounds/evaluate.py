@@ -1,4 +1,4 @@
-"""Exact averages over a split: each example counts once, on any number of devices."""
+"""Averages of the loss and metrics over a split; every example counts once, without padding."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,16 +18,17 @@ from ctde_jax.models import Model, Task
 from ctde_jax.rounds.feed import prefetched
 
 Averages = dict[str, float]
-"""Means over the examples of `loss`, of each metric and of functions of the loss; and `examples`.
+"""Values by name: the means of `loss` and of each metric, `Task.of_the_loss`, and `examples`.
 
 `examples` is the number of examples.
 """
 
 LABELS_AT_ONCE = 2**16
-"""Labels in a batch by default: long windows of a text are evaluated a few at a time."""
+"""Maximum number of labels in a default batch, so that few long windows of a text are evaluated
+at once."""
 
 BYTES_AT_ONCE = 2**25
-"""Bytes in the pieces in which a split on disk is evaluated, unless a batch is larger."""
+"""Approximate size in bytes of the pieces in which a split on disk is read; at least one batch."""
 
 
 def make_evaluate(
@@ -39,27 +40,27 @@ def make_evaluate(
     model_state: PyTree,
     batch_size: int | None = None,
 ) -> Callable[[PyTree, PyTree], Averages]:
-    """Makes the function that averages over a split.
+    """Makes the function that averages the loss and metrics over a split.
 
-    The devices hold the split, a part on each, and compute the averages in one dispatch. A split on
-    disk is read a few batches at a time, while the devices compute the batches before.
+    Each device holds a part of the split, and all averages are computed in one dispatch. A split on
+    disk is read in pieces of a few batches; the next piece is read while the devices compute.
 
     Args:
-        model: Model, evaluated without a key, that is in inference mode.
+        model: Model, which is evaluated in inference mode.
         task: Task whose loss and metrics are averaged.
         split: Examples, at least one.
         devices: Devices, with one replica on each.
-        params: Parameters, replicated on the devices; the function is compiled for arrays like
-            these.
-        model_state: Model state, replicated too.
+        params: Parameters, replicated on the devices. The function is compiled for their shapes and
+            dtypes.
+        model_state: Model state, replicated on the devices, as for `params`.
         batch_size: Global batch size, rounded up to a multiple of the number of devices; by default
             as many examples as have `LABELS_AT_ONCE` labels, and at most 1,024.
 
     Returns:
-        `evaluate(params, model_state)`.
+        `evaluate(params, model_state) -> averages`.
 
     Raises:
-        InputError: The split is empty, or examples and labels differ in number.
+        InputError: If the split is empty, or inputs and labels differ in number.
     """
     examples = len(split.inputs)
     if not examples or len(split.labels) != examples:
@@ -76,11 +77,11 @@ def make_evaluate(
         example_bytes = sum(array.dtype.itemsize * prod(array.shape[1:]) for array in split)
         batches = min(batches, ceil(BYTES_AT_ONCE / (example_bytes * per_replica * len(devices))))
     shape = (len(devices), batches, per_replica)
-    here = replica.own(devices)
+    here = replica.local_replicas(devices)
 
     def piece(first: int) -> tuple[Split, Bool[Array, "replicas batches per_replica"]]:
-        """Returns the examples from `first` on that fill one piece, and the mask of examples."""
-        # Places beyond the last example repeat the first ones, and are masked.
+        """Returns one piece of examples, from example `first` on, and the mask of its padding."""
+        # Positions after the last example repeat the first examples, and are masked.
         numbers = np.arange(first, first + prod(shape)).reshape(shape)[here]
         inputs, labels = (
             array[numbers.ravel() % examples].reshape(*numbers.shape, *array.shape[1:])

@@ -1,10 +1,10 @@
-"""Training whose bits do not depend on the number of devices.
+"""Exact rounds, which compute the same bits on 1, 2, 4 and 8 fake CPU devices.
 
 This is the third kind of round, besides synchronous and local ones. A batch is always cut into 8
-shards. Every replica gathers the gradients of all shards and sums them in the same order, so 1, 2,
-4 and 8 fake CPU devices compute the same bits. XLA must then compile each part in the same way for
-any number of devices. The barriers, loops and conditionals below achieve this;
-`replica.compiled(exact=True)` also turns off multi-threaded Eigen and the algebraic simplifier.
+shards. Every replica gathers the gradients of all shards and sums them in the same order. XLA must
+compile each part in the same way for any number of devices. The barriers, loops and conditionals
+below achieve this; `replica.compiled(exact=True)` also turns off multi-threaded Eigen and the
+algebraic simplifier.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from ctde_jax.rounds.gradient import (
     StepIndices,
     cut_into_shards,
     make_on_shard,
-    meets_replicas,
     step_keys,
+    uses_replica_collectives,
 )
 from ctde_jax.rounds.state import TrainState
 from ctde_jax.rounds.sums import StepSums, mean_objective, with_learning_rate
@@ -35,11 +35,19 @@ Advance = Callable[[TrainState, Split, StepIndices, Key[Array, ""]], tuple[Train
 """`advance(state, split, batches, key) -> (state, sums over the replica's examples)`"""
 
 Step = Callable[..., TrainState]
-"""`step(state, grads, value=...) -> state`, the update of the optimizer."""
+"""`step(state, grads, value=value) -> state` applies the optimizer.
+
+`value() -> float32[]` is the mean objective.
+"""
 
 
 def check_sizes(replicas: int, batch_size: int, accumulation_steps: int) -> None:
-    """Raises InputError unless a batch can be cut into the same shards on any number of devices."""
+    """Checks the sizes of an exact training.
+
+    Raises:
+        InputError: If the number of replicas does not divide the 8 shards, the global batch size is
+            not a multiple of 8, or there is more than one accumulation step.
+    """
     if SHARDS % replicas:
         raise InputError(
             "devices", f"must divide the {SHARDS} shards of exact training, got {replicas}."
@@ -60,8 +68,11 @@ def check_sizes(replicas: int, batch_size: int, accumulation_steps: int) -> None
 def check_model(
     model: Model, params: PyTree, model_state: PyTree, inputs: jax.typing.ArrayLike
 ) -> None:
-    """Raises InputError if a model's shards depend on each other; reads only shapes and dtypes."""
-    if meets_replicas(
+    """Raises InputError if the model uses collectives over the replicas in training.
+
+    Synchronized batch normalization does. Only shapes and dtypes are read.
+    """
+    if uses_replica_collectives(
         model, params, model_state, jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.result_type(inputs))
     ):
         raise InputError(
@@ -72,11 +83,11 @@ def check_model(
 
 
 def make_exact(gradient: Gradient, step: Step) -> Advance:
-    """Makes the round of one step on the gradient of all shards.
+    """Makes the exact round: one optimizer step with the gradient over all shards, no reducer.
 
     Args:
         gradient: Gradient function, made by `make_exact_gradient`.
-        step: Update of the optimizer.
+        step: Function that applies the optimizer to the state.
     """
 
     def exact(
@@ -92,7 +103,7 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
             state.params, state.model_state, split, indices, gradient_key
         )
 
-        # Every replica takes the same step, compiled apart from the gradient.
+        # Every replica takes the same step, compiled separately from the gradient.
         state = state._replace(model_state=model_state)
         exact_step = partial(step, value=partial(mean_objective, sums))
         state = _compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
@@ -106,15 +117,20 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
 
 
 def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gradient:
-    """Makes the gradient over the examples of all replicas, the same bits for any number of them.
+    """Makes the gradient function of the global batch, with the same bits on any number of devices.
 
     A batch is always cut into `SHARDS` shards, and each replica computes its shards one after
     another. Then every replica gathers the gradients of all shards and sums them pairwise, in an
-    order that never changes. The sums over examples are also those of all replicas. Batch
+    order that never changes. The returned sums are also over the examples of all replicas. Batch
     statistics are those of a shard.
 
-    Each replica sends its shards' gradients to all others: `8 (R - 1) / R * 4 n` bytes for n
-    numbers.
+    Each of `R` replicas sends the gradients of its shards to all others: `8 (R - 1) / R * 4 n`
+    bytes for `n` float32 parameters.
+
+    Args:
+        model: Model to train.
+        task: Task that defines the loss and the metrics.
+        augment: Augmentation of each training example, with a different key for each.
     """
     on_shard = make_on_shard(model, task, augment)
 
@@ -148,9 +164,9 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
         total = jnp.maximum(sums["examples"], 1)
 
         def mean_state(shards: jax.Array, before: jax.Array) -> jax.Array:
-            # As in `replica.agreed_state`: a number that no shard has changed keeps its bits, other
-            # floats become the mean weighted by examples, and integers, booleans and keys the
-            # largest.
+            # As in `replica.agreed_state`: an element that no shard has changed keeps its bits,
+            # other floats become the mean weighted by examples, and integers, booleans and keys the
+            # maximum.
             each = jnp.expand_dims(weights, range(1, shards.ndim))
             if jnp.issubdtype(shards.dtype, jnp.inexact):
                 weighted = lax.optimization_barrier(jnp.where(each > 0, shards * each, 0))
@@ -172,10 +188,10 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
 def _one_after_another(
     function: Callable[[PyTree], PyTree], arguments: PyTree, is_wanted: jax.Array
 ) -> PyTree:
-    """Maps a function over the first axis in a loop; returns zeros unless `is_wanted`.
+    """Maps a function over axis 0 of the arguments in a loop; returns zeros unless `is_wanted`.
 
-    XLA does not know the trip count, so it compiles the function in the same way for one iteration
-    and for eight.
+    The trip count depends on `is_wanted`, so it is not known at compile time, and XLA compiles the
+    function in the same way for one iteration and for eight.
     """
     count = len(jax.tree.leaves(arguments)[0])
 
@@ -197,27 +213,27 @@ def _one_after_another(
 def _compiled_apart(
     function: Callable[..., PyTree], has_examples: jax.Array, *arguments: PyTree, otherwise: PyTree
 ) -> PyTree:
-    """Returns `function(*arguments)` if there are examples, otherwise `otherwise`.
+    """Returns `function(*arguments)` if `has_examples`, otherwise `otherwise`.
 
-    The condition is not known to the compiler, so it compiles the function separately from the
-    surrounding code, which depends on the number of devices. Compiled together, they would be
-    rounded differently: a CPU fuses a product and a sum in the same kernel into one operation.
-    (XLA:CPU removes optimization barriers before it forms kernels.)
+    The condition is not known at compile time, so XLA compiles the function separately from the
+    surrounding code, which depends on the number of devices. Compiled together, the results could
+    be rounded differently: XLA:CPU may fuse a product and a sum in the same kernel into one
+    operation. (It removes optimization barriers before it forms kernels.)
     """
     return lax.cond(has_examples, function, lambda *_: otherwise, *arguments)
 
 
-def _of_all_shards(own: PyTree) -> PyTree:
-    """Gathers the results of all shards in the order of their numbers, `[SHARDS, ...]`."""
+def _of_all_shards(local: PyTree) -> PyTree:
+    """Gathers the results of all replicas' shards, `[SHARDS, ...]`, in the order of the shards."""
     if lax.axis_size(AXIS) == 1:
-        return own
+        return local
     # Replica r has the shards r, r + R, r + 2 R and so on.
-    by_replica = lax.all_gather(own, AXIS)
+    by_replica = lax.all_gather(local, AXIS)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(SHARDS, *x.shape[2:]), by_replica)
 
 
 def _sum_in_order(shards: jax.Array) -> jax.Array:
-    """Sums over the first axis, whose length is a power of 2, pairwise."""
+    """Sums over axis 0, whose length is a power of 2, pairwise."""
     while len(shards) > 1:
         shards = shards[0::2] + shards[1::2]
     return shards[0]

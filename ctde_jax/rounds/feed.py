@@ -1,4 +1,9 @@
-"""Examples reach the devices in pieces, which a thread prefetches while the devices compute."""
+"""Transfer of training examples to the devices in pieces, which a thread prefetches.
+
+A *span* consists of consecutive steps, usually those between two evaluations. Its steps form
+*rounds*, its rounds form *rows* of the history, and its rows form *pieces*. The indices of a piece,
+and its examples if the devices do not hold them already, are transferred together.
+"""
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -15,43 +20,47 @@ T = TypeVar("T")
 
 
 class Span(NamedTuple):
-    """Steps that are computed without interruption.
-
-    They form rounds of `round_steps` steps; rounds form rows, and rows form pieces.
-    """
+    """Steps from `start` up to but not including `stop`, and their division into pieces."""
 
     start: int
     stop: int
     round_steps: int
+    """Number of steps in a round; the last round may have fewer."""
+
     row_rounds: int = 1
-    """Rounds in a row of the history."""
+    """Number of rounds in a row of the history; the last row may have fewer."""
 
     piece_rounds: int = 1
-    """Rounds in a piece, which reaches the devices at once; a whole number of rows."""
+    """Number of rounds in a piece, a multiple of `row_rounds`; the last piece may have fewer."""
 
     @property
     def pieces(self) -> int:
-        """The number of pieces; the last one is padded with empty steps."""
+        """Number of pieces in the span, including a shorter one at its end."""
         return ceil((self.stop - self.start) / (self.piece_rounds * self.round_steps))
 
 
 Piece: TypeAlias = tuple[PyTree, jax.Array, int]
-"""A `Split` or `Drawn` on the devices, the indices into it, and the number of rounds in use.
+"""`(examples, indices, rounds)`, with examples and indices on the devices.
 
-The indices are `int32[replica, most, round_steps, per_replica]`; rounds beyond the number are
-empty.
+The examples are a `Split` or `Drawn`. The indices into them are
+`int32[replica, piece_rounds, round_steps, per_replica]`, negative for padding. Only the first
+`rounds` rounds contain examples.
 """
 
 Feed: TypeAlias = Callable[[Iterable[Span]], AbstractContextManager[Iterator[Piece]]]
-"""A context manager over the pieces of consecutive spans; on exit, it stops what draws them."""
+"""`feed(spans)` returns a context manager that yields an iterator over the pieces of the spans.
+
+Its exit ends the thread that prefetches them.
+"""
 
 
 @contextmanager
 def prefetched(items: Generator[T]) -> Iterator[Iterator[T]]:
-    """Draws items in a thread, one ahead of the consumer.
+    """Yields an iterator over `items` that a thread prefetches, one item ahead of the consumer.
 
-    An exception in the thread is raised in the consumer, in place of its item. The thread ends with
-    the context, after the current item; only a KeyboardInterrupt does not wait for that.
+    An exception of the generator is raised in the consumer, in place of an item. On exit, the
+    thread ends after its current item and closes the generator. The exit waits for that, unless the
+    body raises KeyboardInterrupt.
     """
     ready: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
 
@@ -88,7 +97,7 @@ def prefetched(items: Generator[T]) -> Iterator[Iterator[T]]:
         waits = False
         raise
     finally:
-        # Wake the thread, so that it sees the end and closes the generator.
+        # Wake the thread, so that it reads `is_over` and closes the generator.
         is_over.set()
         wanted.release()
         if waits:

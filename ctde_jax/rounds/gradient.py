@@ -2,7 +2,7 @@
 
 If a model draws random numbers, a batch is cut into *shards*, each with a different key, so dropout
 masks do not depend on the number of devices. The shards of a replica are computed at once, or in
-groups (microbatches) one after another.
+*groups* (microbatches) one after another.
 
 All random numbers of a run follow from its seed, the number of the step (from 0, counted over the
 whole run, local steps included), the number of the shard and the number of the example:
@@ -14,14 +14,13 @@ whole run, local steps included), the number of the shard and the number of the 
     key of an example's augmentation = fold_in(augment_key, its index in the training split)
 
 A reducer receives the `reduce_key` of the first step of its round. Of `S` shards, shard `s` has the
-examples whose place in the global batch is `s` modulo `S`; of `R` replicas, replica `r` has the
+examples whose position in the global batch is `s` modulo `S`; of `R` replicas, replica `r` has the
 shards that are `r` modulo `R`. `S` is 8 if the model draws random numbers, or synchronizes batch
 statistics and `accumulation_steps > 1`; otherwise it is 1. It is raised to the least common
-multiple with `R * accumulation_steps`, so that all replicas and groups have equally many shards. If
-the batch cannot be cut into that many, `S` is `R * accumulation_steps`.
+multiple with `R * accumulation_steps`, so that all replicas and groups have the same number of
+shards. If the batch size is not a multiple of that, `S` is `R * accumulation_steps`.
 
-`from_nnx` and `from_linen` document how the random streams of a module follow from the key of a
-shard.
+`from_nnx` and `from_linen` document how the RNG streams of a module follow from the key of a shard.
 """
 
 from collections.abc import Callable
@@ -54,8 +53,8 @@ Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
 """`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums)`
 
 `indices` is `int32[per_replica]`, negative for padding; the key is the same on all replicas. The
-sums are over the replica's examples. `alone` is True in local steps: then a model with a state does
-not communicate, so batch statistics are those of the replica's examples.
+sums are over the replica's examples. If `alone` is True, as in local steps, a model with a state
+uses no collectives, so its batch statistics are those of the replica's examples.
 
 If the losses of other replicas depend on a replica's examples, as through synchronized batch
 statistics, its gradient includes these losses. Only the mean over the replicas, weighted by
@@ -66,7 +65,7 @@ examples, is then the gradient of the mean loss.
 def make_gradient(
     model: Model, task: Task, augment: Augment | None = None, accumulation_steps: int = 1
 ) -> Gradient:
-    """Makes the function that differentiates the mean loss over a replica's examples.
+    """Makes the gradient function of the mean objective over a replica's examples.
 
     Args:
         model: Model to train.
@@ -81,7 +80,7 @@ def make_gradient(
         inputs = jax.ShapeDtypeStruct(
             (len(indices) // accumulation_steps, *split.inputs.shape[1:]), split.inputs.dtype
         )
-        meets = meets_replicas(model, params, model_state, inputs)
+        uses_collectives = uses_replica_collectives(model, params, model_state, inputs)
         is_random = draws(model, params, model_state, inputs)
 
         # Cut the examples: int32[accumulation_steps, shards, per_shard]. Without random numbers,
@@ -89,15 +88,15 @@ def make_gradient(
         examples, shards = cut_into_shards(
             indices,
             accumulation_steps,
-            SHARDS if is_random or (meets and accumulation_steps > 1) else 1,
+            SHARDS if is_random or (uses_collectives and accumulation_steps > 1) else 1,
         )
         if not is_random:
             examples = examples.reshape(accumulation_steps, 1, -1)
             shards = shards[:, :1]
-        own_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
+        local_examples = jnp.maximum(jnp.sum(indices >= 0, dtype=jnp.float32), 1)
 
         # Alone, a model that synchronizes batch statistics uses those of this replica.
-        keeps_statistics = meets and bool(jax.tree.leaves(model_state))
+        keeps_statistics = uses_collectives and bool(jax.tree.leaves(model_state))
         on_shard = make_on_shard(
             _alone(model) if alone and keeps_statistics else model, task, augment
         )
@@ -105,8 +104,8 @@ def make_gradient(
         # The transpose of a `psum` sums the cotangents of all replicas. So if the losses of other
         # replicas depend on these examples, all replicas first divide by the same number, and only
         # after differentiation by the number of their examples.
-        is_shared = meets and not alone and lax.axis_size(AXIS) > 1
-        divisor = len(indices) if is_shared else own_examples
+        is_shared = uses_collectives and not alone and lax.axis_size(AXIS) > 1
+        divisor = len(indices) if is_shared else local_examples
 
         def add_group(so_far, group):
             grads, model_state, sums = so_far
@@ -120,8 +119,8 @@ def make_gradient(
 
             group_grads, (new_model_state, group_sums) = jax.grad(objective, has_aux=True)(params)
 
-            # An empty group does not change the state. If replicas share statistics, a group that
-            # is empty here still changes it, by the examples of other replicas.
+            # A group without examples does not change the state. If replicas share statistics, a
+            # group without examples on this replica still changes it, by those of other replicas.
             examples = group_sums["examples"]
             if is_shared and accumulation_steps > 1:
                 examples = lax.psum(examples, AXIS)
@@ -138,7 +137,7 @@ def make_gradient(
         start = (optax.tree.zeros_like(params), model_state, zeros)
         (grads, model_state, sums), _ = lax.scan(add_group, start, (examples, shards))
         if is_shared:
-            grads = optax.tree.scale(divisor / own_examples, grads)
+            grads = optax.tree.scale(divisor / local_examples, grads)
         return grads, model_state, sums
 
     return gradient
@@ -152,7 +151,7 @@ def _on_shards(
     model_state,
     *common,
 ) -> tuple[Float32[Array, ""], PyTree, Sums]:
-    """Sums over several shards at once, each with its own number."""
+    """Sums the objective and the results of a group's shards, which are computed at once."""
     # A mapped axis of size 1 would make XLA transpose.
     if len(shards) == 1:
         return on_shard(indices[0], shards[0], params, model_state, *common)
@@ -172,17 +171,20 @@ def step_keys(key: Key[Array, ""], step: Int32[Array, ""]) -> tuple[Key[Array, "
 
 
 def draws(model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct) -> bool:
-    """Returns whether the outputs or the state of the model in training depend on its key."""
+    """Returns whether outputs or new state of `model.apply` in training depend on its PRNG key.
+
+    The model is only traced.
+    """
     program = _in_training(model, params, model_state, inputs)
     return depends_on(program, program.jaxpr.invars[-1:])
 
 
-def meets_replicas(
+def uses_replica_collectives(
     model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct
 ) -> bool:
-    """Returns whether the model uses collectives over the replicas in training.
+    """Returns whether `model.apply` in training uses collectives over the replica axis.
 
-    Models with synchronized batch statistics do. Only shapes and dtypes are read.
+    Synchronized batch normalization does. The model is only traced.
     """
     program = _in_training(model, params, model_state, inputs)
     return any(getattr(effect, "name", None) == AXIS for effect in program.jaxpr.effects)
@@ -191,7 +193,7 @@ def meets_replicas(
 def _in_training(
     model: Model, params: PyTree, model_state: PyTree, inputs: jax.ShapeDtypeStruct
 ) -> ClosedJaxpr:
-    """Traces the model in training; the key is the last argument of the program."""
+    """Traces `model.apply` in training mode; the key is the last input of the jaxpr."""
     key = jax.eval_shape(jax.random.key, 0)
     # The axis is bound, so that collectives over the replicas can be traced.
     return jax.make_jaxpr(model.apply, axis_env=[(AXIS, 1)])(params, model_state, inputs, key)
@@ -200,7 +202,13 @@ def _in_training(
 def make_on_shard(
     model: Model, task: Task, augment: Augment | None
 ) -> Callable[..., tuple[Float32[Array, ""], PyTree, Sums]]:
-    """Makes the function that sums the objective, the loss and the metrics over a shard."""
+    """Makes the function that applies the model to one shard and sums over its examples.
+
+    Returns:
+        `on_shard(indices, shard, params, model_state, split, key)`, which returns the sum of the
+        objective, the new model state, and the `Sums`. `shard` is the number of the shard, and
+        `indices` are its examples, `int32[per_shard]`, negative for padding.
+    """
 
     def on_shard(
         indices: Int32[Array, " per_shard"],
@@ -247,7 +255,7 @@ def make_on_shard(
 
 
 def _alone(model: Model) -> Model:
-    """Returns a model that is applied as if its replica were the only one on the axis."""
+    """Returns a model whose collectives span only one replica."""
     return model._replace(
         apply=jax.vmap(model.apply, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)
     )
@@ -256,10 +264,9 @@ def _alone(model: Model) -> Model:
 def _take(
     array: Shaped[Array, "examples ..."], rows: Int32[Array, " rows"]
 ) -> Shaped[Array, "rows ..."]:
-    """Takes rows of an array.
+    """Takes rows of an array, without a check of bounds.
 
-    The array is flattened to two axes, so that XLA needs no division to locate each number, and
-    bounds are not checked.
+    The array is flattened to two axes, so that XLA needs no division to locate each element.
     """
     flat = array.reshape(len(array), -1).at[rows].get(mode="promise_in_bounds")
     return flat.reshape(len(rows), *array.shape[1:])
@@ -270,23 +277,25 @@ def cut_into_shards(
 ) -> tuple[Int32[Array, "groups shards per_shard"], Int32[Array, "groups shards"]]:
     """Cuts a replica's examples into shards; replica r of R gets the shards r, r + R and so on.
 
-    The number of shards is `wanted`, raised to the least common multiple with `replicas * groups`,
-    or `replicas * groups` if the batch cannot be cut into that many.
+    The number of shards of the global batch is the least common multiple of `wanted` and
+    `replicas * groups`, or `replicas * groups` if the batch size is not a multiple of that.
 
     Args:
         indices: Examples of the replica.
         groups: Number of groups (microbatches).
-        wanted: Number of shards of the global batch, if possible.
+        wanted: Desired number of shards of the global batch.
 
     Returns:
-        The examples, and the numbers of the shards.
+        The examples and the numbers of this replica's shards.
     """
     replicas = lax.axis_size(AXIS)
     shards = lcm(wanted, replicas * groups)
     if len(indices) * replicas % shards:
         shards = replicas * groups
-    own = shards // replicas
-    numbers = jnp.arange(own) * replicas + lax.axis_index(AXIS)
-    return indices.reshape(-1, own).T.reshape(groups, own // groups, -1), numbers.reshape(
-        groups, -1
+    local_shards = shards // replicas
+    numbers = jnp.arange(local_shards) * replicas + lax.axis_index(AXIS)
+    examples = indices.reshape(-1, local_shards).T
+    return (
+        examples.reshape(groups, local_shards // groups, -1),
+        numbers.reshape(groups, -1),
     )

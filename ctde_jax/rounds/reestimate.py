@@ -1,4 +1,7 @@
-"""Batch statistics of the final parameters, instead of running averages over past parameters."""
+"""Re-estimation of batch statistics with the current parameters (precise batch normalization).
+
+Running averages, in contrast, include batches that were computed with parameters of earlier steps.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +17,7 @@ from ctde_jax.rounds.feed import Feed, Span
 Reestimate = Callable[[PyTree, PyTree, Split, jax.Array, jax.Array], PyTree]
 """`reestimate(params, model_state, split, batches, key) -> model_state`
 
-`batches` is `int32[replica, ..., per_replica]`, negative for padding.
+`batches` contains indices into `split`, `int32[replica, ..., per_replica]`, negative for padding.
 """
 
 
@@ -26,10 +29,18 @@ def of_first_steps(
     steps: int,
     key: jax.Array,
 ) -> Callable[[PyTree, PyTree], PyTree]:
-    """Makes the function from central parameters and model state to the state for evaluation.
+    """Makes the function that re-estimates batch statistics over the first batches of a run.
 
-    That state is estimated over the batches of the first `steps` steps of a run; if `steps` is 0,
-    it is left unchanged.
+    Args:
+        model: Model whose state has running averages.
+        feed: Feed of the training examples of the run.
+        devices: Devices, with one replica on each.
+        split_axis: None if every device holds the whole split, 0 if each holds one row of it.
+        steps: Number of steps whose batches are used; 0 leaves the model state unchanged.
+        key: PRNG key for applying the model in training mode, replicated.
+
+    Returns:
+        `reestimate(params, model_state) -> model_state`, for replicated arrays.
     """
     if not steps:
         return lambda params, model_state: model_state
@@ -42,15 +53,16 @@ def of_first_steps(
 def make_reestimate(
     model: Model, devices: Sequence[jax.Device], split_axis: int | None
 ) -> Reestimate:
-    """Makes the function that re-estimates batch statistics as their mean over batches.
+    """Makes the function that replaces running averages by means of batch statistics.
 
-    This is the precise batch normalization of Wu and Johnson (2021). In a batch with the statistic
-    `b`, any module updates a running average `s` to `m s + (1 - m) b`. So two starts, 0 and 1,
-    determine both `m` and `b`. Each batch is weighted by its number of examples, and padding does
-    not count. State that is not a running average keeps its bits.
+    This is the precise batch normalization of Wu and Johnson (2021). For a batch with the statistic
+    `b`, a module of momentum `m` updates a running average `s` to `m s + (1 - m) b`, so its results
+    for `s = 0` and `s = 1` determine `m` and `b`. Batches are weighted by their numbers of
+    examples, without padding. Every float in the state is treated as a running average. Floats that
+    no batch updates, and leaves of all other dtypes, are returned bit for bit.
 
     Args:
-        model: Any model whose state has running averages.
+        model: Model whose state has running averages.
         devices: Devices, with one replica on each.
         split_axis: None if every device holds the whole split, 0 if each holds one row of it.
     """

@@ -1,4 +1,10 @@
-"""One round as one replica sees it, the core of the trainer: compute, then reduce."""
+"""One training round on one replica.
+
+A synchronous round computes a gradient, reduces it over the replicas and applies the optimizer. A
+local round takes optimizer steps without communication, reduces the change of the parameters and
+applies the outer optimizer. An exact round uses the gradient over all shards of the global batch
+and no reducer.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -56,14 +62,15 @@ def make_gradient_for(
     augment: Augment | None = None,
     accumulation_steps: int = 1,
 ) -> Gradient:
-    """Makes the gradient that the rounds of a strategy need.
+    """Makes the gradient function for the rounds of a strategy.
 
     Args:
-        strategy: Strategy of the rounds.
+        strategy: Strategy of the rounds; an exact one has a separate gradient function.
         model: Model to train.
         task: Task that defines the loss and the metrics.
         augment: Augmentation of each training example, with a different key for each.
-        accumulation_steps: Number of microbatches for gradient accumulation.
+        accumulation_steps: Number of microbatches for gradient accumulation; ignored if the
+            strategy is exact.
     """
     if strategy.exact:
         return make_exact_gradient(model, task, augment)
@@ -78,8 +85,8 @@ def make_round(
 ) -> Round:
     """Makes the round of a strategy; it uses collectives, so it runs under `replica.parallel`.
 
-    A local step for which a replica has no examples leaves that replica unchanged. A round begins
-    with a step for which some replica has examples.
+    A local step for which a replica has no examples leaves the parameters and states of that
+    replica unchanged. In the first step of a round, at least one replica must have examples.
 
     Args:
         gradient: Gradient function, made by `make_gradient_for` for the same strategy.
@@ -100,15 +107,15 @@ def make_round(
     def averaged(state: TrainState) -> TrainState:
         if ema_decay is None:
             return state
-        share = 1 - ema_decay
-        # A difference keeps the bits of a parameter that does not move.
+        rate = 1 - ema_decay
+        # In this form, the average of a constant parameter keeps its bits.
         ema_params = jax.tree.map(
-            lambda ema, x: ema + share * (x - ema), state.ema_params, state.params
+            lambda ema, x: ema + rate * (x - ema), state.ema_params, state.params
         )
         return state._replace(ema_params=ema_params)
 
     # The three kinds of round. With an independent reducer, no message may depend on the examples
-    # of another replica, so the gradient is computed alone.
+    # of another replica, so the gradient is computed without collectives.
     if strategy.exact:
         advance = make_exact(gradient, step)
     elif strategy.inner_steps:
@@ -128,7 +135,7 @@ def make_round(
 def _make_synchronous(
     gradient: Gradient, strategy: Strategy, step: Callable[..., TrainState]
 ) -> Round:
-    """Makes the round of one step, whose message is the gradient."""
+    """Makes the synchronous round: one optimizer step with the reduced gradient."""
     reduce = optax.with_extra_args_support(strategy.reduce)
 
     def synchronous(
@@ -165,13 +172,17 @@ def _make_local(
     strategy: Strategy,
     averaged: Callable[[TrainState], TrainState],
 ) -> Round:
-    """Makes the round of local steps, whose message is the outer gradient."""
+    """Makes the local round: local steps, then an outer step with the reduced outer gradient.
+
+    The outer gradient is the parameters before the local steps minus those after them. `averaged`
+    updates the moving average of the parameters.
+    """
     reduce = optax.with_extra_args_support(strategy.reduce)
     outer = adapted(strategy.outer)
 
     def local(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
-        def local_step(own, step_and_indices):
-            params, model_state, opt_state = own
+        def local_step(carry, step_and_indices):
+            params, model_state, opt_state = carry
             step, indices = step_and_indices
             grads, model_state, sums = gradient(
                 params, model_state, split, indices, step_keys(key, step)[1]
@@ -181,16 +192,16 @@ def _make_local(
                 grads, opt_state, params, value=value, anchor=state.params
             )
 
-            # Without examples in this step, the replica stays as it is.
+            # Without examples in this step, the replica remains unchanged.
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
-            return optax.tree.where(sums["examples"] > 0, moved, own), with_learning_rate(
+            return optax.tree.where(sums["examples"] > 0, moved, carry), with_learning_rate(
                 sums, opt_state
             )
 
         # Take the local steps, starting from the parameters of the round.
         steps = state.step + jnp.arange(len(batches))
-        own = (state.params, state.model_state, state.opt_state)
-        (params, model_state, opt_state), sums = lax.scan(local_step, own, (steps, batches))
+        carry = (state.params, state.model_state, state.opt_state)
+        (params, model_state, opt_state), sums = lax.scan(local_step, carry, (steps, batches))
         examples = sums["examples"].sum()
 
         # Reduce the outer gradients, weighted by the number of examples in the round.
@@ -224,16 +235,17 @@ def _make_local(
 
 
 def skipping(train_round: Round) -> Round:
-    """Skips a round that would put NaN or infinity into the state of any replica.
+    """Returns a round that all replicas skip if its result is not finite on one of them.
 
-    The sums of such a round are zero.
+    A round is skipped if a finite number in the state becomes NaN or infinite on any replica, or if
+    a loss is. It then changes only `step`, and its sums are zero.
     """
 
     def sound_round(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         advanced, sums = train_round(state, split, batches, key)
 
-        # A number counts if it was finite before: some optimizers start with an infinity in their
-        # state, such as the best value of `optax.contrib.reduce_on_plateau`.
+        # Only numbers that were finite before are checked: some optimizers start with an infinity
+        # in their state, such as the best value of `optax.contrib.reduce_on_plateau`.
         is_spoilt = jnp.zeros((), bool)
         for new, old in zip(
             jax.tree.leaves((advanced, sums["loss"])), jax.tree.leaves((state, 0.0)), strict=True
@@ -255,8 +267,8 @@ def make_rounds(train_round: Round, block_steps: int = 1) -> Rounds:
 
     Args:
         train_round: Round, made by `make_round`.
-        block_steps: Rounds with this many steps in total form an inner loop with a static trip
-            count.
+        block_steps: Maximum number of steps in a block, an inner loop over rounds with a static
+            trip count; there are no blocks if it is less than two rounds.
     """
     # Traced once, for its shapes and for both loops.
     train_round = jax.jit(train_round, inline=True)
@@ -304,8 +316,8 @@ def parallel_rounds(
 ) -> jax.stages.Wrapped:
     """Makes the program that computes several rounds on the devices; it donates the state.
 
-    Its sums are `float32[replicas, rounds * steps]`; `digests.make_digests` adds up those of all
-    replicas.
+    Its arguments are those of `Rounds`, with the batches of all replicas. Its sums are
+    `float32[replicas, rounds * steps]`; `digests.make_digests` sums them over the replicas.
 
     Args:
         gradient: Gradient function, made by `make_gradient_for` for the same strategy.
@@ -314,7 +326,8 @@ def parallel_rounds(
         devices: Devices, with one replica on each.
         split_axis: None if every device holds the whole split, 0 if each holds one row of it.
         ema_decay: Decay per round of the moving average of the parameters; None for no average.
-        skip_nonfinite: Whether all replicas together skip a round that would spoil the state.
+        skip_nonfinite: Whether all replicas skip a round that would make the state or the loss of
+            any replica non-finite.
     """
     train_round = make_round(gradient, optimizer, strategy, ema_decay)
     # Only on a GPU do dynamic trip counts cost time.

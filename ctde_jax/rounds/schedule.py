@@ -1,8 +1,10 @@
-"""The schedule of a run: phases with one strategy each, spans between evaluations, dispatches.
+"""The schedule of a run.
 
-A span is computed without interruption, row by row; a row of the history is a whole number of
-rounds. Dispatches and checkpoints end with a whole row, so the rows do not depend on how a run is
-cut, or on the step at which it was interrupted.
+A run has one or two *phases*, each with a single strategy. A phase is divided into *spans*, one per
+evaluation interval. A span consists of rows of the history, and each row covers a whole number of
+rounds; the last row may be shorter. Each *dispatch* (one call of the compiled program) computes
+whole rows, and checkpoints are written only between rows, so the history does not depend on the
+length of dispatches or on the step from which a run is resumed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,23 +28,28 @@ class Phase(NamedTuple):
 
     strategy: Strategy
     start: int
+    """Number of steps before the phase."""
+
     spans: list[Span]
-    """Spans from one evaluation to the next, all cut alike."""
+    """All spans of the phase, one per evaluation interval."""
 
     def begin(
         self, train_state: state.TrainState, devices: Sequence[jax.Device]
     ) -> state.TrainState:
-        """Converts the state of the preceding synchronous phase to one for this phase."""
-        return state.go_over(train_state, Strategy(), self.strategy, devices)
+        """Returns the first state of this phase, given the last one of the synchronous phase."""
+        return state.change_strategy(train_state, Strategy(), self.strategy, devices)
 
     def like_begun(
         self, train_state: state.TrainState, devices: Sequence[jax.Device]
     ) -> state.TrainState:
-        """Returns the shapes and dtypes of the result of `begin`; reads only those of the state."""
-        return state.like_after(train_state, Strategy(), self.strategy, devices)
+        """Returns shapes and dtypes of the result of `begin`; reads only those of `train_state`."""
+        return state.like_changed(train_state, Strategy(), self.strategy, devices)
 
     def make_center(self, devices: Sequence[jax.Device]) -> Callable[[state.TrainState], PyTree]:
-        """Makes the function from the state to the central parameters to evaluate, replicated."""
+        """Makes the function that returns the central parameters of a state, replicated.
+
+        `state.evaluated_point` defines them.
+        """
         evaluated_point = partial(state.evaluated_point, strategy=self.strategy)
 
         # pmap needs at least one argument with a row for each replica.
@@ -56,7 +63,7 @@ class Phase(NamedTuple):
         compute = replica.compiled_once(on_replicas, devices)
 
         def center(train_state: state.TrainState) -> PyTree:
-            # If the parameters to evaluate are part of the state, nothing runs on the devices.
+            # If the state contains the central parameters, nothing runs on the devices.
             if state.has_evaluated_point(train_state, self.strategy):
                 return compute(rows, train_state)
             return evaluated_point(train_state)
@@ -64,37 +71,40 @@ class Phase(NamedTuple):
         return center
 
     def after(self, step: int) -> list[Span]:
-        """Returns the rest of the spans after this step, which is the end of a row."""
+        """Returns the spans that remain after the first `step` steps of the run.
+
+        The first of them is shortened if it has begun; `step` must be the end of a row.
+        """
         return [
             span._replace(start=max(span.start, step)) for span in self.spans if span.stop > step
         ]
 
 
 _DISPATCH_SECONDS = 0.1
-"""Target duration of a dispatch.
+"""Target duration of a dispatch in seconds.
 
-It is long compared to the overhead of about a millisecond, and short for someone who waits for it
-or stops it.
+It is long compared to the overhead of a dispatch, about a millisecond. Progress is shown, and
+Ctrl-C takes effect, between dispatches.
 """
 
 _MOST_EVALUATIONS = 2**20
-"""Limit of the spans between evaluations, which are listed in memory at about 300 bytes each."""
+"""Maximum number of evaluations in a run; the span of each takes about 300 bytes of memory."""
 
 
 def make_phases(
     strategy: Strategy, total_steps: int, eval_every: int, row_steps: int, piece_steps: int
 ) -> list[Phase]:
-    """Cuts a run into phases: the synchronous steps at its start, if there are any, and the rest.
+    """Divides a run into phases: its synchronous steps, if there are any, and the remaining steps.
 
     Args:
         strategy: Strategy of the run.
         total_steps: Number of steps of the run.
-        eval_every: Steps between two evaluations, rounded up to whole rounds.
-        row_steps: Maximum steps in a row, or those of a round if these are more.
-        piece_steps: Maximum steps in a piece, or those of a row if these are more.
+        eval_every: Number of steps between two evaluations, rounded up to whole rounds.
+        row_steps: Maximum number of steps in a row; a row has at least one round.
+        piece_steps: Maximum number of steps in a piece; a piece has at least one row.
 
     Raises:
-        InputError: There would be more than `_MOST_EVALUATIONS` evaluations.
+        InputError: If there would be more than `_MOST_EVALUATIONS` evaluations.
     """
     # Checked before the list of spans is made.
     if total_steps > eval_every * _MOST_EVALUATIONS:
@@ -108,14 +118,19 @@ def make_phases(
     switch = min(strategy.synchronous_steps, total_steps)
     phases = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
     return [
-        Phase(own, start, _spans(own.inner_steps, eval_every, row_steps, piece_steps, start, stop))
-        for own, start, stop in phases
+        Phase(
+            each, start, _spans(each.inner_steps, eval_every, row_steps, piece_steps, start, stop)
+        )
+        for each, start, stop in phases
         if start < stop
     ]
 
 
 def unfinished(phases: Sequence[Phase], step: int) -> list[Phase]:
-    """Returns the phases from the one that took this step, counted from 1; all for step 0."""
+    """Returns the phases from the one that contains the last of the first `step` steps of the run.
+
+    A phase that ends at `step` is included, because the state is not yet converted to the next one.
+    """
     at_work = max((number for number, phase in enumerate(phases) if phase.start < step), default=0)
     return list(phases[at_work:])
 
@@ -123,14 +138,16 @@ def unfinished(phases: Sequence[Phase], step: int) -> list[Phase]:
 def cut(
     pieces: Iterable[Piece], pace: Callable[[], int]
 ) -> Iterator[tuple[PyTree, Int32[Array, "replicas rounds round_steps per_replica"], int, int]]:
-    """Cuts pieces into dispatches of `pace()` rounds.
+    """Divides pieces into dispatches.
 
     Args:
-        pieces: Pieces, as drawn by a feed.
-        pace: Function that returns the number of rounds of the next dispatch.
+        pieces: Pieces that a feed yields.
+        pace: Function that returns the number of rounds of the next dispatch; a dispatch at the end
+            of a piece may have fewer.
 
     Yields:
-        The examples, the indices, and the first round and the last, which is not included.
+        `(examples, indices, first, last)`: the examples and indices of the piece, and the rounds of
+        the dispatch within the piece, from `first` up to but not including `last`.
     """
     for examples, indices, rounds in pieces:
         first = 0
@@ -159,8 +176,8 @@ def _spans(
     ]
 
 
-def rows_a_dispatch(row_seconds: float) -> int:
-    """Returns how many rows one dispatch computes.
+def rows_per_dispatch(row_seconds: float) -> int:
+    """Returns the number of rows in a dispatch of at most 0.1 seconds, or 1 if a row takes longer.
 
     Args:
         row_seconds: Duration of one row in seconds.

@@ -1,8 +1,8 @@
 """Sources of training examples: the memory of the devices, a disk, or a stream of batches.
 
-The round is the same for all three, because its indices refer to what a device holds. If the
-training split is in memory, the devices hold it, and a piece consists of indices alone. If it is on
-disk, or comes in batches, a piece includes its examples.
+The round is the same for all three, because its indices refer to the examples on the device. If the
+training split is in memory, the devices hold it during the whole run, and only indices are
+transferred. If it is on disk, or a stream, each piece (see `feed.py`) includes its examples.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,12 +42,12 @@ class ExampleSource(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every example is seen once, on average if clients are sampled."""
+        """Number of steps in which every example is used once; a mean if clients are sampled."""
         ...
 
     @property
     def piece_steps(self) -> int:
-        """Maximum steps whose indices are transferred at once; 1 if examples travel with them."""
+        """Maximum number of steps in a piece; 1, the minimum, if a piece includes its examples."""
         ...
 
     def inputs(self, step: int) -> np.ndarray:
@@ -59,7 +59,7 @@ class ExampleSource(Protocol):
         ...
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
-        """Transfers the examples that stay on the devices, and returns the feed of pieces."""
+        """Returns the feed of pieces; first transfers the examples that the devices hold."""
         ...
 
 
@@ -71,7 +71,7 @@ def make_source(
     partition: Sequence[np.ndarray] | None = None,
     inner_steps: int = 1,
 ) -> "Resident | OnDisk | Streamed":
-    """Makes the source of the training examples, which distributes them among the replicas.
+    """Makes the source of the training examples, which distributes them over the replicas.
 
     Args:
         data: Data set with a training split or a stream.
@@ -80,6 +80,9 @@ def make_source(
         seed: Random seed for the order of the examples and the sampling of clients.
         partition: Example indices of each replica or client, `int[examples]` arrays.
         inner_steps: Number of steps per round.
+
+    Returns:
+        `Streamed` for a stream; otherwise `OnDisk` or `Resident`, depending on the arrays.
 
     Raises:
         InputError: As for `data.deal`, or for `data.check_stream` if batches come from a stream.
@@ -104,12 +107,12 @@ class Resident:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every example is seen once, on average if clients are sampled."""
+        """Number of steps in which every example is used once; a mean if clients are sampled."""
         return self.batches.steps_per_epoch
 
     @property
     def piece_steps(self) -> int:
-        """Maximum steps whose indices are transferred at once."""
+        """Maximum number of steps whose indices are transferred at once."""
         return max(1, _PLACES // self.batches.steps(0, 1).size)
 
     def inputs(self, step: int) -> np.ndarray:
@@ -145,13 +148,13 @@ class OnDisk:
 
     batches: Batches
 
-    # Examples travel with each piece, so pieces are as short as rows allow.
+    # Each piece includes its examples, so pieces are as short as possible: one row.
     axis = 0
     piece_steps = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every example is seen once, on average if clients are sampled."""
+        """Number of steps in which every example is used once; a mean if clients are sampled."""
         return self.batches.steps_per_epoch
 
     def inputs(self, step: int) -> np.ndarray:
@@ -165,32 +168,37 @@ class OnDisk:
         return _shape_of_drawn(self.batches.split, indices), indices
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
-        """Returns the feed of pieces with the examples that it reads."""
+        """Returns the feed of pieces, which include the examples that it reads."""
         return _feed_of_drawn(self._read, devices)
 
     def _read(
         self, here: list[int], spans: Iterable[Span]
     ) -> Iterator[tuple[Drawn, np.ndarray, int]]:
-        """Reads the examples of each piece for the replicas on this host."""
+        """Yields the examples, indices and number of rounds of each piece.
+
+        Args:
+            here: Indices of the replicas on this host, whose examples are read.
+            spans: Spans that are divided into the pieces.
+        """
         split = self.batches.split
         for indices, rounds in _indices(self.batches, spans):
             indices = indices[here]
             # A negative index ~i is padding: example i is read and masked.
             numbers = np.where(indices >= 0, indices, ~indices).reshape(len(indices), -1)
             drawn = Drawn(split.inputs[numbers], split.labels[numbers], numbers)
-            # Indices refer to the examples of the piece: each replica has one place for each index.
+            # The indices of a piece refer to its examples, one for each index.
             yield drawn, _places(indices >= 0), rounds
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """Batches of the user that arrive one after another; each device gets an equal part."""
+    """Batches that an iterable of the user yields; each device gets an equal part of each batch."""
 
     stream: Stream
     replicas: int
     batch_size: int
 
-    # As on disk, examples travel with each piece.
+    # As on disk, each piece includes its examples.
     axis = 0
     piece_steps = 1
 
@@ -200,7 +208,7 @@ class Streamed:
         return self.stream.steps_per_epoch
 
     def inputs(self, step: int) -> np.ndarray:
-        """Returns the inputs of the first batch, the only one that can be read twice."""
+        """Returns the inputs of the first batch, which the stream keeps; `step` must be 0."""
         assert step == 0, "a stream can be read only once"
         return np.asarray(self.stream.like.inputs)
 
@@ -210,13 +218,18 @@ class Streamed:
         return _shape_of_drawn(self.stream.like, indices), indices
 
     def feed(self, devices: Sequence[jax.Device]) -> Feed:
-        """Returns the feed of pieces with the batches that it draws."""
+        """Returns the feed of pieces, which include the batches that it draws."""
         return _feed_of_drawn(self._draw, devices)
 
     def _draw(
         self, here: list[int], spans: Iterable[Span]
     ) -> Iterator[tuple[Drawn, np.ndarray, int]]:
-        """Draws the batches of each piece, and keeps the parts of the replicas on this host."""
+        """Yields the examples, indices and number of rounds of each piece.
+
+        Args:
+            here: Indices of the replicas on this host, whose parts of the batches are kept.
+            spans: Consecutive spans that are divided into the pieces.
+        """
         # A single pass over the stream, from the first step of the first span.
         spans = list(spans)
         steps = self.stream.steps(spans[0].start if spans else 0)
@@ -224,28 +237,30 @@ class Streamed:
             # A piece has `size` batches, the last one in a span maybe fewer.
             size = span.piece_rounds * span.round_steps
             for first in range(span.start, span.stop, size):
-                dealt = [self._deal(next(steps)) for _ in range(min(size, span.stop - first))]
-                rounds = ceil(len(dealt) / span.round_steps)
+                parts = [self._cut(next(steps)) for _ in range(min(size, span.stop - first))]
+                rounds = ceil(len(parts) / span.round_steps)
 
                 # Pad with masked copies of a batch, as all pieces must have the same shape.
-                empty = (dealt[0][0], np.zeros_like(dealt[0][1]))
-                dealt += [empty] * (size - len(dealt))
+                empty = (parts[0][0], np.zeros_like(parts[0][1]))
+                parts += [empty] * (size - len(parts))
 
                 # Join the batches of each replica: [replica, steps * per_replica, ...].
                 drawn, is_example = jax.tree.map(
-                    lambda *own: np.concatenate(own, axis=1)[here], *dealt
+                    lambda *arrays: np.concatenate(arrays, axis=1)[here], *parts
                 )
                 shape = (len(here), span.piece_rounds, span.round_steps, -1)
                 yield drawn, _places(is_example.reshape(shape)), rounds
 
-    def _deal(self, batch: Split) -> tuple[Drawn, np.ndarray]:
-        """Deals a batch as `data.deal` deals arrays, and returns it with the mask of its examples.
+    def _cut(self, batch: Split) -> tuple[Drawn, np.ndarray]:
+        """Cuts a batch into the parts of the replicas, in the order of `data.deal`.
 
-        A short batch is padded with repetitions of its examples.
+        Returns:
+            The examples `[replica, per_replica, ...]`, and their mask, which is False for the
+            repeated examples that pad a short batch.
         """
         check_size(len(batch.inputs), self.batch_size)
         order = filled_up(np.arange(len(batch.inputs)), self.batch_size)
-        # int32[replica, per_replica]: replica r gets the places r, r + R and so on.
+        # int32[replica, per_replica]: of R replicas, replica r gets positions r, r + R and so on.
         order = order.reshape(-1, self.replicas).T
         numbers = np.where(order >= 0, order, ~order)
         return Drawn(batch.inputs[numbers], batch.labels[numbers], numbers), order >= 0
@@ -255,14 +270,14 @@ def _feed_of_drawn(
     draw: Callable[[list[int], Iterable[Span]], Iterator[tuple[Drawn, np.ndarray, int]]],
     devices: Sequence[jax.Device],
 ) -> Feed:
-    """Returns the feed of pieces that bring their own examples.
+    """Returns the feed of pieces that include their examples.
 
     Args:
-        draw: Yields the examples, the indices and the number of rounds of each piece, for the
-            replicas on this host.
-        devices: The devices, with one replica on each.
+        draw: Function of the replicas on this host and of spans; yields the examples, the indices
+            and the number of rounds of each piece for these replicas.
+        devices: Devices, with one replica on each.
     """
-    here = replica.own(devices)
+    here = replica.local_replicas(devices)
     return lambda spans: prefetched(
         (*replica.shard(each, devices), rounds) for *each, rounds in draw(here, spans)
     )
@@ -277,10 +292,10 @@ def _shape_of_indices(span: Span, replicas: int, per_replica: int) -> jax.ShapeD
 def _shape_of_drawn(split: Split | Drawn, indices: jax.ShapeDtypeStruct) -> Drawn:
     replicas, rounds, round_steps, per_replica = indices.shape
     # A piece has one example for each of its indices.
-    own = (replicas, rounds * round_steps * per_replica)
+    leading = (replicas, rounds * round_steps * per_replica)
 
     def like(shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*own, *shape), dtype)
+        return jax.ShapeDtypeStruct((*leading, *shape), dtype)
 
     inputs = split.inputs
     labels = split.labels
@@ -298,9 +313,11 @@ def _indices(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[np.ndarr
 
 
 def _places(is_example: np.ndarray) -> np.ndarray:
-    """Numbers each replica's places, `int32[replica, rounds, steps, per_replica]`.
+    """Returns the positions 0, 1, ... on each replica; `~position`, a negative number, for padding.
 
-    The number of a place without an example is negative.
+    Args:
+        is_example: False for padding, `bool[replica, rounds, steps, per_replica]`; the result has
+            the same shape.
     """
     places = np.arange(is_example[0].size, dtype=np.int32).reshape(is_example.shape[1:])
     return np.where(is_example, places, ~places)

@@ -1,4 +1,8 @@
-"""The state of training between rounds, and which parts of it differ between replicas."""
+"""The state of training between rounds, and the parts of it that differ between replicas.
+
+The *central parameters* are those to evaluate, return and export; `evaluated_point` computes them.
+A *center* is a pair of central parameters and model state.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,10 +22,7 @@ from ctde_jax.errors import InputError
 
 
 class TrainState(NamedTuple):
-    """The state of training.
-
-    `params` are those of the central model, or of each replica if the strategy diverges.
-    """
+    """The state of training; `params` differ between replicas only if the strategy diverges."""
 
     step: PyTree  # int32[], number of steps taken, including those without examples
     params: PyTree
@@ -34,18 +35,18 @@ class TrainState(NamedTuple):
 
 def axes(strategy: Strategy) -> TrainState:
     """Returns the axis of each part of the state: 0 if it differs between replicas, None if not."""
-    # Local steps move the optimizer state of each replica; if they diverge, also the parameters and
-    # what is updated with them.
-    alone = 0 if strategy.inner_steps else None
-    astray = 0 if strategy.diverges else None
+    # In local steps, each replica updates an optimizer state. If replicas diverge, each also has
+    # parameters, an outer optimizer state and a moving average.
+    local = 0 if strategy.inner_steps else None
+    diverging = 0 if strategy.diverges else None
     return TrainState(
         step=None,
-        params=astray,
+        params=diverging,
         model_state=None,
-        opt_state=alone,
+        opt_state=local,
         reduce_state=0,
-        outer_state=astray,
-        ema_params=astray,
+        outer_state=diverging,
+        ema_params=diverging,
     )
 
 
@@ -69,7 +70,11 @@ def create(
     strategy: Strategy,
     ema: bool = False,
 ) -> TrainState:
-    """Makes the first state of a replica, on the replica axis, whose size reducers may read."""
+    """Makes the initial state of one replica.
+
+    It runs under the replica axis, as reducers may read the size of this axis. `ema` adds a moving
+    average of the parameters, which starts at `params`.
+    """
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -89,7 +94,7 @@ def like_created(
     replicas: int,
     ema: bool = False,
 ) -> TrainState:
-    """Returns the shapes and dtypes of the first state of all replicas, `[replica, ...]`."""
+    """Returns the shapes and dtypes of the result of `create` on all replicas, `[replica, ...]`."""
     # The axis is that of vmap, so that no devices are needed.
     make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
     return jax.eval_shape(
@@ -105,28 +110,32 @@ def place(
     devices: Sequence[jax.Device],
     ema: bool = False,
 ) -> TrainState:
-    """Copies initial parameters and model state to the devices, and makes the first state there."""
+    """Copies parameters and model state to the devices, and makes the initial state there."""
     # Reducers read the number of replicas, so their state is made on the devices.
     make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
     center = replica.replicate((params, model_state), devices)
     return _run(_on_replicas(make, center, (None, None), axes(strategy), devices), center, devices)
 
 
-def go_over(
+def change_strategy(
     state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
 ) -> TrainState:
-    """Converts a state from one strategy to another; the optimizer's state is kept."""
-    return _run(_going_over(state, before, after, devices), (state,), devices)
+    """Converts a state of the strategy `before` to one of the strategy `after`.
+
+    The optimizer's state is kept. The states of the reducer, of the outer optimizer and of the
+    transformation `inner` are initialized.
+    """
+    return _run(_lower_change(state, before, after, devices), (state,), devices)
 
 
-def like_after(
+def like_changed(
     state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
 ) -> TrainState:
-    """Returns the shapes and dtypes of the result of `go_over`; reads only those of the state."""
-    return _going_over(state, before, after, devices).out_info
+    """Returns shapes and dtypes of the result of `change_strategy`; reads only those of `state`."""
+    return _lower_change(state, before, after, devices).out_info
 
 
-def _going_over(
+def _lower_change(
     state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
 ) -> jax.stages.Lowered:
     def begin(state: TrainState) -> TrainState:
@@ -142,17 +151,22 @@ def _going_over(
 
 
 def has_evaluated_point(state: TrainState, strategy: Strategy) -> bool:
-    """Returns whether the central parameters must be computed; only the structure is read."""
+    """Returns whether the central parameters must be computed on the devices.
+
+    If not, they are a part of the state: `params` or `ema_params`. Only the structure of the state
+    is read.
+    """
     return strategy.diverges or _has_evaluated_point(_central_optimizer(state, strategy))
 
 
 def evaluated_point(state: TrainState, strategy: Strategy) -> PyTree:
-    """Returns the central parameters to evaluate, to return and to export; may use a collective.
+    """Returns the central parameters, which are evaluated, returned and exported.
 
-    They are the moving average if one is kept, otherwise the point at which the optimizer of the
-    central parameters is evaluated. If replicas diverge, they are averaged.
+    They are the moving average of the parameters if the state has one. Otherwise they are `params`,
+    or the point at which an optimizer such as `optax.contrib.schedule_free` is evaluated. If
+    replicas diverge, the result is the mean over the replicas, computed by a collective.
     """
-    # An empty tree means that no average is kept.
+    # An empty tree means that there is no moving average.
     if jax.tree.leaves(state.ema_params):
         params = state.ema_params
     else:
@@ -160,15 +174,15 @@ def evaluated_point(state: TrainState, strategy: Strategy) -> PyTree:
     return _mean_of_replicas(params) if strategy.diverges else params
 
 
-def _mean_of_replicas(own: PyTree) -> PyTree:
-    """Averages parameters over the replicas; those equal on all keep their bits."""
+def _mean_of_replicas(params: PyTree) -> PyTree:
+    """Averages parameters over the replicas; elements equal on all replicas keep their bits."""
     # A mean may round, so equal parameters are not averaged.
-    real = replica.as_real(own)
+    real = replica.as_real(params)
     mean = replica.weighted_mean(real, 1.0)
     center = jax.tree.map(
         lambda x, m: jnp.where(lax.pmin(x, AXIS) == lax.pmax(x, AXIS), x, m), real, mean
     )
-    return replica.as_complex(center, own)
+    return replica.as_complex(center, params)
 
 
 def of_optimizer(state: TrainState) -> PyTree:
@@ -188,14 +202,17 @@ def of_optimizer(state: TrainState) -> PyTree:
 
 
 def _central_optimizer(state: TrainState, strategy: Strategy) -> PyTree:
-    """Returns the state of the optimizer whose updates move the central parameters."""
+    """Returns the state of the optimizer that updates the central parameters.
+
+    This is the outer optimizer if there are local steps.
+    """
     return state.outer_state if strategy.inner_steps else state.opt_state
 
 
 def to_tensors(tree: PyTree) -> dict[str, np.ndarray]:
-    """Copies a tree to every host, as arrays by name.
+    """Copies a tree to every host, as numpy arrays by name; PRNG keys become their integers.
 
-    Leaves that differ between replicas have a row for each replica.
+    Leaves that differ between replicas have a leading axis `[replica, ...]`.
     """
     return {name: replica.gathered(_raw(leaf)) for name, leaf in named(tree).items()}
 
@@ -208,31 +225,30 @@ def from_tensors(
     devices: Sequence[jax.Device],
     option: str,
 ) -> TrainState:
-    """Puts a state that `to_tensors` has named onto the devices.
+    """Restores a state from the result of `to_tensors`, and places it on the devices.
 
-    On another number of replicas, parts that differ between replicas begin as the mean over the
-    former replicas (integers as the largest): the optimizer's moments, the parameters if the
-    strategy diverges, residuals. The state of the owner of a slice moves with the numbers of its
-    slice.
+    If the number of replicas has changed, each part that differs between replicas, such as
+    optimizer moments or residuals, starts on all replicas from its mean over the saved replicas
+    (integers from the maximum). A `CutByOwner` part of a reducer's state is cut again instead.
 
     Args:
         tensors: Arrays by name.
         like: A state of the same model, optimizer and strategy on these devices; only shapes and
             dtypes are read.
-        strategy: Strategy of the named state.
-        replicas: Number of replicas of the named state.
+        strategy: Strategy of the saved state.
+        replicas: Number of replicas of the saved state.
         devices: Devices, with one replica on each.
-        option: Name of the argument that the tensors come from, for errors.
+        option: Name of the argument that the tensors come from, for error messages.
 
     Raises:
-        InputError: The tensors are not those of such a state; lists all differences.
+        InputError: If names, shapes or dtypes differ from those of `like`; lists all differences.
     """
     raw = jax.tree.map(_raw_shape, like)
 
     # Find each leaf by its name, and convert it to this number of replicas.
     saved = in_place(tensors, raw, option)
     if replicas != len(devices):
-        saved = _spread(saved, raw, strategy)
+        saved = _redistribute(saved, raw, strategy)
 
     # The error lists all leaves that differ, not the first one only.
     _check_shapes(saved, raw, option)
@@ -248,10 +264,10 @@ def from_tensors(
 
 
 def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
-    """Returns arrays on the host that `to_tensors` has named, for a tree without keys.
+    """Restores a tree without PRNG keys from the result of `to_tensors`, as arrays on the host.
 
     Raises:
-        InputError: As for `from_tensors`.
+        InputError: If names, shapes or dtypes differ from those of `like`; lists the differences.
     """
     saved = in_place(tensors, like, "run_dir")
     _check_shapes(saved, like, "run_dir")
@@ -259,10 +275,15 @@ def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTr
 
 
 def in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:
-    """Puts tensors into a tree like `like`, by the names of its leaves.
+    """Returns the tree with the structure of `like` whose leaves are the tensors of their names.
+
+    Args:
+        tensors: Arrays by name.
+        like: A tree whose structure determines the names; shapes and dtypes are not compared.
+        option: Name of the argument that the tensors come from, for error messages.
 
     Raises:
-        InputError: Names are missing or unknown.
+        InputError: If names are missing or unknown.
     """
     wanted = named(like)
     missing = [f"{name} is missing" for name in wanted if name not in tensors]
@@ -293,7 +314,7 @@ def named(tree: PyTree) -> dict[str, jax.Array]:
 
 
 def _raw(leaf: jax.Array) -> jax.Array:
-    """Views a key as the integers that it consists of."""
+    """Returns the integers of a PRNG key; returns any other array unchanged."""
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
@@ -307,20 +328,20 @@ def _as_key(raw: jax.Array, like: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(like))
 
 
-def _spread(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainState:
-    """Converts the parts that differ between replicas to another number of replicas."""
+def _redistribute(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainState:
+    """Converts the parts that differ between replicas to the number of replicas of `like`."""
 
     def is_cut(part: PyTree) -> bool:
         return isinstance(part, CutByOwner)
 
-    def spread(part: PyTree, like: PyTree) -> PyTree:
+    def redistribute(part: PyTree, like: PyTree) -> PyTree:
         # A reducer's state that is cut by owner is recut as a whole, not leaf by leaf.
         return part.recut(like) if is_cut(part) else _mean_of_all(part, like)
 
     return TrainState(
         *(
-            part if axis is None else jax.tree.map(spread, part, own, is_leaf=is_cut)
-            for part, own, axis in zip(saved, like, axes(strategy), strict=True)
+            part if axis is None else jax.tree.map(redistribute, part, target, is_leaf=is_cut)
+            for part, target, axis in zip(saved, like, axes(strategy), strict=True)
         )
     )
 
@@ -354,12 +375,16 @@ def _on_replicas(
 def _run(
     making: jax.stages.Lowered, arguments: tuple[PyTree, ...], devices: Sequence[jax.Device]
 ) -> TrainState:
-    """Makes a state whose leaves share no memory, since all of it is to be donated."""
+    """Runs a program that makes a state, and copies the result.
+
+    Leaves of a result may share memory, but rounds donate the whole state.
+    """
     rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)
     return _copied(replica.compiled(making, devices)(rows, *arguments))
 
 
 def _copied(state: TrainState) -> TrainState:
-    """Copies a state; without shardings, `jit` would replicate an array without elements."""
+    """Copies a state and keeps the sharding of each leaf."""
+    # Without `out_shardings`, `jit` would replicate an array without elements.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)(state)

@@ -1,4 +1,4 @@
-"""Sums over the examples of a step: the loss, the metrics, and what is computed from them."""
+"""Sums over the examples of a step, by name: the loss, the metrics and the number of examples."""
 
 from jax import numpy as jnp
 from jaxtyping import Array, Float32
@@ -7,9 +7,10 @@ from ctde_jax.aggregate import learning_rate
 from ctde_jax.devices import PyTree, replica
 
 Sums = dict[str, Float32[Array, "..."]]
-"""Sums over examples: `loss`, each metric, `examples`, and `objective`.
+"""Sums over examples, by name: `loss`, each metric, and `examples`, the number of examples.
 
-`examples` is the number of examples; `objective` exists only if it is not the loss.
+There is an `objective` only if the task minimizes another function than the reported loss, and a
+`learning_rate` (times the number of examples) only if the state of the optimizer holds it.
 """
 
 StepSums = dict[str, Float32[Array, " steps"]]
@@ -17,10 +18,10 @@ StepSums = dict[str, Float32[Array, " steps"]]
 
 
 def mean_objective(sums: Sums, over_replicas: bool = False) -> Float32[Array, ""]:
-    """Returns the mean objective over the examples of all steps; 0 if there are none.
+    """Returns the mean of the minimized objective over the examples of all steps; 0 without any.
 
     Args:
-        sums: Sums of the replica.
+        sums: Sums of this replica.
         over_replicas: Whether to average over the examples of all replicas, with a collective.
     """
     objective = jnp.sum(sums.get("objective", sums["loss"]))
@@ -31,7 +32,7 @@ def mean_objective(sums: Sums, over_replicas: bool = False) -> Float32[Array, ""
 
 
 def with_learning_rate(sums: Sums, opt_state: PyTree) -> Sums:
-    """Adds the learning rate, times the number of examples, if the optimizer's state holds it."""
+    """Adds `learning_rate`, times the number of examples, if `opt_state` holds a learning rate."""
     rate = learning_rate(opt_state)
     # As for all other sums, division by `examples` gives the mean.
     return sums if rate is None else {**sums, "learning_rate": rate * sums["examples"]}

@@ -1,4 +1,4 @@
-"""The data and the first state of a run on its devices: initialized, given, resumed or branched."""
+"""The first state of a run on its devices: initialized, loaded, resumed or branched off."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,9 +21,11 @@ class Beginning(NamedTuple):
 
     train_state: state.TrainState  # on the devices
     center: tuple[PyTree, PyTree]
-    """Initialized parameters and model state on the host, in the central shapes and dtypes."""
+    """Initial parameters and model state on the host, without a replica axis."""
 
     best: Best
+    """Early stopping, with its progress if the run is resumed."""
+
     feed: Feed
     key: jax.Array  # key[], replicated
 
@@ -34,14 +36,14 @@ def begin(
     """Creates the first state of a run on its devices.
 
     Args:
-        training: Everything that determines the numbers of the run.
+        training: Model, data and all options that determine the result of the run.
         phases: The unfinished phases; the state belongs to the first of them.
         found: The checkpoint from which the run continues, if there is one.
         say: Prints a line or a table.
 
     Raises:
-        InputError: The state exceeds the memory, the model mixes examples in inference, or the
-            checkpoint or the given parameters belong to another model.
+        InputError: The state exceeds the memory, outputs of the model depend on other examples of a
+            batch in inference, or the checkpoint or `init_from` does not match the model.
     """
     devices = training.devices
     strategy = phases[0].strategy
@@ -99,7 +101,18 @@ def _restored(
     strategy: Strategy,
     devices: Sequence[jax.Device],
 ) -> state.TrainState:
-    """Returns the state of a checkpoint; a branch gets the hyperparameters of the new optimizer."""
+    """Returns the state of a checkpoint; a branch gets the hyperparameters of the new optimizer.
+
+    Args:
+        checkpoint: The checkpoint.
+        is_branch: Whether the checkpoint belongs to another run.
+        fresh: Initial state of this run on the devices.
+        strategy: Strategy of the phase to which both states belong.
+        devices: Devices, with one replica on each.
+
+    Raises:
+        InputError: The checkpoint does not match the initial state.
+    """
     # The best parameters and the scaling of the inputs are stored beside the state.
     tensors = {
         name: tensor

@@ -24,7 +24,10 @@ class Best:
         self._loss = np.inf
         self._in_vain = 0  # evaluations since the last improvement
         self.center: tuple[PyTree, PyTree] | None = None
+        """Best parameters and their model state, on the host; None if none are kept yet."""
+
         self.step = 0
+        """Optimizer step of these parameters; 0 if none are kept yet."""
 
     @property
     def is_over(self) -> bool:
@@ -33,7 +36,10 @@ class Best:
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """Loss, step and number of evaluations without improvement, for a checkpoint's manifest."""
+        """Loss, step and number of evaluations without improvement, for a checkpoint's manifest.
+
+        None if no parameters are kept.
+        """
         if self.center is None:
             return None
         return {"loss": self._loss, "step": self.step, "in_vain": self._in_vain}
@@ -44,7 +50,7 @@ class Best:
         return {} if self.center is None else state.to_tensors({BEST: self.center})
 
     def restore(self, found: Checkpoint, like: tuple[PyTree, PyTree]) -> None:
-        """Continues from a checkpoint of this run.
+        """Restores the best loss and parameters from a checkpoint of this run, if it has any.
 
         Args:
             found: The checkpoint.
@@ -61,7 +67,15 @@ class Best:
         _, self.center = state.center_from_tensors(tensors, {BEST: like}).popitem()
 
     def update(self, validated: Row, params: PyTree, model_state: PyTree) -> None:
-        """Compares an evaluation with the best one, and copies its parameters if it is better."""
+        """Keeps a copy of the parameters if their validation loss is lower than all before.
+
+        Otherwise counts an evaluation without improvement. Does nothing without `patience`.
+
+        Args:
+            validated: History row of the evaluation on the validation split.
+            params: The evaluated parameters.
+            model_state: The evaluated model state.
+        """
         if self._patience is None:
             return
         if validated["loss"] < self._loss:

@@ -2,8 +2,8 @@
 
 A callback is a function of a row, or an object with any of the methods of `Callback`. Callbacks run
 on host 0, between dispatches: rows arrive in batches, one dispatch after they were computed, so the
-devices never wait for a callback that is faster than a dispatch. Whatever a callback does, it does
-not change the numbers of a run.
+devices do not wait for a callback that is faster than a dispatch. A callback can stop a run; it
+must not modify the rows and arrays that it receives.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +25,8 @@ class Callback:
     """The methods that a callback may have. Inheriting from this class is not required.
 
     If `on_row` or `on_evaluation` returns True, the run stops after the current dispatch, as after
-    Ctrl-C. A callback that is a context manager is entered when the run starts, and left however
-    the run ends.
+    Ctrl-C. A callback that is a context manager is entered when the run starts, and exited when it
+    ends, also after an exception.
 
     Examples:
         >>> class Enough(ctde.Callback):
@@ -41,8 +41,8 @@ class Callback:
         """Called before the first step.
 
         Args:
-            options: Options that determine the numbers of the run, by name.
-            rows: Rows that a resumed run already has.
+            options: Options that determine the result of the run, by name.
+            rows: Rows of the history up to the checkpoint from which a run is resumed.
         """
 
     def on_row(self, row: Row) -> bool | None:
@@ -67,6 +67,7 @@ class Callback:
 
 
 AnyCallback: TypeAlias = Callback | Callable[[Row], bool | None]
+"""An object with methods of `Callback`, or a function that is called as `on_row`."""
 
 _EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
 
@@ -82,7 +83,7 @@ class Callbacks:
         self._stop = stop
 
     def __call__(self, event: str, *arguments: Any) -> None:
-        """Calls all methods of an event; if one returns True, asks the run to stop."""
+        """Calls the method `event`, such as `on_row`, of all callbacks; stops the run on True."""
         for method in self._methods[event]:
             if method(*arguments) is True:
                 self._stop.note(SIGINT)
@@ -94,7 +95,14 @@ class Callbacks:
 
 @contextmanager
 def open_callbacks(callbacks: Sequence[Any], stop: Stop) -> Iterator[Callbacks]:
-    """Enters the callbacks that are context managers; there are none on hosts other than host 0."""
+    """Enters callbacks that are context managers, and yields the caller of all callbacks.
+
+    On hosts other than host 0, no callback is entered or called.
+
+    Args:
+        callbacks: The callbacks of the user.
+        stop: The stop of the run, which is set if a callback returns True.
+    """
     with ExitStack() as stack:
         used = []
         for callback in callbacks if hosts.index() == 0 else ():
@@ -120,7 +128,7 @@ def _has_methods(callback: Any) -> bool:
 
 
 class _OfRows:
-    """A function of a row as a callback."""
+    """Callback that calls a function for every row."""
 
     def __init__(self, function: Callable[[Row], bool | None]):
         self.on_row = function

@@ -26,17 +26,21 @@ def check_network(
     takes_mask: bool,
     reestimates: bool,
 ) -> None:
-    """Raises InputError if a model's state or outputs are incompatible with the data and the task.
+    """Checks that the model and the task are compatible with the data and with each other.
 
-    Only shapes and dtypes are traced, and a loss is evaluated on two random outputs.
+    The model is only traced. The loss of a user's task is also evaluated on two random outputs.
 
     Args:
         model: A model that takes inputs as the data set stores them.
-        center: Shapes and dtypes of the parameters and the model state.
+        center: Pair of the parameters and the model state; only shapes and dtypes are read.
         data: Training and test examples.
         task: The loss and the metrics.
         takes_mask: Whether the user's model takes the mask of real examples.
-        reestimates: Whether batch statistics are estimated again before evaluations.
+        reestimates: Whether batch statistics are re-estimated before evaluations.
+
+    Raises:
+        InputError: The state or the outputs of the model are unsuitable, or the task fails on the
+            outputs and labels.
     """
     # Trace abstractly: one example `[1, ...]`, a key[], parameters and state without values.
     inputs = data.train.inputs[:1]
@@ -75,7 +79,19 @@ def check_network(
 def check_strategy(
     model: Model, center: tuple[PyTree, PyTree], data: Dataset, strategy: Strategy, replicas: int
 ) -> None:
-    """Raises InputError for a strategy that cannot run on this many replicas or with this model."""
+    """Checks that a strategy supports the number of replicas and the model.
+
+    Args:
+        model: A model that takes inputs as the data set stores them.
+        center: Pair of the parameters and the model state; only shapes and dtypes are read.
+        data: Data set with at least one training example.
+        strategy: Strategy to check.
+        replicas: Number of replicas.
+
+    Raises:
+        InputError: The strategy does not support this number of replicas, or is exact and the model
+            uses collectives.
+    """
     params, model_state = center
     state.check(params, strategy, replicas)
     if strategy.exact:
@@ -83,17 +99,17 @@ def check_strategy(
 
 
 def check_augment(augment: Augment, data: Dataset) -> None:
-    """Raises the error of an augmentation that fails on the shapes and dtypes of these examples."""
+    """Traces an augmentation on one training example, so that its errors are raised here."""
     key = jax.eval_shape(jax.random.key, 0)
     jax.eval_shape(partial(apply_to, augment), key, data.train.inputs[:1], np.zeros(1, np.int32))
 
 
 def check_devices(devices: object) -> None:
-    """Raises InputError for anything other than a list of devices, such as a number."""
+    """Raises InputError unless `devices` is a sequence of at least one JAX device."""
     is_list = isinstance(devices, Sequence) and all(hasattr(each, "platform") for each in devices)
     if is_list and devices:
         return
-    # A number is a common mistake, so show the call that returns this many devices.
+    # A number is a common mistake, so show the call that returns this number of devices.
     way_out = (
         f"pass devices.start({devices})"
         if isinstance(devices, int)
@@ -110,15 +126,19 @@ def check_optimizer(
     averages: bool,
     rolls_back: bool,
 ) -> None:
-    """Raises InputError for optimizers that fail in a training step or conflict with other options.
+    """Traces an update of the optimizer and of the outer optimizer, and checks their options.
 
     Args:
         optimizer: The optimizer of every step.
-        strategy: The strategy, whose outer optimizer is checked, too.
+        strategy: The strategy, whose outer optimizer is checked as well.
         params: The parameters; only their shapes and dtypes are read.
         replicas: The number of replicas.
-        averages: Whether a moving average of the parameters is kept.
-        rolls_back: Whether a run that is not finite continues with smaller updates.
+        averages: Whether a moving average of the parameters is kept (`ema_decay`).
+        rolls_back: Whether `on_nonfinite` is `rollback`.
+
+    Raises:
+        InputError: An optimizer fails in a training step, or conflicts with the strategy, with
+            `averages` or with `rolls_back`.
     """
 
     # Trace one update of each optimizer on the replica axis, as optimizers may use collectives.
@@ -134,24 +154,26 @@ def check_optimizer(
     opt_state = on_replicas("optimizer", optimizer)
     outer_state = on_replicas("outer", strategy.outer)
 
-    # Optimizers such as schedule_free compute the parameters from positions in their state, which
-    # averaging the replicas' parameters does not change.
-    own = transformations.own_point(opt_state)
-    if own and strategy.inner_steps:
+    # Optimizers such as schedule_free compute the parameters from points in their state, which the
+    # average over the replicas' parameters does not change.
+    name = transformations.own_point(opt_state)
+    if name and strategy.inner_steps:
         raise InputError(
             "optimizer",
-            f"must not be {own} in local steps, because it computes parameters from points in its "
+            f"must not be {name} in local steps, because it computes parameters from points in its "
             "state, which averaging the parameters does not change; aggregate at every step, or "
             "use it as the outer optimizer.",
         )
 
-    # Otherwise the outer optimizer may hold such positions; the rules below apply to both.
-    option, own = ("optimizer", own) if own else ("outer", transformations.own_point(outer_state))
-    if own and strategy.diverges:
+    # Otherwise the outer optimizer may hold such points; the rules below apply to both.
+    option, name = (
+        ("optimizer", name) if name else ("outer", transformations.own_point(outer_state))
+    )
+    if name and strategy.diverges:
         raise InputError(
             option,
-            f"must not be {own} if replicas diverge, because they share no parameters; use another "
-            "optimizer.",
+            f"must not be {name} if replicas diverge, because they share no parameters; use "
+            "another optimizer.",
         )
     for part in (opt_state, outer_state):
         if averages and transformations.has_evaluated_point(part):
@@ -160,10 +182,10 @@ def check_optimizer(
                 f"cannot be combined with {transformations.own_point(part)}, which is already "
                 "evaluated at other parameters than it trains.",
             )
-    if own and rolls_back:
+    if name and rolls_back:
         raise InputError(
             "on_nonfinite",
-            f"must not be rollback with {own}, because halving its updates does not halve the "
+            f"must not be rollback with {name}, because halving its updates does not halve the "
             "changes of the points in its state; use skip, or a lower learning rate.",
         )
 
@@ -191,7 +213,10 @@ _TYPES = {
 
 
 def check_types(**arguments: object) -> None:
-    """Raises InputError for an argument of the wrong type; `_TYPES` lists names and types."""
+    """Raises InputError for an argument of the wrong type; `_TYPES` lists the argument names.
+
+    As an optimizer, any object with `init` and `update` is accepted, such as `optax.MultiSteps`.
+    """
     for name, value in arguments.items():
         kind, wanted = _TYPES[name]
         # `optax.MultiSteps` has `init` and `update`, but is not a GradientTransformation.
@@ -215,11 +240,20 @@ def _like(array: Any, examples: int) -> jax.ShapeDtypeStruct:
 
 
 def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
-    """Raises InputError for a task that fails on such outputs and labels or mixes examples.
+    """Checks that a task accepts the outputs, and that its loss does not mix examples.
 
-    For example, a loss mixes examples if it broadcasts `[n, 1]` minus `[n]` to `[n, n]`. The check
-    evaluates one trace of the loss on random outputs `a, b`, then on `a, a` and `b, b`. As there is
-    only one trace, a loss that draws random numbers while it is traced is not reported.
+    For example, a loss mixes examples if it broadcasts `[n, 1]` minus `[n]` to `[n, n]`. For a
+    user's task, the check evaluates one trace of the loss on random outputs `a, b`, then on `a, a`
+    and `b, b`. As there is only one trace, a loss that draws random numbers while it is traced is
+    not reported.
+
+    Args:
+        task: The task.
+        outputs: Shapes and dtypes of the model's outputs for two examples.
+        data: Data set whose labels are used.
+
+    Raises:
+        InputError: The task fails, or its loss mixes examples.
     """
 
     def losses(outputs: PyTree, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -246,17 +280,20 @@ def _check_task(task: Task, outputs: PyTree, data: Dataset) -> None:
 
 
 def check_examples_apart(model: Model, params: PyTree, model_state: PyTree, data: Dataset) -> None:
-    """Raises InputError for a model whose outputs depend on other examples of a batch in inference.
+    """Checks that outputs in inference do not depend on the other examples of a batch.
 
-    The averages of an evaluation would then depend on the batch size. The check compiles the
+    Otherwise the averages of an evaluation would depend on the batch size. The check compiles the
     inference of two examples.
 
     Args:
         model: A model that takes inputs as the data set stores them.
         params: The initial parameters. Leaves of zeros, such as the kernel of a last layer, are
-            replaced, because they would hide the mixture.
+            replaced, because they could hide the dependence.
         model_state: The initial model state.
         data: A data set with at least one training example.
+
+    Raises:
+        InputError: The outputs of one example depend on the other one.
     """
 
     @jax.jit
@@ -287,7 +324,11 @@ def _mixes(function: Callable[..., PyTree], *pair: PyTree) -> bool:
     """Returns whether the results for two examples `a, b` differ from those for `a, a` and `b, b`.
 
     The same row of the same program is compared, so rounding does not matter. Results without an
-    examples axis may differ.
+    axis of examples are not compared.
+
+    Args:
+        function: Function from a pair of examples to its results.
+        *pair: Arguments, trees of arrays `[2, ...]`.
     """
     together = jax.tree.leaves(function(*pair))
     for example in range(2):
@@ -310,7 +351,17 @@ def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) -> None:
-    """Raises InputError if the outputs for this many examples do not have the task's shape."""
+    """Checks the shapes of a model's outputs.
+
+    Args:
+        outputs: Shapes and dtypes of the outputs.
+        examples: Number of examples for which they were traced.
+        data: Data set, whose labels determine the shape of logits.
+        task: The task, which determines whether outputs must be logits.
+
+    Raises:
+        InputError: The outputs have no axis of examples, or not the shape that the task requires.
+    """
     # Every task needs an output for each example, `[examples, ...]`.
     got = describe(outputs)
     count = "one example" if examples == 1 else f"{examples} examples"

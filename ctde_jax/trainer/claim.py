@@ -18,7 +18,7 @@ from ctde_jax.trainer.training import Saving, Training
 
 
 class Found(NamedTuple):
-    """The checkpoint from which a run continues, and the options that determine its numbers."""
+    """The checkpoint from which a run continues, and the options that determine its result."""
 
     checkpoint: Checkpoint | None
     """None if the run starts from its beginning."""
@@ -44,26 +44,27 @@ class Found(NamedTuple):
 
 @contextmanager
 def claim(training: Training, saving: Saving, say: Callable[[str], None]) -> Iterator[Found]:
-    """Claims the folder of a run until the run ends, and finds the checkpoint to continue from.
+    """Locks the folder of a run within the body, and yields the checkpoint to continue from.
 
-    That is the newest intact checkpoint of this run, or the one to branch from. All hosts compare
-    what they are about to train; only host 0 opens the folder.
+    That is the newest intact checkpoint of this run, or else the one to branch from. All hosts
+    compare their options, data and programs; only host 0 reads and writes the folder.
 
     Args:
-        training: Everything that determines the numbers of the run.
-        saving: The files of the run.
+        training: Model, data and all options that determine the result of the run.
+        saving: Options of the files of the run.
         say: Prints a line.
 
     Raises:
-        InputError: The hosts differ, or the folder is in use, cannot be written to, or holds
-            another run.
+        InputError: `training` and `saving` conflict, the hosts differ, the folder is in use, cannot
+            be written to or holds another run, or a checkpoint is damaged.
+        HostLost: Another host failed.
     """
     # Compare the hosts first: if they differ, a later collective could hang.
     saving.check(training)
     folder = saving.folder
     decided = training.deciding(saving)
     identity = training.identity
-    # These do not determine the numbers, but hosts must agree on when and where to save.
+    # These do not determine the result, but hosts must agree on when and where to save.
     files = {
         "save_every": saving.save_every,
         "keep_best": saving.keep_best,
@@ -80,7 +81,7 @@ def claim(training: Training, saving: Saving, say: Callable[[str], None]) -> Ite
 
         def find_here() -> Checkpoint | None:
             at_end.enter_context(claimed(folder))
-            return find(folder, saving.resume, saving.trunk, decided, identity, say)
+            return find(folder, saving.resume, saving.parent, decided, identity, say)
 
         found = found_by_the_first(find_here)
 

@@ -1,4 +1,4 @@
-"""From a model and data to a trained model: `fit`, and `train`, which takes every option."""
+"""Training of a model on data: `fit`, and `train`, which takes all options in two values."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -72,9 +72,9 @@ def fit(
         data: Training and test examples.
         optimizer: Any optax transformation. Its `update` also receives `grad`, and as `value` and
             `loss` the mean objective of the batch (in local steps, of the replica's part). If it is
-            evaluated at another point than it trains at, as `optax.contrib.schedule_free` is, that
-            point is evaluated, returned and exported. As in any optax loop, complex gradients are
-            those of `jax.grad`, the conjugate of the direction of steepest ascent.
+            evaluated at other parameters than it trains, as `optax.contrib.schedule_free` is, these
+            are evaluated, returned and exported. As in any optax loop, complex gradients are those
+            of `jax.grad`, the conjugate of the direction of steepest ascent.
         strategy: When the replicas communicate, what they send, and how the result is applied.
         task: The loss to minimize and the metrics to report; by default classification, or
             language modeling if the data are a text.
@@ -94,9 +94,11 @@ def fit(
             `partition` or `patience`, and of `trainer.Saving`, such as `save_every` or `keep_best`.
 
     Raises:
-        InputError: An argument breaks a rule, or the folder holds another run. Nothing was trained.
+        InputError: An argument is invalid, or the folder holds another run; nothing was trained. Or
+            a batch of a stream is invalid, or a file of the run cannot be written.
         NonFiniteLoss: The loss became NaN or infinite; the folder has the metrics until then.
         ReplicasDiverged: Values that must be equal on all devices differ.
+        HostLost: Another host failed.
         Preempted: SIGTERM or SIGHUP ended the training, and a checkpoint is written. Without a
             `run_dir`, these signals end the process.
         TypeError: An option is unknown.
@@ -145,8 +147,8 @@ def train(
     """Trains as `fit` does, with all options in two values.
 
     Args:
-        training: Everything that determines the numbers of the run.
-        saving: The files of the run.
+        training: Model, data and all options that determine the result of the run.
+        saving: Options of the files of the run.
         show: Whether to show progress.
         callbacks: Functions that receive every row, or objects with methods of `Callback`.
 
@@ -173,7 +175,7 @@ def train(
         row_steps = min(training.log_every, saving.save_every or training.log_every)
         phases = unfinished(training.phases(row_steps), found.position.gone_through)
 
-        # Initialize at the center, and put state and data on the devices.
+        # Initialize or restore the state, and put state and data on the devices.
         beginning = begin(training, phases, found, screen.print)
         is_complete = found.position.gone_through == training.total_steps or beginning.best.is_over
         if is_complete and not found.is_new:
@@ -199,7 +201,7 @@ def train(
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits options into fields of `Training` and of `Saving`; raises TypeError for others."""
+    """Splits options into fields of `Training` and `Saving`; raises TypeError for other names."""
     training = {field.name for field in fields(Training)}
     saving = {field.name for field in fields(Saving)}
     # Report unknown names as Python does, with a suggestion.
@@ -212,7 +214,11 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _started(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
-    """Returns the devices of a run, by default those of `devices.start()`."""
+    """Returns the devices of a run, by default those of `devices.start()`.
+
+    Raises:
+        InputError: If `devices` is not a list of devices, or training cannot run on them.
+    """
     if devices is not None:
         check_devices(devices)
     chosen = list(devices or start())
@@ -222,10 +228,14 @@ def _started(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
 
 
 def _check_ready(devices: Sequence[jax.Device]) -> None:
-    """Raises InputError if JAX cannot train here, or hosts have different numbers of devices."""
+    """Checks the settings of JAX, and that every host has the same number of devices.
+
+    Raises:
+        InputError: If a setting rules out training (see `check_backend`), or the numbers differ.
+    """
     check_backend(devices)
-    # Every host compares its devices with an equal share of all devices.
-    if len(devices) != len(replica.own(devices)) * hosts.count():
+    # Every host must have an equal part of all devices.
+    if len(devices) != len(replica.local_replicas(devices)) * hosts.count():
         rule = f"must contain the same number of devices on each of the {hosts.count()} hosts"
         raise InputError("devices", f"{rule}; pass the result of devices.start().")
 

@@ -1,12 +1,13 @@
-"""The display and the records of a run: a progress bar, measurements as JSON lines, and curves.
+"""The log of a run: a progress bar, the rows of the history as JSON lines, and curves.
 
-A measurement is a row, a flat dict: `split` ("train", "validation" or "test"), `step`, `epoch`,
-`loss`, the metrics of the task, and `examples`. Rows of the training split also have:
+A *row* is a flat dict with the averages over some training steps or over an evaluation: `split`
+("train", "validation" or "test"), `step`, `epoch`, `loss`, the metrics of the task, and `examples`,
+the number of examples. Rows of the training split also have:
 
 - `examples_per_second`;
 - `time`: when the row was computed, in seconds since 1970 (Unix time);
 - `bytes_sent`: bytes that each device has sent since the start;
-- `skipped`: rounds skipped since the start, if rounds that are not finite are skipped;
+- `skipped`: rounds skipped since the start, if `on_nonfinite` is `skip`;
 - `learning_rate`: the learning rate of the row's last step, if `optax.inject_hyperparams` made the
   optimizer, as it makes those of the command. If the optimizer contains several learning rates, as
   `optax.multi_transform` may, none applies to all parameters, and none is logged.
@@ -56,7 +57,7 @@ _NARROWEST = 40  # columns; in fewer, a table has no room for its numbers
 
 
 class Log:
-    """Keeps the rows of a run, writes each at once, and shows the progress.
+    """The rows of a run, each of which is written to the file immediately, and its progress.
 
     Made by `open_log`.
     """
@@ -80,7 +81,11 @@ class Log:
         self._lines = _Lines(progress.console)
 
     def add(self, row: Row) -> None:
-        """Keeps, writes and shows one measurement."""
+        """Appends a row to the history and to the file, and shows it.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
         self.rows.append(row)
         if self._folder and self._file:
             # Flush each row: a checkpoint relies on all rows before it being in the file.
@@ -102,19 +107,19 @@ class Log:
             )
 
     def close(self) -> None:
-        """Shows the last measurement if it has not been shown yet."""
+        """Shows the last row if progress is shown in lines and the row has not been shown yet."""
         self._lines.finish()
 
     def say(self, text: str) -> None:
-        """Prints a text unchanged."""
+        """Prints a text as it is."""
         self._progress.console.print(text)
 
 
 class _Lines:
-    """Progress without a bar: a limited number of lines, or in a notebook one that is replaced.
+    """Progress without a bar: printed lines, or in a notebook one line that is replaced.
 
-    Evaluations may come in bursts of `_BURST` lines; in the long run there is one line every
-    `_SECONDS_BETWEEN_LINES` seconds.
+    Since the start, at most `_BURST` lines are printed, plus one for every
+    `_SECONDS_BETWEEN_LINES` seconds. Between evaluations, lines are at least this time apart.
     """
 
     def __init__(self, console: Console):
@@ -122,12 +127,12 @@ class _Lines:
         self._started = time.perf_counter()
         self._shown = 0
         self._waiting = ""
-        # A notebook shows its first line at once; elsewhere the first rows of training can wait.
+        # A notebook shows its first line immediately, a terminal or a file only after the interval.
         self._last = self._started if not console.is_jupyter else -math.inf
         self._handle: Any = None  # of IPython's display, once there is one
 
     def show(self, text: str, is_evaluation: bool) -> None:
-        """Shows a line now, or keeps it until the next one is due."""
+        """Shows a line, or, if none is due yet, keeps it for `finish` until the next one comes."""
         self._waiting = text
         now = time.perf_counter()
         # In a notebook a new line replaces the old one, so only the rate of updates is limited.
@@ -143,7 +148,7 @@ class _Lines:
             self.finish()
 
     def finish(self) -> None:
-        """Shows the line that has been kept, if there is one."""
+        """Shows the line that `show` has kept, if there is one."""
         if not self._waiting:
             return
         if self._console.is_jupyter and not self._console.quiet:
@@ -165,13 +170,13 @@ class _Lines:
 
 
 class _Fitted:
-    """The latest measurements, shortened to the width of the terminal."""
+    """The latest row of each split as one line of text that fits the width of the terminal."""
 
     def __init__(self, rows: Sequence[Row]):
         trained = [row for row in rows if row["split"] == "train"]
         others = [row for row in rows if row["split"] != "train"]
         without_metrics = [{name: row[name] for name in ("split", "loss")} for row in trained]
-        # From the longest to the shortest: the last resort is the test split alone.
+        # From the longest to the shortest, which contains the test split alone.
         self._texts = [
             _summary([*trained, *others]),
             _summary([*trained, *others], speed=False),
@@ -193,18 +198,17 @@ class _SummaryColumn(ProgressColumn):
         return task.fields["summary"]
 
 
-def console(quiet: bool = False, lasting: bool = True) -> Console:
-    """Returns the console on which a run is shown; of several hosts, only host 0 prints.
-
-    Lines are never wrapped.
+def console(quiet: bool = False, ignore_failures: bool = True) -> Console:
+    """Returns a console for progress and results, which prints only on host 0 and wraps no lines.
 
     Args:
         quiet: Whether to print nothing.
-        lasting: Whether to drop output that standard output no longer accepts, so that training
-            continues; otherwise such output raises an OSError.
+        ignore_failures: If True, a failed write to standard output, such as to a closed pipe or a
+            full disk, is reported once on standard error, and later output is dropped, so that
+            training continues. If False, the write raises OSError.
     """
     # Standard output is None in a process that was started with it closed.
-    file = cast(IO[str], Screen(sys.stdout)) if lasting and sys.stdout is not None else None
+    file = cast(IO[str], Screen(sys.stdout)) if ignore_failures and sys.stdout is not None else None
     screen = Console(
         quiet=quiet or hosts.index() > 0, soft_wrap=True, highlight=False, markup=False, file=file
     )
@@ -216,17 +220,18 @@ def console(quiet: bool = False, lasting: bool = True) -> Console:
 def open_log(
     total_steps: int, folder: Path | None = None, show: bool = True, kept: int = 0
 ) -> Iterator[Log]:
-    """Opens the log of a run; at the end, however the run ends, closes it and draws the curves.
+    """Opens the log of a run; on exit, also after an exception, closes it and draws the curves.
 
     Args:
-        total_steps: Optimizer steps of the whole run.
+        total_steps: Number of optimizer steps of the whole run.
         folder: Folder for `metrics.jsonl` and `curves.png`, which host 0 writes; None for no files.
         show: Whether to show a bar in a terminal, one line that is replaced in a notebook, and
             plain lines elsewhere.
-        kept: Number of rows in the folder after which the run continues; later rows are removed.
+        kept: Number of rows in the folder that belong to the checkpoint from which the run
+            continues; later rows are removed.
 
     Raises:
-        InputError: The folder cannot be written to, or has fewer rows.
+        InputError: The folder cannot be written to, or has fewer than `kept` intact rows.
     """
     # A bar in a terminal alone; everywhere else it is disabled, and `Log` prints lines.
     screen = console(quiet=not show)
@@ -249,7 +254,7 @@ def open_log(
         with writing_to(folder):
             rows, length = _read(path, kept) if kept else ([], 0)
             if path.exists():
-                # Refuse a pipe first, as opening it for writing would wait for a reader.
+                # Refuse a pipe first, because opening it for writing would wait for a reader.
                 open_regular(path).close()
             file = path.open("a", encoding="utf-8")
             file.truncate(length)
@@ -259,7 +264,7 @@ def open_log(
     rows = [] if folder is None else hosts.of_the_first(read_kept)
     log = Log(total_steps, rows, folder, files[0] if files else None, bar)
 
-    # However the run ends, show its last row, close the file and draw the curves.
+    # On exit, show the last row, close the file and draw the curves.
     try:
         with bar:
             yield log
@@ -276,23 +281,27 @@ def open_log(
 
 
 def read_rows(folder: Path, count: int) -> list[Row]:
-    """Returns the first rows of the metrics of a run, even if the file is damaged after them.
+    """Returns the first `count` rows of `metrics.jsonl`, even if the file is damaged after them.
 
     Args:
         folder: The folder of the run.
         count: Number of rows to read.
 
     Raises:
-        InputError: The file cannot be read, or has fewer intact rows.
+        InputError: The file cannot be read, or has fewer than `count` intact rows.
     """
     return _read(folder / METRICS, count)[0]
 
 
 def _read(path: Path, count: int) -> tuple[list[Row], int]:
-    """Returns the first `count` rows of a file, and the number of bytes that they take."""
+    """Returns the first `count` rows of a file, and the length of their lines in bytes.
+
+    Raises:
+        InputError: The file cannot be read, or has fewer than `count` intact rows.
+    """
     rows: list[Row] = []
     length = 0
-    # The rows end at the first line that is no text, no JSON or no row, or has no line end.
+    # The intact rows end at the first line that is not UTF-8, JSON or a row, or has no line end.
     try:
         with (
             open_regular(path) as file,
@@ -373,7 +382,7 @@ def _measured(row: Row) -> dict[str, float]:
 
 
 def _summary(rows: Iterable[Row], speed: bool = True) -> str:
-    """Returns the loss and the metrics of these rows as text, with the speed if it is wanted."""
+    """Returns the loss and the metrics of rows as text; `speed` adds the training speed."""
     words = []
     for row in rows:
         measured = [f"{name} {value:.4f}" for name, value in _measured(row).items()]

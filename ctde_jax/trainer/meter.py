@@ -11,7 +11,7 @@ from ctde_jax.checkpoint import Position
 from ctde_jax.devices import hosts
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.models import Task
-from ctde_jax.rounds import Averages, Span, Sums, rows_a_dispatch
+from ctde_jax.rounds import Averages, Span, Sums, rows_per_dispatch
 from ctde_jax.trainer.log import Row
 
 _SAVE_SECONDS = 60.0
@@ -37,7 +37,15 @@ class Clock:
 
 
 class Meter:
-    """Turns the sums of dispatches into rows of the history, and sets the length of dispatches."""
+    """Converts the sums of dispatches to rows of the history, and sets the length of dispatches.
+
+    Args:
+        steps_per_epoch: Number of steps per epoch.
+        task: Task whose loss and metrics are averaged.
+        save_every: Maximum number of steps between two checkpoints; None for about a minute.
+        skips: Whether rounds with NaN or infinity are skipped, and their number is logged.
+        position: Progress of the run at its start.
+    """
 
     def __init__(
         self,
@@ -51,25 +59,34 @@ class Meter:
         self._task = task
         self._skips = skips
         self.position = position
-        """Steps gone through count when they are dispatched, all else when rows are made."""
+        """Progress; `gone_through` is ahead of the other entries, as it includes all dispatches."""
 
         self._save_every = save_every
         self._saved = position.gone_through
         self._saved_at = self._last = time.perf_counter()
         # One row in each dispatch until the time of a row has been measured.
-        self._rows_a_dispatch = 1
+        self._rows_per_dispatch = 1
         self.start(Span(position.gone_through, position.gone_through, round_steps=1), sent=0)
 
     def start(self, span: Span, sent: float) -> None:
-        """Begins a span in whose rounds each device sends this many bytes."""
+        """Begins a span.
+
+        Args:
+            span: The span.
+            sent: Bytes that each device sends per round.
+        """
         self._span = span
-        self._sent_a_round = sent
+        self._sent_per_round = sent
         self._dispatches = 0
         self._last = time.perf_counter()
 
     def pace(self) -> int:
-        """Returns the number of rounds of the next dispatch, such that no checkpoint is late."""
-        rows = self._rows_a_dispatch
+        """Returns the number of rounds of the next dispatch.
+
+        They form at least one row. Further rows must end before a checkpoint by `save_every` is
+        due.
+        """
+        rows = self._rows_per_dispatch
         if self._save_every is not None:
             # At least one row, as a row has at least one round, and that may exceed `save_every`.
             rows = max(1, min(rows, self._steps_until(self._save_every) // self._row_steps))
@@ -77,7 +94,7 @@ class Meter:
 
     def dispatched(self, rounds: int) -> None:
         """Records that this many rounds have been dispatched."""
-        # The last round of a span is padded with empty steps, which do not count.
+        # The last round of a span may be padded with empty steps, which are not counted.
         gone_through = min(
             self.position.gone_through + rounds * self._span.round_steps, self._span.stop
         )
@@ -91,7 +108,8 @@ class Meter:
     def is_save_due(self) -> bool:
         """Returns whether to write a checkpoint before the next row.
 
-        One is due after a minute, or if `save_every` is given, when another row would exceed it.
+        With `save_every`, it is due if the next row would end more than `save_every` steps after
+        the last checkpoint; otherwise a minute after the last checkpoint.
         """
         # Hosts must agree on the answer, as all of them take part in a checkpoint.
         if self._save_every is None:
@@ -108,18 +126,21 @@ class Meter:
         self._saved_at = time.perf_counter()
 
     def row(self, split: str, averages: Averages) -> Row:
-        """Returns the row of an evaluation.
+        """Returns the history row of an evaluation on `split`.
 
         Raises:
-            NonFiniteLoss: The averaged loss is NaN or infinite, because the last step, whose
-                loss was still finite, has damaged the parameters.
+            NonFiniteLoss: The averaged loss is NaN or infinite, for example because the last update
+                made the parameters non-finite.
         """
         if not np.isfinite(averages["loss"]):
             raise NonFiniteLoss(self.position.step)
         return {"split": split, **self._where(), **averages}
 
     def rows(self, sums: Sums, first: int, last: int) -> Iterator[Row]:
-        """Waits for a dispatch, and yields the rows of its rounds, all with the same speed.
+        """Waits for a dispatch, and yields the rows of its rounds.
+
+        `examples_per_second` is that of the whole dispatch. A row whose rounds were all skipped is
+        left out.
 
         Args:
             sums: Sums of the steps of a piece over all replicas, by name, each float32[steps].
@@ -127,7 +148,8 @@ class Meter:
             last: End of these rounds, exclusive.
 
         Raises:
-            NonFiniteLoss: The loss of a step is NaN or infinite.
+            NonFiniteLoss: The loss of a step is NaN or infinite, or `MOST_SKIPPED` consecutive
+                rounds were skipped.
         """
         round_steps = self._span.round_steps
         row_rounds = self._span.row_rounds
@@ -142,14 +164,14 @@ class Meter:
         # The first dispatch also waited for an evaluation or for threads, so time the second.
         self._dispatches += 1
         if self._dispatches == 2:
-            self._rows_a_dispatch = rows_a_dispatch(
+            self._rows_per_dispatch = rows_per_dispatch(
                 _of_the_first_host(seconds / ceil((last - first) / row_rounds))
             )
 
         speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
         for start in range(0, last - first, row_rounds):
             row = self._row(sums, round_steps * start, min(row_rounds, last - first - start), speed)
-            # A row of skipped rounds alone has no averages.
+            # Without examples, because all rounds were skipped, there are no averages.
             if row["examples"]:
                 yield row
 
@@ -158,12 +180,22 @@ class Meter:
         return self._span.row_rounds * self._span.round_steps
 
     def _steps_until(self, period: int) -> int:
-        """Returns the number of steps until a period after the last checkpoint has passed."""
+        """Returns the number of steps until `period` steps after the last checkpoint."""
         return self._saved + period - self.position.gone_through
 
     def _row(self, sums: Sums, start: int, rounds: int, speed: float) -> Row:
-        """Returns the row of these rounds; it has no examples if all of them were skipped."""
-        # The sums of these rounds alone, each float32[rounds * round_steps].
+        """Returns the history row of consecutive rounds; `examples` is 0 if all were skipped.
+
+        Args:
+            sums: Sums of the steps of the dispatch, by name, each float32[steps].
+            start: First step of the row within these sums.
+            rounds: Number of rounds in the row.
+            speed: Number of examples per second.
+
+        Raises:
+            NonFiniteLoss: As for `rows`.
+        """
+        # The sums of these rounds, each float32[rounds * round_steps].
         sums = {
             name: all_sums[start : start + rounds * self._span.round_steps]
             for name, all_sums in sums.items()
@@ -188,7 +220,7 @@ class Meter:
         # A step in which no replica has examples is not an optimizer step.
         self.position = self.position._replace(
             step=step + int((sums["examples"] > 0).sum()),
-            sent=self.position.sent + rounds * self._sent_a_round,
+            sent=self.position.sent + rounds * self._sent_per_round,
             skipped=skipped,
             skipped_in_a_row=in_a_row,
         )
@@ -215,5 +247,5 @@ class Meter:
 
 
 def _of_the_first_host(seconds: float) -> float:
-    """Returns the value of host 0 on all hosts, so that they cut their dispatches alike."""
+    """Returns the value of host 0 on all hosts, so that all of them choose the same dispatches."""
     return float(hosts.arrays_of_the_first(np.float32(seconds)))

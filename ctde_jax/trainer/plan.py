@@ -14,13 +14,14 @@ from ctde_jax.trainer.training import Training
 
 
 def plan(training: Training, folder: Path | None, names: Mapping[str, str] = {}) -> Table:
-    """Returns a table of what is trained, on which devices and data, and of the output folder.
+    """Returns a table of the devices, data, model, batch, optimizer, strategy and folder of a run.
 
     Args:
-        training: The training.
+        training: Model, data and all options that determine the result of the run.
         folder: Folder of the run; None if it writes no files.
-        names: Descriptions of parts that are functions and have no description: `model`,
-            `optimizer`, `strategy` and `partition`.
+        names: Descriptions by the keys `model`, `optimizer`, `strategy` and `partition`, which the
+            command derives from its options. Without one, a part is described generically or left
+            out.
     """
     devices = training.devices
     data = training.data
@@ -61,7 +62,7 @@ def plan(training: Training, folder: Path | None, names: Mapping[str, str] = {})
 
 
 def line(name: str, text: str) -> Table:
-    """Returns a line that continues a plan."""
+    """Returns a table of one row with the column widths of a plan, to print after it."""
     table = _grid()
     table.add_row(name, text)
     return table
@@ -85,7 +86,7 @@ def _describe_devices(training: Training) -> str:
 
 
 def _note_on_fake_devices(training: Training) -> str | None:
-    """Returns a sentence on what several fake devices are for; None for all other devices."""
+    """Returns a sentence on the speed of several fake CPU devices; None for all other devices."""
     devices = training.devices
     here = sum(device.process_index == jax.process_index() for device in devices)
     if devices[0].platform != "cpu" or here == 1:
@@ -108,7 +109,7 @@ def _describe_inputs(data: Dataset) -> str:
 
 
 def _describe_split(training: Training, name: str) -> str:
-    """Describes the assignment of examples: reshuffled, to clients, or to devices."""
+    """Describes the assignment of examples to devices: reshuffled, by clients, or fixed."""
     partition = training.partition
     devices = len(training.devices)
     if partition is None:

@@ -1,6 +1,6 @@
-"""The programs of a run, all compiled before the first step.
+"""The programs of a run, which are all compiled before the first step.
 
-An error then costs seconds and not an epoch.
+An error in any of them is therefore reported before training starts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,26 +26,30 @@ from ctde_jax.trainer.training import Training
 
 
 class PhaseProgram(NamedTuple):
-    """The compiled rounds of a phase, and the spans of it that are left."""
+    """The compiled programs of a phase, and its unfinished spans."""
 
     phase: Phase
     spans: Sequence[Span]
     """The unfinished spans."""
 
     train_rounds: Program
+    """Computes the rounds of a dispatch; see `rounds.parallel_rounds`."""
+
     digest: Program
-    """Adds up the sums of a dispatch over all replicas, and digests the state after it."""
+    """Sums over the replicas and digests the state after a dispatch; see `rounds.make_digests`."""
 
     shared: Sequence[str]
     """Names of the leaves that must be equal on all devices."""
 
     traffic: Traffic
+    """The collectives of a round."""
+
     center_of: Callable[[state.TrainState], PyTree]
-    """Maps a state to the central parameters to evaluate."""
+    """Function from a state to the central parameters to evaluate."""
 
     @property
     def begins(self) -> bool:
-        """Whether the run enters this phase from the synchronous phase before it."""
+        """Whether the state must first be converted from the synchronous phase before this one."""
         return bool(self.spans) and self.spans[0].start == self.phase.start > 0
 
 
@@ -54,25 +58,26 @@ class Programs(NamedTuple):
 
     phases: Sequence[PhaseProgram]
     evaluate: Mapping[str, Callable[[PyTree, PyTree], Averages]]
-    """By split, validation first if there is one."""
+    """Functions from parameters and model state to averages, by split: validation, then test."""
 
     reestimate: Callable[[PyTree, PyTree], PyTree]
-    """Maps central parameters and model state to the model state to evaluate them with."""
+    """Function from parameters and model state to the model state for their evaluation."""
 
 
 def compile_programs(
     training: Training, phases: Sequence[Phase], beginning: Beginning, gone_through: int
 ) -> Programs:
-    """Compiles the programs of a run from its first state on.
+    """Compiles the programs for the remaining steps of a run.
 
     Args:
-        training: Everything that determines the numbers of the run.
+        training: Model, data and all options that determine the result of the run.
         phases: The unfinished phases.
         beginning: The first state.
-        gone_through: Number of steps that are done.
+        gone_through: Number of steps that are already done; see `Position`.
 
     Raises:
-        InputError: A program needs more memory than its devices have.
+        InputError: A program needs more memory than its devices have, or the bytes of its
+            collectives cannot be determined.
     """
     # The gradient is the same in all phases; each phase applies it by its strategy.
     devices = training.devices
@@ -85,7 +90,7 @@ def compile_programs(
     )
     host_of_each = [device.process_index for device in devices]
 
-    # Compile the rounds of each phase for the state that the phase before leaves.
+    # Compile the rounds of each phase for the shapes and dtypes of its first state.
     like = beginning.train_state
     key = beginning.key
     programs: list[PhaseProgram] = []
@@ -108,7 +113,7 @@ def compile_programs(
         digest = digests.make_digests(devices, phase.strategy)
         train_rounds = replica.compiled(lowered, devices, is_exact)
         memory.check_program(train_rounds, devices)
-        # The optimized HLO shows the bytes that travel, which may differ from those written.
+        # Count the bytes in the optimized HLO, as the compiler may change dtypes and collectives.
         text = train_rounds.as_text() or ""
         inner_steps = phase.strategy.inner_steps
         program = PhaseProgram(

@@ -30,10 +30,14 @@ SCALED = "opt_state/1/0/"
 
 
 def rolling_back(run: Callable[..., Trained]) -> Callable[..., Trained]:
-    """Restarts a run with smaller updates if its loss is not finite and `on_nonfinite` asks for it.
+    """Decorates a training function so that it rolls back if `on_nonfinite` is `rollback`.
+
+    After NonFiniteLoss, the update factor in the newest checkpoint is halved, and the run resumes
+    from it. After `ROLLBACKS` rollbacks, or without a checkpoint, NonFiniteLoss is raised.
 
     Args:
-        run: A function of a `Training`, a `Saving` and keyword arguments; only `show` is read.
+        run: A function of a `Training`, a `Saving` and keyword arguments, of which only `show` is
+            read here.
     """
 
     @wraps(run)
@@ -66,7 +70,7 @@ class ShrunkState(NamedTuple):
 
 
 def shrunk(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the updates of an optimizer by a factor in its state, 1 before any rollback."""
+    """Returns an optimizer whose updates are multiplied by a factor in its state, initially 1."""
 
     def update(updates, state, params=None, **extra_args):
         return optax.tree.scale(state.update_factor, updates), state
@@ -79,16 +83,25 @@ def shrunk(optimizer: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def unscaled_state(opt_state: PyTree) -> PyTree:
-    """Returns the state of the optimizer that `shrunk` wrapped."""
-    own, _ = opt_state
-    return own
+    """Returns the state of `optimizer`, given the state of `shrunk(optimizer)`."""
+    inner, _ = opt_state
+    return inner
 
 
 def _halve_updates(folder: Path, error: NonFiniteLoss, say: Callable[[str], None]) -> bool:
-    """Halves the factor in the newest intact checkpoint of a folder, and writes it back.
+    """Halves the update factor in the newest intact checkpoint of a run, and rewrites it.
+
+    Args:
+        folder: Folder of the run.
+        error: The exception that ended the run, whose step is printed.
+        say: Prints a line.
 
     Returns:
-        False if there is no checkpoint, or the factor was halved `ROLLBACKS` times already.
+        True if the factor was halved; False if there is no checkpoint, or the factor has been
+        halved `ROLLBACKS` times already.
+
+    Raises:
+        InputError: If the folder cannot be written to, or has no intact checkpoint.
     """
     with claimed(folder), writing_to(folder):
         found = newest_intact(folder / CHECKPOINTS, say)

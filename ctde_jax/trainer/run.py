@@ -35,14 +35,14 @@ from ctde_jax.trainer.training import Saving, Training
 
 
 class _Dispatch(NamedTuple):
-    """Rounds that have been dispatched, and their place in the piece and in the run."""
+    """Results of dispatched rounds, and the position of the rounds in the piece and in the run."""
 
     sums: Sums  # over all replicas, each float32[steps of the piece]
     digests: jax.Array  # uint32[replica, leaf]
-    first: int  # round of the piece
-    last: int  # exclusive
-    since: int  # steps gone through before the dispatch
-    until: int  # and after it
+    first: int  # first round of the dispatch, counted in the piece
+    last: int  # end of its rounds, exclusive
+    since: int  # number of steps of the run before the dispatch
+    until: int  # number of steps of the run after the dispatch
 
 
 class Run:
@@ -51,16 +51,16 @@ class Run:
     Made by `open_run`.
 
     Args:
-        training: Everything that determines the numbers of the run.
-        saving: The files of the run.
+        training: Model, data and all options that determine the result of the run.
+        saving: Options of the files of the run.
         found: The checkpoint from which the run continues, if there is one.
         beginning: The first state.
         programs: The compiled programs.
-        pieces: The examples of all spans, in order.
+        pieces: The pieces of all remaining spans, in order.
         log: The log of the rows.
-        saver: The writer of checkpoints; None without a folder, and on all hosts but the first.
-        stop: The signal that has asked the run to stop, if any.
-        clock: The wall time by part.
+        saver: The writer of checkpoints; None without a folder, and on all hosts but host 0.
+        stop: The signal or callback that has asked the run to stop, if any.
+        clock: The wall time by part of the run.
         callbacks: The callbacks of the user.
     """
 
@@ -106,7 +106,15 @@ class Run:
         self.train_state = beginning.train_state
 
     def advance(self, program: PhaseProgram) -> None:
-        """Computes the rest of a phase with evaluations and checkpoints, until the run is over."""
+        """Trains the remaining spans of a phase, with evaluations and checkpoints.
+
+        It returns early if a signal, a callback or early stopping ends the run.
+
+        Raises:
+            InputError: A file of the run cannot be written.
+            NonFiniteLoss: A loss or a parameter is NaN or infinite.
+            ReplicasDiverged: Values that must be equal on all devices differ.
+        """
         if self._is_over:
             return
         self._phase = program
@@ -115,7 +123,7 @@ class Run:
 
         # A span ends with an evaluation, unless a signal stopped the run in the middle of it.
         for span in program.spans:
-            self._go_through(span)
+            self._dispatch_span(span)
             self._clock.lap("train")
             if self._meter.is_at_end:
                 self._evaluate()
@@ -127,9 +135,11 @@ class Run:
                 break
 
     def result(self) -> Trained:
-        """Waits for the last checkpoint, and returns the trained model.
+        """Waits for the last checkpoint, evaluates if necessary, and returns the trained model.
 
         Raises:
+            InputError: The last checkpoint could not be written.
+            NonFiniteLoss: The loss of the evaluation is NaN or infinite.
             Preempted: SIGTERM or SIGHUP ended the run, and its checkpoint is written.
         """
         self.wait()
@@ -173,10 +183,13 @@ class Run:
         return trained
 
     def save(self) -> None:
-        """Begins to write a checkpoint. All rows up to here must have been logged.
+        """Starts to write a checkpoint of the current state; does nothing without a folder.
+
+        All rows up to the current step must have been logged.
 
         Raises:
-            NonFiniteLoss: The last step has made a parameter NaN or infinite.
+            InputError: The previous checkpoint could not be written.
+            NonFiniteLoss: A parameter is NaN or infinite.
         """
         if self._folder is None:
             return
@@ -206,7 +219,11 @@ class Run:
         self._meter.saved()
 
     def wait(self) -> None:
-        """Waits on all hosts for the checkpoint of host 0; raises InputError if it failed."""
+        """Waits on all hosts for the checkpoint that host 0 writes.
+
+        Raises:
+            InputError: The checkpoint could not be written.
+        """
         hosts.of_the_first(lambda: None if self._saver is None else self._saver.wait())
         self._report_checkpoints()
 
@@ -219,15 +236,15 @@ class Run:
         is_last = span.stop == self._training.total_steps
         return is_last or self._meter.is_save_due() or self._is_new_best
 
-    def _go_through(self, span: Span) -> None:
-        """Computes the dispatches of a span, up to a signal, and logs their rows."""
+    def _dispatch_span(self, span: Span) -> None:
+        """Dispatches the rounds of a span until its end or a signal, and logs their rows."""
         program = self._phase
         meter = self._meter
         meter.start(span, program.traffic.sent)
         unread: list[_Dispatch] = []  # the rows of these are not logged yet
         pieces = islice(self._pieces, span.pieces)
         for examples, indices, first, last in cut(pieces, meter.pace):
-            # Dispatch the rounds, which take over the memory of the old state.
+            # Dispatch the rounds, to which the memory of the old state is donated.
             self.train_state, sums = program.train_rounds(
                 self.train_state, examples, indices, np.int32(first), np.int32(last), self._key
             )
@@ -258,18 +275,24 @@ class Run:
             self._read(dispatch)
 
     def _read(self, dispatch: _Dispatch) -> None:
-        # Check the replicas first: if they differ, the rows mean nothing.
+        # Check the replicas first: if they differ, the rows are not valid.
         found = jax.device_get(dispatch.digests)
         digests.check(found, self._phase.shared, dispatch.since, dispatch.until)
         for row in self._meter.rows(dispatch.sums, dispatch.first, dispatch.last):
             self._add(row)
 
     def _evaluate(self) -> None:
-        """Evaluates the central parameters on all splits; logs the rows unless the log has them."""
+        """Evaluates the central parameters on all splits and logs the rows.
+
+        If the log of a resumed run already has these rows, it only computes the center.
+
+        Raises:
+            NonFiniteLoss: A loss is NaN or infinite.
+        """
         params = self._phase.center_of(self.train_state)
         model_state = self._programs.reestimate(params, self.train_state.model_state)
         self._center = (params, model_state)
-        # The log of a resumed run may already have the rows of this evaluation.
+        # The log of a resumed run may already have these rows.
         if self._is_evaluated:
             return
         # Compute all rows before any is logged: a loss that is not finite must leave none of them.
@@ -296,12 +319,12 @@ class Run:
 
     @property
     def _is_evaluated(self) -> bool:
-        """Whether the log has the averages of the current parameters, and these are at hand."""
+        """Whether the log has the evaluation of the current step, and `_center` its parameters."""
         return self._center is not None and self._measured is not None
 
     @property
     def _is_new_best(self) -> bool:
-        """Whether the best checkpoint is kept and the last evaluation is better than all before."""
+        """Whether `keep_best` is set and the last evaluation is better than all earlier ones."""
         if self._keep_best is None:
             return False
         # `best` returns the first of equal ones, so a tie is not a new best.
@@ -315,7 +338,7 @@ class Run:
 
     @property
     def _measured(self) -> Row | None:
-        """The judging split's row for the current parameters, if the log has it."""
+        """The row of the split `_judge` for the current step; None if the log does not have it."""
         rows = reversed(self._log.rows)
         last = next((row for row in rows if row["split"] == self._judge), None)
         return None if last is None or last["step"] != self._meter.position.step else last
@@ -332,10 +355,24 @@ def open_run(
     show: bool,
     callbacks: Sequence[AnyCallback],
 ) -> Iterator[Run]:
-    """Opens the log, the examples and the writer of checkpoints, and closes them however it ends.
+    """Opens the log, the feed, the callbacks and the writer of checkpoints of a run.
 
-    From here on, the first signal is only recorded; it ends the run after the current dispatch. A
-    new run with a folder has a checkpoint before its first row.
+    All of them are closed on exit, also after an exception. Within the body, the first signal is
+    only recorded; it ends the run after the current dispatch. For a new run with a folder, a
+    checkpoint of the first state is written before the body.
+
+    Args:
+        training: Model, data and all options that determine the result of the run.
+        saving: Options of the files of the run.
+        found: The checkpoint from which the run continues, if there is one.
+        beginning: The first state.
+        programs: The compiled programs.
+        clock: The wall time by part of the run.
+        show: Whether to show progress.
+        callbacks: The callbacks of the user.
+
+    Raises:
+        InputError: The folder cannot be written to, or lacks rows of the checkpoint.
     """
     folder = saving.folder
     is_first = hosts.index() == 0
@@ -381,9 +418,9 @@ def open_run(
 
 
 def prepare_folder(saving: Saving, found: Found, say: Callable[[str], None]) -> None:
-    """Moves an earlier run out of the folder of a new one, and lets the caller write files there.
+    """Moves an earlier run out of the folder of a new one, and calls `saving.prepare`.
 
-    Call it after the programs are compiled: a model that fails to compile must not move anything.
+    Call it after the programs are compiled: if a model fails to compile, no file may be moved.
     """
     folder = saving.folder
     if folder is None:
@@ -395,7 +432,7 @@ def prepare_folder(saving: Saving, found: Found, say: Callable[[str], None]) -> 
 
 
 def _facts(training: Training, saving: Saving, found: Found) -> dict[str, Any]:
-    """Returns the facts that all checkpoints of a run share."""
+    """Returns the facts that are equal in all checkpoints of a run."""
     facts = {
         "replicas": len(training.devices),
         "options": found.decided,
@@ -404,7 +441,7 @@ def _facts(training: Training, saving: Saving, found: Found) -> dict[str, Any]:
         "vocabulary": training.data.vocabulary,
         "platform": training.devices[0].platform,
     }
-    # The digests need a trace of the program, so only runs with checkpoints make them.
+    # Digests require a trace of the program, so they are computed only for runs with checkpoints.
     if saving.folder is not None:
         facts["identity"] = training.identity.facts
     return facts

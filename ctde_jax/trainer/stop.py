@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: they end a training after the current dispatch, not within it."""
+"""Handlers of Ctrl-C, SIGTERM and SIGHUP, which end a training after the current dispatch."""
 
 import signal
 import threading
@@ -10,7 +10,11 @@ from ctde_jax.devices import hosts
 
 
 class Stop:
-    """The signal that has asked a run to stop, if any; several hosts stop at the same dispatch."""
+    """The signal that has asked a run to stop, if any; it is true if there is one.
+
+    A callback that stops the run is recorded as SIGINT. Several hosts agree on the signal, so that
+    they stop after the same dispatch.
+    """
 
     def __init__(self):
         self.asked_by: signal.Signals | None = None
@@ -29,24 +33,30 @@ class Stop:
         return is_first
 
     def agree(self) -> None:
-        """Agrees on a signal of any host; all hosts must call this after the same dispatch."""
+        """Sets `asked_by` on all hosts if any of them has received a signal.
+
+        All hosts must call this after the same dispatch.
+        """
         # Signal numbers are positive, so the largest is a signal if any host received one.
         number = hosts.largest(self._noted or 0)
         self.asked_by = signal.Signals(number) if number else None
 
     @property
     def is_preemption(self) -> bool:
-        """Whether another party wants the machine: SIGTERM, as from a scheduler, or SIGHUP."""
+        """Whether the signal is SIGTERM, as from a scheduler, or SIGHUP."""
         return self.asked_by in (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def deferred(saves: bool) -> Iterator[Stop]:
-    """Defers the first signal, which is recorded; a Ctrl-C after it raises KeyboardInterrupt.
+    """Yields a `Stop` that records signals within the body, which then do not end the process.
+
+    After the first signal, Ctrl-C raises KeyboardInterrupt. In a thread other than the main one,
+    signals are not recorded.
 
     Args:
-        saves: Whether the run writes checkpoints. If not, SIGTERM and SIGHUP end the process at
-            once. An ignored SIGHUP, as under nohup, stays ignored.
+        saves: Whether the run writes checkpoints. If not, only Ctrl-C is handled, so SIGTERM and
+            SIGHUP end the process immediately. An ignored SIGHUP, as under nohup, stays ignored.
     """
     stop = Stop()
 

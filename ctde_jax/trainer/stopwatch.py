@@ -13,9 +13,10 @@ The training loop overlaps some of these parts, so their sum may exceed a step o
 is measured, too.
 
 Fake CPU devices share the cores with the host, so the host's call may return only after they have
-started. On them, the sum of dispatch and compute is more certain than either.
+started. On them, the sum of dispatch and compute is more accurate than either.
 
-All contestants take turns in one process, so that other load on the machine affects all of them.
+The compiled programs that are compared, the *contestants*, take turns in one process, so that other
+load on the machine affects all of them. A *turn* measures each of them once.
 """
 
 import sys
@@ -42,7 +43,7 @@ from ctde_jax.rounds import (
     make_gradient,
     make_reestimate,
     parallel_rounds,
-    rows_a_dispatch,
+    rows_per_dispatch,
     state,
 )
 from ctde_jax.trainer.training import Training
@@ -63,16 +64,19 @@ class Spread(NamedTuple):
 
     median: float
     low: float
+    """Lower quartile."""
+
     high: float
+    """Upper quartile."""
 
 
 Partition = Callable[[int], Sequence[np.ndarray] | None]
-"""Maps a number of devices to the examples that each of them keeps, or to None."""
+"""Function from a number of devices to the partition of the examples for it, or to None."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The measurements; times are in seconds."""
+    """The measured times of a training, in seconds."""
 
     replicas: int
     cores: int | None
@@ -80,7 +84,7 @@ class Profile:
 
     batch_size: int
     steps: int
-    """Optimizer steps of the whole run, of which only a few are taken."""
+    """Number of optimizer steps of the whole run, of which only a few are measured."""
 
     steps_per_dispatch: int
     steps_per_evaluation: int
@@ -94,11 +98,17 @@ class Profile:
     scaling: dict[int, Spread]
     """Time of a step of the training loop, by number of devices, at the same global batch size."""
 
-    evaluation: Spread  # of all splits, with the batch statistics if they are reestimated
+    evaluation: Spread
+    """Time of an evaluation on all splits, including the re-estimation of batch statistics."""
+
     half_batch: Spread | None
-    """Time of a step with half the batch size, relative to a step; None if it cannot be halved."""
+    """Ratio of the time of a step with half the batch size to that of a step with the whole one.
+
+    None if the batch size cannot be halved.
+    """
 
     turns: int
+    """Number of turns."""
 
     @property
     def step(self) -> Spread:
@@ -113,16 +123,16 @@ def measure(
     trace: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Profile:
-    """Measures the parts of a training without finishing it.
+    """Measures the time of each part of a training in a few steps.
 
-    This takes the memory of several trainings: one for each number of devices, and two to compare
-    with.
+    This takes the memory of several trainings: one for each number of devices, one without
+    communication, and one with half the batch size.
 
     Args:
-        training: The training; if its strategy starts with a synchronous phase, the phase after
+        training: The training to measure. If it starts with a synchronous phase, the phase after
             that is measured.
-        partition: The partition of the training, also for fewer devices.
-        seconds: Seconds after which the turns end, unless there are too few for a median.
+        partition: The partition of the training as a function of the number of devices.
+        seconds: Approximate duration of all turns; there are at least 5 turns and at most 100.
         trace: Folder for a trace of a few dispatches, or None.
         say: Prints the stage of the measurement.
 
@@ -151,33 +161,33 @@ def measure(
     # Size the dispatches as training does: from the time of one row, measured after a first
     # dispatch that starts the threads.
     say(f"compiling for {len(training.devices)} devices")
-    own = _Contestant(training, center, strategy, span)
-    own.dispatch()
-    rows = rows_a_dispatch(own.dispatch().ready * span.row_rounds * span.round_steps)
-    own.rounds = min(rows * span.row_rounds, span.piece_rounds)
-    steps = own.rounds * span.round_steps
+    whole = _Contestant(training, center, strategy, span)
+    whole.dispatch()
+    rows = rows_per_dispatch(whole.dispatch().ready * span.row_rounds * span.round_steps)
+    whole.rounds = min(rows * span.row_rounds, span.piece_rounds)
+    steps = whole.rounds * span.round_steps
 
     # Compile the evaluation.
     before = time.perf_counter()
-    evaluate = _make_evaluation(training, center, own)
+    evaluate = _make_evaluation(training, center, whole)
     compiled_evaluation = time.perf_counter() - before
 
     # To compare with: the same steps without communication, half the batch size, fewer devices.
-    lonely = Strategy(steps, optax.identity(), inner=strategy.inner)
-    alone = _Contestant(training, center, lonely, Span(0, steps, steps), own)
+    without_reduction = Strategy(steps, optax.identity(), inner=strategy.inner)
+    alone = _Contestant(training, center, without_reduction, Span(0, steps, steps), whole)
     half = None
     if training.batch_size % (2 * len(training.devices) * training.accumulation_steps) == 0:
         half = _Contestant(
-            replace(training, batch_size=training.batch_size // 2), center, strategy, span, own
+            replace(training, batch_size=training.batch_size // 2), center, strategy, span, whole
         )
     scaling = _on_fewer_devices(training, partition, center, strategy, span, say)
-    scaling[len(training.devices)] = own
+    scaling[len(training.devices)] = whole
 
-    # Measure first: the profiler would affect the times.
-    turns, loops = _take_turns(own, alone, half, scaling, evaluate, seconds, say)
+    # Measure before the trace is written, because the profiler affects the times.
+    turns, loops = _take_turns(whole, alone, half, scaling, evaluate, seconds, say)
     if trace is not None:
         say("tracing")
-        own.trace(trace)
+        whole.trace(trace)
 
     # Summarize the turns by median and quartiles.
     measured = {name: spread([turn[name] for turn in turns]) for name in turns[0]}
@@ -190,7 +200,7 @@ def measure(
         steps_per_evaluation=span.stop - span.start,
         once={
             "initialize the model": started,
-            **own.once,
+            **whole.once,
             "compile evaluation": compiled_evaluation,
         },
         parts={part: measured[part] for part in PARTS},
@@ -209,7 +219,7 @@ def _on_fewer_devices(
     span: Span,
     say: Callable[[str], None],
 ) -> dict[int, "_Contestant"]:
-    """Compiles the same training for each smaller number of devices that it can run on.
+    """Compiles the same training for the smaller powers of two of devices on which it can run.
 
     Returns:
         The contestants by number of devices.
@@ -227,7 +237,7 @@ def _on_fewer_devices(
 
 
 def _take_turns(
-    own: "_Contestant",
+    whole: "_Contestant",
     alone: "_Contestant",
     half: "_Contestant | None",
     scaling: dict[int, "_Contestant"],
@@ -237,6 +247,15 @@ def _take_turns(
 ) -> tuple[list[dict[str, float]], dict[int, list[float]]]:
     """Measures all contestants in turns.
 
+    Args:
+        whole: The training itself.
+        alone: The same steps without communication.
+        half: The training with half the batch size, or None.
+        scaling: The training on each number of devices, including `whole`.
+        evaluate: Function that evaluates and returns the duration in seconds.
+        seconds: Approximate duration of all turns.
+        say: Prints the stage of the measurement.
+
     Returns:
         The seconds of each part of a step in each turn, and the seconds of a step of the training
         loop in each turn, by number of devices.
@@ -244,24 +263,24 @@ def _take_turns(
     # Warm up with dispatches of the same length for all, and choose the length of the loops.
     say("warming up")
     for contestant in (*([half] if half else []), *scaling.values()):
-        contestant.rounds = own.rounds
+        contestant.rounds = whole.rounds
         contestant.dispatch()
     alone.dispatch()
     evaluate()
-    dispatched = own.dispatch().ready * own.steps
+    dispatched = whole.dispatch().ready * whole.steps
     length = int(np.clip(_LOOP_SECONDS / dispatched, _LEAST_LOOP, _MOST_LOOP))
 
-    # Every turn measures everything once, so that a slow moment of the machine affects all.
+    # Every turn measures all contestants, so that a slow moment of the machine affects all of them.
     turns: list[dict[str, float]] = []
     loops: dict[int, list[float]] = {count: [] for count in scaling}
     ends = time.perf_counter() + seconds
     while len(turns) < _LEAST_TURNS or (time.perf_counter() < ends and len(turns) < _MOST_TURNS):
         say(f"measuring, turn {len(turns) + 1}")
-        taken = own.dispatch()
+        taken = whole.dispatch()
         taken_alone = alone.dispatch()
         # The module's docstring explains the differences.
         turn = {
-            "input": own.input(len(turns)),
+            "input": whole.input(len(turns)),
             "dispatch": taken.returned,
             "compute": taken_alone.ready - taken.returned,
             "aggregation": taken.ready - taken_alone.ready,
@@ -276,12 +295,12 @@ def _take_turns(
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Returns median and quartiles; negative values become 0.
+    """Returns the median and the quartiles of values; negative results become 0.
 
-    A negative difference of times is noise around zero.
+    Differences of times can be negative because of noise.
 
     Args:
-        values: Seconds, or ratios of them.
+        values: Times in seconds, differences of times, or ratios of times.
     """
     low, middle, high = np.maximum(np.percentile(values, [25, 50, 75]), 0)
     return Spread(float(middle), float(low), float(high))
@@ -299,10 +318,11 @@ class _Contestant:
 
     Args:
         training: The training, whose data are in memory.
-        center: Initial parameters and model state.
+        center: Pair of the initial parameters and model state.
         strategy: The strategy of the rounds.
-        span: The sizes of rounds, rows and pieces.
-        beside: A contestant on the same devices, whose examples this one uses, too.
+        span: Span with the sizes of rounds, rows and pieces.
+        sharing: A contestant on the same devices whose examples this one uses as well; None if this
+            one transfers the examples to the devices.
     """
 
     def __init__(
@@ -311,7 +331,7 @@ class _Contestant:
         center: tuple[PyTree, PyTree],
         strategy: Strategy,
         span: Span,
-        beside: "_Contestant | None" = None,
+        sharing: "_Contestant | None" = None,
     ):
         # Draw the batches in the order of training.
         devices = training.devices
@@ -331,7 +351,7 @@ class _Contestant:
         self._state = state.place(
             params, model_state, training.optimizer, strategy, devices, averages
         )
-        self.examples = training.source.hold(devices) if beside is None else beside.examples
+        self.examples = training.source.hold(devices) if sharing is None else sharing.examples
         self.key = replica.replicate(jax.random.split(jax.random.key(training.seed))[1], devices)
         jax.block_until_ready((self._state, self.examples))
         placed = time.perf_counter()
@@ -365,7 +385,7 @@ class _Contestant:
         return self.rounds * self._span.round_steps
 
     def dispatch(self) -> _Dispatch:
-        """Runs the program once, with its input already on the devices."""
+        """Runs the program once, with its input already on the devices, and times it."""
         drawn = jax.block_until_ready(next(self._inputs))
         steps = self.steps
         before = time.perf_counter()
@@ -410,7 +430,7 @@ class _Contestant:
         return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / steps
 
     def trace(self, folder: Path) -> None:
-        """Writes a trace of host and devices in a few dispatches, for XProf and Perfetto."""
+        """Writes a trace of host and devices during a few dispatches, for XProf and Perfetto."""
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             for number in range(_TRACED_DISPATCHES):
                 with jax.profiler.StepTraceAnnotation("dispatch", step_num=number):
@@ -423,7 +443,7 @@ class _Contestant:
         ):
             indices = replica.shard(indices, self.devices)
             first = 0
-            # A rest shorter than a dispatch is left out, as all dispatches must be equally long.
+            # All dispatches must have the same length, so remaining rounds are left out.
             while first + self.rounds <= self._span.piece_rounds:
                 yield indices, np.int32(first), np.int32(first + self.rounds)
                 first += self.rounds
@@ -436,7 +456,7 @@ class _Contestant:
 def _make_evaluation(
     training: Training, center: tuple[PyTree, PyTree], contestant: _Contestant
 ) -> Callable[[], float]:
-    """Makes a function that evaluates as training does, and returns the seconds that it takes."""
+    """Makes a function that evaluates as training does, and returns the duration in seconds."""
     devices = contestant.devices
     batches = contestant.batches
     center = replica.replicate(center, devices)

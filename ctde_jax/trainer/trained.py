@@ -24,7 +24,7 @@ _MOST_BYTES_AT_ONCE = 2**25
 
 
 class Accepts(NamedTuple):
-    """The inputs and labels that a trained model accepts: arrays like those of the training."""
+    """Specification of the inputs and labels that a trained model accepts, as in training."""
 
     inputs: Accepted
     labels: Accepted
@@ -33,14 +33,13 @@ class Accepts(NamedTuple):
 
 
 def accepts(data: Dataset) -> Accepts:
-    """Returns the inputs and labels that a model trained on these data accepts.
+    """Returns the specification of inputs and labels for a model trained on `data`.
 
-    If there is a label at every position of a sequence, sequences may have another length than in
-    training.
+    The sequence length is unconstrained if the inputs are int32 tokens with one label per token.
     """
     inputs, labels = data.train
     classes = len(data.vocabulary or data.classes)
-    largest = len(data.vocabulary) - 1 if data.vocabulary else _white(data)
+    largest = len(data.vocabulary) - 1 if data.vocabulary else _scaled_to_one(data)
     example = inputs.shape[1:]
     label = labels.shape[1:]
     # One label for each token: any length.
@@ -54,12 +53,12 @@ def accepts(data: Dataset) -> Accepts:
     )
 
 
-def _white(data: Dataset) -> int | None:
-    """Returns the uint8 input that the model receives as 1, if it is below 255 and the largest.
+def _scaled_to_one(data: Dataset) -> int | None:
+    """Returns the uint8 value that is scaled to 1.0, if it is below 255 and no input exceeds it.
 
-    Returns None if it is 255, or if some inputs are larger.
+    Returns None otherwise, and also if inputs are not uint8, are shifted, or are scaled per feature
+    or by a factor that is not positive.
     """
-    # Only a positive scale, the same for all features and without a shift, has such an input.
     if (
         data.train.inputs.dtype != np.uint8
         or data.scale.ndim
@@ -67,15 +66,15 @@ def _white(data: Dataset) -> int | None:
         or not data.scale > 0
     ):
         return None
-    white = round(1 / float(data.scale))
-    if not 0 < white < 255:
+    value = round(1 / float(data.scale))
+    if not 0 < value < 255:
         return None
     # Reads all inputs, in slices, as those on disk may exceed the memory.
     splits = [split for split in (data.train, data.validation, data.test) if split]
     is_largest = all(
-        np.asarray(piece).max() <= white for split in splits for _, piece in slices(split.inputs)
+        np.asarray(piece).max() <= value for split in splits for _, piece in slices(split.inputs)
     )
-    return white if is_largest else None
+    return value if is_largest else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,13 +97,13 @@ class Trained:
     """The state of the optimizer after the last step of the training.
 
     This holds even if `patience` returned earlier parameters. The leaves are numpy arrays, with a
-    leading axis `[replica, ...]` if the strategy has local steps. If the optimizer trains at
-    another point than `params`, as `optax.contrib.schedule_free` does, that point is not included.
+    leading axis `[replica, ...]` if the strategy has local steps. If the optimizer trains other
+    parameters than `params`, as `optax.contrib.schedule_free` does, these are not included.
     """
 
-    step: int  # optimizer steps that these parameters have seen
+    step: int  # number of optimizer steps after which the parameters were evaluated
     history: list[Row]
-    """One row for each measurement; see `log.py` for its fields."""
+    """The rows of training and evaluations, in order; see `log.py` for their entries."""
 
     seconds: dict[str, float]
     """Wall time by part: `start-up`, `compile`, `train`, `evaluate`.
@@ -124,7 +123,7 @@ class Trained:
     task: Task
     devices: Sequence[jax.Device]
     traffic: Traffic | None
-    """Messages of a device in a round, from the compiled program; None if loaded from a folder."""
+    """Bytes that a round sends, from the compiled program; None if loaded from a folder."""
 
     accepts: Accepts
     """Inputs and labels of `predict` and `evaluate`: dtype, shape and range as in training."""
@@ -152,15 +151,16 @@ class Trained:
         At most 1,024 examples, or 32 MiB of inputs, are computed at a time.
 
         Args:
-            inputs: `[examples, ...]`, in the units of the training data: uint8 pixels if it was
-                trained on uint8, floats of any precision if on floats, integers in range if on
-                integers. Lists are converted. There may be 0 examples.
+            inputs: `[examples, ...]`, in the units and the kind of dtype of the training data:
+                uint8 pixels if the model was trained on uint8, floats of any precision if on
+                floats, integers of any width in the range of training if on integers. Lists are
+                converted. There may be 0 examples.
 
         Returns:
             float32 `[examples, ...]`, or a tree of such arrays if the model returns one.
 
         Raises:
-            InputError: The inputs have another dtype, shape or range than those of the training.
+            InputError: The dtype, shape or range of the inputs differs from that in training.
 
         Examples:
             >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
@@ -206,8 +206,8 @@ class Trained:
             The averages by name, and the number of examples as `examples`.
 
         Raises:
-            InputError: The argument is not a `Split`, is empty, or has inputs or labels of another
-                dtype, shape or range than those of the training.
+            InputError: The argument is not a `Split` or is empty, or the dtype, shape or range of
+                inputs or labels differs from that in training.
 
         Examples:
             >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
@@ -248,7 +248,19 @@ class Trained:
 def _conforming(
     option: str, given: ArrayLike | DiskArray, accepted: Accepted
 ) -> np.ndarray | DiskArray:
-    """Returns values as `Accepted.conform` does; arrays on disk stay there, in any float dtype."""
+    """Validates and converts values by `accepted.conform`; arrays on disk remain on disk.
+
+    Of an array on disk, only the first row is validated, or all rows if there is a largest integer.
+    Its floats are converted when they are read.
+
+    Args:
+        option: Name of the argument, for messages.
+        given: Array or list `[examples, ...]`.
+        accepted: Specification of the values.
+
+    Raises:
+        InputError: The values do not match the specification.
+    """
     if not isinstance(given, DiskArray):
         array = plain(option, given)
         # Only lists pass unchanged: in a list, integers may stand for floats.

@@ -1,6 +1,6 @@
-"""A run in two values: `Training` determines its numbers, `Saving` its files.
+"""The options of a run in two values: `Training` determines its result, `Saving` its files.
 
-Each of them checks itself when it is created.
+The result of a run is its parameters and metrics. Each value checks itself when it is created.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +36,11 @@ _MOST_REESTIMATED = 2**16
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that determines the numbers of a run.
+    """Model, data and all options that determine the result of a run.
 
     Args:
-        model: A model of the inputs as the network receives them, such as `models.mlp(...)`.
+        model: A model such as `models.mlp(...)`; it receives the inputs after the shift and scale
+            of the data set.
         data: Training and test examples.
         optimizer: Any optax transformation.
         strategy: When the replicas communicate, what they send, and how the result is applied.
@@ -48,10 +49,10 @@ class Training:
         batch_size: The global batch size, over all devices together.
         epochs: Passes over the training examples; give exactly one of this and `steps`.
         steps: Optimizer steps.
-        partition: For each device, the indices of the examples that stay on it. If there are more
-            parts than devices, the parts are clients, and each round draws as many of them as there
-            are devices. By default, all examples are shuffled and distributed over the devices in
-            every epoch.
+        partition: For each device, the indices of the examples that it trains on. If there are more
+            parts than devices, each part is a client, and each round samples one client for every
+            device. By default, all examples are shuffled and distributed over the devices in every
+            epoch.
         seed: Random seed for initialization, data order, augmentation and dropout.
         init_from: Initial parameters: a `Trained`, the path of a run, checkpoint, bundle or
             safetensors file, or a tree of parameters; see `warm_start.Source`. By default, the
@@ -75,11 +76,11 @@ class Training:
             the round on all devices, but stop after ten skipped rounds in a row; or `rollback` to
             the newest checkpoint and continue with updates half as large, at most three times.
         eval_every: Steps between evaluations, rounded up to whole rounds; by default an epoch.
-        log_every: Steps of a row of the history, or a round if that is longer. A dispatch computes
-            as many rows as take 0.1 seconds, and at least one.
+        log_every: Maximum number of steps in a row of the history; a row has at least one round. A
+            dispatch computes as many rows as take 0.1 seconds, and at least one.
 
     Raises:
-        InputError: An argument breaks a rule. Nothing has been trained or written.
+        InputError: An argument is invalid, alone or in combination with others.
 
     Examples:
         >>> network, digits = ctde.models.mlp([64, 10]), ctde.data.digits()
@@ -147,14 +148,14 @@ class Training:
 
     @cached_property
     def shapes(self) -> tuple[Any, Any]:
-        """Shapes and dtypes of parameters and model state; nothing is initialized."""
+        """Shapes and dtypes of parameters and model state, without initialized values."""
         # A key[] and one example, `[1, ...]`, determine all shapes.
         key = jax.eval_shape(jax.random.key, 0)
         return jax.eval_shape(self.raw_model.init, key, self.data.train.inputs[:1])
 
     @cached_property
     def source(self) -> Resident | OnDisk | Streamed:
-        """The source of the replicas' examples, which also determines their order."""
+        """The source of the training examples, which also determines their order."""
         # The steps of a round matter only if clients are sampled, as each round draws new ones.
         return make_source(
             self.data,
@@ -172,17 +173,17 @@ class Training:
 
     @property
     def interval(self) -> int:
-        """Steps between two evaluations."""
+        """Number of steps between two evaluations, before it is rounded up to whole rounds."""
         return self.source.steps_per_epoch if self.eval_every is None else self.eval_every
 
     @cached_property
     def given(self) -> Given | None:
-        """The parameters of `init_from`, read once."""
+        """The parameters of `init_from`, read once; None without it."""
         return None if self.init_from is None else read_source(self.init_from)
 
     @property
     def patterns(self) -> tuple[str, ...] | None:
-        """The patterns of `init_only`."""
+        """The patterns of `init_only` as a tuple; None without it."""
         # A string is one pattern, not a sequence of characters.
         if isinstance(self.init_only, str):
             return (self.init_only,)
@@ -190,7 +191,7 @@ class Training:
 
     @cached_property
     def identity(self) -> Identity:
-        """Digests of the data and the program."""
+        """Digests of the data and the program, computed on first use."""
         # Traced only if a checkpoint or another host needs the digests.
         trace = partial(
             parts_of,
@@ -204,20 +205,20 @@ class Training:
         return Identity(self.data, self.partition, trace, len(self.devices))
 
     def with_optimizer(self, optimizer: optax.GradientTransformation) -> "Training":
-        """Returns the training with another optimizer, without checks or a new data order."""
+        """Returns the same training with `optimizer` instead of its optimizer, without checks."""
         changed = copy(self)
         object.__setattr__(changed, "optimizer", optimizer)
         changed.__dict__.pop("identity", None)
         return changed
 
     def phases(self, row_steps: int) -> list[Phase]:
-        """Returns the phases of the whole run, with rows of this many steps or of one round."""
+        """Returns all phases of the run; a row has at most `row_steps` steps, or one round."""
         return make_phases(
             self.strategy, self.total_steps, self.interval, row_steps, self.source.piece_steps
         )
 
     def deciding(self, saving: "Saving") -> Options:
-        """Returns the values that determine the numbers of the run, by name, in types of JSON."""
+        """Returns the options that determine the result of the run, by name, in types of JSON."""
         # A run is resumed only if all of these are equal, so names must not change.
         is_shared = self.partition is not None and len(self.partition) > len(self.devices)
         parts = "clients" if is_shared else "on their devices"
@@ -243,7 +244,7 @@ class Training:
             "patience": self.patience,
             "on_nonfinite": self.on_nonfinite,
             "eval_every": self.interval,
-            # A rollback continues from the newest checkpoint, so their times matter.
+            # A rollback continues from the newest checkpoint, so the steps of checkpoints matter.
             "save_every": saving.save_every if rolls_back else None,
             "keep_best": saving.keep_best if rolls_back else None,
         }
@@ -311,29 +312,29 @@ class Training:
 
 @dataclass(frozen=True)
 class Saving:
-    """Everything about the files of a run.
+    """Options of the files of a run: its folder, checkpoints and resuming.
 
     Args:
         run_dir: Folder for `metrics.jsonl`, `curves.png` and checkpoints; it is created if
             necessary. None writes no files.
         resume: Whether to continue the run in the folder. Its data, program (model, loss, metrics,
-            optimizer, augmentation, strategy) and options must be equal to those of the training; a
-            complete run is read, and nothing is trained. If False, an earlier run moves into the
-            subfolder `previous-1`, or the next number.
+            optimizer, augmentation, strategy) and options must be equal to those of the training;
+            if it is complete, its result is returned without training. If False, an earlier run
+            moves into the subfolder `previous-1`, or the next number.
         branch_from: Checkpoint of another run, from which a new run continues with other arguments.
         save_every: Maximum number of steps between two checkpoints, or a round if that is longer;
             by default the steps of about a minute. The last step is always saved.
         keep_checkpoints: Number of newest checkpoints to keep.
-        keep_best: `loss`, or the name of a metric: also keeps the checkpoint that is best by it on
-            the validation split, or on the test split if there is none. A new best is saved at
-            once.
-        options: Further values that determine the numbers of the run, by name; a run is resumed
+        keep_best: `loss`, or the name of a metric: also keeps the checkpoint with its best value on
+            the validation split, or on the test split if there is none. If an evaluation improves
+            it, a checkpoint is written immediately.
+        options: Further options that determine the result of the run, by name; a run is resumed
             only if they are equal.
-        prepare: Writes files into the folder of a new run before its first checkpoint; called on
-            host 0 with the folder.
+        prepare: Function of the folder that writes files of a new run; called on host 0 before the
+            first checkpoint.
 
     Raises:
-        InputError: An argument breaks a rule.
+        InputError: A number is out of range, or an option requires `run_dir`.
 
     Examples:
         >>> saving = ctde.Saving("runs/digits", save_every=100, keep_best="accuracy")
@@ -363,16 +364,16 @@ class Saving:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the run, with `~` expanded."""
+        """The folder of the run, with `~` expanded; None if no files are written."""
         return None if self.run_dir is None else named("run_dir", self.run_dir)
 
     @property
-    def trunk(self) -> Path | None:
-        """The checkpoint of another run from which this run branches off."""
+    def parent(self) -> Path | None:
+        """The checkpoint `branch_from`, with `~` expanded; None if the run is not a branch."""
         return None if self.branch_from is None else named("branch_from", self.branch_from)
 
     def check(self, training: Training) -> None:
-        """Raises InputError for values that conflict with the training."""
+        """Raises InputError if these options conflict with those of the training."""
         folder = self.folder
         if self.keep_best is not None:
             check_known("keep_best", self.keep_best, training.task.names)

@@ -42,16 +42,16 @@ Source: TypeAlias = Trained | Path | str | nnx.Module | nnx.State | Mapping[str,
 """
 
 _MOST_LINES = 40
-"""Maximum length of the printed table; a longer one shows the first lines of each kind."""
+"""Maximum number of lines of the table; if there are more, it shows the first of each source."""
 
 
 class Given(NamedTuple):
     """The parameters and the model state of a source, by name."""
 
     params: Tensors
-    model_state: Tensors  # empty if the source has parameters alone
+    model_state: Tensors  # empty if the source has only parameters
     is_checkpoint: bool = False
-    """Whether parameters may have a leading axis, `[replica, ...]`, as in gossip."""
+    """Whether the arrays may have a leading axis, `[replica, ...]`, as in gossip."""
 
     @property
     def digest(self) -> str:
@@ -76,7 +76,7 @@ class Start(NamedTuple):
 def start_from(
     given: Given, params: PyTree, model_state: PyTree, only: Sequence[str] | None = None
 ) -> Start:
-    """Replaces initialized parameters and model state by given ones of the same names.
+    """Replaces initialized parameters and model state by those of a source, by name.
 
     Without `only`, source and model must have exactly the same parameters. With patterns, the
     parameters and model state whose name matches a pattern are loaded; all others stay as they were
@@ -90,17 +90,18 @@ def start_from(
         only: Patterns of names in the syntax of `fnmatch`, such as `encoder/*` or `*/kernel`.
 
     Raises:
-        InputError: A pattern matches nothing, or a parameter that must be loaded is missing or has
-            another shape or kind of dtype; lists the differences.
+        InputError: `only` is empty, or a pattern matches nothing. Or an array that must be loaded
+            is missing in the source, or differs in shape, or in dtype unless both are floats. Or,
+            without `only`, the source has further arrays. The message lists the differences.
     """
     # Name the leaves of both sides. Without patterns, everything must match.
-    own = {"params": state.named(params), "model_state": state.named(model_state)}
+    needed = {"params": state.named(params), "model_state": state.named(model_state)}
     there = {"params": given.params, "model_state": given.model_state}
     patterns = ["*"] if only is None else list(only)
     if not patterns:
         raise InputError("init_only", "must contain at least one pattern, such as 'encoder/*'.")
     # A pattern that matches nothing is probably a typo, so suggest the nearest name.
-    names = [name for part in own.values() for name in part]
+    names = [name for part in needed.values() for name in part]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             suggestion = did_you_mean(pattern, names)
@@ -113,7 +114,7 @@ def start_from(
     loaded: dict[str, Tensors] = {"params": {}, "model_state": {}}
     lines: list[tuple[str, str, str]] = []
     faults: list[str] = []
-    for part, leaves in own.items():
+    for part, leaves in needed.items():
         for name, leaf in leaves.items():
             tensor = there[part].get(name)
             shape = f"{leaf.dtype}{list(leaf.shape)}"
@@ -133,7 +134,7 @@ def start_from(
                 loaded[part][name] = np.asarray(tensor).astype(leaf.dtype)
 
     # Leftovers of the source are a fault unless `init_only` selects some parameters.
-    unused = [name for part in own for name in there[part] if name not in own[part]]
+    unused = [name for part in needed for name in there[part] if name not in needed[part]]
     lines += [(name, "", "unused") for name in unused]
     if only is None:
         faults += [f"{name} is not in the model" for name in unused]
@@ -160,7 +161,7 @@ def _replaced(tree: PyTree, loaded: Tensors) -> PyTree:
 
 
 def _fits(tensor: np.ndarray, leaf: jax.Array) -> bool:
-    """Returns whether a tensor can replace a leaf: same shape, and same dtype or both floating."""
+    """Returns whether a tensor can replace a leaf: equal shapes, and equal dtypes or two floats."""
     both_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (tensor, leaf))
     return tensor.shape == leaf.shape and (both_float or tensor.dtype == leaf.dtype)
 
@@ -168,14 +169,14 @@ def _fits(tensor: np.ndarray, leaf: jax.Array) -> bool:
 def _table(lines: Sequence[tuple[str, str, str]]) -> Table:
     table = Table("parameter", "shape", "source", title="Initial parameters", title_justify="left")
     kinds = list(dict.fromkeys(kind for _, _, kind in lines))
-    # Every kind gets the same number of lines, so that none of them hides the others.
+    # Every kind gets the same number of lines, so that all of them are shown.
     per_kind = _MOST_LINES // max(1, len(kinds)) if len(lines) > _MOST_LINES else len(lines)
     for kind in kinds:
-        own = [line for line in lines if line[2] == kind]
-        for line in own[:per_kind]:
+        same = [line for line in lines if line[2] == kind]
+        for line in same[:per_kind]:
             table.add_row(*line)
-        if len(own) > per_kind:
-            table.add_row(f"... and {len(own) - per_kind:,} more", "", kind)
+        if len(same) > per_kind:
+            table.add_row(f"... and {len(same) - per_kind:,} more", "", kind)
     return table
 
 
@@ -186,18 +187,20 @@ def read_source(source: Source) -> Given:
         source: One of the kinds of `Source`.
 
     Raises:
-        InputError: The source is none of these kinds, or cannot be read.
+        InputError: The source is none of these kinds, cannot be read, or is a checkpoint that does
+            not contain the parameters at which its optimizer is evaluated.
     """
     if isinstance(source, Trained):
         return Given(_arrays(source.params), _arrays(source.model_state))
-    # Objects of nnx, without their random streams, as a run draws from its seed.
+    # Objects of nnx, without the state of their RNG streams, as a run draws from its seed.
     if isinstance(source, nnx.Module):
         source = nnx.state(source)
     if isinstance(source, nnx.State):
         params, _, rest = nnx.split_state(source, is_trained, is_random, ...)
         return Given(_arrays(nnx.to_pure_dict(params)), _arrays(nnx.to_pure_dict(rest)))
 
-    # The variables of a linen module have collections beside `params`; other trees are parameters.
+    # The variables of a linen module are `params` and other collections; other trees are
+    # parameters.
     if isinstance(source, Mapping):
         tree = source.unfreeze() if isinstance(source, FrozenDict) else dict(source)
         rest = {name: part for name, part in tree.items() if name != "params"}
@@ -255,7 +258,10 @@ def _from_path(path: Path) -> Given:
 
 
 def _of_checkpoint(tensors: Tensors) -> Given:
-    """Returns what `fit` would return at this checkpoint: best, averaged or newest parameters."""
+    """Selects the parameters and model state of a checkpoint that `fit` would return.
+
+    These are the best of early stopping, else the moving average, else the newest parameters.
+    """
 
     def below(*prefixes: str) -> Tensors:
         for prefix in prefixes:
@@ -269,7 +275,7 @@ def _of_checkpoint(tensors: Tensors) -> Given:
 
 
 def _center(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
-    """Averages the replicas if the tensor has a row for each of them."""
+    """Averages a tensor over axis 0 if its shape is `[replica, ...]` for the shape of `leaf`."""
     # Accumulate at least in float32.
     if tensor.ndim != leaf.ndim + 1 or tensor.shape[1:] != leaf.shape:
         return tensor
@@ -289,7 +295,10 @@ def _load_file(path: Path) -> Tensors:
 
 
 def _parts(tensors: Tensors) -> Given:
-    """Splits tensors by the first part of their names; without such parts, all are parameters."""
+    """Splits tensors into those below `params/` and `model_state/`, whose prefix is removed.
+
+    If no name starts with `params/`, all tensors are parameters.
+    """
     # Names with dots are paths, too, as in files of other libraries.
     if not any("/" in name for name in tensors):
         tensors = {name.replace(".", "/"): tensor for name, tensor in tensors.items()}

@@ -98,7 +98,11 @@ def _local(folder: Path, name: str) -> Path | None:
 
 
 def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Reads files of an archive by their names, in any of its folders."""
+    """Reads the files with these names from any folder of an archive.
+
+    Raises:
+        InputError: If the archive is damaged or lacks a file.
+    """
     contents = {}
     try:
         with _Unpacked(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as members:
@@ -123,7 +127,10 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
 
 
 class _Unpacked(gzip.GzipFile):
-    """A decompressed archive that limits a single read to the maximum size of the whole."""
+    """A gzip archive in which a single read is limited to the maximum decompressed size.
+
+    That is `most_unpacked` of its compressed size.
+    """
 
     def __init__(self, archive: Path):
         super().__init__(archive, "rb")

@@ -30,7 +30,7 @@ RESUMES = 5
 PART = ".part"
 
 Report = Callable[[int, int | None], None]
-"""Reports the bytes received and their total, if the mirror provides it."""
+"""`report(received, total)` shows the progress in bytes; `total` is None if unknown."""
 
 
 def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0) -> Path:
@@ -77,7 +77,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, timeout: float = 30.0)
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of what `content_of` yields."""
+    """Returns the SHA-256 of the content of a file, decompressed as by `content_of`."""
     digest = hashlib.sha256()
     for block in content_of(path):
         digest.update(block)
@@ -85,7 +85,7 @@ def sha256_of(path: Path) -> str:
 
 
 def content_of(path: Path) -> Iterator[bytes]:
-    """Yields the content in blocks, decompressed if the name ends in .gz and not in .tar.gz.
+    """Yields the content of a file in blocks, decompressed if its name ends in .gz but not .tar.gz.
 
     Raises:
         InputError: If the file cannot be read, or is incomplete.
@@ -112,7 +112,7 @@ def existing(paths: Iterable[Path]) -> Path | None:
     """Returns the first of these paths that is a regular file, or None if none exists.
 
     Raises:
-        InputError: If only something else exists, such as a folder with the name.
+        InputError: If a path exists but none is a regular file, such as a folder of that name.
     """
     there = [path for path in paths if os.path.lexists(path)]
     found = next((path for path in there if os.path.isfile(path)), None)
@@ -126,17 +126,17 @@ def existing(paths: Iterable[Path]) -> Path | None:
 
 
 def damaged(path: Path, fault: str) -> InputError:
-    """Returns the error for a file of the data folder, with its fault and the two fixes."""
+    """Returns the InputError for a file of the data folder; `fault` is a predicate of the file."""
     way_out = "replace it, or remove it to download the published file"
     return InputError("data_dir", f"contains {path}, which {fault}; {way_out}.")
 
 
 class _MirrorFailed(Exception):
-    """Raised if a mirror does not provide the file; the message is the reason."""
+    """Raised if a mirror does not provide the file; the message is a predicate of its URL."""
 
 
 class _BrokeOff(_MirrorFailed):
-    """Raised if a connection breaks off, so that the same mirror may still send the rest."""
+    """Raised if a connection breaks off; the download can be resumed from the same mirror."""
 
 
 def _fetch_verified(url: str, part: Path, sha256: str, timeout: float, report: Report) -> None:
@@ -147,7 +147,7 @@ def _fetch_verified(url: str, part: Path, sha256: str, timeout: float, report: R
     part.unlink()
     if not inherited:
         raise _MirrorFailed("sent a different file (the checksum differs)")
-    # Bytes from an earlier download may be the cause, so try once more without them.
+    # Bytes from an earlier download may be wrong, so try once more without them.
     _fetch_verified(url, part, sha256, timeout, report)
 
 
@@ -214,7 +214,12 @@ def _answer(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
 
 
 def _pieces(response: HTTPResponse, timeout: float) -> Iterator[bytes]:
-    """Yields the received bytes; fails if fewer than `BLOCK` arrive within the timeout."""
+    """Yields the received bytes.
+
+    Raises:
+        _MirrorFailed: If fewer than `BLOCK` bytes arrive within `timeout` seconds.
+        _BrokeOff: If the connection breaks off.
+    """
     # The timeout of the socket alone would accept a mirror that sends a byte from time to time.
     arrived = 0
     deadline = time.monotonic() + timeout

@@ -108,7 +108,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         dimensions: Number of axes that the array must have.
 
     Raises:
-        InputError: If the file is damaged, is not an IDX file, or has another number of dimensions.
+        InputError: If the file is damaged, is not an IDX file, or has a different number of axes.
     """
     return _parse(_content(path, dimensions), dimensions)
 
@@ -165,7 +165,11 @@ def _on_disk(path: Path, dimensions: int) -> DiskArray:
 
 
 def _content(path: Path, dimensions: int) -> bytes:
-    """Reads a file as far as its header announces, however much a .gz file would decompress to."""
+    """Reads a file and decompresses it, at most to the size of the shape in its header.
+
+    Raises:
+        InputError: If the header is invalid, or the size of the content differs from its shape.
+    """
     blocks = content_of(path)
     read = [next(blocks, b"")]
     shape = _shape(read[0], path, dimensions)
@@ -219,9 +223,12 @@ def _shape(content: bytes, path: Path, dimensions: int) -> tuple[int, ...]:
 
 
 def _check_size(path: Path, shape: tuple[int, ...], got: int) -> None:
-    """Raises InputError unless the header is followed by the bytes of its shape, and no others.
+    """Raises InputError unless the content has the size of the shape in its header.
 
-    `got` may be a lower bound if there are too many bytes.
+    Args:
+        path: Path of the file.
+        shape: Shape in the header.
+        got: Number of bytes after the header; a lower bound if there are too many.
     """
     announced = math.prod(shape)
     if got != announced:

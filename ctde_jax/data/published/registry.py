@@ -40,7 +40,7 @@ class Published:
         return folder
 
     def notes(self, folder: Path, contents: Mapping[str, bytes]) -> tuple[str, ...]:
-        """Returns a sentence on the files of a folder that differ from the published ones.
+        """Returns a note on the files that differ from the published ones, or () if none does.
 
         Args:
             folder: Folder of the files.

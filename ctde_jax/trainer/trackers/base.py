@@ -1,4 +1,4 @@
-"""What all trackers share: metrics of a row by name, and the start and end of a tracked run."""
+"""The base class of all trackers: names of the metrics, start and end of a tracked run."""
 
 import time
 from abc import ABC, abstractmethod
@@ -32,7 +32,7 @@ class Tracker(Callback, ABC):
         self.finish(failed=error is not None)
 
     def on_start(self, options: Mapping[str, Any], rows: Sequence[Row]) -> None:
-        """Starts a tracked run, with the rows that a resumed run already has."""
+        """Starts a tracked run, and writes the rows up to the checkpoint of a resumed run."""
         self.start({name: str(value) for name, value in options.items()})
         for row in rows:
             self.on_row(row)
@@ -53,15 +53,25 @@ class Tracker(Callback, ABC):
 
     @abstractmethod
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Writes metrics of a step that were computed at a time, in seconds since 1970."""
+        """Writes the metrics of one row.
+
+        Args:
+            metrics: Values by name, such as `test/accuracy`.
+            step: Optimizer step of the row.
+            seconds: Time of the row, in seconds since 1970.
+        """
 
     @abstractmethod
     def finish(self, failed: bool) -> None:
-        """Closes the tracked run; there is none if the run failed before it started."""
+        """Ends the tracked run; does nothing if `start` was not called.
+
+        Args:
+            failed: Whether the training raised an exception.
+        """
 
 
 def required(module: str, extra: str) -> ModuleType:
-    """Imports a module of an extra; raises InputError if it is not installed."""
+    """Imports a module that an extra of `ctde_jax` installs; raises InputError if it is missing."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

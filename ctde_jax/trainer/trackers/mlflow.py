@@ -8,7 +8,7 @@ _LONGEST_VALUE = 6000  # characters of a parameter, a limit of MLflow
 
 
 class MLflow(Tracker):
-    """Writes a run; `mlflow ui` shows it.
+    """Writes a run to MLflow; `mlflow ui` shows it.
 
     Args:
         experiment: Name of the experiment.
@@ -29,7 +29,7 @@ class MLflow(Tracker):
         self._run: str | None = None
 
     def start(self, options: Mapping[str, str]) -> None:
-        """Creates a run, and the experiment if there is none of this name."""
+        """Creates a run with the options as parameters, and the experiment if it does not exist."""
         found = self._client.get_experiment_by_name(self._experiment)
         experiment = (
             self._client.create_experiment(self._experiment)

@@ -7,7 +7,7 @@ from ctde_jax.trainer.trackers.base import PROJECT, Tracker, required
 
 
 class Trackio(Tracker):
-    """Writes a run; `trackio show` shows it.
+    """Writes a run to Trackio; `trackio show` shows it.
 
     Args:
         project: Name of the project.
