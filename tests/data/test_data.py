@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ctde_jax import data
-from ctde_jax.data import partition
+from ctde_jax.data import Split, batches, partition
 from ctde_jax.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -249,3 +249,16 @@ def test_fraction_that_leaves_an_empty_split_is_refused(digits, fraction):
         InputError, match="validation_fraction must leave some of the 1,438 training examples"
     ):
         data.hold_out(digits, fraction)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_inputs_of_a_batch_are_those_of_its_examples_on_any_number_of_replicas(replicas):
+    """The last batch of an epoch has two examples, and is padded."""
+    inputs = np.arange(10, dtype=np.float32)[:, None]
+    dealt = batches.deal(Split(inputs, np.zeros(10, np.int32)), replicas, 4, seed=3)
+    alone = batches.deal(Split(inputs, np.zeros(10, np.int32)), 1, 4, seed=3)
+    for step in range(3):
+        np.testing.assert_array_equal(dealt.inputs(step), alone.inputs(step))
+        (indices,) = dealt.steps(step, step + 1)
+        assert sorted(dealt.inputs(step).ravel()) == sorted(indices[indices >= 0])
+    assert [len(dealt.inputs(step)) for step in range(3)] == [4, 4, 2]

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax import models
@@ -28,7 +29,7 @@ from ctde_jax.models import tasks
 from ctde_jax.models.tasks import classification
 from ctde_jax.rounds import state
 from ctde_jax.rounds.gradient import make_gradient
-from ctde_jax.rounds.round import make_round, make_rounds
+from ctde_jax.rounds.round import make_round, make_rounds, skipping
 
 REPLICAS, FEATURES, CLASSES = 4, 5, 3
 MODEL = models.mlp([FEATURES, 6, CLASSES])
@@ -579,3 +580,32 @@ def bits(leaf: jax.Array) -> bytes:
     return np.asarray(
         jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
     ).tobytes()
+
+
+@pytest.mark.parametrize("spoilt", [None, 0, 3])
+def test_all_replicas_skip_a_round_that_is_not_finite_on_one(key, spoilt):
+    start = initial_state(MODEL, STRATEGIES["synchronous"], key)
+
+    def train_round(before, split, batches, key):
+        bad = jnp.where(
+            lax.axis_index(replica.AXIS) == (-1 if spoilt is None else spoilt), jnp.nan, 0
+        )
+        params = jax.tree.map(lambda x: x + 1 + bad, before.params)
+        return before._replace(params=params, step=before.step + 1), {"loss": 1 + bad}
+
+    skipping_round = jax.vmap(
+        lambda state: skipping(train_round)(state, None, None, None),
+        in_axes=None,
+        axis_size=REPLICAS,
+        axis_name=replica.AXIS,
+    )
+    after, sums = skipping_round(start)
+
+    added, loss = (1, 1) if spoilt is None else (0, 0)
+    np.testing.assert_array_equal(sums["loss"], np.full(REPLICAS, loss))
+    np.testing.assert_array_equal(after.step, np.ones(REPLICAS))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, np.stack([y + added] * REPLICAS)),
+        after.params,
+        start.params,
+    )
