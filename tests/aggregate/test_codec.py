@@ -6,7 +6,7 @@ import pytest
 from jax import numpy as jnp
 
 from ctde_jax.aggregate import error_feedback, exact, quantize, random_k, sign, top_k
-from ctde_jax.aggregate.quantize import normal_levels, pack, unpack
+from ctde_jax.aggregate.quantize import _largest, normal_levels, pack, unpack
 from ctde_jax.aggregate.sparse import pack_integers, unpack_integers
 
 KEY = jax.random.key(3)
@@ -173,3 +173,12 @@ def test_magnitude_changes_nothing_but_the_scale(name, largest, key):
     np.testing.assert_allclose(
         np.asarray(decoded, np.float64), expected, rtol=1e-5, atol=0.01 * largest / 127
     )
+
+
+@pytest.mark.parametrize(("block", "reduced"), [(16, 16), (64, 16), (24, 12), (40, 10), (15, 15)])
+def test_maximum_of_a_block_is_taken_over_halves(block, reduced):
+    """Elementwise maxima of halves, until 16 elements or an odd number are left."""
+    blocks = jnp.ones((3, block))
+    equations = jax.make_jaxpr(_largest)(blocks).eqns
+    (reduction,) = [eqn for eqn in equations if eqn.primitive.name == "reduce_max"]
+    assert reduction.invars[0].aval.shape == (3, reduced)

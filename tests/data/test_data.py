@@ -262,3 +262,30 @@ def test_inputs_of_a_batch_are_those_of_its_examples_on_any_number_of_replicas(r
         (indices,) = dealt.steps(step, step + 1)
         assert sorted(dealt.inputs(step).ravel()) == sorted(indices[indices >= 0])
     assert [len(dealt.inputs(step)) for step in range(3)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "batch_size", "suggested"), [(4, 13, 8), (4, 0, 4), (3, 7, 6), (3, 8, 9)]
+)
+def test_batch_size_that_does_not_fit_gets_the_nearest_one_that_does(
+    replicas, batch_size, suggested
+):
+    split = Split(np.zeros((10, 1), np.float32), np.zeros(10, np.int32))
+    with pytest.raises(InputError, match=f"got {batch_size}; use {suggested}"):
+        batches.deal(split, replicas, batch_size, seed=0)
+
+
+def test_clients_may_have_one_example_each():
+    split = Split(np.arange(3, dtype=np.float32)[:, None], np.zeros(3, np.int32))
+    parts = [np.array([place]) for place in range(3)]
+    dealt = batches.deal(split, 2, 2, seed=0, partition=parts)
+    assert {len(dealt.inputs(step)) for step in range(4)} == {2}
+
+
+@pytest.mark.parametrize(
+    "given", [{"epochs": None, "steps": 2**31}, {"epochs": 2**30, "steps": None}]
+)
+def test_steps_that_int32_cannot_count_are_refused(given):
+    with pytest.raises(InputError, match="must result in at most 2,147,483,647 optimizer steps"):
+        batches.count_steps(2, **given)
+    assert batches.count_steps(2, None, 2**31 - 1) == 2**31 - 1

@@ -1,6 +1,7 @@
 """A round is one function for all strategies, and equals code without replicas."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -27,9 +28,10 @@ from ctde_jax.data import Split
 from ctde_jax.devices import replica
 from ctde_jax.models import tasks
 from ctde_jax.models.tasks import classification
+from ctde_jax.rounds import round as round_module
 from ctde_jax.rounds import state
 from ctde_jax.rounds.gradient import make_gradient
-from ctde_jax.rounds.round import make_round, make_rounds, skipping
+from ctde_jax.rounds.round import make_round, make_rounds, parallel_rounds, skipping
 
 REPLICAS, FEATURES, CLASSES = 4, 5, 3
 MODEL = models.mlp([FEATURES, 6, CLASSES])
@@ -609,3 +611,36 @@ def test_all_replicas_skip_a_round_that_is_not_finite_on_one(key, spoilt):
         after.params,
         start.params,
     )
+
+
+def test_reducer_and_gradient_draw_from_different_keys(key):
+    def key_words(key):
+        return jax.random.key_data(key).astype(jnp.float32)
+
+    def gradient(params, model_state, split, indices, key, **rest):
+        sums = {"loss": jnp.float32(0), "examples": jnp.float32(1)}
+        return {"words": key_words(key)}, model_state, sums
+
+    def update(message, state, params=None, *, key, **rest):
+        return {"words": jnp.float32(message["words"] == key_words(key))}, state
+
+    reduce = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    strategy = Strategy(reduce=reduce)
+    model = models.Model(lambda key, inputs: ({"words": jnp.zeros(2)}, {}), MODEL.apply)
+    start = initial_state(model, strategy, key, optax.sgd(1.0))
+    train_round = make_round(gradient, optax.sgd(1.0), strategy)
+    batches = np.zeros((REPLICAS, 1, 1), np.int32)
+    after, _ = under_vmap(train_round, strategy)(start, None, batches, key)
+    # The update is minus 1 for each word that is equal.
+    assert after.params["words"].sum() > -2
+
+
+@pytest.mark.parametrize(("platform", "block"), [("cpu", 1), ("tpu", 1), ("gpu", 16)])
+def test_rounds_form_blocks_on_a_gpu_only(monkeypatch, platform, block):
+    """A loop with a dynamic trip count costs time on a GPU alone."""
+    blocks = []
+    monkeypatch.setattr(round_module, "make_rounds", lambda _, steps: blocks.append(steps))
+    monkeypatch.setattr(replica, "parallel", lambda *_, **__: None)
+    device = SimpleNamespace(platform=platform)
+    parallel_rounds(make_gradient(MODEL, classification), OPTIMIZER, Strategy(), [device] * 2, None)
+    assert blocks == [block]
