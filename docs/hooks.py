@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -26,6 +27,7 @@ COPIED = (
 )
 
 
+@event_priority(100)  # before the plugin that renders notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the README and the copied files."""
     sources = {"index.md": ROOT / "README.md"}
