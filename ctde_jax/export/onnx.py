@@ -77,7 +77,10 @@ def _tidy(graph: Any) -> None:
             node.op_type == "Gemm"
             and {(each.name, each.f or each.i) for each in node.attribute} <= _PLAIN
         )
-        has_bias = len(node.input) == 3 and to_array(initializers[node.input[2]]).any()
+        # Only a product has a bias, as its third input.
+        has_bias = (
+            is_product and len(node.input) == 3 and to_array(initializers[node.input[2]]).any()
+        )
         if is_product and not has_bias:
             node.op_type = "MatMul"
             del node.input[2:], node.attribute[:]

@@ -182,7 +182,7 @@ def test_data_on_disk_is_refused(digits: data.Dataset, tmp_path):
     )
 
     with pytest.raises(
-        InputError, match="dataset must be in memory to be profiled, got arrays, which is not"
+        InputError, match="dataset must be in memory to be profiled, got arrays, which is on disk"
     ):
         measure(training, lambda replicas: None, seconds=0)
 

@@ -754,4 +754,4 @@ def test_branch_without_remaining_steps_is_refused(tmp_path, capsys):
     )
     assert "--steps must be greater than schedule_start, 4, got 4" in capsys.readouterr().err
     assert train.main(["--branch-from", str(parent), "--run-dir", str(tmp_path / "b")]) == 2
-    assert "--branch-from must name a checkpoint, such as" in capsys.readouterr().err
+    assert "--branch-from must be a checkpoint, such as" in capsys.readouterr().err

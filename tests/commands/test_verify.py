@@ -65,7 +65,7 @@ def test_checkpoints_of_a_run_are_verified(tmp_path, capsys):
     damaged = checkpoint.path_of(tmp_path / "checkpoints", 3) / checkpoint.TENSORS
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"1")
     assert verify.main(["checkpoint", str(tmp_path)]) == 1
-    assert f"wrong: {damaged.parent}: x in tensors.safetensors differs" in capsys.readouterr().err
+    assert f"wrong: {damaged.parent}: SHA-256 mismatch in x in tensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

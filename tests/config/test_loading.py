@@ -26,9 +26,8 @@ RUN = (
     "10",
     "--save-every",
     "10",
-    "--hidden-sizes",
-    "12",
 )
+MLP = ("--hidden-sizes", "12")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,8 @@ def working_folder(tmp_path, monkeypatch):
 
 
 def trained(*arguments: str, folder: str = "run") -> ctde.Trained:
-    return walk.train(config.parse([*RUN, "--run-dir", folder, *arguments]), 0.0)
+    size = () if "--model" in arguments else MLP
+    return walk.train(config.parse([*RUN, *size, "--run-dir", folder, *arguments]), 0.0)
 
 
 OPTIONS = {
@@ -60,7 +60,7 @@ OPTIONS = {
     "reestimated batch statistics": (
         "--model",
         "resnet",
-        "--hidden-sizes",
+        "--channels",
         "8",
         "--norm",
         "batch",
@@ -158,6 +158,7 @@ def test_changed_data_is_refused_by_every_command(name, csv_run, capsys):
     Path("d.csv").write_text("\n".join(change(COLUMNS)))
     command = [
         *RUN,
+        *MLP,
         "--run-dir",
         "run",
         "--dataset",
@@ -186,6 +187,7 @@ def test_command_names_different_options_as_flags(csv_run, capsys):
     shutil.copytree(csv_run, ".", dirs_exist_ok=True)
     command = [
         *RUN,
+        *MLP,
         "--run-dir",
         "run",
         "--dataset",
