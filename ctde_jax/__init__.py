@@ -29,7 +29,7 @@ Aggregation and its cost
 Execution
     write_bundle      writes a trained model as a bundle: numpy, ONNX, StableHLO
     write_page        writes a bundle as a web page
-    open_bundle       opens a bundle for prediction, with numpy and one runtime
+    open_bundle       opens a bundle, which `bundle.load` makes a function of inputs
     bundle, export    formats and runtimes of bundles; the export to each format
 
 Devices and errors

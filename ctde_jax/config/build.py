@@ -327,6 +327,11 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
         return _build_language_model(chosen, dataset)
 
     # Networks that classify one example: an array, a picture or a sequence.
+    if chosen.model in ("cnn", "resnet") and len(shape) not in (2, 3):
+        raise InputError(
+            "model",
+            f"{chosen.model} requires images, but the inputs have the shape {shape}; use mlp.",
+        )
     match chosen.model:
         case "mlp":
             return models.mlp([prod(shape), *chosen.hidden_sizes, classes], chosen.activation)
@@ -405,8 +410,9 @@ def strategy(name: str, **options: Any) -> Strategy:
     # The command line checks names and values when it parses them; here they come from Python.
     check_known("strategy", name, PRESETS)
     kinds = get_type_hints(AggregationOptions)
+    known = [option for option in kinds if option not in ("devices", "strategy")]
     for option, value in options.items():
-        check_known("strategy's option", option, kinds)
+        check_known("strategy's option", option, known)
         if get_origin(kinds[option]) is Literal:
             check_known(option, value, get_args(kinds[option]))
 

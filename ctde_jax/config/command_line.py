@@ -376,6 +376,8 @@ _SYNONYMS = {
     "output_dir": "run_dir",
     "random_seed": "seed",
     "seq_len": "context_length",
+    "val_fraction": "validation_fraction",
+    "val_split": "validation_fraction",
     "validation_split": "validation_fraction",
     "warmup": "warmup_steps",
     "wd": "weight_decay",
@@ -457,7 +459,8 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
                 number = kind(value)
             except ValueError as error:
                 rule = "a whole number" if kind is int else "a number"
-                raise InputError(option, f"must be {rule}, got {quoted(value)}.") from error
+                end = "; separate the values by spaces." if many and "," in value else "."
+                raise InputError(option, f"must be {rule}, got {quoted(value)}{end}") from error
             if option == "--seed":
                 check_seed(int(number))
             elif kind is int and abs(number) > _LARGEST:

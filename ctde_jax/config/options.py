@@ -112,7 +112,7 @@ class ModelOptions:
     """Number of attention heads of the transformer."""
 
     dropout_rate: float = 0.0
-    """Dropout rate."""
+    """Dropout rate of a cnn, lstm, gru or transformer."""
 
     norm: Literal["group", "batch"] = "group"
     """Normalization of a resnet: over groups of channels of one example, or over all examples."""

@@ -130,21 +130,27 @@ def result(trained: Trained, folder: Path) -> Table:
         trained: Result of the run.
         folder: Folder of the run.
     """
-    # The title names the step of the parameters, and how the run ended.
+    # The title states how the run ended, and which parameters the metrics are of.
     tested = trained.tested
-    title = f"after {trained.step:,} steps"
+    last = trained.history[-1]["step"]
+    title = f"after {last:,} steps"
     if trained.interrupted:
         title = (
-            f"interrupted at step {trained.step:,}; repeat the command with --run-dir {folder} to "
-            "continue"
+            f"interrupted at step {last:,}; repeat the command with --run-dir {folder} to continue"
         )
-    elif "train" not in trained.seconds:
-        title = f"this run was complete at step {trained.step:,}; nothing was trained"
-    if trained.step < trained.history[-1]["step"]:
-        title += ", the best of the evaluated checkpoints"
+    elif trained.stopped_early:
+        title = f"stopped early at step {last:,}, as the validation loss no longer improved"
+    if "train" not in trained.seconds:
+        title += "; this run was complete, so nothing was trained"
+    if trained.step < last:
+        title += f"; the parameters are those of step {trained.step:,}, the lowest validation loss"
 
-    # Test metrics and traffic.
+    # Metrics and traffic.
     table = Table(title=title, show_header=False)
+    for row in trained.history:
+        if (row["split"], row["step"]) == ("validation", trained.step):
+            table.add_row("validation accuracy", f"{row['accuracy']:.2%}")
+            table.add_row("validation loss", f"{row['loss']:.4f}")
     table.add_row("test accuracy", f"{tested['accuracy']:.2%}")
     table.add_row("test loss", f"{tested['loss']:.4f}")
     for name in trained.task.of_the_loss:

@@ -5,8 +5,8 @@
     python -m ctde_jax.export RUN --web FOLDER               # also writes a page that runs the
                                                              # model in a browser
 
-RUN is the folder of a run of python -m ctde_jax.train, whose newest checkpoint is exported, or the
-folder of one checkpoint.
+RUN is the folder of a run of python -m ctde_jax.train, or the folder of one checkpoint. Of a run,
+the newest checkpoint is exported; with --patience, the parameters of the lowest validation loss.
 """
 
 import sys

@@ -114,6 +114,8 @@ def open_callbacks(callbacks: Sequence[Any], stop: Stop) -> Iterator[Callbacks]:
 
 def check_callbacks(callbacks: Sequence[AnyCallback]) -> None:
     """Raises InputError unless each callback is a function, or has a method of `Callback`."""
+    if callable(callbacks) or not isinstance(callbacks, Sequence):
+        raise InputError("callbacks", f"must be a list, such as [{callbacks!r}].")
     for callback in callbacks:
         if isinstance(callback, type) or not (_has_methods(callback) or callable(callback)):
             raise InputError(

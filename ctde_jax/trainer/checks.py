@@ -206,7 +206,7 @@ _TYPES = {
         optax.GradientTransformation,
         "an optax transformation, such as optax.adam(0.001)",
     ),
-    "strategy": (Strategy, "a Strategy, such as Strategy(inner_steps=16)"),
+    "strategy": (Strategy, "a Strategy, such as Strategy(inner_steps=16) or strategy('diloco')"),
     "task": (Task, "a Task, such as Task(your_loss, {...})"),
 }
 """Type of each argument, and its description for errors."""

@@ -53,6 +53,9 @@ def plan(training: Training, folder: Path | None, names: Mapping[str, str] = {})
     table.add_row(
         "steps", f"{training.total_steps:,}, {training.source.steps_per_epoch:,} per epoch"
     )
+    if training.patience is not None:
+        evaluations = f"{training.patience} evaluation{'s' * (training.patience > 1)}"
+        table.add_row("stopping", f"after {evaluations} without a lower validation loss")
     if "optimizer" in names:
         table.add_row("optimizer", names["optimizer"])
     table.add_row("strategy", names.get("strategy") or _describe_strategy(training.strategy))
@@ -125,6 +128,7 @@ def _describe_split(training: Training, name: str) -> str:
 
 
 def _describe_strategy(strategy: Strategy) -> str:
+    combined = "mean" if strategy.reduce is Strategy().reduce else "aggregate"
     if strategy.inner_steps:
-        return f"rounds of {strategy.inner_steps} local steps"
-    return "aggregated gradients at every step"
+        return f"{combined} of the parameters after every {strategy.inner_steps} local steps"
+    return f"{combined} of the gradients at every step"

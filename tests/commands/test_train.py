@@ -755,3 +755,30 @@ def test_branch_without_remaining_steps_is_refused(tmp_path, capsys):
     assert "--steps must be greater than schedule_start, 4, got 4" in capsys.readouterr().err
     assert train.main(["--branch-from", str(parent), "--run-dir", str(tmp_path / "b")]) == 2
     assert "--branch-from must be a checkpoint, such as" in capsys.readouterr().err
+
+
+def test_early_stopping_is_described_in_the_plan_and_the_result(tmp_path, capsys):
+    options = ["--validation-fraction", "0.2", "--patience", "1", "--learning-rate", "3"]
+    command = ["--devices", "2", "--epochs", "9", *options, "--run-dir", str(tmp_path / "run")]
+    for is_repeated in (False, True):
+        assert train.main(command) == 0
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "stopping after 1 evaluation without a lower validation loss" in shown
+        rows = [row for row in rows_of(tmp_path / "run") if row["split"] == "validation"]
+        best = min(rows, key=lambda row: row["loss"])
+        assert rows[-1]["step"] > best["step"]
+        assert (
+            f"stopped early at step {rows[-1]['step']}, as the validation loss no longer improved"
+        ) in shown
+        assert ("this run was complete, so nothing was trained" in shown) == is_repeated
+        assert f"the parameters are those of step {best['step']}, the lowest validation" in shown
+        assert f"validation loss {best['loss']:.4f}" in shown
+
+
+def test_image_network_on_a_table_is_refused(tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("a,b,c,y\n" + "1,2,3,u\n4,5,6,v\n" * 60)
+    command = ["--dataset", "csv", "--data-file", str(tmp_path / "mine.csv"), "--model", "cnn"]
+    assert train.main([*command, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "--model cnn requires images, but the inputs have the shape (3,); use mlp" in (
+        capsys.readouterr().err
+    )

@@ -271,7 +271,10 @@ def test_preset_in_a_configuration_file_equals_that_of_the_command_line(tmp_path
         (["--epochs", "many"], "--epochs must be a whole number, got 'many'."),
         (["--steps", "2.5"], "--steps must be a whole number, got '2.5'."),
         (["--learning-rate", "1e"], "--learning-rate must be a number, got '1e'."),
-        (["--hidden-sizes", "12,34"], "--hidden-sizes must be a whole number, got '12,34'."),
+        (
+            ["--hidden-sizes", "12,34"],
+            "--hidden-sizes must be a whole number, got '12,34'; separate the values by spaces.",
+        ),
         (
             ["--config", "nowhere.json"],
             (
@@ -326,6 +329,7 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
         ("--clip", "--clip-grad-norm"),
         ("--wd", "--weight-decay"),
         ("--gpus", "--devices"),
+        ("--val-split", "--validation-fraction"),
         ("--learning-rat", "--learning-rate"),
     ],
 )

@@ -209,7 +209,9 @@ def test_command_names_different_options_as_flags(csv_run, capsys):
         "this run is complete at step 30; to train it from the start, pass --resume never or "
         "another --run-dir"
     ) in output
-    assert "this run was complete at step 30; nothing was trained" in " ".join(output.split())
+    assert "after 30 steps; this run was complete, so nothing was trained" in " ".join(
+        output.split()
+    )
     assert (
         train.main(
             [*command, "--resume", "never", "--branch-from", "run/checkpoints/step-00000030"]

@@ -99,7 +99,7 @@ def test_function_receives_every_row():
 
 
 @pytest.mark.parametrize("event", ["on_row", "on_evaluation"])
-def test_callback_that_returns_true_stops_the_run_which_can_be_resumed(tmp_path, event):
+def test_callback_that_returns_true_stops_the_run_which_can_be_resumed(tmp_path, event, capsys):
     whole = fit()
 
     class AtTwenty(ctde.Callback):
@@ -109,9 +109,11 @@ def test_callback_that_returns_true_stops_the_run_which_can_be_resumed(tmp_path,
         return (row.get("test") or row)["step"] >= 20
 
     setattr(AtTwenty, event, stop)
-    stopped = fit(tmp_path / "run", [AtTwenty()])
+    stopped = fit(tmp_path / "run", [AtTwenty()], show=True)
     assert stopped.interrupted
     assert 20 <= stopped.step < 40
+    end = f"stopped    at step {stopped.step}; the same call continues this run"
+    assert end in capsys.readouterr().out
 
     recorder = Recorder()
     resumed = fit(tmp_path / "run", [recorder])
@@ -152,6 +154,12 @@ def test_options_of_the_run_are_passed_at_the_start():
     fit(callbacks=[recorder], seed=3)
     (options,) = recorder.of("start")
     assert (options["batch_size"], options["seed"]) == (64, 3)
+
+
+@pytest.mark.parametrize("callbacks", [print, Recorder(), 3])
+def test_callback_that_is_not_in_a_list_is_refused(callbacks):
+    with pytest.raises(InputError, match=r"callbacks must be a list, such as \["):
+        fit(callbacks=callbacks)
 
 
 @pytest.mark.parametrize("callback", [3, "print", Recorder])

@@ -66,9 +66,9 @@ def test_fit_without_show_prints_no_plan(capsys):
         ),
         (
             {"strategy": ctde.Strategy(inner_steps=8)},
-            {"strategy": "rounds of 8 local steps"},
+            {"strategy": "mean of the parameters after every 8 local steps"},
         ),
-        ({}, {"strategy": "aggregated gradients at every step"}),
+        ({}, {"strategy": "mean of the gradients at every step"}),
     ],
 )
 def test_rows_of_the_plan(options, expected):
