@@ -180,8 +180,10 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
         return codec.block * ceil(_count(tree) / codec.block)
 
     def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
+        # A single replica sends nothing; without weight, its message is ignored as any other.
         if lax.axis_size(AXIS) == 1:
-            return updates, state
+            has_weight = jnp.asarray(weight) > 0
+            return optax.tree.where(has_weight, updates, optax.tree.zeros_like(updates)), state
 
         # Encode the message, and gather those of all replicas with their flags and weights.
         size = padded_size(updates)

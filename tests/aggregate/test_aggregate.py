@@ -246,6 +246,23 @@ def test_result_is_zero_if_all_weights_are_zero(name, key):
     assert not any(leaf.any() for leaf in jax.tree.leaves(reduced))
 
 
+@pytest.mark.parametrize("name", [name for name in REDUCERS if name not in ROBUST])
+def test_single_replica_with_weight_zero_or_without_a_change_results_in_zeros(name, key):
+    alone = jax.tree.map(lambda x: x[:1], messages(key))
+    unchanged = {**alone, "w": jnp.zeros_like(alone["w"])}
+    reduce = optax.with_extra_args_support(REDUCERS[name].reduce)
+
+    def update(message, weight):
+        return reduce.update(message, reduce.init(message), weight=weight, key=KEY)[0]
+
+    update = jax.vmap(update, in_axes=(0, None), axis_name=replica.AXIS)
+    result = update(alone, 0.0)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(result))
+    result = update(unchanged, 1.0)
+    assert not result["w"].any()
+    assert result["b"].any()
+
+
 @pytest.mark.parametrize("name", REDUCERS)
 def test_default_weight_is_one(name, key):
     reduce = optax.with_extra_args_support(REDUCERS[name].reduce)

@@ -613,7 +613,8 @@ def test_all_replicas_skip_a_round_that_is_not_finite_on_one(key, spoilt):
     )
 
 
-def test_reducer_and_gradient_draw_from_different_keys(key):
+@pytest.mark.parametrize("inner_steps", [0, 1])
+def test_reducer_and_gradient_draw_from_different_keys(key, inner_steps):
     def key_words(key):
         return jax.random.key_data(key).astype(jnp.float32)
 
@@ -625,7 +626,7 @@ def test_reducer_and_gradient_draw_from_different_keys(key):
         return {"words": jnp.float32(message["words"] == key_words(key))}, state
 
     reduce = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    strategy = Strategy(reduce=reduce)
+    strategy = Strategy(inner_steps, reduce=reduce)
     model = models.Model(lambda key, inputs: ({"words": jnp.zeros(2)}, {}), MODEL.apply)
     start = initial_state(model, strategy, key, optax.sgd(1.0))
     train_round = make_round(gradient, optax.sgd(1.0), strategy)
