@@ -348,14 +348,13 @@ def compare(
     rivals, absent = make_rivals(work, precision, 0, device)
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
 
-    # `fit` calls this after the evaluation at the end of its turn.
-    def others(*center: ctde.devices.PyTree) -> str:
-        for name, rival in rivals.items():
+    # `fit` calls this for every row; the turn of the others comes after its evaluation.
+    def others(row: Row) -> None:
+        for name, rival in rivals.items() if row["split"] == "test" else ():
             seconds[name].append(timed(rival.turn))
-        return ""
 
     options = {"steps": work.steps * (turns + 1), "eval_every": work.steps, "log_every": work.steps}
-    history = train(work, precision, device, describe=others, **options).history
+    history = train(work, precision, device, callbacks=[others], **options).history
     ours = [
         row["examples"] / row["examples_per_second"] for row in history if row["split"] == "train"
     ]

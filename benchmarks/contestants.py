@@ -149,11 +149,11 @@ def this_trainer(job: Job, referee: Referee) -> None:
     }[job.model]()
     apply = jax.jit(model.apply)
 
-    def after_epoch(params: ctde.devices.PyTree, model_state: ctde.devices.PyTree) -> str:
-        referee.done(
-            lambda: accuracy(lambda x: apply(params, model_state, x, None)[0], read_mnist(job))
-        )
-        return ""
+    class AfterEpoch(ctde.Callback):
+        def on_evaluation(self, rows, params, model_state) -> None:
+            referee.done(
+                lambda: accuracy(lambda x: apply(params, model_state, x, None)[0], read_mnist(job))
+            )
 
     # Train as users do, with a run folder.
     referee.ready()
@@ -166,7 +166,7 @@ def this_trainer(job: Job, referee: Referee) -> None:
             epochs=job.epochs,
             devices=devices,
             run_dir=folder,
-            describe=after_epoch,
+            callbacks=[AfterEpoch()],
         )
 
 

@@ -81,7 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         for rule in ("median", "trimmed_mean", "krum")
     },
     **{f"diloco {rule}": {"combine": rule} for rule in ("geometric_median", "centered_clipping")},
-    "diloco private": {"clip_norm": 1.0, "noise_multiplier": 1.0},
+    "diloco private": {"dp_clip_norm": 1.0, "dp_noise_multiplier": 1.0},
     "gossip exponential": {"graph": "exponential"},
     "streaming-diloco int4": {"reduce": "int4"},
 }
