@@ -350,8 +350,9 @@ def compare(
 
     # `fit` calls this for every row; the turn of the others comes after its evaluation.
     def others(row: Row) -> None:
-        for name, rival in rivals.items() if row["split"] == "test" else ():
-            seconds[name].append(timed(rival.turn))
+        if row["split"] == "test":
+            for name, rival in rivals.items():
+                seconds[name].append(timed(rival.turn))
 
     options = {"steps": work.steps * (turns + 1), "eval_every": work.steps, "log_every": work.steps}
     history = train(work, precision, device, callbacks=[others], **options).history

@@ -220,10 +220,10 @@ def judge(mutant: tuple, copy: Path, tests: dict, programs: Path, most: int) -> 
     source = path.read_text()
     mutated = mutate_code(source, get_operator(operator)(), occurrence)
     before, after = source.splitlines()[line - 1].strip(), mutated.splitlines()[line - 1].strip()
+    diff = f"{module}:{line}: {before}  ->  {after}"
     chosen = tests_of(module, line, tests)[:most]
     if not chosen:
         # pytest would run all tests.
-        diff = f"{module}:{line}: {before}  ->  {after}"
         return {"mutant": mutant, "outcome": "no tests", "diff": diff, "seconds": 0, "tests": 0}
     started = os.times().elapsed
     try:
@@ -242,7 +242,6 @@ def judge(mutant: tuple, copy: Path, tests: dict, programs: Path, most: int) -> 
         outcome = "killed"
     finally:
         path.write_text(source)
-    diff = f"{module}:{line}: {before}  ->  {after}"
     return {
         "mutant": mutant,
         "outcome": outcome,

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from ctde_jax.bundle import read_small
-from ctde_jax.config import help
+from ctde_jax.config import usage
 from ctde_jax.config.options import (
     AggregationOptions,
     Config,
@@ -251,9 +251,9 @@ def _parse(arguments: Sequence[str], command: str) -> Config:
     parsed = tyro.cli(
         flat,
         prog=f"python -m ctde_jax.{command}",
-        description=help.overview(command) if {"-h", "--help"} & set(arguments) else None,
+        description=usage.overview(command) if {"-h", "--help"} & set(arguments) else None,
         args=arguments,
-        registry=help.registry,
+        registry=usage.registry,
     )
     groups = {group.name: getattr(parsed, group.name) for group in fields(parsed)}
     return replace(parsed, **{name: _with_expanded_paths(group) for name, group in groups.items()})

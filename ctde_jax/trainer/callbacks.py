@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from signal import SIGINT
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ctde_jax.devices import PyTree, hosts
@@ -108,7 +109,7 @@ def open_callbacks(callbacks: Sequence[Any], stop: Stop) -> Iterator[Callbacks]:
         for callback in callbacks if hosts.index() == 0 else ():
             if isinstance(callback, AbstractContextManager):
                 callback = stack.enter_context(callback)
-            used.append(callback if _has_methods(callback) else _OfRows(callback))
+            used.append(callback if _has_methods(callback) else SimpleNamespace(on_row=callback))
         yield Callbacks(used, stop)
 
 
@@ -127,10 +128,3 @@ def check_callbacks(callbacks: Sequence[AnyCallback]) -> None:
 
 def _has_methods(callback: Any) -> bool:
     return any(hasattr(callback, event) for event in _EVENTS)
-
-
-class _OfRows:
-    """Callback that calls a function for every row."""
-
-    def __init__(self, function: Callable[[Row], bool | None]):
-        self.on_row = function

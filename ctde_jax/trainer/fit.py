@@ -133,6 +133,9 @@ def fit(
     before = time.perf_counter() - started
     trained = train(training, saving, show=show, callbacks=callbacks)
     trained.seconds["start-up"] += before
+    if trained.interrupted and show:
+        way_on = "" if saving.folder is None else "; the same call continues this run"
+        console().print(line("stopped", f"at step {trained.history[-1]['step']:,}{way_on}"))
     return trained
 
 

@@ -80,9 +80,9 @@ def _grid() -> Table:
 
 def _describe_devices(training: Training) -> str:
     devices = training.devices
-    kind = "fake CPU" if devices[0].platform == "cpu" else devices[0].device_kind
-    if devices[0].platform == "cpu" and len(devices) == 1:
-        kind = "CPU"
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        kind = "fake CPU" if len(devices) > 1 else "CPU"
     hosts = len({device.process_index for device in devices})
     spread = f" on {hosts} hosts" if hosts > 1 else ""
     return f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}"
@@ -128,7 +128,7 @@ def _describe_split(training: Training, name: str) -> str:
 
 
 def _describe_strategy(strategy: Strategy) -> str:
-    combined = "mean" if strategy.reduce is Strategy().reduce else "aggregate"
+    combined = "mean" if strategy.reduce is Strategy.reduce else "aggregate"
     if strategy.inner_steps:
         return f"{combined} of the parameters after every {strategy.inner_steps} local steps"
     return f"{combined} of the gradients at every step"

@@ -160,10 +160,6 @@ class Run:
             self._evaluate()
             self._clock.lap("evaluate")
 
-        if self._stop and not is_whole:
-            way_on = "" if self._folder is None else "; the same call continues this run"
-            self._log.say(f"stopped    at step {self._meter.position.step:,}{way_on}")
-
         # With early stopping, the parameters and the step are those of the lowest validation loss.
         params, model_state = self._best.center or jax.device_get(self._center)
         training = self._training

@@ -76,7 +76,7 @@ def test_lines_of_help_break_only_if_the_next_word_does_not_fit(help_at, columns
     lines = [line.rstrip("│ ") for line in help_at(columns).splitlines()]
     assert max(map(len, lines)) <= columns
     inner = [line[28:] if line.startswith("│" + " " * 27) else None for line in lines]
-    texts = [command_line.help.help_text(group, o.name) for group in GROUPS for o in fields(group)]
+    texts = [command_line.usage.help_text(group, o.name) for group in GROUPS for o in fields(group)]
     paragraphs = {line for text in texts for line in text.split("\n")}
     for line, following in pairwise(inner):
         if (

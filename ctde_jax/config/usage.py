@@ -3,10 +3,9 @@
 import shutil
 import textwrap
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from typing import Any, get_type_hints
 
-import docstring_parser
 import tyro
 
 from ctde_jax.config.options import Config
@@ -75,10 +74,18 @@ def help_text(group: type, option: str) -> str:
         group: Class of options, such as `RunOptions`.
         option: Name of a field of the class; only `model` and `strategy` have presets.
     """
-    parsed = docstring_parser.parse_from_object(group)
-    texts = {each.arg_name: each.description or "" for each in parsed.params}
     presets = {"model": MODELS, "strategy": PRESETS}.get(option, {})
-    return "\n".join([" ".join(texts[option].split()), *describe(presets)])
+    return "\n".join([_docstrings(group)[option], *describe(presets)])
+
+
+@cache
+def _docstrings(group: type) -> dict[str, str]:
+    """Returns the docstring of each field of a class as one line, by name; parses the source."""
+    # Imported here, as only `--help` needs it.
+    from docstring_parser import parse_from_object
+
+    params = parse_from_object(group).params
+    return {each.arg_name: " ".join((each.description or "").split()) for each in params}
 
 
 registry = tyro.constructors.ConstructorRegistry()
@@ -105,6 +112,7 @@ def _group_rule(
     return tyro.constructors.StructConstructorSpec(info.type, tuple(specs))
 
 
+@cache
 def _groups() -> tuple[Any, ...]:
     return tuple(get_type_hints(Config).values())
 
