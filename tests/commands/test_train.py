@@ -467,7 +467,7 @@ MISTAKES = {
         "--model transformer requires --dataset text, got the data set digits."
     ),
     "--dataset csv --data-file table.csv --model cnn": (
-        "image_shape must be .height, width. or .* got .2,."
+        "--model cnn requires images, but the inputs have the shape .2,.; use mlp."
     ),
     "--dataset csv --data-file table.csv --model lstm": (
         "--model lstm requires sequences .length, features., got examples"
