@@ -284,7 +284,7 @@ def is_channels_first(shape: Sequence[int]) -> bool:
     )
 
 
-def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
+def hold_out(dataset: Dataset, validation_fraction: float, seed: int = 0) -> Dataset:
     """Holds out a random fraction of the training examples for validation.
 
     If examples overlap, such as windows of a text with a small stride, the model has seen most of
@@ -292,7 +292,7 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
 
     Args:
         dataset: Data set of arrays.
-        share: Fraction of the training examples to hold out, between 0 and 1.
+        validation_fraction: Fraction of the training examples to hold out, between 0 and 1.
         seed: Random seed of the choice.
 
     Raises:
@@ -307,12 +307,12 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
     dataset.check_arrays("validation_fraction")
     examples = len(dataset.train.inputs)
     # A fraction outside of (0, 1) holds out nothing, which is rejected.
-    held_out = round(share * examples) if 0 < share < 1 else 0
+    held_out = round(validation_fraction * examples) if 0 < validation_fraction < 1 else 0
     if not 0 < held_out < examples:
         raise InputError(
             "validation_fraction",
             f"must leave some of the {examples:,} training examples for training and some for "
-            f"validation, got {share}.",
+            f"validation, got {validation_fraction}.",
         )
 
     # Sorted, so that examples keep their order, and rows on disk are read in that of the file.
