@@ -184,6 +184,24 @@ def test_averaged_statistics_are_means_over_devices(split, key, api):
     assert_close(on_replicas(gradient, params, model_state, split, indices, key)[1], mean)
 
 
+def test_microbatch_without_examples_keeps_the_state_of_its_replica(split, key):
+    """The state counts microbatches; only on the first replica, the second one has no examples."""
+    linear = models.mlp([FEATURES, CLASSES])
+    counting = models.Model(
+        lambda key, inputs: (linear.init(key, inputs)[0], {"microbatches": jnp.int32(0)}),
+        lambda params, state, inputs, key, mask=None: (
+            linear.apply(params, {}, inputs, key)[0],
+            {"microbatches": state["microbatches"] + 1},
+        ),
+    )
+    gradient = make_gradient(counting, classification, accumulation_steps=2)
+    indices = np.array([[0, ~0, 1, ~1], [2, 3, 4, 5]], np.int32)
+    run = jax.jit(jax.vmap(gradient, in_axes=(None, None, None, 0, None), axis_name=replica.AXIS))
+    _, model_state, sums = run(*counting.init(key, split.inputs[:1]), split, indices, key)
+    np.testing.assert_array_equal(model_state["microbatches"], [1, 2])
+    np.testing.assert_array_equal(sums["examples"], [2, 4])
+
+
 def test_augmentation_depends_on_the_example_and_not_on_its_position(key):
     """With one bright corner, the gradient of a linear model shows how each image was shifted."""
     images = jnp.zeros((40, 4, 4)).at[:, 0, 0].set(1.0)
