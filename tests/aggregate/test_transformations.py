@@ -649,6 +649,20 @@ def test_unsupported_optimizer_is_refused_before_compilation(name, monkeypatch, 
     print(f"{name}: {found.value}")
 
 
+@pytest.mark.parametrize(
+    ("names", "shapes"),
+    [("abc", "a [2], b [2], c [2]"), ("abcde", "a [2], b [2], c [2] and 2 more")],
+)
+def test_refusal_lists_three_shapes_and_counts_the_others(names, shapes):
+    only_first = optax.stateless(lambda updates, params: {"a": updates["a"]})
+    with pytest.raises(ctde.InputError) as found:
+        transformations.traced(only_first, dict.fromkeys(names, jnp.zeros(2)), "optimizer")
+    assert str(found.value) == (
+        "optimizer must return updates with the structure and shapes of the parameters "
+        f"({shapes}), got a [2]."
+    )
+
+
 def test_error_of_an_outer_optimizer_names_outer():
     with pytest.raises(
         ctde.InputError,
