@@ -216,13 +216,19 @@ def test_hierarchical_mean_is_the_mean(key):
         in_axes=(0, 0),
         out_axes=0,
     )
-    for index in range(REPLICAS):
-        assert_close(
-            jax.tree.map(
-                lambda x, index=index: x[index], jax.device_get(hierarchical(with_nan, WEIGHTS))
-            ),
-            average(rows),
-        )
+
+    # The negated messages change the sign of every sum, but not that of the weights.
+    for factor in (1, -1):
+        result = hierarchical(optax.tree.scale(factor, with_nan), WEIGHTS)
+        expected = average(optax.tree.scale(factor, rows))
+        for index in range(REPLICAS):
+            assert_close(
+                jax.tree.map(lambda x, index=index: np.asarray(x)[index], result), expected
+            )
+
+    # If all weights are zero, the mean is zero.
+    result = hierarchical(with_nan, np.zeros(REPLICAS, np.float32))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(result))
 
 
 def test_mean_ignores_nan_of_a_replica_with_weight_zero(key):
