@@ -61,6 +61,19 @@ def test_every_pass_has_another_order():
     assert len({tuple(rows % 16) for rows in passes}) == 24
 
 
+def test_order_of_the_first_client_is_not_that_of_the_draw_of_clients():
+    """The seeds `(seed, round, 0)` and `(seed, round)`, that of the draw, are equal in numpy."""
+    batches = data.deal(SPLIT, 2, 32, seed=0, partition=np.split(np.arange(64), 4), inner_steps=1)
+    compared = 0
+    for number in range(8):
+        order = np.random.default_rng((0, number)).permutation(16)
+        for rows in batches.draw(number)[0]:
+            if max(rows) < 16:
+                assert not np.array_equal(rows, order)
+                compared += 1
+    assert compared >= 2
+
+
 def test_round_after_a_partial_epoch_starts_a_new_epoch():
     """Nine steps are one and a half epochs of six steps; the next round starts with a new epoch."""
     nine, twelve = data.deal(SPLIT, 2, 8, 0, CLIENTS, inner_steps=9), deal(epochs=2)

@@ -45,6 +45,22 @@ def test_averages_equal_numpy_for_any_number_of_devices_and_batch_size(
     assert measured["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("label_shape", "at_once"), [((1000,), 65), ((10,), 1024), ((99_999,), 1)])
+def test_default_batch_has_at_most_65536_labels_and_1024_examples(key, label_shape, at_once):
+    seen = []
+
+    def loss(outputs, labels):
+        seen.append(labels.shape)
+        return outputs[:, 0]
+
+    split = Split(np.zeros((1100, 64), np.float32), np.zeros((1100, *label_shape), np.int8))
+    params, model_state = replica.replicate(MODEL.init(key, split.inputs[:1]), jax.devices()[:1])
+
+    make_evaluate(MODEL, models.Task(loss), split, jax.devices()[:1], params, model_state)
+
+    assert set(seen) == {(at_once, *label_shape)}
+
+
 @pytest.mark.parametrize(("examples", "labels"), [(0, 0), (5, 4), (5, 0)])
 def test_split_without_a_label_for_each_example_is_refused(key, examples, labels):
     split = Split(np.zeros((examples, 64), np.float32), np.zeros(labels, np.int32))
