@@ -8,15 +8,19 @@ import optax
 import pytest
 from flax import linen, nnx
 from jax import numpy as jnp
+from virtual_replicas import initial_state, under_vmap
 
 import ctde_jax as ctde
 from ctde_jax import aggregate, models
 from ctde_jax.aggregate.reducer import IndependentReducer, reducer
+from ctde_jax.cost import collectives
 from ctde_jax.data import Split
 from ctde_jax.devices import replica
 from ctde_jax.errors import InputError
 from ctde_jax.models.tasks import classification
 from ctde_jax.rounds.gradient import make_gradient
+from ctde_jax.rounds.round import make_round
+from ctde_jax.rounds.state import axes as axes_of
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
 EXAMPLES = 90  # 5 full batches and one of 10
@@ -271,14 +275,8 @@ def test_local_steps_normalize_with_the_real_examples_of_the_replica(api, shared
 
 def test_local_steps_have_no_collectives():
     """The compiled round has one collective, outside the loop of the local steps."""
-    from test_round import initial_state
-
-    from ctde_jax.cost import collectives
-    from ctde_jax.rounds import state
-    from ctde_jax.rounds.round import make_round
-
     strategy, devices = ctde.Strategy(inner_steps=3), jax.devices()[:4]
-    model, optimizer, axes = models.from_nnx(Nnx), optax.sgd(0.1), state.axes(strategy)
+    model, optimizer, axes = models.from_nnx(Nnx), optax.sgd(0.1), axes_of(strategy)
     train_round = make_round(make_gradient(model, classification), optimizer, strategy)
     on_devices = replica.parallel(train_round, devices, (axes, None, 0, None), (axes, 0))
     batches = np.arange(48, dtype=np.int32).reshape(4, 3, 4)
@@ -562,9 +560,6 @@ def test_linen_variant_counts_real_examples_only(name):
 
 def test_message_of_an_independent_reducer_depends_on_one_replica():
     """For robust rules and private averages: gradients of a replica's real examples."""
-    from test_round import initial_state, under_vmap
-
-    from ctde_jax.rounds.round import make_round
 
     def update(message, state, params=None, **extra_args):
         return replica.weighted_mean(message, 1.0), message

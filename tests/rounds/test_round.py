@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax import numpy as jnp
+from virtual_replicas import FEATURES, OPTIMIZER, REPLICAS, initial_state, under_vmap
 
 from ctde_jax import models
 from ctde_jax.aggregate import (
@@ -33,9 +34,8 @@ from ctde_jax.rounds import state
 from ctde_jax.rounds.gradient import make_gradient
 from ctde_jax.rounds.round import make_round, make_rounds, parallel_rounds, skipping
 
-REPLICAS, FEATURES, CLASSES = 4, 5, 3
+CLASSES = 3
 MODEL = models.mlp([FEATURES, 6, CLASSES])
-OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 STRATEGIES = {
     "synchronous": Strategy(),
     "local sgd": Strategy(inner_steps=3),
@@ -78,31 +78,6 @@ def steps_of(strategy: Strategy, per_replica: int = 2) -> np.ndarray:
     steps = max(1, strategy.inner_steps)
     return (np.arange(REPLICAS * steps * per_replica, dtype=np.int32) % 40).reshape(
         REPLICAS, steps, per_replica
-    )
-
-
-def initial_state(
-    model, strategy, key, optimizer=OPTIMIZER, replicas=REPLICAS, ema=False
-) -> state.TrainState:
-    """Returns the initial state of virtual replicas."""
-    create = partial(state.create, optimizer=optimizer, strategy=strategy, ema=ema)
-    on_replicas = jax.vmap(
-        create,
-        in_axes=None,
-        out_axes=state.axes(strategy),
-        axis_name=replica.AXIS,
-        axis_size=replicas,
-    )
-    return on_replicas(*model.init(key, jnp.zeros((1, FEATURES))))
-
-
-def under_vmap(function, strategy):
-    """Runs per-replica code under vmap over the rows, where a missing reduction is an error."""
-    axes = state.axes(strategy)
-    return jax.jit(
-        jax.vmap(
-            function, in_axes=(axes, None, 0, None), out_axes=(axes, 0), axis_name=replica.AXIS
-        )
     )
 
 
