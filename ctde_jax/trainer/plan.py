@@ -23,45 +23,45 @@ def plan(training: Training, folder: Path | None, names: Mapping[str, str] = {})
             command derives from its options. Without one, a part is described generically or left
             out.
     """
-    devices = training.devices
-    data = training.data
     table = _grid()
-
-    # Devices first, then the data and how the devices divide them.
-    table.add_row("devices", _describe_devices(training))
-    if note := _note_on_fake_devices(training):
-        table.add_row("", note)
-    table.add_row(
-        "data",
-        f"{data.name}: {len(data.train.inputs):,} training and {len(data.test.inputs):,} test "
-        f"examples, {data.kinds}",
-    )
-    for note in data.notes:
-        table.add_row("", note)
-    table.add_row("inputs", _describe_inputs(data))
-    table.add_row("split", _describe_split(training, names.get("partition", "partition")))
-
-    # Model, batch, optimizer and strategy.
-    count = f"{count_params(training.shapes[0]):,} parameters"
-    table.add_row("model", f"{names['model']}, {count}" if "model" in names else count)
-    microbatches = training.accumulation_steps
-    cut = f" in {microbatches} microbatches" if microbatches > 1 else ""
-    table.add_row(
-        "batch",
-        f"{training.batch_size} examples, {training.batch_size // len(devices)} per device{cut}",
-    )
-    table.add_row(
-        "steps", f"{training.total_steps:,}, {training.source.steps_per_epoch:,} per epoch"
-    )
-    if training.patience is not None:
-        evaluations = f"{training.patience} evaluation{'s' * (training.patience > 1)}"
-        table.add_row("stopping", f"after {evaluations} without a lower validation loss")
-    if "optimizer" in names:
-        table.add_row("optimizer", names["optimizer"])
-    table.add_row("strategy", names.get("strategy") or _describe_strategy(training.strategy))
+    for row in plan_rows(training, names):
+        table.add_row(*row)
     if folder is not None:
         table.add_row("results", str(folder))
     return table
+
+
+def plan_rows(training: Training, names: Mapping[str, str] = {}) -> list[tuple[str, str]]:
+    """Returns the rows of `plan` without the folder; notes on a row follow it without a name."""
+    devices = training.devices
+    data = training.data
+
+    # Devices first, then the data and how the devices divide them.
+    rows = [("devices", _describe_devices(training))]
+    if note := _note_on_fake_devices(training):
+        rows.append(("", note))
+    examples = f"{len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples"
+    rows.append(("data", f"{data.name}: {examples}, {data.kinds}"))
+    rows += [("", note) for note in data.notes]
+    rows.append(("inputs", _describe_inputs(data)))
+    rows.append(("split", _describe_split(training, names.get("partition", "partition"))))
+
+    # Model, batch, optimizer and strategy.
+    count = f"{count_params(training.shapes[0]):,} parameters"
+    rows.append(("model", f"{names['model']}, {count}" if "model" in names else count))
+    microbatches = training.accumulation_steps
+    cut = f" in {microbatches} microbatches" if microbatches > 1 else ""
+    per_device = training.batch_size // len(devices)
+    rows.append(("batch", f"{training.batch_size} examples, {per_device} per device{cut}"))
+    per_epoch = training.source.steps_per_epoch
+    rows.append(("steps", f"{training.total_steps:,}, {per_epoch:,} per epoch"))
+    if training.patience is not None:
+        evaluations = f"{training.patience} evaluation{'s' * (training.patience > 1)}"
+        rows.append(("stopping", f"after {evaluations} without a lower validation loss"))
+    if "optimizer" in names:
+        rows.append(("optimizer", names["optimizer"]))
+    rows.append(("strategy", names.get("strategy") or _describe_strategy(training.strategy)))
+    return rows
 
 
 def line(name: str, text: str) -> Table:

@@ -65,7 +65,7 @@ def test_warning_and_floating_point_settings_of_the_user_have_no_effect(tmp_path
 
 def test_unwritable_picture_is_reported_in_one_sentence():
     assert picture.save(draw, Path("/dev/full")) == (
-        "could not draw /dev/full (No space left on device); nothing else depends on this file."
+        "could not write /dev/full (No space left on device); nothing else depends on this file."
     )
 
 
@@ -75,5 +75,5 @@ def test_run_returns_its_result_if_drawing_fails(digits, tmp_path, capsys, monke
     devices = ctde.devices.start(1)
     fit = {"devices": devices, "batch_size": 64, "steps": 2, "run_dir": tmp_path}
     assert ctde.fit(ctde.models.mlp([64, 10]), digits, optax.sgd(0.1), **fit).step == 2
-    sentence = f"could not draw {tmp_path / 'curves.png'} (ZeroDivisionError: division by zero)"
+    sentence = f"could not write {tmp_path / 'curves.png'} (ZeroDivisionError: division by zero)"
     assert sentence in capsys.readouterr().out
