@@ -12,7 +12,15 @@ from ctde_jax.errors import InputError, shortened
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
-_OF_A_RUN = ("bundle", "config.json", "curves.png", "partition.png", METRICS, CHECKPOINTS)
+_OF_A_RUN = (
+    "bundle",
+    "config.json",
+    "curves.png",
+    "partition.png",
+    "report.html",
+    METRICS,
+    CHECKPOINTS,
+)
 """Entries that a run and its export write, in the order in which `make_way` moves them."""
 
 OWN = frozenset({LOCK, *_OF_A_RUN} - {"bundle"})

@@ -164,6 +164,7 @@ _DECIDE_NOTHING = (
     "log_every",
     "keep_checkpoints",
     "keep_best",
+    "report",
     "track",
     "prompt",
     "sample_length",

@@ -364,6 +364,10 @@ class RunOptions:
     """Number of training batches from which the statistics of --norm batch are re-estimated
     before every evaluation; 0 uses the running averages."""
 
+    report: bool = False
+    """Write report.html to the run folder at the end: metrics on the test split with confidence
+    intervals, confusion matrix, calibration, and the examples with the highest loss."""
+
     track: Trackers = ()
     """Trackers to which all metrics are written, each of which needs the extra of its name;
     tensorboard writes to the run folder; by default none."""

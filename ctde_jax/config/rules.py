@@ -94,11 +94,12 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "clip_radius": ("combine", ("centered_clipping",)),
     "outer_learning_rate": ("outer", ("momentum", "nesterov", "adam")),
     "outer_momentum": ("outer", ("momentum", "nesterov")),
-    # Texts.
+    # Texts, and data with classes.
     "context_length": ("dataset", ("text",)),
     "stride": ("dataset", ("text",)),
     "prompt": ("dataset", ("text",)),
     "sample_length": ("dataset", ("text",)),
+    "report": ("dataset", ("digits", "mnist", "fashion_mnist", "cifar10", "npz", "csv")),
     # Networks and their optimizer.
     "hidden_sizes": ("model", ("mlp",)),
     "channels": ("model", ("resnet",)),

@@ -15,11 +15,13 @@ from ctde_jax.checkpoint import Options
 from ctde_jax.config import build, report
 from ctde_jax.config.command_line import deciding, flag, new_run_folder, save
 from ctde_jax.config.options import Config, RunOptions
-from ctde_jax.data import Dataset, decode, encode, partition
+from ctde_jax.data import Dataset, Split, decode, encode, partition
 from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, replica, start
 from ctde_jax.errors import InputError, check_at_least, check_at_most
 from ctde_jax.models import Model, generate
 from ctde_jax.trainer import Saving, Trained, Training, console, picture
+
+REPORT = "report.html"
 
 
 def train(config: Config, started: float) -> Trained:
@@ -89,12 +91,25 @@ def train(config: Config, started: float) -> Trained:
 
         # Print the plan, then train. The time before counts as start-up.
         saving.check(training)
-        _show(trainer.plan(training, folder, report.names(config, data)))
+        names = report.names(config, data)
+        _show(trainer.plan(training, folder, names))
         before = time.perf_counter() - started
         trained = trainer.train(training, saving, callbacks=callbacks)
-    trained.seconds["start-up"] += before
-    screen.print(report.result(trained, folder))
+        trained.seconds["start-up"] += before
+        trained = replace(trained, plan=tuple(trainer.plan_rows(training, names)))
+        screen.print(report.result(trained, folder))
+
+        # The run is complete, so a report that cannot be written does not change its status.
+        if config.run.report:
+            failure = hosts.of_the_first(partial(_write_report, trained, data.test, folder))
+            screen.print(failure or f"report     {folder / REPORT}")
     return trained
+
+
+def _write_report(trained: Trained, split: Split, folder: Path) -> str:
+    """Writes the report to the folder; returns an empty string, or the reason for a failure."""
+    path = folder / REPORT
+    return picture.attempt(lambda: trained.report(split).save(path), path)
 
 
 def _check_branch_from(chosen: RunOptions, folder: Path) -> None:

@@ -4,7 +4,8 @@ from ctde_jax.trainer import picture, stopwatch, trackers
 from ctde_jax.trainer.callbacks import Callback
 from ctde_jax.trainer.fit import fit, train
 from ctde_jax.trainer.log import Row, console, plot_curves, read_rows
-from ctde_jax.trainer.plan import plan
+from ctde_jax.trainer.plan import plan, plan_rows
+from ctde_jax.trainer.reports import Calibration, ClassMetrics, Estimate, Report, TargetMetrics
 from ctde_jax.trainer.rollback import SCALED
 from ctde_jax.trainer.stopwatch import Profile, Spread
 from ctde_jax.trainer.trained import Trained, accepts
@@ -12,11 +13,16 @@ from ctde_jax.trainer.training import Saving, Training
 
 __all__ = [
     "SCALED",
+    "Calibration",
     "Callback",
+    "ClassMetrics",
+    "Estimate",
     "Profile",
+    "Report",
     "Row",
     "Saving",
     "Spread",
+    "TargetMetrics",
     "Trained",
     "Training",
     "accepts",
@@ -24,6 +30,7 @@ __all__ = [
     "fit",
     "picture",
     "plan",
+    "plan_rows",
     "plot_curves",
     "read_rows",
     "stopwatch",

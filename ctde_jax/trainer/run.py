@@ -28,6 +28,7 @@ from ctde_jax.trainer.callbacks import AnyCallback, Callbacks, open_callbacks
 from ctde_jax.trainer.claim import Found
 from ctde_jax.trainer.log import Log, Row, open_log
 from ctde_jax.trainer.meter import Clock, Meter
+from ctde_jax.trainer.plan import plan_rows
 from ctde_jax.trainer.programs import PhaseProgram, Programs
 from ctde_jax.trainer.stop import Stop, deferred
 from ctde_jax.trainer.trained import Trained, accepts
@@ -178,6 +179,7 @@ class Run:
             traffic=self._programs.phases[-1].traffic,
             accepts=accepts(training.data),
             platform=training.devices[0].platform,
+            plan=tuple(plan_rows(training)),
         )
         self._callbacks("on_end", trained)
         return trained

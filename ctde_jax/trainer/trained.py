@@ -17,6 +17,7 @@ from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task
 from ctde_jax.rounds import Averages, make_evaluate
 from ctde_jax.trainer.log import Row
+from ctde_jax.trainer.reports import Report, check_task, make_report
 
 _MOST_AT_ONCE = 1024
 _MOST_BYTES_AT_ONCE = 2**25
@@ -131,6 +132,9 @@ class Trained:
     platform: str | None = None
     """Platform of the devices that measured the history, such as `cpu`; None if not recorded."""
 
+    plan: tuple[tuple[str, str], ...] = ()
+    """Rows of the plan of the training, for reports; see `plan_rows`."""
+
     def __repr__(self) -> str:
         averages = ", ".join(
             f"{name} {value:.4g}" for name, value in self.tested.items() if name != "split"
@@ -216,17 +220,60 @@ class Trained:
             >>> sorted(averages)
             ['accuracy', 'examples', 'loss']
         """
+        checked = self._checked(split)
+        # Each device evaluates a part of the examples, with a copy of the parameters.
+        params, model_state = replica.replicate((self.params, self.model_state), self.devices)
+        return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(
+            params, model_state
+        )
+
+    def report(self, split: Split) -> Report:
+        """Measures the model on a split in detail: metrics with intervals, and the worst examples.
+
+        For a classifier, the report has the confusion matrix (as exact counts), precision, recall
+        and F1 of each class, AUROC, average precision, log loss and calibration. For targets, it
+        has MAE, RMSE and R². Outputs are those of `predict`, which counts every example once.
+
+        Args:
+            split: Examples as for `evaluate`, such as `data.test`.
+
+        Raises:
+            InputError: The split is invalid as for `evaluate`, the model is a language model, the
+                outputs are neither logits of classes nor predictions of the labels, or an output is
+                not finite.
+
+        Examples:
+            >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+            >>> trained = ctde.fit(model, data, optax.adam(0.01), epochs=2, show=False)
+            >>> report = trained.report(data.test)
+            >>> report.metrics["accuracy"].low < trained.tested["accuracy"]
+            True
+        """
+        checked = self._checked(split)
+        check_task(self.task, self.accepts.classes)
+        return make_report(
+            self.task,
+            self.predict(checked.inputs),
+            checked,
+            self.accepts.classes,
+            self.step,
+            self.history,
+            self.plan,
+        )
+
+    def _checked(self, split: object) -> Split:
+        """Returns a split with the dtypes of training; raises InputError if it is invalid."""
         if not isinstance(split, Split):
             rule = "must be a Split, such as data.test or data.Split(inputs, labels)"
             raise InputError("split", f"{rule}, got {type(split).__name__} {split!r:.60}.")
         inputs = _conforming("inputs", split.inputs, self.accepts.inputs)
         labels = self._labels(split.labels)
-        # Each device evaluates a part of the examples, with a copy of the parameters.
-        params, model_state = replica.replicate((self.params, self.model_state), self.devices)
-        checked = Split(inputs, labels)
-        return make_evaluate(self.model, self.task, checked, self.devices, params, model_state)(
-            params, model_state
-        )
+        if not len(inputs) or len(labels) != len(inputs):
+            raise InputError(
+                "split",
+                f"must have one label for each example, got {len(labels)} for {len(inputs)}.",
+            )
+        return Split(inputs, labels)
 
     def _labels(self, given: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
         labels = plain("labels", given)
