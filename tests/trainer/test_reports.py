@@ -408,15 +408,22 @@ def test_outputs_of_another_shape_than_the_targets_are_refused():
     )
 
 
-def test_outputs_that_parametrize_a_distribution_are_refused():
-    """The logarithm of a Poisson rate has the shape of the labels, but does not predict them."""
-    task = ctde.Task(lambda outputs, targets: jax.numpy.exp(outputs) - targets * outputs)
-    labels = np.array([4.0, 1.0, 7.0], np.float32)
+@pytest.mark.parametrize(
+    ("loss", "labels", "end"),
+    [
+        # The logarithm of a Poisson rate, the logit of a probability, and a score of two classes.
+        (lambda o, t: jax.numpy.exp(o) - t * o, [4.0, 1.0, 7.0], "0 is not higher at its label -2"),
+        (optax.sigmoid_binary_cross_entropy, [0.0, 1.0, 1.0], "0 is not higher at its label -0.4"),
+        (optax.hinge_loss, [-1.0, 1.0, 1.0], "0 is not higher at its label -0.9"),
+    ],
+)
+def test_outputs_that_do_not_predict_labels_of_their_shape_are_refused(loss, labels, end):
+    labels = np.array(labels, np.float32)
     split = Split(np.zeros((3, 2), np.float32), labels)
-    sentence = refusal(make_report, task, np.log(labels), split, (), 1, [], ())
+    sentence = refusal(make_report, ctde.Task(loss), labels, split, (), 1, [], ())
     assert sentence.startswith(
-        "task must have a loss that is lowest if the outputs equal the labels, so that outputs "
-        "are predictions, but for a report the loss of example 0 is lower at its label -2."
+        "task must have a loss that is lowest if the outputs equal the labels for a report, which "
+        f"regards them as predictions, but the loss of example {end}"
     )
     assert sentence.endswith("; use trained.evaluate(split).")
 

@@ -14,8 +14,7 @@ BINS = 15
 """Number of bins of equal width for the confidence, as in Guo et al. (2017)."""
 
 _MOST_SCORES = 2**20
-"""Maximum number of probabilities for which the AUROC of the resamples is computed, in about 20
-seconds."""
+"""Maximum number of probabilities for which the AUROC of the resamples is computed."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,22 @@ class ClassMetrics:
     """Number of examples by class (row) and predicted class (column)."""
 
     precision: Float[np.ndarray, " classes"]
+    """Fraction of the examples predicted as the class that have it."""
+
     recall: Float[np.ndarray, " classes"]
+    """Fraction of the examples of the class that are predicted as it."""
+
     f1: Float[np.ndarray, " classes"]
+    """Harmonic mean of precision and recall."""
+
     auroc: Float[np.ndarray, " classes"]
+    """Area under the ROC curve of the class against the rest."""
+
     average_precision: Float[np.ndarray, " classes"]
+    """Mean precision over the steps of recall, of the class against the rest."""
 
     calibration: Calibration
+    """The reliability diagram of the predicted classes."""
 
     @property
     def support(self) -> Int[np.ndarray, " classes"]:
@@ -250,28 +259,26 @@ def weighted_auroc(
     It equals `sklearn.metrics.roc_auc_score(..., sample_weight=weights)` for one class against the
     rest, which takes a millisecond for each class and each resample.
     """
-    # Sort once, and find the first and the last place of each group of equal scores.
+    # Sort the scores of each class once, and find the group of equal scores of each example in its
+    # class: from `start` to before `end`.
     examples, count = scores.shape
-    order = scores.argsort(axis=0)
-    ordered = np.take_along_axis(scores, order, axis=0)
-    is_positive = labels[order] == np.arange(count)
-    places = np.arange(examples)[:, None]
-    edge = np.ones((1, count), bool)
-    differs = ordered[1:] != ordered[:-1]
-    first = np.maximum.accumulate(np.where(np.concatenate([edge, differs]), places, 0))
-    is_last = np.concatenate([differs, edge])
-    last = np.minimum.accumulate(np.where(is_last, places, examples)[::-1])[::-1]
+    order = scores.T.argsort(axis=1)
+    start, end = np.zeros((2, examples), np.int64)
+    for place in np.unique(labels):
+        is_positive = labels == place
+        ordered = scores[order[place], place]
+        start[is_positive] = np.searchsorted(ordered, scores[is_positive, place], "left")
+        end[is_positive] = np.searchsorted(ordered, scores[is_positive, place], "right")
+    below = np.zeros((count, examples + 1))
 
     def auroc(weights: Float[np.ndarray, " examples"]) -> Float[np.ndarray, " classes"]:
-        # The weight of negatives with a lower score, and half of that with an equal score.
-        weights = weights[order]
-        positives = weights * is_positive
-        negatives = weights - positives
-        total = np.cumsum(negatives, axis=0)
-        lower = np.take_along_axis(total - negatives, first, axis=0)
-        not_higher = np.take_along_axis(total, last, axis=0)
-        won = (positives * (lower + not_higher) / 2).sum(axis=0)
-        pairs = positives.sum(axis=0) * negatives.sum(axis=0)
+        # The sum of the ranks of the positives (Mann and Whitney, 1947), whose ranks among
+        # themselves add up to half the square of their weight. Equal scores have their mean rank.
+        np.cumsum(weights[order], axis=1, out=below[:, 1:])
+        ranks = (below[labels, start] + below[labels, end]) / 2
+        positives = np.bincount(labels, weights, count)
+        won = np.bincount(labels, weights * ranks, count) - np.square(positives) / 2
+        pairs = positives * (weights.sum() - positives)
         return np.divide(won, pairs, out=np.full(count, nan), where=pairs > 0)
 
     return auroc

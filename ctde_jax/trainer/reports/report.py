@@ -240,7 +240,7 @@ _CHECKED = 64
 def _check_targets(task: Task, outputs: PyTree, labels: Shaped[np.ndarray, "examples ..."]) -> None:
     """Checks that outputs are predictions of the labels, and not parameters of a distribution.
 
-    Then they have the shape of the labels, and no output has a lower loss than the label itself.
+    Then they have the shape of the labels, and the loss is lowest if they equal the labels.
 
     Raises:
         InputError: The shapes or the loss contradict that.
@@ -264,14 +264,13 @@ def _check_targets(task: Task, outputs: PyTree, labels: Shaped[np.ndarray, "exam
     least = np.asarray(task.loss(perfect, few))
     spread = float(labels.std()) or 1.0
     for shift in (-spread, -spread / 4, spread / 4, spread):
-        losses = np.asarray(task.loss(perfect + shift, few))
-        lower = losses < least - 1e-5 * (1 + np.abs(least))
-        if lower.any():
+        is_higher = np.asarray(task.loss(perfect + shift, few)) > least
+        if not is_higher.all():
             raise InputError(
                 "task",
-                "must have a loss that is lowest if the outputs equal the labels, so that outputs "
-                "are predictions, but for a report the loss of example "
-                f"{int(lower.argmax())} is lower at its label {shift:+.3g}; {way_out}.",
+                "must have a loss that is lowest if the outputs equal the labels for a report, "
+                "which regards them as predictions, but the loss of example "
+                f"{int(is_higher.argmin())} is not higher at its label {shift:+.3g}; {way_out}.",
             )
 
 

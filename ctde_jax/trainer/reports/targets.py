@@ -24,11 +24,19 @@ class TargetMetrics:
     """
 
     mae: Float[np.ndarray, " outputs"]
+    """Mean absolute error."""
+
     rmse: Float[np.ndarray, " outputs"]
+    """Square root of the mean squared error."""
+
     r2: Float[np.ndarray, " outputs"]
+    """Coefficient of determination, R²."""
 
     targets: Float[np.ndarray, "examples outputs"]
+    """Labels; all axes of an example are flattened."""
+
     predictions: Float[np.ndarray, "examples outputs"]
+    """Outputs, like the targets."""
 
 
 def measure_targets(

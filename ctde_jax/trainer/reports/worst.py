@@ -48,10 +48,11 @@ def describe_numbers(values: Shaped[np.ndarray, "..."]) -> str:
 
 
 def are_pictures(inputs: np.ndarray) -> bool:
-    """Returns whether inputs `[examples, ...]` are pictures: sides of at most 1:2 and 1:64.
+    """Returns whether inputs `[examples, ...]` are shown as pictures.
 
-    They are `[height, width, channels]` with 1 or 3 channels, or `uint8[height, width]`. Other
-    arrays with two axes are regarded as sequences of features.
+    They are if an example is `[height, width, channels]` with 1 or 3 channels, or
+    `uint8[height, width]`, with sides of at least 4 pixels and a ratio of at most 2. Other arrays
+    with two axes are probably sequences of features.
     """
     shape = inputs.shape[1:]
     has_channels = len(shape) == 3 and shape[2] in (1, 3)
