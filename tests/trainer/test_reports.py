@@ -213,6 +213,15 @@ def test_class_without_examples_is_missing_and_not_in_the_macro_averages():
     ]
 
 
+def test_class_without_examples_and_predictions_has_no_f1():
+    found = classes.measure_classes(logits_of(np.array([0, 1])), np.array([0, 1]), NAMES)
+    np.testing.assert_array_equal(np.isnan(found.f1), [False, False, True])
+    assert found.metrics["macro_f1"].value == 1
+    assert found.notes[-1] == (
+        "F1 is undefined for classes that have no examples and are never predicted: owl."
+    )
+
+
 def test_class_that_is_never_predicted_has_no_precision():
     found = classes.measure_classes(logits_of(np.zeros(3, int)), np.arange(3), NAMES)
     np.testing.assert_array_equal(np.isnan(found.precision), [False, True, True])

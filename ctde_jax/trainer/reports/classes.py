@@ -47,8 +47,9 @@ class ClassMetrics:
     """Metrics of a classifier, over all examples of a split and for each class.
 
     Values for a class are NaN if they are undefined: the precision of a class that is never
-    predicted, the recall of a class without examples, and AUROC and average precision of a class
-    that no example has, or all. Macro averages are over the classes that have examples.
+    predicted, the recall of a class without examples, the F1 of a class with neither, and AUROC and
+    average precision of a class that no example has, or all. Macro averages are over the classes
+    that have examples.
     """
 
     classes: tuple[str, ...]
@@ -104,6 +105,11 @@ class ClassMetrics:
             notes.append(
                 "Precision is undefined for classes that are never predicted: "
                 f"{self._names(never)}."
+            )
+        if (absent & never).any():
+            notes.append(
+                "F1 is undefined for classes that have no examples and are never predicted: "
+                f"{self._names(absent & never)}."
             )
         if self.support.sum() * len(self.classes) > _MOST_SCORES:
             notes.append(
