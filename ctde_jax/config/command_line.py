@@ -28,6 +28,9 @@ from ctde_jax.config.presets import MODELS, PRESETS, Preset, as_flag
 from ctde_jax.config.rules import NEEDS
 from ctde_jax.errors import InputError, check_known, check_seed, did_you_mean, quoted
 
+CONFIG = "config.json"
+"""File of a run folder with all options; `--config` reads it."""
+
 
 def parse(arguments: Sequence[str], command: str = "train") -> Config:
     """Parses a command line, and the saved configuration that it names.
@@ -100,7 +103,7 @@ def _config_of_branch(run: RunOptions) -> Path | None:
 
     The parent of a resumed branch need not exist any more.
     """
-    path = None if run.run_dir is None else run.run_dir / "config.json"
+    path = None if run.run_dir is None else run.run_dir / CONFIG
     return path if path is not None and run.resume == "auto" and os.path.isfile(path) else None
 
 
@@ -112,7 +115,7 @@ def _config_of(checkpoint: Path) -> Path | None:
     """
     if not os.path.isfile(checkpoint / "manifest.json"):
         return None
-    path = checkpoint.absolute().parent.parent / "config.json"
+    path = checkpoint.absolute().parent.parent / CONFIG
     if not path.is_file():
         raise InputError(
             "branch_from",

@@ -26,7 +26,7 @@ from ctde_jax.checkpoint import (
     plain,
 )
 from ctde_jax.config import build, report
-from ctde_jax.config.command_line import deciding, flag, parse
+from ctde_jax.config.command_line import CONFIG, deciding, flag, parse
 from ctde_jax.config.options import Config, DataOptions
 from ctde_jax.data import Dataset, digests_of
 from ctde_jax.devices import FAKE_DEVICES, PyTree, replica, start
@@ -34,8 +34,6 @@ from ctde_jax.errors import InputError
 from ctde_jax.models import Model, with_raw_inputs
 from ctde_jax.rounds import make_source, of_first_steps, state
 from ctde_jax.trainer import SCALED, Row, Trained, accepts, console, read_rows
-
-CONFIG = "config.json"
 
 
 class Loaded(NamedTuple):

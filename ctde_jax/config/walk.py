@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from rich.table import Table
 from ctde_jax import checkpoint, trainer
 from ctde_jax.checkpoint import Options
 from ctde_jax.config import build, report
-from ctde_jax.config.command_line import deciding, flag, new_run_folder, save
+from ctde_jax.config.command_line import CONFIG, deciding, flag, new_run_folder, save
 from ctde_jax.config.options import Config, RunOptions
 from ctde_jax.data import Dataset, Split, decode, encode, partition
 from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, replica, start
@@ -66,7 +67,7 @@ def train(config: Config, started: float) -> Trained:
         # Called before the first checkpoint of a new run.
         def prepare(folder: Path) -> None:
             with checkpoint.writing_to(folder):
-                save(config, folder / "config.json")
+                save(config, folder / CONFIG)
             parts = training.partition
             if parts is not None and data.classes:
                 draw = partial(partition.plot, np.asarray(data.train.labels), parts, data.classes)
@@ -96,7 +97,9 @@ def train(config: Config, started: float) -> Trained:
         before = time.perf_counter() - started
         trained = trainer.train(training, saving, callbacks=callbacks)
         trained.seconds["start-up"] += before
-        trained = replace(trained, plan=tuple(trainer.plan_rows(training, names)))
+        repetition = f"python -m ctde_jax.train --config {quote(str(folder / CONFIG))}"
+        rows = [*trainer.plan_rows(training, names), ("to repeat it", repetition)]
+        trained = replace(trained, plan=tuple(rows))
         screen.print(report.result(trained, folder))
 
         # The run is complete, so a report that cannot be written does not change its status.
