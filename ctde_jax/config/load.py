@@ -25,7 +25,7 @@ from ctde_jax.checkpoint import (
     newest_intact,
     plain,
 )
-from ctde_jax.config import build, report
+from ctde_jax.config import build, output
 from ctde_jax.config.command_line import CONFIG, deciding, flag, parse
 from ctde_jax.config.options import Config, DataOptions
 from ctde_jax.data import Dataset, digests_of
@@ -123,7 +123,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         traffic=None,
         accepts=accepts(data),
         platform=found.facts.get("platform"),
-        plan=(("data", data.name), *report.names(chosen, data).items()),
+        plan=(("data", data.name), *output.names(chosen, data).items()),
     )
 
     # A checkpoint between two evaluations has no test row yet.

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ctde_jax import checkpoint, trainer
 from ctde_jax.checkpoint import Options
-from ctde_jax.config import build, report
+from ctde_jax.config import build, output
 from ctde_jax.config.command_line import CONFIG, deciding, flag, new_run_folder, save
 from ctde_jax.config.options import Config, RunOptions
 from ctde_jax.data import Dataset, Split, decode, encode, partition
@@ -92,7 +92,7 @@ def train(config: Config, started: float) -> Trained:
 
         # Print the plan, then train. The time before counts as start-up.
         saving.check(training)
-        names = report.names(config, data)
+        names = output.names(config, data)
         _show(trainer.plan(training, folder, names))
         before = time.perf_counter() - started
         trained = trainer.train(training, saving, callbacks=callbacks)
@@ -100,7 +100,7 @@ def train(config: Config, started: float) -> Trained:
         repetition = f"python -m ctde_jax.train --config {quote(str(folder / CONFIG))}"
         rows = [*trainer.plan_rows(training, names), ("to repeat it", repetition)]
         trained = replace(trained, plan=tuple(rows))
-        screen.print(report.result(trained, folder))
+        screen.print(output.result(trained, folder))
 
         # The run is complete, so a report that cannot be written does not change its status.
         if config.run.report:
