@@ -71,7 +71,7 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
     program = targets.compile_rounds(
         training.raw_model,
         data,
-        training.task,
+        training.weighted_task,
         training.optimizer,
         training.strategy,
         training.source,

@@ -31,11 +31,12 @@ from ctde_jax.data import (
     steps_per_epoch,
     targets_or_classes,
 )
-from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
+from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known, quoted
 from ctde_jax.models import (
     Model,
     Task,
     classification,
+    focal,
     initializers,
     language_modeling,
     mup,
@@ -79,6 +80,7 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
         seed=optimization.seed,
         init_from=run.init_from,
         init_only=run.init_only or None,
+        class_weights=_class_weights(optimization.class_weights),
         augment=build_augment(chosen.data),
         accumulation_steps=optimization.accumulation_steps,
         ema_decay=optimization.ema_decay,
@@ -136,10 +138,36 @@ def _load(chosen: DataOptions) -> Dataset:
 
 
 def build_task(chosen: OptimizationOptions, dataset: Dataset) -> Task:
-    """Returns language modeling for a text, otherwise classification, with label smoothing."""
-    return smoothed(
-        language_modeling if dataset.vocabulary else classification, chosen.label_smoothing
-    )
+    """Builds language modeling for a text, otherwise classification, with the chosen objective.
+
+    Raises:
+        InputError: If an option is out of range, or options conflict.
+    """
+    task = language_modeling if dataset.vocabulary else classification
+    if chosen.focal_gamma and chosen.label_smoothing:
+        raise InputError(
+            "focal_gamma",
+            "must be 0 with --label-smoothing, which replaces the same loss, got "
+            f"{chosen.focal_gamma}.",
+        )
+    return focal(smoothed(task, chosen.label_smoothing), chosen.focal_gamma)
+
+
+def _class_weights(words: Sequence[str]) -> Sequence[float] | Literal["balanced"] | None:
+    """Converts the words of `--class-weights` to the argument of `Training`.
+
+    Raises:
+        InputError: If a word is neither a number nor `balanced` alone.
+    """
+    if tuple(words) == ("balanced",):
+        return "balanced"
+    try:
+        return [float(word) for word in words] or None
+    except ValueError as error:
+        given = quoted(" ".join(words))
+        raise InputError(
+            "class_weights", f"must be balanced, or a number for each class, got {given}."
+        ) from error
 
 
 def build_augment(chosen: DataOptions) -> Augment | None:

@@ -355,12 +355,14 @@ _SYNONYMS = {
     "batch": "batch_size",
     "block_size": "context_length",
     "bs": "batch_size",
+    "class_weight": "class_weights",
     "clip": "clip_grad_norm",
     "clip_grad": "clip_grad_norm",
     "clip_norm": "clip_grad_norm",
     "dropout": "dropout_rate",
     "early_stopping": "patience",
     "ema": "ema_decay",
+    "gamma": "focal_gamma",
     "gpus": "devices",
     "grad_accum": "accumulation_steps",
     "grad_clip": "clip_grad_norm",
@@ -453,24 +455,31 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
         kind = get_args(kind)[0]
     if len(values) != 1 and not many:
         raise InputError(option, f"takes one value, got {' '.join(values) or 'none'}.")
+    # An MLP may have no hidden layers, but without texts an option would have no effect.
+    if kind is str and not values:
+        raise InputError(option, "takes at least one value, got none.")
 
     # Each value must be one of the choices, a number in range, or a path.
     for value in values:
         if get_origin(kind) is Literal:
             check_known(option, value, get_args(kind))
         if kind in (int, float) and not (optional and value == "None"):
-            try:
-                number = kind(value)
-            except ValueError as error:
-                rule = "a whole number" if kind is int else "a number"
-                end = "; separate the values by spaces." if many and "," in value else "."
-                raise InputError(option, f"must be {rule}, got {quoted(value)}{end}") from error
-            if option == "--seed":
-                check_seed(int(number))
-            elif kind is int and abs(number) > _LARGEST:
-                raise InputError(option, f"must be at most {_LARGEST}, got {quoted(value)}.")
+            _check_number(option, kind, value, many)
         if kind is Path and not _can_be_path(value):
             raise InputError(option, f"must be a path, got {quoted(value)}.")
+
+
+def _check_number(option: str, kind: type[int] | type[float], value: str, many: bool) -> None:
+    try:
+        number = kind(value)
+    except ValueError as error:
+        rule = "a whole number" if kind is int else "a number"
+        end = "; separate the values by spaces." if many and "," in value else "."
+        raise InputError(option, f"must be {rule}, got {quoted(value)}{end}") from error
+    if option == "--seed":
+        check_seed(int(number))
+    elif kind is int and abs(number) > _LARGEST:
+        raise InputError(option, f"must be at most {_LARGEST}, got {quoted(value)}.")
 
 
 _LARGEST = 2**31 - 1

@@ -15,6 +15,10 @@ Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=""
 Names = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")
 ]
+Weights = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(metavar="{balanced,FLOAT [FLOAT ...]}", help_behavior_hint=""),
+]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 ModelName = Literal[tuple(MODELS)]  # pyright: ignore[reportInvalidTypeForm]
@@ -175,6 +179,15 @@ class OptimizationOptions:
     # Loss and batch.
     label_smoothing: float = 0.0
     """Label smoothing: weight of the uniform distribution in the training targets."""
+
+    focal_gamma: float = 0.0
+    """Focal loss: exponent of the factor by which examples that are already classified well count
+    less, such as 2; 0 minimizes the cross-entropy."""
+
+    class_weights: Weights = ()
+    """Weights of the classes in the minimized loss, for imbalanced data: balanced (inversely
+    proportional to their numbers of training examples), or a number for each class in the order of
+    the classes; by default all are 1."""
 
     batch_size: int = 64
     """Global batch size: examples per optimizer step, over all devices together."""

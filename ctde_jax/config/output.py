@@ -64,6 +64,10 @@ def _describe_optimization(chosen: OptimizationOptions) -> str:
         words.append(f"gradients clipped to norm {chosen.clip_grad_norm:g}")
     if chosen.label_smoothing:
         words.append(f"label smoothing {chosen.label_smoothing:g}")
+    if chosen.focal_gamma:
+        words.append(f"focal loss with gamma {chosen.focal_gamma:g}")
+    if chosen.class_weights:
+        words.append(f"class weights {' '.join(chosen.class_weights)}")
     if chosen.ema_decay is not None:
         words.append(f"moving average of the parameters with decay {chosen.ema_decay:g}")
     return ", ".join(words)

@@ -11,7 +11,15 @@ from ctde_jax.models.modules import as_model
 from ctde_jax.models.nnx_modules import from_nnx, is_random, is_trained
 from ctde_jax.models.resnet import ResNet, resnet
 from ctde_jax.models.rnn import RNNClassifier, RNNLanguageModel, rnn_classifier, rnn_language_model
-from ctde_jax.models.tasks import RESERVED, Task, classification, language_modeling, smoothed
+from ctde_jax.models.tasks import (
+    RESERVED,
+    Task,
+    classification,
+    focal,
+    language_modeling,
+    smoothed,
+    weighted,
+)
 from ctde_jax.models.transformer import Transformer, transformer
 from ctde_jax.models.user_code import describe
 
@@ -31,6 +39,7 @@ __all__ = [
     "cnn",
     "count_params",
     "describe",
+    "focal",
     "from_linen",
     "from_nnx",
     "generate",
@@ -47,5 +56,6 @@ __all__ = [
     "split_variables",
     "transformer",
     "unscaled",
+    "weighted",
     "with_raw_inputs",
 ]

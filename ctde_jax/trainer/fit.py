@@ -90,8 +90,9 @@ def fit(
         show: Whether to print the plan and the progress.
         callbacks: Functions that receive every row, or objects with methods of `Callback`, such as
             a tracker. They may stop the run.
-        **options: Other fields of `trainer.Training`, such as `augment`, `ema_decay`, `init_from`,
-            `partition` or `patience`, and of `trainer.Saving`, such as `save_every` or `keep_best`.
+        **options: Other fields of `trainer.Training`, such as `augment`, `class_weights`,
+            `ema_decay`, `init_from`, `partition` or `patience`, and of `trainer.Saving`, such as
+            `save_every` or `keep_best`.
 
     Raises:
         InputError: An argument is invalid, or the folder holds another run; nothing was trained. Or

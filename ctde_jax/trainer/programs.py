@@ -86,7 +86,7 @@ def compile_programs(
     is_exact = training.strategy.exact
     strategy = training.strategy
     gradient = make_gradient_for(
-        strategy, model, training.task, training.augment, training.accumulation_steps
+        strategy, model, training.weighted_task, training.augment, training.accumulation_steps
     )
     host_of_each = [device.process_index for device in devices]
 

@@ -358,7 +358,10 @@ class _Contestant:
 
         # Trace, lower and compile, each timed. The first inputs are drawn before the clock starts.
         gradient = make_gradient(
-            training.raw_model, training.task, training.augment, training.accumulation_steps
+            training.raw_model,
+            training.weighted_task,
+            training.augment,
+            training.accumulation_steps,
         )
         rounds = parallel_rounds(
             gradient, training.optimizer, strategy, devices, self.batches.axis, training.ema_decay

@@ -25,7 +25,7 @@ from ctde_jax.errors import (
     check_seed,
     check_whole,
 )
-from ctde_jax.models import Model, Task, unscaled, with_raw_inputs
+from ctde_jax.models import Model, Task, unscaled, weighted, with_raw_inputs
 from ctde_jax.rounds import OnDisk, Phase, Resident, Streamed, exact, make_phases, make_source
 from ctde_jax.trainer import checks
 from ctde_jax.trainer.warm_start import Given, Source, read_source
@@ -60,6 +60,8 @@ class Training:
             given the same parameters again, so name a checkpoint of a run that is still training.
         init_only: Patterns of the parameters to take from `init_from`, such as `["encoder/*"]`; the
             others are initialized as usual. By default, all parameters must match.
+        class_weights: Weight of each class in the minimized objective, in the order of
+            `data.classes`, or "balanced"; see `tasks.weighted`. By default, all are 1.
         augment: Changes every training example before the model receives it; see `data.augment`.
         accumulation_steps: Number of microbatches for gradient accumulation on each device.
         ema_decay: Decay of an exponential moving average of the parameters, updated at every
@@ -104,6 +106,7 @@ class Training:
     seed: int = 0
     init_from: Source | None = None
     init_only: Sequence[str] | str | None = None
+    class_weights: Sequence[float] | Literal["balanced"] | None = None
     augment: Augment | None = None
     accumulation_steps: int = 1
     ema_decay: float | None = None
@@ -124,7 +127,7 @@ class Training:
             model,
             center,
             self.data,
-            self.task,
+            self.weighted_task,
             takes_mask=checks.takes_mask(unscaled(self.model)),
             reestimates=self.reestimate_batches > 0,
         )
@@ -145,6 +148,13 @@ class Training:
         """The model that takes inputs as the data set stores them, such as uint8 pixels."""
         # `unscaled` undoes an earlier wrapping, so that inputs are scaled only once.
         return with_raw_inputs(unscaled(self.model), self.data.shift, self.data.scale)
+
+    @cached_property
+    def weighted_task(self) -> Task:
+        """The task to minimize: `task` with the `class_weights` in its objective."""
+        if self.class_weights is None:
+            return self.task
+        return weighted(self.task, self.class_weights, self.data)
 
     @cached_property
     def shapes(self) -> tuple[Any, Any]:
@@ -197,7 +207,7 @@ class Training:
             parts_of,
             unscaled(self.model),
             self.data,
-            self.task,
+            self.weighted_task,
             self.optimizer,
             self.strategy,
             self.augment,

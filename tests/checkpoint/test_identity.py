@@ -17,7 +17,7 @@ from jax import numpy as jnp
 import ctde_jax as ctde
 from ctde_jax import checkpoint, data, devices, models
 from ctde_jax.checkpoint.identity import parts_of
-from ctde_jax.models.tasks import classification, is_correct, smoothed
+from ctde_jax.models.tasks import classification, is_correct, smoothed, weighted
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(96, 6)).astype(np.float32), RNG.integers(0, 3, 96)
@@ -132,6 +132,7 @@ CHANGES = {
     ),
     "loss": ({"task": make_task(factor=100.0)}, ["the loss"]),
     "objective": ({"task": smoothed(make_task(), 0.1)}, ["the loss"]),
+    "class weights": ({"task": weighted(make_task(), [1, 2, 3], DATA)}, ["the loss"]),
     "metric": ({"task": make_task(power=2.0)}, ["the metric error"]),
     "function of the loss": ({"task": make_task(double=3.0)}, ["the metric double"]),
     "no metric": ({"task": make_task()._replace(of_the_loss={})}, ["the metric double"]),

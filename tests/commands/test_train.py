@@ -510,6 +510,19 @@ MISTAKES = {
         "--validation-fraction must leave some of the 1,438 training examples for training"
     ),
     "--label-smoothing 1": "--label-smoothing must be at least 0 and less than 1, got 1.0.",
+    "--focal-gamma -1": "--focal-gamma must be at least 0 and finite, got -1.0.",
+    "--focal-gamma 2 --label-smoothing 0.1": (
+        "--focal-gamma must be 0 with --label-smoothing, which replaces the same loss, got 2.0."
+    ),
+    "--class-weights 1 2": (
+        "--class-weights must be balanced, or 10 numbers, one for each class, got .1.0, 2.0"
+    ),
+    "--class-weights balanced 2": (
+        "--class-weights must be balanced, or a number for each class, got 'balanced 2'."
+    ),
+    "--class-weights balanced --dataset text --data-file some.txt --model lstm": (
+        "--class-weights requires labels that are classes, one for each example"
+    ),
     "--clip-grad-norm 0": "--clip-grad-norm must be greater than 0 and finite, got 0.0.",
     "--dataset mnist --data-dir nowhere": "--data-dir .*nowhere",
     "--dataset mnist --data-dir short": "--data-dir .*train-images",

@@ -1,17 +1,19 @@
 """Every option is documented, checked, and saved so that it can be loaded."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from itertools import pairwise
 from typing import get_args, get_type_hints
 
+import jax
+import numpy as np
 import pytest
 
 from ctde_jax import config
-from ctde_jax.config import command_line, presets
+from ctde_jax.config import build, command_line, presets, report
 from ctde_jax.errors import InputError
-from ctde_jax.models import initializers
+from ctde_jax.models import initializers, tasks
 
 GROUPS = [field.default_factory for field in fields(config.Config)]
 OPTIONS = [option.name for group in GROUPS for option in fields(group)]
@@ -270,6 +272,7 @@ def test_preset_in_a_configuration_file_equals_that_of_the_command_line(tmp_path
         ),
         (["--epochs", "many"], "--epochs must be a whole number, got 'many'."),
         (["--steps", "2.5"], "--steps must be a whole number, got '2.5'."),
+        (["--class-weights"], "--class-weights takes at least one value, got none."),
         (["--learning-rate", "1e"], "--learning-rate must be a number, got '1e'."),
         (
             ["--hidden-sizes", "12,34"],
@@ -305,6 +308,26 @@ def test_invalid_saved_configuration_is_refused(tmp_path, saved, sentence):
     with pytest.raises(InputError) as caught:
         config.parse(["--config", str(tmp_path / "config.json")])
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["balanced", " ".join(["1"] * 9 + ["2.5"])])
+def test_class_weights_and_focal_loss_are_saved_and_shown(tmp_path, digits, weights):
+    chosen = config.parse(["--focal-gamma", "2", "--class-weights", *weights.split()])
+    config.save(chosen, tmp_path / "config.json")
+    assert config.parse(["--config", str(tmp_path / "config.json")]) == replace(
+        chosen, run=replace(chosen.run, config=tmp_path / "config.json")
+    )
+    shown = report.names(chosen, digits)["optimizer"]
+    assert shown.endswith(f"focal loss with gamma 2, class weights {weights}")
+
+    # The objective is that of the library.
+    built = build.build_training(chosen, digits, jax.devices()[:1]).weighted_task
+    numbers = "balanced" if weights == "balanced" else [1.0] * 9 + [2.5]
+    expected = tasks.weighted(tasks.focal(tasks.classification, 2), numbers, digits)
+    logits, labels = np.eye(10, dtype=np.float32), np.arange(10)
+    np.testing.assert_array_equal(
+        built.objective(logits, labels), expected.objective(logits, labels)
+    )
 
 
 def test_library_argument_is_named_by_its_option():

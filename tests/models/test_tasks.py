@@ -5,6 +5,8 @@ import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.class_weight import compute_class_weight
 
 import ctde_jax as ctde
 from ctde_jax.errors import InputError
@@ -65,6 +67,191 @@ def test_smoothing_out_of_range_is_refused(amount):
 
 def test_smoothing_of_zero_returns_the_task():
     assert tasks.smoothed(tasks.classification, 0.0) is tasks.classification
+
+
+@pytest.fixture(scope="module")
+def imbalanced():
+    """60, 30 and 10 examples of three overlapping classes; the test split is the same."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], [60, 30, 10])
+    x = rng.normal(size=(100, 4)).astype(np.float32) + np.eye(3, 4)[y].astype(np.float32)
+    return ctde.data.from_arrays(x, y, x, y)
+
+
+def log_probabilities(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def test_class_weights_are_those_of_keras(imbalanced, key):
+    """Keras multiplies each loss by the weight of its class, and divides by the batch size.
+
+    `keras.src.losses.loss.reduce_weighted_values`, with the reduction "sum_over_batch_size".
+    """
+    weights = np.array([0.5, 1.0, 4.0], np.float32)
+    task = tasks.weighted(tasks.classification, weights, imbalanced)
+    logits, labels = jax.random.normal(key, (100, 3)), imbalanced.train.labels
+    losses = -log_probabilities(logits)[np.arange(100), labels]
+
+    measured = task.measure(logits, labels)
+    np.testing.assert_allclose(measured["loss"], losses, rtol=1e-5)
+    assert float(task.minimized(logits, labels, measured).mean()) == pytest.approx(
+        (weights[labels] * losses).sum() / 100, rel=1e-5
+    )
+
+
+def test_balanced_weights_are_those_of_scikit_learn(imbalanced):
+    labels = imbalanced.train.labels
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    task = tasks.weighted(tasks.classification, "balanced", imbalanced)
+    # The loss of equal outputs is log(3) for each class.
+    objective = task.objective(jnp.zeros((3, 3)), jnp.arange(3))
+    np.testing.assert_allclose(objective, expected * np.log(3), rtol=1e-6)
+
+
+def test_balanced_gradient_is_zero_at_the_solution_of_scikit_learn(imbalanced):
+    x, y = imbalanced.train.inputs, imbalanced.train.labels
+    solved = LogisticRegression(C=np.inf, class_weight="balanced", tol=1e-8).fit(x.astype(float), y)
+    task = tasks.weighted(tasks.classification, "balanced", imbalanced)
+
+    def mean_objective(params, task):
+        logits = x @ params["kernel"] + params["bias"][None]
+        return task.minimized(logits, y, task.measure(logits, y)).mean()
+
+    params = {"kernel": jnp.float32(solved.coef_.T), "bias": jnp.float32(solved.intercept_)}
+    grads, plain = (
+        jax.tree.leaves(jax.grad(mean_objective)(params, each))
+        for each in (task, tasks.classification)
+    )
+    assert max(np.abs(grad).max() for grad in grads) < 1e-5
+    assert max(np.abs(grad).max() for grad in plain) > 0.1
+
+
+def test_classes_without_training_examples_are_not_counted():
+    y = np.array([0, 0, 0, 2])
+    data = ctde.data.from_arrays(np.zeros((4, 1)), y, np.zeros((4, 1)), y)
+    task = tasks.weighted(tasks.classification, "balanced", data)
+    objective = task.objective(jnp.zeros((3, 3)), jnp.arange(3))
+    np.testing.assert_allclose(objective / np.log(3), [4 / 6, 0, 4 / 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ([1, 2], "must be balanced, or 3 numbers, one for each class, got [1, 2]."),
+        ("auto", "must be balanced, or 3 numbers, one for each class, got 'auto'."),
+        ({0: 1, 1: 2}, "must be balanced, or 3 numbers, one for each class, got {0: 1, 1: 2}."),
+        ([1, -1, 1], "must be finite, at least 0, and not all 0, got [1.0, -1.0, 1.0]."),
+        ([1, np.inf, 1], "must be finite, at least 0, and not all 0, got [1.0, inf, 1.0]."),
+        ([0, 0, 0], "must be finite, at least 0, and not all 0, got [0.0, 0.0, 0.0]."),
+    ],
+)
+def test_invalid_class_weights_are_refused(imbalanced, weights, sentence):
+    with pytest.raises(InputError) as caught:
+        tasks.weighted(tasks.classification, weights, imbalanced)
+    assert str(caught.value) == f"class_weights {sentence}"
+
+
+def test_class_weights_need_classes_that_can_be_counted():
+    x, y = np.zeros((8, 3), np.float32), np.arange(8) % 2
+    targets = ctde.data.from_arrays(x, x[:, 0] + 0.5)
+    with pytest.raises(InputError) as caught:
+        tasks.weighted(tasks.classification, [1.0], targets)
+    assert str(caught.value) == (
+        "class_weights requires labels that are classes, one for each example; got labels of the "
+        "dtype float32 and the shape [6]."
+    )
+    stream = ctde.data.from_batches(lambda epoch: [(x, y)], 1, x, y)
+    with pytest.raises(InputError) as caught:
+        tasks.weighted(tasks.classification, "balanced", stream)
+    assert str(caught.value).startswith("class_weights requires a data set of arrays, but ")
+    tasks.weighted(tasks.classification, [1.0, 2.0], stream)
+
+
+def test_weights_of_fit_are_those_of_the_task(imbalanced):
+    """The reported loss is that of the unweighted examples."""
+    model = ctde.models.mlp([4, 3])
+
+    def fit(**options):
+        return ctde.fit(
+            model, imbalanced, optax.sgd(0.5), batch_size=100, steps=1, show=False, **options
+        )
+
+    of_task = fit(task=tasks.weighted(tasks.classification, "balanced", imbalanced))
+    of_fit = fit(class_weights="balanced")
+    jax.tree.map(np.testing.assert_array_equal, of_fit.params, of_task.params)
+    losses = -log_probabilities(of_fit.predict(imbalanced.test.inputs))[
+        np.arange(100), imbalanced.test.labels
+    ]
+    assert of_fit.tested["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(20, 5), (4, 7, 5)], ids=["classes", "tokens"])
+def test_focal_loss_is_that_of_the_paper(gamma, shape, key):
+    """FL = -(1 - p) ** gamma * log(p) (Lin et al., 2017, equation 4)."""
+    logits = 3 * jax.random.normal(key, shape)
+    labels = jax.random.randint(key, shape[:-1], 0, 5)
+    log_p = np.take_along_axis(
+        log_probabilities(logits), np.asarray(labels)[..., None], axis=-1
+    ).squeeze(-1)
+    expected = -((1 - np.exp(log_p)) ** gamma) * log_p
+    task = tasks.focal(tasks.classification if len(shape) == 2 else tasks.language_modeling, gamma)
+    np.testing.assert_allclose(
+        task.objective(logits, labels), expected.reshape(len(labels), -1).mean(axis=1), rtol=1e-4
+    )
+    assert task.loss is tasks.cross_entropy
+
+
+def test_focal_loss_without_gamma_is_the_task():
+    assert tasks.focal(tasks.classification, 0) is tasks.classification
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_gradient_of_the_focal_loss_is_finite_for_certain_outputs(gamma):
+    task = tasks.focal(tasks.classification, gamma)
+    grad = jax.grad(lambda logits: task.objective(logits, jnp.array([0, 1])).sum())(
+        jnp.array([[200.0, 0.0], [200.0, 0.0]])
+    )
+    np.testing.assert_allclose(grad, [[0, 0], [1, -1]], atol=1e-6)
+
+
+def test_class_weights_multiply_the_focal_loss(imbalanced, key):
+    focal = tasks.focal(tasks.classification, 2.0)
+    task = tasks.weighted(focal, [1.0, 2.0, 3.0], imbalanced)
+    logits, labels = jax.random.normal(key, (3, 3)), jnp.arange(3)
+    np.testing.assert_allclose(
+        task.objective(logits, labels), focal.objective(logits, labels) * jnp.arange(1, 4)
+    )
+
+
+@pytest.mark.parametrize("change", [tasks.focal, tasks.smoothed])
+def test_objective_is_not_replaced_silently(change, imbalanced):
+    task = tasks.weighted(tasks.classification, "balanced", imbalanced)
+    with pytest.raises(InputError) as caught:
+        change(task, 0.5)
+    assert str(caught.value) == (
+        f"task must not have an objective yet, because {change.__name__} would replace it; pass "
+        "tasks.classification or tasks.language_modeling, and apply weighted to the result."
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "gamma", "sentence"),
+    [
+        (tasks.classification, -1.0, "focal_gamma must be at least 0 and finite, got -1.0."),
+        (
+            Task(lambda outputs, labels: outputs[:, 0]),
+            2.0,
+            "task must have the loss tasks.cross_entropy for the focal loss, such as "
+            "tasks.classification, got another loss.",
+        ),
+    ],
+)
+def test_invalid_focal_loss_is_refused(task, gamma, sentence):
+    with pytest.raises(InputError) as caught:
+        tasks.focal(task, gamma)
+    assert str(caught.value) == sentence
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from flax import linen, nnx
 from jax import numpy as jnp
 
 from ctde_jax import models
-from ctde_jax.data import Split
+from ctde_jax.data import Split, from_arrays
 from ctde_jax.data.augment import shift
 from ctde_jax.devices import replica
 from ctde_jax.models import tasks
@@ -241,6 +241,25 @@ def test_label_smoothing_changes_the_gradient_and_not_the_reported_loss(split, k
     np.testing.assert_array_equal(
         task.measure(outputs, split.labels)["loss"], classification.loss(outputs, split.labels)
     )
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_gradient_of_class_weights_is_that_of_the_whole_batch(split, key, replicas):
+    """Replicas divide by their numbers of examples, not by their sums of weights."""
+    weights = np.array([0.2, 1.0, 5.0], np.float32)
+    data = from_arrays(split.inputs, split.labels, classes=("a", "b", "c"))
+    task = tasks.weighted(classification, weights, data)
+    model = models.mlp([FEATURES, CLASSES])
+    params, model_state = model.init(key, split.inputs[:1])
+    inputs, labels = split.inputs[:BATCH], split.labels[:BATCH]
+
+    def objective(params):
+        outputs, _ = model.apply(params, model_state, inputs, None)
+        return (weights[labels] * classification.loss(outputs, labels)).sum() / BATCH
+
+    indices = distribute(np.arange(BATCH, dtype=np.int32), replicas)
+    grads, _ = on_replicas(make_gradient(model, task), params, model_state, split, indices, key)
+    assert_close(grads, jax.grad(objective)(params))
 
 
 @pytest.mark.parametrize(
