@@ -8,6 +8,7 @@ Training
     Trained           the result: `predict`, `evaluate`, parameters, history
     Callback          the methods by which a run calls the user's code
     trackers          callbacks for TensorBoard, MLflow, Weights & Biases and Trackio
+    load              reads a folder of `Trained.save`
     load_run          reads a run's folder as a `Trained`
     plot_curves       draws the metrics of a run
 

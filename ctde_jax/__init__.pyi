@@ -33,6 +33,7 @@ from .trainer import Saving as Saving
 from .trainer import Trained as Trained
 from .trainer import Training as Training
 from .trainer import fit as fit
+from .trainer import load as load
 from .trainer import plot_curves as plot_curves
 from .trainer import trackers as trackers
 

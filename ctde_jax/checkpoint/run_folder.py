@@ -167,8 +167,12 @@ def check_new(folder: Path) -> None:
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
+def writing_to(folder: Path, option: str = "run_dir") -> Iterator[None]:
     """Converts an OSError of the body to an InputError that names the folder.
+
+    Args:
+        folder: Folder that the body writes to.
+        option: Name of the argument that the folder comes from, for the message.
 
     Raises:
         InputError: If the folder cannot be written to, or is full.
@@ -177,7 +181,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            "run_dir",
+            option,
             "must be a writable folder with enough free space, but writing to "
             f"{shortened(str(folder))} failed: {error.strerror}; choose another folder.",
         ) from error

@@ -7,7 +7,7 @@ from ctde_jax.models.cnn import CNN, cnn
 from ctde_jax.models.generation import generate
 from ctde_jax.models.linen_modules import from_linen, split_variables
 from ctde_jax.models.mlp import MLP, mlp
-from ctde_jax.models.modules import as_model
+from ctde_jax.models.modules import as_model, module_of
 from ctde_jax.models.nnx_modules import from_nnx, is_random, is_trained
 from ctde_jax.models.resnet import ResNet, resnet
 from ctde_jax.models.rnn import RNNClassifier, RNNLanguageModel, rnn_classifier, rnn_language_model
@@ -49,6 +49,7 @@ __all__ = [
     "is_trained",
     "language_modeling",
     "mlp",
+    "module_of",
     "resnet",
     "rnn_classifier",
     "rnn_language_model",

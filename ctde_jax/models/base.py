@@ -85,9 +85,11 @@ class Model(NamedTuple):
 
 
 class Unscaled(NamedTuple):
-    """A model before `with_raw_inputs`, and the `init` and `apply` of the wrapped model."""
+    """A model before `with_raw_inputs`, and the parts of the wrapped model."""
 
     model: Model
+    shift: jax.typing.ArrayLike
+    scale: jax.typing.ArrayLike
     init: Callable[..., tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[PyTree, PyTree]]
 
@@ -101,15 +103,15 @@ def unscaled(model: Model) -> Model:
     if model.unscaled is None:
         return model
     # A wrapped model changed by `_replace` keeps this field, although `before` lacks the change.
-    before, init, apply = model.unscaled
-    if (model.init, model.apply) != (init, apply):
+    before = model.unscaled
+    if (model.init, model.apply) != (before.init, before.apply):
         raise InputError(
             "model",
             "must not be derived from the model of a Trained, which already scales its inputs; "
             "change the model that was passed to fit, and pass init_from=trained to start from the "
             "trained parameters.",
         )
-    return before
+    return before.model
 
 
 def with_raw_inputs(
@@ -152,7 +154,7 @@ def with_raw_inputs(
                 params, model_state, carry, normalize(inputs)
             )
         ),
-        unscaled=Unscaled(model, init, apply),
+        unscaled=Unscaled(model, shift, scale, init, apply),
     )
 
 

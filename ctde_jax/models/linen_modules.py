@@ -73,11 +73,11 @@ def from_linen(
         >>> jax.tree.map(np.shape, params)
         {'bias': (3,), 'kernel': (4, 3)}
     """
-    wrapped = _Wrapped(_built(module), batch_statistics, Modes(train, infer))
+    wrapped = LinenAdapter(_built(module), batch_statistics, Modes(train, infer))
     return Model(wrapped.init, wrapped.apply, wrapped.layers)
 
 
-class _Wrapped:
+class LinenAdapter:
     """The functions of a model that calls a linen module.
 
     Args:
@@ -93,9 +93,11 @@ class _Wrapped:
         self._calls: dict[Any, _Call] = {}
 
     def init(self, key, inputs):
+        """See `Model.init`."""
         return split_variables(self._variables(self._find_call(inputs), key, inputs))
 
     def apply(self, params, model_state, inputs, key, mask=None):
+        """See `Model.apply`."""
         call = self._find_call(inputs)
         variables = _merged(params, model_state)
         collections = [name for name in model_state if name != "params"]
@@ -127,7 +129,12 @@ class _Wrapped:
             )
         return outputs, _like(model_state, {**model_state, **unfreeze(linen.meta.unbox(after))})
 
+    def module(self, params: PyTree, model_state: PyTree) -> tuple[linen.Module, PyTree]:
+        """Returns the module in inference mode, and its variables."""
+        return _in_mode(self._network, False), _merged(params, model_state)
+
     def layers(self, params, model_state, inputs):
+        """See `Model.layers`."""
         recorded = OrderedDict()
 
         def record(call, args, kwargs, context):

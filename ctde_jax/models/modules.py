@@ -7,10 +7,11 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
+from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.models.base import Model
-from ctde_jax.models.linen_modules import from_linen
-from ctde_jax.models.nnx_modules import from_nnx
+from ctde_jax.models.base import Model, unscaled
+from ctde_jax.models.linen_modules import LinenAdapter, from_linen
+from ctde_jax.models.nnx_modules import NnxAdapter, from_nnx
 
 # Objects that are commonly passed by mistake, by the name of their class.
 _WAYS_OUT = {
@@ -74,6 +75,33 @@ def as_model(module: Any) -> Model:
         "models.mlp(...), models.from_nnx(YourModule) or models.from_linen(YourModule()), got "
         f"{kind.__name__} {module!r:.60}.",
     )
+
+
+def module_of(model: Model, params: PyTree, model_state: PyTree) -> Any:
+    """Returns the flax module from which a model was made, with these parameters and state.
+
+    Returns:
+        An nnx module, or the pair of a linen module and its variables, in inference mode.
+
+    Raises:
+        InputError: If the model was not made from a module, or computes something else.
+
+    Examples:
+        >>> model = ctde.models.as_model(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
+        >>> params, model_state = model.init(jax.random.key(0), np.ones((1, 4), np.float32))
+        >>> ctde.models.module_of(model, params, model_state).kernel.shape
+        (4, 3)
+    """
+    # An adapter's `apply` is a bound method. A function in its place, as of `in_bfloat16`, may
+    # compute something else than the module.
+    adapter = getattr(unscaled(model).apply, "__self__", None)
+    if not isinstance(adapter, NnxAdapter | LinenAdapter):
+        raise InputError(
+            "model",
+            "must be made from an nnx or linen module, without in_bfloat16 or another apply, to be "
+            "returned as a module; call predict instead.",
+        )
+    return adapter.module(params, model_state)
 
 
 def _builds_linen(module: Any) -> bool:

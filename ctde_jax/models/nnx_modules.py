@@ -84,14 +84,14 @@ def from_nnx(
         >>> outputs.shape
         (5, 3)
     """
-    wrapped = _Wrapped(module, batch_statistics, Modes(train, infer))
+    wrapped = NnxAdapter(module, batch_statistics, Modes(train, infer))
     start = wrapped.abstract.start
     return Model(
         wrapped.init, wrapped.apply, wrapped.layers, start and Recurrence(start, wrapped.step)
     )
 
 
-class _Wrapped:
+class NnxAdapter:
     """The functions of a model that calls an nnx module.
 
     Args:
@@ -108,10 +108,12 @@ class _Wrapped:
         self.abstract = _abstract(self._split_made, module)
 
     def init(self, key, inputs):
+        """See `Model.init`."""
         _, params, _, model_state = self._split_made(key)
         return _pure(params), _pure(model_state)
 
     def apply(self, params, model_state, inputs, key, mask=None):
+        """See `Model.apply`."""
         # Build the module of this call; in inference a fixed key makes the outputs deterministic.
         call = self._find_call(inputs)
         training = key is not None
@@ -143,7 +145,12 @@ class _Wrapped:
                 _check_params(self, like, arguments)
         return outputs, _state_after(module, model_state)
 
+    def module(self, params: PyTree, model_state: PyTree) -> nnx.Module:
+        """Rebuilds the module in inference mode, with these arrays and the streams of key 0."""
+        return self.merge(params, model_state, jax.random.key(0), False)
+
     def layers(self, params, model_state, inputs):
+        """See `Model.layers`."""
         key = jax.random.key(0)
         module = self.merge(params, model_state, key, False)
         recorded = _record_outputs(module)  # empty until the module is called
@@ -151,6 +158,7 @@ class _Wrapped:
         return recorded
 
     def step(self, params, model_state, carry, inputs):
+        """See `Recurrence.step`."""
         module = self.merge(params, model_state, jax.random.key(0), False)
         outputs, carry = module.step(carry, inputs)
         # The carry keeps the float32 of `start`, even if the model computes in bfloat16.
@@ -200,7 +208,7 @@ class _Wrapped:
 
 
 def _check_attributes(
-    wrapped: _Wrapped, changed: Mapping[Any, Any], like: Any, arguments: Mapping[str, Any]
+    wrapped: NnxAdapter, changed: Mapping[Any, Any], like: Any, arguments: Mapping[str, Any]
 ) -> None:
     """Raises InputError if attributes that a training step has changed alter later steps.
 
@@ -234,7 +242,7 @@ def _check_attributes(
         )
 
 
-def _check_params(wrapped: _Wrapped, like: Any, arguments: Mapping[str, Any]) -> None:
+def _check_params(wrapped: NnxAdapter, like: Any, arguments: Mapping[str, Any]) -> None:
     """Raises InputError if a call in training writes a different value to a parameter.
 
     The arguments are those of `_check_attributes`.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,18 +11,24 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ctde_jax.bundle import Accepted
+from ctde_jax.checkpoint import named
 from ctde_jax.cost import Traffic
 from ctde_jax.data import Dataset, DiskArray, Split, look_up, plain, slices
 from ctde_jax.devices import PyTree, replica
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model, Task
+from ctde_jax.models import Model, Task, classification, language_modeling, module_of
 from ctde_jax.rounds import Averages, make_evaluate
+from ctde_jax.trainer import saved
 from ctde_jax.trainer.log import Row
 from ctde_jax.trainer.reports import Report, check_task, make_report
 
 _MOST_AT_ONCE = 1024
 _MOST_BYTES_AT_ONCE = 2**25
 """`predict` computes at most this many examples, and this many bytes of inputs, at a time."""
+
+
+TASKS = {"classification": classification, "language_modeling": language_modeling}
+"""Tasks of the library, which a saved model refers to by name."""
 
 
 class Accepts(NamedTuple):
@@ -275,6 +282,81 @@ class Trained:
             )
         return Split(inputs, labels)
 
+    def save(self, folder: Path | str) -> Path:
+        """Writes the trained model to a folder, from which `load` reads it.
+
+        The folder contains the parameters, the model state, the scaling of the inputs, the history
+        and the other fields except `opt_state`, `seconds` and `traffic`. It is written whole or not
+        at all, and SHA-256 sums detect every damaged bit. The model and the task are code, which
+        must be passed to `load`. `init_from` accepts the folder as well. On several hosts, all must
+        call this method, and host 0 writes.
+
+        To continue a training with its optimizer state after an interruption, pass `run_dir` to
+        `fit` instead.
+
+        Args:
+            folder: A new or empty folder; parent folders are created if necessary.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: The folder exists and is not empty, it cannot be written to, or the model
+                was changed after the training.
+
+        Examples:
+            >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+            >>> trained = ctde.fit(model, data, optax.sgd(0.1), steps=1, show=False)
+            >>> trained.save("models/digits").name
+            'digits'
+        """
+        path = named("folder", folder)
+        saved.check_new(path)
+
+        # The model is code. Its outputs for an example identify it when it is passed to `load`.
+        inputs = saved.make_example(self.accepts.inputs)
+        example = {"inputs": inputs, "outputs": self.predict(inputs)}
+        facts = {
+            "inputs": self.accepts.inputs,
+            "labels": self.accepts.labels,
+            "classes": self.accepts.classes,
+            "task": _name_of(self.task),
+            "measures": self.task.names,
+            "step": self.step,
+            "history": self.history,
+            "interrupted": self.interrupted,
+            "stopped_early": self.stopped_early,
+            "platform": self.platform,
+            "example_platform": jax.default_backend(),
+        }
+        center = {"params": self.params, "model_state": self.model_state}
+        saved.write(path, self.model, center, example, facts)
+        return path
+
+    def module(self) -> Any:
+        """Returns the user's flax module with the trained parameters and model state.
+
+        The module receives scaled inputs, `(inputs - data.shift) * data.scale`, as in training. Its
+        random streams are those of `nnx.Rngs(0)`, and it is in inference mode; arguments such as
+        `train=False` must be passed in each call.
+
+        Returns:
+            For an nnx module, the module. For a linen module, the pair `(module, variables)` for
+            `module.apply(variables, inputs)`.
+
+        Raises:
+            InputError: The model was not made from a module, or computes in another precision.
+
+        Examples:
+            >>> data = ctde.data.digits()
+            >>> trained = ctde.fit(
+            ...     ctde.models.mlp([64, 10]), data, optax.sgd(0.1), steps=1, show=False
+            ... )
+            >>> trained.module()(data.test.inputs[:5] * data.scale).shape
+            (5, 10)
+        """
+        return module_of(self.model, self.params, self.model_state)
+
     def _labels(self, given: ArrayLike | DiskArray) -> np.ndarray | DiskArray:
         labels = plain("labels", given)
         classes = self.accepts.classes
@@ -286,10 +368,16 @@ class Trained:
     def __reduce__(self) -> Any:
         raise InputError(
             "trained",
-            "cannot be pickled, because its model contains functions; write a bundle with "
-            "ctde_jax.write_bundle, or pickle trained.params and trained.model_state, which are "
-            "numpy arrays.",
+            "cannot be pickled, because its model contains functions; write it to a folder with "
+            "trained.save, export it with ctde_jax.write_bundle, or pickle trained.params and "
+            "trained.model_state, which are numpy arrays.",
         )
+
+
+def _name_of(task: Task) -> str | None:
+    """Returns the name of a task of the library, whatever its objective; None for other tasks."""
+    reported = task._replace(objective=None)
+    return next((name for name, known in TASKS.items() if reported == known), None)
 
 
 def _conforming(

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import linen, nnx
+from jax import numpy as jnp
 
 import ctde_jax as ctde
 from ctde_jax.data import Split
@@ -265,10 +267,85 @@ def test_labels_of_a_user_task_must_be_classes():
 def test_error_of_pickling_names_the_alternatives(float_model):
     with pytest.raises(
         InputError,
-        match=r"cannot be pickled, .* write a bundle with ctde_jax.write_bundle, or pickle",
+        match=r"cannot be pickled, .* with trained.save, export it with ctde_jax.write_bundle, or ",
     ):
         pickle.dumps(float_model)
     assert pickle.loads(pickle.dumps(float_model.params))["layers"][0]["kernel"].shape == (4, 8)
+
+
+class Normed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+class LinenNormed(linen.Module):
+    @linen.compact
+    def __call__(self, x, train: bool):
+        x = linen.BatchNorm(use_running_average=not train)(linen.Dense(8)(x))
+        return linen.Dense(3)(linen.Dropout(0.5, deterministic=not train)(x))
+
+
+@pytest.fixture(scope="module")
+def bytes_of_x():
+    """Inputs that are scaled by the data set."""
+    return ctde.data.from_arrays((50 + 20 * X).astype(np.uint8), Y)
+
+
+@pytest.mark.parametrize("module", [Normed, Normed(rngs=nnx.Rngs(1))], ids=["class", "instance"])
+def test_nnx_module_computes_the_outputs_of_predict(bytes_of_x, module):
+    trained = fit(module, bytes_of_x)
+    found = trained.module()
+    assert type(found) is Normed
+    inputs = bytes_of_x.test.inputs
+    scaled = (inputs - bytes_of_x.shift) * bytes_of_x.scale
+    np.testing.assert_allclose(found(scaled), trained.predict(inputs), rtol=1e-5, atol=1e-6)
+
+    # It is an ordinary module: it can be trained, which does not change the result.
+    found.train()
+    assert np.abs(found(scaled) - trained.predict(inputs)).max() > 1e-3
+    np.testing.assert_array_equal(trained.module().norm.mean, trained.model_state["norm"]["mean"])
+
+
+def test_linen_module_computes_the_outputs_of_predict(bytes_of_x):
+    trained = fit(LinenNormed(), bytes_of_x)
+    module, variables = trained.module()
+    assert isinstance(module, LinenNormed)
+    assert variables.keys() == {"params", "batch_stats"}
+    inputs = bytes_of_x.test.inputs
+    scaled = (inputs - bytes_of_x.shift) * bytes_of_x.scale
+    outputs = module.apply(variables, scaled, train=False)
+    np.testing.assert_allclose(outputs, trained.predict(inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_initialized_model_is_returned_as_its_module(float_model):
+    model = ctde.initializers.he(ctde.models.mlp([4, 8, 3]))
+    module = ctde.models.module_of(model, float_model.params, {})
+    np.testing.assert_allclose(module(X), float_model.predict(X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ctde.models.in_bfloat16(ctde.models.mlp([4, 3])),
+        ctde.models.mlp([4, 3])._replace(apply=lambda params, state, x, key: (x @ jnp.ones(3), {})),
+    ],
+    ids=["bfloat16", "function"],
+)
+def test_model_that_is_not_its_module_is_refused(float_model, model):
+    """A module would compute other outputs than `predict`."""
+    wrapped = ctde.models.with_raw_inputs(model, 0.0, 1.0)
+    with pytest.raises(InputError) as caught:
+        ctde.Trained(**{**vars(float_model), "model": wrapped}).module()
+    assert str(caught.value) == (
+        "model must be made from an nnx or linen module, without in_bfloat16 or another apply, to "
+        "be returned as a module; call predict instead."
+    )
 
 
 @pytest.mark.parametrize(
