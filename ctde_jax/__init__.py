@@ -16,6 +16,7 @@ Data, models and tasks
     data              data sets from arrays, files and iterables; partitions
     augment           augmentations on the devices
     models            networks, and adapters of nnx and linen modules
+    summary           table of a network: layers, output shapes, parameters, FLOPs
     tasks, Task       losses and metrics
     initializers, mup initializations; the maximal update parametrization
     optimizers        the optimizers and learning-rate schedules of the command line

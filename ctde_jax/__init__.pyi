@@ -27,6 +27,7 @@ from .models import Task as Task
 from .models import generate as generate
 from .models import initializers as initializers
 from .models import mup as mup
+from .models import summary as summary
 from .models import tasks as tasks
 from .trainer import Callback as Callback
 from .trainer import Saving as Saving

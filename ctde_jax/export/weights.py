@@ -89,7 +89,8 @@ def find_layers(
     if trained.model.layers is None or jax.tree.leaves(trained.model_state):
         return None
     in_order = jax.eval_shape(trained.model.layers, trained.params, trained.model_state, inputs)
-    kernels = tuple("/".join(["params", *map(str, path), "kernel"]) for path in in_order)
+    named = ("/".join(["params", *map(str, path), "kernel"]) for path in in_order)
+    kernels = tuple(name for name in named if name in weights)
     biases = {name.removesuffix("kernel") + "bias" for name in kernels}
     params = {name for name in weights if name.startswith("params/")}
     if (

@@ -11,6 +11,7 @@ from ctde_jax.models.modules import as_model, module_of
 from ctde_jax.models.nnx_modules import from_nnx, is_random, is_trained
 from ctde_jax.models.resnet import ResNet, resnet
 from ctde_jax.models.rnn import RNNClassifier, RNNLanguageModel, rnn_classifier, rnn_language_model
+from ctde_jax.models.summary import Summary, summary
 from ctde_jax.models.tasks import (
     RESERVED,
     Task,
@@ -32,6 +33,7 @@ __all__ = [
     "RNNClassifier",
     "RNNLanguageModel",
     "ResNet",
+    "Summary",
     "Task",
     "Transformer",
     "as_model",
@@ -55,6 +57,7 @@ __all__ = [
     "rnn_language_model",
     "smoothed",
     "split_variables",
+    "summary",
     "transformer",
     "unscaled",
     "weighted",

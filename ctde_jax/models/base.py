@@ -68,13 +68,14 @@ class Model(NamedTuple):
     not count in batch statistics. It is passed only in training, and only if the model has a state.
     """
 
-    layers: Callable[[PyTree, PyTree, jax.Array], OrderedDict[KeyPath, jax.Array]] | None = None
+    layers: Callable[[PyTree, PyTree, jax.Array], OrderedDict[KeyPath, PyTree]] | None = None
     """`layers(params, model_state, inputs) -> {path: output}`.
 
-    Returns the output in inference of each layer that has a `kernel`. A path leads to the layer's
-    subtree of `params`. The order is that of execution; if a layer is called more than once, its
-    first output is returned. Layers of a recurrent cell, which run once per position, are left out.
-    The field is None if a model does not expose its layers.
+    Returns the output in inference of each layer with parameters that are not those of its
+    sublayers. A path leads to the layer's subtree of `params`. The order is that in which the calls
+    end; if a layer is called more than once, its first output is returned. Layers of a recurrent
+    cell, which run once per position, are left out. The field is None if a model does not expose
+    its layers.
     """
 
     stream: Recurrence | None = None

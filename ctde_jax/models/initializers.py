@@ -240,13 +240,15 @@ def lsuv(model: Model) -> Model:
     # compiled once and not once for each layer.
     def init(key, inputs):
         params, model_state = drawn.init(key, inputs)
-        # One entry for each layer, in the order of execution.
-        paths = list(jax.eval_shape(layers, params, model_state, inputs))
+        # One entry for each layer with a kernel, in the order of execution.
+        leaves = {path for path, _ in leaves_with_path(params)}
+        listed = jax.eval_shape(layers, params, model_state, inputs)
+        paths = [path for path in listed if (*path, "kernel") in leaves]
 
         def divide(i: jax.Array, params: PyTree) -> PyTree:
-            in_order = layers(params, model_state, inputs).values()
+            outputs = layers(params, model_state, inputs)
             # bfloat16 would be too coarse for a standard deviation.
-            deviation = jnp.stack([outputs.astype(jnp.float32).std() for outputs in in_order])[i]
+            deviation = jnp.stack([outputs[path].astype(jnp.float32).std() for path in paths])[i]
             # A layer with a constant output, such as zero, keeps its kernel.
             divisor = jnp.where(deviation > 0, deviation, 1)
 

@@ -141,11 +141,10 @@ class LinenAdapter:
             outputs = call(*args, **kwargs)
             layer = context.module
             in_cell = isinstance(layer.parent, linen.RNNCellBase)
-            if (
-                context.method_name == "__call__"
-                and layer.has_variable("params", "kernel")
-                and not in_cell
-            ):
+            # The parameters of sublayers are nested dictionaries.
+            own = layer.variables.get("params", {}).values()
+            has_params = any(not isinstance(value, Mapping) for value in own)
+            if context.method_name == "__call__" and has_params and not in_cell:
                 recorded.setdefault(layer.path, outputs)
             return outputs
 

@@ -601,8 +601,8 @@ def _masked_kind(kind: Any) -> type[nnx.BatchNorm]:
     return type(kind)(kind.__name__, (kind, _MaskedBatchNorm), {})
 
 
-def _record_outputs(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
-    """Makes layers with a kernel record their first outputs; returns the dictionary of records."""
+def _record_outputs(module: nnx.Module) -> OrderedDict[KeyPath, PyTree]:
+    """Makes layers with parameters record their first outputs; returns the records."""
     recorded = OrderedDict()
 
     def recording(kind: Any, path: KeyPath) -> Any:
@@ -618,7 +618,8 @@ def _record_outputs(module: nnx.Module) -> OrderedDict[KeyPath, jax.Array]:
     cells = {path for path, part in parts if isinstance(part, nnx.RNNCellBase)}
     for path, part in parts:
         in_cell = any(path[:depth] in cells for depth in range(len(path)))
-        if isinstance(getattr(part, "kernel", None), nnx.Param) and not in_cell:
+        has_params = any(isinstance(value, nnx.Param) for value in vars(part).values())
+        if has_params and callable(part) and not in_cell:
             part.__class__ = recording(type(part), path)
     return recorded
 
