@@ -72,10 +72,10 @@ class Model(NamedTuple):
     """`layers(params, model_state, inputs) -> {path: output}`.
 
     Returns the output in inference of each layer with parameters that are not those of its
-    sublayers. A path leads to the layer's subtree of `params`. The order is that in which the calls
-    end; if a layer is called more than once, its first output is returned. Layers of a recurrent
-    cell, which run once per position, are left out. The field is None if a model does not expose
-    its layers.
+    sublayers, if it consists of arrays. A path leads to the layer's subtree of `params`. The order
+    is that in which the calls end; if a layer is called more than once, its first output is
+    returned. Layers of a recurrent cell, which run once per position, are left out. The field is
+    None if a model does not expose its layers.
     """
 
     stream: Recurrence | None = None
@@ -220,6 +220,11 @@ def as_outputs(outputs: PyTree) -> PyTree:
             f"must return an array, got {outputs!r:.40}; end __call__ with a return statement.",
         )
     return jax.tree.map(_as_output, outputs)
+
+
+def are_arrays(outputs: PyTree) -> bool:
+    """Returns whether all leaves of a tree are JAX arrays, traced or not."""
+    return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(outputs))
 
 
 def _as_output(leaf: jax.typing.ArrayLike) -> jax.Array:

@@ -15,7 +15,7 @@ from jax import numpy as jnp
 
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.models.base import Model, as_outputs
+from ctde_jax.models.base import Model, are_arrays, as_outputs
 from ctde_jax.models.batch_statistics import BatchStatistics, NormSettings, Statistics, compute
 from ctde_jax.models.modes import MODES, RANDOM, Effect, Modes, effect_of, find_modes
 from ctde_jax.models.user_code import reported
@@ -144,7 +144,8 @@ class LinenAdapter:
             # The parameters of sublayers are nested dictionaries.
             own = layer.variables.get("params", {}).values()
             has_params = any(not isinstance(value, Mapping) for value in own)
-            if context.method_name == "__call__" and has_params and not in_cell:
+            is_listed = has_params and not in_cell and are_arrays(outputs)
+            if context.method_name == "__call__" and is_listed:
                 recorded.setdefault(layer.path, outputs)
             return outputs
 

@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.models.base import KeyPath, Model, Recurrence, as_outputs
+from ctde_jax.models.base import KeyPath, Model, Recurrence, are_arrays, as_outputs
 from ctde_jax.models.batch_statistics import BatchStatistics, NormSettings, Statistics, compute
 from ctde_jax.models.modes import MODES, RANDOM, Modes, effect_of, find_modes, without_addresses
 from ctde_jax.models.user_code import reported
@@ -608,7 +608,8 @@ def _record_outputs(module: nnx.Module) -> OrderedDict[KeyPath, PyTree]:
     def recording(kind: Any, path: KeyPath) -> Any:
         def call(self, *args, **kwargs):
             outputs = kind.__call__(self, *args, **kwargs)
-            recorded.setdefault(path, outputs)
+            if are_arrays(outputs):
+                recorded.setdefault(path, outputs)
             return outputs
 
         return type(kind)(kind.__name__, (kind,), {"__call__": call})

@@ -21,9 +21,9 @@ _COLUMNS = 100
 """Width of the table in characters."""
 
 _NOT_COUNTED = re.compile(r"stablehlo\.while|custom_call @(?!mhlo\.)")
-"""Operations of a program whose FLOPs the cost analysis of XLA does not know.
+"""Operations that the cost analysis of XLA does not count correctly.
 
-It counts the body of a loop once, and a kernel of another library as 0.
+It counts the body of a loop once, and a kernel of another library as 0 FLOPs.
 """
 
 
@@ -79,7 +79,11 @@ class Summary:
         table.add_section()
         table.add_row("model", self.output, f"{self.params:,}")
         text = io.StringIO()
-        Console(file=text, width=_COLUMNS, color_system=None).print(table, *self._notes, sep="\n")
+        # Names may contain brackets, which are no markup.
+        console = Console(
+            file=text, width=_COLUMNS, color_system=None, markup=False, highlight=False, emoji=False
+        )
+        console.print(table, *self._notes, sep="\n")
         return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:

@@ -73,6 +73,36 @@ def test_loops_are_not_counted():
     assert "dense_h" in str(found)
 
 
+class Remat(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.block = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.remat(lambda block, x: block(x))(self.block, x[..., 0]).sum((1, 2))
+
+
+class LinenScan(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        class Step(linen.Module):
+            @linen.compact
+            def __call__(self, carry, x):
+                return linen.Dense(8)(x) + carry, None
+
+        scan = linen.scan(
+            linen.remat(Step), variable_broadcast="params", split_rngs={"params": False}, in_axes=1
+        )
+        carry, _ = scan()(x[:, 0, :, 0], x[..., 0])
+        return carry
+
+
+@pytest.mark.parametrize(("model", "output"), [(Remat, "8 x 8"), (LinenScan(), "8")])
+def test_layers_in_loops_and_under_remat_are_listed(model, output):
+    """Their outputs are values of an inner trace."""
+    (layer,) = ctde.summary(model, IMAGES).layers
+    assert (layer.output, layer.params) == (output, 72)
+
+
 def test_wrapped_models_have_the_same_layers(digits):
     network = ctde.models.mlp([64, 10])
     expected = ctde.summary(network, digits).layers
@@ -97,7 +127,7 @@ def test_model_of_functions_has_layers_without_shapes(digits):
 
 
 def test_table_has_at_most_100_columns(digits):
-    layer = Layer("block/" * 40 + "<b>", "3", 1_000_000)
+    layer = Layer("block/" * 40 + "[red]<b>", "3", 1_000_000)
     found = Summary([layer], "uint8[8, 8]", "3", 1_000_000, 2, 3_000)
     lines = str(found).splitlines()
     assert max(map(len, lines)) <= 100
