@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from cases import some
 from sklearn.datasets import load_wine
 
 import ctde_jax
@@ -89,7 +90,14 @@ def test_commands_run(page, folder):
         assert prints[name] in in_shell(command, folder)
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+@pytest.mark.parametrize(
+    "page",
+    some(
+        (page for page, text in PAGES.items() if blocks(text, "python")),
+        "README.md",
+        "docs/getting-started.md",
+    ),
+)
 def test_python_blocks_run(page, folder, monkeypatch):
     """Runs the blocks of a page in order and in one namespace."""
     monkeypatch.chdir(folder)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from jax import numpy as jnp
 from optax import contrib
 
@@ -112,7 +113,7 @@ QUICK = [
     "lookahead",
     "clipped schedule-free",
 ]
-SOME = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in OPTIMIZERS]
+SOME = some(OPTIMIZERS, *QUICK)
 
 
 @cache
@@ -228,6 +229,7 @@ def test_optimizer_trains_as_in_a_plain_loop_on_one_and_four_devices(name, on_fo
         assert trained.tested["loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_lbfgs_with_a_learning_rate_trains_as_in_a_plain_loop():
     """Five steps on all examples: L-BFGS amplifies rounding errors a thousandfold within twenty."""
     optimizer, params, expected = optax.lbfgs(0.1, linesearch=None), first_params(), []
@@ -252,15 +254,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in found.tensors.items()}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[] if name in ("noisy sgd", "lookahead", "MultiSteps") else pytest.mark.slow
-        )
-        for name in OPTIMIZERS
-    ],
-)
+@pytest.mark.parametrize("name", some(OPTIMIZERS, "noisy sgd", "lookahead", "MultiSteps"))
 def test_resumed_run_has_the_bits_of_an_uninterrupted_run(name, on_four, tmp_path):
     """The later checkpoints are deleted, as if the run had been killed after step 10."""
     whole, folder = on_four(name)

@@ -308,6 +308,7 @@ def check_until_it_raises(saver):
         saver.check()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
 def test_checkpoint_of_a_killed_process_is_complete_or_absent(tmp_path):
     script = (

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from runs import DropoutNet, Killed, killed_after, rows
 
 import ctde_jax as ctde
@@ -85,9 +86,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in found.tensors.items()}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.parametrize("name", some(RUNS, *QUICK))
 def test_run_killed_at_several_moments_ends_with_the_same_bits(name, small, tmp_path, monkeypatch):
     run = partial(fit, small, **RUNS[name])
     whole = run(tmp_path / "whole")
@@ -101,9 +100,7 @@ def test_run_killed_at_several_moments_ends_with_the_same_bits(name, small, tmp_
     assert again.tested == whole.tested
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.parametrize("name", some(RUNS, *QUICK))
 def test_run_resumes_on_another_number_of_devices(name, small, tmp_path, monkeypatch):
     """8 -> 2 -> 4 devices; synchronous float32 aggregation is equal on any number of devices."""
     run = partial(fit, small, **RUNS[name])
@@ -321,7 +318,7 @@ def test_run_without_resume_restarts_and_keeps_earlier_runs(small, tmp_path, cap
         assert fit(small, folder, seed=seed).history == runs[seed].history
 
 
-@pytest.mark.parametrize("renames", [1, 2, 3])
+@pytest.mark.parametrize("renames", some([1, 2, 3], 2))
 def test_interrupted_move_is_completed_by_the_next_call(small, tmp_path, monkeypatch, renames):
     fit(small, tmp_path)
     before, rename, done = tensors(tmp_path), Path.rename, []

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import some
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, config, train
@@ -70,7 +71,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", some(OPTIONS, "plain", "fragments", "batch statistics"))
 def test_loaded_model_equals_the_trained_one(name):
     expected = trained(*OPTIONS[name])
     found, data, chosen = ctde.load_run("run")

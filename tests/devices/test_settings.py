@@ -80,6 +80,7 @@ def test_setting_of_a_context_manager_is_checked(digits):
         fit(digits)
 
 
+@pytest.mark.slow
 def test_harmless_settings_change_no_bit(digits, setting):
     expected = fit(digits)
     for name, value in HARMLESS.items():

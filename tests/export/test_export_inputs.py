@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 
 import ctde_jax as ctde
 from ctde_jax import bundle as node
@@ -26,14 +27,8 @@ STORED = {
 }
 """The dtype in which a data set stores features."""
 
-IN_DEFAULT_SUITE = ("int64",)
-"""Exported in the default suite; the others are slow."""
 
-
-@pytest.mark.parametrize(
-    "dtype",
-    [pytest.param(d, marks=() if d in IN_DEFAULT_SUITE else pytest.mark.slow) for d in STORED],
-)
+@pytest.mark.parametrize("dtype", some(STORED, "int64"))
 def test_perceptron_with_features_of_any_dtype_is_exported_for_numpy(
     dtype, tmp_path, monkeypatch, capsys
 ):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import linen, nnx
 from jax import lax
 from jax import numpy as jnp
@@ -202,16 +203,9 @@ CASES = {
     "scalar inputs": lambda: plain(lambda x: jnp.stack([x, x**2], -1), ()),
     "scalar outputs": lambda: plain(lambda x: x.sum(-1)),
 }
-IN_DEFAULT_SUITE = ("linen tutorial CNN", "max pool in a loop", "cumprod")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in IN_DEFAULT_SUITE else pytest.mark.slow)
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", some(CASES, "linen tutorial CNN", "max pool in a loop", "cumprod"))
 def test_onnx_runtime_computes_the_same_as_flax(name):
     runtime = pytest.importorskip("onnxruntime")
     shape, dtype, function = CASES[name]()

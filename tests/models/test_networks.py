@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from cases import some
 from jax import numpy as jnp
 
 from ctde_jax import models
@@ -97,7 +98,7 @@ def test_number_of_parameters_is_that_of_the_formula(name):
     assert sum(prod(leaf.shape) for leaf in jax.tree.leaves(params)) == NETWORKS[name].params
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", some(NETWORKS, "mlp", "resnet", "gru language"))
 def test_inference_is_deterministic_and_the_same_when_compiled(name):
     model, params, model_state, inputs = initialized(name)
 
@@ -158,7 +159,7 @@ def test_training_without_dropout_equals_inference(name):
     np.testing.assert_array_equal(inferred, trained)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", some(NETWORKS, "mlp", "batch resnet", "transformer"))
 def test_every_parameter_has_a_finite_gradient(name):
     model, params, model_state, inputs = initialized(name)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import linen, nnx
 from jax import numpy as jnp
 from user_modules import (
@@ -79,11 +80,6 @@ def fit(case: Case, devices: int, **options):
             **options,
         },
     )
-
-
-def some(names, *quick):
-    """Marks as slow all but the quick ones."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def newest(run_dir):

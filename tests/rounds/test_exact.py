@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import nnx
 from jax import numpy as jnp
 from runs import DropoutNet, killed_after, rows
@@ -97,12 +98,9 @@ RUNS: dict[str, dict] = {
         "model": ctde.initializers.initialize(models.mlp([64, 16, 10]), "lsuv")
     },
 }
-QUICK = ["mlp", "random numbers and batch statistics"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.parametrize("name", some(RUNS, "random numbers and batch statistics"))
 def test_bits_are_the_same_on_any_number_of_devices(name, small, tmp_path):
     more = dict(RUNS[name])
     make = more.pop("dataset", lambda dataset: dataset)
@@ -124,6 +122,7 @@ def test_bits_differ_without_exact(small, tmp_path):
     assert len({digest(tmp_path / str(count)) for count in COUNTS}) == len(COUNTS)
 
 
+@pytest.mark.slow
 def test_bits_are_the_same_if_a_run_resumes_on_another_number_of_devices(
     small, tmp_path, monkeypatch
 ):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import nnx
 
 import ctde_jax as ctde
@@ -83,11 +84,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS, "local, augmented", "clients"))
 def test_training_from_disk_gives_the_same_bits(name, in_memory, on_disk):
     assert_same_run(train(on_disk, **RUNS[name]), train(in_memory, **RUNS[name]))
 
 
+@pytest.mark.slow
 def test_dropout_and_batch_statistics_from_disk_are_the_same(in_memory, on_disk):
     model = models.from_nnx(Net)
     one, other = (

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import linen, nnx
 from jax import numpy as jnp
 
@@ -153,7 +154,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(split, key, accumulatio
     assert_close(accumulated, whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("api", NORMED)
+@pytest.mark.parametrize("api", some(NORMED, "nnx"))
 def test_synchronized_statistics_do_not_depend_on_the_number_of_devices(split, key, api):
     model = NORMED[api]("synchronized")
     params, model_state = model.init(key, split.inputs[:1])

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import nnx
 from jax import numpy as jnp
 
@@ -184,7 +185,9 @@ def test_strategy_that_cannot_run_is_refused_before_compilation(digits):
         jax.monitoring.clear_event_listeners()
 
 
-@pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
+@pytest.mark.parametrize(
+    "strategy", some([ctde.Strategy(), LOCAL], LOCAL), ids=["synchronous", "local"]
+)
 def test_run_does_not_depend_on_its_division_into_dispatches(digits, strategy, monkeypatch):
     """One or several rounds per dispatch, a partial last dispatch and small spans: equal bits."""
 

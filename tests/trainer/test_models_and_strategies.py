@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import nnx
 
 import ctde_jax as ctde
@@ -97,10 +98,7 @@ def losses(
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("cnn", "resnet", "gru") else name
-        for name in MODELS
-    ],
+    some(MODELS, "mlp", "resnet with batch norm", "lstm on text", "nnx module"),
 )
 def test_losses_equal_those_of_one_device(name, data_sets):
     """With dropout, and with batch statistics over the whole batch."""

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from jax import numpy as jnp
 
 import ctde_jax as ctde
@@ -38,14 +39,7 @@ def fit(dataset, count=4, **more) -> ctde.Trained:
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ddp",
-        pytest.param("local-sgd", marks=pytest.mark.slow),
-        pytest.param("gossip", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", some(["ddp", "local-sgd", "gossip"], "ddp"))
 def test_nonfinite_batch_is_skipped_on_all_devices(name, with_a_nan_example):
     """It occurs once per epoch; all state stays finite, including error-feedback residuals."""
     options = {

@@ -140,6 +140,7 @@ def source_run(digits, tmp_path_factory) -> tuple[ctde.Trained, object]:
     return train(MODEL, digits, run_dir=folder), folder
 
 
+@pytest.mark.slow
 def test_training_continues_from_a_trained_model_and_from_its_files(source_run, digits, tmp_path):
     """The first loss equals that of the given parameters on the first batch, computed in numpy."""
     trained, folder = source_run
