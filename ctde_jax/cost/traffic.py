@@ -134,7 +134,7 @@ def table(traffic: Traffic, params: int, replicas: int) -> Table:
         4
     """
     # Columns: text on the left, numbers on the right.
-    caption = summary(traffic, params, replicas)
+    caption = sentence(traffic, params, replicas)
     shown = Table(title="bytes sent by each device", caption=caption, caption_justify="left")
     for column in ("collective", "dtype"):
         shown.add_column(column)
@@ -163,7 +163,7 @@ def table(traffic: Traffic, params: int, replicas: int) -> Table:
     return shown
 
 
-def summary(traffic: Traffic, params: int, replicas: int) -> str:
+def sentence(traffic: Traffic, params: int, replicas: int) -> str:
     """Returns a sentence on the bytes that each device sends, relative to float32 gradients.
 
     Args:
@@ -175,7 +175,7 @@ def summary(traffic: Traffic, params: int, replicas: int) -> str:
         >>> model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
         >>> devices = ctde.devices.start(cpu_devices=2)
         >>> trained = ctde.fit(model, data, optax.sgd(0.1), devices=devices, steps=1, show=False)
-        >>> ctde.cost.summary(trained.traffic, params=650, replicas=2)
+        >>> ctde.cost.sentence(trained.traffic, params=650, replicas=2)
         'each device sends 2.6 kB per step in 1 collective'
     """
     if not traffic.sent:

@@ -11,7 +11,7 @@ import optax
 
 from ctde_jax.aggregate import Strategy, as_transformation
 from ctde_jax.checkpoint import completed
-from ctde_jax.cost import summary
+from ctde_jax.cost import sentence
 from ctde_jax.data import Dataset, targets_or_classes
 from ctde_jax.devices import check_backend, hosts, replica, start
 from ctde_jax.errors import InputError, did_you_mean
@@ -191,7 +191,7 @@ def train(
 
         # Show the bytes that a round sends, counted in the compiled program of the last phase.
         count = count_params(beginning.center[0])
-        wire = summary(programs.phases[-1].traffic, count, len(training.devices))
+        wire = sentence(programs.phases[-1].traffic, count, len(training.devices))
         later = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
         screen.print(line("wire", wire + later))
         clock.lap("compile")

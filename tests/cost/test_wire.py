@@ -285,7 +285,7 @@ def test_conditional_counts_its_largest_branch():
     measured = traffic.measure(module(line, before=before), inner_steps=0)
 
     assert (measured.sent, measured.certain) == (600, False)
-    assert "at most" in traffic.summary(measured, 100, REPLICAS)
+    assert "at most" in traffic.sentence(measured, 100, REPLICAS)
 
 
 def test_conditional_with_equal_branches_is_certain():
