@@ -71,6 +71,7 @@ def load(folder: Path | str, model: Any, task: Task | None = None) -> Trained:
         traffic=None,
         accepts=Accepts(inputs, labels, tuple(facts["classes"])),
         platform=facts["platform"],
+        plan=tuple((name, text) for name, text in facts["plan"]),
     )
     _check_outputs(trained, found)
     return trained

@@ -327,6 +327,7 @@ class Trained:
             "interrupted": self.interrupted,
             "stopped_early": self.stopped_early,
             "platform": self.platform,
+            "plan": self.plan,
             "example_platform": jax.default_backend(),
         }
         center = {"params": self.params, "model_state": self.model_state}
