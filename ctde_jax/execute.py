@@ -247,7 +247,7 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
 
 def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
     """Prints the outputs, one line per example, as soon as a batch is computed."""
-    describe = {"classes": _class, "tokens": _token, "anything": _numbers}[bundle.card.predicts]
+    describe = {"classes": _class, "tokens": _token}.get(bundle.card.predicts, _numbers)
     first = 0
     for batch in outputs:
         for example, output in enumerate(batch, start=first):

@@ -77,7 +77,7 @@ def test_transcript_equals_the_output_of_the_first_command(tmp_path):
 def test_commands_run(page, folder):
     """Runs the commands of a page in order and in one folder."""
     prints = {
-        "train": "test accuracy",
+        "train": "test loss",
         "wire": "per round",
         "profile": "speed-up",
         "verify": "holds:",

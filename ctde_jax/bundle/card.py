@@ -65,6 +65,7 @@ class Artifact(NamedTuple):
     """Measurements made at the export; see `export/receipt.py`."""
 
 
+Predicts = Literal["anything", "classes", "tokens", "targets"]
 Activation = Literal["tanh", "relu", "gelu", "silu"]
 
 
@@ -85,11 +86,11 @@ class Layers(NamedTuple):
 class Card:
     """Content of a bundle's card."""
 
-    predicts: Literal["anything", "classes", "tokens"]
+    predicts: Predicts
     """Output of one example.
 
-    Logits `[classes]` for "classes", logits `[length, vocabulary]` for "tokens", any array for
-    "anything".
+    Logits `[classes]` for "classes", logits `[length, vocabulary]` for "tokens", `[targets]` in the
+    units of the data set for "targets", any array for "anything".
     """
 
     input_shape: tuple[int, ...]
@@ -273,7 +274,7 @@ def _parse(facts: Any) -> Card:
     if layers is not None and WEIGHTS not in files:
         raise _Odd(f"has layers, but no {WEIGHTS}")
     card = Card(
-        predicts=_one_of("predicts", facts.get("predicts"), ("anything", "classes", "tokens")),
+        predicts=_one_of("predicts", facts.get("predicts"), get_args(Predicts)),
         input_shape=_shape("input", inputs.get("shape")),
         input_dtype=_one_of("input", inputs.get("dtype"), DTYPES),
         highest=_highest(inputs.get("highest")),
@@ -295,8 +296,9 @@ def _parse(facts: Any) -> Card:
             f"has {len(card.columns)} columns for inputs of the shape {list(card.input_shape)}"
         )
 
-    # Logits have one axis for classes and two for tokens. There may be more logits than names.
-    axes = {"classes": 1, "tokens": 2}.get(card.predicts)
+    # Outputs have one axis for classes or targets and two for tokens. There may be more logits than
+    # names.
+    axes = {"classes": 1, "targets": 1, "tokens": 2}.get(card.predicts)
     names = card.vocabulary if card.predicts == "tokens" else card.classes
     if axes is not None and (len(card.output_shape) != axes or len(names) > card.output_shape[-1]):
         raise _Odd(

@@ -54,7 +54,7 @@ def read(
             are missing.
     """
     # A score is defined only for logits of classes or tokens.
-    if labeled and card.predicts == "anything":
+    if labeled and card.predicts not in ("classes", "tokens"):
         raise InputError(
             "input",
             "cannot be scored, as the model predicts neither classes nor tokens.",

@@ -18,7 +18,6 @@ from ctde_jax.config.options import (
     Config,
     DataOptions,
     ModelOptions,
-    OptimizationOptions,
 )
 from ctde_jax.config.presets import PRESETS
 from ctde_jax.config.rules import check_aggregation, check_files
@@ -32,15 +31,7 @@ from ctde_jax.data import (
     targets_or_classes,
 )
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known
-from ctde_jax.models import (
-    Model,
-    Task,
-    classification,
-    initializers,
-    language_modeling,
-    mup,
-    smoothed,
-)
+from ctde_jax.models import Model, Task, initializers, mup, smoothed, tasks
 from ctde_jax.trainer import Training, trackers
 
 
@@ -71,7 +62,7 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
         data=dataset,
         optimizer=build_optimizer(chosen, dataset, steps),
         strategy=build_strategy(chosen.aggregation),
-        task=build_task(optimization, dataset),
+        task=build_task(chosen, dataset),
         devices=devices,
         batch_size=optimization.batch_size,
         steps=steps,
@@ -104,8 +95,8 @@ def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
     check_files(chosen)
     dataset = _load(chosen)
 
-    # A file may hold targets instead of classes, for which the command line has no task.
-    if not dataset.classes and not dataset.vocabulary:
+    # A file may contain targets for which the command line has no task.
+    if chosen.task != "regression" and not dataset.classes and not dataset.vocabulary:
         rule = "must contain class labels in y_train, integers from 0 of the shape [examples]"
         raise InputError("data_file", f"{rule}, {targets_or_classes(dataset.train.labels)}.")
     if chosen.sequence != "none":
@@ -130,16 +121,19 @@ def _load(chosen: DataOptions) -> Dataset:
         case "text":
             return data.from_text(_data_file(chosen), chosen.context_length, chosen.stride)
         case "npz":
-            return data.from_npz(_data_file(chosen))
+            return data.from_npz(_data_file(chosen), chosen.task)
         case "csv":
-            return data.from_csv(_data_file(chosen), chosen.label_column)
+            return data.from_csv(_data_file(chosen), chosen.label_column, chosen.task)
 
 
-def build_task(chosen: OptimizationOptions, dataset: Dataset) -> Task:
-    """Returns language modeling for a text, otherwise classification, with label smoothing."""
-    return smoothed(
-        language_modeling if dataset.vocabulary else classification, chosen.label_smoothing
-    )
+def build_task(chosen: Config, dataset: Dataset) -> Task:
+    """Returns the task of the options, with label smoothing.
+
+    Raises:
+        InputError: If the labels are unsuitable for the task, or label smoothing is out of range.
+    """
+    task = tasks.for_data(dataset, chosen.data.task)
+    return smoothed(task, chosen.optimization.label_smoothing)
 
 
 def build_augment(chosen: DataOptions) -> Augment | None:
@@ -190,8 +184,9 @@ def make_partition(
     check_at_least(replicas, clients=chosen.clients)
     check_at_most(len(labels), clients=chosen.clients)
 
-    # A text has no classes to partition by.
-    if labels.ndim > 1 and chosen.partition in ("by_label", "dirichlet"):
+    # Texts and targets have no classes to partition by.
+    has_classes = labels.ndim == 1 and labels.dtype.kind != "f"
+    if not has_classes and chosen.partition in ("by_label", "dirichlet"):
         raise InputError(
             "partition",
             f"must be reshuffled or iid if examples have no classes, got {chosen.partition}.",
@@ -322,11 +317,11 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
         channels=max(chosen.channels, default=0),
     )
     shape = dataset.train.inputs.shape[1:]
-    classes = len(dataset.classes)
+    outputs = len(dataset.classes) or dataset.targets
     if dataset.vocabulary:
         return _build_language_model(chosen, dataset)
 
-    # Networks that classify one example: an array, a picture or a sequence.
+    # Networks with one output per class or target: of an array, a picture or a sequence.
     if chosen.model in ("cnn", "resnet") and len(shape) not in (2, 3):
         raise InputError(
             "model",
@@ -334,12 +329,12 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
         )
     match chosen.model:
         case "mlp":
-            return models.mlp([prod(shape), *chosen.hidden_sizes, classes], chosen.activation)
+            return models.mlp([prod(shape), *chosen.hidden_sizes, outputs], chosen.activation)
         case "cnn":
-            return models.cnn(shape, classes, chosen.dropout_rate)
+            return models.cnn(shape, outputs, chosen.dropout_rate)
         case "resnet":
             return models.resnet(
-                shape, classes, chosen.channels, chosen.layers, chosen.norm, chosen.batch_statistics
+                shape, outputs, chosen.channels, chosen.layers, chosen.norm, chosen.batch_statistics
             )
         case "lstm" | "gru":
             # Images `[height, width, channels]` can be read as sequences by --sequence.
@@ -352,7 +347,7 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
                 )
             return models.rnn_classifier(
                 shape[-1],
-                classes,
+                outputs,
                 chosen.hidden_size,
                 chosen.layers,
                 chosen.model,

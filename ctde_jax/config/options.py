@@ -69,6 +69,10 @@ class DataOptions:
     label_column: Name = None
     """Name of the label column of a csv file; by default the last one."""
 
+    task: Literal["auto", "classification", "regression"] = "auto"
+    """Task of an npz or csv file: classification of labels, or regression of real-valued targets;
+    auto is classification, but refuses numbers that look like measurements."""
+
     # Which device trains on which examples.
     partition: Literal["reshuffled", "iid", "by_label", "dirichlet"] = "reshuffled"
     """Assignment of examples to devices: reshuffled in every epoch, or fixed;

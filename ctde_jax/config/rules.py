@@ -149,3 +149,7 @@ def check_files(chosen: DataOptions) -> None:
         if getattr(chosen, option) is not None and chosen.dataset not in datasets:
             known = " or ".join(datasets)
             raise InputError(option, f"requires --dataset {known}, got --dataset {chosen.dataset}.")
+    if chosen.task != "auto" and chosen.dataset not in ("npz", "csv"):
+        raise InputError(
+            "task", f"must be auto with --dataset {chosen.dataset}, got {chosen.task}."
+        )

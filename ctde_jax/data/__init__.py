@@ -12,7 +12,14 @@ from ctde_jax.data.batches import (
     steps_per_epoch,
 )
 from ctde_jax.data.classes import look_up
-from ctde_jax.data.dataset import Dataset, from_arrays, hold_out, is_channels_first, standardized
+from ctde_jax.data.dataset import (
+    Dataset,
+    from_arrays,
+    hold_out,
+    is_channels_first,
+    moments,
+    standardized,
+)
 from ctde_jax.data.digests import digest, digests_of
 from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.data.files import from_npz
@@ -59,6 +66,7 @@ __all__ = [
     "is_channels_first",
     "look_up",
     "mnist",
+    "moments",
     "partition",
     "plain",
     "slices",

@@ -7,6 +7,7 @@ in the dtype of these. For tokens it is int32, so they remain indices into a voc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -89,12 +90,17 @@ class Dataset:
 
     @property
     def kinds(self) -> str:
-        """Number of characters of a text, or of classes, as a phrase."""
-        return (
-            f"{len(self.vocabulary)} characters"
-            if self.vocabulary
-            else f"{len(self.classes)} classes"
-        )
+        """Number of characters of a text, of classes, or of targets per example, as a phrase."""
+        if self.vocabulary:
+            return f"{len(self.vocabulary)} characters"
+        if self.classes:
+            return f"{len(self.classes)} classes"
+        return f"{self.targets:,} target{'s' * (self.targets > 1)} per example"
+
+    @property
+    def targets(self) -> int:
+        """Number of labels of an example."""
+        return prod(self.train.labels.shape[1:])
 
 
 def from_arrays(
@@ -346,29 +352,9 @@ def standardized(dataset: Dataset) -> Dataset:
         ((1, 8, 8), dtype('float32'))
     """
     dataset.check_arrays("standardized")
-    inputs = dataset.train.inputs
-    total = np.zeros(())
-    squares = np.zeros(())
-    check_precision("standardized", inputs)
-
-    # First pass: mean and range.
-    least = largest = np.asarray(inputs[:1])
-    for _, piece in slices(inputs):
-        total = total + piece.sum(axis=0, keepdims=True, dtype=np.float64)
-        least = np.minimum(least, piece.min(axis=0, keepdims=True))
-        largest = np.maximum(largest, piece.max(axis=0, keepdims=True))
-    mean = total / len(inputs)
-
-    # Second pass: variance around the mean, so that a large mean causes no cancellation.
-    for _, piece in slices(inputs):
-        squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
-    deviation = np.sqrt(squares / len(inputs))
-
-    # The mean of equal numbers is rounded, so their deviation may exceed 0; hence the range. A
-    # deviation below `tiny` has no reciprocal in float32.
-    varies = (largest > least) & (deviation >= np.finfo(np.float32).tiny)
-    scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
-
+    check_precision("standardized", dataset.train.inputs)
+    mean, deviation = moments(dataset.train.inputs)
+    scale = np.where(deviation, 1 / np.where(deviation, deviation, 1), 0)
     scaled = replace(dataset, shift=mean.astype(np.float32), scale=scale.astype(np.float32))
 
     # Notes on the scale of the raw inputs no longer apply.
@@ -376,6 +362,39 @@ def standardized(dataset: Dataset) -> Dataset:
     note = "Every feature is standardized by the mean and standard deviation of the training split."
     kept = [each for each in dataset.notes if each not in outdated]
     return replace(scaled, notes=(*kept, note))
+
+
+def moments(array: np.ndarray | DiskArray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean and the standard deviation of each feature, `float64[1, ...]`.
+
+    The deviation is 0 if the feature is equal in all examples, or if its deviation has no
+    reciprocal in float32.
+
+    Args:
+        array: Numbers `[examples, ...]`, with at least one example.
+
+    Examples:
+        >>> ctde.data.moments(np.array([[1.0, 5.0], [3.0, 5.0]]))
+        (array([[2., 5.]]), array([[1., 0.]]))
+    """
+    # First pass: mean and range.
+    total = np.zeros(())
+    least = largest = np.asarray(array[:1])
+    for _, piece in slices(array):
+        total = total + piece.sum(axis=0, keepdims=True, dtype=np.float64)
+        least = np.minimum(least, piece.min(axis=0, keepdims=True))
+        largest = np.maximum(largest, piece.max(axis=0, keepdims=True))
+    mean = total / len(array)
+
+    # Second pass: variance around the mean, so that a large mean causes no cancellation.
+    squares = np.zeros(())
+    for _, piece in slices(array):
+        squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
+    deviation = np.sqrt(squares / len(array))
+
+    # The mean of equal numbers is rounded, so their deviation may exceed 0; hence the range.
+    varies = (largest > least) & (deviation >= np.finfo(np.float32).tiny)
+    return mean, np.where(varies, deviation, 0)
 
 
 def _highest(inputs: np.ndarray | DiskArray) -> int:

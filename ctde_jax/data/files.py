@@ -16,6 +16,7 @@ from rich.filesize import decimal
 
 from ctde_jax.bundle import open_regular
 from ctde_jax.data.arrays import targets_or_classes
+from ctde_jax.data.classes import Use, is_one_hot
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.devices import memory
@@ -26,7 +27,7 @@ OPTIONAL = ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
 
 
-def from_npz(path: Path | str) -> Dataset:
+def from_npz(path: Path | str, task: Use = "auto") -> Dataset:
     """Loads `x_train` and `y_train` from a .npz file, and `x_test` and `y_test` if present.
 
     Dtypes are treated as in `from_arrays`; labels are integers from 0, or class names.
@@ -37,6 +38,7 @@ def from_npz(path: Path | str) -> Dataset:
 
     Args:
         path: .npz file, or folder of .npy files.
+        task: `regression` reads real-valued targets in y_train and y_test instead of labels.
 
     Raises:
         InputError: If a file cannot be read or is incomplete, an array is missing, or the arrays do
@@ -51,14 +53,10 @@ def from_npz(path: Path | str) -> Dataset:
     path = Path(os.path.expanduser(path))
     arrays = _arrays_of_folder(path) if os.path.isdir(path) else _arrays(path)
 
-    # A file has no custom task, so its labels must be classes: integers or names.
+    # A file has no custom task, so its labels are numbers, or classes: integers or names.
     for name in ("y_train", "y_test"):
-        if name in arrays and arrays[name].dtype.kind not in "iubUS":
-            raise faulty(
-                path,
-                f"does not contain class indices in {name} ({targets_or_classes(arrays[name])})",
-                "save them as integers from 0",
-            )
+        if name in arrays:
+            arrays[name] = _labels(path, name, arrays[name], task)
     train = (arrays["x_train"], arrays["y_train"])
     test = (arrays.get("x_test"), arrays.get("y_test"))
     try:
@@ -69,6 +67,27 @@ def from_npz(path: Path | str) -> Dataset:
             "data_file", f"{path} does not contain a valid data set: {error}"
         ) from error
     return replace(dataset, notes=(*_notes(arrays), *dataset.notes))
+
+
+def _labels(
+    path: Path, name: str, labels: np.ndarray | DiskArray, task: Use
+) -> np.ndarray | DiskArray:
+    if task == "regression" and labels.dtype.kind in "biuf":
+        return labels.astype(np.float32)
+    if task == "regression":
+        raise faulty(
+            path,
+            f"does not contain numbers in {name}, but {labels.dtype}",
+            "save targets as floats, or pass --task classification",
+        )
+    if labels.dtype.kind not in "iubUS":
+        regress = "" if is_one_hot(labels) else ", or pass --task regression to predict them"
+        raise faulty(
+            path,
+            f"does not contain class indices in {name} ({targets_or_classes(labels)})",
+            f"save them as integers from 0{regress}",
+        )
+    return labels
 
 
 def _notes(arrays: Arrays) -> list[str]:

@@ -15,7 +15,13 @@ import numpy as np
 
 from ctde_jax.bundle import are_numbers, number_of
 from ctde_jax.data import columns
-from ctde_jax.data.classes import FEW_CLASSES, from_words, may_be_measurements, note_on_numbers
+from ctde_jax.data.classes import (
+    FEW_CLASSES,
+    Use,
+    from_words,
+    may_be_measurements,
+    note_on_numbers,
+)
 from ctde_jax.data.columns import MANY_LINES, Column, is_missing
 from ctde_jax.data.dataset import Dataset, assemble, standardized
 from ctde_jax.data.files import check_size, faulty, not_utf8, opened
@@ -25,6 +31,7 @@ _NAMED = 3
 """Maximum number of columns that a sentence names."""
 
 _PASS_LABELS = "pass the column that contains the classes as label_column (--label-column)"
+_REGRESS = "pass --task regression to predict them"
 
 _CHANCE = 1e-3
 """The first line is a header if the probability of such an example is at most this."""
@@ -56,7 +63,7 @@ class _Table(NamedTuple):
         return quoted(self.names[place]) if self.names and self.names[place] else str(place + 1)
 
 
-def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
+def from_csv(path: Path | str, label_column: str | None = None, task: Use = "auto") -> Dataset:
     """Loads a table of numbers with one column of labels, and standardizes the features.
 
     Labels may be text or integers; the sorted distinct labels are the classes. The first line is a
@@ -72,6 +79,8 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
     Args:
         path: CSV file in UTF-8, with commas between cells and points in numbers.
         label_column: Name of the column of labels; by default the last column.
+        task: `classification` uses any labels as classes, `regression` numbers as targets; `auto`
+            is classification, but refuses labels that look like measurements.
 
     Raises:
         InputError: If the file is not a table, `label_column` is not one of its columns, a feature
@@ -86,14 +95,14 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
         >>> data.columns, data.classes
         (('x', 'y'), ('0', '1'))
     """
-    # Read the table, and number its classes.
+    # Read the table, and number its classes, if it has any.
     path = Path(os.path.expanduser(path))
     table = _table(path, label_column)
     label = table.column(table.label)
-    classes, labels = _classes(path, label)
+    classes, labels = _labels(path, label, task)
     features = []
     notes = list(table.notes)
-    if are_numbers(classes):
+    if task == "auto" and are_numbers(classes):
         notes += note_on_numbers(len(classes), f"the column {label.name}")
 
     # Collect the features as float64; columns that number the lines are left out.
@@ -126,7 +135,7 @@ def from_csv(path: Path | str, label_column: str | None = None) -> Dataset:
 
     # Standardize the features; their names are kept if all of them have one.
     inputs = np.stack([values for _, values in features], axis=1).astype(np.float32)
-    dataset = standardized(assemble(inputs, labels, None, None, path.stem, classes))
+    dataset = standardized(assemble(inputs, labels, None, None, path.stem, classes or None))
     names = [table.names[place] for place, _ in features] if table.names else []
     return replace(
         dataset, notes=(*notes, *dataset.notes), columns=tuple(names) if all(names) else ()
@@ -140,7 +149,7 @@ def _notes_on(column: Column, values: np.ndarray, labels: np.ndarray) -> list[st
             f"The column {column.name} is {quoted(column.cells[0])} in every line, so it has no "
             "effect."
         ]
-    if columns.names_the_label(values, labels):
+    if labels.dtype == np.int32 and columns.names_the_label(values, labels):
         return [
             f"The column {column.name} has one distinct number per class, so it determines the "
             "label; remove it unless it is known before the label."
@@ -436,7 +445,24 @@ def _check_shape(path: Path, rows: list[_Row]) -> None:
         raise faulty(path, "has an empty last column", "remove the comma at the end of each line")
 
 
-def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
+def _labels(path: Path, column: Column, task: Use) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns the classes and their indices, `int32[lines]`, or no classes and `float64[lines]`."""
+    if task != "regression":
+        return _classes(path, column, task)
+    words = [cell for cell in column.cells if number_of(cell) is None and not is_missing(cell)]
+    if 2 * len(words) > len(column.cells):
+        raise faulty(
+            path,
+            f"has labels such as {quoted(words[0])} in column {column.name}, which are not numbers",
+            "pass --task classification, or the column of the targets as label_column "
+            "(--label-column)",
+        )
+    values = columns.numbers(path, column)
+    columns.check_precision(path, column, values)
+    return (), values
+
+
+def _classes(path: Path, column: Column, task: Use) -> tuple[tuple[str, ...], np.ndarray]:
     cells = column.cells
 
     # Every line needs a label.
@@ -448,16 +474,15 @@ def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
             "fill in the cell, or remove the line",
         )
 
-    # Numbers are classes only if they are whole and repeat.
-    if are_numbers(cells):
+    # Numbers are classes only if they are whole and repeat, unless the task is given.
+    if task == "auto" and are_numbers(cells):
         values = [number_of(cell) or 0.0 for cell in cells]
         if not all(value.is_integer() for value in values):
             raise faulty(
                 path,
                 f"has labels such as {quoted(cells[0])} in column {column.name}, which are "
                 "measurements, not classes",
-                f"{_PASS_LABELS}, or train on measurements in Python, with data.from_arrays and a "
-                "custom Task",
+                f"{_REGRESS}, or {_PASS_LABELS}",
             )
         if may_be_measurements(values):
             raise faulty(
@@ -465,8 +490,7 @@ def _classes(path: Path, column: Column) -> tuple[tuple[str, ...], np.ndarray]:
                 f"has labels such as {quoted(cells[0])} in column {column.name}, "
                 f"{len(set(values)):,} distinct integers in {len(cells):,} lines, which look like "
                 "measurements, not classes",
-                f"{_PASS_LABELS}, group the numbers into fewer classes, or train on measurements "
-                "in Python, with data.from_arrays and a custom Task",
+                f"{_REGRESS}, --task classification if they are classes, or {_PASS_LABELS}",
             )
 
     # Words are classes only if they repeat, and there must be two classes.

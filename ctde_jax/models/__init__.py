@@ -1,7 +1,14 @@
 """Networks, and the adapters for user-defined nnx and linen modules."""
 
 from ctde_jax.models import initializers
-from ctde_jax.models.base import Model, count_params, in_bfloat16, unscaled, with_raw_inputs
+from ctde_jax.models.base import (
+    Model,
+    count_params,
+    in_bfloat16,
+    in_units,
+    unscaled,
+    with_raw_inputs,
+)
 from ctde_jax.models.batch_statistics import BatchStatistics
 from ctde_jax.models.cnn import CNN, cnn
 from ctde_jax.models.generation import generate
@@ -11,7 +18,7 @@ from ctde_jax.models.modules import as_model
 from ctde_jax.models.nnx_modules import from_nnx, is_random, is_trained
 from ctde_jax.models.resnet import ResNet, resnet
 from ctde_jax.models.rnn import RNNClassifier, RNNLanguageModel, rnn_classifier, rnn_language_model
-from ctde_jax.models.tasks import RESERVED, Task, classification, language_modeling, smoothed
+from ctde_jax.models.tasks import RESERVED, Task, for_data, smoothed
 from ctde_jax.models.transformer import Transformer, transformer
 from ctde_jax.models.user_code import describe
 
@@ -27,18 +34,18 @@ __all__ = [
     "Task",
     "Transformer",
     "as_model",
-    "classification",
     "cnn",
     "count_params",
     "describe",
+    "for_data",
     "from_linen",
     "from_nnx",
     "generate",
     "in_bfloat16",
+    "in_units",
     "initializers",
     "is_random",
     "is_trained",
-    "language_modeling",
     "mlp",
     "resnet",
     "rnn_classifier",

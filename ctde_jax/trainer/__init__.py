@@ -8,7 +8,7 @@ from ctde_jax.trainer.plan import plan
 from ctde_jax.trainer.rollback import SCALED
 from ctde_jax.trainer.stopwatch import Profile, Spread
 from ctde_jax.trainer.trained import Trained, accepts
-from ctde_jax.trainer.training import Saving, Training
+from ctde_jax.trainer.training import Saving, Training, in_stored_units
 
 __all__ = [
     "SCALED",
@@ -22,6 +22,7 @@ __all__ = [
     "accepts",
     "console",
     "fit",
+    "in_stored_units",
     "picture",
     "plan",
     "plot_curves",

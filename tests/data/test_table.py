@@ -315,8 +315,32 @@ MEASURED = {
 def test_integer_measurements_are_refused_as_classes(tmp_path, name):
     sentence = error_message(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
     assert (
-        "distinct integers in 60 lines, which look like measurements, not classes; pass the column"
+        "distinct integers in 60 lines, which look like measurements, not classes; pass --task "
+        "regression to predict them, --task classification if they are classes, or pass the column "
     ) in sentence
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_named_task_determines_the_use_of_integer_labels(tmp_path, name):
+    path = write(tmp_path, "a,price", X[:, 0], MEASURED[name])
+    of_classes = from_csv(path, task="classification")
+    assert len(of_classes.classes) == len({*MEASURED[name]})
+    of_targets = from_csv(path, task="regression")
+    labels = np.concatenate([of_targets.train.labels, of_targets.test.labels])
+    assert (of_targets.classes, labels.dtype) == ((), np.float32)
+    assert sorted(labels) == sorted(np.float32(MEASURED[name]))
+    assert not any("used as classes" in note for note in of_classes.notes + of_targets.notes)
+
+
+def test_words_as_targets_are_refused(tmp_path):
+    path = write(tmp_path, "a,kind", X[:, 0], WORDS)
+    with pytest.raises(InputError) as caught:
+        from_csv(path, task="regression")
+    assert str(caught.value) == (
+        f"data_file {path} has labels such as 'setosa' in column 'kind', which are not numbers; "
+        "pass --task classification, or the column of the targets as label_column "
+        "(--label-column)."
+    )
 
 
 def test_mostly_distinct_words_are_refused_as_classes(tmp_path):
