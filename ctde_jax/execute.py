@@ -85,7 +85,8 @@ def _add_common_options(parser: Parser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="examples: one .npy, .npz, .csv or .png file, or several .png files",
+        help="examples: one .npy, .npz, .csv, .jsonl or .png file, several .png files, or - for "
+        "JSON lines from standard input",
     )
     mode.add_argument(
         "--prompt", metavar="TEXT", help="beginning of a text that a language model continues"

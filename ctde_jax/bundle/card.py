@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from ctde_jax.bundle.accepted import Accepted
+from ctde_jax.bundle.recipe import Recipe, parse_recipe
 from ctde_jax.bundle.tensors import MOST_AXES
 from ctde_jax.errors import InputError, quoted
 
@@ -135,6 +136,9 @@ class Card:
 
     columns: tuple[str, ...] = ()
     """Names of a table's features, in the order of the inputs; empty if they have no names."""
+
+    recipe: Recipe | None = None
+    """Conversion of the rows of a table to inputs; None if nodes read the inputs themselves."""
 
     @property
     def accepted(self) -> Accepted:
@@ -288,12 +292,23 @@ def _parse(facts: Any) -> Card:
         versions={name: str(version) for name, version in _take(facts, "versions", dict).items()},
         facts=facts,
         columns=_names("columns", facts.get("columns", [])),
+        recipe=_recipe(facts.get("recipe")),
     )
 
     # Named columns are the features of a table, one for each input.
     if card.columns and (len(card.columns),) != card.input_shape:
         raise _Odd(
             f"has {len(card.columns)} columns for inputs of the shape {list(card.input_shape)}"
+        )
+
+    # The recipe makes the inputs.
+    if card.recipe is not None and (
+        (len(card.recipe.features),),
+        "float32",
+    ) != (card.input_shape, card.input_dtype):
+        raise _Odd(
+            f"has a recipe of {len(card.recipe.features)} inputs for inputs of the shape "
+            f"{list(card.input_shape)}"
         )
 
     # Outputs have one axis for classes or targets and two for tokens. There may be more logits than
@@ -353,6 +368,13 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
         _check(each, str, f"has invalid {name}")
         for each in _check(value, list, f"has invalid {name}")
     )
+
+
+def _recipe(facts: Any) -> Recipe | None:
+    try:
+        return None if facts is None else parse_recipe(facts)
+    except ValueError as error:
+        raise _Odd(f"has a recipe that {error}") from error
 
 
 def _name(name: str) -> str:

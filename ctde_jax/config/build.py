@@ -122,8 +122,14 @@ def _load(chosen: DataOptions) -> Dataset:
             return data.from_text(_data_file(chosen), chosen.context_length, chosen.stride)
         case "npz":
             return data.from_npz(_data_file(chosen), chosen.task)
-        case "csv":
-            return data.from_csv(_data_file(chosen), chosen.label_column, chosen.task)
+        case "csv" | "parquet":
+            return data.from_table(
+                _data_file(chosen),
+                chosen.label_column,
+                drop=chosen.drop,
+                categorical=chosen.categorical,
+                task=chosen.task,
+            )
 
 
 def build_task(chosen: Config, dataset: Dataset) -> Task:

@@ -30,7 +30,7 @@ from ctde_jax.data.published.idx import fashion_mnist, mnist
 from ctde_jax.data.sequence import as_sequence
 from ctde_jax.data.split import Drawn, Split
 from ctde_jax.data.stream import Stream, check_size, check_stream
-from ctde_jax.data.table import from_csv
+from ctde_jax.data.table import from_table
 from ctde_jax.data.text import decode, encode, from_text
 
 __all__ = [
@@ -58,8 +58,8 @@ __all__ = [
     "filled_up",
     "from_arrays",
     "from_batches",
-    "from_csv",
     "from_npz",
+    "from_table",
     "from_text",
     "hold_out",
     "index_blocks",

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctde_jax.bundle import are_numbers
+from ctde_jax.bundle import Recipe, are_numbers
 from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels, plain
 from ctde_jax.data.classes import from_words, look_up, note_on_numbers, notes_on_classes, numbered
 from ctde_jax.data.disk import DiskArray, slices
@@ -64,6 +64,12 @@ class Dataset:
 
     columns: tuple[str, ...] = ()
     """Feature names of a table, in the order of the inputs; empty if they have none."""
+
+    recipe: Recipe | None = None
+    """Conversion of the rows of a table to inputs, fit on the training split.
+
+    None if the table has only numbers, or the examples are no table.
+    """
 
     stream: Stream | None = None
     """Source of the training batches, if they come from an iterable.
@@ -192,12 +198,8 @@ def assemble(
             raise InputError(
                 "x_train", "must contain at least two examples if there is no test split, got one."
             )
-        train, test = _split_off_test(Split(inputs, labels))
-        held_out = (
-            f"{len(test.inputs):,} of the {len(inputs):,} examples were held out at random for "
-            "testing"
-        )
-        notes.append(f"There is no test split, so {held_out}.")
+        train, test = (_rows(Split(inputs, labels), rows) for rows in split_rows(len(inputs)))
+        notes.append(note_on_test_split(len(test.inputs), len(inputs)))
     else:
         train = Split(inputs, labels)
         test = Split(
@@ -403,13 +405,23 @@ def _highest(inputs: np.ndarray | DiskArray) -> int:
     return 2 ** max(1, largest.bit_length()) - 1
 
 
-def _split_off_test(split: Split) -> tuple[Split, Split]:
-    """Moves a random fifth of the examples, always the same ones, into a test split."""
-    order = np.random.default_rng(0).permutation(len(split.inputs))
-    test = max(1, round(TEST_FRACTION * len(order)))
-    train_rows = np.sort(order[test:])
-    test_rows = np.sort(order[:test])
-    return _rows(split, train_rows), _rows(split, test_rows)
+def split_rows(examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses a random fifth of the examples, always the same, for the test split.
+
+    Returns:
+        The indices of the training examples and those of the test examples, in ascending order.
+    """
+    order = np.random.default_rng(0).permutation(examples)
+    test = max(1, round(TEST_FRACTION * examples))
+    return np.sort(order[test:]), np.sort(order[:test])
+
+
+def note_on_test_split(test: int, examples: int) -> str:
+    """Returns the note on a test split of `test` examples that was held out at random."""
+    return (
+        f"There is no test split, so {test:,} of the {examples:,} examples were held out at random "
+        "for testing."
+    )
 
 
 def _like_training(

@@ -317,11 +317,11 @@ def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
     return faulty(path, f"{fault}, which is not valid UTF-8", "save it in UTF-8")
 
 
-def faulty(path: Path, fault: str, way_out: str) -> InputError:
-    """Returns the InputError for the user's file.
+def faulty(path: Path | str, fault: str, way_out: str) -> InputError:
+    """Returns the InputError for the user's file or table.
 
     Args:
-        path: Path of the file.
+        path: Path of the file, or a description of the table.
         fault: Description of the fault, as a predicate of the path.
         way_out: Remedy, as an imperative.
     """

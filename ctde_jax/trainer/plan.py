@@ -7,10 +7,15 @@ import jax
 from rich.table import Table
 
 from ctde_jax.aggregate import Strategy
+from ctde_jax.bundle import Recipe
 from ctde_jax.data import Dataset
 from ctde_jax.devices import count_cores
+from ctde_jax.errors import on_one_line
 from ctde_jax.models import count_params
 from ctde_jax.trainer.training import Training
+
+_MOST_COLUMNS = 40
+"""Maximum number of columns of a table that the plan lists."""
 
 
 def plan(training: Training, folder: Path | None, names: Mapping[str, str] = {}) -> Table:
@@ -38,6 +43,8 @@ def plan(training: Training, folder: Path | None, names: Mapping[str, str] = {})
     )
     for note in data.notes:
         table.add_row("", note)
+    if data.recipe is not None:
+        table.add_row("columns", _list_columns(data.recipe))
     table.add_row("inputs", _describe_inputs(data))
     table.add_row("split", _describe_split(training, names.get("partition", "partition")))
 
@@ -99,6 +106,18 @@ def _note_on_fake_devices(training: Training) -> str | None:
         f"{here} fake devices share {cores}: they show how devices communicate; 1 device is "
         "usually faster."
     )
+
+
+def _list_columns(recipe: Recipe) -> Table:
+    """Returns a table of the kind, the gaps and the use of each column of a table."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("column", "kind", "missing", "inputs")
+    for column in recipe.columns[:_MOST_COLUMNS]:
+        table.add_row(on_one_line(column.name), column.kind, f"{column.missing:,}", column.use)
+    more = len(recipe.columns) - _MOST_COLUMNS
+    if more > 0:
+        table.add_row(f"and {more:,} more")
+    return table
 
 
 def _describe_inputs(data: Dataset) -> str:

@@ -191,7 +191,7 @@ def test_r2_equals_that_of_scikit_learn(tmp_path, name):
     arguments += ["--hidden-sizes", "32", "--init", "glorot", "--schedule", "constant"]
     arguments += ["--learning-rate", "0.001", "--batch-size", "32", "--epochs", "30"]
 
-    data = ctde.data.from_csv(path, task="regression")
+    data = ctde.data.from_table(path, task="regression")
     scaler = StandardScaler().fit(data.train.inputs)
     units = StandardScaler().fit(data.train.labels[:, None])
     ours, theirs = [], []
