@@ -90,8 +90,9 @@ class Card:
     predicts: Predicts
     """Output of one example.
 
-    Logits `[classes]` for "classes", logits `[length, vocabulary]` for "tokens", `[targets]` in the
-    units of the data set for "targets", any array for "anything".
+    Logits `[classes]` for "classes", logits `[length, vocabulary]` for "tokens", any array for
+    "anything". For "targets", `[targets]` in the units of the data set, or logits of labels that
+    are 0 or 1.
     """
 
     input_shape: tuple[int, ...]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ctde_jax.bundle.reading import number_of
 
-MISSING = ("", "na", "n/a", "nan", "nat", "null", "none", "?", "-", "--", ".")
+MISSING = ("", "na", "n/a", "<na>", "nan", "nat", "null", "none", "?", "-", "--", ".")
 """Spellings of a missing value in tables, in lower case."""
 
 TRUE = ("true", "t", "yes", "y")

@@ -96,7 +96,8 @@ def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
     dataset = _load(chosen)
 
     # A file may contain targets for which the command line has no task.
-    if chosen.task != "regression" and not dataset.classes and not dataset.vocabulary:
+    has_targets = chosen.task in ("multilabel", "regression")
+    if not has_targets and not dataset.classes and not dataset.vocabulary:
         rule = "must contain class labels in y_train, integers from 0 of the shape [examples]"
         raise InputError("data_file", f"{rule}, {targets_or_classes(dataset.train.labels)}.")
     if chosen.sequence != "none":

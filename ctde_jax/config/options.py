@@ -82,8 +82,9 @@ class DataOptions:
     """Names of columns of a csv or parquet file whose numbers are categories, such as zip codes;
     by default numbers are quantities."""
 
-    task: Literal["auto", "classification", "regression"] = "auto"
-    """Task of an npz, csv or parquet file: classification of labels, or regression of targets;
+    task: Literal["auto", "classification", "multilabel", "regression"] = "auto"
+    """Task of an npz, csv or parquet file: classification, several labels of 0 or 1 per example
+    (multilabel, npz only), or regression of targets;
     auto is classification, but refuses numbers that look like measurements."""
 
     # Which device trains on which examples.

@@ -151,7 +151,7 @@ def result(trained: Trained, folder: Path) -> Table:
     for row in trained.history:
         if (row["split"], row["step"]) == ("validation", trained.step):
             for name in (*task.metrics, "loss"):
-                table.add_row(f"validation {name}", _value(name, row[name]))
+                table.add_row(f"validation {name.replace('_', ' ')}", _value(name, row[name]))
     for name in (*task.metrics, "loss", *task.derived):
         table.add_row(f"test {name.replace('_', ' ')}", _value(name, tested[name]))
     table.add_row("examples evaluated", f"{tested['examples']:,}")
@@ -169,5 +169,5 @@ def result(trained: Trained, folder: Path) -> Table:
 
 
 def _value(name: str, value: float) -> str:
-    """Returns an accuracy in percent, and any other average with four decimals."""
-    return f"{value:.2%}" if name == "accuracy" else f"{value:.4f}"
+    """Returns a fraction of correct labels in percent, any other average with four decimals."""
+    return f"{value:.2%}" if name in ("accuracy", "exact_match") else f"{value:.4f}"

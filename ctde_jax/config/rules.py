@@ -155,3 +155,5 @@ def check_files(chosen: DataOptions) -> None:
         raise InputError(
             "task", f"must be auto with --dataset {chosen.dataset}, got {chosen.task}."
         )
+    if chosen.task == "multilabel" and chosen.dataset != "npz":
+        raise InputError("task", "must not be multilabel with a table, which has one label column.")

@@ -12,8 +12,8 @@ from ctde_jax.bundle import are_numbers, finder, number_of
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_known
 
-Use = Literal["auto", "classification", "regression"]
-"""Use of the labels of a file: as classes, or as targets.
+Use = Literal["auto", "classification", "multilabel", "regression"]
+"""Use of the labels of a file: as classes, as several labels of 0 or 1, or as targets.
 
 `auto` is classification, but refuses numbers that look like measurements.
 """

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, BinaryIO, TypeAlias
+from typing import IO, BinaryIO, TypeAlias, get_args
 
 import numpy as np
 from rich.filesize import decimal
@@ -20,7 +20,7 @@ from ctde_jax.data.classes import Use, is_one_hot
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.devices import memory
-from ctde_jax.errors import InputError, shortened
+from ctde_jax.errors import InputError, check_known, shortened
 
 REQUIRED = ("x_train", "y_train")
 OPTIONAL = ("x_test", "y_test")
@@ -38,7 +38,8 @@ def from_npz(path: Path | str, task: Use = "auto") -> Dataset:
 
     Args:
         path: .npz file, or folder of .npy files.
-        task: `regression` reads real-valued targets in y_train and y_test instead of labels.
+        task: `regression` reads real-valued targets in y_train and y_test instead of labels, and
+            `multilabel` several labels of 0 or 1 per example.
 
     Raises:
         InputError: If a file cannot be read or is incomplete, an array is missing, or the arrays do
@@ -50,6 +51,7 @@ def from_npz(path: Path | str, task: Use = "auto") -> Dataset:
         >>> ctde.data.from_npz("digits.npz")
         Dataset('digits', 1,150 training and 288 test examples, 10 classes)
     """
+    check_known("task", task, get_args(Use))
     path = Path(os.path.expanduser(path))
     arrays = _arrays_of_folder(path) if os.path.isdir(path) else _arrays(path)
 

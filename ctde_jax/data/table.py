@@ -97,6 +97,8 @@ def from_table(
         >>> data.columns[:2], data.classes
         (('age', 'age is missing'), ('0', '1'))
     """
+    check_known("task", task, ("auto", "classification", "regression"))
+
     # Read the table, and number its classes, if it has any.
     table = _without(_read(source, label), drop, categorical)
     column = table.column(table.label)

@@ -25,7 +25,7 @@ from ctde_jax.models.user_code import reported
 PerExample = Callable[[PyTree, Shaped[Array, "examples ..."]], Float32[Array, " examples"]]
 """`function(outputs, labels) -> values`; each leaf of `outputs` is `[examples, ...]`."""
 
-Name = Literal["auto", "classification", "language_modeling", "regression"]
+Name = Literal["auto", "classification", "language_modeling", "multilabel", "regression"]
 
 RESERVED = (
     *(
@@ -222,7 +222,7 @@ def smoothed(task: Task, amount: float) -> Task:
         amount: Weight of the uniform distribution, at least 0 and less than 1.
 
     Raises:
-        InputError: The amount is out of range, or the task is regression.
+        InputError: The amount is out of range, or the task predicts no classes.
 
     Examples:
         >>> task = ctde.tasks.smoothed(ctde.tasks.classification, 0.1)
@@ -230,7 +230,9 @@ def smoothed(task: Task, amount: float) -> Task:
         ('loss', 'accuracy')
     """
     if amount and task.predicts == "targets":
-        raise InputError("label_smoothing", f"must be 0 for regression, got {amount}.")
+        raise InputError(
+            "label_smoothing", f"must be 0 if the task predicts no classes, got {amount}."
+        )
     # At 1 the objective would not depend on the labels.
     if not 0 <= amount < 1:
         raise InputError("label_smoothing", f"must be at least 0 and less than 1, got {amount}.")
@@ -282,6 +284,34 @@ language_modeling = Task(
     lower_is_better=("bits_per_character", "perplexity"),
 )
 """Next-token prediction: a window is one example, and all its positions have equal weight."""
+
+
+def _label_losses(
+    logits: Float[Array, "examples labels"], labels: Int32[Array, "examples labels"]
+) -> Float32[Array, " examples"]:
+    return optax.sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32)).mean(axis=1)
+
+
+def _hits(
+    logits: Float[Array, "examples labels"], labels: Int32[Array, "examples labels"]
+) -> Float32[Array, "examples labels"]:
+    # A NaN is neither above 0 nor below, so it is never correct.
+    return jnp.where(labels == 1, logits > 0, logits <= 0).astype(jnp.float32)
+
+
+multilabel = Task(
+    _label_losses,
+    {
+        "accuracy": lambda logits, labels: _hits(logits, labels).mean(axis=1),
+        "exact_match": lambda logits, labels: _hits(logits, labels).min(axis=1),
+    },
+    predicts="targets",
+)
+"""Any number of labels per example, `int32[examples, labels]`, each 0 or 1.
+
+The model returns one logit for each label; its label is 1 if the logit is positive. `accuracy` is
+the fraction of correct labels, and `exact_match` that of examples whose labels are all correct.
+"""
 
 
 def regression(targets: ArrayLike | DiskArray) -> Task:
@@ -346,8 +376,8 @@ def for_data(data: Dataset, name: Name = "auto") -> Task:
 
     Args:
         data: Data set, whose training targets determine the units of regression.
-        name: `classification`, `language_modeling` or `regression`; `auto` is language modeling if
-            the data are a text, and classification if the labels are classes.
+        name: `classification`, `language_modeling`, `multilabel` or `regression`; `auto` is
+            language modeling if the data are a text, and classification if the labels are classes.
 
     Raises:
         InputError: The name is unknown, or the labels are unsuitable for the task.
@@ -366,6 +396,9 @@ def for_data(data: Dataset, name: Name = "auto") -> Task:
                 f"text; {targets_or_classes(labels)}.",
             )
         return language_modeling if data.vocabulary else classification
+    if name == "multilabel":
+        _check_binary(data)
+        return multilabel
     if name != "regression":
         return classification if name == "classification" else language_modeling
 
@@ -383,6 +416,23 @@ def for_data(data: Dataset, name: Name = "auto") -> Task:
             "tasks.regression(targets), with an array of training targets.",
         )
     return regression(labels)
+
+
+def _check_binary(data: Dataset) -> None:
+    """Raises InputError unless all labels are 0 or 1, `int32[examples, labels]`."""
+    splits = [split for split in (data.train, data.validation, data.test) if split]
+    for labels in (np.asarray(split.labels) for split in splits):
+        if (
+            labels.ndim != 2
+            or labels.dtype != np.int32
+            or not ((labels == 0) | (labels == 1)).all()
+        ):
+            raise InputError(
+                "task",
+                "must be multilabel only if labels are 0 or 1, of the shape [examples, labels], "
+                f"got {labels.dtype} {list(labels.shape)} from {labels.min():g} to "
+                f"{labels.max():g}.",
+            )
 
 
 def _errors(

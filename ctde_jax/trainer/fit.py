@@ -70,8 +70,8 @@ def fit(
             of `jax.grad`, the conjugate of the direction of steepest ascent.
         strategy: When the replicas communicate, what they send, and how the result is applied.
         task: The loss to minimize and the metrics to report: a `Task`, or `classification`,
-            `language_modeling` or `regression`; by default (`auto`) classification, or language
-            modeling if the data are a text.
+            `language_modeling`, `multilabel` or `regression`; by default (`auto`) classification,
+            or language modeling if the data are a text.
         batch_size: The global batch size, over all devices together.
         epochs: Passes over the training examples; give this or `steps`.
         steps: Optimizer steps.

@@ -138,6 +138,11 @@ def test_typo_does_not_make_numbers_categories(tmp_path):
     ("options", "sentence"),
     [
         (
+            {"task": "regresion"},
+            "task must be one of auto, classification, regression, got 'regresion'; did you mean "
+            "'regression'?",
+        ),
+        (
             {"drop": ["ages"]},
             "drop must be one of id, age, job, zip, hired, married, hours, wealth, got 'ages'; did "
             "you mean 'age'?",
@@ -203,6 +208,28 @@ def test_frames_equal_the_csv_file(data, tmp_path, kind):
     assert other.recipe == data.recipe
     np.testing.assert_array_equal(other.train.inputs, data.train.inputs)
     np.testing.assert_array_equal(other.test.labels, data.test.labels)
+
+
+def test_missing_values_of_pandas_are_gaps():
+    import pandas
+
+    frame = pandas.DataFrame(
+        {
+            "integer": pandas.array([1, None, 3] * 10, dtype="Int64"),
+            "word": pandas.array(["u", None, "v"] * 10, dtype="string"),
+            "day": pandas.to_datetime(["2024-01-01", None, "2024-01-03"] * 10),
+            "category": pandas.Categorical(["p", "q", None] * 10),
+            "label": [0, 1, 1] * 10,
+        }
+    )
+    data = from_table(frame)
+    train_rows, _ = split_rows(30)
+    assert [(column.kind, column.missing) for column in data.recipe.columns] == [
+        ("number", sum(train_rows % 3 == 1)),
+        ("category", sum(train_rows % 3 == 1)),
+        ("date", sum(train_rows % 3 == 1)),
+        ("category", sum(train_rows % 3 == 2)),
+    ]
 
 
 @pytest.mark.parametrize("as_frame", [False, True])

@@ -237,8 +237,20 @@ X = np.arange(20.0, dtype=np.float32).reshape(10, 2)
         (
             lambda: ctde.data.digits(),
             "regresion",
-            "task must be one of auto, classification, language_modeling, regression, got "
-            "'regresion'; did you mean 'regression'?",
+            "task must be one of auto, classification, language_modeling, multilabel, regression, "
+            "got 'regresion'; did you mean 'regression'?",
+        ),
+        (
+            lambda: ctde.data.digits(),
+            "multilabel",
+            "task must be multilabel only if labels are 0 or 1, of the shape [examples, labels], "
+            "got int32 [1438] from 0 to 9.",
+        ),
+        (
+            lambda: ctde.data.from_arrays(X, X.astype(np.uint8)),
+            "multilabel",
+            "task must be multilabel only if labels are 0 or 1, of the shape [examples, labels], "
+            "got int32 [8, 2] from 0 to 19.",
         ),
     ],
 )
@@ -249,5 +261,35 @@ def test_unsuitable_name_of_a_task_is_refused(data, name, sentence):
 
 
 def test_smoothing_of_regression_is_refused():
-    with pytest.raises(InputError, match=r"^label_smoothing must be 0 for regression, got 0\.1\.$"):
+    with pytest.raises(
+        InputError, match=r"^label_smoothing must be 0 if the task predicts no classes, got 0\.1\.$"
+    ):
         tasks.smoothed(tasks.regression(np.float32([1, 2])), 0.1)
+
+
+def test_metrics_of_several_labels_have_closed_forms():
+    logits = np.float32([[2, -1, 0.5], [-3, -2, 0], [np.nan, 1, 1]])
+    labels = np.int32([[1, 0, 0], [0, 0, 0], [1, 1, 1]])
+    measured = tasks.multilabel.measure(jnp.asarray(logits), jnp.asarray(labels))
+    probabilities = 1 / (1 + np.exp(-logits[:2]))
+    likelihoods = np.where(labels[:2], probabilities, 1 - probabilities)
+    np.testing.assert_allclose(measured["loss"][:2], -np.log(likelihoods).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(measured["accuracy"], [2 / 3, 1, 2 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(measured["exact_match"], [0, 1, 0])
+
+
+def test_several_labels_are_learned():
+    inputs = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    data = ctde.data.from_arrays(inputs, inputs > 0)
+    trained = ctde.fit(
+        ctde.models.mlp([3, 3]),
+        data,
+        optax.adam(0.1),
+        task="multilabel",
+        epochs=10,
+        devices=ctde.devices.start(2),
+        show=False,
+    )
+    assert trained.tested["exact_match"] > 0.8
+    hits = (trained.predict(data.test.inputs) > 0) == data.test.labels
+    assert trained.tested["exact_match"] == pytest.approx(hits.all(axis=1).mean())

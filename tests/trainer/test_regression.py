@@ -147,6 +147,16 @@ def test_npz_with_targets_is_trained_from_the_command_line(tmp_path, capsys):
     )
 
 
+def test_npz_with_several_labels_is_trained_from_the_command_line(tmp_path, capsys):
+    np.savez(tmp_path / "t.npz", x_train=X, y_train=X > 0)
+    arguments = ["--dataset", "npz", "--data-file", str(tmp_path / "t.npz"), "--steps", "1"]
+    arguments += ["--devices", "1", "--run-dir", str(tmp_path / "run"), "--task", "multilabel"]
+    assert train.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "3 targets per example" in output
+    assert "test exact match" in output
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -158,7 +168,14 @@ def test_npz_with_targets_is_trained_from_the_command_line(tmp_path, capsys):
             ["--partition", "dirichlet"],
             "--partition must be reshuffled or iid if examples have no classes, got dirichlet.",
         ),
-        (["--label-smoothing", "0.1"], "--label-smoothing must be 0 for regression, got 0.1."),
+        (
+            ["--dataset", "csv", "--data-file", "t.csv", "--task", "multilabel"],
+            "--task must not be multilabel with a table, which has one label column.",
+        ),
+        (
+            ["--label-smoothing", "0.1"],
+            "--label-smoothing must be 0 if the task predicts no classes, got 0.1.",
+        ),
     ],
 )
 def test_option_that_requires_classes_is_refused(tmp_path, capsys, options, sentence):
