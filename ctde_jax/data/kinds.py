@@ -15,8 +15,8 @@ from ctde_jax.data.files import faulty
 from ctde_jax.errors import InputError, quoted
 
 
-def infer(path: Path | str, column: Column) -> recipe.Kind:
-    """Returns the kind of most cells of a column.
+def infer(path: Path | str, column: Column, is_category: bool) -> recipe.Kind:
+    """Returns the kind of most cells of a column, or `category` if it is given.
 
     Cells of another kind are refused later, with their line: a typo in a number must not make a
     category of every number.
@@ -32,6 +32,8 @@ def infer(path: Path | str, column: Column) -> recipe.Kind:
             "remove the column, or the comma at the end of each line, or pass --drop "
             f"{column.name}",
         )
+    if is_category:
+        return "category"
     if all(recipe.truth_of(cell) is not None for cell in present):
         return "boolean"
     if _are_most(present, lambda cell: number_of(cell) is not None):

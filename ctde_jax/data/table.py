@@ -49,8 +49,8 @@ def from_table(
     source: Path | str | Any,
     label: str | None = None,
     *,
-    drop: Sequence[str] = (),
-    categorical: Sequence[str] = (),
+    drop: Sequence[str] | str = (),
+    categorical: Sequence[str] | str = (),
     task: Use = "auto",
 ) -> Dataset:
     r"""Loads a table with one column of labels.
@@ -99,6 +99,11 @@ def from_table(
     """
     check_known("task", task, ("auto", "classification", "regression"))
 
+    # A string is one name, not a sequence of characters.
+    drop, categorical = (
+        (names,) if isinstance(names, str) else names for names in (drop, categorical)
+    )
+
     # Read the table, and number its classes, if it has any.
     table = _without(_read(source, label), drop, categorical)
     column = table.column(table.label)
@@ -109,9 +114,9 @@ def from_table(
     # Numbers without gaps need no recipe, so that nodes read arrays of them, too.
     cells = {place: table.column(place) for place in table.features}
     found: dict[int, recipe.Kind] = {
-        place: "category"
-        if table.names and table.names[place] in categorical
-        else kinds.infer(table.path, column)
+        place: kinds.infer(
+            table.path, column, bool(table.names) and table.names[place] in categorical
+        )
         for place, column in cells.items()
     }
     if not found:

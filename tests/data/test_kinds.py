@@ -120,6 +120,10 @@ def test_renamed_category_changes_the_digest_of_the_recipe(data):
     assert differing == {"the recipe of the columns"}
 
 
+def test_single_name_is_a_column(path, data):
+    assert from_table(path, "wealth", drop="id", categorical="zip").recipe == data.recipe
+
+
 def test_table_of_numbers_has_no_recipe(tmp_path):
     rows = [[str(number), str(number % 7), "xy"[number % 2]] for number in range(20)]
     data = from_table(tables.write(tmp_path / "t.csv", rows, ["a", "b", "y"]), drop=["b"])
@@ -152,6 +156,7 @@ def test_typo_does_not_make_numbers_categories(tmp_path):
             "categorical must be one of id, age, job, zip, hired, married, hours, wealth, got "
             "'zipcode'; did you mean 'zip'?",
         ),
+        ({"drop": "ids"}, "drop must be one of id, age"),
         ({"drop": ["wealth"]}, "drop must not contain the label 'wealth'; pass another column."),
         (
             {"categorical": ["wealth"]},
