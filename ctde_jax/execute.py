@@ -85,7 +85,8 @@ def _add_common_options(parser: Parser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="examples: one .npy, .npz, .csv or .png file, or several .png files",
+        help="examples: one .npy, .npz, .csv, .jsonl or .png file, several .png files, or - for "
+        "JSON lines from standard input",
     )
     mode.add_argument(
         "--prompt", metavar="TEXT", help="beginning of a text that a language model continues"
@@ -247,7 +248,7 @@ def _on_all_devices(bundle: Bundle, runtime: str, size: int) -> tuple[Predict, i
 
 def _show(bundle: Bundle, outputs: Iterator[np.ndarray], as_json: bool) -> None:
     """Prints the outputs, one line per example, as soon as a batch is computed."""
-    describe = {"classes": _class, "tokens": _token, "anything": _numbers}[bundle.card.predicts]
+    describe = {"classes": _class, "tokens": _token}.get(bundle.card.predicts, _numbers)
     first = 0
     for batch in outputs:
         for example, output in enumerate(batch, start=first):

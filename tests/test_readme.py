@@ -58,12 +58,14 @@ def in_shell(command: str, folder: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A working folder with a text and a table of a user."""
+    """A working folder with a text and two tables of a user."""
     (tmp_path / "mine.txt").write_text("\n".join(PAGES.values())[:12000])
     wine = load_wine()
     table = np.column_stack([wine.data, wine.target])
     names = ",".join([*wine.feature_names, "cultivar"])
     np.savetxt(tmp_path / "mine.csv", table, "%g", ",", header=names, comments="")
+    rows = [f"p{i},{i % 9},cook,{i % 3},2020-01-0{i % 5 + 1},yes,{i % 2}\n" for i in range(100)]
+    (tmp_path / "people.csv").write_text("id,age,job,zip,hired,member,wealth\n" + "".join(rows))
     return tmp_path
 
 
@@ -78,7 +80,7 @@ def test_transcript_equals_the_output_of_the_first_command(tmp_path):
 def test_commands_run(page, folder):
     """Runs the commands of a page in order and in one folder."""
     prints = {
-        "train": "test accuracy",
+        "train": "test loss",
         "wire": "per round",
         "profile": "speed-up",
         "verify": "holds:",

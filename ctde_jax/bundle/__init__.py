@@ -5,7 +5,7 @@ machine that runs it, without the trainer and without network access. Nothing he
 unless the node selects it as the runtime.
 """
 
-from ctde_jax.bundle import answers, parity, perceptron, streams
+from ctde_jax.bundle import answers, parity, perceptron, recipe, streams
 from ctde_jax.bundle.accepted import Accepted
 from ctde_jax.bundle.card import (
     CARD,
@@ -31,7 +31,15 @@ from ctde_jax.bundle.parity import (
     is_exact,
     relative_difference,
 )
-from ctde_jax.bundle.reading import are_numbers, finder, number_of, open_regular, read_small
+from ctde_jax.bundle.reading import (
+    are_numbers,
+    finder,
+    number_of,
+    open_regular,
+    read_small,
+    separator_of,
+)
+from ctde_jax.bundle.recipe import Recipe, cell_of, days_of, is_missing
 from ctde_jax.bundle.runtimes import (
     RUNTIMES,
     Carry,
@@ -43,6 +51,7 @@ from ctde_jax.bundle.runtimes import (
     traceable,
 )
 from ctde_jax.bundle.streams import Screen
+from ctde_jax.bundle.tables import Row
 from ctde_jax.bundle.tensors import parse
 
 __all__ = [
@@ -64,14 +73,19 @@ __all__ = [
     "Layers",
     "Parser",
     "Predict",
+    "Recipe",
+    "Row",
     "Screen",
     "Step",
     "answers",
     "are_numbers",
+    "cell_of",
+    "days_of",
     "difference",
     "finder",
     "in_batches",
     "is_exact",
+    "is_missing",
     "load",
     "load_step",
     "number_of",
@@ -83,8 +97,10 @@ __all__ = [
     "pick",
     "read",
     "read_small",
+    "recipe",
     "relative_difference",
     "run",
+    "separator_of",
     "streams",
     "sums_of",
     "traceable",

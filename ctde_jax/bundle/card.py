@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from ctde_jax.bundle.accepted import Accepted
+from ctde_jax.bundle.recipe import Recipe, parse_recipe
 from ctde_jax.bundle.tensors import MOST_AXES
 from ctde_jax.errors import InputError, quoted
 
@@ -65,6 +66,7 @@ class Artifact(NamedTuple):
     """Measurements made at the export; see `export/receipt.py`."""
 
 
+Predicts = Literal["anything", "classes", "tokens", "targets"]
 Activation = Literal["tanh", "relu", "gelu", "silu"]
 
 
@@ -85,11 +87,12 @@ class Layers(NamedTuple):
 class Card:
     """Content of a bundle's card."""
 
-    predicts: Literal["anything", "classes", "tokens"]
+    predicts: Predicts
     """Output of one example.
 
     Logits `[classes]` for "classes", logits `[length, vocabulary]` for "tokens", any array for
-    "anything".
+    "anything". For "targets", `[targets]` in the units of the data set, or logits of labels that
+    are 0 or 1.
     """
 
     input_shape: tuple[int, ...]
@@ -134,6 +137,9 @@ class Card:
 
     columns: tuple[str, ...] = ()
     """Names of a table's features, in the order of the inputs; empty if they have no names."""
+
+    recipe: Recipe | None = None
+    """Conversion of the rows of a table to inputs; None if nodes read the inputs themselves."""
 
     @property
     def accepted(self) -> Accepted:
@@ -273,7 +279,7 @@ def _parse(facts: Any) -> Card:
     if layers is not None and WEIGHTS not in files:
         raise _Odd(f"has layers, but no {WEIGHTS}")
     card = Card(
-        predicts=_one_of("predicts", facts.get("predicts"), ("anything", "classes", "tokens")),
+        predicts=_one_of("predicts", facts.get("predicts"), get_args(Predicts)),
         input_shape=_shape("input", inputs.get("shape")),
         input_dtype=_one_of("input", inputs.get("dtype"), DTYPES),
         highest=_highest(inputs.get("highest")),
@@ -287,6 +293,7 @@ def _parse(facts: Any) -> Card:
         versions={name: str(version) for name, version in _take(facts, "versions", dict).items()},
         facts=facts,
         columns=_names("columns", facts.get("columns", [])),
+        recipe=_recipe(facts.get("recipe")),
     )
 
     # Named columns are the features of a table, one for each input.
@@ -295,8 +302,19 @@ def _parse(facts: Any) -> Card:
             f"has {len(card.columns)} columns for inputs of the shape {list(card.input_shape)}"
         )
 
-    # Logits have one axis for classes and two for tokens. There may be more logits than names.
-    axes = {"classes": 1, "tokens": 2}.get(card.predicts)
+    # The recipe makes the inputs.
+    if card.recipe is not None and (
+        (len(card.recipe.features),),
+        "float32",
+    ) != (card.input_shape, card.input_dtype):
+        raise _Odd(
+            f"has a recipe of {len(card.recipe.features)} inputs for inputs of the shape "
+            f"{list(card.input_shape)}"
+        )
+
+    # Outputs have one axis for classes or targets and two for tokens. There may be more logits than
+    # names.
+    axes = {"classes": 1, "targets": 1, "tokens": 2}.get(card.predicts)
     names = card.vocabulary if card.predicts == "tokens" else card.classes
     if axes is not None and (len(card.output_shape) != axes or len(names) > card.output_shape[-1]):
         raise _Odd(
@@ -351,6 +369,13 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
         _check(each, str, f"has invalid {name}")
         for each in _check(value, list, f"has invalid {name}")
     )
+
+
+def _recipe(facts: Any) -> Recipe | None:
+    try:
+        return None if facts is None else parse_recipe(facts)
+    except ValueError as error:
+        raise _Odd(f"has a recipe that {error}") from error
 
 
 def _name(name: str) -> str:

@@ -1,7 +1,5 @@
-"""Reads examples from files: numpy arrays, CSV tables of numbers, and PNG pictures."""
+"""Reads examples from files: numpy arrays, tables, and PNG pictures."""
 
-import csv
-import io
 import math
 import re
 import warnings
@@ -14,6 +12,7 @@ import numpy as np
 
 from ctde_jax.bundle.card import Card
 from ctde_jax.bundle.reading import finder, number_of
+from ctde_jax.bundle.tables import STANDARD_INPUT, cells_of, encode, faulty, read_csv, read_table
 from ctde_jax.errors import InputError, quoted, shortened
 
 INPUTS = "x_test"
@@ -38,6 +37,9 @@ def read(
 ) -> Examples:
     """Reads examples from one .npy, .npz or .csv file, or from one or more .png files.
 
+    If the card has a recipe, they are rows of a table: a .csv file, a .jsonl file, or JSON lines
+    from the standard input.
+
     Args:
         paths: Paths of the files.
         card: Card of the model that is to run on the examples.
@@ -54,7 +56,7 @@ def read(
             are missing.
     """
     # A score is defined only for logits of classes or tokens.
-    if labeled and card.predicts == "anything":
+    if labeled and card.predicts not in ("classes", "tokens"):
         raise InputError(
             "input",
             "cannot be scored, as the model predicts neither classes nor tokens.",
@@ -68,7 +70,7 @@ def read(
         )
     if examples.labels is not None and len(examples.labels) != len(examples.inputs):
         fault = f"has {len(examples.labels)} labels for {len(examples.inputs)} examples"
-        raise _faulty(paths[0], fault, "provide one label per example")
+        raise faulty(paths[0], fault, "provide one label per example")
     return examples
 
 
@@ -79,6 +81,8 @@ def _read(paths: Sequence[Path], card: Card, label_column: str | None, labeled: 
         raise InputError(
             "input", f"must be one file, or several .png files, got {', '.join(map(str, paths))}."
         )
+    if card.recipe is not None:
+        return _of_table(paths[0], card, label_column, labeled)
     if label_column is not None and kinds != {".csv"}:
         raise InputError("label_column", f"requires a .csv file, got {paths[0]}.")
     for path in paths:
@@ -106,13 +110,13 @@ def _array(path: Path) -> np.ndarray:
         with warnings.catch_warnings(action="ignore"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(array, np.ndarray):
-                raise _faulty(path, "contains no array", "save one with numpy.save")
+                raise faulty(path, "contains no array", "save one with numpy.save")
             return array
     except InputError:
         raise
     # A malformed header raises exceptions of many types.
     except Exception as error:
-        raise _faulty(
+        raise faulty(
             path,
             f"is not a complete .npy file ({shortened(str(error))})",
             "save it with numpy.save",
@@ -124,7 +128,7 @@ def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
         with warnings.catch_warnings(action="ignore"), np.load(path, allow_pickle=False) as archive:
             # A small file can decompress to any size; the index of the archive has the real sizes.
             if sum(member.file_size for member in archive.zip.infolist()) > _MOST_BYTES:
-                raise _faulty(
+                raise faulty(
                     path, "would take more than 8 GiB of memory", "split it into several files"
                 )
 
@@ -132,7 +136,7 @@ def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
             names = archive.files
             inputs = INPUTS if INPUTS in names else names[0] if len(names) == 1 else None
             if inputs is None:
-                raise _faulty(
+                raise faulty(
                     path,
                     f"has the arrays {', '.join(names[:9]) or 'none'}",
                     f"name its inputs {INPUTS}",
@@ -142,7 +146,7 @@ def _of_npz(path: Path, card: Card, labeled: bool) -> Examples:
         raise
     # Malformed content raises many types, in zipfile, its decompressors and numpy.
     except Exception as error:
-        raise _faulty(
+        raise faulty(
             path,
             f"is not a complete .npz file ({shortened(str(error))})",
             "save it with numpy.savez",
@@ -164,13 +168,13 @@ def _labels(path: Path, labels: np.ndarray, card: Card) -> np.ndarray:
     highest = card.output_shape[-1]
     if labels.dtype.kind not in "iu" or labels.shape[1:] != wanted:
         shape = ", ".join(["examples", *map(str, wanted)])
-        raise _faulty(
+        raise faulty(
             path,
             f"has labels of {labels.dtype} {list(labels.shape)}",
             f"provide integers of the shape [{shape}]",
         )
     if labels.size and not (labels.min() >= 0 and labels.max() < highest):
-        raise _faulty(
+        raise faulty(
             path,
             f"has labels from {labels.min()} to {labels.max()}",
             f"provide labels from 0 to {highest - 1}",
@@ -191,19 +195,32 @@ def _fitting(path: Path, array: np.ndarray, card: Card) -> np.ndarray:
     if array.shape == shape:
         array = array[None]
     if array.shape[1:] != shape or not array.ndim:
-        raise _faulty(
+        raise faulty(
             path,
             f"has the shape {list(array.shape)}",
             f"provide examples of the shape {list(shape)}",
         )
     if array.dtype.kind not in "biuf":
-        raise _faulty(path, f"contains {array.dtype}", f"provide numbers of {card.input_dtype}")
+        raise faulty(path, f"contains {array.dtype}", f"provide numbers of {card.input_dtype}")
     if not len(array):
-        raise _faulty(path, "contains no example", "provide at least one")
+        raise faulty(path, "contains no example", "provide at least one")
     try:
         return card.accepted.conform("inputs", array)
     except InputError as error:
         raise InputError("input", f"{path} {error.sentence}") from error
+
+
+def _of_table(path: Path, card: Card, label_column: str | None, labeled: bool) -> Examples:
+    """Reads raw rows, and converts them by the recipe of the card."""
+    assert card.recipe is not None
+    if path != STANDARD_INPUT and not path.is_file():
+        raise InputError("input", f"must be a file, but {path} is not one.")
+    table = read_table(path)
+    inputs = encode(path, table, card.recipe)
+    if not labeled:
+        return Examples(inputs, None)
+    words = cells_of(path, table, label_column or card.recipe.label)
+    return Examples(inputs, _labels_of_words(path, words, card))
 
 
 class _Columns(NamedTuple):
@@ -215,7 +232,7 @@ class _Columns(NamedTuple):
 
 
 def _of_csv(path: Path, card: Card, label_column: str | None, labeled: bool) -> Examples:
-    rows = _rows(path)
+    rows = [row.cells for row in read_csv(path)]
     columns = _columns(path, rows, card, label_column)
     examples = rows[columns.has_header :]
     numbers = _numbers(
@@ -246,7 +263,7 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
     has_words = any(cell and number_of(cell) is None for cell in rows[0][:width])
     has_header = is_named or is_counted or has_words or _has_column_numbers(rows, width, card)
     if has_header and len(rows) == 1:
-        raise _faulty(path, "has a header line but no examples", "add one line per example")
+        raise faulty(path, "has a header line but no examples", "add one line per example")
     names = rows[0] if has_header else []
     if label_column is not None and label_column not in names:
         raise InputError("label_column", f"must be a column of {path}, got {quoted(label_column)}.")
@@ -261,20 +278,20 @@ def _columns(path: Path, rows: list[list[str]], card: Card, label_column: str | 
     # By position: the features in the order of the training table, and possibly a label.
     if has_header and card.columns:
         missing = ", ".join(quoted(name) for name in card.columns if name not in names)
-        raise _faulty(
+        raise faulty(
             path, f"has no column {missing}", "name its columns like those of the training table"
         )
     count = len(rows[0])
     if count not in (width, width + 1):
         fault = f"has {count} columns"
-        raise _faulty(
+        raise faulty(
             path, fault, f"provide {width} features per line, optionally followed by the label"
         )
 
     # With an index column, every feature would be read from the column before it.
     if label_column is None and count == width + 1 and _starts_with_index(rows[has_header:], card):
         fault = "numbers its lines in the first column, like the index that pandas writes"
-        raise _faulty(path, fault, "remove the index, or add a header and pass label_column")
+        raise faulty(path, fault, "remove the index, or add a header and pass label_column")
 
     # The label is the last column, unless the user has named another one.
     label = None
@@ -288,14 +305,14 @@ def _numbers(path: Path, cells: list[list[str]], card: Card) -> np.ndarray:
     for example, row in enumerate(cells, start=1):
         for cell in row:
             if number_of(cell) is None:
-                raise _faulty(path, f"has {quoted(cell)} in example {example}", "provide a number")
+                raise faulty(path, f"has {quoted(cell)} in example {example}", "provide a number")
     numbers = np.array([[number_of(cell) for cell in row] for row in cells]).reshape(
         -1, *card.input_shape
     )
     if card.input_dtype == "float32":
         return numbers
     if not (np.isfinite(numbers).all() and np.array_equal(numbers, np.rint(numbers))):
-        raise _faulty(path, f"contains numbers that are not {card.input_dtype}", "provide integers")
+        raise faulty(path, f"contains numbers that are not {card.input_dtype}", "provide integers")
     # Clip to what int64 can hold; `_fitting` checks the range of the card.
     return np.clip(numbers, -(2.0**62), 2.0**62).astype(np.int64)
 
@@ -360,7 +377,7 @@ def _starts_with_index(rows: list[list[str]], card: Card) -> bool:
 def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
     # A language model has a label at every position, which one column cannot hold.
     if card.predicts != "classes":
-        raise _faulty(
+        raise faulty(
             path,
             "has one label per example, but the model predicts every position",
             "provide the labels of all positions in a .npz file",
@@ -370,30 +387,8 @@ def _labels_of_words(path: Path, words: list[str], card: Card) -> np.ndarray:
     labels = list(map(finder(names), words))
     if None in labels:
         fault = f"has the label {quoted(words[labels.index(None)])}"
-        raise _faulty(path, fault, f"use one of {', '.join(names[:20])}")
+        raise faulty(path, fault, f"use one of {', '.join(names[:20])}")
     return np.array(labels, np.int32)
-
-
-def _rows(path: Path) -> list[list[str]]:
-    # utf-8-sig drops the byte order mark that spreadsheet programs write.
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = [
-            [cell.strip() for cell in row]
-            for row in csv.reader(io.StringIO(text, newline=""), strict=True)
-            if row
-        ]
-    except (OSError, ValueError, csv.Error) as error:
-        raise _faulty(
-            path, f"is not valid CSV in UTF-8 ({shortened(str(error))})", "correct it"
-        ) from error
-    if not rows or len({len(row) for row in rows}) != 1:
-        raise _faulty(
-            path,
-            "has lines with different numbers of cells, or no lines",
-            "give every line the same number of cells",
-        )
-    return rows
 
 
 def _of_png(path: Path, card: Card) -> np.ndarray:
@@ -428,12 +423,12 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
         with Image.open(path, formats=["PNG"]) as picture:
             if (picture.height, picture.width) != shape[:2]:
                 fault = f"has {picture.height} x {picture.width} pixels"
-                raise _faulty(path, fault, f"provide an image of {shape[0]} x {shape[1]}")
+                raise faulty(path, fault, f"provide an image of {shape[0]} x {shape[1]}")
             if (
                 picture.has_transparency_data
                 and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
             ):
-                raise _faulty(path, "has transparent pixels", "save it without transparency")
+                raise faulty(path, "has transparent pixels", "save it without transparency")
             is_deep = picture.mode.startswith("I")
             plain = picture if is_deep else picture.convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(plain, np.float64) / (257 if is_deep else 1)
@@ -443,13 +438,9 @@ def _of_png(path: Path, card: Card) -> np.ndarray:
         raise
     # A malformed picture raises exceptions of many types.
     except Exception as error:
-        raise _faulty(
+        raise faulty(
             path, f"is not a complete PNG image ({shortened(str(error))})", "save it again"
         ) from error
 
     # White, 255, becomes `card.highest`.
     return np.rint(pixels * card.highest / 255).astype(np.uint8).reshape(shape)
-
-
-def _faulty(path: Path, fault: str, way_out: str) -> InputError:
-    return InputError("input", f"{path} {fault}; {way_out}.")

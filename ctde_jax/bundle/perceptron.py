@@ -14,6 +14,13 @@ SCALE = "inputs/scale"
 `(inputs - shift) * scale` is computed in the dtype of the scale, int32 for integer features.
 """
 
+MEAN = "targets/mean"
+DEVIATION = "targets/deviation"
+"""Names of the output scaling in the weights, float32 `[1, targets]`; only of regression.
+
+The outputs are those of the last layer, times the deviation, plus the mean.
+"""
+
 
 def _gelu(x: np.ndarray) -> np.ndarray:
     # The tanh approximation, the default of `jax.nn.gelu`; 0.79788... is sqrt(2 / pi).
@@ -44,13 +51,13 @@ def make_predict(
 
     Args:
         layers: Activation and names of the kernels.
-        weights: Arrays by name: kernels, biases, and the scaling of the inputs.
+        weights: Arrays by name: kernels, biases, and the scaling of inputs and outputs.
         input_shape: Shape of one example.
 
     Raises:
         KeyError: If the weights lack the scaling or a kernel.
-        ValueError: If the scaling does not match `input_shape`, or a layer does not match the
-            previous one.
+        ValueError: If the scaling does not match `input_shape` or the outputs, or a layer does not
+            match the previous one.
     """
     activate = ACTIVATIONS[layers.activation]
     shift = weights[SHIFT]
@@ -72,6 +79,9 @@ def make_predict(
         ):
             raise ValueError("the shape of a layer does not match the previous layer")
         outputs = kernel.shape[1]
+    units = [weights[name] for name in (DEVIATION, MEAN) if name in weights]
+    if units and [each.shape for each in units] != 2 * [(1, outputs)]:
+        raise ValueError("the shape of the units of the targets does not match the last layer")
 
     def predict(inputs: np.ndarray) -> np.ndarray:
         scaled = (inputs.astype(scale.dtype) - shift) * scale
@@ -80,7 +90,7 @@ def make_predict(
         for number, (kernel, bias) in enumerate(dense):
             x = (activate(x) if number else x) @ kernel
             x = x if bias is None else x + bias
-        return x
+        return x * units[0] + units[1] if units else x
 
     return predict
 

@@ -60,6 +60,30 @@ def number_of(cell: str) -> float | None:
         return None
 
 
+def separator_of(lines: Sequence[str]) -> str:
+    """Returns the separator of the cells of a csv file: a comma, semicolon, tab or bar.
+
+    It is not the comma if all lines contain another one, and commas do not divide the lines into
+    the same number of cells, or the first cells are numbers with decimal commas.
+
+    Args:
+        lines: The first lines of the file.
+    """
+    # A quoted cell may contain any character.
+    lines = [re.sub('"[^"]*"', "quoted", line) for line in lines if line.strip()]
+    widths = {len(line.split(",")) for line in lines}
+    for separator in (";", "\t", "|"):
+        parts = [line.split(separator) for line in lines]
+        has_decimal_commas = all(
+            number_of(first.replace(",", ".")) is not None for first, *_ in parts
+        )
+        if min(map(len, parts), default=0) > 1 and (
+            min(widths) < 2 or len(widths) > 1 or has_decimal_commas
+        ):
+            return separator
+    return ","
+
+
 def are_numbers(words: Sequence[str]) -> bool:
     """Returns whether all labels are finite numbers, and none has a leading zero, such as "007"."""
     numbers = [number_of(word) for word in words]

@@ -92,9 +92,9 @@ def load_step(bundle: Bundle, runtime: str) -> Step | None:
     # Expected shapes of the outputs at one position and of the carry; None accepts any shape.
     run = _load(bundle, runtime, file)
     card = bundle.card
-    of_a_place = {"tokens": card.output_shape[1:], "classes": card.output_shape, "anything": None}[
-        card.predicts
-    ]
+    of_a_place = {"tokens": card.output_shape[1:], "anything": None}.get(
+        card.predicts, card.output_shape
+    )
     like = [of_a_place, *card.carry]
 
     def step(inputs: np.ndarray, carry: Carry) -> tuple[np.ndarray, Carry]:

@@ -27,7 +27,7 @@ _TRACED_BY = ("ctde_jax", "jax", "flax", "optax", "numpy")
 """Packages whose versions change how the same program is traced."""
 
 _PROBES = (0.1, 0.5, 1.0, 2.0, 5.0)
-"""Losses at which the metrics that are functions of the loss are compared."""
+"""Averages of the loss at which derived metrics are compared; the others are multiples of it."""
 
 Part = tuple[str, str]
 """Digests of the inputs and of the computation of a part of the program."""
@@ -238,7 +238,7 @@ def parts_of(
             digest_of(*each, replicas=replicas) for each in programs
         )
 
-    # Model, loss and metrics. A function of the loss cannot be traced, so it is evaluated instead.
+    # Model, loss and metrics. A derived metric cannot be traced, so it is evaluated instead.
     center = (params, model_state)
     predicted = (outputs, labels)
     parts = {
@@ -248,10 +248,14 @@ def parts_of(
     }
     for name, metric in task.metrics.items():
         parts[f"the metric {name}"] = digest(predicted, (metric, *predicted))
-    for name, function in task.of_the_loss.items():
+    if task.moments:
+        parts["the moments of metrics"] = digest(
+            predicted, *((moment, *predicted) for moment in task.moments.values())
+        )
+    for name, function in task.derived.items():
         parts[f"the metric {name}"] = (
             digest_of_shapes(),
-            repr([_probed(function, loss) for loss in _PROBES]),
+            repr([_probed(function, task.summed, loss) for loss in _PROBES]),
         )
 
     # Optimizer, strategy and augmentation.
@@ -320,10 +324,15 @@ def _differentiated(
     return results, [grad for grad in jax.tree.leaves(grads) if grad.dtype != jax.dtypes.float0]
 
 
-def _probed(function: Callable[[float], float], loss: float) -> float | None:
-    """Returns `function(loss)`, or None if it raises ArithmeticError or ValueError."""
+def _probed(
+    function: Callable[[Mapping[str, float]], float], names: Sequence[str], loss: float
+) -> float | None:
+    """Returns a derived metric, or None if it raises ArithmeticError or ValueError.
+
+    The averages that it receives are the loss, twice the loss, and so on, in the order of `names`.
+    """
     try:
-        return float(function(loss))
+        return float(function({name: loss * number for number, name in enumerate(names, start=1)}))
     except (ArithmeticError, ValueError):
         return None
 

@@ -18,7 +18,6 @@ from ctde_jax.config.options import (
     Config,
     DataOptions,
     ModelOptions,
-    OptimizationOptions,
 )
 from ctde_jax.config.presets import PRESETS
 from ctde_jax.config.rules import check_aggregation, check_files
@@ -32,16 +31,7 @@ from ctde_jax.data import (
     targets_or_classes,
 )
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known, quoted
-from ctde_jax.models import (
-    Model,
-    Task,
-    classification,
-    focal,
-    initializers,
-    language_modeling,
-    mup,
-    smoothed,
-)
+from ctde_jax.models import Model, Task, focal, initializers, mup, smoothed, tasks
 from ctde_jax.trainer import Training, trackers
 
 
@@ -72,7 +62,7 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
         data=dataset,
         optimizer=build_optimizer(chosen, dataset, steps),
         strategy=build_strategy(chosen.aggregation),
-        task=build_task(optimization, dataset),
+        task=build_task(chosen, dataset),
         devices=devices,
         batch_size=optimization.batch_size,
         steps=steps,
@@ -106,8 +96,9 @@ def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
     check_files(chosen)
     dataset = _load(chosen)
 
-    # A file may hold targets instead of classes, for which the command line has no task.
-    if not dataset.classes and not dataset.vocabulary:
+    # A file may contain targets for which the command line has no task.
+    has_targets = chosen.task in ("multilabel", "regression")
+    if not has_targets and not dataset.classes and not dataset.vocabulary:
         rule = "must contain class labels in y_train, integers from 0 of the shape [examples]"
         raise InputError("data_file", f"{rule}, {targets_or_classes(dataset.train.labels)}.")
     if chosen.sequence != "none":
@@ -132,25 +123,33 @@ def _load(chosen: DataOptions) -> Dataset:
         case "text":
             return data.from_text(_data_file(chosen), chosen.context_length, chosen.stride)
         case "npz":
-            return data.from_npz(_data_file(chosen))
-        case "csv":
-            return data.from_csv(_data_file(chosen), chosen.label_column)
+            return data.from_npz(_data_file(chosen), chosen.task)
+        case "csv" | "parquet":
+            return data.from_table(
+                _data_file(chosen),
+                chosen.label_column,
+                drop=chosen.drop,
+                categorical=chosen.categorical,
+                task=chosen.task,
+            )
 
 
-def build_task(chosen: OptimizationOptions, dataset: Dataset) -> Task:
-    """Builds language modeling for a text, otherwise classification, with the chosen objective.
+def build_task(chosen: Config, dataset: Dataset) -> Task:
+    """Returns the task of the options, with the chosen objective.
 
     Raises:
-        InputError: If an option is out of range, or options conflict.
+        InputError: If the labels are unsuitable for the task, an option is out of range, or options
+            conflict.
     """
-    task = language_modeling if dataset.vocabulary else classification
-    if chosen.focal_gamma and chosen.label_smoothing:
+    task = tasks.for_data(dataset, chosen.data.task)
+    gamma = chosen.optimization.focal_gamma
+    smoothing = chosen.optimization.label_smoothing
+    if gamma and smoothing:
         raise InputError(
             "focal_gamma",
-            "must be 0 with --label-smoothing, which replaces the same loss, got "
-            f"{chosen.focal_gamma}.",
+            f"must be 0 with --label-smoothing, which replaces the same loss, got {gamma}.",
         )
-    return focal(smoothed(task, chosen.label_smoothing), chosen.focal_gamma)
+    return focal(smoothed(task, smoothing), gamma)
 
 
 def _class_weights(words: Sequence[str]) -> Sequence[float] | Literal["balanced"] | None:
@@ -218,8 +217,9 @@ def make_partition(
     check_at_least(replicas, clients=chosen.clients)
     check_at_most(len(labels), clients=chosen.clients)
 
-    # A text has no classes to partition by.
-    if labels.ndim > 1 and chosen.partition in ("by_label", "dirichlet"):
+    # Texts and targets have no classes to partition by.
+    has_classes = labels.ndim == 1 and labels.dtype.kind != "f"
+    if not has_classes and chosen.partition in ("by_label", "dirichlet"):
         raise InputError(
             "partition",
             f"must be reshuffled or iid if examples have no classes, got {chosen.partition}.",
@@ -350,11 +350,11 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
         channels=max(chosen.channels, default=0),
     )
     shape = dataset.train.inputs.shape[1:]
-    classes = len(dataset.classes)
+    outputs = len(dataset.classes) or dataset.targets
     if dataset.vocabulary:
         return _build_language_model(chosen, dataset)
 
-    # Networks that classify one example: an array, a picture or a sequence.
+    # Networks with one output per class or target: of an array, a picture or a sequence.
     if chosen.model in ("cnn", "resnet") and len(shape) not in (2, 3):
         raise InputError(
             "model",
@@ -362,12 +362,12 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
         )
     match chosen.model:
         case "mlp":
-            return models.mlp([prod(shape), *chosen.hidden_sizes, classes], chosen.activation)
+            return models.mlp([prod(shape), *chosen.hidden_sizes, outputs], chosen.activation)
         case "cnn":
-            return models.cnn(shape, classes, chosen.dropout_rate)
+            return models.cnn(shape, outputs, chosen.dropout_rate)
         case "resnet":
             return models.resnet(
-                shape, classes, chosen.channels, chosen.layers, chosen.norm, chosen.batch_statistics
+                shape, outputs, chosen.channels, chosen.layers, chosen.norm, chosen.batch_statistics
             )
         case "lstm" | "gru":
             # Images `[height, width, channels]` can be read as sequences by --sequence.
@@ -380,7 +380,7 @@ def _build_network(chosen: ModelOptions, dataset: Dataset) -> Model:
                 )
             return models.rnn_classifier(
                 shape[-1],
-                classes,
+                outputs,
                 chosen.hidden_size,
                 chosen.layers,
                 chosen.model,

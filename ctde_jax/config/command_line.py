@@ -246,6 +246,8 @@ _OPTION_OF = {
     "pixels": "shift",
     "size": "cutout",
     "blocks": "layers",
+    "label": "label_column",
+    "source": "data_file",
 }
 """Options whose names differ from the arguments that they set."""
 

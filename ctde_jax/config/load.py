@@ -31,9 +31,17 @@ from ctde_jax.config.options import Config, DataOptions
 from ctde_jax.data import Dataset, digests_of
 from ctde_jax.devices import FAKE_DEVICES, PyTree, replica, start
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model, with_raw_inputs
+from ctde_jax.models import Model
 from ctde_jax.rounds import make_source, of_first_steps, state
-from ctde_jax.trainer import SCALED, Row, Trained, accepts, console, read_rows
+from ctde_jax.trainer import (
+    SCALED,
+    Row,
+    Trained,
+    accepts,
+    console,
+    in_stored_units,
+    read_rows,
+)
 
 
 class Loaded(NamedTuple):
@@ -92,7 +100,8 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
 
     # Build the data and the model as in training.
     data = _as_trained(found, build.load_data(chosen.data, chosen.optimization.seed), chosen.data)
-    model = with_raw_inputs(build.build_model(chosen.model, data), data.shift, data.scale)
+    task = build.build_task(chosen, data)
+    model = in_stored_units(build.build_model(chosen.model, data), data, task)
 
     # Restore the parameters to evaluate. Batch statistics are re-estimated on as many devices as
     # in training; for anything else one device suffices.
@@ -118,7 +127,7 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
         seconds={},
         interrupted=position["gone_through"] < found.facts["options"]["steps"] and not is_over,
         stopped_early=is_over,
-        task=build.build_task(chosen.optimization, data),
+        task=task,
         devices=devices,
         traffic=None,
         accepts=accepts(data),

@@ -19,6 +19,9 @@ Weights = Annotated[
     tuple[str, ...],
     tyro.conf.arg(metavar="{balanced,FLOAT [FLOAT ...]}", help_behavior_hint=""),
 ]
+Columns = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")
+]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 ModelName = Literal[tuple(MODELS)]  # pyright: ignore[reportInvalidTypeForm]
@@ -35,9 +38,11 @@ class DataOptions:
     """Data set, augmentation, and assignment of examples to devices."""
 
     # Source of the examples.
-    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "text", "npz", "csv"] = "digits"
+    dataset: Literal[
+        "digits", "mnist", "fashion_mnist", "cifar10", "text", "npz", "csv", "parquet"
+    ] = "digits"
     """Data set; digits comes with scikit-learn, the MNIST family and CIFAR-10 are downloaded if
-    absent, and text, npz and csv are read from --data-file."""
+    absent, and text, npz, csv and parquet are read from --data-file."""
 
     data_dir: Folder = None
     """Folder with the files of the MNIST family (IDX, plain or gz) or of CIFAR-10 (binary);
@@ -45,7 +50,7 @@ class DataOptions:
 
     data_file: File = None
     """UTF-8 text, .npz file (x_train, y_train and optionally x_test, y_test), folder of .npy files
-    with these names, or .csv file; by default none."""
+    with these names, .csv or .parquet file; by default none."""
 
     # Texts, and images as sequences.
     context_length: int = 128
@@ -71,7 +76,20 @@ class DataOptions:
     """Fraction of the training examples held out for validation; see --patience."""
 
     label_column: Name = None
-    """Name of the label column of a csv file; by default the last one."""
+    """Name of the label column of a csv or parquet file; by default the last one."""
+
+    drop: Columns = ()
+    """Names of columns of a csv or parquet file that are not used, such as identifiers;
+    by default all are used."""
+
+    categorical: Columns = ()
+    """Names of columns of a csv or parquet file whose numbers are categories, such as zip codes;
+    by default numbers are quantities."""
+
+    task: Literal["auto", "classification", "multilabel", "regression"] = "auto"
+    """Task of an npz, csv or parquet file: classification, several labels of 0 or 1 per example
+    (multilabel, npz only), or regression of targets;
+    auto is classification, but refuses numbers that look like measurements."""
 
     # Which device trains on which examples.
     partition: Literal["reshuffled", "iid", "by_label", "dirichlet"] = "reshuffled"

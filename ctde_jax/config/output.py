@@ -28,7 +28,7 @@ def _describe_network(chosen: ModelOptions, data: Dataset) -> str:
     shape = data.train.inputs.shape[1:]
     match chosen.model:
         case "mlp":
-            sizes = (prod(shape), *chosen.hidden_sizes, len(data.classes))
+            sizes = (prod(shape), *chosen.hidden_sizes, len(data.classes) or data.targets)
             words = [f"{'-'.join(map(str, sizes))} with {chosen.activation}"]
         case "resnet":
             words = [
@@ -151,14 +151,13 @@ def result(trained: Trained, folder: Path) -> Table:
 
     # Metrics and traffic.
     table = Table(title=title, show_header=False)
+    task = trained.task
     for row in trained.history:
         if (row["split"], row["step"]) == ("validation", trained.step):
-            table.add_row("validation accuracy", f"{row['accuracy']:.2%}")
-            table.add_row("validation loss", f"{row['loss']:.4f}")
-    table.add_row("test accuracy", f"{tested['accuracy']:.2%}")
-    table.add_row("test loss", f"{tested['loss']:.4f}")
-    for name in trained.task.of_the_loss:
-        table.add_row(f"test {name.replace('_', ' ')}", f"{tested[name]:.4f}")
+            for name in (*task.metrics, "loss"):
+                table.add_row(f"validation {name.replace('_', ' ')}", _value(name, row[name]))
+    for name in (*task.metrics, "loss", *task.derived):
+        table.add_row(f"test {name.replace('_', ' ')}", _value(name, tested[name]))
     table.add_row("examples evaluated", f"{tested['examples']:,}")
     sent = max(row.get("bytes_sent", 0) for row in trained.history)
     table.add_row("sent by each device", decimal(sent))
@@ -171,3 +170,8 @@ def result(trained: Trained, folder: Path) -> Table:
     table.add_section()
     table.add_row("curves", Text(str(folder / "curves.png"), overflow="fold"))
     return table
+
+
+def _value(name: str, value: float) -> str:
+    """Returns a fraction of correct labels in percent, any other average with four decimals."""
+    return f"{value:.2%}" if name in ("accuracy", "exact_match") else f"{value:.4f}"

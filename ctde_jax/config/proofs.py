@@ -163,7 +163,8 @@ def prove_eval(arguments: Sequence[str]) -> Verdict:
         for i in range(len(inputs))
     ]
     measured = jax.device_get(trained.task.measure(jnp.concatenate(outputs), jnp.asarray(labels)))
-    alone = {name: float(values.mean(dtype=np.float64)) for name, values in measured.items()}
+    sums = {name: values.sum(dtype=np.float64) for name, values in measured.items()}
+    alone = trained.task.averages(sums, len(inputs))
 
     # The order of summation differs, so the averages agree only up to rounding.
     tested = trained.tested

@@ -124,10 +124,12 @@ By option: the name of the other option and these values.
 
 _FILES = {
     "data_dir": ("mnist", "fashion_mnist", "cifar10"),
-    "data_file": ("text", "npz", "csv"),
-    "label_column": ("csv",),
+    "data_file": ("text", "npz", "csv", "parquet"),
+    "label_column": ("csv", "parquet"),
+    "drop": ("csv", "parquet"),
+    "categorical": ("csv", "parquet"),
 }
-"""Options that name files or a column, and the data sets that are read from them."""
+"""Options that name files or columns, and the data sets that are read from them."""
 
 
 def check_aggregation(chosen: AggregationOptions) -> None:
@@ -147,6 +149,12 @@ def check_aggregation(chosen: AggregationOptions) -> None:
 def check_files(chosen: DataOptions) -> None:
     """Raises InputError if a file or a column is given that the data set does not use."""
     for option, datasets in _FILES.items():
-        if getattr(chosen, option) is not None and chosen.dataset not in datasets:
+        if getattr(chosen, option) not in (None, ()) and chosen.dataset not in datasets:
             known = " or ".join(datasets)
             raise InputError(option, f"requires --dataset {known}, got --dataset {chosen.dataset}.")
+    if chosen.task != "auto" and chosen.dataset not in ("npz", "csv", "parquet"):
+        raise InputError(
+            "task", f"must be auto with --dataset {chosen.dataset}, got {chosen.task}."
+        )
+    if chosen.task == "multilabel" and chosen.dataset != "npz":
+        raise InputError("task", "must not be multilabel with a table, which has one label column.")

@@ -12,7 +12,14 @@ from ctde_jax.data.batches import (
     steps_per_epoch,
 )
 from ctde_jax.data.classes import look_up
-from ctde_jax.data.dataset import Dataset, from_arrays, hold_out, is_channels_first, standardized
+from ctde_jax.data.dataset import (
+    Dataset,
+    from_arrays,
+    hold_out,
+    is_channels_first,
+    moments,
+    standardized,
+)
 from ctde_jax.data.digests import digest, digests_of
 from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.data.files import from_npz
@@ -23,7 +30,7 @@ from ctde_jax.data.published.idx import fashion_mnist, mnist
 from ctde_jax.data.sequence import as_sequence
 from ctde_jax.data.split import Drawn, Split
 from ctde_jax.data.stream import Stream, check_size, check_stream
-from ctde_jax.data.table import from_csv
+from ctde_jax.data.table import from_table
 from ctde_jax.data.text import decode, encode, from_text
 
 __all__ = [
@@ -51,14 +58,15 @@ __all__ = [
     "filled_up",
     "from_arrays",
     "from_batches",
-    "from_csv",
     "from_npz",
+    "from_table",
     "from_text",
     "hold_out",
     "index_blocks",
     "is_channels_first",
     "look_up",
     "mnist",
+    "moments",
     "partition",
     "plain",
     "slices",

@@ -4,12 +4,19 @@ A *note* is a sentence in the notes of a data set, for the user.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from ctde_jax.bundle import are_numbers, finder, number_of
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.errors import InputError, check_known
+
+Use = Literal["auto", "classification", "multilabel", "regression"]
+"""Use of the labels of a file: as classes, as several labels of 0 or 1, or as targets.
+
+`auto` is classification, but refuses numbers that look like measurements.
+"""
 
 CLASSES = 2**16
 """Integer labels must be below this number, or below the number of labels.
@@ -99,7 +106,7 @@ def numbered(labels: np.ndarray | DiskArray, option: str = "y_train") -> tuple[s
             option,
             f"must be class indices from 0, got {different:,} distinct integers up to "
             f"{largest:,} for {len(labels):,} examples, which look like measurements; number the "
-            "classes without gaps, or pass measurements as floats with a custom task.",
+            "classes without gaps, or pass measurements as floats with task='regression'.",
         )
     return tuple(str(i) for i in range(largest + 1))
 
@@ -128,7 +135,7 @@ def note_on_numbers(different: int, place: str) -> list[str]:
         return []
     return [
         f"The {different:,} distinct integers in {place} are used as classes; if they are "
-        "measurements, pass them as floats to data.from_arrays, with a custom Task."
+        "measurements, pass --task regression, or in Python floats and task='regression'."
     ]
 
 

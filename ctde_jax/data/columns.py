@@ -8,17 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctde_jax.bundle import number_of
+from ctde_jax.bundle import is_missing, number_of
 from ctde_jax.data.arrays import COARSE, NOISE
 from ctde_jax.data.files import faulty
 from ctde_jax.errors import quoted
 
-MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-", "--", ".")
-"""Spellings of a missing number in tables, in lower case."""
-
 _LARGEST = float(np.finfo(np.float32).max)
 _MOST_DIGITS = 2**53
 """Integers above this one are not exact in float64."""
+
+DATE_LIKE = r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}.*"
+NUMBER_LIKE = r"[-+]?\d[\d.,'\s]*"
+"""Patterns of cells that are probably dates or numbers, in whatever notation."""
 
 MANY_LINES = 10
 """Minimum number of lines for conclusions from all lines, such as that a column numbers them."""
@@ -29,16 +30,16 @@ class Column(NamedTuple):
 
     name: str  # as messages show it
     lines: Sequence[int]  # in the file, counted from 1
-    cells: Sequence[str]
+    cells: list[str]
 
 
-def is_missing(cell: str) -> bool:
-    """Returns whether a cell marks a missing value."""
-    return cell.lower() in MISSING
-
-
-def numbers(path: Path, column: Column) -> np.ndarray:
+def numbers(path: Path | str, column: Column, alternative: str = "") -> np.ndarray:
     """Returns the numbers of a column, `float64[lines]`.
+
+    Args:
+        path: Source of the table, for errors.
+        column: The column, without missing cells.
+        alternative: End of an error message, after the fix of the cell.
 
     Raises:
         InputError: If a cell is not a finite number in float32.
@@ -65,11 +66,11 @@ def numbers(path: Path, column: Column) -> np.ndarray:
         path,
         f"has {quoted(cell) if cell else 'an empty cell'} in line {line}, column {column.name}, "
         f"which is not a finite float32 number{more}",
-        _way_out(wrong, len(column.cells)),
+        _way_out(wrong) + alternative,
     )
 
 
-def check_precision(path: Path, column: Column, values: np.ndarray) -> float | None:
+def check_precision(path: Path | str, column: Column, values: np.ndarray) -> float | None:
     """Compares the numbers of a column, `float64[lines]`, with their float32 roundings.
 
     Returns:
@@ -160,30 +161,17 @@ def names_the_label(values: np.ndarray, labels: np.ndarray) -> bool:
     return len(set(zip(values.tolist(), labels.tolist(), strict=True))) == classes
 
 
-def _way_out(wrong: Sequence[str], cells: int) -> str:
-    """Returns the fix for cells that are not numbers, as an imperative.
-
-    Args:
-        wrong: The cells that are not numbers.
-        cells: Number of all cells of the column.
-    """
+def _way_out(wrong: Sequence[str]) -> str:
+    """Returns the fix for cells that are not numbers, as an imperative."""
     # Missing values and infinities are not words.
     words = [cell for cell in wrong if not is_missing(cell) and number_of(cell) is None]
     if not words and len(wrong) > 1:
         return "fill in the cells, or remove the lines or the column"
     # Kinds of cells that can be replaced by numbers.
-    if words and all(cell.lower() in ("true", "false") for cell in words):
-        return "replace True with 1 and False with 0"
-    if words and all(re.fullmatch(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}.*", cell) for cell in words):
-        return "replace dates with numbers, such as the days since the first date"
-    if words and all(re.fullmatch(r"[-+]?\d[\d.,'\s]*", cell) for cell in words):
+    if words and all(re.fullmatch(DATE_LIKE, cell) for cell in words):
+        return "write dates as 2024-01-31"
+    if words and all(re.fullmatch(NUMBER_LIKE, cell) for cell in words):
         return "write numbers with decimal points, without thousands separators or decimal commas"
-    # A column that is mostly words is not a feature.
-    if len(words) > max(1, cells // 2):
-        return (
-            "remove the column if it identifies the lines, pass it as label_column "
-            "(--label-column) if it contains the classes, or replace its words with numbers"
-        )
     return "correct the cell, or remove the line"
 
 

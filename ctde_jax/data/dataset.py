@@ -7,11 +7,12 @@ in the dtype of these. For tokens it is int32, so they remain indices into a voc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctde_jax.bundle import are_numbers
+from ctde_jax.bundle import Recipe, are_numbers
 from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels, plain
 from ctde_jax.data.classes import from_words, look_up, note_on_numbers, notes_on_classes, numbered
 from ctde_jax.data.disk import DiskArray, slices
@@ -64,6 +65,12 @@ class Dataset:
     columns: tuple[str, ...] = ()
     """Feature names of a table, in the order of the inputs; empty if they have none."""
 
+    recipe: Recipe | None = None
+    """Conversion of the rows of a table to inputs, fit on the training split.
+
+    None if the table has only numbers, or the examples are no table.
+    """
+
     stream: Stream | None = None
     """Source of the training batches, if they come from an iterable.
 
@@ -89,12 +96,17 @@ class Dataset:
 
     @property
     def kinds(self) -> str:
-        """Number of characters of a text, or of classes, as a phrase."""
-        return (
-            f"{len(self.vocabulary)} characters"
-            if self.vocabulary
-            else f"{len(self.classes)} classes"
-        )
+        """Number of characters of a text, of classes, or of targets per example, as a phrase."""
+        if self.vocabulary:
+            return f"{len(self.vocabulary)} characters"
+        if self.classes:
+            return f"{len(self.classes)} classes"
+        return f"{self.targets:,} target{'s' * (self.targets > 1)} per example"
+
+    @property
+    def targets(self) -> int:
+        """Number of labels of an example."""
+        return prod(self.train.labels.shape[1:])
 
 
 def from_arrays(
@@ -186,12 +198,8 @@ def assemble(
             raise InputError(
                 "x_train", "must contain at least two examples if there is no test split, got one."
             )
-        train, test = _split_off_test(Split(inputs, labels))
-        held_out = (
-            f"{len(test.inputs):,} of the {len(inputs):,} examples were held out at random for "
-            "testing"
-        )
-        notes.append(f"There is no test split, so {held_out}.")
+        train, test = (_rows(Split(inputs, labels), rows) for rows in split_rows(len(inputs)))
+        notes.append(note_on_test_split(len(test.inputs), len(inputs)))
     else:
         train = Split(inputs, labels)
         test = Split(
@@ -346,29 +354,9 @@ def standardized(dataset: Dataset) -> Dataset:
         ((1, 8, 8), dtype('float32'))
     """
     dataset.check_arrays("standardized")
-    inputs = dataset.train.inputs
-    total = np.zeros(())
-    squares = np.zeros(())
-    check_precision("standardized", inputs)
-
-    # First pass: mean and range.
-    least = largest = np.asarray(inputs[:1])
-    for _, piece in slices(inputs):
-        total = total + piece.sum(axis=0, keepdims=True, dtype=np.float64)
-        least = np.minimum(least, piece.min(axis=0, keepdims=True))
-        largest = np.maximum(largest, piece.max(axis=0, keepdims=True))
-    mean = total / len(inputs)
-
-    # Second pass: variance around the mean, so that a large mean causes no cancellation.
-    for _, piece in slices(inputs):
-        squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
-    deviation = np.sqrt(squares / len(inputs))
-
-    # The mean of equal numbers is rounded, so their deviation may exceed 0; hence the range. A
-    # deviation below `tiny` has no reciprocal in float32.
-    varies = (largest > least) & (deviation >= np.finfo(np.float32).tiny)
-    scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
-
+    check_precision("standardized", dataset.train.inputs)
+    mean, deviation = moments(dataset.train.inputs)
+    scale = np.where(deviation, 1 / np.where(deviation, deviation, 1), 0)
     scaled = replace(dataset, shift=mean.astype(np.float32), scale=scale.astype(np.float32))
 
     # Notes on the scale of the raw inputs no longer apply.
@@ -378,19 +366,62 @@ def standardized(dataset: Dataset) -> Dataset:
     return replace(scaled, notes=(*kept, note))
 
 
+def moments(array: np.ndarray | DiskArray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean and the standard deviation of each feature, `float64[1, ...]`.
+
+    The deviation is 0 if the feature is equal in all examples, or if its deviation has no
+    reciprocal in float32.
+
+    Args:
+        array: Numbers `[examples, ...]`, with at least one example.
+
+    Examples:
+        >>> ctde.data.moments(np.array([[1.0, 5.0], [3.0, 5.0]]))
+        (array([[2., 5.]]), array([[1., 0.]]))
+    """
+    # First pass: mean and range.
+    total = np.zeros(())
+    least = largest = np.asarray(array[:1])
+    for _, piece in slices(array):
+        total = total + piece.sum(axis=0, keepdims=True, dtype=np.float64)
+        least = np.minimum(least, piece.min(axis=0, keepdims=True))
+        largest = np.maximum(largest, piece.max(axis=0, keepdims=True))
+    mean = total / len(array)
+
+    # Second pass: variance around the mean, so that a large mean causes no cancellation.
+    squares = np.zeros(())
+    for _, piece in slices(array):
+        squares = squares + np.square(piece - mean).sum(axis=0, keepdims=True)
+    deviation = np.sqrt(squares / len(array))
+
+    # The mean of equal numbers is rounded, so their deviation may exceed 0; hence the range.
+    varies = (largest > least) & (deviation >= np.finfo(np.float32).tiny)
+    return mean, np.where(varies, deviation, 0)
+
+
 def _highest(inputs: np.ndarray | DiskArray) -> int:
     """Returns 2**b - 1, if the largest input needs b bits."""
     largest = max(int(piece.max()) for _, piece in slices(inputs))
     return 2 ** max(1, largest.bit_length()) - 1
 
 
-def _split_off_test(split: Split) -> tuple[Split, Split]:
-    """Moves a random fifth of the examples, always the same ones, into a test split."""
-    order = np.random.default_rng(0).permutation(len(split.inputs))
-    test = max(1, round(TEST_FRACTION * len(order)))
-    train_rows = np.sort(order[test:])
-    test_rows = np.sort(order[:test])
-    return _rows(split, train_rows), _rows(split, test_rows)
+def split_rows(examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses a random fifth of the examples, always the same, for the test split.
+
+    Returns:
+        The indices of the training examples and those of the test examples, in ascending order.
+    """
+    order = np.random.default_rng(0).permutation(examples)
+    test = max(1, round(TEST_FRACTION * examples))
+    return np.sort(order[test:]), np.sort(order[:test])
+
+
+def note_on_test_split(test: int, examples: int) -> str:
+    """Returns the note on a test split of `test` examples that was held out at random."""
+    return (
+        f"There is no test split, so {test:,} of the {examples:,} examples were held out at random "
+        "for testing."
+    )
 
 
 def _like_training(

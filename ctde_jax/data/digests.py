@@ -62,6 +62,8 @@ def digests_of(data: Dataset, partition: Sequence[np.ndarray] | None = None) -> 
     found["the class names"] = _digest_of_names(data.classes)
     found["the column names"] = _digest_of_names(data.columns)
     found["the vocabulary"] = _digest_of_names(data.vocabulary)
+    if data.recipe is not None:
+        found["the recipe of the columns"] = sha256(repr(data.recipe).encode()).hexdigest()
 
     # Each part is preceded by its length, so that the digest depends on their borders.
     if partition is not None:

@@ -9,24 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, BinaryIO, TypeAlias
+from typing import IO, BinaryIO, TypeAlias, get_args
 
 import numpy as np
 from rich.filesize import decimal
 
 from ctde_jax.bundle import open_regular
 from ctde_jax.data.arrays import targets_or_classes
+from ctde_jax.data.classes import Use, is_one_hot
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.devices import memory
-from ctde_jax.errors import InputError, shortened
+from ctde_jax.errors import InputError, check_known, shortened
 
 REQUIRED = ("x_train", "y_train")
 OPTIONAL = ("x_test", "y_test")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
 
 
-def from_npz(path: Path | str) -> Dataset:
+def from_npz(path: Path | str, task: Use = "auto") -> Dataset:
     """Loads `x_train` and `y_train` from a .npz file, and `x_test` and `y_test` if present.
 
     Dtypes are treated as in `from_arrays`; labels are integers from 0, or class names.
@@ -37,6 +38,8 @@ def from_npz(path: Path | str) -> Dataset:
 
     Args:
         path: .npz file, or folder of .npy files.
+        task: `regression` reads real-valued targets in y_train and y_test instead of labels, and
+            `multilabel` several labels of 0 or 1 per example.
 
     Raises:
         InputError: If a file cannot be read or is incomplete, an array is missing, or the arrays do
@@ -48,17 +51,14 @@ def from_npz(path: Path | str) -> Dataset:
         >>> ctde.data.from_npz("digits.npz")
         Dataset('digits', 1,150 training and 288 test examples, 10 classes)
     """
+    check_known("task", task, get_args(Use))
     path = Path(os.path.expanduser(path))
     arrays = _arrays_of_folder(path) if os.path.isdir(path) else _arrays(path)
 
-    # A file has no custom task, so its labels must be classes: integers or names.
+    # A file has no custom task, so its labels are numbers, or classes: integers or names.
     for name in ("y_train", "y_test"):
-        if name in arrays and arrays[name].dtype.kind not in "iubUS":
-            raise faulty(
-                path,
-                f"does not contain class indices in {name} ({targets_or_classes(arrays[name])})",
-                "save them as integers from 0",
-            )
+        if name in arrays:
+            arrays[name] = _labels(path, name, arrays[name], task)
     train = (arrays["x_train"], arrays["y_train"])
     test = (arrays.get("x_test"), arrays.get("y_test"))
     try:
@@ -69,6 +69,27 @@ def from_npz(path: Path | str) -> Dataset:
             "data_file", f"{path} does not contain a valid data set: {error}"
         ) from error
     return replace(dataset, notes=(*_notes(arrays), *dataset.notes))
+
+
+def _labels(
+    path: Path, name: str, labels: np.ndarray | DiskArray, task: Use
+) -> np.ndarray | DiskArray:
+    if task == "regression" and labels.dtype.kind in "biuf":
+        return labels.astype(np.float32)
+    if task == "regression":
+        raise faulty(
+            path,
+            f"does not contain numbers in {name}, but {labels.dtype}",
+            "save targets as floats, or pass --task classification",
+        )
+    if labels.dtype.kind not in "iubUS":
+        regress = "" if is_one_hot(labels) else ", or pass --task regression to predict them"
+        raise faulty(
+            path,
+            f"does not contain class indices in {name} ({targets_or_classes(labels)})",
+            f"save them as integers from 0{regress}",
+        )
+    return labels
 
 
 def _notes(arrays: Arrays) -> list[str]:
@@ -298,11 +319,11 @@ def not_utf8(path: Path, first: bytes, fault: str) -> InputError:
     return faulty(path, f"{fault}, which is not valid UTF-8", "save it in UTF-8")
 
 
-def faulty(path: Path, fault: str, way_out: str) -> InputError:
-    """Returns the InputError for the user's file.
+def faulty(path: Path | str, fault: str, way_out: str) -> InputError:
+    """Returns the InputError for the user's file or table.
 
     Args:
-        path: Path of the file.
+        path: Path of the file, or a description of the table.
         fault: Description of the fault, as a predicate of the path.
         way_out: Remedy, as an imperative.
     """

@@ -18,7 +18,7 @@ Weights = dict[str, np.ndarray]
 
 
 def gather(trained: Trained, data: Dataset) -> Weights:
-    """Collects parameters, model state, and the shift and scale of raw inputs by name.
+    """Collects parameters, model state, and the scaling of inputs and targets by name.
 
     Args:
         trained: The model.
@@ -39,8 +39,10 @@ def gather(trained: Trained, data: Dataset) -> Weights:
             "trained", "must have a different name for each parameter; use keys without slashes."
         )
 
-    # Nodes read raw inputs, so the weights include the scaling of the data set.
+    # Nodes read raw inputs, and return targets in their units, so the weights include the scaling.
     scaling = {perceptron.SHIFT: data.shift, perceptron.SCALE: data.scale}
+    if trained.task.units is not None:
+        scaling[perceptron.MEAN], scaling[perceptron.DEVIATION] = trained.task.units
     return {name: np.asarray(array, order="C") for name, array in {**arrays, **scaling}.items()}
 
 
@@ -112,8 +114,11 @@ def find_layers(
     # Try every activation. With other operations between the layers, such as a skip connection, no
     # activation matches.
     expected = trained.predict(inputs)
+    size = max(1.0, float(np.abs(expected).max()))
     for layers in (Layers(activation, kernels) for activation in perceptron.ACTIVATIONS):
         found = perceptron.make_predict(layers, weights, inputs.shape[1:])(inputs)
-        if found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4, atol=1e-4):
+        if found.shape == expected.shape and np.allclose(
+            found, expected, rtol=1e-4, atol=1e-4 * size
+        ):
             return layers
     return None

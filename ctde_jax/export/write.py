@@ -401,6 +401,7 @@ def _facts(trained: Trained, data: Dataset, options: Mapping[str, Any]) -> Facts
         "classes": list(data.classes),
         "vocabulary": list(data.vocabulary),
         "columns": list(data.columns),
+        "recipe": None if data.recipe is None else data.recipe.facts,
         "model": {"parameters": count_params(trained.params)},
         "data": {
             "name": data.name,

@@ -1,7 +1,14 @@
 """Networks, and the adapters for user-defined nnx and linen modules."""
 
 from ctde_jax.models import initializers
-from ctde_jax.models.base import Model, count_params, in_bfloat16, unscaled, with_raw_inputs
+from ctde_jax.models.base import (
+    Model,
+    count_params,
+    in_bfloat16,
+    in_units,
+    unscaled,
+    with_raw_inputs,
+)
 from ctde_jax.models.batch_statistics import BatchStatistics
 from ctde_jax.models.cnn import CNN, cnn
 from ctde_jax.models.generation import generate
@@ -12,15 +19,7 @@ from ctde_jax.models.nnx_modules import from_nnx, is_random, is_trained
 from ctde_jax.models.resnet import ResNet, resnet
 from ctde_jax.models.rnn import RNNClassifier, RNNLanguageModel, rnn_classifier, rnn_language_model
 from ctde_jax.models.summary import Summary, summary
-from ctde_jax.models.tasks import (
-    RESERVED,
-    Task,
-    classification,
-    focal,
-    language_modeling,
-    smoothed,
-    weighted,
-)
+from ctde_jax.models.tasks import RESERVED, Task, focal, for_data, smoothed, weighted
 from ctde_jax.models.transformer import Transformer, transformer
 from ctde_jax.models.user_code import describe
 
@@ -37,19 +36,19 @@ __all__ = [
     "Task",
     "Transformer",
     "as_model",
-    "classification",
     "cnn",
     "count_params",
     "describe",
     "focal",
+    "for_data",
     "from_linen",
     "from_nnx",
     "generate",
     "in_bfloat16",
+    "in_units",
     "initializers",
     "is_random",
     "is_trained",
-    "language_modeling",
     "mlp",
     "module_of",
     "resnet",

@@ -159,6 +159,45 @@ def with_raw_inputs(
     )
 
 
+def in_units(model: Model, mean: jax.typing.ArrayLike, deviation: jax.typing.ArrayLike) -> Model:
+    """Wraps a model so that its outputs are `outputs * deviation + mean`.
+
+    Args:
+        model: Model with standardized outputs, `float32[examples, targets]`. It may be the result
+            of `with_raw_inputs`.
+        mean: Mean of each target, `float32[1, targets]`.
+        deviation: Standard deviation of each target, `float32[1, targets]`.
+
+    Examples:
+        >>> mean, deviation = np.float32([[1]]), np.float32([[2]])
+        >>> model = ctde.models.in_units(ctde.models.mlp([64, 1]), mean, deviation)
+    """
+
+    # Outputs of another shape are refused when a training is created; see `trainer/checks.py`.
+    def convert(outputs):
+        return jax.tree.map(
+            lambda leaf: leaf * deviation + mean if leaf.shape[1:] == jnp.shape(mean)[1:] else leaf,
+            outputs,
+        )
+
+    def apply(params, model_state, inputs, key, *mask):
+        outputs, model_state = model.apply(params, model_state, inputs, key, *mask)
+        return convert(outputs), model_state
+
+    def step(params, model_state, carry, inputs):
+        assert model.stream is not None
+        outputs, carry = model.stream.step(params, model_state, carry, inputs)
+        return convert(outputs), carry
+
+    # A model from `with_raw_inputs` keeps the model before it, for `unscaled`.
+    before = model.unscaled
+    return model._replace(
+        apply=apply,
+        stream=model.stream and model.stream._replace(step=step),
+        unscaled=before and before._replace(apply=apply),
+    )
+
+
 def in_bfloat16(model: Model) -> Model:
     """Wraps a model so that it computes in bfloat16; parameters, state and outputs stay float32.
 

@@ -18,7 +18,7 @@ from ctde_jax.models import Model, Task
 from ctde_jax.rounds.feed import prefetched
 
 Averages = dict[str, float]
-"""Values by name: the means of `loss` and of each metric, `Task.of_the_loss`, and `examples`.
+"""Values by name: the means of `loss` and of each metric, `Task.derived`, and `examples`.
 
 `examples` is the number of examples.
 """
@@ -108,7 +108,7 @@ def make_evaluate(
             return jax.tree.map(add, sums, measured), None
 
         # Counts are int32, as float32 is exact only up to 2**24.
-        zeros = dict.fromkeys(["loss", *task.metrics], jnp.float32(0)) | {"examples": jnp.int32(0)}
+        zeros = dict.fromkeys(task.summed, jnp.float32(0)) | {"examples": jnp.int32(0)}
         sums, _ = lax.scan(add_batch, zeros, part)
         return lax.psum(sums, AXIS)
 

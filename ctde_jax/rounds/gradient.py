@@ -133,7 +133,7 @@ def make_gradient(
 
         # Accumulate over the groups; the gradient and the sums add up.
         objective_too = [] if task.objective is None else ["objective"]
-        zeros = dict.fromkeys(["loss", *task.metrics, "examples", *objective_too], jnp.float32(0))
+        zeros = dict.fromkeys([*task.summed, "examples", *objective_too], jnp.float32(0))
         start = (optax.tree.zeros_like(params), model_state, zeros)
         (grads, model_state, sums), _ = lax.scan(add_group, start, (examples, shards))
         if is_shared:

@@ -1,4 +1,4 @@
-"""Sums over the examples of a step, by name: the loss, the metrics and the number of examples."""
+"""Sums over the examples of a step, by name: `Task.summed`, and the number of examples."""
 
 from jax import numpy as jnp
 from jaxtyping import Array, Float32
@@ -7,7 +7,7 @@ from ctde_jax.aggregate import learning_rate
 from ctde_jax.devices import PyTree, replica
 
 Sums = dict[str, Float32[Array, "..."]]
-"""Sums over examples, by name: `loss`, each metric, and `examples`, the number of examples.
+"""Sums over examples, by name: `Task.summed`, and `examples`, the number of examples.
 
 There is an `objective` only if the task minimizes another function than the reported loss, and a
 `learning_rate` (times the number of examples) only if the state of the optimizer holds it.

@@ -10,7 +10,7 @@ from ctde_jax.trainer.reports import Calibration, ClassMetrics, Estimate, Report
 from ctde_jax.trainer.rollback import SCALED
 from ctde_jax.trainer.stopwatch import Profile, Spread
 from ctde_jax.trainer.trained import Trained, accepts
-from ctde_jax.trainer.training import Saving, Training
+from ctde_jax.trainer.training import Saving, Training, in_stored_units
 
 __all__ = [
     "SCALED",
@@ -29,6 +29,7 @@ __all__ = [
     "accepts",
     "console",
     "fit",
+    "in_stored_units",
     "load",
     "picture",
     "plan",

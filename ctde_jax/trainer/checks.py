@@ -207,7 +207,7 @@ _TYPES = {
         "an optax transformation, such as optax.adam(0.001)",
     ),
     "strategy": (Strategy, "a Strategy, such as Strategy(inner_steps=16) or strategy('diloco')"),
-    "task": (Task, "a Task, such as Task(your_loss, {...})"),
+    "task": (Task, "a Task, such as Task(your_loss, {...}), or in fit its name"),
 }
 """Type of each argument, and its description for errors."""
 
@@ -374,15 +374,19 @@ def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) ->
     if task.predicts == "anything":
         return
 
-    # The built-in tasks need logits in one array, of a shape that follows from the labels.
+    # The other tasks need one array, of a shape that follows from the labels.
     if not hasattr(outputs, "shape"):
         raise InputError(
             "model",
             f"must return one array for a task that predicts {task.predicts}, got {got}; return "
-            "only the logits, or pass task=Task(lambda outputs, labels: ...).",
+            f"only {'predictions' if task.predicts == 'targets' else 'the logits'}, or pass "
+            "task=Task(lambda outputs, labels: ...).",
         )
     classes = len(data.vocabulary or data.classes)
-    if task.predicts == "tokens":
+    if task.predicts == "targets":
+        wanted = (examples, data.targets)
+        axes = f"[examples, {data.targets}], one for each target"
+    elif task.predicts == "tokens":
         places = data.train.labels.shape[1:]
         tokens = classes or outputs.shape[-1]
         wanted = (examples, *places, tokens)
@@ -393,7 +397,7 @@ def _check_outputs(outputs: PyTree, examples: int, data: Dataset, task: Task) ->
     else:
         raise InputError(
             "task",
-            "must be Task(your_loss) if the labels are not classes; "
+            "must be 'regression' or Task(your_loss) if the labels are not classes; "
             f"{targets_or_classes(data.train.labels)}.",
         )
     if outputs.shape != wanted:

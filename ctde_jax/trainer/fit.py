@@ -12,17 +12,10 @@ import optax
 from ctde_jax.aggregate import Strategy, as_transformation
 from ctde_jax.checkpoint import completed
 from ctde_jax.cost import sentence
-from ctde_jax.data import Dataset, targets_or_classes
+from ctde_jax.data import Dataset
 from ctde_jax.devices import check_backend, hosts, replica, start
 from ctde_jax.errors import InputError, did_you_mean
-from ctde_jax.models import (
-    Model,
-    Task,
-    as_model,
-    classification,
-    count_params,
-    language_modeling,
-)
+from ctde_jax.models import Model, Task, as_model, count_params, tasks
 from ctde_jax.rounds import unfinished
 from ctde_jax.trainer.beginning import begin
 from ctde_jax.trainer.callbacks import AnyCallback, check_callbacks
@@ -44,7 +37,7 @@ def fit(
     optimizer: optax.GradientTransformation | optax.MultiSteps,
     strategy: Strategy = Strategy(),
     *,
-    task: Task | None = None,
+    task: Task | tasks.Name = "auto",
     batch_size: int = 64,
     epochs: int | None = None,
     steps: int | None = None,
@@ -76,8 +69,9 @@ def fit(
             are evaluated, returned and exported. As in any optax loop, complex gradients are those
             of `jax.grad`, the conjugate of the direction of steepest ascent.
         strategy: When the replicas communicate, what they send, and how the result is applied.
-        task: The loss to minimize and the metrics to report; by default classification, or
-            language modeling if the data are a text.
+        task: The loss to minimize and the metrics to report: a `Task`, or `classification`,
+            `language_modeling`, `multilabel` or `regression`; by default (`auto`) classification,
+            or language modeling if the data are a text.
         batch_size: The global batch size, over all devices together.
         epochs: Passes over the training examples; give this or `steps`.
         steps: Optimizer steps.
@@ -119,7 +113,7 @@ def fit(
         data=data,
         optimizer=as_transformation(optimizer),
         strategy=strategy,
-        task=_default_task(data) if task is None else task,
+        task=tasks.for_data(data, task) if isinstance(task, str) else task,
         devices=_started(devices),
         batch_size=batch_size,
         epochs=epochs,
@@ -242,16 +236,3 @@ def _check_ready(devices: Sequence[jax.Device]) -> None:
     if len(devices) != len(replica.local_replicas(devices)) * hosts.count():
         rule = f"must contain the same number of devices on each of the {hosts.count()} hosts"
         raise InputError("devices", f"{rule}; pass the result of devices.start().")
-
-
-def _default_task(data: Dataset) -> Task:
-    # Only a text has a vocabulary.
-    if data.vocabulary:
-        return language_modeling
-    if data.classes:
-        return classification
-    raise InputError(
-        "task",
-        "must be given, as Task(loss), unless labels are classes or a text; "
-        f"{targets_or_classes(data.train.labels)}.",
-    )

@@ -1,6 +1,5 @@
 """Loads a trained model from the folder that `Trained.save` wrote."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ from ctde_jax.bundle import Accepted
 from ctde_jax.checkpoint import INPUTS, Checkpoint, named
 from ctde_jax.devices import start
 from ctde_jax.errors import InputError
-from ctde_jax.models import Task, as_model, unscaled, with_raw_inputs
+from ctde_jax.models import Task, as_model, in_units, tasks, unscaled, with_raw_inputs
 from ctde_jax.rounds import state
-from ctde_jax.trainer.saved import EXAMPLE, RESULT, find_center, read
-from ctde_jax.trainer.trained import TASKS, Accepts, Trained
+from ctde_jax.trainer.saved import EXAMPLE, RESULT, TARGETS, find_center, read
+from ctde_jax.trainer.trained import Accepts, Trained
 
 
 def load(folder: Path | str, model: Any, task: Task | None = None) -> Trained:
@@ -27,9 +26,9 @@ def load(folder: Path | str, model: Any, task: Task | None = None) -> Trained:
     Args:
         folder: The folder.
         model: The model or module of the training, as passed to `fit`.
-        task: The task of the training; by default classification or language modeling, whichever
-            it was, without the changes of `tasks.smoothed`, `focal` and `weighted`, which affect
-            training alone.
+        task: The task of the training. It may be omitted for tasks of the library, and is then
+            without the changes of `tasks.smoothed`, `focal` and `weighted`, which affect training
+            alone.
 
     Raises:
         InputError: The folder is not one of `Trained.save` or is damaged, the model has other
@@ -51,10 +50,13 @@ def load(folder: Path | str, model: Any, task: Task | None = None) -> Trained:
     )
 
     # The model takes inputs as the data set stores them, as in training.
+    task = _find_task(found, task)
     raw_model = unscaled(as_model(model))
     if f"{INPUTS}scale" in found.tensors:
         shift, scale = found.tensors[f"{INPUTS}shift"], found.tensors[f"{INPUTS}scale"]
         raw_model = with_raw_inputs(raw_model, shift, scale)
+    if task.units is not None:
+        raw_model = in_units(raw_model, *task.units)
     params, model_state = find_center(found, raw_model)
     trained = Trained(
         model=raw_model,
@@ -66,7 +68,7 @@ def load(folder: Path | str, model: Any, task: Task | None = None) -> Trained:
         seconds={},
         interrupted=facts["interrupted"],
         stopped_early=facts["stopped_early"],
-        task=_find_task(facts, task),
+        task=task,
         devices=start(),
         traffic=None,
         accepts=Accepts(inputs, labels, tuple(facts["classes"])),
@@ -109,13 +111,14 @@ def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
     return np.allclose(one, other, rtol=0, atol=1e-2 * float(largest), equal_nan=True)
 
 
-def _find_task(facts: Mapping[str, Any], given: Task | None) -> Task:
+def _find_task(found: Checkpoint, given: Task | None) -> Task:
     """Returns the task of a saved model.
 
     Raises:
         InputError: No task is given although the saved one is not of the library, or the given one
             has other metrics.
     """
+    facts = found.facts[RESULT]
     saved = ", ".join(facts["measures"])
     if given is None and facts["task"] is None:
         raise InputError(
@@ -123,9 +126,15 @@ def _find_task(facts: Mapping[str, Any], given: Task | None) -> Task:
             f"must be given, because the model was trained with a custom task ({saved}); pass "
             "task=Task(...) as to fit.",
         )
-    found = TASKS[facts["task"]] if given is None else given
-    if list(found.names) != facts["measures"]:
+    if given is not None:
+        task = given
+    elif facts["task"] == "regression":
+        parts = (found.tensors[f"{TARGETS}{name}"] for name in tasks.Units._fields)
+        task = tasks.regression_in(tasks.Units(*parts))
+    else:
+        task = tasks.BY_NAME[facts["task"]]
+    if list(task.names) != facts["measures"]:
         raise InputError(
-            "task", f"must report {saved}, as in training, got {', '.join(found.names)}."
+            "task", f"must report {saved}, as in training, got {', '.join(task.names)}."
         )
-    return found
+    return task

@@ -7,10 +7,15 @@ import jax
 from rich.table import Table
 
 from ctde_jax.aggregate import Strategy
+from ctde_jax.bundle import Recipe
 from ctde_jax.data import Dataset
 from ctde_jax.devices import count_cores
+from ctde_jax.errors import on_one_line
 from ctde_jax.models import count_params
 from ctde_jax.trainer.training import Training
+
+_MOST_COLUMNS = 40
+"""Maximum number of columns of a table that the plan lists."""
 
 
 def plan(training: Training, folder: Path | None, names: Mapping[str, str] = {}) -> Table:
@@ -43,6 +48,9 @@ def plan_rows(training: Training, names: Mapping[str, str] = {}) -> list[tuple[s
     examples = f"{len(data.train.inputs):,} training and {len(data.test.inputs):,} test examples"
     rows.append(("data", f"{data.name}: {examples}, {data.kinds}"))
     rows += [("", note) for note in data.notes]
+    if data.recipe is not None:
+        header, *columns = _list_columns(data.recipe)
+        rows += [("columns", header), *(("", column) for column in columns)]
     rows.append(("inputs", _describe_inputs(data)))
     rows.append(("split", _describe_split(training, names.get("partition", "partition"))))
 
@@ -99,6 +107,21 @@ def _note_on_fake_devices(training: Training) -> str | None:
         f"{here} fake devices share {cores}: they show how devices communicate; 1 device is "
         "usually faster."
     )
+
+
+def _list_columns(recipe: Recipe) -> list[str]:
+    """Returns aligned lines with the kind, the gaps and the use of each column of a table."""
+    cells = [("column", "kind", "missing", "inputs")]
+    for column in recipe.columns[:_MOST_COLUMNS]:
+        missing = f"{column.missing:,}"
+        cells.append((on_one_line(column.name), column.kind, missing, column.use))
+    widths = [max(map(len, each)) for each in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    more = len(recipe.columns) - _MOST_COLUMNS
+    return [*lines, f"and {more:,} more"] if more > 0 else lines
 
 
 def _describe_inputs(data: Dataset) -> str:

@@ -1,8 +1,8 @@
 """The folder of a trained model: written by `Trained.save`, read by `load`.
 
 The folder is a checkpoint (see `checkpoint/format.py`) of the parameters, the model state, the
-scaling of the inputs, and an example: some inputs and the outputs of the model for them. All other
-fields of the result are facts in its manifest.
+scaling of inputs and regression targets, and an example: some inputs and the outputs of the model
+for them. All other fields of the result are facts in its manifest.
 """
 
 import os
@@ -20,10 +20,14 @@ from ctde_jax.checkpoint import INPUTS, MANIFEST, Checkpoint, Damaged, writing_t
 from ctde_jax.devices import PyTree, hosts
 from ctde_jax.errors import InputError, quoted
 from ctde_jax.models import Model, unscaled
+from ctde_jax.models.tasks import Units
 from ctde_jax.rounds import state
 
 RESULT = "trained"
 """Key of a fact: the fields of the result besides its arrays."""
+
+TARGETS = "targets/"
+"""Prefix of the mean and the deviation of regression targets."""
 
 EXAMPLE = "example"
 """Name of the example, which has `inputs` and `outputs`."""
@@ -32,6 +36,7 @@ EXAMPLE = "example"
 def write(
     path: Path,
     model: Model,
+    units: Units | None,
     center: Mapping[str, PyTree],
     example: PyTree,
     facts: Mapping[str, Any],
@@ -41,6 +46,7 @@ def write(
     Args:
         path: The folder, checked by `check_new`.
         model: The model, which takes inputs as the data set stores them.
+        units: Units of regression targets; None for other tasks.
         center: `params` and `model_state`.
         example: Two inputs from `make_example`, as `inputs`, and the `outputs` for them.
         facts: Fields of the result, serializable as JSON.
@@ -53,6 +59,8 @@ def write(
     if model.unscaled is not None:
         tensors[f"{INPUTS}shift"] = np.asarray(model.unscaled.shift)
         tensors[f"{INPUTS}scale"] = np.asarray(model.unscaled.scale)
+    if units is not None:
+        tensors[f"{TARGETS}mean"], tensors[f"{TARGETS}deviation"] = units
 
     def write_all() -> None:
         with writing_to(path, "folder"):
@@ -130,7 +138,7 @@ def find_center(found: Checkpoint, model: Model) -> tuple[PyTree, PyTree]:
     tensors = {
         name: tensor
         for name, tensor in found.tensors.items()
-        if not name.startswith((INPUTS, EXAMPLE))
+        if not name.startswith((INPUTS, TARGETS, EXAMPLE))
     }
 
     # Collect all differences for one error, of which at most ten are listed.

@@ -16,7 +16,7 @@ from ctde_jax.cost import Traffic
 from ctde_jax.data import Dataset, DiskArray, Split, look_up, plain, slices
 from ctde_jax.devices import PyTree, replica
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model, Task, classification, language_modeling, module_of
+from ctde_jax.models import Model, Task, module_of, tasks
 from ctde_jax.rounds import Averages, make_evaluate
 from ctde_jax.trainer import saved
 from ctde_jax.trainer.log import Row
@@ -25,10 +25,6 @@ from ctde_jax.trainer.reports import Report, check_task, make_report
 _MOST_AT_ONCE = 1024
 _MOST_BYTES_AT_ONCE = 2**25
 """`predict` computes at most this many examples, and this many bytes of inputs, at a time."""
-
-
-TASKS = {"classification": classification, "language_modeling": language_modeling}
-"""Tasks of the library, which a saved model refers to by name."""
 
 
 class Accepts(NamedTuple):
@@ -320,7 +316,7 @@ class Trained:
             "inputs": self.accepts.inputs,
             "labels": self.accepts.labels,
             "classes": self.accepts.classes,
-            "task": _name_of(self.task),
+            "task": tasks.name_of(self.task),
             "measures": self.task.names,
             "step": self.step,
             "history": self.history,
@@ -331,13 +327,14 @@ class Trained:
             "example_platform": jax.default_backend(),
         }
         center = {"params": self.params, "model_state": self.model_state}
-        saved.write(path, self.model, center, example, facts)
+        saved.write(path, self.model, self.task.units, center, example, facts)
         return path
 
     def module(self) -> Any:
         """Returns the user's flax module with the trained parameters and model state.
 
-        The module receives scaled inputs, `(inputs - data.shift) * data.scale`, as in training. Its
+        The module receives scaled inputs, `(inputs - data.shift) * data.scale`, as in training. For
+        regression, its outputs are standardized by the `mean` and `deviation` of `task.units`. Its
         random streams are those of `nnx.Rngs(0)`, and it is in inference mode; arguments such as
         `train=False` must be passed in each call.
 
@@ -373,12 +370,6 @@ class Trained:
             "trained.save, export it with ctde_jax.write_bundle, or pickle trained.params and "
             "trained.model_state, which are numpy arrays.",
         )
-
-
-def _name_of(task: Task) -> str | None:
-    """Returns the name of a task of the library, whatever its objective; None for other tasks."""
-    reported = task._replace(objective=None)
-    return next((name for name, known in TASKS.items() if reported == known), None)
 
 
 def _conforming(

@@ -25,7 +25,7 @@ from ctde_jax.errors import (
     check_seed,
     check_whole,
 )
-from ctde_jax.models import Model, Task, unscaled, weighted, with_raw_inputs
+from ctde_jax.models import Model, Task, in_units, unscaled, weighted, with_raw_inputs
 from ctde_jax.rounds import OnDisk, Phase, Resident, Streamed, exact, make_phases, make_source
 from ctde_jax.trainer import checks
 from ctde_jax.trainer.warm_start import Given, Source, read_source
@@ -145,9 +145,9 @@ class Training:
 
     @cached_property
     def raw_model(self) -> Model:
-        """The model that takes inputs as the data set stores them, such as uint8 pixels."""
+        """The model from inputs as the data set stores them to outputs in units of the targets."""
         # `unscaled` undoes an earlier wrapping, so that inputs are scaled only once.
-        return with_raw_inputs(unscaled(self.model), self.data.shift, self.data.scale)
+        return in_stored_units(unscaled(self.model), self.data, self.task)
 
     @cached_property
     def weighted_task(self) -> Task:
@@ -318,6 +318,12 @@ class Training:
             )
         if self.strategy.exact:
             exact.check_sizes(replicas, self.batch_size, self.accumulation_steps)
+
+
+def in_stored_units(model: Model, data: Dataset, task: Task) -> Model:
+    """Wraps a model, so that inputs and regression targets are in the units of the data set."""
+    raw = with_raw_inputs(model, data.shift, data.scale)
+    return raw if task.units is None else in_units(raw, *task.units)
 
 
 @dataclass(frozen=True)

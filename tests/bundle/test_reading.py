@@ -38,7 +38,7 @@ def make(kind: str, path: Path) -> Path:
 
 
 READERS = {
-    "csv": ctde.data.from_csv,
+    "csv": ctde.data.from_table,
     "text": ctde.data.from_text,
     "configuration": lambda path: config.parse(["--config", str(path)]),
     "pictures": lambda path: ctde.data.mnist(
@@ -77,7 +77,7 @@ def test_only_regular_files_of_a_checkpoint_are_read(tmp_path, name):
         checkpoint.read(path)
 
 
-@pytest.mark.parametrize("read", [ctde.data.from_csv, ctde.data.from_text])
+@pytest.mark.parametrize("read", [ctde.data.from_table, ctde.data.from_text])
 def test_read_error_within_a_file_is_reported_in_one_sentence(read):
     """Reading the first page of a process's memory fails like a bad disk block."""
     with pytest.raises(InputError, match=r"/proc/self/mem cannot be read \(Input/output error\)"):

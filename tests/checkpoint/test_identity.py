@@ -75,7 +75,7 @@ def make_task(power: float = 1.0, double: float = 2.0, factor: float = 1.0) -> c
     return ctde.Task(
         lambda outputs, labels: factor * classification.loss(outputs, labels),
         {"accuracy": is_correct, "error": partial(error, power=power)},
-        {"double": lambda loss: double * loss},
+        {"double": lambda averages: double * averages["loss"]},
     )
 
 
@@ -135,7 +135,7 @@ CHANGES = {
     "class weights": ({"task": weighted(make_task(), [1, 2, 3], DATA)}, ["the loss"]),
     "metric": ({"task": make_task(power=2.0)}, ["the metric error"]),
     "function of the loss": ({"task": make_task(double=3.0)}, ["the metric double"]),
-    "no metric": ({"task": make_task()._replace(of_the_loss={})}, ["the metric double"]),
+    "no metric": ({"task": make_task()._replace(derived={})}, ["the metric double"]),
     "augmentation": ({"augment": partial(shifted, by=0.2)}, ["the augmentation"]),
     "no augmentation": ({"augment": None}, ["the augmentation"]),
     "outer learning rate": ({"strategy": diloco(outer_learning_rate=0.6)}, ["the strategy"]),

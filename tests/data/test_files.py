@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ctde_jax import data
-from ctde_jax.data import files, from_csv, from_npz
+from ctde_jax.data import files, from_npz, from_table
 from ctde_jax.errors import InputError
 
 X = np.arange(24.0).reshape(6, 4) / 4
@@ -202,11 +202,11 @@ def test_damaged_npz_is_refused(tmp_path: Path, stored: bytes, fault: str):
     assert "); save " in sentence or "array; save " in sentence
 
 
-@pytest.mark.parametrize("read", [from_npz, from_csv])
+@pytest.mark.parametrize("read", [from_npz, from_table])
 def test_path_that_is_not_a_file_is_refused(tmp_path: Path, read):
     """The errors for an absent file and for a folder differ."""
     # `from_npz` reads a folder, too.
-    folder = [(tmp_path, "it is a folder, not a regular file")] if read is from_csv else []
+    folder = [(tmp_path, "it is a folder, not a regular file")] if read is from_table else []
     for path, reason in [(tmp_path / "absent", "No such file or directory"), *folder]:
         assert error_message(read, path) == (
             f"data_file {path} cannot be opened ({reason}); pass the path of a readable file."
@@ -230,7 +230,7 @@ def test_path_that_is_not_a_file_is_refused(tmp_path: Path, read):
 )
 def test_all_spellings_of_a_table_are_equivalent(tmp_path: Path, stored: str):
     """All these files contain the same table."""
-    dataset = from_csv(str(save(tmp_path, stored)))
+    dataset = from_table(str(save(tmp_path, stored)))
 
     assert examples(dataset) == {
         (1, 2.5): "setosa",
@@ -244,7 +244,7 @@ def test_all_spellings_of_a_table_are_equivalent(tmp_path: Path, stored: str):
 
 def test_features_of_the_training_split_are_standardized(tmp_path: Path):
     """The model sees zero mean and unit variance."""
-    dataset = from_csv(save(tmp_path, IRIS))
+    dataset = from_table(save(tmp_path, IRIS))
     seen = (dataset.train.inputs - dataset.shift) * dataset.scale
     np.testing.assert_allclose(seen.mean(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(seen.std(axis=0), 1, atol=1e-6)
@@ -252,12 +252,12 @@ def test_features_of_the_training_split_are_standardized(tmp_path: Path):
 
 def test_decisions_are_noted(tmp_path: Path):
     """A first line taken for a header is noted, because it could be an example."""
-    named, split, standardized = from_csv(save(tmp_path, IRIS)).notes
+    named, split, standardized = from_table(save(tmp_path, IRIS)).notes
     assert named == "Line 1 contains the column names; the labels are in the column 'species'."
     assert "held out at random" in split
     assert "standardized" in standardized
 
-    without_header = from_csv(save(tmp_path, IRIS.partition("\n")[2]))
+    without_header = from_table(save(tmp_path, IRIS.partition("\n")[2]))
     assert (
         without_header.notes[0] == "There is no header line; the labels are in the last column, 3."
     )
@@ -266,26 +266,26 @@ def test_decisions_are_noted(tmp_path: Path):
 def test_label_column_is_chosen_by_name(tmp_path: Path):
     """It may be at any position."""
     path = save(tmp_path, "kind,a,b\nx,1,2\ny,3,4\nx,5,6\n")
-    assert examples(from_csv(path, "kind")) == {(1, 2): "x", (3, 4): "y", (5, 6): "x"}
+    assert examples(from_table(path, "kind")) == {(1, 2): "x", (3, 4): "y", (5, 6): "x"}
 
 
 def test_one_word_among_the_features_makes_a_header(tmp_path: Path):
     """The name of the label column may be a number."""
     path = save(tmp_path, "a,1\n1,0\n2,1\n")
-    assert from_csv(path).notes[0].startswith("Line 1 contains the column names")
+    assert from_table(path).notes[0].startswith("Line 1 contains the column names")
 
 
 def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path):
     """Two spellings of one number are one class, named by the first spelling."""
     rows = "1,10\n2,9\n3,-1\n4,9.0\n"
-    dataset = from_csv(save(tmp_path, rows))
+    dataset = from_table(save(tmp_path, rows))
     assert dataset.classes == ("-1", "9", "10")
     assert examples(dataset) == {(1,): "10", (2,): "9", (3,): "-1", (4,): "9"}
 
 
 def test_words_and_numbers_as_labels_are_sorted_as_words(tmp_path: Path):
     """If one label is a word, all are; nan is a word."""
-    assert from_csv(save(tmp_path, "1,10\n2,9\n3,none\n4,nan\n")).classes == (
+    assert from_table(save(tmp_path, "1,10\n2,9\n3,none\n4,nan\n")).classes == (
         "10",
         "9",
         "nan",
@@ -296,7 +296,7 @@ def test_words_and_numbers_as_labels_are_sorted_as_words(tmp_path: Path):
 def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
     """The usual rules of quoting hold."""
     path = save(tmp_path, '"a, b",label\n1,"x ""y"""\n2,"two\nlines"\n3,"x ""y"""\n')
-    assert examples(from_csv(path)) == {(1,): 'x "y"', (2,): "two\nlines", (3,): 'x "y"'}
+    assert examples(from_table(path)) == {(1,): 'x "y"', (2,): "two\nlines", (3,): 'x "y"'}
 
 
 @pytest.mark.parametrize(
@@ -370,11 +370,11 @@ def test_quoted_cell_may_hold_commas_quotes_and_lines(tmp_path: Path):
 def test_error_names_the_invalid_cell(tmp_path: Path, stored: str | bytes, fault: str):
     """The error names the line, the column and the correction."""
     path = save(tmp_path, stored)
-    assert error_message(from_csv, path).startswith(f"data_file {path} {fault}")
+    assert error_message(from_table, path).startswith(f"data_file {path} {fault}")
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
-@pytest.mark.parametrize("read", [from_csv, data.from_text])
+@pytest.mark.parametrize("read", [from_table, data.from_text])
 def test_compressed_file_is_refused(tmp_path: Path, compress, read):
     """The error names the compression, and not an encoding."""
     path = save(tmp_path, compress(IRIS.encode()))
@@ -387,13 +387,13 @@ def test_archive_is_refused(tmp_path: Path):
     """Spreadsheets are archives, too."""
     np.savez_compressed(tmp_path / "mine.npz", x_train=X)
     assert "is compressed (zip, as .npz and .xlsx files are); decompress" in error_message(
-        from_csv, tmp_path / "mine.npz"
+        from_table, tmp_path / "mine.npz"
     )
 
 
 def test_misspelled_label_column_is_refused_with_a_suggestion(tmp_path: Path):
     """The error lists the columns and suggests one."""
-    sentence = error_message(from_csv, save(tmp_path, IRIS), "specie")
+    sentence = error_message(from_table, save(tmp_path, IRIS), "specie")
     assert sentence == (
         "label_column must be one of length, width, species, got 'specie'; did you mean 'species'?"
     )
@@ -405,13 +405,13 @@ def test_csv_with_measurements_for_labels_is_refused(tmp_path):
         InputError,
         match=r"labels such as '0.5' in column 'b', which are measurements, not classes",
     ):
-        from_csv(tmp_path / "t.csv")
+        from_table(tmp_path / "t.csv")
 
 
 def test_label_column_needs_a_header(tmp_path: Path):
     """Without a header, columns have no names."""
     path = save(tmp_path, "1,2,x\n3,4,y\n")
-    assert error_message(from_csv, path, "species") == (
+    assert error_message(from_table, path, "species") == (
         f"label_column must be the name of a column, got 'species', but {path} has no header line; "
         "add one, or move the labels to the last column and omit this option."
     )

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 import ctde_jax as ctde
 from ctde_jax.bundle import inputs as node_inputs
-from ctde_jax.data import from_csv
+from ctde_jax.data import from_table
 from ctde_jax.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def write(folder: Path, header: str | None, *columns) -> Path:
 
 def error_message(*arguments) -> str:
     with pytest.raises(InputError) as caught:
-        from_csv(*arguments)
+        from_table(*arguments)
     return str(caught.value)
 
 
@@ -94,7 +94,7 @@ HEADERS = {
 @pytest.mark.parametrize("name", HEADERS)
 def test_header_is_not_an_example(tmp_path, name):
     header, columns = HEADERS[name]
-    dataset = from_csv(write(tmp_path, header, *columns))
+    dataset = from_table(write(tmp_path, header, *columns))
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == LINES
     assert len(dataset.classes) == len(set(columns[-1]))
     assert dataset.notes[0].startswith(
@@ -127,7 +127,7 @@ NO_HEADERS = {
 @pytest.mark.parametrize("name", NO_HEADERS)
 def test_first_example_is_not_a_header(tmp_path, name):
     columns = NO_HEADERS[name]
-    dataset = from_csv(write(tmp_path, None, *columns))
+    dataset = from_table(write(tmp_path, None, *columns))
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == len(columns[-1])
     assert dataset.notes[0].startswith("There is no header line")
 
@@ -154,7 +154,7 @@ def test_first_example_is_not_a_header(tmp_path, name):
     ],
 )
 def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence):
-    notes = from_csv(write(tmp_path, None, *columns)).notes
+    notes = from_table(write(tmp_path, None, *columns)).notes
     assert notes[0].startswith("There is no header line")
     assert notes[1].startswith("Line 1 is used as an example, although ")
     assert sentence in notes[1]
@@ -166,24 +166,27 @@ def test_first_example_that_may_be_a_header_is_noted(tmp_path, columns, sentence
 
 def test_named_label_column_makes_the_first_line_a_header(tmp_path):
     """Even if the line looks like an example."""
-    dataset = from_csv(write(tmp_path, "0,1,5", MIXED, MIXED[::-1], [5, *[0, 1] * 29, 1]), "5")
+    dataset = from_table(write(tmp_path, "0,1,5", MIXED, MIXED[::-1], [5, *[0, 1] * 29, 1]), "5")
     assert len(dataset.train.inputs) + len(dataset.test.inputs) == LINES
     numbered = write(tmp_path, "0,1,2,3,label", *X.T, WORDS)
-    assert from_csv(numbered, "label").classes == ("setosa", "versicolor", "virginica")
+    assert from_table(numbered, "label").classes == ("setosa", "versicolor", "virginica")
 
 
 def test_missing_cell_does_not_make_an_example_a_header(tmp_path):
     for missing in ("", "NA", "?"):
         path = write(tmp_path, None, [missing, *X[1:, 0]], X[:, 1], WORDS)
-        assert "in line 1, column 1, which is not a finite float32 number" in error_message(path)
+        assert error_message(path) == (
+            f"data_file {path} has columns without names, although some contain words, dates or "
+            "gaps; add a line with the names of all columns."
+        )
 
 
 @pytest.mark.parametrize("name", ["", "Unnamed: 0", "Unnamed: 0.1"])
 @pytest.mark.parametrize("values", [range(LINES), MIXED, [f"row {line}" for line in range(LINES)]])
 def test_index_of_pandas_is_left_out(tmp_path, name, values):
     """In file order, shuffled, or words; in sorted files, the index reveals the label."""
-    dataset = from_csv(write(tmp_path, f"{name},a,b,c,d,species", values, *X.T, sorted(WORDS)))
-    plain = from_csv(write(tmp_path, "a,b,c,d,species", *X.T, sorted(WORDS)))
+    dataset = from_table(write(tmp_path, f"{name},a,b,c,d,species", values, *X.T, sorted(WORDS)))
+    plain = from_table(write(tmp_path, "a,b,c,d,species", *X.T, sorted(WORDS)))
     np.testing.assert_array_equal(all_inputs(dataset), all_inputs(plain))
     assert dataset.columns == ("a", "b", "c", "d")
     assert (
@@ -193,7 +196,7 @@ def test_index_of_pandas_is_left_out(tmp_path, name, values):
 
 
 def test_all_levels_of_an_index_are_left_out(tmp_path):
-    dataset = from_csv(write(tmp_path, ",,a,b,c,d,y", MIXED, range(LINES), *X.T, WORDS))
+    dataset = from_table(write(tmp_path, ",,a,b,c,d,y", MIXED, range(LINES), *X.T, WORDS))
     assert dataset.train.inputs.shape[1] == 4
     assert (
         "The first 2 columns have no names, like the index that pandas writes, and are not used."
@@ -203,7 +206,7 @@ def test_all_levels_of_an_index_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("start", [0, 1])
 def test_column_that_numbers_the_lines_is_left_out(tmp_path, start):
-    dataset = from_csv(write(tmp_path, "id,a,y", range(start, LINES + start), X[:, 0], WORDS))
+    dataset = from_table(write(tmp_path, "id,a,y", range(start, LINES + start), X[:, 0], WORDS))
     assert dataset.columns == ("a",)
     assert "The column 'id' numbers the lines and is not used." in dataset.notes
 
@@ -217,7 +220,7 @@ def test_column_that_numbers_the_lines_is_left_out(tmp_path, start):
     ],
 )
 def test_column_like_an_identifier_is_kept_and_noted(tmp_path, header, column):
-    dataset = from_csv(write(tmp_path, header, column, X[:, 0], WORDS))
+    dataset = from_table(write(tmp_path, header, column, X[:, 0], WORDS))
     assert dataset.train.inputs.shape[1] == 2
     name = "1" if header is None else repr(header.split(",")[0])
     assert any(
@@ -233,7 +236,7 @@ def test_column_that_determines_the_label_is_noted(tmp_path):
         (np.minimum(lengths, 9), False),
         ([*lengths[:-1], 8], False),
     ):
-        notes = from_csv(write(tmp_path, "code,a,y", code, X[:, 0], WORDS)).notes
+        notes = from_table(write(tmp_path, "code,a,y", code, X[:, 0], WORDS)).notes
         assert (
             any(
                 note.startswith("The column 'code' has one distinct number per class")
@@ -245,7 +248,7 @@ def test_column_that_determines_the_label_is_noted(tmp_path):
 
 @pytest.mark.parametrize("value", [0, 0.1, 1e30])
 def test_constant_column_is_noted_and_stays_finite(tmp_path, value):
-    dataset = from_csv(write(tmp_path, "a,b,y", [value] * LINES, X[:, 0], WORDS))
+    dataset = from_table(write(tmp_path, "a,b,y", [value] * LINES, X[:, 0], WORDS))
     assert f"The column 'a' is '{value}' in every line, so it has no effect." in dataset.notes
     seen = (dataset.train.inputs - dataset.shift) * dataset.scale
     np.testing.assert_array_equal(seen[:, 0], 0)
@@ -277,7 +280,7 @@ def test_column_that_float32_merges_is_refused(tmp_path, name):
 
 
 def test_numbers_without_their_minimum_stay_distinct(tmp_path):
-    dataset = from_csv(write(tmp_path, "a,time,y", X[:, 0], MIXED, WORDS))
+    dataset = from_table(write(tmp_path, "a,time,y", X[:, 0], MIXED, WORDS))
     assert len(np.unique(all_inputs(dataset)[:, 1])) == LINES
 
 
@@ -285,7 +288,7 @@ def test_negligible_rounding_to_float32_is_noted(tmp_path):
     """Timestamps of a year, two of which are equal in float32."""
     timestamps = [1_700_000_000 + 500_000 * line for line in MIXED]
     timestamps[1] = timestamps[0] + 1
-    dataset = from_csv(write(tmp_path, "time,y", timestamps, WORDS))
+    dataset = from_table(write(tmp_path, "time,y", timestamps, WORDS))
     (note,) = (
         note
         for note in dataset.notes
@@ -298,7 +301,7 @@ def test_negligible_rounding_to_float32_is_noted(tmp_path):
 
 def test_columns_are_standardized_as_by_scikit_learn(tmp_path):
     columns = [1e6 + 1000 * X[:, 0], 1e-6 * X[:, 1], X[:, 2]]
-    dataset = from_csv(write(tmp_path, "a,b,c,y", *columns, WORDS))
+    dataset = from_table(write(tmp_path, "a,b,c,y", *columns, WORDS))
     seen = (dataset.train.inputs - dataset.shift) * dataset.scale
     right = StandardScaler().fit_transform(dataset.train.inputs.astype(np.float64))
     np.testing.assert_allclose(seen, right, atol=1e-3)
@@ -315,8 +318,31 @@ MEASURED = {
 def test_integer_measurements_are_refused_as_classes(tmp_path, name):
     sentence = error_message(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
     assert (
-        "distinct integers in 60 lines, which look like measurements, not classes; pass the column"
+        "distinct integers in 60 lines, which look like measurements, not classes; pass --task "
+        "regression to predict them, --task classification if they are classes, or pass the column "
     ) in sentence
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_named_task_determines_the_use_of_integer_labels(tmp_path, name):
+    path = write(tmp_path, "a,price", X[:, 0], MEASURED[name])
+    of_classes = from_table(path, task="classification")
+    assert len(of_classes.classes) == len({*MEASURED[name]})
+    of_targets = from_table(path, task="regression")
+    labels = np.concatenate([of_targets.train.labels, of_targets.test.labels])
+    assert (of_targets.classes, labels.dtype) == ((), np.float32)
+    assert sorted(labels) == sorted(np.float32(MEASURED[name]))
+    assert not any("used as classes" in note for note in of_classes.notes + of_targets.notes)
+
+
+def test_words_as_targets_are_refused(tmp_path):
+    path = write(tmp_path, "a,kind", X[:, 0], WORDS)
+    with pytest.raises(InputError) as caught:
+        from_table(path, task="regression")
+    assert str(caught.value) == (
+        f"data_file {path} has labels such as 'setosa' in column 'kind', which are not numbers; "
+        "pass --task classification, or the column of the targets as label (--label-column)."
+    )
 
 
 def test_mostly_distinct_words_are_refused_as_classes(tmp_path):
@@ -327,30 +353,34 @@ def test_mostly_distinct_words_are_refused_as_classes(tmp_path):
     assert error_message(path) == (
         f"data_file {path} has labels such as '2024-01-01' in column 'day', 16 distinct ones in 31 "
         "lines, which look like dates or names, not classes; pass the column that contains the "
-        "classes as label_column (--label-column), or group the labels into fewer classes."
+        "classes as label (--label-column), or group the labels into fewer classes."
     )
-    assert len(from_csv(write(tmp_path, "a,day", X[:30, 0], days[:30])).classes) == 15
+    assert len(from_table(write(tmp_path, "a,day", X[:30, 0], days[:30])).classes) == 15
 
 
 @pytest.mark.parametrize(
     "labels", [[0, 10, 20, 30, 40] * 2, [3, 5] * 5, [7] * 9 + [8], list("abcde") * 2, range(1, 6)]
 )
 def test_few_labels_of_few_examples_are_classes(tmp_path, labels):
-    assert len(from_csv(write(tmp_path, "a,y", X[: len(labels), 0], labels)).classes) == len(
+    assert len(from_table(write(tmp_path, "a,y", X[: len(labels), 0], labels)).classes) == len(
         set(labels)
     )
 
 
 def test_numbered_classes_of_two_examples_each_are_classes(tmp_path):
     assert (
-        len(from_csv(write(tmp_path, "a,y", X[:, 0], [line % 30 for line in range(LINES)])).classes)
+        len(
+            from_table(
+                write(tmp_path, "a,y", X[:, 0], [line % 30 for line in range(LINES)])
+            ).classes
+        )
         == 30
     )
 
 
 @pytest.mark.parametrize("different", [20, 21])
 def test_many_distinct_integers_used_as_classes_are_noted(tmp_path, different):
-    dataset = from_csv(
+    dataset = from_table(
         write(tmp_path, "a,age", X[:, 0], [line % different for line in range(LINES)])
     )
     sentence = (
@@ -362,7 +392,7 @@ def test_many_distinct_integers_used_as_classes_are_noted(tmp_path, different):
 
 
 def test_codes_with_leading_zeros_are_words(tmp_path):
-    assert from_csv(write(tmp_path, "a,zip", X[:, 0], ["01", "1", "001"] * 20)).classes == (
+    assert from_table(write(tmp_path, "a,zip", X[:, 0], ["01", "1", "001"] * 20)).classes == (
         "001",
         "01",
         "1",
@@ -373,7 +403,7 @@ def test_class_without_training_examples_is_noted(tmp_path):
     labels = ["usual"] * 9 + ["rare"]
     # Two of the ten lines are test examples, so the rare class is one of them in two of ten files.
     notes = [
-        from_csv(write(tmp_path, "a,y", X[:10, 0], labels[k:] + labels[:k])).notes
+        from_table(write(tmp_path, "a,y", X[:10, 0], labels[k:] + labels[:k])).notes
         for k in range(10)
     ]
     expected = "The test split has examples of the classes rare, but the training split has none."
@@ -385,21 +415,28 @@ def test_class_without_training_examples_is_noted(tmp_path):
     [
         (
             "id,a,y\n" + "".join(f"C{i},{i}.5,{'xy'[i % 2]}\n" for i in range(20)),
-            "remove the column if it identifies the lines",
+            "has 20 distinct words in the 20 cells of column 'id', which look like names or texts, "
+            "not categories; pass --drop 'id', or --categorical 'id' to use them.",
         ),
         (
-            "kind,y\n" + "u,0\nv,1\n" * 9,
-            "pass it as label_column (--label-column) if it contains the classes, or replace",
+            "day,y\n" + "".join(f"1/{i + 1:02d}/2024,{'xy'[i % 2]}\n" for i in range(20)),
+            "write dates as 2024-01-31, or pass --categorical 'day' if these are categories.",
         ),
         (
-            "day,y\n" + "".join(f"2024-01-{i + 1:02d},{'xy'[i % 2]}\n" for i in range(20)),
-            "replace dates with numbers",
+            "a,y\n" + "1,x\n2,y\n" * 9 + "12a,x\n",
+            "has '12a' in line 20, column 'a', which is not a finite float32 number; correct the "
+            "cell, or remove the line, or pass --categorical 'a' if these are categories.",
         ),
-        ("f,y\n" + "True,x\nFalse,y\n" * 9, "replace True with 1 and False with 0."),
         (
-            "a,y\n" + ",x\n1,y\n" * 9,
-            "number, and 8 more such cells; fill in the cells, or remove the lines",
+            "a,day,y\n" + "u,2024-01-01,x\nv,2024-02-01,y\n" * 9 + "u,2024-02-30,x\n",
+            "has '2024-02-30' in line 20, column 'day', which is not a date like 0000-00-00; write "
+            "all dates of the column in this format, or pass --categorical 'day'.",
         ),
+        (
+            "a,day,y\n" + "u,2024-01-01,x\nv,2024-02-01T12:00,y\n" * 9,
+            "has '2024-02-01T12:00' in line 3, column 'day', which is not a date like 0000-00-00",
+        ),
+        ("a,b,y\n" + "NA,1,x\n?,2,y\n" * 9, "has no value in column 'a'; remove the column"),
         (
             "a,y\n" + '"1,200",x\n"1,5",y\n' * 9,
             "write numbers with decimal points, without thousands separators",
@@ -410,15 +447,14 @@ def test_class_without_training_examples_is_noted(tmp_path):
         ),
         (
             "a;b;y\n1,5;2,5;x\n1,7;2,7;y\n",
-            "has cells separated by semicolons; save it with commas between",
+            "write numbers with decimal points, without thousands separators or decimal commas",
         ),
-        ("1,5;2,5;x\n1,7;2,7;y\n", "has cells separated by semicolons"),
-        ("a\tb\ty\n1\t2\tx\n3\t4\ty\n", "has cells separated by tabs"),
+        ("1,5;2,5;x\n1,7;2,7;y\n", "write numbers with decimal points, without thousands"),
         (
             "a,b,y,\n1,2,x,\n3,4,y,\n",
             "has an empty last column; remove the comma at the end of each line.",
         ),
-        ("a,b,y\n1,,x\n3,,y\n", "has an empty column 'b'; remove it"),
+        ("a,b,y\n1,,x\n3,,y\n", "has no value in column 'b'; remove the column, or the comma at"),
         ("a,b,y\n1,2,x\na,b,y\n3,4,y\n", "repeats the column names in line 3; remove this line."),
         ("# measured in May\na,b,y\n1,2,x\n3,4,y\n", "has a comment in line 1; remove the line."),
         ("a,a,y\n1,2,x\n3,4,y\n", "has several columns named 'a'; give each a different name."),
@@ -430,11 +466,21 @@ def test_unusable_table_is_refused(tmp_path, content, sentence):
     assert sentence in error_message(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_separator_does_not_matter(tmp_path, separator):
+    path = write(tmp_path, "a,b,c,d,species", *X.T, WORDS)
+    expected = from_table(path)
+    path.write_text(path.read_text().replace(",", separator))
+    dataset = from_table(path)
+    np.testing.assert_array_equal(dataset.train.inputs, expected.train.inputs)
+    assert (dataset.columns, dataset.classes) == (expected.columns, expected.classes)
+
+
 @pytest.fixture(scope="module")
 def trained_and_bundle(tmp_path_factory):
     """Returns a model of a table with an index, and its bundle."""
     folder = tmp_path_factory.mktemp("table")
-    data = from_csv(write(folder, ",a,b,c,d,species", range(LINES), *X.T, WORDS))
+    data = from_table(write(folder, ",a,b,c,d,species", range(LINES), *X.T, WORDS))
     options = {"devices": jax.devices()[:1], "batch_size": 24, "epochs": 1, "show": False}
     trained = ctde.fit(ctde.models.mlp([4, 8, 3]), data, optax.adam(0.01), **options)
     return trained, ctde.write_bundle(
@@ -475,7 +521,7 @@ def test_node_refuses_a_table_without_a_feature(trained_and_bundle, tmp_path):
 def numbered(tmp_path_factory):
     """Returns the card of a model of a table whose column names are numbers."""
     folder = tmp_path_factory.mktemp("numbered")
-    data = from_csv(write(folder, "0,1,2,3,label", *PIXELS[:4], WORDS))
+    data = from_table(write(folder, "0,1,2,3,label", *PIXELS[:4], WORDS))
     options = {"devices": jax.devices()[:1], "batch_size": 24, "epochs": 1, "show": False}
     trained = ctde.fit(ctde.models.mlp([4, 8, 3]), data, optax.adam(0.01), **options)
     return ctde.write_bundle(trained, data, folder / "bundle", ["numpy"], show=False).bundle.card

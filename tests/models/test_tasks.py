@@ -6,6 +6,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 from sklearn.utils.class_weight import compute_class_weight
 
 import ctde_jax as ctde
@@ -270,7 +271,7 @@ def test_invalid_focal_loss_is_refused(task, gamma, sentence):
             "must have only names of its metrics in lower_is_better, got mae",
         ),
         (
-            tasks.Task(tasks.cross_entropy, of_the_loss={"loss": abs}),
+            tasks.Task(tasks.cross_entropy, derived={"loss": abs}),
             "must not have a metric with a reserved name, got loss; rename it",
         ),
     ],
@@ -286,7 +287,8 @@ def test_invalid_task_is_refused(task, sentence):
 )
 def test_best_row_has_the_lowest_loss_or_the_highest_metric(name, index):
     task = tasks.language_modeling._replace(
-        metrics={"accuracy": tasks.is_correct, "error": tasks.is_correct}, lower_is_better=["error"]
+        metrics={"accuracy": tasks.is_correct, "error": tasks.is_correct},
+        lower_is_better=["error", "bits_per_character", "perplexity"],
     )
     columns = {
         "loss": [2, 1, 1, 3],
@@ -334,3 +336,147 @@ def test_loss_that_mixes_examples_and_metrics_without_names_are_refused(task, se
             steps=1,
             show=False,
         )
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_metrics_of_regression_equal_those_of_scikit_learn(targets):
+    """Also if the mean of the targets is a thousand standard deviations."""
+    rng = np.random.default_rng(0)
+    y = (rng.normal(size=(50, targets)) * [1, 10, 0.1][:targets] + 1000).astype(np.float32)
+    train, test = (y[:30, 0], y[30:, 0]) if targets == 1 else (y[:30], y[30:])
+    outputs = y[30:] + rng.normal(size=(20, targets)).astype(np.float32)
+
+    task = tasks.regression(train)
+    measured = task.measure(jnp.asarray(outputs), jnp.asarray(test))
+    averages = task.averages({name: values.sum() for name, values in measured.items()}, 20)
+
+    deviation = y[:30].std(axis=0, dtype=np.float64)
+    assert averages == pytest.approx(
+        {
+            "loss": np.mean(((outputs - y[30:]) / deviation) ** 2),
+            "mae": mean_absolute_error(y[30:], outputs),
+            "rmse": root_mean_squared_error(y[30:], outputs),
+            "r2": r2_score(y[30:], outputs),
+        },
+        rel=1e-4,
+    )
+    assert task.names == tuple(averages)
+
+
+def test_r2_is_zero_if_targets_are_equal():
+    task = tasks.regression(np.float32([1, 2, 6]))
+    measured = task.measure(jnp.ones((4, 1)), jnp.full(4, 2.5))
+    sums = {name: values.sum() for name, values in measured.items()}
+    assert task.averages(sums, 4)["r2"] == 0
+
+
+def test_lower_errors_and_a_higher_r2_are_better():
+    task = tasks.regression(np.float32([1, 2, 6]))
+    rows = [{"mae": 2.0, "rmse": 3.0, "r2": 0.5}, {"mae": 1.0, "rmse": 2.0, "r2": 0.7}]
+    assert [task.best(name, rows) for name in ("mae", "rmse", "r2")] == [1, 1, 1]
+    assert task.best("r2", rows[::-1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        (
+            np.arange(4),
+            "task must be regression only if targets are floats of the shape [examples] or "
+            "[examples, targets], got int64 [4]; pass y_train.astype('float32').",
+        ),
+        (
+            np.ones((4, 2, 2)),
+            "task must be regression only if targets are floats of the shape [examples] or "
+            "[examples, targets], got float64 [4, 2, 2]; pass y_train.astype('float32').",
+        ),
+        (
+            np.array([[1.0, 5], [2, 5]]),
+            "task must have targets that vary, but target 1 of regression is 5 in all training "
+            "examples; remove it.",
+        ),
+    ],
+)
+def test_unsuitable_targets_are_refused(targets, sentence):
+    with pytest.raises(InputError) as caught:
+        tasks.regression(targets)
+    assert str(caught.value) == sentence
+
+
+X = np.arange(20.0, dtype=np.float32).reshape(10, 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "sentence"),
+    [
+        (
+            lambda: ctde.data.digits(),
+            "regression",
+            "task must not be regression for digits, whose labels are 10 classes; pass targets as "
+            "floats.",
+        ),
+        (
+            lambda: ctde.data.from_batches(lambda epoch: [(X, X[:, 0])] * 2, 2, X, X[:, 0]),
+            "regression",
+            "task must not be 'regression' if batches come from an iterable; pass "
+            "tasks.regression(targets), with an array of training targets.",
+        ),
+        (
+            lambda: ctde.data.digits(),
+            "regresion",
+            "task must be one of auto, classification, language_modeling, multilabel, regression, "
+            "got 'regresion'; did you mean 'regression'?",
+        ),
+        (
+            lambda: ctde.data.digits(),
+            "multilabel",
+            "task must be multilabel only if labels are 0 or 1, of the shape [examples, labels], "
+            "got int32 [1438] from 0 to 9.",
+        ),
+        (
+            lambda: ctde.data.from_arrays(X, X.astype(np.uint8)),
+            "multilabel",
+            "task must be multilabel only if labels are 0 or 1, of the shape [examples, labels], "
+            "got int32 [8, 2] from 0 to 19.",
+        ),
+    ],
+)
+def test_unsuitable_name_of_a_task_is_refused(data, name, sentence):
+    with pytest.raises(InputError) as caught:
+        tasks.for_data(data(), name)
+    assert str(caught.value) == sentence
+
+
+def test_smoothing_of_regression_is_refused():
+    with pytest.raises(
+        InputError, match=r"^label_smoothing must be 0 if the task predicts no classes, got 0\.1\.$"
+    ):
+        tasks.smoothed(tasks.regression(np.float32([1, 2])), 0.1)
+
+
+def test_metrics_of_several_labels_have_closed_forms():
+    logits = np.float32([[2, -1, 0.5], [-3, -2, 0], [np.nan, 1, 1]])
+    labels = np.int32([[1, 0, 0], [0, 0, 0], [1, 1, 1]])
+    measured = tasks.multilabel.measure(jnp.asarray(logits), jnp.asarray(labels))
+    probabilities = 1 / (1 + np.exp(-logits[:2]))
+    likelihoods = np.where(labels[:2], probabilities, 1 - probabilities)
+    np.testing.assert_allclose(measured["loss"][:2], -np.log(likelihoods).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(measured["accuracy"], [2 / 3, 1, 2 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(measured["exact_match"], [0, 1, 0])
+
+
+def test_several_labels_are_learned():
+    inputs = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    data = ctde.data.from_arrays(inputs, inputs > 0)
+    trained = ctde.fit(
+        ctde.models.mlp([3, 3]),
+        data,
+        optax.adam(0.1),
+        task="multilabel",
+        epochs=10,
+        devices=ctde.devices.start(2),
+        show=False,
+    )
+    assert trained.tested["exact_match"] > 0.8
+    hits = (trained.predict(data.test.inputs) > 0) == data.test.labels
+    assert trained.tested["exact_match"] == pytest.approx(hits.all(axis=1).mean())

@@ -310,6 +310,35 @@ def test_outputs_in_a_column_predict_labels_without_one():
     assert report.metrics["mae"].value == pytest.approx(1)
 
 
+@pytest.fixture(scope="module")
+def fit_briefly():
+    """Trains a linear model on float inputs for one step."""
+    x = RNG.normal(size=(40, 3)).astype(np.float32)
+    options = {"batch_size": 8, "steps": 1, "show": False, "devices": jax.devices()[:1]}
+
+    def fit(labels, task):
+        data = ctde.data.from_arrays(x, labels(x))
+        width = data.train.labels[0].size
+        return ctde.fit(
+            ctde.models.mlp([3, width]), data, optax.sgd(0.1), task=task, **options
+        ), data
+
+    return fit
+
+
+def test_report_of_the_task_regression_has_its_averages(fit_briefly):
+    trained, data = fit_briefly(lambda x: 100 + 20 * x[:, 0], "regression")
+    report, averages = trained.report(data.test), trained.evaluate(data.test)
+    for name in ("loss", "mae", "rmse", "r2"):
+        assert report.metrics[name].value == pytest.approx(averages[name], rel=1e-4), name
+
+
+def test_labels_of_a_multilabel_task_are_no_targets(fit_briefly):
+    trained, data = fit_briefly(lambda x: (x > 0).astype(np.int32), "multilabel")
+    with pytest.raises(InputError, match="must predict float targets in outputs of the same shape"):
+        trained.report(data.test)
+
+
 # Every example counts once, on any number of devices.
 
 

@@ -117,6 +117,21 @@ def test_text_model_is_loaded_with_its_task(tmp_path):
     np.testing.assert_array_equal(loaded.predict(tokens[:, :8]), trained.predict(tokens[:, :8]))
 
 
+@pytest.mark.parametrize("is_given", [False, True])
+def test_regression_is_loaded_in_the_units_of_its_targets(tmp_path, is_given):
+    data = ctde.data.from_arrays(X, 100 + 20 * X[:, 0])
+    trained = fit(ctde.models.mlp([4, 1]), data, task="regression")
+    task = ctde.tasks.regression(data.train.labels) if is_given else None
+    loaded = ctde.load(trained.save(tmp_path / "model"), ctde.models.mlp([4, 1]), task)
+    np.testing.assert_array_equal(loaded.predict(X), trained.predict(X))
+    assert loaded.evaluate(data.test) == trained.evaluate(data.test)
+
+    # The module computes standardized targets.
+    mean, deviation = trained.task.units
+    outputs = trained.module()((X - data.shift) * data.scale)
+    np.testing.assert_allclose(outputs * deviation + mean, trained.predict(X), rtol=1e-6)
+
+
 def test_custom_task_must_be_passed_again(tmp_path):
     def error(outputs, targets):
         return jnp.abs(outputs[:, 0] - targets)

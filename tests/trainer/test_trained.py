@@ -392,7 +392,8 @@ def test_labels_that_require_a_task_are_named(labels, sentence):
         fit(ctde.models.mlp([4, 8, 3]), ctde.data.from_arrays(X, labels))
     assert (
         str(caught.value)
-        == f"task must be given, as Task(loss), unless labels are classes or a text; {sentence}"
+        == "task must be given, as 'regression' or Task(loss), unless labels are classes or a "
+        f"text; {sentence}"
     )
 
 

@@ -221,7 +221,7 @@ def _checked(
     task: Task, outputs: PyTree, labels: Shaped[np.ndarray, "examples ..."]
 ) -> Float[np.ndarray, "examples ..."]:
     """Returns the outputs, if they are finite logits or predictions of the labels."""
-    if task.predicts == "anything":
+    if task.predicts != "classes":
         _check_targets(task, outputs, labels)
     if not np.isfinite(outputs).all():
         example = int(np.argwhere(~np.isfinite(outputs))[0][0])
