@@ -19,8 +19,7 @@ from ctde_jax.bundle import Accepted
 from ctde_jax.checkpoint import INPUTS, MANIFEST, Checkpoint, Damaged, writing_to
 from ctde_jax.devices import PyTree, hosts
 from ctde_jax.errors import InputError, quoted
-from ctde_jax.models import Model, unscaled
-from ctde_jax.models.tasks import Units
+from ctde_jax.models import Model, tasks, unscaled
 from ctde_jax.rounds import state
 
 RESULT = "trained"
@@ -36,7 +35,7 @@ EXAMPLE = "example"
 def write(
     path: Path,
     model: Model,
-    units: Units | None,
+    units: tasks.Units | None,
     center: Mapping[str, PyTree],
     example: PyTree,
     facts: Mapping[str, Any],
