@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ctde_jax import config
-from ctde_jax.config import build, command_line, presets, report
+from ctde_jax.config import build, command_line, output, presets
 from ctde_jax.errors import InputError
 from ctde_jax.models import initializers, tasks
 
@@ -245,7 +245,8 @@ def test_preset_in_a_configuration_file_equals_that_of_the_command_line(tmp_path
         ),
         (
             ["--dataset", "mnits"],
-            "fashion_mnist, cifar10, text, npz, csv, parquet, got 'mnits'; did you mean 'mnist'?",
+            "fashion_mnist, cifar10, folder, text, npz, csv, parquet, got 'mnits'; did you mean "
+            "'mnist'?",
         ),
         (["--optimizer=adm"], "did you mean 'adam'?"),
         (["--activation"], "--activation takes one value, got none."),
@@ -317,7 +318,7 @@ def test_class_weights_and_focal_loss_are_saved_and_shown(tmp_path, digits, weig
     assert config.parse(["--config", str(tmp_path / "config.json")]) == replace(
         chosen, run=replace(chosen.run, config=tmp_path / "config.json")
     )
-    shown = report.names(chosen, digits)["optimizer"]
+    shown = output.names(chosen, digits)["optimizer"]
     assert shown.endswith(f"focal loss with gamma 2, class weights {weights}")
 
     # The objective is that of the library.
