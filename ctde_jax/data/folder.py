@@ -15,9 +15,12 @@ from ctde_jax.data.classes import from_words
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import DiskArray
 from ctde_jax.data.split import Split
-from ctde_jax.errors import InputError, check_at_least, check_whole, did_you_mean
+from ctde_jax.errors import InputError, check_at_least, check_at_most, check_whole, did_you_mean
 
 _SPLITS = ("train", "test", "validation")
+
+_LARGEST_SIDE = 10_000
+"""Maximum height and width, at which one picture takes 300 MB in memory."""
 
 _Classes: TypeAlias = dict[str, list[Path]]
 """The pictures in each class folder, by its name."""
@@ -84,15 +87,16 @@ def from_folder(
 def _height_and_width(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if image_size is None:
         return None
-    sizes = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-    if len(sizes) != 2:
+    sizes = np.atleast_1d(image_size).tolist()
+    if len(sizes) not in (1, 2):
         raise InputError(
             "image_size", f"must be height and width, or one number for both, got {image_size}."
         )
     for side in sizes:
         check_whole(image_size=side)
         check_at_least(1, image_size=side)
-    return int(sizes[0]), int(sizes[1])
+        check_at_most(_LARGEST_SIDE, image_size=side)
+    return sizes[0], sizes[-1]
 
 
 def _parts(folder: Path, unused: list[Path]) -> dict[str, Path]:
@@ -109,7 +113,7 @@ def _parts(folder: Path, unused: list[Path]) -> dict[str, Path]:
             raise InputError(
                 "data_dir",
                 f"must contain only the folders train, test and validation, as {folder}/train "
-                f"contains class folders, but has {name}{did_you_mean(name, _SPLITS)}",
+                f"contains class folders, but has {name}; rename or move it.",
             )
     unused += files
     return {name: folder / name for name in _SPLITS if name in names}
@@ -139,7 +143,7 @@ def _classes_in(folder: Path, unused: list[Path]) -> _Classes:
         ]
         others = [file for file in files if file.suffix.lower() not in pictures.SUFFIXES]
         if not found[class_folder.name]:
-            has = f", but {len(others):,} other files, such as {others[0].name}" if others else ""
+            has = f", only others such as {others[0].name}" if others else ""
             raise InputError(
                 "data_dir",
                 f"must contain pictures of each class, but {class_folder} has no PNG or JPEG files"
@@ -155,7 +159,8 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise InputError(
-            "data_dir", f"must be readable, but {folder} is not ({error.strerror})."
+            "data_dir",
+            f"contains {folder}, which cannot be read ({error.strerror}); change its permissions.",
         ) from error
     folders = [path for path in inside if path.is_dir()]
     return folders, [path for path in inside if not path.is_dir()]
@@ -169,8 +174,8 @@ def _numbered(
     if len(classes) < 2:
         raise InputError(
             "data_dir",
-            f"must contain folders of at least two classes, but {folder} has only {classes[0]}; "
-            "add a folder for each further class.",
+            f"must contain folders of at least two classes, but {folder} has only "
+            f"{', '.join(classes)}; add a folder for each further class.",
         )
     find = finder(classes)
     labels = {}
@@ -192,16 +197,11 @@ def _numbered(
 def _check_readable(paths: Sequence[Path], is_readable: np.ndarray) -> None:
     unreadable = np.flatnonzero(~is_readable)
     if len(unreadable):
-        first = paths[unreadable[0]]
-        fault = (
-            f"{first} is not"
-            if len(unreadable) == 1
-            else f"{len(unreadable):,} of {len(paths):,} files, such as {first}, are not"
-        )
         raise InputError(
             "data_dir",
-            f"must contain complete PNG and JPEG pictures, but {fault}; restore or remove what is "
-            "damaged, or pass skip_unreadable (--skip-unreadable).",
+            "must contain complete PNG and JPEG pictures, but has damaged ones "
+            f"({len(unreadable):,} of {len(paths):,}, such as {paths[unreadable[0]]}); restore or "
+            "remove them, or pass skip_unreadable (--skip-unreadable).",
         )
 
 
@@ -214,7 +214,7 @@ def _check_kept(
         if len(lost):
             raise InputError(
                 "data_dir",
-                f"must contain readable pictures of each class, but all pictures of "
+                "must contain readable pictures of each class, but all pictures of "
                 f"{classes[lost[0]]} in the {name} split are damaged; restore them, or remove "
                 "their folder.",
             )
@@ -242,14 +242,14 @@ def _notes(paths: Sequence[Path], decoded: pictures.Decoded, unused: Sequence[Pa
     notes = []
     if unused:
         notes.append(
-            f"{len(unused):,} other files are not used, such as {unused[0]}; pictures are PNG and "
-            "JPEG files in class folders."
+            f"Other files are not used ({len(unused):,}, such as {unused[0]}); pictures are PNG "
+            "and JPEG files in class folders."
         )
     unreadable = np.flatnonzero(~decoded.is_readable)
     if len(unreadable):
         notes.append(
-            f"{len(unreadable):,} of {len(paths):,} files are not complete pictures and are "
-            f"skipped, such as {paths[unreadable[0]]}."
+            f"Files that are not complete pictures are skipped ({len(unreadable):,} of "
+            f"{len(paths):,}, such as {paths[unreadable[0]]})."
         )
     color = "in RGB" if pixels.ndim == 4 else "in gray"
     read = ", from which training reads them" if isinstance(pixels, DiskArray) else ""

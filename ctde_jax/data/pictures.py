@@ -8,8 +8,9 @@ array with a flag for each picture, which is true if it is readable.
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from hashlib import sha256
 from math import prod
@@ -195,19 +196,21 @@ def _write(
 ) -> None:
     is_readable = np.zeros(len(paths), bool)
     first: tuple[Path, np.ndarray] | None = None
-    for number, pixels in enumerate(_in_order(decode, paths)):
-        if pixels is None:
-            continue
-        is_readable[number] = True
+    # Closed at an error, too, so that the progress bar ends before the message.
+    with closing(_in_order(decode, paths)) as in_order:
+        for number, pixels in enumerate(in_order):
+            if pixels is None:
+                continue
+            is_readable[number] = True
 
-        # The first readable picture determines the shape, and so the size of the file.
-        if first is None:
-            first = (paths[number], pixels)
-            _check_space(Path(file.name).parent, len(paths) * pixels.size)
-            _write_header(file, len(paths), pixels.shape)
-        if pixels.shape != first[1].shape:
-            raise _sizes_differ(*first, paths[number], pixels)
-        file.write(pixels)
+            # The first readable picture determines the shape, and so the size of the file.
+            if first is None:
+                first = (paths[number], pixels)
+                _check_space(Path(file.name).parent, len(paths) * pixels.size)
+                _write_header(file, len(paths), pixels.shape)
+            if pixels.shape != first[1].shape:
+                raise _sizes_differ(*first, paths[number], pixels)
+            file.write(pixels.tobytes())
 
     if first is None:
         raise InputError(
@@ -228,10 +231,10 @@ def _write_header(file: IO[bytes], rows: int, shape: tuple[int, ...]) -> None:
 
 def _in_order(
     decode: Callable[[Path], np.ndarray | None], paths: Sequence[Path]
-) -> Iterator[np.ndarray | None]:
+) -> Generator[np.ndarray | None, None, None]:
     """Decodes pictures in threads, and yields their pixels in the order of the paths."""
 
-    def batches(pool: ThreadPoolExecutor) -> Iterable[np.ndarray | None]:
+    def batches(pool: ThreadPoolExecutor) -> Iterator[np.ndarray | None]:
         for first in range(0, len(paths), _AT_ONCE):
             yield from pool.map(decode, paths[first : first + _AT_ONCE])
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,7 +205,8 @@ def test_pictures_are_gray_only_if_all_are(two):
 def test_image_size_is_height_and_width_or_one_number(two):
     save(two / "b" / "2.png", GRAY[:5])
     assert from_folder(two, (4, 3)).train.inputs.shape == (4, 4, 3)
-    assert from_folder(two, 5).train.inputs.shape == (4, 5, 5)
+    for one in (5, [5], np.int64(5)):
+        assert from_folder(two, one).train.inputs.shape == (4, 5, 5)
 
 
 # Folders.
@@ -249,8 +251,8 @@ def test_other_files_are_counted_and_hidden_ones_ignored(two):
     data = from_folder(two)
     assert len(data.train.labels) + len(data.test.labels) == 4
     assert data.notes[0] == (
-        f"2 other files are not used, such as {two}/notes.txt; pictures are PNG and JPEG files in "
-        "class folders."
+        f"Other files are not used (2, such as {two}/notes.txt); pictures are PNG and JPEG files "
+        "in class folders."
     )
 
 
@@ -278,6 +280,18 @@ def test_pictures_are_decoded_once_until_one_changes(two, cache, monkeypatch):
     from_folder(two, 4)
     assert len(decoded) == 12
     assert len([*cache.iterdir()]) == 3
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_long_decoding_is_announced(two, monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(pictures, "_MANY", 4)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    from_folder(two)
+    shown = capsys.readouterr().err
+    assert "Decoding 4 pictures" in shown
+    assert ("100%" in shown) == is_terminal
+    from_folder(two)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"cut"])
@@ -324,18 +338,18 @@ def test_unreadable_pictures_are_refused_or_skipped(two):
     with pytest.raises(InputError) as caught:
         from_folder(two)
     assert str(caught.value) == (
-        f"data_dir must contain complete PNG and JPEG pictures, but {two}/b/2.png is not; restore "
-        "or remove what is damaged, or pass skip_unreadable (--skip-unreadable)."
+        f"data_dir must contain complete PNG and JPEG pictures, but has damaged ones (1 of 5, such "
+        f"as {two}/b/2.png); restore or remove them, or pass skip_unreadable (--skip-unreadable)."
     )
 
     (two / "a" / "00.jpg").write_bytes(b"")
     with pytest.raises(InputError) as caught:
         from_folder(two)
-    assert f"but 2 of 6 files, such as {two}/a/00.jpg, are not; restore" in str(caught.value)
+    assert f"damaged ones (2 of 6, such as {two}/a/00.jpg); restore" in str(caught.value)
     data = from_folder(two, skip_unreadable=True)
     assert digests_of(data) == digests_of(expected)
     assert data.notes[0] == (
-        f"2 of 6 files are not complete pictures and are skipped, such as {two}/a/00.jpg."
+        f"Files that are not complete pictures are skipped (2 of 6, such as {two}/a/00.jpg)."
     )
 
 
@@ -390,8 +404,8 @@ MISTAKES = {
     ),
     "other formats": (
         lambda two: save(two / "c" / "x.webp"),
-        "data_dir must contain pictures of each class, but {0}/c has no PNG or JPEG files, but 1 "
-        "other files, such as x.webp; add pictures, or remove the folder.",
+        "data_dir must contain pictures of each class, but {0}/c has no PNG or JPEG files, only "
+        "others such as x.webp; add pictures, or remove the folder.",
     ),
     "nested folder": (
         lambda two: save(two / "a" / "inner" / "x.png"),
@@ -401,7 +415,7 @@ MISTAKES = {
     "unknown split": (
         lambda two: [save(two / split / "a" / "x.png") for split in ("train", "valid")],
         "data_dir must contain only the folders train, test and validation, as {0}/train contains "
-        "class folders, but has a.",
+        "class folders, but has a; rename or move it.",
     ),
     "sizes": (
         lambda two: save(two / "b" / "1.png", GRAY[:5]),
@@ -441,13 +455,27 @@ def test_unsuitable_folder_is_refused(two, cache, name):
     assert not cache.exists() or not [*cache.iterdir()]
 
 
+def test_folder_that_cannot_be_read_is_refused(two, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError) as caught:
+        from_folder(two)
+    assert str(caught.value) == (
+        f"data_dir contains {two}, which cannot be read (Permission denied); change its "
+        "permissions."
+    )
+
+
 @pytest.mark.parametrize(
     ("image_size", "sentence"),
     [
         ((1, 2, 3), "must be height and width, or one number for both, got (1, 2, 3)."),
         ([], "must be height and width, or one number for both, got []."),
         (0, "must be at least 1, got 0."),
-        ((8, 2.5), "must be an integer, got 2.5."),
+        ((8, 10**5), "must be at most 10,000, got 100000."),
+        (2.5, "must be an integer, got 2.5."),
     ],
 )
 def test_invalid_image_size_is_refused(two, image_size, sentence):
@@ -479,7 +507,7 @@ def test_options_of_the_command_line_are_the_arguments(two):
         ),
         (
             ["--dataset", "folder", "--data-file", "x"],
-            "data_file requires --dataset text or npz or csv, got --dataset folder.",
+            "data_file requires --dataset text or npz or csv or parquet, got --dataset folder.",
         ),
         (
             ["--dataset", "folder"],
