@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from cases import some
+from PIL import Image
 from sklearn.datasets import load_wine
 
 import ctde_jax
@@ -43,6 +44,7 @@ def in_shell(command: str, folder: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     environment |= {
         "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(folder / ".cache"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = subprocess.run(
@@ -58,7 +60,7 @@ def in_shell(command: str, folder: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A working folder with a text and two tables of a user."""
+    """A working folder with a text, two tables and pictures of a user."""
     (tmp_path / "mine.txt").write_text("\n".join(PAGES.values())[:12000])
     wine = load_wine()
     table = np.column_stack([wine.data, wine.target])
@@ -66,6 +68,10 @@ def folder(tmp_path):
     np.savetxt(tmp_path / "mine.csv", table, "%g", ",", header=names, comments="")
     rows = [f"p{i},{i % 9},cook,{i % 3},2020-01-0{i % 5 + 1},yes,{i % 2}\n" for i in range(100)]
     (tmp_path / "people.csv").write_text("id,age,job,zip,hired,member,wealth\n" + "".join(rows))
+    for name, color in {"cat": "black", "dog": "white"}.items():
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(40):
+            Image.new("RGB", (40, 30), color).save(tmp_path / "pictures" / name / f"{number}.png")
     return tmp_path
 
 
@@ -103,6 +109,7 @@ def test_commands_run(page, folder):
 def test_python_blocks_run(page, folder, monkeypatch):
     """Runs the blocks of a page in order and in one namespace."""
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / ".cache"))
     namespace = {}
     for block in blocks(PAGES[page], "python"):
         exec(block, namespace)

@@ -120,6 +120,10 @@ def _load(chosen: DataOptions) -> Dataset:
             return data.fashion_mnist(chosen.data_dir)
         case "cifar10":
             return data.cifar10(chosen.data_dir)
+        case "folder":
+            return data.from_folder(
+                _data_dir(chosen), chosen.image_size or None, skip_unreadable=chosen.skip_unreadable
+            )
         case "text":
             return data.from_text(_data_file(chosen), chosen.context_length, chosen.stride)
         case "npz":
@@ -589,6 +593,14 @@ def build_trackers(names: Sequence[str], folder: Path) -> list[trackers.Tracker]
                 return trackers.Trackio(name=folder.name)
 
     return [build(name) for name in names]
+
+
+def _data_dir(chosen: DataOptions) -> Path:
+    if chosen.data_dir is None:
+        raise InputError(
+            "data_dir", "must be the folder of the pictures for --dataset folder, got none."
+        )
+    return chosen.data_dir
 
 
 def _data_file(chosen: DataOptions) -> Path:

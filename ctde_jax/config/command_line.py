@@ -457,8 +457,8 @@ def _check_values(option: str, kind: Any, values: list[str]) -> None:
         kind = get_args(kind)[0]
     if len(values) != 1 and not many:
         raise InputError(option, f"takes one value, got {' '.join(values) or 'none'}.")
-    # An MLP may have no hidden layers, but without texts an option would have no effect.
-    if kind is str and not values:
+    # An MLP may have no hidden layers, but without texts or a size an option has no effect.
+    if not values and (kind is str or option == "--image-size"):
         raise InputError(option, "takes at least one value, got none.")
 
     # Each value must be one of the choices, a number in range, or a path.

@@ -22,6 +22,7 @@ Weights = Annotated[
 Columns = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")
 ]
+Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 ModelName = Literal[tuple(MODELS)]  # pyright: ignore[reportInvalidTypeForm]
@@ -39,18 +40,28 @@ class DataOptions:
 
     # Source of the examples.
     dataset: Literal[
-        "digits", "mnist", "fashion_mnist", "cifar10", "text", "npz", "csv", "parquet"
+        "digits", "mnist", "fashion_mnist", "cifar10", "folder", "text", "npz", "csv", "parquet"
     ] = "digits"
     """Data set; digits comes with scikit-learn, the MNIST family and CIFAR-10 are downloaded if
-    absent, and text, npz, csv and parquet are read from --data-file."""
+    absent, folder is read from --data-dir, and text, npz, csv and parquet are read from
+    --data-file."""
 
     data_dir: Folder = None
-    """Folder with the files of the MNIST family (IDX, plain or gz) or of CIFAR-10 (binary);
-    by default your cache folder."""
+    """Folder with one folder of PNG and JPEG pictures for each class, for --dataset folder; or with
+    the files of the MNIST family (IDX, plain or gz) or of CIFAR-10 (binary), by default your cache
+    folder."""
 
     data_file: File = None
     """UTF-8 text, .npz file (x_train, y_train and optionally x_test, y_test), folder of .npy files
     with these names, .csv or .parquet file; by default none."""
+
+    # Pictures in folders.
+    image_size: Sizes = ()
+    """Height and width, or one number for both, to which the pictures of --dataset folder are
+    resized and center-cropped; by default all pictures must have the same size."""
+
+    skip_unreadable: bool = False
+    """Leave out files of --dataset folder that are not complete pictures."""
 
     # Texts, and images as sequences.
     context_length: int = 128

@@ -94,12 +94,17 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "clip_radius": ("combine", ("centered_clipping",)),
     "outer_learning_rate": ("outer", ("momentum", "nesterov", "adam")),
     "outer_momentum": ("outer", ("momentum", "nesterov")),
-    # Texts, and data with classes.
+    # Pictures, texts, and data with one label per example.
+    "image_size": ("dataset", ("folder",)),
+    "skip_unreadable": ("dataset", ("folder",)),
     "context_length": ("dataset", ("text",)),
     "stride": ("dataset", ("text",)),
     "prompt": ("dataset", ("text",)),
     "sample_length": ("dataset", ("text",)),
-    "report": ("dataset", ("digits", "mnist", "fashion_mnist", "cifar10", "npz", "csv")),
+    "report": (
+        "dataset",
+        ("digits", "mnist", "fashion_mnist", "cifar10", "folder", "npz", "csv", "parquet"),
+    ),
     # Networks and their optimizer.
     "hidden_sizes": ("model", ("mlp",)),
     "channels": ("model", ("resnet",)),
@@ -123,7 +128,7 @@ By option: the name of the other option and these values.
 """
 
 _FILES = {
-    "data_dir": ("mnist", "fashion_mnist", "cifar10"),
+    "data_dir": ("mnist", "fashion_mnist", "cifar10", "folder"),
     "data_file": ("text", "npz", "csv", "parquet"),
     "label_column": ("csv", "parquet"),
     "drop": ("csv", "parquet"),

@@ -305,7 +305,8 @@ def hold_out(dataset: Dataset, validation_fraction: float, seed: int = 0) -> Dat
 
     Raises:
         InputError: If the fraction is not between 0 and 1, or leaves no example for training or for
-            validation, or if the examples come from a stream.
+            validation, if the data set has a validation split, or if the examples come from a
+            stream.
 
     Examples:
         >>> data = ctde.data.hold_out(ctde.data.digits(), 0.1)
@@ -313,6 +314,12 @@ def hold_out(dataset: Dataset, validation_fraction: float, seed: int = 0) -> Dat
         (1294, 144)
     """
     dataset.check_arrays("validation_fraction")
+    if dataset.validation is not None:
+        raise InputError(
+            "validation_fraction",
+            f"must not be set, as {dataset.name} has a validation split of "
+            f"{len(dataset.validation.inputs):,} examples, got {validation_fraction}.",
+        )
     examples = len(dataset.train.inputs)
     # A fraction outside of (0, 1) holds out nothing, which is rejected.
     held_out = round(validation_fraction * examples) if 0 < validation_fraction < 1 else 0

@@ -245,7 +245,8 @@ def test_preset_in_a_configuration_file_equals_that_of_the_command_line(tmp_path
         ),
         (
             ["--dataset", "mnits"],
-            "fashion_mnist, cifar10, text, npz, csv, parquet, got 'mnits'; did you mean 'mnist'?",
+            "fashion_mnist, cifar10, folder, text, npz, csv, parquet, got 'mnits'; did you mean "
+            "'mnist'?",
         ),
         (["--optimizer=adm"], "did you mean 'adam'?"),
         (["--activation"], "--activation takes one value, got none."),
