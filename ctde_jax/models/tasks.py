@@ -45,7 +45,12 @@ RESERVED = (
 
 
 class Units(NamedTuple):
-    """Units of regression targets: a network is trained on `(target - mean) / deviation`."""
+    """Units of regression targets: a network is trained on `(target - mean) / deviation`.
+
+    Examples:
+        >>> ctde.tasks.Units(np.array([[3.0]]), np.array([[2.0]])).mean
+        array([[3.]])
+    """
 
     mean: np.ndarray  # float32[1, targets]
     deviation: np.ndarray  # float32[1, targets], positive
