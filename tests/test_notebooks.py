@@ -9,6 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+*OF_DATA_SETS, OF_A_FRAME = NOTEBOOKS
 NEEDED_DEVICES = {"01_quickstart": 2, "02_aggregation": 4, "04_decentralized_execution": 2}
 
 
@@ -80,18 +81,22 @@ devices=ctde.devices.start(1),
     assert (tmp_path / "run" / "curves.png").exists()
 
 
-def execute(path: Path, monkeypatch, first: str = "") -> list[nbformat.NotebookNode]:
+def execute(
+    path: Path, monkeypatch, first: str = "", last: str = ""
+) -> list[nbformat.NotebookNode]:
     """Runs a notebook in a separate kernel, as Jupyter starts it; returns the outputs of its cells.
 
     Args:
         path: The notebook.
         monkeypatch: The fixture.
         first: Code of a cell to run before those of the notebook.
+        last: Code of a cell to run after those of the notebook.
     """
     monkeypatch.delenv("NPROC", raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
+    notebook.cells.append(nbformat.v4.new_code_cell(last))
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=300, resources=resources).execute()
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -103,7 +108,7 @@ def fallbacks(outputs: list[nbformat.NotebookNode]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OF_DATA_SETS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
 def test_notebook_runs_and_learns(path, monkeypatch):
     """On a machine without accelerators, on four fake CPU devices."""
@@ -120,6 +125,29 @@ def test_notebook_runs_and_learns(path, monkeypatch):
     assert min(accuracies) > 0.9
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 4
     assert fallbacks(outputs) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
+def test_notebook_of_a_data_frame_learns_exports_and_refuses(monkeypatch):
+    """Class weights raise the recall and not the AUROC; a node computes the trained model."""
+    facts = """
+recall, auroc = comparison["recall of failures"], comparison["AUROC"]
+assert recall["balanced"] > recall["plain"] + 0.1
+assert auroc.min() > 0.95 and auroc.max() - auroc.min() < 0.02
+assert regression.tested["r2"] > 0.8
+assert len(outputs) == count and difference < 1e-5
+"""
+    outputs = execute(OF_A_FRAME, monkeypatch, last=facts)
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
+    assert any("ctde-report" in output.get("data", {}).get("text/html", "") for output in outputs)
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    for fault in (
+        "has no column 'temperature'",
+        "column 'installed', which is not a date like 0000-00-00",
+        "column 'id', which look like names or texts",
+    ):
+        assert fault in printed
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Packages of the extras, and commands of the workflows."""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 from packaging.requirements import Requirement
 
@@ -36,6 +38,21 @@ def test_extra_of_a_platform_requires_jax_in_the_supported_range(extra):
 def test_notebook_extra_does_not_install_the_export_stack():
     assert "onnx" in packages("onnx")
     assert not packages("notebook") & packages("onnx")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_notebook_installs_the_packages_that_it_imports(path):
+    _, install, *cells = nbformat.read(path, as_version=4).cells
+    [extras] = re.findall(r"ctde_jax\[(.*?)\]", install.source)
+    installed = {Requirement(each).name for each in PROJECT["dependencies"]} | {PROJECT["name"]}
+    installed = installed.union(*map(packages, extras.split(",")))
+
+    # The package of a module has the same name, except that of sklearn, a dependency of ctde_jax.
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    modules = set(re.findall(r"^(?:import|from) (\w+)", code, re.M)) - sys.stdlib_module_names
+    assert modules - {"sklearn"} <= installed
 
 
 def test_workflow_runs_the_test_command_of_the_readme():

@@ -188,7 +188,7 @@ def numbers(column: Column, cells: Sequence[str]) -> np.ndarray:
     parse = {
         "number": number_of,
         "boolean": truth_of,
-        "date": lambda cell: days_of(cell) if pattern_of(cell) == column.pattern else None,
+        "date": lambda cell: days_of(cell) if _has_pattern(cell, column.pattern) else None,
     }[column.kind]
     values = np.full(len(cells), np.nan)
     largest = float(np.finfo(np.float32).max)
@@ -219,8 +219,17 @@ def days_of(cell: str) -> float | None:
 
 
 def pattern_of(cell: str) -> str:
-    """Returns a date with zeros in place of its digits, without fractions of seconds."""
-    return re.sub(r"\d", "0", re.sub(r"\.\d+", "", cell))
+    """Returns a date with zeros in place of its digits, without fractions of seconds.
+
+    The separator of date and time is `T`, also for a space.
+    """
+    return re.sub(r"\d", "0", re.sub(r"\.\d+", "", cell)).replace(" ", "T", 1)
+
+
+def _has_pattern(cell: str, pattern: str) -> bool:
+    """Returns whether a date has the pattern, if necessary without its time of 0:00."""
+    day = re.sub(r"[T ]00:00(:00(\.0+)?)?$", "", cell)
+    return pattern in (pattern_of(cell), pattern_of(day))
 
 
 def cell_of(value: object) -> str:

@@ -34,6 +34,13 @@ def read_frame(source: Any) -> tuple[list[str], list[Row]]:
             "must be the path of a csv or parquet file, a data frame or a sklearn Bunch, got "
             f"{type(source).__name__}.",
         ) from error
+
+    # pandas stores dates as times. If all times of a column are 0:00, its csv files contain dates.
+    for name, kind in frame.schema.items():
+        if kind == narwhals.Datetime and kind.time_zone is None:
+            times = frame[name].drop_nulls()
+            if (times == times.dt.truncate("1d")).all():
+                frame = frame.with_columns(frame[name].dt.to_string("%Y-%m-%d"))
     return _checked(frame.columns, frame.iter_rows())
 
 

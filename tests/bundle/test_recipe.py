@@ -84,6 +84,20 @@ def test_dates_are_days_since_1970(cell, days):
     assert days_of(cell) == days
 
 
+@pytest.mark.parametrize(
+    "cell", ["1970-01-05T00:00", "1970-01-05 00:00:00", "1970-01-05T00:00:00.000"]
+)
+def test_time_of_midnight_in_a_column_of_dates_is_the_date(cell):
+    np.testing.assert_array_equal(DAY.encode([cell]), DAY.encode(["1970-01-05"]))
+
+
+def test_space_between_date_and_time_is_read_as_a_t():
+    column = DAY._replace(pattern="0000-00-00T00:00")
+    np.testing.assert_array_equal(
+        column.encode(["1970-01-05 06:00"]), column.encode(["1970-01-05T06:00"])
+    )
+
+
 def test_values_of_frames_and_json_are_written_as_in_csv():
     values = [None, float("nan"), True, np.bool_(False), 3, 3.0, 2.5, " a ", date(2024, 1, 31)]
     values += [datetime(2024, 1, 31, 12), np.int64(7), np.float32(0.5)]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 import ctde_jax as ctde
 from ctde_jax import train
+from ctde_jax.bundle.tables import cells_of, read_table
 from ctde_jax.data import from_table
 from ctde_jax.data.dataset import split_rows
 from ctde_jax.data.digests import digests_of
@@ -235,6 +237,31 @@ def test_missing_values_of_pandas_are_gaps():
         ("date", sum(train_rows % 3 == 1)),
         ("category", sum(train_rows % 3 == 2)),
     ]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_times_of_frame_are_those_of_its_csv_file(library, tmp_path):
+    """If all times are 0:00, pandas writes dates; polars writes `T` between date and time."""
+    times = [datetime(2024, 1, day, hour) for day in range(1, 11) for hour in (0, 6, 12)]
+    columns = {
+        "day": [time.replace(hour=0) for time in times],
+        "time": [None, *times[1:]],
+        "label": [0, 1, 1] * 10,
+    }
+    frame = pytest.importorskip(library).DataFrame(columns)
+    path = tmp_path / "t.csv"
+    frame.to_csv(path, index=False) if library == "pandas" else frame.write_csv(path)
+
+    data = from_table(frame)
+    assert [column.pattern for column in data.recipe.columns] == [
+        "0000-00-00",
+        "0000-00-00T00:00:00",
+    ]
+    rows = read_table(path)
+    cells = {name: cells_of(path, rows, name) for name in rows.names}
+    encoded = data.recipe.encode(cells)
+    for split, places in zip((data.train, data.test), split_rows(30), strict=True):
+        np.testing.assert_array_equal(split.inputs, encoded[places])
 
 
 @pytest.mark.parametrize("as_frame", [False, True])
