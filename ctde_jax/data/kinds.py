@@ -29,8 +29,8 @@ def infer(path: Path | str, column: Column, is_category: bool) -> recipe.Kind:
         raise faulty(
             path,
             f"has no value in column {column.name}",
-            "remove the column, or the comma at the end of each line, or pass --drop "
-            f"{column.name}",
+            "remove the column, or the comma at the end of each line, or name it in drop "
+            f"(--drop {column.name})",
         )
     if is_category:
         return "category"
@@ -51,7 +51,8 @@ def infer(path: Path | str, column: Column, is_category: bool) -> recipe.Kind:
             path,
             f"has {distinct:,} distinct words in the {len(present):,} cells of column "
             f"{column.name}, which look like names or texts, not categories",
-            f"pass --drop {column.name}, or --categorical {column.name} to use them",
+            f"name it in drop (--drop {column.name}), or in categorical (--categorical "
+            f"{column.name}) to use it",
         )
     return "category"
 
@@ -63,7 +64,9 @@ def numbers(path: Path | str, column: Column) -> np.ndarray:
         InputError: If a cell is not a finite number in float32.
     """
     return columns.numbers(
-        path, column, f", or pass --categorical {column.name} if these are categories"
+        path,
+        column,
+        f", or name it in categorical (--categorical {column.name}) if these are categories",
     )
 
 
@@ -88,7 +91,7 @@ def fit(
         raise faulty(
             path,
             f"has a value in column {column.name} in the test split only",
-            f"pass --drop {column.name}",
+            f"name it in drop (--drop {column.name})",
         )
     missing = len(cells) - len(present)
     if kind == "category":
@@ -130,5 +133,6 @@ def _unreadable(path: Path | str, column: Column, error: recipe.Unreadable) -> I
         path,
         f"has {quoted(error.cell)} in line {column.lines[error.row]}, column {column.name}, which "
         f"is not {error.wanted}",
-        f"write all dates of the column in this format, or pass --categorical {column.name}",
+        "write all dates of the column in this format, or name it in categorical (--categorical "
+        f"{column.name})",
     )

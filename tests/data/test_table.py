@@ -416,21 +416,25 @@ def test_class_without_training_examples_is_noted(tmp_path):
         (
             "id,a,y\n" + "".join(f"C{i},{i}.5,{'xy'[i % 2]}\n" for i in range(20)),
             "has 20 distinct words in the 20 cells of column 'id', which look like names or texts, "
-            "not categories; pass --drop 'id', or --categorical 'id' to use them.",
+            "not categories; name it in drop (--drop 'id'), or in categorical "
+            "(--categorical 'id') to use it.",
         ),
         (
             "day,y\n" + "".join(f"1/{i + 1:02d}/2024,{'xy'[i % 2]}\n" for i in range(20)),
-            "write dates as 2024-01-31, or pass --categorical 'day' if these are categories.",
+            "write dates as 2024-01-31, or name it in categorical "
+            "(--categorical 'day') if these are categories.",
         ),
         (
             "a,y\n" + "1,x\n2,y\n" * 9 + "12a,x\n",
             "has '12a' in line 20, column 'a', which is not a finite float32 number; correct the "
-            "cell, or remove the line, or pass --categorical 'a' if these are categories.",
+            "cell, or remove the line, or name it in categorical "
+            "(--categorical 'a') if these are categories.",
         ),
         (
             "a,day,y\n" + "u,2024-01-01,x\nv,2024-02-01,y\n" * 9 + "u,2024-02-30,x\n",
             "has '2024-02-30' in line 20, column 'day', which is not a date like 0000-00-00; write "
-            "all dates of the column in this format, or pass --categorical 'day'.",
+            "all dates of the column in this format, or "
+            "name it in categorical (--categorical 'day').",
         ),
         (
             "a,day,y\n" + "u,2024-01-01,x\nv,2024-02-01T12:00,y\n" * 9,
