@@ -78,8 +78,8 @@ class Column(NamedTuple):
     def use(self) -> str:
         """Description of the inputs, for the plan of a run."""
         if self.kind == "category":
-            return f"one-hot, {len(self.values):,} categories and one place for others"
-        indicator = ", and an indicator of missing values" if self.missing else ""
+            return f"one-hot, {len(self.values):,} categories and others"
+        indicator = ", and an indicator of gaps" if self.missing else ""
         return {
             "number": "standardized",
             "boolean": "0 or 1",

@@ -49,7 +49,7 @@ def make_sections(
         *of_kind,
         _worst(worst),
         _curves(history),
-        page.section("Training", page.table("Plan of the training", ["part", "plan"], plan))
+        page.section("Training", page.table("Plan of the training", ["part", "plan"], plan, "plan"))
         if plan
         else page.section("Training", page.paragraph("The plan of this training is not known.")),
         page.section(
