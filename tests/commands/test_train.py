@@ -437,7 +437,7 @@ MISTAKES = {
     "--dataset npz": "--data-file must be the path of a file for --dataset npz, got none.",
     "--dataset csv --data-file nowhere.csv": "--data-file .*nowhere.csv",
     "--data-file words.csv": (
-        "--data-file requires --dataset text or npz or csv, got --dataset digits."
+        "--data-file requires --dataset text or npz or csv or parquet, got --dataset digits."
     ),
     "--dataset text --data-file latin.txt --model lstm": (
         "--data-file .*latin.txt.*0xdf at the offset 3, .*not valid UTF-8"

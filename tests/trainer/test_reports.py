@@ -672,7 +672,8 @@ def test_command_refuses_the_report_of_a_text_before_training(tmp_path, capsys):
     assert train.main([*options, "--run-dir", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == (
         "error: --report requires --dataset digits or --dataset mnist or --dataset fashion_mnist "
-        "or --dataset cifar10 or --dataset npz or --dataset csv.\n"
+        "or --dataset cifar10 or --dataset folder or --dataset npz or --dataset csv or --dataset "
+        "parquet.\n"
     )
     assert not (tmp_path / "run").exists()
 
