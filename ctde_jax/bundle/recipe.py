@@ -24,7 +24,6 @@ FALSE = ("false", "f", "no", "n")
 """Spellings of booleans, in lower case."""
 
 Kind = Literal["number", "boolean", "category", "date"]
-Facts = Mapping[str, Any]
 
 _WANTED: Mapping[Kind, str] = {
     "number": "a finite number",

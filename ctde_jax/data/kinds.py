@@ -78,7 +78,7 @@ def fit(
     Args:
         path: Source of the table, for errors.
         name: Name of the column.
-        kind: recipe.Kind of the column.
+        kind: Kind of the column.
         column: Cells of all examples.
         rows: Indices of the training examples, `int64[training]`.
 

@@ -136,20 +136,17 @@ def _plain(
     labels: np.ndarray,
 ) -> Dataset:
     """Makes the data set of a table of numbers without gaps."""
-    # Collect the features as float64; columns that number the lines are left out.
+    # Collect the features as float64.
     features = []
     notes = list(table.notes)
     coarse: dict[str, float] = {}
     for place, column in cells.items():
         values = kinds.numbers(table.path, column)
-        if _counts_lines(table, values):
-            notes.append(f"The column {column.name} numbers the lines and is not used.")
-            continue
-        error = columns.check_precision(table.path, column, values)
-        if error is not None:
-            coarse[column.name] = error
-        notes += _notes_on(column, values, labels)
-        features.append((place, values))
+        if _is_used(table, column, values, labels, notes):
+            error = columns.check_precision(table.path, column, values)
+            if error is not None:
+                coarse[column.name] = error
+            features.append((place, values))
     if not features:
         raise _without_features(table)
 
@@ -187,17 +184,16 @@ def _by_recipe(
             "add a line with the names of all columns",
         )
 
-    # Fit the recipe on the training split; columns that number the lines are left out.
+    # Fit the recipe on the training split.
     train, test = split_rows(len(labels))
     notes = list(table.notes)
     fitted = []
     for place, column in cells.items():
-        if found[place] == "number" and not any(map(is_missing, column.cells)):
-            values = kinds.numbers(table.path, column)
-            if _counts_lines(table, values):
-                notes.append(f"The column {column.name} numbers the lines and is not used.")
-                continue
-            notes += _notes_on(column, values, labels)
+        is_complete = found[place] == "number" and not any(map(is_missing, column.cells))
+        if is_complete and not _is_used(
+            table, column, kinds.numbers(table.path, column), labels, notes
+        ):
+            continue
         fitted.append(kinds.fit(table.path, table.names[place], found[place], column, train))
     if not fitted:
         raise _without_features(table)
@@ -224,8 +220,18 @@ def _by_recipe(
     )
 
 
-def _counts_lines(table: _Table, values: np.ndarray) -> bool:
-    return bool(table.names) and len(table.features) > 1 and columns.counts_lines(values)
+def _is_used(
+    table: _Table, column: Column, values: np.ndarray, labels: np.ndarray, notes: list[str]
+) -> bool:
+    """Returns whether a column of numbers is a feature, and appends the notes on it.
+
+    Columns that number the lines are left out, if they have names.
+    """
+    if table.names and len(table.features) > 1 and columns.counts_lines(values):
+        notes.append(f"The column {column.name} numbers the lines and is not used.")
+        return False
+    notes += _notes_on(column, values, labels)
+    return True
 
 
 def _stem(table: _Table) -> str:

@@ -114,11 +114,13 @@ def find_layers(
     # Try every activation. With other operations between the layers, such as a skip connection, no
     # activation matches.
     expected = trained.predict(inputs)
-    size = max(1.0, float(np.abs(expected).max()))
+    mean, deviation = weights.get(perceptron.MEAN, 0), weights.get(perceptron.DEVIATION, 1)
+    # Targets are compared as the network computes them; their units add the rounding of the mean.
+    tolerance = 1e-4 + 1e-6 * np.abs(mean) / deviation
     for layers in (Layers(activation, kernels) for activation in perceptron.ACTIVATIONS):
         found = perceptron.make_predict(layers, weights, inputs.shape[1:])(inputs)
         if found.shape == expected.shape and np.allclose(
-            found, expected, rtol=1e-4, atol=1e-4 * size
+            (found - mean) / deviation, (expected - mean) / deviation, rtol=1e-4, atol=tolerance
         ):
             return layers
     return None
