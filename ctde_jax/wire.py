@@ -80,6 +80,7 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         accumulation_steps=training.accumulation_steps,
         ema_decay=training.ema_decay,
         skip_nonfinite=training.on_nonfinite == "skip",
+        divide=training.divide,
     )
     hosts_of_devices = [device.process_index for device in devices]
     traffic = measure(program.as_text() or "", training.strategy.inner_steps, hosts_of_devices)

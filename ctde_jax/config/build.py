@@ -70,6 +70,8 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
         seed=optimization.seed,
         init_from=run.init_from,
         init_only=run.init_only or None,
+        freeze=optimization.freeze or None,
+        lora_rank=optimization.lora_rank,
         class_weights=_class_weights(optimization.class_weights),
         augment=build_augment(chosen.data),
         accumulation_steps=optimization.accumulation_steps,
@@ -282,15 +284,43 @@ def build_optimizer(
         options.schedule_start,
     )
 
+    if options.learning_rate_scales:
+        scales = _learning_rate_scales(options.learning_rate_scales)
+        optimizer = optax.chain(optimizer, optimizers.scale_updates(scales))
+
     # The scaling of maximal update parametrization is derived for updates of a fixed size.
     base = _build_base(chosen.model, dataset)
     if base is None:
         return optimizer
+    if options.freeze or options.lora_rank is not None:
+        name = "freeze" if options.freeze else "lora_rank"
+        raise InputError(name, "must not be set with --init mup, which scales all parameters.")
     if options.optimizer not in ("adam", "adamw", "lion"):
         raise InputError(
             "optimizer", f"must be adam, adamw or lion with --init mup, got {options.optimizer}."
         )
     return optax.chain(optimizer, mup.scale_learning_rates(base, dataset.train.inputs[:1]))
+
+
+def _learning_rate_scales(words: Sequence[str]) -> dict[str, float]:
+    """Converts the words of `--learning-rate-scales`, such as `layers/0/*=0.1`, to a mapping.
+
+    Raises:
+        InputError: If a word is not a pattern and a number.
+    """
+    scales: dict[str, float] = {}
+    for word in words:
+        pattern, _, number = word.rpartition("=")
+        try:
+            scales[pattern] = float(number)
+        except ValueError:
+            scales = {}
+        if not pattern or not scales:
+            raise InputError(
+                "learning_rate_scales",
+                f"must be patterns and numbers, such as 'layers/0/*=0.1', got {quoted(word)}.",
+            )
+    return scales
 
 
 def _build_base(chosen: ModelOptions, dataset: Dataset) -> Model | None:

@@ -31,7 +31,7 @@ from ctde_jax.config.options import Config, DataOptions
 from ctde_jax.data import Dataset, digests_of
 from ctde_jax.devices import FAKE_DEVICES, PyTree, replica, start
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model
+from ctde_jax.models import Model, fine_tuning
 from ctde_jax.rounds import make_source, of_first_steps, state
 from ctde_jax.trainer import (
     SCALED,
@@ -242,9 +242,12 @@ def _center(
 
     # Otherwise take the moving average, if there is one. If replicas diverge, these have a leading
     # replica axis, over which their mean is taken in float32 or better.
-    averaged = _beginning(found, "ema_params/")
-    params = averaged or _beginning(found, "params/")
-    whole = {"ema_params" if averaged else "params": like[0]}
+    part = "ema_params" if _beginning(found, "ema_params/") else "params"
+    merged = fine_tuning.merge_by_name(
+        {name.removeprefix(f"{part}/"): x for name, x in _beginning(found, f"{part}/").items()},
+        {name.removeprefix("frozen/"): x for name, x in _beginning(found, "frozen/").items()},
+    )
+    whole = {part: like[0]}
     wanted = state.named(whole)
     agreed = {
         name: tensor.mean(axis=0, dtype=np.promote_types(tensor.dtype, np.float32)).astype(
@@ -252,7 +255,7 @@ def _center(
         )
         if name in wanted and tensor.shape[1:] == wanted[name].shape
         else tensor
-        for name, tensor in params.items()
+        for name, tensor in ((f"{part}/{name}", tensor) for name, tensor in merged.items())
     }
     _, params = state.center_from_tensors(agreed, whole).popitem()
     kept = state.center_from_tensors(_beginning(found, "model_state/"), {"model_state": like[1]})
@@ -262,7 +265,9 @@ def _center(
 def _opt_state(found: Checkpoint, chosen: Config, data: Dataset, params: PyTree) -> PyTree:
     """Returns the optimizer state of a checkpoint, in the form of `Trained.opt_state`."""
     optimizer = build.build_optimizer(chosen, data, found.facts["options"]["steps"])
-    like = jax.eval_shape(adapted(optimizer).init, params)
+    options = chosen.optimization
+    trained, _ = fine_tuning.split(params, options.freeze or None, options.lora_rank, options.seed)
+    like = jax.eval_shape(adapted(optimizer).init, trained)
     # For rollbacks, the optimizer is wrapped, so its state is nested one level deeper.
     prefix = SCALED if chosen.optimization.on_nonfinite == "rollback" else "opt_state/1/"
     tensors = {

@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules of optax, by name."""
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from math import inf
 
 import jax
@@ -8,7 +10,8 @@ import optax.contrib
 from jax import numpy as jnp
 
 from ctde_jax.devices import PyTree
-from ctde_jax.errors import InputError, check_at_least, check_known
+from ctde_jax.errors import InputError, check_at_least, check_known, quoted
+from ctde_jax.models import fine_tuning
 
 OPTIMIZERS = {
     "sgd": optax.sgd,
@@ -91,6 +94,50 @@ def build(
             "clip_grad_norm", f"must be greater than 0 and finite, got {clip_grad_norm}."
         )
     return optax.chain(optax.clip_by_global_norm(clip_grad_norm), optimizer)
+
+
+def scale_updates(scales: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of the parameters whose names match a pattern by its factor.
+
+    Chained after an optimizer, it scales the learning rate of these parameters, and with it their
+    decoupled weight decay. An optimizer such as `optax.contrib.schedule_free` must wrap both:
+    `schedule_free(optax.chain(optax.sgd(0.1), scale_updates(...)), 0.1)`.
+
+    Args:
+        scales: Factors by pattern of names, such as `{"encoder/*": 0.1}`, in the syntax of
+            `fnmatch`. The first pattern that matches applies; all other parameters keep their
+            updates.
+
+    Raises:
+        InputError: A factor is not positive and finite. Or, by `init`, a pattern matches nothing.
+
+    Examples:
+        >>> scales = {"encoder/*": 0.1}
+        >>> optimizer = optax.chain(optax.adam(0.01), ctde.optimizers.scale_updates(scales))
+    """
+    for pattern, factor in scales.items():
+        if not 0 < factor < inf:
+            rule = "must be positive and finite"
+            raise InputError(
+                "learning_rate_scales",
+                f"{rule}, got {factor} for {quoted(pattern)}; use freeze to keep parameters as "
+                "they are.",
+            )
+
+    def init(params: PyTree) -> optax.OptState:
+        fine_tuning.find_matches("learning_rate_scales", list(scales), fine_tuning.names_of(params))
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: optax.OptState, params: PyTree = None):
+        leaves, structure = jax.tree.flatten(updates)
+        factors = [
+            next((scales[pattern] for pattern in scales if fnmatchcase(name, pattern)), 1.0)
+            for name in fine_tuning.names_of(updates)
+        ]
+        scaled = [leaf * factor for leaf, factor in zip(leaves, factors, strict=True)]
+        return structure.unflatten(scaled), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def is_decayed(params: PyTree) -> PyTree:

@@ -224,6 +224,18 @@ class OptimizationOptions:
     accumulation_steps: int = 1
     """Number of microbatches per device for gradient accumulation, to save memory."""
 
+    # Fine-tuning.
+    freeze: Names = ()
+    """Patterns of the parameters that are not trained, such as 'layers/0/*';
+    by default none, or with --lora-rank all."""
+
+    lora_rank: Count = None
+    """LoRA: train low-rank changes of this rank instead of the frozen kernels; by default none."""
+
+    learning_rate_scales: Names = ()
+    """Factors of the learning rate of some parameters, such as 'layers/0/*=0.1'; the first pattern
+    that matches applies; by default all are 1."""
+
     # Averaging and stopping.
     ema_decay: Number = None
     """Decay of an exponential moving average of the parameters, updated at every aggregation.

@@ -6,8 +6,7 @@ This needs only the compiler, which is part of the platform's plugin: `pip insta
 
 import os
 import re
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import jax
@@ -17,7 +16,7 @@ from jax.experimental import topologies
 
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Augment, Dataset
-from ctde_jax.devices import AXIS, replica
+from ctde_jax.devices import AXIS, PyTree, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task
 from ctde_jax.rounds import ExampleSource, Span, make_gradient_for, parallel_rounds, state
@@ -92,6 +91,7 @@ def compile_rounds(
     accumulation_steps: int = 1,
     ema_decay: float | None = None,
     skip_nonfinite: bool = False,
+    divide: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None,
 ) -> replica.Program:
     """Compiles the rounds that `fit` would run, also for devices that are not present.
 
@@ -107,12 +107,21 @@ def compile_rounds(
         accumulation_steps: Number of microbatches for gradient accumulation.
         ema_decay: Decay per round of the moving average of the parameters; None for no average.
         skip_nonfinite: Whether rounds with NaN or infinity are skipped.
+        divide: Function from the parameters to the trained and the frozen ones, as
+            `Training.divide`; None trains all of them.
     """
     # Shapes of the state, without computing it. Stacked parts get one row for each device.
-    center = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
-    create = jax.vmap(
-        partial(state.create, optimizer=optimizer, strategy=strategy, ema=ema_decay is not None),
-        in_axes=(None, None),
+    params, model_state = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
+    parts = (params, ()) if divide is None else jax.eval_shape(divide, params)
+
+    def create(trained: PyTree, model_state: PyTree, frozen: PyTree) -> state.TrainState:
+        return state.create(
+            trained, model_state, optimizer, strategy, ema_decay is not None, frozen
+        )
+
+    on_replicas = jax.vmap(
+        create,
+        in_axes=None,
         out_axes=state.axes(strategy),
         axis_name=AXIS,
         axis_size=len(devices),
@@ -123,7 +132,7 @@ def compile_rounds(
     piece = source.shapes(Span(0, round_steps, round_steps))
     number = jax.ShapeDtypeStruct((), np.int32)
     arguments = (
-        jax.eval_shape(create, *center),
+        jax.eval_shape(on_replicas, parts[0], model_state, parts[1]),
         *piece,
         number,
         number,

@@ -1,6 +1,6 @@
 """Networks, and the adapters for user-defined nnx and linen modules."""
 
-from ctde_jax.models import initializers
+from ctde_jax.models import fine_tuning, initializers
 from ctde_jax.models.base import (
     Model,
     count_params,
@@ -39,6 +39,7 @@ __all__ = [
     "cnn",
     "count_params",
     "describe",
+    "fine_tuning",
     "focal",
     "for_data",
     "from_linen",

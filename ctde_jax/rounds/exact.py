@@ -18,7 +18,7 @@ from jaxtyping import Array, Int32, Key
 from ctde_jax.data import Augment, Split
 from ctde_jax.devices import AXIS, PyTree, is_changed, largest
 from ctde_jax.errors import InputError
-from ctde_jax.models import Model, Task
+from ctde_jax.models import Model, Task, fine_tuning
 from ctde_jax.rounds.gradient import (
     SHARDS,
     Gradient,
@@ -100,7 +100,12 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
         (indices,) = batches
         _, gradient_key = step_keys(key, state.step)
         grads, model_state, sums = gradient(
-            state.params, state.model_state, split, indices, gradient_key
+            state.params,
+            state.model_state,
+            split,
+            indices,
+            gradient_key,
+            frozen=state.frozen,
         )
 
         # Every replica takes the same step, compiled separately from the gradient.
@@ -132,10 +137,9 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
         task: Task that defines the loss and the metrics.
         augment: Augmentation of each training example, with a different key for each.
     """
-    on_shard = make_on_shard(model, task, augment)
 
-    def gradient(params, model_state, split, indices, key):
-        check_model(model, params, model_state, split.inputs[:1])
+    def gradient(params, model_state, split, indices, key, frozen=()):
+        check_model(fine_tuning.merged(model, frozen), params, model_state, split.inputs[:1])
 
         # The shards of this replica, int32[shards, per_shard].
         (examples,), (numbers,) = cut_into_shards(indices, 1, SHARDS)
@@ -143,7 +147,8 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
         def of_shard(shard):
             # Barriers keep XLA from rewriting this together with code that depends on the number of
             # devices.
-            (examples, number), params, start = lax.optimization_barrier((shard, *center))
+            (examples, number), params, start, kept = lax.optimization_barrier((shard, *center))
+            on_shard = make_on_shard(fine_tuning.merged(model, kept), task, augment)
 
             def objective(params):
                 total, new_model_state, sums = on_shard(examples, number, params, start, split, key)
@@ -153,7 +158,7 @@ def make_exact_gradient(model: Model, task: Task, augment: Augment | None) -> Gr
             return lax.optimization_barrier((grads, new_model_state, sums))
 
         # Compute the shards of this replica, and gather those of all: `[SHARDS, ...]`.
-        center = (params, model_state)
+        center = (params, model_state, frozen)
         grads, states, sums = _of_all_shards(
             _one_after_another(of_shard, (examples, numbers), jnp.any(indices >= 0))
         )

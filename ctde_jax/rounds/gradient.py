@@ -37,7 +37,7 @@ from jaxtyping import Array, Float32, Int32, Key, Shaped
 from ctde_jax.aggregate import depends_on
 from ctde_jax.data import Augment, Drawn, apply_to
 from ctde_jax.devices import AXIS, SHARD, PyTree, agreed_state
-from ctde_jax.models import Model, Task
+from ctde_jax.models import Model, Task, fine_tuning
 from ctde_jax.rounds.sums import Sums
 
 SHARDS = 8
@@ -50,7 +50,10 @@ StepIndices: TypeAlias = Int32[Array, "steps per_replica"]
 """Examples of a replica in each step, as indices into its split; negative for padding."""
 
 Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
-"""`gradient(params, model_state, split, indices, key, alone=False) -> (grads, model_state, sums)`
+"""`gradient(params, model_state, split, indices, key, alone=False, frozen=()) -> result`
+
+The result is `(grads, model_state, sums)`. The gradient is that of `params`; `frozen` contains the
+parameters that are not trained, see `models.fine_tuning`.
 
 `indices` is `int32[per_replica]`, negative for padding; the key is the same on all replicas. The
 sums are over the replica's examples. If `alone` is True, as in local steps, a model with a state
@@ -75,13 +78,15 @@ def make_gradient(
             of all of them together; activations take the memory of one.
     """
 
-    def gradient(params, model_state, split, indices, key, alone=False):
+    def gradient(params, model_state, split, indices, key, alone=False, frozen=()):
+        network = fine_tuning.merged(model, frozen)
+
         # Trace the model on a microbatch: does it use collectives, does it draw random numbers?
         inputs = jax.ShapeDtypeStruct(
             (len(indices) // accumulation_steps, *split.inputs.shape[1:]), split.inputs.dtype
         )
-        uses_collectives = uses_replica_collectives(model, params, model_state, inputs)
-        is_random = draws(model, params, model_state, inputs)
+        uses_collectives = uses_replica_collectives(network, params, model_state, inputs)
+        is_random = draws(network, params, model_state, inputs)
 
         # Cut the examples: int32[accumulation_steps, shards, per_shard]. Without random numbers,
         # shards only determine which examples form a group; each group is computed as one shard.
@@ -98,7 +103,7 @@ def make_gradient(
         # Alone, a model that synchronizes batch statistics uses those of this replica.
         keeps_statistics = uses_collectives and bool(jax.tree.leaves(model_state))
         on_shard = make_on_shard(
-            _alone(model) if alone and keeps_statistics else model, task, augment
+            _alone(network) if alone and keeps_statistics else network, task, augment
         )
 
         # The transpose of a `psum` sums the cotangents of all replicas. So if the losses of other

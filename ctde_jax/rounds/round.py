@@ -148,7 +148,7 @@ def _make_synchronous(
         (indices,) = batches
         reduce_key, step_key = step_keys(key, state.step)
         grads, model_state, sums = gradient(
-            state.params, state.model_state, split, indices, step_key
+            state.params, state.model_state, split, indices, step_key, frozen=state.frozen
         )
 
         # Reduce the gradients, weighted by the number of examples.
@@ -185,7 +185,12 @@ def _make_local(
             params, model_state, opt_state = carry
             step, indices = step_and_indices
             grads, model_state, sums = gradient(
-                params, model_state, split, indices, step_keys(key, step)[1]
+                params,
+                model_state,
+                split,
+                indices,
+                step_keys(key, step)[1],
+                frozen=state.frozen,
             )
             value = partial(mean_objective, sums)
             updates, opt_state = optimizer.update(

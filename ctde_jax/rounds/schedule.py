@@ -64,7 +64,7 @@ class Phase(NamedTuple):
 
         def center(train_state: state.TrainState) -> PyTree:
             # If the state contains the central parameters, nothing runs on the devices.
-            if state.has_evaluated_point(train_state, self.strategy):
+            if state.is_computed(train_state, self.strategy):
                 return compute(rows, train_state)
             return evaluated_point(train_state)
 

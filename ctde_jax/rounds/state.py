@@ -5,7 +5,6 @@ A *center* is a pair of central parameters and model state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,10 +18,14 @@ from ctde_jax.aggregate import evaluated_point as _evaluated_point
 from ctde_jax.aggregate import has_evaluated_point as _has_evaluated_point
 from ctde_jax.devices import AXIS, PyTree, replica
 from ctde_jax.errors import InputError
+from ctde_jax.models import fine_tuning
 
 
 class TrainState(NamedTuple):
-    """The state of training; `params` differ between replicas only if the strategy diverges."""
+    """The state of training; `params` differ between replicas only if the strategy diverges.
+
+    In fine-tuning, `params` and all states that depend on them contain the trained part only.
+    """
 
     step: PyTree  # int32[], number of steps taken, including those without examples
     params: PyTree
@@ -31,6 +34,7 @@ class TrainState(NamedTuple):
     reduce_state: PyTree  # state of the strategy's reducer, one per replica
     outer_state: PyTree  # state of the strategy's outer optimizer; one per replica if it diverges
     ema_params: PyTree = ()  # exponential moving average of the parameters, if one is kept
+    frozen: PyTree = ()  # parameters that are not trained; see `models.fine_tuning`
 
 
 def axes(strategy: Strategy) -> TrainState:
@@ -47,6 +51,7 @@ def axes(strategy: Strategy) -> TrainState:
         reduce_state=0,
         outer_state=diverging,
         ema_params=diverging,
+        frozen=None,
     )
 
 
@@ -69,11 +74,13 @@ def create(
     optimizer: optax.GradientTransformation,
     strategy: Strategy,
     ema: bool = False,
+    frozen: PyTree = (),
 ) -> TrainState:
     """Makes the initial state of one replica.
 
     It runs under the replica axis, as reducers may read the size of this axis. `ema` adds a moving
-    average of the parameters, which starts at `params`.
+    average of the parameters, which starts at `params`. `params` are those that are trained, and
+    `frozen` all others.
     """
     return TrainState(
         step=jnp.int32(0),
@@ -83,6 +90,7 @@ def create(
         reduce_state=strategy.reduce.init(params),
         outer_state=adapted(strategy.outer).init(params),
         ema_params=params if ema else (),
+        frozen=frozen,
     )
 
 
@@ -93,13 +101,16 @@ def like_created(
     strategy: Strategy,
     replicas: int,
     ema: bool = False,
+    frozen: PyTree = (),
 ) -> TrainState:
     """Returns the shapes and dtypes of the result of `create` on all replicas, `[replica, ...]`."""
+
+    def make(params: PyTree, model_state: PyTree, frozen: PyTree) -> TrainState:
+        return create(params, model_state, optimizer, strategy, ema, frozen)
+
     # The axis is that of vmap, so that no devices are needed.
-    make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
-    return jax.eval_shape(
-        jax.vmap(make, in_axes=None, axis_name=AXIS, axis_size=replicas), params, model_state
-    )
+    on_replicas = jax.vmap(make, in_axes=None, axis_name=AXIS, axis_size=replicas)
+    return jax.eval_shape(on_replicas, params, model_state, frozen)
 
 
 def place(
@@ -109,12 +120,17 @@ def place(
     strategy: Strategy,
     devices: Sequence[jax.Device],
     ema: bool = False,
+    frozen: PyTree = (),
 ) -> TrainState:
     """Copies parameters and model state to the devices, and makes the initial state there."""
+
+    def make(params: PyTree, model_state: PyTree, frozen: PyTree) -> TrainState:
+        return create(params, model_state, optimizer, strategy, ema, frozen)
+
     # Reducers read the number of replicas, so their state is made on the devices.
-    make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
-    center = replica.replicate((params, model_state), devices)
-    return _run(_on_replicas(make, center, (None, None), axes(strategy), devices), center, devices)
+    parts = replica.replicate((params, model_state, frozen), devices)
+    making = _on_replicas(make, parts, (None, None, None), axes(strategy), devices)
+    return _run(making, parts, devices)
 
 
 def change_strategy(
@@ -150,11 +166,20 @@ def _lower_change(
     return _on_replicas(begin, (state,), (axes(before),), axes(after), devices)
 
 
-def has_evaluated_point(state: TrainState, strategy: Strategy) -> bool:
+def is_computed(state: TrainState, strategy: Strategy) -> bool:
     """Returns whether the central parameters must be computed on the devices.
 
-    If not, they are a part of the state: `params` or `ema_params`. Only the structure of the state
-    is read.
+    If not, they are parts of the state: `params` or `ema_params`, and `frozen`. Only the structure
+    of the state is read.
+    """
+    return fine_tuning.has_low_rank(state.params) or has_evaluated_point(state, strategy)
+
+
+def has_evaluated_point(state: TrainState, strategy: Strategy) -> bool:
+    """Returns whether the evaluated parameters are other numbers than those in the state.
+
+    They are computed from the state of the optimizer, or are a mean over the replicas. Only the
+    structure of the state is read.
     """
     return strategy.diverges or _has_evaluated_point(_central_optimizer(state, strategy))
 
@@ -164,14 +189,17 @@ def evaluated_point(state: TrainState, strategy: Strategy) -> PyTree:
 
     They are the moving average of the parameters if the state has one. Otherwise they are `params`,
     or the point at which an optimizer such as `optax.contrib.schedule_free` is evaluated. If
-    replicas diverge, the result is the mean over the replicas, computed by a collective.
+    replicas diverge, the result is the mean over the replicas, computed by a collective. Frozen
+    parameters are included, and low-rank changes are added to their kernels.
     """
     # An empty tree means that there is no moving average.
     if jax.tree.leaves(state.ema_params):
         params = state.ema_params
     else:
         params = _evaluated_point(_central_optimizer(state, strategy), state.params)
-    return _mean_of_replicas(params) if strategy.diverges else params
+    if strategy.diverges:
+        params = _mean_of_replicas(params)
+    return fine_tuning.merge(params, state.frozen)
 
 
 def _mean_of_replicas(params: PyTree) -> PyTree:

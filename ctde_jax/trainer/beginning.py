@@ -54,10 +54,17 @@ def begin(
     first = training.source.inputs(0)  # [examples, ...], the first global batch
     traced = jax.jit(training.raw_model.init).trace(init_key, first)
     shapes_of_params, shapes_of_state = traced.out_info
+    trained, frozen = jax.eval_shape(training.divide, shapes_of_params)
     like = state.like_created(
-        shapes_of_params, shapes_of_state, training.optimizer, strategy, len(devices), keeps_average
+        trained,
+        shapes_of_state,
+        training.optimizer,
+        strategy,
+        len(devices),
+        keeps_average,
+        frozen,
     )
-    memory.check_training(like, shapes_of_params, devices)
+    memory.check_training(like, trained, devices)
 
     # Initialize on one device. A checkpoint needs that as well, for its shapes and dtypes.
     init = replica.compiled(traced.lower(), jax.local_devices()[:1], training.strategy.exact)
@@ -79,8 +86,9 @@ def begin(
     params, model_state = hosts.arrays_of_the_first((params, model_state))
 
     # Put the state on the devices, and replace it by the state of the checkpoint.
+    trained, frozen = training.divide(params)
     train_state = state.place(
-        params, model_state, training.optimizer, strategy, devices, keeps_average
+        trained, model_state, training.optimizer, strategy, devices, keeps_average, frozen
     )
     best = Best(training.patience)
     if found.checkpoint is not None:

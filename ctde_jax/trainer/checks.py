@@ -77,13 +77,19 @@ def check_network(
 
 
 def check_strategy(
-    model: Model, center: tuple[PyTree, PyTree], data: Dataset, strategy: Strategy, replicas: int
+    model: Model,
+    center: tuple[PyTree, PyTree],
+    trained: PyTree,
+    data: Dataset,
+    strategy: Strategy,
+    replicas: int,
 ) -> None:
     """Checks that a strategy supports the number of replicas and the model.
 
     Args:
         model: A model that takes inputs as the data set stores them.
         center: Pair of the parameters and the model state; only shapes and dtypes are read.
+        trained: The parameters that are trained and sent; only shapes and dtypes are read.
         data: Data set with at least one training example.
         strategy: Strategy to check.
         replicas: Number of replicas.
@@ -93,7 +99,7 @@ def check_strategy(
             uses collectives.
     """
     params, model_state = center
-    state.check(params, strategy, replicas)
+    state.check(trained, strategy, replicas)
     if strategy.exact:
         exact.check_model(model, params, model_state, data.train.inputs[:1])
 

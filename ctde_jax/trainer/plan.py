@@ -11,7 +11,7 @@ from ctde_jax.bundle import Recipe
 from ctde_jax.data import Dataset
 from ctde_jax.devices import count_cores
 from ctde_jax.errors import on_one_line
-from ctde_jax.models import count_params
+from ctde_jax.models import count_params, fine_tuning
 from ctde_jax.trainer.training import Training
 
 _MOST_COLUMNS = 40
@@ -57,6 +57,9 @@ def plan_rows(training: Training, names: Mapping[str, str] = {}) -> list[tuple[s
     # Model, batch, optimizer and strategy.
     count = f"{count_params(training.shapes[0]):,} parameters"
     rows.append(("model", f"{names['model']}, {count}" if "model" in names else count))
+    if training.freeze is not None or training.lora_rank is not None:
+        trained, _ = training.shapes_of_parts
+        rows.append(("trained", fine_tuning.describe(training.shapes[0], trained)))
     microbatches = training.accumulation_steps
     cut = f" in {microbatches} microbatches" if microbatches > 1 else ""
     per_device = training.batch_size // len(devices)

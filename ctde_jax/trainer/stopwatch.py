@@ -348,8 +348,9 @@ class _Contestant:
         before = time.perf_counter()
         averages = training.ema_decay is not None
         params, model_state = center
+        trained, frozen = training.divide(params)
         self._state = state.place(
-            params, model_state, training.optimizer, strategy, devices, averages
+            trained, model_state, training.optimizer, strategy, devices, averages, frozen
         )
         self.examples = training.source.hold(devices) if sharing is None else sharing.examples
         self.key = replica.replicate(jax.random.split(jax.random.key(training.seed))[1], devices)

@@ -25,7 +25,15 @@ from ctde_jax.errors import (
     check_seed,
     check_whole,
 )
-from ctde_jax.models import Model, Task, in_units, unscaled, weighted, with_raw_inputs
+from ctde_jax.models import (
+    Model,
+    Task,
+    fine_tuning,
+    in_units,
+    unscaled,
+    weighted,
+    with_raw_inputs,
+)
 from ctde_jax.rounds import OnDisk, Phase, Resident, Streamed, exact, make_phases, make_source
 from ctde_jax.trainer import checks
 from ctde_jax.trainer.warm_start import Given, Source, read_source
@@ -60,6 +68,14 @@ class Training:
             given the same parameters again, so name a checkpoint of a run that is still training.
         init_only: Patterns of the parameters to take from `init_from`, such as `["encoder/*"]`; the
             others are initialized as usual. By default, all parameters must match.
+        freeze: Patterns of the parameters that are not trained, such as `["encoder/*"]`. They have
+            no gradients and no optimizer state, and are never sent. Batch statistics of frozen
+            layers are still updated. By default, all parameters are trained; with a `lora_rank`,
+            all are frozen.
+        lora_rank: Rank of low-rank changes (LoRA; Hu et al., 2022), one for each frozen parameter
+            with two or more axes, unless it would have as many numbers as the parameter. They are
+            trained instead of the parameters, and added to them for evaluation and in the result.
+            By default, there are none.
         class_weights: Weight of each class in the minimized objective, in the order of
             `data.classes`, or "balanced"; see `tasks.weighted`. By default, all are 1.
         augment: Changes every training example before the model receives it; see `data.augment`.
@@ -106,6 +122,8 @@ class Training:
     seed: int = 0
     init_from: Source | None = None
     init_only: Sequence[str] | str | None = None
+    freeze: Sequence[str] | str | None = None
+    lora_rank: int | None = None
     class_weights: Sequence[float] | Literal["balanced"] | None = None
     augment: Augment | None = None
     accumulation_steps: int = 1
@@ -122,6 +140,7 @@ class Training:
         self._check_combinations()
         model = self.raw_model
         center = self.shapes
+        trained, _ = self.shapes_of_parts
         replicas = len(self.devices)
         checks.check_network(
             model,
@@ -131,11 +150,11 @@ class Training:
             takes_mask=checks.takes_mask(unscaled(self.model)),
             reestimates=self.reestimate_batches > 0,
         )
-        checks.check_strategy(model, center, self.data, self.strategy, replicas)
+        checks.check_strategy(model, center, trained, self.data, self.strategy, replicas)
         checks.check_optimizer(
             self.optimizer,
             self.strategy,
-            center[0],
+            trained,
             replicas,
             averages=self.ema_decay is not None,
             rolls_back=self.on_nonfinite == "rollback",
@@ -162,6 +181,19 @@ class Training:
         # A key[] and one example, `[1, ...]`, determine all shapes.
         key = jax.eval_shape(jax.random.key, 0)
         return jax.eval_shape(self.raw_model.init, key, self.data.train.inputs[:1])
+
+    @cached_property
+    def shapes_of_parts(self) -> tuple[Any, Any]:
+        """Shapes and dtypes of the trained and the frozen parameters; see `divide`."""
+        return jax.eval_shape(self.divide, self.shapes[0])
+
+    def divide(self, params: Any) -> tuple[Any, Any]:
+        """Divides parameters into the trained and the frozen ones; the latter may be empty.
+
+        Raises:
+            InputError: A pattern of `freeze` matches nothing, or no parameter would be trained.
+        """
+        return fine_tuning.split(params, _as_patterns(self.freeze), self.lora_rank, self.seed)
 
     @cached_property
     def source(self) -> Resident | OnDisk | Streamed:
@@ -194,10 +226,7 @@ class Training:
     @property
     def patterns(self) -> tuple[str, ...] | None:
         """The patterns of `init_only` as a tuple; None without it."""
-        # A string is one pattern, not a sequence of characters.
-        if isinstance(self.init_only, str):
-            return (self.init_only,)
-        return None if self.init_only is None else tuple(self.init_only)
+        return _as_patterns(self.init_only)
 
     @cached_property
     def identity(self) -> Identity:
@@ -248,6 +277,8 @@ class Training:
             "seed": self.seed,
             "init_from": None if self.given is None else self.given.digest,
             "init_only": self.patterns,
+            "freeze": _as_patterns(self.freeze),
+            "lora_rank": self.lora_rank,
             "accumulation_steps": self.accumulation_steps,
             "ema_decay": self.ema_decay,
             "reestimate_batches": self.reestimate_batches,
@@ -277,11 +308,13 @@ class Training:
             log_every=self.log_every,
         )
         check_whole(patience=self.patience, reestimate_batches=self.reestimate_batches)
+        check_whole(lora_rank=self.lora_rank)
         # The ranges of batch size, epochs and steps depend on the data; see `_check_combinations`.
         check_seed(self.seed)
         check_at_least(1, accumulation_steps=self.accumulation_steps, patience=self.patience)
         check_at_least(1, eval_every=self.eval_every, log_every=self.log_every)
         check_at_least(0, reestimate_batches=self.reestimate_batches)
+        check_at_least(1, lora_rank=self.lora_rank)
         check_at_most(_MOST_REESTIMATED, reestimate_batches=self.reestimate_batches)
         check_known("on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -318,6 +351,13 @@ class Training:
             )
         if self.strategy.exact:
             exact.check_sizes(replicas, self.batch_size, self.accumulation_steps)
+
+
+def _as_patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Returns patterns as a tuple; a string is one pattern, not a sequence of characters."""
+    if isinstance(patterns, str):
+        return (patterns,)
+    return None if patterns is None else tuple(patterns)
 
 
 def in_stored_units(model: Model, data: Dataset, task: Task) -> Model:

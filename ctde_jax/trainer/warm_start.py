@@ -1,7 +1,6 @@
 """Warm start: initial parameters that are loaded from a source instead of drawn at random."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -27,8 +26,8 @@ from ctde_jax.checkpoint import (
     read,
 )
 from ctde_jax.devices import PyTree
-from ctde_jax.errors import InputError, did_you_mean, quoted
-from ctde_jax.models import is_random, is_trained, split_variables
+from ctde_jax.errors import InputError, quoted
+from ctde_jax.models import fine_tuning, is_random, is_trained, split_variables
 from ctde_jax.rounds import state
 from ctde_jax.trainer.trained import Trained
 
@@ -97,18 +96,8 @@ def start_from(
     # Name the leaves of both sides. Without patterns, everything must match.
     needed = {"params": state.named(params), "model_state": state.named(model_state)}
     there = {"params": given.params, "model_state": given.model_state}
-    patterns = ["*"] if only is None else list(only)
-    if not patterns:
-        raise InputError("init_only", "must contain at least one pattern, such as 'encoder/*'.")
-    # A pattern that matches nothing is probably a typo, so suggest the nearest name.
     names = [name for part in needed.values() for name in part]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            suggestion = did_you_mean(pattern, names)
-            raise InputError(
-                "init_only",
-                f"must match parameters of the model, got {quoted(pattern)}{suggestion}",
-            )
+    wanted = set(names) if only is None else fine_tuning.find_matches("init_only", only, names)
 
     # Decide for each leaf of the model, and collect all faults for one error.
     loaded: dict[str, Tensors] = {"params": {}, "model_state": {}}
@@ -118,8 +107,7 @@ def start_from(
         for name, leaf in leaves.items():
             tensor = there[part].get(name)
             shape = f"{leaf.dtype}{list(leaf.shape)}"
-            is_wanted = any(fnmatchcase(name, pattern) for pattern in patterns)
-            if not is_wanted:
+            if name not in wanted:
                 lines.append((name, shape, "initialized, not in init_only"))
             elif part == "model_state" and not there[part]:
                 lines.append((name, shape, "initialized, no model state in the source"))
@@ -270,7 +258,9 @@ def _of_checkpoint(tensors: Tensors) -> Given:
                 return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
         return {}
 
-    params = below(f"{BEST}/0/", "ema_params/", "params/")
+    params = below(f"{BEST}/0/") or fine_tuning.merge_by_name(
+        below("ema_params/", "params/"), below("frozen/")
+    )
     return Given(params, below(f"{BEST}/1/", "model_state/"), is_checkpoint=True)
 
 

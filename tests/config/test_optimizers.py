@@ -121,3 +121,24 @@ def test_gradients_are_clipped_to_the_global_norm(norm, length):
     assert jax.tree.all(
         jax.tree.map(lambda u, g: bool(jnp.allclose(u / -length, g / 5.0)), updates, grads)
     )
+
+
+def test_first_pattern_that_matches_scales_the_updates():
+    params = {"body": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "head": jnp.ones(3)}
+    scales = {"body/kernel": 0.5, "body/*": 0.1}
+    optimizer = optax.chain(optax.sgd(1.0), optimizers.scale_updates(scales))
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    expected = {"body": {"kernel": -0.5, "bias": -0.1}, "head": -1.0}
+    jax.tree.map(lambda update, value: np.testing.assert_allclose(update, value), updates, expected)
+
+
+@pytest.mark.parametrize(
+    ("scales", "sentence"),
+    [
+        ({"head": 0}, "must be positive and finite, got 0 for 'head'; use freeze"),
+        ({"heda": 0.1}, "must match parameters of the model, got 'heda'; did you mean 'head'"),
+    ],
+)
+def test_unsuitable_scales_are_refused(scales, sentence):
+    with pytest.raises(InputError, match=sentence):
+        optimizers.scale_updates(scales).init({"head": jnp.ones(3)})
