@@ -70,9 +70,9 @@ def split(
     names = names_of(params)
     chosen = find_matches("freeze", patterns, names)
 
-    # Each parameter has a key of its position, so that it does not depend on the patterns. The key
-    # differs from those of initialization and training, which `split` derives from the seed.
-    key = jax.random.fold_in(jax.random.key(seed), 0)
+    # Each parameter has a key of its position, so that it does not depend on the patterns. The
+    # initialization and the training have the keys that `fold_in` returns for 0 and 1.
+    key = jax.random.fold_in(jax.random.key(seed), 2)
     trained: list[PyTree] = []
     frozen: list[PyTree] = []
     for number, (name, leaf) in enumerate(zip(names, leaves, strict=True)):

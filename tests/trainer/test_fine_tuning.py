@@ -48,6 +48,19 @@ def test_split_and_merge_are_inverse():
         same(fine_tuning.merge(trained, frozen), params)
 
 
+def test_low_rank_changes_share_no_random_numbers_with_the_run():
+    """`Training` splits the key of the seed in two: for initialization and for training."""
+    kernels = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
+    trained, _ = fine_tuning.split(kernels, None, 2, seed=3)
+    drawn = [
+        jax.random.normal(jax.random.fold_in(key, number), (64, 2)) / 8
+        for key in jax.random.split(jax.random.key(3))
+        for number in range(2)
+    ]
+    downs = [trained["a"].down, trained["b"].down]
+    assert len({np.asarray(each).tobytes() for each in (*drawn, *downs)}) == 6
+
+
 def test_kernels_with_several_axes_become_nearly_square():
     """Attention kernels, whose projections have heads after their inputs, and those of outputs."""
     kernels = {"query": jnp.ones((64, 4, 16)), "out": jnp.ones((4, 16, 64)), "bias": jnp.ones(64)}
