@@ -18,6 +18,10 @@ Use = Literal["auto", "classification", "multilabel", "regression"]
 `auto` is classification, but refuses numbers that look like measurements.
 """
 
+# Ways out that several sentences name.
+CLASSIFY = "pass task='classification' (--task classification)"
+REGRESS = "pass task='regression' (--task regression) to predict them"
+
 CLASSES = 2**16
 """Integer labels must be below this number, or below the number of labels.
 

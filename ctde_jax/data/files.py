@@ -16,7 +16,7 @@ from rich.filesize import decimal
 
 from ctde_jax.bundle import open_regular
 from ctde_jax.data.arrays import targets_or_classes
-from ctde_jax.data.classes import Use, is_one_hot
+from ctde_jax.data.classes import CLASSIFY, REGRESS, Use, is_one_hot
 from ctde_jax.data.dataset import Dataset, from_arrays
 from ctde_jax.data.disk import STREAMED_FROM, DiskArray, in_file, most_unpacked
 from ctde_jax.devices import memory
@@ -80,10 +80,10 @@ def _labels(
         raise faulty(
             path,
             f"does not contain numbers in {name}, but {labels.dtype}",
-            "save targets as floats, or pass --task classification",
+            f"save targets as floats, or {CLASSIFY}",
         )
     if labels.dtype.kind not in "iubUS":
-        regress = "" if is_one_hot(labels) else ", or pass --task regression to predict them"
+        regress = "" if is_one_hot(labels) else f", or {REGRESS}"
         raise faulty(
             path,
             f"does not contain class indices in {name} ({targets_or_classes(labels)})",

@@ -6,13 +6,19 @@ import numpy as np
 
 from ctde_jax.bundle import are_numbers, is_missing, number_of
 from ctde_jax.data import columns
-from ctde_jax.data.classes import FEW_CLASSES, Use, from_words, may_be_measurements
+from ctde_jax.data.classes import (
+    CLASSIFY,
+    FEW_CLASSES,
+    REGRESS,
+    Use,
+    from_words,
+    may_be_measurements,
+)
 from ctde_jax.data.columns import Column
 from ctde_jax.data.files import faulty
 from ctde_jax.errors import quoted
 
 _PASS_LABELS = "pass the column that contains the classes as label (--label-column)"
-_REGRESS = "pass --task regression to predict them"
 
 
 def read_labels(path: Path | str, column: Column, task: Use) -> tuple[tuple[str, ...], np.ndarray]:
@@ -24,7 +30,7 @@ def read_labels(path: Path | str, column: Column, task: Use) -> tuple[tuple[str,
         raise faulty(
             path,
             f"has labels such as {quoted(words[0])} in column {column.name}, which are not numbers",
-            "pass --task classification, or the column of the targets as label (--label-column)",
+            f"{CLASSIFY}, or the column of the targets as label (--label-column)",
         )
     values = columns.numbers(path, column)
     columns.check_precision(path, column, values)
@@ -51,7 +57,7 @@ def _classes(path: Path | str, column: Column, task: Use) -> tuple[tuple[str, ..
                 path,
                 f"has labels such as {quoted(cells[0])} in column {column.name}, which are "
                 "measurements, not classes",
-                f"{_REGRESS}, or {_PASS_LABELS}",
+                f"{REGRESS}, or {_PASS_LABELS}",
             )
         if may_be_measurements(values):
             raise faulty(
@@ -59,7 +65,7 @@ def _classes(path: Path | str, column: Column, task: Use) -> tuple[tuple[str, ..
                 f"has labels such as {quoted(cells[0])} in column {column.name}, "
                 f"{len(set(values)):,} distinct integers in {len(cells):,} lines, which look like "
                 "measurements, not classes",
-                f"{_REGRESS}, --task classification if they are classes, or {_PASS_LABELS}",
+                f"{REGRESS}, {CLASSIFY} if they are classes, or {_PASS_LABELS}",
             )
 
     # Words are classes only if they repeat, and there must be two classes.

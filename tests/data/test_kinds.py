@@ -67,7 +67,7 @@ def features_of_scikit_learn() -> np.ndarray:
             parts += [(married == "yes")[:, None], (married == "NA")[:, None]]
         else:
             cells = words[:, [0 if name == "job" else 1]]
-            present = cells[fit_on][cells[fit_on, 0] != None]  # noqa: E711
+            present = cells[fit_on][[cell is not None for cell in cells[fit_on, 0]]]
             encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(present)
             one_hot = encoder.transform(cells)
             parts += [one_hot, 1 - one_hot.sum(axis=1, keepdims=True)]

@@ -318,8 +318,9 @@ MEASURED = {
 def test_integer_measurements_are_refused_as_classes(tmp_path, name):
     sentence = error_message(write(tmp_path, "a,price", X[:, 0], MEASURED[name]))
     assert (
-        "distinct integers in 60 lines, which look like measurements, not classes; pass --task "
-        "regression to predict them, --task classification if they are classes, or pass the column "
+        "distinct integers in 60 lines, which look like measurements, not classes; pass "
+        "task='regression' (--task regression) to predict them, pass task='classification' (--task "
+        "classification) if they are classes, or pass the column "
     ) in sentence
 
 
@@ -341,7 +342,8 @@ def test_words_as_targets_are_refused(tmp_path):
         from_table(path, task="regression")
     assert str(caught.value) == (
         f"data_file {path} has labels such as 'setosa' in column 'kind', which are not numbers; "
-        "pass --task classification, or the column of the targets as label (--label-column)."
+        "pass task='classification' (--task classification), or the column of the targets as label "
+        "(--label-column)."
     )
 
 

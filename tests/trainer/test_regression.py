@@ -143,7 +143,7 @@ def test_npz_with_targets_is_trained_from_the_command_line(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"error: --data-file {tmp_path / 't.npz'} does not contain class indices in y_train (got "
         "labels of the dtype float32 and the shape [90]); save them as integers from 0, or pass "
-        "--task regression to predict them.\n"
+        "task='regression' (--task regression) to predict them.\n"
     )
 
 

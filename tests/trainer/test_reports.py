@@ -246,7 +246,7 @@ def test_undefined_values_are_named_in_text_and_page():
     sentence = "Macro precision is undefined: no example is predicted as dog, owl."
     assert sentence in " ".join(str(report).split())
     assert sentence in report._repr_html_()
-    assert re.search(r"dog +│ +– ", str(report))  # noqa: RUF001
+    assert re.search("dog +│ +\N{EN DASH} ", str(report))
 
 
 # Targets.

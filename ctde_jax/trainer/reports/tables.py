@@ -9,7 +9,7 @@ from ctde_jax.trainer.reports.classes import ClassMetrics
 from ctde_jax.trainer.reports.estimate import LEVEL, RESAMPLES, SEED, Estimate
 from ctde_jax.trainer.reports.targets import TargetMetrics
 
-MISSING = "–"  # noqa: RUF001  # a dash stands for an undefined value
+MISSING = "\N{EN DASH}"  # stands for an undefined value
 """Cell of an undefined value."""
 
 _TITLES = {
