@@ -37,7 +37,6 @@ from ctde_jax.bundle.reading import (
     number_of,
     open_regular,
     read_small,
-    separator_of,
 )
 from ctde_jax.bundle.recipe import Recipe, cell_of, days_of, is_missing
 from ctde_jax.bundle.runtimes import (
@@ -51,7 +50,7 @@ from ctde_jax.bundle.runtimes import (
     traceable,
 )
 from ctde_jax.bundle.streams import Screen
-from ctde_jax.bundle.tables import Row
+from ctde_jax.bundle.tables import Row, rows_of
 from ctde_jax.bundle.tensors import parse
 
 __all__ = [
@@ -99,8 +98,8 @@ __all__ = [
     "read_small",
     "recipe",
     "relative_difference",
+    "rows_of",
     "run",
-    "separator_of",
     "streams",
     "sums_of",
     "traceable",

@@ -5,8 +5,9 @@ import io
 import json
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -35,24 +36,46 @@ class Table(NamedTuple):
     rows: list[Row]
 
 
-def read_csv(path: Path) -> list[Row]:
-    """Reads a csv file in UTF-8, with any separator that `separator_of` recognizes.
+def rows_of(content: BinaryIO) -> list[Row]:
+    """Reads csv in UTF-8, with any separator that `separator_of` recognizes; skips empty lines.
 
     Raises:
-        InputError: If the file is not a table.
+        csv.Error: If a line is not valid; the message is `in line 3 (reason)`.
+        UnicodeDecodeError: If the content is not UTF-8.
     """
-    # utf-8-sig drops the byte order mark that spreadsheet programs write.
+    # `utf-8-sig` skips the byte order mark that spreadsheet programs write; `newline=""` leaves
+    # line breaks within quotes to csv.
+    file = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    rows = []
+    line = 1
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        separator = separator_of(text.splitlines()[:_SNIFFED])
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        rows = []
-        line = 1
+        separator = separator_of([*islice(file, _SNIFFED)])
+        file.seek(0)
+        reader = csv.reader(file, delimiter=separator, strict=True)
         for cells in reader:
             if cells:
                 rows.append(Row(line, [cell.strip() for cell in cells]))
             line = reader.line_num + 1  # a quoted cell may span several lines
-    except (OSError, ValueError, csv.Error) as error:
+    except csv.Error as error:
+        raise csv.Error(f"in line {line} ({error})") from error
+    finally:
+        # Otherwise the wrapper would close the content.
+        file.detach()
+    return rows
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Reads a csv file by `rows_of`.
+
+    Raises:
+        InputError: If the file is not a table.
+    """
+    try:
+        with path.open("rb") as content:
+            rows = rows_of(content)
+    except csv.Error as error:
+        raise faulty(path, f"is not valid CSV {error}", "correct this line") from error
+    except (OSError, ValueError) as error:
         raise faulty(
             path, f"is not valid CSV in UTF-8 ({shortened(str(error))})", "correct it"
         ) from error

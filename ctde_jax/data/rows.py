@@ -1,49 +1,29 @@
 """Rows of a csv file, as text."""
 
 import csv
-import io
-from itertools import islice
 from pathlib import Path
 
-from ctde_jax.bundle import Row, separator_of
+from ctde_jax.bundle import Row, rows_of
 from ctde_jax.data.files import check_size, faulty, not_utf8, opened
-
-_SNIFFED = 10
-"""Number of lines from which the separator is determined."""
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Reads a csv file in UTF-8, with any separator that `separator_of` recognizes.
+    """Reads a csv file by `rows_of`.
 
     Raises:
         InputError: If the file cannot be read, or is not a table with at least two columns.
     """
-    rows = []
-    line = 1
-    # `utf-8-sig` skips a byte order mark; `newline=""` leaves line breaks within quotes to csv.
-    with (
-        opened(path) as content,
-        io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file,
-    ):
+    with opened(path) as content:
         check_size(content)
-        reader = csv.reader([])
         try:
-            separator = separator_of([*islice(file, _SNIFFED)])
-            file.seek(0)
-            reader = csv.reader(file, delimiter=separator, strict=True)
-            for cells in reader:
-                if cells:
-                    rows.append(Row(line, [cell.strip() for cell in cells]))
-                line = reader.line_num + 1  # a quoted cell may span several lines
+            rows = rows_of(content)
         except UnicodeDecodeError as error:
             content.seek(0)
             raise not_utf8(
                 path, content.read(8), f"has the byte 0x{error.object[error.start]:02x}"
             ) from error
         except csv.Error as error:
-            raise faulty(
-                path, f"is not valid CSV in line {line} ({error})", "correct this line"
-            ) from error
+            raise faulty(path, f"is not valid CSV {error}", "correct this line") from error
     if not rows:
         raise faulty(path, "is empty", "pass a file with one line per example")
     _check_shape(path, rows)
