@@ -52,6 +52,28 @@ def cross_entropy(outputs, labels):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
+class Normed(nnx.Module):
+    """A network of 4 features and 3 classes with dropout and batch statistics."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+class LinenNormed(nn.Module):
+    """Like `Normed`."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
 # --- nnx ---------------------------------------------------------------------
 
 

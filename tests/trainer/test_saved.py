@@ -7,34 +7,15 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import nnx
 from jax import numpy as jnp
+from user_modules import LinenNormed, Normed
 
 import ctde_jax as ctde
 from ctde_jax.errors import InputError
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(40, 4)).astype(np.float32), np.arange(40) % 3
-
-
-class Normed(nnx.Module):
-    """A network with dropout and batch statistics."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.first = nnx.Linear(4, 8, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.last = nnx.Linear(8, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
-
-
-class LinenNormed(linen.Module):
-    @linen.compact
-    def __call__(self, x, train: bool):
-        x = linen.BatchNorm(use_running_average=not train)(linen.Dense(8)(x))
-        return linen.Dense(3)(linen.Dropout(0.5, deterministic=not train)(x))
 
 
 class Sized(nnx.Module):

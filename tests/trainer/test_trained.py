@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import nnx
 from jax import numpy as jnp
+from user_modules import LinenNormed, Normed
 
 import ctde_jax as ctde
 from ctde_jax.data import Split
@@ -271,24 +272,6 @@ def test_error_of_pickling_names_the_alternatives(float_model):
     ):
         pickle.dumps(float_model)
     assert pickle.loads(pickle.dumps(float_model.params))["layers"][0]["kernel"].shape == (4, 8)
-
-
-class Normed(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.first = nnx.Linear(4, 8, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.last = nnx.Linear(8, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
-
-
-class LinenNormed(linen.Module):
-    @linen.compact
-    def __call__(self, x, train: bool):
-        x = linen.BatchNorm(use_running_average=not train)(linen.Dense(8)(x))
-        return linen.Dense(3)(linen.Dropout(0.5, deterministic=not train)(x))
 
 
 @pytest.fixture(scope="module")
