@@ -34,7 +34,10 @@ from ctde_jax.checkpoint.resume import (
 )
 from ctde_jax.checkpoint.run_folder import (
     CHECKPOINTS,
+    CURVES,
     METRICS,
+    PARTITION,
+    REPORT,
     check_new,
     check_outside,
     claimed,
@@ -46,11 +49,14 @@ from ctde_jax.checkpoint.run_folder import (
 __all__ = [
     "BEST",
     "CHECKPOINTS",
+    "CURVES",
     "INPUTS",
     "MANIFEST",
     "MEASURED",
     "METRICS",
     "OTHER_POINT",
+    "PARTITION",
+    "REPORT",
     "TENSORS",
     "Checkpoint",
     "Choose",

@@ -9,18 +9,13 @@ from filelock import FileLock, Timeout
 
 from ctde_jax.errors import InputError, shortened
 
-METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+CURVES = "curves.png"
 LOCK = ".lock"
-_OF_A_RUN = (
-    "bundle",
-    "config.json",
-    "curves.png",
-    "partition.png",
-    "report.html",
-    METRICS,
-    CHECKPOINTS,
-)
+METRICS = "metrics.jsonl"
+PARTITION = "partition.png"
+REPORT = "report.html"
+_OF_A_RUN = ("bundle", "config.json", CURVES, PARTITION, REPORT, METRICS, CHECKPOINTS)
 """Entries that a run and its export write, in the order in which `make_way` moves them."""
 
 OWN = frozenset({LOCK, *_OF_A_RUN} - {"bundle"})

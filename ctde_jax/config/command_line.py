@@ -29,7 +29,10 @@ from ctde_jax.config.rules import NEEDS
 from ctde_jax.errors import InputError, check_known, check_seed, did_you_mean, quoted
 
 CONFIG = "config.json"
-"""File of a run folder with all options; `--config` reads it."""
+"""File of a run folder with all options; `--config` reads it.
+
+`checkpoint.run_folder` lists the same name: parsing imports no room that imports JAX.
+"""
 
 
 def parse(arguments: Sequence[str], command: str = "train") -> Config:

@@ -7,6 +7,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ctde_jax.checkpoint import CURVES, PARTITION
 from ctde_jax.config.options import AggregationOptions, Config, ModelOptions, OptimizationOptions
 from ctde_jax.data import Dataset
 from ctde_jax.trainer import Trained
@@ -14,7 +15,7 @@ from ctde_jax.trainer import Trained
 
 def names(config: Config, data: Dataset) -> dict[str, str]:
     """Returns the descriptions of model, optimizer, strategy and partition for `trainer.plan`."""
-    picture = " (partition.png)" if data.classes else ""
+    picture = f" ({PARTITION})" if data.classes else ""
     return {
         "model": _describe_network(config.model, data),
         "optimizer": _describe_optimization(config.optimization),
@@ -168,7 +169,7 @@ def result(trained: Trained, folder: Path) -> Table:
         table.add_row(part, f"{seconds:.2f} s")
     table.add_row("wall time", f"{sum(trained.seconds.values()):.2f} s")
     table.add_section()
-    table.add_row("curves", Text(str(folder / "curves.png"), overflow="fold"))
+    table.add_row("curves", Text(str(folder / CURVES), overflow="fold"))
     return table
 
 

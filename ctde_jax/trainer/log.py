@@ -38,7 +38,7 @@ from rich.table import Column
 from rich.text import Text
 
 from ctde_jax.bundle import Screen, open_regular
-from ctde_jax.checkpoint import METRICS, writing_to
+from ctde_jax.checkpoint import CURVES, METRICS, writing_to
 from ctde_jax.devices import hosts
 from ctde_jax.errors import InputError
 from ctde_jax.models import RESERVED
@@ -275,7 +275,7 @@ def open_log(
             with writing_to(folder):
                 file.close()
             if log.rows and (
-                failure := picture.save(partial(plot_curves, log.rows), folder / "curves.png")
+                failure := picture.save(partial(plot_curves, log.rows), folder / CURVES)
             ):
                 screen.print(failure)
 
