@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from ctde_jax import checkpoint, trainer
-from ctde_jax.checkpoint import Options
+from ctde_jax.checkpoint import PARTITION, REPORT, Options
 from ctde_jax.config import build, output
 from ctde_jax.config.command_line import CONFIG, deciding, flag, new_run_folder, save
 from ctde_jax.config.options import Config, RunOptions
@@ -21,8 +21,6 @@ from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, replica, start
 from ctde_jax.errors import InputError, check_at_least, check_at_most
 from ctde_jax.models import Model, generate
 from ctde_jax.trainer import Saving, Trained, Training, console, picture
-
-REPORT = "report.html"
 
 
 def train(config: Config, started: float) -> Trained:
@@ -71,7 +69,7 @@ def train(config: Config, started: float) -> Trained:
             parts = training.partition
             if parts is not None and data.classes:
                 draw = partial(partition.plot, np.asarray(data.train.labels), parts, data.classes)
-                if failure := picture.save(draw, folder / "partition.png"):
+                if failure := picture.save(draw, folder / PARTITION):
                     screen.print(failure)
 
         # Host 0 claims the folder; all hosts must pass the same name.
@@ -95,11 +93,10 @@ def train(config: Config, started: float) -> Trained:
         names = output.names(config, data)
         _show(trainer.plan(training, folder, names))
         before = time.perf_counter() - started
-        trained = trainer.train(training, saving, callbacks=callbacks)
-        trained.seconds["start-up"] += before
         repetition = f"python -m ctde_jax.train --config {quote(str(folder / CONFIG))}"
         rows = [*trainer.plan_rows(training, names), ("to repeat it", repetition)]
-        trained = replace(trained, plan=tuple(rows))
+        trained = trainer.train(training, saving, callbacks=callbacks, plan=rows)
+        trained.seconds["start-up"] += before
         screen.print(output.result(trained, folder))
 
         # The run is complete, so a report that cannot be written does not change its status.

@@ -23,7 +23,7 @@ from ctde_jax.trainer.checks import check_devices, check_types
 from ctde_jax.trainer.claim import claim
 from ctde_jax.trainer.log import console
 from ctde_jax.trainer.meter import Clock
-from ctde_jax.trainer.plan import line, plan
+from ctde_jax.trainer.plan import line, plan, plan_rows
 from ctde_jax.trainer.programs import compile_programs
 from ctde_jax.trainer.rollback import rolling_back
 from ctde_jax.trainer.run import open_run, prepare_folder
@@ -141,6 +141,7 @@ def train(
     *,
     show: bool = True,
     callbacks: Sequence[AnyCallback] = (),
+    plan: Sequence[tuple[str, str]] | None = None,
 ) -> Trained:
     """Trains as `fit` does, with all options in two values.
 
@@ -149,6 +150,7 @@ def train(
         saving: Options of the files of the run.
         show: Whether to show progress.
         callbacks: Functions that receive every row, or objects with methods of `Callback`.
+        plan: Rows of the plan, for reports; by default those of `plan_rows`.
 
     Raises:
         Exception: The exceptions of `fit`.
@@ -195,7 +197,7 @@ def train(
         with open_run(training, saving, found, beginning, programs, clock, show, callbacks) as run:
             for program in programs.phases:
                 run.advance(program)
-            return run.result()
+            return run.result(plan_rows(training) if plan is None else plan)
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

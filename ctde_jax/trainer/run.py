@@ -28,7 +28,6 @@ from ctde_jax.trainer.callbacks import AnyCallback, Callbacks, open_callbacks
 from ctde_jax.trainer.claim import Found
 from ctde_jax.trainer.log import Log, Row, open_log
 from ctde_jax.trainer.meter import Clock, Meter
-from ctde_jax.trainer.plan import plan_rows
 from ctde_jax.trainer.programs import PhaseProgram, Programs
 from ctde_jax.trainer.stop import Stop, deferred
 from ctde_jax.trainer.trained import Trained, accepts
@@ -135,8 +134,11 @@ class Run:
             if self._is_over:
                 break
 
-    def result(self) -> Trained:
+    def result(self, plan: Sequence[tuple[str, str]]) -> Trained:
         """Waits for the last checkpoint, evaluates if necessary, and returns the trained model.
+
+        Args:
+            plan: The rows of the plan, for reports.
 
         Raises:
             InputError: The last checkpoint could not be written.
@@ -179,7 +181,7 @@ class Run:
             traffic=self._programs.phases[-1].traffic,
             accepts=accepts(training.data),
             platform=training.devices[0].platform,
-            plan=tuple(plan_rows(training)),
+            plan=tuple(plan),
         )
         self._callbacks("on_end", trained)
         return trained
