@@ -3,7 +3,7 @@
 import logging
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -173,12 +173,29 @@ def learning_rate(opt_state: PyTree) -> jax.Array | None:
         0.1
     """
     states = _found(opt_state, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
-    rates = [
-        state.hyperparams["learning_rate"]
-        for state in states
-        if "learning_rate" in state.hyperparams
-    ]
-    return rates[0] if len(rates) == 1 and jnp.ndim(rates[0]) == 0 else None
+    return _the_only("learning_rate", [state.hyperparams for state in states])
+
+
+def gradient_norm(opt_state: PyTree) -> jax.Array | None:
+    """Returns the norm of the last gradient, float32[], from `optax.snapshot`.
+
+    Returns None if the state contains no scalar snapshot of the name `gradient_norm`, or several.
+
+    Examples:
+        >>> keep_norm = optax.snapshot("gradient_norm", optax.tree.norm)
+        >>> opt_state = optax.chain(keep_norm, optax.sgd(0.1)).init({"kernel": np.ones(4)})
+        >>> float(ctde.aggregate.gradient_norm(opt_state))
+        2.0
+    """
+    states = _found(opt_state, optax.SnapshotState)
+    return _the_only("gradient_norm", [state.measurement for state in states])
+
+
+def _the_only(name: str, entries: Sequence[Mapping[str, Any]]) -> jax.Array | None:
+    """Returns the scalar of this name if exactly one of the mappings has the name, else None."""
+    values = [each[name] for each in entries if name in each]
+    # A snapshot may be a tree of arrays.
+    return values[0] if len(values) == 1 and getattr(values[0], "ndim", None) == 0 else None
 
 
 def with_hyperparams_of(fresh: PyTree, opt_state: PyTree) -> PyTree:

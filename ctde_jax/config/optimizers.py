@@ -60,7 +60,7 @@ def build(
 
     Returns:
         A transformation whose state holds the learning rate, as `optax.inject_hyperparams` keeps
-        it.
+        it, and with `clip_grad_norm` the norm before clipping, as `optax.snapshot` keeps it.
 
     Raises:
         InputError: If a name is unknown, a number is out of range, `weight_decay` is given for an
@@ -93,7 +93,9 @@ def build(
         raise InputError(
             "clip_grad_norm", f"must be greater than 0 and finite, got {clip_grad_norm}."
         )
-    return optax.chain(optax.clip_by_global_norm(clip_grad_norm), optimizer)
+    # The norm before clipping is logged. Clipping computes it anyway, so that costs nothing.
+    keep_norm = optax.snapshot("gradient_norm", optax.tree.norm)
+    return optax.chain(keep_norm, optax.clip_by_global_norm(clip_grad_norm), optimizer)
 
 
 def scale_updates(scales: Mapping[str, float]) -> optax.GradientTransformation:

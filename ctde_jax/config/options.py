@@ -203,7 +203,7 @@ class OptimizationOptions:
     axes; by default 0.0001 for adamw, 0.001 for lion, and 0 for muon."""
 
     clip_grad_norm: Number = None
-    """Clip gradients to this global norm; by default no clipping."""
+    """Clip gradients to this global norm, and log the norm before; by default no clipping."""
 
     # Loss and batch.
     label_smoothing: float = 0.0

@@ -38,6 +38,7 @@ RESERVED = (
         "bytes_sent",
         "skipped",
         "learning_rate",
+        "gradient_norm",
     ),
     "objective",
 )

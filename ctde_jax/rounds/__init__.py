@@ -10,9 +10,10 @@ from ctde_jax.rounds.round import make_gradient_for, parallel_rounds
 from ctde_jax.rounds.schedule import Phase, cut, make_phases, rows_per_dispatch, unfinished
 from ctde_jax.rounds.sources import ExampleSource, OnDisk, Resident, Streamed, make_source
 from ctde_jax.rounds.state import named
-from ctde_jax.rounds.sums import Sums
+from ctde_jax.rounds.sums import OF_THE_OPTIMIZER, Sums
 
 __all__ = [
+    "OF_THE_OPTIMIZER",
     "Averages",
     "ExampleSource",
     "Feed",

@@ -29,7 +29,7 @@ from ctde_jax.rounds.gradient import (
     uses_replica_collectives,
 )
 from ctde_jax.rounds.state import TrainState
-from ctde_jax.rounds.sums import StepSums, mean_objective, with_learning_rate
+from ctde_jax.rounds.sums import StepSums, mean_objective, with_measurements
 
 Advance = Callable[[TrainState, Split, StepIndices, Key[Array, ""]], tuple[TrainState, StepSums]]
 """`advance(state, split, batches, key) -> (state, sums over the replica's examples)`"""
@@ -115,7 +115,7 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
 
         # Every replica has the sums over all examples; only the first one reports them.
         is_first = lax.axis_index(AXIS) == 0
-        sums = with_learning_rate(sums, state.opt_state)
+        sums = with_measurements(sums, state.opt_state)
         return state, jax.tree.map(lambda x: jnp.where(is_first, x, 0)[None], sums)
 
     return exact

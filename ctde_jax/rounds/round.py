@@ -22,7 +22,7 @@ from ctde_jax.models import Model, Task
 from ctde_jax.rounds.exact import make_exact, make_exact_gradient
 from ctde_jax.rounds.gradient import Gradient, StepIndices, make_gradient, step_keys
 from ctde_jax.rounds.state import TrainState, axes
-from ctde_jax.rounds.sums import StepSums, mean_objective, with_learning_rate
+from ctde_jax.rounds.sums import StepSums, mean_objective, with_measurements
 
 _BLOCK_STEPS = 16
 """Steps per inner loop with a static trip count, on a GPU.
@@ -160,7 +160,7 @@ def _make_synchronous(
         # Every replica takes the same step with the reduced gradient.
         state = state._replace(model_state=model_state, reduce_state=reduce_state)
         state = step(state, grads, value=partial(mean_objective, sums, over_replicas=True))
-        sums = with_learning_rate(sums, state.opt_state)
+        sums = with_measurements(sums, state.opt_state)
         return state, jax.tree.map(lambda x: x[None], sums)
 
     return synchronous
@@ -199,7 +199,7 @@ def _make_local(
 
             # Without examples in this step, the replica remains unchanged.
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
-            return optax.tree.where(sums["examples"] > 0, moved, carry), with_learning_rate(
+            return optax.tree.where(sums["examples"] > 0, moved, carry), with_measurements(
                 sums, opt_state
             )
 

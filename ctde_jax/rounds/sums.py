@@ -3,15 +3,18 @@
 from jax import numpy as jnp
 from jaxtyping import Array, Float32
 
-from ctde_jax.aggregate import learning_rate
+from ctde_jax.aggregate import gradient_norm, learning_rate
 from ctde_jax.devices import PyTree, replica
 
 Sums = dict[str, Float32[Array, "..."]]
 """Sums over examples, by name: `Task.summed`, and `examples`, the number of examples.
 
-There is an `objective` only if the task minimizes another function than the reported loss, and a
-`learning_rate` (times the number of examples) only if the state of the optimizer holds it.
+There is an `objective` only if the task minimizes another function than the reported loss, and the
+entries of `OF_THE_OPTIMIZER` (times the number of examples) only if its state holds them.
 """
+
+OF_THE_OPTIMIZER = {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
+"""Functions from the state of an optimizer to a number of its last update, or to None."""
 
 StepSums = dict[str, Float32[Array, " steps"]]
 """`Sums` of each step of a round."""
@@ -31,8 +34,10 @@ def mean_objective(sums: Sums, over_replicas: bool = False) -> Float32[Array, ""
     return total["objective"] / jnp.maximum(total["examples"], 1)
 
 
-def with_learning_rate(sums: Sums, opt_state: PyTree) -> Sums:
-    """Adds `learning_rate`, times the number of examples, if `opt_state` holds a learning rate."""
-    rate = learning_rate(opt_state)
+def with_measurements(sums: Sums, opt_state: PyTree) -> Sums:
+    """Adds the entries of `OF_THE_OPTIMIZER` that `opt_state` holds, times the examples."""
+    values = {name: read(opt_state) for name, read in OF_THE_OPTIMIZER.items()}
     # As for all other sums, division by `examples` gives the mean.
-    return sums if rate is None else {**sums, "learning_rate": rate * sums["examples"]}
+    return sums | {
+        name: value * sums["examples"] for name, value in values.items() if value is not None
+    }

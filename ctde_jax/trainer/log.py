@@ -10,7 +10,10 @@ the number of examples. Rows of the training split also have:
 - `skipped`: rounds skipped since the start, if `on_nonfinite` is `skip`;
 - `learning_rate`: the learning rate of the row's last step, if `optax.inject_hyperparams` made the
   optimizer, as it makes those of the command. If the optimizer contains several learning rates, as
-  `optax.multi_transform` may, none applies to all parameters, and none is logged.
+  `optax.multi_transform` may, none applies to all parameters, and none is logged;
+- `gradient_norm`: the norm of the gradient in the row's last step, if the optimizer contains
+  `optax.snapshot("gradient_norm", optax.tree.norm)`, as that of the command does if it clips. In
+  local steps, it is the mean over the devices.
 """
 
 import json

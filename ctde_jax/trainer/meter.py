@@ -11,7 +11,7 @@ from ctde_jax.checkpoint import Position
 from ctde_jax.devices import hosts
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.models import Task
-from ctde_jax.rounds import Averages, Span, Sums, rows_per_dispatch
+from ctde_jax.rounds import OF_THE_OPTIMIZER, Averages, Span, Sums, rows_per_dispatch
 from ctde_jax.trainer.log import Row
 
 _SAVE_SECONDS = 60.0
@@ -233,10 +233,11 @@ class Meter:
         counts["bytes_sent"] = round(self.position.sent)
         if self._skips:
             counts["skipped"] = skipped
-        # The sum is the learning rate times the examples of the step; see `with_learning_rate`.
-        if "learning_rate" in sums and totals["examples"]:
-            last = np.flatnonzero(sums["examples"])[-1]
-            counts["learning_rate"] = float(sums["learning_rate"][last] / sums["examples"][last])
+        # These sums are values of the step times its examples; see `with_measurements`.
+        for name in OF_THE_OPTIMIZER:
+            if name in sums and totals["examples"]:
+                last = np.flatnonzero(sums["examples"])[-1]
+                counts[name] = float(sums[name][last] / sums["examples"][last])
         return {"split": "train", **self._where(), **means, **counts}
 
     def _where(self) -> Row:

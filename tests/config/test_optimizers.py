@@ -1,5 +1,7 @@
 """Schedules have their documented values at their ends; decay and clipping work."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,34 @@ def test_learning_rate_is_logged_only_if_there_is_one():
     assert float(transformations.learning_rate(single.init(params))) == pytest.approx(0.1)
     several = optax.multi_transform({"a": adam(0.1), "b": adam(0.01)}, {"a": "a", "b": "b"})
     assert transformations.learning_rate(several.init(params)) is None
+
+
+def test_norm_is_logged_only_if_there_is_one():
+    params, keep = {"a": jnp.ones(3), "b": jnp.ones(2)}, partial(optax.snapshot, "gradient_norm")
+    single = optax.chain(optax.snapshot("other", optax.tree.sum), keep(optax.tree.norm))
+    assert float(transformations.gradient_norm(single.init(params))) == pytest.approx(5**0.5)
+    for several in (optax.chain(keep(optax.tree.norm), keep(optax.tree.norm)), keep(lambda x: x)):
+        assert transformations.gradient_norm(several.init(params)) is None
+
+
+def test_norm_before_clipping_is_kept_without_further_computation():
+    params, grads = jnp.ones((3, 4)), jnp.linspace(-1, 1, 12).reshape(3, 4)
+    built = optimizers.build("adam", 0.1, clip_grad_norm=0.5)
+    plain = optax.chain(optax.clip_by_global_norm(0.5), optimizers.build("adam", 0.1))
+    states = [optimizer.init(params) for optimizer in (built, plain)]
+
+    compiled = [
+        jax.jit(optimizer.update).lower(grads, state, params).compile()
+        for optimizer, state in zip((built, plain), states, strict=True)
+    ]
+    found, expected = [each.cost_analysis()["flops"] for each in compiled]
+    assert found == expected
+    (found, kept), (expected, _) = [
+        each(grads, state, params) for each, state in zip(compiled, states, strict=True)
+    ]
+    np.testing.assert_array_equal(found, expected)
+    norm = np.linalg.norm(np.asarray(grads))
+    assert float(transformations.gradient_norm(kept)) == pytest.approx(norm, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)

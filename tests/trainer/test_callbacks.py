@@ -156,6 +156,31 @@ def test_options_of_the_run_are_passed_at_the_start():
     assert (options["batch_size"], options["seed"]) == (64, 3)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "devices"),
+    [(ctde.Strategy(), 4), (ctde.Strategy(exact=True), 1), (ctde.Strategy(inner_steps=1), 1)],
+    ids=["synchronous", "exact", "local"],
+)
+def test_rows_contain_the_gradient_norm_that_the_optimizer_keeps(strategy, devices):
+    """A step of SGD is the gradient times the learning rate."""
+    recorder = Recorder()
+    ctde.fit(
+        MODEL,
+        ctde.data.digits(),
+        optax.chain(optax.snapshot("gradient_norm", optax.tree.norm), optax.sgd(0.1)),
+        strategy=strategy,
+        devices=ctde.devices.start(devices),
+        steps=2,
+        eval_every=1,
+        callbacks=[recorder],
+        show=False,
+    )
+    first, last = [call[2] for call in recorder.calls if call[0] == "evaluation"]
+    step = optax.tree.norm(optax.tree.sub(last, first))
+    *_, row = [row for row in recorder.of("row") if row["split"] == "train"]
+    assert row["gradient_norm"] == pytest.approx(float(step) / 0.1, rel=1e-4)
+
+
 @pytest.mark.parametrize("callbacks", [print, Recorder(), 3])
 def test_callback_that_is_not_in_a_list_is_refused(callbacks):
     with pytest.raises(InputError, match=r"callbacks must be a list, such as \["):
