@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import ctde_jax as ctde
+from ctde_jax.devices import replica
 from ctde_jax.errors import InputError
 
 MODEL = ctde.models.mlp([64, 8, 10])
@@ -87,10 +89,35 @@ def test_callback_receives_the_rows_evaluations_checkpoints_and_result_of_a_run(
     assert recorder.of("exit") == [None]
 
 
-def test_callbacks_change_no_bit(tmp_path):
-    plain = fit(log_every=20)
-    watched = fit(tmp_path / "run", [Recorder(), lambda row: None], log_every=20)
-    jax.tree.map(np.testing.assert_array_equal, plain.params, watched.params)
+def test_callbacks_change_no_bit_program_or_dispatch(monkeypatch):
+    """Only the center of an evaluation that a callback receives is copied to the host."""
+    compiled, calls, copies = [], [], []
+    compile_program, device_get = replica.compiled, jax.device_get
+
+    def counted(lowered, *arguments):
+        compiled.append(lowered.as_text())
+        program = compile_program(lowered, *arguments)
+        counting = mock.Mock(wraps=program)
+        counting.side_effect = lambda *inputs: calls.append(1) or program(*inputs)
+        return counting
+
+    monkeypatch.setattr(replica, "compiled", counted)
+    monkeypatch.setattr(jax, "device_get", lambda tree: copies.append(1) or device_get(tree))
+
+    def watched_by(*callbacks):
+        for counts in (compiled, calls, copies):
+            counts.clear()
+        # One row in each interval, so that the number of dispatches does not depend on their time.
+        trained = fit(callbacks=callbacks, log_every=20)
+        return trained.params, [*compiled], len(calls), len(copies)
+
+    params, *plain = watched_by()
+    of_function, *with_function = watched_by(lambda row: None)
+    of_object, *with_object = watched_by(Recorder())
+    jax.tree.map(np.testing.assert_array_equal, params, of_function)
+    jax.tree.map(np.testing.assert_array_equal, params, of_object)
+    assert with_function == plain
+    assert with_object == [*plain[:2], plain[2] + 2]
 
 
 def test_function_receives_every_row():

@@ -20,6 +20,7 @@ class TensorBoard(Tracker):
 
     def __init__(self, folder: Path | str):
         self._tensorboard = required("tensorboardX", "tensorboard")
+        self._summaries = required("tensorboardX.proto.summary_pb2", "tensorboard")
         self._folder = Path(folder).expanduser()
         self._writer: Any = None
 
@@ -30,8 +31,10 @@ class TensorBoard(Tracker):
 
     def write(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
         """Appends scalars to the file."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step, walltime=seconds)
+        # One event for all of them takes a fifth of the time of one for each.
+        make = self._summaries.Summary
+        scalars = [make.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.file_writer.add_summary(make(value=scalars), step, walltime=seconds)
 
     def finish(self, failed: bool) -> None:
         """Closes the file."""
