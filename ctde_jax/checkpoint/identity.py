@@ -208,7 +208,10 @@ def parts_of(
     """
     # Shapes and dtypes of one example, and of parameters, state and outputs for it.
     key = jax.eval_shape(jax.random.key, 0)
-    raw, labels = (jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype) for array in data.train)
+    raw, labels = (
+        jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
+        for array in (data.train.inputs, data.train.labels)
+    )
     inputs = jax.ShapeDtypeStruct(raw.shape, data.scale.dtype)
     params, model_state = jax.eval_shape(model.init, key, inputs)
     outputs, _ = jax.eval_shape(model.apply, params, model_state, inputs, None)

@@ -136,6 +136,7 @@ def _load(chosen: DataOptions) -> Dataset:
                 chosen.label_column,
                 drop=chosen.drop,
                 categorical=chosen.categorical,
+                weights=chosen.weights,
                 task=chosen.task,
             )
 

@@ -386,6 +386,8 @@ _SYNONYMS = {
     "num_layers": "layers",
     "output_dir": "run_dir",
     "random_seed": "seed",
+    "sample_weight": "weights",
+    "sample_weights": "weights",
     "seq_len": "context_length",
     "val_fraction": "validation_fraction",
     "val_split": "validation_fraction",

@@ -97,6 +97,10 @@ class DataOptions:
     """Names of columns of a csv or parquet file whose numbers are categories, such as zip codes;
     by default numbers are quantities."""
 
+    weights: Name = None
+    """Name of the column of sample weights of a csv or parquet file, which multiply the loss in
+    training; by default all examples have equal weight."""
+
     task: Literal["auto", "classification", "multilabel", "regression"] = "auto"
     """Task of an npz, csv or parquet file: classification, several labels of 0 or 1 per example
     (multilabel, npz only), or regression of targets;

@@ -133,6 +133,7 @@ _FILES = {
     "label_column": ("csv", "parquet"),
     "drop": ("csv", "parquet"),
     "categorical": ("csv", "parquet"),
+    "weights": ("csv", "parquet"),
 }
 """Options that name files or columns, and the data sets that are read from them."""
 

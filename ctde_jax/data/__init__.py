@@ -19,6 +19,7 @@ from ctde_jax.data.dataset import (
     is_channels_first,
     moments,
     standardized,
+    weighted,
 )
 from ctde_jax.data.digests import digest, digests_of
 from ctde_jax.data.disk import DiskArray, slices
@@ -29,7 +30,7 @@ from ctde_jax.data.published.cifar import cifar10
 from ctde_jax.data.published.digits import digits
 from ctde_jax.data.published.idx import fashion_mnist, mnist
 from ctde_jax.data.sequence import as_sequence
-from ctde_jax.data.split import Drawn, Split
+from ctde_jax.data.split import Drawn, Split, TrainingSplit, WeightedSplit, draw
 from ctde_jax.data.stream import Stream, check_size, check_stream
 from ctde_jax.data.table import from_table
 from ctde_jax.data.text import decode, encode, from_text
@@ -42,6 +43,8 @@ __all__ = [
     "Drawn",
     "Split",
     "Stream",
+    "TrainingSplit",
+    "WeightedSplit",
     "apply_to",
     "as_sequence",
     "augment",
@@ -54,6 +57,7 @@ __all__ = [
     "digest",
     "digests_of",
     "digits",
+    "draw",
     "encode",
     "fashion_mnist",
     "filled_up",
@@ -75,4 +79,5 @@ __all__ = [
     "standardized",
     "steps_per_epoch",
     "targets_or_classes",
+    "weighted",
 ]

@@ -180,6 +180,38 @@ def checked_labels(option: str, labels: ArrayLike | DiskArray) -> np.ndarray | D
     )
 
 
+def checked_weights(option: str, weights: ArrayLike, examples: int) -> np.ndarray:
+    """Validates the weights of examples, and converts them to float32.
+
+    Args:
+        option: Name of the argument in error messages.
+        weights: Array of any library, or a list, `[examples]`.
+        examples: Number of examples.
+
+    Raises:
+        InputError: If the weights are not one number for each example, or one is negative, NaN, or
+            infinite in float32. Also as for `plain`.
+    """
+    found = np.asarray(plain(option, weights))
+    if found.dtype.kind not in "biuf" or found.shape != (examples,):
+        raise InputError(
+            option,
+            f"must have one number for each of the {examples:,} examples, got {found.dtype} of the "
+            f"shape {list(found.shape)}.",
+        )
+    # A number that exceeds float32 becomes infinite in the cast.
+    with np.errstate(over="ignore"):
+        converted = found.astype(np.float32)
+    is_valid = np.isfinite(converted) & (converted >= 0)
+    if not is_valid.all():
+        place = int(np.argmin(is_valid))
+        raise InputError(
+            option,
+            f"must be finite and at least 0, got {found[place]} for example {place}.",
+        )
+    return converted
+
+
 def check_precision(option: str, inputs: np.ndarray | DiskArray) -> None:
     """Raises InputError if float32 is too coarse for a feature, such as seconds since 1970.
 

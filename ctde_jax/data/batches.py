@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int, Int32, Shaped
 
 from ctde_jax.data.disk import DiskArray
-from ctde_jax.data.split import Drawn, Split
+from ctde_jax.data.split import Drawn, TrainingSplit
 from ctde_jax.errors import InputError, check_at_least
 
 Parts: TypeAlias = Sequence[Int[np.ndarray, " examples"]]
@@ -28,7 +28,7 @@ Parts: TypeAlias = Sequence[Int[np.ndarray, " examples"]]
 class Batches:
     """The order in which the replicas process the examples."""
 
-    split: Split | Drawn
+    split: TrainingSplit | Drawn
     """The indexed examples: the whole training split, or one row `[replica, longest_part, ...]` per
     replica."""
 
@@ -48,7 +48,7 @@ class Batches:
     @property
     def is_on_disk(self) -> bool:
         """Whether the examples of each batch are read from disk during training."""
-        return isinstance(self.split, Split) and self.split.is_on_disk
+        return not isinstance(self.split, Drawn) and self.split.is_on_disk
 
     def steps(self, start: int, stop: int) -> Int32[np.ndarray, "steps replicas per_replica"]:
         """Returns the batches of the steps in `range(start, stop)`.
@@ -86,7 +86,7 @@ class Batches:
 
 
 def deal(
-    split: Split,
+    split: TrainingSplit,
     replicas: int,
     batch_size: int,
     seed: int,
@@ -159,7 +159,9 @@ def steps_per_epoch(
     return ceil(len(partition) * _part_epoch(partition, batch_size // replicas) / replicas)
 
 
-def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed: int) -> Batches:
+def _reshuffled(
+    split: TrainingSplit, replicas: int, per_replica: int, steps: int, seed: int
+) -> Batches:
     examples = len(split.inputs)
 
     def epoch(number: int) -> Int32[np.ndarray, "steps replicas per_replica"]:
@@ -180,7 +182,7 @@ def _reshuffled(split: Split, replicas: int, per_replica: int, steps: int, seed:
     )
 
 
-def _kept(split: Split, parts: Parts, per_replica: int, steps: int, seed: int) -> Batches:
+def _kept(split: TrainingSplit, parts: Parts, per_replica: int, steps: int, seed: int) -> Batches:
     replicas = len(parts)
     longest = max(map(len, parts))
     counts_all = split.is_on_disk
@@ -212,12 +214,13 @@ def _kept(split: Split, parts: Parts, per_replica: int, steps: int, seed: int) -
             rows(split.inputs),
             rows(split.labels),
             rows(np.arange(len(split.labels), dtype=np.int32)),
+            None if split.weights is None else rows(split.weights),
         )
     return Batches(held, 0, steps, steps, lru_cache(maxsize=2)(epoch))
 
 
 def _sampled(
-    split: Split,
+    split: TrainingSplit,
     clients: Parts,
     replicas: int,
     per_replica: int,

@@ -13,10 +13,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ctde_jax.bundle import Recipe, are_numbers
-from ctde_jax.data.arrays import check_precision, checked_inputs, checked_labels, plain
+from ctde_jax.data.arrays import (
+    check_precision,
+    checked_inputs,
+    checked_labels,
+    checked_weights,
+    plain,
+)
 from ctde_jax.data.classes import from_words, look_up, note_on_numbers, notes_on_classes, numbered
 from ctde_jax.data.disk import DiskArray, slices
-from ctde_jax.data.split import Split, check_pair
+from ctde_jax.data.split import Split, TrainingSplit, WeightedSplit, check_pair, select
 from ctde_jax.data.stream import Stream
 from ctde_jax.errors import InputError
 
@@ -46,7 +52,7 @@ class Dataset:
     """
 
     name: str
-    train: Split
+    train: TrainingSplit
     test: Split
     classes: tuple[str, ...]
     """Label names, in the order of the labels; empty if the labels are targets and not classes."""
@@ -117,6 +123,7 @@ def from_arrays(
     *,
     name: str = "arrays",
     classes: Sequence[str] | None = None,
+    weights: ArrayLike | None = None,
 ) -> Dataset:
     """Makes a data set of arrays of numpy, JAX, PyTorch (on the CPU) or pandas, or of lists.
 
@@ -140,11 +147,12 @@ def from_arrays(
         name: Name of the data set.
         classes: Label names; by default the numbers from 0 to the largest training label, or the
             sorted names in the training labels, if there is one label per example.
+        weights: Weight of each example of `x_train`, `[examples]`, at least 0; see `weighted`.
 
     Raises:
         InputError: If lengths differ, values are NaN or infinite, arrays are sparse, masked or not
-            numeric, float32 does not distinguish the numbers of a feature, or labels are not among
-            the classes.
+            numeric, float32 does not distinguish the numbers of a feature, labels are not among
+            the classes, or weights are negative or all 0.
 
     Examples:
         >>> points = np.random.default_rng(0).normal(size=(100, 2))
@@ -153,7 +161,7 @@ def from_arrays(
         >>> data.classes, data.train.inputs.shape
         (('left', 'right'), (80, 2))
     """
-    dataset = assemble(x_train, y_train, x_test, y_test, name, classes)
+    dataset = assemble(x_train, y_train, x_test, y_test, name, classes, weights)
     return replace(dataset, notes=(*dataset.notes, *notes_on_inputs(dataset)))
 
 
@@ -164,6 +172,7 @@ def assemble(
     y_test: ArrayLike | DiskArray | None,
     name: str,
     classes: Sequence[str] | None,
+    weights: ArrayLike | None = None,
 ) -> Dataset:
     """Makes a data set as `from_arrays` does, without the notes of `notes_on_inputs`."""
     # Test arrays are given as a pair, or not at all.
@@ -190,6 +199,9 @@ def assemble(
     has_numbers = is_numbered or spells_numbers
     classes = numbered(labels) if classes is None else tuple(classes)
     check_pair("y_train", inputs, labels, len(classes))
+    given = Split(inputs, labels)
+    if weights is not None:
+        given = WeightedSplit(*given, checked_weights("weights", weights, len(inputs)))
 
     # Split off a test set, or check the given one against the training arrays.
     notes: list[str] = []
@@ -198,10 +210,12 @@ def assemble(
             raise InputError(
                 "x_train", "must contain at least two examples if there is no test split, got one."
             )
-        train, test = (_rows(Split(inputs, labels), rows) for rows in split_rows(len(inputs)))
+        in_train, in_test = split_rows(len(inputs))
+        train = select(given, in_train)
+        test = select(Split(inputs, labels), in_test)
         notes.append(note_on_test_split(len(test.inputs), len(inputs)))
     else:
-        train = Split(inputs, labels)
+        train = given
         test = Split(
             checked_inputs("x_test", x_test),
             _like_training(labels, checked_labels("y_test", y_test)),
@@ -219,6 +233,8 @@ def assemble(
                 f"must have examples of the shape of x_train, {inputs.shape[1:]}, got "
                 f"{test.inputs.shape[1:]}.",
             )
+
+    _check_any_weight(train)
 
     # Add notes on classes that may be measurements, or that have no examples.
     if classes and labels.ndim == 1:
@@ -292,6 +308,46 @@ def is_channels_first(shape: Sequence[int]) -> bool:
     )
 
 
+def weighted(dataset: Dataset, weights: ArrayLike) -> Dataset:
+    """Gives each training example a weight, by which its loss is multiplied.
+
+    The objective of a batch is `sum(weight * loss) / examples`, as with class weights, by which it
+    is also multiplied if there are any; it is not divided by the sum of the weights. The reported
+    loss and the metrics do not change.
+
+    Args:
+        dataset: Data set of arrays; weights that it already has are replaced.
+        weights: Weight of each example of `dataset.train`, `[examples]`, at least 0.
+
+    Raises:
+        InputError: If there is not one weight for each training example, one is negative, NaN or
+            infinite, all of them are 0, or the examples come from a stream.
+
+    Examples:
+        >>> data = ctde.data.digits()
+        >>> twice = ctde.data.weighted(data, np.where(data.train.labels == 8, 2, 1))
+        >>> len(twice.train.weights)
+        1438
+    """
+    dataset.check_arrays("weights")
+    inputs = dataset.train.inputs
+    train = WeightedSplit(
+        inputs, dataset.train.labels, checked_weights("weights", weights, len(inputs))
+    )
+    _check_any_weight(train)
+    return replace(dataset, train=train)
+
+
+def _check_any_weight(train: TrainingSplit) -> None:
+    """Raises InputError if all training examples have weight 0, so that no gradient exists."""
+    if train.weights is not None and not train.weights.any():
+        raise InputError(
+            "weights",
+            f"must be above 0 for at least one of the {len(train.weights):,} training examples, "
+            "got only 0.",
+        )
+
+
 def hold_out(dataset: Dataset, validation_fraction: float, seed: int = 0) -> Dataset:
     """Holds out a random fraction of the training examples for validation.
 
@@ -337,10 +393,12 @@ def hold_out(dataset: Dataset, validation_fraction: float, seed: int = 0) -> Dat
     note = (
         f"{held_out:,} of the {examples:,} training examples are held out at random for validation."
     )
+    train = select(dataset.train, kept)
+    _check_any_weight(train)
     return replace(
         dataset,
-        train=_rows(dataset.train, kept),
-        validation=_rows(dataset.train, validation),
+        train=train,
+        validation=select(Split(dataset.train.inputs, dataset.train.labels), validation),
         notes=(*dataset.notes, note),
     )
 
@@ -448,10 +506,3 @@ def _like_training(
             "y_test", f"must be integers like y_train, got {test.dtype}; convert one of them."
         )
     return test if test.dtype == train.dtype else test.astype(train.dtype)
-
-
-def _rows(split: Split, rows: np.ndarray) -> Split:
-    inputs, labels = (
-        array.select(rows) if isinstance(array, DiskArray) else array[rows] for array in split
-    )
-    return Split(inputs, labels)

@@ -23,14 +23,15 @@ from ctde_jax.devices import memory
 from ctde_jax.errors import InputError, check_known, shortened
 
 REQUIRED = ("x_train", "y_train")
-OPTIONAL = ("x_test", "y_test")
+OPTIONAL = ("x_test", "y_test", "weights")
 Arrays: TypeAlias = dict[str, np.ndarray | DiskArray]
 
 
 def from_npz(path: Path | str, task: Use = "auto") -> Dataset:
-    """Loads `x_train` and `y_train` from a .npz file, and `x_test` and `y_test` if present.
+    """Loads `x_train` and `y_train` from a .npz file, and the other arrays if present.
 
-    Dtypes are treated as in `from_arrays`; labels are integers from 0, or class names.
+    Names and dtypes are those of `from_arrays`: `x_test` and `y_test` are the test split, and
+    `weights` the weights of the training examples. Labels are integers from 0, or class names.
 
     The path may also be a folder with `x_train.npy` and so on. Arrays of a gigabyte or more stay in
     their file and are read during training, unless they are compressed or stored by columns; the
@@ -63,7 +64,7 @@ def from_npz(path: Path | str, task: Use = "auto") -> Dataset:
     test = (arrays.get("x_test"), arrays.get("y_test"))
     try:
         # An error names an argument of `from_arrays`, but the user passed a file.
-        dataset = from_arrays(*train, *test, name=path.stem)
+        dataset = from_arrays(*train, *test, name=path.stem, weights=arrays.get("weights"))
     except InputError as error:
         raise InputError(
             "data_file", f"{path} does not contain a valid data set: {error}"

@@ -30,8 +30,9 @@ def from_batches(
 
     Args:
         batches: Function from the number of an epoch, counted from 0, to an iterable of pairs of
-            inputs `[examples, ...]` and labels. A batch has at most the batch size of `fit`. The
-            function is also called by `from_batches`, for the first batch.
+            inputs `[examples, ...]` and labels, or triples with weights `[examples]` as in
+            `weighted`. A batch has at most the batch size of `fit`. The function is also called by
+            `from_batches`, for the first batch.
         steps_per_epoch: Number of batches per epoch.
         x_test: Test inputs `[examples, ...]`, shaped like those of the batches.
         y_test: Test labels.
@@ -74,7 +75,7 @@ def from_batches(
         classes = max(own, numbered(test.labels), key=len) if own else ()
 
     # `from_arrays` checks the first batch against the test arrays.
-    dataset = from_arrays(*like, x_test, y_test, name=name, classes=classes)
+    dataset = from_arrays(like.inputs, like.labels, x_test, y_test, name=name, classes=classes)
     stream = Stream(batches, steps_per_epoch, like, len(classes))
 
     # The first batch may lack classes, so the only note on classes is that on their number.
@@ -82,4 +83,4 @@ def from_batches(
         *(note_on_numbers(len(classes), "the labels") if is_numbered else []),
         *notes_on_inputs(dataset),
     ]
-    return replace(dataset, stream=stream, notes=tuple(notes))
+    return replace(dataset, train=like, stream=stream, notes=tuple(notes))

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 
 from ctde_jax.data.dataset import Dataset
-from ctde_jax.data.split import Split
+from ctde_jax.data.split import AnySplit
 from ctde_jax.errors import InputError, check_known
 
 VIEWS = ("rows", "pixels")
@@ -47,7 +47,7 @@ def as_sequence(dataset: Dataset, view: str) -> Dataset:
     steps = picture[0] if view == "rows" else picture[0] * picture[1]
     sequence = (steps, prod(picture) // steps)
 
-    def reshaped(split: Split) -> Split:
+    def reshaped(split: AnySplit) -> AnySplit:
         return split._replace(inputs=split.inputs.reshape(-1, *sequence))
 
     def reshaped_feature(values: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
 """Examples with their labels: a split of a data set, or a batch."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctde_jax.data.arrays import checked_inputs, checked_labels
+from ctde_jax.data.arrays import checked_inputs, checked_labels, checked_weights
 from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.errors import InputError
 
@@ -30,6 +30,36 @@ class Split(NamedTuple):
         """Whether examples are read from a file on demand."""
         return any(isinstance(array, DiskArray) for array in self)
 
+    @property
+    def weights(self) -> None:
+        """None, as all examples have equal weight; see `WeightedSplit`."""
+        return None
+
+
+class WeightedSplit(NamedTuple):
+    """Examples for training with their labels, and with weights that multiply their losses.
+
+    Examples:
+        >>> digits = ctde.data.digits()
+        >>> weights = 1.0 + (digits.train.labels == 8)
+        >>> ctde.data.weighted(digits, weights).train.weights[:4]
+        array([1., 1., 1., 1.], dtype=float32)
+    """
+
+    inputs: np.ndarray | DiskArray  # as in `Split`
+    labels: np.ndarray | DiskArray
+    weights: np.ndarray  # float32[examples], at least 0
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether examples are read from a file on demand."""
+        return any(isinstance(array, DiskArray) for array in self)
+
+
+TrainingSplit: TypeAlias = Split | WeightedSplit
+
+AnySplit = TypeVar("AnySplit", bound=TrainingSplit)
+
 
 class Drawn(NamedTuple):
     """Examples taken from a split, with their indices in it.
@@ -40,25 +70,50 @@ class Drawn(NamedTuple):
     inputs: np.ndarray
     labels: np.ndarray
     numbers: np.ndarray  # int32[examples]
+    weights: np.ndarray | None = None  # float32[examples]
 
 
-def as_batch(name: str, inputs: ArrayLike, labels: ArrayLike, classes: int = 0) -> Split:
+def draw(split: TrainingSplit, numbers: np.ndarray) -> Drawn:
+    """Takes the examples with these indices, `int[...]`, from a split."""
+    weights = None if split.weights is None else split.weights[numbers]
+    return Drawn(split.inputs[numbers], split.labels[numbers], numbers, weights)
+
+
+def select(split: AnySplit, rows: np.ndarray) -> AnySplit:
+    """Returns the split of these rows, `int[rows]`; those on disk are not read."""
+    arrays = {
+        name: array.select(rows) if isinstance(array, DiskArray) else array[rows]
+        for name, array in zip(split._fields, split, strict=True)
+    }
+    return split._replace(**arrays)
+
+
+def as_batch(
+    name: str,
+    inputs: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike | None = None,
+    classes: int = 0,
+) -> TrainingSplit:
     """Converts a batch to a split, with the dtypes of `from_arrays`.
 
     Args:
         name: Description of the batch in error messages.
         inputs: Inputs, `[examples, ...]`.
         labels: Labels or targets, `[examples, ...]`.
+        weights: Weights of the examples, or None.
         classes: Number of classes; 0 if the labels are targets.
 
     Raises:
-        InputError: As for `checked_inputs`, `checked_labels` and `check_pair`.
+        InputError: As for `checked_inputs`, `checked_labels`, `checked_weights` and `check_pair`.
     """
     batch = Split(
         checked_inputs(f"inputs of {name}", inputs), checked_labels(f"labels of {name}", labels)
     )
     check_pair(f"labels of {name}", *batch, classes)
-    return batch
+    if weights is None:
+        return batch
+    return WeightedSplit(*batch, checked_weights(f"weights of {name}", weights, len(batch.inputs)))
 
 
 def check_pair(

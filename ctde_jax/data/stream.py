@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctde_jax.data.split import Split, as_batch
+from ctde_jax.data.split import TrainingSplit, as_batch
 from ctde_jax.errors import InputError
 
-Pair = tuple[ArrayLike, ArrayLike]
-"""Inputs `[examples, ...]` and labels of a batch."""
+Pair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLike]
+"""Inputs `[examples, ...]`, labels, and possibly weights `[examples]` of a batch."""
 
 
 class Stream(NamedTuple):
@@ -23,20 +23,21 @@ class Stream(NamedTuple):
     steps_per_epoch: int
     """Number of batches per epoch; further ones are ignored."""
 
-    like: Split
+    like: TrainingSplit
     """The first batch; all batches have its dtypes and example shapes."""
 
     classes: int
     """Number of classes; 0 if the labels are targets."""
 
-    def steps(self, start: int = 0) -> Generator[Split]:
+    def steps(self, start: int = 0) -> Generator[TrainingSplit]:
         """Yields the batches from step `start` on, epoch after epoch, and checks each of them.
 
         If `start` lies within an epoch, the earlier batches of this epoch are drawn and discarded.
 
         Raises:
             InputError: If a batch is not a pair of valid arrays, differs from the first batch in
-                dtype or example shape, or an epoch has fewer than `steps_per_epoch` batches.
+                dtype, example shape or in having weights, or an epoch has fewer than
+                `steps_per_epoch` batches.
         """
         for epoch in count(start // self.steps_per_epoch):
             # An iterable cannot seek, so the first epoch is drawn from its first batch on.
@@ -54,9 +55,16 @@ class Stream(NamedTuple):
                     f"epoch {epoch} ended after {drawn}.",
                 )
 
-    def _checked(self, pair: Pair, name: str) -> Split:
+    def _checked(self, pair: Pair, name: str) -> TrainingSplit:
         """Converts a pair to a split and compares its dtypes and example shapes with `like`."""
         batch = of_pair(name, pair, self.classes)
+        if len(batch) != len(self.like):
+            had, got = (
+                "no weights" if each.weights is None else "weights" for each in (self.like, batch)
+            )
+            raise InputError(
+                "batches", f"must match the first batch, which has {had}, got {got} in {name}."
+            )
         for part, array, like in zip(batch._fields, batch, self.like, strict=True):
             if (array.shape[1:], array.dtype) != (like.shape[1:], like.dtype):
                 # A shape prints as `[Ellipsis, 28, 28]`; the message shows `[examples, 28, 28]`.
@@ -101,8 +109,8 @@ def check_size(examples: int, batch_size: int) -> None:
         )
 
 
-def of_pair(name: str, pair: Pair, classes: int = 0) -> Split:
-    """Converts a pair of inputs and labels from a stream to a split.
+def of_pair(name: str, pair: Pair, classes: int = 0) -> TrainingSplit:
+    """Converts a pair of inputs and labels, or a triple with weights, from a stream to a split.
 
     Args:
         name: Description of the batch in error messages.
@@ -110,12 +118,12 @@ def of_pair(name: str, pair: Pair, classes: int = 0) -> Split:
         classes: Number of classes; 0 if the labels are targets.
 
     Raises:
-        InputError: If it is not a pair, or as for `as_batch`.
+        InputError: If it is neither a pair nor a triple, or as for `as_batch`.
     """
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    if not isinstance(pair, (tuple, list)) or len(pair) not in (2, 3):
         raise InputError(
             "batches",
-            f"must yield pairs of inputs and labels, got {type(pair).__name__} {pair!r:.60} as "
-            f"{name}.",
+            "must yield pairs of inputs and labels, or triples with weights, got "
+            f"{type(pair).__name__} {pair!r:.60} as {name}.",
         )
-    return as_batch(name, *pair, classes)
+    return as_batch(name, *pair, classes=classes)

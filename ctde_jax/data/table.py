@@ -35,6 +35,7 @@ class _Table(NamedTuple):
     features: list[int]
     rows: list[Row]
     notes: list[str]
+    weights: np.ndarray | None = None  # float64[rows]
 
     def column(self, place: int) -> Column:
         cells = [row.cells[place] for row in self.rows]
@@ -51,6 +52,7 @@ def from_table(
     *,
     drop: Sequence[str] | str = (),
     categorical: Sequence[str] | str = (),
+    weights: str | None = None,
     task: Use = "auto",
 ) -> Dataset:
     r"""Loads a table with one column of labels.
@@ -80,14 +82,15 @@ def from_table(
         label: Name of the column of labels; by default the last column.
         drop: Names of columns that are not used.
         categorical: Names of columns whose cells are categories, also if they are numbers.
+        weights: Name of the column of sample weights, which is not a feature; see `weighted`.
         task: `classification` uses any labels as classes, `regression` numbers as targets; `auto`
             is classification, but refuses labels that look like measurements.
 
     Raises:
         InputError: If the source is not a table, a name is not that of a column, a cell is not of
             the kind of its column, all cells of a column are missing, float32 does not distinguish
-            the numbers of a feature, there are fewer than two classes, or the labels look like
-            measurements, dates or names.
+            the numbers of a feature, there are fewer than two classes, the labels look like
+            measurements, dates or names, or a weight is not a number of at least 0.
 
     Examples:
         >>> rows = "31,nurse,yes,0\n,clerk,no,1\n50,nurse,no,1\n" * 9
@@ -105,7 +108,7 @@ def from_table(
     )
 
     # Read the table, and number its classes, if it has any.
-    table = _without(_read(source, label), drop, categorical)
+    table = _without(_read(source, label), drop, categorical, weights)
     column = table.column(table.label)
     classes, labels = read_labels(table.path, column, task)
     if task == "auto" and are_numbers(classes):
@@ -162,7 +165,9 @@ def _plain(
 
     # Standardize the features; their names are kept if all of them have one.
     inputs = np.stack([values for _, values in features], axis=1).astype(np.float32)
-    dataset = standardized(assemble(inputs, labels, None, None, _stem(table), classes or None))
+    dataset = standardized(
+        assemble(inputs, labels, None, None, _stem(table), classes or None, table.weights)
+    )
     names = [table.names[place] for place, _ in features] if table.names else []
     return replace(
         dataset, notes=(*notes, *dataset.notes), columns=tuple(names) if all(names) else ()
@@ -209,7 +214,13 @@ def _by_recipe(
     by_name = {table.names[place]: column.cells for place, column in cells.items()}
     inputs = conversion.encode(by_name)
     dataset = assemble(
-        inputs[train], labels[train], inputs[test], labels[test], _stem(table), classes or None
+        inputs[train],
+        labels[train],
+        inputs[test],
+        labels[test],
+        _stem(table),
+        classes or None,
+        None if table.weights is None else table.weights[train],
     )
     notes.append(note_on_test_split(len(test), len(labels)))
     return replace(
@@ -264,9 +275,15 @@ def _notes_on(column: Column, values: np.ndarray, labels: np.ndarray) -> list[st
     return []
 
 
-def _without(table: _Table, drop: Sequence[str], categorical: Sequence[str]) -> _Table:
-    """Removes the dropped columns from the features, after a check of all names."""
-    for option, names in {"drop": drop, "categorical": categorical}.items():
+def _without(
+    table: _Table, drop: Sequence[str], categorical: Sequence[str], weights: str | None
+) -> _Table:
+    """Removes the dropped columns and that of weights from the features.
+
+    All names are checked, and `weights` of the table are set if there is a column of them.
+    """
+    weighted = () if weights is None else (weights,)
+    for option, names in {"drop": drop, "categorical": categorical, "weights": weighted}.items():
         for name in names:
             if not table.names:
                 raise InputError(
@@ -279,11 +296,28 @@ def _without(table: _Table, drop: Sequence[str], categorical: Sequence[str]) -> 
                 raise InputError(
                     option, f"must not contain the label {quoted(name)}; pass another column."
                 )
+    unused = (*drop, *weighted)
     return table._replace(
         features=[
-            place for place in table.features if not table.names or table.names[place] not in drop
-        ]
+            place for place in table.features if not table.names or table.names[place] not in unused
+        ],
+        weights=None if weights is None else _weights(table, weights),
     )
+
+
+def _weights(table: _Table, name: str) -> np.ndarray:
+    """Returns the weights in the column `name`, `float64[rows]`."""
+    column = table.column(table.names.index(name))
+    weights = columns.numbers(table.path, column)
+    place = int(weights.argmin())
+    if weights[place] < 0:
+        raise faulty(
+            table.path,
+            f"has {quoted(column.cells[place])} in line {column.lines[place]}, column "
+            f"{column.name}, which is a negative weight",
+            "weights must be at least 0",
+        )
+    return weights
 
 
 def _read(source: Any, label: str | None) -> _Table:

@@ -35,7 +35,7 @@ from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUs
 from jaxtyping import Array, Float32, Int32, Key, Shaped
 
 from ctde_jax.aggregate import depends_on
-from ctde_jax.data import Augment, Drawn, apply_to
+from ctde_jax.data import Augment, Drawn, TrainingSplit, apply_to
 from ctde_jax.devices import AXIS, SHARD, PyTree, agreed_state
 from ctde_jax.models import Model, Task, fine_tuning
 from ctde_jax.rounds.sums import Sums
@@ -137,7 +137,7 @@ def make_gradient(
             ), None
 
         # Accumulate over the groups; the gradient and the sums add up.
-        objective_too = [] if task.objective is None else ["objective"]
+        objective_too = ["objective"] if _minimizes_another(task, split) else []
         zeros = dict.fromkeys([*task.summed, "examples", *objective_too], jnp.float32(0))
         start = (optax.tree.zeros_like(params), model_state, zeros)
         (grads, model_state, sums), _ = lax.scan(add_group, start, (examples, shards))
@@ -228,6 +228,7 @@ def make_on_shard(
         rows = jnp.where(is_example, indices, ~indices)
         inputs = _take(split.inputs, rows)
         labels = _take(split.labels, rows)
+        weights = None if split.weights is None else _take(split.weights, rows)
 
         # Augment by the index of each example in the training split (of a stream, in its batch).
         augment_key, model_key = jax.random.split(key)
@@ -251,12 +252,20 @@ def make_on_shard(
             "examples": jnp.ones(len(indices), jnp.float32),
         }
         sums = {name: jnp.sum(values, where=is_example) for name, values in measured.items()}
-        objective = jnp.sum(task.minimized(outputs, labels, measured), where=is_example)
-        if task.objective is not None:
+        minimized = task.minimized(outputs, labels, measured)
+        if weights is not None:
+            minimized *= weights
+        objective = jnp.sum(minimized, where=is_example)
+        if _minimizes_another(task, split):
             sums["objective"] = objective
         return objective, model_state, sums
 
     return on_shard
+
+
+def _minimizes_another(task: Task, split: TrainingSplit | Drawn) -> bool:
+    """Returns whether another function than the reported loss is minimized."""
+    return task.objective is not None or split.weights is not None
 
 
 def _alone(model: Model) -> Model:

@@ -17,11 +17,12 @@ from ctde_jax.data import (
     Batches,
     Dataset,
     Drawn,
-    Split,
     Stream,
+    TrainingSplit,
     check_size,
     check_stream,
     deal,
+    draw,
     filled_up,
     index_blocks,
 )
@@ -181,11 +182,12 @@ class OnDisk:
             spans: Spans that are divided into the pieces.
         """
         split = self.batches.split
+        assert not isinstance(split, Drawn), "parts are drawn from the whole split"
         for indices, rounds in _indices(self.batches, spans):
             indices = indices[here]
             # A negative index ~i is padding: example i is read and masked.
             numbers = np.where(indices >= 0, indices, ~indices).reshape(len(indices), -1)
-            drawn = Drawn(split.inputs[numbers], split.labels[numbers], numbers)
+            drawn = draw(split, numbers)
             # The indices of a piece refer to its examples, one for each index.
             yield drawn, _places(indices >= 0), rounds
 
@@ -251,7 +253,7 @@ class Streamed:
                 shape = (len(here), span.piece_rounds, span.round_steps, -1)
                 yield drawn, _places(is_example.reshape(shape)), rounds
 
-    def _cut(self, batch: Split) -> tuple[Drawn, np.ndarray]:
+    def _cut(self, batch: TrainingSplit) -> tuple[Drawn, np.ndarray]:
         """Cuts a batch into the parts of the replicas, in the order of `data.deal`.
 
         Returns:
@@ -263,7 +265,7 @@ class Streamed:
         # int32[replica, per_replica]: of R replicas, replica r gets positions r, r + R and so on.
         order = order.reshape(-1, self.replicas).T
         numbers = np.where(order >= 0, order, ~order)
-        return Drawn(batch.inputs[numbers], batch.labels[numbers], numbers), order >= 0
+        return draw(batch, numbers), order >= 0
 
 
 def _feed_of_drawn(
@@ -289,7 +291,7 @@ def _shape_of_indices(span: Span, replicas: int, per_replica: int) -> jax.ShapeD
     )
 
 
-def _shape_of_drawn(split: Split | Drawn, indices: jax.ShapeDtypeStruct) -> Drawn:
+def _shape_of_drawn(split: TrainingSplit | Drawn, indices: jax.ShapeDtypeStruct) -> Drawn:
     replicas, rounds, round_steps, per_replica = indices.shape
     # A piece has one example for each of its indices.
     leading = (replicas, rounds * round_steps * per_replica)
@@ -303,6 +305,7 @@ def _shape_of_drawn(split: Split | Drawn, indices: jax.ShapeDtypeStruct) -> Draw
         like(inputs.shape[1:], inputs.dtype),
         like(labels.shape[1:], labels.dtype),
         like((), np.dtype(np.int32)),
+        None if split.weights is None else like((), split.weights.dtype),
     ]
     return Drawn._make(leaves)
 

@@ -9,8 +9,9 @@ from ctde_jax.devices import PyTree, replica
 Sums = dict[str, Float32[Array, "..."]]
 """Sums over examples, by name: `Task.summed`, and `examples`, the number of examples.
 
-There is an `objective` only if the task minimizes another function than the reported loss, and the
-entries of `OF_THE_OPTIMIZER` (times the number of examples) only if its state holds them.
+There is an `objective` only if another function than the reported loss is minimized, because of the
+task or of sample weights, and the entries of `OF_THE_OPTIMIZER` (times the number of examples) only
+if its state holds them.
 """
 
 OF_THE_OPTIMIZER = {"learning_rate": learning_rate, "gradient_norm": gradient_norm}

@@ -52,6 +52,9 @@ def plan_rows(training: Training, names: Mapping[str, str] = {}) -> list[tuple[s
         header, *columns = _list_columns(data.recipe)
         rows += [("columns", header), *(("", column) for column in columns)]
     rows.append(("inputs", _describe_inputs(data)))
+    if (weights := data.train.weights) is not None:
+        found = f"{weights.min():g} to {weights.max():g}, {weights.mean():g} on average"
+        rows.append(("weights", "one for each example of a batch" if data.stream else found))
     rows.append(("split", _describe_split(training, names.get("partition", "partition"))))
 
     # Model, batch, optimizer and strategy.

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ctde_jax.bundle import Accepted
 from ctde_jax.checkpoint import named
 from ctde_jax.cost import Traffic
-from ctde_jax.data import Dataset, DiskArray, Split, look_up, plain, slices
+from ctde_jax.data import Dataset, DiskArray, Split, TrainingSplit, look_up, plain, slices
 from ctde_jax.devices import PyTree, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task, module_of, tasks
@@ -41,7 +41,8 @@ def accepts(data: Dataset) -> Accepts:
 
     The sequence length is unconstrained if the inputs are int32 tokens with one label per token.
     """
-    inputs, labels = data.train
+    inputs = data.train.inputs
+    labels = data.train.labels
     classes = len(data.vocabulary or data.classes)
     largest = len(data.vocabulary) - 1 if data.vocabulary else _scaled_to_one(data)
     example = inputs.shape[1:]
@@ -266,7 +267,7 @@ class Trained:
 
     def _checked(self, split: object) -> Split:
         """Returns a split with the dtypes of training; raises InputError if it is invalid."""
-        if not isinstance(split, Split):
+        if not isinstance(split, TrainingSplit):
             rule = "must be a Split, such as data.test or data.Split(inputs, labels)"
             raise InputError("split", f"{rule}, got {type(split).__name__} {split!r:.60}.")
         inputs = _conforming("inputs", split.inputs, self.accepts.inputs)

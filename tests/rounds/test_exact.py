@@ -87,6 +87,9 @@ RUNS: dict[str, dict] = {
         "optimizer": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01)),
         "on_nonfinite": "skip",
     },
+    "sample weights": {
+        "dataset": lambda dataset: data.weighted(dataset, 0.5 + dataset.train.labels % 3)
+    },
     "random shifts": {"augment": ctde.augment.shift(1)},
     "residual network": {
         "model": models.resnet((8, 8), 10, (4, 8), 1, "batch", "averaged"),

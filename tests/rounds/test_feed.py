@@ -179,7 +179,10 @@ MISTAKES = {
         (np.ones((0, 64)), np.zeros(0, int)),
         "inputs of batch 1 of epoch 0 must contain at least one example",
     ),
-    "not a pair": ({"inputs": BATCH[0]}, "batches must yield pairs of inputs and labels, got dict"),
+    "not a pair": (
+        {"inputs": BATCH[0]},
+        "batches must yield pairs of inputs and labels, or .* got dict",
+    ),
     "NaN": ((np.full((64, 64), np.nan), BATCH[1]), "inputs of batch 1 of epoch 0 must be finite"),
 }
 
