@@ -25,6 +25,7 @@ from ctde_jax.data.digests import digest, digests_of
 from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.data.files import from_npz
 from ctde_jax.data.folder import from_folder
+from ctde_jax.data.huggingface import from_huggingface
 from ctde_jax.data.loader import from_batches
 from ctde_jax.data.published.cifar import cifar10
 from ctde_jax.data.published.digits import digits
@@ -64,6 +65,7 @@ __all__ = [
     "from_arrays",
     "from_batches",
     "from_folder",
+    "from_huggingface",
     "from_npz",
     "from_table",
     "from_text",

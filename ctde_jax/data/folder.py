@@ -58,7 +58,7 @@ def from_folder(
     Examples:
         >>> data = ctde.data.from_folder("pictures", image_size=64)  # doctest: +SKIP
     """
-    size = _height_and_width(image_size)
+    size = height_and_width(image_size)
     folder = Path(os.path.abspath(os.path.expanduser(path)))
 
     # List the pictures of each split and class.
@@ -84,7 +84,12 @@ def from_folder(
     return replace(dataset, validation=arrays.get("validation"), notes=(*notes, *dataset.notes))
 
 
-def _height_and_width(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def height_and_width(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Returns the height and width to which pictures are resized, or None.
+
+    Raises:
+        InputError: If they are not one or two whole numbers from 1 to `_LARGEST_SIDE`.
+    """
     if image_size is None:
         return None
     sizes = np.atleast_1d(image_size).tolist()

@@ -33,7 +33,7 @@ from ctde_jax.errors import InputError
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 _FORMATS = ("PNG", "JPEG")
-_GRAY = ("1", "L", "LA")
+GRAY = ("1", "L", "LA")
 """Modes of Pillow without color; palettes count as color."""
 
 _RULES = 1
@@ -95,18 +95,21 @@ def read_picture(
         try:
             with Image.open(file, formats=_FORMATS) as image:
                 upright = ImageOps.exif_transpose(image)
-            plain = _opaque(upright).convert("L" if is_gray else "RGB")
+            plain = without_transparency(upright).convert("L" if is_gray else "RGB")
         # A malformed picture raises exceptions of many types.
         except Exception as error:
             _raise_of_system(path, error)
             return None
-    if size is not None:
-        height, width = size
-        plain = ImageOps.fit(plain, (width, height), Image.Resampling.BILINEAR)
-    return np.asarray(plain)
+    return np.asarray(plain if size is None else resized(plain, size))
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes a picture bilinearly so that it covers height and width, and crops its center."""
+    height, width = size
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+
+
+def without_transparency(image: Image.Image) -> Image.Image:
     """Composites transparent pixels over white; `convert` would expose colors below them."""
     if not image.has_transparency_data:
         return image
@@ -119,7 +122,7 @@ def _is_gray(path: Path) -> bool:
     with _opened(path) as file:
         try:
             with Image.open(file, formats=_FORMATS) as image:
-                return image.mode in _GRAY
+                return image.mode in GRAY
         except Exception as error:
             _raise_of_system(path, error)
             return True
