@@ -22,6 +22,7 @@ from ctde_jax.checkpoint.format import (
     write,
 )
 from ctde_jax.checkpoint.identity import Identity, differing, parts_of
+from ctde_jax.checkpoint.mirror import Mirror, Uploader, open_mirror, open_uploader
 from ctde_jax.checkpoint.position import Position
 from ctde_jax.checkpoint.resume import (
     Options,
@@ -62,10 +63,12 @@ __all__ = [
     "Choose",
     "Damaged",
     "Identity",
+    "Mirror",
     "Options",
     "Position",
     "Saver",
     "Tensors",
+    "Uploader",
     "check_facts",
     "check_new",
     "check_outside",
@@ -79,7 +82,9 @@ __all__ = [
     "named",
     "newest",
     "newest_intact",
+    "open_mirror",
     "open_saver",
+    "open_uploader",
     "parts_of",
     "path_of",
     "plain",

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,9 @@ from ctde_jax.bundle import open_regular, read_small
 from ctde_jax.checkpoint.atomic import bring_to_disk, put_back, written_whole
 from ctde_jax.checkpoint.run_folder import writing_to
 from ctde_jax.errors import InputError, on_one_line, shortened
+
+if TYPE_CHECKING:
+    from ctde_jax.checkpoint.mirror import Uploader
 
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
@@ -248,12 +251,14 @@ class Saver:
         keep: int,
         choose: Choose | None,
         metrics: Path,
+        uploader: "Uploader | None",
         thread: ThreadPoolExecutor,
     ):
         self._folder = folder
         self._keep = keep
         self._choose = choose
         self._metrics = metrics
+        self._uploader = uploader
         self._thread = thread
         self._last: Future[None] | None = None
         self.completed: deque[Path] = deque()
@@ -305,9 +310,11 @@ class Saver:
             # they were damaged, and the run resumed from an older one: remove them.
             there = steps(self._folder)
             past = [number for number in there if number <= step]
-            kept = {path_of(self._folder, number) for number in past[: self._keep]} | {
-                self._best(past)
-            }
+            best = self._best(past)
+            kept = {path_of(self._folder, number) for number in past[: self._keep]} | {best}
+            if self._uploader is not None:
+                self._uploader.offer(path_of(self._folder, step), best)
+                kept |= self._uploader.held
             for number in there:
                 old = path_of(self._folder, number)
                 # Rename first: a final name must never refer to a half-removed checkpoint.
@@ -329,7 +336,13 @@ class Saver:
 
 
 @contextmanager
-def open_saver(folder: Path, keep: int, choose: Choose | None, metrics: Path) -> Iterator[Saver]:
+def open_saver(
+    folder: Path,
+    keep: int,
+    choose: Choose | None,
+    metrics: Path,
+    uploader: "Uploader | None" = None,
+) -> Iterator[Saver]:
     """Starts the thread that writes checkpoints, and waits for the last one on exit.
 
     Removes the incomplete checkpoints of a killed process, so no other process may use the folder.
@@ -340,6 +353,7 @@ def open_saver(folder: Path, keep: int, choose: Choose | None, metrics: Path) ->
         choose: Function that selects the best of several evaluations, whose checkpoint is kept as
             well; None keeps only the newest checkpoints.
         metrics: File of the history rows, which is flushed to disk before each checkpoint.
+        uploader: Receives each checkpoint, and keeps it until it is uploaded; None without mirror.
 
     Raises:
         InputError: If the folder cannot be written to, or, on exit, if the last checkpoint could
@@ -352,7 +366,7 @@ def open_saver(folder: Path, keep: int, choose: Choose | None, metrics: Path) ->
             shutil.rmtree(left)
     # If the body raises, the executor still waits for the checkpoint that is being written.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
-        saver = Saver(folder, keep, choose, metrics, thread)
+        saver = Saver(folder, keep, choose, metrics, uploader, thread)
         yield saver
         saver.wait()
 

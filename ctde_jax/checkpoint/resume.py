@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ctde_jax.checkpoint.format import (
     steps,
 )
 from ctde_jax.checkpoint.identity import Identity, is_identity
+from ctde_jax.checkpoint.mirror import Mirror
 from ctde_jax.checkpoint.position import Position
 from ctde_jax.checkpoint.run_folder import CHECKPOINTS, check_new, make_way
 from ctde_jax.devices import hosts
@@ -63,8 +65,11 @@ def find(
     options: Options,
     identity: Identity,
     say: Say,
+    mirror: Mirror | None = None,
 ) -> Checkpoint | None:
     """Returns the newest intact checkpoint of a run or, if it has none, the one to branch from.
+
+    If the mirror has a newer checkpoint than the folder, it is downloaded first.
 
     Args:
         folder: Folder of the run.
@@ -73,37 +78,35 @@ def find(
         options: Options that determine the result of the run.
         identity: Digests of the data and the program of the run.
         say: Prints a line.
+        mirror: Mirror of the run, or None.
 
     Returns:
         The checkpoint, or None if the run starts from the beginning.
 
     Raises:
-        InputError: If the run in the folder has different options, data or program, which are
-            listed, or no intact checkpoint; or if `branch_from` is not an intact checkpoint before
-            the last step of this run.
+        InputError: If the run in the folder or in the mirror has different options, data or
+            program, which are listed, or no intact checkpoint; or if `branch_from` is not an intact
+            checkpoint before the last step of this run.
     """
     # With `resume=True`, this only completes a move that was interrupted.
     make_way(folder, resume=True, say=say)
     found = newest_intact(folder / CHECKPOINTS, say) if resume else None
+    if found is not None:
+        _check_same(found, options, identity, "run_dir")
+
+    # The mirror must be of this run as well, and may have a newer checkpoint.
+    if mirror is not None and resume:
+        check = partial(_check_same, options=options, identity=identity, option="mirror")
+        found = mirror.fetch(folder, found, check, say) or found
+    elif mirror is not None:
+        mirror.check_new()
+
     if found is None:
         if resume:
             check_new(folder)
         return None if branch_from is None else _branch(branch_from, options, identity, say)
-
-    # The folder holds a run, which must be this one.
-    check_facts(found, "run_dir")
-    different, notes = _differences(found, options, identity)
-    if different:
-        ways = "another run_dir, resume=False to train from the start, or branch_from"
-        if options.flag:
-            ways = "another --run-dir, --resume never to train from the start, or --branch-from"
-        raise InputError(
-            "run_dir",
-            f"contains a run with {'; '.join(different)}. Pass {ways} {found.path} to continue "
-            "that run with these changes.",
-        )
     say(f"resume     {found.path}")
-    for note in notes:
+    for note in identity.compare(found.facts.get("identity")).notes:
         say(f"           not compared with the checkpoint: {note}")
     return found
 
@@ -150,6 +153,32 @@ def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | No
     )
     tensors = hosts.arrays_of_the_first(like)
     return Checkpoint(Path(described["path"]), tensors, described["facts"])
+
+
+def _check_same(found: Checkpoint, options: Options, identity: Identity, option: str) -> None:
+    """Checks that a checkpoint belongs to this run.
+
+    Args:
+        found: The checkpoint, of which only the facts are read.
+        options: Options that determine the result of the run.
+        identity: Digests of the data and the program of the run.
+        option: `run_dir` or `mirror`, the argument that refers to the checkpoint.
+
+    Raises:
+        InputError: If it has different options, data or program, or a malformed manifest.
+    """
+    check_facts(found, option)
+    different, _ = _differences(found, options, identity)
+    if not different:
+        return
+    if option == "mirror":
+        end = "Pass another address, or the options of that run."
+    else:
+        ways = "another run_dir, resume=False to train from the start, or branch_from"
+        if options.flag:
+            ways = "another --run-dir, --resume never to train from the start, or --branch-from"
+        end = f"Pass {ways} {found.path} to continue that run with these changes."
+    raise InputError(option, f"contains a run with {'; '.join(different)}. {end}")
 
 
 def _branch(path: Path, options: Options, identity: Identity, say: Say) -> Checkpoint:

@@ -157,7 +157,13 @@ def deciding(config: Config) -> dict[str, Any]:
     return {name: value for name, value in options if name not in _OF_ONE_RUN + _DECIDE_NOTHING}
 
 
-_OF_ONE_RUN = ("config", "run_dir", "resume", *(option.name for option in fields(HostOptions)))
+_OF_ONE_RUN = (
+    "config",
+    "run_dir",
+    "mirror",
+    "resume",
+    *(option.name for option in fields(HostOptions)),
+)
 """Options that apply to one run on one machine, and are not saved."""
 
 _DECIDE_NOTHING = (

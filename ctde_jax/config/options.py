@@ -23,6 +23,7 @@ Columns = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")
 ]
 Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
+Address = Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 ModelName = Literal[tuple(MODELS)]  # pyright: ignore[reportInvalidTypeForm]
@@ -410,6 +411,10 @@ class RunOptions:
     """Also keep the checkpoint that is best by this metric, such as loss or accuracy, on the
     validation split or else the test split. A new best is saved at once;
     by default only the newest checkpoints are kept."""
+
+    mirror: Address = None
+    """Upload every checkpoint to this folder, such as s3://bucket/run, in the background, and
+    continue from there if --run-dir has no newer checkpoint; by default none."""
 
     # Evaluation and logging.
     eval_every: Count = None

@@ -228,6 +228,8 @@ def _parse(arguments: Sequence[str]) -> Config:
         raise InputError(
             "run_dir", "must not be set, as an existing run in this folder would not be trained."
         )
+    if chosen.run.mirror is not None:
+        raise InputError("mirror", "must not be set, as the runs of a proof are temporary.")
     return chosen
 
 

@@ -81,6 +81,7 @@ def train(config: Config, started: float) -> Trained:
             save_every=config.run.save_every,
             keep_checkpoints=config.run.keep_checkpoints,
             keep_best=config.run.keep_best,
+            mirror=config.run.mirror,
             options=options,
             prepare=prepare,
         )

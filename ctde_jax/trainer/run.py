@@ -18,6 +18,7 @@ from ctde_jax.checkpoint import (
     Saver,
     make_way,
     open_saver,
+    open_uploader,
     plain,
 )
 from ctde_jax.devices import PyTree, hosts
@@ -395,10 +396,14 @@ def open_run(
         if folder is not None and is_first:
             keep_best = saving.keep_best
             choose = None if keep_best is None else partial(training.task.best, keep_best)
-            opened = open_saver(
-                folder / CHECKPOINTS, saving.keep_checkpoints, choose, folder / METRICS
+            keep = saving.keep_checkpoints
+            uploader = stack.enter_context(open_uploader(found.mirror, keep, log.say))
+            saver = stack.enter_context(
+                open_saver(folder / CHECKPOINTS, keep, choose, folder / METRICS, uploader)
             )
-            saver = stack.enter_context(opened)
+            # The previous start may have ended before the mirror had its last checkpoint.
+            if uploader is not None and found.checkpoint is not None and not found.is_new:
+                uploader.offer(found.checkpoint.path, saver.best)
 
         # Save the first state, so that even a run that fails at once can be continued.
         run = Run(

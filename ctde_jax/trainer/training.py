@@ -3,6 +3,7 @@
 The result of a run is its parameters and metrics. Each value checks itself when it is created.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ctde_jax.errors import (
     check_known,
     check_seed,
     check_whole,
+    quoted,
 )
 from ctde_jax.models import (
     Model,
@@ -384,6 +386,9 @@ class Saving:
         keep_best: `loss`, or the name of a metric: also keeps the checkpoint with its best value on
             the validation split, or on the test split if there is none. If an evaluation improves
             it, a checkpoint is written immediately.
+        mirror: Address such as `s3://bucket/run` of a folder to which every checkpoint is uploaded
+            in the background; see `docs/checkpoints.md`. If it has a newer checkpoint than
+            `run_dir`, the run continues from there. Every run needs its own address.
         options: Further options that determine the result of the run, by name; a run is resumed
             only if they are equal.
         prepare: Function of the folder that writes files of a new run; called on host 0 before the
@@ -404,19 +409,26 @@ class Saving:
     save_every: int | None = None
     keep_checkpoints: int = 2
     keep_best: str | None = None
+    mirror: str | None = None
     options: Mapping[str, Any] = field(default_factory=Options)
     prepare: Callable[[Path], None] | None = None
 
     def __post_init__(self) -> None:
         check_whole(save_every=self.save_every, keep_checkpoints=self.keep_checkpoints)
         check_at_least(1, save_every=self.save_every, keep_checkpoints=self.keep_checkpoints)
-        # `branch_from` and `keep_best` need a folder for checkpoints.
+        if self.mirror is not None and not re.match(r"[\w+]+://.", str(self.mirror)):
+            raise InputError(
+                "mirror", f"must be an address such as s3://bucket/run, got {quoted(self.mirror)}."
+            )
+        # These options need a folder for checkpoints.
         if self.run_dir is not None:
             return
         if self.branch_from is not None:
             raise InputError("branch_from", "requires run_dir, the folder of the new run.")
         if self.keep_best is not None:
             raise InputError("keep_best", "requires run_dir, the folder of the checkpoints.")
+        if self.mirror is not None:
+            raise InputError("mirror", "requires run_dir, the folder of the checkpoints.")
 
     @property
     def folder(self) -> Path | None:

@@ -613,6 +613,28 @@ def test_two_hosts_train_on_data_on_disk_like_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_hosts_without_a_folder_continue_from_its_mirror(job, tmp_path):
+    mirror = tmp_path / "bucket" / "run"
+    arguments = [*QUICK, "--save-every", "23", "--mirror", f"file://{mirror}"]
+    for index in range(2):
+        job.start(index, *arguments)
+    assert [result.status for result in job.end()] == [0, 0]
+    whole = job.folder.rename(tmp_path / "whole")
+
+    # The last upload is lost as well, so the run continues from an earlier step.
+    shutil.rmtree(checkpoint.path_of(mirror / "checkpoints", 46))
+    job.processes.clear()
+    for index in range(2):
+        job.start(index, *arguments)
+    first, second = job.end()
+    assert (first.status, second.status) == (0, 0)
+    assert "was fetched from" in first.output
+    assert "fetched" not in second.output
+    assert rows(job.folder) == rows(whole)
+    for name, tensor in tensors(whole).items():
+        np.testing.assert_array_equal(tensors(job.folder)[name], tensor)
+
+
 def test_two_hosts_keep_the_same_best_checkpoint_as_one(job, tmp_path):
     more = [*QUICK, "--eval-every", "8", "--keep-best", "accuracy", "--keep-checkpoints", "1"]
     for index in (0, 1):

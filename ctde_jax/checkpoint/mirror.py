@@ -1,0 +1,521 @@
+"""Mirrors: the checkpoints of a run in a store such as S3, reached through fsspec.
+
+    s3://bucket/run/checkpoints/step-00000460/
+        metrics.jsonl         the rows up to this checkpoint
+        config.json           the options, if the run folder has them
+        tensors.safetensors   these and the next two are the files of the checkpoint
+        SHA256SUMS
+        manifest.json         written last and removed first
+
+A checkpoint without a manifest is incomplete and is ignored. Files of one step are never shared
+with another step, so an interrupted upload cannot damage an earlier checkpoint.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ctde_jax.checkpoint.atomic import bring_to_disk, written_whole
+from ctde_jax.checkpoint.format import (
+    MANIFEST,
+    SUMS,
+    TENSORS,
+    Checkpoint,
+    Damaged,
+    parse,
+    path_of,
+    read,
+)
+from ctde_jax.checkpoint.run_folder import CHECKPOINTS, METRICS, writing_to
+from ctde_jax.errors import InputError, on_one_line, shortened
+
+_BESIDE = (METRICS, "config.json")
+"""Files of the run folder that are uploaded with every checkpoint."""
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Extras of this package that install the package for a protocol."""
+
+_SECONDS_BETWEEN_TRIES = 10.0
+_SECONDS_BETWEEN_WARNINGS = 600.0
+_SECONDS_AT_END = 300.0
+"""Maximum time that the end of a run waits for the last upload."""
+
+Check = Callable[[Checkpoint], None]
+"""Raises InputError if a checkpoint belongs to another run; reads only its facts."""
+
+
+class Unavailable(Exception):
+    """Raised if a mirror cannot be read, or must not or cannot be written to."""
+
+
+class Mirror:
+    """The checkpoints of a run in a store; made by `open_mirror`.
+
+    Args:
+        filesystem: The fsspec file system of the store.
+        root: Path of the mirror in the file system.
+        address: Address of the mirror, without a password, for messages.
+    """
+
+    def __init__(self, filesystem: Any, root: str, address: str):
+        self.address = address
+        self.is_closed = threading.Event()
+        """If set, an upload stops before its next file."""
+
+        self._files = filesystem
+        self._folder = f"{root}/{CHECKPOINTS}"
+        # Paths in object stores begin with a bucket, and these have no folders.
+        self._has_folders = root.startswith("/")
+        self._damaged: set[int] = set()
+        self._check: Check | None = None
+        self._is_compared = False
+
+    def check_new(self) -> None:
+        """Raises InputError if the mirror has a checkpoint or cannot be reached."""
+        with self._required("for resume=False"):
+            there = self._complete()
+        if there:
+            raise InputError(
+                "mirror",
+                "must not have a checkpoint if the run starts from the beginning, but "
+                f"{self._name(there[0])} exists; pass another address.",
+            )
+        self._is_compared = True
+
+    def fetch(
+        self, folder: Path, local: Checkpoint | None, check: Check, say: Callable[[str], None]
+    ) -> Checkpoint | None:
+        """Downloads the newest intact checkpoint of the mirror if it is newer than the local one.
+
+        Also replaces `metrics.jsonl` and `config.json` of the run folder by those of the
+        checkpoint. If the mirror cannot be reached, a run with a local checkpoint continues.
+
+        Args:
+            folder: Folder of the run.
+            local: Newest intact checkpoint in the folder, or None.
+            check: Function that raises InputError if a checkpoint belongs to another run.
+            say: Prints a line.
+
+        Returns:
+            The downloaded checkpoint, or None if the mirror has no newer one.
+
+        Raises:
+            InputError: If the mirror contains another run, or the folder cannot be written to; or
+                if there is no local checkpoint, and the mirror cannot be reached or has checkpoints
+                of which none is intact.
+        """
+        self._check = check
+        if local is None:
+            with self._required(f"while {folder} has no checkpoint"):
+                found = self._newest_intact(folder, -1, say)
+            if found is None and self._damaged:
+                raise InputError(
+                    "mirror", f"has no intact checkpoint in {self.address}; pass another address."
+                )
+        else:
+            try:
+                found = self._newest_intact(folder, local.facts["position"]["gone_through"], say)
+            except Unavailable as error:
+                _warn(f"{error}; this run continues from {local.path}")
+                return None
+        self._is_compared = True
+        return found
+
+    def upload(self, newest: Path, best: Path | None, keep: int) -> None:
+        """Uploads the newest and the best checkpoint, and then removes old ones from the mirror.
+
+        Args:
+            newest: Newest checkpoint of the run.
+            best: Best checkpoint of the run, or None.
+            keep: Number of newest checkpoints to keep in the mirror.
+
+        Raises:
+            Unavailable: If the mirror cannot be written to, or contains another run or a newer
+                checkpoint that the run has not seen at its start.
+        """
+        there = self._complete()
+        if not self._is_compared:
+            self._compare_late(there, newest)
+        wanted = [newest] if best in (None, newest) else [newest, best]
+        with self._contact():
+            for path in wanted:
+                if not self._has(path, there):
+                    self._put(path)
+            self._remove_others(wanted, keep)
+
+    def _list(self) -> dict[int, set[str]]:
+        """Returns the names of the files of each step, including incomplete checkpoints."""
+        found: dict[int, set[str]] = {}
+        with self._contact():
+            # fsspec caches listings, but other processes may have changed them.
+            self._files.invalidate_cache()
+            try:
+                paths = self._files.find(self._folder)
+            except FileNotFoundError:
+                # In an object store, it is the bucket that does not exist.
+                if not self._has_folders:
+                    raise
+                paths = []
+            for path in paths:
+                if match := re.search(r"/step-(\d{8,})/([^/]+)$", path):
+                    found.setdefault(int(match[1]), set()).add(match[2])
+        return found
+
+    def _complete(self) -> list[int]:
+        """Returns the steps that have a complete checkpoint, newest first."""
+        listed = self._list().items()
+        return sorted((step for step, names in listed if MANIFEST in names), reverse=True)
+
+    def _newest_intact(
+        self, folder: Path, since: int, say: Callable[[str], None]
+    ) -> Checkpoint | None:
+        """Downloads the newest intact checkpoint after step `since`, if there is one.
+
+        Otherwise only checks that the newest checkpoint belongs to this run.
+        """
+        for step in self._complete():
+            try:
+                if step > since:
+                    found = self._download(step, folder)
+                    say(f"mirror     {found.path.name} was fetched from {self.address}")
+                    return found
+                self._compare(step)
+                return None
+            except Damaged as error:
+                say(f"damaged    {error}; falling back to an older checkpoint")
+                self._damaged.add(step)
+        return None
+
+    def _download(self, step: int, folder: Path) -> Checkpoint:
+        """Downloads a checkpoint into the run folder, if it is intact and of this run."""
+        path = path_of(folder / CHECKPOINTS, step)
+        with writing_to(folder), written_whole(path) as partial:
+            for name in (*_BESIDE, TENSORS, SUMS, MANIFEST):
+                with self._contact(), suppress(FileNotFoundError):
+                    self._files.get_file(self._path(step, name), str(partial / name))
+            # Messages name the mirror instead of the temporary folder.
+            try:
+                found = read(partial)
+                assert self._check is not None
+                self._check(found)
+                _check_rows(partial, found.facts["rows"])
+            except Damaged as error:
+                raise Damaged(str(error).replace(str(partial), self._name(step))) from error
+            # If this process is killed between these renames and that of the checkpoint, the rows
+            # and options are still those of this run, and the next start fetches it again.
+            for name in _BESIDE:
+                if (partial / name).exists():
+                    bring_to_disk(partial / name)
+                    (partial / name).replace(folder / name)
+        return found._replace(path=path)
+
+    def _compare(self, step: int) -> None:
+        """Raises InputError if a checkpoint of the mirror belongs to another run."""
+        with self._contact():
+            manifest = self._files.cat_file(self._path(step, MANIFEST))
+        name = Path(self._name(step))
+        facts, _ = parse(manifest, name)
+        assert self._check is not None
+        self._check(Checkpoint(name, {}, facts))
+
+    def _compare_late(self, there: list[int], newest: Path) -> None:
+        """Compares the mirror with the run, if it could not be reached at the start of the run."""
+        if not there:
+            return
+        if there[0] > _step(newest):
+            raise Unavailable(
+                f"{self._name(there[0])} is newer than this run, so nothing is uploaded; stop this "
+                "run, and start it again to continue from there"
+            )
+        try:
+            self._compare(there[0])
+        except (InputError, Damaged) as error:
+            raise Unavailable(str(error).rstrip(".")) from error
+        self._is_compared = True
+
+    def _has(self, path: Path, there: list[int]) -> bool:
+        """Returns whether the mirror has a checkpoint with the same manifest."""
+        step = _step(path)
+        if step not in there or step in self._damaged:
+            return False
+        # The manifest contains the digests of all tensors.
+        return self._files.cat_file(self._path(step, MANIFEST)) == (path / MANIFEST).read_bytes()
+
+    def _put(self, path: Path) -> None:
+        """Uploads a checkpoint, with its manifest last."""
+        step = _step(path)
+        rows = json.loads((path / MANIFEST).read_bytes())["rows"]
+        run_folder = path.parent.parent
+
+        # A checkpoint of the same step is replaced, and must not be complete in between.
+        if self._files.exists(self._path(step, MANIFEST)):
+            self._files.rm_file(self._path(step, MANIFEST))
+        if self._has_folders:
+            self._files.makedirs(os.path.dirname(self._path(step, MANIFEST)), exist_ok=True)
+
+        # Later rows are not part of this checkpoint.
+        with open(run_folder / METRICS, "rb") as file:
+            lines = b"".join(file.readline() for _ in range(rows))
+        self._files.pipe_file(self._path(step, METRICS), lines)
+        sources = {name: run_folder / name for name in _BESIDE[1:]}
+        sources |= {name: path / name for name in (TENSORS, SUMS, MANIFEST)}
+        for name, source in sources.items():
+            if self.is_closed.is_set():
+                raise Unavailable("the upload was stopped")
+            if name not in _BESIDE or source.exists():
+                self._files.put_file(str(source), self._path(step, name))
+        self._damaged.discard(step)
+
+    def _remove_others(self, wanted: list[Path], keep: int) -> None:
+        """Removes all checkpoints except the `keep` newest up to that of the run and `wanted`."""
+        listed = self._list()
+        newest = _step(wanted[0])
+        past = [
+            step
+            for step, names in listed.items()
+            if MANIFEST in names and step <= newest and step not in self._damaged
+        ]
+        kept = {*sorted(past, reverse=True)[:keep], *map(_step, wanted)}
+        for step in listed.keys() - kept:
+            # A checkpoint must not be complete while its other files are removed.
+            if MANIFEST in listed[step]:
+                self._files.rm_file(self._path(step, MANIFEST))
+            self._files.rm(os.path.dirname(self._path(step, MANIFEST)), recursive=True)
+
+    def _path(self, step: int, name: str) -> str:
+        return f"{self._folder}/step-{step:08d}/{name}"
+
+    def _name(self, step: int) -> str:
+        return f"{self.address}/{CHECKPOINTS}/step-{step:08d}"
+
+    @contextmanager
+    def _contact(self) -> Iterator[None]:
+        """Converts exceptions of the body, which reads or writes the store, to Unavailable."""
+        try:
+            yield
+        except Unavailable:
+            raise
+        # Every store has its exceptions: OSError, those of botocore, aiohttp, google.auth, ...
+        except Exception as error:
+            raise Unavailable(f"{self.address} {_reason(error)}") from error
+
+    @contextmanager
+    def _required(self, condition: str) -> Iterator[None]:
+        """Converts Unavailable to InputError, at the start of a run."""
+        try:
+            yield
+        except Unavailable as error:
+            raise InputError(
+                "mirror",
+                f"must be reachable {condition}, because it may contain a checkpoint of this run, "
+                f"but {error}; check the address and the credentials, or repeat the command later.",
+            ) from error
+
+
+class _Job(NamedTuple):
+    newest: Path
+    best: Path | None
+
+
+class Uploader:
+    """Uploads checkpoints in a thread, one at a time; made by `open_uploader`.
+
+    If a checkpoint is offered during an upload, it is uploaded next; a checkpoint that is waiting
+    is then left out, so a slow store receives fewer checkpoints. A failed upload is tried again
+    until it succeeds or a newer checkpoint is offered.
+    """
+
+    def __init__(self, mirror: Mirror, keep: int):
+        self._mirror = mirror
+        self._keep = keep
+        self._changed = threading.Condition()
+        self._next: _Job | None = None
+        self._current: _Job | None = None
+        self._uploaded: Path | None = None
+        self._failure: Unavailable | None = None
+        self._last_warning = -_SECONDS_BETWEEN_WARNINGS
+        # A daemon thread, because a store may not answer when the process should end.
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def offer(self, newest: Path, best: Path | None) -> None:
+        """Starts to upload the newest and the best checkpoint after those being uploaded."""
+        with self._changed:
+            self._next = _Job(newest, best)
+            self._changed.notify_all()
+
+    @property
+    def held(self) -> set[Path]:
+        """Paths of the checkpoints that must not be removed, because they are to be uploaded."""
+        with self._changed:
+            jobs = [job for job in (self._current, self._next) if job is not None]
+        return {path for job in jobs for path in job if path is not None}
+
+    def close(self, seconds: float, say: Callable[[str], None]) -> None:
+        """Waits for the last upload, at most this time, and ends the thread."""
+        try:
+            with self._changed:
+                # Most uploads end at once, without a message.
+                if not self._changed.wait_for(self._is_idle, min(seconds, 1)) and seconds:
+                    say(f"mirror     waiting at most {seconds:.0f} s for the last upload")
+                    self._changed.wait_for(self._is_idle, seconds)
+                missing = self._next or self._current
+        finally:
+            self._mirror.is_closed.set()
+            with self._changed:
+                self._changed.notify_all()
+        if missing is not None:
+            reason = self._failure or "its upload has not ended"
+            _warn(
+                f"{self._mirror.address} does not have {missing.newest.name} of this run yet, as "
+                f"{reason}; the same command uploads it"
+            )
+        elif self._uploaded is not None:
+            say(f"mirror     {self._uploaded.name} is in {self._mirror.address}")
+
+    def _is_idle(self) -> bool:
+        return self._next is None and self._current is None
+
+    def _work(self) -> None:
+        while (job := self._take()) is not None:
+            try:
+                self._mirror.upload(job.newest, job.best, self._keep)
+            except Unavailable as error:
+                self._report(error)
+                self._put_back(job)
+            else:
+                with self._changed:
+                    self._uploaded = job.newest
+                    self._failure = None
+                    self._current = None
+                    self._changed.notify_all()
+
+    def _take(self) -> _Job | None:
+        """Waits for the next upload; returns None when the thread must end."""
+        is_closed = self._mirror.is_closed.is_set
+        with self._changed:
+            self._changed.wait_for(lambda: self._next is not None or is_closed())
+            if is_closed():
+                return None
+            self._current = self._next
+            self._next = None
+            return self._current
+
+    def _put_back(self, job: _Job) -> None:
+        """Makes a failed upload the next one, unless there is a newer one, and waits."""
+        with self._changed:
+            self._next = self._next or job
+            self._current = None
+        self._mirror.is_closed.wait(_SECONDS_BETWEEN_TRIES)
+
+    def _report(self, error: Unavailable) -> None:
+        self._failure = error
+        now = time.monotonic()
+        if self._mirror.is_closed.is_set() or now - self._last_warning < _SECONDS_BETWEEN_WARNINGS:
+            return
+        self._last_warning = now
+        _warn(f"{error}; training continues, and the upload is tried again")
+
+
+def open_mirror(address: str, folder: Path) -> Mirror:
+    """Returns the mirror at an address, which is not contacted yet.
+
+    Args:
+        address: Address that fsspec reads, such as `s3://bucket/run`.
+        folder: Folder of the run.
+
+    Raises:
+        InputError: If a package for the protocol is missing, or the address is invalid or in the
+            folder of the run.
+    """
+    protocol = address.split("://")[0]
+    shown = re.sub(r"://[^/@]*@", "://", address).rstrip("/")  # without a password
+    try:
+        # An extra: only runs with a mirror need it.
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
+
+        # These libraries log every failed request, in addition to the exception.
+        for name in ("fsspec", "gcsfs", "s3fs"):
+            logging.getLogger(name).addHandler(logging.NullHandler())
+        filesystem, root = url_to_fs(address)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        package = f"'ctde_jax[{extra}]'" if extra else "fsspec"
+        hint = "" if extra else f" and the package of this protocol ({error})"
+        raise InputError(
+            "mirror", f"{shown} requires other packages; run pip install {package}{hint}."
+        ) from error
+    except Exception as error:
+        raise InputError(
+            "mirror", f"must be an address that fsspec can open, but {shown} {_reason(error)}."
+        ) from error
+    is_local = isinstance(filesystem, LocalFileSystem)
+    if is_local and Path(root).resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            "mirror",
+            f"must be outside of the run folder {folder}, got {shown}; change one of them.",
+        )
+    return Mirror(filesystem, root.rstrip("/"), shown)
+
+
+@contextmanager
+def open_uploader(
+    mirror: Mirror | None, keep: int, say: Callable[[str], None]
+) -> Iterator[Uploader | None]:
+    """Starts the thread that uploads checkpoints, and waits for the last upload on exit.
+
+    It waits at most `_SECONDS_AT_END`, and not at all after KeyboardInterrupt.
+
+    Args:
+        mirror: The mirror of the run; if None, yields None.
+        keep: Number of newest checkpoints to keep in the mirror.
+        say: Prints a line.
+    """
+    if mirror is None:
+        yield None
+        return
+    uploader = Uploader(mirror, keep)
+    seconds = 0.0
+    try:
+        yield uploader
+        seconds = _SECONDS_AT_END
+    except Exception:
+        seconds = _SECONDS_AT_END
+        raise
+    finally:
+        uploader.close(seconds, say)
+
+
+def _step(path: Path) -> int:
+    """Returns the step of a checkpoint, given its path."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _check_rows(folder: Path, count: int) -> None:
+    """Raises Damaged if `metrics.jsonl` in a folder has fewer than `count` intact rows."""
+    try:
+        lines = (folder / METRICS).read_bytes().split(b"\n")[:-1]
+        intact = [json.loads(line) for line in lines[:count]]
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{folder}: {METRICS} is missing or malformed") from error
+    if len(intact) < count:
+        raise Damaged(f"{folder}: {METRICS} has {len(intact)} instead of {count} rows")
+
+
+def _reason(error: Exception) -> str:
+    return f"failed with {shortened(on_one_line(f'{type(error).__name__}: {error}'))}".rstrip(".")
+
+
+def _warn(sentence: str) -> None:
+    # A closed standard error must not end the run.
+    with suppress(OSError, ValueError):
+        print(f"warning: mirror {sentence}.", file=sys.stderr, flush=True)
