@@ -22,7 +22,7 @@ from ctde_jax.checkpoint.format import (
     write,
 )
 from ctde_jax.checkpoint.identity import Identity, differing, parts_of
-from ctde_jax.checkpoint.mirror import Mirror, Uploader, open_mirror, open_uploader
+from ctde_jax.checkpoint.mirror import Mirror, open_mirror
 from ctde_jax.checkpoint.position import Position
 from ctde_jax.checkpoint.resume import (
     Options,
@@ -46,6 +46,7 @@ from ctde_jax.checkpoint.run_folder import (
     named,
     writing_to,
 )
+from ctde_jax.checkpoint.uploader import Uploader, open_uploader
 
 __all__ = [
     "BEST",

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -31,9 +31,6 @@ from ctde_jax.bundle import open_regular, read_small
 from ctde_jax.checkpoint.atomic import bring_to_disk, put_back, written_whole
 from ctde_jax.checkpoint.run_folder import writing_to
 from ctde_jax.errors import InputError, on_one_line, shortened
-
-if TYPE_CHECKING:
-    from ctde_jax.checkpoint.mirror import Uploader
 
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
@@ -64,6 +61,9 @@ MEASURED = "measured"
 
 Choose = Callable[[Sequence[Facts]], int | None]
 """Returns the index of the best history row (ties resolve to the first), or None without rows."""
+
+Offer = Callable[[Path, Path | None], set[Path]]
+"""Receives the newest and the best checkpoint to upload them; returns those that must be kept."""
 
 
 class Damaged(Exception):
@@ -251,14 +251,14 @@ class Saver:
         keep: int,
         choose: Choose | None,
         metrics: Path,
-        uploader: "Uploader | None",
+        offer: Offer | None,
         thread: ThreadPoolExecutor,
     ):
         self._folder = folder
         self._keep = keep
         self._choose = choose
         self._metrics = metrics
-        self._uploader = uploader
+        self._offer = offer
         self._thread = thread
         self._last: Future[None] | None = None
         self.completed: deque[Path] = deque()
@@ -312,9 +312,8 @@ class Saver:
             past = [number for number in there if number <= step]
             best = self._best(past)
             kept = {path_of(self._folder, number) for number in past[: self._keep]} | {best}
-            if self._uploader is not None:
-                self._uploader.offer(path_of(self._folder, step), best)
-                kept |= self._uploader.held
+            if self._offer is not None:
+                kept |= self._offer(path_of(self._folder, step), best)
             for number in there:
                 old = path_of(self._folder, number)
                 # Rename first: a final name must never refer to a half-removed checkpoint.
@@ -341,7 +340,7 @@ def open_saver(
     keep: int,
     choose: Choose | None,
     metrics: Path,
-    uploader: "Uploader | None" = None,
+    offer: Offer | None = None,
 ) -> Iterator[Saver]:
     """Starts the thread that writes checkpoints, and waits for the last one on exit.
 
@@ -353,7 +352,7 @@ def open_saver(
         choose: Function that selects the best of several evaluations, whose checkpoint is kept as
             well; None keeps only the newest checkpoints.
         metrics: File of the history rows, which is flushed to disk before each checkpoint.
-        uploader: Receives each checkpoint, and keeps it until it is uploaded; None without mirror.
+        offer: Receives each new checkpoint and the best one, for a mirror; None without a mirror.
 
     Raises:
         InputError: If the folder cannot be written to, or, on exit, if the last checkpoint could
@@ -366,7 +365,7 @@ def open_saver(
             shutil.rmtree(left)
     # If the body raises, the executor still waits for the checkpoint that is being written.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as thread:
-        saver = Saver(folder, keep, choose, metrics, uploader, thread)
+        saver = Saver(folder, keep, choose, metrics, offer, thread)
         yield saver
         saver.wait()
 

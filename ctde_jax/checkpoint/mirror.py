@@ -17,11 +17,10 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ctde_jax.checkpoint.atomic import bring_to_disk, written_whole
 from ctde_jax.checkpoint.format import (
@@ -37,16 +36,11 @@ from ctde_jax.checkpoint.format import (
 from ctde_jax.checkpoint.run_folder import CHECKPOINTS, METRICS, writing_to
 from ctde_jax.errors import InputError, on_one_line, shortened
 
-_BESIDE = (METRICS, "config.json")
-"""Files of the run folder that are uploaded with every checkpoint."""
+_CONFIG = "config.json"
+"""File with the options of a run of the command."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extras of this package that install the package for a protocol."""
-
-_SECONDS_BETWEEN_TRIES = 10.0
-_SECONDS_BETWEEN_WARNINGS = 600.0
-_SECONDS_AT_END = 300.0
-"""Maximum time that the end of a run waits for the last upload."""
 
 Check = Callable[[Checkpoint], None]
 """Raises InputError if a checkpoint belongs to another run; reads only its facts."""
@@ -80,7 +74,7 @@ class Mirror:
 
     def check_new(self) -> None:
         """Raises InputError if the mirror has a checkpoint or cannot be reached."""
-        with self._required("for resume=False"):
+        with self._required("before a run starts from the beginning"):
             there = self._complete()
         if there:
             raise InputError(
@@ -124,7 +118,7 @@ class Mirror:
             try:
                 found = self._newest_intact(folder, local.facts["position"]["gone_through"], say)
             except Unavailable as error:
-                _warn(f"{error}; this run continues from {local.path}")
+                warn(f"{error}; this run continues from {local.path}")
                 return None
         self._is_compared = True
         return found
@@ -147,7 +141,9 @@ class Mirror:
         wanted = [newest] if best in (None, newest) else [newest, best]
         with self._contact():
             for path in wanted:
-                if not self._has(path, there):
+                step = _step(path)
+                # A run computes the same bits for the same step, so only damage is replaced.
+                if step not in there or step in self._damaged:
                     self._put(path)
             self._remove_others(wanted, keep)
 
@@ -198,7 +194,7 @@ class Mirror:
         """Downloads a checkpoint into the run folder, if it is intact and of this run."""
         path = path_of(folder / CHECKPOINTS, step)
         with writing_to(folder), written_whole(path) as partial:
-            for name in (*_BESIDE, TENSORS, SUMS, MANIFEST):
+            for name in (METRICS, _CONFIG, TENSORS, SUMS, MANIFEST):
                 with self._contact(), suppress(FileNotFoundError):
                     self._files.get_file(self._path(step, name), str(partial / name))
             # Messages name the mirror instead of the temporary folder.
@@ -211,7 +207,7 @@ class Mirror:
                 raise Damaged(str(error).replace(str(partial), self._name(step))) from error
             # If this process is killed between these renames and that of the checkpoint, the rows
             # and options are still those of this run, and the next start fetches it again.
-            for name in _BESIDE:
+            for name in (METRICS, _CONFIG):
                 if (partial / name).exists():
                     bring_to_disk(partial / name)
                     (partial / name).replace(folder / name)
@@ -241,21 +237,13 @@ class Mirror:
             raise Unavailable(str(error).rstrip(".")) from error
         self._is_compared = True
 
-    def _has(self, path: Path, there: list[int]) -> bool:
-        """Returns whether the mirror has a checkpoint with the same manifest."""
-        step = _step(path)
-        if step not in there or step in self._damaged:
-            return False
-        # The manifest contains the digests of all tensors.
-        return self._files.cat_file(self._path(step, MANIFEST)) == (path / MANIFEST).read_bytes()
-
     def _put(self, path: Path) -> None:
         """Uploads a checkpoint, with its manifest last."""
         step = _step(path)
         rows = json.loads((path / MANIFEST).read_bytes())["rows"]
         run_folder = path.parent.parent
 
-        # A checkpoint of the same step is replaced, and must not be complete in between.
+        # A damaged checkpoint is replaced, and must not look complete in between.
         if self._files.exists(self._path(step, MANIFEST)):
             self._files.rm_file(self._path(step, MANIFEST))
         if self._has_folders:
@@ -265,13 +253,13 @@ class Mirror:
         with open(run_folder / METRICS, "rb") as file:
             lines = b"".join(file.readline() for _ in range(rows))
         self._files.pipe_file(self._path(step, METRICS), lines)
-        sources = {name: run_folder / name for name in _BESIDE[1:]}
-        sources |= {name: path / name for name in (TENSORS, SUMS, MANIFEST)}
-        for name, source in sources.items():
+        sources = [path / TENSORS, path / SUMS, path / MANIFEST]
+        if (run_folder / _CONFIG).exists():
+            sources.insert(0, run_folder / _CONFIG)
+        for source in sources:
             if self.is_closed.is_set():
                 raise Unavailable("the upload was stopped")
-            if name not in _BESIDE or source.exists():
-                self._files.put_file(str(source), self._path(step, name))
+            self._files.put_file(str(source), self._path(step, source.name))
         self._damaged.discard(step)
 
     def _remove_others(self, wanted: list[Path], keep: int) -> None:
@@ -320,111 +308,6 @@ class Mirror:
             ) from error
 
 
-class _Job(NamedTuple):
-    newest: Path
-    best: Path | None
-
-
-class Uploader:
-    """Uploads checkpoints in a thread, one at a time; made by `open_uploader`.
-
-    If a checkpoint is offered during an upload, it is uploaded next; a checkpoint that is waiting
-    is then left out, so a slow store receives fewer checkpoints. A failed upload is tried again
-    until it succeeds or a newer checkpoint is offered.
-    """
-
-    def __init__(self, mirror: Mirror, keep: int):
-        self._mirror = mirror
-        self._keep = keep
-        self._changed = threading.Condition()
-        self._next: _Job | None = None
-        self._current: _Job | None = None
-        self._uploaded: Path | None = None
-        self._failure: Unavailable | None = None
-        self._last_warning = -_SECONDS_BETWEEN_WARNINGS
-        # A daemon thread, because a store may not answer when the process should end.
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-        self._thread.start()
-
-    def offer(self, newest: Path, best: Path | None) -> None:
-        """Starts to upload the newest and the best checkpoint after those being uploaded."""
-        with self._changed:
-            self._next = _Job(newest, best)
-            self._changed.notify_all()
-
-    @property
-    def held(self) -> set[Path]:
-        """Paths of the checkpoints that must not be removed, because they are to be uploaded."""
-        with self._changed:
-            jobs = [job for job in (self._current, self._next) if job is not None]
-        return {path for job in jobs for path in job if path is not None}
-
-    def close(self, seconds: float, say: Callable[[str], None]) -> None:
-        """Waits for the last upload, at most this time, and ends the thread."""
-        try:
-            with self._changed:
-                # Most uploads end at once, without a message.
-                if not self._changed.wait_for(self._is_idle, min(seconds, 1)) and seconds:
-                    say(f"mirror     waiting at most {seconds:.0f} s for the last upload")
-                    self._changed.wait_for(self._is_idle, seconds)
-                missing = self._next or self._current
-        finally:
-            self._mirror.is_closed.set()
-            with self._changed:
-                self._changed.notify_all()
-        if missing is not None:
-            reason = self._failure or "its upload has not ended"
-            _warn(
-                f"{self._mirror.address} does not have {missing.newest.name} of this run yet, as "
-                f"{reason}; the same command uploads it"
-            )
-        elif self._uploaded is not None:
-            say(f"mirror     {self._uploaded.name} is in {self._mirror.address}")
-
-    def _is_idle(self) -> bool:
-        return self._next is None and self._current is None
-
-    def _work(self) -> None:
-        while (job := self._take()) is not None:
-            try:
-                self._mirror.upload(job.newest, job.best, self._keep)
-            except Unavailable as error:
-                self._report(error)
-                self._put_back(job)
-            else:
-                with self._changed:
-                    self._uploaded = job.newest
-                    self._failure = None
-                    self._current = None
-                    self._changed.notify_all()
-
-    def _take(self) -> _Job | None:
-        """Waits for the next upload; returns None when the thread must end."""
-        is_closed = self._mirror.is_closed.is_set
-        with self._changed:
-            self._changed.wait_for(lambda: self._next is not None or is_closed())
-            if is_closed():
-                return None
-            self._current = self._next
-            self._next = None
-            return self._current
-
-    def _put_back(self, job: _Job) -> None:
-        """Makes a failed upload the next one, unless there is a newer one, and waits."""
-        with self._changed:
-            self._next = self._next or job
-            self._current = None
-        self._mirror.is_closed.wait(_SECONDS_BETWEEN_TRIES)
-
-    def _report(self, error: Unavailable) -> None:
-        self._failure = error
-        now = time.monotonic()
-        if self._mirror.is_closed.is_set() or now - self._last_warning < _SECONDS_BETWEEN_WARNINGS:
-            return
-        self._last_warning = now
-        _warn(f"{error}; training continues, and the upload is tried again")
-
-
 def open_mirror(address: str, folder: Path) -> Mirror:
     """Returns the mirror at an address, which is not contacted yet.
 
@@ -467,32 +350,11 @@ def open_mirror(address: str, folder: Path) -> Mirror:
     return Mirror(filesystem, root.rstrip("/"), shown)
 
 
-@contextmanager
-def open_uploader(
-    mirror: Mirror | None, keep: int, say: Callable[[str], None]
-) -> Iterator[Uploader | None]:
-    """Starts the thread that uploads checkpoints, and waits for the last upload on exit.
-
-    It waits at most `_SECONDS_AT_END`, and not at all after KeyboardInterrupt.
-
-    Args:
-        mirror: The mirror of the run; if None, yields None.
-        keep: Number of newest checkpoints to keep in the mirror.
-        say: Prints a line.
-    """
-    if mirror is None:
-        yield None
-        return
-    uploader = Uploader(mirror, keep)
-    seconds = 0.0
-    try:
-        yield uploader
-        seconds = _SECONDS_AT_END
-    except Exception:
-        seconds = _SECONDS_AT_END
-        raise
-    finally:
-        uploader.close(seconds, say)
+def warn(sentence: str) -> None:
+    """Prints a warning about the mirror on standard error, also if the run prints nothing else."""
+    # A closed standard error must not end the run.
+    with suppress(OSError, ValueError):
+        print(f"warning: mirror {sentence}.", file=sys.stderr, flush=True)
 
 
 def _step(path: Path) -> int:
@@ -513,9 +375,3 @@ def _check_rows(folder: Path, count: int) -> None:
 
 def _reason(error: Exception) -> str:
     return f"failed with {shortened(on_one_line(f'{type(error).__name__}: {error}'))}".rstrip(".")
-
-
-def _warn(sentence: str) -> None:
-    # A closed standard error must not end the run.
-    with suppress(OSError, ValueError):
-        print(f"warning: mirror {sentence}.", file=sys.stderr, flush=True)

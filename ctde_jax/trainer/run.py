@@ -398,8 +398,9 @@ def open_run(
             choose = None if keep_best is None else partial(training.task.best, keep_best)
             keep = saving.keep_checkpoints
             uploader = stack.enter_context(open_uploader(found.mirror, keep, log.say))
+            offer = None if uploader is None else uploader.offer
             saver = stack.enter_context(
-                open_saver(folder / CHECKPOINTS, keep, choose, folder / METRICS, uploader)
+                open_saver(folder / CHECKPOINTS, keep, choose, folder / METRICS, offer)
             )
             # The previous start may have ended before the mirror had its last checkpoint.
             if uploader is not None and found.checkpoint is not None and not found.is_new:

@@ -388,7 +388,7 @@ class Saving:
             it, a checkpoint is written immediately.
         mirror: Address such as `s3://bucket/run` of a folder to which every checkpoint is uploaded
             in the background; see `docs/checkpoints.md`. If it has a newer checkpoint than
-            `run_dir`, the run continues from there. Every run needs its own address.
+            `run_dir`, the run continues from there. Each run needs a separate address.
         options: Further options that determine the result of the run, by name; a run is resumed
             only if they are equal.
         prepare: Function of the folder that writes files of a new run; called on host 0 before the

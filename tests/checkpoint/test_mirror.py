@@ -20,7 +20,7 @@ from runs import killed_after, rows
 
 import ctde_jax as ctde
 from ctde_jax import checkpoint, devices, models
-from ctde_jax.checkpoint import MANIFEST, METRICS, TENSORS, mirror
+from ctde_jax.checkpoint import MANIFEST, METRICS, TENSORS, mirror, uploader
 from ctde_jax.checkpoint.format import SUMS, open_saver, path_of, read, steps
 
 fsspec = pytest.importorskip("fsspec")
@@ -38,7 +38,7 @@ def store(monkeypatch):
     """An empty store in memory, and tries without long waits."""
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
-    monkeypatch.setattr(mirror, "_SECONDS_BETWEEN_TRIES", 0.01)
+    monkeypatch.setattr(uploader, "_SECONDS_BETWEEN_TRIES", 0.01)
     return fsspec.filesystem("memory")
 
 
@@ -169,9 +169,10 @@ def write_step(run: Path, step: int, value: int = 0) -> Path:
     return path
 
 
-def mirrored(filesystem) -> mirror.Mirror:
+def mirrored(filesystem, damaged: tuple[int, ...] = ()) -> mirror.Mirror:
     opened = mirror.Mirror(filesystem, "/bucket/run", ADDRESS)
     opened._is_compared = True
+    opened._damaged |= {*damaged}
     return opened
 
 
@@ -183,6 +184,7 @@ def fetched(store, folder: Path) -> checkpoint.Checkpoint | None:
 def test_upload_interrupted_in_any_write_leaves_an_intact_checkpoint(store, tmp_path, replaced):
     """The new checkpoint is visible only after the write of its manifest."""
     (tmp_path / "run").mkdir()
+    damaged = (3,) if replaced else ()
     for number in range(20):
         store.store.clear()
         for step in (1, 2, 3):
@@ -190,7 +192,7 @@ def test_upload_interrupted_in_any_write_leaves_an_intact_checkpoint(store, tmp_
         newest = write_step(tmp_path / "run", 3 if replaced else 4, value=7)
         is_complete = True
         try:
-            mirrored(Interrupted(store, number)).upload(newest, None, 2)
+            mirrored(Interrupted(store, number), damaged).upload(newest, None, 2)
         except mirror.Unavailable:
             is_complete = False
 
@@ -209,7 +211,7 @@ def test_upload_interrupted_in_any_write_leaves_an_intact_checkpoint(store, tmp_
         assert found.facts["rows"] >= (2 if replaced else 3)
         assert len((folder / METRICS).read_text().splitlines()) == found.facts["rows"]
         # The next try completes the upload, and removes all that is left of earlier ones.
-        mirrored(store).upload(newest, None, 2)
+        mirrored(store, damaged).upload(newest, None, 2)
         assert stored(store) == ([3, 2] if replaced else [4, 3])
         assert len(store.find(STORED)) == 8
         if is_complete:
@@ -226,8 +228,8 @@ def test_mirror_keeps_the_newest_and_the_best_checkpoint(store, tmp_path):
     folder = tmp_path / "checkpoints"
     (tmp_path / METRICS).write_text("{}\n" * 9)
     with (
-        mirror.open_uploader(mirrored(store), 2, print) as uploader,
-        open_saver(folder, 2, largest, tmp_path / METRICS, uploader) as saver,
+        uploader.open_uploader(mirrored(store), 2, print) as uploading,
+        open_saver(folder, 2, largest, tmp_path / METRICS, uploading.offer) as saver,
     ):
         for step, value in enumerate([0.3, 0.9, 0.5, 0.1, 0.2]):
             saver.save(step, ARRAYS, {"rows": step, "measured": {"x": value}})
@@ -257,8 +259,10 @@ def test_slow_store_delays_no_save_and_loses_no_checkpoint_that_it_reads(
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", put_slowly)
     (tmp_path / METRICS).write_text("{}\n" * 9)
-    with mirror.open_uploader(mirrored(store), 2, print) as uploader:
-        with open_saver(tmp_path / "checkpoints", 1, None, tmp_path / METRICS, uploader) as saver:
+    with uploader.open_uploader(mirrored(store), 2, print) as uploading:
+        with open_saver(
+            tmp_path / "checkpoints", 1, None, tmp_path / METRICS, uploading.offer
+        ) as saver:
             for step in range(1, 6):
                 saver.save(step, ARRAYS, {"rows": 1})
                 assert has_begun.wait(10)
@@ -302,13 +306,13 @@ def test_run_survives_an_outage_with_one_warning(digits, whole, tmp_path, outage
 def test_outage_is_a_warning_that_repeats_until_the_last_checkpoint_is_uploaded(
     store, tmp_path, outage, monkeypatch, capsys
 ):
-    monkeypatch.setattr(mirror, "_SECONDS_BETWEEN_WARNINGS", 0.0)
+    monkeypatch.setattr(uploader, "_SECONDS_BETWEEN_WARNINGS", 0.0)
     paths = [write_step(tmp_path, step) for step in (1, 2, 3)]
-    with mirror.open_uploader(mirrored(store), 2, print) as uploader:
-        assert uploader is not None
+    with uploader.open_uploader(mirrored(store), 2, print) as uploading:
+        assert uploading is not None
         outage.set()
         for path in paths:
-            uploader.offer(path, None)
+            uploading.offer(path, None)
             time.sleep(0.05)
         outage.clear()
     assert stored(store) == [3]
@@ -318,12 +322,12 @@ def test_outage_is_a_warning_that_repeats_until_the_last_checkpoint_is_uploaded(
 
 
 def test_end_of_a_run_waits_for_a_limited_time(store, tmp_path, outage, monkeypatch, capsys):
-    monkeypatch.setattr(mirror, "_SECONDS_AT_END", 0.1)
+    monkeypatch.setattr(uploader, "_SECONDS_AT_END", 0.1)
     path = write_step(tmp_path, 1)
     outage.set()
-    with mirror.open_uploader(mirrored(store), 2, print) as uploader:
-        assert uploader is not None
-        uploader.offer(path, None)
+    with uploader.open_uploader(mirrored(store), 2, print) as uploading:
+        assert uploading is not None
+        uploading.offer(path, None)
     captured = capsys.readouterr()
     assert captured.err.count(f"{WARNING}; training continues") == 1
     assert (
@@ -332,10 +336,13 @@ def test_end_of_a_run_waits_for_a_limited_time(store, tmp_path, outage, monkeypa
     ) in captured.err
 
     # After a second Ctrl-C, the run does not wait.
-    monkeypatch.setattr(mirror, "_SECONDS_AT_END", 100.0)
-    with suppress(KeyboardInterrupt), mirror.open_uploader(mirrored(store), 2, print) as uploader:
-        assert uploader is not None
-        uploader.offer(path, None)
+    monkeypatch.setattr(uploader, "_SECONDS_AT_END", 100.0)
+    with (
+        suppress(KeyboardInterrupt),
+        uploader.open_uploader(mirrored(store), 2, print) as uploading,
+    ):
+        assert uploading is not None
+        uploading.offer(path, None)
         raise KeyboardInterrupt
     assert "waiting" not in capsys.readouterr().out
 
@@ -370,7 +377,7 @@ def test_checkpoints_that_a_mirror_got_during_an_outage_are_not_replaced(store, 
 def test_complete_run_is_uploaded_by_the_same_call_after_an_outage(
     digits, whole, tmp_path, outage, store, monkeypatch, capsys
 ):
-    monkeypatch.setattr(mirror, "_SECONDS_AT_END", 0.1)
+    monkeypatch.setattr(uploader, "_SECONDS_AT_END", 0.1)
     fit(digits, tmp_path / "run", callbacks=[lambda row: outage.set()])
     assert (
         f"warning: mirror {ADDRESS} does not have step-00000040 of this run yet, as "
