@@ -45,7 +45,7 @@ WITHOUT = {
     *("CutByOwner", "adapted", "as_transformation", "depends_on", "evaluated_point"),
     *("has_evaluated_point", "with_hyperparams_of"),
     *("Batches", "DiskArray", "Drawn", "Stream", "apply_to", "check_size", "check_stream"),
-    *("count_steps", "deal", "digest", "digests_of", "draw", "filled_up", "index_blocks"),
+    *("count_steps", "deal", "digest", "digests_of", "filled_up", "index_blocks", "take"),
     *("is_channels_first", "look_up", "plain", "slices", "targets_or_classes"),
     *("CNN", "MLP", "RNNClassifier", "RNNLanguageModel", "ResNet", "Transformer"),
     *("describe", "is_random", "is_trained", "split_variables", "unscaled"),

@@ -31,7 +31,7 @@ from ctde_jax.data.published.cifar import cifar10
 from ctde_jax.data.published.digits import digits
 from ctde_jax.data.published.idx import fashion_mnist, mnist
 from ctde_jax.data.sequence import as_sequence
-from ctde_jax.data.split import Drawn, Split, TrainingSplit, WeightedSplit, draw
+from ctde_jax.data.split import Drawn, Split, TrainingSplit, WeightedSplit, take
 from ctde_jax.data.stream import Stream, check_size, check_stream
 from ctde_jax.data.table import from_table
 from ctde_jax.data.text import decode, encode, from_text
@@ -58,7 +58,6 @@ __all__ = [
     "digest",
     "digests_of",
     "digits",
-    "draw",
     "encode",
     "fashion_mnist",
     "filled_up",
@@ -80,6 +79,7 @@ __all__ = [
     "slices",
     "standardized",
     "steps_per_epoch",
+    "take",
     "targets_or_classes",
     "weighted",
 ]

@@ -73,7 +73,7 @@ class Drawn(NamedTuple):
     weights: np.ndarray | None = None  # float32[examples]
 
 
-def draw(split: TrainingSplit, numbers: np.ndarray) -> Drawn:
+def take(split: TrainingSplit, numbers: np.ndarray) -> Drawn:
     """Takes the examples with these indices, `int[...]`, from a split."""
     weights = None if split.weights is None else split.weights[numbers]
     return Drawn(split.inputs[numbers], split.labels[numbers], numbers, weights)

@@ -22,9 +22,9 @@ from ctde_jax.data import (
     check_size,
     check_stream,
     deal,
-    draw,
     filled_up,
     index_blocks,
+    take,
 )
 from ctde_jax.devices import PyTree, replica
 from ctde_jax.rounds.feed import Feed, Span, prefetched
@@ -187,7 +187,7 @@ class OnDisk:
             indices = indices[here]
             # A negative index ~i is padding: example i is read and masked.
             numbers = np.where(indices >= 0, indices, ~indices).reshape(len(indices), -1)
-            drawn = draw(split, numbers)
+            drawn = take(split, numbers)
             # The indices of a piece refer to its examples, one for each index.
             yield drawn, _places(indices >= 0), rounds
 
@@ -265,7 +265,7 @@ class Streamed:
         # int32[replica, per_replica]: of R replicas, replica r gets positions r, r + R and so on.
         order = order.reshape(-1, self.replicas).T
         numbers = np.where(order >= 0, order, ~order)
-        return draw(batch, numbers), order >= 0
+        return take(batch, numbers), order >= 0
 
 
 def _feed_of_drawn(
