@@ -29,7 +29,7 @@ _WANTED: Mapping[Kind, str] = {
     "number": "a finite number",
     "boolean": "true or false",
     "category": "text",
-    "date": "a date like",
+    "date": "a date of the form",
 }
 
 
@@ -38,7 +38,11 @@ class Unreadable(ValueError):
 
     def __init__(self, column: "Column", row: int, cell: str):
         wanted = _WANTED[column.kind]
-        self.wanted = f"{wanted} {column.pattern}" if column.kind == "date" else wanted
+        # A pattern has zeros in place of digits; ISO 8601 uses letters.
+        form = column.pattern
+        for zeros, letters in (("0000-00-00", "YYYY-MM-DD"), ("00:00", "hh:mm"), (":00", ":ss")):
+            form = form.replace(zeros, letters, 1)
+        self.wanted = f"{wanted} {form}" if column.kind == "date" else wanted
         self.column = column.name
         self.row = row
         self.cell = cell

@@ -59,8 +59,8 @@ def test_large_numbers_are_standardized_in_float64():
         (AGE, "inf", "a finite number"),
         (AGE, "1e39", "a finite number"),
         (PAID, "maybe", "true or false"),
-        (DAY, "1970-02-30", "a date like 0000-00-00"),
-        (DAY, "1970-01-01T12:00", "a date like 0000-00-00"),
+        (DAY, "1970-02-30", "a date of the form YYYY-MM-DD"),
+        (DAY, "1970-01-01T12:00", "a date of the form YYYY-MM-DD"),
     ],
 )
 def test_cell_of_another_kind_is_not_read(column, cell, wanted):
@@ -229,8 +229,8 @@ BAD = {
     "no date": (
         "t.csv",
         'age,job,zip,hired,married,hours\n1,"co\nok",1,2020-01-01,yes,2\n1,cook,1,2020-13-01,no,3',
-        "has '2020-13-01' in line 4, column 'hired', which is not a date like 0000-00-00; correct "
-        "the cell, or leave it empty.",
+        "has '2020-13-01' in line 4, column 'hired', which is not a date of the form YYYY-MM-DD; "
+        "correct the cell, or leave it empty.",
     ),
     "no rows": (
         "t.csv",

@@ -434,13 +434,14 @@ def test_class_without_training_examples_is_noted(tmp_path):
         ),
         (
             "a,day,y\n" + "u,2024-01-01,x\nv,2024-02-01,y\n" * 9 + "u,2024-02-30,x\n",
-            "has '2024-02-30' in line 20, column 'day', which is not a date like 0000-00-00; write "
-            "all dates of the column in this format, or "
+            "has '2024-02-30' in line 20, column 'day', which is not a date of the form "
+            "YYYY-MM-DD; write all dates of the column in this format, or "
             "name it in categorical (--categorical 'day').",
         ),
         (
             "a,day,y\n" + "u,2024-01-01,x\nv,2024-02-01T12:00,y\n" * 9,
-            "has '2024-02-01T12:00' in line 3, column 'day', which is not a date like 0000-00-00",
+            "has '2024-02-01T12:00' in line 3, column 'day', which is not a date of the form "
+            "YYYY-MM-DD",
         ),
         ("a,b,y\n" + "NA,1,x\n?,2,y\n" * 9, "has no value in column 'a'; remove the column"),
         (
