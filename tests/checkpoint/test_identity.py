@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import linen, nnx
 from jax import numpy as jnp
 
@@ -176,7 +177,24 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+QUICK_CHANGES = (
+    "learning rate",
+    "dropout rate",
+    "constant of the module",
+    "initialization",
+    "loss",
+    "metric",
+    "augmentation",
+    "outer learning rate",
+    "training inputs",
+    "test labels",
+    "scale",
+    "partition",
+    "several",
+)
+
+
+@pytest.mark.parametrize("name", some(CHANGES, *QUICK_CHANGES))
 def test_change_is_named_before_compilation(name, run, monkeypatch):
     change, names = CHANGES[name]
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))

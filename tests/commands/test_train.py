@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import some
 
 from ctde_jax import config, data, train
 from ctde_jax.config import build, walk
@@ -145,8 +146,7 @@ def test_run_is_repeated_bit_for_bit_from_its_configuration(tmp_path):
     assert (tmp_path / "first" / "partition.png").exists()
 
 
-@pytest.mark.parametrize("partition", ["iid", "by_label"])
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize(("partition", "schedule"), [("iid", "constant"), ("by_label", "linear")])
 def test_partitions_and_schedules_run(tmp_path, partition, schedule):
     options = [
         "--partition",
@@ -161,7 +161,7 @@ def test_partitions_and_schedules_run(tmp_path, partition, schedule):
     assert train.main([*QUICK, *options, "--run-dir", str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("sync_every", ["0", "2"])
+@pytest.mark.parametrize("sync_every", some(["0", "2"], "2"))
 def test_run_works_with_jax_enable_x64(tmp_path, sync_every):
     """The command computes in 32 bits even if the user sets `jax_enable_x64`."""
     process = command(

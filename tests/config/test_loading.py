@@ -152,6 +152,23 @@ def csv_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, and its result."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = trained()
+    return folder / "run", result
+
+
+@pytest.fixture
+def expected(finished) -> ctde.Trained:
+    """Copies the finished run to the working folder, as `run`, and returns its result."""
+    shutil.copytree(finished[0], "run")
+    return finished[1]
+
+
 @pytest.mark.parametrize("name", CSV_CHANGES)
 def test_changed_data_is_refused_by_every_command(name, csv_run, capsys):
     shutil.copytree(csv_run, ".", dirs_exist_ok=True)
@@ -258,9 +275,8 @@ def test_bundle_with_other_test_examples_is_refused(csv_run, monkeypatch):
     assert not Path("other").exists()
 
 
-def test_run_is_exported_as_a_bundle(capsys):
+def test_run_is_exported_as_a_bundle(expected, capsys):
     """The card has the training options, and the output has the argument of `--expect`."""
-    expected = trained()
     assert main(["run", "--formats", "numpy", "jax", "onnx-int8", "--examples", "3"]) == 0
     output = capsys.readouterr().out
     bundle = ctde.open_bundle("run/bundle")
@@ -313,8 +329,8 @@ def test_run_is_exported_as_a_bundle(capsys):
         (["run/checkpoints/step-00000020"], "RUN must contain an intact checkpoint"),
     ],
 )
+@pytest.mark.usefixtures("expected")
 def test_mistake_is_reported_in_one_sentence(arguments, sentence, capsys):
-    trained()
     for name in ("empty", "other", "silent"):
         shutil.copytree("run", name)
     Path("silent/metrics.jsonl").unlink()
@@ -334,8 +350,7 @@ def test_mistake_is_reported_in_one_sentence(arguments, sentence, capsys):
 @pytest.mark.parametrize(
     "damage", [b'{"split": "te', b"\xff\xfe\0\n", b"[1]\n", b'{"split": "test", "step": "x"}\n']
 )
-def test_damaged_log_is_refused_only_within_the_rows_of_the_checkpoint(position, damage):
-    expected = trained()
+def test_damaged_log_is_refused_only_within_the_rows_of_the_checkpoint(position, damage, expected):
     path = Path("run/metrics.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(
@@ -351,9 +366,8 @@ def test_damaged_log_is_refused_only_within_the_rows_of_the_checkpoint(position,
             ctde.load_run("run")
 
 
-def test_run_in_a_read_only_folder_is_loaded_and_exported(monkeypatch):
+def test_run_in_a_read_only_folder_is_loaded_and_exported(expected, monkeypatch):
     """Simulated, because the tests may run as root, which ignores permissions."""
-    expected = trained()
     open_file, make = os.open, os.mkdir
 
     def is_in_run(path) -> bool:
@@ -378,9 +392,9 @@ def test_run_in_a_read_only_folder_is_loaded_and_exported(monkeypatch):
     assert main(["run", "--formats", "numpy"]) == 2
 
 
-def test_bundle_of_a_checkpoint_is_written_outside_of_it(capsys):
+@pytest.mark.usefixtures("expected")
+def test_bundle_of_a_checkpoint_is_written_outside_of_it():
     """A bundle in the checkpoint would change its contents and would be deleted with it."""
-    trained()
     assert main(["run/checkpoints/step-00000020", "--formats", "numpy"]) == 0
     assert ctde.open_bundle("run/bundle").card.facts["training"]["step"] == 20
     assert "bundle" not in {path.name for path in Path("run/checkpoints/step-00000020").iterdir()}

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from flax import nnx
 from jax import numpy as jnp
 
@@ -15,11 +16,20 @@ def loss_of(layer):
     return params, lambda params, inputs: jnp.sin(nnx.merge(graph, params)(inputs)).sum()
 
 
-@pytest.mark.parametrize("outputs", [1, 10, 33])
-@pytest.mark.parametrize("batch_shape", [(6,), (2, 3), (1,)])
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_layer_and_its_gradients_are_those_of_flax(key, outputs, batch_shape, use_bias):
+CASES = [
+    (outputs, batch_shape, use_bias)
+    for outputs in (1, 10, 33)
+    for batch_shape in ((6,), (2, 3), (1,))
+    for use_bias in (True, False)
+]
+
+
+@pytest.mark.parametrize(
+    "case", some(CASES, (1, (6,), True), (10, (2, 3), True), (33, (1,), False)), ids=str
+)
+def test_layer_and_its_gradients_are_those_of_flax(key, case):
     """The same parameters, outputs and gradients; also of several batches at once."""
+    outputs, batch_shape, use_bias = case
     inputs = jax.random.normal(key, (4, *batch_shape, 7))
     custom, reference = (
         kind(7, outputs, use_bias=use_bias, rngs=nnx.Rngs(0)) for kind in (Linear, nnx.Linear)

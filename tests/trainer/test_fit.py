@@ -62,22 +62,26 @@ def plain_loop(dataset: data.Dataset, steps: int, batch_size: int, seed: int) ->
     return found
 
 
-def test_losses_equal_those_of_a_plain_loop_on_any_number_of_devices(digits):
+@pytest.fixture(scope="module")
+def plain_losses(digits) -> list[float]:
+    return plain_loop(digits, steps=50, batch_size=64, seed=3)
+
+
+@pytest.mark.parametrize("count", some([1, 2, 4, 8], 1, 4))
+def test_losses_equal_those_of_a_plain_loop_on_any_number_of_devices(digits, plain_losses, count):
     """Fifty steps include the short last batches of two epochs."""
-    expected = plain_loop(digits, steps=50, batch_size=64, seed=3)
-    for count in (1, 2, 4, 8):
-        trained = ctde.fit(
-            MODEL,
-            digits,
-            optax.adam(0.01),
-            devices=devices.start(count),
-            batch_size=64,
-            steps=50,
-            seed=3,
-            log_every=1,
-            show=False,
-        )
-        np.testing.assert_allclose(losses(trained), expected, rtol=1e-5)
+    trained = ctde.fit(
+        MODEL,
+        digits,
+        optax.adam(0.01),
+        devices=devices.start(count),
+        batch_size=64,
+        steps=50,
+        seed=3,
+        log_every=1,
+        show=False,
+    )
+    np.testing.assert_allclose(losses(trained), plain_losses, rtol=1e-5)
 
 
 def test_gossip_of_two_replicas_equals_local_sgd(digits):
@@ -310,11 +314,16 @@ class UserLinen(flax.linen.Module):
         return flax.linen.Dense(2)(x)
 
 
+USER_MODELS = {"nnx": models.from_nnx(UserNnx), "linen": models.from_linen(UserLinen())}
+STRATEGIES = {"synchronous": ctde.Strategy(), "local": LOCAL}
+
+
 @pytest.mark.parametrize(
-    "model", [models.from_nnx(UserNnx), models.from_linen(UserLinen())], ids=["nnx", "linen"]
+    "names",
+    some([(model, name) for model in USER_MODELS for name in STRATEGIES], ("linen", "local")),
+    ids="-".join,
 )
-@pytest.mark.parametrize("strategy", [ctde.Strategy(), LOCAL], ids=["synchronous", "local"])
-def test_user_model_loss_and_optax_chain_learn(model, strategy):
+def test_user_model_loss_and_optax_chain_learn(names):
     """Classifies points inside and outside a circle; model, loss and optimizer are the user's."""
     rng = np.random.default_rng(0)
     points = rng.normal(size=(1200, 2)).astype(np.float32)
@@ -329,10 +338,10 @@ def test_user_model_loss_and_optax_chain_learn(model, strategy):
     chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01))
 
     trained = ctde.fit(
-        model,
+        USER_MODELS[names[0]],
         dataset,
         chain,
-        strategy,
+        STRATEGIES[names[1]],
         task=hinge,
         devices=devices.start(4),
         batch_size=40,
