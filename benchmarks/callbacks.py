@@ -1,6 +1,6 @@
 """Cost of callbacks: CPU time and wall time of an epoch without and with them.
 
-    python benchmarks/callbacks.py            # three minutes; Linux
+    python benchmarks/callbacks.py            # three minutes on a quiet machine; Linux
     python benchmarks/callbacks.py --report
 
 The MLP 784-128-10 trains on random images in the shape of MNIST at batch size 64 on one CPU device,
@@ -113,7 +113,7 @@ def measure(log: Log, turns: int, epochs: int) -> None:
                 log.put({"turn": turn, "callbacks": name}, seconds=seconds)
 
 
-def main(turns: int = 15, epochs: int = 5, report: bool = False, results: Path = RESULTS) -> None:
+def main(turns: int = 9, epochs: int = 3, report: bool = False, results: Path = RESULTS) -> None:
     """Measures all contestants, and replaces earlier results.
 
     Args:

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from cases import some
 
 from ctde_jax import models
 from ctde_jax.data import Split
@@ -14,7 +15,7 @@ from ctde_jax.rounds.evaluate import make_evaluate
 MODEL = models.mlp([64, 12, 10])
 
 
-@pytest.mark.parametrize("examples", [1797, 500, 3])
+@pytest.mark.parametrize("examples", some([1797, 500, 3], 500))
 @pytest.mark.parametrize(
     ("replicas", "batch_size"), [(8, 1024), (8, 7), (8, 64), (1, 1000), (3, 2000)]
 )

@@ -63,11 +63,13 @@ def fit(folder: Path | None = None, callbacks=(), **options):
 
 def test_callback_receives_the_rows_evaluations_checkpoints_and_result_of_a_run(tmp_path):
     recorder = Recorder()
-    trained = fit(tmp_path / "run", [recorder])
+    trained = fit(tmp_path / "run", [recorder], seed=3)
 
-    # The order: entered and started first, ended and left last.
+    # The order: entered and started first, with the options, ended and left last.
     events = [call[0] for call in recorder.calls]
     assert events[:2] == ["enter", "start"]
+    (options,) = recorder.of("start")
+    assert (options["batch_size"], options["seed"]) == (64, 3)
     assert events[-2:] == ["end", "exit"]
     # Every row of the file once, in order, and the rows of an evaluation before the evaluation.
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -174,13 +176,6 @@ def test_complete_run_starts_and_ends_its_callbacks(tmp_path):
     again = fit(tmp_path / "run", [recorder])
     assert recorder.of("row") == []
     assert recorder.of("end") == [again]
-
-
-def test_options_of_the_run_are_passed_at_the_start():
-    recorder = Recorder()
-    fit(callbacks=[recorder], seed=3)
-    (options,) = recorder.of("start")
-    assert (options["batch_size"], options["seed"]) == (64, 3)
 
 
 @pytest.mark.parametrize(
