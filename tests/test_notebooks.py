@@ -144,7 +144,7 @@ assert len(outputs) == count and difference < 1e-5
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     for fault in (
         "has no column 'temperature'",
-        "column 'installed', which is not a date of the form YYYY-MM-DD",
+        "column 'installed', which is not a valid date of the form YYYY-MM-DD",
         "column 'id', which look like names or texts",
     ):
         assert fault in printed

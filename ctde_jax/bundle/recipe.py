@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from ctde_jax.bundle.reading import number_of
+from ctde_jax.errors import InputError
 
 MISSING = ("", "na", "n/a", "<na>", "nan", "nat", "null", "none", "?", "-", "--", ".")
 """Spellings of a missing value in tables, in lower case."""
@@ -29,7 +30,7 @@ _WANTED: Mapping[Kind, str] = {
     "number": "a finite number",
     "boolean": "true or false",
     "category": "text",
-    "date": "a date of the form",
+    "date": "a valid date of the form",
 }
 
 
@@ -81,12 +82,12 @@ class Column(NamedTuple):
     def use(self) -> str:
         """Description of the inputs, for the plan of a run."""
         if self.kind == "category":
-            return f"one-hot, {len(self.values):,} categories and others"
-        indicator = ", and an indicator of gaps" if self.missing else ""
+            return f"one-hot, {len(self.values):,} and others"
+        indicator = ", gap indicator" if self.missing else ""
         return {
             "number": "standardized",
             "boolean": "0 or 1",
-            "date": "days since 1970, standardized",
+            "date": "days, standardized",
         }[self.kind] + indicator
 
     def encode(self, cells: Sequence[str]) -> np.ndarray:
@@ -129,17 +130,27 @@ class Recipe(NamedTuple):
         """Names of the inputs of the model, in order."""
         return tuple(name for column in self.columns for name in column.features)
 
-    def encode(self, table: Mapping[str, Sequence[str]]) -> np.ndarray:
+    def encode(self, table: Mapping[str, Sequence[Any]] | Any) -> np.ndarray:
         """Returns the inputs of the model, `float32[rows, features]`.
 
         Args:
-            table: Cells by name of the column; other columns are ignored.
+            table: Cells by name of the column, as text, numbers, booleans or dates, or None for a
+                gap; such as a dictionary of lists, or a data frame. Other columns are ignored.
 
         Raises:
+            InputError: If a column is missing.
             Unreadable: If a cell is not of the kind of its column.
-            KeyError: If a column is missing.
         """
-        return np.concatenate([each.encode(table[each.name]) for each in self.columns], axis=1)
+        missing = [each.name for each in self.columns if each.name not in table]
+        if missing:
+            names = ", ".join(map(repr, missing[:3])) + (" and more" if len(missing) > 3 else "")
+            raise InputError(
+                "table", f"must have the columns of the training table, but lacks {names}."
+            )
+        return np.concatenate(
+            [each.encode([cell_of(value) for value in table[each.name]]) for each in self.columns],
+            axis=1,
+        )
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -240,6 +251,8 @@ def cell_of(value: object) -> str:
 
     Whole numbers have no decimal point, because a data frame stores integers with gaps as floats.
     """
+    if isinstance(value, str):
+        return value.strip()
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool | np.bool_):

@@ -1,4 +1,4 @@
-"""The thread that uploads the checkpoints of a run to its mirror, while the run goes on."""
+"""The thread that uploads the checkpoints of a run to its mirror during the run."""
 
 import threading
 import time

@@ -102,15 +102,21 @@ def train(config: Config, started: float) -> Trained:
 
         # The run is complete, so a report that cannot be written does not change its status.
         if config.run.report:
-            failure = hosts.of_the_first(partial(_write_report, trained, data.test, folder))
-            screen.print(failure or f"report     {folder / REPORT}")
+            screen.print(hosts.of_the_first(partial(_write_report, trained, data.test, folder)))
     return trained
 
 
 def _write_report(trained: Trained, split: Split, folder: Path) -> str:
-    """Writes the report to the folder; returns an empty string, or the reason for a failure."""
+    """Writes the report to the folder; returns its text, or the reason for a failure."""
     path = folder / REPORT
-    return picture.attempt(lambda: trained.report(split).save(path), path)
+    texts: list[str] = []
+
+    def write() -> None:
+        report = trained.report(split)
+        report.save(path)
+        texts.append(f"{report}\nreport     {path}")
+
+    return picture.attempt(write, path) or texts[0]
 
 
 def _check_branch_from(chosen: RunOptions, folder: Path) -> None:

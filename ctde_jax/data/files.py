@@ -328,4 +328,7 @@ def faulty(path: Path | str, fault: str, way_out: str) -> InputError:
         fault: Description of the fault, as a predicate of the path.
         way_out: Remedy, as an imperative.
     """
-    return InputError("data_file", f"{path} {fault}; {way_out}.")
+    # A data frame has no path; it is the argument `source` of `from_table`.
+    if isinstance(path, Path):
+        return InputError("data_file", f"{path} {fault}; {way_out}.")
+    return InputError("source", f"{fault}; {way_out}.")

@@ -103,7 +103,7 @@ def fit(
     try:
         values = recipe.numbers(fitted, column.cells)[rows]
     except recipe.Unreadable as error:
-        raise _unreadable(path, column, error) from error
+        raise unreadable(path, column, error) from error
     if kind == "boolean":
         return fitted
 
@@ -123,7 +123,8 @@ def _first_date(cells: Sequence[str]) -> str:
     return next((cell for cell in cells if days_of(cell) is not None), "")
 
 
-def _unreadable(path: Path | str, column: Column, error: recipe.Unreadable) -> InputError:
+def unreadable(path: Path | str, column: Column, error: recipe.Unreadable) -> InputError:
+    """Returns the InputError for a cell that is not of the kind of its column."""
     # `columns.numbers` has the sentence for cells that are not numbers.
     if error.wanted == "a finite number":
         places = [place for place, cell in enumerate(column.cells) if not is_missing(cell)]

@@ -54,6 +54,7 @@ def from_table(
     categorical: Sequence[str] | str = (),
     weights: str | None = None,
     task: Use = "auto",
+    like: Dataset | None = None,
 ) -> Dataset:
     r"""Loads a table with one column of labels.
 
@@ -85,6 +86,9 @@ def from_table(
         weights: Name of the column of sample weights, which is not a feature; see `weighted`.
         task: `classification` uses any labels as classes, `regression` numbers as targets; `auto`
             is classification, but refuses labels that look like measurements.
+        like: Data set of another table, whose conversion and classes are used. A model that was
+            trained on it then receives the same inputs for the same row, as fine-tuning requires.
+            `drop` and `categorical` must not be given.
 
     Raises:
         InputError: If the source is not a table, a name is not that of a column, a cell is not of
@@ -107,10 +111,20 @@ def from_table(
         (names,) if isinstance(names, str) else names for names in (drop, categorical)
     )
 
+    # Another table's conversion determines its columns.
+    if like is not None:
+        chosen = "drop" if drop else "categorical" if categorical else None
+        if chosen is not None:
+            raise InputError(chosen, "must not be set with like, which determines the columns.")
+        if label is None and like.recipe is not None:
+            label = like.recipe.label
+
     # Read the table, and number its classes, if it has any.
     table = _without(_read(source, label), drop, categorical, weights)
     column = table.column(table.label)
     classes, labels = read_labels(table.path, column, task)
+    if like is not None:
+        return _converted_like(like, table, classes, labels)
     if task == "auto" and are_numbers(classes):
         table.notes.extend(note_on_numbers(len(classes), f"the column {column.name}"))
 
@@ -228,6 +242,53 @@ def _by_recipe(
         notes=(*notes, *dataset.notes),
         columns=conversion.features,
         recipe=conversion,
+    )
+
+
+def _converted_like(
+    like: Dataset, table: _Table, classes: tuple[str, ...], labels: np.ndarray
+) -> Dataset:
+    """Makes the data set of a table with the conversion, the scaling and the classes of another."""
+    names = [each.name for each in like.recipe.columns] if like.recipe else [*like.columns]
+    if not names:
+        raise InputError("like", "must be a data set that from_table has made of named columns.")
+    for name in names:
+        check_known("like", name, table.names)
+    cells = {name: table.column(table.names.index(name)) for name in names}
+
+    # A class that the other table lacks has no output of the model.
+    if bool(classes) != bool(like.classes):
+        raise InputError("like", "must have the same task: classes, or targets in both tables.")
+    for name in classes:
+        check_known("like", name, like.classes)
+    if classes:
+        labels = np.array([like.classes.index(name) for name in classes], np.int32)[labels]
+
+    # Convert by the recipe, or store the numbers, which are scaled like those of the other table.
+    try:
+        inputs = (
+            like.recipe.encode({name: column.cells for name, column in cells.items()})
+            if like.recipe
+            else np.stack([kinds.numbers(table.path, each) for each in cells.values()], axis=1)
+        )
+    except recipe.Unreadable as error:
+        raise kinds.unreadable(table.path, cells[error.column], error) from error
+    dataset = assemble(
+        inputs.astype(np.float32),
+        labels,
+        None,
+        None,
+        _stem(table),
+        like.classes or None,
+        table.weights,
+    )
+    return replace(
+        dataset,
+        notes=(*table.notes, *dataset.notes),
+        columns=like.columns,
+        recipe=like.recipe,
+        shift=like.shift,
+        scale=like.scale,
     )
 
 

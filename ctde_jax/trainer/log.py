@@ -4,7 +4,7 @@ A *row* is a flat dict with the averages over some training steps or over an eva
 ("train", "validation" or "test"), `step`, `epoch`, `loss`, the metrics of the task, and `examples`,
 the number of examples. Rows of the training split also have:
 
-- `examples_per_second`;
+- `examples_per_second`: the mean since the start or the last evaluation;
 - `time`: when the row was computed, in seconds since 1970 (Unix time);
 - `bytes_sent`: bytes that each device has sent since the start;
 - `skipped`: rounds skipped since the start, if `on_nonfinite` is `skip`;

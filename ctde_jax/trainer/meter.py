@@ -63,7 +63,7 @@ class Meter:
 
         self._save_every = save_every
         self._saved = position.gone_through
-        self._saved_at = self._last = time.perf_counter()
+        self._saved_at = time.perf_counter()
         # One row in each dispatch until the time of a row has been measured.
         self._rows_per_dispatch = 1
         self.start(Span(position.gone_through, position.gone_through, round_steps=1), sent=0)
@@ -78,7 +78,8 @@ class Meter:
         self._span = span
         self._sent_per_round = sent
         self._dispatches = 0
-        self._last = time.perf_counter()
+        self._examples = 0.0
+        self._started = self._last = time.perf_counter()
 
     def pace(self) -> int:
         """Returns the number of rounds of the next dispatch.
@@ -139,8 +140,9 @@ class Meter:
     def rows(self, sums: Sums, first: int, last: int) -> Iterator[Row]:
         """Waits for a dispatch, and yields the rows of its rounds.
 
-        `examples_per_second` is that of the whole dispatch. A row whose rounds were all skipped is
-        left out.
+        `examples_per_second` is the mean since the start of the span. The time between two reads
+        would be too short if the next dispatch is ready when this one is read. A row whose rounds
+        were all skipped is left out.
 
         Args:
             sums: Sums of the steps of a piece over all replicas, by name, each float32[steps].
@@ -168,7 +170,9 @@ class Meter:
                 _of_the_first_host(seconds / ceil((last - first) / row_rounds))
             )
 
-        speed = round(float(sums["examples"].sum(dtype=np.float64)) / seconds, 1)
+        of_dispatch = sums["examples"][: (last - first) * round_steps]
+        self._examples += float(of_dispatch.sum(dtype=np.float64))
+        speed = round(self._examples / (now - self._started), 1)
         for start in range(0, last - first, row_rounds):
             row = self._row(sums, round_steps * start, min(row_rounds, last - first - start), speed)
             # Without examples, because all rounds were skipped, there are no averages.

@@ -59,8 +59,8 @@ def test_large_numbers_are_standardized_in_float64():
         (AGE, "inf", "a finite number"),
         (AGE, "1e39", "a finite number"),
         (PAID, "maybe", "true or false"),
-        (DAY, "1970-02-30", "a date of the form YYYY-MM-DD"),
-        (DAY, "1970-01-01T12:00", "a date of the form YYYY-MM-DD"),
+        (DAY, "1970-02-30", "a valid date of the form YYYY-MM-DD"),
+        (DAY, "1970-01-01T12:00", "a valid date of the form YYYY-MM-DD"),
     ],
 )
 def test_cell_of_another_kind_is_not_read(column, cell, wanted):
@@ -229,8 +229,8 @@ BAD = {
     "no date": (
         "t.csv",
         'age,job,zip,hired,married,hours\n1,"co\nok",1,2020-01-01,yes,2\n1,cook,1,2020-13-01,no,3',
-        "has '2020-13-01' in line 4, column 'hired', which is not a date of the form YYYY-MM-DD; "
-        "correct the cell, or leave it empty.",
+        "has '2020-13-01' in line 4, column 'hired', which is not a valid date of the form "
+        "YYYY-MM-DD; correct the cell, or leave it empty.",
     ),
     "no rows": (
         "t.csv",
@@ -288,3 +288,33 @@ def test_card_whose_recipe_makes_other_inputs_is_refused(census, tmp_path):
     facts["recipe"] = {}
     with pytest.raises(_Odd, match="has a recipe that is not a recipe"):
         _parse(facts)
+
+
+def test_values_of_python_and_of_pandas_are_encoded_like_cells():
+    frame = pytest.importorskip("pandas").DataFrame
+    columns = (
+        Column("age", "number", missing=1, median=3.0),
+        Column("member", "boolean", missing=1),
+        DAY,
+        Column("job", "category", values=("cook", "nurse")),
+    )
+    recipe = Recipe("y", columns)
+    cells = {
+        "age": [" 4 ", "", "2.5"],
+        "member": ["yes", "no ", "NA"],
+        "day": ["1970-01-02", " 1970-02-01", "1970-01-02"],
+        "job": [" nurse", "cook", "pilot"],
+    }
+    values = {
+        "age": [4, None, 2.5],
+        "member": [True, False, None],
+        "day": [date(1970, 1, 2), date(1970, 2, 1), date(1970, 1, 2)],
+        "job": ["nurse", "cook", "pilot"],
+    }
+    expected = recipe.encode(
+        {name: [cell.strip() for cell in each] for name, each in cells.items()}
+    )
+    for table in (cells, values, frame(values)):
+        np.testing.assert_array_equal(recipe.encode(table), expected)
+    with pytest.raises(InputError, match="must have the columns of the training table, but lacks"):
+        recipe.encode({"age": [1]})

@@ -297,7 +297,7 @@ def test_plan_of_the_command_lists_the_columns(path, tmp_path, capsys):
     assert train.main([*arguments, "--run-dir", str(tmp_path / "run")]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "columns column kind missing inputs" in lines
-    assert "zip category 0 one-hot, 8 categories and others" in lines
+    assert "zip category 0 one-hot, 8 and others" in lines
     found = ctde.load_run(tmp_path / "run")
     assert found.data.recipe == from_table(path, **OPTIONS).recipe
 

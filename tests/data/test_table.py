@@ -434,13 +434,13 @@ def test_class_without_training_examples_is_noted(tmp_path):
         ),
         (
             "a,day,y\n" + "u,2024-01-01,x\nv,2024-02-01,y\n" * 9 + "u,2024-02-30,x\n",
-            "has '2024-02-30' in line 20, column 'day', which is not a date of the form "
+            "has '2024-02-30' in line 20, column 'day', which is not a valid date of the form "
             "YYYY-MM-DD; write all dates of the column in this format, or "
             "name it in categorical (--categorical 'day').",
         ),
         (
             "a,day,y\n" + "u,2024-01-01,x\nv,2024-02-01T12:00,y\n" * 9,
-            "has '2024-02-01T12:00' in line 3, column 'day', which is not a date of the form "
+            "has '2024-02-01T12:00' in line 3, column 'day', which is not a valid date of the form "
             "YYYY-MM-DD",
         ),
         ("a,b,y\n" + "NA,1,x\n?,2,y\n" * 9, "has no value in column 'a'; remove the column"),
@@ -578,3 +578,45 @@ def test_node_accepts_a_feature_that_numbers_the_lines_if_labels_follow(numbered
     np.testing.assert_array_equal(read.inputs[:, 0], range(lines))
     assert read.labels is not None
     assert [numbered.classes[label] for label in read.labels] == WORDS[:lines]
+
+
+def test_table_is_converted_like_another(tmp_path):
+    """The second table has fewer categories and classes, no gaps, and other numbers."""
+    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    rows = [f"{age},{job},{label}" for age in (20, 40, "") for job in "xyz" for label in "bac"]
+    first.write_text("\n".join(["age,job,y", *rows * 3]))
+    second.write_text("\n".join(["y,job,age", *["c,z,90", "a,y,1"] * 10]))
+    like = from_table(first, label="y")
+    found = from_table(second, like=like)
+
+    assert (found.classes, found.columns, found.recipe) == (like.classes, like.columns, like.recipe)
+    expected = like.recipe.encode({"age": ["90", "1"], "job": ["z", "y"]})
+    for inputs, label in zip(*found.test, strict=True):
+        np.testing.assert_array_equal(inputs, expected[0 if label == 2 else 1])
+
+
+def test_table_of_numbers_is_scaled_like_another(tmp_path):
+    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    first.write_text("\n".join(["a,b,y", *[f"{i % 7}.5,{i % 5},{'uv'[i % 2]}" for i in range(40)]]))
+    second.write_text("\n".join(["b,y,a", *[f"{i % 3},{'vu'[i % 2]},{i % 4}" for i in range(40)]]))
+    like = from_table(first)
+    found = from_table(second, "y", like=like)
+    np.testing.assert_array_equal(found.scale, like.scale)
+    np.testing.assert_array_equal(found.shift, like.shift)
+    assert found.train.inputs[:, 0].max() == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "sentence"),
+    [
+        ("a,y\n1,u\n2,v", {}, "like must be one of a, y, got 'b'"),
+        ("a,b,y\n1,1,u\n2,1,w", {}, "like must be one of u, v, got 'w'"),
+        ("a,b,y\n1,1,u\n2,1,v", {"drop": "b"}, "drop must not be set with like"),
+    ],
+)
+def test_unlike_tables_are_refused(tmp_path, content, options, sentence):
+    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    first.write_text("\n".join(["a,b,y", *[f"{i % 7},{i % 5}.5,{'uv'[i % 2]}" for i in range(40)]]))
+    second.write_text(content)
+    with pytest.raises(InputError, match=sentence.replace("?", r"\?")):
+        from_table(second, "y", like=from_table(first), **options)

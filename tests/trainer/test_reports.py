@@ -583,6 +583,13 @@ def test_names_of_classes_are_text():
     assert "[bold red]& \\x1b[31m" in str(report)
 
 
+def test_text_has_the_confusion_matrix_of_few_classes():
+    text = str(report_of(logits_of(PREDICTIONS), LABELS))
+    for name, counts in zip(("cat", "dog", "owl"), CONFUSION, strict=True):
+        cells = " +│ +".join(map(str, counts))
+        assert re.search(f"{name} +│ +{cells} ", text)
+
+
 def test_confusion_matrix_is_shaded_by_the_fraction_of_the_row():
     text = report_of(logits_of(PREDICTIONS), LABELS)._repr_html_()
     for share, count in ((5 / 7, 5), (2 / 7, 2), (3 / 7, 3)):

@@ -34,6 +34,9 @@ _MOST_CLASSES = 4096
 _ROWS = 40
 """Maximum number of classes or outputs in the text of a report."""
 
+_CONFUSION = 5
+"""Maximum number of classes whose confusion matrix is in the text of a report."""
+
 _COLUMNS = 100
 
 
@@ -275,7 +278,7 @@ def _check_targets(task: Task, outputs: PyTree, labels: Shaped[np.ndarray, "exam
 
 
 def _text(report: Report) -> Iterable[str | Table]:
-    """Yields the parts of the text: a line, the metrics, and the classes or outputs."""
+    """Yields the parts of the text: a line, metrics, classes or outputs, and confusions."""
     yield f"{report.examples:,} examples, parameters after {report.step:,} steps"
     table = _table(["metric", "value", f"{LEVEL:.0%} interval"])
     for name, estimate in report.metrics.items():
@@ -289,9 +292,19 @@ def _text(report: Report) -> Iterable[str | Table]:
         for row in rows[:_ROWS]:
             table.add_row(*map(on_one_line, row))
         yield table
+    if isinstance(report.numbers, ClassMetrics) and len(report.numbers.classes) <= _CONFUSION:
+        yield _confusion(report.numbers)
     if len(rows) > _ROWS:
         yield f"{len(rows) - _ROWS:,} more rows are in the page; see report.save(path)."
     yield from map(on_one_line, tables.notes(report.numbers))
+
+
+def _confusion(numbers: ClassMetrics) -> Table:
+    names = [on_one_line(name) for name in numbers.classes]
+    table = _table(["class", *(f"predicted {name}" for name in names)])
+    for name, row in zip(names, numbers.confusion, strict=True):
+        table.add_row(name, *(f"{count:,}" for count in row))
+    return table
 
 
 def _table(header: Sequence[str]) -> Table:
