@@ -246,8 +246,10 @@ def traced(optimizer: Any, params: PyTree, option: str) -> PyTree:
             params, state, params, value=lambda: jnp.float32(0), anchor=params
         )
     except InputError as error:
-        # Raised by `adapted`, which does not know the option.
-        raise InputError(option, error.sentence) from error
+        # `adapted` does not know the option; other errors name theirs.
+        raise InputError(
+            option if error.option == "optimizer" else error.option, error.sentence
+        ) from error
     except Exception as error:
         raise InputError(option, _refusal(error, params)) from error
     if _types(updates, shapes_only=True) != _types(params, shapes_only=True):

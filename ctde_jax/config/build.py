@@ -313,14 +313,19 @@ def _learning_rate_scales(words: Sequence[str]) -> dict[str, float]:
     for word in words:
         pattern, _, number = word.rpartition("=")
         try:
-            scales[pattern] = float(number)
+            factor = float(number)
         except ValueError:
-            scales = {}
-        if not pattern or not scales:
+            factor = None
+        if not pattern or factor is None:
             raise InputError(
                 "learning_rate_scales",
                 f"must be patterns and numbers, such as 'layers/0/*=0.1', got {quoted(word)}.",
             )
+        if pattern in scales:
+            raise InputError(
+                "learning_rate_scales", f"must not contain {quoted(pattern)} twice; remove one."
+            )
+        scales[pattern] = factor
     return scales
 
 

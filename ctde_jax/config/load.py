@@ -243,10 +243,7 @@ def _center(
     # Otherwise take the moving average, if there is one. If replicas diverge, these have a leading
     # replica axis, over which their mean is taken in float32 or better.
     part = "ema_params" if _beginning(found, "ema_params/") else "params"
-    merged = fine_tuning.merge_by_name(
-        {name.removeprefix(f"{part}/"): x for name, x in _beginning(found, f"{part}/").items()},
-        {name.removeprefix("frozen/"): x for name, x in _beginning(found, "frozen/").items()},
-    )
+    merged = state.merged_params(found.tensors, part)
     whole = {part: like[0]}
     wanted = state.named(whole)
     agreed = {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from math import inf
+from numbers import Real
 
 import jax
 import optax
@@ -108,7 +109,7 @@ def scale_updates(scales: Mapping[str, float]) -> optax.GradientTransformation:
     Args:
         scales: Factors by pattern of names, such as `{"encoder/*": 0.1}`, in the syntax of
             `fnmatch`. The first pattern that matches applies; all other parameters keep their
-            updates.
+            updates. Both factors of a low-rank change have the name of its kernel.
 
     Raises:
         InputError: A factor is not positive and finite. Or, by `init`, a pattern matches nothing.
@@ -118,12 +119,12 @@ def scale_updates(scales: Mapping[str, float]) -> optax.GradientTransformation:
         >>> optimizer = optax.chain(optax.adam(0.01), ctde.optimizers.scale_updates(scales))
     """
     for pattern, factor in scales.items():
-        if not 0 < factor < inf:
-            rule = "must be positive and finite"
+        if not isinstance(factor, Real) or not 0 < factor < inf:
+            got = f"{factor!r:.60} for {quoted(pattern)}"
             raise InputError(
                 "learning_rate_scales",
-                f"{rule}, got {factor} for {quoted(pattern)}; use freeze to keep parameters as "
-                "they are.",
+                f"must be positive and finite numbers, got {got}; to keep parameters as they are, "
+                "use freeze.",
             )
 
     def init(params: PyTree) -> optax.OptState:
@@ -131,12 +132,14 @@ def scale_updates(scales: Mapping[str, float]) -> optax.GradientTransformation:
         return optax.EmptyState()
 
     def update(updates: PyTree, state: optax.OptState, params: PyTree = None):
-        leaves, structure = jax.tree.flatten(updates)
+        leaves, structure = jax.tree.flatten(updates, fine_tuning.is_low_rank)
         factors = [
             next((scales[pattern] for pattern in scales if fnmatchcase(name, pattern)), 1.0)
             for name in fine_tuning.names_of(updates)
         ]
-        scaled = [leaf * factor for leaf, factor in zip(leaves, factors, strict=True)]
+        scaled = [
+            optax.tree.scale(factor, leaf) for leaf, factor in zip(leaves, factors, strict=True)
+        ]
         return structure.unflatten(scaled), state
 
     return optax.GradientTransformation(init, update)

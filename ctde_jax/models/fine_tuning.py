@@ -106,9 +106,20 @@ def merge(trained: PyTree, frozen: PyTree) -> PyTree:
     def join(kept: PyTree, own: PyTree) -> PyTree:
         if kept is None:
             return own
-        return kept if own is None else kept + _product(own).astype(kept.dtype)
+        return kept if own is None else _changed(kept, own)
 
     return jax.tree.map(join, frozen, trained, is_leaf=lambda leaf: leaf is None)
+
+
+def low_rank_kernels(trained: PyTree, frozen: PyTree) -> list[jax.Array]:
+    """Returns the kernels that have a low-rank change, with the change added."""
+    if not has_low_rank(trained):
+        return []
+
+    def join(kept: PyTree, own: PyTree) -> PyTree:
+        return _changed(kept, own) if is_low_rank(own) else None
+
+    return jax.tree.leaves(jax.tree.map(join, frozen, trained, is_leaf=lambda leaf: leaf is None))
 
 
 def merge_by_name(
@@ -127,7 +138,7 @@ def merge_by_name(
         # The two factors together have two axes more than the kernel.
         if down.ndim + up.ndim > kernel.ndim + 2:
             down, up = down.mean(axis=0), up.mean(axis=0)
-        whole[name] = np.asarray(kernel + _product(LowRank(down, up)).astype(kernel.dtype))
+        whole[name] = np.asarray(_changed(kernel, LowRank(down, up)))
     return whole
 
 
@@ -148,9 +159,17 @@ def has_low_rank(trained: PyTree) -> bool:
 
 
 def names_of(params: PyTree) -> list[str]:
-    """Returns the names of the leaves of a tree, such as `layers/0/kernel`, in their order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    """Returns the names of parameters, such as `layers/0/kernel`, in the order of the leaves.
+
+    A `LowRank` has one name, that of its kernel.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_low_rank)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+def is_low_rank(node: PyTree) -> bool:
+    """Returns whether a node of a tree is a `LowRank`."""
+    return isinstance(node, LowRank)
 
 
 def find_matches(option: str, patterns: Sequence[str], names: Iterable[str]) -> set[str]:
@@ -192,8 +211,7 @@ def describe(params: PyTree, trained: PyTree) -> str:
 
 
 def _changes(trained: PyTree) -> list[LowRank]:
-    nodes = jax.tree.leaves(trained, is_leaf=lambda node: isinstance(node, LowRank))
-    return [node for node in nodes if isinstance(node, LowRank)]
+    return [node for node in jax.tree.leaves(trained, is_leaf=is_low_rank) if is_low_rank(node)]
 
 
 def _draw(leaf: jax.Array, rank: int, key: Key[Array, ""]) -> LowRank | None:
@@ -211,5 +229,7 @@ def _draw(leaf: jax.Array, rank: int, key: Key[Array, ""]) -> LowRank | None:
     return LowRank(down.astype(leaf.dtype), jnp.zeros((rank, *shape[cut:]), leaf.dtype))
 
 
-def _product(change: LowRank) -> jax.Array:
-    return jnp.tensordot(change.down, change.up, axes=1)
+@jax.jit
+def _changed(kernel: jax.Array, change: LowRank) -> jax.Array:
+    # Compiled in the same way on the host and in the devices' programs, so that bits are equal.
+    return kernel + jnp.tensordot(change.down, change.up, axes=1).astype(kernel.dtype)

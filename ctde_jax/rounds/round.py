@@ -18,7 +18,7 @@ from jaxtyping import Array, Float32, Int32, Key
 from ctde_jax.aggregate import Strategy, Value, adapted
 from ctde_jax.data import Augment, Split
 from ctde_jax.devices import PyTree, agreed_state, replica
-from ctde_jax.models import Model, Task
+from ctde_jax.models import Model, Task, fine_tuning
 from ctde_jax.rounds.exact import make_exact, make_exact_gradient
 from ctde_jax.rounds.gradient import Gradient, StepIndices, make_gradient, step_keys
 from ctde_jax.rounds.state import TrainState, axes
@@ -248,12 +248,17 @@ def skipping(train_round: Round) -> Round:
 
     def sound_round(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         advanced, sums = train_round(state, split, batches, key)
+        pair = advanced, state
 
         # Only numbers that were finite before are checked: some optimizers start with an infinity
         # in their state, such as the best value of `optax.contrib.reduce_on_plateau`.
         is_spoilt = jnp.zeros((), bool)
+        # The factors of a low-rank change may be finite although their product is not.
+        changed = [fine_tuning.low_rank_kernels(each.params, each.frozen) for each in pair]
         for new, old in zip(
-            jax.tree.leaves((advanced, sums["loss"])), jax.tree.leaves((state, 0.0)), strict=True
+            jax.tree.leaves((advanced, sums["loss"], changed[0])),
+            jax.tree.leaves((state, 0.0, changed[1])),
+            strict=True,
         ):
             if jnp.issubdtype(new.dtype, jnp.inexact):
                 is_spoilt |= jnp.any(~jnp.isfinite(new) & jnp.isfinite(old))

@@ -302,6 +302,24 @@ def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTr
     return saved
 
 
+def merged_params(tensors: Mapping[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
+    """Returns all parameters by name, given the result of `to_tensors`.
+
+    Args:
+        tensors: Arrays by name.
+        part: `params` or `ema_params`, the part with the trained parameters.
+    """
+
+    def below(prefix: str) -> dict[str, np.ndarray]:
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+
+    return fine_tuning.merge_by_name(below(f"{part}/"), below("frozen/"))
+
+
 def in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:
     """Returns the tree with the structure of `like` whose leaves are the tensors of their names.
 
@@ -332,7 +350,8 @@ def _check_shapes(saved: PyTree, like: PyTree, option: str) -> None:
 def _raise_if(differences: Sequence[str], option: str) -> None:
     if differences:
         rule = "must refer to a checkpoint of the same model, optimizer and strategy"
-        raise InputError(option, f"{rule}, but {'; '.join(differences)}.")
+        more = f"; and {len(differences) - 10:,} more" if len(differences) > 10 else ""
+        raise InputError(option, f"{rule}, but {'; '.join(differences[:10])}{more}.")
 
 
 def named(tree: PyTree) -> dict[str, jax.Array]:

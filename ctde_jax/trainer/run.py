@@ -200,8 +200,8 @@ class Run:
             return
         # All hosts take part in copying the state, and all check it.
         tensors = state.to_tensors(self.train_state)
-        params = [tensor for name, tensor in tensors.items() if name.startswith("params/")]
-        if not all(np.isfinite(tensor).all() for tensor in params):
+        params = state.merged_params(tensors, "params")
+        if not all(np.isfinite(tensor).all() for tensor in params.values()):
             raise NonFiniteLoss(self._meter.position.step)
 
         # Host 0 writes the state, the best parameters and the scaling of the inputs.

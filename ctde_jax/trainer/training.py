@@ -4,7 +4,7 @@ The result of a run is its parameters and metrics. Each value checks itself when
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -311,6 +311,14 @@ class Training:
         )
         check_whole(patience=self.patience, reestimate_batches=self.reestimate_batches)
         check_whole(lora_rank=self.lora_rank)
+        for name in ("init_only", "freeze"):
+            patterns = _as_patterns(getattr(self, name)) or ()
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise InputError(
+                    name,
+                    "must be a pattern of names or a list of them, such as ['encoder/*'], got "
+                    f"{getattr(self, name)!r:.60}.",
+                )
         # The ranges of batch size, epochs and steps depend on the data; see `_check_combinations`.
         check_seed(self.seed)
         check_at_least(1, accumulation_steps=self.accumulation_steps, patience=self.patience)
@@ -355,11 +363,14 @@ class Training:
             exact.check_sizes(replicas, self.batch_size, self.accumulation_steps)
 
 
-def _as_patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:
+def _as_patterns(patterns: Any) -> tuple[str, ...] | None:
     """Returns patterns as a tuple; a string is one pattern, not a sequence of characters."""
-    if isinstance(patterns, str):
-        return (patterns,)
-    return None if patterns is None else tuple(patterns)
+    if patterns is None:
+        return None
+    # Anything else that is no sequence is one pattern, and is refused as such.
+    is_one = isinstance(patterns, str) or not isinstance(patterns, Iterable)
+    names: list[Any] = [patterns] if is_one else [*patterns]
+    return tuple(names)
 
 
 def in_stored_units(model: Model, data: Dataset, task: Task) -> Model:

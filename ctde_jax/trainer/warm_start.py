@@ -258,9 +258,9 @@ def _of_checkpoint(tensors: Tensors) -> Given:
                 return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
         return {}
 
-    params = below(f"{BEST}/0/") or fine_tuning.merge_by_name(
-        below("ema_params/", "params/"), below("frozen/")
-    )
+    is_averaged = any(name.startswith("ema_params/") for name in tensors)
+    part = "ema_params" if is_averaged else "params"
+    params = below(f"{BEST}/0/") or state.merged_params(tensors, part)
     return Given(params, below(f"{BEST}/1/", "model_state/"), is_checkpoint=True)
 
 

@@ -165,7 +165,8 @@ def test_first_pattern_that_matches_scales_the_updates():
 @pytest.mark.parametrize(
     ("scales", "sentence"),
     [
-        ({"head": 0}, "must be positive and finite, got 0 for 'head'; use freeze"),
+        ({"head": 0}, "must be positive and finite numbers, got 0 for 'head'; to keep"),
+        ({"head": "0.1"}, "must be positive and finite numbers, got '0.1' for 'head'"),
         ({"heda": 0.1}, "must match parameters of the model, got 'heda'; did you mean 'head'"),
     ],
 )

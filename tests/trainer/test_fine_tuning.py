@@ -181,6 +181,42 @@ def test_diverging_replicas_have_the_mean_of_their_factors(digits, given, tmp_pa
         np.testing.assert_allclose(found, leaf, atol=1e-6)
 
 
+def test_skipping_sees_a_product_that_overflows(digits):
+    """The factors of a low-rank change are finite, but not their product."""
+    tuned = fitted(digits, optax.sign_sgd(1e20), replicas=1, lora_rank=1, on_nonfinite="skip")
+    assert tuned.history[-2]["skipped"] > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tuned.params))
+
+
+def test_checkpoint_of_a_product_that_overflows_is_not_written(digits, tmp_path):
+    with pytest.raises(ctde.NonFiniteLoss):
+        fitted(
+            digits, optax.sign_sgd(1e20), replicas=1, lora_rank=1, run_dir=tmp_path, save_every=1
+        )
+    for params in (read_source(path).params for path in (tmp_path / "checkpoints").iterdir()):
+        assert all(np.isfinite(leaf).all() for leaf in params.values())
+
+
+def test_factors_have_the_learning_rate_of_their_kernel(digits):
+    scale = ctde.optimizers.scale_updates({"layers/0/kernel": 0.5})
+    params = {"layers": {0: {"kernel": jnp.ones((9, 9))}, 1: {"kernel": jnp.ones((9, 9))}}}
+    trained, _ = fine_tuning.split(params, None, 2, seed=0)
+    updates, _ = scale.update(trained, scale.init(trained))
+    same(
+        updates["layers"][0]["kernel"],
+        jax.tree.map(lambda x: x / 2, trained["layers"][0]["kernel"]),
+    )
+    same(updates["layers"][1], trained["layers"][1])
+
+
+def test_command_names_the_option_of_a_pattern(capsys):
+    options = ["--devices", "1", "--learning-rate-scales"]
+    assert train.main([*options, "layer/*=0.1"]) == 2
+    assert "--learning-rate-scales must match parameters" in capsys.readouterr().err
+    assert train.main([*options, "layers/*=0.1", "layers/*=0.2"]) == 2
+    assert "must not contain 'layers/*' twice" in capsys.readouterr().err
+
+
 def test_run_of_the_command_is_loaded_with_its_changes(tmp_path):
     run = tmp_path / "run"
     options = ["--devices", "1", "--hidden-sizes", "12", "--steps", "4", "--learning-rate-scales"]
@@ -198,6 +234,7 @@ def test_run_of_the_command_is_loaded_with_its_changes(tmp_path):
         ({"freeze": []}, "freeze must contain at least one pattern"),
         ({"freeze": "*"}, "freeze must leave parameters to train: the patterns match all of them"),
         ({"lora_rank": 60}, "lora_rank must leave parameters to train: no frozen kernel is large"),
+        ({"freeze": 5}, "freeze must be a pattern of names or a list of them"),
         ({"lora_rank": 0}, "lora_rank must be at least 1, got 0"),
         ({"lora_rank": 1.5}, "lora_rank must be an integer"),
     ],
