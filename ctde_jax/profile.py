@@ -99,7 +99,9 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
 
     # Time what a run does once: imports, start of the devices, loading of the data.
     imported = time.perf_counter()
-    devices = ctde.devices.start(config.aggregation.devices, ctde.devices.FAKE_DEVICES)
+    devices = ctde.devices.start(
+        config.aggregation.devices, ctde.devices.FAKE_DEVICES, config.aggregation.replicas
+    )
     started_devices = time.perf_counter()
     seed = config.optimization.seed
     data = build.load_data(config.data, seed)

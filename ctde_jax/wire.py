@@ -14,7 +14,7 @@ from ctde_jax import config
 from ctde_jax.bundle import streams
 from ctde_jax.config import build
 from ctde_jax.cost import measure, table, targets
-from ctde_jax.devices import FAKE_DEVICES, hosts, start
+from ctde_jax.devices import FAKE_DEVICES, hosts, one_for_each, start
 from ctde_jax.errors import InputError
 from ctde_jax.models import count_params
 
@@ -59,11 +59,21 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
     # Devices of this machine, or descriptions of the devices of the target.
     hosts.check_alone(hosts.find_meeting(**vars(chosen.hosts)))
     if target is None:
-        devices = start(chosen.aggregation.devices, FAKE_DEVICES)
+        given = start(
+            chosen.aggregation.devices, FAKE_DEVICES, replicas=chosen.aggregation.replicas
+        )
+        devices = one_for_each(given)
+        assert devices is not None, "start has requested a fake device for each replica"
     else:
         # Nothing runs on the target, and its plugin would search for hardware.
         jax.config.update("jax_platforms", "cpu")
         devices = targets.devices(target)
+        if chosen.aggregation.replicas not in (None, len(devices)):
+            raise InputError(
+                "replicas",
+                f"must be the {len(devices)} devices of --target, got "
+                f"{chosen.aggregation.replicas}.",
+            )
 
     # Compile the rounds of the run, and count the bytes in the compiled program.
     data = build.load_data(chosen.data, chosen.optimization.seed)

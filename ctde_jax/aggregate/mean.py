@@ -7,7 +7,7 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import as_tree, as_vector
 from ctde_jax.aggregate.reducer import reducer
-from ctde_jax.devices import AXIS, weighted_mean
+from ctde_jax.devices import AXIS, is_vmapped, weighted_mean
 from ctde_jax.errors import InputError, check_at_least
 
 
@@ -68,11 +68,15 @@ def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
         weight = jnp.asarray(weight, jnp.float32)
         vector = jnp.append(jnp.where(weight > 0, message * weight, 0), weight)
 
-        # Reduce-scatter within hosts, all-reduce across hosts, all-gather within hosts.
-        padded = jnp.pad(vector, (0, -len(vector) % per_host))
-        own = lax.psum_scatter(padded, AXIS, axis_index_groups=hosts, tiled=True)
-        own = lax.psum(own, AXIS, axis_index_groups=peers)
-        vector = lax.all_gather(own, AXIS, axis_index_groups=hosts, tiled=True)[: len(vector)]
+        if is_vmapped():
+            # `vmap` does not support groups, and nothing is sent.
+            vector = lax.psum(vector, AXIS)
+        else:
+            # Reduce-scatter within hosts, all-reduce across hosts, all-gather within hosts.
+            padded = jnp.pad(vector, (0, -len(vector) % per_host))
+            own = lax.psum_scatter(padded, AXIS, axis_index_groups=hosts, tiled=True)
+            own = lax.psum(own, AXIS, axis_index_groups=peers)
+            vector = lax.all_gather(own, AXIS, axis_index_groups=hosts, tiled=True)[: len(vector)]
 
         # One division at the end; the mean is 0 if all weights are 0.
         return as_tree(vector[:-1] / jnp.where(vector[-1] > 0, vector[-1], 1), updates), state

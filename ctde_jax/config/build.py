@@ -478,7 +478,7 @@ def strategy(name: str, **options: Any) -> Strategy:
     # The command line checks names and values when it parses them; here they come from Python.
     check_known("strategy", name, PRESETS)
     kinds = get_type_hints(AggregationOptions)
-    known = [option for option in kinds if option not in ("devices", "strategy")]
+    known = [option for option in kinds if option not in ("devices", "replicas", "strategy")]
     for option, value in options.items():
         check_known("strategy's option", option, known)
         if get_origin(kinds[option]) is Literal:

@@ -169,6 +169,7 @@ _OF_ONE_RUN = (
 _DECIDE_NOTHING = (
     *_STARTS,
     "devices",
+    "replicas",
     "data_dir",
     "data_file",
     "epochs",
@@ -328,17 +329,15 @@ def _without(options: dict[str, Any], group: type, before: Preset, after: Preset
 
     Args:
         options: Saved options by name.
-        group: Class of the options that are all removed, except `devices`.
+        group: Class of the options that are all removed, except `devices` and `replicas`.
         before: Preset of the old model or strategy, whose options are removed as well.
         after: Preset of the new one, whose options are removed as well.
     """
-    # The number of devices depends on the machine, not on the strategy.
+    # The numbers of devices and replicas do not depend on the strategy.
     dropped = (
         {option.name for option in fields(group)} | before.options.keys() | after.options.keys()
-    )
-    return {
-        name: value for name, value in options.items() if name == "devices" or name not in dropped
-    }
+    ) - {"devices", "replicas"}
+    return {name: value for name, value in options.items() if name not in dropped}
 
 
 def _as_arguments(options: dict[str, Any]) -> list[str]:

@@ -105,8 +105,11 @@ def load_run(path: Path | str, options: Sequence[str] = ()) -> Loaded:
 
     # Restore the parameters to evaluate. Batch statistics are re-estimated on as many devices as
     # in training; for anything else one device suffices.
-    count = chosen.aggregation.devices if chosen.run.reestimate_batches else 1
-    devices = start(count, FAKE_DEVICES)
+    if chosen.run.reestimate_batches:
+        aggregation = chosen.aggregation
+        devices = start(aggregation.devices, FAKE_DEVICES, aggregation.replicas)
+    else:
+        devices = start(1)
     (params, model_state), is_best = _center(found, model, data, not is_checkpoint)
     if chosen.run.reestimate_batches and not is_best:
         model_state = _reestimated(chosen, model, data, devices, params, model_state)

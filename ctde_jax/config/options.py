@@ -273,6 +273,10 @@ class AggregationOptions:
     """Number of devices (GPUs, TPU cores) per host; by default all accelerators, or if there are
     none 4 fake CPU devices (1 per host with several hosts)."""
 
+    replicas: Count = None
+    """Number of replicas on all devices together, a multiple of the number of devices; by default
+    one per device. Without accelerators and --devices, each replica has a fake CPU device."""
+
     strategy: StrategyName = "ddp"
     """Published method: default values for the options below and --optimizer."""
 

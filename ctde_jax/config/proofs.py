@@ -95,8 +95,10 @@ def prove_exact(arguments: Sequence[str]) -> Verdict:
     On accelerators, numbers of devices that exceed those present are left out.
     """
     arguments = ["--exact", *(word for word in arguments if word != "--exact")]
-    if _parse(arguments).aggregation.devices is not None:
-        raise InputError("devices", "must not be set, as exact trains on 1, 2, 4 and 8 devices.")
+    chosen = _parse(arguments).aggregation
+    if chosen.devices is not None or chosen.replicas is not None:
+        option = "replicas" if chosen.devices is None else "devices"
+        raise InputError(option, "must not be set, as exact trains on 1, 2, 4 and 8 devices.")
 
     # The number of fake CPU devices is not limited, that of accelerators is.
     available = start()
@@ -131,7 +133,8 @@ def prove_replicas(arguments: Sequence[str]) -> Verdict:
         ReplicasDiverged: If it differs after a dispatch.
     """
     chosen = _parse(arguments)
-    if len(start(chosen.aggregation.devices, FAKE_DEVICES)) == 1:
+    aggregation = chosen.aggregation
+    if len(start(aggregation.devices, FAKE_DEVICES, aggregation.replicas)) == 1:
         raise InputError("devices", "must be at least 2, so that replicas can be compared, got 1.")
 
     # A difference raises ReplicasDiverged, which the command reports.

@@ -17,7 +17,7 @@ from ctde_jax.config import build, output
 from ctde_jax.config.command_line import CONFIG, deciding, flag, new_run_folder, save
 from ctde_jax.config.options import Config, RunOptions
 from ctde_jax.data import Dataset, Split, decode, encode, partition
-from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, replica, start
+from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, start
 from ctde_jax.errors import InputError, check_at_least, check_at_most
 from ctde_jax.models import Model, generate
 from ctde_jax.trainer import Saving, Trained, Training, console, picture
@@ -37,7 +37,7 @@ def train(config: Config, started: float) -> Trained:
         Exception: The exceptions of `fit`.
     """
     # Start the devices. Hosts must agree on the options before any of them can wait for another.
-    devices = start(config.aggregation.devices, FAKE_DEVICES)
+    devices = start(config.aggregation.devices, FAKE_DEVICES, config.aggregation.replicas)
     hosts.compare(lambda: {**hosts.platform(), **deciding(config)})
 
     # Build the data and the training, which checks itself.
@@ -48,7 +48,7 @@ def train(config: Config, started: float) -> Trained:
     options = Options(deciding(config), flag)
 
     # Record the number of devices, so that the run can be repeated on another machine.
-    count = len(replica.local_replicas(devices))
+    count = len({device for device in devices if device.process_index == jax.process_index()})
     config = replace(config, aggregation=replace(config.aggregation, devices=count))
     screen = console()
     with ExitStack() as at_end:

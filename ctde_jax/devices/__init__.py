@@ -1,7 +1,7 @@
 """The devices that training runs on: backend, replicas, hosts, memory and settings."""
 
 from ctde_jax.devices import hosts, memory, replica, supervisor
-from ctde_jax.devices.backend import FAKE_DEVICES, check_backend, count_cores, start
+from ctde_jax.devices.backend import FAKE_DEVICES, check_backend, count_cores, one_for_each, start
 from ctde_jax.devices.replica import (
     AXIS,
     SHARD,
@@ -11,6 +11,7 @@ from ctde_jax.devices.replica import (
     as_complex,
     as_real,
     is_changed,
+    is_vmapped,
     largest,
     weighted_mean,
 )
@@ -28,8 +29,10 @@ __all__ = [
     "count_cores",
     "hosts",
     "is_changed",
+    "is_vmapped",
     "largest",
     "memory",
+    "one_for_each",
     "replica",
     "start",
     "supervisor",

@@ -17,6 +17,7 @@ from jax.extend.backend import clear_backends
 from platformdirs import user_cache_path
 
 from ctde_jax.devices import settings
+from ctde_jax.devices.replica import distinct, is_virtual
 from ctde_jax.errors import InputError, check_at_least, check_at_most, quoted, shortened
 
 FAKE_DEVICES = 4
@@ -29,8 +30,10 @@ _THREADS_A_DEVICE = 2
 _MOST_DEVICES = 1024
 
 
-def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
-    """Starts JAX if needed and returns the devices to train on.
+def start(
+    count: int | None = None, cpu_devices: int = 1, replicas: int | None = None
+) -> list[jax.Device]:
+    """Starts JAX if needed and returns the device of each replica to train.
 
     If a CPU backend is already up with too few devices or threads, as in a notebook that has used
     JAX before, it is restarted. Existing arrays stay readable but belong to the old devices.
@@ -44,35 +47,45 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
         cpu_devices: Default number of devices on a machine without accelerators. More than one are
             fake: they share the cores, and together are slower than one. With several hosts, the
             default is 1 on each.
+        replicas: Number of replicas on all devices together, a multiple of the number of devices
+            (default: one on each device). Without accelerators and `count`, each replica has a fake
+            device.
 
     Returns:
-        The devices of all hosts, those of host 0 first.
+        The devices of all hosts, those of host 0 first. A device with several replicas occurs once
+        for each of them, so the length is the number of replicas.
 
     Raises:
-        InputError: If `count` is out of range or exceeds the devices of this host, JAX cannot start
-            the platform in JAX_PLATFORMS, or a JAX setting rules out training.
+        InputError: If `count` is out of range or exceeds the devices of this host, `replicas` is
+            not a multiple of the number of devices, JAX cannot start the platform in JAX_PLATFORMS,
+            or a JAX setting rules out training.
 
     Examples:
         >>> devices = ctde.devices.start(cpu_devices=4)
         >>> len(devices)
         4
+        >>> on_one_device = ctde.devices.start(1, replicas=8)
+        >>> len(on_one_device), len(set(on_one_device))
+        (8, 1)
     """
-    check_at_least(1, devices=count)
-    check_at_most(_MOST_DEVICES, devices=count)
+    check_at_least(1, devices=count, replicas=replicas)
+    check_at_most(_MOST_DEVICES, devices=count, replicas=replicas)
     settings.check()
     _keep_programs()
 
     # The number of CPU devices must be set before a backend starts. If one is up, restart it only
-    # if it is a CPU backend that is too small; a backend with accelerators is used as it is.
-    wanted = count or (1 if jax.distributed.is_initialized() else cpu_devices)
+    # if it is a CPU backend that is too small; a backend with accelerators is used as it is. The
+    # bytes that virtual replicas would send are counted in a program for as many fake devices.
+    wanted = count or (1 if jax.distributed.is_initialized() else replicas or cpu_devices)
+    needed = max(wanted, replicas or 0)
     try:
-        _request_fake_devices(wanted)
+        _request_fake_devices(needed)
     except RuntimeError:
         if jax.default_backend() == "cpu" and (
-            jax.local_device_count() < wanted or not _threads_suffice(wanted)
+            jax.local_device_count() < needed or not _threads_suffice(wanted)
         ):
             clear_backends()
-            _request_fake_devices(wanted)
+            _request_fake_devices(needed)
     _start_platform()
 
     # Every host contributes its first `count` devices, or all of them.
@@ -91,7 +104,38 @@ def start(count: int | None = None, cpu_devices: int = 1) -> list[jax.Device]:
             f"{count}; to train on fake CPU devices, set the environment variable "
             "JAX_PLATFORMS=cpu.",
         )
-    return [device for devices in by_host for device in devices[:count]]
+    devices = [device for devices in by_host for device in devices[:count]]
+    return devices if replicas is None else _repeated(devices, replicas)
+
+
+def _repeated(devices: Sequence[jax.Device], replicas: int) -> list[jax.Device]:
+    """Returns each device once for every replica on it; raises InputError if it does not divide."""
+    a_device, rest = divmod(replicas, len(devices))
+    if rest or not a_device:
+        here = f"the {len(devices)} {devices[0].platform.upper()} devices"
+        multiples = [len(devices) * max(1, a_device), len(devices) * (a_device + 1)]
+        nearest = " or ".join(map(str, sorted(set(multiples))))
+        raise InputError(
+            "replicas",
+            f"must be a multiple of {here}, got {replicas}; use {nearest}, or fewer devices.",
+        )
+    return [device for device in devices for _ in range(a_device)]
+
+
+def one_for_each(devices: Sequence[jax.Device]) -> list[jax.Device] | None:
+    """Returns devices for which a program with one replica on each can be compiled.
+
+    For virtual replicas, these are fake CPU devices of this host; None if it has too few of them,
+    as JAX had started its CPU backend before `start` could request them.
+    """
+    if not is_virtual(devices):
+        return list(devices)
+    try:
+        fake = jax.local_devices(backend="cpu")
+    # The user's JAX_PLATFORMS excludes the CPU backend.
+    except RuntimeError:
+        return None
+    return fake[: len(devices)] if len(fake) >= len(devices) else None
 
 
 def check_backend(devices: Sequence[jax.Device]) -> None:
@@ -100,8 +144,9 @@ def check_backend(devices: Sequence[jax.Device]) -> None:
     They may deadlock if the thread pool of the CPU backend is too small for fake `devices`.
     """
     settings.check()
-    here = sum(device.process_index == jax.process_index() for device in devices)
-    if devices[0].platform == "cpu" and len(devices) > 1 and not _threads_suffice(here):
+    present = distinct(devices)
+    here = sum(device.process_index == jax.process_index() for device in present)
+    if devices[0].platform == "cpu" and len(present) > 1 and not _threads_suffice(here):
         raise InputError(
             "devices",
             f"must have {_THREADS_A_DEVICE} threads for each fake CPU device, but the thread pool "

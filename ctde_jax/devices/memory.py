@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from rich.filesize import decimal
 
+from ctde_jax.devices.replica import distinct, is_virtual
 from ctde_jax.errors import InputError
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -52,7 +53,9 @@ def size_of(tree: Any) -> int:
     )
 
 
-def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device]) -> None:
+def check_training(
+    train_state: Sequence[Any], axes: Sequence[Any], params: Any, devices: Sequence[jax.Device]
+) -> None:
     """Raises InputError if training state and gradients exceed the memory of the devices.
 
     Fake CPU devices share the memory of the machine. An accelerator is checked only if JAX reports
@@ -61,13 +64,19 @@ def check_training(train_state: Any, params: Any, devices: Sequence[jax.Device])
     Args:
         train_state: Training state of all replicas, `[replica, ...]`; only shapes and dtypes are
             read.
+        axes: Axis of each part of the state: None if a device holds it once, 0 if once for each
+            replica.
         params: Parameters of one replica; only shapes and dtypes are read.
         devices: Devices of all hosts.
     """
-    # Each device holds one replica's part of the state, and gradients of the size of `params`.
+    # Each device holds its replicas' parts of the state, and gradients of the size of `params`.
     numbers = sum(prod(leaf.shape) for leaf in jax.tree.leaves(params))
     what = f"{numbers:,} parameters, their gradients and the states of optimizer and strategy"
-    a_device = size_of(train_state) // len(devices) + size_of(params)
+    on_device = len(devices) // len(distinct(devices))
+    a_device = size_of(params) + sum(
+        size_of(part) // len(devices) * (1 if axis is None else on_device)
+        for part, axis in zip(train_state, axes, strict=True)
+    )
 
     # From 16 times the parameters on, most of it is strategy state, such as padded chunks.
     is_model = a_device < 16 * size_of(params)
@@ -102,7 +111,9 @@ def check_program(program: Any, devices: Sequence[jax.Device]) -> None:
 def _check_devices(
     option: str, what: str, a_device: int, devices: Sequence[jax.Device], way_out: str
 ) -> None:
-    here = [device for device in devices if device.process_index == jax.process_index()]
+    here = [dev for dev in distinct(devices) if dev.process_index == jax.process_index()]
+    if is_virtual(devices):
+        way_out = f"{way_out}, or fewer replicas"
 
     # Every accelerator has separate memory; fake CPU devices share that of the machine.
     if here[0].platform != "cpu":

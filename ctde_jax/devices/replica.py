@@ -1,9 +1,12 @@
-"""The replica axis: placement of arrays, and the one function that runs code on every device.
+"""The replica axis: placement of arrays, and the one function that runs code on every replica.
 
-Arrays that are equal on all devices are *replicated* (axis `None`); arrays that differ between
-devices are *sharded* along a leading axis with one row per replica (axis 0). Code inside `parallel`
-receives one row and communicates through the collectives of `jax.lax` over `AXIS`. Tests run the
-same code under `jax.vmap(..., axis_name=AXIS)`, which raises an error for a forgotten reduction;
+`devices` lists the device of each replica, so its length is the number of replicas. If a device
+occurs several times in a row, its replicas are *virtual*: one program computes them together.
+
+Arrays that are equal on all replicas are *replicated* (axis `None`); arrays that differ between
+replicas are *sharded* along a leading axis with one row per replica (axis 0). Code inside
+`parallel` receives one row and communicates through the collectives of `jax.lax` over `AXIS`. Under
+`jax.vmap`, which computes virtual replicas and runs in tests, a forgotten reduction is an error;
 `pmap` silently returns the value of the first device.
 """
 
@@ -39,16 +42,27 @@ def parallel(
     out_axes: PyTree,
     donate: tuple[int, ...] = (),
 ) -> jax.stages.Wrapped:
-    """Maps a per-replica function over all devices with `jax.pmap`.
+    """Maps a per-replica function over all replicas.
+
+    This is `jax.pmap` if each device has one replica. Virtual replicas are computed by `jax.vmap`;
+    if there are several devices, XLA partitions that program along the replica axis.
 
     Args:
         function: Function of one replica's part of every argument.
-        devices: Devices of all hosts, with one replica on each.
+        devices: Device of each replica, on all hosts.
         in_axes: Prefix tree of the arguments: `None` if replicated, 0 if sharded.
         out_axes: Prefix tree of the results, as `in_axes`. A result under `None` must be equal on
             all replicas.
         donate: Positions of the arguments whose memory the results may reuse.
     """
+    if is_virtual(devices):
+        mapped = jax.vmap(function, in_axes, out_axes, axis_name=AXIS, axis_size=len(devices))
+        return jax.jit(
+            mapped,
+            in_shardings=_shardings(in_axes, devices),
+            out_shardings=_shardings(out_axes, devices),
+            donate_argnums=donate,
+        )
     return jax.pmap(
         function,
         axis_name=AXIS,
@@ -90,7 +104,7 @@ def compiled(
     """
     is_fake = devices[0].platform == "cpu"
     options: dict[str, str | bool] = {}
-    if is_fake and (exact or len(devices) > 1):
+    if is_fake and (exact or len(distinct(devices)) > 1):
         options["xla_cpu_multi_thread_eigen"] = False
     if is_fake and exact:
         # The algebraic simplifier rewrites divisions on one device, but not on several.
@@ -113,9 +127,24 @@ def compiled_once(
     return call
 
 
+def distinct(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Returns every device once, in order."""
+    return list(dict.fromkeys(devices))
+
+
+def is_virtual(devices: Sequence[jax.Device]) -> bool:
+    """Returns whether several replicas share a device."""
+    return len(devices) > len(distinct(devices))
+
+
 def is_spread(devices: Sequence[jax.Device]) -> bool:
     """Returns whether the devices belong to several hosts."""
     return len({device.process_index for device in devices}) > 1
+
+
+def is_vmapped() -> bool:
+    """Returns whether the code that is traced runs under `jax.vmap`, and not on one device each."""
+    return AXIS not in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def local_replicas(devices: Sequence[jax.Device]) -> list[int]:
@@ -136,7 +165,7 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
 
 
 def shard(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Places row i of each array `[replica, ...]` on device i.
+    """Places row i of each array `[replica, ...]` on the device of replica i.
 
     Every host passes the rows of all replicas, or only those of its `local_replicas`. The result
     must not be donated, since it may share memory with the original.
@@ -348,8 +377,21 @@ Program: TypeAlias = jax.stages.Compiled | Waiting
 """A compiled program over arrays; several hosts must call their programs in the same order."""
 
 
+def _shardings(axes: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+    """Returns the sharding of each axis in a prefix tree of `None` and 0."""
+    return jax.tree.map(
+        lambda axis: _sharding(devices, PartitionSpec() if axis is None else PartitionSpec(AXIS)),
+        axes,
+        is_leaf=lambda axis: axis is None,
+    )
+
+
+def _sharding(devices: Sequence[jax.Device], spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(Mesh(np.asarray(distinct(devices)), (AXIS,)), spec)
+
+
 def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> PyTree:
-    sharding = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec)
+    sharding = _sharding(devices, spec)
     # If there are several hosts, each contributes only its rows.
     if not is_spread(devices):
         return jax.device_put(tree, sharding)

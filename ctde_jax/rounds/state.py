@@ -207,10 +207,13 @@ def _mean_of_replicas(params: PyTree) -> PyTree:
     # A mean may round, so equal parameters are not averaged.
     real = replica.as_real(params)
     mean = replica.weighted_mean(real, 1.0)
-    center = jax.tree.map(
-        lambda x, m: jnp.where(lax.pmin(x, AXIS) == lax.pmax(x, AXIS), x, m), real, mean
-    )
-    return replica.as_complex(center, params)
+
+    def choose(x: jax.Array, mean: jax.Array) -> jax.Array:
+        # Not `x` itself, which `vmap` regards as different on each replica.
+        highest = lax.pmax(x, AXIS)
+        return jnp.where(lax.pmin(x, AXIS) == highest, highest, mean)
+
+    return replica.as_complex(jax.tree.map(choose, real, mean), params)
 
 
 def of_optimizer(state: TrainState) -> PyTree:

@@ -64,7 +64,7 @@ def begin(
         keeps_average,
         frozen,
     )
-    memory.check_training(like, trained, devices)
+    memory.check_training(like, state.axes(strategy), trained, devices)
 
     # Initialize on one device. A checkpoint needs that as well, for its shapes and dtypes.
     init = replica.compiled(traced.lower(), jax.local_devices()[:1], training.strategy.exact)

@@ -12,7 +12,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from ctde_jax.aggregate import Strategy, transformations
 from ctde_jax.data import Augment, Dataset, apply_to, targets_or_classes
-from ctde_jax.devices import AXIS, PyTree
+from ctde_jax.devices import AXIS, PyTree, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task, describe
 from ctde_jax.rounds import exact, state
@@ -111,10 +111,24 @@ def check_augment(augment: Augment, data: Dataset) -> None:
 
 
 def check_devices(devices: object) -> None:
-    """Raises InputError unless `devices` is a sequence of at least one JAX device."""
-    is_list = isinstance(devices, Sequence) and all(hasattr(each, "platform") for each in devices)
-    if is_list and devices:
-        return
+    """Raises InputError unless `devices` is a sequence of JAX devices, one for each replica.
+
+    Devices with several replicas must have the same number of them, in a row.
+    """
+    if (
+        isinstance(devices, Sequence)
+        and devices
+        and all(hasattr(each, "platform") for each in devices)
+    ):
+        present = replica.distinct(devices)
+        if list(devices) == list(np.repeat(present, len(devices) // len(present))):
+            return
+        raise InputError(
+            "devices",
+            "must contain every device equally often, in a row; pass the result of "
+            f"devices.start(replicas=...), got {[device.id for device in devices]!r:.60}.",
+        )
+
     # A number is a common mistake, so show the call that returns this number of devices.
     way_out = (
         f"pass devices.start({devices})"

@@ -75,7 +75,7 @@ def fit(
         batch_size: The global batch size, over all devices together.
         epochs: Passes over the training examples; give this or `steps`.
         steps: Optimizer steps.
-        devices: The devices, with one replica on each; by default those of `devices.start()`.
+        devices: The device of each replica; by default the result of `devices.start()`.
         seed: Random seed for initialization, data order, augmentation and dropout.
         eval_every: Steps between evaluations, rounded up to whole rounds; by default an epoch.
         run_dir: Folder for `metrics.jsonl`, `curves.png` and checkpoints. None writes no files.
@@ -187,7 +187,11 @@ def train(
 
         # Show the bytes that a round sends, counted in the compiled program of the last phase.
         count = count_params(beginning.center[0])
-        wire = sentence(programs.phases[-1].traffic, count, len(training.devices))
+        traffic = programs.phases[-1].traffic
+        if traffic is None:
+            wire = "not measured, as JAX was in use before devices.start(replicas=...)"
+        else:
+            wire = sentence(traffic, count, len(training.devices))
         later = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
         screen.print(line("wire", wire + later))
         clock.lap("compile")

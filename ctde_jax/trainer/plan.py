@@ -9,7 +9,7 @@ from rich.table import Table
 from ctde_jax.aggregate import Strategy
 from ctde_jax.bundle import Recipe
 from ctde_jax.data import Dataset
-from ctde_jax.devices import count_cores
+from ctde_jax.devices import count_cores, replica
 from ctde_jax.errors import on_one_line
 from ctde_jax.models import count_params, fine_tuning
 from ctde_jax.trainer.training import Training
@@ -65,8 +65,8 @@ def plan_rows(training: Training, names: Mapping[str, str] = {}) -> list[tuple[s
         rows.append(("trained", fine_tuning.describe(training.shapes[0], trained)))
     microbatches = training.accumulation_steps
     cut = f" in {microbatches} microbatches" if microbatches > 1 else ""
-    per_device = training.batch_size // len(devices)
-    rows.append(("batch", f"{training.batch_size} examples, {per_device} per device{cut}"))
+    each = training.batch_size // len(devices)
+    rows.append(("batch", f"{training.batch_size} examples, {each} per {_owner(training)}{cut}"))
     per_epoch = training.source.steps_per_epoch
     rows.append(("steps", f"{training.total_steps:,}, {per_epoch:,} per epoch"))
     if training.patience is not None:
@@ -93,18 +93,24 @@ def _grid() -> Table:
 
 
 def _describe_devices(training: Training) -> str:
-    devices = training.devices
+    devices = replica.distinct(training.devices)
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         kind = "fake CPU" if len(devices) > 1 else "CPU"
     hosts = len({device.process_index for device in devices})
     spread = f" on {hosts} hosts" if hosts > 1 else ""
-    return f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}"
+    shared = f"{len(training.devices)} replicas on " * replica.is_virtual(training.devices)
+    return f"{shared}{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}{spread}"
+
+
+def _owner(training: Training) -> str:
+    """Returns the owner of a part of the batch and of the data."""
+    return "replica" if replica.is_virtual(training.devices) else "device"
 
 
 def _note_on_fake_devices(training: Training) -> str | None:
     """Returns a sentence on the speed of several fake CPU devices; None for all other devices."""
-    devices = training.devices
+    devices = replica.distinct(training.devices)
     here = sum(device.process_index == jax.process_index() for device in devices)
     if devices[0].platform != "cpu" or here == 1:
         return None
@@ -144,16 +150,17 @@ def _describe_split(training: Training, name: str) -> str:
     """Describes the assignment of examples to devices: reshuffled, by clients, or fixed."""
     partition = training.partition
     devices = len(training.devices)
+    owner = _owner(training)
     if partition is None:
         examples = len(training.data.train.inputs) / devices
-        return f"reshuffled in every epoch, {examples:,.0f} examples per device"
+        return f"reshuffled in every epoch, {examples:,.0f} examples per {owner}"
     sizes = [len(part) for part in partition]
     if len(sizes) > devices:
         return (
             f"{name}: {len(sizes)} clients with {min(sizes):,} to {max(sizes):,} examples each; "
             f"{devices} of them, drawn at random, train in each round"
         )
-    return f"{name}: {', '.join(f'{size:,}' for size in sizes)} examples, fixed to their devices"
+    return f"{name}: {', '.join(f'{size:,}' for size in sizes)} examples, fixed to their {owner}s"
 
 
 def _describe_strategy(strategy: Strategy) -> str:

@@ -3,13 +3,15 @@
 An error in any of them is therefore reported before training starts.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ctde_jax.cost import Traffic, measure
-from ctde_jax.devices import Program, PyTree, memory, replica
+from ctde_jax.devices import Program, PyTree, memory, one_for_each, replica
 from ctde_jax.rounds import (
     Averages,
     Phase,
@@ -41,8 +43,8 @@ class PhaseProgram(NamedTuple):
     shared: Sequence[str]
     """Names of the leaves that must be equal on all devices."""
 
-    traffic: Traffic
-    """The collectives of a round."""
+    traffic: Traffic | None
+    """The collectives of a round with one replica on each device; None if they are unknown."""
 
     center_of: Callable[[state.TrainState], PyTree]
     """Function from a state to the central parameters to evaluate."""
@@ -51,6 +53,11 @@ class PhaseProgram(NamedTuple):
     def begins(self) -> bool:
         """Whether the state must first be converted from the synchronous phase before this one."""
         return bool(self.spans) and self.spans[0].start == self.phase.start > 0
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends per round; NaN if they are unknown."""
+        return math.nan if self.traffic is None else self.traffic.sent
 
 
 class Programs(NamedTuple):
@@ -90,13 +97,8 @@ def compile_programs(
     )
     host_of_each = [device.process_index for device in devices]
 
-    # Compile the rounds of each phase for the shapes and dtypes of its first state.
-    like = beginning.train_state
-    key = beginning.key
-    programs: list[PhaseProgram] = []
-    for phase in phases:
-        if programs:
-            like = phase.like_begun(like, devices)
+    def lower(phase: Phase, like: state.TrainState, devices: Sequence[jax.Device]):
+        # Lower for shapes alone: one piece, whose first and last round are arguments.
         rounds = parallel_rounds(
             gradient,
             training.optimizer,
@@ -106,23 +108,40 @@ def compile_programs(
             training.ema_decay,
             training.on_nonfinite == "skip",
         )
-
-        # Lower for shapes alone: one piece, whose first and last round are arguments.
         piece = source.shapes(phase.spans[0])
-        lowered = replica.lowered(rounds, like, *piece, np.int32(0), np.int32(0), key)
+        return replica.lowered(rounds, like, *piece, np.int32(0), np.int32(0), key)
+
+    # Compile the rounds of each phase for the shapes and dtypes of its first state.
+    like = beginning.train_state
+    key = beginning.key
+    programs: list[PhaseProgram] = []
+    for phase in phases:
+        if programs:
+            like = phase.like_begun(like, devices)
+        lowered = lower(phase, like, devices)
         digest = digests.make_digests(devices, phase.strategy)
         train_rounds = replica.compiled(lowered, devices, is_exact)
         memory.check_program(train_rounds, devices)
+
         # Count the bytes in the optimized HLO, as the compiler may change dtypes and collectives.
-        text = train_rounds.as_text() or ""
-        inner_steps = phase.strategy.inner_steps
+        # Virtual replicas send nothing, so their bytes are those of the program for real devices.
+        traffic = None
+        counted = one_for_each(devices)
+        if counted is not None:
+            counted_rounds = (
+                replica.compiled(lower(phase, like, counted), counted)
+                if replica.is_virtual(devices)
+                else train_rounds
+            )
+            inner_steps = phase.strategy.inner_steps
+            traffic = measure(counted_rounds.as_text() or "", inner_steps, host_of_each)
         program = PhaseProgram(
             phase,
             phase.after(gone_through),
             train_rounds,
             replica.compiled(replica.lowered(digest, lowered.out_info[1], like), devices),
             list(digests.shared(like, phase.strategy)),
-            measure(text, inner_steps, host_of_each),
+            traffic,
             phase.make_center(devices),
         )
         programs.append(program)

@@ -245,7 +245,7 @@ class Run:
         """Dispatches the rounds of a span until its end or a signal, and logs their rows."""
         program = self._phase
         meter = self._meter
-        meter.start(span, program.traffic.sent)
+        meter.start(span, program.sent)
         unread: list[_Dispatch] = []  # the rows of these are not logged yet
         pieces = islice(self._pieces, span.pieces)
         for examples, indices, first, last in cut(pieces, meter.pace):

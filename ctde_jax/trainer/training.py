@@ -18,6 +18,7 @@ import optax
 from ctde_jax.aggregate import Strategy
 from ctde_jax.checkpoint import Identity, Options, check_outside, named, parts_of, plain
 from ctde_jax.data import Augment, Dataset, count_steps
+from ctde_jax.devices import replica
 from ctde_jax.errors import (
     InputError,
     check_at_least,
@@ -55,7 +56,7 @@ class Training:
         optimizer: Any optax transformation.
         strategy: When the replicas communicate, what they send, and how the result is applied.
         task: The loss to minimize and the metrics to report.
-        devices: The devices, with one replica on each.
+        devices: The device of each replica, as `devices.start` returns them.
         batch_size: The global batch size, over all devices together.
         epochs: Passes over the training examples; give exactly one of this and `steps`.
         steps: Optimizer steps.
@@ -358,6 +359,12 @@ class Training:
                 "accumulation_steps",
                 f"must divide the {self.batch_size // replicas} examples of a device's batch, got "
                 f"{self.accumulation_steps}.",
+            )
+        if self.strategy.exact and replica.is_virtual(self.devices):
+            raise InputError(
+                "devices",
+                "must have one replica each if the strategy is exact, whose bits are the same for "
+                "any number of replicas; leave out replicas.",
             )
         if self.strategy.exact:
             exact.check_sizes(replicas, self.batch_size, self.accumulation_steps)
