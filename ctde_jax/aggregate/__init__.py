@@ -1,7 +1,7 @@
 """Strategies, and the reducers, exchanges, codecs and combination rules that they consist of."""
 
 from ctde_jax.aggregate import transformations
-from ctde_jax.aggregate.base import AVERAGE, UNCHANGED, Strategy
+from ctde_jax.aggregate.base import AVERAGE, MEAN, UNCHANGED, Strategy
 from ctde_jax.aggregate.codec import Codec, error_feedback, exact
 from ctde_jax.aggregate.combine import Combine, average
 from ctde_jax.aggregate.exchange import gathered, two_phase
@@ -37,6 +37,7 @@ from ctde_jax.aggregate.transformations import (
 
 __all__ = [
     "AVERAGE",
+    "MEAN",
     "UNCHANGED",
     "Codec",
     "Combine",

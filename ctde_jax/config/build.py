@@ -521,7 +521,7 @@ def _build_reduce(chosen: AggregationOptions) -> optax.GradientTransformation:
     if chosen.reduce == "power_sgd":
         reduce = aggregate.power_sgd(chosen.rank)
     elif chosen.reduce == "mean" and chosen.combine == "average" and chosen.fragments == 1:
-        reduce = aggregate.mean()
+        reduce = aggregate.MEAN
     else:
         codec = _build_codec(chosen)
         reduce = (

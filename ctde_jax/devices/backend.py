@@ -79,13 +79,13 @@ def start(
     wanted = count or (1 if jax.distributed.is_initialized() else replicas or cpu_devices)
     needed = max(wanted, replicas or 0)
     try:
-        _request_fake_devices(needed)
+        _request_fake_devices(needed, threads_for=wanted)
     except RuntimeError:
         if jax.default_backend() == "cpu" and (
             jax.local_device_count() < needed or not _threads_suffice(wanted)
         ):
             clear_backends()
-            _request_fake_devices(needed)
+            _request_fake_devices(needed, threads_for=wanted)
     _start_platform()
 
     # Every host contributes its first `count` devices, or all of them.
@@ -209,12 +209,16 @@ def _kind_of_machine() -> str:
     return f"{platform.machine()}-{sha256(abilities.encode()).hexdigest()[:12]}"
 
 
-def _request_fake_devices(count: int) -> None:
-    """Requests CPU devices and threads for them; raises RuntimeError if a backend is already up."""
+def _request_fake_devices(count: int, threads_for: int) -> None:
+    """Requests CPU devices, and threads for those of them on which programs run.
+
+    Raises:
+        RuntimeError: If a backend is already up.
+    """
     # JAX rejects only changes once a backend is up, and at least one of these two is a change.
     for value in (count + 1, count):
         jax.config.update("jax_num_cpu_devices", value)
-    os.environ["NPROC"] = str(max(_THREADS_A_DEVICE * count, _threads()))
+    os.environ["NPROC"] = str(max(_THREADS_A_DEVICE * threads_for, _threads()))
 
 
 def _threads_suffice(count: int) -> bool:

@@ -36,7 +36,7 @@ from jaxtyping import Array, Float32, Int32, Key, Shaped
 
 from ctde_jax.aggregate import depends_on
 from ctde_jax.data import Augment, Drawn, TrainingSplit, apply_to
-from ctde_jax.devices import AXIS, SHARD, PyTree, agreed_state
+from ctde_jax.devices import AXIS, SHARD, PyTree, agreed_state, weighted_mean
 from ctde_jax.models import Model, Task, fine_tuning
 from ctde_jax.rounds.sums import Sums
 
@@ -50,14 +50,16 @@ StepIndices: TypeAlias = Int32[Array, "steps per_replica"]
 """Examples of a replica in each step, as indices into its split; negative for padding."""
 
 Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
-"""`gradient(params, model_state, split, indices, key, alone=False, frozen=()) -> result`
+"""`gradient(params, model_state, split, indices, key, ...) -> (grads, model_state, sums)`
 
-The result is `(grads, model_state, sums)`. The gradient is that of `params`; `frozen` contains the
-parameters that are not trained, see `models.fine_tuning`.
+The gradient is that of `params`; `frozen` contains the parameters that are not trained, see
+`models.fine_tuning`.
 
 `indices` is `int32[per_replica]`, negative for padding; the key is the same on all replicas. The
 sums are over the replica's examples. If `alone` is True, as in local steps, a model with a state
-uses no collectives, so its batch statistics are those of the replica's examples.
+uses no collectives, so its batch statistics are those of the replica's examples. If `merges` is
+True, the gradient is that of the mean over the examples of all replicas; `vmap` then computes it at
+once for a model without state, and all sums are those of the first replica.
 
 If the losses of other replicas depend on a replica's examples, as through synchronized batch
 statistics, its gradient includes these losses. Only the mean over the replicas, weighted by
@@ -78,7 +80,7 @@ def make_gradient(
             of all of them together; activations take the memory of one.
     """
 
-    def gradient(params, model_state, split, indices, key, alone=False, frozen=()):
+    def gradient(params, model_state, split, indices, key, alone=False, merges=False, frozen=()):
         network = fine_tuning.merged(model, frozen)
 
         # Trace the model on a microbatch: does it use collectives, does it draw random numbers?
@@ -88,12 +90,19 @@ def make_gradient(
         uses_collectives = uses_replica_collectives(network, params, model_state, inputs)
         is_random = draws(network, params, model_state, inputs)
 
+        # Products of the whole batch take less time than those of each replica and their sum. Under
+        # `vmap`, gathered indices are not mapped; position p of the batch is of replica p modulo R.
+        merges_examples = merges and not uses_collectives and not jax.tree.leaves(model_state)
+        if merges_examples:
+            indices = lax.all_gather(indices, AXIS, axis=1).ravel()
+
         # Cut the examples: int32[accumulation_steps, shards, per_shard]. Without random numbers,
         # shards only determine which examples form a group; each group is computed as one shard.
         examples, shards = cut_into_shards(
             indices,
             accumulation_steps,
             SHARDS if is_random or (uses_collectives and accumulation_steps > 1) else 1,
+            is_global=merges_examples,
         )
         if not is_random:
             examples = examples.reshape(accumulation_steps, 1, -1)
@@ -143,6 +152,12 @@ def make_gradient(
         (grads, model_state, sums), _ = lax.scan(add_group, start, (examples, shards))
         if is_shared:
             grads = optax.tree.scale(divisor / local_examples, grads)
+
+        # All replicas have the sums of all examples, which must count once.
+        if merges_examples:
+            sums = jax.tree.map(lambda x: jnp.where(lax.axis_index(AXIS) == 0, x, 0), sums)
+        elif merges:
+            grads = weighted_mean(grads, sums["examples"])
         return grads, model_state, sums
 
     return gradient
@@ -287,7 +302,10 @@ def _take(
 
 
 def cut_into_shards(
-    indices: Int32[Array, " per_replica"], groups: int, wanted: int
+    indices: Int32[Array, " examples"],
+    groups: int,
+    wanted: int,
+    is_global: bool = False,
 ) -> tuple[Int32[Array, "groups shards per_shard"], Int32[Array, "groups shards"]]:
     """Cuts a replica's examples into shards; replica r of R gets the shards r, r + R and so on.
 
@@ -295,19 +313,22 @@ def cut_into_shards(
     `replicas * groups`, or `replicas * groups` if the batch size is not a multiple of that.
 
     Args:
-        indices: Examples of the replica.
+        indices: Examples of the replica, or of the global batch.
         groups: Number of groups (microbatches).
         wanted: Desired number of shards of the global batch.
+        is_global: Whether `indices` are the global batch.
 
     Returns:
-        The examples and the numbers of this replica's shards.
+        The examples and the numbers of this replica's shards, or of all shards.
     """
     replicas = lax.axis_size(AXIS)
     shards = lcm(wanted, replicas * groups)
-    if len(indices) * replicas % shards:
+    owners = 1 if is_global else replicas
+    if len(indices) * owners % shards:
         shards = replicas * groups
-    local_shards = shards // replicas
-    numbers = jnp.arange(local_shards) * replicas + lax.axis_index(AXIS)
+    local_shards = shards // owners
+    first = 0 if is_global else lax.axis_index(AXIS)
+    numbers = jnp.arange(local_shards) * owners + first
     examples = indices.reshape(-1, local_shards).T
     return (
         examples.reshape(groups, local_shards // groups, -1),

@@ -15,7 +15,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float32, Int32, Key
 
-from ctde_jax.aggregate import Strategy, Value, adapted
+from ctde_jax.aggregate import MEAN, Strategy, Value, adapted
 from ctde_jax.data import Augment, Split
 from ctde_jax.devices import PyTree, agreed_state, replica
 from ctde_jax.models import Model, Task, fine_tuning
@@ -82,6 +82,7 @@ def make_round(
     optimizer: optax.GradientTransformation,
     strategy: Strategy,
     ema_decay: float | None = None,
+    merges: bool = False,
 ) -> Round:
     """Makes the round of a strategy; it uses collectives, so it runs under `replica.parallel`.
 
@@ -94,6 +95,8 @@ def make_round(
         strategy: Strategy of the rounds.
         ema_decay: Decay per round of the exponential moving average of the parameters; None for no
             average.
+        merges: Whether synchronous rounds compute the mean gradient of all replicas at once; for
+            virtual replicas on one device that hold the same split.
     """
     optimizer = strategy.local(optimizer)
     alone = partial(gradient, alone=True)
@@ -121,7 +124,8 @@ def make_round(
     elif strategy.inner_steps:
         advance = _make_local(alone, optimizer, strategy, averaged)
     else:
-        advance = _make_synchronous(alone if strategy.is_independent else gradient, strategy, step)
+        gradient = alone if strategy.is_independent else gradient
+        advance = _make_synchronous(gradient, strategy, step, merges and strategy.reduce is MEAN)
 
     def train_round(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         advanced, sums = advance(state, split, batches, key)
@@ -133,10 +137,14 @@ def make_round(
 
 
 def _make_synchronous(
-    gradient: Gradient, strategy: Strategy, step: Callable[..., TrainState]
+    gradient: Gradient, strategy: Strategy, step: Callable[..., TrainState], merges: bool
 ) -> Round:
-    """Makes the synchronous round: one optimizer step with the reduced gradient."""
-    reduce = optax.with_extra_args_support(strategy.reduce)
+    """Makes the synchronous round: one optimizer step with the reduced gradient.
+
+    If `merges` is True, `gradient` already computes the mean over the replicas.
+    """
+    reduce = optax.with_extra_args_support(optax.identity() if merges else strategy.reduce)
+    gradient = partial(gradient, merges=True) if merges else gradient
 
     def synchronous(
         state: TrainState,
@@ -339,7 +347,10 @@ def parallel_rounds(
         skip_nonfinite: Whether all replicas skip a round that would make the state or the loss of
             any replica non-finite.
     """
-    train_round = make_round(gradient, optimizer, strategy, ema_decay)
+    # On several devices, each of them would compute the gradient of all replicas.
+    is_one = len(replica.distinct(devices)) == 1
+    merges = is_one and replica.is_virtual(devices) and split_axis is None
+    train_round = make_round(gradient, optimizer, strategy, ema_decay, merges)
     # Only on a GPU do dynamic trip counts cost time.
     block_steps = _BLOCK_STEPS if devices[0].platform == "gpu" else 1
     return replica.parallel(

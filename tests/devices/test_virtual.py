@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import some
+from flax import nnx
 from runs import DropoutNet
 
 import ctde_jax as ctde
@@ -78,16 +79,39 @@ STRATEGIES = {
     },
 }
 
-QUICK = ("ddp", "local-sgd")
 
-
-@pytest.mark.parametrize("name", some(STRATEGIES, *QUICK))
+@pytest.mark.parametrize("name", some(STRATEGIES, "ddp", "local-sgd"))
 def test_virtual_replicas_equal_fake_devices(name, few):
-    """Eight on one device; the quick cases have four on each of two."""
+    """Eight on one device, and of local SGD four on each of two."""
     strategy = STRATEGIES[name]()
-    count = 2 if name in QUICK else 1
+    count = 2 if name == "local-sgd" else 1
     virtual = fit(few, ctde.devices.start(count, replicas=8), strategy)
     assert_equal(virtual, fit(few, ctde.devices.start(8), strategy))
+
+
+class Dropout(nnx.Module):
+    """Without batch statistics, so that the replicas of one device compute one gradient."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear, self.dropout = nnx.Linear(64, 10, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(self.dropout(x.reshape(len(x), -1)))
+
+
+def test_merged_gradient_has_the_masks_of_each_replica(few):
+    """In microbatches, with augmentation; in the last batch, some replicas have no examples."""
+    one, other = (
+        fit(
+            few,
+            devices,
+            model=Dropout,
+            accumulation_steps=2,
+            augment=ctde.augment.shift(1),
+        )
+        for devices in (ctde.devices.start(1, replicas=8), ctde.devices.start(8))
+    )
+    assert_equal(one, other)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """A round is one function for all strategies, and equals code without replicas."""
 
 from functools import partial
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -621,6 +621,6 @@ def test_rounds_form_blocks_on_a_gpu_only(monkeypatch, platform, block):
     blocks = []
     monkeypatch.setattr(round_module, "make_rounds", lambda _, steps: blocks.append(steps))
     monkeypatch.setattr(replica, "parallel", lambda *_, **__: None)
-    device = SimpleNamespace(platform=platform)
-    parallel_rounds(make_gradient(MODEL, classification), OPTIMIZER, Strategy(), [device] * 2, None)
+    devices = [Mock(platform=platform) for _ in range(2)]
+    parallel_rounds(make_gradient(MODEL, classification), OPTIMIZER, Strategy(), devices, None)
     assert blocks == [block]
