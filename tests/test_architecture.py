@@ -168,14 +168,15 @@ def test_fit_and_train_have_at_most_60_lines():
             assert len(comments) >= 5 or node.name == "fit"
 
 
-def test_only_replica_calls_pmap():
+def test_only_replica_calls_pmap_and_shard_map():
     def names(path: Path) -> set[str]:
         tree = ast.walk(ast.parse(path.read_text()))
         return {
             getattr(node, "attr", getattr(node, "id", getattr(node, "name", ""))) for node in tree
         }
 
-    assert [path.stem for path in MODULES if "pmap" in names(path)] == ["replica"]
+    callers = [path.stem for path in MODULES if {"pmap", "shard_map"} & names(path)]
+    assert callers == ["replica"]
 
 
 def test_architecture_page_names_every_room_and_existing_files():

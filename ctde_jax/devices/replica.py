@@ -10,6 +10,7 @@ replicas are *sharded* along a leading axis with one row per replica (axis 0). C
 `pmap` silently returns the value of the first device.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -20,6 +21,8 @@ from jax import lax
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ctde_jax.errors import check_known
 
 AXIS = "replica"
 
@@ -45,7 +48,8 @@ def parallel(
     """Maps a per-replica function over all replicas.
 
     This is `jax.pmap` if each device has one replica. Virtual replicas are computed by `jax.vmap`;
-    if there are several devices, XLA partitions that program along the replica axis.
+    if there are several devices, XLA partitions that program along the replica axis. With the
+    environment variable CTDE_JAX_ENGINE=shard_map, `jax.shard_map` replaces `jax.pmap`.
 
     Args:
         function: Function of one replica's part of every argument.
@@ -55,21 +59,57 @@ def parallel(
             all replicas.
         donate: Positions of the arguments whose memory the results may reuse.
     """
+    engine = os.environ.get("CTDE_JAX_ENGINE", "pmap")
+    check_known("CTDE_JAX_ENGINE", engine, ("pmap", "shard_map"))
     if is_virtual(devices):
         mapped = jax.vmap(function, in_axes, out_axes, axis_name=AXIS, axis_size=len(devices))
-        return jax.jit(
-            mapped,
-            in_shardings=_shardings(in_axes, devices),
-            out_shardings=_shardings(out_axes, devices),
+    elif engine == "shard_map":
+        mapped = _shard_mapped(function, devices, in_axes, out_axes)
+    else:
+        return jax.pmap(
+            function,
+            axis_name=AXIS,
+            in_axes=in_axes,
+            out_axes=out_axes,
+            devices=devices,
             donate_argnums=donate,
         )
-    return jax.pmap(
-        function,
-        axis_name=AXIS,
-        in_axes=in_axes,
-        out_axes=out_axes,
-        devices=devices,
+    return jax.jit(
+        mapped,
+        in_shardings=_shardings(in_axes, devices),
+        out_shardings=_shardings(out_axes, devices),
         donate_argnums=donate,
+    )
+
+
+def _shard_mapped(
+    function: Callable[..., PyTree],
+    devices: Sequence[jax.Device],
+    in_axes: tuple[PyTree, ...],
+    out_axes: PyTree,
+) -> Callable[..., PyTree]:
+    """Maps a function by `jax.shard_map`, which keeps the mapped axis, as an axis of size 1."""
+
+    def on_device(*arguments: PyTree) -> PyTree:
+        rows = _where_sharded(lambda x: x.reshape(x.shape[1:]), in_axes, arguments)
+        return _where_sharded(lambda x: jnp.asarray(x)[None], out_axes, function(*rows))
+
+    return jax.shard_map(
+        on_device,
+        mesh=Mesh(np.asarray(devices), (AXIS,)),
+        in_specs=_specs(in_axes),
+        out_specs=_specs(out_axes),
+        check_vma=False,
+    )
+
+
+def _where_sharded(change: Callable[[Any], Any], axes: PyTree, tree: PyTree) -> PyTree:
+    """Applies a function to the leaves of the parts of a tree whose axis is 0."""
+    return jax.tree.map(
+        lambda axis, part: part if axis is None else jax.tree.map(change, part),
+        axes,
+        tree,
+        is_leaf=lambda axis: axis is None,
     )
 
 
@@ -379,8 +419,12 @@ Program: TypeAlias = jax.stages.Compiled | Waiting
 
 def _shardings(axes: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """Returns the sharding of each axis in a prefix tree of `None` and 0."""
+    return jax.tree.map(partial(_sharding, devices), _specs(axes))
+
+
+def _specs(axes: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda axis: _sharding(devices, PartitionSpec() if axis is None else PartitionSpec(AXIS)),
+        lambda axis: PartitionSpec() if axis is None else PartitionSpec(AXIS),
         axes,
         is_leaf=lambda axis: axis is None,
     )

@@ -1,4 +1,4 @@
-"""Virtual replicas, several on a device, compute what as many devices do."""
+"""Virtual replicas and `shard_map` compute what as many devices do under `pmap`."""
 
 import re
 from functools import partial
@@ -112,6 +112,25 @@ def test_merged_gradient_has_the_masks_of_each_replica(few):
         for devices in (ctde.devices.start(1, replicas=8), ctde.devices.start(8))
     )
     assert_equal(one, other)
+
+
+@pytest.mark.parametrize("name", some(["ddp", "gossip", "diloco", "gathered"], "gossip"))
+def test_shard_map_computes_the_bits_of_pmap(name, few, monkeypatch):
+    strategy = STRATEGIES[name]()
+    by_pmap = fit(few, ctde.devices.start(2), strategy)
+    monkeypatch.setenv("CTDE_JAX_ENGINE", "shard_map")
+    by_shard_map = fit(few, ctde.devices.start(2), strategy)
+    for one, other in zip(
+        *map(jax.tree.leaves, (by_pmap.params, by_shard_map.params)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert by_pmap.traffic == by_shard_map.traffic
+
+
+def test_unknown_engine_is_refused(few, monkeypatch):
+    monkeypatch.setenv("CTDE_JAX_ENGINE", "gpu")
+    with pytest.raises(InputError, match="CTDE_JAX_ENGINE must be one of pmap, shard_map"):
+        fit(few, ctde.devices.start(2))
 
 
 @pytest.mark.slow
