@@ -21,7 +21,7 @@ from ctde_jax.checkpoint.format import (
     steps,
     write,
 )
-from ctde_jax.checkpoint.identity import Identity, differing, parts_of
+from ctde_jax.checkpoint.identity import Identity, differing, is_identity, parts_of
 from ctde_jax.checkpoint.mirror import Mirror, open_mirror
 from ctde_jax.checkpoint.position import Position
 from ctde_jax.checkpoint.resume import (
@@ -79,6 +79,7 @@ __all__ = [
     "differing",
     "find",
     "found_by_the_first",
+    "is_identity",
     "make_way",
     "named",
     "newest",

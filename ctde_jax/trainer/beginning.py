@@ -13,7 +13,7 @@ from ctde_jax.trainer.best import Best
 from ctde_jax.trainer.checks import check_examples_apart
 from ctde_jax.trainer.claim import Found
 from ctde_jax.trainer.training import Training
-from ctde_jax.trainer.warm_start import start_from
+from ctde_jax.trainer.warm_start import note_on_meaning, start_from
 
 
 class Beginning(NamedTuple):
@@ -78,6 +78,8 @@ def begin(
                 training.given, params, model_state, training.patterns
             )
             say(table)
+            if note := note_on_meaning(training.given, training.data):
+                say(note)
         elif training.model.unscaled is not None:
             say("start      random parameters; pass init_from=trained for those of a Trained")
         check_examples_apart(training.raw_model, params, model_state, training.data)

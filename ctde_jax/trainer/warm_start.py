@@ -22,9 +22,11 @@ from ctde_jax.checkpoint import (
     OTHER_POINT,
     Damaged,
     Tensors,
+    is_identity,
     newest,
     read,
 )
+from ctde_jax.data import Dataset, digests_of
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, quoted
 from ctde_jax.models import fine_tuning, is_random, is_trained, split_variables
@@ -52,6 +54,9 @@ class Given(NamedTuple):
     is_checkpoint: bool = False
     """Whether the arrays may have a leading axis, `[replica, ...]`, as in gossip."""
 
+    meaning: Mapping[str, str] = {}
+    """Digests of the conversion of inputs and classes, by name; empty if they are not recorded."""
+
     @property
     def digest(self) -> str:
         """SHA-256 of all names, shapes, dtypes and values."""
@@ -62,6 +67,13 @@ class Given(NamedTuple):
                 digest.update(f"{name} {tensor.dtype}{list(tensor.shape)}\n".encode())
                 digest.update(np.ascontiguousarray(tensor).tobytes())
         return digest.hexdigest()
+
+
+_MEANING = (
+    *("the recipe of the columns", "the shift of the inputs", "the scale of the inputs"),
+    *("the class names", "the vocabulary"),
+)
+"""Parts of a data set that determine the meaning of inputs and outputs; see `digests_of`."""
 
 
 class Start(NamedTuple):
@@ -140,6 +152,20 @@ def start_from(
         _replaced(model_state, loaded["model_state"]),
         _table(lines),
     )
+
+
+def note_on_meaning(given: Given, data: Dataset) -> str | None:
+    """Returns a sentence on the parts of `_MEANING` that differ from those of the source."""
+    if not given.meaning:
+        return None
+    now = digests_of(data)
+    different = [name for name in _MEANING if given.meaning.get(name) != now.get(name)]
+    if not different:
+        return None
+    note = f"note       in the run of the loaded parameters, {' and '.join(different)} differed"
+    if different[0] != _MEANING[0]:
+        return note
+    return f"{note}; from_table(..., like=data) converts a table like that of another data set"
 
 
 def _replaced(tree: PyTree, loaded: Tensors) -> PyTree:
@@ -242,7 +268,9 @@ def _from_path(path: Path) -> Given:
             f"must not be {path}, because its optimizer is evaluated at other parameters than the "
             "saved ones; repeat the call of fit, which loads its checkpoint, and pass the result.",
         )
-    return _of_checkpoint(tensors)
+    identity = facts.get("identity")
+    meaning = identity["data"] if identity is not None and is_identity(identity) else {}
+    return _of_checkpoint(tensors)._replace(meaning=meaning)
 
 
 def _of_checkpoint(tensors: Tensors) -> Given:

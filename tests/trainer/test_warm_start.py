@@ -56,6 +56,28 @@ def test_parameter_tree_is_loaded_and_the_model_state_is_kept():
     }
 
 
+def test_other_conversion_of_a_table_is_noted(tmp_path, capsys):
+    """The same names and shapes, but other medians, so other inputs for the same row."""
+
+    def table(shift: int) -> data.Dataset:
+        rows = [f"{i % 5 + shift},{'xy'[i % 2]},{'uv'[i % 2]}" for i in range(40)]
+        path = tmp_path / f"{shift}.csv"
+        path.write_text("\n".join(["a,b,y", *rows]))
+        return data.from_table(path)
+
+    def fit(dataset: data.Dataset, **options) -> str:
+        model = models.mlp([len(dataset.columns), 2])
+        ctde.fit(model, dataset, optax.sgd(0.1), steps=1, batch_size=8, **options)
+        return capsys.readouterr().out
+
+    first, second = table(0), table(3)
+    fit(first, run_dir=tmp_path / "run")
+    assert "the recipe of the columns differed" in fit(second, init_from=tmp_path / "run")
+    like = data.from_table(tmp_path / "3.csv", like=first)
+    for same_conversion in (first, like):
+        assert "differed" not in fit(same_conversion, init_from=tmp_path / "run")
+
+
 def test_linen_variables_include_the_model_state():
     module = linen.BatchNorm(use_running_average=True)
     variables = module.init(jax.random.key(0), jnp.ones((1, 3)))
