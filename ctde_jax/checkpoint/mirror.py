@@ -161,7 +161,9 @@ class Mirror:
                     raise
                 paths = []
             for path in paths:
-                if match := re.search(r"/step-(\d{8,})/([^/]+)$", path):
+                name = path.removeprefix(f"{self._folder}/")
+                # Files in other folders, such as those of another mirror, do not match.
+                if match := re.fullmatch(r"step-(\d{8,})/([^/]+)", name):
                     found.setdefault(int(match[1]), set()).add(match[2])
         return found
 
@@ -274,9 +276,13 @@ class Mirror:
         kept = {*sorted(past, reverse=True)[:keep], *map(_step, wanted)}
         for step in listed.keys() - kept:
             # A checkpoint must not be complete while its other files are removed.
-            if MANIFEST in listed[step]:
-                self._files.rm_file(self._path(step, MANIFEST))
-            self._files.rm(os.path.dirname(self._path(step, MANIFEST)), recursive=True)
+            for name in sorted(listed[step], key=lambda name: name != MANIFEST):
+                # `rm` would read `?`, `*` and `[` of the address as a pattern.
+                self._files.rm_file(self._path(step, name))
+            if self._has_folders:
+                # A folder with other contents is not removed: `rmdir` raises.
+                with suppress(OSError):
+                    self._files.rmdir(os.path.dirname(self._path(step, MANIFEST)))
 
     def _path(self, step: int, name: str) -> str:
         return f"{self._folder}/step-{step:08d}/{name}"

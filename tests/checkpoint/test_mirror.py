@@ -29,7 +29,7 @@ from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 MODEL = models.mlp([64, 8, 10])
 ADDRESS = "memory://bucket/run"
 STORED = "/bucket/run/checkpoints"
-WRITES = ("put_file", "pipe_file", "rm_file", "rm")
+WRITES = ("put_file", "pipe_file", "rm_file")
 ARRAYS = {"params/kernel": np.arange(6, dtype=np.float32)}
 
 
@@ -218,6 +218,42 @@ def test_upload_interrupted_in_any_write_leaves_an_intact_checkpoint(store, tmp_
             break
     assert is_complete
     assert number > 4
+
+
+@pytest.mark.parametrize("root", ["/bucket/run?", "/bucket/run*", "/bucket/run[12]"])
+def test_characters_of_patterns_in_an_address_are_literal(root, store, tmp_path):
+    """Nothing of a run at another address is read, replaced or removed."""
+    other = mirror.Mirror(store, "/bucket/run1", "memory://bucket/run1")
+    other._is_compared = True
+    for step in (1, 2, 3):
+        other.upload(write_step(tmp_path, step), None, 3)
+    before = {path: store.cat_file(path) for path in store.find("/bucket/run1")}
+
+    opened = mirror.Mirror(store, root, "memory://bucket/other")
+    opened.check_new()
+    for step in (1, 2, 3, 4):
+        opened.upload(write_step(tmp_path, step, value=7), None, 1)
+    assert {path: store.cat_file(path) for path in store.find("/bucket/run1")} == before
+    assert len(store.find(root)) == 4
+    found = opened.fetch(tmp_path / "run", None, lambda found: None, print)
+    assert found is not None
+    assert found.tensors["params/kernel"][0] == 7
+
+
+def test_only_files_of_the_mirror_are_listed(store, tmp_path):
+    """Folders below it may contain checkpoints of other runs and other files."""
+    opened = mirrored(store)
+    newest = write_step(tmp_path, 5)
+    nested = f"{STORED}/other/checkpoints/step-00000005/{MANIFEST}"
+    other = f"{STORED}/step-00000004/notes/{MANIFEST}"
+    for path in (nested, other):
+        store.pipe_file(path, b"{}")
+    opened.check_new()
+    opened.upload(write_step(tmp_path, 4), None, 1)
+    opened.upload(newest, None, 1)
+    assert store.cat_file(f"{STORED}/{newest.name}/{MANIFEST}") == (newest / MANIFEST).read_bytes()
+    assert {nested, other} < {*store.find(STORED)}
+    assert len(store.find(STORED)) == 4 + 2
 
 
 def largest(measured) -> int | None:
