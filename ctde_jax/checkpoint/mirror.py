@@ -315,18 +315,24 @@ class Mirror:
 
 
 def open_mirror(address: str, folder: Path) -> Mirror:
-    """Returns the mirror at an address, which is not contacted yet.
+    """Returns the mirror at an address, which is not contacted yet; creates a local folder.
 
     Args:
         address: Address that fsspec reads, such as `s3://bucket/run`.
         folder: Folder of the run.
 
     Raises:
-        InputError: If a package for the protocol is missing, or the address is invalid or in the
-            folder of the run.
+        InputError: If a package for the protocol is missing, the address is invalid or in the
+            folder of the run, or a local mirror contains that folder or cannot be written to.
     """
     protocol = address.split("://")[0]
     shown = re.sub(r"://[^/@]*@", "://", address).rstrip("/")  # without a password
+    if "::" in address:
+        raise InputError(
+            "mirror",
+            f"must be a single address, because chains of fsspec are not supported, got {shown}; "
+            "pass an address without ::.",
+        )
     try:
         # An extra: only runs with a mirror need it.
         from fsspec.core import url_to_fs
@@ -347,13 +353,31 @@ def open_mirror(address: str, folder: Path) -> Mirror:
         raise InputError(
             "mirror", f"must be an address that fsspec can open, but {shown} {_reason(error)}."
         ) from error
-    is_local = isinstance(filesystem, LocalFileSystem)
-    if is_local and Path(root).resolve().is_relative_to(folder.resolve()):
+    if isinstance(filesystem, LocalFileSystem):
+        _prepare_local(Path(root), folder, shown)
+    return Mirror(filesystem, root.rstrip("/"), shown)
+
+
+def _prepare_local(root: Path, folder: Path, shown: str) -> None:
+    """Creates the folder of a local mirror, if it does not overlap with the folder of the run.
+
+    Raises:
+        InputError: If it does, or cannot be created.
+    """
+    if root.resolve().is_relative_to(folder.resolve()):
         raise InputError(
             "mirror",
             f"must be outside of the run folder {folder}, got {shown}; change one of them.",
         )
-    return Mirror(filesystem, root.rstrip("/"), shown)
+    checkpoints = root / CHECKPOINTS
+    if folder.resolve().is_relative_to(checkpoints.resolve()):
+        raise InputError(
+            "mirror",
+            f"must not contain the run folder {folder} in its folder {checkpoints}; change one of "
+            "them.",
+        )
+    with writing_to(root, "mirror"):
+        checkpoints.mkdir(parents=True, exist_ok=True)
 
 
 def warn(sentence: str) -> None:

@@ -531,9 +531,18 @@ def test_mirror_of_another_run_is_refused_and_nothing_is_changed(digits, whole, 
         ("bucket/run", "must be an address such as s3://bucket/run, got 'bucket/run'"),
         ("nowhere://bucket/run", "must be an address that fsspec can open, but nowhere://bucket"),
         ("file://{}/run/mirror", "must be outside of the run folder"),
+        ("file://{}/link/mirror", "must be outside of the run folder"),
+        ("file://{}/mirror", "must not contain the run folder .* in its folder .*/mirror/check"),
+        ("file://{}/file", "must be a writable folder .*/file failed: Not a directory; choose"),
+        ("file://{}/file/run", "must be a writable folder .*/file/run failed: Not a directory"),
+        ("zip://run::file://{}/run.zip", "must be a single address, .* pass an address without ::"),
     ],
 )
 def test_invalid_address_is_refused(address, sentence, digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "checkpoints").symlink_to(tmp_path)
     with pytest.raises(ctde.InputError, match=f"^mirror {sentence}"):
         fit(digits, tmp_path / "run", address.format(tmp_path))
     assert not (tmp_path / "run").exists()
