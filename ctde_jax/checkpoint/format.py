@@ -242,6 +242,36 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None
     return None
 
 
+def read_facts(path: Path) -> Facts:
+    """Reads the facts of a checkpoint, and verifies the checksum of the manifest only.
+
+    Raises:
+        Damaged: If a file is missing or malformed, or the manifest differs from its checksum.
+        InputError: If the checkpoint was written by a newer version of this library, or a file
+            cannot be opened.
+    """
+    with _reading(path):
+        if _sum(path, MANIFEST) not in read_small(path / SUMS).decode().splitlines():
+            raise Damaged(f"{path}: SHA-256 mismatch in {MANIFEST} or its line in {SUMS}")
+        return parse(read_small(path / MANIFEST), path)[0]
+
+
+def read_measured(path: Path) -> Facts | None:
+    """Returns the history row of a checkpoint's evaluation; None without one, or if damaged."""
+    # Only the manifest is read and verified, as the tensors may be large.
+    with suppress(Damaged):
+        return read_facts(path).get(MEASURED)
+    return None
+
+
+def best_step(measured: Mapping[int, Facts | None], choose: Choose) -> int | None:
+    """Returns the best step by its history row; ties: the oldest; None if no step has a row."""
+    # Oldest first, as the first of equal rows is chosen.
+    rows = {step: row for step, row in sorted(measured.items()) if row is not None}
+    place = choose([*rows.values()])
+    return None if place is None else [*rows][place]
+
+
 class Saver:
     """Writes checkpoints in a thread, one at a time; created by `open_saver`."""
 
@@ -327,11 +357,9 @@ class Saver:
         """
         if self._choose is None:
             return None
-        # Oldest first, as the first of equal rows is chosen.
-        paths = [path_of(self._folder, number) for number in sorted(among)]
-        measured = [(path, row) for path in paths if (row := _measured(path)) is not None]
-        place = self._choose([row for _, row in measured])
-        return None if place is None else measured[place][0]
+        measured = {number: read_measured(path_of(self._folder, number)) for number in among}
+        best = best_step(measured, self._choose)
+        return None if best is None else path_of(self._folder, best)
 
 
 @contextmanager
@@ -403,15 +431,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise Damaged(f"{path}: {SUMS} is not valid UTF-8") from error
     except SafetensorError as error:
         raise Damaged(f"{path}: {TENSORS} is malformed ({shortened(str(error))})") from error
-
-
-def _measured(path: Path) -> Facts | None:
-    """Returns the history row of a checkpoint's evaluation; None without one, or if damaged."""
-    # Only the manifest is read and verified, as the tensors may be large.
-    with suppress(Damaged), _reading(path):
-        if _sum(path, MANIFEST) in (path / SUMS).read_text(encoding="utf-8").splitlines():
-            return parse((path / MANIFEST).read_bytes(), path)[0].get(MEASURED)
-    return None
 
 
 def _tensor(file: safe_open, name: str) -> np.ndarray:

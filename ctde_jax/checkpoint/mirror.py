@@ -17,21 +17,27 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ctde_jax.checkpoint.atomic import bring_to_disk, written_whole
 from ctde_jax.checkpoint.format import (
     MANIFEST,
+    MEASURED,
     SUMS,
     TENSORS,
     Checkpoint,
+    Choose,
     Damaged,
-    parse,
+    Facts,
+    best_step,
     path_of,
     read,
+    read_facts,
+    read_measured,
 )
 from ctde_jax.checkpoint.run_folder import CHECKPOINTS, METRICS, writing_to
 from ctde_jax.errors import InputError, on_one_line, shortened
@@ -57,15 +63,17 @@ class Mirror:
         filesystem: The fsspec file system of the store.
         root: Path of the mirror in the file system.
         address: Address of the mirror, without a password, for messages.
+        choose: Function that selects the best of several evaluations, or None; see `open_saver`.
     """
 
-    def __init__(self, filesystem: Any, root: str, address: str):
+    def __init__(self, filesystem: Any, root: str, address: str, choose: Choose | None = None):
         self.address = address
         self.is_closed = threading.Event()
         """If set, an upload stops before its next file."""
 
         self._files = filesystem
         self._folder = f"{root}/{CHECKPOINTS}"
+        self._choose = choose
         # Paths in object stores begin with a bucket, and these have no folders.
         self._has_folders = root.startswith("/")
         self._damaged: set[int] = set()
@@ -90,7 +98,9 @@ class Mirror:
         """Downloads the newest intact checkpoint of the mirror if it is newer than the local one.
 
         Also replaces `metrics.jsonl` and `config.json` of the run folder by those of the
-        checkpoint. If the mirror cannot be reached, a run with a local checkpoint continues.
+        checkpoint. With `choose`, the best checkpoint of the mirror is downloaded as well, if the
+        folder does not have it, as the next upload keeps only the best one of the folder. If the
+        mirror cannot be reached, a run with a local checkpoint continues.
 
         Args:
             folder: Folder of the run.
@@ -177,52 +187,90 @@ class Mirror:
     ) -> Checkpoint | None:
         """Downloads the newest intact checkpoint after step `since`, if there is one.
 
-        Otherwise only checks that the newest checkpoint belongs to this run.
+        Otherwise only checks that the newest checkpoint belongs to this run. Before that, downloads
+        the best intact checkpoint that is not in the folder.
         """
-        for step in self._complete():
+        left = self._complete()
+        measured = self._measured(left)
+        there = [step for step in left if read_measured(path_of(folder / CHECKPOINTS, step))]
+        while left:
+            best = None if self._choose is None else best_step(measured, self._choose)
+            is_missing = best is not None and best not in there
+            # The best first: if this process is killed in between, the folder is still older than
+            # the mirror, so that the next start fetches the newest.
+            step = best if best is not None and is_missing else left[0]
             try:
-                if step > since:
-                    found = self._download(step, folder)
-                    say(f"mirror     {found.path.name} was fetched from {self.address}")
+                if step <= since and not is_missing:
+                    self._compare(step)
+                    return None
+                found = self._download(step, folder, since)
+                there.append(step)
+                say(f"mirror     {found.path.name} was fetched from {self.address}")
+                if step == left[0] and step > since:
                     return found
-                self._compare(step)
-                return None
             except Damaged as error:
                 say(f"damaged    {error}; falling back to an older checkpoint")
                 self._damaged.add(step)
+                left.remove(step)
+                measured.pop(step, None)
         return None
 
-    def _download(self, step: int, folder: Path) -> Checkpoint:
-        """Downloads a checkpoint into the run folder, if it is intact and of this run."""
+    def _measured(self, among: list[int]) -> dict[int, Facts | None]:
+        """Returns the history row of each step's evaluation, which is only needed to choose."""
+        measured: dict[int, Facts | None] = {}
+        for step in among if self._choose is not None else ():
+            # A damaged manifest is reported if its checkpoint is downloaded.
+            with suppress(Damaged):
+                measured[step] = self._compare(step).get(MEASURED)
+        return measured
+
+    def _download(self, step: int, folder: Path, since: int) -> Checkpoint:
+        """Downloads a checkpoint into the run folder, if it is intact and of this run.
+
+        The rows and the options in the folder are replaced only after step `since`.
+        """
         path = path_of(folder / CHECKPOINTS, step)
+        about_the_run = (METRICS, _CONFIG) if step > since else ()
         with writing_to(folder), written_whole(path) as partial:
-            for name in (METRICS, _CONFIG, TENSORS, SUMS, MANIFEST):
-                with self._contact(), suppress(FileNotFoundError):
-                    self._files.get_file(self._path(step, name), str(partial / name))
-            # Messages name the mirror instead of the temporary folder.
-            try:
+            self._get(step, (*about_the_run, TENSORS, SUMS, MANIFEST), partial)
+            with self._named(step, partial):
                 found = read(partial)
                 assert self._check is not None
                 self._check(found)
-                _check_rows(partial, found.facts["rows"])
-            except Damaged as error:
-                raise Damaged(str(error).replace(str(partial), self._name(step))) from error
+                if about_the_run:
+                    _check_rows(partial, found.facts["rows"])
             # If this process is killed between these renames and that of the checkpoint, the rows
             # and options are still those of this run, and the next start fetches it again.
-            for name in (METRICS, _CONFIG):
+            for name in about_the_run:
                 if (partial / name).exists():
                     bring_to_disk(partial / name)
                     (partial / name).replace(folder / name)
         return found._replace(path=path)
 
-    def _compare(self, step: int) -> None:
-        """Raises InputError if a checkpoint of the mirror belongs to another run."""
-        with self._contact():
-            manifest = self._files.cat_file(self._path(step, MANIFEST))
-        name = Path(self._name(step))
-        facts, _ = parse(manifest, name)
+    def _compare(self, step: int) -> Facts:
+        """Returns the facts of a checkpoint; raises InputError if it belongs to another run."""
+        with TemporaryDirectory() as name:
+            partial = Path(name)
+            self._get(step, (SUMS, MANIFEST), partial)
+            with self._named(step, partial):
+                facts = read_facts(partial)
         assert self._check is not None
-        self._check(Checkpoint(name, {}, facts))
+        self._check(Checkpoint(Path(self._name(step)), {}, facts))
+        return facts
+
+    def _get(self, step: int, names: Iterable[str], folder: Path) -> None:
+        """Downloads files of a checkpoint that exist."""
+        for name in names:
+            with self._contact(), suppress(FileNotFoundError):
+                self._files.get_file(self._path(step, name), str(folder / name))
+
+    @contextmanager
+    def _named(self, step: int, folder: Path) -> Iterator[None]:
+        """Replaces a temporary folder in the message of Damaged by the name in the mirror."""
+        try:
+            yield
+        except Damaged as error:
+            raise Damaged(str(error).replace(str(folder), self._name(step))) from error
 
     def _compare_late(self, there: list[int], newest: Path) -> None:
         """Compares the mirror with the run, if it could not be reached at the start of the run."""
@@ -314,12 +362,14 @@ class Mirror:
             ) from error
 
 
-def open_mirror(address: str, folder: Path) -> Mirror:
+def open_mirror(address: str, folder: Path, choose: Choose | None = None) -> Mirror:
     """Returns the mirror at an address, which is not contacted yet; creates a local folder.
 
     Args:
         address: Address that fsspec reads, such as `s3://bucket/run`.
         folder: Folder of the run.
+        choose: Function that selects the best of several evaluations, whose checkpoint is
+            downloaded as well; None downloads only the newest.
 
     Raises:
         InputError: If a package for the protocol is missing, the address is invalid or in the
@@ -355,7 +405,7 @@ def open_mirror(address: str, folder: Path) -> Mirror:
         ) from error
     if isinstance(filesystem, LocalFileSystem):
         _prepare_local(Path(root), folder, shown)
-    return Mirror(filesystem, root.rstrip("/"), shown)
+    return Mirror(filesystem, root.rstrip("/"), shown, choose)
 
 
 def _prepare_local(root: Path, folder: Path, shown: str) -> None:

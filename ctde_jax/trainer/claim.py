@@ -89,7 +89,7 @@ def claim(training: Training, saving: Saving, say: Callable[[str], None]) -> Ite
 
         def find_here() -> Checkpoint | None:
             if saving.mirror is not None:
-                mirrors.append(open_mirror(saving.mirror, folder))
+                mirrors.append(open_mirror(saving.mirror, folder, saving.choose(training)))
             at_end.enter_context(claimed(folder))
             mirror = mirrors[0] if mirrors else None
             return find(folder, saving.resume, saving.parent, decided, identity, say, mirror)

@@ -394,8 +394,7 @@ def open_run(
         # Host 0 alone writes checkpoints.
         saver = None
         if folder is not None and is_first:
-            keep_best = saving.keep_best
-            choose = None if keep_best is None else partial(training.task.best, keep_best)
+            choose = saving.choose(training)
             keep = saving.keep_checkpoints
             uploader = stack.enter_context(open_uploader(found.mirror, keep, log.say))
             offer = None if uploader is None else uploader.offer

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.checkpoint import Identity, Options, check_outside, named, parts_of, plain
+from ctde_jax.checkpoint import Choose, Identity, Options, check_outside, named, parts_of, plain
 from ctde_jax.data import Augment, Dataset, count_steps
 from ctde_jax.devices import replica
 from ctde_jax.errors import (
@@ -457,6 +457,10 @@ class Saving:
     def parent(self) -> Path | None:
         """The checkpoint `branch_from`, with `~` expanded; None if the run is not a branch."""
         return None if self.branch_from is None else named("branch_from", self.branch_from)
+
+    def choose(self, training: Training) -> Choose | None:
+        """Returns the function that selects the best evaluation; None without `keep_best`."""
+        return None if self.keep_best is None else partial(training.task.best, self.keep_best)
 
     def check(self, training: Training) -> None:
         """Raises InputError if these options conflict with those of the training."""

@@ -161,9 +161,9 @@ class Interrupted:
         return write
 
 
-def write_step(run: Path, step: int, value: int = 0) -> Path:
+def write_step(run: Path, step: int, value: int = 0, **more) -> Path:
     path = path_of(run / "checkpoints", step)
-    facts = {"rows": step, "position": {"gone_through": step}}
+    facts = {"rows": step, "position": {"gone_through": step}, **more}
     checkpoint.write(path, {name: array + value for name, array in ARRAYS.items()}, facts)
     (run / METRICS).write_text('{"split": "train"}\n' * (step + 1))
     return path
@@ -278,6 +278,60 @@ def test_mirror_keeps_the_newest_and_the_best_checkpoint(store, tmp_path):
             assert (
                 step not in steps(folder) or remote == (path_of(folder, step) / name).read_bytes()
             )
+
+
+@pytest.mark.parametrize(
+    ("local", "damaged", "expected"),
+    [
+        ([], None, [2, 4]),
+        ([1], None, [1, 2, 4]),
+        ([4], None, [2, 4]),
+        ([5], None, [2, 5]),  # rows of step 5 remain
+        ([2], None, [2, 4]),
+        ([], 2, [3, 4]),
+        ([], 4, [2, 3]),
+    ],
+)
+def test_best_checkpoint_is_fetched_with_the_newest(local, damaged, expected, store, tmp_path):
+    (tmp_path / "run").mkdir()
+    opened = mirrored(store)
+    for step, value in {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.1, 5: 0.1}.items():
+        path = write_step(tmp_path / "run", step, measured={"x": value})
+        if 1 < step < 5:
+            opened.upload(path, None, 5)
+        if step not in local:
+            shutil.rmtree(path)
+    if damaged is not None:
+        damage_tensor(store, f"{STORED}/step-{damaged:08d}")
+    opened = mirror.Mirror(store, "/bucket/run", ADDRESS, largest)
+    newest = read(path_of(tmp_path / "run" / "checkpoints", local[0])) if local else None
+    found = opened.fetch(tmp_path / "run", newest, lambda found: None, print) or newest
+    assert steps(tmp_path / "run" / "checkpoints") == expected[::-1]
+    assert found is not None
+    assert found.facts["rows"] == expected[-1]
+    assert len((tmp_path / "run" / METRICS).read_text().splitlines()) >= expected[-1]
+
+
+def test_run_whose_folder_is_lost_keeps_its_best_checkpoint(digits, tmp_path, store):
+    # The loss falls for two steps, and then rises.
+    rate = optax.join_schedules([lambda step: 0.5, lambda step: -0.5], [2])
+    run = partial(
+        fit,
+        ctde.data.hold_out(digits, 0.1),
+        optimizer=optax.sgd(rate),
+        keep_best="loss",
+        keep_checkpoints=1,
+        steps=6,
+        **dict.fromkeys(["eval_every", "save_every", "log_every"], 1),
+    )
+    run(tmp_path / "whole", None)
+    run(tmp_path / "run", callbacks=[stop_at(4)])
+    shutil.rmtree(tmp_path / "run")
+    run(tmp_path / "run")
+    best = [step for step in steps(tmp_path / "whole" / "checkpoints") if step < 4]
+    assert len(best) == 1
+    assert stored(store) == steps(tmp_path / "run" / "checkpoints") == [6, *best]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 def test_slow_store_delays_no_save_and_loses_no_checkpoint_that_it_reads(
