@@ -55,9 +55,9 @@ def split(
         InputError: A pattern matches no parameter, or nothing would be trained.
 
     Examples:
-        >>> params = {"body": np.ones((3, 4)), "head": np.ones((4, 2))}
-        >>> trained, frozen = split(params, ["body"], rank=1, seed=0)
-        >>> jax.tree.map(jnp.shape, trained)
+        >>> params = {"body": jax.numpy.ones((3, 4)), "head": jax.numpy.ones((4, 2))}
+        >>> trained, frozen = ctde.models.fine_tuning.split(params, ["body"], rank=1, seed=0)
+        >>> jax.tree.map(np.shape, trained)
         {'body': LowRank(down=(3, 1), up=(1, 4)), 'head': (4, 2)}
         >>> frozen["head"] is None
         True

@@ -29,7 +29,7 @@ from ctde_jax.rounds.gradient import (
     uses_replica_collectives,
 )
 from ctde_jax.rounds.state import TrainState
-from ctde_jax.rounds.sums import StepSums, mean_objective, with_measurements
+from ctde_jax.rounds.sums import StepSums, mean_objective, of_the_first, with_measurements
 
 Advance = Callable[[TrainState, Split, StepIndices, Key[Array, ""]], tuple[TrainState, StepSums]]
 """`advance(state, split, batches, key) -> (state, sums over the replica's examples)`"""
@@ -114,9 +114,8 @@ def make_exact(gradient: Gradient, step: Step) -> Advance:
         state = _compiled_apart(exact_step, sums["examples"] > 0, state, grads, otherwise=state)
 
         # Every replica has the sums over all examples; only the first one reports them.
-        is_first = lax.axis_index(AXIS) == 0
-        sums = with_measurements(sums, state.opt_state)
-        return state, jax.tree.map(lambda x: jnp.where(is_first, x, 0)[None], sums)
+        sums = of_the_first(with_measurements(sums, state.opt_state))
+        return state, jax.tree.map(lambda x: x[None], sums)
 
     return exact
 

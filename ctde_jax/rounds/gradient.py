@@ -38,7 +38,7 @@ from ctde_jax.aggregate import depends_on
 from ctde_jax.data import Augment, Drawn, TrainingSplit, apply_to
 from ctde_jax.devices import AXIS, SHARD, PyTree, agreed_state, weighted_mean
 from ctde_jax.models import Model, Task, fine_tuning
-from ctde_jax.rounds.sums import Sums
+from ctde_jax.rounds.sums import Sums, of_the_first
 
 SHARDS = 8
 """Number of shards of a batch, if the model draws random numbers and the batch size allows it.
@@ -84,9 +84,8 @@ def make_gradient(
         network = fine_tuning.merged(model, frozen)
 
         # Trace the model on a microbatch: does it use collectives, does it draw random numbers?
-        inputs = jax.ShapeDtypeStruct(
-            (len(indices) // accumulation_steps, *split.inputs.shape[1:]), split.inputs.dtype
-        )
+        size = len(indices) // accumulation_steps
+        inputs = jax.ShapeDtypeStruct((size, *split.inputs.shape[1:]), split.inputs.dtype)
         uses_collectives = uses_replica_collectives(network, params, model_state, inputs)
         is_random = draws(network, params, model_state, inputs)
 
@@ -146,16 +145,14 @@ def make_gradient(
             ), None
 
         # Accumulate over the groups; the gradient and the sums add up.
-        objective_too = ["objective"] if _minimizes_another(task, split) else []
-        zeros = dict.fromkeys([*task.summed, "examples", *objective_too], jnp.float32(0))
-        start = (optax.tree.zeros_like(params), model_state, zeros)
+        start = (optax.tree.zeros_like(params), model_state, _no_sums(task, split))
         (grads, model_state, sums), _ = lax.scan(add_group, start, (examples, shards))
         if is_shared:
             grads = optax.tree.scale(divisor / local_examples, grads)
 
         # All replicas have the sums of all examples, which must count once.
         if merges_examples:
-            sums = jax.tree.map(lambda x: jnp.where(lax.axis_index(AXIS) == 0, x, 0), sums)
+            sums = of_the_first(sums)
         elif merges:
             grads = weighted_mean(grads, sums["examples"])
         return grads, model_state, sums
@@ -276,6 +273,12 @@ def make_on_shard(
         return objective, model_state, sums
 
     return on_shard
+
+
+def _no_sums(task: Task, split: TrainingSplit | Drawn) -> Sums:
+    """Returns the sums over no examples."""
+    objective_too = ["objective"] if _minimizes_another(task, split) else []
+    return dict.fromkeys([*task.summed, "examples", *objective_too], jnp.float32(0))
 
 
 def _minimizes_another(task: Task, split: TrainingSplit | Drawn) -> bool:

@@ -1,5 +1,7 @@
 """Sums over the examples of a step, by name: `Task.summed`, and the number of examples."""
 
+import jax
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float32
 
@@ -33,6 +35,12 @@ def mean_objective(sums: Sums, over_replicas: bool = False) -> Float32[Array, ""
     if over_replicas:
         total = replica.add_up(total)
     return total["objective"] / jnp.maximum(total["examples"], 1)
+
+
+def of_the_first(sums: StepSums) -> StepSums:
+    """Returns zeros on all replicas but the first, if the sums are those of all replicas."""
+    is_first = lax.axis_index(replica.AXIS) == 0
+    return jax.tree.map(lambda x: jnp.where(is_first, x, 0), sums)
 
 
 def with_measurements(sums: Sums, opt_state: PyTree) -> Sums:

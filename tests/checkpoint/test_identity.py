@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -243,11 +244,12 @@ def test_options_that_affect_no_number_may_change(run, capsys):
 def test_digests_do_not_depend_on_the_process(tmp_path):
     """They do not depend on Python's hash seed, object ids or the location of the code."""
     source = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_identity as t; "
+        "import sys; sys.path[:0] = sys.argv[1:]; import test_identity as t; "
         "print(sorted(t.digests().items()))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", source, os.path.dirname(__file__)]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", source, str(here), str(here.parent)]
     other = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
