@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 CORE = [
     *(f"rounds/{name}" for name in ("round", "gradient", "exact", "sums")),
     *(f"rounds/{name}" for name in ("state", "schedule", "evaluate")),
-    *("models/tasks", "data/batches"),
+    *(f"models/tasks/{name}" for name in ("task", "objectives", "targets", "named")),
+    "data/batches",
     *(f"aggregate/{path.stem}" for path in sorted((ROOT / "ctde_jax/aggregate").glob("[!_]*.py"))),
 ]
 TIMEOUT = 600

@@ -1,6 +1,6 @@
 """Networks, and the adapters for user-defined nnx and linen modules."""
 
-from ctde_jax.models import fine_tuning, initializers
+from ctde_jax.models import fine_tuning, initializers, tasks
 from ctde_jax.models.base import (
     Model,
     count_params,
@@ -58,6 +58,7 @@ __all__ = [
     "smoothed",
     "split_variables",
     "summary",
+    "tasks",
     "transformer",
     "unscaled",
     "weighted",

@@ -278,7 +278,7 @@ def make_on_shard(
 def _no_sums(task: Task, split: TrainingSplit | Drawn) -> Sums:
     """Returns the sums over no examples."""
     objective_too = ["objective"] if _minimizes_another(task, split) else []
-    return dict.fromkeys([*task.summed, "examples", *objective_too], jnp.float32(0))
+    return {name: jnp.float32(0) for name in (*task.summed, "examples", *objective_too)}
 
 
 def _minimizes_another(task: Task, split: TrainingSplit | Drawn) -> bool:
