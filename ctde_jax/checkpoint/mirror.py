@@ -39,11 +39,8 @@ from ctde_jax.checkpoint.format import (
     read_facts,
     read_measured,
 )
-from ctde_jax.checkpoint.run_folder import CHECKPOINTS, METRICS, writing_to
+from ctde_jax.checkpoint.run_folder import CHECKPOINTS, CONFIG, METRICS, writing_to
 from ctde_jax.errors import InputError, on_one_line, shortened
-
-_CONFIG = "config.json"
-"""File with the options of a run of the command."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extras of this package that install the package for a protocol."""
@@ -230,7 +227,7 @@ class Mirror:
         The rows and the options in the folder are replaced only after step `since`.
         """
         path = path_of(folder / CHECKPOINTS, step)
-        about_the_run = (METRICS, _CONFIG) if step > since else ()
+        about_the_run = (METRICS, CONFIG) if step > since else ()
         with writing_to(folder), written_whole(path) as partial:
             self._get(step, (*about_the_run, TENSORS, SUMS, MANIFEST), partial)
             with self._named(step, partial):
@@ -304,8 +301,8 @@ class Mirror:
             lines = b"".join(file.readline() for _ in range(rows))
         self._files.pipe_file(self._path(step, METRICS), lines)
         sources = [path / TENSORS, path / SUMS, path / MANIFEST]
-        if (run_folder / _CONFIG).exists():
-            sources.insert(0, run_folder / _CONFIG)
+        if (run_folder / CONFIG).exists():
+            sources.insert(0, run_folder / CONFIG)
         for source in sources:
             if self.is_closed.is_set():
                 raise Unavailable("the upload was stopped")
@@ -333,10 +330,10 @@ class Mirror:
                     self._files.rmdir(os.path.dirname(self._path(step, MANIFEST)))
 
     def _path(self, step: int, name: str) -> str:
-        return f"{self._folder}/step-{step:08d}/{name}"
+        return f"{self._folder}/{path_of(Path(), step)}/{name}"
 
     def _name(self, step: int) -> str:
-        return f"{self.address}/{CHECKPOINTS}/step-{step:08d}"
+        return f"{self.address}/{CHECKPOINTS}/{path_of(Path(), step)}"
 
     @contextmanager
     def _contact(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +90,14 @@ def find(
     # With `resume=True`, this only completes a move that was interrupted.
     make_way(folder, resume=True, say=say)
     found = newest_intact(folder / CHECKPOINTS, say) if resume else None
-    if found is not None:
-        _check_same(found, options, identity, "run_dir")
+    notes = [] if found is None else _check_same(found, options, identity, "run_dir")
 
     # The mirror must be of this run as well, and may have a newer checkpoint.
     if mirror is not None and resume:
-        check = partial(_check_same, options=options, identity=identity, option="mirror")
+
+        def check(there: Checkpoint) -> None:
+            notes[:] = _check_same(there, options, identity, "mirror")
+
         found = mirror.fetch(folder, found, check, say) or found
     elif mirror is not None:
         mirror.check_new()
@@ -106,7 +107,7 @@ def find(
             check_new(folder)
         return None if branch_from is None else _branch(branch_from, options, identity, say)
     say(f"resume     {found.path}")
-    for note in identity.compare(found.facts.get("identity")).notes:
+    for note in notes:
         say(f"           not compared with the checkpoint: {note}")
     return found
 
@@ -155,7 +156,7 @@ def found_by_the_first(find: Callable[[], Checkpoint | None]) -> Checkpoint | No
     return Checkpoint(Path(described["path"]), tensors, described["facts"])
 
 
-def _check_same(found: Checkpoint, options: Options, identity: Identity, option: str) -> None:
+def _check_same(found: Checkpoint, options: Options, identity: Identity, option: str) -> list[str]:
     """Checks that a checkpoint belongs to this run.
 
     Args:
@@ -164,13 +165,16 @@ def _check_same(found: Checkpoint, options: Options, identity: Identity, option:
         identity: Digests of the data and the program of the run.
         option: `run_dir` or `mirror`, the argument that refers to the checkpoint.
 
+    Returns:
+        Notes on the parts that were not compared.
+
     Raises:
         InputError: If it has different options, data or program, or a malformed manifest.
     """
     check_facts(found, option)
-    different, _ = _differences(found, options, identity)
+    different, notes = _differences(found, options, identity)
     if not different:
-        return
+        return notes
     if option == "mirror":
         end = "Pass another address, or the options of that run."
     else:

@@ -10,12 +10,13 @@ from filelock import FileLock, Timeout
 from ctde_jax.errors import InputError, shortened
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
 CURVES = "curves.png"
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
 PARTITION = "partition.png"
 REPORT = "report.html"
-_OF_A_RUN = ("bundle", "config.json", CURVES, PARTITION, REPORT, METRICS, CHECKPOINTS)
+_OF_A_RUN = ("bundle", CONFIG, CURVES, PARTITION, REPORT, METRICS, CHECKPOINTS)
 """Entries that a run and its export write, in the order in which `make_way` moves them."""
 
 OWN = frozenset({LOCK, *_OF_A_RUN} - {"bundle"})

@@ -7,6 +7,7 @@ This needs only the compiler, which is part of the platform's plugin: `pip insta
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 import jax
@@ -113,14 +114,8 @@ def compile_rounds(
     # Shapes of the state, without computing it. Stacked parts get one row for each device.
     params, model_state = jax.eval_shape(model.init, jax.random.key(0), data.train.inputs[:1])
     parts = (params, ()) if divide is None else jax.eval_shape(divide, params)
-
-    def create(trained: PyTree, model_state: PyTree, frozen: PyTree) -> state.TrainState:
-        return state.create(
-            trained, model_state, optimizer, strategy, ema_decay is not None, frozen
-        )
-
     on_replicas = jax.vmap(
-        create,
+        partial(state.create, optimizer=optimizer, strategy=strategy, ema=ema_decay is not None),
         in_axes=None,
         out_axes=state.axes(strategy),
         axis_name=AXIS,

@@ -21,7 +21,7 @@ from ctde_jax.data.dataset import (
     standardized,
     weighted,
 )
-from ctde_jax.data.digests import digest, digests_of
+from ctde_jax.data.digests import digest, digests_of, digests_of_conversion
 from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.data.files import from_npz
 from ctde_jax.data.folder import from_folder
@@ -57,6 +57,7 @@ __all__ = [
     "decode",
     "digest",
     "digests_of",
+    "digests_of_conversion",
     "digits",
     "encode",
     "fashion_mnist",

@@ -56,14 +56,7 @@ def digests_of(data: Dataset, partition: Sequence[np.ndarray] | None = None) -> 
         for part, array in zip(split._fields, split, strict=True)
     }
 
-    # Normalization, and the names of classes, columns and characters.
-    found["the shift of the inputs"] = digest(data.shift)
-    found["the scale of the inputs"] = digest(data.scale)
-    found["the class names"] = _digest_of_names(data.classes)
-    found["the column names"] = _digest_of_names(data.columns)
-    found["the vocabulary"] = _digest_of_names(data.vocabulary)
-    if data.recipe is not None:
-        found["the recipe of the columns"] = sha256(repr(data.recipe).encode()).hexdigest()
+    found |= digests_of_conversion(data)
 
     # Each part is preceded by its length, so that the digest depends on their borders.
     if partition is not None:
@@ -71,6 +64,24 @@ def digests_of(data: Dataset, partition: Sequence[np.ndarray] | None = None) -> 
         found["the partition"] = sha256(
             b"".join(len(part).to_bytes(8) + part for part in parts)
         ).hexdigest()
+    return found
+
+
+def digests_of_conversion(data: Dataset) -> dict[str, str]:
+    """Returns the entries of `digests_of` that need no examples.
+
+    They are those of normalization, of the names of classes, columns and characters, and of the
+    recipe of a table.
+    """
+    found = {
+        "the shift of the inputs": digest(data.shift),
+        "the scale of the inputs": digest(data.scale),
+        "the class names": _digest_of_names(data.classes),
+        "the column names": _digest_of_names(data.columns),
+        "the vocabulary": _digest_of_names(data.vocabulary),
+    }
+    if data.recipe is not None:
+        found["the recipe of the columns"] = sha256(repr(data.recipe).encode()).hexdigest()
     return found
 
 

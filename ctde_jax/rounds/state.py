@@ -5,6 +5,7 @@ A *center* is a pair of central parameters and model state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -71,10 +72,11 @@ def check(params: PyTree, strategy: Strategy, replicas: int) -> None:
 def create(
     params: PyTree,
     model_state: PyTree,
+    frozen: PyTree = (),
+    *,
     optimizer: optax.GradientTransformation,
     strategy: Strategy,
     ema: bool = False,
-    frozen: PyTree = (),
 ) -> TrainState:
     """Makes the initial state of one replica.
 
@@ -104,11 +106,8 @@ def like_created(
     frozen: PyTree = (),
 ) -> TrainState:
     """Returns the shapes and dtypes of the result of `create` on all replicas, `[replica, ...]`."""
-
-    def make(params: PyTree, model_state: PyTree, frozen: PyTree) -> TrainState:
-        return create(params, model_state, optimizer, strategy, ema, frozen)
-
     # The axis is that of vmap, so that no devices are needed.
+    make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
     on_replicas = jax.vmap(make, in_axes=None, axis_name=AXIS, axis_size=replicas)
     return jax.eval_shape(on_replicas, params, model_state, frozen)
 
@@ -123,11 +122,8 @@ def place(
     frozen: PyTree = (),
 ) -> TrainState:
     """Copies parameters and model state to the devices, and makes the initial state there."""
-
-    def make(params: PyTree, model_state: PyTree, frozen: PyTree) -> TrainState:
-        return create(params, model_state, optimizer, strategy, ema, frozen)
-
     # Reducers read the number of replicas, so their state is made on the devices.
+    make = partial(create, optimizer=optimizer, strategy=strategy, ema=ema)
     parts = replica.replicate((params, model_state, frozen), devices)
     making = _on_replicas(make, parts, (None, None, None), axes(strategy), devices)
     return _run(making, parts, devices)
@@ -312,15 +308,16 @@ def merged_params(tensors: Mapping[str, np.ndarray], part: str) -> dict[str, np.
         tensors: Arrays by name.
         part: `params` or `ema_params`, the part with the trained parameters.
     """
+    return fine_tuning.merge_by_name(below(tensors, f"{part}/"), below(tensors, "frozen/"))
 
-    def below(prefix: str) -> dict[str, np.ndarray]:
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
 
-    return fine_tuning.merge_by_name(below(f"{part}/"), below("frozen/"))
+def below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Returns the tensors whose names begin with a prefix, which is removed."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def in_place(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:

@@ -26,7 +26,7 @@ from ctde_jax.checkpoint import (
     newest,
     read,
 )
-from ctde_jax.data import Dataset, digests_of
+from ctde_jax.data import Dataset, digests_of_conversion
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, quoted
 from ctde_jax.models import fine_tuning, is_random, is_trained, split_variables
@@ -73,7 +73,7 @@ _MEANING = (
     *("the recipe of the columns", "the shift of the inputs", "the scale of the inputs"),
     *("the class names", "the vocabulary"),
 )
-"""Parts of a data set that determine the meaning of inputs and outputs; see `digests_of`."""
+"""Parts of a data set that determine the meaning of inputs and outputs."""
 
 
 class Start(NamedTuple):
@@ -158,7 +158,7 @@ def note_on_meaning(given: Given, data: Dataset) -> str | None:
     """Returns a sentence on the parts of `_MEANING` that differ from those of the source."""
     if not given.meaning:
         return None
-    now = digests_of(data)
+    now = digests_of_conversion(data)
     different = [name for name in _MEANING if given.meaning.get(name) != now.get(name)]
     if not different:
         return None
@@ -278,18 +278,11 @@ def _of_checkpoint(tensors: Tensors) -> Given:
 
     These are the best of early stopping, else the moving average, else the newest parameters.
     """
-
-    def below(*prefixes: str) -> Tensors:
-        for prefix in prefixes:
-            found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            if found:
-                return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-        return {}
-
     is_averaged = any(name.startswith("ema_params/") for name in tensors)
     part = "ema_params" if is_averaged else "params"
-    params = below(f"{BEST}/0/") or state.merged_params(tensors, part)
-    return Given(params, below(f"{BEST}/1/", "model_state/"), is_checkpoint=True)
+    params = state.below(tensors, f"{BEST}/0/") or state.merged_params(tensors, part)
+    model_state = state.below(tensors, f"{BEST}/1/") or state.below(tensors, "model_state/")
+    return Given(params, model_state, is_checkpoint=True)
 
 
 def _center(tensor: np.ndarray, leaf: jax.Array) -> np.ndarray:
