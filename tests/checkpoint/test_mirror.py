@@ -702,7 +702,7 @@ def s3(monkeypatch):
                 time.sleep(0.1)
         proxy = Proxy(port)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        yield proxy, bucket(port)
+        yield proxy, Bucket(port)
     finally:
         if proxy is not None:
             proxy.stop()
@@ -710,7 +710,7 @@ def s3(monkeypatch):
         server.wait()
 
 
-class bucket:  # noqa: N801
+class Bucket:
     """The bucket as seen by a client without the proxy."""
 
     def __init__(self, port: int):
