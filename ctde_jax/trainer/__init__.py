@@ -3,8 +3,9 @@
 from ctde_jax.trainer import picture, stopwatch, trackers
 from ctde_jax.trainer.callbacks import Callback
 from ctde_jax.trainer.fit import fit, train
+from ctde_jax.trainer.history import Row, read_rows
 from ctde_jax.trainer.loading import load
-from ctde_jax.trainer.log import Row, console, plot_curves, read_rows
+from ctde_jax.trainer.log import console, plot_curves
 from ctde_jax.trainer.plan import plan, plan_rows
 from ctde_jax.trainer.reports import Calibration, ClassMetrics, Estimate, Report, TargetMetrics
 from ctde_jax.trainer.rollback import SCALED

@@ -8,7 +8,7 @@ import numpy as np
 from ctde_jax.checkpoint import BEST, Checkpoint, Tensors
 from ctde_jax.devices import PyTree
 from ctde_jax.rounds import state
-from ctde_jax.trainer.log import Row
+from ctde_jax.trainer.history import Row
 
 
 class Best:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ctde_jax.devices import PyTree, hosts
 from ctde_jax.errors import InputError
-from ctde_jax.trainer.log import Row
+from ctde_jax.trainer.history import Row
 from ctde_jax.trainer.stop import Stop
 
 if TYPE_CHECKING:

@@ -1,30 +1,13 @@
-"""The log of a run: a progress bar, the rows of the history as JSON lines, and curves.
+"""The progress of a run on the screen, and its curves."""
 
-A *row* is a flat dict with the averages over some training steps or over an evaluation: `split`
-("train", "validation" or "test"), `step`, `epoch`, `loss`, the metrics of the task, and `examples`,
-the number of examples. Rows of the training split also have:
-
-- `examples_per_second`: the mean since the start or the last evaluation;
-- `time`: when the row was computed, in seconds since 1970 (Unix time);
-- `bytes_sent`: bytes that each device has sent since the start;
-- `skipped`: rounds skipped since the start, if `on_nonfinite` is `skip`;
-- `learning_rate`: the learning rate of the row's last step, if `optax.inject_hyperparams` made the
-  optimizer, as it makes those of the command. If the optimizer contains several learning rates, as
-  `optax.multi_transform` may, none applies to all parameters, and none is logged;
-- `gradient_norm`: the norm of the gradient in the row's last step, if the optimizer contains
-  `optax.snapshot("gradient_norm", optax.tree.norm)`, as that of the command does if it clips. In
-  local steps, it is the mean over the devices.
-"""
-
-import json
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -40,62 +23,45 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from ctde_jax.bundle import Screen, open_regular
-from ctde_jax.checkpoint import CURVES, METRICS, writing_to
+from ctde_jax.bundle import Screen
+from ctde_jax.checkpoint import CURVES
 from ctde_jax.devices import hosts
-from ctde_jax.errors import InputError
 from ctde_jax.models import RESERVED
 from ctde_jax.trainer import picture
+from ctde_jax.trainer.history import History, Row, open_history
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
-
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_UPDATES = 1.0  # of the line in a notebook
 _BURST = 12  # lines
-_LONGEST_ROW = 2**20  # bytes
 _NARROWEST = 40  # columns; in fewer, a table has no room for its numbers
 
 
 class Log:
-    """The rows of a run, each of which is written to the file immediately, and its progress.
+    """The history of a run, and its progress on the screen.
 
     Made by `open_log`.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        rows: list[Row],
-        folder: Path | None,
-        file: TextIO | None,
-        progress: Progress,
-    ):
-        self.rows = rows
+    def __init__(self, total_steps: int, history: History, progress: Progress):
+        self.rows = history.rows
+        self._history = history
         self._total_steps = total_steps
-        self._folder = folder
-        self._file = file
         self._progress = progress
-        done = rows[-1]["step"] if rows else 0
+        done = self.rows[-1]["step"] if self.rows else 0
         self._task = progress.add_task("training", total=total_steps, completed=done, summary="")
         self._latest: dict[str, Row] = {}  # by split
         self._lines = _Lines(progress.console)
 
     def add(self, row: Row) -> None:
-        """Appends a row to the history and to the file, and shows it.
+        """Appends a row to the history, and shows it.
 
         Raises:
             InputError: The file cannot be written.
         """
-        self.rows.append(row)
-        if self._folder and self._file:
-            # Flush each row: a checkpoint relies on all rows before it being in the file.
-            with writing_to(self._folder):
-                self._file.write(json.dumps(row) + "\n")
-                self._file.flush()
-
+        self._history.add(row)
         self._latest[row["split"]] = row
         # Outside a terminal the bar is disabled, and lines are printed instead.
         if self._progress.disable:
@@ -248,94 +214,18 @@ def open_log(
         console=screen,
         disable=screen.quiet or screen.is_jupyter or not screen.is_terminal,
     )
-    # Host 0 reads the rows that the checkpoint counts, and cuts off the rows after them.
-    files: list[TextIO] = []  # empty on other hosts
-
-    def read_kept() -> list[Row]:
-        assert folder is not None
-        path = folder / METRICS
-        with writing_to(folder):
-            rows, length = _read(path, kept) if kept else ([], 0)
-            if path.exists():
-                # Refuse a pipe first, because opening it for writing would wait for a reader.
-                open_regular(path).close()
-            file = path.open("a", encoding="utf-8")
-            file.truncate(length)
-        files.append(file)
-        return rows
-
-    rows = [] if folder is None else hosts.of_the_first(read_kept)
-    log = Log(total_steps, rows, folder, files[0] if files else None, bar)
-
-    # On exit, show the last row, close the file and draw the curves.
-    try:
-        with bar:
-            yield log
-    finally:
-        log.close()
-        for file in files:
-            assert folder is not None
-            with writing_to(folder):
-                file.close()
-            if log.rows and (
-                failure := picture.save(partial(plot_curves, log.rows), folder / CURVES)
-            ):
-                screen.print(failure)
-
-
-def read_rows(folder: Path, count: int) -> list[Row]:
-    """Returns the first `count` rows of `metrics.jsonl`, even if the file is damaged after them.
-
-    Args:
-        folder: The folder of the run.
-        count: Number of rows to read.
-
-    Raises:
-        InputError: The file cannot be read, or has fewer than `count` intact rows.
-    """
-    return _read(folder / METRICS, count)[0]
-
-
-def _read(path: Path, count: int) -> tuple[list[Row], int]:
-    """Returns the first `count` rows of a file, and the length of their lines in bytes.
-
-    Raises:
-        InputError: The file cannot be read, or has fewer than `count` intact rows.
-    """
-    rows: list[Row] = []
-    length = 0
-    # The intact rows end at the first line that is not UTF-8, JSON or a row, or has no line end.
-    try:
-        with (
-            open_regular(path) as file,
-            suppress(ValueError, RecursionError),
-        ):
-            while len(rows) < count and (line := file.readline(_LONGEST_ROW)).endswith(b"\n"):
-                row = json.loads(line)
-                if not _is_row(row):
-                    break
-                rows.append(row)
-                length += len(line)
-    except OSError as error:
-        raise InputError(
-            "run_dir", f"must have {METRICS}, and {path} cannot be read: {error.strerror}."
-        ) from error
-    if len(rows) < count:
-        raise InputError(
-            "run_dir",
-            f"must have the {count} rows in {path} that were there when its checkpoint was "
-            f"written, got {len(rows)}; name another folder.",
-        )
-    return rows, length
-
-
-def _is_row(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    numbers = value.get("step"), value.get("loss")
-    return isinstance(value.get("split"), str) and all(
-        isinstance(number, int | float) for number in numbers
-    )
+    with open_history(folder, kept) as history:
+        log = Log(total_steps, history, bar)
+        # On exit, also after an exception, show the last row and draw the curves.
+        try:
+            with bar:
+                yield log
+        finally:
+            log.close()
+            if folder is not None and hosts.index() == 0 and history.rows:
+                draw = partial(plot_curves, history.rows)
+                if failure := picture.save(draw, folder / CURVES):
+                    screen.print(failure)
 
 
 def plot_curves(rows: Sequence[Row]) -> "Figure":

@@ -12,7 +12,7 @@ from ctde_jax.devices import hosts
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.models import Task
 from ctde_jax.rounds import OF_THE_OPTIMIZER, Averages, Span, Sums, rows_per_dispatch
-from ctde_jax.trainer.log import Row
+from ctde_jax.trainer.history import Row
 
 _SAVE_SECONDS = 60.0
 """Approximate time between two checkpoints if `save_every` is not given."""

@@ -27,7 +27,8 @@ from ctde_jax.rounds import Piece, Span, Sums, cut, digests, state
 from ctde_jax.trainer.beginning import Beginning
 from ctde_jax.trainer.callbacks import AnyCallback, Callbacks, open_callbacks
 from ctde_jax.trainer.claim import Found
-from ctde_jax.trainer.log import Log, Row, open_log
+from ctde_jax.trainer.history import Row
+from ctde_jax.trainer.log import Log, open_log
 from ctde_jax.trainer.meter import Clock, Meter
 from ctde_jax.trainer.programs import PhaseProgram, Programs
 from ctde_jax.trainer.stop import Stop, deferred

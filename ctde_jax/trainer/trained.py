@@ -19,7 +19,7 @@ from ctde_jax.errors import InputError
 from ctde_jax.models import Model, Task, module_of, tasks
 from ctde_jax.rounds import Averages, make_evaluate
 from ctde_jax.trainer import saved
-from ctde_jax.trainer.log import Row
+from ctde_jax.trainer.history import Row
 from ctde_jax.trainer.reports import Report, check_task, make_report
 
 _MOST_AT_ONCE = 1024
@@ -108,7 +108,7 @@ class Trained:
 
     step: int  # number of optimizer steps after which the parameters were evaluated
     history: list[Row]
-    """The rows of training and evaluations, in order; see `log.py` for their entries."""
+    """The rows of training and evaluations, in order; see `history.py` for their entries."""
 
     seconds: dict[str, float]
     """Wall time by part: `start-up`, `compile`, `train`, `evaluate`.

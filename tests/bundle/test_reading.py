@@ -11,7 +11,7 @@ import ctde_jax as ctde
 from ctde_jax import checkpoint, config
 from ctde_jax.bundle import reading
 from ctde_jax.errors import InputError
-from ctde_jax.trainer import log
+from ctde_jax.trainer import history
 
 KINDS = {
     "pipe": "a pipe",
@@ -47,7 +47,9 @@ READERS = {
     "records": lambda path: ctde.data.cifar10(
         path.rename(path.with_name("data_batch_1.bin")).parent
     ),
-    "metrics": lambda path: log.read_rows(path.rename(path.with_name("metrics.jsonl")).parent, 1),
+    "metrics": lambda path: history.read_rows(
+        path.rename(path.with_name("metrics.jsonl")).parent, 1
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from ctde_jax.data import Split
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, on_one_line
 from ctde_jax.models import Task, describe
-from ctde_jax.trainer.log import Row
+from ctde_jax.trainer.history import Row
 from ctde_jax.trainer.reports import page, tables
 from ctde_jax.trainer.reports.classes import ClassMetrics, log_softmax, measure_classes
 from ctde_jax.trainer.reports.estimate import LEVEL, Estimate

@@ -8,7 +8,7 @@ import numpy as np
 
 from ctde_jax.models import RESERVED
 from ctde_jax.trainer import log
-from ctde_jax.trainer.log import Row
+from ctde_jax.trainer.history import Row
 from ctde_jax.trainer.reports import figures, page, tables
 from ctde_jax.trainer.reports.classes import BINS, ClassMetrics
 from ctde_jax.trainer.reports.targets import TargetMetrics

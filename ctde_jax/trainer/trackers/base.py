@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from ctde_jax.errors import InputError
 from ctde_jax.trainer.callbacks import Callback
-from ctde_jax.trainer.log import Row
+from ctde_jax.trainer.history import Row
 
 PROJECT = "ctde_jax"
 """Project or experiment of runs for which none is given."""
