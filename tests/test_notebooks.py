@@ -10,7 +10,8 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 *OF_DATA_SETS, OF_A_FRAME = NOTEBOOKS
-NEEDED_DEVICES = {"01_quickstart": 2, "02_aggregation": 4, "04_decentralized_execution": 2}
+OF_REPLICAS = ("01_quickstart", "02_aggregation")
+NEEDED_DEVICES = {"04_decentralized_execution": 2}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -30,8 +31,9 @@ def test_notebook_opens_in_colab_and_installs_a_missing_package(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_uses_all_accelerators_or_four_fake_devices(path):
-    assert re.findall(r"devices\.start\((.*?)\)", path.read_text()) == ["cpu_devices=4"]
+def test_notebook_uses_all_accelerators_or_fake_devices(path):
+    wanted = "replicas=8" if path.stem in OF_REPLICAS else "cpu_devices=4"
+    assert re.findall(r"devices\.start\((.*?)\)", path.read_text()) == [wanted]
 
 
 @pytest.mark.slow
@@ -111,7 +113,7 @@ def fallbacks(outputs: list[nbformat.NotebookNode]) -> int:
 @pytest.mark.parametrize("path", OF_DATA_SETS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
 def test_notebook_runs_and_learns(path, monkeypatch):
-    """On a machine without accelerators, on four fake CPU devices."""
+    """On a machine without accelerators, on fake CPU devices."""
     outputs = execute(path, monkeypatch)
     # The results are three test accuracies and four pictures.
     measured = [
@@ -166,20 +168,20 @@ assert len(outputs) == count and difference < 1e-5
 def test_notebook_runs_on_any_number_of_accelerators(path, accelerators, monkeypatch):
     """With simulated accelerators, and trainings of one epoch.
 
-    The first fake CPU devices are the accelerators: `start` returns them or raises an error, and
-    `jax.devices("cpu")` returns at least the four that the notebook requests. So batch sizes and
-    partitions are valid for these numbers of devices, and a notebook that needs more devices prints
-    one sentence and uses fake ones. Compilation for a GPU or TPU is not tested.
+    The first fake CPU devices are the accelerators, which `start` returns, once for each replica on
+    them, and `jax.devices("cpu")` returns at least four. So batch sizes and partitions are valid
+    for these numbers of devices, and a notebook that needs more devices prints one sentence and
+    uses fake ones. Compilation for a GPU or TPU is not tested.
     """
     machine = f"""
 import ctde_jax as ctde
 
-fake, fit = ctde.devices.start({max(accelerators, 4)}), ctde.fit
+start_cpu, fit = ctde.devices.start, ctde.fit
+start_cpu({max(accelerators, 4)})
 
 
-def start(wanted=None, cpu_devices=1):
-    assert (wanted or 1) <= {accelerators}, "there are fewer accelerators"
-    return fake[: wanted or {accelerators}]
+def start(cpu_devices=1, replicas=None):
+    return start_cpu({accelerators}, replicas=replicas)
 
 
 def fit_for_an_epoch(*arguments, **options):
