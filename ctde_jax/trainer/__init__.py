@@ -2,6 +2,7 @@
 
 from ctde_jax.trainer import picture, stopwatch, trackers
 from ctde_jax.trainer.callbacks import Callback
+from ctde_jax.trainer.contestant import Spread
 from ctde_jax.trainer.fit import fit, train
 from ctde_jax.trainer.history import Row, read_rows
 from ctde_jax.trainer.loading import load
@@ -9,7 +10,7 @@ from ctde_jax.trainer.log import console, plot_curves
 from ctde_jax.trainer.plan import plan, plan_rows
 from ctde_jax.trainer.reports import Calibration, ClassMetrics, Estimate, Report, TargetMetrics
 from ctde_jax.trainer.rollback import SCALED
-from ctde_jax.trainer.stopwatch import Profile, Spread
+from ctde_jax.trainer.stopwatch import Profile
 from ctde_jax.trainer.trained import Trained, accepts
 from ctde_jax.trainer.training import Saving, Training, in_stored_units
 

@@ -19,55 +19,30 @@ The compiled programs that are compared, the *contestants*, take turns in one pr
 load on the machine affects all of them. A *turn* measures each of them once.
 """
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 import numpy as np
 import optax
 
 from ctde_jax.aggregate import Strategy
-from ctde_jax.data import index_blocks
 from ctde_jax.devices import PyTree, count_cores, replica
 from ctde_jax.errors import InputError
-from ctde_jax.rounds import (
-    Resident,
-    Span,
-    Sums,
-    make_digests,
-    make_evaluate,
-    make_gradient,
-    make_reestimate,
-    parallel_rounds,
-    rows_per_dispatch,
-    state,
+from ctde_jax.rounds import Span, make_evaluate, make_reestimate
+from ctde_jax.trainer.contestant import (
+    Contestant,
+    Spread,
+    check_data,
+    initialize,
+    needs_turn,
+    spread,
 )
 from ctde_jax.trainer.training import Training
 
 PARTS = ("input", "dispatch", "compute", "aggregation")
 """The parts of a step, in the order in which they happen."""
-
-_LEAST_TURNS = 5
-_MOST_TURNS = 100
-_LOOP_SECONDS = 0.1
-_LEAST_LOOP = 3  # dispatches
-_MOST_LOOP = 50  # dispatches
-_TRACED_DISPATCHES = 3
-
-
-class Spread(NamedTuple):
-    """Median and quartiles of the values of all turns."""
-
-    median: float
-    low: float
-    """Lower quartile."""
-
-    high: float
-    """Upper quartile."""
 
 
 Partition = Callable[[int], Sequence[np.ndarray] | None]
@@ -139,33 +114,21 @@ def measure(
     Raises:
         InputError: The training data are not in memory.
     """
-    if training.data.train.is_on_disk or training.data.stream is not None:
-        raise InputError(
-            "dataset",
-            f"must be in memory to be profiled, got {training.data.name}, which is on disk or a "
-            "stream; profile a subset of it.",
-        )
+    check_data(training)
     phase = training.phases(training.log_every)[-1]
     strategy = phase.strategy
     span = phase.spans[0]
 
     # Time the initialization, compilation included, as a run does it once.
     before = time.perf_counter()
-    first = training.data.train.inputs[: training.batch_size]
-    center = jax.jit(training.raw_model.init)(
-        jax.random.split(jax.random.key(training.seed))[0], first
-    )
-    jax.block_until_ready(center)
+    center = initialize(training)
     started = time.perf_counter() - before
 
-    # Size the dispatches as training does: from the time of one row, measured after a first
-    # dispatch that starts the threads.
+    # Compile the rounds.
     say(f"compiling for {len(training.devices)} devices")
-    whole = _Contestant(training, center, strategy, span)
-    whole.dispatch()
-    rows = rows_per_dispatch(whole.dispatch().ready * span.row_rounds * span.round_steps)
-    whole.rounds = min(rows * span.row_rounds, span.piece_rounds)
-    steps = whole.rounds * span.round_steps
+    whole = Contestant(training, center, strategy, span)
+    whole.size_dispatches()
+    steps = whole.steps
 
     # Compile the evaluation.
     before = time.perf_counter()
@@ -174,12 +137,11 @@ def measure(
 
     # To compare with: the same steps without communication, half the batch size, fewer devices.
     without_reduction = Strategy(steps, optax.identity(), inner=strategy.inner)
-    alone = _Contestant(training, center, without_reduction, Span(0, steps, steps), whole)
+    alone = Contestant(training, center, without_reduction, Span(0, steps, steps), whole.examples)
     half = None
     if training.batch_size % (2 * len(training.devices) * training.accumulation_steps) == 0:
-        half = _Contestant(
-            replace(training, batch_size=training.batch_size // 2), center, strategy, span, whole
-        )
+        halved = replace(training, batch_size=training.batch_size // 2)
+        half = Contestant(halved, center, strategy, span, whole.examples)
     scaling = _on_fewer_devices(training, partition, center, strategy, span, say)
     scaling[len(training.devices)] = whole
 
@@ -218,7 +180,7 @@ def _on_fewer_devices(
     strategy: Strategy,
     span: Span,
     say: Callable[[str], None],
-) -> dict[int, "_Contestant"]:
+) -> dict[int, Contestant]:
     """Compiles the same training for the smaller powers of two of devices on which it can run.
 
     Returns:
@@ -232,15 +194,15 @@ def _on_fewer_devices(
         except InputError:
             # The strategy, the batch size or the partition rules out this number of devices.
             continue
-        scaling[count] = _Contestant(fewer, center, strategy, span)
+        scaling[count] = Contestant(fewer, center, strategy, span)
     return scaling
 
 
 def _take_turns(
-    whole: "_Contestant",
-    alone: "_Contestant",
-    half: "_Contestant | None",
-    scaling: dict[int, "_Contestant"],
+    whole: Contestant,
+    alone: Contestant,
+    half: Contestant | None,
+    scaling: dict[int, Contestant],
     evaluate: Callable[[], float],
     seconds: float,
     say: Callable[[str], None],
@@ -267,14 +229,13 @@ def _take_turns(
         contestant.dispatch()
     alone.dispatch()
     evaluate()
-    dispatched = whole.dispatch().ready * whole.steps
-    length = int(np.clip(_LOOP_SECONDS / dispatched, _LEAST_LOOP, _MOST_LOOP))
+    length = whole.loop_length()
 
     # Every turn measures all contestants, so that a slow moment of the machine affects all of them.
     turns: list[dict[str, float]] = []
     loops: dict[int, list[float]] = {count: [] for count in scaling}
     ends = time.perf_counter() + seconds
-    while len(turns) < _LEAST_TURNS or (time.perf_counter() < ends and len(turns) < _MOST_TURNS):
+    while needs_turn(len(turns), ends):
         say(f"measuring, turn {len(turns) + 1}")
         taken = whole.dispatch()
         taken_alone = alone.dispatch()
@@ -294,171 +255,8 @@ def _take_turns(
     return turns, loops
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Returns the median and the quartiles of values; negative results become 0.
-
-    Differences of times can be negative because of noise.
-
-    Args:
-        values: Times in seconds, differences of times, or ratios of times.
-    """
-    low, middle, high = np.maximum(np.percentile(values, [25, 50, 75]), 0)
-    return Spread(float(middle), float(low), float(high))
-
-
-class _Dispatch(NamedTuple):
-    """Seconds per step until the host's call has returned, and until the results are ready."""
-
-    returned: float
-    ready: float
-
-
-class _Contestant:
-    """A compiled program of rounds, with its current state and its next batches.
-
-    Args:
-        training: The training, whose data are in memory.
-        center: Pair of the initial parameters and model state.
-        strategy: The strategy of the rounds.
-        span: Span with the sizes of rounds, rows and pieces.
-        sharing: A contestant on the same devices whose examples this one uses as well; None if this
-            one transfers the examples to the devices.
-    """
-
-    def __init__(
-        self,
-        training: Training,
-        center: tuple[PyTree, PyTree],
-        strategy: Strategy,
-        span: Span,
-        sharing: "_Contestant | None" = None,
-    ):
-        # Draw the batches in the order of training.
-        devices = training.devices
-        self.devices = devices
-        self.rounds = span.row_rounds
-        self._span = span
-        assert isinstance(training.source, Resident), "checked by measure"
-        # Each contestant has a separate cache of draws, and `input` another.
-        self.batches = training.source.batches.with_empty_cache()
-        self._fresh = training.source.batches.with_empty_cache()
-        self._inputs = self._draw()
-
-        # Put the state and the examples on the devices.
-        before = time.perf_counter()
-        averages = training.ema_decay is not None
-        params, model_state = center
-        trained, frozen = training.divide(params)
-        self._state = state.place(
-            trained, model_state, training.optimizer, strategy, devices, averages, frozen
-        )
-        self.examples = training.source.hold(devices) if sharing is None else sharing.examples
-        self.key = replica.replicate(jax.random.split(jax.random.key(training.seed))[1], devices)
-        jax.block_until_ready((self._state, self.examples))
-        placed = time.perf_counter()
-
-        # Trace, lower and compile, each timed. The first inputs are drawn before the clock starts.
-        gradient = make_gradient(
-            training.raw_model,
-            training.weighted_task,
-            training.augment,
-            training.accumulation_steps,
-        )
-        rounds = parallel_rounds(
-            gradient, training.optimizer, strategy, devices, self.batches.axis, training.ema_decay
-        )
-        arguments = (self._state, self.examples, *next(self._inputs), self.key)
-        ready = time.perf_counter()
-        # `eval_shape` only traces, so that tracing and lowering are timed apart.
-        jax.eval_shape(rounds, *arguments)
-        traced = time.perf_counter()
-        lowered = rounds.lower(*arguments)
-        is_lowered = time.perf_counter()
-        self._run = replica.compiled(lowered, devices)
-        self._digest = make_digests(devices, strategy)
-        self.once = {
-            "place state and data": placed - before,
-            "trace": traced - ready,
-            "lower": is_lowered - traced,
-            "compile": time.perf_counter() - is_lowered,
-        }
-
-    @property
-    def steps(self) -> int:
-        """Number of steps of a dispatch."""
-        return self.rounds * self._span.round_steps
-
-    def dispatch(self) -> _Dispatch:
-        """Runs the program once, with its input already on the devices, and times it."""
-        drawn = jax.block_until_ready(next(self._inputs))
-        steps = self.steps
-        before = time.perf_counter()
-        sums = self._advance(*drawn)
-        returned = time.perf_counter()
-        jax.block_until_ready((self._state, sums))
-        return _Dispatch((returned - before) / steps, (time.perf_counter() - before) / steps)
-
-    def loop(self, length: int) -> float:
-        """Runs the program `length` times as training does; returns the seconds of a step."""
-        before = time.perf_counter()
-        unread = None
-        for _ in range(length):
-            sums = self._digest(self._advance(*next(self._inputs)), self._state)
-            # Read the previous dispatch while this one runs, as training does.
-            if unread is not None:
-                jax.device_get(unread)
-            unread = sums
-        jax.device_get(unread)
-        return (time.perf_counter() - before) / (length * self.steps)
-
-    def input(self, turn: int) -> float:
-        """Makes the batches of a piece and puts them on the devices; returns the seconds per step.
-
-        If the order is drawn for more steps than a piece has, the time of a draw is divided by its
-        number of steps.
-        """
-        drawn_steps = self.batches.steps_per_draw
-        steps = self._span.piece_rounds * self._span.round_steps
-        # Draw outside the piece's time, into the cache from which `index_blocks` then takes it.
-        before = time.perf_counter()
-        if drawn_steps > steps:
-            self._fresh.draw(turn)
-        drawn = time.perf_counter()
-
-        # Make the piece's indices and put them on the devices.
-        start = turn * max(drawn_steps, steps)
-        cut = index_blocks(
-            self._fresh, self._span.round_steps, self._span.piece_rounds, start, start + steps
-        )
-        jax.block_until_ready(replica.shard(next(cut)[0], self.devices))
-        return (drawn - before) / drawn_steps + (time.perf_counter() - drawn) / steps
-
-    def trace(self, folder: Path) -> None:
-        """Writes a trace of host and devices during a few dispatches, for XProf and Perfetto."""
-        with jax.profiler.trace(folder, create_perfetto_trace=True):
-            for number in range(_TRACED_DISPATCHES):
-                with jax.profiler.StepTraceAnnotation("dispatch", step_num=number):
-                    self.dispatch()
-
-    def _draw(self) -> Iterator[tuple[jax.Array, np.int32, np.int32]]:
-        """Yields the indices of a piece with the first and the last round of each full dispatch."""
-        for indices, _ in index_blocks(
-            self.batches, self._span.round_steps, self._span.piece_rounds, 0, sys.maxsize
-        ):
-            indices = replica.shard(indices, self.devices)
-            first = 0
-            # All dispatches must have the same length, so remaining rounds are left out.
-            while first + self.rounds <= self._span.piece_rounds:
-                yield indices, np.int32(first), np.int32(first + self.rounds)
-                first += self.rounds
-
-    def _advance(self, indices: jax.Array, first: np.int32, last: np.int32) -> Sums:
-        self._state, sums = self._run(self._state, self.examples, indices, first, last, self.key)
-        return sums
-
-
 def _make_evaluation(
-    training: Training, center: tuple[PyTree, PyTree], contestant: _Contestant
+    training: Training, center: tuple[PyTree, PyTree], contestant: Contestant
 ) -> Callable[[], float]:
     """Makes a function that evaluates as training does, and returns the duration in seconds."""
     devices = contestant.devices

@@ -14,7 +14,8 @@ from ctde_jax.aggregate import gossip
 from ctde_jax.errors import InputError
 from ctde_jax.models.tasks import classification
 from ctde_jax.trainer import Training, stopwatch
-from ctde_jax.trainer.stopwatch import Profile, Spread, measure, spread
+from ctde_jax.trainer.contestant import Spread, spread
+from ctde_jax.trainer.stopwatch import Profile, measure
 
 
 def constant(seconds: float) -> Spread:
