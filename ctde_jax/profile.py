@@ -2,9 +2,10 @@
 
     python -m ctde_jax.profile --model cnn                       # options of ctde_jax.train
     python -m ctde_jax.profile --model cnn --trace runs/trace    # also writes a trace of some steps
+    python -m ctde_jax.profile --model cnn --find batch-size     # measures growing batch sizes
 
 `trainer/stopwatch.py` measures; this module parses the options and presents the measurements as
-tables, a figure and advice.
+tables, a figure and advice. `trainer/batch_size_finder.py` does both for `--find batch-size`.
 """
 
 import os
@@ -22,15 +23,21 @@ from rich.table import Table
 import ctde_jax as ctde
 from ctde_jax import config as options
 from ctde_jax.bundle import streams
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, check_known
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ctde_jax.trainer import Profile, Spread
+    from ctde_jax.trainer import Profile, Spread, Training
 
 SECONDS = 10.0
 """Approximate duration of all turns; the minimum number of turns may take longer."""
+
+SECONDS_PER_SIZE = 2.0
+"""Approximate duration of the measurement of one batch size by `--find batch-size`."""
+
+_FINDABLE = ("batch-size",)
+"""Options that `--find` can find a value for."""
 
 _BAR = 20  # characters
 _COLORS = {
@@ -57,31 +64,40 @@ def main(arguments: Sequence[str]) -> int:
     """
     started = time.perf_counter()
 
-    # Help on the one option of this command; the parser of the other options prints the rest.
+    # Help on the options of this command; the parser of the other options prints the rest.
     if {"-h", "--help"} & set(arguments):
         print(
-            "--trace FOLDER  also write a trace of a few steps for XProf and Perfetto; all other "
-            "options are those of python -m ctde_jax.train:"
+            "--trace FOLDER  also write a trace of a few steps for XProf and Perfetto\n"
+            f"--find {'|'.join(_FINDABLE)}  instead, measure doublings of --batch-size\n"
+            "all other options are those of python -m ctde_jax.train:"
         )
     try:
         trace, rest = options.take("trace", arguments, "name a folder")
-        _profile(
+        find, rest = options.take("find", rest, f"be one of {', '.join(_FINDABLE)}")
+        if find is not None:
+            check_known("find", find, _FINDABLE)
+        if find is not None and trace is not None:
+            raise InputError("trace", "must be left out with --find, which writes no trace.")
+        _run(
             options.parse(rest, "profile"),
+            find,
             None if trace is None else Path(os.path.expanduser(trace)),
             started,
         )
         return 0
     except InputError as error:
-        option = "--trace" if error.option == "trace" else options.flag(error.option)
+        is_of_profile = error.option in ("find", "trace")
+        option = f"--{error.option}" if is_of_profile else options.flag(error.option)
         print(f"error: {option} {error.sentence}", file=sys.stderr)
         return 2
 
 
-def _profile(config: options.Config, trace: Path | None, started: float) -> None:
-    """Measures a training, prints tables and advice, and saves the figure to the run folder.
+def _run(config: options.Config, find: str | None, trace: Path | None, started: float) -> None:
+    """Builds a training, measures it, and saves a figure to the run folder.
 
     Args:
         config: Options of the run.
+        find: The option to find a value for, or None for a profile.
         trace: Folder for a trace, or None.
         started: Start of the command, by `time.perf_counter`.
 
@@ -95,7 +111,6 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
 
     # Imported here, so that the import of JAX is measured.
     from ctde_jax.config import build
-    from ctde_jax.trainer import picture, stopwatch
 
     # Time what a run does once: imports, start of the devices, loading of the data.
     imported = time.perf_counter()
@@ -112,9 +127,8 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
         "data loading": loaded - started_devices,
     }
 
-    # The partition is a function of the number of devices, for the measurement on fewer devices.
     training = build.build_training(config, data, devices)
-    partition = partial(build.make_partition, config.data, data.train.labels, seed=seed)
+    title = f"{config.model.model} on {data.name}, {_count(len(devices), 'device')}"
 
     # Claim the folders before the measurement, whose result would be lost if they are not writable.
     if trace is not None:
@@ -122,29 +136,76 @@ def _profile(config: options.Config, trace: Path | None, started: float) -> None
     folder = config.run.run_dir or options.new_run_folder(config, "profile-")
     with ctde.checkpoint.claimed(folder):
         ctde.checkpoint.check_new(folder)
+        if find is None:
+            _profile(config, training, trace, once, title, folder / "profile.png")
+        else:
+            _find_batch_size(training, title, folder / "batch-size.png")
 
-        # Measure.
-        screen = ctde.trainer.console()
-        count = _count(len(devices), "device")
-        title = (
-            f"{config.model.model} on {data.name}, {count}, {training.batch_size} examples per step"
+
+def _profile(
+    config: options.Config,
+    training: "Training",
+    trace: Path | None,
+    once: dict[str, float],
+    title: str,
+    path: Path,
+) -> None:
+    """Measures the parts of a training, prints tables and advice, and saves the figure.
+
+    Args:
+        config: Options of the run.
+        training: The training that they describe.
+        trace: Folder for a trace, or None.
+        once: Time of each part of the start-up so far.
+        title: Model, data and devices.
+        path: File of the figure.
+    """
+    from ctde_jax.config import build
+    from ctde_jax.trainer import picture, stopwatch
+
+    # The partition is a function of the number of devices, for the measurement on fewer devices.
+    labels = training.data.train.labels
+    partition = partial(build.make_partition, config.data, labels, seed=training.seed)
+
+    # Measure.
+    screen = ctde.trainer.console()
+    with screen.status("initializing") as status:
+        measured = stopwatch.measure(training, partition, SECONDS, trace, status.update)
+    measured = replace(measured, once={**once, **measured.once})
+
+    # Present the result.
+    title = f"{title}, {training.batch_size} examples per step"
+    failure = picture.save(partial(plot, measured, title), path)
+    for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):
+        screen.print(table)
+    for sentence in advice(measured):
+        screen.print(f"- {sentence}")
+    screen.print(failure or f"figure     {path}")
+    if trace is not None:
+        screen.print(
+            f"trace      {trace}: open perfetto_trace.json.gz in its deepest subfolder at "
+            f"https://ui.perfetto.dev, or run pip install xprof && xprof --logdir {trace}"
         )
-        with screen.status("initializing") as status:
-            measured = stopwatch.measure(training, partition, SECONDS, trace, status.update)
-        measured = replace(measured, once={**once, **measured.once})
 
-        # Present the result.
-        failure = picture.save(partial(plot, measured, title), folder / "profile.png")
-        for table in (step_table(measured, title), run_table(measured), scaling_table(measured)):
-            screen.print(table)
-        for sentence in advice(measured):
-            screen.print(f"- {sentence}")
-        screen.print(failure or f"figure     {folder / 'profile.png'}")
-        if trace is not None:
-            screen.print(
-                f"trace      {trace}: open perfetto_trace.json.gz in its deepest subfolder at "
-                f"https://ui.perfetto.dev, or run pip install xprof && xprof --logdir {trace}"
-            )
+
+def _find_batch_size(training: "Training", title: str, path: Path) -> None:
+    """Measures growing batch sizes, prints a table and advice, and saves the figure.
+
+    Args:
+        training: The training at the smallest batch size.
+        title: Model, data and devices.
+        path: File of the figure.
+    """
+    from ctde_jax.trainer import batch_size_finder, picture
+
+    screen = ctde.trainer.console()
+    with screen.status("initializing") as status:
+        search = batch_size_finder.find(training, SECONDS_PER_SIZE, status.update)
+    failure = picture.save(partial(batch_size_finder.plot, search, title), path)
+    screen.print(batch_size_finder.table(search, title))
+    for sentence in batch_size_finder.advice(search):
+        screen.print(f"- {sentence}")
+    screen.print(failure or f"figure     {path}")
 
 
 def _make_trace_folder(folder: Path) -> None:
@@ -192,7 +253,7 @@ def _about_batch(profile: "Profile") -> Iterable[str]:
     yield (
         f"With half the batch size, a step takes {profile.half_batch.median:.0%} of the time: "
         f"{per_replica} examples per device do not keep a device busy. Increase --batch-size, "
-        "which costs little time per step, or use fewer --devices."
+        "which costs little time per step (--find batch-size measures it), or use fewer --devices."
     )
 
 

@@ -95,17 +95,21 @@ def check_program(program: Any, devices: Sequence[jax.Device]) -> None:
         program: A compiled program of a training step; see `replica.Program`.
         devices: Devices of all hosts.
     """
+    size = temporary(program)
+    if size is not None:
+        lower = "lower batch_size, sync_every or chunk, or use a smaller model"
+        _check_devices("batch_size", "the temporary arrays of a step", size, devices, lower)
+
+
+def temporary(program: Any) -> int | None:
+    """Returns the bytes of a program's temporary arrays on a device; None if they are unknown.
+
+    Args:
+        program: A compiled program; see `replica.Program`.
+    """
     # A backend may return None.
     analysis = program.memory_analysis()
-    if analysis is not None:
-        lower = "lower batch_size, sync_every or chunk, or use a smaller model"
-        _check_devices(
-            "batch_size",
-            "the temporary arrays of a step",
-            analysis.temp_size_in_bytes,
-            devices,
-            lower,
-        )
+    return None if analysis is None else analysis.temp_size_in_bytes
 
 
 def _check_devices(

@@ -1,6 +1,6 @@
 """Training on the host: checks of the arguments, the training loop, logs and results."""
 
-from ctde_jax.trainer import picture, stopwatch, trackers
+from ctde_jax.trainer import batch_size_finder, picture, stopwatch, trackers
 from ctde_jax.trainer.callbacks import Callback
 from ctde_jax.trainer.contestant import Spread
 from ctde_jax.trainer.fit import fit, train
@@ -29,6 +29,7 @@ __all__ = [
     "Trained",
     "Training",
     "accepts",
+    "batch_size_finder",
     "console",
     "fit",
     "in_stored_units",

@@ -15,7 +15,7 @@ import numpy as np
 
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import index_blocks
-from ctde_jax.devices import PyTree, replica
+from ctde_jax.devices import PyTree, memory, replica
 from ctde_jax.errors import InputError
 from ctde_jax.rounds import (
     Resident,
@@ -104,6 +104,9 @@ class Contestant:
         span: Span with the sizes of rounds, rows and pieces.
         examples: The examples of another contestant on the same devices, which this one uses as
             well; None if this one transfers the examples to the devices.
+
+    Raises:
+        InputError: The temporary arrays of a step exceed the memory of the devices.
     """
 
     def __init__(
@@ -163,6 +166,8 @@ class Contestant:
             "lower": is_lowered - traced,
             "compile": time.perf_counter() - is_lowered,
         }
+        memory.check_program(self._run, devices)
+        self.temporary = memory.temporary(self._run)
 
     @property
     def steps(self) -> int:
@@ -206,6 +211,18 @@ class Contestant:
             unread = sums
         jax.device_get(unread)
         return (time.perf_counter() - before) / (length * self.steps)
+
+    def step(self, seconds: float) -> Spread:
+        """Measures the time of a step of the training loop, in turns of about `seconds` in all."""
+        self.size_dispatches()
+        length = self.loop_length()
+        # The first loop is not measured, as it compiles the digests.
+        self.loop(1)
+        ends = time.perf_counter() + seconds
+        times: list[float] = []
+        while needs_turn(len(times), ends):
+            times.append(self.loop(length))
+        return spread(times)
 
     def input(self, turn: int) -> float:
         """Makes the batches of a piece and puts them on the devices; returns the seconds per step.

@@ -44,7 +44,6 @@ from ctde_jax.trainer.training import Training
 PARTS = ("input", "dispatch", "compute", "aggregation")
 """The parts of a step, in the order in which they happen."""
 
-
 Partition = Callable[[int], Sequence[np.ndarray] | None]
 """Function from a number of devices to the partition of the examples for it, or to None."""
 

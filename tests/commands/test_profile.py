@@ -220,7 +220,23 @@ def test_command_prints_times_and_writes_picture_and_trace(tmp_path, monkeypatch
     assert f"trace      {trace}: open perfetto_trace.json.gz in its deepest subfolder" in output
 
 
+def test_command_finds_a_batch_size_and_writes_its_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profile, "SECONDS_PER_SIZE", 0)
+    options = ["--find=batch-size", "--devices=2", "--hidden-sizes=8", "--batch-size=1024"]
+    assert profile.main([*options, "--run-dir", str(tmp_path / "run")]) == 0
+
+    assert (tmp_path / "run" / "batch-size.png").stat().st_size > 10_000
+    output = capsys.readouterr().out
+    assert "speed by batch size, mlp on digits, 2 devices" in output
+    assert re.search(r"│ +1,024 │ .* │ +1\.00 │ +[\d.]+ kB │", output)
+    assert "The search ended, as 2,048 examples exceed the 1,438 training examples." in output
+    assert "1,024 is the smallest that reaches 90% of the best speed" in output
+
+
 MISTAKES = {
+    "--find": "--find must be one of batch-size, got none.",
+    "--find batch_sise": "--find must be one of batch-size, got 'batch_sise'; did you mean",
+    "--find batch-size --trace x": "--trace must be left out with --find, which writes no trace.",
     "--trace": "--trace must name a folder, got none.",
     "--trace --devices 2": "--trace must name a folder, got none.",
     "--trace file/trace": (
@@ -253,4 +269,5 @@ def test_mistake_is_reported_in_one_sentence_with_status_2(
 def test_help_lists_trace_and_the_options_of_a_run(capsys):
     with pytest.raises(SystemExit):
         profile.main(["--help"])
-    assert re.search(r"--trace FOLDER .*--batch-size", capsys.readouterr().out, flags=re.DOTALL)
+    shown = capsys.readouterr().out
+    assert re.search(r"--trace FOLDER .*--find batch-size .*--batch-size", shown, flags=re.DOTALL)
