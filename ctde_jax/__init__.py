@@ -4,6 +4,7 @@
 
 Training
     fit               trains a model on data, with an optax optimizer and a strategy
+    fit_many, Sweep   trains many runs in one program: seeds, numbers, folds; their results
     Training, Saving  all options of `trainer.train`, in two values
     Trained           the result: `predict`, `evaluate`, parameters, history
     Callback          the methods by which a run calls the user's code

@@ -31,9 +31,11 @@ from .models import summary as summary
 from .models import tasks as tasks
 from .trainer import Callback as Callback
 from .trainer import Saving as Saving
+from .trainer import Sweep as Sweep
 from .trainer import Trained as Trained
 from .trainer import Training as Training
 from .trainer import fit as fit
+from .trainer import fit_many as fit_many
 from .trainer import load as load
 from .trainer import plot_curves as plot_curves
 from .trainer import trackers as trackers

@@ -5,7 +5,9 @@ Library users catch them as ordinary exceptions. The commands print the message 
 """
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
+from math import inf
 from pathlib import Path
 
 
@@ -157,6 +159,50 @@ def check_at_most(most: int, **options: int | None) -> None:
     for option, value in options.items():
         if value is not None and value > most:
             raise InputError(option, f"must be at most {most:,}, got {value}.")
+
+
+def check_positive(**options: float | None) -> None:
+    """Raises InputError if an option is not positive and finite; None and traced numbers pass."""
+    for option, value in _known(options):
+        if not 0 < value < inf:
+            raise InputError(option, f"must be greater than 0 and finite, got {value}.")
+
+
+def check_not_negative(**options: float | None) -> None:
+    """Raises InputError if an option is negative or infinite; None and traced numbers pass."""
+    for option, value in _known(options):
+        if not 0 <= value < inf:
+            raise InputError(option, f"must be at least 0 and finite, got {value}.")
+
+
+def check_fraction(**options: float | None) -> None:
+    """Raises InputError unless an option is from 0 to below 1; None and traced numbers pass."""
+    for option, value in _known(options):
+        if not 0 <= value < 1:
+            raise InputError(option, f"must be at least 0 and less than 1, got {value}.")
+
+
+def is_zero(value: float) -> bool:
+    """Returns whether a number is zero; False for a traced number, which stands for any value."""
+    return not is_traced(value) and value == 0
+
+
+def is_traced(value: object) -> bool:
+    """Returns whether JAX traces a value, as it does the numbers of many runs in one program.
+
+    These numbers were checked before, when the runs were made.
+    """
+    # This module does not import JAX.
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)
+
+
+def _known(options: Mapping[str, float | None]) -> list[tuple[str, float]]:
+    return [
+        (option, value)
+        for option, value in options.items()
+        if value is not None and not is_traced(value)
+    ]
 
 
 def check_seed(seed: int) -> None:

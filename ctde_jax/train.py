@@ -94,13 +94,15 @@ def _outcome(
     Raises:
         Exception: An exception that has no status, if there is only one host.
     """
-    from ctde_jax.config import walk  # not at the top, as it imports JAX
+    from ctde_jax.config import sweep, walk  # not at the top, as they import JAX
 
     # Each exception of the library has its status.
     try:
         if meeting is not None:
             ctde.devices.hosts.join(meeting)
-        return (130 if walk.train(config, started).interrupted else 0), ""
+        is_many = config.run.seeds is not None or config.run.sweep
+        train = sweep.train_many if is_many else walk.train
+        return (130 if train(config, started).interrupted else 0), ""
     except InputError as error:
         return 2, f"{options.flag(error.option)} {error.sentence}"
     except NonFiniteLoss as error:

@@ -22,7 +22,7 @@ from ctde_jax.aggregate.mean import mean
 from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.aggregate.scaling import relative
 from ctde_jax.devices import AXIS, PyTree
-from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.errors import InputError, check_at_least, check_not_negative, check_positive
 
 
 def private(
@@ -57,12 +57,8 @@ def private(
         >>> reduce = ctde.aggregate.private(clip_norm=1.0, noise_multiplier=1.0)
         >>> strategy = ctde.Strategy(inner_steps=20, reduce=reduce)
     """
-    if not 0 < clip_norm < math.inf:
-        raise InputError("clip_norm", f"must be greater than 0 and finite, got {clip_norm}.")
-    if not 0 <= noise_multiplier < math.inf:
-        raise InputError(
-            "noise_multiplier", f"must be at least 0 and finite, got {noise_multiplier}."
-        )
+    check_positive(clip_norm=clip_norm)
+    check_not_negative(noise_multiplier=noise_multiplier)
 
     def update(
         updates,

@@ -13,8 +13,6 @@ replicas. The rules for whole vectors sum the squared distances that the owners 
 slices: 3 R x R floats for Krum, 3 R floats per iteration for the others.
 """
 
-from math import inf
-
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float32
@@ -22,7 +20,7 @@ from jaxtyping import Array, Float32
 from ctde_jax.aggregate.combine import Combine, Rows
 from ctde_jax.aggregate.scaling import norm
 from ctde_jax.devices import AXIS
-from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.errors import InputError, check_at_least, check_positive
 
 
 def median() -> Combine:
@@ -158,7 +156,7 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 8) -> Combine:
         >>> rule = ctde.aggregate.geometric_median()
         >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=rule))
     """
-    _check_positive(smoothing=smoothing)
+    check_positive(smoothing=smoothing)
     check_at_least(1, iterations=iterations)
 
     def update(rows, weights, state):
@@ -195,7 +193,7 @@ def centered_clipping(radius: float, iterations: int = 1) -> Combine:
         >>> rule = ctde.aggregate.centered_clipping(radius=1.0)
         >>> strategy = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=rule))
     """
-    _check_positive(radius=radius)
+    check_positive(radius=radius)
     check_at_least(1, iterations=iterations)
 
     def update(rows, weights, last_agreed):
@@ -269,9 +267,3 @@ def _check_replicas(rule: str, byzantine: int, least: int) -> None:
         f"set byzantine to at most {most}" if most >= 0 else "use another rule, such as the median"
     )
     raise InputError("devices", f"{requirement}; use more devices, or {way_out}.")
-
-
-def _check_positive(**options: float) -> None:
-    for option, value in options.items():
-        if not 0 < value < inf:
-            raise InputError(option, f"must be greater than 0 and finite, got {value}.")

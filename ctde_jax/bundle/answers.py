@@ -6,7 +6,7 @@ import numpy as np
 
 from ctde_jax.bundle.card import Bundle
 from ctde_jax.bundle.runtimes import Predict, Step, load, load_step
-from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.errors import InputError, check_at_least, check_not_negative
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -74,8 +74,7 @@ def write(
         raise InputError("prompt", f"requires a language model, but {bundle.folder} is not one.")
     check_at_least(1, length=length)
     check_at_least(0, seed=seed)
-    if not 0 <= temperature < np.inf:
-        raise InputError("temperature", f"must be at least 0 and finite, got {temperature}.")
+    check_not_negative(temperature=temperature)
 
     # Tokens are characters.
     token_of = {character: token for token, character in enumerate(vocabulary)}

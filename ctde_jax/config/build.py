@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, prod
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,7 +30,16 @@ from ctde_jax.data import (
     steps_per_epoch,
     targets_or_classes,
 )
-from ctde_jax.errors import InputError, check_at_least, check_at_most, check_known, quoted
+from ctde_jax.errors import (
+    InputError,
+    check_at_least,
+    check_at_most,
+    check_fraction,
+    check_known,
+    check_positive,
+    is_zero,
+    quoted,
+)
 from ctde_jax.models import Model, Task, focal, initializers, mup, smoothed, tasks
 from ctde_jax.trainer import Training, trackers
 
@@ -52,9 +61,7 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
     parts = make_partition(chosen.data, dataset.train.labels, len(devices), optimization.seed)
 
     # A schedule needs the number of steps, which may be given in epochs.
-    epoch = steps_per_epoch(len(dataset.train.inputs), len(devices), optimization.batch_size, parts)
-    epochs = optimization.epochs if optimization.steps is None else None
-    steps = count_steps(epoch, epochs, optimization.steps)
+    steps = count_total_steps(chosen, dataset, len(devices), parts)
 
     # `Training` checks its arguments when it is created.
     return Training(
@@ -82,6 +89,26 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
         eval_every=run.eval_every,
         log_every=run.log_every,
     )
+
+
+def count_total_steps(
+    chosen: Config, dataset: Dataset, replicas: int, parts: Sequence[np.ndarray] | None
+) -> int:
+    """Returns the number of optimizer steps of a run, which may be given in epochs.
+
+    Args:
+        chosen: Options of the run.
+        dataset: Data set.
+        replicas: Number of replicas.
+        parts: Example indices of each device or client, if the examples are partitioned.
+
+    Raises:
+        InputError: As for `data.steps_per_epoch` and `data.count_steps`.
+    """
+    optimization = chosen.optimization
+    epoch = steps_per_epoch(len(dataset.train.inputs), replicas, optimization.batch_size, parts)
+    epochs = optimization.epochs if optimization.steps is None else None
+    return count_steps(epoch, epochs, optimization.steps)
 
 
 def load_data(chosen: DataOptions, seed: int = 0) -> Dataset:
@@ -151,7 +178,7 @@ def build_task(chosen: Config, dataset: Dataset) -> Task:
     task = tasks.for_data(dataset, chosen.data.task)
     gamma = chosen.optimization.focal_gamma
     smoothing = chosen.optimization.label_smoothing
-    if gamma and smoothing:
+    if gamma and not is_zero(smoothing):
         raise InputError(
             "focal_gamma",
             f"must be 0 with --label-smoothing, which replaces the same loss, got {gamma}.",
@@ -590,10 +617,8 @@ def _build_outer(chosen: AggregationOptions) -> optax.GradientTransformation:
     rate = chosen.outer_learning_rate
     momentum = chosen.outer_momentum
     # optax does not check these numbers.
-    if not 0 < rate < inf:
-        raise InputError("outer_learning_rate", f"must be greater than 0 and finite, got {rate}.")
-    if not 0 <= momentum < 1:
-        raise InputError("outer_momentum", f"must be at least 0 and less than 1, got {momentum}.")
+    check_positive(outer_learning_rate=rate)
+    check_fraction(outer_momentum=momentum)
     outers = {
         "average": lambda: aggregate.AVERAGE,
         "momentum": lambda: optax.sgd(rate, momentum=momentum),

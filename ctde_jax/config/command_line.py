@@ -6,7 +6,7 @@ those of the user, so it passes the same checks, and the options of the user tak
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +53,10 @@ def parse(arguments: Sequence[str], command: str = "train") -> Config:
     """
     # Check the options of the user, before those of a saved configuration.
     typed = _check(arguments)
+    if command != "train":
+        for name in ("seeds", "sweep"):
+            if as_flag(name) in typed:
+                raise InputError(name, "requires python -m ctde_jax.train.")
     if {"--epochs", "--steps"} <= typed:
         raise InputError("epochs", "and --steps are mutually exclusive; pass only one of them.")
     chosen = _parse(arguments, command)
@@ -181,6 +185,8 @@ _DECIDE_NOTHING = (
     "track",
     "prompt",
     "sample_length",
+    "seeds",
+    "sweep",
 )
 """Options that may change when a run continues, such as the devices or the location of the data.
 
@@ -453,6 +459,46 @@ def _check_effect(typed: set[str], parsed: Config) -> None:
                 for value in allowed
             )
             raise InputError(option, f"requires {names}.")
+
+
+def with_words(config: Config, words: Mapping[str, str]) -> Config:
+    """Returns a configuration with other options, which are checked as on the command line.
+
+    Args:
+        config: The configuration.
+        words: The values of the other options, by name.
+
+    Raises:
+        InputError: A value is invalid, or would have no effect.
+    """
+    types = _option_types()
+    for name, word in words.items():
+        _check_values(as_flag(name), types[name], [word])
+    groups = {group.name: getattr(config, group.name) for group in fields(config)}
+    changed = Config(
+        **{
+            name: replace(
+                group,
+                **{
+                    option: _converted(types[option], word)
+                    for option, word in words.items()
+                    if hasattr(group, option)
+                },
+            )
+            for name, group in groups.items()
+        }
+    )
+    _check_effect({as_flag(name) for name in words}, changed)
+    return changed
+
+
+def _converted(kind: Any, word: str) -> Any:
+    """Converts a valid word to the type of an option."""
+    if get_origin(kind) is tuple:
+        return (_converted(get_args(kind)[0], word),)
+    if isinstance(kind, UnionType):
+        return None if word == "None" else _converted(get_args(kind)[0], word)
+    return kind(word) if kind in (int, float) else word
 
 
 def _check_values(option: str, kind: Any, values: list[str]) -> None:

@@ -11,7 +11,14 @@ import optax.contrib
 from jax import numpy as jnp
 
 from ctde_jax.devices import PyTree
-from ctde_jax.errors import InputError, check_at_least, check_known, quoted
+from ctde_jax.errors import (
+    InputError,
+    check_at_least,
+    check_known,
+    check_not_negative,
+    check_positive,
+    quoted,
+)
 from ctde_jax.models import fine_tuning
 
 OPTIMIZERS = {
@@ -80,8 +87,7 @@ def build(
         raise InputError(
             "weight_decay", f"requires one of {', '.join(DECAYING)}, got the optimizer {name}."
         )
-    if weight_decay is not None and not 0 <= weight_decay < inf:
-        raise InputError("weight_decay", f"must be at least 0 and finite, got {weight_decay}.")
+    check_not_negative(weight_decay=weight_decay)
 
     # Hyperparameters are part of the state, so that the learning rate of each step can be logged.
     make = optax.inject_hyperparams(lambda learning_rate: OPTIMIZERS[name](learning_rate, *decay))
@@ -90,10 +96,7 @@ def build(
     # Clip the gradients, not the updates.
     if clip_grad_norm is None:
         return optimizer
-    if not 0 < clip_grad_norm < inf:
-        raise InputError(
-            "clip_grad_norm", f"must be greater than 0 and finite, got {clip_grad_norm}."
-        )
+    check_positive(clip_grad_norm=clip_grad_norm)
     # The norm before clipping is logged. Clipping computes it anyway, so that costs nothing.
     keep_norm = optax.snapshot("gradient_norm", optax.tree.norm)
     return optax.chain(keep_norm, optax.clip_by_global_norm(clip_grad_norm), optimizer)
@@ -182,10 +185,7 @@ def build_schedule(
         [0.0, 0.1, 0.05, 0.0]
     """
     check_known("schedule", schedule, SCHEDULES)
-    if not 0 < learning_rate < inf:
-        raise InputError(
-            "learning_rate", f"must be greater than 0 and finite, got {learning_rate}."
-        )
+    check_positive(learning_rate=learning_rate)
     check_at_least(0, warmup_steps=warmup_steps, schedule_start=schedule_start)
     decay_steps = total_steps - schedule_start - warmup_steps
     if schedule_start and total_steps <= schedule_start:

@@ -15,6 +15,9 @@ Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=""
 Names = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")
 ]
+Sweeps = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUES [NAME=VALUES ...]", help_behavior_hint="")
+]
 Weights = Annotated[
     tuple[str, ...],
     tyro.conf.arg(metavar="{balanced,FLOAT [FLOAT ...]}", help_behavior_hint=""),
@@ -402,6 +405,15 @@ class RunOptions:
     branch_from: Folder = None
     """Continue from this checkpoint of another run, with its options except those given here
     (default: none)."""
+
+    # Many runs.
+    seeds: Count = None
+    """Number of runs with different seeds, from --seed on, which one program trains; the table
+    shows the mean and the standard deviation of their metrics; by default one run."""
+
+    sweep: Sweeps = ()
+    """Values of options, such as learning-rate=log:0.001:0.1:5 or batch-size=32,64: trains a run
+    for each combination, and for each of --seeds; by default none."""
 
     # Checkpoints.
     save_every: Count = None

@@ -14,6 +14,7 @@ from ctde_jax.data.batches import (
 from ctde_jax.data.classes import look_up
 from ctde_jax.data.dataset import (
     Dataset,
+    folds,
     from_arrays,
     hold_out,
     is_channels_first,
@@ -62,6 +63,7 @@ __all__ = [
     "encode",
     "fashion_mnist",
     "filled_up",
+    "folds",
     "from_arrays",
     "from_batches",
     "from_folder",

@@ -24,7 +24,7 @@ from ctde_jax.data.classes import from_words, look_up, note_on_numbers, notes_on
 from ctde_jax.data.disk import DiskArray, slices
 from ctde_jax.data.split import Split, TrainingSplit, WeightedSplit, check_pair, select
 from ctde_jax.data.stream import Stream
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, check_at_least, check_at_most
 
 TEST_FRACTION = 0.2
 
@@ -369,13 +369,7 @@ def hold_out(dataset: Dataset, validation_fraction: float, seed: int = 0) -> Dat
         >>> len(data.train.inputs), len(data.validation.inputs)
         (1294, 144)
     """
-    dataset.check_arrays("validation_fraction")
-    if dataset.validation is not None:
-        raise InputError(
-            "validation_fraction",
-            f"must not be set, as {dataset.name} has a validation split of "
-            f"{len(dataset.validation.inputs):,} examples, got {validation_fraction}.",
-        )
+    _check_no_validation(dataset, "validation_fraction", validation_fraction)
     examples = len(dataset.train.inputs)
     # A fraction outside of (0, 1) holds out nothing, which is rejected.
     held_out = round(validation_fraction * examples) if 0 < validation_fraction < 1 else 0
@@ -386,19 +380,65 @@ def hold_out(dataset: Dataset, validation_fraction: float, seed: int = 0) -> Dat
             f"validation, got {validation_fraction}.",
         )
 
-    # Sorted, so that examples keep their order, and rows on disk are read in that of the file.
     order = np.random.default_rng(seed).permutation(examples)
-    kept = np.sort(order[held_out:])
-    validation = np.sort(order[:held_out])
-    note = (
-        f"{held_out:,} of the {examples:,} training examples are held out at random for validation."
-    )
-    train = select(dataset.train, kept)
+    return _with_validation(dataset, order[:held_out], order[held_out:])
+
+
+def folds(dataset: Dataset, count: int, seed: int = 0) -> list[Dataset]:
+    """Divides the training examples into random folds of equal size, for cross-validation.
+
+    The validation split of each result is one fold, its training split the others; the sizes of two
+    folds differ by at most one. Scale and classes are those of all training examples.
+
+    Args:
+        dataset: Data set of arrays.
+        count: Number of folds, at least 2.
+        seed: Random seed of the division.
+
+    Raises:
+        InputError: If there are fewer than 2 folds or more folds than examples, if the data set has
+            a validation split, or if the examples come from a stream.
+
+    Examples:
+        >>> for fold in ctde.data.folds(ctde.data.digits(), 5)[:1]:
+        ...     print(len(fold.train.inputs), len(fold.validation.inputs))
+        1150 288
+    """
+    _check_no_validation(dataset, "count", count)
+    check_at_least(2, count=count)
+    check_at_most(len(dataset.train.inputs), count=count)
+    order = np.random.default_rng(seed).permutation(len(dataset.train.inputs))
+    parts = np.array_split(order, count)
+    return [
+        _with_validation(dataset, part, np.concatenate([*parts[:fold], *parts[fold + 1 :]]))
+        for fold, part in enumerate(parts)
+    ]
+
+
+def _check_no_validation(dataset: Dataset, option: str, value: float) -> None:
+    dataset.check_arrays(option)
+    if dataset.validation is not None:
+        raise InputError(
+            option,
+            f"must not be set, as {dataset.name} has a validation split of "
+            f"{len(dataset.validation.inputs):,} examples, got {value}.",
+        )
+
+
+def _with_validation(dataset: Dataset, validation: np.ndarray, kept: np.ndarray) -> Dataset:
+    """Moves the training examples with the indices `validation` to the validation split."""
+    train = select(dataset.train, np.sort(kept))
     _check_any_weight(train)
+    note = (
+        f"{len(validation):,} of the {len(validation) + len(kept):,} training examples are held "
+        "out at random for validation."
+    )
+    # Sorted, so that examples keep their order, and rows on disk are read in that of the file.
+    whole = Split(dataset.train.inputs, dataset.train.labels)
     return replace(
         dataset,
         train=train,
-        validation=select(Split(dataset.train.inputs, dataset.train.labels), validation),
+        validation=select(whole, np.sort(validation)),
         notes=(*dataset.notes, note),
     )
 

@@ -15,6 +15,7 @@ from ctde_jax.devices.replica import (
     largest,
     weighted_mean,
 )
+from ctde_jax.devices.runs import divide, over_runs, share
 
 __all__ = [
     "AXIS",
@@ -27,13 +28,16 @@ __all__ = [
     "as_real",
     "check_backend",
     "count_cores",
+    "divide",
     "hosts",
     "is_changed",
     "is_vmapped",
     "largest",
     "memory",
     "one_for_each",
+    "over_runs",
     "replica",
+    "share",
     "start",
     "supervisor",
     "weighted_mean",

@@ -86,6 +86,37 @@ def check_training(
     _check_devices("model" if is_model else "strategy", what, a_device, devices, way_out)
 
 
+def check_runs(train_states: Any, params: Any, runs: int, devices: Sequence[jax.Device]) -> None:
+    """Raises InputError if the training states of many runs exceed the memory of the devices.
+
+    Args:
+        train_states: Training states of all runs, which the devices share equally; only shapes and
+            dtypes are read.
+        params: Parameters of one run; only shapes and dtypes are read.
+        runs: Number of runs.
+        devices: Devices of this host.
+    """
+    needed = size_of(train_states)
+    there = _memory_of(devices)
+    if there is not None and needed + size_of(params) > there:
+        most = max(0, there - size_of(params)) * runs // needed
+        raise InputError(
+            "seeds",
+            f"must be fewer, or the model smaller: the states of {runs:,} runs take at least "
+            f"{decimal(needed)}, but there are only {decimal(there)}; at most {most:,} runs fit.",
+        )
+
+
+def _memory_of(devices: Sequence[jax.Device]) -> int | None:
+    """Returns the memory of all devices of this host together; None if JAX does not report it."""
+    # Every accelerator has separate memory; fake CPU devices share that of the machine.
+    here = distinct(devices)
+    if here[0].platform == "cpu":
+        return of_this_machine()
+    limit = (here[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else limit * len(here)
+
+
 def check_program(program: Any, devices: Sequence[jax.Device]) -> None:
     """Raises InputError if a program's temporary arrays, such as activations, exceed memory.
 

@@ -88,19 +88,29 @@ def _shard_mapped(
     in_axes: tuple[PyTree, ...],
     out_axes: PyTree,
 ) -> Callable[..., PyTree]:
-    """Maps a function by `jax.shard_map`, which keeps the mapped axis, as an axis of size 1."""
-
-    def on_device(*arguments: PyTree) -> PyTree:
-        rows = _where_sharded(lambda x: x.reshape(x.shape[1:]), in_axes, arguments)
-        return _where_sharded(lambda x: jnp.asarray(x)[None], out_axes, function(*rows))
-
+    """Maps a function by `jax.shard_map`."""
     return jax.shard_map(
-        on_device,
+        with_one_row(function, in_axes, out_axes),
         mesh=Mesh(np.asarray(devices), (AXIS,)),
         in_specs=_specs(in_axes),
         out_specs=_specs(out_axes),
         check_vma=False,
     )
+
+
+def with_one_row(
+    function: Callable[..., PyTree], in_axes: tuple[PyTree, ...], out_axes: PyTree
+) -> Callable[..., PyTree]:
+    """Wraps a per-replica function, so that sharded arguments and results have one row, `[1, ...]`.
+
+    `jax.shard_map` keeps the mapped axis, as an axis of size 1.
+    """
+
+    def on_device(*arguments: PyTree) -> PyTree:
+        rows = _where_sharded(lambda x: x.reshape(x.shape[1:]), in_axes, arguments)
+        return _where_sharded(lambda x: jnp.asarray(x)[None], out_axes, function(*rows))
+
+    return on_device
 
 
 def _where_sharded(change: Callable[[Any], Any], axes: PyTree, tree: PyTree) -> PyTree:

@@ -5,7 +5,6 @@ works for any language model.
 """
 
 from functools import partial
-from math import isfinite
 
 import jax
 from jax import lax
@@ -13,7 +12,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, ArrayLike, Int, Int32, Key
 
 from ctde_jax.devices import PyTree
-from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.errors import InputError, check_at_least, check_not_negative
 from ctde_jax.models.base import Model
 from ctde_jax.models.user_code import describe
 
@@ -59,8 +58,7 @@ def generate(
     """
     # Check the arguments that do not depend on the model.
     check_at_least(1, steps=steps, window=window)
-    if not (temperature >= 0 and isfinite(temperature)):
-        raise InputError("temperature", f"must be at least 0 and finite, got {temperature}.")
+    check_not_negative(temperature=temperature)
     prompt = jnp.asarray(prompt)
     if prompt.ndim != 1 or not prompt.size or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise InputError(

@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ctde_jax.data import is_channels_first
-from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.errors import InputError, check_at_least, check_fraction
 
 Images: TypeAlias = Float[Array, "examples height width channels"]
 """Images, or the outputs of a convolution."""
@@ -90,6 +90,5 @@ class Dropout(nnx.Dropout):
     """Zeroes random elements in training and scales up the others (Srivastava et al., 2014)."""
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
-        if not 0 <= rate < 1:
-            raise InputError("dropout_rate", f"must be at least 0 and less than 1, got {rate}.")
+        check_fraction(dropout_rate=rate)
         super().__init__(rate, rngs=rngs)

@@ -1,9 +1,9 @@
 """The computation on the devices: state, gradient, round, evaluation."""
 
-from ctde_jax.rounds import digests, exact, state
+from ctde_jax.rounds import digests, exact, many, state
 from ctde_jax.rounds.digests import make_digests
 from ctde_jax.rounds.evaluate import Averages, make_evaluate
-from ctde_jax.rounds.feed import Feed, Piece, Span
+from ctde_jax.rounds.feed import Feed, Piece, Span, prefetched
 from ctde_jax.rounds.gradient import make_gradient
 from ctde_jax.rounds.reestimate import make_reestimate, of_first_steps
 from ctde_jax.rounds.round import make_gradient_for, parallel_rounds
@@ -34,9 +34,11 @@ __all__ = [
     "make_phases",
     "make_reestimate",
     "make_source",
+    "many",
     "named",
     "of_first_steps",
     "parallel_rounds",
+    "prefetched",
     "rows_per_dispatch",
     "state",
     "unfinished",

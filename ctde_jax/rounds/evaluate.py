@@ -31,6 +31,51 @@ BYTES_AT_ONCE = 2**25
 """Approximate size in bytes of the pieces in which a split on disk is read; at least one batch."""
 
 
+def default_batch_size(split: Split) -> int:
+    """Returns the number of examples with `LABELS_AT_ONCE` labels; at most 1,024, at least 1."""
+    return min(1024, max(1, LABELS_AT_ONCE // prod(split.labels.shape[1:])))
+
+
+MaskedSplit = tuple[Split, Bool[Array, "batches per_replica"]]
+"""Batches of examples, and the mask of those that count; the others are padding."""
+
+
+def make_sum(
+    model: Model, task: Task
+) -> Callable[[PyTree, PyTree, MaskedSplit], dict[str, Num[Array, ""]]]:
+    """Makes the function that sums the loss and metrics over the examples of one replica.
+
+    Args:
+        model: Model, which is evaluated in inference mode.
+        task: Task whose loss and metrics are summed.
+
+    Returns:
+        `sum_over(params, model_state, part) -> sums`: of every name in `task.summed`, and
+        `examples`, the number of examples.
+    """
+
+    def sum_over(params: PyTree, model_state: PyTree, part: MaskedSplit):
+        def add_batch(sums, batch_and_mask):
+            batch, is_example = batch_and_mask
+            outputs, _ = model.apply(params, model_state, batch.inputs, None)
+            measured = {
+                **task.measure(outputs, batch.labels),
+                "examples": jnp.ones(len(is_example), jnp.int32),
+            }
+
+            def add(total, values):
+                return total + jnp.sum(values, where=is_example, dtype=total.dtype)
+
+            return jax.tree.map(add, sums, measured), None
+
+        # Counts are int32, as float32 is exact only up to 2**24.
+        zeros = dict.fromkeys(task.summed, jnp.float32(0)) | {"examples": jnp.int32(0)}
+        sums, _ = lax.scan(add_batch, zeros, part)
+        return sums
+
+    return sum_over
+
+
 def make_evaluate(
     model: Model,
     task: Task,
@@ -54,7 +99,7 @@ def make_evaluate(
             dtypes.
         model_state: Model state, replicated on the devices, as for `params`.
         batch_size: Global batch size, rounded up to a multiple of the number of devices; by default
-            as many examples as have `LABELS_AT_ONCE` labels, and at most 1,024.
+            `default_batch_size`.
 
     Returns:
         `evaluate(params, model_state) -> averages`.
@@ -70,7 +115,7 @@ def make_evaluate(
         )
 
     # Shape of a piece: one piece for a split in memory, limited in bytes for a split on disk.
-    batch_size = batch_size or min(1024, max(1, LABELS_AT_ONCE // prod(split.labels.shape[1:])))
+    batch_size = batch_size or default_batch_size(split)
     per_replica = ceil(min(batch_size, examples) / len(devices))
     batches = ceil(examples / (per_replica * len(devices)))
     if split.is_on_disk:
@@ -89,28 +134,10 @@ def make_evaluate(
         )
         return replica.shard((Split(inputs, labels), numbers < examples), devices)
 
-    def sum_up(
-        center: tuple[PyTree, PyTree], part: tuple[Split, Bool[Array, "batches per_replica"]]
-    ) -> dict[str, Num[Array, ""]]:
-        params, model_state = center
+    sum_over = make_sum(model, task)
 
-        def add_batch(sums, batch_and_mask):
-            batch, is_example = batch_and_mask
-            outputs, _ = model.apply(params, model_state, batch.inputs, None)
-            measured = {
-                **task.measure(outputs, batch.labels),
-                "examples": jnp.ones(per_replica, jnp.int32),
-            }
-
-            def add(total, values):
-                return total + jnp.sum(values, where=is_example, dtype=total.dtype)
-
-            return jax.tree.map(add, sums, measured), None
-
-        # Counts are int32, as float32 is exact only up to 2**24.
-        zeros = dict.fromkeys(task.summed, jnp.float32(0)) | {"examples": jnp.int32(0)}
-        sums, _ = lax.scan(add_batch, zeros, part)
-        return lax.psum(sums, AXIS)
+    def sum_up(center: tuple[PyTree, PyTree], part: MaskedSplit) -> dict[str, Num[Array, ""]]:
+        return lax.psum(sum_over(*center, part), AXIS)
 
     # `center` is one argument: if there were as many arguments as leaves, pmap would apply in_axes
     # leaf by leaf.

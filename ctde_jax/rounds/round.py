@@ -24,7 +24,7 @@ from ctde_jax.rounds.gradient import Gradient, StepIndices, make_gradient, step_
 from ctde_jax.rounds.state import TrainState, axes
 from ctde_jax.rounds.sums import StepSums, mean_objective, with_measurements
 
-_BLOCK_STEPS = 16
+BLOCK_STEPS = 16
 """Steps per inner loop with a static trip count, on a GPU.
 
 XLA:GPU synchronizes with the host on every iteration of a loop with a dynamic trip count (measured,
@@ -352,7 +352,7 @@ def parallel_rounds(
     merges = is_one and replica.is_virtual(devices) and split_axis is None
     train_round = make_round(gradient, optimizer, strategy, ema_decay, merges)
     # Only on a GPU do dynamic trip counts cost time.
-    block_steps = _BLOCK_STEPS if devices[0].platform == "gpu" else 1
+    block_steps = BLOCK_STEPS if devices[0].platform == "gpu" else 1
     return replica.parallel(
         make_rounds(skipping(train_round) if skip_nonfinite else train_round, block_steps),
         devices,

@@ -147,18 +147,21 @@ def like_changed(
     return _lower_change(state, before, after, devices).out_info
 
 
+def changed(state: TrainState, after: Strategy) -> TrainState:
+    """Converts the state of one replica to the strategy `after`; see `change_strategy`."""
+    # `Strategy.local` chains `inner` and the optimizer; only the state of the latter is kept.
+    _, opt_state = state.opt_state
+    return state._replace(
+        opt_state=(adapted(after.inner).init(state.params), opt_state),
+        reduce_state=after.reduce.init(state.params),
+        outer_state=adapted(after.outer).init(state.params),
+    )
+
+
 def _lower_change(
     state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
 ) -> jax.stages.Lowered:
-    def begin(state: TrainState) -> TrainState:
-        # `Strategy.local` chains `inner` and the optimizer; only the state of the latter is kept.
-        _, opt_state = state.opt_state
-        return state._replace(
-            opt_state=(adapted(after.inner).init(state.params), opt_state),
-            reduce_state=after.reduce.init(state.params),
-            outer_state=adapted(after.outer).init(state.params),
-        )
-
+    begin = partial(changed, after=after)
     return _on_replicas(begin, (state,), (axes(before),), axes(after), devices)
 
 
@@ -220,12 +223,12 @@ def of_optimizer(state: TrainState) -> PyTree:
     # `Strategy.local` chains `inner` and the optimizer.
     _, opt_state = state.opt_state
 
-    def copied(leaf: jax.Array) -> np.ndarray | jax.Array:
+    def on_host(leaf: jax.Array) -> np.ndarray | jax.Array:
         raw = _raw(leaf)
         rows = np.asarray(raw) if raw.is_fully_addressable else replica.gathered(raw)
         return rows if raw is leaf else _as_key(jnp.asarray(rows), leaf)
 
-    return jax.tree.map(copied, opt_state)
+    return jax.tree.map(on_host, opt_state)
 
 
 def _central_optimizer(state: TrainState, strategy: Strategy) -> PyTree:
@@ -287,7 +290,7 @@ def from_tensors(
             for part, axis in zip(saved, axes(strategy), strict=True)
         )
     )
-    return _copied(jax.tree.map(_as_key, placed, like))
+    return copied(jax.tree.map(_as_key, placed, like))
 
 
 def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
@@ -427,10 +430,10 @@ def _run(
     Leaves of a result may share memory, but rounds donate the whole state.
     """
     rows = replica.shard(np.arange(len(devices), dtype=np.int32), devices)
-    return _copied(replica.compiled(making, devices)(rows, *arguments))
+    return copied(replica.compiled(making, devices)(rows, *arguments))
 
 
-def _copied(state: TrainState) -> TrainState:
+def copied(state: TrainState) -> TrainState:
     """Copies a state and keeps the sharding of each leaf."""
     # Without `out_shardings`, `jit` would replicate an array without elements.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)

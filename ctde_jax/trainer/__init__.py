@@ -7,7 +7,18 @@ from ctde_jax.trainer.fit import fit, train
 from ctde_jax.trainer.history import Row, read_rows
 from ctde_jax.trainer.loading import load
 from ctde_jax.trainer.log import console, plot_curves
-from ctde_jax.trainer.plan import plan, plan_rows
+from ctde_jax.trainer.many import (
+    RUNS,
+    Family,
+    Outcome,
+    Sweep,
+    Variant,
+    describe,
+    fit_many,
+    name_of,
+    train_many,
+)
+from ctde_jax.trainer.plan import line, plan, plan_rows
 from ctde_jax.trainer.reports import Calibration, ClassMetrics, Estimate, Report, TargetMetrics
 from ctde_jax.trainer.rollback import SCALED
 from ctde_jax.trainer.stopwatch import Profile
@@ -15,25 +26,34 @@ from ctde_jax.trainer.trained import Trained, accepts
 from ctde_jax.trainer.training import Saving, Training, in_stored_units
 
 __all__ = [
+    "RUNS",
     "SCALED",
     "Calibration",
     "Callback",
     "ClassMetrics",
     "Estimate",
+    "Family",
+    "Outcome",
     "Profile",
     "Report",
     "Row",
     "Saving",
     "Spread",
+    "Sweep",
     "TargetMetrics",
     "Trained",
     "Training",
+    "Variant",
     "accepts",
     "batch_size_finder",
     "console",
+    "describe",
     "fit",
+    "fit_many",
     "in_stored_units",
+    "line",
     "load",
+    "name_of",
     "picture",
     "plan",
     "plan_rows",
@@ -42,4 +62,5 @@ __all__ = [
     "stopwatch",
     "trackers",
     "train",
+    "train_many",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ctde_jax.aggregate import Strategy, with_hyperparams_of
 from ctde_jax.checkpoint import BEST, INPUTS, Checkpoint
@@ -48,11 +49,9 @@ def begin(
     devices = training.devices
     strategy = phases[0].strategy
     keeps_average = training.ema_decay is not None
-    init_key, train_key = jax.random.split(jax.random.key(training.seed))
 
     # Refuse sizes that cannot fit, from shapes alone, before anything is allocated.
-    first = training.source.inputs(0)  # [examples, ...], the first global batch
-    traced = jax.jit(training.raw_model.init).trace(init_key, first)
+    traced = jax.jit(training.raw_model.init).trace(*init_arguments(training))
     shapes_of_params, shapes_of_state = traced.out_info
     trained, frozen = jax.eval_shape(training.divide, shapes_of_params)
     like = state.like_created(
@@ -67,21 +66,10 @@ def begin(
     memory.check_training(like, state.axes(strategy), trained, devices)
 
     # Initialize on one device. A checkpoint needs that as well, for its shapes and dtypes.
-    init = replica.compiled(traced.lower(), jax.local_devices()[:1], training.strategy.exact)
-    params, model_state = init(init_key, first)
-
-    # A new run may start from given parameters. If the user passed the model of a `Trained` alone,
-    # its parameters are random all the same, and the printed line points to `init_from`.
+    init = compile_init(traced, training)
+    params, model_state = init(*init_arguments(training))
     if found.checkpoint is None:
-        if training.given is not None:
-            params, model_state, table = start_from(
-                training.given, params, model_state, training.patterns
-            )
-            say(table)
-            if note := note_on_meaning(training.given, training.data):
-                say(note)
-        elif training.model.unscaled is not None:
-            say("start      random parameters; pass init_from=trained for those of a Trained")
+        params, model_state = warmed(training, params, model_state, say)
         check_examples_apart(training.raw_model, params, model_state, training.data)
 
     # The parameters of host 0 are those of all hosts, bit for bit.
@@ -94,17 +82,67 @@ def begin(
     )
     best = Best(training.patience)
     if found.checkpoint is not None:
-        train_state = _restored(found.checkpoint, found.is_branch, train_state, strategy, devices)
+        train_state = restored(found.checkpoint, found.is_branch, train_state, strategy, devices)
         # A branch is a new run, so its early stopping starts without a best loss.
         if not found.is_branch:
             best.restore(found.checkpoint, (params, model_state))
     feed = training.source.feed(devices)
     return Beginning(
-        train_state, (params, model_state), best, feed, replica.replicate(train_key, devices)
+        train_state,
+        (params, model_state),
+        best,
+        feed,
+        replica.replicate(train_key(training), devices),
     )
 
 
-def _restored(
+def init_arguments(training: Training) -> tuple[jax.Array, np.ndarray]:
+    """Returns the arguments of `Model.init`: a key, and the inputs of the first global batch."""
+    return _keys(training)[0], training.source.inputs(0)
+
+
+def train_key(training: Training) -> jax.Array:
+    """Returns the key for all random numbers of the rounds, key[]."""
+    return _keys(training)[1]
+
+
+def _keys(training: Training) -> jax.Array:
+    return jax.random.split(jax.random.key(training.seed))
+
+
+def compile_init(traced: jax.stages.Traced, training: Training) -> replica.Program:
+    """Compiles the trace of `Model.init` for one device."""
+    return replica.compiled(traced.lower(), jax.local_devices()[:1], training.strategy.exact)
+
+
+def warmed(
+    training: Training, params: PyTree, model_state: PyTree, say: Callable[[Any], None]
+) -> tuple[PyTree, PyTree]:
+    """Replaces initialized parameters and model state by those of `init_from`, if it is given.
+
+    Args:
+        training: Model, data and all options that determine the result of the run.
+        params: The initialized parameters.
+        model_state: The initialized model state.
+        say: Prints a line or a table.
+
+    Raises:
+        InputError: `init_from` does not match the model.
+    """
+    if training.given is not None:
+        params, model_state, table = start_from(
+            training.given, params, model_state, training.patterns
+        )
+        say(table)
+        if note := note_on_meaning(training.given, training.data):
+            say(note)
+    # If the user passed the model of a `Trained` alone, its parameters are random all the same.
+    elif training.model.unscaled is not None:
+        say("start      random parameters; pass init_from=trained for those of a Trained")
+    return params, model_state
+
+
+def restored(
     checkpoint: Checkpoint,
     is_branch: bool,
     fresh: state.TrainState,

@@ -1,7 +1,7 @@
 """Training of a model on data: `fit`, and `train`, which takes all options in two values."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def fit(
         >>> trained.tested["accuracy"] > 0.8
         True
     """
-    started = time.perf_counter()
-    of_training, of_saving = _split(options)
+    start_of_call = time.perf_counter()
+    of_training, of_saving = split_options(options, "fit")
     check_types(data=data, optimizer=optimizer, strategy=strategy)
     training = Training(
         model=as_model(model),
@@ -114,7 +114,7 @@ def fit(
         optimizer=as_transformation(optimizer),
         strategy=strategy,
         task=tasks.for_data(data, task) if isinstance(task, str) else task,
-        devices=_started(devices),
+        devices=started(devices),
         batch_size=batch_size,
         epochs=epochs,
         steps=steps,
@@ -125,7 +125,7 @@ def fit(
     saving = Saving(run_dir, resume, **of_saving)
     if show:
         console().print(plan(training, saving.folder))
-    before = time.perf_counter() - started
+    before = time.perf_counter() - start_of_call
     trained = train(training, saving, show=show, callbacks=callbacks)
     trained.seconds["start-up"] += before
     if trained.interrupted and show:
@@ -204,20 +204,32 @@ def train(
             return run.result(plan_rows(training) if plan is None else plan)
 
 
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits options into fields of `Training` and `Saving`; raises TypeError for other names."""
+def split_options(
+    options: Mapping[str, Any], function: str, excluded: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits options into fields of `Training` and of `Saving`.
+
+    Args:
+        options: Options by name.
+        function: Name of the function that was called with them, for the error message.
+        excluded: Names of fields that it does not take.
+
+    Raises:
+        TypeError: An option is unknown or excluded.
+    """
     training = {field.name for field in fields(Training)}
     saving = {field.name for field in fields(Saving)}
+    known = (training | saving) - {*excluded}
     # Report unknown names as Python does, with a suggestion.
     for name in options:
-        if name not in training | saving:
-            suggestion = did_you_mean(name, training | saving)
-            raise TypeError(f"fit() got an unexpected keyword argument {name!r}{suggestion}")
+        if name not in known:
+            suggestion = did_you_mean(name, known)
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{suggestion}")
     of_training = {name: value for name, value in options.items() if name in training}
     return of_training, {name: value for name, value in options.items() if name in saving}
 
 
-def _started(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+def started(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
     """Returns the devices of a run, by default those of `devices.start()`.
 
     Raises:

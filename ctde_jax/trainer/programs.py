@@ -86,30 +86,10 @@ def compile_programs(
         InputError: A program needs more memory than its devices have, or the bytes of its
             collectives cannot be determined.
     """
-    # The gradient is the same in all phases; each phase applies it by its strategy.
     devices = training.devices
     source = training.source
     model = training.raw_model
     is_exact = training.strategy.exact
-    strategy = training.strategy
-    gradient = make_gradient_for(
-        strategy, model, training.weighted_task, training.augment, training.accumulation_steps
-    )
-    host_of_each = [device.process_index for device in devices]
-
-    def lower(phase: Phase, like: state.TrainState, devices: Sequence[jax.Device]):
-        # Lower for shapes alone: one piece, whose first and last round are arguments.
-        rounds = parallel_rounds(
-            gradient,
-            training.optimizer,
-            phase.strategy,
-            devices,
-            source.axis,
-            training.ema_decay,
-            training.on_nonfinite == "skip",
-        )
-        piece = source.shapes(phase.spans[0])
-        return replica.lowered(rounds, like, *piece, np.int32(0), np.int32(0), key)
 
     # Compile the rounds of each phase for the shapes and dtypes of its first state.
     like = beginning.train_state
@@ -118,23 +98,12 @@ def compile_programs(
     for phase in phases:
         if programs:
             like = phase.like_begun(like, devices)
-        lowered = lower(phase, like, devices)
+        lowered = _lower_rounds(training, phase, like, key, devices)
         digest = digests.make_digests(devices, phase.strategy)
         train_rounds = replica.compiled(lowered, devices, is_exact)
         memory.check_program(train_rounds, devices)
 
-        # Count the bytes in the optimized HLO, as the compiler may change dtypes and collectives.
-        # Virtual replicas send nothing, so their bytes are those of the program for real devices.
-        traffic = None
-        counted = one_for_each(devices)
-        if counted is not None:
-            counted_rounds = (
-                replica.compiled(lower(phase, like, counted), counted)
-                if replica.is_virtual(devices)
-                else train_rounds
-            )
-            inner_steps = phase.strategy.inner_steps
-            traffic = measure(counted_rounds.as_text() or "", inner_steps, host_of_each)
+        traffic = measure_traffic(training, phase, like, key, train_rounds)
         program = PhaseProgram(
             phase,
             phase.after(gone_through),
@@ -159,3 +128,66 @@ def compile_programs(
     batches_used = training.reestimate_batches
     reestimate = of_first_steps(model, beginning.feed, devices, source.axis, batches_used, key)
     return Programs(programs, evaluate, reestimate)
+
+
+def _lower_rounds(
+    training: Training,
+    phase: Phase,
+    like: state.TrainState,
+    key: jax.Array,
+    devices: Sequence[jax.Device],
+) -> jax.stages.Lowered:
+    """Lowers the rounds of a phase for these devices, one for each replica."""
+    source = training.source
+    strategy = training.strategy
+    # The gradient is the same in all phases; each phase applies it by its strategy.
+    gradient = make_gradient_for(
+        strategy,
+        training.raw_model,
+        training.weighted_task,
+        training.augment,
+        training.accumulation_steps,
+    )
+    rounds = parallel_rounds(
+        gradient,
+        training.optimizer,
+        phase.strategy,
+        devices,
+        source.axis,
+        training.ema_decay,
+        training.on_nonfinite == "skip",
+    )
+    # Lower for shapes alone: one piece, whose first and last round are arguments.
+    piece = source.shapes(phase.spans[0])
+    return replica.lowered(rounds, like, *piece, np.int32(0), np.int32(0), key)
+
+
+def measure_traffic(
+    training: Training,
+    phase: Phase,
+    like: state.TrainState,
+    key: jax.Array,
+    train_rounds: Program | None = None,
+) -> Traffic | None:
+    """Counts the bytes in the optimized HLO, as the compiler may change dtypes and collectives.
+
+    Virtual replicas send nothing, so their bytes are those of the program for real devices.
+
+    Args:
+        training: Model, data and all options that determine the result of the run.
+        phase: The phase whose rounds are measured.
+        like: State of the phase; only shapes and dtypes are read.
+        key: Key of the rounds; only its dtype is read.
+        train_rounds: The compiled rounds, if each replica has a device.
+
+    Returns:
+        The collectives of a round; None if there are too few devices to compile for.
+    """
+    devices = one_for_each(training.devices)
+    if devices is None:
+        return None
+    if train_rounds is None or replica.is_virtual(training.devices):
+        lowered = _lower_rounds(training, phase, like, key, devices)
+        train_rounds = replica.compiled(lowered, devices)
+    host_of_each = [device.process_index for device in training.devices]
+    return measure(train_rounds.as_text() or "", phase.strategy.inner_steps, host_of_each)

@@ -45,7 +45,7 @@ def rolling_back(run: Callable[..., Trained]) -> Callable[..., Trained]:
         if training.on_nonfinite != "rollback":
             return run(training, saving, **rest)
         # The factor is part of the optimizer state, so that every checkpoint holds it.
-        training = training.with_optimizer(shrunk(training.optimizer))
+        training = training.changed(optimizer=shrunk(training.optimizer))
         say = console(quiet=not rest.get("show", True)).print
         while True:
             # Each attempt but the first resumes from the checkpoint whose factor was halved.

@@ -4,33 +4,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ctde_jax.checkpoint import (
     CHECKPOINTS,
-    INPUTS,
-    MEASURED,
     METRICS,
-    OTHER_POINT,
-    Saver,
     make_way,
     open_saver,
     open_uploader,
-    plain,
 )
 from ctde_jax.devices import PyTree, hosts
-from ctde_jax.errors import NonFiniteLoss, Preempted
+from ctde_jax.errors import Preempted
 from ctde_jax.rounds import Piece, Span, Sums, cut, digests, state
 from ctde_jax.trainer.beginning import Beginning
-from ctde_jax.trainer.callbacks import AnyCallback, Callbacks, open_callbacks
+from ctde_jax.trainer.callbacks import AnyCallback, open_callbacks
 from ctde_jax.trainer.claim import Found
-from ctde_jax.trainer.history import Row
-from ctde_jax.trainer.log import Log, open_log
-from ctde_jax.trainer.meter import Clock, Meter
+from ctde_jax.trainer.log import open_log
+from ctde_jax.trainer.meter import Clock
 from ctde_jax.trainer.programs import PhaseProgram, Programs
+from ctde_jax.trainer.record import Record
 from ctde_jax.trainer.stop import Stop, deferred
 from ctde_jax.trainer.trained import Trained, accepts
 from ctde_jax.trainer.training import Saving, Training
@@ -48,63 +43,39 @@ class _Dispatch(NamedTuple):
 
 
 class Run:
-    """A run in progress: the state on the devices, its log and its checkpoints.
+    """A run in progress: the state on the devices, and its record on the host.
 
     Made by `open_run`.
 
     Args:
-        training: Model, data and all options that determine the result of the run.
-        saving: Options of the files of the run.
-        found: The checkpoint from which the run continues, if there is one.
+        record: The rows, the position, the best parameters and the checkpoints.
         beginning: The first state.
         programs: The compiled programs.
         pieces: The pieces of all remaining spans, in order.
-        log: The log of the rows.
-        saver: The writer of checkpoints; None without a folder, and on all hosts but host 0.
         stop: The signal or callback that has asked the run to stop, if any.
         clock: The wall time by part of the run.
-        callbacks: The callbacks of the user.
+        say: Prints a line.
     """
 
     def __init__(
         self,
-        training: Training,
-        saving: Saving,
-        found: Found,
+        record: Record,
         beginning: Beginning,
         programs: Programs,
         pieces: Iterator[Piece],
-        log: Log,
-        saver: Saver | None,
         stop: Stop,
         clock: Clock,
-        callbacks: Callbacks,
+        say: Callable[[str], None],
     ):
-        # The parts of the run.
-        self._training = training
-        self._folder = saving.folder
+        self._record = record
+        self._key = beginning.key
         self._programs = programs
         self._phase = programs.phases[0]
         self._pieces = pieces
-        self._log = log
-        self._saver = saver
         self._stop = stop
         self._clock = clock
-        self._callbacks = callbacks
-        self._keep_best = saving.keep_best
-        self._facts = _facts(training, saving, found)
-        self._key = beginning.key
-
-        # The progress of the run.
-        self._best = beginning.best
+        self._say = say
         self._center: tuple[PyTree, PyTree] | None = None  # parameters and state evaluated last
-        self._meter = Meter(
-            training.source.steps_per_epoch,
-            training.task,
-            saving.save_every,
-            training.on_nonfinite == "skip",
-            found.position,
-        )
         self.train_state = beginning.train_state
 
     def advance(self, program: PhaseProgram) -> None:
@@ -120,17 +91,18 @@ class Run:
         if self._is_over:
             return
         self._phase = program
+        meter = self._record.meter
         if program.begins:
-            self.train_state = program.phase.begin(self.train_state, self._training.devices)
+            self.train_state = program.phase.begin(self.train_state, self._record.training.devices)
 
         # A span ends with an evaluation, unless a signal stopped the run in the middle of it.
         for span in program.spans:
             self._dispatch_span(span)
             self._clock.lap("train")
-            if self._meter.is_at_end:
+            if meter.is_at_end:
                 self._evaluate()
             # The checkpoint comes after the evaluation, so that it holds the evaluation's rows.
-            if self._is_over or not self._meter.is_at_end or self._is_save_due(span):
+            if self._is_over or not meter.is_at_end or self._is_save_due(span):
                 self.save()
             self._clock.lap("evaluate")
             if self._is_over:
@@ -148,36 +120,34 @@ class Run:
             Preempted: SIGTERM or SIGHUP ended the run, and its checkpoint is written.
         """
         self.wait()
-        if self._saver is not None and self._saver.best is not None:
-            self._log.say(f"best       {self._saver.best}, by {self._keep_best}")
+        record = self._record
+        if record.saver is not None and record.saver.best is not None:
+            self._say(f"best       {record.saver.best}, by {record.keep_best}")
 
         # A preempted run is not evaluated, as the process may be killed soon.
-        is_whole = (
-            self._meter.position.gone_through == self._training.total_steps or self._best.is_over
-        )
-        if self._folder is not None and self._stop.is_preemption and not is_whole:
+        if record.folder is not None and self._stop.is_preemption and not record.is_whole:
             assert self._stop.asked_by is not None
-            raise Preempted(self._meter.position.step, self._folder, self._stop.asked_by.name)
+            raise Preempted(record.meter.position.step, record.folder, self._stop.asked_by.name)
 
         # After Ctrl-C, evaluate the parameters as they are. The rows of this evaluation come after
         # the last checkpoint, so they are dropped when the run continues.
-        if self._best.center is None and not self._is_evaluated:
+        if record.best.center is None and not self._is_evaluated:
             self._evaluate()
             self._clock.lap("evaluate")
 
         # With early stopping, the parameters and the step are those of the lowest validation loss.
-        params, model_state = self._best.center or jax.device_get(self._center)
-        training = self._training
+        params, model_state = record.best.center or jax.device_get(self._center)
+        training = record.training
         trained = Trained(
             model=training.raw_model,
             params=params,
             model_state=model_state,
             opt_state=state.of_optimizer(self.train_state),
-            step=self._best.step or self._log.rows[-1]["step"],
-            history=self._log.rows,
+            step=record.step,
+            history=record.log.rows,
             seconds=self._clock.seconds,
-            interrupted=bool(self._stop) and not is_whole,
-            stopped_early=self._best.is_over,
+            interrupted=bool(self._stop) and not record.is_whole,
+            stopped_early=record.best.is_over,
             task=training.task,
             devices=training.devices,
             traffic=self._programs.phases[-1].traffic,
@@ -185,7 +155,7 @@ class Run:
             platform=training.devices[0].platform,
             plan=tuple(plan),
         )
-        self._callbacks("on_end", trained)
+        record.callbacks("on_end", trained)
         return trained
 
     def save(self) -> None:
@@ -197,32 +167,13 @@ class Run:
             InputError: The previous checkpoint could not be written.
             NonFiniteLoss: A parameter is NaN or infinite.
         """
-        if self._folder is None:
+        if self._record.folder is None:
             return
         # All hosts take part in copying the state, and all check it.
+        strategy = self._phase.phase.strategy
         tensors = state.to_tensors(self.train_state)
-        params = state.merged_params(tensors, "params")
-        if not all(np.isfinite(tensor).all() for tensor in params.values()):
-            raise NonFiniteLoss(self._meter.position.step)
-
-        # Host 0 writes the state, the best parameters and the scaling of the inputs.
-        if self._saver is not None:
-            data = self._training.data
-            diverges = self._phase.phase.strategy.diverges
-            other_point = state.has_evaluated_point(self.train_state, self._phase.phase.strategy)
-            facts = {
-                "position": self._meter.position._asdict(),
-                "rows": len(self._log.rows),
-                "best": self._best.facts,
-                MEASURED: self._measured,
-                **self._facts,
-                # If replicas diverge, the center is the mean of the saved parameters.
-                OTHER_POINT: other_point and not diverges,
-            }
-            inputs = {f"{INPUTS}shift": data.shift, f"{INPUTS}scale": data.scale}
-            tensors |= {**self._best.tensors, **inputs}
-            self._saver.save(self._meter.position.gone_through, tensors, facts)
-        self._meter.saved()
+        other_point = state.has_evaluated_point(self.train_state, strategy)
+        self._record.save(tensors, strategy.diverges, other_point)
 
     def wait(self) -> None:
         """Waits on all hosts for the checkpoint that host 0 writes.
@@ -230,22 +181,25 @@ class Run:
         Raises:
             InputError: The checkpoint could not be written.
         """
-        hosts.of_the_first(lambda: None if self._saver is None else self._saver.wait())
-        self._report_checkpoints()
+        saver = self._record.saver
+        hosts.of_the_first(lambda: None if saver is None else saver.wait())
+        self._record.report_checkpoints()
 
     @property
     def _is_over(self) -> bool:
-        return bool(self._stop) or self._best.is_over
+        return bool(self._stop) or self._record.best.is_over
 
     def _is_save_due(self, span: Span) -> bool:
         """Returns whether a checkpoint is due after the evaluation at the end of a span."""
-        is_last = span.stop == self._training.total_steps
-        return is_last or self._meter.is_save_due() or self._is_new_best
+        record = self._record
+        is_last = span.stop == record.training.total_steps
+        return is_last or record.meter.is_save_due() or record.is_new_best
 
     def _dispatch_span(self, span: Span) -> None:
         """Dispatches the rounds of a span until its end or a signal, and logs their rows."""
         program = self._phase
-        meter = self._meter
+        record = self._record
+        meter = record.meter
         meter.start(span, program.sent)
         unread: list[_Dispatch] = []  # the rows of these are not logged yet
         pieces = islice(self._pieces, span.pieces)
@@ -266,11 +220,11 @@ class Run:
             if len(unread) > 1:
                 self._read(unread.pop(0))
             # A failed write ends the run here, not only at the next checkpoint.
-            if self._saver is not None:
-                self._saver.check()
-                self._report_checkpoints()
+            if record.saver is not None:
+                record.saver.check()
+                record.report_checkpoints()
             # A checkpoint within a span holds the rows of this dispatch, so read it first.
-            if self._folder is not None and not meter.is_at_end and meter.is_save_due():
+            if record.folder is not None and not meter.is_at_end and meter.is_save_due():
                 self._read(unread.pop())
                 self.save()
             # Hosts agree after every dispatch, so that all of them leave the loop at the same one.
@@ -284,8 +238,7 @@ class Run:
         # Check the replicas first: if they differ, the rows are not valid.
         found = jax.device_get(dispatch.digests)
         digests.check(found, self._phase.shared, dispatch.since, dispatch.until)
-        for row in self._meter.rows(dispatch.sums, dispatch.first, dispatch.last):
-            self._add(row)
+        self._record.read(dispatch.sums, dispatch.first, dispatch.last)
 
     def _evaluate(self) -> None:
         """Evaluates the central parameters on all splits and logs the rows.
@@ -301,53 +254,20 @@ class Run:
         # The log of a resumed run may already have these rows.
         if self._is_evaluated:
             return
-        # Compute all rows before any is logged: a loss that is not finite must leave none of them.
-        rows = [
-            self._meter.row(name, averages(params, model_state))
-            for name, averages in self._programs.evaluate.items()
-        ]
-        for row in rows:
-            self._add(row)
-        self._best.update(rows[0], params, model_state)
+        averages = {
+            name: evaluate(params, model_state)
+            for name, evaluate in self._programs.evaluate.items()
+        }
+        rows = self._record.evaluated(averages, params, model_state)
         # Only a callback needs a copy of the parameters on the host.
-        if self._callbacks.have("on_evaluation"):
-            by_split = {row["split"]: row for row in rows}
-            self._callbacks("on_evaluation", by_split, *jax.device_get(self._center))
-
-    def _add(self, row: Row) -> None:
-        self._log.add(row)
-        self._callbacks("on_row", row)
-
-    def _report_checkpoints(self) -> None:
-        """Passes the checkpoints that the thread has completed to the callbacks."""
-        while self._saver is not None and self._saver.completed:
-            self._callbacks("on_checkpoint", self._saver.completed.popleft())
+        callbacks = self._record.callbacks
+        if callbacks.have("on_evaluation"):
+            callbacks("on_evaluation", rows, *jax.device_get(self._center))
 
     @property
     def _is_evaluated(self) -> bool:
         """Whether the log has the evaluation of the current step, and `_center` its parameters."""
-        return self._center is not None and self._measured is not None
-
-    @property
-    def _is_new_best(self) -> bool:
-        """Whether `keep_best` is set and the last evaluation is better than all earlier ones."""
-        if self._keep_best is None:
-            return False
-        # `best` returns the first of equal ones, so a tie is not a new best.
-        judged = [row for row in self._log.rows if row["split"] == self._judge]
-        return self._training.task.best(self._keep_best, judged) == len(judged) - 1
-
-    @property
-    def _judge(self) -> str:
-        """The split that determines the best parameters: validation if there is one, else test."""
-        return next(iter(self._programs.evaluate))
-
-    @property
-    def _measured(self) -> Row | None:
-        """The row of the split `_judge` for the current step; None if the log does not have it."""
-        rows = reversed(self._log.rows)
-        last = next((row for row in rows if row["split"] == self._judge), None)
-        return None if last is None or last["step"] != self._meter.position.step else last
+        return self._center is not None and self._record.measured is not None
 
 
 @contextmanager
@@ -407,19 +327,9 @@ def open_run(
                 uploader.offer(found.checkpoint.path, saver.best)
 
         # Save the first state, so that even a run that fails at once can be continued.
-        run = Run(
-            training,
-            saving,
-            found,
-            beginning,
-            programs,
-            pieces,
-            log,
-            saver,
-            stop,
-            clock,
-            opened_callbacks,
-        )
+        best = beginning.best
+        record = Record(training, saving, found, best, log, saver, opened_callbacks)
+        run = Run(record, beginning, programs, pieces, stop, clock, log.say)
         opened_callbacks("on_start", found.decided, log.rows)
         if folder is not None and found.is_new:
             run.save()
@@ -439,19 +349,3 @@ def prepare_folder(saving: Saving, found: Found, say: Callable[[str], None]) -> 
         hosts.of_the_first(partial(make_way, folder, saving.resume, say))
     if saving.prepare is not None and found.is_new:
         hosts.of_the_first(partial(saving.prepare, folder))
-
-
-def _facts(training: Training, saving: Saving, found: Found) -> dict[str, Any]:
-    """Returns the facts that are equal in all checkpoints of a run."""
-    facts = {
-        "replicas": len(training.devices),
-        "options": found.decided,
-        "given_options": plain(saving.options),
-        "classes": training.data.classes,
-        "vocabulary": training.data.vocabulary,
-        "platform": training.devices[0].platform,
-    }
-    # Digests require a trace of the program, so they are computed only for runs with checkpoints.
-    if saving.folder is not None:
-        facts["identity"] = training.identity.facts
-    return facts

@@ -23,6 +23,7 @@ from ctde_jax.errors import (
     InputError,
     check_at_least,
     check_at_most,
+    check_fraction,
     check_known,
     check_seed,
     check_whole,
@@ -174,9 +175,13 @@ class Training:
     @cached_property
     def weighted_task(self) -> Task:
         """The task to minimize: `task` with the `class_weights` in its objective."""
+        return self.weigh(self.task)
+
+    def weigh(self, task: Task) -> Task:
+        """Returns a task with the `class_weights` in its objective."""
         if self.class_weights is None:
-            return self.task
-        return weighted(self.task, self.class_weights, self.data)
+            return task
+        return weighted(task, self.class_weights, self.data)
 
     @cached_property
     def shapes(self) -> tuple[Any, Any]:
@@ -246,12 +251,23 @@ class Training:
         )
         return Identity(self.data, self.partition, trace, len(self.devices))
 
-    def with_optimizer(self, optimizer: optax.GradientTransformation) -> "Training":
-        """Returns the same training with `optimizer` instead of its optimizer, without checks."""
-        changed = copy(self)
-        object.__setattr__(changed, "optimizer", optimizer)
-        changed.__dict__.pop("identity", None)
-        return changed
+    def changed(self, **fields: Any) -> "Training":
+        """Returns the same training with other fields, without checks.
+
+        The new fields must have the structure of the old ones, such as an optimizer with another
+        learning rate, so that the shapes of all states stay the same.
+        """
+        _ = self.identity  # shared by the copies; computed later, on its first use
+        copied = copy(self)
+        for name, value in fields.items():
+            object.__setattr__(copied, name, value)
+        # The seed is no part of data and program; all other fields may be.
+        outdated = {"weighted_task", "source", "total_steps"}
+        if set(fields) != {"seed"}:
+            outdated.add("identity")
+        for name in outdated:
+            copied.__dict__.pop(name, None)
+        return copied
 
     def phases(self, row_steps: int) -> list[Phase]:
         """Returns all phases of the run; a row has at most `row_steps` steps, or one round."""
@@ -328,10 +344,7 @@ class Training:
         check_at_least(1, lora_rank=self.lora_rank)
         check_at_most(_MOST_REESTIMATED, reestimate_batches=self.reestimate_batches)
         check_known("on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise InputError(
-                "ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}."
-            )
+        check_fraction(ema_decay=self.ema_decay)
 
     def _check_combinations(self) -> None:
         """Checks the rules between values."""

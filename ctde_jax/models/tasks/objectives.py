@@ -1,7 +1,6 @@
 """Objectives that are minimized instead of the reported loss: smoothed, focal, weighted."""
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any, Literal
 
 import jax
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from ctde_jax.data import Dataset, slices, targets_or_classes
 from ctde_jax.devices import PyTree
-from ctde_jax.errors import InputError, quoted
+from ctde_jax.errors import InputError, check_fraction, check_not_negative, is_zero, quoted
 from ctde_jax.models.tasks.task import Task, cross_entropy, mean_over_places, per_example
 
 
@@ -35,14 +34,13 @@ def smoothed(task: Task, amount: float) -> Task:
         >>> task.names
         ('loss', 'accuracy')
     """
-    if amount and task.predicts == "targets":
+    if not is_zero(amount) and task.predicts == "targets":
         raise InputError(
             "label_smoothing", f"must be 0 if the task predicts no classes, got {amount}."
         )
     # At 1 the objective would not depend on the labels.
-    if not 0 <= amount < 1:
-        raise InputError("label_smoothing", f"must be at least 0 and less than 1, got {amount}.")
-    if not amount:
+    check_fraction(label_smoothing=amount)
+    if is_zero(amount):
         return task
     _check_minimizes_loss(task, "smoothed")
 
@@ -79,8 +77,7 @@ def focal(task: Task, gamma: float) -> Task:
         >>> round(float(objective[0] / loss[0]), 3)
         0.25
     """
-    if not 0 <= gamma < inf:
-        raise InputError("focal_gamma", f"must be at least 0 and finite, got {gamma}.")
+    check_not_negative(focal_gamma=gamma)
     if not gamma:
         return task
     if task.loss is not cross_entropy:

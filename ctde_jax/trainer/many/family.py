@@ -1,0 +1,90 @@
+"""Families: runs that differ in seeds and numbers alone, so that one program trains them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ctde_jax.devices import replica
+from ctde_jax.rounds import Resident, many
+from ctde_jax.trainer.trained import Trained
+from ctde_jax.trainer.training import Saving, Training
+
+
+class Variant(NamedTuple):
+    """One of many runs."""
+
+    values: Mapping[str, Any]
+    """The values of the sweep for this run, by name."""
+
+    training: Training
+    saving: Saving
+
+
+class Outcome(NamedTuple):
+    """The result of one of many runs."""
+
+    values: Mapping[str, Any]
+    """The values of the sweep for this run, by name."""
+
+    seed: int
+    trained: Trained | None
+    """The result; None if the loss of the run became NaN or infinite."""
+
+    step: int
+    """Number of optimizer steps of the result, or of the failure."""
+
+    failure: str = ""
+    """The message of the error that ended the run."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that differ in seeds and numbers alone."""
+
+    variants: Sequence[Variant]
+    make: many.Make
+    """Makes optimizer, strategy and task from the numbers of a run, which may be traced."""
+
+    names: Sequence[str]
+    """Names of the values in which the runs differ, all of them numbers."""
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether one program trains all runs; if not, they are trained one after another."""
+        training = self.variants[0].training
+        shapes = _shapes_of(training)
+        return (
+            len(self.variants) > 1
+            and all(_shapes_of(variant.training) == shapes for variant in self.variants)
+            and not training.strategy.exact
+            and not training.reestimate_batches
+            and training.on_nonfinite != "rollback"
+            and isinstance(training.source, Resident)
+            and not training.data.test.is_on_disk
+            and not (training.data.validation or training.data.test).is_on_disk
+        )
+
+
+def _shapes_of(training: Training) -> tuple[Any, ...]:
+    """Returns the steps of a run, and the shapes of its examples on each replica."""
+    source = training.source
+    # With a partition, the longest part of a replica determines both.
+    shapes = None
+    if isinstance(source, Resident):
+        shapes = jax.tree.map(np.shape, source.batches.split)
+    return source.steps_per_epoch, training.total_steps, shapes
+
+
+def describe(families: Sequence[Family], devices: Sequence[jax.Device]) -> str:
+    """Describes the programs that train the runs, for the plan."""
+    count = len(replica.distinct(devices))
+    total = sum(len(family.variants) for family in families)
+    joint = [len(family.variants) for family in families if family.is_joint]
+    alone = total - sum(joint)
+    spread = f"on {count} device{'s' if count > 1 else ''}"
+    programs = f"{len(joint)} programs in turn" if len(joint) > 1 else "one program"
+    parts = [f"{sum(joint)} by {programs}, {spread}"] if joint else []
+    return "; ".join([*parts, *([f"{alone} one after another"] if alone else [])])
