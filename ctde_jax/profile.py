@@ -3,9 +3,11 @@
     python -m ctde_jax.profile --model cnn                       # options of ctde_jax.train
     python -m ctde_jax.profile --model cnn --trace runs/trace    # also writes a trace of some steps
     python -m ctde_jax.profile --model cnn --find batch-size     # measures growing batch sizes
+    python -m ctde_jax.profile --model cnn --find learning-rate  # compares learning rates
 
 `trainer/stopwatch.py` measures; this module parses the options and presents the measurements as
-tables, a figure and advice. `trainer/batch_size_finder.py` does both for `--find batch-size`.
+tables, a figure and advice. `trainer/batch_size_finder.py` does both for `--find batch-size`, and
+`trainer/many/learning_rate_finder.py` for `--find learning-rate`.
 """
 
 import os
@@ -26,6 +28,7 @@ from ctde_jax.bundle import streams
 from ctde_jax.errors import InputError, check_known
 
 if TYPE_CHECKING:
+    import jax
     from matplotlib.figure import Figure
 
     from ctde_jax.trainer import Profile, Spread, Training
@@ -36,7 +39,7 @@ SECONDS = 10.0
 SECONDS_PER_SIZE = 2.0
 """Approximate duration of the measurement of one batch size by `--find batch-size`."""
 
-_FINDABLE = ("batch-size",)
+_FINDABLE = ("batch-size", "learning-rate")
 """Options that `--find` can find a value for."""
 
 _BAR = 20  # characters
@@ -68,7 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(
             "--trace FOLDER  also write a trace of a few steps for XProf and Perfetto\n"
-            f"--find {'|'.join(_FINDABLE)}  instead, measure doublings of --batch-size\n"
+            f"--find {'|'.join(_FINDABLE)}  instead, measure doublings of --batch-size, or\n"
+            "                compare short runs with different learning rates\n"
             "all other options are those of python -m ctde_jax.train:"
         )
     try:
@@ -138,8 +142,10 @@ def _run(config: options.Config, find: str | None, trace: Path | None, started: 
         ctde.checkpoint.check_new(folder)
         if find is None:
             _profile(config, training, trace, once, title, folder / "profile.png")
-        else:
+        elif find == "batch-size":
             _find_batch_size(training, title, folder / "batch-size.png")
+        else:
+            _find_learning_rate(config, devices, title, folder / "learning-rate.png")
 
 
 def _profile(
@@ -204,6 +210,46 @@ def _find_batch_size(training: "Training", title: str, path: Path) -> None:
     failure = picture.save(partial(batch_size_finder.plot, search, title), path)
     screen.print(batch_size_finder.table(search, title))
     for sentence in batch_size_finder.advice(search):
+        screen.print(f"- {sentence}")
+    screen.print(failure or f"figure     {path}")
+
+
+def _find_learning_rate(
+    config: options.Config, devices: "Sequence[jax.Device]", title: str, path: Path
+) -> None:
+    """Compares short runs with different learning rates, and saves the figure.
+
+    Args:
+        config: Options of the runs.
+        devices: The device of each replica.
+        title: Model, data and devices.
+        path: File of the figure.
+    """
+    from ctde_jax.config import sweep
+    from ctde_jax.trainer import learning_rate_finder as finder
+    from ctde_jax.trainer import picture
+
+    # Constant learning rates, rows short enough for a mean over the last steps, no evaluations.
+    steps = max(finder.STEPS, config.aggregation.sync_every)
+    run = replace(config.run, eval_every=steps, log_every=max(1, steps // 10))
+    optimization = replace(
+        config.optimization,
+        schedule="constant",
+        warmup_steps=0,
+        schedule_start=0,
+        steps=steps,
+        patience=None,
+    )
+    short = replace(config, run=run, optimization=optimization)
+    configs = [sweep.with_values(short, {"learning_rate": str(rate)}) for rate in finder.RATES]
+    families = sweep.make_families(configs, devices, None)
+
+    screen = ctde.trainer.console()
+    outcomes = ctde.trainer.train_many(families, devices)
+    comparison = finder.compare(outcomes, steps)
+    failure = picture.save(partial(finder.plot, comparison, title), path)
+    screen.print(finder.table(comparison, title))
+    for sentence in finder.advice(comparison):
         screen.print(f"- {sentence}")
     screen.print(failure or f"figure     {path}")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,6 +52,13 @@ _EXCLUDED = ("branch_from", "mirror", "report", "track")
 _MOST_RUNS = 10_000
 
 
+class Chosen(NamedTuple):
+    """The options of a run, and the values of the sweep among them, as on the command line."""
+
+    values: Mapping[str, str]
+    config: Config
+
+
 def train_many(config: Config, started: float) -> Sweep:
     """Trains the runs of `--seeds` and `--sweep`: prints the plan, trains, and prints a table.
 
@@ -84,14 +91,14 @@ def train_many(config: Config, started: float) -> Sweep:
             else checkpoint.named("run_dir", chosen.run_dir)
         )
         at_end.enter_context(checkpoint.claimed(folder))
-        families = _make_families(configs, of_a_run, folder)
+        families = make_families(configs, of_a_run, folder)
         count = len(devices)
         config = replace(config, aggregation=replace(config.aggregation, devices=count))
         with checkpoint.writing_to(folder):
             save(config, folder / CONFIG)
 
         first = families[0].variants[0].training
-        screen.print(trainer.plan(first, folder, output.names(configs[0][1], first.data)))
+        screen.print(trainer.plan(first, folder, output.names(configs[0].config, first.data)))
         screen.print(trainer.line("runs", trainer.describe(families, devices)))
         sweep = Sweep(tuple(trainer.train_many(families, devices)))
         if failure := sweep.save(folder):
@@ -102,8 +109,8 @@ def train_many(config: Config, started: float) -> Sweep:
     return sweep
 
 
-def _configs(config: Config) -> list[tuple[dict[str, str], Config]]:
-    """Returns the options of each run, with the values of the sweep that are their own.
+def _configs(config: Config) -> list[Chosen]:
+    """Returns the options of each run.
 
     Raises:
         InputError: The sweep is malformed, or has too many runs.
@@ -114,15 +121,21 @@ def _configs(config: Config) -> list[tuple[dict[str, str], Config]]:
     if count > _MOST_RUNS:
         raise InputError("sweep", f"must have at most {_MOST_RUNS:,} runs, got {count:,}.")
     alone = replace(config, run=replace(config.run, seeds=None, sweep=()))
-    configs: list[tuple[dict[str, str], Config]] = []
-    for words in product(*sweep.values()):
-        values = dict(zip(sweep, words, strict=True))
-        one = with_words(alone, values)
-        configs += [
-            (values, replace(one, optimization=replace(one.optimization, seed=seed)))
-            for seed in seeds
-        ]
-    return configs
+    return [
+        with_values(replace(alone, optimization=replace(alone.optimization, seed=seed)), values)
+        for words in product(*sweep.values())
+        for values in [dict(zip(sweep, words, strict=True))]
+        for seed in seeds
+    ]
+
+
+def with_values(config: Config, values: Mapping[str, str]) -> Chosen:
+    """Returns the options of a run with values of a sweep, and these values.
+
+    Raises:
+        InputError: A value is invalid, or would have no effect.
+    """
+    return Chosen(values, with_words(config, values))
 
 
 def _parse(words: Sequence[str]) -> dict[str, list[str]]:
@@ -170,20 +183,20 @@ def _values_of(text: str) -> list[str]:
     return [f"{value:.4g}" for value in values]
 
 
-def _make_families(
-    configs: Sequence[tuple[dict[str, str], Config]], devices: Sequence[jax.Device], folder: Path
+def make_families(
+    configs: Sequence[Chosen], devices: Sequence[jax.Device], folder: Path | None
 ) -> list[Family]:
     """Makes the families of the runs: those that are equal but for their seed and `_NUMBERS`.
 
     Args:
-        configs: Options of each run, with the values of the sweep that are its own.
+        configs: Options of each run.
         devices: The device of each replica of a run.
-        folder: Folder of all runs.
+        folder: Folder of all runs; None writes no files.
 
     Raises:
         InputError: An option of a run is invalid.
     """
-    whole = build.load_data(replace(configs[0][1].data, validation_fraction=0.0))
+    whole = build.load_data(replace(configs[0].config.data, validation_fraction=0.0))
     families: dict[str, Family] = {}
     for words, config in configs:
         numbers = {name: float(word) for name, word in words.items() if name in _NUMBERS}
@@ -258,8 +271,10 @@ def _make_parts(config: Config, data: Dataset, steps: int, numbers: many.Numbers
     )
 
 
-def _saving_of(config: Config, folder: Path, values: Mapping[str, Any]) -> Saving:
+def _saving_of(config: Config, folder: Path | None, values: Mapping[str, Any]) -> Saving:
     """Returns the options of the files of one run."""
+    if folder is None:
+        return Saving()
     run = config.run
 
     def prepare(own: Path) -> None:

@@ -15,6 +15,7 @@ from ctde_jax.trainer.many import (
     Variant,
     describe,
     fit_many,
+    learning_rate_finder,
     name_of,
     train_many,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "fit",
     "fit_many",
     "in_stored_units",
+    "learning_rate_finder",
     "line",
     "load",
     "name_of",

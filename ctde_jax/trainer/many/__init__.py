@@ -1,5 +1,6 @@
 """Training of many runs in one program: seeds, sweeps and folds."""
 
+from ctde_jax.trainer.many import learning_rate_finder
 from ctde_jax.trainer.many.family import Family, Outcome, Variant, describe
 from ctde_jax.trainer.many.fit_many import check_seeds, combine, fit_many, name_of, train_many
 from ctde_jax.trainer.many.sweep import RUNS, Sweep
@@ -14,6 +15,7 @@ __all__ = [
     "combine",
     "describe",
     "fit_many",
+    "learning_rate_finder",
     "name_of",
     "train_many",
 ]

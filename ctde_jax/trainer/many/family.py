@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.filesize import decimal
 
-from ctde_jax.devices import replica
-from ctde_jax.rounds import Resident, many
+from ctde_jax.devices import memory, replica
+from ctde_jax.rounds import Resident, many, state
 from ctde_jax.trainer.trained import Trained
 from ctde_jax.trainer.training import Saving, Training
 
@@ -79,12 +80,37 @@ def _shapes_of(training: Training) -> tuple[Any, ...]:
 
 
 def describe(families: Sequence[Family], devices: Sequence[jax.Device]) -> str:
-    """Describes the programs that train the runs, for the plan."""
+    """Describes the programs that train the runs and the memory that these take, for the plan."""
     count = len(replica.distinct(devices))
     total = sum(len(family.variants) for family in families)
-    joint = [len(family.variants) for family in families if family.is_joint]
-    alone = total - sum(joint)
-    spread = f"on {count} device{'s' if count > 1 else ''}"
-    programs = f"{len(joint)} programs in turn" if len(joint) > 1 else "one program"
-    parts = [f"{sum(joint)} by {programs}, {spread}"] if joint else []
-    return "; ".join([*parts, *([f"{alone} one after another"] if alone else [])])
+    joint = [family for family in families if family.is_joint]
+    together = sum(len(family.variants) for family in joint)
+    parts = []
+    if joint:
+        programs = f"{len(joint)} programs in turn" if len(joint) > 1 else "one program"
+        needed = max(len(each.variants) * _state_bytes(each.variants[0].training) for each in joint)
+        spread = f"on {count} devices" if count > 1 else "on 1 device"
+        parts.append(f"{together} by {programs}, {spread}, with {decimal(needed)} of state")
+    if total > together:
+        parts.append(f"{total - together} one after another")
+    return "; ".join(parts)
+
+
+def _state_bytes(training: Training) -> int:
+    """Returns the bytes of the training state of a run."""
+    trained, frozen = training.shapes_of_parts
+    replicas = len(training.devices)
+    like = state.like_created(
+        trained,
+        training.shapes[1],
+        training.optimizer,
+        training.strategy,
+        replicas,
+        training.ema_decay is not None,
+        frozen,
+    )
+    # All parts of `like` have a row for each replica, but a run keeps one of those that are equal.
+    return sum(
+        memory.size_of(part) // (replicas if axis is None else 1)
+        for part, axis in zip(like, state.axes(training.strategy), strict=True)
+    )
