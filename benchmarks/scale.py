@@ -1,7 +1,7 @@
 """Measures memory and time of training as parameters, devices and examples grow.
 
     python benchmarks/scale.py                    # six minutes; resumes if interrupted
-    python benchmarks/scale.py --axis devices     # or parameters, examples, replicas, ...
+    python benchmarks/scale.py --axis devices     # or parameters, examples, strategies, models
     python benchmarks/scale.py --report           # tables and figures of earlier measurements
 
 Every point is a run of `fit` in a separate process, on random data.
@@ -11,8 +11,6 @@ Every point is a run of `fit` in a separate process, on random data.
   this machine; synchronous, and DiLoCo every 16 steps in 4 bits with error feedback.
 - examples: 28 x 28 bytes each, one device, batch 512. A point is skipped if it would not fit into
   free memory.
-- replicas: the MLP 784-128-10 with SGD, global batch 512, on one device, and with 8 replicas on one
-  device or on 8 fake ones; synchronous, and averaged every 16 steps.
 - strategies, models: each preset and each network for a few steps on 64 fake devices, as a test
   that it runs.
 
@@ -41,7 +39,7 @@ from ctde_jax.data import deal
 from ctde_jax.rounds import Resident
 
 MOST_DEVICES = 64
-AxisName = Literal["parameters", "devices", "examples", "replicas", "strategies", "models"]
+AxisName = Literal["parameters", "devices", "examples", "strategies", "models"]
 
 # The strategies that are compared over devices.
 AGREEMENTS = {
@@ -50,9 +48,6 @@ AGREEMENTS = {
         16, two_phase(error_feedback(quantize(4))), optax.sgd(0.7, momentum=0.9, nesterov=True)
     ),
 }
-
-AVERAGES = {"synchronous": ctde.Strategy(), "averaged every 16 steps": ctde.Strategy(16)}
-PLACES = ((1, 1), (1, 8), (8, 8))  # devices and replicas
 
 PARAMETERS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000)
 DEVICES = (1, 2, 4, 8, 16, 32, MOST_DEVICES)
@@ -67,11 +62,6 @@ AXES: dict[str, list[Row]] = {
         for name in AGREEMENTS
     ],
     "examples": [{"axis": "examples", "examples": examples} for examples in EXAMPLES],
-    "replicas": [
-        {"axis": "replicas", "replicas": replicas, "devices": devices, "strategy": name}
-        for name in AVERAGES
-        for devices, replicas in PLACES
-    ],
     "strategies": [{"axis": "strategies", "strategy": name} for name in PRESETS],
     "models": [{"axis": "models", "model": name} for name in NETWORKS],
 }
@@ -100,8 +90,6 @@ def time_training(
     batch_size: int,
     strategy: ctde.Strategy = ctde.Strategy(),
     dispatch: int = 16,
-    optimizer: optax.GradientTransformation = optax.adam(1e-4),
-    replicas: int | None = None,
     **options: Any,
 ) -> Row:
     """Trains for five dispatches of `dispatch` steps; returns time per step, and memory in bytes.
@@ -109,7 +97,7 @@ def time_training(
     The first dispatch is not counted.
     """
     # The memory that the process has before training: JAX and the data set.
-    around = ctde.devices.start(devices, replicas=replicas)
+    around = ctde.devices.start(devices)
     before = peak_memory()
     steps = 5 * dispatch
 
@@ -117,7 +105,7 @@ def time_training(
     trained = ctde.fit(
         model,
         data,
-        optimizer,
+        optax.adam(1e-4),
         strategy,
         devices=around,
         batch_size=batch_size,
@@ -167,7 +155,7 @@ def device_memory(
 def measure_point(point: Row) -> Row:
     """Measures a training, and except for strategies and models the memory that XLA reports."""
     # XLA comes last, because its compilation would add to the peak memory of the process.
-    options: dict[str, Any] = {}
+    options = {}
     strategy = ctde.Strategy()
     match point["axis"]:
         case "parameters":
@@ -179,17 +167,6 @@ def measure_point(point: Row) -> Row:
             strategy = AGREEMENTS[point["strategy"]]
         case "examples":
             parts = (ctde.models.mlp([784, 128, 10]), pictures(point["examples"]), 1, 512)
-        case "replicas":
-            return time_training(
-                ctde.models.mlp([784, 128, 10]),
-                pictures(10_000),
-                point["devices"],
-                512,
-                AVERAGES[point["strategy"]],
-                dispatch=64,
-                optimizer=optax.sgd(0.01),
-                replicas=point["replicas"],
-            )
         case "strategies":
             small = ctde.models.mlp([64, 32, 10]), ctde.data.digits(), MOST_DEVICES, 256
             return time_training(*small, ctde.strategy(point["strategy"]))
@@ -277,7 +254,7 @@ def cells(row: Row) -> list[str]:
     values = [
         value
         for key, value in row.items()
-        if key in ("parameters", "replicas", "devices", "examples", "strategy", "model")
+        if key in ("parameters", "devices", "examples", "strategy", "model")
     ]
     point = ", ".join(f"{value:,}" if isinstance(value, int) else value for value in values)
     if "failed" in row:

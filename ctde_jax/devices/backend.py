@@ -9,11 +9,13 @@ starts its CPU backend, so this module sets it first.
 import os
 import platform
 from collections.abc import Sequence
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 import jax
 from jax.extend.backend import clear_backends
+from jaxlib.xla_client import make_cpu_client
 from platformdirs import user_cache_path
 
 from ctde_jax.devices import settings
@@ -74,18 +76,16 @@ def start(
     _keep_programs()
 
     # The number of CPU devices must be set before a backend starts. If one is up, restart it only
-    # if it is a CPU backend that is too small; a backend with accelerators is used as it is. The
-    # bytes that virtual replicas would send are counted in a program for as many fake devices.
+    # if it is a CPU backend that is too small; a backend with accelerators is used as it is.
     wanted = count or (1 if jax.distributed.is_initialized() else replicas or cpu_devices)
-    needed = max(wanted, replicas or 0)
     try:
-        _request_fake_devices(needed, threads_for=wanted)
+        _request_fake_devices(wanted)
     except RuntimeError:
         if jax.default_backend() == "cpu" and (
-            jax.local_device_count() < needed or not _threads_suffice(wanted)
+            jax.local_device_count() < wanted or not _threads_suffice(wanted)
         ):
             clear_backends()
-            _request_fake_devices(needed, threads_for=wanted)
+            _request_fake_devices(wanted)
     _start_platform()
 
     # Every host contributes its first `count` devices, or all of them.
@@ -122,20 +122,21 @@ def _repeated(devices: Sequence[jax.Device], replicas: int) -> list[jax.Device]:
     return [device for device in devices for _ in range(a_device)]
 
 
-def one_for_each(devices: Sequence[jax.Device]) -> list[jax.Device] | None:
+def one_for_each(devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
     """Returns devices for which a program with one replica on each can be compiled.
 
-    For virtual replicas, these are fake CPU devices of this host; None if it has too few of them,
-    as JAX had started its CPU backend before `start` could request them.
+    For virtual replicas, these are fake CPU devices on which nothing runs. They belong to a
+    separate client, because XLA's thread pool has at least one thread for each CPU device, and more
+    threads than cores slow down training.
     """
     if not is_virtual(devices):
-        return list(devices)
-    try:
-        fake = jax.local_devices(backend="cpu")
-    # The user's JAX_PLATFORMS excludes the CPU backend.
-    except RuntimeError:
-        return None
-    return fake[: len(devices)] if len(fake) >= len(devices) else None
+        return devices
+    return _fake_devices(len(devices))
+
+
+@cache
+def _fake_devices(count: int) -> Sequence[jax.Device]:
+    return make_cpu_client(num_devices=count).devices()
 
 
 def check_backend(devices: Sequence[jax.Device]) -> None:
@@ -209,8 +210,8 @@ def _kind_of_machine() -> str:
     return f"{platform.machine()}-{sha256(abilities.encode()).hexdigest()[:12]}"
 
 
-def _request_fake_devices(count: int, threads_for: int) -> None:
-    """Requests CPU devices, and threads for those of them on which programs run.
+def _request_fake_devices(count: int) -> None:
+    """Requests CPU devices and threads for them.
 
     Raises:
         RuntimeError: If a backend is already up.
@@ -218,7 +219,7 @@ def _request_fake_devices(count: int, threads_for: int) -> None:
     # JAX rejects only changes once a backend is up, and at least one of these two is a change.
     for value in (count + 1, count):
         jax.config.update("jax_num_cpu_devices", value)
-    os.environ["NPROC"] = str(max(_THREADS_A_DEVICE * threads_for, _threads()))
+    os.environ["NPROC"] = str(max(_THREADS_A_DEVICE * count, _threads()))
 
 
 def _threads_suffice(count: int) -> bool:
