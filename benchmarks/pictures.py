@@ -1,6 +1,6 @@
 """Compares training on pictures that stay in a file with training on pictures in memory.
 
-    python benchmarks/pictures.py                        # ten minutes on a busy machine
+    python benchmarks/pictures.py                        # a minute on a quiet machine
     python benchmarks/pictures.py --turns 3 --pictures 2000
 
 The script writes JPEG files of 32 x 32 pixels in color to a temporary folder, one folder for each
