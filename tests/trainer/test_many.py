@@ -166,12 +166,17 @@ def test_numbers_of_optimizer_strategy_and_task(few):
 def test_shapes_are_swept_by_programs_in_turn(few, capsys):
     options = {**OPTIONS, "show": True}
     del options["batch_size"]
-    sweep = {"batch_size": [16, 32]}
-    swept = ctde.fit_many(MODEL, few, optax.sgd(0.1), seeds=range(2), sweep=sweep, **options)
-    assert "4 by 2 programs in turn" in capsys.readouterr().out
+    sweep = [
+        {"batch_size": 16, "learning_rate": 0.1},
+        {"batch_size": 32, "learning_rate": 0.1},
+        {"batch_size": 16, "learning_rate": 0.2},
+    ]
+    swept = ctde.fit_many(MODEL, few, optax.sgd, seeds=range(2), sweep=sweep, **options)
+    assert "6 by 2 programs in turn" in capsys.readouterr().out
     alone = ctde.fit(MODEL, few, optax.sgd(0.1), seed=1, batch_size=32, **options)
-    assert swept.outcomes[3].values == {"batch_size": 32}
     assert_equal(swept.outcomes[3], alone)
+    order = [(values, seed) for values in sweep for seed in range(2)]
+    assert [(each.values, each.seed) for each in swept.outcomes] == order
 
 
 def fold_numbers(fold: data.Dataset) -> list[bytes]:

@@ -57,7 +57,8 @@ def fit_many(
     Runs that differ in seeds and numbers alone are computed by one program, which is compiled once
     and divides them over the devices. Each run has the rows, checkpoints and result that it would
     have alone, up to the rounding of another program; a single run has the same bits. A run whose
-    loss becomes NaN or infinite fails alone.
+    loss becomes NaN or infinite fails alone. The outcomes are in the order of combinations, then
+    data sets, then seeds.
 
     A name in `sweep` is an argument of `optimizer`, `strategy` or `task`, which then are functions,
     such as `optax.adam`; within the program they are called with traced numbers, as in `jax.vmap`.
@@ -109,12 +110,14 @@ def fit_many(
         Saving(run_dir, resume, **of_saving),
     )
     combinations = combine(sweep)
-    families = _make_families(chosen, combinations, check_seeds(seeds))
+    checked = check_seeds(seeds)
+    families = _make_families(chosen, combinations, checked)
     screen = console(quiet=not show)
     first = families[0].variants[0].training
     screen.print(plan(first, chosen.saving.folder))
     screen.print(line("runs", describe(families, present)))
-    swept = Sweep(tuple(train_many(families, present, show=show)))
+    outcomes = train_many(families, present, show=show)
+    swept = Sweep(_in_order(outcomes, combinations, checked))
     folder = chosen.saving.folder
     if folder is not None and (failure := swept.save(folder)):
         screen.print(failure)
@@ -193,6 +196,20 @@ def _train_alone(variant: Variant, show: bool) -> Outcome:
     except NonFiniteLoss as error:
         return Outcome(variant.values, seed, None, error.step, str(error))
     return Outcome(variant.values, seed, trained, trained.step)
+
+
+def _in_order(
+    outcomes: Sequence[Outcome], combinations: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+) -> tuple[Outcome, ...]:
+    """Returns the outcomes in the order of the arguments; families are trained in turn."""
+    of_values = {repr(values): place for place, values in enumerate(combinations)}
+    of_seed = {seed: place for place, seed in enumerate(seeds)}
+
+    def place(outcome: Outcome) -> tuple[int, int, int]:
+        values = {name: outcome.values[name] for name in combinations[0]}
+        return of_values[repr(values)], outcome.values.get("data", 0), of_seed[outcome.seed]
+
+    return tuple(sorted(outcomes, key=place))
 
 
 _EXCLUDED = ("model", "data", "optimizer", "seed", "branch_from", "mirror", "prepare", "options")
