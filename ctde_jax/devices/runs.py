@@ -62,8 +62,8 @@ def over_runs(
             )
 
         own = [part for place, part in enumerate(arguments) if place not in shared]
-        is_cpu = devices[0].platform == "cpu"
-        return lax.map(compute, own) if is_cpu else jax.vmap(compute)(own)
+        compute_all = _one_by_one if devices[0].platform == "cpu" else _together
+        return compute_all(compute, own)
 
     specs = tuple(
         PartitionSpec() if place in shared else PartitionSpec(RUN) for place in range(len(in_axes))
@@ -76,6 +76,14 @@ def over_runs(
         in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
         donate_argnums=donate,
     )
+
+
+def _one_by_one(compute: Callable[[Sequence[PyTree]], PyTree], own: Sequence[PyTree]) -> PyTree:
+    return lax.map(compute, own)
+
+
+def _together(compute: Callable[[Sequence[PyTree]], PyTree], own: Sequence[PyTree]) -> PyTree:
+    return jax.vmap(compute)(own)
 
 
 def divide(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:

@@ -188,10 +188,7 @@ def train(
         # Show the bytes that a round sends, counted in the compiled program of the last phase.
         count = count_params(beginning.center[0])
         traffic = programs.phases[-1].traffic
-        if traffic is None:
-            wire = "not measured, as JAX was in use before devices.start(replicas=...)"
-        else:
-            wire = sentence(traffic, count, len(training.devices))
+        wire = sentence(traffic, count, len(training.devices))
         later = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
         screen.print(line("wire", wire + later))
         clock.lap("compile")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from math import ceil, isnan
+from math import ceil
 
 import jax
 import numpy as np
@@ -73,7 +73,7 @@ class Meter:
 
         Args:
             span: The span.
-            sent: Bytes that each device sends per round; NaN if they are unknown.
+            sent: Bytes that each device sends per round.
         """
         self._span = span
         self._sent_per_round = sent
@@ -234,8 +234,7 @@ class Meter:
         means = self._task.averages(totals, totals["examples"] or 1)
         counts: Row = {"examples": int(totals["examples"]), "examples_per_second": speed}
         counts["time"] = round(time.time(), 3)
-        if not isnan(self.position.sent):
-            counts["bytes_sent"] = round(self.position.sent)
+        counts["bytes_sent"] = round(self.position.sent)
         if self._skips:
             counts["skipped"] = skipped
         # These sums are values of the step times its examples; see `with_measurements`.

@@ -3,7 +3,6 @@
 An error in any of them is therefore reported before training starts.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -43,8 +42,8 @@ class PhaseProgram(NamedTuple):
     shared: Sequence[str]
     """Names of the leaves that must be equal on all devices."""
 
-    traffic: Traffic | None
-    """The collectives of a round with one replica on each device; None if they are unknown."""
+    traffic: Traffic
+    """The collectives of a round with one replica on each device."""
 
     center_of: Callable[[state.TrainState], PyTree]
     """Function from a state to the central parameters to evaluate."""
@@ -56,8 +55,8 @@ class PhaseProgram(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends per round; NaN if they are unknown."""
-        return math.nan if self.traffic is None else self.traffic.sent
+        """Bytes that each device sends per round."""
+        return self.traffic.sent
 
 
 class Programs(NamedTuple):
@@ -168,7 +167,7 @@ def measure_traffic(
     like: state.TrainState,
     key: jax.Array,
     train_rounds: Program | None = None,
-) -> Traffic | None:
+) -> Traffic:
     """Counts the bytes in the optimized HLO, as the compiler may change dtypes and collectives.
 
     Virtual replicas send nothing, so their bytes are those of the program for real devices.
@@ -179,13 +178,8 @@ def measure_traffic(
         like: State of the phase; only shapes and dtypes are read.
         key: Key of the rounds; only its dtype is read.
         train_rounds: The compiled rounds, if each replica has a device.
-
-    Returns:
-        The collectives of a round; None if there are too few devices to compile for.
     """
     devices = one_for_each(training.devices)
-    if devices is None:
-        return None
     if train_rounds is None or replica.is_virtual(training.devices):
         lowered = _lower_rounds(training, phase, like, key, devices)
         train_rounds = replica.compiled(lowered, devices)

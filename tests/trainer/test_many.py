@@ -16,6 +16,7 @@ from runs import DropoutNet, Killed, rows
 import ctde_jax as ctde
 from ctde_jax import config, data, train
 from ctde_jax.config.presets import PRESETS
+from ctde_jax.devices import runs
 from ctde_jax.errors import InputError, NonFiniteLoss
 from ctde_jax.trainer.history import History
 
@@ -62,8 +63,18 @@ def preset(name: str) -> ctde.Strategy:
     return ctde.strategy(name, **options)
 
 
-@pytest.mark.parametrize("name", some(PRESETS, "diloco", "post-local-sgd"))
-@pytest.mark.parametrize("replicas", [1, 2])
+# A replica without neighbors cannot gossip.
+ALL = [
+    (name, replicas)
+    for name in PRESETS
+    for replicas in (1, 2)
+    if replicas > 1 or name not in ("gossip", "no-loco")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas"), some(ALL, ("diloco", 1), ("diloco", 2), ("post-local-sgd", 2))
+)
 def test_each_run_equals_the_run_alone(few, name, replicas):
     devices = ctde.devices.start(2)
     swept = ctde.fit_many(
@@ -94,6 +105,25 @@ def test_each_run_equals_the_run_alone(few, name, replicas):
         **OPTIONS | {"steps": 50, "eval_every": 24},
     )
     assert_equal(outcome, alone)
+
+
+@pytest.mark.parametrize("name", some(PRESETS, "ddp", "diloco"))
+def test_runs_that_are_computed_together_equal_the_run_alone(few, name, monkeypatch):
+    """As on an accelerator."""
+    monkeypatch.setattr(runs, "_one_by_one", runs._together)
+    arguments = {"model": MODEL, "data": few, "strategy": preset(name), **OPTIONS}
+    swept = ctde.fit_many(
+        optimizer=optax.sgd,
+        seeds=[0, 1],
+        sweep={"learning_rate": [0.02, 0.2]},
+        devices=ctde.devices.start(1),
+        replicas=2,
+        **arguments,
+    )
+    devices = ctde.devices.start(2)
+    assert_equal(
+        swept.outcomes[3], ctde.fit(optimizer=optax.sgd(0.2), seed=1, devices=devices, **arguments)
+    )
 
 
 CASES = {

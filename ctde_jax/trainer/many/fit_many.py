@@ -62,8 +62,8 @@ def fit_many(
 
     A name in `sweep` is an argument of `optimizer`, `strategy` or `task`, which then are functions,
     such as `optax.adam`; within the program they are called with traced numbers, as in `jax.vmap`.
-    Or it is an option of `fit`, such as `batch_size`, whose values are trained by programs of their
-    own, one after another.
+    Or it is an option of `fit`, such as `batch_size`; then there is a program for each value, and
+    these run one after another.
 
     Args:
         model: As for `fit`.
@@ -131,7 +131,7 @@ def train_many(
     """Trains the runs of all families.
 
     Args:
-        families: Runs, each family with a program of its own.
+        families: Runs, one program for each family.
         devices: Devices over which the runs of a family are divided.
         show: Whether to show progress.
 
@@ -189,7 +189,7 @@ def _train_joint(
 
 
 def _train_alone(variant: Variant, show: bool) -> Outcome:
-    """Trains a run by a program of its own."""
+    """Trains a run by `train`."""
     seed = variant.training.seed
     try:
         trained = train(variant.training, variant.saving, show=show)

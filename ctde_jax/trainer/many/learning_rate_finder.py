@@ -1,7 +1,7 @@
 """The learning rate finder: the loss of short runs at growing learning rates, by one program.
 
-Unlike a single run whose learning rate grows (Smith, 2017), each rate is judged by a run of its
-own, so that the state of the optimizer at one rate does not depend on smaller ones.
+Unlike a single run whose learning rate grows (Smith, 2017), each rate has a separate run, so that
+the state of the optimizer at one rate does not depend on smaller ones.
 """
 
 from collections.abc import Sequence

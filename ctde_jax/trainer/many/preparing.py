@@ -32,8 +32,8 @@ class PhasePrograms(NamedTuple):
     change: Callable[[PyTree, state.TrainState], state.TrainState]
     train_rounds: Program
     evaluate: Program
-    traffic: Traffic | None
-    """The collectives of a round of a run with one replica on each device; None if unknown."""
+    traffic: Traffic
+    """The collectives of a round of a run with one replica on each device."""
 
     @property
     def begins(self) -> bool:
@@ -265,7 +265,7 @@ def _lower_rounds(
 
 def _measure_traffic(
     training: Training, phase: Phase, like: PyTree, keys: jax.Array, train_rounds: Program
-) -> Traffic | None:
+) -> Traffic:
     """Counts the bytes of a round of one run, with one replica on each device."""
     # Without other replicas, nothing is sent, as the compiled program shows.
     if len(training.devices) == 1:

@@ -222,9 +222,8 @@ class Together:
 
     def _dispatch_span(self, span: Span) -> None:
         """Dispatches the rounds of a span until its end or a signal, and adds their rows."""
-        traffic = self._program.traffic
         for place in self._active:
-            self._records[place].meter.start(span, np.nan if traffic is None else traffic.sent)
+            self._records[place].meter.start(span, self._program.traffic.sent)
         unread: list[_Dispatch] = []  # the rows of these are not added yet
         pieces = islice(self._pieces, span.pieces)
         for examples, indices, first, last in cut(pieces, lambda: self._lead.pace()):
