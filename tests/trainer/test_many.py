@@ -73,9 +73,10 @@ ALL = [
 
 
 @pytest.mark.parametrize(
-    ("name", "replicas"), some(ALL, ("diloco", 1), ("diloco", 2), ("post-local-sgd", 2))
+    "case", some(ALL, ("diloco", 1), ("diloco", 2), ("post-local-sgd", 2)), ids=str
 )
-def test_each_run_equals_the_run_alone(few, name, replicas):
+def test_each_run_equals_the_run_alone(few, case):
+    name, replicas = case
     devices = ctde.devices.start(2)
     swept = ctde.fit_many(
         MODEL,
