@@ -95,6 +95,7 @@ class Preempted(Exception):
         )
         self.step = step
         self.folder = folder
+        self.by = by
 
 
 class HostLost(RuntimeError):

@@ -242,7 +242,7 @@ def _find_learning_rate(
     )
     short = replace(config, run=run, optimization=optimization)
     configs = [sweep.with_values(short, {"learning_rate": str(rate)}) for rate in finder.RATES]
-    families = sweep.make_families(configs, devices, None)
+    families = sweep.make_families(short, configs, devices, None)
 
     screen = ctde.trainer.console()
     outcomes = ctde.trainer.train_many(families, devices)

@@ -99,6 +99,16 @@ def is_new(folder: Path) -> bool:
     )
 
 
+def check_no_run(folder: Path) -> None:
+    """Raises InputError if a single run has written to a folder that is for many runs."""
+    if not is_new(folder):
+        raise InputError(
+            "run_dir",
+            f"must not be the folder of a single run, such as {folder}, but one for many runs; "
+            "choose another folder.",
+        )
+
+
 def check_outside(path: Path, folder: Path) -> None:
     """Checks that a run in `folder` does not start from files that it writes itself.
 

@@ -474,22 +474,39 @@ def with_words(config: Config, words: Mapping[str, str]) -> Config:
     types = _option_types()
     for name, word in words.items():
         _check_values(as_flag(name), types[name], [word])
+    values = {name: _converted(types[name], word) for name, word in words.items()}
+    values = {**_of_other_presets(config, values), **values}
     groups = {group.name: getattr(config, group.name) for group in fields(config)}
     changed = Config(
         **{
             name: replace(
-                group,
-                **{
-                    option: _converted(types[option], word)
-                    for option, word in words.items()
-                    if hasattr(group, option)
-                },
+                group, **{option: values[option] for option in vars(group) if option in values}
             )
             for name, group in groups.items()
         }
     )
     _check_effect({as_flag(name) for name in words}, changed)
     return changed
+
+
+def _of_other_presets(config: Config, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that another model or strategy changes: those of its preset.
+
+    Options keep their values if these differ from the preset of the configuration.
+    """
+    given = _flat(config)
+
+    def preset(chosen: Mapping[str, Any]) -> dict[str, Any]:
+        return {**MODELS[chosen["model"]].options, **PRESETS[chosen["strategy"]].options}
+
+    before = preset(given)
+    after = preset({**given, **values})
+    default = _flat(Config())
+    return {
+        name: after.get(name, default[name])
+        for name in before | after
+        if given[name] == before.get(name, default[name])
+    }
 
 
 def _converted(kind: Any, word: str) -> Any:

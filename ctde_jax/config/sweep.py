@@ -32,7 +32,7 @@ from ctde_jax.config.options import (
 )
 from ctde_jax.data import Dataset, hold_out
 from ctde_jax.devices import FAKE_DEVICES, hosts, start
-from ctde_jax.errors import InputError, check_at_least, check_known, quoted
+from ctde_jax.errors import InputError, check_at_least, check_known, check_seed, quoted
 from ctde_jax.rounds import many
 from ctde_jax.trainer import Family, Saving, Sweep, Training, Variant, console
 
@@ -46,7 +46,7 @@ _NUMBERS = (
 )
 """Options whose values one program can have; all others are trained by programs in turn."""
 
-_EXCLUDED = ("branch_from", "mirror", "report", "track")
+_EXCLUDED = ("branch_from", "mirror", "prompt", "report", "track")
 """Options that only a single run can have."""
 
 _MOST_RUNS = 10_000
@@ -91,11 +91,9 @@ def train_many(config: Config, started: float) -> Sweep:
             else checkpoint.named("run_dir", chosen.run_dir)
         )
         at_end.enter_context(checkpoint.claimed(folder))
-        families = make_families(configs, of_a_run, folder)
         count = len(devices)
         config = replace(config, aggregation=replace(config.aggregation, devices=count))
-        with checkpoint.writing_to(folder):
-            save(config, folder / CONFIG)
+        families = make_families(config, configs, of_a_run, folder)
 
         first = families[0].variants[0].training
         screen.print(trainer.plan(first, folder, output.names(configs[0].config, first.data)))
@@ -117,6 +115,7 @@ def _configs(config: Config) -> list[Chosen]:
     """
     sweep = _parse(config.run.sweep)
     seeds = range(config.optimization.seed, config.optimization.seed + (config.run.seeds or 1))
+    check_seed(seeds[-1])
     count = len(seeds) * math.prod(map(len, sweep.values()))
     if count > _MOST_RUNS:
         raise InputError("sweep", f"must have at most {_MOST_RUNS:,} runs, got {count:,}.")
@@ -184,11 +183,15 @@ def _values_of(text: str) -> list[str]:
 
 
 def make_families(
-    configs: Sequence[Chosen], devices: Sequence[jax.Device], folder: Path | None
+    whole_config: Config,
+    configs: Sequence[Chosen],
+    devices: Sequence[jax.Device],
+    folder: Path | None,
 ) -> list[Family]:
     """Makes the families of the runs: those that are equal but for their seed and `_NUMBERS`.
 
     Args:
+        whole_config: Options of the command.
         configs: Options of each run.
         devices: The device of each replica of a run.
         folder: Folder of all runs; None writes no files.
@@ -211,7 +214,7 @@ def make_families(
         else:
             training = _like(family.variants, words, config, data)
         values = {**others, **numbers}
-        variant = Variant(values, training, _saving_of(config, folder, values))
+        variant = Variant(values, training, _saving_of(whole_config, config, folder, values))
         families[repr(others)] = replace(family, variants=[*family.variants, variant])
     return [*families.values()]
 
@@ -233,20 +236,21 @@ def _like(
         config: Options of this run.
         data: Data set of this run.
     """
-    # Runs that differ in their seed alone share optimizer, strategy and task.
-    values = {name: float(word) for name, word in words.items() if name in _NUMBERS}
     last = variants[-1]
     training = last.training.changed(seed=config.optimization.seed)
-    if any(last.values[name] != value for name, value in values.items()):
-        parts = _make_parts(config, data, training.total_steps, {})
-        training = training.changed(**parts._asdict())
     # The partition and the validation split depend on the seed.
-    if training.partition is not None or data is not training.data:
+    is_other_data = training.partition is not None or data is not training.data
+    if is_other_data:
         labels = data.train.labels
         replicas = len(training.devices)
         partition = build.make_partition(config.data, labels, replicas, training.seed)
         steps = build.count_total_steps(config, data, replicas, partition)
         training = training.changed(data=data, partition=partition, steps=steps)
+    # Runs that differ in their seed alone share optimizer, strategy and task.
+    values = {name: float(word) for name, word in words.items() if name in _NUMBERS}
+    if is_other_data or any(last.values[name] != value for name, value in values.items()):
+        parts = _make_parts(config, data, training.total_steps, {})
+        training = training.changed(**parts._asdict())
     return training
 
 
@@ -271,15 +275,20 @@ def _make_parts(config: Config, data: Dataset, steps: int, numbers: many.Numbers
     )
 
 
-def _saving_of(config: Config, folder: Path | None, values: Mapping[str, Any]) -> Saving:
-    """Returns the options of the files of one run."""
+def _saving_of(
+    whole_config: Config, config: Config, folder: Path | None, values: Mapping[str, Any]
+) -> Saving:
+    """Returns the options of the files of one run, with which those of the command are saved."""
     if folder is None:
         return Saving()
     run = config.run
 
+    # Called before the first checkpoint of a new run, so that a refused command changes no file.
     def prepare(own: Path) -> None:
         with checkpoint.writing_to(own):
             save(config, own / CONFIG)
+        with checkpoint.writing_to(folder):
+            save(whole_config, folder / CONFIG)
 
     return Saving(
         run_dir=folder / trainer.name_of(values, config.optimization.seed),

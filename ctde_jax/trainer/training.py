@@ -265,6 +265,8 @@ class Training:
         outdated = {"weighted_task", "source", "total_steps"}
         if set(fields) != {"seed"}:
             outdated.add("identity")
+        if {"data", "task"} & set(fields):
+            outdated.add("raw_model")
         for name in outdated:
             copied.__dict__.pop(name, None)
         return copied

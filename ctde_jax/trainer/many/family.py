@@ -56,10 +56,10 @@ class Family:
     def is_joint(self) -> bool:
         """Whether one program trains all runs; if not, they are trained one after another."""
         training = self.variants[0].training
-        shapes = _shapes_of(training)
+        shared = _shared_by_program(training)
         return (
             len(self.variants) > 1
-            and all(_shapes_of(variant.training) == shapes for variant in self.variants)
+            and all(_shared_by_program(variant.training) == shared for variant in self.variants)
             and not training.strategy.exact
             and not training.reestimate_batches
             and training.on_nonfinite != "rollback"
@@ -69,14 +69,22 @@ class Family:
         )
 
 
-def _shapes_of(training: Training) -> tuple[Any, ...]:
-    """Returns the steps of a run, and the shapes of its examples on each replica."""
+def _shared_by_program(training: Training) -> tuple[Any, ...]:
+    """Returns what must be equal in runs of one program.
+
+    These are their steps, the shapes of their examples on each replica, and the constants that
+    model and objective take from the training split.
+    """
     source = training.source
     # With a partition, the longest part of a replica determines both.
     shapes = None
     if isinstance(source, Resident):
         shapes = jax.tree.map(np.shape, source.batches.split)
-    return source.steps_per_epoch, training.total_steps, shapes
+    units = training.task.units
+    of_targets = None if units is None else [array.tobytes() for array in units]
+    is_balanced = isinstance(training.class_weights, str)
+    counted = id(training.data.train) if is_balanced else None
+    return source.steps_per_epoch, training.total_steps, shapes, of_targets, counted
 
 
 def describe(families: Sequence[Family], devices: Sequence[jax.Device]) -> str:

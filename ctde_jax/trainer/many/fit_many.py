@@ -1,6 +1,7 @@
 """Training of many runs: `fit_many`, and `train_many`, which takes the runs in families."""
 
 import re
+import resource
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,9 +17,18 @@ import jax
 import optax
 
 from ctde_jax.aggregate import Strategy, as_transformation
+from ctde_jax.checkpoint import check_no_run
 from ctde_jax.data import Dataset
 from ctde_jax.devices import hosts
-from ctde_jax.errors import InputError, NonFiniteLoss, check_seed, check_whole, did_you_mean
+from ctde_jax.errors import (
+    InputError,
+    NonFiniteLoss,
+    Preempted,
+    check_at_least,
+    check_seed,
+    check_whole,
+    did_you_mean,
+)
 from ctde_jax.models import Model, Task, as_model, tasks
 from ctde_jax.rounds import many
 from ctde_jax.trainer.checks import check_types
@@ -100,10 +110,16 @@ def fit_many(
         4
     """
     of_training, of_saving = split_options(options, "fit_many", _EXCLUDED)
+    check_whole(replicas=replicas)
+    check_at_least(1, replicas=replicas)
+    datasets = [data] if isinstance(data, Dataset) else _listed(data)
+    if not datasets or not all(isinstance(each, Dataset) for each in datasets):
+        rule = "must be a Dataset of ctde_jax.data, or a list of them"
+        raise InputError("data", f"{rule}, got {data!r:.60}.")
     present = started(devices)
     chosen = _Chosen(
         as_model(model),
-        [data] if isinstance(data, Dataset) else [*data],
+        datasets,
         {"optimizer": optimizer, "strategy": strategy, "task": task},
         present if replicas in (None, len(present)) else [present[0]] * replicas,
         of_training,
@@ -143,15 +159,15 @@ def train_many(
     """
     if hosts.count() > 1:
         raise InputError("seeds", "must be left out on several hosts; train each run on one host.")
+    _check_folders([variant for family in families for variant in family.variants])
     say = console(quiet=not show).print
     outcomes: list[Outcome] = []
     for family in families:
         if family.is_joint:
             outcomes += _train_joint(family, devices, show, say)
         else:
-            outcomes += [_train_alone(variant, show) for variant in family.variants]
-        # Ctrl-C ends the training of all runs.
-        if any(each.trained is not None and each.trained.interrupted for each in outcomes):
+            outcomes += _train_in_turn(family, show)
+        if _is_interrupted(outcomes):
             break
     if not any(each.trained for each in outcomes):
         raise NonFiniteLoss(outcomes[0].step)
@@ -185,17 +201,61 @@ def _train_joint(
             part = replace(family, variants=[family.variants[place] for place in places])
             of_part = train_together(part, [found[place] for place in places], devices, show, say)
             outcomes |= dict(zip(places, of_part, strict=True))
-    return [outcomes[place] for place in range(len(found))]
+            if _is_interrupted(of_part):
+                break
+    return [outcomes[place] for place in sorted(outcomes)]
 
 
-def _train_alone(variant: Variant, show: bool) -> Outcome:
-    """Trains a run by `train`."""
-    seed = variant.training.seed
-    try:
-        trained = train(variant.training, variant.saving, show=show)
-    except NonFiniteLoss as error:
-        return Outcome(variant.values, seed, None, error.step, str(error))
-    return Outcome(variant.values, seed, trained, trained.step)
+def _train_in_turn(family: Family, show: bool) -> list[Outcome]:
+    """Trains each run of a family by `train`."""
+    outcomes: list[Outcome] = []
+    for values, training, saving in family.variants:
+        try:
+            trained = train(training, saving, show=show)
+        except NonFiniteLoss as error:
+            outcomes.append(Outcome(values, training.seed, None, error.step, str(error)))
+            continue
+        # The same command continues all runs, so it has their common folder.
+        except Preempted as error:
+            raise Preempted(error.step, error.folder.parent, error.by) from error
+        outcomes.append(Outcome(values, training.seed, trained, trained.step))
+        if trained.interrupted:
+            break
+    return outcomes
+
+
+def _is_interrupted(outcomes: Sequence[Outcome]) -> bool:
+    """Returns whether Ctrl-C has ended a run, and so the training of all runs."""
+    return any(each.trained is not None and each.trained.interrupted for each in outcomes)
+
+
+def _check_folders(variants: Sequence[Variant]) -> None:
+    """Checks the folders of the runs, and raises the limit of open files if it is too low.
+
+    Raises:
+        InputError: Two runs have the same folder, the folder of all runs is that of a single run,
+            or this process cannot open the files of all runs.
+    """
+    folders = [variant.saving.folder for variant in variants if variant.saving.folder is not None]
+    if not folders:
+        return
+    twice = [folder.name for folder, count in Counter(folders).items() if count > 1]
+    if twice:
+        raise InputError("sweep", f"must have different values, got {twice[0]} twice.")
+    check_no_run(folders[0].parent)
+
+    # A run holds its lock, its rows and the files of a checkpoint; JAX needs some hundred.
+    needed = 4 * len(folders) + 300
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise InputError(
+            "seeds",
+            f"must be fewer, as {len(folders):,} runs with files need {needed:,} open files, but "
+            f"this process may have {hard:,}; raise the limit by ulimit -n.",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _in_order(
@@ -211,6 +271,9 @@ def _in_order(
 
     return tuple(sorted(outcomes, key=place))
 
+
+_COLUMNS = ("data", "seed", "step", "failure", "runs", "failed")
+"""Columns of the table of the results, which values of a sweep cannot have as names."""
 
 _EXCLUDED = ("model", "data", "optimizer", "seed", "branch_from", "mirror", "prepare", "options")
 """Fields of `Training` and `Saving` that `fit_many` sets, or that many runs cannot have."""
@@ -240,19 +303,35 @@ def combine(sweep: Sweeping) -> list[dict[str, Any]]:
     """Returns the values of each combination of a sweep, one without values if it is empty.
 
     Raises:
-        InputError: The sweep has no values, other values than numbers and texts, or one twice.
+        InputError: The sweep has no values, other values than numbers, texts, None and lists of
+            them, the same values twice, or the name of a column of the table.
     """
     if isinstance(sweep, Mapping):
+        listed = {name: _listed(values) for name, values in sweep.items()}
         for name, values in sweep.items():
-            if isinstance(values, str) or not isinstance(values, Iterable) or not len([*values]):
+            if not listed[name]:
                 raise InputError(
                     "sweep", f"must have a list of values for {name}, got {values!r:.60}."
                 )
         combinations = [
-            dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())
+            dict(zip(listed, values, strict=True)) for values in product(*listed.values())
         ]
     else:
-        combinations = [dict(values) for values in sweep] or [{}]
+        mappings = _listed(sweep)
+        if mappings is None or not all(isinstance(each, Mapping) for each in mappings):
+            raise InputError(
+                "sweep",
+                f"must be lists of values by name, or a list of mappings, got {sweep!r:.60}.",
+            )
+        combinations = [dict(each) for each in mappings] or [{}]
+    for each in combinations:
+        for name, value in each.items():
+            if name in _COLUMNS:
+                rule = f"must not have the name {name}, which the table of the results uses"
+                raise InputError("sweep", f"{rule}; rename the argument.")
+            if not _is_plain(value):
+                rule = "must have numbers, texts, None or lists of them as values"
+                raise InputError("sweep", f"{rule}, got {value!r:.60} for {name}.")
     if any(each.keys() != combinations[0].keys() for each in combinations):
         raise InputError("sweep", "must have the same names for every combination of values.")
     for number, each in enumerate(combinations):
@@ -262,15 +341,30 @@ def combine(sweep: Sweeping) -> list[dict[str, Any]]:
     return combinations
 
 
+def _listed(values: Any) -> list[Any] | None:
+    """Returns values as a list; None if they are a text, or no list."""
+    try:
+        return None if isinstance(values, str) else [*values]
+    except TypeError:  # also for an array without axes
+        return None
+
+
+def _is_plain(value: Any) -> bool:
+    """Returns whether a text can represent a value, in a table and in the name of a folder."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | Real)
+
+
 def check_seeds(seeds: Sequence[int]) -> list[int]:
     """Returns the seeds as a list.
 
     Raises:
         InputError: There is no seed, one is invalid, or occurs twice.
     """
-    checked = [*seeds]
+    checked = _listed(seeds)
     if not checked:
-        raise InputError("seeds", "must be at least one seed, got none.")
+        raise InputError("seeds", f"must be a list of at least one seed, got {seeds!r:.60}.")
     for seed in checked:
         check_whole(seeds=seed)
         check_seed(seed)
@@ -316,7 +410,7 @@ def _make_families(
             raise InputError(
                 "sweep",
                 "must name arguments of the function that makes the optimizer, strategy or task, "
-                f"or options that are not given otherwise, got {name}{suggestion}.",
+                f"or options that are not given otherwise, got {name}{suggestion}",
             )
     for part, function in chosen.parts.items():
         for name in _required(function) if is_function(function) else ():

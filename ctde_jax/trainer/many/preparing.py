@@ -148,11 +148,14 @@ def _runs(family: Family, phase: Phase, devices: Sequence[jax.Device]) -> many.R
     def make(numbers: many.Numbers) -> many.Parts:
         try:
             parts = family.make(numbers)
-        except jax.errors.ConcretizationTypeError as error:
+        # Errors of JAX on traced numbers are TypeErrors, as are those of Python's functions. The
+        # parts of each run were already made from its numbers, so the functions are sound.
+        except TypeError as error:
             raise InputError(
                 "sweep",
                 "must contain numbers by which the functions of optimizer, strategy and task do "
-                f"not decide, as they are called with traced numbers: {shortened(str(error))}",
+                "not decide, and which they pass to functions of jax.numpy alone, as they are "
+                f"called with traced numbers: {shortened(str(error))}",
             ) from error
         # The strategy of the synchronous phase depends on no number.
         is_own = phase.strategy is training.strategy

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -203,5 +203,7 @@ def _in_cell(value: Any) -> str:
         return "-"
     if not isinstance(value, dict):
         return str(value)
+    if isnan(value["sd"]):
+        return f"{value['mean']:.4f}"
     span = f"{value['min']:.4f} to {value['max']:.4f}"
     return f"{value['mean']:.4f} ± {value['sd']:.4f}\n{span}"
