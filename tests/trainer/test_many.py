@@ -2,8 +2,10 @@
 
 import csv
 import json
+import resource
 import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from runs import DropoutNet, Killed, rows
 
 import ctde_jax as ctde
 from ctde_jax import config, data, train
+from ctde_jax.config.command_line import with_words
 from ctde_jax.config.presets import PRESETS
 from ctde_jax.devices import runs
 from ctde_jax.errors import InputError, NonFiniteLoss
@@ -227,6 +230,22 @@ def test_folds_are_runs(few):
     assert swept.summary[0]["runs"] == 2
 
 
+def test_constants_of_a_fold_are_its_own(few):
+    # The units of regression targets, and the weights of classes, depend on the training split.
+    points = np.linspace(-1, 1, 320, dtype=np.float32).reshape(80, 4)
+    lines = data.from_arrays(points, points[:, :1] ** 2, points[:9], points[:9, :1], name="lines")
+    cases = [
+        (few, MODEL, {"class_weights": "balanced"}),
+        (lines, ctde.models.mlp([4, 1]), {"task": "regression"}),
+    ]
+    for dataset, model, options in cases:
+        options = {**OPTIONS, "steps": 2, **options}
+        folds = data.folds(dataset, 2)
+        swept = ctde.fit_many(model, folds, optax.sgd(0.1), **options)
+        for fold, outcome in zip(folds, swept.outcomes, strict=True):
+            assert_equal(outcome, ctde.fit(model, fold, optax.sgd(0.1), **options))
+
+
 def test_a_run_that_diverges_fails_alone(few):
     sweep = {"learning_rate": [0.1, 1e38]}
     swept = ctde.fit_many(MODEL, few, optax.sgd, sweep=sweep, **OPTIONS)
@@ -348,6 +367,15 @@ WRONG = {
     "text": ({"sweep": {"learning_rate": ["a"]}}, "numbers for learning_rate"),
     "same": ({"sweep": {"learning_rate": [0.1, 0.1]}}, "learning_rate 0.1 twice"),
     "names": ({"sweep": [{"learning_rate": 0.1}, {}]}, "same names"),
+    "array": (
+        {"sweep": {"class_weights": [np.ones(10)], "learning_rate": [0.1]}},
+        "numbers, texts",
+    ),
+    "no list": ({"sweep": 5}, "list of mappings"),
+    "column": ({"sweep": {"learning_rate": [0.1], "seed": [1]}}, "the name seed"),
+    "count": ({"seeds": 3}, "list of at least one seed"),
+    "no data": ({"data": []}, "list of them"),
+    "replicas": ({"replicas": 0}, "at least 1"),
     "missing": ({"sweep": {"patience": [1, 2]}}, "values for learning_rate"),
     "value": ({"sweep": {"learning_rate": [0.1], "steps": [1, -1]}, "steps": None}, "at least 1"),
 }
@@ -356,15 +384,22 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_refused(few, case):
     wrong, sentence = WRONG[case]
-    options = {name: value for name, value in {**OPTIONS, **wrong}.items() if value is not None}
+    given = {"data": few, **OPTIONS, **wrong}
+    options = {name: value for name, value in given.items() if value is not None}
     with pytest.raises(InputError, match=sentence):
-        ctde.fit_many(MODEL, few, optax.sgd, **{"sweep": {"learning_rate": [0.1]}, **options})
+        ctde.fit_many(MODEL, optimizer=optax.sgd, **{"sweep": {"learning_rate": [0.1]}, **options})
 
 
-def test_function_that_decides_by_a_number_is_refused(few):
-    def optimizer(momentum):
-        return optax.sgd(0.1, momentum if momentum > 0 else None)
+def nothing_if_zero(momentum):
+    return optax.sgd(0.1, momentum if momentum > 0 else None)
 
+
+def of_numpy(momentum):
+    return optax.sgd(0.1, np.sqrt(momentum))
+
+
+@pytest.mark.parametrize("optimizer", [nothing_if_zero, of_numpy])
+def test_function_that_cannot_be_traced_is_refused(few, optimizer):
     with pytest.raises(InputError, match="do not decide"):
         ctde.fit_many(MODEL, few, optimizer, sweep={"momentum": [0.5, 0.9]}, **OPTIONS)
 
@@ -373,6 +408,24 @@ def test_too_many_runs_are_refused_before_allocation(few, monkeypatch):
     monkeypatch.setattr(ctde.devices.memory, "of_this_machine", lambda: 10**6)
     with pytest.raises(InputError, match=r"at most \d+ runs fit"):
         ctde.fit_many(MODEL, few, optax.adam(0.1), seeds=range(1000), **OPTIONS)
+
+
+def test_folder_of_a_single_run_is_refused(few, tmp_path):
+    ctde.fit(MODEL, few, optax.sgd(0.1), run_dir=tmp_path / "single", **OPTIONS | {"steps": 1})
+    with pytest.raises(InputError, match="folder of a single run"):
+        ctde.fit_many(MODEL, few, optax.sgd(0.1), run_dir=tmp_path / "single", **OPTIONS)
+
+
+def test_limit_of_open_files_is_raised_or_named(few, tmp_path, monkeypatch):
+    raised: list[tuple[int, int]] = []
+    options = {**OPTIONS, "run_dir": tmp_path / "runs"}
+    monkeypatch.setattr(resource, "setrlimit", lambda _, to: raised.append(to))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    ctde.fit_many(MODEL, few, optax.sgd(0.1), **options | {"steps": 1})
+    assert raised == [(304, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    with pytest.raises(InputError, match="ulimit"):
+        ctde.fit_many(MODEL, few, optax.sgd(0.1), **options)
 
 
 def test_unknown_option_is_a_type_error(few):
@@ -405,7 +458,35 @@ def test_command_trains_and_each_run_can_be_repeated(tmp_path, capsys, monkeypat
     assert train.main(["--config", "many/config.json", "--run-dir", "many"]) == 0
 
 
+def test_swept_strategy_has_the_options_of_its_preset():
+    swept = config.parse(["--keep-checkpoints", "3", "--learning-rate", "0.1"])
+    words = {"strategy": "diloco", "sync_every": "4"}
+    alone = ["--keep-checkpoints", "3", "--learning-rate", "0.1", "--strategy", "diloco"]
+    assert with_words(swept, words) == config.parse([*alone, "--sync-every", "4"])
+
+
+def test_schedule_has_the_steps_of_the_run(tmp_path, monkeypatch):
+    # A partition depends on the seed, and so does the number of steps.
+    monkeypatch.chdir(tmp_path)
+    command = ["--batch-size", "64", "--hidden-sizes", "8", "--epochs", "1", "--devices", "2"]
+    command += ["--partition", "dirichlet"]
+    assert train.main([*command, "--seeds", "2", "--run-dir", "runs"]) == 0
+    # Only a run with the same program continues.
+    assert train.main([*command, "--seed", "1", "--run-dir", "runs/seed-1"]) == 0
+
+
+def test_refused_command_changes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [*COMMAND, "--seeds", "1", "--devices", "1", "--run-dir", "runs"]
+    assert train.main(command) == 0
+    before = Path("runs/config.json").read_text()
+    assert train.main([*command, "--batch-size", "16"]) == 2
+    assert Path("runs/config.json").read_text() == before
+
+
 REFUSED = {
+    "equal": (["--sweep", "learning-rate=0.1,0.10"], "twice"),
+    "seed": (["--seeds", "2", "--seed", "4294967295"], "from 0 to"),
     "unknown": (["--sweep", "lerning-rate=1,2"], "learning_rate"),
     "no values": (["--sweep", "learning-rate="], "must have values"),
     "range": (["--sweep", "learning-rate=log:0:1:3"], "must have ranges"),

@@ -3,7 +3,7 @@
 import re
 import resource
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
@@ -168,6 +168,9 @@ def train_many(
         else:
             outcomes += _train_in_turn(family, show)
         if _is_interrupted(outcomes):
+            has_folder = families[0].variants[0].saving.folder is not None
+            way_on = "; the same call continues them" if has_folder else ""
+            say(line("stopped", f"before all runs were complete{way_on}"))
             break
     if not any(each.trained for each in outcomes):
         raise NonFiniteLoss(outcomes[0].step)
