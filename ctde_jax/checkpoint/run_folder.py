@@ -38,8 +38,8 @@ def claimed(folder: Path) -> Iterator[Path]:
     """Creates a folder if necessary, and locks it until the body or this process ends.
 
     A process may claim the same folder again within the body. If the body raises before the folder
-    has metrics or a checkpoint, the files in `OWN` that were created since the claim are removed,
-    and new folders that are empty, including parent folders.
+    or a subfolder has metrics or a checkpoint, the files in `OWN` that were created since the claim
+    are removed, and new folders that are empty, including parent folders.
 
     Raises:
         InputError: If another process is writing to the folder, or it cannot be written to.
@@ -68,7 +68,9 @@ def claimed(folder: Path) -> Iterator[Path]:
             yield folder
         except BaseException:
             with suppress(OSError):
-                _remove(folder, (OWN if is_new(folder) else {LOCK}) - before)
+                # A folder of many runs has those that have begun as subfolders.
+                has_begun = not is_new(folder) or any(folder.glob(f"*/{METRICS}"))
+                _remove(folder, ({LOCK} if has_begun else OWN) - before)
             raise
         finally:
             lock.release()

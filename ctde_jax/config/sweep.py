@@ -119,6 +119,8 @@ def _configs(config: Config) -> list[Chosen]:
     count = len(seeds) * math.prod(map(len, sweep.values()))
     if count > _MOST_RUNS:
         raise InputError("sweep", f"must have at most {_MOST_RUNS:,} runs, got {count:,}.")
+    if "epochs" in sweep and ("steps" in sweep or config.optimization.steps is not None):
+        raise InputError("epochs", "and --steps are mutually exclusive; pass only one of them.")
     alone = replace(config, run=replace(config.run, seeds=None, sweep=()))
     return [
         with_values(replace(alone, optimization=replace(alone.optimization, seed=seed)), values)
@@ -170,6 +172,9 @@ def _values_of(text: str) -> list[str]:
         return text.split(",")
     try:
         start, stop, count = float(ends[0]), float(ends[1]), int(ends[2])
+        # Checked here, as a list of all values may not fit in memory.
+        if not 1 <= count <= _MOST_RUNS:
+            raise ValueError(f"must have from 1 to {_MOST_RUNS:,} values")
         space = np.geomspace if kind == "log" else np.linspace
         with np.errstate(all="raise"):
             values = space(start, stop, count)

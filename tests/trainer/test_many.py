@@ -475,6 +475,13 @@ def test_schedule_has_the_steps_of_the_run(tmp_path, monkeypatch):
     assert train.main([*command, "--seed", "1", "--run-dir", "runs/seed-1"]) == 0
 
 
+def test_command_keeps_its_options_if_all_runs_fail(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [*COMMAND, "--optimizer", "sgd", "--devices", "1", "--run-dir", "runs"]
+    assert train.main([*command, "--seeds", "1", "--learning-rate", "1e38"]) == 2
+    assert json.loads(Path("runs/config.json").read_text())["seeds"] == 1
+
+
 def test_refused_command_changes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [*COMMAND, "--seeds", "1", "--devices", "1", "--run-dir", "runs"]
@@ -490,6 +497,9 @@ REFUSED = {
     "unknown": (["--sweep", "lerning-rate=1,2"], "learning_rate"),
     "no values": (["--sweep", "learning-rate="], "must have values"),
     "range": (["--sweep", "learning-rate=log:0:1:3"], "must have ranges"),
+    "no range": (["--sweep", "learning-rate=log:1:2:0"], "must have ranges"),
+    "long range": (["--sweep", "learning-rate=linear:1:2:1000000000"], "must have ranges"),
+    "no effect": (["--sweep", "epochs=1,2"], "mutually exclusive"),
     "same": (["--sweep", "learning-rate=0.1,0.1"], "different values"),
     "twice": (["--sweep", "steps=1", "steps=2"], "steps twice"),
     "number": (["--sweep", "batch-size=a"], "whole number"),
