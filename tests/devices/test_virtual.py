@@ -1,7 +1,11 @@
 """Virtual replicas and `shard_map` compute what as many devices do under `pmap`."""
 
+import os
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,17 +118,37 @@ def test_merged_gradient_has_the_masks_of_each_replica(few):
     assert_equal(one, other)
 
 
-@pytest.mark.parametrize("name", some(["ddp", "gossip", "diloco", "gathered"], "gossip"))
+@pytest.mark.parametrize("name", some(STRATEGIES, "gossip"))
 def test_shard_map_computes_the_bits_of_pmap(name, few, monkeypatch):
     strategy = STRATEGIES[name]()
-    by_pmap = fit(few, ctde.devices.start(2), strategy)
+    by_pmap = fit(few, ctde.devices.start(8), strategy)
     monkeypatch.setenv("CTDE_JAX_ENGINE", "shard_map")
-    by_shard_map = fit(few, ctde.devices.start(2), strategy)
+    by_shard_map = fit(few, ctde.devices.start(8), strategy)
     for one, other in zip(
         *map(jax.tree.leaves, (by_pmap.params, by_shard_map.params)), strict=True
     ):
         np.testing.assert_array_equal(one, other)
     assert by_pmap.traffic == by_shard_map.traffic
+
+
+@pytest.mark.slow
+def test_suite_passes_with_shard_map():
+    """A choice of files; `docs/pmap.md` has the command for the whole suite."""
+    tests = Path(__file__).parents[1]
+    files = [
+        tests / "aggregate" / "test_gossip.py",
+        tests / "checkpoint" / "test_resume.py",
+        tests / "rounds" / "test_replica_digests.py",
+        tests / "rounds" / "test_round.py",
+    ]
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", *files],
+        cwd=tests.parent,
+        env={**os.environ, "CTDE_JAX_ENGINE": "shard_map"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout[-5000:]
 
 
 def test_unknown_engine_is_refused(few, monkeypatch):
