@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-*OF_DATA_SETS, OF_A_FRAME = NOTEBOOKS
+*OF_DATA_SETS, OF_A_FRAME, OF_SEEDS = NOTEBOOKS
 OF_REPLICAS = ("01_quickstart", "02_aggregation")
 NEEDED_DEVICES = {"04_decentralized_execution": 2}
 
@@ -153,6 +153,19 @@ assert len(outputs) == count and difference < 1e-5
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
+def test_notebook_of_seeds_finds_what_one_pair_may_not(monkeypatch):
+    facts = """
+assert 0 < worse + equal < 16
+assert compare(accuracy)["p, t-test"] < 0.05 and difference.mean() > 0
+assert rows[1]["improvement found"] < 0.5 < rows[3]["improvement found"]
+assert by_fold["difference"].mean() > 0
+"""
+    outputs = execute(OF_SEEDS, monkeypatch, last=facts)
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "accelerators"),
     [
@@ -176,7 +189,7 @@ def test_notebook_runs_on_any_number_of_accelerators(path, accelerators, monkeyp
     machine = f"""
 import ctde_jax as ctde
 
-start_cpu, fit = ctde.devices.start, ctde.fit
+start_cpu = ctde.devices.start
 start_cpu({max(accelerators, 4)})
 
 
@@ -184,12 +197,16 @@ def start(cpu_devices=1, replicas=None):
     return start_cpu({accelerators}, replicas=replicas)
 
 
-def fit_for_an_epoch(*arguments, **options):
-    length = {{"epochs": 1}} if "epochs" in options else {{}}
-    return fit(*arguments, **{{**options, **length}})
+def for_an_epoch(fit):
+    def fit_for_an_epoch(*arguments, **options):
+        length = {{"epochs": 1}} if "epochs" in options else {{}}
+        return fit(*arguments, **{{**options, **length}})
+
+    return fit_for_an_epoch
 
 
-ctde.devices.start, ctde.fit = start, fit_for_an_epoch
+ctde.devices.start = start
+ctde.fit, ctde.fit_many = map(for_an_epoch, (ctde.fit, ctde.fit_many))
 """
     outputs = execute(path, monkeypatch, machine)
     assert fallbacks(outputs) == (accelerators < NEEDED_DEVICES.get(path.stem, 1))
