@@ -25,7 +25,7 @@ PAGES = {
 }
 
 
-OPTIONAL = ("datasets", "grain", "torch")
+OPTIONAL = ("datasets", "grain", "optuna", "torch")
 """Packages that some blocks import, but the extra `test` does not contain."""
 
 
