@@ -1,11 +1,12 @@
 """The record of a run on the host: its rows, position, best parameters and checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from ctde_jax.checkpoint import INPUTS, MEASURED, OTHER_POINT, Saver, Tensors, plain
+from ctde_jax.cost import Traffic
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import NonFiniteLoss
 from ctde_jax.rounds import Averages, Sums, state
@@ -14,6 +15,7 @@ from ctde_jax.trainer.callbacks import Callbacks
 from ctde_jax.trainer.claim import Found
 from ctde_jax.trainer.history import Row
 from ctde_jax.trainer.meter import Meter
+from ctde_jax.trainer.trained import Trained, accepts
 from ctde_jax.trainer.training import Saving, Training
 
 
@@ -135,15 +137,50 @@ class Record:
         while self.saver is not None and self.saver.completed:
             self.callbacks("on_checkpoint", self.saver.completed.popleft())
 
+    def result(
+        self,
+        center: tuple[PyTree, PyTree],
+        opt_state: PyTree,
+        traffic: Traffic,
+        seconds: dict[str, float],
+        is_stopped: bool,
+        plan: Sequence[tuple[str, str]],
+    ) -> Trained:
+        """Returns the trained model.
+
+        Args:
+            center: The last evaluated parameters and model state, on the host. With early stopping,
+                those of the lowest validation loss are returned instead.
+            opt_state: The state of the optimizer, on the host.
+            traffic: The collectives of a round.
+            seconds: Wall time by part.
+            is_stopped: Whether a signal or a callback has asked the run to stop.
+            plan: The rows of the plan, for reports.
+        """
+        params, model_state = self.best.center or center
+        training = self.training
+        return Trained(
+            model=training.raw_model,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            step=self.best.step or self.log.rows[-1]["step"],
+            history=self.log.rows,
+            seconds=seconds,
+            interrupted=is_stopped and not self.is_whole,
+            stopped_early=self.best.is_over,
+            task=training.task,
+            devices=training.devices,
+            traffic=traffic,
+            accepts=accepts(training.data),
+            platform=training.devices[0].platform,
+            plan=tuple(plan),
+        )
+
     @property
     def is_whole(self) -> bool:
         """Whether the run has reached its last step, or early stopping has ended it."""
         return self.meter.position.gone_through == self.training.total_steps or self.best.is_over
-
-    @property
-    def step(self) -> int:
-        """Number of optimizer steps of the returned parameters."""
-        return self.best.step or self.log.rows[-1]["step"]
 
     @property
     def measured(self) -> Row | None:

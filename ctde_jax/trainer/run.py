@@ -27,7 +27,7 @@ from ctde_jax.trainer.meter import Clock
 from ctde_jax.trainer.programs import PhaseProgram, Programs
 from ctde_jax.trainer.record import Record
 from ctde_jax.trainer.stop import Stop, deferred
-from ctde_jax.trainer.trained import Trained, accepts
+from ctde_jax.trainer.trained import Trained
 from ctde_jax.trainer.training import Saving, Training
 
 
@@ -135,25 +135,13 @@ class Run:
             self._evaluate()
             self._clock.lap("evaluate")
 
-        # With early stopping, the parameters and the step are those of the lowest validation loss.
-        params, model_state = record.best.center or jax.device_get(self._center)
-        training = record.training
-        trained = Trained(
-            model=training.raw_model,
-            params=params,
-            model_state=model_state,
-            opt_state=state.of_optimizer(self.train_state),
-            step=record.step,
-            history=record.log.rows,
-            seconds=self._clock.seconds,
-            interrupted=bool(self._stop) and not record.is_whole,
-            stopped_early=record.best.is_over,
-            task=training.task,
-            devices=training.devices,
-            traffic=self._programs.phases[-1].traffic,
-            accepts=accepts(training.data),
-            platform=training.devices[0].platform,
-            plan=tuple(plan),
+        trained = record.result(
+            jax.device_get(self._center),
+            state.of_optimizer(self.train_state),
+            self._programs.phases[-1].traffic,
+            self._clock.seconds,
+            bool(self._stop),
+            plan,
         )
         record.callbacks("on_end", trained)
         return trained

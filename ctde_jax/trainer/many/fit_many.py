@@ -310,7 +310,7 @@ def combine(sweep: Sweeping) -> list[dict[str, Any]]:
             them, the same values twice, or the name of a column of the table.
     """
     if isinstance(sweep, Mapping):
-        listed = {name: _listed(values) for name, values in sweep.items()}
+        listed = {name: _listed(values) or [] for name, values in sweep.items()}
         for name, values in sweep.items():
             if not listed[name]:
                 raise InputError(

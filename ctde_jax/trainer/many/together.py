@@ -24,7 +24,6 @@ from ctde_jax.trainer.plan import plan_rows
 from ctde_jax.trainer.record import Record
 from ctde_jax.trainer.run import prepare_folder
 from ctde_jax.trainer.stop import Stop, deferred
-from ctde_jax.trainer.trained import Trained, accepts
 
 
 class _Dispatch(NamedTuple):
@@ -171,25 +170,15 @@ class Together:
         if place in self._failures:
             error = self._failures[place]
             return Outcome(values, training.seed, None, error.step, str(error))
-        params, model_state = record.best.center or _row_of(centers, place)
-        trained = Trained(
-            model=training.raw_model,
-            params=params,
-            model_state=model_state,
-            opt_state=_row_of(opt_states, place),
-            step=record.step,
-            history=record.log.rows,
-            seconds=self._clock.seconds,
-            interrupted=bool(self._stop) and not record.is_whole,
-            stopped_early=record.best.is_over,
-            task=training.task,
-            devices=training.devices,
-            traffic=self._program.traffic,
-            accepts=accepts(training.data),
-            platform=training.devices[0].platform,
-            plan=tuple(plan_rows(training)),
+        trained = record.result(
+            _row_of(centers, place),
+            _row_of(opt_states, place),
+            self._program.traffic,
+            self._clock.seconds,
+            bool(self._stop),
+            plan_rows(record.training),
         )
-        return Outcome(values, training.seed, trained, trained.step)
+        return Outcome(values, record.training.seed, trained, trained.step)
 
     @property
     def _unfinished(self) -> list[int]:
