@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from cases import some
+from jax import numpy as jnp
 from runs import DropoutNet, Killed, rows
 
 import ctde_jax as ctde
@@ -195,6 +196,27 @@ def test_numbers_of_optimizer_strategy_and_task(few):
     for values, outcome in zip(sweep, swept.outcomes, strict=True):
         alone = ctde.fit(MODEL, few, devices=ctde.devices.start(2), **parts(**values), **OPTIONS)
         assert_equal(outcome, alone)
+
+
+def test_numbers_do_not_widen_the_state(few):
+    def init(key, inputs):
+        return {"w": jnp.zeros((64, 10), jnp.bfloat16)}, {}
+
+    def apply(params, model_state, inputs, key):
+        return inputs.reshape(-1, 64) @ params["w"], model_state
+
+    model = ctde.models.Model(init, apply)
+    swept = ctde.fit_many(
+        model,
+        few,
+        lambda momentum: optax.sgd(0.1, momentum),
+        sweep={"momentum": [0.5, 0.9]},
+        **OPTIONS | {"steps": 1},
+    )
+    for outcome in swept.outcomes:
+        assert all(
+            leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(outcome.trained.opt_state)
+        )
 
 
 def test_shapes_are_swept_by_programs_in_turn(few, capsys):
@@ -418,7 +440,7 @@ def test_folder_of_a_single_run_is_refused(few, tmp_path):
 
 def test_limit_of_open_files_is_raised_or_named(few, tmp_path, monkeypatch):
     raised: list[tuple[int, int]] = []
-    options = {**OPTIONS, "run_dir": tmp_path / "runs"}
+    options: dict[str, Any] = {**OPTIONS, "run_dir": tmp_path / "runs"}
     monkeypatch.setattr(resource, "setrlimit", lambda _, to: raised.append(to))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     ctde.fit_many(MODEL, few, optax.sgd(0.1), **options | {"steps": 1})

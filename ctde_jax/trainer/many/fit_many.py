@@ -72,8 +72,8 @@ def fit_many(
 
     A name in `sweep` is an argument of `optimizer`, `strategy` or `task`, which then are functions,
     such as `optax.adam`; within the program they are called with traced numbers, as in `jax.vmap`.
-    Or it is an option of `fit`, such as `batch_size`; then there is a program for each value, and
-    these run one after another.
+    Or it is an option of `fit`, such as `batch_size`; its values are numbers, texts, None or lists
+    of them, and are trained by separate programs, one after another.
 
     Args:
         model: As for `fit`.
@@ -147,7 +147,7 @@ def train_many(
     """Trains the runs of all families.
 
     Args:
-        families: Runs, one program for each family.
+        families: Runs; each family has a separate program.
         devices: Devices over which the runs of a family are divided.
         show: Whether to show progress.
 
@@ -210,7 +210,7 @@ def _train_joint(
 
 
 def _train_in_turn(family: Family, show: bool) -> list[Outcome]:
-    """Trains each run of a family by `train`."""
+    """Trains the runs of a family one after another, each by a separate program."""
     outcomes: list[Outcome] = []
     for values, training, saving in family.variants:
         try:

@@ -106,7 +106,10 @@ def prepare(
     phases = unfinished(phases, gone_through)
 
     # Place what differs between runs. Examples that are equal in all runs are placed only once.
-    numbers = {name: np.asarray([each[name] for each in values]) for name in family.names}
+    # Python numbers stay weakly typed, so that they do not widen the state of an optimizer.
+    numbers = {
+        name: jnp.stack([jnp.asarray(each[name]) for each in values]) for name in family.names
+    }
     splits, are_splits_shared = _stacked_splits(trainings)
     parts, are_parts_shared = _stacked_parts(trainings)
     arrays = Arrays(
