@@ -1,9 +1,11 @@
 """Training of many runs in one program: seeds, sweeps and folds."""
 
 from ctde_jax.trainer.many import learning_rate_finder
+from ctde_jax.trainer.many.arguments import name_of
 from ctde_jax.trainer.many.family import Family, Outcome, Variant, describe
-from ctde_jax.trainer.many.fit_many import check_seeds, combine, fit_many, name_of, train_many
+from ctde_jax.trainer.many.fit_many import fit_many
 from ctde_jax.trainer.many.sweep import RUNS, Sweep
+from ctde_jax.trainer.many.train_many import train_many
 
 __all__ = [
     "RUNS",
@@ -11,8 +13,6 @@ __all__ = [
     "Outcome",
     "Sweep",
     "Variant",
-    "check_seeds",
-    "combine",
     "describe",
     "fit_many",
     "learning_rate_finder",
