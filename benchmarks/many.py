@@ -22,7 +22,7 @@ from harness import RESULTS, Log, Table, command_line, console, machine, publish
 
 import ctde_jax as ctde
 
-HEADER = ("runs", "devices", "one program, s", "single runs, s", "ratio")
+HEADER = ("runs", "devices", "turns", "one program, s", "single runs, s", "ratio")
 
 
 def images() -> ctde.data.Dataset:
@@ -90,6 +90,8 @@ def measure_fits(log: Log, seeds: int, turns: int) -> None:
             console.print(f"{model}, turn {turn} of {turns}: {row}, {spent:.0f} s in all")
             if turn:
                 log.put({"what": model, "turn": turn}, seeds=seeds, **row)
+            # `jax.pmap` keeps the programs of all runs, until the process has no memory maps left.
+            jax.clear_caches()
 
 
 def main(seeds: int = 32, turns: int = 5, report: bool = False, results: Path = RESULTS) -> None:
@@ -108,25 +110,23 @@ def main(seeds: int = 32, turns: int = 5, report: bool = False, results: Path = 
         measure_fits(log, seeds, turns)
 
     rows = []
-    if found := log.find(what="commands"):
-        count = found[0]["seeds"]
-        many = np.array([row["many"] for row in found])
-        singles = np.array([count * row["single"] for row in found])
-        name = f"commands, {count} seeds of the digits"
-        rows.append(
-            [name, "2", spread(many, ".1f"), spread(singles, ".0f"), spread(many / singles)]
-        )
-    for model in MODELS:
-        found = log.find(what=model)
-        for count in [key for key in found[0] if key.isdecimal()] if found else ():
-            many = np.array([row[count] for row in found])
+    for what in ("commands", *MODELS):
+        found = log.find(what=what)
+        for name in (
+            [name for name in found[0] if name == "many" or name.isdecimal()] if found else ()
+        ):
+            count = found[0]["seeds"]
+            many = np.array([row[name] for row in found])
             singles = np.array([row["single"] for row in found])
-            name = f"inside fit, {found[0]['seeds']} seeds: {model}"
-            rows.append(
-                [name, count, spread(many, ".2f"), spread(singles, ".2f"), spread(many / singles)]
-            )
-    platform = jax.default_backend()
-    note = f"{turns} turns, on {platform}. Single runs on one device. {machine()}."
+            label = f"inside fit, {count} seeds: {what}"
+            # A command was measured once in each turn.
+            if what == "commands":
+                singles = count * singles
+                label = f"commands, {count} seeds of the digits"
+            devices = "2" if name == "many" else name
+            times = [spread(values, ".2f") for values in (many, singles, many / singles)]
+            rows.append([label, devices, str(len(found)), *times])
+    note = f"On {jax.default_backend()}; single runs on one device. {machine()}."
     publish(results / "many.md", [Table("Many seeds", HEADER, rows)], note)
 
 

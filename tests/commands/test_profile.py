@@ -234,8 +234,8 @@ def test_command_finds_a_batch_size_and_writes_its_picture(tmp_path, monkeypatch
 
 
 MISTAKES = {
-    "--find": "--find must be one of batch-size, got none.",
-    "--find batch_sise": "--find must be one of batch-size, got 'batch_sise'; did you mean",
+    "--find": "--find must be one of batch-size, learning-rate, got none.",
+    "--find batch_sise": "--find must be one of batch-size, learning-rate, got 'batch_sise'; did",
     "--find batch-size --trace x": "--trace must be left out with --find, which writes no trace.",
     "--trace": "--trace must name a folder, got none.",
     "--trace --devices 2": "--trace must name a folder, got none.",
@@ -270,4 +270,6 @@ def test_help_lists_trace_and_the_options_of_a_run(capsys):
     with pytest.raises(SystemExit):
         profile.main(["--help"])
     shown = capsys.readouterr().out
-    assert re.search(r"--trace FOLDER .*--find batch-size .*--batch-size", shown, flags=re.DOTALL)
+    assert re.search(
+        r"--trace FOLDER .*--find batch-size\|learning-rate .*--batch-size", shown, flags=re.DOTALL
+    )
