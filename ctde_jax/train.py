@@ -100,7 +100,8 @@ def _outcome(
     try:
         if meeting is not None:
             ctde.devices.hosts.join(meeting)
-        is_many = config.run.seeds is not None or config.run.sweep
+        run = config.run
+        is_many = run.seeds is not None or run.sweep or run.halving is not None
         train = sweep.train_many if is_many else walk.train
         return (130 if train(config, started).interrupted else 0), ""
     except InputError as error:

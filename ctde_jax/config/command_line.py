@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str], command: str = "train") -> Config:
     # Check the options of the user, before those of a saved configuration.
     typed = _check(arguments)
     if command != "train":
-        for name in ("seeds", "sweep"):
+        for name in ("seeds", "sweep", "halving"):
             if as_flag(name) in typed:
                 raise InputError(name, "requires python -m ctde_jax.train.")
     if {"--epochs", "--steps"} <= typed:
@@ -187,6 +187,7 @@ _DECIDE_NOTHING = (
     "sample_length",
     "seeds",
     "sweep",
+    "halving",
 )
 """Options that may change when a run continues, such as the devices or the location of the data.
 

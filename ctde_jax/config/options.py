@@ -415,6 +415,11 @@ class RunOptions:
     """Values of options, such as learning-rate=log:0.001:0.1:5 or batch-size=32,64: trains a run
     for each combination, and for each of --seeds; by default none."""
 
+    halving: Count = None
+    """Successive halving: compare the combinations of --sweep by their validation loss after
+    fractions of the steps, and each time continue only the best one in HALVING of them;
+    by default all are trained to the end."""
+
     # Checkpoints.
     save_every: Count = None
     """Maximum number of optimizer steps between checkpoints, or a round if that is longer;

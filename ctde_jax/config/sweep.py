@@ -98,7 +98,11 @@ def train_many(config: Config, started: float) -> Sweep:
         first = families[0].variants[0].training
         screen.print(trainer.plan(first, folder, output.names(configs[0].config, first.data)))
         screen.print(trainer.line("runs", trainer.describe(families, devices)))
-        sweep = Sweep(tuple(trainer.train_many(families, devices)))
+        if chosen.halving is None:
+            outcomes = trainer.train_many(families, devices)
+        else:
+            outcomes = trainer.train_best(families, devices, chosen.halving)
+        sweep = Sweep(tuple(outcomes))
         if failure := sweep.save(folder):
             screen.print(failure)
         screen.print(sweep.table())
@@ -121,7 +125,7 @@ def _configs(config: Config) -> list[Chosen]:
         raise InputError("sweep", f"must have at most {_MOST_RUNS:,} runs, got {count:,}.")
     if "epochs" in sweep and ("steps" in sweep or config.optimization.steps is not None):
         raise InputError("epochs", "and --steps are mutually exclusive; pass only one of them.")
-    alone = replace(config, run=replace(config.run, seeds=None, sweep=()))
+    alone = replace(config, run=replace(config.run, seeds=None, sweep=(), halving=None))
     return [
         with_values(replace(alone, optimization=replace(alone.optimization, seed=seed)), values)
         for words in product(*sweep.values())

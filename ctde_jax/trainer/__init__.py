@@ -17,6 +17,7 @@ from ctde_jax.trainer.many import (
     fit_many,
     learning_rate_finder,
     name_of,
+    train_best,
     train_many,
 )
 from ctde_jax.trainer.plan import line, plan, plan_rows
@@ -64,5 +65,6 @@ __all__ = [
     "stopwatch",
     "trackers",
     "train",
+    "train_best",
     "train_many",
 ]

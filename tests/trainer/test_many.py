@@ -363,6 +363,78 @@ def test_killed_runs_continue_with_the_same_bits(few, tmp_path, monkeypatch):
         )
 
 
+RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 1e38, 3.0]
+
+
+def halved(few, folder) -> ctde.Sweep:
+    return ctde.fit_many(
+        MODEL,
+        data.hold_out(few, 0.3),
+        optax.sgd,
+        sweep={"learning_rate": RATES},
+        halving=3,
+        run_dir=folder,
+        **{**OPTIONS, "steps": 36, "eval_every": 2},
+    )
+
+
+def test_halving_continues_the_best_runs(few, tmp_path, monkeypatch):
+    whole = halved(few, tmp_path / "whole")
+    steps = {row["learning_rate"]: row["step"] for row in whole.rows}
+    assert sorted(steps.values())[1:] == [4] * 5 + [12] * 2 + [36]
+    assert whole.outcomes[7].trained is None
+
+    # The choice is that of the validation losses of the runs alone, which the best one equals.
+    def alone(rate: float) -> ctde.Trained:
+        options = {**OPTIONS, "steps": 36, "eval_every": 2}
+        return ctde.fit(MODEL, data.hold_out(few, 0.3), optax.sgd(rate), **options)
+
+    def loss(trained: ctde.Trained, step: int) -> float:
+        rows = [row for row in trained.history if row["split"] == "validation"]
+        return next(row["loss"] for row in rows if row["step"] == step)
+
+    trained = {rate: alone(rate) for rate in RATES if rate < 1e38}
+    kept = sorted(trained, key=lambda rate: loss(trained[rate], 4))[:3]
+    assert {*kept} == {rate for rate, step in steps.items() if step > 4}
+    best = min(kept, key=lambda rate: loss(trained[rate], 12))
+    assert steps[best] == 36
+    assert_equal(whole.outcomes[RATES.index(best)], trained[best])
+
+    # An interrupted search is resumed as it was.
+    kill_after(monkeypatch, 70, partial(halved, few, tmp_path / "killed"))
+    resumed = halved(few, tmp_path / "killed")
+    assert resumed.rows == whole.rows
+
+
+UNSUITABLE = {
+    "one": ({"sweep": {"learning_rate": [0.1]}}, "at least two combinations"),
+    "factor": ({"halving": 1}, "at least 2"),
+    "folder": ({"run_dir": None}, "run_dir"),
+    "validation": ({"data": None}, "validation split"),
+    "shapes": ({"sweep": {"learning_rate": [0.1], "batch_size": [16, 32]}}, "one program"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUITABLE)
+def test_unsuitable_halving_is_refused(few, tmp_path, case):
+    wrong, sentence = UNSUITABLE[case]
+    options = {
+        "data": data.hold_out(few, 0.3),
+        "sweep": {"learning_rate": [0.1, 0.2]},
+        "halving": 2,
+        "run_dir": tmp_path / "runs",
+        **OPTIONS,
+        **wrong,
+    }
+    if case == "validation":
+        options["data"] = few
+    if case == "shapes":
+        del options["batch_size"]
+    with pytest.raises(InputError, match=sentence):
+        ctde.fit_many(MODEL, optimizer=optax.sgd, **options)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_statistics_and_files(few, tmp_path):
     swept = ctde.fit_many(
         MODEL, few, optax.sgd(0.1), seeds=range(3), run_dir=tmp_path / "runs", **OPTIONS
@@ -529,6 +601,7 @@ REFUSED = {
     "negative": (["--sweep", "learning-rate=0.1,-1"], "greater than 0"),
     "none": (["--seeds", "0"], "at least 1"),
     "report": (["--seeds", "2", "--report"], "--report must be left out"),
+    "halving": (["--halving", "3"], "--halving requires a sweep"),
 }
 
 

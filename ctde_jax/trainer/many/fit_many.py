@@ -20,6 +20,7 @@ from ctde_jax.trainer.log import console
 from ctde_jax.trainer.many.arguments import EXCLUDED, Arguments, make_families
 from ctde_jax.trainer.many.combinations import Sweeping, check_seeds, combine, listed
 from ctde_jax.trainer.many.family import Outcome, describe
+from ctde_jax.trainer.many.halving import train_best
 from ctde_jax.trainer.many.sweep import Sweep
 from ctde_jax.trainer.many.train_many import train_many
 from ctde_jax.trainer.plan import line, plan
@@ -39,6 +40,7 @@ def fit_many(
     replicas: int | None = None,
     run_dir: Path | str | None = None,
     resume: bool = True,
+    halving: int | None = None,
     show: bool = True,
     **options: Any,
 ) -> Sweep:
@@ -71,6 +73,9 @@ def fit_many(
         run_dir: Folder with one run folder for each run, the table `runs.csv` and `curves.png`;
             None writes no files.
         resume: Whether to continue the runs in the folder, as for `fit`.
+        halving: Factor of successive halving, such as 3: the combinations are compared by their
+            validation loss after fractions of the steps, such as 1/9 and 1/3, and each time only
+            the best third continues. Requires a sweep, a validation split and `run_dir`.
         show: Whether to print the plan and the progress.
         **options: Other arguments of `fit` except `seed` and `callbacks`, and other fields of
             `Training` and `Saving` except `branch_from` and `mirror`.
@@ -112,7 +117,10 @@ def fit_many(
     first = families[0].variants[0].training
     screen.print(plan(first, chosen.saving.folder))
     screen.print(line("runs", describe(families, present)))
-    outcomes = train_many(families, present, show=show)
+    if halving is None:
+        outcomes = train_many(families, present, show=show)
+    else:
+        outcomes = train_best(families, present, halving, show=show)
     swept = Sweep(_in_order(outcomes, combinations, checked))
     folder = chosen.saving.folder
     if folder is not None and (failure := swept.save(folder)):

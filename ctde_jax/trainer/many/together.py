@@ -41,6 +41,7 @@ def train_together(
     devices: Sequence[jax.Device],
     show: bool,
     say: Say,
+    until: int | None = None,
 ) -> list[Outcome]:
     """Trains the runs of a family, all of which have gone through the same number of steps.
 
@@ -50,6 +51,8 @@ def train_together(
         devices: Devices over which the runs are divided.
         show: Whether to show progress.
         say: Prints a line or a table.
+        until: Step after which the runs stop, the end of an evaluation interval; by default their
+            last step.
 
     Returns:
         The result of each run, in order.
@@ -63,7 +66,7 @@ def train_together(
     for variant, each in zip(family.variants, found, strict=True):
         prepare_folder(variant.saving, each, say)
     clock.lap("compile")
-    with _open(family, found, prepared, clock, show) as together:
+    with _open(family, found, prepared, clock, show, until) as together:
         for program in prepared.programs:
             together.advance(program)
         return together.outcomes()
@@ -82,6 +85,7 @@ class Together:
         log: The progress on the screen.
         stop: The signal that has asked the runs to stop, if any.
         clock: The wall time by part.
+        until: Step after which the runs stop; None for their last step.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Together:
         log: Log,
         stop: Stop,
         clock: Clock,
+        until: int | None,
     ):
         self._family = family
         self._prepared = prepared
@@ -104,6 +109,7 @@ class Together:
         self._log = log
         self._stop = stop
         self._clock = clock
+        self._until = until
         self._failures: dict[int, NonFiniteLoss] = {}  # by place
         self._active = self._unfinished  # places of the runs that are trained
         self._center: PyTree = None  # parameters and model states, [run, ...], once evaluated
@@ -191,7 +197,12 @@ class Together:
 
     @property
     def _is_over(self) -> bool:
-        return bool(self._stop) or not self._active
+        return bool(self._stop) or not self._active or self._is_far_enough
+
+    @property
+    def _is_far_enough(self) -> bool:
+        """Whether the active runs have reached the step after which they stop."""
+        return self._until is not None and self._lead.position.gone_through >= self._until
 
     @property
     def _lead(self) -> Meter:
@@ -203,6 +214,7 @@ class Together:
         record = self._records[place]
         return place not in self._failures and (
             bool(self._stop)
+            or self._is_far_enough
             or record.is_whole
             or not record.meter.is_at_end
             or record.meter.is_save_due()
@@ -332,7 +344,12 @@ class Together:
 
 @contextmanager
 def _open(
-    family: Family, found: Sequence[Found], prepared: Prepared, clock: Clock, show: bool
+    family: Family,
+    found: Sequence[Found],
+    prepared: Prepared,
+    clock: Clock,
+    show: bool,
+    until: int | None,
 ) -> Iterator[Together]:
     """Opens the records of all runs, the feed and the progress; closes them on exit.
 
@@ -342,6 +359,7 @@ def _open(
         prepared: The states of the runs, and the programs.
         clock: The wall time by part.
         show: Whether to show progress.
+        until: Step after which the runs stop; None for their last step.
 
     Raises:
         InputError: A folder cannot be written to, or lacks rows of its checkpoint.
@@ -370,7 +388,7 @@ def _open(
         # Save the first states, so that even runs that fail at once can be continued.
         spans = [span for program in prepared.programs for span in program.spans]
         pieces = stack.enter_context(prefetched(_pieces(prepared, spans)))
-        together = Together(family, prepared, records, pieces, log, stop, clock)
+        together = Together(family, prepared, records, pieces, log, stop, clock, until)
         together.save([place for place, each in enumerate(found) if each.is_new])
         yield together
 

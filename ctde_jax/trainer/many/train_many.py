@@ -25,7 +25,11 @@ from ctde_jax.trainer.plan import line
 
 
 def train_many(
-    families: Sequence[Family], devices: Sequence[jax.Device], *, show: bool = True
+    families: Sequence[Family],
+    devices: Sequence[jax.Device],
+    *,
+    show: bool = True,
+    until: int | None = None,
 ) -> list[Outcome]:
     """Trains the runs of all families.
 
@@ -33,6 +37,8 @@ def train_many(
         families: Runs; each family has a separate program.
         devices: Devices over which the runs of a family are divided.
         show: Whether to show progress.
+        until: Step after which the runs stop, the end of an evaluation interval, with checkpoints;
+            by default their last step.
 
     Returns:
         The result of each run, in order.
@@ -46,11 +52,11 @@ def train_many(
     say = console(quiet=not show).print
     outcomes: list[Outcome] = []
     for family in families:
-        if family.is_joint:
-            outcomes += _train_joint(family, devices, show, say)
+        if family.is_joint or until is not None:
+            outcomes += _train_joint(family, devices, show, say, until)
         else:
             outcomes += _train_in_turn(family, show)
-        if _is_interrupted(outcomes):
+        if is_interrupted(outcomes):
             has_folder = families[0].variants[0].saving.folder is not None
             way_on = "; the same call continues them" if has_folder else ""
             say(line("stopped", f"before all runs were complete{way_on}"))
@@ -61,7 +67,7 @@ def train_many(
 
 
 def _train_joint(
-    family: Family, devices: Sequence[jax.Device], show: bool, say: Say
+    family: Family, devices: Sequence[jax.Device], show: bool, say: Say, until: int | None
 ) -> list[Outcome]:
     """Trains a family by one program; runs that continue from another step by one more."""
     with ExitStack() as stack:
@@ -85,9 +91,11 @@ def _train_joint(
         outcomes: dict[int, Outcome] = {}
         for _, places in sorted(groups.items()):
             part = replace(family, variants=[family.variants[place] for place in places])
-            of_part = train_together(part, [found[place] for place in places], devices, show, say)
+            of_part = train_together(
+                part, [found[place] for place in places], devices, show, say, until
+            )
             outcomes |= dict(zip(places, of_part, strict=True))
-            if _is_interrupted(of_part):
+            if is_interrupted(of_part):
                 break
     return [outcomes[place] for place in sorted(outcomes)]
 
@@ -110,7 +118,7 @@ def _train_in_turn(family: Family, show: bool) -> list[Outcome]:
     return outcomes
 
 
-def _is_interrupted(outcomes: Sequence[Outcome]) -> bool:
+def is_interrupted(outcomes: Sequence[Outcome]) -> bool:
     """Returns whether Ctrl-C has ended a run, and so the training of all runs."""
     return any(each.trained is not None and each.trained.interrupted for each in outcomes)
 
