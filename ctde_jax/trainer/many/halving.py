@@ -1,8 +1,8 @@
 """Successive halving (Jamieson and Talwalkar, 2016): only the best runs are trained to the end.
 
 After a fraction of the steps, the combinations of values are compared, and only the best of them
-continue from their checkpoints, to the next comparison or to the end. What continues depends on the
-rows of the runs alone, so an interrupted search is resumed as it was.
+continue from their checkpoints, to the next comparison or to the end. The choice
+depends on the rows of the runs alone, so an interrupted search is resumed as it was.
 """
 
 from collections.abc import Sequence
