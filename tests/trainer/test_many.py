@@ -383,6 +383,8 @@ def test_halving_continues_the_best_runs(few, tmp_path, monkeypatch):
     steps = {row["learning_rate"]: row["step"] for row in whole.rows}
     assert sorted(steps.values())[1:] == [4] * 5 + [12] * 2 + [36]
     assert whole.outcomes[7].trained is None
+    assert [line["step"] for line in whole.summary] == [row["step"] for row in whole.rows]
+    assert "step" in [column.header for column in whole.table().columns]
 
     # The choice is that of the validation losses of the runs alone, which the best one equals.
     def alone(rate: float) -> ctde.Trained:

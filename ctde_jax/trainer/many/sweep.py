@@ -71,11 +71,12 @@ class Sweep:
 
     @property
     def summary(self) -> list[Row]:
-        """A dict for each combination of values of the sweep: the values, `runs` and `failed`.
+        """A dict for each combination of values of the sweep.
 
-        For each loss and metric, such as `test_accuracy`, it also has a dict with `mean`, `sd` (the
-        sample standard deviation, NaN for one run), `min` and `max` over the runs that have not
-        failed.
+        It has the values, the number of `runs`, the number of them that `failed`, and `step`, the
+        last step of any. For each loss and metric, such as `test_accuracy`, it also has a dict with
+        `mean`, `sd` (the sample standard deviation, NaN for one run), `min` and `max` over the runs
+        that have not failed.
         """
         lines: list[Row] = []
         for values, outcomes in self._groups:
@@ -84,6 +85,7 @@ class Sweep:
                 **values,
                 "runs": len(outcomes),
                 "failed": len(outcomes) - len(sound),
+                "step": max(each.step for each in outcomes),
             }
             for name in sound[0] if sound else ():
                 numbers = [each[name] for each in sound]
@@ -104,6 +106,9 @@ class Sweep:
         )
         # Most sweeps have no failures, and no column of zeros.
         counts = ["runs", "failed"] if any(line["failed"] for line in lines) else ["runs"]
+        # With halving or early stopping, the combinations may end at different steps.
+        if len({line["step"] for line in lines}) > 1:
+            counts.append("step")
         columns = [*self._groups[0][0], *counts, *metrics]
         table = Table(caption="mean ± standard deviation, and minimum to maximum, over the runs")
         for name in columns:
