@@ -198,6 +198,7 @@ def test_numbers_of_optimizer_strategy_and_task(few):
         assert_equal(outcome, alone)
 
 
+@pytest.mark.slow
 def test_numbers_do_not_widen_the_state(few):
     def init(key, inputs):
         return {"w": jnp.zeros((64, 10), jnp.bfloat16)}, {}
@@ -252,6 +253,7 @@ def test_folds_are_runs(few):
     assert swept.summary[0]["runs"] == 2
 
 
+@pytest.mark.slow
 def test_constants_of_a_fold_are_its_own(few):
     # The units of regression targets, and the weights of classes, depend on the training split.
     points = np.linspace(-1, 1, 320, dtype=np.float32).reshape(80, 4)
@@ -378,6 +380,7 @@ def halved(few, folder) -> ctde.Sweep:
     )
 
 
+@pytest.mark.slow
 def test_halving_continues_the_best_runs(few, tmp_path, monkeypatch):
     whole = halved(few, tmp_path / "whole")
     steps = {row["learning_rate"]: row["step"] for row in whole.rows}
@@ -561,6 +564,7 @@ def test_swept_strategy_has_the_options_of_its_preset():
     assert with_words(swept, words) == config.parse([*alone, "--sync-every", "4"])
 
 
+@pytest.mark.slow
 def test_schedule_has_the_steps_of_the_run(tmp_path, monkeypatch):
     # A partition depends on the seed, and so does the number of steps.
     monkeypatch.chdir(tmp_path)
@@ -571,6 +575,7 @@ def test_schedule_has_the_steps_of_the_run(tmp_path, monkeypatch):
     assert train.main([*command, "--seed", "1", "--run-dir", "runs/seed-1"]) == 0
 
 
+@pytest.mark.slow
 def test_command_keeps_its_options_if_all_runs_fail(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [*COMMAND, "--optimizer", "sgd", "--devices", "1", "--run-dir", "runs"]
@@ -578,6 +583,7 @@ def test_command_keeps_its_options_if_all_runs_fail(tmp_path, monkeypatch):
     assert json.loads(Path("runs/config.json").read_text())["seeds"] == 1
 
 
+@pytest.mark.slow
 def test_refused_command_changes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [*COMMAND, "--seeds", "1", "--devices", "1", "--run-dir", "runs"]
@@ -607,7 +613,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", some(REFUSED, "unknown", "range", "effect", "negative"))
 def test_command_refuses(case, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, sentence = REFUSED[case]
