@@ -93,7 +93,7 @@ def test_commands_run(page, folder):
     prints = {
         "train": "test loss",
         "wire": "per round",
-        "profile": "speed-up",
+        "profile": "figure ",
         "verify": "holds:",
         "export": "sha256",
         "execute": "probability",
