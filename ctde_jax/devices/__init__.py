@@ -15,7 +15,7 @@ from ctde_jax.devices.replica import (
     largest,
     weighted_mean,
 )
-from ctde_jax.devices.runs import divide, over_runs, share
+from ctde_jax.devices.runs import divide, over_runs
 
 __all__ = [
     "AXIS",
@@ -37,7 +37,6 @@ __all__ = [
     "one_for_each",
     "over_runs",
     "replica",
-    "share",
     "start",
     "supervisor",
     "weighted_mean",

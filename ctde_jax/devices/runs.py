@@ -88,14 +88,5 @@ def _together(compute: Callable[[Sequence[PyTree]], PyTree], own: Sequence[PyTre
 
 def divide(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """Places the rows `[run, ...]` of all arrays on the devices of their runs."""
-    return _put(tree, devices, PartitionSpec(RUN))
-
-
-def share(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Places arrays that are equal in all runs on every device."""
-    return _put(tree, devices, PartitionSpec())
-
-
-def _put(tree: PyTree, devices: Sequence[jax.Device], spec: PartitionSpec) -> PyTree:
     mesh = Mesh(np.asarray(distinct(devices)), (RUN,))
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(RUN)))

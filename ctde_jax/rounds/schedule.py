@@ -70,6 +70,14 @@ class Phase(NamedTuple):
 
         return center
 
+    def begins_with(self, spans: Sequence[Span]) -> bool:
+        """Returns whether the state must first be converted from the phase before this one.
+
+        Args:
+            spans: The unfinished spans of this phase.
+        """
+        return bool(spans) and spans[0].start == self.start > 0
+
     def after(self, step: int) -> list[Span]:
         """Returns the spans that remain after the first `step` steps of the run.
 

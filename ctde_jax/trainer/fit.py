@@ -171,8 +171,7 @@ def train(
 
     # Resume: the newest intact checkpoint of this run, the one to branch from, or none.
     with claim(training, saving, screen.print) as found:
-        # Checkpoints come after whole rows, so a row is at most as long as their interval.
-        row_steps = min(training.log_every, saving.save_every or training.log_every)
+        row_steps = saving.row_steps(training)
         phases = unfinished(training.phases(row_steps), found.position.gone_through)
 
         # Initialize or restore the state, and put state and data on the devices.

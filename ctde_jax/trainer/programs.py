@@ -51,7 +51,7 @@ class PhaseProgram(NamedTuple):
     @property
     def begins(self) -> bool:
         """Whether the state must first be converted from the synchronous phase before this one."""
-        return bool(self.spans) and self.spans[0].start == self.phase.start > 0
+        return self.phase.begins_with(self.spans)
 
     @property
     def sent(self) -> float:

@@ -473,6 +473,11 @@ class Saving:
         """The checkpoint `branch_from`, with `~` expanded; None if the run is not a branch."""
         return None if self.branch_from is None else named("branch_from", self.branch_from)
 
+    def row_steps(self, training: Training) -> int:
+        """Returns the maximum number of steps in a row of the history."""
+        # Checkpoints come after whole rows, so a row is at most as long as their interval.
+        return min(training.log_every, self.save_every or training.log_every)
+
     def choose(self, training: Training) -> Choose | None:
         """Returns the function that selects the best evaluation; None without `keep_best`."""
         return None if self.keep_best is None else partial(training.task.best, self.keep_best)

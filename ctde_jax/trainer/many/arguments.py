@@ -13,10 +13,7 @@ import optax
 
 from ctde_jax.aggregate import Strategy, as_transformation
 from ctde_jax.data import Dataset
-from ctde_jax.errors import (
-    InputError,
-    did_you_mean,
-)
+from ctde_jax.errors import InputError, did_you_mean
 from ctde_jax.models import Model, Task, tasks
 from ctde_jax.rounds import many
 from ctde_jax.trainer.checks import check_types
@@ -102,7 +99,8 @@ def make_families(
         others = {name: value for name, value in each.items() if name not in names}
         for fold, data in enumerate(chosen.datasets):
             key = (repr(sorted(others.items())), _shapes_of(data))
-            first = by_options[key].variants[0].training if key in by_options else None
+            before = by_options[key].variants if key in by_options else []
+            first = before[0].training if before else None
             training = _make_training(chosen, data, numbers, others, seeds[0], first)
             values = each if len(chosen.datasets) == 1 else {**each, "data": fold}
             variants = [
@@ -113,7 +111,6 @@ def make_families(
                 )
                 for seed in seeds
             ]
-            before = by_options[key].variants if key in by_options else []
             make = partial(_make_parts, chosen, data)
             by_options[key] = Family([*before, *variants], make, names)
     return [*by_options.values()]

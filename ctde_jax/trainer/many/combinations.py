@@ -6,11 +6,7 @@ from itertools import product
 from numbers import Real
 from typing import Any
 
-from ctde_jax.errors import (
-    InputError,
-    check_seed,
-    check_whole,
-)
+from ctde_jax.errors import InputError, check_seed, check_whole
 
 Sweeping = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 """Values by name, of which all combinations are trained; or a mapping of values for each run."""

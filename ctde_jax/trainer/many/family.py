@@ -23,6 +23,11 @@ class Variant(NamedTuple):
     training: Training
     saving: Saving
 
+    @property
+    def combination(self) -> dict[str, Any]:
+        """The values in which runs are compared: all but the number of the data set."""
+        return _combination(self.values)
+
 
 class Outcome(NamedTuple):
     """The result of one of many runs."""
@@ -39,6 +44,16 @@ class Outcome(NamedTuple):
 
     failure: str = ""
     """The message of the error that ended the run."""
+
+    @property
+    def combination(self) -> dict[str, Any]:
+        """The values in which runs are compared: all but the number of the data set."""
+        return _combination(self.values)
+
+
+def _combination(values: Mapping[str, Any]) -> dict[str, Any]:
+    # Data sets are repetitions, as are seeds.
+    return {name: value for name, value in values.items() if name != "data"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ class Family:
         """Whether one program trains all runs; if not, they are trained one after another."""
         training = self.variants[0].training
         shared = _shared_by_program(training)
+        evaluated = (training.data.validation, training.data.test)
         return (
             len(self.variants) > 1
             and all(_shared_by_program(variant.training) == shared for variant in self.variants)
@@ -64,8 +80,7 @@ class Family:
             and not training.reestimate_batches
             and training.on_nonfinite != "rollback"
             and isinstance(training.source, Resident)
-            and not training.data.test.is_on_disk
-            and not (training.data.validation or training.data.test).is_on_disk
+            and not any(split.is_on_disk for split in evaluated if split is not None)
         )
 
 

@@ -9,11 +9,7 @@ import optax
 
 from ctde_jax.aggregate import Strategy
 from ctde_jax.data import Dataset
-from ctde_jax.errors import (
-    InputError,
-    check_at_least,
-    check_whole,
-)
+from ctde_jax.errors import InputError, check_at_least, check_whole
 from ctde_jax.models import Model, Task, as_model, tasks
 from ctde_jax.trainer.fit import split_options, started
 from ctde_jax.trainer.log import console

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from ctde_jax.errors import InputError, check_at_least, check_whole
-from ctde_jax.trainer.many.family import Family, Outcome, Variant
+from ctde_jax.trainer.many.family import Family, Outcome
 from ctde_jax.trainer.many.train_many import is_interrupted, train_many
 from ctde_jax.trainer.training import Training
 
@@ -51,7 +51,10 @@ def train_best(
             break
         best = _best(outcomes, until, factor)
         kept = [
-            replace(family, variants=[each for each in family.variants if _values(each) in best])
+            replace(
+                family,
+                variants=[each for each in family.variants if each.combination in best],
+            )
             for family in families
         ]
         families = [family for family in kept if family.variants]
@@ -64,7 +67,7 @@ def _compared_steps(families: Sequence[Family], factor: int) -> list[int]:
     check_whole(halving=factor)
     check_at_least(2, halving=factor)
     first = families[0].variants[0]
-    combinations = len({repr(_values(each)) for family in families for each in family.variants})
+    combinations = len({repr(each.combination) for family in families for each in family.variants})
     if combinations < 2:
         raise InputError("halving", "requires a sweep of at least two combinations of values.")
     if first.saving.folder is None:
@@ -102,8 +105,8 @@ def _best(outcomes: Sequence[Outcome], until: int, factor: int) -> list[dict[str
     losses: dict[str, list[float]] = {}
     values: dict[str, dict[str, Any]] = {}
     for each in outcomes:
-        name = repr(_values(each))
-        values[name] = _values(each)
+        name = repr(each.combination)
+        values[name] = each.combination
         losses.setdefault(name, []).append(_loss_at(each, until))
     order = sorted(losses, key=lambda name: mean(losses[name]))
     return [values[name] for name in order[: ceil(len(order) / factor)]]
@@ -115,8 +118,3 @@ def _loss_at(outcome: Outcome, until: int) -> float:
         return inf
     validated = [row for row in outcome.trained.history if row["split"] == "validation"]
     return [row["loss"] for row in validated if row["step"] <= until][-1]
-
-
-def _values(run: Variant | Outcome) -> dict[str, Any]:
-    """Returns the values of a run that are compared; data sets are repetitions, as are seeds."""
-    return {name: value for name, value in run.values.items() if name != "data"}

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from ctde_jax.cost import Traffic, measure
 from ctde_jax.data import Batches
-from ctde_jax.devices import Program, PyTree, divide, memory, replica, share
+from ctde_jax.devices import Program, PyTree, divide, memory, replica
 from ctde_jax.errors import InputError, shortened
 from ctde_jax.rounds import Phase, Resident, Span, make_phases, many, state, unfinished
 from ctde_jax.trainer.beginning import compile_init, init_arguments, restored, train_key, warmed
@@ -38,7 +38,7 @@ class PhasePrograms(NamedTuple):
     @property
     def begins(self) -> bool:
         """Whether the states must first be converted from the synchronous phase before this one."""
-        return bool(self.spans) and self.spans[0].start == self.phase.start > 0
+        return self.phase.begins_with(self.spans)
 
 
 class Arrays(NamedTuple):
@@ -96,8 +96,7 @@ def prepare(
 
     # The phases of the first run are those of all. A piece has the indices of all runs.
     training = trainings[0]
-    save_every = family.variants[0].saving.save_every
-    row_steps = min(training.log_every, save_every or training.log_every)
+    row_steps = family.variants[0].saving.row_steps(training)
     piece_steps = max(1, training.source.piece_steps // len(trainings))
     phases = make_phases(
         training.strategy, training.total_steps, training.interval, row_steps, piece_steps
@@ -115,8 +114,8 @@ def prepare(
     arrays = Arrays(
         divide(numbers, devices),
         divide(jnp.stack([train_key(each) for each in trainings]), devices),
-        (share if are_splits_shared else divide)(splits, devices),
-        (share if are_parts_shared else divide)(parts, devices),
+        (replica.replicate if are_splits_shared else divide)(splits, devices),
+        (replica.replicate if are_parts_shared else divide)(parts, devices),
     )
 
     # Create the states, then compile the programs of each phase for the shapes of its first state.

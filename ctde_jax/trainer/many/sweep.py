@@ -166,7 +166,7 @@ class Sweep:
         """The outcomes of each combination of values; data sets are repetitions, as are seeds."""
         groups: list[tuple[Mapping[str, Any], list[Outcome]]] = []
         for outcome in self.outcomes:
-            values = {name: value for name, value in outcome.values.items() if name != "data"}
+            values = outcome.combination
             outcomes = next((outcomes for found, outcomes in groups if found == values), None)
             if outcomes is None:
                 groups.append((values, [outcome]))
