@@ -15,11 +15,11 @@ import numpy as np
 import optax
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Shaped, UInt8
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Key, Shaped, UInt8
 
 from ctde_jax.aggregate.codec import Codec, Payload, exact, from_bytes, to_bytes
 from ctde_jax.aggregate.combine import Combine, average
-from ctde_jax.aggregate.reducer import reducer
+from ctde_jax.aggregate.reducer import Reducer, Star, reducer
 from ctde_jax.devices import AXIS, PyTree
 
 Vector: TypeAlias = Float32[Array, " size"]
@@ -59,9 +59,7 @@ class TwoPhaseState(NamedTuple):
         )
 
 
-def two_phase(
-    codec: Codec = exact(), combine: Combine = average()
-) -> optax.GradientTransformationExtraArgs:
+def two_phase(codec: Codec = exact(), combine: Combine = average()) -> Reducer:
     """Sends each slice to its owner, which combines it and sends the result to all replicas.
 
     The message of n elements is cut into R slices, one owned by each of the R replicas: encode,
@@ -87,66 +85,164 @@ def two_phase(
         >>> compressed = ctde.Strategy(reduce=ctde.aggregate.two_phase(codec))
         >>> robust = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=ctde.aggregate.median()))
     """
+    parts = _TwoPhase(codec, combine)
+    return reducer(parts.init, parts.update, independent=not combine.weighted, star=parts.star)
 
-    def slice_size(tree: PyTree) -> int:
-        return codec.block * ceil(_count(tree) / lax.axis_size(AXIS) / codec.block)
 
-    def init(params: PyTree) -> TwoPhaseState:
-        size = slice_size(params)
-        return TwoPhaseState(
-            codec.init((lax.axis_size(AXIS), size)), codec.init((size,)), combine.init(size)
-        )
+class _TwoPhase(NamedTuple):
+    """The parts of `two_phase`."""
 
-    def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
-        size = slice_size(updates)
+    codec: Codec
+    rule: Combine
+
+    def init(self, params: PyTree) -> TwoPhaseState:
+        """Returns the state of one replica."""
+        owner, of_rule = self.init_owner(params)
+        return TwoPhaseState(self.init_sender(params, lax.axis_size(AXIS)), owner, of_rule)
+
+    def update(self, updates, state: TwoPhaseState, params=None, *, weight=1.0, key, **extra_args):
+        """Reduces the messages of all replicas."""
         replicas = lax.axis_size(AXIS)
-        slices = as_vector(updates, size * replicas).reshape(-1, size)
         moves = _moves(updates)
 
         # A single replica sends nothing, so nothing is encoded.
         if replicas == 1:
-            own, combine_state = combine.update(
-                slices, jnp.asarray(weight, jnp.float32)[None], state.combine
-            )
-            own = jnp.where(_of_each_number(moves, updates, size), own, 0)
-            return as_tree(own, updates), state._replace(combine=combine_state)
+            vector = as_vector(updates, self.slice_size(updates, 1))
+            weights = jnp.asarray(weight, jnp.float32)[None]
+            own, of_rule = self.rule.update(vector[None], weights, state.combine)
+            own = jnp.where(_of_each_number(moves, updates, own.size), own, 0)
+            return as_tree(own, updates), state._replace(combine=of_rule)
 
         # Phase 1: encode all slices, and send each with the flags and the weight to its owner.
-        payload, _, sender = codec.encode(slices, state.sender, key)
+        payload, sender = self.encode(updates, state.sender, replicas, key)
         sent = lax.all_to_all(
             with_weight(_with_flags(payload, moves), weight), AXIS, 0, 0, tiled=True
         )
         payload, weights = split_weights(sent)
-        payload, moves = _split_flags(payload, len(moves))
+        payload, moves_of_all = _split_flags(payload, len(moves))
 
+        # Phase 2: combine the owned slice, and send the result to all replicas, which decode it.
+        owned = state.owner, state.combine
+        payload, moves, (owner, of_rule) = self.combine_slice(
+            payload, moves_of_all, weights, owned, updates, key
+        )
+        payload, moves = _split_flags(lax.all_gather(_with_flags(payload, moves), AXIS), len(moves))
+        moves = jnp.any(moves, axis=0)
+        agreed = self.decode(payload, moves, updates, key)
+
+        # A weighted rule ignores messages with weight 0, so their senders keep their state.
+        sender = _where(self.moving(moves, updates, replicas), sender, state.sender)
+        if self.rule.weighted:
+            sender = optax.tree.where(jnp.asarray(weight) > 0, sender, state.sender)
+        return agreed, TwoPhaseState(sender, owner, of_rule)
+
+    def star(self, nodes: int) -> Star:
+        """Returns the parts for nodes and a server, which is the owner of all slices."""
+
+        def split(payload, like):
+            payload, moves = _split_flags(payload, len(jax.tree.leaves(like)))
+            return payload.reshape(*payload.shape[:-1], nodes, -1), moves
+
+        def init_server(params):
+            make = jax.vmap(self.init_owner, in_axes=None, axis_name=AXIS, axis_size=nodes)
+            return make(params)
+
+        def send(message, state, weight, key):
+            payload, state = self.encode(message, state, nodes, key)
+            return with_weight(_with_flags(payload.ravel(), _moves(message)), weight), state
+
+        def read(payload, like, key):
+            payload, weight = split_weights(payload)
+            return self.decode(*split(payload, like), like, key), weight
+
+        def combine(payloads, state, like, key):
+            payloads, weights = split_weights(payloads)
+            slices, moves = split(payloads, like)
+            on_owners = jax.vmap(
+                lambda *owned: self.combine_slice(owned[0], moves, weights, owned[1], like, key),
+                in_axes=(1, 0),
+                axis_name=AXIS,
+            )
+            answer, moves, state = on_owners(slices, state)
+            return _with_flags(answer.ravel(), moves[0]), state
+
+        def receive(answer, like, key):
+            return self.decode(*split(answer, like), like, key)
+
+        def settle(answer, like, before, after):
+            return _where(self.moving(split(answer, like)[1], like, nodes), after, before)
+
+        return Star(
+            lambda params: self.init_sender(params, nodes),
+            *(init_server, send, read, combine, receive, settle),
+        )
+
+    def init_sender(self, params: PyTree, slices: int) -> PyTree:
+        """Returns the codec state of a sender."""
+        return self.codec.init((slices, self.slice_size(params, slices)))
+
+    def init_owner(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns the states of the codec and of the rule for an owned slice."""
+        size = self.slice_size(params, lax.axis_size(AXIS))
+        return self.codec.init((size,)), self.rule.init(size)
+
+    def encode(self, message: PyTree, sender: PyTree, slices: int, key: Key[Array, ""]):
+        """Encodes the slices of a message; returns uint8[slice, bytes] and the sender's state."""
+        vector = as_vector(message, slices * self.slice_size(message, slices))
+        payload, _, sender = self.codec.encode(vector.reshape(slices, -1), sender, key)
+        return payload, sender
+
+    def combine_slice(
+        self,
+        payloads: UInt8[Array, "messages bytes"],
+        moves: Bool[Array, "messages leaves"],
+        weights: Float32[Array, " messages"],
+        owned: tuple[PyTree, PyTree],
+        like: PyTree,
+        key: Key[Array, ""],
+    ) -> tuple[Payload, Bool[Array, " leaves"], tuple[PyTree, PyTree]]:
+        """Combines the payloads of the slice that this replica owns, and encodes the result.
+
+        Returns:
+            The payload, the leaves that move, and the new states of the codec and the rule.
+        """
         # A leaf moves if any replica, except those that the rule ignores, sends a nonzero element
         # for it. All owners receive the same flags, so they agree on this.
-        is_used = weights > 0 if combine.weighted else jnp.ones(replicas, bool)
+        is_used = weights > 0 if self.rule.weighted else jnp.ones(len(weights), bool)
         moves = jnp.any(moves & is_used[:, None], axis=0)
-        own_moving = _of_each_number(moves, updates, slices.size).reshape(-1, size)[
-            lax.axis_index(AXIS)
-        ]
+        own_moving = self.moving(moves, like, lax.axis_size(AXIS))[lax.axis_index(AXIS)]
 
-        # Combine the owned slice, from rows float32[replica, size].
-        rows = jnp.where(own_moving[None], codec.decode(payload, size, key), 0)
-        own, combine_state = combine.update(rows, weights, state.combine)
-        own = jnp.where(own_moving, own, 0)
+        # Combine the owned slice, from rows float32[message, size].
+        owner, of_rule = owned
+        rows = jnp.where(own_moving[None], self.codec.decode(payloads, own_moving.size, key), 0)
+        own, of_rule = self.rule.update(rows, weights, of_rule)
 
-        # Phase 2: encode the result, and send it to all replicas. Every replica decodes all slices.
-        payload, _, owner = codec.encode(own, state.owner, key)
-        payload, moves = _split_flags(lax.all_gather(_with_flags(payload, moves), AXIS), len(moves))
-        moving = _of_each_number(jnp.any(moves, axis=0), updates, slices.size).reshape(-1, size)
-        agreed = jnp.where(moving, codec.decode(payload, size, key), 0)
+        # Elements of leaves that do not move keep their codec state.
+        payload, _, encoded = self.codec.encode(jnp.where(own_moving, own, 0), owner, key)
+        return payload, moves, (_where(own_moving, encoded, owner), of_rule)
 
-        # Elements of leaves that do not move keep their codec state. A weighted rule ignores
-        # messages with weight 0, so their senders keep all of it.
-        sender = _where(moving, sender, state.sender)
-        owner = _where(own_moving, owner, state.owner)
-        if combine.weighted:
-            sender = optax.tree.where(jnp.asarray(weight) > 0, sender, state.sender)
-        return as_tree(agreed.ravel(), updates), TwoPhaseState(sender, owner, combine_state)
+    def decode(
+        self,
+        payloads: UInt8[Array, "slices bytes"],
+        moves: Bool[Array, " leaves"],
+        like: PyTree,
+        key: Key[Array, ""],
+    ) -> PyTree:
+        """Decodes all slices to a message with the shapes and dtypes of `like`."""
+        moving = self.moving(moves, like, len(payloads))
+        vectors = jnp.where(moving, self.codec.decode(payloads, moving.shape[1], key), 0)
+        return as_tree(vectors.ravel(), like)
 
-    return reducer(init, update, independent=not combine.weighted)
+    def moving(
+        self, moves: Bool[Array, " leaves"], like: PyTree, slices: int
+    ) -> Bool[Array, "slices size"]:
+        """Returns whether each element of each slice belongs to a leaf that moves."""
+        size = slices * self.slice_size(like, slices)
+        return _of_each_number(moves, like, size).reshape(slices, -1)
+
+    def slice_size(self, like: PyTree, slices: int) -> int:
+        """Returns the number of elements of a slice, a multiple of the block of the codec."""
+        return self.codec.block * ceil(_count(like) / slices / self.codec.block)
 
 
 def _slices(
@@ -161,7 +257,7 @@ def _slices(
     )
 
 
-def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
+def gathered(codec: Codec) -> Reducer:
     """Sends the encoded message to all replicas, each of which computes the weighted average.
 
     If the n elements, rounded up to whole blocks of the codec, are encoded in `b` bytes, every
@@ -175,42 +271,99 @@ def gathered(codec: Codec) -> optax.GradientTransformationExtraArgs:
         >>> codec = ctde.aggregate.error_feedback(ctde.aggregate.top_k(k=128))
         >>> strategy = ctde.Strategy(inner_steps=16, reduce=ctde.aggregate.gathered(codec))
     """
+    parts = _Gathered(codec)
+    return reducer(parts.init, parts.update, star=parts.star)
 
-    def padded_size(tree: PyTree) -> int:
-        return codec.block * ceil(_count(tree) / codec.block)
 
-    def update(updates, state, params=None, *, weight=1.0, key, **extra_args):
+class _Gathered(NamedTuple):
+    """The parts of `gathered`."""
+
+    codec: Codec
+
+    def init(self, params: PyTree) -> PyTree:
+        """Returns the codec state of one replica."""
+        return self.codec.init((self.padded_size(params),))
+
+    def update(self, updates, state, params=None, *, weight=1.0, key, **extra_args):
+        """Reduces the messages of all replicas."""
         # A single replica sends nothing; without weight, its message is ignored as any other.
+        has_weight = jnp.asarray(weight) > 0
         if lax.axis_size(AXIS) == 1:
-            has_weight = jnp.asarray(weight) > 0
             return optax.tree.where(has_weight, updates, optax.tree.zeros_like(updates)), state
 
         # Encode the message, and gather those of all replicas with their flags and weights.
-        size = padded_size(updates)
-        moves = _moves(updates)
-        payload, _, sender = codec.encode(as_vector(updates, size), state, key)
-        sent = lax.all_gather(with_weight(_with_flags(payload, moves), weight), AXIS)
+        sent, sender = self.encode(updates, state, weight, key)
+        sent = lax.all_gather(sent, AXIS)
+
+        # As in `two_phase`, elements that do not move and messages with weight 0 keep their state.
+        sender = _where(self.moving(sent, updates), sender, state)
+        return self.average(sent, updates, key), optax.tree.where(has_weight, sender, state)
+
+    def star(self, nodes: int) -> Star:
+        """Returns the parts for nodes and a server, which passes on all messages.
+
+        The answer is the concatenation of the messages, from which every node computes the average.
+        """
+
+        def split(answer, like):
+            sent, _ = jax.eval_shape(self.encode, like, self.init(like), 1.0, jax.random.key(0))
+            return answer.reshape(-1, sent.size)
+
+        def read(payload, like, key):
+            _, weight = split_weights(payload)
+            # The average of a single message of any positive weight is the message.
+            alone = with_weight(payload[:-4], 1.0)[None]
+            return self.average(alone, like, key), weight
+
+        def settle(answer, like, before, after):
+            return _where(self.moving(split(answer, like), like), after, before)
+
+        return Star(
+            init=self.init,
+            init_server=lambda params: (),
+            send=self.encode,
+            read=read,
+            combine=lambda payloads, state, like, key: (payloads.ravel(), state),
+            receive=lambda answer, like, key: self.average(split(answer, like), like, key),
+            settle=settle,
+        )
+
+    def encode(self, message: PyTree, state: PyTree, weight, key: Key[Array, ""]):
+        """Encodes a message with its flags and weight; returns uint8[bytes] and the new state."""
+        vector = as_vector(message, self.padded_size(message))
+        payload, _, state = self.codec.encode(vector, state, key)
+        return with_weight(_with_flags(payload, _moves(message)), weight), state
+
+    def average(
+        self, sent: UInt8[Array, "messages bytes"], like: PyTree, key: Key[Array, ""]
+    ) -> PyTree:
+        """Averages messages by weight, with the shapes and dtypes of `like`."""
+        size = self.padded_size(like)
         payloads, weights = split_weights(sent)
-        payloads, moves = _split_flags(payloads, len(moves))
-
-        # Average by weight. The scan decodes one message at a time, so memory holds one decoded
-        # vector and not R of them.
+        payloads, _ = _split_flags(payloads, len(jax.tree.leaves(like)))
         shares = weights / jnp.where(weights.sum() > 0, weights.sum(), 1)
-        moving = _of_each_number(jnp.any(moves & (weights > 0)[:, None], axis=0), updates, size)
 
+        # The scan decodes one message at a time, so memory holds one decoded vector and not R.
         def add(
             total: Vector, message: tuple[UInt8[Array, " bytes"], Float32[Array, ""]]
         ) -> tuple[Vector, None]:
             payload, share = message
-            return total + jnp.where(share > 0, codec.decode(payload, size, key) * share, 0), None
+            vector = self.codec.decode(payload, size, key)
+            return total + jnp.where(share > 0, vector * share, 0), None
 
         agreed, _ = lax.scan(add, jnp.zeros(size), (payloads, shares))
+        return as_tree(jnp.where(self.moving(sent, like), agreed, 0), like)
 
-        # As in `two_phase`, elements that do not move and messages with weight 0 keep their state.
-        sender = optax.tree.where(jnp.asarray(weight) > 0, _where(moving, sender, state), state)
-        return as_tree(jnp.where(moving, agreed, 0), updates), sender
+    def moving(self, sent: UInt8[Array, "messages bytes"], like: PyTree) -> Bool[Array, " size"]:
+        """Returns whether each element belongs to a leaf that moves in a message with weight."""
+        payloads, weights = split_weights(sent)
+        _, moves = _split_flags(payloads, len(jax.tree.leaves(like)))
+        moves = jnp.any(moves & (weights > 0)[:, None], axis=0)
+        return _of_each_number(moves, like, self.padded_size(like))
 
-    return reducer(lambda params: codec.init((padded_size(params),)), update)
+    def padded_size(self, like: PyTree) -> int:
+        """Returns the number of elements, rounded up to whole blocks of the codec."""
+        return self.codec.block * ceil(_count(like) / self.codec.block)
 
 
 def as_vector(tree: PyTree, size: int | None = None) -> Vector:

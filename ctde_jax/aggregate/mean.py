@@ -5,13 +5,14 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate.exchange import as_tree, as_vector
-from ctde_jax.aggregate.reducer import reducer
+from ctde_jax.aggregate.codec import from_bytes, to_bytes
+from ctde_jax.aggregate.exchange import as_tree, as_vector, split_weights, with_weight
+from ctde_jax.aggregate.reducer import Reducer, Star, reducer
 from ctde_jax.devices import AXIS, is_vmapped, weighted_mean
 from ctde_jax.errors import InputError, check_at_least
 
 
-def mean() -> optax.GradientTransformationExtraArgs:
+def mean() -> Reducer:
     """Averages the messages, weighted by the number of examples of each replica in the round.
 
     For gradients of mean losses, this is the gradient of the mean over all examples, even if the
@@ -26,7 +27,36 @@ def mean() -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
         return weighted_mean(updates, weight), state
 
-    return reducer(lambda params: optax.EmptyState(), update)
+    def combine(payloads, state, params, key):
+        # The weighted mean over the replicas, with a row for each of them.
+        vectors, weights = _split(payloads)
+        average = jax.vmap(weighted_mean, out_axes=None, axis_name=AXIS)
+        return to_bytes(average(vectors, weights)), state
+
+    def read(payload, params, key):
+        vector, weight = _split(payload)
+        return as_tree(vector, params), weight
+
+    # Every message and the answer are sent in float32.
+    star = Star(
+        init=lambda params: (),
+        init_server=lambda params: (),
+        send=lambda message, state, weight, key: (
+            with_weight(to_bytes(as_vector(message)), weight),
+            state,
+        ),
+        read=read,
+        combine=combine,
+        receive=lambda answer, params, key: as_tree(from_bytes(answer), params),
+        settle=lambda answer, params, before, after: after,
+    )
+    return reducer(lambda params: optax.EmptyState(), update, star=lambda nodes: star)
+
+
+def _split(payload):
+    """Returns the vectors and the weights of messages in float32."""
+    written, weights = split_weights(payload)
+    return from_bytes(written), weights
 
 
 def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:

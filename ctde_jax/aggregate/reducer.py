@@ -4,14 +4,62 @@ A *message* is the pytree that a replica sends: a gradient, or the outer gradien
 """
 
 from collections.abc import Callable
-from typing import Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import optax
+from jaxtyping import Array, Float, Key, UInt8
 
 from ctde_jax.devices import PyTree, as_complex, as_real
 
 
-class IndependentReducer(optax.GradientTransformationExtraArgs):
+class Star(NamedTuple):
+    """A reducer in the parts that nodes and their server compute; see `nodes`.
+
+    A node sends its message to the server, which combines the messages that it has received and
+    answers all nodes with the same bytes. If all of R nodes answer, the result has the bits of the
+    reducer on R replicas. The functions use no collectives, and can be traced.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    """`init(params) -> state` of a node."""
+
+    init_server: Callable[[PyTree], PyTree]
+    """`init_server(params) -> state` of the server."""
+
+    send: Callable[
+        [PyTree, PyTree, Float[Array, ""], Key[Array, ""]], tuple[UInt8[Array, " bytes"], PyTree]
+    ]
+    """`send(message, state, weight, key) -> (payload, state)`
+
+    The node keeps both states until the answer comes; see `receive`.
+    """
+
+    read: Callable[[UInt8[Array, " bytes"], PyTree, Key[Array, ""]], tuple[PyTree, Array]]
+    """`read(payload, params, key) -> (message, weight)` as the server understands the payload."""
+
+    combine: Callable[
+        [UInt8[Array, "messages bytes"], PyTree, PyTree, Key[Array, ""]],
+        tuple[UInt8[Array, " bytes"], PyTree],
+    ]
+    """`combine(payloads, state, params, key) -> (answer, state)`; only shapes of `params` count."""
+
+    receive: Callable[[UInt8[Array, " bytes"], PyTree, Key[Array, ""]], PyTree]
+    """`receive(answer, params, key) -> reduced`, with the shapes and dtypes of `params`."""
+
+    settle: Callable[[UInt8[Array, " bytes"], PyTree, PyTree, PyTree], PyTree]
+    """`settle(answer, params, before, after) -> state` of a node whose message was combined.
+
+    `before` and `after` are its states before and after `send`.
+    """
+
+
+class Reducer(optax.GradientTransformationExtraArgs):
+    """A reducer; `star`, if it has one, returns its parts for a number of nodes."""
+
+    star: Callable[[int], Star] | None = None
+
+
+class IndependentReducer(Reducer):
     """A reducer that requires each message to depend only on the examples of its replica.
 
     Robust rules and private averages do, so batch statistics are then not synchronized.
@@ -35,7 +83,8 @@ def reducer(
     init: optax.TransformInitFn,
     update: Callable[..., tuple[PyTree, PyTree]],
     independent: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    star: Callable[[int], Star] | None = None,
+) -> Reducer:
     """Makes a reducer: an optax transformation that runs on every replica and uses collectives.
 
     Args:
@@ -46,6 +95,8 @@ def reducer(
             the shapes and dtypes of the message. Both functions receive complex leaves as their
             real and imaginary parts, real `[2, ...]`.
         independent: Whether to return an `IndependentReducer`.
+        star: Function from the number of nodes to the parts of this reducer for nodes and their
+            server; None if it cannot run there.
 
     Examples:
         >>> def update(message, state, params=None, **extra_args):
@@ -62,5 +113,30 @@ def reducer(
         agreed, state = update(as_real(updates), state, as_real(params), **extra_args)
         return as_complex(agreed, updates), state
 
-    kind = IndependentReducer if independent else optax.GradientTransformationExtraArgs
-    return kind(init_real, update_real)
+    made = (IndependentReducer if independent else Reducer)(init_real, update_real)
+    if star is not None:
+        made.star = lambda nodes: _of_real_numbers(star(nodes))
+    return made
+
+
+def _of_real_numbers(star: Star) -> Star:
+    """Wraps the parts of a reducer, so that its messages may be complex."""
+
+    def read(payload, params, key):
+        message, weight = star.read(payload, as_real(params), key)
+        return as_complex(message, params), weight
+
+    def receive(answer, params, key):
+        return as_complex(star.receive(answer, as_real(params), key), params)
+
+    return Star(
+        init=lambda params: star.init(as_real(params)),
+        init_server=lambda params: star.init_server(as_real(params)),
+        send=lambda message, *rest: star.send(as_real(message), *rest),
+        read=read,
+        combine=lambda payloads, state, params, key: star.combine(
+            payloads, state, as_real(params), key
+        ),
+        receive=receive,
+        settle=lambda answer, params, *states: star.settle(answer, as_real(params), *states),
+    )
