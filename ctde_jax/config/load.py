@@ -240,7 +240,7 @@ def _center(
     # With early stopping, the checkpoint also holds the best parameters and their model state.
     best = _beginning(found, f"{BEST}/")
     if best and may_be_best:
-        _, center = state.center_from_tensors(best, {BEST: like}).popitem()
+        _, center = state.tree_from_tensors(best, {BEST: like}, "run_dir").popitem()
         return center, True
 
     # Otherwise take the moving average, if there is one. If replicas diverge, these have a leading
@@ -257,8 +257,10 @@ def _center(
         else tensor
         for name, tensor in ((f"{part}/{name}", tensor) for name, tensor in merged.items())
     }
-    _, params = state.center_from_tensors(agreed, whole).popitem()
-    kept = state.center_from_tensors(_beginning(found, "model_state/"), {"model_state": like[1]})
+    _, params = state.tree_from_tensors(agreed, whole, "run_dir").popitem()
+    kept = state.tree_from_tensors(
+        _beginning(found, "model_state/"), {"model_state": like[1]}, "run_dir"
+    )
     return (params, kept["model_state"]), False
 
 

@@ -7,6 +7,7 @@ from ctde_jax.data.batches import (
     Batches,
     count_steps,
     deal,
+    deal_part,
     filled_up,
     index_blocks,
     steps_per_epoch,
@@ -28,6 +29,7 @@ from ctde_jax.data.files import from_npz
 from ctde_jax.data.folder import from_folder
 from ctde_jax.data.huggingface import from_huggingface
 from ctde_jax.data.loader import from_batches
+from ctde_jax.data.meaning import Meaning, with_meaning
 from ctde_jax.data.published.cifar import cifar10
 from ctde_jax.data.published.digits import digits
 from ctde_jax.data.published.idx import fashion_mnist, mnist
@@ -43,6 +45,7 @@ __all__ = [
     "Dataset",
     "DiskArray",
     "Drawn",
+    "Meaning",
     "Split",
     "Stream",
     "TrainingSplit",
@@ -55,6 +58,7 @@ __all__ = [
     "cifar10",
     "count_steps",
     "deal",
+    "deal_part",
     "decode",
     "digest",
     "digests_of",
@@ -85,4 +89,5 @@ __all__ = [
     "take",
     "targets_or_classes",
     "weighted",
+    "with_meaning",
 ]

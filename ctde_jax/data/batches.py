@@ -129,6 +129,53 @@ def deal(
     return _sampled(split, partition, replicas, per_replica, steps, inner_steps, seed)
 
 
+def deal_part(
+    split: TrainingSplit,
+    replicas: int,
+    batch_size: int,
+    seed: int,
+    own: int,
+    epoch_steps: int | None = None,
+) -> Batches:
+    """Assigns the examples of a node to its replicas, in the order of its part in a partition.
+
+    With one replica and the `epoch_steps` of all nodes, these are the batches of replica `own` of
+    `deal`, if part `own` of its partition has these examples in this order.
+
+    Args:
+        split: Training examples of the node.
+        replicas: Number of replicas of the node.
+        batch_size: Batch size of the node.
+        seed: Random seed for all permutations.
+        own: Index of the node.
+        epoch_steps: Number of steps in an epoch; by default as many as the examples need.
+
+    Raises:
+        InputError: If the batch size is not a multiple of the replicas, there are fewer examples
+            than replicas, or more than the steps of an epoch use.
+    """
+    examples = len(split.inputs)
+    if examples < replicas:
+        raise InputError(
+            "devices",
+            f"must be at most the number of training examples, {examples}, got {replicas}.",
+        )
+    if batch_size % replicas:
+        rule = f"must be a multiple of the {replicas} devices of the node"
+        raise InputError("batch_size", f"{rule}, got {batch_size} per node.")
+    least = ceil(examples / batch_size)
+    check_at_least(least, epoch_steps=epoch_steps)
+    steps = epoch_steps or least
+
+    def epoch(number: int) -> Int32[np.ndarray, "steps replicas per_replica"]:
+        order = filled_up(_shuffled(examples, seed, number, own), steps * batch_size)
+        return order.reshape(steps, -1, replicas).swapaxes(1, 2)
+
+    return Batches(
+        split, 0 if split.is_on_disk else None, steps, steps, lru_cache(maxsize=2)(epoch)
+    )
+
+
 def steps_per_epoch(
     examples: int, replicas: int, batch_size: int, partition: Parts | None = None
 ) -> int:
@@ -201,9 +248,8 @@ def _kept(split: TrainingSplit, parts: Parts, per_replica: int, steps: int, seed
         order = np.full((replicas, steps * per_replica), ~0, np.int32)
         for row, part, own in zip(order, parts, range(replicas), strict=True):
             if len(part):
-                # Each replica has a separate generator; indices are those of its part, or, on disk,
-                # of the whole split.
-                own_order = np.random.default_rng((seed, number, own)).permutation(len(part))
+                # Indices are those of the part, or, on disk, of the whole split.
+                own_order = _shuffled(len(part), seed, number, own)
                 row[:] = filled_up(part[own_order] if counts_all else own_order, len(row))
         return order.reshape(replicas, steps, per_replica).swapaxes(0, 1)
 
@@ -217,6 +263,12 @@ def _kept(split: TrainingSplit, parts: Parts, per_replica: int, steps: int, seed
             None if split.weights is None else rows(split.weights),
         )
     return Batches(held, 0, steps, steps, lru_cache(maxsize=2)(epoch))
+
+
+def _shuffled(examples: int, seed: int, epoch: int, own: int) -> Int[np.ndarray, " examples"]:
+    """Returns the order of the examples of part `own` in an epoch."""
+    # Each part has a separate generator.
+    return np.random.default_rng((seed, epoch, own)).permutation(examples)
 
 
 def _sampled(

@@ -4,9 +4,15 @@ from ctde_jax.rounds import digests, exact, many, state
 from ctde_jax.rounds.digests import make_digests
 from ctde_jax.rounds.evaluate import Averages, make_evaluate
 from ctde_jax.rounds.feed import Feed, Piece, Span, prefetched
-from ctde_jax.rounds.gradient import make_gradient
+from ctde_jax.rounds.gradient import Place, make_gradient, step_keys
 from ctde_jax.rounds.reestimate import make_reestimate, of_first_steps
-from ctde_jax.rounds.round import make_gradient_for, parallel_rounds
+from ctde_jax.rounds.round import (
+    make_gradient_for,
+    make_local_steps,
+    outer_step,
+    parallel_rounds,
+    replicated_gradient,
+)
 from ctde_jax.rounds.schedule import Phase, cut, make_phases, rows_per_dispatch, unfinished
 from ctde_jax.rounds.sources import ExampleSource, OnDisk, Resident, Streamed, make_source
 from ctde_jax.rounds.state import named
@@ -20,6 +26,7 @@ __all__ = [
     "OnDisk",
     "Phase",
     "Piece",
+    "Place",
     "Resident",
     "Span",
     "Streamed",
@@ -31,15 +38,19 @@ __all__ = [
     "make_evaluate",
     "make_gradient",
     "make_gradient_for",
+    "make_local_steps",
     "make_phases",
     "make_reestimate",
     "make_source",
     "many",
     "named",
     "of_first_steps",
+    "outer_step",
     "parallel_rounds",
     "prefetched",
+    "replicated_gradient",
     "rows_per_dispatch",
     "state",
+    "step_keys",
     "unfinished",
 ]

@@ -25,7 +25,7 @@ shards. If the batch size is not a multiple of that, `S` is `R * accumulation_st
 
 from collections.abc import Callable
 from math import lcm
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import optax
@@ -49,6 +49,17 @@ Otherwise there is one shard for each replica and group; see the module's docstr
 StepIndices: TypeAlias = Int32[Array, "steps per_replica"]
 """Examples of a replica in each step, as indices into its split; negative for padding."""
 
+
+class Place(NamedTuple):
+    """The place of the replicas of one node among those of all nodes; see `nodes`."""
+
+    node: int = 0
+    """Index of the node."""
+
+    nodes: int = 1
+    """Number of nodes, each with the same number of replicas."""
+
+
 Gradient = Callable[..., tuple[PyTree, PyTree, Sums]]
 """`gradient(params, model_state, split, indices, key, ...) -> (grads, model_state, sums)`
 
@@ -68,7 +79,11 @@ examples, is then the gradient of the mean loss.
 
 
 def make_gradient(
-    model: Model, task: Task, augment: Augment | None = None, accumulation_steps: int = 1
+    model: Model,
+    task: Task,
+    augment: Augment | None = None,
+    accumulation_steps: int = 1,
+    place: Place = Place(),
 ) -> Gradient:
     """Makes the gradient function of the mean objective over a replica's examples.
 
@@ -78,6 +93,7 @@ def make_gradient(
         augment: Augmentation of each training example, with a different key for each.
         accumulation_steps: Number of microbatches for gradient accumulation. The gradient is that
             of all of them together; activations take the memory of one.
+        place: Place of these replicas among those of all nodes.
     """
 
     def gradient(params, model_state, split, indices, key, alone=False, merges=False, frozen=()):
@@ -102,6 +118,7 @@ def make_gradient(
             accumulation_steps,
             SHARDS if is_random or (uses_collectives and accumulation_steps > 1) else 1,
             is_global=merges_examples,
+            place=place,
         )
         if not is_random:
             examples = examples.reshape(accumulation_steps, 1, -1)
@@ -309,6 +326,7 @@ def cut_into_shards(
     groups: int,
     wanted: int,
     is_global: bool = False,
+    place: Place = Place(),
 ) -> tuple[Int32[Array, "groups shards per_shard"], Int32[Array, "groups shards"]]:
     """Cuts a replica's examples into shards; replica r of R gets the shards r, r + R and so on.
 
@@ -320,17 +338,19 @@ def cut_into_shards(
         groups: Number of groups (microbatches).
         wanted: Desired number of shards of the global batch.
         is_global: Whether `indices` are the global batch.
+        place: Place of these replicas among those of all nodes.
 
     Returns:
         The examples and the numbers of this replica's shards, or of all shards.
     """
-    replicas = lax.axis_size(AXIS)
+    local_replicas = lax.axis_size(AXIS)
+    replicas = local_replicas * place.nodes
     shards = lcm(wanted, replicas * groups)
     owners = 1 if is_global else replicas
     if len(indices) * owners % shards:
         shards = replicas * groups
     local_shards = shards // owners
-    first = 0 if is_global else lax.axis_index(AXIS)
+    first = 0 if is_global else place.node * local_replicas + lax.axis_index(AXIS)
     numbers = jnp.arange(local_shards) * owners + first
     examples = indices.reshape(-1, local_shards).T
     return (

@@ -20,7 +20,7 @@ from ctde_jax.data import Augment, Split
 from ctde_jax.devices import PyTree, agreed_state, replica
 from ctde_jax.models import Model, Task, fine_tuning
 from ctde_jax.rounds.exact import make_exact, make_exact_gradient
-from ctde_jax.rounds.gradient import Gradient, StepIndices, make_gradient, step_keys
+from ctde_jax.rounds.gradient import Gradient, Place, StepIndices, make_gradient, step_keys
 from ctde_jax.rounds.state import TrainState, axes
 from ctde_jax.rounds.sums import StepSums, mean_objective, with_measurements
 
@@ -61,6 +61,7 @@ def make_gradient_for(
     task: Task,
     augment: Augment | None = None,
     accumulation_steps: int = 1,
+    place: Place = Place(),
 ) -> Gradient:
     """Makes the gradient function for the rounds of a strategy.
 
@@ -71,10 +72,11 @@ def make_gradient_for(
         augment: Augmentation of each training example, with a different key for each.
         accumulation_steps: Number of microbatches for gradient accumulation; ignored if the
             strategy is exact.
+        place: Place of these replicas among those of all nodes.
     """
     if strategy.exact:
         return make_exact_gradient(model, task, augment)
-    return make_gradient(model, task, augment, accumulation_steps)
+    return make_gradient(model, task, augment, accumulation_steps, place)
 
 
 def make_round(
@@ -174,21 +176,41 @@ def _make_synchronous(
     return synchronous
 
 
-def _make_local(
-    gradient: Gradient,
-    optimizer: optax.GradientTransformationExtraArgs,
-    strategy: Strategy,
-    averaged: Callable[[TrainState], TrainState],
-) -> Round:
-    """Makes the local round: local steps, then an outer step with the reduced outer gradient.
+def replicated_gradient(gradient: Gradient) -> Gradient:
+    """Returns the gradient of the mean over the examples of all replicas, equal on all of them.
 
-    The outer gradient is the parameters before the local steps minus those after them. `averaged`
-    updates the moving average of the parameters.
+    The local steps of a node with several devices use it. On a single device, it is `gradient`
+    without collectives.
     """
-    reduce = optax.with_extra_args_support(strategy.reduce)
-    outer = adapted(strategy.outer)
 
-    def local(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
+    def of_all(params, model_state, *arguments, **options):
+        if lax.axis_size(replica.AXIS) == 1:
+            return gradient(params, model_state, *arguments, alone=True, **options)
+        grads, new_state, sums = gradient(params, model_state, *arguments, **options)
+        examples = sums["examples"]
+        return (
+            replica.weighted_mean(grads, examples),
+            agreed_state(new_state, model_state, examples),
+            replica.add_up(sums),
+        )
+
+    return of_all
+
+
+def make_local_steps(
+    gradient: Gradient, optimizer: optax.GradientTransformationExtraArgs
+) -> Callable[..., tuple[tuple[PyTree, PyTree, PyTree], StepSums]]:
+    """Makes the local steps of a round, which use no collectives unless `gradient` does.
+
+    Args:
+        gradient: Gradient function.
+        optimizer: Optimizer of every step, from `Strategy.local`.
+
+    Returns:
+        `local_steps(state, split, batches, key) -> ((params, model_state, opt_state), sums)`
+    """
+
+    def local_steps(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         def local_step(carry, step_and_indices):
             params, model_state, opt_state = carry
             step, indices = step_and_indices
@@ -211,10 +233,30 @@ def _make_local(
                 sums, opt_state
             )
 
-        # Take the local steps, starting from the parameters of the round.
         steps = state.step + jnp.arange(len(batches))
         carry = (state.params, state.model_state, state.opt_state)
-        (params, model_state, opt_state), sums = lax.scan(local_step, carry, (steps, batches))
+        return lax.scan(local_step, carry, (steps, batches))
+
+    return local_steps
+
+
+def _make_local(
+    gradient: Gradient,
+    optimizer: optax.GradientTransformationExtraArgs,
+    strategy: Strategy,
+    averaged: Callable[[TrainState], TrainState],
+) -> Round:
+    """Makes the local round: local steps, then an outer step with the reduced outer gradient.
+
+    The outer gradient is the parameters before the local steps minus those after them. `averaged`
+    updates the moving average of the parameters.
+    """
+    local_steps = make_local_steps(gradient, optimizer)
+    reduce = optax.with_extra_args_support(strategy.reduce)
+
+    def local(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
+        # Take the local steps, starting from the parameters of the round.
+        (params, model_state, opt_state), sums = local_steps(state, split, batches, key)
         examples = sums["examples"].sum()
 
         # Reduce the outer gradients, weighted by the number of examples in the round.
@@ -228,23 +270,40 @@ def _make_local(
         )
 
         # Take the outer step from the parameters at the start of the round. It is the same on all
-        # replicas, unless the strategy diverges.
+        # replicas, unless the strategy diverges. The model state is merged over the replicas; each
+        # replica keeps its optimizer state.
         value = partial(mean_objective, sums, over_replicas=True)
-        updates, outer_state = outer.update(
-            outer_grads, state.outer_state, state.params, value=value
-        )
-
-        # The model state is merged over the replicas; each replica keeps its optimizer state.
-        state = state._replace(
-            params=optax.apply_updates(state.params, updates),
+        moved = outer_step(strategy, state, outer_grads, value)
+        moved = moved._replace(
             model_state=agreed_state(model_state, state.model_state, examples),
             opt_state=opt_state,
             reduce_state=reduce_state,
-            outer_state=outer_state,
         )
-        return averaged(state), sums
+        return averaged(moved), sums
 
     return local
+
+
+def outer_step(
+    strategy: Strategy, state: TrainState, outer_grads: PyTree, value: Value
+) -> TrainState:
+    """Applies a reduced outer gradient to the parameters at the start of the round.
+
+    Args:
+        strategy: Strategy of the round.
+        state: State at the start of the round.
+        outer_grads: The result of the reducer.
+        value: Mean objective of the round over all replicas.
+    """
+    # The barrier keeps XLA from fusing the reducer with the outer step, whose results would then be
+    # rounded differently from those of nodes, which receive the result of the reducer.
+    outer_grads = lax.optimization_barrier(outer_grads)
+    updates, outer_state = adapted(strategy.outer).update(
+        outer_grads, state.outer_state, state.params, value=value
+    )
+    return state._replace(
+        params=optax.apply_updates(state.params, updates), outer_state=outer_state
+    )
 
 
 def skipping(train_round: Round) -> Round:

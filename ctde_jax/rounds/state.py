@@ -293,15 +293,21 @@ def from_tensors(
     return copied(jax.tree.map(_as_key, placed, like))
 
 
-def center_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
-    """Restores a tree without PRNG keys from the result of `to_tensors`, as arrays on the host.
+def tree_from_tensors(tensors: Mapping[str, np.ndarray], like: PyTree, option: str) -> PyTree:
+    """Restores a tree from the result of `to_tensors`, as arrays on the host and JAX keys.
+
+    Args:
+        tensors: Arrays by name.
+        like: A tree of the same structure; only shapes and dtypes are read.
+        option: Name of the argument that the tensors come from, for error messages.
 
     Raises:
         InputError: If names, shapes or dtypes differ from those of `like`; lists the differences.
     """
-    saved = in_place(tensors, like, "run_dir")
-    _check_shapes(saved, like, "run_dir")
-    return saved
+    raw = jax.tree.map(_raw_shape, like)
+    saved = in_place(tensors, raw, option)
+    _check_shapes(saved, raw, option)
+    return jax.tree.map(_as_key, saved, like)
 
 
 def merged_params(tensors: Mapping[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
@@ -375,7 +381,7 @@ def _raw_shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 def _as_key(raw: jax.Array, like: jax.Array) -> jax.Array:
     if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return raw
-    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(like))
+    return jax.random.wrap_key_data(jnp.asarray(raw), impl=jax.random.key_impl(like))
 
 
 def _redistribute(saved: TrainState, like: TrainState, strategy: Strategy) -> TrainState:

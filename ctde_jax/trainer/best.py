@@ -64,7 +64,7 @@ class Best:
         self._loss = facts["loss"]
         self.step = facts["step"]
         self._in_vain = facts["in_vain"]
-        _, self.center = state.center_from_tensors(tensors, {BEST: like}).popitem()
+        _, self.center = state.tree_from_tensors(tensors, {BEST: like}, "run_dir").popitem()
 
     def update(self, validated: Row, params: PyTree, model_state: PyTree) -> None:
         """Keeps a copy of the parameters if their validation loss is lower than all before.
