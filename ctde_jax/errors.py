@@ -6,7 +6,8 @@ Library users catch them as ordinary exceptions. The commands print the message 
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 
@@ -216,3 +217,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns the end of an error message: "; did you mean 'x'?", or "." if no name is similar."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else "."
+
+
+@contextmanager
+def writing_to(folder: Path, option: str = "run_dir") -> Iterator[None]:
+    """Converts an OSError of the body to an InputError that names the folder.
+
+    Args:
+        folder: Folder that the body writes to.
+        option: Name of the argument that the folder comes from, for the message.
+
+    Raises:
+        InputError: If the folder cannot be written to, or is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            option,
+            "must be a writable folder with enough free space, but writing to "
+            f"{shortened(str(folder))} failed: {error.strerror}; choose another folder.",
+        ) from error

@@ -45,7 +45,6 @@ from ctde_jax.checkpoint.run_folder import (
     claimed,
     make_way,
     named,
-    writing_to,
 )
 from ctde_jax.checkpoint.uploader import Uploader, open_uploader
 
@@ -96,6 +95,5 @@ __all__ = [
     "read",
     "steps",
     "write",
-    "writing_to",
     "written_whole",
 ]

@@ -29,8 +29,7 @@ from safetensors.numpy import save_file
 
 from ctde_jax.bundle import open_regular, read_small
 from ctde_jax.checkpoint.atomic import bring_to_disk, put_back, written_whole
-from ctde_jax.checkpoint.run_folder import writing_to
-from ctde_jax.errors import InputError, on_one_line, shortened
+from ctde_jax.errors import InputError, on_one_line, shortened, writing_to
 
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"

@@ -39,8 +39,8 @@ from ctde_jax.checkpoint.format import (
     read_facts,
     read_measured,
 )
-from ctde_jax.checkpoint.run_folder import CHECKPOINTS, CONFIG, METRICS, writing_to
-from ctde_jax.errors import InputError, on_one_line, shortened
+from ctde_jax.checkpoint.run_folder import CHECKPOINTS, CONFIG, METRICS
+from ctde_jax.errors import InputError, on_one_line, shortened, writing_to
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extras of this package that install the package for a protocol."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ctde_jax.errors import InputError, shortened
+from ctde_jax.errors import InputError, shortened, writing_to
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
@@ -172,24 +172,3 @@ def check_new(folder: Path) -> None:
             f"must not contain another run, but {folder} has {METRICS} or {CHECKPOINTS}; choose "
             "another folder.",
         )
-
-
-@contextmanager
-def writing_to(folder: Path, option: str = "run_dir") -> Iterator[None]:
-    """Converts an OSError of the body to an InputError that names the folder.
-
-    Args:
-        folder: Folder that the body writes to.
-        option: Name of the argument that the folder comes from, for the message.
-
-    Raises:
-        InputError: If the folder cannot be written to, or is full.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            option,
-            "must be a writable folder with enough free space, but writing to "
-            f"{shortened(str(folder))} failed: {error.strerror}; choose another folder.",
-        ) from error

@@ -32,7 +32,7 @@ from ctde_jax.config.options import (
 )
 from ctde_jax.data import Dataset, hold_out
 from ctde_jax.devices import FAKE_DEVICES, hosts, start
-from ctde_jax.errors import InputError, check_at_least, check_known, check_seed, quoted
+from ctde_jax.errors import InputError, check_at_least, check_known, check_seed, quoted, writing_to
 from ctde_jax.rounds import many
 from ctde_jax.trainer import Family, Saving, Sweep, Training, Variant, console
 
@@ -294,9 +294,9 @@ def _saving_of(
 
     # Called before the first checkpoint of a new run, so that a refused command changes no file.
     def prepare(own: Path) -> None:
-        with checkpoint.writing_to(own):
+        with writing_to(own):
             save(config, own / CONFIG)
-        with checkpoint.writing_to(folder):
+        with writing_to(folder):
             save(whole_config, folder / CONFIG)
 
     return Saving(

@@ -18,7 +18,7 @@ from ctde_jax.config.command_line import CONFIG, deciding, flag, new_run_folder,
 from ctde_jax.config.options import Config, RunOptions
 from ctde_jax.data import Dataset, Split, decode, encode, partition
 from ctde_jax.devices import FAKE_DEVICES, PyTree, hosts, start
-from ctde_jax.errors import InputError, check_at_least, check_at_most
+from ctde_jax.errors import InputError, check_at_least, check_at_most, writing_to
 from ctde_jax.models import Model, generate
 from ctde_jax.trainer import Saving, Trained, Training, console, picture
 
@@ -64,7 +64,7 @@ def train(config: Config, started: float) -> Trained:
 
         # Called before the first checkpoint of a new run.
         def prepare(folder: Path) -> None:
-            with checkpoint.writing_to(folder):
+            with writing_to(folder):
                 save(config, folder / CONFIG)
             parts = training.partition
             if parts is not None and data.classes:

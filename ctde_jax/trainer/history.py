@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ctde_jax.bundle import open_regular
-from ctde_jax.checkpoint import METRICS, writing_to
+from ctde_jax.checkpoint import METRICS
 from ctde_jax.devices import hosts
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, writing_to
 
 Row = dict[str, Any]
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from ctde_jax.aggregate import as_transformation
-from ctde_jax.checkpoint import CHECKPOINTS, claimed, newest_intact, write, writing_to
+from ctde_jax.checkpoint import CHECKPOINTS, claimed, newest_intact, write
 from ctde_jax.devices import PyTree, hosts
-from ctde_jax.errors import NonFiniteLoss
+from ctde_jax.errors import NonFiniteLoss, writing_to
 from ctde_jax.trainer.log import console
 from ctde_jax.trainer.trained import Trained
 from ctde_jax.trainer.training import Saving, Training

@@ -16,9 +16,9 @@ import numpy as np
 
 from ctde_jax import checkpoint
 from ctde_jax.bundle import Accepted
-from ctde_jax.checkpoint import INPUTS, MANIFEST, Checkpoint, Damaged, writing_to
+from ctde_jax.checkpoint import INPUTS, MANIFEST, Checkpoint, Damaged
 from ctde_jax.devices import PyTree, hosts
-from ctde_jax.errors import InputError, quoted
+from ctde_jax.errors import InputError, quoted, writing_to
 from ctde_jax.models import Model, tasks, unscaled
 from ctde_jax.rounds import state
 

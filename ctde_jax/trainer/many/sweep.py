@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from ctde_jax.checkpoint import CURVES, writing_to
+from ctde_jax.checkpoint import CURVES
+from ctde_jax.errors import writing_to
 from ctde_jax.models import RESERVED
 from ctde_jax.trainer import picture
 from ctde_jax.trainer.history import Row
