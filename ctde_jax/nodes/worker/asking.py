@@ -21,7 +21,7 @@ from ctde_jax.errors import (
 )
 from ctde_jax.nodes.worker import files, frames
 
-# A request during which this number of workers ended is not repeated.
+# Number of times that a request is sent if workers end before they answer.
 _ATTEMPTS = 3
 
 _POLL_SECONDS = 0.02
@@ -83,8 +83,8 @@ def ask(
     except frames.WrongFrame as error:
         raise WorkerFailed(f"the worker in {folder} sent a wrong frame: {error}") from error
     raise WorkerFailed(
-        f"the worker in {folder} ended before it answered, {_ATTEMPTS} times in a row; its last "
-        f"line was: {_last_line(folder)}"
+        f"the worker in {folder} ended before it answered, {_ATTEMPTS} times in a row; "
+        f"{files.LOG} ends with: {_last_line(folder)}"
     )
 
 

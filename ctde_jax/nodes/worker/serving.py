@@ -23,10 +23,11 @@ def serve(
     idle_seconds: float = 3600.0,
     parent: int | None = None,
 ) -> None:
-    """Answers the requests of `ask` until the worker is idle for long; called in the main thread.
+    """Answers the requests of `ask`, one at a time, until none has come for `idle_seconds`.
 
-    If `answer` raises, `ask` raises the error's sentence, and the loop continues. A request may
-    come more than once, because `ask` repeats it after a worker has been killed.
+    It must be called in the main thread, because it handles SIGTERM. If `answer` raises, `ask`
+    raises the error's sentence, and the loop continues. A request may come more than once, because
+    `ask` repeats it after a worker has been killed.
 
     The process ends at once, even within `answer`, on SIGTERM, if `parent` has ended, or if the
     folder or the worker's files in it are removed.
@@ -63,7 +64,7 @@ def serve(
 
     def end(reason: str) -> None:
         _log(f"ended: {reason}")
-        # Removal must not fail: nobody would end the process.
+        # An error here would leave the process running.
         with suppress(OSError):
             files.remove_socket(folder, place)
         os._exit(0)
