@@ -12,7 +12,7 @@ from ctde_jax.aggregate.power_sgd import power_sgd
 from ctde_jax.aggregate.private import epsilon, private
 from ctde_jax.aggregate.proximal import proximal
 from ctde_jax.aggregate.quantize import quantize, sign
-from ctde_jax.aggregate.reducer import CutByOwner, reducer
+from ctde_jax.aggregate.reducer import CutByOwner, Star, reducer
 from ctde_jax.aggregate.robust import (
     centered_clipping,
     geometric_median,
@@ -42,6 +42,7 @@ __all__ = [
     "Codec",
     "Combine",
     "CutByOwner",
+    "Star",
     "Strategy",
     "Value",
     "adapted",

@@ -1,6 +1,6 @@
 """Run folders, checkpoints and resuming."""
 
-from ctde_jax.checkpoint.atomic import put_back, written_whole
+from ctde_jax.checkpoint.atomic import put_back, write_whole, written_whole
 from ctde_jax.checkpoint.format import (
     BEST,
     INPUTS,
@@ -18,6 +18,7 @@ from ctde_jax.checkpoint.format import (
     open_saver,
     path_of,
     read,
+    remove,
     steps,
     write,
 )
@@ -93,7 +94,9 @@ __all__ = [
     "plain",
     "put_back",
     "read",
+    "remove",
     "steps",
     "write",
+    "write_whole",
     "written_whole",
 ]

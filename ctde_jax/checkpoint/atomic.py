@@ -1,4 +1,4 @@
-"""Atomic writes of folders: written under a temporary name, flushed to disk and renamed."""
+"""Atomic writes: under a temporary name, flushed to disk and renamed."""
 
 import os
 import shutil
@@ -37,6 +37,19 @@ def written_whole(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         put_back(folder)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, which replaces an existing one; after a kill, it is the old or the new one.
+
+    Raises:
+        OSError: If the folder cannot be written to. An existing file remains unchanged.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    bring_to_disk(partial)
+    os.replace(partial, path)
+    bring_to_disk(path.parent)
 
 
 def put_back(folder: Path) -> None:

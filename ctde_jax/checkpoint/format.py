@@ -154,6 +154,12 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], facts: Facts) -> None:
         (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
 
 
+def remove(path: Path) -> None:
+    """Removes a checkpoint."""
+    # Rename first: a final name must never refer to a half-removed checkpoint.
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))
+
+
 def read(path: Path) -> Checkpoint:
     """Reads a checkpoint and verifies its checksums.
 
@@ -345,9 +351,8 @@ class Saver:
                 kept |= self._offer(path_of(self._folder, step), best)
             for number in there:
                 old = path_of(self._folder, number)
-                # Rename first: a final name must never refer to a half-removed checkpoint.
                 if old not in kept:
-                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
+                    remove(old)
 
     def _best(self, among: Sequence[int]) -> Path | None:
         """Returns the best of the checkpoints `among` by their evaluations; ties: the oldest.

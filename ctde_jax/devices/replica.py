@@ -138,12 +138,15 @@ def lowered(function: jax.stages.Wrapped, *like: PyTree) -> jax.stages.Lowered:
 
 
 def compiled(
-    lowered: jax.stages.Lowered, devices: Sequence[jax.Device], exact: bool = False
+    lowered: jax.stages.Lowered,
+    devices: Sequence[jax.Device],
+    exact: bool = False,
+    one_thread: bool = False,
 ) -> "Program":
     """Compiles a function made by `parallel`.
 
     Several fake devices use one thread each, since they share the cores. A single fake device uses
-    all cores, unless `exact` is set. If fake devices belong to several hosts, the program waits for
+    all cores, unless `exact` or `one_thread` is set. If fake devices belong to several hosts, the program waits for
     its result, since two concurrent programs would deadlock.
 
     Args:
@@ -151,10 +154,12 @@ def compiled(
         devices: Devices of all hosts.
         exact: Whether fake devices must compute the same bits for any number of devices; this also
             disables XLA's algebraic simplifier.
+        one_thread: Whether a single fake device uses one thread, too. Products of matrices then
+            have the same bits as on several fake devices.
     """
     is_fake = devices[0].platform == "cpu"
     options: dict[str, str | bool] = {}
-    if is_fake and (exact or len(distinct(devices)) > 1):
+    if is_fake and (exact or one_thread or len(distinct(devices)) > 1):
         options["xla_cpu_multi_thread_eigen"] = False
     if is_fake and exact:
         # The algebraic simplifier rewrites divisions on one device, but not on several.
@@ -164,14 +169,16 @@ def compiled(
 
 
 def compiled_once(
-    function: jax.stages.Wrapped, devices: Sequence[jax.Device]
+    function: jax.stages.Wrapped, devices: Sequence[jax.Device], one_thread: bool = False
 ) -> Callable[..., PyTree]:
     """Compiles a function made by `parallel` at its first call, for the shapes of its arguments."""
     program: list[Program] = []
 
     def call(*arguments: PyTree) -> PyTree:
         if not program:
-            program.append(compiled(lowered(function, *arguments), devices))
+            program.append(
+                compiled(lowered(function, *arguments), devices, one_thread=one_thread)
+            )
         return program[0](*arguments)
 
     return call

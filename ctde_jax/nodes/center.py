@@ -14,12 +14,11 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from ctde_jax.aggregate import Star, adapted
+from ctde_jax.aggregate import Star, Strategy, adapted
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError
-from ctde_jax.rounds import outer_step, state, step_keys
-from ctde_jax.trainer import Training
-from ctde_jax.trainer.beginning import init_arguments, train_key
+from ctde_jax.rounds import named, outer_step, state, step_keys
+from ctde_jax.trainer import Training, init_arguments, train_key, warmed
 
 
 class Center(NamedTuple):
@@ -77,25 +76,28 @@ class Algorithm(NamedTuple):
     """Context in which arrays are placed on the CPU."""
 
 
-def make_algorithm(training: Training, nodes: int) -> Algorithm:
+def make_algorithm(
+    training: Training, strategy: Strategy, nodes: int, say: Callable[[str], None]
+) -> Algorithm:
     """Makes the computation that a server and its nodes share.
 
     Args:
-        training: Model, optimizer, strategy, seed and data; of the data, only shapes, and the
-            conversion of the inputs, matter.
+        training: Training of the server or of a node; see `Federation`.
+        strategy: Strategy of the federation.
         nodes: Number of nodes for which the strategy is set up.
+        say: Prints a line.
 
     Raises:
         InputError: The strategy cannot run between nodes.
     """
-    strategy = training.strategy
-    star = make_star(training, nodes)
+    star = make_star(strategy, nodes)
     cpu = jax.local_devices(backend="cpu")[0]
     place = partial(jax.default_device, cpu)
 
     def begin() -> Center:
         with place():
             params, model_state = jax.jit(training.raw_model.init)(*init_arguments(training))
+            params, model_state = warmed(training, params, model_state, say)
             trained, frozen = training.divide(params)
             outer_state = adapted(strategy.outer).init(trained)
         return jax.device_get(Center(trained, model_state, outer_state, frozen))
@@ -106,7 +108,7 @@ def make_algorithm(training: Training, nodes: int) -> Algorithm:
         before = state.TrainState(
             jnp.int32(0), center.params, (), (), (), center.outer_state, (), center.frozen
         )
-        after = outer_step(strategy, before, outer_grads, value)
+        after = outer_step(strategy, before, outer_grads, lambda: value)
         return after.params, after.outer_state
 
     def key(step: int) -> jax.Array:
@@ -124,13 +126,12 @@ def make_algorithm(training: Training, nodes: int) -> Algorithm:
     return Algorithm(star, begin, advance, key, place)
 
 
-def make_star(training: Training, nodes: int) -> Star:
+def make_star(strategy: Strategy, nodes: int) -> Star:
     """Returns the parts of the reducer of a strategy.
 
     Raises:
         InputError: The strategy cannot run between nodes.
     """
-    strategy = training.strategy
     rules = {
         "inner_steps": (strategy.inner_steps == 0, "must be at least 1 between nodes, got 0"),
         "synchronous_steps": (
@@ -153,6 +154,11 @@ def make_star(training: Training, nodes: int) -> Star:
             "nodes, because other reducers exchange messages more than once.",
         )
     return make(nodes)
+
+
+def shapes_of(center: Center) -> dict[str, str]:
+    """Returns the dtype and shape of each array of a center, by name."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named(center).items()}
 
 
 def to_bytes(tree: PyTree) -> bytes:

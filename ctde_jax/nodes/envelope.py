@@ -10,10 +10,11 @@ Nothing in a message is executed, and no length in it is trusted: see `unpack`.
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ctde_jax.errors import InputError
 
+T = TypeVar("T")
 _LENGTH = struct.Struct("<I")
 _LONGEST_HEADER = 2**20
 """Bytes."""
@@ -24,6 +25,18 @@ class Envelope(NamedTuple):
 
     header: dict[str, Any]
     parts: list[bytes]
+
+    def value(self, name: str, kind: type[T]) -> T:
+        """Returns a value of the header.
+
+        Raises:
+            InputError: The header has no value of this name and type.
+        """
+        found = self.header.get(name)
+        # bool is a subclass of int.
+        if not isinstance(found, kind) or isinstance(found, bool) is not (kind is bool):
+            raise InputError("message", f"must have {name} in its header, got {found!r:.40}.")
+        return found
 
 
 def pack(header: Mapping[str, Any], parts: Sequence[bytes] = ()) -> bytes:

@@ -13,6 +13,9 @@ from ctde_jax.errors import InputError, check_at_least, check_whole
 from ctde_jax.models import Model, Task, as_model, tasks
 from ctde_jax.trainer import Training
 
+_OF_THE_SERVER = ("init_from", "init_only", "patience", "ema_decay")
+"""Options of `Training` that only the server needs."""
+
 
 @dataclass(frozen=True)
 class Federation:
@@ -34,7 +37,7 @@ class Federation:
             node needs as many as it has examples for; if it is given, nodes with fewer examples
             pause, as replicas do in `fit`.
         options: Other fields of `Training`: `augment`, `class_weights`, `accumulation_steps`,
-            `ema_decay`, `freeze`, `lora_rank` or `init_from`.
+            `ema_decay`, `freeze`, `lora_rank`, `init_from` or `patience`.
 
     Raises:
         InputError: An argument is invalid.
@@ -102,7 +105,10 @@ class Federation:
         # The first batch may be used for initialization, so it is as large as the data allow.
         most = len(data.train.inputs) // self.nodes * self.nodes
         cpu = jax.local_devices(backend="cpu")[0]
-        return self._training(data, [cpu] * self.nodes, self.strategy, min(self.batch_size, most))
+        batch_size = min(self.batch_size, most)
+        return self._training(
+            data, [cpu] * self.nodes, self.strategy, batch_size, None, self.options
+        )
 
     def of_node(
         self, data: Dataset, devices: Sequence[jax.Device], units: tasks.Units | None = None
@@ -126,7 +132,11 @@ class Federation:
             )
         # A node may have fewer examples than a batch, which is then padded.
         most = len(data.train.inputs) // len(devices) * len(devices)
-        return self._training(data, devices, local, min(share, most), units)
+        # The server sends the initial parameters if they are not random, and evaluates.
+        options = {
+            name: value for name, value in self.options.items() if name not in _OF_THE_SERVER
+        }
+        return self._training(data, devices, local, min(share, most), units, options)
 
     def _training(
         self,
@@ -134,7 +144,8 @@ class Federation:
         devices: Sequence[jax.Device],
         strategy: Strategy,
         batch_size: int,
-        units: tasks.Units | None = None,
+        units: tasks.Units | None,
+        options: Mapping[str, Any],
     ) -> Training:
         task = tasks.for_data(data, self.task) if isinstance(self.task, str) else self.task
         if units is not None and task.units is not None:
@@ -150,5 +161,5 @@ class Federation:
             steps=self.steps,
             seed=self.seed,
             eval_every=self.eval_every or self.round_steps,
-            **self.options,
+            **options,
         )

@@ -21,8 +21,7 @@ from ctde_jax.rounds import (
     replicated_gradient,
     state,
 )
-from ctde_jax.trainer import Training
-from ctde_jax.trainer.beginning import train_key
+from ctde_jax.trainer import Training, train_key
 
 
 class Local(NamedTuple):
@@ -94,6 +93,7 @@ class LocalSteps:
                 take_steps, devices, in_axes=(None, source.axis, 0, None), out_axes=None
             ),
             devices,
+            one_thread=True,
         )
 
     def init(self, center: Center) -> PyTree:

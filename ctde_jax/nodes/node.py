@@ -14,16 +14,24 @@ import jax
 import numpy as np
 
 from ctde_jax import checkpoint
-from ctde_jax.checkpoint import CHECKPOINTS, writing_to
+from ctde_jax.checkpoint import CHECKPOINTS
 from ctde_jax.data import Dataset, Meaning, digests_of, with_meaning
 from ctde_jax.devices import PyTree
-from ctde_jax.errors import InputError
+from ctde_jax.errors import InputError, writing_to
 from ctde_jax.models import tasks
-from ctde_jax.nodes.center import Answer, Center, from_bytes, make_algorithm, to_bytes
+from ctde_jax.nodes.center import (
+    Answer,
+    Center,
+    from_bytes,
+    make_algorithm,
+    shapes_of,
+    to_bytes,
+)
 from ctde_jax.nodes.envelope import Envelope, pack, unpack
 from ctde_jax.nodes.federation import Federation
 from ctde_jax.nodes.local_steps import LocalSteps
-from ctde_jax.rounds import Place, named, state
+from ctde_jax.rounds import Place, state
+from ctde_jax.trainer import Training
 
 MakeFederation = Callable[[Mapping[str, Any] | None, Dataset], Federation]
 """`make(options, data) -> federation`, from the options that the server sends, if it sends any."""
@@ -44,7 +52,10 @@ class NodeState(NamedTuple):
     """The last message as the server decodes it, with zeros if it is settled."""
 
     undelivered: PyTree
-    """Sum of the messages that no round has taken; it is added to the next message."""
+    """The last message that no round has taken; it is added to the next message."""
+
+    model_state: PyTree
+    """State of the model after the local steps of the last message."""
 
 
 class Progress(NamedTuple):
@@ -103,42 +114,48 @@ class Node:
         try:
             return self._answer(unpack(request))
         except InputError as error:
-            self._say(f"refused    {error}")
-            return pack({"kind": "refusal", "name": self._name, "reason": str(error)})
+            refusal = error
+        except (IndexError, TypeError, ValueError) as error:
+            # Only a server of another version, or a hostile one, sends such requests.
+            refusal = InputError("request", f"must be one of this version ({error}).")
+        self._say(f"refused    {refusal}")
+        return pack({"kind": "refusal", "reason": str(refusal)})
 
     def _answer(self, request: Envelope) -> bytes:
-        kind = request.header.get("kind")
+        kind = request.value("kind", str)
+        run = request.value("run", str)
+        is_member = self._member is not None and self._member.run == run
         if kind == "join":
-            self._member = self._join(request)
+            # The server introduces itself again after a restart.
+            if self._member is None or not is_member:
+                self._member = self._join(request)
             return self._member.introduction()
-        if self._member is None or self._member.run != request.header.get("run"):
-            # This process has just started; the server introduces itself again.
-            return pack({"kind": "unknown", "name": self._name, "index": self._index})
+        if self._member is None or not is_member:
+            return pack({"kind": "unknown", "run": run})
         if kind == "round":
             return self._member.take_part(request)
-        raise InputError("message", f"must be a request of this version, got {kind!r:.40}.")
+        raise InputError("request", f"must be one of this version, got {kind!r:.40}.")
 
     def _join(self, request: Envelope) -> "_Member":
         """Builds the training that the server describes, and reads the state in the folder."""
-        header = request.header
+        described = request.value("arrays", list)
         arrays = [
             np.frombuffer(part, dtype).reshape(shape)
-            for part, (dtype, shape) in zip(request.parts, header["arrays"], strict=True)
+            for part, (dtype, shape) in zip(request.parts, described, strict=True)
         ]
         shift, scale, *units = arrays
-        meaning = Meaning(tuple(header["classes"]), tuple(header["vocabulary"]), shift, scale)
+        classes = tuple(request.value("classes", list))
+        meaning = Meaning(classes, tuple(request.value("vocabulary", list)), shift, scale)
         data = with_meaning(self._data, meaning)
-        federation = self._make(header["options"], data)
-        place = Place(header["index"] if self._index is None else self._index, federation.nodes)
+        federation = self._make(request.header.get("options"), data)
+        index = request.value("index", int) if self._index is None else self._index
         return _Member(
             self.folder,
+            federation.of_node(data, self._devices, tasks.Units(*units) if units else None),
             federation,
-            data,
-            self._devices,
-            place,
-            header["run"],
+            Place(index, federation.nodes),
+            request.value("run", str),
             self._name,
-            tasks.Units(*units) if units else None,
             self._say,
         )
 
@@ -149,147 +166,147 @@ class _Member:
     def __init__(
         self,
         folder: Path,
+        training: Training,
         federation: Federation,
-        data: Dataset,
-        devices: Sequence[jax.Device],
         place: Place,
         run: str,
         name: str,
-        units: tasks.Units | None,
         say: Callable[[str], None],
     ):
         self.run = run
         self._folder = folder / CHECKPOINTS
-        self._federation = federation
+        self._round_steps = federation.round_steps
         self._name = name
         self._place = place
         self._say = say
 
         # The computation of the local steps, and that of the center, which all sides share.
-        training = federation.of_node(data, devices, units)
         self._local = LocalSteps(training, place, federation.epoch_steps)
-        self._shared = make_algorithm(
-            training, federation.nodes, federation.strategy
-        )
+        self._shared = make_algorithm(training, federation.strategy, federation.nodes, say)
         self._send = jax.jit(self._shared.star.send)
         self._read = jax.jit(self._shared.star.read)
         self._settle = jax.jit(self._shared.star.settle)
 
         # The first state, or that of the folder.
-        self._identity = {"run": run, "index": place.node, **digests_of(data, None)}
         center = self._shared.begin()
         with self._shared.place():
             sender = jax.device_get(self._shared.star.init(center.params))
-        nothing = jax.tree.map(np.zeros_like, center.params)
         self._state = NodeState(
-            center, self._local.init(center), sender, sender, nothing, nothing
+            center,
+            self._local.init(center),
+            sender,
+            sender,
+            message=_zeros(center.params),
+            undelivered=_zeros(center.params),
+            model_state=center.model_state,
         )
         self._progress = Progress()
         self._payload = b""
         self._report: dict[str, Any] = {}
+        self._identity = {"run": run, "index": place.node, **digests_of(training.data, None)}
         self._resume()
 
     def introduction(self) -> bytes:
         """Returns the reply to the server's introduction."""
-        shapes = {
-            name: f"{leaf.dtype}{list(leaf.shape)}"
-            for name, leaf in named(self._state.center).items()
-        }
         header = {
             "kind": "joined",
             "run": self.run,
             "name": self._name,
             "index": self._place.node,
             "round": self._progress.round,
-            "shapes": shapes,
+            "shapes": shapes_of(self._state.center),
         }
         return pack(header)
 
     def take_part(self, request: Envelope) -> bytes:
-        """Returns the message of a round, and computes it unless the folder has it already."""
-        header = request.header
-        number = header["round"]
-        problem = self._catch_up(header, request.parts)
+        """Returns the message of a round, and computes it unless it has been computed before."""
+        number = request.value("round", int)
+        problem = self._catch_up(request, number)
         if problem:
-            self._say(f"snapshot   {problem}")
-            return pack({"kind": "behind", "run": self.run, "round": -1, "reason": problem})
+            self._say(f"behind     {problem}")
+            return pack({"kind": "behind", "run": self.run, "reason": problem})
         if self._progress.sent != number:
             self._compute(number)
         return pack(
             {"kind": "message", "run": self.run, "round": number, **self._report},
-            [self._payload, to_bytes(self._model_state)],
+            [self._payload, to_bytes(self._state.model_state)],
         )
 
-    def _catch_up(self, header: Mapping[str, Any], parts: Sequence[bytes]) -> str:
+    def _catch_up(self, request: Envelope, number: int) -> str:
         """Advances the center to the round of the request.
 
         Returns:
             A sentence if that is not possible; the server then sends a snapshot.
         """
-        number = header["round"]
-        taken = set(header["taken"])
-        if header["snapshot"]:
-            center = Center(*from_bytes(parts[0], tuple(self._state.center)))
-            self._settle_last(taken, None)
+        taken = set(request.value("taken", list))
+        if request.value("snapshot", bool):
+            center = Center(*from_bytes(request.parts[0], tuple(self._state.center)))
+            # A node that asks for a snapshot of its round has not lost the message of this round.
+            if self._progress.sent != number:
+                self._settle_last(taken, None)
             self._state = self._state._replace(center=center)
             self._progress = self._progress._replace(round=number)
         else:
-            # The entries of the log, from round `since` on; those that are known are skipped.
-            first = header["since"]
+            # The answers from round `since` on, of which the first ones may be known.
+            first = request.value("since", int)
             known = self._progress.round
             if not first <= known <= number:
-                return f"the center is that of round {known}, and the entries begin at {first}"
-            entries = [
-                Answer(parts[place], parts[place + 1], value)
-                for place, value in zip(range(0, len(parts), 2), header["values"], strict=True)
+                return f"the center is that of round {known}, and the answers begin at {first}"
+            values = request.value("values", list)
+            answers = [
+                Answer(*request.parts[2 * place : 2 * place + 2], float(value))
+                for place, value in enumerate(values)
             ]
-            for place, entry in enumerate(entries[known - first :], known):
-                self._settle_last(taken, entry if place == self._progress.sent else None)
-                step = place * self._federation.round_steps
-                center = self._shared.advance(self._state.center, entry, step)
-                self._state = self._state._replace(center=center)
-                self._progress = self._progress._replace(round=place + 1)
-        if self._state.center.digest != header["center"]:
+            for place in range(known, number):
+                self._follow(place, answers[place - first], taken)
+        if self._state.center.digest != request.value("center", str):
             return f"the center of round {number} differs from that of the server"
         return ""
 
-    def _settle_last(self, taken: set[int], entry: Answer | None) -> None:
-        """Decides what happens to the last message, given the rounds that have taken one.
+    def _follow(self, number: int, answer: Answer, taken: set[int]) -> None:
+        """Advances the center by the answer of a round."""
+        self._settle_last(taken, answer if number == self._progress.sent else None)
+        center = self._shared.advance(self._state.center, answer, number * self._round_steps)
+        self._state = self._state._replace(center=center)
+        self._progress = self._progress._replace(round=number + 1)
+
+    def _settle_last(self, taken: set[int], answer: Answer | None) -> None:
+        """Decides what happens to the last message, after its round has been closed.
 
         Args:
             taken: Rounds that have taken a message of this node.
-            entry: The answer of the round of the last message, if it is known.
+            answer: The answer of the round of the last message, if it is known.
         """
         last = self._progress.sent
         if last is None:
             return
         before = self._state
-        undelivered = before.undelivered
         sender = before.sent
+        undelivered = _zeros(before.message)
         if last not in taken:
             # Nothing that was learned is lost: the whole message is added to the next one.
             undelivered = before.message
             self._say(f"late       the message of round {last} was not taken and is kept")
-        else:
-            undelivered = jax.tree.map(np.zeros_like, undelivered)
-            if entry is not None:
-                answer = np.frombuffer(entry.reduced, np.uint8)
-                with self._shared.place():
-                    sender = jax.device_get(
-                        self._settle(answer, before.center.params, before.sender, before.sent)
-                    )
+        elif answer is not None:
+            reduced = np.frombuffer(answer.reduced, np.uint8)
+            with self._shared.place():
+                sender = jax.device_get(
+                    self._settle(reduced, before.center.params, before.sender, before.sent)
+                )
         self._state = before._replace(
-            sender=sender,
-            sent=sender,
-            message=jax.tree.map(np.zeros_like, before.message),
-            undelivered=undelivered,
+            sender=sender, sent=sender, message=_zeros(before.message), undelivered=undelivered
         )
         self._progress = self._progress._replace(sent=None)
 
     def _compute(self, number: int) -> None:
-        """Takes the local steps of a round, encodes the message, and writes the folder."""
+        """Takes the local steps of a round, encodes the message, and writes the folder.
+
+        Raises:
+            InputError: The message is not finite, or the folder cannot be written to. The state is
+                then that before the call.
+        """
         started = time.perf_counter()
-        step = number * self._federation.round_steps
+        step = number * self._round_steps
         before = self._state
         local = self._local(before.center, before.opt_state, step)
         if not local.is_finite:
@@ -301,43 +318,45 @@ class _Member:
         if any(leaf.any() for leaf in jax.tree.leaves(before.undelivered)):
             message = jax.tree.map(np.add, message, before.undelivered)
 
-        # Encode, and decode as the server does.
+        # Encode the message, and decode it as the server does.
         weight = np.float32(local.sums["examples"])
         key = self._shared.key(step)
         with self._shared.place():
             payload, sent = self._send(message, before.sender, weight, key)
             decoded, _ = self._read(payload, before.center.params, key)
-        self._payload = np.asarray(payload).tobytes()
-        self._model_state = local.model_state
-        self._state = before._replace(
-            opt_state=local.opt_state, sent=jax.device_get(sent), message=jax.device_get(decoded)
+        after = before._replace(
+            opt_state=local.opt_state,
+            sent=jax.device_get(sent),
+            message=jax.device_get(decoded),
+            model_state=local.model_state,
         )
-        self._progress = self._progress._replace(sent=number)
-        self._report = {
-            "name": self._name,
-            "sums": local.sums,
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        self._write()
+        written = np.asarray(payload).tobytes()
+        progress = self._progress._replace(sent=number)
+        seconds = round(time.perf_counter() - started, 3)
+        report = {"name": self._name, "sums": local.sums, "seconds": seconds}
 
-    def _write(self) -> None:
-        """Writes the state and the message to the folder, and removes the state before."""
-        facts = {
-            **self._identity,
-            "progress": self._progress._asdict(),
-            "report": self._report,
-        }
-        tensors = state.to_tensors(
-            {
-                "state": self._state,
-                "payload": np.frombuffer(self._payload, np.uint8),
-                "model_state": self._model_state,
-            }
-        )
-        number = self._progress.round
+        # On disk first: a message that has been sent must be known after a kill.
+        self._write(after, written, progress, report)
+        self._state = after
+        self._payload = written
+        self._progress = progress
+        self._report = report
+
+    def _write(
+        self, after: NodeState, payload: bytes, progress: Progress, report: Mapping[str, Any]
+    ) -> None:
+        """Writes the state and the message to the folder, and removes older states.
+
+        Raises:
+            InputError: The folder cannot be written to.
+        """
+        facts = {**self._identity, "progress": progress._asdict(), "report": report}
+        tensors = state.to_tensors(after)
+        tensors[_PAYLOAD] = np.frombuffer(payload, np.uint8)
         with writing_to(self._folder, "folder"):
-            checkpoint.write(checkpoint.path_of(self._folder, number), tensors, facts)
-            checkpoint.prune(self._folder, keep=2)
+            checkpoint.write(checkpoint.path_of(self._folder, progress.round), tensors, facts)
+            for number in checkpoint.steps(self._folder)[2:]:
+                checkpoint.remove(checkpoint.path_of(self._folder, number))
 
     def _resume(self) -> None:
         """Reads the newest intact state of the folder, if there is one.
@@ -348,22 +367,25 @@ class _Member:
         found = checkpoint.newest_intact(self._folder, self._say)
         if found is None:
             return
-        before = {name: found.facts.get(name) for name in self._identity}
-        differing = [name for name, value in self._identity.items() if before[name] != value]
+        differing = [
+            name for name, value in self._identity.items() if found.facts.get(name) != value
+        ]
         if differing:
             raise InputError(
                 "folder",
-                f"must be new, or that of the same run and data, but {', '.join(differing)} differ "
-                f"in {self._folder.parent}; pass another folder.",
+                f"must be new, or that of the same run and data, but {self._folder.parent} has "
+                f"another {differing[0]}; pass another folder.",
             )
-        like = {
-            "state": self._state,
-            "payload": found.tensors["payload"],
-            "model_state": self._state.center.model_state,
-        }
-        read = state.tree_from_tensors(found.tensors, like, "folder")
-        self._state = read["state"]
-        self._payload = read["payload"].tobytes()
-        self._model_state = read["model_state"]
+        tensors = dict(found.tensors)
+        self._payload = tensors.pop(_PAYLOAD).tobytes()
+        self._state = state.tree_from_tensors(tensors, self._state, "folder")
         self._progress = Progress(**found.facts["progress"])
         self._report = found.facts["report"]
+
+
+_PAYLOAD = "payload"
+"""Name of the encoded message in a checkpoint."""
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(np.zeros_like, tree)

@@ -13,7 +13,8 @@ the number of examples. Rows of the training split also have:
   `optax.multi_transform` may, none applies to all parameters, and none is logged;
 - `gradient_norm`: the norm of the gradient in the row's last step, if the optimizer contains
   `optax.snapshot("gradient_norm", optax.tree.norm)`, as that of the command does if it clips. In
-  local steps, it is the mean over the devices.
+  local steps, it is the mean over the devices;
+- `round`: the messages of the round, if nodes have sent them; see `nodes.server`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The progress of a run, the rows of its history, and the length of its dispatches."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import ceil
 
 import jax
@@ -178,6 +178,31 @@ class Meter:
             # Without examples, because all rounds were skipped, there are no averages.
             if row["examples"]:
                 yield row
+
+    def row_of_round(self, totals: Mapping[str, float], steps: int, sent: float) -> Row:
+        """Advances by a round of nodes, and returns its history row.
+
+        Args:
+            totals: Sums over the examples of all nodes, by name.
+            steps: Number of steps of the round.
+            sent: Bytes that each node has sent.
+
+        Raises:
+            NonFiniteLoss: The averaged loss is NaN or infinite.
+        """
+        now = time.perf_counter()
+        speed = round(totals["examples"] / (now - self._last), 1)
+        self._last = now
+        position = self.position
+        self.position = position._replace(
+            gone_through=position.gone_through + steps,
+            step=position.step + steps,
+            sent=position.sent + sent,
+        )
+        means = self._task.averages(totals, totals["examples"] or 1)
+        counts = {"examples": int(totals["examples"]), "examples_per_second": speed}
+        counts |= {"time": round(time.time(), 3), "bytes_sent": round(self.position.sent)}
+        return {**self.row("train", means), **counts}
 
     @property
     def _row_steps(self) -> int:

@@ -76,7 +76,16 @@ class Record:
             NonFiniteLoss: A loss is NaN or infinite.
         """
         for row in self.meter.rows(sums, first, last):
-            self._add(row)
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Adds a row, and passes it to the callbacks.
+
+        Raises:
+            InputError: The file of the rows cannot be written.
+        """
+        self.log.add(row)
+        self.callbacks("on_row", row)
 
     def evaluated(
         self, averages: Mapping[str, Averages], params: PyTree, model_state: PyTree
@@ -95,7 +104,7 @@ class Record:
         # Compute all rows before any is logged: a loss that is not finite must leave none of them.
         rows = {name: self.meter.row(name, values) for name, values in averages.items()}
         for row in rows.values():
-            self._add(row)
+            self.add(row)
         self.best.update(rows[self._judge], params, model_state)
         return rows
 
@@ -202,10 +211,6 @@ class Record:
     def _judge(self) -> str:
         """The split that determines the best parameters: validation if there is one, else test."""
         return "test" if self.training.data.validation is None else "validation"
-
-    def _add(self, row: Row) -> None:
-        self.log.add(row)
-        self.callbacks("on_row", row)
 
 
 def _facts(training: Training, saving: Saving, found: Found) -> dict[str, Any]:

@@ -30,6 +30,7 @@ RESERVED = (
         "examples_per_second",
         "time",
         "bytes_sent",
+        "round",
         "skipped",
         "learning_rate",
         "gradient_norm",
