@@ -27,36 +27,46 @@ def mean() -> Reducer:
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
         return weighted_mean(updates, weight), state
 
-    def combine(payloads, state, params, key):
-        # The weighted mean over the replicas, with a row for each of them.
-        vectors, weights = _split(payloads)
-        average = jax.vmap(weighted_mean, out_axes=None, axis_name=AXIS)
-        return to_bytes(average(vectors, weights)), state
+    return reducer(lambda params: optax.EmptyState(), update, star=lambda nodes: _STAR)
 
-    def read(payload, params, key):
-        vector, weight = _split(payload)
-        return as_tree(vector, params), weight
 
-    # Every message and the answer are sent in float32.
-    star = Star(
-        init=lambda params: (),
-        init_server=lambda params: (),
-        send=lambda message, state, weight, key: (
-            with_weight(to_bytes(as_vector(message)), weight),
-            state,
-        ),
-        read=read,
-        combine=combine,
-        receive=lambda answer, params, key: as_tree(from_bytes(answer), params),
-        settle=lambda answer, params, before, after: after,
-    )
-    return reducer(lambda params: optax.EmptyState(), update, star=lambda nodes: star)
+def _combine(payloads, state, params, key):
+    """Sums the weighted messages and the weights, in the order of the messages."""
+    vectors, weights = _split(payloads)
+    weighted = jnp.where(weights[:, None] > 0, vectors * weights[:, None], 0)
+    return with_weight(to_bytes(weighted.sum(axis=0)), weights.sum()), state
+
+
+def _receive(answer, params, key):
+    """Divides the sum by the weight, as `weighted_mean` does after its all-reduce."""
+    total, weight = _split(answer)
+    return as_tree(total * (1 / jnp.where(weight > 0, weight, 1)), params)
+
+
+def _read(payload, params, key):
+    vector, weight = _split(payload)
+    return as_tree(vector, params), weight
 
 
 def _split(payload):
-    """Returns the vectors and the weights of messages in float32."""
-    written, weights = split_weights(payload)
-    return from_bytes(written), weights
+    """Returns the vector and the weight of a message in float32."""
+    written, weight = split_weights(payload)
+    return from_bytes(written), weight
+
+
+# Every message and the answer are sent in float32.
+_STAR = Star(
+    init=lambda params: (),
+    init_server=lambda params: (),
+    send=lambda message, state, weight, key: (
+        with_weight(to_bytes(as_vector(message)), weight),
+        state,
+    ),
+    read=_read,
+    combine=_combine,
+    receive=_receive,
+    settle=lambda answer, params, before, after: after,
+)
 
 
 def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:

@@ -295,9 +295,6 @@ def outer_step(
         outer_grads: The result of the reducer.
         value: Mean objective of the round over all replicas.
     """
-    # The barrier keeps XLA from fusing the reducer with the outer step, whose results would then be
-    # rounded differently from those of nodes, which receive the result of the reducer.
-    outer_grads = lax.optimization_barrier(outer_grads)
     updates, outer_state = adapted(strategy.outer).update(
         outer_grads, state.outer_state, state.params, value=value
     )
