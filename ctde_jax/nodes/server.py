@@ -346,9 +346,7 @@ class Server:
                     lambda *leaves: jnp.stack(leaves),
                     *[message.model_state for message in messages],
                 )
-                # Not compiled: XLA would fuse products and sums, which rounds differently.
-                merge = jax.vmap(agreed_state, (0, None, 0), None, axis_name=AXIS)
-                model_state = jax.device_get(merge(rows, model_state, weights))
+                model_state = jax.device_get(_merge(rows, model_state, weights))
 
         # The mean objective, in float32 as on replicas.
         objective = sum(
@@ -414,6 +412,10 @@ class Server:
             return star.send(params, star.init(params), jnp.float32(1), key)[0]
 
         return jax.eval_shape(send, params, self._algorithm.key(0)).size
+
+
+_merge = jax.jit(jax.vmap(agreed_state, (0, None, 0), None, axis_name=AXIS))
+"""`merge(rows, before, weights) -> model_state`, with a row for each message."""
 
 
 class ServerState(NamedTuple):
