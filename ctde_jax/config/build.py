@@ -79,7 +79,7 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
         init_only=run.init_only or None,
         freeze=optimization.freeze or None,
         lora_rank=optimization.lora_rank,
-        class_weights=_class_weights(optimization.class_weights),
+        class_weights=class_weights(optimization.class_weights),
         augment=build_augment(chosen.data),
         accumulation_steps=optimization.accumulation_steps,
         ema_decay=optimization.ema_decay,
@@ -186,7 +186,7 @@ def build_task(chosen: Config, dataset: Dataset) -> Task:
     return focal(smoothed(task, smoothing), gamma)
 
 
-def _class_weights(words: Sequence[str]) -> Sequence[float] | Literal["balanced"] | None:
+def class_weights(words: Sequence[str]) -> Sequence[float] | Literal["balanced"] | None:
     """Converts the words of `--class-weights` to the argument of `Training`.
 
     Raises:

@@ -6,9 +6,10 @@ those of the user, so it passes the same checks, and the options of the user tak
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -99,6 +100,24 @@ def parse(arguments: Sequence[str], command: str = "train") -> Config:
     parsed = _parse([*_as_arguments(options), *arguments], command)
     _check_effect(typed, parsed)
     return parsed
+
+
+def from_saved(options: Mapping[str, Any]) -> Config:
+    """Returns the configuration of saved options, with presets for those that are missing.
+
+    Args:
+        options: Options by name, in types of JSON, such as `deciding` returns them.
+
+    Raises:
+        InputError: An option is unknown or has an invalid value.
+    """
+    _check_saved(options, lambda fault, end=".": InputError("options", f"{fault}{end}"))
+    arguments = _as_arguments(dict(options))
+    _check(arguments)
+    model = options.get("model", "mlp")
+    strategy = options.get("strategy", "ddp")
+    presets = {**MODELS[model].options, **PRESETS[strategy].options}
+    return _parse([*_as_arguments(presets), *arguments], "train")
 
 
 _STARTS = ("init_from", "init_only", "branch_from")
@@ -302,18 +321,23 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise _bad_config(path, f"contains a {type(saved).__name__} instead of an object")
 
-    # Check names and types here; the values are checked with those of the command line.
+    _check_saved(saved, partial(_bad_config, path))
+    return saved
+
+
+def _check_saved(saved: Mapping[str, Any], bad: Callable[..., InputError]) -> None:
+    """Checks names and types of saved options; their values are checked as on the command line.
+
+    Args:
+        saved: Options by name.
+        bad: Makes the error from a description of the fault and the end of the sentence.
+    """
     types = _option_types()
     for name, value in saved.items():
         if name not in types:
-            raise _bad_config(
-                path, f"contains the unknown option {quoted(name)}", did_you_mean(name, types)
-            )
+            raise bad(f"contains the unknown option {quoted(name)}", did_you_mean(name, types))
         if not _is_saved(value, types[name]):
-            raise _bad_config(
-                path, f"contains the value {quoted(value)} of the wrong type for {name}"
-            )
-    return saved
+            raise bad(f"contains the value {quoted(value)} of the wrong type for {name}")
 
 
 def _is_saved(value: Any, kind: Any) -> bool:

@@ -6,11 +6,14 @@ epoch (see `batches.py`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctde_jax.data.dataset import Dataset
 from ctde_jax.data.disk import DiskArray
+from ctde_jax.data.split import select
 from ctde_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -111,6 +114,23 @@ def dirichlet(
         for part, piece in zip(parts, np.split(members, cuts), strict=True):
             part.append(piece)
     return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def part(data: Dataset, rows: np.ndarray) -> Dataset:
+    """Returns a data set with some of the training examples, such as the part of one node.
+
+    Args:
+        data: Data set of arrays.
+        rows: Indices of the training examples, `int[examples]`.
+
+    Examples:
+        >>> digits = ctde.data.digits()
+        >>> parts = ctde.data.partition.iid(digits.train.labels, replicas=4)
+        >>> ctde.data.partition.part(digits, parts[0])
+        Dataset('digits', 360 training and 359 test examples, 10 classes)
+    """
+    data.check_arrays("data")
+    return replace(data, train=select(data.train, rows))
 
 
 def count_labels(labels: np.ndarray, parts: Sequence[np.ndarray], classes: int) -> np.ndarray:

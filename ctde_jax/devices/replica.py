@@ -146,8 +146,8 @@ def compiled(
     """Compiles a function made by `parallel`.
 
     Several fake devices use one thread each, since they share the cores. A single fake device uses
-    all cores, unless `exact` or `one_thread` is set. If fake devices belong to several hosts, the program waits for
-    its result, since two concurrent programs would deadlock.
+    all cores, unless `exact` or `one_thread` is set. If fake devices belong to several hosts, the
+    program waits for its result, since two concurrent programs would deadlock.
 
     Args:
         lowered: Result of `lowered`.
@@ -176,9 +176,7 @@ def compiled_once(
 
     def call(*arguments: PyTree) -> PyTree:
         if not program:
-            program.append(
-                compiled(lowered(function, *arguments), devices, one_thread=one_thread)
-            )
+            program.append(compiled(lowered(function, *arguments), devices, one_thread=one_thread))
         return program[0](*arguments)
 
     return call

@@ -6,6 +6,25 @@ answers all nodes with the same bytes. From these, every node computes the next 
 central parameters, the model state and the state of the outer optimizer.
 
 `Node` and `Server` exchange bytes and do not depend on how they travel; `flower/` carries them over
-Flower's SuperLink. Importing this package does not import JAX, because short-lived processes import
-it.
+Flower's SuperLink. Names are imported on first use, because short-lived processes import this
+package, and must not wait for JAX.
 """
+
+from importlib import import_module
+
+_HOMES = {
+    "Federation": "federation",
+    "Listening": "serving",
+    "Node": "node",
+    "Server": "server",
+    "join": "joining",
+    "open_server": "opening",
+    "serve": "serving",
+}
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

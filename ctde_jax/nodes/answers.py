@@ -80,5 +80,6 @@ def _read(path: Path) -> Entry:
     found = unpack(path.read_bytes())
     if len(found.parts) != 2:
         raise InputError("run_dir", f"must have two arrays in {path}, got {len(found.parts)}.")
-    answer = Answer(*found.parts, found.value("value", float))
+    reduced, model_state = found.parts
+    answer = Answer(reduced, model_state, found.value("value", float))
     return Entry(answer, found.value("taken", list))

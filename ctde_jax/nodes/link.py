@@ -1,5 +1,6 @@
 """The link between a server and its nodes, and the loop of the server over it."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
@@ -34,6 +35,7 @@ def run_rounds(
     link: Link,
     deadline: float | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
+    rounds: int | None = None,
 ) -> None:
     """Runs the rounds of a server until the last one is closed.
 
@@ -46,6 +48,7 @@ def run_rounds(
         deadline: Seconds after which a round with a quorum is closed; None waits for all connected
             nodes.
         is_stopped: Returns whether to return early.
+        rounds: Maximum number of rounds to close; by default all.
 
     Raises:
         InputError: The folder of the server cannot be written to.
@@ -53,14 +56,10 @@ def run_rounds(
     """
     asked: set[str] = set()  # nodes with a request that has no reply yet
     started = time.monotonic()
-    while not server.is_complete and not is_stopped():
+    end = math.inf if rounds is None else server.round + rounds
+    while not server.is_complete and server.round < end and not is_stopped():
         now = time.monotonic()
-        for identity, reply in link.pull():
-            asked.discard(identity)
-            if isinstance(reply, str):
-                server.report(identity, reply)
-            else:
-                server.accept(identity, reply, now)
+        _accept(server, link, asked, now)
 
         # Close the round, or ask the nodes that have not answered.
         connected = set(link.connected())
@@ -70,9 +69,49 @@ def run_rounds(
             server.close()
             started = time.monotonic()
             continue
-        wanted = [each for each in connected - asked if server.wants(each, now)]
-        if wanted:
-            link.push({identity: server.request(identity) for identity in wanted})
-            asked.update(wanted)
+        _ask(server, link, asked, connected, now)
+
+
+def send_bundle(
+    server: Server, link: Link, seconds: float, is_stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Sends the last bundle of a complete run to its nodes, also to those that connect later.
+
+    Args:
+        server: The server, which has been offered the bundle.
+        link: The link to its nodes.
+        seconds: Time to wait for nodes that are not connected.
+        is_stopped: Returns whether to return early.
+
+    Raises:
+        InputError: The folder of the server cannot be written to.
+    """
+    asked: set[str] = set()
+    started = time.monotonic()
+    while server.lacks_bundle and not is_stopped():
+        now = time.monotonic()
+        _accept(server, link, asked, now)
+        connected = set(link.connected())
+        if now - started > seconds and not asked:
+            return
+        _ask(server, link, asked, connected, now)
+
+
+def _accept(server: Server, link: Link, asked: set[str], now: float) -> None:
+    """Passes the replies that have come to the server."""
+    for identity, reply in link.pull():
+        asked.discard(identity)
+        if isinstance(reply, str):
+            server.report(identity, reply, now)
         else:
-            time.sleep(_POLL_SECONDS)
+            server.accept(identity, reply, now)
+
+
+def _ask(server: Server, link: Link, asked: set[str], connected: set[str], now: float) -> None:
+    """Sends the requests that are due; waits a little if there are none."""
+    wanted = [each for each in connected - asked if server.wants(each, now)]
+    if wanted:
+        link.push({identity: server.request(identity) for identity in wanted})
+        asked.update(wanted)
+    else:
+        time.sleep(_POLL_SECONDS)

@@ -115,6 +115,7 @@ class LocalSteps:
         span = Span(step, step + self._round_steps, self._round_steps, 1, 1)
         with self._feed([span]) as pieces:
             examples, indices, _ = next(pieces)
-        *trees, sums = jax.device_get(self._take_steps(before, examples, indices, self._key))
+        taken = self._take_steps(before, examples, indices, self._key)
+        message, model_state, opt_state, sums = jax.device_get(taken)
         totals = {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
-        return Local(*trees, totals)
+        return Local(message, model_state, opt_state, totals)

@@ -29,6 +29,9 @@ class Member:
     round: int | None = 0
     """Number of rounds whose answers the node has; None if it needs a snapshot."""
 
+    bundle: str = ""
+    """SHA-256 of the card of the bundle that the node has."""
+
     waits_until: float = 0.0
     """Time before which the node is not asked again, after it has refused a request."""
 
@@ -93,6 +96,10 @@ class Members:
         member.has_joined = True
         if is_changed:
             self._write()
+
+    def admitted(self) -> list[Member]:
+        """Returns the nodes that have joined the run at any time."""
+        return [member for member in self._known.values() if member.was_admitted]
 
     def _write(self) -> None:
         nodes = {

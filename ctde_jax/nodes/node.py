@@ -14,11 +14,14 @@ import jax
 import numpy as np
 
 from ctde_jax import checkpoint
+from ctde_jax.bundle import open_bundle
 from ctde_jax.checkpoint import CHECKPOINTS
 from ctde_jax.data import Dataset, Meaning, digests_of, with_meaning
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, writing_to
 from ctde_jax.models import tasks
+from ctde_jax.nodes.bundles import FOLDER as BUNDLE
+from ctde_jax.nodes.bundles import write_received
 from ctde_jax.nodes.center import (
     Answer,
     Center,
@@ -33,8 +36,19 @@ from ctde_jax.nodes.local_steps import LocalSteps
 from ctde_jax.rounds import Place, state
 from ctde_jax.trainer import Training
 
-MakeFederation = Callable[[Mapping[str, Any] | None, Dataset], Federation]
-"""`make(options, data) -> federation`, from the options that the server sends, if it sends any."""
+
+class Setup(NamedTuple):
+    """The part of a node that its user provides."""
+
+    data: Dataset
+    """Data set of the node, of which only the training split is used."""
+
+    make: Callable[[Dataset], Federation]
+    """Makes the federation, given the data with the classes of the server."""
+
+
+MakeSetup = Callable[[Mapping[str, Any] | None], Setup]
+"""Makes the setup from the options that the server sends, or from None if it sends none."""
 
 
 class NodeState(NamedTuple):
@@ -73,8 +87,7 @@ class Node:
 
     Args:
         folder: Folder of the node, created if necessary. No other process may use it.
-        data: Data set of the node.
-        make: Makes the federation, which must be that of the server.
+        setup: Makes data and federation; the latter must be that of the server.
         devices: Devices of the node.
         name: Name of the node in the rows of the server.
         index: Index of the node among all nodes, which determines the order of its examples; by
@@ -88,21 +101,25 @@ class Node:
     def __init__(
         self,
         folder: Path,
-        data: Dataset,
-        make: MakeFederation,
+        setup: MakeSetup,
         devices: Sequence[jax.Device],
         name: str,
         index: int | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.folder = folder
-        self._data = data
-        self._make = make
+        self._setup = setup
         self._devices = devices
         self._name = name
         self._index = index
         self._say = say
         self._member: _Member | None = None
+        self.is_done = False
+        """Whether the run has ended and the node has its bundle."""
+
+        self.failure: InputError | None = None
+        """The reason if the node could not join the run."""
+
         with writing_to(folder, "folder"):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -128,13 +145,27 @@ class Node:
         if kind == "join":
             # The server introduces itself again after a restart.
             if self._member is None or not is_member:
-                self._member = self._join(request)
+                try:
+                    self._member = self._join(request)
+                except InputError as error:
+                    self.failure = error
+                    raise
             return self._member.introduction()
         if self._member is None or not is_member:
             return pack({"kind": "unknown", "run": run})
         if kind == "round":
             return self._member.take_part(request)
+        if kind == "bundle":
+            return self._receive_bundle(request)
         raise InputError("request", f"must be one of this version, got {kind!r:.40}.")
+
+    def _receive_bundle(self, request: Envelope) -> bytes:
+        """Writes the bundle of the trained model to the folder."""
+        folder = self.folder / BUNDLE
+        write_received(folder, request.value("names", list), request.parts)
+        self._say(f"bundle     {folder}; run it with python -m ctde_jax.execute {folder}")
+        self.is_done = request.value("is_last", bool)
+        return pack({"kind": "bundle", "sha256": open_bundle(folder).sha256})
 
     def _join(self, request: Envelope) -> "_Member":
         """Builds the training that the server describes, and reads the state in the folder."""
@@ -146,8 +177,9 @@ class Node:
         shift, scale, *units = arrays
         classes = tuple(request.value("classes", list))
         meaning = Meaning(classes, tuple(request.value("vocabulary", list)), shift, scale)
-        data = with_meaning(self._data, meaning)
-        federation = self._make(request.header.get("options"), data)
+        given = self._setup(request.header.get("options"))
+        data = with_meaning(given.data, meaning)
+        federation = given.make(data)
         index = request.value("index", int) if self._index is None else self._index
         return _Member(
             self.folder,
@@ -254,7 +286,7 @@ class _Member:
                 return f"the center is that of round {known}, and the answers begin at {first}"
             values = request.value("values", list)
             answers = [
-                Answer(*request.parts[2 * place : 2 * place + 2], float(value))
+                Answer(request.parts[2 * place], request.parts[2 * place + 1], float(value))
                 for place, value in enumerate(values)
             ]
             for place in range(known, number):

@@ -14,15 +14,18 @@ command continues after a kill at any time. Rows of the training split have an e
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
+from ctde_jax.bundle import open_bundle
 from ctde_jax.devices import AXIS, PyTree, agreed_state
-from ctde_jax.errors import InputError, NonFiniteLoss
+from ctde_jax.errors import InputError, NonFiniteLoss, writing_to
 from ctde_jax.nodes.answers import Answers, Entry
+from ctde_jax.nodes.bundles import read_bundle
 from ctde_jax.nodes.center import Algorithm, Answer, Center, from_bytes, shapes_of, to_bytes
 from ctde_jax.nodes.envelope import Envelope, pack, unpack
 from ctde_jax.nodes.federation import Federation
@@ -32,6 +35,9 @@ from ctde_jax.trainer import Record
 
 _FAR_OUT = 5.0
 """A norm of more than this many times the median is reported."""
+
+_RETRY = 0.5
+"""Seconds before a node that was lost is asked again."""
 
 _PAUSE = 5.0
 """Seconds before a node that has refused a request is asked again."""
@@ -98,8 +104,9 @@ class Server:
         self._introduction = introduction
         self._evaluate = evaluate
         self._quorum = quorum
-        self._say = say
+        self.say = say
         self._open = Open()
+        self._bundle: _Bundle | None = None
         self._digest = begun.center.digest
         self._shapes = shapes_of(begun.center)
         self._read = jax.jit(algorithm.star.read)
@@ -121,10 +128,31 @@ class Server:
         """Whether the open round has enough messages."""
         return len(self._open.messages) >= self._quorum
 
+    @property
+    def lacks_bundle(self) -> bool:
+        """Whether the run is complete, and a node that has joined it lacks its bundle."""
+        return self._bundle is not None and any(
+            member.bundle != self._bundle.sha256 for member in self._members.admitted()
+        )
+
     def wants(self, identity: str, now: float) -> bool:
         """Returns whether to send a request to a node that has none at present."""
         member = self._members.find(identity)
-        return identity not in self._open.messages and member.waits_until <= now
+        if member.waits_until > now:
+            return False
+        if self.is_complete:
+            return not member.has_joined or self._sends_bundle(member)
+        return identity not in self._open.messages
+
+    def offer(self, folder: Path) -> None:
+        """Sends the bundle in a folder to each node, before its next message.
+
+        Raises:
+            InputError: The bundle cannot be read.
+        """
+        with writing_to(folder):
+            names, contents = read_bundle(folder)
+        self._bundle = _Bundle(open_bundle(folder).sha256, names, contents)
 
     def name(self, identity: str) -> str:
         """Returns the name of a node."""
@@ -136,6 +164,14 @@ class Server:
         if not member.has_joined:
             header, parts = self._introduction
             request = pack({**header, "run": self._members.run, "index": member.index}, parts)
+        elif self._bundle is not None and self._sends_bundle(member):
+            header = {
+                "kind": "bundle",
+                "run": self._members.run,
+                "names": self._bundle.names,
+                "is_last": self.is_complete,
+            }
+            request = pack(header, self._bundle.contents)
         else:
             request = self._request_message(identity, member)
         self._open.sent += len(request)
@@ -156,11 +192,19 @@ class Server:
         except InputError as error:
             member.waits_until = now + _PAUSE
             self._open.refused.add(identity)
-            self._say(f"refused    {member.name}: {error.option} {error.sentence}")
+            self.say(f"refused    {member.name}: {error.option} {error.sentence}")
 
-    def report(self, identity: str, sentence: str) -> None:
-        """Reports that a node cannot reply to its request."""
-        self._say(f"lost       {self.name(identity)}: {sentence}")
+    def report(self, identity: str, sentence: str, now: float) -> None:
+        """Reports that a node cannot reply to its request.
+
+        Args:
+            identity: The node.
+            sentence: The reason.
+            now: Time in seconds, for the pause until the next request.
+        """
+        member = self._members.find(identity)
+        member.waits_until = now + _RETRY
+        self.say(f"lost       {member.name}: {sentence}")
 
     def close(self) -> None:
         """Closes the round: combines its messages, and writes the answer and a checkpoint.
@@ -235,6 +279,9 @@ class Server:
                 return pack({**header, **more, "snapshot": False}, parts)
         return pack({**header, "snapshot": True}, [snapshot])
 
+    def _sends_bundle(self, member: Member) -> bool:
+        return self._bundle is not None and member.bundle != self._bundle.sha256
+
     def _accept(self, identity: str, member: Member, reply: Envelope) -> None:
         match reply.header.get("kind"):
             case "joined":
@@ -248,12 +295,14 @@ class Server:
                 name = reply.value("name", str)[:80]
                 self._members.admit(identity, reply.value("index", int), name)
                 member.round = reply.value("round", int)
-                self._say(f"joined     {name}, index {member.index}, at round {member.round}")
+                self.say(f"joined     {name}, index {member.index}, at round {member.round}")
             case "unknown":
                 member.has_joined = False
             case "behind":
                 member.round = None
-                self._say(f"behind     {member.name}: {reply.value('reason', str)[:200]}")
+                self.say(f"behind     {member.name}: {reply.value('reason', str)[:200]}")
+            case "bundle":
+                member.bundle = reply.value("sha256", str)
             case "refusal":
                 raise InputError("request", f"was refused: {reply.value('reason', str)[:300]}")
             case "message":
@@ -332,7 +381,7 @@ class Server:
     def _aggregate(self, messages: list[Message], step: int) -> tuple[Answer, PyTree]:
         """Combines messages; returns the answer and the new state of the reducer."""
         payloads = np.stack([message.payload for message in messages])
-        weights = np.float32([message.sums["examples"] for message in messages])
+        weights = np.array([message.sums["examples"] for message in messages], np.float32)
         before = self.state.center
         with self._algorithm.place():
             reduced, reducer_state = jax.device_get(
@@ -349,10 +398,8 @@ class Server:
                 model_state = jax.device_get(_merge(rows, model_state, weights))
 
         # The mean objective, in float32 as on replicas.
-        objective = sum(
-            np.float32(message.sums.get("objective", message.sums["loss"])) for message in messages
-        )
-        value = float(np.float32(objective) / np.float32(max(weights.sum(), 1)))
+        objectives = [message.sums.get("objective", message.sums["loss"]) for message in messages]
+        value = float(np.array(objectives, np.float32).sum() / max(weights.sum(), np.float32(1)))
         return Answer(np.asarray(reduced).tobytes(), to_bytes(model_state), value), reducer_state
 
     def _averaged(self, center: Center) -> PyTree:
@@ -377,7 +424,7 @@ class Server:
         median = float(np.median([*norms.values()]))
         far_out = [name for name, norm in norms.items() if norm > _FAR_OUT * median]
         if far_out:
-            self._say(f"far out    {', '.join(far_out)}: norms over {_FAR_OUT:g} times the median")
+            self.say(f"far out    {', '.join(far_out)}: norms over {_FAR_OUT:g} times the median")
         others = {"late": self._open.late, "refused": self._open.refused}
         about = {
             "nodes": names,
@@ -392,7 +439,7 @@ class Server:
             for name in (*self.record.training.task.summed, "examples")
         }
         steps = self.federation.round_steps
-        sent = float(np.mean([message.payload.size for message in messages]))
+        sent = sum(message.payload.size for message in messages) / len(messages)
         self.record.add({**meter.row_of_round(totals, steps, sent), "round": about})
 
         # Evaluate at the end of an interval, and at the end of the run.
@@ -412,6 +459,16 @@ class Server:
             return star.send(params, star.init(params), jnp.float32(1), key)[0]
 
         return jax.eval_shape(send, params, self._algorithm.key(0)).size
+
+
+class _Bundle(NamedTuple):
+    """The bundle that nodes receive."""
+
+    sha256: str
+    """SHA-256 of its card."""
+
+    names: list[str]
+    contents: list[bytes]
 
 
 _merge = jax.jit(jax.vmap(agreed_state, (0, None, 0), None, axis_name=AXIS))

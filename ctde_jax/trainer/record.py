@@ -150,7 +150,7 @@ class Record:
         self,
         center: tuple[PyTree, PyTree],
         opt_state: PyTree,
-        traffic: Traffic,
+        traffic: Traffic | None,
         seconds: dict[str, float],
         is_stopped: bool,
         plan: Sequence[tuple[str, str]],
@@ -161,7 +161,7 @@ class Record:
             center: The last evaluated parameters and model state, on the host. With early stopping,
                 those of the lowest validation loss are returned instead.
             opt_state: The state of the optimizer, on the host.
-            traffic: The collectives of a round.
+            traffic: The collectives of a round; None if nodes have sent messages instead.
             seconds: Wall time by part.
             is_stopped: Whether a signal or a callback has asked the run to stop.
             plan: The rows of the plan, for reports.

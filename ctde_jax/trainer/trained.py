@@ -128,7 +128,8 @@ class Trained:
     task: Task
     devices: Sequence[jax.Device]
     traffic: Traffic | None
-    """Bytes that a round sends, from the compiled program; None if loaded from a folder."""
+    """Bytes that a round sends, from the compiled program; None if loaded from a folder, or
+    trained by nodes."""
 
     accepts: Accepts
     """Inputs and labels of `predict` and `evaluate`: dtype, shape and range as in training."""

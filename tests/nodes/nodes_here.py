@@ -4,8 +4,8 @@ import jax
 
 import ctde_jax as ctde
 from ctde_jax.nodes.link import run_rounds
-from ctde_jax.nodes.node import Node
-from ctde_jax.nodes.open_server import open_server
+from ctde_jax.nodes.node import Node, Setup
+from ctde_jax.nodes.opening import open_server
 
 
 class Direct:
@@ -28,10 +28,8 @@ class Direct:
         return replies
 
 
-def part_of(data, rows):
-    """The data set with some of the training examples."""
-    train = ctde.data.Split(data.train.inputs[rows], data.train.labels[rows])
-    return ctde.data.Dataset(data.name, train, data.test, data.classes, data.shift, data.scale)
+def setup_of(data, rows, federation):
+    return lambda options: Setup(ctde.data.partition.part(data, rows), lambda data: federation)
 
 
 def make_nodes(folder, federation, data, parts, **options):
@@ -39,8 +37,7 @@ def make_nodes(folder, federation, data, parts, **options):
     return {
         f"key {index}": Node(
             folder / f"node-{index}",
-            part_of(data, rows),
-            lambda *_: federation,
+            setup_of(data, rows, federation),
             [device],
             f"node {index}",
             index,

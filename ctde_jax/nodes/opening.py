@@ -53,7 +53,7 @@ def open_server(
             federation's nodes.
         keep_answers: Number of rounds whose answers are kept for nodes that were away; a node that
             was away for longer receives the center itself.
-        options: Options that the nodes receive, serializable as JSON; see `node.MakeFederation`.
+        options: Options that the nodes receive, serializable as JSON; see `node.MakeSetup`.
         callbacks: Callbacks, as of `fit`.
         stop: Set if a callback stops the run.
         show: Whether to show progress.
