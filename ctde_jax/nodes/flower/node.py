@@ -18,6 +18,8 @@ _WAIT_SHARE = 0.25
 _LEAST_WAIT = 0.1  # seconds
 _MOST_WAIT = 3.0
 
+_FAREWELL = 2.0  # seconds
+
 
 def run_node(
     folder: Path,
@@ -59,6 +61,9 @@ def run_node(
         connection = Connection(address, folder, authority, stop, log)
         try:
             _serve(connection, answer, is_done, stop, log)
+            # Flower drops the last reply if the node signs off before the server has it.
+            if is_done():
+                stop.wait(_FAREWELL)
         finally:
             connection.close()
     finally:
