@@ -117,6 +117,9 @@ def _serve(chosen: Namespace, config: options.Config, started: float) -> int:
     if not chosen.insecure:
         screen.print(line("nodes need", f"{folder / 'certificates' / 'ca.pem'}, as --authority"))
 
+    if config.aggregation.dp_clip_norm is not None:
+        screen.print(line("privacy", _describe_privacy(config.aggregation, rounds)))
+
     def prepare(folder: Path) -> None:
         options.save(config, folder / options.CONFIG)
 
@@ -140,6 +143,16 @@ def _serve(chosen: Namespace, config: options.Config, started: float) -> int:
     )
     screen.print(repr(trained))
     return 130 if trained.interrupted else 0
+
+
+def _describe_privacy(chosen: options.AggregationOptions, rounds: int) -> str:
+    """Returns the guarantee for a node that takes part in all rounds."""
+    from ctde_jax.aggregate import epsilon
+
+    noise = chosen.dp_noise_multiplier
+    if not noise:
+        return f"messages are clipped to norm {chosen.dp_clip_norm:g}; no noise, so no guarantee"
+    return f"epsilon {epsilon(noise, rounds):.2f} at delta 1e-5 for {rounds:,} rounds"
 
 
 if __name__ == "__main__":

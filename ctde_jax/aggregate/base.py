@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import optax
 
-from ctde_jax.aggregate.mean import mean
+from ctde_jax.aggregate.mean import MEAN
 from ctde_jax.aggregate.reducer import IndependentReducer
 from ctde_jax.aggregate.transformations import adapted
 from ctde_jax.errors import InputError, check_at_least
@@ -14,9 +14,6 @@ AVERAGE = optax.sgd(1.0)
 
 UNCHANGED = optax.identity()
 """Default `Strategy.inner`, which does not change the gradients."""
-
-# A single instance, so that `Strategy.exact` recognizes the default reducer by identity.
-MEAN = mean()
 
 
 @dataclass(frozen=True)

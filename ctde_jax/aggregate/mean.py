@@ -27,35 +27,34 @@ def mean() -> Reducer:
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
         return weighted_mean(updates, weight), state
 
-    return reducer(lambda params: optax.EmptyState(), update, star=lambda nodes: _STAR)
+    return reducer(lambda params: optax.EmptyState(), update, star=lambda nodes: MEAN_STAR)
 
 
 def _combine(payloads, state, params, key):
     """Sums the weighted messages and the weights, in the order of the messages."""
-    vectors, weights = _split(payloads)
+    vectors, weights = split_vector(payloads)
     weighted = jnp.where(weights[:, None] > 0, vectors * weights[:, None], 0)
     return with_weight(to_bytes(weighted.sum(axis=0)), weights.sum()), state
 
 
 def _receive(answer, params, key):
     """Divides the sum by the weight, as `weighted_mean` does after its all-reduce."""
-    total, weight = _split(answer)
+    total, weight = split_vector(answer)
     return as_tree(total * (1 / jnp.where(weight > 0, weight, 1)), params)
 
 
 def _read(payload, params, key):
-    vector, weight = _split(payload)
+    vector, weight = split_vector(payload)
     return as_tree(vector, params), weight
 
 
-def _split(payload):
+def split_vector(payload):
     """Returns the vector and the weight of a message in float32."""
     written, weight = split_weights(payload)
     return from_bytes(written), weight
 
 
-# Every message and the answer are sent in float32.
-_STAR = Star(
+MEAN_STAR = Star(
     init=lambda params: (),
     init_server=lambda params: (),
     send=lambda message, state, weight, key: (
@@ -67,6 +66,10 @@ _STAR = Star(
     receive=_receive,
     settle=lambda answer, params, before, after: after,
 )
+"""The parts of `mean` for nodes and a server; messages and answer are sent in float32."""
+
+# A single instance, so that `Strategy.exact` and `private` recognize the default by identity.
+MEAN = mean()
 
 
 def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:

@@ -11,15 +11,20 @@ replica keeps its data.
 """
 
 import math
+import os
+from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from ctde_jax.aggregate.mean import mean
-from ctde_jax.aggregate.reducer import reducer
+from ctde_jax.aggregate.codec import to_bytes
+from ctde_jax.aggregate.exchange import with_weight
+from ctde_jax.aggregate.mean import MEAN, MEAN_STAR, split_vector
+from ctde_jax.aggregate.reducer import Star, reducer
 from ctde_jax.aggregate.scaling import relative
 from ctde_jax.devices import AXIS, PyTree
 from ctde_jax.errors import InputError, check_at_least, check_not_negative, check_positive
@@ -28,7 +33,7 @@ from ctde_jax.errors import InputError, check_at_least, check_not_negative, chec
 def private(
     clip_norm: float,
     noise_multiplier: float,
-    reduce: optax.GradientTransformationExtraArgs = mean(),
+    reduce: optax.GradientTransformationExtraArgs = MEAN,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages clipped messages and adds Gaussian noise (McMahan et al., 2018).
 
@@ -41,6 +46,10 @@ def private(
     Noise is added to every leaf, even if all replicas send zeros for it, since that fact must be
     hidden too. With inner steps, the noise therefore moves a frozen layer; without, the optimizer
     that freezes the layer comes after the noise and leaves the layer unchanged.
+
+    Between nodes, each node clips its message, and the server adds the noise, which it draws from a
+    secret key in its folder. The nodes trust the server, but neither each other nor anyone who sees
+    the model.
 
     Args:
         clip_norm: The paper's S, a bound of the norm of the whole message.
@@ -90,7 +99,40 @@ def private(
         ]
         return structure.unflatten(noisy), state
 
-    return reducer(reduce.init, update, independent=True)
+    # Between nodes, only the exact average has the guarantee that `epsilon` computes.
+    star = _make_star(clip_norm, noise_multiplier) if reduce is MEAN else None
+    return reducer(reduce.init, update, independent=True, star=star)
+
+
+def _make_star(clip_norm: float, noise_multiplier: float) -> Callable[[int], Star]:
+    """Makes the parts of the private average for nodes and a server."""
+
+    def star(nodes: int) -> Star:
+        parts = MEAN_STAR
+
+        def send(message, state, weight, key):
+            return parts.send(_clipped(message, clip_norm), state, jnp.float32(1), key)
+
+        def init_server(params):
+            # The key of the noise is secret, and not that of the run, which all nodes have.
+            return jnp.asarray(np.frombuffer(os.urandom(8), np.uint32))
+
+        def combine(payloads, words, params, key):
+            # Clipped once more, as a node might send a message that is longer.
+            payloads = jax.vmap(lambda payload: clip_again(payload, params, key))(payloads)
+            answer, _ = parts.combine(payloads, (), params, key)
+            total, messages = split_vector(answer)
+            next_key, noise_key = jax.random.split(jax.random.wrap_key_data(words))
+            noise = noise_multiplier * clip_norm * jax.random.normal(noise_key, total.shape)
+            return with_weight(to_bytes(total + noise), messages), jax.random.key_data(next_key)
+
+        def clip_again(payload, params, key):
+            message, _ = parts.read(payload, params, key)
+            return send(message, (), 1.0, key)[0]
+
+        return parts._replace(init_server=init_server, send=send, combine=combine)
+
+    return star
 
 
 def _clipped(message: PyTree, clip_norm: float) -> PyTree:

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ctde_jax.config import Config, DataOptions, build, deciding, from_saved
+from ctde_jax.config import (
+    Config,
+    DataOptions,
+    OptimizationOptions,
+    build,
+    deciding,
+    from_saved,
+)
 from ctde_jax.data import Dataset
 from ctde_jax.errors import InputError
 from ctde_jax.nodes.federation import Federation
@@ -71,7 +78,7 @@ def build_federation(config: Config, data: Dataset, nodes: int, rounds: int) -> 
         nodes=nodes,
         rounds=rounds,
         task=build.build_task(config, data),
-        batch_size=optimization.batch_size,
+        batch_size=_batch_size(optimization.batch_size, nodes),
         seed=optimization.seed,
         eval_every=config.run.eval_every,
         options={
@@ -86,6 +93,13 @@ def build_federation(config: Config, data: Dataset, nodes: int, rounds: int) -> 
             "patience": optimization.patience,
         },
     )
+
+
+def _batch_size(chosen: int, nodes: int) -> int:
+    """Returns the global batch size; the default is rounded to a multiple of the nodes."""
+    if chosen != OptimizationOptions().batch_size:
+        return chosen
+    return max(1, round(chosen / nodes)) * nodes
 
 
 _UNUSED = {

@@ -15,6 +15,7 @@ class Direct:
         self.nodes = nodes
         self.away = away
         self.replies = []
+        self.pulls = 0
 
     def connected(self):
         return [identity for identity in self.nodes if not self.away(identity)]
@@ -24,6 +25,9 @@ class Direct:
             self.replies.append((identity, self.nodes[identity].answer(request)))
 
     def pull(self):
+        # A run that waits for ever must fail.
+        self.pulls += 1
+        assert self.pulls < 2000, "no round was closed"
         replies, self.replies = self.replies, []
         return replies
 

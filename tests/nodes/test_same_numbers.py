@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import some
 from conftest import ALL_DEVICES
 from flax import linen
 from nodes_here import run_federation
@@ -65,21 +66,24 @@ def check_bits(folder, federation, data, parts=None):
     assert rows[-1]["accuracy"] == trained.tested["accuracy"]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", some(STRATEGIES, "int4", "median"))
 def test_nodes_compute_the_bits_of_fit(tmp_path, digits, name):
     check_bits(tmp_path, federation_of(STRATEGIES[name]), digits)
 
 
+@pytest.mark.slow
 def test_momentum_of_the_outer_optimizer_has_the_bits_of_fit(tmp_path, digits):
     outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
     int2 = two_phase(feedback(ctde.aggregate.quantize(bits=2, levels="statistical"), 0.95))
     check_bits(tmp_path, federation_of(int2, outer=outer), digits)
 
 
+@pytest.mark.slow
 def test_dropout_and_batch_statistics_have_the_bits_of_fit(tmp_path, digits):
     check_bits(tmp_path, federation_of(ctde.aggregate.mean(), Net(), rounds=5), digits)
 
 
+@pytest.mark.slow
 def test_uneven_nodes_have_the_bits_of_fit(tmp_path, digits):
     parts = ctde.data.partition.dirichlet(digits.train.labels, NODES, alpha=0.5)
     longest = max(-(-len(part) // 8) for part in parts)
