@@ -90,7 +90,8 @@ def _parser() -> Parser:
 
 
 def _serve(chosen: Namespace, config: options.Config, started: float) -> int:
-    from ctde_jax.config import build  # not at the top, as these import JAX
+    from ctde_jax import devices  # not at the top, as these import JAX
+    from ctde_jax.config import build
     from ctde_jax.nodes.flower import check_installed
     from ctde_jax.nodes.options import build_federation, to_send
     from ctde_jax.nodes.serving import Listening, serve
@@ -102,6 +103,7 @@ def _serve(chosen: Namespace, config: options.Config, started: float) -> int:
     if nodes is None:
         raise InputError("nodes", "must be the number of nodes, such as 3, got none.")
     listening = Listening(chosen.host, chosen.port, chosen.names, chosen.allow, chosen.insecure)
+    devices.start()
     data = build.load_data(config.data, config.optimization.seed)
 
     # A round has --sync-every steps.

@@ -9,9 +9,12 @@ command continues after a kill at any time. Rows of the training split have an e
   refused;
 - `norms`: norm of each message, by name; `far_out`: names of nodes with a norm of more than five
   times the median;
-- `received`, `sent`: bytes of all messages and of all requests since the last round.
+- `received`, `sent`: bytes of all messages and of all requests since the last round;
+- `seconds`: time since the last round; `node_seconds`: the longest time that a node has computed.
+  The rest is transport, the server, and waiting for nodes.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +52,7 @@ class Message(NamedTuple):
     payload: np.ndarray  # uint8[bytes]
     model_state: PyTree
     sums: Mapping[str, float]
+    seconds: float
     norm: float
 
 
@@ -59,6 +63,9 @@ class Open:
     messages: dict[str, Message] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
+    since: float = field(default_factory=time.monotonic)
+    """Time at which the round before was closed."""
+
     received: int = 0
     """Bytes."""
 
@@ -361,7 +368,8 @@ class Server:
             float(np.sum(np.abs(leaf.astype(np.complex128)) ** 2))
             for leaf in jax.tree.leaves(decoded)
         )
-        return Message(payload, model_state, sums, float(np.sqrt(squares)))
+        seconds = reply.value("seconds", float)
+        return Message(payload, model_state, sums, seconds, float(np.sqrt(squares)))
 
     def _check_sums(self, sums: Mapping[str, Any]) -> Mapping[str, float]:
         """Checks the sums over the examples of a node: names, finite numbers, and examples."""
@@ -433,6 +441,8 @@ class Server:
             "far_out": far_out,
             "received": self._open.received,
             "sent": self._open.sent,
+            "seconds": round(time.monotonic() - self._open.since, 3),
+            "node_seconds": max(message.seconds for message in messages),
         }
         totals = {
             name: sum(float(message.sums[name]) for message in messages)
