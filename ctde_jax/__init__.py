@@ -29,6 +29,9 @@ Aggregation and its cost
     aggregate         reducers, codecs, robust rules, differential privacy
     cost              bytes on the wire, read from the compiled program
 
+Between machines
+    nodes             federated training: a server, and nodes that keep their data
+
 Execution
     write_bundle      writes a trained model as a bundle: numpy, ONNX, StableHLO
     write_page        writes a bundle as a web page

@@ -8,6 +8,7 @@ from . import devices as devices
 from . import errors as errors
 from . import export as export
 from . import models as models
+from . import nodes as nodes
 from . import rounds as rounds
 from . import trainer as trainer
 from .aggregate import Strategy as Strategy

@@ -8,6 +8,8 @@ from ctde_jax.bundle import streams
 
 COMMANDS = {
     "train": "train a model on all devices, into a run folder",
+    "serve": "train with nodes that keep their data",
+    "node": "take part in the training of a server",
     "export": "write a trained model as numpy, ONNX or StableHLO",
     "execute": "run an exported model, on a machine without JAX",
     "wire": "print the bytes that each device would send",

@@ -52,7 +52,7 @@ def _parser() -> Parser:
 
 
 def _join(chosen: Namespace) -> None:
-    from ctde_jax.nodes.keys import create_node_key
+    from ctde_jax.nodes import create_node_key
 
     # The key alone, before there is a server.
     folder = chosen.folder or Path(f"node-{chosen.name}")
@@ -66,10 +66,7 @@ def _join(chosen: Namespace) -> None:
     from ctde_jax import devices  # not at the top, as these import JAX
     from ctde_jax.config import DataOptions, build
     from ctde_jax.data import partition
-    from ctde_jax.nodes.flower import check_installed
-    from ctde_jax.nodes.joining import join
-    from ctde_jax.nodes.node import Setup
-    from ctde_jax.nodes.options import build_federation, received
+    from ctde_jax.nodes import Setup, build_federation, check_installed, join, received
 
     check_installed()
     dataset = chosen.dataset or ("npz" if chosen.data_file else "digits")

@@ -92,9 +92,7 @@ def _parser() -> Parser:
 def _serve(chosen: Namespace, config: options.Config, started: float) -> int:
     from ctde_jax import devices  # not at the top, as these import JAX
     from ctde_jax.config import build
-    from ctde_jax.nodes.flower import check_installed
-    from ctde_jax.nodes.options import build_federation, to_send
-    from ctde_jax.nodes.serving import Listening, serve
+    from ctde_jax.nodes import Listening, build_federation, check_installed, serve, to_send
     from ctde_jax.trainer import console, line
 
     check_installed()

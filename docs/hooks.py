@@ -22,7 +22,8 @@ COPIED = (
     "benchmarks/README.md",
     "benchmarks/results/*.md",
     "benchmarks/results/*.png",
-    "examples/*",
+    "examples/*.*",
+    "examples/flower/*",
     "notebooks/*.ipynb",
 )
 

@@ -42,12 +42,22 @@ PARTS += [ctde.initializers, ctde.mup, ctde.optimizers]
 # Classes that a user reads, catches or receives, and functions for other rooms of the package.
 WITHOUT = {
     *("HostLost", "NonFiniteLoss", "Preempted", "ReplicasDiverged"),
-    *("CutByOwner", "adapted", "as_transformation", "depends_on", "evaluated_point"),
+    *("CutByOwner", "Star", "adapted", "as_transformation", "depends_on", "evaluated_point"),
     *("has_evaluated_point", "with_hyperparams_of"),
-    *("Batches", "DiskArray", "Drawn", "Stream", "apply_to", "check_size", "check_stream"),
+    *(
+        "Batches",
+        "DiskArray",
+        "Drawn",
+        "Meaning",
+        "Stream",
+        "apply_to",
+        "check_size",
+        "check_stream",
+    ),
     *(
         "count_steps",
         "deal",
+        "deal_part",
         "digest",
         "digests_of",
         "digests_of_conversion",

@@ -10,16 +10,17 @@ Flower's SuperLink. Names are imported on first use, because short-lived process
 package, and must not wait for JAX.
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
 
+# As in `ctde_jax`, the stub is the one list of public names.
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _HOMES = {
-    "Federation": "federation",
-    "Listening": "serving",
-    "Node": "node",
-    "Server": "server",
-    "join": "joining",
-    "open_server": "opening",
-    "serve": "serving",
+    alias.name: node.module
+    for node in _STUB.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

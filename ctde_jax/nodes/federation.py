@@ -45,7 +45,7 @@ class Federation:
     Examples:
         >>> strategy = ctde.Strategy(inner_steps=16)
         >>> network, adam = ctde.models.mlp([64, 10]), optax.adam(0.01)
-        >>> federation = ctde.nodes.Federation(network, adam, strategy, nodes=3, rounds=20)
+        >>> federation = ctde.nodes.Federation(network, adam, strategy, nodes=4, rounds=20)
         >>> federation.steps
         320
     """

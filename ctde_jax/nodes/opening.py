@@ -18,16 +18,16 @@ from ctde_jax.nodes.members import Members
 from ctde_jax.nodes.server import Server, ServerState
 from ctde_jax.rounds import make_evaluate, state
 from ctde_jax.trainer import (
+    AnyCallback,
     Best,
     Record,
     Saving,
+    Stop,
     Training,
     claim,
     open_callbacks,
     open_log,
 )
-from ctde_jax.trainer.callbacks import AnyCallback
-from ctde_jax.trainer.stop import Stop
 
 
 @contextmanager

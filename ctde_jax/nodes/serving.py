@@ -16,8 +16,7 @@ from ctde_jax.nodes.keys import check_insecure, read_allowed
 from ctde_jax.nodes.link import run_rounds, send_bundle
 from ctde_jax.nodes.opening import open_server
 from ctde_jax.nodes.server import Server
-from ctde_jax.trainer import Clock, Saving, Trained, deferred, plan_rows
-from ctde_jax.trainer.callbacks import AnyCallback
+from ctde_jax.trainer import AnyCallback, Clock, Saving, Trained, deferred, plan_rows
 
 if TYPE_CHECKING:
     from ctde_jax.nodes.flower.link import FlowerLink

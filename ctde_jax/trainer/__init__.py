@@ -3,7 +3,7 @@
 from ctde_jax.trainer import batch_size_finder, picture, stopwatch, trackers
 from ctde_jax.trainer.beginning import init_arguments, train_key, warmed
 from ctde_jax.trainer.best import Best
-from ctde_jax.trainer.callbacks import Callback, open_callbacks
+from ctde_jax.trainer.callbacks import AnyCallback, Callback, open_callbacks
 from ctde_jax.trainer.claim import claim
 from ctde_jax.trainer.contestant import Spread
 from ctde_jax.trainer.fit import fit, train
@@ -28,7 +28,7 @@ from ctde_jax.trainer.plan import line, plan, plan_rows
 from ctde_jax.trainer.record import Record
 from ctde_jax.trainer.reports import Calibration, ClassMetrics, Estimate, Report, TargetMetrics
 from ctde_jax.trainer.rollback import SCALED
-from ctde_jax.trainer.stop import deferred
+from ctde_jax.trainer.stop import Stop, deferred
 from ctde_jax.trainer.stopwatch import Profile
 from ctde_jax.trainer.trained import Trained, accepts
 from ctde_jax.trainer.training import Saving, Training, in_stored_units
@@ -36,6 +36,7 @@ from ctde_jax.trainer.training import Saving, Training, in_stored_units
 __all__ = [
     "RUNS",
     "SCALED",
+    "AnyCallback",
     "Best",
     "Calibration",
     "Callback",
@@ -50,6 +51,7 @@ __all__ = [
     "Row",
     "Saving",
     "Spread",
+    "Stop",
     "Sweep",
     "TargetMetrics",
     "Trained",

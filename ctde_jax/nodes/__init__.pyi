@@ -1,0 +1,13 @@
+from .federation import Federation as Federation
+from .flower import check_installed as check_installed
+from .joining import join as join
+from .keys import create_node_key as create_node_key
+from .node import Node as Node
+from .node import Setup as Setup
+from .opening import open_server as open_server
+from .options import build_federation as build_federation
+from .options import received as received
+from .options import to_send as to_send
+from .server import Server as Server
+from .serving import Listening as Listening
+from .serving import serve as serve
