@@ -1,6 +1,7 @@
 """A server over the network: rounds with the nodes that connect, then the bundle for them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,9 +110,74 @@ def serve(
     """
     from ctde_jax.nodes.flower.serving import serve as serve_link  # requires the extra
 
+    folder = named("run_dir", run_dir)
+
+    def open_link(server: Server) -> AbstractContextManager["FlowerLink"]:
+        on_open(server)
+        certificates = None
+        allowed = []
+        if not listening.insecure:
+            names = [listening.host, *listening.names]
+            certificates = create_certificates(folder / "certificates", names)
+            allowed = read_allowed(Path(listening.allow or ""))
+        return serve_link(
+            folder,
+            listening.host,
+            listening.port,
+            certificates=certificates,
+            allowed=allowed,
+            log=lambda line: server.say(f"superlink  {line}"),
+        )
+
+    return coordinate(
+        federation,
+        data,
+        folder,
+        open_link,
+        quorum=quorum,
+        deadline=deadline,
+        bundle_every=bundle_every,
+        linger=linger,
+        saving=saving,
+        options=options,
+        callbacks=callbacks,
+        show=show,
+    )
+
+
+def coordinate(
+    federation: Federation,
+    data: Dataset,
+    folder: Path,
+    open_link: Callable[[Server], AbstractContextManager["FlowerLink"]],
+    *,
+    quorum: int | None = None,
+    deadline: float | None = None,
+    bundle_every: int | None = None,
+    linger: float = 30.0,
+    saving: Mapping[str, Any] = {},
+    options: Mapping[str, Any] | None = None,
+    callbacks: Sequence[AnyCallback] = (),
+    show: bool = True,
+) -> Trained:
+    """Trains with the nodes of a link, whatever it is; result and errors are those of `serve`.
+
+    Args:
+        federation: The federation, equal on all nodes.
+        data: Data set with the test split, on which the server evaluates.
+        folder: Folder of the run.
+        open_link: Opens the link to the nodes, once the folder is open.
+        quorum: Minimum number of messages in a round.
+        deadline: Seconds after which a round with a quorum is closed.
+        bundle_every: Number of rounds between two bundles for the nodes.
+        linger: Seconds to wait at the end for nodes that lack the bundle.
+        saving: Other fields of `Saving`.
+        options: Options that the nodes receive.
+        callbacks: Callbacks, as of `fit`.
+        show: Whether to show progress.
+    """
     check_positive(deadline=deadline)
     check_at_least(1, bundle_every=bundle_every)
-    folder = named("run_dir", run_dir)
     clock = Clock()
     saving_values = Saving(folder, **saving)
     with (
@@ -127,14 +193,6 @@ def serve(
             show=show,
         ) as server,
     ):
-        on_open(server)
-        certificates = None
-        allowed = []
-        if not listening.insecure:
-            names = [listening.host, *listening.names]
-            certificates = create_certificates(folder / "certificates", names)
-            allowed = read_allowed(Path(listening.allow or ""))
-        clock.lap("start-up")
 
         def trained() -> Trained:
             center = server.evaluated_center()
@@ -146,14 +204,8 @@ def serve(
             write_bundle(trained(), data, folder / BUNDLE, show=False)
             server.offer(folder / BUNDLE)
 
-        with serve_link(
-            folder,
-            listening.host,
-            listening.port,
-            certificates=certificates,
-            allowed=allowed,
-            log=lambda line: server.say(f"superlink  {line}"),
-        ) as flower:
+        with open_link(server) as flower:
+            clock.lap("start-up")
             link = LinkByIdentity(flower)
             while not server.is_complete and not stop:
                 run_rounds(server, link, deadline, lambda: bool(stop), bundle_every)

@@ -1,39 +1,44 @@
-"""A Flower app: rounds between a server and nodes, as two functions.
+"""A Flower app: handwritten digits, with DiLoCo and messages in 4 bits.
 
 flower-superlink --insecure --disable-runtime-dependency-installation
-flower-supernode --insecure --port 9094 --node-config 'folder="/tmp/north" number=1'
-flower-supernode --insecure --port 9095 --node-config 'folder="/tmp/south" number=3'
-flwr run examples/flower
+flower-supernode --insecure --port 9094 --node-config 'folder="/tmp/north" part=1'
+flower-supernode --insecure --port 9095 --node-config 'folder="/tmp/south" part=2'
+flwr run examples/flower --stream
+
+The process of a ClientApp lives for one message, so optax and JAX are imported in functions only,
+which run in the ServerApp and in the worker of a node. `import ctde_jax` is lazy.
 """
 
-import time
-
+import ctde_jax as ctde
 from ctde_jax.nodes.flower.app import client_app, server_app
 
-
-def coordinate(link, config):
-    """Runs in the ServerApp: asks every node for its number, and prints the mean."""
-    for number in range(config["rounds"]):
-        while len(link.nodes()) < config["nodes"]:
-            time.sleep(0.5)
-        nodes = link.nodes()
-        link.push({node: b"number" for node in nodes}, deadline=60)
-        numbers = []
-        while len(numbers) < len(nodes):
-            numbers += [float(reply) for _, reply in link.pull()]
-            time.sleep(0.1)
-        print(f"round {number}: mean {sum(numbers) / len(numbers)}")
+PARTS = 2
 
 
-def build(folder, config):
-    """Runs once, in the worker of a node, which stays between rounds."""
-    number = config["number"]
+def make_federation(data, config):
+    """Returns model, optimizer and strategy, from the configuration of the run."""
+    import optax
 
-    def answer(request):
-        return str(number).encode()
+    return ctde.nodes.Federation(
+        ctde.models.mlp([64, 128, 10]),
+        optax.adamw(0.005),
+        ctde.strategy("diloco", sync_every=16, reduce="int4", error_feedback=True),
+        nodes=PARTS,
+        rounds=config["rounds"],
+    )
 
-    return answer
+
+def server_data(config):
+    """Returns the data of the server, of which it uses the test split alone."""
+    return ctde.data.digits()
 
 
-server = server_app(coordinate)
-client = client_app(build)
+def node_data(config):
+    """Returns the data of a node, from its configuration: one of two parts of the examples."""
+    data = ctde.data.digits()
+    parts = ctde.data.partition.iid(data.train.labels, PARTS)
+    return ctde.data.partition.part(data, parts[config["part"] - 1])
+
+
+server = server_app(make_federation, server_data)
+client = client_app(make_federation, node_data)
