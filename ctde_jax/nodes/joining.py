@@ -1,6 +1,10 @@
 """A node over the network: it answers the requests of a server until the run ends."""
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +24,7 @@ def join(
     index: int | None = None,
     authority: Path | None = None,
     insecure: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = partial(print, flush=True),
 ) -> Node:
     """Takes part in the rounds of a server until the run has ended, or Ctrl-C or SIGTERM.
 
@@ -52,14 +56,34 @@ def join(
         )
     create_node_key(folder, name)
     node = Node(folder, setup, devices, name, index, say)
-    run_node(
-        folder,
-        address,
-        node.answer,
-        authority=None if insecure else authority,
-        is_done=lambda: node.is_done or node.failure is not None,
-        log=say,
-    )
+    with _ended_by_sigterm() as stop:
+        run_node(
+            folder,
+            address,
+            node.answer,
+            authority=None if insecure else authority,
+            is_done=lambda: node.is_done or node.failure is not None,
+            stop=stop,
+            log=say,
+        )
     if node.failure is not None:
         raise node.failure
     return node
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[threading.Event]:
+    """Yields an event that SIGTERM sets, so that the node signs off.
+
+    A node that just ends counts as online until two of its heartbeats are missing.
+    """
+    stop = threading.Event()
+    # Python delivers signals to the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -181,9 +181,16 @@ class Node:
         data = with_meaning(given.data, meaning)
         federation = given.make(data)
         index = request.value("index", int) if self._index is None else self._index
+        for note in data.notes:
+            self._say(f"note       {note}")
+        training = federation.of_node(data, self._devices, tasks.Units(*units) if units else None)
+        self._say(
+            f"joined     {federation.rounds:,} rounds of {federation.round_steps} local steps, with "
+            f"{len(data.train.inputs):,} examples"
+        )
         return _Member(
             self.folder,
-            federation.of_node(data, self._devices, tasks.Units(*units) if units else None),
+            training,
             federation,
             Place(index, federation.nodes),
             request.value("run", str),

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -75,6 +76,7 @@ class NodeOfRuns:
         self._make_federation = make_federation
         self._make_data = make_data
         self._config = config
+        self._say = partial(print, flush=True)
         self._run = ""
         self._node: Node | None = None
 
@@ -99,7 +101,7 @@ class NodeOfRuns:
                 return Setup(data, lambda data: self._make_federation(data, options))
 
             name = str(self._config.get("name", folder.name))
-            self._node = Node(folder / f"run-{run}", setup, devices.start(), name, say=print)
+            self._node = Node(folder / f"run-{run}", setup, devices.start(), name, say=self._say)
             self._run = run
         return self._node.answer(request)
 
