@@ -9,7 +9,8 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-*OF_DATA_SETS, OF_A_FRAME, OF_SEEDS = NOTEBOOKS
+*OF_DATA_SETS, OF_A_FRAME, OF_SEEDS, OF_NODES = NOTEBOOKS
+TRAINING_HERE = NOTEBOOKS[:-1]  # the nodes are separate processes, on the CPU
 OF_REPLICAS = ("01_quickstart", "02_aggregation")
 NEEDED_DEVICES = {"04_decentralized_execution": 2}
 
@@ -30,7 +31,7 @@ def test_notebook_opens_in_colab_and_installs_a_missing_package(path):
     assert "    %pip install -q 'ctde_jax[notebook" in install.source
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAINING_HERE, ids=lambda path: path.stem)
 def test_notebook_uses_all_accelerators_or_fake_devices(path):
     wanted = "replicas=8" if path.stem in OF_REPLICAS else "cpu_devices=4"
     assert re.findall(r"devices\.start\((.*?)\)", path.read_text()) == [wanted]
@@ -166,11 +167,24 @@ assert by_fold["difference"].mean() > 0
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
+def test_notebook_of_nodes_trains_with_a_node_that_leaves_and_returns(monkeypatch):
+    pytest.importorskip("flwr", reason="requires Flower: pip install 'ctde_jax[flower]'")
+    facts = """
+assert len(rounds) == ROUNDS and 0 < len(absent) < ROUNDS / 2
+assert "west" in rounds["nodes"].iloc[0] and "west" in rounds["nodes"].iloc[-1]
+assert correct.mean() == accuracy[-1] > 0.9 and ratio > 40
+"""
+    outputs = execute(OF_NODES, monkeypatch, last=facts)
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "accelerators"),
     [
         (path, count)
-        for path in NOTEBOOKS
+        for path in TRAINING_HERE
         for count in (1, 2, 8)
         # The longest notebook runs on any number of devices: the largest has the fewest examples.
         if path.stem != "03_models" or count == 8

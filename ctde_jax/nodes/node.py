@@ -185,7 +185,7 @@ class Node:
             self._say(f"note       {note}")
         training = federation.of_node(data, self._devices, tasks.Units(*units) if units else None)
         self._say(
-            f"joined     {federation.rounds:,} rounds of {federation.round_steps} local steps, with "
+            f"joined     {federation.rounds:,} rounds of {federation.round_steps} local steps, "
             f"{len(data.train.inputs):,} examples"
         )
         return _Member(
