@@ -6,12 +6,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ctde_jax.errors import InputError, shortened
 from ctde_jax.nodes.certificates import Certificates
 
 _START = 60.0  # seconds that a busy machine may need to import Flower
+
+
+class SuperLinkKilled(Exception):
+    """Raised if a signal ended a SuperLink before it listened; another one may start."""
 
 
 class SuperLink:
@@ -26,6 +31,7 @@ class SuperLink:
 
     Raises:
         InputError: If the port is in use, or if the SuperLink does not start.
+        SuperLinkKilled: If a signal ended the SuperLink.
     """
 
     def __init__(
@@ -57,8 +63,10 @@ class SuperLink:
             )
         pipe = self._process.stdin
         assert pipe is not None
-        pipe.write(f"{self.secret}\n".encode())
-        pipe.flush()
+        # If it is killed already, the pipe is broken.
+        with suppress(BrokenPipeError):
+            pipe.write(f"{self.secret}\n".encode())
+            pipe.flush()
         self._wait_until_listening(reachable(host), port)
 
     @property
@@ -66,10 +74,19 @@ class SuperLink:
         """Whether the process runs."""
         return self._process.poll() is None
 
+    def has_ended(self, seconds: float) -> bool:
+        """Returns whether the process has ended, or ends within this time."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def stop(self) -> None:
         """Ends the process."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
         self._process.kill()
         self._process.wait()
 
@@ -81,6 +98,8 @@ class SuperLink:
                 return
             except OSError:
                 time.sleep(0.05)
+        if self._process.returncode is not None and self._process.returncode < 0:
+            raise SuperLinkKilled(f"Signal {-self._process.returncode} ended the SuperLink.")
         self.stop()
         lines = self._log.read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no message")

@@ -25,15 +25,18 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from ctde_jax.errors import InputError, shortened
 from ctde_jax.nodes.certificates import Certificates
 from ctde_jax.nodes.flower.link import FlowerLink
-from ctde_jax.nodes.flower.processes import SuperLink, reachable
+from ctde_jax.nodes.flower.processes import SuperLink, SuperLinkKilled, reachable
 from ctde_jax.nodes.flower.superlink import OPEN, SECRET
 from ctde_jax.nodes.keys import PublicKey, check_insecure
 
 _MOST_BYTES = 256 * 2**20
 # Flower ends a run if its process is silent for a minute.
 _HEARTBEAT = 20.0  # seconds
+# A SuperLink may be killed at each start, such as for lack of memory.
+_MOST_STARTS = 10
 
 # Flower requires that a run has an app. Nodes of `node` execute none, and a SuperNode of Flower,
 # which would, finds no function in it.
@@ -132,8 +135,27 @@ class _Server:
         self._run: _Run | None = None
 
     def start(self) -> HttpGrid:
-        """Ends the former SuperLink and run, starts new ones, and returns the grid of the run."""
-        self.stop()
+        """Ends the former SuperLink and run, starts new ones, and returns the grid of the run.
+
+        Raises:
+            InputError: If the SuperLink does not start, or is killed each time.
+        """
+        for _ in range(_MOST_STARTS):
+            self.stop()
+            try:
+                return self._start()
+            except SuperLinkKilled as error:
+                reason = str(error)
+            except httpx.TransportError as error:
+                # The connection of a process that is killed ends a little before the process.
+                if self._superlink is not None and not self._superlink.has_ended(1.0):
+                    raise
+                reason = f"The SuperLink ended ({shortened(str(error))})."
+        raise InputError(
+            "port", f"must be one that Flower can serve, but {_MOST_STARTS} starts failed: {reason}"
+        )
+
+    def _start(self) -> HttpGrid:
         self._superlink = self._start_superlink()
 
         # Register the nodes and start a run, as `flwr supernode register` and `flwr run` do.
