@@ -4,9 +4,9 @@ Three nodes and a server train an MLP on the digits, in 4 bits with error feedba
 the messages of all nodes. A killer kills a random process: a node, the server or the SuperLink. A
 killed node or server is started again at once, by the same command; the server restarts its
 SuperLink itself. Two of three kills follow the one before within four seconds, in which the
-processes start; the others follow after one to six more rounds, or end the killing if the last round
-is closed. So a run always advances, and is killed in all of its phases: while it starts, trains, and
-sends the bundle. A run that makes no progress for `HANG` seconds counts as a hang.
+processes start; the others follow after one to six more rounds, or end the killing if the last
+round is closed. So a run always advances, and is killed in all of its phases: while it starts,
+trains, and sends the bundle. A run that makes no progress for `HANG` seconds counts as a hang.
 """
 
 import os

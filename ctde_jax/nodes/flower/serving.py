@@ -140,6 +140,7 @@ class _Server:
         Raises:
             InputError: If the SuperLink does not start, or is killed each time.
         """
+        reason = ""
         for _ in range(_MOST_STARTS):
             self.stop()
             try:
