@@ -30,9 +30,9 @@ NODE = "node"
 SUPERLINK = "superlink"
 VICTIMS = (NODE, SERVER, SUPERLINK)
 CHANCES = (0.45, 0.2, 0.35)  # a server has no SuperLink while it starts
-UNDISTURBED = {"run": 0}
+UNDISTURBED = {"seed": 0}
 HEADER = (
-    "run",
+    "seed",
     "kills of nodes",
     "of the server",
     "of the SuperLink",
@@ -128,15 +128,15 @@ class Run:
         return not self.is_hanging and self._federation.status(SERVER) is None
 
 
-def measure_run(number: int) -> Row:
-    """Runs a federation; returns the row of a run, without kills if its number is 0."""
+def measure_run(seed: int) -> Row:
+    """Runs a federation; returns the row of a run, without kills if the seed is 0."""
     begin = time.monotonic()
     with (
         TemporaryDirectory() as folder,
         running(Path(folder), NODES, OPTIONS, HANG) as federation,
     ):
-        run = Run(federation, np.random.default_rng(number))
-        if number == UNDISTURBED["run"]:
+        run = Run(federation, np.random.default_rng(seed))
+        if seed == UNDISTURBED["seed"]:
             run.wait()
         else:
             run.kill_at_random()
@@ -157,7 +157,7 @@ def measure(log: Log) -> None:
     number = 0
     while sum(sum(row["kills"].values()) for row in log.find()) < LEAST_KILLS:
         number += 1
-        log.make(lambda number=number: measure_run(number), run=number)
+        log.make(lambda number=number: measure_run(number), seed=number)
 
 
 def report(log: Log, file: Path) -> None:
@@ -172,7 +172,7 @@ def report(log: Log, file: Path) -> None:
         kills = Counter(row["kills"])
         rows.append(
             [
-                str(row["run"] or "undisturbed"),
+                str(row["seed"] or "undisturbed"),
                 *(str(kills[victim]) for victim in VICTIMS),
                 str(int(row["is_hanging"])),
                 str(len(row["faults"])),
