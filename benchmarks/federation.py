@@ -29,13 +29,16 @@ class Federation:
         folder: Folder for all of them.
         nodes: Number of nodes; each has an equal part of the digits.
         options: Further options of `python -m ctde_jax.serve`.
+        address: `host:port` of the server; by default, a free port of loopback.
     """
 
-    def __init__(self, folder: Path, nodes: int, options: Sequence[str]):
+    def __init__(
+        self, folder: Path, nodes: int, options: Sequence[str], address: str | None = None
+    ):
         self.run_dir = folder / SERVER
         self.authority = self.run_dir / "certificates" / "ca.pem"
         self.nodes = [f"node-{number}" for number in range(1, nodes + 1)]
-        self.address = f"127.0.0.1:{find_port()}"
+        self.address = address or f"127.0.0.1:{find_port()}"
         self._folder = folder
         self._running: dict[str, subprocess.Popen] = {}
         lines = [create_node_key(folder / name, name).line for name in self.nodes]
@@ -48,7 +51,7 @@ class Federation:
         self._commands = {SERVER: [*serve, "--run-dir", str(self.run_dir)]}
         for index, name in enumerate(self.nodes):
             node = ["ctde_jax.node", "--server", self.address, "--authority", str(self.authority)]
-            node += ["--folder", str(folder / name), "--name", name, "--index", str(index)]
+            node += ["--folder", str(self.folder_of(name)), "--name", name, "--index", str(index)]
             self._commands[name] = [*node, "--part", f"{index + 1}/{nodes}"]
 
     def start(self, name: str) -> None:
@@ -62,6 +65,17 @@ class Federation:
                 # A group, so that a benchmark that is terminated ends it as a whole.
                 start_new_session=True,
             )
+
+    def wait_for_authority(self, limit: float) -> None:
+        """Waits until the server has its certificates, of which nodes need one."""
+        end = time.monotonic() + limit
+        while not self.authority.exists():
+            assert time.monotonic() < end, self.last_words(SERVER)
+            time.sleep(0.05)
+
+    def folder_of(self, name: str) -> Path:
+        """Returns the folder of a node."""
+        return self._folder / name
 
     def kill(self, name: str) -> None:
         """Sends SIGKILL to the server or a node, and waits for its end."""
@@ -139,11 +153,7 @@ def running(folder: Path, nodes: int, options: Sequence[str], limit: float) -> I
     federation = Federation(folder, nodes, options)
     try:
         federation.start(SERVER)
-        end = time.monotonic() + limit
-        # A user copies the certificate to the nodes.
-        while not federation.authority.exists():
-            assert time.monotonic() < end, federation.last_words(SERVER)
-            time.sleep(0.05)
+        federation.wait_for_authority(limit)
         for name in federation.nodes:
             federation.start(name)
         yield federation
