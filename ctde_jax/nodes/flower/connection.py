@@ -1,62 +1,83 @@
-"""A node's connection to a SuperLink: Flower's Fleet API, spoken by one process.
+"""A node's connection to the SuperLink of a server, in one process.
 
 Flower's SuperNode starts a process for each message, polls every 3 s, runs code that the server
 sends, and is refused for up to a minute if it restarts after a kill. This connection needs no other
-process, runs only code that is installed on the machine of the node, and is accepted at once. A
-SuperLink cannot distinguish it from a SuperNode.
+process, runs only code that is installed on the machine of the node, and is accepted at once. It
+signs on by Flower's Fleet API like a SuperNode; replies and requests travel as turns, see
+`exchange.py`.
 """
 
 # pyright: reportMissingImports=false
+import secrets
 import ssl
 import threading
+import time
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
-from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
-    PullMessagesRequest,
-    PushMessagesRequest,
     RegisterNodeFleetRequest,
 )
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    pull_and_inflate_object_from_tree,
-    push_objects,
-)
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from ctde_jax.errors import InputError, quoted, shortened
+from ctde_jax.nodes.flower.exchange import HEARTBEAT, Kind, Turn, unpack_request
+from ctde_jax.nodes.flower.superlink import EXCHANGE
 from ctde_jax.nodes.keys import check_insecure, identity_of, load_node_key
 
-# A node counts as online until two heartbeats are missing. Flower's SuperNode has 30 s.
-HEARTBEAT = 15.0  # seconds
+# A turn is a heartbeat as well, so a node that waits for requests needs no other.
+_WAIT = 10  # seconds that the server may hold a turn
+_BEAT = 12.0
+_SLOWEST = 60.0  # seconds without a byte after which a turn is lost
+
 _FIRST_DELAY = 0.25  # seconds, between attempts to reach a server; grows to
 _LAST_DELAY = 5.0
 _TEMPORARY = (502, 503, 504)
-# A request is announced before its content is uploaded; the content is then asked for again.
-_LEAST_BACKOFF = 0.05  # seconds
-_MOST_UPLOAD = 60.0
+
+
+@dataclass
+class _Session:
+    """What belongs to one sign-on of the node."""
+
+    node: int = 0
+    """Flower's id of the node; 0 before the first sign-on."""
+
+    token: bytes = field(default_factory=lambda: secrets.token_bytes(8))
+    number: int = 0
+    """Number of the last request that has been received."""
+
+    has_key: bool = False
+    """Whether the server remembers the public key of the node."""
+
+
+class Request(NamedTuple):
+    """A request of the server."""
+
+    payload: bytes
+    session: _Session
+
+
+class Reply(NamedTuple):
+    """The reply to a request."""
+
+    request: Request
+    payload: bytes
+    """The reply, or a sentence in UTF-8 if it could not be computed."""
+
+    failed: bool = False
 
 
 class RequestDropped(Exception):
@@ -87,108 +108,118 @@ class Connection:
         log: Callable[[str], None],
     ):
         check_insecure(authority is None, address.rpartition(":")[0])
-        private = load_node_key(folder)
-        self._public = public_key_to_bytes(private.public_key())
+        self._key = load_node_key(folder)
+        self._public = public_key_to_bytes(self._key.public_key())
         self._address = address
         self._id_file = folder / "node.id"
         self._is_secure = authority is not None
         self._log = log
         self._stop = stop
         self._activating = threading.Lock()
+        content = _read_authority(authority)
         self._client = FleetHttpClient.from_server_address(
             address,
             not self._is_secure,
-            _read_authority(authority),
+            content,
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(private, private.public_key()),
+                NodeAuthHttpInterceptor(self._key, self._key.public_key()),
             ],
         )
-        self._node = Node()
+        self._turns = _client(address, content)
+        self._turned = -_BEAT  # time of the last turn, of the monotonic clock
+        self._session = _Session()
         try:
-            self._activate(self._node)
+            self._activate(self._session)
         except BaseException:
             self._client.close()
             raise
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
-    def receive(self) -> Message | None:
-        """Returns the next request, or None if there is none."""
-        node = self._node
-        try:
-            pulled = self._call(self._client.PullMessages, PullMessagesRequest(node=node))
-            if not pulled.messages_list:
-                return None
-            run = pulled.messages_list[0].metadata.run_id
-            tree = pulled.message_object_trees[0]
-            message = pull_and_inflate_object_from_tree(
-                tree,
-                make_pull_object_fn_protobuf(self._bound(self._client.PullObject), node, run),
-                make_confirm_message_received_fn_protobuf(
-                    self._bound(self._client.ConfirmMessageReceived), node, run
-                ),
-                return_type=Message,
-                max_time=_MOST_UPLOAD,
-                initial_backoff=_LEAST_BACKOFF,
-            )
-        except (RequestDropped, ObjectPullError):
-            self._activate(node)
-            return None
-        # An object does not contain its id.
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        return message
+    def exchange(self, reply: Reply | None, wait: bool = True) -> Request | None:
+        """Sends the reply to the last request, if there is one, and returns the next request.
 
-    def send(self, reply: Message) -> None:
-        """Sends the reply to a request; it is dropped if the run of the request has ended."""
-        node = self._node
-        run = reply.metadata.run_id
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        with no_object_id_recompute():
-            request = PushMessagesRequest(
-                node=node,
-                messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[get_object_tree(reply)],
-            )
-            try:
-                pushed = self._call(self._client.PushMessages, request)
-                push_objects(
-                    get_all_nested_objects(reply),
-                    make_push_object_fn_protobuf(
-                        self._bound(self._client.PushObject), node, run, pushed.session_id
-                    ),
-                    object_ids_to_push=set(pushed.objects_to_push),
-                )
-            except RequestDropped as dropped:
+        Args:
+            reply: The reply; it is dropped if the run of its request has ended.
+            wait: Whether to wait for the next request.
+
+        Returns:
+            The request, or None if there is none yet.
+        """
+        if reply is not None and reply.request.session is not self._session:
+            self._log(f"A reply was dropped: {_RESTARTED}")
+            reply = None
+        session = self._session
+        kind = Kind.NOTHING
+        if reply is not None:
+            kind = Kind.FAILURE if reply.failed else Kind.REPLY
+        payload = b"" if reply is None else reply.payload
+        seconds = _WAIT if wait else 0
+        try:
+            content = self._call(lambda _: self._turn(session, kind, seconds, payload), None)
+        except RequestDropped as dropped:
+            if reply is not None:
                 self._log(f"A reply was dropped: {dropped}")
+            elif not self._stop.is_set():
+                self._activate(session)
+            return None
+        if not content:
+            return None
+        session.number, request = unpack_request(content)
+        return Request(request, session)
+
+    def _turn(self, session: _Session, kind: Kind, seconds: int, payload: bytes = b"") -> bytes:
+        """Takes a turn; returns the body of the response.
+
+        Raises:
+            httpx.HTTPError: The server refuses the turn, or is not reachable.
+        """
+        self._turned = time.monotonic()
+        signed = now().isoformat(timespec="milliseconds")
+        headers = {
+            TIMESTAMP_HEADER: signed,
+            FLEET_HTTP_SIGNATURE_HEADER: _text(sign_message(self._key, signed.encode())),
+        }
+        if not session.has_key:
+            headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = _text(self._public)
+        turn = Turn(session.node, session.token, session.number, kind, seconds, payload)
+        response = self._turns.post(EXCHANGE, content=turn.pack(), headers=headers)
+        response.raise_for_status()
+        session.has_key = True
+        return response.content
 
     def close(self) -> None:
         """Signs off; the server then sees at once that the node is offline."""
         self._stop.set()
         self._heart.join()
         with suppress(httpx.HTTPError):
-            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._session.node))
+        self._turns.close()
         self._client.close()
 
     def _beat(self) -> None:
-        """Sends heartbeats. A server that was restarted gets to know the node again by this."""
-        while not self._stop.wait(HEARTBEAT * 0.8):
-            node = self._node
+        """Sends heartbeats while there are no turns.
+
+        A server that was restarted gets to know the node again by this.
+        """
+        while not self._stop.wait(max(0.0, self._turned + _BEAT - time.monotonic())):
+            if time.monotonic() - self._turned < _BEAT:
+                continue
+            session = self._session
             try:
-                self._client.SendNodeHeartbeat(
-                    SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT)
-                )
+                self._turn(session, Kind.HEARTBEAT, 0)
             except httpx.HTTPStatusError:
                 # The main thread gets the same error, and raises it.
                 with suppress(InputError, RequestDropped):
-                    self._activate(node)
+                    self._activate(session)
             except httpx.HTTPError:
                 pass  # The main thread reports that the server is not reachable.
 
-    def _activate(self, former: Node) -> None:
-        """Signs on and sets the node's id, unless another thread has replaced `former` by now."""
+    def _activate(self, former: _Session) -> None:
+        """Signs on for a new session, unless another thread has replaced `former` by now."""
         with self._activating:
-            if self._node is not former:
+            if self._session is not former:
                 return
             if not self._is_secure:
                 register = RegisterNodeFleetRequest(public_key=self._public)
@@ -205,7 +236,7 @@ class Connection:
                     activated = self._call(self._client.ActivateNode, activate)
                 except RequestDropped:
                     raise self._refused() from None
-            self._node = Node(node_id=activated.node_id)
+            self._session = _Session(activated.node_id)
             self._id_file.write_text(f"{activated.node_id}\n")
 
     def _deactivate_former(self) -> None:
@@ -219,9 +250,6 @@ class Connection:
             f"{self._address} does not accept the key of this node, {identity_of(self._public)}; "
             f"add the line of {self._id_file.with_name('node.pub')} to the server's list of keys.",
         )
-
-    def _bound(self, call: Callable) -> Callable:
-        return lambda request: self._call(call, request)
 
     def _call(self, call: Callable, request):
         """Calls the server, as often as it takes until it answers.
@@ -266,10 +294,13 @@ class Connection:
                 "server", f"must have TLS, but {self._address} has not; start it with TLS."
             ) from None
         is_tls = "disconnected without sending" in str(error) and not self._is_secure
-        if is_tls and not self._node.node_id:
+        if is_tls and not self._session.node:
             raise InputError(
                 "insecure", f"must be left out, as the server {self._address} has TLS."
             ) from None
+
+
+_RESTARTED = "the server was restarted, and will ask again."
 
 
 def _reason(status: int, text: str) -> str:
@@ -277,8 +308,23 @@ def _reason(status: int, text: str) -> str:
     if status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
         return "it is larger than the server accepts."
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        return "the server was restarted, and will ask again."
+        return _RESTARTED
     return f"the server answered with status {status} ({shortened(text)})."
+
+
+def _client(address: str, authority: bytes | None) -> httpx.Client:
+    """Returns a client for turns, whose requests have no headers but the necessary ones."""
+    verify: ssl.SSLContext | bool = True
+    if authority is not None:
+        verify = ssl.create_default_context(cadata=authority.decode())
+    scheme = "http" if authority is None else "https"
+    client = httpx.Client(base_url=f"{scheme}://{address}", verify=verify, timeout=_SLOWEST)
+    client.headers.clear()
+    return client
+
+
+def _text(content: bytes) -> str:
+    return b64encode(content).decode()
 
 
 def _read_authority(path: Path | None) -> bytes | None:

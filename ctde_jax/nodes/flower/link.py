@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import httpx
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import RunNotRunningException
 
@@ -17,6 +18,8 @@ from ctde_jax.nodes.keys import identity_of
 
 # Asking for the nodes costs about 5 ms.
 _NODES_EVERY = 0.5  # seconds
+
+_LATE = "The deadline passed."
 
 
 class FlowerLink:
@@ -102,6 +105,9 @@ class FlowerLink:
                 sent = self._outstanding.pop(message.metadata.reply_to_message_id, None)
                 if sent is not None:
                     arrived.append((sent.node, _read(message)))
+                if message.has_error():
+                    # The node may have been restarted, and the next request is for its new process.
+                    self._read_at = -_NODES_EVERY
             self._drop_lost()
         arrived += self._failed
         self._failed = []
@@ -115,7 +121,7 @@ class FlowerLink:
             if is_online and self._seen[request.node].activated != request.activated:
                 sentence = "The node was restarted."
             elif time.monotonic() > request.end:
-                sentence = "The deadline passed."
+                sentence = _LATE
             else:
                 continue
             del self._outstanding[message]
@@ -156,6 +162,9 @@ class _Node(NamedTuple):
 
 def _read(message: Message) -> bytes | str:
     if message.has_error():
+        if message.error.code == ErrorCode.MESSAGE_UNAVAILABLE:
+            # Flower has dropped the request.
+            return _LATE
         return shortened(message.error.reason or f"Flower's error {message.error.code}.")
     payload = payload_of(message)
     return "The reply was not made by ctde_jax." if payload is None else payload

@@ -2,21 +2,13 @@
 
 # pyright: reportMissingImports=false
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ctde_jax.errors import InputError, shortened
-from ctde_jax.nodes.flower.connection import Connection
-from ctde_jax.nodes.flower.message import failure, payload_of, reply
-
-# A node asks for its next request again after a quarter of the time that it has waited, so waiting
-# adds a quarter to a round at most, and a long round costs few polls, of 1.2 kB each.
-_WAIT_SHARE = 0.25
-_LEAST_WAIT = 0.1  # seconds
-_MOST_WAIT = 3.0
+from ctde_jax.nodes.flower.connection import Connection, Reply, Request
 
 _FAREWELL = 2.0  # seconds
 
@@ -77,22 +69,18 @@ def _serve(
     stop: threading.Event,
     log: Callable[[str], None],
 ) -> None:
-    since = time.monotonic()
+    reply = None
     while not stop.is_set() and not is_done():
-        message = connection.receive()
-        if message is None:
-            wait = _WAIT_SHARE * (time.monotonic() - since)
-            stop.wait(min(max(wait, _LEAST_WAIT), _MOST_WAIT))
-            continue
-        payload = payload_of(message)
-        if payload is None:
-            connection.send(failure("The request was not made by ctde_jax.", message))
-        else:
-            try:
-                response = reply(answer(payload), message)
-            except Exception as error:  # the server reports it, and the node goes on
-                sentence = shortened(f"{type(error).__name__}: {error}")
-                log(f"A request failed: {sentence}")
-                response = failure(sentence, message)
-            connection.send(response)
-        since = time.monotonic()
+        request = connection.exchange(reply)
+        reply = None if request is None else _reply(request, answer, log)
+    if reply is not None:
+        connection.exchange(reply, wait=False)
+
+
+def _reply(request: Request, answer: Callable[[bytes], bytes], log: Callable[[str], None]) -> Reply:
+    try:
+        return Reply(request, answer(request.payload))
+    except Exception as error:  # the server reports it, and the node goes on
+        sentence = shortened(f"{type(error).__name__}: {error}")
+        log(f"A request failed: {sentence}")
+        return Reply(request, sentence.encode(), failed=True)

@@ -2,7 +2,7 @@
 
 Flower's SuperLink serves nodes (Fleet API), the user (Control API: start any code, register any
 node) and the running app (Runtime API) on one port, and only the first asks for a key. This process
-therefore puts a guard before it: everything but the Fleet API requires a secret, which the server
+therefore puts a guard before it: everything but what nodes need requires a secret, which the server
 passes on standard input, and the size of a request is limited. The process ends if standard input
 is closed, so it does not outlive the server, not even if that is killed.
 """
@@ -18,6 +18,9 @@ from argparse import ArgumentParser
 # The header of the secret, and the request after which nodes are let in.
 SECRET = "x-ctde-jax-secret"
 OPEN = "/ctde-jax/open"
+
+# Where a node sends its reply and gets its next request; see `exchange.py`.
+EXCHANGE = "/ctde-jax/exchange"
 
 
 class Guard:
@@ -58,7 +61,7 @@ class Guard:
                 self._is_open = True
                 return 204
             return None
-        if not path.startswith("/v1/fleet/"):
+        if not path.startswith("/v1/fleet/") and path != EXCHANGE:
             return 403
         if not self._is_open:
             return 503
@@ -83,16 +86,21 @@ def main() -> None:
 
     import uvicorn
 
+    from ctde_jax.nodes.flower.exchange import Exchange
+
     # Flower logs a line for each reply.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     uvicorn.run(
-        Guard(_create_app(options), secret, options.most_bytes),
+        Guard(Exchange(_create_app(options)), secret, options.most_bytes),
         host=options.host,
         port=options.port,
         ssl_certfile=options.certificates and options.certificates[1],
         ssl_keyfile=options.certificates and options.certificates[2],
         access_log=False,
         log_level="warning",
+        # Two headers less in each response.
+        server_header=False,
+        date_header=False,
         # A node that computes for a while keeps its connection.
         timeout_keep_alive=120,
         workers=1,
