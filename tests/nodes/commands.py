@@ -43,9 +43,7 @@ class Commands:
         arguments = [*listening, *self.options, "--run-dir", str(self.run_dir)]
         return self._start("server", [*program, *arguments])
 
-    def node(
-        self, name: str, *arguments: str, authority: Path | None = None
-    ) -> subprocess.Popen:
+    def node(self, name: str, *arguments: str, authority: Path | None = None) -> subprocess.Popen:
         """Starts a node, with the certificate of the server unless another one is given."""
         own = ["--folder", str(self.folder / name), "--name", name]
         server = ["--server", self.address, "--authority", str(authority or self.authority)]
@@ -80,7 +78,9 @@ class Commands:
 
     def superlink(self) -> int:
         """Returns the process of the SuperLink of the server."""
-        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True
+        )
         parent = str(self.running["server"].pid)
         rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
         return next(

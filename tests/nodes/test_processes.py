@@ -3,8 +3,6 @@
 import os
 import resource
 import signal
-import threading
-from functools import partial
 
 import jax
 import numpy as np
@@ -15,10 +13,6 @@ from nodes_here import run_federation
 import ctde_jax as ctde
 from ctde_jax import checkpoint
 from ctde_jax.config import parse
-from ctde_jax.nodes.certificates import create_certificates
-from ctde_jax.nodes.envelope import pack, unpack
-from ctde_jax.nodes.keys import create_node_key
-from ctde_jax.nodes.node import Node, Setup
 from ctde_jax.nodes.options import build_federation
 
 pytest.importorskip("flwr", reason="requires Flower: pip install 'ctde_jax[flower]'")
