@@ -210,6 +210,8 @@ class Server:
             now: Time in seconds, for the pause until the next request.
         """
         member = self._members.find(identity)
+        # A new process of the node would not understand a request that may be long.
+        member.has_joined = False
         member.waits_until = now + _RETRY
         self.say(f"lost       {member.name}: {sentence}")
 
@@ -331,6 +333,9 @@ class Server:
         number = reply.value("round", int)
         if 0 <= number < self.round:
             self._open.late.add(identity)
+            # It has the center from which it took its steps, so it is not sent again.
+            if member.was_admitted:
+                member.round = max(number, member.round or 0)
             return
         if number != self.round:
             raise InputError("round", f"must be {self.round}, got {number}.")
