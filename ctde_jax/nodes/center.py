@@ -22,7 +22,7 @@ from ctde_jax.trainer import Training, init_arguments, train_key, warmed
 
 
 class Center(NamedTuple):
-    """What the server and all nodes hold between rounds, as numpy arrays."""
+    """The center between two rounds, as numpy arrays."""
 
     params: PyTree
     model_state: PyTree

@@ -1,4 +1,4 @@
-"""What a server and its nodes agree on: model, optimizer, strategy and the length of the run."""
+"""The agreement of a server and its nodes: model, optimizer, strategy and length of the run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ _OF_THE_SERVER = ("init_from", "init_only", "patience", "ema_decay")
 
 @dataclass(frozen=True)
 class Federation:
-    """What a server and its nodes agree on.
+    """The agreement of a server and its nodes: model, optimizer, strategy and length of the run.
 
     Args:
         model: A model or module, as for `fit`.

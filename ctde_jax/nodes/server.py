@@ -1,7 +1,7 @@
 """The server of a federation: it asks the nodes for messages, and closes rounds.
 
 The folder of the server is that of a run: rows, curves, checkpoints. A round is *closed* when its
-messages are combined; before any node is told, its answer and a checkpoint are on disk, so the same
+messages are combined; before any node learns its result, its answer and a checkpoint are on disk, so the same
 command continues after a kill at any time. Rows of the training split have an entry `round`:
 
 - `nodes`: names of the nodes whose messages the round has taken;

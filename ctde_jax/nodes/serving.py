@@ -28,7 +28,7 @@ _REQUEST_SECONDS = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a server listens, and which nodes it accepts.
+    """The address of a server, and the nodes that it accepts.
 
     Args:
         host: Address to listen on.
@@ -87,7 +87,7 @@ def serve(
         federation: The federation, equal on all nodes.
         data: Data set with the test split, on which the server evaluates.
         run_dir: Folder of the run, with certificates in its subfolder `certificates`.
-        listening: Where to listen, and which nodes to accept.
+        listening: The address, and the nodes to accept.
         quorum: Minimum number of messages in a round; by default that of all nodes.
         deadline: Seconds after which a round with a quorum is closed; by default it waits for all
             nodes that are connected.

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from ctde_jax.nodes.flower.superlink import OPEN, SECRET, Guard
+from ctde_jax.nodes.flower.paths import OPEN, SECRET, Guard
 
 MINE = [(SECRET.encode(), b"secret")]
 

@@ -35,7 +35,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from ctde_jax.errors import InputError, quoted, shortened
 from ctde_jax.nodes.flower.exchange import HEARTBEAT, Kind, Turn, unpack_request
-from ctde_jax.nodes.flower.superlink import EXCHANGE
+from ctde_jax.nodes.flower.paths import EXCHANGE
 from ctde_jax.nodes.keys import check_insecure, identity_of, load_node_key
 
 # A turn is a heartbeat as well, so a node that waits for requests needs no other.
@@ -50,7 +50,7 @@ _TEMPORARY = (502, 503, 504)
 
 @dataclass
 class _Session:
-    """What belongs to one sign-on of the node."""
+    """The session of a node, from one sign-on to the next."""
 
     node: int = 0
     """Flower's id of the node; 0 before the first sign-on."""

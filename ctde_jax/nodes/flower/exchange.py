@@ -2,7 +2,7 @@
 
 Over Flower's Fleet API, a turn takes ten requests with 1.2 kB of headers each, and a node that
 waits for its next request polls. The process of the SuperLink therefore answers turns at
-`superlink.EXCHANGE`: it makes the ten requests within the process, in the name of the node, and
+`paths.EXCHANGE`: it makes the ten requests within the process, in the name of the node, and
 holds the response back until there is a request for the node. Flower checks the signature of the
 node in each of them.
 
@@ -51,7 +51,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from ctde_jax.nodes.flower.message import failure, payload_of, reply
-from ctde_jax.nodes.flower.superlink import EXCHANGE
+from ctde_jax.nodes.flower.paths import EXCHANGE
 
 # The server pushes requests for nodes here.
 _PUSH = "/v1/runtime/push-messages"
@@ -65,7 +65,7 @@ _POLL = 0.02
 
 
 class Kind(IntEnum):
-    """What a node sends."""
+    """Kind of the body of a turn."""
 
     NOTHING = 0
     REPLY = 1
@@ -254,7 +254,7 @@ class _Fleet:
         self._node = Node(node_id=node)
 
     async def heartbeat(self) -> None:
-        """Tells Flower that the node is online."""
+        """Sends Flower a heartbeat of the node."""
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
         await self._call("send-node-heartbeat", request, SendNodeHeartbeatResponse)
 

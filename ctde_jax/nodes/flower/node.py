@@ -80,7 +80,7 @@ def _serve(
 def _reply(request: Request, answer: Callable[[bytes], bytes], log: Callable[[str], None]) -> Reply:
     try:
         return Reply(request, answer(request.payload))
-    except Exception as error:  # the server reports it, and the node goes on
+    except Exception as error:  # the server reports it, and the node continues
         sentence = shortened(f"{type(error).__name__}: {error}")
         log(f"A request failed: {sentence}")
         return Reply(request, sentence.encode(), failed=True)

@@ -23,7 +23,7 @@ class SuperLink:
     """Starts a SuperLink and waits until it listens.
 
     Args:
-        folder: Folder of the log, `superlink.log`, which each start begins anew.
+        folder: Folder of the log, `superlink.log`, which each start replaces.
         host: Address to listen on, such as 0.0.0.0.
         port: Port to listen on.
         certificates: Certificates of the server; None for connections without TLS.

@@ -28,8 +28,8 @@ from flwr.superlink.grid import HttpGrid
 from ctde_jax.errors import InputError, shortened
 from ctde_jax.nodes.certificates import Certificates
 from ctde_jax.nodes.flower.link import FlowerLink
+from ctde_jax.nodes.flower.paths import OPEN, SECRET
 from ctde_jax.nodes.flower.processes import SuperLink, SuperLinkKilled, reachable
-from ctde_jax.nodes.flower.superlink import OPEN, SECRET
 from ctde_jax.nodes.keys import PublicKey, check_insecure
 
 _MOST_BYTES = 256 * 2**20

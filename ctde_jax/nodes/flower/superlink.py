@@ -15,12 +15,7 @@ import sys
 import threading
 from argparse import ArgumentParser
 
-# The header of the secret, and the request after which nodes are let in.
-SECRET = "x-ctde-jax-secret"
-OPEN = "/ctde-jax/open"
-
-# Where a node sends its reply and gets its next request; see `exchange.py`.
-EXCHANGE = "/ctde-jax/exchange"
+from ctde_jax.nodes.flower.paths import EXCHANGE, OPEN, SECRET
 
 
 class Guard:
