@@ -32,6 +32,9 @@ class Member:
     bundle: str = ""
     """SHA-256 of the card of the bundle that the node has."""
 
+    refusal: str = ""
+    """Why the last reply of the node was refused, for its next request; empty if it was not."""
+
     waits_until: float = 0.0
     """Time before which the node is not asked again, after it has refused a request."""
 

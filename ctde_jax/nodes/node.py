@@ -260,6 +260,9 @@ class _Member:
     def take_part(self, request: Envelope) -> bytes:
         """Returns the message of a round, and computes it unless it has been computed before."""
         number = request.value("round", int)
+        refusal = request.value("refusal", str)
+        if refusal:
+            self._say(f"refused    the server has refused the last reply: {refusal}")
         problem = self._catch_up(request, number)
         if problem:
             self._say(f"behind     {problem}")

@@ -1,8 +1,9 @@
 """The server of a federation: it asks the nodes for messages, and closes rounds.
 
 The folder of the server is that of a run: rows, curves, checkpoints. A round is *closed* when its
-messages are combined; before any node learns its result, its answer and a checkpoint are on disk, so the same
-command continues after a kill at any time. Rows of the training split have an entry `round`:
+messages are combined. Before any node learns its result, its answer and a checkpoint are on disk,
+so the same command continues after a kill at any time. Rows of the training split have an entry
+`round`:
 
 - `nodes`: names of the nodes whose messages the round has taken;
 - `late`, `refused`: names of nodes whose messages came after the round had been closed, or were
@@ -198,6 +199,7 @@ class Server:
             self._accept(identity, member, unpack(reply))
         except InputError as error:
             member.waits_until = now + _PAUSE
+            member.refusal = str(error)
             self._open.refused.add(identity)
             self.say(f"refused    {member.name}: {error.option} {error.sentence}")
 
@@ -272,7 +274,9 @@ class Server:
             "round": number,
             "center": self._digest,
             "taken": self._answers.taken_from(identity),
+            "refusal": member.refusal,
         }
+        member.refusal = ""
 
         # The entries of the log, unless they are longer than the center itself.
         if entries is not None:

@@ -13,7 +13,7 @@ from ctde_jax.nodes.certificates import create_certificates
 from ctde_jax.nodes.flower.processes import find_port
 from ctde_jax.nodes.keys import create_node_key
 
-LIMIT = 90.0  # seconds, for a busy machine
+LIMIT = 180.0  # seconds, for a busy machine
 
 
 def wait_until(condition: Callable[[], object], seconds: float = LIMIT) -> None:
@@ -78,9 +78,14 @@ class Commands:
 
     def superlink(self) -> int:
         """Returns the process of the SuperLink of the server."""
+<<<<<<< HEAD
         listed = subprocess.run(
             ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True
         )
+=======
+        command = ["ps", "-A", "-o", "pid=,ppid=,args="]
+        listed = subprocess.run(command, capture_output=True, text=True)
+>>>>>>> d7197d9 (Tests of real processes: kills, full disks, hostile nodes, strangers)
         parent = str(self.running["server"].pid)
         rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
         return next(

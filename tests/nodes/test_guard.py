@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from ctde_jax.nodes.flower.paths import OPEN, SECRET, Guard
+from ctde_jax.nodes.flower.paths import OPEN, SECRET
+from ctde_jax.nodes.flower.superlink import Guard
 
 MINE = [(SECRET.encode(), b"secret")]
 

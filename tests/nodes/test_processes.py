@@ -3,6 +3,12 @@
 import os
 import resource
 import signal
+<<<<<<< HEAD
+=======
+import threading
+from contextlib import ExitStack
+from functools import partial
+>>>>>>> d7197d9 (Tests of real processes: kills, full disks, hostile nodes, strangers)
 
 import jax
 import numpy as np
@@ -13,6 +19,12 @@ from nodes_here import run_federation
 import ctde_jax as ctde
 from ctde_jax import checkpoint
 from ctde_jax.config import parse
+<<<<<<< HEAD
+=======
+from ctde_jax.nodes.certificates import create_certificates
+from ctde_jax.nodes.envelope import pack, unpack
+from ctde_jax.nodes.node import Node, Setup
+>>>>>>> d7197d9 (Tests of real processes: kills, full disks, hostile nodes, strangers)
 from ctde_jax.nodes.options import build_federation
 
 pytest.importorskip("flwr", reason="requires Flower: pip install 'ctde_jax[flower]'")
@@ -88,8 +100,8 @@ def test_kills_and_full_disks_do_not_change_a_bit(start, digits, tmp_path):
 
     # The disk of a node is full for some time; both sides report it.
     commands.fill_disk("north")
-    wait_for_line(commands, "north", "refused    folder cannot be written")
-    wait_for_line(commands, "server", "refused    north: request was refused: folder cannot be")
+    wait_for_line(commands, "north", "refused    folder must be a writable folder")
+    wait_for_line(commands, "server", "refused    north: request was refused: folder must be a")
     commands.free_disk("north")
     wait_for_rounds(commands, 1)
 
@@ -102,7 +114,7 @@ def test_kills_and_full_disks_do_not_change_a_bit(start, digits, tmp_path):
     # The disk of the server is full: it ends with a sentence, and is started again.
     commands.fill_disk("server")
     assert commands.running["server"].wait(LIMIT) == 2
-    assert commands.log("server").splitlines()[-1].startswith("error: --run-dir cannot be written")
+    assert commands.log("server").splitlines()[-1].startswith("error: --run-dir must be a writable")
     commands.serve()
     wait_for_rounds(commands, 1)
     commands.kill("server")
@@ -117,3 +129,138 @@ def test_kills_and_full_disks_do_not_change_a_bit(start, digits, tmp_path):
     found = tensors_of(commands.run_dir)
     assert found.keys() == expected.keys()
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+class Hostile:
+    """A node in a thread whose messages are made from those of an honest one.
+
+    Args:
+        commands: The server.
+        name: Name of the node, whose key the server accepts.
+        honest: Returns the reply of an honest node to a request.
+        attack: Returns the reply to a request for a message, given the honest one.
+    """
+
+    def __init__(self, commands: Commands, name: str, honest, attack):
+        self.lines: list[str] = []
+        self._name = name
+        self._honest = honest
+        self._attack = attack
+        self._stop = threading.Event()
+        folder = commands.folder / name
+        self._run = partial(
+            run_node,
+            folder,
+            commands.address,
+            self._answer,
+            authority=commands.authority,
+            stop=self._stop,
+            log=self.lines.append,
+        )
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _answer(self, request: bytes) -> bytes:
+        reply = unpack(self._honest(request))
+        if reply.header["kind"] == "joined":
+            index = 2 + [*ATTACKS].index(self._name)
+            return pack({**reply.header, "name": self._name, "index": index})
+        if reply.header["kind"] == "message":
+            return self._attack(reply)
+        return pack(reply.header, reply.parts)
+
+
+def with_header(**values):
+    return lambda reply: pack({**reply.header, **values}, reply.parts)
+
+
+def with_payload(change):
+    return lambda reply: pack(reply.header, [change(reply.parts[0]), *reply.parts[1:]])
+
+
+def fail(reply):
+    raise ValueError("a failure for the test")
+
+
+ATTACKS = {
+    "garbage": lambda reply: b"\xff" * 1000,
+    "size": with_payload(lambda payload: payload[:-1]),
+    "nan": with_payload(lambda payload: b"\xff" * len(payload)),
+    "replayed": with_header(round=0),
+    "future": with_header(round=1000),
+    "foreign": with_header(run="another"),
+    "failing": fail,
+    "large": with_payload(lambda payload: bytes(2_000_000)),
+}
+"""Attacks by the name of the node."""
+
+REFUSED = {
+    "garbage": "message must be a header and arrays of the sizes in the header",
+    "size": "message must have 5,153 bytes, got 5,152",
+    "nan": "message must be finite, got NaN or infinity",
+    "future": "round must be ",
+    "foreign": "run must be ",
+}
+"""Sentences of the server, by the name of the node."""
+
+# The server with a limit of 1 MB for replies, so that the test need not send 256 MB.
+SERVE = """
+import sys
+from ctde_jax import serve
+from ctde_jax.nodes.flower import serving
+
+serving.serve.__wrapped__.__kwdefaults__["most_bytes"] = 1_000_000
+sys.exit(serve.main(sys.argv[1:]))
+"""
+
+
+def test_hostile_nodes_and_strangers_are_refused_in_a_sentence(start, digits, tmp_path):
+    commands = start([*NAMES, *ATTACKS], [*OF_SERVER, "--deadline", "1", *OPTIONS])
+    commands.serve(["-c", SERVE])
+
+    # Strangers: a server with another certificate, and a node whose key the server does not have.
+    other = create_certificates(tmp_path / "other", []).authority
+    strangers = {
+        "misled": commands.node("misled", authority=other),
+        "unknown": commands.node("unknown"),
+    }
+
+    # Hostile nodes, which share an honest one.
+    device = jax.local_devices(backend="cpu")[0]
+    federation = build_federation(parse(OPTIONS, "serve"), digits, nodes=2, rounds=12)
+    shared = Node(tmp_path / "shared", lambda _: Setup(digits, lambda _: federation), [device], "x")
+    lock = threading.Lock()
+
+    def honest(request: bytes) -> bytes:
+        with lock:
+            return shared.answer(request)
+
+    hostile = [Hostile(commands, name, honest, attack) for name, attack in ATTACKS.items()]
+    with ExitStack() as stack:
+        for node in hostile:
+            stack.enter_context(node)
+        start_nodes(commands)
+        check_complete(commands)
+    for name, sentence in REFUSED.items():
+        wait_for_line(commands, "server", f"refused    {name}: {sentence}")
+    wait_for_line(commands, "server", "lost       failing: ValueError: a failure for the test")
+    rows = [row["round"] for row in commands.rounds()]
+    assert {name for row in rows for name in row["refused"]} >= {*REFUSED}
+    assert "replayed" in {name for row in rows for name in row["late"]}
+    assert any("it is larger than the server accepts" in line for line in hostile[7].lines)
+
+    # Each ends with one sentence.
+    sentences = {
+        "misled": "error: --server must be the machine that signed ca.pem",
+        "unknown": f"error: --server {commands.address} does not accept the key of this node",
+    }
+    for name, stranger in strangers.items():
+        assert stranger.wait(LIMIT) == 2
+        assert commands.log(name).splitlines()[-1].startswith(sentences[name])

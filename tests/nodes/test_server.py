@@ -261,6 +261,12 @@ def test_a_hostile_message_is_refused_in_one_sentence(waiting, name):
 
 def test_after_hostile_messages_the_run_goes_on(waiting):
     server, _, nodes = waiting
+    lines = []
+    nodes["key 2"]._member._say = lines.append
+    # The node learns of the refusal as well.
+    nodes["key 2"].answer(server.request("key 2"))
+    (line,) = lines
+    assert line.startswith("refused    the server has refused the last reply: ")
     run_rounds(server, Direct(nodes))
     assert server.is_complete
     assert rounds_of(server)[1]["refused"] == ["node 2"]
