@@ -22,7 +22,6 @@ import ctde_jax as ctde
 from ctde_jax.config import DataOptions, build, parse
 from ctde_jax.nodes.center import to_bytes
 from ctde_jax.nodes.envelope import unpack
-from ctde_jax.nodes.flower.node import run_node
 from ctde_jax.nodes.node import Node, Setup
 from ctde_jax.nodes.options import build_federation, received
 
@@ -104,6 +103,8 @@ class Light:
         return Setup(part_of_data, lambda data: build_federation(config, data, nodes, rounds))
 
     def _run(self, stop: threading.Event) -> None:
+        from ctde_jax.nodes.flower.node import run_node  # requires the extra
+
         name = self._federation.nodes[self._index]
         run_node(
             self._federation.folder_of(name),

@@ -78,14 +78,8 @@ class Commands:
 
     def superlink(self) -> int:
         """Returns the process of the SuperLink of the server."""
-<<<<<<< HEAD
-        listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True
-        )
-=======
         command = ["ps", "-A", "-o", "pid=,ppid=,args="]
         listed = subprocess.run(command, capture_output=True, text=True)
->>>>>>> d7197d9 (Tests of real processes: kills, full disks, hostile nodes, strangers)
         parent = str(self.running["server"].pid)
         rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
         return next(
