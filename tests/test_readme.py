@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from importlib import import_module
@@ -25,7 +26,7 @@ PAGES = {
 }
 
 
-OPTIONAL = ("datasets", "grain", "optuna", "torch")
+OPTIONAL = ("datasets", "flwr", "grain", "optuna", "torch")
 """Packages that some blocks import, but the extra `test` does not contain."""
 
 
@@ -61,6 +62,13 @@ def in_shell(command: str, folder: Path) -> str:
         check=True,
     )
     return done.stdout
+
+
+def free_port() -> int:
+    """Returns a port of loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -103,6 +111,27 @@ def test_commands_run(page, folder):
         assert prints[name] in in_shell(command, folder)
 
 
+@pytest.mark.slow
+def test_first_run_of_nodes_has_the_transcript_of_the_page(tmp_path):
+    """Each line of the block is a process; the order in which nodes join does not matter."""
+    pytest.importorskip("flwr", reason="requires Flower: pip install 'ctde_jax[flower]'")
+    page = PAGES["docs/nodes.md"]
+    block = next(block for block in blocks(page, "bash") if block.startswith("# terminal"))
+    port = free_port()
+    serve, *nodes = [
+        line.replace(":9092", f":{port}") for line in block.splitlines() if line[0] != "#"
+    ]
+    waiting = " & ".join([*(f"{node} > {index}.txt" for index, node in enumerate(nodes)), "wait"])
+    output = in_shell(f"{serve} --port {port} > server.txt & {waiting}; cat *.txt", tmp_path)
+    for transcript in blocks(page, "text"):
+        for line in transcript.splitlines():
+            line = re.sub("north|south", "NODE", line)
+            assert {*shape(line)} <= {*shape(re.sub("north|south", "NODE", output))}
+    for node in ("north", "south"):
+        assert (tmp_path / f"node-{node}" / "bundle" / "card.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of Flower
 @pytest.mark.parametrize(
     "page",
     some(
@@ -120,12 +149,14 @@ def test_python_blocks_run(page, folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / ".cache"))
     absent = {name for name in OPTIONAL if find_spec(name) is None}
     lacking = set()
+    port = free_port()
     namespace = {}
     for block in blocks(PAGES[page], "python"):
-        lacks = absent & {*re.findall(r"^import (\w+)", block, flags=re.MULTILINE)}
+        needs = {*re.findall(r"^import (\w+)", block, flags=re.MULTILINE)}
+        lacks = absent & (needs | {"flwr"} if "ctde.nodes.serve" in block else needs)
         lacking |= lacks
         if not lacks:
-            exec(block, namespace)
+            exec(block.replace("port=9092", f"port={port}").replace(":9092", f":{port}"), namespace)
     if lacking:
         pytest.skip(f"all other blocks ran, but some need {' and '.join(sorted(lacking))}")
 
