@@ -21,6 +21,7 @@ from ctde_jax.aggregate.robust import (
     multi_krum,
     trimmed_mean,
 )
+from ctde_jax.aggregate.smooth import smooth
 from ctde_jax.aggregate.sparse import random_k, top_k
 from ctde_jax.aggregate.streaming import streaming
 from ctde_jax.aggregate.transformations import (
@@ -73,6 +74,7 @@ __all__ = [
     "random_k",
     "reducer",
     "sign",
+    "smooth",
     "streaming",
     "top_k",
     "transformations",

@@ -19,6 +19,9 @@ REDUCERS = {
     "sign": two_phase(feedback(ctde.aggregate.sign())),
     "top_k": two_phase(feedback(ctde.aggregate.top_k(k=4, chunk=64))),
     "random_k": two_phase(feedback(ctde.aggregate.random_k(k=8, chunk=64))),
+    "smooth": ctde.aggregate.smooth(
+        two_phase(feedback(ctde.aggregate.quantize(bits=2))), image=(8, 5), keep=(4, 3)
+    ),
     "gathered": ctde.aggregate.gathered(feedback(ctde.aggregate.top_k(k=4, chunk=64))),
     "median": two_phase(combine=ctde.aggregate.median()),
     "trimmed_mean": two_phase(combine=ctde.aggregate.trimmed_mean(1)),

@@ -217,6 +217,30 @@ def test_gradient_of_the_focal_loss_is_finite_for_certain_outputs(gamma):
     np.testing.assert_allclose(grad, [[0, 0], [1, -1]], atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(20, 3), (4, 7, 3)], ids=["classes", "tokens"])
+def test_calibrated_loss_is_that_of_bayes(shape, key):
+    """With scores of `p(input | class)`, the probabilities are those of the node's classes."""
+    scores = jax.random.normal(key, shape)
+    labels = jax.random.randint(key, shape[:-1], 0, 3)
+    prior = np.array([10, 1, 5]) / 16
+    posterior = np.exp(np.asarray(scores)) * prior
+    posterior /= posterior.sum(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(posterior, np.asarray(labels)[..., None], axis=-1)
+    task = tasks.classification if len(shape) == 2 else tasks.language_modeling
+    calibrated = tasks.calibrated(task, [9, 0, 4])
+    np.testing.assert_allclose(
+        calibrated.objective(scores, labels),
+        -np.log(chosen).reshape(len(labels), -1).mean(axis=1),
+        rtol=1e-4,
+    )
+    assert calibrated.loss is tasks.cross_entropy
+
+
+def test_negative_counts_are_refused():
+    with pytest.raises(InputError, match="counts must not be negative, got -1"):
+        tasks.calibrated(tasks.classification, [3, -1])
+
+
 def test_class_weights_multiply_the_focal_loss(imbalanced, key):
     focal = tasks.focal(tasks.classification, 2.0)
     task = tasks.weighted(focal, [1.0, 2.0, 3.0], imbalanced)
@@ -226,7 +250,7 @@ def test_class_weights_multiply_the_focal_loss(imbalanced, key):
     )
 
 
-@pytest.mark.parametrize("change", [tasks.focal, tasks.smoothed])
+@pytest.mark.parametrize("change", [tasks.focal, tasks.smoothed, tasks.calibrated])
 def test_objective_is_not_replaced_silently(change, imbalanced):
     task = tasks.weighted(tasks.classification, "balanced", imbalanced)
     with pytest.raises(InputError) as caught:

@@ -14,7 +14,7 @@ from ctde_jax.models.tasks.named import (
     multilabel,
     name_of,
 )
-from ctde_jax.models.tasks.objectives import focal, smoothed, weighted
+from ctde_jax.models.tasks.objectives import calibrated, focal, smoothed, weighted
 from ctde_jax.models.tasks.targets import regression, regression_in
 from ctde_jax.models.tasks.task import (
     RESERVED,
@@ -33,6 +33,7 @@ __all__ = [
     "PerExample",
     "Task",
     "Units",
+    "calibrated",
     "classification",
     "cross_entropy",
     "focal",

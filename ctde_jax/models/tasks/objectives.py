@@ -80,12 +80,7 @@ def focal(task: Task, gamma: float) -> Task:
     check_not_negative(focal_gamma=gamma)
     if not gamma:
         return task
-    if task.loss is not cross_entropy:
-        raise InputError(
-            "task",
-            "must have the loss tasks.cross_entropy for the focal loss, such as "
-            "tasks.classification, got another loss.",
-        )
+    _check_is_cross_entropy(task, "the focal loss")
     _check_minimizes_loss(task, "focal")
 
     def objective(
@@ -95,6 +90,42 @@ def focal(task: Task, gamma: float) -> Task:
         # 1 - p without cancellation. At 0, the gradient of a power below 1 would be infinite.
         missing = jnp.maximum(-jnp.expm1(-losses), jnp.finfo(losses.dtype).tiny)
         return mean_over_places(missing**gamma * losses)
+
+    return task._replace(objective=objective)
+
+
+def calibrated(task: Task, counts: Sequence[int] | np.ndarray) -> Task:
+    """Returns the task with calibrated logits in the minimized objective (Zhang et al., 2022).
+
+    The logarithm of the frequency of each class among the examples of a node is added to the
+    logits. The node then need not learn how frequent its classes are, which differs from node to
+    node and would pull their models apart. The reported loss does not change.
+
+    Args:
+        task: Task whose loss is `cross_entropy`, without another objective.
+        counts: Number of examples of each class, `int[classes]`; 1 is added to each, so a class
+            without examples is possible.
+
+    Raises:
+        InputError: A count is negative, the loss of the task is another one, or the task has
+            another objective.
+
+    Examples:
+        >>> labels = ctde.data.digits().train.labels[:100]
+        >>> counts = np.bincount(labels, minlength=10)
+        >>> task = ctde.tasks.calibrated(ctde.tasks.classification, counts)
+    """
+    frequencies = np.asarray(counts, np.float64) + 1
+    if not (frequencies >= 1).all():
+        raise InputError("counts", f"must not be negative, got {min(counts)}.")
+    _check_is_cross_entropy(task, "calibrated logits")
+    _check_minimizes_loss(task, "calibrated")
+    offsets = np.log(frequencies / frequencies.sum()).astype(np.float32)
+
+    def objective(
+        logits: Float[Array, "examples ... classes"], labels: Int32[Array, "examples ..."]
+    ) -> Float32[Array, " examples"]:
+        return cross_entropy(logits + jnp.expand_dims(offsets, range(logits.ndim - 1)), labels)
 
     return task._replace(objective=objective)
 
@@ -176,6 +207,16 @@ def _class_weights(weights: Any, classes: Sequence[str]) -> Float32[np.ndarray, 
             f"must be finite, at least 0, and not all 0, got {quoted(values.tolist())}.",
         )
     return values
+
+
+def _check_is_cross_entropy(task: Task, purpose: str) -> None:
+    """Raises InputError unless the loss of the task is the cross-entropy."""
+    if task.loss is not cross_entropy:
+        raise InputError(
+            "task",
+            f"must have the loss tasks.cross_entropy for {purpose}, such as tasks.classification, "
+            "got another loss.",
+        )
 
 
 def _check_minimizes_loss(task: Task, name: str) -> None:
