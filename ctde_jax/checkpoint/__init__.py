@@ -35,9 +35,11 @@ from ctde_jax.checkpoint.resume import (
     plain,
 )
 from ctde_jax.checkpoint.run_folder import (
+    ANSWERS,
     CHECKPOINTS,
     CURVES,
     METRICS,
+    NODES,
     PARTITION,
     REPORT,
     check_new,
@@ -50,6 +52,7 @@ from ctde_jax.checkpoint.run_folder import (
 from ctde_jax.checkpoint.uploader import Uploader, open_uploader
 
 __all__ = [
+    "ANSWERS",
     "BEST",
     "CHECKPOINTS",
     "CURVES",
@@ -57,6 +60,7 @@ __all__ = [
     "MANIFEST",
     "MEASURED",
     "METRICS",
+    "NODES",
     "OTHER_POINT",
     "PARTITION",
     "REPORT",

@@ -16,11 +16,16 @@ LOCK = ".lock"
 METRICS = "metrics.jsonl"
 PARTITION = "partition.png"
 REPORT = "report.html"
-_OF_A_RUN = ("bundle", CONFIG, CURVES, PARTITION, REPORT, METRICS, CHECKPOINTS)
+ANSWERS = "answers"
+NODES = "nodes.json"
+_OF_A_RUN = (
+    *("bundle", CONFIG, CURVES, PARTITION, REPORT, METRICS, NODES),
+    *(ANSWERS, CHECKPOINTS),
+)
 """Entries that a run and its export write, in the order in which `make_way` moves them."""
 
 OWN = frozenset({LOCK, *_OF_A_RUN} - {"bundle"})
-"""Entries that a trainer writes to the folder of a run."""
+"""Entries that a trainer or a server writes to the folder of a run."""
 
 # Name of the subfolder in which `make_way` collects the files of a run.
 _MOVING = ".previous.partial"

@@ -9,12 +9,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ctde_jax.checkpoint import write_whole
+from ctde_jax.checkpoint import ANSWERS, write_whole
 from ctde_jax.errors import InputError, writing_to
 from ctde_jax.nodes.center import Answer
 from ctde_jax.nodes.envelope import pack, unpack
-
-FOLDER = "answers"
 
 
 class Entry(NamedTuple):
@@ -35,7 +33,7 @@ class Answers:
     """
 
     def __init__(self, folder: Path, keep: int, end: int):
-        self._folder = folder / FOLDER
+        self._folder = folder / ANSWERS
         self._keep = keep
         self._entries: dict[int, Entry] = {}
         with writing_to(folder):

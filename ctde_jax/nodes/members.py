@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctde_jax.bundle import read_small
-from ctde_jax.checkpoint import write_whole
+from ctde_jax.checkpoint import NODES, write_whole
 from ctde_jax.errors import InputError, writing_to
-
-NODES = "nodes.json"
 
 
 @dataclass

@@ -25,8 +25,10 @@ from ctde_jax.trainer import (
     Stop,
     Training,
     claim,
+    console,
     open_callbacks,
     open_log,
+    prepare_folder,
 )
 
 
@@ -73,12 +75,11 @@ def open_server(
 
     # A lock on the folder, and the newest checkpoint of the same run.
     with ExitStack() as stack:
-        log_of_notes: list[str] = []
-        found = stack.enter_context(claim(training, saving, log_of_notes.append))
+        notes = console(quiet=not show)
+        found = stack.enter_context(claim(training, saving, notes.print))
+        prepare_folder(saving, found, notes.print)
         kept = 0 if found.checkpoint is None else found.checkpoint.facts["rows"]
         log = stack.enter_context(open_log(training.total_steps, saving.folder, show, kept))
-        for note in log_of_notes:
-            log.say(note)
         algorithm = make_algorithm(training, federation.strategy, federation.nodes, log.say)
         begun, best = _begin(training, algorithm, found.checkpoint)
 
@@ -107,9 +108,7 @@ def open_server(
             log.say,
         )
         called("on_start", found.decided, log.rows)
-        if found.checkpoint is None:
-            if saving.prepare is not None:
-                saving.prepare(saving.folder)
+        if found.is_new:
             server.save()
         yield server
 

@@ -257,6 +257,17 @@ class Server:
             self.record.saver.wait()
         self.record.report_checkpoints()
 
+    def evaluate(self) -> None:
+        """Evaluates the center, and adds the rows; does nothing if the last rows are of it.
+
+        Raises:
+            NonFiniteLoss: The loss is NaN or infinite.
+        """
+        if self.record.measured is None:
+            params, model_state = self.evaluated_center()
+            averages = {name: of(params, model_state) for name, of in self._evaluate.items()}
+            self.record.evaluated(averages, params, model_state)
+
     def evaluated_center(self) -> tuple[PyTree, PyTree]:
         """Returns the parameters to evaluate and the model state, on the host."""
         train_state = self.state.as_train_state(self.record.meter.position.step)
@@ -465,9 +476,7 @@ class Server:
         position = meter.position.gone_through
         interval = -(-self.record.training.interval // steps) * steps
         if position % interval == 0 or position == self.federation.steps:
-            params, model_state = self.evaluated_center()
-            averages = {name: of(params, model_state) for name, of in self._evaluate.items()}
-            self.record.evaluated(averages, params, model_state)
+            self.evaluate()
 
     def _expected_size(self) -> int:
         """Returns the number of bytes of a payload."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctde_jax.bundle import open_bundle
 from ctde_jax.checkpoint import named
 from ctde_jax.data import Dataset
 from ctde_jax.errors import InputError, Preempted, check_at_least, check_at_most, check_positive
@@ -195,6 +196,7 @@ def coordinate(
     ):
 
         def trained() -> Trained:
+            server.evaluate()
             center = server.evaluated_center()
             record = server.record
             rows = plan_rows(record.training)
@@ -214,7 +216,7 @@ def coordinate(
                     offer()
                 clock.lap("evaluate")
             if server.is_complete and not stop:
-                if not (folder / BUNDLE).exists():
+                if not _is_current(folder / BUNDLE, server):
                     offer()
                 server.offer(folder / BUNDLE)
                 send_bundle(server, link, linger, lambda: bool(stop))
@@ -224,6 +226,15 @@ def coordinate(
         result = trained()
         server.record.callbacks("on_end", result)
         return result
+
+
+def _is_current(folder: Path, server: Server) -> bool:
+    """Returns whether a folder has the bundle of the parameters as they are."""
+    try:
+        facts = open_bundle(folder).card.facts
+    except InputError:
+        return False
+    return facts["training"]["step"] == server.record.meter.position.step
 
 
 class LinkByIdentity:

@@ -28,6 +28,7 @@ from ctde_jax.trainer.plan import line, plan, plan_rows
 from ctde_jax.trainer.record import Record
 from ctde_jax.trainer.reports import Calibration, ClassMetrics, Estimate, Report, TargetMetrics
 from ctde_jax.trainer.rollback import SCALED
+from ctde_jax.trainer.run import prepare_folder
 from ctde_jax.trainer.stop import Stop, deferred
 from ctde_jax.trainer.stopwatch import Profile
 from ctde_jax.trainer.trained import Trained, accepts
@@ -77,6 +78,7 @@ __all__ = [
     "plan",
     "plan_rows",
     "plot_curves",
+    "prepare_folder",
     "read_rows",
     "stopwatch",
     "trackers",

@@ -301,6 +301,18 @@ def test_a_node_with_a_message_far_out_is_named(opened):
     assert rounds_of(server)[-1]["far_out"] == ["node 1"]
 
 
+@pytest.mark.slow
+def test_a_run_from_the_start_has_no_nodes_of_the_earlier_one(opened, tmp_path, digits, parts):
+    with opened() as (server, nodes):
+        run_rounds(server, Direct(nodes), rounds=2)
+        before = unpack(server.request("key 0")).header["run"]
+    saving = ctde.Saving(tmp_path / "server", resume=False)
+    with open_server(federation_of(), digits, saving, show=False) as server:
+        assert server.round == 0
+        assert unpack(server.request("key 0")).header["run"] != before
+    assert (tmp_path / "server" / "previous-1" / "nodes.json").exists()
+
+
 def test_an_index_belongs_to_one_node(opened, tmp_path, digits, parts):
     with opened() as (server, nodes):
         run_rounds(server, Direct(nodes), rounds=1)
