@@ -119,10 +119,10 @@ class Light:
     def _answer(self, request: bytes) -> bytes:
         # The first request for a message after the return has what the node has missed.
         header = unpack(request).header
-        if header["kind"] == "round" and self._expects_first:
+        member = self._node._member
+        # A node that has just started is introduced to the run once more before that.
+        if header["kind"] == "round" and self._expects_first and member is not None:
             self._expects_first = False
-            member = self._node._member
-            assert member is not None
             self.returns.append(
                 {
                     "node": self._index,

@@ -141,6 +141,20 @@ def test_a_node_that_was_away_for_long_costs_at_most_a_snapshot(opened, keep_ans
     check_equal(*[nodes[key]._member._state.center for key in ("key 0", "key 2")])
 
 
+@pytest.mark.slow
+def test_fifty_missed_rounds_cost_at_most_a_snapshot(opened):
+    federation = federation_of(rounds=52)
+    with opened(federation, quorum=2) as (server, nodes):
+        link = Direct(nodes, lambda identity: identity == "key 2" and 1 <= server.round < 51)
+        run_rounds(server, link, rounds=51)
+        request = server.request("key 2")
+        snapshot = sum(leaf.nbytes for leaf in jax.tree.leaves(server.state.center))
+        assert len(request) < snapshot + 500
+        run_rounds(server, link)
+        assert rounds_of(server)[-1]["nodes"] == ["node 0", "node 1", "node 2"]
+    check_equal(*[nodes[key]._member._state.center for key in ("key 0", "key 2")])
+
+
 def test_a_late_message_is_added_to_the_next_one(opened, digits):
     # Without compression, the sum of all messages is the sum of all changes of the node.
     federation = federation_of(ctde.aggregate.mean(), rounds=3)
