@@ -10,7 +10,6 @@ evaluates on the test split of its data set.
 
 import os
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from math import ceil
@@ -31,7 +30,6 @@ def main(arguments: Sequence[str]) -> int:
         The exit status: 0; 2 for invalid options or data, or a loss that is not finite; 75 after
         SIGTERM or SIGHUP; 130 after Ctrl-C.
     """
-    started = time.perf_counter()
     parser = _parser()
     if {"-h", "--help"} & set(arguments):
         parser.print_help()
@@ -39,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     chosen, rest = parser.parse_known_args(arguments)
     try:
-        return _serve(chosen, options.parse(rest, "serve"), started)
+        return _serve(chosen, options.parse(rest, "serve"))
     except InputError as error:
         is_own = error.option in vars(chosen)
         flag = options.as_flag(error.option) if is_own else options.flag(error.option)
@@ -89,7 +87,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _serve(chosen: Namespace, config: options.Config, started: float) -> int:
+def _serve(chosen: Namespace, config: options.Config) -> int:
     from ctde_jax import devices  # not at the top, as these import JAX
     from ctde_jax.config import build
     from ctde_jax.nodes import Listening, build_federation, check_installed, serve, to_send

@@ -12,7 +12,7 @@ from ctde_jax.data import Dataset
 from ctde_jax.devices import replica
 from ctde_jax.errors import InputError, check_at_least, check_at_most, check_whole
 from ctde_jax.nodes.answers import Answers
-from ctde_jax.nodes.center import Algorithm, make_algorithm
+from ctde_jax.nodes.center import Algorithm, Center, make_algorithm
 from ctde_jax.nodes.federation import Federation
 from ctde_jax.nodes.members import Members
 from ctde_jax.nodes.server import Server, ServerState
@@ -136,12 +136,7 @@ def _begin(training: Training, algorithm: Algorithm, found) -> tuple[ServerState
     names = state.named(like)
     tensors = {name: tensor for name, tensor in found.tensors.items() if name in names}
     read = state.tree_from_tensors(tensors, like, "run_dir")
-    center = center._replace(
-        params=read.params,
-        model_state=read.model_state,
-        outer_state=read.outer_state,
-        frozen=read.frozen,
-    )
+    center = Center(read.params, read.model_state, read.outer_state, read.frozen)
     return ServerState(center, read.reduce_state, read.ema_params), best
 
 

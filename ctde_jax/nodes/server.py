@@ -116,6 +116,7 @@ class Server:
         self._open = Open()
         self._bundle: _Bundle | None = None
         self._digest = begun.center.digest
+        self._snapshot_size = sum(leaf.nbytes for leaf in jax.tree.leaves(begun.center))
         self._shapes = shapes_of(begun.center)
         self._read = jax.jit(algorithm.star.read)
         self._combine = jax.jit(algorithm.star.combine)
@@ -139,9 +140,7 @@ class Server:
     @property
     def lacks_bundle(self) -> bool:
         """Whether the run is complete, and a node that has joined it lacks its bundle."""
-        return self._bundle is not None and any(
-            member.bundle != self._bundle.sha256 for member in self._members.admitted()
-        )
+        return any(map(self._sends_bundle, self._members.admitted()))
 
     def wants(self, identity: str, now: float) -> bool:
         """Returns whether to send a request to a node that has none at present."""
@@ -278,7 +277,6 @@ class Server:
         """Returns the request for the message of the open round, with what the node has missed."""
         number = self.round
         entries = None if member.round is None else self._answers.since(member.round, number)
-        snapshot = to_bytes(tuple(self.state.center))
         header = {
             "kind": "round",
             "run": self._members.run,
@@ -296,12 +294,12 @@ class Server:
                 for entry in entries.values()
                 for part in (entry.answer.reduced, entry.answer.model_state)
             ]
-            if sum(map(len, parts)) <= len(snapshot):
+            if sum(map(len, parts)) <= self._snapshot_size:
                 values = [entry.answer.value for entry in entries.values()]
                 taken = [each for each in header["taken"] if each in entries]
                 more = {"since": member.round, "values": values, "taken": taken}
                 return pack({**header, **more, "snapshot": False}, parts)
-        return pack({**header, "snapshot": True}, [snapshot])
+        return pack({**header, "snapshot": True}, [to_bytes(tuple(self.state.center))])
 
     def _sends_bundle(self, member: Member) -> bool:
         return self._bundle is not None and member.bundle != self._bundle.sha256

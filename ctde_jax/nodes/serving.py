@@ -78,7 +78,6 @@ def serve(
     options: Mapping[str, Any] | None = None,
     callbacks: Sequence[AnyCallback] = (),
     show: bool = True,
-    on_open: Callable[[Server], None] = lambda server: None,
 ) -> Trained:
     """Trains with nodes over the network, and sends them the bundle of the trained model.
 
@@ -98,7 +97,6 @@ def serve(
         options: Options that the nodes receive; see `node.MakeSetup`.
         callbacks: Callbacks, as of `fit`.
         show: Whether to show progress.
-        on_open: Called when the folder is open, before the first round.
 
     Returns:
         The trained model, or as it is after Ctrl-C.
@@ -114,7 +112,6 @@ def serve(
     folder = named("run_dir", run_dir)
 
     def open_link(server: Server) -> AbstractContextManager["FlowerLink"]:
-        on_open(server)
         certificates = None
         allowed = []
         if not listening.insecure:
@@ -202,9 +199,8 @@ def coordinate(
             rows = plan_rows(record.training)
             return record.result(center, (), None, dict(clock.seconds), bool(stop), rows)
 
-        def offer() -> None:
+        def write() -> None:
             write_bundle(trained(), data, folder / BUNDLE, show=False)
-            server.offer(folder / BUNDLE)
 
         with open_link(server) as flower:
             clock.lap("start-up")
@@ -212,12 +208,13 @@ def coordinate(
             while not server.is_complete and not stop:
                 run_rounds(server, link, deadline, lambda: bool(stop), bundle_every)
                 clock.lap("train")
-                if server.is_complete or (bundle_every is not None and not stop):
-                    offer()
+                if bundle_every is not None and not (server.is_complete or stop):
+                    write()
+                    server.offer(folder / BUNDLE)
                 clock.lap("evaluate")
             if server.is_complete and not stop:
                 if not _is_current(folder / BUNDLE, server):
-                    offer()
+                    write()
                 server.offer(folder / BUNDLE)
                 send_bundle(server, link, linger, lambda: bool(stop))
         if stop.is_preemption and not server.is_complete:
@@ -234,7 +231,9 @@ def _is_current(folder: Path, server: Server) -> bool:
         facts = open_bundle(folder).card.facts
     except InputError:
         return False
-    return facts["training"]["step"] == server.record.meter.position.step
+    # Early stopping returns the parameters of an earlier step.
+    step = server.record.best.step or server.record.meter.position.step
+    return facts["training"]["step"] == step
 
 
 class LinkByIdentity:
