@@ -88,7 +88,7 @@ class Federation:
 
     def superlink(self) -> int | None:
         """Returns the id of the process of the SuperLink, or None if there is none at present."""
-        command = ["ps", "-o", "pid=,ppid=,args=", "-A"]
+        command = ["ps", "-ww", "-A", "-o", "pid=,ppid=,args="]
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         parent = self._running[SERVER].pid
         for line in listed.splitlines():

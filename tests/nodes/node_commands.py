@@ -23,6 +23,19 @@ def wait_until(condition: Callable[[], object], seconds: float = LIMIT) -> None:
         time.sleep(0.02)
 
 
+def superlink_of(process_id: int) -> int:
+    """Returns the process of the SuperLink that a process has started."""
+    # -ww: without it, the arguments end at the width of the screen.
+    command = ["ps", "-ww", "-A", "-o", "pid=,ppid=,args="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return next(
+        int(process)
+        for process, parent, arguments in rows
+        if int(parent) == process_id and "ctde_jax.nodes.flower.superlink" in arguments
+    )
+
+
 class Commands:
     """A server and nodes, each with a log of all its starts."""
 
@@ -78,15 +91,7 @@ class Commands:
 
     def superlink(self) -> int:
         """Returns the process of the SuperLink of the server."""
-        command = ["ps", "-A", "-o", "pid=,ppid=,args="]
-        listed = subprocess.run(command, capture_output=True, text=True)
-        parent = str(self.running["server"].pid)
-        rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
-        return next(
-            int(process)
-            for process, its_parent, arguments in rows
-            if its_parent == parent and "nodes.flower.superlink" in arguments
-        )
+        return superlink_of(self.running["server"].pid)
 
     def _limit_files(self, name: str, size: int) -> None:
         process = self.running[name].pid

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from node_commands import superlink_of
 
 from ctde_jax.errors import InputError
 from ctde_jax.nodes.certificates import create_certificates
@@ -99,17 +100,6 @@ def pull(link, count: int = 1) -> list:
 
     wait_until(is_complete)
     return replies
-
-
-def superlink_of(process_id: int) -> int:
-    """Returns the process of the SuperLink that a process has started."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    rows = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
-    return next(
-        int(pid)
-        for pid, parent, arguments in rows
-        if int(parent) == process_id and "ctde_jax.nodes.flower.superlink" in arguments
-    )
 
 
 def test_each_node_answers_its_request(federation):
