@@ -11,12 +11,15 @@ import jax
 from rich.console import Console
 
 from ctde_jax import config
+from ctde_jax.aggregate import Strategy
 from ctde_jax.bundle import streams
 from ctde_jax.config import build
-from ctde_jax.cost import measure, table, targets
+from ctde_jax.cost import Traffic, measure, sentence_of_run, table, targets
 from ctde_jax.devices import FAKE_DEVICES, hosts, one_for_each, start
 from ctde_jax.errors import InputError
 from ctde_jax.models import count_params
+from ctde_jax.rounds import count_rounds
+from ctde_jax.trainer import Training
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,23 +80,38 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
     # Compile the rounds of the run, and count the bytes in the compiled program.
     data = build.load_data(chosen.data, chosen.optimization.seed)
     training = build.build_training(chosen, data, devices)
+    phases = training.phases(training.log_every)
+    count = count_params(training.shapes[0])
+    sent = 0.0
+    for phase in phases:
+        traffic = _measure(training, phase.strategy)
+        sent += traffic.sent * count_rounds(phase.spans)
+        shown = table(traffic, count, len(devices))
+        if len(phases) > 1:
+            shown.title = f"bytes sent by each device, from step {phase.start:,}"
+        Console().print(shown)
+    if len(phases) > 1:
+        print(sentence_of_run(sent, training.total_steps, count, len(devices)))
+
+
+def _measure(training: Training, strategy: Strategy) -> Traffic:
+    """Compiles the rounds of a phase with this strategy, and counts their bytes."""
     program = targets.compile_rounds(
         training.raw_model,
-        data,
+        training.data,
         training.weighted_task,
         training.optimizer,
-        training.strategy,
+        strategy,
         training.source,
-        devices,
+        training.devices,
         augment=training.augment,
         accumulation_steps=training.accumulation_steps,
         ema_decay=training.ema_decay,
         skip_nonfinite=training.on_nonfinite == "skip",
         divide=training.divide,
     )
-    hosts_of_devices = [device.process_index for device in devices]
-    traffic = measure(program.as_text() or "", training.strategy.inner_steps, hosts_of_devices)
-    Console().print(table(traffic, count_params(training.shapes[0]), len(devices)))
+    hosts_of_devices = [device.process_index for device in training.devices]
+    return measure(program.as_text() or "", strategy.inner_steps, hosts_of_devices)
 
 
 if __name__ == "__main__":

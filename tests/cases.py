@@ -5,6 +5,11 @@ from typing import Any
 
 import pytest
 
+from ctde_jax.config.presets import PRESETS
+
+STRATEGY_NAMES = [name for name in PRESETS if name != "qsr"]
+"""Arguments of `ctde.strategy`; the rounds of qsr depend on the learning rate of a run."""
+
 
 def some(cases: Iterable[Any], *quick: Any) -> Sequence[Any]:
     """Returns all cases; all but the quick ones are slow, so the default suite leaves them out."""

@@ -8,6 +8,7 @@ from ctde_jax.aggregate.exchange import gathered, two_phase
 from ctde_jax.aggregate.gossip import gossip
 from ctde_jax.aggregate.isotropic import isotropic
 from ctde_jax.aggregate.mean import hierarchical_mean, mean
+from ctde_jax.aggregate.phases import by_learning_rate, quadratic_synchronization
 from ctde_jax.aggregate.power_sgd import power_sgd
 from ctde_jax.aggregate.private import epsilon, private
 from ctde_jax.aggregate.proximal import proximal
@@ -49,6 +50,7 @@ __all__ = [
     "adapted",
     "as_transformation",
     "average",
+    "by_learning_rate",
     "centered_clipping",
     "depends_on",
     "epsilon",
@@ -70,6 +72,7 @@ __all__ = [
     "power_sgd",
     "private",
     "proximal",
+    "quadratic_synchronization",
     "quantize",
     "random_k",
     "reducer",

@@ -1,6 +1,8 @@
 """A strategy determines when replicas communicate, what they send and how the result is applied."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import optax
 
@@ -26,16 +28,19 @@ class Strategy:
     is the outer gradient, the shared parameters minus those of the replica:
     `H local steps -> outer gradient -> reduce -> outer`.
 
+    A run may have several *phases*, each with another strategy; see `later`.
+
     Raises:
-        InputError: `inner_steps` or `synchronous_steps` is negative, `synchronous_steps` is not a
-            multiple of `inner_steps`, `exact` is combined with inner steps or another reducer, or
-            an argument that needs inner steps is given without them.
+        InputError: `inner_steps` is negative, `exact` or `shared_batches` is combined with inner
+            steps, later phases or another reducer, an argument that needs inner steps is given
+            without them, or a phase of `later` cannot follow the one before it.
 
     Examples:
         >>> gradients = ctde.Strategy()
         >>> local_sgd = ctde.Strategy(inner_steps=8)
         >>> outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
         >>> diloco = ctde.Strategy(inner_steps=32, outer=outer)
+        >>> post_local_sgd = ctde.Strategy(later={64: ctde.Strategy(inner_steps=16)})
     """
 
     inner_steps: int = 0
@@ -53,12 +58,6 @@ class Strategy:
     Its `update` also receives `anchor`, the parameters at the start of the round.
     """
 
-    synchronous_steps: int = 0
-    """Steps at the start of a run that average gradients, before the rounds of this strategy begin.
-
-    They must be a multiple of `inner_steps`.
-    """
-
     diverges: bool = False
     """Whether parameters differ between replicas after a round, as with `gossip`.
 
@@ -72,16 +71,30 @@ class Strategy:
     order; see `rounds/exact.py`. Requires the default reducer.
     """
 
-    def __post_init__(self):
-        check_at_least(0, inner_steps=self.inner_steps, synchronous_steps=self.synchronous_steps)
+    shared_batches: bool = False
+    """Whether all replicas take the same steps, on the batches of the first one, and send nothing.
 
-        # Exact training computes and sums the gradients itself.
-        if self.exact and self.inner_steps:
-            raise InputError("exact", f"requires inner_steps=0, got {self.inner_steps}.")
-        if self.exact and self.reduce is not MEAN:
-            raise InputError(
-                "exact", "requires the default reducer, because it sums the gradients itself."
-            )
+    It is a common start without communication: with R replicas, a step uses 1 / R of the global
+    batch. Requires the default reducer and data that are not assigned to replicas.
+    """
+
+    later: Mapping[int, "Strategy"] = field(default_factory=dict, hash=False)
+    """Strategies of later phases by their first step, such as `{64: Strategy(inner_steps=16)}`.
+
+    The first step of a phase must be a multiple of the inner steps of the phase and of the phase
+    before it. Parameters and the state of the optimizer continue. The states of the reducer, of the
+    outer optimizer and of `inner` continue if both phases have inner steps and states of the same
+    shapes; otherwise they are initialized.
+    """
+
+    def __post_init__(self):
+        check_at_least(0, inner_steps=self.inner_steps)
+
+        # Exact training computes and sums the gradients itself; with shared batches, all replicas
+        # have the same gradient.
+        for option in ("exact", "shared_batches"):
+            if getattr(self, option):
+                self._check_without_reducer(option)
 
         # Options that have no effect without inner steps are rejected, not ignored.
         if self.inner_steps == 0:
@@ -91,13 +104,16 @@ class Strategy:
             self._requires_inner_steps(
                 "inner", self.inner is not UNCHANGED, "there are no local steps"
             )
-            self._requires_inner_steps(
-                "synchronous_steps", self.synchronous_steps > 0, "every step is synchronous"
-            )
             self._requires_inner_steps("diverges", self.diverges, "replicas cannot diverge")
-        elif self.synchronous_steps % self.inner_steps:
-            rule = f"must be a multiple of the {self.inner_steps} inner steps of a round"
-            raise InputError("synchronous_steps", f"{rule}, got {self.synchronous_steps}.")
+        if self.later:
+            self._check_phases()
+
+    @property
+    def phases(self) -> dict[int, "Strategy"]:
+        """The strategies of all phases by their first step, each without later phases."""
+        if not self.later:
+            return {0: self}
+        return {0: replace(self, later={}), **dict(sorted(self.later.items()))}
 
     @property
     def is_independent(self) -> bool:
@@ -112,6 +128,43 @@ class Strategy:
         Both accept any extra arguments; see `transformations.adapted`.
         """
         return optax.with_extra_args_support(optax.chain(adapted(self.inner), adapted(optimizer)))
+
+    def _check_without_reducer(self, option: str) -> None:
+        if self.inner_steps:
+            raise InputError(option, f"requires inner_steps=0, got {self.inner_steps}.")
+        if self.reduce is not MEAN:
+            reason = {
+                "exact": "it sums the gradients itself",
+                "shared_batches": "nothing is sent",
+            }[option]
+            raise InputError(option, f"requires the default reducer, because {reason}.")
+        if self.exact and (self.later or self.shared_batches):
+            raise InputError("exact", "requires a single phase without shared batches.")
+
+    def _check_phases(self) -> None:
+        """Checks that each phase of `later` can follow the one before it."""
+        for start, strategy in self.later.items():
+            if not isinstance(start, int) or start < 1:
+                raise InputError("later", f"must have steps of at least 1 as keys, got {start!r}.")
+            if not isinstance(strategy, Strategy):
+                rule = "must have strategies as values"
+                raise InputError("later", f"{rule}, got {strategy!r:.60} at step {start:,}.")
+            if strategy.later or strategy.exact:
+                rule = "must have strategies that are not exact and have no later phases"
+                raise InputError("later", f"{rule}, got another at step {start:,}.")
+
+        for (_, before), (start, after) in pairwise(self.phases.items()):
+            for steps in (before.inner_steps, after.inner_steps):
+                if steps and start % steps:
+                    rule = f"must begin a phase at a multiple of its {steps} inner steps"
+                    raise InputError("later", f"{rule} and of those before it, got {start:,}.")
+            # After local steps, each replica has another state of the optimizer.
+            if before.inner_steps and not after.inner_steps:
+                rule = "must have inner steps in all phases after the first one with inner steps"
+                raise InputError("later", f"{rule}, got 0 at step {start:,}.")
+            if before.diverges and not after.diverges:
+                rule = "must diverge in all phases after the first one that diverges"
+                raise InputError("later", f"{rule}, got a strategy that does not at {start:,}.")
 
     def _requires_inner_steps(self, part: str, given: bool, reason: str) -> None:
         if given:

@@ -278,7 +278,13 @@ def parts_of(
 
 
 def _agreement(strategy: Strategy) -> Callable[..., PyTree]:
-    """Returns the function that applies the transformations of a strategy to one message.
+    """Returns the function that applies the transformations of all phases to one message."""
+    phases = [_agreement_of_phase(each) for each in strategy.phases.values()]
+    return lambda *arguments: [agree(*arguments) for agree in phases]
+
+
+def _agreement_of_phase(strategy: Strategy) -> Callable[..., PyTree]:
+    """Returns the function that applies the transformations of a phase to one message.
 
     They are the reducer, `inner`, and, if there are local steps, the outer optimizer; each starts
     from its initial state.

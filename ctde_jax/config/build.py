@@ -68,7 +68,7 @@ def build_training(chosen: Config, dataset: Dataset, devices: Sequence[jax.Devic
         model=build_model(chosen.model, dataset),
         data=dataset,
         optimizer=build_optimizer(chosen, dataset, steps),
-        strategy=build_strategy(chosen.aggregation),
+        strategy=build_phases(chosen, steps),
         task=build_task(chosen, dataset),
         devices=devices,
         batch_size=optimization.batch_size,
@@ -523,6 +523,12 @@ def build_strategy(chosen: AggregationOptions) -> Strategy:
         InputError: If an option is out of range, or options conflict.
     """
     check_aggregation(chosen)
+    if chosen.sync_growth:
+        raise InputError(
+            "sync_growth",
+            "requires the learning rate of a run; in Python, use "
+            "ctde.aggregate.quadratic_synchronization.",
+        )
     if chosen.exact:
         return Strategy(exact=True)
 
@@ -538,7 +544,45 @@ def build_strategy(chosen: AggregationOptions) -> Strategy:
     # Replicas diverge if a round does not end with equal parameters on all of them.
     inner = aggregate.proximal(chosen.proximal) if chosen.proximal else aggregate.UNCHANGED
     diverges = chosen.graph != "none" or chosen.fragments > 1
-    return Strategy(chosen.sync_every, reduce, outer, inner, chosen.synchronous_steps, diverges)
+    strategy = Strategy(chosen.sync_every, reduce, outer, inner, diverges)
+    for option, start in (
+        ("synchronous_steps", Strategy()),
+        ("shared_steps", Strategy(shared_batches=True)),
+    ):
+        steps = getattr(chosen, option)
+        check_at_least(0, **{option: steps})
+        if steps % max(1, chosen.sync_every):
+            rule = f"must be a multiple of the {chosen.sync_every} inner steps of a round"
+            raise InputError(option, f"{rule}, got {steps}.")
+        if steps:
+            strategy = replace(start, later={steps: strategy})
+    return strategy
+
+
+def build_phases(chosen: Config, total_steps: int) -> Strategy:
+    """Builds the strategy of a run, whose rounds may grow as its learning rate decays.
+
+    Args:
+        chosen: Options of the run.
+        total_steps: Number of optimizer steps of the run.
+
+    Raises:
+        InputError: If an option is out of range, or options conflict.
+    """
+    growth = chosen.aggregation.sync_growth
+    if not growth:
+        return build_strategy(chosen.aggregation)
+    optimization = chosen.optimization
+    # Only ratios to the peak matter, so that the learning rate may be swept.
+    learning_rate = optimizers.build_schedule(
+        1.0,
+        optimization.schedule,
+        optimization.warmup_steps,
+        total_steps,
+        optimization.schedule_start,
+    )
+    constant = build_strategy(replace(chosen.aggregation, sync_growth=0.0))
+    return aggregate.quadratic_synchronization(constant, learning_rate, total_steps, growth)
 
 
 def _build_reduce(chosen: AggregationOptions) -> optax.GradientTransformation:

@@ -271,6 +271,8 @@ def flag(argument: str) -> str:
 
 _OPTION_OF = {
     "inner_steps": "sync_every",
+    "growth": "sync_growth",
+    "later": "synchronous_steps",
     "k": "keep",
     "decay": "feedback_decay",
     "radius": "clip_radius",

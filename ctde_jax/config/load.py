@@ -295,8 +295,8 @@ def _reestimated(
     seed = chosen.optimization.seed
     batch_size = chosen.optimization.batch_size
     partition = build.make_partition(chosen.data, data.train.labels, len(devices), seed)
-    inner_steps = build.build_strategy(chosen.aggregation).inner_steps
-    source = make_source(data, len(devices), batch_size, seed, partition, max(1, inner_steps))
+    round_steps = max(1, chosen.aggregation.sync_every)
+    source = make_source(data, len(devices), batch_size, seed, partition, round_steps)
     _, train_key = jax.random.split(jax.random.key(seed))
     feed = source.feed(devices)
     key = replica.replicate(train_key, devices)

@@ -292,8 +292,16 @@ class AggregationOptions:
     """Train to the same bits on 1, 2, 4 and 8 fake CPU devices: 8 shards of each batch are computed
     one after another, and every device sums their gradients in the same order."""
 
+    sync_growth: float = 0.0
+    """QSR: let --sync-every grow with the square of (SYNC_GROWTH * peak / learning rate), in powers
+    of two up to 32 times; at most 1; 0 for no growth."""
+
     synchronous_steps: int = 0
     """Number of initial steps that average the gradients, before --sync-every applies."""
+
+    shared_steps: int = 0
+    """Number of initial steps in which all devices train on the same batches, those of the first
+    device, and send nothing."""
 
     # Compression, exchange and combination of messages.
     reduce: Literal["mean", "int8", "int4", "int2", "sign", "top_k", "random_k", "power_sgd"] = (

@@ -77,17 +77,7 @@ def _describe_optimization(chosen: OptimizationOptions) -> str:
 def _describe_strategy(chosen: AggregationOptions) -> str:
     """Describes when devices communicate, what they send, and how the result is applied."""
     combined = "mean" if chosen.combine == "average" else chosen.combine.replace("_", " ")
-    # When the devices communicate.
-    words = [f"{combined} of the gradients at every step"]
-    if chosen.exact:
-        words.append(
-            "8 shards summed in a fixed order, so the number of devices does not change any bit"
-        )
-    if chosen.sync_every:
-        steps = f"{chosen.sync_every} local steps" if chosen.sync_every > 1 else "local step"
-        words = [f"{combined} of the parameters after every {steps}"]
-    if chosen.synchronous_steps:
-        words.append(f"{chosen.synchronous_steps:,} synchronous steps first")
+    words = _describe_rounds(chosen, combined)
 
     # Messages and their receivers.
     if chosen.reduce != "mean":
@@ -126,6 +116,25 @@ def _describe_strategy(chosen: AggregationOptions) -> str:
         )
     name = "" if chosen.strategy == "ddp" else f"{chosen.strategy}: "
     return name + ", ".join(words)
+
+
+def _describe_rounds(chosen: AggregationOptions, combined: str) -> list[str]:
+    """Describes when the devices communicate."""
+    words = [f"{combined} of the gradients at every step"]
+    if chosen.exact:
+        words.append(
+            "8 shards summed in a fixed order, so the number of devices does not change any bit"
+        )
+    if chosen.sync_every:
+        steps = f"{chosen.sync_every} local steps" if chosen.sync_every > 1 else "local step"
+        words = [f"{combined} of the parameters after every {steps}"]
+    if chosen.sync_growth:
+        words.append(f"more steps as the learning rate decays (growth {chosen.sync_growth:g})")
+    if chosen.synchronous_steps:
+        words.append(f"{chosen.synchronous_steps:,} synchronous steps first")
+    if chosen.shared_steps:
+        words.append(f"{chosen.shared_steps:,} steps on shared batches first")
+    return words
 
 
 def result(trained: Trained, folder: Path) -> Table:

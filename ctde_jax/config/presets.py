@@ -36,6 +36,11 @@ PRESETS = {
         "average of the gradients at first, then local SGD (Lin et al., 2020); recommended: "
         "--synchronous-steps until the learning rate decays",
     ),
+    "qsr": Preset(
+        {"optimizer": "adamw", "schedule": "cosine", "sync_every": 4, "sync_growth": 1.0},
+        "local steps that grow as the learning rate decays (Gu et al., 2024); recommended: every 2 "
+        "to 8 steps at first",
+    ),
     # Federated averaging.
     "fedavg": Preset(
         FEDAVG,

@@ -33,6 +33,21 @@ EXCLUSIONS = (
         ("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"),
         "requires sync_every of at least 1, got {sync_every}.",
     ),
+    Exclusion(
+        lambda chosen: chosen.sync_every < 1,
+        ("sync_growth", "shared_steps"),
+        "requires sync_every of at least 1, got {sync_every}.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.sync_growth,
+        ("synchronous_steps", "shared_steps", "fragments"),
+        "must not be set with sync_growth.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.synchronous_steps,
+        ("shared_steps",),
+        "must be 0 with synchronous_steps, got {shared_steps}.",
+    ),
     # Gossip and fragments, which determine what is sent.
     Exclusion(
         lambda chosen: chosen.graph != "none",
@@ -87,6 +102,7 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "kept_as": ("reduce", ("top_k", "random_k")),
     "levels": ("reduce", ("int8", "int4", "int2", "top_k", "random_k")),
     "rank": ("reduce", ("power_sgd",)),
+    "sync_growth": ("schedule", ("cosine", "linear")),
     "error_feedback": ("reduce", _COMPRESSED),
     "feedback_decay": ("error_feedback", (True,)),
     "exchange": ("reduce", _COMPRESSED),

@@ -279,7 +279,7 @@ def _make_parts(config: Config, data: Dataset, steps: int, numbers: many.Numbers
     config = replace(config, optimization=optimization, aggregation=aggregation)
     return many.Parts(
         build.build_optimizer(config, data, steps),
-        build.build_strategy(config.aggregation),
+        build.build_phases(config, steps),
         build.build_task(config, data),
     )
 

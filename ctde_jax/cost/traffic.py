@@ -185,13 +185,37 @@ def sentence(traffic: Traffic, params: int, replicas: int) -> str:
     bound = "" if traffic.certain else "at most "
     total = f"each device sends {bound}{decimal(round(traffic.sent))} {period} in {collectives}"
 
-    # A difference of less than 5 % is not reported.
-    saving = synchronous_bytes(params, replicas) / traffic.sent_per_step
+    return total + _compared(traffic.sent_per_step, params, replicas)
+
+
+def sentence_of_run(sent: float, steps: int, params: int, replicas: int) -> str:
+    """Returns a sentence on the bytes that each device sends in a run of several phases.
+
+    Args:
+        sent: Bytes that each device sends in the run.
+        steps: Number of steps of the run.
+        params: Number of parameters.
+        replicas: Number of replicas.
+
+    Examples:
+        >>> ctde.cost.sentence_of_run(sent=26040.0, steps=1000, params=650, replicas=2)
+        'each device sends 26 kB in 1,000 steps, 100 times fewer bytes than averaging float32 \
+gradients at every step'
+    """
+    if not sent:
+        return "no communication between devices"
+    total = f"each device sends {decimal(round(sent))} in {steps:,} steps"
+    return total + _compared(sent / steps, params, replicas)
+
+
+def _compared(sent_per_step: float, params: int, replicas: int) -> str:
+    """Compares bytes per step with those of float32 gradients; empty below 5 % of difference."""
+    saving = synchronous_bytes(params, replicas) / sent_per_step
     if abs(saving - 1) < 0.05:
-        return total
+        return ""
     ratio = (
         f"{saving:,.3g} times fewer bytes than"
         if saving > 1
         else f"{1 / saving:,.3g} times the bytes of"
     )
-    return f"{total}, {ratio} averaging float32 gradients at every step"
+    return f", {ratio} averaging float32 gradients at every step"

@@ -134,10 +134,7 @@ def make_star(strategy: Strategy, nodes: int) -> Star:
     """
     rules = {
         "inner_steps": (strategy.inner_steps == 0, "must be at least 1 between nodes, got 0"),
-        "synchronous_steps": (
-            strategy.synchronous_steps > 0,
-            f"must be 0 between nodes, got {strategy.synchronous_steps}",
-        ),
+        "later": (bool(strategy.later), "must not be set between nodes, which train in one phase"),
         "diverges": (
             strategy.diverges,
             "must be False between nodes, whose parameters are equal after each round",

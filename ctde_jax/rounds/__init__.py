@@ -13,8 +13,22 @@ from ctde_jax.rounds.round import (
     parallel_rounds,
     replicated_gradient,
 )
-from ctde_jax.rounds.schedule import Phase, cut, make_phases, rows_per_dispatch, unfinished
-from ctde_jax.rounds.sources import ExampleSource, OnDisk, Resident, Streamed, make_source
+from ctde_jax.rounds.schedule import (
+    Phase,
+    count_rounds,
+    cut,
+    make_phases,
+    rows_per_dispatch,
+    unfinished,
+)
+from ctde_jax.rounds.sources import (
+    ExampleSource,
+    OnDisk,
+    Resident,
+    Streamed,
+    indices_of,
+    make_source,
+)
 from ctde_jax.rounds.state import named
 from ctde_jax.rounds.sums import OF_THE_OPTIMIZER, Sums
 
@@ -31,9 +45,11 @@ __all__ = [
     "Span",
     "Streamed",
     "Sums",
+    "count_rounds",
     "cut",
     "digests",
     "exact",
+    "indices_of",
     "make_digests",
     "make_evaluate",
     "make_gradient",

@@ -33,6 +33,9 @@ class Span(NamedTuple):
     piece_rounds: int = 1
     """Number of rounds in a piece, a multiple of `row_rounds`; the last piece may have fewer."""
 
+    is_shared: bool = False
+    """Whether all replicas train on the examples of the first one."""
+
     @property
     def pieces(self) -> int:
         """Number of pieces in the span, including a shorter one at its end."""

@@ -87,7 +87,8 @@ def make_change(before: Runs, after: Runs) -> jax.stages.Wrapped:
     """Makes `change(numbers, state) -> state`, which begins the phase of another strategy."""
 
     def change(numbers: Numbers, train_state: state.TrainState) -> state.TrainState:
-        return state.changed(train_state, after.make(numbers).strategy)
+        strategies = (each.make(numbers).strategy for each in (before, after))
+        return state.changed(train_state, *strategies)
 
     return over_runs(change, after.devices, after.replicas, (None, before.axes), after.axes)
 

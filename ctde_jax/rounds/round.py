@@ -119,15 +119,20 @@ def make_round(
         )
         return state._replace(ema_params=ema_params)
 
-    # The three kinds of round. With an independent reducer, no message may depend on the examples
-    # of another replica, so the gradient is computed without collectives.
+    # The kinds of round. With an independent reducer, no message may depend on the examples of
+    # another replica, so the gradient is computed without collectives.
     if strategy.exact:
         advance = make_exact(gradient, step)
     elif strategy.inner_steps:
         advance = _make_local(alone, optimizer, strategy, averaged)
+    elif strategy.shared_batches:
+        advance = _as_only_replica(_make_synchronous(gradient, optax.identity(), step))
+    elif merges and strategy.reduce is MEAN:
+        merging = partial(gradient, merges=True)
+        advance = _make_synchronous(merging, optax.identity(), step)
     else:
         gradient = alone if strategy.is_independent else gradient
-        advance = _make_synchronous(gradient, strategy, step, merges and strategy.reduce is MEAN)
+        advance = _make_synchronous(gradient, strategy.reduce, step)
 
     def train_round(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         advanced, sums = advance(state, split, batches, key)
@@ -139,14 +144,10 @@ def make_round(
 
 
 def _make_synchronous(
-    gradient: Gradient, strategy: Strategy, step: Callable[..., TrainState], merges: bool
+    gradient: Gradient, reduce: optax.GradientTransformation, step: Callable[..., TrainState]
 ) -> Round:
-    """Makes the synchronous round: one optimizer step with the reduced gradient.
-
-    If `merges` is True, `gradient` already computes the mean over the replicas.
-    """
-    reduce = optax.with_extra_args_support(optax.identity() if merges else strategy.reduce)
-    gradient = partial(gradient, merges=True) if merges else gradient
+    """Makes the synchronous round: one optimizer step with the reduced gradient."""
+    reduce = optax.with_extra_args_support(reduce)
 
     def synchronous(
         state: TrainState,
@@ -174,6 +175,17 @@ def _make_synchronous(
         return state, jax.tree.map(lambda x: x[None], sums)
 
     return synchronous
+
+
+def _as_only_replica(train_round: Round) -> Round:
+    """Returns a round without collectives: each replica computes as if there were no others."""
+    # The inner axis hides the outer one of the same name.
+    alone = jax.vmap(train_round, in_axes=None, axis_name=replica.AXIS, axis_size=1)
+
+    def round_alone(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
+        return jax.tree.map(lambda x: x.squeeze(0), alone(state, split, batches, key))
+
+    return round_alone
 
 
 def replicated_gradient(gradient: Gradient) -> Gradient:

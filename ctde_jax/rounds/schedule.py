@@ -1,8 +1,8 @@
 """The schedule of a run.
 
-A run has one or two *phases*, each with a single strategy. A phase is divided into *spans*, one per
-evaluation interval. A span consists of rows of the history, and each row covers a whole number of
-rounds; the last row may be shorter. Each *dispatch* (one call of the compiled program) computes
+A run has one or more *phases*, each with a single strategy. A phase is divided into *spans*, one
+per evaluation interval. A span consists of rows of the history, and each row covers a whole number
+of rounds; the last row may be shorter. Each *dispatch* (one call of the compiled program) computes
 whole rows, and checkpoints are written only between rows, so the history does not depend on the
 length of dispatches or on the step from which a run is resumed.
 """
@@ -27,6 +27,9 @@ class Phase(NamedTuple):
     """A part of a run with a single strategy."""
 
     strategy: Strategy
+    before: Strategy
+    """Strategy of the phase before this one; that of this one if it is the first."""
+
     start: int
     """Number of steps before the phase."""
 
@@ -36,14 +39,14 @@ class Phase(NamedTuple):
     def begin(
         self, train_state: state.TrainState, devices: Sequence[jax.Device]
     ) -> state.TrainState:
-        """Returns the first state of this phase, given the last one of the synchronous phase."""
-        return state.change_strategy(train_state, Strategy(), self.strategy, devices)
+        """Returns the first state of this phase, given the last one of the phase before."""
+        return state.change_strategy(train_state, self.before, self.strategy, devices)
 
     def like_begun(
         self, train_state: state.TrainState, devices: Sequence[jax.Device]
     ) -> state.TrainState:
         """Returns shapes and dtypes of the result of `begin`; reads only those of `train_state`."""
-        return state.like_changed(train_state, Strategy(), self.strategy, devices)
+        return state.like_changed(train_state, self.before, self.strategy, devices)
 
     def make_center(self, devices: Sequence[jax.Device]) -> Callable[[state.TrainState], PyTree]:
         """Makes the function that returns the central parameters of a state, replicated.
@@ -102,7 +105,7 @@ _MOST_EVALUATIONS = 2**20
 def make_phases(
     strategy: Strategy, total_steps: int, eval_every: int, row_steps: int, piece_steps: int
 ) -> list[Phase]:
-    """Divides a run into phases: its synchronous steps, if there are any, and the remaining steps.
+    """Divides a run into the phases of its strategy; those that begin after its end are left out.
 
     Args:
         strategy: Strategy of the run.
@@ -122,16 +125,20 @@ def make_phases(
             f"steps have at most {_MOST_EVALUATIONS:,} evaluations, got {eval_every:,}.",
         )
 
-    # Empty phases are left out, so there are one or two.
-    switch = min(strategy.synchronous_steps, total_steps)
-    phases = [(Strategy(), 0, switch), (strategy, switch, total_steps)]
+    parts = {start: each for start, each in strategy.phases.items() if start < total_steps}
+    strategies = list(parts.values())
+    ends = [*list(parts)[1:], total_steps]
     return [
-        Phase(
-            each, start, _spans(each.inner_steps, eval_every, row_steps, piece_steps, start, stop)
+        Phase(each, before, start, _spans(each, eval_every, row_steps, piece_steps, start, stop))
+        for (start, each), before, stop in zip(
+            parts.items(), strategies[:1] + strategies[:-1], ends, strict=True
         )
-        for each, start, stop in phases
-        if start < stop
     ]
+
+
+def count_rounds(spans: Sequence[Span]) -> int:
+    """Returns the number of rounds in some spans."""
+    return sum(ceil((span.stop - span.start) / span.round_steps) for span in spans)
 
 
 def unfinished(phases: Sequence[Phase], step: int) -> list[Phase]:
@@ -167,10 +174,10 @@ def cut(
 
 
 def _spans(
-    inner_steps: int, eval_every: int, row_steps: int, piece_steps: int, start: int, stop: int
+    strategy: Strategy, eval_every: int, row_steps: int, piece_steps: int, start: int, stop: int
 ) -> list[Span]:
     # Synchronous steps are rounds of one step.
-    round_steps = max(1, inner_steps)
+    round_steps = max(1, strategy.inner_steps)
     rounds = ceil(min(eval_every, stop - start) / round_steps)
 
     # As few rows as `row_steps` allows, of equal length except for the last; pieces are whole rows.
@@ -179,7 +186,14 @@ def _spans(
     piece_rounds = row_rounds * min(rows, max(1, piece_steps // (row_rounds * round_steps)))
     interval = rounds * round_steps
     return [
-        Span(first, min(first + interval, stop), round_steps, row_rounds, piece_rounds)
+        Span(
+            first,
+            min(first + interval, stop),
+            round_steps,
+            row_rounds,
+            piece_rounds,
+            strategy.shared_batches,
+        )
         for first in range(start, stop, interval)
     ]
 

@@ -7,11 +7,13 @@ transferred. If it is on disk, or a stream, each piece (see `feed.py`) includes 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Int32
 
 from ctde_jax.data import (
     Batches,
@@ -139,7 +141,7 @@ class Resident:
         held = self.hold(devices)
         return lambda spans: prefetched(
             (held, replica.shard(indices, devices), rounds)
-            for indices, rounds in _indices(self.batches, spans)
+            for indices, rounds in indices_of(self.batches, spans)
         )
 
 
@@ -183,7 +185,7 @@ class OnDisk:
         """
         split = self.batches.split
         assert not isinstance(split, Drawn), "parts are drawn from the whole split"
-        for indices, rounds in _indices(self.batches, spans):
+        for indices, rounds in indices_of(self.batches, spans):
             indices = indices[here]
             # A negative index ~i is padding: example i is read and masked.
             numbers = np.where(indices >= 0, indices, ~indices).reshape(len(indices), -1)
@@ -236,6 +238,7 @@ class Streamed:
         spans = list(spans)
         steps = self.stream.steps(spans[0].start if spans else 0)
         for span in spans:
+            join = partial(_join, rows=[0] * len(here) if span.is_shared else here)
             # A piece has `size` batches, the last one in a span maybe fewer.
             size = span.piece_rounds * span.round_steps
             for first in range(span.start, span.stop, size):
@@ -247,9 +250,7 @@ class Streamed:
                 parts += [empty] * (size - len(parts))
 
                 # Join the batches of each replica: [replica, steps * per_replica, ...].
-                drawn, is_example = jax.tree.map(
-                    lambda *arrays: np.concatenate(arrays, axis=1)[here], *parts
-                )
+                drawn, is_example = jax.tree.map(join, *parts)
                 shape = (len(here), span.piece_rounds, span.round_steps, -1)
                 yield drawn, _places(is_example.reshape(shape)), rounds
 
@@ -266,6 +267,11 @@ class Streamed:
         order = order.reshape(-1, self.replicas).T
         numbers = np.where(order >= 0, order, ~order)
         return take(batch, numbers), order >= 0
+
+
+def _join(*arrays: np.ndarray, rows: list[int]) -> np.ndarray:
+    """Joins arrays `[replica, examples, ...]` along the examples, and selects replicas."""
+    return np.concatenate(arrays, axis=1)[rows]
 
 
 def _feed_of_drawn(
@@ -310,9 +316,17 @@ def _shape_of_drawn(split: TrainingSplit | Drawn, indices: jax.ShapeDtypeStruct)
     return Drawn._make(leaves)
 
 
-def _indices(batches: Batches, spans: Iterable[Span]) -> Iterator[tuple[np.ndarray, int]]:
+def indices_of(
+    batches: Batches, spans: Iterable[Span]
+) -> Iterator[tuple[Int32[np.ndarray, "replicas rounds round_steps per_replica"], int]]:
+    """Yields the indices of each piece of some spans, and its number of rounds with examples."""
     for span in spans:
-        yield from index_blocks(batches, span.round_steps, span.piece_rounds, span.start, span.stop)
+        for indices, rounds in index_blocks(
+            batches, span.round_steps, span.piece_rounds, span.start, span.stop
+        ):
+            if span.is_shared:
+                indices = np.repeat(indices[:1], len(indices), axis=0)
+            yield indices, rounds
 
 
 def _places(is_example: np.ndarray) -> np.ndarray:

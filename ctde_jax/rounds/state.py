@@ -135,7 +135,8 @@ def change_strategy(
     """Converts a state of the strategy `before` to one of the strategy `after`.
 
     The optimizer's state is kept. The states of the reducer, of the outer optimizer and of the
-    transformation `inner` are initialized.
+    transformation `inner` are kept if both strategies have inner steps and states of the same
+    structure, shapes and dtypes; otherwise they are initialized.
     """
     return _run(_lower_change(state, before, after, devices), (state,), devices)
 
@@ -147,21 +148,36 @@ def like_changed(
     return _lower_change(state, before, after, devices).out_info
 
 
-def changed(state: TrainState, after: Strategy) -> TrainState:
+def changed(state: TrainState, before: Strategy, after: Strategy) -> TrainState:
     """Converts the state of one replica to the strategy `after`; see `change_strategy`."""
-    # `Strategy.local` chains `inner` and the optimizer; only the state of the latter is kept.
-    _, opt_state = state.opt_state
+    # Gradients and outer gradients differ in size, so no residual of the one fits the other.
+    are_local = before.inner_steps > 0 and after.inner_steps > 0
+
+    def kept(part: PyTree, initial: PyTree) -> PyTree:
+        return part if are_local and _is_like(part, initial) else initial
+
+    # `Strategy.local` chains `inner` and the optimizer.
+    of_inner, opt_state = state.opt_state
     return state._replace(
-        opt_state=(adapted(after.inner).init(state.params), opt_state),
-        reduce_state=after.reduce.init(state.params),
-        outer_state=adapted(after.outer).init(state.params),
+        opt_state=(kept(of_inner, adapted(after.inner).init(state.params)), opt_state),
+        reduce_state=kept(state.reduce_state, after.reduce.init(state.params)),
+        outer_state=kept(state.outer_state, adapted(after.outer).init(state.params)),
     )
+
+
+def _is_like(tree: PyTree, other: PyTree) -> bool:
+    """Returns whether two trees have the same structure, shapes and dtypes."""
+
+    def shapes(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+
+    return shapes(tree) == shapes(other)
 
 
 def _lower_change(
     state: TrainState, before: Strategy, after: Strategy, devices: Sequence[jax.Device]
 ) -> jax.stages.Lowered:
-    begin = partial(changed, after=after)
+    begin = partial(changed, before=before, after=after)
     return _on_replicas(begin, (state,), (axes(before),), axes(after), devices)
 
 

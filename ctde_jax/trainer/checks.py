@@ -99,7 +99,8 @@ def check_strategy(
             uses collectives.
     """
     params, model_state = center
-    state.check(trained, strategy, replicas)
+    for each in strategy.phases.values():
+        state.check(trained, each, replicas)
     if strategy.exact:
         exact.check_model(model, params, model_state, data.train.inputs[:1])
 

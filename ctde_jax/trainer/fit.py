@@ -11,11 +11,10 @@ import optax
 
 from ctde_jax.aggregate import Strategy, as_transformation
 from ctde_jax.checkpoint import completed
-from ctde_jax.cost import sentence
 from ctde_jax.data import Dataset
 from ctde_jax.devices import check_backend, hosts, replica, start
 from ctde_jax.errors import InputError, did_you_mean
-from ctde_jax.models import Model, Task, as_model, count_params, tasks
+from ctde_jax.models import Model, Task, as_model, tasks
 from ctde_jax.rounds import unfinished
 from ctde_jax.trainer.beginning import begin
 from ctde_jax.trainer.callbacks import AnyCallback, check_callbacks
@@ -23,7 +22,7 @@ from ctde_jax.trainer.checks import check_devices, check_types
 from ctde_jax.trainer.claim import claim
 from ctde_jax.trainer.log import console
 from ctde_jax.trainer.meter import Clock
-from ctde_jax.trainer.plan import line, plan, plan_rows
+from ctde_jax.trainer.plan import line, plan, plan_rows, wire_rows
 from ctde_jax.trainer.programs import compile_programs
 from ctde_jax.trainer.rollback import rolling_back
 from ctde_jax.trainer.run import open_run, prepare_folder
@@ -184,12 +183,9 @@ def train(
         # Compile everything before the first step, so that an error costs seconds and not an epoch.
         programs = compile_programs(training, phases, beginning, found.position.gone_through)
 
-        # Show the bytes that a round sends, counted in the compiled program of the last phase.
-        count = count_params(beginning.center[0])
-        traffic = programs.phases[-1].traffic
-        wire = sentence(traffic, count, len(training.devices))
-        later = f", after {phases[1].start} synchronous steps" if len(phases) > 1 else ""
-        screen.print(line("wire", wire + later))
+        # Show the bytes that a round of each phase sends, counted in the compiled programs.
+        for row in wire_rows(training, programs, found.position.sent):
+            screen.print(line(*row))
         clock.lap("compile")
 
         # Train: each phase in spans from one evaluation to the next. Files are written only now.

@@ -8,10 +8,13 @@ from rich.table import Table
 
 from ctde_jax.aggregate import Strategy
 from ctde_jax.bundle import Recipe
+from ctde_jax.cost import sentence, sentence_of_run
 from ctde_jax.data import Dataset
 from ctde_jax.devices import count_cores, replica
 from ctde_jax.errors import on_one_line
 from ctde_jax.models import count_params, fine_tuning
+from ctde_jax.rounds import count_rounds
+from ctde_jax.trainer.programs import Programs
 from ctde_jax.trainer.training import Training
 
 _MOST_COLUMNS = 40
@@ -76,6 +79,25 @@ def plan_rows(training: Training, names: Mapping[str, str] = {}) -> list[tuple[s
         rows.append(("optimizer", names["optimizer"]))
     rows.append(("strategy", names.get("strategy") or _describe_strategy(training.strategy)))
     return rows
+
+
+def wire_rows(training: Training, programs: Programs, sent: float) -> list[tuple[str, str]]:
+    """Returns rows on the bytes that each device sends per round of each phase, and in all.
+
+    Args:
+        training: Model, data and all options that determine the result of the run.
+        programs: The compiled programs of the unfinished phases.
+        sent: Bytes that each device has sent before.
+    """
+    count = count_params(training.shapes[0])
+    replicas = len(training.devices)
+    texts = [sentence(program.traffic, count, replicas) for program in programs.phases]
+    if len(training.strategy.phases) > 1:
+        starts = [program.phase.start for program in programs.phases]
+        texts = [f"{text}, from step {start:,}" for text, start in zip(texts, starts, strict=True)]
+        sent += sum(program.sent * count_rounds(program.spans) for program in programs.phases)
+        texts.append(sentence_of_run(sent, training.total_steps, count, replicas))
+    return [("wire" if number == 0 else "", text) for number, text in enumerate(texts)]
 
 
 def line(name: str, text: str) -> Table:
@@ -164,6 +186,16 @@ def _describe_split(training: Training, name: str) -> str:
 
 
 def _describe_strategy(strategy: Strategy) -> str:
+    first, *later = (
+        f"{_describe_phase(each)}{f' from step {start:,}' if start else ''}"
+        for start, each in strategy.phases.items()
+    )
+    return "; ".join([first, *later])
+
+
+def _describe_phase(strategy: Strategy) -> str:
+    if strategy.shared_batches:
+        return "the same batches on all replicas, without communication"
     combined = "mean" if strategy.reduce is Strategy.reduce else "aggregate"
     if strategy.inner_steps:
         return f"{combined} of the parameters after every {strategy.inner_steps} local steps"

@@ -50,7 +50,7 @@ class PhaseProgram(NamedTuple):
 
     @property
     def begins(self) -> bool:
-        """Whether the state must first be converted from the synchronous phase before this one."""
+        """Whether the state must first be converted from that of the phase before this one."""
         return self.phase.begins_with(self.spans)
 
     @property

@@ -207,13 +207,14 @@ class Training:
     def source(self) -> Resident | OnDisk | Streamed:
         """The source of the training examples, which also determines their order."""
         # The steps of a round matter only if clients are sampled, as each round draws new ones.
+        round_steps = max(each.inner_steps for each in self.strategy.phases.values())
         return make_source(
             self.data,
             len(self.devices),
             self.batch_size,
             self.seed,
             self.partition,
-            max(1, self.strategy.inner_steps),
+            max(1, round_steps),
         )
 
     @cached_property
@@ -292,7 +293,10 @@ class Training:
             else f"{len(self.partition)} parts, {parts}",
             "steps": self.total_steps,
             "sync_every": self.strategy.inner_steps,
-            "synchronous_steps": self.strategy.synchronous_steps,
+            "phases": [
+                [start, each.inner_steps, each.shared_batches]
+                for start, each in self.strategy.phases.items()
+            ],
             "exact": self.strategy.exact,
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -365,6 +369,7 @@ class Training:
                 "must be reshuffled (None in Python) if the strategy is exact, because with a "
                 "fixed partition the batches depend on the number of devices.",
             )
+        self._check_phases()
         # These properties raise for the batch size and the partition, and for the epochs or steps.
         _ = self.source, self.total_steps
 
@@ -383,6 +388,25 @@ class Training:
             )
         if self.strategy.exact:
             exact.check_sizes(replicas, self.batch_size, self.accumulation_steps)
+
+    def _check_phases(self) -> None:
+        """Checks that the data can be dealt to the replicas in all phases of the strategy."""
+        if self.partition is None:
+            return
+        phases = self.strategy.phases.values()
+        if any(each.shared_batches for each in phases):
+            raise InputError(
+                "partition",
+                "must be reshuffled (None in Python) with shared batches, because a replica has "
+                "only its part of the examples.",
+            )
+        lengths = {each.inner_steps for each in phases} - {0}
+        if len(self.partition) > len(self.devices) and len(lengths) > 1:
+            raise InputError(
+                "partition",
+                "must have one part for each device if the number of inner steps changes, because "
+                "each round draws its clients.",
+            )
 
 
 def _as_patterns(patterns: Any) -> tuple[str, ...] | None:

@@ -483,16 +483,48 @@ def test_int8_sends_a_quarter_of_f32():
             "inner requires inner_steps of at least 1; with inner_steps=0, there are no local",
         ),
         (
-            lambda: Strategy(synchronous_steps=8),
-            "synchronous_steps requires inner_steps of at least 1; with inner_steps=0, every step",
-        ),
-        (
             lambda: Strategy(diverges=True),
             "diverges requires inner_steps of at least 1; with inner_steps=0, replicas cannot",
         ),
         (
-            lambda: Strategy(inner_steps=16, synchronous_steps=40),
-            "synchronous_steps must be a multiple of the 16 inner steps of a round, got 40",
+            lambda: Strategy(later={40: Strategy(16)}),
+            "later must begin a phase at a multiple of its 16 inner steps and of those before it",
+        ),
+        (
+            lambda: Strategy(3, later={8: Strategy(4)}),
+            "later must begin a phase at a multiple of its 3 inner steps and of those before it",
+        ),
+        (
+            lambda: Strategy(4, later={8: Strategy()}),
+            "later must have inner steps in all phases after the first one with inner steps, got 0",
+        ),
+        (
+            lambda: Strategy(4, aggregate.gossip(), diverges=True, later={8: Strategy(4)}),
+            "later must diverge in all phases after the first one that diverges",
+        ),
+        (
+            lambda: Strategy(later={0: Strategy(4)}),
+            "later must have steps of at least 1 as keys, got 0",
+        ),
+        (
+            lambda: Strategy(later={8: 4}),
+            "later must have strategies as values, got 4 at step 8",
+        ),
+        (
+            lambda: Strategy(later={8: Strategy(4, later={16: Strategy(8)})}),
+            "later must have strategies that are not exact and have no later phases, got another",
+        ),
+        (
+            lambda: Strategy(exact=True, later={8: Strategy(4)}),
+            "exact requires a single phase without shared batches",
+        ),
+        (
+            lambda: Strategy(4, shared_batches=True),
+            "shared_batches requires inner_steps=0, got 4",
+        ),
+        (
+            lambda: Strategy(reduce=two_phase(), shared_batches=True),
+            "shared_batches requires the default reducer, because nothing is sent",
         ),
         (lambda: quantize(3), "bits must be 8, 4 or 2, got 3"),
         (lambda: quantize(4, "cubic"), "levels must be one of linear, statistical, got 'cubic'"),

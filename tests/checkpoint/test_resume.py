@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,25 @@ from cases import some
 from runs import DropoutNet, Killed, killed_after, rows
 
 import ctde_jax as ctde
-from ctde_jax import checkpoint, data, devices, models
+from ctde_jax import aggregate, checkpoint, data, devices, models
 from ctde_jax.trainer import meter
 from ctde_jax.trainer.log import Log
 from ctde_jax.trainer.run import Run
 
 MODEL = models.mlp([64, 8, 10])
+
+
+def local(inner_steps: int, codec: aggregate.Codec) -> ctde.Strategy:
+    """Local steps with an outer momentum and a residual, which continue in a later phase."""
+    reduce = aggregate.two_phase(aggregate.error_feedback(codec))
+    return ctde.Strategy(inner_steps, reduce, optax.sgd(0.7, momentum=0.5, nesterov=True))
+
+
+INT4 = aggregate.quantize(4)
+GROWING = replace(local(2, INT4), later={4: local(4, INT4), 16: local(8, INT4)})
+FEWER_BITS = ctde.Strategy(
+    shared_batches=True, later={8: local(4, INT4), 20: local(4, aggregate.sign())}
+)
 RUNS: dict[str, dict] = {
     "ddp": {},
     "periods that do not divide the steps": {"log_every": 7, "eval_every": 11, "steps": 41},
@@ -47,6 +61,8 @@ RUNS: dict[str, dict] = {
     "post-local-sgd": {
         "strategy": ctde.strategy("post-local-sgd", sync_every=4, synchronous_steps=12)
     },
+    "growing rounds": {"strategy": GROWING, "steps": 42},
+    "fewer bits, after shared batches": {"strategy": FEWER_BITS},
     "gossip": {"strategy": ctde.strategy("gossip")},
     "no-loco": {"strategy": ctde.strategy("no-loco", sync_every=4)},
 }

@@ -144,7 +144,7 @@ def test_every_part_is_measured_with_a_partition_and_gossip(digits: data.Dataset
         data=digits,
         devices=ALL_DEVICES[:2],
         optimizer=optax.adam(0.001),
-        strategy=Strategy(2, gossip("ring"), diverges=True, synchronous_steps=2),
+        strategy=Strategy(later={2: Strategy(2, gossip("ring"), diverges=True)}),
         task=classification,
         batch_size=2,
         steps=8,

@@ -5,6 +5,7 @@ import re
 import optax
 import optax.contrib
 import pytest
+from cases import STRATEGY_NAMES
 
 import ctde_jax as ctde
 from ctde_jax import config
@@ -17,8 +18,8 @@ OF_ITS_OWN_NAME = {"ddp", "gossip"}
 
 def test_presets_are_the_published_methods():
     assert list(presets.PRESETS) == [
-        *("ddp", "local-sgd", "post-local-sgd", "fedavg", "fedprox", "fedadam", "slowmo", "diloco"),
-        *("streaming-diloco", "mu-loco", "sparse-loco", "iso-loco", "gossip", "no-loco"),
+        *("ddp", "local-sgd", "post-local-sgd", "qsr", "fedavg", "fedprox", "fedadam", "slowmo"),
+        *("diloco", "streaming-diloco", "mu-loco", "sparse-loco", "iso-loco", "gossip", "no-loco"),
     ]
 
 
@@ -34,7 +35,7 @@ def test_help_names_the_paper_of_every_method(name, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
 def test_every_method_learns_the_digits(name, digits):
     """Four devices, five epochs; the accuracy of a random guess is 10 %."""
     inner = (

@@ -12,13 +12,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
+from cases import STRATEGY_NAMES, some
 from flax import nnx
 from runs import DropoutNet
 
 import ctde_jax as ctde
 from ctde_jax import aggregate, data, train, wire
-from ctde_jax.config.presets import PRESETS
 from ctde_jax.devices import backend
 from ctde_jax.errors import InputError
 
@@ -71,8 +70,10 @@ def preset(name: str) -> ctde.Strategy:
 
 local = partial(ctde.strategy, "local-sgd", sync_every=2)
 STRATEGIES = {
-    **{name: partial(preset, name) for name in PRESETS},
+    **{name: partial(preset, name) for name in STRATEGY_NAMES},
     "exponential": partial(ctde.strategy, "gossip", sync_every=2, graph="exponential"),
+    "growing": lambda: ctde.Strategy(1, later={2: ctde.Strategy(2), 4: ctde.Strategy(4)}),
+    "shared batches": lambda: ctde.Strategy(shared_batches=True, later={4: ctde.Strategy(2)}),
     "hierarchical": lambda: ctde.Strategy(reduce=aggregate.hierarchical_mean(4)),
     "gathered": partial(local, reduce="int4", exchange="gathered", error_feedback=True),
     "private": partial(local, dp_clip_norm=1.0, dp_noise_multiplier=0.1),

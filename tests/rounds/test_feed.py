@@ -68,6 +68,9 @@ def assert_same_run(one: ctde.Trained, other: ctde.Trained):
 
 
 PARTS = np.split(np.random.default_rng(0).permutation(1438), [500, 500, 900])
+PHASES = ctde.Strategy(
+    shared_batches=True, later={4: ctde.Strategy(), 8: ctde.Strategy(4), 16: ctde.Strategy(8)}
+)
 RUNS = {
     "synchronous": {"eval_every": 10},
     "local, augmented": {
@@ -80,7 +83,7 @@ RUNS = {
         "augment": ctde.augment.shift(1),
     },
     "clients": {"partition": np.array_split(np.arange(1438), 6), "strategy": ctde.Strategy(4)},
-    "two phases": {"strategy": ctde.Strategy(inner_steps=4, synchronous_steps=8)},
+    "phases": {"strategy": PHASES},
 }
 
 

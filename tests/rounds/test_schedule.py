@@ -12,19 +12,25 @@ def test_dispatch_has_as_many_rows_as_take_a_tenth_of_a_second(row_seconds, rows
 
 
 @pytest.mark.parametrize(
-    ("synchronous_steps", "total_steps", "phases"),
+    ("strategy", "total_steps", "phases"),
     [
-        (0, 10, [(4, 0, 10)]),
-        (8, 20, [(0, 0, 8), (4, 8, 20)]),
-        (8, 6, [(0, 0, 6)]),
+        (Strategy(4), 10, [(4, 0, 10)]),
+        (Strategy(later={8: Strategy(4)}), 20, [(0, 0, 8), (4, 8, 20)]),
+        (Strategy(later={8: Strategy(4)}), 6, [(0, 0, 6)]),
         # Equal numbers, but different objects.
-        (1000, int("1000"), [(0, 0, 1000)]),
+        (Strategy(later={1000: Strategy(4)}), int("1000"), [(0, 0, 1000)]),
+        (
+            Strategy(2, later={16: Strategy(8), 4: Strategy(4), 40: Strategy(8)}),
+            33,
+            [(2, 0, 4), (4, 4, 16), (8, 16, 33)],
+        ),
     ],
 )
-def test_phase_without_steps_is_left_out(synchronous_steps, total_steps, phases):
-    strategy = Strategy(inner_steps=4, synchronous_steps=synchronous_steps)
+def test_phases_follow_each_other_until_the_end(strategy, total_steps, phases):
     made = make_phases(strategy, total_steps, eval_every=4, row_steps=1, piece_steps=1)
     assert [(p.strategy.inner_steps, p.start, p.spans[-1].stop) for p in made] == phases
+    before = [made[0], *made[:-1]]
+    assert [each.before.inner_steps for each in made] == [e.strategy.inner_steps for e in before]
 
 
 def test_dispatches_cover_every_round_of_a_piece_once():

@@ -11,13 +11,12 @@ from jax import numpy as jnp
 import ctde_jax as ctde
 from ctde_jax import aggregate, data, devices, models, train
 from ctde_jax.aggregate import Strategy
-from ctde_jax.config import presets
 from ctde_jax.cost import measure, targets
 from ctde_jax.errors import InputError
 from ctde_jax.models import Model, fine_tuning, tasks
 from ctde_jax.rounds import Resident
 from ctde_jax.trainer.warm_start import read_source
-from tests.cases import some
+from tests.cases import STRATEGY_NAMES, some
 
 MODEL = models.mlp([64, 12, 10])
 BODY, HEAD = "layers/0/*", "layers/1/*"
@@ -124,7 +123,7 @@ def test_first_step_of_a_low_rank_change_is_that_of_the_paper(digits, given):
         same(after["bias"], before["bias"])
 
 
-@pytest.mark.parametrize("name", some(presets.PRESETS, "ddp", "sparse-loco"))
+@pytest.mark.parametrize("name", some(STRATEGY_NAMES, "ddp", "sparse-loco"))
 def test_only_trained_parameters_are_sent(name, digits):
     """The bytes are those of a model that has the low-rank factors as its only parameters."""
     strategy, replicas = ctde.strategy(name), 4

@@ -119,14 +119,13 @@ def test_strategy_starts_after_its_synchronous_steps(digits):
             )
         )
 
+    post_local = ctde.Strategy(later={8: ctde.Strategy(inner_steps=4)})
     synchronous = losses_of(ctde.Strategy(), 16)
-    later = losses_of(ctde.Strategy(inner_steps=4, synchronous_steps=8), 16)
+    later = losses_of(post_local, 16)
     np.testing.assert_array_equal(later[:2], synchronous[:2])
     assert later[2:] != synchronous[2:]
     np.testing.assert_allclose(later[2:], synchronous[2:], rtol=0.1)
-    assert losses_of(ctde.Strategy(inner_steps=4, synchronous_steps=8), 6) == losses_of(
-        ctde.Strategy(), 6
-    )
+    assert losses_of(post_local, 6) == losses_of(ctde.Strategy(), 6)
 
 
 def test_model_with_a_single_parameter_trains(digits):

@@ -12,14 +12,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
+from cases import STRATEGY_NAMES, some
 from jax import numpy as jnp
 from runs import DropoutNet, Killed, rows
 
 import ctde_jax as ctde
 from ctde_jax import config, data, train
 from ctde_jax.config.command_line import with_words
-from ctde_jax.config.presets import PRESETS
 from ctde_jax.devices import runs
 from ctde_jax.errors import InputError, NonFiniteLoss
 from ctde_jax.trainer.history import History
@@ -58,7 +57,15 @@ def assert_equal(outcome, alone: ctde.Trained, tolerance: float = 1e-5) -> None:
     assert jax.tree.structure(trained.opt_state) == jax.tree.structure(alone.opt_state)
 
 
+PHASES = {
+    "growing": ctde.Strategy(2, later={8: ctde.Strategy(4), 16: ctde.Strategy(8)}),
+    "shared": ctde.Strategy(shared_batches=True, later={8: ctde.Strategy(4)}),
+}
+
+
 def preset(name: str) -> ctde.Strategy:
+    if name in PHASES:
+        return PHASES[name]
     options: dict[str, Any] = {} if name in ("ddp", "gossip") else {"sync_every": 3}
     if name == "streaming-diloco":
         options["fragments"] = 2
@@ -70,14 +77,14 @@ def preset(name: str) -> ctde.Strategy:
 # A replica without neighbors cannot gossip.
 ALL = [
     (name, replicas)
-    for name in PRESETS
+    for name in (*STRATEGY_NAMES, *PHASES)
     for replicas in (1, 2)
     if replicas > 1 or name not in ("gossip", "no-loco")
 ]
 
 
 @pytest.mark.parametrize(
-    "case", some(ALL, ("diloco", 1), ("diloco", 2), ("post-local-sgd", 2)), ids=str
+    "case", some(ALL, ("diloco", 1), ("diloco", 2), ("post-local-sgd", 2), ("growing", 2)), ids=str
 )
 def test_each_run_equals_the_run_alone(few, case):
     name, replicas = case
@@ -112,7 +119,7 @@ def test_each_run_equals_the_run_alone(few, case):
     assert_equal(outcome, alone)
 
 
-@pytest.mark.parametrize("name", some(PRESETS, "ddp", "diloco"))
+@pytest.mark.parametrize("name", some((*STRATEGY_NAMES, *PHASES), "ddp", "diloco"))
 def test_runs_that_are_computed_together_equal_the_run_alone(few, name, monkeypatch):
     """As on an accelerator."""
     monkeypatch.setattr(runs, "_one_by_one", runs._together)

@@ -7,12 +7,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
+from cases import STRATEGY_NAMES, some
 from flax import nnx
 
 import ctde_jax as ctde
 from ctde_jax import data, models, rounds
-from ctde_jax.config.presets import PRESETS
 from ctde_jax.devices import AXIS
 
 TOKENS = np.tile(np.arange(8), 200)[: 80 * 17].reshape(80, 17)
@@ -117,7 +116,7 @@ def composed(strategy: str) -> ctde.Strategy:
 LEARNING = [
     (name, strategy)
     for i, name in enumerate(MODELS)
-    for j, strategy in enumerate(PRESETS)
+    for j, strategy in enumerate(STRATEGY_NAMES)
     if (i + j) % 4 == 0
 ]
 """Each model trains with a quarter of the strategies, each strategy with two or three models."""
@@ -140,7 +139,7 @@ def test_round_keeps_shapes_and_dtypes_of_every_model_and_strategy(name, data_se
         data_sets[kind],
         ctde.tasks.language_modeling if kind == TEXT else ctde.tasks.classification,
     )
-    for strategy in map(composed, PRESETS):
+    for strategy in map(composed, STRATEGY_NAMES):
         training = ctde.Training(
             model,
             dataset,

@@ -37,7 +37,7 @@ class PhasePrograms(NamedTuple):
 
     @property
     def begins(self) -> bool:
-        """Whether the states must first be converted from the synchronous phase before this one."""
+        """Whether the states must first be converted from those of the phase before this one."""
         return self.phase.begins_with(self.spans)
 
 
@@ -159,9 +159,7 @@ def _runs(family: Family, phase: Phase, devices: Sequence[jax.Device]) -> many.R
                 "not decide, and which they pass to functions of jax.numpy alone, as they are "
                 f"called with traced numbers: {shortened(str(error))}",
             ) from error
-        # The strategy of the synchronous phase depends on no number.
-        is_own = phase.strategy is training.strategy
-        return parts if is_own else parts._replace(strategy=phase.strategy)
+        return parts._replace(strategy=parts.strategy.phases[phase.start])
 
     return many.Runs(
         training.raw_model,

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 
 from ctde_jax.checkpoint import CHECKPOINTS, METRICS, open_saver
-from ctde_jax.data import index_blocks
 from ctde_jax.devices import PyTree, divide
 from ctde_jax.errors import NonFiniteLoss, Preempted
-from ctde_jax.rounds import Piece, Span, cut, prefetched, state
+from ctde_jax.rounds import Piece, Span, cut, indices_of, prefetched, state
 from ctde_jax.trainer.callbacks import Callbacks
 from ctde_jax.trainer.claim import Found
 from ctde_jax.trainer.history import Row, open_history
@@ -396,16 +395,7 @@ def _open(
 def _pieces(prepared: Prepared, spans: Sequence[Span]) -> Generator[Piece]:
     """Yields the pieces of all runs: the examples, and the indices of each run."""
     for span in spans:
-        blocks = [
-            index_blocks(
-                batches_of(training),
-                span.round_steps,
-                span.piece_rounds,
-                span.start,
-                span.stop,
-            )
-            for training in prepared.trainings
-        ]
+        blocks = [indices_of(batches_of(training), [span]) for training in prepared.trainings]
         for of_runs in zip(*blocks, strict=True):
             indices = np.stack([indices for indices, _ in of_runs])
             _, rounds = of_runs[0]
