@@ -1,6 +1,6 @@
 """Strategies with phases that follow the learning rate: growing rounds, or fewer bits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, lcm
 
@@ -37,11 +37,9 @@ def by_learning_rate(
 
     Examples:
         >>> cosine = optax.cosine_decay_schedule(0.01, 1000)
-        >>> def sending(codec):
-        ...     reduce = ctde.aggregate.two_phase(ctde.aggregate.error_feedback(codec))
-        ...     return ctde.Strategy(inner_steps=10, reduce=reduce)
-        >>> bits = {1.0: sending(ctde.aggregate.quantize(4)), 0.5: sending(ctde.aggregate.sign())}
-        >>> list(ctde.aggregate.by_learning_rate(cosine, 1000, bits).phases)
+        >>> fractions = {1.0: ctde.Strategy(inner_steps=4), 0.5: ctde.Strategy(inner_steps=20)}
+        >>> phases = ctde.aggregate.by_learning_rate(cosine, 1000, fractions).phases
+        >>> list(phases)
         [0, 500]
     """
     check_at_least(1, steps=steps)
@@ -54,19 +52,19 @@ def by_learning_rate(
 
     # The largest rate from each step on falls monotonically, also after a warmup.
     rates = _largest_later(learning_rate, steps)
-    phases = {0: strategies[order[0]]}
-    for fraction in order[1:]:
+    phases: list[tuple[int, Strategy]] = []
+    for fraction in order:
         strategy = strategies[fraction]
         first = int(np.argmax(rates <= fraction)) if rates[-1] <= fraction else steps
-        # If the phase before would have no steps, this one replaces it.
-        if first <= max(phases):
-            phases[max(phases)] = strategy
-            continue
-        period = lcm(max(1, phases[max(phases)].inner_steps), max(1, strategy.inner_steps))
-        start = period * ceil(first / period)
+        start = _first_whole_round(first, phases, strategy)
+        # A phase that would end where it begins is left out.
+        while phases and start <= phases[-1][0]:
+            phases.pop()
+            start = _first_whole_round(first, phases, strategy)
         if start < steps:
-            phases[start] = strategy
-    return replace(phases.pop(0), later=phases)
+            phases.append((start, strategy))
+    (_, strategy), *later = phases
+    return replace(strategy, later=dict(later))
 
 
 def quadratic_synchronization(
@@ -102,7 +100,7 @@ def quadratic_synchronization(
         >>> local_sgd = ctde.Strategy(inner_steps=4)
         >>> growing = ctde.aggregate.quadratic_synchronization(local_sgd, cosine, 1000)
         >>> {start: each.inner_steps for start, each in growing.phases.items()}
-        {0: 4, 504: 8, 672: 16, 768: 32, 896: 64}
+        {0: 4, 368: 8, 512: 16, 608: 32, 704: 64, 768: 128}
     """
     check_positive(growth=growth)
     if growth > 1:
@@ -115,6 +113,15 @@ def quadratic_synchronization(
         for number in range(1, doublings + 1)
     }
     return by_learning_rate(learning_rate, steps, {1.0: strategy, **longer})
+
+
+def _first_whole_round(
+    first: int, phases: Sequence[tuple[int, Strategy]], strategy: Strategy
+) -> int:
+    """Returns the first step from `first` on at which a phase may follow the last one."""
+    before = phases[-1][1] if phases else strategy
+    period = lcm(max(1, before.inner_steps), max(1, strategy.inner_steps))
+    return period * ceil(first / period)
 
 
 def _check_without_phases(*strategies: Strategy) -> None:

@@ -198,8 +198,8 @@ def sentence_of_run(sent: float, steps: int, params: int, replicas: int) -> str:
         replicas: Number of replicas.
 
     Examples:
-        >>> ctde.cost.sentence_of_run(sent=26040.0, steps=1000, params=650, replicas=2)
-        'each device sends 26 kB in 1,000 steps, 100 times fewer bytes than averaging float32 \
+        >>> ctde.cost.sentence_of_run(sent=26000.0, steps=1000, params=650, replicas=2)
+        'each device sends 26.0 kB in 1,000 steps, 100 times fewer bytes than averaging float32 \
 gradients at every step'
     """
     if not sent:

@@ -390,7 +390,7 @@ class Training:
             exact.check_sizes(replicas, self.batch_size, self.accumulation_steps)
 
     def _check_phases(self) -> None:
-        """Checks that the data can be dealt to the replicas in all phases of the strategy."""
+        """Checks that every phase of the strategy can use the partition."""
         if self.partition is None:
             return
         phases = self.strategy.phases.values()

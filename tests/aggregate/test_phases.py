@@ -49,6 +49,10 @@ def test_phase_without_steps_is_replaced_by_the_next():
     halved = optax.piecewise_constant_schedule(1.0, {40: 0.1})
     strategies = {1.0: Strategy(2), 0.5: Strategy(4), 0.2: Strategy(8), 0.01: Strategy(16)}
     assert lengths(by_learning_rate(halved, 100, strategies)) == {0: 2, 40: 8}
+    # Rounds of 10 steps would begin at step 60, and those of 6 steps, too.
+    linear = optax.linear_schedule(0.5, 0.0, 100)
+    due_together = {1.0: Strategy(2), 0.49: Strategy(10), 0.45: Strategy(6)}
+    assert lengths(by_learning_rate(linear, 100, due_together)) == {0: 2, 60: 6}
     # A phase that would begin after the end is left out.
     assert lengths(by_learning_rate(halved, 42, {1.0: Strategy(2), 0.5: Strategy(64)})) == {0: 2}
 

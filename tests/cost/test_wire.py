@@ -452,6 +452,18 @@ def test_command_prints_the_table(capsys):
     assert "every 3 steps in 1 collective, 3 times fewer bytes" in shown
 
 
+def test_command_prints_a_table_for_each_phase(capsys):
+    """QSR on the digits: 230 steps, of which the first 88 have rounds of 4 steps."""
+    assert wire.main(["--devices", "4", "--hidden-sizes", "8", "--strategy", "qsr"]) == 0
+
+    shown = " ".join(capsys.readouterr().out.split())
+    for start in (0, 88, 128, 160, 192):
+        assert f"bytes sent by each device, from step {start} " in shown
+    rounds = 88 / 4 + 40 / 8 + 32 / 16 + 1 + 1
+    sent = rounds * 2 * 3 * (PARAMS + 1)
+    assert f"each device sends {sent / 1000:.1f} kB in 230 steps" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
