@@ -1,23 +1,28 @@
 """Compares the bytes that strategies send, and their losses, with synchronous training.
 
-    python benchmarks/communication.py --task transformer    # takes hours; resumes if interrupted
+    python benchmarks/communication.py --task transformer --steps 600
     python benchmarks/communication.py --task mnist --arm "averaging, Muon, H=128, int2"
-    python benchmarks/communication.py --report      # tables and a figure of earlier measurements
+    python benchmarks/communication.py --report      # tables and figures of earlier measurements
 
-All strategies train on the same examples in the same number of steps. An arm is a strategy with a
-small grid of settings. Seed 0 tries all of them, seeds 1, 2 and 3 repeat the best ones, and only
-these three are reported. Bytes are counted in the compiled program.
+All strategies train on the same examples in the same number of steps, with 8 replicas on one
+device. An arm is an optimizer and a strategy with a small grid of settings. Seed 0 tries all
+settings in one program, seeds 1, 2 and 3 repeat the best one in another, and only these three are
+reported. Bytes are counted in the program of 8 devices. Runs in the log are not trained again, so
+several processes can train different arms at a time.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from harness import RESULTS, Log, Row, Table, command_line, console, publish
 from matplotlib import pyplot
@@ -29,68 +34,73 @@ from ctde_jax.config.optimizers import build_schedule
 
 REPLICAS = 8
 TUNING_SEED = 0
+WARMUP_STEPS = 30
 
-Settings = Mapping[str, Any]
+Settings = Mapping[str, float]
+Number = float | jax.Array  # traced in the program of many runs
+MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
+MakeStrategy = Callable[[int, optax.Schedule, Number, Number | None], ctde.Strategy]
+"""Function of steps, learning rates, outer learning rate and outer momentum to a strategy."""
 
 
 class Problem(NamedTuple):
-    """Model, data and length of a training; equal for all arms."""
+    """Model and data of a training; equal for all arms."""
 
     model: ctde.models.Model
     data: ctde.data.Dataset
     task: ctde.Task
     batch_size: int
-    steps: int
+    # For each replica, the indices of its examples; None shuffles all examples in every epoch.
+    partition: Sequence[np.ndarray] | None = None
 
 
-def learn_text(folder: Path) -> Problem:
-    """Next-character prediction on Shakespeare, with 64 windows of 64 characters per step."""
-    data = ctde.data.from_text(folder / "text" / "tinyshakespeare.txt", length=64, stride=16)
-    model = ctde.models.transformer(len(data.vocabulary), 64)
-    return Problem(model, data, ctde.tasks.language_modeling, batch_size=64, steps=600)
+def learn_text(folder: Path, length: int, hidden_size: int) -> Problem:
+    """Next-character prediction on Shakespeare, with 64 windows of `length` characters per step."""
+    data = ctde.data.from_text(folder / "text" / "tinyshakespeare.txt", length=length, stride=16)
+    model = ctde.models.transformer(len(data.vocabulary), length, hidden_size)
+    return Problem(model, data, ctde.tasks.language_modeling, batch_size=64)
 
 
 def learn_digits(folder: Path) -> Problem:
-    """Classification of MNIST for ten epochs."""
+    """Classification of MNIST; 1,152 steps are ten epochs."""
     data = ctde.data.mnist(folder / "mnist")
-    return Problem(
-        ctde.models.mlp([784, 128, 10]), data, ctde.tasks.classification, batch_size=512, steps=1152
-    )
+    model = ctde.models.mlp([784, 128, 10])
+    return Problem(model, data, ctde.tasks.classification, batch_size=512)
 
 
-PROBLEMS = {"transformer": learn_text, "mnist": learn_digits}
+def learn_unequal_digits(folder: Path) -> Problem:
+    """Classification of MNIST by a CNN; most replicas have images of two digits only."""
+    data = ctde.data.mnist(folder / "mnist")
+    parts = ctde.data.partition.by_label(np.asarray(data.train.labels), REPLICAS, shards=2)
+    model = ctde.models.cnn((28, 28), 10)
+    return Problem(model, data, ctde.tasks.classification, batch_size=64, partition=parts)
+
+
+PROBLEMS: dict[str, Callable[[Path], Problem]] = {
+    "transformer": lambda folder: learn_text(folder, length=32, hidden_size=48),
+    "transformer-241k": lambda folder: learn_text(folder, length=64, hidden_size=96),
+    "mnist": learn_digits,
+    "cnn": learn_unequal_digits,
+}
 # The metric that compares the arms of a task, and the sign of a worse one.
-MEASURES = {"transformer": ("loss", 1), "mnist": ("accuracy", -1)}
-
-
-def combinations(**values: Sequence[Any]) -> list[Settings]:
-    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+MEASURES = {
+    "transformer": ("loss", 1),
+    "transformer-241k": ("loss", 1),
+    "mnist": ("accuracy", -1),
+    "cnn": ("accuracy", -1),
+}
 
 
 class Arm(NamedTuple):
-    """A strategy and its grid of settings."""
+    """Functions that make the optimizer and the strategy, and the grid of their settings."""
 
+    optimizer: MakeOptimizer
+    strategy: MakeStrategy
     grid: list[Settings]
-    inner_steps: int = 0
-    # Codec of a two-phase exchange through the owners of slices; None is a float32 all-reduce.
-    codec: Codec | None = None
-
-    def strategy(self, settings: Settings) -> ctde.Strategy:
-        """Builds the strategy with the outer optimizer of the settings."""
-        reduce = exact_mean() if self.codec is None else two_phase(self.codec)
-        if not self.inner_steps:
-            return ctde.Strategy(reduce=reduce)
-        outer = optax.sgd(
-            settings["outer_learning_rate"], settings["outer_momentum"] or None, nesterov=True
-        )
-        return ctde.Strategy(self.inner_steps, reduce, outer)
 
 
-def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    """Builds the optimizer of the inner steps, with 30 warmup steps and cosine decay to zero."""
-    learning_rate = build_schedule(settings["learning_rate"], "cosine", 30, steps)
-    if settings["optimizer"] == "adamw":
-        return optax.adamw(learning_rate)
+def muon(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Makes Muon (Jordan, 2024) for `matrices`, and AdamW for all other parameters."""
     # Scaled to AdamW's root mean square, so that both parts have one rate (Liu et al., 2025).
     return optax.contrib.muon(
         learning_rate, consistent_rms=0.2, muon_weight_dimension_numbers=matrices
@@ -98,27 +108,51 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
 
 
 def matrices(params: ctde.devices.PyTree) -> ctde.devices.PyTree:
-    """Selects the parameters for Muon: all matrices except embeddings and the transformer's output.
+    """Selects the parameters for Muon: kernels, except embeddings and the layer named `out`.
 
-    All other parameters are updated by AdamW.
+    The kernel of a convolution, `[height, width, inputs, outputs]`, is a matrix to its outputs.
     """
 
     def dimensions(path: tuple, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         names = {getattr(key, "key", None) for key in path}
-        is_hidden = x.ndim == 2 and not names & {"tokens", "places", "out"}
-        return optax.contrib.MuonDimensionNumbers() if is_hidden else None
+        if x.ndim < 2 or names & {"tokens", "places", "out"}:
+            return None
+        *inputs, outputs = range(x.ndim)
+        return optax.contrib.MuonDimensionNumbers(tuple(inputs), outputs)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-# Arms that average float32 gradients at every step; every arm is compared with both.
-BASELINES = ("synchronous, AdamW", "synchronous, Muon")
-TEXT_ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.006, 0.012, 0.024]}
-TEXT_MUON = {"optimizer": ["muon"], "learning_rate": [0.012, 0.024, 0.048]}
-DIGITS_ADAMW = {"optimizer": ["adamw"], "learning_rate": [0.005, 0.01, 0.02]}
-DIGITS_MUON = {"optimizer": ["muon"], "learning_rate": [0.003, 0.006, 0.012]}
-AVERAGED = {"outer_learning_rate": [1.0], "outer_momentum": [0.0]}
-NESTEROV = {"outer_learning_rate": [1.0], "outer_momentum": [0.3, 0.6]}
+def synchronous(*_: Any) -> ctde.Strategy:
+    """Averages float32 gradients at every step."""
+    return ctde.Strategy(reduce=exact_mean())
+
+
+def averaging(inner_steps: int, codec: Codec | None = None) -> MakeStrategy:
+    """Returns a function that makes averaging of parameters after `inner_steps` local steps.
+
+    With a codec, replicas send two-phase messages through the owners of slices; without, they send
+    float32 numbers. An outer momentum is Nesterov's, as in DiLoCo (Douillard et al., 2023).
+    """
+
+    def strategy(
+        steps: int,
+        learning_rate: optax.Schedule,
+        outer_learning_rate: Number,
+        outer_momentum: Number | None,
+    ) -> ctde.Strategy:
+        reduce = exact_mean() if codec is None else two_phase(codec)
+        outer = optax.sgd(outer_learning_rate, outer_momentum, nesterov=True)
+        return ctde.Strategy(inner_steps, reduce, outer)
+
+    return strategy
+
+
+def grid(*learning_rates: float, **others: Sequence[float]) -> list[Settings]:
+    """Returns all combinations; names are `outer_learning_rate` and `outer_momentum`."""
+    values = {"learning_rate": learning_rates, **others}
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
 
 # Codecs with error feedback. "statistical" has the best 2-bit levels for normally distributed
 # numbers; `sparse` keeps one number of 32, also in 2 bits.
@@ -127,96 +161,202 @@ int4, int2, one_bit = (
 )
 sparse = error_feedback(top_k(32, 1024, quantize(2, "statistical", block=32)))
 
-ARMS: dict[str, dict[str, Arm]] = {
-    "transformer": {
-        "synchronous, AdamW": Arm(combinations(**TEXT_ADAMW)),
-        "synchronous, Muon": Arm(combinations(**TEXT_MUON)),
-        "averaging, AdamW, H=15": Arm(combinations(**TEXT_ADAMW, **AVERAGED), 15),
-        "DiLoCo, AdamW, H=15, int4": Arm(combinations(**TEXT_ADAMW, **NESTEROV), 15, int4),
-        "averaging, Muon, H=8, int2": Arm(combinations(**TEXT_MUON, **AVERAGED), 8, int2),
-        "averaging, Muon, H=15, int4": Arm(combinations(**TEXT_MUON, **AVERAGED), 15, int4),
-        "averaging, Muon, H=30, int2": Arm(combinations(**TEXT_MUON, **AVERAGED), 30, int2),
-    },
-    "mnist": {
-        "synchronous, AdamW": Arm(combinations(**DIGITS_ADAMW)),
-        "synchronous, Muon": Arm(combinations(**DIGITS_MUON)),
-        "averaging, AdamW, H=64": Arm(combinations(**DIGITS_ADAMW, **AVERAGED), 64),
-        "DiLoCo, AdamW, H=64, int4": Arm(combinations(**DIGITS_ADAMW, **NESTEROV), 64, int4),
-        "averaging, Muon, H=64, int4": Arm(combinations(**DIGITS_MUON, **AVERAGED), 64, int4),
-        "averaging, Muon, H=128, int2": Arm(combinations(**DIGITS_MUON, **AVERAGED), 128, int2),
-        "averaging, Muon, H=288, sparse": Arm(combinations(**DIGITS_MUON, **AVERAGED), 288, sparse),
-        "averaging, Muon, H=576, sign": Arm(combinations(**DIGITS_MUON, **AVERAGED), 576, one_bit),
-        "averaging, Muon, H=1152, int2": Arm(combinations(**DIGITS_MUON, **AVERAGED), 1152, int2),
-    },
+# Arms that average float32 gradients at every step; every arm is compared with both.
+REFERENCE = "synchronous, Muon"
+BASELINES = ("synchronous, AdamW", REFERENCE)
+DILOCO: dict[str, Sequence[float]] = {"outer_learning_rate": [1.0], "outer_momentum": [0.3, 0.6]}
+
+TEXT_ADAMW = grid(0.003, 0.006, 0.012)
+TEXT_MUON = grid(0.012, 0.024, 0.048)
+TEXT_LOCAL = grid(0.006, 0.012, 0.024, 0.048)
+TEXT_ARMS = {
+    "synchronous, AdamW": Arm(optax.adamw, synchronous, TEXT_ADAMW),
+    "synchronous, Muon": Arm(muon, synchronous, TEXT_MUON),
+    "averaging, Muon, H=8, int2": Arm(muon, averaging(8, int2), TEXT_LOCAL),
+    "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), TEXT_LOCAL),
+    "averaging, Muon, H=60, int2": Arm(muon, averaging(60, int2), TEXT_LOCAL),
+}
+
+SHORT_ADAMW = grid(0.006, 0.012, 0.024)
+SHORT_DILOCO = grid(0.006, 0.012, 0.024, **DILOCO)
+SHORT_TEXT_ARMS = {
+    "synchronous, AdamW": Arm(optax.adamw, synchronous, SHORT_ADAMW),
+    "synchronous, Muon": Arm(muon, synchronous, TEXT_MUON),
+    "averaging, AdamW, H=15": Arm(optax.adamw, averaging(15), SHORT_ADAMW),
+    "DiLoCo, AdamW, H=15, int4": Arm(optax.adamw, averaging(15, int4), SHORT_DILOCO),
+    "averaging, Muon, H=8, int2": Arm(muon, averaging(8, int2), TEXT_MUON),
+    "averaging, Muon, H=15, int4": Arm(muon, averaging(15, int4), TEXT_MUON),
+    "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), TEXT_MUON),
+}
+
+DIGITS_ADAMW = grid(0.005, 0.01, 0.02)
+DIGITS_DILOCO = grid(0.005, 0.01, 0.02, **DILOCO)
+DIGITS_MUON = grid(0.003, 0.006, 0.012)
+DIGITS_ARMS = {
+    "synchronous, AdamW": Arm(optax.adamw, synchronous, DIGITS_ADAMW),
+    "synchronous, Muon": Arm(muon, synchronous, DIGITS_MUON),
+    "averaging, AdamW, H=64": Arm(optax.adamw, averaging(64), DIGITS_ADAMW),
+    "DiLoCo, AdamW, H=64, int4": Arm(optax.adamw, averaging(64, int4), DIGITS_DILOCO),
+    "averaging, Muon, H=64, int4": Arm(muon, averaging(64, int4), DIGITS_MUON),
+    "averaging, Muon, H=128, int2": Arm(muon, averaging(128, int2), DIGITS_MUON),
+    "averaging, Muon, H=288, sparse": Arm(muon, averaging(288, sparse), DIGITS_MUON),
+    "averaging, Muon, H=576, sign": Arm(muon, averaging(576, one_bit), DIGITS_MUON),
+    "averaging, Muon, H=1152, int2": Arm(muon, averaging(1152, int2), DIGITS_MUON),
+}
+LONG_DIGITS_ARMS = DIGITS_ARMS | {
+    "averaging, Muon, H=576, int2": Arm(muon, averaging(576, int2), DIGITS_MUON),
+    "averaging, Muon, H=1152, sign": Arm(muon, averaging(1152, one_bit), DIGITS_MUON),
+}
+
+CNN_ADAMW = grid(0.001, 0.002, 0.004)
+CNN_MUON = grid(0.002, 0.004, 0.008, 0.016)
+CNN_ARMS = {
+    "synchronous, AdamW": Arm(optax.adamw, synchronous, CNN_ADAMW),
+    "synchronous, Muon": Arm(muon, synchronous, CNN_MUON),
+    "averaging, AdamW, H=30, int2": Arm(optax.adamw, averaging(30, int2), CNN_ADAMW),
+    "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), CNN_MUON),
+    "averaging, Muon, H=60, int2": Arm(muon, averaging(60, int2), CNN_MUON),
+}
+
+# Arms by task and number of steps.
+ARMS: dict[str, dict[int, dict[str, Arm]]] = {
+    "transformer": {600: TEXT_ARMS, 3_000: TEXT_ARMS, 10_000: TEXT_ARMS},
+    "transformer-241k": {600: SHORT_TEXT_ARMS, 3_000: TEXT_ARMS},
+    "mnist": {1_152: DIGITS_ARMS, 11_520: LONG_DIGITS_ARMS},
+    "cnn": {3_000: CNN_ARMS},
 }
 
 
+class Job(NamedTuple):
+    """An arm that is trained for a number of steps."""
+
+    task: str
+    steps: int
+    arm: str
+
+    @property
+    def value(self) -> Arm:
+        """The optimizer, the strategy and the grid of the arm."""
+        return ARMS[self.task][self.steps][self.arm]
+
+    def find(self, log: Log, **wanted: Any) -> list[Row]:
+        """Returns the rows of this job that contain these entries."""
+        return log.find(**self._asdict(), **wanted)
+
+
+def jobs() -> list[Job]:
+    """Returns all jobs: those of a task together, and from long to short trainings."""
+    return [
+        Job(task, steps, arm)
+        for task, lengths in ARMS.items()
+        for steps in sorted(lengths, reverse=True)
+        for arm in lengths[steps]
+    ]
+
+
+def sent_bytes(trained: ctde.Trained, strategy: ctde.Strategy, steps: int) -> float:
+    """Returns the bytes that each device sends in a training."""
+    assert trained.traffic is not None
+    # Traffic is per round; a synchronous strategy has a round in every step.
+    return trained.traffic.sent * math.ceil(steps / max(1, strategy.inner_steps))
+
+
 def train(
-    problem: Problem, arm: Arm, settings: Settings, seed: int, devices: list[jax.Device]
-) -> Row:
-    """Trains once; returns test loss and accuracy, and the bytes and launches of each device."""
-    # A single evaluation, after the last step.
+    job: Job, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]
+) -> list[Row]:
+    """Trains all settings with all seeds in one program, and returns a row for each run.
+
+    The metrics are those of the test split after the last step; they and the bytes are None if the
+    run has diverged. The seconds are those of the whole program, divided by the number of runs.
+    """
+    steps = job.steps
+
+    def optimizer(learning_rate: Number) -> optax.GradientTransformation:
+        return job.value.optimizer(build_schedule(learning_rate, "cosine", WARMUP_STEPS, steps))
+
+    def strategy(
+        learning_rate: Number,
+        outer_learning_rate: Number = 1.0,
+        outer_momentum: Number | None = None,
+    ) -> ctde.Strategy:
+        schedule = build_schedule(learning_rate, "cosine", WARMUP_STEPS, steps)
+        return job.value.strategy(steps, schedule, outer_learning_rate, outer_momentum)
+
+    def measured(trained: ctde.Trained | None, values: Settings) -> Row:
+        if trained is None:
+            return {"loss": None, "accuracy": None, "bytes": None}
+        sent = sent_bytes(trained, strategy(**values), steps)
+        tested = trained.tested
+        return {"loss": tested["loss"], "accuracy": tested.get("accuracy"), "bytes": sent}
+
+    begin = time.perf_counter()
     try:
-        trained = ctde.fit(
+        sweep = ctde.fit_many(
             problem.model,
             problem.data,
-            make_optimizer(settings, problem.steps),
-            arm.strategy(settings),
+            optimizer,
+            strategy,
+            seeds=seeds,
+            sweep=settings,
             task=problem.task,
-            devices=devices,
+            devices=ctde.devices.start(1),
+            replicas=REPLICAS,
             batch_size=problem.batch_size,
-            steps=problem.steps,
-            seed=seed,
-            eval_every=problem.steps,
+            partition=problem.partition,
+            steps=steps,
+            eval_every=steps,  # a single evaluation, after the last step
             log_every=100,
             show=False,
         )
-    except ctde.NonFiniteLoss:
-        return dict.fromkeys(("loss", "accuracy", "bytes", "launches", "seconds"))
-    if trained.interrupted:
-        raise KeyboardInterrupt
-
-    # Traffic is per round; a synchronous strategy has a round in every step.
-    rounds = math.ceil(problem.steps / max(1, arm.inner_steps))
-    return {
-        "loss": trained.history[-1]["loss"],
-        "accuracy": trained.history[-1].get("accuracy"),
-        "bytes": trained.traffic.sent * rounds,
-        "launches": trained.traffic.launches * rounds,
-        "seconds": round(trained.seconds["train"], 1),
-    }
-
-
-def best_settings(log: Log, task: str, arm: str) -> Settings | None:
-    """Returns the best settings on the tuning seed, or None if some have not been tried."""
-    name, worse = MEASURES[task]
-    tried = [
-        log.find(task=task, arm=arm, settings=settings, seed=TUNING_SEED)
-        for settings in ARMS[task][arm].grid
+    except ctde.NonFiniteLoss:  # of all runs
+        results = [(values, seed, None) for values, seed in product(settings, seeds)]
+    else:
+        if sweep.interrupted:
+            raise KeyboardInterrupt
+        results = [(each.values, each.seed, each.trained) for each in sweep.outcomes]
+    seconds = round((time.perf_counter() - begin) / len(results), 1)
+    return [
+        {"seed": seed, "settings": {**values}, **measured(trained, values), "seconds": seconds}
+        for values, seed, trained in results
     ]
-    if not all(tried):
-        return None
-    # A metric is None if the training diverged.
-    values = [math.inf if row[name] is None else worse * row[name] for row, *_ in tried]
-    return tried[values.index(min(values))][0]["settings"]
 
 
-def make(task: str, arm: str, seeds: Sequence[int], folder: Path, log: Log) -> None:
-    """Runs the trainings of an arm that the log does not have."""
-    problem = PROBLEMS[task](folder)
-    devices = ctde.devices.start(REPLICAS)
+def best_settings(log: Log, job: Job) -> Settings | None:
+    """Returns the best settings on the tuning seed, or None if some have not been tried.
 
-    def run(settings: Settings, seed: int) -> None:
-        train_once = partial(train, problem, ARMS[task][arm], settings, seed, devices)
-        log.make(train_once, task=task, arm=arm, seed=seed, settings=settings, steps=problem.steps)
+    None is also returned if all have diverged.
+    """
+    name, worse = MEASURES[job.task]
+    values = []
+    for settings in job.value.grid:
+        tried = job.find(log, settings=settings, seed=TUNING_SEED)
+        if not tried:
+            return None
+        # A metric is None if the training diverged.
+        metric = tried[0][name]
+        values.append(math.inf if metric is None else worse * metric)
+    best = min(values)
+    return None if best == math.inf else job.value.grid[values.index(best)]
+
+
+def make(job: Job, seeds: Sequence[int], problem: Problem, log: Log) -> None:
+    """Trains the runs of a job that the log does not have."""
+
+    def run(settings: Sequence[Settings], seeds: Sequence[int]) -> None:
+        for row in train(job, problem, settings, seeds) if settings and seeds else []:
+            log.append({**job._asdict(), **row})
+            console.print(json.dumps({**job._asdict(), **row}))
+        # Each call of `fit_many` compiles programs, which JAX would keep.
+        jax.clear_caches()
 
     # Tune on one seed, then repeat the best settings on the others.
-    for settings in ARMS[task][arm].grid if TUNING_SEED in seeds else []:
-        run(settings, TUNING_SEED)
-    best = best_settings(log, task, arm)
-    for seed in seeds:
-        if best is not None and seed != TUNING_SEED:
-            run(best, seed)
+    if TUNING_SEED in seeds:
+        tried = [row["settings"] for row in job.find(log, seed=TUNING_SEED)]
+        run([settings for settings in job.value.grid if settings not in tried], [TUNING_SEED])
+    best = best_settings(log, job)
+    if best is not None:
+        repeated = [TUNING_SEED, *(row["seed"] for row in job.find(log, settings=best))]
+        run([best], [seed for seed in seeds if seed not in repeated])
 
 
 class Rung(NamedTuple):
@@ -224,28 +364,47 @@ class Rung(NamedTuple):
 
     arm: str
     settings: Settings
-    value: float  # mean of the metric over seeds
-    spread: float  # standard deviation of the metric over seeds
-    seeds: int
+    values: Mapping[int, float]  # the metric by seed
     bytes: float  # sent by each device in a training
 
+    @property
+    def value(self) -> float:
+        """Mean of the metric over seeds."""
+        return mean(self.values.values())
 
-def ladder(log: Log, task: str) -> list[Rung]:
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the metric over seeds."""
+        return deviation([*self.values.values()])
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Returns the sample standard deviation, NaN for a single value."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def ladder(log: Log, task: str, steps: int) -> list[Rung]:
     """Returns the results of finished arms, from the most bytes to the least."""
     rungs = []
-    for arm in ARMS[task]:
-        best = best_settings(log, task, arm)
-        runs = log.find(task=task, arm=arm, settings=best)
+    for job in jobs():
+        best = best_settings(log, job) if job[:2] == (task, steps) else None
         # The tuning seed is left out, because it has chosen the settings.
-        runs = [row for row in runs if row["seed"] != TUNING_SEED and row["bytes"] is not None]
-        if runs:
-            values = [row[MEASURES[task][0]] for row in runs]
-            spread = stdev(values) if len(values) > 1 else math.nan
-            rungs.append(Rung(arm, best or {}, mean(values), spread, len(values), runs[0]["bytes"]))
+        runs = (
+            {}
+            if best is None
+            else {
+                row["seed"]: row
+                for row in job.find(log, settings=best)
+                if row["seed"] != TUNING_SEED and row["bytes"] is not None
+            }
+        )
+        if best is not None and runs:
+            values = {seed: row[MEASURES[task][0]] for seed, row in runs.items()}
+            rungs.append(Rung(job.arm, best, values, next(iter(runs.values()))["bytes"]))
     return sorted(rungs, key=lambda rung: -rung.bytes)
 
 
-def make_table(task: str, rungs: list[Rung]) -> Table:
+def make_table(task: str, steps: int, rungs: list[Rung]) -> Table:
     """Compares every arm with the synchronous ones."""
     name, worse = MEASURES[task]
     baselines = [rung for rung in rungs if rung.arm in BASELINES]
@@ -263,7 +422,7 @@ def make_table(task: str, rungs: list[Rung]) -> Table:
             rung.arm,
             f"{rung.value:.4f}",
             f"{rung.spread:.4f}",
-            f"{rung.seeds}",
+            f"{len(rung.values)}",
             f"{rung.bytes / 1e6:,.3f} MB",
             f"{baselines[0].bytes / rung.bytes:,.0f}",
             *(difference(rung, baseline) for baseline in baselines),
@@ -271,15 +430,15 @@ def make_table(task: str, rungs: list[Rung]) -> Table:
         ]
         for rung in rungs
     ]
-    return Table(task, header, rows)
+    return Table(f"{task}, {steps:,} steps", header, rows)
 
 
-def draw(ladders: Mapping[str, list[Rung]], file: Path) -> None:
+def draw(ladders: Mapping[tuple[str, int], list[Rung]], file: Path) -> None:
     """Draws the metric of each task over bytes, with dotted lines at the synchronous arms."""
     figure, panels = pyplot.subplots(
         1, len(ladders), figsize=(7 * len(ladders), 7), squeeze=False, layout="tight"
     )
-    for axes, (task, rungs) in zip(panels[0], ladders.items(), strict=True):
+    for axes, ((task, steps), rungs) in zip(panels[0], ladders.items(), strict=True):
         axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for rung in rungs:
             axes.errorbar(
@@ -289,7 +448,7 @@ def draw(ladders: Mapping[str, list[Rung]], file: Path) -> None:
                 axes.axhline(rung.value, color="gray", linewidth=0.8, linestyle="dotted")
         axes.set(
             xscale="log",
-            title=task,
+            title=f"{task}, {steps:,} steps",
             xlabel="bytes that a device sends",
             ylabel=f"test {MEASURES[task][0]}",
         )
@@ -300,8 +459,82 @@ def draw(ladders: Mapping[str, list[Rung]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+class Gap(NamedTuple):
+    """Loss of an arm above that of the reference, in percent."""
+
+    steps: int
+    percent: float  # mean over seeds
+    spread: float  # standard deviation over seeds
+
+
+def find_gaps(ladders: Mapping[tuple[str, int], list[Rung]], task: str) -> dict[str, list[Gap]]:
+    """Returns the gaps of each arm of a task to synchronous Muon, from short to long trainings.
+
+    Runs are compared with those of the same seed, which start from the same parameters.
+    """
+    gaps: dict[str, list[Gap]] = {}
+    for (of_task, steps), rungs in sorted(ladders.items()):
+        reference = {rung.arm: rung.values for rung in rungs}.get(REFERENCE, {})
+        for rung in rungs if of_task == task else []:
+            percents = [
+                100 * (value / reference[seed] - 1)
+                for seed, value in rung.values.items()
+                if seed in reference
+            ]
+            if percents and rung.arm not in BASELINES:
+                gap = Gap(steps, mean(percents), deviation(percents))
+                gaps.setdefault(rung.arm, []).append(gap)
+    return gaps
+
+
+def draw_gaps(gaps: Mapping[str, list[Gap]], title: str, file: Path) -> None:
+    """Draws the gap of each arm over the number of steps, with lines at 1 % and 2 %."""
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="tight")
+    for arm, points in gaps.items():
+        steps, percents, spreads = zip(*points, strict=True)
+        axes.errorbar(steps, percents, yerr=spreads, fmt="o-", capsize=3, label=arm)
+    for percent in (1, 2):
+        axes.axhline(percent, color="gray", linewidth=0.8, linestyle="dashed")
+    lengths = sorted({gap.steps for points in gaps.values() for gap in points})
+    axes.set(
+        xscale="log",
+        title=title,
+        xlabel="steps",
+        ylabel=f"test loss above {REFERENCE}, %",
+    )
+    axes.set_xticks(lengths, [f"{steps:,}" for steps in lengths])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def publish_results(log: Log, results: Path) -> None:
+    """Writes the tables and figures of all finished arms."""
+    # A table needs a synchronous arm, which sends the most bytes, and another one.
+    lengths = dict.fromkeys((job.task, job.steps) for job in jobs())
+    ladders = {
+        (task, steps): rungs
+        for task, steps in lengths
+        if len(rungs := ladder(log, task, steps)) > 1 and rungs[0].arm in BASELINES
+    }
+    if not ladders:
+        console.print("nothing to compare yet: a synchronous arm and another one must be finished")
+        return
+    tables = [make_table(task, steps, rungs) for (task, steps), rungs in ladders.items()]
+    publish(results / "communication.md", tables)
+
+    # The lengths of a task are in descending order.
+    longest: dict[str, int] = {}
+    for task, steps in ladders:
+        longest.setdefault(task, steps)
+    draw({each: ladders[each] for each in longest.items()}, results / "communication.png")
+    if gaps := find_gaps(ladders, "transformer"):
+        draw_gaps(gaps, "transformer", results / "communication_gap.png")
+
+
 def main(
-    task: Literal["transformer", "mnist"] | None = None,
+    task: Literal["transformer", "transformer-241k", "mnist", "cnn"] | None = None,
+    steps: int | None = None,
     arm: str | None = None,
     seeds: tuple[int, ...] = (TUNING_SEED, 1, 2, 3),
     report: bool = False,
@@ -312,29 +545,27 @@ def main(
 
     Args:
         task: Task to run; by default all.
+        steps: Length of the trainings to run; by default all, from long to short ones.
         arm: Arm to run; by default all.
         seeds: Random seeds; 0 tries all settings, and the others repeat the best ones.
         report: Show earlier results without training.
         data_dir: Folder of `text/tinyshakespeare.txt` and `mnist/`.
-        results: Folder for communication.jsonl, .md and .png.
+        results: Folder for communication.jsonl, .md, .png, and communication_gap.png.
     """
     log = Log(results / "communication.jsonl")
-    for name, other in [
-        (name, other) for name, arms in ARMS.items() for other in arms if not report
-    ]:
-        if task in (None, name) and arm in (None, other):
-            make(name, other, seeds, data_dir, log)
-    # A table needs a synchronous arm, which sends the most bytes, and another one.
-    ladders = {
-        name: rungs
-        for name in ARMS
-        if len(rungs := ladder(log, name)) > 1 and rungs[0].arm in BASELINES
-    }
-    if ladders:
-        publish(results / "communication.md", [make_table(*each) for each in ladders.items()])
-        draw(ladders, results / "communication.png")
-    else:
-        console.print("nothing to compare yet: a synchronous arm and another one must be finished")
+    wanted = [
+        job
+        for job in jobs()
+        if task in (None, job.task) and steps in (None, job.steps) and arm in (None, job.arm)
+    ]
+    if not wanted:
+        sys.exit(f"no arm {arm or ''} with task {task} and {steps} steps; see ARMS in this file")
+    problems: dict[str, Problem] = {}
+    for job in [] if report else wanted:
+        if job.task not in problems:
+            problems[job.task] = PROBLEMS[job.task](data_dir)
+        make(job, seeds, problems[job.task], log)
+    publish_results(log, results)
 
 
 if __name__ == "__main__":

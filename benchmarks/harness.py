@@ -70,6 +70,13 @@ class Log:
         new.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         new.replace(self.file)
 
+    def append(self, row: Row) -> None:
+        """Appends a row; several processes may append to the same log, but not call `put`."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        # One write in append mode, so that rows of two processes do not mix.
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(row)}\n")
+
     def make(self, run: Callable[[], Row], **what: Any) -> None:
         """Runs a measurement and logs its row, unless the log has one."""
         if not self.find(**what):
