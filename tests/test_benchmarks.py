@@ -1,11 +1,17 @@
 """The harness of the benchmarks, and the start of each benchmark."""
 
 import importlib.util
+import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import optax
 import pytest
+
+import ctde_jax as ctde
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = [
@@ -96,6 +102,62 @@ def test_tables_are_written_as_markdown(harness, tmp_path):
 
 def test_spread_is_median_and_quartiles(harness):
     assert harness.spread([5, 1, 2, 4, 3]) == "3.00 (2.00-4.00)"
+
+
+def test_rows_are_appended_by_two_logs_of_a_file(harness, tmp_path):
+    first, second = (harness.Log(tmp_path / "new" / "log.jsonl") for _ in range(2))
+    first.append({"who": "a"})
+    second.append({"who": "b"})
+    first.append({"who": "c"})
+
+    assert [row["who"] for row in second.find()] == ["a", "b", "c"]
+
+
+def learn_small_digits(communication, _) -> NamedTuple:
+    model, data = ctde.models.mlp([64, 10]), ctde.data.digits()
+    return communication.Problem(model, data, ctde.tasks.classification, batch_size=64)
+
+
+def test_arms_repeat_the_best_setting_and_are_trained_once(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    communication = importlib.import_module("communication")
+    rates = communication.grid(1e-6, 0.1)
+    averaging = communication.averaging(4)
+    arms = {
+        "synchronous, AdamW": communication.Arm(optax.adamw, communication.synchronous, rates),
+        "averaging, AdamW, H=4": communication.Arm(optax.adamw, averaging, rates),
+    }
+    learn = partial(learn_small_digits, communication)
+    monkeypatch.setattr(communication, "PROBLEMS", {"mnist": learn})
+    monkeypatch.setattr(communication, "ARMS", {"mnist": {32: arms}})
+    run = partial(communication.main, seeds=(0, 1, 2), results=tmp_path)
+
+    run()
+    log = tmp_path / "communication.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(row["seed"], row["settings"]["learning_rate"]) for row in rows] == 2 * [
+        (0, 1e-6),
+        (0, 0.1),
+        (1, 0.1),
+        (2, 0.1),
+    ]
+    assert rows[0]["bytes"] == 4 * rows[4]["bytes"]
+    assert "mnist, 32 steps" in (tmp_path / "communication.md").read_text()
+
+    # Only the run whose row is lost is trained again.
+    trained = []
+    fit_many = ctde.fit_many
+
+    def spy(*args, **options):
+        trained.append((options["sweep"], options["seeds"]))
+        return fit_many(*args, **options)
+
+    monkeypatch.setattr(ctde, "fit_many", spy)
+    run()
+    assert trained == []
+    log.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row is not rows[2]))
+    run()
+    assert trained == [([{"learning_rate": 0.1}], [1])]
 
 
 @pytest.mark.slow
