@@ -45,8 +45,8 @@ def test_phase_with_the_same_strategy_changes_no_bit(digits):
 def test_residual_continues_in_the_next_phase(digits, codec):
     """The exact codec of the last phase sends all residuals, so nothing is lost.
 
-    The gradient of a weighted sum of the outputs does not depend on the parameters. The parameters are
-    therefore those of exact averages, up to rounding.
+    The gradient of a weighted sum of the outputs does not depend on the parameters. The parameters
+    are therefore those of exact averages, up to rounding.
     """
 
     def averaging(codec: aggregate.Codec) -> ctde.Strategy:
