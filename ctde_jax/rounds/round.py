@@ -183,6 +183,11 @@ def _as_only_replica(train_round: Round) -> Round:
     alone = jax.vmap(train_round, in_axes=None, axis_name=replica.AXIS, axis_size=1)
 
     def round_alone(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
+        # `vmap` knows that virtual replicas are equal if they take the examples of the first one.
+        if replica.is_vmapped():
+            split, batches = jax.tree.map(
+                lambda x: lax.all_gather(x, replica.AXIS)[0], (split, batches)
+            )
         return jax.tree.map(lambda x: x.squeeze(0), alone(state, split, batches, key))
 
     return round_alone
