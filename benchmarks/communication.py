@@ -389,21 +389,17 @@ def deviation(values: Sequence[float]) -> float:
 def ladder(log: Log, task: str, steps: int) -> list[Rung]:
     """Returns the results of finished arms, from the most bytes to the least."""
     rungs = []
-    for job in jobs():
-        best = best_settings(log, job) if job[:2] == (task, steps) else None
+    for arm in ARMS[task][steps]:
+        job = Job(task, steps, arm)
+        best = best_settings(log, job)
+        if best is None:
+            continue
         # The tuning seed is left out, because it has chosen the settings.
-        runs = (
-            {}
-            if best is None
-            else {
-                row["seed"]: row
-                for row in job.find(log, settings=best)
-                if row["seed"] != TUNING_SEED and row["bytes"] is not None
-            }
-        )
-        if best is not None and runs:
+        rows = [row for row in job.find(log, settings=best) if row["seed"] != TUNING_SEED]
+        runs = {row["seed"]: row for row in rows if row["bytes"] is not None}
+        if runs:
             values = {seed: row[MEASURES[task][0]] for seed, row in runs.items()}
-            rungs.append(Rung(job.arm, best, values, next(iter(runs.values()))["bytes"]))
+            rungs.append(Rung(arm, best, values, next(iter(runs.values()))["bytes"]))
     return sorted(rungs, key=lambda rung: -rung.bytes)
 
 
