@@ -171,27 +171,29 @@ REFERENCE = "synchronous, Muon"
 BASELINES = ("synchronous, AdamW", REFERENCE)
 DILOCO: dict[str, Sequence[float]] = {"outer_learning_rate": [1.0], "outer_momentum": [0.3, 0.6]}
 
+# An outer momentum of 0.5 was the best of 0, 0.5 and 0.8 for H=30 in 3,000 steps on seed 0.
 TEXT_ADAMW = grid(0.003, 0.006, 0.012)
-TEXT_MUON = grid(0.012, 0.024, 0.048)
-TEXT_LOCAL = grid(0.006, 0.012, 0.024, 0.048)
+TEXT_MUON = grid(0.006, 0.012, 0.024)
+TEXT_LOCAL = grid(0.006, 0.012, 0.024, outer_learning_rate=[1.0], outer_momentum=[0.5])
 TEXT_ARMS = {
     "synchronous, AdamW": Arm(optax.adamw, synchronous, TEXT_ADAMW),
     "synchronous, Muon": Arm(muon, synchronous, TEXT_MUON),
-    "averaging, Muon, H=8, int2": Arm(muon, averaging(8, int2), TEXT_LOCAL),
-    "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), TEXT_LOCAL),
-    "averaging, Muon, H=60, int2": Arm(muon, averaging(60, int2), TEXT_LOCAL),
+    "Muon, H=8, int2": Arm(muon, averaging(8, int2), TEXT_LOCAL),
+    "Muon, H=30, int2": Arm(muon, averaging(30, int2), TEXT_LOCAL),
+    "Muon, H=60, int2": Arm(muon, averaging(60, int2), TEXT_LOCAL),
 }
 
+SHORT_MUON = grid(0.012, 0.024, 0.048)
 SHORT_ADAMW = grid(0.006, 0.012, 0.024)
 SHORT_DILOCO = grid(0.006, 0.012, 0.024, **DILOCO)
 SHORT_TEXT_ARMS = {
     "synchronous, AdamW": Arm(optax.adamw, synchronous, SHORT_ADAMW),
-    "synchronous, Muon": Arm(muon, synchronous, TEXT_MUON),
+    "synchronous, Muon": Arm(muon, synchronous, SHORT_MUON),
     "averaging, AdamW, H=15": Arm(optax.adamw, averaging(15), SHORT_ADAMW),
     "DiLoCo, AdamW, H=15, int4": Arm(optax.adamw, averaging(15, int4), SHORT_DILOCO),
-    "averaging, Muon, H=8, int2": Arm(muon, averaging(8, int2), TEXT_MUON),
-    "averaging, Muon, H=15, int4": Arm(muon, averaging(15, int4), TEXT_MUON),
-    "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), TEXT_MUON),
+    "averaging, Muon, H=8, int2": Arm(muon, averaging(8, int2), SHORT_MUON),
+    "averaging, Muon, H=15, int4": Arm(muon, averaging(15, int4), SHORT_MUON),
+    "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), SHORT_MUON),
 }
 
 DIGITS_ADAMW = grid(0.005, 0.01, 0.02)
