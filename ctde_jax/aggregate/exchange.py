@@ -6,9 +6,8 @@ weight in 4 bytes. A leaf *moves* if the flag of any replica is set; if the weig
 replica with a positive weight.
 """
 
-from itertools import accumulate, pairwise
 from math import ceil
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,13 +16,12 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Key, Shaped, UInt8
 
+from ctde_jax.aggregate.across_hosts import across_hosts
 from ctde_jax.aggregate.codec import Codec, Payload, exact, from_bytes, to_bytes
 from ctde_jax.aggregate.combine import Combine, average
 from ctde_jax.aggregate.reducer import Reducer, Star, reducer
-from ctde_jax.devices import AXIS, PyTree
-
-Vector: TypeAlias = Float32[Array, " size"]
-"""The concatenated leaves of a message."""
+from ctde_jax.aggregate.vector import Vector, as_tree, as_vector, count
+from ctde_jax.devices import AXIS, PyTree, groups
 
 
 class TwoPhaseState(NamedTuple):
@@ -59,7 +57,7 @@ class TwoPhaseState(NamedTuple):
         )
 
 
-def two_phase(codec: Codec = exact(), combine: Combine = average()) -> Reducer:
+def two_phase(codec: Codec = exact(), combine: Combine = average(), per_host: int = 1) -> Reducer:
     """Sends each slice to its owner, which combines it and sends the result to all replicas.
 
     The message of n elements is cut into R slices, one owned by each of the R replicas: encode,
@@ -76,17 +74,24 @@ def two_phase(codec: Codec = exact(), combine: Combine = average()) -> Reducer:
     Args:
         codec: Codec of the slices; by default float32, 4 bytes per element.
         combine: Rule that combines the messages; by default their mean, weighted by examples.
+        per_host: Number of consecutive replicas, such as the devices of a host, whose messages are
+            averaged in float32 first. Only hosts then exchange encoded messages, in which each
+            device has a part; see `across_hosts`. R is the number of hosts, and n that of elements
+            in a part.
 
     Raises:
-        InputError: At initialization, if there are too few replicas for `combine`.
+        InputError: `per_host` is less than 1, or, at initialization, does not divide the number of
+            replicas, or there are too few messages for `combine`.
 
     Examples:
         >>> codec = ctde.aggregate.error_feedback(ctde.aggregate.quantize(bits=4))
         >>> compressed = ctde.Strategy(reduce=ctde.aggregate.two_phase(codec))
         >>> robust = ctde.Strategy(reduce=ctde.aggregate.two_phase(combine=ctde.aggregate.median()))
+        >>> across = ctde.Strategy(reduce=ctde.aggregate.two_phase(codec, per_host=8))
     """
-    parts = _TwoPhase(codec, combine)
-    return reducer(parts.init, parts.update, independent=not combine.weighted, star=parts.star)
+    parts = _TwoPhase(codec, combine, per_host)
+    exchange = reducer(parts.init, parts.update, independent=not combine.weighted, star=parts.star)
+    return across_hosts(exchange, per_host)
 
 
 class _TwoPhase(NamedTuple):
@@ -94,6 +99,7 @@ class _TwoPhase(NamedTuple):
 
     codec: Codec
     rule: Combine
+    per_host: int = 1
 
     def init(self, params: PyTree) -> TwoPhaseState:
         """Returns the state of one replica."""
@@ -101,8 +107,9 @@ class _TwoPhase(NamedTuple):
         return TwoPhaseState(self.init_sender(params, lax.axis_size(AXIS)), owner, of_rule)
 
     def update(self, updates, state: TwoPhaseState, params=None, *, weight=1.0, key, **extra_args):
-        """Reduces the messages of all replicas."""
-        replicas = lax.axis_size(AXIS)
+        """Reduces the messages of all replicas, or of the hosts; see `across_hosts`."""
+        peers = groups.peers(self.per_host)
+        replicas = peers.size
         moves = _moves(updates)
 
         # A single replica sends nothing, so nothing is encoded.
@@ -115,9 +122,7 @@ class _TwoPhase(NamedTuple):
 
         # Phase 1: encode all slices, and send each with the flags and the weight to its owner.
         payload, sender = self.encode(updates, state.sender, replicas, key)
-        sent = lax.all_to_all(
-            with_weight(_with_flags(payload, moves), weight), AXIS, 0, 0, tiled=True
-        )
+        sent = peers.all_to_all(with_weight(_with_flags(payload, moves), weight))
         payload, weights = split_weights(sent)
         payload, moves_of_all = _split_flags(payload, len(moves))
 
@@ -126,7 +131,7 @@ class _TwoPhase(NamedTuple):
         payload, moves, (owner, of_rule) = self.combine_slice(
             payload, moves_of_all, weights, owned, updates, key
         )
-        payload, moves = _split_flags(lax.all_gather(_with_flags(payload, moves), AXIS), len(moves))
+        payload, moves = _split_flags(peers.all_gather(_with_flags(payload, moves)), len(moves))
         moves = jnp.any(moves, axis=0)
         agreed = self.decode(payload, moves, updates, key)
 
@@ -210,7 +215,8 @@ class _TwoPhase(NamedTuple):
         # for it. All owners receive the same flags, so they agree on this.
         is_used = weights > 0 if self.rule.weighted else jnp.ones(len(weights), bool)
         moves = jnp.any(moves & is_used[:, None], axis=0)
-        own_moving = self.moving(moves, like, lax.axis_size(AXIS))[lax.axis_index(AXIS)]
+        peers = groups.peers(self.per_host)
+        own_moving = self.moving(moves, like, peers.size)[peers.place[1]]
 
         # Combine the owned slice, from rows float32[message, size].
         owner, of_rule = owned
@@ -242,7 +248,7 @@ class _TwoPhase(NamedTuple):
 
     def slice_size(self, like: PyTree, slices: int) -> int:
         """Returns the number of elements of a slice, a multiple of the block of the codec."""
-        return self.codec.block * ceil(_count(like) / slices / self.codec.block)
+        return self.codec.block * ceil(count(like) / slices / self.codec.block)
 
 
 def _slices(
@@ -257,7 +263,7 @@ def _slices(
     )
 
 
-def gathered(codec: Codec) -> Reducer:
+def gathered(codec: Codec, per_host: int = 1) -> Reducer:
     """Sends the encoded message to all replicas, each of which computes the weighted average.
 
     If the n elements, rounded up to whole blocks of the codec, are encoded in `b` bytes, every
@@ -266,34 +272,43 @@ def gathered(codec: Codec) -> Reducer:
 
     Args:
         codec: Codec of the whole message, a vector of its n elements in float32.
+        per_host: Number of consecutive replicas whose messages are averaged first, as in
+            `two_phase`.
+
+    Raises:
+        InputError: `per_host` is less than 1, or, at initialization, does not divide the number of
+            replicas.
 
     Examples:
         >>> codec = ctde.aggregate.error_feedback(ctde.aggregate.top_k(k=128))
         >>> strategy = ctde.Strategy(inner_steps=16, reduce=ctde.aggregate.gathered(codec))
     """
-    parts = _Gathered(codec)
-    return reducer(parts.init, parts.update, star=parts.star)
+    parts = _Gathered(codec, per_host)
+    return across_hosts(reducer(parts.init, parts.update, star=parts.star), per_host)
 
 
 class _Gathered(NamedTuple):
     """The parts of `gathered`."""
 
     codec: Codec
+    per_host: int = 1
 
     def init(self, params: PyTree) -> PyTree:
         """Returns the codec state of one replica."""
         return self.codec.init((self.padded_size(params),))
 
     def update(self, updates, state, params=None, *, weight=1.0, key, **extra_args):
-        """Reduces the messages of all replicas."""
+        """Reduces the messages of all replicas, or of the hosts; see `across_hosts`."""
+        peers = groups.peers(self.per_host)
+
         # A single replica sends nothing; without weight, its message is ignored as any other.
         has_weight = jnp.asarray(weight) > 0
-        if lax.axis_size(AXIS) == 1:
+        if peers.size == 1:
             return optax.tree.where(has_weight, updates, optax.tree.zeros_like(updates)), state
 
         # Encode the message, and gather those of all replicas with their flags and weights.
         sent, sender = self.encode(updates, state, weight, key)
-        sent = lax.all_gather(sent, AXIS)
+        sent = peers.all_gather(sent)
 
         # As in `two_phase`, elements that do not move and messages with weight 0 keep their state.
         sender = _where(self.moving(sent, updates), sender, state)
@@ -363,32 +378,7 @@ class _Gathered(NamedTuple):
 
     def padded_size(self, like: PyTree) -> int:
         """Returns the number of elements, rounded up to whole blocks of the codec."""
-        return self.codec.block * ceil(_count(like) / self.codec.block)
-
-
-def as_vector(tree: PyTree, size: int | None = None) -> Vector:
-    """Concatenates the leaves of a tree to one vector, padded with zeros to `size`, if given."""
-    missing = [jnp.zeros((size or _count(tree)) - _count(tree))]
-    return jnp.concatenate(
-        [leaf.ravel().astype(jnp.float32) for leaf in jax.tree.leaves(tree)] + missing
-    )
-
-
-def as_tree(vector: Vector, like: PyTree) -> PyTree:
-    """Inverts `as_vector`; shapes and dtypes are those of `like`."""
-    leaves, structure = jax.tree.flatten(like)
-    borders = [0, *accumulate(leaf.size for leaf in leaves)]
-    parts = [vector[start:stop] for start, stop in pairwise(borders)]
-    return structure.unflatten(
-        [
-            part.reshape(leaf.shape).astype(leaf.dtype)
-            for part, leaf in zip(parts, leaves, strict=True)
-        ]
-    )
-
-
-def _count(tree: PyTree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+        return self.codec.block * ceil(count(like) / self.codec.block)
 
 
 def with_weight(payload: Payload, weight: Float[ArrayLike, ""]) -> Payload:
@@ -434,7 +424,7 @@ def _of_each_number(moves: Bool[Array, " leaves"], tree: PyTree, size: int) -> B
         for flag, leaf in zip(moves, jax.tree.leaves(tree), strict=True)
     ]
     # The padding does not move.
-    return jnp.concatenate([*flags, jnp.zeros(size - _count(tree), bool)])
+    return jnp.concatenate([*flags, jnp.zeros(size - count(tree), bool)])
 
 
 def _where(moving: Bool[Array, "... size"], new: PyTree, old: PyTree) -> PyTree:

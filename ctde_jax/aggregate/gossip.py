@@ -9,8 +9,8 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Int32, Key
 
-from ctde_jax.aggregate.exchange import Vector, as_tree, as_vector
 from ctde_jax.aggregate.reducer import reducer
+from ctde_jax.aggregate.vector import Vector, as_tree, as_vector
 from ctde_jax.devices import AXIS, PyTree
 from ctde_jax.errors import InputError, check_known
 

@@ -6,10 +6,11 @@ from jax import lax
 from jax import numpy as jnp
 
 from ctde_jax.aggregate.codec import from_bytes, to_bytes
-from ctde_jax.aggregate.exchange import as_tree, as_vector, split_weights, with_weight
+from ctde_jax.aggregate.exchange import split_weights, with_weight
 from ctde_jax.aggregate.reducer import Reducer, Star, reducer
-from ctde_jax.devices import AXIS, is_vmapped, weighted_mean
-from ctde_jax.errors import InputError, check_at_least
+from ctde_jax.aggregate.vector import as_tree, as_vector
+from ctde_jax.devices import AXIS, groups, is_vmapped, weighted_mean
+from ctde_jax.errors import check_at_least
 
 
 def mean() -> Reducer:
@@ -93,18 +94,10 @@ def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
     check_at_least(1, per_host=per_host)
 
     def init(params):
-        if lax.axis_size(AXIS) % per_host:
-            raise InputError(
-                "per_host", f"must divide the {lax.axis_size(AXIS)} devices, got {per_host}."
-            )
+        groups.check_per_host(per_host, lax.axis_size(AXIS))
         return optax.EmptyState()
 
     def update(updates, state, params=None, *, weight: jax.typing.ArrayLike = 1.0, **extra_args):
-        replicas = lax.axis_size(AXIS)
-        # Groups of replicas: those of each host, and those at the same position of every host.
-        hosts = [list(range(first, first + per_host)) for first in range(0, replicas, per_host)]
-        peers = [list(place) for place in zip(*hosts, strict=True)]
-
         # The weight is summed in the same vector. A message with weight 0 is masked, even if it is
         # NaN.
         message = as_vector(updates)
@@ -112,14 +105,15 @@ def hierarchical_mean(per_host: int) -> optax.GradientTransformationExtraArgs:
         vector = jnp.append(jnp.where(weight > 0, message * weight, 0), weight)
 
         if is_vmapped():
-            # `vmap` does not support groups, and nothing is sent.
+            # Nothing is sent under `vmap`.
             vector = lax.psum(vector, AXIS)
         else:
             # Reduce-scatter within hosts, all-reduce across hosts, all-gather within hosts.
+            host = groups.hosts(per_host)
             padded = jnp.pad(vector, (0, -len(vector) % per_host))
-            own = lax.psum_scatter(padded, AXIS, axis_index_groups=hosts, tiled=True)
-            own = lax.psum(own, AXIS, axis_index_groups=peers)
-            vector = lax.all_gather(own, AXIS, axis_index_groups=hosts, tiled=True)[: len(vector)]
+            own = host.psum_scatter(padded.reshape(per_host, -1))
+            own = groups.peers(per_host).psum(own)
+            vector = host.all_gather(own).ravel()[: len(vector)]
 
         # One division at the end; the mean is 0 if all weights are 0.
         return as_tree(vector[:-1] / jnp.where(vector[-1] > 0, vector[-1], 1), updates), state

@@ -8,9 +8,9 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from ctde_jax.aggregate.exchange import as_tree, as_vector
 from ctde_jax.aggregate.reducer import reducer
 from ctde_jax.aggregate.scaling import relative
+from ctde_jax.aggregate.vector import as_tree, as_vector
 from ctde_jax.devices import AXIS
 from ctde_jax.errors import check_at_least
 

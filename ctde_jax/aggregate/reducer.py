@@ -58,6 +58,9 @@ class Reducer(optax.GradientTransformationExtraArgs):
 
     star: Callable[[int], Star] | None = None
 
+    per_host: int = 1
+    """Number of consecutive replicas whose messages are averaged before they are combined."""
+
 
 class IndependentReducer(Reducer):
     """A reducer that requires each message to depend only on the examples of its replica.

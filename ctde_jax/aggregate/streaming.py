@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from ctde_jax.aggregate.exchange import two_phase
 from ctde_jax.aggregate.reducer import reducer
+from ctde_jax.aggregate.vector import cut, whole
 from ctde_jax.devices import PyTree
 from ctde_jax.errors import InputError, check_at_least
 
@@ -61,14 +62,14 @@ def streaming(
     exchange = optax.with_extra_args_support(reduce or two_phase())
     optimizer = outer or optax.sgd(0.7, momentum=0.9, nesterov=True)
 
-    cut = partial(_cut, fragments)
+    fragments_of = partial(cut, fragments)
 
     def mixture(own: jax.Array, center: jax.Array) -> jax.Array:
         # Equal numbers keep their bits, which the weighted sum may round.
         return jnp.where(own == center, own, mix * own + (1 - mix) * center)
 
     def init(params: PyTree) -> StreamingState:
-        center = jax.tree.map(cut, params)
+        center = jax.tree.map(fragments_of, params)
         first = jax.tree.map(lambda x: x[0], center)
 
         return StreamingState(
@@ -84,7 +85,7 @@ def streaming(
         # The replica's parameters after its local steps, cut into fragments; the updates are its
         # outer gradient.
         before = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        own = jax.tree.map(lambda p, d: cut(p - d.astype(jnp.float32)), before, updates)
+        own = jax.tree.map(lambda p, d: fragments_of(p - d.astype(jnp.float32)), before, updates)
         sent = (state.rounds - 1) % fragments
         sending = state.rounds % fragments
 
@@ -114,7 +115,7 @@ def streaming(
         # Return the change of the parameters as an outer gradient, and send the next fragment's
         # message.
         moved = jax.tree.map(
-            lambda p, x, d: (p - _whole(x, p)).astype(d.dtype), before, own, updates
+            lambda p, x, d: (p - whole(x, p)).astype(d.dtype), before, own, updates
         )
         return moved, received._replace(
             rounds=state.rounds + 1,
@@ -123,17 +124,6 @@ def streaming(
         )
 
     return reducer(init, update)
-
-
-def _cut(fragments: int, leaf: jax.Array) -> jax.Array:
-    """Cuts a leaf into equal fragments, float32[fragment, size]; the last is padded with zeros."""
-    vector = leaf.ravel().astype(jnp.float32)
-    return jnp.pad(vector, (0, -vector.size % fragments)).reshape(fragments, -1)
-
-
-def _whole(pieces: jax.Array, like: jax.Array) -> jax.Array:
-    """Inverts `_cut`: returns the leaf with the shape of `like`, float32."""
-    return pieces.ravel()[: like.size].reshape(like.shape)
 
 
 def _row(tree: PyTree, index: jax.Array) -> PyTree:

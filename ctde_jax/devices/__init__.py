@@ -1,9 +1,9 @@
 """The devices that training runs on: backend, replicas, hosts, memory and settings."""
 
-from ctde_jax.devices import hosts, memory, replica, supervisor
+from ctde_jax.devices import groups, hosts, memory, replica, supervisor
 from ctde_jax.devices.backend import FAKE_DEVICES, check_backend, count_cores, one_for_each, start
+from ctde_jax.devices.groups import AXIS, is_vmapped
 from ctde_jax.devices.replica import (
-    AXIS,
     SHARD,
     Program,
     PyTree,
@@ -11,7 +11,6 @@ from ctde_jax.devices.replica import (
     as_complex,
     as_real,
     is_changed,
-    is_vmapped,
     largest,
     weighted_mean,
 )
@@ -29,6 +28,7 @@ __all__ = [
     "check_backend",
     "count_cores",
     "divide",
+    "groups",
     "hosts",
     "is_changed",
     "is_vmapped",

@@ -22,9 +22,8 @@ from jax import numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ctde_jax.devices.groups import AXIS, Axis, axis_size, pmax, psum
 from ctde_jax.errors import check_known
-
-AXIS = "replica"
 
 SHARD = "shard"
 """Axis of the shards, the equal parts into which a replica cuts its part of a batch.
@@ -197,11 +196,6 @@ def is_spread(devices: Sequence[jax.Device]) -> bool:
     return len({device.process_index for device in devices}) > 1
 
 
-def is_vmapped() -> bool:
-    """Returns whether the code that is traced runs under `jax.vmap`, and not on one device each."""
-    return AXIS not in jax.sharding.get_abstract_mesh().manual_axes
-
-
 def local_replicas(devices: Sequence[jax.Device]) -> list[int]:
     """Returns the indices of the replicas on this host."""
     return [
@@ -240,21 +234,21 @@ def gathered(leaf: jax.typing.ArrayLike) -> np.ndarray:
     return np.array(leaf)
 
 
-def add_up(tree: PyTree) -> PyTree:
-    """Sums a tree of float32 arrays over the replicas, with one `psum`.
+def add_up(tree: PyTree, axis: Axis = AXIS) -> PyTree:
+    """Sums a tree of float32 arrays over the replicas, or within groups of them, with one `psum`.
 
     Small arrays are concatenated, because fake devices synchronize once per array. With a single
     replica, `tree` itself is returned.
     """
-    if lax.axis_size(AXIS) == 1:
+    if axis_size(axis) == 1:
         return tree
     leaves, structure = jax.tree.flatten(tree)
     small = [leaf for leaf in leaves if leaf.size <= _SMALL]
     large = [leaf for leaf in leaves if leaf.size > _SMALL]
 
     # The empty array is there for `concatenate`, which needs at least one.
-    together, large = lax.psum(
-        (jnp.concatenate([jnp.ravel(leaf) for leaf in [*small, jnp.zeros(0)]]), large), AXIS
+    together, large = psum(
+        (jnp.concatenate([jnp.ravel(leaf) for leaf in [*small, jnp.zeros(0)]]), large), axis
     )
     parts = iter(jnp.split(together, np.cumsum([leaf.size for leaf in small])))
     wholes = iter(large)
@@ -263,7 +257,7 @@ def add_up(tree: PyTree) -> PyTree:
     )
 
 
-def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) -> PyTree:
+def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: Axis = AXIS) -> PyTree:
     """Returns the weighted mean over a mapped axis; of integers, the unweighted maximum.
 
     Participants with weight 0 are ignored in the mean, even if they hold NaN. If all weights are 0,
@@ -272,21 +266,20 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
     Args:
         tree: Arrays of this participant: floats, complex numbers or integers.
         weight: Weight of this participant, a scalar.
-        axis: Axis to average over, `AXIS` or `SHARD`.
+        axis: Axis to average over, `AXIS` or `SHARD`, or groups of replicas.
     """
     weight = jnp.asarray(weight, jnp.float32)
     leaves, structure = jax.tree.flatten(as_real(tree))
     floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
     # A single replica needs no collective.
-    if axis == AXIS and lax.axis_size(AXIS) == 1:
+    if axis != SHARD and axis_size(axis) == 1:
         means = iter([jnp.where(weight > 0, leaf, 0) for leaf in floats])
     else:
         # The product of NaN and a weight of 0 is NaN, hence `where`.
         weighted = [jnp.where(weight > 0, leaf * weight, 0) for leaf in floats]
-        sums, total = (
-            add_up((weighted, weight)) if axis == AXIS else lax.psum((weighted, weight), axis)
-        )
+        summed = weighted, weight
+        sums, total = lax.psum(summed, axis) if axis == SHARD else add_up(summed, axis)
         # Unlike a quotient, a product is fused with the operation that reads it.
         share = 1 / jnp.where(total > 0, total, 1)
         means = iter([x * share for x in sums])
@@ -295,7 +288,7 @@ def weighted_mean(tree: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS) 
     mean = structure.unflatten(
         next(means).astype(leaf.dtype)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else lax.pmax(leaf, axis)
+        else pmax(leaf, axis)
         for leaf in leaves
     )
     return as_complex(mean, tree)
@@ -314,7 +307,7 @@ def as_complex(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def agreed_state(
-    after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, axis: str = AXIS
+    after: PyTree, before: PyTree, weight: jax.typing.ArrayLike, axis: Axis = AXIS
 ) -> PyTree:
     """Merges the model states of the participants of a mapped axis.
 
@@ -327,7 +320,8 @@ def agreed_state(
         after: Model state of this participant after its update.
         before: Model state before the update, equal on all participants.
         weight: Number of examples that this participant has processed, a scalar.
-        axis: Axis to merge over: `AXIS` for replicas, `SHARD` for the shards of one replica.
+        axis: Axis to merge over: `AXIS` for replicas, groups of them, or `SHARD` for the shards of
+            one replica.
     """
     if not jax.tree.leaves(after):
         return after
@@ -335,7 +329,7 @@ def agreed_state(
     has_weight = weight > 0
 
     # A single replica has nothing to merge.
-    if axis == AXIS and lax.axis_size(AXIS) == 1:
+    if axis != SHARD and axis_size(axis) == 1:
         return jax.tree.map(lambda new, old: jnp.where(has_weight, new, old), after, before)
 
     # Floats are averaged, complex ones as pairs of real numbers; other dtypes are not.
@@ -354,7 +348,7 @@ def agreed_state(
             for pair in zip(new_floats, old_floats, strict=True)
         ],
     )
-    total, sums, changes = add_up(summed) if axis == AXIS else lax.psum(summed, axis)
+    total, sums, changes = lax.psum(summed, axis) if axis == SHARD else add_up(summed, axis)
     means = iter(zip(sums, changes, strict=True))
 
     # Unchanged elements come from `before`, as a mean of equal floats may differ by rounding.
@@ -382,7 +376,7 @@ def _as_real(x: jax.Array) -> jax.Array:
     return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
 
 
-def largest(leaf: jax.Array, included: jax.Array, axis: str | None = None) -> jax.Array:
+def largest(leaf: jax.Array, included: jax.Array, axis: Axis | None = None) -> jax.Array:
     """Returns the elementwise maximum over a mapped axis; for PRNG keys, that of each word.
 
     Args:
@@ -390,7 +384,7 @@ def largest(leaf: jax.Array, included: jax.Array, axis: str | None = None) -> ja
             axis if `axis` is None.
         included: Whether the participant is included, bool[]; if `axis` is None, bool with one
             element per participant along the first axis, broadcastable to `leaf`.
-        axis: Mapped axis, or None for the first axis.
+        axis: Mapped axis or groups of replicas, or None for the first axis.
 
     Returns:
         The maximum; the smallest value of the dtype if no participant is included.
@@ -406,7 +400,7 @@ def largest(leaf: jax.Array, included: jax.Array, axis: str | None = None) -> ja
     if leaf.dtype == jnp.bool_:
         return largest(leaf.astype(jnp.uint8), included, axis).astype(jnp.bool_)
     candidates = jnp.where(included, leaf, jnp.iinfo(leaf.dtype).min)
-    return candidates.max(axis=0) if axis is None else lax.pmax(candidates, axis)
+    return candidates.max(axis=0) if axis is None else pmax(candidates, axis)
 
 
 class Waiting:

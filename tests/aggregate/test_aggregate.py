@@ -57,6 +57,10 @@ REDUCERS = {
     "multi-krum": Contract(two_phase(combine=aggregate.multi_krum(0)), 1e-6),
     "geometric median": Contract(two_phase(combine=aggregate.geometric_median()), 1e-4),
     "centered clipping": Contract(two_phase(combine=aggregate.centered_clipping(1e6)), 1e-5),
+    "two-phase f32 across hosts": Contract(two_phase(per_host=2), 1e-6),
+    "gathered f32 across hosts": Contract(gathered(exact(), per_host=2), 1e-6),
+    "int8 across hosts": Contract(two_phase(quantize(8), per_host=2), 15 / 127),
+    "median across hosts": Contract(two_phase(combine=aggregate.median(), per_host=2), 1e-6),
 }
 
 LOSSLESS = [
@@ -64,13 +68,20 @@ LOSSLESS = [
     "gathered f32",
     "top-k with k = chunk size",
     "random-k with k = chunk size",
+    "two-phase f32 across hosts",
+    "gathered f32 across hosts",
 ]
 """Lossless reducers, which compute the weighted mean."""
 
-NEED_SEVERAL_REPLICAS = ["trimmed mean", "multi-krum"]
+ACROSS_HOSTS = [name for name in REDUCERS if name.endswith("across hosts")]
+
+NEED_SEVERAL_REPLICAS = ["trimmed mean", "multi-krum", *ACROSS_HOSTS]
 """Reducers that need more than one replica."""
 
-ROBUST = ["median", "trimmed mean", "multi-krum", "geometric median", "centered clipping"]
+ROBUST = [
+    *("median", "trimmed mean", "multi-krum", "geometric median", "centered clipping"),
+    "median across hosts",
+]
 """Reducers that tolerate Byzantine replicas."""
 
 LOSSY = {
@@ -176,7 +187,7 @@ def test_lossless_reducer_computes_the_mean(name, key):
     assert_close(run_reducer(REDUCERS[name].reduce, rows), average(rows))
 
 
-@pytest.mark.parametrize("name", ["two-phase f32", "gathered f32"])
+@pytest.mark.parametrize("name", [name for name in LOSSLESS if "f32" in name])
 def test_replica_with_weight_zero_is_ignored(name, key):
     """Weight 0 excludes a replica, even one with NaN; if all weights are 0, the mean is 0."""
     rows = messages(key)
@@ -253,7 +264,9 @@ def test_result_is_zero_if_all_weights_are_zero(name, key):
     assert not any(leaf.any() for leaf in jax.tree.leaves(reduced))
 
 
-@pytest.mark.parametrize("name", [name for name in REDUCERS if name not in ROBUST])
+@pytest.mark.parametrize(
+    "name", [name for name in REDUCERS if name not in (*ROBUST, *ACROSS_HOSTS)]
+)
 def test_single_replica_with_weight_zero_or_without_a_change_results_in_zeros(name, key):
     alone = jax.tree.map(lambda x: x[:1], messages(key))
     unchanged = {**alone, "w": jnp.zeros_like(alone["w"])}
@@ -366,6 +379,17 @@ def gathered_bytes(codec_bytes):
     return lambda n, replicas: (replicas - 1) * (codec_bytes(n) + 4 + 1)
 
 
+def across_hosts_bytes(exchange_bytes, per_host: int):
+    """Adds the sum and the result within each host; the parts of leaves are padded."""
+
+    def of_replica(n: int, replicas: int) -> float:
+        part = ceil((n - 7) / per_host) + ceil(7 / per_host)
+        within = (per_host - 1) * 4 * (part + 1 + part)
+        return within + exchange_bytes(part, replicas // per_host)
+
+    return of_replica
+
+
 def f32_bytes(n: int) -> int:
     return 4 * n
 
@@ -383,6 +407,14 @@ def hierarchical_bytes(n: int, replicas: int) -> float:
 BYTES = {
     "mean": (mean(), lambda n, r: ring(4 * (n + 1), r)),
     "hierarchical mean": (hierarchical_mean(2), hierarchical_bytes),
+    "int4 across hosts": (
+        two_phase(error_feedback(quantize(4)), per_host=4),
+        across_hosts_bytes(two_phase_bytes(int_bytes(4)), 4),
+    ),
+    "gathered sign across hosts": (
+        gathered(sign(), per_host=2),
+        across_hosts_bytes(gathered_bytes(int_bytes(1)), 2),
+    ),
     "two-phase f32": (two_phase(), two_phase_bytes(f32_bytes)),
     "gathered f32": (gathered(exact()), gathered_bytes(f32_bytes)),
     **{f"int{b}": (two_phase(quantize(b)), two_phase_bytes(int_bytes(b))) for b in (8, 4, 2)},
@@ -445,6 +477,7 @@ def sent_bytes(reduce: optax.GradientTransformation, n: int, replicas: int) -> f
 QUICK_BYTES = (
     "mean",
     "hierarchical mean",
+    "int4 across hosts",
     "int4",
     "int2, statistical",
     "sparse-loco",
@@ -538,6 +571,8 @@ def test_int8_sends_a_quarter_of_f32():
         (lambda: random_k(9, 8), "k must be from 1 to 8, the chunk size, got 9"),
         (lambda: error_feedback(sign(), 1.5), "decay must be from 0 to 1, got 1.5"),
         (lambda: hierarchical_mean(0), "per_host must be at least 1, got 0"),
+        (lambda: two_phase(per_host=0), "per_host must be at least 1, got 0"),
+        (lambda: gathered(exact(), per_host=-1), "per_host must be at least 1, got -1"),
         (lambda: power_sgd(0), "rank must be at least 1, got 0"),
         (lambda: aggregate.proximal(-1.0), "strength must be at least 0, got -1.0"),
         (lambda: aggregate.streaming(0), "fragments must be at least 1, got 0"),
@@ -573,6 +608,8 @@ def test_invalid_strategy_is_refused(build, sentence):
             "devices must be at least 5 .* got 4; .* byzantine to at most 1",
         ),
         (hierarchical_mean(3), 4, "per_host must divide the 4 devices, got 3"),
+        (two_phase(per_host=3), 4, "per_host must divide the 4 devices, got 3"),
+        (gathered(exact(), per_host=8), 4, "per_host must divide the 4 devices, got 8"),
     ],
 )
 def test_too_few_replicas_are_refused(reduce, replicas, sentence):
