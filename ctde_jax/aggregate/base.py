@@ -32,8 +32,9 @@ class Strategy:
 
     Raises:
         InputError: `inner_steps` is negative, `exact` or `shared_batches` is combined with inner
-            steps, later phases or another reducer, an argument that needs inner steps is given
-            without them, or a phase of `later` cannot follow the one before it.
+            steps, later phases or another reducer, `per_host` is less than 1 or unsuitable for
+            `diverges` or `reduce`, an argument that needs inner steps is given without them, or a
+            phase of `later` cannot follow the one before it.
 
     Examples:
         >>> gradients = ctde.Strategy()
@@ -41,6 +42,8 @@ class Strategy:
         >>> outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
         >>> diloco = ctde.Strategy(inner_steps=32, outer=outer)
         >>> post_local_sgd = ctde.Strategy(later={64: ctde.Strategy(inner_steps=16)})
+        >>> across = ctde.aggregate.two_phase(ctde.aggregate.quantize(bits=4), per_host=8)
+        >>> by_host = ctde.Strategy(inner_steps=32, reduce=across, outer=outer, per_host=8)
     """
 
     inner_steps: int = 0
@@ -69,6 +72,14 @@ class Strategy:
 
     A batch is cut into 8 shards, and every replica sums the gradients of all shards in the same
     order; see `rounds/exact.py`. Requires the default reducer.
+    """
+
+    per_host: int = 1
+    """Number of consecutive replicas, such as the devices of a host, that average every gradient of
+    their local steps.
+
+    Their parameters are equal during a round, too, and they send one message together. Batch
+    statistics of the local steps are those of one replica, unless all replicas are on one host.
     """
 
     shared_batches: bool = False
@@ -105,6 +116,8 @@ class Strategy:
                 "inner", self.inner is not UNCHANGED, "there are no local steps"
             )
             self._requires_inner_steps("diverges", self.diverges, "replicas cannot diverge")
+            self._requires_inner_steps("per_host", self.per_host > 1, "there are no local steps")
+        self._check_per_host()
         if self.later:
             self._check_phases()
 
@@ -165,6 +178,20 @@ class Strategy:
             if before.diverges and not after.diverges:
                 rule = "must diverge in all phases after the first one that diverges"
                 raise InputError("later", f"{rule}, got a strategy that does not at {start:,}.")
+
+    def _check_per_host(self) -> None:
+        check_at_least(1, per_host=self.per_host)
+        if self.per_host == 1:
+            return
+        if self.diverges:
+            raise InputError("per_host", f"must be 1 if replicas diverge, got {self.per_host}.")
+        # The messages of a host are equal; a rule must not take them for independent ones.
+        if isinstance(self.reduce, IndependentReducer) and self.reduce.per_host % self.per_host:
+            raise InputError(
+                "per_host",
+                "must divide that of a reducer that requires independent messages, which is "
+                f"{self.reduce.per_host}, got {self.per_host}.",
+            )
 
     def _requires_inner_steps(self, part: str, given: bool, reason: str) -> None:
         if given:

@@ -1,7 +1,8 @@
 """Robust rules tolerate bad messages of some replicas, due to faults, bad data or attacks.
 
 All messages have equal weight, because a faulty replica could claim any number of examples. So a
-replica without examples contributes a message of zeros. A message that is not finite has no effect
+replica without examples contributes a message of zeros. With `per_host`, a message is the mean of a
+host, so the rules count hosts. A message that is not finite has no effect
 on any of these rules, as long as there are no more such messages than the rule tolerates.
 
 A rule protects against messages. It does not protect against a replica that sends a wrong result as
@@ -266,4 +267,5 @@ def _check_replicas(rule: str, byzantine: int, least: int) -> None:
     way_out = (
         f"set byzantine to at most {most}" if most >= 0 else "use another rule, such as the median"
     )
-    raise InputError("devices", f"{requirement}; use more devices, or {way_out}.")
+    more = "use more devices (with per_host, more hosts)"
+    raise InputError("devices", f"{requirement}; {more}, or {way_out}.")

@@ -139,6 +139,11 @@ def make_star(strategy: Strategy, nodes: int) -> Star:
             strategy.diverges,
             "must be False between nodes, whose parameters are equal after each round",
         ),
+        "per_host": (
+            strategy.per_host > 1,
+            f"must be 1 between nodes, each of which averages the gradients of all its devices, "
+            f"got {strategy.per_host}",
+        ),
     }
     for name, (is_broken, rule) in rules.items():
         if is_broken:

@@ -17,12 +17,12 @@ from jaxtyping import Array, Float32, Int32, Key
 
 from ctde_jax.aggregate import MEAN, Strategy, Value, adapted
 from ctde_jax.data import Augment, Split
-from ctde_jax.devices import PyTree, agreed_state, replica
+from ctde_jax.devices import PyTree, agreed_state, groups, replica
 from ctde_jax.models import Model, Task, fine_tuning
 from ctde_jax.rounds.exact import make_exact, make_exact_gradient
 from ctde_jax.rounds.gradient import Gradient, Place, StepIndices, make_gradient, step_keys
 from ctde_jax.rounds.state import TrainState, axes
-from ctde_jax.rounds.sums import StepSums, mean_objective, with_measurements
+from ctde_jax.rounds.sums import StepSums, mean_objective, of_the_first, with_measurements
 
 BLOCK_STEPS = 16
 """Steps per inner loop with a static trip count, on a GPU.
@@ -88,8 +88,9 @@ def make_round(
 ) -> Round:
     """Makes the round of a strategy; it uses collectives, so it runs under `replica.parallel`.
 
-    A local step for which a replica has no examples leaves the parameters and states of that
-    replica unchanged. In the first step of a round, at least one replica must have examples.
+    A local step for which a replica (or, with `per_host`, a host) has no examples leaves its
+    parameters and states unchanged. In the first step of a round, at least one replica must have
+    examples.
 
     Args:
         gradient: Gradient function, made by `make_gradient_for` for the same strategy.
@@ -101,7 +102,6 @@ def make_round(
             virtual replicas on one device that hold the same split.
     """
     optimizer = strategy.local(optimizer)
-    alone = partial(gradient, alone=True)
 
     def step(state: TrainState, grads: PyTree, value: Value) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
@@ -120,18 +120,19 @@ def make_round(
         return state._replace(ema_params=ema_params)
 
     # The kinds of round. With an independent reducer, no message may depend on the examples of
-    # another replica, so the gradient is computed without collectives.
+    # another replica or host, so the gradient is computed without collectives between them.
     if strategy.exact:
         advance = make_exact(gradient, step)
     elif strategy.inner_steps:
-        advance = _make_local(alone, optimizer, strategy, averaged)
+        of_host = replicated_gradient(gradient, strategy.per_host)
+        advance = _make_local(of_host, optimizer, strategy, averaged)
     elif strategy.shared_batches:
         advance = _as_only_replica(_make_synchronous(gradient, optax.identity(), step))
     elif merges and strategy.reduce is MEAN:
         merging = partial(gradient, merges=True)
         advance = _make_synchronous(merging, optax.identity(), step)
     else:
-        gradient = alone if strategy.is_independent else gradient
+        gradient = partial(gradient, alone=True) if strategy.is_independent else gradient
         advance = _make_synchronous(gradient, strategy.reduce, step)
 
     def train_round(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
@@ -193,25 +194,33 @@ def _as_only_replica(train_round: Round) -> Round:
     return round_alone
 
 
-def replicated_gradient(gradient: Gradient) -> Gradient:
-    """Returns the gradient of the mean over the examples of all replicas, equal on all of them.
+def replicated_gradient(gradient: Gradient, per_host: int | None = None) -> Gradient:
+    """Returns the gradient of the mean over the examples of a host, equal on all its replicas.
 
-    The local steps of a node with several devices use it. On a single device, it is `gradient`
-    without collectives.
+    The sums are those of the host, too. With a single replica, it is `gradient` without
+    collectives. Batch statistics are synchronized only if all replicas are on one host.
+
+    Args:
+        gradient: Gradient function.
+        per_host: Number of consecutive replicas on a host (default: all), as for a node with
+            several devices.
     """
 
-    def of_all(params, model_state, *arguments, **options):
-        if lax.axis_size(replica.AXIS) == 1:
-            return gradient(params, model_state, *arguments, alone=True, **options)
-        grads, new_state, sums = gradient(params, model_state, *arguments, **options)
+    def of_host(params, model_state, *arguments, **options):
+        replicas = lax.axis_size(replica.AXIS)
+        host = groups.hosts(per_host or replicas)
+        alone = host.size == 1 or host.size < replicas
+        grads, new_state, sums = gradient(params, model_state, *arguments, alone=alone, **options)
+        if host.size == 1:
+            return grads, new_state, sums
         examples = sums["examples"]
         return (
-            replica.weighted_mean(grads, examples),
-            agreed_state(new_state, model_state, examples),
-            replica.add_up(sums),
+            replica.weighted_mean(grads, examples, host),
+            agreed_state(new_state, model_state, examples, host),
+            replica.add_up(sums, host),
         )
 
-    return of_all
+    return of_host
 
 
 def make_local_steps(
@@ -244,7 +253,7 @@ def make_local_steps(
                 grads, opt_state, params, value=value, anchor=state.params
             )
 
-            # Without examples in this step, the replica remains unchanged.
+            # Without examples in this step, the replica or its host remains unchanged.
             moved = (optax.apply_updates(params, updates), model_state, opt_state)
             return optax.tree.where(sums["examples"] > 0, moved, carry), with_measurements(
                 sums, opt_state
@@ -274,6 +283,9 @@ def _make_local(
     def local(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         # Take the local steps, starting from the parameters of the round.
         (params, model_state, opt_state), sums = local_steps(state, split, batches, key)
+
+        # The replicas of a host have equal messages, of which only the first has a weight.
+        sums = of_the_first(sums, strategy.per_host)
         examples = sums["examples"].sum()
 
         # Reduce the outer gradients, weighted by the number of examples in the round.

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from ctde_jax.aggregate import CutByOwner, Strategy, adapted
 from ctde_jax.aggregate import evaluated_point as _evaluated_point
 from ctde_jax.aggregate import has_evaluated_point as _has_evaluated_point
-from ctde_jax.devices import AXIS, PyTree, replica
+from ctde_jax.devices import AXIS, PyTree, groups, replica
 from ctde_jax.errors import InputError
 from ctde_jax.models import fine_tuning
 
@@ -64,6 +64,8 @@ def check(params: PyTree, strategy: Strategy, replicas: int) -> None:
         strategy: Strategy to check.
         replicas: Number of replicas.
     """
+    groups.check_per_host(strategy.per_host, replicas)
+
     # Reducers check the number of replicas in `init`, which needs the axis.
     on_replicas = jax.vmap(strategy.reduce.init, in_axes=None, axis_name=AXIS, axis_size=replicas)
     jax.eval_shape(on_replicas, params)

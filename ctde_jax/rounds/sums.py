@@ -6,7 +6,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float32
 
 from ctde_jax.aggregate import gradient_norm, learning_rate
-from ctde_jax.devices import PyTree, replica
+from ctde_jax.devices import PyTree, groups, replica
 
 Sums = dict[str, Float32[Array, "..."]]
 """Sums over examples, by name: `Task.summed`, and `examples`, the number of examples.
@@ -37,9 +37,17 @@ def mean_objective(sums: Sums, over_replicas: bool = False) -> Float32[Array, ""
     return total["objective"] / jnp.maximum(total["examples"], 1)
 
 
-def of_the_first(sums: StepSums) -> StepSums:
-    """Returns zeros on all replicas but the first, if the sums are those of all replicas."""
-    is_first = lax.axis_index(replica.AXIS) == 0
+def of_the_first(sums: StepSums, per_host: int | None = None) -> StepSums:
+    """Returns zeros on all replicas but the first of each host, if the sums are those of the host.
+
+    Args:
+        sums: Sums of the host.
+        per_host: Number of consecutive replicas on a host (default: all).
+    """
+    host = groups.hosts(per_host or lax.axis_size(replica.AXIS))
+    if host.size == 1:
+        return sums
+    is_first = host.place[1] == 0
     return jax.tree.map(lambda x: jnp.where(is_first, x, 0), sums)
 
 

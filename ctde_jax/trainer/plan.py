@@ -198,5 +198,7 @@ def _describe_phase(strategy: Strategy) -> str:
         return "the same batches on all replicas, without communication"
     combined = "mean" if strategy.reduce is Strategy.reduce else "aggregate"
     if strategy.inner_steps:
-        return f"{combined} of the parameters after every {strategy.inner_steps} local steps"
+        steps = f"{combined} of the parameters after every {strategy.inner_steps} local steps"
+        hosts = f", each with the mean gradient of {strategy.per_host} devices"
+        return steps + hosts * (strategy.per_host > 1)
     return f"{combined} of the gradients at every step"

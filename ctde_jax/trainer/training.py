@@ -298,6 +298,7 @@ class Training:
                 for start, each in self.strategy.phases.items()
             ],
             "exact": self.strategy.exact,
+            "per_host": self.strategy.per_host if self.strategy.per_host > 1 else None,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "init_from": None if self.given is None else self.given.digest,

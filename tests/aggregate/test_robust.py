@@ -258,7 +258,7 @@ def test_invalid_rule_is_refused(build, sentence):
             krum(0),
             2,
             (
-                "devices must be at least 3 .* for Krum .* got 2; use more devices, or use "
+                "devices must be at least 3 .* for Krum .* got 2; use more devices .*, or use "
                 "another rule"
             ),
         ),

@@ -51,6 +51,11 @@ STRATEGIES = {
     "fedprox": Strategy(inner_steps=3, inner=proximal(0.5)),
     "gossip": Strategy(inner_steps=3, reduce=gossip("exponential"), diverges=True),
     "streaming": Strategy(inner_steps=3, reduce=streaming(2), diverges=True),
+    "int8 across hosts": Strategy(reduce=two_phase(error_feedback(quantize(8)), per_host=2)),
+    "by host": Strategy(inner_steps=3, per_host=2),
+    "by host, int8 across": Strategy(
+        inner_steps=3, reduce=two_phase(error_feedback(quantize(8)), per_host=2), per_host=2
+    ),
 }
 
 
@@ -194,7 +199,9 @@ def test_one_inner_step_of_sgd_is_a_synchronous_step(split, key):
     assert_close(*results)
 
 
-@pytest.mark.parametrize("name", some(STRATEGIES, "synchronous", "diloco", "streaming"))
+@pytest.mark.parametrize(
+    "name", some(STRATEGIES, "synchronous", "diloco", "streaming", "by host, int8 across")
+)
 def test_vmap_and_pmap_agree(split, key, name):
     """The same code, with dropout and batch statistics, on virtual and real replicas."""
     strategy, model = STRATEGIES[name], models.from_nnx(Noisy)
@@ -354,7 +361,9 @@ EXPECTED_COLLECTIVES = {
 }
 
 
-@pytest.mark.parametrize("name", some(STRATEGIES, "synchronous", "diloco", "sparse", "gossip"))
+@pytest.mark.parametrize(
+    "name", some(EXPECTED_COLLECTIVES, "synchronous", "diloco", "sparse", "gossip")
+)
 def test_round_communicates_once(split, key, name):
     """Message and weights share one collective, for any number of local steps."""
     strategy, devices = STRATEGIES[name], jax.devices()[:REPLICAS]
@@ -375,7 +384,10 @@ def test_round_communicates_once(split, key, name):
 
 @pytest.mark.parametrize(
     "name",
-    some((name for name in STRATEGIES if not STRATEGIES[name].diverges), "diloco", "int4"),
+    some(
+        (name for name in STRATEGIES if not STRATEGIES[name].diverges),
+        *("diloco", "int4", "by host, int8 across"),
+    ),
 )
 def test_all_replicas_hold_the_same_bits_after_every_round(split, key, name):
     """Compares every device's copy of the shared state for two rounds."""
