@@ -544,7 +544,15 @@ def build_strategy(chosen: AggregationOptions) -> Strategy:
     # Replicas diverge if a round does not end with equal parameters on all of them.
     inner = aggregate.proximal(chosen.proximal) if chosen.proximal else aggregate.UNCHANGED
     diverges = chosen.graph != "none" or chosen.fragments > 1
-    strategy = Strategy(chosen.sync_every, reduce, outer, inner, diverges)
+    strategy = Strategy(
+        chosen.sync_every,
+        reduce,
+        outer,
+        inner,
+        diverges,
+        # Without local steps, the reducer averages the gradients of a host.
+        per_host=chosen.per_host if chosen.sync_every else 1,
+    )
     for option, start in (
         ("synchronous_steps", Strategy()),
         ("shared_steps", Strategy(shared_batches=True)),
@@ -592,13 +600,14 @@ def _build_reduce(chosen: AggregationOptions) -> optax.GradientTransformation:
     if chosen.reduce == "power_sgd":
         reduce = aggregate.power_sgd(chosen.rank)
     elif chosen.reduce == "mean" and chosen.combine == "average" and chosen.fragments == 1:
-        reduce = aggregate.MEAN
+        per_host = chosen.per_host
+        reduce = aggregate.MEAN if per_host == 1 else aggregate.hierarchical_mean(per_host)
     else:
         codec = _build_codec(chosen)
         reduce = (
-            aggregate.two_phase(codec, combine)
+            aggregate.two_phase(codec, combine, chosen.per_host)
             if chosen.exchange == "two_phase"
-            else aggregate.gathered(codec)
+            else aggregate.gathered(codec, chosen.per_host)
         )
     if chosen.dp_clip_norm is None:
         return reduce

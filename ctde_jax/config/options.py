@@ -303,6 +303,11 @@ class AggregationOptions:
     """Number of initial steps in which all devices train on the same batches, those of the first
     device, and send nothing."""
 
+    per_host: int = 1
+    """Number of consecutive devices, such as those of a host, that average their gradients in
+    float32 at every step. --reduce then applies between hosts: to gradients, or with --sync-every
+    to parameters."""
+
     # Compression, exchange and combination of messages.
     reduce: Literal["mean", "int8", "int4", "int2", "sign", "top_k", "random_k", "power_sgd"] = (
         "mean"

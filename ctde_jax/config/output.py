@@ -76,8 +76,7 @@ def _describe_optimization(chosen: OptimizationOptions) -> str:
 
 def _describe_strategy(chosen: AggregationOptions) -> str:
     """Describes when devices communicate, what they send, and how the result is applied."""
-    combined = "mean" if chosen.combine == "average" else chosen.combine.replace("_", " ")
-    words = _describe_rounds(chosen, combined)
+    words = _describe_times(chosen)
 
     # Messages and their receivers.
     if chosen.reduce != "mean":
@@ -118,8 +117,9 @@ def _describe_strategy(chosen: AggregationOptions) -> str:
     return name + ", ".join(words)
 
 
-def _describe_rounds(chosen: AggregationOptions, combined: str) -> list[str]:
+def _describe_times(chosen: AggregationOptions) -> list[str]:
     """Describes when the devices communicate."""
+    combined = "mean" if chosen.combine == "average" else chosen.combine.replace("_", " ")
     words = [f"{combined} of the gradients at every step"]
     if chosen.exact:
         words.append(
@@ -130,6 +130,9 @@ def _describe_rounds(chosen: AggregationOptions, combined: str) -> list[str]:
         words = [f"{combined} of the parameters after every {steps}"]
     if chosen.sync_growth:
         words.append(f"more steps as the learning rate decays (growth {chosen.sync_growth:g})")
+    if chosen.per_host > 1:
+        steps = "in the local steps" if chosen.sync_every else "first"
+        words.append(f"mean of the gradients of each {chosen.per_host} devices {steps}")
     if chosen.synchronous_steps:
         words.append(f"{chosen.synchronous_steps:,} synchronous steps first")
     if chosen.shared_steps:

@@ -25,7 +25,7 @@ EXCLUSIONS = (
     # Exactness, and options of rounds with local steps.
     Exclusion(
         lambda chosen: chosen.exact,
-        ("sync_every", "reduce", "combine", "dp_clip_norm"),
+        ("sync_every", "per_host", "reduce", "combine", "dp_clip_norm"),
         "must not be set with exact, which sums the uncompressed gradients of every step.",
     ),
     Exclusion(
@@ -51,7 +51,7 @@ EXCLUSIONS = (
     # Gossip and fragments, which determine what is sent.
     Exclusion(
         lambda chosen: chosen.graph != "none",
-        ("reduce", "combine", "dp_clip_norm", "fragments"),
+        ("per_host", "reduce", "combine", "dp_clip_norm", "fragments"),
         "must not be set with graph {graph}, which mixes the parameters of neighbors.",
     ),
     Exclusion(
@@ -63,6 +63,22 @@ EXCLUSIONS = (
         lambda chosen: chosen.fragments > 1,
         ("isotropic",),
         "must not be set with fragments, which split matrices into vectors.",
+    ),
+    # Hosts: their devices have equal parameters, and exchange parts of one message.
+    Exclusion(
+        lambda chosen: chosen.fragments > 1,
+        ("per_host",),
+        "must be 1 with fragments, after which the parameters of devices differ, got {per_host}.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.reduce == "power_sgd",
+        ("per_host",),
+        "must be 1 with reduce power_sgd, which sends factors of whole matrices, got {per_host}.",
+    ),
+    Exclusion(
+        lambda chosen: chosen.dp_clip_norm is not None,
+        ("per_host",),
+        "must be 1 with dp_clip_norm, which clips the message of each device, got {per_host}.",
     ),
     # Combination of messages: only the owner of a slice can apply a robust rule to it.
     Exclusion(
@@ -158,7 +174,7 @@ def check_aggregation(chosen: AggregationOptions) -> None:
     """Raises InputError if options of the aggregation conflict, or `fragments` is out of range."""
     # An option is regarded as given if it differs from its default.
     default = AggregationOptions()
-    check_at_least(1, fragments=chosen.fragments)
+    check_at_least(1, fragments=chosen.fragments, per_host=chosen.per_host)
     check_at_most(_MOST_FRAGMENTS, fragments=chosen.fragments)
     for rule in EXCLUSIONS:
         if not rule.applies(chosen):

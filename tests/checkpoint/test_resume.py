@@ -65,6 +65,7 @@ RUNS: dict[str, dict] = {
     "fewer bits, after shared batches": {"strategy": FEWER_BITS},
     "gossip": {"strategy": ctde.strategy("gossip")},
     "no-loco": {"strategy": ctde.strategy("no-loco", sync_every=4)},
+    "by host": {"strategy": ctde.strategy("diloco", sync_every=4, per_host=2)},
 }
 QUICK = ["ddp", "diloco int4"]
 

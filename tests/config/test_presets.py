@@ -9,7 +9,7 @@ from cases import STRATEGY_NAMES
 
 import ctde_jax as ctde
 from ctde_jax import config
-from ctde_jax.config import build, presets
+from ctde_jax.config import build, output, presets
 from ctde_jax.errors import InputError
 
 MODEL = ctde.models.mlp([64, 32, 10])
@@ -64,6 +64,37 @@ def test_command_line_and_python_build_the_same_strategy():
         == (7, False)
     )
     assert by_command.outer.init(params) == by_name.outer.init(params)
+
+
+@pytest.mark.parametrize(
+    ("options", "per_host", "of_reducer"),
+    [
+        ({"name": "diloco"}, 4, 1),
+        ({"name": "diloco", "reduce": "int4"}, 4, 4),
+        ({"name": "sparse-loco"}, 4, 4),
+        ({"name": "local-sgd", "combine": "median"}, 4, 4),
+        ({"name": "ddp", "reduce": "int4"}, 1, 4),
+        ({"name": "ddp", "reduce": "int4", "exchange": "gathered"}, 1, 4),
+    ],
+)
+def test_hosts_average_their_gradients_in_local_steps_or_before_the_exchange(
+    options, per_host, of_reducer
+):
+    strategy = ctde.strategy(**options, per_host=4)
+    assert strategy.per_host == per_host
+    assert getattr(strategy.reduce, "per_host", 1) == of_reducer
+
+
+def test_plan_describes_hosts():
+    names = (
+        output.names(config.parse([*arguments, "--per-host", "4"]), ctde.data.digits())["strategy"]
+        for arguments in ([], ["--sync-every", "8", "--reduce", "int4"])
+    )
+    assert list(names) == [
+        "mean of the gradients at every step, mean of the gradients of each 4 devices first",
+        "mean of the parameters after every 8 local steps, mean of the gradients of each 4 devices "
+        "in the local steps, compressed by int4",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +197,24 @@ def test_command_line_and_python_build_the_same_strategy():
             "keep must be a multiple of 8",
         ),
         (lambda: ctde.strategy("local-sgd", fragments=0), "fragments must be at least 1, got 0"),
+        (lambda: ctde.strategy("local-sgd", per_host=0), "per_host must be at least 1, got 0"),
+        (lambda: ctde.strategy("gossip", per_host=2), "per_host must not be set with graph ring"),
+        (
+            lambda: ctde.strategy("ddp", exact=True, per_host=2),
+            "per_host must not be set with exact",
+        ),
+        (
+            lambda: ctde.strategy("streaming-diloco", per_host=2),
+            "per_host must be 1 with fragments, .* got 2",
+        ),
+        (
+            lambda: ctde.strategy("ddp", reduce="power_sgd", per_host=2),
+            "per_host must be 1 with reduce power_sgd, .* got 2",
+        ),
+        (
+            lambda: ctde.strategy("fedavg", dp_clip_norm=1.0, per_host=2),
+            "per_host must be 1 with dp_clip_norm, .* got 2",
+        ),
     ],
 )
 def test_invalid_strategy_is_refused(make, sentence):

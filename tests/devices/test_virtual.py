@@ -75,6 +75,9 @@ STRATEGIES = {
     "growing": lambda: ctde.Strategy(1, later={2: ctde.Strategy(2), 4: ctde.Strategy(4)}),
     "shared batches": lambda: ctde.Strategy(shared_batches=True, later={4: ctde.Strategy(2)}),
     "hierarchical": lambda: ctde.Strategy(reduce=aggregate.hierarchical_mean(4)),
+    "across hosts": partial(ctde.strategy, "ddp", reduce="int4", error_feedback=True, per_host=4),
+    "by host": partial(local, reduce="int8", error_feedback=True, per_host=4),
+    "by host, mean": partial(local, per_host=2),
     "gathered": partial(local, reduce="int4", exchange="gathered", error_feedback=True),
     "private": partial(local, dp_clip_norm=1.0, dp_noise_multiplier=0.1),
     **{name: partial(local, reduce=name) for name in ("int8", "sign", "random_k", "power_sgd")},
@@ -85,11 +88,11 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", some(STRATEGIES, "ddp", "local-sgd"))
+@pytest.mark.parametrize("name", some(STRATEGIES, "ddp", "local-sgd", "by host"))
 def test_virtual_replicas_equal_fake_devices(name, few):
-    """Eight on one device, and of local SGD four on each of two."""
+    """Eight on one device, or four on each of two."""
     strategy = STRATEGIES[name]()
-    count = 2 if name == "local-sgd" else 1
+    count = 2 if name in ("local-sgd", "by host") else 1
     virtual = fit(few, ctde.devices.start(count, replicas=8), strategy)
     assert_equal(virtual, fit(few, ctde.devices.start(8), strategy))
 
