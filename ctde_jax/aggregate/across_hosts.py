@@ -93,7 +93,7 @@ def across_hosts(exchange: Reducer, per_host: int) -> Reducer:
     def parts_of(tree: PyTree) -> PyTree:
         return jax.tree.map(partial(cut, per_host), tree)
 
-    def init(params: PyTree) -> AcrossHostsState:
+    def init(params: PyTree) -> PyTree:
         # The replica axis of the exchange has one replica for each host. Initially, all are equal.
         part = jax.tree.map(lambda rows: rows[0], parts_of(params))
         hosts = groups.peers(per_host).size

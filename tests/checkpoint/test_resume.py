@@ -65,7 +65,11 @@ RUNS: dict[str, dict] = {
     "fewer bits, after shared batches": {"strategy": FEWER_BITS},
     "gossip": {"strategy": ctde.strategy("gossip")},
     "no-loco": {"strategy": ctde.strategy("no-loco", sync_every=4)},
-    "by host": {"strategy": ctde.strategy("diloco", sync_every=4, per_host=2)},
+    "by host, int4 across": {
+        "strategy": ctde.strategy(
+            "diloco", sync_every=4, reduce="int4", error_feedback=True, per_host=2
+        )
+    },
 }
 QUICK = ["ddp", "diloco int4"]
 
