@@ -75,9 +75,10 @@ def two_phase(codec: Codec = exact(), combine: Combine = average(), per_host: in
         codec: Codec of the slices; by default float32, 4 bytes per element.
         combine: Rule that combines the messages; by default their mean, weighted by examples.
         per_host: Number of consecutive replicas, such as the devices of a host, whose messages are
-            averaged in float32 first. Only hosts then exchange encoded messages, in which each
-            device has a part; see `across_hosts`. R is the number of hosts, and n that of elements
-            in a part.
+            averaged in float32 first, weighted by examples. Only hosts then exchange encoded
+            messages, of which each replica sends a part. In the formula, R is the number of hosts
+            and n that of elements in a part, the sum of `ceil(size / per_host)` over the leaves;
+            every replica also sends `(per_host - 1) * 4 * (2 n + 1)` bytes within its host.
 
     Raises:
         InputError: `per_host` is less than 1, or, at initialization, does not divide the number of

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax import numpy as jnp
 from virtual_replicas import FEATURES, OPTIMIZER, REPLICAS, initial_state, under_vmap
 
@@ -62,11 +63,22 @@ def by_host(batches: np.ndarray) -> np.ndarray:
     return batches.reshape(2, 2, STEPS, 2).swapaxes(1, 2).reshape(2, STEPS, 4)
 
 
-def run(strategy, split, rounds, key, replicas=REPLICAS):
+class Normalized(nnx.Module):
+    """Synchronizes batch statistics."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first, self.norm = nnx.Linear(FEATURES, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+def run(strategy, split, rounds, key, replicas=REPLICAS, model=MODEL):
     """Runs rounds with these batches; returns the last state and all sums over the replicas."""
-    before = initial_state(MODEL, strategy, key, replicas=replicas)
+    before = initial_state(model, strategy, key, replicas=replicas)
     train_round = under_vmap(
-        make_round(make_gradient(MODEL, classification), OPTIMIZER, strategy), strategy
+        make_round(make_gradient(model, classification), OPTIMIZER, strategy), strategy
     )
     of_rounds = []
     for batches in rounds:
@@ -98,15 +110,17 @@ def test_host_is_one_replica_with_all_its_examples(name, split, key):
         np.testing.assert_array_equal(leaf[::2], leaf[1::2])
 
 
-def test_one_host_takes_the_steps_of_synchronous_training(split, key):
+@pytest.mark.parametrize("model", [MODEL, models.from_nnx(Normalized)], ids=["mlp", "batch norm"])
+def test_one_host_takes_the_steps_of_synchronous_training(model, split, key):
     """The average of one host is its parameters, so each local step is a synchronous step."""
     batches = uneven_batches()
     by_steps = [batches[:, [step]] for step in range(STEPS)]
 
-    local, sums = run(Strategy(STEPS, per_host=REPLICAS), split, [batches], key)
-    synchronous, sums_of_steps = run(Strategy(), split, by_steps, key)
+    local, sums = run(Strategy(STEPS, per_host=REPLICAS), split, [batches], key, model=model)
+    synchronous, sums_of_steps = run(Strategy(), split, by_steps, key, model=model)
 
     assert_close(local.params, synchronous.params)
+    assert_close(local.model_state, synchronous.model_state)
     assert_close(sums, sums_of_steps, atol=1e-5)
     for leaf in jax.tree.leaves(jax.tree.map(lambda x: x[1:] - x[:1], local.opt_state)):
         assert not leaf.any()
