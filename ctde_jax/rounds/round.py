@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int32, Key
 
 from ctde_jax.aggregate import MEAN, Strategy, Value, adapted
 from ctde_jax.data import Augment, Split
-from ctde_jax.devices import PyTree, agreed_state, groups, replica
+from ctde_jax.devices import PyTree, agreed_state, groups, is_vmapped, replica
 from ctde_jax.models import Model, Task, fine_tuning
 from ctde_jax.rounds.exact import make_exact, make_exact_gradient
 from ctde_jax.rounds.gradient import Gradient, Place, StepIndices, make_gradient, step_keys
@@ -185,7 +185,7 @@ def _as_only_replica(train_round: Round) -> Round:
 
     def round_alone(state: TrainState, split: Split, batches: StepIndices, key: Key[Array, ""]):
         # `vmap` knows that virtual replicas are equal if they take the examples of the first one.
-        if replica.is_vmapped():
+        if is_vmapped():
             split, batches = jax.tree.map(
                 lambda x: lax.all_gather(x, replica.AXIS)[0], (split, batches)
             )
