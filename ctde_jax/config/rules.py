@@ -103,6 +103,11 @@ EXCLUSIONS = (
         "must be 0 with dp_clip_norm, as synchronous steps send unclipped gradients.",
     ),
     Exclusion(
+        lambda chosen: chosen.dp_clip_norm is not None,
+        ("shared_steps",),
+        "must be 0 with dp_clip_norm, as steps on shared batches add no noise.",
+    ),
+    Exclusion(
         lambda chosen: chosen.dp_clip_norm is not None and chosen.dp_noise_multiplier,
         ("reduce", "combine"),
         "must not be set with dp_noise_multiplier, as the noise is calibrated for the mean.",

@@ -72,8 +72,7 @@ def find(training: Training, seconds: float, say: Callable[[str], None] = print)
     """Measures the speed of a training at its batch size and at doublings of it.
 
     Args:
-        training: The training to measure. If it starts with a synchronous phase, the phase after
-            that is measured.
+        training: The training to measure, in the last phase of its strategy.
         seconds: Approximate duration of the measurement at each batch size.
         say: Prints the stage of the search.
 

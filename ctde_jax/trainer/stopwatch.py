@@ -103,8 +103,7 @@ def measure(
     communication, and one with half the batch size.
 
     Args:
-        training: The training to measure. If it starts with a synchronous phase, the phase after
-            that is measured.
+        training: The training to measure, in the last phase of its strategy.
         partition: The partition of the training as a function of the number of devices.
         seconds: Approximate duration of all turns; there are at least 5 turns and at most 100.
         trace: Folder for a trace of a few dispatches, or None.

@@ -294,11 +294,10 @@ class Training:
             "steps": self.total_steps,
             "sync_every": self.strategy.inner_steps,
             "phases": [
-                [start, each.inner_steps, each.shared_batches]
+                [start, each.inner_steps, each.shared_batches, each.per_host]
                 for start, each in self.strategy.phases.items()
             ],
             "exact": self.strategy.exact,
-            "per_host": self.strategy.per_host if self.strategy.per_host > 1 else None,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "init_from": None if self.given is None else self.given.digest,

@@ -212,6 +212,26 @@ def test_plan_describes_hosts():
             "per_host must be 1 with reduce power_sgd, .* got 2",
         ),
         (
+            lambda: ctde.strategy("fedavg", dp_clip_norm=1.0, shared_steps=20),
+            "shared_steps must be 0 with dp_clip_norm",
+        ),
+        (
+            lambda: ctde.strategy("ddp", shared_steps=20),
+            "shared_steps requires sync_every of at least 1, got 0",
+        ),
+        (
+            lambda: ctde.strategy("post-local-sgd", shared_steps=16),
+            "shared_steps must be 0 with synchronous_steps, got 16",
+        ),
+        (
+            lambda: ctde.strategy("local-sgd", shared_steps=20),
+            "shared_steps must be a multiple of the 8 inner steps of a round, got 20",
+        ),
+        (
+            lambda: ctde.strategy("qsr"),
+            "sync_growth requires the learning rate of a run; in Python, use ctde.aggregate",
+        ),
+        (
             lambda: ctde.strategy("fedavg", dp_clip_norm=1.0, per_host=2),
             "per_host must be 1 with dp_clip_norm, .* got 2",
         ),
