@@ -42,8 +42,7 @@ class Strategy:
         >>> outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
         >>> diloco = ctde.Strategy(inner_steps=32, outer=outer)
         >>> post_local_sgd = ctde.Strategy(later={64: ctde.Strategy(inner_steps=16)})
-        >>> across = ctde.aggregate.two_phase(ctde.aggregate.quantize(bits=4), per_host=8)
-        >>> by_host = ctde.Strategy(inner_steps=32, reduce=across, outer=outer, per_host=8)
+        >>> hosts_of_eight = ctde.Strategy(inner_steps=32, per_host=8)
     """
 
     inner_steps: int = 0

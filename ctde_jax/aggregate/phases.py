@@ -57,7 +57,7 @@ def by_learning_rate(
         strategy = strategies[fraction]
         first = int(np.argmax(rates <= fraction)) if rates[-1] <= fraction else steps
         start = _first_whole_round(first, phases, strategy)
-        # A phase that would end where it begins is left out.
+        # A phase that would have no steps is left out.
         while phases and start <= phases[-1][0]:
             phases.pop()
             start = _first_whole_round(first, phases, strategy)

@@ -114,10 +114,10 @@ def test_error_names_the_device_with_a_wrong_sum(digits, monkeypatch):
     """Only replica 2 gets a wrong sum."""
     add_up = replica.add_up
 
-    def wrong(tree):
+    def wrong(tree, *axis):
         return jax.tree.map(
             lambda x: x + jnp.where(lax.axis_index(replica.AXIS) == 2, 1e-3, 0).astype(x.dtype),
-            add_up(tree),
+            add_up(tree, *axis),
         )
 
     monkeypatch.setattr(replica, "add_up", wrong)
