@@ -28,19 +28,29 @@ from harness import RESULTS, Log, Row, Table, command_line, console, publish
 from matplotlib import pyplot
 
 import ctde_jax as ctde
-from ctde_jax.aggregate import Codec, error_feedback, quantize, sign, top_k, two_phase
+from ctde_jax.aggregate import (
+    Codec,
+    error_feedback,
+    quadratic_synchronization,
+    quantize,
+    sign,
+    top_k,
+    two_phase,
+)
 from ctde_jax.aggregate import mean as exact_mean
 from ctde_jax.config.optimizers import build_schedule
+from ctde_jax.rounds import count_rounds
 
 REPLICAS = 8
+PER_HOST = 4  # replicas of each of two hosts, for the bytes between them
 TUNING_SEED = 0
 WARMUP_STEPS = 30
 
 Settings = Mapping[str, float]
 Number = float | jax.Array  # traced in the program of many runs
 MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
-MakeStrategy = Callable[[int, optax.Schedule, Number, Number | None], ctde.Strategy]
-"""Function of steps, learning rates, outer learning rate and outer momentum to a strategy."""
+MakeStrategy = Callable[[int, Number, Number | None], ctde.Strategy]
+"""Function of steps, outer learning rate and outer momentum to a strategy."""
 
 
 class Problem(NamedTuple):
@@ -133,22 +143,32 @@ def synchronous(*_: Any) -> ctde.Strategy:
     return ctde.Strategy(reduce=exact_mean())
 
 
-def averaging(inner_steps: int, codec: Codec | None = None) -> MakeStrategy:
+def averaging(inner_steps: int, codec: Codec | None = None, per_host: int = 1) -> MakeStrategy:
     """Returns a function that makes averaging of parameters after `inner_steps` local steps.
 
     With a codec, replicas send two-phase messages through the owners of slices; without, they send
-    float32 numbers. An outer momentum is Nesterov's, as in DiLoCo (Douillard et al., 2023).
+    float32 numbers. An outer momentum is Nesterov's, as in DiLoCo (Douillard et al., 2023). The
+    `per_host` replicas of a host average their gradients in float32 at every step.
     """
 
     def strategy(
-        steps: int,
-        learning_rate: optax.Schedule,
-        outer_learning_rate: Number,
-        outer_momentum: Number | None,
+        steps: int, outer_learning_rate: Number, outer_momentum: Number | None
     ) -> ctde.Strategy:
-        reduce = exact_mean() if codec is None else two_phase(codec)
+        reduce = exact_mean() if codec is None else two_phase(codec, per_host=per_host)
         outer = optax.sgd(outer_learning_rate, outer_momentum, nesterov=True)
-        return ctde.Strategy(inner_steps, reduce, outer)
+        return ctde.Strategy(inner_steps, reduce, outer, per_host=per_host)
+
+    return strategy
+
+
+def growing(inner_steps: int, codec: Codec, doublings: int) -> MakeStrategy:
+    """Returns a function that makes `averaging` whose rounds grow (QSR, Gu et al., 2024)."""
+
+    def strategy(steps: int, *outer: Any) -> ctde.Strategy:
+        # Only the ratio of the learning rate to its peak matters.
+        learning_rate = build_schedule(1.0, "cosine", WARMUP_STEPS, steps)
+        first = averaging(inner_steps, codec)(steps, *outer)
+        return quadratic_synchronization(first, learning_rate, steps, doublings=doublings)
 
     return strategy
 
@@ -181,6 +201,10 @@ TEXT_ARMS = {
     "Muon, H=8, int2": Arm(muon, averaging(8, int2), TEXT_LOCAL),
     "Muon, H=30, int2": Arm(muon, averaging(30, int2), TEXT_LOCAL),
     "Muon, H=60, int2": Arm(muon, averaging(60, int2), TEXT_LOCAL),
+    "Muon, H=60, int4": Arm(muon, averaging(60, int4), TEXT_LOCAL),
+    "Muon, H=8 to 128, int2": Arm(muon, growing(8, int2, doublings=4), TEXT_LOCAL),
+    "Muon, H=16 to 128, int2": Arm(muon, growing(16, int2, doublings=3), TEXT_LOCAL),
+    "two hosts, Muon, H=30, int2": Arm(muon, averaging(30, int2, PER_HOST), TEXT_LOCAL),
 }
 
 SHORT_MUON = grid(0.012, 0.024, 0.048)
@@ -266,13 +290,32 @@ def sent_bytes(trained: ctde.Trained) -> float:
     return [row for row in trained.history if row["split"] == "train"][-1]["bytes_sent"]
 
 
+def sent_between_hosts(training: ctde.Training) -> float:
+    """Returns the bytes that each device sends to the other one of two hosts, on average."""
+    hosts = [replica // PER_HOST for replica in range(REPLICAS)]
+    total = 0.0
+    for phase in training.phases(row_steps=100):
+        program = ctde.cost.targets.compile_rounds(
+            training.raw_model,
+            training.data,
+            training.weighted_task,
+            training.optimizer,
+            phase.strategy,
+            training.source,
+            ctde.devices.one_for_each(training.devices),
+        )
+        traffic = ctde.cost.measure(program.as_text() or "", phase.strategy.inner_steps, hosts)
+        total += traffic.across / REPLICAS * count_rounds(phase.spans)
+    return total
+
+
 def train(
     job: Job, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]
 ) -> list[Row]:
     """Trains all settings with all seeds in one program, and returns a row for each run.
 
-    The metrics are those of the test split after the last step; they and the bytes are None if the
-    run has diverged. The seconds are those of the whole program, divided by the number of runs.
+    The metrics are those of the test split after the last step; they are None if the run has
+    diverged. The seconds are those of the whole program, divided by the number of runs.
     """
     steps = job.steps
 
@@ -284,15 +327,26 @@ def train(
         outer_learning_rate: Number = 1.0,
         outer_momentum: Number | None = None,
     ) -> ctde.Strategy:
-        schedule = build_schedule(learning_rate, "cosine", WARMUP_STEPS, steps)
-        return job.value.strategy(steps, schedule, outer_learning_rate, outer_momentum)
+        # The learning rate is that of the optimizer.
+        return job.value.strategy(steps, outer_learning_rate, outer_momentum)
 
-    def measured(trained: ctde.Trained | None, values: Settings) -> Row:
+    def measured(trained: ctde.Trained | None) -> Row:
         if trained is None:
-            return {"loss": None, "accuracy": None, "bytes": None}
+            return {"loss": None, "accuracy": None, "bytes": None, "between_hosts": None}
         tested = trained.tested
-        sent = sent_bytes(trained)
-        return {"loss": tested["loss"], "accuracy": tested.get("accuracy"), "bytes": sent}
+        return {
+            "loss": tested["loss"],
+            "accuracy": tested.get("accuracy"),
+            "bytes": sent_bytes(trained),
+            "between_hosts": between_hosts,
+        }
+
+    devices = ctde.devices.start(1, replicas=REPLICAS)
+    parts = {"batch_size": problem.batch_size, "partition": problem.partition, "steps": steps}
+    first = optimizer(settings[0]["learning_rate"]), strategy(**settings[0])
+    between_hosts = sent_between_hosts(
+        ctde.Training(problem.model, problem.data, *first, problem.task, devices, **parts)
+    )
 
     begin = time.perf_counter()
     try:
@@ -304,11 +358,9 @@ def train(
             seeds=seeds,
             sweep=settings,
             task=problem.task,
-            devices=ctde.devices.start(1),
+            devices=devices[:1],
             replicas=REPLICAS,
-            batch_size=problem.batch_size,
-            partition=problem.partition,
-            steps=steps,
+            **parts,
             eval_every=steps,  # a single evaluation, after the last step
             log_every=100,
             show=False,
@@ -321,7 +373,7 @@ def train(
         results = [(each.values, each.seed, each.trained) for each in sweep.outcomes]
     seconds = round((time.perf_counter() - begin) / len(results), 1)
     return [
-        {"seed": seed, "settings": {**values}, **measured(trained, values), "seconds": seconds}
+        {"seed": seed, "settings": {**values}, **measured(trained), "seconds": seconds}
         for values, seed, trained in results
     ]
 
@@ -371,6 +423,7 @@ class Rung(NamedTuple):
     settings: Settings
     values: Mapping[int, float]  # the metric by seed
     bytes: float  # sent by each device in a training
+    between_hosts: float | None  # the part that goes to the other one of two hosts
 
     @property
     def value(self) -> float:
@@ -401,7 +454,8 @@ def ladder(log: Log, task: str, steps: int) -> list[Rung]:
         runs = {row["seed"]: row for row in rows if row["bytes"] is not None}
         if runs:
             values = {seed: row[MEASURES[task][0]] for seed, row in runs.items()}
-            rungs.append(Rung(arm, best, values, next(iter(runs.values()))["bytes"]))
+            first = next(iter(runs.values()))
+            rungs.append(Rung(arm, best, values, first["bytes"], first.get("between_hosts")))
     return sorted(rungs, key=lambda rung: -rung.bytes)
 
 
@@ -416,7 +470,7 @@ def make_table(task: str, steps: int, rungs: list[Rung]) -> Table:
             return f"{rung.value / baseline.value - 1:+.2%}"
         return f"{100 * (rung.value - baseline.value):+.2f} points"
 
-    header = ["arm", f"test {name}", "spread", "seeds", "sent", "times fewer"]
+    header = ["arm", f"test {name}", "spread", "seeds", "sent", "times fewer", "between hosts"]
     header += [*(f"to {baseline.arm}" for baseline in baselines), "settings"]
     rows = [
         [
@@ -426,6 +480,7 @@ def make_table(task: str, steps: int, rungs: list[Rung]) -> Table:
             f"{len(rung.values)}",
             f"{rung.bytes / 1e6:,.3f} MB",
             f"{baselines[0].bytes / rung.bytes:,.0f}",
+            "" if rung.between_hosts is None else f"{rung.between_hosts / 1e6:,.3f} MB",
             *(difference(rung, baseline) for baseline in baselines),
             ", ".join(f"{name} {value}" for name, value in rung.settings.items()),
         ]
