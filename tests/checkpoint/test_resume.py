@@ -74,6 +74,13 @@ RUNS: dict[str, dict] = {
 QUICK = ["ddp", "diloco int4"]
 
 
+@pytest.fixture(autouse=True)
+def clear_programs_of_each_test():
+    """Together, the programs of this file need more memory maps than Linux gives a process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def small(digits) -> data.Dataset:
     return data.from_arrays(
