@@ -62,7 +62,8 @@ AXES: dict[str, list[Row]] = {
         for name in AGREEMENTS
     ],
     "examples": [{"axis": "examples", "examples": examples} for examples in EXAMPLES],
-    "strategies": [{"axis": "strategies", "strategy": name} for name in PRESETS],
+    # The rounds of qsr are those of local-sgd.
+    "strategies": [{"axis": "strategies", "strategy": name} for name in PRESETS if name != "qsr"],
     "models": [{"axis": "models", "model": name} for name in NETWORKS],
 }
 

@@ -87,11 +87,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Variants of the presets, by the name of a preset and a suffix."""
 
-# Four local steps in a round, except for ddp, which communicates at every step.
+# Four local steps in a round, except for ddp, which communicates at every step. The rounds of qsr
+# are those of local-sgd.
 STRATEGIES = {
     **{
         name: ctde.strategy(name, sync_every=4 * (name != "ddp"), synchronous_steps=0)
         for name in PRESETS
+        if name != "qsr"
     },
     **{
         name: ctde.strategy(name.split()[0], **{"sync_every": 4, **options})

@@ -24,7 +24,7 @@ from ctde_jax.aggregate import (
 )
 from ctde_jax.devices import replica
 
-REPLICAS, ROUNDS = 3, 4
+REPLICAS, ROUNDS = 4, 4
 QUICK = (
     *("mean", "two-phase f32", "int8", "median", "centered clipping", "power-sgd"),
     *("ring", "streaming", "top-k, two-phase", "random-k, gathered", "sign, feedback"),
@@ -88,7 +88,7 @@ def test_leaf_with_zero_messages_is_unchanged(name, key):
     if name in MIXING:  # parameters differ between replicas after the first rounds
         messages["later"] = jnp.zeros_like(messages["later"])
 
-    params, _ = rounds(ALL_REDUCERS[name], messages, jnp.asarray([2.0, 0.0, 1.0]), initial)
+    params, _ = rounds(ALL_REDUCERS[name], messages, jnp.asarray([2.0, 0.0, 1.0, 1.0]), initial)
     assert (params["live"] != initial["live"]).any()
     for index in range(REPLICAS):
         for number in range(ROUNDS):
@@ -122,8 +122,9 @@ def test_replica_with_weight_zero_unfreezes_no_leaf():
         "b": jnp.ones((REPLICAS, ROUNDS, 9)),
     }
     initial = {"a": jnp.ones(9), "b": jnp.ones(9)}
+    weights = jnp.asarray([1.0, 0.0, 1.0, 1.0])
     for exchange in (two_phase, gathered):
-        params, _ = rounds(exchange(sign(8)), messages, jnp.asarray([1.0, 0.0, 1.0]), initial)
+        params, _ = rounds(exchange(sign(8)), messages, weights, initial)
         np.testing.assert_array_equal(params["a"], np.ones((REPLICAS, ROUNDS, 9)))
 
 
