@@ -40,6 +40,7 @@ from ctde_jax.aggregate import (
 from ctde_jax.aggregate import mean as exact_mean
 from ctde_jax.config.optimizers import build_schedule
 from ctde_jax.rounds import count_rounds
+from ctde_jax.wire import measure_phase
 
 REPLICAS = 8
 PER_HOST = 4  # replicas of each of two hosts, for the bytes between them
@@ -138,6 +139,11 @@ def matrices(params: ctde.devices.PyTree) -> ctde.devices.PyTree:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+def schedule(peak: Number, steps: int) -> optax.Schedule:
+    """Returns the learning rates of all arms: a linear warmup, then a cosine to zero."""
+    return build_schedule(peak, "cosine", WARMUP_STEPS, steps)
+
+
 def synchronous(*_: Any) -> ctde.Strategy:
     """Averages float32 gradients at every step."""
     return ctde.Strategy(reduce=exact_mean())
@@ -166,9 +172,8 @@ def growing(inner_steps: int, codec: Codec, doublings: int) -> MakeStrategy:
 
     def strategy(steps: int, *outer: Any) -> ctde.Strategy:
         # Only the ratio of the learning rate to its peak matters.
-        learning_rate = build_schedule(1.0, "cosine", WARMUP_STEPS, steps)
         first = averaging(inner_steps, codec)(steps, *outer)
-        return quadratic_synchronization(first, learning_rate, steps, doublings=doublings)
+        return quadratic_synchronization(first, schedule(1.0, steps), steps, doublings=doublings)
 
     return strategy
 
@@ -295,16 +300,7 @@ def sent_between_hosts(training: ctde.Training) -> float:
     hosts = [replica // PER_HOST for replica in range(REPLICAS)]
     total = 0.0
     for phase in training.phases(row_steps=100):
-        program = ctde.cost.targets.compile_rounds(
-            training.raw_model,
-            training.data,
-            training.weighted_task,
-            training.optimizer,
-            phase.strategy,
-            training.source,
-            ctde.devices.one_for_each(training.devices),
-        )
-        traffic = ctde.cost.measure(program.as_text() or "", phase.strategy.inner_steps, hosts)
+        traffic = measure_phase(training, phase.strategy, hosts)
         total += traffic.across / REPLICAS * count_rounds(phase.spans)
     return total
 
@@ -320,7 +316,7 @@ def train(
     steps = job.steps
 
     def optimizer(learning_rate: Number) -> optax.GradientTransformation:
-        return job.value.optimizer(build_schedule(learning_rate, "cosine", WARMUP_STEPS, steps))
+        return job.value.optimizer(schedule(learning_rate, steps))
 
     def strategy(
         learning_rate: Number,
@@ -345,7 +341,14 @@ def train(
     parts = {"batch_size": problem.batch_size, "partition": problem.partition, "steps": steps}
     first = optimizer(settings[0]["learning_rate"]), strategy(**settings[0])
     between_hosts = sent_between_hosts(
-        ctde.Training(problem.model, problem.data, *first, problem.task, devices, **parts)
+        ctde.Training(
+            problem.model,
+            problem.data,
+            *first,
+            problem.task,
+            ctde.devices.one_for_each(devices),
+            **parts,
+        )
     )
 
     begin = time.perf_counter()

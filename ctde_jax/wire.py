@@ -82,9 +82,10 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
     training = build.build_training(chosen, data, devices)
     phases = training.phases(training.log_every)
     count = count_params(training.shapes[0])
+    hosts_of_devices = [device.process_index for device in devices]
     sent = 0.0
     for phase in phases:
-        traffic = _measure(training, phase.strategy)
+        traffic = measure_phase(training, phase.strategy, hosts_of_devices)
         sent += traffic.sent * count_rounds(phase.spans)
         shown = table(traffic, count, len(devices))
         if len(phases) > 1:
@@ -94,8 +95,16 @@ def _print_table(chosen: config.Config, target: str | None) -> None:
         print(sentence_of_run(sent, training.total_steps, count, len(devices)))
 
 
-def _measure(training: Training, strategy: Strategy) -> Traffic:
-    """Compiles the rounds of a phase with this strategy, and counts their bytes."""
+def measure_phase(
+    training: Training, strategy: Strategy, hosts_of_devices: Sequence[int]
+) -> Traffic:
+    """Compiles the rounds of a phase, and counts the bytes that one of them sends.
+
+    Args:
+        training: The training, with one replica on each device.
+        strategy: Strategy of the phase.
+        hosts_of_devices: Host of each device.
+    """
     program = targets.compile_rounds(
         training.raw_model,
         training.data,
@@ -110,7 +119,6 @@ def _measure(training: Training, strategy: Strategy) -> Traffic:
         skip_nonfinite=training.on_nonfinite == "skip",
         divide=training.divide,
     )
-    hosts_of_devices = [device.process_index for device in training.devices]
     return measure(program.as_text() or "", strategy.inner_steps, hosts_of_devices)
 
 

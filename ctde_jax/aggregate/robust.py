@@ -2,8 +2,8 @@
 
 All messages have equal weight, because a faulty replica could claim any number of examples. So a
 replica without examples contributes a message of zeros. With `per_host`, a message is the mean of a
-host, so the rules count hosts. A message that is not finite has no effect
-on any of these rules, as long as there are no more such messages than the rule tolerates.
+host, so the rules count hosts. A message that is not finite has no effect on any of these rules, as
+long as there are no more such messages than the rule tolerates.
 
 A rule protects against messages. It does not protect against a replica that sends a wrong result as
 the owner of a slice, and it does not cover batch statistics or losses, which are averaged

@@ -30,12 +30,10 @@ EXCLUSIONS = (
     ),
     Exclusion(
         lambda chosen: chosen.sync_every < 1,
-        ("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"),
-        "requires sync_every of at least 1, got {sync_every}.",
-    ),
-    Exclusion(
-        lambda chosen: chosen.sync_every < 1,
-        ("sync_growth", "shared_steps"),
+        (
+            *("outer", "isotropic", "proximal", "synchronous_steps", "fragments", "graph"),
+            *("sync_growth", "shared_steps"),
+        ),
         "requires sync_every of at least 1, got {sync_every}.",
     ),
     Exclusion(
