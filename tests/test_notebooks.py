@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from cases import some
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -180,18 +181,8 @@ assert correct.mean() == accuracy[-1] > 0.9 and ratio > 40
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("path", "accelerators"),
-    [
-        (path, count)
-        for path in TRAINING_HERE
-        for count in (1, 2, 8)
-        # The longest notebook runs on any number of devices: the largest has the fewest examples.
-        if path.stem != "03_models" or count == 8
-    ],
-    ids=lambda each: getattr(each, "stem", each),
-)
+@pytest.mark.parametrize("path", some(TRAINING_HERE), ids=lambda path: path.stem)
+@pytest.mark.parametrize("accelerators", [1, 2, 8])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
 def test_notebook_runs_on_any_number_of_accelerators(path, accelerators, monkeypatch):
     """With simulated accelerators, and trainings of one epoch.

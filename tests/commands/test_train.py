@@ -114,7 +114,9 @@ def test_mnist_reaches_97_5_percent_in_ten_epochs(tmp_path):
         "--run-dir",
         str(tmp_path),
     ]
-    assert train.main([*arguments, "--eval-every", "4690"]) == 0
+    process = command(*arguments, "--eval-every", "4690")
+    output, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (0, ""), output
     last = rows_of(tmp_path)[-1]
     assert last["epoch"] <= 10
     assert last["accuracy"] >= 0.975

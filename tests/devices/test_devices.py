@@ -46,8 +46,7 @@ def test_fake_devices_survive_two_thousand_asynchronous_steps(count):
     assert f"survived on {count} devices" in run(start + LOOP)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", some([2, 4, 8, 16], 8))
+@pytest.mark.parametrize("count", some([2, 4, 8, 16]))
 def test_fake_devices_survive_two_thousand_asynchronous_rounds(count):
     """One training round per dispatch; nothing is fetched before the end."""
     program = f"""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from cases import some
 
 from ctde_jax import checkpoint, data
 from ctde_jax.devices import hosts
@@ -231,8 +232,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", some(STRATEGIES))
 def test_hosts_compute_the_same_as_devices_of_one_host(name, job, tmp_path):
     """Per-replica state is stored on its host, and in the checkpoint of host 0."""
     count = 3 if name == "three hosts" else 2
@@ -289,8 +289,7 @@ def whole(tmp_path_factory) -> Job:
     return job
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signaled", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("signaled", some([[0], [1], [0, 1]]))
 def test_sigterm_saves_the_same_step_on_all_hosts(signaled, job, whole):
     for index in (0, 1):
         job.start(index, *INTERRUPTED)
@@ -386,7 +385,7 @@ def test_run_continues_on_other_numbers_of_hosts(job, tmp_path):
 @pytest.mark.slow
 def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
     # Long enough that the run does not end before the last kill.
-    arguments = ["--epochs", "240", "--eval-every", "460", "--save-every", "60"]
+    arguments = ["--epochs", "120", "--eval-every", "460", "--save-every", "60"]
 
     def run(folder: Path, kill_after: float | None) -> list[Result]:
         job = Job(folder)
@@ -403,7 +402,7 @@ def test_hosts_killed_at_random_moments_end_with_the_same_bits(tmp_path):
 
     draw = random.Random(0)
     run(tmp_path / "whole", None)
-    for _ in range(8):
+    for _ in range(4):
         run(tmp_path / "killed", draw.uniform(0, 0.4))
     assert [result.status for result in run(tmp_path / "killed", None)] == [0, 0]
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")

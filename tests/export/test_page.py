@@ -190,7 +190,7 @@ def mnist_page(root) -> Exported:
         data,
         optax.adam(0.001),
         batch_size=32,
-        steps=500,
+        steps=250,
     )
 
 

@@ -225,8 +225,7 @@ def test_losses_are_those_of_a_plain_loop(name):
     assert abs(expected[-1] - expected[0]) > 1e-2, "nothing was learned, so nothing was compared"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", some(MODULES))
 def test_losses_are_those_of_a_plain_loop_on_one_device(name):
     np.testing.assert_allclose(
         train_losses(on_one_device(name)), plain_losses(name), rtol=1e-5, atol=1e-5

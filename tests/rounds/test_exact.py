@@ -214,21 +214,22 @@ def test_exact_requires_synchronous_steps_and_the_default_reducer():
         ctde.Strategy(reduce=aggregate.median(), exact=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    [
-        ["mlp"],
-        ["mlp", "--init", "lsuv"],
-        ["mlp", "--ema-decay", "0.9", "--on-nonfinite", "skip", "--clip-grad-norm", "1"],
-        ["resnet", "--norm", "batch", "--batch-statistics", "averaged"],
-        ["lstm", "--sequence", "rows"],
-    ],
+    some(
+        [
+            ["mlp"],
+            ["mlp", "--init", "lsuv"],
+            ["mlp", "--ema-decay", "0.9", "--on-nonfinite", "skip", "--clip-grad-norm", "1"],
+            ["resnet", "--norm", "batch", "--batch-statistics", "averaged"],
+            ["lstm", "--sequence", "rows"],
+        ]
+    ),
 )
 def test_command_gives_the_same_bits_on_any_number_of_devices(model, tmp_path):
     """As users run it, with the default optimizations of XLA; an epoch ends with a short batch."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    for count in COUNTS:
+    for count in (1, 8):
         folder = ["--run-dir", str(tmp_path / str(count))]
         command = [
             sys.executable,
@@ -246,7 +247,7 @@ def test_command_gives_the_same_bits_on_any_number_of_devices(model, tmp_path):
             check=True,
             capture_output=True,
         )
-    assert len({digest(tmp_path / str(count)) for count in COUNTS}) == 1
+    assert digest(tmp_path / "8") == digest(tmp_path / "1")
 
 
 @pytest.mark.parametrize("count", [1, 4])
