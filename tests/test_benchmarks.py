@@ -120,16 +120,15 @@ def learn_small_digits(communication, _) -> NamedTuple:
 
 def test_arms_repeat_the_best_setting_and_are_trained_once(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    communication = importlib.import_module("communication")
-    rates = communication.grid(1e-6, 0.1)
-    averaging = communication.averaging(4)
-    arms = {
-        "synchronous, AdamW": communication.Arm(optax.adamw, communication.synchronous, rates),
-        "averaging, AdamW, H=4": communication.Arm(optax.adamw, averaging, rates),
+    communication, arms = map(importlib.import_module, ("communication", "arms"))
+    rates = arms.grid(1e-6, 0.1)
+    compared = {
+        "synchronous, AdamW": arms.Arm(optax.adamw, arms.synchronous, rates),
+        "averaging, AdamW, H=4": arms.Arm(optax.adamw, arms.averaging(4), rates),
     }
     learn = partial(learn_small_digits, communication)
     monkeypatch.setattr(communication, "PROBLEMS", {"mnist": learn})
-    monkeypatch.setattr(communication, "ARMS", {"mnist": {32: arms}})
+    monkeypatch.setattr(communication, "ARMS", {"mnist": {32: compared}})
     run = partial(communication.main, seeds=(0, 1, 2), results=tmp_path)
 
     run()
