@@ -1,6 +1,8 @@
 """Optimizers and strategies that `communication.py` compares, and the grids of their settings."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -106,6 +108,24 @@ def growing(inner_steps: int, codec: Codec, doublings: int) -> MakeStrategy:
     return strategy
 
 
+def starting(
+    first_inner_steps: int, fraction: float, inner_steps: int, codec: Codec
+) -> MakeStrategy:
+    """Returns a function that makes `averaging` whose rounds are short for a fraction of the run.
+
+    That fraction is rounded to whole rounds of both lengths.
+    """
+    unit = math.lcm(first_inner_steps, inner_steps)
+
+    def strategy(steps: int, *outer: Any) -> ctde.Strategy:
+        first, then = (
+            averaging(each, codec)(steps, *outer) for each in (first_inner_steps, inner_steps)
+        )
+        return replace(first, later={max(1, round(fraction * steps / unit)) * unit: then})
+
+    return strategy
+
+
 def grid(*learning_rates: float, **others: Sequence[float]) -> list[Settings]:
     """Returns all combinations; names are `outer_learning_rate` and `outer_momentum`."""
     values = {"learning_rate": learning_rates, **others}
@@ -124,21 +144,32 @@ REFERENCE = "synchronous, Muon"
 BASELINES = ("synchronous, AdamW", REFERENCE)
 DILOCO: dict[str, Sequence[float]] = {"outer_learning_rate": [1.0], "outer_momentum": [0.3, 0.6]}
 
+
+def text_arms(
+    adamw: list[Settings], synchronous_muon: list[Settings], local: list[Settings]
+) -> dict[str, Arm]:
+    """Returns the arms of the transformer, with the grids for a length of training."""
+    return {
+        "synchronous, AdamW": Arm(optax.adamw, synchronous, adamw),
+        "synchronous, Muon": Arm(muon, synchronous, synchronous_muon),
+        "Muon, H=8, int2": Arm(muon, averaging(8, int2), local),
+        "Muon, H=30, int2": Arm(muon, averaging(30, int2), local),
+        "Muon, H=60, int2": Arm(muon, averaging(60, int2), local),
+        "Muon, H=120, int2": Arm(muon, averaging(120, int2), local),
+        "Muon, H=4 then 60, int2": Arm(muon, starting(4, 0.06, 60, int2), local),
+        "Muon, H=16 to 128, int2": Arm(muon, growing(16, int2, doublings=3), local),
+        "two hosts, Muon, H=30, int2": Arm(muon, averaging(30, int2, PER_HOST), local),
+    }
+
+
 # An outer momentum of 0.5 was the best of 0, 0.5 and 0.8 for H=30 in 3,000 steps on seed 0.
-TEXT_ADAMW = grid(0.003, 0.006, 0.012)
-TEXT_MUON = grid(0.006, 0.012, 0.024)
-TEXT_LOCAL = grid(0.006, 0.012, 0.024, outer_learning_rate=[1.0], outer_momentum=[0.5])
-TEXT_ARMS = {
-    "synchronous, AdamW": Arm(optax.adamw, synchronous, TEXT_ADAMW),
-    "synchronous, Muon": Arm(muon, synchronous, TEXT_MUON),
-    "Muon, H=8, int2": Arm(muon, averaging(8, int2), TEXT_LOCAL),
-    "Muon, H=30, int2": Arm(muon, averaging(30, int2), TEXT_LOCAL),
-    "Muon, H=60, int2": Arm(muon, averaging(60, int2), TEXT_LOCAL),
-    "Muon, H=60, int4": Arm(muon, averaging(60, int4), TEXT_LOCAL),
-    "Muon, H=8 to 128, int2": Arm(muon, growing(8, int2, doublings=4), TEXT_LOCAL),
-    "Muon, H=16 to 128, int2": Arm(muon, growing(16, int2, doublings=3), TEXT_LOCAL),
-    "two hosts, Muon, H=30, int2": Arm(muon, averaging(30, int2, PER_HOST), TEXT_LOCAL),
-}
+OUTER: dict[str, Sequence[float]] = {"outer_learning_rate": [1.0], "outer_momentum": [0.5]}
+TEXT_ARMS = text_arms(
+    grid(0.003, 0.006, 0.012), grid(0.006, 0.012, 0.024), grid(0.006, 0.012, 0.024, **OUTER)
+)
+LONG_TEXT_ARMS = text_arms(
+    grid(0.003, 0.006), grid(0.003, 0.006, 0.012), grid(0.006, 0.012, **OUTER)
+)
 
 SHORT_MUON = grid(0.012, 0.024, 0.048)
 SHORT_ADAMW = grid(0.006, 0.012, 0.024)
@@ -167,9 +198,15 @@ DIGITS_ARMS = {
     "averaging, Muon, H=576, sign": Arm(muon, averaging(576, one_bit), DIGITS_MUON),
     "averaging, Muon, H=1152, int2": Arm(muon, averaging(1152, int2), DIGITS_MUON),
 }
-LONG_DIGITS_ARMS = DIGITS_ARMS | {
-    "averaging, Muon, H=576, int2": Arm(muon, averaging(576, int2), DIGITS_MUON),
-    "averaging, Muon, H=1152, sign": Arm(muon, averaging(1152, one_bit), DIGITS_MUON),
+LONG_DIGITS_ADAMW = grid(0.001, 0.002, 0.005, 0.01)
+LONG_DIGITS_MUON = grid(0.003, 0.006)
+LONG_DIGITS_ARMS = {
+    "synchronous, AdamW": Arm(optax.adamw, synchronous, LONG_DIGITS_ADAMW),
+    "synchronous, Muon": Arm(muon, synchronous, LONG_DIGITS_MUON),
+    "averaging, AdamW, H=576, sign": Arm(optax.adamw, averaging(576, one_bit), LONG_DIGITS_ADAMW),
+    "averaging, AdamW, H=1152, int2": Arm(optax.adamw, averaging(1152, int2), LONG_DIGITS_ADAMW),
+    "averaging, Muon, H=576, sign": Arm(muon, averaging(576, one_bit), LONG_DIGITS_MUON),
+    "averaging, Muon, H=1152, int2": Arm(muon, averaging(1152, int2), LONG_DIGITS_MUON),
 }
 
 CNN_ADAMW = grid(0.001, 0.002, 0.004)
@@ -184,7 +221,7 @@ CNN_ARMS = {
 
 # Arms by task and number of steps.
 ARMS: dict[str, dict[int, dict[str, Arm]]] = {
-    "transformer": {600: TEXT_ARMS, 3_000: TEXT_ARMS, 10_000: TEXT_ARMS},
+    "transformer": {600: TEXT_ARMS, 3_000: TEXT_ARMS, 10_000: LONG_TEXT_ARMS},
     "transformer-241k": {600: SHORT_TEXT_ARMS, 3_000: TEXT_ARMS},
     "mnist": {1_152: DIGITS_ARMS, 11_520: LONG_DIGITS_ARMS},
     "cnn": {3_000: CNN_ARMS},
