@@ -165,6 +165,8 @@ def _read(message: Message) -> bytes | str:
         if message.error.code == ErrorCode.MESSAGE_UNAVAILABLE:
             # Flower has dropped the request.
             return _LATE
+        if message.error.code == ErrorCode.NODE_UNAVAILABLE:
+            return "The node went offline."
         return shortened(message.error.reason or f"Flower's error {message.error.code}.")
     payload = payload_of(message)
     return "The reply was not made by ctde_jax." if payload is None else payload
