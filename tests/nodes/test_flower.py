@@ -135,8 +135,8 @@ def test_killed_node_returns_as_itself(federation):
         process.kill()
         process.wait()
         federation.node()
-        # Flower would refuse it for a minute, so the new process signs the former one off. The server
-        # may ask in between.
+        # Flower would refuse it for a minute, so the new process signs the former one off. The
+        # server may ask in between.
         ((who, sentence),) = pull(link)
         assert who == node
         assert sentence in ("The node was restarted.", "The node went offline.")
