@@ -168,7 +168,7 @@ TEXT_ARMS = text_arms(
     grid(0.003, 0.006, 0.012), grid(0.006, 0.012, 0.024), grid(0.006, 0.012, 0.024, **OUTER)
 )
 LONG_TEXT_ARMS = text_arms(
-    grid(0.003, 0.006), grid(0.003, 0.006, 0.012, 0.024), grid(0.012, 0.024, **OUTER)
+    grid(0.003, 0.006), grid(0.003, 0.006, 0.012), grid(0.012, 0.024, **OUTER)
 )
 
 SHORT_MUON = grid(0.012, 0.024, 0.048)
