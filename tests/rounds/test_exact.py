@@ -226,7 +226,7 @@ def test_exact_requires_synchronous_steps_and_the_default_reducer():
         ]
     ),
 )
-def test_command_gives_the_same_bits_on_any_number_of_devices(model, tmp_path):
+def test_command_gives_the_same_bits_on_one_and_eight_devices(model, tmp_path):
     """As users run it, with the default optimizations of XLA; an epoch ends with a short batch."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     for count in (1, 8):
