@@ -155,6 +155,7 @@ def text_arms(
         "Muon, H=8, int2": Arm(muon, averaging(8, int2), local),
         "Muon, H=30, int2": Arm(muon, averaging(30, int2), local),
         "Muon, H=60, int2": Arm(muon, averaging(60, int2), local),
+        "Muon, H=72, int2": Arm(muon, averaging(72, int2), local),
         "Muon, H=120, int2": Arm(muon, averaging(120, int2), local),
         "Muon, H=4 then 60, int2": Arm(muon, starting(4, 0.06, 60, int2), local),
         "Muon, H=16 to 128, int2": Arm(muon, growing(16, int2, doublings=3), local),
