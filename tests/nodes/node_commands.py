@@ -13,7 +13,7 @@ from ctde_jax.nodes.certificates import create_certificates
 from ctde_jax.nodes.flower.processes import find_port
 from ctde_jax.nodes.keys import create_node_key
 
-LIMIT = 180.0  # seconds, for a busy machine
+LIMIT = 600.0  # seconds, for a busy machine
 
 
 def wait_until(condition: Callable[[], object], seconds: float = LIMIT) -> None:
