@@ -11,21 +11,8 @@ STRATEGY_NAMES = [name for name in PRESETS if name != "qsr"]
 """Arguments of `ctde.strategy`; the rounds of qsr depend on the learning rate of a run."""
 
 
-TURNS = 3  # a third of the slow cases in each run of CI
-
-
 def some(cases: Iterable[Any], *quick: Any) -> Sequence[Any]:
-    """Returns all cases; all but the quick ones are slow, so the default suite leaves them out.
-
-    CI runs the slow cases by turns: those of one number, which depends on the commit.
-    """
+    """Returns all cases; all but the quick ones are slow, so the default suite leaves them out."""
     cases = list(cases)
     assert all(case in cases for case in quick), f"{quick} must be among {cases}"
-
-    def mark(index: int) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.slow, pytest.mark.turn(number=(index + len(cases)) % TURNS)]
-
-    return [
-        case if case in quick else pytest.param(case, marks=mark(index))
-        for index, case in enumerate(cases)
-    ]
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]

@@ -9,6 +9,7 @@ import gc
 import os
 import shutil
 from tempfile import mkdtemp
+from zlib import crc32
 
 import jax
 import pytest
@@ -30,6 +31,14 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 ALL_DEVICES = devices.start(8)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Numbers the slow tests, of which CI runs a third."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.turn(number=crc32(item.nodeid.encode()) % 3))
 
 
 def pytest_unconfigure() -> None:

@@ -121,6 +121,7 @@ def test_package_as_a_command_accepts_only_version(argument, status, output, err
     assert (shown.returncode, shown.stdout.strip(), shown.stderr.strip()) == (status, output, error)
 
 
+@pytest.mark.slow
 def test_public_names_are_found_after_other_imports():
     program = """
 import os, sys, ctde_jax

@@ -73,6 +73,7 @@ def test_turns_alternate_and_omit_warmup_and_failures(harness, tmp_path):
     assert log.find(contestant="c")[0]["seconds"] == [6.0, 8.0]
 
 
+@pytest.mark.slow
 def test_points_are_measured_in_processes_that_may_fail_or_hang(harness, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -118,6 +119,7 @@ def learn_small_digits(communication, _) -> NamedTuple:
     return communication.Problem(model, data, ctde.tasks.classification, batch_size=64)
 
 
+@pytest.mark.slow
 def test_arms_repeat_the_best_setting_and_are_trained_once(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     communication, arms = map(importlib.import_module, ("communication", "arms"))

@@ -133,12 +133,7 @@ def test_first_run_of_nodes_has_the_transcript_of_the_page(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of Flower
 @pytest.mark.parametrize(
-    "page",
-    some(
-        (page for page, text in PAGES.items() if blocks(text, "python")),
-        "README.md",
-        "docs/getting-started.md",
-    ),
+    "page", some((page for page, text in PAGES.items() if blocks(text, "python")), "README.md")
 )
 def test_python_blocks_run(page, folder, monkeypatch):
     """Runs the blocks of a page in order and in one namespace.

@@ -334,6 +334,7 @@ def test_error_feedback_sends_everything_eventually(name, exchange, key):
     assert_close(optax.tree.scale(1 / 400, after_400), expected, rtol=0.05, atol=0.5)
 
 
+@pytest.mark.slow
 def test_replica_with_weight_zero_keeps_its_residual(key):
     """The residual does not change in a round in which the weight is 0."""
     reduce, rows = two_phase(error_feedback(sign(8))), messages(key)

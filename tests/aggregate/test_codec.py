@@ -99,6 +99,7 @@ def test_error_of_statistical_levels_is_that_of_the_paper(bits, error, key):
     assert measured == pytest.approx(error, rel=0.03)
 
 
+@pytest.mark.slow
 def test_error_of_statistical_levels_is_smaller_than_of_linear_levels(key):
     values = jax.random.normal(key, (256 * 100,))
 

@@ -175,7 +175,8 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", some(STRATEGIES, "ddp sign", "streaming-diloco"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_frozen_layers_keep_their_bits_in_training(name):
     """On 3 devices, where sums of three equal numbers round, and with an EMA of the parameters."""
     preset, options = STRATEGIES[name]

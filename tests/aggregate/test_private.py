@@ -97,6 +97,7 @@ def test_epsilon_without_sampling_is_that_of_the_gaussian_mechanism(noise_multip
     assert gaussian_delta(computed * 0.995, noise_multiplier, rounds) > 1e-5
 
 
+@pytest.mark.slow
 def test_epsilon_falls_with_noise_and_sampling_and_grows_with_rounds():
     pytest.importorskip("dp_accounting")
     base = epsilon(1.0, 100, sampling_rate=0.1)

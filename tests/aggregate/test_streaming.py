@@ -49,6 +49,7 @@ def test_streaming_equals_the_loop_of_the_paper(mix, key):
             np.testing.assert_allclose(replicas_center, center, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_message_does_not_depend_on_the_local_steps(key):
     """The message does not depend on the local steps of its round, so both can overlap."""
     reduce = streaming(2)

@@ -105,16 +105,6 @@ SCHEDULE_FREE_STATE = {
 }
 """Functions that return the state that optax's `schedule_free_eval_params` takes."""
 
-QUICK = [
-    "noisy sgd",
-    "MultiSteps",
-    "sam",
-    "reduce on plateau",
-    "lookahead",
-    "clipped schedule-free",
-]
-SOME = some(OPTIMIZERS, *QUICK)
-
 
 @cache
 def dataset() -> ctde.data.Dataset:
@@ -213,7 +203,7 @@ def on_four(tmp_path_factory):
 SAVED = {"save_every": 5, "keep_checkpoints": 5}
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", some(OPTIMIZERS, "MultiSteps", "lookahead"))
 def test_optimizer_trains_as_in_a_plain_loop_on_one_and_four_devices(name, on_four):
     """Losses and evaluated parameters are equal, also with short last batches."""
     expected, params = plain_loop(name)
@@ -288,6 +278,7 @@ def recorder(*names: str) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [{}, {"accumulation_steps": 2}, {"strategy": ctde.Strategy(exact=True)}],
@@ -326,6 +317,7 @@ def test_value_is_the_minimized_loss_and_not_the_reported_loss():
     assert trained.history[0]["loss"] != pytest.approx(float(expected), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_value_in_local_steps_is_the_loss_of_the_examples_of_the_replica():
     trained = fit(recorder("value"), strategy=ctde.Strategy(inner_steps=1), steps=1)
     values = trained.opt_state["value"]
@@ -336,6 +328,7 @@ def test_value_in_local_steps_is_the_loss_of_the_examples_of_the_replica():
         assert value == pytest.approx(float(first_loss(first_params(), order)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_value_of_the_outer_optimizer_is_the_mean_loss_of_the_round(tmp_path):
     """The rounds have 32 and 28 examples."""
     outer = optax.chain(optax.sgd(1.0), contrib.reduce_on_plateau(accumulation_size=10**6))
@@ -357,6 +350,7 @@ def scaled_by_value() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.slow
 def test_update_receives_only_the_arguments_in_its_signature():
     """Alone, in a chain, and in local steps, which pass `anchor` as well."""
     expected = losses(fit(scaled_by_value(), steps=5))
@@ -365,6 +359,7 @@ def test_update_receives_only_the_arguments_in_its_signature():
     fit(scaled_by_value(), strategy=ctde.Strategy(inner_steps=2), steps=5)
 
 
+@pytest.mark.slow
 def test_value_is_sent_only_if_the_optimizer_reads_it():
     """A float32 and its weight: 2 (R - 1) / R * 8 bytes."""
     sent = {
@@ -403,6 +398,7 @@ STATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner_steps", [0, 2])
 def test_state_may_have_any_leaves(inner_steps, tmp_path):
     """It is also restored from a checkpoint."""
@@ -436,6 +432,7 @@ def test_state_may_have_any_leaves(inner_steps, tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_returned_optimizer_state_works_with_optax():
     trained = fit(optax.adam(0.05))
     assert optax.tree.get(trained.opt_state, "count") == STEPS
@@ -444,6 +441,7 @@ def test_returned_optimizer_state_works_with_optax():
     assert len(repr(trained)) < 120
 
 
+@pytest.mark.slow
 def test_optimizer_state_with_patience_or_rollback_is_that_of_the_last_step(tmp_path):
     held = ctde.data.hold_out(dataset(), 0.3, 0)
     trained = fit(optax.adam(1.0), data=held, patience=1, eval_every=2, steps=100)
@@ -459,6 +457,7 @@ def test_optimizer_state_with_patience_or_rollback_is_that_of_the_last_step(tmp_
 # Optimizers that are evaluated at another point than they are trained at
 
 
+@pytest.mark.slow
 def test_checkpoint_of_schedule_free_training_has_both_points(tmp_path):
     """The best parameters are an evaluated point, the current ones the point of the gradients."""
     held = ctde.data.hold_out(dataset(), 0.3, 0)
@@ -477,6 +476,7 @@ def test_checkpoint_of_schedule_free_training_has_both_points(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_lookahead_equals_local_steps_with_an_outer_learning_rate():
     """On one device; `sync_period` is the local steps, `slow_step_size` the outer learning rate."""
     ahead = fit(optax.lookahead(optax.adam(0.05), 5, 0.5), count=1)
@@ -488,6 +488,7 @@ def test_lookahead_equals_local_steps_with_an_outer_learning_rate():
     )
 
 
+@pytest.mark.slow
 def test_schedule_free_outer_optimizer_is_evaluated_at_its_average(tmp_path):
     outer = contrib.schedule_free_sgd(0.7)
     trained = fit(

@@ -66,6 +66,7 @@ def test_deleted_working_folder_is_reported_in_one_sentence(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "reason"),
     [("> /dev/full", "No space left on device"), ("| true", "Broken pipe")],
@@ -81,6 +82,7 @@ def test_console_error_is_reported_once_and_the_command_continues(redirection, r
     )
 
 
+@pytest.mark.slow
 def test_console_replaces_characters_outside_the_encoding():
     done = command(
         "from ctde_jax.trainer.log import console; console().print('R\\u00e9nyi')",

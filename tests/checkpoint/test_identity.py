@@ -213,6 +213,7 @@ def test_change_is_named_before_compilation(name, run, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_options_that_affect_no_number_may_change(run, capsys):
     """Equal copies, other containers, equal functions, and options that only affect the output."""
     again = fit(
@@ -241,6 +242,7 @@ def test_options_that_affect_no_number_may_change(run, capsys):
     assert repr(again).startswith("Trained(loaded, ")
 
 
+@pytest.mark.slow
 def test_digests_do_not_depend_on_the_process(tmp_path):
     """They do not depend on Python's hash seed, object ids or the location of the code."""
     source = (
@@ -275,6 +277,7 @@ def digests() -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_run_continues_on_another_number_of_devices(tmp_path):
     """The checkpoint that it writes on them is compared as well."""
     shared = {
@@ -296,6 +299,7 @@ def rewritten(run, tmp_path, change) -> None:
     checkpoint.write(found.path, found.tensors, change(found.facts))
 
 
+@pytest.mark.slow
 def test_program_traced_by_another_version_is_not_compared(run, tmp_path, capsys):
     def traced_by_another_jax(facts):
         versions = {**facts["identity"]["versions"], "jax": "0.4.1"}
@@ -333,6 +337,7 @@ def test_malformed_digests_are_refused(run, tmp_path, identity):
         fit(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_program_that_is_traced_differently_each_time_is_not_compared(tmp_path, capsys):
     def unstable(outputs, labels):
         return classification.loss(outputs, labels) + np.random.default_rng().normal()
@@ -345,6 +350,7 @@ def test_program_that_is_traced_differently_each_time_is_not_compared(tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_streamed_batches_are_not_compared_but_test_arrays_are(tmp_path, capsys):
     def stream(test_labels=Y[80:]):
         return data.from_batches(lambda epoch: [(X[:16], Y[:16])] * 4, 4, X[80:], test_labels)
@@ -360,6 +366,7 @@ def test_streamed_batches_are_not_compared_but_test_arrays_are(tmp_path, capsys)
         run(data=stream(changed(Y[80:])))
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_compared_as_well(tmp_path):
     fit(tmp_path, **QUICK, save_every=4)
     shutil.rmtree(checkpoint.path_of(tmp_path / "checkpoints", 8))

@@ -82,6 +82,7 @@ def whole(digits, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_empty_folder_continues_from_the_mirror_with_the_same_bits(
     digits, whole, tmp_path, store, capsys
 ):
@@ -312,6 +313,7 @@ def test_best_checkpoint_is_fetched_with_the_newest(local, damaged, expected, st
     assert len((tmp_path / "run" / METRICS).read_text().splitlines()) >= expected[-1]
 
 
+@pytest.mark.slow
 def test_run_whose_folder_is_lost_keeps_its_best_checkpoint(digits, tmp_path, store):
     # The loss falls for two steps, and then rises.
     rate = optax.join_schedules([lambda step: 0.5, lambda step: -0.5], [2])

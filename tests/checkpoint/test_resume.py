@@ -71,7 +71,6 @@ RUNS: dict[str, dict] = {
         )
     },
 }
-QUICK = ["ddp", "diloco int4"]
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +126,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in found.tensors.items()}
 
 
-@pytest.mark.parametrize("name", some(RUNS, *QUICK))
+@pytest.mark.parametrize("name", some(RUNS, "ddp"))
 def test_run_killed_at_several_moments_ends_with_the_same_bits(name, small, tmp_path, monkeypatch):
     run = partial(fit, small, **RUNS[name])
     whole = run(tmp_path / "whole")
@@ -141,7 +140,8 @@ def test_run_killed_at_several_moments_ends_with_the_same_bits(name, small, tmp_
     assert again.tested == whole.tested
 
 
-@pytest.mark.parametrize("name", some(RUNS, "ddp"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_run_resumes_on_another_number_of_devices(name, small, tmp_path, monkeypatch):
     """8 -> 2 -> 4 devices; synchronous float32 aggregation is equal on any number of devices."""
     run = partial(fit, small, **RUNS[name])
@@ -165,6 +165,7 @@ def test_run_resumes_on_another_number_of_devices(name, small, tmp_path, monkeyp
     np.testing.assert_allclose(resumed["loss"], last["loss"], rtol=0.3)
 
 
+@pytest.mark.slow
 def test_copy_of_a_run_resumes_with_the_same_bits(small, whole, tmp_path, monkeypatch):
     """The copy has other permissions and times, like a download from an object store."""
     folder, trained = whole
@@ -175,6 +176,7 @@ def test_copy_of_a_run_resumes_with_the_same_bits(small, whole, tmp_path, monkey
     assert rows(tmp_path / "copy") == rows(folder)
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_its_patience(small, tmp_path, monkeypatch):
     """The checkpoint has the best parameters and the number of evaluations without improvement."""
     run = partial(
@@ -205,7 +207,8 @@ RISING_LOSS = {
 BEST = {"loss": min, "accuracy": max}
 
 
-@pytest.mark.parametrize("name", some(BEST, "accuracy"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEST)
 def test_killed_run_keeps_the_same_best_checkpoint(name, small, tmp_path, monkeypatch):
     run = partial(fit, data.hold_out(small, 0.2, 0), **RISING_LOSS, keep_best=name)
     whole = run(tmp_path / "whole")
@@ -224,6 +227,7 @@ def test_killed_run_keeps_the_same_best_checkpoint(name, small, tmp_path, monkey
     jax.tree.map(np.testing.assert_array_equal, again.tensors, kept.tensors)
 
 
+@pytest.mark.slow
 def test_keep_best_changes_no_row_and_may_be_added_on_resuming(
     small, tmp_path, monkeypatch, capsys
 ):
@@ -235,6 +239,7 @@ def test_keep_best_changes_no_row_and_may_be_added_on_resuming(
     assert f"best       {tmp_path / 'killed' / 'checkpoints' / 'step-'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_branch_from_the_best_checkpoint_has_its_parameters(small, tmp_path):
     run = partial(fit, small, **RISING_LOSS | {"keep_best": "accuracy"})
     trunk = run(tmp_path / "trunk")
@@ -260,6 +265,7 @@ def test_unknown_metric_of_keep_best_is_refused_before_anything_is_written(small
         fit(small, None, save_every=None, keep_best="loss")
 
 
+@pytest.mark.slow
 def test_run_on_a_stream_resumes(small, tmp_path, monkeypatch):
     """The stream is read again up to the position of the checkpoint."""
     x, y = small.train
@@ -301,6 +307,7 @@ def test_killed_run_loses_at_most_save_every_steps(small, tmp_path, monkeypatch)
         assert checkpoint.steps(folder / "checkpoints")[0] >= seen - 6
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_skipped(small, whole, tmp_path, monkeypatch, capsys):
     folder, _ = whole
     killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed"))
@@ -312,6 +319,7 @@ def test_damaged_checkpoint_is_skipped(small, whole, tmp_path, monkeypatch, caps
     assert rows(tmp_path / "killed") == rows(folder)
 
 
+@pytest.mark.slow
 def test_different_options_are_listed(small, tmp_path):
     fit(small, tmp_path, options={"learning_rate": 0.01})
     before = tensors(tmp_path)
@@ -344,6 +352,7 @@ def test_every_tensor_of_another_optimizer_is_listed(small, whole, tmp_path):
         fit(small, tmp_path / "branch", optimizer=optax.sgd(0.1), branch_from=trunk, steps=50)
 
 
+@pytest.mark.slow
 def test_run_without_resume_restarts_and_keeps_earlier_runs(small, tmp_path, capsys):
     (tmp_path / "previous-1").mkdir()
     runs = [fit(small, tmp_path, resume=False, seed=seed, show=True) for seed in range(2)]
@@ -358,7 +367,8 @@ def test_run_without_resume_restarts_and_keeps_earlier_runs(small, tmp_path, cap
         assert fit(small, folder, seed=seed).history == runs[seed].history
 
 
-@pytest.mark.parametrize("renames", some([1, 2, 3], 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("renames", [1, 2, 3])
 def test_interrupted_move_is_completed_by_the_next_call(small, finished, monkeypatch, renames):
     before, rename, done = tensors(finished), Path.rename, []
 
@@ -402,6 +412,7 @@ def test_branch_may_start_from_the_run_that_is_moved(small, finished):
     assert checkpoint.steps(finished / "previous-1" / "checkpoints")[0] == 40
 
 
+@pytest.mark.slow
 def test_branch_continues_from_a_checkpoint_with_other_options(
     small, whole, finished, tmp_path, capsys
 ):
@@ -431,6 +442,7 @@ def test_branch_requires_an_intact_checkpoint(small, tmp_path):
         fit(small, tmp_path / "branch", branch_from=tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_killed_branch_resumes_with_the_same_call(small, whole, tmp_path, monkeypatch):
     start = checkpoint.path_of(whole[0] / "checkpoints", 20)
     branch = partial(fit, small, branch_from=start, seed=1)
@@ -440,6 +452,7 @@ def test_killed_branch_resumes_with_the_same_call(small, whole, tmp_path, monkey
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_branch_from_an_early_stopped_run_resets_patience(small, tmp_path):
     held = data.hold_out(small, 0.2, 0)
     run = partial(fit, held, patience=2, eval_every=4, optimizer=optax.adam(0.2), steps=200)
@@ -467,6 +480,7 @@ def test_branch_must_have_steps_left(small, whole, tmp_path):
         fit(small, tmp_path / "branch", branch_from=trunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows_before", [0, 5])
 def test_ctrl_c_before_the_first_step_returns_the_current_model(
     small, whole, tmp_path, monkeypatch, rows_before
@@ -489,6 +503,7 @@ def test_ctrl_c_before_the_first_step_returns_the_current_model(
     assert rows(tmp_path / "run") == rows(whole[0])
 
 
+@pytest.mark.slow
 def test_signal_in_the_last_evaluation_does_not_interrupt_the_run(small, tmp_path):
     class AtEvaluation(ctde.Callback):
         def on_evaluation(self, rows, params, model_state):
@@ -499,6 +514,7 @@ def test_signal_in_the_last_evaluation_does_not_interrupt_the_run(small, tmp_pat
     assert trained.step == 40
 
 
+@pytest.mark.slow
 def test_run_resumes_after_sigterm_within_a_span_and_at_its_end(
     small, whole, tmp_path, monkeypatch
 ):
@@ -520,6 +536,7 @@ def test_run_resumes_after_sigterm_within_a_span_and_at_its_end(
     assert rows(tmp_path / "run") == rows(whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_sighup_saves_unless_it_is_ignored(small, tmp_path, ignored):
     """`nohup` ignores SIGHUP."""
@@ -539,6 +556,7 @@ def test_sighup_saves_unless_it_is_ignored(small, tmp_path, ignored):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_default_period_of_checkpoints_is_a_minute(small, tmp_path, monkeypatch):
     """Also if every span is one row and therefore one dispatch."""
     fit(small, tmp_path / "soon", save_every=None, keep_checkpoints=20)
@@ -548,12 +566,14 @@ def test_default_period_of_checkpoints_is_a_minute(small, tmp_path, monkeypatch)
     assert checkpoint.steps(tmp_path / "late" / "checkpoints") == [*range(40, -1, -4)]
 
 
+@pytest.mark.slow
 def test_options_may_be_numpy_numbers_and_paths(small, tmp_path):
     options = {"learning_rate": np.float32(0.1), "where": tmp_path}
     for _ in range(2):
         fit(small, tmp_path, options=options, seed=np.int64(3), steps=np.int64(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [

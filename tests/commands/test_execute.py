@@ -233,6 +233,7 @@ def test_seed_determines_the_text(capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.slow
 def test_sampled_characters_follow_the_probabilities():
     """At temperature 1, the frequency of each first character is its probability."""
     bundle = bundles.written("lstm-text").bundle
@@ -256,6 +257,7 @@ def test_next_character_is_predicted_for_tokens(tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_outputs_are_printed_if_the_model_has_no_classes(tmp_path, capsys):
     points = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     data = ctde.data.from_arrays(points, points[:, 0] + points[:, 1])
@@ -286,6 +288,7 @@ def test_outputs_are_printed_if_the_model_has_no_classes(tmp_path, capsys):
         )
 
 
+@pytest.mark.slow
 def test_tokens_without_a_vocabulary_are_printed_as_numbers(tmp_path, capsys):
     tokens = np.random.default_rng(0).integers(0, 5, (40, 9))
     data = ctde.data.from_arrays(tokens[:, :-1], tokens[:, 1:])
@@ -508,6 +511,7 @@ def test_verify_of_a_bundle_without_examples_requires_an_input(tmp_path, capsys)
     )
 
 
+@pytest.mark.slow
 def test_quantized_artifact_is_compared_with_its_receipt(tmp_path, monkeypatch, capsys):
     trained, data = bundles.trained("mlp")
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy", "onnx-int8"], show=False)

@@ -911,6 +911,7 @@ def write_bomb(path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit the memory")
 @pytest.mark.parametrize("name", ["mine.npz", "train-images-idx3-ubyte.gz"])
 def test_bomb_is_refused_within_limited_memory(tmp_path: Path, name: str):

@@ -133,6 +133,7 @@ def test_spread_has_quartiles_and_no_negative_time():
     assert spread([-3, -2, -1, 1, 2]) == (0, 0, 1)
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_with_a_partition_and_gossip(digits: data.Dataset):
     """Gossip requires a neighbor, so one device is not measured; nor is half of a batch of two."""
 
@@ -220,6 +221,7 @@ def test_command_prints_times_and_writes_picture_and_trace(tmp_path, monkeypatch
     assert f"trace      {trace}: open perfetto_trace.json.gz in its deepest subfolder" in output
 
 
+@pytest.mark.slow
 def test_command_finds_a_batch_size_and_writes_its_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(profile, "SECONDS_PER_SIZE", 0)
     options = ["--find=batch-size", "--devices=2", "--hidden-sizes=8", "--batch-size=1024"]

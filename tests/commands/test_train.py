@@ -123,6 +123,7 @@ def test_mnist_reaches_97_5_percent_in_ten_epochs(tmp_path):
     assert last["examples"] == 10_000
 
 
+@pytest.mark.slow
 def test_run_is_repeated_bit_for_bit_from_its_configuration(tmp_path):
     options = [
         "--hidden-sizes",
@@ -148,6 +149,7 @@ def test_run_is_repeated_bit_for_bit_from_its_configuration(tmp_path):
     assert (tmp_path / "first" / "partition.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("partition", "schedule"), [("iid", "constant"), ("by_label", "linear")])
 def test_partitions_and_schedules_run(tmp_path, partition, schedule):
     options = [
@@ -163,7 +165,8 @@ def test_partitions_and_schedules_run(tmp_path, partition, schedule):
     assert train.main([*QUICK, *options, "--run-dir", str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("sync_every", some(["0", "2"], "2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("sync_every", ["0", "2"])
 def test_run_works_with_jax_enable_x64(tmp_path, sync_every):
     """The command computes in 32 bits even if the user sets `jax_enable_x64`."""
     process = command(
@@ -178,6 +181,7 @@ def test_run_works_with_jax_enable_x64(tmp_path, sync_every):
     assert (process.returncode, errors) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.curves
 def test_run_works_in_an_unusual_environment(tmp_path):
     """Combines settings of notebooks, job scripts and serial terminals."""
@@ -198,6 +202,7 @@ def test_run_works_in_an_unusual_environment(tmp_path):
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_output_on_a_full_disk_is_refused_and_no_file_remains(tmp_path):
     process = command(*QUICK, cwd=tmp_path, before="exec > /dev/full")
     _, errors = process.communicate(timeout=120)
@@ -227,6 +232,7 @@ def test_csv_and_npz_files_of_the_user_run(tmp_path, capsys):
     assert "standardized" in output
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_with_its_results(tmp_path):
     process = command("--epochs", "1000000", "--schedule", "constant", "--run-dir", str(tmp_path))
     wait_for(tmp_path / "metrics.jsonl")
@@ -239,6 +245,7 @@ def test_ctrl_c_ends_the_run_with_its_results(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_training_ends_at_once(tmp_path):
     """There is nothing to save while programs are compiled."""
     process = command(
@@ -257,7 +264,7 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path):
     assert (process.returncode, errors) == (-signal.SIGINT, "")
 
 
-@pytest.mark.parametrize("blocks", [2, 160])
+@pytest.mark.parametrize("blocks", some([2, 160], 2))
 def test_full_disk_is_reported_in_one_sentence(tmp_path, blocks):
     """A file size limit simulates a full disk: no checkpoint fits, or only the first lines fit."""
     many_rows = ["--devices", "1", "--epochs", "60", "--log-every", "1"]
@@ -323,6 +330,7 @@ def write_bad_files(folder: Path) -> None:
     (folder / "used" / "metrics.jsonl").write_text("{}\n")
 
 
+@pytest.mark.slow
 def test_clients_take_turns_on_the_devices(tmp_path, capsys):
     clients = [
         "--strategy",
@@ -343,6 +351,7 @@ def test_clients_take_turns_on_the_devices(tmp_path, capsys):
     assert "fedavg: mean of the parameters after every 2 local steps" in plan
 
 
+@pytest.mark.slow
 def test_language_model_trains_on_a_partition_and_samples_text(tmp_path, capsys):
     (tmp_path / "some.txt").write_text("To be, or not to be, that is the question. " * 120)
     text = [
@@ -665,6 +674,7 @@ def test_default_dataset_of_the_command_is_digits():
     assert build.load_data(config.DataOptions()).name == data.digits().name
 
 
+@pytest.mark.slow
 def test_branch_inherits_options_and_restarts_the_schedule(tmp_path, capsys):
     """It inherits the data set too; a new learning rate applies from its first step."""
     table = "a,b,y\n" + "".join(f"{i % 3 + i / 100},{i % 7},{'xyz'[i % 3]}\n" for i in range(60))
@@ -713,6 +723,7 @@ def test_branch_from_a_run_of_the_library_is_refused(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_refused_start_does_not_move_the_earlier_run(tmp_path, capsys):
     """Also if the mistake is detected only just before training starts."""
     folder = str(tmp_path / "run")
@@ -735,6 +746,7 @@ def test_refused_start_does_not_move_the_earlier_run(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_branch_resumes_without_its_parent(tmp_path, capsys):
     parent, branch = tmp_path / "parent", tmp_path / "branch"
     assert train.main([*QUICK, "--batch-size", "32", "--run-dir", str(parent)]) == 0
@@ -772,6 +784,7 @@ def test_branch_without_remaining_steps_is_refused(tmp_path, capsys):
     assert "--branch-from must be a checkpoint, such as" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_early_stopping_is_described_in_the_plan_and_the_result(tmp_path, capsys):
     # No step changes a parameter, so the loss of the second evaluation is that of the first.
     options = ["--validation-fraction", "0.2", "--patience", "1", "--learning-rate", "1e-30"]

@@ -71,7 +71,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", some(OPTIONS, "plain", "fragments", "batch statistics"))
+@pytest.mark.parametrize("name", some(OPTIONS, "plain"))
 def test_loaded_model_equals_the_trained_one(name):
     expected = trained(*OPTIONS[name])
     found, data, chosen = ctde.load_run("run")
@@ -94,6 +94,7 @@ def test_loaded_model_equals_the_trained_one(name):
     assert chosen.optimization.steps == 30
 
 
+@pytest.mark.slow
 def test_checkpoint_is_loaded_with_its_parameters_and_metrics():
     """Metrics that were not computed at that step are computed after loading."""
     whole = trained("--keep-checkpoints", "9", "--eval-every", "30")
@@ -109,6 +110,7 @@ def test_checkpoint_is_loaded_with_its_parameters_and_metrics():
     ].count("train")
 
 
+@pytest.mark.slow
 def test_moved_data_file_is_loaded_from_its_new_path(tmp_path):
     rng = np.random.default_rng(0)
     np.savez("mine.npz", x_train=rng.normal(size=(80, 4)), y_train=rng.integers(0, 3, 80))
@@ -201,6 +203,7 @@ def test_changed_data_is_refused_by_every_command(name, csv_run, capsys):
     ) in errors
 
 
+@pytest.mark.slow
 def test_command_names_different_options_as_flags(csv_run, capsys):
     shutil.copytree(csv_run, ".", dirs_exist_ok=True)
     command = [
@@ -392,6 +395,7 @@ def test_run_in_a_read_only_folder_is_loaded_and_exported(expected, monkeypatch)
     assert main(["run", "--formats", "numpy"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("expected")
 def test_bundle_of_a_checkpoint_is_written_outside_of_it():
     """A bundle in the checkpoint would change its contents and would be deleted with it."""

@@ -241,6 +241,7 @@ def test_invalid_strategy_is_refused(make, sentence):
         make()
 
 
+@pytest.mark.slow
 def test_clip_norm_applies_to_streamed_fragments(digits):
     """A clip norm close to 0 keeps the parameters at their initial values."""
     clipped = ctde.strategy(

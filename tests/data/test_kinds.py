@@ -291,6 +291,7 @@ def test_damaged_parquet_file_is_refused(tmp_path):
         from_table(tmp_path / "t.parquet")
 
 
+@pytest.mark.slow
 def test_plan_of_the_command_lists_the_columns(path, tmp_path, capsys):
     arguments = ["--dataset", "csv", "--data-file", str(path), "--label-column", "wealth"]
     arguments += ["--drop", "id", "--categorical", "zip", "--steps", "2", "--devices", "1"]

@@ -40,7 +40,8 @@ def run(program: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("count", some([2, 4, 8, 16], 8))
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
 def test_fake_devices_survive_two_thousand_asynchronous_steps(count):
     start = f"import jax, jax.numpy as jnp, ctde_jax; COUNT = len(ctde_jax.devices.start({count}))"
     assert f"survived on {count} devices" in run(start + LOOP)
@@ -74,6 +75,7 @@ print("survived", int(here.step), "rounds")
     assert run(program) == "survived 2000 rounds\n"
 
 
+@pytest.mark.slow
 def test_second_start_loads_programs_from_the_cache(monkeypatch, tmp_path):
     """The cache is in the user's cache folder, or in the folder that JAX is configured with."""
     program = """
@@ -109,6 +111,7 @@ assert old.sum() == 3
     assert "survived on 8 devices" in run(program + LOOP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "environment"),
     [
@@ -136,6 +139,7 @@ len(devices.start(2, 4)))
     assert run(program) == "1 4 2\n"
 
 
+@pytest.mark.slow
 def test_fit_without_devices_uses_one_cpu_device():
     program = """
 import ctde_jax, optax

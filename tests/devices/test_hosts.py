@@ -185,6 +185,7 @@ def test_two_hosts_compute_the_same_as_two_devices(job, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_different_options_of_hosts_are_named(job):
     job.start(0, *QUICK)
     job.start(1, *QUICK, "--batch-size", "32")
@@ -197,6 +198,7 @@ def test_different_options_of_hosts_are_named(job):
     assert not job.folder.exists()
 
 
+@pytest.mark.slow
 def test_different_inputs_of_hosts_are_refused(job, tmp_path):
     """One pixel differs; names, sizes and labels are equal."""
     x, y = data.digits().train
@@ -634,6 +636,7 @@ def test_hosts_without_a_folder_continue_from_its_mirror(job, tmp_path):
         np.testing.assert_array_equal(tensors(job.folder)[name], tensor)
 
 
+@pytest.mark.slow
 def test_two_hosts_keep_the_same_best_checkpoint_as_one(job, tmp_path):
     more = [*QUICK, "--eval-every", "8", "--keep-best", "accuracy", "--keep-checkpoints", "1"]
     for index in (0, 1):

@@ -46,6 +46,7 @@ def test_state_of_adam_takes_three_times_the_parameters(replicas):
     assert memory.size_of(like) == replicas * (3 * 4 * PARAMS + counters)
 
 
+@pytest.mark.slow
 def test_training_is_refused_only_if_it_exceeds_the_memory(digits, monkeypatch):
     """Four replicas of parameters, two moments and gradients: 16 bytes per parameter."""
     needed = 4 * (16 * PARAMS + 8)

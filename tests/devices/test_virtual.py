@@ -88,7 +88,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", some(STRATEGIES, "ddp", "local-sgd", "by host"))
+@pytest.mark.parametrize("name", some(STRATEGIES, "ddp"))
 def test_virtual_replicas_equal_fake_devices(name, few):
     """Eight on one device, or four on each of two."""
     strategy = STRATEGIES[name]()
@@ -107,6 +107,7 @@ class Dropout(nnx.Module):
         return self.linear(self.dropout(x.reshape(len(x), -1)))
 
 
+@pytest.mark.slow
 def test_merged_gradient_has_the_masks_of_each_replica(few):
     """In microbatches, with augmentation; in the last batch, some replicas have no examples."""
     one, other = (
@@ -122,7 +123,8 @@ def test_merged_gradient_has_the_masks_of_each_replica(few):
     assert_equal(one, other)
 
 
-@pytest.mark.parametrize("name", some(STRATEGIES, "gossip"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_shard_map_computes_the_bits_of_pmap(name, few, monkeypatch):
     strategy = STRATEGIES[name]()
     by_pmap = fit(few, ctde.devices.start(8), strategy)

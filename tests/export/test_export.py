@@ -133,6 +133,7 @@ def test_artifact_with_different_outputs_is_not_written(monkeypatch, tmp_path):
     assert written.bundle.card.facts["left_out"] == written.left_out
 
 
+@pytest.mark.slow
 def test_stepwise_program_with_different_outputs_is_omitted(monkeypatch, tmp_path):
     trained, data = bundles.trained("lstm-text")
     monkeypatch.setattr(write.receipt, "compare_steps", lambda *arguments: 0.01)
@@ -189,6 +190,7 @@ def test_einsum_that_is_a_matrix_product_is_recognized(equation, is_product):
     assert onnx._is_product(equation) is is_product
 
 
+@pytest.mark.slow
 def test_only_a_bundle_is_replaced(tmp_path):
     trained, data = bundles.trained("mlp")
     (tmp_path / "mine").mkdir()
@@ -226,7 +228,8 @@ def test_folder_with_other_files_is_not_replaced(others, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("fails", some(["rename", "rmtree", "write"], "rename"))
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["rename", "rmtree", "write"])
 def test_bundle_survives_a_failed_replacement(fails, tmp_path, monkeypatch):
     """The next process restores or removes files that a killed process has left."""
     trained, data = bundles.trained("mlp")
@@ -259,6 +262,7 @@ def test_bundle_survives_a_failed_replacement(fails, tmp_path, monkeypatch):
     assert ctde.open_bundle(tmp_path / "bundle").card.artifacts.keys() == {"jax"}
 
 
+@pytest.mark.slow
 def test_bundle_may_be_a_link_or_the_working_folder(tmp_path, monkeypatch):
     trained, data = bundles.trained("mlp")
     ctde.write_bundle(trained, data, tmp_path / "bundle", ["numpy"], show=False)
@@ -291,6 +295,7 @@ def test_missing_runtime_omits_only_its_format(tmp_path, monkeypatch):
     assert "onnx is not installed; run `pip install onnxruntime`" in written.left_out["onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fourier", "bfloat16"])
 def test_model_is_exported_in_the_formats_that_can_express_it(kind, tmp_path):
     class Net(linen.Module):
@@ -370,11 +375,13 @@ def test_operation_that_onnx_lacks_is_named():
         onnx.to_onnx(program, ["inputs"], ["outputs"], {})
 
 
-@pytest.mark.parametrize("activation", some(["tanh", "relu", "gelu", "silu"], "gelu"))
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "silu"])
 def test_chain_of_dense_layers_is_recognized(activation):
     assert _layers(ctde.models.mlp([64, 12, 8, 10], activation)).activation == activation
 
 
+@pytest.mark.slow
 def test_other_networks_are_no_chains_of_dense_layers():
     assert _layers(ctde.models.rnn_classifier(8, 10, 4)) is None
     assert _layers(ctde.models.from_linen(bundles.Noisy())) is None

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
 
 import ctde_jax as ctde
 from ctde_jax import bundle as node
@@ -28,7 +27,8 @@ STORED = {
 """The dtype in which a data set stores features."""
 
 
-@pytest.mark.parametrize("dtype", some(STORED, "int64"))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", STORED)
 def test_perceptron_with_features_of_any_dtype_is_exported_for_numpy(
     dtype, tmp_path, monkeypatch, capsys
 ):

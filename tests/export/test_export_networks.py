@@ -311,6 +311,7 @@ def test_unsupported_outputs_are_refused(change, sentence, perceptron, tmp_path)
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_inaccurate_or_unsupported_format_is_omitted_with_a_reason(perceptron, tmp_path):
     """The inverse error function is less accurate in ONNX; singular values cannot be converted."""
     trained, data = perceptron

@@ -97,6 +97,7 @@ print(json.dumps({
 '''
 
 
+@pytest.mark.slow
 def test_conversion_changes_no_attribute_and_no_setting():
     """Compares all modules of JAX, Flax, optax and numpy, before and after, in a new process."""
     pytest.importorskip("jax2onnx")

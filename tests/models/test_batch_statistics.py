@@ -119,7 +119,7 @@ def dataset() -> ctde.data.Dataset:
 
 
 @pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("count", some([1, 2, 4, 8], 1, 4))
+@pytest.mark.parametrize("count", some([1, 2, 4, 8], 4))
 def test_default_equals_a_plain_flax_loop_on_any_number_of_devices(api, count):
     """20 steps; three of them have a batch of 10 examples, one or two on each of 8 devices."""
     trained = ctde.fit(
@@ -211,7 +211,8 @@ def model_of(api: str) -> models.Model:
     return APIS[api]() if api in APIS else models.from_nnx(Drawing)
 
 
-@pytest.mark.parametrize("replicas", some([1, 2, 4, 8], 4))
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
 @pytest.mark.parametrize("api", APIS)
 def test_gradient_of_every_short_batch_is_that_of_its_real_examples(api, replicas):
     """Some replicas have no examples, such as 7 of 8 in a batch of one."""
@@ -223,6 +224,7 @@ def test_gradient_of_every_short_batch_is_that_of_its_real_examples(api, replica
         assert_matches(grads, after, expected_results(params, state, list(range(examples))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_shards_share_the_statistics_of_their_batch(replicas):
     params, state = model_of("drawing").init(jax.random.key(0), SPLIT.inputs[:1])
@@ -233,7 +235,8 @@ def test_shards_share_the_statistics_of_their_batch(replicas):
         assert_matches(grads, after, expected_results(params, state, list(range(examples))))
 
 
-@pytest.mark.parametrize("api", some([*APIS, "drawing"], "drawing"))
+@pytest.mark.slow
+@pytest.mark.parametrize("api", [*APIS, "drawing"])
 def test_microbatches_are_the_same_on_any_number_of_devices(api):
     """Positions 0 to 3 modulo 8, then 4 to 7, normalized separately; the second may be empty."""
     params, state = model_of(api).init(jax.random.key(0), SPLIT.inputs[:1])
@@ -274,6 +277,7 @@ def test_local_steps_normalize_with_the_real_examples_of_the_replica(api, shared
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[3], y), after, state)
 
 
+@pytest.mark.slow
 def test_local_steps_have_no_collectives():
     """The compiled round has one collective, outside the loop of the local steps."""
     strategy, devices = ctde.Strategy(inner_steps=3), jax.devices()[:4]
@@ -536,7 +540,8 @@ def check_variant(model: models.Model, flax_apply) -> None:
             assert_close((replica_grads, replica_state), (grads, after), rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("name", some(NNX, "plain", "bfloat16", "channels first", "nnx.scan"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NNX)
 def test_nnx_variant_counts_real_examples_only(name):
     graph, _, _ = nnx.split(NNX[name](nnx.Rngs(0)), nnx.Param, ...)
 
@@ -548,7 +553,8 @@ def test_nnx_variant_counts_real_examples_only(name):
     check_variant(models.from_nnx(NNX[name]), apply)
 
 
-@pytest.mark.parametrize("name", some(LINEN, "plain", "merged positions", "scan"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LINEN)
 def test_linen_variant_counts_real_examples_only(name):
     module = LINEN[name]
     check_variant(
@@ -559,6 +565,7 @@ def test_linen_variant_counts_real_examples_only(name):
     )
 
 
+@pytest.mark.slow
 def test_message_of_an_independent_reducer_depends_on_one_replica():
     """For robust rules and private averages: gradients of a replica's real examples."""
 

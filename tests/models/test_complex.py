@@ -64,6 +64,7 @@ def train(strategy: ctde.Strategy, replicas: int, **options) -> ctde.Trained:
     return ctde.fit(MODEL, DATA, CONJUGATED, strategy, **fixed, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_training_equals_a_plain_loop(replicas, tmp_path):
     """A second call restores the same parameters from the checkpoint."""
@@ -79,6 +80,7 @@ def test_training_equals_a_plain_loop(replicas, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "options"),
     [

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from cases import some
 from jax import numpy as jnp
 
 from ctde_jax import models
@@ -36,7 +35,8 @@ def initialized(name: str) -> tuple[Model, PyTree, PyTree]:
     return model, jax.tree.map(lambda x: 5 * x, params), model_state
 
 
-@pytest.mark.parametrize("name", some(MODELS, "transformer"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("prompt", "steps"), [([1, 2, 3, 4], 6), ([1, 2, 3, 4, 5, 6, 7, 8], 3)])
 def test_greedy_text_equals_that_of_a_loop_over_the_growing_text(name, prompt, steps, key):
     """The text grows beyond the window, or the prompt is longer than the window."""

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
 from flax import nnx
 from jax import lax
 from jax import numpy as jnp
@@ -93,7 +92,8 @@ def assert_equal(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("name", some(INITIALIZERS, "he", "orthogonal"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INITIALIZERS)
 def test_parameters_depend_on_the_key(name):
     model = "lstm" if name == "recurrent" else "resnet"
     first, second, other = (initial_params(model, name, seed) for seed in (1, 1, 2))
@@ -118,6 +118,7 @@ def test_only_kernels_and_their_biases_are_redrawn():
     assert {path[-1] for path in before} == {"kernel", "bias", "scale", "embedding"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variance"),
     [
@@ -148,6 +149,7 @@ def test_variance_is_that_of_the_paper(name, variance, key):
         assert float(layers[layer]["kernel"].var()) == pytest.approx(variance(*fans), rel=0.04)
 
 
+@pytest.mark.slow
 def test_he_preserves_the_variance_through_relus_and_flax_halves_it(key):
     model, inputs = models.mlp([256] * 21, "relu"), noise(64, 256)
 
@@ -245,6 +247,7 @@ def test_open_forget_gate_is_the_second_of_four(key):
     np.testing.assert_allclose(memory, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(SUITABLE["residual"]))
 def test_residual_branches_are_zero_at_initialization(model, key):
     network, inputs = MODELS[model]
@@ -270,9 +273,8 @@ def test_transformer_blocks_with_zero_branches_are_the_identity(key):
     np.testing.assert_allclose(outputs, normed @ params["out"]["kernel"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "model", some(["mlp", "cnn", "resnet", "transformer", "linen"], "mlp", "linen")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet", "transformer", "linen"])
 def test_lsuv_gives_every_layer_unit_variance(model, key):
     network, inputs = MODELS[model]
     params, model_state = jax.jit(initialize(network, "lsuv").init)(key, inputs)

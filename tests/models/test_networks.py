@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from cases import some
 from jax import numpy as jnp
 
 from ctde_jax import models
@@ -98,7 +97,8 @@ def test_number_of_parameters_is_that_of_the_formula(name):
     assert sum(prod(leaf.shape) for leaf in jax.tree.leaves(params)) == NETWORKS[name].params
 
 
-@pytest.mark.parametrize("name", some(NETWORKS, "mlp", "resnet", "gru language"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
 def test_inference_is_deterministic_and_the_same_when_compiled(name):
     model, params, model_state, inputs = initialized(name)
 
@@ -159,7 +159,8 @@ def test_training_without_dropout_equals_inference(name):
     np.testing.assert_array_equal(inferred, trained)
 
 
-@pytest.mark.parametrize("name", some(NETWORKS, "mlp", "batch resnet", "transformer"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_has_a_finite_gradient(name):
     model, params, model_state, inputs = initialized(name)
 

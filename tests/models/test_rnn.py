@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from cases import some
 from flax import nnx
 from jax import numpy as jnp
 from jax.nn import sigmoid
@@ -65,7 +64,8 @@ def test_language_model_is_causal(cell, key):
     assert (logits[:, 3:] != other[:, 3:]).any(axis=2).all()
 
 
-@pytest.mark.parametrize("precision", some(["f32", "bf16"], "f32"))
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_stream_of_steps_equals_the_whole_sequence(cell, precision, key):
     """With raw inputs, at every position of a text and at the end of a sequence; no dropout."""

@@ -169,6 +169,7 @@ def test_class_weights_need_classes_that_can_be_counted():
     tasks.weighted(tasks.classification, [1.0, 2.0], stream)
 
 
+@pytest.mark.slow
 def test_weights_of_fit_are_those_of_the_task(imbalanced):
     """The reported loss is that of the unweighted examples."""
     model = ctde.models.mlp([4, 3])
@@ -489,6 +490,7 @@ def test_metrics_of_several_labels_have_closed_forms():
     np.testing.assert_array_equal(measured["exact_match"], [0, 1, 0])
 
 
+@pytest.mark.slow
 def test_several_labels_are_learned():
     inputs = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
     data = ctde.data.from_arrays(inputs, inputs > 0)

@@ -35,19 +35,6 @@ from ctde_jax.trainer.checks import check_examples_apart
 pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 
 STEPS, BATCH, SHARDS = 20, 8, 8
-QUICK = (
-    "array attributes",
-    "rngs in the call",
-    "mode in the call",
-    "custom variable type",
-    "linen batch norm",
-    "sow",
-    "integer parameter",
-    "batch norm",
-    "linen positional mode",
-    "linen layer only in training",
-    "linen spectral norm",
-)
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
@@ -217,7 +204,7 @@ def plain_losses(name: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", some(MODULES, *QUICK))
+@pytest.mark.parametrize("name", some(MODULES, "sow", "custom variable type", "linen batch norm"))
 def test_losses_are_those_of_a_plain_loop(name):
     trained = fit(MODULES[name], 4)
     expected = plain_losses(name)
@@ -232,7 +219,8 @@ def test_losses_are_those_of_a_plain_loop_on_one_device(name):
     )
 
 
-@pytest.mark.parametrize("name", some(MODULES, "array attributes", "linen noise stream"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
 def test_run_resumes_from_its_checkpoint_and_its_export_equals_the_model(name, tmp_path):
     case = MODULES[name]
     whole = on_one_device(name)

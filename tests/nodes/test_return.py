@@ -33,6 +33,7 @@ def close_with(server, node, nodes):
     server.close()
 
 
+@pytest.mark.slow
 def test_node_that_was_lost_is_introduced_before_it_is_asked(two):
     """Its new process would not understand a long request, such as the center."""
     server, _, make = two
@@ -44,6 +45,7 @@ def test_node_that_was_lost_is_introduced_before_it_is_asked(two):
     assert unpack(server.request("key 1")).header["kind"] == "round"
 
 
+@pytest.mark.slow
 def test_node_that_is_late_receives_the_answers_that_it_lacks(two):
     server, nodes, _ = two
     request = server.request("key 1")

@@ -66,7 +66,7 @@ def check_bits(folder, federation, data, parts=None):
     assert rows[-1]["accuracy"] == trained.tested["accuracy"]
 
 
-@pytest.mark.parametrize("name", some(STRATEGIES, "int4", "median"))
+@pytest.mark.parametrize("name", some(STRATEGIES, "median"))
 def test_nodes_compute_the_bits_of_fit(tmp_path, digits, name):
     check_bits(tmp_path, federation_of(STRATEGIES[name]), digits)
 

@@ -73,6 +73,7 @@ def test_a_run_that_is_killed_after_every_round_has_the_same_bits(tmp_path, digi
     ]
 
 
+@pytest.mark.slow
 def test_a_message_is_the_same_after_a_kill_before_and_after_it_was_written(opened):
     with opened() as (server, nodes):
         run_rounds(server, Direct(nodes), rounds=2)
@@ -155,6 +156,7 @@ def test_fifty_missed_rounds_cost_at_most_a_snapshot(opened):
     check_equal(*[nodes[key]._member._state.center for key in ("key 0", "key 2")])
 
 
+@pytest.mark.slow
 def test_a_late_message_is_added_to_the_next_one(opened, digits):
     # Without compression, the sum of all messages is the sum of all changes of the node.
     federation = federation_of(ctde.aggregate.mean(), rounds=3)
@@ -327,6 +329,7 @@ def test_a_run_from_the_start_has_no_nodes_of_the_earlier_one(opened, tmp_path, 
     assert (tmp_path / "server" / "previous-1" / "nodes.json").exists()
 
 
+@pytest.mark.slow
 def test_an_index_belongs_to_one_node(opened, tmp_path, digits, parts):
     with opened() as (server, nodes):
         run_rounds(server, Direct(nodes), rounds=1)

@@ -91,6 +91,7 @@ def assert_close(tree, other, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), tree, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACROSS)
 def test_host_is_one_replica_with_all_its_examples(name, split, key):
     """Two rounds; in some steps a replica, or all of a host, have no examples."""
@@ -110,6 +111,7 @@ def test_host_is_one_replica_with_all_its_examples(name, split, key):
         np.testing.assert_array_equal(leaf[::2], leaf[1::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MODEL, models.from_nnx(Normalized)], ids=["mlp", "batch norm"])
 def test_one_host_takes_the_steps_of_synchronous_training(model, split, key):
     """The average of one host is its parameters, so each local step is a synchronous step."""
@@ -165,6 +167,7 @@ def test_unsuitable_hosts_are_refused(build, sentence):
         build()
 
 
+@pytest.mark.slow
 def test_robust_rule_combines_the_messages_of_hosts(split, key):
     """If the reducer averages within the same hosts; the median of two messages is their mean."""
     reduce = two_phase(combine=median(), per_host=2)

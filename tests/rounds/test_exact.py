@@ -103,7 +103,8 @@ RUNS: dict[str, dict] = {
 }
 
 
-@pytest.mark.parametrize("name", some(RUNS, "random numbers and batch statistics"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_bits_are_the_same_on_any_number_of_devices(name, small, tmp_path):
     more = dict(RUNS[name])
     make = more.pop("dataset", lambda dataset: dataset)
@@ -118,6 +119,7 @@ def test_bits_are_the_same_on_any_number_of_devices(name, small, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_bits_differ_without_exact(small, tmp_path):
     """Otherwise the test above would not prove anything."""
     for count in COUNTS:
@@ -139,6 +141,7 @@ def test_bits_are_the_same_if_a_run_resumes_on_another_number_of_devices(
     assert trained_rows(tmp_path / "run") == trained_rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_exact_gradient_equals_the_gradient(small, tmp_path):
     """Up to rounding, the mean over the batch; the last batch has 12 examples."""
     exact = fit(small, tmp_path / "exact", 4, optimizer=optax.sgd(0.1))
@@ -196,6 +199,7 @@ def test_option_without_effect_is_refused(other):
         build.build_strategy(config.parse(["--exact", *other]).aggregation)
 
 
+@pytest.mark.slow
 def test_wire_counts_the_bytes_of_a_run(capsys):
     """Each of 4 devices sends 2 gradients of 9,610 parameters, and 3 sums, to the 3 others."""
     assert wire.main(["--exact", "--devices", "4"]) == 0
@@ -250,6 +254,7 @@ def test_command_gives_the_same_bits_on_one_and_eight_devices(model, tmp_path):
     assert digest(tmp_path / "8") == digest(tmp_path / "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
 def test_integer_state_becomes_the_maximum_over_the_shards(small, count):
     """Of the shards that have examples: the last batch of an epoch has less than 8 shards."""
@@ -282,6 +287,7 @@ def test_integer_state_becomes_the_maximum_over_the_shards(small, count):
     assert trained.model_state["largest"] == inputs.sum(axis=1).max()
 
 
+@pytest.mark.slow
 def test_float_state_becomes_the_mean_over_the_shards(small):
     """Also if each of the 8 shards has one example."""
     mlp = models.mlp([64, 2])

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
 from flax import nnx
 
 import ctde_jax as ctde
@@ -87,7 +86,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", some(RUNS, "local, augmented", "clients"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_training_from_disk_gives_the_same_bits(name, in_memory, on_disk):
     assert_same_run(train(on_disk, **RUNS[name]), train(in_memory, **RUNS[name]))
 
@@ -102,6 +102,7 @@ def test_dropout_and_batch_statistics_from_disk_are_the_same(in_memory, on_disk)
     jax.tree.map(np.testing.assert_array_equal, one.model_state, other.model_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_evaluation_from_disk_counts_every_example_once(in_memory, on_disk, count, monkeypatch):
     """In one piece, in several pieces, and with a last piece that is not full."""
@@ -126,6 +127,7 @@ def in_batches(dataset: data.Dataset, batch_size: int, seed: int = 0):
     return batches, order.steps_per_epoch
 
 
+@pytest.mark.slow
 def test_training_from_an_iterable_gives_the_same_bits(in_memory):
     """Two epochs, each with a short last batch, and evaluations in the middle of them."""
     streamed = data.from_batches(*in_batches(in_memory, 64), *in_memory.test)
@@ -276,6 +278,7 @@ def test_one_item_is_prefetched():
     assert_no_thread()
 
 
+@pytest.mark.slow
 def test_thread_ends_with_the_run(on_disk, tmp_path):
     """At the end of training, on a loss that is not finite, and on Ctrl-C."""
     train(on_disk, steps=3)

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
 from flax import linen, nnx
 from jax import numpy as jnp
 
@@ -124,6 +123,7 @@ def differs(tree, other) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, 4, 8])
 def test_dropout_masks_do_not_depend_on_the_number_of_devices(split, key, replicas):
     params, model_state = NOISY.init(key, split.inputs[:1])
@@ -154,7 +154,8 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(split, key, accumulatio
     assert_close(accumulated, whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("api", some(NORMED, "nnx"))
+@pytest.mark.slow
+@pytest.mark.parametrize("api", NORMED)
 def test_synchronized_statistics_do_not_depend_on_the_number_of_devices(split, key, api):
     model = NORMED[api]("synchronized")
     params, model_state = model.init(key, split.inputs[:1])
@@ -203,6 +204,7 @@ def test_microbatch_without_examples_keeps_the_state_of_its_replica(split, key):
     np.testing.assert_array_equal(sums["examples"], [2, 4])
 
 
+@pytest.mark.slow
 def test_augmentation_depends_on_the_example_and_not_on_its_position(key):
     """With one bright corner, the gradient of a linear model shows how each image was shifted."""
     images = jnp.zeros((40, 4, 4)).at[:, 0, 0].set(1.0)
@@ -224,6 +226,7 @@ def test_augmentation_depends_on_the_example_and_not_on_its_position(key):
     assert differs(whole, plain)
 
 
+@pytest.mark.slow
 def test_label_smoothing_changes_the_gradient_and_not_the_reported_loss(split, key):
     model, task = models.mlp([FEATURES, CLASSES]), tasks.smoothed(classification, 0.3)
     params, model_state = model.init(key, split.inputs[:1])

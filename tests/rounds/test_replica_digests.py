@@ -80,6 +80,7 @@ def fit(digits, folder=None, **more):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner_steps", [0, 4])
 def test_missing_reduction_is_detected_at_the_first_row(digits, tmp_path, inner_steps):
     without_reduction = ctde.Strategy(inner_steps=inner_steps, reduce=optax.identity())
@@ -91,6 +92,7 @@ def test_missing_reduction_is_detected_at_the_first_row(digits, tmp_path, inner_
     assert checkpoint.steps(tmp_path / "checkpoints") == [0], "a diverged state must not be saved"
 
 
+@pytest.mark.slow
 def test_error_names_statistics_that_are_not_averaged(digits, monkeypatch):
     """A round that does not average the model state is detected."""
     model = models.resnet((8, 8), 10, channels=(4,), norm="batch", batch_statistics="averaged")
@@ -110,6 +112,7 @@ def test_error_names_statistics_that_are_not_averaged(digits, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_error_names_the_device_with_a_wrong_sum(digits, monkeypatch):
     """Only replica 2 gets a wrong sum."""
     add_up = replica.add_up

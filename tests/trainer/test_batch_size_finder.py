@@ -94,6 +94,7 @@ def test_lack_of_memory_on_a_device_is_an_input_error(monkeypatch, training):
         find(training, seconds=0, say=lambda text: None)
 
 
+@pytest.mark.slow
 def test_search_measures_and_respects_the_memory(monkeypatch, training):
     """The second batch size is measured if its temporary arrays fit, and refused otherwise."""
     search = find(training, seconds=0, say=lambda text: None)

@@ -127,6 +127,7 @@ def test_function_receives_every_row():
     assert fit(callbacks=[rows.append]).history == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", ["on_row", "on_evaluation"])
 def test_callback_that_returns_true_stops_the_run_which_can_be_resumed(tmp_path, event, capsys):
     whole = fit()
@@ -178,6 +179,7 @@ def test_complete_run_starts_and_ends_its_callbacks(tmp_path):
     assert recorder.of("end") == [again]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "devices"),
     [(ctde.Strategy(), 4), (ctde.Strategy(exact=True), 1), (ctde.Strategy(inner_steps=1), 1)],

@@ -16,7 +16,7 @@ from ctde_jax.errors import InputError
 from ctde_jax.models import Model, fine_tuning, tasks
 from ctde_jax.rounds import Resident
 from ctde_jax.trainer.warm_start import read_source
-from tests.cases import STRATEGY_NAMES, some
+from tests.cases import STRATEGY_NAMES
 
 MODEL = models.mlp([64, 12, 10])
 BODY, HEAD = "layers/0/*", "layers/1/*"
@@ -71,6 +71,7 @@ def test_kernels_with_several_axes_become_nearly_square():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [Strategy(), Strategy(2), Strategy(exact=True)],
@@ -105,6 +106,7 @@ def test_frozen_training_is_that_of_a_model_with_constants(strategy, digits, giv
     assert frozen.tested["loss"] == pytest.approx(other.tested["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_first_step_of_a_low_rank_change_is_that_of_the_paper(digits, given):
     """With `up` at 0, its gradient is `down` transposed times that of the kernel (Hu et al.)."""
     rate, rank = 0.5, 3
@@ -123,7 +125,8 @@ def test_first_step_of_a_low_rank_change_is_that_of_the_paper(digits, given):
         same(after["bias"], before["bias"])
 
 
-@pytest.mark.parametrize("name", some(STRATEGY_NAMES, "ddp", "sparse-loco"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
 def test_only_trained_parameters_are_sent(name, digits):
     """The bytes are those of a model that has the low-rank factors as its only parameters."""
     strategy, replicas = ctde.strategy(name), 4
@@ -154,6 +157,7 @@ def test_only_trained_parameters_are_sent(name, digits):
     assert bytes_of(model, divide) == bytes_of(alone)
 
 
+@pytest.mark.slow
 def test_interrupted_run_continues_bit_for_bit(digits, given, tmp_path):
     options = {"strategy": SPARSE, "init_from": given, "freeze": BODY, "lora_rank": 2}
     options |= {"ema_decay": 0.5, "log_every": 2}
@@ -172,6 +176,7 @@ def test_interrupted_run_continues_bit_for_bit(digits, given, tmp_path):
         fitted(digits, **options | {"lora_rank": 3}, run_dir=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_diverging_replicas_have_the_mean_of_their_factors(digits, given, tmp_path):
     strategy = ctde.strategy("gossip")
     tuned = fitted(digits, strategy=strategy, lora_rank=2, run_dir=tmp_path, init_from=given)
@@ -180,6 +185,7 @@ def test_diverging_replicas_have_the_mean_of_their_factors(digits, given, tmp_pa
         np.testing.assert_allclose(found, leaf, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_skipping_sees_a_product_that_overflows(digits):
     """The factors of a low-rank change are finite, but not their product."""
     tuned = fitted(digits, optax.sign_sgd(1e20), replicas=1, lora_rank=1, on_nonfinite="skip")
@@ -216,6 +222,7 @@ def test_command_names_the_option_of_a_pattern(capsys):
     assert "must not contain 'layers/*' twice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_of_the_command_is_loaded_with_its_changes(tmp_path):
     run = tmp_path / "run"
     options = ["--devices", "1", "--hidden-sizes", "12", "--steps", "4", "--learning-rate-scales"]

@@ -83,9 +83,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case", some(ALL, ("diloco", 1), ("diloco", 2), ("post-local-sgd", 2), ("growing", 2)), ids=str
-)
+@pytest.mark.parametrize("case", some(ALL, ("diloco", 1), ("diloco", 2)), ids=str)
 def test_each_run_equals_the_run_alone(few, case):
     name, replicas = case
     devices = ctde.devices.start(2)
@@ -119,7 +117,8 @@ def test_each_run_equals_the_run_alone(few, case):
     assert_equal(outcome, alone)
 
 
-@pytest.mark.parametrize("name", some((*STRATEGY_NAMES, *PHASES), "ddp", "diloco"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*STRATEGY_NAMES, *PHASES])
 def test_runs_that_are_computed_together_equal_the_run_alone(few, name, monkeypatch):
     """As on an accelerator."""
     monkeypatch.setattr(runs, "_one_by_one", runs._together)
@@ -160,7 +159,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", some(CASES, "dropout, batch statistics, average", "clients"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_options_hold_for_each_run(few, case):
     devices = ctde.devices.start(2)
     options = {"model": MODEL, "data": few, "optimizer": optax.adam(0.01), **OPTIONS, **CASES[case]}
@@ -168,6 +168,7 @@ def test_options_hold_for_each_run(few, case):
     assert_equal(swept.outcomes[1], ctde.fit(seed=5, devices=devices, **options))
 
 
+@pytest.mark.slow
 def test_one_run_has_the_bits_of_fit(few):
     devices = ctde.devices.start(2)
     swept = ctde.fit_many(MODEL, few, optax.adam(0.01), seeds=[7], devices=devices, **OPTIONS)
@@ -177,6 +178,7 @@ def test_one_run_has_the_bits_of_fit(few):
     )
 
 
+@pytest.mark.slow
 def test_numbers_of_optimizer_strategy_and_task(few):
     sweep = [
         {"momentum": 0.9, "outer_rate": 0.7, "smoothing": 0.0},
@@ -227,6 +229,7 @@ def test_numbers_do_not_widen_the_state(few):
         )
 
 
+@pytest.mark.slow
 def test_shapes_are_swept_by_programs_in_turn(few, capsys):
     options = {**OPTIONS, "show": True}
     del options["batch_size"]
@@ -248,6 +251,7 @@ def fold_numbers(fold: data.Dataset) -> list[bytes]:
     return [example.tobytes() for example in fold.validation.inputs]
 
 
+@pytest.mark.slow
 def test_folds_are_runs(few):
     folds = data.folds(few, 5)[:2]
     assert [len(fold.validation.labels) for fold in folds] == [26, 26]
@@ -277,6 +281,7 @@ def test_constants_of_a_fold_are_its_own(few):
             assert_equal(outcome, ctde.fit(model, fold, optax.sgd(0.1), **options))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_fails_alone(few):
     sweep = {"learning_rate": [0.1, 1e38]}
     swept = ctde.fit_many(MODEL, few, optax.sgd, sweep=sweep, **OPTIONS)
@@ -320,6 +325,7 @@ def kill_after(monkeypatch, lines: int, run) -> None:
             run()
 
 
+@pytest.mark.slow
 def test_killed_runs_continue_with_the_same_bits(few, tmp_path, monkeypatch):
     def run(folder, seeds=range(3)):
         return ctde.fit_many(
@@ -447,6 +453,7 @@ def test_unsuitable_halving_is_refused(few, tmp_path, case):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_statistics_and_files(few, tmp_path):
     swept = ctde.fit_many(
         MODEL, few, optax.sgd(0.1), seeds=range(3), run_dir=tmp_path / "runs", **OPTIONS
@@ -510,6 +517,7 @@ def test_function_that_cannot_be_traced_is_refused(few, optimizer):
         ctde.fit_many(MODEL, few, optimizer, sweep={"momentum": [0.5, 0.9]}, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_too_many_runs_are_refused_before_allocation(few, monkeypatch):
     monkeypatch.setattr(ctde.devices.memory, "of_this_machine", lambda: 10**6)
     with pytest.raises(InputError, match=r"at most \d+ runs fit"):
@@ -542,6 +550,7 @@ def test_unknown_option_is_a_type_error(few):
 COMMAND = ["--steps", "12", "--batch-size", "32", "--eval-every", "6", "--hidden-sizes", "8"]
 
 
+@pytest.mark.slow
 def test_command_trains_and_each_run_can_be_repeated(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [*COMMAND, "--validation-fraction", "0.2", "--run-dir", "many"]

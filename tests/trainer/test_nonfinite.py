@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
 from jax import numpy as jnp
 
 import ctde_jax as ctde
@@ -39,7 +38,8 @@ def fit(dataset, count=4, **more) -> ctde.Trained:
     )
 
 
-@pytest.mark.parametrize("name", some(["ddp", "local-sgd", "gossip"], "ddp"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "local-sgd", "gossip"])
 def test_nonfinite_batch_is_skipped_on_all_devices(name, with_a_nan_example):
     """It occurs once per epoch; all state stays finite, including error-feedback residuals."""
     options = {
@@ -55,6 +55,7 @@ def test_nonfinite_batch_is_skipped_on_all_devices(name, with_a_nan_example):
     assert trained.tested["loss"] < trained.history[0]["loss"]
 
 
+@pytest.mark.slow
 def test_skipped_step_has_no_effect(with_a_nan_example):
     """The result is equal on 1 and 4 devices, and in a plain loop over all other batches."""
     four, one = (fit(with_a_nan_example, count, on_nonfinite="skip") for count in (4, 1))
@@ -92,6 +93,7 @@ def test_skipped_step_has_no_effect(with_a_nan_example):
     )
 
 
+@pytest.mark.slow
 def test_ten_consecutive_nonfinite_batches_stop_the_run(digits, tmp_path):
     """Also if the run is resumed."""
     optimizer = optax.sgd(lambda count: jnp.where(count >= 12, jnp.inf, 0.01))
@@ -129,6 +131,7 @@ def descend(folder, learning_rate: float, **more) -> ctde.Trained:
     return fit(LINE, 2, on_nonfinite="rollback", **{**arguments, **more})
 
 
+@pytest.mark.slow
 def test_diverging_run_rolls_back_and_halves_the_updates(tmp_path, capsys):
     trained = descend(tmp_path, 1.2, show=True)
     assert "rollback   loss not finite at step" in capsys.readouterr().out
@@ -140,6 +143,7 @@ def test_diverging_run_rolls_back_and_halves_the_updates(tmp_path, capsys):
     ] == trained.history
 
 
+@pytest.mark.slow
 def test_killed_rollback_resumes(tmp_path, monkeypatch):
     whole = descend(tmp_path / "whole", 1.2)
     add = Log.add

@@ -26,6 +26,7 @@ def draw():
     return log.plot_curves(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend", ["module://matplotlib_inline.backend_inline", "module://absent", "garbage"]
 )

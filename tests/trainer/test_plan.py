@@ -22,6 +22,7 @@ def rows(text):
     return parts
 
 
+@pytest.mark.slow
 def test_fit_prints_the_plan_of_the_command(tmp_path, capsys):
     options = ["--devices", "4", "--hidden-sizes", "8", "--steps", "2", "--batch-size", "32"]
     assert train.main([*options, "--run-dir", str(tmp_path / "run")]) == 0

@@ -33,6 +33,7 @@ def trained() -> ctde.Trained:
     return fit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_metrics_equal_those_of_predictions_on_any_number_of_devices(trained, replicas):
     """The test split has 18 examples, which 4 devices do not share equally."""
@@ -75,6 +76,7 @@ def test_model_that_is_trained_further_is_scaled_once(trained):
     assert again.tested["rmse"] < 2 * trained.tested["rmse"]
 
 
+@pytest.mark.slow
 def test_several_targets_have_a_unit_each():
     both = np.stack([Y, Y / 1000], axis=1)
     trained = fit(ctde.data.from_arrays(X, both), ctde.models.mlp([3, 8, 2]), steps=60)
@@ -91,6 +93,7 @@ def test_model_with_another_number_of_outputs_is_refused(outputs):
     )
 
 
+@pytest.mark.slow
 def test_recurrent_model_predicts_in_units_position_by_position():
     data = ctde.data.from_arrays(X[:, :, None], Y)
     model = ctde.models.rnn_classifier(1, 1, 4)
@@ -102,6 +105,7 @@ def test_recurrent_model_predicts_in_units_position_by_position():
     np.testing.assert_allclose(outputs, trained.predict(X[:5, :, None]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bundle_predicts_in_units(trained, tmp_path, capsys):
     written = ctde.write_bundle(trained, DATA, tmp_path / "bundle", ["numpy", "jax"], show=False)
     assert not written.left_out
@@ -117,6 +121,7 @@ def test_bundle_predicts_in_units(trained, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_table_of_prices_is_trained_and_loaded_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "prices.csv"
     with path.open("w", newline="") as file:
@@ -133,6 +138,7 @@ def test_table_of_prices_is_trained_and_loaded_from_the_command_line(tmp_path, c
     assert found.tested["mae"] == pytest.approx(mean_absolute_error(data.test.labels, outputs))
 
 
+@pytest.mark.slow
 def test_npz_with_targets_is_trained_from_the_command_line(tmp_path, capsys):
     np.savez(tmp_path / "t.npz", x_train=X, y_train=np.rint(Y).astype(int))
     arguments = ["--dataset", "npz", "--data-file", str(tmp_path / "t.npz"), "--steps", "1"]
@@ -147,6 +153,7 @@ def test_npz_with_targets_is_trained_from_the_command_line(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_npz_with_several_labels_is_trained_from_the_command_line(tmp_path, capsys):
     np.savez(tmp_path / "t.npz", x_train=X, y_train=X > 0)
     arguments = ["--dataset", "npz", "--data-file", str(tmp_path / "t.npz"), "--steps", "1"]

@@ -651,6 +651,7 @@ def run_dir(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_command_writes_the_report_with_its_plan(run_dir):
     page = Checker((run_dir / "report.html").read_text(encoding="utf-8"))
     assert "mlp 64-8-10 with tanh, f32, 610 parameters" in page.texts

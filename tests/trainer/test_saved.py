@@ -61,6 +61,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_loaded_model_is_the_saved_one(tmp_path, name):
     model, x, options = MODELS[name]
@@ -86,6 +87,7 @@ def test_loaded_model_is_the_saved_one(tmp_path, name):
     assert repr(loaded).startswith("Trained(loaded, step 2, ")
 
 
+@pytest.mark.slow
 def test_text_model_is_loaded_with_its_task(tmp_path):
     tokens = RNG.integers(0, 5, (16, 9))
     data = ctde.data.from_arrays(tokens[:, :-1], tokens[:, 1:], classes=tuple("abcde"))
@@ -135,6 +137,7 @@ def test_custom_task_must_be_passed_again(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_saved_model_gives_initial_parameters(trained, folder):
     """A folder of `save` is a source of `init_from`, as a checkpoint is."""
     data = ctde.data.from_arrays(X, Y)

@@ -34,6 +34,7 @@ def assert_same_bits(one: ctde.Trained, other: ctde.Trained) -> None:
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
+@pytest.mark.slow
 def test_phase_with_the_same_strategy_changes_no_bit(digits):
     """Residuals, outer momentum and the states of all replicas continue."""
     assert_same_bits(
@@ -41,6 +42,7 @@ def test_phase_with_the_same_strategy_changes_no_bit(digits):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", [aggregate.quantize(2, block=8), aggregate.sign(8)])
 def test_residual_continues_in_the_next_phase(digits, codec):
     """The exact codec of the last phase sends all residuals, so nothing is lost.
@@ -92,6 +94,7 @@ def test_residual_of_gradients_is_not_one_of_outer_gradients():
     jax.tree.map(np.testing.assert_array_equal, begun.opt_state[1], used.opt_state[1])
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_phases(digits):
     int4, one_bit = local(4), local(8, aggregate.sign())
     phases = fit(digits, replace(int4, later={16: one_bit}), log_every=8)
@@ -114,6 +117,7 @@ def test_wire_is_shown_for_each_phase_and_in_all(digits, capsys):
     assert f"each device sends {total / 1000:.1f} kB in 48 steps, 6 times fewer bytes" in shown
 
 
+@pytest.mark.slow
 def test_shared_batches_are_those_of_the_first_replica(digits):
     """The reference is a loop by hand over the batches of the first replica."""
     shared = ctde.Strategy(shared_batches=True)
@@ -158,6 +162,7 @@ def test_data_that_are_assigned_to_replicas_are_not_shared(digits):
         fit(digits, shared, partition=parts)
 
 
+@pytest.mark.slow
 def test_sampled_clients_need_rounds_of_one_length(digits):
     clients = np.array_split(np.arange(len(digits.train.labels)), 12)
     growing = ctde.Strategy(2, later={8: ctde.Strategy(4)})

@@ -66,6 +66,7 @@ def test_predict_equals_numpy_for_any_float_inputs(float_model, name):
     )
 
 
+@pytest.mark.slow
 def test_predict_accepts_pixels_of_any_integer_type(pixel_model, digits):
     pixels = digits.test.inputs
     expected = perceptron(pixel_model, pixels / 16)
@@ -73,6 +74,7 @@ def test_predict_accepts_pixels_of_any_integer_type(pixel_model, digits):
         np.testing.assert_allclose(pixel_model.predict(inputs), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_predict_refuses_inputs_that_a_bundle_refuses(float_model, pixel_model, digits, tmp_path):
     """With the same error message."""
     pixels = digits.test.inputs
@@ -179,6 +181,7 @@ def test_predict_keeps_the_output_structure_of_the_model(float_model, monkeypatc
     assert tree_model.predict(X[:0])["inputs"][0].shape == (0, 4)
 
 
+@pytest.mark.slow
 def test_text_model_takes_sequences_of_any_length():
     tokens = RNG.integers(0, 5, (24, 9))
     data = ctde.data.from_arrays(tokens[:, :-1], tokens[:, 1:], classes=tuple("abcde"))
@@ -187,6 +190,7 @@ def test_text_model_takes_sequences_of_any_length():
     assert trained.predict(tokens[:, :3]).shape == (24, 3, 5)
 
 
+@pytest.mark.slow
 def test_text_model_refuses_tokens_beyond_its_vocabulary(tmp_path):
     (tmp_path / "t.txt").write_text("abcde" * 40)
     trained = fit(
@@ -280,6 +284,7 @@ def bytes_of_x():
     return ctde.data.from_arrays((50 + 20 * X).astype(np.uint8), Y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [Normed, Normed(rngs=nnx.Rngs(1))], ids=["class", "instance"])
 def test_nnx_module_computes_the_outputs_of_predict(bytes_of_x, module):
     trained = fit(module, bytes_of_x)
@@ -295,6 +300,7 @@ def test_nnx_module_computes_the_outputs_of_predict(bytes_of_x, module):
     np.testing.assert_array_equal(trained.module().norm.mean, trained.model_state["norm"]["mean"])
 
 
+@pytest.mark.slow
 def test_linen_module_computes_the_outputs_of_predict(bytes_of_x):
     trained = fit(LinenNormed(), bytes_of_x)
     module, variables = trained.module()

@@ -56,6 +56,7 @@ def test_parameter_tree_is_loaded_and_the_model_state_is_kept():
     }
 
 
+@pytest.mark.slow
 def test_other_conversion_of_a_table_is_noted(tmp_path, capsys):
     """The same names and shapes, but other medians, so other inputs for the same row."""
 
@@ -184,6 +185,7 @@ def test_training_continues_from_a_trained_model_and_from_its_files(source_run, 
         same(run.params, runs[0].params)
 
 
+@pytest.mark.slow
 def test_model_of_a_trained_object_scales_inputs_once(source_run, digits, capsys):
     trained, _ = source_run
     continued = train(trained.model, digits, init_from=trained)
@@ -193,6 +195,7 @@ def test_model_of_a_trained_object_scales_inputs_once(source_run, digits, capsys
     assert "init_from=trained" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_only_the_matching_layers_start_from_the_source(source_run, digits, capsys):
     trained, _ = source_run
     wider = models.mlp([64, 16, 16, 10])
@@ -217,6 +220,7 @@ def test_run_with_other_initial_parameters_is_not_resumed(source_run, digits, tm
             train(MODEL, digits, run_dir=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_source_run_that_has_changed_is_refused(source_run, digits, tmp_path):
     shutil.copytree(source_run[1], tmp_path / "source")
     started = train(MODEL, digits, init_from=tmp_path / "source", run_dir=tmp_path / "run")
@@ -237,6 +241,7 @@ def test_source_run_that_has_changed_is_refused(source_run, digits, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_source_in_the_folder_of_the_run_is_refused(digits, tmp_path, monkeypatch):
     """For any spelling of the path. An earlier run in a subfolder is a valid source."""
     monkeypatch.chdir(tmp_path)
@@ -275,6 +280,7 @@ def test_contradictory_options_of_the_start_are_refused(digits, arguments, sente
         train(MODEL, digits, **arguments)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_schedule_free_optimizer_is_refused(digits, tmp_path):
     optimizer = optax.contrib.schedule_free_adamw(0.01)
     trained = train(MODEL, digits, optimizer=optimizer, run_dir=tmp_path)
@@ -299,6 +305,7 @@ def test_model_derived_from_a_trained_object_is_refused(source_run, digits):
             train(changed, digits)
 
 
+@pytest.mark.slow
 def test_integer_parameters_are_loaded_from_a_module(digits):
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -311,6 +318,7 @@ def test_integer_parameters_are_loaded_from_a_module(digits):
     same(train(Net, digits, init_from=net, steps=1).params, train(net, digits, steps=1).params)
 
 
+@pytest.mark.slow
 def test_branch_uses_the_hyperparameters_of_its_optimizer(digits, tmp_path):
     make = optax.inject_hyperparams(optax.sgd)
     train(MODEL, digits, make(learning_rate=0.1), run_dir=tmp_path / "trunk", steps=4)
