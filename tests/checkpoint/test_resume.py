@@ -307,7 +307,6 @@ def test_killed_run_loses_at_most_save_every_steps(small, tmp_path, monkeypatch)
         assert checkpoint.steps(folder / "checkpoints")[0] >= seen - 6
 
 
-@pytest.mark.slow
 def test_damaged_checkpoint_is_skipped(small, whole, tmp_path, monkeypatch, capsys):
     folder, _ = whole
     killed_after(monkeypatch, 6, partial(fit, small, tmp_path / "killed"))
@@ -319,7 +318,6 @@ def test_damaged_checkpoint_is_skipped(small, whole, tmp_path, monkeypatch, caps
     assert rows(tmp_path / "killed") == rows(folder)
 
 
-@pytest.mark.slow
 def test_different_options_are_listed(small, tmp_path):
     fit(small, tmp_path, options={"learning_rate": 0.01})
     before = tensors(tmp_path)

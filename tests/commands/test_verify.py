@@ -16,7 +16,6 @@ def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.slow
 def test_every_example_is_counted_once(capsys):
     assert verify.main(["eval", *RUN]) == 0
     assert (

@@ -277,7 +277,6 @@ def test_local_steps_normalize_with_the_real_examples_of_the_replica(api, shared
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[3], y), after, state)
 
 
-@pytest.mark.slow
 def test_local_steps_have_no_collectives():
     """The compiled round has one collective, outside the loop of the local steps."""
     strategy, devices = ctde.Strategy(inner_steps=3), jax.devices()[:4]

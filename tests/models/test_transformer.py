@@ -37,7 +37,6 @@ def test_logits_of_a_shorter_window_are_a_prefix(key):
     np.testing.assert_allclose(start, logits[:, :4], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_block_equals_its_formula(key):
     block, x = Block(8, 2, rngs=nnx.Rngs(0)), jax.random.normal(key, (5, 8))
 

@@ -141,7 +141,6 @@ def test_bits_are_the_same_if_a_run_resumes_on_another_number_of_devices(
     assert trained_rows(tmp_path / "run") == trained_rows(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_exact_gradient_equals_the_gradient(small, tmp_path):
     """Up to rounding, the mean over the batch; the last batch has 12 examples."""
     exact = fit(small, tmp_path / "exact", 4, optimizer=optax.sgd(0.1))

@@ -80,7 +80,6 @@ def fit(digits, folder=None, **more):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("inner_steps", [0, 4])
 def test_missing_reduction_is_detected_at_the_first_row(digits, tmp_path, inner_steps):
     without_reduction = ctde.Strategy(inner_steps=inner_steps, reduce=optax.identity())

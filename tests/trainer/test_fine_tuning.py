@@ -106,7 +106,6 @@ def test_frozen_training_is_that_of_a_model_with_constants(strategy, digits, giv
     assert frozen.tested["loss"] == pytest.approx(other.tested["loss"], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_first_step_of_a_low_rank_change_is_that_of_the_paper(digits, given):
     """With `up` at 0, its gradient is `down` transposed times that of the kernel (Hu et al.)."""
     rate, rank = 0.5, 3

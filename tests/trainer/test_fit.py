@@ -224,7 +224,6 @@ def test_run_does_not_depend_on_its_division_into_dispatches(digits, strategy, m
     assert [step for step, _ in rows[0]] == [8, 16, 16, 24, 32, 32, 36, 36]
 
 
-@pytest.mark.slow
 def test_every_function_is_traced_once_in_a_run(digits):
     """Full and partial dispatches, several epochs: one trace each to check, train and evaluate."""
     traces = []
@@ -462,7 +461,6 @@ def test_state_is_donated_and_examples_stay_uint8(digits, monkeypatch):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.curves
 def test_nonfinite_loss_stops_the_run_and_names_the_step(tmp_path, digits):
     """The learning rate becomes infinite at the fifth step."""
@@ -494,7 +492,6 @@ def test_nonfinite_update_in_the_last_step_is_detected(digits):
         )
 
 
-@pytest.mark.slow
 @pytest.mark.curves
 def test_ctrl_c_returns_the_model_trained_so_far(tmp_path, digits):
     """The signal arrives during the run; the folder then matches the result."""

@@ -168,7 +168,6 @@ def test_options_hold_for_each_run(few, case):
     assert_equal(swept.outcomes[1], ctde.fit(seed=5, devices=devices, **options))
 
 
-@pytest.mark.slow
 def test_one_run_has_the_bits_of_fit(few):
     devices = ctde.devices.start(2)
     swept = ctde.fit_many(MODEL, few, optax.adam(0.01), seeds=[7], devices=devices, **OPTIONS)

@@ -121,7 +121,6 @@ def test_bundle_predicts_in_units(trained, tmp_path, capsys):
     )
 
 
-@pytest.mark.slow
 def test_table_of_prices_is_trained_and_loaded_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "prices.csv"
     with path.open("w", newline="") as file:

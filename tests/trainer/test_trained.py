@@ -74,7 +74,6 @@ def test_predict_accepts_pixels_of_any_integer_type(pixel_model, digits):
         np.testing.assert_allclose(pixel_model.predict(inputs), expected, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_predict_refuses_inputs_that_a_bundle_refuses(float_model, pixel_model, digits, tmp_path):
     """With the same error message."""
     pixels = digits.test.inputs
@@ -300,7 +299,6 @@ def test_nnx_module_computes_the_outputs_of_predict(bytes_of_x, module):
     np.testing.assert_array_equal(trained.module().norm.mean, trained.model_state["norm"]["mean"])
 
 
-@pytest.mark.slow
 def test_linen_module_computes_the_outputs_of_predict(bytes_of_x):
     trained = fit(LinenNormed(), bytes_of_x)
     module, variables = trained.module()
