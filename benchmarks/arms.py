@@ -163,8 +163,13 @@ def text_arms(
     }
 
 
-# An outer momentum of 0.5 was the best of 0, 0.5 and 0.8 for H=30 in 3,000 steps on seed 0.
+# An outer momentum of 0.5 was the best of 0, 0.5 and 0.8 for H=30 in 3,000 steps on seed 0. In 600
+# steps, it increases the loss of H=8 by 3 %.
+PLAIN: dict[str, Sequence[float]] = {"outer_learning_rate": [1.0], "outer_momentum": [0.0]}
 OUTER: dict[str, Sequence[float]] = {"outer_learning_rate": [1.0], "outer_momentum": [0.5]}
+BRIEF_TEXT_ARMS = text_arms(
+    grid(0.006, 0.012, 0.024), grid(0.012, 0.024, 0.048), grid(0.006, 0.012, 0.024, **PLAIN)
+)
 TEXT_ARMS = text_arms(
     grid(0.003, 0.006, 0.012), grid(0.006, 0.012, 0.024), grid(0.006, 0.012, 0.024, **OUTER)
 )
@@ -224,7 +229,7 @@ CNN_ARMS = {
 
 # Arms by task and number of steps.
 ARMS: dict[str, dict[int, dict[str, Arm]]] = {
-    "transformer": {600: TEXT_ARMS, 3_000: TEXT_ARMS, 10_000: LONG_TEXT_ARMS},
+    "transformer": {600: BRIEF_TEXT_ARMS, 3_000: TEXT_ARMS, 10_000: LONG_TEXT_ARMS},
     "transformer-241k": {600: SHORT_TEXT_ARMS, 3_000: TEXT_ARMS},
     "mnist": {1_152: DIGITS_ARMS, 11_520: LONG_DIGITS_ARMS},
     "cnn": {3_000: CNN_ARMS},
