@@ -207,7 +207,7 @@ DIGITS_ARMS = {
     "averaging, Muon, H=1152, int2": Arm(muon, averaging(1152, int2), DIGITS_MUON),
 }
 LONG_DIGITS_ADAMW = grid(0.001, 0.002, 0.005, 0.01)
-LONG_DIGITS_MUON = grid(0.003, 0.006)
+LONG_DIGITS_MUON = grid(0.001, 0.003, 0.006)
 LONG_DIGITS_ARMS = {
     "synchronous, AdamW": Arm(optax.adamw, synchronous, LONG_DIGITS_ADAMW),
     "synchronous, Muon": Arm(muon, synchronous, LONG_DIGITS_MUON),
