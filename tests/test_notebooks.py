@@ -6,7 +6,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from cases import some
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -190,9 +189,8 @@ ON_ACCELERATORS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case", some(ON_ACCELERATORS), ids=lambda case: f"{case[0].stem}-{case[1]}"
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_ACCELERATORS, ids=lambda case: f"{case[0].stem}-{case[1]}")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's libraries
 def test_notebook_runs_on_any_number_of_accelerators(case, monkeypatch):
     """With simulated accelerators, and trainings of one epoch.

@@ -5,7 +5,7 @@ import re
 import optax
 import optax.contrib
 import pytest
-from cases import STRATEGY_NAMES, some
+from cases import STRATEGY_NAMES
 
 import ctde_jax as ctde
 from ctde_jax import config
@@ -34,7 +34,8 @@ def test_help_names_the_paper_of_every_method(name, capsys):
     assert match, text
 
 
-@pytest.mark.parametrize("name", some(STRATEGY_NAMES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
 def test_every_method_learns_the_digits(name, digits):
     """Four devices, five epochs; the accuracy of a random guess is 10 %."""
     inner = (

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from cases import some
 
 from ctde_jax import devices
 from ctde_jax.errors import InputError
@@ -47,7 +46,8 @@ def test_fake_devices_survive_two_thousand_asynchronous_steps(count):
     assert f"survived on {count} devices" in run(start + LOOP)
 
 
-@pytest.mark.parametrize("count", some([2, 4, 8, 16]))
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
 def test_fake_devices_survive_two_thousand_asynchronous_rounds(count):
     """One training round per dispatch; nothing is fetched before the end."""
     program = f"""

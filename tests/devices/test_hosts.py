@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cases import some
 
 from ctde_jax import checkpoint, data
 from ctde_jax.devices import hosts
@@ -234,7 +233,8 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", some(STRATEGIES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_hosts_compute_the_same_as_devices_of_one_host(name, job, tmp_path):
     """Per-replica state is stored on its host, and in the checkpoint of host 0."""
     count = 3 if name == "three hosts" else 2
@@ -291,7 +291,8 @@ def whole(tmp_path_factory) -> Job:
     return job
 
 
-@pytest.mark.parametrize("signaled", some([[0], [1], [0, 1]]))
+@pytest.mark.slow
+@pytest.mark.parametrize("signaled", [[0], [1], [0, 1]])
 def test_sigterm_saves_the_same_step_on_all_hosts(signaled, job, whole):
     for index in (0, 1):
         job.start(index, *INTERRUPTED)

@@ -189,7 +189,8 @@ def test_skipped_rounds_are_equal(few):
     assert max(row.get("skipped", 0) for row in one.history) > 0
 
 
-@pytest.mark.parametrize("after", some([(4, 4), (2, 4), (1, 8)]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [(4, 4), (2, 4), (1, 8)], ids=str)
 def test_run_resumes_on_other_devices_and_replicas(after, few, tmp_path):
     """Four virtual replicas on one device, then other numbers of devices and replicas."""
     count, replicas = after

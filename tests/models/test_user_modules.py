@@ -212,7 +212,8 @@ def test_losses_are_those_of_a_plain_loop(name):
     assert abs(expected[-1] - expected[0]) > 1e-2, "nothing was learned, so nothing was compared"
 
 
-@pytest.mark.parametrize("name", some(MODULES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
 def test_losses_are_those_of_a_plain_loop_on_one_device(name):
     np.testing.assert_allclose(
         train_losses(on_one_device(name)), plain_losses(name), rtol=1e-5, atol=1e-5

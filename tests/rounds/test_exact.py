@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import some
 from flax import nnx
 from jax import numpy as jnp
 from runs import DropoutNet, killed_after, rows
@@ -217,17 +216,16 @@ def test_exact_requires_synchronous_steps_and_the_default_reducer():
         ctde.Strategy(reduce=aggregate.median(), exact=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    some(
-        [
-            ["mlp"],
-            ["mlp", "--init", "lsuv"],
-            ["mlp", "--ema-decay", "0.9", "--on-nonfinite", "skip", "--clip-grad-norm", "1"],
-            ["resnet", "--norm", "batch", "--batch-statistics", "averaged"],
-            ["lstm", "--sequence", "rows"],
-        ]
-    ),
+    [
+        ["mlp"],
+        ["mlp", "--init", "lsuv"],
+        ["mlp", "--ema-decay", "0.9", "--on-nonfinite", "skip", "--clip-grad-norm", "1"],
+        ["resnet", "--norm", "batch", "--batch-statistics", "averaged"],
+        ["lstm", "--sequence", "rows"],
+    ],
 )
 def test_command_gives_the_same_bits_on_one_and_eight_devices(model, tmp_path):
     """As users run it, with the default optimizations of XLA; an epoch ends with a short batch."""

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import STRATEGY_NAMES
 from jax import numpy as jnp
 
 import ctde_jax as ctde
@@ -16,7 +17,6 @@ from ctde_jax.errors import InputError
 from ctde_jax.models import Model, fine_tuning, tasks
 from ctde_jax.rounds import Resident
 from ctde_jax.trainer.warm_start import read_source
-from tests.cases import STRATEGY_NAMES
 
 MODEL = models.mlp([64, 12, 10])
 BODY, HEAD = "layers/0/*", "layers/1/*"

@@ -119,7 +119,8 @@ LEARNING = [
 """Each model trains with a quarter of the strategies, each strategy with two or three models."""
 
 
-@pytest.mark.parametrize("pair", some(LEARNING), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", LEARNING, ids=str)
 def test_every_model_and_every_strategy_learn(pair, data_sets):
     name, strategy = pair
     found = losses(name, data_sets, composed(strategy), devices=4, steps=40)
@@ -127,7 +128,8 @@ def test_every_model_and_every_strategy_learn(pair, data_sets):
     assert np.mean(found[-2:]) < found[0]
 
 
-@pytest.mark.parametrize("name", some(MODELS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_round_keeps_shapes_and_dtypes_of_every_model_and_strategy(name, data_sets):
     """The models have parameters of every kind of layer."""
     model, kind = MODELS[name]

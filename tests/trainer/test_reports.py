@@ -13,7 +13,6 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
-from cases import some
 
 import ctde_jax as ctde
 from ctde_jax import train
@@ -706,8 +705,9 @@ def browser(tmp_path_factory):
         yield browser
 
 
+@pytest.mark.slow
 @pytest.mark.curves
-@pytest.mark.parametrize("scheme", some(["light", "dark"]))
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1200])
 def test_page_is_readable_in_a_browser(
     browser, trained, digits, regression, tmp_path, scheme, width
