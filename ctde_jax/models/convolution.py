@@ -5,9 +5,12 @@ is a loop, in which the gradient of a kernel takes 30 times as long
 (https://github.com/jax-ml/jax/issues/12868). On a CPU, the gradients are therefore computed here:
 that of the inputs by a convolution already in this form, that of the kernel by one matrix product
 per tap, over as many images at a time as fit into the cache.
+
+Virtual replicas have different kernels in local steps. `vmap` over kernels makes a grouped
+convolution, which is slow on a CPU, so there the kernels are taken one after another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from math import ceil
@@ -75,7 +78,8 @@ _convolve = jax.custom_vjp(_plain, nondiff_argnums=(2, 3))
 
 
 def _forward(inputs, kernel, strides, sides):
-    return _convolve(inputs, kernel, strides, sides), (inputs, kernel)
+    convolution = _one_kernel_at_a_time(partial(_plain, strides=strides, sides=sides))
+    return convolution(inputs, kernel), (inputs, kernel)
 
 
 def _backward(strides, sides, seen, grads):
@@ -92,6 +96,26 @@ def _backward(strides, sides, seen, grads):
 
 
 _convolve.defvjp(_forward, _backward)
+
+
+def _one_kernel_at_a_time(
+    convolution: Callable[[Images, ConvKernel], Images],
+) -> Callable[[Images, ConvKernel], Images]:
+    """Makes `vmap` over kernels a loop on a CPU; elsewhere, it is a grouped convolution."""
+    mapped = jax.custom_batching.custom_vmap(convolution)
+
+    @mapped.def_vmap
+    def over_kernels(size, is_mapped, inputs, kernels):
+        if not is_mapped[1]:
+            # More images of one kernel, over which an outer `vmap` may map.
+            outputs = mapped(inputs.reshape(-1, *inputs.shape[2:]), kernels)
+            return outputs.reshape(size, -1, *outputs.shape[1:]), True
+        axes = [0 if each else None for each in is_mapped]
+        in_a_loop = jax.vmap(jax.custom_batching.sequential_vmap(convolution), axes)
+        grouped = jax.vmap(convolution, axes)
+        return lax.platform_dependent(inputs, kernels, cpu=in_a_loop, default=grouped), True
+
+    return mapped
 
 
 def _grads_of_inputs(
@@ -116,9 +140,14 @@ def _grads_of_inputs(
     ]
     mirrored = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
     around = tuple(zip(before, after, strict=True))
-    return lax.conv_general_dilated(
-        grads, mirrored, (1, 1), around, lhs_dilation=strides, dimension_numbers=LAYOUT
+    transposed = partial(
+        lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding=around,
+        lhs_dilation=strides,
+        dimension_numbers=LAYOUT,
     )
+    return _one_kernel_at_a_time(transposed)(grads, mirrored)
 
 
 def _grads_of_kernel(
