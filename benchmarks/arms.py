@@ -218,14 +218,10 @@ LONG_DIGITS_ARMS = {
     "averaging, Muon, H=1152, int2": Arm(muon, averaging(1152, int2), LONG_DIGITS_MUON),
 }
 
-CNN_ADAMW = grid(0.001, 0.002, 0.004)
-CNN_MUON = grid(0.002, 0.004, 0.008, 0.016)
 CNN_ARMS = {
-    "synchronous, AdamW": Arm(optax.adamw, synchronous, CNN_ADAMW),
-    "synchronous, Muon": Arm(muon, synchronous, CNN_MUON),
-    "averaging, AdamW, H=30, int2": Arm(optax.adamw, averaging(30, int2), CNN_ADAMW),
-    "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), CNN_MUON),
-    "averaging, Muon, H=60, int2": Arm(muon, averaging(60, int2), CNN_MUON),
+    "synchronous, AdamW": Arm(optax.adamw, synchronous, grid(0.001, 0.002)),
+    "synchronous, Muon": Arm(muon, synchronous, grid(0.002, 0.004)),
+    "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), grid(0.004, 0.008)),
 }
 
 # Arms by task and number of steps.

@@ -245,7 +245,8 @@ class Rung(NamedTuple):
 
     arm: str
     settings: Settings
-    values: Mapping[int, float]  # the metric by seed
+    values: Mapping[int, float]  # the metric by seed, without the tuning seed
+    tuned: float  # the metric of the tuning seed, which has chosen the settings
     bytes: float  # sent by each device in a training
     between_hosts: float | None  # the part that goes to the other one of two hosts
 
@@ -273,27 +274,26 @@ def ladder(log: Log, task: str, steps: int) -> list[Rung]:
         best = best_settings(log, job)
         if best is None:
             continue
-        # The tuning seed is left out, because it has chosen the settings.
-        rows = [row for row in job.find(log, settings=best) if row["seed"] != TUNING_SEED]
-        runs = {row["seed"]: row for row in rows if row["bytes"] is not None}
-        if runs:
-            values = {seed: row[MEASURES[task][0]] for seed, row in runs.items()}
-            first = next(iter(runs.values()))
-            rungs.append(Rung(arm, best, values, first["bytes"], first.get("between_hosts")))
+        rows = job.find(log, settings=best)
+        values = {row["seed"]: row[MEASURES[task][0]] for row in rows if row["bytes"] is not None}
+        tuned, first = values.pop(TUNING_SEED), rows[0]
+        if values:
+            sent = first["bytes"], first.get("between_hosts")
+            rungs.append(Rung(arm, best, values, tuned, *sent))
     return sorted(rungs, key=lambda rung: -rung.bytes)
+
+
+def difference(task: str, value: float, baseline: float) -> str:
+    """Compares losses by their ratio, and accuracies by their difference."""
+    if MEASURES[task][0] == "loss":
+        return f"{value / baseline - 1:+.2%}"
+    return f"{100 * (value - baseline):+.2f} points"
 
 
 def make_table(task: str, steps: int, rungs: list[Rung]) -> Table:
     """Compares every arm with the synchronous ones."""
-    name, worse = MEASURES[task]
+    name, _ = MEASURES[task]
     baselines = [rung for rung in rungs if rung.arm in BASELINES]
-
-    # Losses are compared by their ratio, and accuracies by their difference.
-    def difference(rung: Rung, baseline: Rung) -> str:
-        if worse == 1:
-            return f"{rung.value / baseline.value - 1:+.2%}"
-        return f"{100 * (rung.value - baseline.value):+.2f} points"
-
     header = ["arm", f"test {name}", "spread", "seeds", "sent", "times fewer", "between hosts"]
     header += [*(f"to {baseline.arm}" for baseline in baselines), "settings"]
     rows = [
@@ -305,12 +305,28 @@ def make_table(task: str, steps: int, rungs: list[Rung]) -> Table:
             f"{rung.bytes / 1e6:,.3f} MB",
             f"{baselines[0].bytes / rung.bytes:,.0f}",
             "" if rung.between_hosts is None else f"{rung.between_hosts / 1e6:,.3f} MB",
-            *(difference(rung, baseline) for baseline in baselines),
+            *(difference(task, rung.value, baseline.value) for baseline in baselines),
             ", ".join(f"{name} {value}" for name, value in rung.settings.items()),
         ]
         for rung in rungs
     ]
     return Table(f"{task}, {steps:,} steps", header, rows)
+
+
+def make_seed_table(task: str, steps: int, rungs: list[Rung]) -> Table:
+    """Compares every run with synchronous Muon of the same seed."""
+    reference = next(rung for rung in rungs if rung.arm == REFERENCE)
+    rows = [
+        [
+            rung.arm,
+            *(difference(task, rung.values[seed], reference.values[seed]) for seed in rung.values),
+            difference(task, rung.tuned, reference.tuned),
+        ]
+        for rung in rungs
+        if rung.arm not in BASELINES and rung.values.keys() == reference.values.keys()
+    ]
+    header = ["arm", *(f"seed {seed}" for seed in reference.values), f"seed {TUNING_SEED}"]
+    return Table(f"{task}, {steps:,} steps, to {REFERENCE}", header, rows)
 
 
 def draw(ladders: Mapping[tuple[str, int], list[Rung]], file: Path) -> None:
@@ -401,6 +417,11 @@ def publish_results(log: Log, results: Path) -> None:
         console.print("nothing to compare yet: a synchronous arm and another one must be finished")
         return
     tables = [make_table(task, steps, rungs) for (task, steps), rungs in ladders.items()]
+    tables += [
+        make_seed_table(task, steps, rungs)
+        for (task, steps), rungs in ladders.items()
+        if any(rung.arm == REFERENCE for rung in rungs)
+    ]
     publish(results / "communication.md", tables)
 
     # The lengths of a task are in descending order.
