@@ -183,7 +183,7 @@ SHORT_TEXT_ARMS = text_arms(
     SHORT_MUON,
     grid(0.006, 0.012, 0.024, outer_learning_rate=[1.0], outer_momentum=[0.0]),
 )
-LARGE_TEXT_ARMS = {
+SHORT_LARGE_TEXT_ARMS = {
     "synchronous, AdamW": Arm(optax.adamw, synchronous, SHORT_ADAMW),
     "synchronous, Muon": Arm(muon, synchronous, SHORT_MUON),
     "averaging, AdamW, H=15": Arm(optax.adamw, averaging(15), SHORT_ADAMW),
@@ -191,6 +191,12 @@ LARGE_TEXT_ARMS = {
     "averaging, Muon, H=8, int2": Arm(muon, averaging(8, int2), SHORT_MUON),
     "averaging, Muon, H=15, int4": Arm(muon, averaging(15, int4), SHORT_MUON),
     "averaging, Muon, H=30, int2": Arm(muon, averaging(30, int2), SHORT_MUON),
+}
+# The learning rates of the smaller transformer.
+LARGE_TEXT_ARMS = {
+    "synchronous, AdamW": Arm(optax.adamw, synchronous, grid(0.003)),
+    "synchronous, Muon": Arm(muon, synchronous, grid(0.012)),
+    "Muon, H=72, int2": Arm(muon, averaging(72, int2), grid(0.012, **OUTER)),
 }
 
 DIGITS_ADAMW = grid(0.005, 0.01, 0.02)
@@ -227,7 +233,7 @@ CNN_ARMS = {
 # Arms by task and number of steps.
 ARMS: dict[str, dict[int, dict[str, Arm]]] = {
     "transformer": {600: SHORT_TEXT_ARMS, 3_000: TEXT_ARMS, 10_000: LONG_TEXT_ARMS},
-    "transformer-241k": {600: LARGE_TEXT_ARMS, 3_000: TEXT_ARMS},
+    "transformer-241k": {600: SHORT_LARGE_TEXT_ARMS, 10_000: LARGE_TEXT_ARMS},
     "mnist": {1_152: DIGITS_ARMS, 11_520: LONG_DIGITS_ARMS},
     "cnn": {3_000: CNN_ARMS},
 }

@@ -6,16 +6,16 @@
 
 All strategies train on the same examples in the same number of steps, with 8 replicas on one
 device. An arm is an optimizer and a strategy with a small grid of settings. Seed 0 tries all
-settings in one program, seeds 1, 2 and 3 repeat the best one in another, and only these three are
-reported. Bytes are counted in the program of 8 devices. Runs in the log are not trained again, so
-several processes can train different arms at a time.
+settings, if there are several, in one program; seeds 1, 2 and 3 repeat the best one in another, and
+only these three are reported. Bytes are counted in the program of 8 devices. Runs in the log are
+not trained again, so several processes can train different arms at a time.
 """
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -205,8 +205,10 @@ def train(
 def best_settings(log: Log, job: Job) -> Settings | None:
     """Returns the best settings on the tuning seed, or None if some have not been tried.
 
-    None is also returned if all have diverged.
+    None is also returned if all have diverged. A grid of one needs no trial.
     """
+    if len(job.value.grid) == 1:
+        return job.value.grid[0]
     name, worse = MEASURES[job.task]
     values = []
     for settings in job.value.grid:
@@ -231,7 +233,7 @@ def make(job: Job, seeds: Sequence[int], problem: Problem, log: Log) -> None:
         jax.clear_caches()
 
     # Tune on one seed, then repeat the best settings on the others.
-    if TUNING_SEED in seeds:
+    if TUNING_SEED in seeds and len(job.value.grid) > 1:
         tried = [row["settings"] for row in job.find(log, seed=TUNING_SEED)]
         run([settings for settings in job.value.grid if settings not in tried], [TUNING_SEED])
     best = best_settings(log, job)
@@ -246,7 +248,7 @@ class Rung(NamedTuple):
     arm: str
     settings: Settings
     values: Mapping[int, float]  # the metric by seed, without the tuning seed
-    tuned: float  # the metric of the tuning seed, which has chosen the settings
+    tuned: float | None  # the metric of the tuning seed, if that was trained
     bytes: float  # sent by each device in a training
     between_hosts: float | None  # the part that goes to the other one of two hosts
 
@@ -274,11 +276,11 @@ def ladder(log: Log, task: str, steps: int) -> list[Rung]:
         best = best_settings(log, job)
         if best is None:
             continue
-        rows = job.find(log, settings=best)
-        values = {row["seed"]: row[MEASURES[task][0]] for row in rows if row["bytes"] is not None}
-        tuned, first = values.pop(TUNING_SEED), rows[0]
+        runs = [row for row in job.find(log, settings=best) if row["bytes"] is not None]
+        values = {row["seed"]: row[MEASURES[task][0]] for row in runs}
+        tuned = values.pop(TUNING_SEED, None)
         if values:
-            sent = first["bytes"], first.get("between_hosts")
+            sent = runs[0]["bytes"], runs[0].get("between_hosts")
             rungs.append(Rung(arm, best, values, tuned, *sent))
     return sorted(rungs, key=lambda rung: -rung.bytes)
 
@@ -315,17 +317,20 @@ def make_table(task: str, steps: int, rungs: list[Rung]) -> Table:
 
 def make_seed_table(task: str, steps: int, rungs: list[Rung]) -> Table:
     """Compares every run with synchronous Muon of the same seed."""
-    reference = next(rung for rung in rungs if rung.arm == REFERENCE)
-    rows = [
-        [
-            rung.arm,
-            *(difference(task, rung.values[seed], reference.values[seed]) for seed in rung.values),
-            difference(task, rung.tuned, reference.tuned),
-        ]
-        for rung in rungs
-        if rung.arm not in BASELINES and rung.values.keys() == reference.values.keys()
-    ]
-    header = ["arm", *(f"seed {seed}" for seed in reference.values), f"seed {TUNING_SEED}"]
+
+    def by_seed(rung: Rung) -> dict[int, float]:
+        tuned = {} if rung.tuned is None else {TUNING_SEED: rung.tuned}
+        return {**dict(sorted(rung.values.items())), **tuned}
+
+    reference = by_seed(next(rung for rung in rungs if rung.arm == REFERENCE))
+
+    def compared(rung: Rung) -> Iterator[str]:
+        values = by_seed(rung)
+        for seed, baseline in reference.items():
+            yield difference(task, values[seed], baseline) if seed in values else ""
+
+    rows = [[rung.arm, *compared(rung)] for rung in rungs if rung.arm not in BASELINES]
+    header = ["arm", *(f"seed {seed}" for seed in reference)]
     return Table(f"{task}, {steps:,} steps, to {REFERENCE}", header, rows)
 
 
