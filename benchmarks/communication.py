@@ -369,9 +369,10 @@ class Gap(NamedTuple):
 
 
 def find_gaps(ladders: Mapping[tuple[str, int], list[Rung]], task: str) -> dict[str, list[Gap]]:
-    """Returns the gaps of each arm of a task to synchronous Muon, from short to long trainings.
+    """Returns the gaps to synchronous Muon, from short to long trainings, of each arm of a task.
 
-    Runs are compared with those of the same seed, which start from the same parameters.
+    An arm of a single length is left out. Runs are compared with those of the same seed, which
+    start from the same parameters.
     """
     gaps: dict[str, list[Gap]] = {}
     for (of_task, steps), rungs in sorted(ladders.items()):
@@ -385,7 +386,7 @@ def find_gaps(ladders: Mapping[tuple[str, int], list[Rung]], task: str) -> dict[
             if percents and rung.arm not in BASELINES:
                 gap = Gap(steps, mean(percents), deviation(percents))
                 gaps.setdefault(rung.arm, []).append(gap)
-    return gaps
+    return {arm: points for arm, points in gaps.items() if len(points) > 1}
 
 
 def draw_gaps(gaps: Mapping[str, list[Gap]], title: str, file: Path) -> None:
