@@ -167,7 +167,9 @@ def text_arms(
 # steps, it increases the loss of H=8 by 0.9 %.
 OUTER: dict[str, Sequence[float]] = {"outer_learning_rate": [1.0], "outer_momentum": [0.5]}
 TEXT_ARMS = text_arms(
-    grid(0.003, 0.006, 0.012), grid(0.006, 0.012, 0.024), grid(0.006, 0.012, 0.024, **OUTER)
+    grid(0.003, 0.006, 0.012, 0.024),
+    grid(0.006, 0.012, 0.024),
+    grid(0.006, 0.012, 0.024, **OUTER),
 )
 # On seed 0, the loss of rounds of 72 steps is 0.1 % lower with a learning rate of 0.008, which is
 # less than the seeds differ, and that of rounds of 120 steps is 4.4 % higher with 0.024.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -159,6 +160,28 @@ def test_arms_repeat_the_best_setting_and_are_trained_once(tmp_path, monkeypatch
     log.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row is not rows[2]))
     run()
     assert trained == [([{"learning_rate": 0.1}], [1])]
+
+
+def read_tables(page: str) -> list[str]:
+    """Returns the tables of a Markdown page, without the lines below their headers."""
+    rows = re.sub(r"^\|[-| ]+\|\n", "", page, flags=re.MULTILINE)
+    return re.findall(r"(?:^\|.*\|\n)+", rows, flags=re.MULTILINE)
+
+
+def test_page_has_the_tables_of_the_communication_log(harness, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    communication = importlib.import_module("communication")
+    results = BENCHMARKS / "results"
+
+    communication.publish_results(harness.Log(results / "communication.jsonl"), tmp_path)
+
+    report = (tmp_path / "communication.md").read_text()
+    assert report == (results / "communication.md").read_text()
+    page = read_tables((BENCHMARKS / "README.md").read_text())
+    # The page compares runs by seed for one training only.
+    compared = [table for table in read_tables(report) if "| settings |" in table]
+    assert len(compared) > 1
+    assert [table for table in compared if table not in page] == []
 
 
 @pytest.mark.slow
